@@ -1,0 +1,105 @@
+"""The plugin interface, version 1: all that a plugin needs, and all that is stable.
+
+Every name is documented field by field in docs/plugin-api.md. Names that need torch (`Model` and its parts) are
+imported when first used, so that a module of hooks can import this one for free.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nanoengine.core.errors import (
+    ConfigError,
+    ModelError,
+    ModelSourceError,
+    NanoEngineError,
+    ParamsError,
+    PluginError,
+    UnsupportedError,
+    WeightsError,
+)
+from nanoengine.core.execution.attention import (
+    AttentionBackend,
+    AttentionCapabilities,
+    AttentionFeature,
+    AttentionLayerSpec,
+    AttentionNeed,
+    BatchLimits,
+    GraphSupport,
+    KVSpec,
+    StepInputs,
+)
+from nanoengine.core.execution.parallel import TensorParallelGroup
+from nanoengine.core.execution.stage import Need, RaggedColumn, SamplerStage, StageContext, StageRows
+from nanoengine.core.setup.hookspecs import hookimpl
+from nanoengine.core.setup.model_source import ModelSource, SourceContext
+from nanoengine.core.setup.specs import (
+    API_VERSION,
+    AttentionSpec,
+    ColumnSpec,
+    ModelSourceSpec,
+    ModelSpec,
+    ParamsContext,
+    Phase,
+    SamplerSpec,
+    StageParams,
+    StandardOp,
+)
+
+if TYPE_CHECKING:
+    from nanoengine.core.execution.model import Attention, BuildContext, ForwardBatch, Model, ModelConfig, WeightMap
+
+_NEEDS_TORCH = ("Attention", "BuildContext", "ForwardBatch", "Model", "ModelConfig", "WeightMap")
+
+__all__ = [
+    "API_VERSION",
+    "Attention",
+    "AttentionBackend",
+    "AttentionCapabilities",
+    "AttentionFeature",
+    "AttentionLayerSpec",
+    "AttentionNeed",
+    "AttentionSpec",
+    "BatchLimits",
+    "BuildContext",
+    "ColumnSpec",
+    "ConfigError",
+    "ForwardBatch",
+    "GraphSupport",
+    "KVSpec",
+    "Model",
+    "ModelConfig",
+    "ModelError",
+    "ModelSource",
+    "ModelSourceError",
+    "ModelSourceSpec",
+    "ModelSpec",
+    "NanoEngineError",
+    "Need",
+    "ParamsContext",
+    "ParamsError",
+    "Phase",
+    "PluginError",
+    "RaggedColumn",
+    "SamplerSpec",
+    "SamplerStage",
+    "SourceContext",
+    "StageContext",
+    "StageParams",
+    "StageRows",
+    "StandardOp",
+    "StepInputs",
+    "TensorParallelGroup",
+    "UnsupportedError",
+    "WeightMap",
+    "WeightsError",
+    "hookimpl",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEEDS_TORCH:
+        from nanoengine.core.execution import model
+
+        return getattr(model, name)
+    raise AttributeError(f"module 'nanoengine.api' has no attribute {name!r}")

@@ -1,0 +1,83 @@
+"""Every error a user or a plugin author can meet, each naming what, where, the valid choices and the mend.
+
+Torch-free: the command line and the plugin listing raise these before torch is imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class NanoEngineError(Exception):
+    """Base of all errors that are somebody's mistake (not the engine's own broken invariant)."""
+
+
+class ConfigError(NanoEngineError):
+    """A configuration file, override or engine option is wrong."""
+
+
+class PluginError(NanoEngineError):
+    """A plugin is missing, broken, incompatible, or clashes with another one."""
+
+
+class ModelSourceError(NanoEngineError):
+    """A model could not be found or fetched; lists every attempt and what to type instead."""
+
+
+class ModelError(NanoEngineError):
+    """A model folder or its config.json cannot be served (unknown architecture, bad or missing field)."""
+
+
+class WeightsError(ModelError):
+    """A checkpoint does not fit the model: tensors missing, unexpected or misshapen, each named."""
+
+
+class UnsupportedError(NanoEngineError):
+    """The chosen part cannot do what the rest of the plan needs; carries every reason."""
+
+    def __init__(self, what: str, reasons: Iterable[str]) -> None:
+        self.reasons = tuple(reasons)
+        super().__init__(f"{what}: " + "; ".join(self.reasons))
+
+
+class ParamsError(NanoEngineError, ValueError):
+    """A sampling parameter is unknown, of the wrong type or out of range."""
+
+
+class TokenizerMissing(NanoEngineError):
+    """Text was asked of a model that came without a tokenizer."""
+
+
+class EngineClosed(NanoEngineError):
+    """The engine was used after `close()`."""
+
+
+class RequestError(NanoEngineError):
+    """Why one request was refused or broke, while the others go on.
+
+    It is not raised by `generate`: it stands in `RequestOutput.error`, in that request's place.
+
+    Attributes:
+        code: a stable word for programs: "too_long", "does_not_fit", "invalid_prompt", "bad_logits",
+            "stage_failed", "step_failed", "out_of_blocks".
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        self.code = code
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type[RequestError], tuple[str, str]]:
+        return (RequestError, (self.code, str(self)))
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """The tail of a message on an unknown name: the likely meant one, then all valid ones.
+
+    >>> nearest("top_pp", ["top_p", "top_k"])
+    "did you mean 'top_p'? Valid: top_k, top_p"
+    """
+    names = sorted(set(choices))
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return f"{hint}Valid: {', '.join(names) if names else '(none)'}"

@@ -1,0 +1,193 @@
+"""The attention backend seam: what a backend declares, is given, and does. Torch only in annotations."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class GraphSupport(IntEnum):
+    """Which batches the backend may be captured for. NEVER; DECODE: query length 1; ALWAYS: any padded batch."""
+
+    NEVER = 0
+    DECODE = 1
+    ALWAYS = 2
+
+
+class AttentionFeature(StrEnum):
+    """What a layer or a step may need beyond plain causal attention."""
+
+    MIXED = "mixed batches"
+    SLIDING_WINDOW = "sliding window"
+    SOFT_CAP = "logit soft cap"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVSpec:
+    """What layers of one KV group have in common. `num_kv_heads` is per rank; `dtype` a torch dtype's name."""
+
+    num_kv_heads: int
+    head_size: int
+    dtype: str
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionLayerSpec:
+    """One attention layer. Heads are per rank; scores are `q @ k * scale`, capped if `soft_cap`, causal.
+
+    `window`: a query at position p sees positions > p - window. None: all.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionCapabilities:
+    """What a backend can do. `None` stands for "any".
+
+    Attributes:
+        devices: torch device types, e.g. {"cpu", "cuda"}.
+        dtypes: torch dtype names, e.g. {"float32"}.
+        head_sizes: supported ones.
+        block_multiple: KV block sizes must be multiples of it.
+        graphs: which batches may be captured in a CUDA graph.
+        features: what it supports beyond plain causal attention.
+    """
+
+    devices: frozenset[str]
+    dtypes: frozenset[str] | None = None
+    head_sizes: frozenset[int] | None = None
+    block_multiple: int = 1
+    graphs: GraphSupport = GraphSupport.NEVER
+    features: frozenset[AttentionFeature] = frozenset({AttentionFeature.MIXED})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionNeed:
+    """What the plan asks of a backend. `block_size` is None when the engine may choose."""
+
+    device: str
+    dtype: str
+    head_sizes: frozenset[int]
+    block_size: int | None = None
+    features: frozenset[AttentionFeature] = frozenset({AttentionFeature.MIXED})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchLimits:
+    """Upper bounds of every step, for buffers made once."""
+
+    max_rows: int
+    max_tokens: int
+    max_model_len: int
+    block_size: int
+
+    @property
+    def max_blocks(self) -> int:
+        """Block-table columns."""
+        return -(-self.max_model_len // self.block_size)
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """One KV group's view of a step, on the device: views of static buffers, valid until the next step.
+
+    B rows (decode rows first), T tokens. What stands on the host are upper bounds.
+
+    Attributes:
+        block_tables: int32 [B, max_blocks]; entries behind a row's last block are 0.
+        seq_lens: int32 [B]; tokens in each row's context, this step's included.
+        query_start_loc: int32 [B + 1] (cu_seqlens of the queries).
+        slot_mapping: int64 [T]; block * block_size + offset where each token's K and V go.
+        positions: int64 [T].
+        num_decode_rows: rows in front whose query length is `decode_query_len` (1 today).
+        query_lens_host: query lengths, B ints. seq_lens_host: upper bounds of `seq_lens`, B ints.
+    """
+
+    block_tables: Tensor
+    seq_lens: Tensor
+    query_start_loc: Tensor
+    slot_mapping: Tensor
+    positions: Tensor
+    num_decode_rows: int
+    query_lens_host: tuple[int, ...]
+    seq_lens_host: tuple[int, ...]
+
+
+class AttentionBackend(ABC):
+    """One instance a KV group. It owns the KV layout, its metadata and the kernels; the core owns the block count.
+
+    `fill` runs once a step, outside any graph, without waiting for the device; `forward` once a layer.
+    """
+
+    capabilities: ClassVar[AttentionCapabilities]
+
+    @classmethod
+    def unsupported(cls, need: AttentionNeed) -> list[str]:
+        """Reasons why it cannot serve `need`; empty if it can. The default goes by `capabilities`."""
+        return default_reasons(cls.capabilities, need)
+
+    @classmethod
+    @abstractmethod
+    def kv_block_bytes(cls, spec: KVSpec, block_size: int) -> int:
+        """Bytes of one KV block of one layer, K and V together."""
+
+    @abstractmethod
+    def __init__(self, spec: KVSpec, limits: BatchLimits, device: torch.device) -> None:
+        """Makes the metadata buffers once, at full size."""
+
+    @abstractmethod
+    def allocate(self, num_layers: int, num_blocks: int) -> None:
+        """Allocates the zeroed KV cache of the group. Block 0 is the dummy block: padding writes there."""
+
+    @abstractmethod
+    def fill(self, inputs: StepInputs) -> None:
+        """Takes the step's metadata into its static buffers."""
+
+    @abstractmethod
+    def forward(self, layer: int, spec: AttentionLayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Stores K and V of *all* rows, then lets every row attend.
+
+        Args:
+            layer: index within the group.
+            q: [T, num_heads, head_size]; k, v: [T, num_kv_heads, head_size].
+
+        Returns:
+            [T, num_heads, head_size], of q's dtype.
+        """
+
+    @abstractmethod
+    def copy_blocks(self, src: Tensor, dst: Tensor) -> None:
+        """Copies blocks src[i] -> dst[i] (int64 [N]) in every layer of the group."""
+
+    def release(self) -> None:
+        """Gives the KV cache back. Default: nothing beyond dropping the instance."""
+        return None
+
+
+def default_reasons(cap: AttentionCapabilities, need: AttentionNeed) -> list[str]:
+    """Each way in which `cap` falls short of `need`, in words."""
+    reasons = []
+    if need.device not in cap.devices:
+        reasons.append(f"runs on {', '.join(sorted(cap.devices))}, not on {need.device}")
+    if cap.dtypes is not None and need.dtype not in cap.dtypes:
+        reasons.append(f"takes {', '.join(sorted(cap.dtypes))}, not {need.dtype}")
+    if cap.head_sizes is not None and not need.head_sizes <= cap.head_sizes:
+        odd = sorted(need.head_sizes - cap.head_sizes)
+        reasons.append(f"head sizes {odd} are not among {sorted(cap.head_sizes)}")
+    if need.block_size is not None and need.block_size % cap.block_multiple:
+        reasons.append(f"block_size {need.block_size} is no multiple of {cap.block_multiple}")
+    reasons += [f"has no {feature.value}" for feature in sorted(need.features - cap.features)]
+    return reasons

@@ -1,0 +1,121 @@
+"""Requests as the outside sees them (`RequestOutput` and its parts) and as the engine keeps them (`Request`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Literal
+
+from nanoengine.core.errors import RequestError
+
+if TYPE_CHECKING:
+    from nanoengine.core.sampling_params import ResolvedParams
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Natural-log probability of a token under the raw logits; rank 1 is the likeliest; the token's own text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestMetrics:
+    """Seconds on the monotonic clock. `arrival`: when added; others None until they happen.
+
+    ttft: arrival to first token. itl: mean time between later tokens of the first sample.
+    """
+
+    arrival: float
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+    num_generated: int = 0
+
+    @property
+    def ttft(self) -> float | None:
+        return None if self.first_token is None else self.first_token - self.arrival
+
+    @property
+    def itl(self) -> float | None:
+        if self.first_token is None or self.finished is None or self.num_generated < 2:
+            return None
+        return (self.finished - self.first_token) / (self.num_generated - 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionOutput:
+    """One sample of a request. `stop_reason`: the stop string or stop token id that ended it; None for EOS."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    cumulative_logprob: float | None = None
+    logprobs: tuple[dict[int, Logprob], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutput:
+    """A request's state: cumulative, not a delta. A refused or broken request has `outputs=[]` and `error`."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
+    num_cached_tokens: int = 0
+    error: RequestError | None = None
+
+
+class Status(Enum):
+    WAITING = "waiting"  # never ran, or preempted: it has no slot and no blocks
+    RUNNING = "running"  # owns a slot and blocks
+    FINISHED = "finished"
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Request:
+    """One sample as the scheduler keeps it (a request with n samples is n of these). Mutable; not for plugins.
+
+    The words: `tokens` are known on the host; a sampled token whose step was launched but not committed is *in
+    flight*. `num_computed` counts tokens whose KV is written by launched steps.
+    """
+
+    id: str
+    parent: str
+    prompt_token_ids: Sequence[int]
+    params: ResolvedParams
+    seed: int
+    sample_index: int
+    arrival: int
+    priority: int = 0
+    max_len: int = 0  # tokens at which it ends by length
+    cache_key: bytes = b""  # extra key of the prefix index: cache_salt, adapter, weights version
+
+    status: Status = Status.WAITING
+    output_token_ids: list[int] = field(default_factory=list)
+    slot: int = -1
+    generation: int = 0  # raised at each admission and release: tells a dead row from a live one
+    num_computed: int = 0
+    num_in_flight: int = 0  # sampled tokens not yet committed
+    num_cached: int | None = None  # prefix-cache hit of the first admission
+    block_ids: list[list[int]] = field(default_factory=list)  # [group][block]
+    block_hashes: list[bytes] = field(default_factory=list)  # hash chain of full blocks, grown as tokens come
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known on the host."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [*self.prompt_token_ids, *self.output_token_ids]

@@ -1,0 +1,50 @@
+"""Where a model is: asks the source plugins, in order."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanoengine.core.errors import ModelSourceError, nearest
+
+
+def _silent(text: str) -> None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class SourceContext:
+    """What a source may use: the cache folder, and a line to the user.
+
+    Attributes:
+        cache: root of the cache; it may not exist yet.
+        say: shows one line of progress to the user.
+    """
+
+    cache: Path
+    say: Callable[[str], None] = _silent
+
+
+class ModelSource(ABC):
+    """A place models come from. Constructed without arguments; imports no torch at module level."""
+
+    @abstractmethod
+    def resolve(self, source: str, ctx: SourceContext) -> Path | None:
+        """Folder with config.json for `source`; None if this is not one of its own.
+
+        Raises `ModelSourceError`, listing every attempt and what to type instead, if it is its own and cannot be had.
+        """
+
+
+def resolve_model(source: str, sources: Sequence[ModelSource], ctx: SourceContext, names: Sequence[str] = ()) -> Path:
+    """The first source's answer. Raises `ModelSourceError` naming the nearest of `names` if none knows it."""
+    for candidate in sources:
+        path = candidate.resolve(source, ctx)
+        if path is not None:
+            return path
+    raise ModelSourceError(
+        f"no model {source!r}: it is no folder with a config.json, no .gguf file and no known name; "
+        f"{nearest(source, names)}"
+    )

@@ -1,0 +1,58 @@
+"""Engine options: the same names in Python (`LLM(...)`) and in YAML (`engine:`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nanoengine.core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How the engine runs. `None` means: chosen from the model and the device.
+
+    Attributes:
+        dtype: "auto" (float32 on a CPU, the checkpoint's on a GPU), "float32", "bfloat16" or "float16".
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        max_model_len: longest prompt plus output, in tokens; default: what the model was made for.
+        max_num_seqs: most requests running at once (device slots).
+        max_num_batched_tokens: token budget of one step; default 2048 on a CPU, 8192 on a GPU.
+        block_size: tokens in a KV block; default 16, or what the attention backend needs.
+        num_gpu_blocks_override: number of KV blocks, whatever the memory.
+        kv_cache_memory: bytes for the KV cache; CPU default: what max_num_seqs x max_model_len takes, at most 4 GiB.
+        enable_prefix_caching: reuse KV blocks of equal prefixes.
+        scheduling_policy: "fcfs", or "priority" (lower value first, then arrival).
+        load_format: "auto", or "dummy" for made-up weights.
+        seed: of requests that bring none, and of dummy weights.
+        enforce_eager: never capture graphs.
+        overlap: prepare step N+1 while step N runs.
+        fuse_sampling: fuse the standard sampler operations (one sort for top-k, top-p and min-p).
+        skip_tokenizer_init: token ids in, token ids out.
+    """
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    block_size: int | None = None
+    num_gpu_blocks_override: int | None = None
+    kv_cache_memory: int | None = None
+    enable_prefix_caching: bool = True
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    load_format: Literal["auto", "dummy"] = "auto"
+    seed: int = 0
+    enforce_eager: bool = False
+    overlap: bool = True
+    fuse_sampling: bool = True
+    skip_tokenizer_init: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
+                     "num_gpu_blocks_override", "kv_cache_memory"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"engine.{name} must be at least 1, not {value}")
+        if not (self.device in ("auto", "cpu", "cuda") or self.device.removeprefix("cuda:").isdigit()):
+            raise ConfigError(f"engine.device must be auto, cpu, cuda or cuda:N, not {self.device!r}")

@@ -1,0 +1,179 @@
+"""What a plugin registers: frozen typed specs. Torch-free, so that listing plugins costs nothing.
+
+A spec names its implementation by *target*, "package.module:Class", which is imported only when it is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+from typing import Any, ClassVar, Protocol
+
+API_VERSION = 1
+"""The version of the plugin interface this engine speaks; every spec says which one it was written for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """A model implementation, chosen by the `architectures` of a checkpoint's config.json.
+
+    Attributes:
+        name: what the user sees and may select, e.g. "qwen3".
+        architectures: the HF architecture names it serves, e.g. ("Qwen3ForCausalLM",).
+        target: "package.module:Class" of a `nanoengine.api.Model`.
+        api: the interface version the plugin was written for.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    target: str
+    api: int
+
+
+class StandardOp(StrEnum):
+    """Operations that the core may fuse, whichever plugin provides the column that parametrises them.
+
+    TEMPERATURE: logits / value; 0 means greedy. TOP_K: keep the k highest; 0 means all. TOP_P: nucleus; 1 means all.
+    MIN_P: keep p >= value * max p; 0 means all.
+    """
+
+    TEMPERATURE = "temperature"
+    TOP_K = "top_k"
+    TOP_P = "top_p"
+    MIN_P = "min_p"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColumnSpec:
+    """One column of per-slot values that a stage reads on the device.
+
+    Attributes:
+        dtype: "float32", "int32" or "bool".
+        ragged: several values a slot; the device table is then [slots, width], and grows in width when needed.
+        default: the inert value, standing in slots that do not use the stage and behind the end of ragged rows.
+        op: the standard operation this column parametrises, if it is one.
+    """
+
+    dtype: str
+    ragged: bool = False
+    default: float | int | bool = 0
+    op: StandardOp | None = None
+
+
+class ParamsContext(Protocol):
+    """What parameters may be checked against when a request is submitted."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` without special tokens; raises `TokenizerMissing` where there is no tokenizer."""
+        ...
+
+
+class StageParams:
+    """Base of a stage's parameter dataclass: `@dataclass(frozen=True)`, each field with its inert default.
+
+    The fields become legal keys of `SamplingParams`. Types are checked by the engine against the annotations;
+    ranges are the dataclass's own, in `__post_init__`, by `ParamsError`.
+
+    Class attributes:
+        columns: the device columns the stage reads, by name.
+        host_tokens: True where `host_columns` must see every token before the next may be drawn; such a request is
+            not run ahead.
+    """
+
+    columns: ClassVar[Mapping[str, ColumnSpec]] = {}
+    host_tokens: ClassVar[bool] = False
+
+    def active(self) -> bool:
+        """Whether a request with these values wants the stage at all. Default: any field off its default."""
+        return self != type(self)()
+
+    def pack(self, ctx: ParamsContext) -> Mapping[str, Any]:
+        """Column values for one slot: a scalar, or a sequence for a ragged column. Default: fields of that name.
+
+        Raises `ParamsError` for what only the context can tell (a token id outside the vocabulary).
+        """
+        return {name: getattr(self, name) for name in self.columns}
+
+    def host_columns(self, prompt_token_ids: Sequence[int], output_token_ids: Sequence[int]) -> Mapping[str, Any]:
+        """Only with `host_tokens`: columns computed afresh before each draw, from all tokens so far.
+
+        An exception raised here fails that request alone.
+        """
+        return {}
+
+
+class Phase(IntEnum):
+    """When a stage runs. Within a phase stages run in registration order, truncations top-k, top-p, min-p first."""
+
+    MASK = 0
+    BIAS = 1
+    PENALTY = 2
+    TEMPERATURE = 3
+    TRUNCATE = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerSpec:
+    """A sampler stage.
+
+    Attributes:
+        name: what the user sees, e.g. "top_k".
+        params: its `StageParams` dataclass, from a module that imports no torch.
+        target: "package.module:Class" of a `nanoengine.api.SamplerStage`.
+        api: the interface version the plugin was written for.
+    """
+
+    name: str
+    params: type[StageParams]
+    target: str
+    api: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """An attention backend.
+
+    Attributes:
+        name: what `attention=` selects, e.g. "torch".
+        target: "package.module:Class" of a `nanoengine.api.AttentionBackend`.
+        api: the interface version the plugin was written for.
+        preference: `auto` takes the supported backend with the highest one; ties go by name.
+        requires: importable modules it needs; `auto` passes over it, with the reason, where one is missing.
+        install: what to type when a required module is missing.
+    """
+
+    name: str
+    target: str
+    api: int
+    preference: int = 0
+    requires: tuple[str, ...] = ()
+    install: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSourceSpec:
+    """A place models come from.
+
+    Attributes:
+        name: what the user sees, e.g. "folder".
+        target: "package.module:Class" of a `nanoengine.api.ModelSource`.
+        api: the interface version the plugin was written for.
+        order: sources are asked in ascending order.
+        models: names it provides by itself, e.g. ("smollm2-135m",), for listings and did-you-mean.
+    """
+
+    name: str
+    target: str
+    api: int
+    order: int = 100
+    models: tuple[str, ...] = ()
+
+
+Spec = ModelSpec | SamplerSpec | AttentionSpec | ModelSourceSpec

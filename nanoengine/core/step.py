@@ -1,0 +1,253 @@
+"""The two messages between scheduling and execution: `StepPlan` down, `StepResult` up.
+
+Both are flat numpy arrays and slot numbers, never a request: they cross a process boundary as bytes, and a test
+sends them through bytes and back. A *slot* is the stable row of the device tables that a running request owns; a *row*
+is one request's share of one step; a *group* is a KV group (layers with equal KV needs). Ragged data stand as flat
+values with offsets: item i is `values[offsets[i]:offsets[i + 1]]`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+Bool = npt.NDArray[np.bool_]
+
+T = TypeVar("T", bound="_Message")
+
+
+def i32(values: Any = ()) -> Int32:
+    return np.asarray(values, dtype=np.int32)
+
+
+def i64(values: Any = ()) -> Int64:
+    return np.asarray(values, dtype=np.int64)
+
+
+def f32(values: Any = ()) -> Float32:
+    return np.asarray(values, dtype=np.float32)
+
+
+def flags(values: Any = ()) -> Bool:
+    return np.asarray(values, dtype=np.bool_)
+
+
+def offsets_of(counts: Any) -> Int32:
+    """[N] counts -> [N + 1] offsets into the flat values."""
+    out = np.zeros(len(counts) + 1, dtype=np.int32)
+    np.cumsum(counts, out=out[1:])
+    return out
+
+
+class _Message:
+    """Flat (de)serialisation: one npz archive whose keys are dotted field paths. No pickle."""
+
+    def to_bytes(self) -> bytes:
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **dict(_flatten("", self)))
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls: type[T], data: bytes) -> T:
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            return cast(T, _unflatten(cls, {key: archive[key] for key in archive.files}, ""))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageColumn:
+    """Values of one column of one sampler stage for some slots, in a new slot or changed in a running one.
+
+    Attributes:
+        stage, column: which table of which stage they belong to.
+        slots: int32 [N].
+        values: flat, of the column's dtype (a scalar column has one value a slot).
+        offsets: int32 [N + 1] into `values`.
+    """
+
+    stage: str
+    column: str
+    slots: Int32
+    values: npt.NDArray[Any]
+    offsets: Int32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewSlots:
+    """Requests that enter (or re-enter, after preemption) the device tables with this step. N slots.
+
+    Attributes:
+        slots: int32 [N].
+        token_ids: int32, flat; all tokens known so far (prompt and, on re-admission, outputs).
+        token_offsets: int32 [N + 1].
+        prompt_lens: int32 [N]; tokens before it are prompt, the rest are outputs (counts are rebuilt from them).
+        num_computed: int32 [N]; tokens whose KV is there already (prefix-cache hits).
+        seeds: int64 [N]; sample_index: int32 [N]; the draw's key, with the position.
+        greedy: bool [N]; the row takes the arg-max: no noise is added.
+        min_lens: int32 [N]; while a new token's position is below it, `stop_ids` are masked (`min_tokens`).
+        stop_ids: int32, flat, with stop_offsets [N + 1]: the resolved stop set of each slot.
+        num_logprobs: int32 [N]; -1: none; k: the chosen token's and the k best.
+    """
+
+    slots: Int32 = field(default_factory=i32)
+    token_ids: Int32 = field(default_factory=i32)
+    token_offsets: Int32 = field(default_factory=lambda: i32([0]))
+    prompt_lens: Int32 = field(default_factory=i32)
+    num_computed: Int32 = field(default_factory=i32)
+    seeds: Int64 = field(default_factory=i64)
+    sample_index: Int32 = field(default_factory=i32)
+    greedy: Bool = field(default_factory=flags)
+    min_lens: Int32 = field(default_factory=i32)
+    stop_ids: Int32 = field(default_factory=i32)
+    stop_offsets: Int32 = field(default_factory=lambda: i32([0]))
+    num_logprobs: Int32 = field(default_factory=i32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockAppends:
+    """Block-table writes: table[group[i], slot[i], index[i]] = block[i]. All int32 [K]."""
+
+    group: Int32 = field(default_factory=i32)
+    slot: Int32 = field(default_factory=i32)
+    index: Int32 = field(default_factory=i32)
+    block: Int32 = field(default_factory=i32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockCopies:
+    """KV blocks to copy before the forward pass (forks). All int32 [K]."""
+
+    group: Int32 = field(default_factory=i32)
+    src: Int32 = field(default_factory=i32)
+    dst: Int32 = field(default_factory=i32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan(_Message):
+    """What one step computes. B rows (decode rows first, then prefill rows), T tokens, L logits positions.
+
+    Attributes:
+        step: running number of the step.
+        new: slots that enter with this step; `columns`: their stages' values, and changed ones of running slots.
+        appends, copies: block-table writes and block copies, applied before the forward pass.
+        slots: int32 [B]. num_decode_rows: the first rows, which continue a generated sequence.
+        query_lens: int32 [B], at least 1 each; T is their sum.
+        starts: int32 [B]; absolute position of each row's first token. An upper bound for decode rows: the
+            lengths on the device are the truth.
+        logits_index: int32 [L], ascending; which of the T tokens need logits.
+        logits_rows: int32 [L]; the row each of them belongs to.
+        sampled: bool [L]; True: a token is drawn there. False: only the log-probs of the next prompt token are
+            wanted (prompt_logprobs).
+        prompt_logprobs: int32 [L]; how many best log-probs to report at a position that is not sampled (0 for
+            sampled ones, whose number comes from the slot).
+    """
+
+    step: int = 0
+    new: NewSlots = field(default_factory=NewSlots)
+    columns: tuple[StageColumn, ...] = ()
+    appends: BlockAppends = field(default_factory=BlockAppends)
+    copies: BlockCopies = field(default_factory=BlockCopies)
+    slots: Int32 = field(default_factory=i32)
+    num_decode_rows: int = 0
+    query_lens: Int32 = field(default_factory=i32)
+    starts: Int32 = field(default_factory=i32)
+    logits_index: Int32 = field(default_factory=i32)
+    logits_rows: Int32 = field(default_factory=i32)
+    sampled: Bool = field(default_factory=flags)
+    prompt_logprobs: Int32 = field(default_factory=i32)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.slots)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.query_lens.sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogprobRows:
+    """Log-probs at N positions, of the raw logits (before any sampler stage).
+
+    Attributes:
+        rows: int32 [N]; the plan's row each belongs to. positions: int32 [N]; absolute position of the token whose
+            log-prob this is.
+        token_ids: int32 [N]; that token. logprobs: float32 [N]. ranks: int32 [N]; 1 + tokens strictly likelier.
+        top_ids: int32, flat, best first; top_logprobs: float32, flat; top_offsets: int32 [N + 1].
+    """
+
+    rows: Int32 = field(default_factory=i32)
+    positions: Int32 = field(default_factory=i32)
+    token_ids: Int32 = field(default_factory=i32)
+    logprobs: Float32 = field(default_factory=f32)
+    ranks: Int32 = field(default_factory=i32)
+    top_ids: Int32 = field(default_factory=i32)
+    top_logprobs: Float32 = field(default_factory=f32)
+    top_offsets: Int32 = field(default_factory=lambda: i32([0]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult(_Message):
+    """What one step produced. B rows as in its plan.
+
+    Attributes:
+        step: the plan's number.
+        token_ids: int32, flat, new tokens in row order; counts: int32 [B] (0 for a chunk that was not sampled).
+        failed: int32 [B]; 0: fine. 1: the row's raw logits were not finite. 2: the sampler stages left no token
+            possible. A failed row has count 0.
+        sampled_logprobs: one entry a new token whose slot asked for log-probs.
+        prompt_logprobs: one entry a prompt position that asked.
+    """
+
+    step: int = 0
+    token_ids: Int32 = field(default_factory=i32)
+    counts: Int32 = field(default_factory=i32)
+    failed: Int32 = field(default_factory=i32)
+    sampled_logprobs: LogprobRows = field(default_factory=LogprobRows)
+    prompt_logprobs: LogprobRows = field(default_factory=LogprobRows)
+
+
+ROW_FINE, ROW_BAD_LOGITS, ROW_NOTHING_LEFT = 0, 1, 2
+
+
+def _flatten(prefix: str, value: Any) -> list[tuple[str, npt.NDArray[Any]]]:
+    out: list[tuple[str, npt.NDArray[Any]]] = []
+    for f in fields(value):
+        name, item = prefix + f.name, getattr(value, f.name)
+        if isinstance(item, tuple):
+            out.append((name + ".len", np.asarray(len(item))))
+            for i, part in enumerate(item):
+                out += _flatten(f"{name}.{i}.", part)
+        elif isinstance(item, np.ndarray | int | str):
+            out.append((name, np.asarray(item)))
+        else:
+            out += _flatten(name + ".", item)
+    return out
+
+
+_NESTED: Mapping[str, type[Any]] = {
+    "new": NewSlots, "appends": BlockAppends, "copies": BlockCopies, "columns": StageColumn,
+    "sampled_logprobs": LogprobRows, "prompt_logprobs": LogprobRows,
+}  # fmt: skip
+
+
+def _unflatten(cls: type[Any], data: Mapping[str, npt.NDArray[Any]], prefix: str) -> Any:
+    out: dict[str, Any] = {}
+    for f in fields(cls):
+        name = prefix + f.name
+        if name + ".len" in data:
+            count = int(data[name + ".len"])
+            out[f.name] = tuple(_unflatten(_NESTED[f.name], data, f"{name}.{i}.") for i in range(count))
+        elif name in data:
+            array = data[name]
+            out[f.name] = array.item() if array.ndim == 0 else array
+        else:
+            out[f.name] = _unflatten(_NESTED[f.name], data, name + ".")
+    return cls(**out)

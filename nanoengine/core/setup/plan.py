@@ -75,7 +75,7 @@ class TargetLoader:
             found: Any = self._module(module_name)
             for part in attribute.split("."):
                 found = getattr(found, part)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a plugin may call sys.exit() when imported
             raise PluginError(f"cannot load {target!r}: {type(error).__name__}: {error}") from error
         return found
 

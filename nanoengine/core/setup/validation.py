@@ -1,0 +1,85 @@
+"""What a hook may return: the checks of values and specs, before anything is imported by them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from nanoengine.core.errors import PluginError
+from nanoengine.core.setup.registry import Kind
+from nanoengine.core.setup.specs import (
+    API_VERSION,
+    AttentionSpec,
+    ModelSourceSpec,
+    ModelSpec,
+    SamplerSpec,
+    Spec,
+    StageParams,
+)
+
+SPEC_HOOKS: Mapping[str, tuple[Kind, type[Spec]]] = {
+    "register_models": ("models", ModelSpec),
+    "register_samplers": ("samplers", SamplerSpec),
+    "register_attention_backends": ("attention_backends", AttentionSpec),
+    "register_model_sources": ("model_sources", ModelSourceSpec),
+}
+HOOKS = (*SPEC_HOOKS, "register_configs")
+_TARGET = re.compile(r"[\w.]+:[\w.]+")
+
+
+def checked_list(hook: str, values: Any) -> list[Any]:
+    """The hook's return value as a list; raises `PluginError` if it, or one of its items, is not of the hook's type."""
+    wanted: type[Any] = SPEC_HOOKS[hook][1] if hook in SPEC_HOOKS else str
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
+        raise PluginError(f"{hook} returned {values!r}, not a list of {wanted.__name__}")
+    items = list(values)
+    for item in items:
+        if not isinstance(item, wanted):
+            raise PluginError(f"{hook} returned a list with {item!r}, which is not a {wanted.__name__}")
+    return items
+
+
+def check_spec(spec: Any) -> None:
+    """Raises `PluginError` naming the field of `spec` that is of another interface version, type or form."""
+    if spec.api != API_VERSION:
+        raise PluginError(
+            f"it was written for plugin api {spec.api!r}, this nanoengine speaks api {API_VERSION}; "
+            f"{'upgrade nanoengine' if _newer(spec.api) else 'upgrade the plugin'}"
+        )
+    for field_ in dataclasses.fields(spec):
+        expected, valid = _FIELD_CHECKS[field_.name]
+        value = getattr(spec, field_.name)
+        if not valid(value):
+            raise PluginError(f"{type(spec).__name__}.{field_.name} must be {expected}, not {value!r}")
+
+
+def _newer(api: object) -> bool:
+    return isinstance(api, int) and api > API_VERSION
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(item, str) and item for item in value)
+
+
+def _is_params(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, StageParams) and dataclasses.is_dataclass(value)
+
+
+_FIELD_CHECKS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "name": ("a name without white space", lambda v: isinstance(v, str) and v.split() == [v]),
+    "target": ("of the form 'package.module:Class'", lambda v: isinstance(v, str) and bool(_TARGET.fullmatch(v))),
+    "api": ("an integer", _is_int),
+    "architectures": ("a tuple of architecture names", lambda v: _is_names(v) and bool(v)),
+    "params": ("a dataclass derived from StageParams", _is_params),
+    "preference": ("an integer", _is_int),
+    "order": ("an integer", _is_int),
+    "requires": ("a tuple of module names", _is_names),
+    "models": ("a tuple of model names", _is_names),
+    "install": ("a string", lambda v: isinstance(v, str)),
+}

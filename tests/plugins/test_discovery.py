@@ -1,0 +1,258 @@
+"""Discovery: isolation, provenance, clashes, and messages that name who, why and the mend."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nanoengine.api import ModelError, ModelSourceSpec, ModelSpec, PluginError, SamplerSpec, StageParams, hookimpl
+from nanoengine.core.setup.plugins import Failure, Registry, discover, plugin_file
+
+MODEL = """
+@hookimpl
+def register_models():
+    return [ModelSpec(name={name!r}, architectures=({arch!r},), target="pkg.mod:Cls", api=1)]
+"""
+
+
+def model(name: str = "zeta", arch: str = "ZetaForCausalLM") -> str:
+    return MODEL.format(name=name, arch=arch)
+
+
+def failure_of(registry: Registry, distribution: str) -> Failure:
+    found = [failure for failure in registry.failures if failure.origin.distribution == distribution]
+    assert len(found) == 1, registry.failures
+    return found[0]
+
+
+def holder(**hooks: Callable[[], Any]) -> SimpleNamespace:
+    return SimpleNamespace(**{name: hookimpl(function) for name, function in hooks.items()})
+
+
+def test_an_installed_plugin_is_found_with_its_provenance(install: Any) -> None:
+    install("nanoengine-zeta", model(), version="2.5")
+    found = discover().models["zeta"]
+    assert found.spec.architectures == ("ZetaForCausalLM",)
+    assert (found.origin.distribution, found.origin.version, found.origin.plugin, found.origin.module) == (
+        "nanoengine-zeta", "2.5", "plug", "nanoengine_zeta",
+    )  # fmt: skip
+
+
+def test_built_ins_come_first_and_by_the_same_entry_points(install: Any) -> None:
+    install("nanoengine-aaa", model())
+    origins = [origin.distribution for origin in discover().plugins]
+    assert "nanoengine" in origins
+    assert origins == sorted(origins, key=lambda name: (name != "nanoengine", name))
+
+
+def test_the_registry_is_frozen() -> None:
+    registry = discover(extra=[("x", holder(register_configs=lambda: ["pkg://a.b"]))])
+    with pytest.raises(TypeError):
+        registry.models["x"] = None  # type: ignore[index]
+    with pytest.raises(FrozenInstanceError):
+        registry.failures = ()  # type: ignore[misc]
+
+
+def test_two_discoveries_share_nothing(install: Any) -> None:
+    first = discover(extra=[("x", holder(register_configs=lambda: ["pkg://only.first"]))])
+    second = discover()
+    assert "pkg://only.first" in [root for root, _ in first.config_roots]
+    assert "pkg://only.first" not in [root for root, _ in second.config_roots]
+
+
+@pytest.mark.parametrize(
+    ("code", "stage", "error_type", "text"),
+    [
+        ("import no_such_library_q", "import", "ModuleNotFoundError", "no_such_library_q"),
+        ("import sys; sys.exit(3)", "import", "SystemExit", "3"),
+        ("x = 1", "register", "PluginError", "implements no hook"),
+        ("@hookimpl\ndef register_model(): ...", "register", "PluginError", "did you mean 'register_models'"),
+        ("@hookimpl\ndef register_models(extra): ...", "register", "PluginValidationError", "extra"),
+        ("@hookimpl(wrapper=True)\ndef register_models():\n    yield", "register", "PluginError", "wrapper"),
+        ("@hookimpl\ndef register_models(): raise KeyError('boom')", "register_models", "KeyError", "boom"),
+        ("@hookimpl\ndef register_models():\n    yield 1 / 0", "register_models", "ZeroDivisionError", "division"),
+        ("@hookimpl\ndef register_models(): return None", "register_models", "PluginError", "returned None"),
+        ("@hookimpl\ndef register_models(): return ['llama']", "register_models", "PluginError", "not a ModelSpec"),
+        ("@hookimpl\ndef register_configs(): return 'pkg://x'", "register_configs", "PluginError", "list of str"),
+        (model("two words"), "model 'two words'", "PluginError", "name must be"),
+        (model().replace("mod:Cls", "mod"), "model 'zeta'", "PluginError", "package.module:Class"),
+        (model().replace("('ZetaForCausalLM',)", "'Zeta'"), "model 'zeta'", "PluginError", "tuple of architecture"),
+        (model().replace("api=1", "api=99"), "model 'zeta'", "PluginError", "api 99"),
+        (model().replace("api=1", "api=0"), "model 'zeta'", "PluginError", "upgrade the plugin"),
+    ],
+)
+def test_a_broken_plugin_is_recorded_and_alone(install: Any, code: str, stage: str, error_type: str, text: str) -> None:
+    install("nanoengine-bad", code, version="0.7")
+    install("nanoengine-good", model("good", "GoodForCausalLM"))
+    registry = discover()
+    failure = failure_of(registry, "nanoengine-bad")
+    assert (failure.stage, failure.error_type) == (stage, error_type)
+    assert text in failure.message
+    assert "nanoengine-bad 0.7" in str(failure)
+    assert failure.cause in str(failure)
+    assert "good" in registry.models
+    assert not [found for found in registry.models.values() if found.origin.distribution == "nanoengine-bad"]
+
+
+def test_the_traceback_shows_the_plugins_own_frames_only(install: Any) -> None:
+    install("nanoengine-bad", "def inner():\n    raise OSError('disk')\n\ninner()")
+    tail = failure_of(discover(), "nanoengine-bad").traceback
+    assert "nanoengine_bad.py" in tail
+    assert "in inner" in tail
+    assert "importlib" not in tail
+    assert "plugins.py" not in tail
+
+
+def test_one_failing_hook_leaves_the_plugins_other_hooks(install: Any) -> None:
+    install("nanoengine-half", model() + "\n@hookimpl\ndef register_configs():\n    raise OSError('gone')\n")
+    registry = discover()
+    assert "zeta" in registry.models
+    assert failure_of(registry, "nanoengine-half").stage == "register_configs"
+
+
+def test_an_optional_hook_of_a_later_engine_is_passed_over(install: Any) -> None:
+    install("nanoengine-z", model() + "\n@hookimpl(optionalhook=True)\ndef register_tomorrow(): return []\n")
+    registry = discover()
+    assert "zeta" in registry.models
+    assert not [failure for failure in registry.failures if failure.origin.distribution == "nanoengine-z"]
+
+
+def test_two_plugins_with_one_name_are_refused_by_both_distributions_when_needed(install: Any) -> None:
+    install("nanoengine-a", model("same", "AForCausalLM"), version="1.1")
+    install("nanoengine-b", model("same", "BForCausalLM"), version="2.2")
+    registry = discover()
+    assert [conflict.name for conflict in registry.conflicts] == ["same"]
+    for look_up in (
+        lambda: registry.require("models", "same"),
+        lambda: registry.model_for(["AForCausalLM"], name="same"),
+    ):
+        with pytest.raises(PluginError, match=r"nanoengine-a 1\.1.* and nanoengine-b 2\.2.*pip uninstall nanoengine-a"):
+            look_up()
+    assert registry.model_for(["AForCausalLM"]).origin.distribution == "nanoengine-a"  # only one serves it
+
+
+def test_a_built_in_name_can_clash_too() -> None:
+    built_in = next(iter(discover().samplers.values()))
+    double = SamplerSpec(name=built_in.spec.name, params=built_in.spec.params, target="a.b:C", api=1)
+    registry = discover(extra=[("mine", holder(register_samplers=lambda: [double]))])
+    with pytest.raises(PluginError, match=r"nanoengine \d.* and object 'mine'"):
+        registry.stages()
+
+
+def test_two_models_for_one_architecture_need_a_choice_by_name(install: Any) -> None:
+    install("nanoengine-a", model("one", "SharedForCausalLM"))
+    install("nanoengine-b", model("two", "SharedForCausalLM"))
+    registry = discover()
+    with pytest.raises(PluginError, match=r"'one' of nanoengine-a.*'two' of nanoengine-b.*select one by its name"):
+        registry.model_for(["SharedForCausalLM"])
+    assert registry.model_for(["SharedForCausalLM"], name="two").spec.name == "two"
+    with pytest.raises(ModelError, match="serves SharedForCausalLM, not OtherForCausalLM"):
+        registry.model_for(["OtherForCausalLM"], name="two")
+
+
+def test_two_stages_may_not_share_a_parameter() -> None:
+    @dataclass(frozen=True)
+    class Boost(StageParams):
+        boost: float = 0.0
+
+    def plugin(name: str) -> SimpleNamespace:
+        spec = SamplerSpec(name=name, params=Boost, target="a.b:C", api=1)
+        return holder(register_samplers=lambda: [spec])
+
+    registry = discover(extra=[("first", plugin("stage_a")), ("second", plugin("stage_b"))])
+    with pytest.raises(PluginError, match=r"'boost' is claimed by .*'stage_a'.*'first'.*'stage_b'.*'second'"):
+        registry.stages()
+
+
+def test_an_unknown_architecture_names_the_nearest_all_served_and_who_failed(install: Any) -> None:
+    install("nanoengine-zeta", model())
+    install("nanoengine-bad", "import no_such_library_q", version="0.7")
+    with pytest.raises(ModelError) as caught:
+        discover().model_for(["ZetaForCausalML"])
+    message = str(caught.value)
+    assert "'ZetaForCausalML'" in message
+    assert "did you mean 'ZetaForCausalLM'" in message
+    assert "nanoengine-bad 0.7" in message
+    assert "ModuleNotFoundError" in message
+
+
+def test_what_is_not_installed_says_so_with_the_nearest_name(install: Any) -> None:
+    install("nanoengine-zeta", model())
+    with pytest.raises(PluginError, match=r"no model 'zetta' is installed; did you mean 'zeta'\?"):
+        discover().require("models", "zetta")
+
+
+def test_what_failed_is_named_when_it_is_needed(install: Any) -> None:
+    install("nanoengine-zeta", model().replace("api=1", "api=99"), version="9.0")
+    with pytest.raises(PluginError, match=r"model 'zeta' is not available: nanoengine-zeta 9\.0.*api 99.*api 1"):
+        discover().require("models", "zeta")
+
+
+def test_sources_are_in_order_and_list_their_models() -> None:
+    def source(name: str, order: int, models: tuple[str, ...] = ()) -> ModelSourceSpec:
+        return ModelSourceSpec(name=name, target="a.b:C", api=1, order=order, models=models)
+
+    late, early = source("late", 10_000), source("early", -5, ("tiny-x",))
+    registry = discover(extra=[("x", holder(register_model_sources=lambda: [late, early]))])
+    names = [found.spec.name for found in registry.sources()]
+    assert (names[0], names[-1]) == ("early", "late")
+    assert "tiny-x" in registry.source_names()
+
+
+def test_a_plugin_file_registers_under_a_name_of_its_own(plugin_py: Any) -> None:
+    code = model().replace('"pkg.mod:Cls"', 'f"{__name__}:Zeta"') + "\nclass Zeta: ...\n"
+    path = plugin_py(code)
+    registry = discover([path])
+    (file,) = registry.plugin_files
+    assert file == plugin_file(path)
+    assert file.module.startswith("nanoengine_plugin_my_plugin_")
+    assert registry.models["zeta"].spec.target == f"{file.module}:Zeta"
+    assert registry.models["zeta"].origin.file == str(path)
+
+
+def test_files_of_one_name_in_two_folders_do_not_meet(plugin_py: Any, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    one, two = plugin_py(model("one", "A")), plugin_py(model("two", "B"), "other/my-plugin.py")
+    assert {"one", "two"} <= set(discover([one, two]).models)
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("import no_such_library_q", r"my-plugin\.py failed at import: ModuleNotFoundError.*no_such_library_q"),
+        ("def f(:", "SyntaxError"),
+        ("x = 1", "implements no hook"),
+        ("@hookimpl\ndef register_models(): raise KeyError('boom')", r"register_models: KeyError: 'boom'"),
+        (model().replace("api=1", "api=99"), "api 99"),
+    ],
+)
+def test_a_plugin_file_that_fails_is_fatal(plugin_py: Any, code: str, text: str) -> None:
+    with pytest.raises(PluginError, match=text):
+        discover([plugin_py(code)])
+
+
+def test_a_plugin_file_must_be_a_python_file(tmp_path: Path) -> None:
+    with pytest.raises(PluginError, match="does not exist"):
+        discover([tmp_path / "none.py"])
+    (tmp_path / "plugin.txt").write_text("")
+    with pytest.raises(PluginError, match=r"not a \.py file"):
+        discover([tmp_path / "plugin.txt"])
+
+
+def test_an_object_handed_over_fails_at_once() -> None:
+    bad = ModelSpec(name="bad", architectures=("A",), target="no colon", api=1)
+    with pytest.raises(PluginError, match=r"object 'mine'.*package\.module:Class"):
+        discover(extra=[("mine", holder(register_models=lambda: [bad]))])
+
+
+def test_discovery_imports_no_torch() -> None:
+    code = "import sys; from nanoengine.core.setup.plugins import discover; r = discover(); r.stages()\n"
+    code += "assert r.plugins; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanoengine.core.errors import ModelSourceError, nearest
+
+
+def cache_root() -> Path:
+    """`$NANOENGINE_CACHE`, else `$XDG_CACHE_HOME/nanoengine`, else `~/.cache/nanoengine`; it may not exist yet."""
+    own = os.environ.get("NANOENGINE_CACHE")
+    if own:
+        return Path(own).expanduser().absolute()
+    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # The XDG base directory specification has relative paths ignored.
+    return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "nanoengine"
 
 
 def _silent(text: str) -> None:

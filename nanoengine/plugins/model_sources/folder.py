@@ -1,0 +1,31 @@
+"""A folder in Hugging Face form: config.json beside safetensors and tokenizer files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nanoengine.api import ModelSource, ModelSourceError, SourceContext
+
+
+class FolderSource(ModelSource):
+    """An existing folder with config.json is its own answer."""
+
+    def resolve(self, source: str, ctx: SourceContext) -> Path | None:
+        """The folder as an absolute path; None if `source` is no folder.
+
+        Raises `ModelSourceError` for a folder without config.json, naming what it holds instead.
+        """
+        folder = Path(source).expanduser()
+        if not folder.is_dir():
+            return None
+        if (folder / "config.json").is_file():
+            return folder.resolve()
+        ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+        if ggufs:
+            mend = f"give a .gguf file in it instead: {', '.join(str(folder / name) for name in ggufs[:4])}"
+        elif any(folder.glob("*/config.json")):
+            inner = sorted(str(path.parent) for path in folder.glob("*/config.json"))
+            mend = f"did you mean a folder inside it? {', '.join(inner[:4])}"
+        else:
+            mend = "a model folder holds config.json, *.safetensors and the tokenizer's files"
+        raise ModelSourceError(f"folder {folder} is no model: it has no config.json; {mend}")

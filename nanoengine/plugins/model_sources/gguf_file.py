@@ -1,0 +1,30 @@
+"""A .gguf file on disk: converted once into a folder of the cache, then used from there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nanoengine.api import ModelSource, ModelSourceError, SourceContext
+from nanoengine.plugins.model_sources.conversion_cache import ConvertedModel, remembered_sha256
+
+
+class GGUFFileSource(ModelSource):
+    """Paths that end in .gguf."""
+
+    def resolve(self, source: str, ctx: SourceContext) -> Path | None:
+        """The converted folder; None if `source` does not end in .gguf.
+
+        Raises `ModelSourceError` if there is no such file, or if it is one that is not served.
+        """
+        if not source.lower().endswith(".gguf"):
+            return None
+        path = Path(source).expanduser()
+        if not path.is_file():
+            raise ModelSourceError(f"no such file: {path} (looked from {Path.cwd()})")
+        try:
+            digest = remembered_sha256(path, ctx)
+        except OSError as error:
+            raise ModelSourceError(
+                f"cannot read {path} or write the cache {ctx.cache} (NANOENGINE_CACHE names another one): {error}"
+            ) from error
+        return ConvertedModel(digest, ctx).obtain(lambda scratch: path)

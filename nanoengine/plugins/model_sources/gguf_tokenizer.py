@@ -1,0 +1,173 @@
+"""GGUF vocabulary -> tokenizer.json, with the pre-tokenizer that the file names.
+
+Loaders that do not know the name fall back to GPT-2's splitting, which goes unnoticed: every round trip still passes,
+but white space and digits split into tokens that the model never saw. So an unknown name is refused here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanoengine.plugins.model_sources.gguf_metadata import Metadata, token_ids, write_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# The published splitting expressions of Llama 3 and of Qwen 2 differ only in how many digits stay together.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PreTokenizer:
+    """How a family splits text before BPE.
+
+    Attributes:
+        pattern: splitting expression; None: every digit alone, then GPT-2's expression.
+        nfc: text is put into Unicode's normal form C first.
+        ignore_merges: a piece that is a token as it stands is taken whole.
+        add_bos: BOS goes in front where the file does not say.
+    """
+
+    pattern: str | None
+    nfc: bool = False
+    ignore_merges: bool = False
+    add_bos: bool = False
+
+
+PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
+    "smollm": PreTokenizer(None),
+    "llama-bpe": PreTokenizer(_SPLIT.format(digits="{1,3}"), ignore_merges=True, add_bos=True),
+    "qwen2": PreTokenizer(_SPLIT.format(digits=""), nfc=True),
+}
+
+
+class TokenType(IntEnum):
+    """`tokenizer.ggml.token_type` of the GGUF specification."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+
+
+def write_tokenizer(meta: Metadata, folder: Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json and, where the file has one, chat_template.jinja.
+
+    Raises `ModelSourceError` for a tokenizer that is not served, by name, or a vocabulary that contradicts itself.
+    """
+    tokenizer = build_tokenizer(meta)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokens = meta.require("tokenizer.ggml.tokens")
+    config: dict[str, Any] = {
+        # This class keeps tokenizer.json as it is; those named after a model replace its pre-tokenizer.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": meta.positive_int(f"{meta.require('general.architecture')}.context_length"),
+    }
+    config |= {key.removesuffix("_id"): tokens[value] for key, value in token_ids(meta).items()}
+    write_json(folder / "tokenizer_config.json", config)
+    template = meta.get("tokenizer.chat_template")
+    if template:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
+
+
+def build_tokenizer(meta: Metadata) -> Tokenizer:
+    """A byte-level BPE `tokenizers.Tokenizer` of the file's vocabulary."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    pre = _pre_tokenizer(meta)
+    vocab, types = _vocabulary(meta)
+    merges = _merges(meta, vocab)
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre.ignore_merges))
+    tokenizer.pre_tokenizer = _splitter(pre)
+    tokenizer.decoder = decoders.ByteLevel()
+    if pre.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    # All of them stand in the vocabulary already, which fixes their ids.
+    special = {TokenType.UNKNOWN: True, TokenType.CONTROL: True, TokenType.USER_DEFINED: False}
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=special[types[token]], normalized=False)
+            for token in vocab
+            if types[token] in special
+        ]
+    )
+    _add_template(meta, tokenizer, pre)
+    return tokenizer
+
+
+def _pre_tokenizer(meta: Metadata) -> PreTokenizer:
+    model = meta.require("tokenizer.ggml.model")
+    if model != "gpt2":
+        raise meta.error(f"tokenizer model {model!r} is not served; valid: gpt2 (byte-level BPE)")
+    pre = meta.get("tokenizer.ggml.pre")
+    if pre not in PRE_TOKENIZERS:
+        said = "it names no pre-tokenizer" if pre is None else f"pre-tokenizer {pre!r} is not served"
+        raise meta.error(f"{said}; valid: {', '.join(sorted(PRE_TOKENIZERS))}")
+    return PRE_TOKENIZERS[pre]
+
+
+def _vocabulary(meta: Metadata) -> tuple[dict[str, int], dict[str, TokenType]]:
+    """Token -> id and token -> type. Unused ids, the padding of the embedding, are left out."""
+    tokens = meta.require("tokenizer.ggml.tokens")
+    types = meta.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
+    if len(types) != len(tokens):
+        raise meta.error(f"{len(tokens)} tokens but {len(types)} token types")
+    vocab: dict[str, int] = {}
+    kinds: dict[str, TokenType] = {}
+    for index, (token, kind) in enumerate(zip(tokens, types, strict=True)):
+        if kind == TokenType.UNUSED:
+            continue
+        if token in vocab:
+            raise meta.error(f"token {token!r} stands twice in the vocabulary, as {vocab[token]} and {index}")
+        if kind not in TokenType._value2member_map_:
+            raise meta.error(f"token {token!r} is of type {kind}, which a byte-level BPE has not")
+        vocab[token], kinds[token] = index, TokenType(kind)
+    return vocab, kinds
+
+
+def _merges(meta: Metadata, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    merges = []
+    for merge in meta.require("tokenizer.ggml.merges"):
+        left, _, right = merge.partition(" ")
+        for token in (left, right, left + right):
+            if token not in vocab:
+                raise meta.error(f"merge {merge!r} needs the token {token!r}, which the vocabulary has not")
+        merges.append((left, right))
+    return merges
+
+
+def _splitter(pre: PreTokenizer) -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    if pre.pattern is None:
+        first: Any = pre_tokenizers.Digits(individual_digits=True)
+    else:
+        first = pre_tokenizers.Split(Regex(pre.pattern), behavior="isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.pattern is None)
+    return pre_tokenizers.Sequence([first, bytes_])
+
+
+def _add_template(meta: Metadata, tokenizer: Tokenizer, pre: PreTokenizer) -> None:
+    """BOS in front and EOS behind, where the file (or the family, for BOS) wants them."""
+    from tokenizers.processors import TemplateProcessing
+
+    ids, tokens = token_ids(meta), meta.require("tokenizer.ggml.tokens")
+    around: dict[str, list[str]] = {"bos": [], "eos": []}
+    for kind, default in (("bos", pre.add_bos), ("eos", False)):
+        if meta.get(f"tokenizer.ggml.add_{kind}_token", default):
+            if f"{kind}_token_id" not in ids:
+                raise meta.error(f"it wants {kind} added to every text, but tokenizer.ggml.{kind}_token_id is missing")
+            around[kind] = [tokens[ids[f"{kind}_token_id"]]]
+    special = [(token, tokenizer.token_to_id(token)) for tokens in around.values() for token in tokens]
+    if special:
+        single, pair = ([*around["bos"], f"${part}", *around["eos"]] for part in "AB")
+        tokenizer.post_processor = TemplateProcessing(single=single, pair=single + pair, special_tokens=special)

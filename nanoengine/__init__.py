@@ -1,0 +1,52 @@
+"""nanoengine: a small LLM inference engine whose every replaceable part is a plugin.
+
+Names are imported when first used, so that `import nanoengine` and `nanoengine --help` load no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nanoengine.core.errors import NanoEngineError, RequestError
+    from nanoengine.core.llm import LLM, EngineStats, Stream
+    from nanoengine.core.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+    from nanoengine.core.sampling_params import SamplingParams
+    from nanoengine.core.setup.config import load_config
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LLM": "nanoengine.core.llm",
+    "EngineStats": "nanoengine.core.llm",
+    "Stream": "nanoengine.core.llm",
+    "SamplingParams": "nanoengine.core.sampling_params",
+    "CompletionOutput": "nanoengine.core.request",
+    "Logprob": "nanoengine.core.request",
+    "RequestMetrics": "nanoengine.core.request",
+    "RequestOutput": "nanoengine.core.request",
+    "NanoEngineError": "nanoengine.core.errors",
+    "RequestError": "nanoengine.core.errors",
+    "load_config": "nanoengine.core.setup.config",
+}
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EngineStats",
+    "Logprob",
+    "NanoEngineError",
+    "RequestError",
+    "RequestMetrics",
+    "RequestOutput",
+    "SamplingParams",
+    "Stream",
+    "load_config",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'nanoengine' has no attribute {name!r}")

@@ -59,8 +59,8 @@ class RequestError(NanoEngineError):
     It is not raised by `generate`: it stands in `RequestOutput.error`, in that request's place.
 
     Attributes:
-        code: a stable word for programs: "too_long", "does_not_fit", "invalid_prompt", "bad_logits",
-            "stage_failed", "step_failed", "out_of_blocks".
+        code: a stable word for programs: "too_long", "does_not_fit", "invalid_prompt", "duplicate_id",
+            "bad_logits", "nothing_left", "stage_failed", "step_failed".
     """
 
     def __init__(self, code: str, message: str) -> None:

@@ -1,0 +1,159 @@
+"""From a user's choice to an `EnginePlan`: find the model, choose the parts, fill in every option left open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanoengine.core.errors import ConfigError
+from nanoengine.core.execution.attention import AttentionBackend, AttentionFeature, AttentionNeed
+from nanoengine.core.execution.build import BuiltModel, build_model, kv_groups
+from nanoengine.core.execution.model import Model
+from nanoengine.core.execution.parallel import SingleRank
+from nanoengine.core.setup.choose import PassedOver, choose_attention, class_reasons, from_class, load_checked
+from nanoengine.core.setup.generation import read_json
+from nanoengine.core.setup.model_source import ModelSource, SourceContext, cache_root, resolve_model
+from nanoengine.core.setup.options import EngineOptions
+from nanoengine.core.setup.plan import EnginePlan, StagePlan, TargetLoader
+from nanoengine.core.setup.registry import Registry
+
+DEFAULT_BLOCK_SIZE = 16
+DEFAULT_BATCHED_TOKENS: Mapping[str, int] = {"cpu": 2048, "cuda": 8192}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembly:
+    """The plan, what loads its targets in this process, and what the scheduler and the API must know.
+
+    `passed_over`: attention backends that `auto` did not take, each with its reasons.
+    """
+
+    plan: EnginePlan
+    loader: TargetLoader
+    model_path: Path
+    vocab_size: int
+    num_kv_groups: int
+    passed_over: PassedOver
+
+
+def find_model(source: str, registry: Registry, say: Any = None) -> Path:
+    """Folder of the model that `source` names, by the registered model sources."""
+    loader = TargetLoader(registry.plugin_files)
+    sources = [load_checked(loader, found.spec.target, ModelSource)() for found in registry.sources()]
+    ctx = SourceContext(cache_root(), say) if say is not None else SourceContext(cache_root())
+    return resolve_model(source, sources, ctx, registry.source_names())
+
+
+def assemble(
+    model_path: Path, attention: str | type[AttentionBackend], options: EngineOptions, registry: Registry
+) -> Assembly:
+    """Raises `ModelError`, `PluginError`, `UnsupportedError` or `ConfigError`."""
+    hf_config = read_json(model_path / "config.json")
+    found = registry.model_for(tuple(hf_config.get("architectures") or ()))
+    loader = TargetLoader(registry.plugin_files)
+    options = _fill_device(options, hf_config)
+    built = _inspect(loader, found.spec.target, hf_config, options)
+    options = _fill_lengths(options, built)
+    need = attention_need(built, options)
+    name, target, local, passed = _attention(attention, need, registry, loader)
+    loader = TargetLoader(registry.plugin_files, local)
+    options = _fill_block_size(options, load_checked(loader, target, AttentionBackend))
+    plan = EnginePlan(
+        model_path=str(model_path),
+        hf_config=hf_config,
+        model=found.spec.target,
+        attention_name=name,
+        attention=target,
+        stages=tuple(
+            StagePlan(name=s.spec.name, target=s.spec.target, columns=dict(s.spec.params.columns))
+            for s in registry.stages()
+        ),
+        options=options,
+        plugin_files=registry.plugin_files,
+    )
+    return Assembly(
+        plan=plan,
+        loader=loader,
+        model_path=model_path,
+        vocab_size=built.config.vocab_size,
+        num_kv_groups=len(kv_groups(built.attention_layers)),
+        passed_over=passed,
+    )
+
+
+def _inspect(loader: TargetLoader, target: str, hf_config: Mapping[str, Any], options: EngineOptions) -> BuiltModel:
+    """The model without memory, to learn what its attention layers need."""
+    model_class: type[Model] = load_checked(loader, target, Model)
+    dtype = getattr(torch, options.dtype)
+    return build_model(model_class, hf_config, tp=SingleRank(), dtype=dtype, device=torch.device("meta"))
+
+
+def _attention(
+    chosen: str | type[AttentionBackend], need: AttentionNeed, registry: Registry, loader: TargetLoader
+) -> tuple[str, str, Mapping[str, type[Any]], PassedOver]:
+    """Name, target, local classes and those passed over."""
+    if isinstance(chosen, str):
+        found, passed = choose_attention(registry, need, chosen, loader)
+        return found.spec.name, found.spec.target, {}, passed
+    target, local = from_class(chosen, AttentionBackend)
+    reasons = class_reasons(chosen, need)
+    if reasons:
+        raise ConfigError(f"attention backend {target} cannot serve this model here: {'; '.join(reasons)}")
+    return chosen.__name__, target, local, []
+
+
+def attention_need(built: BuiltModel, options: EngineOptions) -> AttentionNeed:
+    """What the model's attention layers ask of a backend."""
+    features = {AttentionFeature.MIXED}
+    specs = [layer.spec for layer in built.attention_layers]
+    if any(spec.window is not None for spec in specs):
+        features.add(AttentionFeature.SLIDING_WINDOW)
+    if any(spec.soft_cap is not None for spec in specs):
+        features.add(AttentionFeature.SOFT_CAP)
+    return AttentionNeed(
+        device=torch.device(options.device).type,
+        dtype=options.dtype,
+        head_sizes=frozenset(spec.head_size for spec in specs),
+        block_size=options.block_size,
+        features=frozenset(features),
+    )
+
+
+def _fill_device(options: EngineOptions, hf_config: Mapping[str, Any]) -> EngineOptions:
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"engine.device is {device}, but this machine has no usable CUDA device; use device=cpu")
+    dtype = options.dtype
+    if dtype == "auto":
+        named = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+        dtype = "float32" if device == "cpu" else _known_dtype(named)
+    return replace(options, device=device, dtype=dtype)
+
+
+def _known_dtype(name: str) -> Any:
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"config.json names dtype {name!r}; set engine.dtype to float32, bfloat16 or float16")
+    return name
+
+
+def _fill_lengths(options: EngineOptions, built: BuiltModel) -> EngineOptions:
+    longest = built.config.max_model_len
+    if options.max_model_len is not None and options.max_model_len > longest:
+        raise ConfigError(f"engine.max_model_len is {options.max_model_len}, but the model was made for {longest}")
+    device = torch.device(options.device).type
+    return replace(
+        options,
+        max_model_len=options.max_model_len or longest,
+        max_num_batched_tokens=options.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device],
+    )
+
+
+def _fill_block_size(options: EngineOptions, backend: type[AttentionBackend]) -> EngineOptions:
+    multiple = backend.capabilities.block_multiple
+    return replace(options, block_size=options.block_size or -(-DEFAULT_BLOCK_SIZE // multiple) * multiple)

@@ -1,0 +1,130 @@
+"""From an `EnginePlan` to a running engine: executor, tokenizer, parameters, scheduler, outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from nanoengine.core.assemble import Assembly
+from nanoengine.core.engine import Engine, EngineLimits
+from nanoengine.core.errors import NanoEngineError, TokenizerMissing
+from nanoengine.core.execution.executor import Executor, InProcessExecutor
+from nanoengine.core.execution.memory import MemoryReport
+from nanoengine.core.output import OutputProcessor
+from nanoengine.core.sampling_params import ParamsResolver
+from nanoengine.core.scheduling.block_manager import BlockManager
+from nanoengine.core.scheduling.scheduler import Scheduler, SchedulerConfig
+from nanoengine.core.setup.generation import read_generation_defaults
+from nanoengine.core.setup.options import EngineOptions
+from nanoengine.core.setup.registry import Registry
+from nanoengine.core.text import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class _ParamsContext:
+    vocab_size: int
+    max_model_len: int
+    tokenizer: Tokenizer | None
+
+    def encode(self, text: str) -> list[int]:
+        return _need(self.tokenizer).encode(text, add_special_tokens=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltEngine:
+    """An engine and what the API needs beside it.
+
+    Attributes:
+        tokenizer: tokenizer, or None. sampling_defaults: the model's own, as keywords of `SamplingParams`.
+        memory: what the KV cache and the weights take.
+    """
+
+    engine: Engine
+    executor: Executor
+    assembly: Assembly
+    tokenizer: Tokenizer | None
+    resolver: ParamsResolver
+    sampling_defaults: Mapping[str, Any]
+    memory: MemoryReport
+
+    def need_tokenizer(self) -> Tokenizer:
+        return _need(self.tokenizer)
+
+    def counters(self) -> dict[str, int]:
+        return asdict(self.engine.scheduler.stats())
+
+    def model(self) -> nn.Module:
+        if not isinstance(self.executor, InProcessExecutor) or self.executor.runner is None:
+            raise NanoEngineError("the model is only at hand while it runs in this process")
+        return self.executor.runner.model
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+def build_engine(assembly: Assembly, registry: Registry) -> BuiltEngine:
+    """Raises what loading raises; nothing is left running then."""
+    plan, options = assembly.plan, assembly.plan.options
+    tokenizer = None if options.skip_tokenizer_init else load_tokenizer(assembly.model_path)
+    stages = [(found.spec.name, found.spec.params) for found in registry.stages()]
+    assert options.max_model_len is not None
+    ctx = _ParamsContext(assembly.vocab_size, options.max_model_len, tokenizer)
+    legal = {name for _, params in stages for name in params.__dataclass_fields__}  # type: ignore[attr-defined]
+    eos = tokenizer.hf.eos_token_id if tokenizer is not None else None
+    defaults = read_generation_defaults(assembly.model_path, plan.hf_config, legal, eos)
+    resolver = ParamsResolver(stages, ctx, defaults.eos_ids)
+    executor = InProcessExecutor()
+    try:
+        memory = executor.start(plan, assembly.loader)
+        engine = Engine(
+            EngineLimits(
+                vocab_size=assembly.vocab_size,
+                max_model_len=options.max_model_len,
+                seed=options.seed,
+                overlap=options.overlap,
+            ),
+            _scheduler(options, memory),
+            executor,
+            OutputProcessor(tokenizer),
+            resolver,
+            lambda text: _need(tokenizer).encode(text),
+        )
+    except BaseException:
+        executor.shutdown()
+        raise
+    return BuiltEngine(
+        engine=engine,
+        executor=executor,
+        assembly=assembly,
+        tokenizer=tokenizer,
+        resolver=resolver,
+        sampling_defaults=defaults.sampling,
+        memory=memory,
+    )
+
+
+def _scheduler(options: EngineOptions, memory: MemoryReport) -> Scheduler:
+    assert options.max_num_batched_tokens is not None and options.max_model_len is not None
+    config = SchedulerConfig(
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_model_len=options.max_model_len,
+        enable_prefix_caching=options.enable_prefix_caching,
+        policy=options.scheduling_policy,
+    )
+    blocks = BlockManager(
+        groups=memory.num_groups,
+        num_blocks=memory.num_blocks + 1,
+        block_size=memory.block_size,
+        enable_prefix_caching=options.enable_prefix_caching,
+    )
+    return Scheduler(config, blocks)
+
+
+def _need(tokenizer: Tokenizer | None) -> Tokenizer:
+    if tokenizer is None:
+        raise TokenizerMissing("this engine has no tokenizer; give token ids, or a model folder with tokenizer.json")
+    return tokenizer

@@ -1,0 +1,82 @@
+"""Where the runner lives. One device: in this process, with a worker thread of one standing for the device's stream."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from nanoengine.core.execution.memory import MemoryReport
+from nanoengine.core.execution.parallel import SingleRank
+from nanoengine.core.execution.runner import ModelRunner
+from nanoengine.core.setup.plan import EnginePlan, TargetLoader
+from nanoengine.core.step import StepPlan, StepResult
+
+
+class StepHandle(ABC):
+    """A launched step."""
+
+    @abstractmethod
+    def wait(self) -> StepResult:
+        """Its result, once it has arrived. Raises what the step raised."""
+
+
+class Executor(ABC):
+    """Runs step plans, in the order they were launched."""
+
+    @abstractmethod
+    def start(self, plan: EnginePlan, loader: TargetLoader) -> MemoryReport:
+        """Build the model and its memory."""
+
+    @abstractmethod
+    def launch(self, plan: StepPlan) -> StepHandle:
+        """Hand over a step; returns before it has run. Legal while one step is in flight."""
+
+    @abstractmethod
+    def call(self, name: str, *args: Any) -> list[Any]:
+        """Call a runner's method by name, after the launched steps; one answer a rank. For rare control, not steps."""
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Wait for what runs, then give all memory back. Idempotent."""
+
+
+class _FutureHandle(StepHandle):
+    def __init__(self, future: Future[StepResult]) -> None:
+        self._future = future
+
+    def wait(self) -> StepResult:
+        return self._future.result()
+
+
+class InProcessExecutor(Executor):
+    """One device. Steps run in order on one worker thread, so that the host may prepare the next beside it."""
+
+    def __init__(self) -> None:
+        self._thread: ThreadPoolExecutor | None = ThreadPoolExecutor(1, thread_name_prefix="nanoengine-step")
+        self.runner: ModelRunner | None = None
+
+    def start(self, plan: EnginePlan, loader: TargetLoader) -> MemoryReport:
+        self.runner = ModelRunner(plan, loader, SingleRank())
+        report: MemoryReport = self._submit(self.runner.start).result()
+        return report
+
+    def launch(self, plan: StepPlan) -> StepHandle:
+        assert self.runner is not None
+        return _FutureHandle(self._submit(self.runner.execute, plan))
+
+    def call(self, name: str, *args: Any) -> list[Any]:
+        return [self._submit(getattr(self.runner, name), *args).result()]
+
+    def shutdown(self) -> None:
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        thread.shutdown(wait=True, cancel_futures=True)
+        if self.runner is not None:
+            self.runner.release()
+            self.runner = None
+
+    def _submit(self, fn: Any, *args: Any) -> Future[Any]:
+        assert self._thread is not None, "executor used after shutdown"
+        return self._thread.submit(fn, *args)

@@ -1,0 +1,106 @@
+"""The inputs of one step, gathered on the device from the slot tables into static buffers.
+
+The buffers are made once at full size and every step takes views of their fronts, so eager runs, capture and replay
+share one path, and nothing is rebuilt per step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanoengine.core.execution.attention import BatchLimits, StepInputs
+from nanoengine.core.execution.slots import SlotTables
+from nanoengine.core.step import StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class GatheredStep:
+    """Views of the static buffers: input_ids int32 [T], positions int64 [T], slots int64 [B], query_lens int64 [B],
+    logits_index int64 [L]; one `StepInputs` a KV group."""
+
+    input_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    query_lens: Tensor
+    logits_index: Tensor
+    groups: tuple[StepInputs, ...]
+
+
+class StepBuffers:
+    """Static buffers for up to `limits.max_rows` rows and `limits.max_tokens` tokens."""
+
+    def __init__(self, limits: BatchLimits, num_groups: int, device: torch.device) -> None:
+        rows, tokens = limits.max_rows, limits.max_tokens
+        self.limits = limits
+
+        def make(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.input_ids = make(tokens, dtype=torch.int32)
+        self.positions = make(tokens, dtype=torch.int64)
+        self.row_of_token = make(tokens, dtype=torch.int64)
+        self.offset_in_row = make(tokens, dtype=torch.int64)
+        self.slots = make(rows, dtype=torch.int64)
+        self.query_lens = make(rows, dtype=torch.int64)
+        self.query_start_loc = make(rows + 1, dtype=torch.int32)
+        self.seq_lens = make(rows, dtype=torch.int32)
+        self.logits_index = make(tokens, dtype=torch.int64)
+        self.block_tables = make(num_groups, rows, limits.max_blocks, dtype=torch.int32)
+        self.slot_mapping = make(num_groups, tokens, dtype=torch.int64)
+
+    def gather(self, plan: StepPlan, tables: SlotTables) -> GatheredStep:
+        """Fill the buffers for `plan`. Positions come from the device's own lengths, not from the plan's."""
+        rows, tokens = plan.num_rows, plan.num_tokens
+        self._put_plan(plan, tables, rows, tokens)
+        slots, row_of_token = self.slots[:rows], self.row_of_token[:tokens]
+        computed = tables.num_computed.index_select(0, slots)
+        token_slots = slots.index_select(0, row_of_token)
+        positions = self.positions[:tokens]
+        torch.add(computed.index_select(0, row_of_token), self.offset_in_row[:tokens], out=positions)
+        self.input_ids[:tokens].copy_(tables.token_ids[token_slots, positions])
+        self.seq_lens[:rows].copy_(computed + self.query_lens[:rows])
+        groups = tuple(self._group(g, plan, tables, token_slots) for g in range(tables.limits.num_groups))
+        return GatheredStep(
+            self.input_ids[:tokens],
+            positions,
+            slots,
+            self.query_lens[:rows],
+            self.logits_index[: len(plan.logits_index)],
+            groups,
+        )
+
+    def _put_plan(self, plan: StepPlan, tables: SlotTables, rows: int, tokens: int) -> None:
+        lens = plan.query_lens.astype(np.int64)
+        start = np.zeros(rows + 1, dtype=np.int32)
+        np.cumsum(lens, out=start[1:])
+        row_of_token = np.repeat(np.arange(rows, dtype=np.int64), lens)
+        offsets = np.arange(tokens, dtype=np.int64) - start[:-1][row_of_token]
+        self.slots[:rows].copy_(tables.put(plan.slots.astype(np.int64)))
+        self.query_lens[:rows].copy_(tables.put(lens))
+        self.query_start_loc[: rows + 1].copy_(tables.put(start))
+        self.row_of_token[:tokens].copy_(tables.put(row_of_token))
+        self.offset_in_row[:tokens].copy_(tables.put(offsets))
+        self.logits_index[: len(plan.logits_index)].copy_(tables.put(plan.logits_index.astype(np.int64)))
+
+    def _group(self, group: int, plan: StepPlan, tables: SlotTables, token_slots: Tensor) -> StepInputs:
+        rows, tokens, size = plan.num_rows, plan.num_tokens, self.limits.block_size
+        positions = self.positions[:tokens]
+        block_tables = self.block_tables[group, :rows]
+        torch.index_select(tables.block_tables[group], 0, self.slots[:rows], out=block_tables)
+        blocks = tables.block_tables[group][token_slots, positions // size].long()
+        slot_mapping = self.slot_mapping[group, :tokens]
+        torch.add(blocks * size, positions % size, out=slot_mapping)
+        return StepInputs(
+            block_tables=block_tables,
+            seq_lens=self.seq_lens[:rows],
+            query_start_loc=self.query_start_loc[: rows + 1],
+            slot_mapping=slot_mapping,
+            positions=positions,
+            num_decode_rows=plan.num_decode_rows,
+            query_lens_host=tuple(plan.query_lens.tolist()),
+            seq_lens_host=tuple((plan.starts + plan.query_lens).tolist()),
+        )

@@ -1,0 +1,311 @@
+"""The Python API: `LLM`. A client of the engine: it tokenises, waits, and puts outputs in order."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from tqdm import tqdm
+
+from nanoengine.core.assemble import assemble, find_model
+from nanoengine.core.build_engine import BuiltEngine, build_engine
+from nanoengine.core.errors import ConfigError, ParamsError, TokenizerMissing, nearest
+from nanoengine.core.request import RequestOutput
+from nanoengine.core.sampling_params import SamplingParams
+from nanoengine.core.setup.options import EngineOptions
+from nanoengine.core.setup.plugins import discover
+from nanoengine.core.setup.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nanoengine.core.engine import Engine
+    from nanoengine.core.execution.attention import AttentionBackend
+    from nanoengine.core.setup.config import RunConfig
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Counts since the engine started.
+
+    Attributes:
+        steps: steps launched. mixed_steps: of them, with decode and prefill rows. chunks: prefill rows that were only a
+            part of what was left to compute.
+        preemptions: requests that gave their blocks back and were computed again.
+        prompt_tokens: tokens of admitted prompts. prefix_hit_tokens: of them, taken from the prefix cache.
+        num_blocks, free_blocks: KV blocks, all and not held by a request. running, waiting: samples now.
+    """
+
+    steps: int
+    mixed_steps: int
+    chunks: int
+    preemptions: int
+    prompt_tokens: int
+    prefix_hit_tokens: int
+    num_blocks: int
+    free_blocks: int
+    running: int
+    waiting: int
+
+
+class LLM:
+    """A model, ready to generate.
+
+    Args:
+        model: a registered name, a folder, a .gguf file.
+        attention: name of an attention backend, "auto", or a backend class.
+        plugins: further plugins: paths of .py files, or modules or objects with hooks.
+        options: any field of `EngineOptions`.
+
+    Raises:
+        ConfigError, PluginError, ModelError, ModelSourceError, WeightsError, UnsupportedError: see each; all are
+        `NanoEngineError`s, and nothing is left running.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        attention: str | type[AttentionBackend] = "auto",
+        plugins: Sequence[Any] = (),
+        **options: Any,
+    ) -> None:
+        self._start(str(model), attention, engine_options(options), _discover(plugins), None)
+
+    @classmethod
+    def from_config(cls, path: str | Path, overrides: Sequence[str] = (), *, plugins: Sequence[Any] = ()) -> Self:
+        """An LLM as a YAML file describes it, with overrides as on the command line ("sampler.top_p=0.9")."""
+        from nanoengine.core.setup.config import load_config
+
+        registry = _discover(plugins)
+        return cls.from_run_config(load_config(path, overrides, registry=registry), registry=registry)
+
+    @classmethod
+    def from_run_config(cls, config: RunConfig, *, registry: Registry) -> Self:
+        """An LLM as a composed configuration describes it."""
+        self = cls.__new__(cls)
+        self._start(config.model.source, config.attention.backend, config.engine, registry, config.sampler)
+        return self
+
+    def _start(
+        self,
+        model: str,
+        attention: str | type[AttentionBackend],
+        options: EngineOptions,
+        registry: Registry,
+        sampler: Mapping[str, Any] | None,
+    ) -> None:
+        path = find_model(model, registry)
+        self._built: BuiltEngine = build_engine(assemble(path, attention, options, registry), registry)
+        self.engine: Engine = self._built.engine
+        self._ids = itertools.count()
+        try:
+            self.default_params = SamplingParams(**(self._built.sampling_defaults if sampler is None else sampler))
+            self._built.resolver.resolve(self.default_params)
+        except BaseException:
+            self.close()
+            raise
+
+    # -- generation ------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Generate for each prompt; outputs in input order.
+
+        Args:
+            prompts: one or several of: text, token ids, {"prompt": text}, {"prompt_token_ids": ids}.
+            params: for all, or one each; None: the model's generation_config, or the configuration's `sampler`.
+            priority: for all, or one each; lower runs first.
+
+        Raises:
+            ParamsError, TokenizerMissing: before anything runs. A prompt that cannot be served is no exception: its
+            output has an `error`, and the others finish.
+        """
+        each: Any = [prompts] if _is_one(prompts) else prompts
+        return self._run([_split(p) for p in each], params, priority, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Generate the next message of one conversation, or of each of several.
+
+        `chat_template_kwargs` go to the template: add_generation_prompt (True by default), tools, whatever it reads.
+        """
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Sequence[Any] = [messages] if one else messages
+        prompts = [(self.chat_prompt(c, **(chat_template_kwargs or {})), None) for c in conversations]
+        return self._run(prompts, params, None, use_tqdm)
+
+    def chat_prompt(self, messages: Sequence[Message], **chat_template_kwargs: Any) -> list[int]:
+        """Token ids of a conversation under the model's chat template."""
+        if self._built.tokenizer is None:
+            raise TokenizerMissing("chat needs a tokenizer with a chat template, and this model folder has none")
+        return self._built.tokenizer.apply_chat_template(messages, **chat_template_kwargs)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._built.tokenizer is not None and self._built.tokenizer.has_chat_template
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int | None = None) -> Stream:
+        """Start a request; iterate over its cumulative outputs. Several may be open at once; closing one aborts it."""
+        return Stream(self, _split(prompt), params or self.default_params, priority)
+
+    def _run(
+        self, prompts: Sequence[tuple[Any, str | None]], params: Any, priority: Any, use_tqdm: bool
+    ) -> list[RequestOutput]:
+        each_params = _one_each(self.default_params if params is None else params, len(prompts), "params")
+        each_priority = _one_each(priority, len(prompts), "priority")
+        for one in {id(p): p for p in each_params}.values():  # all are checked before the first is added
+            self._built.resolver.resolve(one)
+        if any(isinstance(prompt, str) for prompt, _ in prompts):
+            self._built.need_tokenizer()
+        done: dict[str, RequestOutput] = {}
+        ids = [self._next_id() for _ in prompts]
+        with tqdm(total=len(ids), desc="prompts", unit="prompt", disable=not use_tqdm, dynamic_ncols=True) as bar:
+
+            def sink(output: RequestOutput) -> None:
+                done[output.request_id] = output
+                bar.update()
+
+            try:
+                for i, (prompt, text) in enumerate(prompts):
+                    self.engine.add_request(
+                        ids[i], prompt, each_params[i], each_priority[i], prompt_text=text, final_only=True, sink=sink
+                    )
+                while len(done) < len(ids):
+                    self.engine.step()
+            finally:
+                self._abort_all([i for i in ids if i not in done])
+        return [done[i] for i in ids]
+
+    def _abort_all(self, ids: Sequence[str]) -> None:
+        for request_id in ids:
+            self.engine.abort_request(request_id)
+
+    def _next_id(self) -> str:
+        return f"llm-{next(self._ids)}"
+
+    # -- around it -------------------------------------------------------------------------------------------------
+
+    def get_tokenizer(self) -> Any:
+        """The transformers tokenizer; raises `TokenizerMissing` where there is none."""
+        return self._built.need_tokenizer().hf
+
+    def stats(self) -> EngineStats:
+        """Counts since the start: see `EngineStats`."""
+        return EngineStats(**self._built.counters())
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself, an ordinary `nn.Module`; only where it runs in this process."""
+        return self._built.model()
+
+    def close(self) -> None:
+        """Stop and give the memory back. Idempotent; afterwards every call raises `EngineClosed`."""
+        self._built.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Stream(Iterator[RequestOutput]):
+    """Cumulative outputs of one request, as they come. `close()` (or the end of its `with`) aborts what is left."""
+
+    def __init__(self, llm: LLM, prompt: tuple[Any, str | None], params: SamplingParams, priority: int | None) -> None:
+        self._engine, self._outputs = llm.engine, deque[RequestOutput]()
+        self._ended = False
+        self.request_id = llm._next_id()
+        self._engine.add_request(
+            self.request_id, prompt[0], params, priority, prompt_text=prompt[1], sink=self._outputs.append
+        )
+
+    def __next__(self) -> RequestOutput:
+        while not self._outputs:
+            if self._ended:
+                raise StopIteration
+            self._engine.step()
+        output = self._outputs.popleft()
+        self._ended = self._ended or output.finished
+        return output
+
+    def close(self) -> None:
+        """Abort the request if it still runs. Idempotent."""
+        if not self._ended:
+            self._ended = True
+            self._engine.abort_request(self.request_id)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_ended"):
+            self.close()
+
+
+def engine_options(options: Mapping[str, Any]) -> EngineOptions:
+    """Keywords -> `EngineOptions`; raises `ConfigError` naming an unknown one and the nearest."""
+    names = [f.name for f in fields(EngineOptions)]
+    for name in options:
+        if name not in names:
+            raise ConfigError(f"unknown engine option {name!r}; {nearest(name, names)}")
+    return EngineOptions(**options)
+
+
+def _discover(plugins: Sequence[Any]) -> Registry:
+    files = [p for p in plugins if isinstance(p, str | Path)]
+    extra = [(getattr(p, "__name__", type(p).__name__), p) for p in plugins if not isinstance(p, str | Path)]
+    return discover(files, extra=extra)
+
+
+def _is_one(prompts: Any) -> bool:
+    """Text, a dict, or a flat list of ids: one prompt. (An empty list is no prompts.)"""
+    if isinstance(prompts, str | Mapping):
+        return True
+    return len(prompts) > 0 and all(isinstance(p, Integral) for p in prompts)
+
+
+def _split(prompt: Prompt) -> tuple[Any, str | None]:
+    """(text or ids, text to show). What is neither is passed on for the engine to refuse in its place."""
+    if not isinstance(prompt, Mapping):
+        return prompt, None
+    unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+    if unknown or not prompt:
+        return prompt, None
+    ids = prompt.get("prompt_token_ids")
+    return (prompt["prompt"], None) if ids is None else (ids, prompt.get("prompt"))
+
+
+def _one_each(value: Any, count: int, name: str) -> list[Any]:
+    if not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise ParamsError(f"{name} has {len(value)} entries for {count} prompts; give one for all, or one each")
+    return list(value)

@@ -1,0 +1,237 @@
+"""From the scheduler's updates to `RequestOutput`s: text, stop strings, log-probs, metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from nanoengine.core.errors import RequestError, TokenizerMissing
+from nanoengine.core.request import (
+    CompletionOutput,
+    FinishReason,
+    Logprob,
+    Request,
+    RequestMetrics,
+    RequestOutput,
+)
+from nanoengine.core.sampling_params import ResolvedParams
+from nanoengine.core.scheduling.scheduler import Update
+from nanoengine.core.step import ROW_BAD_LOGITS, LogprobRows
+from nanoengine.core.text import IncrementalDetokenizer, Tokenizer
+
+Logprobs = dict[int, Logprob]
+
+
+@dataclass(slots=True)
+class SampleState:
+    """What was gathered of one sample."""
+
+    request: Request
+    detokenizer: IncrementalDetokenizer | None
+    logprobs: list[Logprobs] | None
+    cumulative_logprob: float = 0.0
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    def output(self, index: int) -> CompletionOutput:
+        return CompletionOutput(
+            index=index,
+            text=self.detokenizer.text if self.detokenizer is not None else "",
+            token_ids=tuple(self.request.output_token_ids),
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            cumulative_logprob=None if self.logprobs is None else self.cumulative_logprob,
+            logprobs=None if self.logprobs is None else tuple(self.logprobs),
+        )
+
+
+@dataclass(slots=True)
+class RequestState:
+    """A request between `add_request` and its last output."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    params: ResolvedParams
+    arrival: float
+    final_only: bool
+    sink: Callable[[RequestOutput], None] | None
+    new_detokenizer: Callable[[], IncrementalDetokenizer | None]
+    samples: list[SampleState] = field(default_factory=list)
+    prompt_logprobs: list[Logprobs | None] | None = None
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+
+    def add_sample(self, request: Request) -> None:
+        wants = self.params.logprobs is not None
+        self.samples.append(SampleState(request, self.new_detokenizer(), [] if wants else None))
+
+    def unfinished(self) -> list[Request]:
+        return [s.request for s in self.samples if s.finish_reason is None]
+
+    def scheduled(self, now: float) -> None:
+        if self.first_scheduled is None:
+            self.first_scheduled = now
+
+    def output(self, error: RequestError | None = None) -> RequestOutput:
+        prompt_logprobs = self.prompt_logprobs
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=[] if error else [sample.output(i) for i, sample in enumerate(self.samples)],
+            finished=self.finished is not None,
+            metrics=self._metrics(),
+            prompt_logprobs=None if prompt_logprobs is None or error else tuple(prompt_logprobs),
+            num_cached_tokens=(self.samples[0].request.num_cached or 0) if self.samples else 0,
+            error=error,
+        )
+
+    def _metrics(self) -> RequestMetrics:
+        return RequestMetrics(
+            arrival=self.arrival,
+            first_scheduled=self.first_scheduled,
+            first_token=self.first_token,
+            finished=self.finished,
+            num_generated=sum(len(s.request.output_token_ids) for s in self.samples),
+        )
+
+
+class OutputProcessor:
+    """Knows the tokenizer, if there is one, and builds the outputs."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self.tokenizer = tokenizer
+
+    def check(self, params: ResolvedParams) -> None:
+        """Raises `TokenizerMissing` for parameters that need text where there is none."""
+        if self.tokenizer is None and params.stop:
+            raise TokenizerMissing(
+                f"stop strings {list(params.stop)} need a tokenizer, and this engine has none; use stop_token_ids"
+            )
+
+    def new_state(
+        self,
+        request_id: str,
+        prompt: str | None,
+        prompt_token_ids: tuple[int, ...],
+        params: ResolvedParams,
+        arrival: float,
+        *,
+        final_only: bool,
+        sink: Callable[[RequestOutput], None] | None,
+    ) -> RequestState:
+        def new_detokenizer() -> IncrementalDetokenizer | None:
+            if self.tokenizer is None or not params.detokenize:
+                return None
+            return IncrementalDetokenizer.from_params(self.tokenizer, params)
+
+        return RequestState(
+            request_id,
+            prompt,
+            prompt_token_ids,
+            params,
+            arrival,
+            final_only,
+            sink,
+            new_detokenizer,
+            prompt_logprobs=None if params.prompt_logprobs is None else [None],
+        )
+
+    def apply(
+        self, updates: Sequence[Update], known: Mapping[str, RequestState], now: float
+    ) -> tuple[list[RequestOutput], list[Request], list[tuple[RequestState, RequestError]]]:
+        """Take a step's updates in.
+
+        Returns:
+            outputs to publish; samples that a stop string ended (the scheduler does not know yet); requests that
+            broke, with the reason.
+        """
+        stopped: list[Request] = []
+        broken: list[tuple[RequestState, RequestError]] = []
+        touched: dict[str, RequestState] = {}
+        for update in updates:
+            state = known.get(update.request.parent)
+            if state is None or any(state is b for b, _ in broken):
+                continue
+            if update.failed:
+                broken.append((state, _row_error(update)))
+                touched.pop(state.request_id, None)
+                continue
+            touched[state.request_id] = state
+            if self._take(state, update, now):
+                stopped.append(update.request)
+        return [o for s in touched.values() if (o := self._outcome(s, now)) is not None], stopped, broken
+
+    def aborted(self, state: RequestState, now: float) -> list[RequestOutput]:
+        """The last output of an aborted request: what it has so far."""
+        for sample in state.samples:
+            if sample.finish_reason is None:
+                sample.finish_reason = "abort"
+                if sample.detokenizer is not None:
+                    sample.detokenizer.finish(None)
+        state.finished = now
+        return [state.output()]
+
+    def failed(self, state: RequestState, error: RequestError, now: float) -> RequestOutput:
+        state.finished = now
+        return state.output(error)
+
+    def _take(self, state: RequestState, update: Update, now: float) -> bool:
+        """Returns whether a stop string ended the sample."""
+        sample = state.samples[update.request.sample_index]
+        if update.prompt_logprobs is not None and state.prompt_logprobs is not None:
+            state.prompt_logprobs += self._logprobs(update.prompt_logprobs)
+        if not update.new_token_ids:
+            return False
+        if state.first_token is None:
+            state.first_token = now
+        if sample.logprobs is not None and update.sampled_logprobs is not None:
+            sample.logprobs += self._logprobs(update.sampled_logprobs)
+            sample.cumulative_logprob += float(update.sampled_logprobs.logprobs.sum())
+        sample.finish_reason, sample.stop_reason = update.finish_reason, update.stop_reason
+        if sample.detokenizer is None:
+            return False
+        return _push_text(sample, update)
+
+    def _outcome(self, state: RequestState, now: float) -> RequestOutput | None:
+        done = all(s.finish_reason is not None for s in state.samples)
+        if done:
+            state.finished = now
+        return state.output() if done or not state.final_only else None
+
+    def _logprobs(self, rows: LogprobRows) -> list[Logprobs]:
+        """One dict a position: the best ones first, then the token itself if it is not among them."""
+        out: list[Logprobs] = []
+        for i, (start, end) in enumerate(pairwise(rows.top_offsets.tolist())):
+            ids, values = rows.top_ids[start:end].tolist(), rows.top_logprobs[start:end].tolist()
+            best = {
+                t: Logprob(v, rank, self._token_text(t)) for rank, (t, v) in enumerate(zip(ids, values, strict=True), 1)
+            }
+            chosen = int(rows.token_ids[i])
+            best.setdefault(chosen, Logprob(float(rows.logprobs[i]), int(rows.ranks[i]), self._token_text(chosen)))
+            out.append(best)
+        return out
+
+    def _token_text(self, token_id: int) -> str | None:
+        return None if self.tokenizer is None else self.tokenizer.token_text(token_id)
+
+
+def _push_text(sample: SampleState, update: Update) -> bool:
+    """New tokens into text; a stop string found there ends the sample, whatever the tokens said."""
+    assert sample.detokenizer is not None
+    ids, by_token = update.new_token_ids, update.finish_reason == "stop"
+    matched = sample.detokenizer.push(ids[:-1] if by_token else ids)
+    if matched is None and update.finish_reason is not None:
+        matched = sample.detokenizer.finish(ids[-1] if by_token else None)
+    if matched is not None:
+        sample.finish_reason, sample.stop_reason = "stop", matched
+    return matched is not None and update.finish_reason is None
+
+
+def _row_error(update: Update) -> RequestError:
+    if update.failed == ROW_BAD_LOGITS:
+        return RequestError("bad_logits", "the model gave logits that are not finite for this request")
+    return RequestError("nothing_left", "the sampler stages removed every token; loosen the mask, bias or bad words")

@@ -86,9 +86,10 @@ class Tokenizer:
         if not isinstance(text, str):
             raise RequestError("invalid_prompt", f"a text prompt must be a str, not {type(text).__name__}")
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            text.encode()
         except UnicodeEncodeError as error:  # half of a surrogate pair
             raise RequestError("invalid_prompt", f"the prompt is not valid Unicode: {error}") from error
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:

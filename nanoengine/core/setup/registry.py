@@ -6,7 +6,7 @@ that wants the name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Generic, Literal, TypeVar, cast
 
@@ -102,8 +102,8 @@ class Conflict:
 
     def __str__(self) -> str:
         who = " and ".join(str(claim.origin) for claim in self.claims)
-        mends = " or ".join(dict.fromkeys(claim.origin.mend for claim in self.claims))
-        return f"{KIND_WORDS[self.kind]} {self.name!r} is registered by {who}; remove one of them: {mends}"
+        what = f"{KIND_WORDS[self.kind]} {self.name!r} is registered by {who}"
+        return f"{what}; remove one of them: {_mends(self.claims)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,12 +216,15 @@ class Registry:
         return "".join(f". It may be missing because {failure}" for failure in might)
 
 
-def _several_serve(architecture: str, serving: Iterable[Registered[ModelSpec]]) -> str:
+def _several_serve(architecture: str, serving: Sequence[Registered[ModelSpec]]) -> str:
     who = " and ".join(f"model {each.spec.name!r} of {each.origin}" for each in serving)
-    return f"architecture {architecture!r} is served by {who}; select one by its name, or uninstall one"
+    return f"architecture {architecture!r} is served by {who}; remove one of them: {_mends(serving)}"
+
+
+def _mends(claims: Sequence[Registered[Any]]) -> str:
+    return " or ".join(dict.fromkeys(claim.origin.mend for claim in claims))
 
 
 def _both_claim(parameter: str, one: Registered[SamplerSpec], other: Registered[SamplerSpec]) -> str:
     who = " and ".join(f"sampler stage {each.spec.name!r} of {each.origin}" for each in (one, other))
-    mends = " or ".join(dict.fromkeys(each.origin.mend for each in (one, other)))
-    return f"sampling parameter {parameter!r} is claimed by {who}; remove one of them: {mends}"
+    return f"sampling parameter {parameter!r} is claimed by {who}; remove one of them: {_mends((one, other))}"

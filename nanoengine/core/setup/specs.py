@@ -19,8 +19,8 @@ class ModelSpec:
     """A model implementation, chosen by the `architectures` of a checkpoint's config.json.
 
     Attributes:
-        name: what the user sees and may select, e.g. "qwen3".
-        architectures: the HF architecture names it serves, e.g. ("Qwen3ForCausalLM",).
+        name: what the user sees and may select, e.g. "acme".
+        architectures: the HF architecture names it serves, e.g. ("AcmeForCausalLM",).
         target: "package.module:Class" of a `nanoengine.api.Model`.
         api: the interface version the plugin was written for.
     """
@@ -166,7 +166,7 @@ class ModelSourceSpec:
         target: "package.module:Class" of a `nanoengine.api.ModelSource`.
         api: the interface version the plugin was written for.
         order: sources are asked in ascending order.
-        models: names it provides by itself, e.g. ("smollm2-135m",), for listings and did-you-mean.
+        models: names it provides by itself, e.g. ("acme-1b",), for listings and did-you-mean.
     """
 
     name: str

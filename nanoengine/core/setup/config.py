@@ -1,0 +1,211 @@
+"""The configuration of a run: what YAML composition yields, checked against strict frozen dataclasses.
+
+Every key, of every file and override, must be known; every value must be of its type and range. Errors name the file,
+the line, the key and the nearest valid name. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from nanoengine.core.errors import ConfigError, NanoEngineError, PluginError, nearest
+from nanoengine.core.setup.coerce import coerce
+from nanoengine.core.setup.composer import Composed, Root, SearchPath, Shorthand, compose, package_root
+from nanoengine.core.setup.composer.yaml_file import ConfigFile, KeyPath, dotted
+from nanoengine.core.setup.options import EngineOptions
+from nanoengine.core.setup.plugins import discover
+from nanoengine.core.setup.prompts import PromptFile, Prompts, check_prompts
+from nanoengine.core.setup.registry import Registry
+from nanoengine.core.setup.sampler_section import check_sampler, sampler_fields
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSection:
+    """`source`: a registered name, a folder, a .gguf file, or whatever else a model source knows."""
+
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSection:
+    """`backend`: name of an attention backend, or "auto"."""
+
+    backend: str = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """A whole configuration.
+
+    Attributes:
+        model, attention, engine: see each.
+        sampler: keywords of `SamplingParams`; None where no `sampler` was given: the model's own defaults rule.
+        prompts: texts or conversations, or the file they stand in; None: none were given.
+        output: path of the results, relative to the working directory; None: no file is written.
+        chat: prompts become chat messages where the model has a chat template.
+        provenance: dotted key -> "file:line" or "override '...'", for the keys that were given.
+    """
+
+    model: ModelSection
+    sampler: Mapping[str, Any] | None = None
+    attention: AttentionSection = field(default_factory=AttentionSection)
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    prompts: Prompts | None = None
+    output: str | None = None
+    chat: bool = True
+    provenance: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+
+_SECTIONS: Mapping[str, type[Any]] = {"model": ModelSection, "attention": AttentionSection, "engine": EngineOptions}
+_KEYS = tuple(f.name for f in fields(RunConfig) if f.name != "provenance")
+
+
+def load_config(
+    path_or_recipe: str | Path, overrides: Sequence[str] = (), *, registry: Registry | None = None
+) -> RunConfig:
+    """Composes and checks a configuration.
+
+    Args:
+        path_or_recipe: a YAML file, or the name of a recipe that nanoengine or a plugin ships, such as "quickstart".
+        overrides: as on the command line: "sampler.top_p=0.9", "model=./folder", "~output".
+        registry: what `discover` found; None: discovers what is installed.
+
+    Raises:
+        ConfigError: naming file and line, or the override, and the nearest valid name.
+        PluginError: a config root, or a part that the configuration names, is broken or not installed.
+    """
+    registry = discover() if registry is None else registry
+    roots = [each for root, origin in registry.config_roots for each in package_root(root, str(origin))]
+    primary, search = _primary(path_or_recipe, roots)
+    interpolable = {"attention": asdict(AttentionSection()), "engine": asdict(EngineOptions()), "chat": True}
+    composed = compose(primary, search, overrides, shorthands=_shorthands(registry), defaults=interpolable)
+    return _checked(composed, registry, primary.label)
+
+
+def _primary(path_or_recipe: str | Path, roots: Sequence[Root]) -> tuple[ConfigFile, SearchPath]:
+    path = Path(path_or_recipe).expanduser()
+    if path.is_file():
+        shipped = any(path.parent.resolve() == root.folder.resolve() for root in roots)
+        search = SearchPath(None if shipped else Root(path.parent, str(path.parent), "your own folder"), roots)
+        return search.read(path, str(path)), search
+    search = SearchPath(None, roots)
+    name = str(path_or_recipe)
+    if path.suffix or os.sep in name:
+        raise ConfigError(f"no configuration file {name} (looked for {path.absolute()})")
+    found = search.find(name)
+    if found is None:
+        raise ConfigError(f"no file and no recipe is called {name!r}; recipes: {nearest(name, search.options(''))}")
+    return found, search
+
+
+def _shorthands(registry: Registry) -> Mapping[str, Shorthand]:
+    sources = [name for found in registry.model_sources.values() for name in found.spec.models]
+    # A backend that clashes or failed is let through: looking it up says so.
+    troubled = {c.name for c in registry.conflicts} | {f.provides[1] for f in registry.failures if f.provides}
+    backends = [*registry.attention_backends, "auto"]
+    return {
+        "model": Shorthand(
+            "source",
+            lambda option: option in sources or "/" in option or Path(option).expanduser().exists(),
+            sources,
+            "the path of a folder or a .gguf file, or anything with a / in it",
+        ),
+        "attention": Shorthand("backend", lambda option: option in backends or option in troubled, backends),
+    }
+
+
+def _checked(composed: Composed, registry: Registry, label: str) -> RunConfig:
+    sampling = sampler_fields(registry)
+    _check_keys(composed, sampling)
+    data = composed.data
+    if not data.get("model"):
+        known = ", ".join(name for found in registry.model_sources.values() for name in found.spec.models)
+        raise ConfigError(
+            f"{label}: no model is chosen; write 'model: NAME-OR-PATH', or give model=NAME-OR-PATH. Known: {known}"
+        )
+    config = RunConfig(
+        model=_section(composed, "model"),
+        attention=_section(composed, "attention"),
+        engine=_section(composed, "engine"),
+        sampler=None if data.get("sampler") is None else MappingProxyType(check_sampler(composed, sampling)),
+        prompts=check_prompts(data.get("prompts"), lambda path: composed.origin(("prompts", *path))),
+        output=_value(composed, ("output",), str | None, data.get("output")),
+        chat=_value(composed, ("chat",), bool, data.get("chat", True)),
+        provenance=MappingProxyType({dotted(_typed(path)): each.by for path, each in composed.origins.items()}),
+    )
+    _check_whole(config, composed, registry)
+    return config
+
+
+def _check_whole(config: RunConfig, composed: Composed, registry: Registry) -> None:
+    """What only the values together, or the registry, can tell."""
+    if config.output == "":
+        raise ConfigError(f"{composed.origin(('output',))}: output: is empty; write a path, or null for no file")
+    if config.attention.backend != "auto":
+        try:
+            registry.attention(config.attention.backend)
+        except PluginError as error:
+            raise PluginError(f"{composed.origin(('attention', 'backend'))}: attention.backend: {error}") from error
+    if not config.chat and isinstance(config.prompts, tuple):
+        for index, prompt in enumerate(config.prompts):
+            if not isinstance(prompt, str):
+                where = composed.origin(("prompts", index))
+                raise ConfigError(f"{where}: prompts[{index}] is a conversation, but chat is false; give its text")
+
+
+def _check_keys(composed: Composed, sampling: Mapping[str, Any]) -> None:
+    choices: dict[str, Sequence[str]] = {name: [f.name for f in fields(cls)] for name, cls in _SECTIONS.items()}
+    choices |= {"sampler": list(sampling), "prompts": [f.name for f in fields(PromptFile)]}
+    for path, origin in composed.said:
+        if path[0] not in _KEYS:
+            raise ConfigError(f"{origin}: unknown key {dotted(path)!r}; {nearest(str(path[0]), _KEYS)}")
+        if len(path) != 2 or path[0] not in choices or str(path[1]).isdigit():
+            continue
+        if path[1] not in choices[str(path[0])]:
+            known = nearest(str(path[1]), choices[str(path[0])])
+            raise ConfigError(f"{origin}: unknown key {dotted(path)!r}; {known}")
+
+
+def _section(composed: Composed, name: str) -> Any:
+    """A section as its dataclass; a section that is empty, or not there, is all defaults."""
+    cls = _SECTIONS[name]
+    given = composed.data.get(name)
+    if given is None:
+        given = {}
+    if not isinstance(given, Mapping):
+        valid = ", ".join(f.name for f in fields(cls))
+        raise ConfigError(f"{composed.origin((name,))}: {name} must be a mapping of {valid}, not {given!r}")
+    hints = typing.get_type_hints(cls)
+    values = {key: _value(composed, (name, key), hints[key], value) for key, value in given.items()}
+    for f in fields(cls):
+        if f.name in values and len(fields(cls)) > 1:
+            with_origin(composed, (name, f.name), cls, {f.name: values[f.name]})
+    if name == "model" and not values.get("source"):
+        raise ConfigError(f"{composed.origin((name,))}: model.source must be given: a registered name or a path")
+    return with_origin(composed, (name,), cls, values)
+
+
+def with_origin(composed: Composed, path: KeyPath, cls: type[Any], values: Mapping[str, Any]) -> Any:
+    """`cls(**values)`, its own complaints led by who gave the key."""
+    try:
+        return cls(**values)
+    except NanoEngineError as error:
+        raise ConfigError(f"{composed.origin(path)}: {error}") from error
+
+
+def _value(composed: Composed, path: KeyPath, annotation: Any, value: Any) -> Any:
+    try:
+        return coerce(value, annotation)
+    except TypeError as error:
+        raise ConfigError(f"{composed.origin(path)}: {dotted(path)} {error}") from error
+
+
+def _typed(path: Sequence[str]) -> KeyPath:
+    """List indices as numbers again."""
+    return tuple(int(part) if index and part.isdigit() else part for index, part in enumerate(path))

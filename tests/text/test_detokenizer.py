@@ -12,7 +12,7 @@ from text_zoo import REPLACEMENT, TOKENIZERS, WORDS, ZOO
 
 from nanoengine.core.sampling_params import ResolvedParams
 from nanoengine.core.text import IncrementalDetokenizer, Tokenizer
-from nanoengine.core.text.decoding import ByteLevelStream
+from nanoengine.core.text.decoding import ByteLevelStream, TokenTable
 from nanoengine.core.text.stops import StopMatcher
 
 BYTES = TOKENIZERS["byte_level"]
@@ -86,6 +86,22 @@ def test_only_what_may_still_change_is_held_back(case: tuple[str, list[int]]) ->
     detokenizer.push([*ids, word])
     assert detokenizer.text == tokenizer.decode([*ids, word])
     assert detokenizer.num_tokens == len(ids) + 1
+
+
+def test_a_push_decodes_a_few_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, windows = TOKENIZERS["llama2"], []
+    real = TokenTable.decode
+
+    def counted(self: TokenTable, token_ids: list[int]) -> str:
+        windows.append(len(token_ids))
+        return real(self, token_ids)
+
+    monkeypatch.setattr(TokenTable, "decode", counted)
+    ids = tokenizer.hf.convert_tokens_to_ids(["▁the", "▁", "日", "<0x0A>"]) * 50
+    shown, _ = run(tokenizer, ids, stop=["never"])
+    assert shown[-1] == tokenizer.decode(ids)
+    assert max(windows) <= 4, "guard, last settled token, one byte token, the new one"
+    assert len(windows) <= 3 * len(ids)
 
 
 def test_an_unfinished_character_is_shown_when_complete_or_at_the_end() -> None:

@@ -2,7 +2,8 @@
 
 How far a token's text depends on its neighbours is a property of the tokenizer's decoder, so there are three ways:
 
-- `ByteLevelStream` (byte-level BPE, most models of today): a token is a fixed run of bytes; an incremental UTF-8 decoder joins them.
+- `ByteLevelStream` (byte-level BPE, most models of today): a token is a fixed run of bytes; an incremental UTF-8
+  decoder joins them.
 - `WindowStream` (Metaspace, byte fallback, WordPiece, BPE with suffix): a token's text depends on the token before
   it, on being the first, and on the run of byte tokens it stands in. The tokenizer's own decoder is run over a window
   of two settled tokens and the pending ones, cut where no run and no character is open.

@@ -6,11 +6,20 @@ Which fields are legal depends on the stages that plugins registered, so `Sampli
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+import types
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nanoengine.core.setup.specs import ParamsContext, StageParams
+import numpy as np
+
+from nanoengine.core.errors import NanoEngineError, ParamsError, PluginError, nearest
+from nanoengine.core.field_types import conform
+from nanoengine.core.sampling_fields import CORE_TYPES, NOT_SERVED, CoreFields, legal_fields, stage_types
+from nanoengine.core.setup.specs import ColumnSpec, ParamsContext, StageParams, StandardOp
+
+_CACHE_SIZE = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,20 +69,191 @@ class ResolvedParams:
 
 
 class SamplingParams:
-    """How to sample. Implemented by the sampling part; see `ParamsResolver`."""
+    """How to sample, by keyword: the fields of `CoreFields`, and those of the sampler stages (temperature, top_p ...).
+
+    Core fields are checked here; the rest when the engine, which knows its stages, gets the request. Immutable:
+    `replace` makes a changed copy. A stage's field can be read where it was given.
+    """
+
+    __slots__ = ("_core", "_stage")
+    _core: CoreFields
+    _stage: dict[str, Any]
 
     def __init__(self, **fields: Any) -> None:
-        raise NotImplementedError
+        core = {name: conform(name, fields.pop(name), kind) for name, kind in CORE_TYPES.items() if name in fields}
+        object.__setattr__(self, "_core", CoreFields(**core))
+        object.__setattr__(self, "_stage", {name: copy.deepcopy(value) for name, value in fields.items()})
+
+    @property
+    def core(self) -> CoreFields:
+        return self._core
+
+    @property
+    def stage_fields(self) -> Mapping[str, Any]:
+        """What was given beyond the core fields, unchecked."""
+        return types.MappingProxyType(self._stage)
+
+    def replace(self, **changes: Any) -> SamplingParams:
+        """A copy with some fields changed."""
+        return SamplingParams(**{**self._fields(), **changes})
+
+    def _fields(self) -> dict[str, Any]:
+        return {name: getattr(self._core, name) for name in CORE_TYPES} | self._stage
+
+    def __getattr__(self, name: str) -> Any:
+        if name in CORE_TYPES:
+            return getattr(self._core, name)
+        if not name.startswith("_") and name in self._stage:
+            return self._stage[name]
+        raise AttributeError(
+            f"SamplingParams has no {name!r}: it was not given, and only the engine knows the stages' defaults"
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"SamplingParams is immutable: use params.replace({name}=...)")
+
+    def __eq__(self, other: object) -> bool:
+        return self._fields() == other._fields() if isinstance(other, SamplingParams) else NotImplemented
+
+    def __repr__(self) -> str:
+        plain = CoreFields()
+        shown = {k: v for k, v in self._fields().items() if k in self._stage or v != getattr(plain, k)}
+        return f"SamplingParams({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (self._fields(),))
+
+
+def _rebuild(fields: dict[str, Any]) -> SamplingParams:
+    return SamplingParams(**fields)
 
 
 class ParamsResolver:
-    """Turns `SamplingParams` into `ResolvedParams` for one engine's stages and model."""
+    """Turns `SamplingParams` into `ResolvedParams` for one engine's stages and model.
+
+    Equal parameters resolve to one shared object: a benchmark submits thousands.
+    """
 
     def __init__(
         self, stages: Sequence[tuple[str, type[StageParams]]], ctx: ParamsContext, eos_ids: frozenset[int]
     ) -> None:
-        raise NotImplementedError
+        """Raises `PluginError` where the stages' fields clash or are no proper dataclass fields."""
+        self._legal = legal_fields(stages)
+        self._stages = [(name, params, stage_types(name, params)) for name, params in stages]
+        self._ctx = ctx
+        # Checkpoints list end-of-text ids beyond their vocabulary; such an id is never drawn and needs no mask.
+        self._eos_ids = frozenset(i for i in eos_ids if 0 <= i < ctx.vocab_size)
+        self._cache: dict[Hashable, ResolvedParams] = {}
 
     def resolve(self, params: SamplingParams) -> ResolvedParams:
         """Raises `ParamsError` naming the field, its value, the valid ones and the nearest legal name."""
-        raise NotImplementedError
+        key = _frozen(params._fields())
+        found = self._cache.get(key)
+        if found is None:
+            found = self._resolve(params.core, params.stage_fields)
+            if len(self._cache) >= _CACHE_SIZE:
+                self._cache = {}
+            self._cache[key] = found
+        return found
+
+    def _resolve(self, core: CoreFields, given: Mapping[str, Any]) -> ResolvedParams:
+        self._check_names(given)
+        stages = tuple(s for name, params, kinds in self._stages if (s := self._stage(name, params, kinds, given)))
+        if core.stop_strings:
+            self._ctx.encode(core.stop_strings[0])  # there must be a tokenizer to find them with
+        self._check_ids("stop_token_ids", core.stop_token_ids or ())
+        return ResolvedParams(
+            n=core.n,
+            max_tokens=core.max_tokens,
+            min_tokens=core.min_tokens,
+            seed=core.seed,
+            priority=core.priority,
+            cache_salt=core.cache_salt,
+            logprobs=self._num_logprobs("logprobs", core.logprobs),
+            prompt_logprobs=self._num_logprobs("prompt_logprobs", core.prompt_logprobs),
+            detokenize=core.detokenize,
+            skip_special_tokens=core.skip_special_tokens,
+            include_stop_str_in_output=core.include_stop_str_in_output,
+            stop=core.stop_strings,
+            eos_ids=frozenset() if core.ignore_eos else self._eos_ids,
+            stop_token_ids=frozenset(core.stop_token_ids or ()),
+            stages=stages,
+            greedy=any(_is_greedy(stage) for stage in stages),
+            host_tokens=any(stage.params.host_tokens for stage in stages),
+        )
+
+    def _check_names(self, given: Mapping[str, Any]) -> None:
+        for name in given:
+            if name in self._legal:
+                continue
+            if name in NOT_SERVED:
+                raise ParamsError(f"SamplingParams: {name!r} is a field of vLLM's not served here: {NOT_SERVED[name]}")
+            raise ParamsError(f"SamplingParams has no field {name!r}; {nearest(name, self._legal)}")
+
+    def _stage(
+        self, name: str, params: type[StageParams], kinds: Mapping[str, Any], given: Mapping[str, Any]
+    ) -> PackedStage | None:
+        """The stage as this request wants it; None if it does not."""
+        values = {field: conform(field, given[field], kind) for field, kind in kinds.items() if field in given}
+        try:
+            stage = params(**values)
+            if not stage.active():
+                return None
+            packed = stage.pack(self._ctx)
+        except NanoEngineError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"sampler stage {name!r}: {params.__qualname__} failed on {values}: {type(error).__name__}: {error}"
+            ) from error
+        return PackedStage(name, stage, pack_columns(name, params.columns, packed))
+
+    def _check_ids(self, name: str, ids: Collection[int]) -> None:
+        outside = sorted(i for i in ids if not 0 <= i < self._ctx.vocab_size)
+        if outside:
+            raise ParamsError(f"{name}: no such token id: {outside}; ids are 0 to {self._ctx.vocab_size - 1}")
+
+    def _num_logprobs(self, name: str, value: int | None) -> int | None:
+        if value is not None and value > self._ctx.vocab_size:
+            raise ParamsError(f"{name} must be at most the vocabulary's size, {self._ctx.vocab_size}, not {value}")
+        return self._ctx.vocab_size if value == -1 else value
+
+
+def pack_columns(stage: str, specs: Mapping[str, ColumnSpec], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's column values as read-only arrays of the declared dtypes, 0-d, or 1-d where ragged.
+
+    For what `StageParams.pack` and `host_columns` return. Raises `PluginError` naming stage and column.
+    """
+    if set(values) != set(specs):
+        raise PluginError(f"sampler stage {stage!r}: packed {sorted(values)} for its columns {sorted(specs)}")
+    columns = {}
+    for name, spec in specs.items():
+        try:
+            array = np.asarray(values[name], dtype=spec.dtype)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise PluginError(f"sampler stage {stage!r}, column {name!r}: no {spec.dtype}: {error}") from error
+        if array.ndim != int(spec.ragged):
+            wanted = "a flat sequence" if spec.ragged else "one number"
+            raise PluginError(f"sampler stage {stage!r}, column {name!r}: {values[name]!r} is not {wanted}")
+        array.flags.writeable = False
+        columns[name] = array
+    return columns
+
+
+def _is_greedy(stage: PackedStage) -> bool:
+    return any(
+        spec.op is StandardOp.TEMPERATURE and not stage.columns[name] for name, spec in stage.params.columns.items()
+    )
+
+
+def _frozen(value: Any) -> Hashable:
+    """A key equal for equal values only: types count, as True is no 1 to the checks."""
+    if isinstance(value, Mapping):
+        return (dict, tuple((_frozen(k), _frozen(v)) for k, v in value.items()))
+    if isinstance(value, str | bytes):
+        return value
+    if isinstance(value, np.ndarray):
+        return (np.ndarray, value.dtype.str, value.shape, value.tobytes())
+    if isinstance(value, Collection):
+        return (type(value), *map(_frozen, value))
+    return (type(value), value if isinstance(value, Hashable) else object())  # what cannot be compared equals nothing

@@ -1,0 +1,24 @@
+"""The built-in sampler stages, one a file. This module is torch-free: stages are named by target."""
+
+from __future__ import annotations
+
+from nanoengine.api import SamplerSpec, StageParams, hookimpl
+from nanoengine.plugins.samplers import params
+
+
+@hookimpl
+def register_samplers() -> list[SamplerSpec]:
+    return [
+        _spec("allowed_token_ids", params.AllowedTokenIdsParams, "AllowedTokenIds"),
+        _spec("bad_words", params.BadWordsParams, "BadWords"),
+        _spec("logit_bias", params.LogitBiasParams, "LogitBias"),
+        _spec("penalties", params.PenaltyParams, "Penalties"),
+        _spec("temperature", params.TemperatureParams, "Temperature"),
+        _spec("top_k", params.TopKParams, "TopK"),
+        _spec("top_p", params.TopPParams, "TopP"),
+        _spec("min_p", params.MinPParams, "MinP"),
+    ]
+
+
+def _spec(name: str, parameters: type[StageParams], stage: str) -> SamplerSpec:
+    return SamplerSpec(name=name, params=parameters, target=f"{__name__}.{name}:{stage}", api=1)

@@ -1,0 +1,211 @@
+"""Orders and applies the sampler stages, draws the token, reports log-probs. One row of logits a drawn token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nanoengine.core.errors import PluginError
+from nanoengine.core.execution.stage import Need, RaggedColumn, SamplerStage, StageRows
+from nanoengine.core.setup.plan import StagePlan
+from nanoengine.core.setup.specs import Phase, StandardOp
+from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, ROW_NOTHING_LEFT
+from nanoengine.kernels import sampling
+from nanoengine.kernels.philox import draw_keys
+
+_TRUNCATION_ORDER = (StandardOp.TOP_K, StandardOp.TOP_P, StandardOp.MIN_P)
+
+
+@dataclass(frozen=True, slots=True)
+class DrawRows:
+    """What a draw knows of its R rows. Tensors are on the device; flags and names are on the host.
+
+    Attributes:
+        slots: int64 [R]. positions: int64 [R]; absolute position of the token to be drawn (= tokens so far).
+        prompt_lens: int64 [R].
+        seeds: int64 [R]. sample_index: int64 [R]. greedy: bool [R]; the row takes the arg-max.
+        min_lens: int64 [R]; while a position is below it, `stop_ids` (int64 [R, W]; padding: any valid ids) cannot
+            be drawn.
+        active: stages that some row wants. columns: their columns, gathered by row.
+        any_min_tokens: some row may be below its `min_lens`. any_random: some row is not greedy.
+        output_counts: int32 [R, V]. prompt_mask: bool [R, V]. token_ids: int32 [slots, max_model_len + 1], the whole
+            table. Each where an active stage needs it.
+    """
+
+    slots: Tensor
+    positions: Tensor
+    prompt_lens: Tensor
+    seeds: Tensor
+    sample_index: Tensor
+    greedy: Tensor
+    min_lens: Tensor
+    stop_ids: RaggedColumn
+    active: tuple[str, ...] = ()
+    columns: Mapping[str, Mapping[str, Tensor | RaggedColumn]] = field(default_factory=dict)
+    any_min_tokens: bool = False
+    any_random: bool = False
+    output_counts: Tensor | None = None
+    prompt_mask: Tensor | None = None
+    token_ids: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """A stage in its place. `ops`: columns with a standard operation. `standard`: it does nothing beyond those."""
+
+    name: str
+    stage: SamplerStage
+    ops: Mapping[StandardOp, str]
+    standard: bool
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Phase, then top-k, top-p, min-p before other truncations; registration order decides the rest."""
+        ranks = [_TRUNCATION_ORDER.index(op) for op in self.ops if op in _TRUNCATION_ORDER]
+        return self.stage.phase, min(ranks, default=len(_TRUNCATION_ORDER))
+
+
+class Sampler:
+    """Applies stages in phase order, then draws.
+
+    With `fuse`, stages of the last two phases whose columns are all standard operations are not called: one search
+    finds the thresholds of top-k, top-p and min-p together, and noise is made for what survives. That yields the very
+    tokens of the stages called one by one, which happens without `fuse`, and where another stage of these phases is
+    active between them.
+    """
+
+    def __init__(self, stages: Sequence[tuple[StagePlan, SamplerStage]], vocab_size: int, *, fuse: bool) -> None:
+        self._stages = sorted((_placed(plan, stage) for plan, stage in stages), key=lambda s: s.order)
+        self._by_name = {s.name: s for s in self._stages}
+        self._vocab_size = vocab_size
+        self._fuse = fuse
+        self.needs: frozenset[Need] = frozenset().union(*(s.stage.needs for s in self._stages))
+
+    def needs_of(self, name: str) -> frozenset[Need]:
+        """History that the stage reads."""
+        return self._by_name[name].stage.needs
+
+    def sample(self, logits: Tensor, rows: DrawRows) -> tuple[Tensor, Tensor]:
+        """One token a row.
+
+        Args:
+            logits: float32 [R, V], overwritten: take `logprobs` of them before.
+
+        Returns:
+            token ids int64 [R], 0 where failed; failed int32 [R]: `ROW_FINE`, `ROW_BAD_LOGITS` (NaN or +inf among
+            the raw logits, or none above -inf), `ROW_NOTHING_LEFT` (after the stages).
+        """
+        sound = logits.amax(-1).isfinite()  # a maximum passes NaN and +inf on; -inf below it is padding or a mask
+        if rows.any_min_tokens:
+            self._forbid_stop(logits, rows)
+        active = [s for s in self._stages if s.name in rows.active]
+        if not rows.any_random:
+            active = [s for s in active if not s.stage.argmax_invariant]
+        fused = self._fusable(active)
+        for s in active:
+            if s not in fused:
+                logits = self._apply(s, logits, rows)
+        ops = {op: _scalar(rows, s.name, column) for s in fused for op, column in s.ops.items()}
+        token_ids, scores = self._draw(logits, rows, ops)
+        failed = torch.where(sound, torch.where(scores.isfinite(), ROW_FINE, ROW_NOTHING_LEFT), ROW_BAD_LOGITS)
+        return torch.where(failed == ROW_FINE, token_ids, 0), failed.to(torch.int32)
+
+    @staticmethod
+    def logprobs(raw_logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Log-probs under the raw logits, which must be those before `sample`.
+
+        Args:
+            raw_logits: float32 [R, V]. token_ids: int64 [R]. k: how many of the likeliest.
+
+        Returns:
+            log-prob float32 [R], rank int32 [R] (1 + tokens strictly likelier), ids int32 [R, k] and log-probs
+            float32 [R, k] of the likeliest, best first, ties by lowest id.
+        """
+        return sampling.token_logprobs(raw_logits, token_ids, k)
+
+    def _fusable(self, active: Sequence[_Stage]) -> list[_Stage]:
+        """The stages whose work is done in `_draw`: all of the last two phases, or none."""
+        late = [s for s in active if s.stage.phase >= Phase.TEMPERATURE]
+        ops = [op for s in late for op in s.ops]
+        fits = self._fuse and all(s.standard for s in late) and len(set(ops)) == len(ops)
+        return late if fits else []
+
+    def _apply(self, s: _Stage, logits: Tensor, rows: DrawRows) -> Tensor:
+        needs = s.stage.needs
+        view = StageRows(
+            slots=rows.slots,
+            positions=rows.positions,
+            prompt_lens=rows.prompt_lens,
+            vocab_start=0,
+            vocab_size=self._vocab_size,
+            columns=rows.columns[s.name],
+            output_counts=rows.output_counts if Need.OUTPUT_COUNTS in needs else None,
+            prompt_mask=rows.prompt_mask if Need.PROMPT_MASK in needs else None,
+            token_ids=rows.token_ids if Need.TOKEN_IDS in needs else None,
+        )
+        try:
+            out = s.stage.apply(logits, view)
+        except Exception as error:
+            error.add_note(f"in sampler stage {s.name!r}")
+            raise
+        if out.shape != logits.shape or out.dtype != logits.dtype:
+            raise PluginError(
+                f"sampler stage {s.name!r} returned {out.dtype} {tuple(out.shape)} instead of the "
+                f"{logits.dtype} {tuple(logits.shape)} it was given"
+            )
+        return out
+
+    def _forbid_stop(self, logits: Tensor, rows: DrawRows) -> None:
+        stop = rows.stop_ids
+        early = (rows.positions < rows.min_lens)[:, None]
+        sampling.forbid_(logits, stop.values, early & sampling.filled(stop.counts, stop.values.shape[1]))
+
+    def _draw(self, logits: Tensor, rows: DrawRows, ops: Mapping[StandardOp, Tensor]) -> tuple[Tensor, Tensor]:
+        """Token ids int64 [R] and their scores [R], finite where a token was possible."""
+        if not rows.any_random:
+            return _argmax(logits)
+        keys = draw_keys(rows.seeds, rows.positions, rows.sample_index)
+        if not sampling.on_host(logits):
+            greedy_ids, greedy_scores = _argmax(logits)
+            ids, scores = _draw_random(logits, keys, ops)
+            return torch.where(rows.greedy, greedy_ids, ids), torch.where(rows.greedy, greedy_scores, scores)
+        random = (~rows.greedy).nonzero().flatten()
+        if len(random) == len(logits):
+            return _draw_random(logits, keys, ops)
+        ids, scores = _argmax(logits)
+        chosen = {op: column[random] for op, column in ops.items()}
+        ids[random], scores[random] = _draw_random(logits[random], keys[random], chosen)
+        return ids, scores
+
+
+def _placed(plan: StagePlan, stage: SamplerStage) -> _Stage:
+    if not isinstance(getattr(stage, "phase", None), Phase):
+        raise PluginError(f"sampler stage {plan.name!r} ({plan.target}) must set `phase` to a nanoengine.api.Phase")
+    ops = {spec.op: name for name, spec in plan.columns.items() if spec.op is not None and not spec.ragged}
+    standard = len(ops) == len(plan.columns) > 0 and stage.phase >= Phase.TEMPERATURE
+    return _Stage(plan.name, stage, ops, standard)
+
+
+def _scalar(rows: DrawRows, stage: str, column: str) -> Tensor:
+    values = rows.columns[stage][column]
+    assert not isinstance(values, RaggedColumn), (stage, column)
+    return values
+
+
+def _argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The first of the highest, int64 [R], and its logit."""
+    ids = logits.argmax(-1)
+    return ids, logits.gather(1, ids[:, None]).squeeze(1)
+
+
+def _draw_random(logits: Tensor, keys: Tensor, ops: Mapping[StandardOp, Tensor]) -> tuple[Tensor, Tensor]:
+    """Temperature, truncation and draw; overwrites the logits."""
+    if StandardOp.TEMPERATURE in ops:
+        sampling.scale_by_temperature_(logits, ops[StandardOp.TEMPERATURE])
+    top_k, top_p, min_p = (ops.get(op) for op in _TRUNCATION_ORDER)
+    if top_k is not None or top_p is not None or min_p is not None:
+        return sampling.draw_truncated(logits, keys, top_k, top_p, min_p)
+    return sampling.draw(logits, keys)

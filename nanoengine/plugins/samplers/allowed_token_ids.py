@@ -1,0 +1,21 @@
+"""Only the listed tokens; a row without a list keeps all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nanoengine.api import Phase, SamplerStage, StageRows
+from nanoengine.kernels.sampling import NEG_INF, filled
+
+
+class AllowedTokenIds(SamplerStage):
+    phase = Phase.MASK
+
+    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+        ids = rows.ragged("ids")
+        # Behind a list's end stands its first id again: allowing that twice changes nothing.
+        repeated = torch.where(filled(ids.counts, ids.values.shape[1]), ids.values, ids.values[:, :1])
+        removed = (ids.counts > 0)[:, None].repeat(1, logits.shape[1])
+        removed.scatter_(1, repeated.to(torch.int64), False)
+        return logits.masked_fill_(removed, NEG_INF)

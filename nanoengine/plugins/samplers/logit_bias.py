@@ -1,0 +1,19 @@
+"""A number added to the logits of chosen tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nanoengine.api import Phase, SamplerStage, StageRows
+from nanoengine.kernels.sampling import filled
+
+
+class LogitBias(SamplerStage):
+    phase = Phase.BIAS
+
+    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+        ids, bias = rows.ragged("ids"), rows.ragged("bias")
+        # -0.0 is the number whose sum with any other leaves that one's bits as they are.
+        added = torch.where(filled(bias.counts, bias.values.shape[1]), bias.values, -0.0)
+        return logits.scatter_add_(1, ids.values.to(torch.int64), added)

@@ -1,0 +1,201 @@
+"""Parameters of the built-in stages: names, defaults and meaning as in vLLM. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from nanoengine.api import ColumnSpec, ParamsContext, ParamsError, StageParams, StandardOp
+
+_GREEDY_BELOW = 1e-5
+"""A temperature under this is greedy, as in vLLM: logits divided by it would leave float32."""
+
+
+@dataclass(frozen=True)
+class TemperatureParams(StageParams):
+    """temperature: 0 takes the likeliest token; higher is more random."""
+
+    temperature: float = 1.0
+
+    columns: ClassVar[Mapping[str, ColumnSpec]] = {
+        "temperature": ColumnSpec(dtype="float32", default=1.0, op=StandardOp.TEMPERATURE)
+    }
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.temperature < math.inf, "temperature", self.temperature, "a number from 0 (greedy) up")
+
+    def pack(self, ctx: ParamsContext) -> Mapping[str, Any]:
+        return {"temperature": 0.0 if self.temperature < _GREEDY_BELOW else self.temperature}
+
+
+@dataclass(frozen=True)
+class TopKParams(StageParams):
+    """top_k: only the k likeliest tokens; 0 or -1: all."""
+
+    top_k: int = 0
+
+    columns: ClassVar[Mapping[str, ColumnSpec]] = {"top_k": ColumnSpec(dtype="int32", default=0, op=StandardOp.TOP_K)}
+
+    def __post_init__(self) -> None:
+        _require(self.top_k >= -1, "top_k", self.top_k, "at least 1, or 0 or -1 for all tokens")
+
+    def active(self) -> bool:
+        return self.top_k > 0
+
+    def pack(self, ctx: ParamsContext) -> Mapping[str, Any]:
+        return {"top_k": self.top_k if 0 < self.top_k < ctx.vocab_size else 0}
+
+
+@dataclass(frozen=True)
+class TopPParams(StageParams):
+    """top_p: only the likeliest tokens that together hold this share, the crossing one included; 1: all."""
+
+    top_p: float = 1.0
+
+    columns: ClassVar[Mapping[str, ColumnSpec]] = {
+        "top_p": ColumnSpec(dtype="float32", default=1.0, op=StandardOp.TOP_P)
+    }
+
+    def __post_init__(self) -> None:
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class MinPParams(StageParams):
+    """min_p: only tokens at least this likely in relation to the likeliest; 0: all."""
+
+    min_p: float = 0.0
+
+    columns: ClassVar[Mapping[str, ColumnSpec]] = {
+        "min_p": ColumnSpec(dtype="float32", default=0.0, op=StandardOp.MIN_P)
+    }
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
+
+
+@dataclass(frozen=True)
+class PenaltyParams(StageParams):
+    """Penalties on tokens seen before.
+
+    repetition_penalty divides positive logits and multiplies negative ones, of tokens in prompt or output.
+    presence_penalty is taken off tokens in the output; frequency_penalty once for each time they stand there.
+    """
+
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+    columns: ClassVar[Mapping[str, ColumnSpec]] = {
+        "repetition_penalty": ColumnSpec(dtype="float32", default=1.0),
+        "presence_penalty": ColumnSpec(dtype="float32", default=0.0),
+        "frequency_penalty": ColumnSpec(dtype="float32", default=0.0),
+    }
+
+    def __post_init__(self) -> None:
+        # float32 bounds: beyond them the packed value would be 0 or infinite.
+        repetition = self.repetition_penalty
+        _require(1e-30 < repetition < 1e30, "repetition_penalty", repetition, "above 0 (1 changes nothing)")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(-2 <= value <= 2, name, value, "from -2 to 2")
+
+
+@dataclass(frozen=True)
+class LogitBiasParams(StageParams):
+    """logit_bias: {token id: what is added to its logit}; -inf removes it."""
+
+    logit_bias: Mapping[int, float] | None = None
+
+    columns: ClassVar[Mapping[str, ColumnSpec]] = {
+        "ids": ColumnSpec(dtype="int32", ragged=True),
+        "bias": ColumnSpec(dtype="float32", ragged=True),
+    }
+
+    def __post_init__(self) -> None:
+        for token_id, bias in (self.logit_bias or {}).items():
+            _require(bias < 1e30, f"logit_bias[{token_id}]", bias, "a number below infinity")
+
+    def active(self) -> bool:
+        return bool(self.logit_bias)
+
+    def pack(self, ctx: ParamsContext) -> Mapping[str, Any]:
+        bias = self.logit_bias or {}
+        _check_ids("logit_bias", bias, ctx)
+        return {"ids": list(bias), "bias": list(bias.values())}
+
+
+@dataclass(frozen=True)
+class AllowedTokenIdsParams(StageParams):
+    """allowed_token_ids: no other token is ever drawn."""
+
+    allowed_token_ids: tuple[int, ...] | None = None
+
+    columns: ClassVar[Mapping[str, ColumnSpec]] = {"ids": ColumnSpec(dtype="int32", ragged=True)}
+
+    def __post_init__(self) -> None:
+        allowed = self.allowed_token_ids
+        _require(allowed is None or len(allowed) > 0, "allowed_token_ids", allowed, "a list with at least one id")
+
+    def pack(self, ctx: ParamsContext) -> Mapping[str, Any]:
+        allowed = self.allowed_token_ids or ()
+        _check_ids("allowed_token_ids", allowed, ctx)
+        return {"ids": sorted(set(allowed))}
+
+
+@dataclass(frozen=True)
+class BadWordsParams(StageParams):
+    """bad_words: words whose last token is not drawn where it would complete them in the output.
+
+    A word is looked for as the tokenizer writes it at the start of a text and, where that replaces its first token
+    by one that carries the space, after a space (as vLLM does).
+    """
+
+    bad_words: tuple[str, ...] | None = None
+
+    # All sequences of a row stand one behind the other: their tokens; how many tokens of the sequence follow each;
+    # and the number of the sequence each belongs to.
+    columns: ClassVar[Mapping[str, ColumnSpec]] = {
+        "tokens": ColumnSpec(dtype="int32", ragged=True),
+        "following": ColumnSpec(dtype="int32", ragged=True),
+        "sequence": ColumnSpec(dtype="int32", ragged=True),
+    }
+
+    def __post_init__(self) -> None:
+        for word in self.bad_words or ():
+            _require(bool(word.strip()), "bad_words", word, "words that are not blank")
+
+    def active(self) -> bool:
+        return bool(self.bad_words)
+
+    def pack(self, ctx: ParamsContext) -> Mapping[str, Any]:
+        sequences = [ids for word in self.bad_words or () for ids in _spellings(word, ctx)]
+        _check_ids("bad_words", (token for ids in sequences for token in ids), ctx)
+        return {
+            "tokens": [token for ids in sequences for token in ids],
+            "following": [len(ids) - 1 - i for ids in sequences for i in range(len(ids))],
+            "sequence": [number for number, ids in enumerate(sequences) for _ in ids],
+        }
+
+
+def _spellings(word: str, ctx: ParamsContext) -> list[list[int]]:
+    """Token sequences of a bad word: bare, and after a space where only the first token changes its form."""
+    bare = ctx.encode(word.lstrip())
+    if not bare:
+        raise ParamsError(f"bad_words: the tokenizer makes no token of {word!r}")
+    spaced = ctx.encode(" " + word.lstrip())
+    return [bare, spaced] if len(spaced) == len(bare) and spaced[0] != bare[0] else [bare]
+
+
+def _require(ok: bool, name: str, value: Any, rule: str) -> None:
+    if not ok:
+        raise ParamsError(f"{name} must be {rule}, not {value!r}")
+
+
+def _check_ids(name: str, ids: Iterable[int], ctx: ParamsContext) -> None:
+    outside = sorted({i for i in ids if not 0 <= i < ctx.vocab_size})
+    if outside:
+        shown = ", ".join(map(str, outside[:8])) + (", ..." if len(outside) > 8 else "")
+        raise ParamsError(f"{name}: no such token id: {shown}; this model's ids are 0 to {ctx.vocab_size - 1}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -86,8 +88,9 @@ class Status(Enum):
 class Request:
     """One sample as the scheduler keeps it (a request with n samples is n of these). Mutable; not for plugins.
 
-    The words: `tokens` are known on the host; a sampled token whose step was launched but not committed is *in
-    flight*. `num_computed` counts tokens whose KV is written by launched steps.
+    The words: *known* tokens are on the host; a sampled token whose step was launched but not committed is *in
+    flight*; `num_computed` counts tokens whose KV is written by launched steps. Only the scheduler and the block
+    manager change a request. What their loops read at each step stands here as plain fields.
     """
 
     id: str
@@ -107,14 +110,36 @@ class Request:
     generation: int = 0  # raised at each admission and release: tells a dead row from a live one
     num_computed: int = 0
     num_in_flight: int = 0  # sampled tokens not yet committed
-    num_cached: int | None = None  # prefix-cache hit of the first admission
-    block_ids: list[list[int]] = field(default_factory=list)  # [group][block]
-    block_hashes: list[bytes] = field(default_factory=list)  # hash chain of full blocks, grown as tokens come
+    num_cached: int | None = None  # prefix-cache hit of the first admission, in tokens
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens known on the host."""
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
+    # Derived once.
+    prompt_len: int = field(init=False)
+    num_tokens: int = field(init=False)  # known tokens; follows output_token_ids
+    min_len: int = field(init=False)  # tokens before which no stop token counts; 0 without min_tokens
+    stop_set: frozenset[int] = field(init=False)
+    host_tokens: bool = field(init=False)
+    prompt_bytes: bytes = field(init=False)  # int32, native order: what the prefix index hashes and compares
+
+    # The scheduler's.
+    order: int = 0  # of add(): breaks ties of `arrival`
+    admitted: int = 0  # of admissions: FCFS preempts the last one
+    last_step: int = -1  # the last launched step that holds a row of it
+    length_reason: str | None = None  # stop_reason when it ends by length
+    prompt_logprobs_done: int = 1  # prompt positions before it have their log-probs delivered
+
+    # The block manager's.
+    block_ids: list[list[int]] = field(default_factory=list)  # [group][block]; empty while it owns none
+    capacity: int = 0  # tokens its blocks hold
+    block_hashes: list[bytes] = field(default_factory=list)  # hash chain of full blocks, grown as tokens come
+    publish_at: int = sys.maxsize  # computed tokens at which its next block is full and may be published
+    chain: list[int | bytes] = field(default_factory=list)  # [group] identity of the last published block
+
+    def __post_init__(self) -> None:
+        self.prompt_len = self.num_tokens = len(self.prompt_token_ids)
+        self.min_len = self.prompt_len + self.params.min_tokens if self.params.min_tokens else 0
+        self.stop_set = self.params.stop_set
+        self.host_tokens = self.params.host_tokens
+        self.prompt_bytes = array("i", self.prompt_token_ids).tobytes()
 
     @property
     def token_ids(self) -> list[int]:

@@ -1,0 +1,313 @@
+"""The KV block pools and the prefix index.
+
+One pool a KV group. A block's number is its row in the device's cache; block 0 is the dummy block, never handed out,
+and serves the free list as its sentinel. A block with reference count 0 stands in the free list, which is the LRU
+order, and stays in the prefix index until it is reused.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from itertools import count
+from typing import NamedTuple
+
+import xxhash
+
+from nanoengine.core.errors import ConfigError
+from nanoengine.core.request import Request
+
+Hits = list[list[int]]  # [group][block], all groups of one length
+
+
+class Published(NamedTuple):
+    """A block that entered the prefix index, so that it can be withdrawn."""
+
+    group: int
+    block: int
+    uid: int
+
+
+class _Entry(NamedTuple):
+    """What a published block holds. `parent`: uid of the block before it, or the cache key at the start."""
+
+    key: bytes
+    parent: int | bytes
+    tokens: bytes
+    uid: int
+
+
+class _Pool:
+    """One group's blocks: an intrusive doubly linked free list, reference counts, the index. O(1) each."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.next: list[int] = [*range(1, num_blocks), 0]
+        self.prev: list[int] = [num_blocks - 1, *range(num_blocks - 1)]
+        self.refs = [0] * num_blocks
+        self.num_free = num_blocks - 1
+        self.entries: list[_Entry | None] = [None] * num_blocks
+        self.index: dict[bytes, int] = {}
+
+    def _unlink(self, block: int) -> None:
+        before, after = self.prev[block], self.next[block]
+        self.next[before], self.prev[after] = after, before
+        self.num_free -= 1
+
+    def _link_after(self, before: int, block: int) -> None:
+        after = self.next[before]
+        self.next[before] = self.prev[after] = block
+        self.prev[block], self.next[block] = before, after
+        self.num_free += 1
+
+    def take(self) -> int:
+        """The least recently used free block, which leaves the index."""
+        block = self.next[0]
+        assert block, "take() from an empty pool"
+        self._unlink(block)
+        self.forget(block)
+        self.refs[block] = 1
+        return block
+
+    def share(self, block: int) -> None:
+        """One more owner of a block that the index gave."""
+        if self.refs[block] == 0:
+            self._unlink(block)
+        self.refs[block] += 1
+
+    def give_back(self, block: int) -> None:
+        """One owner less. Published blocks are reused last, those that nobody can hit at once."""
+        assert self.refs[block] > 0, f"block {block} freed twice"
+        self.refs[block] -= 1
+        if self.refs[block] == 0:
+            self._link_after(self.prev[0] if self.entries[block] else 0, block)
+
+    def forget(self, block: int) -> None:
+        entry = self.entries[block]
+        if entry is not None:
+            del self.index[entry.key]
+            self.entries[block] = None
+
+    def find(self, key: bytes, parent: int | bytes, tokens: bytes) -> int | None:
+        """The block published under `key`, if it is verified: same predecessor (hence same history), same tokens."""
+        block = self.index.get(key)
+        if block is None:
+            return None
+        entry = self.entries[block]
+        assert entry is not None
+        return block if entry.parent == parent and entry.tokens == tokens else None
+
+
+class BlockManager:
+    """Hands out blocks to requests and finds the blocks that an earlier request left behind.
+
+    Args:
+        groups: number of KV groups; each has a pool of its own.
+        num_blocks: blocks of each pool, the dummy block included.
+        block_size: tokens a block.
+        enable_prefix_caching: without it nothing is published and nothing is found.
+        hash_fn: bytes -> digest; only the speed of the index depends on it, never its truth.
+
+    Raises `ConfigError` where there is no block besides the dummy one.
+    """
+
+    def __init__(
+        self,
+        groups: int,
+        num_blocks: int,
+        block_size: int,
+        enable_prefix_caching: bool,
+        hash_fn: Callable[[bytes], bytes] = xxhash.xxh3_128_digest,
+    ) -> None:
+        if num_blocks < 2:
+            raise ConfigError(
+                f"the KV cache has {num_blocks} blocks of {block_size} tokens, but needs 2 at least (one is the dummy "
+                "block): raise num_gpu_blocks_override, kv_cache_memory or gpu_memory_utilization"
+            )
+        assert groups > 0 and block_size > 0
+        self.block_size = block_size
+        self.num_blocks = num_blocks - 1
+        """Blocks of each group that requests can own (the dummy block excluded)."""
+        self.enable_prefix_caching = enable_prefix_caching
+        self._hash = hash_fn
+        self._pools = [_Pool(num_blocks) for _ in range(groups)]
+        self._uids = count()
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks nobody owns, in the group that has fewest."""
+        return min(pool.num_free for pool in self._pools)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    # Finding
+
+    def match(self, request: Request) -> Hits:
+        """The longest run of published blocks that begins the request's known tokens; never all of its tokens.
+
+        At least one token must be computed, for its logits, and blocks are shared whole: (num_tokens - 1) //
+        block_size blocks at most. Takes nothing.
+        """
+        if not self.enable_prefix_caching:
+            return self.no_hits()
+        self._hash_blocks(request, request.num_tokens // self.block_size)
+        limit = (request.num_tokens - 1) // self.block_size
+        hits: Hits = []
+        for pool in self._pools:
+            run: list[int] = []
+            parent: int | bytes = request.cache_key
+            for i in range(limit):
+                block = pool.find(request.block_hashes[i], parent, self._tokens(request, i))
+                if block is None:
+                    break
+                run.append(block)
+                parent = _uid(pool, block)
+            hits.append(run)
+            limit = len(run)
+        return [run[:limit] for run in hits]
+
+    def no_hits(self) -> Hits:
+        return [[] for _ in self._pools]
+
+    def same_block(self, a: Request, b: Request, index: int) -> bool:
+        """Whether the prompts of both hold the same tokens through block `index`, under one cache key."""
+        end = (index + 1) * self.block_size * array("i").itemsize
+        return a.cache_key == b.cache_key and a.prompt_bytes[:end] == b.prompt_bytes[:end]
+
+    def prompt_hashes(self, request: Request, start: int, end: int) -> Sequence[bytes]:
+        """Hashes of the full prompt blocks that computing tokens [start, end) completes."""
+        last = min(end, request.prompt_len) // self.block_size
+        self._hash_blocks(request, last)
+        return request.block_hashes[start // self.block_size : last]
+
+    # Owning
+
+    def claim(self, request: Request, hits: Hits, num_tokens: int) -> bool:
+        """Makes the hits the request's first blocks, if there is room for all its `num_tokens`; else takes nothing."""
+        assert not request.block_ids, f"request {request.id} owns blocks already"
+        missing = self.blocks_for(num_tokens) - len(hits[0])
+        for pool, run in zip(self._pools, hits, strict=True):
+            if missing + sum(pool.refs[block] == 0 for block in run) > pool.num_free:
+                return False
+        for pool, run in zip(self._pools, hits, strict=True):
+            for block in run:
+                pool.share(block)
+        request.block_ids = [list(run) for run in hits]
+        request.capacity = len(hits[0]) * self.block_size
+        if self.enable_prefix_caching:
+            request.publish_at = request.capacity + self.block_size
+            request.chain = [
+                _uid(pool, run[-1]) if run else request.cache_key for pool, run in zip(self._pools, hits, strict=True)
+            ]
+        return True
+
+    def grow(self, request: Request, num_tokens: int) -> bool:
+        """Appends blocks until they hold `num_tokens`; False, and nothing taken, where a pool has too few."""
+        missing = self.blocks_for(num_tokens) - len(request.block_ids[0])
+        if missing > self.free_blocks:
+            return False
+        for pool, table in zip(self._pools, request.block_ids, strict=True):
+            for _ in range(missing):
+                table.append(pool.take())
+        request.capacity += max(0, missing) * self.block_size
+        return True
+
+    def release(self, request: Request) -> None:
+        """Gives all its blocks back, the tail first, so that the head of a prefix lives longest."""
+        for pool, table in zip(self._pools, request.block_ids, strict=False):
+            for block in reversed(table):
+                pool.give_back(block)
+        request.block_ids, request.chain = [], []
+        request.capacity, request.publish_at = 0, sys.maxsize
+
+    # Publishing
+
+    def publish(self, request: Request, num_tokens: int) -> list[Published]:
+        """Enters the request's blocks that are full with its first `num_tokens` tokens into the index.
+
+        A block whose equal is there already stays out (the request keeps its own copy: tables only grow), and those
+        after it follow the indexed one. On a collision of hashes the request publishes no more.
+        """
+        out: list[Published] = []
+        while request.publish_at <= num_tokens:
+            i = request.publish_at // self.block_size - 1
+            self._hash_blocks(request, i + 1)
+            request.publish_at += self.block_size
+            for group, pool in enumerate(self._pools):
+                if not self._publish_block(request, group, pool, i, out):
+                    request.publish_at = sys.maxsize
+        return out
+
+    def _publish_block(self, request: Request, group: int, pool: _Pool, i: int, out: list[Published]) -> bool:
+        key, parent, tokens = request.block_hashes[i], request.chain[group], self._tokens(request, i)
+        equal = pool.find(key, parent, tokens)
+        if equal is not None:
+            request.chain[group] = _uid(pool, equal)
+            return True
+        if key in pool.index:
+            return False
+        block = request.block_ids[group][i]
+        entry = _Entry(key, parent, tokens, next(self._uids))
+        pool.index[key], pool.entries[block] = block, entry
+        request.chain[group] = entry.uid
+        out.append(Published(group, block, entry.uid))
+        return True
+
+    def withdraw(self, published: Iterable[Published]) -> None:
+        """Takes back what a step published that then broke, unless the block has been reused since."""
+        for group, block, uid in published:
+            pool = self._pools[group]
+            entry = pool.entries[block]
+            if entry is not None and entry.uid == uid:
+                pool.forget(block)
+
+    # Tokens and hashes
+
+    def _tokens(self, request: Request, i: int) -> bytes:
+        """Known tokens of block `i`, int32 bytes."""
+        size, width = self.block_size, array("i").itemsize
+        start, end = i * size, (i + 1) * size
+        own = request.prompt_bytes[start * width : end * width]
+        if end <= request.prompt_len:
+            return own
+        outputs = request.output_token_ids[max(0, start - request.prompt_len) : end - request.prompt_len]
+        return own + array("i", outputs).tobytes()
+
+    def _hash_blocks(self, request: Request, num_blocks: int) -> None:
+        hashes = request.block_hashes
+        for i in range(len(hashes), num_blocks):
+            parent = hashes[i - 1] if i else b""
+            hashes.append(self._hash(parent + self._tokens(request, i) + request.cache_key))
+
+    # Invariants
+
+    def check(self, owners: Iterable[Request]) -> None:
+        """Asserts that the requests' tables, reference counts, free lists and indexes tell one story."""
+        owners = list(owners)
+        for group, pool in enumerate(self._pools):
+            refs = [0] * len(pool.refs)
+            for request in owners:
+                table = request.block_ids[group]
+                assert len(set(table)) == len(table), f"{request.id} owns a block twice: {table}"
+                assert len(table) * self.block_size == request.capacity >= request.num_computed
+                for block in table:
+                    refs[block] += 1
+            assert refs == pool.refs, f"group {group}: reference counts {pool.refs} are not those of the tables {refs}"
+            assert refs[0] == 0, "the dummy block is owned"
+            free, block = set(), pool.next[0]
+            while block:
+                assert block not in free, f"free list loops at {block}"
+                assert pool.next[pool.prev[block]] == block == pool.prev[pool.next[block]]
+                free.add(block)
+                block = pool.next[block]
+            assert free == {b for b in range(1, len(refs)) if refs[b] == 0}, "the free list is not the unowned blocks"
+            assert len(free) == pool.num_free
+            entries = {entry.key: b for b, entry in enumerate(pool.entries) if entry}
+            assert entries == pool.index, "index and blocks disagree"
+
+
+def _uid(pool: _Pool, block: int) -> int:
+    entry = pool.entries[block]
+    assert entry is not None, f"block {block} is not published"
+    return entry.uid

@@ -1,0 +1,89 @@
+"""The step that is being put together: who gets how many tokens. Nothing is booked before it is launched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nanoengine.core.errors import RequestError, nearest
+from nanoengine.core.request import Request
+from nanoengine.core.scheduling.block_manager import BlockManager
+from nanoengine.core.scheduling.plan_builder import ColumnValues
+
+
+@dataclass(slots=True)
+class Draft:
+    """picks: request -> tokens it gets. new: admitted request -> tokens that the prefix cache holds. grown: request
+    -> index of its first block that the device does not know. writers: hash of a prompt block that this step
+    completes -> the request that computes it. preempted: somebody had to yield.
+    """
+
+    budget: int
+    picks: dict[Request, int] = field(default_factory=dict)
+    new: dict[Request, int] = field(default_factory=dict)
+    grown: dict[Request, int] = field(default_factory=dict)
+    writers: dict[bytes, Request] = field(default_factory=dict)
+    host_values: ColumnValues = field(default_factory=dict)
+    preempted: bool = False
+
+    def admit(self, request: Request, num_new: int, cached: int, blocks: BlockManager) -> None:
+        self.picks[request] = num_new
+        self.budget -= num_new
+        self.new[request] = cached
+        self.grown[request] = 0
+        self._note_writer(request, cached, cached + num_new, blocks)
+
+    def drop(self, request: Request) -> None:
+        """Takes a request out again, and its share of the budget back."""
+        self.budget += self.picks.pop(request, 0)
+        self.new.pop(request, None)
+        self.grown.pop(request, None)
+
+    def note_writers(self, blocks: BlockManager) -> None:
+        """Prompt blocks that running requests complete in this step."""
+        for request, num_new in self.picks.items():
+            if request.num_computed < request.prompt_len:
+                self._note_writer(request, request.num_computed, request.num_computed + num_new, blocks)
+
+    def _note_writer(self, request: Request, start: int, end: int, blocks: BlockManager) -> None:
+        if blocks.enable_prefix_caching:
+            for key in blocks.prompt_hashes(request, start, end):
+                self.writers.setdefault(key, request)
+
+    def writes_next_block(self, request: Request, num_hits: int, blocks: BlockManager) -> bool:
+        """Whether this step computes the first block that the request misses: it had better wait for the hit."""
+        if not self.writers or num_hits >= (request.num_tokens - 1) // blocks.block_size:
+            return False
+        writer = self.writers.get(request.block_hashes[num_hits])
+        return writer is not None and blocks.same_block(writer, request, num_hits)
+
+
+def ask_host_stages(request: Request, into: ColumnValues) -> RequestError | None:
+    """Fills in the columns of the request's host-token stages for the token to be drawn; what they raise is returned.
+
+    A stage is a plugin: whatever goes wrong in it fails this request alone.
+    """
+    values: ColumnValues = {}
+    for stage in request.params.stages:
+        if not stage.params.host_tokens:
+            continue
+        try:
+            columns = stage.params.host_columns(request.prompt_token_ids, tuple(request.output_token_ids))
+            for column, value in columns.items():
+                if column not in stage.params.columns:
+                    raise KeyError(f"no column {column!r}: {nearest(column, stage.params.columns)}")
+                array = np.asarray(value, dtype=stage.params.columns[column].dtype)
+                if array.ndim > 1 or (array.size != 1 and not stage.params.columns[column].ragged):
+                    raise ValueError(f"column {column!r} got the shape {array.shape}")
+                values[stage.name, column] = {request.slot: array}
+        except Exception as error:  # noqa: BLE001 - see above
+            failure = RequestError(
+                "stage_failed",
+                f"host_columns() of sampler stage {stage.name!r} raised {type(error).__name__}: {error}",
+            )
+            failure.__cause__ = error
+            return failure
+    for key, value in values.items():
+        into.setdefault(key, {}).update(value)
+    return None

@@ -1,0 +1,121 @@
+"""What the scheduler and the engine hand each other: configuration, scheduled steps, updates, counters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from nanoengine.core.errors import ConfigError, RequestError
+from nanoengine.core.request import Request
+from nanoengine.core.scheduling.block_manager import Published
+from nanoengine.core.step import LogprobRows, StepPlan
+
+EndReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of every step. `max_num_batched_tokens` may be below `max_num_seqs`: requests then take turns.
+
+    Raises `ConfigError` for a limit below 1.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    enable_prefix_caching: bool = True
+    policy: str = "fcfs"
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduledStep:
+    """A plan, and whose rows it holds: (request, its generation then), in the plan's order.
+
+    sampled: per row, whether a token is drawn. published: prompt blocks that the prefix index got with it.
+    """
+
+    plan: StepPlan
+    rows: tuple[tuple[Request, int], ...]
+    sampled: tuple[bool, ...]
+    published: tuple[Published, ...] = ()
+
+
+class Update(NamedTuple):
+    """News of one request. With `finish_reason`, `failed` or `error` the scheduler has let go of it already.
+
+    Attributes:
+        new_token_ids: this step's, a stop token included.
+        finish_reason, stop_reason: stop_reason is the id of a `stop_token_ids` hit, None for EOS, and "kv_cache_full"
+            with "length" where a lone request outgrew the cache.
+        sampled_logprobs, prompt_logprobs: this request's part of the result; None where there is none.
+        failed: the row's code in `StepResult.failed`; 0: fine.
+        error: why it failed while it was being scheduled.
+    """
+
+    request: Request
+    new_token_ids: tuple[int, ...] = ()
+    finish_reason: EndReason | None = None
+    stop_reason: int | str | None = None
+    sampled_logprobs: LogprobRows | None = None
+    prompt_logprobs: LogprobRows | None = None
+    failed: int = 0
+    error: RequestError | None = None
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Counters since the start.
+
+    preemptions. prompt_tokens and, of these, prefix_hit_tokens: at first admissions. resumed_hit_tokens: hits of
+    preempted requests that came back. chunks: prefill rows that were not the whole rest. mixed_steps: decode and
+    prefill rows in one step. steps: scheduled ones. num_blocks, free_blocks: of the KV group that has fewest free; the
+    dummy block is not counted.
+    """
+
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    resumed_hit_tokens: int = 0
+    chunks: int = 0
+    mixed_steps: int = 0
+    steps: int = 0
+    num_blocks: int = 0
+    free_blocks: int = 0
+
+
+class LogprobShares:
+    """Cuts a result's log-probs by plan row. The entries stand in row order, as the tokens do."""
+
+    def __init__(self, entries: LogprobRows, num_rows: int) -> None:
+        self._entries = entries
+        self._bounds: list[int] | None = None
+        if len(entries.rows):
+            assert (np.diff(entries.rows) >= 0).all(), "log-probs are not in row order"
+            self._bounds = np.searchsorted(entries.rows, np.arange(num_rows + 1)).tolist()
+
+    def of(self, row: int) -> LogprobRows | None:
+        if self._bounds is None:
+            return None
+        start, end = self._bounds[row], self._bounds[row + 1]
+        if start == end:
+            return None
+        entries = self._entries
+        tops = entries.top_offsets[start : end + 1]
+        flat: Any = slice(tops[0], tops[-1])
+        return LogprobRows(
+            rows=entries.rows[start:end],
+            positions=entries.positions[start:end],
+            token_ids=entries.token_ids[start:end],
+            logprobs=entries.logprobs[start:end],
+            ranks=entries.ranks[start:end],
+            top_ids=entries.top_ids[flat],
+            top_logprobs=entries.top_logprobs[flat],
+            top_offsets=tops - tops[0],
+        )

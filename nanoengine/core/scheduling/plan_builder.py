@@ -1,0 +1,171 @@
+"""Turns the scheduler's picks into the flat arrays of a `StepPlan`. Arrays are built once a step, from lists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from nanoengine.core.request import Request
+from nanoengine.core.step import (
+    BlockAppends,
+    NewSlots,
+    StageColumn,
+    StepPlan,
+    flags,
+    i32,
+    i64,
+    offsets_of,
+)
+
+ColumnValues = dict[tuple[str, str], dict[int, npt.NDArray[Any]]]  # (stage, column) -> slot -> values
+
+
+class Prefill(NamedTuple):
+    """A prefill row: tokens [start, end); `sampled`: it reaches the request's last token."""
+
+    request: Request
+    start: int
+    end: int
+    sampled: bool
+
+
+class Picks(NamedTuple):
+    """The rows of a step, in plan order. A decode row's start is its request's last token."""
+
+    decode: list[Request]
+    decode_starts: list[int]
+    prefill: list[Prefill]
+
+
+def advance(picks: Mapping[Request, int], step: int) -> Picks:
+    """Books the picked tokens as computed by `step`, and sorts the rows: decode rows first.
+
+    A decode row continues a generated sequence: its only input is the last token, which may still be in flight.
+    """
+    decode: list[Request] = []
+    decode_starts: list[int] = []
+    prefill: list[Prefill] = []
+    for request, num_new in picks.items():
+        start = request.num_computed
+        request.num_computed = end = start + num_new
+        request.last_step = step
+        sampled = end == request.num_tokens + request.num_in_flight
+        if sampled:
+            request.num_in_flight += 1
+        if num_new == 1 and sampled and end > request.prompt_len:
+            decode.append(request)
+            decode_starts.append(start)
+        else:
+            prefill.append(Prefill(request, start, end, sampled))
+    return Picks(decode, decode_starts, prefill)
+
+
+def build_plan(
+    step: int, picks: Picks, new: Mapping[Request, int], grown: Mapping[Request, int], host_values: ColumnValues
+) -> StepPlan:
+    """The plan of the rows `picks`.
+
+    Args:
+        new: request that enters the device tables -> its tokens that the prefix cache holds.
+        grown: request -> index of its first block that the device's table lacks.
+        host_values: columns that host-token stages computed for this step.
+    """
+    logits, rows, sampled, tops = _logits(picks)
+    starts = picks.decode_starts + [row.start for row in picks.prefill]
+    slots = [request.slot for request in picks.decode] + [row.request.slot for row in picks.prefill]
+    lens = [1] * len(picks.decode) + [row.end - row.start for row in picks.prefill]
+    return StepPlan(
+        step=step,
+        new=_new_slots(new) if new else NewSlots(),
+        columns=_stage_columns(new, host_values) if new or host_values else (),
+        appends=_appends(grown) if grown else BlockAppends(),
+        slots=i32(slots),
+        num_decode_rows=len(picks.decode),
+        query_lens=i32(lens),
+        starts=i32(starts),
+        logits_index=logits,
+        logits_rows=rows,
+        sampled=sampled,
+        prompt_logprobs=tops,
+    )
+
+
+def _logits(picks: Picks) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.bool_], Any]:
+    """logits_index, logits_rows, sampled, prompt_logprobs: int32, int32, bool, int32, each [L]."""
+    at = len(picks.decode)
+    index, rows, drawn, tops = list(range(at)), list(range(at)), [True] * at, [0] * at
+    for row, (request, start, end, sampled) in enumerate(picks.prefill, start=at):
+        top = request.params.prompt_logprobs
+        if top is not None:  # logits at j tell the log-prob of prompt token j + 1
+            wanted = range(max(start, request.prompt_logprobs_done - 1), min(end, request.prompt_len - 1))
+            index += [at + j - start for j in wanted]
+            rows += [row] * len(wanted)
+            drawn += [False] * len(wanted)
+            tops += [top] * len(wanted)
+        at += end - start
+        if sampled:
+            index.append(at - 1)
+            rows.append(row)
+            drawn.append(True)
+            tops.append(0)
+    return i32(index), i32(rows), flags(drawn), i32(tops)
+
+
+def _new_slots(new: Mapping[Request, int]) -> NewSlots:
+    outputs = [i32(request.output_token_ids) for request in new]
+    prompts = [np.frombuffer(request.prompt_bytes, dtype=np.int32) for request in new]
+    stops = [sorted(request.stop_set) for request in new]
+    logprobs = [request.params.logprobs for request in new]
+    return NewSlots(
+        slots=i32([request.slot for request in new]),
+        token_ids=np.concatenate([part for pair in zip(prompts, outputs, strict=True) for part in pair]),
+        token_offsets=offsets_of([request.num_tokens for request in new]),
+        prompt_lens=i32([request.prompt_len for request in new]),
+        num_computed=i32(list(new.values())),
+        seeds=i64([request.seed for request in new]),
+        sample_index=i32([request.sample_index for request in new]),
+        greedy=flags([request.params.greedy for request in new]),
+        min_lens=i32([request.min_len for request in new]),
+        stop_ids=i32([token for ids in stops for token in ids]),
+        stop_offsets=offsets_of([len(ids) for ids in stops]),
+        num_logprobs=i32([-1 if k is None else k for k in logprobs]),
+    )
+
+
+def _stage_columns(new: Iterable[Request], host_values: ColumnValues) -> tuple[StageColumn, ...]:
+    """One message a column: the packed values of new slots, and over them what host-token stages computed."""
+    table: ColumnValues = {}
+    for request in new:
+        for stage in request.params.stages:
+            for column, value in stage.columns.items():
+                table.setdefault((stage.name, column), {})[request.slot] = value
+    for key, values in host_values.items():
+        table.setdefault(key, {}).update(values)
+    return tuple(
+        StageColumn(
+            stage=stage,
+            column=column,
+            slots=i32(list(values)),
+            values=np.concatenate([np.atleast_1d(value) for value in values.values()]),
+            offsets=offsets_of([np.size(value) for value in values.values()]),
+        )
+        for (stage, column), values in table.items()
+    )
+
+
+def _appends(grown: Mapping[Request, int]) -> BlockAppends:
+    groups: list[int] = []
+    slots: list[int] = []
+    indices: list[int] = []
+    blocks: list[int] = []
+    for request, first in grown.items():
+        for group, table in enumerate(request.block_ids):
+            added = table[first:]
+            groups += [group] * len(added)
+            slots += [request.slot] * len(added)
+            indices += range(first, len(table))
+            blocks += added
+    return BlockAppends(group=i32(groups), slot=i32(slots), index=i32(indices), block=i32(blocks))

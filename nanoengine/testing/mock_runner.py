@@ -1,0 +1,272 @@
+"""A runner without a model, in numpy: what it samples tells whether the plan was right.
+
+It keeps what a device keeps: slot tables as the plan writes them and a KV cache addressed through the block tables.
+A token's KV entry depends on the token, its position and every KV entry before it *as read through the block table
+when it is computed*; a sampled token depends on the entries of its whole history, read likewise. So a wrong block, a
+block reused too early, a stale slot or a dead row that was kept changes the tokens. `expected_tokens` is the truth.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nanoengine.core.step import (
+    ROW_FINE,
+    LogprobRows,
+    NewSlots,
+    StageColumn,
+    StepPlan,
+    StepResult,
+    f32,
+    i32,
+    offsets_of,
+)
+
+_MASK = (1 << 64) - 1
+_WEIGHTS = np.arange(1, 1 << 16, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) | np.uint64(1)  # by position
+
+
+def _mix(value: int) -> int:
+    """A 64-bit finaliser (splitmix64's): all bits of the result depend on all bits of the value."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def _entry(history: int, token: int, position: int) -> int:
+    """KV entry of `token` at `position` after a history whose weighted sum is `history`."""
+    return _mix((history + 0x632BE59BD9B4E019 * (token + 1) + (position << 40)) & _MASK)
+
+
+def _add(history: int, entry: int, position: int) -> int:
+    return (history + entry * int(_WEIGHTS[position])) & _MASK
+
+
+def _choose(
+    history: int, length: int, vocab: int, stop_ids: Collection[int], min_len: int, seed: int, index: int, bias: int
+) -> int:
+    """The token at position `length`; stop ids are masked while `length` is below `min_len`."""
+    token = (_mix(history ^ _mix((seed * 1000003 + index) & _MASK)) + bias) % vocab
+    while length < min_len and token in stop_ids:
+        token = (token + 1) % vocab
+    return token
+
+
+def fake_logprob(token: int, position: int) -> float:
+    """The log-prob that the mock reports for a token at a position."""
+    return -float((token * 31 + position * 7) % 101) / 16
+
+
+def expected_tokens(
+    prompt: Sequence[int],
+    max_tokens: int,
+    vocab: int,
+    *,
+    stop_ids: Collection[int] = (),
+    min_tokens: int = 0,
+    seed: int = 0,
+    sample_index: int = 0,
+    bias: Callable[[Sequence[int]], int] = lambda outputs: 0,
+) -> list[int]:
+    """The output of a request that runs alone in a right engine, the stop token that ends it included.
+
+    `bias(outputs so far)` stands for the sum of the request's sampler-stage columns. A greedy request has seed 0 and
+    sample index 0.
+    """
+    history, tokens = 0, list(prompt)
+    for position, token in enumerate(tokens):
+        history = _add(history, _entry(history, token, position), position)
+    outputs: list[int] = []
+    min_len = len(prompt) + min_tokens
+    while len(outputs) < max_tokens:
+        position = len(tokens)
+        token = _choose(history, position, vocab, stop_ids, min_len, seed, sample_index, bias(outputs))
+        tokens.append(token)
+        outputs.append(token)
+        if token in stop_ids and position >= min_len:
+            break
+        history = _add(history, _entry(history, token, position), position)
+    return outputs
+
+
+class MockRunner:
+    """Executes plans in order. `launch` a step, then `wait` for the oldest: one step may be launched ahead.
+
+    Args:
+        groups, num_blocks, block_size: as of the block manager, the dummy block included.
+        max_num_seqs, max_model_len: sizes of the slot tables.
+        vocab: ids are 0 to vocab - 1.
+    """
+
+    def __init__(
+        self, *, groups: int, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int, vocab: int
+    ) -> None:
+        assert max_model_len < len(_WEIGHTS)
+        garbage = np.random.default_rng(0)
+        self.vocab, self.block_size = vocab, block_size
+        self.kv = garbage.integers(1, 1 << 63, (groups, num_blocks, block_size), dtype=np.uint64)
+        width = -(-max_model_len // block_size)
+        self.block_tables = garbage.integers(0, num_blocks, (groups, max_num_seqs, width), dtype=np.int32)
+        self.token_ids = garbage.integers(0, vocab, (max_num_seqs, max_model_len + 1), dtype=np.int32)
+        self.lengths = np.zeros(max_num_seqs, dtype=np.int32)  # known and sampled tokens
+        self.computed = np.zeros(max_num_seqs, dtype=np.int32)
+        self.slots: list[dict[str, Any]] = [{} for _ in range(max_num_seqs)]
+        self.columns: list[dict[tuple[str, str], int]] = [{} for _ in range(max_num_seqs)]
+        self.fail_row: Callable[[StepPlan, int], int] = lambda plan, row: ROW_FINE
+        """Test hook: the `failed` code of a row."""
+        self._results: deque[StepResult] = deque()
+
+    def launch(self, plan: StepPlan) -> None:
+        """Runs the step on the device's state; its result stays hidden until `wait`."""
+        self._enter(plan.new)
+        for column in plan.columns:
+            self._set_column(column)
+        appends = plan.appends
+        self.block_tables[appends.group, appends.slot, appends.index] = appends.block
+        self.kv[plan.copies.group, plan.copies.dst] = self.kv[plan.copies.group, plan.copies.src]
+        self._check_plan(plan)
+        self._results.append(self._run(plan))
+
+    def wait(self) -> StepResult:
+        """Result of the oldest launched step."""
+        return self._results.popleft()
+
+    def drop(self) -> None:
+        """Forgets the results of launched steps (they broke)."""
+        self._results.clear()
+
+    def _enter(self, new: NewSlots) -> None:
+        for i, slot in enumerate(new.slots.tolist()):
+            tokens = new.token_ids[new.token_offsets[i] : new.token_offsets[i + 1]]
+            self.token_ids[slot, : len(tokens)] = tokens
+            self.lengths[slot], self.computed[slot] = len(tokens), new.num_computed[i]
+            self.columns[slot] = {}
+            self.slots[slot] = {
+                "seed": 0 if new.greedy[i] else int(new.seeds[i]),
+                "index": 0 if new.greedy[i] else int(new.sample_index[i]),
+                "min_len": int(new.min_lens[i]),
+                "stop_ids": set(new.stop_ids[new.stop_offsets[i] : new.stop_offsets[i + 1]].tolist()),
+                "num_logprobs": int(new.num_logprobs[i]),
+            }
+
+    def _set_column(self, column: StageColumn) -> None:
+        for i, slot in enumerate(column.slots.tolist()):
+            values = column.values[column.offsets[i] : column.offsets[i + 1]]
+            self.columns[slot][column.stage, column.column] = int(values.sum())
+
+    def _check_plan(self, plan: StepPlan) -> None:
+        """What every device relies on. Decode rows read their token on the device: `starts` bounds them."""
+        assert plan.num_rows and (plan.query_lens > 0).all()
+        assert len(set(plan.slots.tolist())) == plan.num_rows, "a slot twice in one step"
+        assert (plan.query_lens[: plan.num_decode_rows] == 1).all()
+        assert (plan.starts == self.computed[plan.slots]).all(), "a row does not begin where its KV ends"
+        assert (plan.starts + plan.query_lens <= self.lengths[plan.slots]).all(), "a row reads tokens nobody has"
+        assert (np.diff(plan.logits_index) > 0).all()
+        written = self._written_slots(plan)
+        assert (written >= self.block_size).all(), "a row writes into the dummy block"
+        assert len({tuple(each) for each in written.T.tolist()}) == plan.num_tokens, "two rows write one KV slot"
+
+    def _written_slots(self, plan: StepPlan) -> npt.NDArray[np.int64]:
+        """[groups, T]: block * block_size + offset of each token."""
+        slots = np.repeat(plan.slots, plan.query_lens)
+        positions = np.concatenate(
+            [np.arange(s, s + n) for s, n in zip(plan.starts, plan.query_lens, strict=True)], dtype=np.int64
+        )
+        blocks = self.block_tables[:, slots, positions // self.block_size].astype(np.int64)
+        return blocks * self.block_size + positions % self.block_size
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        offsets = offsets_of(plan.query_lens)
+        tokens: list[int] = []
+        counts, failed = [0] * plan.num_rows, [ROW_FINE] * plan.num_rows
+        sampled_entries: list[tuple[int, int, int, int]] = []
+        prompt_entries: list[tuple[int, int, int, int]] = []
+        wants: list[list[int]] = [[] for _ in range(plan.num_rows)]
+        for i, row in enumerate(plan.logits_rows.tolist()):
+            wants[row].append(i)
+        for row, slot in enumerate(plan.slots.tolist()):
+            start, end = int(plan.starts[row]), int(plan.starts[row] + plan.query_lens[row])
+            history = self._forward(slot, start, end)
+            self.computed[slot] = end
+            for i in wants[row]:
+                position = start + int(plan.logits_index[i] - offsets[row]) + 1
+                if not plan.sampled[i]:
+                    token = int(self.token_ids[slot, position])
+                    prompt_entries.append((row, position, token, int(plan.prompt_logprobs[i])))
+                    continue
+                failed[row] = self.fail_row(plan, row)
+                token = self._sample(slot, history, position)
+                if failed[row] == ROW_FINE:
+                    counts[row] = 1
+                    tokens.append(token)
+                    if self.slots[slot]["num_logprobs"] >= 0:
+                        sampled_entries.append((row, position, token, self.slots[slot]["num_logprobs"]))
+        return StepResult(
+            step=plan.step,
+            token_ids=i32(tokens),
+            counts=i32(counts),
+            failed=i32(failed),
+            sampled_logprobs=_logprob_rows(sampled_entries),
+            prompt_logprobs=_logprob_rows(prompt_entries),
+        )
+
+    def _forward(self, slot: int, start: int, end: int) -> int:
+        """Writes the KV of tokens [start, end) -> the weighted sum over the whole history, read through the tables.
+
+        Groups hold equal entries; where one differs, the sum does.
+        """
+        history = self._read(slot, start)
+        for position in range(start, end):
+            entry = _entry(history, int(self.token_ids[slot, position]), position)
+            blocks = self.block_tables[:, slot, position // self.block_size]
+            self.kv[np.arange(len(self.kv)), blocks, position % self.block_size] = entry
+            history = _add(history, entry, position)
+        again = self._read(slot, end)
+        return history if again == history else again ^ 1
+
+    def _read(self, slot: int, length: int) -> int:
+        positions = np.arange(length)
+        blocks = self.block_tables[:, slot, positions // self.block_size]  # [groups, length]
+        entries = self.kv[np.arange(len(self.kv))[:, None], blocks, positions % self.block_size]
+        sums = (entries * _WEIGHTS[:length]).sum(axis=1, dtype=np.uint64).tolist()
+        first = int(sums[0])
+        for other in sums[1:]:
+            first = first if other == sums[0] else _mix(first ^ int(other))
+        return first
+
+    def _sample(self, slot: int, history: int, position: int) -> int:
+        own = self.slots[slot]
+        token = _choose(
+            history,
+            position,
+            self.vocab,
+            own["stop_ids"],
+            own["min_len"],
+            own["seed"],
+            own["index"],
+            sum(self.columns[slot].values()),
+        )
+        if position < self.token_ids.shape[1]:
+            self.token_ids[slot, position] = token
+        self.lengths[slot] = position + 1
+        return token
+
+
+def _logprob_rows(entries: Sequence[tuple[int, int, int, int]]) -> LogprobRows:
+    """Made-up log-probs of (row, position, token, top) entries; the top ids are those that follow the token."""
+    tops = [(token + 1 + k, position) for _, position, token, top in entries for k in range(top)]
+    return LogprobRows(
+        rows=i32([row for row, _, _, _ in entries]),
+        positions=i32([position for _, position, _, _ in entries]),
+        token_ids=i32([token for _, _, token, _ in entries]),
+        logprobs=f32([fake_logprob(token, position) for _, position, token, _ in entries]),
+        ranks=i32([1] * len(entries)),
+        top_ids=i32([token for token, _ in tops]),
+        top_logprobs=f32([fake_logprob(token, position) for token, position in tops]),
+        top_offsets=offsets_of([top for _, _, _, top in entries]),
+    )

@@ -1,0 +1,244 @@
+"""A small engine around the scheduler and the mock runner, which checks every invariant after every step."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from nanoengine.core.request import Request, Status
+from nanoengine.core.sampling_params import PackedStage, ResolvedParams
+from nanoengine.core.scheduling.block_manager import BlockManager
+from nanoengine.core.scheduling.messages import ScheduledStep, SchedulerConfig, Update
+from nanoengine.core.scheduling.scheduler import Scheduler
+from nanoengine.core.setup.specs import ColumnSpec, StageParams
+from nanoengine.core.step import StepPlan, StepResult
+from nanoengine.testing.mock_runner import MockRunner, expected_tokens, fake_logprob
+
+VOCAB = 97
+
+
+@dataclass(frozen=True)
+class ShiftParams(StageParams):
+    """A plain stage: adds `shift` to the mock's token."""
+
+    columns: ClassVar[Mapping[str, ColumnSpec]] = {"shift": ColumnSpec(dtype="int32")}
+    shift: int = 0
+
+
+@dataclass(frozen=True)
+class GrammarParams(StageParams):
+    """A host-token stage: its column depends on all tokens so far. Raises at `fail_at` outputs."""
+
+    columns: ClassVar[Mapping[str, ColumnSpec]] = {"allowed": ColumnSpec(dtype="int32", ragged=True)}
+    host_tokens: ClassVar[bool] = True
+    fail_at: int = -1
+
+    def host_columns(self, prompt_token_ids: Sequence[int], output_token_ids: Sequence[int]) -> Mapping[str, Any]:
+        if len(output_token_ids) == self.fail_at:
+            raise ValueError("the grammar is stuck")
+        return {"allowed": grammar(prompt_token_ids, output_token_ids)}
+
+
+def grammar(prompt: Sequence[int], outputs: Sequence[int]) -> list[int]:
+    return [sum(outputs) % 11, len(outputs), len(prompt)][: 1 + len(outputs) % 3]
+
+
+def shift_stage(shift: int) -> PackedStage:
+    return PackedStage("shift", ShiftParams(shift), {"shift": np.asarray(shift, dtype=np.int32)})
+
+
+def grammar_stage(fail_at: int = -1) -> PackedStage:
+    return PackedStage("grammar", GrammarParams(fail_at), {})
+
+
+class Loop:
+    """Drives requests to their end. `overlap`: one step is launched ahead."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        max_num_seqs: int = 8,
+        budget: int = 64,
+        max_model_len: int = 256,
+        caching: bool = True,
+        policy: str = "fcfs",
+        overlap: bool = True,
+        groups: int = 1,
+        hash_fn: Callable[[bytes], bytes] | None = None,
+        scheduler: type[Scheduler] = Scheduler,
+        blocks: type[BlockManager] = BlockManager,
+    ) -> None:
+        self.config = SchedulerConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            max_model_len=max_model_len,
+            enable_prefix_caching=caching,
+            policy=policy,
+        )
+        extra = {} if hash_fn is None else {"hash_fn": hash_fn}
+        self.blocks = blocks(groups, num_blocks + 1, block_size, caching, **extra)
+        self.scheduler = scheduler(self.config, self.blocks)
+        self.runner = MockRunner(
+            groups=groups,
+            num_blocks=num_blocks + 1,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            vocab=VOCAB,
+        )
+        self.overlap = overlap
+        self.in_flight: deque[ScheduledStep] = deque()
+        self.steps: list[ScheduledStep] = []
+        self.requests: list[Request] = []
+        self.ended: dict[Request, Update] = {}
+        self.failed: list[Request] = []
+        self.tokens: dict[Request, list[int]] = {}
+        self.prompt_positions: dict[Request, list[int]] = {}
+        self.idle = 0
+
+    def request(self, prompt: Sequence[int], *, max_tokens: int = 8, **kwargs: Any) -> Request:
+        names = set(ResolvedParams.__slots__)
+        params = ResolvedParams(max_tokens=max_tokens, **{k: v for k, v in kwargs.items() if k in names})
+        if any(stage.params.host_tokens for stage in params.stages):
+            params = replace(params, host_tokens=True)
+        own = {k: v for k, v in kwargs.items() if k not in names or k == "priority"}
+        own = {"seed": 7, "sample_index": 0, "arrival": len(self.requests)} | own
+        own["seed"] = params.seed if params.seed is not None else own["seed"]
+        number = str(len(self.requests))
+        return Request(id=number, parent=number, prompt_token_ids=list(prompt), params=params, **own)
+
+    def add(self, prompt: Sequence[int], **kwargs: Any) -> Request:
+        request = self.request(prompt, **kwargs)
+        self.scheduler.add(request)
+        self.requests.append(request)
+        self.tokens[request] = []
+        self.prompt_positions[request] = []
+        return request
+
+    def abort(self, request: Request) -> None:
+        self.scheduler.abort(request)
+        self.scheduler.check()
+
+    def launch(self) -> ScheduledStep | None:
+        step = self.scheduler.schedule()
+        self.book(self.scheduler.take_updates())
+        self.scheduler.check()
+        if step is not None:
+            assert 0 < step.plan.num_tokens <= self.config.max_num_batched_tokens, "the budget is broken"
+            self.runner.launch(StepPlan.from_bytes(step.plan.to_bytes()) if len(self.steps) % 16 == 0 else step.plan)
+            self.in_flight.append(step)
+            self.steps.append(step)
+        return step
+
+    def commit(self) -> list[Update]:
+        step, result = self.in_flight.popleft(), self.runner.wait()
+        updates = self.scheduler.commit(step, result)
+        self.scheduler.check()
+        self.book(updates)
+        return updates
+
+    def step(self) -> None:
+        """As the engine's: launch up to the depth, then take the oldest result. Must get somewhere."""
+        depth = 2 if self.overlap else 1
+        launched = False
+        while len(self.in_flight) < depth and self.launch() is not None:
+            launched = True
+        if self.in_flight:
+            self.commit()
+            launched = True
+        self.idle = 0 if launched else self.idle + 1
+        assert self.idle < 3 or not self.scheduler.has_unfinished(), "nothing runs, though requests wait"
+
+    def book(self, updates: Iterable[Update]) -> None:
+        for update in updates:
+            request = update.request
+            assert request not in self.ended, f"news of {request.id} after its end"
+            self.tokens[request] += update.new_token_ids
+            self._book_logprobs(update)
+            if update.finish_reason or update.failed or update.error:
+                self.ended[request] = update
+                assert request.status is Status.FINISHED
+
+    def _book_logprobs(self, update: Update) -> None:
+        request = update.request
+        if update.sampled_logprobs is not None:
+            drawn = update.sampled_logprobs
+            assert drawn.token_ids.tolist() == list(update.new_token_ids)
+            assert drawn.positions.tolist() == [request.prompt_len + len(self.tokens[request]) - 1]
+            assert drawn.top_offsets.tolist() == [0, request.params.logprobs]
+            assert len(drawn.top_ids) == request.params.logprobs
+        else:
+            assert request.params.logprobs is None or not update.new_token_ids
+        if update.prompt_logprobs is not None:
+            told = update.prompt_logprobs
+            for i, position in enumerate(told.positions.tolist()):
+                token = request.prompt_token_ids[position]
+                assert told.token_ids[i] == token
+                assert told.logprobs[i] == np.float32(fake_logprob(token, position))
+                assert told.top_offsets[i + 1] - told.top_offsets[i] == request.params.prompt_logprobs
+            self.prompt_positions[request] += told.positions.tolist()
+
+    def run(self, limit: int = 5000) -> None:
+        for _ in range(limit):
+            if not self.scheduler.has_unfinished() and not self.in_flight:
+                return
+            self.step()
+        raise AssertionError(f"not finished after {limit} steps")
+
+    def finish_and_verify(self) -> None:
+        """Runs to the end; every request ended with the tokens it has when it runs alone; nothing is left behind."""
+        self.run()
+        assert self.blocks.free_blocks == self.blocks.num_blocks, "blocks leaked"
+        assert not self.scheduler.running and not self.scheduler.waiting
+        for request in self.requests:
+            self.verify(request)
+
+    def verify(self, request: Request) -> None:
+        got, want = self.tokens[request], truth(request, self.config.max_model_len)
+        assert got == request.output_token_ids
+        end = self.ended.get(request)
+        if end is None or end.failed or end.error or end.stop_reason == "kv_cache_full":  # ended early
+            assert request.status is Status.FINISHED, f"request {request.id} never ended"
+            assert got == want[: len(got)], f"request {request.id}: wrong tokens"
+            return
+        assert got == want, f"request {request.id}: wrong tokens"
+        last, params = got[-1], request.params
+        stops = last in params.stop_set and len(got) > params.min_tokens
+        assert end.finish_reason == ("stop" if stops else "length")
+        assert end.stop_reason == (last if stops and last not in params.eos_ids else None)
+        if params.prompt_logprobs is not None:
+            assert self.prompt_positions[request] == list(range(1, request.prompt_len))
+
+
+def truth(request: Request, max_model_len: int) -> list[int]:
+    params = request.params
+    shift = sum(stage.params.shift for stage in params.stages if isinstance(stage.params, ShiftParams))
+
+    def bias(outputs: Sequence[int]) -> int:
+        return shift + (sum(grammar(request.prompt_token_ids, outputs)) if params.host_tokens else 0)
+
+    return expected_tokens(
+        request.prompt_token_ids,
+        min(params.max_tokens or max_model_len, max_model_len - request.prompt_len),
+        VOCAB,
+        stop_ids=params.stop_set,
+        min_tokens=params.min_tokens,
+        seed=0 if params.greedy else request.seed,
+        sample_index=0 if params.greedy else request.sample_index,
+        bias=bias,
+    )
+
+
+def prompt_of(length: int, salt: int = 0) -> list[int]:
+    return [(salt * 31 + i * 7 + i * i) % VOCAB for i in range(length)]
+
+
+def result_of(step: ScheduledStep, runner: MockRunner) -> StepResult:
+    runner.launch(step.plan)
+    return runner.wait()

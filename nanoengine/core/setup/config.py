@@ -14,15 +14,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from nanoengine.core.errors import ConfigError, NanoEngineError, PluginError, nearest
-from nanoengine.core.setup.coerce import coerce
+from nanoengine.core.errors import ConfigError, NanoEngineError, ParamsError, PluginError, nearest
+from nanoengine.core.field_types import conform
+from nanoengine.core.sampling_fields import NOT_SERVED, legal_fields
 from nanoengine.core.setup.composer import Composed, Root, SearchPath, Shorthand, compose, package_root
 from nanoengine.core.setup.composer.yaml_file import ConfigFile, KeyPath, dotted
 from nanoengine.core.setup.options import EngineOptions
 from nanoengine.core.setup.plugins import discover
 from nanoengine.core.setup.prompts import PromptFile, Prompts, check_prompts
 from nanoengine.core.setup.registry import Registry
-from nanoengine.core.setup.sampler_section import check_sampler, sampler_fields
+from nanoengine.core.setup.sampler_section import Stages, check_sampler, sampler_stages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,8 +122,8 @@ def _shorthands(registry: Registry) -> Mapping[str, Shorthand]:
 
 
 def _checked(composed: Composed, registry: Registry, label: str) -> RunConfig:
-    sampling = sampler_fields(registry)
-    _check_keys(composed, sampling)
+    stages = sampler_stages(registry)
+    _check_keys(composed, list(legal_fields(stages)))
     data = composed.data
     if not data.get("model"):
         known = ", ".join(name for found in registry.model_sources.values() for name in found.spec.models)
@@ -133,7 +134,7 @@ def _checked(composed: Composed, registry: Registry, label: str) -> RunConfig:
         model=_section(composed, "model"),
         attention=_section(composed, "attention"),
         engine=_section(composed, "engine"),
-        sampler=None if data.get("sampler") is None else MappingProxyType(check_sampler(composed, sampling)),
+        sampler=_sampler(composed, stages),
         prompts=check_prompts(data.get("prompts"), lambda path: composed.origin(("prompts", *path))),
         output=_value(composed, ("output",), str | None, data.get("output")),
         chat=_value(composed, ("chat",), bool, data.get("chat", True)),
@@ -141,6 +142,13 @@ def _checked(composed: Composed, registry: Registry, label: str) -> RunConfig:
     )
     _check_whole(config, composed, registry)
     return config
+
+
+def _sampler(composed: Composed, stages: Stages) -> Mapping[str, Any] | None:
+    given = composed.data.get("sampler")
+    if given is None:
+        return None
+    return MappingProxyType(check_sampler(given, stages, lambda *key: composed.origin(("sampler", *key))))
 
 
 def _check_whole(config: RunConfig, composed: Composed, registry: Registry) -> None:
@@ -159,17 +167,19 @@ def _check_whole(config: RunConfig, composed: Composed, registry: Registry) -> N
                 raise ConfigError(f"{where}: prompts[{index}] is a conversation, but chat is false; give its text")
 
 
-def _check_keys(composed: Composed, sampling: Mapping[str, Any]) -> None:
+def _check_keys(composed: Composed, sampling: Sequence[str]) -> None:
     choices: dict[str, Sequence[str]] = {name: [f.name for f in fields(cls)] for name, cls in _SECTIONS.items()}
-    choices |= {"sampler": list(sampling), "prompts": [f.name for f in fields(PromptFile)]}
+    choices |= {"sampler": sampling, "prompts": [f.name for f in fields(PromptFile)]}
     for path, origin in composed.said:
         if path[0] not in _KEYS:
-            raise ConfigError(f"{origin}: unknown key {dotted(path)!r}; {nearest(str(path[0]), _KEYS)}")
+            inside = next((f"did you mean '{name}.{path[0]}'? " for name in choices if path[0] in choices[name]), "")
+            raise ConfigError(f"{origin}: unknown key {dotted(path)!r}; {inside}{nearest(str(path[0]), _KEYS)}")
         if len(path) != 2 or path[0] not in choices or str(path[1]).isdigit():
             continue
         if path[1] not in choices[str(path[0])]:
-            known = nearest(str(path[1]), choices[str(path[0])])
-            raise ConfigError(f"{origin}: unknown key {dotted(path)!r}; {known}")
+            why = NOT_SERVED.get(str(path[1])) if path[0] == "sampler" else None
+            why = f"not served here: {why}" if why else nearest(str(path[1]), choices[str(path[0])])
+            raise ConfigError(f"{origin}: unknown key {dotted(path)!r}; {why}")
 
 
 def _section(composed: Composed, name: str) -> Any:
@@ -185,13 +195,13 @@ def _section(composed: Composed, name: str) -> Any:
     values = {key: _value(composed, (name, key), hints[key], value) for key, value in given.items()}
     for f in fields(cls):
         if f.name in values and len(fields(cls)) > 1:
-            with_origin(composed, (name, f.name), cls, {f.name: values[f.name]})
+            _with_origin(composed, (name, f.name), cls, {f.name: values[f.name]})
     if name == "model" and not values.get("source"):
         raise ConfigError(f"{composed.origin((name,))}: model.source must be given: a registered name or a path")
-    return with_origin(composed, (name,), cls, values)
+    return _with_origin(composed, (name,), cls, values)
 
 
-def with_origin(composed: Composed, path: KeyPath, cls: type[Any], values: Mapping[str, Any]) -> Any:
+def _with_origin(composed: Composed, path: KeyPath, cls: type[Any], values: Mapping[str, Any]) -> Any:
     """`cls(**values)`, its own complaints led by who gave the key."""
     try:
         return cls(**values)
@@ -201,9 +211,9 @@ def with_origin(composed: Composed, path: KeyPath, cls: type[Any], values: Mappi
 
 def _value(composed: Composed, path: KeyPath, annotation: Any, value: Any) -> Any:
     try:
-        return coerce(value, annotation)
-    except TypeError as error:
-        raise ConfigError(f"{composed.origin(path)}: {dotted(path)} {error}") from error
+        return conform(dotted(path), value, annotation)
+    except ParamsError as error:
+        raise ConfigError(f"{composed.origin(path)}: {error}") from error
 
 
 def _typed(path: Sequence[str]) -> KeyPath:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nanoengine.core.errors import ConfigError, nearest
-from nanoengine.core.setup.coerce import coerce
+from nanoengine.core.errors import ConfigError, ParamsError, nearest
+from nanoengine.core.field_types import conform
 from nanoengine.core.setup.composer.yaml_file import KeyPath, dotted
 
 Message = Mapping[str, str]
@@ -74,9 +74,9 @@ def _prompt_file(value: Mapping[str, Any], origin: Callable[[KeyPath], str]) -> 
         if key not in names:
             raise ConfigError(f"{origin((key,))}: unknown key {dotted(('prompts', key))!r}; {nearest(str(key), names)}")
         try:
-            coerce(item, str)
-        except TypeError as error:
-            raise ConfigError(f"{origin((key,))}: prompts.{key} {error}") from error
+            conform(f"prompts.{key}", item, str)
+        except ParamsError as error:
+            raise ConfigError(f"{origin((key,))}: {error}") from error
     if not value.get("file"):
         raise ConfigError(f"{origin(())}: prompts.file must be given: the path of a JSONL file")
     return PromptFile(**value)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nanoengine.core.errors import ConfigError
@@ -118,12 +118,25 @@ def _layer(part: Part, shorthands: Mapping[str, Shorthand]) -> tuple[dict[Any, A
 
 
 def _merged(layers: Iterable[dict[Any, Any]]) -> DictConfig:
-    try:
-        merged = OmegaConf.merge({}, *map(OmegaConf.create, layers))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
+    merged: Any = OmegaConf.create({})
+    for layer in layers:
+        _drop_other_kinds(merged, layer)
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.create(layer))
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _drop_other_kinds(config: DictConfig, layer: Mapping[Any, Any]) -> None:
+    """A list where a mapping was, or the other way round, replaces it; omegaconf would refuse to merge the two."""
+    for key, value in layer.items():
+        old = config._get_node(key) if key in config else None
+        if isinstance(value, Mapping) and isinstance(old, DictConfig) and not old._is_none():
+            _drop_other_kinds(old, value)
+        elif isinstance(old, DictConfig | ListConfig) and isinstance(value, Mapping | list):
+            del config[key]
 
 
 def _said_by(item: Override) -> list[Said]:

@@ -99,8 +99,10 @@ class Expansion:
                 choice.used = True
                 entry = entry.choosing(choice.options, choice.where)
             if key in self.chosen:
-                where = f"{self.chosen[key]} and {entry.where}"
-                raise ConfigError(f"{where}: {key} is chosen twice; write 'override {key}: option' to replace a choice")
+                raise ConfigError(
+                    f"{self.chosen[key]} and {entry.where}: {key} is chosen twice; to replace a choice write "
+                    f"{key}=option on the command line, or 'override {key}: option' in a list"
+                )
             self.chosen[key] = entry.where
         parts: list[list[Part]] = [self._option(entry, option, parent, stack) for option in reversed(entry.options)]
         return [part for group in reversed(parts) for part in group]

@@ -124,7 +124,8 @@ def apply_override(config: DictConfig, override: Override) -> None:
             raise ConfigError(
                 f"override {override.text!r}: {override.key} is there already ({present!r}); drop the +, or write ++"
             )
-        OmegaConf.update(config, override.key, override.value, merge=True, force_add=True)
+        merge = isinstance(override.value, dict) and isinstance(present, DictConfig)
+        OmegaConf.update(config, override.key, override.value, merge=merge, force_add=True)
     except (OmegaConfBaseException, ValueError, TypeError) as error:  # omegaconf lets int("x") of a list index through
         raise ConfigError(f"override {override.text!r}: {first_line(error)}") from error
 

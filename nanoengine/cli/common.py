@@ -1,0 +1,54 @@
+"""What the commands share: options, and how a user's mistake is shown."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nanoengine.core.errors import NanoEngineError
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+ConfigArgument = Annotated[
+    str, typer.Argument(metavar="CONFIG|RECIPE", help="A YAML file, or a shipped recipe such as quickstart.")
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[OVERRIDES]...",
+        help="key=value, +key=value, ++key=value, ~key or group=option; for example sampler.top_p=0.9 model=./folder",
+        show_default=False,
+    ),
+]
+PluginOption = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", metavar="FILE", help="A plugin in a Python file. May be given several times."),
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+MultirunOption = Annotated[bool, typer.Option("--multirun", "-m", hidden=True)]
+
+
+@contextmanager
+def user_errors(debug: bool) -> Iterator[None]:
+    """Turns a user's mistake into one message and exit status 2, and Ctrl-C into 130. What else goes wrong is a bug."""
+    try:
+        yield
+    except NanoEngineError as error:
+        if debug:
+            traceback.print_exc()
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(USAGE) from error
+    except KeyboardInterrupt as interrupt:
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(INTERRUPTED) from interrupt
+
+
+def say(text: str) -> None:
+    """A line to the user, beside the answers."""
+    print(text, file=sys.stderr, flush=True)

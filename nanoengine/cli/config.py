@@ -1,0 +1,98 @@
+"""`nanoengine config show`: the composed configuration, as YAML that can be run, with the origin of each value."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import typer
+import yaml
+
+from nanoengine.cli.common import ConfigArgument, DebugOption, OverridesArgument, PluginOption, user_errors
+from nanoengine.core.setup.config import RunConfig, load_config
+from nanoengine.core.setup.plugins import discover
+from nanoengine.core.setup.prompts import PromptFile
+
+app = typer.Typer(help="Look at configurations.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def _group() -> None:
+    """Look at configurations."""
+
+
+@app.command()
+def show(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    plugin: PluginOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Print the composed configuration, and where each value came from."""
+    with user_errors(debug):
+        found = load_config(config, overrides or (), registry=discover(plugin or ()))
+        typer.echo(render(found), nl=False)
+
+
+def render(config: RunConfig) -> str:
+    """YAML that composes to `config` again, each line with its origin as a comment."""
+    lines: list[str] = []
+    for key, value in _plain(config).items():
+        if key in ("model", "attention", "engine", "sampler") and isinstance(value, Mapping) and value:
+            lines.append(f"{key}:")
+            for name, item in value.items():
+                origin = config.provenance.get(f"{key}.{name}", "default")
+                lines += [f"  {line}" for line in _lines(name, item, origin)]
+        else:
+            lines += _lines(key, value, config.provenance.get(key, "default"))
+    return "\n".join(lines) + "\n"
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    prompts: Any = config.prompts
+    if isinstance(prompts, PromptFile):
+        prompts = asdict(prompts)
+    elif prompts is not None:
+        prompts = [each if isinstance(each, str) else [dict(message) for message in each] for each in prompts]
+    return {
+        "model": asdict(config.model),
+        "attention": asdict(config.attention),
+        "engine": asdict(config.engine),
+        "sampler": None if config.sampler is None else dict(config.sampler),
+        "chat": config.chat,
+        "output": config.output,
+        "prompts": prompts,
+    }
+
+
+def _lines(key: str, value: Any, origin: str) -> list[str]:
+    text = yaml.dump({key: _escaped(value)}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**30)
+    first, *rest = text.rstrip("\n").split("\n")
+    return [f"{first}  # {_one_line(origin)}", *rest]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _escaped(value: Any) -> Any:
+    """Texts that hold `${` are written so that they stay texts when read again."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
+    if isinstance(value, Mapping):
+        return {key: _escaped(item) for key, item in value.items()}
+    return [_escaped(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+class _Dumper(yaml.SafeDumper):
+    """Texts of several lines in one line, in double quotes: a comment can follow."""
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+    style = '"' if any(not char.isprintable() for char in value) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _text)

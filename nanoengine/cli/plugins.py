@@ -1,0 +1,98 @@
+"""`nanoengine plugins list`: what is registered, by whom, and what failed. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from nanoengine.cli.common import DebugOption, PluginOption, user_errors
+from nanoengine.core.setup.plugins import discover
+from nanoengine.core.setup.registry import Origin, Registry
+
+app = typer.Typer(help="Look at plugins.", invoke_without_command=True, rich_markup_mode=None)
+
+_COLUMNS = ("kind", "name", "distribution", "version", "origin", "api", "target")
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.callback()
+def _group(context: typer.Context) -> None:
+    """Look at plugins; without a command: list."""
+    if context.invoked_subcommand is None:
+        list_plugins()
+
+
+@app.command(name="list")
+def list_plugins(as_json: JsonOption = False, plugin: PluginOption = None, debug: DebugOption = False) -> None:
+    """List every registered part with where it came from, and every plugin that failed with the cause."""
+    with user_errors(debug):
+        registry = discover(plugin or ())
+        typer.echo(json.dumps(as_dict(registry), indent=2) if as_json else as_text(registry))
+
+
+def as_dict(registry: Registry) -> dict[str, list[dict[str, Any]]]:
+    """Everything the registry knows, as JSON can hold it."""
+    return {
+        "plugins": list(_parts(registry)),
+        "conflicts": [
+            {
+                "kind": c.kind.removesuffix("s"),
+                "name": c.name,
+                "origins": [str(each.origin) for each in c.claims],
+                "cause": str(c),
+            }
+            for c in registry.conflicts
+        ],
+        "failures": [
+            {**asdict(f.origin), "origin": str(f.origin), "stage": f.stage, "cause": f.cause, "traceback": f.traceback}
+            for f in registry.failures
+        ],
+    }
+
+
+def _parts(registry: Registry) -> Iterator[dict[str, Any]]:
+    for kind in ("models", "samplers", "attention_backends", "model_sources"):
+        for name, found in getattr(registry, kind).items():
+            yield _row(kind.removesuffix("s"), name, found.origin, found.spec.api, found.spec.target)
+    for root, origin in registry.config_roots:
+        yield _row("configs", root, origin, None, root)
+
+
+def _row(kind: str, name: str, origin: Origin, api: int | None, target: str) -> dict[str, Any]:
+    values = (
+        kind,
+        name,
+        origin.distribution,
+        origin.version,
+        origin.file or origin.module or origin.plugin,
+        api,
+        target,
+    )
+    return dict(zip(_COLUMNS, values, strict=True))
+
+
+def as_text(registry: Registry) -> str:
+    """The same for people: a table, then what is wrong."""
+    found = as_dict(registry)
+    rows = [list(_COLUMNS), *([_cell(row[column]) for column in _COLUMNS] for row in found["plugins"])]
+    lines = _aligned(rows)
+    for word in ("conflicts", "failures"):
+        if found[word]:
+            lines += ["", f"{word}:"]
+        for problem in found[word]:
+            what = f"{problem['origin']} failed at {problem['stage']}: " if word == "failures" else ""
+            lines.append(f"  {what}{problem['cause']}")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else str(value)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -54,7 +54,9 @@ class BuiltEngine:
         return _need(self.tokenizer)
 
     def counters(self) -> dict[str, int]:
-        return asdict(self.engine.scheduler.stats())
+        """The scheduler's counters, and how many samples it holds now."""
+        scheduler = self.engine.scheduler
+        return {**asdict(scheduler.stats()), "running": len(scheduler.running), "waiting": len(scheduler.waiting)}
 
     def model(self) -> nn.Module:
         if not isinstance(self.executor, InProcessExecutor) or self.executor.runner is None:

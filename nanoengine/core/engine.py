@@ -8,16 +8,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from nanoengine.core.errors import EngineClosed, RequestError
 from nanoengine.core.execution.executor import Executor, StepHandle
 from nanoengine.core.output import OutputProcessor, RequestState
 from nanoengine.core.request import Request, RequestOutput
 from nanoengine.core.sampling_params import ParamsResolver, ResolvedParams, SamplingParams
-from nanoengine.core.scheduling.scheduler import ScheduledStep, Scheduler
+from nanoengine.core.scheduling.scheduler import ScheduledStep, Scheduler, Update
 from nanoengine.core.seeds import request_seed
 
 Prompt = str | Sequence[int]
@@ -98,12 +98,9 @@ class Engine:
         self._check_open()
         resolved = self._resolver.resolve(params)
         self.outputs.check(resolved)
-        error: RequestError | None = None
-        token_ids: Sequence[int] = ()
+        token_ids: Any = prompt
         if isinstance(prompt, str):
             token_ids, prompt_text = self._encode(prompt), prompt
-        else:
-            token_ids = prompt
         error = self._prompt_error(token_ids)
         state = self.outputs.new_state(
             request_id,
@@ -159,7 +156,10 @@ class Engine:
         if self._closed:
             raise EngineClosed("this engine was closed; make a new one")
 
-    def _prompt_error(self, token_ids: Sequence[int]) -> RequestError | None:
+    def _prompt_error(self, token_ids: Any) -> RequestError | None:
+        if isinstance(token_ids, bytes | Mapping) or not hasattr(token_ids, "__len__"):
+            valid = "text, token ids, {'prompt': text} or {'prompt_token_ids': ids}"
+            return RequestError("invalid_prompt", f"a prompt is {valid}, not {_shown(token_ids)}")
         if not len(token_ids):
             return RequestError("invalid_prompt", "the prompt is empty: at least one token is needed")
         for i, token in enumerate(token_ids):
@@ -217,7 +217,7 @@ class Engine:
         depth = 2 if self.limits.overlap else 1
         while len(self._in_flight) < depth:
             step = self.scheduler.schedule()
-            self._take_host_failures()
+            self._take(self.scheduler.take_updates())
             if step is None:
                 break
             try:
@@ -240,7 +240,11 @@ class Engine:
             self._broken(self._drop_in_flight(error), error)
             return
         self._in_flight.popleft()
-        updates = self.scheduler.commit(oldest.step, result)
+        self._take(self.scheduler.commit(oldest.step, result))
+
+    def _take(self, updates: Sequence[Update]) -> None:
+        if not updates:
+            return
         outputs, stopped, broken = self.outputs.apply(updates, self._known, time.monotonic())
         for request in stopped:
             self.scheduler.finish(request)
@@ -268,15 +272,6 @@ class Engine:
             if state is not None:
                 self._fail(state, cause)
 
-    def _take_host_failures(self) -> None:
-        for request, error in self.scheduler.take_failures():
-            state = self._known.get(request.parent)
-            if state is not None:
-                text = f"a sampler stage raised {type(error).__name__}: {error}"
-                cause = RequestError("stage_failed", text)
-                cause.__cause__ = error
-                self._fail(state, cause)
-
     def _fail(self, state: RequestState, error: RequestError) -> None:
         for request in state.unfinished():
             self.scheduler.abort(request)
@@ -292,6 +287,10 @@ class Engine:
                 self._ready.append(output)
             else:
                 state.sink(output)
+
+
+def _shown(value: object) -> str:
+    return f"a dict with {list(value)}" if isinstance(value, Mapping) else type(value).__name__
 
 
 def _is_int(value: object) -> bool:

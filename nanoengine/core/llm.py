@@ -42,6 +42,7 @@ class EngineStats:
             part of what was left to compute.
         preemptions: requests that gave their blocks back and were computed again.
         prompt_tokens: tokens of admitted prompts. prefix_hit_tokens: of them, taken from the prefix cache.
+        resumed_hit_tokens: taken from it by preempted requests that came back.
         num_blocks, free_blocks: KV blocks, all and not held by a request. running, waiting: samples now.
     """
 
@@ -51,6 +52,7 @@ class EngineStats:
     preemptions: int
     prompt_tokens: int
     prefix_hit_tokens: int
+    resumed_hit_tokens: int
     num_blocks: int
     free_blocks: int
     running: int
@@ -257,6 +259,7 @@ class Stream(Iterator[RequestOutput]):
         """Abort the request if it still runs. Idempotent."""
         if not self._ended:
             self._ended = True
+            self._outputs = deque()  # the engine may still fill the old one
             self._engine.abort_request(self.request_id)
 
     def __enter__(self) -> Self:

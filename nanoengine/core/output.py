@@ -156,8 +156,8 @@ class OutputProcessor:
             state = known.get(update.request.parent)
             if state is None or any(state is b for b, _ in broken):
                 continue
-            if update.failed:
-                broken.append((state, _row_error(update)))
+            if update.failed or update.error is not None:
+                broken.append((state, update.error or _row_error(update)))
                 touched.pop(state.request_id, None)
                 continue
             touched[state.request_id] = state

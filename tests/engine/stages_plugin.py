@@ -1,0 +1,68 @@
+"""A one-file plugin with two stages: one that raises, and one whose columns a Python function makes per token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from nanoengine.api import API_VERSION, ColumnSpec, Phase, SamplerSpec, SamplerStage, StageParams, hookimpl
+
+
+@dataclass(frozen=True)
+class ExplodeParams(StageParams):
+    columns: ClassVar[Mapping[str, ColumnSpec]] = {"explode": ColumnSpec(dtype="bool", default=False)}
+
+    explode: bool = False
+
+
+class Explode(SamplerStage):
+    phase = Phase.MASK
+
+    def apply(self, logits: Any, rows: Any) -> Any:
+        if rows.column("explode").any():
+            raise RuntimeError("the explode stage exploded")
+        return logits
+
+
+@dataclass(frozen=True)
+class ForbidLastParams(StageParams):
+    """Forbids the last `forbid_last` tokens of the history, by a Python function that must see them."""
+
+    columns: ClassVar[Mapping[str, ColumnSpec]] = {"forbidden": ColumnSpec(dtype="int32", ragged=True, default=0)}
+    host_tokens: ClassVar[bool] = True
+
+    forbid_last: int = 0
+
+    def pack(self, ctx: Any) -> Mapping[str, Any]:
+        return {"forbidden": []}
+
+    def host_columns(self, prompt_token_ids: Sequence[int], output_token_ids: Sequence[int]) -> Mapping[str, Any]:
+        if self.forbid_last < 0:
+            raise ValueError(f"cannot forbid {self.forbid_last} tokens")
+        return {"forbidden": [*prompt_token_ids, *output_token_ids][-self.forbid_last :]}
+
+
+class ForbidLast(SamplerStage):
+    phase = Phase.MASK
+
+    def apply(self, logits: Any, rows: Any) -> Any:
+        column = rows.ragged("forbidden")
+        ids = column.values.long()
+        past = ids.new_tensor(range(ids.shape[1])) >= column.counts[:, None]
+        kept = logits.gather(1, ids)
+        first = logits[:, :1].clone()
+        logits.scatter_(1, ids, kept.masked_fill(~past, float("-inf")))
+        # padding stands for id 0: give it back unless it is really forbidden
+        zero = ((ids == 0) & ~past).any(1, keepdim=True)
+        logits[:, :1] = first.masked_fill(zero, float("-inf"))
+        return logits
+
+
+@hookimpl
+def register_samplers() -> list[SamplerSpec]:
+    here = __name__
+    return [
+        SamplerSpec(name="explode", params=ExplodeParams, target=f"{here}:Explode", api=API_VERSION),
+        SamplerSpec(name="forbid_last", params=ForbidLastParams, target=f"{here}:ForbidLast", api=API_VERSION),
+    ]

@@ -1,0 +1,168 @@
+"""One bad request harms nobody else: whatever it makes the model, a stage or a processor do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanoengine import SamplingParams
+from nanoengine.testing.mock_model import MockModel
+
+from .support import greedy, mock_llm, prompts, tokens_of
+
+POISON = 96
+GREEDY = SamplingParams(temperature=0, max_tokens=10)
+
+
+def clean(count: int) -> list[list[int]]:
+    """Prompts whose greedy continuation never holds the poisonous token."""
+    found = []
+    for prompt in prompts(400, seed=3, longest=14):
+        whole = [*prompt, *greedy(prompt, 12)]
+        if POISON not in whole:
+            found.append(prompt)
+        if len(found) == count:
+            return found
+    raise AssertionError("too few clean prompts")
+
+
+def poisoned_forward(monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
+    original = MockModel.forward
+
+    def forward(self: MockModel, input_ids: Any, positions: Any, batch: Any) -> Any:
+        calls.append(len(input_ids))
+        if (input_ids == POISON).any():
+            raise RuntimeError("a kernel blew up")
+        return original(self, input_ids, positions, batch)
+
+    monkeypatch.setattr(MockModel, "forward", forward)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_request_that_breaks_the_forward_pass_fails_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool
+) -> None:
+    asked = clean(7)
+    asked.insert(3, [1, POISON, 2])
+    calls: list[int] = []
+    poisoned_forward(monkeypatch, calls)
+    with mock_llm(tmp_path, overlap=overlap) as llm:
+        outputs = llm.generate(asked, GREEDY, use_tqdm=False)
+        broken = outputs.pop(3)
+        assert tokens_of(outputs) == [greedy(p, 10) for i, p in enumerate(asked) if i != 3]
+        assert broken.outputs == []
+        assert broken.error is not None
+        assert broken.error.code == "step_failed"
+        assert "a kernel blew up" in str(broken.error)
+        assert isinstance(broken.error.__cause__, RuntimeError)
+        stats = llm.stats()
+        assert stats.free_blocks == stats.num_blocks
+        assert tokens_of(llm.generate(asked[:3], GREEDY, use_tqdm=False)) == [greedy(p, 10) for p in asked[:3]]
+    assert max(calls) > 1
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_bad_logits_fail_their_row_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool) -> None:
+    original = MockModel.compute_logits
+    bad_history = [4, 4, 4]
+    from nanoengine.testing.mock_model import reference_logits
+
+    target = reference_logits(bad_history, 97)
+
+    def compute_logits(self: MockModel, hidden: Any) -> Any:
+        logits = original(self, hidden)
+        logits[(logits == target).all(1)] = float("nan")
+        return logits
+
+    monkeypatch.setattr(MockModel, "compute_logits", compute_logits)
+    with mock_llm(tmp_path, overlap=overlap) as llm:
+        one, two, three = llm.generate([[1, 2], bad_history, [5]], GREEDY, use_tqdm=False)
+    assert tokens_of([one, three]) == [greedy([1, 2], 10), greedy([5], 10)]
+    assert two.error is not None
+    assert two.error.code == "bad_logits"
+
+
+def test_stages_that_leave_nothing_fail_their_row_alone(tmp_path: Path) -> None:
+    nothing = SamplingParams(temperature=0, allowed_token_ids=[3], logit_bias={3: float("-inf")}, max_tokens=5)
+    with mock_llm(tmp_path) as llm:
+        one, two = llm.generate([[1, 2], [1, 2]], [GREEDY, nothing], use_tqdm=False)
+    assert tokens_of([one]) == [greedy([1, 2], 10)]
+    assert two.error is not None
+    assert two.error.code == "nothing_left"
+
+
+def test_one_bad_sample_of_several_fails_its_request_and_frees_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned_forward(monkeypatch, [])
+    params = SamplingParams(n=3, temperature=0, logit_bias={POISON: 100.0}, max_tokens=6)
+    with mock_llm(tmp_path) as llm:
+        one, two = llm.generate([[1, 2], clean(1)[0]], [params, GREEDY], use_tqdm=False)
+        assert llm.stats().free_blocks == llm.stats().num_blocks
+    assert one.error is not None
+    assert one.outputs == []
+    assert tokens_of([two]) == [greedy(clean(1)[0], 10)]
+
+
+def test_a_stage_that_raises_fails_only_who_asked_for_it(tmp_path: Path) -> None:
+    plugin = Path(__file__).parent / "stages_plugin.py"
+    with mock_llm(tmp_path, plugins=[plugin]) as llm:
+        asked = [GREEDY, SamplingParams(temperature=0, max_tokens=10, explode=True), GREEDY]
+        one, two, three = llm.generate([[1], [2], [3]], asked, use_tqdm=False)
+    assert tokens_of([one, three]) == [greedy([1], 10), greedy([3], 10)]
+    assert two.error is not None
+    assert "explode stage" in str(two.error)
+
+
+def test_a_stage_with_host_tokens_sees_them_all_and_is_not_run_ahead(tmp_path: Path) -> None:
+    """A Python processor that forbids the last two tokens: it needs token N before N + 1 is drawn."""
+    plugin = Path(__file__).parent / "stages_plugin.py"
+    params = SamplingParams(temperature=0, max_tokens=12, forbid_last=2)
+    asked = prompts(4, longest=9)
+    with mock_llm(tmp_path, plugins=[plugin]) as llm:
+        outputs = llm.generate([*asked, [7, 7]], [params] * 4 + [GREEDY], use_tqdm=False)
+    from nanoengine.testing.mock_model import reference_logits
+
+    for prompt, output in zip(asked, outputs[:4], strict=True):
+        tokens = list(prompt)
+        for token in output.outputs[0].token_ids:
+            logits = reference_logits(tokens, 97)
+            logits[torch.tensor(tokens[-2:])] = float("-inf")
+            assert token == int(logits.argmax())
+            tokens.append(token)
+        assert len(output.outputs[0].token_ids) == 12
+    assert outputs[4].outputs[0].token_ids == greedy([7, 7], 10)
+
+
+def test_a_host_processor_that_raises_fails_its_request_alone(tmp_path: Path) -> None:
+    plugin = Path(__file__).parent / "stages_plugin.py"
+    params = SamplingParams(temperature=0, max_tokens=12, forbid_last=-1)
+    with mock_llm(tmp_path, plugins=[plugin]) as llm:
+        one, two = llm.generate([[1], [2]], [GREEDY, params], use_tqdm=False)
+        assert llm.stats().free_blocks == llm.stats().num_blocks
+    assert tokens_of([one]) == [greedy([1], 10)]
+    assert two.error is not None
+    assert two.error.code == "stage_failed"
+    assert "cannot forbid -1" in str(two.error)
+
+
+def test_an_interrupt_leaves_the_engine_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with mock_llm(tmp_path) as llm:
+        engine_step, count = llm.engine.step, 0
+
+        def interrupted() -> Any:
+            nonlocal count
+            count += 1
+            if count == 4:
+                raise KeyboardInterrupt
+            return engine_step()
+
+        monkeypatch.setattr(llm.engine, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(prompts(4), GREEDY, use_tqdm=False)
+        assert tokens_of(llm.generate([[5, 6]], GREEDY, use_tqdm=False)) == [greedy([5, 6], 10)]
+        assert not llm.engine.has_unfinished_requests()
+        assert llm.stats().free_blocks == llm.stats().num_blocks

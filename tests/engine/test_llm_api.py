@@ -1,0 +1,338 @@
+"""The Python API on the mock model: forms of input, order, refusals in place, streams, counters, closing."""
+
+from __future__ import annotations
+
+import gc
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanoengine import LLM, NanoEngineError, RequestError, SamplingParams
+from nanoengine.core.errors import ConfigError, EngineClosed, ParamsError, TokenizerMissing
+from nanoengine.testing import mock_model
+from nanoengine.testing.mock_model import reference_logits
+
+from .support import VOCAB, greedy, mock_llm, prompts, tokens_of
+
+GREEDY = SamplingParams(temperature=0, max_tokens=6)
+
+
+@pytest.fixture
+def llm(tmp_path: Path) -> Any:
+    with mock_llm(tmp_path) as made:
+        yield made
+
+
+def test_every_form_of_a_prompt(llm: LLM) -> None:
+    ids = [3, 1, 4]
+    for form in (ids, [ids], {"prompt_token_ids": ids}, [{"prompt_token_ids": ids}], [tuple(ids)]):
+        (output,) = llm.generate(form, GREEDY, use_tqdm=False)  # type: ignore[arg-type]
+        assert output.prompt_token_ids == (3, 1, 4)
+        assert output.outputs[0].token_ids == greedy(ids, 6)
+        assert output.finished
+        assert output.outputs[0].finish_reason == "length"
+        assert output.outputs[0].text == ""
+    assert llm.generate([], GREEDY) == []
+
+
+def test_params_one_each_or_for_all_and_in_order(llm: LLM) -> None:
+    asked = prompts(9)
+    lengths = [SamplingParams(temperature=0, max_tokens=1 + i) for i in range(9)]
+    found = tokens_of(llm.generate(asked, lengths, use_tqdm=False))
+    assert found == [greedy(p, 1 + i) for i, p in enumerate(asked)]
+    with pytest.raises(ParamsError, match="params has 2 entries for 9 prompts"):
+        llm.generate(asked, lengths[:2], use_tqdm=False)
+    with pytest.raises(ParamsError, match="priority has 1 entries for 9"):
+        llm.generate(asked, GREEDY, priority=[1], use_tqdm=False)
+
+
+def test_defaults_are_the_generation_config(tmp_path: Path) -> None:
+    folder = mock_model.write_mock_checkpoint(tmp_path / "m", eos_token_id=[7, 8])
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 8], "temperature": 0, "max_new_tokens": 40}')
+    with LLM(folder, attention="mock", load_format="dummy", plugins=[mock_model]) as llm:
+        (output,) = llm.generate([1, 2, 3], use_tqdm=False)
+        assert output.outputs[0].token_ids == greedy([1, 2, 3], 40, (7, 8))
+
+
+@pytest.mark.parametrize(
+    ("bad", "code", "text"),
+    [
+        ([], "invalid_prompt", "empty"),
+        ([1, VOCAB], "invalid_prompt", r"prompt\[1\] is 97, outside the vocabulary 0..96"),
+        ([1, -1], "invalid_prompt", "outside the vocabulary"),
+        ([1, "x"], "invalid_prompt", "not a token id"),
+        ([True], "invalid_prompt", "not a token id"),
+        (None, "invalid_prompt", "NoneType"),
+        ({"text": "x"}, "invalid_prompt", "prompt_token_ids"),
+        ([1] * 512, "too_long", "512"),
+        ([1] * 700, "too_long", "700"),
+    ],
+)
+def test_a_bad_prompt_is_refused_in_its_place(llm: LLM, bad: Any, code: str, text: str) -> None:
+    outputs = llm.generate([[1, 2], bad, [3, 4]], GREEDY, use_tqdm=False)
+    assert tokens_of([outputs[0], outputs[2]]) == [greedy([1, 2], 6), greedy([3, 4], 6)]
+    refused = outputs[1]
+    assert refused.finished
+    assert refused.outputs == []
+    assert isinstance(refused.error, RequestError)
+    assert refused.error.code == code
+    assert re.search(text, str(refused.error)), refused.error
+    assert llm.stats().free_blocks == llm.stats().num_blocks
+
+
+def test_a_prompt_larger_than_the_pool_is_refused_with_the_numbers(tmp_path: Path) -> None:
+    with mock_llm(tmp_path, num_gpu_blocks_override=4) as llm:
+        big, fine = llm.generate([[1] * 17, [2] * 3], GREEDY, use_tqdm=False)
+    assert big.error is not None
+    assert big.error.code == "does_not_fit"
+    assert "17" in str(big.error)
+    assert "4" in str(big.error)
+    assert fine.outputs[0].token_ids == greedy([2] * 3, 6)
+
+
+def test_a_lone_request_that_outgrows_the_pool_keeps_its_tokens(tmp_path: Path) -> None:
+    with mock_llm(tmp_path, num_gpu_blocks_override=3) as llm:
+        (output,) = llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=50), use_tqdm=False)
+    one = output.outputs[0]
+    assert one.finish_reason == "length"
+    assert one.stop_reason == "kv_cache_full"
+    assert one.token_ids == greedy([1, 2, 3], 50)[: len(one.token_ids)]
+    assert len(one.token_ids) >= 9
+
+
+def test_invalid_params_raise_before_anything_runs(llm: LLM) -> None:
+    with pytest.raises(ParamsError, match=r"temprature.*temperature"):
+        llm.generate([[1], [2]], [GREEDY, SamplingParams(temprature=1)], use_tqdm=False)
+    assert llm.stats().steps == 0
+    assert not llm.engine.has_unfinished_requests()
+
+
+def test_text_needs_a_tokenizer(llm: LLM) -> None:
+    for call in (
+        lambda: llm.generate("hello", GREEDY, use_tqdm=False),
+        lambda: llm.generate([[1], "hello"], GREEDY, use_tqdm=False),
+        lambda: llm.generate([{"prompt": "hello"}], GREEDY, use_tqdm=False),
+        lambda: llm.chat([{"role": "user", "content": "hello"}], GREEDY, use_tqdm=False),
+        lambda: llm.stream("hello", GREEDY),
+        lambda: llm.generate([1], SamplingParams(stop="x"), use_tqdm=False),
+        llm.get_tokenizer,
+    ):
+        with pytest.raises(TokenizerMissing):
+            call()
+    assert not llm.engine.has_unfinished_requests()
+
+
+def test_stop_tokens_and_eos(tmp_path: Path) -> None:
+    ids = [5, 6, 7]
+    full = greedy(ids, 30)
+    with mock_llm(tmp_path, eos=[full[9], 96]) as llm:
+
+        def run(**fields: Any) -> Any:
+            return llm.generate(ids, SamplingParams(temperature=0, max_tokens=30, **fields), use_tqdm=False)[0].outputs[
+                0
+            ]
+
+        first_eos = full.index(full[9])
+        eos = run()
+        assert (eos.token_ids, eos.finish_reason, eos.stop_reason) == (full[: first_eos + 1], "stop", None)
+        assert run(ignore_eos=True).token_ids == full
+        stop = run(stop_token_ids=[full[4]])
+        at = full.index(full[4])
+        assert (stop.token_ids, stop.finish_reason, stop.stop_reason) == (full[: at + 1], "stop", full[4])
+        later = run(min_tokens=12)
+        assert len(later.token_ids) >= 12
+        assert not set(later.token_ids[:12]) & {full[9], 96}
+
+
+def test_n_samples_differ_share_the_prompt_and_agree_with_their_own_draw(llm: LLM) -> None:
+    params = SamplingParams(n=4, temperature=1.5, max_tokens=8, seed=11)
+    prompt = prompts(1, shortest=30, longest=30)[0]
+    (output,) = llm.generate([prompt], params, use_tqdm=False)
+    samples = [o.token_ids for o in output.outputs]
+    assert [o.index for o in output.outputs] == [0, 1, 2, 3]
+    assert len(set(samples)) == 4
+    assert llm.stats().prefix_hit_tokens >= 3 * 28
+    assert [o.token_ids for o in llm.generate([prompt], params, use_tqdm=False)[0].outputs] == samples
+    one = llm.generate([prompt], SamplingParams(temperature=1.5, max_tokens=8, seed=11), use_tqdm=False)[0]
+    assert one.outputs[0].token_ids == samples[0]
+
+
+def test_logprobs_are_those_of_the_raw_logits(llm: LLM) -> None:
+    prompt = [9, 8, 7, 6, 5]
+    params = SamplingParams(temperature=0.7, top_k=3, max_tokens=5, logprobs=3, prompt_logprobs=2, seed=1)
+    (output,) = llm.generate([prompt], params, use_tqdm=False)
+    one = output.outputs[0]
+    assert one.logprobs is not None
+    history, total = list(prompt), 0.0
+    for token, found in zip(one.token_ids, one.logprobs, strict=True):
+        raw = reference_logits(history, VOCAB).double().log_softmax(0)
+        best = raw.topk(3)
+        assert found[token].logprob == pytest.approx(float(raw[token]), abs=1e-4)
+        assert found[token].rank == 1 + int((raw > raw[token]).sum())
+        assert set(best.indices.tolist()) | {token} == set(found)
+        total += float(raw[token])
+        history.append(token)
+    assert one.cumulative_logprob == pytest.approx(total, abs=1e-3)
+    assert output.prompt_logprobs is not None
+    assert output.prompt_logprobs[0] is None
+    assert len(output.prompt_logprobs) == len(prompt)
+    for i in range(1, len(prompt)):
+        raw = reference_logits(prompt[:i], VOCAB).double().log_softmax(0)
+        found = output.prompt_logprobs[i]
+        assert found is not None
+        assert found[prompt[i]].logprob == pytest.approx(float(raw[prompt[i]]), abs=1e-4)
+        assert len(found) in (2, 3)
+
+
+def test_logprobs_zero_is_the_chosen_token_only(llm: LLM) -> None:
+    (output,) = llm.generate([[1, 2]], SamplingParams(temperature=0, max_tokens=3, logprobs=0), use_tqdm=False)
+    assert [list(d) for d in output.outputs[0].logprobs or ()] == [[t] for t in output.outputs[0].token_ids]
+
+
+def test_prompt_logprobs_read_no_cache_but_survive_chunks_and_preemption(tmp_path: Path) -> None:
+    asked = prompts(6, shortest=18, longest=24, shared=8)
+    params = SamplingParams(temperature=0, max_tokens=20, prompt_logprobs=0)
+    with mock_llm(tmp_path, num_gpu_blocks_override=40, max_num_batched_tokens=9) as llm:
+        outputs = llm.generate(asked, params, use_tqdm=False)
+        stats = llm.stats()
+    assert stats.chunks > 0
+    assert stats.preemptions > 0
+    for prompt, output in zip(asked, outputs, strict=True):
+        assert output.outputs[0].token_ids == greedy(prompt, 20)
+        assert output.prompt_logprobs is not None
+        assert [None if d is None else list(d)[-1] for d in output.prompt_logprobs] == [None, *prompt[1:]]
+
+
+def test_streams_run_beside_each_other_and_closing_one_aborts_it(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=12)
+    first, second, third = (llm.stream([i, i + 1], params) for i in (1, 2, 3))
+    seen = [len(next(first).outputs[0].token_ids) for _ in range(3)]
+    assert seen == [1, 2, 3]
+    next(second)
+    second.close()
+    (beside,) = llm.generate([[9, 9]], params, use_tqdm=False)
+    assert beside.outputs[0].token_ids == greedy([9, 9], 12)
+    assert list(third)[-1].outputs[0].token_ids == greedy([3, 4], 12)
+    rest = list(first)
+    assert rest[-1].outputs[0].token_ids == greedy([1, 2], 12)
+    assert rest[-1].finished
+    assert list(second) == []
+    assert not llm.engine.has_unfinished_requests()
+    assert llm.stats().free_blocks == llm.stats().num_blocks
+
+
+def test_a_dropped_stream_gives_its_blocks_back(llm: LLM) -> None:
+    stream = llm.stream([1, 2, 3], SamplingParams(temperature=0, max_tokens=400))
+    next(stream)
+    del stream
+    gc.collect()
+    llm.generate([[4]], GREEDY, use_tqdm=False)
+    assert not llm.engine.has_unfinished_requests()
+
+
+def test_streams_from_several_threads(llm: LLM) -> None:
+    asked, found = prompts(6), {}
+    params = SamplingParams(temperature=0, max_tokens=20)
+
+    def run(i: int) -> None:
+        with llm.stream(asked[i], params) as stream:
+            found[i] = list(stream)[-1].outputs[0].token_ids
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert [found[i] for i in range(6)] == [greedy(p, 20) for p in asked]
+
+
+def test_the_engine_under_it(llm: LLM) -> None:
+    engine = llm.engine
+    engine.add_request("a", [1, 2], GREEDY)
+    with pytest.raises(RequestError, match="'a' is still running"):
+        engine.add_request("a", [1, 2], GREEDY)
+    engine.add_request("bad", [], GREEDY)
+    engine.abort_request("nobody")
+    last = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            before = last.get(output.request_id)
+            if before is not None and output.error is None:
+                assert len(output.outputs[0].token_ids) >= len(before.outputs[0].token_ids)
+            last[output.request_id] = output
+    assert last["a"].outputs[0].token_ids == greedy([1, 2], 6)
+    assert last["bad"].error is not None
+    engine.add_request("a", [1, 2], GREEDY)  # an ended id may be used again
+    engine.abort_request("a")
+    (aborted,) = engine.step()
+    assert aborted.outputs[0].finish_reason == "abort"
+    assert engine.step() == []
+
+
+def test_priority_goes_first(tmp_path: Path) -> None:
+    with mock_llm(tmp_path, max_num_seqs=1, scheduling_policy="priority") as llm:
+        for name, priority in (("low", 5), ("high", -1), ("mid", 0)):
+            llm.engine.add_request(name, [1, 2], GREEDY, priority)
+        order = []
+        while llm.engine.has_unfinished_requests():
+            order += [o.request_id for o in llm.engine.step() if o.finished]
+    assert order == ["high", "mid", "low"]
+
+
+def test_cache_salt_separates(llm: LLM) -> None:
+    prompt = prompts(1, shortest=32, longest=32)[0]
+
+    def hits(salt: str | None) -> int:
+        return llm.generate([prompt], SamplingParams(temperature=0, cache_salt=salt), use_tqdm=False)[
+            0
+        ].num_cached_tokens
+
+    assert [hits(None), hits(None), hits("a"), hits("a"), hits("b")] == [0, 28, 0, 28, 0]
+
+
+def test_metrics_are_in_order(llm: LLM) -> None:
+    metrics = llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)[0].metrics
+    assert metrics.first_scheduled is not None
+    assert metrics.first_token is not None
+    assert metrics.finished is not None
+    assert metrics.arrival <= metrics.first_scheduled <= metrics.first_token <= metrics.finished
+    assert metrics.num_generated == 6
+    assert metrics.ttft is not None
+    assert metrics.itl is not None
+
+
+def test_closing_ends_everything(tmp_path: Path) -> None:
+    llm = mock_llm(tmp_path)
+    stream = llm.stream([1, 2], GREEDY)
+    next(stream)
+    llm.close()
+    llm.close()
+    for call in (
+        lambda: next(stream),
+        lambda: next(stream),
+        lambda: llm.generate([[1]], GREEDY),
+        lambda: llm.stream([1]),
+    ):
+        with pytest.raises(EngineClosed):
+            call()
+    stream.close()
+
+
+def test_two_engines_in_one_process(tmp_path: Path) -> None:
+    with mock_llm(tmp_path) as one, mock_llm(tmp_path, block_size=8) as two:
+        a, b = one.stream([1, 2], GREEDY), two.stream([1, 2], GREEDY)
+        assert [x.outputs[0].token_ids for x in a] == [x.outputs[0].token_ids for x in b]
+
+
+def test_wrong_options_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"max_num_seq'.*did you mean 'max_num_seqs'"):
+        mock_llm(tmp_path, max_num_seq=3)
+    with pytest.raises(ConfigError, match="max_model_len is 9999, but the model was made for 512"):
+        mock_llm(tmp_path, max_model_len=9999)
+    with pytest.raises(ConfigError, match="kv_cache_memory"):
+        mock_llm(tmp_path, num_gpu_blocks_override=None, kv_cache_memory=10)
+    with pytest.raises(NanoEngineError, match=r"mokc.*mock"):
+        LLM(tmp_path / "mock", attention="mokc", load_format="dummy", plugins=[mock_model])

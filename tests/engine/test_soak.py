@@ -1,0 +1,127 @@
+"""Two thousand mixed, aborted and bad requests: all accounted for, all blocks back, memory flat, no buffer rebuilt."""
+
+from __future__ import annotations
+
+import gc
+import random
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanoengine import LLM, SamplingParams
+
+from .support import VOCAB, greedy, mock_llm
+
+REQUESTS = 2000
+
+
+def request(rng: random.Random, shared: list[list[int]]) -> tuple[list[int], dict[str, Any], bool]:
+    """A prompt, its parameters, and whether it is bad."""
+    if rng.random() < 0.04:
+        return rng.choice([[], [VOCAB], [1] * 600, [-3]]), {}, True
+    prompt = rng.choice(shared) + [rng.randrange(VOCAB) for _ in range(rng.randint(1, 12))]
+    fields: dict[str, Any] = {"temperature": 0, "max_tokens": rng.randint(1, 14)}
+    if rng.random() < 0.5:
+        fields |= {
+            "temperature": 1.2,
+            "top_k": rng.choice([0, 5]),
+            "top_p": rng.choice([1.0, 0.8]),
+            "n": rng.choice([1, 1, 2]),
+        }
+    if rng.random() < 0.1:
+        fields |= {"logprobs": 2, "presence_penalty": 0.5, "prompt_logprobs": 1}
+    return prompt, fields, False
+
+
+def drive(llm: LLM, count: int, rng: random.Random, tag: str) -> dict[str, int]:
+    shared = [[rng.randrange(VOCAB) for _ in range(n)] for n in (0, 8, 17)]
+    live: list[str] = []
+    ended: set[str] = set()
+    seen = {"finished": 0, "aborted": 0, "refused": 0, "checked": 0}
+    expected: dict[str, tuple[int, ...]] = {}
+    added = 0
+    while added < count or llm.engine.has_unfinished_requests():
+        for _ in range(rng.randint(0, 6)):
+            if added == count:
+                break
+            prompt, fields, bad = request(rng, shared)
+            name = f"{tag}{added}"
+            llm.engine.add_request(name, prompt, SamplingParams(**fields), rng.randint(0, 2))
+            if not bad and fields["temperature"] == 0 and "logprobs" not in fields and added % 10 == 0:
+                expected[name] = greedy(prompt, fields["max_tokens"])
+            live.append(name)
+            added += 1
+        if live and rng.random() < 0.15:
+            llm.engine.abort_request(rng.choice(live))
+        for output in llm.engine.step():
+            if not output.finished:
+                continue
+            assert output.request_id not in ended
+            ended.add(output.request_id)
+            live.remove(output.request_id)
+            if output.error is not None:
+                seen["refused"] += 1
+            elif any(o.finish_reason == "abort" for o in output.outputs):
+                seen["aborted"] += 1
+            else:
+                seen["finished"] += 1
+                if output.request_id in expected:
+                    assert output.outputs[0].token_ids == expected[output.request_id]
+                    seen["checked"] += 1
+    assert len(ended) == count
+    return seen
+
+
+def test_two_thousand_requests(tmp_path: Path) -> None:
+    rng = random.Random(5)
+    options: dict[str, Any] = {"num_gpu_blocks_override": 60, "max_num_batched_tokens": 48, "max_num_seqs": 16}
+    with mock_llm(tmp_path, scheduling_policy="priority", **options) as llm:
+        first = drive(llm, REQUESTS // 2, rng, "first")  # bounded caches fill here
+        gc.collect()
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        second = drive(llm, REQUESTS // 2, rng, "second")
+        gc.collect()
+        grown = tracemalloc.get_traced_memory()[0] - before
+        tracemalloc.stop()
+        stats = llm.stats()
+        llm.engine.scheduler.check()
+    seen = {name: first[name] + second[name] for name in first}
+    assert sum(seen[k] for k in ("finished", "aborted", "refused")) == REQUESTS
+    assert all(seen[k] > 20 for k in seen), seen
+    assert stats.free_blocks == stats.num_blocks
+    assert stats.running == stats.waiting == 0
+    assert stats.preemptions > 10
+    assert stats.prefix_hit_tokens > 0
+    assert stats.mixed_steps > 100
+    assert grown < 200_000, f"{grown:,} bytes more after the second half"
+
+
+def pointers(llm: LLM) -> dict[str, int]:
+    """Addresses of every tensor that the runner's tables and buffers hold."""
+    runner: Any = llm.engine._executor.runner  # type: ignore[attr-defined]
+    found = {}
+    for owner in (runner.tables, runner.buffers, *runner.backends):
+        for name, value in vars(owner).items():
+            if isinstance(value, torch.Tensor):
+                found[f"{type(owner).__name__}.{name}"] = value.data_ptr()
+    for stage, columns in runner.tables.columns.items():
+        for name, table in columns.items():
+            found[f"{stage}.{name}"] = table.values.data_ptr()
+    return found
+
+
+def test_no_buffer_is_rebuilt_over_a_hundred_steps(tmp_path: Path) -> None:
+    params = SamplingParams(temperature=0.9, top_k=20, top_p=0.9, presence_penalty=0.3, max_tokens=120, seed=1)
+    with mock_llm(tmp_path) as llm:
+        for i in range(4):
+            llm.engine.add_request(str(i), [i + 1, 2, 3], params)
+        llm.engine.step()
+        llm.engine.step()
+        before = pointers(llm)
+        for _ in range(100):
+            llm.engine.step()
+        assert pointers(llm) == before
+        assert len(before) > 25

@@ -78,9 +78,9 @@ def test_two_thousand_requests(tmp_path: Path) -> None:
     rng = random.Random(5)
     options: dict[str, Any] = {"num_gpu_blocks_override": 60, "max_num_batched_tokens": 48, "max_num_seqs": 16}
     with mock_llm(tmp_path, scheduling_policy="priority", **options) as llm:
+        tracemalloc.start()
         first = drive(llm, REQUESTS // 2, rng, "first")  # bounded caches fill here
         gc.collect()
-        tracemalloc.start()
         before = tracemalloc.get_traced_memory()[0]
         second = drive(llm, REQUESTS // 2, rng, "second")
         gc.collect()

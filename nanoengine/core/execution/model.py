@@ -113,8 +113,13 @@ class BuildContext(Protocol):
         """A vocabulary-parallel embedding, [T] -> [T, dim]."""
         ...
 
-    def lm_head(self, name: str, dim: int, vocab_size: int, *, bias: bool = False) -> nn.Module:
-        """Vocabulary-parallel output layer, [R, dim] -> [R, V/tp], padding columns -inf."""
+    def lm_head(
+        self, name: str, dim: int, vocab_size: int, *, bias: bool = False, tied: nn.Module | None = None
+    ) -> nn.Module:
+        """Vocabulary-parallel output layer, [R, dim] -> [R, V/tp], padding columns -inf.
+
+        `tied`: the embedding whose weight it shares.
+        """
         ...
 
     def attention(self, name: str, spec: AttentionLayerSpec) -> Attention:

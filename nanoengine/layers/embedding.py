@@ -1,0 +1,76 @@
+"""Vocabulary-parallel embedding and output layer. Rank r holds ids [r * n, (r + 1) * n), n = ceil(V / ranks)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanoengine.api import ModelError
+from nanoengine.layers.linear import LinearMethod, Unquantised
+from nanoengine.layers.sharding import Placement, Shard, ShardSpec, WeightLayer, padded_length
+
+
+class VocabParallelEmbedding(WeightLayer):
+    """int [T] -> [T, dim]. Each rank looks up its own ids; the rows are summed over ranks."""
+
+    def __init__(self, num_embeddings: int, dim: int, *, place: Placement) -> None:
+        super().__init__(place)
+        self.add_weight("weight", ShardSpec(shape=(num_embeddings, dim), split="padded"))
+        self.rows = padded_length(num_embeddings, self.tp.size)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        weight = self.get_parameter("weight")
+        if self.tp.size == 1:
+            return F.embedding(input_ids, weight)
+        local = input_ids - self.tp.rank * self.rows
+        elsewhere = (local < 0) | (local >= self.rows)
+        found = F.embedding(local.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        return self.tp.all_reduce(found)
+
+
+class ParallelLMHead(WeightLayer):
+    """[R, dim] -> [R, ceil(V / ranks)], this rank's ids; columns behind the vocabulary are -inf.
+
+    `tied` shares an embedding's weight: one parameter under two names.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        vocab_size: int,
+        *,
+        bias: bool,
+        place: Placement,
+        tied: WeightLayer | None = None,
+        method: LinearMethod | None = None,
+    ) -> None:
+        super().__init__(place)
+        self.method = method or Unquantised()
+        spec = ShardSpec(shape=(vocab_size, dim), split="padded")
+        if tied is None:
+            self.method.create(self, spec)
+        elif tied.specs["weight"] != spec:
+            raise ModelError(f"cannot tie an output layer {spec.shape} to an embedding {tied.specs['weight'].shape}")
+        else:
+            self.method = Unquantised()
+            self.specs["weight"] = spec
+            self.register_parameter("weight", tied.get_parameter("weight"))
+        self.bias: Tensor | None
+        if bias:
+            self.add_weight("bias", ShardSpec(shape=(vocab_size,), split="padded"))
+        else:
+            self.register_parameter("bias", None)
+        self.valid = spec.shards(self.tp.rank, self.tp.size)[0].length
+        self.padded = self.valid < padded_length(vocab_size, self.tp.size)
+
+    def load_shard(self, name: str, shard: Shard, values: Tensor) -> None:
+        if name == "bias":
+            super().load_shard(name, shard, values)
+        else:
+            self.method.load(self, name, shard, values)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = self.method.apply(self, hidden, self.bias)
+        if self.padded:
+            logits[:, self.valid :] = float("-inf")
+        return logits

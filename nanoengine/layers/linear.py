@@ -1,0 +1,143 @@
+"""Parallel linear layers. How a weight is stored and applied is a `LinearMethod`'s business."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from nanoengine.kernels.linear import linear
+from nanoengine.layers.sharding import Placement, Shard, ShardSpec, WeightLayer, part_sizes
+
+
+class LinearMethod(ABC):
+    """How a linear layer stores its weight, takes a slice of a checkpoint, and multiplies."""
+
+    @abstractmethod
+    def create(self, layer: WeightLayer, weight: ShardSpec) -> None:
+        """Register the parameters that stand for the [out, in] weight described by `weight`."""
+
+    @abstractmethod
+    def load(self, layer: WeightLayer, name: str, shard: Shard, values: Tensor) -> None:
+        """Take `values`, this rank's slice of a checkpoint tensor, into parameter `name`."""
+
+    @abstractmethod
+    def apply(self, layer: WeightLayer, x: Tensor, bias: Tensor | None) -> Tensor:
+        """[T, in on this rank] -> [T, out on this rank]."""
+
+
+class Unquantised(LinearMethod):
+    """One parameter, `weight` [out, in], of the model's dtype."""
+
+    def create(self, layer: WeightLayer, weight: ShardSpec) -> None:
+        layer.add_weight("weight", weight)
+
+    def load(self, layer: WeightLayer, name: str, shard: Shard, values: Tensor) -> None:
+        WeightLayer.load_shard(layer, name, shard, values)
+
+    def apply(self, layer: WeightLayer, x: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(x, layer.get_parameter("weight"), bias)
+
+
+class Linear(WeightLayer):
+    """A linear layer whole on every rank; base of the parallel ones."""
+
+    def __init__(
+        self,
+        weight: ShardSpec,
+        bias: ShardSpec | None,
+        *,
+        place: Placement,
+        method: LinearMethod | None = None,
+    ) -> None:
+        super().__init__(place)
+        self.method = method or Unquantised()
+        self.method.create(self, weight)
+        self.bias: Tensor | None
+        if bias is None:
+            self.register_parameter("bias", None)
+        else:
+            self.add_weight("bias", bias)
+
+    def load_shard(self, name: str, shard: Shard, values: Tensor) -> None:
+        if name == "bias":
+            super().load_shard(name, shard, values)
+        else:
+            self.method.load(self, name, shard, values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, in] -> [T, out]."""
+        return self.method.apply(self, x, self.bias)
+
+
+class ReplicatedLinear(Linear):
+    """[T, in] -> [T, out], whole on every rank. Fused parts are allowed."""
+
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        parts: Sequence[tuple[str, int]] = (),
+        place: Placement,
+        method: LinearMethod | None = None,
+    ) -> None:
+        fused = part_sizes(parts, out_features, name)
+        weight = ShardSpec(shape=(out_features, in_features), parts=fused)
+        spec = ShardSpec(shape=(out_features,), parts=fused) if bias else None
+        super().__init__(weight, spec, place=place, method=method)
+
+
+class ColumnParallelLinear(Linear):
+    """[T, in] -> [T, out / ranks]: each rank holds some outputs of every part (q, k, v; gate, up)."""
+
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        parts: Sequence[tuple[str, int]] = (),
+        head_size: int | None = None,
+        place: Placement,
+        method: LinearMethod | None = None,
+    ) -> None:
+        fused = part_sizes(parts, out_features, name)
+
+        def spec(*shape: int) -> ShardSpec:
+            unit, replicate = head_size or 1, head_size is not None
+            return ShardSpec(shape=shape, split="even", parts=fused, unit=unit, replicate=replicate)
+
+        super().__init__(
+            spec(out_features, in_features),
+            spec(out_features) if bias else None,
+            place=place,
+            method=method,
+        )
+
+
+class RowParallelLinear(Linear):
+    """[T, in / ranks] -> [T, out]: each rank holds some inputs; the products are summed over ranks."""
+
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        head_size: int | None = None,
+        place: Placement,
+        method: LinearMethod | None = None,
+    ) -> None:
+        weight = ShardSpec(shape=(out_features, in_features), dim=1, split="even", unit=head_size or 1)
+        spec = ShardSpec(shape=(out_features,)) if bias else None
+        super().__init__(weight, spec, place=place, method=method)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias if self.tp.rank == 0 else None  # once in the sum over ranks
+        return self.tp.all_reduce(self.method.apply(self, x, bias))

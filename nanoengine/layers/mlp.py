@@ -1,0 +1,29 @@
+"""The gated MLP of Llama and its kin: down(silu(gate(x)) * up(x)), gate and up in one product."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanoengine.api import BuildContext
+
+
+class GatedMLP(nn.Module):
+    """[T, hidden] -> [T, hidden]. `name` is its dotted path in the model."""
+
+    def __init__(self, name: str, hidden: int, intermediate: int, ctx: BuildContext, *, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_up_proj = ctx.linear(
+            f"{name}.gate_up_proj",
+            hidden,
+            2 * intermediate,
+            bias=bias,
+            parallel="column",
+            parts=[("gate", intermediate), ("up", intermediate)],
+        )
+        self.down_proj = ctx.linear(f"{name}.down_proj", intermediate, hidden, bias=bias, parallel="row")
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # [T, intermediate / ranks] each
+        out: Tensor = self.down_proj(F.silu(gate) * up)
+        return out

@@ -157,6 +157,8 @@ class Engine:
             raise EngineClosed("this engine was closed; make a new one")
 
     def _prompt_error(self, token_ids: Any) -> RequestError | None:
+        if isinstance(token_ids, RequestError):  # what the caller could not make a prompt of
+            return token_ids
         if isinstance(token_ids, bytes | Mapping) or not hasattr(token_ids, "__len__"):
             valid = "text, token ids, {'prompt': text} or {'prompt_token_ids': ids}"
             return RequestError("invalid_prompt", f"a prompt is {valid}, not {_shown(token_ids)}")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from nanoengine.core.assemble import assemble, find_model
 from nanoengine.core.build_engine import BuiltEngine, build_engine
-from nanoengine.core.errors import ConfigError, ParamsError, TokenizerMissing, nearest
+from nanoengine.core.errors import ConfigError, ParamsError, RequestError, nearest
 from nanoengine.core.request import RequestOutput
 from nanoengine.core.sampling_params import SamplingParams
 from nanoengine.core.setup.options import EngineOptions
@@ -155,14 +155,24 @@ class LLM:
         """
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = [messages] if one else messages
-        prompts = [(self.chat_prompt(c, **(chat_template_kwargs or {})), None) for c in conversations]
+        prompts = [self._render(c, chat_template_kwargs or {}) for c in conversations]
         return self._run(prompts, params, None, use_tqdm)
 
+    def _render(self, messages: Any, options: Mapping[str, Any]) -> tuple[Any, str | None]:
+        """(token ids, text) of a conversation; one that cannot be rendered is refused in its place by the engine."""
+        tokenizer = self._built.need_tokenizer()
+        try:
+            text = tokenizer.render_chat(messages, **options)
+            return tokenizer.encode(text, add_special_tokens=False), text
+        except RequestError as error:
+            return error, None
+
     def chat_prompt(self, messages: Sequence[Message], **chat_template_kwargs: Any) -> list[int]:
-        """Token ids of a conversation under the model's chat template."""
-        if self._built.tokenizer is None:
-            raise TokenizerMissing("chat needs a tokenizer with a chat template, and this model folder has none")
-        return self._built.tokenizer.apply_chat_template(messages, **chat_template_kwargs)
+        """Token ids of a conversation under the model's chat template.
+
+        Raises `TokenizerMissing`, or `RequestError("invalid_prompt")` for messages that the template refuses.
+        """
+        return self._built.need_tokenizer().apply_chat_template(messages, **chat_template_kwargs)
 
     @property
     def has_chat_template(self) -> bool:

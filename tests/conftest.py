@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from fixtures_models import smollm2_gguf, smollm2_path  # noqa: F401 - fixtures
 from hypothesis import settings
 
 torch.set_num_threads(1)

@@ -66,7 +66,7 @@ class ConvertedModel:
             with self._lock():
                 if not self.ready():  # another process may have made it while this one waited
                     self._build(fetch)
-        except OSError as error:
+        except (OSError, NotImplementedError) as error:  # the latter where a file system has no locks
             raise ModelSourceError(
                 f"cannot make the converted model {self.folder}: {error}; the cache needs a writable folder with "
                 "enough room, NANOENGINE_CACHE names another one"

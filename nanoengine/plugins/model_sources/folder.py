@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from nanoengine.api import ModelSource, ModelSourceError, SourceContext
@@ -15,7 +16,7 @@ class FolderSource(ModelSource):
 
         Raises `ModelSourceError` for a folder without config.json, naming what it holds instead.
         """
-        folder = Path(source).expanduser()
+        folder = Path(os.path.expanduser(source))
         if not folder.is_dir():
             return None
         if (folder / "config.json").is_file():

@@ -51,10 +51,8 @@ def convert(source: Path, folder: Path, say: Callable[[str], None]) -> None:
 
     Raises `ModelSourceError` naming what is not served, and `OSError` when the folder cannot be written.
     """
-    reader = _open(source)
-    meta = Metadata(source.name, {key: field.contents() for key, field in reader.fields.items()})
+    meta, tensors = _read(source)
     name, arch = read_architecture(meta)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
     factors = tensors.pop("rope_freqs.weight", None)
     shape = read_shape(meta, name)
     rope = rope_parameters(meta, name, shape.head_size, None if factors is None else _float32(meta, factors))
@@ -81,7 +79,7 @@ def tensor_rules(
     """
     hidden, q, kv = shape.hidden, shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     vocab = present.get("token_embd.weight", (0,))[0]
-    if vocab < len(meta.require("tokenizer.ggml.tokens")):
+    if vocab < len(meta.strings("tokenizer.ggml.tokens")):
         raise meta.error(f"token_embd.weight has {vocab} rows for {len(meta.get('tokenizer.ggml.tokens'))} tokens")
     rules = {
         "token_embd.weight": TensorRule("model.embed_tokens.weight", (vocab, hidden)),
@@ -138,13 +136,16 @@ def to_halves(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, -1, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def _open(source: Path) -> Any:
+def _read(source: Path) -> tuple[Metadata, dict[str, Any]]:
+    """The file's key-value pairs, and its tensors by name (mapped from the file, not read)."""
     import gguf
 
     try:
-        return gguf.GGUFReader(source)
-    except (ValueError, IndexError, KeyError, UnicodeDecodeError) as error:
+        reader = gguf.GGUFReader(source)
+        meta = Metadata(source.name, {key: field.contents() for key, field in reader.fields.items()})
+    except (ValueError, IndexError, KeyError) as error:  # what the reader's slicing of a bad file runs into
         raise ModelSourceError(f"{source} is damaged or no GGUF file: {error}") from error
+    return meta, {tensor.name: tensor for tensor in reader.tensors}
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:

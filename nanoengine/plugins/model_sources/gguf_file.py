@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from nanoengine.api import ModelSource, ModelSourceError, SourceContext
@@ -18,7 +19,7 @@ class GGUFFileSource(ModelSource):
         """
         if not source.lower().endswith(".gguf"):
             return None
-        path = Path(source).expanduser()
+        path = Path(os.path.expanduser(source))
         if not path.is_file():
             raise ModelSourceError(f"no such file: {path} (looked from {Path.cwd()})")
         try:

@@ -89,7 +89,17 @@ class Metadata:
 
     def real(self, key: str) -> float:
         """A float32 as the shortest decimal that gives it: 9.99999974e-06 is 1e-05 again."""
-        return float(str(np.float32(self.require(key))))
+        value = self.require(key)
+        if not isinstance(value, (int, float)) or not np.isfinite(value):
+            raise self.error(f"key {key} must be a finite number, not {value!r}")
+        return float(str(np.float32(value)))
+
+    def strings(self, key: str) -> list[str]:
+        """Raises `ModelSourceError` for anything but a list of strings."""
+        value = self.require(key)
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.error(f"key {key} must be a list of strings")
+        return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +121,9 @@ def read_architecture(meta: Metadata) -> tuple[str, Architecture]:
         raise meta.error(f"GGUF architecture {name!r} is not served; valid: {', '.join(sorted(ARCHITECTURES))}")
     if meta.get("general.type", "model") != "model":
         raise meta.error(f"it holds a {meta.get('general.type')!r}, not a model")
-    if meta.get("split.count", 1) > 1:
-        raise meta.error(f"it is one of {meta.get('split.count')} parts; merge them first (llama-gguf-split --merge)")
+    parts = meta.get("split.count", 0)  # 0 and 1 are both written for a whole file
+    if parts not in (0, 1):
+        raise meta.error(f"it is one of {parts} parts; merge them first (llama-gguf-split --merge)")
     for key, value in meta.values.items():
         prefix, _, rest = key.partition(".")
         if prefix == name and rest not in _KNOWN_KEYS and value not in (0, False):
@@ -173,12 +184,12 @@ def _llama3(meta: Metadata, theta: float, head_size: int, factors: np.ndarray) -
 def token_ids(meta: Metadata) -> dict[str, int]:
     """bos, eos, pad (and unk) ids that the file names, each a real token; keys "bos_token_id", ..."""
     names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    count = len(meta.require("tokenizer.ggml.tokens"))
+    count = len(meta.strings("tokenizer.ggml.tokens"))
     ids = {f"{ours}_token_id": meta.get(f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in names.items()}
     found = {key: value for key, value in ids.items() if value is not None}
     for key, value in found.items():
-        if not 0 <= value < count:
-            raise meta.error(f"{key} {value} is outside the vocabulary of {count} tokens")
+        if not isinstance(value, int) or not 0 <= value < count:
+            raise meta.error(f"{key} {value!r} is outside the vocabulary of {count} tokens")
     return found
 
 

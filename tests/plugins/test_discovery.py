@@ -26,6 +26,19 @@ def model(name: str = "zeta", arch: str = "ZetaForCausalLM") -> str:
     return MODEL.format(name=name, arch=arch)
 
 
+def stage(body: str) -> str:
+    """A stage called "boost" whose parameters have `body`."""
+    return f"""
+@dataclass(frozen=True)
+class Boost(StageParams):
+    {body}
+
+@hookimpl
+def register_samplers():
+    return [SamplerSpec(name="boost", params=Boost, target="pkg.mod:Cls", api=1)]
+"""
+
+
 def failure_of(registry: Registry, distribution: str) -> Failure:
     found = [failure for failure in registry.failures if failure.origin.distribution == distribution]
     assert len(found) == 1, registry.failures
@@ -85,6 +98,10 @@ def test_two_discoveries_share_nothing(install: Any) -> None:
         (model().replace("mod:Cls", "mod"), "model 'zeta'", "PluginError", "package.module:Class"),
         (model().replace("('ZetaForCausalLM',)", "'Zeta'"), "model 'zeta'", "PluginError", "tuple of architecture"),
         (model().replace("api=1", "api=99"), "model 'zeta'", "PluginError", "api 99"),
+        (stage("max_tokens: int = 1"), "sampler stage 'boost'", "PluginError", "belongs to SamplingParams itself"),
+        (stage("boost: float"), "sampler stage 'boost'", "PluginError", "without a default: boost"),
+        (stage("boost: 'Flot' = 0"), "sampler stage 'boost'", "PluginError", "unknown annotation"),
+        (stage("columns = {'b': ColumnSpec(dtype='f8')}"), "sampler stage 'boost'", "PluginError", "of dtype float32"),
         (model().replace("api=1", "api=0"), "model 'zeta'", "PluginError", "upgrade the plugin"),
     ],
 )

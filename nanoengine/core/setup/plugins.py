@@ -133,7 +133,7 @@ class _Search:
         for spec in values:
             try:
                 check_spec(spec)
-            except PluginError as error:
+            except _ISOLATED as error:
                 self._fail(origin, f"{KIND_WORDS[kind]} {spec.name!r}", error, provides=(kind, spec.name))
             else:
                 self.claims.setdefault((kind, spec.name), []).append(Registered(spec, origin))

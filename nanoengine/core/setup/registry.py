@@ -140,7 +140,7 @@ class Registry:
             if failure.provides == (kind, name):
                 raise PluginError(f"{KIND_WORDS[kind]} {name!r} is not available: {failure}")
         raise PluginError(
-            f"no {KIND_WORDS[kind]} {name!r} is installed; {nearest(name, found)}{self._suspects(kind)}"
+            f"no {KIND_WORDS[kind]} {name!r} is installed; {nearest(name, found)}{self.suspects(kind)}"
             " (see `nanoengine plugins list`)"
         )
 
@@ -165,7 +165,7 @@ class Registry:
         served = {architecture for each in everyone for architecture in each.spec.architectures}
         wanted = architectures[0] if architectures else ""
         what = f"no installed model serves architecture {wanted!r}" if wanted else "config.json names no architecture"
-        raise ModelError(f"{what}; {nearest(wanted, served)}{self._suspects('models')}")
+        raise ModelError(f"{what}; {nearest(wanted, served)}{self.suspects('models')}")
 
     def _model_by_name(self, architectures: Sequence[str], name: str) -> Registered[ModelSpec]:
         found: Registered[ModelSpec] = self.require("models", name)
@@ -204,8 +204,8 @@ class Registry:
         if found:
             raise PluginError("; ".join(map(str, found)))
 
-    def _suspects(self, kind: Kind) -> str:
-        """Failures that might have provided a missing part: those known to be of the kind, or of unknown content."""
+    def suspects(self, kind: Kind) -> str:
+        """Tail of a message on a missing part: the failures that might have provided it; "" if there are none."""
         hook = f"register_{kind}"
         might = [
             failure

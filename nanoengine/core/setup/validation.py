@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nanoengine.core.errors import PluginError
+from nanoengine.core.sampling_fields import legal_fields
 from nanoengine.core.setup.registry import Kind
 from nanoengine.core.setup.specs import (
     API_VERSION,
     AttentionSpec,
+    ColumnSpec,
     ModelSourceSpec,
     ModelSpec,
     SamplerSpec,
@@ -26,6 +28,7 @@ SPEC_HOOKS: Mapping[str, tuple[Kind, type[Spec]]] = {
     "register_model_sources": ("model_sources", ModelSourceSpec),
 }
 HOOKS = (*SPEC_HOOKS, "register_configs")
+COLUMN_DTYPES = ("float32", "int32", "bool")
 _TARGET = re.compile(r"[\w.]+:[\w.]+")
 
 
@@ -53,6 +56,18 @@ def check_spec(spec: Any) -> None:
         value = getattr(spec, field_.name)
         if not valid(value):
             raise PluginError(f"{type(spec).__name__}.{field_.name} must be {expected}, not {value!r}")
+    if isinstance(spec, SamplerSpec):
+        legal_fields([(spec.name, spec.params)])  # refuses fields without default or type, or of the engine's own name
+        _check_columns(spec.params)
+
+
+def _check_columns(params: type[StageParams]) -> None:
+    for name, column in params.columns.items():
+        if not isinstance(column, ColumnSpec) or column.dtype not in COLUMN_DTYPES:
+            raise PluginError(
+                f"{params.__qualname__}.columns[{name!r}] must be a ColumnSpec of dtype {', '.join(COLUMN_DTYPES)}, "
+                f"not {column!r}"
+            )
 
 
 def _newer(api: object) -> bool:

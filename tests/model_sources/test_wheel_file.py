@@ -82,12 +82,15 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(links))
     (tmp_path / "bin").mkdir()
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     return links
 
 
 def script(path: Path, body: str) -> Path:
-    path.write_text(f"#!{PYTHON}\nimport os, sys, zipfile\nfrom pathlib import Path\n{body}")
+    """An executable; the interpreter is not in its first line, where blanks or length would break it."""
+    code = path.with_suffix(".py")
+    code.write_text(f"import os, sys, zipfile\nfrom pathlib import Path\n{body}")
+    path.write_text(f"#!/bin/sh\nexec '{PYTHON}' '{code}' \"$@\"\n")
     path.chmod(0o755)
     return path
 
@@ -101,7 +104,7 @@ if sys.argv[2] == "pip":
 assert sys.argv[1:3] == ["-m", "venv"], sys.argv
 bin = Path(sys.argv[3]) / "bin"
 bin.mkdir(parents=True)
-(bin / "python").write_text('#!/bin/sh\\nexec {PYTHON} "$@"\\n')
+(bin / "python").write_text('#!/bin/sh\\nexec "{PYTHON}" "$@"\\n')
 (bin / "python").chmod(0o755)
 """
 

@@ -1,0 +1,296 @@
+"""Paged attention in plain torch: any device, dtype and head size, ragged and mixed batches.
+
+KV layout: [layers, 2, blocks, KV heads, block size, head size]. A step's rows are cut into *pieces* (see `pieces`); per
+layer and piece, whole blocks are gathered into a scratch buffer as [rows, KV heads, tokens, head size], and attended to
+under a mask that all layers share. Head-major blocks make what is gathered contiguous a head, which batched products
+want: 15% faster in decode on a CPU than token-major ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanoengine.api import (
+    AttentionBackend,
+    AttentionCapabilities,
+    AttentionFeature,
+    AttentionLayerSpec,
+    BatchLimits,
+    KVSpec,
+    StepInputs,
+)
+from nanoengine.plugins.attention_backends.pieces import Group, Rows, plan_pieces
+
+_SCRATCH_BYTES = 16 << 20  # of gathered K and V: small enough for a CPU's last-level cache
+_BAND_ELEMENTS = 1 << 22
+_MAX_QUERIES = 128  # of a long row, attended to at a time
+_BLOCKED = float("-inf")
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Queries [first, last) of a piece, each row's, against its first `keys` gathered tokens."""
+
+    first: int
+    last: int
+    keys: int
+    mask: Tensor  # [rows or 1, 1, last - first, keys]; 0, or -inf where a query must not look
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Rows that are attended to together, as filled for one step.
+
+    Attributes:
+        rows, queries, keys: sizes of the padded batch.
+        index: int32 [rows * KV heads * blocks]; what to gather, in units of one block of one head.
+        chunks: one, unless the row is long.
+        start: tokens [start, start + rows * queries) are its queries, unless `tokens` says otherwise.
+        tokens: int64 [rows * queries]; the token of each query, the row's last one repeated in the padding.
+        real: int64 [N]; which of the padded queries are real; None: all.
+        written: int64 [N]; the tokens those are.
+    """
+
+    rows: int
+    queries: int
+    keys: int
+    index: Tensor
+    chunks: tuple[_Chunk, ...]
+    start: int = 0
+    tokens: Tensor | None = None
+    real: Tensor | None = None
+    written: Tensor | None = None
+
+
+class TorchPaged(AttentionBackend):
+    """The reference backend. Runs everywhere; the others must agree with it."""
+
+    capabilities = AttentionCapabilities(
+        devices=frozenset({"cpu", "cuda"}),
+        dtypes=frozenset({"float32", "bfloat16", "float16"}),
+        features=frozenset(AttentionFeature),
+    )
+
+    @classmethod
+    def kv_block_bytes(cls, spec: KVSpec, block_size: int) -> int:
+        itemsize: int = getattr(torch, spec.dtype).itemsize
+        return 2 * block_size * spec.num_kv_heads * spec.head_size * itemsize
+
+    def __init__(self, spec: KVSpec, limits: BatchLimits, device: torch.device) -> None:
+        self.spec, self.limits, self.device = spec, limits, device
+        self.dtype: torch.dtype = getattr(torch, spec.dtype)
+        longest = limits.max_blocks * limits.block_size
+        token_bytes = self.kv_block_bytes(spec, 1)
+        self.max_gather = max(longest, _SCRATCH_BYTES // token_bytes)  # tokens in one piece
+        heads, table = spec.num_kv_heads, limits.max_rows * limits.max_blocks
+        self._scratch = torch.empty(2, self.max_gather * heads * spec.head_size, dtype=self.dtype, device=device)
+        self._index = torch.empty(table * heads, dtype=torch.int32, device=device)
+        self._decode_mask = torch.empty(table * limits.block_size, dtype=self.dtype, device=device)
+        self._slots = torch.empty(limits.max_tokens, heads, dtype=torch.int64, device=device)
+        self._heads = torch.arange(heads, dtype=torch.int32, device=device)
+        self._keys = torch.arange(longest, device=device)
+        self.chunk_queries = max(16, min(_MAX_QUERIES, _BAND_ELEMENTS // longest))
+        self._band = self._make_band(longest)
+        self._kv = torch.empty(0)
+        self._pieces: list[_Piece] = []
+        self._num_tokens = 0
+
+    def _make_band(self, longest: int) -> Tensor:
+        """[queries, longest + queries + block]: the mask of query i against the key `column - longest` places after
+        the chunk's first query. Any chunk of any row has its mask in it, as a rectangle."""
+        columns = longest + self.chunk_queries + self.limits.block_size
+        ahead = torch.arange(columns, device=self.device) - longest
+        ahead = ahead - torch.arange(self.chunk_queries, device=self.device).unsqueeze(-1)
+        return self._mask(ahead, torch.empty(ahead.shape, dtype=self.dtype, device=self.device))
+
+    def _mask(self, ahead: Tensor, out: Tensor) -> Tensor:
+        """0 where a query may look at a key that stands `ahead` of it by so many positions, else -inf."""
+        blocked = ahead > 0
+        if self.spec.window is not None:
+            blocked |= ahead <= -self.spec.window
+        return out.zero_().masked_fill_(blocked, _BLOCKED)
+
+    def allocate(self, num_layers: int, num_blocks: int) -> None:
+        spec = self.spec
+        shape = (num_layers, 2, num_blocks, spec.num_kv_heads, self.limits.block_size, spec.head_size)
+        self._kv = torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def release(self) -> None:
+        self._kv = torch.empty(0)
+
+    def copy_blocks(self, src: Tensor, dst: Tensor) -> None:
+        self._kv.index_copy_(2, dst, self._kv.index_select(2, src))
+
+    def fill(self, inputs: StepInputs) -> None:
+        size, heads = self.limits.block_size, self.spec.num_kv_heads
+        slots = inputs.slot_mapping.unsqueeze(-1)  # token-major -> head-major
+        self._num_tokens = len(slots)
+        block = slots.div(size, rounding_mode="floor")
+        torch.add((block * heads + self._heads) * size, slots.remainder(size), out=self._slots[: len(slots)])
+        rows = Rows.of(inputs)
+        groups = plan_pieces(rows, inputs.num_decode_rows, size, self.max_gather)
+        self._pieces, index_used, mask_used = [], 0, 0
+        for group in groups:
+            index = self._fill_index(inputs, group, index_used)
+            index_used += len(index)
+            if group.queries == 1:
+                self._pieces.append(self._decode_piece(inputs, rows, group, index, mask_used))
+                mask_used += len(group.rows) * group.blocks * size
+            elif len(group.rows) == 1 and group.exact:
+                self._pieces.append(self._long_piece(rows, group, index))
+            else:
+                self._pieces.append(self._padded_piece(inputs, rows, group, index))
+
+    def _fill_index(self, inputs: StepInputs, group: Group, used: int) -> Tensor:
+        """int32 [rows * KV heads * blocks] in the static buffer."""
+        heads = self.spec.num_kv_heads
+        tables = _take(inputs.block_tables, group.rows)[:, : group.blocks]
+        out = self._index[used : used + len(group.rows) * heads * group.blocks]
+        view = out.view(len(group.rows), heads, group.blocks)
+        torch.add(tables.unsqueeze(1) * heads, self._heads.view(1, -1, 1), out=view)
+        return out
+
+    def _decode_piece(self, inputs: StepInputs, rows: Rows, group: Group, index: Tensor, used: int) -> _Piece:
+        """Rows with one query each."""
+        count, keys = len(group.rows), group.blocks * self.limits.block_size
+        firsts = [rows.starts[row] for row in group.rows]
+        contiguous = firsts == list(range(firsts[0], firsts[0] + count))
+        tokens = None if contiguous else _upload(firsts, self.device)
+        positions = inputs.positions[firsts[0] : firsts[0] + count] if tokens is None else inputs.positions[tokens]
+        mask = self._decode_mask[used : used + count * keys].view(count, keys)
+        self._mask(self._keys[:keys] - positions.unsqueeze(-1), mask)
+        chunk = _Chunk(0, 1, keys, mask.view(count, 1, 1, keys))
+        return _Piece(count, 1, keys, index, (chunk,), start=firsts[0], tokens=tokens, written=tokens)
+
+    def _long_piece(self, rows: Rows, group: Group, index: Tensor) -> _Piece:
+        """One row whose lengths the host knows exactly: no mask is made, and no query sees keys far behind it."""
+        row, size, chunks = group.rows[0], self.limits.block_size, []
+        before = rows.seq_lens[row] - group.queries  # tokens computed by earlier steps
+        longest = len(self._keys)
+        for first in range(0, group.queries, self.chunk_queries):
+            last = min(first + self.chunk_queries, group.queries)
+            keys = min(-(-(before + last) // size), group.blocks) * size
+            left = longest - before - first
+            mask = self._band[: last - first, left : left + keys]
+            if self.device.type != "cpu":
+                mask = mask.contiguous()  # GPU kernels want aligned rows
+            chunks.append(_Chunk(first, last, keys, mask.view(1, 1, last - first, keys)))
+        return _Piece(1, group.queries, group.blocks * size, index, tuple(chunks), start=rows.starts[row])
+
+    def _padded_piece(self, inputs: StepInputs, rows: Rows, group: Group, index: Tensor) -> _Piece:
+        """Short rows together. Padding repeats a row's last query, so that no row of the mask is blocked throughout."""
+        queries, keys = group.queries, group.blocks * self.limits.block_size
+        tokens: list[int] = []
+        real: list[int] = []  # places in `tokens`
+        written: list[int] = []
+        for row in group.rows:
+            first, count = rows.starts[row], rows.query_lens[row]
+            real += range(len(tokens), len(tokens) + count)
+            written += range(first, first + count)
+            tokens += [*range(first, first + count), *[first + count - 1] * (queries - count)]
+        at = _upload(tokens, self.device)
+        ahead = self._keys[:keys] - inputs.positions[at].unsqueeze(-1)
+        mask = self._mask(ahead, torch.empty(ahead.shape, dtype=self.dtype, device=self.device))
+        chunk = _Chunk(0, queries, keys, mask.view(len(group.rows), 1, queries, keys))
+        return _Piece(
+            len(group.rows),
+            queries,
+            keys,
+            index,
+            (chunk,),
+            tokens=at,
+            real=_upload(real, self.device) if len(real) < len(tokens) else None,
+            written=_upload(written, self.device),
+        )
+
+    def forward(self, layer: int, spec: AttentionLayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        slots, width = self._slots[: self._num_tokens].view(-1), spec.head_size
+        cache = self._kv[layer].view(2, -1, width)  # [2, blocks * heads * block size, head size]
+        cache[0].index_copy_(0, slots, k.reshape(-1, width))
+        cache[1].index_copy_(0, slots, v.reshape(-1, width))
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        done = 0
+        for piece in self._pieces:
+            done += self._attend_piece(layer, spec, piece, q, out)
+        if done < len(q):  # padding behind the last row
+            out[done:].zero_()
+        return out
+
+    def _attend_piece(self, layer: int, spec: AttentionLayerSpec, piece: _Piece, q: Tensor, out: Tensor) -> int:
+        """Writes the piece's rows of `out`; returns how many tokens they are."""
+        count, (heads, width) = piece.rows * piece.queries, q.shape[1:]
+        keys, values = self._gather(layer, piece)
+        span = slice(piece.start, piece.start + count)
+        mine = q[span] if piece.tokens is None else q.index_select(0, piece.tokens)
+        mine = mine.reshape(piece.rows, piece.queries, heads, width)
+        parts = [
+            _attend(mine[:, c.first : c.last], keys[:, :, : c.keys], values[:, :, : c.keys], c.mask, spec)
+            for c in piece.chunks
+        ]
+        result = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).reshape(count, heads, width)
+        if piece.real is not None:
+            result = result.index_select(0, piece.real)
+        if piece.written is None:
+            out[span] = result
+        else:
+            out.index_copy_(0, piece.written, result)
+        return len(result)
+
+    def _gather(self, layer: int, piece: _Piece) -> tuple[Tensor, Tensor]:
+        """K and V of the piece's rows, each [rows, KV heads, keys, head size], in the scratch buffer."""
+        heads, width = self.spec.num_kv_heads, self.spec.head_size
+        blocks = self._kv[layer].view(2, -1, self.limits.block_size * width)  # [2, blocks * heads, block of one head]
+        shape = (piece.rows, heads, piece.keys, width)
+        used = piece.rows * heads * piece.keys * width
+        both = []
+        for which in (0, 1):
+            flat = self._scratch[which, :used]
+            torch.index_select(blocks[which], 0, piece.index, out=flat.view(len(piece.index), -1))
+            both.append(flat.view(shape))
+        return both[0], both[1]
+
+
+def _take(table: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """Rows of a table: a view where they follow each other."""
+    if rows == tuple(range(rows[0], rows[0] + len(rows))):
+        return table[rows[0] : rows[0] + len(rows)]
+    return table.index_select(0, _upload(rows, table.device))
+
+
+def _upload(values: Sequence[int], device: torch.device) -> Tensor:
+    """int64 on `device`, without waiting for it."""
+    if device.type == "cpu":
+        return torch.tensor(values)
+    return torch.tensor(values, pin_memory=True).to(device, non_blocking=True)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, spec: AttentionLayerSpec) -> Tensor:
+    """q [n, queries, H, D], k and v [n, Hkv, keys, D], mask [n or 1, 1, queries, keys] -> [n, queries, H, D]."""
+    if spec.soft_cap is None and not (q.shape[1] == 1 and q.dtype == torch.float32):
+        grouped = spec.num_heads != spec.num_kv_heads
+        mixed = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k, v, attn_mask=mask, scale=spec.scale, enable_gqa=grouped
+        )
+        return mixed.transpose(1, 2)
+    return _attend_plainly(q, k, v, mask, spec)
+
+
+def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, spec: AttentionLayerSpec) -> Tensor:
+    """The same by two batched products, in float32: for a soft cap, and faster for single float32 queries on a CPU."""
+    n, queries, heads, width = q.shape
+    kv_heads, keys = k.shape[1:3]
+    group = heads // kv_heads
+    # [n * Hkv, queries * group, D]: queries that share a KV head become rows of one product
+    folded = q.view(n, queries, kv_heads, group, width).transpose(1, 2).reshape(n * kv_heads, -1, width).float()
+    flat_k, flat_v = (x.reshape(n * kv_heads, keys, width).float() for x in (k, v))
+    scores = torch.bmm(folded, flat_k.transpose(1, 2)).mul_(spec.scale)
+    if spec.soft_cap is not None:
+        scores.div_(spec.soft_cap).tanh_().mul_(spec.soft_cap)
+    scores.view(n, kv_heads, queries, group, keys).add_(mask.unsqueeze(-2))
+    mixed = torch.bmm(torch.softmax(scores, dim=-1), flat_v).to(q.dtype)
+    return mixed.view(n, kv_heads, queries, group, width).transpose(1, 2).reshape(q.shape)

@@ -71,9 +71,11 @@ class Expansion:
             if not choice.used and not choice.appendable:
                 known = nearest(choice.entry.key(""), self.chosen)
                 raise ConfigError(f"{choice.where}: no group to override is called {choice.entry.group!r}; {known}")
+        for entry in self.appended:
+            parts += self._entry(entry, package, ())
         # Where the lists lack the group, `group=option` is taken for `+group=option`.
-        for entry in [*self.appended, *(c.entry for c in self.choices.values() if not c.used)]:
-            parts += self._entry(entry, "", ())
+        for choice in [each for each in self.choices.values() if not each.used]:
+            parts += self._entry(choice.entry, package, ())
         return parts
 
     def _expand(self, file: ConfigFile, folder: str, package: str, stack: tuple[str, ...]) -> list[Part]:
@@ -98,12 +100,14 @@ class Expansion:
                 choice = self.choices[key]
                 choice.used = True
                 entry = entry.choosing(choice.options, choice.where)
-            if key in self.chosen:
+            alone = len(entry.options) < 2  # lists of options may be added to
+            if alone and key in self.chosen:
                 raise ConfigError(
                     f"{self.chosen[key]} and {entry.where}: {key} is chosen twice; to replace a choice write "
                     f"{key}=option on the command line, or 'override {key}: option' in a list"
                 )
-            self.chosen[key] = entry.where
+            if alone:
+                self.chosen[key] = entry.where
         parts: list[list[Part]] = [self._option(entry, option, parent, stack) for option in reversed(entry.options)]
         return [part for group in reversed(parts) for part in group]
 

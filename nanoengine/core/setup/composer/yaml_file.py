@@ -90,7 +90,7 @@ def read_yaml(path: Path, label: str) -> ConfigFile:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise _syntax_error(label, error) from error
-    if node is None:
+    if node is None or node.tag == "tag:yaml.org,2002:null":
         return ConfigFile(label, {}, {}, _header(text), None)
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{label}:{node.start_mark.line + 1}: a configuration file is a mapping of keys to values")
@@ -138,12 +138,12 @@ def _syntax_error(label: str, error: yaml.YAMLError) -> ConfigError:
 
 
 def _header(text: str) -> str | None:
-    """The package of a `# @package name` comment, which stands before the first key."""
-    for line in text.splitlines():
-        if line.strip() and not line.lstrip().startswith("#"):
-            return None
-        if found := _HEADER.match(line.strip()):
+    """The package of a `# @package name` header: before anything but blank lines and other `# @` headers."""
+    for line in filter(None, map(str.strip, text.splitlines())):
+        if found := _HEADER.match(line):
             return found[1]
+        if not re.match(r"#\s*@", line):
+            break
     return None
 
 

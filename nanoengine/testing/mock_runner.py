@@ -167,11 +167,11 @@ class MockRunner:
         assert (plan.starts == self.computed[plan.slots]).all(), "a row does not begin where its KV ends"
         assert (plan.starts + plan.query_lens <= self.lengths[plan.slots]).all(), "a row reads tokens nobody has"
         assert (np.diff(plan.logits_index) > 0).all()
-        written = self._written_slots(plan)
+        written = self.written_slots(plan)
         assert (written >= self.block_size).all(), "a row writes into the dummy block"
         assert len({tuple(each) for each in written.T.tolist()}) == plan.num_tokens, "two rows write one KV slot"
 
-    def _written_slots(self, plan: StepPlan) -> npt.NDArray[np.int64]:
+    def written_slots(self, plan: StepPlan) -> npt.NDArray[np.int64]:
         """[groups, T]: block * block_size + offset of each token."""
         slots = np.repeat(plan.slots, plan.query_lens)
         positions = np.concatenate(

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
+from nanoengine.core.errors import RequestError
 from nanoengine.core.request import Request, Status
 from nanoengine.core.sampling_params import PackedStage, ResolvedParams
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.messages import ScheduledStep, SchedulerConfig, Update
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.core.setup.specs import ColumnSpec, StageParams
-from nanoengine.core.step import StepPlan, StepResult
+from nanoengine.core.step import StepPlan
 from nanoengine.testing.mock_runner import MockRunner, expected_tokens, fake_logprob
 
 VOCAB = 97
@@ -95,6 +98,7 @@ class Loop:
         self.overlap = overlap
         self.in_flight: deque[ScheduledStep] = deque()
         self.steps: list[ScheduledStep] = []
+        self.written: dict[int, Any] = {}
         self.requests: list[Request] = []
         self.ended: dict[Request, Update] = {}
         self.failed: list[Request] = []
@@ -131,10 +135,16 @@ class Loop:
         self.scheduler.check()
         if step is not None:
             assert 0 < step.plan.num_tokens <= self.config.max_num_batched_tokens, "the budget is broken"
+            if self.broke_at_launch(step):
+                return None
             self.runner.launch(StepPlan.from_bytes(step.plan.to_bytes()) if len(self.steps) % 16 == 0 else step.plan)
             self.in_flight.append(step)
             self.steps.append(step)
+            self.written[step.plan.step] = self.runner.written_slots(step.plan)
         return step
+
+    def broke_at_launch(self, step: ScheduledStep) -> bool:
+        return False
 
     def commit(self) -> list[Update]:
         step, result = self.in_flight.popleft(), self.runner.wait()
@@ -146,13 +156,13 @@ class Loop:
     def step(self) -> None:
         """As the engine's: launch up to the depth, then take the oldest result. Must get somewhere."""
         depth = 2 if self.overlap else 1
-        launched = False
+        launched, ended = False, len(self.ended)
         while len(self.in_flight) < depth and self.launch() is not None:
             launched = True
         if self.in_flight:
             self.commit()
             launched = True
-        self.idle = 0 if launched else self.idle + 1
+        self.idle = 0 if launched or len(self.ended) > ended else self.idle + 1
         assert self.idle < 3 or not self.scheduler.has_unfinished(), "nothing runs, though requests wait"
 
     def book(self, updates: Iterable[Update]) -> None:
@@ -195,7 +205,8 @@ class Loop:
         """Runs to the end; every request ended with the tokens it has when it runs alone; nothing is left behind."""
         self.run()
         assert self.blocks.free_blocks == self.blocks.num_blocks, "blocks leaked"
-        assert not self.scheduler.running and not self.scheduler.waiting
+        assert not self.scheduler.running
+        assert not self.scheduler.waiting
         for request in self.requests:
             self.verify(request)
 
@@ -214,6 +225,50 @@ class Loop:
         assert end.stop_reason == (last if stops and last not in params.eos_ids else None)
         if params.prompt_logprobs is not None:
             assert self.prompt_positions[request] == list(range(1, request.prompt_len))
+
+
+class BreakingLoop(Loop):
+    """A step that holds a poisoned request breaks: at launch, or when its result is waited for."""
+
+    def __init__(self, at_launch: bool, **kwargs):
+        super().__init__(**kwargs)
+        self.at_launch, self.poisoned, self.broken = at_launch, {}, []
+
+    def poison(self, request, from_token: int = 0):
+        self.poisoned[request] = from_token
+
+    def breaks(self, step) -> bool:
+        ends = zip(step.rows, (step.plan.starts + step.plan.query_lens).tolist(), strict=True)
+        return any(end > self.poisoned.get(request, 10**9) for (request, _), end in ends)
+
+    def fail(self, steps):
+        self.broken.append([[r for r, _ in step.rows] for step in steps])
+        self.failed += self.scheduler.fail(steps)
+        self.scheduler.check()
+
+    def spoil(self):
+        """All steps in flight break; what they wrote is garbage."""
+        steps = list(self.in_flight)
+        self.in_flight.clear()
+        self.runner.drop()
+        for step in steps:
+            for cache, slots in zip(self.runner.kv, self.written[step.plan.step], strict=True):
+                cache.reshape(-1)[slots] = 12345
+        self.fail(steps)
+
+    def broke_at_launch(self, step):
+        if not (self.at_launch and self.breaks(step)):
+            return False
+        while self.in_flight:
+            self.commit()
+        self.fail([step])
+        return True
+
+    def commit(self):
+        if not self.at_launch and self.breaks(self.in_flight[0]):
+            self.spoil()
+            return []
+        return super().commit()
 
 
 def truth(request: Request, max_model_len: int) -> list[int]:
@@ -239,6 +294,57 @@ def prompt_of(length: int, salt: int = 0) -> list[int]:
     return [(salt * 31 + i * 7 + i * i) % VOCAB for i in range(length)]
 
 
-def result_of(step: ScheduledStep, runner: MockRunner) -> StepResult:
-    runner.launch(step.plan)
-    return runner.wait()
+# Operations: what the property tests generate and the mutants are run against
+
+Op = tuple[str, Any]
+
+
+def run_ops(loop: BreakingLoop, ops: Iterable[Op]) -> None:
+    """("add", prompt and its keywords), ("abort", index), ("step" | "launch" | "break", None); then to the end."""
+    for name, value in ops:
+        if name == "add":
+            with suppress(RequestError):
+                loop.add(**value)
+        elif name == "abort":
+            if loop.requests:
+                loop.abort(loop.requests[value % len(loop.requests)])
+        elif name == "step":
+            loop.step()
+        elif name == "launch":
+            if len(loop.in_flight) < (2 if loop.overlap else 1):
+                loop.launch()
+        elif loop.in_flight:
+            loop.spoil()
+    loop.finish_and_verify()
+
+
+def random_ops(rng: random.Random, count: int, *, host: bool = True, breaks: bool = True) -> list[Op]:
+    ops: list[Op] = []
+    for _ in range(count):
+        kind = rng.choices(["add", "step", "launch", "abort", "break"], [5, 8, 3, 0.5, 0.4 * breaks])[0]
+        ops.append((kind, random_request(rng, host) if kind == "add" else rng.randrange(100)))
+    return ops
+
+
+def random_request(rng: random.Random, host: bool = True) -> dict[str, Any]:
+    """Prompts share prefixes; a few ids stop, so that ends come at any place."""
+    length = rng.randrange(1, 30)
+    shared = min(length, rng.choice((0, 4, 8, 11, 16, 24)))
+    prompt = prompt_of(shared) + prompt_of(length - shared, rng.randrange(3))
+    stages = (shift_stage(rng.randrange(5)),) if rng.random() < 0.3 else ()
+    if host and rng.random() < 0.2:
+        stages += (grammar_stage(fail_at=rng.choice((-1, -1, -1, 0, 4))),)
+    return {
+        "prompt": prompt,
+        "max_tokens": rng.randrange(1, 20),
+        "min_tokens": rng.choice((0, 0, 3)),
+        "eos_ids": frozenset(rng.sample(range(VOCAB), rng.choice((0, 3)))),
+        "stop_token_ids": frozenset(rng.sample(range(VOCAB), rng.choice((0, 3)))),
+        "greedy": rng.random() < 0.3,
+        "sample_index": rng.randrange(3),
+        "priority": rng.randrange(3),
+        "cache_key": rng.choice((b"", b"", b"salt")),
+        "stages": stages,
+        "logprobs": rng.choice((None, None, 0, 2)),
+        "prompt_logprobs": rng.choice((None, None, None, 1)),
+    }

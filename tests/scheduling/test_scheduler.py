@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from sched_harness import VOCAB, Loop, grammar_stage, prompt_of, shift_stage, truth
+from sched_harness import VOCAB, BreakingLoop, Loop, grammar_stage, prompt_of, shift_stage, truth
 
 from nanoengine.core.errors import ConfigError, RequestError
 from nanoengine.core.request import Status
@@ -52,7 +52,8 @@ def test_decode_row_is_scheduled_while_its_token_is_in_flight():
     request = loop.add(prompt_of(10))
     loop.launch()
     loop.launch()
-    assert request.output_token_ids == [] and request.num_in_flight == 2
+    assert request.output_token_ids == []
+    assert request.num_in_flight == 2
     loop.finish_and_verify()
 
 
@@ -88,7 +89,8 @@ def test_hit_after_preemption(overlap):
         loop.add(prompt_of(13, salt), max_tokens=14)
     loop.finish_and_verify()
     stats = loop.scheduler.stats()
-    assert stats.preemptions > 0 and stats.resumed_hit_tokens > 0
+    assert stats.preemptions > 0
+    assert stats.resumed_hit_tokens > 0
     assert stats.prefix_hit_tokens == 0, "what a preempted request finds again is no hit of its prompt"
 
 
@@ -111,7 +113,8 @@ def test_mixed_step_has_decode_rows_first():
     loop.add(prompt_of(30, 1))
     loop.step()
     step = loop.steps[-1]
-    assert step.plan.num_decode_rows == 1 and step.plan.query_lens.tolist() == [1, 7]
+    assert step.plan.num_decode_rows == 1
+    assert step.plan.query_lens.tolist() == [1, 7]
     assert step.plan.sampled.tolist() == [True], "a chunk draws nothing"
     loop.finish_and_verify()
 
@@ -168,7 +171,8 @@ def test_stop_ids_eos_wins_and_min_tokens(overlap):
     edge = loop.add(prompt_of(8), max_tokens=at + 1, eos_ids=frozenset({tokens[at]}))
     later = loop.add(prompt_of(8), max_tokens=12, eos_ids=frozenset({tokens[1]}), min_tokens=5)
     loop.finish_and_verify()
-    assert loop.ended[stop][2:4] == ("stop", tokens[at]) and len(loop.tokens[stop]) == at + 1
+    assert loop.ended[stop][2:4] == ("stop", tokens[at])
+    assert len(loop.tokens[stop]) == at + 1
     assert loop.ended[both][2:4] == ("stop", None)
     assert loop.ended[edge][2:4] == ("stop", None), "stop wins over length"
     assert len(loop.tokens[later]) >= 6
@@ -186,7 +190,8 @@ def test_a_stop_token_below_min_tokens_does_not_end_a_request():
     result = loop.runner.wait()
     result.token_ids[0] = token
     (update,) = loop.scheduler.commit(step, result)
-    assert update.finish_reason is None and request.status is Status.RUNNING
+    assert update.finish_reason is None
+    assert request.status is Status.RUNNING
 
 
 @overlaps
@@ -278,7 +283,8 @@ def test_deferred_requests_do_not_hold_up_others():
     deferred = loop.add(prompt_of(9), sample_index=1)
     other = loop.add(prompt_of(9, 1))
     loop.launch()
-    assert deferred.status is Status.WAITING and other.status is Status.RUNNING
+    assert deferred.status is Status.WAITING
+    assert other.status is Status.RUNNING
     loop.launch()
     assert deferred.status is Status.RUNNING
     loop.finish_and_verify()
@@ -303,8 +309,9 @@ def spread_under_a_small_budget(overlap: bool, scheduler: type[Scheduler] = Sche
 @overlaps
 def test_budget_below_the_runners_starves_nobody(overlap):
     class InOrder(Scheduler):
-        def _service_order(self):
-            return list(self.running)
+        def _pick_running(self, draft):
+            self._resume = None
+            super()._pick_running(draft)
 
     assert spread_under_a_small_budget(overlap) <= 2
     assert spread_under_a_small_budget(overlap, InOrder) > 20, "the mutant starves three of the five"
@@ -329,13 +336,15 @@ def test_priority_orders_admission_and_names_the_victim():
     later = loop.add(prompt_of(6, 1), max_tokens=24, priority=3)
     high = loop.add(prompt_of(6, 2), max_tokens=24, priority=-1)
     loop.step()
-    assert low.status is high.status is Status.RUNNING and later.status is Status.WAITING
+    assert low.status is high.status is Status.RUNNING
+    assert later.status is Status.WAITING
     victims = []
     while loop.scheduler.has_unfinished():
         before = set(loop.scheduler.running)
         loop.step()
         victims += [r for r in before if r.status is Status.WAITING]
-    assert victims[0] is low and high not in victims
+    assert victims[0] is low
+    assert high not in victims
     assert list(loop.ended) == [high, later, low]
     loop.finish_and_verify()
 
@@ -345,7 +354,8 @@ def test_fcfs_preempts_the_last_admitted_who_returns_first():
     first, second, third = (loop.add(prompt_of(13, salt), max_tokens=14) for salt in range(3))
     while not loop.scheduler.stats().preemptions:
         loop.step()
-    assert loop.scheduler.running == [first] and loop.scheduler.waiting == [second, third]
+    assert loop.scheduler.running == [first]
+    assert loop.scheduler.waiting == [second, third]
     loop.finish_and_verify()
     assert list(loop.ended) == [first, second, third]
 
@@ -360,9 +370,11 @@ def test_victim_gets_its_token_in_flight_and_waits_for_it():
     assert second.num_in_flight == 1
     known = second.num_tokens
     loop.commit()
-    assert second.num_tokens == known + 1 and second.num_in_flight == 0
+    assert second.num_tokens == known + 1
+    assert second.num_in_flight == 0
     loop.finish_and_verify()
-    assert loop.scheduler.stats().preemptions >= 1 and len(loop.tokens[first]) == 8
+    assert loop.scheduler.stats().preemptions >= 1
+    assert len(loop.tokens[first]) == 8
 
 
 @overlaps
@@ -376,7 +388,8 @@ def test_host_token_requests_are_not_run_ahead(overlap):
     assert (gaps >= 2).all() if overlap else (gaps == 1).all()
     assert len(loop.tokens[plain]) == 20
     columns = [c for step in loop.steps for c in step.plan.columns if c.stage == "grammar"]
-    assert len(columns) == 9 and {c.values.dtype for c in columns} == {np.dtype(np.int32)}
+    assert len(columns) == 9
+    assert {c.values.dtype for c in columns} == {np.dtype(np.int32)}
 
 
 @overlaps
@@ -388,8 +401,10 @@ def test_a_host_stage_that_raises_fails_alone(overlap):
     loop.finish_and_verify()
     for request, count in ((bad, 3), (at_once, 0)):
         error = loop.ended[request].error
-        assert error.code == "stage_failed" and "the grammar is stuck" in str(error)
-        assert isinstance(error.__cause__, ValueError) and len(loop.tokens[request]) == count
+        assert error.code == "stage_failed"
+        assert "the grammar is stuck" in str(error)
+        assert isinstance(error.__cause__, ValueError)
+        assert len(loop.tokens[request]) == count
     assert len(loop.tokens[good]) == 8
 
 
@@ -411,7 +426,8 @@ def test_columns_of_new_slots_share_a_message_and_come_again_after_preemption():
         loop.add(prompt_of(5, salt), max_tokens=14, stages=(shift_stage(salt + 1),))
     loop.finish_and_verify()
     (column,) = loop.steps[0].plan.columns
-    assert column.slots.tolist() == [0, 1, 2] and column.values.tolist() == [1, 2, 3]
+    assert column.slots.tolist() == [0, 1, 2]
+    assert column.values.tolist() == [1, 2, 3]
     assert column.offsets.tolist() == [0, 1, 2, 3]
     assert loop.scheduler.stats().preemptions > 0
 
@@ -427,7 +443,8 @@ def test_logprobs_and_prompt_logprobs(overlap, budget):
     short = loop.add(prompt_of(1, 2), prompt_logprobs=1)
     loop.finish_and_verify()
     assert asks.num_cached == chosen.num_cached == short.num_cached == 0
-    assert loop.prompt_positions[asks] == list(range(1, 21)) and plain.num_tokens == 29
+    assert loop.prompt_positions[asks] == list(range(1, 21))
+    assert plain.num_tokens == 29
     after = loop.add(prompt_of(11, 1))
     loop.finish_and_verify()
     assert after.num_cached == 8, "it read no cache, but it published"
@@ -440,7 +457,8 @@ def test_prompt_logprobs_are_delivered_once_despite_preemption(overlap):
         loop.add(prompt_of(13, salt), max_tokens=14, prompt_logprobs=1)
     loop.finish_and_verify()
     stats = loop.scheduler.stats()
-    assert stats.preemptions > 0 and stats.resumed_hit_tokens > 0, "all delivered: it may read the cache then"
+    assert stats.preemptions > 0
+    assert stats.resumed_hit_tokens > 0, "all delivered: it may read the cache then"
 
 
 @overlaps
@@ -451,58 +469,12 @@ def test_failed_row_is_let_go(overlap):
         ROW_BAD_LOGITS if plan.step == 3 and plan.slots[row] == 0 else 0  # slot 0: the first one
     )
     loop.finish_and_verify()
-    assert loop.ended[bad].failed == ROW_BAD_LOGITS and len(loop.tokens[bad]) == 3
+    assert loop.ended[bad].failed == ROW_BAD_LOGITS
+    assert len(loop.tokens[bad]) == 3
     assert len(loop.tokens[good]) == 8
 
 
 # Broken steps
-
-
-class BreakingLoop(Loop):
-    """A step that holds a poisoned request breaks: at launch, or when its result is waited for."""
-
-    def __init__(self, at_launch: bool, **kwargs):
-        super().__init__(**kwargs)
-        self.at_launch, self.poisoned, self.broken = at_launch, {}, []
-
-    def poison(self, request, from_token: int = 0):
-        self.poisoned[request] = from_token
-
-    def breaks(self, step) -> bool:
-        ends = zip(step.rows, (step.plan.starts + step.plan.query_lens).tolist(), strict=True)
-        return any(end > self.poisoned.get(request, 10**9) for (request, _), end in ends)
-
-    def fail(self, steps):
-        self.broken.append([[r for r, _ in step.rows] for step in steps])
-        self.failed += self.scheduler.fail(steps)
-        self.scheduler.check()
-
-    def launch(self):
-        step = self.scheduler.schedule()
-        self.book(self.scheduler.take_updates())
-        if step is None:
-            return None
-        if self.at_launch and self.breaks(step):
-            while self.in_flight:
-                self.commit()
-            self.fail([step])
-            return None
-        self.runner.launch(step.plan)
-        self.in_flight.append(step)
-        self.steps.append(step)
-        return step
-
-    def commit(self):
-        if not self.at_launch and self.breaks(self.in_flight[0]):
-            steps = list(self.in_flight)
-            self.in_flight.clear()
-            self.runner.drop()
-            for step in steps:  # what it wrote is garbage
-                mine = self.runner._written_slots(step.plan)
-                self.runner.kv.reshape(len(self.runner.kv), -1)[:, mine.ravel()] = 12345
-            self.fail(steps)
-            return []
-        return super().commit()
 
 
 @overlaps
@@ -520,7 +492,8 @@ def test_broken_steps_single_out_the_guilty(overlap, at_launch, from_token):
     assert all(len(loop.tokens[r]) == 20 for r in good)
     assert loop.scheduler.stats().preemptions > 0
     first, last = loop.broken[0], loop.broken[-1]
-    assert len(first[0]) > 1 and len(first) == (2 if overlap and not at_launch else 1)
+    assert len(first[0]) > 1
+    assert len(first) == (2 if overlap and not at_launch else 1)
     assert last == [[bad]], "found alone, and not run ahead"
 
 
@@ -533,12 +506,15 @@ def test_one_broken_step_of_two_requests_recovers():
     loop.launch()
     loop.commit()
     loop.poisoned.clear()
-    assert len(loop.broken[0]) == 2 and loop.failed == []
-    assert loop.scheduler.waiting == [a, b] and a.num_in_flight == b.num_in_flight == 0
+    assert len(loop.broken[0]) == 2
+    assert loop.failed == []
+    assert loop.scheduler.waiting == [a, b]
+    assert a.num_in_flight == b.num_in_flight == 0
     before = len(loop.steps)
     loop.finish_and_verify()
     rows = [[r for r, _ in step.rows] for step in loop.steps[before:]]
-    assert rows[:2] == [[a], [b]] and [a, b] in rows
+    assert rows[:2] == [[a], [b]]
+    assert [a, b] in rows
 
 
 def test_what_a_broken_step_published_is_withdrawn():
@@ -548,7 +524,8 @@ def test_what_a_broken_step_published_is_withdrawn():
     step = loop.launch()
     assert len(step.published) == 6
     loop.commit()
-    assert loop.blocks.match(a) == [[]] and loop.blocks.match(b) == [[]]
+    assert loop.blocks.match(a) == [[]]
+    assert loop.blocks.match(b) == [[]]
     loop.poisoned.clear()
     loop.finish_and_verify()
 

@@ -40,6 +40,10 @@ class Draft:
         self.new.pop(request, None)
         self.grown.pop(request, None)
 
+    def yield_to_others(self, victim: Request) -> None:
+        self.drop(victim)
+        self.preempted = True
+
     def note_writers(self, blocks: BlockManager) -> None:
         """Prompt blocks that running requests complete in this step."""
         for request, num_new in self.picks.items():

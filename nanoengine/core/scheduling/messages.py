@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from itertools import pairwise
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -89,33 +90,36 @@ class SchedulerStats:
     num_blocks: int = 0
     free_blocks: int = 0
 
+    def count_admission(self, request: Request, cached: int) -> None:
+        """`cached`: tokens that the prefix cache holds. Also notes the first admission's in the request."""
+        if request.num_cached is None:
+            request.num_cached = cached
+            self.prompt_tokens += request.prompt_len
+            self.prefix_hit_tokens += cached
+        else:
+            self.resumed_hit_tokens += cached
 
-class LogprobShares:
-    """Cuts a result's log-probs by plan row. The entries stand in row order, as the tokens do."""
 
-    def __init__(self, entries: LogprobRows, num_rows: int) -> None:
-        self._entries = entries
-        self._bounds: list[int] | None = None
-        if len(entries.rows):
-            assert (np.diff(entries.rows) >= 0).all(), "log-probs are not in row order"
-            self._bounds = np.searchsorted(entries.rows, np.arange(num_rows + 1)).tolist()
-
-    def of(self, row: int) -> LogprobRows | None:
-        if self._bounds is None:
-            return None
-        start, end = self._bounds[row], self._bounds[row + 1]
+def cut(entries: LogprobRows, num_rows: int) -> dict[int, LogprobRows]:
+    """A result's log-probs by plan row. The entries stand in row order, as the tokens do."""
+    if not len(entries.rows):
+        return {}
+    assert (np.diff(entries.rows) >= 0).all(), "log-probs are not in row order"
+    bounds = np.searchsorted(entries.rows, np.arange(num_rows + 1)).tolist()
+    tops = entries.top_offsets.tolist()
+    out: dict[int, LogprobRows] = {}
+    for row, (start, end) in enumerate(pairwise(bounds)):
         if start == end:
-            return None
-        entries = self._entries
-        tops = entries.top_offsets[start : end + 1]
-        flat: Any = slice(tops[0], tops[-1])
-        return LogprobRows(
+            continue
+        top, offsets = tops[start], entries.top_offsets[start : end + 1]
+        out[row] = LogprobRows(
             rows=entries.rows[start:end],
             positions=entries.positions[start:end],
             token_ids=entries.token_ids[start:end],
             logprobs=entries.logprobs[start:end],
             ranks=entries.ranks[start:end],
-            top_ids=entries.top_ids[flat],
-            top_logprobs=entries.top_logprobs[flat],
-            top_offsets=tops - tops[0],
+            top_ids=entries.top_ids[top : tops[end]],
+            top_logprobs=entries.top_logprobs[top : tops[end]],
+            top_offsets=offsets - top if top else offsets,
         )
+    return out

@@ -1,0 +1,105 @@
+"""CPU microseconds of schedule + commit per step, with N requests decoding, one step ahead. No model, no torch.
+
+    python benchmarks/schedule_cost.py [--steps 400] [--running 1 64 256]
+
+The device is left out: results are made before the clock runs. Three figures each: the plain decode step; the same
+while requests end and enter (each output has 64 tokens); and with a log-prob wanted at every token. The clock is the
+thread's CPU time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import numpy as np
+
+from nanoengine.core.request import Request
+from nanoengine.core.sampling_params import ResolvedParams
+from nanoengine.core.scheduling.block_manager import BlockManager
+from nanoengine.core.scheduling.scheduler import ScheduledStep, Scheduler, SchedulerConfig
+from nanoengine.core.step import LogprobRows, StepResult, f32, i32
+
+PROMPT_LEN, BLOCK_SIZE = 128, 16
+
+
+def make_scheduler(running: int, max_len: int) -> Scheduler:
+    config = SchedulerConfig(max_num_seqs=running, max_num_batched_tokens=8192, max_model_len=max_len)
+    num_blocks = 2 + running * (-(-max_len // BLOCK_SIZE) + 1)
+    return Scheduler(config, BlockManager(1, num_blocks, BLOCK_SIZE, True))
+
+
+def add(scheduler: Scheduler, number: int, max_tokens: int, logprobs: int | None) -> None:
+    rng = np.random.default_rng(number)
+    scheduler.add(
+        Request(
+            id=str(number),
+            parent=str(number),
+            prompt_token_ids=rng.integers(0, 50_000, PROMPT_LEN).tolist(),
+            params=ResolvedParams(max_tokens=max_tokens, eos_ids=frozenset({50_001, 50_002}), logprobs=logprobs),
+            seed=0,
+            sample_index=0,
+            arrival=number,
+        )
+    )
+
+
+def result_of(step: ScheduledStep, logprobs: int | None) -> StepResult:
+    """What a runner would say: some token for each sampled row."""
+    counts = np.asarray(step.sampled, dtype=np.int32)
+    rows = np.flatnonzero(counts).astype(np.int32)
+    n = len(rows)
+    drawn = LogprobRows()
+    if logprobs is not None:
+        zeros = i32(np.zeros(n + 1))
+        drawn = LogprobRows(
+            rows=rows, positions=rows, token_ids=rows, logprobs=f32(zeros[1:]), ranks=rows, top_offsets=zeros
+        )
+    return StepResult(
+        step=step.plan.step,
+        token_ids=(rows * 31 + step.plan.step) % 50_000,
+        counts=counts,
+        failed=np.zeros(len(counts), dtype=np.int32),
+        sampled_logprobs=drawn,
+    )
+
+
+def measure(running: int, steps: int, output_len: int | None, logprobs: int | None = None) -> tuple[float, float]:
+    """-> (mean microseconds of schedule(), of commit()) a step."""
+    max_tokens = output_len or steps + 200
+    scheduler = make_scheduler(running, PROMPT_LEN + max_tokens + 1)
+    added, in_flight, warm = 0, [], 50
+    schedule_ns = commit_ns = 0
+    for i in range(steps + warm):
+        while len(scheduler.running) + len(scheduler.waiting) < running:
+            # Staggered, so that churn is spread over the steps.
+            add(scheduler, added, 1 + added % max_tokens if output_len and added < running else max_tokens, logprobs)
+            added += 1
+        start = time.thread_time_ns()
+        step = scheduler.schedule()
+        schedule_ns += (time.thread_time_ns() - start) * (i >= warm)
+        if step is not None:
+            in_flight.append((step, result_of(step, logprobs)))
+        if len(in_flight) == 2 or step is None:
+            oldest, result = in_flight.pop(0)
+            start = time.thread_time_ns()
+            scheduler.commit(oldest, result)
+            commit_ns += (time.thread_time_ns() - start) * (i >= warm)
+    assert scheduler.stats().preemptions == 0
+    return schedule_ns / steps / 1e3, commit_ns / steps / 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--running", type=int, nargs="+", default=[1, 64, 256])
+    args = parser.parse_args()
+    print(f"{'running':>8} {'case':<28} {'schedule':>9} {'commit':>9} {'sum us':>9}")
+    for running in args.running:
+        for case, output_len, logprobs in (("decode", None, None), ("churn", 64, None), ("decode, logprobs", None, 0)):
+            schedule, commit = measure(running, args.steps, output_len, logprobs)
+            print(f"{running:>8} {case:<28} {schedule:>9.1f} {commit:>9.1f} {schedule + commit:>9.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Which token ends a request."""
+
+from __future__ import annotations
+
+from nanoengine.core.request import Request
+from nanoengine.core.scheduling.messages import Update
+from nanoengine.core.step import LogprobRows
+
+
+def append_tokens(request: Request, new: list[int], drawn: LogprobRows | None, prompt: LogprobRows | None) -> Update:
+    """Appends new tokens up to the one that ends the request, if one does; a stop token counts before the length.
+
+    The sampler masks stop tokens below `min_tokens`; should one come nevertheless, it does not end the request.
+    """
+    num_tokens, stop_set, max_len = request.num_tokens, request.stop_set, request.max_len
+    for i, token in enumerate(new, start=1):
+        num_tokens += 1
+        stops = token in stop_set and num_tokens > request.min_len
+        if stops or num_tokens >= max_len:
+            new = new[:i]
+            break
+    else:
+        stops = False
+    request.output_token_ids += new
+    request.num_tokens = num_tokens
+    if stops:
+        return Update(request, tuple(new), "stop", None if token in request.params.eos_ids else token, drawn, prompt)
+    if num_tokens >= max_len:
+        return Update(request, tuple(new), "length", request.length_reason, drawn, prompt)
+    return Update(request, tuple(new), None, None, drawn, prompt)

@@ -1,0 +1,300 @@
+"""The checks must be able to fail: each mutant breaks one rule, and the random runs that pass without it catch it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sched_harness import BreakingLoop, random_ops, run_ops
+
+from nanoengine.core.request import Status
+from nanoengine.core.scheduling import plan_builder, scheduler
+from nanoengine.core.scheduling.block_manager import BlockManager, _Pool
+from nanoengine.core.scheduling.draft import Draft
+from nanoengine.core.scheduling.scheduler import Scheduler
+
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+def runs(seeds: range, check: bool = True, **options: Any) -> None:
+    for seed in seeds:
+        rng = random.Random(seed)
+        loop = BreakingLoop(
+            False,
+            **{"num_blocks": rng.choice((9, 12, 30)), "budget": rng.choice((3, 6, 12, 40)), "max_num_seqs": 4}
+            | {"groups": 1 + seed % 2, "overlap": seed % 4 != 0}
+            | options,
+        )
+        if not check:
+            loop.scheduler.check = lambda: None  # type: ignore[method-assign]
+        run_ops(loop, random_ops(rng, 40))
+
+
+def freed_too_early(patch: pytest.MonkeyPatch) -> None:
+    """A shared block counts one owner only."""
+    share = _Pool.share
+
+    def broken(pool, block):
+        if pool.refs[block] == 0:
+            share(pool, block)
+
+    patch.setattr(_Pool, "share", broken)
+    patch.setattr(_Pool, "give_back", _give_back_leniently)
+
+
+def _give_back_leniently(pool: _Pool, block: int) -> None:
+    if pool.refs[block]:
+        pool.refs[block] -= 1
+        if pool.refs[block] == 0:
+            pool._link_after(pool.prev[0] if pool.entries[block] else 0, block)
+
+
+def freed_while_running(patch: pytest.MonkeyPatch) -> None:
+    """A running request's first block goes back to the pool when it grows."""
+    grow = BlockManager.grow
+
+    def broken(blocks, request, num_tokens):
+        done = grow(blocks, request, num_tokens)
+        if done and len(request.block_ids[0]) == 3:
+            blocks._pools[0].give_back(request.block_ids[0][0])
+        return done
+
+    patch.setattr(BlockManager, "grow", broken)
+    patch.setattr(_Pool, "give_back", _give_back_leniently)
+
+
+def freed_twice(patch: pytest.MonkeyPatch) -> None:
+    release = BlockManager.release
+
+    def broken(blocks, request):
+        table = [list(each) for each in request.block_ids]
+        release(blocks, request)
+        request.block_ids = table
+        release(blocks, request)
+
+    patch.setattr(BlockManager, "release", broken)
+
+
+def leaked(patch: pytest.MonkeyPatch) -> None:
+    release = BlockManager.release
+
+    def broken(blocks, request):
+        request.block_ids = [table[:-1] for table in request.block_ids]
+        release(blocks, request)
+
+    patch.setattr(BlockManager, "release", broken)
+
+
+def hit_not_capped(patch: pytest.MonkeyPatch) -> None:
+    """All of a prompt's blocks may be hit, so that no token is left to compute."""
+    match = BlockManager.match
+
+    def broken(blocks, request):
+        request.num_tokens += 1
+        hits = match(blocks, request)
+        request.num_tokens -= 1
+        return hits
+
+    patch.setattr(BlockManager, "match", broken)
+
+
+def dead_row_kept(patch: pytest.MonkeyPatch) -> None:
+    """Commit takes the row of a request that ended one step before."""
+    commit, remove = Scheduler.commit, Scheduler._remove
+
+    def broken(self, step, result):
+        dead = {r for r, _ in step.rows if r.status is Status.FINISHED}
+        for request in dead:
+            request.status = Status.WAITING
+            request.max_len += 1
+        try:
+            return commit(self, step, result)
+        finally:
+            for request in dead:
+                request.status = Status.FINISHED
+
+    patch.setattr(Scheduler, "commit", broken)
+    patch.setattr(Scheduler, "_remove", lambda self, r: r in (*self.running, *self.waiting) and remove(self, r))
+
+
+def published_before_written(patch: pytest.MonkeyPatch) -> None:
+    """The first chunk publishes the whole prompt, as far as blocks are there; the rest is written later or never."""
+
+    def broken(blocks, request, num_tokens):
+        return publish(blocks, request, min(request.capacity, max(num_tokens, request.prompt_len)))
+
+    publish = BlockManager.publish
+    grow = BlockManager.grow
+    patch.setattr(BlockManager, "publish", broken)
+    patch.setattr(BlockManager, "grow", lambda blocks, r, n: grow(blocks, r, max(n, min(r.prompt_len, 4 * 9))))
+
+
+def not_withdrawn(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BlockManager, "withdraw", lambda self, published: None)
+
+
+def token_of_a_victim_lost(patch: pytest.MonkeyPatch) -> None:
+    """Commit drops the row of a preempted request as if it had ended."""
+    commit = Scheduler.commit
+
+    def broken(self, step, result):
+        moved = [r for r, generation in step.rows if r.status is Status.WAITING]
+        for request in moved:
+            request.status = Status.FINISHED
+        try:
+            return commit(self, step, result)
+        finally:
+            for request in moved:
+                request.status = Status.WAITING
+
+    patch.setattr(Scheduler, "commit", broken)
+
+
+def flight_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """A preempted request counts as having all its tokens, though one is in flight."""
+    preempt = Scheduler._preempt
+
+    def broken(self, request):
+        preempt(self, request)
+        request.num_in_flight = 0
+        request.last_step = -1
+
+    patch.setattr(Scheduler, "_preempt", broken)
+
+
+def outputs_not_sent_again(patch: pytest.MonkeyPatch) -> None:
+    """A preempted request's slot gets the prompt only."""
+    new_slots = plan_builder._new_slots
+
+    def broken(new):
+        kept = {request: request.output_token_ids for request in new}
+        for request in new:
+            request.output_token_ids = [0] * len(kept[request])
+        out = new_slots(new)
+        for request in new:
+            request.output_token_ids = kept[request]
+        return out
+
+    patch.setattr(plan_builder, "_new_slots", broken)
+
+
+def stale_columns(patch: pytest.MonkeyPatch) -> None:
+    """Columns go to the slot beside."""
+    columns = plan_builder._stage_columns
+
+    def broken(new, host_values):
+        out = columns(new, host_values)
+        for column in out:
+            column.slots[:] = (column.slots + 1) % 4
+        return out
+
+    patch.setattr(plan_builder, "_stage_columns", broken)
+
+
+def host_tokens_run_ahead(patch: pytest.MonkeyPatch) -> None:
+    """The next draw is prepared while the token before it is in flight."""
+    advance = scheduler.advance
+
+    def broken(picks, step):
+        out = advance(picks, step)
+        for request in picks:
+            request.last_step = -1
+        return out
+
+    patch.setattr(scheduler, "advance", broken)
+
+
+def block_sent_to_the_wrong_place(patch: pytest.MonkeyPatch) -> None:
+    appends = plan_builder._appends
+
+    def broken(grown):
+        out = appends(grown)
+        out.block[:] = out.block[::-1].copy()
+        return out
+
+    patch.setattr(plan_builder, "_appends", broken)
+
+
+def ends_one_early(patch: pytest.MonkeyPatch) -> None:
+    append = scheduler.append_tokens
+
+    def broken(request, *args):
+        request.max_len -= 1
+        update = append(request, *args)
+        request.max_len += 1
+        return update
+
+    patch.setattr(scheduler, "append_tokens", broken)
+
+
+def length_counts_known_tokens_only(patch: pytest.MonkeyPatch) -> None:
+    """A row is made although the token in flight ends the request: told by the dead row it leaves."""
+    pick = Scheduler._pick_running
+
+    def broken(self, draft):
+        full = [r for r in self.running if r.num_in_flight and r.num_tokens + r.num_in_flight >= r.max_len]
+        for request in full:
+            request.max_len += 1
+        pick(self, draft)
+        for request in full:
+            request.max_len -= 1
+
+    patch.setattr(Scheduler, "_pick_running", broken)
+
+
+def budget_ignored(patch: pytest.MonkeyPatch) -> None:
+    def broken(self, request, num_new, cached, blocks):
+        self.picks[request], self.new[request], self.grown[request] = num_new, cached, 0
+
+    patch.setattr(Draft, "admit", broken)
+
+
+MUTANTS: list[Patch] = [
+    freed_too_early,
+    freed_while_running,
+    freed_twice,
+    leaked,
+    hit_not_capped,
+    dead_row_kept,
+    published_before_written,
+    not_withdrawn,
+    token_of_a_victim_lost,
+    flight_forgotten,
+    outputs_not_sent_again,
+    stale_columns,
+    host_tokens_run_ahead,
+    block_sent_to_the_wrong_place,
+    ends_one_early,
+    length_counts_known_tokens_only,
+    budget_ignored,
+]
+SEEDS = range(24)
+
+
+def test_no_mutant_no_failure():
+    runs(SEEDS)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda each: each.__name__)
+def test_mutants_are_caught(mutant, monkeypatch):
+    mutant(monkeypatch)
+    with pytest.raises(AssertionError):
+        runs(SEEDS)
+
+
+@pytest.mark.parametrize(
+    "mutant", [freed_too_early, freed_while_running, published_before_written, not_withdrawn], ids=lambda m: m.__name__
+)
+def test_tokens_alone_catch_wrong_blocks(mutant, monkeypatch):
+    """Without the invariants' help: the mock's tokens tell."""
+    mutant(monkeypatch)
+    with pytest.raises(AssertionError, match=r"wrong tokens|two rows write one KV slot"):
+        runs(range(60), check=False)
+
+
+def test_unverified_index_gives_wrong_tokens(monkeypatch):
+    monkeypatch.setattr(_Pool, "find", lambda pool, key, parent, tokens: pool.index.get(key))
+    with pytest.raises(AssertionError, match="wrong tokens"):
+        runs(SEEDS, check=False, hash_fn=lambda data: b"same")

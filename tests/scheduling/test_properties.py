@@ -1,0 +1,113 @@
+"""Whatever comes in whatever order: every invariant after every step, and exactly the tokens of running alone."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sched_harness import VOCAB, BreakingLoop, prompt_of, random_ops, random_request, run_ops
+
+RANDOM = st.randoms(use_true_random=False)
+
+loops = st.fixed_dictionaries(
+    {
+        "num_blocks": st.sampled_from([7, 8, 10, 13, 20, 60]),
+        "block_size": st.sampled_from([1, 2, 4, 16]),
+        "max_num_seqs": st.sampled_from([1, 2, 3, 6]),
+        "budget": st.sampled_from([1, 2, 3, 5, 8, 17, 64]),
+        "max_model_len": st.sampled_from([24, 64, 200]),
+        "caching": st.booleans(),
+        "policy": st.sampled_from(["fcfs", "priority"]),
+        "overlap": st.booleans(),
+        "groups": st.sampled_from([1, 2]),
+        "hash_fn": st.sampled_from([None, None, None, lambda data: b"same", lambda data: bytes([len(data) % 3])]),
+    }
+)
+
+requests = st.builds(
+    lambda shared, own, salt, rest: {"prompt": prompt_of(shared) + prompt_of(own, salt), **rest},
+    st.sampled_from([0, 4, 8, 12, 16]),
+    st.integers(1, 14),
+    st.integers(0, 2),
+    st.fixed_dictionaries(
+        {
+            "max_tokens": st.integers(1, 12),
+            "priority": st.integers(0, 2),
+            "eos_ids": st.frozensets(st.integers(0, VOCAB - 1), max_size=4),
+            "prompt_logprobs": st.sampled_from([None, None, 1]),
+        }
+    ),
+)
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), requests),
+        st.tuples(st.just("add"), st.integers(0, 1 << 30).map(lambda seed: random_request(random.Random(seed)))),
+        st.tuples(st.sampled_from(["step", "step", "launch"]), st.none()),
+        st.tuples(st.just("abort"), st.integers(0, 20)),
+        st.tuples(st.just("break"), st.none()),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=120)
+@given(loops, st.booleans(), operations)
+def test_any_operations(options, at_launch, ops):
+    run_ops(BreakingLoop(at_launch, **options), ops)
+
+
+def test_crowded_runs_do_what_they_claim():
+    """The same on longer random runs in small pools; and what shall be shown did happen."""
+    totals: dict[str, int] = {}
+    ends: set[str | None] = set()
+    broken = 0
+    for seed in range(30):
+        rng = random.Random(seed)
+        loop = BreakingLoop(
+            False,
+            num_blocks=rng.choice((9, 14, 25)),
+            budget=rng.choice((1, 3, 6, 12, 40)),
+            max_num_seqs=rng.choice((2, 5, 8)),
+            caching=rng.random() < 0.8,
+            policy=rng.choice(("fcfs", "priority")),
+            overlap=rng.random() < 0.7,
+            groups=rng.choice((1, 2)),
+        )
+        run_ops(loop, random_ops(rng, 60))
+        for name, value in asdict(loop.scheduler.stats()).items():
+            totals[name] = totals.get(name, 0) + value
+        for end in loop.ended.values():
+            ends |= {end.finish_reason, end.stop_reason if isinstance(end.stop_reason, str) else None}
+            ends.add(end.error and end.error.code)
+        broken += len(loop.broken)
+    assert all(totals.values()), totals
+    assert ends >= {"stop", "length", "kv_cache_full", "stage_failed"}
+    assert broken > 5
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_batch_does_not_change_tokens(seed):
+    """The same requests through six different engines."""
+    seen = []
+    for budget, num_blocks, overlap, caching, slots in (
+        (64, 60, True, True, 8),
+        (1, 60, False, True, 8),
+        (5, 9, True, True, 8),
+        (16, 9, False, False, 3),
+        (7, 12, True, True, 2),
+        (64, 60, True, True, 1),
+    ):
+        rng = random.Random(seed)
+        loop = BreakingLoop(
+            False, budget=budget, num_blocks=num_blocks, overlap=overlap, caching=caching, max_num_seqs=slots
+        )
+        for _ in range(10):
+            loop.add(**random_request(rng) | {"max_tokens": rng.randrange(1, 6)})
+            loop.step()
+        loop.finish_and_verify()
+        assert not any(end.stop_reason == "kv_cache_full" for end in loop.ended.values())
+        seen.append([loop.tokens[request] for request in loop.requests])
+    assert all(tokens == seen[0] for tokens in seen)

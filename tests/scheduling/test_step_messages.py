@@ -1,0 +1,81 @@
+"""Plans and results of real schedules, through bytes and back."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from sched_harness import BreakingLoop, grammar_stage, prompt_of, random_ops, run_ops, shift_stage
+
+from nanoengine.core.step import StepPlan, StepResult
+
+
+def assert_same(a: Any, b: Any, where: str) -> None:
+    assert type(a) is type(b), where
+    if is_dataclass(a):
+        for f in fields(a):
+            assert_same(getattr(a, f.name), getattr(b, f.name), f"{where}.{f.name}")
+    elif isinstance(a, tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    elif isinstance(a, np.ndarray):
+        assert a.dtype == b.dtype, where
+        np.testing.assert_array_equal(a, b, err_msg=where)
+    else:
+        assert a == b, where
+
+
+class WireLoop(BreakingLoop):
+    """Nothing but bytes passes between scheduler and runner."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(False, **kwargs)
+        self.results: list[StepResult] = []
+        run, commit = self.runner.launch, self.scheduler.commit
+
+        def launch(plan: StepPlan) -> None:
+            copy = StepPlan.from_bytes(plan.to_bytes())
+            assert_same(plan, copy, "plan")
+            run(copy)
+
+        def commit_copy(step: Any, result: StepResult) -> Any:
+            copy = StepResult.from_bytes(result.to_bytes())
+            assert_same(result, copy, "result")
+            self.results.append(copy)
+            return commit(step, copy)
+
+        self.runner.launch = launch  # type: ignore[method-assign]
+        self.scheduler.commit = commit_copy  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_runs_through_bytes(seed):
+    loop = WireLoop(num_blocks=14, budget=9, groups=1 + seed % 2)
+    run_ops(loop, random_ops(random.Random(seed), 40))
+    assert len(loop.results) > 10
+
+
+def test_every_part_of_a_message_was_carried():
+    """Or the equality above would compare empty arrays only."""
+    loop = WireLoop(num_blocks=9, budget=9)
+    loop.add(prompt_of(13, 1), max_tokens=14, stages=(shift_stage(2), grammar_stage()), logprobs=2, prompt_logprobs=1)
+    loop.add(prompt_of(13, 2), max_tokens=14, stop_token_ids=frozenset({5, 3}), min_tokens=2)
+    loop.finish_and_verify()
+    plans = [step.plan for step in loop.steps]
+    assert any(len(plan.new.token_ids) > 13 for plan in plans), "outputs go again with a preempted request"
+    assert {column.stage for plan in plans for column in plan.columns} == {"shift", "grammar"}
+    assert any(len(plan.appends.block) for plan in plans)
+    assert any(not plan.sampled.all() for plan in plans)
+    assert any(plan.new.stop_ids.tolist() == [3, 5] for plan in plans)
+    assert any(len(result.sampled_logprobs.top_ids) == 2 for result in loop.results)
+    assert any(len(result.prompt_logprobs.top_ids) for result in loop.results)
+    assert loop.scheduler.stats().preemptions > 0
+
+
+def test_an_empty_message():
+    for message in (StepPlan(), StepResult()):
+        assert_same(message, type(message).from_bytes(message.to_bytes()), "empty")

@@ -1,0 +1,342 @@
+"""SamplingParams and its resolver: names, defaults, types, ranges, words."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import pytest
+
+from nanoengine.api import ColumnSpec, StageParams, StandardOp
+from nanoengine.core.errors import ParamsError, PluginError, TokenizerMissing
+from nanoengine.core.field_types import conform, describe
+from nanoengine.core.sampling_fields import NOT_SERVED, legal_fields
+from nanoengine.core.sampling_params import ParamsResolver, ResolvedParams, SamplingParams
+
+from .harness import BUILT_IN, Context, resolver
+
+VOCAB = 256
+
+
+def resolve(**params: Any) -> ResolvedParams:
+    return resolver(VOCAB, eos=(2, 3, 9999)).resolve(SamplingParams(**params))
+
+
+def stages_of(resolved: ResolvedParams) -> dict[str, dict[str, Any]]:
+    return {s.name: {name: column.tolist() for name, column in s.columns.items()} for s in resolved.stages}
+
+
+def test_defaults_are_vllms() -> None:
+    plain, resolved = SamplingParams(), resolve()
+    assert (plain.n, plain.max_tokens, plain.min_tokens, plain.seed, plain.stop, plain.logprobs) == (
+        (1, 16, 0, None, None, None)
+    )
+    assert (plain.detokenize, plain.skip_special_tokens, plain.ignore_eos) == (True, True, False)
+    assert resolved.stages == ()
+    assert not resolved.greedy
+    assert resolved.stop_set == {2, 3}
+    legal = legal_fields([(s.name, s.params) for s in BUILT_IN.values()])
+    assert set(legal) == {
+        "n", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+        "logit_bias", "allowed_token_ids", "bad_words", "seed", "max_tokens", "min_tokens", "stop", "stop_token_ids",
+        "include_stop_str_in_output", "ignore_eos", "logprobs", "prompt_logprobs", "detokenize",
+        "skip_special_tokens", "priority", "cache_salt",
+    }  # fmt: skip
+    stage_defaults = {k: v for s in BUILT_IN.values() for k, v in vars(s.params()).items()}
+    assert stage_defaults == {
+        "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+        "frequency_penalty": 0.0, "logit_bias": None, "allowed_token_ids": None, "bad_words": None,
+    }  # fmt: skip
+    inert = {k: v for k, v in stage_defaults.items() if v is not None} | {
+        "top_k": -1,
+        "bad_words": [],
+        "logit_bias": {},
+    }
+    assert resolve(**inert).stages == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"temperature": 0}, {"temperature": {"temperature": 0.0}}),
+        ({"temperature": 5e-6}, {"temperature": {"temperature": 0.0}}),
+        ({"temperature": np.float32(0.5)}, {"temperature": {"temperature": 0.5}}),
+        ({"top_k": np.int64(7)}, {"top_k": {"top_k": 7}}),
+        ({"top_k": 10**12}, {"top_k": {"top_k": 0}}),
+        ({"logit_bias": {3: 1, 4: -2.5}}, {"logit_bias": {"ids": [3, 4], "bias": [1.0, -2.5]}}),
+        ({"allowed_token_ids": (9, 4, 9)}, {"allowed_token_ids": {"ids": [4, 9]}}),
+        ({"allowed_token_ids": np.array([7])}, {"allowed_token_ids": {"ids": [7]}}),
+        (
+            {"bad_words": ["ab", " c"]},
+            {
+                "bad_words": {
+                    "tokens": [97, 98, 104, 98, 99, 106],
+                    "following": [1, 0, 1, 0, 0, 0],
+                    "sequence": [0, 0, 1, 1, 2, 3],
+                }
+            },
+        ),
+    ],
+)
+def test_packing(given: dict[str, Any], expected: dict[str, Any]) -> None:
+    resolved = resolve(**given)
+    assert stages_of(resolved) == expected
+    assert resolved.greedy == (expected.get("temperature") == {"temperature": 0.0})
+    with pytest.raises(ValueError, match="read-only"):
+        next(iter(resolved.stages[0].columns.values()))[...] = 1
+
+
+def test_resolution_of_core_fields() -> None:
+    resolved = resolve(
+        n=3, seed=-5, stop="END", stop_token_ids=[7], ignore_eos=True, logprobs=-1, prompt_logprobs=0, max_tokens=None
+    )
+    assert (resolved.n, resolved.seed, resolved.stop, resolved.max_tokens) == (3, -5, ("END",), None)
+    assert resolved.stop_set == {7}
+    assert (resolved.logprobs, resolved.prompt_logprobs) == (VOCAB, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"n": 0}, "n must be at least 1, not 0"),
+        ({"n": True}, "n must be an integer, not True"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1, or None, not 0"),
+        ({"max_tokens": 4, "min_tokens": 5}, r"min_tokens must be at most max_tokens \(4\), not 5"),
+        ({"min_tokens": -1}, "min_tokens must be at least 0"),
+        ({"seed": 2**63}, "seed must be a 64-bit integer"),
+        ({"seed": 1.0}, "seed must be an integer, or None, not 1.0"),
+        ({"stop": ""}, "stop must be strings that are not empty"),
+        ({"stop": ["a", ""]}, "stop must be strings that are not empty"),
+        ({"stop": ["a", 3]}, r"stop must be a string, or a list of strings, or None, not \['a', 3\] \(because of 3\)"),
+        ({"stop": "a", "detokenize": False}, "stop must be None where detokenize is False"),
+        ({"logprobs": -2}, "logprobs must be at least 0, or -1 for the whole vocabulary"),
+        ({"logprobs": VOCAB + 1}, "logprobs must be at most the vocabulary's size, 256"),
+        ({"stop_token_ids": [VOCAB]}, "stop_token_ids: no such token id: .256.; ids are 0 to 255"),
+        ({"stop_token_ids": 5}, "stop_token_ids must be a list of integers, or None, not 5"),
+        ({"cache_salt": ""}, "cache_salt must be a string that is not empty"),
+        ({"ignore_eos": 1}, "ignore_eos must be True or False, not 1"),
+        ({"temperature": -0.1}, "temperature must be a number from 0"),
+        ({"temperature": float("nan")}, "temperature must be a number from 0"),
+        ({"temperature": float("inf")}, "temperature must be a number from 0"),
+        ({"temperature": "1"}, "temperature must be a number, not '1'"),
+        ({"temperature": True}, "temperature must be a number, not True"),
+        ({"temperature": 10**400}, "temperature must be a number"),
+        ({"top_k": -2}, "top_k must be at least 1, or 0 or -1 for all tokens, not -2"),
+        ({"top_k": 2.0}, "top_k must be an integer, not 2.0"),
+        ({"top_p": 0}, "top_p must be above 0 and at most 1, not 0.0"),
+        ({"top_p": 1.01}, "top_p must be above 0 and at most 1"),
+        ({"min_p": 1.01}, "min_p must be from 0 to 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be above 0"),
+        ({"presence_penalty": 2.5}, "presence_penalty must be from -2 to 2, not 2.5"),
+        ({"frequency_penalty": -3}, "frequency_penalty must be from -2 to 2"),
+        ({"logit_bias": {VOCAB: 1.0}}, "logit_bias: no such token id: 256; this model's ids are 0 to 255"),
+        ({"logit_bias": {"5": 1.0}}, "logit_bias must be a mapping from integers to numbers.*because of '5'"),
+        ({"logit_bias": {5: float("inf")}}, "logit_bias.5. must be a number below infinity"),
+        ({"allowed_token_ids": []}, "allowed_token_ids must be a list with at least one id"),
+        ({"allowed_token_ids": [-1]}, "allowed_token_ids: no such token id: -1"),
+        ({"bad_words": "word"}, "bad_words must be a list of strings, or None, not 'word'"),
+        ({"bad_words": [" "]}, "bad_words must be words that are not blank"),
+        ({"top_pp": 0.9}, "SamplingParams has no field 'top_pp'; did you mean 'top_p'. Valid: allowed_token_ids, "),
+    ],
+)
+def test_refusals_name_field_value_and_mend(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ParamsError, match=words):
+        resolve(**given)
+
+
+@pytest.mark.parametrize("name", sorted(NOT_SERVED))
+def test_what_vllm_has_and_we_do_not_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ParamsError, match=f"'{name}' is a field of vLLM's not served here: {NOT_SERVED[name][:20]}"):
+        resolve(**{name: None})
+
+
+def test_without_a_tokenizer_words_and_stop_strings_are_refused() -> None:
+    class Bare(Context):
+        def encode(self, text: str) -> list[int]:
+            raise TokenizerMissing("no tokenizer")
+
+    bare = ParamsResolver([(s.name, s.params) for s in BUILT_IN.values()], Bare(), frozenset())
+    for given in ({"stop": "x"}, {"bad_words": ["x"]}):
+        with pytest.raises(TokenizerMissing):
+            bare.resolve(SamplingParams(**given))
+    assert bare.resolve(SamplingParams(stop_token_ids=[1])).stop_set == {1}
+
+
+def test_params_as_a_value() -> None:
+    params = SamplingParams(temperature=0.5, stop=["a"], logit_bias={1: 2.0})
+    assert repr(params) == "SamplingParams(stop=['a'], temperature=0.5, logit_bias={1: 2.0})"
+    assert eval(repr(params)) == params
+    for other in (pickle.loads(pickle.dumps(params)), copy.deepcopy(params), copy.copy(params), params.replace()):
+        assert other == params
+        assert other is not params
+    changed = params.replace(temperature=0.0, max_tokens=5)
+    assert (changed.temperature, changed.max_tokens, changed.stop) == (0.0, 5, ["a"])
+    assert changed != params
+    assert SamplingParams(max_tokens=16) == SamplingParams()
+    with pytest.raises(AttributeError, match=r"immutable: use params.replace\(temperature="):
+        params.temperature = 1.0
+    with pytest.raises(AttributeError, match="has no 'top_p': it was not given"):
+        _ = params.top_p
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(params)
+    words = ["x"]
+    kept = SamplingParams(stop=words, bad_words=words)
+    words.append("y")
+    assert (kept.stop, kept.bad_words) == (["x"], ["x"])
+
+
+def test_equal_params_resolve_once_but_types_count() -> None:
+    made = resolver(VOCAB)
+    first = made.resolve(SamplingParams(temperature=0.7, stop=["a"]))
+    assert made.resolve(SamplingParams(stop=["a"], temperature=0.7)) is first
+    assert made.resolve(SamplingParams(temperature=0.7, stop=["b"])) is not first
+    made.resolve(SamplingParams(temperature=1, top_k=1))
+    for slip in (
+        {"temperature": True, "top_k": 1},
+        {"temperature": 1, "top_k": True},
+        {"temperature": 1, "top_k": 1.0},
+    ):
+        with pytest.raises(ParamsError):
+            made.resolve(SamplingParams(**slip))
+    for k in range(1000):  # more than the cache holds
+        assert stages_of(made.resolve(SamplingParams(top_k=k + 1)))["top_k"]["top_k"] == (k + 1 if k + 1 < VOCAB else 0)
+
+
+# Stages of others -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OtherTopP(StageParams):
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class StealsN(StageParams):
+    n: int = 1
+
+
+@dataclass(frozen=True)
+class NeedsAValue(StageParams):
+    strength: float
+
+
+@dataclass(frozen=True)
+class Unknown(StageParams):
+    strength: "Nowhere" = 1  # type: ignore[name-defined]  # noqa: F821, UP037
+
+
+class NoDataclass(StageParams):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        (OtherTopP, "'top_p' of sampler stage 'mine' belongs to sampler stage 'top_p' already"),
+        (StealsN, "'n' of sampler stage 'mine' belongs to SamplingParams itself already"),
+        (NeedsAValue, "'mine': parameters without a default: strength"),
+        (Unknown, "'mine': Unknown has an unknown annotation: .*Nowhere"),
+        (NoDataclass, "'mine': NoDataclass must be a dataclass"),
+    ],
+)
+def test_unfit_stage_fields_are_named(params: type[StageParams], words: str) -> None:
+    stages = [*((s.name, s.params) for s in BUILT_IN.values()), ("mine", params)]
+    with pytest.raises(PluginError, match=words):
+        legal_fields(stages)
+    with pytest.raises(PluginError, match=words):
+        ParamsResolver(stages, Context(), frozenset())
+
+
+@dataclass(frozen=True)
+class Mine(StageParams):
+    best_of: int = 1  # a vLLM name that the engine itself does not serve
+    heat: float = 1.0
+    table: list[int] = field(default_factory=list)
+    behave: Literal["well", "raise", "scalar", "text", "missing", "wide"] = "well"
+    host_tokens: ClassVar[bool] = True
+    columns: ClassVar = {
+        "heat": ColumnSpec(dtype="float32", default=1.0, op=StandardOp.TEMPERATURE),
+        "table": ColumnSpec(dtype="int32", ragged=True),
+    }
+
+    def pack(self, ctx: Any) -> dict[str, Any]:
+        if self.behave == "raise":
+            raise KeyError("lost")
+        made = {"heat": self.heat, "table": self.table}
+        bad = {"scalar": {"table": 3}, "text": {"heat": "hot"}, "wide": {"table": [2**40]}}
+        if self.behave == "missing":
+            del made["table"]
+        return made | bad.get(self.behave, {})
+
+
+def test_a_stage_of_another() -> None:
+    made = ParamsResolver([("mine", Mine)], Context(), frozenset())
+    resolved = made.resolve(SamplingParams(best_of=2, heat=0, table=[1, 2]))
+    assert stages_of(resolved) == {"mine": {"heat": 0.0, "table": [1, 2]}}
+    assert resolved.greedy
+    assert resolved.host_tokens
+    assert not made.resolve(SamplingParams()).host_tokens
+    with pytest.raises(ParamsError, match=r"behave must be 'well' or 'raise' or .*, not 'badly'"):
+        made.resolve(SamplingParams(behave="badly"))
+    with pytest.raises(ParamsError, match="no field 'temperature'"):
+        made.resolve(SamplingParams(temperature=1.0))
+
+
+@pytest.mark.parametrize(
+    ("behave", "words"),
+    [
+        ("raise", "'mine': Mine failed on .*KeyError: 'lost'"),
+        ("scalar", "'mine', column 'table': 3 is not a flat sequence"),
+        ("text", "'mine', column 'heat': no float32: .*hot"),
+        ("wide", "'mine', column 'table': no int32"),
+        ("missing", r"'mine': packed \['heat'\] for its columns \['heat', 'table'\]"),
+    ],
+)
+def test_a_misbehaving_stage_is_named(behave: str, words: str) -> None:
+    made = ParamsResolver([("mine", Mine)], Context(), frozenset())
+    with pytest.raises(PluginError, match=words):
+        made.resolve(SamplingParams(behave=behave))
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "expected"),
+    [
+        (1, float, 1.0),
+        (1, float | int, 1),
+        (np.float64(2.5), float, 2.5),
+        ((1, 2), list[int], [1, 2]),
+        ([1, 2], tuple[int, ...], (1, 2)),
+        ([1, "a"], tuple[int, str], (1, "a")),
+        ({1, 2}, set[int], {1, 2}),
+        ({1: [2]}, dict[int, list[float]], {1: [2.0]}),
+        (None, int | None, None),
+        ("x", Any, "x"),
+    ],
+)
+def test_conform(value: Any, annotation: Any, expected: Any) -> None:
+    got = conform("field", value, annotation)
+    assert got == expected
+    assert type(got) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation"),
+    [
+        ("12", list[str]), (b"1", list[int]), ({1: 2}, list[int]), (np.bool_(True), int), ([1], tuple[int, str]),
+        ([1, True], list[int]), (None, int), (1, bool), (3, Literal["3"]), (1, Literal[True]), ([], dict[str, int]),
+    ],
+)  # fmt: skip
+def test_conform_refuses(value: Any, annotation: Any) -> None:
+    with pytest.raises(ParamsError, match="field must be"):
+        conform("field", value, annotation)
+    assert describe(annotation)
+
+
+def test_no_torch_is_imported() -> None:
+    code = "import sys, nanoengine.core.sampling_params, nanoengine.plugins.samplers as s; s.register_samplers(); "
+    subprocess.run([sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], check=True, timeout=60)

@@ -1,0 +1,363 @@
+"""The sampler as a whole: order, fusion, mixed batches, failures, log-probs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from nanoengine.api import ColumnSpec, Need, Phase, SamplerSpec, SamplerStage, StageParams, StageRows, StandardOp
+from nanoengine.core.errors import PluginError
+from nanoengine.core.execution.sampler import DrawRows, Sampler
+from nanoengine.core.execution.stage import RaggedColumn
+from nanoengine.core.sampling_params import SamplingParams
+from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, ROW_NOTHING_LEFT
+from nanoengine.kernels import sampling
+
+from .harness import (
+    BUILT_IN,
+    ShiftedTables,
+    StaleTables,
+    Tables,
+    Tenant,
+    load_stage,
+    make_sampler,
+    plan_of,
+    resolver,
+    rows_of,
+    subset,
+    tenant,
+)
+
+VOCAB = 3000
+MIXED: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {},
+    {"temperature": 0.6},
+    {"temperature": 0.9, "top_k": 40},
+    {"temperature": 1.3, "top_p": 0.9},
+    {"top_k": 20, "top_p": 0.8, "min_p": 0.02},
+    {"temperature": 0, "top_k": 5, "repetition_penalty": 1.5},
+    {"temperature": 0.8, "min_p": 0.2, "presence_penalty": 1.0, "frequency_penalty": 0.5},
+    {"allowed_token_ids": [5, 6, 7, 2000]},
+    {"bad_words": ["ab", "zz"], "temperature": 0.5},
+    {"logit_bias": {17: 12.0, 18: 11.0}, "top_p": 0.95},
+    {"top_k": 2500, "top_p": 0.999},
+]
+
+
+def mixed(seed: int = 0) -> tuple[torch.Tensor, list[Tenant]]:
+    """A batch in which every stage is wanted by some rows; one tenant in two has a history."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(len(MIXED), VOCAB, generator=generator) * 3
+    tenants = [
+        tenant(VOCAB, prompt=[1, 2, 97], output=[97, 98, 97] if i % 2 else [], seed=100 * seed + i, **want)
+        for i, want in enumerate(MIXED)
+    ]
+    return logits, tenants
+
+
+def sample(sampler: Sampler, logits: torch.Tensor, rows: DrawRows) -> list[int]:
+    token_ids, failed = sampler.sample(logits.clone(), rows)
+    assert token_ids.dtype == torch.int64
+    assert failed.dtype == torch.int32
+    assert not failed.any()
+    return token_ids.tolist()
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, sampler: Sampler) -> list[str]:
+    """Names of the stages that get called."""
+    called: list[str] = []
+    original = Sampler._apply
+
+    def spy(self: Sampler, s: Any, logits: torch.Tensor, rows: DrawRows) -> torch.Tensor:
+        called.append(s.name)
+        return original(self, s, logits, rows)
+
+    monkeypatch.setattr(Sampler, "_apply", spy)
+    return called
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_fused_equals_stages_one_by_one(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, tenants = mixed(seed)
+    rows = rows_of(VOCAB, tenants)
+    fused, staged = make_sampler(VOCAB, fuse=True), make_sampler(VOCAB, fuse=False)
+    called = count_calls(monkeypatch, fused)
+    by_search = sample(fused, logits, rows)
+    assert called == ["allowed_token_ids", "bad_words", "logit_bias", "penalties"]
+    called.clear()
+    assert sample(staged, logits, rows) == by_search
+    assert called[4:] == ["temperature", "top_k", "top_p", "min_p"]
+    # As on a device: shapes that do not depend on data, everything sorted at once.
+    monkeypatch.setattr(sampling, "on_host", lambda tensor: False)
+    assert sample(fused, logits, rows) == by_search
+    assert sample(staged, logits, rows) == by_search
+
+
+def test_a_row_draws_the_same_alone_and_in_any_batch() -> None:
+    for fuse in (True, False):
+        sampler = make_sampler(VOCAB, fuse=fuse)
+        logits, tenants = mixed(9)
+        rows = rows_of(VOCAB, tenants)
+        together = sample(sampler, logits, rows)
+        for r in range(len(tenants)):
+            assert sample(sampler, logits[r : r + 1], subset(rows, [r])) == [together[r]]
+            assert sample(sampler, logits[r : r + 1], rows_of(VOCAB, [tenants[r]])) == [together[r]]
+        order = [7, 3, 0, 11, 4]
+        assert sample(sampler, logits[order], subset(rows, order)) == [together[r] for r in order]
+
+
+@pytest.mark.parametrize("tables", [ShiftedTables, StaleTables])
+def test_wrong_columns_change_tokens(tables: type[Tables]) -> None:
+    """The comparison above would see them."""
+    logits, tenants = mixed(9)
+    right, wrong = Tables(VOCAB, slots=len(tenants)), tables(VOCAB, slots=len(tenants))
+    for table in (right, wrong):
+        for slot in range(len(tenants)):
+            table.enter(slot, tenant(VOCAB, temperature=5.0, top_k=3, allowed_token_ids=[1, 2, 3]))
+            table.enter(slot, tenants[slot])
+    sampler, slots = make_sampler(VOCAB, fuse=True), list(range(len(tenants)))
+    expected = sample(sampler, logits, rows_of(VOCAB, tenants))
+    assert sample(sampler, logits, right.rows(slots)) == expected
+    assert sample(sampler, logits, wrong.rows(slots)) != expected
+
+
+def test_registration_order_across_phases_is_no_matter() -> None:
+    logits, tenants = mixed(3)
+    expected = sample(make_sampler(VOCAB, fuse=True), logits, rows_of(VOCAB, tenants))
+    backwards = tuple(reversed(BUILT_IN.values()))
+    for fuse in (True, False):
+        sampler = make_sampler(VOCAB, fuse=fuse, specs=backwards)
+        assert sample(sampler, logits, rows_of(VOCAB, tenants, backwards)) == expected
+
+
+def test_seed_position_and_sample_index_all_count() -> None:
+    logits = torch.zeros(1, VOCAB)
+    sampler = make_sampler(VOCAB, fuse=True)
+    rows = rows_of(VOCAB, [tenant(VOCAB, seed=5)])
+    base = sample(sampler, logits, rows)
+    assert sample(sampler, logits, rows) == base
+    for name in ("seeds", "positions", "sample_index"):
+        assert sample(sampler, logits, replace(rows, **{name: getattr(rows, name) + 1})) != base
+    assert sample(sampler, logits, replace(rows, slots=rows.slots + 3)) == base
+
+
+def test_greedy_takes_the_lowest_of_the_likeliest_and_makes_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_noise(*args: Any) -> None:
+        raise AssertionError("noise was made for greedy rows")
+
+    monkeypatch.setattr(sampling, "noise_bits", no_noise)
+    sampler = make_sampler(VOCAB, fuse=True)
+    called = count_calls(monkeypatch, sampler)
+    logits = torch.zeros(2, VOCAB)
+    logits[0, [70, 30]] = 2.0
+    logits[1, [5, 6]] = 1.0
+    rows = rows_of(VOCAB, [tenant(VOCAB, temperature=0, top_k=1), tenant(VOCAB, temperature=0, logit_bias={6: 0.5})])
+    assert sample(sampler, logits, rows) == [30, 6]
+    assert called == ["logit_bias"]  # stages that cannot change the arg-max were passed over
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_greedy_beside_random(fuse: bool) -> None:
+    logits = torch.randn(20, VOCAB, generator=torch.Generator().manual_seed(1))
+    tenants = [tenant(VOCAB, temperature=0 if r % 3 else 0.7, top_p=0.9, seed=r) for r in range(20)]
+    tokens = sample(make_sampler(VOCAB, fuse=fuse), logits, rows_of(VOCAB, tenants))
+    agree = [token == best for token, best in zip(tokens, logits.argmax(-1).tolist(), strict=True)]
+    assert all(agree[r] for r in range(20) if r % 3)
+    assert not all(agree)
+
+
+def test_temperature_is_not_ignored() -> None:
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)).expand(400, -1) * 2
+    sampler = make_sampler(50, fuse=True)
+    distinct = []
+    for temperature in (0.1, 1.0, 8.0):
+        tenants = [tenant(50, temperature=temperature, seed=s) for s in range(400)]
+        distinct.append(len(set(sample(sampler, logits, rows_of(50, tenants)))))
+    assert distinct[0] < distinct[1] < distinct[2]
+
+
+# Stop set, failures ---------------------------------------------------------------------------------------------------
+
+
+def stopping(rows: DrawRows, stop: list[list[int]], min_lens: list[int]) -> DrawRows:
+    width = max(map(len, stop)) + 1
+    values = torch.tensor([s + [0] * (width - len(s)) for s in stop])  # padding: id 0, which must stay possible
+    ragged = RaggedColumn(values, torch.tensor([len(s) for s in stop], dtype=torch.int32))
+    return replace(rows, stop_ids=ragged, min_lens=torch.tensor(min_lens), any_min_tokens=True)
+
+
+def test_min_tokens_masks_the_stop_set_until_its_position() -> None:
+    logits = torch.zeros(3, 10)
+    logits[:, 4] = 9.0
+    logits[:, 7] = 8.0
+    logits[:, 0] = 7.0
+    rows = rows_of(10, [tenant(10, prompt=[1, 1], output=[1], temperature=0) for _ in range(3)])
+    rows = stopping(rows, [[4, 7], [4, 7], []], [4, 3, 4])  # the token to be drawn stands at position 3
+    assert sample(make_sampler(10, fuse=True), logits, rows) == [0, 4, 4]
+    off = replace(rows, any_min_tokens=False)
+    assert sample(make_sampler(10, fuse=True), logits, off) == [4, 4, 4]
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("host", [True, False])
+@pytest.mark.parametrize("greedy", [True, False])
+def test_a_broken_row_fails_alone(fuse: bool, host: bool, greedy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not host:
+        monkeypatch.setattr(sampling, "on_host", lambda tensor: False)
+    want = {"temperature": 0} if greedy else {"temperature": 0.8, "top_k": 30, "top_p": 0.9, "min_p": 0.01}
+    wants = [want] * 7
+    wants[5] = want | {"logit_bias": {i: -float("inf") for i in range(200)}}
+    logits = torch.randn(7, 200, generator=torch.Generator().manual_seed(1))
+    sampler = make_sampler(200, fuse=fuse)
+    sound = sample(sampler, logits, rows_of(200, [tenant(200, seed=r, **want) for r in range(7)]))
+    logits[1, 150] = torch.nan
+    logits[2, 3] = torch.inf
+    logits[3] = -torch.inf
+    logits[4, 100:] = -torch.inf  # padding: legal
+    rows = rows_of(200, [tenant(200, seed=r, **w) for r, w in enumerate(wants)])
+    tokens, failed = sampler.sample(logits, rows)
+    bad, none_left = ROW_BAD_LOGITS, ROW_NOTHING_LEFT
+    assert failed.tolist() == [ROW_FINE, bad, bad, bad, ROW_FINE, none_left, ROW_FINE]
+    assert tokens[failed != ROW_FINE].tolist() == [0] * 4
+    assert [int(tokens[r]) for r in (0, 6)] == [sound[r] for r in (0, 6)]
+    assert int(tokens[4]) < 100
+
+
+# Stages of others -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NucleusParams(StageParams):
+    nucleus: float = 1.0
+    columns: ClassVar = {"share": ColumnSpec(dtype="float32", default=1.0, op=StandardOp.TOP_P)}
+
+    def pack(self, ctx: Any) -> dict[str, float]:
+        return {"share": self.nucleus}
+
+
+class Nucleus(SamplerStage):
+    phase = Phase.TRUNCATE
+    argmax_invariant = True
+
+    def apply(self, logits: torch.Tensor, rows: StageRows) -> torch.Tensor:
+        raise RuntimeError("called, though its column is a standard operation")
+
+
+@dataclass(frozen=True)
+class OddParams(StageParams):
+    odd_only: bool = False
+    columns: ClassVar = {"odd_only": ColumnSpec(dtype="bool", default=False)}
+
+
+class Odd(SamplerStage):
+    """Removes even ids."""
+
+    phase = Phase.TRUNCATE
+
+    def apply(self, logits: torch.Tensor, rows: StageRows) -> torch.Tensor:
+        even = torch.arange(logits.shape[1]) % 2 == 0
+        return logits.masked_fill(rows.column("odd_only")[:, None] & even, -torch.inf)
+
+
+def with_stage(name: str, params: type[StageParams], stage: type[SamplerStage]) -> tuple[SamplerSpec, ...]:
+    return (*BUILT_IN.values(), SamplerSpec(name=name, params=params, target=f"{__name__}:{stage.__name__}", api=1))
+
+
+def test_fusion_goes_by_operation_not_by_name() -> None:
+    specs = with_stage("nucleus", NucleusParams, Nucleus)
+    logits, _ = mixed(1)
+
+    def rows(**params: Any) -> DrawRows:
+        made = [
+            Tenant(resolver(VOCAB, specs).resolve(SamplingParams(temperature=0.9, **params)), seed=r) for r in range(12)
+        ]
+        return rows_of(VOCAB, made, specs)
+
+    sampler = make_sampler(VOCAB, fuse=True, specs=specs)
+    assert sample(sampler, logits, rows(nucleus=0.3)) == sample(sampler, logits, rows(top_p=0.3))
+    assert sample(sampler, logits, rows(nucleus=0.3)) != sample(sampler, logits, rows())
+    with pytest.raises(RuntimeError, match="called") as caught:
+        sample(make_sampler(VOCAB, fuse=False, specs=specs), logits, rows(nucleus=0.3))
+    assert "in sampler stage 'nucleus'" in caught.value.__notes__
+    with pytest.raises(RuntimeError, match="called"):  # two stages with one operation: both are called, in order
+        sample(sampler, logits, rows(nucleus=0.3, top_p=0.5))
+
+
+def test_another_truncation_stage_is_called_after_the_standard_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = with_stage("odd", OddParams, Odd)
+    wants = [{"top_k": 3, "odd_only": True}, {"top_k": 3}, {"odd_only": True}, {}] * 3
+    made = [Tenant(resolver(VOCAB, specs).resolve(SamplingParams(**w)), seed=r) for r, w in enumerate(wants)]
+    sampler = make_sampler(VOCAB, fuse=True, specs=(specs[-1], *specs[:-1]))
+    called = count_calls(monkeypatch, sampler)
+    logits = torch.randn(12, VOCAB, generator=torch.Generator().manual_seed(2))
+    logits[:, [1, 2, 3]] += 20
+    tokens = sample(sampler, logits, rows_of(VOCAB, made, specs))
+    assert called == ["top_k", "odd"]
+    assert {tokens[r] for r in (0, 4, 8)} <= {1, 3}
+    assert {tokens[r] for r in (1, 5, 9)} <= {1, 2, 3}
+
+
+class Narrow(SamplerStage):
+    phase = Phase.BIAS
+
+    def apply(self, logits: torch.Tensor, rows: StageRows) -> torch.Tensor:
+        return logits[:, :-1]
+
+
+class Phaseless(SamplerStage):
+    def apply(self, logits: torch.Tensor, rows: StageRows) -> torch.Tensor:
+        return logits
+
+
+def test_misbehaving_stages_are_named() -> None:
+    plan = plan_of(BUILT_IN["logit_bias"])
+    rows = rows_of(20, [tenant(20, logit_bias={1: 1.0})])
+    with pytest.raises(PluginError, match=r"'logit_bias' returned .*\(1, 19\) instead of the .*\(1, 20\)"):
+        Sampler([(plan, Narrow(None))], 20, fuse=True).sample(torch.zeros(1, 20), rows)  # type: ignore[arg-type]
+    with pytest.raises(PluginError, match=r"'logit_bias'.* must set `phase`"):
+        Sampler([(plan, Phaseless(None))], 20, fuse=True)  # type: ignore[arg-type]
+
+
+def test_needs_are_declared() -> None:
+    sampler = make_sampler(20, fuse=True)
+    assert sampler.needs == {Need.OUTPUT_COUNTS, Need.PROMPT_MASK, Need.TOKEN_IDS}
+    assert sampler.needs_of("penalties") == {Need.OUTPUT_COUNTS, Need.PROMPT_MASK}
+    assert sampler.needs_of("top_k") == frozenset()
+    assert load_stage(BUILT_IN["penalties"], 20).phase == Phase.PENALTY
+
+
+# Log-probs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [0, 1, 5, 40])
+def test_logprobs_against_numpy(k: int) -> None:
+    generator = np.random.default_rng(0)
+    logits = generator.integers(-6, 6, (9, 40)).astype(np.float32)  # many ties
+    logits[0, :3] = (-0.0, 0.0, -np.inf)
+    chosen = generator.integers(3, 40, 9)
+    logprob, rank, ids, values = (
+        t.numpy() for t in Sampler.logprobs(torch.from_numpy(logits), torch.from_numpy(chosen), k)
+    )
+    exact = logits.astype(np.float64)
+    exact -= np.log(np.exp(exact).sum(1, keepdims=True))
+    for r in range(9):
+        best = np.lexsort((np.arange(40), -logits[r].astype(np.float64)))[:k]
+        assert ids[r].tolist() == best.tolist()
+        np.testing.assert_allclose(values[r], exact[r, best], atol=1e-5)
+        np.testing.assert_allclose(logprob[r], exact[r, chosen[r]], atol=1e-5)
+        assert rank[r] == 1 + (logits[r] > logits[r, chosen[r]]).sum()
+    assert (rank.dtype, ids.dtype, values.dtype, values.shape) == (np.int32, np.int32, np.float32, (9, k))
+
+
+def test_logprobs_of_a_row_do_not_depend_on_its_batch() -> None:
+    logits = torch.randn(17, 4097, generator=torch.Generator().manual_seed(3)) * 4
+    chosen = torch.arange(17)
+    batch = Sampler.logprobs(logits, chosen, 3)
+    for r in range(17):
+        alone = Sampler.logprobs(logits[r : r + 1], chosen[r : r + 1], 3)
+        assert all(a[0].numpy().tobytes() == b[r].numpy().tobytes() for a, b in zip(alone, batch, strict=True))

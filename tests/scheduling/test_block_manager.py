@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from sched_harness import Loop, prompt_of
 
 from nanoengine.core.request import Request
-from nanoengine.core.scheduling.block_manager import BlockManager, _Pool
+from nanoengine.core.scheduling.block_manager import BlockManager
+from nanoengine.core.scheduling.block_pool import Pool
 
 
 def owner(loop_or_none: Loop | None, prompt: list[int], **kwargs) -> Request:
@@ -38,7 +39,7 @@ def pass_through(blocks: BlockManager, prompt: list[int]) -> int:
 @given(st.lists(st.integers(0, 30), max_size=60))
 def test_pool_against_a_plain_list(picks):
     """take, give_back and share against a list that does the same in O(n)."""
-    pool, model, owned = _Pool(9), list(range(1, 9)), []
+    pool, model, owned = Pool(9), list(range(1, 9)), []
     for pick in picks:
         if pick % 3 and model:
             owned.append(pool.take())

@@ -11,7 +11,8 @@ from sched_harness import BreakingLoop, random_ops, run_ops
 
 from nanoengine.core.request import Status
 from nanoengine.core.scheduling import plan_builder, scheduler
-from nanoengine.core.scheduling.block_manager import BlockManager, _Pool
+from nanoengine.core.scheduling.block_manager import BlockManager
+from nanoengine.core.scheduling.block_pool import Pool
 from nanoengine.core.scheduling.draft import Draft
 from nanoengine.core.scheduling.scheduler import Scheduler
 
@@ -34,17 +35,17 @@ def runs(seeds: range, check: bool = True, **options: Any) -> None:
 
 def freed_too_early(patch: pytest.MonkeyPatch) -> None:
     """A shared block counts one owner only."""
-    share = _Pool.share
+    share = Pool.share
 
     def broken(pool, block):
         if pool.refs[block] == 0:
             share(pool, block)
 
-    patch.setattr(_Pool, "share", broken)
-    patch.setattr(_Pool, "give_back", _give_back_leniently)
+    patch.setattr(Pool, "share", broken)
+    patch.setattr(Pool, "give_back", _give_back_leniently)
 
 
-def _give_back_leniently(pool: _Pool, block: int) -> None:
+def _give_back_leniently(pool: Pool, block: int) -> None:
     if pool.refs[block]:
         pool.refs[block] -= 1
         if pool.refs[block] == 0:
@@ -62,7 +63,7 @@ def freed_while_running(patch: pytest.MonkeyPatch) -> None:
         return done
 
     patch.setattr(BlockManager, "grow", broken)
-    patch.setattr(_Pool, "give_back", _give_back_leniently)
+    patch.setattr(Pool, "give_back", _give_back_leniently)
 
 
 def freed_twice(patch: pytest.MonkeyPatch) -> None:
@@ -295,6 +296,6 @@ def test_tokens_alone_catch_wrong_blocks(mutant, monkeypatch):
 
 
 def test_unverified_index_gives_wrong_tokens(monkeypatch):
-    monkeypatch.setattr(_Pool, "find", lambda pool, key, parent, tokens: pool.index.get(key))
+    monkeypatch.setattr(Pool, "find", lambda pool, key, parent, tokens: pool.index.get(key))
     with pytest.raises(AssertionError, match="wrong tokens"):
         runs(SEEDS, check=False, hash_fn=lambda data: b"same")

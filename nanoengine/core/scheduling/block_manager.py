@@ -1,8 +1,7 @@
 """The KV block pools and the prefix index.
 
-One pool a KV group. A block's number is its row in the device's cache; block 0 is the dummy block, never handed out,
-and serves the free list as its sentinel. A block with reference count 0 stands in the free list, which is the LRU
-order, and stays in the prefix index until it is reused.
+One pool a KV group. Blocks are shared whole, and only where the whole history is the same: a block is found by the hash
+chain of the tokens up to its end, and verified by its predecessor and its own tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import xxhash
 
 from nanoengine.core.errors import ConfigError
 from nanoengine.core.request import Request
+from nanoengine.core.scheduling.block_pool import Entry, Pool
 
 Hits = list[list[int]]  # [group][block], all groups of one length
 
@@ -27,75 +27,6 @@ class Published(NamedTuple):
     group: int
     block: int
     uid: int
-
-
-class _Entry(NamedTuple):
-    """What a published block holds. `parent`: uid of the block before it, or the cache key at the start."""
-
-    key: bytes
-    parent: int | bytes
-    tokens: bytes
-    uid: int
-
-
-class _Pool:
-    """One group's blocks: an intrusive doubly linked free list, reference counts, the index. O(1) each."""
-
-    def __init__(self, num_blocks: int) -> None:
-        self.next: list[int] = [*range(1, num_blocks), 0]
-        self.prev: list[int] = [num_blocks - 1, *range(num_blocks - 1)]
-        self.refs = [0] * num_blocks
-        self.num_free = num_blocks - 1
-        self.entries: list[_Entry | None] = [None] * num_blocks
-        self.index: dict[bytes, int] = {}
-
-    def _unlink(self, block: int) -> None:
-        before, after = self.prev[block], self.next[block]
-        self.next[before], self.prev[after] = after, before
-        self.num_free -= 1
-
-    def _link_after(self, before: int, block: int) -> None:
-        after = self.next[before]
-        self.next[before] = self.prev[after] = block
-        self.prev[block], self.next[block] = before, after
-        self.num_free += 1
-
-    def take(self) -> int:
-        """The least recently used free block, which leaves the index."""
-        block = self.next[0]
-        assert block, "take() from an empty pool"
-        self._unlink(block)
-        self.forget(block)
-        self.refs[block] = 1
-        return block
-
-    def share(self, block: int) -> None:
-        """One more owner of a block that the index gave."""
-        if self.refs[block] == 0:
-            self._unlink(block)
-        self.refs[block] += 1
-
-    def give_back(self, block: int) -> None:
-        """One owner less. Published blocks are reused last, those that nobody can hit at once."""
-        assert self.refs[block] > 0, f"block {block} freed twice"
-        self.refs[block] -= 1
-        if self.refs[block] == 0:
-            self._link_after(self.prev[0] if self.entries[block] else 0, block)
-
-    def forget(self, block: int) -> None:
-        entry = self.entries[block]
-        if entry is not None:
-            del self.index[entry.key]
-            self.entries[block] = None
-
-    def find(self, key: bytes, parent: int | bytes, tokens: bytes) -> int | None:
-        """The block published under `key`, if it is verified: same predecessor (hence same history), same tokens."""
-        block = self.index.get(key)
-        if block is None:
-            return None
-        entry = self.entries[block]
-        assert entry is not None
-        return block if entry.parent == parent and entry.tokens == tokens else None
 
 
 class BlockManager:
@@ -130,7 +61,7 @@ class BlockManager:
         """Blocks of each group that requests can own (the dummy block excluded)."""
         self.enable_prefix_caching = enable_prefix_caching
         self._hash = hash_fn
-        self._pools = [_Pool(num_blocks) for _ in range(groups)]
+        self._pools = [Pool(num_blocks) for _ in range(groups)]
         self._uids = count()
 
     @property
@@ -239,7 +170,7 @@ class BlockManager:
                     request.publish_at = sys.maxsize
         return out
 
-    def _publish_block(self, request: Request, group: int, pool: _Pool, i: int, out: list[Published]) -> bool:
+    def _publish_block(self, request: Request, group: int, pool: Pool, i: int, out: list[Published]) -> bool:
         key, parent, tokens = request.block_hashes[i], request.chain[group], self._tokens(request, i)
         equal = pool.find(key, parent, tokens)
         if equal is not None:
@@ -248,7 +179,7 @@ class BlockManager:
         if key in pool.index:
             return False
         block = request.block_ids[group][i]
-        entry = _Entry(key, parent, tokens, next(self._uids))
+        entry = Entry(key, parent, tokens, next(self._uids))
         pool.index[key], pool.entries[block] = block, entry
         request.chain[group] = entry.uid
         out.append(Published(group, block, entry.uid))
@@ -285,29 +216,14 @@ class BlockManager:
     def check(self, owners: Iterable[Request]) -> None:
         """Asserts that the requests' tables, reference counts, free lists and indexes tell one story."""
         owners = list(owners)
+        for request in owners:
+            assert all(len(t) * self.block_size == request.capacity for t in request.block_ids), "groups out of step"
+            assert request.capacity >= request.num_computed, f"{request.id} computed tokens that no block holds"
         for group, pool in enumerate(self._pools):
-            refs = [0] * len(pool.refs)
-            for request in owners:
-                table = request.block_ids[group]
-                assert len(set(table)) == len(table), f"{request.id} owns a block twice: {table}"
-                assert len(table) * self.block_size == request.capacity >= request.num_computed
-                for block in table:
-                    refs[block] += 1
-            assert refs == pool.refs, f"group {group}: reference counts {pool.refs} are not those of the tables {refs}"
-            assert refs[0] == 0, "the dummy block is owned"
-            free, block = set(), pool.next[0]
-            while block:
-                assert block not in free, f"free list loops at {block}"
-                assert pool.next[pool.prev[block]] == block == pool.prev[pool.next[block]]
-                free.add(block)
-                block = pool.next[block]
-            assert free == {b for b in range(1, len(refs)) if refs[b] == 0}, "the free list is not the unowned blocks"
-            assert len(free) == pool.num_free
-            entries = {entry.key: b for b, entry in enumerate(pool.entries) if entry}
-            assert entries == pool.index, "index and blocks disagree"
+            pool.check([request.block_ids[group] for request in owners])
 
 
-def _uid(pool: _Pool, block: int) -> int:
+def _uid(pool: Pool, block: int) -> int:
     entry = pool.entries[block]
     assert entry is not None, f"block {block} is not published"
     return entry.uid

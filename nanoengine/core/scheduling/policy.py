@@ -14,11 +14,11 @@ class Policy(ABC):
 
     @abstractmethod
     def waiting_key(self, request: Request) -> tuple[int, ...]:
-        """Order of admission; unique. A preempted request returns to the place its key names."""
+        """Order of admission; unique, and constant. A preempted request returns to the place its key names."""
 
     @abstractmethod
     def running_key(self, request: Request) -> tuple[int, ...]:
-        """Order in which running requests share the token budget."""
+        """Order in which running requests share the token budget; unique, and constant while it runs."""
 
     def tier(self, request: Request) -> int:
         """Within a tier, requests take turns when the budget is too small for all; a lower tier goes first."""

@@ -1,0 +1,100 @@
+"""One KV group's blocks: free list, reference counts, index.
+
+A block's number is its row in the device's cache; block 0 is the dummy block, never handed out, and serves the free
+list as its sentinel. A block with reference count 0 stands in the free list, which is the LRU order, and stays in the
+index until it is reused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Entry(NamedTuple):
+    """What a published block holds. `parent`: uid of the block before it, or the cache key at the start."""
+
+    key: bytes
+    parent: int | bytes
+    tokens: bytes
+    uid: int
+
+
+class Pool:
+    """One group's blocks: an intrusive doubly linked free list, reference counts, the index. O(1) each."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.next: list[int] = [*range(1, num_blocks), 0]
+        self.prev: list[int] = [num_blocks - 1, *range(num_blocks - 1)]
+        self.refs = [0] * num_blocks
+        self.num_free = num_blocks - 1
+        self.entries: list[Entry | None] = [None] * num_blocks
+        self.index: dict[bytes, int] = {}
+
+    def _unlink(self, block: int) -> None:
+        before, after = self.prev[block], self.next[block]
+        self.next[before], self.prev[after] = after, before
+        self.num_free -= 1
+
+    def _link_after(self, before: int, block: int) -> None:
+        after = self.next[before]
+        self.next[before] = self.prev[after] = block
+        self.prev[block], self.next[block] = before, after
+        self.num_free += 1
+
+    def take(self) -> int:
+        """The least recently used free block, which leaves the index."""
+        block = self.next[0]
+        assert block, "take() from an empty pool"
+        self._unlink(block)
+        self.forget(block)
+        self.refs[block] = 1
+        return block
+
+    def share(self, block: int) -> None:
+        """One more owner of a block that the index gave."""
+        if self.refs[block] == 0:
+            self._unlink(block)
+        self.refs[block] += 1
+
+    def give_back(self, block: int) -> None:
+        """One owner less. Published blocks are reused last, those that nobody can hit at once."""
+        assert self.refs[block] > 0, f"block {block} freed twice"
+        self.refs[block] -= 1
+        if self.refs[block] == 0:
+            self._link_after(self.prev[0] if self.entries[block] else 0, block)
+
+    def forget(self, block: int) -> None:
+        entry = self.entries[block]
+        if entry is not None:
+            del self.index[entry.key]
+            self.entries[block] = None
+
+    def find(self, key: bytes, parent: int | bytes, tokens: bytes) -> int | None:
+        """The block published under `key`, if it is verified: same predecessor (hence same history), same tokens."""
+        block = self.index.get(key)
+        if block is None:
+            return None
+        entry = self.entries[block]
+        assert entry is not None
+        return block if entry.parent == parent and entry.tokens == tokens else None
+
+    def check(self, tables: Sequence[Sequence[int]]) -> None:
+        """Asserts that the owners' block tables, reference counts, free list and index tell one story."""
+        refs = [0] * len(self.refs)
+        for table in tables:
+            assert len(set(table)) == len(table), f"a request owns a block twice: {table}"
+            for block in table:
+                refs[block] += 1
+        assert refs == self.refs, f"reference counts {self.refs} are not those of the tables {refs}"
+        assert refs[0] == 0, "the dummy block is owned"
+        free, block = set(), self.next[0]
+        while block:
+            assert block not in free, f"free list loops at {block}"
+            assert self.next[self.prev[block]] == block == self.prev[self.next[block]], "free list is torn"
+            free.add(block)
+            block = self.next[block]
+        assert free == {b for b in range(1, len(refs)) if refs[b] == 0}, "the free list is not the unowned blocks"
+        assert len(free) == self.num_free
+        entries = {entry.key: b for b, entry in enumerate(self.entries) if entry}
+        assert entries == self.index, "index and blocks disagree"

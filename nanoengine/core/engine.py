@@ -232,7 +232,9 @@ class Engine:
             self._in_flight.append(_InFlight(step, handle))
             now = time.monotonic()
             for request, _ in step.rows:
-                self._known[request.parent].scheduled(now)
+                state = self._known.get(request.parent)
+                if state is not None:  # a sibling's host stage may just have failed it
+                    state.scheduled(now)
 
     def _finish_oldest(self) -> None:
         oldest = self._in_flight[0]

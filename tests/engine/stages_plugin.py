@@ -33,6 +33,7 @@ class ForbidLastParams(StageParams):
     host_tokens: ClassVar[bool] = True
 
     forbid_last: int = 0
+    explode_at: int = 0  # raise when the history has this many tokens
 
     def pack(self, ctx: Any) -> Mapping[str, Any]:
         return {"forbidden": []}
@@ -40,6 +41,8 @@ class ForbidLastParams(StageParams):
     def host_columns(self, prompt_token_ids: Sequence[int], output_token_ids: Sequence[int]) -> Mapping[str, Any]:
         if self.forbid_last < 0:
             raise ValueError(f"cannot forbid {self.forbid_last} tokens")
+        if self.explode_at and len(prompt_token_ids) + len(output_token_ids) == self.explode_at:
+            raise ValueError("exploded on the host")
         return {"forbidden": [*prompt_token_ids, *output_token_ids][-self.forbid_last :]}
 
 

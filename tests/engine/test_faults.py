@@ -149,6 +149,18 @@ def test_a_host_processor_that_raises_fails_its_request_alone(tmp_path: Path) ->
     assert "cannot forbid -1" in str(two.error)
 
 
+def test_a_host_processor_that_raises_for_one_of_several_samples_fails_their_request(tmp_path: Path) -> None:
+    plugin = Path(__file__).parent / "stages_plugin.py"
+    prompt = [2, 3, 4, 5, 6]
+    params = SamplingParams(n=3, temperature=1.5, max_tokens=12, seed=1, forbid_last=1, explode_at=7)
+    with mock_llm(tmp_path, plugins=[plugin]) as llm:
+        one, two = llm.generate([[1], prompt], [GREEDY, params], use_tqdm=False)
+        assert llm.stats().free_blocks == llm.stats().num_blocks
+    assert tokens_of([one]) == [greedy([1], 10)]
+    assert two.error is not None
+    assert two.error.code == "stage_failed"
+
+
 def test_an_interrupt_leaves_the_engine_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with mock_llm(tmp_path) as llm:
         engine_step, count = llm.engine.step, 0

@@ -20,7 +20,6 @@ _WEIGHT_ONE = 2.0**34
 """Weights are whole numbers up to this, so that float64 sums of up to 2**19 of them are exact in any order."""
 
 _BLOCK_ROWS = 8
-"""Rows whose noise is made at once: the working set stays in the cache, and memory does not grow with the batch."""
 
 _SEARCH_WIDTHS = (128, 2048)
 """How many of the likeliest tokens are looked at, on a CPU, before all of them are sorted."""
@@ -29,6 +28,12 @@ _SEARCH_WIDTHS = (128, 2048)
 def on_host(tensor: Tensor) -> bool:
     """Whether reading a value costs no wait for a device, so that shapes may depend on data."""
     return tensor.device.type == "cpu"
+
+
+def _row_blocks(logits: Tensor) -> list[slice]:
+    """The rows in parts small enough for a CPU's cache, for work with several temporaries; whole on a device."""
+    step = _BLOCK_ROWS if on_host(logits) else max(1, len(logits))
+    return [slice(start, start + step) for start in range(0, len(logits), step)]
 
 
 def scale_by_temperature_(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -42,7 +47,7 @@ def forbid_(logits: Tensor, ids: Tensor, where: Tensor) -> Tensor:
     Sums instead of writes, so that several entries with one id (padding among them) cannot undo each other; -0.0 is
     the number whose sum with any other leaves that one as it is.
     """
-    return logits.scatter_add_(1, ids, torch.where(where, NEG_INF, -0.0))
+    return logits.scatter_add_(1, ids, torch.where(where, NEG_INF, -0.0).to(logits.dtype))
 
 
 def filled(counts: Tensor, width: int) -> Tensor:
@@ -148,10 +153,10 @@ def _weights(logits: Tensor, top: Tensor) -> Tensor:
 def _mass_where(logits: Tensor, wanted: Tensor) -> Tensor:
     """Total weight of each row, float64 [R]; on a CPU only of the rows in `wanted`, 0 elsewhere."""
     mass = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
-    rows = wanted.nonzero().flatten() if on_host(logits) else torch.arange(len(logits), device=mass.device)
-    for block in torch.split(rows, _BLOCK_ROWS):
-        part = logits[block]
-        mass[block] = _weights(part, part.amax(-1, keepdim=True)).sum(-1, dtype=torch.float64)
+    rows = wanted.nonzero().flatten() if on_host(logits) else torch.arange(len(logits), device=logits.device)
+    for block in _row_blocks(rows):
+        part = logits[rows[block]]
+        mass[rows[block]] = _weights(part, part.amax(-1, keepdim=True)).sum(-1, dtype=torch.float64)
     return mass
 
 
@@ -181,13 +186,13 @@ def draw(logits: Tensor, keys: Tensor, vocab_start: int = 0) -> tuple[Tensor, Te
         int64 [R], column of the drawn token; float32 [R], its score (-inf: no token was possible; NaN: broken).
     """
     ids = torch.arange(vocab_start, vocab_start + logits.shape[1], dtype=torch.int32, device=logits.device)
-    columns, scores = [], []
-    for part, key in zip(torch.split(logits, _BLOCK_ROWS), torch.split(keys, _BLOCK_ROWS), strict=True):
-        score = torch.sub(part, log_exponential(noise_bits(key, ids)))
-        column = score.argmax(-1, keepdim=True)
-        columns.append(column)
-        scores.append(score.gather(1, column))
-    return torch.cat(columns).squeeze(1), torch.cat(scores).squeeze(1)
+    columns = torch.empty((len(logits), 1), dtype=torch.int64, device=logits.device)
+    scores = torch.empty_like(logits[:, :1])
+    for block in _row_blocks(logits):
+        score = torch.sub(logits[block], log_exponential(noise_bits(keys[block], ids)))
+        columns[block] = score.argmax(-1, keepdim=True)
+        scores[block] = score.gather(1, columns[block])
+    return columns.squeeze(1), scores.squeeze(1)
 
 
 def draw_truncated(

@@ -25,16 +25,17 @@ CLASSES = [name for name in api.__all__ if isinstance(getattr(api, name), type)]
 EXAMPLES = dict(re.findall(r"^```\w+\n# file: (\S+)\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL))
 
 
-def section(name: str) -> str:
+def section(name: str, text: str = TEXT) -> str:
     """The text under the name's own heading."""
-    found = re.findall(rf"^### `{re.escape(name)}`\n(.*?)(?=^##|\Z)", TEXT, flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(rf"^### `{re.escape(name)}`\n(.*?)(?=^##|\Z)", text, flags=re.MULTILINE | re.DOTALL)
     assert len(found) == 1, f"docs/plugin-api.md must have one heading '### `{name}`', it has {len(found)}"
     return str(found[0])
 
 
-def documented(name: str) -> dict[str, tuple[str, str]]:
+def documented(name: str, text: str = TEXT) -> dict[str, tuple[str, str]]:
     """Member -> (type and default, meaning) as the section's table has them."""
-    rows = re.findall(r"^\| `(.+?)` \| (.*?) \| (.*?) \|$", section(name).replace(r"\|", "¦"), flags=re.MULTILINE)
+    table = section(name, text).replace(r"\|", "¦")
+    rows = re.findall(r"^\| `(.+?)` \| (.*?) \| (.*?) \|$", table, flags=re.MULTILINE)
     return {member: (kind.strip("` ").replace("¦", "|"), meaning) for member, kind, meaning in rows}
 
 
@@ -48,6 +49,21 @@ def test_every_member_is_documented_with_its_type_default_and_meaning(name: str)
     said = documented(name)
     assert {member: kind for member, (kind, _) in said.items()} == dict(rows_of(getattr(api, name)))
     assert [member for member, (_, meaning) in said.items() if len(meaning) < 3] == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("| `seq_lens` |", "| `seq_len` |"),  # a member renamed
+        ("| `fill(inputs)` |", "| `fill(inputs, graph)` |"),  # a parameter added
+        ("`int = 100` |", "`int = 10` |"),  # a default changed
+    ],
+)
+def test_a_stale_document_would_be_noticed(old: str, new: str) -> None:
+    assert TEXT.count(old) == 1
+    stale = TEXT.replace(old, new)
+    told = {name: {m: kind for m, (kind, _) in documented(name, stale).items()} for name in CLASSES}
+    assert [name for name in CLASSES if told[name] != dict(rows_of(getattr(api, name)))] != []
 
 
 def test_every_hook_is_documented() -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from nanoengine.core.llm import LLM
     from nanoengine.core.setup.registry import Registry
 
-_BAR_SECONDS = 0.2
+_BAR_SECONDS, _LOG_SECONDS = 0.2, 5.0  # how often the state of the engine is shown, on a terminal and in a log
 
 
 def run(
@@ -125,12 +125,12 @@ class Batch:
         return self.llm.chat_prompt(prompt), None
 
     def _drain(self, tally: Tally, bar: tqdm[Any]) -> None:
-        shown = time.monotonic()
+        shown, pause = time.monotonic(), _BAR_SECONDS if sys.stderr.isatty() else _LOG_SECONDS
         while self.llm.engine.has_unfinished_requests():
             for output in self.llm.engine.step():
                 if output.finished:
                     self._finish(output, tally, bar)
-            if time.monotonic() - shown > _BAR_SECONDS:
+            if time.monotonic() - shown > pause:
                 shown, stats = time.monotonic(), self.llm.stats()
                 bar.set_postfix(running=stats.running, waiting=stats.waiting, step=stats.steps)
 

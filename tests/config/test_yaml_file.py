@@ -70,5 +70,5 @@ def test_lines_of_keys(folder: Callable[[dict[str, str]], Path]) -> None:
 
 def test_long_lists_pass(tmp_path: Path) -> None:
     path = tmp_path / "f.yaml"
-    path.write_text("prompts:\n" + "".join(f"  - prompt {i}\n" for i in range(20_000)))
-    assert len(read_yaml(path, "f.yaml").data["prompts"]) == 20_000
+    path.write_text("prompts:\n" + "".join(f"  - prompt {i}\n" for i in range(11_000)))  # omegaconf's limit is 10,000
+    assert len(read_yaml(path, "f.yaml").data["prompts"]) == 11_000

@@ -156,7 +156,8 @@ def _record(origins: dict[tuple[str, ...], Origin], said: Iterable[Said]) -> Non
             continue
         section = isinstance(value, Mapping)
         if not (section and old is not None and old.section):  # two mappings are merged; all else is replaced
-            _forget(origins, key)
+            if old is not None:
+                _forget(origins, key)
             origins[key] = Origin(by, section)
 
 
@@ -177,13 +178,15 @@ def _resolved(
 ) -> dict[Any, Any]:
     """Plain containers with every interpolation done; only the keys of `config`."""
     try:
-        full = OmegaConf.to_container(OmegaConf.merge(dict(defaults), config), resolve=True, throw_on_missing=True)
+        given = OmegaConf.to_container(config)
+        assert isinstance(given, dict)
+        full = OmegaConf.to_container(_merged([dict(defaults), given]), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         where = _origin(origins, tuple(parts(key)))
         missing = "must be given" if "Missing mandatory" in str(error) else first_line(error)
         raise ConfigError(f"{where}: {key}: {missing}{interpolation_hint(error)}") from error
-    data = _only(full, OmegaConf.to_container(config))
+    data = _only(full, given)
     assert isinstance(data, dict)
     return data
 

@@ -10,7 +10,12 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import (
+    GrammarParseError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+    UnsupportedInterpolationType,
+)
 
 from nanoengine.core.errors import ConfigError
 
@@ -20,6 +25,7 @@ KeyPath = tuple[str | int, ...]
 # omegaconf's own limit, 10,000 nodes, is for strangers' files; a list of prompts may well be longer.
 _MAX_NODES = 2_000_000
 _HEADER = re.compile(r"#\s*@package\s+(\S+)\s*$")
+_LOADER: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _MERGE = "tag:yaml.org,2002:merge"
 _INSTANTIATION = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 
@@ -53,7 +59,7 @@ def dotted(path: KeyPath) -> str:
     """The path as it is written in overrides and messages: "engine.seed", "prompts[0]"."""
     text = ""
     for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+        text += f"[{part}]" if text and isinstance(part, int) else f".{part}" if text else str(part)
     return text
 
 
@@ -87,7 +93,7 @@ def read_yaml(path: Path, label: str) -> ConfigFile:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {label}: {error}") from error
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=_LOADER)
     except yaml.YAMLError as error:
         raise _syntax_error(label, error) from error
     if node is None or node.tag == "tag:yaml.org,2002:null":
@@ -125,7 +131,8 @@ def first_line(error: Exception) -> str:
 
 def interpolation_hint(error: Exception) -> str:
     """How a text that only looks like an interpolation is written."""
-    return r". A text that holds ${ is written with a backslash: \${" if "{" in first_line(error) else ""
+    kinds = (InterpolationResolutionError, UnsupportedInterpolationType, GrammarParseError)
+    return r". A text that holds ${ is written with a backslash: \${" if isinstance(error, kinds) else ""
 
 
 def _syntax_error(label: str, error: yaml.YAMLError) -> ConfigError:

@@ -22,6 +22,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if len(x) > _FEW_ROWS:
         out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
         return out
-    columns = x.expand(2, -1) if len(x) == 1 else x  # one column would go the slow matrix-vector route
+    columns = x.repeat(2, 1) if len(x) == 1 else x  # one column would go the slow matrix-vector route
     out = torch.mm(weight, columns.t())[:, : len(x)].t().contiguous()
     return out if bias is None else out.add_(bias)

@@ -1,0 +1,114 @@
+"""bf16 on the CPU by forced decoding: as near to a float32 reference as transformers in bf16 is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nanoengine import LLM, ParamsError, RequestOutput, SamplingParams
+from nanoengine.testing import forced
+
+from . import tiny
+from .compare import log_softmax, reference_logits
+from .conftest import Pair
+
+COUNT = 40
+
+
+def answers(count: int) -> list[tuple[int, ...]]:
+    return [tuple(p) for p in tiny.prompts(count, seed=1, shortest=COUNT, longest=COUNT)]
+
+
+def distributions(output: RequestOutput, vocab: int) -> np.ndarray:
+    """float64 [output tokens, V]: all log-probs of each step."""
+    logprobs = output.outputs[0].logprobs
+    assert logprobs is not None
+    return np.array([[entry[i].logprob for i in range(vocab)] for entry in logprobs])
+
+
+def forced_run(
+    folder: Path, asked: Sequence[Sequence[int]], dictated: Sequence[tuple[int, ...]], vocab: int
+) -> list[np.ndarray]:
+    params = [
+        SamplingParams(forced=ids, max_tokens=len(ids), temperature=0, ignore_eos=True, logprobs=vocab)
+        for ids in dictated
+    ]
+    options = {**tiny.SMALL, "dtype": "bfloat16", "max_num_batched_tokens": 32}
+    with LLM(folder, attention="torch", plugins=[forced], **options) as llm:
+        outputs = llm.generate(asked, params, use_tqdm=False)
+        stats = llm.stats()
+    assert stats.chunks > 0
+    assert stats.mixed_steps > 0
+    assert [o.outputs[0].token_ids for o in outputs] == list(dictated)
+    return [distributions(output, vocab) for output in outputs]
+
+
+def rms(errors: Sequence[np.ndarray]) -> float:
+    return float(np.sqrt(np.mean(np.concatenate([e.ravel() for e in errors]) ** 2)))
+
+
+def measure(folder: Path, model: torch.nn.Module) -> tuple[float, float, int, int]:
+    """(the engine's error, that of transformers in bf16, decided positions, of them where the arg-max differs)."""
+    asked, dictated = tiny.prompts(10, shortest=4, longest=40), answers(10)
+    half = tiny.reference(folder, torch.bfloat16)
+    pieces = [(p + list(a), slice(len(p) - 1, -1)) for p, a in zip(asked, dictated, strict=True)]
+    truth = [log_softmax(reference_logits(model, tokens)[part]) for tokens, part in pieces]
+    theirs = [log_softmax(reference_logits(half, tokens)[part]) for tokens, part in pieces]
+    ours = forced_run(folder, asked, dictated, truth[0].shape[1])
+    their_error = rms([a - b for a, b in zip(theirs, truth, strict=True)])
+    decided = flipped = 0
+    for mine, true in zip(ours, truth, strict=True):
+        best = np.sort(true, axis=-1)
+        clear = best[:, -1] - best[:, -2] > 4 * their_error
+        decided += int(clear.sum())
+        flipped += int((mine.argmax(-1) != true.argmax(-1))[clear].sum())
+    return rms([a - b for a, b in zip(ours, truth, strict=True)]), their_error, decided, flipped
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_error_is_that_of_the_format(pair: Callable[[str], Pair], kind: str) -> None:
+    our_error, their_error, decided, flipped = measure(*pair(kind))
+    print(f"\n{kind}: {our_error:.5f} against {their_error:.5f}; {decided} decided, {flipped} flipped")
+    assert their_error > 1e-3  # it is bf16 that is measured
+    assert our_error <= 1.25 * their_error
+    assert decided > 100
+    assert flipped == 0
+
+
+def test_a_coarser_softmax_is_caught(pair: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutant: values keep 5 of their 8 bits on the way into the cache."""
+    from nanoengine.plugins.attention_backends.torch_paged import TorchPaged
+
+    original = TorchPaged.forward
+
+    def forward(
+        self: TorchPaged, layer: int, spec: object, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> object:
+        mantissa, exponent = torch.frexp(v.float())
+        coarse = torch.ldexp((mantissa * 32).round() / 32, exponent).to(v.dtype)
+        return original(self, layer, spec, q, k, coarse)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TorchPaged, "forward", forward)
+    our_error, their_error, _, _ = measure(*pair("llama"))
+    assert our_error > 1.25 * their_error
+
+
+def test_raw_logprobs_do_not_see_the_force(pair: Callable[[str], Pair]) -> None:
+    folder, _ = pair("llama")
+    free = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=4)
+    prompt = tiny.prompts(1, shortest=7)[0]
+    with tiny.llm(folder, plugins=[forced]) as llm:
+        first = llm.generate(prompt, free, use_tqdm=False)[0].outputs[0]
+        again = llm.generate(prompt, free.replace(forced=first.token_ids[:6]), use_tqdm=False)[0].outputs[0]
+        with pytest.raises(ParamsError, match="forced: no such token id: 999"):
+            llm.generate(prompt, free.replace(forced=(1, 999)), use_tqdm=False)
+    assert again.token_ids == first.token_ids
+    assert again.logprobs is not None
+    assert first.logprobs is not None
+    for mine, theirs in zip(again.logprobs, first.logprobs, strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(abs(mine[i].logprob - theirs[i].logprob) < 1e-5 for i in mine)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nanoengine.core.errors import ConfigError
+from nanoengine.core.errors import ConfigError, ModelSourceError, UnsupportedError
 from nanoengine.core.execution.attention import AttentionBackend, AttentionFeature, AttentionNeed
 from nanoengine.core.execution.build import BuiltModel, build_model, kv_groups
 from nanoengine.core.execution.model import Model
@@ -45,15 +45,25 @@ def find_model(source: str, registry: Registry, say: Any = None) -> Path:
     loader = TargetLoader(registry.plugin_files)
     sources = [load_checked(loader, found.spec.target, ModelSource)() for found in registry.sources()]
     ctx = SourceContext(cache_root(), say) if say is not None else SourceContext(cache_root())
-    return resolve_model(source, sources, ctx, registry.source_names())
+    try:
+        return resolve_model(source, sources, ctx, registry.source_names())
+    except ModelSourceError as error:
+        raise ModelSourceError(f"{error}{registry.suspects('model_sources')}") from error
 
 
 def assemble(
-    model_path: Path, attention: str | type[AttentionBackend], options: EngineOptions, registry: Registry
+    model_path: Path,
+    attention: str | type[AttentionBackend],
+    options: EngineOptions,
+    registry: Registry,
+    implementation: str | None = None,
 ) -> Assembly:
-    """Raises `ModelError`, `PluginError`, `UnsupportedError` or `ConfigError`."""
+    """`implementation`: name of the model plugin to take; default: the one that serves the architecture.
+
+    Raises `ModelError`, `PluginError`, `UnsupportedError` or `ConfigError`.
+    """
     hf_config = read_json(model_path / "config.json")
-    found = registry.model_for(tuple(hf_config.get("architectures") or ()))
+    found = registry.model_for(tuple(hf_config.get("architectures") or ()), implementation)
     loader = TargetLoader(registry.plugin_files)
     options = _fill_device(options, hf_config)
     built = _inspect(loader, found.spec.target, hf_config, options)
@@ -102,7 +112,7 @@ def _attention(
     target, local = from_class(chosen, AttentionBackend)
     reasons = class_reasons(chosen, need)
     if reasons:
-        raise ConfigError(f"attention backend {target} cannot serve this model here: {'; '.join(reasons)}")
+        raise UnsupportedError(f"attention backend {target} cannot serve this model here", reasons)
     return chosen.__name__, target, local, []
 
 

@@ -65,6 +65,7 @@ class LLM:
     Args:
         model: a registered name, a folder, a .gguf file.
         attention: name of an attention backend, "auto", or a backend class.
+        implementation: name of the model plugin to take where several serve the model's architecture.
         plugins: further plugins: paths of .py files, or modules or objects with hooks.
         options: any field of `EngineOptions`.
 
@@ -78,10 +79,11 @@ class LLM:
         model: str | Path,
         *,
         attention: str | type[AttentionBackend] = "auto",
+        implementation: str | None = None,
         plugins: Sequence[Any] = (),
         **options: Any,
     ) -> None:
-        self._start(str(model), attention, engine_options(options), _discover(plugins), None)
+        self._start(str(model), implementation, attention, engine_options(options), _discover(plugins), None)
 
     @classmethod
     def from_config(cls, path: str | Path, overrides: Sequence[str] = (), *, plugins: Sequence[Any] = ()) -> Self:
@@ -95,19 +97,21 @@ class LLM:
     def from_run_config(cls, config: RunConfig, *, registry: Registry) -> Self:
         """An LLM as a composed configuration describes it."""
         self = cls.__new__(cls)
-        self._start(config.model.source, config.attention.backend, config.engine, registry, config.sampler)
+        model, backend = config.model, config.attention.backend
+        self._start(model.source, model.implementation, backend, config.engine, registry, config.sampler)
         return self
 
     def _start(
         self,
         model: str,
+        implementation: str | None,
         attention: str | type[AttentionBackend],
         options: EngineOptions,
         registry: Registry,
         sampler: Mapping[str, Any] | None,
     ) -> None:
         path = find_model(model, registry)
-        self._built: BuiltEngine = build_engine(assemble(path, attention, options, registry), registry)
+        self._built: BuiltEngine = build_engine(assemble(path, attention, options, registry, implementation), registry)
         self.engine: Engine = self._built.engine
         self._ids = itertools.count()
         try:

@@ -28,9 +28,13 @@ from nanoengine.core.setup.sampler_section import Stages, check_sampler, sampler
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSection:
-    """`source`: a registered name, a folder, a .gguf file, or whatever else a model source knows."""
+    """`source`: a registered name, a folder, a .gguf file, or whatever else a model source knows.
+
+    `implementation`: name of the model plugin to take where several serve the architecture.
+    """
 
     source: str
+    implementation: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

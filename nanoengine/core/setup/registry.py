@@ -218,7 +218,8 @@ class Registry:
 
 def _several_serve(architecture: str, serving: Sequence[Registered[ModelSpec]]) -> str:
     who = " and ".join(f"model {each.spec.name!r} of {each.origin}" for each in serving)
-    return f"architecture {architecture!r} is served by {who}; remove one of them: {_mends(serving)}"
+    choose = "choose one by name (model.implementation in YAML, LLM(implementation=...))"
+    return f"architecture {architecture!r} is served by {who}; {choose}, or remove one: {_mends(serving)}"
 
 
 def _mends(claims: Sequence[Registered[Any]]) -> str:

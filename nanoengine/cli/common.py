@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
@@ -49,6 +49,8 @@ def user_errors(debug: bool) -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from interrupt
 
 
-def say(text: str) -> None:
-    """A line to the user, beside the answers."""
-    print(text, file=sys.stderr, flush=True)
+def say(text: str, file: TextIO | None = None) -> None:
+    """A line to the user, beside the answers (standard error) or as one; what the terminal cannot show is escaped."""
+    out = sys.stderr if file is None else file
+    encoding = out.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=out, flush=True)

@@ -143,7 +143,7 @@ class Batch:
         tally.add(output)
         bar.update()
         with bar.external_write_mode(file=sys.stdout):
-            print(_answer(index, prompt, output), flush=True)
+            say(_answer(index, prompt, output), sys.stdout)
         if output.error is not None:
             with bar.external_write_mode(file=sys.stderr):
                 say(f"[{index}] failed ({output.error.code}): {output.error}")

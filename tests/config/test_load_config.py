@@ -152,6 +152,12 @@ def test_backend_that_is_not_installed_is_a_plugin_error_with_its_place(load: Lo
     assert "did you mean 'mirror'?" in str(caught.value)
 
 
+def test_implementation_that_is_not_installed(load: Load, tmp_path: Path) -> None:
+    assert load("model: {source: a/b, implementation: llama}\n").model.implementation == "llama"
+    with pytest.raises(PluginError, match=rf"{tmp_path}/run\.yaml:1: model\.implementation: .*did you mean 'llama'"):
+        load("model: {source: a/b, implementation: lama}\n")
+
+
 def test_absent_sampler_is_none_and_an_empty_one_is_not(load: Load) -> None:
     assert load("model: a/b\n").sampler is None
     assert load("model: a/b\nsampler:\n").sampler is None
@@ -192,7 +198,7 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
         [],
         ["run.yaml:3", "engine.max_num_seq'", "mean 'max_num_seqs'?"],
     ),
-    ("model: {source: a/b, revision: x}\n", [], ["run.yaml:1", "'model.revision'", "Valid: source"]),
+    ("model: {source: a/b, revision: x}\n", [], ["run.yaml:1", "'model.revision'", "Valid: implementation, source"]),
     ("model: a/b\nattention: {backen: x}\n", [], ["run.yaml:2", "did you mean 'backend'?"]),
     ("model: a/b\nsampler:\n  topp: 1\n", [], ["run.yaml:3", "'sampler.topp'", "did you mean 'top_p'?"]),
     ("model: a/b\nsampler:\n  best_of: 1\n", [], ["run.yaml:3", "'sampler.best_of'", "not served here"]),

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from nanoengine.core.errors import ConfigError, NanoEngineError, ParamsError, PluginError, nearest
+from nanoengine.core.errors import ConfigError, ParamsError, PluginError, nearest
 from nanoengine.core.field_types import conform
 from nanoengine.core.sampling_fields import NOT_SERVED, legal_fields
 from nanoengine.core.setup.composer import Composed, Root, SearchPath, Shorthand, compose, package_root
@@ -22,7 +22,7 @@ from nanoengine.core.setup.composer.yaml_file import ConfigFile, KeyPath, dotted
 from nanoengine.core.setup.options import EngineOptions
 from nanoengine.core.setup.plugins import discover
 from nanoengine.core.setup.prompts import PromptFile, Prompts, check_prompts
-from nanoengine.core.setup.registry import Registry
+from nanoengine.core.setup.registry import Kind, Registry
 from nanoengine.core.setup.sampler_section import Stages, check_sampler, sampler_stages
 
 
@@ -160,15 +160,21 @@ def _check_whole(config: RunConfig, composed: Composed, registry: Registry) -> N
     if config.output == "":
         raise ConfigError(f"{composed.origin(('output',))}: output: is empty; write a path, or null for no file")
     if config.attention.backend != "auto":
-        try:
-            registry.attention(config.attention.backend)
-        except PluginError as error:
-            raise PluginError(f"{composed.origin(('attention', 'backend'))}: attention.backend: {error}") from error
+        _check_installed(composed, registry, ("attention", "backend"), "attention_backends", config.attention.backend)
+    if config.model.implementation is not None:
+        _check_installed(composed, registry, ("model", "implementation"), "models", config.model.implementation)
     if not config.chat and isinstance(config.prompts, tuple):
         for index, prompt in enumerate(config.prompts):
             if not isinstance(prompt, str):
                 where = composed.origin(("prompts", index))
                 raise ConfigError(f"{where}: prompts[{index}] is a conversation, but chat is false; give its text")
+
+
+def _check_installed(composed: Composed, registry: Registry, path: KeyPath, kind: Kind, name: str) -> None:
+    try:
+        registry.require(kind, name)
+    except PluginError as error:
+        raise PluginError(f"{composed.origin(path)}: {dotted(path)}: {error}") from error
 
 
 def _check_keys(composed: Composed, sampling: Sequence[str]) -> None:
@@ -197,20 +203,13 @@ def _section(composed: Composed, name: str) -> Any:
         raise ConfigError(f"{composed.origin((name,))}: {name} must be a mapping of {valid}, not {given!r}")
     hints = typing.get_type_hints(cls)
     values = {key: _value(composed, (name, key), hints[key], value) for key, value in given.items()}
-    for f in fields(cls):
-        if f.name in values and len(fields(cls)) > 1:
-            _with_origin(composed, (name, f.name), cls, {f.name: values[f.name]})
     if name == "model" and not values.get("source"):
         raise ConfigError(f"{composed.origin((name,))}: model.source must be given: a registered name or a path")
-    return _with_origin(composed, (name,), cls, values)
-
-
-def _with_origin(composed: Composed, path: KeyPath, cls: type[Any], values: Mapping[str, Any]) -> Any:
-    """`cls(**values)`, its own complaints led by who gave the key."""
     try:
         return cls(**values)
-    except NanoEngineError as error:
-        raise ConfigError(f"{composed.origin(path)}: {error}") from error
+    except ConfigError as error:  # out of range; it begins with the option's name, "engine.seed"
+        key = str(error).split(maxsplit=1)[0].removeprefix(f"{name}.")
+        raise ConfigError(f"{composed.origin((name, key))}: {error}") from error
 
 
 def _value(composed: Composed, path: KeyPath, annotation: Any, value: Any) -> Any:

@@ -1,0 +1,63 @@
+"""The command line as a process: status, streams, what it imports, and how a signal ends it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CLI = [sys.executable, "-m", "nanoengine"]
+
+
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*CLI, *arguments], capture_output=True, text=True, cwd=cwd, check=False, timeout=120)
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "nanoengine 0.1.0\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["plugins", "list"],
+        ["config", "show", "quickstart"],
+        ["run", "quickstart", "x.y=1"],
+    ],
+)
+def test_no_torch_is_imported(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from nanoengine.cli import main\n"
+        f"sys.argv = ['nanoengine', *{arguments!r}]\n"
+        "try:\n    main()\n"
+        "except SystemExit:\n    pass\n"
+        "print(sorted(set(sys.modules) & {'torch', 'transformers', 'triton', 'gguf'}))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_mistake() -> None:
+    result = run("run", "quickstart", "engine.max_num_seqs=many")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == (
+        "error: override 'engine.max_num_seqs=many': engine.max_num_seqs must be an integer, not 'many'\n"
+    )
+
+
+def test_output_into_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*CLI, "config", "show", "quickstart"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    process.wait(timeout=120)

@@ -1,0 +1,232 @@
+"""`nanoengine run`: what goes to the file, to standard output, to standard error, and which status comes out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import Result
+
+from nanoengine.core.errors import ModelSourceError
+
+Run = Callable[..., Result]
+Rows = Callable[[], list[dict[str, Any]]]
+
+CONFIG = """\
+model: a/b
+prompts:
+  - one two three
+  - - {role: system, content: be brief}
+    - {role: user, content: "four five"}
+  - "six = ${model.source}"
+output: results.jsonl
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[[str], str]:
+    def write(text: str) -> str:
+        (tmp_path / "run.yaml").write_text(text, "utf-8")
+        return "run.yaml"
+
+    return write
+
+
+def test_rows_answers_and_closing_line(fake: Any, nanoengine: Run, config: Any, rows: Rows) -> None:
+    result = nanoengine("run", config(CONFIG))
+    assert result.exit_code == 0, result.stderr
+    assert [row["index"] for row in rows()] == [2, 1, 0]  # as they finish
+    row = rows()[2]
+    assert list(row) == [
+        "index", "request_id", "prompt", "prompt_token_ids", "outputs", "num_cached_tokens", "metrics", "error",
+    ]  # fmt: skip
+    assert row["prompt"] == "one two three"
+    assert row["prompt_token_ids"] == [1, 10, 11, 12, 2]  # through the chat template
+    assert row["outputs"] == [
+        {"text": " re: one two three é日", "token_ids": [7, 8], "finish_reason": "stop", "stop_reason": 2}
+    ]
+    assert (row["num_cached_tokens"], row["error"]) == (2, None)
+    metrics = {name: round(value, 3) for name, value in row["metrics"].items()}
+    assert metrics == {"queued": 0.5, "ttft": 1.0, "itl": 1.0, "latency": 2.0, "num_generated": 2}
+    assert rows()[1]["prompt"][0] == {"role": "system", "content": "be brief"}
+    assert "[0] one two three\nre: one two three é日\n" in result.stdout
+    assert "[1] four five\n" in result.stdout
+    assert "[2] six = a/b" in result.stdout
+    last = result.stderr.strip().splitlines()[-1]
+    # 5 + 6 + 5 prompt tokens, of which 2 + 3 + 2 came from the cache
+    assert last.startswith("3 prompts, 16 prompt + 6 generated tokens in ")
+    assert last.endswith("tokens/s, TTFT median 1000 ms, prefix-cache hit rate 43.8%")
+    assert "3/3" in result.stderr
+    assert fake.made[0].closed
+
+
+def test_nothing_but_answers_on_standard_output(fake: Any, nanoengine: Run, config: Any) -> None:
+    result = nanoengine("run", config("model: a/b\nprompts: [hello]\n"))
+    assert result.stdout == "[0] hello\nre: hello é日\n\n"
+
+
+@pytest.mark.parametrize(
+    ("chat", "template", "ids"), [(True, True, [1, 10, 2]), (True, False, [0]), (False, True, [0])]
+)
+def test_chat_only_where_wanted_and_possible(
+    fake: Any, nanoengine: Run, config: Any, rows: Rows, chat: bool, template: bool, ids: list[int]
+) -> None:
+    fake.template = template
+    assert nanoengine("run", config(CONFIG), "prompts=[hi]", f"chat={chat}").exit_code == 0
+    assert rows()[0]["prompt_token_ids"] == ids
+
+
+def test_overrides_reach_the_model(fake: Any, nanoengine: Run, config: Any) -> None:
+    arguments = ("model=./x", "engine.max_num_seqs=3", "~output", "sampler.top_p=1e-3", "prompts=['what is x=y?']")
+    assert nanoengine("run", config(CONFIG), *arguments).exit_code == 0
+    found = fake.made[0].config
+    assert (found.model.source, found.engine.max_num_seqs, found.output) == ("./x", 3, None)
+    assert found.sampler == {"top_p": 0.001}
+    assert found.prompts == ("what is x=y?",)
+
+
+def test_prompts_from_a_file(fake: Any, nanoengine: Run, config: Any, rows: Rows, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"q": "a b"}\n{"q": "half \\ud83d pair"}\n')
+    assert nanoengine("run", config(CONFIG), "prompts={file: p.jsonl, field: q}").exit_code == 0
+    assert sorted(row["prompt"] for row in rows()) == ["a b", "half \ud83d pair"]
+
+
+def test_failed_request_keeps_its_place_and_gives_1(fake: Any, nanoengine: Run, config: Any, rows: Rows) -> None:
+    long = " ".join(["word"] * 30)
+    result = nanoengine("run", config(CONFIG), f"prompts=[fine, {long}, refuse me]")
+    assert result.exit_code == 1
+    found = {row["index"]: row for row in rows()}
+    assert [found[i]["error"] and found[i]["error"]["code"] for i in range(3)] == [None, "too_long", "invalid_prompt"]
+    assert found[1]["error"] == {"code": "too_long", "message": "the prompt is too long"}
+    assert found[1]["outputs"] == found[2]["outputs"] == []
+    assert "[1] failed (too_long): the prompt is too long" in result.stderr
+    assert "3 prompts, 2 failed, " in result.stderr
+    assert "re: fine" in result.stdout
+
+
+def test_interrupt_keeps_what_is_finished(fake: Any, nanoengine: Run, config: Any, rows: Rows) -> None:
+    fake.interrupt_after = 2
+    result = nanoengine("run", config(CONFIG))
+    assert result.exit_code == 130
+    assert [row["index"] for row in rows()] == [2, 1]
+    assert "2 of 3 prompts, " in result.stderr
+    assert fake.made[0].closed
+
+
+def test_interrupt_while_loading(fake: Any, nanoengine: Run, config: Any) -> None:
+    fake.failure = KeyboardInterrupt()
+    result = nanoengine("run", config(CONFIG))
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (130, "interrupted")
+
+
+def test_each_row_is_on_disk_before_the_next_prompt(
+    fake: Any, nanoengine: Run, config: Any, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def stats(self: Any) -> Any:  # asked between steps
+        seen.append(len(rows()))
+        return type("S", (), {"running": 0, "waiting": 0, "steps": 0})
+
+    monkeypatch.setattr(fake, "stats", stats)
+    monkeypatch.setattr("nanoengine.cli.run._LOG_SECONDS", -1.0)
+    assert nanoengine("run", config(CONFIG)).exit_code == 0
+    assert seen == [1, 2, 3]
+
+
+def test_results_are_written_afresh_and_it_is_said(
+    fake: Any, nanoengine: Run, config: Any, rows: Rows, tmp_path: Path
+) -> None:
+    (tmp_path / "results.jsonl").write_text("old\n")
+    result = nanoengine("run", config(CONFIG))
+    assert "results.jsonl is there already and will be overwritten" in result.stderr
+    assert len(rows()) == 3
+
+
+def test_a_model_that_fails_leaves_old_results_alone(fake: Any, nanoengine: Run, config: Any, tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text("old\n")
+    fake.failure = ModelSourceError("no such model")
+    result = nanoengine("run", config(CONFIG))
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (2, "error: no such model")
+    assert (tmp_path / "results.jsonl").read_text() == "old\n"
+
+
+def test_output_in_a_new_folder(fake: Any, nanoengine: Run, config: Any, tmp_path: Path) -> None:
+    assert nanoengine("run", config(CONFIG), "output=a/b/out.jsonl").exit_code == 0
+    assert len((tmp_path / "a/b/out.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("output", [".", "run.yaml/x.jsonl"])
+def test_output_that_cannot_be(fake: Any, nanoengine: Run, config: Any, output: str) -> None:
+    result = nanoengine("run", config(CONFIG), f"output={output}")
+    assert result.exit_code == 2
+    assert f"cannot write output {output}" in result.stderr
+    assert not fake.made  # told before anything was loaded
+
+
+MISTAKES = [
+    (["run", "nope.yaml"], "no configuration file nope.yaml"),
+    (["run", "quikstart"], "did you mean 'quickstart'?"),
+    (["run", "quickstart", "sampler.topp=1"], "did you mean 'top_p'?"),
+    (["run", "quickstart", "prompts=[]"], "no prompts"),
+    (["run", "quickstart", "prompts=null"], "no prompts"),
+    (["run", "quickstart", "prompts={file: nope.jsonl}"], "nope.jsonl"),
+    (["run", "quickstart", "nope.yaml"], "'nope.yaml' is no override"),
+    (["run", "quickstart", "-m", "sampler=greedy,top_p"], "sweep"),
+    (["run", "quickstart", "--multirun"], "--multirun"),
+    (["run", "quickstart", "--plugin", "nope.py"], "nope.py does not exist"),
+    (["run", "quickstart", "--bogus"], "No such option"),
+    (["run"], "Missing argument"),
+    (["bogus"], "No such command"),
+    (["config", "show", "quickstart", "engine.max_num_seqs=many"], "override 'engine.max_num_seqs=many'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES)
+def test_mistakes_give_2_and_no_traceback(fake: Any, nanoengine: Run, arguments: list[str], words: str) -> None:
+    result = nanoengine(*arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert not fake.made
+
+
+def test_debug_shows_the_traceback(fake: Any, nanoengine: Run) -> None:
+    result = nanoengine("run", "quickstart", "sampler.topp=1", "--debug")
+    assert result.exit_code == 2
+    assert "Traceback" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: override 'sampler.topp=1'")
+
+
+def test_a_bug_is_not_taken_for_a_user_s_mistake(fake: Any, nanoengine: Run, config: Any) -> None:
+    fake.failure = ZeroDivisionError("a bug")
+    assert isinstance(nanoengine("run", config(CONFIG)).exception, ZeroDivisionError)
+
+
+def test_plugin_file_brings_a_parameter(fake: Any, nanoengine: Run, config: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from nanoengine.api import SamplerSpec, StageParams, hookimpl\n\n"
+        "@dataclass(frozen=True)\n"
+        "class Params(StageParams):\n    sparkle: float = 0.0\n\n"
+        "@hookimpl\n"
+        "def register_samplers():\n"
+        "    return [SamplerSpec(name='sparkle', params=Params, target='mine:Sparkle', api=1)]\n"
+    )
+    path = config(CONFIG)
+    assert "unknown key 'sampler.sparkle'" in nanoengine("run", path, "sampler.sparkle=1").stderr
+    assert nanoengine("run", path, "sampler.sparkle=1", "--plugin", "mine.py").exit_code == 0
+    assert fake.made[0].config.sampler == {"sparkle": 1.0}
+    wrong = nanoengine("run", path, "sampler.sparkle=much", "--plugin", "mine.py")
+    assert "sampler.sparkle must be a number" in wrong.stderr
+
+
+def test_rows_are_plain_json(fake: Any, nanoengine: Run, config: Any, tmp_path: Path) -> None:
+    nanoengine("run", config(CONFIG))
+    text = (tmp_path / "results.jsonl").read_text("utf-8")
+    assert "é日" in text
+    assert all(json.loads(line) for line in text.splitlines())

@@ -38,7 +38,7 @@ class ForcedParams(StageParams):
 
     forced: tuple[int, ...] | None = None
 
-    columns: ClassVar[Mapping[str, ColumnSpec]] = {"ids": ColumnSpec(dtype="int64", ragged=True)}
+    columns: ClassVar[Mapping[str, ColumnSpec]] = {"ids": ColumnSpec(dtype="int32", ragged=True)}
 
     def active(self) -> bool:
         return bool(self.forced)
@@ -62,7 +62,7 @@ class Forced(SamplerStage):
         column = rows.ragged("ids")
         nth = rows.positions - rows.prompt_lens  # [R], of the output token to be drawn
         at = nth.clamp(max=column.values.shape[1] - 1)[:, None]
-        token = column.values.gather(1, at)  # [R, 1]
+        token = column.values.gather(1, at).long()  # [R, 1]
         dictated = (nth < column.counts)[:, None]
         only = logits.new_full(logits.shape, float("-inf")).scatter_(1, token, 0.0)
         return only.where(dictated, logits)

@@ -1,10 +1,10 @@
 """The engine's answers against transformers, in the float32 class: tokens, log-probs, ranks, prompt log-probs.
 
-The reference is teacher-forced: transformers runs once over prompt and answer as the engine gave them, so every position
-is judged in the context that the engine saw, and one near-tie does not end the comparison.
+The reference is teacher-forced: transformers runs once over prompt and answer as the engine gave them, so every
+position is judged in the context that the engine saw, and one near-tie does not end the comparison.
 
-- Tokens: a chosen token must score within `GAP` of the best. Where the reference's two best are further apart than that,
-  it is the arg-max, of the logits (greedy) or of the pinned draw's scores (seeded).
+- Tokens: a chosen token must score within `GAP` of the best. Where the reference's two best are further apart than
+  that, it is the arg-max, of the logits (greedy) or of the pinned draw's scores (seeded).
 - Log-probs: each that is reported is within `TOLERANCE` of the reference's for that id.
 """
 

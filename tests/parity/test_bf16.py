@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from nanoengine import LLM, ParamsError, RequestOutput, SamplingParams
+from nanoengine import LLM, RequestOutput, SamplingParams
+from nanoengine.api import ParamsError
 from nanoengine.testing import forced
 
 from . import tiny

@@ -133,7 +133,7 @@ def test_seeded(pair: Callable[[str], Pair], kind: str, way: str) -> None:
 def test_samples_of_one_request(pair: Callable[[str], Pair]) -> None:
     folder, model = pair("llama")
     params = SamplingParams(n=4, temperature=1.0, seed=9, max_tokens=COUNT, ignore_eos=True, logprobs=0)
-    outputs, stats = run(folder, {}, tiny.prompts(3, shortest=9), params)
+    outputs, _ = run(folder, {}, tiny.prompts(3, shortest=9), params)
     report = compare(model, outputs, params)
     assert report.positions == 3 * 4 * COUNT
     assert all(len({s.token_ids for s in o.outputs}) == 4 for o in outputs)

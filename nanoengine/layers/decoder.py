@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from nanoengine.api import AttentionLayerSpec, BuildContext, ForwardBatch, Model, ModelConfig, WeightMap
+from nanoengine.api import AttentionLayerSpec, BuildContext, ForwardBatch, Model, ModelConfig, ModelError, WeightMap
 from nanoengine.layers.mlp import GatedMLP
 from nanoengine.layers.norm import RMSNorm
 from nanoengine.layers.rope import RopeConfig, RotaryEmbedding, apply_rope
@@ -49,6 +49,10 @@ class DecoderConfig(ModelConfig):
     attention_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ModelError(f"{self.num_heads} attention heads cannot share {self.num_kv_heads} KV heads evenly")
 
 
 class DecoderAttention(nn.Module):

@@ -127,7 +127,10 @@ def even_share(total: int, unit: int, rank: int, size: int, *, replicate: bool) 
 
 def heads_per_rank(heads: int, size: int, *, replicate: bool = False) -> int:
     """Attention heads on each rank; KV heads fewer than ranks are replicated. Raises `ModelError`."""
-    return even_share(heads, 1, 0, size, replicate=replicate)[1]
+    try:
+        return even_share(heads, 1, 0, size, replicate=replicate)[1]
+    except ModelError as error:
+        raise ModelError(f"{heads} attention heads cannot be divided over tensor_parallel_size={size} ranks") from error
 
 
 class Placement(Protocol):

@@ -45,7 +45,8 @@ class PagedModel:
 
     def share(self, new: str, old: str, tokens: int) -> None:
         """Start sequence `new` on the first `tokens` tokens (whole blocks) of `old`."""
-        assert tokens % self.limits.block_size == 0 and tokens <= self.done[old]
+        assert tokens % self.limits.block_size == 0
+        assert tokens <= self.done[old]
         self.tables[new] = self.tables[old][: tokens // self.limits.block_size]
         self.done[new] = tokens
 

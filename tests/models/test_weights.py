@@ -1,0 +1,182 @@
+"""Loading is complete or an error that names the tensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nanoengine.api import ModelError, WeightsError
+from nanoengine.core.execution.build import BuiltModel, build_model, kv_groups
+from nanoengine.core.execution.parallel import SingleRank
+from nanoengine.core.execution.weights import LoadReport, load_weights
+from nanoengine.plugins.models.llama import Llama
+from nanoengine.plugins.models.qwen3 import Qwen3
+from nanoengine.testing.checkpoints import tiny_llama, tiny_qwen3
+
+
+def load(path: Path, dtype: torch.dtype = torch.float32) -> tuple[BuiltModel, LoadReport]:
+    hf = json.loads((path / "config.json").read_text())
+    cls = Llama if hf["model_type"] == "llama" else Qwen3
+    built = build_model(cls, hf, tp=SingleRank(), dtype=dtype, device="cpu")
+    return built, load_weights(built.model, built.config, path, SingleRank())
+
+
+def change(path: Path, **tensors: Tensor | None) -> None:
+    """Replace tensors of model.safetensors; None removes one. `__` in a name stands for a dot."""
+    held = load_file(path / "model.safetensors")
+    for name, tensor in tensors.items():
+        held.pop(name.replace("__", "."), None)
+        if tensor is not None:
+            held[name.replace("__", ".")] = tensor
+    save_file(held, path / "model.safetensors")
+
+
+def test_sharded_files_and_single_file_load_the_same(tmp_path: Path) -> None:
+    one, report = load(tiny_llama(tmp_path / "one"))
+    three, sharded = load(tiny_llama(tmp_path / "three", files=3))
+    assert len(list((tmp_path / "three").glob("*.safetensors"))) == 3
+    assert report.num_tensors == sharded.num_tensors == 3 + 3 * 9
+    assert report.num_bytes == sharded.num_bytes == 4 * sum(p.numel() for p in one.model.parameters())
+    for a, b in zip(one.model.parameters(), three.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_dtypes_are_converted(tmp_path: Path) -> None:
+    built, _ = load(tiny_llama(tmp_path, dtype=torch.float16), torch.bfloat16)
+    want = load_file(tmp_path / "model.safetensors")["model.norm.weight"]
+    got = built.model.get_parameter("model.norm.weight")
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, want.to(torch.bfloat16))
+
+
+def test_tied_weight_is_one_tensor_and_passed_over_in_the_checkpoint(tmp_path: Path) -> None:
+    path = tiny_qwen3(tmp_path, tie_word_embeddings=True)
+    change(path, lm_head__weight=torch.zeros(151, 48), model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(3))
+    built, report = load(path)
+    assert set(report.skipped) == {"lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"}
+    head = built.model.get_submodule("lm_head").get_parameter("weight")
+    assert head is built.model.get_parameter("model.embed_tokens.weight")
+    assert head.abs().sum() > 0
+
+
+def test_everything_wrong_is_named_at_once(tmp_path: Path) -> None:
+    path = tiny_llama(tmp_path)
+    change(
+        path,
+        model__layers__1__self_attn__k_proj__weight=None,
+        model__layers__2__mlp__up_proj__weight=torch.zeros(3, 4),
+        model__layers__0__input_layernorm__weight=torch.zeros(48, dtype=torch.int32),
+        model__layers__9__mlp__up_proj__weight=torch.zeros(2),
+        model__layers__0__self_attn__q_proj__bias=torch.zeros(48),
+    )
+    with pytest.raises(WeightsError) as caught:
+        load(path)
+    told = str(caught.value)
+    assert "1 missing: model.layers.1.self_attn.k_proj.weight" in told
+    assert "2 unexpected: model.layers.0.self_attn.q_proj.bias, model.layers.9.mlp.up_proj.weight" in told
+    assert "model.layers.2.mlp.up_proj.weight [3, 4], wanted [56, 48]" in told
+    assert "model.layers.0.input_layernorm.weight of dtype I32" in told
+
+
+def test_long_lists_are_cut(tmp_path: Path) -> None:
+    path = tiny_llama(tmp_path)
+    change(path, **{f"extra{i}": torch.zeros(1) for i in range(9)})
+    with pytest.raises(WeightsError, match="9 unexpected: extra0, extra1, extra2, extra3, extra4 and 4 more"):
+        load(path)
+
+
+def damage(path: Path, how: str) -> str:
+    """Breaks the checkpoint; returns what the error must say."""
+    file = path / ("model-00002-of-00003.safetensors" if "shard" in how else "model.safetensors")
+    if how == "truncated":
+        file.write_bytes(file.read_bytes()[:-1000])
+        return "cannot be read, it may be incomplete"
+    if how == "not safetensors":
+        file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+        return "cannot be read, it may be incomplete"
+    if how == "gone":
+        file.unlink()
+        return "no model.safetensors or model.safetensors.index.json"
+    if how == "shard gone":
+        file.unlink()
+        return "names model-00002-of-00003.safetensors, which is not there"
+    if how == "shard lacks a tensor":
+        held = load_file(file)
+        del held[next(iter(held))]
+        save_file(held, file)
+        return "1 missing"
+    (path / "model.safetensors.index.json").write_text("{}")
+    return "is no safetensors index"
+
+
+@pytest.mark.parametrize(
+    "how", ["truncated", "not safetensors", "gone", "shard gone", "shard lacks a tensor", "shard index broken"]
+)
+def test_damaged_files(how: str, tmp_path: Path) -> None:
+    path = tiny_llama(tmp_path, files=3 if "shard" in how else 1)
+    told = damage(path, how)
+    with pytest.raises(WeightsError, match=told):
+        load(path)
+
+
+BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
+    ({"rope_parameters": None}, "neither rope_parameters.rope_theta nor rope_theta"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type must be one of.*'yarn'"),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "low_freq_factor"),
+    ({"rope_parameters": {"rope_type": "default"}}, "lacks rope_parameters.rope_theta"),
+    ({"rope_theta": 5e5}, "contradicts"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ({"hidden_act": "gelu"}, "hidden_act must be one of silu"),
+    ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+    ({"hidden_size": None}, "lacks hidden_size"),
+    ({"num_attention_heads": "six"}, "num_attention_heads must be a positive integer"),
+    ({"num_attention_heads": 7}, "no multiple of num_attention_heads 7"),
+    ({"rms_norm_eps": None}, "lacks rms_norm_eps"),
+    ({"num_attention_heads": 5, "num_key_value_heads": 2, "head_dim": 8}, "5 attention heads"),
+    ({"head_dim": 7}, "even head size"),
+]
+
+
+@pytest.mark.parametrize(("fields", "told"), BAD_CONFIGS)
+def test_configs_that_are_not_served(fields: dict[str, Any], told: str, tmp_path: Path) -> None:
+    hf = {**json.loads((tiny_llama(tmp_path) / "config.json").read_text()), **fields}
+    hf = {name: value for name, value in hf.items() if value is not None}
+    with pytest.raises(ModelError, match=told):
+        build_model(Llama, hf, tp=SingleRank(), dtype=torch.float32, device="meta")
+
+
+def test_qwen3_refuses_sliding_windows_and_a_missing_head_dim(tmp_path: Path) -> None:
+    hf = json.loads((tiny_qwen3(tmp_path) / "config.json").read_text())
+    with pytest.raises(ModelError, match="use_sliding_window"):
+        Qwen3.read_config({**hf, "use_sliding_window": True})
+    with pytest.raises(ModelError, match="layer_types"):
+        Qwen3.read_config({**hf, "layer_types": ["full_attention", "sliding_attention"]})
+    with pytest.raises(ModelError, match="head_dim"):
+        Qwen3.read_config({name: value for name, value in hf.items() if name != "head_dim"})
+
+
+def test_kv_groups_follow_kv_needs(tmp_path: Path) -> None:
+    built, _ = load(tiny_llama(tmp_path))
+    ((spec, layers),) = kv_groups(built.attention_layers)
+    assert (spec.num_kv_heads, spec.head_size, spec.dtype) == (2, 8, "float32")
+    assert layers == built.attention_layers
+
+
+def test_byte_tokenizer_round_trip(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    path = tiny_llama(tmp_path, with_tokenizer=True)
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    text = "Héllo  wörld\n\t 1 \U0001f600"
+    ids = tokenizer.encode(text).ids
+    assert ids == list(text.encode())
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode("<|im_end|>").ids == [258]
+    assert json.loads((path / "config.json").read_text())["vocab_size"] == 259
+    load(path)

@@ -66,7 +66,7 @@ def run_config(config: RunConfig, registry: Registry) -> int:
     say(f"loading {config.model.source}")
     from nanoengine.core.llm import LLM
 
-    with LLM.from_run_config(config, registry=registry) as llm, ResultsFile(config.output) as results:
+    with LLM.from_run_config(config, registry=registry, say=say) as llm, ResultsFile(config.output) as results:
         return Batch(llm, prompts, results, chat=config.chat).run()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
 from pathlib import Path
@@ -94,11 +94,13 @@ class LLM:
         return cls.from_run_config(load_config(path, overrides, registry=registry), registry=registry)
 
     @classmethod
-    def from_run_config(cls, config: RunConfig, *, registry: Registry) -> Self:
-        """An LLM as a composed configuration describes it."""
+    def from_run_config(
+        cls, config: RunConfig, *, registry: Registry, say: Callable[[str], None] | None = None
+    ) -> Self:
+        """An LLM as a composed configuration describes it. `say` is given a line where fetching a model takes time."""
         self = cls.__new__(cls)
         model, backend = config.model, config.attention.backend
-        self._start(model.source, model.implementation, backend, config.engine, registry, config.sampler)
+        self._start(model.source, model.implementation, backend, config.engine, registry, config.sampler, say)
         return self
 
     def _start(
@@ -109,8 +111,9 @@ class LLM:
         options: EngineOptions,
         registry: Registry,
         sampler: Mapping[str, Any] | None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
-        path = find_model(model, registry)
+        path = find_model(model, registry, say)
         self._built: BuiltEngine = build_engine(assemble(path, attention, options, registry, implementation), registry)
         self.engine: Engine = self._built.engine
         self._ids = itertools.count()

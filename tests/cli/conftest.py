@@ -79,9 +79,10 @@ class FakeLLM:
         self.has_chat_template = type(self).template
 
     @classmethod
-    def from_run_config(cls, config: RunConfig, *, registry: Any) -> FakeLLM:
+    def from_run_config(cls, config: RunConfig, *, registry: Any, say: Any) -> FakeLLM:
         if cls.failure is not None:
             raise cls.failure
+        say("fetching the model")
         cls.made.append(cls(config))
         return cls.made[-1]
 

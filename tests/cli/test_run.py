@@ -66,6 +66,7 @@ def test_rows_answers_and_closing_line(fake: Any, nanoengine: Run, config: Any, 
 def test_nothing_but_answers_on_standard_output(fake: Any, nanoengine: Run, config: Any) -> None:
     result = nanoengine("run", config("model: a/b\nprompts: [hello]\n"))
     assert result.stdout == "[0] hello\nre: hello é日\n\n"
+    assert result.stderr.startswith("loading a/b\nfetching the model\n")
 
 
 @pytest.mark.parametrize(

@@ -316,6 +316,17 @@ def test_prompts(load: Load, text: str, expected: Any) -> None:
     assert load("model: a/b\nprompts: [old]\n", f"prompts={text}").prompts == expected
 
 
+def test_a_folder_of_yaml_beside_the_file_does_not_make_a_group_of_a_value(load: Load) -> None:
+    config = load("model: a/b\n", "output=x.jsonl", "prompts=[a]", output__old="{}", prompts__old="{}")
+    assert (config.output, config.prompts) == ("x.jsonl", ("a",))
+
+
+def test_environment_variables(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOENGINE_TEST_FOLDER", "/somewhere")
+    assert load("model: ${oc.env:NANOENGINE_TEST_FOLDER}/m\n").model.source == "/somewhere/m"
+    assert load("model: a/b\n", "output=${oc.env:NANOENGINE_TEST_FOLDER}/x").output == "/somewhere/x"
+
+
 def test_loading_a_configuration_imports_no_torch() -> None:
     code = "import sys, nanoengine; nanoengine.load_config('quickstart'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -89,7 +89,10 @@ def load_config(
     roots = [each for root, origin in registry.config_roots for each in package_root(root, str(origin))]
     primary, search = _primary(path_or_recipe, roots)
     interpolable = {"attention": asdict(AttentionSection()), "engine": asdict(EngineOptions()), "chat": True}
-    composed = compose(primary, search, overrides, shorthands=_shorthands(registry), defaults=interpolable)
+    plain = [key for key in _KEYS if key not in _SECTIONS and key != "sampler"]
+    composed = compose(
+        primary, search, overrides, shorthands=_shorthands(registry), defaults=interpolable, values=plain
+    )
     return _checked(composed, registry, primary.label)
 
 
@@ -198,6 +201,8 @@ def _section(composed: Composed, name: str) -> Any:
     given = composed.data.get(name)
     if given is None:
         given = {}
+    if isinstance(given, str) and name in ("model", "attention"):  # from an interpolation: `model: ${oc.env:MODEL}`
+        given = {fields(cls)[0].name: given}
     if not isinstance(given, Mapping):
         valid = ", ".join(f.name for f in fields(cls))
         raise ConfigError(f"{composed.origin((name,))}: {name} must be a mapping of {valid}, not {given!r}")

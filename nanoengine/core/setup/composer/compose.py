@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,26 +63,28 @@ def compose(
     *,
     shorthands: Mapping[str, Shorthand],
     defaults: Mapping[str, Any],
+    values: Collection[str] = (),
 ) -> Composed:
     """Composes `primary`. Raises `ConfigError` naming file and line, or the override.
 
     Args:
         shorthands: groups that take plain values. defaults: what interpolation may refer to beside what was given.
+        values: keys that are no groups, even where a folder of that name holds YAML.
     """
     expansion = Expansion(search, shorthands)
-    values: list[Override] = []
+    changes: list[Override] = []
     for item in map(parse_override, overrides):
-        if _is_group(item, search, shorthands):
+        if item.key not in values and _is_group(item, search, shorthands):
             expansion.override(item)
         else:
-            values.append(item)
+            changes.append(item)
     layers = [_layer(part, shorthands) for part in expansion.primary(primary)]
     config = _merged([data for data, _ in layers])
     origins: dict[tuple[str, ...], Origin] = {}
     said = [each for _, layer in layers for each in layer]
     _record(origins, said)
     # `~group` where no defaults list chose it deletes the section, if a file holds it.
-    for item in [*(d for key, d in expansion.deletions.items() if key not in expansion.deleted), *values]:
+    for item in [*(d for key, d in expansion.deletions.items() if key not in expansion.deleted), *changes]:
         apply_override(config, item)
         if item.action is Action.DELETE:
             _forget(origins, tuple(parts(item.key)))

@@ -80,11 +80,19 @@ def compose(
             changes.append(item)
     layers = [_layer(part, shorthands) for part in expansion.primary(primary)]
     config = _merged([data for data, _ in layers])
-    origins: dict[tuple[str, ...], Origin] = {}
     said = [each for _, layer in layers for each in layer]
-    _record(origins, said)
     # `~group` where no defaults list chose it deletes the section, if a file holds it.
-    for item in [*(d for key, d in expansion.deletions.items() if key not in expansion.deleted), *changes]:
+    deletions = [item for key, item in expansion.deletions.items() if key not in expansion.deleted]
+    origins = _apply(config, [*deletions, *changes], said)
+    data = _resolved(config, defaults, origins)
+    return Composed(data, origins, [(path, origin) for path, _, origin in said])
+
+
+def _apply(config: DictConfig, changes: Iterable[Override], said: list[Said]) -> dict[tuple[str, ...], Origin]:
+    """Changes `config`, adds what the overrides say to `said`, and gives the origin of every key."""
+    origins: dict[tuple[str, ...], Origin] = {}
+    _record(origins, said)
+    for item in changes:
         apply_override(config, item)
         if item.action is Action.DELETE:
             _forget(origins, tuple(parts(item.key)))
@@ -92,8 +100,7 @@ def compose(
             new = _said_by(item)
             said += new
             _record(origins, new)
-    data = _resolved(config, defaults, origins)
-    return Composed(data, origins, [(path, origin) for path, _, origin in said])
+    return origins
 
 
 def _is_group(item: Override, search: SearchPath, shorthands: Mapping[str, Shorthand]) -> bool:

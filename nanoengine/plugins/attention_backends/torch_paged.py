@@ -8,6 +8,7 @@ want: 15% faster in decode on a CPU than token-major ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ from nanoengine.plugins.attention_backends.pieces import Group, Rows, plan_piece
 _SCRATCH_BYTES = 16 << 20  # of gathered K and V: small enough for a CPU's last-level cache
 _BAND_ELEMENTS = 1 << 22
 _MAX_QUERIES = 128  # of a long row, attended to at a time
+_MANY_ROWS = 8  # single queries from which two batched products beat the fused kernel on a CPU: a third at 64
 _BLOCKED = float("-inf")
 
 
@@ -40,6 +42,17 @@ class _Chunk:
     last: int
     keys: int
     mask: Tensor  # [rows or 1, 1, last - first, keys]; 0, or -inf where a query must not look
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerViews:
+    """One layer's cache, made once: rows are [blocks * KV heads * block size, head size], blocks are
+    [blocks * KV heads, block size * head size]."""
+
+    k_rows: Tensor
+    v_rows: Tensor
+    k_blocks: Tensor
+    v_blocks: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +110,9 @@ class TorchPaged(AttentionBackend):
         self.chunk_queries = max(16, min(_MAX_QUERIES, _BAND_ELEMENTS // longest))
         self._band = self._make_band(longest)
         self._kv = torch.empty(0)
+        self._layers: list[_LayerViews] = []
         self._pieces: list[_Piece] = []
-        self._num_tokens = 0
+        self._step_slots = self._slots[:0].view(-1)
 
     def _make_band(self, longest: int) -> Tensor:
         """[queries, longest + queries + block]: the mask of query i against the key `column - longest` places after
@@ -119,9 +133,17 @@ class TorchPaged(AttentionBackend):
         spec = self.spec
         shape = (num_layers, 2, num_blocks, spec.num_kv_heads, self.limits.block_size, spec.head_size)
         self._kv = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        block = self.limits.block_size * spec.head_size
+        self._layers = [
+            _LayerViews(
+                k_rows=k.view(-1, spec.head_size), v_rows=v.view(-1, spec.head_size),
+                k_blocks=k.view(-1, block), v_blocks=v.view(-1, block),
+            )
+            for k, v in self._kv
+        ]  # fmt: skip
 
     def release(self) -> None:
-        self._kv = torch.empty(0)
+        self._kv, self._layers = torch.empty(0), []
 
     def copy_blocks(self, src: Tensor, dst: Tensor) -> None:
         self._kv.index_copy_(2, dst, self._kv.index_select(2, src))
@@ -129,7 +151,7 @@ class TorchPaged(AttentionBackend):
     def fill(self, inputs: StepInputs) -> None:
         size, heads = self.limits.block_size, self.spec.num_kv_heads
         slots = inputs.slot_mapping.unsqueeze(-1)  # token-major -> head-major
-        self._num_tokens = len(slots)
+        self._step_slots = self._slots[: len(slots)].view(-1)
         block = slots.div(size, rounding_mode="floor")
         torch.add((block * heads + self._heads) * size, slots.remainder(size), out=self._slots[: len(slots)])
         rows = Rows.of(inputs)
@@ -209,20 +231,31 @@ class TorchPaged(AttentionBackend):
         )
 
     def forward(self, layer: int, spec: AttentionLayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        slots, width = self._slots[: self._num_tokens].view(-1), spec.head_size
-        cache = self._kv[layer].view(2, -1, width)  # [2, blocks * heads * block size, head size]
-        cache[0].index_copy_(0, slots, k.reshape(-1, width))
-        cache[1].index_copy_(0, slots, v.reshape(-1, width))
+        width, cache = spec.head_size, self._layers[layer]
+        cache.k_rows.index_copy_(0, self._step_slots, k.reshape(-1, width))
+        cache.v_rows.index_copy_(0, self._step_slots, v.reshape(-1, width))
+        if self._covers(len(q)):
+            return self._attend_piece(layer, spec, self._pieces[0], q)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         done = 0
         for piece in self._pieces:
-            done += self._attend_piece(layer, spec, piece, q, out)
+            result = self._attend_piece(layer, spec, piece, q)
+            if piece.written is None:
+                out[piece.start : piece.start + len(result)] = result
+            else:
+                out.index_copy_(0, piece.written, result)
+            done += len(result)
         if done < len(q):  # padding behind the last row
             out[done:].zero_()
         return out
 
-    def _attend_piece(self, layer: int, spec: AttentionLayerSpec, piece: _Piece, q: Tensor, out: Tensor) -> int:
-        """Writes the piece's rows of `out`; returns how many tokens they are."""
+    def _covers(self, num_tokens: int) -> bool:
+        """Whether one piece is the whole step, in order: its result is the output."""
+        first = self._pieces[0] if len(self._pieces) == 1 else None
+        return first is not None and first.written is None and first.rows * first.queries == num_tokens
+
+    def _attend_piece(self, layer: int, spec: AttentionLayerSpec, piece: _Piece, q: Tensor) -> Tensor:
+        """The piece's real tokens of the output, [N, H, D]."""
         count, (heads, width) = piece.rows * piece.queries, q.shape[1:]
         keys, values = self._gather(layer, piece)
         span = slice(piece.start, piece.start + count)
@@ -233,26 +266,16 @@ class TorchPaged(AttentionBackend):
             for c in piece.chunks
         ]
         result = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).reshape(count, heads, width)
-        if piece.real is not None:
-            result = result.index_select(0, piece.real)
-        if piece.written is None:
-            out[span] = result
-        else:
-            out.index_copy_(0, piece.written, result)
-        return len(result)
+        return result if piece.real is None else result.index_select(0, piece.real)
 
     def _gather(self, layer: int, piece: _Piece) -> tuple[Tensor, Tensor]:
         """K and V of the piece's rows, each [rows, KV heads, keys, head size], in the scratch buffer."""
-        heads, width = self.spec.num_kv_heads, self.spec.head_size
-        blocks = self._kv[layer].view(2, -1, self.limits.block_size * width)  # [2, blocks * heads, block of one head]
-        shape = (piece.rows, heads, piece.keys, width)
-        used = piece.rows * heads * piece.keys * width
-        both = []
-        for which in (0, 1):
-            flat = self._scratch[which, :used]
-            torch.index_select(blocks[which], 0, piece.index, out=flat.view(len(piece.index), -1))
-            both.append(flat.view(shape))
-        return both[0], both[1]
+        cache = self._layers[layer]
+        shape = (piece.rows, self.spec.num_kv_heads, piece.keys, self.spec.head_size)
+        keys, values = self._scratch[:, : math.prod(shape)].unbind()
+        torch.index_select(cache.k_blocks, 0, piece.index, out=keys.view(len(piece.index), -1))
+        torch.index_select(cache.v_blocks, 0, piece.index, out=values.view(len(piece.index), -1))
+        return keys.view(shape), values.view(shape)
 
 
 def _take(table: Tensor, rows: tuple[int, ...]) -> Tensor:
@@ -271,7 +294,8 @@ def _upload(values: Sequence[int], device: torch.device) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, spec: AttentionLayerSpec) -> Tensor:
     """q [n, queries, H, D], k and v [n, Hkv, keys, D], mask [n or 1, 1, queries, keys] -> [n, queries, H, D]."""
-    if spec.soft_cap is None and not (q.shape[1] == 1 and q.dtype == torch.float32):
+    batched_decode = q.shape[1] == 1 and len(q) >= _MANY_ROWS and q.dtype == torch.float32
+    if spec.soft_cap is None and not batched_decode:
         grouped = spec.num_heads != spec.num_kv_heads
         mixed = F.scaled_dot_product_attention(
             q.transpose(1, 2), k, v, attn_mask=mask, scale=spec.scale, enable_gqa=grouped
@@ -281,7 +305,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, spec: AttentionLayerS
 
 
 def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, spec: AttentionLayerSpec) -> Tensor:
-    """The same by two batched products, in float32: for a soft cap, and faster for single float32 queries on a CPU."""
+    """The same by two batched products, in float32: for a soft cap, and faster for many single float32 queries."""
     n, queries, heads, width = q.shape
     kv_heads, keys = k.shape[1:3]
     group = heads // kv_heads

@@ -151,6 +151,7 @@ class TorchPaged(AttentionBackend):
     def fill(self, inputs: StepInputs) -> None:
         size, heads = self.limits.block_size, self.spec.num_kv_heads
         slots = inputs.slot_mapping.unsqueeze(-1)  # token-major -> head-major
+        assert len(slots) <= self.limits.max_tokens, (len(slots), self.limits)
         self._step_slots = self._slots[: len(slots)].view(-1)
         block = slots.div(size, rounding_mode="floor")
         torch.add((block * heads + self._heads) * size, slots.remainder(size), out=self._slots[: len(slots)])

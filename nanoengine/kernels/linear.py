@@ -1,7 +1,7 @@
 """x @ weight.T, by the fastest route for the number of rows.
 
 On x86 CPUs `F.linear` hands float32 to MKL, which reads a [out, in] weight at a third of the memory bandwidth when
-there are few rows: one decode step of a 135M model took 41 ms, where two columns on the right of `torch.mm(weight, ...)`
+there are few rows: one decode step of a 135M model took 41 ms, where two columns on the right of `torch.mm(weight, .)`
 took 15 ms (36 GB/s), and oneDNN was 10 to 50% faster than MKL from 5 to 512 rows.
 """
 

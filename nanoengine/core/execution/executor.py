@@ -1,10 +1,10 @@
-"""Where the runner lives. One device: in this process, with a worker thread of one standing for the device's stream."""
+"""Where the runner lives. One device: in this process, where a CPU's stream is a worker thread of one."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 from nanoengine.core.execution.memory import MemoryReport
 from nanoengine.core.execution.parallel import SingleRank
@@ -13,12 +13,12 @@ from nanoengine.core.setup.plan import EnginePlan, TargetLoader
 from nanoengine.core.step import StepPlan, StepResult
 
 
-class StepHandle(ABC):
+class StepHandle(Protocol):
     """A launched step."""
 
-    @abstractmethod
     def wait(self) -> StepResult:
         """Its result, once it has arrived. Raises what the step raised."""
+        ...
 
 
 class Executor(ABC):
@@ -41,16 +41,17 @@ class Executor(ABC):
         """Wait for what runs, then give all memory back. Idempotent."""
 
 
-class _FutureHandle(StepHandle):
-    def __init__(self, future: Future[StepResult]) -> None:
+class _FutureHandle:
+    def __init__(self, future: Future[StepHandle]) -> None:
         self._future = future
 
     def wait(self) -> StepResult:
-        return self._future.result()
+        return self._future.result().wait()
 
 
 class InProcessExecutor(Executor):
-    """One device. Steps run in order on one worker thread, so that the host may prepare the next beside it."""
+    """One device. A GPU has a stream of its own: launching is enqueuing. On a CPU steps run in order on one worker
+    thread, so that the host may prepare the next beside it."""
 
     def __init__(self) -> None:
         self._thread: ThreadPoolExecutor | None = ThreadPoolExecutor(1, thread_name_prefix="nanoengine-step")
@@ -63,7 +64,9 @@ class InProcessExecutor(Executor):
 
     def launch(self, plan: StepPlan) -> StepHandle:
         assert self.runner is not None
-        return _FutureHandle(self._submit(self.runner.execute, plan))
+        if self.runner.device.type != "cpu":
+            return self.runner.launch(plan)
+        return _FutureHandle(self._submit(self.runner.launch, plan))
 
     def call(self, name: str, *args: Any) -> list[Any]:
         return [self._submit(getattr(self.runner, name), *args).result()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,6 @@ from nanoengine.core.errors import ConfigError
 from nanoengine.core.setup.options import EngineOptions
 
 CPU_KV_CACHE_BYTES = 4 << 30
-GPU_KV_CACHE_SHARE = 0.8  # of what is free once the weights are loaded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,13 +26,15 @@ class MemoryReport:
     weight_bytes: int
 
 
-def count_blocks(options: EngineOptions, block_bytes: int, device: torch.device) -> int:
-    """Usable blocks, by `num_gpu_blocks_override`, else `kv_cache_memory`, else the device's default budget."""
+def count_blocks(options: EngineOptions, block_bytes: int, default_budget: Callable[[], int]) -> int:
+    """Usable blocks, by `num_gpu_blocks_override`, else `kv_cache_memory`, else what the device has room for; never
+    more than all slots at full length can use."""
     if options.num_gpu_blocks_override is not None:
         return options.num_gpu_blocks_override
-    assert options.max_model_len is not None and options.block_size is not None
+    assert options.max_model_len is not None
+    assert options.block_size is not None
     wanted = options.max_num_seqs * -(-options.max_model_len // options.block_size)
-    budget = options.kv_cache_memory or _default_budget(device)
+    budget = options.kv_cache_memory or default_budget()
     blocks = min(wanted, budget // block_bytes - 1)  # one is the dummy
     if blocks < 1:
         raise ConfigError(
@@ -42,8 +44,20 @@ def count_blocks(options: EngineOptions, block_bytes: int, device: torch.device)
     return blocks
 
 
-def _default_budget(device: torch.device) -> int:
-    if device.type != "cuda":
-        return CPU_KV_CACHE_BYTES
-    free, _total = torch.cuda.mem_get_info(device)
-    return int(free * GPU_KV_CACHE_SHARE)
+def gpu_budget(utilization: float, device: torch.device, run: Callable[[], None], reserve: int) -> int:
+    """Bytes left for the KV cache within `utilization` of the GPU's memory.
+
+    Args:
+        run: the largest step; the peak of its allocations above what stands before it is set aside.
+        reserve: bytes that will be taken later (graphs).
+    """
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    transient = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total * utilization) - (total - free) - transient - reserve

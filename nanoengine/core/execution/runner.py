@@ -1,33 +1,39 @@
 """One device's share of a step: inputs -> forward -> sample -> tokens to their slots.
 
 `forward` and `sample` are two calls, so that host inputs (a grammar's mask) may be made while the forward pass runs;
-`execute` is both. Slot and count writes are the last act of a step: one that raised can be run again.
+`launch` is both. Slot and count writes are the last act of a step: one that raised can be run again. Nothing here waits
+for the device: results travel to the host beside the next step, and `LaunchedStep.wait` is where they are awaited.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanoengine.core.execution.attention import AttentionBackend, BatchLimits
+from nanoengine.core.execution.attention import AttentionBackend, BatchLimits, GraphSupport
 from nanoengine.core.execution.build import BuiltModel, build_model, kv_groups
-from nanoengine.core.execution.memory import MemoryReport, count_blocks
+from nanoengine.core.execution.graphs import DecodeGraphs, graph_sizes
+from nanoengine.core.execution.memory import CPU_KV_CACHE_BYTES, MemoryReport, count_blocks, gpu_budget
 from nanoengine.core.execution.model import ForwardBatch, Model
 from nanoengine.core.execution.parallel import TensorParallelGroup
+from nanoengine.core.execution.results import LaunchedStep, PendingLogprobs
 from nanoengine.core.execution.sampler import DrawRows, Sampler
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
 from nanoengine.core.execution.stage import Need, SamplerStage, StageContext
-from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers
+from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, decode_plan, padded
 from nanoengine.core.execution.weights import dummy_weights, load_weights
 from nanoengine.core.setup.choose import load_checked
 from nanoengine.core.setup.plan import EnginePlan, TargetLoader
-from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, LogprobRows, StageColumn, StepPlan, StepResult, offsets_of
+from nanoengine.core.step import StageColumn, StepPlan
 
+_log = logging.getLogger(__name__)
+GRAPH_RESERVE_BYTES = 256 << 20  # what graphs hold besides their logits
 PROMPT_LOGITS_ROWS = 128  # positions whose [rows, vocabulary] logits exist at once for prompt log-probs
 
 Ints = npt.NDArray[np.int64]
@@ -35,11 +41,12 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Forwarded:
-    """A step between its two calls. hidden: [L, H], the rows that need logits."""
+    """A step between its two calls. hidden: [L, H], the rows that need logits; or already logits: [L, V/tp]."""
 
     plan: StepPlan
     inputs: GatheredStep
-    hidden: Tensor
+    hidden: Tensor | None
+    logits: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +55,7 @@ class _Sampled:
 
     token_ids: Tensor
     failed: Tensor
-    logprobs: LogprobRows
+    logprobs: tuple[PendingLogprobs, ...] = ()
 
 
 class ModelRunner:
@@ -70,61 +77,136 @@ class ModelRunner:
         else:
             load_weights(built.model, built.config, self.plan.model_path, self.tp)
         self.model.eval()
+        self._make_backends(built)
+        self._make_tables()
         report = self._make_kv_cache(built)
-        self._make_tables(report)
+        self.graphs = self._capture()
         return report
 
-    def _make_kv_cache(self, built: BuiltModel) -> MemoryReport:
-        backend_class: type[AttentionBackend] = load_checked(self.loader, self.plan.attention, AttentionBackend)
-        groups = kv_groups(built.attention_layers)
-        options, limits = self.plan.options, batch_limits(self.plan)
-        block_bytes = sum(backend_class.kv_block_bytes(spec, limits.block_size) * len(ls) for spec, ls in groups)
-        blocks = count_blocks(options, block_bytes, self.device)
-        self.backends = tuple(backend_class(spec, limits, self.device) for spec, _ in groups)
-        for backend, (_, layers) in zip(self.backends, groups, strict=True):
-            backend.allocate(len(layers), blocks + 1)
+    def _make_backends(self, built: BuiltModel) -> None:
+        """One backend a KV group, bound to its layers; still without a cache."""
+        self.backend_class: type[AttentionBackend] = load_checked(self.loader, self.plan.attention, AttentionBackend)
+        self.groups = kv_groups(built.attention_layers)
+        limits = batch_limits(self.plan)
+        self.backends = tuple(self.backend_class(spec, limits, self.device) for spec, _ in self.groups)
+        for backend, (_, layers) in zip(self.backends, self.groups, strict=True):
             for index, layer in enumerate(layers):
                 layer.bind(backend, index)
+
+    def _make_kv_cache(self, built: BuiltModel) -> MemoryReport:
+        size = batch_limits(self.plan).block_size
+        block_bytes = sum(self.backend_class.kv_block_bytes(spec, size) * len(layers) for spec, layers in self.groups)
+        blocks = count_blocks(self.plan.options, block_bytes, self._kv_budget)
+        self._allocate(blocks + 1)
         return MemoryReport(
             num_blocks=blocks,
-            num_groups=len(groups),
-            block_size=limits.block_size,
+            num_groups=len(self.groups),
+            block_size=size,
             block_bytes=block_bytes,
             kv_cache_bytes=block_bytes * (blocks + 1),
             weight_bytes=sum(p.numel() * p.element_size() for p in built.model.parameters()),
         )
 
-    def _make_tables(self, report: MemoryReport) -> None:
+    def _allocate(self, num_blocks: int) -> None:
+        for backend, (_, layers) in zip(self.backends, self.groups, strict=True):
+            backend.allocate(len(layers), num_blocks)
+
+    def _kv_budget(self) -> int:
+        if self.device.type != "cuda":
+            return CPU_KV_CACHE_BYTES
+        self._allocate(2)
+        utilization, reserve = self.plan.options.gpu_memory_utilization, self._graph_bytes()
+        budget = gpu_budget(utilization, self.device, self._run_largest_steps, reserve)
+        for backend in self.backends:
+            backend.release()
+        return budget
+
+    def _run_largest_steps(self) -> None:
+        """A prefill that fills the budget, then a draw for every row; all of it in the dummy block."""
+        limits = batch_limits(self.plan)
+        longest = min(limits.max_model_len - 1, limits.max_tokens)
+        count = min(limits.max_tokens // longest, limits.max_rows)
+        slots = np.arange(limits.max_rows, dtype=np.int32)
+        prefill = decode_plan(slots[:count], 0)
+        lens = np.full(count, longest, dtype=np.int32)
+        ends = np.cumsum(lens, dtype=np.int32) - 1
+        self.launch(replace(prefill, num_decode_rows=0, query_lens=lens, logits_index=ends)).wait()
+        self.launch(decode_plan(slots, 0)).wait()
+        self.tables.num_computed.zero_()
+        self.tables.num_tokens.zero_()
+
+    def _graph_sizes(self) -> tuple[int, ...]:
+        supported = self.backend_class.capabilities.graphs >= GraphSupport.DECODE
+        if self.device.type != "cuda" or self.plan.options.enforce_eager or not supported:
+            return ()
+        return graph_sizes(batch_limits(self.plan).max_rows)
+
+    def _graph_bytes(self) -> int:
+        sizes = self._graph_sizes()
+        return sum(sizes) * self.vocab_size * self.dtype.itemsize + (GRAPH_RESERVE_BYTES if sizes else 0)
+
+    def _capture(self) -> DecodeGraphs | None:
+        """Graphs of the decode step; none where they are off, unsupported, or fail (said once)."""
+        sizes = self._graph_sizes()
+        if not sizes:
+            return None
+        try:
+            with torch.inference_mode():
+                return DecodeGraphs(sizes, self._decode_pass)
+        except RuntimeError as error:
+            _log.warning("CUDA graph capture failed, running eagerly: %s", error)
+            torch.cuda.synchronize(self.device)
+            return None
+
+    def _decode_pass(self, rows: int) -> Tensor:
+        """Forward pass and output layer over `rows` rows of the static buffers, as a graph captures them."""
+        if not torch.cuda.is_current_stream_capturing():
+            slots = np.full(rows, self.tables.dummy_slot, dtype=np.int32)
+            self._gather(decode_plan(slots, batch_limits(self.plan).max_model_len - 1))
+        batch = ForwardBatch(num_tokens=rows, num_decode_rows=rows)
+        hidden = self.model(self.buffers.input_ids[:rows], self.buffers.positions[:rows], batch)
+        logits: Tensor = self.model.compute_logits(hidden)
+        return logits
+
+    def _make_tables(self) -> None:
         limits, options = batch_limits(self.plan), self.plan.options
         slot_limits = SlotLimits(
             max_slots=options.max_num_seqs,
             max_model_len=limits.max_model_len,
             vocab_size=self.vocab_size,
-            num_groups=report.num_groups,
+            num_groups=len(self.groups),
             max_blocks=limits.max_blocks,
         )
         self.tables = SlotTables(slot_limits, self.plan.stages, self.device)
-        self.buffers = StepBuffers(limits, report.num_groups, self.device)
+        self.buffers = StepBuffers(limits, len(self.groups), self.device)
         ctx = StageContext(options.max_num_seqs, self.vocab_size, limits.max_model_len, self.device)
         stages = [(s, load_checked(self.loader, s.target, SamplerStage)(ctx)) for s in self.plan.stages]
         self.sampler = Sampler(stages, self.vocab_size, fuse=options.fuse_sampling)
         self.argmax_invariant = {s.name: stage.argmax_invariant for s, stage in stages}
 
-    @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
-        """The fused call: forward, sample, result on the host."""
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """The fused call: forward and sample."""
         return self.sample(self.forward(plan))
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> Forwarded:
-        """Apply the plan's writes and run the model; the hidden states of the rows that need logits."""
+        """Apply the plan's writes and run the model, by replaying a graph where one fits."""
         self._apply_writes(plan)
+        only_decode = plan.num_decode_rows == plan.num_rows
+        size = self.graphs.size_for(plan.num_rows) if self.graphs is not None and only_decode else None
+        if self.graphs is not None and size is not None:
+            inputs = self._gather(padded(plan, size, self.tables.dummy_slot))
+            return Forwarded(plan, inputs, None, self.graphs.replay(size)[: plan.num_rows])
+        inputs = self._gather(plan)
+        batch = ForwardBatch(num_tokens=plan.num_tokens, num_decode_rows=plan.num_decode_rows)
+        hidden = self.model(inputs.input_ids, inputs.positions, batch)
+        return Forwarded(plan, inputs, hidden.index_select(0, inputs.logits_index), None)
+
+    def _gather(self, plan: StepPlan) -> GatheredStep:
         inputs = self.buffers.gather(plan, self.tables)
         for backend, group in zip(self.backends, inputs.groups, strict=True):
             backend.fill(group)
-        batch = ForwardBatch(num_tokens=plan.num_tokens, num_decode_rows=plan.num_decode_rows)
-        hidden = self.model(inputs.input_ids, inputs.positions, batch)
-        return Forwarded(plan, inputs, hidden.index_select(0, inputs.logits_index))
+        return inputs
 
     def _apply_writes(self, plan: StepPlan) -> None:
         self.tables.admit(plan.new)
@@ -137,47 +219,53 @@ class ModelRunner:
             self.backends[group].copy_blocks(src, dst)
 
     @torch.inference_mode()
-    def sample(self, step: Forwarded, host_inputs: Sequence[StageColumn] = ()) -> StepResult:
-        """Draw a token for each sampled row, write it to its slot, and bring the step's result to the host."""
+    def sample(self, step: Forwarded, host_inputs: Sequence[StageColumn] = ()) -> LaunchedStep:
+        """Draw a token for each sampled row, write it to its slot, and send the step's result to the host."""
         plan = step.plan
         self.tables.set_columns(host_inputs)
         which = np.flatnonzero(plan.sampled)
         rows = plan.logits_rows[which]
         positions = self._token_positions(step, which) + 1
-        prompt_logprobs, broken = self._prompt_logprobs(step)
+        prompt_logprobs = self._prompt_logprobs(step)
         drawn = self._draw(step, which, positions)
         slots = step.inputs.slots.index_select(0, self.tables.put(rows.astype(np.int64)))
         self.tables.record(slots, positions, drawn.token_ids)
-        self.tables.advance(step.inputs.slots, step.inputs.query_lens)
-        return _to_result(plan, rows, drawn, prompt_logprobs, broken)
+        real = plan.num_rows  # a graph's padding stands behind
+        self.tables.advance(step.inputs.slots[:real], step.inputs.query_lens[:real])
+        return LaunchedStep(plan, rows, drawn.token_ids, drawn.failed, drawn.logprobs, prompt_logprobs)
 
     def _token_positions(self, step: Forwarded, which: Ints) -> Tensor:
         """Absolute positions of the tokens behind the given entries of `logits_index`, int64."""
         index = step.inputs.logits_index.index_select(0, self.tables.put(which))
         return step.inputs.positions.index_select(0, index)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """[R, H] -> [R, V] float32, gathered over ranks, without the padding columns."""
-        return self.tp.all_gather(self.model.compute_logits(hidden))[:, : self.vocab_size].float()
+    def _logits(self, step: Forwarded, which: Ints) -> Tensor:
+        """Logits of entries of `logits_index`: [R, V] float32, gathered over ranks, without the padding columns."""
+        if step.logits is None:
+            assert step.hidden is not None
+            every = len(which) == len(step.hidden)
+            logits = self.model.compute_logits(step.hidden if every else step.hidden[self.tables.put(which)])
+        else:
+            logits = step.logits
+        return self.tp.all_gather(logits)[:, : self.vocab_size].float()
 
     def _draw(self, step: Forwarded, which: Ints, positions: Tensor) -> _Sampled:
         plan = step.plan
         rows = plan.logits_rows[which].astype(np.int64)
         if not len(rows):
             none = torch.zeros(0, dtype=torch.int64, device=self.device)
-            return _Sampled(none, none.int(), LogprobRows())
+            return _Sampled(none, none.int())
         host_slots = plan.slots[rows]
-        hidden = step.hidden if len(which) == len(step.hidden) else step.hidden[self.tables.put(which)]
-        logits = self._logits(hidden)
+        logits = self._logits(step, which)
         asked = np.flatnonzero(self.tables.host_num_logprobs[host_slots] >= 0)
         raw = logits[self.tables.put(asked)] if len(asked) else None
         token_ids, failed = self.sampler.sample(logits, self._draw_rows(host_slots, positions))
-        logprobs = LogprobRows()
-        if raw is not None:
-            put = self.tables.put(asked)
-            limits = self.tables.host_num_logprobs[host_slots][asked]
-            logprobs = self._logprob_rows(raw, token_ids[put], positions[put], rows[asked], limits)
-        return _Sampled(token_ids, failed, logprobs)
+        if raw is None:
+            return _Sampled(token_ids, failed)
+        put = self.tables.put(asked)
+        limits = self.tables.host_num_logprobs[host_slots][asked]
+        logprobs = self._logprobs(raw, token_ids[put], positions[put], rows[asked], limits)
+        return _Sampled(token_ids, failed, (logprobs,))
 
     def _draw_rows(self, host_slots: npt.NDArray[np.int32], positions: Tensor) -> DrawRows:
         tables = self.tables
@@ -211,27 +299,16 @@ class ModelRunner:
             token_ids=tables.token_ids if Need.TOKEN_IDS in needs else None,
         )
 
-    def _logprob_rows(
+    def _logprobs(
         self, raw: Tensor, token_ids: Tensor, positions: Tensor, rows: Ints, limits: npt.NDArray[np.int32]
-    ) -> LogprobRows:
+    ) -> PendingLogprobs:
         """`limits`: int32 [N], how many best ones each row asked for."""
         values, ranks, top_ids, top_values = self.sampler.logprobs(raw, token_ids, int(limits.max()))
-        wanted = np.arange(top_ids.shape[1]) < limits[:, None]
-        return LogprobRows(
-            rows=rows.astype(np.int32),
-            positions=positions.cpu().numpy().astype(np.int32),
-            token_ids=token_ids.cpu().numpy().astype(np.int32),
-            logprobs=values.cpu().numpy(),
-            ranks=ranks.cpu().numpy().astype(np.int32),
-            top_ids=top_ids.cpu().numpy().astype(np.int32)[wanted],
-            top_logprobs=top_values.cpu().numpy()[wanted],
-            top_offsets=offsets_of(wanted.sum(axis=1)),
-        )
+        return PendingLogprobs(rows, limits, positions, token_ids, values, ranks, top_ids, top_values)
 
-    def _prompt_logprobs(self, step: Forwarded) -> tuple[LogprobRows, frozenset[int]]:
-        """Log-probs of the next prompt token at each position that asked, a bounded number of rows at a time; and
-        the rows whose logits were not finite."""
-        plan, parts, broken = step.plan, [], frozenset[int]()
+    def _prompt_logprobs(self, step: Forwarded) -> tuple[PendingLogprobs, ...]:
+        """Log-probs of the next prompt token at each position that asked, a bounded number of rows at a time."""
+        plan, parts = step.plan, []
         asked = np.flatnonzero(~plan.sampled)
         for first in range(0, len(asked), PROMPT_LOGITS_ROWS):
             which = asked[first : first + PROMPT_LOGITS_ROWS]
@@ -239,17 +316,15 @@ class ModelRunner:
             positions = self._token_positions(step, which) + 1
             slots = self.tables.put(plan.slots[rows].astype(np.int64))
             targets = self.tables.token_ids[slots, positions].long()
-            raw = self._logits(step.hidden[self.tables.put(which)])
-            part = self._logprob_rows(raw, targets, positions, rows, plan.prompt_logprobs[which])
-            broken |= set(part.rows[np.isnan(part.logprobs)].tolist())
-            parts.append(part)
-        return _concatenate(parts), broken
+            raw = self._logits(step, which)
+            parts.append(self._logprobs(raw, targets, positions, rows, plan.prompt_logprobs[which]))
+        return tuple(parts)
 
     def release(self) -> None:
         """Drop everything the device holds."""
         for backend in getattr(self, "backends", ()):
             backend.release()
-        for name in ("model", "backends", "tables", "buffers", "sampler"):
+        for name in ("model", "backends", "groups", "tables", "buffers", "sampler", "graphs"):
             self.__dict__.pop(name, None)
 
 
@@ -262,35 +337,4 @@ def batch_limits(plan: EnginePlan) -> BatchLimits:
         max_tokens=options.max_num_batched_tokens,
         max_model_len=options.max_model_len,
         block_size=options.block_size,
-    )
-
-
-def _concatenate(parts: Sequence[LogprobRows]) -> LogprobRows:
-    if len(parts) <= 1:
-        return parts[0] if parts else LogprobRows()
-    joined = {
-        name: np.concatenate([getattr(p, name) for p in parts])
-        for name in ("rows", "positions", "token_ids", "logprobs", "ranks", "top_ids", "top_logprobs")
-    }
-    counts = np.concatenate([np.diff(p.top_offsets) for p in parts])
-    return LogprobRows(**joined, top_offsets=offsets_of(counts))
-
-
-def _to_result(
-    plan: StepPlan, rows: npt.NDArray[np.int32], drawn: _Sampled, prompt: LogprobRows, broken: frozenset[int]
-) -> StepResult:
-    """Bring the drawn tokens to the host; a failed row gives none."""
-    failed = np.full(plan.num_rows, ROW_FINE, dtype=np.int32)
-    failed[rows] = drawn.failed.cpu().numpy()
-    failed[list(broken)] = ROW_BAD_LOGITS
-    fine = failed[rows] == ROW_FINE
-    counts = np.zeros(plan.num_rows, dtype=np.int32)
-    counts[rows[fine]] = 1
-    return StepResult(
-        step=plan.step,
-        token_ids=drawn.token_ids.cpu().numpy().astype(np.int32)[fine],
-        counts=counts,
-        failed=failed,
-        sampled_logprobs=drawn.logprobs,
-        prompt_logprobs=prompt,
     )

@@ -43,7 +43,7 @@ class ScalarTable:
         self.values = torch.full((num_slots,), spec.default, dtype=getattr(torch, spec.dtype), device=device)
 
     def reset(self, slots: Tensor) -> None:
-        self.values[slots] = self.default
+        self.values.index_fill_(0, slots, self.default)
 
     def write(self, slots: Tensor, values: Tensor, offsets: npt.NDArray[np.int32]) -> None:
         self.values[slots] = values.to(self.values.dtype)
@@ -62,13 +62,13 @@ class RaggedTable:
         self.counts = torch.zeros(num_slots, dtype=torch.int32, device=device)
 
     def reset(self, slots: Tensor) -> None:
-        self.values[slots] = self.default
-        self.counts[slots] = 0
+        self.values.index_fill_(0, slots, self.default)
+        self.counts.index_fill_(0, slots, 0)
 
     def write(self, slots: Tensor, values: Tensor, offsets: npt.NDArray[np.int32]) -> None:
         counts = np.diff(offsets)
         self._widen(int(counts.max(initial=0)))
-        self.values[slots] = self.default
+        self.values.index_fill_(0, slots, self.default)
         rows, columns = _ragged_index(counts, offsets)
         device = self.values.device
         where = slots[torch.from_numpy(rows).to(device)], torch.from_numpy(columns).to(device)
@@ -137,7 +137,10 @@ class SlotTables:
 
     def put(self, array: npt.NDArray[Any]) -> Tensor:
         """A host array on the device; the one place where staging happens."""
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+        staged = torch.from_numpy(np.ascontiguousarray(array))
+        if self.device.type == "cuda":
+            staged = staged.pin_memory()  # from torch's cache; kept until the copy is done
+        return staged.to(self.device, non_blocking=True)
 
     def admit(self, new: NewSlots) -> None:
         """Enter new slots: every column of theirs is overwritten, so that nothing of the last owner stays."""
@@ -146,7 +149,7 @@ class SlotTables:
         slots = self.put(new.slots.astype(np.int64))
         rows, columns = _ragged_index(np.diff(new.token_offsets), new.token_offsets)
         self.token_ids[slots[self.put(rows)], self.put(columns)] = self.put(new.token_ids)
-        self.block_tables[:, slots] = 0
+        self.block_tables.index_fill_(1, slots, 0)
         self.num_tokens[slots] = self.put(np.diff(new.token_offsets).astype(np.int64))
         self.num_computed[slots] = self.put(new.num_computed.astype(np.int64))
         self.prompt_lens[slots] = self.put(new.prompt_lens.astype(np.int64))
@@ -225,13 +228,14 @@ class SlotTables:
     ) -> None:
         fresh = self.put(new.astype(np.int64))
         if self._output_counts is not None:
-            self._output_counts[fresh] = 0
+            self._output_counts.index_fill_(0, fresh, 0)
             where = self.put(slots[~is_prompt]), self.put(ids[~is_prompt].astype(np.int64))
             one = torch.ones((), dtype=torch.int32, device=self.device)
             self._output_counts.index_put_(where, one, accumulate=True)
         if self._prompt_mask is not None:
-            self._prompt_mask[fresh] = False
-            self._prompt_mask[self.put(slots[is_prompt]), self.put(ids[is_prompt].astype(np.int64))] = True
+            self._prompt_mask.index_fill_(0, fresh, False)
+            where = self.put(slots[is_prompt]), self.put(ids[is_prompt].astype(np.int64))
+            self._prompt_mask.index_put_(where, torch.ones((), dtype=torch.bool, device=self.device))
 
     def record(self, slots: Tensor, positions: Tensor, token_ids: Tensor) -> None:
         """Write drawn tokens to their slots and count them: a step's last act. All int64 [S]."""
@@ -242,4 +246,4 @@ class SlotTables:
             self._output_counts.index_put_((slots, token_ids), one, accumulate=True)
 
     def advance(self, slots: Tensor, query_lens: Tensor) -> None:
-        self.num_computed[slots] += query_lens
+        self.num_computed.index_add_(0, slots, query_lens)

@@ -6,7 +6,7 @@ share one path, and nothing is rebuilt per step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nanoengine.core.execution.attention import BatchLimits, StepInputs
 from nanoengine.core.execution.slots import SlotTables
-from nanoengine.core.step import StepPlan
+from nanoengine.core.step import Int32, StepPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,8 @@ class StepBuffers:
     def gather(self, plan: StepPlan, tables: SlotTables) -> GatheredStep:
         """Fill the buffers for `plan`. Positions come from the device's own lengths, not from the plan's."""
         rows, tokens = plan.num_rows, plan.num_tokens
+        assert rows <= self.limits.max_rows
+        assert tokens <= self.limits.max_tokens
         self._put_plan(plan, tables, rows, tokens)
         slots, row_of_token = self.slots[:rows], self.row_of_token[:tokens]
         computed = tables.num_computed.index_select(0, slots)
@@ -104,3 +106,34 @@ class StepBuffers:
             query_lens_host=tuple(plan.query_lens.tolist()),
             seq_lens_host=tuple((plan.starts + plan.query_lens).tolist()),
         )
+
+
+def padded(plan: StepPlan, rows: int, dummy_slot: int) -> StepPlan:
+    """A decode plan with rows of the dummy slot behind its own, `rows` in all; they want no logits."""
+    extra = rows - plan.num_rows
+    if not extra:
+        return plan
+    one = np.ones(extra, dtype=np.int32)
+    return replace(
+        plan,
+        slots=np.concatenate((plan.slots, one * dummy_slot)),
+        query_lens=np.concatenate((plan.query_lens, one)),
+        starts=np.concatenate((plan.starts, one * 0)),
+        num_decode_rows=rows,
+    )
+
+
+def decode_plan(slots: Int32, start: int) -> StepPlan:
+    """A step that continues each of `slots` by one token from position `start`, and draws."""
+    count = len(slots)
+    rows = np.arange(count, dtype=np.int32)
+    return StepPlan(
+        slots=slots,
+        num_decode_rows=count,
+        query_lens=np.ones(count, dtype=np.int32),
+        starts=np.full(count, start, dtype=np.int32),
+        logits_index=rows,
+        logits_rows=rows,
+        sampled=np.ones(count, dtype=np.bool_),
+        prompt_logprobs=np.zeros(count, dtype=np.int32),
+    )

@@ -19,6 +19,7 @@ class EngineOptions:
         max_num_seqs: most requests running at once (device slots).
         max_num_batched_tokens: token budget of one step; default 2048 on a CPU, 8192 on a GPU.
         block_size: tokens in a KV block; default 16, or what the attention backend needs.
+        gpu_memory_utilization: share of a GPU's memory that the engine may take in all.
         num_gpu_blocks_override: number of KV blocks, whatever the memory.
         kv_cache_memory: bytes for the KV cache; CPU default: what max_num_seqs x max_model_len takes, at most 4 GiB.
         enable_prefix_caching: reuse KV blocks of equal prefixes.
@@ -37,6 +38,7 @@ class EngineOptions:
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
     block_size: int | None = None
+    gpu_memory_utilization: float = 0.9
     num_gpu_blocks_override: int | None = None
     kv_cache_memory: int | None = None
     enable_prefix_caching: bool = True
@@ -54,5 +56,9 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"engine.{name} must be at least 1, not {value}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"engine.gpu_memory_utilization must be above 0 and at most 1, not {self.gpu_memory_utilization}"
+            )
         if not (self.device in ("auto", "cpu", "cuda") or self.device.removeprefix("cuda:").isdigit()):
             raise ConfigError(f"engine.device must be auto, cpu, cuda or cuda:N, not {self.device!r}")

@@ -1,0 +1,55 @@
+"""CUDA graphs of the decode step: one a padded number of rows, model and output layer together.
+
+All input is in static buffers, which eager steps use too; a replay reads what `StepBuffers.gather` and the backends'
+`fill` have just written there. Rows behind the real ones are the dummy slot's: ordinary rows of length 1.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+_STEPS = ((8, 8), (64, 16), (256, 32), (1024, 128))  # up to so many rows, in steps of so many
+
+
+def graph_sizes(max_rows: int) -> tuple[int, ...]:
+    """Row counts to capture: 1, 2, 4, then coarser with size, up to `max_rows`."""
+    sizes, last = [n for n in (1, 2, 4) if n <= max_rows], 0
+    for limit, stride in _STEPS:
+        sizes += range(last + stride, min(limit, max_rows) + 1, stride)
+        last = limit
+    return tuple(sorted({*sizes, max_rows}))
+
+
+class DecodeGraphs:
+    """Captured once, at start, the largest first so that all share one memory pool."""
+
+    def __init__(self, sizes: Sequence[int], run: Callable[[int], Tensor]) -> None:
+        """`run(rows)`: forward pass and output layer over the first `rows` rows of the static buffers -> logits.
+
+        Raises whatever a capture raises; the caller then stays eager.
+        """
+        self.sizes = tuple(sorted(sizes))
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._logits: dict[int, Tensor] = {}
+        pool = torch.cuda.graph_pool_handle()
+        for size in reversed(self.sizes):
+            run(size)  # compiles what is compiled on first use, outside the capture
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._logits[size] = run(size)
+            self._graphs[size] = graph
+
+    def size_for(self, rows: int) -> int | None:
+        """The smallest captured size that holds `rows` rows."""
+        at = bisect_left(self.sizes, rows)
+        return self.sizes[at] if at < len(self.sizes) else None
+
+    def replay(self, size: int) -> Tensor:
+        """Runs the graph; its logits [size, V], valid until the next replay."""
+        self._graphs[size].replay()
+        return self._logits[size]

@@ -1,0 +1,56 @@
+"""Head-wise norm of q and k, rotary embedding and the KV store in plain torch: the reference of `rope_triton`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def qk_norm_rope_store(
+    qkv: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """What stands between the qkv projection and attention.
+
+    q and k are normalised head by head in float32 if they have weights, rounded to the model dtype (as a norm layer
+    would), and rotated in float32, half-split: (a, b) -> (a cos - b sin, b cos + a sin), angle = position * inv_freq.
+
+    Args:
+        qkv: [T, (Hq + 2 Hkv) * D]; all q heads, all k heads, all v heads.
+        positions: int64 [T]. inv_freq: float32 [D / 2], radians a position.
+        k_cache, v_cache: [blocks, block size, Hkv, D] of qkv's dtype, *written in place*; any strides but a contiguous
+            D (pass a head-major cache transposed).
+        slot_mapping: int64 [T]; block * block size + offset where a token's k and v go; negative: nowhere.
+        q_weight, k_weight: [D] or None, both or neither. eps: of the norms.
+
+    Returns:
+        q [T, Hq, D].
+    """
+    _, block_size, kv_heads, size = k_cache.shape
+    heads = qkv.view(len(qkv), -1, size)
+    q, k, v = heads.split_with_sizes((heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
+    if q_weight is not None and k_weight is not None:
+        q, k = F.rms_norm(q, (size,), q_weight, eps), F.rms_norm(k, (size,), k_weight, eps)
+    angles = (positions.float().unsqueeze(-1) * inv_freq).unsqueeze(1)  # [T, 1, D / 2]
+    cos, sin = angles.cos(), angles.sin()
+    stored = slot_mapping >= 0
+    slots = slot_mapping[stored]
+    block, offset = slots // block_size, slots % block_size
+    k_cache[block, offset] = _rotate(k, cos, sin)[stored]
+    v_cache[block, offset] = v[stored]
+    return _rotate(q, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[T, heads, D], [T, 1, D / 2] twice -> [T, heads, D]."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

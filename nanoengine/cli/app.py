@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from nanoengine import __version__
-from nanoengine.cli import config, plugins
+from nanoengine.cli import bench, config, plugins
 from nanoengine.cli.run import run
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(run)
+app.add_typer(bench.app, name="bench")
 app.add_typer(config.app, name="config")
 app.add_typer(plugins.app, name="plugins")
 

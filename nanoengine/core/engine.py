@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from nanoengine.core.errors import EngineClosed, RequestError
+from nanoengine.core.errors import EngineClosed, NanoEngineError, RequestError
 from nanoengine.core.execution.executor import Executor, StepHandle
 from nanoengine.core.output import OutputProcessor, RequestState
 from nanoengine.core.request import Request, RequestOutput
@@ -142,6 +142,16 @@ class Engine:
                 self._finish_oldest()
             ready, self._ready = self._ready, []
             return ready
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached block. Raises `NanoEngineError` while requests are unfinished."""
+        with self._lock:
+            self._drain_inbox()
+            if self._known:
+                raise NanoEngineError("the prefix cache is in use; finish or abort the running requests first")
+            while self._in_flight:  # a dead row behind the last stop
+                self._finish_oldest()
+            self.scheduler.blocks.reset_prefix_cache()
 
     def close(self) -> None:
         """Stop, drop what runs, give the memory back. Idempotent."""

@@ -234,6 +234,10 @@ class LLM:
         """Counts since the start: see `EngineStats`."""
         return EngineStats(**self._built.counters())
 
+    def reset_prefix_cache(self) -> None:
+        """Forget what the prefix cache holds, as after a change of weights. Raises while requests are running."""
+        self.engine.reset_prefix_cache()
+
     @property
     def model(self) -> nn.Module:
         """The model itself, an ordinary `nn.Module`; only where it runs in this process."""

@@ -293,6 +293,21 @@ def test_cache_salt_separates(llm: LLM) -> None:
     assert [hits(None), hits(None), hits("a"), hits("a"), hits("b")] == [0, 28, 0, 28, 0]
 
 
+def test_resetting_the_prefix_cache(llm: LLM) -> None:
+    prompt = prompts(1, shortest=32, longest=32)[0]
+
+    def hits() -> int:
+        return llm.generate([prompt], GREEDY, use_tqdm=False)[0].num_cached_tokens
+
+    assert [hits(), hits()] == [0, 28]
+    llm.reset_prefix_cache()
+    assert [hits(), hits()] == [0, 28]
+    with llm.stream(prompt, GREEDY) as stream:
+        next(stream)
+        with pytest.raises(NanoEngineError, match="in use"):
+            llm.reset_prefix_cache()
+
+
 def test_metrics_are_in_order(llm: LLM) -> None:
     metrics = llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)[0].metrics
     assert metrics.first_scheduled is not None

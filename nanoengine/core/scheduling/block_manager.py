@@ -185,6 +185,12 @@ class BlockManager:
         out.append(Published(group, block, entry.uid))
         return True
 
+    def reset_prefix_cache(self) -> None:
+        """Forgets every published block, owned or not; what is owned stays with its owners."""
+        for pool in self._pools:
+            for block in range(1, len(pool.entries)):
+                pool.forget(block)
+
     def withdraw(self, published: Iterable[Published]) -> None:
         """Takes back what a step published that then broke, unless the block has been reused since."""
         for group, block, uid in published:

@@ -1,0 +1,1 @@
+"""The workloads of `nanoengine bench`, and how they are run and reported."""

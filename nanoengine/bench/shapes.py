@@ -1,0 +1,74 @@
+"""Models by their shapes, for dummy weights, and what one step of them must read and compute at the least."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A decoder's sizes, in elements; `architecture` is config.json's name for it."""
+
+    name: str
+    architecture: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    intermediate: int
+    vocab: int
+    tied: bool
+
+    @property
+    def layer_weights(self) -> int:
+        """Elements of one layer's matrices."""
+        qkv = self.hidden * (self.heads + 2 * self.kv_heads) * self.head_size
+        return qkv + self.heads * self.head_size * self.hidden + 3 * self.hidden * self.intermediate
+
+    @property
+    def step_weights(self) -> int:
+        """Elements that a decode step reads: all layers and the output layer."""
+        return self.layers * self.layer_weights + self.vocab * self.hidden
+
+    @property
+    def kv_per_token(self) -> int:
+        """Elements of K and V of one token, all layers."""
+        return self.layers * 2 * self.kv_heads * self.head_size
+
+    def write(self, folder: Path, max_model_len: int) -> Path:
+        """A folder with a config.json of this shape, for `load_format="dummy"`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(self.hf_config(max_model_len)))
+        return folder
+
+    def hf_config(self, max_model_len: int) -> dict[str, Any]:
+        return {
+            "architectures": [self.architecture],
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_size,
+            "intermediate_size": self.intermediate,
+            "vocab_size": self.vocab,
+            "tie_word_embeddings": self.tied,
+            "max_position_embeddings": max_model_len,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1000000.0,
+            "hidden_act": "silu",
+            "torch_dtype": "bfloat16",
+        }
+
+
+_SHAPES = (
+    Shape(name="qwen3-0.6b", architecture="Qwen3ForCausalLM", hidden=1024, layers=28, heads=16, kv_heads=8,
+          head_size=128, intermediate=3072, vocab=151936, tied=True),
+    Shape(name="qwen3-8b", architecture="Qwen3ForCausalLM", hidden=4096, layers=36, heads=32, kv_heads=8,
+          head_size=128, intermediate=12288, vocab=151936, tied=False),
+)  # fmt: skip
+SHAPES: Mapping[str, Shape] = {shape.name: shape for shape in _SHAPES}

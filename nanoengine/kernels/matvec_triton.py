@@ -23,23 +23,21 @@ from nanoengine.kernels.rms_norm_triton import add_rms_norm
 
 GEMV_ROWS = 4
 MAX_ROWS = 64
-_LANES = 256  # elements of a weight row that one warp loads at a time: 32 lanes, 16 bytes of a 2-byte dtype each
 
 
 @triton.jit
 def _gemv_kernel(
     x_ptr, residual_ptr, norm_weight_ptr, weight_ptr, bias_ptr, add_ptr, y_ptr, total_ptr,
     x_stride, residual_stride, add_stride, eps,
-    T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr,
-    LANES: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GATED: tl.constexpr, NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    # Tiles are [CHUNKS, BLOCK_N, LANES]: a warp takes whole weight rows, so sums over K stay inside it.
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, CHUNKS)[:, None, None] * LANES + tl.arange(0, LANES)[None, None, :]
+    k = tl.arange(0, BLOCK_K)[None, :]
     n_mask, k_mask = n < N, k < K
-    mask = n_mask[None, :, None] & k_mask
-    source = weight_ptr + n.to(tl.int64)[None, :, None] * K + k
+    mask = n_mask[:, None] & k_mask
+    source = weight_ptr + n.to(tl.int64)[:, None] * K + k
     w = tl.load(source, mask=mask, other=0.0)
     if GATED:
         u = tl.load(source + N * K, mask=mask, other=0.0)
@@ -60,15 +58,15 @@ def _gemv_kernel(
                 tl.store(total_ptr + t * K + k, x, mask=k_mask)
         x = x.to(tl.float32)
         if NORM:
-            scale = tl.rsqrt(tl.sum(tl.sum(tl.sum(x * x, axis=0), axis=0), axis=0) / K + eps)
+            scale = tl.rsqrt(tl.sum(tl.sum(x * x, axis=1), axis=0) / K + eps)
             x *= norm_weight
-        y = tl.sum(tl.sum(w.to(tl.float32) * x, axis=0), axis=1)
+        y = tl.sum(w.to(tl.float32) * x, axis=1)
         if NORM:
             y *= scale
         if HAS_BIAS:
             y += bias
         if GATED:
-            up = tl.sum(tl.sum(u.to(tl.float32) * x, axis=0), axis=1)
+            up = tl.sum(u.to(tl.float32) * x, axis=1)
             if NORM:
                 up *= scale
             if HAS_BIAS:
@@ -213,8 +211,8 @@ def matvec(
 ) -> Tensor:
     """As `matvec.matvec`, for up to `MAX_ROWS` rows."""
     if len(x) <= GEMV_ROWS:
-        return _gemv(x, weight, bias, gated=gated, add=add)[0]
-    return _skinny(x, weight, bias, gated=gated, add=add)
+        return gemv(x, weight, bias, gated=gated, add=add)[0]
+    return skinny(x, weight, bias, gated=gated, add=add)
 
 
 def norm_matvec(
@@ -229,9 +227,9 @@ def norm_matvec(
 ) -> tuple[Tensor, Tensor]:
     """As `matvec.norm_matvec`. One kernel for up to `GEMV_ROWS` rows; there, x is not rounded after the norm."""
     if len(x) <= GEMV_ROWS:
-        return _gemv(x, weight, bias, gated=gated, norm_weight=norm_weight, eps=eps, residual=residual)
+        return gemv(x, weight, bias, gated=gated, norm_weight=norm_weight, eps=eps, residual=residual)
     normed, total = add_rms_norm(x, residual, norm_weight, eps)
-    return _skinny(normed, weight, bias, gated=gated), total
+    return skinny(normed, weight, bias, gated=gated), total
 
 
 def _check(x: Tensor, weight: Tensor, add: Tensor | None, outputs: int) -> None:
@@ -240,7 +238,7 @@ def _check(x: Tensor, weight: Tensor, add: Tensor | None, outputs: int) -> None:
     assert add is None or (add.shape == (len(x), outputs) and add.stride(1) == 1), (add, outputs)
 
 
-def _gemv(
+def gemv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -262,19 +260,18 @@ def _gemv(
     if rows == 0:
         return y, total
     tile = tile or gemv_tile(outputs, k, gated=gated, itemsize=x.element_size())
-    lanes = min(_LANES, triton.next_power_of_2(k))
     _gemv_kernel[(triton.cdiv(outputs, tile.block_n),)](
         x, residual if residual is not None else x, norm_weight if norm_weight is not None else x, weight,
         bias if bias is not None else x, add if add is not None else x, y, total,
         x.stride(0), 0 if residual is None else residual.stride(0), 0 if add is None else add.stride(0), eps,
-        T=rows, N=outputs, K=k, BLOCK_N=tile.block_n, CHUNKS=triton.next_power_of_2(triton.cdiv(k, lanes)),
-        LANES=lanes, GATED=gated, NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None,
+        T=rows, N=outputs, K=k, BLOCK_N=tile.block_n, BLOCK_K=triton.next_power_of_2(k),
+        GATED=gated, NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None,
         HAS_BIAS=bias is not None, HAS_ADD=add is not None, num_warps=tile.warps, **pdl_options(x),
     )  # fmt: skip
     return y, total
 
 
-def _skinny(
+def skinny(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,

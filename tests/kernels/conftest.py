@@ -1,0 +1,60 @@
+"""Kernels run on the GPU where there is one, else in Triton's interpreter (small shapes; about 1 ms a program).
+
+The interpreter is chosen by an environment variable that Triton reads when a kernel is defined, hence before any import
+of one. Its bfloat16 arithmetic is silently wrong, so that dtype is tested on a GPU only.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if ON_GPU else "cpu")
+
+
+@pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def rand(device: torch.device, dtype: torch.dtype):
+    """rand(*shape): normal values of the test's dtype, made on the host, so that every device gets the same."""
+    generator = torch.Generator().manual_seed(1234)
+
+    def make(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+
+    return make
+
+
+@pytest.fixture
+def assert_close():
+    """||out - expected|| <= bound * ||expected||, and nothing unwritten (NaN never passes).
+
+    The default bound is the spacing of the dtype at 1 (twice what one rounding can do), so that it covers the result's
+    rounding and one more of an operand; in float32, where sums in another order weigh more than rounding, 2e-6.
+    """
+
+    def check(out: torch.Tensor, expected: torch.Tensor, bound: float | None = None) -> None:
+        assert out.shape == expected.shape
+        if bound is None:
+            bound = 2e-6 if out.dtype == torch.float32 else torch.finfo(out.dtype).eps
+        out64, expected64 = out.double(), expected.double()
+        error = (out64 - expected64).norm() / expected64.norm().clamp_min(1e-30)
+        assert error.item() <= bound, f"relative error {error.item():.3g} > {bound:.3g}"
+
+    return check

@@ -1,0 +1,83 @@
+"""q/k norm + rotary embedding + KV store against torch, and against the layers they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nanoengine.kernels.rope import qk_norm_rope_store as reference
+from nanoengine.kernels.rope_triton import qk_norm_rope_store
+from nanoengine.layers.rope import RopeConfig, RotaryEmbedding, apply_rope
+
+EPS = 1e-6
+BLOCKS, BLOCK_SIZE = 5, 16
+
+
+def make_cache(heads: int, size: int, like: torch.Tensor, *, head_major: bool) -> torch.Tensor:
+    """[blocks, block size, heads, D] of NaN, in one of two memory orders."""
+    shape = (BLOCKS, heads, BLOCK_SIZE, size) if head_major else (BLOCKS, BLOCK_SIZE, heads, size)
+    cache = torch.full(shape, float("nan"), dtype=like.dtype, device=like.device)
+    return cache.transpose(1, 2) if head_major else cache
+
+
+def run_both(rand, device, assert_close, *, tokens, heads, kv_heads, size, norm, head_major=False) -> None:
+    qkv = rand(tokens, (heads + 2 * kv_heads) * size)
+    weights = {"q_weight": rand(size), "k_weight": rand(size), "eps": EPS} if norm else {}
+    positions = (torch.arange(tokens, device=device) * 7919) % 40960
+    inv_freq = RotaryEmbedding(RopeConfig(theta=1e6), size, device).inv_freq
+    # every slot at most once (what is written twice is undefined); some tokens go nowhere
+    slots = torch.randperm(BLOCKS * BLOCK_SIZE, generator=torch.Generator().manual_seed(5))
+    slots = torch.cat((slots, torch.full((max(0, tokens - len(slots)),), -1)))[:tokens].to(device)
+    slots[tokens // 2] = -1
+    outs = []
+    for run in (reference, qk_norm_rope_store):
+        k, v = (make_cache(kv_heads, size, qkv, head_major=head_major) for _ in range(2))
+        q = run(qkv, positions, inv_freq, k, v, slots, **weights)
+        outs.append((q, k, v))
+    (q, k, v), (got_q, got_k, got_v) = outs
+    # two roundings beside each other where float32 differs in its last bit: norm, then rotation
+    bound = 4e-6 if q.dtype == torch.float32 else torch.finfo(q.dtype).eps
+    assert_close(got_q, q, bound)
+    assert torch.equal(got_k.isnan(), k.isnan()), "wrong slots written"
+    assert k.isnan().any()
+    assert_close(got_k.nan_to_num(), k.nan_to_num(), bound)
+    assert torch.equal(got_v.nan_to_num(), v.nan_to_num())
+    assert got_v.isnan().sum() == v.isnan().sum()
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 128), (3, 1, 80), (9, 3, 64), (2, 2, 6)])
+def test_agrees(rand, device, assert_close, heads, kv_heads, size, norm) -> None:
+    run_both(rand, device, assert_close, tokens=3, heads=heads, kv_heads=kv_heads, size=size, norm=norm)
+
+
+def test_head_major_cache(rand, device, assert_close) -> None:
+    run_both(rand, device, assert_close, tokens=5, heads=4, kv_heads=2, size=96, norm=True, head_major=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 64, 1000])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(16, 8, 128), (32, 8, 64), (14, 2, 80), (8, 1, 256)])
+def test_agrees_large(rand, device, assert_close, tokens, heads, kv_heads, size) -> None:
+    run_both(rand, device, assert_close, tokens=tokens, heads=heads, kv_heads=kv_heads, size=size, norm=True)
+
+
+@pytest.mark.parametrize("position", [0, 1, 4095, 131071])
+def test_agrees_with_the_layer(rand, device, dtype, assert_close, position) -> None:
+    """Angles up to 131071 radians: the range reduction must hold."""
+    heads, kv_heads, size = 2, 1, 64
+    rope = RotaryEmbedding(RopeConfig(theta=1e4), size, device)
+    qkv, positions = rand(1, (heads + 2 * kv_heads) * size), torch.tensor([position], device=device)
+    k, v = (make_cache(kv_heads, size, qkv, head_major=False) for _ in range(2))
+    q = qk_norm_rope_store(qkv, positions, rope.inv_freq, k, v, torch.tensor([3], device=device))
+    expected = apply_rope(qkv.view(1, -1, size), *rope(positions))
+    bound = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    assert_close(q, expected[:, :heads], bound)
+    assert_close(k[0, 3], expected[0, heads : heads + 1], bound)
+
+
+def test_no_tokens(rand, device) -> None:
+    qkv, empty = rand(0, 4 * 8), torch.empty(0, dtype=torch.int64, device=device)
+    k, v = (make_cache(1, 8, qkv, head_major=False) for _ in range(2))
+    assert qk_norm_rope_store(qkv, empty, torch.ones(4, device=device), k, v, empty).shape == (0, 2, 8)
+    assert k.isnan().all()

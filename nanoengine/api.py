@@ -26,6 +26,7 @@ from nanoengine.core.execution.attention import (
     AttentionNeed,
     BatchLimits,
     GraphSupport,
+    KVCacheView,
     KVSpec,
     StepInputs,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "ConfigError",
     "ForwardBatch",
     "GraphSupport",
+    "KVCacheView",
     "KVSpec",
     "Model",
     "ModelConfig",

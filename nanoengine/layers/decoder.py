@@ -9,10 +9,19 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from nanoengine.api import AttentionLayerSpec, BuildContext, ForwardBatch, Model, ModelConfig, ModelError, WeightMap
+from nanoengine.api import (
+    AttentionLayerSpec,
+    BuildContext,
+    ForwardBatch,
+    KVCacheView,
+    Model,
+    ModelConfig,
+    ModelError,
+    WeightMap,
+)
 from nanoengine.layers.mlp import GatedMLP
 from nanoengine.layers.norm import RMSNorm
-from nanoengine.layers.rope import RopeConfig, RotaryEmbedding, apply_rope
+from nanoengine.layers.rope import Angles, RopeConfig, RotaryEmbedding, apply_rope
 from nanoengine.layers.sharding import heads_per_rank
 
 DECODER_WEIGHTS = WeightMap(
@@ -80,18 +89,41 @@ class DecoderAttention(nn.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(size, config.eps, place=ctx)
             self.k_norm = RMSNorm(size, config.eps, place=ctx)
-        self.qk_norm = config.qk_norm
+        self.qk_norm, self.ops = config.qk_norm, ctx.ops
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
-        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_size))  # [T, heads + 2 kv_heads, head_size]
+        qkv: Tensor = self.qkv_proj(x)  # [T, (heads + 2 kv_heads) * head_size]
+        cache = self.attn.kv_cache() if self.ops.stores_kv else None
+        mixed = self._plainly(qkv, angles) if cache is None else self._fused(qkv, angles, cache)
+        out: Tensor = self.o_proj(mixed.flatten(1))
+        return out
+
+    def _fused(self, qkv: Tensor, angles: Angles, cache: KVCacheView) -> Tensor:
+        """Norm, rotation and store in one kernel; then the backend only attends."""
+        q = self.ops.qk_norm_rope_store(
+            qkv,
+            angles.positions,
+            angles.inv_freq,
+            cache.k,
+            cache.v,
+            cache.slot_mapping,
+            q_weight=self.q_norm.weight if self.qk_norm else None,
+            k_weight=self.k_norm.weight if self.qk_norm else None,
+            eps=self.q_norm.eps if self.qk_norm else 0.0,
+        )
+        return self.attn.attend(q)
+
+    def _plainly(self, qkv: Tensor, angles: Angles) -> Tensor:
+        cos, sin = angles.tables
+        heads = qkv.view(len(qkv), -1, self.head_size)  # [T, heads + 2 kv_heads, head_size]
         qk, v = heads.split_with_sizes((self.heads + self.kv_heads, self.kv_heads), dim=1)
         if self.qk_norm:
             q, k = qk.split_with_sizes((self.heads, self.kv_heads), dim=1)
             q, k = apply_rope(self.q_norm(q), cos, sin), apply_rope(self.k_norm(k), cos, sin)
         else:
             q, k = apply_rope(qk, cos, sin).split_with_sizes((self.heads, self.kv_heads), dim=1)
-        out: Tensor = self.o_proj(self.attn(q, k, v).flatten(1))
+        out: Tensor = self.attn(q, k, v)
         return out
 
 
@@ -103,13 +135,13 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.eps, place=ctx)
         self.mlp = GatedMLP(f"{name}.mlp", config.hidden_size, config.intermediate_size, ctx, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None, angles: Angles) -> tuple[Tensor, Tensor]:
         """Output of the layer before it is added, and the residual stream to add it to; both [T, hidden]."""
         if residual is None:
             x, residual = self.input_layernorm(x), x
         else:
             x, residual = self.input_layernorm(x, residual)
-        x, residual = self.post_attention_layernorm(self.self_attn(x, cos, sin), residual)
+        x, residual = self.post_attention_layernorm(self.self_attn(x, angles), residual)
         return self.mlp(x), residual
 
 
@@ -124,10 +156,10 @@ class Decoder(nn.Module):
         self.rotary_emb = RotaryEmbedding(config.rope, config.head_size, ctx.device)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        cos, sin = self.rotary_emb(positions)
+        angles = self.rotary_emb(positions)
         x, residual = self.embed_tokens(input_ids), None
         for layer in self.layers:
-            x, residual = layer(x, residual, cos, sin)
+            x, residual = layer(x, residual, angles)
         out: Tensor = self.norm(x, residual)[0]
         return out
 

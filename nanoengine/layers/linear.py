@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nanoengine.kernels.linear import linear
 from nanoengine.layers.sharding import Placement, Shard, ShardSpec, WeightLayer, part_sizes
 
 
@@ -37,7 +36,7 @@ class Unquantised(LinearMethod):
         WeightLayer.load_shard(layer, name, shard, values)
 
     def apply(self, layer: WeightLayer, x: Tensor, bias: Tensor | None) -> Tensor:
-        return linear(x, layer.get_parameter("weight"), bias)
+        return layer.ops.linear(x, layer.get_parameter("weight"), bias)
 
 
 class Linear(WeightLayer):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoengine.api import BuildContext
@@ -13,6 +12,7 @@ class GatedMLP(nn.Module):
 
     def __init__(self, name: str, hidden: int, intermediate: int, ctx: BuildContext, *, bias: bool = False) -> None:
         super().__init__()
+        self.ops = ctx.ops
         self.gate_up_proj = ctx.linear(
             f"{name}.gate_up_proj",
             hidden,
@@ -24,6 +24,6 @@ class GatedMLP(nn.Module):
         self.down_proj = ctx.linear(f"{name}.down_proj", intermediate, hidden, bias=bias, parallel="row")
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # [T, intermediate / ranks] each
-        out: Tensor = self.down_proj(F.silu(gate) * up)
+        gate_up = self.gate_up_proj(x)  # [T, 2 intermediate / ranks]
+        out: Tensor = self.down_proj(self.ops.silu_and_mul(gate_up))
         return out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import overload
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from nanoengine.layers.sharding import Placement, ShardSpec, WeightLayer
@@ -26,7 +25,5 @@ class RMSNorm(WeightLayer):
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """[..., dim] -> normalised x; with a residual, (normalised x + residual, x + residual)."""
-        if residual is None:
-            return F.rms_norm(x, self.shape, self.weight, self.eps)
-        total = x + residual
-        return F.rms_norm(total, self.shape, self.weight, self.eps), total
+        normed, total = self.ops.add_rms_norm(x, residual, self.weight, self.eps)
+        return normed if residual is None else (normed, total)

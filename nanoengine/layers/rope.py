@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -99,9 +100,21 @@ class RotaryEmbedding(nn.Module):
         self.inv_freq: Tensor
         self.register_buffer("inv_freq", inverse_frequencies(config, head_size, device), persistent=False)
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 [T] -> cos, sin, float32 [T, 1, head_size]; sin is negative in its first half, see `apply_rope`."""
-        angles = positions.float().unsqueeze(-1) * self.inv_freq  # [T, head_size / 2]
+    def forward(self, positions: Tensor) -> Angles:
+        """int64 [T]."""
+        return Angles(positions, self.inv_freq)
+
+
+class Angles:
+    """A step's rotations. Layers that do not rotate by themselves share one table, made when first asked for."""
+
+    def __init__(self, positions: Tensor, inv_freq: Tensor) -> None:
+        self.positions, self.inv_freq = positions, inv_freq
+
+    @cached_property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """cos, sin, float32 [T, 1, head_size]; sin is negative in its first half, see `apply_rope`."""
+        angles = self.positions.float().unsqueeze(-1) * self.inv_freq  # [T, head_size / 2]
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), dim=-1).unsqueeze(1), torch.cat((-sin, sin), dim=-1).unsqueeze(1)
 

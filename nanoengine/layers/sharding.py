@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nanoengine.api import ModelError, TensorParallelGroup
+from nanoengine.kernels.ops import Ops
 
 Split = Literal["whole", "even", "padded"]
 Init = Literal["random", "ones"]
@@ -139,6 +140,7 @@ class Placement(Protocol):
     tp: TensorParallelGroup
     dtype: torch.dtype
     device: torch.device
+    ops: Ops
 
 
 class WeightLayer(nn.Module):
@@ -146,7 +148,7 @@ class WeightLayer(nn.Module):
 
     def __init__(self, place: Placement) -> None:
         super().__init__()
-        self.tp = place.tp
+        self.tp, self.ops = place.tp, place.ops
         self._dtype, self._device = place.dtype, place.device
         self.specs: dict[str, ShardSpec] = {}
 

@@ -16,6 +16,7 @@ from nanoengine.api import ModelError, TensorParallelGroup
 from nanoengine.core.execution.build import BuiltModel, build_model
 from nanoengine.core.execution.parallel import SingleRank
 from nanoengine.core.execution.weights import checkpoint_name, dummy_weights, load_weights
+from nanoengine.kernels.ops import Ops
 from nanoengine.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from nanoengine.layers.linear import ColumnParallelLinear, RowParallelLinear
 from nanoengine.layers.sharding import Shard, ShardSpec, WeightLayer, even_share, heads_per_rank, weight_layers
@@ -32,7 +33,7 @@ MODELS = {"llama": (tiny_llama, Llama, LLAMA), "qwen3": (tiny_qwen3, Qwen3, QWEN
 class Rank(TensorParallelGroup):
     """One rank of several, without the others: for building and loading."""
 
-    dtype, device = torch.float32, torch.device("cpu")  # as a `Placement` needs
+    dtype, device, ops = torch.float32, torch.device("cpu"), Ops()  # as a `Placement` needs
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size, self.tp = rank, size, self

@@ -126,6 +126,20 @@ class StepInputs:
     seq_lens_host: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class KVCacheView:
+    """Where one layer's K and V of this step's tokens go.
+
+    Attributes:
+        k, v: [blocks, block_size, num_kv_heads, head_size], any strides but a contiguous last dimension.
+        slot_mapping: int64 [T], as in `StepInputs`.
+    """
+
+    k: Tensor
+    v: Tensor
+    slot_mapping: Tensor
+
+
 class AttentionBackend(ABC):
     """One instance a KV group. It owns the KV layout, its metadata and the kernels; the core owns the block count.
 
@@ -167,6 +181,14 @@ class AttentionBackend(ABC):
         Returns:
             [T, num_heads, head_size], of q's dtype.
         """
+
+    def kv_cache(self, layer: int) -> KVCacheView | None:
+        """For kernels that store K and V by themselves, to be followed by `attend`. None: only `forward` stores."""
+        return None
+
+    def attend(self, layer: int, spec: AttentionLayerSpec, q: Tensor) -> Tensor:
+        """`forward` without its store, where `kv_cache` gave a view."""
+        raise NotImplementedError(f"{type(self).__name__} offers kv_cache() but no attend()")
 
     @abstractmethod
     def copy_blocks(self, src: Tensor, dst: Tensor) -> None:

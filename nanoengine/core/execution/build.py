@@ -13,6 +13,7 @@ from nanoengine.core.errors import ModelError
 from nanoengine.core.execution.attention import AttentionLayerSpec, KVSpec
 from nanoengine.core.execution.model import Attention, Model, ModelConfig, Parallel
 from nanoengine.core.execution.parallel import TensorParallelGroup
+from nanoengine.kernels.ops import Ops
 from nanoengine.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from nanoengine.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from nanoengine.layers.sharding import WeightLayer
@@ -21,8 +22,11 @@ from nanoengine.layers.sharding import WeightLayer
 class Builder:
     """The plain `BuildContext`. Attention layers are recorded in the order in which the model makes them."""
 
-    def __init__(self, tp: TensorParallelGroup, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, tp: TensorParallelGroup, dtype: torch.dtype, device: torch.device, ops: Ops | None = None
+    ) -> None:
         self.tp = tp
+        self.ops = ops or Ops()
         self.dtype = dtype
         self.device = device
         self.attention_layers: list[Attention] = []
@@ -81,13 +85,14 @@ def build_model(
     tp: TensorParallelGroup,
     dtype: torch.dtype,
     device: torch.device | str,
+    ops: Ops | None = None,
 ) -> BuiltModel:
     """Reads the config and makes the layers; `device="meta"` shows shapes and attention needs without memory.
 
     Raises `ModelError` for a config that is not served, or heads that do not divide over the ranks.
     """
     config = model_cls.read_config(hf_config)
-    builder = Builder(tp, dtype, torch.device(device))
+    builder = Builder(tp, dtype, torch.device(device), ops)
     model = model_cls(config, builder).eval()
     return BuiltModel(model, config, tuple(builder.attention_layers))
 

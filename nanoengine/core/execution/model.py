@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from nanoengine.core.execution.attention import AttentionBackend, AttentionLayerSpec, KVSpec
+from nanoengine.core.execution.attention import AttentionBackend, AttentionLayerSpec, KVCacheView, KVSpec
 from nanoengine.core.execution.parallel import TensorParallelGroup
+from nanoengine.kernels.ops import Ops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +67,16 @@ class Attention(nn.Module):
         """Give it the backend of its KV group and its index there."""
         self._backend, self._layer = backend, layer
 
+    def kv_cache(self) -> KVCacheView | None:
+        """Where a kernel may store this step's K and V by itself, before `attend`; None: use `forward`."""
+        assert self._backend is not None, "attention layer used before it was bound"
+        return self._backend.kv_cache(self._layer)
+
+    def attend(self, q: Tensor) -> Tensor:
+        """[T, H, D] -> [T, H, D], over K and V that are stored already."""
+        assert self._backend is not None, "attention layer used before it was bound"
+        return self._backend.attend(self._layer, self.spec, q)
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, H, D], k and v [T, Hkv, D] -> [T, H, D]."""
         assert self._backend is not None, "attention layer used before it was bound"
@@ -80,11 +91,13 @@ class BuildContext(Protocol):
 
     Attributes:
         tp: the tensor-parallel group. dtype, device: of the parameters.
+        ops: the operations that layers call: plain torch, or fused kernels.
     """
 
     tp: TensorParallelGroup
     dtype: torch.dtype
     device: torch.device
+    ops: Ops
 
     def linear(
         self,

@@ -31,6 +31,7 @@ from nanoengine.core.execution.weights import dummy_weights, load_weights
 from nanoengine.core.setup.choose import load_checked
 from nanoengine.core.setup.plan import EnginePlan, TargetLoader
 from nanoengine.core.step import StageColumn, StepPlan
+from nanoengine.kernels.ops import ops_for
 
 _log = logging.getLogger(__name__)
 GRAPH_RESERVE_BYTES = 256 << 20  # what graphs hold besides their logits
@@ -70,7 +71,8 @@ class ModelRunner:
         """Model, weights, KV cache and tables. Raises `ModelError`, `WeightsError`, `PluginError`, `ConfigError`."""
         options = self.plan.options
         model_class: type[Model] = load_checked(self.loader, self.plan.model, Model)
-        built = build_model(model_class, self.plan.hf_config, tp=self.tp, dtype=self.dtype, device=self.device)
+        ops = ops_for(self.device, fuse=options.fuse_kernels)
+        built = build_model(model_class, self.plan.hf_config, tp=self.tp, dtype=self.dtype, device=self.device, ops=ops)
         self.model, self.vocab_size = built.model, built.config.vocab_size
         if options.load_format == "dummy":
             dummy_weights(built.model, options.seed, self.tp)

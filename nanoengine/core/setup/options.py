@@ -28,6 +28,7 @@ class EngineOptions:
         seed: of requests that bring none, and of dummy weights.
         enforce_eager: never capture graphs.
         overlap: prepare step N+1 while step N runs.
+        fuse_kernels: on a GPU, layers use fused Triton kernels.
         fuse_sampling: fuse the standard sampler operations (one sort for top-k, top-p and min-p).
         skip_tokenizer_init: token ids in, token ids out.
     """
@@ -47,6 +48,7 @@ class EngineOptions:
     seed: int = 0
     enforce_eager: bool = False
     overlap: bool = True
+    fuse_kernels: bool = True
     fuse_sampling: bool = True
     skip_tokenizer_init: bool = False
 

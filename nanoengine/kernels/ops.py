@@ -1,0 +1,105 @@
+"""The operations that layers are made of, as one object a model is built with: plain torch, or Triton kernels.
+
+A layer calls `self.ops.…` and knows no device. `fuse_kernels=false` builds every model with the torch ones.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanoengine.kernels import activation, rms_norm, rope
+from nanoengine.kernels.linear import linear
+from nanoengine.kernels.matvec import use_matvec
+
+
+class Ops:
+    """Plain torch. Shapes and semantics of each operation stand beside its reference."""
+
+    name = "torch"
+    stores_kv = False
+    """Whether `qk_norm_rope_store` beats norm, rotation and the backend's own store."""
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return rms_norm.add_rms_norm(x, residual, weight, eps)
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        return activation.silu_and_mul(gate_up)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return linear(x, weight, bias)
+
+    def qk_norm_rope_store(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        inv_freq: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+        *,
+        q_weight: Tensor | None = None,
+        k_weight: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        return rope.qk_norm_rope_store(
+            qkv, positions, inv_freq, k_cache, v_cache, slot_mapping, q_weight=q_weight, k_weight=k_weight, eps=eps
+        )
+
+
+class TritonOps(Ops):
+    """Fused kernels on a GPU; products of few rows by our own kernels, others by cuBLAS."""
+
+    name = "triton"
+    stores_kv = True
+
+    def __init__(self) -> None:
+        from nanoengine.kernels import activation_triton, matvec_triton, rms_norm_triton, rope_triton
+
+        self._norm, self._gate, self._rope, self._matvec = (
+            rms_norm_triton,
+            activation_triton,
+            rope_triton,
+            matvec_triton,
+        )
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if x.dim() == 2:
+            return self._norm.add_rms_norm(x, residual, weight, eps)
+        normed, _ = self._norm.add_rms_norm(x.reshape(-1, x.shape[-1]), None, weight, eps)
+        return normed.view(x.shape), x
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        return self._gate.silu_and_mul(gate_up)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if 0 < len(x) <= self._matvec.MAX_ROWS and use_matvec(len(x), len(weight), weight.shape[1], x.dtype):
+            return self._matvec.matvec(x, weight, bias)
+        return F.linear(x, weight, bias)
+
+    def qk_norm_rope_store(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        inv_freq: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+        *,
+        q_weight: Tensor | None = None,
+        k_weight: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        return self._rope.qk_norm_rope_store(
+            qkv, positions, inv_freq, k_cache, v_cache, slot_mapping, q_weight=q_weight, k_weight=k_weight, eps=eps
+        )
+
+
+def ops_for(device: torch.device, *, fuse: bool = True) -> Ops:
+    """Triton's where it is installed and the device is a GPU, unless fusing is off."""
+    if fuse and device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        return TritonOps()
+    return Ops()

@@ -1,0 +1,207 @@
+"""Reading logits by many programs a row: device functions and kernels that `sampling_triton` puts together."""
+
+# ruff: noqa: N803, SIM102, SIM108
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from nanoengine.kernels import sampling
+from nanoengine.kernels.philox_triton import draw_key, log_exponential, noise_log2, token_bits
+
+GREEDY, TEMPERATURE, TRUNCATION = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+DONE, WEIGH, SLOW = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""What is left to do for a row: nothing; weigh what is likelier than its pivot; the slow way."""
+
+NEG_INF, INF = tl.constexpr(float("-inf")), tl.constexpr(float("inf"))
+NO_ID = tl.constexpr(2**31 - 1)
+PER_LN2 = tl.constexpr(1.4426950408889634)
+LOG2_LN2 = tl.constexpr(-0.5287663729448977)
+_WEIGHT_ONE = tl.constexpr(sampling._WEIGHT_ONE)
+_WHOLE = tl.constexpr(2.0**23)  # from here on every float32 is a whole number
+
+
+@triton.jit
+def load_logits(base, ids, here):
+    """float32; -inf where not `here`, inf for NaN: either means that the row is broken."""
+    x = tl.load(base + ids, here, NEG_INF).to(tl.float32)
+    return tl.where(x == x, x, INF)
+
+
+@triton.jit
+def ordered(x):
+    """int32 keys in the order of the floats; -0.0 and 0.0 have one key."""
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def scaled(x, t):
+    """x / t, rounded once (Triton's own division is not)."""
+    return tl.div_rn(x, tl.zeros_like(x) + t)
+
+
+@triton.jit
+def weight(x, top, NATIVE: tl.constexpr):
+    """exp(x - top) in whole units, rounded half to even, float64; as `sampling._weights`."""
+    if NATIVE:
+        w = libdevice.exp(x - top) * _WEIGHT_ONE
+    else:
+        w = tl.exp(x - top) * _WEIGHT_ONE
+    return tl.where(w < _WHOLE, (w + _WHOLE) - _WHOLE, w).to(tl.float64)
+
+
+@triton.jit
+def min_p_floor(top, min_p, NATIVE: tl.constexpr):
+    """The min-p threshold, as `sampling._min_p_threshold`."""
+    m = tl.where(min_p > 0, min_p, 1.0)
+    if NATIVE:
+        log = libdevice.log(m)
+    else:
+        log = tl.log(m)
+    return tl.where(min_p > 0, top + log, NEG_INF)
+
+
+@triton.jit
+def hasty_score(x, ids, key0, key1, per_ln2, NATIVE: tl.constexpr):
+    """Score / ln 2 + `LOG2_LN2`, give or take half a `margin`. x: raw logits; per_ln2: log2(e) / temperature."""
+    return x * per_ln2 - noise_log2(token_bits(key0, key1, ids), NATIVE)
+
+
+@triton.jit
+def margin(best):
+    """How far below the best hasty score that of the true best may lie: twice the noise's error, and the rounding."""
+    return 2.0**-7 + tl.abs(best) * 2.0**-20
+
+
+@triton.jit
+def true_score(x, ids, key0, key1, noisy, NATIVE: tl.constexpr):
+    """What the draw maximises. x: logits after temperature."""
+    out = x
+    if noisy:
+        out = x - log_exponential(token_bits(key0, key1, ids), NATIVE)
+    return out
+
+
+@triton.jit
+def row_temperature(temperature, row):
+    t = tl.load(temperature + row)
+    return tl.where(t > 0, t, 1.0)
+
+
+@triton.jit
+def row_top_k(top_k, row, vocab):
+    """0: all."""
+    k = tl.load(top_k + row)
+    return tl.where((k > 0) & (k < vocab), k, 0)
+
+
+@triton.jit
+def row_key(seeds, positions, sample_index, row):
+    return draw_key(tl.load(seeds + row), tl.load(positions + row), tl.load(sample_index + row))
+
+
+@triton.jit
+def scan(
+    logits, stride, vocab, groups, greedy, temperature, top_k, seeds, positions, sample_index, stat, peak,
+    TAIL: tl.constexpr, MAX_K: tl.constexpr, GROUP: tl.constexpr, TILE_GROUPS: tl.constexpr, TILES: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """stat [R, groups]: highest hasty score of each group, or highest logit where the row is greedy or `listed`.
+
+    peak [R, groups] (truncation only): highest logit. inf if the group has a NaN.
+    """
+    row = tl.program_id(1).to(tl.int64)
+    base = logits + row * stride
+    if TAIL != GREEDY:
+        noisy = tl.load(greedy + row) == 0
+        if TAIL == TRUNCATION:
+            k = row_top_k(top_k, row, vocab)
+            noisy = noisy & ((k == 0) | (k > MAX_K))
+        key0, key1 = row_key(seeds, positions, sample_index, row)
+        per_ln2 = PER_LN2 / row_temperature(temperature, row)
+    for t in range(TILES):
+        g = (tl.program_id(0) * TILES + t) * TILE_GROUPS + tl.arange(0, TILE_GROUPS)
+        ids = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        x = load_logits(base, ids, ids < vocab)
+        if TAIL == TRUNCATION:
+            tl.store(peak + row * groups + g, tl.max(x, 1), g < groups)
+        if TAIL != GREEDY:
+            if noisy:
+                x = hasty_score(x, ids, key0, key1, per_ln2, NATIVE)
+        tl.store(stat + row * groups + g, tl.max(x, 1), g < groups)
+
+
+@triton.jit
+def refine(
+    base, vocab, groups, stat_row, noisy, t, key0, key1, over,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """The true best among the logits / t >= over, from the groups whose `stat` says that they may hold it.
+
+    Returns (its score, its id, its logit / t, the highest raw logit of those groups). Where the best stat is not finite
+    the last of the four tells a broken row from one that its temperature made overflow.
+    """
+    index = tl.arange(0, GROUPS)
+    stat = tl.load(stat_row + index, index < groups, NEG_INF)
+    best = tl.max(stat, 0)
+    usual = tl.abs(best) < INF
+    wanted = (index < groups) & tl.where(usual, stat >= best - tl.where(noisy, margin(best), 0.0), stat == best)
+    first = tl.min(tl.where(wanted, index, NO_ID), 0)
+    wanted = wanted & (noisy | (index == first))
+    todo = tl.sum(wanted.to(tl.int32), 0)
+    raw = tl.full([], float("-inf"), tl.float32)
+    score = tl.full([], float("-inf"), tl.float32)
+    value = tl.full([], float("-inf"), tl.float32)
+    token = tl.full([], 0, tl.int32)
+    last = tl.full([], -1, tl.int32)
+    while (todo > 0) & (raw < INF):
+        last = tl.min(tl.where(wanted & (index > last), index, NO_ID), 0)
+        ids = last * GROUP + tl.arange(0, GROUP)
+        x = load_logits(base, ids, ids < vocab)
+        raw = tl.maximum(raw, tl.max(x, 0))
+        if noisy:
+            x = scaled(x, t)
+        scores = tl.where(x >= over, true_score(x, ids, key0, key1, noisy, NATIVE), NEG_INF)
+        highest = tl.max(scores, 0)
+        if highest > score:  # groups come in ascending order: of equals the first stays
+            score = highest
+            token = tl.min(tl.where(scores == highest, ids, NO_ID), 0)
+            value = tl.max(tl.where(ids == token, x, NEG_INF), 0)
+        todo -= 1
+    return score, token, value, raw
+
+
+@triton.jit
+def weigh(
+    logits, stride, vocab, groups, temperature, min_p, seeds, positions, sample_index, state, tops, pivots, stat, parts,
+    GROUP: tl.constexpr, TILE_GROUPS: tl.constexpr, TILES: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """For rows in state `WEIGH`: parts [R, programs, 2] float64: weight of all, and of what is above the pivot.
+
+    And stat [R, groups] anew: highest hasty score among what is above the pivot and not below the min-p floor.
+    """
+    row = tl.program_id(1).to(tl.int64)
+    if tl.load(state + row) == WEIGH:
+        base = logits + row * stride
+        t, top, pivot = row_temperature(temperature, row), tl.load(tops + row), tl.load(pivots + row)
+        floor = min_p_floor(top, tl.load(min_p + row), NATIVE)
+        key0, key1 = row_key(seeds, positions, sample_index, row)
+        every = tl.zeros([TILE_GROUPS], tl.float64)
+        above = tl.zeros([TILE_GROUPS], tl.float64)
+        for i in range(TILES):
+            g = (tl.program_id(0) * TILES + i) * TILE_GROUPS + tl.arange(0, TILE_GROUPS)
+            ids = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+            raw = load_logits(base, ids, ids < vocab)
+            x = scaled(raw, t)
+            w = weight(x, top, NATIVE)
+            every += tl.sum(w, 1)
+            above += tl.sum(tl.where(x > pivot, w, 0.0), 1)
+            hasty = hasty_score(raw, ids, key0, key1, PER_LN2 / t, NATIVE)
+            hasty = tl.where((x > pivot) & (x >= floor), hasty, NEG_INF)
+            tl.store(stat + row * groups + g, tl.max(hasty, 1), g < groups)
+        part = parts + (row * tl.num_programs(0) + tl.program_id(0)) * 2
+        tl.store(part, tl.sum(every, 0))
+        tl.store(part + 1, tl.sum(above, 0))

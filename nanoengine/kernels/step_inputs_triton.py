@@ -1,0 +1,106 @@
+"""`step_inputs` in Triton: one kernel before the model, one after the draw. Neither waits, nor knows a length."""
+
+# ruff: noqa: N803
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanoengine.kernels.step_inputs import SlotState, StepInputBuffers
+
+_MAX_BLOCK = 1024
+
+
+@triton.jit
+def _gather_kernel(
+    slots, query_start_loc, token_ids, token_ids_stride, num_computed, block_tables, tables_stride_g, columns,
+    input_ids, positions, seq_lens, slot_mapping, mapping_stride, out_tables, out_tables_stride_g,
+    BLOCK_SIZE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (row, part): `BLOCK` of the row's tokens, and of its block table's columns in each group."""
+    row, part = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(slots + row)
+    start, end = tl.load(query_start_loc + row), tl.load(query_start_loc + row + 1)
+    computed = tl.load(num_computed + slot)
+    length = computed + (end - start)
+    if part == 0:
+        tl.store(seq_lens + row, length.to(tl.int32))
+    offset = part * BLOCK + tl.arange(0, BLOCK)
+    here = offset < end - start
+    position = computed + offset
+    tl.store(positions + start + offset, position, here)
+    tl.store(input_ids + start + offset, tl.load(token_ids + slot * token_ids_stride + position, here), here)
+    used = (length + BLOCK_SIZE - 1) // BLOCK_SIZE
+    for g in tl.static_range(GROUPS):
+        table = block_tables + g * tables_stride_g + slot * columns
+        block = tl.load(table + position // BLOCK_SIZE, here, 0).to(tl.int64)
+        mapped = block * BLOCK_SIZE + position % BLOCK_SIZE
+        tl.store(slot_mapping + g * mapping_stride + start + offset, mapped, here)
+        blocks = tl.load(table + offset, offset < used, 0)
+        tl.store(out_tables + g * out_tables_stride_g + row.to(tl.int64) * columns + offset, blocks, offset < columns)
+
+
+@triton.jit
+def _record_kernel(
+    slots, query_start_loc, tokens, token_of_row, rows, dummy,
+    token_ids, token_ids_stride, num_tokens, num_computed, output_counts, vocab, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = row < rows
+    slot = tl.load(slots + row, here, dummy)
+    here = here & (slot != dummy)
+    start, end = tl.load(query_start_loc + row, here, 0), tl.load(query_start_loc + row + 1, here, 0)
+    position = tl.load(num_computed + slot, here, 0) + (end - start)
+    tl.store(num_computed + slot, position, here)
+    which = row
+    if token_of_row is not None:
+        which = tl.load(token_of_row + row, here, -1)
+        here = here & (which >= 0)
+    token = tl.load(tokens + which, here, 0)
+    tl.store(token_ids + slot * token_ids_stride + position, token.to(tl.int32), here)
+    tl.store(num_tokens + slot, position + 1, here)
+    if output_counts is not None:
+        count = output_counts + slot * vocab + token
+        tl.store(count, tl.load(count, here, 0) + 1, here)
+
+
+def gather(
+    state: SlotState,
+    slots: Tensor,
+    query_start_loc: Tensor,
+    out: StepInputBuffers,
+    *,
+    block_size: int,
+    max_query_len: int,
+) -> None:
+    """`step_inputs.gather`. Its grid depends on B, `max_query_len` and the number of block-table columns."""
+    rows, (groups, _, columns) = len(slots), state.block_tables.shape
+    if rows == 0:
+        return
+    assert state.block_tables.is_contiguous()
+    assert out.block_tables.stride()[1:] == (columns, 1), out.block_tables.stride()
+    width = max(max_query_len, columns)
+    block = min(_MAX_BLOCK, triton.next_power_of_2(width))
+    _gather_kernel[(rows, triton.cdiv(width, block))](
+        slots, query_start_loc, state.token_ids, state.token_ids.stride(0), state.num_computed,
+        state.block_tables, state.block_tables.stride(0), columns,
+        out.input_ids, out.positions, out.seq_lens, out.slot_mapping, out.slot_mapping.stride(0),
+        out.block_tables, out.block_tables.stride(0),
+        BLOCK_SIZE=block_size, GROUPS=groups, BLOCK=block,
+    )  # fmt: skip
+
+
+def record(
+    state: SlotState, slots: Tensor, query_start_loc: Tensor, tokens: Tensor, token_of_row: Tensor | None = None
+) -> None:
+    """`step_inputs.record`, in one program for every 128 rows."""
+    rows, counts = len(slots), state.output_counts
+    if rows == 0:
+        return
+    _record_kernel[(triton.cdiv(rows, 128),)](
+        slots, query_start_loc, tokens, token_of_row, rows, len(state.num_tokens) - 1,
+        state.token_ids, state.token_ids.stride(0), state.num_tokens, state.num_computed,
+        counts, 0 if counts is None else counts.stride(0), BLOCK=128,
+    )  # fmt: skip

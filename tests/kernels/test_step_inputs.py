@@ -1,0 +1,232 @@
+"""Step inputs and the record of a step: Triton, plain torch and the engine's own gathering make the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nanoengine.core.execution.attention import BatchLimits
+from nanoengine.core.execution.slots import SlotLimits, SlotTables
+from nanoengine.core.execution.step_inputs import StepBuffers
+from nanoengine.core.step import StepPlan, i32
+from nanoengine.kernels import step_inputs
+from nanoengine.kernels.step_inputs import SlotState, StepInputBuffers
+
+pytest.importorskip("triton")
+from nanoengine.kernels import step_inputs_triton
+
+SLOTS, LENGTH, BLOCK, VOCAB, ROWS, TOKENS = 8, 60, 4, 50, 6, 48
+LIMITS = BatchLimits(max_rows=ROWS, max_tokens=TOKENS, max_model_len=LENGTH, block_size=BLOCK)
+IMPLEMENTATIONS = pytest.mark.parametrize("kernels", [step_inputs, step_inputs_triton], ids=["torch", "triton"])
+
+BATCHES = {
+    "decode": ([3, 0, 5], [1, 1, 1]),
+    "one row": ([7], [1]),
+    "ragged": ([2, 6, 1, 4], [1, 1, 17, 5]),
+    "one long prompt": ([1], [37]),
+    "padded": ([3, 0, SLOTS, SLOTS, SLOTS], [1, 1, 1, 1, 1]),
+}
+
+
+def tables(device: torch.device, groups: int = 2) -> SlotTables:
+    """Every slot with random tokens, a random length, and its own blocks up to that length and 20 tokens more."""
+    g = torch.Generator().manual_seed(groups)
+    limits = SlotLimits(
+        max_slots=SLOTS, max_model_len=LENGTH, vocab_size=VOCAB, num_groups=groups, max_blocks=LIMITS.max_blocks
+    )
+    out = SlotTables(limits, (), device)
+    out.token_ids.copy_(torch.randint(0, VOCAB, out.token_ids.shape, generator=g))
+    out.num_computed[:SLOTS] = torch.randint(0, LENGTH - 40, (SLOTS,), generator=g).to(device)
+    out.num_tokens.copy_(out.num_computed + 1)
+    blocks = torch.randint(1, 1000, out.block_tables.shape, generator=g, dtype=torch.int32).to(device)
+    used = torch.arange(LIMITS.max_blocks, device=device) < 15
+    out.block_tables.copy_(blocks * used)
+    out.block_tables[:, SLOTS] = 0
+    return out
+
+
+def state_of(t: SlotTables, counts: Tensor | None = None) -> SlotState:
+    return SlotState(
+        token_ids=t.token_ids,
+        num_tokens=t.num_tokens,
+        num_computed=t.num_computed,
+        block_tables=t.block_tables,
+        output_counts=counts,
+    )
+
+
+def copy_of(s: SlotState) -> SlotState:
+    return SlotState(**{n: None if (x := getattr(s, n)) is None else x.clone() for n in SlotState.__slots__})
+
+
+def buffers(device: torch.device, groups: int) -> StepInputBuffers:
+    """Poisoned, so that what is not written shows."""
+
+    def make(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.full(shape, -77, dtype=dtype, device=device)
+
+    return StepInputBuffers(
+        input_ids=make(TOKENS, dtype=torch.int32),
+        positions=make(TOKENS, dtype=torch.int64),
+        seq_lens=make(ROWS, dtype=torch.int32),
+        slot_mapping=make(groups, TOKENS, dtype=torch.int64),
+        block_tables=make(groups, ROWS, LIMITS.max_blocks, dtype=torch.int32),
+    )
+
+
+def rows_of(batch: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    slots, lens = BATCHES[batch]
+    start = torch.tensor([0, *np.cumsum(lens)], dtype=torch.int32, device=device)
+    return torch.tensor(slots, device=device), start
+
+
+def assert_gathered(batch: str, t: SlotTables, out: StepInputBuffers, device: torch.device) -> None:
+    """Against `StepBuffers.gather`, of which only what a layer may read counts; and nothing beyond it is written."""
+    slots, lens = BATCHES[batch]
+    groups = t.limits.num_groups
+    expected = StepBuffers(LIMITS, groups, device).gather(
+        StepPlan(slots=i32(slots), query_lens=i32(lens), starts=i32([0] * len(lens))), t
+    )
+    tokens, rows = sum(lens), len(slots)
+    assert torch.equal(out.input_ids[:tokens], expected.input_ids)
+    assert torch.equal(out.positions[:tokens], expected.positions)
+    assert torch.equal(out.seq_lens[:rows], expected.groups[0].seq_lens)
+    for g in range(groups):
+        assert torch.equal(out.slot_mapping[g, :tokens], expected.groups[g].slot_mapping)
+        for r, length in enumerate(expected.groups[g].seq_lens.tolist()):
+            used = -(-length // BLOCK)
+            assert torch.equal(out.block_tables[g, r, :used], expected.groups[g].block_tables[r, :used])
+            rest = out.block_tables[g, r, used:]
+            assert ((rest == 0) | (rest == expected.groups[g].block_tables[r, used:])).all()
+    for x in (out.input_ids[tokens:], out.positions[tokens:], out.seq_lens[rows:], out.slot_mapping[:, tokens:]):
+        assert (x == -77).all()
+    assert (out.block_tables[:, rows:] == -77).all()
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_gather_is_the_engines(batch: str, groups: int, kernels: ModuleType, device: torch.device) -> None:
+    t, out = tables(device, groups), buffers(device, groups)
+    slots, start = rows_of(batch, device)
+    longest = max(BATCHES[batch][1])
+    kernels.gather(state_of(t), slots, start, out, block_size=BLOCK, max_query_len=longest)
+    assert_gathered(batch, t, out, device)
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lambda t: t.num_computed.add_(1),
+        lambda t: t.token_ids.add_(1),
+        lambda t: t.block_tables[1].add_(1),
+        lambda t: t.block_tables[1].zero_(),
+    ],
+)
+def test_the_comparison_sees_a_wrong_gather(break_it: Callable[[SlotTables], object], device: torch.device) -> None:
+    t, out = tables(device), buffers(device, 2)
+    broken = tables(device)
+    break_it(broken)
+    step_inputs_triton.gather(state_of(broken), *rows_of("ragged", device), out, block_size=BLOCK, max_query_len=17)
+    with pytest.raises(AssertionError):
+        assert_gathered("ragged", t, out, device)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("batch", BATCHES)
+def test_record_is_the_engines(batch: str, kernels: ModuleType, device: torch.device) -> None:
+    """Every other row drew a token, the rest are chunks of a prompt; padding leaves no trace."""
+    t = tables(device)
+    counts = torch.zeros(SLOTS + 1, VOCAB, dtype=torch.int32, device=device)
+    state = copy_of(state_of(t, counts))
+    slots, start = rows_of(batch, device)
+    drawn = torch.arange(len(slots), device=device) % 2 == 0
+    token_of_row = torch.where(drawn, drawn.cumsum(0) - 1, -1).to(torch.int32)
+    tokens = torch.arange(int(drawn.sum()), device=device) * 7 % VOCAB
+
+    real = slots != SLOTS
+    t._output_counts = counts
+    where = slots[drawn & real]
+    t.record(where, (t.num_computed[slots] + start.diff())[drawn & real], tokens[token_of_row[drawn & real].long()])
+    t.advance(slots[real], start.diff()[real].long())
+
+    kernels.record(state, slots, start, tokens, token_of_row)
+    expected = state_of(t, counts)
+    for name in SlotState.__slots__:
+        assert torch.equal(getattr(state, name), getattr(expected, name)), name
+    assert int(counts.sum()) == len(where) > 0
+
+
+@IMPLEMENTATIONS
+def test_record_without_counts_every_row_its_token(kernels: ModuleType, device: torch.device) -> None:
+    state = state_of(tables(device))
+    before = state.num_computed.clone()
+    slots, start = rows_of("padded", device)
+    tokens = torch.tensor([11, 12, 13, 14, 15], device=device)
+    kernels.record(state, slots, start, tokens)
+    for slot, token in ((3, 11), (0, 12)):
+        assert state.token_ids[slot, before[slot] + 1] == token
+        assert state.num_tokens[slot] == before[slot] + 2
+        assert state.num_computed[slot] == before[slot] + 1
+    assert state.num_computed[SLOTS] == state.num_tokens[SLOTS] - 1 == 0
+
+
+def test_decoding_goes_on_from_what_was_recorded(device: torch.device) -> None:
+    state, out = state_of(tables(device)), buffers(device, 2)
+    slots, start = rows_of("decode", device)
+    positions = []
+    for tokens in ([5, 6, 7], [8, 9, 10]):
+        step_inputs_triton.record(state, slots, start, torch.tensor(tokens, device=device))
+        step_inputs_triton.gather(state, slots, start, out, block_size=BLOCK, max_query_len=1)
+        assert out.input_ids[:3].tolist() == tokens
+        positions.append(out.positions[:3].clone())
+    assert torch.equal(positions[0] + 1, positions[1])
+
+
+@pytest.mark.gpu
+def test_in_a_graph_without_waiting() -> None:
+    """One graph, captured on padding: the rows and lengths of a replay are those that stand in the buffers then."""
+    device = torch.device("cuda")
+    t, out = tables(device), buffers(device, 2)
+    state = state_of(t)
+    slots, start = rows_of("padded", device)
+    live = slots.clone()
+    slots.fill_(SLOTS)
+    tokens = torch.tensor([1, 2, 3, 4, 5], device=device)
+
+    def step() -> None:
+        step_inputs_triton.gather(state, slots, start, out, block_size=BLOCK, max_query_len=1)
+        step_inputs_triton.record(state, slots, start, tokens)
+
+    before = copy_of(state)
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(state.num_computed, before.num_computed), "padding left a trace"
+    slots.copy_(live)
+    graph.replay()
+    assert out.positions[:2].tolist() == before.num_computed[live[:2]].tolist()
+    step_inputs.record(before, live, start, tokens)
+    for name in ("token_ids", "num_tokens", "num_computed"):
+        assert torch.equal(getattr(state, name), getattr(before, name)), name
+
+
+def test_replace_is_not_needed_for_an_empty_batch(device: torch.device) -> None:
+    state, out = state_of(tables(device)), buffers(device, 2)
+    empty = torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    step_inputs_triton.gather(replace(state), *empty, out, block_size=BLOCK, max_query_len=0)
+    step_inputs_triton.record(state, *empty, torch.zeros(0, dtype=torch.int64, device=device))
+    assert (out.positions == -77).all()

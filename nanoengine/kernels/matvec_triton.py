@@ -1,13 +1,14 @@
 """Matrix products of few rows, which read every weight once: the time of a decode step at small batch.
 
-Two kernels. Up to `GEMV_ROWS` rows, each program holds whole rows of the weight in registers, loaded before it waits for
-the kernel in front (see `pdl_triton`): no loop, no shared memory for the weight, sums in float32 without tensor cores.
-Beyond, tensor cores take tiles of outputs x tokens ("skinny"), the weight on the left, so that the tokens are the
-short side of a tile (8, 16, 32 or 64). Where outputs alone make too few programs the sum over K is cut in parts,
+Two kernels. Up to `GEMV_ROWS` rows, each program holds whole rows of the weight in registers, loaded before it waits
+for the kernel in front (see `pdl_triton`): no loop, no shared memory for the weight, sums in float32 without tensor
+cores. Beyond, tensor cores take tiles of outputs x tokens ("skinny"), the weight on the left, so that the tokens are
+the short side of a tile (8, 16, 32 or 64). Where outputs alone make too few programs the sum over K is cut in parts,
 each written down and added in order by a second kernel: no atomics, so a product comes out the same every time.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# ruff: noqa: N803 - constants of a kernel are in capitals
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -106,10 +107,10 @@ def _prefetch_rows(source_ptr, rows, first, mask, K: tl.constexpr, SPAN: tl.cons
 
 @triton.jit(do_not_specialize=["rows"])
 def _skinny_kernel(
-    x_ptr, weight_ptr, bias_ptr, add_ptr, y_ptr, partial_ptr, rows, x_stride, add_stride,
+    x_ptr, norm_weight_ptr, weight_ptr, bias_ptr, add_ptr, y_ptr, partial_ptr, rows, x_stride, add_stride, eps,
     N: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr, SPAN: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
     t = tl.arange(0, BLOCK_T)[None, :]
@@ -127,20 +128,30 @@ def _skinny_kernel(
     x_ptrs = x_ptr + t * x_stride + k[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+    squares = tl.zeros((BLOCK_K, BLOCK_T), tl.float32)
     for start in tl.range(first, first + SPAN, BLOCK_K, num_stages=STAGES):
         k_left = K - start
         x = tl.load(x_ptrs + start, mask=t_mask & (k[:, None] < k_left), other=0.0)
         w = tl.load(w_ptrs + start, mask=n_mask & (k[None, :] < k_left), other=0.0)
+        if NORM:  # the scale of a row, known at the end, is put on the sums
+            wide = x.to(tl.float32)
+            squares += wide * wide
+            norm_weight = tl.load(norm_weight_ptr + start + k, mask=k < k_left, other=0.0).to(tl.float32)
+            x = (wide * norm_weight[:, None]).to(x.dtype)
         acc = tl.dot(w, x, acc, input_precision="ieee")
         if GATED:
             u = tl.load(w_ptrs + N * K + start, mask=n_mask & (k[None, :] < k_left), other=0.0)
             up = tl.dot(u, x, up, input_precision="ieee")
+    if NORM:
+        scale = tl.rsqrt(tl.sum(squares, axis=0) / K + eps)[None, :]
+        acc *= scale
+        up *= scale
     mask = n_mask & t_mask
     if SPLITS == 1:
         _epilogue(acc, up, n, t, mask, bias_ptr, add_ptr, y_ptr, add_stride, N, GATED, HAS_BIAS, HAS_ADD)
     else:
-        WIDTH: tl.constexpr = 2 * N if GATED else N
-        out = partial_ptr + (split * rows + t) * WIDTH + n
+        width: tl.constexpr = 2 * N if GATED else N
+        out = partial_ptr + (split * rows + t) * width + n
         tl.store(out, acc, mask=mask)
         if GATED:
             tl.store(out + N, up, mask=mask)
@@ -156,11 +167,11 @@ def _add_parts_kernel(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     release_dependents(PDL)
     wait_for_inputs(PDL)
-    WIDTH: tl.constexpr = 2 * N if GATED else N
+    width: tl.constexpr = 2 * N if GATED else N
     y = tl.zeros((BLOCK_N,), tl.float32)
     up = tl.zeros((BLOCK_N,), tl.float32)
     for split in tl.static_range(SPLITS):
-        source = partial_ptr + (split * rows + t) * WIDTH + n
+        source = partial_ptr + (split * rows + t) * width + n
         y += tl.load(source, mask=n < N, other=0.0)
         if GATED:
             up += tl.load(source + N, mask=n < N, other=0.0)
@@ -188,13 +199,14 @@ class SkinnyTile:
     ahead: int = 0
 
 
-def gemv_tile(outputs: int, k: int, *, gated: bool, itemsize: int) -> GemvTile:
-    """About 16 KiB of weight a program, and at least 256 programs."""
-    held = triton.next_power_of_2(k) * itemsize * (2 if gated else 1)
-    block_n = max(1, min(16, (16 << 10) // held))
-    while block_n > 1 and outputs < 256 * block_n:
-        block_n //= 2
-    return GemvTile(block_n, min(8, max(1, held * block_n // 4096)))
+def gemv_tile(k: int, *, gated: bool, itemsize: int) -> GemvTile:
+    """256 bytes of weight a thread, with more warps for longer rows."""
+    row = triton.next_power_of_2(k) * itemsize * (2 if gated else 1)
+    warps = 2 if row <= 4096 else 4 if row <= 16384 else 8
+    block_n = 1
+    while block_n < 16 and row * block_n < 32 * warps * 256:
+        block_n *= 2
+    return GemvTile(block_n, warps)
 
 
 def skinny_tile(rows: int, outputs: int, k: int, *, gated: bool) -> SkinnyTile:
@@ -259,7 +271,7 @@ def gemv(
     total = x if residual is None else torch.empty(rows, k, dtype=x.dtype, device=x.device)
     if rows == 0:
         return y, total
-    tile = tile or gemv_tile(outputs, k, gated=gated, itemsize=x.element_size())
+    tile = tile or gemv_tile(k, gated=gated, itemsize=x.element_size())
     _gemv_kernel[(triton.cdiv(outputs, tile.block_n),)](
         x, residual if residual is not None else x, norm_weight if norm_weight is not None else x, weight,
         bias if bias is not None else x, add if add is not None else x, y, total,
@@ -278,12 +290,16 @@ def skinny(
     *,
     gated: bool,
     add: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
     tile: SkinnyTile | None = None,
 ) -> Tensor:
+    """5 rows or more. A norm cannot be had with parts of K: a part does not see the whole row."""
     rows, k = x.shape
     outputs = len(weight) // 2 if gated else len(weight)
     _check(x, weight, add, outputs)
     tile = tile or skinny_tile(rows, outputs, k, gated=gated)
+    assert norm_weight is None or tile.splits == 1, tile
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     partial = y
     if tile.splits > 1:
@@ -293,10 +309,10 @@ def skinny(
     tail = (bias if bias is not None else x, add if add is not None else x)
     add_stride = 0 if add is None else add.stride(0)
     _skinny_kernel[(triton.cdiv(outputs, tile.block_n), tile.splits)](
-        x, weight, *tail, y, partial, rows, x.stride(0), add_stride,
+        x, norm_weight if norm_weight is not None else x, weight, *tail, y, partial, rows, x.stride(0), add_stride, eps,
         N=outputs, K=k, BLOCK_T=max(8, triton.next_power_of_2(rows)), BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         SPLITS=tile.splits, SPAN=span, AHEAD=min(tile.ahead, triton.next_power_of_2(span)), STAGES=tile.stages,
-        num_warps=tile.warps, **flags, **pdl_options(x),
+        NORM=norm_weight is not None, num_warps=tile.warps, **flags, **pdl_options(x),
     )  # fmt: skip
     if tile.splits > 1:
         block_n = min(256, triton.next_power_of_2(outputs))

@@ -1,15 +1,16 @@
 """Programmatic dependent launch (PDL; compute capability 9.0 and later) for a chain of short kernels.
 
-A kernel launched this way may start while the one before it in the stream still runs: it loads what no kernel of a step
-writes (weights), then waits. That hides launch and first-load latency, which is most of a small kernel's time.
+A kernel launched this way may start while the one before it in the stream still runs: it loads what no kernel of a
+step writes (weights), then waits. That hides launch and first-load latency, which is most of a small kernel's time.
 
-The rule that keeps it right: every program of such a kernel calls `wait_for_inputs` before it reads anything a kernel may
-have written and before it writes anything. Then "my predecessor is complete" holds along the whole chain, however early
-each kernel lets the next one start. Kernels launched plainly (cuBLAS, torch) may stand anywhere in the chain: they start
-when everything before them is complete. What changes weights in place must be followed by at least one plain kernel.
+The rule that keeps it right: every program of such a kernel calls `wait_for_inputs` before it reads anything a kernel
+may have written and before it writes anything. Then "my predecessor is complete" holds along the whole chain, however
+early each kernel lets the next one start. Kernels launched plainly (cuBLAS, torch) may stand anywhere in the chain:
+they start when everything before them is complete. What changes weights must be followed by at least one plain kernel.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# ruff: noqa: N803 - constants of a kernel are in capitals
 from __future__ import annotations
 
 import functools
@@ -22,14 +23,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def wait_for_inputs(PDL: tl.constexpr):  # noqa: N803
+def wait_for_inputs(PDL: tl.constexpr):
     """Returns when the kernels before this one are complete and what they wrote can be seen."""
     if PDL:
         gdc_wait()
 
 
 @triton.jit
-def release_dependents(PDL: tl.constexpr):  # noqa: N803
+def release_dependents(PDL: tl.constexpr):
     """The next kernel may start once every program has called this, and wait in its turn."""
     if PDL:
         gdc_launch_dependents()

@@ -1,6 +1,7 @@
 """Residual add and root-mean-square normalisation in one pass over the rows."""
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# ruff: noqa: N803 - constants of a kernel are in capitals
 from __future__ import annotations
 
 import torch

@@ -1,6 +1,7 @@
 """Head-wise norm of q and k, rotary embedding and the KV store: one read of qkv, no tensor in between."""
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# ruff: noqa: N803 - constants of a kernel are in capitals
 from __future__ import annotations
 
 import torch
@@ -93,7 +94,8 @@ def qk_norm_rope_store(
     heads = q_heads + 2 * kv_heads
     block_heads = min(4 if tokens < _FEW_TOKENS else 16, triton.next_power_of_2(heads))
     _qk_norm_rope_store_kernel[(tokens, triton.cdiv(heads, block_heads))](
-        qkv, positions, inv_freq, inv_freq if q_weight is None else q_weight, inv_freq if k_weight is None else k_weight,
+        qkv, positions, inv_freq,
+        inv_freq if q_weight is None else q_weight, inv_freq if k_weight is None else k_weight,
         q, k_cache, v_cache, slot_mapping,
         qkv.stride(0), block_size, *k_cache.stride()[:3], *v_cache.stride()[:3], eps,
         Q_HEADS=q_heads, KV_HEADS=kv_heads, D=size, HALF=half, BLOCK_HEADS=block_heads,

@@ -1,23 +1,25 @@
-"""Kernels run on the GPU where there is one, else in Triton's interpreter (small shapes; about 1 ms a program).
-
-The interpreter is chosen by an environment variable that Triton reads when a kernel is defined, hence before any import
-of one. Its bfloat16 arithmetic is silently wrong, so that dtype is tested on a GPU only.
-"""
+"""Kernels run on the GPU where there is one, else in Triton's interpreter (small shapes; about 1 ms a program), whose
+bfloat16 arithmetic is silently wrong: that dtype is tested on a GPU only."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+from triton_interpreter import import_kernels, interpreted
 
 ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
-
-pytest.importorskip("triton", reason="triton is not installed")
-
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
+
+
+import_kernels()
+
+
+@pytest.fixture(autouse=True)
+def _interpreted() -> Iterator[None]:
+    with interpreted():
+        yield
 
 
 @pytest.fixture

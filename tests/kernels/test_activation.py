@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("triton")
 from nanoengine.kernels.activation import silu_and_mul as reference
 from nanoengine.kernels.activation_triton import silu_and_mul
 

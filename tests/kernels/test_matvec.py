@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 
+pytest.importorskip("triton")
 from nanoengine.kernels import matvec_triton
 from nanoengine.kernels.matvec import matvec as reference
 from nanoengine.kernels.matvec import norm_matvec as norm_reference
@@ -21,7 +22,9 @@ def upcast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize(("gated", "with_bias", "with_add"), [(False, True, True), (True, True, False), (True, False, True)])
+@pytest.mark.parametrize(
+    ("gated", "with_bias", "with_add"), [(False, True, True), (True, True, False), (True, False, True)]
+)
 def test_agrees(rand, assert_close, rows, gated, with_bias, with_add) -> None:
     n, k = 44, 72
     x, weight = rand(rows, k), rand(n, k)
@@ -86,7 +89,9 @@ SHAPES = [(4096, 1024), (1024, 3072), (6144, 1024), (1000, 576), (4096, 12288), 
 def test_agrees_large(rand, assert_close, rows, n, k) -> None:
     x, weight, add = rand(rows, k), rand(n, k), rand(rows, n)
     out = matvec(x, weight, add=add)
-    assert_close(out, reference(*upcast(x, weight), add=add.float()))
+    # a float32 sum of k terms, one after the other, strays like a random walk of roundings
+    bound = max(2e-6, 2**-24 * k**0.5) if out.dtype == torch.float32 else None
+    assert_close(out, reference(*upcast(x, weight), add=add.float()), bound)
     for _ in range(3):
         assert torch.equal(out, matvec(x, weight, add=add)), "differs from run to run"
 
@@ -150,7 +155,7 @@ def test_these_tests_notice_a_lost_tail(rand, assert_close, monkeypatch, rows) -
 def test_tiles_cover_what_models_ask_for() -> None:
     """No tile may be refused: powers of two, at least one program, every warp with something to hold."""
     for n, k, gated in product((64, 576, 1024, 28672, 151936), (64, 576, 1024, 12288), (False, True)):
-        tile = matvec_triton.gemv_tile(n, k, gated=gated, itemsize=2)
+        tile = matvec_triton.gemv_tile(k, gated=gated, itemsize=2)
         assert isinstance(tile, GemvTile)
         assert tile.block_n & (tile.block_n - 1) == 0 < tile.block_n
         assert tile.warps in (1, 2, 4, 8, 16)

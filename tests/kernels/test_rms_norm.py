@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("triton")
 from nanoengine.kernels.rms_norm import add_rms_norm as reference
 from nanoengine.kernels.rms_norm_triton import add_rms_norm
 

@@ -1,0 +1,284 @@
+"""Times of the Triton kernels beside torch's, on one CUDA device.
+
+    python benchmarks/kernels.py [--out DIR] [--tune MODEL]
+
+Each figure is the median over replays of a CUDA graph of many calls, divided by their number. Calls rotate over copies
+of what they read that together are several times the L2 cache, so every byte comes from memory. "share" is the bytes a
+call must move (each input and output once) over its time, as part of the device's measured read bandwidth. --tune tries
+tile sizes for the few-row products and prints the best of each shape: what the tiles in `matvec_triton` come from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from nanoengine.kernels import activation, rms_norm, rope
+from nanoengine.kernels.activation_triton import silu_and_mul
+from nanoengine.kernels.matvec_triton import GEMV_ROWS, GemvTile, SkinnyTile, gemv, matvec, norm_matvec, skinny
+from nanoengine.kernels.rms_norm_triton import add_rms_norm
+from nanoengine.kernels.rope_triton import qk_norm_rope_store
+
+DTYPE = torch.bfloat16
+EPS = 1e-6
+# (name, N, K, gated): Qwen3-0.6B, Qwen3-8B, Llama-3.2-1B
+SHAPES = [
+    ("0.6B qkv", 4096, 1024, False), ("0.6B o", 1024, 2048, False), ("0.6B gate_up", 6144, 1024, False),
+    ("0.6B gate_up gated", 6144, 1024, True), ("0.6B down", 1024, 3072, False), ("0.6B lm_head", 151936, 1024, False),
+    ("8B qkv", 6144, 4096, False), ("8B o", 4096, 4096, False), ("8B gate_up gated", 24576, 4096, True),
+    ("8B n28672", 28672, 4096, False), ("8B down", 4096, 12288, False), ("8B lm_head", 151936, 4096, False),
+    ("1B qkv", 3072, 2048, False), ("1B o", 2048, 2048, False), ("1B gate_up gated", 16384, 2048, True),
+    ("1B down", 2048, 8192, False), ("1B lm_head", 128256, 2048, False),
+]  # fmt: skip
+
+
+def time_us(calls: list[Callable[[], Any]], replays: int = 15) -> float:
+    """Microseconds a call, of `calls` in order in one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        kept = [call() for call in calls]
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    del kept
+    return statistics.median(times)
+
+
+def copies(nbytes: int) -> int:
+    """How many sets of `nbytes` to rotate over: more than three times the L2 cache, and at least 2."""
+    return max(2, 3 * torch.cuda.get_device_properties(0).L2_cache_size // nbytes + 1)
+
+
+def calls_over(sets: list[Any], call: Callable[[Any], Any], at_least: int = 24) -> list[Callable[[], Any]]:
+    rounds = -(-at_least // len(sets))
+    return [lambda s=s: call(s) for _ in range(rounds) for s in sets]
+
+
+def read_bandwidth() -> float:
+    """GB/s of summing 4 GiB: the ceiling that shares refer to."""
+    x = torch.ones(1 << 30, device="cuda")
+    return x.nbytes / time_us([lambda: x.sum()] * 4) / 1e3
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=DTYPE)
+
+
+def row(name: str, what: str, us: float, nbytes: int, base: str, base_us: float, peak: float) -> dict[str, Any]:
+    gbps = nbytes / us / 1e3
+    return {"case": name, "kernel": what, "us": us, "gbps": gbps, "share": gbps / peak, base: base_us, "base": base}
+
+
+def bench_products(peak: float) -> Iterator[dict[str, Any]]:
+    """Plain and fused products against cuBLAS, and cuBLAS with what would follow or precede it."""
+    for name, n, k, gated in SHAPES:
+        weights = [rand(n, k) / 32 for _ in range(copies(n * k * DTYPE.itemsize))]
+        for rows in (1, 2, 4, 8, 16, 32, 64):
+            x, norm_weight, add = rand(rows, k), rand(k), rand(rows, n)
+            nbytes = weights[0].nbytes + x.nbytes + rows * n * DTYPE.itemsize
+            base = time_us(calls_over(weights, lambda w, x=x: F.linear(x, w)))
+            if gated:
+                us = time_us(
+                    calls_over(weights, lambda w, x=x, nw=norm_weight: norm_matvec(x, None, nw, EPS, w, gated=True))
+                )
+                full = time_us(calls_over(weights, lambda w, x=x, nw=norm_weight: silu_and_mul(F.linear(
+                    add_rms_norm(x, None, nw, EPS)[0], w))))  # fmt: skip
+                yield row(f"{name} x{rows}", "norm_matvec gated", us, nbytes, "cuBLAS + our norm, gate", full, peak)
+                continue
+            us = time_us(calls_over(weights, lambda w, x=x: matvec(x, w)))
+            yield row(f"{name} x{rows}", "matvec", us, nbytes, "cuBLAS", base, peak)
+            if name == "0.6B qkv":
+                us = time_us(calls_over(weights, lambda w, x=x, nw=norm_weight: norm_matvec(x, None, nw, EPS, w)))
+                full = time_us(calls_over(weights, lambda w, x=x, nw=norm_weight: F.linear(
+                    add_rms_norm(x, None, nw, EPS)[0], w)))  # fmt: skip
+                yield row(f"{name} x{rows}", "norm_matvec", us, nbytes, "cuBLAS + our norm", full, peak)
+            if name in ("0.6B o", "0.6B down"):
+                us = time_us(calls_over(weights, lambda w, x=x, a=add: matvec(x, w, add=a)))
+                full = time_us(calls_over(weights, lambda w, x=x, a=add: F.linear(x, w).add_(a)))
+                yield row(f"{name} x{rows}", "matvec + add", us, nbytes, "cuBLAS + add", full, peak)
+        del weights
+
+
+def bench_small(peak: float) -> Iterator[dict[str, Any]]:
+    """Kernels without a weight matrix, from one token to a large prefill."""
+    for tokens in (1, 8, 64, 256, 16384):
+        few = min(64, copies(tokens * 1024 * 4))
+        for hidden in (1024, 4096):
+            sets = [(rand(tokens, hidden), rand(tokens, hidden)) for _ in range(few)]
+            w = rand(hidden)
+            us = time_us(calls_over(sets, lambda s, w=w: add_rms_norm(*s, w, EPS)))
+            base = time_us(calls_over(sets, lambda s, w=w: rms_norm.add_rms_norm(*s, w, EPS)))
+            yield row(f"h{hidden} x{tokens}", "add_rms_norm", us, 4 * sets[0][0].nbytes, "torch", base, peak)
+        sets = [rand(tokens, 2 * 3072) for _ in range(few)]
+        us = time_us(calls_over(sets, silu_and_mul))
+        base = time_us(calls_over(sets, activation.silu_and_mul))
+        yield row(f"i3072 x{tokens}", "silu_and_mul", us, sets[0].nbytes * 3 // 2, "torch", base, peak)
+        sets = [rand(tokens, 32 * 128) for _ in range(few)]
+        cache = torch.zeros(2, 2048, 16, 8, 128, device="cuda", dtype=DTYPE)
+        positions, slots = torch.arange(tokens, device="cuda"), torch.randperm(2048 * 16, device="cuda")[:tokens]
+        inv_freq, w = torch.rand(64, device="cuda"), rand(128)
+
+        def store(
+            kernel: Any, qkv: Tensor, common: Any = (positions, inv_freq, *cache, slots), w: Tensor = w
+        ) -> Tensor:
+            return kernel(qkv, *common, q_weight=w, k_weight=w, eps=EPS)
+
+        us = time_us(calls_over(sets, lambda s, store=store: store(qk_norm_rope_store, s)))
+        base = torch_rope_us(sets, store)
+        yield row(f"16/8 x d128 x{tokens}", "qk_norm_rope_store", us, 2 * sets[0].nbytes, "torch", base, peak)
+
+
+def torch_rope_us(sets: list[Tensor], store: Callable[[Any, Tensor], Tensor]) -> float:
+    """The reference cannot be captured (it picks slots by a mask), so it is timed launch by launch."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    store(rope.qk_norm_rope_store, sets[0])
+    start.record()
+    for s in sets[:8]:
+        store(rope.qk_norm_rope_store, s)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3 / len(sets[:8])
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One tile size for one product, after a norm or not."""
+
+    shape: tuple[str, int, int, bool]
+    rows: int
+    norm: bool
+    tile: GemvTile | SkinnyTile
+
+    def run(self, x: Tensor, w: Tensor, norm_weight: Tensor) -> Tensor:
+        gated, before = self.shape[3], norm_weight if self.norm else None
+        if isinstance(self.tile, SkinnyTile):
+            return skinny(x, w, None, gated=gated, norm_weight=before, eps=EPS, tile=self.tile)
+        return gemv(x, w, None, gated=gated, norm_weight=before, eps=EPS, tile=self.tile)[0]
+
+
+def trials(model: str) -> Iterator[Trial]:
+    for shape in SHAPES:
+        name, n, k, gated = shape
+        if not name.startswith(model):
+            continue
+        norms = (False, True) if "qkv" in name or gated else (False,)
+        outputs, width = (n // 2, 2) if gated else (n, 1)
+        padded = triton.next_power_of_2(k) * width
+        for rows, block_n, warps, norm in product((1, 2, 4), (1, 2, 4, 8), (2, 4, 8), norms):
+            if 64 <= padded * block_n * 2 // (32 * warps) <= 256:  # bytes of weight a thread holds
+                yield Trial(shape, rows, norm, GemvTile(block_n, warps))
+        for rows, (block_n, warps), (block_k, stages), splits, norm in product(
+            (8, 16, 32, 64), ((16, 1), (16, 2), (16, 4), (32, 2), (32, 4), (64, 4), (128, 4)),
+            ((128, 5), (128, 7), (256, 4), (256, 5)), (1, 2, 4), norms,
+        ):  # fmt: skip
+            programs = outputs // block_n * splits
+            shared = (block_n * width + rows) * block_k * 2 * stages
+            useful = 60 <= programs <= 600 if outputs <= 8192 else block_n >= 32 and splits == 1
+            if useful and shared <= 220_000 and k // splits >= 2 * block_k and not (norm and (splits > 1 or rows > 32)):
+                yield Trial(shape, rows, norm, SkinnyTile(block_n, block_k, warps, stages, splits, 512))
+
+
+def compile_all(part: list[Trial]) -> None:
+    """In a child process: fills Triton's cache."""
+    for trial in part:
+        _, n, k, _ = trial.shape
+        try:
+            trial.run(rand(trial.rows, k), torch.empty(n, k, device="cuda", dtype=DTYPE), rand(k))
+        except triton.runtime.errors.OutOfResources:
+            continue
+
+
+def tune(model: str) -> Iterator[dict[str, Any]]:
+    todo = list(trials(model))
+    processes = max(1, multiprocessing.cpu_count() - 2)
+    print(f"{len(todo)} trials, compiled by {processes} processes", flush=True)
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        pool.map(compile_all, [todo[i::processes] for i in range(processes)])
+    weights: list[Tensor] = []
+    for trial in todo:
+        _, n, k, _ = trial.shape
+        if not weights or weights[0].shape != (n, k):
+            weights.clear()
+            weights = [rand(n, k) / 32 for _ in range(copies(n * k * DTYPE.itemsize))]
+        x, norm_weight = rand(trial.rows, k), rand(k)
+        try:
+            calls = calls_over(weights, lambda w, t=trial, x=x, nw=norm_weight: t.run(x, w, nw), at_least=12)
+            us = time_us(calls, replays=5)
+        except triton.runtime.errors.OutOfResources:
+            continue
+        kind = type(trial.tile).__name__
+        yield {
+            "shape": trial.shape[0],
+            "rows": trial.rows,
+            "kind": kind + " + norm" * trial.norm,
+            "us": us,
+            "tile": asdict(trial.tile),
+        }
+
+
+def print_best(results: list[dict[str, Any]], keep: int = 3) -> None:
+    groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    for r in results:
+        groups.setdefault((r["shape"], r["rows"], r["kind"]), []).append(r)
+    for (shape, rows, kind), group in groups.items():
+        group.sort(key=lambda r: r["us"])
+        best = "; ".join(f"{r['us']:.2f} {tuple(r['tile'].values())}" for r in group[:keep])
+        print(f"{shape:20s} x{rows:<3d} {kind:17s} {best}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="directory for the figures as JSON")
+    parser.add_argument(
+        "--tune", metavar="MODEL", help="instead, try tile sizes of the few-row products of 0.6B, 8B or 1B"
+    )
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    device = torch.cuda.get_device_name()
+    header = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "gemv_rows": GEMV_ROWS}
+    print(header, flush=True)
+    results: list[dict[str, Any]] = []
+    if args.tune:
+        results += tune(args.tune)
+        print_best(results)
+    else:
+        peak = read_bandwidth()
+        print(f"read bandwidth {peak:.0f} GB/s", flush=True)
+        header["read_gbps"] = peak
+        for r in (r for bench in (bench_small, bench_products) for r in bench(peak)):
+            results.append(r)
+            print(
+                f"{r['case']:24s} {r['kernel']:20s} {r['us']:8.2f} us {r['gbps']:6.0f} GB/s {r['share']:5.0%}"
+                f"   {r['base']}: {r[r['base']]:.2f} us",
+                flush=True,
+            )
+    if args.out:
+        name = f"kernels_tune_{args.tune}.json" if args.tune else "kernels.json"
+        (args.out / name).write_text(json.dumps({**header, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

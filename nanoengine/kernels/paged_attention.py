@@ -1,0 +1,72 @@
+"""Plain-torch reference of the paged attention kernels: slow, row by row, in float32, by the same arguments.
+
+The cache of a layer is `[num_blocks, kv_heads, block_size, head_size]` each for K and V.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Store [T, kv_heads, head_size] at `slot_mapping`, int64 [T]: block * block_size + offset."""
+    size = k_cache.shape[2]
+    block, offset = slot_mapping // size, slot_mapping % size
+    k_cache[block, :, offset] = k
+    v_cache[block, :, offset] = v
+
+
+def attend_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
+    """One query a row: q [B, heads, head_size] at the end of seq_lens [B] tokens in block_tables [B, blocks]."""
+    starts = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
+    return attend_prefill(
+        q, k_cache, v_cache, block_tables, seq_lens, starts, scale=scale, window=window, soft_cap=soft_cap
+    )
+
+
+def attend_prefill(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
+    """Row r's queries are q[query_start_loc[r] : query_start_loc[r + 1]], the last of its seq_lens[r] tokens.
+
+    Returns [T, heads, head_size] of q's dtype; tokens of no row are zeros.
+    """
+    out, starts = torch.zeros_like(q), query_start_loc.tolist()
+    for row, length in enumerate(seq_lens.tolist()):
+        first, stop = starts[row], starts[row + 1]
+        blocks = block_tables[row, : -(-length // k_cache.shape[2])].long()
+        keys, values = (
+            cache[blocks].transpose(1, 2).flatten(0, 1)[:length].float() for cache in (k_cache, v_cache)
+        )  # [length, kv_heads, head_size]
+        group = q.shape[1] // keys.shape[1]
+        scores = torch.einsum("qhd,khd->hqk", q[first:stop].float(), keys.repeat_interleave(group, 1)) * scale
+        if soft_cap is not None:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        key = torch.arange(length, device=q.device)
+        position = torch.arange(length - (stop - first), length, device=q.device).unsqueeze(-1)
+        hidden = key > position
+        if window is not None:
+            hidden |= key <= position - window
+        weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
+        out[first:stop] = torch.einsum("hqk,khd->qhd", weights, values.repeat_interleave(group, 1)).to(q.dtype)
+    return out

@@ -1,0 +1,288 @@
+"""Triton: K and V into the paged cache, and attention of one query a row over it.
+
+The cache of a layer is head-major, `[num_blocks, kv_heads, block_size, head_size]`: what one KV head of one block holds
+lies in one piece (4 KB at 16 x 128 x bf16), and that is what one program reads.
+
+Decode splits long contexts over programs ("flash-decoding", Dao et al. 2023). The grid depends on host-known facts
+alone, so a captured launch serves every length; how many of its splits a row uses is worked out on the device from the
+row's own length. A row that uses one writes its output at once. Otherwise each split leaves its part in scratch memory
+and takes a ticket; the last to come adds the parts up, in split order, so the result does not depend on who was last.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+# ruff: noqa: N803, SIM108 - constants of a kernel are in capitals, and its branches are taken when it is compiled
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
+
+LOG2E = tl.constexpr(1.4426950408889634)
+_MAX_SPLITS = 64
+
+
+@triton.jit
+def _store_kv(
+    k, v, k_cache, v_cache, slots, k_stride, v_stride,
+    HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    wait_for_inputs(PDL)
+    release_dependents(PDL)
+    slot = tl.load(slots + token)
+    head = tl.arange(0, HEADS_PAD)[:, None]
+    d = tl.arange(0, D_PAD)[None, :]
+    live = (head < HEADS) & (d < D)
+    to = ((slot // BLOCK_SIZE * HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE) * D + d
+    tl.store(k_cache + to, tl.load(k + token * k_stride + head * D + d, mask=live), mask=live)
+    tl.store(v_cache + to, tl.load(v + token * v_stride + head * D + d, mask=live), mask=live)
+
+
+@triton.jit
+def blocks_of(table, start, end, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Block ids, int64 [TILE] or a scalar, of keys from `start`, a multiple of TILE; dummy block from `end` on."""
+    if BLOCK_SIZE % TILE == 0:
+        return tl.load(table + start // BLOCK_SIZE).to(tl.int64)
+    else:  # spelled out: the compiler wants one type of whatever it sees returned
+        keys = start + tl.arange(0, TILE)
+        return tl.load(table + keys // BLOCK_SIZE, mask=keys < end, other=0).to(tl.int64)
+
+
+@triton.jit
+def capped(scores, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
+    """Scaled, perhaps capped scores in units of log2 e, so that exp2 does the softmax."""
+    if SOFT_CAP > 0:
+        # tanh(x) = 1 - 2 / (1 + exp(2 x)): right at both infinities
+        tanh = 1 - 2 / (1 + tl.exp2(scores * (2 * LOG2E * SCALE / SOFT_CAP)))
+        return tanh * (SOFT_CAP * LOG2E)
+    return scores * (SCALE * LOG2E)
+
+
+@triton.jit
+def _combine(
+    part, lse, out, used,
+    GROUP: tl.constexpr, GROUP_P2: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, SPLITS_P2: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Sum of the `used` parts of one (row, KV head), each weighed by its share of the softmax's denominator."""
+    g = tl.arange(0, GROUP_P2)
+    d = tl.arange(0, D_PAD)
+    head = (g < GROUP)[:, None] & (d < D)[None, :]
+    split = tl.arange(0, SPLITS_P2)
+    near = tl.arange(0, CHUNK)
+    # .cg: other programs wrote all this; never from this multiprocessor's own L1. The first parts are asked for before
+    # anything is computed, so that their latency and that of the weights is paid once.
+    live = (near < used)[:, None, None] & head[None, :, :]
+    at = (near[:, None, None] * GROUP + g[None, :, None]) * D + d[None, None, :]
+    parts = tl.load(part + at, mask=live, other=0.0, cache_modifier=".cg")
+    there = (split < used)[:, None] & (g < GROUP)[None, :]
+    each = tl.load(lse + split[:, None] * GROUP + g[None, :], mask=there, other=float("-inf"), cache_modifier=".cg")
+    some = (near < used)[:, None] & (g < GROUP)[None, :]
+    mine = tl.load(lse + near[:, None] * GROUP + g[None, :], mask=some, other=float("-inf"), cache_modifier=".cg")
+    top = tl.where(g < GROUP, tl.max(each, 0), 0.0)
+    total = tl.where(g < GROUP, tl.sum(tl.exp2(each - top[None, :]), 0), 1.0)
+    acc = tl.sum(parts * tl.exp2(mine - top[None, :])[:, :, None], 0)
+    for first in range(CHUNK, used, CHUNK):
+        s = first + near
+        some = (s < used)[:, None] & (g < GROUP)[None, :]
+        mine = tl.load(lse + s[:, None] * GROUP + g[None, :], mask=some, other=float("-inf"), cache_modifier=".cg")
+        live = (s < used)[:, None, None] & head[None, :, :]
+        parts = tl.load(part + first * (GROUP * D) + at, mask=live, other=0.0, cache_modifier=".cg")
+        acc += tl.sum(parts * tl.exp2(mine - top[None, :])[:, :, None], 0)
+    to = g[:, None] * D + d[None, :]
+    tl.store(out + to, (acc / total[:, None]).to(out.dtype.element_ty), mask=head)
+
+
+@triton.jit
+def _decode(
+    q, k_cache, v_cache, out, block_tables, seq_lens, part, lse, tickets, q_stride, table_stride,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    GROUP_P2: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+    MIN_TILES: tl.constexpr, SPLITS_P2: tl.constexpr, CHUNK: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    kv_head = tl.program_id(0) % KV_HEADS
+    split = tl.program_id(0) // KV_HEADS
+    row = tl.program_id(1).to(tl.int64)
+    wait_for_inputs(PDL)
+    release_dependents(PDL)
+    length = tl.load(seq_lens + row)
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(length - WINDOW, 0) // TILE * TILE
+    tiles = tl.cdiv(length - first, TILE)
+    tiles_each = tl.maximum(tl.cdiv(tiles, SPLITS), MIN_TILES)
+    used = tl.cdiv(tiles, tiles_each)
+    if split >= used:
+        return
+    begin = first + split * tiles_each * TILE
+    end = tl.minimum(begin + tiles_each * TILE, length)
+
+    g = tl.arange(0, GROUP_PAD)
+    d = tl.arange(0, D_PAD)
+    near = tl.arange(0, TILE)
+    rows_live = (g < GROUP)[:, None] & (d < D)[None, :]
+    own = row * q_stride + kv_head * (GROUP * D) + g[:, None] * D + d[None, :]
+    query = tl.load(q + own, mask=rows_live, other=0.0)
+    table = block_tables + row * table_stride
+    head_size = BLOCK_SIZE * D
+
+    top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_PAD], tl.float32)
+    acc = tl.zeros([GROUP_PAD, D_PAD], tl.float32)
+    for start in tl.range(begin, end, TILE, num_stages=STAGES):
+        keys = start + near
+        live = keys < end
+        block = blocks_of(table, start, end, TILE, BLOCK_SIZE)
+        at = (block * KV_HEADS + kv_head) * head_size + keys % BLOCK_SIZE * D
+        at = at[:, None] + d[None, :]
+        if D == D_PAD:
+            key = tl.load(k_cache + at)
+        else:
+            key = tl.load(k_cache + at, mask=(d < D)[None, :], other=0.0)
+        scores = capped(tl.dot(query, tl.trans(key), input_precision="ieee"), SCALE, SOFT_CAP)
+        seen = live
+        if WINDOW > 0:
+            seen = seen & (keys >= length - WINDOW)
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))  # finite: no tile is blocked throughout
+        fade = tl.exp2(top - higher)
+        p = tl.exp2(scores - higher[:, None])
+        total = total * fade + tl.sum(p, 1)
+        # stale memory behind the row's end may hold anything, and 0 * inf is no zero
+        value = tl.load(v_cache + at, mask=live[:, None] & (d < D)[None, :], other=0.0)
+        acc = tl.dot(p.to(value.dtype), value, acc * fade[:, None], input_precision="ieee")
+        top = higher
+
+    mixed = acc / total[:, None]
+    to = row * (KV_HEADS * GROUP * D) + kv_head * (GROUP * D)
+    if SPLITS == 1 or used == 1:
+        tl.store(out + to + g[:, None] * D + d[None, :], mixed.to(out.dtype.element_ty), mask=rows_live)
+    else:
+        pair = row * KV_HEADS + kv_head
+        part += pair * (SPLITS * GROUP * D)
+        lse += pair * (SPLITS * GROUP)
+        tl.store(part + (split * GROUP + g)[:, None] * D + d[None, :], mixed, mask=rows_live)
+        tl.store(lse + split * GROUP + g, top + tl.log2(total), mask=g < GROUP)
+        tl.debug_barrier()  # every thread's part is written before one of them releases the ticket
+        if tl.atomic_add(tickets + pair, 1, sem="acq_rel", scope="gpu") == used - 1:
+            _combine(part, lse, out + to, used, GROUP, GROUP_P2, D, D_PAD, SPLITS_P2, CHUNK)
+            tl.store(tickets + pair, 0)  # for the next launch
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """How decode is laid out. `tile`: keys an iteration; `splits`: the most programs a (row, KV head); `min_tiles`: the
+    fewest tiles a split is worth; `stages`: tiles in flight, the one in use included."""
+
+    tile: int
+    splits: int
+    min_tiles: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeScratch:
+    """Parts of split rows: float32 [pairs * splits * group * head_size] and [pairs * splits * group], int32 tickets
+    [pairs], zero between launches. A pair is a (row, KV head). Launches that share it must follow each other in one
+    stream."""
+
+    part: Tensor
+    lse: Tensor
+    tickets: Tensor
+
+    @classmethod
+    def make(cls, parts: int, pairs: int, group: int, head_size: int, device: torch.device) -> DecodeScratch:
+        """For at most `parts` parts (pairs * splits of any one launch)."""
+        return cls(
+            torch.empty(parts * group * head_size, dtype=torch.float32, device=device),
+            torch.empty(parts * group, dtype=torch.float32, device=device),
+            torch.zeros(pairs, dtype=torch.int32, device=device),
+        )
+
+
+def decode_config(
+    rows: int, kv_heads: int, head_size: int, max_len: int, itemsize: int, multiprocessors: int
+) -> DecodeConfig:
+    """By host-known facts alone: batch, shapes and the longest context there may be."""
+    pairs, tile_bytes = rows * kv_heads, padded_head(head_size) * itemsize
+    # Measured at 128 x bf16: tiles of 128 keys read fastest, but three programs fill a multiprocessor; five with 64.
+    waves = [pairs / (programs * multiprocessors) for programs in (3, 5)]
+    wide = waves[0] / math.ceil(waves[0]) >= waves[1] / math.ceil(waves[1]) if pairs > multiprocessors else False
+    tile = max(16, (32768 if wide else 16384) // tile_bytes)
+    # A short context is worth splitting while few programs run. A long one is, too, beside many short ones.
+    keys_each = max(tile if wide else 64, 4 * pairs)
+    most = max(2 * multiprocessors // pairs, min(4, 8 * multiprocessors // pairs), 1)
+    splits = 1 << (min(most, -(-max_len // keys_each), _MAX_SPLITS).bit_length() - 1)
+    return DecodeConfig(
+        tile=min(tile, 128), splits=splits, min_tiles=max(1, keys_each // min(tile, 128)), warps=4,
+        stages=3 if pairs > multiprocessors else 5,
+    )  # fmt: skip
+
+
+def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Store [T, kv_heads, head_size] at `slot_mapping`, int64 [T], of caches [blocks, kv_heads, block_size, head_size]
+    (block * block_size + offset)."""
+    tokens, heads, width = k.shape
+    if tokens == 0:
+        return
+    k, v = rows_of(k), rows_of(v)
+    _store_kv[(tokens,)](
+        k, v, k_cache, v_cache, slot_mapping, k.stride(0), v.stride(0),
+        HEADS=heads, HEADS_PAD=triton.next_power_of_2(heads), D=width, D_PAD=padded_head(width),
+        BLOCK_SIZE=k_cache.shape[2], num_warps=4, **pdl_options(k),
+    )  # fmt: skip
+
+
+def attend_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    out: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    config: DecodeConfig,
+    scratch: DecodeScratch,
+) -> None:
+    """One query a row: q [B, heads, head_size] into `out`, the same shape and contiguous.
+
+    `block_tables` int32 [B, blocks], `seq_lens` int32 [B], of at least 1; both are read on the device alone.
+    """
+    rows, heads, width = q.shape
+    kv_heads, block_size = k_cache.shape[1:3]
+    if rows == 0:
+        return
+    group, q = heads // kv_heads, rows_of(q)
+    d_pad, splits_p2, group_p2 = (
+        padded_head(width), triton.next_power_of_2(config.splits), triton.next_power_of_2(group),
+    )  # fmt: skip
+    _decode[(kv_heads * config.splits, rows)](
+        q, k_cache, v_cache, out, block_tables, seq_lens, scratch.part, scratch.lse, scratch.tickets,
+        q.stride(0), block_tables.stride(0),
+        KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, group_p2), GROUP_P2=group_p2, D=width, D_PAD=d_pad,
+        BLOCK_SIZE=block_size, TILE=config.tile, SPLITS=config.splits, MIN_TILES=config.min_tiles,
+        SPLITS_P2=splits_p2, CHUNK=min(splits_p2, max(1, 8192 // (group_p2 * d_pad))), SCALE=scale, WINDOW=window or 0,
+        SOFT_CAP=soft_cap or 0.0, STAGES=config.stages, num_warps=config.warps, **pdl_options(q),
+    )  # fmt: skip
+
+
+def padded_head(head_size: int) -> int:
+    """The columns a tile has for it: a power of two, and what a dot takes at least."""
+    return max(16, int(triton.next_power_of_2(head_size)))
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """`x` with each token's heads in one piece; a view where they are already, as in a slice of a fused projection."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()

@@ -1,0 +1,206 @@
+"""Triton: ragged causal attention of several queries a row over the paged cache.
+
+Queries stand at the end of their row's context, so chunked prompts, prompts behind a cached prefix and whole prompts
+are one case. A program takes a tile of queries with all heads of one KV head (they share its keys) and walks the keys:
+tiles that every query sees whole go without a mask. Which row a tile belongs to is looked up on the device, so the grid
+follows from the numbers of tokens and rows alone.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+# ruff: noqa: N803, SIM108 - constants of a kernel are in capitals, and its branches are taken when it is compiled
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanoengine.kernels.paged_attention_decode_triton import blocks_of, capped, padded_head, rows_of
+from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
+
+_FEW_TILES = 264  # of 128 (query, head) pairs: two for each multiprocessor of an H200
+
+
+@triton.jit
+def _row_of_tile(starts, tile, num_rows, BLOCK_Q: tl.constexpr):
+    """The last row r in 0..num_rows whose tiles begin at or before `tile`, by bisection.
+
+    Row r's tiles begin at (starts[r] - starts[0]) // BLOCK_Q + r, which leaves room for its last, broken one. Row
+    `num_rows` stands for the padding behind the last row.
+    """
+    origin = tl.load(starts)
+    low = 0
+    high = num_rows
+    while low < high:
+        middle = (low + high + 1) // 2
+        if (tl.load(starts + middle) - origin) // BLOCK_Q + middle <= tile:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@triton.jit
+def _walk(
+    acc, top, total, query, positions, k_head, v_head, table, begin, end, length,
+    BLOCK_STRIDE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+    SCALE: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over keys [begin, end), `begin` a multiple of TILE. Not MASKED: every query sees all of them."""
+    near = tl.arange(0, TILE)
+    d = tl.arange(0, D_PAD)
+    for start in tl.range(begin, end, TILE, num_stages=STAGES):
+        keys = start + near
+        block = blocks_of(table, start, length, TILE, BLOCK_SIZE)
+        at = block * BLOCK_STRIDE + keys % BLOCK_SIZE * D
+        at = at[:, None] + d[None, :]
+        if D == D_PAD:
+            key = tl.load(k_head + at)
+        else:
+            key = tl.load(k_head + at, mask=(d < D)[None, :], other=0.0)
+        scores = capped(tl.dot(query, tl.trans(key), input_precision="ieee"), SCALE, SOFT_CAP)
+        if MASKED:
+            seen = keys[None, :] <= positions[:, None]
+            if WINDOW > 0:
+                seen = seen & (keys[None, :] > positions[:, None] - WINDOW)
+            scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        base = higher
+        if MASKED and WINDOW > 0:  # a query may have seen nothing yet
+            base = tl.where(higher == float("-inf"), 0.0, higher)
+        p = tl.exp2(scores - base[:, None])
+        fade = tl.exp2(top - base)
+        total = total * fade + tl.sum(p, 1)
+        if MASKED:  # stale memory behind the row's end may hold anything, and 0 * inf is no zero
+            value = tl.load(v_head + at, mask=(keys < length)[:, None] & (d < D)[None, :], other=0.0)
+        elif D == D_PAD:
+            value = tl.load(v_head + at)
+        else:
+            value = tl.load(v_head + at, mask=(d < D)[None, :], other=0.0)
+        acc = tl.dot(p.to(value.dtype), value, acc * fade[:, None], input_precision="ieee")
+        top = higher
+    return acc, top, total
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_tokens"])
+def _prefill(
+    q, k_cache, v_cache, out, block_tables, seq_lens, starts, q_stride, table_stride, num_rows, num_tokens,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, TILE: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # a row's longest tiles first
+    kv_head = tl.program_id(1)
+    wait_for_inputs(PDL)
+    release_dependents(PDL)
+    row = _row_of_tile(starts, tile, num_rows, BLOCK_Q)
+    start = tl.load(starts + row)
+    first = start + (tile - ((start - tl.load(starts)) // BLOCK_Q + row)) * BLOCK_Q  # token
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, D_PAD)
+    token = first + m // GROUP
+    head = kv_head * GROUP + m % GROUP
+    own = token.to(tl.int64) * (KV_HEADS * GROUP * D) + head * D
+    if row == num_rows:  # padding: nobody reads it, but it must be finite
+        live = (token < num_tokens) & (m < BLOCK_Q * GROUP)
+        nothing = tl.zeros([BLOCK_M, D_PAD], out.dtype.element_ty)
+        tl.store(out + own[:, None] + d[None, :], nothing, mask=live[:, None] & (d < D)[None, :])
+        return
+    stop = tl.load(starts + row + 1)
+    if first >= stop:
+        return
+    live = ((token < stop) & (m < BLOCK_Q * GROUP))[:, None] & (d < D)[None, :]
+    query = tl.load(q + (token.to(tl.int64) * q_stride + head * D)[:, None] + d[None, :], mask=live, other=0.0)
+
+    length = tl.load(seq_lens + row)
+    lowest = length - stop + first  # position of the tile's first query
+    positions = lowest + m // GROUP
+    table = block_tables + row.to(tl.int64) * table_stride
+    k_head = k_cache + kv_head * (BLOCK_SIZE * D)
+    v_head = v_cache + kv_head * (BLOCK_SIZE * D)
+    stride: tl.constexpr = KV_HEADS * BLOCK_SIZE * D
+    whole = (lowest + 1) // TILE * TILE  # keys in front of it are behind no query
+    end = tl.minimum(lowest + BLOCK_Q, length)
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
+    begin = 0
+    if WINDOW > 0:
+        edge = tl.maximum(lowest - WINDOW + 1, 0) // TILE * TILE
+        begin = tl.minimum(tl.cdiv(tl.maximum(end - WINDOW, 0), TILE) * TILE, whole)
+        acc, top, total = _walk(
+            acc, top, total, query, positions, k_head, v_head, table, edge, begin, length,
+            stride, D, D_PAD, BLOCK_SIZE, TILE, SCALE, WINDOW, SOFT_CAP, STAGES, True,
+        )  # fmt: skip
+    acc, top, total = _walk(
+        acc, top, total, query, positions, k_head, v_head, table, begin, whole, length,
+        stride, D, D_PAD, BLOCK_SIZE, TILE, SCALE, WINDOW, SOFT_CAP, STAGES, False,
+    )  # fmt: skip
+    acc, top, total = _walk(
+        acc, top, total, query, positions, k_head, v_head, table, whole, end, length,
+        stride, D, D_PAD, BLOCK_SIZE, TILE, SCALE, WINDOW, SOFT_CAP, STAGES, True,
+    )  # fmt: skip
+    mixed = acc / total[:, None]
+    tl.store(out + own[:, None] + d[None, :], mixed.to(out.dtype.element_ty), mask=live)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillConfig:
+    """`block_m`: (query, head) pairs a program; `tile`: keys an iteration; `stages`: tiles in flight."""
+
+    block_m: int
+    tile: int
+    warps: int
+    stages: int
+
+
+def prefill_config(tokens: int, group: int, kv_heads: int, head_size: int, itemsize: int) -> PrefillConfig:
+    """By shapes alone, as measured on an H200."""
+    width = padded_head(head_size)
+    least = max(16, triton.next_power_of_2(group))
+    if itemsize == 4:  # no tensor cores with full precision; operands twice as large
+        return PrefillConfig(block_m=max(32, least), tile=32 if width <= 128 else 16, warps=4, stages=2)
+    if width > 128:
+        return PrefillConfig(block_m=max(64, least), tile=32, warps=4, stages=2)
+    if tokens * group * kv_heads < _FEW_TILES * 128:
+        return PrefillConfig(block_m=max(64, least), tile=64, warps=4, stages=3)
+    return PrefillConfig(block_m=max(128, least), tile=64, warps=8, stages=8)
+
+
+def attend_prefill(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    out: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    config: PrefillConfig | None = None,
+) -> None:
+    """Queries q [T, heads, head_size] of R rows into `out`, the same shape and contiguous.
+
+    Row r's are tokens query_start_loc[r] .. query_start_loc[r + 1] (int32 [R + 1], on the device, which may begin above
+    0: earlier tokens are left alone), the last of its seq_lens[r] (int32 [R]) tokens; `block_tables` int32 [R, blocks].
+    Tokens behind the last row come out as zeros.
+    """
+    tokens, heads, width = q.shape
+    rows, (kv_heads, block_size) = len(seq_lens), k_cache.shape[1:3]
+    if tokens == 0:
+        return
+    group, q = heads // kv_heads, rows_of(q)
+    config = config or prefill_config(tokens, group, kv_heads, width, q.element_size())
+    block_q = config.block_m // group
+    # An upper bound where query_start_loc begins above 0: which number that is, only the device need know.
+    _prefill[(tokens // block_q + rows + 1, kv_heads)](
+        q, k_cache, v_cache, out, block_tables, seq_lens, query_start_loc, q.stride(0), block_tables.stride(0), rows,
+        tokens,
+        KV_HEADS=kv_heads, GROUP=group, D=width, D_PAD=padded_head(width), BLOCK_SIZE=block_size,
+        BLOCK_M=config.block_m, BLOCK_Q=block_q, TILE=config.tile, SCALE=scale, WINDOW=window or 0,
+        SOFT_CAP=soft_cap or 0.0, STAGES=config.stages, num_warps=config.warps, **pdl_options(q),
+    )  # fmt: skip

@@ -1,0 +1,137 @@
+"""Attention by our own Triton kernels: paged decode with split contexts, ragged paged prefill.
+
+Everything a kernel reads of a step lies in the step's own static buffers on the device, so `fill` has nothing to
+compute and nothing to wait for, and what is captured serves any later step of the same shape. How a launch is laid out
+follows from the numbers of rows and tokens and from `BatchLimits` alone.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nanoengine.api import (
+    AttentionBackend,
+    AttentionCapabilities,
+    AttentionFeature,
+    AttentionLayerSpec,
+    AttentionNeed,
+    BatchLimits,
+    GraphSupport,
+    KVCacheView,
+    KVSpec,
+    StepInputs,
+)
+
+if TYPE_CHECKING:
+    from nanoengine.kernels.paged_attention_triton import DecodePlanner
+
+_MIN_COMPUTE_CAPABILITY = (8, 0)  # asynchronous copies; bf16 in tensor cores
+
+
+class TritonPaged(AttentionBackend):
+    """On a CPU it runs in Triton's interpreter (TRITON_INTERPRET=1), which is good for tests alone."""
+
+    capabilities = AttentionCapabilities(
+        devices=frozenset({"cuda", "cpu"}),
+        dtypes=frozenset({"float32", "bfloat16", "float16"}),
+        head_sizes=frozenset(range(8, 257, 8)),
+        graphs=GraphSupport.ALWAYS,
+        features=frozenset(AttentionFeature),
+    )
+
+    @classmethod
+    def unsupported(cls, need: AttentionNeed) -> list[str]:
+        reasons = super().unsupported(need)
+        try:
+            import nanoengine.kernels.paged_attention_triton  # noqa: F401 - is it there, does it import?
+        except (ImportError, OSError, RuntimeError) as error:
+            reasons.append(f"its kernels cannot be imported: {type(error).__name__}: {error}")
+        if need.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            reasons.append("on a CPU it runs in Triton's interpreter only, for tests: set TRITON_INTERPRET=1")
+        if need.device == "cuda" and torch.cuda.is_available():
+            found = torch.cuda.get_device_capability()
+            if found < _MIN_COMPUTE_CAPABILITY:
+                reasons.append(f"needs compute capability 8.0 or higher; this GPU has {found[0]}.{found[1]}")
+        return reasons
+
+    @classmethod
+    def kv_block_bytes(cls, spec: KVSpec, block_size: int) -> int:
+        itemsize: int = getattr(torch, spec.dtype).itemsize
+        return 2 * block_size * spec.num_kv_heads * spec.head_size * itemsize
+
+    def __init__(self, spec: KVSpec, limits: BatchLimits, device: torch.device) -> None:
+        from nanoengine.kernels import paged_attention_triton
+
+        self._kernels = paged_attention_triton
+        self.spec, self.limits, self.device = spec, limits, device
+        self.dtype: torch.dtype = getattr(torch, spec.dtype)
+        self._planners: dict[int, DecodePlanner] = {}  # by number of query heads
+        self._kv = torch.empty(0)
+        self._inputs: StepInputs | None = None
+
+    def _longest(self) -> int:
+        """The most keys a query of this group may see."""
+        return min(self.limits.max_model_len, self.spec.window or self.limits.max_model_len)
+
+    def _planner(self, num_heads: int) -> DecodePlanner:
+        """Made at a group's first step, since only its layers tell the number of query heads."""
+        if num_heads not in self._planners:
+            self._planners[num_heads] = self._kernels.DecodePlanner.make(
+                num_heads=num_heads, num_kv_heads=self.spec.num_kv_heads, head_size=self.spec.head_size,
+                dtype=self.dtype, max_rows=self.limits.max_rows, longest=self._longest(), device=self.device,
+            )  # fmt: skip
+        return self._planners[num_heads]
+
+    def allocate(self, num_layers: int, num_blocks: int) -> None:
+        spec = self.spec
+        shape = (num_layers, 2, num_blocks, spec.num_kv_heads, self.limits.block_size, spec.head_size)
+        self._kv = torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def release(self) -> None:
+        self._kv = torch.empty(0)
+
+    def copy_blocks(self, src: Tensor, dst: Tensor) -> None:
+        self._kv.index_copy_(2, dst, self._kv.index_select(2, src))
+
+    def fill(self, inputs: StepInputs) -> None:
+        self._inputs = inputs
+
+    def kv_cache(self, layer: int) -> KVCacheView:
+        """The head-major cache, seen token-major."""
+        assert self._inputs is not None, "fill comes first"
+        keys, values = self._kv[layer].unbind()
+        return KVCacheView(keys.transpose(1, 2), values.transpose(1, 2), self._inputs.slot_mapping)
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """The first half of `forward`: K and V of all rows into the cache."""
+        assert self._inputs is not None, "fill comes first"
+        self._kernels.store_kv(k, v, self._kv[layer, 0], self._kv[layer, 1], self._inputs.slot_mapping)
+
+    def attend(self, layer: int, spec: AttentionLayerSpec, q: Tensor) -> Tensor:
+        """The second half of `forward`: every row attends over what is stored."""
+        inputs = self._inputs
+        assert inputs is not None, "fill comes first"
+        k_cache, v_cache = self._kv[layer, 0], self._kv[layer, 1]
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        rows, total = inputs.num_decode_rows, len(inputs.seq_lens)
+        if rows:
+            planner = self._planner(spec.num_heads)
+            self._kernels.attend_decode(
+                q[:rows], k_cache, v_cache, out[:rows], inputs.block_tables[:rows], inputs.seq_lens[:rows],
+                scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap, config=planner.config(rows),
+                scratch=planner.scratch,
+            )  # fmt: skip
+        if rows < total or len(q) > total:
+            self._kernels.attend_prefill(
+                q, k_cache, v_cache, out, inputs.block_tables[rows:], inputs.seq_lens[rows:],
+                inputs.query_start_loc[rows:], scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap,
+            )  # fmt: skip
+        return out
+
+    def forward(self, layer: int, spec: AttentionLayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.store(layer, k, v)
+        return self.attend(layer, spec, q)

@@ -1,0 +1,223 @@
+"""Paged attention kernels against the plain-torch reference, on caches whose unused slots hold NaN."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanoengine.kernels import paged_attention as reference
+from nanoengine.kernels import paged_attention_triton as kernels
+from nanoengine.kernels.paged_attention_triton import DecodeConfig, DecodePlanner, DecodeScratch, PrefillConfig
+
+# of values around 1: rounding of the output and of the probabilities
+TOLERANCE = {torch.float32: 4e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    heads: int = 4
+    kv_heads: int = 2
+    head_size: int = 64
+    block_size: int = 16
+    window: int | None = None
+    soft_cap: float | None = None
+
+    @property
+    def arguments(self) -> dict[str, float | int | None]:
+        return {"scale": self.head_size**-0.5, "window": self.window, "soft_cap": self.soft_cap}
+
+
+class Batch:
+    """Rows of (query length, context length), stored by `store_kv` into a cache full of NaN but for the dummy block."""
+
+    def __init__(self, shape: Shape, rows: list[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> None:
+        rng, generator = random.Random(len(rows)), torch.Generator().manual_seed(7)
+        size, columns = shape.block_size, 3 + max(-(-n // shape.block_size) for _, n in rows)
+        ids = list(range(1, 1 + sum(-(-n // size) for _, n in rows)))
+        rng.shuffle(ids)
+        tables = torch.zeros(len(rows), columns, dtype=torch.int32)
+        slots: list[int] = []
+        for row, (_, length) in enumerate(rows):
+            mine = [ids.pop() for _ in range(-(-length // size))]
+            tables[row, : len(mine)] = torch.tensor(mine)
+            slots += [mine[p // size] * size + p % size for p in range(length)]
+        self.shape, self.rows, self.num_blocks = shape, rows, max(1, len(slots))
+
+        def rand(*sizes: int) -> Tensor:
+            return torch.randn(sizes, generator=generator).to(dtype).to(device)
+
+        pool = (1 + sum(-(-n // size) for _, n in rows), shape.kv_heads, size, shape.head_size)
+        self.k_cache, self.v_cache = (torch.full(pool, float("nan"), dtype=dtype, device=device) for _ in range(2))
+        self.k_cache[0] = self.v_cache[0] = 0
+        self.slots = torch.tensor(slots, device=device)
+        self.k, self.v = (rand(len(slots), shape.kv_heads, shape.head_size) for _ in range(2))
+        self.q = rand(sum(q for q, _ in rows), shape.heads, shape.head_size) * 2
+        self.tables, self.lens = tables.to(device), torch.tensor([n for _, n in rows], dtype=torch.int32, device=device)
+        starts = torch.tensor([0] + [q for q, _ in rows]).cumsum(0)
+        self.starts = starts.to(torch.int32).to(device)
+        kernels.store_kv(self.k, self.v, self.k_cache, self.v_cache, self.slots)
+
+    def want(self) -> Tensor:
+        args = (self.q, self.k_cache, self.v_cache, self.tables, self.lens, self.starts)
+        return reference.attend_prefill(*args, **self.shape.arguments)
+
+    def decode(self, config: DecodeConfig | None = None, scratch: DecodeScratch | None = None) -> Tensor:
+        shape, pairs = self.shape, len(self.rows) * self.shape.kv_heads
+        out = torch.full_like(self.q, float("nan"))
+        if config is None:
+            planner = DecodePlanner.make(
+                num_heads=shape.heads, num_kv_heads=shape.kv_heads, head_size=shape.head_size, dtype=self.q.dtype,
+                max_rows=len(self.rows), longest=max(n for _, n in self.rows), device=self.q.device,
+            )  # fmt: skip
+            config, scratch = planner.config(len(self.rows)), planner.scratch
+        scratch = scratch or DecodeScratch.make(
+            pairs * config.splits, pairs, shape.heads // shape.kv_heads, shape.head_size, self.q.device
+        )
+        kernels.attend_decode(
+            self.q, self.k_cache, self.v_cache, out, self.tables, self.lens, config=config, scratch=scratch,
+            **shape.arguments,
+        )  # fmt: skip
+        assert not scratch.tickets.any()  # ready for the next launch
+        return out
+
+    def prefill(self, config: PrefillConfig | None = None) -> Tensor:
+        out = torch.full_like(self.q, float("nan"))
+        args = (self.q, self.k_cache, self.v_cache, out, self.tables, self.lens, self.starts)
+        kernels.attend_prefill(*args, config=config, **self.shape.arguments)
+        return out
+
+
+def agree(out: Tensor, want: Tensor) -> None:
+    error = (out.float() - want.float()).abs().max().item()  # NaN fails
+    assert error <= TOLERANCE[out.dtype], error
+
+
+def small(splits: int, tile: int = 16) -> DecodeConfig:
+    return DecodeConfig(tile=tile, splits=splits, min_tiles=1, warps=4, stages=3)
+
+
+def test_store(dtype: torch.dtype, device: torch.device) -> None:
+    batch = Batch(Shape(kv_heads=3, heads=3, head_size=24), [(1, 20), (1, 3)], dtype, device)
+    want = [torch.full_like(batch.k_cache, float("nan")) for _ in range(2)]
+    for cache in want:
+        cache[0] = 0
+    reference.store_kv(batch.k, batch.v, *want, batch.slots)
+    assert torch.equal(batch.k_cache.nan_to_num(99), want[0].nan_to_num(99))
+    assert torch.equal(batch.v_cache.nan_to_num(99), want[1].nan_to_num(99))
+    fused = torch.cat([batch.k.flatten(1), batch.v.flatten(1)], dim=1)
+    k, v = (part.unflatten(1, (3, 24)) for part in fused.chunk(2, dim=1))  # strided, as a fused projection leaves them
+    batch.k_cache.zero_()
+    kernels.store_kv(k, v, batch.k_cache, batch.v_cache, batch.slots)
+    assert torch.equal(batch.k_cache[1:], want[0][1:].nan_to_num(0))
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(),
+        Shape(heads=3, kv_heads=1, head_size=80, soft_cap=3.0),
+        Shape(window=20, head_size=24, block_size=32),
+        Shape(heads=2, block_size=12, head_size=16),  # tiles and blocks divide each other neither way
+    ],
+    ids=str,
+)
+def test_decode(shape: Shape, splits: int, dtype: torch.dtype, device: torch.device) -> None:
+    batch = Batch(shape, [(1, 70), (1, 1), (1, 16), (1, 33)], dtype, device)
+    agree(batch.decode(small(splits)), batch.want())
+
+
+def test_splits_are_used_and_each_is_counted_once(device: torch.device) -> None:
+    """With a part left out, or twice in, this would not agree: the parts differ much."""
+    batch = Batch(Shape(), [(1, 64)], torch.float32, device)
+    scratch = DecodeScratch.make(8, 2, 2, 64, device)
+    scratch.lse.fill_(float("nan"))
+    agree(batch.decode(small(4), scratch), batch.want())
+    assert scratch.lse[: 2 * 4 * 2].isfinite().all()  # two KV heads of four parts with two heads
+    scratch.part.fill_(float("nan"))
+    scratch.lse.fill_(float("nan"))
+    agree(batch.decode(small(1), scratch), batch.want())
+    assert scratch.lse.isnan().all()
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(),
+        Shape(heads=3, kv_heads=1, head_size=80, soft_cap=3.0, block_size=32),
+        Shape(window=20, head_size=24),
+        Shape(heads=2, block_size=12, head_size=16, window=5),
+    ],
+    ids=str,
+)
+def test_prefill(shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+    rows = [(5, 5), (1, 30), (19, 60), (2, 17), (33, 33)]
+    batch = Batch(shape, rows, dtype, device)
+    agree(batch.prefill(PrefillConfig(block_m=16, tile=16, warps=4, stages=2)), batch.want())
+
+
+def test_prefill_leaves_earlier_tokens_alone_and_zeroes_later_ones(device: torch.device) -> None:
+    batch = Batch(Shape(), [(1, 9), (1, 4), (7, 20), (3, 3)], torch.float32, device)
+    want = batch.want()
+    batch.q = torch.cat([batch.q, batch.q[:6]])
+    out = torch.full_like(batch.q, 7.0)
+    kernels.attend_prefill(
+        batch.q, batch.k_cache, batch.v_cache, out, batch.tables[2:], batch.lens[2:], batch.starts[2:],
+        config=PrefillConfig(block_m=16, tile=16, warps=4, stages=2), **batch.shape.arguments,
+    )  # fmt: skip
+    assert (out[:2] == 7).all()
+    agree(out[2:12], want[2:])
+    assert (out[12:] == 0).all()
+
+
+def test_decode_layouts_fit_the_scratch() -> None:
+    shape = (8, 128, 4096, 2, 132)
+    assert kernels.decode_config(256, *shape).splits == 1
+    assert kernels.decode_config(1, *shape).splits >= 16
+    planner = DecodePlanner.make(
+        num_heads=16, num_kv_heads=8, head_size=128, dtype=torch.bfloat16, max_rows=64, longest=4096,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    for rows in range(1, 65):
+        assert rows * 8 * planner.config(rows).splits * 2 <= len(planner.scratch.lse)
+
+
+VARIANTS = [(None, None), (300, None), (None, 20.0), (37, 5.0)]
+SIZES = [(head, block) for head in (64, 80, 96, 128, 256) for block in (16, 256)] + [(128, b) for b in (32, 64, 128)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("head_size", "block_size"), SIZES)
+def test_many_shapes(dtype: torch.dtype, device: torch.device, head_size: int, block_size: int) -> None:
+    at = SIZES.index((head_size, block_size)) + list(TOLERANCE).index(dtype)
+    for window, soft_cap in (VARIANTS[at % 4], VARIANTS[(at + 1) % 4]):
+        many_rows(Shape(16, 8, head_size, block_size, window, soft_cap), dtype, device)
+
+
+def many_rows(shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+    rng = random.Random(0)
+    rows = [(1, 1), (1, 4000), *((1, rng.randint(1, 1500)) for _ in range(14))]
+    decode = Batch(shape, rows, dtype, device)
+    agree(decode.decode(), decode.want())
+    rows = [(1, 700), (130, 130), (17, 900), (513, 1100), (2, 2), (64, 64)]
+    prefill = Batch(shape, rows, dtype, device)
+    agree(prefill.prefill(), prefill.want())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (9, 3), (32, 4), (20, 1), (64, 1)])
+@pytest.mark.parametrize("rows", [1, 3, 40, 300])
+def test_head_groups_and_batch_sizes(device: torch.device, heads: int, kv_heads: int, rows: int) -> None:
+    dtype = torch.bfloat16
+    rng = random.Random(rows)
+    shape = Shape(heads, kv_heads, 128, 16)
+    decode = Batch(shape, [(1, rng.randint(1, 900)) for _ in range(rows)], dtype, device)
+    agree(decode.decode(), decode.want())
+    prefill = Batch(
+        shape, [(q, q + rng.randint(0, 50)) for q in (rng.randint(1, 90) for _ in range(rows))], dtype, device
+    )
+    agree(prefill.prefill(), prefill.want())

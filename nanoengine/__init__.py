@@ -9,7 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nanoengine.core.errors import NanoEngineError, RequestError
+    from nanoengine.core.errors import (
+        ConfigError,
+        EngineClosed,
+        ModelError,
+        ModelSourceError,
+        NanoEngineError,
+        ParamsError,
+        PluginError,
+        RequestError,
+        TokenizerMissing,
+        UnsupportedError,
+        WeightsError,
+    )
     from nanoengine.core.llm import LLM, EngineStats, Stream
     from nanoengine.core.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from nanoengine.core.sampling_params import SamplingParams
@@ -17,6 +29,19 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+_ERRORS = (
+    "ConfigError",
+    "EngineClosed",
+    "ModelError",
+    "ModelSourceError",
+    "NanoEngineError",
+    "ParamsError",
+    "PluginError",
+    "RequestError",
+    "TokenizerMissing",
+    "UnsupportedError",
+    "WeightsError",
+)
 _HOME = {
     "LLM": "nanoengine.core.llm",
     "EngineStats": "nanoengine.core.llm",
@@ -26,24 +51,36 @@ _HOME = {
     "Logprob": "nanoengine.core.request",
     "RequestMetrics": "nanoengine.core.request",
     "RequestOutput": "nanoengine.core.request",
-    "NanoEngineError": "nanoengine.core.errors",
-    "RequestError": "nanoengine.core.errors",
+    **dict.fromkeys(_ERRORS, "nanoengine.core.errors"),
     "load_config": "nanoengine.core.setup.config",
 }
 
 __all__ = [
     "LLM",
     "CompletionOutput",
+    "ConfigError",
+    "EngineClosed",
     "EngineStats",
     "Logprob",
+    "ModelError",
+    "ModelSourceError",
     "NanoEngineError",
+    "ParamsError",
+    "PluginError",
     "RequestError",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
     "Stream",
+    "TokenizerMissing",
+    "UnsupportedError",
+    "WeightsError",
     "load_config",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

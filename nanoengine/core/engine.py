@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from nanoengine.core.errors import EngineClosed, NanoEngineError, RequestError
+from nanoengine.core.errors import EngineClosed, NanoEngineError, ParamsError, RequestError
 from nanoengine.core.execution.executor import Executor, StepHandle
 from nanoengine.core.output import OutputProcessor, RequestState
 from nanoengine.core.request import Request, RequestOutput
@@ -98,9 +98,10 @@ class Engine:
         self._check_open()
         resolved = self._resolver.resolve(params)
         self.outputs.check(resolved)
+        check_priority(priority)
         token_ids: Any = prompt
         if isinstance(prompt, str):
-            token_ids, prompt_text = self._encode(prompt), prompt
+            token_ids, prompt_text = self._ids_of(prompt), prompt
         error = self._prompt_error(token_ids)
         state = self.outputs.new_state(
             request_id,
@@ -158,6 +159,9 @@ class Engine:
         with self._lock:
             if not self._closed:
                 self._closed = True
+                for state in self._known.values():
+                    for request in state.unfinished():
+                        self.scheduler.abort(request)
                 self._in_flight.clear()
                 self._known.clear()
                 self._executor.shutdown()
@@ -165,6 +169,12 @@ class Engine:
     def _check_open(self) -> None:
         if self._closed:
             raise EngineClosed("this engine was closed; make a new one")
+
+    def _ids_of(self, text: str) -> list[int] | RequestError:
+        try:
+            return self._encode(text)
+        except RequestError as error:  # text that has no tokens, such as half a surrogate pair
+            return error
 
     def _prompt_error(self, token_ids: Any) -> RequestError | None:
         if isinstance(token_ids, RequestError):  # what the caller could not make a prompt of
@@ -280,7 +290,9 @@ class Engine:
     def _broken(self, steps: Sequence[ScheduledStep], error: Exception) -> None:
         """A step raised: its requests are run again one by one, and the one that raises alone fails alone."""
         for request in self.scheduler.fail(steps):
-            cause = RequestError("step_failed", f"running this request raised {type(error).__name__}: {error}")
+            where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+            text = f"running this request raised {type(error).__name__}: {error}{where}"
+            cause = RequestError("step_failed", text)
             cause.__cause__ = error
             state = self._known.get(request.parent)
             if state is not None:
@@ -301,6 +313,11 @@ class Engine:
                 self._ready.append(output)
             else:
                 state.sink(output)
+
+
+def check_priority(priority: object) -> None:
+    if priority is not None and not _is_int(priority):
+        raise ParamsError(f"priority must be a whole number, not {priority!r}")
 
 
 def _shown(value: object) -> str:

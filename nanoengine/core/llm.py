@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, get_type_hints
 
 from tqdm import tqdm
 
 from nanoengine.core.assemble import assemble, find_model
 from nanoengine.core.build_engine import BuiltEngine, build_engine
+from nanoengine.core.engine import check_priority
 from nanoengine.core.errors import ConfigError, ParamsError, RequestError, nearest
+from nanoengine.core.field_types import conform
 from nanoengine.core.request import RequestOutput
 from nanoengine.core.sampling_params import SamplingParams
-from nanoengine.core.setup.options import EngineOptions
+from nanoengine.core.setup.options import OPTIONS_NOT_SERVED, EngineOptions
 from nanoengine.core.setup.plugins import discover
 from nanoengine.core.setup.registry import Registry
 
@@ -113,7 +116,7 @@ class LLM:
         sampler: Mapping[str, Any] | None,
         say: Callable[[str], None] | None = None,
     ) -> None:
-        path = find_model(model, registry, say)
+        path = find_model(model, registry, say or _say)
         self._built: BuiltEngine = build_engine(assemble(path, attention, options, registry, implementation), registry)
         self.engine: Engine = self._built.engine
         self._ids = itertools.count()
@@ -133,20 +136,22 @@ class LLM:
         *,
         priority: int | Sequence[int] | None = None,
         use_tqdm: bool = True,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Generate for each prompt; outputs in input order.
 
         Args:
             prompts: one or several of: text, token ids, {"prompt": text}, {"prompt_token_ids": ids}.
             params: for all, or one each; None: the model's generation_config, or the configuration's `sampler`.
-            priority: for all, or one each; lower runs first.
+            priority: for all, or one each; lower runs first. It takes effect with scheduling_policy "priority".
+            sampling_params: vLLM's name of `params`.
 
         Raises:
             ParamsError, TokenizerMissing: before anything runs. A prompt that cannot be served is no exception: its
             output has an `error`, and the others finish.
         """
         each: Any = [prompts] if _is_one(prompts) else prompts
-        return self._run([_split(p) for p in each], params, priority, use_tqdm)
+        return self._run([_split(p) for p in each], _one_name(params, sampling_params), priority, use_tqdm)
 
     def chat(
         self,
@@ -155,15 +160,20 @@ class LLM:
         *,
         use_tqdm: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Any,
     ) -> list[RequestOutput]:
         """Generate the next message of one conversation, or of each of several.
 
-        `chat_template_kwargs` go to the template: add_generation_prompt (True by default), tools, whatever it reads.
+        `chat_template_kwargs` and `options` go to the template: add_generation_prompt (True by default),
+        continue_final_message, tools, chat_template, whatever it reads. `sampling_params`: vLLM's name of `params`.
         """
+        if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+            raise ParamsError(f"messages must be a list of messages, or a list of such lists, not {messages!r}")
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = [messages] if one else messages
-        prompts = [self._render(c, chat_template_kwargs or {}) for c in conversations]
-        return self._run(prompts, params, None, use_tqdm)
+        prompts = [self._render(c, {**(chat_template_kwargs or {}), **options}) for c in conversations]
+        return self._run(prompts, _one_name(params, sampling_params), None, use_tqdm)
 
     def _render(self, messages: Any, options: Mapping[str, Any]) -> tuple[Any, str | None]:
         """(token ids, text) of a conversation; one that cannot be rendered is refused in its place by the engine."""
@@ -187,13 +197,16 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int | None = None) -> Stream:
         """Start a request; iterate over its cumulative outputs. Several may be open at once; closing one aborts it."""
-        return Stream(self, _split(prompt), params or self.default_params, priority)
+        return Stream(self, _split(prompt), _check_params(params or self.default_params), priority)
 
     def _run(
         self, prompts: Sequence[tuple[Any, str | None]], params: Any, priority: Any, use_tqdm: bool
     ) -> list[RequestOutput]:
         each_params = _one_each(self.default_params if params is None else params, len(prompts), "params")
         each_priority = _one_each(priority, len(prompts), "priority")
+        for given, level in zip(each_params, each_priority, strict=True):
+            _check_params(given)
+            check_priority(level)
         for one in {id(p): p for p in each_params}.values():  # all are checked before the first is added
             self._built.resolver.resolve(one)
         if any(isinstance(prompt, str) for prompt, _ in prompts):
@@ -244,7 +257,7 @@ class LLM:
         return self._built.model()
 
     def close(self) -> None:
-        """Stop and give the memory back. Idempotent; afterwards every call raises `EngineClosed`."""
+        """Stop and give the memory back. Idempotent; whoever generates afterwards gets `EngineClosed`."""
         self._built.close()
 
     def __enter__(self) -> Self:
@@ -260,7 +273,8 @@ class Stream(Iterator[RequestOutput]):
     """Cumulative outputs of one request, as they come. `close()` (or the end of its `with`) aborts what is left."""
 
     def __init__(self, llm: LLM, prompt: tuple[Any, str | None], params: SamplingParams, priority: int | None) -> None:
-        self._engine, self._outputs = llm.engine, deque[RequestOutput]()
+        # Outputs are cumulative: of those that come while others make the engine step, the latest is enough.
+        self._engine, self._outputs = llm.engine, deque[RequestOutput](maxlen=1)
         self._ended = False
         self.request_id = llm._next_id()
         self._engine.add_request(
@@ -294,25 +308,55 @@ class Stream(Iterator[RequestOutput]):
             self.close()
 
 
+def _say(text: str) -> None:
+    """Fetching a model takes a while the first time: what is going on, beside the program's own output."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def engine_options(options: Mapping[str, Any]) -> EngineOptions:
-    """Keywords -> `EngineOptions`; raises `ConfigError` naming an unknown one and the nearest."""
-    names = [f.name for f in fields(EngineOptions)]
-    for name in options:
-        if name not in names:
-            raise ConfigError(f"unknown engine option {name!r}; {nearest(name, names)}")
-    return EngineOptions(**options)
+    """Keywords -> `EngineOptions`; raises `ConfigError` for one that is unknown or of the wrong type."""
+    types = get_type_hints(EngineOptions)
+    given = {}
+    for name, value in options.items():
+        if name in OPTIONS_NOT_SERVED:
+            raise ConfigError(f"engine option {name!r}: {OPTIONS_NOT_SERVED[name]}")
+        if name not in types:
+            raise ConfigError(f"unknown engine option {name!r}; {nearest(name, types)}")
+        plain = str(value).removeprefix("torch.") if name in ("dtype", "device") else value  # torch's own are fine
+        try:
+            given[name] = conform(name, plain, types[name])
+        except ParamsError as error:
+            raise ConfigError(f"engine option {error}") from None
+    return EngineOptions(**given)
 
 
-def _discover(plugins: Sequence[Any]) -> Registry:
+def _discover(plugins: Any) -> Registry:
+    if isinstance(plugins, str | Path):
+        plugins = [plugins]
+    plugins = plugins or ()
     files = [p for p in plugins if isinstance(p, str | Path)]
     extra = [(getattr(p, "__name__", type(p).__name__), p) for p in plugins if not isinstance(p, str | Path)]
     return discover(files, extra=extra)
+
+
+def _check_params(params: Any) -> SamplingParams:
+    if not isinstance(params, SamplingParams):
+        raise ParamsError(f"params must be SamplingParams, or one for each prompt, not {params!r}")
+    return params
+
+
+def _one_name(params: Any, sampling_params: Any) -> Any:
+    if params is not None and sampling_params is not None:
+        raise ParamsError("params and sampling_params are two names for one thing: give one of them")
+    return sampling_params if params is None else params
 
 
 def _is_one(prompts: Any) -> bool:
     """Text, a dict, or a flat list of ids: one prompt. (An empty list is no prompts.)"""
     if isinstance(prompts, str | Mapping):
         return True
+    if not isinstance(prompts, Sequence) and not hasattr(prompts, "__array__"):
+        raise ParamsError(f"prompts must be text, token ids, a dict, or a list of those, not {prompts!r}")
     return len(prompts) > 0 and all(isinstance(p, Integral) for p in prompts)
 
 
@@ -328,7 +372,7 @@ def _split(prompt: Prompt) -> tuple[Any, str | None]:
 
 
 def _one_each(value: Any, count: int, name: str) -> list[Any]:
-    if not isinstance(value, Sequence):
+    if not isinstance(value, Sequence) or isinstance(value, str):
         return [value] * count
     if len(value) != count:
         raise ParamsError(f"{name} has {len(value)} entries for {count} prompts; give one for all, or one each")

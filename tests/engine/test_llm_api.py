@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nanoengine import LLM, NanoEngineError, RequestError, SamplingParams
 from nanoengine.core.errors import ConfigError, EngineClosed, ParamsError, TokenizerMissing
@@ -334,6 +335,58 @@ def test_closing_ends_everything(tmp_path: Path) -> None:
         with pytest.raises(EngineClosed):
             call()
     stream.close()
+
+
+def test_misused_arguments_are_named(llm: LLM) -> None:
+    for call, text in (
+        (lambda: llm.generate(None, GREEDY), "prompts must be"),
+        (lambda: llm.generate(5, GREEDY), "prompts must be"),
+        (lambda: llm.generate([1], {"max_tokens": 3}), "must be SamplingParams"),
+        (lambda: llm.generate([[1], [2]], "greedy"), "must be SamplingParams"),
+        (lambda: llm.generate([1], GREEDY, sampling_params=GREEDY), "two names"),
+        (lambda: llm.generate([1], GREEDY, priority="high"), "whole number"),
+        (lambda: llm.generate([[1], [2]], GREEDY, priority=[1, 1.5]), "whole number"),
+        (lambda: llm.chat("hello", GREEDY), "messages must be"),
+        (lambda: llm.chat({"role": "user"}, GREEDY), "messages must be"),
+        (lambda: llm.stream([1], {"max_tokens": 3}), "must be SamplingParams"),
+    ):
+        with pytest.raises(ParamsError, match=text):
+            call()  # type: ignore[no-untyped-call]
+    assert llm.stats().steps == 0
+    assert not llm.engine.has_unfinished_requests()
+    (output,) = llm.generate([1, 2], sampling_params=GREEDY, use_tqdm=False)
+    assert output.outputs[0].token_ids == greedy([1, 2], 6)
+
+
+def test_options_are_checked_by_type(tmp_path: Path) -> None:
+    for option, text in (
+        ({"enable_prefix_caching": "no"}, "enable_prefix_caching must be"),
+        ({"seed": "a"}, "seed must be"),
+        ({"max_num_seqs": "64"}, "max_num_seqs must be"),
+        ({"dtype": "fp16"}, "dtype must be"),
+        ({"tensor_parallel_size": 2}, "one device"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            mock_llm(tmp_path, **option)  # type: ignore[arg-type]
+    with mock_llm(tmp_path, dtype=torch.float32, device=torch.device("cpu")) as llm:
+        llm.generate([1], GREEDY, use_tqdm=False)
+
+
+def test_counters_after_closing(tmp_path: Path) -> None:
+    llm = mock_llm(tmp_path)
+    next(llm.stream([1, 2], GREEDY))
+    llm.close()
+    stats = llm.stats()
+    assert stats.running == stats.waiting == 0
+    assert stats.free_blocks == stats.num_blocks
+
+
+def test_public_names_are_there() -> None:
+    import nanoengine
+
+    for name in nanoengine.__all__:
+        assert getattr(nanoengine, name) is not None
+        assert name in dir(nanoengine)
 
 
 def test_two_engines_in_one_process(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,3 +65,19 @@ class EngineOptions:
             )
         if not (self.device in ("auto", "cpu", "cuda") or self.device.removeprefix("cuda:").isdigit()):
             raise ConfigError(f"engine.device must be auto, cpu, cuda or cuda:N, not {self.device!r}")
+
+
+OPTIONS_NOT_SERVED: Mapping[str, str] = {
+    "tensor_parallel_size": "one device is served so far",
+    "pipeline_parallel_size": "one device is served so far",
+    "trust_remote_code": "code from model folders is never run; a model is a plugin (docs/plugin-api.md)",
+    "quantization": "weights are served as float32, bfloat16 or float16; a GGUF file is converted",
+    "tokenizer": "the tokenizer is the model folder's own",
+    "revision": "models are local: give a folder",
+    "enable_chunked_prefill": "prompts are always chunked under max_num_batched_tokens",
+    "enable_lora": "adapters are not served yet",
+    "speculative_config": "speculation is not served yet",
+    "swap_space": "preempted requests are computed again, not swapped",
+    "num_threads": "torch takes its CPU threads from the environment: OMP_NUM_THREADS",
+}
+"""Options of vLLM's that are refused with what to do instead."""

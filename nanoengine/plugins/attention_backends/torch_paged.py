@@ -11,7 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -132,7 +134,7 @@ class TorchPaged(AttentionBackend):
     def allocate(self, num_layers: int, num_blocks: int) -> None:
         spec = self.spec
         shape = (num_layers, 2, num_blocks, spec.num_kv_heads, self.limits.block_size, spec.head_size)
-        self._kv = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self._kv = _zeros(shape, self.dtype, self.device)
         block = self.limits.block_size * spec.head_size
         self._layers = [
             _LayerViews(
@@ -277,6 +279,13 @@ class TorchPaged(AttentionBackend):
         torch.index_select(cache.k_blocks, 0, piece.index, out=keys.view(len(piece.index), -1))
         torch.index_select(cache.v_blocks, 0, piece.index, out=values.view(len(piece.index), -1))
         return keys.view(shape), values.view(shape)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU memory that the system hands out page by page when it is first written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def _take(table: Tensor, rows: tuple[int, ...]) -> Tensor:

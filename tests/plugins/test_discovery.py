@@ -12,8 +12,18 @@ from typing import Any
 
 import pytest
 
-from nanoengine.api import ModelError, ModelSourceSpec, ModelSpec, PluginError, SamplerSpec, StageParams, hookimpl
-from nanoengine.core.setup.plugins import Failure, Registry, discover, plugin_file
+from nanoengine.api import (
+    Model,
+    ModelError,
+    ModelSourceSpec,
+    ModelSpec,
+    PluginError,
+    SamplerSpec,
+    StageParams,
+    hookimpl,
+)
+from nanoengine.core.setup.plan import TargetLoader
+from nanoengine.core.setup.plugins import Failure, Registry, discover, load_checked, plugin_file
 
 MODEL = """
 @hookimpl
@@ -159,8 +169,20 @@ def test_a_built_in_name_can_clash_too() -> None:
     built_in = next(iter(discover().samplers.values()))
     double = SamplerSpec(name=built_in.spec.name, params=built_in.spec.params, target="a.b:C", api=1)
     registry = discover(extra=[("mine", holder(register_samplers=lambda: [double]))])
-    with pytest.raises(PluginError, match=r"nanoengine \d.* and object 'mine'"):
+    with pytest.raises(PluginError, match=r"nanoengine \d.* and object 'mine'.*; rename yours, or do not hand over 'm"):
         registry.stages()
+
+
+def test_nobody_is_told_to_uninstall_the_engine(install: Any) -> None:
+    found = discover()
+    taken, served = next(iter(found.samplers.values())), next(iter(found.models.values()))
+    parameter = next(iter(taken.spec.params.__dataclass_fields__))
+    install("nanoengine-rival", stage(f"{parameter}: float = 0") + model("rival", served.spec.architectures[0]))
+    registry = discover()
+    for look_up in (registry.stages, lambda: registry.model_for(served.spec.architectures)):
+        with pytest.raises(PluginError, match="pip uninstall nanoengine-rival") as caught:
+            look_up()
+        assert "pip uninstall nanoengine " not in f"{caught.value} "
 
 
 def test_two_models_for_one_architecture_need_a_choice_by_name(install: Any) -> None:
@@ -273,3 +295,45 @@ def test_discovery_imports_no_torch() -> None:
     code = "import sys; from nanoengine.core.setup.plugins import discover; r = discover(); r.stages()\n"
     code += "assert r.plugins; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_edited_plugin_file_is_loaded_anew_in_the_same_process(plugin_py: Any) -> None:
+    old = discover([plugin_py(model("first"))])
+    path = plugin_py(model("other"))  # of the same size, within the same second
+    new = discover([path])
+    assert ("first" in old.models, "other" in old.models) == (True, False)
+    assert ("first" in new.models, "other" in new.models) == (False, True)
+    assert discover([path]).plugin_files == new.plugin_files
+
+
+def test_the_same_plugin_file_twice_is_said_to_be(plugin_py: Any, tmp_path: Path) -> None:
+    path = plugin_py(model())
+    with pytest.raises(PluginError, match=r"my-plugin\.py is given twice"):
+        discover([path, tmp_path / "." / "my-plugin.py"])
+
+
+def test_a_missing_class_of_a_plugin_file_names_the_file_and_the_nearest_class(plugin_py: Any) -> None:
+    path = plugin_py("class Zeta: ...\n\nclass Far: ...\n\n" + model().replace('"pkg.mod:Cls"', 'f"{__name__}:Zetta"'))
+    registry = discover([path])
+    with pytest.raises(PluginError) as caught:
+        load_checked(TargetLoader(registry.plugin_files), registry.models["zeta"].spec.target, Model)
+    message = str(caught.value)
+    assert f"'Zetta' of plugin file {path}" in message
+    assert "did you mean 'Zeta'? Valid: Far, Zeta" in message
+    assert "nanoengine_plugin_" not in message
+    with pytest.raises(PluginError, match=rf"'Far' of plugin file {path} is .*not a class derived from .*Model"):
+        load_checked(TargetLoader(registry.plugin_files), f"{registry.plugin_files[0].module}:Far", Model)
+
+
+def test_a_plugin_file_that_cannot_be_imported_again_names_its_path(plugin_py: Any) -> None:
+    path = plugin_py("raise OSError('disk')\n")
+    file = plugin_file(path)
+    with pytest.raises(PluginError, match=rf"'X' of plugin file {path}: OSError: disk"):
+        TargetLoader((file,)).load(f"{file.module}:X")
+
+
+def test_a_plugin_file_changed_since_discovery_is_not_loaded_by_a_worker(plugin_py: Any) -> None:
+    file = plugin_file(plugin_py(model("first")))
+    plugin_py(model("other"))
+    with pytest.raises(PluginError, match=r"my-plugin\.py was changed after the engine read it"):
+        TargetLoader((file,)).load(f"{file.module}:X")

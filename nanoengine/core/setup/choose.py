@@ -20,7 +20,7 @@ PassedOver = list[tuple[str, list[str]]]
 
 def load_checked(loader: TargetLoader, target: str, base: type[C]) -> type[C]:
     """The class behind `target`. Raises `PluginError` if it cannot be imported or is no complete `base`."""
-    return check_class(loader.load(target), base, target)
+    return check_class(loader.load(target), base, loader.describe(target))
 
 
 def check_class(found: Any, base: type[C], what: str) -> type[C]:

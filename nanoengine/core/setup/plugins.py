@@ -96,6 +96,8 @@ class _Search:
 
     def file(self, path: Path) -> None:
         file = plugin_file(path)
+        if file in self.files:
+            raise PluginError(f"plugin file {path} is given twice; leave one out")
         origin = Origin(plugin=path.stem, module=file.module, file=file.path)
         try:
             plugin = load_plugin_file(file)
@@ -175,18 +177,24 @@ class _Search:
 
 
 def plugin_file(path: Path) -> PluginFile:
-    """A file and the module name it is loaded under: the same in every process, different for every path.
+    """A file, its digest, and the module name made of both: an edited file is another module, in every process alike.
 
-    Raises `PluginError` if it is no file.
+    Raises `PluginError` if it is no file, or cannot be read.
     """
     resolved = path.expanduser().resolve()
     if not resolved.is_file():
         raise PluginError(f"plugin file {path} does not exist (looked for {resolved})")
     if resolved.suffix != ".py":
         raise PluginError(f"plugin file {path} is not a .py file; install a package instead, or name its module file")
+    try:
+        content = resolved.read_bytes()
+    except OSError as error:
+        raise PluginError(f"cannot read plugin file {path}: {error}") from error
     stem = re.sub(r"\W", "_", resolved.stem)
-    digest = hashlib.sha256(str(resolved).encode()).hexdigest()[:12]
-    return PluginFile(module=f"nanoengine_plugin_{stem}_{digest}", path=str(resolved))
+    tag = hashlib.sha256(str(resolved).encode(errors="surrogateescape") + b"\0" + content).hexdigest()[:12]
+    return PluginFile(
+        module=f"nanoengine_plugin_{stem}_{tag}", path=str(resolved), digest=hashlib.sha256(content).hexdigest()
+    )
 
 
 def _manager() -> pluggy.PluginManager:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Generic, Literal, TypeVar, cast
 
 from nanoengine.core.errors import ModelError, PluginError, nearest
+from nanoengine.core.setup.hookspecs import PROJECT
 from nanoengine.core.setup.plan import PluginFile
 from nanoengine.core.setup.specs import AttentionSpec, ModelSourceSpec, ModelSpec, SamplerSpec, Spec
 
@@ -50,7 +51,9 @@ class Origin:
 
     @property
     def mend(self) -> str:
-        """What removes this provider."""
+        """What removes this provider; "" for nanoengine itself, where the other one must give way."""
+        if self.distribution == PROJECT:
+            return ""
         if self.file is not None:
             return f"leave out --plugin {self.file}"
         if self.distribution is not None:
@@ -103,7 +106,7 @@ class Conflict:
     def __str__(self) -> str:
         who = " and ".join(str(claim.origin) for claim in self.claims)
         what = f"{KIND_WORDS[self.kind]} {self.name!r} is registered by {who}"
-        return f"{what}; remove one of them: {_mends(self.claims)}"
+        return f"{what}; {_one_too_many(self.claims)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,13 +222,19 @@ class Registry:
 def _several_serve(architecture: str, serving: Sequence[Registered[ModelSpec]]) -> str:
     who = " and ".join(f"model {each.spec.name!r} of {each.origin}" for each in serving)
     choose = "choose one by name (model.implementation in YAML, LLM(implementation=...))"
-    return f"architecture {architecture!r} is served by {who}; {choose}, or remove one: {_mends(serving)}"
+    return f"architecture {architecture!r} is served by {who}; {choose}, or {_mends(serving)}"
 
 
 def _mends(claims: Sequence[Registered[Any]]) -> str:
-    return " or ".join(dict.fromkeys(claim.origin.mend for claim in claims))
+    return " or ".join(dict.fromkeys(claim.origin.mend for claim in claims if claim.origin.mend))
+
+
+def _one_too_many(claims: Sequence[Registered[Any]]) -> str:
+    """What to do about several that claim one name."""
+    stays = any(not claim.origin.mend for claim in claims)
+    return f"rename yours, or {_mends(claims)}" if stays else f"remove one of them: {_mends(claims)}"
 
 
 def _both_claim(parameter: str, one: Registered[SamplerSpec], other: Registered[SamplerSpec]) -> str:
     who = " and ".join(f"sampler stage {each.spec.name!r} of {each.origin}" for each in (one, other))
-    return f"sampling parameter {parameter!r} is claimed by {who}; remove one of them: {_mends((one, other))}"
+    return f"sampling parameter {parameter!r} is claimed by {who}; {_one_too_many((one, other))}"

@@ -79,7 +79,7 @@ def assemble(
         attention_name=name,
         attention=target,
         stages=tuple(
-            StagePlan(name=s.spec.name, target=s.spec.target, columns=dict(s.spec.params.columns))
+            StagePlan(name=s.spec.name, target=s.spec.target, columns=dict(s.spec.params.columns), origin=str(s.origin))
             for s in registry.stages()
         ),
         options=options,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nanoengine import SamplingParams
+from nanoengine.core.errors import PluginError
 from nanoengine.testing.mock_model import MockModel
 
 from .support import greedy, mock_llm, prompts, tokens_of
@@ -178,3 +179,50 @@ def test_an_interrupt_leaves_the_engine_usable(tmp_path: Path, monkeypatch: pyte
         assert tokens_of(llm.generate([[5, 6]], GREEDY, use_tqdm=False)) == [greedy([5, 6], 10)]
         assert not llm.engine.has_unfinished_requests()
         assert llm.stats().free_blocks == llm.stats().num_blocks
+
+
+BAD = """
+from dataclasses import dataclass
+from nanoengine.api import ColumnSpec, Phase, SamplerSpec, SamplerStage, StageParams, hookimpl
+
+
+@dataclass(frozen=True)
+class Params(StageParams):
+    columns = {"bad": ColumnSpec(dtype="bool", default=False)}
+    bad: bool = False
+
+
+class Bad(SamplerStage):
+    phase = Phase.MASK
+
+    def __init__(self, ctx):
+        INIT
+
+    def apply(self, logits, rows):
+        raise SystemExit(0)
+
+
+@hookimpl
+def register_samplers():
+    return [SamplerSpec(name="bad", params=Params, target=f"{__name__}:Bad", api=1)]
+"""
+
+
+def test_a_stage_that_exits_fails_only_who_asked_for_it_and_is_named(tmp_path: Path) -> None:
+    plugin = tmp_path / "bad.py"
+    plugin.write_text(BAD.replace("INIT", "pass"))
+    with mock_llm(tmp_path, plugins=[plugin]) as llm:
+        one, two = llm.generate([[1], [2]], [GREEDY, SamplingParams(bad=True)], use_tqdm=False)
+    assert tokens_of([one]) == [greedy([1], 10)]
+    assert two.error is not None
+    assert f"sampler stage 'bad' (Bad of plugin file {plugin}) called sys.exit(0)" in str(two.error)
+
+
+@pytest.mark.parametrize("init", ["raise ValueError('no table')", "raise SystemExit('no table')"])
+def test_a_stage_that_cannot_be_made_is_named(tmp_path: Path, init: str) -> None:
+    plugin = tmp_path / "bad.py"
+    plugin.write_text(BAD.replace("INIT", init))
+    with pytest.raises(PluginError) as caught, mock_llm(tmp_path, plugins=[plugin]):
+        pass
+    assert f"sampler stage 'bad' (Bad of plugin file {plugin}) failed in __init__: " in str(caught.value)
+    assert "no table" in str(caught.value)

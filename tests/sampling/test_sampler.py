@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -283,7 +284,7 @@ def test_fusion_goes_by_operation_not_by_name() -> None:
     assert sample(sampler, logits, rows(nucleus=0.3)) != sample(sampler, logits, rows())
     with pytest.raises(RuntimeError, match="called") as caught:
         sample(make_sampler(VOCAB, fuse=False, specs=specs), logits, rows(nucleus=0.3))
-    assert "in sampler stage 'nucleus'" in caught.value.__notes__
+    assert f"in sampler stage 'nucleus' ({__name__}:Nucleus)" in caught.value.__notes__
     with pytest.raises(RuntimeError, match="called"):  # two stages with one operation: both are called, in order
         sample(sampler, logits, rows(nucleus=0.3, top_p=0.5))
 
@@ -309,6 +310,39 @@ class Narrow(SamplerStage):
         return logits[:, :-1]
 
 
+class Wordy(SamplerStage):
+    """Does in `apply` what its argument does."""
+
+    phase = Phase.BIAS
+
+    def __init__(self, act: Any) -> None:
+        self.act = act
+
+    def apply(self, logits: torch.Tensor, rows: StageRows) -> torch.Tensor:
+        return self.act()
+
+
+@pytest.mark.parametrize(
+    ("act", "error", "words"),
+    [
+        (lambda: None, PluginError, "returned None of type NoneType, not the logits, a Tensor"),
+        (lambda: [1.0] * 1000, PluginError, "of type list, not the logits"),
+        (lambda: sys.exit(3), PluginError, r"called sys\.exit\(3\)"),
+        (lambda: sys.exit(), PluginError, r"called sys\.exit\(\)"),
+        (lambda: {}["gone"], KeyError, "gone"),
+    ],
+)
+def test_a_stage_that_breaks_is_named_with_its_origin(act: Any, error: type[Exception], words: str) -> None:
+    plan = replace(plan_of(BUILT_IN["logit_bias"]), target="made_up:Wordy", origin="plugin file /some/x.py")
+    with pytest.raises(error, match=words) as caught:
+        Sampler([(plan, Wordy(act))], 20, fuse=True).sample(
+            torch.zeros(1, 20), rows_of(20, [tenant(20, logit_bias={1: 1.0})])
+        )
+    whole = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
+    assert "sampler stage 'logit_bias' (Wordy of plugin file /some/x.py)" in whole
+    assert len(str(caught.value)) < 250
+
+
 class Phaseless(SamplerStage):
     def apply(self, logits: torch.Tensor, rows: StageRows) -> torch.Tensor:
         return logits
@@ -317,7 +351,9 @@ class Phaseless(SamplerStage):
 def test_misbehaving_stages_are_named() -> None:
     plan = plan_of(BUILT_IN["logit_bias"])
     rows = rows_of(20, [tenant(20, logit_bias={1: 1.0})])
-    with pytest.raises(PluginError, match=r"'logit_bias' returned .*\(1, 19\) instead of the .*\(1, 20\)"):
+    with pytest.raises(
+        PluginError, match=r"'logit_bias' \(.*LogitBias\) returned .*\(1, 19\) instead of the .*\(1, 20\)"
+    ):
         Sampler([(plan, Narrow(None))], 20, fuse=True).sample(torch.zeros(1, 20), rows)  # type: ignore[arg-type]
     with pytest.raises(PluginError, match=r"'logit_bias'.* must set `phase`"):
         Sampler([(plan, Phaseless(None))], 20, fuse=True)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from nanoengine.core.errors import PluginError
 from nanoengine.core.execution.attention import AttentionBackend, BatchLimits, GraphSupport
 from nanoengine.core.execution.build import BuiltModel, build_model, kv_groups
 from nanoengine.core.execution.graphs import DecodeGraphs, graph_sizes
@@ -29,7 +30,7 @@ from nanoengine.core.execution.stage import Need, SamplerStage, StageContext
 from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, decode_plan, padded
 from nanoengine.core.execution.weights import dummy_weights, load_weights
 from nanoengine.core.setup.choose import load_checked
-from nanoengine.core.setup.plan import EnginePlan, TargetLoader
+from nanoengine.core.setup.plan import EnginePlan, StagePlan, TargetLoader
 from nanoengine.core.step import StageColumn, StepPlan
 from nanoengine.kernels.ops import ops_for
 
@@ -182,7 +183,7 @@ class ModelRunner:
         self.tables = SlotTables(slot_limits, self.plan.stages, self.device)
         self.buffers = StepBuffers(limits, len(self.groups), self.device)
         ctx = StageContext(options.max_num_seqs, self.vocab_size, limits.max_model_len, self.device)
-        stages = [(s, load_checked(self.loader, s.target, SamplerStage)(ctx)) for s in self.plan.stages]
+        stages = [(s, _make_stage(s, load_checked(self.loader, s.target, SamplerStage), ctx)) for s in self.plan.stages]
         self.sampler = Sampler(stages, self.vocab_size, fuse=options.fuse_sampling)
         self.argmax_invariant = {s.name: stage.argmax_invariant for s, stage in stages}
 
@@ -340,3 +341,10 @@ def batch_limits(plan: EnginePlan) -> BatchLimits:
         max_model_len=options.max_model_len,
         block_size=options.block_size,
     )
+
+
+def _make_stage(plan: StagePlan, stage_class: type[SamplerStage], ctx: StageContext) -> SamplerStage:
+    try:
+        return stage_class(ctx)
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"{plan.where} failed in __init__: {type(error).__name__}: {error}") from error

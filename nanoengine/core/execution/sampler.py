@@ -54,9 +54,15 @@ class DrawRows:
 
 @dataclass(frozen=True, slots=True)
 class _Stage:
-    """A stage in its place. `ops`: columns with a standard operation. `standard`: it does nothing beyond those."""
+    """A stage in its place.
+
+    Attributes:
+        where: its name and origin, for errors.
+        ops: columns with a standard operation. standard: it does nothing beyond those.
+    """
 
     name: str
+    where: str
     stage: SamplerStage
     ops: Mapping[StandardOp, str]
     standard: bool
@@ -147,13 +153,17 @@ class Sampler:
             token_ids=rows.token_ids if Need.TOKEN_IDS in needs else None,
         )
         try:
-            out = s.stage.apply(logits, view)
+            out: object = s.stage.apply(logits, view)
+        except SystemExit as error:  # a stage may break its request, never end the process
+            raise PluginError(f"{s.where} called sys.exit({'' if error.code is None else repr(error.code)})") from error
         except Exception as error:
-            error.add_note(f"in sampler stage {s.name!r}")
+            error.add_note(f"in {s.where}")
             raise
+        if not isinstance(out, Tensor):
+            raise PluginError(f"{s.where} returned {out!r:.80} of type {type(out).__name__}, not the logits, a Tensor")
         if out.shape != logits.shape or out.dtype != logits.dtype:
             raise PluginError(
-                f"sampler stage {s.name!r} returned {out.dtype} {tuple(out.shape)} instead of the "
+                f"{s.where} returned {out.dtype} {tuple(out.shape)} instead of the "
                 f"{logits.dtype} {tuple(logits.shape)} it was given"
             )
         return out
@@ -183,10 +193,10 @@ class Sampler:
 
 def _placed(plan: StagePlan, stage: SamplerStage) -> _Stage:
     if not isinstance(getattr(stage, "phase", None), Phase):
-        raise PluginError(f"sampler stage {plan.name!r} ({plan.target}) must set `phase` to a nanoengine.api.Phase")
+        raise PluginError(f"{plan.where} must set `phase` to a nanoengine.api.Phase")
     ops = {spec.op: name for name, spec in plan.columns.items() if spec.op is not None and not spec.ragged}
     standard = len(ops) == len(plan.columns) > 0 and stage.phase >= Phase.TEMPERATURE
-    return _Stage(plan.name, stage, ops, standard)
+    return _Stage(plan.name, plan.where, stage, ops, standard)
 
 
 def _scalar(rows: DrawRows, stage: str, column: str) -> Tensor:

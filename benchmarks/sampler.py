@@ -15,15 +15,16 @@ import json
 import platform
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import triton
 from torch import Tensor
 
-from nanoengine.kernels import philox, sampling
+from nanoengine.kernels import philox, sampling, step_inputs_triton
 from nanoengine.kernels.sampling_triton import Tail, Tuning, sample, tuning_for
+from nanoengine.kernels.step_inputs import SlotState, StepInputBuffers
 
 CACHE_BYTES = 128 << 20
 CASES: dict[str, tuple[Tail, int, float, float]] = {  # tail, top-k, top-p, min-p
@@ -158,6 +159,35 @@ def _time_eager(call: Callable[[], Tensor], repeats: int = 7) -> float:
     return statistics.median(times)
 
 
+def time_step_inputs(rows: int, max_model_len: int = 4096, block_size: int = 16) -> dict[str, float]:
+    """Median microseconds of gathering a decode step's inputs, and of recording its tokens."""
+    slots, blocks = rows + 1, max_model_len // block_size
+
+    def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device="cuda")
+
+    state = SlotState(
+        token_ids=zeros(slots, max_model_len + 1, dtype=torch.int32),
+        num_tokens=zeros(slots, dtype=torch.int64),
+        num_computed=torch.full((slots,), max_model_len // 8, device="cuda"),
+        block_tables=zeros(1, slots, blocks, dtype=torch.int32),
+    )
+    out = StepInputBuffers(
+        input_ids=zeros(rows, dtype=torch.int32),
+        positions=zeros(rows, dtype=torch.int64),
+        seq_lens=zeros(rows, dtype=torch.int32),
+        slot_mapping=zeros(1, rows, dtype=torch.int64),
+        block_tables=zeros(1, rows, blocks, dtype=torch.int32),
+    )
+    ids, start = torch.randperm(rows, device="cuda"), torch.arange(rows + 1, dtype=torch.int32, device="cuda")
+    tokens = ids.clone()
+    calls: dict[str, Callable[[Tensor], None]] = {
+        "gather": lambda _: step_inputs_triton.gather(state, ids, start, out, block_size=block_size, max_query_len=1),
+        "record": lambda _: step_inputs_triton.record(state, ids, start, tokens),
+    }
+    return {name: time_us(call, [ids], 20)[0] for name, call in calls.items()}
+
+
 def table(results: Sequence[Result]) -> str:
     lines = [f"{'case':<24}{'dtype':<10}{'rows':>5}{'us':>9}{'best':>9}{'GB/s':>8}{'torch us':>11}{'x':>7}"]
     for r in results:
@@ -189,7 +219,7 @@ def main() -> None:
             tuning = None
             if args.tile_groups or args.tiles:
                 base = tuning_for(rows)
-                tuning = Tuning(tile_groups=args.tile_groups or base.tile_groups, tiles=args.tiles or base.tiles)
+                tuning = replace(base, tile_groups=args.tile_groups or base.tile_groups, tiles=args.tiles or base.tiles)
             for case in args.cases:
                 results.append(
                     measure(
@@ -205,8 +235,12 @@ def main() -> None:
     }
     print(json.dumps(machine))
     print(table(results))
+    inputs = {rows: time_step_inputs(rows) for rows in args.rows}
+    for rows, times in inputs.items():
+        print(f"step inputs, {rows} decode rows: " + ", ".join(f"{name} {us:.1f} us" for name, us in times.items()))
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine, "results": [asdict(r) for r in results]}, indent=1) + "\n")
+        found = {"machine": machine, "results": [asdict(r) for r in results], "step_inputs_us": inputs}
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Device functions (`draw_key`, `token_bits`, `log_exponential`, `noise_log2`) for
 `noise_bits`, which run them over tensors as their namesakes in `philox` do.
 """
 
+# ruff: noqa: N803
 from __future__ import annotations
 
 import torch
@@ -23,6 +24,9 @@ _DOMAIN = tl.constexpr(philox.DOMAIN_DRAW)
 _MIX_A, _MIX_B = tl.constexpr(philox._MIX_A & philox.WORD), tl.constexpr(philox._MIX_B & philox.WORD)
 _PER_LN2 = tl.constexpr(1.4426950408889634)
 _TINY = tl.constexpr(2.0**20)
+_BELOW_ONE = tl.constexpr(2.0**-32 * (1 - 2.0**-23))
+HASTE_LOW, HASTE_HIGH = 0.11, 0.59
+"""Bounds of the error of `noise_log2`."""
 
 
 @triton.jit
@@ -43,7 +47,12 @@ def draw_key(seed, position, sample_index):
 @triton.jit
 def token_bits(key0, key1, ids):
     """uint32 noise bits of the global vocabulary ids (int32 block) under a key."""
-    h = ids.to(tl.uint32) ^ key0
+    return mix_bits(ids.to(tl.uint32) ^ key0, key1)
+
+
+@triton.jit
+def mix_bits(h, key1):
+    """`token_bits` of h = id ^ key0, for ids that are cheaper made with the key in them."""
     h = (h ^ (h >> 16)) * _MIX_A
     # (h ^ key1) ^ ((h ^ key1) >> 13), the key's part of it being the same for all
     h = (h ^ (h >> 13) ^ (key1 ^ (key1 >> 13))) * _MIX_B
@@ -51,7 +60,7 @@ def token_bits(key0, key1, ids):
 
 
 @triton.jit
-def log_exponential(bits, NATIVE: tl.constexpr):  # noqa: N803
+def log_exponential(bits, NATIVE: tl.constexpr):
     """log(-log1p(-u)) of uint32 bits, float32, as `philox.log_exponential`."""
     u = tl.minimum(tl.maximum(bits.to(tl.float32) * 2.0**-32, 2.0**-33), 1 - 2.0**-24)
     if NATIVE:
@@ -62,20 +71,22 @@ def log_exponential(bits, NATIVE: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
-def noise_log2(bits, NATIVE: tl.constexpr):  # noqa: N803
-    """log2(-log1p(-u)) - log2(ln 2), to within 2**-9: two table look-ups of the device instead of two logarithms.
+def noise_log2(bits, NATIVE: tl.constexpr):
+    """log2(-log1p(-u)) - log2(ln 2) at two look-ups of the device's log table, wrong by -`HASTE_LOW` to `HASTE_HIGH`.
 
-    -log2(1 - u) loses its leading digits where u is small; there -log1p(-u) is u.
+    -log2(1 - u) loses its leading digits where u is small; there -log1p(-u) is u. Instead of clamping, half a unit is
+    added to the bits (which makes 1 into 1.5, the largest error) and u = 1 is kept away from by 2**-23.
     """
-    f = tl.minimum(tl.maximum(bits.to(tl.float32), 0.5), 2.0**32 - 2.0**8)
-    rest = 1.0 - f * 2.0**-32
+    f = bits.to(tl.float32)
+    rest = 1.0 - f * _BELOW_ONE
+    small = f * (2.0**-32 * _PER_LN2) + 2.0**-33 * _PER_LN2
     if NATIVE:
-        return libdevice.fast_log2f(tl.where(f < _TINY, f * (2.0**-32 * _PER_LN2), -libdevice.fast_log2f(rest)))
-    return tl.log2(tl.where(f < _TINY, f * (2.0**-32 * _PER_LN2), -tl.log2(rest)))
+        return libdevice.fast_log2f(tl.where(f < _TINY, small, -libdevice.fast_log2f(rest)))
+    return tl.log2(tl.where(f < _TINY, small, -tl.log2(rest)))
 
 
 @triton.jit
-def _draw_keys_kernel(seeds, positions, sample_index, out, rows, BLOCK: tl.constexpr):  # noqa: N803
+def _draw_keys_kernel(seeds, positions, sample_index, out, rows, BLOCK: tl.constexpr):
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = r < rows
     key0, key1 = draw_key(
@@ -86,7 +97,7 @@ def _draw_keys_kernel(seeds, positions, sample_index, out, rows, BLOCK: tl.const
 
 
 @triton.jit
-def _noise_bits_kernel(keys, ids, ids_stride, out, width, BLOCK: tl.constexpr):  # noqa: N803
+def _noise_bits_kernel(keys, ids, ids_stride, out, width, BLOCK: tl.constexpr):
     row, column = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = column < width
     key0 = tl.load(keys + 2 * row).to(tl.uint32, bitcast=True)

@@ -9,17 +9,31 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from nanoengine.kernels import sampling
-from nanoengine.kernels.philox_triton import draw_key, log_exponential, noise_log2, token_bits
+from nanoengine.kernels.philox_triton import (
+    HASTE_HIGH,
+    HASTE_LOW,
+    draw_key,
+    log_exponential,
+    mix_bits,
+    noise_log2,
+    token_bits,
+)
 
 GREEDY, TEMPERATURE, TRUNCATION = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 DONE, WEIGH, SLOW = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """What is left to do for a row: nothing; weigh what is likelier than its pivot; the slow way."""
+
+FINE, BAD_LOGITS, NOTHING_LEFT = 0, 1, 2
+"""`out_failed`: a token was drawn; the logits were not finite, or none was above -inf; truncation left none."""
+
+_FINE, _BAD, _NOTHING = tl.constexpr(FINE), tl.constexpr(BAD_LOGITS), tl.constexpr(NOTHING_LEFT)
 
 NEG_INF, INF = tl.constexpr(float("-inf")), tl.constexpr(float("inf"))
 NO_ID = tl.constexpr(2**31 - 1)
 PER_LN2 = tl.constexpr(1.4426950408889634)
 LOG2_LN2 = tl.constexpr(-0.5287663729448977)
 _WEIGHT_ONE = tl.constexpr(sampling._WEIGHT_ONE)
+_MARGIN = tl.constexpr(HASTE_LOW + HASTE_HIGH + 0.01)
 _WHOLE = tl.constexpr(2.0**23)  # from here on every float32 is a whole number
 
 
@@ -66,14 +80,14 @@ def min_p_floor(top, min_p, NATIVE: tl.constexpr):
 
 @triton.jit
 def hasty_score(x, ids, key0, key1, per_ln2, NATIVE: tl.constexpr):
-    """Score / ln 2 + `LOG2_LN2`, give or take half a `margin`. x: raw logits; per_ln2: log2(e) / temperature."""
+    """Score / ln 2 + `LOG2_LN2`, wrong by less than a `margin`. x: raw logits; per_ln2: log2(e) / temperature."""
     return x * per_ln2 - noise_log2(token_bits(key0, key1, ids), NATIVE)
 
 
 @triton.jit
 def margin(best):
-    """How far below the best hasty score that of the true best may lie: twice the noise's error, and the rounding."""
-    return 2.0**-7 + tl.abs(best) * 2.0**-20
+    """How far below the best hasty score that of the true best may lie: the noise's errors, and the rounding."""
+    return _MARGIN + tl.abs(best) * 2.0**-20
 
 
 @triton.jit
@@ -130,7 +144,9 @@ def scan(
             tl.store(peak + row * groups + g, tl.max(x, 1), g < groups)
         if TAIL != GREEDY:
             if noisy:
-                x = hasty_score(x, ids, key0, key1, per_ln2, NATIVE)
+                # The ids of a group differ in the low bits only, so the key may go to the group's part of them.
+                mixed = ((g * GROUP).to(tl.uint32) ^ key0)[:, None] ^ tl.arange(0, GROUP).to(tl.uint32)[None, :]
+                x = x * per_ln2 - noise_log2(mix_bits(mixed, key1), NATIVE)
         tl.store(stat + row * groups + g, tl.max(x, 1), g < groups)
 
 
@@ -176,7 +192,8 @@ def refine(
 
 @triton.jit
 def weigh(
-    logits, stride, vocab, groups, temperature, min_p, seeds, positions, sample_index, state, tops, pivots, stat, parts,
+    logits, stride, vocab, groups, temperature, top_p, min_p, seeds, positions, sample_index,
+    state, tops, pivots, stat, parts,
     GROUP: tl.constexpr, TILE_GROUPS: tl.constexpr, TILES: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """For rows in state `WEIGH`: parts [R, programs, 2] float64: weight of all, and of what is above the pivot.
@@ -189,6 +206,7 @@ def weigh(
         t, top, pivot = row_temperature(temperature, row), tl.load(tops + row), tl.load(pivots + row)
         floor = min_p_floor(top, tl.load(min_p + row), NATIVE)
         key0, key1 = row_key(seeds, positions, sample_index, row)
+        weighed = tl.load(top_p + row) < 1
         every = tl.zeros([TILE_GROUPS], tl.float64)
         above = tl.zeros([TILE_GROUPS], tl.float64)
         for i in range(TILES):
@@ -196,12 +214,25 @@ def weigh(
             ids = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
             raw = load_logits(base, ids, ids < vocab)
             x = scaled(raw, t)
-            w = weight(x, top, NATIVE)
-            every += tl.sum(w, 1)
-            above += tl.sum(tl.where(x > pivot, w, 0.0), 1)
+            if weighed:
+                w = weight(x, top, NATIVE)
+                every += tl.sum(w, 1)
+                above += tl.sum(tl.where(x > pivot, w, 0.0), 1)
             hasty = hasty_score(raw, ids, key0, key1, PER_LN2 / t, NATIVE)
             hasty = tl.where((x > pivot) & (x >= floor), hasty, NEG_INF)
             tl.store(stat + row * groups + g, tl.max(hasty, 1), g < groups)
         part = parts + (row * tl.num_programs(0) + tl.program_id(0)) * 2
         tl.store(part, tl.sum(every, 0))
         tl.store(part + 1, tl.sum(above, 0))
+
+
+@triton.jit
+def answer(out_tokens, out_failed, sound, row, token, score, raw, SOUND_GIVEN: tl.constexpr):
+    """raw: highest raw logit, as far as it matters here."""
+    fine = (tl.abs(raw) < INF) & (tl.abs(score) < INF)
+    if SOUND_GIVEN:
+        good = tl.load(sound + row) != 0
+    else:
+        good = tl.abs(raw) < INF
+    tl.store(out_tokens + row, tl.where(fine & good, token, 0).to(tl.int64))
+    tl.store(out_failed + row, tl.where(good, tl.where(fine, _FINE, _NOTHING), _BAD))

@@ -22,8 +22,11 @@ from nanoengine.kernels.sampling_triton import Tail, Tuning, sample  # noqa: E40
 
 ON_GPU = torch.cuda.is_available()
 VECTORS = json.loads((Path(__file__).parent.parent / "sampling" / "vectors.json").read_text())
-TINY = Tuning(group=16, tile_groups=16, tiles=2, capacity=128, max_k=40, slow_tile=256)
-TUNINGS = {"tiny": TINY, "narrow": replace(TINY, group=32, tile_groups=4, tiles=3, capacity=64, slow_tile=512)}
+TINY = Tuning(group=16, tile_groups=16, tiles=2, capacity=128, max_k=40, slow_tile=256, collect_groups=16)
+TUNINGS = {
+    "tiny": TINY,
+    "narrow": replace(TINY, group=32, tile_groups=4, tiles=3, capacity=64, slow_tile=512, rounds=1),
+}
 NAN, INF = float("nan"), float("inf")
 
 Columns = dict[str, Tensor]
@@ -159,10 +162,10 @@ with interpreted():
 
 
 def test_noise_and_the_bound_of_the_hasty_one(device: torch.device) -> None:
-    """The bound that `margin` is twice of, over all magnitudes of the bits and both ends."""
+    """The bounds that make up `margin`, over all magnitudes of the bits and both ends."""
     shifts = torch.arange(8192) % 33
     bits = torch.randint(0, 2**32, (8192,), generator=torch.Generator().manual_seed(1)) >> shifts
-    bits[:4], bits[4:8] = torch.arange(4), 2**32 - 1 - torch.arange(4) * 77
+    bits[:4], bits[4:8] = torch.arange(4), 2**32 - 1 - torch.arange(4) * 200
     bits[8:16] = 2**20 + torch.arange(-4, 4)
     bits32 = (bits - ((bits >> 31) << 32)).to(torch.int32).to(device)
     exact, hasty = torch.empty(8192, device=device), torch.empty(8192, device=device)
@@ -170,7 +173,11 @@ def test_noise_and_the_bound_of_the_hasty_one(device: torch.device) -> None:
     torch.testing.assert_close(exact, philox.log_exponential(bits32), atol=2e-6, rtol=3e-7)
     u = (bits.double() * 2**-32).float().clamp(2.0**-33, 1 - 2.0**-24).double()
     truth = (-torch.log1p(-u)).log2() + 0.5287663729448977
-    assert (hasty.cpu().double() - truth).abs().max().item() < 2.0**-8 / 1.5
+    error = hasty.cpu().double() - truth
+    assert -philox_triton.HASTE_LOW < error.min().item() < -0.05
+    assert philox_triton.HASTE_HIGH > error.max().item() > 0.5
+    plain = (bits > 4096) & (bits < 2**31)
+    assert error[plain].abs().max().item() < 0.002
 
 
 # Tokens ---------------------------------------------------------------------------------------------------------------

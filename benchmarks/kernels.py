@@ -92,11 +92,31 @@ def row(name: str, what: str, us: float, nbytes: int, base: str, base_us: float,
     return {"case": name, "kernel": what, "us": us, "gbps": gbps, "share": gbps / peak, base: base_us, "base": base}
 
 
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def compile_products(shape: tuple[str, int, int, bool]) -> None:
+    """In a child process: fills Triton's cache with what `bench_products` runs."""
+    _, n, k, gated = shape
+    w = torch.empty(n, k, device="cuda", dtype=DTYPE)
+    for rows in ROWS:
+        matvec(rand(rows, k), w, gated=gated)
+        matvec(rand(rows, k), w, gated=gated, add=rand(rows, n // 2 if gated else n))
+        norm_matvec(rand(rows, k), None, rand(k), EPS, w, gated=gated)
+
+
+def in_children(function: Callable[[Any], None], parts: list[Any]) -> None:
+    processes = min(len(parts), max(1, multiprocessing.cpu_count() - 2))
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        pool.map(function, parts, chunksize=1)
+
+
 def bench_products(peak: float) -> Iterator[dict[str, Any]]:
     """Plain and fused products against cuBLAS, and cuBLAS with what would follow or precede it."""
+    in_children(compile_products, SHAPES)
     for name, n, k, gated in SHAPES:
         weights = [rand(n, k) / 32 for _ in range(copies(n * k * DTYPE.itemsize))]
-        for rows in (1, 2, 4, 8, 16, 32, 64):
+        for rows in ROWS:
             x, norm_weight, add = rand(rows, k), rand(k), rand(rows, n)
             nbytes = weights[0].nbytes + x.nbytes + rows * n * DTYPE.itemsize
             base = time_us(calls_over(weights, lambda w, x=x: F.linear(x, w)))
@@ -173,10 +193,10 @@ class Trial:
     tile: GemvTile | SkinnyTile
 
     def run(self, x: Tensor, w: Tensor, norm_weight: Tensor) -> Tensor:
-        gated, before = self.shape[3], norm_weight if self.norm else None
+        gated = self.shape[3]
         if isinstance(self.tile, SkinnyTile):
-            return skinny(x, w, None, gated=gated, norm_weight=before, eps=EPS, tile=self.tile)
-        return gemv(x, w, None, gated=gated, norm_weight=before, eps=EPS, tile=self.tile)[0]
+            return skinny(x, w, None, gated=gated, tile=self.tile)
+        return gemv(x, w, None, gated=gated, norm_weight=norm_weight if self.norm else None, eps=EPS, tile=self.tile)[0]
 
 
 def trials(model: str) -> Iterator[Trial]:
@@ -190,15 +210,20 @@ def trials(model: str) -> Iterator[Trial]:
         for rows, block_n, warps, norm in product((1, 2, 4), (1, 2, 4, 8), (2, 4, 8), norms):
             if 64 <= padded * block_n * 2 // (32 * warps) <= 256:  # bytes of weight a thread holds
                 yield Trial(shape, rows, norm, GemvTile(block_n, warps))
-        for rows, (block_n, warps), (block_k, stages), splits, norm in product(
+        for rows, (block_n, warps), (block_k, stages), splits, block_t in product(
             (8, 16, 32, 64), ((16, 1), (16, 2), (16, 4), (32, 2), (32, 4), (64, 4), (128, 4)),
-            ((128, 5), (128, 7), (256, 4), (256, 5)), (1, 2, 4), norms,
+            ((128, 5), (128, 7), (256, 4), (256, 5)), (1, 2, 4), (8, 16),
         ):  # fmt: skip
             programs = outputs // block_n * splits
             shared = (block_n * width + rows) * block_k * 2 * stages
             useful = 60 <= programs <= 600 if outputs <= 8192 else block_n >= 32 and splits == 1
-            if useful and shared <= 220_000 and k // splits >= 2 * block_k and not (norm and (splits > 1 or rows > 32)):
-                yield Trial(shape, rows, norm, SkinnyTile(block_n, block_k, warps, stages, splits, 512))
+            if (
+                useful
+                and shared <= 220_000
+                and k // splits >= 2 * block_k
+                and max(rows, 16) >= block_t >= min(rows, 16)
+            ):
+                yield Trial(shape, rows, False, SkinnyTile(block_n, block_k, warps, stages, splits, block_t))
 
 
 def compile_all(part: list[Trial]) -> None:
@@ -213,10 +238,8 @@ def compile_all(part: list[Trial]) -> None:
 
 def tune(model: str) -> Iterator[dict[str, Any]]:
     todo = list(trials(model))
-    processes = max(1, multiprocessing.cpu_count() - 2)
-    print(f"{len(todo)} trials, compiled by {processes} processes", flush=True)
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        pool.map(compile_all, [todo[i::processes] for i in range(processes)])
+    print(f"{len(todo)} trials", flush=True)
+    in_children(compile_all, [todo[i::14] for i in range(14)])
     weights: list[Tensor] = []
     for trial in todo:
         _, n, k, _ = trial.shape

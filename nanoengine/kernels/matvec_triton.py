@@ -3,7 +3,7 @@
 Two kernels. Up to `GEMV_ROWS` rows, each program holds whole rows of the weight in registers, loaded before it waits
 for the kernel in front (see `pdl_triton`): no loop, no shared memory for the weight, sums in float32 without tensor
 cores. Beyond, tensor cores take tiles of outputs x tokens ("skinny"), the weight on the left, so that the tokens are
-the short side of a tile (8, 16, 32 or 64). Where outputs alone make too few programs the sum over K is cut in parts,
+the short side of a tile. Where outputs alone make too few programs the sum over K is cut in parts,
 each written down and added in order by a second kernel: no atomics, so a product comes out the same every time.
 """
 
@@ -18,12 +18,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoengine.kernels.activation_triton import silu_mul
+from nanoengine.kernels.activation_triton import silu_and_mul, silu_mul
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 from nanoengine.kernels.rms_norm_triton import add_rms_norm
 
-GEMV_ROWS = 4
+GEMV_ROWS = 2
 MAX_ROWS = 64
+_GEMV_MAX_K = 8192  # for more than one row
+_FUSED_NORM_MAX_WEIGHTS = 5 << 20  # for more than one row: each program repeats the norm
+_GATED_ROWS = 16
+_AHEAD = 512  # elements of each weight row that a tensor-core program asks for before it waits
 
 
 @triton.jit
@@ -107,17 +111,17 @@ def _prefetch_rows(source_ptr, rows, first, mask, K: tl.constexpr, SPAN: tl.cons
 
 @triton.jit(do_not_specialize=["rows"])
 def _skinny_kernel(
-    x_ptr, norm_weight_ptr, weight_ptr, bias_ptr, add_ptr, y_ptr, partial_ptr, rows, x_stride, add_stride, eps,
+    x_ptr, weight_ptr, bias_ptr, add_ptr, y_ptr, partial_ptr, rows, x_stride, add_stride,
     N: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr, SPAN: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr, NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
     t = tl.arange(0, BLOCK_T)[None, :]
     split = tl.program_id(1)
     first = split * SPAN
     n_mask, t_mask = n < N, t < rows
-    if PDL and AHEAD > 0:
+    if PDL:
         _prefetch_rows(weight_ptr, n, first, n_mask, K, AHEAD)
         if GATED:
             _prefetch_rows(weight_ptr + N * K, n, first, n_mask, K, AHEAD)
@@ -128,24 +132,14 @@ def _skinny_kernel(
     x_ptrs = x_ptr + t * x_stride + k[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-    squares = tl.zeros((BLOCK_K, BLOCK_T), tl.float32)
     for start in tl.range(first, first + SPAN, BLOCK_K, num_stages=STAGES):
         k_left = K - start
         x = tl.load(x_ptrs + start, mask=t_mask & (k[:, None] < k_left), other=0.0)
         w = tl.load(w_ptrs + start, mask=n_mask & (k[None, :] < k_left), other=0.0)
-        if NORM:  # the scale of a row, known at the end, is put on the sums
-            wide = x.to(tl.float32)
-            squares += wide * wide
-            norm_weight = tl.load(norm_weight_ptr + start + k, mask=k < k_left, other=0.0).to(tl.float32)
-            x = (wide * norm_weight[:, None]).to(x.dtype)
         acc = tl.dot(w, x, acc, input_precision="ieee")
         if GATED:
             u = tl.load(w_ptrs + N * K + start, mask=n_mask & (k[None, :] < k_left), other=0.0)
             up = tl.dot(u, x, up, input_precision="ieee")
-    if NORM:
-        scale = tl.rsqrt(tl.sum(squares, axis=0) / K + eps)[None, :]
-        acc *= scale
-        up *= scale
     mask = n_mask & t_mask
     if SPLITS == 1:
         _epilogue(acc, up, n, t, mask, bias_ptr, add_ptr, y_ptr, add_stride, N, GATED, HAS_BIAS, HAS_ADD)
@@ -188,42 +182,51 @@ class GemvTile:
 
 @dataclass(frozen=True, slots=True)
 class SkinnyTile:
-    """Sizes of the tensor-core kernel: outputs and K a tile, warps, pipeline stages, parts of K, and how much of each
-    weight row (elements) is asked for before the wait."""
+    """Sizes of the tensor-core kernel: outputs, K and (at least) tokens a tile, warps, pipeline stages, parts of K."""
 
     block_n: int
     block_k: int
     warps: int
     stages: int
     splits: int = 1
-    ahead: int = 0
+    block_t: int = 16
 
 
+# The tiles below are within 5% of the best of some 2,000 trials (`benchmarks/kernels.py --tune`, bf16, H200, torch
+# 2.11, Triton 3.6, 2026-11-21) for the shapes of Qwen3-0.6B and 8B. Those of up to 64 rows sum in the same order.
 def gemv_tile(k: int, *, gated: bool, itemsize: int) -> GemvTile:
-    """256 bytes of weight a thread, with more warps for longer rows."""
+    """128 or 256 bytes of weight a thread, more warps for longer rows."""
     row = triton.next_power_of_2(k) * itemsize * (2 if gated else 1)
-    warps = 2 if row <= 4096 else 4 if row <= 16384 else 8
-    block_n = 1
-    while block_n < 16 and row * block_n < 32 * warps * 256:
-        block_n *= 2
-    return GemvTile(block_n, warps)
+    warps, held = (2, 256) if row <= 4096 else (4, 128) if row <= 16384 else (8, 128)
+    return GemvTile(max(1, min(16, 32 * warps * held // row)), warps)
 
 
-def skinny_tile(rows: int, outputs: int, k: int, *, gated: bool) -> SkinnyTile:
-    """Two programs a multiprocessor or more: narrower tiles first, then parts of K."""
-    block_n = 16 if gated else 32
-    splits = 1
-    while splits < 4 and triton.cdiv(outputs, block_n) * splits < 128 and k // splits > 512:
+def skinny_tile(rows: int, outputs: int, k: int, *, gated: bool, itemsize: int) -> SkinnyTile:
+    """64 x 128 of the weight, many stages: bytes in flight count for more than the number of programs, of which 64 are
+    enough; long rows are cut for a program a multiprocessor."""
+    if gated:
+        return SkinnyTile(32, 256, warps=2, stages=5 if itemsize == 2 else 2, block_t=8)
+    programs, enough, splits = triton.cdiv(outputs, 64), 132 if k >= 4096 else 64, 1
+    while splits < 4 and 2 * splits * programs <= enough and k // (2 * splits) >= 512:
         splits *= 2
-    return SkinnyTile(block_n, 128, 4, 4, splits, ahead=512)
+    stages = 3 if itemsize > 2 else 7 if rows <= 32 else 5  # as many as shared memory holds
+    return SkinnyTile(64, 128, warps=4, stages=stages, splits=splits)
+
+
+def _takes_gemv(rows: int, k: int) -> bool:
+    return rows == 1 or (rows <= GEMV_ROWS and k <= _GEMV_MAX_K)
 
 
 def matvec(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gated: bool = False, add: Tensor | None = None
 ) -> Tensor:
-    """As `matvec.matvec`, for up to `MAX_ROWS` rows."""
-    if len(x) <= GEMV_ROWS:
+    """As `matvec.matvec`, for up to `MAX_ROWS` rows. With many rows a gate is a kernel of its own, after rounding."""
+    rows, k = x.shape
+    if _takes_gemv(rows, k):
         return gemv(x, weight, bias, gated=gated, add=add)[0]
+    if gated and rows > _GATED_ROWS:
+        y = silu_and_mul(skinny(x, weight, bias, gated=False))
+        return y if add is None else y.add_(add)
     return skinny(x, weight, bias, gated=gated, add=add)
 
 
@@ -237,11 +240,12 @@ def norm_matvec(
     *,
     gated: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """As `matvec.norm_matvec`. One kernel for up to `GEMV_ROWS` rows; there, x is not rounded after the norm."""
-    if len(x) <= GEMV_ROWS:
+    """As `matvec.norm_matvec`. One kernel where every program can afford the norm; there, x is not rounded after it."""
+    rows, k = x.shape
+    if rows == 1 or (_takes_gemv(rows, k) and weight.numel() <= _FUSED_NORM_MAX_WEIGHTS):
         return gemv(x, weight, bias, gated=gated, norm_weight=norm_weight, eps=eps, residual=residual)
     normed, total = add_rms_norm(x, residual, norm_weight, eps)
-    return skinny(normed, weight, bias, gated=gated), total
+    return matvec(normed, weight, bias, gated=gated), total
 
 
 def _check(x: Tensor, weight: Tensor, add: Tensor | None, outputs: int) -> None:
@@ -290,16 +294,13 @@ def skinny(
     *,
     gated: bool,
     add: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    eps: float = 0.0,
     tile: SkinnyTile | None = None,
 ) -> Tensor:
-    """5 rows or more. A norm cannot be had with parts of K: a part does not see the whole row."""
+    """The product by tensor cores."""
     rows, k = x.shape
     outputs = len(weight) // 2 if gated else len(weight)
     _check(x, weight, add, outputs)
-    tile = tile or skinny_tile(rows, outputs, k, gated=gated)
-    assert norm_weight is None or tile.splits == 1, tile
+    tile = tile or skinny_tile(rows, outputs, k, gated=gated, itemsize=x.element_size())
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     partial = y
     if tile.splits > 1:
@@ -309,10 +310,11 @@ def skinny(
     tail = (bias if bias is not None else x, add if add is not None else x)
     add_stride = 0 if add is None else add.stride(0)
     _skinny_kernel[(triton.cdiv(outputs, tile.block_n), tile.splits)](
-        x, norm_weight if norm_weight is not None else x, weight, *tail, y, partial, rows, x.stride(0), add_stride, eps,
-        N=outputs, K=k, BLOCK_T=max(8, triton.next_power_of_2(rows)), BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        SPLITS=tile.splits, SPAN=span, AHEAD=min(tile.ahead, triton.next_power_of_2(span)), STAGES=tile.stages,
-        NORM=norm_weight is not None, num_warps=tile.warps, **flags, **pdl_options(x),
+        x, weight, *tail, y, partial, rows, x.stride(0), add_stride,
+        N=outputs, K=k, BLOCK_T=max(tile.block_t, triton.next_power_of_2(rows)),
+        BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        SPLITS=tile.splits, SPAN=span, AHEAD=min(_AHEAD, triton.next_power_of_2(span)), STAGES=tile.stages,
+        num_warps=tile.warps, **flags, **pdl_options(x),
     )  # fmt: skip
     if tile.splits > 1:
         block_n = min(256, triton.next_power_of_2(outputs))

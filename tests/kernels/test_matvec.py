@@ -11,10 +11,10 @@ pytest.importorskip("triton")
 from nanoengine.kernels import matvec_triton
 from nanoengine.kernels.matvec import matvec as reference
 from nanoengine.kernels.matvec import norm_matvec as norm_reference
-from nanoengine.kernels.matvec_triton import GemvTile, SkinnyTile, gemv, matvec, norm_matvec, skinny
+from nanoengine.kernels.matvec_triton import SkinnyTile, gemv, matvec, norm_matvec, skinny
 
 EPS = 1e-6
-ROWS = [1, 3, 4, 5, 9, 17]
+ROWS = [1, 2, 3, 9, 17]
 
 
 def upcast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -66,7 +66,7 @@ def test_residual_is_not_written_in_place(rand) -> None:
     assert total.data_ptr() not in (x.data_ptr(), residual.data_ptr())
 
 
-@pytest.mark.parametrize(("low", "high"), [(1, 4), (5, 8)])
+@pytest.mark.parametrize(("low", "high"), [(1, 2), (3, 8), (5, 33)])
 def test_a_row_does_not_depend_on_the_others(rand, low, high) -> None:
     x, weight = rand(high, 128), rand(32, 128)
     assert torch.equal(matvec(x, weight)[:low], matvec(x[:low], weight))
@@ -142,23 +142,25 @@ def test_chain_in_a_graph_keeps_its_order(rand, rows) -> None:
 @pytest.mark.parametrize("rows", [2, 6])
 def test_these_tests_notice_a_lost_tail(rand, assert_close, monkeypatch, rows) -> None:
     """The mutant: the product forgets the last 8 of K."""
-    kernel = gemv if rows <= 4 else skinny
+    kernel = gemv if rows <= 2 else skinny
 
     def forgetful(x, weight, *args, **kwargs):
         return kernel(x[:, :-8], weight[:, :-8].contiguous(), *args, **kwargs)
 
-    monkeypatch.setattr(matvec_triton, "gemv" if rows <= 4 else "skinny", forgetful)
+    monkeypatch.setattr(matvec_triton, "gemv" if rows <= 2 else "skinny", forgetful)
     with pytest.raises(AssertionError, match="relative error"):
         test_agrees(rand, assert_close, rows, gated=False, with_bias=True, with_add=True)
 
 
 def test_tiles_cover_what_models_ask_for() -> None:
-    """No tile may be refused: powers of two, at least one program, every warp with something to hold."""
-    for n, k, gated in product((64, 576, 1024, 28672, 151936), (64, 576, 1024, 12288), (False, True)):
-        tile = matvec_triton.gemv_tile(k, gated=gated, itemsize=2)
-        assert isinstance(tile, GemvTile)
-        assert tile.block_n & (tile.block_n - 1) == 0 < tile.block_n
-        assert tile.warps in (1, 2, 4, 8, 16)
-        for rows in (5, 8, 16, 32, 64):
-            wide = matvec_triton.skinny_tile(rows, n, k, gated=gated)
+    """Tile sides are powers of two, parts of K are not empty, and a pipeline fits a multiprocessor's shared memory."""
+    for n, k, gated, itemsize in product((64, 576, 1024, 28672, 151936), (64, 576, 1024, 12288), (False, True), (2, 4)):
+        tile = matvec_triton.gemv_tile(k, gated=gated, itemsize=itemsize)
+        assert tile.block_n in (1, 2, 4, 8, 16)
+        assert tile.warps in (2, 4, 8)
+        for rows in (3, 8, 16, 32, 64):
+            wide = matvec_triton.skinny_tile(rows, n, k, gated=gated, itemsize=itemsize)
             assert wide.splits * wide.block_k <= max(k, wide.block_k)
+            tokens = max(wide.block_t, rows if not gated else 16)
+            stage = (wide.block_n * (2 if gated else 1) + tokens) * wide.block_k * itemsize
+            assert stage * wide.stages <= 227 << 10

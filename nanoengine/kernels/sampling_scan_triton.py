@@ -1,7 +1,6 @@
 """Reading logits by many programs a row: device functions and kernels that `sampling_triton` puts together."""
 
 # ruff: noqa: N803, SIM102, SIM108
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
 from __future__ import annotations
 
 import triton

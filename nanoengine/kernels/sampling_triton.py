@@ -17,7 +17,6 @@ threshold. No atomics. Grids depend on the shape and the `Tail` alone; all else 
 """
 
 # ruff: noqa: N803
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
 from __future__ import annotations
 
 from dataclasses import dataclass

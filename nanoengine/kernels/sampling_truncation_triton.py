@@ -1,7 +1,6 @@
 """Truncation without a sort: the kernels behind the scan. `sampling_triton` tells how they go together."""
 
 # ruff: noqa: N803
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
 from __future__ import annotations
 
 import triton

@@ -1,7 +1,6 @@
 """`step_inputs` in Triton: one kernel before the model, one after the draw. Neither waits, nor knows a length."""
 
 # ruff: noqa: N803
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
 from __future__ import annotations
 
 import triton

@@ -1,13 +1,31 @@
 """The command line, one file a command. Torch is imported only by what runs a model.
 
-Exit status: 0; 1 if any request failed; 2 for a mistake of usage or configuration; 130 when interrupted.
+Exit status: 0; 1 if any request failed or results could not be written; 2 for a mistake of usage or configuration;
+130 when interrupted.
 """
 
 from __future__ import annotations
 
+import signal
+import sys
+from types import FrameType
+
 
 def main() -> None:
     """Entry point of `nanoengine`."""
-    from nanoengine.cli.app import app
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell started it deaf to Ctrl-C
+        signal.signal(signal.SIGINT, _interrupt_once)
+    try:
+        from nanoengine.cli.app import app
 
-    app(prog_name="nanoengine")
+        app(prog_name="nanoengine")
+    except KeyboardInterrupt:  # before a command had begun
+        sys.exit(130)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _interrupt_once(number: int, frame: FrameType | None) -> None:
+    """The first Ctrl-C ends the command; further ones must not break into its closing, which is short."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt

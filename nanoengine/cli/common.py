@@ -34,16 +34,20 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 MultirunOption = Annotated[bool, typer.Option("--multirun", "-m", hidden=True)]
 
 
+class ResultsLost(NanoEngineError):
+    """Results could not be written while prompts ran: the disk is full, or the like."""
+
+
 @contextmanager
 def user_errors(debug: bool) -> Iterator[None]:
-    """Turns a user's mistake into one message and exit status 2, and Ctrl-C into 130. What else goes wrong is a bug."""
+    """Turns a user's mistake into one message and exit status 2, lost results into 1, Ctrl-C into 130. All else is a bug."""
     try:
         yield
     except NanoEngineError as error:
         if debug:
             traceback.print_exc()
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(USAGE) from error
+        raise typer.Exit(FAILED if isinstance(error, ResultsLost) else USAGE) from error
     except KeyboardInterrupt as interrupt:
         typer.echo("interrupted", err=True)
         raise typer.Exit(INTERRUPTED) from interrupt

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from statistics import median
-from types import TracebackType
-from typing import Any, Self, TextIO
+from types import MappingProxyType, TracebackType
+from typing import Any, Self
 
+from nanoengine.cli.common import ResultsLost
 from nanoengine.core.errors import ConfigError
 from nanoengine.core.request import RequestMetrics, RequestOutput
 
@@ -52,23 +56,34 @@ def _metrics(metrics: RequestMetrics) -> dict[str, Any]:
 
 
 class ResultsFile:
-    """A JSONL file of result rows, made afresh, each row on disk before the next prompt finishes. No path: no file."""
+    """A JSONL file of result rows, made afresh, each row on disk before the next prompt finishes. No path: no file.
+
+    Raises `ResultsLost` where a row cannot be written, or the file not be closed. Whole rows are kept.
+    """
 
     def __init__(self, path: str | None) -> None:
-        self._file: TextIO | None = None
-        if path is not None:
-            target = Path(path).expanduser()
-            try:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                # Half a surrogate pair, which UTF-8 has no bytes for, becomes the very escape that JSON has for it.
-                self._file = target.open("w", encoding="utf-8", errors="backslashreplace", newline="\n")
-            except OSError as error:
-                raise ConfigError(f"cannot write output {path}: {error}") from error
+        self._path, self._file = path, None if path is None else _created(path)
+        self.rows = 0
+        self._size = 0  # of the whole rows, in bytes
 
     def write(self, row: Mapping[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            self._file.flush()
+        if self._file is None:
+            return
+        # Half a surrogate pair, which UTF-8 has no bytes for, becomes the very escape that JSON has for it.
+        data = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            with suppress(OSError):  # what is no plain file cannot be cut, and holds no part of a row
+                self._file.truncate(self._size)
+            raise self._lost(error) from error
+        self.rows += 1
+        self._size += len(data)
+
+    def _lost(self, error: OSError) -> ResultsLost:
+        return ResultsLost(f"cannot write output {self._path}: {error.strerror}; rows kept there: {self.rows}")
 
     def __enter__(self) -> Self:
         return self
@@ -76,22 +91,51 @@ class ResultsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
+        if self._file is None:
+            return
+        try:
             self._file.close()
+        except OSError as failed:
+            raise self._lost(failed) from failed
 
 
-def check_output(path: str | None) -> bool:
-    """Whether a file is there already. Raises `ConfigError` where none can be written, before anything is loaded."""
+def _created(path: str) -> FileIO:
+    target = Path(path).expanduser()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return FileIO(target, "w")
+    except OSError as error:
+        raise ConfigError(f"cannot write output {path}: {error}") from error
+
+
+def check_output(path: str | None, inputs: Mapping[str, str | Path] = MappingProxyType({})) -> bool:
+    """Whether a file is there already. `inputs`: files that the run reads, by what to call them.
+
+    Raises `ConfigError` where none can be written, or one of the inputs would be, before anything is loaded.
+    """
     if path is None:
         return False
-    target = Path(path).expanduser()
-    above = next(each for each in target.absolute().parents if each.exists())
-    if target.is_dir() or not above.is_dir():
-        raise ConfigError(
-            f"cannot write output {path}: {target if target.is_dir() else above} is no "
-            f"{'file' if target.is_dir() else 'folder'}"
-        )
-    return target.exists()
+    try:
+        there = _check_writable(Path(path).expanduser())
+    except (OSError, ValueError, RuntimeError) as error:  # a bad name; a home folder that nobody has
+        raise ConfigError(f"cannot write output {path}: {error}") from error
+    for what, source in inputs.items():
+        file = Path(source).expanduser()
+        if there and file.exists() and file.samefile(Path(path).expanduser()):
+            raise ConfigError(f"output {path} is {what}, which it would overwrite; give another output=")
+    return there
+
+
+def _check_writable(target: Path) -> bool:
+    """Whether `target` is there. Raises `OSError` saying why it cannot be written."""
+    there, above = target.exists(), next(each for each in target.absolute().parents if each.exists())
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is no file")
+    if not above.is_dir():
+        raise NotADirectoryError(f"{above} is no folder")
+    if not os.access(target if there else above, os.W_OK):
+        raise PermissionError(f"no permission to write {'it' if there else f'in {above}'}")
+    return there
 
 
 @dataclass
@@ -116,8 +160,9 @@ class Tally:
             self.ttfts.append(output.metrics.ttft)
 
     def line(self, seconds: float) -> str:
+        noun = "prompt" if self.total == 1 else "prompts"
         parts: Sequence[str] = [
-            f"{self.finished} prompts" if self.finished == self.total else f"{self.finished} of {self.total} prompts",
+            f"{self.finished} {noun}" if self.finished == self.total else f"{self.finished} of {self.total} {noun}",
             *([f"{self.failed} failed"] if self.failed else []),
             f"{self.prompt_tokens} prompt + {self.generated} generated tokens in {seconds:.1f} s",
             f"{self.generated / seconds if seconds else 0:.1f} tokens/s",

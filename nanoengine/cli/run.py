@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -25,7 +26,7 @@ from nanoengine.core.errors import ConfigError, RequestError
 from nanoengine.core.request import RequestMetrics, RequestOutput
 from nanoengine.core.setup.config import RunConfig, load_config
 from nanoengine.core.setup.plugins import discover
-from nanoengine.core.setup.prompts import Prompt, read_prompts
+from nanoengine.core.setup.prompts import Prompt, PromptFile, read_prompts
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -49,19 +50,27 @@ def run(
         if multirun:
             raise ConfigError("--multirun (-m): sweeps are not supported; run once for each combination")
         registry = discover(plugin or ())
-        status = run_config(load_config(config, overrides or (), registry=registry), registry)
+        inputs: dict[str, str | Path] = {"the configuration file": config}
+        inputs |= {f"plugin file {path}": path for path in plugin or ()}
+        status = run_config(load_config(config, overrides or (), registry=registry), registry, inputs)
         if status:
             raise typer.Exit(status)
 
 
-def run_config(config: RunConfig, registry: Registry) -> int:
-    """The exit status. Raises `NanoEngineError` for what stops it before the first prompt runs."""
+def run_config(config: RunConfig, registry: Registry, inputs: Mapping[str, str | Path]) -> int:
+    """The exit status. `inputs`: files that `output` must not overwrite, by what to call them.
+
+    Raises `NanoEngineError` for what stops it before the first prompt runs, `ResultsLost` for results that cannot be
+    written.
+    """
     from nanoengine.cli.results import ResultsFile, check_output
 
     prompts = read_prompts(config.prompts)
     if not prompts:
         raise ConfigError("no prompts: write a list under 'prompts:', or give 'prompts=[\"...\"]'")
-    if check_output(config.output):
+    if isinstance(config.prompts, PromptFile):
+        inputs = {**inputs, "the prompts file": config.prompts.file}
+    if check_output(config.output, inputs):
         say(f"{config.output} is there already and will be overwritten")
     say(f"loading {config.model.source}")
     from nanoengine.core.llm import LLM

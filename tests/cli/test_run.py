@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import Result
 
+from nanoengine.cli.common import ResultsLost
+from nanoengine.cli.results import ResultsFile
 from nanoengine.core.errors import ModelSourceError
 
 Run = Callable[..., Result]
@@ -231,3 +235,72 @@ def test_rows_are_plain_json(fake: Any, nanoengine: Run, config: Any, tmp_path: 
     text = (tmp_path / "results.jsonl").read_text("utf-8")
     assert "é日" in text
     assert all(json.loads(line) for line in text.splitlines())
+
+
+def test_output_that_would_overwrite_an_input(fake: Any, nanoengine: Run, config: Any, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "link.jsonl").symlink_to("p.jsonl")
+    path, text = config(CONFIG), (tmp_path / "run.yaml").read_text()
+    for output, what in (
+        ("run.yaml", "configuration file"), (str(tmp_path / "p.jsonl"), "prompts file"), ("link.jsonl", "prompts file"),
+    ):  # fmt: skip
+        result = nanoengine("run", path, "prompts={file: p.jsonl}", f"output={output}")
+        assert result.exit_code == 2
+        assert f"output {output} is the {what}, which it would overwrite" in result.stderr
+    assert not fake.made
+    assert (tmp_path / "p.jsonl").read_text() == '{"prompt": "a"}\n'
+    assert (tmp_path / "run.yaml").read_text() == text
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_output_without_permission_is_told_before_loading(
+    fake: Any, nanoengine: Run, config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    if there:
+        (tmp_path / "results.jsonl").write_text("old\n")
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # the tests may run as root, who may do all
+    result = nanoengine("run", config(CONFIG))
+    assert result.exit_code == 2
+    assert "error: cannot write output results.jsonl: no permission to write " in result.stderr
+    assert not fake.made
+
+
+def test_a_full_disk_is_one_line_and_1(fake: Any, nanoengine: Run, config: Any) -> None:
+    result = nanoengine("run", config(CONFIG), "output=/dev/full")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == (
+        "error: cannot write output /dev/full: No space left on device; rows kept there: 0"
+    )
+    assert "Traceback" not in result.stderr
+    assert fake.made[0].closed
+
+
+def test_a_disk_that_fills_up_keeps_whole_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Filling(FileIO):
+        """Takes 30 bytes in all, 7 at a time."""
+
+        def write(self, data: Any) -> int:
+            room = 30 - self.tell()
+            if room <= 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data[: min(7, room)])
+
+        def close(self) -> None:
+            super().close()
+            raise OSError(errno.EDQUOT, "Quota exceeded")
+
+    monkeypatch.setattr("nanoengine.cli.results.FileIO", Filling)
+    path = tmp_path / "out.jsonl"
+    results = ResultsFile(str(path))
+    for _ in range(2):
+        results.write({"index": 0})
+    with pytest.raises(ResultsLost, match="No space left on device; rows kept there: 2"):
+        results.write({"index": 0})
+    with pytest.raises(ResultsLost, match="Quota exceeded; rows kept there: 2"), results:
+        pass
+    assert path.read_text() == '{"index": 0}\n' * 2
+
+
+def test_one_prompt_is_no_prompts(fake: Any, nanoengine: Run, config: Any) -> None:
+    result = nanoengine("run", config("model: a/b\nprompts: [hello]\n"))
+    assert result.stderr.splitlines()[-1].startswith("1 prompt, ")

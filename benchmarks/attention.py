@@ -1,9 +1,9 @@
 """Paged attention kernels by themselves: microseconds, GB/s of KV read (decode), TFLOP/s (prefill), L2 flushed.
 
-    python benchmarks/attention.py [--out FILE.json] [--sweep] [--quick]
+    python benchmarks/attention.py [--out FILE.json] [--sweep] [--quick] [--heads 16 8 128]
 
-Shapes: 16 query heads, 8 KV heads, head size 128, bf16, at KV block sizes 16 and 256; flash-attn beside it where it is
-installed. `--sweep` times other layouts of the launches too, which is how the fixed ones were chosen.
+By default 16 query heads, 8 KV heads, head size 128, bf16, at KV block sizes 16 and 256; flash-attn beside it where it
+is installed. `--sweep` times other layouts of the launches too, which is how the fixed ones were chosen.
 """
 
 from __future__ import annotations
@@ -34,10 +34,16 @@ from nanoengine.kernels.paged_attention_triton import (
     store_kv,
 )
 
-HEADS, KV_HEADS, WIDTH = 16, 8, 128
 DTYPE = torch.bfloat16
 MAX_MODEL_LEN = 4096
 CUDA = torch.device("cuda")
+
+
+@dataclass(frozen=True)
+class Heads:
+    query: int
+    kv: int
+    size: int
 
 
 @dataclass
@@ -48,6 +54,7 @@ class Batch:
     query_lens: list[int]
     seq_lens: list[int]
     block_size: int
+    heads: Heads
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
@@ -57,23 +64,23 @@ class Batch:
         self.tables = torch.zeros(len(counts), columns, dtype=torch.int32, device=CUDA)
         for row, part in enumerate(ids.split(counts)):
             self.tables[row, : len(part)] = part
-        shape = (sum(counts) + 1, KV_HEADS, self.block_size, WIDTH)
+        shape = (sum(counts) + 1, self.heads.kv, self.block_size, self.heads.size)
         self.k_cache, self.v_cache = (torch.randn(shape, device=CUDA, dtype=DTYPE) for _ in range(2))
         self.lens = torch.tensor(self.seq_lens, dtype=torch.int32, device=CUDA)
         starts = list(itertools.accumulate(self.query_lens, initial=0))
         self.starts = torch.tensor(starts, dtype=torch.int32, device=CUDA)
-        self.q = torch.randn(starts[-1], HEADS, WIDTH, device=CUDA, dtype=DTYPE)
+        self.q = torch.randn(starts[-1], self.heads.query, self.heads.size, device=CUDA, dtype=DTYPE)
         self.out = torch.full_like(self.q, float("nan"))
 
     @property
     def kv_bytes(self) -> int:
-        return sum(self.seq_lens) * KV_HEADS * WIDTH * 2 * DTYPE.itemsize
+        return sum(self.seq_lens) * self.heads.kv * self.heads.size * 2 * DTYPE.itemsize
 
     @property
     def flops(self) -> int:
         """Of the two products over the keys that the causal mask leaves."""
         seen = sum(q * n - q * (q - 1) // 2 for q, n in zip(self.query_lens, self.seq_lens, strict=True))
-        return 4 * seen * HEADS * WIDTH
+        return 4 * seen * self.heads.query * self.heads.size
 
     def token_major(self) -> tuple[Tensor, Tensor]:
         return self.k_cache.transpose(1, 2).contiguous(), self.v_cache.transpose(1, 2).contiguous()
@@ -81,20 +88,19 @@ class Batch:
     @cached_property
     def reference(self) -> Tensor:
         return paged_attention.attend_prefill(
-            self.q, self.k_cache, self.v_cache, self.tables, self.lens, self.starts, scale=WIDTH**-0.5
+            self.q, self.k_cache, self.v_cache, self.tables, self.lens, self.starts, scale=self.heads.size**-0.5
         )
 
 
-def decode(name: str, seq_lens: list[int], block_size: int) -> Batch:
-    return Batch(name, [1] * len(seq_lens), seq_lens, block_size)
-
-
-def prefill(name: str, rows: list[tuple[int, int]], block_size: int) -> Batch:
-    return Batch(name, [q for q, _ in rows], [n for _, n in rows], block_size)
-
-
-def batches(block_size: int) -> Iterator[Batch]:
+def batches(block_size: int, heads: Heads) -> Iterator[Batch]:
     rng = random.Random(0)
+
+    def decode(name: str, seq_lens: list[int], block_size: int) -> Batch:
+        return Batch(name, [1] * len(seq_lens), seq_lens, block_size, heads)
+
+    def prefill(name: str, rows: list[tuple[int, int]], block_size: int) -> Batch:
+        return Batch(name, [q for q, _ in rows], [n for _, n in rows], block_size, heads)
+
     for rows, length in [(256, 1024), (32, 1024), (1, 8192), (1, 512), (8, 512), (64, 512), (256, 384)]:
         yield decode(f"decode {rows} x {length}", [length] * rows, block_size)
     yield decode("decode 256 x 100..2048", [rng.randint(100, 2048) for _ in range(256)], block_size)
@@ -106,20 +112,25 @@ def batches(block_size: int) -> Iterator[Batch]:
 
 
 def ours(batch: Batch, config: DecodeConfig | PrefillConfig | None = None) -> Callable[[], None]:
-    shared: dict[str, Any] = {"scale": WIDTH**-0.5, "window": None, "soft_cap": None}
+    shared: dict[str, Any] = {"scale": batch.heads.size**-0.5, "window": None, "soft_cap": None}
     lens, tables = batch.lens, batch.tables
     if max(batch.query_lens) > 1:
+        assert not isinstance(config, DecodeConfig)
         return lambda: attend_prefill(
             batch.q, batch.k_cache, batch.v_cache, batch.out, tables, lens, batch.starts, config=config, **shared
         )
+    heads = batch.heads
     planner = DecodePlanner.make(
-        num_heads=HEADS, num_kv_heads=KV_HEADS, head_size=WIDTH, dtype=DTYPE, max_rows=len(lens),
+        num_heads=heads.query, num_kv_heads=heads.kv, head_size=heads.size, dtype=DTYPE, max_rows=len(lens),
         longest=max(MAX_MODEL_LEN, *batch.seq_lens), device=CUDA,
     )  # fmt: skip
     chosen, scratch = planner.config(len(lens)), planner.scratch
-    if config is not None:
-        pairs = len(lens) * KV_HEADS
-        chosen, scratch = config, DecodeScratch.make(pairs * config.splits, pairs, HEADS // KV_HEADS, WIDTH, CUDA)
+    if isinstance(config, DecodeConfig):
+        pairs = len(lens) * heads.kv
+        chosen, scratch = (
+            config,
+            DecodeScratch.make(pairs * config.splits, pairs, heads.query // heads.kv, heads.size, CUDA),
+        )
     return lambda: attend_decode(
         batch.q, batch.k_cache, batch.v_cache, batch.out, tables, lens, config=chosen, scratch=scratch, **shared
     )
@@ -149,6 +160,16 @@ def microseconds(call: Callable[[], Any], quick: bool) -> float:
     return 1000 * float(triton.testing.do_bench(call, warmup=warm, rep=repeat, return_mode="median"))
 
 
+def runs(call: Callable[[], Any]) -> bool:
+    """Whether flash-attn does this; a build of it may lack a head size."""
+    try:
+        call()
+    except RuntimeError as error:
+        print(f"flash-attn: {error}", file=sys.stderr)
+        return False
+    return True
+
+
 def figures(batch: Batch, us: float, kind: str, **more: Any) -> dict[str, Any]:
     row: dict[str, Any] = {"batch": batch.name, "block_size": batch.block_size, "kernel": kind, "us": round(us, 2)}
     if max(batch.query_lens) > 1:
@@ -171,7 +192,7 @@ def decode_layouts(batch: Batch) -> Iterator[DecodeConfig]:
         s for s in (1, 2, 3, 4, 8, 16, 32, 64) if rows * s <= 1024 and s * 64 <= max(longest, 64) and rows * s >= 8
     ]
     for (tile, stages, warps), count in itertools.product(
-        [(64, 3, 4), (64, 5, 4), (64, 8, 4), (32, 5, 4), (32, 8, 4), (32, 8, 2), (128, 3, 4), (128, 5, 8)], splits
+        [(64, 3, 4), (64, 5, 4), (32, 5, 4), (128, 3, 4), (128, 3, 8), (128, 5, 4), (256, 3, 8), (32, 3, 4)], splits
     ):
         yield DecodeConfig(tile=tile, splits=count, min_tiles=1, warps=warps, stages=stages)
 
@@ -179,7 +200,7 @@ def decode_layouts(batch: Batch) -> Iterator[DecodeConfig]:
 def prefill_layouts() -> Iterator[PrefillConfig]:
     for block_m, tile, warps, stages in [
         (128, 64, 8, 3), (128, 64, 8, 5), (128, 64, 8, 8), (128, 128, 8, 3), (128, 128, 8, 2), (128, 32, 8, 5),
-        (64, 64, 4, 3), (64, 64, 4, 5), (64, 128, 4, 3), (64, 32, 4, 5), (128, 64, 4, 3),
+        (64, 64, 4, 3), (64, 64, 4, 5), (64, 128, 4, 3), (64, 32, 4, 5), (128, 64, 4, 3), (64, 32, 4, 2),
     ]:  # fmt: skip
         yield PrefillConfig(block_m=block_m, tile=tile, warps=warps, stages=stages)
 
@@ -196,19 +217,16 @@ def sweep(batch: Batch) -> Iterator[dict[str, Any]]:
         yield figures(batch, us, "triton sweep", config=str(config), error=error(batch, call))
 
 
-def storing(block_size: int, tokens: int) -> dict[str, Any]:
-    batch = decode(f"store {tokens}", [tokens], block_size)
-    k, v = (torch.randn(tokens, KV_HEADS, WIDTH, device=CUDA, dtype=DTYPE) for _ in range(2))
+def storing(block_size: int, tokens: int, heads: Heads) -> dict[str, Any]:
+    batch = Batch(f"store {tokens}", [1], [tokens], block_size, heads)
+    k, v = (torch.randn(tokens, heads.kv, heads.size, device=CUDA, dtype=DTYPE) for _ in range(2))
     slots = torch.randperm(tokens, device=CUDA)
     us = microseconds(lambda: store_kv(k, v, batch.k_cache, batch.v_cache, slots), quick=True)
     moved = 4 * k.nbytes
     return {
-        "batch": batch.name,
-        "block_size": block_size,
-        "kernel": "triton",
-        "us": us,
+        "batch": batch.name, "block_size": block_size, "kernel": "triton", "us": round(us, 2),
         "gb_s": round(moved / us / 1e3),
-    }
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -218,7 +236,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--block-sizes", type=int, nargs="+", default=[16, 256])
     parser.add_argument("--only", default="", help="batches whose name holds this")
+    parser.add_argument("--heads", type=int, nargs=3, default=[16, 8, 128], metavar=("QUERY", "KV", "SIZE"))
     options = parser.parse_args()
+    heads = Heads(*options.heads)
     results: list[dict[str, Any]] = []
 
     def say(row: dict[str, Any]) -> None:
@@ -231,11 +251,11 @@ def main() -> None:
 
     flash: dict[str, float] = {}
     for size in sorted(options.block_sizes, reverse=True):  # flash-attn has its figures at 256
-        for batch in batches(size):
+        for batch in batches(size, heads):
             if options.only not in batch.name:
                 continue
             theirs = flash_attn(batch) if size % 256 == 0 else None
-            if theirs is not None:
+            if theirs is not None and runs(theirs):
                 flash[batch.name] = microseconds(theirs, options.quick)
                 say(figures(batch, flash[batch.name], "flash-attn"))
             call = ours(batch)
@@ -250,9 +270,14 @@ def main() -> None:
                 for row in best[:5]:
                     say(row)
         for tokens in (1, 256, 16384):
-            say(storing(size, tokens))
+            say(storing(size, tokens, heads))
     if options.out:
-        header = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+        header: dict[str, Any] = {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+        }
+        header |= {"heads": options.heads, "dtype": str(DTYPE)}
         options.out.write_text(json.dumps(header | {"results": results}, indent=1))
 
 

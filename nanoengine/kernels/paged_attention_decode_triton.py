@@ -108,9 +108,9 @@ def _decode(
     MIN_TILES: tl.constexpr, SPLITS_P2: tl.constexpr, CHUNK: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    kv_head = tl.program_id(0) % KV_HEADS
-    split = tl.program_id(0) // KV_HEADS
+    kv_head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2)  # slowest, so that programs without work start behind those with
     wait_for_inputs(PDL)
     release_dependents(PDL)
     length = tl.load(seq_lens + row)
@@ -216,14 +216,16 @@ def decode_config(
     pairs, tile_bytes = rows * kv_heads, padded_head(head_size) * itemsize
     # Measured at 128 x bf16: tiles of 128 keys read fastest, but three programs fill a multiprocessor; five with 64.
     waves = [pairs / (programs * multiprocessors) for programs in (3, 5)]
-    wide = waves[0] / math.ceil(waves[0]) >= waves[1] / math.ceil(waves[1]) if pairs > multiprocessors else False
-    tile = max(16, (32768 if wide else 16384) // tile_bytes)
+    filled = [each / math.ceil(each) for each in waves]
+    wide = itemsize == 2 and pairs > multiprocessors and filled[0] >= filled[1]
+    tile = max(16, min(128, (32768 if wide else 16384) // tile_bytes))
     # A short context is worth splitting while few programs run. A long one is, too, beside many short ones.
-    keys_each = max(tile if wide else 64, 4 * pairs)
-    most = max(2 * multiprocessors // pairs, min(4, 8 * multiprocessors // pairs), 1)
+    keys_each = max(tile, 64, 4 * pairs)
+    # Programs that find nothing to do cost little, not nothing: no more of them than long contexts can be worth.
+    most = max(1, 2 * multiprocessors // pairs, min(4, 8 * multiprocessors // pairs), min(8, max_len // 16384))
     splits = 1 << (min(most, -(-max_len // keys_each), _MAX_SPLITS).bit_length() - 1)
     return DecodeConfig(
-        tile=min(tile, 128), splits=splits, min_tiles=max(1, keys_each // min(tile, 128)), warps=4,
+        tile=tile, splits=splits, min_tiles=keys_each // tile, warps=4,
         stages=3 if pairs > multiprocessors else 5,
     )  # fmt: skip
 
@@ -268,7 +270,7 @@ def attend_decode(
     d_pad, splits_p2, group_p2 = (
         padded_head(width), triton.next_power_of_2(config.splits), triton.next_power_of_2(group),
     )  # fmt: skip
-    _decode[(kv_heads * config.splits, rows)](
+    _decode[(kv_heads, rows, config.splits)](
         q, k_cache, v_cache, out, block_tables, seq_lens, scratch.part, scratch.lse, scratch.tickets,
         q.stride(0), block_tables.stride(0),
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, group_p2), GROUP_P2=group_p2, D=width, D_PAD=d_pad,

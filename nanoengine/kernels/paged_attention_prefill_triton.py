@@ -161,9 +161,9 @@ def prefill_config(tokens: int, group: int, kv_heads: int, head_size: int, items
     width = padded_head(head_size)
     least = max(16, triton.next_power_of_2(group))
     if itemsize == 4:  # no tensor cores with full precision; operands twice as large
-        return PrefillConfig(block_m=max(32, least), tile=32 if width <= 128 else 16, warps=4, stages=2)
+        return PrefillConfig(block_m=max(32, least), tile=32 if width <= 128 else 16, warps=8, stages=2)
     if width > 128:
-        return PrefillConfig(block_m=max(64, least), tile=32, warps=4, stages=2)
+        return PrefillConfig(block_m=max(128, least), tile=32, warps=8, stages=5)
     if tokens * group * kv_heads < _FEW_TILES * 128:
         return PrefillConfig(block_m=max(64, least), tile=64, warps=4, stages=3)
     return PrefillConfig(block_m=max(128, least), tile=64, warps=8, stages=8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -88,7 +89,7 @@ def build_engine(assembly: Assembly, registry: Registry) -> BuiltEngine:
                 seed=options.seed,
                 overlap=options.overlap,
             ),
-            _scheduler(options, memory),
+            partial(_scheduler, options, memory),
             executor,
             OutputProcessor(tokenizer),
             resolver,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 import time
 from collections import deque
@@ -52,18 +53,21 @@ class Engine:
     def __init__(
         self,
         limits: EngineLimits,
-        scheduler: Scheduler,
+        make_scheduler: Callable[[], Scheduler],
         executor: Executor,
         outputs: OutputProcessor,
         resolver: ParamsResolver,
         encode: Encoder,
     ) -> None:
-        self.limits, self.scheduler, self.outputs = limits, scheduler, outputs
+        self.limits, self.scheduler, self.outputs = limits, make_scheduler(), outputs
+        self._make_scheduler = make_scheduler
         self._executor, self._resolver, self._encode = executor, resolver, encode
         self._inbox: deque[Callable[[], None]] = deque()
         self._known: dict[str, RequestState] = {}  # from add_request to the last output
         self._in_flight: deque[_InFlight] = deque()
         self._ready: list[RequestOutput] = []
+        self._undelivered: deque[tuple[Sink, RequestOutput]] = deque()
+        self._booking = False  # scheduler and steps in flight do not tell one story just now
         self._lock = threading.RLock()  # one step at a time
         # Guards _known, _ordinal and the inbox's order; re-entrant, as a stream may be collected while it is held.
         self._ids = threading.RLock()
@@ -102,11 +106,12 @@ class Engine:
         token_ids: Any = prompt
         if isinstance(prompt, str):
             token_ids, prompt_text = self._ids_of(prompt), prompt
-        error = self._prompt_error(token_ids)
+        ids = self._checked_ids(token_ids)
+        error = ids if isinstance(ids, RequestError) else None
         state = self.outputs.new_state(
             request_id,
             prompt_text,
-            () if error else tuple(token_ids),
+            () if isinstance(ids, RequestError) else ids,
             resolved,
             time.monotonic(),
             final_only=final_only,
@@ -123,26 +128,61 @@ class Engine:
     def abort_request(self, request_id: str) -> None:
         """End a request at once; its output says "abort" and keeps its tokens. Unknown or ended ids are no error."""
         with self._ids:
-            if request_id in self._known:
-                self._inbox.append(lambda: self._abort(request_id))
+            state = self._known.get(request_id)
+            if state is not None:
+                self._inbox.append(lambda: self._abort(state))
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._known or self._ready)
 
     def step(self) -> list[RequestOutput]:
-        """Launch what can be launched, wait for the oldest step, and give the outputs that it brought.
+        """`advance`, and give the outputs that are there.
 
-        Outputs are cumulative; those of requests with a sink go there. An empty list is no end: see
+        Outputs are cumulative; those of requests with a sink went there. An empty list is no end: see
         `has_unfinished_requests`.
         """
         with self._lock:
-            self._check_open()
-            self._drain_inbox()
-            self._launch_ahead()
-            if self._in_flight:
-                self._finish_oldest()
+            self.advance()
             ready, self._ready = self._ready, []
             return ready
+
+    def advance(self) -> None:
+        """Launch what can be launched, and wait for the oldest step. Outputs go to their sinks, or wait for `step`.
+
+        An exception that a sink raises is raised here, once all outputs are delivered.
+        """
+        with self._lock:
+            self._check_open()
+            try:
+                self._drain_inbox()
+                self._launch_ahead()
+                if self._in_flight:
+                    self._finish_oldest()
+            except BaseException:  # Ctrl-C may come anywhere
+                if self._booking:
+                    self._start_over()
+                raise
+            self._deliver()
+
+    def _deliver(self) -> None:
+        raised: list[Exception] = []
+        while self._undelivered:
+            sink, output = self._undelivered.popleft()
+            try:
+                sink(output)
+            except Exception as error:  # noqa: BLE001 - one client's; raised when all are served
+                raised.append(error)
+        if raised:
+            raise raised[0]
+
+    def _start_over(self) -> None:
+        """After an interrupt in the middle of the books: a fresh scheduler. What ran fails; the engine lives on."""
+        self._in_flight.clear()
+        self._inbox.clear()
+        self.scheduler, self._booking = self._make_scheduler(), False
+        error = RequestError("interrupted", "the engine was interrupted in the middle of a step")
+        now = time.monotonic()
+        self._publish([self.outputs.failed(state, error, now) for state in list(self._known.values())])
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached block. Raises `NanoEngineError` while requests are unfinished."""
@@ -176,21 +216,28 @@ class Engine:
         except RequestError as error:  # text that has no tokens, such as half a surrogate pair
             return error
 
-    def _prompt_error(self, token_ids: Any) -> RequestError | None:
+    def _checked_ids(self, token_ids: Any) -> tuple[int, ...] | RequestError:
+        """Plain ints, or why this is no prompt."""
         if isinstance(token_ids, RequestError):  # what the caller could not make a prompt of
             return token_ids
-        if isinstance(token_ids, bytes | Mapping) or not hasattr(token_ids, "__len__"):
+        try:
+            given = None if isinstance(token_ids, bytes | Mapping) else list(token_ids)
+        except TypeError:
+            given = None
+        if given is None:
             valid = "text, token ids, {'prompt': text} or {'prompt_token_ids': ids}"
             return RequestError("invalid_prompt", f"a prompt is {valid}, not {_shown(token_ids)}")
-        if not len(token_ids):
+        if not given:
             return RequestError("invalid_prompt", "the prompt is empty: at least one token is needed")
-        for i, token in enumerate(token_ids):
-            if not _is_int(token):
+        size, ids = self.limits.vocab_size, []
+        for i, token in enumerate(given):
+            number = _as_int(token)
+            if number is None:
                 return RequestError("invalid_prompt", f"prompt[{i}] is {token!r}, not a token id")
-            if not 0 <= token < self.limits.vocab_size:
-                size = self.limits.vocab_size
-                return RequestError("invalid_prompt", f"prompt[{i}] is {token}, outside the vocabulary 0..{size - 1}")
-        return None
+            if not 0 <= number < size:
+                return RequestError("invalid_prompt", f"prompt[{i}] is {number}, outside the vocabulary 0..{size - 1}")
+            ids.append(number)
+        return tuple(ids)
 
     def _drain_inbox(self) -> None:
         while self._inbox:
@@ -204,7 +251,7 @@ class Engine:
             self._fail(state, error)
             return
         seed = request_seed(self.limits.seed, ordinal) if params.seed is None else params.seed
-        prompt = list(map(int, state.prompt_token_ids))
+        prompt = list(state.prompt_token_ids)
         siblings = replace(params, prompt_logprobs=None)  # one sample's prompt log-probs are all samples'
         room = self.limits.max_model_len - len(prompt)
         for index in range(params.n):
@@ -227,9 +274,8 @@ class Engine:
                 return
             state.add_sample(request)
 
-    def _abort(self, request_id: str) -> None:
-        state = self._known.get(request_id)
-        if state is None:
+    def _abort(self, state: RequestState) -> None:
+        if self._known.get(state.request_id) is not state:  # it ended meanwhile, and its id may live again
             return
         for request in state.unfinished():
             self.scheduler.abort(request)
@@ -238,18 +284,22 @@ class Engine:
     def _launch_ahead(self) -> None:
         depth = 2 if self.limits.overlap else 1
         while len(self._in_flight) < depth:
+            self._booking = True
             step = self.scheduler.schedule()
             self._take(self.scheduler.take_updates())
             if step is None:
+                self._booking = False
                 break
             try:
                 handle = self._executor.launch(step.plan)
             except Exception as error:  # noqa: BLE001 - whatever a kernel or plugin raises ends this step alone
+                self._booking = False
                 while self._in_flight:
                     self._finish_oldest()
                 self._broken([step], error)
                 break
             self._in_flight.append(_InFlight(step, handle))
+            self._booking = False
             now = time.monotonic()
             for request, _ in step.rows:
                 state = self._known.get(request.parent)
@@ -263,8 +313,10 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - as above
             self._broken(self._drop_in_flight(error), error)
             return
+        self._booking = True
         self._in_flight.popleft()
         self._take(self.scheduler.commit(oldest.step, result))
+        self._booking = False
 
     def _take(self, updates: Sequence[Update]) -> None:
         if not updates:
@@ -304,6 +356,7 @@ class Engine:
         self._publish([self.outputs.failed(state, error, time.monotonic())])
 
     def _publish(self, outputs: Sequence[RequestOutput]) -> None:
+        """Sinks are called later, by `_deliver`: what they do must not meet a step half booked."""
         for output in outputs:
             state = self._known[output.request_id]
             if output.finished:
@@ -312,11 +365,11 @@ class Engine:
             if state.sink is None:
                 self._ready.append(output)
             else:
-                state.sink(output)
+                self._undelivered.append((state.sink, output))
 
 
 def check_priority(priority: object) -> None:
-    if priority is not None and not _is_int(priority):
+    if priority is not None and _as_int(priority) is None:
         raise ParamsError(f"priority must be a whole number, not {priority!r}")
 
 
@@ -324,6 +377,11 @@ def _shown(value: object) -> str:
     return f"a dict with {list(value)}" if isinstance(value, Mapping) else type(value).__name__
 
 
-def _is_int(value: object) -> bool:
-    """ints and numpy's, not bools."""
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+def _as_int(value: Any) -> int | None:
+    """Of an int or what stands for one (numpy's, a tensor's element), but not of a bool."""
+    if type(value) is int:
+        return value
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None

@@ -225,7 +225,7 @@ class LLM:
                         ids[i], prompt, each_params[i], each_priority[i], prompt_text=text, final_only=True, sink=sink
                     )
                 while len(done) < len(ids):
-                    self.engine.step()
+                    self.engine.advance()
             finally:
                 self._abort_all([i for i in ids if i not in done])
         return [done[i] for i in ids]
@@ -285,7 +285,7 @@ class Stream(Iterator[RequestOutput]):
         while not self._outputs:
             if self._ended:
                 raise StopIteration
-            self._engine.step()
+            self._engine.advance()
         output = self._outputs.popleft()
         self._ended = self._ended or output.finished
         return output
@@ -368,7 +368,7 @@ def _split(prompt: Prompt) -> tuple[Any, str | None]:
     if unknown or not prompt:
         return prompt, None
     ids = prompt.get("prompt_token_ids")
-    return (prompt["prompt"], None) if ids is None else (ids, prompt.get("prompt"))
+    return (prompt.get("prompt"), None) if ids is None else (ids, prompt.get("prompt"))
 
 
 def _one_each(value: Any, count: int, name: str) -> list[Any]:

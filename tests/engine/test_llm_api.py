@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,6 +37,10 @@ def test_every_form_of_a_prompt(llm: LLM) -> None:
         assert output.finished
         assert output.outputs[0].finish_reason == "length"
         assert output.outputs[0].text == ""
+    for odd in (np.array(ids), torch.tensor(ids), np.array(ids, dtype=np.int32)):
+        (output,) = llm.generate([odd], GREEDY, use_tqdm=False)  # type: ignore[list-item]
+        assert output.outputs[0].token_ids == greedy(ids, 6)
+        assert all(type(token) is int for token in output.prompt_token_ids)
     assert llm.generate([], GREEDY) == []
 
 
@@ -68,6 +73,9 @@ def test_defaults_are_the_generation_config(tmp_path: Path) -> None:
         ([True], "invalid_prompt", "not a token id"),
         (None, "invalid_prompt", "NoneType"),
         ({"text": "x"}, "invalid_prompt", "prompt_token_ids"),
+        ({"prompt_token_ids": None}, "invalid_prompt", "NoneType"),
+        (torch.tensor([1.5, 2.0]), "invalid_prompt", "not a token id"),
+        (torch.tensor(3), "invalid_prompt", "Tensor"),
         ([1] * 512, "too_long", "512"),
         ([1] * 700, "too_long", "700"),
     ],

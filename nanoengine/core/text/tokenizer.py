@@ -66,7 +66,7 @@ class Tokenizer:
     """Text to ids and back, chat templates, and streams for incremental decoding.
 
     Args:
-        hf: a transformers tokenizer that stands on the `tokenizers` library. Must not be changed afterwards.
+        hf: a transformers tokenizer that stands on the `tokenizers` library.
 
     Attributes:
         hf: that object; what users get from `LLM.get_tokenizer()`.
@@ -74,7 +74,8 @@ class Tokenizer:
 
     def __init__(self, hf: Any) -> None:
         self.hf = hf
-        self._backend = hf.backend_tokenizer
+        # A copy: what a user does with `hf` (calling it with truncation=True sets that for good) must not cut prompts.
+        self._backend = type(hf.backend_tokenizer).from_str(hf.backend_tokenizer.to_str())
         # Some files carry the truncation of a training run; a prompt is never cut silently.
         self._backend.no_truncation()
         self._backend.no_padding()

@@ -164,16 +164,16 @@ def test_a_host_processor_that_raises_for_one_of_several_samples_fails_their_req
 
 def test_an_interrupt_leaves_the_engine_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with mock_llm(tmp_path) as llm:
-        engine_step, count = llm.engine.step, 0
+        advance, count = llm.engine.advance, 0
 
-        def interrupted() -> Any:
+        def interrupted() -> None:
             nonlocal count
             count += 1
             if count == 4:
                 raise KeyboardInterrupt
-            return engine_step()
+            advance()
 
-        monkeypatch.setattr(llm.engine, "step", interrupted)
+        monkeypatch.setattr(llm.engine, "advance", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate(prompts(4), GREEDY, use_tqdm=False)
         assert tokens_of(llm.generate([[5, 6]], GREEDY, use_tqdm=False)) == [greedy([5, 6], 10)]
@@ -226,3 +226,87 @@ def test_a_stage_that_cannot_be_made_is_named(tmp_path: Path, init: str) -> None
         pass
     assert f"sampler stage 'bad' (Bad of plugin file {plugin}) failed in __init__: " in str(caught.value)
     assert "no table" in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["schedule", "commit"])
+def test_an_interrupt_in_the_middle_of_the_books_costs_what_runs_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    from nanoengine.core.scheduling.scheduler import Scheduler
+
+    original, count = getattr(Scheduler, where), 0
+
+    def interrupted(self: Scheduler, *args: Any) -> Any:
+        nonlocal count
+        count += 1
+        found = original(self, *args)
+        if count == 5:
+            raise KeyboardInterrupt
+        return found
+
+    with mock_llm(tmp_path) as llm:
+        llm.engine.add_request("beside", [1, 2, 3], SamplingParams(temperature=0, max_tokens=50))
+        monkeypatch.setattr(Scheduler, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(prompts(4), GREEDY, use_tqdm=False)
+        assert count >= 5
+        *_, beside = llm.engine.step()
+        assert beside.request_id == "beside"
+        assert beside.error is not None
+        assert beside.error.code == "interrupted"
+        assert tokens_of(llm.generate([[5, 6]], GREEDY, use_tqdm=False)) == [greedy([5, 6], 10)]
+        assert not llm.engine.has_unfinished_requests()
+        assert llm.stats().free_blocks == llm.stats().num_blocks
+
+
+def test_a_sink_that_raises_costs_nobody_else_an_output(tmp_path: Path) -> None:
+    def bad(output: Any) -> None:
+        raise ValueError("a client's own mistake")
+
+    with mock_llm(tmp_path) as llm:
+        llm.engine.add_request("bad", [1, 2], GREEDY, sink=bad, final_only=True)
+        llm.engine.add_request("good", [1, 2], GREEDY, final_only=True)
+        found: list[Any] = []
+        raised = 0
+        while llm.engine.has_unfinished_requests():
+            try:
+                found += llm.engine.step()
+            except ValueError:
+                raised += 1
+        assert raised == 1
+        assert [o.outputs[0].token_ids for o in found] == [greedy([1, 2], 10)]
+
+
+def test_clients_do_not_take_each_others_outputs(tmp_path: Path) -> None:
+    with mock_llm(tmp_path) as llm:
+        llm.engine.add_request("a", [1, 2], GREEDY, final_only=True)
+        assert tokens_of(llm.generate([[3, 4]], GREEDY, use_tqdm=False)) == [greedy([3, 4], 10)]
+        with llm.stream([5, 6], GREEDY) as stream:
+            assert list(stream)[-1].outputs[0].token_ids == greedy([5, 6], 10)
+        found: list[Any] = []
+        while llm.engine.has_unfinished_requests():
+            found += llm.engine.step()
+        assert [o.outputs[0].token_ids for o in found] == [greedy([1, 2], 10)]
+
+
+def test_an_old_abort_does_not_end_a_new_request_of_the_same_id(tmp_path: Path) -> None:
+    with mock_llm(tmp_path) as llm:
+        llm.engine.add_request("x", [1], SamplingParams(temperature=0, max_tokens=1))
+        outputs: list[Any] = []
+        real = llm.engine._drain_inbox
+
+        def late() -> None:  # the abort arrives, the request ends, and its id is used again, before the inbox is read
+            return None
+
+        llm.engine._drain_inbox = late  # type: ignore[method-assign]
+        real()
+        while not outputs:
+            llm.engine.abort_request("x")
+            outputs = [o for o in llm.engine.step() if o.finished]
+        llm.engine.add_request("x", [1, 2], GREEDY)
+        llm.engine._drain_inbox = real  # type: ignore[method-assign]
+        while not (last := llm.engine.step()) or not last[-1].finished:
+            pass
+        assert last[-1].outputs[0].token_ids == greedy([1, 2], 10)
+        assert not llm.engine.has_unfinished_requests()
+        assert llm.stats().running == 0

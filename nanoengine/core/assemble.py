@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nanoengine.core.errors import ConfigError, ModelSourceError, UnsupportedError
+from nanoengine.core.errors import ConfigError, ModelError, ModelSourceError, NanoEngineError, UnsupportedError
 from nanoengine.core.execution.attention import AttentionBackend, AttentionFeature, AttentionNeed
 from nanoengine.core.execution.build import BuiltModel, build_model, kv_groups
 from nanoengine.core.execution.model import Model
@@ -41,12 +41,24 @@ class Assembly:
 
 
 def find_model(source: str, registry: Registry, say: Any = None) -> Path:
-    """Folder of the model that `source` names, by the registered model sources."""
+    """Folder of the model that `source` names, by the registered model sources.
+
+    One that cannot be loaded or made is passed over, and told of only where no other has the model.
+    """
     loader = TargetLoader(registry.plugin_files)
-    sources = [load_checked(loader, found.spec.target, ModelSource)() for found in registry.sources()]
     ctx = SourceContext(cache_root(), say) if say is not None else SourceContext(cache_root())
+    sources: list[tuple[str, ModelSource]] = []
+    broken: list[str] = []
+    for found in registry.sources():
+        where = f"model source {found.spec.name!r} of {found.origin}"
+        try:
+            sources.append((where, load_checked(loader, found.spec.target, ModelSource)()))
+        except NanoEngineError as error:
+            broken.append(f"{where}: {error}")
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a plugin raises
+            broken.append(f"{where} failed in __init__: {type(error).__name__}: {error}")
     try:
-        return resolve_model(source, sources, ctx, registry.source_names())
+        return resolve_model(source, sources, ctx, registry.source_names(), broken)
     except ModelSourceError as error:
         raise ModelSourceError(f"{error}{registry.suspects('model_sources')}") from error
 
@@ -63,7 +75,7 @@ def assemble(
     Raises `ModelError`, `PluginError`, `UnsupportedError` or `ConfigError`.
     """
     hf_config = read_json(model_path / "config.json")
-    found = registry.model_for(tuple(hf_config.get("architectures") or ()), implementation)
+    found = registry.model_for(_architectures(hf_config, model_path), implementation)
     loader = TargetLoader(registry.plugin_files)
     options = _fill_device(options, hf_config)
     built = _inspect(loader, found.spec.target, hf_config, options)
@@ -93,6 +105,16 @@ def assemble(
         num_kv_groups=len(kv_groups(built.attention_layers)),
         passed_over=passed,
     )
+
+
+def _architectures(hf_config: Mapping[str, Any], model_path: Path) -> tuple[str, ...]:
+    found = hf_config.get("architectures") or []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise ModelError(
+            f'{model_path / "config.json"}: "architectures" must be a list of names, as in ["SomeForCausalLM"], '
+            f"not {found!r}"
+        )
+    return tuple(found)
 
 
 def _inspect(loader: TargetLoader, target: str, hf_config: Mapping[str, Any], options: EngineOptions) -> BuiltModel:

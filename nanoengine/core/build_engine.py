@@ -15,6 +15,7 @@ from nanoengine.core.errors import NanoEngineError, TokenizerMissing
 from nanoengine.core.execution.executor import Executor, InProcessExecutor
 from nanoengine.core.execution.memory import MemoryReport
 from nanoengine.core.output import OutputProcessor
+from nanoengine.core.sampling_fields import legal_fields
 from nanoengine.core.sampling_params import ParamsResolver
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.scheduler import Scheduler, SchedulerConfig
@@ -78,10 +79,11 @@ def build_engine(assembly: Assembly, registry: Registry) -> BuiltEngine:
     legal = {name for _, params in stages for name in params.__dataclass_fields__}  # type: ignore[attr-defined]
     eos = tokenizer.hf.eos_token_id if tokenizer is not None else None
     defaults = read_generation_defaults(assembly.model_path, plan.hf_config, legal, eos)
-    resolver = ParamsResolver(stages, ctx, defaults.eos_ids)
+    legal_fields(stages)  # a clash is found before the weights are loaded
     executor = InProcessExecutor()
     try:
         memory = executor.start(plan, assembly.loader)
+        resolver = ParamsResolver(stages, ctx, defaults.eos_ids, memory.failed_stages)
         engine = Engine(
             EngineLimits(
                 vocab_size=assembly.vocab_size,

@@ -25,11 +25,13 @@ Logprobs = dict[int, Logprob]
 
 @dataclass(slots=True)
 class SampleState:
-    """What was gathered of one sample."""
+    """What was gathered of one sample. num_tokens: of its tokens, those that were taken in: a stop string may end it
+    amid the tokens of one step."""
 
     request: Request
     detokenizer: IncrementalDetokenizer | None
     logprobs: list[Logprobs] | None
+    num_tokens: int = 0
     cumulative_logprob: float = 0.0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -38,7 +40,7 @@ class SampleState:
         return CompletionOutput(
             index=index,
             text=self.detokenizer.text if self.detokenizer is not None else "",
-            token_ids=tuple(self.request.output_token_ids),
+            token_ids=tuple(self.request.output_token_ids[: self.num_tokens]),
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             cumulative_logprob=None if self.logprobs is None else self.cumulative_logprob,
@@ -95,7 +97,7 @@ class RequestState:
             first_scheduled=self.first_scheduled,
             first_token=self.first_token,
             finished=self.finished,
-            num_generated=sum(len(s.request.output_token_ids) for s in self.samples),
+            num_generated=sum(s.num_tokens for s in self.samples),
         )
 
 
@@ -188,13 +190,17 @@ class OutputProcessor:
             return False
         if state.first_token is None:
             state.first_token = now
-        if sample.logprobs is not None and update.sampled_logprobs is not None:
-            sample.logprobs += self._logprobs(update.sampled_logprobs)
-            sample.cumulative_logprob += float(update.sampled_logprobs.logprobs.sum())
         sample.finish_reason, sample.stop_reason = update.finish_reason, update.stop_reason
-        if sample.detokenizer is None:
-            return False
-        return _push_text(sample, update)
+        before = sample.num_tokens
+        stopped = sample.detokenizer is not None and _push_text(sample, update)
+        sample.num_tokens = before + len(update.new_token_ids)
+        if stopped and sample.detokenizer is not None:
+            sample.num_tokens = sample.detokenizer.num_tokens
+        if sample.logprobs is not None and update.sampled_logprobs is not None:
+            kept = sample.num_tokens - before
+            sample.logprobs += self._logprobs(update.sampled_logprobs)[:kept]
+            sample.cumulative_logprob += float(update.sampled_logprobs.logprobs[:kept].sum())
+        return stopped and update.finish_reason is None
 
     def _outcome(self, state: RequestState, now: float) -> RequestOutput | None:
         done = all(s.finish_reason is not None for s in state.samples)
@@ -203,15 +209,18 @@ class OutputProcessor:
         return state.output() if done or not state.final_only else None
 
     def _logprobs(self, rows: LogprobRows) -> list[Logprobs]:
-        """One dict a position: the best ones first, then the token itself if it is not among them."""
+        """One dict a position: the best ones first, then the token itself if it is not among them. Equals share the
+        lowest rank."""
         out: list[Logprobs] = []
         for i, (start, end) in enumerate(pairwise(rows.top_offsets.tolist())):
             ids, values = rows.top_ids[start:end].tolist(), rows.top_logprobs[start:end].tolist()
-            best = {
-                t: Logprob(v, rank, self._token_text(t)) for rank, (t, v) in enumerate(zip(ids, values, strict=True), 1)
-            }
+            best: Logprobs = {}
+            rank = 1
+            for at, (token_id, value) in enumerate(zip(ids, values, strict=True)):
+                rank = at + 1 if at and value < values[at - 1] else rank
+                best[token_id] = Logprob(value, rank, self._token_text(token_id))
             chosen = int(rows.token_ids[i])
-            best.setdefault(chosen, Logprob(float(rows.logprobs[i]), int(rows.ranks[i]), self._token_text(chosen)))
+            best[chosen] = Logprob(float(rows.logprobs[i]), int(rows.ranks[i]), self._token_text(chosen))
             out.append(best)
         return out
 
@@ -220,7 +229,7 @@ class OutputProcessor:
 
 
 def _push_text(sample: SampleState, update: Update) -> bool:
-    """New tokens into text; a stop string found there ends the sample, whatever the tokens said."""
+    """New tokens into text; whether a stop string found there ends the sample, whatever the tokens said."""
     assert sample.detokenizer is not None
     ids, by_token = update.new_token_ids, update.finish_reason == "stop"
     matched = sample.detokenizer.push(ids[:-1] if by_token else ids)
@@ -228,7 +237,7 @@ def _push_text(sample: SampleState, update: Update) -> bool:
         matched = sample.detokenizer.finish(ids[-1] if by_token else None)
     if matched is not None:
         sample.finish_reason, sample.stop_reason = "stop", matched
-    return matched is not None and update.finish_reason is None
+    return matched is not None
 
 
 def _row_error(update: Update) -> RequestError:

@@ -135,18 +135,27 @@ class ParamsResolver:
     """
 
     def __init__(
-        self, stages: Sequence[tuple[str, type[StageParams]]], ctx: ParamsContext, eos_ids: frozenset[int]
+        self,
+        stages: Sequence[tuple[str, type[StageParams]]],
+        ctx: ParamsContext,
+        eos_ids: frozenset[int],
+        failed_stages: Mapping[str, str] | None = None,
     ) -> None:
-        """Raises `PluginError` where the stages' fields clash or are no proper dataclass fields."""
+        """`failed_stages`: those that cannot run, name -> cause: whoever sets a field of theirs is refused.
+
+        Raises `PluginError` where the stages' fields clash or are no proper dataclass fields.
+        """
         self._legal = legal_fields(stages)
         self._stages = [(name, params, stage_types(name, params)) for name, params in stages]
+        self._failed = dict(failed_stages or {})
         self._ctx = ctx
         # Checkpoints list end-of-text ids beyond their vocabulary; such an id is never drawn and needs no mask.
         self._eos_ids = frozenset(i for i in eos_ids if 0 <= i < ctx.vocab_size)
         self._cache: dict[Hashable, ResolvedParams] = {}
 
     def resolve(self, params: SamplingParams) -> ResolvedParams:
-        """Raises `ParamsError` naming the field, its value, the valid ones and the nearest legal name."""
+        """Raises `ParamsError` naming the field, its value, the valid ones and the nearest legal name; `PluginError`
+        where a stage whose field was given is broken."""
         key = _frozen(params._fields())
         found = self._cache.get(key)
         if found is None:
@@ -193,8 +202,15 @@ class ParamsResolver:
     def _stage(
         self, name: str, params: type[StageParams], kinds: Mapping[str, Any], given: Mapping[str, Any]
     ) -> PackedStage | None:
-        """The stage as this request wants it; None if it does not."""
+        """The stage as this request wants it; None if it does not. One that is given no field is not even asked."""
         values = {field: conform(field, given[field], kind) for field, kind in kinds.items() if field in given}
+        if not values:
+            return None
+        if name in self._failed:
+            raise PluginError(
+                f"sampler stage {name!r}, which {', '.join(values)} needs, cannot run: {self._failed[name]}; mend or "
+                f"uninstall its plugin, or leave out {', '.join(values)}"
+            )
         try:
             stage = params(**values)
             if not stage.active():
@@ -202,7 +218,7 @@ class ParamsResolver:
             packed = stage.pack(self._ctx)
         except NanoEngineError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(
                 f"sampler stage {name!r}: {params.__qualname__} failed on {values}: {type(error).__name__}: {error}"
             ) from error

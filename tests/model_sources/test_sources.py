@@ -71,7 +71,7 @@ def test_sources_import_no_torch(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_resolve_asks_in_order_and_names_the_nearest(tmp_path: Path, tiny: Path, ctx: SourceContext) -> None:
-    sources = [FolderSource(), GGUFFileSource()]
+    sources = [("folder", FolderSource()), ("gguf", GGUFFileSource())]
     folder = resolve_model(str(tiny), sources, ctx)
     assert resolve_model(str(folder), sources, ctx) == folder
     with pytest.raises(ModelSourceError, match=r"no model 'smollm2'.*did you mean 'smollm2-135m'"):

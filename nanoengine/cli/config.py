@@ -43,11 +43,17 @@ def render(config: RunConfig) -> str:
         if key in ("model", "attention", "engine", "sampler") and isinstance(value, Mapping) and value:
             lines.append(f"{key}:")
             for name, item in value.items():
-                origin = config.provenance.get(f"{key}.{name}", "default")
-                lines += [f"  {line}" for line in _lines(name, item, origin)]
+                lines += [f"  {line}" for line in _lines(name, item, _origins(config, f"{key}.{name}"))]
         else:
-            lines += _lines(key, value, config.provenance.get(key, "default"))
+            lines += _lines(key, value, _origins(config, key))
     return "\n".join(lines) + "\n"
+
+
+def _origins(config: RunConfig, key: str) -> str:
+    """Who gave the value, then the overrides that changed a part of it."""
+    inside = [by for path, by in config.provenance.items() if path.startswith((f"{key}[", f"{key}."))]
+    changed = [by for by in inside if by.startswith("override ")]
+    return ", ".join(dict.fromkeys([config.provenance.get(key, "default"), *changed]))
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:

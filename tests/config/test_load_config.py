@@ -130,7 +130,7 @@ def test_nearest_model_is_a_group_file_or_a_source_s_name(refused: Refused) -> N
 def test_attention_by_file_by_name_and_not_at_all(load: Load, refused: Refused) -> None:
     assert load(ISSUE, "attention=torch").attention.backend == "torch"
     assert load(ISSUE, "attention=mirror").attention.backend == "mirror"
-    assert "did you mean 'mirror'? Valid: auto, mirror, torch" in refused(ISSUE, "attention=miror")
+    assert "did you mean 'mirror'? Valid: auto, " in refused(ISSUE, "attention=miror")
 
 
 @pytest.mark.parametrize(
@@ -270,6 +270,21 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
     ("model: a/b\nprompts: {field: x}\n", [], ["run.yaml:2", "prompts.file must be given"]),
     ("model: a/b\nprompts: {file: 3}\n", [], ["run.yaml:2", "prompts.file must be"]),
     ("model: a/b\nchat: false\nprompts:\n  - [{role: user, content: x}]\n", [], ["run.yaml:4", "chat is false"]),
+    ("model: a/b\nprompts:\n  - {role: user, content: x}\n", [], ["run.yaml:3: prompts[0]", "is a list of messages"]),
+    (
+        "model: a/b\nprompts: [a, b]\n",
+        ["prompts.file=x.jsonl"],
+        ["'prompts.file=x.jsonl': prompts is a list, which has no key 'file'", "write 'prompts={file: x.jsonl}'"],
+    ),
+    (
+        "model: a/b\nprompts: [a, b]\n",
+        ["prompts.3=c"],
+        ["index 3 is out of range: prompts has 2 items, counted from 0"],
+    ),
+    ("model: a/b\nprompts: [[{role: user, content: x}]]\n", ["prompts[0].role=x"], ["prompts.0 is a list"]),
+    # a group's file in the body
+    ("model: a/b\nsampler: greedy\n", [], ["run.yaml:2: sampler must be a mapping", "'- sampler: greedy'"]),
+    ("model: a/b\nengine: small\n", [], ["run.yaml:2: engine must be a mapping", "'- engine: small'"]),
     # no model
     ("prompts: [a]\n", [], ["run.yaml: no model is chosen", "smollm2-135m"]),
     ("", [], ["no model is chosen"]),

@@ -108,7 +108,7 @@ def _primary(path_or_recipe: str | Path, roots: Sequence[Root]) -> tuple[ConfigF
         raise ConfigError(f"no configuration file {name} (looked for {path.absolute()})")
     found = search.find(name)
     if found is None:
-        raise ConfigError(f"no file and no recipe is called {name!r}; recipes: {nearest(name, search.options(''))}")
+        raise ConfigError(f"no file and no recipe is called {name!r}; {nearest(name, search.options(''))}")
     return found, search
 
 
@@ -132,6 +132,12 @@ def _checked(composed: Composed, registry: Registry, label: str) -> RunConfig:
     stages = sampler_stages(registry)
     _check_keys(composed, list(legal_fields(stages)))
     data = composed.data
+    for name in ("engine", "sampler"):
+        if isinstance(data.get(name), str):
+            raise ConfigError(
+                f"{composed.origin((name,))}: {name} must be a mapping, not {data[name]!r}; a file of the config group "
+                f"is chosen in the defaults list: 'defaults:', and below it '- {name}: {data[name]}'"
+            )
     if not data.get("model"):
         known = ", ".join(name for found in registry.model_sources.values() for name in found.spec.models)
         raise ConfigError(

@@ -87,6 +87,10 @@ def _prompt(value: Any, where: str, hint: str) -> Prompt:
         return value
     if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
         return tuple(_message(item, f"{where}[{i}]") for i, item in enumerate(value))
+    if isinstance(value, Mapping) and set(value) <= set(_MESSAGE_KEYS):
+        raise ConfigError(
+            f"{where}: a conversation is a list of messages, even of one: write [{{role: ..., content: ...}}]"
+        )
     raise ConfigError(f"{where} must be text, or a list of chat messages (role, content), not {value!r}{hint}")
 
 

@@ -127,7 +127,23 @@ def apply_override(config: DictConfig, override: Override) -> None:
         merge = isinstance(override.value, dict) and isinstance(present, DictConfig)
         OmegaConf.update(config, override.key, override.value, merge=merge, force_add=True)
     except (OmegaConfBaseException, ValueError, TypeError) as error:  # omegaconf lets int("x") of a list index through
-        raise ConfigError(f"override {override.text!r}: {first_line(error)}") from error
+        why = _no_such_item(config, override) or first_line(error)
+        raise ConfigError(f"override {override.text!r}: {why}") from error
+
+
+def _no_such_item(config: DictConfig, override: Override) -> str:
+    """Which list the key wants an item of that it has not, and what to write instead; "" if that is not the cause."""
+    node: Any = config
+    above = ""
+    for part in parts(override.key):
+        if isinstance(node, ListConfig) and not part.isdigit():
+            mend = f"{above}={{{part}: {override.raw}}}" if override.key == f"{above}.{part}" else f"{above}=..."
+            return f"{above} is a list, which has no key {part!r}; to replace the list, write '{mend}'"
+        if isinstance(node, ListConfig) and int(part) >= len(node):
+            size = "1 item" if len(node) == 1 else f"{len(node)} items"
+            return f"index {part} is out of range: {above} has {size}, counted from 0; to make it longer, write it anew"
+        node, above = _child(node, part), f"{above}.{part}" if above else part
+    return ""
 
 
 def _delete(config: DictConfig, override: Override) -> None:

@@ -78,6 +78,16 @@ def test_resolve_asks_in_order_and_names_the_nearest(tmp_path: Path, tiny: Path,
         resolve_model("smollm2", sources, ctx, names=["smollm2-135m"])
 
 
+def test_a_hub_id_is_told_to_be_downloaded_first(ctx: SourceContext) -> None:
+    sources = [("folder", FolderSource()), ("gguf", GGUFFileSource())]
+    with pytest.raises(ModelSourceError, match="hub ids are not fetched: download it"):
+        resolve_model("meta-llama/Llama-3.2-1B", sources, ctx)
+    for path in ("./here/there", "/no/such/folder", "deep/down/folder", "smollm2"):
+        with pytest.raises(ModelSourceError) as caught:
+            resolve_model(path, sources, ctx)
+        assert "hub" not in str(caught.value)
+
+
 # Cache root
 
 

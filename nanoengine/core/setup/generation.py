@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoengine.core.errors import ModelError
+from nanoengine.core.errors import ModelError, ParamsError
+from nanoengine.core.field_types import conform
 
-# generation_config.json's names for sampling defaults -> SamplingParams' names; others there are not about sampling.
-_DEFAULTS: Mapping[str, str] = {
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "max_new_tokens": "max_tokens",
+# generation_config.json's names for sampling defaults -> SamplingParams' names, and types; the others are passed over.
+_DEFAULTS: Mapping[str, tuple[str, type[Any]]] = {
+    "temperature": ("temperature", float),
+    "top_k": ("top_k", int),
+    "top_p": ("top_p", float),
+    "min_p": ("min_p", float),
+    "repetition_penalty": ("repetition_penalty", float),
+    "max_new_tokens": ("max_tokens", int),
 }
 
 
@@ -46,6 +47,7 @@ def read_generation_defaults(
     """generation_config.json if there is one, else config.json, and the tokenizer's own EOS.
 
     `legal` are the parameter names of this engine: a default for a stage that is not installed is passed over.
+    Raises `ModelError` naming the file for what is not of the right type.
     """
     path = folder / "generation_config.json"
     given = read_json(path) if path.is_file() else {}
@@ -54,11 +56,18 @@ def read_generation_defaults(
     if tokenizer_eos is not None:
         ids.add(tokenizer_eos)
     sampling = {
-        ours: given[theirs]
-        for theirs, ours in _DEFAULTS.items()
+        ours: _of_type(theirs, given[theirs], kind, path)
+        for theirs, (ours, kind) in _DEFAULTS.items()
         if given.get(theirs) is not None and (ours in legal or ours == "max_tokens")
     }
     return GenerationDefaults(frozenset(ids), sampling)
+
+
+def _of_type(name: str, value: Any, kind: type[Any], path: Path) -> Any:
+    try:
+        return conform(name, value, kind)
+    except ParamsError as error:
+        raise ModelError(f"{path}: {error}") from error
 
 
 def _ids(value: Any, path: Path) -> list[int]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanoengine.core.errors import ModelSourceError, NanoEngineError, nearest
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.gguf)")  # "owner/name"
 
 
 def cache_root() -> Path:
@@ -76,7 +79,12 @@ def resolve_model(
             continue
         if path is not None:
             return path
+    hub = (
+        "; hub ids are not fetched: download it (`hf download`) and give the folder"
+        if _HUB_ID.fullmatch(source)
+        else ""
+    )
     raise ModelSourceError(
-        f"no model {source!r}: it is no folder with a config.json, no .gguf file and no known name; "
+        f"no model {source!r}: it is no folder with a config.json, no .gguf file and no known name{hub}; "
         f"{nearest(source, names)}" + "".join(f". Not asked, or without an answer: {each}" for each in failed)
     )

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nanoengine.kernels.paged_attention_triton import DecodePlanner
 
 _MIN_COMPUTE_CAPABILITY = (8, 0)  # asynchronous copies; bf16 in tensor cores
+_MAX_HEAD_SIZE = 256  # a query's accumulator lies in registers
 
 
 class TritonPaged(AttentionBackend):
@@ -38,7 +39,6 @@ class TritonPaged(AttentionBackend):
     capabilities = AttentionCapabilities(
         devices=frozenset({"cuda", "cpu"}),
         dtypes=frozenset({"float32", "bfloat16", "float16"}),
-        head_sizes=frozenset(range(8, 257, 8)),
         graphs=GraphSupport.ALWAYS,
         features=frozenset(AttentionFeature),
     )
@@ -46,6 +46,8 @@ class TritonPaged(AttentionBackend):
     @classmethod
     def unsupported(cls, need: AttentionNeed) -> list[str]:
         reasons = super().unsupported(need)
+        if max(need.head_sizes, default=0) > _MAX_HEAD_SIZE:
+            reasons.append(f"head size {max(need.head_sizes)} is over {_MAX_HEAD_SIZE}")
         try:
             import nanoengine.kernels.paged_attention_triton  # noqa: F401 - is it there, does it import?
         except (ImportError, OSError, RuntimeError) as error:

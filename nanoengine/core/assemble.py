@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,12 @@ def assemble(
     Raises `ModelError`, `PluginError`, `UnsupportedError` or `ConfigError`.
     """
     hf_config = read_json(model_path / "config.json")
-    found = registry.model_for(_architectures(hf_config, model_path), implementation)
+    with _naming(model_path):
+        found = registry.model_for(_architectures(hf_config), implementation)
     loader = TargetLoader(registry.plugin_files)
     options = _fill_device(options, hf_config)
-    built = _inspect(loader, found.spec.target, hf_config, options)
+    with _naming(model_path):
+        built = _inspect(loader, found.spec.target, hf_config, options)
     options = _fill_lengths(options, built)
     need = attention_need(built, options)
     name, target, local, passed = _attention(attention, need, registry, loader)
@@ -107,12 +110,20 @@ def assemble(
     )
 
 
-def _architectures(hf_config: Mapping[str, Any], model_path: Path) -> tuple[str, ...]:
+@contextmanager
+def _naming(model_path: Path) -> Iterator[None]:
+    """Errors about a model say which folder they are about."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{model_path}: {error}") from error
+
+
+def _architectures(hf_config: Mapping[str, Any]) -> tuple[str, ...]:
     found = hf_config.get("architectures") or []
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         raise ModelError(
-            f'{model_path / "config.json"}: "architectures" must be a list of names, as in ["SomeForCausalLM"], '
-            f"not {found!r}"
+            f'config.json: "architectures" must be a list of names, as in ["SomeForCausalLM"], not {found!r}'
         )
     return tuple(found)
 

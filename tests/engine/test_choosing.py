@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nanoengine import LLM, SamplingParams
 from nanoengine.api import ModelSpec, hookimpl
-from nanoengine.core.errors import ModelSourceError, PluginError
+from nanoengine.core.errors import ModelError, ModelSourceError, PluginError
 from nanoengine.testing import mock_model
+from nanoengine.testing.checkpoints import tiny_llama
 from nanoengine.testing.mock_model import MockModel, write_mock_checkpoint
 
 from .support import greedy
@@ -45,3 +48,23 @@ def test_one_of_two_models_is_chosen_by_name(tmp_path: Path) -> None:
 def test_an_unknown_model_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ModelSourceError, match=r"smollm2-135n.*did you mean 'smollm2-135m'"):
         LLM("smollm2-135n")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"architectures": None}, "config.json names no architecture"),
+        ({"architectures": ["NobodyForCausalLM"]}, "no installed model serves architecture 'NobodyForCausalLM'"),
+        ({"num_attention_heads": None}, "config.json lacks num_attention_heads"),
+        ({"num_attention_heads": "many"}, "config.json: num_attention_heads must be"),
+    ],
+)
+def test_a_model_that_cannot_be_served_is_named_by_its_folder(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    folder = tiny_llama(tmp_path / "tiny")
+    config = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    with pytest.raises(ModelError) as caught:
+        LLM(folder)
+    assert str(caught.value).startswith(f"{folder}: {words}")

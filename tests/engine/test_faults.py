@@ -219,11 +219,13 @@ def test_a_stage_that_exits_fails_only_who_asked_for_it_and_is_named(tmp_path: P
 
 
 @pytest.mark.parametrize("init", ["raise ValueError('no table')", "raise SystemExit('no table')"])
-def test_a_stage_that_cannot_be_made_is_named(tmp_path: Path, init: str) -> None:
+def test_a_stage_that_cannot_be_made_is_named_to_who_asks_for_it(tmp_path: Path, init: str) -> None:
     plugin = tmp_path / "bad.py"
     plugin.write_text(BAD.replace("INIT", init))
-    with pytest.raises(PluginError) as caught, mock_llm(tmp_path, plugins=[plugin]):
-        pass
+    with mock_llm(tmp_path, plugins=[plugin]) as llm:
+        assert tokens_of(llm.generate([[1]], GREEDY, use_tqdm=False)) == [greedy([1], 10)]
+        with pytest.raises(PluginError) as caught:
+            llm.generate([[1], [2]], [GREEDY, SamplingParams(bad=True)], use_tqdm=False)
     assert f"sampler stage 'bad' (Bad of plugin file {plugin}) failed in __init__: " in str(caught.value)
     assert "no table" in str(caught.value)
 

@@ -9,8 +9,7 @@ from triton.language.extra import libdevice
 
 from nanoengine.kernels import sampling
 from nanoengine.kernels.philox_triton import (
-    HASTE_HIGH,
-    HASTE_LOW,
+    HASTE,
     draw_key,
     log_exponential,
     mix_bits,
@@ -32,7 +31,7 @@ NO_ID = tl.constexpr(2**31 - 1)
 PER_LN2 = tl.constexpr(1.4426950408889634)
 LOG2_LN2 = tl.constexpr(-0.5287663729448977)
 _WEIGHT_ONE = tl.constexpr(sampling._WEIGHT_ONE)
-_MARGIN = tl.constexpr(HASTE_LOW + HASTE_HIGH + 0.01)
+_MARGIN = tl.constexpr(HASTE + 0.01)
 _WHOLE = tl.constexpr(2.0**23)  # from here on every float32 is a whole number
 
 

@@ -162,7 +162,7 @@ with interpreted():
 
 
 def test_noise_and_the_bound_of_the_hasty_one(device: torch.device) -> None:
-    """The bounds that make up `margin`, over all magnitudes of the bits and both ends."""
+    """The bound behind `margin`, over all magnitudes of the bits and both ends."""
     shifts = torch.arange(8192) % 33
     bits = torch.randint(0, 2**32, (8192,), generator=torch.Generator().manual_seed(1)) >> shifts
     bits[:4], bits[4:8] = torch.arange(4), 2**32 - 1 - torch.arange(4) * 200
@@ -174,9 +174,9 @@ def test_noise_and_the_bound_of_the_hasty_one(device: torch.device) -> None:
     u = (bits.double() * 2**-32).float().clamp(2.0**-33, 1 - 2.0**-24).double()
     truth = (-torch.log1p(-u)).log2() + 0.5287663729448977
     error = hasty.cpu().double() - truth
-    assert -philox_triton.HASTE_LOW < error.min().item() < -0.05
-    assert philox_triton.HASTE_HIGH > error.max().item() > 0.5
-    plain = (bits > 4096) & (bits < 2**31)
+    assert -philox_triton.HASTE < error.min().item() < -0.05
+    assert error.max().item() < 0.002
+    plain = bits < 2**31
     assert error[plain].abs().max().item() < 0.002
 
 

@@ -34,14 +34,14 @@ class DecodeGraphs:
         """
         self.sizes = tuple(sorted(sizes))
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._logits: dict[int, Tensor] = {}
+        self.logits: dict[int, Tensor] = {}  # of each size, valid until the next replay
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(self.sizes):
             run(size)  # compiles what is compiled on first use, outside the capture
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                self._logits[size] = run(size)
+                self.logits[size] = run(size)
             self._graphs[size] = graph
 
     def size_for(self, rows: int) -> int | None:
@@ -52,4 +52,4 @@ class DecodeGraphs:
     def replay(self, size: int) -> Tensor:
         """Runs the graph; its logits [size, V], valid until the next replay."""
         self._graphs[size].replay()
-        return self._logits[size]
+        return self.logits[size]

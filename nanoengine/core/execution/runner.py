@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from nanoengine.core.execution.attention import AttentionBackend, BatchLimits, GraphSupport
 from nanoengine.core.execution.build import BuiltModel, build_model, kv_groups
+from nanoengine.core.execution.decode_tail import DecodeTail
 from nanoengine.core.execution.graphs import DecodeGraphs, graph_sizes
 from nanoengine.core.execution.memory import CPU_KV_CACHE_BYTES, MemoryReport, cannot_allocate, count_blocks, gpu_budget
 from nanoengine.core.execution.model import ForwardBatch, Model
@@ -43,12 +45,14 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Forwarded:
-    """A step between its two calls. hidden: [L, H], the rows that need logits; or already logits: [L, V/tp]."""
+    """A step between its two calls. hidden: [L, H], the rows that need logits; or already logits: [L, V/tp], by
+    the graph of that many rows."""
 
     plan: StepPlan
     inputs: GatheredStep
     hidden: Tensor | None
     logits: Tensor | None
+    graph: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,7 @@ class ModelRunner:
         self.device = torch.device(plan.options.device)
         self.dtype: torch.dtype = getattr(torch, plan.options.dtype)
         self.graphs: DecodeGraphs | None = None
+        self.tail: DecodeTail | None = None
 
     def start(self) -> MemoryReport:
         """Model, weights, KV cache and tables.
@@ -77,6 +82,7 @@ class ModelRunner:
         options = self.plan.options
         model_class: type[Model] = load_checked(self.loader, self.plan.model, Model)
         ops = ops_for(self.device, fuse=options.fuse_kernels)
+        self.fused = ops.name == "triton"
         built = build_model(model_class, self.plan.hf_config, tp=self.tp, dtype=self.dtype, device=self.device, ops=ops)
         self.model, self.vocab_size = built.model, built.config.vocab_size
         if options.load_format == "dummy":
@@ -87,7 +93,7 @@ class ModelRunner:
         self._make_backends(built)
         self._make_tables()
         report = self._make_kv_cache(built)
-        self.graphs = self._capture()
+        self._capture()
         return report
 
     def _make_backends(self, built: BuiltModel) -> None:
@@ -159,18 +165,24 @@ class ModelRunner:
         sizes = self._graph_sizes()
         return sum(sizes) * self.vocab_size * self.dtype.itemsize + (GRAPH_RESERVE_BYTES if sizes else 0)
 
-    def _capture(self) -> DecodeGraphs | None:
+    def _capture(self) -> None:
         """Graphs of the decode step; none where they are off, unsupported, or fail (said once)."""
         sizes = self._graph_sizes()
         if not sizes:
-            return None
+            return
         try:
             with torch.inference_mode():
-                return DecodeGraphs(sizes, self._decode_pass)
-        except RuntimeError as error:
-            _log.warning("CUDA graph capture failed, running eagerly: %s", error)
+                graphs = DecodeGraphs(sizes, self._decode_pass)
+                if self.fused and self.plan.options.fuse_sampling and self.tp.size == 1:
+                    tail = DecodeTail(self.sampler, self.tables, self.buffers)
+                    tail.capture(graphs.logits)
+                    self.tail = tail
+                self.graphs = graphs
+        except Exception as error:  # noqa: BLE001 - a driver's or a compiler's; running eagerly is right all the same
+            _log.warning("CUDA graph capture failed, running eagerly: %s: %s", type(error).__name__, error)
             torch.cuda.synchronize(self.device)
-            return None
+        self.tables.num_computed.zero_()
+        self.tables.num_tokens.zero_()
 
     def _decode_pass(self, rows: int) -> Tensor:
         """Forward pass and output layer over `rows` rows of the static buffers, as a graph captures them."""
@@ -181,6 +193,13 @@ class ModelRunner:
         hidden = self.model(self.buffers.input_ids[:rows], self.buffers.positions[:rows], batch)
         logits: Tensor = self.model.compute_logits(hidden)
         return logits
+
+    def _sampling_kernels(self) -> Any:
+        if not (self.fused and self.plan.options.fuse_sampling):
+            return None
+        from nanoengine.kernels import sampling_triton
+
+        return sampling_triton
 
     def _make_tables(self) -> None:
         limits, options = batch_limits(self.plan), self.plan.options
@@ -195,8 +214,10 @@ class ModelRunner:
         stages = build_stages(self.plan.stages, self.loader, ctx)
         self.failed_stages = stages.failed
         self.tables = SlotTables(slot_limits, [plan for plan, _ in stages.working], self.device)
-        self.buffers = StepBuffers(limits, len(self.groups), self.device)
-        self.sampler = Sampler(stages.working, self.vocab_size, fuse=options.fuse_sampling)
+        self.buffers = StepBuffers(limits, len(self.groups), self.device, fused=self.fused)
+        self.sampler = Sampler(
+            stages.working, self.vocab_size, fuse=options.fuse_sampling, kernels=self._sampling_kernels()
+        )
         self.argmax_invariant = {plan.name: stage.argmax_invariant for plan, stage in stages.working}
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
@@ -211,7 +232,7 @@ class ModelRunner:
         size = self.graphs.size_for(plan.num_rows) if self.graphs is not None and only_decode else None
         if self.graphs is not None and size is not None:
             inputs = self._gather(padded(plan, size, self.tables.dummy_slot))
-            return Forwarded(plan, inputs, None, self.graphs.replay(size)[: plan.num_rows])
+            return Forwarded(plan, inputs, None, self.graphs.replay(size)[: plan.num_rows], size)
         inputs = self._gather(plan)
         batch = ForwardBatch(num_tokens=plan.num_tokens, num_decode_rows=plan.num_decode_rows)
         hidden = self.model(inputs.input_ids, inputs.positions, batch)
@@ -238,6 +259,9 @@ class ModelRunner:
         """Draw a token for each sampled row, write it to its slot, and send the step's result to the host."""
         plan = step.plan
         self.tables.set_columns(host_inputs)
+        captured = self._captured_tail(step)
+        if captured is not None:
+            return captured
         which = np.flatnonzero(plan.sampled)
         rows = plan.logits_rows[which]
         positions = self._token_positions(step, which) + 1
@@ -248,6 +272,26 @@ class ModelRunner:
         real = plan.num_rows  # a graph's padding stands behind
         self.tables.advance(step.inputs.slots[:real], step.inputs.query_lens[:real])
         return LaunchedStep(plan, rows, drawn.token_ids, drawn.failed, drawn.logprobs, prompt_logprobs)
+
+    def _captured_tail(self, step: Forwarded) -> LaunchedStep | None:
+        """The rest of a decode step as a graph, where its rows ask for nothing that the graph lacks."""
+        if self.tail is None or step.graph is None:
+            return None
+        plan = step.plan
+        kind = self.tail.kind(plan.slots, self._active(plan.slots))
+        if kind is None:
+            return None
+        result, rows = self.tail.replay(step.graph, kind), plan.num_rows
+        return LaunchedStep(plan, plan.logits_rows, result.token_ids[:rows], result.failed[:rows], (), ())
+
+    def _active(self, host_slots: npt.NDArray[np.int32]) -> frozenset[str]:
+        """Stages that some row wants, but those that cannot change what only greedy rows take."""
+        greedy = self.tables.host_greedy[host_slots]
+        return frozenset(
+            name
+            for name, wants in self.tables.host_wants.items()
+            if (wants[host_slots] & ~(greedy & self.argmax_invariant[name])).any()
+        )
 
     def _token_positions(self, step: Forwarded, which: Ints) -> Tensor:
         """Absolute positions of the tokens behind the given entries of `logits_index`, int64."""
@@ -285,11 +329,7 @@ class ModelRunner:
     def _draw_rows(self, host_slots: npt.NDArray[np.int32], positions: Tensor) -> DrawRows:
         tables = self.tables
         greedy = tables.host_greedy[host_slots]
-        active = tuple(
-            name
-            for name, wants in tables.host_wants.items()
-            if (wants[host_slots] & ~(greedy & self.argmax_invariant[name])).any()
-        )
+        active = tuple(sorted(self._active(host_slots)))
         needs = frozenset().union(*(self.sampler.needs_of(name) for name in active))
         slots = tables.put(host_slots.astype(np.int64))
 
@@ -339,7 +379,7 @@ class ModelRunner:
         """Drop everything the device holds."""
         for backend in getattr(self, "backends", ()):
             backend.release()
-        for name in ("model", "backends", "groups", "tables", "buffers", "sampler", "graphs"):
+        for name in ("model", "backends", "groups", "tables", "buffers", "sampler", "graphs", "tail"):
             self.__dict__.pop(name, None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,16 +84,27 @@ class Sampler:
     active between them.
     """
 
-    def __init__(self, stages: Sequence[tuple[StagePlan, SamplerStage]], vocab_size: int, *, fuse: bool) -> None:
+    def __init__(
+        self, stages: Sequence[tuple[StagePlan, SamplerStage]], vocab_size: int, *, fuse: bool, kernels: Any = None
+    ) -> None:
+        """`kernels`: the module whose `sample` draws on a GPU; None: plain torch."""
         self._stages = sorted((_placed(plan, stage) for plan, stage in stages), key=lambda s: s.order)
         self._by_name = {s.name: s for s in self._stages}
         self._vocab_size = vocab_size
         self._fuse = fuse
+        self._kernels = kernels
         self.needs: frozenset[Need] = frozenset().union(*(s.stage.needs for s in self._stages))
 
     def needs_of(self, name: str) -> frozenset[Need]:
         """History that the stage reads."""
         return self._by_name[name].stage.needs
+
+    def standard_columns(self) -> dict[StandardOp, tuple[str, str]]:
+        """Operation -> (stage, column), for stages that are nothing but standard operations; {} without `fuse`, or
+        where two stages claim one operation."""
+        claims = [(op, (s.name, column)) for s in self._stages if s.standard for op, column in s.ops.items()]
+        unique = len({op for op, _ in claims}) == len(claims)
+        return dict(claims) if self._fuse and unique else {}
 
     def sample(self, logits: Tensor, rows: DrawRows) -> tuple[Tensor, Tensor]:
         """One token a row.
@@ -115,6 +127,8 @@ class Sampler:
             if s not in fused:
                 logits = self._apply(s, logits, rows)
         ops = {op: _scalar(rows, s.name, column) for s in fused for op, column in s.ops.items()}
+        if self._kernels is not None:
+            return self._draw_by_kernels(logits, rows, ops, sound)
         token_ids, scores = self._draw(logits, rows, ops)
         failed = torch.where(sound, torch.where(scores.isfinite(), ROW_FINE, ROW_NOTHING_LEFT), ROW_BAD_LOGITS)
         return torch.where(failed == ROW_FINE, token_ids, 0), failed.to(torch.int32)
@@ -172,6 +186,31 @@ class Sampler:
         stop = rows.stop_ids
         early = (rows.positions < rows.min_lens)[:, None]
         sampling.forbid_(logits, stop.values, early & sampling.filled(stop.counts, stop.values.shape[1]))
+
+    def _draw_by_kernels(
+        self, logits: Tensor, rows: DrawRows, ops: Mapping[StandardOp, Tensor], sound: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        truncates = any(op in ops for op in _TRUNCATION_ORDER)
+        tail = self._kernels.Tail.TRUNCATION if truncates else self._kernels.Tail.TEMPERATURE
+        count, device = len(logits), logits.device
+        tokens = torch.zeros(count, dtype=torch.int64, device=device)
+        failed = torch.zeros(count, dtype=torch.int32, device=device)
+        self._kernels.sample(
+            logits,
+            tail if rows.any_random else self._kernels.Tail.GREEDY,
+            tokens,
+            failed,
+            greedy=rows.greedy,
+            temperature=ops.get(StandardOp.TEMPERATURE, torch.ones(count, device=device)),
+            top_k=ops.get(StandardOp.TOP_K, torch.zeros(count, dtype=torch.int32, device=device)),
+            top_p=ops.get(StandardOp.TOP_P, torch.ones(count, device=device)),
+            min_p=ops.get(StandardOp.MIN_P, torch.zeros(count, device=device)),
+            seeds=rows.seeds,
+            positions=rows.positions,
+            sample_index=rows.sample_index,
+            sound=sound,
+        )
+        return tokens, failed
 
     def _draw(self, logits: Tensor, rows: DrawRows, ops: Mapping[StandardOp, Tensor]) -> tuple[Tensor, Tensor]:
         """Token ids int64 [R] and their scores [R], finite where a token was possible."""

@@ -20,6 +20,7 @@ from nanoengine.core.execution.stage import Need, RaggedColumn
 from nanoengine.core.setup.plan import StagePlan
 from nanoengine.core.setup.specs import ColumnSpec
 from nanoengine.core.step import BlockAppends, NewSlots, StageColumn
+from nanoengine.kernels.step_inputs import SlotState
 
 MIN_RAGGED_WIDTH = 8
 
@@ -135,6 +136,22 @@ class SlotTables:
         self.host_min_tokens = np.zeros(n, dtype=np.bool_)
         self.host_wants = {stage.name: np.zeros(n, dtype=np.bool_) for stage in stages}
 
+    @property
+    def keeps_history(self) -> bool:
+        """Whether counts or masks over the vocabulary are kept, because somebody asked for them."""
+        return self._output_counts is not None or self._prompt_mask is not None
+
+    @property
+    def state(self) -> SlotState:
+        """The tables that step inputs are gathered from and drawn tokens written to."""
+        return SlotState(
+            token_ids=self.token_ids,
+            num_tokens=self.num_tokens,
+            num_computed=self.num_computed,
+            block_tables=self.block_tables,
+            output_counts=self._output_counts,
+        )
+
     def put(self, array: npt.NDArray[Any]) -> Tensor:
         """A host array on the device; the one place where staging happens."""
         staged = torch.from_numpy(np.ascontiguousarray(array))
@@ -179,8 +196,9 @@ class SlotTables:
 
     def append_blocks(self, appends: BlockAppends) -> None:
         if len(appends.slot):
-            where = tuple(self.put(x.astype(np.int64)) for x in (appends.group, appends.slot, appends.index))
-            self.block_tables[where] = self.put(appends.block)
+            packed = np.stack((appends.group, appends.slot, appends.index, appends.block)).astype(np.int64)
+            group, slot, index, block = self.put(packed).unbind()
+            self.block_tables[group, slot, index] = block.to(torch.int32)
 
     def history(self, need: Need) -> Tensor:
         """The table behind a `Need`; counts and masks over the vocabulary are made when first asked for."""

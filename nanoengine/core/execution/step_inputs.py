@@ -7,6 +7,7 @@ share one path, and nothing is rebuilt per step.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from nanoengine.core.execution.attention import BatchLimits, StepInputs
 from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.step import Int32, StepPlan
+from nanoengine.kernels.step_inputs import StepInputBuffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +35,15 @@ class GatheredStep:
 class StepBuffers:
     """Static buffers for up to `limits.max_rows` rows and `limits.max_tokens` tokens."""
 
-    def __init__(self, limits: BatchLimits, num_groups: int, device: torch.device) -> None:
+    def __init__(self, limits: BatchLimits, num_groups: int, device: torch.device, *, fused: bool = False) -> None:
+        """`fused`: gather by one Triton kernel instead of torch operations."""
         rows, tokens = limits.max_rows, limits.max_tokens
         self.limits = limits
+        self._kernels: Any = None
+        if fused:
+            from nanoengine.kernels import step_inputs_triton
+
+            self._kernels = step_inputs_triton
 
         def make(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -51,12 +59,15 @@ class StepBuffers:
         self.logits_index = make(tokens, dtype=torch.int64)
         self.block_tables = make(num_groups, rows, limits.max_blocks, dtype=torch.int32)
         self.slot_mapping = make(num_groups, tokens, dtype=torch.int64)
+        self.decode_start_loc = torch.arange(rows + 1, dtype=torch.int32, device=device)
 
     def gather(self, plan: StepPlan, tables: SlotTables) -> GatheredStep:
         """Fill the buffers for `plan`. Positions come from the device's own lengths, not from the plan's."""
         rows, tokens = plan.num_rows, plan.num_tokens
         assert rows <= self.limits.max_rows
         assert tokens <= self.limits.max_tokens
+        if self._kernels is not None:
+            return self._gather_fused(plan, tables, rows, tokens)
         self._put_plan(plan, tables, rows, tokens)
         slots, row_of_token = self.slots[:rows], self.row_of_token[:tokens]
         computed = tables.num_computed.index_select(0, slots)
@@ -73,6 +84,54 @@ class StepBuffers:
             self.query_lens[:rows],
             self.logits_index[: len(plan.logits_index)],
             groups,
+        )
+
+    def _gather_fused(self, plan: StepPlan, tables: SlotTables, rows: int, tokens: int) -> GatheredStep:
+        """One upload, one kernel. A decode step's offsets are always the same, and stand ready."""
+        decode, wanted = plan.num_decode_rows == rows == tokens, len(plan.logits_index)
+        start_loc = self.decode_start_loc[: rows + 1]
+        if decode:
+            self.slots[:rows].copy_(tables.put(plan.slots.astype(np.int64)))
+            logits_index = self.decode_start_loc[:wanted].long() if wanted else self.logits_index[:0]
+        else:
+            starts = np.zeros(rows + 1, dtype=np.int64)
+            np.cumsum(plan.query_lens, out=starts[1:])
+            packed = tables.put(np.concatenate((plan.slots, starts, plan.logits_index), dtype=np.int64))
+            start_loc, logits_index = self.query_start_loc[: rows + 1], self.logits_index[:wanted]
+            self.slots[:rows].copy_(packed[:rows])
+            start_loc.copy_(packed[rows : 2 * rows + 1])
+            logits_index.copy_(packed[2 * rows + 1 :])
+        self._kernels.gather(
+            tables.state,
+            self.slots[:rows],
+            start_loc,
+            StepInputBuffers(
+                input_ids=self.input_ids,
+                positions=self.positions,
+                seq_lens=self.seq_lens,
+                slot_mapping=self.slot_mapping,
+                block_tables=self.block_tables,
+            ),
+            block_size=self.limits.block_size,
+            max_query_len=int(plan.query_lens.max()),
+        )
+        query_lens = self.query_lens[:rows]
+        torch.sub(start_loc[1:], start_loc[:-1], out=query_lens)
+        groups = tuple(self._view(g, plan, start_loc, rows, tokens) for g in range(tables.limits.num_groups))
+        return GatheredStep(
+            self.input_ids[:tokens], self.positions[:tokens], self.slots[:rows], query_lens, logits_index, groups
+        )
+
+    def _view(self, group: int, plan: StepPlan, start_loc: Tensor, rows: int, tokens: int) -> StepInputs:
+        return StepInputs(
+            block_tables=self.block_tables[group, :rows],
+            seq_lens=self.seq_lens[:rows],
+            query_start_loc=start_loc,
+            slot_mapping=self.slot_mapping[group, :tokens],
+            positions=self.positions[:tokens],
+            num_decode_rows=plan.num_decode_rows,
+            query_lens_host=tuple(plan.query_lens.tolist()),
+            seq_lens_host=tuple((plan.starts + plan.query_lens).tolist()),
         )
 
     def _put_plan(self, plan: StepPlan, tables: SlotTables, rows: int, tokens: int) -> None:
@@ -96,16 +155,7 @@ class StepBuffers:
         blocks = tables.block_tables[group][token_slots, positions // size].long()
         slot_mapping = self.slot_mapping[group, :tokens]
         torch.add(blocks * size, positions % size, out=slot_mapping)
-        return StepInputs(
-            block_tables=block_tables,
-            seq_lens=self.seq_lens[:rows],
-            query_start_loc=self.query_start_loc[: rows + 1],
-            slot_mapping=slot_mapping,
-            positions=positions,
-            num_decode_rows=plan.num_decode_rows,
-            query_lens_host=tuple(plan.query_lens.tolist()),
-            seq_lens_host=tuple((plan.starts + plan.query_lens).tolist()),
-        )
+        return self._view(group, plan, self.query_start_loc[: rows + 1], rows, tokens)
 
 
 def padded(plan: StepPlan, rows: int, dummy_slot: int) -> StepPlan:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nanoengine.kernels import activation, rms_norm, rope
 from nanoengine.kernels.activation_triton import silu_and_mul
-from nanoengine.kernels.matvec_triton import GEMV_ROWS, GemvTile, SkinnyTile, gemv, matvec, norm_matvec, skinny
+from nanoengine.kernels.matvec_triton import GemvTile, SkinnyTile, gemv, matvec, norm_matvec, skinny
 from nanoengine.kernels.rms_norm_triton import add_rms_norm
 from nanoengine.kernels.rope_triton import qk_norm_rope_store
 
@@ -281,7 +281,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     device = torch.cuda.get_device_name()
-    header = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "gemv_rows": GEMV_ROWS}
+    header = {"device": device, "torch": torch.__version__, "triton": triton.__version__}
     print(header, flush=True)
     results: list[dict[str, Any]] = []
     if args.tune:

@@ -46,6 +46,31 @@ def norm_matvec(
     return matvec(normed, weight, bias, gated=gated), total
 
 
+def takes_gemv(rows: int, k: int) -> bool:
+    """Whether `matvec_triton` sums without tensor cores: one row, or two if a row is not too long for registers."""
+    return rows == 1 or (rows == 2 and k <= 8192)
+
+
 def use_matvec(rows: int, n: int, k: int, dtype: torch.dtype) -> bool:
-    """Whether `matvec_triton` beats cuBLAS for [rows, k] @ [n, k].T."""
-    return rows <= 64
+    """Whether `matvec_triton` beats cuBLAS for [rows, k] @ [n, k].T (or is within 3% of it).
+
+    From `python benchmarks/kernels.py` on one H200 (bf16, torch 2.11, Triton 3.6, 2026-11-21); us, ours / cuBLAS:
+
+        n x k            1 row         8 rows        32 rows       64 rows
+        4096 x 1024      3.5 / 5.0     3.7 / 5.3     4.0 / 5.3     5.2 / 5.4
+        1024 x 2048      2.5 / 12.7    3.4 / 5.9     3.8 / 5.9     4.5 / 5.8
+        6144 x 1024      4.6 / 6.1     5.3 / 6.1     5.5 / 6.3     6.1 / 6.5
+        1024 x 3072      2.9 / 7.4     4.5 / 7.6     4.4 / 7.7     5.4 / 8.0
+        151936 x 1024    71 / 77       76 / 80       80 / 83       95 / 87
+        6144 x 4096      13.8 / 16.8   15.7 / 15.9   16.2 / 16.3   17.0 / 16.3
+        4096 x 4096      9.8 / 13.3    10.2 / 13.4   10.8 / 14.1   11.7 / 12.1
+        28672 x 4096     54 / 56       58 / 57       60 / 59       67 / 62
+        4096 x 12288     25 / 31       26 / 31       27 / 30       28 / 32
+        151936 x 4096    273 / 298     287 / 300     298 / 307     355 / 313
+        2048 x 8192      10.1 / 13.7   10.3 / 13.7   11.0 / 14.2   11.8 / 14.6
+
+    In float32 only the kernel without tensor cores is faster (4096 x 1024: 4.5 / 7.0 at 1 row, 5.0 / 8.2 at 2).
+    """
+    if dtype.itemsize > 2:
+        return takes_gemv(rows, k)
+    return 1 <= rows <= 32 or (33 <= rows <= 64 and (n <= 4096 or n * k <= 8 << 20))

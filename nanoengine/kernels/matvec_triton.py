@@ -1,10 +1,10 @@
 """Matrix products of few rows, which read every weight once: the time of a decode step at small batch.
 
-Two kernels. Up to `GEMV_ROWS` rows, each program holds whole rows of the weight in registers, loaded before it waits
+Two kernels. For one or two rows, each program holds whole rows of the weight in registers, loaded before it waits
 for the kernel in front (see `pdl_triton`): no loop, no shared memory for the weight, sums in float32 without tensor
 cores. Beyond, tensor cores take tiles of outputs x tokens ("skinny"), the weight on the left, so that the tokens are
-the short side of a tile. Where outputs alone make too few programs the sum over K is cut in parts,
-each written down and added in order by a second kernel: no atomics, so a product comes out the same every time.
+the short side of a tile. Where outputs alone make too few programs the sum over K is cut in parts, each written down
+and added in order by a second kernel: no atomics, so a product comes out the same every time.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
@@ -19,15 +19,21 @@ import triton.language as tl
 from torch import Tensor
 
 from nanoengine.kernels.activation_triton import silu_and_mul, silu_mul
+from nanoengine.kernels.matvec import takes_gemv
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 from nanoengine.kernels.rms_norm_triton import add_rms_norm
 
-GEMV_ROWS = 2
 MAX_ROWS = 64
-_GEMV_MAX_K = 8192  # for more than one row
-_FUSED_NORM_MAX_WEIGHTS = 5 << 20  # for more than one row: each program repeats the norm
+_FUSED_NORM_MAX_WEIGHTS = 5 << 20  # for two rows: each program repeats the norm
 _GATED_ROWS = 16
 _AHEAD = 512  # elements of each weight row that a tensor-core program asks for before it waits
+
+
+@triton.jit
+def _pin(w):
+    """w (16-bit), through an identity that the compiler cannot see through. It keeps it from widening held weights to
+    float32 before the wait: half the registers (80 a thread, not 147), so the next kernel's programs find room."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [w], dtype=w.dtype, is_pure=False, pack=2)
 
 
 @triton.jit
@@ -55,6 +61,10 @@ def _gemv_kernel(
     release_dependents(PDL)
     wait_for_inputs(PDL)
     for t in tl.static_range(T):
+        if PDL and w.dtype.primitive_bitwidth == 16:
+            w = _pin(w)
+            if GATED:
+                u = _pin(u)
         x = tl.load(x_ptr + t * x_stride + k, mask=k_mask, other=0.0)
         if HAS_RESIDUAL:
             residual = tl.load(residual_ptr + t * residual_stride + k, mask=k_mask, other=0.0)
@@ -206,15 +216,11 @@ def skinny_tile(rows: int, outputs: int, k: int, *, gated: bool, itemsize: int) 
     enough; long rows are cut for a program a multiprocessor."""
     if gated:
         return SkinnyTile(32, 256, warps=2, stages=5 if itemsize == 2 else 2, block_t=8)
-    programs, enough, splits = triton.cdiv(outputs, 64), 132 if k >= 4096 else 64, 1
+    programs, enough, splits = triton.cdiv(outputs, 64), 132 if k >= 2048 else 64, 1
     while splits < 4 and 2 * splits * programs <= enough and k // (2 * splits) >= 512:
         splits *= 2
     stages = 3 if itemsize > 2 else 7 if rows <= 32 else 5  # as many as shared memory holds
     return SkinnyTile(64, 128, warps=4, stages=stages, splits=splits)
-
-
-def _takes_gemv(rows: int, k: int) -> bool:
-    return rows == 1 or (rows <= GEMV_ROWS and k <= _GEMV_MAX_K)
 
 
 def matvec(
@@ -222,7 +228,7 @@ def matvec(
 ) -> Tensor:
     """As `matvec.matvec`, for up to `MAX_ROWS` rows. With many rows a gate is a kernel of its own, after rounding."""
     rows, k = x.shape
-    if _takes_gemv(rows, k):
+    if takes_gemv(rows, k):
         return gemv(x, weight, bias, gated=gated, add=add)[0]
     if gated and rows > _GATED_ROWS:
         y = silu_and_mul(skinny(x, weight, bias, gated=False))
@@ -242,7 +248,7 @@ def norm_matvec(
 ) -> tuple[Tensor, Tensor]:
     """As `matvec.norm_matvec`. One kernel where every program can afford the norm; there, x is not rounded after it."""
     rows, k = x.shape
-    if rows == 1 or (_takes_gemv(rows, k) and weight.numel() <= _FUSED_NORM_MAX_WEIGHTS):
+    if rows == 1 or (takes_gemv(rows, k) and weight.numel() <= _FUSED_NORM_MAX_WEIGHTS):
         return gemv(x, weight, bias, gated=gated, norm_weight=norm_weight, eps=eps, residual=residual)
     normed, total = add_rms_norm(x, residual, norm_weight, eps)
     return matvec(normed, weight, bias, gated=gated), total

@@ -153,10 +153,18 @@ def test_any_engine_gives_the_same_tokens(tmp_path_factory: pytest.TempPathFacto
 # -- mutants: each breaks one thing, and the comparison above must see it ---------------------------------------------
 
 
-def _stale_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+def _stale_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot keeps its last owner's columns of one value."""
     from nanoengine.core.execution.slots import ScalarTable
 
-    monkeypatch.setattr(ScalarTable, "write", lambda self, slots, values, offsets: None)
+    monkeypatch.setattr(ScalarTable, "reset", lambda self, slots: None)
+
+
+def _stale_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot keeps its last owner's ragged columns."""
+    from nanoengine.core.execution.slots import RaggedTable
+
+    monkeypatch.setattr(RaggedTable, "reset", lambda self, slots: None)
 
 
 def _token_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,15 +200,24 @@ def _one_position_late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SlotTables, "advance", advance)
 
 
-@pytest.mark.parametrize("mutant", [_stale_columns, _token_not_written, _hits_unwritten_blocks, _one_position_late])
+MUTANTS = [_stale_numbers, _stale_lists, _token_not_written, _hits_unwritten_blocks, _one_position_late]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutants_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: Callable[..., None]) -> None:
-    asked = prompts(8, shortest=6, longest=30)
-    params = seeded(8)
+    """Every request still ends well, with other tokens: a mutant that merely crashes shows nothing.
+
+    Sixteen requests over six slots, so that slots change owners while others want what the last owner wanted.
+    """
+    asked = prompts(16, shortest=6, longest=30)
+    params = seeded(8) + [p.replace(seed=i + 8) for i, p in enumerate(reversed(seeded(8)))]
 
     def run() -> list[tuple[int, ...]]:
-        with mock_llm(tmp_path, max_num_batched_tokens=40) as llm:
-            return [o.outputs[0].token_ids if o.outputs else () for o in llm.generate(asked, params, use_tqdm=False)]
+        with mock_llm(tmp_path, max_num_batched_tokens=40, max_num_seqs=6) as llm:
+            return tokens_of(llm.generate(asked, params, use_tqdm=False))
 
     good = run()
     mutant(monkeypatch)
-    assert run() != good
+    bad = run()
+    assert [len(tokens) for tokens in bad] == [len(tokens) for tokens in good] == [COUNT] * 16
+    assert sum(one != other for one, other in zip(bad, good, strict=True)) > 0

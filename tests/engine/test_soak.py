@@ -8,9 +8,13 @@ import resource
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from nanoengine import LLM, SamplingParams
+from nanoengine.core.execution.slots import RaggedTable
+from nanoengine.core.execution.step_inputs import StepBuffers
+from nanoengine.testing.checkpoints import tiny_llama
 
 from .support import VOCAB, greedy, mock_llm
 
@@ -104,28 +108,79 @@ def test_two_thousand_requests(tmp_path: Path) -> None:
 
 
 def pointers(llm: LLM) -> dict[str, int]:
-    """Addresses of every tensor that the runner's tables and buffers hold."""
+    """Addresses of every tensor that the runner's tables, buffers and backends hold, tables of columns included."""
     runner: Any = llm.engine._executor.runner  # type: ignore[attr-defined]
     found = {}
     for owner in (runner.tables, runner.buffers, *runner.backends):
         for name, value in vars(owner).items():
             if isinstance(value, torch.Tensor):
                 found[f"{type(owner).__name__}.{name}"] = value.data_ptr()
-    for stage, columns in runner.tables.columns.items():
-        for name, table in columns.items():
-            found[f"{stage}.{name}"] = table.values.data_ptr()
+    columns = {f"{stage}.{name}": t for stage, tables in runner.tables.columns.items() for name, t in tables.items()}
+    for name, table in {"stop_ids": runner.tables.stop_ids, **columns}.items():
+        found[name] = table.values.data_ptr()
+        if isinstance(table, RaggedTable):
+            found[f"{name}.counts"] = table.counts.data_ptr()
     return found
 
 
-def test_no_buffer_is_rebuilt_over_a_hundred_steps(tmp_path: Path) -> None:
-    params = SamplingParams(temperature=0.9, top_k=20, top_p=0.9, presence_penalty=0.3, max_tokens=120, seed=1)
-    with mock_llm(tmp_path) as llm:
-        for i in range(4):
-            llm.engine.add_request(str(i), [i + 1, 2, 3], params)
+EVERYTHING = SamplingParams(
+    temperature=0.9, top_k=20, top_p=0.9, presence_penalty=0.3, logit_bias={5: 1.0}, max_tokens=120, seed=1,
+    min_tokens=119, stop_token_ids=[3, 4],
+)  # fmt: skip
+
+
+def over_a_hundred_steps(llm: LLM) -> tuple[dict[str, int], dict[str, int]]:
+    """Addresses before and after, with requests that come while others run."""
+    for i in range(4):
+        llm.engine.add_request(str(i), [i + 1, 2, 3], EVERYTHING)
+    llm.engine.step()
+    llm.engine.step()
+    before, steps = pointers(llm), llm.stats().steps
+    for i in range(100):
+        if i % 20 == 0:
+            llm.engine.add_request(f"late {i}", [i + 1, 2, 3, 4], EVERYTHING)
         llm.engine.step()
-        llm.engine.step()
-        before = pointers(llm)
-        for _ in range(100):
-            llm.engine.step()
-        assert pointers(llm) == before
-        assert len(before) > 25
+    assert llm.stats().steps >= steps + 99
+    return before, pointers(llm)
+
+
+@pytest.fixture(params=["mock", "torch"])
+def an_llm(request: pytest.FixtureRequest, tmp_path: Path) -> LLM:
+    """The mock model, and a tiny Llama on the backend that CPUs use."""
+    if request.param == "mock":
+        return mock_llm(tmp_path)
+    return LLM(tiny_llama(tmp_path / "llama"), attention="torch", max_num_seqs=16, num_gpu_blocks_override=256)
+
+
+def test_no_buffer_is_rebuilt_over_a_hundred_steps(an_llm: LLM) -> None:
+    with an_llm as llm:
+        before, after = over_a_hundred_steps(llm)
+    assert after == before
+    assert {"stop_ids", "stop_ids.counts", "temperature.temperature", "SlotTables.token_ids"} <= set(before)
+    assert sum(name.endswith(".counts") for name in before) > 2
+    assert len(before) > 30
+
+
+@pytest.mark.parametrize("mutant", ["table", "buffer"])
+def test_a_rebuilt_buffer_is_caught(an_llm: LLM, monkeypatch: pytest.MonkeyPatch, mutant: str) -> None:
+    kept: list[torch.Tensor] = []  # old ones live on, so that no address comes back
+    gather = StepBuffers.gather
+
+    def widened_at_each_write(self: RaggedTable, width: int) -> None:
+        kept.append(self.values)
+        self.values = self.values.clone()
+
+    def gathered_anew(self: StepBuffers, *args: Any) -> Any:
+        kept.append(self.input_ids)
+        self.input_ids = self.input_ids.clone()
+        return gather(self, *args)
+
+    if mutant == "table":
+        monkeypatch.setattr(RaggedTable, "_widen", widened_at_each_write)
+    else:
+        monkeypatch.setattr(StepBuffers, "gather", gathered_anew)
+    with an_llm as llm:
+        before, after = over_a_hundred_steps(llm)
+    moved = {name for name in before if before[name] != after[name]}
+    assert moved
+    assert moved <= ({n for n in before if f"{n}.counts" in before} if mutant == "table" else {"StepBuffers.input_ids"})

@@ -10,8 +10,10 @@ follows from the numbers of tokens and rows alone.
 # ruff: noqa: N803, SIM108 - constants of a kernel are in capitals, and its branches are taken when it is compiled
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,6 +21,7 @@ from torch import Tensor
 from nanoengine.kernels.paged_attention_decode_triton import blocks_of, capped, padded_head, rows_of
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 
+_SHARED_FOR_LARGE_TILES, _SHARED_FOR_LARGE_HEADS = 164_864, 196_864  # bytes, as the compiler reports them
 _FEW_TILES = 264  # of 128 (query, head) pairs: two for each multiprocessor of an H200
 
 
@@ -156,17 +159,30 @@ class PrefillConfig:
     stages: int
 
 
-def prefill_config(tokens: int, group: int, kv_heads: int, head_size: int, itemsize: int) -> PrefillConfig:
-    """By shapes alone, as measured on an H200."""
-    width = padded_head(head_size)
-    least = max(16, triton.next_power_of_2(group))
+def prefill_config(
+    tokens: int, group: int, kv_heads: int, head_size: int, itemsize: int, shared_memory: int
+) -> PrefillConfig:
+    """By shapes and the bytes of shared memory a program may have, as measured on an H200."""
+    width, least = padded_head(head_size), max(16, triton.next_power_of_2(group))
+    roomy = shared_memory >= (_SHARED_FOR_LARGE_HEADS if width > 128 else _SHARED_FOR_LARGE_TILES)
     if itemsize == 4:  # no tensor cores with full precision; operands twice as large
         return PrefillConfig(block_m=max(32, least), tile=32 if width <= 128 else 16, warps=8, stages=2)
     if width > 128:
-        return PrefillConfig(block_m=max(128, least), tile=32, warps=8, stages=5)
-    if tokens * group * kv_heads < _FEW_TILES * 128:
-        return PrefillConfig(block_m=max(64, least), tile=64, warps=4, stages=3)
-    return PrefillConfig(block_m=max(128, least), tile=64, warps=8, stages=8)
+        if roomy:
+            return PrefillConfig(block_m=max(128, least), tile=64, warps=8, stages=3)
+        return PrefillConfig(block_m=max(64, least), tile=32, warps=4, stages=2)
+    if roomy and tokens * group * kv_heads >= _FEW_TILES * 128:
+        return PrefillConfig(block_m=max(128, least), tile=64, warps=8, stages=8)
+    return PrefillConfig(block_m=max(64, least), tile=64, warps=4, stages=3)
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes a program may have; a Hopper GPU's in the interpreter."""
+    if device.type != "cuda":
+        return 232_448
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+    return int(properties["max_shared_mem"])
 
 
 def attend_prefill(
@@ -194,7 +210,7 @@ def attend_prefill(
     if tokens == 0:
         return
     group, q = heads // kv_heads, rows_of(q)
-    config = config or prefill_config(tokens, group, kv_heads, width, q.element_size())
+    config = config or prefill_config(tokens, group, kv_heads, width, q.element_size(), _shared_memory(q.device))
     block_q = config.block_m // group
     # An upper bound where query_start_loc begins above 0: which number that is, only the device need know.
     _prefill[(tokens // block_q + rows + 1, kv_heads)](

@@ -187,7 +187,18 @@ def test_decode_layouts_fit_the_scratch() -> None:
 
 
 VARIANTS = [(None, None), (300, None), (None, 20.0), (37, 5.0)]
-SIZES = [(head, block) for head in (64, 80, 96, 128, 256) for block in (16, 256)] + [(128, b) for b in (32, 64, 128)] + [(20, 16)]
+SIZES = [(head, block) for head in (64, 80, 96, 128, 256) for block in (16, 256)]
+SIZES += [(128, 32), (128, 64), (128, 128), (20, 16)]
+
+
+def test_prefill_layouts_fit_smaller_gpus() -> None:
+    large = kernels.prefill_config(4096, 2, 8, 128, 2, 232_448)
+    assert (large.block_m, large.stages) == (128, 8)
+    for shared_memory in (101_376, 166_912):
+        for head_size in (64, 128, 256):
+            fit = kernels.prefill_config(4096, 2, 8, head_size, 2, shared_memory)
+            copies = 2 if fit.stages < 5 else 4  # of a tile of K and of V, as the compiler pipelines them
+            assert 2 * head_size * (fit.block_m + 2 * fit.tile * copies) <= shared_memory
 
 
 @pytest.mark.gpu

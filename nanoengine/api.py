@@ -15,6 +15,7 @@ from nanoengine.core.errors import (
     NanoEngineError,
     ParamsError,
     PluginError,
+    TokenizerMissing,
     UnsupportedError,
     WeightsError,
 )
@@ -92,6 +93,7 @@ __all__ = [
     "StandardOp",
     "StepInputs",
     "TensorParallelGroup",
+    "TokenizerMissing",
     "UnsupportedError",
     "WeightMap",
     "WeightsError",

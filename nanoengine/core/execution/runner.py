@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,6 +80,10 @@ class ModelRunner:
 
         Raises `ModelError`, `WeightsError`, `PluginError`, `ConfigError`; then `release` gives back what was made.
         """
+        with self._on_device():
+            return self._start()
+
+    def _start(self) -> MemoryReport:
         options = self.plan.options
         model_class: type[Model] = load_checked(self.loader, self.plan.model, Model)
         ops = ops_for(self.device, fuse=options.fuse_kernels)
@@ -222,7 +227,12 @@ class ModelRunner:
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """The fused call: forward and sample."""
-        return self.sample(self.forward(plan))
+        with self._on_device():
+            return self.sample(self.forward(plan))
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Streams, events and kernels of this GPU, whatever the calling thread's current one is."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> Forwarded:

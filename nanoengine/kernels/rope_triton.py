@@ -72,7 +72,8 @@ def _block_heads(tokens: int, heads: int, size: int) -> int:
     each thread works out the angles it needs, which costs more than the rest (16/8 heads of 128, 16,384 tokens, H200:
     159 us with 4 heads a program, 67 us with 32)."""
     elements = 512 if tokens <= _FEW_TOKENS else 4096
-    return min(max(1, elements // triton.next_power_of_2(size)), triton.next_power_of_2(heads))
+    wanted: int = min(max(1, elements // triton.next_power_of_2(size)), triton.next_power_of_2(heads))
+    return wanted
 
 
 def qk_norm_rope_store(

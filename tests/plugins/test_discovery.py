@@ -112,6 +112,24 @@ def test_two_discoveries_share_nothing(install: Any) -> None:
         (stage("boost: float"), "sampler stage 'boost'", "PluginError", "without a default: boost"),
         (stage("boost: 'Flot' = 0"), "sampler stage 'boost'", "PluginError", "unknown annotation"),
         (stage("columns = {'b': ColumnSpec(dtype='f8')}"), "sampler stage 'boost'", "PluginError", "of dtype float32"),
+        (
+            stage("columns = {'b': ColumnSpec(dtype='int32', default=.5)}"),
+            "sampler stage 'boost'",
+            "PluginError",
+            "int32",
+        ),
+        (
+            stage("columns = {'b': ColumnSpec(dtype='bool', default='x')}"),
+            "sampler stage 'boost'",
+            "PluginError",
+            "'x'",
+        ),
+        (
+            stage("columns = {'b': ColumnSpec(dtype='bool', op='top_k')}"),
+            "sampler stage 'boost'",
+            "PluginError",
+            "op must",
+        ),
         (model().replace("api=1", "api=0"), "model 'zeta'", "PluginError", "upgrade the plugin"),
     ],
 )

@@ -19,6 +19,7 @@ from nanoengine.core.setup.specs import (
     SamplerSpec,
     Spec,
     StageParams,
+    StandardOp,
 )
 
 SPEC_HOOKS: Mapping[str, tuple[Kind, type[Spec]]] = {
@@ -68,6 +69,19 @@ def _check_columns(params: type[StageParams]) -> None:
                 f"{params.__qualname__}.columns[{name!r}] must be a ColumnSpec of dtype {', '.join(COLUMN_DTYPES)}, "
                 f"not {column!r}"
             )
+        where = f"{params.__qualname__}.columns[{name!r}]"
+        if not _holds(column.dtype, column.default):
+            raise PluginError(f"{where}.default must be a number that {column.dtype} holds, not {column.default!r}")
+        if column.op is not None and not isinstance(column.op, StandardOp):
+            raise PluginError(f"{where}.op must be a nanoengine.api.StandardOp or None, not {column.op!r}")
+
+
+def _holds(dtype: str, value: object) -> bool:
+    if not isinstance(value, int | float):
+        return False
+    if dtype == "bool":
+        return value in (0, 1)
+    return dtype == "float32" or (isinstance(value, int) and -(2**31) <= value < 2**31)
 
 
 def _newer(api: object) -> bool:

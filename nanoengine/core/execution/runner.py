@@ -23,6 +23,7 @@ from nanoengine.core.execution.build import BuiltModel, build_model, kv_groups
 from nanoengine.core.execution.decode_tail import DecodeTail
 from nanoengine.core.execution.graphs import DecodeGraphs, graph_sizes
 from nanoengine.core.execution.memory import CPU_KV_CACHE_BYTES, MemoryReport, cannot_allocate, count_blocks, gpu_budget
+from nanoengine.core.execution.mixed_graphs import PREFILL_ROWS, MixedGraphs, MixedSize, mixed_sizes, pad_mixed
 from nanoengine.core.execution.model import ForwardBatch, Model
 from nanoengine.core.execution.parallel import TensorParallelGroup
 from nanoengine.core.execution.results import LaunchedStep, PendingLogprobs
@@ -74,6 +75,7 @@ class ModelRunner:
         self.dtype: torch.dtype = getattr(torch, plan.options.dtype)
         self.graphs: DecodeGraphs | None = None
         self.tail: DecodeTail | None = None
+        self.mixed: MixedGraphs | None = None
 
     def start(self) -> MemoryReport:
         """Model, weights, KV cache and tables.
@@ -166,9 +168,17 @@ class ModelRunner:
             return ()
         return graph_sizes(batch_limits(self.plan).max_rows)
 
+    def _mixed_sizes(self) -> tuple[MixedSize, ...]:
+        always = self.backend_class.capabilities.graphs >= GraphSupport.ALWAYS
+        if not (self._graph_sizes() and self.fused and always):
+            return ()
+        limits = batch_limits(self.plan)
+        return mixed_sizes(limits.max_rows, limits.max_tokens)
+
     def _graph_bytes(self) -> int:
         sizes = self._graph_sizes()
-        return sum(sizes) * self.vocab_size * self.dtype.itemsize + (GRAPH_RESERVE_BYTES if sizes else 0)
+        rows = sum(sizes) + sum(size.rows for size in self._mixed_sizes())
+        return rows * self.vocab_size * self.dtype.itemsize + (GRAPH_RESERVE_BYTES if sizes else 0)
 
     def _capture(self) -> None:
         """Graphs of the decode step; none where they are off, unsupported, or fail (said once)."""
@@ -182,6 +192,7 @@ class ModelRunner:
                     tail = DecodeTail(self.sampler, self.tables, self.buffers)
                     tail.capture(graphs.logits)
                     self.tail = tail
+                    self.mixed = MixedGraphs(self._mixed_sizes(), self._mixed_pass) if self._mixed_sizes() else None
                 self.graphs = graphs
         except Exception as error:  # noqa: BLE001 - a driver's or a compiler's; running eagerly is right all the same
             _log.warning("CUDA graph capture failed, running eagerly: %s: %s", type(error).__name__, error)
@@ -205,6 +216,20 @@ class ModelRunner:
         from nanoengine.kernels import sampling_triton
 
         return sampling_triton
+
+    def _mixed_pass(self, size: MixedSize) -> Tensor:
+        """As `_decode_pass`, with prefill rows behind the decode rows; logits of each row's last token."""
+        if not torch.cuda.is_current_stream_capturing():
+            lens = np.concatenate((np.ones(size.decode, np.int32), np.zeros(PREFILL_ROWS, np.int32)))
+            slots = np.full(size.rows, self.tables.dummy_slot, dtype=np.int32)
+            plan = decode_plan(slots, batch_limits(self.plan).max_model_len - 1)
+            plan = replace(plan, num_decode_rows=size.decode, query_lens=lens, logits_index=np.zeros_like(slots))
+            self._gather(plan, size.tokens)
+        batch = ForwardBatch(num_tokens=size.tokens, num_decode_rows=size.decode)
+        hidden = self.model(self.buffers.input_ids[: size.tokens], self.buffers.positions[: size.tokens], batch)
+        wanted = hidden.index_select(0, self.buffers.logits_index[: size.rows])
+        logits: Tensor = self.model.compute_logits(wanted)
+        return logits
 
     def _make_tables(self) -> None:
         limits, options = batch_limits(self.plan), self.plan.options
@@ -243,13 +268,31 @@ class ModelRunner:
         if self.graphs is not None and size is not None:
             inputs = self._gather(padded(plan, size, self.tables.dummy_slot))
             return Forwarded(plan, inputs, None, self.graphs.replay(size)[: plan.num_rows], size)
+        mixed = self.mixed.size_for(plan) if self.mixed is not None else None
+        if self.mixed is not None and mixed is not None:
+            return self._replay_mixed(plan, mixed, self.mixed)
         inputs = self._gather(plan)
         batch = ForwardBatch(num_tokens=plan.num_tokens, num_decode_rows=plan.num_decode_rows)
         hidden = self.model(inputs.input_ids, inputs.positions, batch)
         return Forwarded(plan, inputs, hidden.index_select(0, inputs.logits_index), None)
 
-    def _gather(self, plan: StepPlan) -> GatheredStep:
-        inputs = self.buffers.gather(plan, self.tables)
+    def _replay_mixed(self, plan: StepPlan, size: MixedSize, graphs: MixedGraphs) -> Forwarded:
+        """The padded step by its graph; what comes back is the plan's own rows and logits."""
+        step = pad_mixed(plan, size, self.tables.dummy_slot)
+        inputs = self._gather(step.plan, size.tokens)
+        logits = graphs.replay(size)
+        packed = self.tables.put(np.concatenate((step.real_rows, step.logits_rows)))
+        rows, wanted = packed[: plan.num_rows], packed[plan.num_rows :]
+        own = replace(
+            inputs,
+            slots=inputs.slots.index_select(0, rows),
+            query_lens=inputs.query_lens.index_select(0, rows),
+            logits_index=inputs.logits_index.index_select(0, wanted),
+        )
+        return Forwarded(plan, own, None, logits.index_select(0, wanted))
+
+    def _gather(self, plan: StepPlan, pad_tokens: int = 0) -> GatheredStep:
+        inputs = self.buffers.gather(plan, self.tables, pad_tokens)
         for backend, group in zip(self.backends, inputs.groups, strict=True):
             backend.fill(group)
         return inputs
@@ -389,7 +432,7 @@ class ModelRunner:
         """Drop everything the device holds."""
         for backend in getattr(self, "backends", ()):
             backend.release()
-        for name in ("model", "backends", "groups", "tables", "buffers", "sampler", "graphs", "tail"):
+        for name in ("model", "backends", "groups", "tables", "buffers", "sampler", "graphs", "tail", "mixed"):
             self.__dict__.pop(name, None)
 
 

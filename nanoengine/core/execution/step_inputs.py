@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nanoengine.core.execution.attention import BatchLimits, StepInputs
+from nanoengine.core.execution.mixed_graphs import PREFILL_ROWS
 from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.step import Int32, StepPlan
 from nanoengine.kernels.step_inputs import StepInputBuffers
@@ -37,8 +38,8 @@ class StepBuffers:
 
     def __init__(self, limits: BatchLimits, num_groups: int, device: torch.device, *, fused: bool = False) -> None:
         """`fused`: gather by one Triton kernel instead of torch operations."""
-        rows, tokens = limits.max_rows, limits.max_tokens
-        self.limits = limits
+        rows, tokens = limits.max_rows + PREFILL_ROWS, limits.max_tokens  # a mixed graph pads with further rows
+        self.limits, self.max_rows = limits, rows
         self._kernels: Any = None
         if fused:
             from nanoengine.kernels import step_inputs_triton
@@ -61,13 +62,17 @@ class StepBuffers:
         self.slot_mapping = make(num_groups, tokens, dtype=torch.int64)
         self.decode_start_loc = torch.arange(rows + 1, dtype=torch.int32, device=device)
 
-    def gather(self, plan: StepPlan, tables: SlotTables) -> GatheredStep:
-        """Fill the buffers for `plan`. Positions come from the device's own lengths, not from the plan's."""
+    def gather(self, plan: StepPlan, tables: SlotTables, pad_tokens: int = 0) -> GatheredStep:
+        """Fill the buffers for `plan`. Positions come from the device's own lengths, not from the plan's.
+
+        `pad_tokens`: views have so many tokens at least; those behind the last row write to the dummy block.
+        """
         rows, tokens = plan.num_rows, plan.num_tokens
-        assert rows <= self.limits.max_rows
+        assert rows <= self.max_rows
         assert tokens <= self.limits.max_tokens
         if self._kernels is not None:
-            return self._gather_fused(plan, tables, rows, tokens)
+            return self._gather_fused(plan, tables, rows, tokens, pad_tokens)
+        assert not pad_tokens, "only fused steps are padded"
         self._put_plan(plan, tables, rows, tokens)
         slots, row_of_token = self.slots[:rows], self.row_of_token[:tokens]
         computed = tables.num_computed.index_select(0, slots)
@@ -86,7 +91,9 @@ class StepBuffers:
             groups,
         )
 
-    def _gather_fused(self, plan: StepPlan, tables: SlotTables, rows: int, tokens: int) -> GatheredStep:
+    def _gather_fused(
+        self, plan: StepPlan, tables: SlotTables, rows: int, tokens: int, pad_tokens: int
+    ) -> GatheredStep:
         """One upload, one kernel. A decode step's offsets are always the same, and stand ready."""
         decode, wanted = plan.num_decode_rows == rows == tokens, len(plan.logits_index)
         start_loc = self.decode_start_loc[: rows + 1]
@@ -117,6 +124,9 @@ class StepBuffers:
         )
         query_lens = self.query_lens[:rows]
         torch.sub(start_loc[1:], start_loc[:-1], out=query_lens)
+        if pad_tokens > tokens:
+            self.slot_mapping[:, tokens:pad_tokens].zero_()  # into the dummy block
+            tokens = pad_tokens
         groups = tuple(self._view(g, plan, start_loc, rows, tokens) for g in range(tables.limits.num_groups))
         return GatheredStep(
             self.input_ids[:tokens], self.positions[:tokens], self.slots[:rows], query_lens, logits_index, groups

@@ -1,0 +1,117 @@
+"""CUDA graphs of mixed steps: so many decode rows, and so many prefill tokens of up to `PREFILL_ROWS` rows behind them.
+
+Launching a model's kernels one by one takes the CPU longer than a mixed step of moderate size takes the GPU. What is
+padded: decode rows of the dummy slot, prefill rows without a token, and tokens behind the last row, whose K and V go
+to the dummy block. Larger steps run eagerly: there the GPU is the slower one.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from nanoengine.core.step import StepPlan
+
+PREFILL_ROWS = 8
+_DECODE_ROWS = (16, 64, 128, 256)
+_PREFILL_TOKENS = (128, 256, 384, 512, 768, 1024, 1536, 2048)
+
+
+@dataclass(frozen=True, slots=True)
+class MixedSize:
+    """decode: rows of one token each. prefill: tokens behind them."""
+
+    decode: int
+    prefill: int
+
+    @property
+    def rows(self) -> int:
+        return self.decode + PREFILL_ROWS
+
+    @property
+    def tokens(self) -> int:
+        return self.decode + self.prefill
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedStep:
+    """A plan with its padding.
+
+    Attributes:
+        real_rows: int64 [B]; where the original plan's rows stand in it.
+        logits_rows: int64 [L]; which of the graph's logits (one a row) belong to the original `logits_index`.
+    """
+
+    plan: StepPlan
+    real_rows: npt.NDArray[np.int64]
+    logits_rows: npt.NDArray[np.int64]
+
+
+def mixed_sizes(max_rows: int, max_tokens: int) -> tuple[MixedSize, ...]:
+    decode = sorted({min(n, max_rows) for n in _DECODE_ROWS})
+    sizes = (MixedSize(d, p) for d in decode for p in _PREFILL_TOKENS)
+    return tuple(size for size in sizes if size.tokens <= max_tokens)
+
+
+def pad_mixed(plan: StepPlan, size: MixedSize, dummy_slot: int) -> PaddedStep:
+    """`plan`, whose logits positions are all sampled, in the form that the graph of `size` was captured for."""
+    decode, rows = plan.num_decode_rows, plan.num_rows
+    ahead, behind = size.decode - decode, PREFILL_ROWS - (rows - decode)
+
+    def spread(values: npt.NDArray[np.int32], between: int, last: int) -> npt.NDArray[np.int32]:
+        middle, end = np.full(ahead, between, np.int32), np.full(behind, last, np.int32)
+        return np.concatenate((values[:decode], middle, values[decode:], end))
+
+    lens = spread(plan.query_lens, 1, 0)
+    real_rows = np.arange(rows, dtype=np.int64)
+    real_rows[decode:] += ahead
+    padded = replace(
+        plan,
+        slots=spread(plan.slots, dummy_slot, dummy_slot),
+        query_lens=lens,
+        starts=spread(plan.starts, 0, 0),
+        num_decode_rows=size.decode,
+        logits_index=np.maximum(np.cumsum(lens, dtype=np.int32) - 1, 0),  # one a row: its last token
+    )
+    return PaddedStep(padded, real_rows, real_rows[plan.logits_rows])
+
+
+class MixedGraphs:
+    """Captured at start, the largest first, in one memory pool."""
+
+    def __init__(self, sizes: tuple[MixedSize, ...], run: Callable[[MixedSize], Tensor]) -> None:
+        """`run(size)`: forward pass and output layer over the static buffers -> logits [size.rows, V]."""
+        self._decode = sorted({size.decode for size in sizes})
+        self._prefill = sorted({size.prefill for size in sizes})
+        self._graphs: dict[MixedSize, torch.cuda.CUDAGraph] = {}
+        self._logits: dict[MixedSize, Tensor] = {}
+        pool = torch.cuda.graph_pool_handle()
+        for size in sorted(sizes, key=lambda each: -each.tokens):
+            run(size)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._logits[size] = run(size)
+            self._graphs[size] = graph
+
+    def size_for(self, plan: StepPlan) -> MixedSize | None:
+        """The smallest captured size that holds `plan`; None where there is none, or it wants prompt log-probs."""
+        decode, prefill = plan.num_decode_rows, plan.num_tokens - plan.num_decode_rows
+        if plan.num_rows - decode > PREFILL_ROWS or not plan.sampled.all():
+            return None
+        d, p = bisect_left(self._decode, decode), bisect_left(self._prefill, prefill)
+        if d == len(self._decode) or p == len(self._prefill):
+            return None
+        size = MixedSize(self._decode[d], self._prefill[p])
+        return size if size in self._graphs else None
+
+    def replay(self, size: MixedSize) -> Tensor:
+        """Its logits [size.rows, V], valid until the next replay."""
+        self._graphs[size].replay()
+        return self._logits[size]

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from nanoengine.kernels import paged_attention as reference
+
+pytest.importorskip("triton")
+
 from nanoengine.kernels import paged_attention_triton as kernels
 from nanoengine.kernels.paged_attention_triton import DecodeConfig, DecodePlanner, DecodeScratch, PrefillConfig
 

@@ -32,6 +32,28 @@ class Ops:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear(x, weight, bias)
 
+    def norm_linear(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        gated: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """`add_rms_norm`, the product, and `silu_and_mul` if gated -> (result, residual stream)."""
+        normed, total = self.add_rms_norm(x, residual, norm_weight, eps)
+        y = self.linear(normed, weight, bias)
+        return (self.silu_and_mul(y) if gated else y), total
+
+    def linear_add(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The product, to be added to the residual stream: (product, residual), or (their sum, None)."""
+        return self.linear(x, weight, bias), residual
+
     def qk_norm_rope_store(
         self,
         qkv: Tensor,
@@ -76,9 +98,34 @@ class TritonOps(Ops):
         return self._gate.silu_and_mul(gate_up)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if 0 < len(x) <= self._matvec.MAX_ROWS and use_matvec(len(x), len(weight), weight.shape[1], x.dtype):
+        if self._few(x, weight):
             return self._matvec.matvec(x, weight, bias)
         return F.linear(x, weight, bias)
+
+    def _few(self, x: Tensor, weight: Tensor) -> bool:
+        return 0 < len(x) <= self._matvec.MAX_ROWS and use_matvec(len(x), len(weight), weight.shape[1], x.dtype)
+
+    def norm_linear(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        gated: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        if self._few(x, weight):
+            return self._matvec.norm_matvec(x, residual, norm_weight, eps, weight, bias, gated=gated)
+        return super().norm_linear(x, residual, norm_weight, eps, weight, bias, gated=gated)
+
+    def linear_add(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        if self._few(x, weight):
+            return self._matvec.matvec(x, weight, bias, add=residual), None
+        return super().linear_add(x, weight, bias, residual)
 
     def qk_norm_rope_store(
         self,

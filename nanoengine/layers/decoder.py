@@ -19,6 +19,7 @@ from nanoengine.api import (
     ModelError,
     WeightMap,
 )
+from nanoengine.layers.linear import added, normed
 from nanoengine.layers.mlp import GatedMLP
 from nanoengine.layers.norm import RMSNorm
 from nanoengine.layers.rope import Angles, RopeConfig, RotaryEmbedding, apply_rope
@@ -91,13 +92,14 @@ class DecoderAttention(nn.Module):
             self.k_norm = RMSNorm(size, config.eps, place=ctx)
         self.qk_norm, self.ops = config.qk_norm, ctx.ops
 
-    def forward(self, x: Tensor, angles: Angles) -> Tensor:
-        """[T, hidden] -> [T, hidden]."""
-        qkv: Tensor = self.qkv_proj(x)  # [T, (heads + 2 kv_heads) * head_size]
+    def forward(
+        self, norm: RMSNorm, x: Tensor, residual: Tensor | None, angles: Angles
+    ) -> tuple[Tensor, Tensor | None]:
+        """x and the residual stream it is to be added to (None: it is the stream), [T, hidden] -> the same again."""
+        qkv, residual = normed(self.qkv_proj, norm, x, residual)  # [T, (heads + 2 kv_heads) * head_size]
         cache = self.attn.kv_cache() if self.ops.stores_kv else None
         mixed = self._plainly(qkv, angles) if cache is None else self._fused(qkv, angles, cache)
-        out: Tensor = self.o_proj(mixed.flatten(1))
-        return out
+        return added(self.o_proj, mixed.flatten(1), residual)
 
     def _fused(self, qkv: Tensor, angles: Angles, cache: KVCacheView) -> Tensor:
         """Norm, rotation and store in one kernel; then the backend only attends."""
@@ -135,14 +137,11 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.eps, place=ctx)
         self.mlp = GatedMLP(f"{name}.mlp", config.hidden_size, config.intermediate_size, ctx, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor, residual: Tensor | None, angles: Angles) -> tuple[Tensor, Tensor]:
-        """Output of the layer before it is added, and the residual stream to add it to; both [T, hidden]."""
-        if residual is None:
-            x, residual = self.input_layernorm(x), x
-        else:
-            x, residual = self.input_layernorm(x, residual)
-        x, residual = self.post_attention_layernorm(self.self_attn(x, angles), residual)
-        return self.mlp(x), residual
+    def forward(self, x: Tensor, residual: Tensor | None, angles: Angles) -> tuple[Tensor, Tensor | None]:
+        """x and the residual stream it is to be added to (None: it is the stream), [T, hidden] -> the same again."""
+        x, residual = self.self_attn(self.input_layernorm, x, residual, angles)
+        out: tuple[Tensor, Tensor | None] = self.mlp(self.post_attention_layernorm, x, residual)
+        return out
 
 
 class Decoder(nn.Module):
@@ -160,7 +159,7 @@ class Decoder(nn.Module):
         x, residual = self.embed_tokens(input_ids), None
         for layer in self.layers:
             x, residual = layer(x, residual, angles)
-        out: Tensor = self.norm(x, residual)[0]
+        out: Tensor = self.norm(x) if residual is None else self.norm(x, residual)[0]
         return out
 
 

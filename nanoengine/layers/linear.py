@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from nanoengine.layers.norm import RMSNorm
 from nanoengine.layers.sharding import Placement, Shard, ShardSpec, WeightLayer, part_sizes
 
 
@@ -25,6 +26,20 @@ class LinearMethod(ABC):
     def apply(self, layer: WeightLayer, x: Tensor, bias: Tensor | None) -> Tensor:
         """[T, in on this rank] -> [T, out on this rank]."""
 
+    def apply_normed(
+        self, layer: WeightLayer, norm: RMSNorm, x: Tensor, residual: Tensor | None, bias: Tensor | None, gated: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Norm, product and, if `gated`, silu(first half) * second half -> (result, residual stream)."""
+        normed, total = layer.ops.add_rms_norm(x, residual, norm.weight, norm.eps)
+        y = self.apply(layer, normed, bias)
+        return (layer.ops.silu_and_mul(y) if gated else y), total
+
+    def apply_added(
+        self, layer: WeightLayer, x: Tensor, bias: Tensor | None, residual: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The product, to be added to the residual stream: (product, residual), or (their sum, None)."""
+        return self.apply(layer, x, bias), residual
+
 
 class Unquantised(LinearMethod):
     """One parameter, `weight` [out, in], of the model's dtype."""
@@ -37,6 +52,17 @@ class Unquantised(LinearMethod):
 
     def apply(self, layer: WeightLayer, x: Tensor, bias: Tensor | None) -> Tensor:
         return layer.ops.linear(x, layer.get_parameter("weight"), bias)
+
+    def apply_normed(
+        self, layer: WeightLayer, norm: RMSNorm, x: Tensor, residual: Tensor | None, bias: Tensor | None, gated: bool
+    ) -> tuple[Tensor, Tensor]:
+        weight = layer.get_parameter("weight")
+        return layer.ops.norm_linear(x, residual, norm.weight, norm.eps, weight, bias, gated=gated)
+
+    def apply_added(
+        self, layer: WeightLayer, x: Tensor, bias: Tensor | None, residual: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        return layer.ops.linear_add(x, layer.get_parameter("weight"), bias, residual)
 
 
 class Linear(WeightLayer):
@@ -68,6 +94,18 @@ class Linear(WeightLayer):
     def forward(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
         return self.method.apply(self, x, self.bias)
+
+    def normed(
+        self, norm: RMSNorm, x: Tensor, residual: Tensor | None, *, gated: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The layer behind a norm: see `LinearMethod.apply_normed`."""
+        return self.method.apply_normed(self, norm, x, residual, self.bias, gated)
+
+    def added(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The layer before the residual stream: see `LinearMethod.apply_added`."""
+        if self.tp.size == 1:
+            return self.method.apply_added(self, x, self.bias, residual)
+        return self(x), residual
 
 
 class ReplicatedLinear(Linear):
@@ -140,3 +178,19 @@ class RowParallelLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias if self.tp.rank == 0 else None  # once in the sum over ranks
         return self.tp.all_reduce(self.method.apply(self, x, bias))
+
+
+def normed(
+    layer: nn.Module, norm: RMSNorm, x: Tensor, residual: Tensor | None, *, gated: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`Linear.normed`, also of what a build context put in a linear's place."""
+    if isinstance(layer, Linear):
+        return layer.normed(norm, x, residual, gated=gated)
+    hidden, total = norm.ops.add_rms_norm(x, residual, norm.weight, norm.eps)
+    y = layer(hidden)
+    return (norm.ops.silu_and_mul(y) if gated else y), total
+
+
+def added(layer: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`Linear.added`, also of what a build context put in a linear's place."""
+    return layer.added(x, residual) if isinstance(layer, Linear) else (layer(x), residual)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from nanoengine.api import BuildContext
+from nanoengine.layers.linear import added, normed
+from nanoengine.layers.norm import RMSNorm
 
 
 class GatedMLP(nn.Module):
-    """[T, hidden] -> [T, hidden]. `name` is its dotted path in the model."""
+    """The MLP between its norm and the residual stream. `name` is its dotted path in the model."""
 
     def __init__(self, name: str, hidden: int, intermediate: int, ctx: BuildContext, *, bias: bool = False) -> None:
         super().__init__()
-        self.ops = ctx.ops
         self.gate_up_proj = ctx.linear(
             f"{name}.gate_up_proj",
             hidden,
@@ -23,7 +24,7 @@ class GatedMLP(nn.Module):
         )
         self.down_proj = ctx.linear(f"{name}.down_proj", intermediate, hidden, bias=bias, parallel="row")
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate_up = self.gate_up_proj(x)  # [T, 2 intermediate / ranks]
-        out: Tensor = self.down_proj(self.ops.silu_and_mul(gate_up))
-        return out
+    def forward(self, norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x and the residual stream it is to be added to (None: it is the stream), [T, hidden] -> the same again."""
+        gated, residual = normed(self.gate_up_proj, norm, x, residual, gated=True)  # [T, intermediate / ranks]
+        return added(self.down_proj, gated, residual)

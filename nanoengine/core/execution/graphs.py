@@ -19,7 +19,7 @@ def graph_sizes(max_rows: int) -> tuple[int, ...]:
     """Row counts to capture: 1, 2, 4, then coarser with size, up to `max_rows`."""
     sizes, last = [n for n in (1, 2, 4) if n <= max_rows], 0
     for limit, stride in _STEPS:
-        sizes += range(last + stride, min(limit, max_rows) + 1, stride)
+        sizes += range((last // stride + 1) * stride, min(limit, max_rows) + 1, stride)
         last = limit
     return tuple(sorted({*sizes, max_rows}))
 

@@ -70,11 +70,12 @@ class RaggedTable:
         counts = np.diff(offsets)
         self._widen(int(counts.max(initial=0)))
         self.values.index_fill_(0, slots, self.default)
-        rows, columns = _ragged_index(counts, offsets)
         device = self.values.device
-        where = slots[torch.from_numpy(rows).to(device)], torch.from_numpy(columns).to(device)
-        self.values[where] = values.to(self.values.dtype)
-        self.counts[slots] = torch.from_numpy(counts.astype(np.int32)).to(device)
+        if len(values):
+            rows, columns = _ragged_index(counts, offsets)
+            where = slots[staged(rows, device)], staged(columns, device)
+            self.values[where] = values.to(self.values.dtype)
+        self.counts[slots] = staged(counts.astype(np.int32), device)
 
     def _widen(self, width: int) -> None:
         old = self.values.shape[1]
@@ -89,6 +90,14 @@ class RaggedTable:
 
 
 Table = ScalarTable | RaggedTable
+
+
+def staged(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """A host array on the device, without waiting for what the device is at: a copy from pageable memory would."""
+    here = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cuda":
+        here = here.pin_memory()  # from torch's cache; kept until the copy is done
+    return here.to(device, non_blocking=True)
 
 
 def make_table(num_slots: int, spec: ColumnSpec, device: torch.device) -> Table:
@@ -153,31 +162,31 @@ class SlotTables:
         )
 
     def put(self, array: npt.NDArray[Any]) -> Tensor:
-        """A host array on the device; the one place where staging happens."""
-        staged = torch.from_numpy(np.ascontiguousarray(array))
-        if self.device.type == "cuda":
-            staged = staged.pin_memory()  # from torch's cache; kept until the copy is done
-        return staged.to(self.device, non_blocking=True)
+        """A host array on the device."""
+        return staged(array, self.device)
 
     def admit(self, new: NewSlots) -> None:
         """Enter new slots: every column of theirs is overwritten, so that nothing of the last owner stays."""
         if not len(new.slots):
             return
-        slots = self.put(new.slots.astype(np.int64))
-        rows, columns = _ragged_index(np.diff(new.token_offsets), new.token_offsets)
-        self.token_ids[slots[self.put(rows)], self.put(columns)] = self.put(new.token_ids)
+        counts = np.diff(new.token_offsets)
+        given = {
+            "num_tokens": counts, "num_computed": new.num_computed, "prompt_lens": new.prompt_lens,
+            "seeds": new.seeds, "sample_index": new.sample_index, "min_lens": new.min_lens, "greedy": new.greedy,
+        }  # fmt: skip
+        slots, *values = self.put(np.stack((new.slots, *given.values())).astype(np.int64)).unbind()  # one upload
+        for name, value in zip(given, values, strict=True):
+            table: Tensor = getattr(self, name)
+            table[slots] = value.to(table.dtype)
+        rows, columns = _ragged_index(counts, new.token_offsets)
+        row, column, ids = self.put(np.stack((rows, columns, new.token_ids.astype(np.int64)))).unbind()
+        self.token_ids[slots[row], column] = ids.to(torch.int32)
         self.block_tables.index_fill_(1, slots, 0)
-        self.num_tokens[slots] = self.put(np.diff(new.token_offsets).astype(np.int64))
-        self.num_computed[slots] = self.put(new.num_computed.astype(np.int64))
-        self.prompt_lens[slots] = self.put(new.prompt_lens.astype(np.int64))
-        self.seeds[slots] = self.put(new.seeds)
-        self.sample_index[slots] = self.put(new.sample_index.astype(np.int64))
-        self.greedy[slots] = self.put(new.greedy)
-        self.min_lens[slots] = self.put(new.min_lens.astype(np.int64))
         self.stop_ids.write(slots, self.put(new.stop_ids), new.stop_offsets)
-        for tables in self.columns.values():
-            for one in tables.values():
-                one.reset(slots)
+        for stage, tables in self.columns.items():
+            if self.host_wants[stage][new.slots].any():  # else nobody has written there since the last reset
+                for one in tables.values():
+                    one.reset(slots)
         self._remember(new)
         self._rebuild_history(new)
 
@@ -190,9 +199,9 @@ class SlotTables:
 
     def set_columns(self, changes: Sequence[StageColumn]) -> None:
         for change in changes:
+            self.host_wants[change.stage][change.slots] = True  # first: what says no is taken to hold the defaults
             slots = self.put(change.slots.astype(np.int64))
             self.columns[change.stage][change.column].write(slots, self.put(change.values), change.offsets)
-            self.host_wants[change.stage][change.slots] = True
 
     def append_blocks(self, appends: BlockAppends) -> None:
         if len(appends.slot):

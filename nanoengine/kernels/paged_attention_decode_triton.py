@@ -10,7 +10,7 @@ and takes a ticket; the last to come adds the parts up, in split order, so the r
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
-# ruff: noqa: N803, SIM108 - constants of a kernel are in capitals, and its branches are taken when it is compiled
+# ruff: noqa: N803, SIM102, SIM108 - constants of a kernel are in capitals, and its branches are taken when it is compiled
 from __future__ import annotations
 
 import math
@@ -25,6 +25,7 @@ from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_
 
 LOG2E = tl.constexpr(1.4426950408889634)
 _MAX_SPLITS = 64
+_L2_BYTES = 24 << 20  # about half of a Hopper GPU's
 
 
 @triton.jit
@@ -53,6 +54,21 @@ def blocks_of(table, start, end, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     else:  # spelled out: the compiler wants one type of whatever it sees returned
         keys = start + tl.arange(0, TILE)
         return tl.load(table + keys // BLOCK_SIZE, mask=keys < end, other=0).to(tl.int64)
+
+
+@triton.jit
+def _prefetch_keys(
+    cache, table, kv_head, begin, end,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Asks for K or V of AHEAD keys from `begin` on, one request a 128-byte line, to be in L2 soon."""
+    line: tl.constexpr = 128 // (cache.dtype.element_ty.primitive_bitwidth // 8)
+    keys = begin + tl.arange(0, AHEAD)
+    block = tl.load(table + keys // BLOCK_SIZE, mask=keys < end, other=0).to(tl.int64)
+    at = ((block * KV_HEADS + kv_head) * BLOCK_SIZE + keys % BLOCK_SIZE) * D
+    for first in tl.static_range(0, D, line):
+        ptrs = (cache + at + first).to(tl.int64)
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; // $0", "=r,l", [ptrs], tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -106,13 +122,14 @@ def _decode(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     GROUP_P2: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
     MIN_TILES: tl.constexpr, SPLITS_P2: tl.constexpr, CHUNK: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
-    SOFT_CAP: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    SOFT_CAP: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)  # slowest, so that programs without work start behind those with
-    wait_for_inputs(PDL)
-    release_dependents(PDL)
+    # Lengths and tables are written before a step's first layer, and plain kernels stand in between (the embedding):
+    # they may be read before the wait. So may what lies in the cache be asked for, but not used: the newest key is on
+    # its way.
     length = tl.load(seq_lens + row)
     first = 0
     if WINDOW > 0:
@@ -120,10 +137,17 @@ def _decode(
     tiles = tl.cdiv(length - first, TILE)
     tiles_each = tl.maximum(tl.cdiv(tiles, SPLITS), MIN_TILES)
     used = tl.cdiv(tiles, tiles_each)
-    if split >= used:
-        return
     begin = first + split * tiles_each * TILE
     end = tl.minimum(begin + tiles_each * TILE, length)
+    table = block_tables + row * table_stride
+    if PDL and AHEAD > 0:
+        if split < used:
+            _prefetch_keys(k_cache, table, kv_head, begin, end, KV_HEADS, D, BLOCK_SIZE, AHEAD)
+            _prefetch_keys(v_cache, table, kv_head, begin, end, KV_HEADS, D, BLOCK_SIZE, AHEAD)
+    wait_for_inputs(PDL)
+    release_dependents(PDL)
+    if split >= used:
+        return
 
     g = tl.arange(0, GROUP_PAD)
     d = tl.arange(0, D_PAD)
@@ -131,7 +155,6 @@ def _decode(
     rows_live = (g < GROUP)[:, None] & (d < D)[None, :]
     own = row * q_stride + kv_head * (GROUP * D) + g[:, None] * D + d[None, :]
     query = tl.load(q + own, mask=rows_live, other=0.0)
-    table = block_tables + row * table_stride
     head_size = BLOCK_SIZE * D
 
     top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
@@ -189,6 +212,12 @@ class DecodeConfig:
     stages: int
 
 
+def keys_ahead(programs: int, key_bytes: int) -> int:
+    """Keys that each program asks for before it waits: what all ask for shall find room in the L2 cache."""
+    most = _L2_BYTES // (programs * key_bytes)
+    return min(512, 1 << (most.bit_length() - 1)) if most >= 16 else 0
+
+
 @dataclass(frozen=True, slots=True)
 class DecodeScratch:
     """Parts of split rows: float32 [pairs * splits * group * head_size] and [pairs * splits * group], int32 tickets
@@ -217,10 +246,12 @@ def decode_config(
     # Measured at 128 x bf16: tiles of 128 keys read fastest, but three programs fill a multiprocessor; five with 64.
     waves = [pairs / (programs * multiprocessors) for programs in (3, 5)]
     filled = [each / math.ceil(each) for each in waves]
-    wide = itemsize == 2 and pairs > multiprocessors and filled[0] >= filled[1]
+    several = itemsize == 2 and multiprocessors // 3 < pairs <= multiprocessors
+    wide = several or (itemsize == 2 and pairs > multiprocessors and filled[0] >= filled[1])
     tile = max(16, min(128, (32768 if wide else 16384) // tile_bytes))
-    # A short context is worth splitting while few programs run. A long one is, too, beside many short ones.
-    keys_each = max(tile, 64, 4 * pairs)
+    # A short context is worth splitting while few programs run. A long one is, too, beside many short ones. Adding
+    # parts up takes as long as some hundred keys (64 pairs of 384 keys, H200: 8.1 us whole, 11.1 us in two parts).
+    keys_each = max(tile, 64, (8 if several else 4) * pairs)
     # Programs that find nothing to do cost little, not nothing: no more of them than long contexts can be worth.
     most = max(1, 2 * multiprocessors // pairs, min(4, 8 * multiprocessors // pairs), min(8, max_len // 16384))
     splits = 1 << (min(most, -(-max_len // keys_each), _MAX_SPLITS).bit_length() - 1)
@@ -276,7 +307,9 @@ def attend_decode(
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, group_p2), GROUP_P2=group_p2, D=width, D_PAD=d_pad,
         BLOCK_SIZE=block_size, TILE=config.tile, SPLITS=config.splits, MIN_TILES=config.min_tiles,
         SPLITS_P2=splits_p2, CHUNK=min(splits_p2, max(1, 8192 // (group_p2 * d_pad))), SCALE=scale, WINDOW=window or 0,
-        SOFT_CAP=soft_cap or 0.0, STAGES=config.stages, num_warps=config.warps, **pdl_options(q),
+        SOFT_CAP=soft_cap or 0.0, STAGES=config.stages,
+        AHEAD=keys_ahead(rows * kv_heads * config.splits, 2 * width * q.element_size()),
+        num_warps=config.warps, **pdl_options(q),
     )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def check(name: str, run: Callable[[], Any]) -> None:
 
 
 def no_wait(folder: Path) -> str:
-    """Steady decode steps under torch's synchronisation alarm, and a launch that returns before the GPU is done."""
+    """Steps, some of which admit, under torch's synchronisation alarm; then a launch that returns before the GPU."""
     params = SamplingParams(temperature=0.8, max_tokens=200, ignore_eos=True)
     with LLM(folder, load_format="dummy", attention=TritonPaged, dtype="bfloat16", max_num_seqs=64) as llm:
         for i, prompt in enumerate(prompts(16)):
@@ -63,7 +63,9 @@ def no_wait(folder: Path) -> str:
             llm.engine.step()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            for _ in range(20):
+            for i in range(20):
+                if i % 5 == 0:
+                    llm.engine.add_request(f"late {i}", prompts(16)[i // 5], params)
                 llm.engine.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -98,6 +100,7 @@ def main() -> None:
                 {},
                 {"overlap": False},
                 {"max_num_batched_tokens": 64},
+                {"max_num_batched_tokens": 300},  # prefill beside decode, by a graph
                 {"num_gpu_blocks_override": 90},
             ):
                 check(f"{kind}, triton, {options}", against(params, kind, **{"attention": TritonPaged, **options}))

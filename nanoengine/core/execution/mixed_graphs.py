@@ -20,7 +20,7 @@ from nanoengine.core.step import StepPlan
 
 PREFILL_ROWS = 8
 _DECODE_ROWS = (16, 64, 128, 256)
-_PREFILL_TOKENS = (128, 256, 384, 512, 768, 1024, 1536, 2048)
+_PREFILL_TOKENS = (128, 256, 384, 512, 640, 768, 1024, 1536, 2048)
 
 
 @dataclass(frozen=True, slots=True)

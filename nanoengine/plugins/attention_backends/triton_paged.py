@@ -8,6 +8,8 @@ follows from the numbers of rows and tokens and from `BatchLimits` alone.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
 
 _MIN_COMPUTE_CAPABILITY = (8, 0)  # asynchronous copies; bf16 in tensor cores
 _MAX_HEAD_SIZE = 256  # a query's accumulator lies in registers
+# Decode waits for memory and prefill for latency and arithmetic: in a mixed graph they run beside each other. What
+# comes behind two branches must be a plain kernel (see `pdl_triton`), as products of so many rows are.
+_BESIDE_TOKENS = 128
 
 
 class TritonPaged(AttentionBackend):
@@ -74,6 +79,7 @@ class TritonPaged(AttentionBackend):
         self._planners: dict[int, DecodePlanner] = {}  # by number of query heads
         self._kv = torch.empty(0)
         self._inputs: StepInputs | None = None
+        self._side: torch.cuda.Stream | None = None
 
     def _longest(self) -> int:
         """The most keys a query of this group may see."""
@@ -120,6 +126,15 @@ class TritonPaged(AttentionBackend):
         k_cache, v_cache = self._kv[layer, 0], self._kv[layer, 1]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         rows, total = inputs.num_decode_rows, len(inputs.seq_lens)
+        prefills = rows < total or len(q) > total
+        beside = rows > 0 and prefills and len(q) >= _BESIDE_TOKENS and _capturing(q)
+        if prefills:
+            with self._side_branch() if beside else nullcontext():
+                self._kernels.attend_prefill(
+                    q, k_cache, v_cache, out, inputs.block_tables[rows:], inputs.seq_lens[rows:],
+                    inputs.query_start_loc[rows:], scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap,
+                    chained=not beside,
+                )  # fmt: skip
         if rows:
             planner = self._planner(spec.num_heads)
             self._kernels.attend_decode(
@@ -127,13 +142,27 @@ class TritonPaged(AttentionBackend):
                 scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap, config=planner.config(rows),
                 scratch=planner.scratch,
             )  # fmt: skip
-        if rows < total or len(q) > total:
-            self._kernels.attend_prefill(
-                q, k_cache, v_cache, out, inputs.block_tables[rows:], inputs.seq_lens[rows:],
-                inputs.query_start_loc[rows:], scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap,
-            )  # fmt: skip
+        if beside:
+            torch.cuda.current_stream().wait_stream(self._side_stream())
         return out
+
+    @contextmanager
+    def _side_branch(self) -> Iterator[None]:
+        """A branch of the graph being captured, behind what is captured so far; the caller must wait for its end."""
+        side = self._side_stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            yield
+
+    def _side_stream(self) -> torch.cuda.Stream:
+        if self._side is None:
+            self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        return self._side
 
     def forward(self, layer: int, spec: AttentionLayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.store(layer, k, v)
         return self.attend(layer, spec, q)
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()

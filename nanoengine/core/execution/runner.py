@@ -352,14 +352,14 @@ class ModelRunner:
         return step.inputs.positions.index_select(0, index)
 
     def _logits(self, step: Forwarded, which: Ints) -> Tensor:
-        """Logits of entries of `logits_index`: [R, V] float32, gathered over ranks, without the padding columns."""
+        """Logits of entries of `logits_index`: [R, V], gathered over ranks, without the padding columns."""
         if step.logits is None:
             assert step.hidden is not None
             every = len(which) == len(step.hidden)
             logits = self.model.compute_logits(step.hidden if every else step.hidden[self.tables.put(which)])
         else:
             logits = step.logits
-        return self.tp.all_gather(logits)[:, : self.vocab_size].float()
+        return self.tp.all_gather(logits)[:, : self.vocab_size]
 
     def _draw(self, step: Forwarded, which: Ints, positions: Tensor) -> _Sampled:
         plan = step.plan
@@ -369,9 +369,12 @@ class ModelRunner:
             return _Sampled(none, none.int())
         host_slots = plan.slots[rows]
         logits = self._logits(step, which)
+        draw_rows = self._draw_rows(host_slots, positions)
         asked = np.flatnonzero(self.tables.host_num_logprobs[host_slots] >= 0)
+        if len(asked) or not self.sampler.takes_any_dtype(draw_rows):
+            logits = logits.float()
         raw = logits[self.tables.put(asked)] if len(asked) else None
-        token_ids, failed = self.sampler.sample(logits, self._draw_rows(host_slots, positions))
+        token_ids, failed = self.sampler.sample(logits, draw_rows)
         if raw is None:
             return _Sampled(token_ids, failed)
         put = self.tables.put(asked)
@@ -424,7 +427,7 @@ class ModelRunner:
             positions = self._token_positions(step, which) + 1
             slots = self.tables.put(plan.slots[rows].astype(np.int64))
             targets = self.tables.token_ids[slots, positions].long()
-            raw = self._logits(step, which)
+            raw = self._logits(step, which).float()
             parts.append(self._logprobs(raw, targets, positions, rows, plan.prompt_logprobs[which]))
         return tuple(parts)
 

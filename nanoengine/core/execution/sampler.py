@@ -106,27 +106,36 @@ class Sampler:
         unique = len({op for op, _ in claims}) == len(claims)
         return dict(claims) if self._fuse and unique else {}
 
+    def takes_any_dtype(self, rows: DrawRows) -> bool:
+        """Whether `sample` of these rows only reads the logits, by kernels: they need not be float32 then."""
+        active = self._wanted(rows)
+        return self._kernels is not None and not rows.any_min_tokens and len(self._fusable(active)) == len(active)
+
+    def _wanted(self, rows: DrawRows) -> list[_Stage]:
+        active = [s for s in self._stages if s.name in rows.active]
+        return active if rows.any_random else [s for s in active if not s.stage.argmax_invariant]
+
     def sample(self, logits: Tensor, rows: DrawRows) -> tuple[Tensor, Tensor]:
         """One token a row.
 
         Args:
-            logits: float32 [R, V], overwritten: take `logprobs` of them before.
+            logits: float32 [R, V], overwritten: take `logprobs` of them before. Where `takes_any_dtype`, of any.
 
         Returns:
             token ids int64 [R], 0 where failed; failed int32 [R]: `ROW_FINE`, `ROW_BAD_LOGITS` (NaN or +inf among
             the raw logits, or none above -inf), `ROW_NOTHING_LEFT` (after the stages).
         """
+        active = self._wanted(rows)
+        fused = self._fusable(active)
+        if self.takes_any_dtype(rows):
+            return self._draw_by_kernels(logits, rows, _columns_of(fused, rows), None)
         sound = logits.amax(-1).isfinite()  # a maximum passes NaN and +inf on; -inf below it is padding or a mask
         if rows.any_min_tokens:
             self._forbid_stop(logits, rows)
-        active = [s for s in self._stages if s.name in rows.active]
-        if not rows.any_random:
-            active = [s for s in active if not s.stage.argmax_invariant]
-        fused = self._fusable(active)
         for s in active:
             if s not in fused:
                 logits = self._apply(s, logits, rows)
-        ops = {op: _scalar(rows, s.name, column) for s in fused for op, column in s.ops.items()}
+        ops = _columns_of(fused, rows)
         if self._kernels is not None:
             return self._draw_by_kernels(logits, rows, ops, sound)
         token_ids, scores = self._draw(logits, rows, ops)
@@ -188,7 +197,7 @@ class Sampler:
         sampling.forbid_(logits, stop.values, early & sampling.filled(stop.counts, stop.values.shape[1]))
 
     def _draw_by_kernels(
-        self, logits: Tensor, rows: DrawRows, ops: Mapping[StandardOp, Tensor], sound: Tensor
+        self, logits: Tensor, rows: DrawRows, ops: Mapping[StandardOp, Tensor], sound: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         truncates = any(op in ops for op in _TRUNCATION_ORDER)
         tail = self._kernels.Tail.TRUNCATION if truncates else self._kernels.Tail.TEMPERATURE
@@ -236,6 +245,10 @@ def _placed(plan: StagePlan, stage: SamplerStage) -> _Stage:
     ops = {spec.op: name for name, spec in plan.columns.items() if spec.op is not None and not spec.ragged}
     standard = len(ops) == len(plan.columns) > 0 and stage.phase >= Phase.TEMPERATURE
     return _Stage(plan.name, plan.where, stage, ops, standard)
+
+
+def _columns_of(stages: Sequence[_Stage], rows: DrawRows) -> dict[StandardOp, Tensor]:
+    return {op: _scalar(rows, s.name, column) for s in stages for op, column in s.ops.items()}
 
 
 def _scalar(rows: DrawRows, stage: str, column: str) -> Tensor:

@@ -230,6 +230,8 @@ class Engine:
         if not given:
             return RequestError("invalid_prompt", "the prompt is empty: at least one token is needed")
         size, ids = self.limits.vocab_size, []
+        if set(map(type, given)) == {int} and min(given) >= 0 and max(given) < size:
+            return tuple(given)
         for i, token in enumerate(given):
             number = _as_int(token)
             if number is None:

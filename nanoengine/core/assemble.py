@@ -12,7 +12,7 @@ import torch
 
 from nanoengine.core.errors import ConfigError, ModelError, ModelSourceError, NanoEngineError, UnsupportedError
 from nanoengine.core.execution.attention import AttentionBackend, AttentionFeature, AttentionNeed
-from nanoengine.core.execution.build import BuiltModel, build_model, kv_groups
+from nanoengine.core.execution.build import BuiltModel, build_model
 from nanoengine.core.execution.model import Model
 from nanoengine.core.execution.parallel import SingleRank
 from nanoengine.core.setup.choose import PassedOver, choose_attention, class_reasons, from_class, load_checked
@@ -37,7 +37,6 @@ class Assembly:
     loader: TargetLoader
     model_path: Path
     vocab_size: int
-    num_kv_groups: int
     passed_over: PassedOver
 
 
@@ -105,7 +104,6 @@ def assemble(
         loader=loader,
         model_path=model_path,
         vocab_size=built.config.vocab_size,
-        num_kv_groups=len(kv_groups(built.attention_layers)),
         passed_over=passed,
     )
 

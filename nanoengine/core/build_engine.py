@@ -87,7 +87,6 @@ def build_engine(assembly: Assembly, registry: Registry) -> BuiltEngine:
         engine = Engine(
             EngineLimits(
                 vocab_size=assembly.vocab_size,
-                max_model_len=options.max_model_len,
                 seed=options.seed,
                 overlap=options.overlap,
             ),

@@ -33,10 +33,9 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLimits:
-    """vocab_size: legal ids. max_model_len: prompt plus output. seed: of unseeded requests. overlap: run ahead."""
+    """vocab_size: legal ids. seed: of unseeded requests. overlap: run ahead."""
 
     vocab_size: int
-    max_model_len: int
     seed: int
     overlap: bool
 
@@ -255,7 +254,6 @@ class Engine:
         seed = request_seed(self.limits.seed, ordinal) if params.seed is None else params.seed
         prompt = list(state.prompt_token_ids)
         siblings = replace(params, prompt_logprobs=None)  # one sample's prompt log-probs are all samples'
-        room = self.limits.max_model_len - len(prompt)
         for index in range(params.n):
             request = Request(
                 id=f"{state.request_id}/{index}",
@@ -266,7 +264,6 @@ class Engine:
                 sample_index=index,
                 arrival=ordinal,
                 priority=priority,
-                max_len=len(prompt) + min(room, params.max_tokens or room),
                 cache_key=(params.cache_salt or "").encode(),
             )
             try:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from nanoengine.core.execution.graphs import captured
 from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.slots import ScalarTable, SlotTables
 from nanoengine.core.execution.step_inputs import StepBuffers
@@ -53,12 +55,7 @@ class DecodeTail:
         pool = torch.cuda.graph_pool_handle()
         for size, values in sorted(logits.items(), reverse=True):
             for tail in self._kernels.Tail:
-                self._run(size, tail, values)
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
-                    self._run(size, tail, values)
-                self._graphs[size, tail] = graph
+                self._graphs[size, tail], _ = captured(partial(self._run, size, tail, values), pool)
 
     def kind(self, slots: Int32, active: frozenset[str]) -> int | None:
         """The tail that serves these rows; None: the eager way. `active`: stages that some row wants."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +26,22 @@ def graph_sizes(max_rows: int) -> tuple[int, ...]:
     return tuple(sorted({*sizes, max_rows}))
 
 
+T = TypeVar("T")
+
+
+def captured(run: Callable[[], T], pool: Any) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A graph of `run` in the memory pool, and what `run` returned inside it.
+
+    It runs once before, so that what is compiled on first use is compiled outside the capture.
+    """
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = run()
+    return graph, result
+
+
 class DecodeGraphs:
     """Captured once, at start, the largest first so that all share one memory pool."""
 
@@ -37,12 +55,7 @@ class DecodeGraphs:
         self.logits: dict[int, Tensor] = {}  # of each size, valid until the next replay
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(self.sizes):
-            run(size)  # compiles what is compiled on first use, outside the capture
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                self.logits[size] = run(size)
-            self._graphs[size] = graph
+            self._graphs[size], self.logits[size] = captured(partial(run, size), pool)
 
     def size_for(self, rows: int) -> int | None:
         """The smallest captured size that holds `rows` rows."""

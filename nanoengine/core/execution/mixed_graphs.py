@@ -10,12 +10,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from nanoengine.core.execution.graphs import captured
 from nanoengine.core.step import StepPlan
 
 PREFILL_ROWS = 8
@@ -93,12 +95,7 @@ class MixedGraphs:
         self._logits: dict[MixedSize, Tensor] = {}
         pool = torch.cuda.graph_pool_handle()
         for size in sorted(sizes, key=lambda each: -each.tokens):
-            run(size)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                self._logits[size] = run(size)
-            self._graphs[size] = graph
+            self._graphs[size], self._logits[size] = captured(partial(run, size), pool)
 
     def size_for(self, plan: StepPlan) -> MixedSize | None:
         """The smallest captured size that holds `plan`; None where there is none, or it wants prompt log-probs."""

@@ -33,7 +33,12 @@ def prompts(count: int) -> list[list[int]]:
 def tokens(folder: Path, params: SamplingParams, **options: Any) -> list[tuple[int, ...]]:
     given: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 64, "num_gpu_blocks_override": 4000, **options}
     with LLM(folder, load_format="dummy", **given) as llm:
-        print("   ", llm._built.assembly.plan.attention_name, "graphs:", llm._built.executor.runner.graphs is not None)
+        print(
+            "   ",
+            llm._built.assembly.plan.attention_name,
+            "graphs:",
+            llm._built.executor.runner.graphs.decode is not None,
+        )
         outputs = llm.generate(prompts(24), params, use_tqdm=False)
         print("   ", llm.stats())
     return [o.outputs[0].token_ids for o in outputs]

@@ -93,6 +93,7 @@ class Sampler:
         self._vocab_size = vocab_size
         self._fuse = fuse
         self._kernels = kernels
+        self.argmax_invariant = {s.name: s.stage.argmax_invariant for s in self._stages}
         self.needs: frozenset[Need] = frozenset().union(*(s.stage.needs for s in self._stages))
 
     def needs_of(self, name: str) -> frozenset[Need]:

@@ -1,0 +1,162 @@
+"""The end of a step, operation by operation: logits, draw, log-probs, tokens to their slots.
+
+It serves whatever a row may ask; a decode step that asks only for standard sampling ends in a graph (`decode_tail.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from nanoengine.core.execution.model import Model
+from nanoengine.core.execution.parallel import TensorParallelGroup
+from nanoengine.core.execution.results import LaunchedStep, PendingLogprobs
+from nanoengine.core.execution.sampler import DrawRows, Sampler
+from nanoengine.core.execution.slots import SlotTables
+from nanoengine.core.execution.stage import Need
+from nanoengine.core.execution.step_inputs import GatheredStep
+from nanoengine.core.step import StepPlan
+
+PROMPT_LOGITS_ROWS = 128  # positions whose [rows, vocabulary] logits exist at once for prompt log-probs
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Forwarded:
+    """A step between its two calls. hidden: [L, H], the rows that need logits; or already logits: [L, V/tp], by
+    the graph of that many rows."""
+
+    plan: StepPlan
+    inputs: GatheredStep
+    hidden: Tensor | None
+    logits: Tensor | None
+    graph: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Sampled:
+    """token_ids, failed: [S] on the device; logprobs of those rows that asked."""
+
+    token_ids: Tensor
+    failed: Tensor
+    logprobs: tuple[PendingLogprobs, ...] = ()
+
+
+class EagerTail:
+    """Ends steps of one model over its slot tables."""
+
+    def __init__(self, model: Model, tables: SlotTables, sampler: Sampler, tp: TensorParallelGroup, vocab: int) -> None:
+        self.model, self.tables, self.sampler, self.tp, self.vocab_size = model, tables, sampler, tp, vocab
+
+    def finish(self, step: Forwarded) -> LaunchedStep:
+        """Draw for each sampled row; writing the tokens to their slots is the last act."""
+        plan = step.plan
+        which = np.flatnonzero(plan.sampled)
+        rows = plan.logits_rows[which]
+        positions = self._token_positions(step, which) + 1
+        prompt_logprobs = self._prompt_logprobs(step)
+        drawn = self._draw(step, which, positions)
+        slots = step.inputs.slots.index_select(0, self.tables.put(rows.astype(np.int64)))
+        self.tables.record(slots, positions, drawn.token_ids)
+        real = plan.num_rows  # a graph's padding stands behind
+        self.tables.advance(step.inputs.slots[:real], step.inputs.query_lens[:real])
+        return LaunchedStep(plan, rows, drawn.token_ids, drawn.failed, drawn.logprobs, prompt_logprobs)
+
+    def active(self, host_slots: npt.NDArray[np.int32]) -> frozenset[str]:
+        """Stages that some row wants, but those that cannot change what only greedy rows take."""
+        greedy, invariant = self.tables.host_greedy[host_slots], self.sampler.argmax_invariant
+        return frozenset(
+            name
+            for name, wants in self.tables.host_wants.items()
+            if (wants[host_slots] & ~(greedy & invariant[name])).any()
+        )
+
+    def _token_positions(self, step: Forwarded, which: Ints) -> Tensor:
+        """Absolute positions of the tokens behind the given entries of `logits_index`, int64."""
+        index = step.inputs.logits_index.index_select(0, self.tables.put(which))
+        return step.inputs.positions.index_select(0, index)
+
+    def _logits(self, step: Forwarded, which: Ints) -> Tensor:
+        """Logits of entries of `logits_index`: [R, V], gathered over ranks, without the padding columns."""
+        if step.logits is None:
+            assert step.hidden is not None
+            every = len(which) == len(step.hidden)
+            logits = self.model.compute_logits(step.hidden if every else step.hidden[self.tables.put(which)])
+        else:
+            logits = step.logits
+        return self.tp.all_gather(logits)[:, : self.vocab_size]
+
+    def _draw(self, step: Forwarded, which: Ints, positions: Tensor) -> _Sampled:
+        plan = step.plan
+        rows = plan.logits_rows[which].astype(np.int64)
+        if not len(rows):
+            none = torch.zeros(0, dtype=torch.int64, device=self.tables.device)
+            return _Sampled(none, none.int())
+        host_slots = plan.slots[rows]
+        logits = self._logits(step, which)
+        draw_rows = self._draw_rows(host_slots, positions)
+        asked = np.flatnonzero(self.tables.host_num_logprobs[host_slots] >= 0)
+        if len(asked) or not self.sampler.takes_any_dtype(draw_rows):
+            logits = logits.float()
+        raw = logits[self.tables.put(asked)] if len(asked) else None
+        token_ids, failed = self.sampler.sample(logits, draw_rows)
+        if raw is None:
+            return _Sampled(token_ids, failed)
+        put = self.tables.put(asked)
+        limits = self.tables.host_num_logprobs[host_slots][asked]
+        logprobs = self._logprobs(raw, token_ids[put], positions[put], rows[asked], limits)
+        return _Sampled(token_ids, failed, (logprobs,))
+
+    def _draw_rows(self, host_slots: npt.NDArray[np.int32], positions: Tensor) -> DrawRows:
+        tables = self.tables
+        greedy = tables.host_greedy[host_slots]
+        active = tuple(sorted(self.active(host_slots)))
+        needs = frozenset().union(*(self.sampler.needs_of(name) for name in active))
+        slots = tables.put(host_slots.astype(np.int64))
+
+        def history(need: Need) -> Tensor | None:
+            return tables.history(need).index_select(0, slots) if need in needs else None
+
+        return DrawRows(
+            slots=slots,
+            positions=positions,
+            prompt_lens=tables.prompt_lens.index_select(0, slots),
+            seeds=tables.seeds.index_select(0, slots),
+            sample_index=tables.sample_index.index_select(0, slots),
+            greedy=tables.greedy.index_select(0, slots),
+            min_lens=tables.min_lens.index_select(0, slots),
+            stop_ids=tables.stop_ids.gather(slots),
+            active=active,
+            columns={s: {c: t.gather(slots) for c, t in tables.columns[s].items()} for s in active},
+            any_min_tokens=bool(tables.host_min_tokens[host_slots].any()),
+            any_random=not bool(greedy.all()),
+            output_counts=history(Need.OUTPUT_COUNTS),
+            prompt_mask=history(Need.PROMPT_MASK),
+            token_ids=tables.token_ids if Need.TOKEN_IDS in needs else None,
+        )
+
+    def _logprobs(
+        self, raw: Tensor, token_ids: Tensor, positions: Tensor, rows: Ints, limits: npt.NDArray[np.int32]
+    ) -> PendingLogprobs:
+        """`limits`: int32 [N], how many best ones each row asked for."""
+        values, ranks, top_ids, top_values = self.sampler.logprobs(raw, token_ids, int(limits.max()))
+        return PendingLogprobs(rows, limits, positions, token_ids, values, ranks, top_ids, top_values)
+
+    def _prompt_logprobs(self, step: Forwarded) -> tuple[PendingLogprobs, ...]:
+        """Log-probs of the next prompt token at each position that asked, a bounded number of rows at a time."""
+        plan, parts = step.plan, []
+        asked = np.flatnonzero(~plan.sampled)
+        for first in range(0, len(asked), PROMPT_LOGITS_ROWS):
+            which = asked[first : first + PROMPT_LOGITS_ROWS]
+            rows = plan.logits_rows[which].astype(np.int64)
+            positions = self._token_positions(step, which) + 1
+            slots = self.tables.put(plan.slots[rows].astype(np.int64))
+            targets = self.tables.token_ids[slots, positions].long()
+            raw = self._logits(step, which).float()
+            parts.append(self._logprobs(raw, targets, positions, rows, plan.prompt_logprobs[which]))
+        return tuple(parts)

@@ -1,0 +1,110 @@
+"""The graphs of one runner: decode steps, their tails, mixed steps; which there are to be, and their capture."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanoengine.core.execution.attention import BatchLimits
+from nanoengine.core.execution.decode_tail import DecodeTail
+from nanoengine.core.execution.graphs import DecodeGraphs
+from nanoengine.core.execution.mixed_graphs import PREFILL_ROWS, MixedGraphs, MixedSize
+from nanoengine.core.execution.model import ForwardBatch, Model
+from nanoengine.core.execution.sampler import Sampler
+from nanoengine.core.execution.slots import SlotTables
+from nanoengine.core.execution.step_inputs import StepBuffers, decode_plan
+from nanoengine.core.step import StepPlan
+
+_log = logging.getLogger(__name__)
+GRAPH_RESERVE_BYTES = 256 << 20  # what graphs hold besides their logits
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureSizes:
+    """decode: padded numbers of rows. mixed: padded mixed steps. tail: whether sampling is captured too."""
+
+    decode: tuple[int, ...] = ()
+    mixed: tuple[MixedSize, ...] = ()
+    tail: bool = False
+
+    def reserve_bytes(self, row_bytes: int) -> int:
+        """What the graphs will hold, where a row of logits takes `row_bytes`."""
+        rows = sum(self.decode) + sum(size.rows for size in self.mixed)
+        return rows * row_bytes + (GRAPH_RESERVE_BYTES if self.decode else 0)
+
+
+class StepGraphs:
+    """decode, tail, mixed: None until captured, and for good where a capture fails."""
+
+    def __init__(
+        self,
+        sizes: CaptureSizes,
+        model: Model,
+        tables: SlotTables,
+        buffers: StepBuffers,
+        sampler: Sampler,
+        gather: Callable[[StepPlan, int], object],
+    ) -> None:
+        """`gather(plan, pad_tokens)`: fill the static buffers for a step, as each launch does."""
+        self.sizes, self._model, self._tables, self._buffers = sizes, model, tables, buffers
+        self._sampler, self._gather = sampler, gather
+        self.decode: DecodeGraphs | None = None
+        self.tail: DecodeTail | None = None
+        self.mixed: MixedGraphs | None = None
+
+    def capture(self) -> None:
+        """All of them, or none: a capture that fails leaves every step eager (said once)."""
+        if not self.sizes.decode:
+            return
+        try:
+            with torch.inference_mode():
+                self._capture()
+        except Exception as error:  # noqa: BLE001 - a driver's or a compiler's; running eagerly is right all the same
+            self.decode = self.tail = self.mixed = None
+            _log.warning("CUDA graph capture failed, running eagerly: %s: %s", type(error).__name__, error)
+            torch.cuda.synchronize(self._tables.device)
+        self._tables.num_computed.zero_()
+        self._tables.num_tokens.zero_()
+
+    def _capture(self) -> None:
+        decode = DecodeGraphs(self.sizes.decode, self._decode_pass)
+        if self.sizes.tail:
+            self.tail = DecodeTail(self._sampler, self._tables, self._buffers)
+            self.tail.capture(decode.logits)
+        if self.sizes.mixed:
+            self.mixed = MixedGraphs(self.sizes.mixed, self._mixed_pass)
+        self.decode = decode
+
+    def _decode_pass(self, rows: int) -> Tensor:
+        """Forward pass and output layer over `rows` rows of the static buffers, as a graph captures them."""
+        if not torch.cuda.is_current_stream_capturing():
+            slots = np.full(rows, self._tables.dummy_slot, dtype=np.int32)
+            self._gather(decode_plan(slots, self._last_position), 0)
+        batch = ForwardBatch(num_tokens=rows, num_decode_rows=rows)
+        hidden = self._model(self._buffers.input_ids[:rows], self._buffers.positions[:rows], batch)
+        logits: Tensor = self._model.compute_logits(hidden)
+        return logits
+
+    def _mixed_pass(self, size: MixedSize) -> Tensor:
+        """As `_decode_pass`, with prefill rows behind the decode rows; logits of each row's last token."""
+        if not torch.cuda.is_current_stream_capturing():
+            lens = np.concatenate((np.ones(size.decode, np.int32), np.zeros(PREFILL_ROWS, np.int32)))
+            slots = np.full(size.rows, self._tables.dummy_slot, dtype=np.int32)
+            plan = decode_plan(slots, self._last_position)
+            plan = replace(plan, num_decode_rows=size.decode, query_lens=lens, logits_index=np.zeros_like(slots))
+            self._gather(plan, size.tokens)
+        batch = ForwardBatch(num_tokens=size.tokens, num_decode_rows=size.decode)
+        hidden = self._model(self._buffers.input_ids[: size.tokens], self._buffers.positions[: size.tokens], batch)
+        wanted = hidden.index_select(0, self._buffers.logits_index[: size.rows])
+        logits: Tensor = self._model.compute_logits(wanted)
+        return logits
+
+    @property
+    def _last_position(self) -> int:
+        limits: BatchLimits = self._buffers.limits
+        return limits.max_model_len - 1

@@ -11,7 +11,7 @@ import numpy as np
 from nanoengine.core.errors import ConfigError, RequestError
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import Published
-from nanoengine.core.step import LogprobRows, StepPlan
+from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, LogprobRows, StepPlan
 
 EndReason = Literal["stop", "length"]
 
@@ -76,8 +76,9 @@ class SchedulerStats:
 
     preemptions. prompt_tokens and, of these, prefix_hit_tokens: at first admissions. resumed_hit_tokens: hits of
     preempted requests that came back. chunks: prefill rows that were not the whole rest. mixed_steps: decode and
-    prefill rows in one step. steps: scheduled ones. num_blocks, free_blocks: of the KV group that has fewest free; the
-    dummy block is not counted.
+    prefill rows in one step. steps: scheduled ones. graph_steps, mixed_graph_steps, graph_tails: committed ones whose
+    decode step, mixed step, sampling ran as a replayed CUDA graph. num_blocks, free_blocks: of the KV
+    group that has fewest free; the dummy block is not counted.
     """
 
     preemptions: int = 0
@@ -87,8 +88,18 @@ class SchedulerStats:
     chunks: int = 0
     mixed_steps: int = 0
     steps: int = 0
+    graph_steps: int = 0
+    mixed_graph_steps: int = 0
+    graph_tails: int = 0
     num_blocks: int = 0
     free_blocks: int = 0
+
+    def count_graphs(self, replayed: int) -> None:
+        """`replayed`: as in `StepResult.graphs`."""
+        if replayed:
+            self.graph_steps += bool(replayed & GRAPH_DECODE)
+            self.mixed_graph_steps += bool(replayed & GRAPH_MIXED)
+            self.graph_tails += bool(replayed & GRAPH_TAIL)
 
     def count_admission(self, request: Request, cached: int) -> None:
         """`cached`: tokens that the prefix cache holds. Also notes the first admission's in the request."""

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoengine.kernels.activation_triton import silu_and_mul, silu_mul
+from nanoengine.kernels.activation import Activation
+from nanoengine.kernels.activation_triton import act_and_mul, act_mul
 from nanoengine.kernels.matvec import takes_gemv
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 from nanoengine.kernels.rms_norm_triton import add_rms_norm
@@ -41,7 +42,7 @@ def _gemv_kernel(
     x_ptr, residual_ptr, norm_weight_ptr, weight_ptr, bias_ptr, add_ptr, y_ptr, total_ptr,
     x_stride, residual_stride, add_stride, eps,
     T: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GATED: tl.constexpr, NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -86,7 +87,7 @@ def _gemv_kernel(
                 up *= scale
             if HAS_BIAS:
                 up += bias_u
-            y = silu_mul(y, up)
+            y = act_mul(y, up, ACTIVATION)
         if HAS_ADD:
             y += tl.load(add_ptr + t * add_stride + n, mask=n_mask, other=0.0).to(tl.float32)
         tl.store(y_ptr + t * N + n, y.to(y_ptr.dtype.element_ty), mask=n_mask)
@@ -94,14 +95,15 @@ def _gemv_kernel(
 
 @triton.jit
 def _epilogue(y, up, n, t, mask, bias_ptr, add_ptr, y_ptr, add_stride,
-              N: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr):  # fmt: skip
+              N: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+              HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr):  # fmt: skip
     """Finishes float32 sums [n, t] and writes them; n and t are [..., 1] and [1, ...]."""
     if HAS_BIAS:
         y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     if GATED:
         if HAS_BIAS:
             up += tl.load(bias_ptr + N + n, mask=n < N, other=0.0).to(tl.float32)
-        y = silu_mul(y, up)
+        y = act_mul(y, up, ACTIVATION)
     if HAS_ADD:
         y += tl.load(add_ptr + t * add_stride + n, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + t * N + n, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -124,7 +126,8 @@ def _skinny_kernel(
     x_ptr, weight_ptr, bias_ptr, add_ptr, y_ptr, partial_ptr, rows, x_stride, add_stride,
     N: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr, SPAN: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
     t = tl.arange(0, BLOCK_T)[None, :]
@@ -152,7 +155,7 @@ def _skinny_kernel(
             up = tl.dot(u, x, up, input_precision="ieee")
     mask = n_mask & t_mask
     if SPLITS == 1:
-        _epilogue(acc, up, n, t, mask, bias_ptr, add_ptr, y_ptr, add_stride, N, GATED, HAS_BIAS, HAS_ADD)
+        _epilogue(acc, up, n, t, mask, bias_ptr, add_ptr, y_ptr, add_stride, N, GATED, ACTIVATION, HAS_BIAS, HAS_ADD)
     else:
         width: tl.constexpr = 2 * N if GATED else N
         out = partial_ptr + (split * rows + t) * width + n
@@ -165,7 +168,8 @@ def _skinny_kernel(
 def _add_parts_kernel(
     partial_ptr, bias_ptr, add_ptr, y_ptr, rows, add_stride,
     N: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -179,7 +183,7 @@ def _add_parts_kernel(
         y += tl.load(source, mask=n < N, other=0.0)
         if GATED:
             up += tl.load(source + N, mask=n < N, other=0.0)
-    _epilogue(y, up, n, t, n < N, bias_ptr, add_ptr, y_ptr, add_stride, N, GATED, HAS_BIAS, HAS_ADD)
+    _epilogue(y, up, n, t, n < N, bias_ptr, add_ptr, y_ptr, add_stride, N, GATED, ACTIVATION, HAS_BIAS, HAS_ADD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,16 +228,26 @@ def skinny_tile(rows: int, outputs: int, k: int, *, gated: bool, itemsize: int) 
 
 
 def matvec(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gated: bool = False, add: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    gate: Activation | None = None,
+    add: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """As `matvec.matvec`, for up to `MAX_ROWS` rows. With many rows a gate is a kernel of its own, after rounding."""
+    """As `matvec.matvec`, for up to `MAX_ROWS` rows. With many rows a gate is a kernel of its own, after rounding.
+
+    `out`: contiguous; where the result goes. Not with a gate.
+    """
     rows, k = x.shape
+    assert out is None or not gate
     if takes_gemv(rows, k):
-        return gemv(x, weight, bias, gated=gated, add=add)[0]
-    if gated and rows > _GATED_ROWS:
-        y = silu_and_mul(skinny(x, weight, bias, gated=False))
+        return gemv(x, weight, bias, gate=gate, add=add, out=out)[0]
+    if gate and rows > _GATED_ROWS:
+        y = act_and_mul(skinny(x, weight, bias), gate)
         return y if add is None else y.add_(add)
-    return skinny(x, weight, bias, gated=gated, add=add)
+    return skinny(x, weight, bias, gate=gate, add=add, out=out)
 
 
 def norm_matvec(
@@ -244,14 +258,14 @@ def norm_matvec(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    gated: bool = False,
+    gate: Activation | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `matvec.norm_matvec`. One kernel where every program can afford the norm; there, x is not rounded after it."""
     rows, k = x.shape
     if rows == 1 or (takes_gemv(rows, k) and weight.numel() <= _FUSED_NORM_MAX_WEIGHTS):
-        return gemv(x, weight, bias, gated=gated, norm_weight=norm_weight, eps=eps, residual=residual)
+        return gemv(x, weight, bias, gate=gate, norm_weight=norm_weight, eps=eps, residual=residual)
     normed, total = add_rms_norm(x, residual, norm_weight, eps)
-    return matvec(normed, weight, bias, gated=gated), total
+    return matvec(normed, weight, bias, gate=gate), total
 
 
 def _check(x: Tensor, weight: Tensor, add: Tensor | None, outputs: int) -> None:
@@ -260,34 +274,42 @@ def _check(x: Tensor, weight: Tensor, add: Tensor | None, outputs: int) -> None:
     assert add is None or (add.shape == (len(x), outputs) and add.stride(1) == 1), (add, outputs)
 
 
+def _result(x: Tensor, outputs: int, out: Tensor | None) -> Tensor:
+    if out is None:
+        return torch.empty(len(x), outputs, dtype=x.dtype, device=x.device)
+    assert out.shape == (len(x), outputs) and out.dtype == x.dtype and out.is_contiguous(), (out.shape, out.dtype)
+    return out
+
+
 def gemv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     *,
-    gated: bool,
+    gate: Activation | None = None,
     add: Tensor | None = None,
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
     residual: Tensor | None = None,
+    out: Tensor | None = None,
     tile: GemvTile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Product, and the residual stream if there is a norm (else x)."""
     rows, k = x.shape
-    outputs = len(weight) // 2 if gated else len(weight)
+    outputs = len(weight) // 2 if gate else len(weight)
     _check(x, weight, add, outputs)
-    y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    y = _result(x, outputs, out)
     # a buffer of its own: other programs still read `residual`
     total = x if residual is None else torch.empty(rows, k, dtype=x.dtype, device=x.device)
     if rows == 0:
         return y, total
-    tile = tile or gemv_tile(k, gated=gated, itemsize=x.element_size())
+    tile = tile or gemv_tile(k, gated=gate is not None, itemsize=x.element_size())
     _gemv_kernel[(triton.cdiv(outputs, tile.block_n),)](
         x, residual if residual is not None else x, norm_weight if norm_weight is not None else x, weight,
         bias if bias is not None else x, add if add is not None else x, y, total,
         x.stride(0), 0 if residual is None else residual.stride(0), 0 if add is None else add.stride(0), eps,
         T=rows, N=outputs, K=k, BLOCK_N=tile.block_n, BLOCK_K=triton.next_power_of_2(k),
-        GATED=gated, NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None,
+        GATED=gate is not None, ACTIVATION=gate, NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None,
         HAS_BIAS=bias is not None, HAS_ADD=add is not None, num_warps=tile.warps, **pdl_options(x),
     )  # fmt: skip
     return y, total
@@ -298,21 +320,22 @@ def skinny(
     weight: Tensor,
     bias: Tensor | None,
     *,
-    gated: bool,
+    gate: Activation | None = None,
     add: Tensor | None = None,
+    out: Tensor | None = None,
     tile: SkinnyTile | None = None,
 ) -> Tensor:
     """The product by tensor cores."""
     rows, k = x.shape
-    outputs = len(weight) // 2 if gated else len(weight)
+    outputs = len(weight) // 2 if gate else len(weight)
     _check(x, weight, add, outputs)
-    tile = tile or skinny_tile(rows, outputs, k, gated=gated, itemsize=x.element_size())
-    y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    tile = tile or skinny_tile(rows, outputs, k, gated=gate is not None, itemsize=x.element_size())
+    y = _result(x, outputs, out)
     partial = y
     if tile.splits > 1:
         partial = torch.empty(tile.splits, rows, len(weight), dtype=torch.float32, device=x.device)
     span = triton.cdiv(triton.cdiv(k, tile.splits), tile.block_k) * tile.block_k
-    flags = {"GATED": gated, "HAS_BIAS": bias is not None, "HAS_ADD": add is not None}
+    flags = {"GATED": gate is not None, "ACTIVATION": gate, "HAS_BIAS": bias is not None, "HAS_ADD": add is not None}
     tail = (bias if bias is not None else x, add if add is not None else x)
     add_stride = 0 if add is None else add.stride(0)
     _skinny_kernel[(triton.cdiv(outputs, tile.block_n), tile.splits)](

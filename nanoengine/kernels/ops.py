@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoengine.kernels import activation, rms_norm, rope
+from nanoengine.kernels import activation as pointwise
+from nanoengine.kernels import rms_norm, rope
+from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.linear import linear
 from nanoengine.kernels.matvec import use_matvec
 
@@ -26,11 +28,17 @@ class Ops:
     def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return rms_norm.add_rms_norm(x, residual, weight, eps)
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        return activation.silu_and_mul(gate_up)
+    def act_and_mul(self, gate_up: Tensor, activation: Activation = "silu") -> Tensor:
+        return pointwise.act_and_mul(gate_up, activation)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return linear(x, weight, bias)
+    def soft_cap(self, logits: Tensor, cap: float) -> Tensor:
+        """Of logits that nobody else reads: it may be done in place."""
+        return pointwise.soft_cap(logits, cap)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+        """x @ weight.T + bias; `out`, contiguous: where it goes."""
+        y = linear(x, weight, bias)
+        return y if out is None else out.copy_(y)
 
     def norm_linear(
         self,
@@ -41,12 +49,12 @@ class Ops:
         weight: Tensor,
         bias: Tensor | None = None,
         *,
-        gated: bool = False,
+        gate: Activation | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`add_rms_norm`, the product, and `silu_and_mul` if gated -> (result, residual stream)."""
+        """`add_rms_norm`, the product, and `act_and_mul` if there is a gate -> (result, residual stream)."""
         normed, total = self.add_rms_norm(x, residual, norm_weight, eps)
         y = self.linear(normed, weight, bias)
-        return (self.silu_and_mul(y) if gated else y), total
+        return (self.act_and_mul(y, gate) if gate else y), total
 
     def linear_add(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
@@ -81,7 +89,7 @@ class TritonOps(Ops):
     def __init__(self) -> None:
         from nanoengine.kernels import activation_triton, matvec_triton, rms_norm_triton, rope_triton
 
-        self._norm, self._gate, self._rope, self._matvec = (
+        self._norm, self._pointwise, self._rope, self._matvec = (
             rms_norm_triton,
             activation_triton,
             rope_triton,
@@ -94,13 +102,19 @@ class TritonOps(Ops):
         normed, _ = self._norm.add_rms_norm(x.reshape(-1, x.shape[-1]), None, weight, eps)
         return normed.view(x.shape), x
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        return self._gate.silu_and_mul(gate_up)
+    def act_and_mul(self, gate_up: Tensor, activation: Activation = "silu") -> Tensor:
+        return self._pointwise.act_and_mul(gate_up, activation)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def soft_cap(self, logits: Tensor, cap: float) -> Tensor:
+        return self._pointwise.soft_cap(logits, cap)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
         if self._few(x, weight):
-            return self._matvec.matvec(x, weight, bias)
-        return F.linear(x, weight, bias)
+            return self._matvec.matvec(x, weight, bias, out=out)
+        if out is None:
+            return F.linear(x, weight, bias)
+        columns = weight.t()
+        return torch.mm(x, columns, out=out) if bias is None else torch.addmm(bias, x, columns, out=out)
 
     def _few(self, x: Tensor, weight: Tensor) -> bool:
         return 0 < len(x) <= self._matvec.MAX_ROWS and use_matvec(len(x), len(weight), weight.shape[1], x.dtype)
@@ -114,11 +128,11 @@ class TritonOps(Ops):
         weight: Tensor,
         bias: Tensor | None = None,
         *,
-        gated: bool = False,
+        gate: Activation | None = None,
     ) -> tuple[Tensor, Tensor]:
         if self._few(x, weight):
-            return self._matvec.norm_matvec(x, residual, norm_weight, eps, weight, bias, gated=gated)
-        return super().norm_linear(x, residual, norm_weight, eps, weight, bias, gated=gated)
+            return self._matvec.norm_matvec(x, residual, norm_weight, eps, weight, bias, gate=gate)
+        return super().norm_linear(x, residual, norm_weight, eps, weight, bias, gate=gate)
 
     def linear_add(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from nanoengine.kernels.activation import Activation
 from nanoengine.layers.norm import RMSNorm
 from nanoengine.layers.sharding import Placement, Shard, ShardSpec, WeightLayer, part_sizes
 
@@ -23,16 +24,22 @@ class LinearMethod(ABC):
         """Take `values`, this rank's slice of a checkpoint tensor, into parameter `name`."""
 
     @abstractmethod
-    def apply(self, layer: WeightLayer, x: Tensor, bias: Tensor | None) -> Tensor:
-        """[T, in on this rank] -> [T, out on this rank]."""
+    def apply(self, layer: WeightLayer, x: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
+        """[T, in on this rank] -> [T, out on this rank]. `out`: where it is to go."""
 
     def apply_normed(
-        self, layer: WeightLayer, norm: RMSNorm, x: Tensor, residual: Tensor | None, bias: Tensor | None, gated: bool
+        self,
+        layer: WeightLayer,
+        norm: RMSNorm,
+        x: Tensor,
+        residual: Tensor | None,
+        bias: Tensor | None,
+        gate: Activation | None,
     ) -> tuple[Tensor, Tensor]:
-        """Norm, product and, if `gated`, silu(first half) * second half -> (result, residual stream)."""
+        """Norm, product and, with a `gate`, gate(first half) * second half -> (result, residual stream)."""
         normed, total = layer.ops.add_rms_norm(x, residual, norm.weight, norm.eps)
         y = self.apply(layer, normed, bias)
-        return (layer.ops.silu_and_mul(y) if gated else y), total
+        return (layer.ops.act_and_mul(y, gate) if gate else y), total
 
     def apply_added(
         self, layer: WeightLayer, x: Tensor, bias: Tensor | None, residual: Tensor
@@ -50,14 +57,20 @@ class Unquantised(LinearMethod):
     def load(self, layer: WeightLayer, name: str, shard: Shard, values: Tensor) -> None:
         WeightLayer.load_shard(layer, name, shard, values)
 
-    def apply(self, layer: WeightLayer, x: Tensor, bias: Tensor | None) -> Tensor:
-        return layer.ops.linear(x, layer.get_parameter("weight"), bias)
+    def apply(self, layer: WeightLayer, x: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
+        return layer.ops.linear(x, layer.get_parameter("weight"), bias, out=out)
 
     def apply_normed(
-        self, layer: WeightLayer, norm: RMSNorm, x: Tensor, residual: Tensor | None, bias: Tensor | None, gated: bool
+        self,
+        layer: WeightLayer,
+        norm: RMSNorm,
+        x: Tensor,
+        residual: Tensor | None,
+        bias: Tensor | None,
+        gate: Activation | None,
     ) -> tuple[Tensor, Tensor]:
         weight = layer.get_parameter("weight")
-        return layer.ops.norm_linear(x, residual, norm.weight, norm.eps, weight, bias, gated=gated)
+        return layer.ops.norm_linear(x, residual, norm.weight, norm.eps, weight, bias, gate=gate)
 
     def apply_added(
         self, layer: WeightLayer, x: Tensor, bias: Tensor | None, residual: Tensor
@@ -96,16 +109,14 @@ class Linear(WeightLayer):
         return self.method.apply(self, x, self.bias)
 
     def normed(
-        self, norm: RMSNorm, x: Tensor, residual: Tensor | None, *, gated: bool = False
+        self, norm: RMSNorm, x: Tensor, residual: Tensor | None, *, gate: Activation | None = None
     ) -> tuple[Tensor, Tensor]:
         """The layer behind a norm: see `LinearMethod.apply_normed`."""
-        return self.method.apply_normed(self, norm, x, residual, self.bias, gated)
+        return self.method.apply_normed(self, norm, x, residual, self.bias, gate)
 
     def added(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
         """The layer before the residual stream: see `LinearMethod.apply_added`."""
-        if self.tp.size == 1:
-            return self.method.apply_added(self, x, self.bias, residual)
-        return self(x), residual
+        return self.method.apply_added(self, x, self.bias, residual)
 
 
 class ReplicatedLinear(Linear):
@@ -174,21 +185,32 @@ class RowParallelLinear(Linear):
         weight = ShardSpec(shape=(out_features, in_features), dim=1, split="even", unit=head_size or 1)
         spec = ShardSpec(shape=(out_features,)) if bias else None
         super().__init__(weight, spec, place=place, method=method)
+        self.out_features = out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias if self.tp.rank == 0 else None  # once in the sum over ranks
-        return self.tp.all_reduce(self.method.apply(self, x, bias))
+        return self.tp.all_reduce(self.method.apply(self, x, self._bias_once))
+
+    def added(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.tp.size == 1:
+            return super().added(x, residual)
+        out = self.tp.partial_sum(len(x), self.out_features, x.dtype)
+        return self.tp.all_reduce_add(self.method.apply(self, x, self._bias_once, out=out), residual)
+
+    @property
+    def _bias_once(self) -> Tensor | None:
+        """The bias, in one of the ranks' sums."""
+        return self.bias if self.tp.rank == 0 else None
 
 
 def normed(
-    layer: nn.Module, norm: RMSNorm, x: Tensor, residual: Tensor | None, *, gated: bool = False
+    layer: nn.Module, norm: RMSNorm, x: Tensor, residual: Tensor | None, *, gate: Activation | None = None
 ) -> tuple[Tensor, Tensor]:
     """`Linear.normed`, also of what a build context put in a linear's place."""
     if isinstance(layer, Linear):
-        return layer.normed(norm, x, residual, gated=gated)
+        return layer.normed(norm, x, residual, gate=gate)
     hidden, total = norm.ops.add_rms_norm(x, residual, norm.weight, norm.eps)
     y = layer(hidden)
-    return (norm.ops.silu_and_mul(y) if gated else y), total
+    return (norm.ops.act_and_mul(y, gate) if gate else y), total
 
 
 def added(layer: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:

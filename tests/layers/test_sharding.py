@@ -44,6 +44,9 @@ class Rank(TensorParallelGroup):
     def all_gather(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def highest(self, keys: Tensor) -> Tensor:
+        raise NotImplementedError
+
 
 def load_ranks(name: str, path: Path, size: int) -> list[BuiltModel]:
     _, cls, _ = MODELS[name]

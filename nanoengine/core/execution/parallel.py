@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -23,6 +24,21 @@ class TensorParallelGroup(ABC):
     def all_gather(self, x: Tensor) -> Tensor:
         """[..., n] -> [..., n * size], rank order along the last dimension."""
 
+    @abstractmethod
+    def highest(self, keys: Tensor) -> Tensor:
+        """int64 [R] -> the highest of all ranks' keys in each place."""
+
+    def begin_forward(self) -> None:  # noqa: B027 - most have nothing to do
+        """A forward pass starts, or the capture of one. Every rank calls it."""
+
+    def partial_sum(self, rows: int, width: int, dtype: torch.dtype) -> Tensor | None:
+        """Where to write [rows, width] that goes to `all_reduce_add` next; None: anywhere."""
+        return None
+
+    def all_reduce_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Sum over ranks, to be added to the residual stream: (sum, residual), or (all added up, None)."""
+        return self.all_reduce(x), residual
+
 
 class SingleRank(TensorParallelGroup):
     rank = 0
@@ -33,3 +49,6 @@ class SingleRank(TensorParallelGroup):
 
     def all_gather(self, x: Tensor) -> Tensor:
         return x
+
+    def highest(self, keys: Tensor) -> Tensor:
+        return keys

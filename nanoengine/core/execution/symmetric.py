@@ -1,0 +1,100 @@
+"""Memory that the GPUs of one host read of each other, and the small collectives on it.
+
+A product that is to be summed over ranks is written straight into a rank's buffer (`partial`), and one kernel on each
+rank reads all of them (`all_reduce_triton`). Larger sums are NCCL's. Needs GPUs that reach each other's memory (NVLink
+or PCIe peer access); no multicast.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_BUFFERS = 3
+_ALIGN = 256
+_CAPACITY = {2: 8 << 20}
+_CAPACITY_OF_MORE = 1 << 20
+"""Bytes up to which one shot beats NCCL's ring: with two ranks both move the same bytes, with more one shot reads
+size - 1 times as many."""
+
+
+class SymmetricMemory:
+    """One rank's view. Made by all ranks together, used by all in the same order.
+
+    Three buffers take turns, so that nobody writes where another may still be reading: each sum meets the others once,
+    before it reads, and a buffer is written again only when its writer has met the others since. The first sum of a
+    forward pass has a buffer of its own and the rest alternate, whatever graph ran before.
+    """
+
+    def __init__(self, group: ProcessGroup, device: torch.device, max_rows: int) -> None:
+        """`max_rows`: of `highest`. Raises whatever torch raises where the GPUs do not reach each other's memory."""
+        import torch.distributed as dist
+        import torch.distributed._symmetric_memory as symmetric
+
+        from nanoengine.kernels import all_reduce_triton
+
+        self._kernels = all_reduce_triton
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        self.capacity = _CAPACITY.get(size, _CAPACITY_OF_MORE)
+        self._half = max_rows
+        signal_bytes = size * all_reduce_triton.MAX_PROGRAMS * 4
+        starts = [0]
+        for part in (_BUFFERS * self.capacity, 2 * max_rows * 8, signal_bytes, signal_bytes):
+            starts.append(starts[-1] + -(-part // _ALIGN) * _ALIGN)
+        self._memory = symmetric.empty(starts[-1], dtype=torch.uint8, device=device)
+        self._memory.zero_()
+        self._handle = symmetric.rendezvous(self._memory, group.group_name)
+        every = [self._handle.get_buffer(peer, (starts[-1],), torch.uint8) for peer in range(size)]
+        torch.cuda.synchronize(device)
+        dist.barrier(group)  # nobody signals before all signals are zero
+        addresses = torch.tensor([each.data_ptr() for each in every], dtype=torch.int64)
+
+        def peers(data: int, signals: int) -> Any:
+            return all_reduce_triton.Peers(
+                rank=rank,
+                size=size,
+                data=(addresses + data).to(device),
+                signals=(addresses + signals).to(device),
+                turns=torch.zeros(all_reduce_triton.MAX_PROGRAMS, dtype=torch.int32, device=device),
+            )
+
+        self._sums, self._keys = peers(0, starts[2]), peers(starts[1], starts[3])
+        self._turn = 0
+
+    def begin_forward(self) -> None:
+        self._turn = 0
+
+    def partial(self, rows: int, width: int, dtype: torch.dtype) -> Tensor | None:
+        """[rows, width] of the buffer whose turn it is; None where it is too large."""
+        size = rows * width * dtype.itemsize
+        if not 0 < size <= self.capacity or (width * dtype.itemsize) % 16:
+            return None
+        start = self._buffer * self.capacity
+        return self._memory[start : start + size].view(dtype).view(rows, width)
+
+    def all_reduce_add(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
+        """The sum over ranks and the residual stream; None where x is too large. x need not come from `partial`."""
+        buffer = self.partial(math.prod(x.shape[:-1]), x.shape[-1], x.dtype)
+        if buffer is None:
+            return None
+        if x.data_ptr() != buffer.data_ptr():
+            buffer.copy_(x.view(buffer.shape))
+        offset = self._buffer * self.capacity // x.element_size()
+        self._turn += 1
+        like = buffer.view(x.shape)
+        return self._kernels.all_reduce_add(self._sums, offset, like, residual)
+
+    def highest(self, keys: Tensor) -> Tensor:
+        """int64 [R] -> the highest of all ranks'."""
+        return self._kernels.highest(self._keys, keys, self._half)
+
+    @property
+    def _buffer(self) -> int:
+        """2, then 0 and 1 by turns."""
+        return 2 if self._turn == 0 else (self._turn - 1) % 2

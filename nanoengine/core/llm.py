@@ -43,6 +43,8 @@ class EngineStats:
     Attributes:
         steps: steps launched. mixed_steps: of them, with decode and prefill rows. chunks: prefill rows that were only a
             part of what was left to compute.
+        graph_steps, mixed_graph_steps, graph_tails: finished steps of which a CUDA graph was replayed: of a decode
+            step's model, of a mixed step's model, of the sampling behind either.
         preemptions: requests that gave their blocks back and were computed again.
         prompt_tokens: tokens of admitted prompts. prefix_hit_tokens: of them, taken from the prefix cache.
         resumed_hit_tokens: taken from it by preempted requests that came back.
@@ -52,6 +54,9 @@ class EngineStats:
     steps: int
     mixed_steps: int
     chunks: int
+    graph_steps: int
+    mixed_graph_steps: int
+    graph_tails: int
     preemptions: int
     prompt_tokens: int
     prefix_hit_tokens: int

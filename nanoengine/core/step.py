@@ -204,6 +204,7 @@ class StepResult(_Message):
             possible. A failed row has count 0.
         sampled_logprobs: one entry a new token whose slot asked for log-probs.
         prompt_logprobs: one entry a prompt position that asked.
+        graphs: which parts ran as replayed CUDA graphs: a sum of `GRAPH_DECODE`, `GRAPH_MIXED`, `GRAPH_TAIL`.
     """
 
     step: int = 0
@@ -212,8 +213,10 @@ class StepResult(_Message):
     failed: Int32 = field(default_factory=i32)
     sampled_logprobs: LogprobRows = field(default_factory=LogprobRows)
     prompt_logprobs: LogprobRows = field(default_factory=LogprobRows)
+    graphs: int = 0
 
 
+GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL = 1, 2, 4
 ROW_FINE, ROW_BAD_LOGITS, ROW_NOTHING_LEFT = 0, 1, 2
 
 

@@ -29,13 +29,14 @@ Ints = npt.NDArray[np.int64]
 @dataclass(frozen=True, slots=True)
 class Forwarded:
     """A step between its two calls. hidden: [L, H], the rows that need logits; or already logits: [L, V/tp], by
-    the graph of that many rows."""
+    the graph of that many rows. replayed: what ran as a graph, as in `StepResult.graphs`."""
 
     plan: StepPlan
     inputs: GatheredStep
     hidden: Tensor | None
     logits: Tensor | None
     graph: int | None = None
+    replayed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class EagerTail:
         self.tables.record(slots, positions, drawn.token_ids)
         real = plan.num_rows  # a graph's padding stands behind
         self.tables.advance(step.inputs.slots[:real], step.inputs.query_lens[:real])
-        return LaunchedStep(plan, rows, drawn.token_ids, drawn.failed, drawn.logprobs, prompt_logprobs)
+        return LaunchedStep(plan, rows, drawn.token_ids, drawn.failed, drawn.logprobs, prompt_logprobs, step.replayed)
 
     def active(self, host_slots: npt.NDArray[np.int32]) -> frozenset[str]:
         """Stages that some row wants, but those that cannot change what only greedy rows take."""

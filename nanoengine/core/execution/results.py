@@ -46,8 +46,10 @@ class LaunchedStep:
         failed: Tensor,
         sampled: Sequence[PendingLogprobs],
         prompt: Sequence[PendingLogprobs],
+        graphs: int = 0,
     ) -> None:
-        self._plan, self._rows, self._sampled, self._prompt = plan, rows, sampled, prompt
+        """`graphs`: as in `StepResult`."""
+        self._plan, self._rows, self._sampled, self._prompt, self._graphs = plan, rows, sampled, prompt, graphs
         sent = [token_ids, failed, *(t for part in (*sampled, *prompt) for t in part.tensors)]
         self._arrived: torch.cuda.Event | None = None
         self._arrays = [_send(tensor) for tensor in sent]
@@ -87,6 +89,7 @@ class LaunchedStep:
             failed=failed,
             sampled_logprobs=sampled,
             prompt_logprobs=prompt,
+            graphs=self._graphs,
         )
 
 

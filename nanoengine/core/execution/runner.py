@@ -33,7 +33,7 @@ from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, dec
 from nanoengine.core.execution.weights import dummy_weights, load_weights
 from nanoengine.core.setup.choose import load_checked
 from nanoengine.core.setup.plan import EnginePlan, TargetLoader
-from nanoengine.core.step import StageColumn, StepPlan
+from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, StageColumn, StepPlan
 from nanoengine.kernels.ops import ops_for
 
 
@@ -190,7 +190,7 @@ class ModelRunner:
         decode, mixed = self.graphs.decode, self.graphs.mixed
         if decode is not None and only_decode and (rows := decode.size_for(plan.num_rows)) is not None:
             inputs = self._gather(padded(plan, rows, self.tables.dummy_slot))
-            return Forwarded(plan, inputs, None, decode.replay(rows)[: plan.num_rows], rows)
+            return Forwarded(plan, inputs, None, decode.replay(rows)[: plan.num_rows], rows, GRAPH_DECODE)
         if mixed is not None and (size := mixed.size_for(plan)) is not None:
             return self._replay_mixed(plan, size, mixed)
         inputs = self._gather(plan)
@@ -211,7 +211,7 @@ class ModelRunner:
             query_lens=inputs.query_lens.index_select(0, rows),
             logits_index=inputs.logits_index.index_select(0, wanted),
         )
-        return Forwarded(plan, own, None, logits.index_select(0, wanted))
+        return Forwarded(plan, own, None, logits.index_select(0, wanted), replayed=GRAPH_MIXED)
 
     def _gather(self, plan: StepPlan, pad_tokens: int = 0) -> GatheredStep:
         inputs = self.buffers.gather(plan, self.tables, pad_tokens)
@@ -244,7 +244,8 @@ class ModelRunner:
         if kind is None:
             return None
         result, rows = tail.replay(step.graph, kind), plan.num_rows
-        return LaunchedStep(plan, plan.logits_rows, result.token_ids[:rows], result.failed[:rows], (), ())
+        replayed = step.replayed | GRAPH_TAIL
+        return LaunchedStep(plan, plan.logits_rows, result.token_ids[:rows], result.failed[:rows], (), (), replayed)
 
     def release(self) -> None:
         """Drop everything the device holds."""

@@ -1,0 +1,67 @@
+"""The phases of a start: all of the time is somebody's, in order, and they are said."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanoengine.core.startup import PHASES, Phase, StartClock, StartReport, process_seconds
+
+from .support import mock_llm
+
+
+def test_laps_are_all_of_the_time_in_the_order_of_phases() -> None:
+    began, clock = time.perf_counter(), StartClock()
+    for name in ("weights", "plugins", "weights"):
+        time.sleep(0.01)
+        clock.lap(name)
+    took, report = time.perf_counter() - began, clock.report()
+    assert [phase.name for phase in report.phases] == ["plugins", "weights"]
+    assert report.of("weights") >= 0.02
+    assert report.seconds == pytest.approx(took, abs=0.005)
+    assert report.of("capture") == 0.0
+    with pytest.raises(AssertionError, match="wieghts"):
+        clock.lap("wieghts")
+
+
+def test_what_was_measured_elsewhere_is_not_counted_twice() -> None:
+    began, clock = time.perf_counter(), StartClock()
+    time.sleep(0.03)
+    clock.lap_around("workers", [Phase("weights", 0.01), Phase("capture", 0.005)])
+    took, found = time.perf_counter() - began, clock.report()
+    assert found.as_dict().keys() == {"weights", "capture", "workers"}
+    assert found.seconds == pytest.approx(took, abs=0.005)
+
+
+def test_line_and_table() -> None:
+    report = StartReport((Phase("import", 1.84), Phase("plugins", 0.01), Phase("weights", 0.45)))
+    assert report.line() == "ready in 2.3 s (import 1.8, weights 0.5)"
+    assert report.table().splitlines() == [
+        "import          1.840 s", "plugins         0.010 s", "weights         0.450 s", "in all          2.300 s"
+    ]  # fmt: skip
+    assert StartReport(()).line() == "ready in 0.0 s"
+
+
+def test_an_engine_reports_and_logs_its_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    began = time.perf_counter()
+    with caplog.at_level(logging.INFO, logger="nanoengine"), mock_llm(tmp_path) as llm:
+        took = time.perf_counter() - began
+        found = llm.start_report
+    assert 0.5 * took < found.seconds <= took
+    names = [phase.name for phase in found.phases]
+    assert names == [n for n in PHASES if n in names]
+    assert {"plugins", "model source", "choice", "tokenizer", "weights", "buffers", "kv cache", "engine"} <= {*names}
+    assert found.line() in caplog.text
+
+
+def test_the_age_of_a_process_counts_from_its_start() -> None:
+    code = "import time; time.sleep(0.3); from nanoengine.core.startup import process_seconds as p; print(p())"
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0.3 <= float(done.stdout) <= time.perf_counter() - began + 0.02
+    assert process_seconds() > 0.3

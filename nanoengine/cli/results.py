@@ -149,6 +149,8 @@ class Tally:
     cached_tokens: int = 0
     generated: int = 0
     ttfts: list[float] = field(default_factory=list)
+    first_token: float | None = None  # when the first token of all came, on the monotonic clock
+    first_step: float = 0.0  # seconds from scheduling it
 
     def add(self, output: RequestOutput) -> None:
         self.finished += 1
@@ -156,8 +158,12 @@ class Tally:
         self.prompt_tokens += len(output.prompt_token_ids)
         self.cached_tokens += output.num_cached_tokens
         self.generated += sum(len(sample.token_ids) for sample in output.outputs)
-        if output.metrics.ttft is not None:
-            self.ttfts.append(output.metrics.ttft)
+        metrics = output.metrics
+        if metrics.ttft is None or metrics.first_token is None or metrics.first_scheduled is None:
+            return
+        self.ttfts.append(metrics.ttft)
+        if self.first_token is None or metrics.first_token < self.first_token:
+            self.first_token, self.first_step = metrics.first_token, metrics.first_token - metrics.first_scheduled
 
     def line(self, seconds: float) -> str:
         noun = "prompt" if self.total == 1 else "prompts"

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,6 +27,7 @@ from nanoengine.core.request import RequestMetrics, RequestOutput
 from nanoengine.core.setup.config import RunConfig, load_config
 from nanoengine.core.setup.plugins import discover
 from nanoengine.core.setup.prompts import Prompt, PromptFile, read_prompts
+from nanoengine.core.startup import StartClock, process_seconds
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -42,6 +43,7 @@ def run(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
     plugin: PluginOption = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print each phase of the start.")] = False,
     debug: DebugOption = False,
     multirun: MultirunOption = False,
 ) -> None:
@@ -49,15 +51,25 @@ def run(
     with user_errors(debug):
         if multirun:
             raise ConfigError("--multirun (-m): sweeps are not supported; run once for each combination")
+        clock = StartClock.of_process()
         registry = discover(plugin or ())
         inputs: dict[str, str | Path] = {"the configuration file": config}
         inputs |= {f"plugin file {path}": path for path in plugin or ()}
-        status = run_config(load_config(config, overrides or (), registry=registry), registry, inputs)
+        composed = load_config(config, overrides or (), registry=registry)
+        clock.lap("plugins")
+        status = run_config(composed, registry, inputs, clock, verbose=verbose)
         if status:
             raise typer.Exit(status)
 
 
-def run_config(config: RunConfig, registry: Registry, inputs: Mapping[str, str | Path]) -> int:
+def run_config(
+    config: RunConfig,
+    registry: Registry,
+    inputs: Mapping[str, str | Path],
+    clock: StartClock,
+    *,
+    verbose: bool = False,
+) -> int:
     """The exit status. `inputs`: files that `output` must not overwrite, by what to call them.
 
     Raises `NanoEngineError` for what stops it before the first prompt runs, `ResultsLost` for results that cannot be
@@ -75,7 +87,10 @@ def run_config(config: RunConfig, registry: Registry, inputs: Mapping[str, str |
     say(f"loading {config.model.source}")
     from nanoengine.core.llm import LLM
 
-    with LLM.from_run_config(config, registry=registry, say=say) as llm, ResultsFile(config.output) as results:
+    clock.lap("import")
+    made = LLM.from_run_config(config, registry=registry, say=say, clock=clock)
+    with made as llm, ResultsFile(config.output) as results:
+        say(llm.start_report.table() if verbose else llm.start_report.line())
         return Batch(llm, prompts, results, chat=config.chat).run()
 
 
@@ -105,6 +120,9 @@ class Batch:
                 interrupted = True
         if interrupted:
             say("interrupted; what had finished is kept")
+        if tally.first_token is not None:
+            age = process_seconds() - (time.monotonic() - tally.first_token)
+            say(f"first token {age:.1f} s after the process started; its step took {tally.first_step:.2f} s")
         say(tally.line(time.perf_counter() - start))
         return INTERRUPTED if interrupted else FAILED if tally.failed else 0
 

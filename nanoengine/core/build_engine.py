@@ -22,6 +22,7 @@ from nanoengine.core.scheduling.scheduler import Scheduler, SchedulerConfig
 from nanoengine.core.setup.generation import read_generation_defaults
 from nanoengine.core.setup.options import EngineOptions
 from nanoengine.core.setup.registry import Registry
+from nanoengine.core.startup import StartClock, StartReport
 from nanoengine.core.text import Tokenizer, load_tokenizer
 
 
@@ -41,7 +42,7 @@ class BuiltEngine:
 
     Attributes:
         tokenizer: tokenizer, or None. sampling_defaults: the model's own, as keywords of `SamplingParams`.
-        memory: what the KV cache and the weights take.
+        memory: what the KV cache and the weights take. start: how long the phases of the start took.
     """
 
     engine: Engine
@@ -51,6 +52,7 @@ class BuiltEngine:
     resolver: ParamsResolver
     sampling_defaults: Mapping[str, Any]
     memory: MemoryReport
+    start: StartReport
 
     def need_tokenizer(self) -> Tokenizer:
         return _need(self.tokenizer)
@@ -69,10 +71,11 @@ class BuiltEngine:
         self.engine.close()
 
 
-def build_engine(assembly: Assembly, registry: Registry) -> BuiltEngine:
-    """Raises what loading raises; nothing is left running then."""
+def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> BuiltEngine:
+    """Raises what loading raises; nothing is left running then. `clock` gets the phases from here on."""
     plan, options = assembly.plan, assembly.plan.options
     tokenizer = None if options.skip_tokenizer_init else load_tokenizer(assembly.model_path)
+    clock.lap("tokenizer")
     stages = [(found.spec.name, found.spec.params) for found in registry.stages()]
     assert options.max_model_len is not None
     ctx = _ParamsContext(assembly.vocab_size, options.max_model_len, tokenizer)
@@ -83,6 +86,7 @@ def build_engine(assembly: Assembly, registry: Registry) -> BuiltEngine:
     executor = InProcessExecutor()
     try:
         memory = executor.start(plan, assembly.loader)
+        clock.lap_around("workers", memory.phases)
         resolver = ParamsResolver(stages, ctx, defaults.eos_ids, memory.failed_stages)
         engine = Engine(
             EngineLimits(
@@ -99,6 +103,7 @@ def build_engine(assembly: Assembly, registry: Registry) -> BuiltEngine:
     except BaseException:
         executor.shutdown()
         raise
+    clock.lap("engine")
     return BuiltEngine(
         engine=engine,
         executor=executor,
@@ -107,6 +112,7 @@ def build_engine(assembly: Assembly, registry: Registry) -> BuiltEngine:
         resolver=resolver,
         sampling_defaults=defaults.sampling,
         memory=memory,
+        start=clock.report(),
     )
 
 

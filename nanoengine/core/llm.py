@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from nanoengine.core.sampling_params import SamplingParams
 from nanoengine.core.setup.options import OPTIONS_NOT_SERVED, EngineOptions
 from nanoengine.core.setup.plugins import discover
 from nanoengine.core.setup.registry import Registry
+from nanoengine.core.startup import StartClock, StartReport
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
+_log = logging.getLogger("nanoengine")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,24 +94,46 @@ class LLM:
         plugins: Sequence[Any] = (),
         **options: Any,
     ) -> None:
-        self._start(str(model), implementation, attention, engine_options(options), _discover(plugins), None)
+        clock, checked = StartClock(), engine_options(options)
+        registry = _discover(plugins)
+        clock.lap("plugins")
+        self._start(str(model), implementation, attention, checked, registry, None, clock)
 
     @classmethod
     def from_config(cls, path: str | Path, overrides: Sequence[str] = (), *, plugins: Sequence[Any] = ()) -> Self:
         """An LLM as a YAML file describes it, with overrides as on the command line ("sampler.top_p=0.9")."""
         from nanoengine.core.setup.config import load_config
 
-        registry = _discover(plugins)
-        return cls.from_run_config(load_config(path, overrides, registry=registry), registry=registry)
+        clock, registry = StartClock(), _discover(plugins)
+        config = load_config(path, overrides, registry=registry)
+        clock.lap("plugins")
+        return cls.from_run_config(config, registry=registry, clock=clock)
 
     @classmethod
     def from_run_config(
-        cls, config: RunConfig, *, registry: Registry, say: Callable[[str], None] | None = None
+        cls,
+        config: RunConfig,
+        *,
+        registry: Registry,
+        say: Callable[[str], None] | None = None,
+        clock: StartClock | None = None,
     ) -> Self:
-        """An LLM as a composed configuration describes it. `say` is given a line where fetching a model takes time."""
+        """An LLM as a composed configuration describes it.
+
+        `say` is given a line where fetching a model takes time. `clock` holds the phases of the start until here.
+        """
         self = cls.__new__(cls)
         model, backend = config.model, config.attention.backend
-        self._start(model.source, model.implementation, backend, config.engine, registry, config.sampler, say)
+        self._start(
+            model.source,
+            model.implementation,
+            backend,
+            config.engine,
+            registry,
+            config.sampler,
+            clock or StartClock(),
+            say,
+        )
         return self
 
     def _start(
@@ -119,10 +144,15 @@ class LLM:
         options: EngineOptions,
         registry: Registry,
         sampler: Mapping[str, Any] | None,
+        clock: StartClock,
         say: Callable[[str], None] | None = None,
     ) -> None:
         path = find_model(model, registry, say or _say)
-        self._built: BuiltEngine = build_engine(assemble(path, attention, options, registry, implementation), registry)
+        clock.lap("model source")
+        assembly = assemble(path, attention, options, registry, implementation)
+        clock.lap("choice")
+        self._built: BuiltEngine = build_engine(assembly, registry, clock)
+        _log.info("%s: %s", model, self.start_report.line())
         self.engine: Engine = self._built.engine
         self._ids = itertools.count()
         try:
@@ -251,6 +281,11 @@ class LLM:
     def stats(self) -> EngineStats:
         """Counts since the start: see `EngineStats`."""
         return EngineStats(**self._built.counters())
+
+    @property
+    def start_report(self) -> StartReport:
+        """How long the start took, phase by phase."""
+        return self._built.start
 
     def reset_prefix_cache(self) -> None:
         """Forget what the prefix cache holds, as after a change of weights. Raises while requests are running."""

@@ -17,6 +17,7 @@ from nanoengine.cli.app import app
 from nanoengine.core.errors import RequestError
 from nanoengine.core.request import CompletionOutput, RequestMetrics, RequestOutput
 from nanoengine.core.setup.config import RunConfig
+from nanoengine.core.startup import StartClock, StartReport
 
 
 @dataclass
@@ -75,15 +76,18 @@ class FakeLLM:
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.engine, self.closed = config, FakeEngine(type(self).interrupt_after), False
+        self.start_report = StartReport(())
         self.default_params = "the defaults"
         self.has_chat_template = type(self).template
 
     @classmethod
-    def from_run_config(cls, config: RunConfig, *, registry: Any, say: Any) -> FakeLLM:
+    def from_run_config(cls, config: RunConfig, *, registry: Any, say: Any, clock: StartClock) -> FakeLLM:
         if cls.failure is not None:
             raise cls.failure
         say("fetching the model")
         cls.made.append(cls(config))
+        clock.lap("weights")
+        cls.made[-1].start_report = clock.report()
         return cls.made[-1]
 
     def chat_prompt(self, messages: Any) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
@@ -64,7 +65,16 @@ def test_rows_answers_and_closing_line(fake: Any, nanoengine: Run, config: Any, 
     assert last.startswith("3 prompts, 16 prompt + 6 generated tokens in ")
     assert last.endswith("tokens/s, TTFT median 1000 ms, prefix-cache hit rate 43.8%")
     assert "3/3" in result.stderr
+    ready = next(line for line in result.stderr.splitlines() if line.startswith("ready in "))
+    assert re.fullmatch(r"ready in \d+\.\d s \(process \d+\.\d.*\)", ready), ready
+    assert re.search(r"^first token \d+\.\d s after the process started; its step took 0\.50 s$", result.stderr, re.M)
     assert fake.made[0].closed
+
+
+def test_verbose_prints_every_phase_of_the_start(fake: Any, nanoengine: Run, config: Any) -> None:
+    result = nanoengine("run", config("model: a/b\nprompts: [hello]\n"), "--verbose")
+    phases = re.findall(r"^(\w[\w ]+?) +\d+\.\d{3} s$", result.stderr, re.M)
+    assert phases == ["process", "import", "plugins", "weights", "in all"]
 
 
 def test_nothing_but_answers_on_standard_output(fake: Any, nanoengine: Run, config: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from nanoengine.core.errors import ConfigError
 from nanoengine.core.setup.options import EngineOptions
+from nanoengine.core.startup import Phase
 
 CPU_KV_CACHE_BYTES = 4 << 30
 
@@ -21,6 +22,7 @@ class MemoryReport:
         num_blocks: usable KV blocks of each group (the dummy block not counted). block_bytes: one block over all
             layers of all groups. kv_cache_bytes: all of them. weight_bytes: parameters.
         failed_stages: sampler stages that could not be made: name -> cause.
+        phases: how long the runner took for each phase of its start.
     """
 
     num_blocks: int
@@ -30,6 +32,7 @@ class MemoryReport:
     kv_cache_bytes: int
     weight_bytes: int
     failed_stages: Mapping[str, str] = field(default_factory=dict)
+    phases: tuple[Phase, ...] = ()
 
 
 def count_blocks(options: EngineOptions, block_bytes: int, default_budget: Callable[[], int]) -> int:

@@ -33,6 +33,7 @@ from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, dec
 from nanoengine.core.execution.weights import dummy_weights, load_weights
 from nanoengine.core.setup.choose import load_checked
 from nanoengine.core.setup.plan import EnginePlan, TargetLoader
+from nanoengine.core.startup import StartClock
 from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, StageColumn, StepPlan
 from nanoengine.kernels.ops import ops_for
 
@@ -54,10 +55,13 @@ class ModelRunner:
             return self._start()
 
     def _start(self) -> MemoryReport:
-        options = self.plan.options
+        options, self.clock = self.plan.options, StartClock()
         model_class: type[Model] = load_checked(self.loader, self.plan.model, Model)
         ops = ops_for(self.device, fuse=options.fuse_kernels)
         self.fused = ops.name == "triton"
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # makes the context
+        self.clock.lap("device")
         built = build_model(model_class, self.plan.hf_config, tp=self.tp, dtype=self.dtype, device=self.device, ops=ops)
         self.model, self.vocab_size = built.model, built.config.vocab_size
         if options.load_format == "dummy":
@@ -65,11 +69,15 @@ class ModelRunner:
         else:
             load_weights(built.model, built.config, self.plan.model_path, self.tp)
         self.model.eval()
+        self.clock.lap("weights")
         self._make_backends(built)
         self._make_tables()
+        self.clock.lap("buffers")
         report = self._make_kv_cache(built)
+        self.clock.lap("kv cache")
         self.graphs.capture()
-        return report
+        self.clock.lap("capture")
+        return replace(report, phases=self.clock.report().phases)
 
     def _make_backends(self, built: BuiltModel) -> None:
         """One backend a KV group, bound to its layers; still without a cache."""
@@ -112,6 +120,7 @@ class ModelRunner:
         budget = gpu_budget(utilization, self.device, self._run_largest_steps, reserve)
         for backend in self.backends:
             backend.release()
+        self.clock.lap("profile")
         return budget
 
     def _run_largest_steps(self) -> None:

@@ -269,6 +269,7 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
     ("model: a/b\nprompts:\n  - 'say ${'\n", [], ["run.yaml:3", "prompts[0]", "\\${"]),
     ("model: a/b\nprompts: {field: x}\n", [], ["run.yaml:2", "prompts.file must be given"]),
     ("model: a/b\nprompts: {file: 3}\n", [], ["run.yaml:2", "prompts.file must be"]),
+    ("model: a/b\nprompts: {file: x, format: xml}\n", [], ["run.yaml:2", "prompts.format must be", "'csv'"]),
     ("model: a/b\nchat: false\nprompts:\n  - [{role: user, content: x}]\n", [], ["run.yaml:4", "chat is false"]),
     ("model: a/b\nprompts:\n  - {role: user, content: x}\n", [], ["run.yaml:3: prompts[0]", "is a list of messages"]),
     (
@@ -320,6 +321,9 @@ PROMPTS: list[tuple[str, Any]] = [
      (({"role": "system", "content": "s"}, {"role": "user", "content": "u"}), "plain")),
     ("{file: p.jsonl}", PromptFile(file="p.jsonl")),
     ("{file: p.jsonl, field: q}", PromptFile(file="p.jsonl", field="q")),
+    ("{file: '-', format: csv}", PromptFile(file="-", format="csv")),
+    ("questions.csv", PromptFile(file="questions.csv")),
+    ("'-'", PromptFile(file="-")),
     ("[]", ()),
     ("['']", ("",)),
 ]  # fmt: skip
@@ -329,6 +333,10 @@ PROMPTS: list[tuple[str, Any]] = [
 def test_prompts(load: Load, text: str, expected: Any) -> None:
     assert load(f"model: a/b\nprompts: {text}\n").prompts == expected
     assert load("model: a/b\nprompts: [old]\n", f"prompts={text}").prompts == expected
+
+
+def test_a_lone_dash_on_the_command_line_is_standard_input(load: Load) -> None:
+    assert load("model: a/b\nprompts: [old]\n", "prompts=-").prompts == PromptFile(file="-")
 
 
 def test_a_folder_of_yaml_beside_the_file_does_not_make_a_group_of_a_value(load: Load) -> None:

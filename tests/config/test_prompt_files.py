@@ -1,9 +1,12 @@
-"""Prompts in JSONL files."""
+"""Prompts in text, JSONL and CSV files, and on standard input."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +39,9 @@ def test_prompts_of_the_configuration_are_taken_as_they_are() -> None:
     [
         ('{"prompt": "x"', ["p.jsonl:2", "not JSON"]),
         ('"x"', ["p.jsonl:2", "must be an object"]),
-        ('{"promt": "x"}', ["p.jsonl:2", "no key 'prompt'", "did you mean 'promt'?"]),
+        ('{"promt": "x"}', ["p.jsonl:2", "no key 'prompt', nor 'messages'", "did you mean 'promt'?"]),
+        ('{"prompt": "x", "messages": []}', ["p.jsonl:2", "both 'prompt' and 'messages'", "prompts.field"]),
+        ('{"messages": [{"role": "user", "contents": "a"}]}', ["p.jsonl:2", "messages[0]", "'contents'"]),
         ('{"prompt": 3}', ["p.jsonl:2", "prompt must be text"]),
         ('{"prompt": null}', ["p.jsonl:2", "prompt must be text"]),
         ('{"prompt": []}', ["p.jsonl:2", "prompt must be text"]),
@@ -56,3 +61,65 @@ def test_missing_file_names_where_it_looked(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=str(tmp_path / "nope.jsonl")):
         read_prompts(PromptFile(file="nope.jsonl"))
+
+
+MESSAGES = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+FILES: list[tuple[str, str, dict[str, Any], list[Any]]] = [
+    ("p.txt", "one\n\n  two, 'x'  \r\nthree\u2028four", {}, ["one", "  two, 'x'  ", "three\u2028four"]),
+    ("p.jsonl", json.dumps({"messages": MESSAGES}) + '\n{"prompt": "b"}\n', {}, [tuple(MESSAGES), "b"]),
+    ("p.jsonl", '{"prompt": "a", "messages": 3}\n', {"field": "prompt"}, ["a"]),
+    ("p.csv", 'id,prompt\n1,"a, ""b""\nc"\n\n2,\n3,d\n', {}, ['a, "b"\nc', "", "d"]),
+    ("p.csv", "q;x,prompt\na,b\n", {"field": "q;x"}, ["a"]),
+    ("P.CSV", "prompt\n" + "x" * 200_000 + "\n", {}, ["x" * 200_000]),
+    ("p.list", "a\n", {"format": "text"}, ["a"]),
+    ("p.list", '{"prompt": "a"}\n', {}, ["a"]),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "options", "expected"), FILES)
+def test_formats(tmp_path: Path, name: str, text: str, options: dict[str, Any], expected: list[Any]) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    limit = csv.field_size_limit()
+    assert read_prompts(PromptFile(file=str(path), **options)) == expected
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "options", "words"),
+    [
+        ("p.csv", "id,promt\n1,a\n", {}, ["p.csv:1", "no column 'prompt'", "did you mean 'promt'?"]),
+        ("p.csv", "", {}, ["p.csv:1", "no column 'prompt'"]),
+        ("p.csv", 'id,prompt\n1,"a\nb"\n2\n', {}, ["p.csv:4", "2 columns"]),
+        ("p.csv", "id,prompt\n1,a,b\n", {}, ["p.csv:2", "2 columns"]),
+        ("p.csv", 'prompt\n"a\n', {}, ["p.csv: not CSV", "from line 2"]),
+        ("p.txt", "a\n", {"field": "q"}, ["p.txt", "prompts.field is 'q'", "no fields"]),
+        ("p.txt", "\udcff", {}, ["cannot read the prompts of", "p.txt"]),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, text: str, options: dict[str, Any], words: list[str]) -> None:
+    (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ConfigError) as caught:
+        read_prompts(PromptFile(file=str(tmp_path / name), **options))
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "expected"),
+    [
+        ({}, b"a\nb\n", ["a", "b"]),
+        ({"format": "csv"}, b"prompt\na\n", ["a"]),
+        ({"format": "jsonl"}, b'{"prompt": "a"}\n', ["a"]),
+    ],
+)
+def test_standard_input(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], data: bytes, expected: list[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert read_prompts(PromptFile(file="-", **options)) == expected
+
+
+def test_standard_input_that_is_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
+    with pytest.raises(ConfigError, match="cannot read the prompts of standard input"):
+        read_prompts(PromptFile(file="-"))

@@ -1,12 +1,15 @@
-"""The prompts of a run: in the configuration, or in a JSONL file that it names."""
+"""The prompts of a run: in the configuration, in a file that it names (text, JSONL or CSV), or on standard input."""
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
 from nanoengine.core.errors import ConfigError, ParamsError, nearest
 from nanoengine.core.field_types import conform
@@ -16,17 +19,29 @@ Message = Mapping[str, str]
 Prompt = str | tuple[Message, ...]
 """A text, or a conversation: messages with `role` and `content`."""
 
+STDIN = "-"
+"""The name that stands for standard input."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptFile:
-    """Prompts in a JSONL file, one object a line. `field`: the key whose value is the prompt."""
+    """Prompts in a file.
+
+    Attributes:
+        file: its path, or "-" for standard input.
+        field: the key (JSONL) or column (CSV) that holds the prompt; default: `prompt`, or `messages` in JSONL.
+        format: "text" (one prompt a line), "jsonl" (one object a line) or "csv" (with a header); default: by the
+            file's name (.txt, .csv, else JSONL), and text for standard input.
+    """
 
     file: str
-    field: str = "prompt"
+    field: str | None = None
+    format: Literal["text", "jsonl", "csv"] | None = None
 
 
 Prompts = tuple[Prompt, ...] | PromptFile
 _MESSAGE_KEYS = ("role", "content")
+_FORMATS = {".txt": "text", ".jsonl": "jsonl", ".csv": "csv"}
 _HINT = "; in YAML, a text with ': ' or ' #' in it, or one that looks like a number, goes in quotes"
 
 
@@ -34,11 +49,14 @@ def check_prompts(value: Any, origin: Callable[[KeyPath], str]) -> Prompts | Non
     """The `prompts` section. `origin` tells who gave a key below it. Raises `ConfigError`."""
     if value is None:
         return None
+    if isinstance(value, str) and (value == STDIN or Path(value).suffix in _FORMATS):
+        return PromptFile(file=value)
     if isinstance(value, Mapping):
         return _prompt_file(value, origin)
     if not isinstance(value, list):
         raise ConfigError(
-            f"{origin(())}: prompts must be a list, or {{file: prompts.jsonl, field: prompt}}, not {value!r}"
+            f"{origin(())}: prompts must be a list, a file ({', '.join(_FORMATS)}), '-' for standard input, or "
+            f"{{file: prompts.jsonl, field: prompt}}, not {value!r}"
         )
     return tuple(_prompt(item, f"{origin((i,))}: prompts[{i}]", _HINT) for i, item in enumerate(value))
 
@@ -47,38 +65,90 @@ def read_prompts(prompts: Prompts | None) -> list[Prompt]:
     """All prompts; reads the file, if they stand in one. Raises `ConfigError` naming file and line."""
     if not isinstance(prompts, PromptFile):
         return list(prompts or ())
-    path = Path(prompts.file).expanduser()
+    name, text = _text(prompts.file)
+    kind = file_format(prompts)
+    if kind == "csv":
+        return list(_csv_rows(text, name, prompts.field or "prompt"))
+    # Not splitlines(): a text, and JSON too, may hold U+2028 and its like.
+    lines = [(f"{name}:{n}", line.removesuffix("\r")) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if kind == "text":
+        if prompts.field is not None:
+            raise ConfigError(f"{name}: prompts.field is {prompts.field!r}, but a text file has no fields")
+        return [line for _, line in lines]
+    return [_row(line, where, prompts.field) for where, line in lines]
+
+
+def file_format(prompts: PromptFile) -> Literal["text", "jsonl", "csv"]:
+    """How the file is read."""
+    if prompts.format is not None:
+        return prompts.format
+    if prompts.file == STDIN:
+        return "text"
+    suffix = Path(prompts.file).suffix.lower()
+    return "text" if suffix == ".txt" else "csv" if suffix == ".csv" else "jsonl"
+
+
+def _text(file: str) -> tuple[str, str]:
+    """What messages call the file, and what it holds."""
+    path = Path(file).expanduser()
+    name = "standard input" if file == STDIN else str(path)
     try:
-        # Not splitlines(): JSON may hold U+2028 and its like inside a text.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        data = sys.stdin.buffer.read() if file == STDIN else path.read_bytes()
+        return name, data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the prompts of {path.absolute()}: {error}") from error
-    return [_row(line, f"{path}:{n}", prompts.field) for n, line in enumerate(lines, 1) if line.strip()]
+        where = name if file == STDIN else path.absolute()
+        raise ConfigError(f"cannot read the prompts of {where}: {error}") from error
 
 
-def _row(line: str, where: str, field: str) -> Prompt:
+def _csv_rows(text: str, name: str, field: str) -> Iterator[Prompt]:
+    limit = csv.field_size_limit(sys.maxsize)  # the default, 128 KiB a field, is less than some prompts
+    reader = csv.DictReader(StringIO(text, newline=""), strict=True)
+    line = 1
+    try:
+        columns = list(reader.fieldnames or ())
+        if field not in columns:
+            raise ConfigError(f"{name}:1: no column {field!r}; {nearest(field, columns)}")
+        line = reader.line_num + 1
+        for row in reader:
+            if row[field] is None or None in row:
+                raise ConfigError(f"{name}:{line}: the row has not the header's {len(columns)} columns")
+            yield row[field]
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ConfigError(f"{name}: not CSV, in the row from line {line}: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _row(line: str, where: str, field: str | None) -> Prompt:
     try:
         row = json.loads(line)
     except ValueError as error:
         raise ConfigError(f"{where}: not JSON: {error}") from error
+    key = field or "prompt"
     if not isinstance(row, dict):
-        raise ConfigError(f"{where}: each line must be an object such as {{{json.dumps(field)}: ...}}")
-    if field not in row:
-        raise ConfigError(f"{where}: no key {field!r}, which prompts.field names; {nearest(field, row)}")
-    return _prompt(row[field], f"{where}: {field}", "")
+        raise ConfigError(f"{where}: each line must be an object such as {{{json.dumps(key)}: ...}}")
+    if field is None and "messages" in row:
+        if "prompt" in row:
+            raise ConfigError(f"{where}: the row has both 'prompt' and 'messages'; say which with prompts.field")
+        key = "messages"
+    if key not in row:
+        which = "which prompts.field names" if field else "nor 'messages'"
+        raise ConfigError(f"{where}: no key {key!r}, {which}; {nearest(key, row)}")
+    return _prompt(row[key], f"{where}: {key}", "")
 
 
 def _prompt_file(value: Mapping[str, Any], origin: Callable[[KeyPath], str]) -> PromptFile:
-    names = [f.name for f in fields(PromptFile)]
+    names, types = [f.name for f in fields(PromptFile)], get_type_hints(PromptFile)
     for key, item in value.items():
         if key not in names:
             raise ConfigError(f"{origin((key,))}: unknown key {dotted(('prompts', key))!r}; {nearest(str(key), names)}")
         try:
-            conform(f"prompts.{key}", item, str)
+            conform(f"prompts.{key}", item, types[key])
         except ParamsError as error:
             raise ConfigError(f"{origin((key,))}: {error}") from error
     if not value.get("file"):
-        raise ConfigError(f"{origin(())}: prompts.file must be given: the path of a JSONL file")
+        raise ConfigError(f"{origin(())}: prompts.file must be given: a path, or '-' for standard input")
     return PromptFile(**value)
 
 

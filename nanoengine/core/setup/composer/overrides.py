@@ -82,6 +82,8 @@ def parse_override(text: str) -> Override:
 def _parse_value(text: str, raw: str) -> Any:
     if not raw.strip():
         return ""
+    if raw.strip() == "-":  # a text to Hydra, an empty list item to YAML
+        return "-"
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]), resolve=False)["value"]  # type: ignore[call-overload, index]
     except yaml.MarkedYAMLError as error:
@@ -106,7 +108,7 @@ def _refuse_grammar(text: str, raw: str, value: str) -> None:
         )
     if "," in raw and "${" not in raw:
         raise ConfigError(
-            f"override {text!r}: a sweep over several values is not supported; for a list write [{raw}], "
+            f"override {text!r}: a sweep over several values needs --multirun (-m); for a list write [{raw}], "
             "for a text with a comma put it in quotes"
         )
     if value != raw:  # a comment, or a line break that YAML folds

@@ -26,7 +26,8 @@ import triton
 from torch import Tensor
 
 from nanoengine.kernels import activation, rms_norm, rope
-from nanoengine.kernels.activation_triton import silu_and_mul
+from nanoengine.kernels.activation import Activation
+from nanoengine.kernels.activation_triton import act_and_mul
 from nanoengine.kernels.matvec_triton import GemvTile, SkinnyTile, gemv, matvec, norm_matvec, skinny
 from nanoengine.kernels.rms_norm_triton import add_rms_norm
 from nanoengine.kernels.rope_triton import qk_norm_rope_store
@@ -93,6 +94,7 @@ def row(name: str, what: str, us: float, nbytes: int, base: str, base_us: float,
 
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
+GATES: tuple[Activation | None, ...] = (None, "silu")  # by `gated`
 
 
 def compile_products(shape: tuple[str, int, int, bool]) -> None:
@@ -100,9 +102,9 @@ def compile_products(shape: tuple[str, int, int, bool]) -> None:
     _, n, k, gated = shape
     w = torch.empty(n, k, device="cuda", dtype=DTYPE)
     for rows in ROWS:
-        matvec(rand(rows, k), w, gated=gated)
-        matvec(rand(rows, k), w, gated=gated, add=rand(rows, n // 2 if gated else n))
-        norm_matvec(rand(rows, k), None, rand(k), EPS, w, gated=gated)
+        matvec(rand(rows, k), w, gate=GATES[gated])
+        matvec(rand(rows, k), w, gate=GATES[gated], add=rand(rows, n // 2 if gated else n))
+        norm_matvec(rand(rows, k), None, rand(k), EPS, w, gate=GATES[gated])
 
 
 def in_children(function: Callable[[Any], None], parts: list[Any]) -> None:
@@ -122,9 +124,9 @@ def bench_products(peak: float) -> Iterator[dict[str, Any]]:
             base = time_us(calls_over(weights, lambda w, x=x: F.linear(x, w)))
             if gated:
                 us = time_us(
-                    calls_over(weights, lambda w, x=x, nw=norm_weight: norm_matvec(x, None, nw, EPS, w, gated=True))
+                    calls_over(weights, lambda w, x=x, nw=norm_weight: norm_matvec(x, None, nw, EPS, w, gate="silu"))
                 )
-                full = time_us(calls_over(weights, lambda w, x=x, nw=norm_weight: silu_and_mul(F.linear(
+                full = time_us(calls_over(weights, lambda w, x=x, nw=norm_weight: act_and_mul(F.linear(
                     add_rms_norm(x, None, nw, EPS)[0], w))))  # fmt: skip
                 yield row(f"{name} x{rows}", "norm_matvec gated", us, nbytes, "cuBLAS + our norm, gate", full, peak)
                 continue
@@ -153,9 +155,9 @@ def bench_small(peak: float) -> Iterator[dict[str, Any]]:
             base = time_us(calls_over(sets, lambda s, w=w: rms_norm.add_rms_norm(*s, w, EPS)))
             yield row(f"h{hidden} x{tokens}", "add_rms_norm", us, 4 * sets[0][0].nbytes, "torch", base, peak)
         sets = [rand(tokens, 2 * 3072) for _ in range(few)]
-        us = time_us(calls_over(sets, silu_and_mul))
-        base = time_us(calls_over(sets, activation.silu_and_mul))
-        yield row(f"i3072 x{tokens}", "silu_and_mul", us, sets[0].nbytes * 3 // 2, "torch", base, peak)
+        us = time_us(calls_over(sets, act_and_mul))
+        base = time_us(calls_over(sets, activation.act_and_mul))
+        yield row(f"i3072 x{tokens}", "act_and_mul", us, sets[0].nbytes * 3 // 2, "torch", base, peak)
         sets = [rand(tokens, 32 * 128) for _ in range(few)]
         cache = torch.zeros(2, 2048, 16, 8, 128, device="cuda", dtype=DTYPE)
         positions, slots = torch.arange(tokens, device="cuda"), torch.randperm(2048 * 16, device="cuda")[:tokens]
@@ -195,8 +197,9 @@ class Trial:
     def run(self, x: Tensor, w: Tensor, norm_weight: Tensor) -> Tensor:
         gated = self.shape[3]
         if isinstance(self.tile, SkinnyTile):
-            return skinny(x, w, None, gated=gated, tile=self.tile)
-        return gemv(x, w, None, gated=gated, norm_weight=norm_weight if self.norm else None, eps=EPS, tile=self.tile)[0]
+            return skinny(x, w, None, gate=GATES[gated], tile=self.tile)
+        weight = norm_weight if self.norm else None
+        return gemv(x, w, None, gate=GATES[gated], norm_weight=weight, eps=EPS, tile=self.tile)[0]
 
 
 def trials(model: str) -> Iterator[Trial]:

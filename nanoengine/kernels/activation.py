@@ -1,12 +1,25 @@
-"""Gated activation in plain torch: the reference of `activation_triton`."""
+"""Pointwise functions of layers in plain torch: the reference of `activation_triton`."""
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Activation = Literal["silu", "gelu_tanh"]
+"""What a gate goes through: x * sigmoid(x), or the tanh approximation of GELU (Hendrycks and Gimpel, 2016)."""
 
-def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """[T, 2 I], gate in the first half -> silu(gate) * up, [T, I], in float32 and rounded once."""
+
+def act_and_mul(gate_up: Tensor, activation: Activation = "silu") -> Tensor:
+    """[T, 2 I], gate in the first half -> activation(gate) * up, [T, I], in float32 and rounded once."""
     gate, up = gate_up.float().chunk(2, dim=-1)
-    return (F.silu(gate) * up).to(gate_up.dtype)
+    active = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    return (active * up).to(gate_up.dtype)
+
+
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """cap * tanh(logits / cap) in float32, rounded once; -inf stays (masked and padding columns)."""
+    capped = torch.tanh(logits.float() / cap).mul_(cap).to(logits.dtype)
+    return torch.where(logits == float("-inf"), logits, capped)

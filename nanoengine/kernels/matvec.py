@@ -6,12 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoengine.kernels.activation import silu_and_mul
+from nanoengine.kernels.activation import Activation, act_and_mul
 from nanoengine.kernels.rms_norm import add_rms_norm
 
 
 def matvec(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gated: bool = False, add: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    gate: Activation | None = None,
+    add: Tensor | None = None,
 ) -> Tensor:
     """x @ weight.T + bias, then what usually follows it.
 
@@ -19,15 +24,15 @@ def matvec(
 
     Args:
         x: [T, K]. weight: [N, K], row-major. bias: [N].
-        gated: the first half of the outputs gates the second: silu(first) * second.
+        gate: the first half of the outputs gates the second: gate(first) * second.
         add: [T, outputs], added last (the residual stream).
 
     Returns:
-        [T, N], or [T, N / 2] if `gated`.
+        [T, N], or [T, N / 2] with a gate.
     """
     y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
-    if gated:
-        y = silu_and_mul(y)
+    if gate:
+        y = act_and_mul(y, gate)
     return (y if add is None else y + add.float()).to(x.dtype)
 
 
@@ -39,11 +44,11 @@ def norm_matvec(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    gated: bool = False,
+    gate: Activation | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`add_rms_norm`, then `matvec` of what it normalised. Returns (product, residual stream [T, K])."""
     normed, total = add_rms_norm(x, residual, norm_weight, eps)
-    return matvec(normed, weight, bias, gated=gated), total
+    return matvec(normed, weight, bias, gate=gate), total
 
 
 def takes_gemv(rows: int, k: int) -> bool:

@@ -10,11 +10,19 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     """Adds, then normalises over the last dimension.
 
     Args:
-        x: [T, H]. residual: [T, H] or None, of x's dtype. weight: [H]. eps: added to the mean square.
+        x: [T, H]. residual: [T, H] or None, of x's dtype. weight: [H], of x's dtype or float32.
+        eps: added to the mean square.
 
     Returns:
         y [T, H]: the sum over its root mean square, times weight, in float32 and rounded once.
         total [T, H]: x + residual rounded to x's dtype (what y is computed from); x itself without a residual.
     """
     total = x if residual is None else x + residual
-    return F.rms_norm(total, (x.shape[-1],), weight, eps), total
+    return rms_norm(total, weight, eps), total
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """[..., H], normalised over the last dimension in float32 and rounded once."""
+    if weight.dtype == x.dtype:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)

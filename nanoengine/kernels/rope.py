@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from nanoengine.kernels.rms_norm import rms_norm
 
 
 def qk_norm_rope_store(
@@ -30,7 +31,7 @@ def qk_norm_rope_store(
         k_cache, v_cache: [blocks, block size, Hkv, D] of qkv's dtype, *written in place*; any strides but a contiguous
             D (pass a head-major cache transposed).
         slot_mapping: int64 [T]; block * block size + offset where a token's k and v go; negative: nowhere.
-        q_weight, k_weight: [D] or None, both or neither. eps: of the norms.
+        q_weight, k_weight: [D] of qkv's dtype or float32, or None, both or neither. eps: of the norms.
 
     Returns:
         q [T, Hq, D].
@@ -39,7 +40,7 @@ def qk_norm_rope_store(
     heads = qkv.view(len(qkv), -1, size)
     q, k, v = heads.split_with_sizes((heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
     if q_weight is not None and k_weight is not None:
-        q, k = F.rms_norm(q, (size,), q_weight, eps), F.rms_norm(k, (size,), k_weight, eps)
+        q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
     angles = (positions.float().unsqueeze(-1) * inv_freq).unsqueeze(1)  # [T, 1, D / 2]
     cos, sin = angles.cos(), angles.sin()
     stored = slot_mapping >= 0

@@ -213,6 +213,13 @@ def normed(
     return (norm.ops.act_and_mul(y, gate) if gate else y), total
 
 
-def added(layer: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
-    """`Linear.added`, also of what a build context put in a linear's place."""
+def added(
+    layer: nn.Module, x: Tensor, residual: Tensor, post_norm: RMSNorm | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """`Linear.added`, also of what a build context put in a linear's place.
+
+    With a `post_norm` the sum is left to the norm of the next layer: that adds and normalises in one pass.
+    """
+    if post_norm is not None:
+        return post_norm(layer(x)), residual
     return layer.added(x, residual) if isinstance(layer, Linear) else (layer(x), residual)

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from typing import overload
 
+import torch
 from torch import Tensor
 
-from nanoengine.layers.sharding import Placement, ShardSpec, WeightLayer
+from nanoengine.layers.sharding import Placement, Shard, ShardSpec, WeightLayer
 
 
 class RMSNorm(WeightLayer):
-    """x / rms(x) * weight over the last dimension, computed in float32 whatever x's dtype."""
+    """x / rms(x) * weight over the last dimension, computed in float32 whatever x's dtype.
 
-    def __init__(self, dim: int, eps: float, *, place: Placement) -> None:
+    unit_offset: checkpoints hold the weight less one. It is made whole when loaded, and kept in float32, where the sum
+    is what a model that adds one at each call would get; rounded to bfloat16 it would lose most of its digits.
+    """
+
+    def __init__(self, dim: int, eps: float, *, place: Placement, unit_offset: bool = False) -> None:
         super().__init__(place)
         self.shape = (dim,)
         self.eps = eps
+        self.unit_offset = unit_offset
         self.weight: Tensor
-        self.add_weight("weight", ShardSpec(shape=self.shape, init="ones"))
+        spec = ShardSpec(shape=self.shape, init="zeros" if unit_offset else "ones")
+        self.add_weight("weight", spec, dtype=torch.float32 if unit_offset else None)
+
+    def load_shard(self, name: str, shard: Shard, values: Tensor) -> None:
+        super().load_shard(name, shard, values.float() + 1.0 if self.unit_offset else values)
 
     @overload
     def forward(self, x: Tensor) -> Tensor: ...

@@ -13,7 +13,7 @@ from nanoengine.api import ModelError, TensorParallelGroup
 from nanoengine.kernels.ops import Ops
 
 Split = Literal["whole", "even", "padded"]
-Init = Literal["random", "ones"]
+Init = Literal["random", "ones", "zeros"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

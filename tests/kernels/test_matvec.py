@@ -23,15 +23,16 @@ def upcast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(
-    ("gated", "with_bias", "with_add"), [(False, True, True), (True, True, False), (True, False, True)]
+    ("gate", "with_bias", "with_add"),
+    [(None, True, True), ("silu", True, False), ("silu", False, True), ("gelu_tanh", True, True)],
 )
-def test_agrees(rand, assert_close, rows, gated, with_bias, with_add) -> None:
+def test_agrees(rand, assert_close, rows, gate, with_bias, with_add) -> None:
     n, k = 44, 72
     x, weight = rand(rows, k), rand(n, k)
     bias = rand(n) if with_bias else None
-    add = rand(rows, n // 2 if gated else n) if with_add else None
-    expected = reference(*upcast(x, weight, bias), gated=gated, add=upcast(add)[0])
-    assert_close(matvec(x, weight, bias, gated=gated, add=add), expected)
+    add = rand(rows, n // 2 if gate else n) if with_add else None
+    expected = reference(*upcast(x, weight, bias), gate=gate, add=upcast(add)[0])
+    assert_close(matvec(x, weight, bias, gate=gate, add=add), expected)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -46,15 +47,15 @@ def test_norm_agrees(rand, assert_close, rows, with_residual) -> None:
     assert_close(y, expected)
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("gate", [None, "silu", "gelu_tanh"])
 @pytest.mark.parametrize("splits", [1, 2, 3])
-def test_parts_of_k(rand, assert_close, splits, gated) -> None:
+def test_parts_of_k(rand, assert_close, splits, gate) -> None:
     """Parts that do not divide K, the last one short; outputs that do not fill a tile."""
     rows, n, k = 5, 38, 200
-    x, weight, bias, add = rand(rows, k), rand(n, k), rand(n), rand(rows, n // 2 if gated else n)
+    x, weight, bias, add = rand(rows, k), rand(n, k), rand(n), rand(rows, n // 2 if gate else n)
     tile = SkinnyTile(block_n=16, block_k=32, warps=4, stages=2, splits=splits)
-    out = skinny(x, weight, bias, gated=gated, add=add, tile=tile)
-    assert_close(out, reference(*upcast(x, weight, bias), gated=gated, add=add.float()))
+    out = skinny(x, weight, bias, gate=gate, add=add, tile=tile)
+    assert_close(out, reference(*upcast(x, weight, bias), gate=gate, add=add.float()))
 
 
 def test_residual_is_not_written_in_place(rand) -> None:
@@ -100,9 +101,9 @@ def test_agrees_large(rand, assert_close, rows, n, k) -> None:
 @pytest.mark.parametrize("rows", [1, 4, 8, 64])
 def test_gated_norm_large(rand, assert_close, rows) -> None:
     x, residual, weight, norm_weight = rand(rows, 1024), rand(rows, 1024), rand(6144, 1024), rand(1024)
-    y, total = norm_matvec(x, residual, norm_weight, EPS, weight, gated=True)
+    y, total = norm_matvec(x, residual, norm_weight, EPS, weight, gate="silu")
     assert torch.equal(total, x + residual)
-    expected, _ = norm_reference(*upcast(total, None, norm_weight), EPS, weight.float(), gated=True)
+    expected, _ = norm_reference(*upcast(total, None, norm_weight), EPS, weight.float(), gate="silu")
     # silu is steep: a rounding of its operand, 1024 long, counts up to its size times the slope
     assert_close(y, expected, bound=2e-5 if y.dtype == torch.float32 else 2 * torch.finfo(y.dtype).eps)
 
@@ -149,7 +150,7 @@ def test_these_tests_notice_a_lost_tail(rand, assert_close, monkeypatch, rows) -
 
     monkeypatch.setattr(matvec_triton, "gemv" if rows <= 2 else "skinny", forgetful)
     with pytest.raises(AssertionError, match="relative error"):
-        test_agrees(rand, assert_close, rows, gated=False, with_bias=True, with_add=True)
+        test_agrees(rand, assert_close, rows, gate=None, with_bias=True, with_add=True)
 
 
 def test_tiles_cover_what_models_ask_for() -> None:

@@ -165,7 +165,7 @@ _CHUNK = 1 << 15  # elements hashed at a time: they stay in a core's cache, and 
 
 
 def dummy_weights(model: Model, seed: int, tp: TensorParallelGroup) -> None:
-    """Made-up weights: ones where a layer says so (norms), else uniform with standard deviation 0.02.
+    """Made-up weights: ones or zeros where a layer says so (norms), else uniform with standard deviation 0.02.
 
     A value is a hash of (seed, parameter, part, index in the whole tensor), so that the shards of any number of ranks
     are slices of one and the same model.
@@ -178,8 +178,8 @@ def dummy_weights(model: Model, seed: int, tp: TensorParallelGroup) -> None:
             if scratch.numel() < math.prod(shape) or scratch.device != device:
                 scratch = torch.empty(math.prod(shape), device=device)
             values = scratch[: math.prod(shape)].view(shape)
-            if spec.init == "ones":
-                values.fill_(1.0)
+            if spec.init != "random":
+                values.fill_(1.0 if spec.init == "ones" else 0.0)
             elif shard.length:
                 _hash_uniform(values, shard, hashlib.sha256(f"{seed}/{name}/{shard.part}".encode()).digest())
             layer.load_shard(parameter, shard, values)

@@ -119,11 +119,11 @@ def row_key(seeds, positions, sample_index, row):
 def scan(
     logits, stride, vocab, groups, greedy, temperature, top_k, seeds, positions, sample_index, stat, peak,
     TAIL: tl.constexpr, MAX_K: tl.constexpr, GROUP: tl.constexpr, TILE_GROUPS: tl.constexpr, TILES: tl.constexpr,
-    NATIVE: tl.constexpr,
+    NATIVE: tl.constexpr, START: tl.constexpr = 0,
 ):  # fmt: skip
     """stat [R, groups]: highest hasty score of each group, or highest logit where the row is greedy or `listed`.
 
-    peak [R, groups] (truncation only): highest logit. inf if the group has a NaN.
+    peak [R, groups] (truncation only): highest logit. inf if the group has a NaN. START: the first column's id.
     """
     row = tl.program_id(1).to(tl.int64)
     base = logits + row * stride
@@ -142,8 +142,11 @@ def scan(
             tl.store(peak + row * groups + g, tl.max(x, 1), g < groups)
         if TAIL != GREEDY:
             if noisy:
-                # The ids of a group differ in the low bits only, so the key may go to the group's part of them.
-                mixed = ((g * GROUP).to(tl.uint32) ^ key0)[:, None] ^ tl.arange(0, GROUP).to(tl.uint32)[None, :]
+                if START % GROUP == 0:  # ids of a group differ in the low bits only: the key goes to the group's part
+                    first = (START + g * GROUP).to(tl.uint32) ^ key0
+                    mixed = first[:, None] ^ tl.arange(0, GROUP).to(tl.uint32)[None, :]
+                else:
+                    mixed = (START + ids).to(tl.uint32) ^ key0
                 x = x * per_ln2 - noise_log2(mix_bits(mixed, key1), NATIVE)
         tl.store(stat + row * groups + g, tl.max(x, 1), g < groups)
 
@@ -151,9 +154,11 @@ def scan(
 @triton.jit
 def refine(
     base, vocab, groups, stat_row, noisy, t, key0, key1, over,
-    GROUP: tl.constexpr, GROUPS: tl.constexpr, NATIVE: tl.constexpr,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, NATIVE: tl.constexpr, START: tl.constexpr = 0,
 ):  # fmt: skip
     """The true best among the logits / t >= over, from the groups whose `stat` says that they may hold it.
+
+    START: the first column's id.
 
     Returns (its score, its id, its logit / t, the highest raw logit of those groups). Where the best stat is not finite
     the last of the four tells a broken row from one that its temperature made overflow.
@@ -178,12 +183,12 @@ def refine(
         raw = tl.maximum(raw, tl.max(x, 0))
         if noisy:
             x = scaled(x, t)
-        scores = tl.where(x >= over, true_score(x, ids, key0, key1, noisy, NATIVE), NEG_INF)
+        scores = tl.where(x >= over, true_score(x, START + ids, key0, key1, noisy, NATIVE), NEG_INF)
         highest = tl.max(scores, 0)
         if highest > score:  # groups come in ascending order: of equals the first stays
             score = highest
-            token = tl.min(tl.where(scores == highest, ids, NO_ID), 0)
-            value = tl.max(tl.where(ids == token, x, NEG_INF), 0)
+            token = START + tl.min(tl.where(scores == highest, ids, NO_ID), 0)
+            value = tl.max(tl.where(START + ids == token, x, NEG_INF), 0)
         todo -= 1
     return score, token, value, raw
 

@@ -25,6 +25,7 @@ from nanoengine.api import (
     BatchLimits,
     BuildContext,
     ForwardBatch,
+    GraphSupport,
     KVSpec,
     Model,
     ModelConfig,
@@ -67,16 +68,21 @@ def reference_logits(token_ids: Sequence[int], vocab_size: int) -> Tensor:
 
 
 class MockAttention(AttentionBackend):
-    """Output per token: the sum of the marks of its whole context, as two 20-bit halves."""
+    """Output per token: the sum of the marks of its whole context, as two 20-bit halves.
 
-    capabilities = AttentionCapabilities(devices=frozenset({"cpu", "cuda"}), dtypes=frozenset({"float32"}))
+    On a GPU nothing depends on the host's lengths, so any padded batch may be captured.
+    """
+
+    capabilities = AttentionCapabilities(
+        devices=frozenset({"cpu", "cuda"}), dtypes=frozenset({"float32"}), graphs=GraphSupport.ALWAYS
+    )
 
     @classmethod
     def kv_block_bytes(cls, spec: KVSpec, block_size: int) -> int:
         return block_size * 2 * 4
 
     def __init__(self, spec: KVSpec, limits: BatchLimits, device: torch.device) -> None:
-        self.block_size, self.device = limits.block_size, device
+        self.block_size, self.max_model_len, self.device = limits.block_size, limits.max_model_len, device
 
     def allocate(self, num_layers: int, num_blocks: int) -> None:
         shape = (num_layers, num_blocks * self.block_size, 2)
@@ -88,14 +94,15 @@ class MockAttention(AttentionBackend):
     def forward(self, layer: int, spec: AttentionLayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache = self.cache[layer]
         cache[self.inputs.slot_mapping] = k[:, 0]
-        longest = max(self.inputs.seq_lens_host)
+        longest = max(self.inputs.seq_lens_host) if self.device.type == "cpu" else self.max_model_len
         index = torch.arange(longest, device=self.device)
         blocks = self.inputs.block_tables[:, index // self.block_size].long()
         entries = cache[blocks * self.block_size + index % self.block_size].long()  # [B, longest, 2]
         marks = mark(entries[..., 0], entries[..., 1]) * (index < self.inputs.seq_lens[:, None])
         sums = marks.cumsum(1)  # [B, longest]: history up to and with each position
-        lens = self.inputs.query_start_loc.diff()
-        rows = torch.repeat_interleave(torch.arange(len(lens), device=self.device), lens)
+        ends = self.inputs.query_start_loc[1:]
+        tokens = torch.arange(len(q), dtype=ends.dtype, device=self.device)
+        rows = torch.searchsorted(ends, tokens, right=True).clamp(max=len(ends) - 1)  # padding belongs to the last row
         history = sums[rows, self.inputs.positions] % (_HALF * _HALF)
         return torch.stack((history // _HALF, history % _HALF), 1).float()[:, None, :]
 

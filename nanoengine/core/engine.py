@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from nanoengine.core.errors import EngineClosed, NanoEngineError, ParamsError, RequestError
 from nanoengine.core.execution.executor import Executor, StepHandle
+from nanoengine.core.execution.shortage import forget_locals, is_out_of_memory
 from nanoengine.core.output import OutputProcessor, RequestState
 from nanoengine.core.request import Request, RequestOutput
 from nanoengine.core.sampling_params import ParamsResolver, ResolvedParams, SamplingParams
@@ -341,10 +342,7 @@ class Engine:
     def _broken(self, steps: Sequence[ScheduledStep], error: Exception) -> None:
         """A step raised: its requests are run again one by one, and the one that raises alone fails alone."""
         for request in self.scheduler.fail(steps):
-            where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-            text = f"running this request raised {type(error).__name__}: {error}{where}"
-            cause = RequestError("step_failed", text)
-            cause.__cause__ = error
+            cause = step_failure(error)
             state = self._known.get(request.parent)
             if state is not None:
                 self._fail(state, cause)
@@ -365,6 +363,20 @@ class Engine:
                 self._ready.append(output)
             else:
                 self._undelivered.append((state.sink, output))
+
+
+def step_failure(error: Exception) -> RequestError:
+    """What to tell whose request raised `error` when it ran alone."""
+    where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    text = f"running this request raised {type(error).__name__}: {error}{where}"
+    if is_out_of_memory(error):
+        mend = "no part of its step was small enough; leave more room: lower engine.gpu_memory_utilization"
+        cause = RequestError("out_of_memory", f"{text}; {mend}, kv_cache_memory or max_num_seqs")
+    else:
+        cause = RequestError("step_failed", text)
+    cause.__cause__ = error
+    forget_locals(error)
+    return cause
 
 
 def check_priority(priority: object) -> None:

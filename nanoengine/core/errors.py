@@ -60,7 +60,7 @@ class RequestError(NanoEngineError):
 
     Attributes:
         code: a stable word for programs: "too_long", "does_not_fit", "invalid_prompt", "duplicate_id",
-            "bad_logits", "nothing_left", "stage_failed", "step_failed", "interrupted".
+            "bad_logits", "nothing_left", "stage_failed", "step_failed", "out_of_memory", "interrupted".
     """
 
     def __init__(self, code: str, message: str) -> None:

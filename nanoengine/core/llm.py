@@ -48,6 +48,7 @@ class EngineStats:
             part of what was left to compute.
         graph_steps, mixed_graph_steps, graph_tails: finished steps of which a CUDA graph was replayed: of a decode
             step's model, of a mixed step's model, of the sampling behind either.
+        steps_split: finished steps that memory did not hold whole, and that ran in parts.
         preemptions: requests that gave their blocks back and were computed again.
         prompt_tokens: tokens of admitted prompts. prefix_hit_tokens: of them, taken from the prefix cache.
         resumed_hit_tokens: taken from it by preempted requests that came back.
@@ -60,6 +61,7 @@ class EngineStats:
     graph_steps: int
     mixed_graph_steps: int
     graph_tails: int
+    steps_split: int
     preemptions: int
     prompt_tokens: int
     prefix_hit_tokens: int

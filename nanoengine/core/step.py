@@ -204,6 +204,7 @@ class StepResult(_Message):
             possible. A failed row has count 0.
         sampled_logprobs: one entry a new token whose slot asked for log-probs.
         prompt_logprobs: one entry a prompt position that asked.
+        parts: how many launches it took; more than one where memory did not hold the step whole.
         graphs: which parts ran as replayed CUDA graphs: a sum of `GRAPH_DECODE`, `GRAPH_MIXED`, `GRAPH_TAIL`.
     """
 
@@ -214,6 +215,7 @@ class StepResult(_Message):
     sampled_logprobs: LogprobRows = field(default_factory=LogprobRows)
     prompt_logprobs: LogprobRows = field(default_factory=LogprobRows)
     graphs: int = 0
+    parts: int = 1
 
 
 GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL = 1, 2, 4

@@ -17,6 +17,7 @@ from nanoengine.core.execution.parallel import TensorParallelGroup
 from nanoengine.core.execution.results import LaunchedStep, PendingLogprobs
 from nanoengine.core.execution.sampler import DrawRows, Sampler
 from nanoengine.core.execution.slots import SlotTables
+from nanoengine.core.execution.split import slots_move
 from nanoengine.core.execution.stage import Need
 from nanoengine.core.execution.step_inputs import GatheredStep
 from nanoengine.core.step import StepPlan
@@ -63,10 +64,13 @@ class EagerTail:
         prompt_logprobs = self._prompt_logprobs(step)
         drawn = self._draw(step, which, positions)
         slots = step.inputs.slots.index_select(0, self.tables.put(rows.astype(np.int64)))
-        self.tables.record(slots, positions, drawn.token_ids)
         real = plan.num_rows  # a graph's padding stands behind
-        self.tables.advance(step.inputs.slots[:real], step.inputs.query_lens[:real])
-        return LaunchedStep(plan, rows, drawn.token_ids, drawn.failed, drawn.logprobs, prompt_logprobs, step.replayed)
+        with slots_move():
+            self.tables.record(slots, positions, drawn.token_ids)
+            self.tables.advance(step.inputs.slots[:real], step.inputs.query_lens[:real])
+            return LaunchedStep(
+                plan, rows, drawn.token_ids, drawn.failed, drawn.logprobs, prompt_logprobs, step.replayed
+            )
 
     def active(self, host_slots: npt.NDArray[np.int32]) -> frozenset[str]:
         """Stages that some row wants, but those that cannot change what only greedy rows take."""

@@ -63,8 +63,8 @@ class LaunchedStep:
             self._arrived.synchronize()
         arrays = iter([tensor.numpy() for tensor in self._arrays])
         token_ids, row_failed = next(arrays), next(arrays)
-        sampled = _concatenate([_logprob_rows(part, [next(arrays) for _ in part.tensors]) for part in self._sampled])
-        prompt = _concatenate([_logprob_rows(part, [next(arrays) for _ in part.tensors]) for part in self._prompt])
+        sampled = join_logprobs([_logprob_rows(part, [next(arrays) for _ in part.tensors]) for part in self._sampled])
+        prompt = join_logprobs([_logprob_rows(part, [next(arrays) for _ in part.tensors]) for part in self._prompt])
         return self._result(token_ids, row_failed, sampled, prompt)
 
     def _result(
@@ -115,7 +115,8 @@ def _logprob_rows(part: PendingLogprobs, arrays: Sequence[npt.NDArray[np.generic
     )
 
 
-def _concatenate(parts: Sequence[LogprobRows]) -> LogprobRows:
+def join_logprobs(parts: Sequence[LogprobRows]) -> LogprobRows:
+    """All parts' entries, one part's after the other's."""
     if len(parts) <= 1:
         return parts[0] if parts else LogprobRows()
     joined = {

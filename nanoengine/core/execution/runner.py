@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,9 @@ from nanoengine.core.execution.model import ForwardBatch, Model
 from nanoengine.core.execution.parallel import TensorParallelGroup
 from nanoengine.core.execution.results import LaunchedStep
 from nanoengine.core.execution.sampler import Sampler
+from nanoengine.core.execution.shortage import empty_cache
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
+from nanoengine.core.execution.split import Handle, Splitter
 from nanoengine.core.execution.stage import StageContext
 from nanoengine.core.execution.stages import build_stages
 from nanoengine.core.execution.step_graphs import CaptureSizes, StepGraphs
@@ -45,6 +48,8 @@ class ModelRunner:
         self.plan, self.loader, self.tp = plan, loader, tp
         self.device = torch.device(plan.options.device)
         self.dtype: torch.dtype = getattr(torch, plan.options.dtype)
+        self.splits_steps = tp.size == 1  # ranks could not agree on the parts
+        self._splitter = Splitter(self._launch_whole, partial(empty_cache, self.device))
 
     def start(self) -> MemoryReport:
         """Model, weights, KV cache and tables.
@@ -136,7 +141,7 @@ class ModelRunner:
             replace(prefill, num_decode_rows=0, query_lens=lens, logits_index=ends),
             decode_plan(slots, 0),
         ):
-            self.launch(plan).wait()
+            self._launch_whole(plan).wait()
             self.tables.num_computed.zero_()
             self.tables.num_tokens.zero_()
 
@@ -182,10 +187,13 @@ class ModelRunner:
             tail=self.fused and options.fuse_sampling and self.tp.size == 1,
         )
 
-    def launch(self, plan: StepPlan) -> LaunchedStep:
-        """The fused call: forward and sample."""
+    def launch(self, plan: StepPlan) -> Handle:
+        """The fused call: forward and sample; in parts, where memory does not hold the step whole."""
         with self._on_device():
-            return self.sample(self.forward(plan))
+            return self._splitter.launch(plan) if self.splits_steps else self._launch_whole(plan)
+
+    def _launch_whole(self, plan: StepPlan) -> LaunchedStep:
+        return self.sample(self.forward(plan))
 
     def _on_device(self) -> AbstractContextManager[object]:
         """Streams, events and kernels of this GPU, whatever the calling thread's current one is."""

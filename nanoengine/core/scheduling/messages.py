@@ -77,8 +77,9 @@ class SchedulerStats:
     preemptions. prompt_tokens and, of these, prefix_hit_tokens: at first admissions. resumed_hit_tokens: hits of
     preempted requests that came back. chunks: prefill rows that were not the whole rest. mixed_steps: decode and
     prefill rows in one step. steps: scheduled ones. graph_steps, mixed_graph_steps, graph_tails: committed ones whose
-    decode step, mixed step, sampling ran as a replayed CUDA graph. num_blocks, free_blocks: of the KV
-    group that has fewest free; the dummy block is not counted.
+    decode step, mixed step, sampling ran as a replayed CUDA graph. steps_split: committed ones that memory did not hold
+    whole, and that ran in parts. num_blocks, free_blocks: of the KV group that has fewest free; the dummy block is not
+    counted.
     """
 
     preemptions: int = 0
@@ -91,6 +92,7 @@ class SchedulerStats:
     graph_steps: int = 0
     mixed_graph_steps: int = 0
     graph_tails: int = 0
+    steps_split: int = 0
     num_blocks: int = 0
     free_blocks: int = 0
 

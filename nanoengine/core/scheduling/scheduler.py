@@ -257,6 +257,7 @@ class Scheduler:
         assert result.step == plan.step == next(iter(self._in_flight), None), "steps are committed in order"
         del self._in_flight[plan.step]
         self._stats.count_graphs(result.graphs)
+        self._stats.steps_split += result.parts > 1
         tokens, counts = result.token_ids.tolist(), result.counts.tolist()
         failed, sampled = result.failed.tolist(), step.sampled
         ends = (plan.starts + plan.query_lens).tolist()

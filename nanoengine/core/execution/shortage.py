@@ -1,0 +1,69 @@
+"""When memory does not suffice: whose error says so, and what is asked for instead."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from dataclasses import replace
+
+import torch
+
+from nanoengine.core.setup.options import EngineOptions
+
+LEAST_BATCHED_TOKENS = 256  # a budget is not halved below it: smaller steps save hardly any memory
+_TEXTS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+class CaptureOutOfMemory(MemoryError):
+    """Memory ran out while graphs were captured."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had too little memory, by whichever library's error."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    plain = isinstance(error, RuntimeError) and type(error).__module__ in ("builtins", "torch")
+    return plain and any(text in str(error) for text in _TEXTS)
+
+
+def smaller_batch(options: EngineOptions, error: BaseException) -> EngineOptions | None:
+    """What to start with after `error`, which is out of memory; None where there is nothing left to lower.
+
+    First half the tokens of a step, down to `LEAST_BATCHED_TOKENS`; then no graphs, if it was they that did not fit;
+    then half the requests.
+    """
+    tokens = options.max_num_batched_tokens
+    assert tokens is not None
+    if tokens > LEAST_BATCHED_TOKENS:
+        return replace(options, max_num_batched_tokens=max(LEAST_BATCHED_TOKENS, tokens // 2))
+    if isinstance(error, CaptureOutOfMemory):
+        return replace(options, enforce_eager=True)
+    if options.max_num_seqs > 1:
+        return replace(options, max_num_seqs=options.max_num_seqs // 2)
+    return None
+
+
+def forget_locals(error: BaseException) -> None:
+    """Lets go of what the frames behind `error` and its causes hold, so that keeping the error keeps no memory."""
+    seen: set[int] = set()
+    todo: list[BaseException | None] = [error]
+    while todo:
+        each = todo.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        traceback.clear_frames(each.__traceback__)
+        todo += [each.__cause__, each.__context__]
+
+
+def free_unused(device: torch.device) -> None:
+    """Gives what nobody refers to any more back to the device."""
+    gc.collect()
+    empty_cache(device)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Gives back what torch's allocator keeps for later."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.empty_cache()

@@ -6,8 +6,10 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,15 @@ from torch import Tensor
 from nanoengine.core.errors import WeightsError
 from nanoengine.core.execution.model import Model, ModelConfig, WeightMap
 from nanoengine.core.execution.parallel import TensorParallelGroup
+from nanoengine.core.execution.upload import Uploads
 from nanoengine.layers.sharding import Shard, WeightLayer, weight_layers
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 _SHOWN = 5  # names listed of each kind of problem
+
+_Put = Callable[[Tensor, Callable[[Tensor], None]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,8 @@ def _some(names: list[str]) -> str:
 def load_weights(model: Model, config: ModelConfig, path: str | Path, tp: TensorParallelGroup) -> LoadReport:
     """Fills every parameter from `path`'s model.safetensors, or the files its index names.
 
+    On a GPU a rank's slices travel through pinned buffers, and are converted to the parameter's dtype there.
+
     Raises `WeightsError` if a file is absent or damaged, or naming all tensors that are missing, unexpected, misshapen
     or of a dtype that is no float.
     """
@@ -76,15 +83,16 @@ def load_weights(model: Model, config: ModelConfig, path: str | Path, tp: Tensor
     rules = model.weight_map(config)
     targets = _targets(model, rules, tp)
     problems, filled, skipped, num_bytes = _Problems(), set[str](), [], 0
-    for name, tensor in _tensors(path):
-        if name.endswith(rules.skip) or name in rules.ties:
-            skipped.append(name)
-        elif name not in targets:
-            problems.unexpected.append(name)
-        else:
-            filled.add(name)
-            for target in targets[name]:
-                num_bytes += _fill(name, tensor, target, problems)
+    with _way_to(next(model.parameters()).device) as put:
+        for name, tensor in _tensors(path):
+            if name.endswith(rules.skip) or name in rules.ties:
+                skipped.append(name)
+            elif name not in targets:
+                problems.unexpected.append(name)
+            else:
+                filled.add(name)
+                for target in targets[name]:
+                    num_bytes += _fill(name, tensor, target, problems, put)
     problems.missing += targets.keys() - filled
     problems.raise_if_any(path, tp)
     return LoadReport(len(filled), tuple(skipped), num_bytes, time.perf_counter() - began)
@@ -115,8 +123,18 @@ def checkpoint_name(parameter: str, part: str, rules: WeightMap) -> str:
     return name
 
 
-def _fill(name: str, tensor: Any, target: _Target, problems: _Problems) -> int:
-    """Reads this rank's slice of `tensor` (a safetensors slice) into its place; returns the bytes read."""
+@contextmanager
+def _way_to(device: torch.device) -> Iterator[_Put]:
+    """How values reach their parameter: on a CPU from the mapped file, on a GPU by way of pinned buffers."""
+    if device.type == "cpu":
+        yield lambda values, take: take(values)
+        return
+    with Uploads(device) as uploads:
+        yield uploads.put
+
+
+def _fill(name: str, tensor: Any, target: _Target, problems: _Problems, put: _Put) -> int:
+    """Sends this rank's slice of `tensor` (a safetensors slice) to its place; returns its bytes."""
     shard, shape = target.shard, tuple(tensor.get_shape())
     if shape != shard.shape:
         problems.misshapen.append(f"{name} {list(shape)}, wanted {list(shard.shape)}")
@@ -124,7 +142,7 @@ def _fill(name: str, tensor: Any, target: _Target, problems: _Problems) -> int:
         problems.misshapen.append(f"{name} of dtype {tensor.get_dtype()}, wanted one of {', '.join(FLOAT_DTYPES)}")
     elif shard.length:
         values: Tensor = tensor[:] if shard.whole else tensor[shard.source]
-        target.layer.load_shard(target.parameter, shard, values)
+        put(values, partial(target.layer.load_shard, target.parameter, shard))
         return values.nbytes
     return 0
 
@@ -161,7 +179,9 @@ def _files(path: Path) -> Mapping[str, set[str] | None]:
 
 
 _STD = 0.02
-_CHUNK = 1 << 15  # elements hashed at a time: they stay in a core's cache, and torch starts no threads for so few
+# Elements hashed at a time: on a CPU they stay in a core's cache, and torch starts no threads for so few; elsewhere
+# what counts is the number of launches, ten or so each.
+_CPU_CHUNK, _CHUNK = 1 << 15, 1 << 24
 
 
 def dummy_weights(model: Model, seed: int, tp: TensorParallelGroup) -> None:
@@ -196,7 +216,8 @@ def _hash_uniform(values: Tensor, shard: Shard, key: bytes) -> None:
         columns = columns.unsqueeze(-1) + at * math.prod(shard.shape[d + 1 :])
     rows = torch.arange(starts[0], starts[0] + len(values), device=values.device) * row
     columns, rows = columns.to(torch.int32), rows.to(torch.int32).view(-1, *[1] * columns.dim())  # both wrap around
-    step = max(1, _CHUNK // max(1, columns.numel()))
+    chunk = _CPU_CHUNK if values.device.type == "cpu" else _CHUNK
+    step = max(1, chunk // max(1, columns.numel()))
     for i in range(0, len(values), step):
         part = values[i : i + step]
         part.copy_(_mix(columns + rows[i : i + step], low, high)).mul_(_STD * math.sqrt(3) / 2**31)

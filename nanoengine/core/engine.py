@@ -335,8 +335,8 @@ class Engine:
         for each in dropped[1:]:
             try:
                 each.handle.wait()
-            except Exception:  # noqa: BLE001 - it broke on what the first one left undone; that is reported
-                continue
+            except Exception as late:  # noqa: BLE001 - it broke on what the first one left undone; that is reported
+                forget_locals(late)
         return [each.step for each in dropped]
 
     def _broken(self, steps: Sequence[ScheduledStep], error: Exception) -> None:

@@ -164,7 +164,7 @@ def test_a_part_of_one_token_that_fails_ends_the_step() -> None:
         loop.step()
     assert caught.value.__notes__ == ["with a single token left of its step"]
     runner: Any = loop.runner
-    assert runner.attempts == [5, 2, 1]
+    assert runner.attempts == [5, 2, 1, 1]
 
 
 def test_a_lone_token_gets_a_second_try_with_room_made() -> None:

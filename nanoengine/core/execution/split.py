@@ -1,9 +1,9 @@
 """A step that runs out of memory is launched again in parts, whose results make up the one result of its plan.
 
 The cut is by token: half of them in each part, so a prefill row may end in one part and go on in the next, as chunks of
-a prompt do. A part that fails too is halved again; one of a single token ends the step. The plan's writes travel with
-the first part. They may be repeated, as a failed launch repeats them, for as long as no slot has moved: what comes
-behind that runs under `slots_move`, and its failure ends the step.
+a prompt do. A part that fails too is halved again; one of a single token that fails twice ends the step. The plan's
+writes travel with the first part. They may be repeated, as a failed launch repeats them, for as long as no slot has
+moved: what comes behind that runs under `slots_move`, and its failure ends the step.
 """
 
 from __future__ import annotations
@@ -160,16 +160,16 @@ class Splitter:
         if handle is not None:
             return handle
         done: list[tuple[Part, Handle]] = []
-        todo, too_many = [whole], plan.num_tokens
+        todo, failed, too_many = [whole], whole, plan.num_tokens
         while todo:
             part = todo.pop()
             count = part.plan.num_tokens
-            if count >= too_many > 1:
+            if count > 1 and count >= too_many:
                 todo += reversed(halves(part))
                 continue
-            handle = self._attempt(part, once_more=count > 1)
+            handle = self._attempt(part, once_more=count > 1 or part is not failed)
             if handle is None:
-                too_many = count
+                failed, too_many = part, max(2, count)
                 todo.append(part)
             else:
                 done.append((part, handle))
@@ -193,4 +193,4 @@ class Splitter:
         level = logging.DEBUG if self._said else logging.WARNING
         self._said = True
         text = "a step of %d tokens in %d rows ran out of memory and is run in parts: %s: %s"
-        _log.log(level, text, plan.num_tokens, plan.num_rows, type(error).__name__, error)
+        _log.log(level, text, plan.num_tokens, plan.num_rows, type(error).__name__, str(error))  # a record may be kept

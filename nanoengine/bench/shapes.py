@@ -49,6 +49,7 @@ class Shape:
     def hf_config(self, max_model_len: int) -> dict[str, Any]:
         return {
             "architectures": [self.architecture],
+            "model_type": self.architecture.removesuffix("ForCausalLM").lower(),
             "hidden_size": self.hidden,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
@@ -70,5 +71,9 @@ _SHAPES = (
           head_size=128, intermediate=3072, vocab=151936, tied=True),
     Shape(name="qwen3-8b", architecture="Qwen3ForCausalLM", hidden=4096, layers=36, heads=32, kv_heads=8,
           head_size=128, intermediate=12288, vocab=151936, tied=False),
+    Shape(name="llama-3.2-1b", architecture="LlamaForCausalLM", hidden=2048, layers=16, heads=32, kv_heads=8,
+          head_size=64, intermediate=8192, vocab=128256, tied=True),
+    Shape(name="tiny", architecture="Qwen3ForCausalLM", hidden=64, layers=2, heads=4, kv_heads=2,
+          head_size=32, intermediate=96, vocab=16384, tied=True),  # to try the commands on a CPU
 )  # fmt: skip
 SHAPES: Mapping[str, Shape] = {shape.name: shape for shape in _SHAPES}

@@ -1,115 +1,96 @@
-"""Runs throughput workloads on one engine and reports tokens a second beside the roofline."""
+"""Runs whole workloads on one engine and reports tokens a second beside the roofline."""
 
 from __future__ import annotations
 
-import tempfile
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
-from nanoengine.bench.shapes import Shape
-from nanoengine.bench.workloads import WORKLOADS, Limits, Workload
+from nanoengine.bench.report import Report, number, share
+from nanoengine.bench.roofline import least_seconds
+from nanoengine.bench.session import Setup, backend_of, one_pass, places_of
+from nanoengine.bench.workloads import Workload
 from nanoengine.core.llm import LLM
-from nanoengine.core.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One workload's result. best, median: counted tokens a second over the passes; limit: the roofline's, or None."""
+    """One workload's result.
+
+    Attributes:
+        counts: which tokens a second are given, "output" or "prompt". requests: how many.
+        best, median: tokens a second over the passes, each of which is in `each`. limit: the roofline's, or None.
+        best_seconds: of the best pass. steps, mixed_steps, preemptions: of one pass, on average.
+        itl_ms: best pass over the tokens of its longest output; only where all outputs are equally long.
+    """
 
     workload: str
     counts: str
-    passes: int
+    requests: int
+    attention: str
     best: float
     median: float
+    each: tuple[float, ...]
     limit: float | None
-    mixed_steps: int
-    preemptions: int
+    best_seconds: float
+    steps: float
+    mixed_steps: float
+    preemptions: float
+    itl_ms: float | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """What is run, and how often. `options`: engine options, the same for every workload."""
-
-    shape: Shape
-    workloads: Sequence[str]
-    passes: int
-    max_model_len: int
-    attention: str
-    options: Mapping[str, Any]
-    limits: Limits | None
-
-
-def run(what: Run) -> list[Row]:
-    """Rows in the order asked for. An engine is made anew only where a workload bounds `max_num_seqs`."""
+def run(setup: Setup, workloads: Sequence[Workload]) -> Report:
+    """In the order given. An engine is made anew only where a workload bounds `max_num_seqs` otherwise."""
     rows: list[Row] = []
-    engines: dict[int | None, LLM] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        model = what.shape.write(Path(folder), what.max_model_len)
-        try:
-            for name in what.workloads:
-                workload = WORKLOADS[name]()
-                if workload.max_num_seqs not in engines:
-                    for llm in engines.values():
-                        llm.close()
-                    bound = {} if workload.max_num_seqs is None else {"max_num_seqs": workload.max_num_seqs}
-                    llm = LLM(model, attention=what.attention, load_format="dummy", **{**what.options, **bound})
-                    engines = {workload.max_num_seqs: llm}
-                rows.append(_measure(engines[workload.max_num_seqs], workload, what))
-        finally:
-            for llm in engines.values():
-                llm.close()
-    return rows
+    bound: int | None = None
+    llm: LLM | None = None
+    with ExitStack() as stack:
+        for workload in workloads:
+            if llm is None or workload.max_num_seqs != bound:
+                stack.close()
+                bound = workload.max_num_seqs
+                llm = stack.enter_context(setup.engine(**({} if bound is None else {"max_num_seqs": bound})))
+            rows.append(_measure(llm, workload, setup))
+    return Report(benchmark="throughput", settings=setup.as_dict(), rows=rows, columns=COLUMNS)
 
 
-def _measure(llm: LLM, workload: Workload, what: Run) -> Row:
-    _one_pass(llm, workload)  # compiles what is compiled on first use
+def _measure(llm: LLM, workload: Workload, setup: Setup) -> Row:
+    one_pass(llm, workload)  # compiles what is compiled on first use
     before = llm.stats()
-    speeds = sorted(workload.counted / _one_pass(llm, workload) for _ in range(what.passes))
+    seconds = [one_pass(llm, workload) for _ in range(setup.passes)]
     after = llm.stats()
-    batch = min(len(workload.prompts), llm.engine.scheduler.config.max_num_seqs)
+    speeds = [workload.counted / each for each in seconds]
     limit = None
-    if what.limits is not None:
-        limit = workload.counted / workload.shortest_seconds(what.shape, what.limits, batch)
+    if setup.limits is not None:
+        limit = workload.counted / least_seconds(setup.shape, setup.limits, workload.lengths, places_of(llm))
+    lens = set(workload.output_lens)
+    alike = len(lens) == 1 and lens != {1} and len(workload.prompts) <= places_of(llm)
     return Row(
         workload=workload.name,
         counts=workload.counts,
-        passes=what.passes,
-        best=speeds[-1],
+        requests=len(workload.prompts),
+        attention=backend_of(llm),
+        best=max(speeds),
         median=median(speeds),
+        each=tuple(speeds),
         limit=limit,
-        mixed_steps=after.mixed_steps - before.mixed_steps,
-        preemptions=after.preemptions - before.preemptions,
+        best_seconds=min(seconds),
+        steps=(after.steps - before.steps) / setup.passes,
+        mixed_steps=(after.mixed_steps - before.mixed_steps) / setup.passes,
+        preemptions=(after.preemptions - before.preemptions) / setup.passes,
+        itl_ms=1e3 * min(seconds) / lens.pop() if alike else None,
     )
 
 
-def _one_pass(llm: LLM, workload: Workload) -> float:
-    """Seconds, from the first request to the last token, with an empty prefix cache."""
-    llm.reset_prefix_cache()
-    params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=n) for n in workload.output_lens]
-    start = time.perf_counter()
-    outputs = llm.generate(workload.prompts, params, use_tqdm=False)
-    seconds = time.perf_counter() - start
-    for output, length in zip(outputs, workload.output_lens, strict=True):
-        if output.error is not None:
-            raise output.error
-        assert len(output.outputs[0].token_ids) == length
-    return seconds
-
-
-def as_dict(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    return [asdict(row) for row in rows]
-
-
-def table(rows: Sequence[Row]) -> str:
-    lines = [f"{'workload':<10} {'tokens':<7} {'best tok/s':>12} {'median':>12} {'limit':>12} {'of limit':>9}"]
-    for row in rows:
-        limit = "-" if row.limit is None else f"{row.limit:,.0f}"
-        share = "-" if row.limit is None else f"{row.best / row.limit:.0%}"
-        lines.append(
-            f"{row.workload:<10} {row.counts:<7} {row.best:>12,.0f} {row.median:>12,.0f} {limit:>12} {share:>9}"
-        )
-    return "\n".join(lines)
+COLUMNS = {
+    "workload": lambda r: r.workload,
+    "tokens": lambda r: r.counts,
+    "best tok/s": lambda r: number(r.best),
+    "median": lambda r: number(r.median),
+    "limit": lambda r: number(r.limit),
+    "of limit": lambda r: share(r.best, r.limit),
+    "steps": lambda r: number(r.steps),
+    "mixed": lambda r: number(r.mixed_steps),
+    "preempted": lambda r: number(r.preemptions),
+}

@@ -1,13 +1,11 @@
-"""Throughput workloads: random token ids, fixed seeds, every output run to its length."""
+"""Workloads: random token ids, fixed seeds, every output run to its length. Torch-free."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
-
-from nanoengine.bench.shapes import Shape
 
 HIGHEST_ID = 10_000
 
@@ -29,66 +27,60 @@ class Workload:
     def counted(self) -> int:
         return sum(self.output_lens) if self.counts == "output" else sum(map(len, self.prompts))
 
-    def shortest_seconds(self, shape: Shape, limits: Limits, batch: int) -> float:
-        """The roofline: each decode step reads every weight once and the KV of its rows; prefill computes.
+    @property
+    def lengths(self) -> list[tuple[int, int]]:
+        """Of each request: prompt and output tokens."""
+        return [(len(prompt), output) for prompt, output in zip(self.prompts, self.output_lens, strict=True)]
 
-        Steps advance all running rows together; with fewer places than requests, rows are spread evenly over them.
-        """
-        flops_per_token = 2 * shape.layers * shape.layer_weights
-        seconds = 0.0
-        for prompt in map(len, self.prompts):
-            attention = 2 * shape.layers * shape.heads * shape.head_size * prompt * prompt
-            seconds += (prompt * flops_per_token + attention) / limits.flops
-        decodes = sum(n - 1 for n in self.output_lens)
-        steps = max(max(self.output_lens) - 1, -(-decodes // batch))
-        kv = sum(
-            sum(range(len(p), len(p) + n - 1)) for p, n in zip(self.prompts, self.output_lens, strict=True)
-        ) * shape.kv_per_token  # fmt: skip
-        compute = decodes * 2 * shape.step_weights / limits.flops
-        weights = steps * shape.step_weights * limits.itemsize / limits.bandwidth
-        return seconds + max(weights, compute) + kv * limits.itemsize / limits.bandwidth
+    def scaled(self, factor: float) -> Workload:
+        """The same in small: that share of the requests, each with that share of its tokens. For a quick look."""
+        if factor == 1:
+            return self
+        count = max(1, round(len(self.prompts) * factor))
+        return replace(
+            self,
+            name=f"{self.name}*{factor:g}",
+            prompts=tuple(prompt[: max(1, round(len(prompt) * factor))] for prompt in self.prompts[:count]),
+            output_lens=tuple(max(1, round(n * factor)) for n in self.output_lens[:count]),
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Measured ceilings of a device: bytes/s of reading, FLOP/s of matrix products; bytes of an element."""
-
-    bandwidth: float
-    flops: float
-    itemsize: int = 2
-
-
-def _ids(rng: Random, count: int) -> tuple[int, ...]:
+def random_ids(rng: Random, count: int) -> tuple[int, ...]:
     return tuple(rng.randint(0, HIGHEST_ID) for _ in range(count))
 
 
 def _ragged256() -> Workload:
     rng = Random(0)
-    prompts = tuple(_ids(rng, rng.randint(100, 1024)) for _ in range(256))
+    prompts = tuple(random_ids(rng, rng.randint(100, 1024)) for _ in range(256))
     return Workload(name="ragged256", prompts=prompts, output_lens=tuple(rng.randint(100, 1024) for _ in range(256)))
 
 
-def _uniform(count: int) -> Workload:
+def uniform(count: int, prompt_len: int = 128, output_len: int = 512) -> Workload:
+    """`count` requests of one size."""
     rng = Random(0)
-    return Workload(name=f"d{count}", prompts=tuple(_ids(rng, 128) for _ in range(count)), output_lens=(512,) * count)
+    prompts = tuple(random_ids(rng, prompt_len) for _ in range(count))
+    return Workload(name=f"d{count}", prompts=prompts, output_lens=(output_len,) * count)
 
 
 def _churn() -> Workload:
     rng = Random(0)
-    prompts = tuple(_ids(rng, rng.randint(100, 512)) for _ in range(2048))
+    prompts = tuple(random_ids(rng, rng.randint(100, 512)) for _ in range(2048))
     lens = tuple(rng.randint(16, 128) for _ in range(2048))
     return Workload(name="churn", prompts=prompts, output_lens=lens, max_num_seqs=128)
 
 
+def prefill(count: int, length: int) -> Workload:
+    """`count` prompts of `length` tokens, one token out of each."""
+    return replace(uniform(count, length, 1), name=f"prefill{count}x{length}", counts="prompt")
+
+
 def _prefill64() -> Workload:
-    rng = Random(0)
-    prompts = tuple(_ids(rng, 1024) for _ in range(64))
-    return Workload(name="prefill64", prompts=prompts, output_lens=(1,) * 64, counts="prompt")
+    return replace(prefill(64, 1024), name="prefill64")
 
 
 WORKLOADS: Mapping[str, Callable[[], Workload]] = {
     "ragged256": _ragged256,
-    **{f"d{n}": partial(_uniform, n) for n in (1, 8, 64, 256)},
+    **{f"d{n}": partial(uniform, n) for n in (1, 8, 64, 256)},
     "churn": _churn,
     "prefill64": _prefill64,
 }

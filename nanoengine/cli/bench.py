@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
-from nanoengine.cli.common import DebugOption, say, user_errors
+from nanoengine.cli.bench_options import (
+    Attention,
+    Bandwidth,
+    Json,
+    MaxModelLen,
+    Options,
+    Passes,
+    Plot,
+    Scale,
+    ShapeName,
+    Tflops,
+    finish,
+    plotting,
+    setup_of,
+)
+from nanoengine.cli.common import DebugOption, user_errors
 from nanoengine.core.errors import ConfigError, nearest
 
 app = typer.Typer(help="Measure the engine.", no_args_is_help=True, rich_markup_mode=None)
@@ -21,49 +35,80 @@ def _group() -> None:
 
 @app.command()
 def throughput(
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[OPTION=VALUE]...", help="Engine options, e.g. max_num_seqs=64 enforce_eager=true."),
-    ] = None,
-    shape: Annotated[str, typer.Option(help="qwen3-0.6b or qwen3-8b.")] = "qwen3-0.6b",
+    given: Options = None,
+    shape: ShapeName = "qwen3-0.6b",
     workload: Annotated[list[str] | None, typer.Option(help="May be given several times. Default: all.")] = None,
-    passes: Annotated[int, typer.Option(min=1, help="Counted passes, after one to warm up.")] = 5,
-    attention: Annotated[str, typer.Option(help="Attention backend.")] = "auto",
-    max_model_len: Annotated[int, typer.Option(min=2)] = 4096,
-    bandwidth: Annotated[float | None, typer.Option(help="The device's read bandwidth in GB/s, for the limit.")] = None,
-    tflops: Annotated[float | None, typer.Option(help="The device's TFLOP/s of products, for the limit.")] = None,
-    output: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+    scale: Scale = 1.0,
+    passes: Passes = 5,
+    attention: Attention = "auto",
+    max_model_len: MaxModelLen = 4096,
+    bandwidth: Bandwidth = None,
+    tflops: Tflops = None,
+    output: Json = None,
+    plot: Plot = None,
     debug: DebugOption = False,
 ) -> None:
     """Tokens a second of whole workloads: ragged256, d1, d8, d64, d256, churn, prefill64."""
     with user_errors(debug):
-        import yaml
+        from nanoengine.bench.workloads import WORKLOADS
 
-        from nanoengine.bench import throughput as bench
-        from nanoengine.bench.shapes import SHAPES
-        from nanoengine.bench.workloads import WORKLOADS, Limits
-
-        if shape not in SHAPES:
-            raise ConfigError(f"no shape {shape!r}; {nearest(shape, SHAPES)}")
         names = workload or list(WORKLOADS)
         for name in names:
             if name not in WORKLOADS:
                 raise ConfigError(f"no workload {name!r}; {nearest(name, WORKLOADS)}")
-        if (bandwidth is None) != (tflops is None):
-            raise ConfigError("give --bandwidth and --tflops together")
-        pairs = [each.partition("=") for each in overrides or ()]
-        rows = bench.run(
-            bench.Run(
-                shape=SHAPES[shape],
-                workloads=names,
-                passes=passes,
-                max_model_len=max_model_len,
-                attention=attention,
-                options={key: yaml.safe_load(value) for key, _, value in pairs},
-                limits=None if bandwidth is None or tflops is None else Limits(bandwidth * 1e9, tflops * 1e12),
-            )
-        )
-        if output is not None:
-            output.write_text(json.dumps(bench.as_dict(rows), indent=2) + "\n")
-            say(f"wrote {output}")
-        typer.echo(bench.table(rows))
+        with plotting(plot, f"{shape}: throughput and ITL") as points:
+            from nanoengine.bench import throughput as bench
+            from nanoengine.bench.plot import Point
+
+            setup = setup_of(shape, passes, max_model_len, attention, given, bandwidth, tflops)
+            report = bench.run(setup, [WORKLOADS[name]().scaled(scale) for name in names])
+            points += [Point(r.requests, r.best, r.itl_ms, r.limit) for r in report.rows if r.itl_ms is not None]
+            finish(report, output)
+
+
+@app.command()
+def churn(
+    given: Options = None,
+    shape: ShapeName = "qwen3-0.6b",
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests running at once.")] = 128,
+    scale: Scale = 1.0,
+    passes: Passes = 5,
+    attention: Attention = "auto",
+    max_model_len: MaxModelLen = 4096,
+    bandwidth: Bandwidth = None,
+    tflops: Tflops = None,
+    output: Json = None,
+    debug: DebugOption = False,
+) -> None:
+    """Short requests that come and go, so that nearly every step has prefill and decode rows."""
+    with user_errors(debug):
+        from nanoengine.bench import throughput as bench
+        from nanoengine.bench.workloads import WORKLOADS
+
+        setup = setup_of(shape, passes, max_model_len, attention, given, bandwidth, tflops)
+        workload = replace(WORKLOADS["churn"]().scaled(scale), max_num_seqs=max_num_seqs)
+        finish(replace(bench.run(setup, [workload]), benchmark="churn"), output)
+
+
+@app.command()
+def prefill(
+    given: Options = None,
+    shape: ShapeName = "qwen3-0.6b",
+    length: Annotated[list[int] | None, typer.Option(min=1, help="Of a prompt. Default: 128, 512, 1024, 4000.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Prompt tokens of a pass, in all.")] = 65536,
+    passes: Passes = 5,
+    attention: Attention = "auto",
+    max_model_len: MaxModelLen = 4096,
+    bandwidth: Bandwidth = None,
+    tflops: Tflops = None,
+    output: Json = None,
+    debug: DebugOption = False,
+) -> None:
+    """Prompt tokens a second, at several lengths of prompts; one token out of each."""
+    with user_errors(debug):
+        from nanoengine.bench import throughput as bench
+        from nanoengine.bench import workloads
+
+        setup = setup_of(shape, passes, max_model_len, attention, given, bandwidth, tflops)
+        each = [workloads.prefill(max(1, tokens // n), n) for n in length or (128, 512, 1024, 4000)]
+        finish(replace(bench.run(setup, each), benchmark="prefill"), output)

@@ -1,0 +1,76 @@
+"""What all benchmarks of whole engines share: the settings, engines on made-up weights, and timed passes."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanoengine.bench.roofline import Limits
+from nanoengine.bench.shapes import Shape
+from nanoengine.bench.workloads import Workload
+from nanoengine.core.errors import NanoEngineError
+from nanoengine.core.llm import LLM
+from nanoengine.core.sampling_params import SamplingParams
+
+
+class BenchmarkError(NanoEngineError):
+    """A benchmark cannot be run here, or what it measured broke."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What is measured, and how often.
+
+    Attributes:
+        passes: counted ones, after one to warm up. attention: a backend's name or "auto".
+        options: engine options. limits: the device's ceilings; None: no limit is told.
+    """
+
+    shape: Shape
+    passes: int = 5
+    max_model_len: int = 4096
+    attention: str = "auto"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    limits: Limits | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "shape": self.shape.name, "options": dict(self.options)}
+
+    @contextmanager
+    def engine(self, **options: Any) -> Iterator[LLM]:
+        """An engine of this shape; `options` win over the setup's own."""
+        given = {"load_format": "dummy", "max_model_len": self.max_model_len, **self.options, **options}
+        with tempfile.TemporaryDirectory() as folder:
+            model = self.shape.write(Path(folder), given["max_model_len"])
+            with LLM(model, attention=self.attention, **given) as llm:
+                yield llm
+
+
+def backend_of(llm: LLM) -> str:
+    """Name of the attention backend that serves this engine."""
+    return llm._built.assembly.plan.attention_name
+
+
+def places_of(llm: LLM) -> int:
+    """How many requests run at once."""
+    return llm.engine.scheduler.config.max_num_seqs
+
+
+def one_pass(llm: LLM, workload: Workload, **sampling: Any) -> float:
+    """Seconds, from the first request to the last token, with an empty prefix cache."""
+    llm.reset_prefix_cache()
+    given = {"temperature": 0.6, "ignore_eos": True, **sampling}
+    params = [SamplingParams(max_tokens=n, **given) for n in workload.output_lens]
+    start = time.perf_counter()
+    outputs = llm.generate(workload.prompts, params, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    for output, length in zip(outputs, workload.output_lens, strict=True):
+        if output.error is not None:
+            raise output.error
+        assert len(output.outputs[0].token_ids) == length
+    return seconds

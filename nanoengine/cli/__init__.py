@@ -1,7 +1,7 @@
 """The command line, one file a command. Torch is imported only by what runs a model.
 
 Exit status: 0; 1 if any request failed or results could not be written; 2 for a mistake of usage or configuration;
-130 when interrupted.
+130 when interrupted, 143 when terminated.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ def main() -> None:
     """Entry point of `nanoengine`."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell started it deaf to Ctrl-C
         signal.signal(signal.SIGINT, _interrupt_once)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _interrupt_once)
     try:
         from nanoengine.cli.app import app
 
@@ -26,6 +28,11 @@ def main() -> None:
 
 
 def _interrupt_once(number: int, frame: FrameType | None) -> None:
-    """The first Ctrl-C ends the command; further ones must not break into its closing, which is short."""
+    """The first Ctrl-C or SIGTERM ends the command; further ones must not break into its closing, which is short."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if number == signal.SIGTERM:
+        from nanoengine.cli.common import Terminated
+
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
     raise KeyboardInterrupt

@@ -13,7 +13,7 @@ import typer
 
 from nanoengine.core.errors import NanoEngineError
 
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
+FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 ConfigArgument = Annotated[
     str, typer.Argument(metavar="CONFIG|RECIPE", help="A YAML file, or a shipped recipe such as quickstart.")
@@ -31,7 +31,10 @@ PluginOption = Annotated[
     typer.Option("--plugin", metavar="FILE", help="A plugin in a Python file. May be given several times."),
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-MultirunOption = Annotated[bool, typer.Option("--multirun", "-m", hidden=True)]
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: someone ends the process. It ends as with Ctrl-C, in words, with what had finished."""
 
 
 class ResultsLost(NanoEngineError):
@@ -40,7 +43,10 @@ class ResultsLost(NanoEngineError):
 
 @contextmanager
 def user_errors(debug: bool) -> Iterator[None]:
-    """A user's mistake becomes one message and exit status 2, lost results 1, Ctrl-C 130. All else is a bug."""
+    """A user's mistake becomes one message and exit status 2, lost results 1, Ctrl-C 130, SIGTERM 143.
+
+    All else is a bug.
+    """
     try:
         yield
     except NanoEngineError as error:
@@ -49,8 +55,14 @@ def user_errors(debug: bool) -> Iterator[None]:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(FAILED if isinstance(error, ResultsLost) else USAGE) from error
     except KeyboardInterrupt as interrupt:
-        typer.echo("interrupted", err=True)
-        raise typer.Exit(INTERRUPTED) from interrupt
+        word, status = ending(interrupt)
+        typer.echo(word, err=True)
+        raise typer.Exit(status) from interrupt
+
+
+def ending(interrupt: KeyboardInterrupt) -> tuple[str, int]:
+    """In a word, and as exit status."""
+    return ("terminated", TERMINATED) if isinstance(interrupt, Terminated) else ("interrupted", INTERRUPTED)
 
 
 def say(text: str, file: TextIO | None = None) -> None:

@@ -39,7 +39,7 @@ def show(
 def render(config: RunConfig) -> str:
     """YAML that composes to `config` again, each line with its origin as a comment."""
     lines: list[str] = []
-    for key, value in _plain(config).items():
+    for key, value in plain(config).items():
         if key in ("model", "attention", "engine", "sampler") and isinstance(value, Mapping) and value:
             lines.append(f"{key}:")
             for name, item in value.items():
@@ -56,7 +56,8 @@ def _origins(config: RunConfig, key: str) -> str:
     return ", ".join(dict.fromkeys([config.provenance.get(key, "default"), *changed]))
 
 
-def _plain(config: RunConfig) -> dict[str, Any]:
+def plain(config: RunConfig) -> dict[str, Any]:
+    """Plain containers, as YAML has it; without the origins."""
     prompts: Any = config.prompts
     if isinstance(prompts, PromptFile):
         prompts = asdict(prompts)

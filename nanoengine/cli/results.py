@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from statistics import median
+from stat import S_ISREG
+from statistics import median, quantiles
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 from nanoengine.cli.common import ResultsLost
+from nanoengine.cli.record import Record, record_path
 from nanoengine.core.errors import ConfigError
 from nanoengine.core.request import RequestMetrics, RequestOutput
 
 
-def result_row(index: int, prompt: Any, output: RequestOutput) -> dict[str, Any]:
-    """One finished prompt as JSON can hold it. `prompt` is what the configuration says; the ids are what was run."""
+def result_row(index: int, prompt: Any, hashed: str, output: RequestOutput) -> dict[str, Any]:
+    """One finished prompt as JSON can hold it. `prompt` is what the configuration says; the ids are what was run.
+
+    `hashed`: of prompt and parameters, see `prompt_hash`.
+    """
     return {
         "index": index,
+        "hash": hashed,
         "request_id": output.request_id,
         "prompt": prompt,
         "prompt_token_ids": list(output.prompt_token_ids),
@@ -56,15 +63,28 @@ def _metrics(metrics: RequestMetrics) -> dict[str, Any]:
 
 
 class ResultsFile:
-    """A JSONL file of result rows, made afresh, each row on disk before the next prompt finishes. No path: no file.
+    """A JSONL file of result rows, each row on disk before the next prompt finishes. No path: no file.
 
-    Raises `ResultsLost` where a row cannot be written, or the file not be closed. Whole rows are kept.
+    Made afresh, or with the rows to `keep` from a file that is there. Nobody else may write it meanwhile.
+
+    Raises `ConfigError` where it cannot be opened; `ResultsLost` where a row cannot be written, or the file not be
+    closed. Whole rows are kept.
     """
 
-    def __init__(self, path: str | None) -> None:
-        self._path, self._file = path, None if path is None else _created(path)
-        self.rows = 0
-        self._size = 0  # of the whole rows, in bytes
+    def __init__(self, path: str | None, keep: Sequence[bytes] = ()) -> None:
+        self._path = path
+        self.rows = len(keep)
+        self._size = sum(map(len, keep))  # of the whole rows, in bytes
+        self._file = None if path is None else _opened(path, b"".join(keep))
+
+    def keep_record(self, record: Record) -> None:
+        """Saves the record beside a file on a disk; a device or pipe has none. Raises `ResultsLost`."""
+        if self._path is None or self._file is None or not S_ISREG(os.fstat(self._file.fileno()).st_mode):
+            return
+        try:
+            record.save(self._path)
+        except OSError as error:
+            raise self.lost(error, str(record_path(self._path))) from error
 
     def write(self, row: Mapping[str, Any]) -> None:
         if self._file is None:
@@ -75,15 +95,20 @@ class ResultsFile:
             left = memoryview(data)
             while left:
                 left = left[self._file.write(left) :]
-        except OSError as error:
+        except BaseException as error:
             with suppress(OSError):  # what is no plain file cannot be cut, and holds no part of a row
                 self._file.truncate(self._size)
-            raise self._lost(error) from error
+            if isinstance(error, OSError):
+                raise self.lost(error) from error
+            raise
         self.rows += 1
         self._size += len(data)
 
-    def _lost(self, error: OSError) -> ResultsLost:
-        return ResultsLost(f"cannot write output {self._path}: {error.strerror}; rows kept there: {self.rows}")
+    def lost(self, error: OSError, what: str | None = None) -> ResultsLost:
+        """What to raise where results have nowhere to go any more. `what` could not be written; default: this file."""
+        place = "there" if what is None else f"in {self._path}"
+        kept = "" if self._path is None else f"; rows kept {place}: {self.rows}"
+        return ResultsLost(f"cannot write {what or f'output {self._path}'}: {error.strerror or error}{kept}")
 
     def __enter__(self) -> Self:
         return self
@@ -91,21 +116,67 @@ class ResultsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
         if self._file is None:
             return
         try:
             self._file.close()
         except OSError as failed:
-            raise self._lost(failed) from failed
+            raise self.lost(failed) from failed
 
 
-def _created(path: str) -> FileIO:
+def _opened(path: str, keep: bytes) -> FileIO:
+    """The file, locked, ready to be appended to, and with nothing but `keep` in it."""
     target = Path(path).expanduser()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        return FileIO(target, "w")
+        file = FileIO(target, "a")
+        try:
+            if not S_ISREG(os.fstat(file.fileno()).st_mode):
+                return file
+            _lock(file)
+            if not keep:
+                file.truncate(0)
+            elif target.read_bytes() != keep:  # rows are left out, or the last one is not whole
+                file = _replaced(target, keep, file)
+        except BaseException:
+            file.close()
+            raise
+        return file
     except OSError as error:
         raise ConfigError(f"cannot write output {path}: {error}") from error
+
+
+def _replaced(target: Path, keep: bytes, old: FileIO) -> FileIO:
+    """A new file in place of `old`, in one go: the rows are never on no disk at all."""
+    part = target.with_name(f".{target.name}.part")
+    file = FileIO(part, "w")
+    try:
+        left = memoryview(keep)
+        while left:
+            left = left[file.write(left) :]
+        _lock(file)
+        os.replace(part, target)
+    except BaseException:
+        file.close()
+        part.unlink(missing_ok=True)
+        raise
+    old.close()
+    return file
+
+
+def _lock(file: FileIO) -> None:
+    """Raises `OSError` where another process is writing the file."""
+    if sys.platform == "win32":
+        return  # no advisory locks there
+    import fcntl
+
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OSError("another process is writing it") from error
 
 
 def check_output(path: str | None, inputs: Mapping[str, str | Path] = MappingProxyType({})) -> bool:
@@ -140,15 +211,17 @@ def _check_writable(target: Path) -> bool:
 
 @dataclass
 class Tally:
-    """What the closing line counts."""
+    """What the closing line counts. `kept`: prompts that an earlier run had finished; the rest counts this one's."""
 
     total: int
+    kept: int = 0
     finished: int = 0
     failed: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated: int = 0
     ttfts: list[float] = field(default_factory=list)
+    itls: list[float] = field(default_factory=list)
     first_token: float | None = None  # when the first token of all came, on the monotonic clock
     first_step: float = 0.0  # seconds from scheduling it
 
@@ -159,6 +232,8 @@ class Tally:
         self.cached_tokens += output.num_cached_tokens
         self.generated += sum(len(sample.token_ids) for sample in output.outputs)
         metrics = output.metrics
+        if metrics.itl is not None:
+            self.itls.append(metrics.itl)
         if metrics.ttft is None or metrics.first_token is None or metrics.first_scheduled is None:
             return
         self.ttfts.append(metrics.ttft)
@@ -167,8 +242,10 @@ class Tally:
 
     def line(self, seconds: float) -> str:
         noun = "prompt" if self.total == 1 else "prompts"
+        done = self.finished + self.kept
         parts: Sequence[str] = [
-            f"{self.finished} {noun}" if self.finished == self.total else f"{self.finished} of {self.total} {noun}",
+            f"{done} {noun}" if done == self.total else f"{done} of {self.total} {noun}",
+            *([f"{self.kept} kept from before"] if self.kept else []),
             *([f"{self.failed} failed"] if self.failed else []),
             f"{self.prompt_tokens} prompt + {self.generated} generated tokens in {seconds:.1f} s",
             f"{self.generated / seconds if seconds else 0:.1f} tokens/s",
@@ -176,3 +253,26 @@ class Tally:
             f"prefix-cache hit rate {100 * self.cached_tokens / (self.prompt_tokens or 1):.1f}%",
         ]
         return ", ".join(parts)
+
+    def summary(self, seconds: float, status: int) -> dict[str, Any]:
+        """The same for programs. Seconds throughout; `status`: of the process."""
+        return {
+            "status": status,
+            "prompts": self.total,
+            "kept": self.kept,
+            "finished": self.finished,
+            "failed": self.failed,
+            "seconds": seconds,
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "generated_tokens": self.generated,
+            "tokens_per_second": self.generated / seconds if seconds and self.generated else None,
+            "ttft": _spread(self.ttfts),
+            "itl": _spread(self.itls),
+        }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float] | None:
+    if len(values) < 2:
+        return {"median": values[0], "p99": values[0]} if values else None
+    return {"median": median(values), "p99": quantiles(values, n=100, method="inclusive")[98]}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,27 +15,29 @@ import typer
 
 from nanoengine.cli.common import (
     FAILED,
-    INTERRUPTED,
     ConfigArgument,
     DebugOption,
-    MultirunOption,
     OverridesArgument,
     PluginOption,
+    ending,
     say,
     user_errors,
 )
 from nanoengine.core.errors import ConfigError, RequestError
 from nanoengine.core.request import RequestMetrics, RequestOutput
+from nanoengine.core.seeds import request_seed
 from nanoengine.core.setup.config import RunConfig, load_config
 from nanoengine.core.setup.plugins import discover
-from nanoengine.core.setup.prompts import Prompt, PromptFile, read_prompts
+from nanoengine.core.setup.prompts import STDIN, Prompt, PromptFile, read_prompts
 from nanoengine.core.startup import StartClock, process_seconds
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
     from nanoengine.cli.results import ResultsFile, Tally
+    from nanoengine.cli.resume import Earlier
     from nanoengine.core.llm import LLM
+    from nanoengine.core.sampling_params import SamplingParams
     from nanoengine.core.setup.registry import Registry
 
 _BAR_SECONDS, _LOG_SECONDS = 0.2, 5.0  # how often the state of the engine is shown, on a terminal and in a log
@@ -43,21 +47,35 @@ def run(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
     plugin: PluginOption = None,
+    multirun: Annotated[
+        bool,
+        typer.Option(
+            "--multirun", "-m", help="Run every combination of the overrides' values: model=a,b engine.seed=1,2"
+        ),
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Keep the rows that finished, run the rest. With a sweep's folder: go on with the sweep."
+        ),
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print each phase of the start.")] = False,
     debug: DebugOption = False,
-    multirun: MultirunOption = False,
 ) -> None:
     """Answer the prompts of a configuration."""
     with user_errors(debug):
-        if multirun:
-            raise ConfigError("--multirun (-m): sweeps are not supported; run once for each combination")
         clock = StartClock.of_process()
-        registry = discover(plugin or ())
-        inputs: dict[str, str | Path] = {"the configuration file": config}
-        inputs |= {f"plugin file {path}": path for path in plugin or ()}
-        composed = load_config(config, overrides or (), registry=registry)
-        clock.lap("plugins")
-        status = run_config(composed, registry, inputs, clock, verbose=verbose)
+        if multirun or Path(config).expanduser().is_dir():
+            from nanoengine.cli.multirun import sweep
+
+            status = sweep(config, overrides or (), plugin or (), resume=resume)
+        else:
+            registry = discover(plugin or ())
+            inputs: dict[str, str | Path] = {"the configuration file": config}
+            inputs |= {f"plugin file {path}": path for path in plugin or ()}
+            composed = load_config(config, overrides or (), registry=registry)
+            clock.lap("plugins")
+            status = run_config(composed, registry, inputs, clock, verbose=verbose, resume=resume)
         if status:
             raise typer.Exit(status)
 
@@ -69,85 +87,137 @@ def run_config(
     clock: StartClock,
     *,
     verbose: bool = False,
+    resume: bool = False,
 ) -> int:
     """The exit status. `inputs`: files that `output` must not overwrite, by what to call them.
 
     Raises `NanoEngineError` for what stops it before the first prompt runs, `ResultsLost` for results that cannot be
     written.
     """
-    from nanoengine.cli.results import ResultsFile, check_output
+    from nanoengine.cli.record import check_same_params, new_record
+    from nanoengine.cli.results import ResultsFile
 
-    prompts = read_prompts(config.prompts)
-    if not prompts:
-        raise ConfigError("no prompts: write a list under 'prompts:', or give 'prompts=[\"...\"]'")
-    if isinstance(config.prompts, PromptFile):
-        inputs = {**inputs, "the prompts file": config.prompts.file}
-    if check_output(config.output, inputs):
-        say(f"{config.output} is there already and will be overwritten")
+    prompts = _prompts(config)
+    earlier = _earlier(config, prompts, inputs, resume)
+    if earlier is not None and len(earlier.done) == len(prompts):
+        ResultsFile(config.output, earlier.rows).close()
+        say("nothing is left to do")
+        return 0
     say(f"loading {config.model.source}")
     from nanoengine.core.llm import LLM
 
     clock.lap("import")
-    made = LLM.from_run_config(config, registry=registry, say=say, clock=clock)
-    with made as llm, ResultsFile(config.output) as results:
+    with LLM.from_run_config(config, registry=registry, say=say, clock=clock) as llm:
         say(llm.start_report.table() if verbose else llm.start_report.line())
-        return Batch(llm, prompts, results, chat=config.chat).run()
+        if earlier is not None:
+            check_same_params(earlier.record, llm.default_params, str(config.output))
+        record = new_record(config, llm.default_params, registry)
+        with ResultsFile(config.output, earlier.rows if earlier else ()) as results:
+            results.keep_record(record)
+            done = earlier.done if earlier else frozenset()
+            status, summary = Batch(llm, config, prompts, results, record.params, done).run()
+            results.keep_record(record.with_summary(summary))
+            return status
+
+
+def _prompts(config: RunConfig) -> Sequence[Prompt]:
+    if isinstance(config.prompts, PromptFile) and config.prompts.file == STDIN and sys.stdin.isatty():
+        say("reading prompts from the terminal, one a line; Ctrl-D ends them")
+    prompts = read_prompts(config.prompts)
+    if not prompts:
+        raise ConfigError("no prompts: write a list under 'prompts:', or give 'prompts=[\"...\"]'")
+    return prompts
+
+
+def _earlier(
+    config: RunConfig, prompts: Sequence[Prompt], inputs: Mapping[str, str | Path], resume: bool
+) -> Earlier | None:
+    """What to go on from. Says what becomes of results that are there already."""
+    from nanoengine.cli.results import check_output
+    from nanoengine.cli.resume import earlier_run
+
+    if isinstance(config.prompts, PromptFile) and config.prompts.file != STDIN:
+        inputs = {**inputs, "the prompts file": config.prompts.file}
+    there = check_output(config.output, inputs)
+    found = earlier_run(config, prompts) if resume else None
+    if found is not None:
+        say(f"{config.output}: {len(found.done)} of {len(prompts)} prompts are answered and kept")
+    elif there and not resume:
+        say(f"{config.output} is there already and will be overwritten")
+    return found
 
 
 @dataclass
 class Batch:
-    """One run's prompts, through the engine and out as they finish."""
+    """One run's prompts, through the engine and out as they finish.
+
+    `params`: the sampling parameters as the record has them. `done`: indices of prompts that need not run.
+    """
 
     llm: LLM
+    config: RunConfig
     prompts: Sequence[Prompt]
     results: ResultsFile
-    chat: bool
+    params: Mapping[str, Any]
+    done: Collection[int] = ()
     pending: dict[str, int] = field(default_factory=dict)  # request id -> index of its prompt
 
-    def run(self) -> int:
+    def run(self) -> tuple[int, Mapping[str, Any]]:
+        """Exit status, and the summary for the record."""
         from tqdm import tqdm
 
         from nanoengine.cli.results import Tally
 
-        tally, start = Tally(len(self.prompts)), time.perf_counter()
-        interrupted = False
-        with tqdm(total=len(self.prompts), desc="prompts", unit="prompt", file=sys.stderr, dynamic_ncols=True) as bar:
+        tally, start = Tally(len(self.prompts), kept=len(self.done)), time.perf_counter()
+        status = 0
+        with tqdm(
+            total=tally.total, initial=tally.kept, desc="prompts", unit="prompt", file=sys.stderr, dynamic_ncols=True
+        ) as bar:
             try:
                 for output in self._submit():
                     self._finish(output, tally, bar)
                 self._drain(tally, bar)
-            except KeyboardInterrupt:
-                interrupted = True
-        if interrupted:
-            say("interrupted; what had finished is kept")
+            except KeyboardInterrupt as interrupt:
+                word, status = ending(interrupt)
+        if status:
+            say(f"{word}; what had finished is kept")
+        seconds = time.perf_counter() - start
         if tally.first_token is not None:
             age = process_seconds() - (time.monotonic() - tally.first_token)
             say(f"first token {age:.1f} s after the process started; its step took {tally.first_step:.2f} s")
-        say(tally.line(time.perf_counter() - start))
-        return INTERRUPTED if interrupted else FAILED if tally.failed else 0
+        say(tally.line(seconds))
+        status = status or (FAILED if tally.failed else 0)
+        return status, tally.summary(seconds, status)
 
     def _submit(self) -> list[RequestOutput]:
         """Hands every prompt to the engine; gives outputs for those that cannot even become tokens."""
         refused = []
         for index, prompt in enumerate(self.prompts):
+            if index in self.done:
+                continue
             request_id = str(index)
             self.pending[request_id] = index
             try:
                 tokens, text = self._engine_prompt(prompt)
-                self.llm.engine.add_request(
-                    request_id, tokens, self.llm.default_params, prompt_text=text, final_only=True
-                )
+                self.llm.engine.add_request(request_id, tokens, self._params(index), prompt_text=text, final_only=True)
             except RequestError as error:
                 refused.append(_refused(request_id, error))
         return refused
 
+    def _params(self, index: int) -> SamplingParams:
+        """The seed goes by the prompt's place: what ran before must not change what a resumed run draws."""
+        params = self.llm.default_params
+        if params.core.seed is not None:
+            return params
+        return params.replace(seed=request_seed(self.config.engine.seed, index))
+
     def _engine_prompt(self, prompt: Prompt) -> tuple[str | list[int], str | None]:
         """What the engine is given, and the text it belongs to."""
-        if isinstance(prompt, str) and not (self.chat and self.llm.has_chat_template):
+        if isinstance(prompt, str) and not (self.config.chat and self.llm.has_chat_template):
             return prompt, prompt
         if isinstance(prompt, str):
             return self.llm.chat_prompt([{"role": "user", "content": prompt}]), prompt
-        if not self.chat:
+        if not self.config.chat:
             raise RequestError("invalid_prompt", "the prompt is a conversation, but chat is false")
         return self.llm.chat_prompt(prompt), None
 
@@ -162,18 +232,28 @@ class Batch:
                 bar.set_postfix(running=stats.running, waiting=stats.waiting, step=stats.steps)
 
     def _finish(self, output: RequestOutput, tally: Tally, bar: tqdm[Any]) -> None:
+        from nanoengine.cli.record import prompt_hash
         from nanoengine.cli.results import result_row
 
         index = self.pending.pop(output.request_id)
         prompt = self.prompts[index]
-        self.results.write(result_row(index, prompt, output))
+        hashed = prompt_hash(prompt, self.config.chat, self.params)
+        self.results.write(result_row(index, prompt, hashed, output))
         tally.add(output)
         bar.update()
         with bar.external_write_mode(file=sys.stdout):
-            say(_answer(index, prompt, output), sys.stdout)
+            self._show(_answer(index, prompt, output))
         if output.error is not None:
             with bar.external_write_mode(file=sys.stderr):
                 say(f"[{index}] failed ({output.error.code}): {output.error}")
+
+    def _show(self, answer: str) -> None:
+        try:
+            say(answer, sys.stdout)
+        except OSError as error:  # a reader that has gone (`| head`), a full disk
+            with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())  # the interpreter's last flush must not fail again
+            raise self.results.lost(error, "answers to standard output") from error
 
 
 def _answer(index: int, prompt: Prompt, output: RequestOutput) -> str:

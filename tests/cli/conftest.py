@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 from nanoengine.cli.app import app
 from nanoengine.core.errors import RequestError
 from nanoengine.core.request import CompletionOutput, RequestMetrics, RequestOutput
+from nanoengine.core.sampling_params import SamplingParams
 from nanoengine.core.setup.config import RunConfig
 from nanoengine.core.startup import StartClock, StartReport
 
@@ -27,12 +28,14 @@ class FakeEngine:
     interrupt_after: int | None = None
     waiting: list[tuple[str, Any, str | None]] = field(default_factory=list)
     steps: int = 0
+    seeds: dict[str, int] = field(default_factory=dict)
 
     def add_request(
         self, request_id: str, prompt: Any, params: Any, *, prompt_text: str | None = None, final_only: bool = False
     ) -> None:
-        assert params == "the defaults"
+        assert params.seed is not None  # by the prompt's place
         assert final_only
+        self.seeds[request_id] = params.seed
         self.waiting.append((request_id, prompt, prompt_text))
 
     def has_unfinished_requests(self) -> bool:
@@ -71,13 +74,14 @@ class FakeLLM:
 
     made: ClassVar[list[FakeLLM]] = []
     template: ClassVar[bool] = True
+    defaults: ClassVar[dict[str, Any]] = {}  # the model's own
     interrupt_after: ClassVar[int | None] = None
     failure: ClassVar[BaseException | None] = None
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.engine, self.closed = config, FakeEngine(type(self).interrupt_after), False
         self.start_report = StartReport(())
-        self.default_params = "the defaults"
+        self.default_params = SamplingParams(**(config.sampler or type(self).defaults))
         self.has_chat_template = type(self).template
 
     @classmethod

@@ -46,7 +46,7 @@ def test_rows_answers_and_closing_line(fake: Any, nanoengine: Run, config: Any, 
     assert [row["index"] for row in rows()] == [2, 1, 0]  # as they finish
     row = rows()[2]
     assert list(row) == [
-        "index", "request_id", "prompt", "prompt_token_ids", "outputs", "num_cached_tokens", "metrics", "error",
+        "index", "hash", "request_id", "prompt", "prompt_token_ids", "outputs", "num_cached_tokens", "metrics", "error",
     ]  # fmt: skip
     assert row["prompt"] == "one two three"
     assert row["prompt_token_ids"] == [1, 10, 11, 12, 2]  # through the chat template
@@ -191,8 +191,7 @@ MISTAKES = [
     (["run", "quickstart", "prompts=null"], "no prompts"),
     (["run", "quickstart", "prompts={file: nope.jsonl}"], "nope.jsonl"),
     (["run", "quickstart", "nope.yaml"], "'nope.yaml' is no override"),
-    (["run", "quickstart", "-m", "sampler=greedy,top_p"], "sweep"),
-    (["run", "quickstart", "--multirun"], "--multirun"),
+    (["run", "quickstart", "sampler=greedy,top_p"], "needs --multirun"),
     (["run", "quickstart", "--plugin", "nope.py"], "nope.py does not exist"),
     (["run", "quickstart", "--bogus"], "No such option"),
     (["run"], "Missing argument"),

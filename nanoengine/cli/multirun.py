@@ -1,0 +1,255 @@
+"""Sweeps: `nanoengine run CONFIG --multirun model=a,b sampler=greedy,top_p` runs every combination, one by one.
+
+Each combination is a process of its own, `nanoengine run` on its resolved configuration: one that crashes, is killed
+for its memory, or leaves a GPU in disorder loses nothing but itself, and each starts from the same clean state, which
+measurements need. The price is the start of an engine, which a combination with another model or engine option pays
+anyway.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from nanoengine.cli.combinations import Combination, combinations
+from nanoengine.cli.common import FAILED, ending, say
+from nanoengine.cli.config import render
+from nanoengine.cli.record import read_record, write_whole
+from nanoengine.cli.sweep_report import Outcome, plot, print_table, write_csv
+from nanoengine.core.errors import ConfigError, NanoEngineError
+from nanoengine.core.setup.config import RunConfig, load_config
+from nanoengine.core.setup.plugins import discover
+from nanoengine.core.setup.prompts import STDIN, PromptFile, file_format
+
+_FORMAT = 1
+_SWEEP, _CONFIG, _RESULTS, _LOG = "sweep.json", "config.yaml", "results.jsonl", "run.log"
+_PATIENCE = 60  # seconds that an interrupted combination has to end in words
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A combination and its folder. `error`: why it cannot even be composed; "" if it can."""
+
+    folder: Path
+    combination: Combination
+    error: str = ""
+
+    @property
+    def output(self) -> Path:
+        return self.folder / _RESULTS
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """`cwd`: what relative paths in the configurations start from. `plugins`: plugin files."""
+
+    folder: Path
+    cwd: Path
+    plugins: tuple[str, ...]
+    jobs: tuple[Job, ...]
+
+
+def sweep(config: str, overrides: Sequence[str], plugins: Sequence[Path], *, resume: bool) -> int:
+    """The exit status: 0, 1 if a combination failed, 130 or 143 when interrupted or terminated.
+
+    `config`: with `resume`, the folder of a sweep. Raises `NanoEngineError` for what stops it before anything runs.
+    """
+    if Path(config).expanduser().is_dir():
+        if not resume:
+            raise ConfigError(
+                f"{config} is a folder, not a configuration; to go on with a sweep, give --resume {config}"
+            )
+        if overrides or plugins:
+            raise ConfigError("--resume of a sweep takes no overrides and no --plugin: the sweep has its own")
+        todo = _read(Path(config).expanduser())
+    elif resume:
+        raise ConfigError("--resume of a sweep takes the sweep's folder: nanoengine run --resume multirun/DATE")
+    else:
+        todo = _prepare(config, combinations(overrides), plugins)
+    return _run(todo)
+
+
+# -- before the first combination ----------------------------------------------------------------------------------
+
+
+def _prepare(config: str, wanted: Sequence[Combination], plugins: Sequence[Path]) -> Sweep:
+    """Composes every combination, and writes them into a new folder."""
+    registry = discover(plugins)
+    composed: list[RunConfig | NanoEngineError] = []
+    for combination in wanted:
+        try:
+            composed.append(load_config(config, combination.overrides, registry=registry))
+        except ConfigError as error:
+            composed.append(error)
+    errors = [each for each in composed if isinstance(each, NanoEngineError)]
+    if len(errors) == len(composed):
+        raise errors[0]
+    folder = _new_folder()
+    jobs: list[Job] = []
+    piped: PromptFile | None = None
+    for number, (combination, found) in enumerate(zip(wanted, composed, strict=True)):
+        place = folder / combination.folder(number)
+        place.mkdir()
+        if isinstance(found, NanoEngineError):
+            jobs.append(Job(place, combination, str(found)))
+            continue
+        if isinstance(found.prompts, PromptFile) and found.prompts.file == STDIN:
+            piped = piped or _keep_stdin(found.prompts, folder)
+            found = replace(found, prompts=piped)
+        write_whole(place / _CONFIG, render(replace(found, output=str(place / _RESULTS))))
+        jobs.append(Job(place, combination))
+    todo = Sweep(folder, Path.cwd(), tuple(str(path.absolute()) for path in plugins), tuple(jobs))
+    write_whole(folder / _SWEEP, json.dumps(_as_dict(todo), indent=2) + "\n")
+    return todo
+
+
+def _new_folder() -> Path:
+    day = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for suffix in ("", *(f"_{n}" for n in range(2, 1000))):
+        folder = Path("multirun") / f"{day}{suffix}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"cannot make the sweep's folder {folder}: {error}") from error
+    raise ConfigError(f"there are too many folders called multirun/{day}")
+
+
+def _keep_stdin(prompts: PromptFile, folder: Path) -> PromptFile:
+    """Standard input can be read once, but every combination wants it, and so does a later --resume."""
+    path = folder / f"prompts.{file_format(prompts)}"
+    path.write_bytes(sys.stdin.buffer.read())
+    return replace(prompts, file=str(path), format=file_format(prompts))
+
+
+def _as_dict(todo: Sweep) -> dict[str, Any]:
+    jobs = [
+        {
+            "folder": job.folder.name,
+            "overrides": job.combination.overrides,
+            "varied": job.combination.varied,
+            "error": job.error,
+        }
+        for job in todo.jobs
+    ]
+    return {"format": _FORMAT, "cwd": str(todo.cwd), "plugins": todo.plugins, "jobs": jobs}
+
+
+def _read(folder: Path) -> Sweep:
+    path = folder / _SWEEP
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if found["format"] != _FORMAT:
+            raise ValueError("it is of another version of nanoengine")
+        jobs = [
+            Job(folder / job["folder"], Combination(tuple(job["overrides"]), job["varied"]), job["error"])
+            for job in found["jobs"]
+        ]
+        todo = Sweep(folder, Path(found["cwd"]), tuple(found["plugins"]), tuple(jobs))
+    except FileNotFoundError as error:
+        raise ConfigError(f"--resume: {folder} holds no {_SWEEP}, so it is no sweep's folder") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not todo.cwd.is_dir():
+        raise ConfigError(f"--resume: {todo.cwd}, where the sweep was started, is no more; its relative paths need it")
+    return todo
+
+
+# -- the combinations ------------------------------------------------------------------------------------------------
+
+
+def _run(todo: Sweep) -> int:
+    say(f"{len(todo.jobs)} combinations, into {todo.folder}")
+    outcomes: list[Outcome] = []
+    stopped = 0
+    for number, job in enumerate(todo.jobs):
+        say(f"[{number + 1}/{len(todo.jobs)}] {job.combination.label}")
+        try:
+            status = _outcome(job, todo)
+        except KeyboardInterrupt as interrupt:
+            word, stopped = ending(interrupt)
+            outcomes.append(_entry(number, job, word))
+            break
+        outcomes.append(_entry(number, job, status))
+    outcomes += [_entry(n, todo.jobs[n], "not run") for n in range(len(outcomes), len(todo.jobs))]
+    _report(outcomes, todo)
+    if stopped:
+        say(f"go on with: nanoengine run --resume {todo.folder}")
+        return stopped
+    return FAILED if any(each.status != "ok" for each in outcomes) else 0
+
+
+def _entry(number: int, job: Job, status: str) -> Outcome:
+    record = None if job.error else read_record(job.output)
+    return Outcome(number, job.combination.varied, status, (record.summary if record else None) or {})
+
+
+def _outcome(job: Job, todo: Sweep) -> str:
+    """Runs a combination, unless it has run; "ok", or what went wrong."""
+    if job.error:
+        say(f"  failed: {job.error}")
+        return "failed: not composed"
+    record = read_record(job.output)
+    if record is not None and record.summary is not None and record.summary["status"] == 0:
+        say("  finished before")
+        return "ok"
+    status = _in_a_process(job, todo)
+    last = _last_line(job.folder / _LOG)
+    if status < 0:
+        name = signal.Signals(-status).name if -status in set(signal.Signals) else str(-status)
+        last, word = f"killed by {name}; its last words: {last}", f"failed: {name}"
+    else:
+        word = "ok" if status == 0 else f"failed: exit {status}"
+    say(f"  {last}" if status == 0 else f"  {word}: {last} (see {job.folder / _LOG})")
+    return word
+
+
+def _in_a_process(job: Job, todo: Sweep) -> int:
+    """Exit status of `nanoengine run` on the job's configuration; a negative one is a signal's number."""
+    command = [sys.executable, "-m", "nanoengine", "run", str((job.folder / _CONFIG).absolute()), "--resume"]
+    command += [f"output={json.dumps(str(job.output.absolute()))}"]
+    command += [word for plugin in todo.plugins for word in ("--plugin", plugin)]
+    environment = {"TQDM_MININTERVAL": "5", **os.environ}  # the log is no terminal
+    with (job.folder / _LOG).open("ab") as log:
+        process = subprocess.Popen(
+            command, cwd=todo.cwd, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log
+        )
+        try:
+            return process.wait()
+        except KeyboardInterrupt as interrupt:
+            process.send_signal(signal.SIGTERM if ending(interrupt)[0] == "terminated" else signal.SIGINT)
+            try:
+                process.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            raise
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text("utf-8", "replace").replace("\r", "\n").splitlines()
+    return next((line for line in reversed(lines) if line.strip()), "it said nothing")
+
+
+def _report(outcomes: Sequence[Outcome], todo: Sweep) -> None:
+    print_table(outcomes)
+    try:
+        write_csv(outcomes, todo.folder / "table.csv")
+        plot(outcomes, todo.folder / "plot.png")
+        say(f"wrote {todo.folder / 'table.csv'} and {todo.folder / 'plot.png'}")
+    except ImportError as error:
+        say(f"wrote {todo.folder / 'table.csv'}; no plot: {error}. pip install 'nanoengine[plot]' brings matplotlib")
+    except ValueError as error:
+        say(f"wrote {todo.folder / 'table.csv'}; no plot: {error}")
+    except OSError as error:
+        say(f"cannot write the report of the sweep: {error}")

@@ -1,0 +1,162 @@
+"""The record beside a results file: from which configuration, parameters and versions it came, and what it came to.
+
+It lets a run go on where it stopped (`--resume`), and says later what the rows are. `results.jsonl` has
+`results.jsonl.run.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from nanoengine import __version__
+from nanoengine.cli.config import plain
+from nanoengine.core.errors import ConfigError
+from nanoengine.core.sampling_params import SamplingParams
+from nanoengine.core.setup.config import RunConfig
+from nanoengine.core.setup.registry import Registry
+
+_FORMAT = 1
+_PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "flash-attn")
+_FREE = ("output", "prompts")  # may change between a run and its resumption: each row has its own prompt's hash
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """Plain JSON values throughout.
+
+    Attributes:
+        config: the composed configuration. params: the sampling parameters in force, the model's own defaults included.
+        versions: of what had a part in it. summary: `Tally.summary()`; None until the run has ended.
+    """
+
+    config: Mapping[str, Any]
+    params: Mapping[str, Any]
+    versions: Mapping[str, str]
+    summary: Mapping[str, Any] | None = None
+
+    def save(self, output: str) -> None:
+        """Writes it beside `output`, whole or not at all. Raises `OSError`."""
+        write_whole(record_path(output), json.dumps({"format": _FORMAT, **asdict(self)}, indent=2) + "\n")
+
+    def with_summary(self, summary: Mapping[str, Any]) -> Record:
+        return replace(self, summary=summary)
+
+
+def new_record(config: RunConfig, params: SamplingParams, registry: Registry) -> Record:
+    return Record(config=_json(plain(config)), params=plain_params(params), versions=_versions(registry))
+
+
+def record_path(output: str | Path) -> Path:
+    path = Path(output).expanduser()
+    return path.with_name(f"{path.name}.run.json")
+
+
+def read_record(output: str | Path) -> Record | None:
+    """The record beside a results file; None where there is none. Raises `ConfigError` for one that is broken."""
+    path = record_path(output)
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if found.pop("format") != _FORMAT:
+            raise ValueError("it is of another version of nanoengine")
+        return Record(**found)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}; without --resume it is written anew") from error
+
+
+def check_same_config(record: Record, config: RunConfig, output: str) -> None:
+    """Raises `ConfigError` naming the keys in which the run that wrote `output` was configured otherwise."""
+    _refuse(_differences(record.config, _json(plain(config)), _FREE), output)
+
+
+def check_same_params(record: Record, params: SamplingParams, output: str) -> None:
+    """The same for the parameters in force: the model's own defaults may have changed."""
+    _refuse([f"sampler.{each}" for each in _differences(record.params, plain_params(params))], output)
+
+
+def plain_params(params: SamplingParams) -> dict[str, Any]:
+    """Every parameter as JSON has it."""
+    found: dict[str, Any] = _json(asdict(params.core) | dict(params.stage_fields))
+    return found
+
+
+def prompt_hash(prompt: Any, chat: bool, params: Mapping[str, Any]) -> str:
+    """Tells whether a row answers this prompt with these parameters (`plain_params`): 16 hexadecimal digits."""
+    data = json.dumps([prompt, chat, params], sort_keys=True).encode()
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file in one go: whoever reads it finds the old text or the new one. Raises `OSError`."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, "utf-8", newline="\n")
+        os.replace(part, path)
+    except OSError:
+        with suppress(OSError):
+            part.unlink()
+        raise
+
+
+def _refuse(differences: list[str], output: str) -> None:
+    if differences:
+        raise ConfigError(
+            f"{output} was made with another configuration, so its rows are not kept: {'; '.join(differences)}. "
+            "Go back to that configuration, give another output=, or leave out --resume to begin anew"
+        )
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], free: tuple[str, ...] = ()) -> list[str]:
+    """ "engine.seed (0 there, 7 here)" for each key that is not equal."""
+    there, here = dict(_flat(old, free)), dict(_flat(new, free))
+    missing = "not given"
+    return [
+        f"{key} ({json.dumps(there[key]) if key in there else missing} there, "
+        f"{json.dumps(here[key]) if key in here else missing} here)"
+        for key in {**there, **here}
+        if key not in there or key not in here or there[key] != here[key]
+    ]
+
+
+def _flat(value: Mapping[str, Any], free: tuple[str, ...] = (), prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        if key in free:
+            continue
+        if isinstance(item, Mapping):
+            yield from _flat(item, (), f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", item
+
+
+def _json(value: Any) -> Any:
+    """As it comes back from JSON: keys are texts, tuples lists."""
+    return json.loads(json.dumps(value, default=repr))
+
+
+def _versions(registry: Registry) -> dict[str, str]:
+    """Of nanoengine, Python, what computes, and the plugins; the GPU's name where there is one."""
+    import torch
+
+    found = {"nanoengine": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    for name in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    parts = (registry.models, registry.samplers, registry.attention_backends, registry.model_sources)
+    for origin in (each.origin for kind in parts for each in kind.values()):
+        if origin.file is not None:
+            found[f"plugin file {origin.file}"] = hashlib.sha256(Path(origin.file).read_bytes()).hexdigest()[:16]
+        elif origin.distribution is not None:
+            found[origin.distribution] = str(origin.version)
+    return found

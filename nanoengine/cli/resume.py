@@ -1,0 +1,66 @@
+"""What an earlier run left in a results file, and which of its rows `--resume` keeps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanoengine.cli.record import Record, check_same_config, prompt_hash, read_record, record_path
+from nanoengine.core.errors import ConfigError
+from nanoengine.core.setup.config import RunConfig
+from nanoengine.core.setup.prompts import Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """`record`: of that run. `rows`: those to keep, as they stand in the file. `done`: indices of their prompts."""
+
+    record: Record
+    rows: Sequence[bytes]
+    done: frozenset[int]
+
+
+def earlier_run(config: RunConfig, prompts: Sequence[Prompt]) -> Earlier | None:
+    """What to go on from; None where there is nothing yet.
+
+    A row is kept if it is whole, has no error, and answers the prompt that stands in its place now.
+
+    Raises `ConfigError` where there is no output, or it was made with another configuration.
+    """
+    if config.output is None:
+        raise ConfigError("--resume needs the results of the earlier run: give output=results.jsonl")
+    path = Path(config.output).expanduser()
+    if not path.exists():
+        return None
+    if not path.is_file():
+        raise ConfigError(f"--resume: {config.output} is no plain file, so it holds no rows to go on from")
+    record = read_record(path)
+    if record is None:
+        if path.stat().st_size == 0:
+            return None
+        raise ConfigError(
+            f"--resume: {config.output} has no {record_path(path).name} beside it, so nobody can tell how it was "
+            "made; give another output=, or leave out --resume to begin anew"
+        )
+    check_same_config(record, config, config.output)
+    kept: dict[int, bytes] = {}
+    for line in path.read_bytes().splitlines(keepends=True):
+        index = _answered(line, prompts, config.chat, record)
+        if index is not None:
+            kept.setdefault(index, line)
+    return Earlier(record, list(kept.values()), frozenset(kept))
+
+
+def _answered(line: bytes, prompts: Sequence[Prompt], chat: bool, record: Record) -> int | None:
+    """Index of the prompt that a row answers; None if it is torn, failed, or answers what is asked no more."""
+    try:
+        row: Any = json.loads(line)
+        index, hashed, error = row["index"], row["hash"], row["error"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    if not line.endswith(b"\n") or error is not None or type(index) is not int or not 0 <= index < len(prompts):
+        return None
+    return index if hashed == prompt_hash(prompts[index], chat, record.params) else None

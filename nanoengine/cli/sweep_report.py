@@ -1,0 +1,127 @@
+"""What a sweep came to: a table on the terminal, the same as CSV, and a plot."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+_WIDE = 250  # columns of a table that goes to no terminal
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One combination. `status`: "ok", or what went wrong. `summary`: of the run's record, if it wrote one."""
+
+    number: int
+    varied: Mapping[str, str]
+    status: str
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return "\n".join(f"{key}={value}" for key, value in self.varied.items()) or str(self.number)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        found: float | None = self.summary.get("tokens_per_second")
+        return found
+
+    def milliseconds(self, name: str, which: str = "median") -> float | None:
+        """Of "ttft" or "itl"; None where nothing was generated."""
+        spread = self.summary.get(name)
+        return None if spread is None else 1000 * float(spread[which])
+
+    @property
+    def prompts(self) -> str:
+        if not self.summary:
+            return "-"
+        kept = self.summary["kept"]
+        done = self.summary["finished"] + kept - self.summary["failed"]
+        return f"{done}/{self.summary['prompts']}" + (f" ({kept} kept)" if kept else "")
+
+
+def print_table(outcomes: Sequence[Outcome], out: TextIO | None = None) -> None:
+    """A table of all combinations on `out`; default: standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    file = sys.stdout if out is None else out
+    table = Table()
+    header, rows = _table(outcomes)
+    for name in header:
+        table.add_column(name, justify="left" if name in ("status", *_keys(outcomes)) else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(file=file, width=None if file.isatty() else _WIDE, markup=False, highlight=False).print(table)
+
+
+def write_csv(outcomes: Sequence[Outcome], path: Path) -> None:
+    """Raises `OSError`."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        header, rows = _table(outcomes)
+        csv.writer(file).writerows([header, *rows])
+
+
+def _keys(outcomes: Sequence[Outcome]) -> list[str]:
+    return list(dict.fromkeys(key for each in outcomes for key in each.varied))
+
+
+def _table(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
+    keys = _keys(outcomes)
+    header = ["#", *keys, "status", "prompts", "tokens/s", "TTFT ms", "TTFT p99 ms", "ITL ms", "ITL p99 ms"]
+    rows = [
+        [
+            str(each.number),
+            *(each.varied.get(key, "") for key in keys),
+            each.status,
+            each.prompts,
+            _number(each.tokens_per_second),
+            *(_number(each.milliseconds(name, which)) for name in ("ttft", "itl") for which in ("median", "p99")),
+        ]
+        for each in outcomes
+    ]
+    return header, rows
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def plot(outcomes: Sequence[Outcome], path: Path) -> None:
+    """Bars of throughput, TTFT and ITL beside each other, a line a combination that generated anything.
+
+    Raises `ImportError` without matplotlib; `ValueError` where there is nothing to draw; `OSError`.
+    """
+    from matplotlib.figure import Figure
+
+    drawn = [each for each in outcomes if each.tokens_per_second is not None]
+    if not drawn:
+        raise ValueError("no combination generated anything")
+    lines = max(each.label.count("\n") + 1 for each in drawn)
+    figure = Figure(figsize=(12, 1.4 + len(drawn) * (0.3 + 0.18 * lines)), layout="constrained")
+    panels: Any = figure.subplots(1, 3, sharey=True)
+    rates = [each.tokens_per_second for each in drawn]
+    for axes, title, values, high in (
+        (panels[0], "throughput, tokens/s", rates, rates),
+        (panels[1], "TTFT, ms (median; line to p99)", *_spreads(drawn, "ttft")),
+        (panels[2], "ITL, ms (median; line to p99)", *_spreads(drawn, "itl")),
+    ):
+        axes.barh(range(len(drawn)), [value or 0 for value in values], color="#9fc5e8")
+        for place, (value, end) in enumerate(zip(values, high, strict=True)):
+            axes.annotate(_number(value), (0, place), (5, 0), textcoords="offset points", va="center")
+            axes.hlines(place + 0.3, value or 0, end or 0, color="#555555")
+        axes.set_title(title, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(drawn)), [each.label for each in drawn], fontsize=8)
+    panels[0].invert_yaxis()
+    figure.savefig(path, dpi=120)
+
+
+def _spreads(drawn: Sequence[Outcome], name: str) -> tuple[list[float | None], list[float | None]]:
+    """Medians and 99th percentiles in milliseconds."""
+    medians, highs = ([each.milliseconds(name, which) for each in drawn] for which in ("median", "p99"))
+    return medians, highs

@@ -1,4 +1,4 @@
-"""`nanoengine plugins list`: what is registered, by whom, and what failed. Imports no torch."""
+"""`nanoengine plugins`: list (what is registered, by whom, and what failed; imports no torch) and doctor."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from nanoengine.cli.common import DebugOption, PluginOption, user_errors
+from nanoengine.cli.doctor import doctor
 from nanoengine.core.setup.plugins import discover
 from nanoengine.core.setup.registry import Origin, Registry
 
@@ -17,6 +18,8 @@ app = typer.Typer(help="Look at plugins.", invoke_without_command=True, rich_mar
 
 _COLUMNS = ("kind", "name", "distribution", "version", "origin", "api", "target")
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+app.command()(doctor)
 
 
 @app.callback()

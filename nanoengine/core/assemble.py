@@ -20,7 +20,8 @@ from nanoengine.core.setup.generation import read_json
 from nanoengine.core.setup.model_source import ModelSource, SourceContext, cache_root, resolve_model
 from nanoengine.core.setup.options import EngineOptions
 from nanoengine.core.setup.plan import EnginePlan, StagePlan, TargetLoader
-from nanoengine.core.setup.registry import Registry
+from nanoengine.core.setup.registry import Registered, Registry
+from nanoengine.core.setup.specs import ModelSpec
 
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_BATCHED_TOKENS: Mapping[str, int] = {"cpu": 2048, "cuda": 8192}
@@ -30,7 +31,7 @@ DEFAULT_BATCHED_TOKENS: Mapping[str, int] = {"cpu": 2048, "cuda": 8192}
 class Assembly:
     """The plan, what loads its targets in this process, and what the scheduler and the API must know.
 
-    `passed_over`: attention backends that `auto` did not take, each with its reasons.
+    `passed_over`: attention backends that `auto` asked before the one it took, each with its reasons.
     """
 
     plan: EnginePlan
@@ -38,6 +39,26 @@ class Assembly:
     model_path: Path
     vocab_size: int
     passed_over: PassedOver
+
+    def said(self) -> str:
+        """For people: "attention torch (auto passed over triton: runs on cuda, not on cpu)"."""
+        passed = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in self.passed_over)
+        return f"attention {self.plan.attention_name}" + (f" (auto passed over {passed})" if passed else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """A model without memory. options: with device, dtype and lengths filled in. need: of an attention backend."""
+
+    model: Registered[ModelSpec]
+    hf_config: Mapping[str, Any]
+    built: BuiltModel
+    options: EngineOptions
+    need: AttentionNeed
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.built.model.parameters())
 
 
 def find_model(source: str, registry: Registry, say: Any = None) -> Path:
@@ -74,22 +95,14 @@ def assemble(
 
     Raises `ModelError`, `PluginError`, `UnsupportedError` or `ConfigError`.
     """
-    hf_config = read_json(model_path / "config.json")
-    with _naming(model_path):
-        found = registry.model_for(_architectures(hf_config), implementation)
-    loader = TargetLoader(registry.plugin_files)
-    options = _fill_device(options, hf_config)
-    with _naming(model_path):
-        built = _inspect(loader, found.spec.target, hf_config, options)
-    options = _fill_lengths(options, built)
-    need = attention_need(built, options)
-    name, target, local, passed = _attention(attention, need, registry, loader)
+    seen = inspect_model(model_path, options, registry, implementation)
+    name, target, local, passed = _attention(attention, seen.need, registry, TargetLoader(registry.plugin_files))
     loader = TargetLoader(registry.plugin_files, local)
-    options = _fill_block_size(options, load_checked(loader, target, AttentionBackend))
+    options = _fill_block_size(seen.options, load_checked(loader, target, AttentionBackend))
     plan = EnginePlan(
         model_path=str(model_path),
-        hf_config=hf_config,
-        model=found.spec.target,
+        hf_config=seen.hf_config,
+        model=seen.model.spec.target,
         attention_name=name,
         attention=target,
         stages=tuple(
@@ -103,9 +116,23 @@ def assemble(
         plan=plan,
         loader=loader,
         model_path=model_path,
-        vocab_size=built.config.vocab_size,
+        vocab_size=seen.built.config.vocab_size,
         passed_over=passed,
     )
+
+
+def inspect_model(
+    model_path: Path, options: EngineOptions, registry: Registry, implementation: str | None = None
+) -> Inspected:
+    """What the model is and needs. Raises `ModelError`, `PluginError` or `ConfigError`."""
+    hf_config = read_json(model_path / "config.json")
+    with _naming(model_path):
+        found = registry.model_for(_architectures(hf_config), implementation)
+    options = _fill_device(options, hf_config)
+    with _naming(model_path):
+        built = _inspect(TargetLoader(registry.plugin_files), found.spec.target, hf_config, options)
+    options = _fill_lengths(options, built)
+    return Inspected(found, hf_config, built, options, attention_need(built, options))
 
 
 @contextmanager

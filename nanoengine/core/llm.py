@@ -154,7 +154,7 @@ class LLM:
         assembly = assemble(path, attention, options, registry, implementation)
         clock.lap("choice")
         self._built: BuiltEngine = build_engine(assembly, registry, clock)
-        _log.info("%s: %s", model, self.start_report.line())
+        _log.info("%s: %s; %s", model, self.start_report.line(), assembly.said())
         self.engine: Engine = self._built.engine
         self._ids = itertools.count()
         try:

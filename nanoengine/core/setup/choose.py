@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from nanoengine.core.errors import NanoEngineError, PluginError, UnsupportedError
@@ -77,12 +77,7 @@ def choose_attention(
             raise UnsupportedError(f"attention backend {name!r} cannot serve this model here", reasons)
         return found, []
     passed: PassedOver = [(c.name, [str(c)]) for c in registry.conflicts if c.kind == "attention_backends"]
-    ranked = sorted(registry.attention_backends.values(), key=lambda each: (-each.spec.preference, each.spec.name))
-    for candidate in ranked:
-        try:
-            reasons = attention_reasons(candidate.spec, need, loader)
-        except PluginError as error:
-            reasons = [str(error)]
+    for candidate, reasons in judged(registry, need, loader):
         if not reasons:
             return candidate, passed
         passed.append((candidate.spec.name, reasons))
@@ -91,6 +86,18 @@ def choose_attention(
         "no attention backend can serve this model here",
         [f"{each}: {', '.join(why)}" for each, why in passed] + failed or ["none is installed"],
     )
+
+
+def judged(
+    registry: Registry, need: AttentionNeed, loader: TargetLoader
+) -> Iterator[tuple[Registered[AttentionSpec], list[str]]]:
+    """Each backend, in the order in which "auto" asks, with the reasons against it; each is loaded when it is asked."""
+    ranked = sorted(registry.attention_backends.values(), key=lambda each: (-each.spec.preference, each.spec.name))
+    for candidate in ranked:
+        try:
+            yield candidate, attention_reasons(candidate.spec, need, loader)
+        except PluginError as error:
+            yield candidate, [str(error)]
 
 
 def attention_reasons(spec: AttentionSpec, need: AttentionNeed, loader: TargetLoader) -> list[str]:

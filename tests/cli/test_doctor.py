@@ -1,0 +1,210 @@
+"""`nanoengine plugins doctor`, the real command: what works, what is refused and why, what a configuration lacks."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import Result
+
+from nanoengine.testing.checkpoints import tiny_llama
+
+Run = Callable[..., Result]
+CPU_ONLY = pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
+pytestmark = CPU_ONLY
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tiny_llama(tmp_path / "tiny")
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
+    """install("nanoengine-x", code): a distribution on sys.path whose module registers itself by entry point."""
+    site, modules = tmp_path / "site", list[str]()
+    site.mkdir()
+    monkeypatch.syspath_prepend(str(site))
+
+    def do(name: str, code: str) -> None:
+        modules.append(name.replace("-", "_"))
+        (site / f"{modules[-1]}.py").write_text(textwrap.dedent(code))
+        info = site / f"{modules[-1]}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[nanoengine]\nplug = {modules[-1]}\n")
+        importlib.invalidate_caches()
+
+    yield do
+    for module in modules:
+        sys.modules.pop(module, None)
+
+
+def examined(result: Result) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The JSON, and its findings by name."""
+    found = json.loads(result.stdout)
+    return found, {finding["name"]: finding for finding in found["findings"]}
+
+
+def test_an_installation_that_works(nanoengine: Run) -> None:
+    result = nanoengine("plugins", "doctor")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    sections = [line for line in lines if line and not line.startswith(" ")]
+    assert sections[:3] == ["environment", "gpu", "plugins"]
+    assert f"  ok       torch: {torch.__version__}" in result.stdout
+    assert "  ok       llama: model, nanoengine 0.1.0 (plugin 'builtin-models')" in lines
+    assert any(line.startswith("  note     triton: refused: on a CPU it runs in Triton's interp") for line in lines)
+    assert any(line.startswith("  ok       torch: can serve (preference 0, ") for line in lines)
+    assert lines[-3:-1] == [
+        "auto asks in this order, highest preference first: triton (20), flash_attn (10), torch (0)",
+        "attention=auto takes: torch",
+    ]
+    assert lines[-1].startswith("what was asked for works: 0 errors")
+
+
+def test_json_says_the_same(nanoengine: Run) -> None:
+    found, findings = examined(nanoengine("plugins", "doctor", "--json"))
+    assert found["works"] is True
+    assert found["attention"] == "torch"
+    assert [b["name"] for b in found["backends"]] == ["triton", "flash_attn", "torch"]
+    refused = {b["name"]: b["reasons"] for b in found["backends"]}
+    assert refused["torch"] == []
+    assert "needs flash_attn, not installed here" in refused["flash_attn"][0]
+    assert findings["smollm2-wheel"]["level"] == "ok"
+
+
+def test_a_model_with_the_choice_for_it(nanoengine: Run, model: Path) -> None:
+    result = nanoengine("plugins", "doctor", "--model", str(model))
+    assert result.exit_code == 0, result.output
+    shape = json.loads((model / "config.json").read_text())
+    size = shape["hidden_size"] // shape["num_attention_heads"]
+    for line in (
+        f"  ok       folder: {model}",
+        "  ok       implementation: llama, nanoengine 0.1.0 (plugin 'builtin-models')",
+        "  ok       weights: 0.00 GiB in float32",
+        f"attention, for heads of {size} in float32 on cpu",
+        "attention=auto takes: torch",
+    ):
+        assert line in result.stdout.splitlines()
+
+
+def test_a_configuration_that_names_what_cannot_serve_here(nanoengine: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(f"model: {model}\nattention: {{backend: triton}}\nprompts: [hello]\n")
+    result = nanoengine("plugins", "doctor", "run.yaml", "--json")
+    found, findings = examined(result)
+    assert result.exit_code == 1
+    assert found["works"] is False
+    assert found["attention"] is None
+    assert findings["run.yaml"]["level"] == "ok"
+    (triton,) = [f for f in found["findings"] if f["section"].startswith("attention") and f["name"] == "triton"]
+    assert triton["level"] == "error"
+    assert "set TRITON_INTERPRET=1" in triton["text"]
+    assert "attention=auto" in triton["mend"]
+    again = nanoengine("plugins", "doctor", "run.yaml", "attention=torch")
+    assert again.exit_code == 0, again.output
+    assert "attention=torch takes: torch" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("model: {model}\nengin: {{seed: 1}}\n", "did you mean 'engine'"),
+        ("model: no-such-model\n", "no model 'no-such-model'"),
+        ("model: {model}\nengine: {{device: cuda}}\n", "no usable CUDA device"),
+        ("model: {model}\nengine: {{max_model_len: 100000}}\n", "the model was made for 256"),
+        ("model: {model}\nattention: {{backend: tritn}}\n", "did you mean 'triton'"),
+    ],
+)
+def test_a_configuration_that_cannot_run(nanoengine: Run, model: Path, tmp_path: Path, config: str, words: str) -> None:
+    (tmp_path / "run.yaml").write_text(config.format(model=model) + "prompts: [hello]\n")
+    result = nanoengine("plugins", "doctor", "run.yaml")
+    assert result.exit_code == 1
+    assert words in result.stdout
+    assert "what was asked for cannot work: 1 error" in result.stdout.splitlines()[-1]
+    assert "Traceback" not in result.output
+
+
+def test_a_broken_package_is_a_warning_with_its_cause_and_mend(
+    nanoengine: Run, install: Callable[[str, str], None]
+) -> None:
+    install("nanoengine-burst", "raise RuntimeError('the fuse blew')")
+    result = nanoengine("plugins", "doctor")
+    assert result.exit_code == 0, result.output
+    at = result.stdout.index("nanoengine-burst 1.0 (plugin 'plug'): failed at import: RuntimeError: the fuse blew")
+    told = result.stdout[at : at + 900]
+    assert "raise RuntimeError('the fuse blew')" in told  # the traceback's last line
+    assert "mend: pip uninstall nanoengine-burst" in told
+    assert "0 errors, 1 warning" in result.stdout
+
+
+STAGE = """
+from dataclasses import dataclass
+from nanoengine.api import SamplerSpec, StageParams, hookimpl
+
+@dataclass(frozen=True)
+class Params(StageParams):
+    spice: float = 0.0
+
+@hookimpl
+def register_samplers():
+    return [SamplerSpec(name="spice", params=Params, target="no_such_module:Spice", api=1)]
+"""
+
+
+def test_a_stage_that_cannot_load_is_an_error_for_a_configuration_that_uses_it(
+    nanoengine: Run, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "spice.py").write_text(STAGE)
+    (tmp_path / "run.yaml").write_text(f"model: {model}\nprompts: [hello]\n")
+    for overrides, code, level in (([], 0, "warning"), (["+sampler.spice=0.5"], 1, "error")):
+        result = nanoengine("plugins", "doctor", "run.yaml", *overrides, "--plugin", "spice.py", "--json")
+        _, findings = examined(result)
+        assert findings["spice"]["level"] == level
+        assert "no_such_module" in findings["spice"]["text"]
+        assert findings["spice"]["mend"].startswith("leave out --plugin")
+        assert result.exit_code == code
+
+
+def test_a_plugin_file_that_fails_is_an_error_and_the_rest_is_examined(nanoengine: Run, tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text("1 / 0\n")
+    result = nanoengine("plugins", "doctor", "--plugin", "bad.py", "--json")
+    found, findings = examined(result)
+    assert result.exit_code == 1
+    assert "ZeroDivisionError" in findings["bad.py"]["text"]
+    assert found["attention"] == "torch"
+
+
+def test_a_package_outside_its_bounds(nanoengine: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import metadata
+
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: {"pluggy": "0.1", "tqdm": None}.get(name, "") or real(name))
+    _, findings = examined(nanoengine("plugins", "doctor", "--json"))
+    assert findings["pluggy"]["level"] == "warning"
+    assert "0.1 is outside" in findings["pluggy"]["text"]
+    assert findings["pluggy"]["mend"].startswith("pip install 'pluggy")
+    assert findings["tqdm"]["level"] == "ok"
+
+
+def test_a_torch_that_cannot_be_imported_is_reported_not_fatal(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')\n")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from nanoengine.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "plugins", "doctor", "--json"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1, done.stderr
+    found = json.loads(done.stdout)
+    (broken,) = [f for f in found["findings"] if f["level"] == "error"]
+    assert broken["name"] == "import torch"
+    assert "libcudart" in broken["text"]
+    assert broken["mend"]
+    assert any(f["name"] == "llama" and "(not loaded)" in f["text"] for f in found["findings"])

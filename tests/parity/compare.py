@@ -45,7 +45,7 @@ class Report:
 @torch.inference_mode()
 def reference_logits(model: PreTrainedModel, tokens: Sequence[int]) -> Row:
     """float64 [len(tokens), V]: row i predicts token i + 1."""
-    return model(torch.tensor([tokens])).logits[0].double().numpy()
+    return model(torch.tensor([tokens], device=model.device)).logits[0].double().cpu().numpy()
 
 
 def log_softmax(logits: Row) -> Row:

@@ -1,27 +1,31 @@
-"""bf16 on the CPU by forced decoding: as near to a float32 reference as transformers in bf16 is."""
+"""bf16 by forced decoding: as near to a float32 reference as transformers in bf16 is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from nanoengine import LLM, RequestOutput, SamplingParams
 from nanoengine.api import ParamsError
+from nanoengine.core.llm import EngineStats
 from nanoengine.testing import forced
 
 from . import tiny
 from .compare import log_softmax, reference_logits
 from .conftest import Pair
 
-COUNT = 40
+COUNT = 40  # output tokens
 
 
-def answers(count: int) -> list[tuple[int, ...]]:
-    return [tuple(p) for p in tiny.prompts(count, seed=1, shortest=COUNT, longest=COUNT)]
+def answers(count: int, length: int) -> list[tuple[int, ...]]:
+    return [tuple(p) for p in tiny.prompts(count, seed=1, shortest=length, longest=length)]
 
 
 def distributions(output: RequestOutput, vocab: int) -> np.ndarray:
@@ -32,34 +36,47 @@ def distributions(output: RequestOutput, vocab: int) -> np.ndarray:
 
 
 def forced_run(
-    folder: Path, asked: Sequence[Sequence[int]], dictated: Sequence[tuple[int, ...]], vocab: int
-) -> list[np.ndarray]:
+    folder: Path, asked: Sequence[Sequence[int]], dictated: Sequence[tuple[int, ...]], vocab: int, **options: Any
+) -> tuple[list[np.ndarray], EngineStats]:
     params = [
         SamplingParams(forced=ids, max_tokens=len(ids), temperature=0, ignore_eos=True, logprobs=vocab)
         for ids in dictated
     ]
-    options = {**tiny.SMALL, "dtype": "bfloat16", "max_num_batched_tokens": 32}
-    with LLM(folder, attention="torch", plugins=[forced], **options) as llm:
+    given = {"attention": "torch", **tiny.SMALL, "dtype": "bfloat16", "max_num_batched_tokens": 32, **options}
+    with LLM(folder, plugins=[forced], **given) as llm:
         outputs = llm.generate(asked, params, use_tqdm=False)
         stats = llm.stats()
     assert stats.chunks > 0
     assert stats.mixed_steps > 0
     assert [o.outputs[0].token_ids for o in outputs] == list(dictated)
-    return [distributions(output, vocab) for output in outputs]
+    return [distributions(output, vocab) for output in outputs], stats
 
 
 def rms(errors: Sequence[np.ndarray]) -> float:
     return float(np.sqrt(np.mean(np.concatenate([e.ravel() for e in errors]) ** 2)))
 
 
-def measure(folder: Path, model: torch.nn.Module) -> tuple[float, float, int, int]:
-    """(the engine's error, that of transformers in bf16, decided positions, of them where the arg-max differs)."""
-    asked, dictated = tiny.prompts(10, shortest=4, longest=40), answers(10)
-    half = tiny.reference(folder, torch.bfloat16)
+@dataclass
+class Measured:
+    """ours, theirs: errors of the engine and of transformers in the same dtype, root mean squares over log-probs.
+    decided: positions where the reference's best is beyond doubt; flipped: of them where the engine's arg-max differs.
+    """
+
+    ours: float
+    theirs: float
+    decided: int
+    flipped: int
+    stats: EngineStats
+
+
+def measure(folder: Path, model: PreTrainedModel, count: int = COUNT, *, longest: int = 40, **options: Any) -> Measured:
+    """`model`: the reference in float32. `count`: output tokens. `longest`: prompt. `options`: the engine's."""
+    asked, dictated = tiny.prompts(10, shortest=4, longest=longest), answers(10, count)
+    half = tiny.reference(folder, getattr(torch, options.get("dtype", "bfloat16"))).to(model.device)
     pieces = [(p + list(a), slice(len(p) - 1, -1)) for p, a in zip(asked, dictated, strict=True)]
     truth = [log_softmax(reference_logits(model, tokens)[part]) for tokens, part in pieces]
     theirs = [log_softmax(reference_logits(half, tokens)[part]) for tokens, part in pieces]
-    ours = forced_run(folder, asked, dictated, truth[0].shape[1])
+    ours, stats = forced_run(folder, asked, dictated, truth[0].shape[1], **options)
     their_error = rms([a - b for a, b in zip(theirs, truth, strict=True)])
     decided = flipped = 0
     for mine, true in zip(ours, truth, strict=True):
@@ -67,17 +84,17 @@ def measure(folder: Path, model: torch.nn.Module) -> tuple[float, float, int, in
         clear = best[:, -1] - best[:, -2] > 4 * their_error
         decided += int(clear.sum())
         flipped += int((mine.argmax(-1) != true.argmax(-1))[clear].sum())
-    return rms([a - b for a, b in zip(ours, truth, strict=True)]), their_error, decided, flipped
+    return Measured(rms([a - b for a, b in zip(ours, truth, strict=True)]), their_error, decided, flipped, stats)
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_error_is_that_of_the_format(pair: Callable[[str], Pair], kind: str) -> None:
-    our_error, their_error, decided, flipped = measure(*pair(kind))
-    print(f"\n{kind}: {our_error:.5f} against {their_error:.5f}; {decided} decided, {flipped} flipped")
-    assert their_error > 1e-3  # it is bf16 that is measured
-    assert our_error <= 1.25 * their_error
-    assert decided > 100
-    assert flipped == 0
+    found = measure(*pair(kind))
+    print(f"\n{kind}: {found.ours:.5f} against {found.theirs:.5f}; {found.decided} decided, {found.flipped} flipped")
+    assert found.theirs > 1e-3  # it is bf16 that is measured
+    assert found.ours <= 1.25 * found.theirs
+    assert found.decided > 100
+    assert found.flipped == 0
 
 
 def test_a_coarser_softmax_is_caught(pair: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,8 +111,8 @@ def test_a_coarser_softmax_is_caught(pair: Callable[[str], Pair], monkeypatch: p
         return original(self, layer, spec, q, k, coarse)  # type: ignore[arg-type]
 
     monkeypatch.setattr(TorchPaged, "forward", forward)
-    our_error, their_error, _, _ = measure(*pair("llama"))
-    assert our_error > 1.25 * their_error
+    found = measure(*pair("llama"))
+    assert found.ours > 1.25 * found.theirs
 
 
 def test_raw_logprobs_do_not_see_the_force(pair: Callable[[str], Pair]) -> None:

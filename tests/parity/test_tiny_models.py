@@ -215,10 +215,10 @@ def _no_qk_norm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _rows_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanoengine.core.execution.runner import ModelRunner
+    from nanoengine.core.execution.eager_tail import EagerTail
 
-    original = ModelRunner._logits
-    monkeypatch.setattr(ModelRunner, "_logits", lambda self, hidden: original(self, hidden).roll(1, 0))
+    original = EagerTail._logits
+    monkeypatch.setattr(EagerTail, "_logits", lambda self, step, which: original(self, step, which).roll(1, 0))
 
 
 def _late_positions(monkeypatch: pytest.MonkeyPatch) -> None:

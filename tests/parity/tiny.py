@@ -52,7 +52,7 @@ def reference(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMod
 
 def llm(folder: Path, **options: Any) -> LLM:
     """A float32 engine with small blocks, so that tables, chunks and hits happen."""
-    return LLM(folder, attention="torch", **{**SMALL, **options})
+    return LLM(folder, **{"attention": "torch", **SMALL, **options})
 
 
 def prompts(count: int, *, seed: int = 0, shortest: int = 1, longest: int = 40, shared: int = 0) -> list[list[int]]:

@@ -30,6 +30,7 @@ from nanoengine.core.setup.plugins import discover
 from nanoengine.core.setup.prompts import STDIN, PromptFile, file_format
 
 _FORMAT = 1
+_NANOENGINE = (sys.executable, "-m", "nanoengine")
 _SWEEP, _CONFIG, _RESULTS, _LOG = "sweep.json", "config.yaml", "results.jsonl", "run.log"
 _PATIENCE = 60  # seconds that an interrupted combination has to end in words
 
@@ -216,7 +217,7 @@ def _outcome(job: Job, todo: Sweep) -> str:
 
 def _in_a_process(job: Job, todo: Sweep) -> int:
     """Exit status of `nanoengine run` on the job's configuration; a negative one is a signal's number."""
-    command = [sys.executable, "-m", "nanoengine", "run", str((job.folder / _CONFIG).absolute()), "--resume"]
+    command = [*_NANOENGINE, "run", str((job.folder / _CONFIG).absolute()), "--resume"]
     command += [f"output={json.dumps(str(job.output.absolute()))}"]
     command += [word for plugin in todo.plugins for word in ("--plugin", plugin)]
     environment = {"TQDM_MININTERVAL": "5", **os.environ}  # the log is no terminal

@@ -1,12 +1,15 @@
 """The pre-norm decoder that many models are: a model on it is a config mapping and a weight map.
 
-The switches are few on purpose; a model that needs more writes its own `Model` from the other layers.
+Its switches are what the built-in families differ in; a model that needs more writes its own `Model` from the other
+layers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nanoengine.api import (
@@ -19,10 +22,12 @@ from nanoengine.api import (
     ModelError,
     WeightMap,
 )
+from nanoengine.kernels.activation import Activation
+from nanoengine.layers.hf_config import Fields
 from nanoengine.layers.linear import added, normed
 from nanoengine.layers.mlp import GatedMLP
 from nanoengine.layers.norm import RMSNorm
-from nanoengine.layers.rope import Angles, RopeConfig, RotaryEmbedding, apply_rope
+from nanoengine.layers.rope import Angles, RopeConfig, RotaryEmbedding, apply_rope, read_rope
 from nanoengine.layers.sharding import heads_per_rank
 
 DECODER_WEIGHTS = WeightMap(
@@ -44,8 +49,16 @@ class DecoderConfig(ModelConfig):
     Attributes:
         num_layers, intermediate_size, num_heads, num_kv_heads, head_size, eps, rope: as usual.
         tied: the output layer shares the embedding's weight.
-        attention_bias: on q, k, v and o. mlp_bias: on gate, up and down.
+        attention_bias: on q, k and v. output_bias: on o. mlp_bias: on gate, up and down.
         qk_norm: q and k are normalised head by head before they are rotated.
+        windows: each layer's attention window, None where it sees all; () if no layer has one.
+        local_rope: rotation in layers with a window, if it is another than `rope`.
+        score_scale: factor of the attention scores; None: head_size ** -0.5.
+        score_cap, logit_cap: soft caps on attention scores and on the logits.
+        embedding_scale: factor of the embedded tokens, rounded to the model's dtype first.
+        activation: of the MLP's gate.
+        unit_offset: checkpoints hold norm weights less one.
+        post_norms: what attention and MLP return is normalised too, before it joins the residual stream.
     """
 
     num_layers: int
@@ -57,20 +70,63 @@ class DecoderConfig(ModelConfig):
     rope: RopeConfig
     tied: bool = False
     attention_bias: bool = False
+    output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    windows: tuple[int | None, ...] = ()
+    local_rope: RopeConfig | None = None
+    score_scale: float | None = None
+    score_cap: float | None = None
+    logit_cap: float | None = None
+    embedding_scale: float = 1.0
+    activation: Activation = "silu"
+    unit_offset: bool = False
+    post_norms: bool = False
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ModelError(f"{self.num_heads} attention heads cannot share {self.num_kv_heads} KV heads evenly")
+        if self.windows and len(self.windows) != self.num_layers:
+            raise ModelError(f"{len(self.windows)} attention windows for {self.num_layers} layers")
+
+    def norm(self, size: int, ctx: BuildContext) -> RMSNorm:
+        return RMSNorm(size, self.eps, place=ctx, unit_offset=self.unit_offset)
+
+
+def read_decoder(fields: Fields, **traits: Any) -> DecoderConfig:
+    """A `DecoderConfig` from the field names that all families share; `traits` are the others, and go first.
+
+    Raises `ModelError` naming the field.
+    """
+    fields.refuse("quantization_config")
+    hidden, heads = fields.int("hidden_size"), fields.int("num_attention_heads")
+    if not fields.has("head_dim") and hidden % heads:
+        raise ModelError(
+            f"config.json: {fields.prefix}hidden_size {hidden} is no multiple of num_attention_heads {heads}"
+        )
+    shared: dict[str, Any] = {
+        "vocab_size": fields.int("vocab_size"),
+        "hidden_size": hidden,
+        "max_model_len": fields.int("max_position_embeddings"),
+        "num_layers": fields.int("num_hidden_layers"),
+        "intermediate_size": fields.int("intermediate_size"),
+        "num_heads": heads,
+        "num_kv_heads": fields.int("num_key_value_heads", heads),
+        "head_size": fields.int("head_dim", hidden // heads),
+        "eps": fields.float("rms_norm_eps"),
+        "tied": fields.bool("tie_word_embeddings", False),
+    }
+    if "rope" not in traits:
+        shared["rope"] = read_rope(fields.data)
+    return DecoderConfig(**{**shared, **traits})
 
 
 class DecoderAttention(nn.Module):
     """Self-attention with fused q, k, v; heads are split over ranks."""
 
-    def __init__(self, name: str, config: DecoderConfig, ctx: BuildContext) -> None:
+    def __init__(self, name: str, config: DecoderConfig, ctx: BuildContext, window: int | None = None) -> None:
         super().__init__()
-        size, bias = config.head_size, config.attention_bias
+        size = config.head_size
         q, kv = config.num_heads * size, config.num_kv_heads * size
         self.head_size = size
         self.heads = heads_per_rank(config.num_heads, ctx.tp.size)
@@ -79,27 +135,38 @@ class DecoderAttention(nn.Module):
             f"{name}.qkv_proj",
             config.hidden_size,
             q + 2 * kv,
-            bias=bias,
+            bias=config.attention_bias,
             parallel="column",
             parts=[("q", q), ("k", kv), ("v", kv)],
             head_size=size,
         )
-        self.o_proj = ctx.linear(f"{name}.o_proj", q, config.hidden_size, bias=bias, parallel="row", head_size=size)
-        spec = AttentionLayerSpec(num_heads=self.heads, num_kv_heads=self.kv_heads, head_size=size, scale=size**-0.5)
+        self.o_proj = ctx.linear(
+            f"{name}.o_proj", q, config.hidden_size, bias=config.output_bias, parallel="row", head_size=size
+        )
+        spec = AttentionLayerSpec(
+            num_heads=self.heads,
+            num_kv_heads=self.kv_heads,
+            head_size=size,
+            scale=size**-0.5 if config.score_scale is None else config.score_scale,
+            window=window,
+            soft_cap=config.score_cap,
+        )
         self.attn = ctx.attention(f"{name}.attn", spec)
         if config.qk_norm:
-            self.q_norm = RMSNorm(size, config.eps, place=ctx)
-            self.k_norm = RMSNorm(size, config.eps, place=ctx)
+            self.q_norm, self.k_norm = config.norm(size, ctx), config.norm(size, ctx)
         self.qk_norm, self.ops = config.qk_norm, ctx.ops
 
     def forward(
-        self, norm: RMSNorm, x: Tensor, residual: Tensor | None, angles: Angles
+        self, norm: RMSNorm, x: Tensor, residual: Tensor | None, angles: Angles, post_norm: RMSNorm | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """x and the residual stream it is to be added to (None: it is the stream), [T, hidden] -> the same again."""
+        """x and the residual stream it is to be added to (None: it is the stream), [T, hidden] -> the same again.
+
+        `post_norm` normalises the result before it joins the stream.
+        """
         qkv, residual = normed(self.qkv_proj, norm, x, residual)  # [T, (heads + 2 kv_heads) * head_size]
         cache = self.attn.kv_cache() if self.ops.stores_kv else None
         mixed = self._plainly(qkv, angles) if cache is None else self._fused(qkv, angles, cache)
-        return added(self.o_proj, mixed.flatten(1), residual)
+        return added(self.o_proj, mixed.flatten(1), residual, post_norm)
 
     def _fused(self, qkv: Tensor, angles: Angles, cache: KVCacheView) -> Tensor:
         """Norm, rotation and store in one kernel; then the backend only attends."""
@@ -130,17 +197,43 @@ class DecoderAttention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, name: str, config: DecoderConfig, ctx: BuildContext) -> None:
+    """Attention and MLP behind a norm each. Submodules are called what checkpoints call them."""
+
+    def __init__(self, name: str, config: DecoderConfig, ctx: BuildContext, window: int | None = None) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.eps, place=ctx)
-        self.self_attn = DecoderAttention(f"{name}.self_attn", config, ctx)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.eps, place=ctx)
-        self.mlp = GatedMLP(f"{name}.mlp", config.hidden_size, config.intermediate_size, ctx, bias=config.mlp_bias)
+        self.window = window
+        self.input_layernorm = config.norm(config.hidden_size, ctx)
+        self.self_attn = DecoderAttention(f"{name}.self_attn", config, ctx, window)
+        self.post_attention_layernorm = config.norm(config.hidden_size, ctx)
+        self.mlp = GatedMLP(
+            f"{name}.mlp",
+            config.hidden_size,
+            config.intermediate_size,
+            ctx,
+            bias=config.mlp_bias,
+            activation=config.activation,
+        )
 
     def forward(self, x: Tensor, residual: Tensor | None, angles: Angles) -> tuple[Tensor, Tensor | None]:
         """x and the residual stream it is to be added to (None: it is the stream), [T, hidden] -> the same again."""
         x, residual = self.self_attn(self.input_layernorm, x, residual, angles)
         out: tuple[Tensor, Tensor | None] = self.mlp(self.post_attention_layernorm, x, residual)
+        return out
+
+
+class PostNormDecoderLayer(DecoderLayer):
+    """Attention and MLP between two norms each: `post_attention_layernorm` stands behind attention here."""
+
+    def __init__(self, name: str, config: DecoderConfig, ctx: BuildContext, window: int | None = None) -> None:
+        super().__init__(name, config, ctx, window)
+        self.pre_feedforward_layernorm = config.norm(config.hidden_size, ctx)
+        self.post_feedforward_layernorm = config.norm(config.hidden_size, ctx)
+
+    def forward(self, x: Tensor, residual: Tensor | None, angles: Angles) -> tuple[Tensor, Tensor | None]:
+        x, residual = self.self_attn(self.input_layernorm, x, residual, angles, self.post_attention_layernorm)
+        out: tuple[Tensor, Tensor | None] = self.mlp(
+            self.pre_feedforward_layernorm, x, residual, self.post_feedforward_layernorm
+        )
         return out
 
 
@@ -150,15 +243,25 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, ctx: BuildContext) -> None:
         super().__init__()
         self.embed_tokens = ctx.embedding("model.embed_tokens", config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(f"model.layers.{i}", config, ctx) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.eps, place=ctx)
+        make = PostNormDecoderLayer if config.post_norms else DecoderLayer
+        windows = config.windows or (None,) * config.num_layers
+        self.layers = nn.ModuleList(make(f"model.layers.{i}", config, ctx, window) for i, window in enumerate(windows))
+        self.norm = config.norm(config.hidden_size, ctx)
         self.rotary_emb = RotaryEmbedding(config.rope, config.head_size, ctx.device)
+        self.local_rotary_emb: RotaryEmbedding | None = None
+        if config.local_rope is not None:
+            self.local_rotary_emb = RotaryEmbedding(config.local_rope, config.head_size, ctx.device)
+        self.scale = torch.tensor(config.embedding_scale, dtype=ctx.dtype).item()
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        angles = self.rotary_emb(positions)
+        angles = local_angles = self.rotary_emb(positions)
+        if self.local_rotary_emb is not None:
+            local_angles = self.local_rotary_emb(positions)
         x, residual = self.embed_tokens(input_ids), None
+        if self.scale != 1.0:
+            x = x * self.scale
         for layer in self.layers:
-            x, residual = layer(x, residual, angles)
+            x, residual = layer(x, residual, angles if layer.window is None else local_angles)
         out: Tensor = self.norm(x) if residual is None else self.norm(x, residual)[0]
         return out
 
@@ -173,6 +276,7 @@ class DecoderLM(Model):
         self.model = Decoder(config, ctx)
         tied = self.model.embed_tokens if config.tied else None
         self.lm_head = ctx.lm_head("lm_head", config.hidden_size, config.vocab_size, tied=tied)
+        self.logit_cap, self.ops = config.logit_cap, ctx.ops
 
     @classmethod
     def weight_map(cls, config: DecoderConfig) -> WeightMap:
@@ -185,5 +289,5 @@ class DecoderLM(Model):
         return out
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        out: Tensor = self.lm_head(hidden)
-        return out
+        logits: Tensor = self.lm_head(hidden)
+        return logits if self.logit_cap is None else self.ops.soft_cap(logits, self.logit_cap)

@@ -22,6 +22,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+NULL: Any = object()
+"""An override that becomes a null in config.json."""
+
 _SMALL: Mapping[str, Any] = {
     "hidden_act": "silu",
     "hidden_size": 48,
@@ -50,6 +53,51 @@ def tiny_qwen3(path: str | Path, **options: Any) -> Path:
     return write_checkpoint(path, {**_SMALL, **base}, **options)
 
 
+def tiny_qwen2(path: str | Path, **options: Any) -> Path:
+    """A random `Qwen2ForCausalLM` in folder `path`; options as in `write_checkpoint`. Returns the folder."""
+    base = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 143}
+    return write_checkpoint(path, {**_SMALL, **base, "attention_bias": None}, **options)
+
+
+def tiny_mistral(path: str | Path, **options: Any) -> Path:
+    """A random `MistralForCausalLM` in folder `path`, window 11; options as in `write_checkpoint`."""
+    base = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "vocab_size": 137, "sliding_window": 11}
+    return write_checkpoint(path, {**_SMALL, **base, "attention_bias": None}, **options)
+
+
+_SMALL_GEMMA: Mapping[str, Any] = {
+    **_SMALL,
+    "hidden_act": None,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "num_hidden_layers": 4,
+    "head_dim": 12,
+    "query_pre_attn_scalar": 17,
+    "sliding_window": 9,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+}
+
+
+def tiny_gemma2(path: str | Path, **options: Any) -> Path:
+    """A random `Gemma2ForCausalLM` in folder `path`: local, global, local, global; options as in `write_checkpoint`."""
+    base = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "vocab_size": 133}
+    caps = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 9.0}
+    return write_checkpoint(path, {**_SMALL_GEMMA, **base, **caps}, **options)
+
+
+def tiny_gemma3(path: str | Path, **options: Any) -> Path:
+    """A random `Gemma3ForCausalLM` in folder `path`, every second layer global and rotated more slowly by a factor of
+    8; options as in `write_checkpoint`. In the form of the published files."""
+    base = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "vocab_size": 139}
+    ropes = {
+        "rope_parameters": None,
+        "rope_theta": 3000.0,
+        "rope_local_base_freq": 200.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }
+    return write_checkpoint(path, {**_SMALL_GEMMA, **base, **ropes, "sliding_window_pattern": 2}, **options)
+
+
 def write_checkpoint(
     path: str | Path,
     config: Mapping[str, Any],
@@ -64,14 +112,15 @@ def write_checkpoint(
     """Writes a folder for a decoder with Llama's tensor names.
 
     Args:
-        config: config.json. overrides: fields to replace in it; None leaves a field out.
+        config: config.json. overrides: fields to replace in it; None leaves a field out, `NULL` makes it null.
         seed, std: of the random weights. dtype: of the tensors.
         files: 1: model.safetensors; more: that many shards and their index.
         with_tokenizer: also a byte-level tokenizer with a chat template; vocab_size is raised to hold its 259 ids.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    hf = {name: value for name, value in {**config, **overrides}.items() if value is not None}
+    given = {name: value for name, value in {**config, **overrides}.items() if value is not None}
+    hf = {name: None if value is NULL else value for name, value in given.items()}
     if with_tokenizer:
         end = 256 + SPECIAL_TOKENS.index("<|im_end|>")
         hf["vocab_size"] = max(hf["vocab_size"], 256 + len(SPECIAL_TOKENS))
@@ -86,7 +135,7 @@ def write_checkpoint(
 
 
 def tensor_shapes(hf: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor that a Llama or Qwen3 checkpoint with this config.json holds."""
+    """Name -> shape of every tensor that a checkpoint of a built-in model with this config.json holds."""
     hidden, middle, heads = hf["hidden_size"], hf["intermediate_size"], hf["num_attention_heads"]
     size = hf.get("head_dim") or hidden // heads
     q, kv = heads * size, hf.get("num_key_value_heads", heads) * size
@@ -100,16 +149,24 @@ def tensor_shapes(hf: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         prefix = f"model.layers.{i}."
         for name, shape in linears.items():
             shapes[f"{prefix}{name}.weight"] = shape
-            if hf.get("attention_bias" if name.startswith("self_attn") else "mlp_bias"):
+            if _has_bias(hf, name):
                 shapes[f"{prefix}{name}.bias"] = shape[:1]
         norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
-        if hf["model_type"] == "qwen3":
+        if hf["model_type"] in ("qwen3", "gemma3_text"):
             norms |= {"self_attn.q_norm": size, "self_attn.k_norm": size}
+        if hf["model_type"].startswith("gemma"):
+            norms |= {"pre_feedforward_layernorm": hidden, "post_feedforward_layernorm": hidden}
         shapes |= {f"{prefix}{name}.weight": (width,) for name, width in norms.items()}
     shapes["model.norm.weight"] = (hidden,)
     if not hf.get("tie_word_embeddings"):
         shapes["lm_head.weight"] = (hf["vocab_size"], hidden)
     return shapes
+
+
+def _has_bias(hf: Mapping[str, Any], linear: str) -> bool:
+    if hf["model_type"] == "qwen2":
+        return linear in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    return bool(hf.get("attention_bias" if linear.startswith("self_attn") else "mlp_bias"))
 
 
 def _values(name: str, shape: tuple[int, ...], std: float, generator: torch.Generator) -> Tensor:

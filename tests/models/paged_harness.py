@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanoengine.api import BatchLimits, ForwardBatch, StepInputs
+from nanoengine.api import BatchLimits, ForwardBatch, Model, StepInputs
 from nanoengine.core.execution.build import build_model, kv_groups
 from nanoengine.core.execution.parallel import SingleRank
 from nanoengine.core.execution.weights import load_weights
 from nanoengine.plugins.attention_backends.torch_paged import TorchPaged
-from nanoengine.plugins.models.llama import Llama
-from nanoengine.plugins.models.qwen3 import Qwen3
+from nanoengine.plugins.models import register_models
 
-MODELS = {"LlamaForCausalLM": Llama, "Qwen3ForCausalLM": Qwen3}
+MODELS = {name: spec.target for spec in register_models() for name in spec.architectures}
+
+
+def model_class(hf: Mapping[str, Any]) -> type[Model]:
+    """The built-in model that serves a config.json."""
+    module, _, name = MODELS[hf["architectures"][0]].partition(":")
+    return getattr(import_module(module), name)
 
 
 class PagedModel:
@@ -25,18 +32,19 @@ class PagedModel:
 
     def __init__(self, path: Path, block_size: int = 4, num_blocks: int = 200, dtype: torch.dtype = torch.float32):
         hf = json.loads((path / "config.json").read_text())
-        cls = MODELS[hf["architectures"][0]]
-        built = build_model(cls, hf, tp=SingleRank(), dtype=dtype, device="cpu")
+        built = build_model(model_class(hf), hf, tp=SingleRank(), dtype=dtype, device="cpu")
         self.report = load_weights(built.model, built.config, path, SingleRank())
         self.model, self.config = built.model, built.config
-        ((spec, layers),) = kv_groups(built.attention_layers)
         self.limits = BatchLimits(
             max_rows=16, max_tokens=256, max_model_len=built.config.max_model_len, block_size=block_size
         )
-        self.backend = TorchPaged(spec, self.limits, torch.device("cpu"))
-        self.backend.allocate(len(layers), num_blocks)
-        for i, layer in enumerate(layers):
-            layer.bind(self.backend, i)
+        self.backends = []
+        for spec, layers in kv_groups(built.attention_layers):
+            backend = TorchPaged(spec, self.limits, torch.device("cpu"))
+            backend.allocate(len(layers), num_blocks)
+            for i, layer in enumerate(layers):
+                layer.bind(backend, i)
+            self.backends.append(backend)
         # handed out in a scattered order, so that neighbours in a sequence are not neighbours in memory
         self.free = [1 + (i * 77) % (num_blocks - 1) for i in range(num_blocks - 1)]
         assert len(set(self.free)) == num_blocks - 1
@@ -71,18 +79,18 @@ class PagedModel:
             self.done[name] = after
         counts, lens = [len(chunks[name]) for name in order], [self.done[name] for name in order]
         decode = sum(count == 1 for count in counts)
-        self.backend.fill(
-            StepInputs(
-                block_tables=tables,
-                seq_lens=torch.tensor(lens, dtype=torch.int32),
-                query_start_loc=torch.tensor([0, *counts]).cumsum(0).to(torch.int32),
-                slot_mapping=torch.tensor(slots),
-                positions=torch.tensor(positions),
-                num_decode_rows=decode,
-                query_lens_host=tuple(counts),
-                seq_lens_host=tuple(lens),
-            )
+        inputs = StepInputs(
+            block_tables=tables,
+            seq_lens=torch.tensor(lens, dtype=torch.int32),
+            query_start_loc=torch.tensor([0, *counts]).cumsum(0).to(torch.int32),
+            slot_mapping=torch.tensor(slots),
+            positions=torch.tensor(positions),
+            num_decode_rows=decode,
+            query_lens_host=tuple(counts),
+            seq_lens_host=tuple(lens),
         )
+        for backend in self.backends:  # every KV group has the same tables here
+            backend.fill(inputs)
         batch = ForwardBatch(num_tokens=len(ids), num_decode_rows=decode)
         hidden = self.model(torch.tensor(ids), torch.tensor(positions), batch)
         logits = self.model.compute_logits(hidden)

@@ -1,4 +1,4 @@
-"""Both models against transformers' own classes: float32, tiny random weights, ragged and chunked and shared."""
+"""Every model against transformers' own classes: float32, tiny random weights, ragged and chunked and shared."""
 
 from __future__ import annotations
 
@@ -9,10 +9,34 @@ import pytest
 import torch
 from paged_harness import PagedModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from nanoengine.layers import decoder
-from nanoengine.testing.checkpoints import tiny_llama, tiny_qwen3
+from nanoengine.testing.checkpoints import (
+    NULL,
+    tiny_gemma2,
+    tiny_gemma3,
+    tiny_llama,
+    tiny_mistral,
+    tiny_qwen2,
+    tiny_qwen3,
+)
 
 TOLERANCE = 5e-4  # on log-probs
 
@@ -37,6 +61,55 @@ CASES = {
     "qwen3": (tiny_qwen3, {}),
     "qwen3-tied-old-rope": (tiny_qwen3, {"tie_word_embeddings": True, **OLD_ROPE}),
     "qwen3-biases": (tiny_qwen3, {"attention_bias": True, "files": 3}),
+    "qwen3-window": (
+        tiny_qwen3,
+        {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 1},
+    ),
+    "qwen2": (tiny_qwen2, {}),
+    # the switches of the published files: a window that is named and not used
+    "qwen2.5": (
+        tiny_qwen2,
+        {"tie_word_embeddings": True, "use_sliding_window": False, "sliding_window": 8, "max_window_layers": 1},
+    ),
+    "qwen2-window": (tiny_qwen2, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
+    "qwen2-layer-types": (
+        tiny_qwen2,
+        {
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "mistral": (tiny_mistral, {}),
+    "mistral-no-window": (tiny_mistral, {"sliding_window": NULL}),
+    "mistral-default-window": (tiny_mistral, {"sliding_window": None}),  # 4096, beyond every prompt here
+    "mistral-head-dim": (tiny_mistral, {"head_dim": 12, "num_key_value_heads": 3, "sliding_window": 1, **OLD_ROPE}),
+    "gemma2": (tiny_gemma2, {"std": 0.05}),
+    "gemma2-default-caps": (tiny_gemma2, {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma2-no-caps": (tiny_gemma2, {"attn_logit_softcapping": NULL, "final_logit_softcapping": NULL}),
+    "gemma2-untied": (tiny_gemma2, {"tie_word_embeddings": False, "attention_bias": True}),
+    "gemma3": (tiny_gemma3, {"std": 0.1}),
+    "gemma3-capped": (tiny_gemma3, {"std": 0.1, "final_logit_softcapping": 2.0}),
+    "gemma3-plain-rope": (tiny_gemma3, {"std": 0.1, "rope_scaling": None}),
+    "gemma3-default-thetas": (
+        tiny_gemma3,
+        {"std": 0.1, "rope_theta": None, "rope_local_base_freq": None, "num_hidden_layers": 2},
+    ),
+    "gemma3-all-local": (tiny_gemma3, {"std": 0.1, "sliding_window_pattern": 9}),
+    "gemma3-layer-types": (
+        tiny_gemma3,
+        {
+            "std": 0.1,
+            "rope_theta": None,
+            "rope_scaling": None,
+            "rope_local_base_freq": None,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 999.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 55.0},
+            },
+            "layer_types": ["full_attention", "full_attention", "sliding_attention", "full_attention"],
+        },
+    ),
 }
 
 
@@ -90,7 +163,7 @@ def test_log_probs(case: str, tmp_path: Path) -> None:
         torch.testing.assert_close(chunked[name], target, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_qwen3, tiny_qwen2, tiny_mistral, tiny_gemma2, tiny_gemma3])
 def test_shared_prefix_and_greedy(make: Any, tmp_path: Path) -> None:
     path = make(tmp_path, seed=3)
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
@@ -128,6 +201,16 @@ SMALL = {
     [
         (LlamaConfig(**SMALL, rope_parameters={**LLAMA3, "rope_theta": 500.0}), LlamaForCausalLM),
         (Qwen3Config(**SMALL, head_dim=16, attention_bias=True), Qwen3ForCausalLM),
+        (Qwen2Config(**SMALL), Qwen2ForCausalLM),
+        (
+            Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+            Qwen2ForCausalLM,
+        ),
+        (MistralConfig(**SMALL, sliding_window=None), MistralForCausalLM),
+        (MistralConfig(**SMALL, sliding_window=13), MistralForCausalLM),
+        (Gemma2Config(**SMALL, head_dim=16, sliding_window=6), Gemma2ForCausalLM),
+        (Gemma3TextConfig(**SMALL, head_dim=16, sliding_window=6), Gemma3ForCausalLM),
+        (Gemma3TextConfig(**SMALL, head_dim=16, sliding_window=6, sliding_window_pattern=2), Gemma3ForCausalLM),
     ],
 )
 def test_a_folder_that_transformers_wrote(config: Any, cls: Any, tmp_path: Path) -> None:
@@ -138,6 +221,35 @@ def test_a_folder_that_transformers_wrote(config: Any, cls: Any, tmp_path: Path)
     reference.save_pretrained(tmp_path)
     model = PagedModel(tmp_path)
     assert model.report.num_tensors == len(list(reference.parameters()))
+    for name, logits in model.step(prompts(97)).items():
+        target = expected(reference, prompts(97)[name])
+        torch.testing.assert_close(log_probs(logits), target, atol=TOLERANCE, rtol=0)
+
+
+def test_the_text_part_of_a_checkpoint_with_images(tmp_path: Path) -> None:
+    """Fields and weights of the text model are nested; those of the vision tower are passed over, each by name."""
+    torch.manual_seed(1)
+    text = {name: value for name, value in SMALL.items() if name != "tie_word_embeddings"}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config={
+            **text,
+            "head_dim": 16,
+            "sliding_window": 6,
+            "sliding_window_pattern": 2,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+    reference = Gemma3ForConditionalGeneration(config).eval()
+    for parameter in reference.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    reference.save_pretrained(tmp_path)
+    model = PagedModel(tmp_path)
+    assert len(model.report.skipped) > 20
+    assert {name.partition(".")[0] for name in model.report.skipped} == {"vision_tower", "multi_modal_projector"}
+    assert model.report.num_tensors == len(list(reference.model.language_model.parameters()))
     for name, logits in model.step(prompts(97)).items():
         target = expected(reference, prompts(97)[name])
         torch.testing.assert_close(log_probs(logits), target, atol=TOLERANCE, rtol=0)

@@ -8,22 +8,30 @@ from typing import Any
 
 import pytest
 import torch
+from paged_harness import model_class
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanoengine.api import ModelError, WeightsError
 from nanoengine.core.execution.build import BuiltModel, build_model, kv_groups
 from nanoengine.core.execution.parallel import SingleRank
-from nanoengine.core.execution.weights import LoadReport, load_weights
+from nanoengine.core.execution.weights import LoadReport, dummy_weights, load_weights
+from nanoengine.layers.rope import RopeConfig
+from nanoengine.plugins.models.gemma3 import Gemma3, Gemma3WithImages
 from nanoengine.plugins.models.llama import Llama
-from nanoengine.plugins.models.qwen3 import Qwen3
-from nanoengine.testing.checkpoints import tiny_llama, tiny_qwen3
+from nanoengine.testing.checkpoints import (
+    tiny_gemma2,
+    tiny_gemma3,
+    tiny_llama,
+    tiny_mistral,
+    tiny_qwen2,
+    tiny_qwen3,
+)
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> tuple[BuiltModel, LoadReport]:
     hf = json.loads((path / "config.json").read_text())
-    cls = Llama if hf["model_type"] == "llama" else Qwen3
-    built = build_model(cls, hf, tp=SingleRank(), dtype=dtype, device="cpu")
+    built = build_model(model_class(hf), hf, tp=SingleRank(), dtype=dtype, device="cpu")
     return built, load_weights(built.model, built.config, path, SingleRank())
 
 
@@ -151,14 +159,103 @@ def test_configs_that_are_not_served(fields: dict[str, Any], told: str, tmp_path
         build_model(Llama, hf, tp=SingleRank(), dtype=torch.float32, device="meta")
 
 
-def test_qwen3_refuses_sliding_windows_and_a_missing_head_dim(tmp_path: Path) -> None:
-    hf = json.loads((tiny_qwen3(tmp_path) / "config.json").read_text())
-    with pytest.raises(ModelError, match="use_sliding_window"):
-        Qwen3.read_config({**hf, "use_sliding_window": True})
-    with pytest.raises(ModelError, match="layer_types"):
-        Qwen3.read_config({**hf, "layer_types": ["full_attention", "sliding_attention"]})
-    with pytest.raises(ModelError, match="head_dim"):
-        Qwen3.read_config({name: value for name, value in hf.items() if name != "head_dim"})
+REFUSED: list[tuple[Any, dict[str, Any], str]] = [
+    (tiny_qwen3, {"head_dim": None}, "lacks head_dim"),
+    (tiny_qwen3, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types must be a list of 3 of"),
+    (tiny_qwen3, {"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "layer_types must be"),
+    (tiny_qwen2, {"layer_types": ["sliding_attention"] * 3}, "no sliding_window is in use"),
+    (tiny_qwen2, {"use_sliding_window": True, "sliding_window": "all"}, "sliding_window must be a positive integer"),
+    (tiny_qwen2, {"use_sliding_window": True, "max_window_layers": -1}, "max_window_layers must be an integer of 0"),
+    (tiny_mistral, {"layer_types": ["full_attention"] * 3}, "layer_types"),
+    (tiny_mistral, {"sliding_window": 0}, "sliding_window must be a positive integer, not 0"),
+    (tiny_gemma2, {"hidden_activation": "relu"}, "hidden_activation must be one of gelu_pytorch_tanh"),
+    (tiny_gemma2, {"use_bidirectional_attention": True}, "use_bidirectional_attention = True is not served"),
+    (tiny_gemma2, {"final_logit_softcapping": -1.0}, "final_logit_softcapping must be a positive number"),
+    (tiny_gemma3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not served"),
+    (tiny_gemma3, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type must be one of"),
+]
+
+
+@pytest.mark.parametrize(("make", "fields", "told"), REFUSED)
+def test_each_model_names_what_it_does_not_serve(make: Any, fields: dict[str, Any], told: str, tmp_path: Path) -> None:
+    hf = json.loads((make(tmp_path) / "config.json").read_text())
+    hf = {name: value for name, value in {**hf, **fields}.items() if value is not None}
+    with pytest.raises(ModelError, match=told):
+        model_class(hf).read_config(hf)
+
+
+# Fields of published config.json files that tell the families' sizes apart, and what must be read from them.
+GEMMA_3_1B = {
+    "head_dim": 256, "hidden_size": 1152, "intermediate_size": 6912, "max_position_embeddings": 32768,
+    "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1, "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000,
+    "sliding_window": 512, "sliding_window_pattern": 6, "vocab_size": 262144, "attn_logit_softcapping": None,
+    "final_logit_softcapping": None, "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False,
+}  # fmt: skip
+GEMMA_3_27B = {
+    "text_config": {
+        "head_dim": 128, "hidden_size": 5376, "intermediate_size": 21504, "num_attention_heads": 32,
+        "num_hidden_layers": 62, "num_key_value_heads": 16, "query_pre_attn_scalar": 168,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+    },
+    "vision_config": {"hidden_size": 1152},
+}  # fmt: skip
+GEMMA_3_4B = {
+    "text_config": {
+        "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    },
+}  # fmt: skip
+
+
+def test_published_gemma_3_configs() -> None:
+    small = Gemma3.read_config(GEMMA_3_1B)
+    assert (small.windows.count(None), small.windows[:7]) == (4, (512,) * 5 + (None, 512))
+    assert (small.rope, small.local_rope) == (RopeConfig(theta=1e6), RopeConfig(theta=1e4))
+    assert (small.num_kv_heads, small.score_scale, small.logit_cap, small.tied) == (1, 1 / 16, None, True)
+    middle = Gemma3WithImages.read_config(GEMMA_3_4B)
+    assert (middle.num_heads, middle.num_kv_heads, middle.head_size, middle.vocab_size) == (8, 4, 256, 262208)
+    assert (middle.max_model_len, middle.eps, middle.tied) == (131072, 1e-6, True)
+    large = Gemma3WithImages.read_config(GEMMA_3_27B)
+    assert (large.head_size, large.num_layers, large.windows[5], large.windows[61]) == (128, 62, None, 1024)
+    assert large.score_scale == pytest.approx(168**-0.5)
+    assert large.rope == middle.rope == RopeConfig(theta=1e6, kind="linear", factor=8.0)
+    assert large.local_rope == RopeConfig(theta=1e4)
+
+
+@pytest.mark.parametrize("text", [None, [], "gemma3_text"])
+def test_a_nested_config_must_be_there(text: Any) -> None:
+    hf = {**GEMMA_3_4B, "text_config": text}
+    with pytest.raises(ModelError, match="text_config"):
+        Gemma3WithImages.read_config(hf)
+
+
+def test_norm_weights_less_one_are_kept_whole_in_float32(tmp_path: Path) -> None:
+    path = tiny_gemma3(tmp_path, dtype=torch.bfloat16)
+    built, _ = load(path, torch.bfloat16)
+    stored = load_file(path / "model.safetensors")["model.norm.weight"]
+    got = built.model.get_parameter("model.norm.weight")
+    assert got.dtype == torch.float32
+    assert torch.equal(got, 1.0 + stored.float())
+    assert not torch.equal(got, got.bfloat16().float())  # as bfloat16 they would be others
+    dummy_weights(built.model, 0, SingleRank())
+    assert torch.equal(got, torch.ones_like(got))
+
+
+def test_prefixes_that_are_passed_over_are_only_those(tmp_path: Path) -> None:
+    """A checkpoint with images may carry a tied head; anything else that is not the text model's is an error."""
+    path = tiny_gemma3(tmp_path, tie_word_embeddings=True)
+    hf = json.loads((path / "config.json").read_text())
+    nested = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": hf}
+    (path / "config.json").write_text(json.dumps(nested))
+    held = {f"language_model.{name}": tensor for name, tensor in load_file(path / "model.safetensors").items()}
+    held |= {"vision_tower.x": torch.ones(1), "language_model.lm_head.weight": torch.ones(139, 48)}
+    save_file(held, path / "model.safetensors")
+    _, report = load(path)
+    assert set(report.skipped) == {"vision_tower.x", "language_model.lm_head.weight"}
+    save_file({**held, "audio_tower.x": torch.ones(1)}, path / "model.safetensors")
+    with pytest.raises(WeightsError, match="1 unexpected: audio_tower"):
+        load(path)
 
 
 def test_kv_groups_follow_kv_needs(tmp_path: Path) -> None:
@@ -166,6 +263,10 @@ def test_kv_groups_follow_kv_needs(tmp_path: Path) -> None:
     ((spec, layers),) = kv_groups(built.attention_layers)
     assert (spec.num_kv_heads, spec.head_size, spec.dtype) == (2, 8, "float32")
     assert layers == built.attention_layers
+    built, _ = load(tiny_gemma3(tmp_path / "gemma"))
+    (local, first), (everywhere, second) = kv_groups(built.attention_layers)
+    assert (local.window, everywhere.window) == (9, None)
+    assert (first, second) == (built.attention_layers[::2], built.attention_layers[1::2])
 
 
 def test_byte_tokenizer_round_trip(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of both models in odd shapes, transformers' model of the same folder, and prompts."""
+"""Tiny checkpoints of all models in odd shapes, transformers' model of the same folder, and prompts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nanoengine import LLM
-from nanoengine.testing.checkpoints import tiny_llama, tiny_qwen3
+from nanoengine.testing.checkpoints import (
+    tiny_gemma2,
+    tiny_gemma3,
+    tiny_llama,
+    tiny_mistral,
+    tiny_qwen2,
+    tiny_qwen3,
+)
 
 _LLAMA3 = {
     "rope_type": "llama3",
@@ -35,6 +42,15 @@ KINDS: Mapping[str, tuple[Any, dict[str, Any]]] = {
     "llama3 tied": (tiny_llama, {"tie_word_embeddings": True, "rope_parameters": _LLAMA3, "vocab_size": 203}),
     "qwen3": (tiny_qwen3, {"num_key_value_heads": 3, "head_dim": 14, "attention_bias": True, "rms_norm_eps": 1e-3}),
     "qwen3 tied": (tiny_qwen3, {"tie_word_embeddings": True, "num_attention_heads": 4, "num_key_value_heads": 1}),
+    "qwen2": (tiny_qwen2, {"num_key_value_heads": 3}),
+    "qwen2 tied, a window in the last layer": (
+        tiny_qwen2,
+        {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    ),
+    "mistral": (tiny_mistral, {}),
+    # embeddings that lead the residual stream would make a tied model repeat itself
+    "gemma2": (tiny_gemma2, {"seed": 4, "std": 0.05, "final_logit_softcapping": 2.0}),
+    "gemma3": (tiny_gemma3, {"std": 0.1}),
 }
 
 VOCAB = 131  # the smallest of them
@@ -43,7 +59,7 @@ SMALL: Mapping[str, Any] = {"max_num_seqs": 32, "block_size": 4, "num_gpu_blocks
 
 def write(kind: str, folder: Path) -> Path:
     make, options = KINDS[kind]
-    return make(folder, seed=len(kind), std=0.2, **options)
+    return make(folder, **{"seed": len(kind), "std": 0.2, **options})
 
 
 def reference(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -40,12 +40,14 @@ class WeightMap:
         skip: name suffixes to pass over, e.g. (".rotary_emb.inv_freq",).
         ties: parameter -> checkpoint name it is read from instead, e.g.
             {"lm_head.weight": "model.embed_tokens.weight"}; a tied name in the checkpoint is passed over.
+        skip_prefixes: name prefixes to pass over, e.g. ("vision_tower.",): parts of a checkpoint that are not served.
     """
 
     fuse: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     rename: Mapping[str, str] = field(default_factory=dict)
     skip: tuple[str, ...] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
+    skip_prefixes: tuple[str, ...] = ()
 
 
 class Attention(nn.Module):
@@ -66,6 +68,10 @@ class Attention(nn.Module):
     def bind(self, backend: AttentionBackend, layer: int) -> None:
         """Give it the backend of its KV group and its index there."""
         self._backend, self._layer = backend, layer
+
+    def unbind(self) -> None:
+        """Let go of the backend and of what it holds on the device."""
+        self._backend = None
 
     def kv_cache(self) -> KVCacheView | None:
         """Where a kernel may store this step's K and V by itself, before `attend`; None: use `forward`."""

@@ -81,11 +81,11 @@ def load_weights(model: Model, config: ModelConfig, path: str | Path, tp: Tensor
     """
     began, path = time.perf_counter(), Path(path)
     rules = model.weight_map(config)
-    targets = _targets(model, rules, tp)
+    targets, tied = _targets(model, rules, tp), {checkpoint_name(name, "", rules) for name in rules.ties}
     problems, filled, skipped, num_bytes = _Problems(), set[str](), [], 0
     with _way_to(next(model.parameters()).device) as put:
         for name, tensor in _tensors(path):
-            if name.endswith(rules.skip) or name in rules.ties:
+            if name.endswith(rules.skip) or name.startswith(rules.skip_prefixes) or name in tied:
                 skipped.append(name)
             elif name not in targets:
                 problems.unexpected.append(name)

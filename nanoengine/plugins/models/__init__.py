@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from nanoengine.api import API_VERSION, ModelSpec, hookimpl
 
+_MODELS = (
+    # name, architecture, module:class beside this file
+    ("gemma2", "Gemma2ForCausalLM", "gemma2:Gemma2"),
+    ("gemma3", "Gemma3ForCausalLM", "gemma3:Gemma3"),
+    ("gemma3-with-images", "Gemma3ForConditionalGeneration", "gemma3:Gemma3WithImages"),
+    ("llama", "LlamaForCausalLM", "llama:Llama"),
+    ("mistral", "MistralForCausalLM", "mistral:Mistral"),
+    ("qwen2", "Qwen2ForCausalLM", "qwen2:Qwen2"),
+    ("qwen3", "Qwen3ForCausalLM", "qwen3:Qwen3"),
+)
+
 
 @hookimpl
 def register_models() -> list[ModelSpec]:
-    here = __name__
     return [
-        ModelSpec(name="llama", architectures=("LlamaForCausalLM",), target=f"{here}.llama:Llama", api=API_VERSION),
-        ModelSpec(name="qwen3", architectures=("Qwen3ForCausalLM",), target=f"{here}.qwen3:Qwen3", api=API_VERSION),
+        ModelSpec(name=name, architectures=(architecture,), target=f"{__name__}.{target}", api=API_VERSION)
+        for name, architecture, target in _MODELS
     ]

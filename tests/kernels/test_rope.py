@@ -59,7 +59,9 @@ def test_head_major_cache(rand, device, assert_close) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 64, 1000])
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(16, 8, 128), (32, 8, 64), (14, 2, 80), (8, 1, 256)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"), [(16, 8, 128), (32, 8, 64), (14, 2, 80), (6, 3, 96), (8, 1, 256)]
+)
 def test_agrees_large(rand, device, assert_close, tokens, heads, kv_heads, size) -> None:
     run_both(rand, device, assert_close, tokens=tokens, heads=heads, kv_heads=kv_heads, size=size, norm=True)
 

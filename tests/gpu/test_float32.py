@@ -1,0 +1,143 @@
+"""The float32 class on a GPU: real models against transformers, every way of running, on each backend that has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from parity import test_tiny_models as on_cpu
+from parity import tiny
+from parity.compare import Mismatch, compare
+from transformers import PreTrainedModel
+
+from .support import ON_GPU, assert_graphs, need
+
+pytestmark = pytest.mark.gpu
+Pair = tuple[Path, PreTrainedModel]
+KINDS = ["llama3 tied", "qwen3"]
+CHURN: tuple[dict[str, Any], list[list[int]], on_cpu.Happened] = (
+    {"max_num_batched_tokens": 256, "max_num_seqs": 8},
+    tiny.prompts(40, shortest=5, longest=40),
+    lambda s: s.mixed_steps > 10,
+)
+WAYS = {**on_cpu.WAYS, "churn": CHURN}
+GREEDY = on_cpu.GREEDY
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
+    """kind -> folder of the checkpoint, and transformers' model of it on the CPU, made once."""
+
+    @cache
+    def make(kind: str) -> Pair:
+        folder = tiny.write(kind, tmp_path_factory.mktemp("tiny"))
+        return folder, tiny.reference(folder)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _true_float32() -> Iterator[None]:
+    """PyTorch's default, said aloud."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton eager", "triton"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", WAYS)
+def test_greedy(pair: Callable[[str], Pair], way: str, kind: str, mode: str) -> None:
+    folder, model = pair(kind)
+    options, asked, happened = WAYS[way]
+    overlap = {"overlap": kind == "qwen3"} | options
+    lens = [on_cpu.COUNT - i % 7 if way == "churn" else on_cpu.COUNT for i in range(len(asked))]
+    params = [GREEDY.replace(max_tokens=n) for n in lens]
+    outputs, stats = on_cpu.run(folder, {**ON_GPU, **need(mode), **overlap, "dtype": "float32"}, asked, params)
+    report = compare(model, outputs, params)
+    assert happened(stats), stats
+    assert stats.free_blocks == stats.num_blocks
+    assert report.positions == sum(lens)
+    assert report.decided >= 0.97 * report.positions
+    assert_graphs(stats, mode)
+    assert (stats.mixed_graph_steps > 0) >= (mode == "triton" and way == "churn"), stats
+    on_cpu.assert_outputs_vary(outputs)
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_seeded_by_the_captured_tail(pair: Callable[[str], Pair], kind: str, mode: str) -> None:
+    """The very tokens that the pinned draw takes from transformers' logits; no row asks more than the tail has."""
+    folder, model = pair(kind)
+    asked = tiny.prompts(30, shortest=5, longest=40)
+    fits = [p for p in on_cpu.seeded(8) if p.stage_fields.keys() <= {"temperature", "top_k", "top_p", "min_p"}]
+    params = [fits[i % len(fits)].replace(seed=i) for i in range(len(asked))]
+    outputs, stats = on_cpu.run(folder, {**ON_GPU, **need(mode), "dtype": "float32"}, asked, params)
+    report = compare(model, outputs, params)
+    assert report.positions == on_cpu.COUNT * len(asked)
+    assert report.decided >= 0.95 * report.positions
+    assert (stats.graph_tails > 0) == (mode == "triton"), stats
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+def test_seeded_with_everything(pair: Callable[[str], Pair], mode: str) -> None:
+    folder, model = pair("qwen3")
+    asked, params = tiny.prompts(16, longest=40), on_cpu.seeded(16)
+    outputs, stats = on_cpu.run(folder, {**ON_GPU, **need(mode), "dtype": "float32"}, asked, params)
+    report = compare(model, outputs, params)
+    assert report.positions == on_cpu.COUNT * len(asked)
+    assert report.decided >= 0.95 * report.positions
+    assert_graphs(stats, mode)
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+def test_prompt_logprobs(pair: Callable[[str], Pair], mode: str) -> None:
+    """In chunks, beside requests that ask for none."""
+    folder, model = pair("llama3 tied")
+    asked = tiny.prompts(8, shared=18, shortest=2, longest=20)
+    params = [on_cpu.WITH_PROMPT if i % 3 else GREEDY for i in range(8)]
+    options = {**ON_GPU, **need(mode), "dtype": "float32", "max_num_batched_tokens": 16}
+    outputs, stats = on_cpu.run(folder, options, asked, params)
+    report = compare(model, outputs, params)
+    assert report.prompt_logprobs >= 2 * sum(len(p) - 1 for i, p in enumerate(asked) if i % 3)
+    assert stats.chunks > 8
+    assert_graphs(stats, mode)
+
+
+def _one_key_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nanoengine.plugins.attention_backends.triton_paged import TritonPaged
+
+    original = TritonPaged.attend
+
+    def attend(self: TritonPaged, layer: int, spec: Any, q: torch.Tensor) -> torch.Tensor:
+        inputs = self._inputs
+        assert inputs is not None
+        self._inputs = replace(inputs, seq_lens=(inputs.seq_lens - 1).clamp(min=1))
+        out = original(self, layer, spec, q)
+        self._inputs = inputs
+        return out
+
+    monkeypatch.setattr(TritonPaged, "attend", attend)
+
+
+def _tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+
+
+@pytest.mark.parametrize("mutant", [_one_key_short, _tf32])
+@pytest.mark.parametrize("mode", ["triton eager", "triton"])
+def test_mutants_are_caught(
+    pair: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch, mode: str, mutant: Callable[..., None]
+) -> None:
+    folder, model = pair("qwen3")
+    mutant(monkeypatch)
+    options = {**ON_GPU, **need(mode), "dtype": "float32"}
+    outputs, _ = on_cpu.run(folder, options, tiny.prompts(12, shortest=5), GREEDY)
+    with pytest.raises(Mismatch):
+        compare(model, outputs, GREEDY)

@@ -1,0 +1,153 @@
+"""A replayed graph against the same work step by step, at the same padded shape, bit for bit, on real layers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from parity import tiny
+from torch import Tensor
+
+from nanoengine import LLM, SamplingParams
+from nanoengine.core.execution.mixed_graphs import MixedSize
+from nanoengine.core.execution.model import ForwardBatch
+from nanoengine.core.execution.runner import ModelRunner
+
+from .support import ON_GPU, need, runner_of, write_wide
+
+pytestmark = pytest.mark.gpu
+
+
+class Watch:
+    """Repeats each replay step by step on the very same buffers, and notes where a bit differs.
+
+    Repeating is harmless: it writes the same K and V to the same places; a tail's tables are put back before.
+    """
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self.runner, self.seen, self.wrong = runner, Counter[str](), Counter[str]()
+        graphs = runner.graphs
+        assert graphs.decode is not None
+        self._around(graphs.decode, "decode", self._decode)
+        if graphs.mixed is not None:
+            self._around(graphs.mixed, "mixed", self._mixed)
+        if graphs.tail is not None:
+            self._watch_tail()
+
+    def _around(self, graphs: Any, name: str, eager: Any) -> None:
+        replay = graphs.replay
+
+        def both(size: Any) -> Tensor:
+            logits: Tensor = replay(size)
+            kept = logits.clone()
+            self._note(name, [kept], [eager(size)])
+            return kept
+
+        graphs.replay = both
+
+    def _note(self, name: str, graph: list[Tensor], eager: list[Tensor]) -> None:
+        self.seen[name] += 1
+        self.wrong[name] += not all(torch.equal(a, b) for a, b in zip(graph, eager, strict=True))
+
+    def _decode(self, rows: int) -> Tensor:
+        buffers, model = self.runner.buffers, self.runner.model
+        batch = ForwardBatch(num_tokens=rows, num_decode_rows=rows)
+        logits: Tensor = model.compute_logits(model(buffers.input_ids[:rows], buffers.positions[:rows], batch))
+        return logits
+
+    def _mixed(self, size: MixedSize) -> Tensor:
+        buffers, model, tokens = self.runner.buffers, self.runner.model, size.tokens
+        batch = ForwardBatch(num_tokens=tokens, num_decode_rows=size.decode)
+        hidden = model(buffers.input_ids[:tokens], buffers.positions[:tokens], batch)
+        logits: Tensor = model.compute_logits(hidden.index_select(0, buffers.logits_index[: size.rows]))
+        return logits
+
+    def _watch_tail(self) -> None:
+        """The tables behind a tail are those of before, with the tokens that came out."""
+        tail: Any = self.runner.graphs.tail
+        tables, replay = self.runner.tables, tail.replay
+        state = (tables.token_ids, tables.num_tokens, tables.num_computed)
+
+        def both(size: Any, kind: int) -> Any:
+            before = [each.clone() for each in state]
+            result = replay(size, kind)
+            after = [each.clone() for each in (*state, result.token_ids, result.failed)]
+            for each, old in zip(state, before, strict=True):
+                each.copy_(old)
+            tail._run(size, kind, tail_logits(self.runner, size))
+            self._note("tail", after, [*state, result.token_ids, result.failed])
+            return result
+
+        tail.replay = both
+
+
+def tail_logits(runner: ModelRunner, size: int) -> Tensor:
+    assert runner.graphs.decode is not None
+    return runner.graphs.decode.logits[size]
+
+
+def churn(llm: LLM) -> None:
+    """Thirty requests over eight slots, of different lengths: decode and mixed steps of many sizes."""
+    asked = tiny.prompts(30, shortest=5, longest=60)
+    kinds: list[dict[str, Any]] = [{"temperature": 0}, {"temperature": 0.9}, {"temperature": 0.9, "top_p": 0.8}]
+    params = [SamplingParams(max_tokens=30 - i % 9, ignore_eos=True, **kinds[i % 3]) for i in range(30)]
+    outputs = llm.generate(asked, params, use_tqdm=False)
+    assert all(o.error is None for o in outputs)
+    llm.reset_prefix_cache()
+    outputs = llm.generate(asked[:12], params[0], use_tqdm=False)  # greedy alone
+    assert all(o.error is None for o in outputs)
+
+
+def make(folder: Path, kind: str, mode: str, dtype: str) -> LLM:
+    options: dict[str, Any] = {
+        **ON_GPU, **need(mode), "dtype": dtype, "max_num_seqs": 8, "max_model_len": 512, "num_gpu_blocks_override": 300,
+        "block_size": 256 if mode == "flash_attn" else 16,
+    }  # fmt: skip
+    return LLM(write_wide(kind, folder), **options)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("mode", ["triton", "flash_attn"])
+def test_replays_are_the_eager_steps(tmp_path: Path, mode: str, kind: str, dtype: str) -> None:
+    if mode == "flash_attn" and dtype == "float32":
+        pytest.skip("not what flash-attn takes")
+    with make(tmp_path, kind, mode, dtype) as llm:
+        watch = Watch(runner_of(llm))
+        churn(llm)
+        stats = llm.stats()
+    print(f"\n{watch.seen}")
+    assert not +watch.wrong
+    assert watch.seen["decode"] == stats.graph_steps > 20
+    assert watch.seen["tail"] == stats.graph_tails > 20
+    assert watch.seen["mixed"] == stats.mixed_graph_steps
+    assert (stats.mixed_graph_steps > 5) == (mode == "triton")
+
+
+def test_weights_that_moved_are_caught(tmp_path: Path) -> None:
+    """Mutant: a parameter gets new memory and new values after the capture; graphs still read the old."""
+    with make(tmp_path, "llama", "triton", "bfloat16") as llm:
+        runner = runner_of(llm)
+        norm = next(p for name, p in runner.model.named_parameters() if "norm" in name)
+        old, norm.data = norm.data, norm.data.clone() * 2
+        watch = Watch(runner)
+        churn(llm)
+    assert not torch.equal(old, norm.data)
+    assert watch.wrong["decode"] == watch.seen["decode"] > 0
+    assert watch.wrong["mixed"] == watch.seen["mixed"] > 0
+    assert not watch.wrong["tail"]
+
+
+def test_a_tail_that_reads_other_columns_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nanoengine.core.execution.slots import ScalarTable
+
+    with make(tmp_path, "llama", "triton", "bfloat16") as llm:
+        watch = Watch(runner_of(llm))
+        original = ScalarTable.gather
+        monkeypatch.setattr(ScalarTable, "gather", lambda self, slots: original(self, slots).roll(1, 0))
+        churn(llm)
+    assert watch.wrong["tail"] > 0
+    assert not watch.wrong["decode"]

@@ -8,6 +8,7 @@ import typer
 
 from nanoengine import __version__
 from nanoengine.cli import bench, config, plugins
+from nanoengine.cli.chat import chat
 from nanoengine.cli.run import run
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(run)
+app.command()(chat)
 app.add_typer(bench.app, name="bench")
 app.add_typer(config.app, name="config")
 app.add_typer(plugins.app, name="plugins")

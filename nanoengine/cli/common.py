@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import typer
 
 from nanoengine.core.errors import NanoEngineError
 
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model's answer must not drive the terminal
 FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 ConfigArgument = Annotated[
@@ -66,7 +68,13 @@ def ending(interrupt: KeyboardInterrupt) -> tuple[str, int]:
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """A line to the user, beside the answers (standard error) or as one; what the terminal cannot show is escaped."""
+    """A line to the user, beside the answers (standard error) or as one; what cannot be shown is escaped."""
     out = sys.stderr if file is None else file
+    print(printable(text, out), file=out, flush=True)
+
+
+def printable(text: str, out: TextIO) -> str:
+    """What `out` can show: characters beyond its encoding are escaped, and control characters on a terminal."""
     encoding = out.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=out, flush=True)
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
+    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text) if out.isatty() else text

@@ -1,0 +1,271 @@
+"""`nanoengine chat`: a conversation in the terminal, or with a script on standard input.
+
+Answers go to standard output; whatever else is said goes to standard error.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import typer
+
+from nanoengine.cli.common import (
+    FAILED,
+    ConfigArgument,
+    DebugOption,
+    OverridesArgument,
+    PluginOption,
+    Terminated,
+    printable,
+    say,
+    user_errors,
+)
+from nanoengine.core.errors import ConfigError, ModelError, RequestError, nearest
+from nanoengine.core.setup.config import RunConfig, load_config
+from nanoengine.core.setup.plugins import discover
+from nanoengine.core.startup import StartClock
+
+if TYPE_CHECKING:
+    from nanoengine.cli.conversation import Answer, Conversation
+    from nanoengine.core.llm import LLM
+    from nanoengine.core.sampling_params import SamplingParams
+
+COMMANDS = {
+    "/system": "TEXT sets the system prompt; alone it shows it, and with '' it removes it",
+    "/reset": "forgets the conversation; the system prompt stays",
+    "/stats": "shows what the conversation and the engine have done",
+    "/help": "shows this",
+    "/exit": "leaves, as Ctrl-D does",
+}
+_HELP_TAIL = """\
+A line that ends with \\ goes on in the next one. A message that begins with / is written with //.
+Ctrl-C stops an answer; what was said of it stays in the conversation."""
+
+
+def chat(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    plugin: PluginOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Talk with a model. The configuration is that of `nanoengine run`; its prompts and output are left alone."""
+    with user_errors(debug):
+        clock = StartClock.of_process()
+        registry = discover(plugin or ())
+        composed = load_config(config, overrides or (), registry=registry)
+        if not composed.chat:
+            where = composed.provenance.get("chat", "configuration")
+            raise ConfigError(f"{where}: chat is false, but nanoengine chat needs the chat template; give chat=true")
+        clock.lap("plugins")
+        say(f"loading {composed.model.source}")
+        from nanoengine.core.llm import LLM
+
+        clock.lap("import")
+        with LLM.from_run_config(composed, registry=registry, say=say, clock=clock) as llm:
+            say(llm.start_report.line())
+            failed = _talk(llm, composed)
+        if failed and not sys.stdin.isatty():
+            raise typer.Exit(FAILED)
+
+
+def _talk(llm: LLM, config: RunConfig) -> int:
+    """The number of messages that could not be answered."""
+    from nanoengine.cli.conversation import Conversation
+
+    if not llm.has_chat_template:
+        llm.get_tokenizer()  # a model without a tokenizer is another mistake
+        raise ModelError(
+            f"{config.model.source} has no chat template, so it cannot chat; take an instruct model, or complete texts "
+            "with nanoengine run"
+        )
+    talk = Conversation(llm, chat_params(llm.default_params, config))
+    if not sys.stdin.isatty():
+        return _Session(talk, _NoInterrupts()).run()
+    with suppress(ImportError):  # where there is one, it gives input() editing and history
+        import readline  # noqa: F401
+    _note(f"{config.model.source}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
+    with _Interrupts.taken() as interrupts:
+        return _Session(talk, interrupts).run()
+
+
+def chat_params(params: SamplingParams, config: RunConfig) -> SamplingParams:
+    """As configured; but where `max_tokens` is not, an answer may be as long as the model goes."""
+    if params.core.n != 1:
+        where = config.provenance.get("sampler.n", "sampler")
+        raise ConfigError(
+            f"{where}: sampler.n is {params.core.n}, but a conversation goes on from one answer; give n=1"
+        )
+    given = config.sampler is not None and "max_tokens" in config.sampler
+    return params if given else params.replace(max_tokens=None)
+
+
+class _NoInterrupts:
+    """In a script, Ctrl-C ends the program."""
+
+    stopped = False
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        yield
+
+
+class _Interrupts(_NoInterrupts):
+    """Ctrl-C: while an answer comes it sets `stopped`, so that no step of the engine is broken off; else it raises."""
+
+    _answering = False
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._answering:
+            raise KeyboardInterrupt
+        self.stopped = True
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        self.stopped, self._answering = False, True
+        try:
+            yield
+        finally:
+            self._answering = False
+
+    @classmethod
+    @contextmanager
+    def taken(cls) -> Iterator[_Interrupts]:
+        found = cls()
+        before = signal.signal(signal.SIGINT, found.handle)
+        try:
+            yield found
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+@dataclass
+class _Session:
+    """Reads lines, answers them or does what they command."""
+
+    talk: Conversation
+    interrupts: _NoInterrupts
+    failed: int = 0
+
+    def run(self) -> int:
+        while True:
+            try:
+                line = _read()
+                if line is None or line.strip() == "/exit":
+                    return self.failed
+                self._line(line)
+            except Terminated:
+                raise
+            except KeyboardInterrupt:
+                if not sys.stdin.isatty():
+                    raise
+                _note("\nCtrl-D or /exit leaves")
+
+    def _line(self, line: str) -> None:
+        text = line.strip()
+        if text.startswith("/") and not text.startswith("//"):
+            self._command(*text.split(maxsplit=1))
+        elif text:
+            self._ask(text.removeprefix("/") if text.startswith("//") else text)
+
+    def _ask(self, text: str) -> None:
+        start = time.perf_counter()
+        try:
+            with self.interrupts.answering():
+                answer = self.talk.ask(text, _show, lambda: self.interrupts.stopped)
+        except RequestError as error:
+            self.failed += 1
+            hint = "; /reset begins a new conversation" if error.code in ("too_long", "does_not_fit") else ""
+            _note(f"no answer ({error.code}): {error}{hint}")
+            return
+        _show("\n")
+        _note(_closing(answer, self.talk.params, time.perf_counter() - start))
+
+    def _command(self, name: str, rest: str = "") -> None:
+        if name == "/system":
+            self._system(rest)
+        elif name == "/reset":
+            self.talk.reset()
+            _note("the conversation begins anew" + (", with the system prompt" if self.talk.system else ""))
+        elif name == "/stats":
+            _note(_stats(self.talk))
+        elif name == "/help":
+            _note("\n".join([*(f"{name:<9}{what}" for name, what in COMMANDS.items()), _HELP_TAIL]))
+        else:
+            self.failed += not sys.stdin.isatty()
+            _note(f"no command {name}; {nearest(name, COMMANDS)}. A message that begins with / is written with //")
+
+    def _system(self, text: str) -> None:
+        if text:
+            self.talk.system = "" if text in ("''", '""') else text
+        _note(f"system prompt: {self.talk.system}" if self.talk.system else "no system prompt")
+
+
+def _read() -> str | None:
+    """A message; None at the end of the input."""
+    lines: list[str] = []
+    while True:
+        try:
+            line = _input("> " if not lines else ". ")
+        except EOFError:
+            return "\n".join(lines) if lines else None
+        if not line.endswith("\\"):
+            return "\n".join([*lines, line])
+        lines.append(line[:-1])
+
+
+def _input(prompt: str) -> str:
+    if not sys.stdin.isatty():
+        return input()
+    if sys.stdout.isatty():
+        return input(prompt)
+    print(prompt, end="", file=sys.stderr, flush=True)  # standard output holds answers alone
+    return input()
+
+
+def _show(text: str) -> None:
+    print(printable(text, sys.stdout), end="", flush=True)
+
+
+def _note(text: str) -> None:
+    """Beside the answers, and dim where the terminal can."""
+    typer.echo(typer.style(printable(text, sys.stderr), dim=True), err=True)
+
+
+def _closing(answer: Answer, params: SamplingParams, seconds: float) -> str:
+    output = answer.output
+    sample, metrics = output.outputs[0], output.metrics
+    count = len(sample.token_ids)
+    parts = [
+        f"{count} tokens",
+        f"{count / seconds:.1f} tokens/s",
+        *([f"first after {1000 * metrics.ttft:.0f} ms"] if metrics.ttft is not None else []),
+        f"{output.num_cached_tokens} of {len(output.prompt_token_ids)} prompt tokens from the prefix cache",
+    ]
+    if answer.stopped:
+        parts.insert(0, "stopped" if answer.text else "stopped before the first word, the message is taken back")
+    elif sample.finish_reason == "length":
+        cut = params.core.max_tokens is not None and count >= params.core.max_tokens
+        parts.insert(
+            0, f"cut at sampler.max_tokens={count}" if cut else "cut: the model's length is used up, see /reset"
+        )
+    return f"[{', '.join(parts)}]"
+
+
+def _stats(talk: Conversation) -> str:
+    stats = talk.llm.stats()
+    return "\n".join(
+        [
+            f"conversation: {len(talk.messages)} messages; in all {talk.answers} answers, {talk.generated} tokens, "
+            f"{talk.cached_tokens} of {talk.prompt_tokens} prompt tokens from the prefix cache "
+            f"({100 * talk.cached_tokens / (talk.prompt_tokens or 1):.1f}%)",
+            f"engine: {stats.steps} steps, {stats.preemptions} preemptions, {stats.running} running, {stats.waiting} "
+            f"waiting, {stats.num_blocks - stats.free_blocks} of {stats.num_blocks} KV blocks held",
+        ]
+    )

@@ -1,0 +1,85 @@
+"""A conversation with a model: its messages, and one answer after the other, streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from nanoengine.core.request import RequestOutput
+
+if TYPE_CHECKING:
+    from nanoengine.core.llm import LLM
+    from nanoengine.core.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """`text`: all that was shown. `stopped`: by the user. `output`: the last one that came."""
+
+    text: str
+    stopped: bool
+    output: RequestOutput
+
+
+@dataclass
+class Conversation:
+    """`messages`: in turn the user's and the model's, without the system prompt."""
+
+    llm: LLM
+    params: SamplingParams
+    system: str = ""
+    messages: list[dict[str, str]] = field(default_factory=list)
+    answers: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated: int = 0
+
+    def ask(self, text: str, show: Callable[[str], None], stopped: Callable[[], bool]) -> Answer:
+        """Streams the answer to `show`, piece by piece, until it ends or `stopped` says so.
+
+        What was shown of a stopped answer stays in the conversation; a message that got no answer at all does not.
+
+        Raises `RequestError` for a message that cannot be answered; the conversation is then as before.
+        """
+        asked = {"role": "user", "content": text}
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        prompt = self.llm.chat_prompt([*system, *self.messages, asked])
+        answer = self._answer(prompt, show, stopped)
+        if answer.output.error is not None:
+            raise answer.output.error
+        self._count(answer.output)
+        if answer.text or not answer.stopped:
+            self.messages += [asked, {"role": "assistant", "content": answer.text}]
+        return answer
+
+    def _answer(self, prompt: list[int], show: Callable[[str], None], stopped: Callable[[], bool]) -> Answer:
+        shown = ""
+        with self.llm.stream(prompt, self.params) as stream:
+            for output in stream:
+                text = output.outputs[0].text if output.outputs else shown
+                if len(text) > len(shown):
+                    show(text[len(shown) :])
+                    shown = text
+                if output.finished:
+                    return Answer(shown, False, output)
+                if stopped():
+                    stream.close()
+                    self._settle()
+                    return Answer(shown, True, output)
+        raise AssertionError("a stream ends with a finished output")
+
+    def _settle(self) -> None:
+        """Lets the engine take the stopped request off its books, so that its blocks are free at once."""
+        while self.llm.engine.has_unfinished_requests():
+            self.llm.engine.advance()
+
+    def _count(self, output: RequestOutput) -> None:
+        self.answers += 1
+        self.prompt_tokens += len(output.prompt_token_ids)
+        self.cached_tokens += output.num_cached_tokens
+        self.generated += sum(len(sample.token_ids) for sample in output.outputs)
+
+    def reset(self) -> None:
+        """Forgets the messages; the system prompt stays."""
+        self.messages.clear()

@@ -8,13 +8,13 @@ values with offsets: item i is `values[offsets[i]:offsets[i + 1]]`.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+from nanoengine.core.wire import decode, encode
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -48,17 +48,15 @@ def offsets_of(counts: Any) -> Int32:
 
 
 class _Message:
-    """Flat (de)serialisation: one npz archive whose keys are dotted field paths. No pickle."""
+    """Flat (de)serialisation, without pickle: see `wire.py`."""
 
     def to_bytes(self) -> bytes:
-        buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **dict(_flatten("", self)))
-        return buffer.getvalue()
+        return encode(self)
 
     @classmethod
-    def from_bytes(cls: type[T], data: bytes) -> T:
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            return cast(T, _unflatten(cls, {key: archive[key] for key in archive.files}, ""))
+    def from_bytes(cls: type[T], data: bytes | bytearray) -> T:
+        """Arrays of a bytearray are views of it, and can be written; bytes are copied."""
+        return decode(cls, data if isinstance(data, bytearray) else bytearray(data))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,39 +218,3 @@ class StepResult(_Message):
 
 GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL = 1, 2, 4
 ROW_FINE, ROW_BAD_LOGITS, ROW_NOTHING_LEFT = 0, 1, 2
-
-
-def _flatten(prefix: str, value: Any) -> list[tuple[str, npt.NDArray[Any]]]:
-    out: list[tuple[str, npt.NDArray[Any]]] = []
-    for f in fields(value):
-        name, item = prefix + f.name, getattr(value, f.name)
-        if isinstance(item, tuple):
-            out.append((name + ".len", np.asarray(len(item))))
-            for i, part in enumerate(item):
-                out += _flatten(f"{name}.{i}.", part)
-        elif isinstance(item, np.ndarray | int | str):
-            out.append((name, np.asarray(item)))
-        else:
-            out += _flatten(name + ".", item)
-    return out
-
-
-_NESTED: Mapping[str, type[Any]] = {
-    "new": NewSlots, "appends": BlockAppends, "copies": BlockCopies, "columns": StageColumn,
-    "sampled_logprobs": LogprobRows, "prompt_logprobs": LogprobRows,
-}  # fmt: skip
-
-
-def _unflatten(cls: type[Any], data: Mapping[str, npt.NDArray[Any]], prefix: str) -> Any:
-    out: dict[str, Any] = {}
-    for f in fields(cls):
-        name = prefix + f.name
-        if name + ".len" in data:
-            count = int(data[name + ".len"])
-            out[f.name] = tuple(_unflatten(_NESTED[f.name], data, f"{name}.{i}.") for i in range(count))
-        elif name in data:
-            array = data[name]
-            out[f.name] = array.item() if array.ndim == 0 else array
-        else:
-            out[f.name] = _unflatten(_NESTED[f.name], data, name + ".")
-    return cls(**out)

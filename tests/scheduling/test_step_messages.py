@@ -79,3 +79,22 @@ def test_every_part_of_a_message_was_carried():
 def test_an_empty_message():
     for message in (StepPlan(), StepResult()):
         assert_same(message, type(message).from_bytes(message.to_bytes()), "empty")
+
+
+def test_messages_are_small_quick_and_writable():
+    """No archive, no pickle: 256 decode rows in a few kilobytes. What is read from a bytearray can be written."""
+    rows = np.arange(256, dtype=np.int32)
+    plan = StepPlan(slots=rows, query_lens=rows, starts=rows, logits_index=rows, logits_rows=rows, num_decode_rows=256)
+    data = plan.to_bytes()
+    assert len(data) < 256 * 4 * 5 + 300
+    for given in (data, bytearray(data)):
+        copy = StepPlan.from_bytes(given)
+        assert_same(plan, copy, "plan")
+        assert copy.slots.flags.writeable
+        assert copy.slots.flags.aligned
+
+
+@pytest.mark.parametrize("bad", [np.zeros(2, np.float16), np.zeros((2, 2), np.int32)])
+def test_what_no_message_holds_is_refused(bad: Any):
+    with pytest.raises(TypeError, match="message"):
+        StepPlan(slots=bad).to_bytes()

@@ -1,0 +1,167 @@
+"""Batches for paged attention by itself: rows whose caches lie at random in a pool of blocks. Needs Triton."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanoengine.kernels import paged_attention
+from nanoengine.kernels.paged_attention_triton import (
+    DecodeConfig,
+    DecodePlanner,
+    DecodeScratch,
+    PrefillConfig,
+    attend_decode,
+    attend_prefill,
+)
+
+MAX_MODEL_LEN = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Query heads, KV heads, head size."""
+
+    query: int
+    kv: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """A named batch: new tokens and all tokens of each row. A decode batch has one new token a row."""
+
+    name: str
+    query: tuple[int, ...]
+    seq: tuple[int, ...]
+
+    @property
+    def prefill(self) -> bool:
+        return max(self.query) > 1
+
+    def scaled(self, factor: float) -> Lengths:
+        """In small: that share of the rows and of their tokens."""
+        if factor == 1:
+            return self
+        count = max(1, round(len(self.seq) * factor))
+        query = tuple(n if n == 1 else max(2, round(n * factor)) for n in self.query[:count])
+        seq = tuple(max(q, round(n * factor)) for q, n in zip(query, self.seq[:count], strict=True))
+        return Lengths(f"{self.name}*{factor:g}", query, seq)
+
+
+def batches() -> Iterator[Lengths]:
+    """Decode by rows x context, then prefill by rows x prompt."""
+    rng = Random(0)
+
+    def decode(name: str, lens: list[int]) -> Lengths:
+        return Lengths(f"decode {name}", (1,) * len(lens), tuple(lens))
+
+    def prefill(name: str, lens: list[int], before: int = 0) -> Lengths:
+        return Lengths(f"prefill {name}", tuple(lens), tuple(n + before for n in lens))
+
+    for rows, length in [(256, 1024), (32, 1024), (1, 8192), (1, 512), (8, 512), (64, 512), (256, 384)]:
+        yield decode(f"{rows} x {length}", [length] * rows)
+    for rows in (256, 32):
+        yield decode(f"{rows} x 100..2048", [rng.randint(100, 2048) for _ in range(rows)])
+    for rows, length in [(8, 2048), (16, 1024), (1, 8192)]:
+        yield prefill(f"{rows} x {length}", [length] * rows)
+    yield prefill("8 x 512 behind 4096", [512] * 8, 4096)
+    yield prefill("4 x 100..512", [rng.randint(100, 512) for _ in range(4)])
+
+
+@dataclass
+class Batch:
+    """A batch's tensors on a device."""
+
+    lengths: Lengths
+    block_size: int
+    heads: Heads
+    dtype: torch.dtype
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        seq_lens, query_lens = self.lengths.seq, self.lengths.query
+        counts = [-(-n // self.block_size) for n in seq_lens]
+        ids = torch.randperm(sum(counts)).to(self.device, torch.int32) + 1
+        columns = max(max(counts), MAX_MODEL_LEN // self.block_size)
+        self.tables = torch.zeros(len(counts), columns, dtype=torch.int32, device=self.device)
+        for row, part in enumerate(torch.split(ids, counts)):
+            self.tables[row, : len(part)] = part
+        shape = (sum(counts) + 1, self.heads.kv, self.block_size, self.heads.size)
+        self.k_cache, self.v_cache = (torch.randn(shape, device=self.device, dtype=self.dtype) for _ in range(2))
+        self.lens = torch.tensor(seq_lens, dtype=torch.int32, device=self.device)
+        starts = list(itertools.accumulate(query_lens, initial=0))
+        self.starts = torch.tensor(starts, dtype=torch.int32, device=self.device)
+        self.q = torch.randn(starts[-1], self.heads.query, self.heads.size, device=self.device, dtype=self.dtype)
+        self.out = torch.full_like(self.q, float("nan"))
+
+    @property
+    def kv_bytes(self) -> int:
+        return sum(self.lengths.seq) * self.heads.kv * self.heads.size * 2 * self.dtype.itemsize
+
+    @property
+    def flops(self) -> int:
+        """Of the two products over the keys that the causal mask leaves."""
+        seen = sum(q * n - q * (q - 1) // 2 for q, n in zip(self.lengths.query, self.lengths.seq, strict=True))
+        return 4 * seen * self.heads.query * self.heads.size
+
+    @cached_property
+    def reference(self) -> Tensor:
+        return paged_attention.attend_prefill(
+            self.q, self.k_cache, self.v_cache, self.tables, self.lens, self.starts, scale=self.heads.size**-0.5
+        )
+
+    def error(self, call: Callable[[], Any]) -> float:
+        """Largest absolute difference of what `call` leaves in `out` from the reference."""
+        self.out.fill_(float("nan"))
+        call()
+        return float((self.out.float() - self.reference.float()).abs().nan_to_num(nan=float("inf")).max())
+
+    def ours(self, config: DecodeConfig | PrefillConfig | None = None) -> Callable[[], None]:
+        """Our kernels, laid out as the engine does, or by `config`."""
+        if self.lengths.prefill:
+            assert not isinstance(config, DecodeConfig)
+            return lambda: attend_prefill(
+                self.q, self.k_cache, self.v_cache, self.out, self.tables, self.lens, self.starts, config=config,
+                scale=self.heads.size**-0.5, window=None, soft_cap=None,
+            )  # fmt: skip
+        assert not isinstance(config, PrefillConfig)
+        layout, scratch = self._decode_layout(config)
+        return lambda: attend_decode(
+            self.q, self.k_cache, self.v_cache, self.out, self.tables, self.lens, config=layout, scratch=scratch,
+            scale=self.heads.size**-0.5, window=None, soft_cap=None,
+        )  # fmt: skip
+
+    def _decode_layout(self, config: DecodeConfig | None) -> tuple[Any, DecodeScratch]:
+        heads, rows = self.heads, len(self.lens)
+        if config is not None:
+            pairs = rows * heads.kv
+            group = heads.query // heads.kv
+            return config, DecodeScratch.make(pairs * config.splits, pairs, group, heads.size, self.device)
+        planner = DecodePlanner.make(
+            num_heads=heads.query, num_kv_heads=heads.kv, head_size=heads.size, dtype=self.dtype, max_rows=rows,
+            longest=max(MAX_MODEL_LEN, *self.lengths.seq), device=self.device,
+        )  # fmt: skip
+        return planner.config(rows), planner.scratch
+
+    def flash_attn(self, package: Any) -> Callable[[], Tensor]:
+        """The same by the flash-attn package, whose cache is token-major."""
+        k_cache, v_cache = (cache.transpose(1, 2).contiguous() for cache in (self.k_cache, self.v_cache))
+        if self.lengths.prefill:
+            ends = torch.nn.functional.pad(self.lens.cumsum(0, dtype=torch.int32), (1, 0))
+            longest = (max(self.lengths.query), max(self.lengths.seq))
+            return lambda: package.flash_attn_varlen_func(
+                self.q, k_cache, v_cache, self.starts, ends, *longest, causal=True, block_table=self.tables
+            )
+        q = self.q.unsqueeze(1)
+        return lambda: package.flash_attn_with_kvcache(
+            q, k_cache, v_cache, cache_seqlens=self.lens, block_table=self.tables, causal=True
+        )

@@ -1,7 +1,7 @@
 """The draw where each rank has a slice of the vocabulary: every rank's best as one number, whose maximum is the token.
 
 Noise is made from the vocabulary's own ids, so the token is that of `sampling_triton.sample` over the whole row. The
-references are `all_reduce.pack_keys` and `unpack_keys`.
+references are `all_reduce.pack_keys` and `answer`.
 """
 
 # ruff: noqa: N803
@@ -50,7 +50,8 @@ def _pick_key(
         logits + row * stride, vocab, groups, stat + row * groups, noisy, t, key0, key1, NEG_INF,
         GROUP, GROUPS, NATIVE, START,
     )  # fmt: skip
-    key = (ordered(score).to(tl.int64) << 32) | (_LOW_WORD - token.to(tl.int64))
+    low = tl.where(score == NEG_INF, (tl.abs(raw) < INF).to(tl.int64), _LOW_WORD - token.to(tl.int64))
+    key = (ordered(score).to(tl.int64) << 32) | low
     tl.store(out_keys + row, tl.where(raw < INF, key, _BAD_KEY))
 
 
@@ -74,9 +75,9 @@ def best_keys(
     """
     assert tail is not Tail.TRUNCATION, "truncation needs the whole row"
     rows, width = logits.shape
-    keys = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if width == 0 or rows == 0:
-        return keys.fill_(torch.iinfo(torch.int64).min)
+        return all_reduce.no_keys(rows, logits.device)
+    keys = torch.empty(rows, dtype=torch.int64, device=logits.device)
     assert logits.stride(1) == 1, logits.stride()
     sizes = tuning or tuning_for(rows)
     groups = triton.cdiv(width, sizes.group)
@@ -103,9 +104,11 @@ def _answer_kernel(keys, out_tokens, out_failed, rows, BLOCK: tl.constexpr):
     key = tl.load(keys + i, here, 0)
     value = (key >> 32).to(tl.int32)
     lowest, highest = ordered(tl.full([BLOCK], NEG_INF, tl.float32)), ordered(tl.full([BLOCK], INF, tl.float32))
-    failed = tl.where(value == highest, _NOTHING, _FINE)
-    failed = tl.where((value > highest) | (value <= lowest), _BAD, failed)
-    tl.store(out_tokens + i, tl.where(failed == _FINE, _LOW_WORD - (key & _LOW_WORD), 0), here)
+    low = key & _LOW_WORD
+    nothing = (value == highest) | ((value == lowest) & (low == 1))
+    bad = (value > highest) | ((value <= lowest) & (low != 1))
+    failed = tl.where(bad, _BAD, tl.where(nothing, _NOTHING, _FINE))
+    tl.store(out_tokens + i, tl.where(failed == _FINE, _LOW_WORD - low, 0), here)
     tl.store(out_failed + i, failed, here)
 
 

@@ -63,7 +63,10 @@ def test_highest_key_and_its_meeting(device, turn) -> None:
     half = 8
     scores = [torch.tensor([1.5, -2.0, 3.0, float("-inf"), -0.0]), torch.tensor([1.5, -1.0, float("inf"), -5.0, 0.0])]
     ids = [torch.tensor([4, 1, 2, 0, 3]), torch.tensor([10, 11, 12, 13, 14])]
-    keys = [reference.pack_keys(s.to(device), i.to(device)) for s, i in zip(scores, ids, strict=True)]
+    keys = [
+        reference.pack_keys(s.to(device), i.to(device), torch.zeros(5, device=device))
+        for s, i in zip(scores, ids, strict=True)
+    ]
     expected = reference.highest(keys)
     for rank in range(2):
         buffers = [torch.zeros(2, half, dtype=torch.int64, device=device) for _ in range(2)]
@@ -77,9 +80,9 @@ def test_highest_key_and_its_meeting(device, turn) -> None:
         assert torch.equal(out, expected)
         assert peers.turns[0].item() == wrapped
         assert torch.equal(buffers[rank][at, :5], keys[rank])
-    values, best = reference.unpack_keys(expected)
-    assert best.tolist() == [4, 11, 12, 13, 3]  # ties go to the lowest id, also of -0.0 and 0.0
-    assert values.tolist() == [1.5, -1.0, float("inf"), -5.0, 0.0]
+    tokens, failed = reference.answer(expected)
+    assert tokens.tolist() == [4, 11, 0, 13, 3]  # ties go to the lowest id, also of -0.0 and 0.0
+    assert failed.tolist() == [0, 0, 2, 0, 0]
     assert (expected < reference.BAD_KEY).all()
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoengine.core.execution.sampler import DrawRows, Sampler
+from nanoengine.core.execution.draw import DrawRows
+from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.stage import RaggedColumn, SamplerStage, StageContext, StageRows
 from nanoengine.core.sampling_params import ParamsResolver, ResolvedParams, SamplingParams
 from nanoengine.core.setup.plan import StagePlan, TargetLoader

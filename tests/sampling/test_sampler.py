@@ -12,7 +12,8 @@ import torch
 
 from nanoengine.api import ColumnSpec, Need, Phase, SamplerSpec, SamplerStage, StageParams, StageRows, StandardOp
 from nanoengine.core.errors import PluginError
-from nanoengine.core.execution.sampler import DrawRows, Sampler
+from nanoengine.core.execution.draw import DrawRows
+from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.stage import RaggedColumn
 from nanoengine.core.sampling_params import SamplingParams
 from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, ROW_NOTHING_LEFT

@@ -12,15 +12,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from nanoengine.core.execution.decode_tail import Size
+from nanoengine.core.execution.draw import DrawRows
 from nanoengine.core.execution.model import Model
 from nanoengine.core.execution.parallel import TensorParallelGroup
 from nanoengine.core.execution.results import LaunchedStep, PendingLogprobs
-from nanoengine.core.execution.sampler import DrawRows, Sampler
+from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.execution.split import slots_move
 from nanoengine.core.execution.stage import Need
 from nanoengine.core.execution.step_inputs import GatheredStep
 from nanoengine.core.step import StepPlan
+from nanoengine.kernels import all_reduce
+from nanoengine.layers.sharding import padded_length
 
 PROMPT_LOGITS_ROWS = 128  # positions whose [rows, vocabulary] logits exist at once for prompt log-probs
 
@@ -29,15 +33,20 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Forwarded:
-    """A step between its two calls. hidden: [L, H], the rows that need logits; or already logits: [L, V/tp], by
-    the graph of that many rows. replayed: what ran as a graph, as in `StepResult.graphs`."""
+    """A step between its two calls.
+
+    hidden: [L, H], the rows that need logits; or already logits: [L, V/tp], by the graph of that size. replayed: what
+    ran as a graph, as in `StepResult.graphs`. which: int64 [L], of a graph's logits those of the plan, where others
+    stand between them; inputs are the padded step's then.
+    """
 
     plan: StepPlan
     inputs: GatheredStep
     hidden: Tensor | None
     logits: Tensor | None
-    graph: int | None = None
+    graph: Size | None = None
     replayed: int = 0
+    which: Ints | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +72,12 @@ class EagerTail:
         positions = self._token_positions(step, which) + 1
         prompt_logprobs = self._prompt_logprobs(step)
         drawn = self._draw(step, which, positions)
-        slots = step.inputs.slots.index_select(0, self.tables.put(rows.astype(np.int64)))
-        real = plan.num_rows  # a graph's padding stands behind
+        every = self.tables.put(plan.slots.astype(np.int64))
+        slots = every.index_select(0, self.tables.put(rows.astype(np.int64)))
+        query_lens = self.tables.put(plan.query_lens.astype(np.int64))
         with slots_move():
             self.tables.record(slots, positions, drawn.token_ids)
-            self.tables.advance(step.inputs.slots[:real], step.inputs.query_lens[:real])
+            self.tables.advance(every, query_lens)
             return LaunchedStep(
                 plan, rows, drawn.token_ids, drawn.failed, drawn.logprobs, prompt_logprobs, step.replayed
             )
@@ -87,13 +97,15 @@ class EagerTail:
         return step.inputs.positions.index_select(0, index)
 
     def _logits(self, step: Forwarded, which: Ints) -> Tensor:
-        """Logits of entries of `logits_index`: [R, V], gathered over ranks, without the padding columns."""
-        if step.logits is None:
-            assert step.hidden is not None
-            every = len(which) == len(step.hidden)
-            logits = self.model.compute_logits(step.hidden if every else step.hidden[self.tables.put(which)])
-        else:
-            logits = step.logits
+        """This rank's logits of entries of `logits_index`: [R, V/tp]."""
+        if step.logits is not None:
+            return step.logits
+        assert step.hidden is not None
+        every = len(which) == len(step.hidden)
+        return self.model.compute_logits(step.hidden if every else step.hidden[self.tables.put(which)])
+
+    def _whole(self, logits: Tensor) -> Tensor:
+        """Gathered over ranks, without the padding columns: [R, V]."""
         return self.tp.all_gather(logits)[:, : self.vocab_size]
 
     def _draw(self, step: Forwarded, which: Ints, positions: Tensor) -> _Sampled:
@@ -106,6 +118,9 @@ class EagerTail:
         logits = self._logits(step, which)
         draw_rows = self._draw_rows(host_slots, positions)
         asked = np.flatnonzero(self.tables.host_num_logprobs[host_slots] >= 0)
+        if self.tp.size > 1 and not len(asked) and self.sampler.takes_shards(draw_rows):
+            return self._draw_from_shards(logits, draw_rows)
+        logits = self._whole(logits)
         if len(asked) or not self.sampler.takes_any_dtype(draw_rows):
             logits = logits.float()
         raw = logits[self.tables.put(asked)] if len(asked) else None
@@ -116,6 +131,15 @@ class EagerTail:
         limits = self.tables.host_num_logprobs[host_slots][asked]
         logprobs = self._logprobs(raw, token_ids[put], positions[put], rows[asked], limits)
         return _Sampled(token_ids, failed, (logprobs,))
+
+    def _draw_from_shards(self, logits: Tensor, rows: DrawRows) -> _Sampled:
+        """Each rank's best of its slice, and of these the best: one number a row and rank is exchanged."""
+        start, stop = vocab_slice(self.vocab_size, self.tp)
+        logits = logits[:, : stop - start]
+        if not self.sampler.takes_any_dtype(rows):
+            logits = logits.float()
+        keys = self.tp.highest(self.sampler.best_keys(logits, rows, start))
+        return _Sampled(*all_reduce.answer(keys))
 
     def _draw_rows(self, host_slots: npt.NDArray[np.int32], positions: Tensor) -> DrawRows:
         tables = self.tables
@@ -133,7 +157,7 @@ class EagerTail:
             prompt_lens=tables.prompt_lens.index_select(0, slots),
             seeds=tables.seeds.index_select(0, slots),
             sample_index=tables.sample_index.index_select(0, slots),
-            greedy=tables.greedy.index_select(0, slots),
+            greedy=tables.greedy.index_select(0, slots) != 0,
             min_lens=tables.min_lens.index_select(0, slots),
             stop_ids=tables.stop_ids.gather(slots),
             active=active,
@@ -162,6 +186,12 @@ class EagerTail:
             positions = self._token_positions(step, which) + 1
             slots = self.tables.put(plan.slots[rows].astype(np.int64))
             targets = self.tables.token_ids[slots, positions].long()
-            raw = self._logits(step, which).float()
+            raw = self._whole(self._logits(step, which)).float()
             parts.append(self._logprobs(raw, targets, positions, rows, plan.prompt_logprobs[which]))
         return tuple(parts)
+
+
+def vocab_slice(vocab_size: int, tp: TensorParallelGroup) -> tuple[int, int]:
+    """First id of this rank's slice of the vocabulary, and the id behind its last."""
+    width = padded_length(vocab_size, tp.size)
+    return min(tp.rank * width, vocab_size), min((tp.rank + 1) * width, vocab_size)

@@ -3,54 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanoengine.core.errors import PluginError
+from nanoengine.core.execution.draw import DrawRows, draw_tokens
 from nanoengine.core.execution.stage import Need, RaggedColumn, SamplerStage, StageRows
 from nanoengine.core.setup.plan import StagePlan
 from nanoengine.core.setup.specs import Phase, StandardOp
 from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, ROW_NOTHING_LEFT
-from nanoengine.kernels import sampling
-from nanoengine.kernels.philox import draw_keys
+from nanoengine.kernels import all_reduce, sampling
 
 _TRUNCATION_ORDER = (StandardOp.TOP_K, StandardOp.TOP_P, StandardOp.MIN_P)
-
-
-@dataclass(frozen=True, slots=True)
-class DrawRows:
-    """What a draw knows of its R rows. Tensors are on the device; flags and names are on the host.
-
-    Attributes:
-        slots: int64 [R]. positions: int64 [R]; absolute position of the token to be drawn (= tokens so far).
-        prompt_lens: int64 [R].
-        seeds: int64 [R]. sample_index: int64 [R]. greedy: bool [R]; the row takes the arg-max.
-        min_lens: int64 [R]; while a position is below it, `stop_ids` (int64 [R, W]; padding: any valid ids) cannot
-            be drawn.
-        active: stages that some row wants. columns: their columns, gathered by row.
-        any_min_tokens: some row may be below its `min_lens`. any_random: some row is not greedy.
-        output_counts: int32 [R, V]. prompt_mask: bool [R, V]. token_ids: int32 [slots, max_model_len + 1], the whole
-            table. Each where an active stage needs it.
-    """
-
-    slots: Tensor
-    positions: Tensor
-    prompt_lens: Tensor
-    seeds: Tensor
-    sample_index: Tensor
-    greedy: Tensor
-    min_lens: Tensor
-    stop_ids: RaggedColumn
-    active: tuple[str, ...] = ()
-    columns: Mapping[str, Mapping[str, Tensor | RaggedColumn]] = field(default_factory=dict)
-    any_min_tokens: bool = False
-    any_random: bool = False
-    output_counts: Tensor | None = None
-    prompt_mask: Tensor | None = None
-    token_ids: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +106,35 @@ class Sampler:
         ops = _columns_of(fused, rows)
         if self._kernels is not None:
             return self._draw_by_kernels(logits, rows, ops, sound)
-        token_ids, scores = self._draw(logits, rows, ops)
+        token_ids, scores = draw_tokens(logits, rows, ops)
         failed = torch.where(sound, torch.where(scores.isfinite(), ROW_FINE, ROW_NOTHING_LEFT), ROW_BAD_LOGITS)
         return torch.where(failed == ROW_FINE, token_ids, 0), failed.to(torch.int32)
+
+    def takes_shards(self, rows: DrawRows) -> bool:
+        """Whether no row wants a stage that needs the whole vocabulary: `best_keys` then serves them."""
+        active = self._wanted(rows)
+        fused = self._fusable(active)
+        cut = any(op in _TRUNCATION_ORDER for s in fused for op in s.ops)
+        return not (cut or rows.any_min_tokens) and all(s in fused or s.stage.sharded for s in active)
+
+    def best_keys(self, logits: Tensor, rows: DrawRows, start: int) -> Tensor:
+        """Each row's best in a slice of the vocabulary, int64 [R], to be compared with other slices' (`all_reduce`).
+
+        `logits`: [R, N], ids `start`, `start` + 1, …, as `sample` takes them.
+        """
+        active = self._wanted(rows)
+        fused = self._fusable(active)
+        ops = _columns_of(fused, rows)
+        if self.takes_any_dtype(rows):
+            return self._best_keys_by_kernels(logits, rows, ops, start)
+        if not logits.shape[1]:
+            return all_reduce.no_keys(len(logits), logits.device)
+        tops = logits.amax(-1)
+        for s in active:
+            if s not in fused:
+                logits = self._apply(s, logits, rows, start)
+        token_ids, scores = draw_tokens(logits, rows, ops, start)
+        return all_reduce.pack_keys(scores, start + token_ids, tops)
 
     @staticmethod
     def logprobs(raw_logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -163,17 +156,18 @@ class Sampler:
         fits = self._fuse and all(s.standard for s in late) and len(set(ops)) == len(ops)
         return late if fits else []
 
-    def _apply(self, s: _Stage, logits: Tensor, rows: DrawRows) -> Tensor:
+    def _apply(self, s: _Stage, logits: Tensor, rows: DrawRows, start: int = 0) -> Tensor:
         needs = s.stage.needs
+        columns = slice(start, start + logits.shape[1])
         view = StageRows(
             slots=rows.slots,
             positions=rows.positions,
             prompt_lens=rows.prompt_lens,
-            vocab_start=0,
+            vocab_start=start,
             vocab_size=self._vocab_size,
             columns=rows.columns[s.name],
-            output_counts=rows.output_counts if Need.OUTPUT_COUNTS in needs else None,
-            prompt_mask=rows.prompt_mask if Need.PROMPT_MASK in needs else None,
+            output_counts=_part(rows.output_counts, columns) if Need.OUTPUT_COUNTS in needs else None,
+            prompt_mask=_part(rows.prompt_mask, columns) if Need.PROMPT_MASK in needs else None,
             token_ids=rows.token_ids if Need.TOKEN_IDS in needs else None,
         )
         try:
@@ -196,6 +190,23 @@ class Sampler:
         stop = rows.stop_ids
         early = (rows.positions < rows.min_lens)[:, None]
         sampling.forbid_(logits, stop.values, early & sampling.filled(stop.counts, stop.values.shape[1]))
+
+    def _best_keys_by_kernels(
+        self, logits: Tensor, rows: DrawRows, ops: Mapping[StandardOp, Tensor], start: int
+    ) -> Tensor:
+        from nanoengine.kernels import sampling_shard_triton
+
+        keys: Tensor = sampling_shard_triton.best_keys(
+            logits,
+            self._kernels.Tail.TEMPERATURE if rows.any_random else self._kernels.Tail.GREEDY,
+            start,
+            greedy=rows.greedy,
+            temperature=ops.get(StandardOp.TEMPERATURE, torch.ones(len(logits), device=logits.device)),
+            seeds=rows.seeds,
+            positions=rows.positions,
+            sample_index=rows.sample_index,
+        )
+        return keys
 
     def _draw_by_kernels(
         self, logits: Tensor, rows: DrawRows, ops: Mapping[StandardOp, Tensor], sound: Tensor | None
@@ -222,22 +233,9 @@ class Sampler:
         )
         return tokens, failed
 
-    def _draw(self, logits: Tensor, rows: DrawRows, ops: Mapping[StandardOp, Tensor]) -> tuple[Tensor, Tensor]:
-        """Token ids int64 [R] and their scores [R], finite where a token was possible."""
-        if not rows.any_random:
-            return _argmax(logits)
-        keys = draw_keys(rows.seeds, rows.positions, rows.sample_index)
-        if not sampling.on_host(logits):
-            greedy_ids, greedy_scores = _argmax(logits)
-            ids, scores = _draw_random(logits, keys, ops)
-            return torch.where(rows.greedy, greedy_ids, ids), torch.where(rows.greedy, greedy_scores, scores)
-        random = (~rows.greedy).nonzero().flatten()
-        if len(random) == len(logits):
-            return _draw_random(logits, keys, ops)
-        ids, scores = _argmax(logits)
-        chosen = {op: column[random] for op, column in ops.items()}
-        ids[random], scores[random] = _draw_random(logits[random], keys[random], chosen)
-        return ids, scores
+
+def _part(history: Tensor | None, columns: slice) -> Tensor | None:
+    return None if history is None else history[:, columns]
 
 
 def _placed(plan: StagePlan, stage: SamplerStage) -> _Stage:
@@ -256,19 +254,3 @@ def _scalar(rows: DrawRows, stage: str, column: str) -> Tensor:
     values = rows.columns[stage][column]
     assert not isinstance(values, RaggedColumn), (stage, column)
     return values
-
-
-def _argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The first of the highest, int64 [R], and its logit."""
-    ids = logits.argmax(-1)
-    return ids, logits.gather(1, ids[:, None]).squeeze(1)
-
-
-def _draw_random(logits: Tensor, keys: Tensor, ops: Mapping[StandardOp, Tensor]) -> tuple[Tensor, Tensor]:
-    """Temperature, truncation and draw; overwrites the logits."""
-    if StandardOp.TEMPERATURE in ops:
-        sampling.scale_by_temperature_(logits, ops[StandardOp.TEMPERATURE])
-    top_k, top_p, min_p = (ops.get(op) for op in _TRUNCATION_ORDER)
-    if top_k is not None or top_p is not None or min_p is not None:
-        return sampling.draw_truncated(logits, keys, top_k, top_p, min_p)
-    return sampling.draw(logits, keys)

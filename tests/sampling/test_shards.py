@@ -66,7 +66,7 @@ def test_tokens_are_those_of_the_whole_row(
 
 def test_the_comparison_sees_noise_of_wrong_ids() -> None:
     sampler = make_sampler(VOCAB, fuse=True)
-    logits = torch.zeros(8, VOCAB)
+    logits = torch.randn(8, VOCAB, generator=torch.Generator().manual_seed(1))
     rows = rows_of(VOCAB, [tenant(VOCAB, seed=i) for i in range(8)])
     assert over_slices(sampler, logits, rows, [150]) == whole(sampler, logits, rows)
     assert over_slices(sampler, logits, rows, [150], skew=1)[0] != whole(sampler, logits, rows)[0]

@@ -1,4 +1,4 @@
-"""Both models through the engine against transformers, float32, every way of running; mutants must be caught."""
+"""All models through the engine against transformers, float32, every way of running; mutants must be caught."""
 
 from __future__ import annotations
 
@@ -171,10 +171,11 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 def _rope(**changes: Any) -> Patch:
     def patch(monkeypatch: pytest.MonkeyPatch) -> None:
-        from nanoengine.plugins.models import llama
+        from nanoengine.layers import decoder, rope
+        from nanoengine.plugins.models import gemma3
 
-        original = llama.read_rope
-        monkeypatch.setattr(llama, "read_rope", lambda hf: replace(original(hf), **changes))
+        for module in (decoder, gemma3):
+            monkeypatch.setattr(module, "read_rope", lambda hf: replace(rope.read_rope(hf), **changes))
 
     return patch
 
@@ -237,7 +238,7 @@ def _eps(monkeypatch: pytest.MonkeyPatch) -> None:
     from nanoengine.layers.norm import RMSNorm
 
     original = RMSNorm.__init__
-    monkeypatch.setattr(RMSNorm, "__init__", lambda self, dim, eps, *, place: original(self, dim, 1e-6, place=place))
+    monkeypatch.setattr(RMSNorm, "__init__", lambda self, dim, eps, **rest: original(self, dim, 1e-6, **rest))
 
 
 def _wrong_kv_head(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,6 +273,78 @@ def _stale_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ScalarTable, "gather", lambda self, slots: self.values.index_select(0, slots).roll(1, 0))
 
 
+def _config(**changes: Any) -> Patch:
+    """The model is built with another trait than its config.json asks for."""
+
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        from nanoengine.layers import decoder
+
+        original = decoder.DecoderLM.__init__
+        monkeypatch.setattr(
+            decoder.DecoderLM, "__init__", lambda self, config, ctx: original(self, replace(config, **changes), ctx)
+        )
+
+    return patch
+
+
+def _window(shift: int) -> Patch:
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        from nanoengine.layers import decoder
+
+        original = decoder.DecoderAttention.__init__
+
+        def init(self: Any, name: str, config: Any, ctx: Any, window: int | None) -> None:
+            original(self, name, config, ctx, None if window is None else window + shift)
+
+        monkeypatch.setattr(decoder.DecoderAttention, "__init__", init)
+
+    return patch
+
+
+def _bias_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nanoengine.layers.linear import Unquantised
+
+    original = Unquantised.apply_normed
+    monkeypatch.setattr(
+        Unquantised,
+        "apply_normed",
+        lambda self, layer, norm, x, residual, bias, gate: original(self, layer, norm, x, residual, None, gate),
+    )
+
+
+def _no_post_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nanoengine.layers import mlp
+
+    original = mlp.added
+    monkeypatch.setattr(mlp, "added", lambda layer, x, residual, norm: original(layer, x, residual))
+
+
+def _ones_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nanoengine.layers.norm import RMSNorm
+    from nanoengine.layers.sharding import WeightLayer
+
+    monkeypatch.setattr(RMSNorm, "load_shard", WeightLayer.load_shard)
+
+
+def _gelu_without_tanh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exact GELU, which differs by 5e-4 at the most."""
+    from torch.nn import functional
+
+    original = functional.gelu
+    monkeypatch.setattr(functional, "gelu", lambda x, approximate: original(x))
+
+
+def _group_of_the_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A KV group's layers attend within the window of the other group."""
+    from nanoengine.core.execution.build import kv_groups
+
+    def swapped(layers: Any) -> Any:
+        groups = kv_groups(layers)
+        return tuple((groups[1 - i][0], layers) for i, (_, layers) in enumerate(groups))
+
+    monkeypatch.setattr("nanoengine.core.execution.runner.kv_groups", swapped)
+
+
 MUTANTS: dict[str, tuple[str, Patch]] = {
     "rope theta ignored": ("llama", _rope(theta=10000.0)),
     "rope scaling ignored": ("llama3 tied", _rope(kind="default")),
@@ -284,6 +357,23 @@ MUTANTS: dict[str, tuple[str, Patch]] = {
     "eps ignored": ("llama", _eps),
     "wrong KV head": ("qwen3", _wrong_kv_head),
     "first token not computed": ("llama", _token_passed_over),
+    "no bias": ("qwen2", _bias_forgotten),
+    "a window where there is none": ("qwen2 tied, a window in the last layer", _config(windows=(6, 6, 6))),
+    "no window": ("mistral", _config(windows=())),
+    "window one short": ("mistral", _window(-1)),
+    "window one long": ("mistral", _window(1)),
+    "the other group's window": ("gemma3", _group_of_the_neighbour),
+    "local window one long": ("gemma3", _window(1)),
+    "local layers rotate as global ones": ("gemma3", _config(local_rope=None)),
+    "global rope not scaled": ("gemma3", _rope(kind="default")),
+    "scores scaled by head size": ("gemma3", _config(score_scale=None)),
+    "embedding not scaled": ("gemma3", _config(embedding_scale=1.0)),
+    "norm weights without their one": ("gemma3", _ones_forgotten),
+    "no norm behind the MLP": ("gemma2", _no_post_norm),
+    "scores not capped": ("gemma2", _config(score_cap=None)),
+    "logits not capped": ("gemma2", _config(logit_cap=None)),
+    "gate is SiLU": ("gemma2", _config(activation="silu")),
+    "gate is the exact GELU": ("gemma3", _gelu_without_tanh),
 }
 
 
@@ -293,6 +383,7 @@ def test_mutants_are_caught(pair: Callable[[str], Pair], monkeypatch: pytest.Mon
     folder, model = pair(kind)
     patch(monkeypatch)
     outputs, _ = run(folder, {}, tiny.prompts(6, shortest=5), GREEDY)
+    assert all(output.error is None for output in outputs)  # it answers, and wrongly
     with pytest.raises(Mismatch):
         compare(model, outputs, GREEDY)
 

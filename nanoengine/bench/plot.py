@@ -45,11 +45,12 @@ def draw(points: Sequence[Point], title: str, path: Path) -> None:
     latency.plot(batches, [p.itl_ms for p in points], marker="o", label="ITL")
     if all(p.itl_p99_ms is not None for p in points):
         latency.plot(batches, [p.itl_p99_ms for p in points], marker=".", linestyle=":", label="ITL, 99th percentile")
-    for axes, label in ((speed, "output tokens/s"), (latency, "ms a token")):
-        axes.set(xlabel="batch size", ylabel=label, xscale="log", yscale="log")
+    for axes, label, scale in ((speed, "output tokens/s", "log"), (latency, "ms a token", "linear")):
+        axes.set(xlabel="batch size", ylabel=label, xscale="log", yscale=scale)
         axes.set_xticks(batches, [str(b) for b in batches])
         axes.minorticks_off()
         axes.grid(True, alpha=0.3)
         axes.legend()
+    latency.set_ylim(bottom=0)
     figure.suptitle(title)
     figure.savefig(path, dpi=120, format="png")

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanoengine.api import BatchLimits, ForwardBatch, Model, StepInputs
+from nanoengine.api import AttentionBackend, BatchLimits, ForwardBatch, Model, StepInputs
 from nanoengine.core.execution.build import build_model, kv_groups
 from nanoengine.core.execution.parallel import SingleRank
 from nanoengine.core.execution.weights import load_weights
+from nanoengine.kernels.ops import Ops
 from nanoengine.plugins.attention_backends.torch_paged import TorchPaged
 from nanoengine.plugins.models import register_models
 
@@ -30,9 +31,17 @@ def model_class(hf: Mapping[str, Any]) -> type[Model]:
 class PagedModel:
     """A checkpoint served from KV blocks. `tables[name]` is the block table of the sequence `name`."""
 
-    def __init__(self, path: Path, block_size: int = 4, num_blocks: int = 200, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        path: Path,
+        block_size: int = 4,
+        num_blocks: int = 200,
+        dtype: torch.dtype = torch.float32,
+        backend_cls: type[AttentionBackend] = TorchPaged,
+        ops: Ops | None = None,
+    ):
         hf = json.loads((path / "config.json").read_text())
-        built = build_model(model_class(hf), hf, tp=SingleRank(), dtype=dtype, device="cpu")
+        built = build_model(model_class(hf), hf, tp=SingleRank(), dtype=dtype, device="cpu", ops=ops)
         self.report = load_weights(built.model, built.config, path, SingleRank())
         self.model, self.config = built.model, built.config
         self.limits = BatchLimits(
@@ -40,7 +49,7 @@ class PagedModel:
         )
         self.backends = []
         for spec, layers in kv_groups(built.attention_layers):
-            backend = TorchPaged(spec, self.limits, torch.device("cpu"))
+            backend = backend_cls(spec, self.limits, torch.device("cpu"))
             backend.allocate(len(layers), num_blocks)
             for i, layer in enumerate(layers):
                 layer.bind(backend, i)

@@ -1,0 +1,96 @@
+"""Every family through the fused kernels, in Triton's interpreter: what the plain operations and transformers give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton_interpreter
+from paged_harness import PagedModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from nanoengine.kernels.ops import Ops, TritonOps
+from nanoengine.testing.checkpoints import (
+    tiny_gemma2,
+    tiny_gemma3,
+    tiny_llama,
+    tiny_mistral,
+    tiny_qwen2,
+    tiny_qwen3,
+)
+
+triton_interpreter.import_kernels()
+pytestmark = [
+    pytest.mark.skipif(not triton_interpreter.INSTALLED, reason="triton is not installed"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the compiled kernels"),
+]
+MAKERS = [tiny_llama, tiny_qwen3, tiny_qwen2, tiny_mistral, tiny_gemma2, tiny_gemma3]
+SIZES: dict[str, Any] = {"num_hidden_layers": 2, "head_dim": 16, "num_attention_heads": 4, "std": 0.1, "vocab_size": 97}
+PROMPTS = {"a": list(range(30, 50)), "b": [3, 1, 4, 1, 5]}
+NEXT = {"a": [[7], [8]], "b": [[9], [2]]}
+
+
+class Watched(TritonOps):
+    """Counts the calls of each fused operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, int] = {}
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if callable(found) and hasattr(Ops, name) and not name.startswith("_"):
+            self.calls[name] = self.calls.get(name, 0) + 1
+        return found
+
+
+@pytest.fixture(autouse=True)
+def _interpreted() -> Iterator[None]:
+    with triton_interpreter.interpreted():
+        yield
+
+
+def log_probs(model: PagedModel) -> dict[str, Tensor]:
+    """A prefill of both sequences, then two steps of one token each; per sequence [tokens, V]."""
+    steps = [model.step(PROMPTS), *(model.step({name: NEXT[name][i] for name in NEXT}) for i in range(2))]
+    return {name: torch.cat([step[name] for step in steps]).log_softmax(-1) for name in PROMPTS}
+
+
+def fused(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
+    from nanoengine.plugins.attention_backends.triton_paged import TritonPaged
+
+    ops = Watched()
+    return log_probs(PagedModel(path, 16, 9, backend_cls=TritonPaged, ops=ops)), ops.calls
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_fused_kernels_agree(make: Any, tmp_path: Path) -> None:
+    path = make(tmp_path, **SIZES)
+    got, calls = fused(path)
+    assert {"norm_linear", "qk_norm_rope_store"} <= calls.keys()
+    assert ("linear_add" in calls) == (make not in (tiny_gemma2, tiny_gemma3))  # a norm stands before the sum
+    assert ("soft_cap" in calls) == (make is tiny_gemma2)
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    for name, prompt in PROMPTS.items():
+        ids = prompt + [token for step in NEXT[name] for token in step]
+        with torch.inference_mode():
+            want = reference(torch.tensor([ids])).logits[0].log_softmax(-1)
+        torch.testing.assert_close(got[name], want, atol=5e-4, rtol=0)
+
+
+def test_a_gate_of_another_kind_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutant: the fused products know no activation but SiLU."""
+    path = tiny_gemma3(tmp_path, **SIZES)
+    want = log_probs(PagedModel(path))
+    original = TritonOps.norm_linear
+
+    def norm_linear(self: TritonOps, *args: Any, gate: str | None = None) -> Any:
+        return original(self, *args, gate="silu" if gate else None)
+
+    monkeypatch.setattr(TritonOps, "norm_linear", norm_linear)
+    got, _ = fused(path)
+    assert (got["a"] - want["a"]).abs().max() > 0.05

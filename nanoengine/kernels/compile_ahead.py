@@ -1,0 +1,80 @@
+"""Compiles a start's Triton kernels beside each other instead of one by one, as each would first be launched.
+
+What a start will launch is known by running it: inside `compiling_ahead()` a launch of this thread only hands its
+specialisation to a pool of threads, and runs nothing. Most of a compilation is MLIR, LLVM and ptxas, without the
+interpreter's lock. A kernel whose binary is in Triton's cache is loaded the same way.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor
+
+_THREADS = 16
+_seen: ContextVar[set[Hashable] | None] = ContextVar("nanoengine_compile_ahead", default=None)
+
+
+def is_compiling_ahead() -> bool:
+    """Whether this thread's launches are only compiled."""
+    return _seen.get() is not None
+
+
+@contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """No Triton kernel of this thread runs inside; what was met is compiled when it ends.
+
+    So results inside are those of kernels that did not run: run there only what reads no index from them. A kernel that
+    cannot be compiled says so when it is launched.
+    """
+    import triton
+    from triton.runtime import Autotuner, JITFunction
+
+    token = _seen.set(set())
+    launch, tune = JITFunction.run, Autotuner.run
+    JITFunction.run, Autotuner.run = _compiled(launch), _untuned(tune)
+    try:
+        threads = min(_THREADS, os.cpu_count() or 1)
+        # With errors raised at its end, the mode would stay on (triton 3.7).
+        with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+            yield
+    finally:
+        JITFunction.run, Autotuner.run = launch, tune
+        _seen.reset(token)
+
+
+def _compiled(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """`JITFunction.run` that compiles each specialisation once where `compiling_ahead`, and else launches as ever."""
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        seen = _seen.get()
+        if seen is None:
+            return launch(kernel, *args, grid=grid, warmup=warmup, **options)
+        key = (id(kernel), *map(_specialises, args), *((name, _specialises(value)) for name, value in options.items()))
+        if key not in seen:
+            seen.add(key)
+            launch(kernel, *args, grid=grid, warmup=True, **options)
+        return None
+
+    return run
+
+
+def _untuned(tune: Callable[..., Any]) -> Callable[..., Any]:
+    """Timing what does not run would choose a configuration at random: a plugin's tuned kernels wait for their turn."""
+
+    def run(tuner: Any, *args: Any, **options: Any) -> Any:
+        return None if is_compiling_ahead() else tune(tuner, *args, **options)
+
+    return run
+
+
+def _specialises(argument: Any) -> Hashable:
+    """At least what Triton tells kernels apart by: of a tensor its dtype and alignment, of anything else its value."""
+    if isinstance(argument, Tensor):
+        return (argument.dtype, argument.data_ptr() % 16 == 0)
+    return (type(argument), argument)

@@ -1,0 +1,147 @@
+"""Kernels compiled beside each other for a GPU that is not there, by a driver that launches nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+PRELUDE = """
+import json, os, sys, tempfile, threading
+os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
+os.environ.pop("TRITON_INTERPRET", None)
+import torch, triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+
+launches, compiled = [], []
+
+class Utils:
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448}
+    def load_binary(self, *given):
+        return object(), 0, 0, 0, 1024
+
+class Driver:
+    utils = Utils()
+    def launcher_cls(self, source, metadata):
+        return lambda *given: launches.append(threading.current_thread().name)
+    def get_current_device(self):
+        return 0
+    def get_current_stream(self, device):
+        return 0
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+triton.runtime.driver.set_active(Driver())
+
+def listen(*, src, metadata, metadata_group, times, cache_hit):
+    compiled.append(threading.current_thread() is threading.main_thread())
+
+knobs.compilation.listener = listen
+from nanoengine.kernels import activation_triton
+from nanoengine.kernels.compile_ahead import compiling_ahead, is_compiling_ahead
+
+def launch(dtype, activation="silu"):
+    activation_triton.act_and_mul(torch.zeros(4, 64, dtype=dtype), activation)
+
+KINDS = [(torch.float32, "silu"), (torch.bfloat16, "silu"), (torch.float32, "gelu_tanh")]
+"""
+
+
+def there(code: str) -> Any:
+    """What `code` assigns to `out`: an own process, since whether kernels are interpreted is settled at import."""
+    program = f"{PRELUDE}\n{code}\nprint(json.dumps(out))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_what_is_met_is_compiled_once_by_other_threads_and_nothing_runs_until_it_is_over() -> None:
+    out = there("""
+with compiling_ahead():
+    for _ in range(3):
+        for kind in KINDS:
+            launch(*kind)
+    inside = (is_compiling_ahead(), len(launches))
+ahead = list(compiled)
+for kind in KINDS:
+    launch(*kind)
+out = dict(inside=inside, ahead=ahead, later=len(compiled) - len(ahead), launched=len(launches),
+           after=is_compiling_ahead())
+""")
+    assert out["inside"] == [True, 0]
+    assert out["ahead"] == [False, False, False]  # none of them on the thread that met it
+    assert out["later"] == 0
+    assert out["launched"] == 3
+    assert out["after"] is False
+
+
+def test_other_threads_launch_as_ever_meanwhile() -> None:
+    out = there("""
+launch(torch.float32)
+with compiling_ahead():
+    launch(torch.float32)
+    other = threading.Thread(target=launch, args=(torch.float32,), name="other")
+    other.start()
+    other.join()
+out = launches
+""")
+    assert out == ["MainThread", "other"]
+
+
+def test_a_kernel_that_does_not_compile_says_so_when_it_is_launched() -> None:
+    out = there("""
+import pathlib, importlib.util
+path = pathlib.Path(tempfile.mkdtemp()) / "broken.py"
+path.write_text(
+    "import triton, triton.language as tl\\n"
+    "@triton.jit\\n"
+    "def broken(x, N: tl.constexpr):\\n"
+    "    tl.static_assert(N == 2, 'only two')\\n"
+)
+spec = importlib.util.spec_from_file_location("broken", path)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+with compiling_ahead():
+    launch(torch.float32)
+    module.broken[(1,)](torch.zeros(4), N=3)
+ahead = len(compiled)
+launch(torch.float32)
+try:
+    module.broken[(1,)](torch.zeros(4), N=3)
+    said = None
+except Exception as error:
+    said = f"{type(error).__name__}: {error}"
+launch(torch.float32)
+out = dict(said=said, ahead=ahead, compiled=len(compiled), launched=len(launches))
+""")
+    assert "only two" in out["said"]
+    assert out["ahead"] == out["compiled"] == 1
+    assert out["launched"] == 2
+
+
+def test_a_tuned_kernel_is_not_tuned_on_nothing() -> None:
+    out = there("""
+import pathlib, importlib.util
+path = pathlib.Path(tempfile.mkdtemp()) / "tuned.py"
+path.write_text(
+    "import triton, triton.language as tl\\n"
+    "@triton.autotune([triton.Config({'N': 2}), triton.Config({'N': 4})], key=[])\\n"
+    "@triton.jit\\n"
+    "def tuned(x, N: tl.constexpr):\\n"
+    "    tl.store(x + tl.arange(0, N), 0.0)\\n"
+)
+spec = importlib.util.spec_from_file_location("tuned", path)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+with compiling_ahead():
+    module.tuned[(1,)](torch.zeros(4))
+out = [len(module.tuned.cache), len(compiled), len(launches)]
+""")
+    assert out == [0, 0, 0]

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from nanoengine.kernels.compile_ahead import is_compiling_ahead
+
 _STEPS = ((8, 8), (64, 16), (256, 32), (1024, 128))  # up to so many rows, in steps of so many
 
 
@@ -32,9 +34,12 @@ T = TypeVar("T")
 def captured(run: Callable[[], T], pool: Any) -> tuple[torch.cuda.CUDAGraph, T]:
     """A graph of `run` in the memory pool, and what `run` returned inside it.
 
-    It runs once before, so that what is compiled on first use is compiled outside the capture.
+    It runs once before, so that what is compiled on first use is compiled outside the capture. Where kernels are only
+    compiled, the graph is empty.
     """
-    run()
+    result = run()
+    if is_compiling_ahead():
+        return torch.cuda.CUDAGraph(), result
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -25,6 +24,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from nanoengine.bench.report import environment
+from nanoengine.bench.timing import calls_over, copies, eager_us, read_bandwidth, time_us
 from nanoengine.kernels import activation, rms_norm, rope
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.activation_triton import act_and_mul
@@ -34,6 +35,7 @@ from nanoengine.kernels.rope_triton import qk_norm_rope_store
 
 DTYPE = torch.bfloat16
 EPS = 1e-6
+CUDA = torch.device("cuda")
 # (name, N, K, gated): Qwen3-0.6B, Qwen3-8B, Llama-3.2-1B
 SHAPES = [
     ("0.6B qkv", 4096, 1024, False), ("0.6B o", 1024, 2048, False), ("0.6B gate_up", 6144, 1024, False),
@@ -45,43 +47,9 @@ SHAPES = [
 ]  # fmt: skip
 
 
-def time_us(calls: list[Callable[[], Any]], replays: int = 15) -> float:
-    """Microseconds a call, of `calls` in order in one CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        kept = [call() for call in calls]
-    graph.replay()
-    times = []
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    del kept
-    return statistics.median(times)
-
-
-def copies(nbytes: int) -> int:
-    """How many sets of `nbytes` to rotate over: more than three times the L2 cache, and at least 2."""
-    return max(2, 3 * torch.cuda.get_device_properties(0).L2_cache_size // nbytes + 1)
-
-
-def calls_over(sets: list[Any], call: Callable[[Any], Any], at_least: int = 24) -> list[Callable[[], Any]]:
-    rounds = -(-at_least // len(sets))
-    return [lambda s=s: call(s) for _ in range(rounds) for s in sets]
-
-
-def read_bandwidth() -> float:
-    """GB/s of summing 4 GiB: the ceiling that shares refer to."""
-    x = torch.ones(1 << 30, device="cuda")
-    return x.nbytes / time_us([lambda: x.sum()] * 4) / 1e3
+def us_of(calls: list[Callable[[], Any]], replays: int = 15) -> float:
+    """Median microseconds a call."""
+    return time_us(calls, CUDA, replays)[0]
 
 
 def rand(*shape: int) -> Tensor:
@@ -117,29 +85,29 @@ def bench_products(peak: float) -> Iterator[dict[str, Any]]:
     """Plain and fused products against cuBLAS, and cuBLAS with what would follow or precede it."""
     in_children(compile_products, SHAPES)
     for name, n, k, gated in SHAPES:
-        weights = [rand(n, k) / 32 for _ in range(copies(n * k * DTYPE.itemsize))]
+        weights = [rand(n, k) / 32 for _ in range(copies(n * k * DTYPE.itemsize, CUDA))]
         for rows in ROWS:
             x, norm_weight, add = rand(rows, k), rand(k), rand(rows, n)
             nbytes = weights[0].nbytes + x.nbytes + rows * n * DTYPE.itemsize
-            base = time_us(calls_over(weights, lambda w, x=x: F.linear(x, w)))
+            base = us_of(calls_over(weights, lambda w, x=x: F.linear(x, w)))
             if gated:
-                us = time_us(
+                us = us_of(
                     calls_over(weights, lambda w, x=x, nw=norm_weight: norm_matvec(x, None, nw, EPS, w, gate="silu"))
                 )
-                full = time_us(calls_over(weights, lambda w, x=x, nw=norm_weight: act_and_mul(F.linear(
+                full = us_of(calls_over(weights, lambda w, x=x, nw=norm_weight: act_and_mul(F.linear(
                     add_rms_norm(x, None, nw, EPS)[0], w))))  # fmt: skip
                 yield row(f"{name} x{rows}", "norm_matvec gated", us, nbytes, "cuBLAS + our norm, gate", full, peak)
                 continue
-            us = time_us(calls_over(weights, lambda w, x=x: matvec(x, w)))
+            us = us_of(calls_over(weights, lambda w, x=x: matvec(x, w)))
             yield row(f"{name} x{rows}", "matvec", us, nbytes, "cuBLAS", base, peak)
             if name == "0.6B qkv":
-                us = time_us(calls_over(weights, lambda w, x=x, nw=norm_weight: norm_matvec(x, None, nw, EPS, w)))
-                full = time_us(calls_over(weights, lambda w, x=x, nw=norm_weight: F.linear(
+                us = us_of(calls_over(weights, lambda w, x=x, nw=norm_weight: norm_matvec(x, None, nw, EPS, w)))
+                full = us_of(calls_over(weights, lambda w, x=x, nw=norm_weight: F.linear(
                     add_rms_norm(x, None, nw, EPS)[0], w)))  # fmt: skip
                 yield row(f"{name} x{rows}", "norm_matvec", us, nbytes, "cuBLAS + our norm", full, peak)
             if name in ("0.6B o", "0.6B down"):
-                us = time_us(calls_over(weights, lambda w, x=x, a=add: matvec(x, w, add=a)))
-                full = time_us(calls_over(weights, lambda w, x=x, a=add: F.linear(x, w).add_(a)))
+                us = us_of(calls_over(weights, lambda w, x=x, a=add: matvec(x, w, add=a)))
+                full = us_of(calls_over(weights, lambda w, x=x, a=add: F.linear(x, w).add_(a)))
                 yield row(f"{name} x{rows}", "matvec + add", us, nbytes, "cuBLAS + add", full, peak)
         del weights
 
@@ -147,16 +115,16 @@ def bench_products(peak: float) -> Iterator[dict[str, Any]]:
 def bench_small(peak: float) -> Iterator[dict[str, Any]]:
     """Kernels without a weight matrix, from one token to a large prefill."""
     for tokens in (1, 8, 64, 256, 16384):
-        few = min(64, copies(tokens * 1024 * 4))
+        few = min(64, copies(tokens * 1024 * 4, CUDA))
         for hidden in (1024, 4096):
             sets = [(rand(tokens, hidden), rand(tokens, hidden)) for _ in range(few)]
             w = rand(hidden)
-            us = time_us(calls_over(sets, lambda s, w=w: add_rms_norm(*s, w, EPS)))
-            base = time_us(calls_over(sets, lambda s, w=w: rms_norm.add_rms_norm(*s, w, EPS)))
+            us = us_of(calls_over(sets, lambda s, w=w: add_rms_norm(*s, w, EPS)))
+            base = us_of(calls_over(sets, lambda s, w=w: rms_norm.add_rms_norm(*s, w, EPS)))
             yield row(f"h{hidden} x{tokens}", "add_rms_norm", us, 4 * sets[0][0].nbytes, "torch", base, peak)
         sets = [rand(tokens, 2 * 3072) for _ in range(few)]
-        us = time_us(calls_over(sets, act_and_mul))
-        base = time_us(calls_over(sets, activation.act_and_mul))
+        us = us_of(calls_over(sets, act_and_mul))
+        base = us_of(calls_over(sets, activation.act_and_mul))
         yield row(f"i3072 x{tokens}", "act_and_mul", us, sets[0].nbytes * 3 // 2, "torch", base, peak)
         sets = [rand(tokens, 32 * 128) for _ in range(few)]
         cache = torch.zeros(2, 2048, 16, 8, 128, device="cuda", dtype=DTYPE)
@@ -168,21 +136,15 @@ def bench_small(peak: float) -> Iterator[dict[str, Any]]:
         ) -> Tensor:
             return kernel(qkv, *common, q_weight=w, k_weight=w, eps=EPS)
 
-        us = time_us(calls_over(sets, lambda s, store=store: store(qk_norm_rope_store, s)))
+        us = us_of(calls_over(sets, lambda s, store=store: store(qk_norm_rope_store, s)))
         base = torch_rope_us(sets, store)
         yield row(f"16/8 x d128 x{tokens}", "qk_norm_rope_store", us, 2 * sets[0].nbytes, "torch", base, peak)
 
 
 def torch_rope_us(sets: list[Tensor], store: Callable[[Any, Tensor], Tensor]) -> float:
     """The reference cannot be captured (it picks slots by a mask), so it is timed launch by launch."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    store(rope.qk_norm_rope_store, sets[0])
-    start.record()
-    for s in sets[:8]:
-        store(rope.qk_norm_rope_store, s)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3 / len(sets[:8])
+    few = sets[:8]
+    return eager_us(lambda: [store(rope.qk_norm_rope_store, s) for s in few], repeats=3, calls=1) / len(few)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,11 +210,11 @@ def tune(model: str) -> Iterator[dict[str, Any]]:
         _, n, k, _ = trial.shape
         if not weights or weights[0].shape != (n, k):
             weights.clear()
-            weights = [rand(n, k) / 32 for _ in range(copies(n * k * DTYPE.itemsize))]
+            weights = [rand(n, k) / 32 for _ in range(copies(n * k * DTYPE.itemsize, CUDA))]
         x, norm_weight = rand(trial.rows, k), rand(k)
         try:
             calls = calls_over(weights, lambda w, t=trial, x=x, nw=norm_weight: t.run(x, w, nw), at_least=12)
-            us = time_us(calls, replays=5)
+            us = us_of(calls, replays=5)
         except triton.runtime.errors.OutOfResources:
             continue
         kind = type(trial.tile).__name__
@@ -283,15 +245,14 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.manual_seed(0)
-    device = torch.cuda.get_device_name()
-    header = {"device": device, "torch": torch.__version__, "triton": triton.__version__}
-    print(header, flush=True)
+    header = environment()
+    print(header["gpu"], "torch", header["torch"], "triton", header["triton"], flush=True)
     results: list[dict[str, Any]] = []
     if args.tune:
         results += tune(args.tune)
         print_best(results)
     else:
-        peak = read_bandwidth()
+        peak = read_bandwidth() / 1e9
         print(f"read bandwidth {peak:.0f} GB/s", flush=True)
         header["read_gbps"] = peak
         for r in (r for bench in (bench_small, bench_products) for r in bench(peak)):

@@ -214,6 +214,8 @@ def _read() -> str | None:
         try:
             line = _input("> " if not lines else ". ")
         except EOFError:
+            if sys.stdin.isatty():
+                _note("")  # the shell's prompt begins a line
             return "\n".join(lines) if lines else None
         if not line.endswith("\\"):
             return "\n".join([*lines, line])
@@ -253,7 +255,7 @@ def _closing(answer: Answer, params: SamplingParams, seconds: float) -> str:
     elif sample.finish_reason == "length":
         cut = params.core.max_tokens is not None and count >= params.core.max_tokens
         parts.insert(
-            0, f"cut at sampler.max_tokens={count}" if cut else "cut: the model's length is used up, see /reset"
+            0, f"cut at sampler.max_tokens={count}" if cut else "cut at the model's length; /reset begins anew"
         )
     return f"[{', '.join(parts)}]"
 

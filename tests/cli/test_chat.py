@@ -1,0 +1,306 @@
+"""`nanoengine chat`: the conversation with a tiny real model in this process, then in a terminal as a user has it."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from nanoengine import LLM, SamplingParams
+from nanoengine.cli.app import app
+from nanoengine.cli.chat import chat_params
+from nanoengine.cli.common import printable
+from nanoengine.cli.conversation import Conversation
+from nanoengine.core.errors import RequestError
+from nanoengine.core.setup.config import load_config
+from nanoengine.testing.checkpoints import tiny_llama
+
+Chat = Callable[..., Result]
+CONFIG = """\
+model: ./tiny
+engine: {max_num_seqs: 1}
+sampler: {temperature: 0, max_tokens: 12}
+prompts: [not asked]
+output: not-written.jsonl
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    return tiny_llama(folder, with_tokenizer=True, max_position_embeddings=20_000)
+
+
+@pytest.fixture
+def folder(model: Path, tmp_path: Path) -> Path:
+    (tmp_path / "tiny").symlink_to(model)
+    (tmp_path / "chat.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+@pytest.fixture
+def chat(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Chat:
+    """`chat("hello\\n/exit\\n", "model=./x")`: lines on standard input, then arguments."""
+    monkeypatch.chdir(folder)
+    return lambda lines, *arguments: CliRunner().invoke(app, ["chat", "chat.yaml", *arguments], input=lines)
+
+
+# -- as a script -----------------------------------------------------------------------------------------------------
+
+
+def test_answers_are_those_of_the_python_api(chat: Chat, folder: Path) -> None:
+    result = chat("hello\n\nand more \\\nof it\n")
+    assert result.exit_code == 0, result.stderr
+    messages: list[dict[str, str]] = []
+    with LLM.from_config(folder / "chat.yaml", [f"model={folder / 'tiny'}"]) as llm:
+        for text in ("hello", "and more \nof it"):
+            messages.append({"role": "user", "content": text})
+            [output] = llm.chat(messages, use_tqdm=False)
+            messages.append({"role": "assistant", "content": output.outputs[0].text})
+    assert result.stdout == "".join(m["content"] + "\n" for m in messages if m["role"] == "assistant")
+    assert not (folder / "not-written.jsonl").exists()
+    assert "cut at sampler.max_tokens=12, 12 tokens, " in result.stderr
+
+
+def test_prefix_cache_hits_are_shown(chat: Chat) -> None:
+    result = chat(f"{'a long message ' * 10}\nshort\n/stats\n")
+    first, second = re.findall(r"(\d+) of (\d+) prompt tokens from the prefix cache\]", result.stderr)
+    assert int(first[0]) == 0
+    assert int(second[0]) >= int(first[1]) // 16 * 16 - 16 > 100  # the first message's blocks
+    total, share = int(first[1]) + int(second[1]), int(second[0])
+    assert f"4 messages; in all 2 answers, 24 tokens, {share} of {total} prompt tokens from the prefix" in result.stderr
+    assert ", 0 running, 0 waiting, 0 of " in result.stderr
+
+
+def test_commands(chat: Chat) -> None:
+    result = chat(
+        "/system be brief\nhello\n/reset\nhello\n/system ''\n/system\n/reset\nhello\n/help\n//x\n/exit\nnever\n"
+    )
+    assert result.exit_code == 0, result.stderr
+    prompts = [int(n) for n in re.findall(r"of (\d+) prompt tokens", result.stderr)]
+    plain = len("<user\nhello>\n<assistant\n")  # one byte a token, and one for each special token
+    assert prompts[:3] == [plain + len("<system\nbe brief>\n")] * 2 + [plain]
+    for words in (
+        "system prompt: be brief",
+        "begins anew, with the system prompt",
+        "no system prompt",
+        "/stats   shows",
+    ):
+        assert words in result.stderr
+    assert len(prompts) == 4
+
+
+def test_an_unknown_command_is_no_message(chat: Chat) -> None:
+    result = chat("/rset\n/stats\n")
+    assert result.exit_code == 1
+    assert "no command /rset; did you mean '/reset'? Valid: " in result.stderr
+    assert "0 messages; in all 0 answers" in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_message_that_is_refused_leaves_the_conversation_as_it_was(chat: Chat) -> None:
+    result = chat(f"hello\n{'x' * 300}\n/stats\nhello\n", "engine.max_model_len=256")
+    assert result.exit_code == 1
+    assert "no answer (too_long): " in result.stderr
+    assert "/reset begins a new conversation" in result.stderr
+    assert "2 messages; in all 1 answers" in result.stderr
+    assert result.stderr.count("prompt tokens from the prefix cache]") == 2
+
+
+def test_without_max_tokens_an_answer_goes_as_far_as_the_model(chat: Chat) -> None:
+    result = chat("hello\n", "~sampler.max_tokens", "+sampler.ignore_eos=true", "engine.max_model_len=64")
+    assert "[cut at the model's length; /reset begins anew, 40 tokens, " in result.stderr
+
+
+def test_no_chat_template(chat: Chat, folder: Path, tmp_path: Path) -> None:
+    bare = tiny_llama(tmp_path / "bare", with_tokenizer=True)
+    (bare / "chat_template.jinja").unlink()
+    result = chat("hello\n", "model=./bare")
+    assert result.exit_code == 2
+    assert "error: ./bare has no chat template, so it cannot chat; " in result.stderr
+    result = chat("hello\n", "+engine.skip_tokenizer_init=true")
+    assert result.exit_code == 2
+    assert "tokenizer" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["chat=false"], "override 'chat=false': chat is false, but nanoengine chat needs the chat template"),
+        (["sampler.topp=1"], "unknown key 'sampler.topp'"),
+        (["sampler.n=2"], "override 'sampler.n=2': sampler.n is 2"),
+        (["model=./nope"], "no model './nope'"),
+    ],
+)
+def test_mistakes(chat: Chat, arguments: list[str], words: str) -> None:
+    result = chat("hello\n", *arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_max_tokens_of_the_model_s_own_defaults_do_not_cut_an_answer(folder: Path) -> None:
+    config = load_config(folder / "chat.yaml", ["~sampler"])
+    assert chat_params(SamplingParams(max_tokens=16), config).core.max_tokens is None
+
+
+# -- the conversation ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llm(model: Path) -> Iterator[LLM]:
+    with LLM(model, max_num_seqs=1) as llm:
+        yield llm
+
+
+def test_a_stopped_answer_keeps_what_was_shown(llm: LLM) -> None:
+    talk, shown = Conversation(llm, SamplingParams(temperature=0, ignore_eos=True, max_tokens=None)), list[str]()
+    answer = talk.ask("hello", shown.append, lambda: len(shown) >= 5)
+    assert answer.stopped
+    assert answer.text == "".join(shown) != ""
+    assert talk.messages == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": answer.text}]
+    assert llm.stats().running == 0
+    assert llm.stats().free_blocks == llm.stats().num_blocks
+    again = Conversation(llm, SamplingParams(temperature=0, ignore_eos=True, max_tokens=40))
+    assert again.ask("hello", lambda text: None, lambda: False).text.startswith(answer.text)
+
+
+def test_a_message_stopped_before_any_text_is_taken_back(llm: LLM) -> None:
+    talk = Conversation(llm, SamplingParams(detokenize=False, max_tokens=None, ignore_eos=True))
+    answer = talk.ask("hello", lambda text: None, lambda: True)
+    assert (answer.stopped, answer.text, talk.messages) == (True, "", [])
+
+
+def test_errors_are_raised(llm: LLM) -> None:
+    talk = Conversation(llm, SamplingParams())
+    with pytest.raises(RequestError, match="surrogates not allowed"):
+        talk.ask("half \ud83d", lambda text: None, lambda: False)
+    assert talk.messages == []
+
+
+def test_control_characters_do_not_reach_a_terminal() -> None:
+    class Screen:
+        encoding = "ascii"
+
+        def isatty(self) -> bool:
+            return True
+
+    screen: Any = Screen()
+    assert printable("a\tb\n\x1b[2J\r\x9bé", screen) == "a\tb\n\\x1b[2J\\x0d\\x9b\\xe9"
+
+
+# -- in a terminal ---------------------------------------------------------------------------------------------------
+
+
+class Terminal(Protocol):
+    """A chat that a user sits before."""
+
+    def type(self, keys: str) -> None: ...
+
+    def screen(self) -> str: ...
+
+    def close(self) -> None: ...
+
+
+class Tmux:
+    """A pane of a tmux server of its own."""
+
+    def __init__(self, command: str, cwd: Path) -> None:
+        self.server = ["tmux", "-f", "/dev/null", "-S", str(cwd / "socket")]
+        run = f"trap : INT; {command}; echo left with $?; sleep 60"
+        self._tmux("new-session", "-d", "-x", "150", "-y", "200", "-c", str(cwd), run)
+
+    def _tmux(self, *words: str) -> str:
+        return subprocess.run([*self.server, *words], check=True, capture_output=True, text=True, timeout=20).stdout
+
+    def type(self, keys: str) -> None:
+        self._tmux("send-keys", "-H", *(f"{byte:x}" for byte in keys.encode()))
+
+    def screen(self) -> str:
+        return self._tmux("capture-pane", "-p", "-J")
+
+    def close(self) -> None:
+        self._tmux("kill-server")
+
+
+class Pty:
+    """The bare kernel side of a terminal, for machines without tmux."""
+
+    def __init__(self, command: str, cwd: Path) -> None:
+        self.seen, self.status = "", None
+        self.process, self.master = pty.fork()
+        if not self.process:
+            os.chdir(cwd)
+            os.execvp(sys.executable, shlex.split(command))
+
+    def type(self, keys: str) -> None:
+        os.write(self.master, keys.encode())
+
+    def screen(self) -> str:
+        while self.status is None and select.select([self.master], [], [], 0)[0]:
+            try:
+                self.seen += os.read(self.master, 65536).decode("utf-8", "replace").replace("\r", "")
+            except OSError:  # nobody is left on the other side
+                self.status = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+                self.seen += f"\nleft with {self.status}"
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.seen)
+
+    def close(self) -> None:
+        if self.status is None:
+            os.kill(self.process, signal.SIGKILL)
+            os.waitpid(self.process, 0)
+        os.close(self.master)
+
+
+def wait_for(terminal: Terminal, pattern: str, count: int = 1) -> None:
+    end = time.monotonic() + 60
+    while len(re.findall(pattern, terminal.screen())) < count:
+        assert time.monotonic() < end, f"no {pattern!r} x {count} on:\n{terminal.screen()}"
+        time.sleep(0.05)
+
+
+@pytest.fixture(params=[Tmux, Pty])
+def terminal(request: pytest.FixtureRequest, folder: Path) -> Iterator[Terminal]:
+    if request.param is Tmux and shutil.which("tmux") is None:
+        pytest.skip("needs tmux")
+    words = [sys.executable, "-m", "nanoengine", "chat", "chat.yaml", "~sampler.max_tokens", "+sampler.ignore_eos=true"]
+    terminal: Terminal = request.param(shlex.join(words), folder)
+    yield terminal
+    terminal.close()
+
+
+def test_in_a_terminal(terminal: Terminal) -> None:
+    wait_for(terminal, "Ctrl-D leaves\\s*\n> ")
+    terminal.type("hello\n")  # the answer would take 20,000 tokens
+    wait_for(terminal, r"> hello\s*\n\S")
+    terminal.type("\x03")
+    wait_for(terminal, r"\[stopped, \d+ tokens")
+    terminal.type("/stats\n")  # the program lives, and the partial answer is in the conversation
+    wait_for(terminal, "conversation: 2 messages; in all 1 answers")
+    wait_for(terminal, "0 running, 0 waiting, 0 of ")
+    terminal.type("half a line")
+    wait_for(terminal, "> half a line")
+    terminal.type("\x03")
+    wait_for(terminal, "Ctrl-D or /exit leaves")
+    terminal.type("more\n")
+    wait_for(terminal, r"> more\s*\n\S")
+    terminal.type("\x03\x03")  # an impatient one
+    wait_for(terminal, r"\[stopped, \d+ tokens", 2)
+    terminal.type("/stats\n")
+    wait_for(terminal, "conversation: 4 messages; in all 2 answers")
+    terminal.type("\x04")
+    wait_for(terminal, "\nleft with 0")
+    assert "Traceback" not in terminal.screen()

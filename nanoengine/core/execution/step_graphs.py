@@ -20,9 +20,9 @@ from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.execution.step_inputs import StepBuffers, decode_plan
 from nanoengine.core.step import StepPlan
+from nanoengine.kernels.compile_ahead import compiling_ahead
 
 _log = logging.getLogger(__name__)
-from nanoengine.kernels.compile_ahead import compiling_ahead
 GRAPH_RESERVE_BYTES = 256 << 20  # what graphs hold besides their logits
 
 
@@ -65,13 +65,29 @@ class StepGraphs:
             return
         try:
             with torch.inference_mode():
+                self._compile_ahead()
                 self._capture()
-        except Exception as error:  # a driver's or a compiler's; running eagerly is right all the same
+        except Exception as error:  # noqa: BLE001 - a driver's or a compiler's; running eagerly is right all the same
             self.decode = self.tail = self.mixed = None
             _log.warning("CUDA graph capture failed, running eagerly: %s: %s", type(error).__name__, error)
             torch.cuda.synchronize(self._tables.device)
         self._tables.num_computed.zero_()
         self._tables.num_tokens.zero_()
+
+    def _compile_ahead(self) -> None:
+        """Everything that is to be captured, as a rehearsal: its kernels compile beside each other.
+
+        What the kernels before wrote into the static buffers stays there, so indices in them are legal.
+        """
+        if self._tables.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+            return
+        try:
+            with compiling_ahead():
+                self._capture()
+        except Exception as error:  # noqa: BLE001 - a backend may need the results; then its kernels compile in turn
+            _log.info("kernels are compiled one by one: %s: %s", type(error).__name__, error)
+        self.decode = self.tail = self.mixed = None
+        torch.cuda.empty_cache()
 
     def _capture(self) -> None:
         decode = DecodeGraphs(self.sizes.decode, self._decode_pass)
@@ -91,7 +107,6 @@ class StepGraphs:
         hidden = self._model(self._buffers.input_ids[:rows], self._buffers.positions[:rows], batch)
         logits: Tensor = self._model.compute_logits(hidden)
         return logits
-                self._compile_ahead()
 
     def _mixed_pass(self, size: MixedSize) -> Tensor:
         """As `_decode_pass`, with prefill rows behind the decode rows; logits of each row's last token."""
@@ -104,21 +119,6 @@ class StepGraphs:
         batch = ForwardBatch(num_tokens=size.tokens, num_decode_rows=size.decode)
         hidden = self._model(self._buffers.input_ids[: size.tokens], self._buffers.positions[: size.tokens], batch)
         wanted = hidden.index_select(0, self._buffers.logits_index[: size.rows])
-    def _compile_ahead(self) -> None:
-        """Everything that is to be captured, as a rehearsal: its kernels compile beside each other.
-
-        What the kernels before wrote into the static buffers stays there, so indices in them are legal.
-        """
-        if self._tables.device.type != "cuda" or importlib.util.find_spec("triton") is None:
-            return
-        try:
-            with compiling_ahead():
-                self._capture()
-        except Exception as error:  # noqa: BLE001 - a backend may need the results; then its kernels compile in turn
-            _log.info("kernels are compiled one by one: %s: %s", type(error).__name__, error)
-        self.decode = self.tail = self.mixed = None
-        torch.cuda.empty_cache()
-
         logits: Tensor = self._model.compute_logits(wanted)
         return logits
 

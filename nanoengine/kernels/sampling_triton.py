@@ -130,7 +130,7 @@ def sample(
     Args:
         logits: [R, V] float32, bfloat16 or float16, rows contiguous; all arithmetic is float32 of what they hold.
         tail: what the rows need at most. The tensors it has no use for may be None.
-        greedy: bool [R]; the row takes the highest logit, the lowest id of equals.
+        greedy: bool or int32 [R]; the row takes the highest logit, the lowest id of equals.
         temperature: float32 [R]; up to 0 counts as 1.
         top_k: int32 [R]; 0: all. top_p: float32 [R]; 1: all. min_p: float32 [R]; 0: all.
         seeds, positions, sample_index: int64 [R], the draw's key.

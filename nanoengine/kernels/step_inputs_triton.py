@@ -1,4 +1,7 @@
-"""`step_inputs` in Triton: one kernel before the model, one after the draw. Neither waits, nor knows a length."""
+"""`step_inputs` in Triton: one kernel for what the host writes, one before the model, one after the draw.
+
+None of them waits, nor knows a length.
+"""
 
 # ruff: noqa: N803
 from __future__ import annotations
@@ -12,15 +15,42 @@ from nanoengine.kernels.step_inputs import SlotState, StepInputBuffers
 _MAX_BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
+def _scatter_kernel(words, packed, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = at < count
+    tl.store(words + tl.load(packed + at, here, 0), tl.load(packed + count + at, here, 0), here)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _pick_columns_kernel(words, slots, tables, out, rows, stride, BLOCK: tl.constexpr):
+    """Program (column, part): `BLOCK` rows of a column of one or two words."""
+    column = tl.program_id(0)
+    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    here = row < rows
+    first, width = tl.load(tables + 2 * column), tl.load(tables + 2 * column + 1)
+    source = words + first + tl.load(slots + row, here, 0).to(tl.int64) * width
+    to = out + column * stride + row * width
+    tl.store(to, tl.load(source, here), here)
+    tl.store(to + 1, tl.load(source + 1, here & (width == 2)), here & (width == 2))
+
+
+@triton.jit(do_not_specialize=["rows", "pad_tokens"])
 def _gather_kernel(
     slots, query_start_loc, token_ids, token_ids_stride, num_computed, block_tables, tables_stride_g, columns,
-    input_ids, positions, seq_lens, slot_mapping, mapping_stride, out_tables, out_tables_stride_g,
+    input_ids, positions, seq_lens, slot_mapping, mapping_stride, out_tables, out_tables_stride_g, rows, pad_tokens,
     BLOCK_SIZE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, part): `BLOCK` of the row's tokens, and of its block table's columns in each group."""
+    """Program (row, part): `BLOCK` of the row's tokens, and of its block table's columns in each group. Behind the last
+    row: of the padding's place in the cache."""
     row, part = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(slots + row)
+    if row == rows:
+        beyond = tl.load(query_start_loc + rows) + part * BLOCK + tl.arange(0, BLOCK)
+        for g in tl.static_range(GROUPS):
+            dummy_block = tl.zeros([BLOCK], slot_mapping.dtype.element_ty)
+            tl.store(slot_mapping + g * mapping_stride + beyond, dummy_block, beyond < pad_tokens)
+        return
+    slot = tl.load(slots + row).to(tl.int64)
     start, end = tl.load(query_start_loc + row), tl.load(query_start_loc + row + 1)
     computed = tl.load(num_computed + slot)
     length = computed + (end - start)
@@ -48,7 +78,7 @@ def _record_kernel(
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = row < rows
-    slot = tl.load(slots + row, here, dummy)
+    slot = tl.load(slots + row, here, dummy).to(tl.int64)
     here = here & (slot != dummy)
     start, end = tl.load(query_start_loc + row, here, 0), tl.load(query_start_loc + row + 1, here, 0)
     position = tl.load(num_computed + slot, here, 0) + (end - start)
@@ -65,6 +95,20 @@ def _record_kernel(
         tl.store(count, tl.load(count, here, 0) + 1, here)
 
 
+def scatter(words: Tensor, packed: Tensor) -> None:
+    """`step_inputs.scatter`."""
+    count = len(packed) // 2
+    if count:
+        _scatter_kernel[(triton.cdiv(count, _MAX_BLOCK),)](words, packed, count, BLOCK=_MAX_BLOCK)
+
+
+def pick_columns(words: Tensor, slots: Tensor, tables: Tensor, out: Tensor) -> None:
+    """`step_inputs.pick_columns`."""
+    rows, (columns, stride) = len(slots), out.shape
+    if rows and columns:
+        _pick_columns_kernel[(columns, triton.cdiv(rows, 128))](words, slots, tables, out, rows, stride, BLOCK=128)
+
+
 def gather(
     state: SlotState,
     slots: Tensor,
@@ -73,6 +117,8 @@ def gather(
     *,
     block_size: int,
     max_query_len: int,
+    tokens: int = 0,
+    pad_tokens: int = 0,
 ) -> None:
     """`step_inputs.gather`. Its grid depends on B, `max_query_len` and the number of block-table columns."""
     rows, (groups, _, columns) = len(slots), state.block_tables.shape
@@ -80,13 +126,13 @@ def gather(
         return
     assert state.block_tables.is_contiguous()
     assert out.block_tables.stride()[1:] == (columns, 1), out.block_tables.stride()
-    width = max(max_query_len, columns)
+    width = max(max_query_len, columns, pad_tokens - tokens)
     block = min(_MAX_BLOCK, triton.next_power_of_2(width))
-    _gather_kernel[(rows, triton.cdiv(width, block))](
+    _gather_kernel[(rows + (pad_tokens > tokens), triton.cdiv(width, block))](
         slots, query_start_loc, state.token_ids, state.token_ids.stride(0), state.num_computed,
         state.block_tables, state.block_tables.stride(0), columns,
         out.input_ids, out.positions, out.seq_lens, out.slot_mapping, out.slot_mapping.stride(0),
-        out.block_tables, out.block_tables.stride(0),
+        out.block_tables, out.block_tables.stride(0), rows, pad_tokens,
         BLOCK_SIZE=block_size, GROUPS=groups, BLOCK=block,
     )  # fmt: skip
 

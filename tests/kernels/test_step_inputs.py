@@ -14,7 +14,9 @@ from torch import Tensor
 from nanoengine.core.execution.attention import BatchLimits
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
 from nanoengine.core.execution.step_inputs import StepBuffers
-from nanoengine.core.step import StepPlan, i32
+from nanoengine.core.setup.plan import StagePlan
+from nanoengine.core.setup.specs import ColumnSpec
+from nanoengine.core.step import BlockAppends, NewSlots, StageColumn, StepPlan, flags, i32, i64
 from nanoengine.kernels import step_inputs
 from nanoengine.kernels.step_inputs import SlotState, StepInputBuffers
 
@@ -230,3 +232,88 @@ def test_replace_is_not_needed_for_an_empty_batch(device: torch.device) -> None:
     step_inputs_triton.gather(replace(state), *empty, out, block_size=BLOCK, max_query_len=0)
     step_inputs_triton.record(state, *empty, torch.zeros(0, dtype=torch.int64, device=device))
     assert (out.positions == -77).all()
+
+
+@IMPLEMENTATIONS
+def test_scatter(kernels: ModuleType, device: torch.device) -> None:
+    words = torch.arange(5000, dtype=torch.int32, device=device)
+    offsets = torch.randperm(5000, generator=torch.Generator().manual_seed(1))[:1500].int().to(device)
+    values = -offsets - 1
+    want = words.clone()
+    want[offsets.long()] = values
+    kernels.scatter(words, torch.cat([offsets, values]))
+    assert torch.equal(words, want)
+    kernels.scatter(words, torch.zeros(0, dtype=torch.int32, device=device))
+    assert torch.equal(words, want)
+
+
+@IMPLEMENTATIONS
+def test_columns_of_one_and_two_words(kernels: ModuleType, device: torch.device) -> None:
+    long, short = torch.arange(9) * 2**33 - 5, torch.linspace(0, 1, 9)
+    words = torch.cat([torch.zeros(4, dtype=torch.int32), long.view(torch.int32), short.view(torch.int32)]).to(device)
+    tables = torch.tensor([[4, 2], [22, 1]], dtype=torch.int32, device=device)
+    slots = torch.tensor([8, 0, 3, 3], dtype=torch.int32, device=device)
+    out = torch.full((2, 12), -77, dtype=torch.int32, device=device)
+    kernels.pick_columns(words, slots, tables, out)
+    assert torch.equal(out[0, :8].view(torch.int64).cpu(), long[[8, 0, 3, 3]])
+    assert torch.equal(out[1, :4].view(torch.float32).cpu(), short[[8, 0, 3, 3]])
+    assert (out[0, 8:] == -77).all()
+    assert (out[1, 4:] == -77).all()
+
+
+def test_padding_has_a_place_in_the_dummy_block(device: torch.device) -> None:
+    for kernels in (step_inputs, step_inputs_triton):
+        t, out = tables(device), buffers(device, 2)
+        slots, start = rows_of("ragged", device)
+        kernels.gather(
+            state_of(t), slots.int(), start, out, block_size=BLOCK, max_query_len=17, tokens=24, pad_tokens=40
+        )
+        assert (out.slot_mapping[:, 24:40] == 0).all()
+        assert (out.slot_mapping[:, 40:] == -77).all()
+        out.slot_mapping[:, 24:40] = -77
+        assert_gathered("ragged", t, out, device)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_the_host_writes_arrives_at_once_and_in_order(fused: bool, device: torch.device) -> None:
+    """Of admissions, columns and block appends nothing stands in the tables before `flush`; a column is reset for its
+    next owner and may be set for it in the same step."""
+    limits = SlotLimits(max_slots=4, max_model_len=20, vocab_size=VOCAB, num_groups=2, max_blocks=5)
+    columns = {"a": ColumnSpec(dtype="float32", default=1.0), "b": ColumnSpec(dtype="bool", default=False)}
+    t = SlotTables(limits, (StagePlan(name="s", target="", columns=columns),), device, fused=fused)
+
+    def admit(slots: list[int]) -> None:
+        n = len(slots)
+        t.admit(
+            NewSlots(
+                slots=i32(slots), token_ids=i32(range(7, 7 + 3 * n)), token_offsets=i32(range(0, 3 * n + 1, 3)),
+                prompt_lens=i32([3] * n), num_computed=i32([1] * n), seeds=i64([2**40 + s for s in slots]),
+                sample_index=i32([5] * n), greedy=flags([False] * n), min_lens=i32([3] * n),
+                stop_offsets=i32([0] * (n + 1)), num_logprobs=i32([-1] * n),
+            )
+        )  # fmt: skip
+
+    def change(column: str, slot: int, value: float) -> None:
+        values = np.array([value], np.float32 if column == "a" else np.bool_)
+        t.set_columns([StageColumn(stage="s", column=column, slots=i32([slot]), values=values, offsets=i32([0, 1]))])
+
+    admit([2, 0])
+    change("a", 2, 0.5)
+    change("b", 2, True)
+    t.append_blocks(BlockAppends(group=i32([0, 1]), slot=i32([2, 2]), index=i32([0, 1]), block=i32([8, 9])))
+    assert not t.num_tokens.any()
+    t.flush()
+    assert t.num_tokens.tolist() == [3, 0, 3, 0, 0]
+    assert t.seeds.tolist() == [2**40, 0, 2**40 + 2, 0, 0]
+    assert t.token_ids[:3, :3].tolist() == [[10, 11, 12], [0, 0, 0], [7, 8, 9]]
+    assert t.greedy.tolist() == [0, 1, 0, 1, 1]
+    assert (t.block_tables[0, 2, 0], t.block_tables[1, 2, 1]) == (8, 9)
+    every = torch.arange(5, device=device)
+    a, b = t.columns["s"]["a"], t.columns["s"]["b"]
+    assert a.gather(every).tolist() == [1, 1, 0.5, 1, 1]
+    assert b.gather(every).tolist() == [False, False, True, False, False]
+    admit([2])
+    change("a", 2, 0.25)
+    t.flush()
+    assert a.gather(every).tolist() == [1, 1, 0.25, 1, 1]
+    assert not b.gather(every).any()

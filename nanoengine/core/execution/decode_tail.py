@@ -1,4 +1,4 @@
-"""The end of a decode step on a GPU: the rows' columns, the draw, and each token to its slot, captured with the graphs.
+"""The end of a step on a GPU: the rows' columns, the draw, and each token to its slot, captured with the graphs.
 
 It serves the rows whose stages are all standard operations; what else a row may ask (log-probs, penalties, a plugin's
 stage) goes the eager way, step by step. One graph a size and `Tail`: per-row parameters tell the rest.
@@ -7,13 +7,15 @@ stage) goes the eager way, step by step. One graph a size and `Tail`: per-row pa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
+from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanoengine.core.execution.graphs import captured
+from nanoengine.core.execution.mixed_graphs import MixedSize
 from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.slots import ScalarTable, SlotTables
 from nanoengine.core.execution.step_inputs import StepBuffers
@@ -23,37 +25,36 @@ from nanoengine.core.step import Int32
 _TRUNCATIONS = (StandardOp.TOP_K, StandardOp.TOP_P, StandardOp.MIN_P)
 
 
-@dataclass(frozen=True, slots=True)
-class TailResult:
-    """Static buffers: token_ids int64 [rows], failed int32 [rows]; valid until the next replay."""
-
-    token_ids: Tensor
-    failed: Tensor
+Size = int | MixedSize
 
 
 class DecodeTail:
-    """Captured after the decode graphs, over their logits."""
+    """Captured after the graphs of steps, over their logits."""
 
     def __init__(self, sampler: Sampler, tables: SlotTables, buffers: StepBuffers) -> None:
         from nanoengine.kernels import sampling_triton, step_inputs_triton
 
         self._kernels, self._inputs = sampling_triton, step_inputs_triton
         self._sampler, self._tables, self._buffers = sampler, tables, buffers
-        rows, device = buffers.limits.max_rows, tables.device
-        self._tokens = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._failed = torch.zeros(rows, dtype=torch.int32, device=device)
-        self._columns: Mapping[StandardOp, ScalarTable] = {
+        self._drawn = torch.zeros(3 * buffers.max_rows, dtype=torch.int32, device=tables.device)
+        scalars = {
             op: table
             for op, (stage, column) in sampler.standard_columns().items()
             if isinstance(table := tables.columns[stage][column], ScalarTable)
         }
+        picked = [(tables.first[name], words) for name, words in (("greedy", 1), ("seeds", 2), ("sample_index", 2))]
+        picked += [(table.first, 1) for table in scalars.values()]
+        self._ops = dict(zip(scalars, count(3), strict=False))  # standard operation -> which of the picked columns
+        self._dtypes = {op: table.values.dtype for op, table in scalars.items()}
+        self._picked = torch.tensor(picked, dtype=torch.int32).to(tables.device)
+        self._columns = torch.zeros(len(picked), 2 * buffers.max_rows, dtype=torch.int32, device=tables.device)
         self._stages = frozenset(stage for stage, _ in sampler.standard_columns().values())
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[Size, int], torch.cuda.CUDAGraph] = {}
 
-    def capture(self, logits: Mapping[int, Tensor]) -> None:
-        """`logits`: the decode graphs' outputs by size, each [size, V]."""
+    def capture(self, logits: Mapping[Any, Tensor]) -> None:
+        """`logits`: graphs' outputs by `Size`, each one row of them a row of the step."""
         pool = torch.cuda.graph_pool_handle()
-        for size, values in sorted(logits.items(), reverse=True):
+        for size, values in sorted(logits.items(), key=lambda item: -len(item[1])):
             for tail in self._kernels.Tail:
                 self._graphs[size, tail], _ = captured(partial(self._run, size, tail, values), pool)
 
@@ -72,30 +73,40 @@ class DecodeTail:
         columns = self._sampler.standard_columns()
         return [columns[op][0] for op in _TRUNCATIONS if op in columns]
 
-    def replay(self, size: int, tail: int) -> TailResult:
+    def replay(self, size: Size, tail: int) -> Tensor:
+        """int32 [3 R] for R rows: their tokens, two words each, then failures; valid until the next replay."""
         self._graphs[size, tail].replay()
-        return TailResult(self._tokens[:size], self._failed[:size])
+        rows = size if isinstance(size, int) else size.rows
+        return self._drawn[: 3 * rows]
 
-    def _run(self, size: int, tail: int, logits: Tensor) -> None:
-        tables, buffers = self._tables, self._buffers
-        slots = buffers.slots[:size]
+    def _run(self, size: Size, tail: int, logits: Tensor) -> None:
+        tables, buffers, rows = self._tables, self._buffers, len(logits)
+        slots, seq_lens = buffers.slots[:rows], buffers.seq_lens[:rows]
+        tokens, failed = self._drawn[: 2 * rows].view(torch.int64), self._drawn[2 * rows : 3 * rows]
+
+        self._inputs.pick_columns(tables.arena.words, slots, self._picked, self._columns)
+        greedy, seeds, sample_index = self._columns[:3]
 
         def column(op: StandardOp) -> Tensor | None:
-            return self._columns[op].gather(slots) if op in self._columns else None
+            return self._columns[self._ops[op], :rows].view(self._dtypes[op]) if op in self._ops else None
 
         vocab = tables.limits.vocab_size
         self._kernels.sample(
             logits[:, :vocab],
             self._kernels.Tail(tail),
-            self._tokens[:size],
-            self._failed[:size],
-            greedy=tables.greedy.index_select(0, slots),
+            tokens,
+            failed,
+            greedy=greedy[:rows],
             temperature=column(StandardOp.TEMPERATURE),
             top_k=column(StandardOp.TOP_K),
             top_p=column(StandardOp.TOP_P),
             min_p=column(StandardOp.MIN_P),
-            seeds=tables.seeds.index_select(0, slots),
-            positions=buffers.positions[:size] + 1,
-            sample_index=tables.sample_index.index_select(0, slots),
+            seeds=seeds[: 2 * rows].view(torch.int64),
+            positions=seq_lens.long(),  # behind the last token
+            sample_index=sample_index[: 2 * rows].view(torch.int64),
         )
-        self._inputs.record(tables.state, slots, buffers.decode_start_loc[: size + 1], self._tokens[:size])
+        if isinstance(size, int):
+            self._inputs.record(tables.state, slots, buffers.decode_start_loc[: rows + 1], tokens)
+        else:
+            start_loc, token_of_row = buffers.query_start_loc[: rows + 1], buffers.token_of_row[:rows]
+            self._inputs.record(tables.state, slots, start_loc, tokens, token_of_row)

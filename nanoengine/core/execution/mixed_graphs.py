@@ -43,15 +43,13 @@ class MixedSize:
 
 @dataclass(frozen=True, slots=True)
 class PaddedStep:
-    """A plan with its padding.
+    """A plan with its padding: one entry of `logits_index` a row, `sampled` where the original plan draws.
 
     Attributes:
-        real_rows: int64 [B]; where the original plan's rows stand in it.
         logits_rows: int64 [L]; which of the graph's logits (one a row) belong to the original `logits_index`.
     """
 
     plan: StepPlan
-    real_rows: npt.NDArray[np.int64]
     logits_rows: npt.NDArray[np.int64]
 
 
@@ -71,8 +69,10 @@ def pad_mixed(plan: StepPlan, size: MixedSize, dummy_slot: int) -> PaddedStep:
         return np.concatenate((values[:decode], middle, values[decode:], end))
 
     lens = spread(plan.query_lens, 1, 0)
-    real_rows = np.arange(rows, dtype=np.int64)
-    real_rows[decode:] += ahead
+    logits_rows = plan.logits_rows.astype(np.int64)
+    logits_rows[logits_rows >= decode] += ahead
+    sampled = np.zeros(size.rows, np.bool_)
+    sampled[logits_rows] = True
     padded = replace(
         plan,
         slots=spread(plan.slots, dummy_slot, dummy_slot),
@@ -80,8 +80,10 @@ def pad_mixed(plan: StepPlan, size: MixedSize, dummy_slot: int) -> PaddedStep:
         starts=spread(plan.starts, 0, 0),
         num_decode_rows=size.decode,
         logits_index=np.maximum(np.cumsum(lens, dtype=np.int32) - 1, 0),  # one a row: its last token
+        logits_rows=np.arange(size.rows, dtype=np.int32),
+        sampled=sampled,
     )
-    return PaddedStep(padded, real_rows, real_rows[plan.logits_rows])
+    return PaddedStep(padded, logits_rows)
 
 
 class MixedGraphs:
@@ -92,10 +94,10 @@ class MixedGraphs:
         self._decode = sorted({size.decode for size in sizes})
         self._prefill = sorted({size.prefill for size in sizes})
         self._graphs: dict[MixedSize, torch.cuda.CUDAGraph] = {}
-        self._logits: dict[MixedSize, Tensor] = {}
+        self.logits: dict[MixedSize, Tensor] = {}  # of each size, valid until the next replay
         pool = torch.cuda.graph_pool_handle()
         for size in sorted(sizes, key=lambda each: -each.tokens):
-            self._graphs[size], self._logits[size] = captured(partial(run, size), pool)
+            self._graphs[size], self.logits[size] = captured(partial(run, size), pool)
 
     def size_for(self, plan: StepPlan) -> MixedSize | None:
         """The smallest captured size that holds `plan`; None where there is none, or it wants prompt log-probs."""
@@ -111,4 +113,4 @@ class MixedGraphs:
     def replay(self, size: MixedSize) -> Tensor:
         """Its logits [size.rows, V], valid until the next replay."""
         self._graphs[size].replay()
-        return self._logits[size]
+        return self.logits[size]

@@ -65,32 +65,52 @@ class LaunchedStep:
         token_ids, row_failed = next(arrays), next(arrays)
         sampled = join_logprobs([_logprob_rows(part, [next(arrays) for _ in part.tensors]) for part in self._sampled])
         prompt = join_logprobs([_logprob_rows(part, [next(arrays) for _ in part.tensors]) for part in self._prompt])
-        return self._result(token_ids, row_failed, sampled, prompt)
+        return _result(self._plan, self._rows, token_ids, row_failed, sampled, prompt, self._graphs)
 
-    def _result(
-        self,
-        token_ids: npt.NDArray[np.int64],
-        row_failed: npt.NDArray[np.int32],
-        sampled: LogprobRows,
-        prompt: LogprobRows,
-    ) -> StepResult:
-        """A failed row gives no token; a prompt log-prob that is not a number fails its row."""
-        plan, rows = self._plan, self._rows
-        failed = np.full(plan.num_rows, ROW_FINE, dtype=np.int32)
-        failed[rows] = row_failed
-        failed[prompt.rows[np.isnan(prompt.logprobs)]] = ROW_BAD_LOGITS
-        fine = failed[rows] == ROW_FINE
-        counts = np.zeros(plan.num_rows, dtype=np.int32)
-        counts[rows[fine]] = 1
-        return StepResult(
-            step=plan.step,
-            token_ids=token_ids.astype(np.int32)[fine],
-            counts=counts,
-            failed=failed,
-            sampled_logprobs=sampled,
-            prompt_logprobs=prompt,
-            graphs=self._graphs,
-        )
+
+class TailStep(LaunchedStep):
+    """Of a step that ended in a graph: one copy, and no log-probs."""
+
+    def __init__(self, plan: StepPlan, drawn: Tensor, which: npt.NDArray[np.int64], graphs: int) -> None:
+        """drawn: int32 [3 R], R tokens of two words and R failures; which: int64 [L] of the R are the plan's logits."""
+        self._plan, self._which, self._graphs = plan, which, graphs
+        self._drawn, self._arrived = _send(drawn), torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._arrived.record()
+
+    def wait(self) -> StepResult:
+        assert self._arrived is not None
+        self._arrived.synchronize()
+        drawn, count = self._drawn.numpy(), len(self._drawn) // 3
+        token_ids, failed = drawn[: 2 * count].view(np.int64)[self._which], drawn[2 * count :][self._which]
+        rows, none = self._plan.logits_rows, LogprobRows()
+        return _result(self._plan, rows, token_ids, failed, none, none, self._graphs)
+
+
+def _result(
+    plan: StepPlan,
+    rows: npt.NDArray[np.int32],
+    token_ids: npt.NDArray[np.int64],
+    row_failed: npt.NDArray[np.int32],
+    sampled: LogprobRows,
+    prompt: LogprobRows,
+    graphs: int,
+) -> StepResult:
+    """A failed row gives no token; a prompt log-prob that is not a number fails its row."""
+    failed = np.full(plan.num_rows, ROW_FINE, dtype=np.int32)
+    failed[rows] = row_failed
+    failed[prompt.rows[np.isnan(prompt.logprobs)]] = ROW_BAD_LOGITS
+    fine = failed[rows] == ROW_FINE
+    counts = np.zeros(plan.num_rows, dtype=np.int32)
+    counts[rows[fine]] = 1
+    return StepResult(
+        step=plan.step,
+        token_ids=token_ids.astype(np.int32)[fine],
+        counts=counts,
+        failed=failed,
+        sampled_logprobs=sampled,
+        prompt_logprobs=prompt,
+        graphs=graphs,
+    )
 
 
 def _send(tensor: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from nanoengine.core.execution.memory import CPU_KV_CACHE_BYTES, MemoryReport, c
 from nanoengine.core.execution.mixed_graphs import MixedGraphs, MixedSize, mixed_sizes, pad_mixed
 from nanoengine.core.execution.model import ForwardBatch, Model
 from nanoengine.core.execution.parallel import TensorParallelGroup
-from nanoengine.core.execution.results import LaunchedStep
+from nanoengine.core.execution.results import LaunchedStep, TailStep
 from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.shortage import empty_cache
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
@@ -164,7 +164,7 @@ class ModelRunner:
         ctx = StageContext(options.max_num_seqs, self.vocab_size, limits.max_model_len, self.device)
         stages = build_stages(self.plan.stages, self.loader, ctx)
         self.failed_stages = stages.failed
-        self.tables = SlotTables(slot_limits, [plan for plan, _ in stages.working], self.device)
+        self.tables = SlotTables(slot_limits, [plan for plan, _ in stages.working], self.device, fused=self.fused)
         self.buffers = StepBuffers(limits, len(self.groups), self.device, fused=self.fused)
         self.sampler = Sampler(
             stages.working, self.vocab_size, fuse=options.fuse_sampling, kernels=self._sampling_kernels()
@@ -216,19 +216,10 @@ class ModelRunner:
         return Forwarded(plan, inputs, hidden.index_select(0, inputs.logits_index), None)
 
     def _replay_mixed(self, plan: StepPlan, size: MixedSize, graphs: MixedGraphs) -> Forwarded:
-        """The padded step by its graph; what comes back is the plan's own rows and logits."""
+        """The padded step by its graph."""
         step = pad_mixed(plan, size, self.tables.dummy_slot)
         inputs = self._gather(step.plan, size.tokens)
-        logits = graphs.replay(size)
-        packed = self.tables.put(np.concatenate((step.real_rows, step.logits_rows)))
-        rows, wanted = packed[: plan.num_rows], packed[plan.num_rows :]
-        own = replace(
-            inputs,
-            slots=inputs.slots.index_select(0, rows),
-            query_lens=inputs.query_lens.index_select(0, rows),
-            logits_index=inputs.logits_index.index_select(0, wanted),
-        )
-        return Forwarded(plan, own, None, logits.index_select(0, wanted), replayed=GRAPH_MIXED)
+        return Forwarded(plan, inputs, None, graphs.replay(size), size, GRAPH_MIXED, step.logits_rows)
 
     def _gather(self, plan: StepPlan, pad_tokens: int = 0) -> GatheredStep:
         inputs = self.buffers.gather(plan, self.tables, pad_tokens)
@@ -240,6 +231,7 @@ class ModelRunner:
         self.tables.admit(plan.new)
         self.tables.set_columns(plan.columns)
         self.tables.append_blocks(plan.appends)
+        self.tables.flush()
         copies = plan.copies
         for group in np.unique(copies.group):
             here = copies.group == group
@@ -250,19 +242,27 @@ class ModelRunner:
     def sample(self, step: Forwarded, host_inputs: Sequence[StageColumn] = ()) -> LaunchedStep:
         """Draw a token for each sampled row, write it to its slot, and send the step's result to the host."""
         self.tables.set_columns(host_inputs)
-        return self._captured_tail(step) or self.eager_tail.finish(step)
+        self.tables.flush()
+        return self._captured_tail(step) or self.eager_tail.finish(self._own_rows(step))
 
-    def _captured_tail(self, step: Forwarded) -> LaunchedStep | None:
-        """The rest of a decode step as a graph, where its rows ask for nothing that the graph lacks."""
+    def _own_rows(self, step: Forwarded) -> Forwarded:
+        """Without the padding that stands between a step's rows."""
+        if step.which is None or step.logits is None:
+            return step
+        which = self.tables.put(step.which)
+        inputs = replace(step.inputs, logits_index=step.inputs.logits_index.index_select(0, which))
+        return replace(step, inputs=inputs, logits=step.logits.index_select(0, which))
+
+    def _captured_tail(self, step: Forwarded) -> TailStep | None:
+        """The rest of a step as a graph, where its rows ask for nothing that the graph lacks."""
         tail, plan = self.graphs.tail, step.plan
         if tail is None or step.graph is None:
             return None
         kind = tail.kind(plan.slots, self.eager_tail.active(plan.slots))
         if kind is None:
             return None
-        result, rows = tail.replay(step.graph, kind), plan.num_rows
-        replayed = step.replayed | GRAPH_TAIL
-        return LaunchedStep(plan, plan.logits_rows, result.token_ids[:rows], result.failed[:rows], (), (), replayed)
+        which = plan.logits_rows.astype(np.int64) if step.which is None else step.which
+        return TailStep(plan, tail.replay(step.graph, kind), which, step.replayed | GRAPH_TAIL)
 
     def release(self) -> None:
         """Drop everything the device holds."""

@@ -7,6 +7,7 @@ no row wants (`wants`), never to compute with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +17,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from nanoengine.core.execution.arena import Arena, Ints, staged
 from nanoengine.core.execution.stage import Need, RaggedColumn
 from nanoengine.core.setup.plan import StagePlan
 from nanoengine.core.setup.specs import ColumnSpec
 from nanoengine.core.step import BlockAppends, NewSlots, StageColumn
+from nanoengine.kernels import step_inputs
 from nanoengine.kernels.step_inputs import SlotState
 
 MIN_RAGGED_WIDTH = 8
+_LENGTHS = ("num_tokens", "num_computed", "prompt_lens", "min_lens", "seeds", "sample_index")  # int64 [slots]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,20 +41,30 @@ class SlotLimits:
 
 
 class ScalarTable:
-    """One value a slot: [slots]."""
+    """One value a slot: [slots], int32 or float32 in the arena (bool: 0 or 1 as int32)."""
 
-    def __init__(self, num_slots: int, spec: ColumnSpec, device: torch.device) -> None:
-        self.default = spec.default
-        self.values = torch.full((num_slots,), spec.default, dtype=getattr(torch, spec.dtype), device=device)
+    def __init__(self, num_slots: int, spec: ColumnSpec, arena: Arena) -> None:
+        self._arena, self._num_slots, self._dtype = arena, num_slots, getattr(torch, spec.dtype)
+        self._words = torch.float32 if self._dtype is torch.float32 else torch.int32
+        self._host = np.dtype(np.float32 if self._words is torch.float32 else np.int32)
+        self._default = spec.default
+        self.first = arena.reserve(num_slots, 4)  # word
+        self.values = arena.words  # until `make`
 
-    def reset(self, slots: Tensor) -> None:
-        self.values.index_fill_(0, slots, self.default)
+    def make(self) -> None:
+        """When the arena is there."""
+        self.values = self._arena.view(self.first, (self._num_slots,), self._words)
+        self.values.fill_(self._default)
 
-    def write(self, slots: Tensor, values: Tensor, offsets: npt.NDArray[np.int32]) -> None:
-        self.values[slots] = values.to(self.values.dtype)
+    def reset(self, slots: Ints) -> None:
+        self._arena.write(self.first, slots, np.full(len(slots), self._default, self._host))
+
+    def write(self, slots: Ints, values: npt.NDArray[Any], offsets: npt.NDArray[np.int32]) -> None:
+        self._arena.write(self.first, slots, values.astype(self._host))
 
     def gather(self, slots: Tensor) -> Tensor:
-        return self.values.index_select(0, slots)
+        values = self.values.index_select(0, slots)
+        return values != 0 if self._dtype is torch.bool else values
 
 
 class RaggedTable:
@@ -62,19 +76,20 @@ class RaggedTable:
         self.values = torch.full(shape, spec.default, dtype=getattr(torch, spec.dtype), device=device)
         self.counts = torch.zeros(num_slots, dtype=torch.int32, device=device)
 
-    def reset(self, slots: Tensor) -> None:
+    def reset(self, host_slots: Ints) -> None:
+        slots = staged(host_slots, self.values.device)
         self.values.index_fill_(0, slots, self.default)
         self.counts.index_fill_(0, slots, 0)
 
-    def write(self, slots: Tensor, values: Tensor, offsets: npt.NDArray[np.int32]) -> None:
-        counts = np.diff(offsets)
+    def write(self, host_slots: Ints, values: npt.NDArray[Any], offsets: npt.NDArray[np.int32]) -> None:
+        counts, device = np.diff(offsets), self.values.device
         self._widen(int(counts.max(initial=0)))
+        slots = staged(host_slots, device)
         self.values.index_fill_(0, slots, self.default)
-        device = self.values.device
         if len(values):
             rows, columns = _ragged_index(counts, offsets)
             where = slots[staged(rows, device)], staged(columns, device)
-            self.values[where] = values.to(self.values.dtype)
+            self.values[where] = staged(values, device).to(self.values.dtype)
         self.counts[slots] = staged(counts.astype(np.int32), device)
 
     def _widen(self, width: int) -> None:
@@ -92,18 +107,6 @@ class RaggedTable:
 Table = ScalarTable | RaggedTable
 
 
-def staged(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """A host array on the device, without waiting for what the device is at: a copy from pageable memory would."""
-    here = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cuda":
-        here = here.pin_memory()  # from torch's cache; kept until the copy is done
-    return here.to(device, non_blocking=True)
-
-
-def make_table(num_slots: int, spec: ColumnSpec, device: torch.device) -> Table:
-    return (RaggedTable if spec.ragged else ScalarTable)(num_slots, spec, device)
-
-
 def _ragged_index(
     counts: npt.NDArray[Any], offsets: npt.NDArray[Any]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -114,29 +117,49 @@ def _ragged_index(
 
 
 class SlotTables:
-    """The tables, and the writes that a step plan brings."""
+    """The tables, and the writes that a step plan brings: they wait for `flush`, which sends them all at once."""
 
-    def __init__(self, limits: SlotLimits, stages: Sequence[StagePlan], device: torch.device) -> None:
+    def __init__(
+        self, limits: SlotLimits, stages: Sequence[StagePlan], device: torch.device, *, fused: bool = False
+    ) -> None:
+        """`fused`: write by a Triton kernel instead of torch operations."""
         self.limits, self.device = limits, device
         n = limits.max_slots + 1
         self.dummy_slot = limits.max_slots
+        self._kernels: Any = step_inputs
+        if fused:
+            from nanoengine.kernels import step_inputs_triton
 
-        def table(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
+            self._kernels = step_inputs_triton
+        self.arena = Arena(device)
+        shapes = {
+            "token_ids": ((n, limits.max_model_len + 1), torch.int32),
+            "block_tables": ((limits.num_groups, n, limits.max_blocks), torch.int32),
+            "greedy": ((n,), torch.int32),
+        } | dict.fromkeys(_LENGTHS, ((n,), torch.int64))  # fmt: skip
+        self.first = {name: self.arena.reserve(math.prod(shape), dt.itemsize) for name, (shape, dt) in shapes.items()}
+        scalars: list[ScalarTable] = []
 
-        self.token_ids = table(n, limits.max_model_len + 1, dtype=torch.int32)
-        self.block_tables = table(limits.num_groups, n, limits.max_blocks, dtype=torch.int32)
-        self.num_tokens = table(n, dtype=torch.int64)  # known tokens; the length that counts
-        self.num_computed = table(n, dtype=torch.int64)  # of them, those whose KV is there
-        self.prompt_lens = table(n, dtype=torch.int64)
-        self.seeds = table(n, dtype=torch.int64)
-        self.sample_index = table(n, dtype=torch.int64)
-        self.greedy = torch.ones(n, dtype=torch.bool, device=device)
-        self.min_lens = table(n, dtype=torch.int64)
-        self.stop_ids = RaggedTable(n, ColumnSpec(dtype="int64", ragged=True), device)
+        def column(spec: ColumnSpec) -> Table:
+            if spec.ragged:
+                return RaggedTable(n, spec, device)
+            scalars.append(ScalarTable(n, spec, self.arena))
+            return scalars[-1]
+
         self.columns: Mapping[str, Mapping[str, Table]] = {
-            stage.name: {name: make_table(n, spec, device) for name, spec in stage.columns.items()} for stage in stages
+            stage.name: {name: column(spec) for name, spec in stage.columns.items()} for stage in stages
         }
+        self.arena.make()
+        for table in scalars:
+            table.make()
+        made = {name: self.arena.view(self.first[name], shape, dtype) for name, (shape, dtype) in shapes.items()}
+        self.token_ids, self.block_tables = made["token_ids"], made["block_tables"]
+        self.num_tokens = made["num_tokens"]  # known tokens; the length that counts
+        self.num_computed = made["num_computed"]  # of them, those whose KV is there
+        self.prompt_lens, self.min_lens = made["prompt_lens"], made["min_lens"]
+        self.seeds, self.sample_index = made["seeds"], made["sample_index"]
+        self.greedy = made["greedy"].fill_(1)  # int32, 0 or 1
+        self.stop_ids = RaggedTable(n, ColumnSpec(dtype="int64", ragged=True), device)
         self._output_counts: Tensor | None = None
         self._prompt_mask: Tensor | None = None
         # host side: what each slot wants, to skip what no row of a step wants
@@ -167,24 +190,24 @@ class SlotTables:
 
     def admit(self, new: NewSlots) -> None:
         """Enter new slots: every column of theirs is overwritten, so that nothing of the last owner stays."""
+        if self.arena.pending:  # of a launch that did not come so far
+            self.arena.will_overlap()
         if not len(new.slots):
             return
-        counts = np.diff(new.token_offsets)
-        given = {
-            "num_tokens": counts, "num_computed": new.num_computed, "prompt_lens": new.prompt_lens,
-            "seeds": new.seeds, "sample_index": new.sample_index, "min_lens": new.min_lens, "greedy": new.greedy,
-        }  # fmt: skip
-        slots, *values = self.put(np.stack((new.slots, *given.values())).astype(np.int64)).unbind()  # one upload
-        for name, value in zip(given, values, strict=True):
-            table: Tensor = getattr(self, name)
-            table[slots] = value.to(table.dtype)
+        slots, counts = new.slots.astype(np.int64), np.diff(new.token_offsets)
+        lengths = (counts, new.num_computed, new.prompt_lens, new.min_lens, new.seeds, new.sample_index)
+        values: npt.NDArray[Any]
+        for name, values in zip(_LENGTHS, lengths, strict=True):
+            self.arena.write(self.first[name], slots, values.astype(np.int64))
+        self.arena.write(self.first["greedy"], slots, new.greedy.astype(np.int32))
         rows, columns = _ragged_index(counts, new.token_offsets)
-        row, column, ids = self.put(np.stack((rows, columns, new.token_ids.astype(np.int64)))).unbind()
-        self.token_ids[slots[row], column] = ids.to(torch.int32)
-        self.block_tables.index_fill_(1, slots, 0)
-        self.stop_ids.write(slots, self.put(new.stop_ids), new.stop_offsets)
+        at = slots[rows] * self.token_ids.shape[1] + columns
+        self.arena.write(self.first["token_ids"], at, new.token_ids)
+        if (new.min_lens > new.prompt_lens).any():  # nobody else's stop set is read
+            self.stop_ids.write(slots, new.stop_ids, new.stop_offsets)
         for stage, tables in self.columns.items():
             if self.host_wants[stage][new.slots].any():  # else nobody has written there since the last reset
+                self.arena.will_overlap()
                 for one in tables.values():
                     one.reset(slots)
         self._remember(new)
@@ -200,14 +223,19 @@ class SlotTables:
     def set_columns(self, changes: Sequence[StageColumn]) -> None:
         for change in changes:
             self.host_wants[change.stage][change.slots] = True  # first: what says no is taken to hold the defaults
-            slots = self.put(change.slots.astype(np.int64))
-            self.columns[change.stage][change.column].write(slots, self.put(change.values), change.offsets)
+            table = self.columns[change.stage][change.column]
+            table.write(change.slots.astype(np.int64), change.values, change.offsets)
 
     def append_blocks(self, appends: BlockAppends) -> None:
+        """Behind a slot's last block its table holds whatever an earlier owner left."""
         if len(appends.slot):
-            packed = np.stack((appends.group, appends.slot, appends.index, appends.block)).astype(np.int64)
-            group, slot, index, block = self.put(packed).unbind()
-            self.block_tables[group, slot, index] = block.to(torch.int32)
+            _, slots, width = self.block_tables.shape
+            row = appends.group.astype(np.int64) * slots + appends.slot
+            self.arena.write(self.first["block_tables"], row * width + appends.index, appends.block)
+
+    def flush(self) -> None:
+        """Send the writes; from here on everything launched sees them."""
+        self.arena.flush(self._kernels)
 
     def history(self, need: Need) -> Tensor:
         """The table behind a `Need`; counts and masks over the vocabulary are made when first asked for."""
@@ -223,6 +251,10 @@ class SlotTables:
             self._prompt_mask = torch.zeros(shape, dtype=torch.bool, device=self.device)
             self._rebuild_all()
         return self._prompt_mask
+
+    def forget_history(self) -> None:
+        """Drop the tables over the vocabulary; they are made again for who asks."""
+        self._output_counts = self._prompt_mask = None
 
     def _rebuild_history(self, new: NewSlots) -> None:
         """Counts and prompt masks of new slots, from their tokens (again, after a preemption)."""

@@ -91,11 +91,11 @@ class StepGraphs:
 
     def _capture(self) -> None:
         decode = DecodeGraphs(self.sizes.decode, self._decode_pass)
-        if self.sizes.tail:
-            self.tail = DecodeTail(self._sampler, self._tables, self._buffers)
-            self.tail.capture(decode.logits)
         if self.sizes.mixed:
             self.mixed = MixedGraphs(self.sizes.mixed, self._mixed_pass)
+        if self.sizes.tail:
+            self.tail = DecodeTail(self._sampler, self._tables, self._buffers)
+            self.tail.capture(decode.logits | (self.mixed.logits if self.mixed is not None else {}))
         self.decode = decode
 
     def _decode_pass(self, rows: int) -> Tensor:

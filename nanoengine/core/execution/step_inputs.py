@@ -22,13 +22,12 @@ from nanoengine.kernels.step_inputs import StepInputBuffers
 
 @dataclass(frozen=True, slots=True)
 class GatheredStep:
-    """Views of the static buffers: input_ids int32 [T], positions int64 [T], slots int64 [B], query_lens int64 [B],
-    logits_index int64 [L]; one `StepInputs` a KV group."""
+    """Views of the static buffers: input_ids int32 [T], positions int64 [T], slots [B], logits_index [L]; one
+    `StepInputs` a KV group. Indices are int64, or int32 where a kernel gathered."""
 
     input_ids: Tensor
     positions: Tensor
     slots: Tensor
-    query_lens: Tensor
     logits_index: Tensor
     groups: tuple[StepInputs, ...]
 
@@ -41,6 +40,7 @@ class StepBuffers:
         rows, tokens = limits.max_rows + PREFILL_ROWS, limits.max_tokens  # a mixed graph pads with further rows
         self.limits, self.max_rows = limits, rows
         self._kernels: Any = None
+        self.fused = fused
         if fused:
             from nanoengine.kernels import step_inputs_triton
 
@@ -51,13 +51,18 @@ class StepBuffers:
 
         self.input_ids = make(tokens, dtype=torch.int32)
         self.positions = make(tokens, dtype=torch.int64)
-        self.row_of_token = make(tokens, dtype=torch.int64)
-        self.offset_in_row = make(tokens, dtype=torch.int64)
-        self.slots = make(rows, dtype=torch.int64)
-        self.query_lens = make(rows, dtype=torch.int64)
-        self.query_start_loc = make(rows + 1, dtype=torch.int32)
         self.seq_lens = make(rows, dtype=torch.int32)
-        self.logits_index = make(tokens, dtype=torch.int64)
+        if fused:  # in one piece, as they are sent: slots, offsets, which row has drawn, and what wants logits
+            self.sent = make(3 * rows + 1 + tokens, dtype=torch.int32)
+            parts = self.sent.split_with_sizes((rows, rows + 1, rows, tokens))
+            self.slots, self.query_start_loc, self.token_of_row, self.logits_index = parts
+        else:
+            self.row_of_token = make(tokens, dtype=torch.int64)
+            self.offset_in_row = make(tokens, dtype=torch.int64)
+            self.slots = make(rows, dtype=torch.int64)
+            self.query_lens = make(rows, dtype=torch.int64)
+            self.query_start_loc = make(rows + 1, dtype=torch.int32)
+            self.logits_index = make(tokens, dtype=torch.int64)
         self.block_tables = make(num_groups, rows, limits.max_blocks, dtype=torch.int32)
         self.slot_mapping = make(num_groups, tokens, dtype=torch.int64)
         self.decode_start_loc = torch.arange(rows + 1, dtype=torch.int32, device=device)
@@ -86,7 +91,6 @@ class StepBuffers:
             self.input_ids[:tokens],
             positions,
             slots,
-            self.query_lens[:rows],
             self.logits_index[: len(plan.logits_index)],
             groups,
         )
@@ -95,19 +99,13 @@ class StepBuffers:
         self, plan: StepPlan, tables: SlotTables, rows: int, tokens: int, pad_tokens: int
     ) -> GatheredStep:
         """One upload, one kernel. A decode step's offsets are always the same, and stand ready."""
-        decode, wanted = plan.num_decode_rows == rows == tokens, len(plan.logits_index)
-        start_loc = self.decode_start_loc[: rows + 1]
-        if decode:
-            self.slots[:rows].copy_(tables.put(plan.slots.astype(np.int64)))
-            logits_index = self.decode_start_loc[:wanted].long() if wanted else self.logits_index[:0]
+        if plan.num_decode_rows == rows == tokens:
+            start_loc, wanted = self.decode_start_loc[: rows + 1], len(plan.logits_index)
+            self._send(plan.slots)
+            logits_index = self.decode_start_loc[:wanted]
         else:
-            starts = np.zeros(rows + 1, dtype=np.int64)
-            np.cumsum(plan.query_lens, out=starts[1:])
-            packed = tables.put(np.concatenate((plan.slots, starts, plan.logits_index), dtype=np.int64))
-            start_loc, logits_index = self.query_start_loc[: rows + 1], self.logits_index[:wanted]
-            self.slots[:rows].copy_(packed[:rows])
-            start_loc.copy_(packed[rows : 2 * rows + 1])
-            logits_index.copy_(packed[2 * rows + 1 :])
+            start_loc, logits_index = self.query_start_loc[: rows + 1], self.logits_index[: len(plan.logits_index)]
+            self._send(self._packed(plan, rows))
         self._kernels.gather(
             tables.state,
             self.slots[:rows],
@@ -121,16 +119,30 @@ class StepBuffers:
             ),
             block_size=self.limits.block_size,
             max_query_len=int(plan.query_lens.max()),
+            tokens=tokens,
+            pad_tokens=pad_tokens,
         )
-        query_lens = self.query_lens[:rows]
-        torch.sub(start_loc[1:], start_loc[:-1], out=query_lens)
-        if pad_tokens > tokens:
-            self.slot_mapping[:, tokens:pad_tokens].zero_()  # into the dummy block
-            tokens = pad_tokens
+        tokens = max(tokens, pad_tokens)
         groups = tuple(self._view(g, plan, start_loc, rows, tokens) for g in range(tables.limits.num_groups))
-        return GatheredStep(
-            self.input_ids[:tokens], self.positions[:tokens], self.slots[:rows], query_lens, logits_index, groups
-        )
+        return GatheredStep(self.input_ids[:tokens], self.positions[:tokens], self.slots[:rows], logits_index, groups)
+
+    def _send(self, packed: Int32) -> None:
+        """To the front of `sent`, without waiting."""
+        here = torch.from_numpy(packed)
+        self.sent[: len(packed)].copy_(here.pin_memory() if self.sent.is_cuda else here, non_blocking=True)
+
+    def _packed(self, plan: StepPlan, rows: int) -> Int32:
+        """As `sent`: a row's token is that of its place among the logits, where it draws one there."""
+        most = self.max_rows
+        packed = np.zeros(3 * most + 1 + len(plan.logits_index), dtype=np.int32)
+        packed[:rows] = plan.slots
+        np.cumsum(plan.query_lens, out=packed[most + 1 : most + 1 + rows])
+        token_of_row = packed[2 * most + 1 : 2 * most + 1 + rows]
+        token_of_row.fill(-1)
+        drawn = np.flatnonzero(plan.sampled)
+        token_of_row[plan.logits_rows[drawn]] = drawn
+        packed[3 * most + 1 :] = plan.logits_index
+        return packed
 
     def _view(self, group: int, plan: StepPlan, start_loc: Tensor, rows: int, tokens: int) -> StepInputs:
         return StepInputs(
@@ -162,6 +174,8 @@ class StepBuffers:
         positions = self.positions[:tokens]
         block_tables = self.block_tables[group, :rows]
         torch.index_select(tables.block_tables[group], 0, self.slots[:rows], out=block_tables)
+        columns = torch.arange(block_tables.shape[1], device=block_tables.device)
+        block_tables.masked_fill_(columns * size >= self.seq_lens[:rows, None], 0)
         blocks = tables.block_tables[group][token_slots, positions // size].long()
         slot_mapping = self.slot_mapping[group, :tokens]
         torch.add(blocks * size, positions % size, out=slot_mapping)

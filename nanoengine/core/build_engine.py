@@ -14,6 +14,7 @@ from nanoengine.core.engine import Engine, EngineLimits
 from nanoengine.core.errors import NanoEngineError, TokenizerMissing
 from nanoengine.core.execution.executor import Executor, InProcessExecutor
 from nanoengine.core.execution.memory import MemoryReport
+from nanoengine.core.execution.shortage import forget_locals
 from nanoengine.core.output import OutputProcessor
 from nanoengine.core.sampling_fields import legal_fields
 from nanoengine.core.sampling_params import ParamsResolver
@@ -100,8 +101,9 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
             resolver,
             lambda text: _need(tokenizer).encode(text),
         )
-    except BaseException:
+    except BaseException as error:
         executor.shutdown()
+        forget_locals(error)  # whoever keeps the error keeps no memory with it
         raise
     clock.lap("engine")
     return BuiltEngine(
@@ -117,10 +119,10 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
 
 
 def _scheduler(options: EngineOptions, memory: MemoryReport) -> Scheduler:
-    assert options.max_num_batched_tokens is not None and options.max_model_len is not None
+    assert options.max_model_len is not None
     config = SchedulerConfig(
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_num_seqs=memory.max_num_seqs,
+        max_num_batched_tokens=memory.max_num_batched_tokens,
         max_model_len=options.max_model_len,
         enable_prefix_caching=options.enable_prefix_caching,
         policy=options.scheduling_policy,

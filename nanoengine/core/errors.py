@@ -17,6 +17,10 @@ class ConfigError(NanoEngineError):
     """A configuration file, override or engine option is wrong."""
 
 
+class DeviceMemoryError(ConfigError):
+    """The model, its KV cache or one step does not fit the device's memory; the figures say by how much."""
+
+
 class PluginError(NanoEngineError):
     """A plugin is missing, broken, incompatible, or clashes with another one."""
 

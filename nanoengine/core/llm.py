@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from nanoengine.core.engine import Engine
     from nanoengine.core.execution.attention import AttentionBackend
+    from nanoengine.core.execution.memory import MemoryReport
     from nanoengine.core.setup.config import RunConfig
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -283,6 +284,11 @@ class LLM:
     def stats(self) -> EngineStats:
         """Counts since the start: see `EngineStats`."""
         return EngineStats(**self._built.counters())
+
+    @property
+    def memory_report(self) -> MemoryReport:
+        """What stands on the device, and the limits of a batch that memory holds."""
+        return self._built.memory
 
     @property
     def start_report(self) -> StartReport:

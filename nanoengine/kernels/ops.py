@@ -5,7 +5,9 @@ A layer calls `self.ops.…` and knows no device. `fuse_kernels=false` builds ev
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import logging
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,9 @@ from nanoengine.kernels import rms_norm, rope
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.linear import linear
 from nanoengine.kernels.matvec import use_matvec
+
+_log = logging.getLogger(__name__)
+_BESIDE_LAYERS = ("sampling_triton", "step_inputs_triton")  # what runs by kernels where the layers do
 
 
 class Ops:
@@ -160,7 +165,22 @@ class TritonOps(Ops):
 
 
 def ops_for(device: torch.device, *, fuse: bool = True) -> Ops:
-    """Triton's where it is installed and the device is a GPU, unless fusing is off."""
-    if fuse and device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    """Triton's where it is installed and the device is a GPU, unless fusing is off.
+
+    An installation that is broken costs speed, which is said, and nothing else.
+    """
+    if not fuse or device.type != "cuda":
+        return Ops()
+    try:
+        if importlib.util.find_spec("triton") is None:
+            return Ops()
+        for name in _BESIDE_LAYERS:
+            importlib.import_module(f"nanoengine.kernels.{name}")
         return TritonOps()
-    return Ops()
+    except Exception as error:  # noqa: BLE001 - a broken package raises what it likes
+        _log.warning(
+            "the fused kernels cannot be imported, layers and sampling run on plain torch: %s: %s; reinstall triton "
+            "(pip install 'nanoengine[triton]'), or set engine.fuse_kernels=false",
+            type(error).__name__, str(error),
+        )  # fmt: skip
+        return Ops()

@@ -1,20 +1,58 @@
-"""KV caches that do not fit, and the smallest engine there is."""
+"""Memory that does not suffice at start: smaller batches, or an error with figures; and what is measured for it."""
 
 from __future__ import annotations
 
 import gc
+import logging
 import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from nanoengine import SamplingParams
-from nanoengine.core.errors import ConfigError
+from nanoengine import LLM, SamplingParams
+from nanoengine.core.errors import ConfigError, DeviceMemoryError
+from nanoengine.core.execution import memory, runner, step_graphs
+from nanoengine.core.execution.largest_steps import largest_steps
+from nanoengine.core.execution.memory import GpuShare, batch_limits
 from nanoengine.core.execution.runner import ModelRunner
+from nanoengine.core.execution.shortage import StepTooLarge
+from nanoengine.core.execution.slots import SlotTables
+from nanoengine.core.execution.step_graphs import CaptureSizes
+from nanoengine.core.execution.step_inputs import StepBuffers
+from nanoengine.testing.checkpoints import tiny_llama
 from nanoengine.testing.mock_model import MockAttention, MockModel
 
-from .support import greedy, mock_llm, tokens_of
+from .support import greedy, mock_llm, prompts, tokens_of
+
+GREEDY = SamplingParams(temperature=0, max_tokens=10)
+GIB = 1 << 30
+OutOfMemory = torch.OutOfMemoryError
+
+
+def the_runner(llm: LLM) -> Any:
+    return llm.engine._executor.runner  # type: ignore[attr-defined]
+
+
+def run_largest(llm: LLM, *, draws: bool) -> list[int]:
+    """The steps that size a GPU's cache; returns their tokens. They leave nothing behind."""
+    its, sizes = the_runner(llm), []
+
+    def launch(plan: Any) -> Any:
+        sizes.append(plan.num_tokens)
+        return its._launch_whole(plan)
+
+    for run in largest_steps(launch, its.tables, its.sampler, batch_limits(its.plan.options), draws=draws):
+        run()
+    tables = its.tables
+    assert int(tables.num_tokens.abs().sum()) == int(tables.num_computed.abs().sum()) == 0
+    assert (tables.host_num_logprobs == -1).all()
+    assert tables.host_greedy.all()
+    assert bool(tables.greedy.all())
+    assert not any(wants.any() for wants in tables.host_wants.values())
+    assert not tables.keeps_history
+    return sizes
 
 
 @pytest.mark.parametrize("error", [None, MemoryError("none left"), RuntimeError("DefaultAllocator: out of memory")])
@@ -54,8 +92,298 @@ def test_a_model_of_one_position(tmp_path: Path) -> None:
     with mock_llm(tmp_path, max_model_len=1) as llm:
         (output,) = llm.generate([[5]], SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)
         assert output.error is not None
-        runner: Any = llm.engine._executor.runner  # type: ignore[attr-defined]
-        runner._run_largest_steps()
-        assert int(runner.tables.num_tokens.abs().sum()) == 0
+        run_largest(llm, draws=False)
     with mock_llm(tmp_path, max_model_len=2) as llm:
         assert tokens_of(llm.generate([[5]], SamplingParams(temperature=0), use_tqdm=False)) == [greedy([5], 1)]
+
+
+# -- what is measured --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draws", [True, False])
+def test_the_largest_steps_fill_the_limits_and_leave_nothing_behind(tmp_path: Path, draws: bool) -> None:
+    """Log-probs of every row, those of a prompt, and histories; a plugin's stage that would raise is not called."""
+    plugin = Path(__file__).parent / "stages_plugin.py"
+    with mock_llm(tmp_path, plugins=[plugin], max_num_batched_tokens=700, max_num_seqs=8) as llm:
+        seen: list[tuple[int, int]] = []
+        sampler = the_runner(llm).sampler
+        original = sampler.logprobs
+
+        def logprobs(raw: Any, token_ids: Any, k: int) -> Any:
+            tables = the_runner(llm).tables
+            seen.append((len(raw), k))
+            assert len(raw) == 128 or tables.keeps_history
+            return original(raw, token_ids, k)
+
+        sampler.logprobs = logprobs
+        sizes = run_largest(llm, draws=draws)
+        assert sizes == [511, 511, 8]
+        assert seen == [(128, 20), (8, 20)]
+        sampler.logprobs = original
+        asked = prompts(6)
+        assert tokens_of(llm.generate(asked, GREEDY, use_tqdm=False)) == [greedy(p, 10) for p in asked]
+
+
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, free: list[float], total: float = 80) -> torch.device:
+    """`mem_get_info` answers with the next of `free`, in GiB."""
+    left = iter(free)
+    monkeypatch.setattr(memory, "empty_cache", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(next(left) * GIB), int(total * GIB)))
+    return torch.device("cuda")
+
+
+def test_an_engine_may_take_its_share_whatever_others_hold(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    share = GpuShare.at_start(fake_gpu(monkeypatch, [40, 30]), 0.25)  # another engine holds half of it
+    assert share.limit == 20 * GIB
+    assert share.kv_budget(1 << 20, step=2 * GIB, graphs=GIB) == 7 * GIB  # 20 less 10 taken, 2 and 1
+    assert not caplog.messages
+
+
+def test_where_less_is_free_it_takes_what_is_free_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    share = GpuShare.at_start(fake_gpu(monkeypatch, [8, 6]), 0.9)
+    assert share.limit == 8 * GIB - memory.SPARE_BYTES
+    assert share.kv_budget(1 << 20, step=GIB, graphs=0) == int(4.5 * GIB)
+    (message,) = caplog.messages
+    assert "8.00 GiB free of 80.00 GiB" in message
+    assert "gpu_memory_utilization=0.9 asks for 72.00 GiB: this engine takes at most 7.50 GiB" in message
+
+
+def test_no_room_for_a_block_is_an_error_with_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    share = GpuShare.at_start(fake_gpu(monkeypatch, [8, 6, 0.4]), 0.05)
+    with pytest.raises(StepTooLarge, match=r"largest step 3\.00 GiB"):
+        share.kv_budget(1 << 20, step=3 * GIB, graphs=0)
+    with pytest.raises(DeviceMemoryError) as caught:
+        share.kv_budget(1 << 20, step=0, graphs=0)
+    assert type(caught.value) is DeviceMemoryError, "a smaller step would not help"
+    for text in ("of 80.00 GiB, 8.00 GiB were free", "4.00 GiB are this engine's", "take 7.60 GiB", "raise engine.gpu"):
+        assert text in str(caught.value)
+
+
+# -- smaller batches ---------------------------------------------------------------------------------------------------
+
+
+def assert_serves(llm: LLM, tokens: int, seqs: int) -> None:
+    """Report, scheduler, tables and buffers have these limits, and requests get their tokens."""
+    report, config, its = llm.memory_report, llm.engine.scheduler.config, the_runner(llm)
+    assert (report.max_num_batched_tokens, report.max_num_seqs) == (tokens, seqs)
+    assert (config.max_num_batched_tokens, config.max_num_seqs) == (tokens, seqs)
+    assert its.buffers.limits.max_tokens == tokens
+    assert its.tables.limits.max_slots == seqs
+    asked = prompts(9, shortest=200, longest=300)
+    assert tokens_of(llm.generate(asked, GREEDY, use_tqdm=False)) == [greedy(p, 10) for p in asked]
+    assert llm.stats().chunks > 0
+
+
+def failing_init(monkeypatch: pytest.MonkeyPatch, owner: Any, too_large: Any) -> list[weakref.ref[Any]]:
+    """`owner(limits, ...)` runs out of memory where `too_large(limits)`; returns those that were made."""
+    original, made = owner.__init__, []
+
+    def init(self: Any, limits: Any, *args: Any, **more: Any) -> None:
+        if too_large(limits):
+            raise OutOfMemory("CUDA out of memory. Tried to allocate 2.00 GiB")
+        original(self, limits, *args, **more)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(owner, "__init__", init)
+    return made
+
+
+def test_fewer_tokens_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    failing_init(monkeypatch, StepBuffers, lambda limits: limits.max_tokens > 600)
+    tables = failing_init(monkeypatch, SlotTables, lambda limits: False)
+    with mock_llm(tmp_path, max_num_batched_tokens=4000) as llm:
+        assert_serves(llm, 500, 32)
+        gc.collect()
+        assert [t() is not None for t in tables] == [False, False, False, True], "what a failed attempt made is kept"
+    (message,) = caplog.messages
+    assert "memory does not hold max_num_batched_tokens=4000, max_num_seqs=32" in message
+    assert "running with max_num_batched_tokens=500, max_num_seqs=32 (OutOfMemoryError: CUDA out of" in message
+
+
+def test_then_fewer_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    failing_init(monkeypatch, SlotTables, lambda limits: limits.max_slots > 5)
+    with mock_llm(tmp_path, max_num_batched_tokens=300) as llm:
+        assert_serves(llm, 256, 4)
+    assert len(caplog.messages) == 1
+
+
+def test_a_kv_cache_that_is_sized_by_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no size is given, what cannot be allocated is tried smaller."""
+    allocate, sizes = MockAttention.allocate, []
+
+    def small(self: MockAttention, num_layers: int, num_blocks: int) -> None:
+        sizes.append(num_blocks)
+        if num_blocks > 1100:
+            raise MemoryError("none left")
+        allocate(self, num_layers, num_blocks)
+
+    monkeypatch.setattr(MockAttention, "allocate", small)
+    with mock_llm(tmp_path, num_gpu_blocks_override=None, max_num_batched_tokens=256) as llm:
+        assert_serves(llm, 256, 8)
+    assert sizes == [32 * 128 + 1, 16 * 128 + 1, 8 * 128 + 1]
+
+
+def test_nothing_left_to_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models: list[weakref.ref[MockModel]] = []
+    build = MockModel.__init__
+
+    def init(self: MockModel, *args: Any) -> None:
+        build(self, *args)
+        models.append(weakref.ref(self))
+
+    monkeypatch.setattr(MockModel, "__init__", init)
+    failing_init(monkeypatch, SlotTables, lambda limits: True)
+    with pytest.raises(DeviceMemoryError) as caught:
+        mock_llm(tmp_path)
+    for text in ("max_num_batched_tokens=256, max_num_seqs=1", "on cpu", "lower engine.max_model_len", "2.00 GiB"):
+        assert text in str(caught.value)
+    gc.collect()
+    assert len(models) >= 2
+    assert all(model() is None for model in models), "whoever holds the error holds the model"
+
+
+def test_weights_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One error with figures, and nothing stays allocated, though the error is kept."""
+    from nanoengine.plugins.models.llama import Llama
+
+    parameters: list[weakref.ref[torch.Tensor]] = []
+    sizes: list[int] = []
+
+    def load(model: Llama, *args: Any) -> None:
+        parameters.extend(weakref.ref(p) for p in model.parameters())
+        sizes.append(sum(p.numel() * p.element_size() for p in model.parameters()))
+        raise OutOfMemory("CUDA out of memory")
+
+    monkeypatch.setattr(runner, "load_weights", load)
+    monkeypatch.setattr(memory, "gib", lambda num_bytes: f"<{num_bytes}>")
+    with pytest.raises(DeviceMemoryError) as caught:
+        LLM(tiny_llama(tmp_path / "llama"))
+    assert f"the model's weights take <{sizes[0]}> and do not fit: <" in str(caught.value)
+    assert "are free on cpu; take a smaller model or dtype" in str(caught.value)
+    assert parameters
+    assert all(each() is None for each in parameters)
+
+
+def test_a_model_that_runs_out_while_it_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nanoengine.plugins.models.llama import Llama
+
+    build = Llama.__init__
+
+    def init(self: Llama, config: Any, ctx: Any) -> None:
+        build(self, config, ctx)
+        if ctx.device.type != "meta":
+            raise OutOfMemory("CUDA out of memory")
+
+    monkeypatch.setattr(Llama, "__init__", init)
+    with pytest.raises(DeviceMemoryError, match=r"the model's weights take \d.*CUDA out of memory"):
+        LLM(tiny_llama(tmp_path / "llama"))
+
+
+def test_close_gives_everything_back(tmp_path: Path) -> None:
+    llm = LLM(tiny_llama(tmp_path / "llama"), max_num_seqs=4, num_gpu_blocks_override=64)
+    llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, presence_penalty=0.5, logprobs=1), use_tqdm=False)
+    its = the_runner(llm)
+    held = [weakref.ref(t) for t in (*its.model.parameters(), its.tables.token_ids, its.buffers.input_ids)]
+    held += [weakref.ref(t) for backend in its.backends for t in vars(backend).values() if isinstance(t, torch.Tensor)]
+    assert len(held) > 10
+    del its
+    llm.close()
+    gc.collect()
+    assert all(each() is None for each in held)
+
+
+# -- graphs, on a seam of stubs ----------------------------------------------------------------------------------------
+
+
+class EagerGraphs:
+    """Stands for CUDA graphs on a CPU: a replay runs the captured pass over the static buffers."""
+
+    def __init__(self, sizes: Any, run: Any) -> None:
+        self.sizes, self.run, self.logits = tuple(sorted(sizes)), run, {}
+        for size in self.sizes:
+            self.logits[size] = run(size)
+
+    def size_for(self, rows: int) -> int | None:
+        return next((size for size in self.sizes if size >= rows), None)
+
+    def replay(self, size: int) -> torch.Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            self.logits[size] = self.run(size)
+        return self.logits[size]
+
+
+def capturing(monkeypatch: pytest.MonkeyPatch, graphs: Any) -> None:
+    """Decode graphs on a CPU, made by `graphs(sizes, run)`."""
+
+    def sizes(options: Any, *args: Any, **more: Any) -> CaptureSizes:
+        return CaptureSizes() if options.enforce_eager else CaptureSizes(decode=(1, 2, 4, 8, 16))
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(runner, "capture_sizes", sizes)
+    monkeypatch.setattr(step_graphs, "DecodeGraphs", graphs)
+
+
+def test_graphs_give_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    capturing(monkeypatch, EagerGraphs)
+    asked = prompts(11)
+    with mock_llm(tmp_path) as llm:
+        assert tokens_of(llm.generate(asked, GREEDY, use_tqdm=False)) == [greedy(p, 10) for p in asked]
+        assert llm.stats().graph_steps > 5
+        assert llm.memory_report.eager_because == ""
+
+
+def test_a_failed_capture_is_said_once_and_every_step_is_eager(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def graphs(sizes: Any, run: Any) -> EagerGraphs:
+        made = EagerGraphs(sizes, run)  # it fails late: what it did to the tables must not stay
+        raise RuntimeError(f"operation not permitted when stream is capturing ({len(made.sizes)})")
+
+    capturing(monkeypatch, graphs)
+    asked = prompts(11)
+    with caplog.at_level(logging.WARNING), mock_llm(tmp_path) as llm:
+        assert tokens_of(llm.generate(asked, GREEDY, use_tqdm=False)) == [greedy(p, 10) for p in asked]
+        assert llm.stats().graph_steps == 0
+        assert llm.memory_report.eager_because.startswith("RuntimeError: operation not permitted")
+        assert llm.memory_report.max_num_batched_tokens == 2048
+    (message,) = caplog.messages
+    assert message.startswith("CUDA graph capture failed, running eagerly: RuntimeError: operation not permitted")
+
+
+def test_a_capture_out_of_memory_is_tried_with_smaller_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def graphs(sizes: Any, run: Any) -> EagerGraphs:
+        limits = run.__self__._buffers.limits
+        tried.append(limits.max_tokens)
+        if limits.max_tokens > 600:
+            raise OutOfMemory("CUDA out of memory")
+        return EagerGraphs(sizes, run)
+
+    capturing(monkeypatch, graphs)
+    with mock_llm(tmp_path) as llm:
+        assert_serves(llm, 512, 32)
+        assert llm.stats().graph_steps > 0
+        assert llm.memory_report.eager_because == ""
+    assert tried == [2048, 1024, 512]
+
+
+def test_a_capture_that_never_fits_ends_eager_and_not_with_fewer_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def graphs(sizes: Any, run: Any) -> EagerGraphs:
+        raise OutOfMemory("CUDA out of memory")
+
+    capturing(monkeypatch, graphs)
+    with mock_llm(tmp_path) as llm:
+        assert_serves(llm, 256, 32)
+        assert llm.stats().graph_steps == 0
+        assert llm.memory_report.eager_because == "memory ran out while graphs were captured"
+    (message,) = caplog.messages
+    assert "running with max_num_batched_tokens=256, max_num_seqs=32, no graphs (CaptureOutOfMemory" in message

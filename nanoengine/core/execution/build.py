@@ -14,6 +14,7 @@ from nanoengine.core.errors import ModelError, NanoEngineError
 from nanoengine.core.execution.attention import AttentionLayerSpec, KVSpec
 from nanoengine.core.execution.model import Attention, Model, ModelConfig, Parallel
 from nanoengine.core.execution.parallel import TensorParallelGroup
+from nanoengine.core.execution.shortage import is_out_of_memory
 from nanoengine.kernels.ops import Ops
 from nanoengine.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from nanoengine.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
@@ -103,6 +104,17 @@ def build_model(
     return BuiltModel(model, config, tuple(builder.attention_layers))
 
 
+def parameter_bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def weight_bytes(
+    model_cls: type[Model], hf_config: Mapping[str, Any], tp: TensorParallelGroup, dtype: torch.dtype
+) -> int:
+    """What a rank's parameters take, found without taking it."""
+    return parameter_bytes(build_model(model_cls, hf_config, tp=tp, dtype=dtype, device="meta").model)
+
+
 @contextmanager
 def _blaming(model_cls: type[Model], method: str) -> Iterator[None]:
     try:
@@ -110,6 +122,8 @@ def _blaming(model_cls: type[Model], method: str) -> Iterator[None]:
     except NanoEngineError:
         raise
     except (Exception, SystemExit) as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(f"{_name(model_cls)}.{method} failed: {type(error).__name__}: {error}") from error
 
 

@@ -16,48 +16,60 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanoengine.core.execution.attention import AttentionBackend, BatchLimits, GraphSupport
-from nanoengine.core.execution.build import BuiltModel, build_model, kv_groups
+from nanoengine.core.execution.attention import AttentionBackend
+from nanoengine.core.execution.build import BuiltModel, build_model, kv_groups, parameter_bytes, weight_bytes
 from nanoengine.core.execution.eager_tail import EagerTail, Forwarded
-from nanoengine.core.execution.graphs import graph_sizes
-from nanoengine.core.execution.memory import CPU_KV_CACHE_BYTES, MemoryReport, cannot_allocate, count_blocks, gpu_budget
-from nanoengine.core.execution.mixed_graphs import MixedGraphs, MixedSize, mixed_sizes, pad_mixed
+from nanoengine.core.execution.largest_steps import largest_steps
+from nanoengine.core.execution.memory import (
+    CPU_KV_CACHE_BYTES,
+    GpuShare,
+    MemoryReport,
+    batch_limits,
+    cannot_allocate,
+    count_blocks,
+    peak_bytes,
+    weights_misfit,
+)
+from nanoengine.core.execution.mixed_graphs import MixedGraphs, MixedSize, pad_mixed
 from nanoengine.core.execution.model import ForwardBatch, Model
 from nanoengine.core.execution.parallel import TensorParallelGroup
-from nanoengine.core.execution.results import LaunchedStep, TailStep
+from nanoengine.core.execution.results import LaunchedStep
 from nanoengine.core.execution.sampler import Sampler
-from nanoengine.core.execution.shortage import empty_cache
+from nanoengine.core.execution.shortage import empty_cache, free_unused, is_out_of_memory, with_less
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
 from nanoengine.core.execution.split import Handle, Splitter
 from nanoengine.core.execution.stage import StageContext
 from nanoengine.core.execution.stages import build_stages
-from nanoengine.core.execution.step_graphs import CaptureSizes, StepGraphs
-from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, decode_plan, padded
+from nanoengine.core.execution.step_graphs import StepGraphs, capture_sizes
+from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, padded
 from nanoengine.core.execution.weights import dummy_weights, load_weights
 from nanoengine.core.setup.choose import load_checked
+from nanoengine.core.setup.options import EngineOptions
 from nanoengine.core.setup.plan import EnginePlan, TargetLoader
 from nanoengine.core.startup import StartClock
 from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, StageColumn, StepPlan
-from nanoengine.kernels.ops import ops_for
+from nanoengine.kernels.ops import Ops, ops_for
 
 
 class ModelRunner:
     """Builds the model and everything the device holds from an `EnginePlan`, and runs step plans."""
 
     def __init__(self, plan: EnginePlan, loader: TargetLoader, tp: TensorParallelGroup) -> None:
-        self.plan, self.loader, self.tp = plan, loader, tp
+        self.plan, self.asked, self.loader, self.tp = plan, plan.options, loader, tp
         self.device = torch.device(plan.options.device)
         self.dtype: torch.dtype = getattr(torch, plan.options.dtype)
         self.splits_steps = tp.size == 1  # ranks could not agree on the parts
         self._splitter = Splitter(self._launch_whole, partial(empty_cache, self.device))
 
-    def start(self) -> MemoryReport:
-        """Model, weights, KV cache and tables.
+    def start(self, clock: StartClock | None = None) -> MemoryReport:
+        """Model, weights, KV cache and tables. `clock` gets the phases.
 
-        Raises `ModelError`, `WeightsError`, `PluginError`, `ConfigError`; then `release` gives back what was made.
+        Where memory does not hold the steps that the options allow, smaller ones are what is served: the report tells.
+        Raises `ModelError`, `WeightsError`, `PluginError`, `DeviceMemoryError`, `ConfigError`; then `release` gives
+        back what was made.
         """
         with self._on_device():
-            return self._start()
+            return self._start(clock or StartClock())
 
     def _start(self) -> MemoryReport:
         options, self.clock = self.plan.options, StartClock()
@@ -66,15 +78,33 @@ class ModelRunner:
         self.fused = ops.name == "triton"
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # makes the context
+            self.share = GpuShare.at_start(self.device, options.gpu_memory_utilization)
         self.clock.lap("device")
+        try:
+            built = self._make_model(model_class, ops)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            needed = weight_bytes(model_class, self.plan.hf_config, self.tp, self.dtype)
+            raise weights_misfit(needed, self.device, error) from error
+        self.clock.lap("weights")
+        if self.tp.size > 1:  # ranks could not agree on less
+            return self._make_state(built, options)
+        return with_less(options, partial(self._make_state, built), self._drop_state)
+
+    def _make_model(self, model_class: type[Model], ops: Ops) -> BuiltModel:
         built = build_model(model_class, self.plan.hf_config, tp=self.tp, dtype=self.dtype, device=self.device, ops=ops)
         self.model, self.vocab_size = built.model, built.config.vocab_size
-        if options.load_format == "dummy":
-            dummy_weights(built.model, options.seed, self.tp)
+        if self.plan.options.load_format == "dummy":
+            dummy_weights(built.model, self.plan.options.seed, self.tp)
         else:
             load_weights(built.model, built.config, self.plan.model_path, self.tp)
         self.model.eval()
-        self.clock.lap("weights")
+        return built
+
+    def _make_state(self, built: BuiltModel, options: EngineOptions) -> MemoryReport:
+        """Everything beside the model: what is sized by the limits of a batch."""
+        self.plan = replace(self.plan, options=options)
         self._make_backends(built)
         self._make_tables()
         self.clock.lap("buffers")
@@ -82,25 +112,32 @@ class ModelRunner:
         self.clock.lap("kv cache")
         self.graphs.capture()
         self.clock.lap("capture")
-        return replace(report, phases=self.clock.report().phases)
+        given_up = options.enforce_eager and not self.asked.enforce_eager
+        eager = "memory ran out while graphs were captured" if given_up else self.graphs.failure
+        return replace(report, eager_because=eager, phases=self.clock.report().phases)
 
     def _make_backends(self, built: BuiltModel) -> None:
         """One backend a KV group, bound to its layers; still without a cache."""
         self.backend_class: type[AttentionBackend] = load_checked(self.loader, self.plan.attention, AttentionBackend)
         self.groups = kv_groups(built.attention_layers)
-        limits = batch_limits(self.plan)
+        limits = batch_limits(self.plan.options)
         self.backends = tuple(self.backend_class(spec, limits, self.device) for spec, _ in self.groups)
         for backend, (_, layers) in zip(self.backends, self.groups, strict=True):
             for index, layer in enumerate(layers):
                 layer.bind(backend, index)
 
     def _make_kv_cache(self, built: BuiltModel) -> MemoryReport:
-        size = batch_limits(self.plan).block_size
+        options, limits = self.plan.options, batch_limits(self.plan.options)
+        size = limits.block_size
         block_bytes = sum(self.backend_class.kv_block_bytes(spec, size) * len(layers) for spec, layers in self.groups)
-        blocks = count_blocks(self.plan.options, block_bytes, self._kv_budget)
+        self._measured = (0, 0)
+        blocks = count_blocks(options, block_bytes, partial(self._kv_budget, block_bytes))
         try:
             self._allocate(blocks + 1)
         except (RuntimeError, MemoryError, OverflowError) as error:  # torch's OutOfMemoryError is a RuntimeError
+            given = options.num_gpu_blocks_override is not None or options.kv_cache_memory is not None
+            if is_out_of_memory(error) and not given:
+                raise
             raise cannot_allocate(blocks, block_bytes * (blocks + 1), size, error) from error
         return MemoryReport(
             num_blocks=blocks,
@@ -108,7 +145,11 @@ class ModelRunner:
             block_size=size,
             block_bytes=block_bytes,
             kv_cache_bytes=block_bytes * (blocks + 1),
-            weight_bytes=sum(p.numel() * p.element_size() for p in built.model.parameters()),
+            weight_bytes=parameter_bytes(built.model),
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=limits.max_tokens,
+            step_bytes=self._measured[0],
+            graph_bytes=self._measured[1],
             failed_stages=self.failed_stages,
         )
 
@@ -116,34 +157,21 @@ class ModelRunner:
         for backend, (_, layers) in zip(self.backends, self.groups, strict=True):
             backend.allocate(len(layers), num_blocks)
 
-    def _kv_budget(self) -> int:
+    def _kv_budget(self, block_bytes: int) -> int:
+        """Bytes for the KV cache: on a GPU what the largest steps, which are run, and graphs leave of its share."""
         if self.device.type != "cuda":
             return CPU_KV_CACHE_BYTES
         self._allocate(2)
-        reserve = self.graphs.sizes.reserve_bytes(self.vocab_size * self.dtype.itemsize)
-        utilization = self.plan.options.gpu_memory_utilization
-        budget = gpu_budget(utilization, self.device, self._run_largest_steps, reserve)
+        limits = batch_limits(self.plan.options)
+        draws = self._sampling_kernels() is None  # the kernels need hardly any memory, and compile for what is drawn
+        peaks = largest_steps(self._launch_whole, self.tables, self.sampler, limits, draws=draws)
+        prefill, sampling = (peak_bytes(self.device, run) for run in peaks)
         for backend in self.backends:
             backend.release()
+        row, token = self.vocab_size * self.dtype.itemsize, -(-prefill // limits.max_tokens)
+        self._measured = (max(prefill, sampling), self.graphs.sizes.reserve_bytes(row, token))
         self.clock.lap("profile")
-        return budget
-
-    def _run_largest_steps(self) -> None:
-        """A prefill that fills the budget, then a draw for every row; all of it in the dummy block."""
-        limits = batch_limits(self.plan)
-        longest = max(1, min(limits.max_model_len - 1, limits.max_tokens))
-        count = min(limits.max_tokens // longest, limits.max_rows)
-        slots = np.arange(limits.max_rows, dtype=np.int32)
-        prefill = decode_plan(slots[:count], 0)
-        lens = np.full(count, longest, dtype=np.int32)
-        ends = np.cumsum(lens, dtype=np.int32) - 1
-        for plan in (
-            replace(prefill, num_decode_rows=0, query_lens=lens, logits_index=ends),
-            decode_plan(slots, 0),
-        ):
-            self._launch_whole(plan).wait()
-            self.tables.num_computed.zero_()
-            self.tables.num_tokens.zero_()
+        return self.share.kv_budget(block_bytes, *self._measured)
 
     def _sampling_kernels(self) -> Any:
         if not (self.fused and self.plan.options.fuse_sampling):
@@ -153,7 +181,7 @@ class ModelRunner:
         return sampling_triton
 
     def _make_tables(self) -> None:
-        limits, options = batch_limits(self.plan), self.plan.options
+        limits, options = batch_limits(self.plan.options), self.plan.options
         slot_limits = SlotLimits(
             max_slots=options.max_num_seqs,
             max_model_len=limits.max_model_len,
@@ -170,22 +198,9 @@ class ModelRunner:
             stages.working, self.vocab_size, fuse=options.fuse_sampling, kernels=self._sampling_kernels()
         )
         self.eager_tail = EagerTail(self.model, self.tables, self.sampler, self.tp, self.vocab_size)
-        self.graphs = StepGraphs(
-            self._capture_sizes(), self.model, self.tables, self.buffers, self.sampler, self._gather
-        )
-
-    def _capture_sizes(self) -> CaptureSizes:
-        """Which steps may be graphs, with this device, these options and this backend."""
-        options, limits, supported = self.plan.options, batch_limits(self.plan), self.backend_class.capabilities.graphs
-        if self.device.type != "cuda" or options.enforce_eager or supported < GraphSupport.DECODE:
-            return CaptureSizes()
-        return CaptureSizes(
-            decode=graph_sizes(limits.max_rows),
-            mixed=mixed_sizes(limits.max_rows, limits.max_tokens)
-            if self.fused and supported >= GraphSupport.ALWAYS
-            else (),
-            tail=self.fused and options.fuse_sampling and self.tp.size == 1,
-        )
+        supported = self.backend_class.capabilities.graphs
+        sizes = capture_sizes(options, limits, supported, fused=self.fused, tail=self.fused and self.tp.size == 1)
+        self.graphs = StepGraphs(sizes, self.model, self.tables, self.buffers, self.sampler, self._gather)
 
     def launch(self, plan: StepPlan) -> Handle:
         """The fused call: forward and sample; in parts, where memory does not hold the step whole."""
@@ -265,20 +280,17 @@ class ModelRunner:
         return TailStep(plan, tail.replay(step.graph, kind), which, step.replayed | GRAPH_TAIL)
 
     def release(self) -> None:
-        """Drop everything the device holds."""
+        """Drop everything the device holds, and give it back."""
+        self.__dict__.pop("model", None)
+        self._drop_state()
+
+    def _drop_state(self) -> None:
+        """All but the model."""
         for backend in getattr(self, "backends", ()):
             backend.release()
-        for name in ("model", "backends", "groups", "tables", "buffers", "sampler", "eager_tail", "graphs"):
+        for _, layers in getattr(self, "groups", ()):
+            for layer in layers:
+                layer.unbind()
+        for name in ("backends", "groups", "tables", "buffers", "sampler", "eager_tail", "graphs"):
             self.__dict__.pop(name, None)
-
-
-def batch_limits(plan: EnginePlan) -> BatchLimits:
-    """The sizes of static buffers, from the plan's filled-in options."""
-    options = plan.options
-    assert options.max_model_len and options.max_num_batched_tokens and options.block_size
-    return BatchLimits(
-        max_rows=min(options.max_num_seqs, options.max_num_batched_tokens),
-        max_tokens=options.max_num_batched_tokens,
-        max_model_len=options.max_model_len,
-        block_size=options.block_size,
-    )
+        free_unused(self.device)

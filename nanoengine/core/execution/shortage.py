@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import gc
+import logging
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
+from nanoengine.core.errors import DeviceMemoryError
 from nanoengine.core.setup.options import EngineOptions
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 LEAST_BATCHED_TOKENS = 256  # a budget is not halved below it: smaller steps save hardly any memory
 _TEXTS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -16,6 +23,10 @@ _TEXTS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"
 
 class CaptureOutOfMemory(MemoryError):
     """Memory ran out while graphs were captured."""
+
+
+class StepTooLarge(DeviceMemoryError):
+    """The largest step leaves no room for the KV cache; a smaller one would."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -43,6 +54,45 @@ def smaller_batch(options: EngineOptions, error: BaseException) -> EngineOptions
     return None
 
 
+def with_less(options: EngineOptions, attempt: Callable[[EngineOptions], T], undo: Callable[[], None]) -> T:
+    """What `attempt` makes with `options`, or with smaller batches while memory does not suffice, which is said.
+
+    `undo` is called after each attempt that failed so. Raises `DeviceMemoryError` when nothing is left to lower, and
+    whatever else an attempt raises.
+    """
+    now, cause = options, ""
+    while True:
+        try:
+            made = attempt(now)
+        except Exception as error:
+            if not (is_out_of_memory(error) or isinstance(error, StepTooLarge)):
+                raise
+            smaller = smaller_batch(now, error)
+            if smaller is None and isinstance(error, StepTooLarge):
+                raise
+            if smaller is None:
+                raise _nothing_fits(now, error) from error
+            cause = f"{type(error).__name__}: {error}"
+        else:
+            if cause:
+                _log.warning("memory does not hold %s: running with %s (%s)", _batch(options), _batch(now), cause)
+            return made
+        undo()  # here, as the error's traceback holds what was made
+        now = smaller
+
+
+def _batch(options: EngineOptions) -> str:
+    graphs = ", no graphs" if options.enforce_eager else ""
+    return f"max_num_batched_tokens={options.max_num_batched_tokens}, max_num_seqs={options.max_num_seqs}{graphs}"
+
+
+def _nothing_fits(options: EngineOptions, error: Exception) -> DeviceMemoryError:
+    return DeviceMemoryError(
+        f"even with {_batch(options)} memory does not suffice beside the weights on {options.device}; lower "
+        f"engine.max_model_len, free memory there, or take a larger device ({type(error).__name__}: {error})"
+    )
+
+
 def forget_locals(error: BaseException) -> None:
     """Lets go of what the frames behind `error` and its causes hold, so that keeping the error keeps no memory."""
     seen: set[int] = set()
@@ -58,8 +108,10 @@ def forget_locals(error: BaseException) -> None:
 
 def free_unused(device: torch.device) -> None:
     """Gives what nobody refers to any more back to the device."""
-    gc.collect()
-    empty_cache(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # graphs in flight live until they end
+        gc.collect()
+        empty_cache(device)
 
 
 def empty_cache(device: torch.device) -> None:

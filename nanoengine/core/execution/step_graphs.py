@@ -11,19 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoengine.core.execution.attention import BatchLimits
+from nanoengine.core.execution.attention import BatchLimits, GraphSupport
 from nanoengine.core.execution.decode_tail import DecodeTail
-from nanoengine.core.execution.graphs import DecodeGraphs
-from nanoengine.core.execution.mixed_graphs import PREFILL_ROWS, MixedGraphs, MixedSize
+from nanoengine.core.execution.graphs import DecodeGraphs, graph_sizes
+from nanoengine.core.execution.mixed_graphs import PREFILL_ROWS, MixedGraphs, MixedSize, mixed_sizes
 from nanoengine.core.execution.model import ForwardBatch, Model
 from nanoengine.core.execution.sampler import Sampler
+from nanoengine.core.execution.shortage import CaptureOutOfMemory, is_out_of_memory
 from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.execution.step_inputs import StepBuffers, decode_plan
+from nanoengine.core.setup.options import EngineOptions
 from nanoengine.core.step import StepPlan
 from nanoengine.kernels.compile_ahead import compiling_ahead
 
 _log = logging.getLogger(__name__)
-GRAPH_RESERVE_BYTES = 256 << 20  # what graphs hold besides their logits
+GRAPH_RESERVE_BYTES = 256 << 20  # what graphs hold besides logits and activations
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +36,34 @@ class CaptureSizes:
     mixed: tuple[MixedSize, ...] = ()
     tail: bool = False
 
-    def reserve_bytes(self, row_bytes: int) -> int:
-        """What the graphs will hold, where a row of logits takes `row_bytes`."""
+    def reserve_bytes(self, row_bytes: int, token_bytes: int) -> int:
+        """What the graphs will hold, where a row of logits takes `row_bytes` and the model `token_bytes` a token.
+
+        Each graph keeps its logits; those of one kind share a memory pool, as large as the largest needs.
+        """
         rows = sum(self.decode) + sum(size.rows for size in self.mixed)
-        return rows * row_bytes + (GRAPH_RESERVE_BYTES if self.decode else 0)
+        tokens = max(self.decode, default=0) + max((size.tokens for size in self.mixed), default=0)
+        return rows * row_bytes + tokens * token_bytes + (GRAPH_RESERVE_BYTES if self.decode else 0)
+
+
+def capture_sizes(
+    options: EngineOptions, limits: BatchLimits, supported: GraphSupport, *, fused: bool, tail: bool
+) -> CaptureSizes:
+    """Which steps are to be graphs, with these options and what the attention backend supports.
+
+    `fused`: inputs are gathered by kernels that can pad tokens. `tail`: sampling can be captured.
+    """
+    if torch.device(options.device).type != "cuda" or options.enforce_eager or supported < GraphSupport.DECODE:
+        return CaptureSizes()
+    return CaptureSizes(
+        decode=graph_sizes(limits.max_rows),
+        mixed=mixed_sizes(limits.max_rows, limits.max_tokens) if fused and supported >= GraphSupport.ALWAYS else (),
+        tail=tail and options.fuse_sampling,
+    )
 
 
 class StepGraphs:
-    """decode, tail, mixed: None until captured, and for good where a capture fails."""
+    """decode, tail, mixed: None until captured, and for good where a capture fails: `failure` is why, in words."""
 
     def __init__(
         self,
@@ -58,19 +80,27 @@ class StepGraphs:
         self.decode: DecodeGraphs | None = None
         self.tail: DecodeTail | None = None
         self.mixed: MixedGraphs | None = None
+        self.failure = ""
 
     def capture(self) -> None:
-        """All of them, or none: a capture that fails leaves every step eager (said once)."""
+        """All of them, or none: a capture that fails leaves every step eager (said once).
+
+        Raises `CaptureOutOfMemory`: smaller steps may have graphs.
+        """
         if not self.sizes.decode:
             return
         try:
             with torch.inference_mode():
                 self._compile_ahead()
                 self._capture()
-        except Exception as error:  # noqa: BLE001 - a driver's or a compiler's; running eagerly is right all the same
+        except Exception as error:  # a driver's or a compiler's; running eagerly is right all the same
             self.decode = self.tail = self.mixed = None
-            _log.warning("CUDA graph capture failed, running eagerly: %s: %s", type(error).__name__, error)
-            torch.cuda.synchronize(self._tables.device)
+            self.failure = f"{type(error).__name__}: {error}"
+            if is_out_of_memory(error):
+                raise CaptureOutOfMemory(f"CUDA graph capture failed: {self.failure}") from error
+            _log.warning("CUDA graph capture failed, running eagerly: %s", self.failure)
+            if self._tables.device.type == "cuda":
+                torch.cuda.synchronize(self._tables.device)
         self._tables.num_computed.zero_()
         self._tables.num_tokens.zero_()
 

@@ -74,7 +74,8 @@ def choose_attention(
         found = registry.attention(name)
         reasons = attention_reasons(found.spec, need, loader)
         if reasons:
-            raise UnsupportedError(f"attention backend {name!r} cannot serve this model here", reasons)
+            mend = "attention=auto takes one that can"
+            raise UnsupportedError(f"attention backend {name!r} cannot serve this model here ({mend})", reasons)
         return found, []
     passed: PassedOver = [(c.name, [str(c)]) for c in registry.conflicts if c.kind == "attention_backends"]
     for candidate, reasons in judged(registry, need, loader):

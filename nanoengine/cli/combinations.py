@@ -75,8 +75,11 @@ def split_values(raw: str) -> list[str]:
             skip = False
         elif char == "\\" and quote != "'":
             skip = True
+        elif quote and char == quote:
+            skip = quote == "'" and raw[place + 1 : place + 2] == "'"  # two of them are one within the text
+            quote = quote if skip else ""
         elif quote:
-            quote = "" if char == quote else quote
+            pass
         elif char in "'\"" and before in ",[{(:":  # elsewhere it is an apostrophe
             quote = char
         elif char in _CLOSING:

@@ -67,7 +67,7 @@ def _collect(
     index = tl.arange(0, GROUPS)
     peak = scaled(tl.load(peak_row + index, index < groups, NEG_INF), t)
     keys = tl.where(index < groups, ordered(peak), _LEAST_KEY)
-    bound = _kth_key(keys, k)
+    bound = tl.where(k > groups, _LEAST_KEY, _kth_key(keys, k))  # fewer maxima than k bound nothing
     wanted = (keys >= bound) & (peak > NEG_INF)
     place = tl.cumsum(wanted.to(tl.int32), 0) - 1
     tl.store(list_row + place, index, wanted)

@@ -206,6 +206,17 @@ def test_the_comparison_sees_a_wrong_parameter(change: dict[str, object], device
     assert right[0].tolist() != reference(logits, Tail.TRUNCATION, columns(48, device, **(values | change)))[0].tolist()
 
 
+@pytest.mark.parametrize("vocab", [11, 97, 409])
+@pytest.mark.parametrize("values", [{"top_k": [11, 0]}, {"top_k": [2, 60], "top_p": [1.0, 0.9], "min_p": [0, 0.02]}])
+def test_small_vocabularies_in_default_sizes(vocab: int, values: dict[str, object], device: torch.device) -> None:
+    """Fewer groups than k: their maxima say nothing about the k-th highest."""
+    logits = torch.randn(8, vocab, generator=torch.Generator().manual_seed(vocab)).to(device) * 2
+    c = columns(8, device, **values)
+    expected = reference(logits, Tail.TRUNCATION, c)
+    assert_same(kernel(logits, Tail.TRUNCATION, c), expected)
+    assert expected[0].tolist() != logits.argmax(-1).tolist()
+
+
 @pytest.mark.parametrize("tail", Tail)
 def test_broken_rows(tail: Tail, device: torch.device) -> None:
     logits = torch.randn(7, 150, generator=torch.Generator().manual_seed(3))

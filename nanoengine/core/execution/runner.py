@@ -33,7 +33,7 @@ from nanoengine.core.execution.memory import (
 from nanoengine.core.execution.mixed_graphs import MixedGraphs, MixedSize, pad_mixed
 from nanoengine.core.execution.model import ForwardBatch, Model
 from nanoengine.core.execution.parallel import TensorParallelGroup
-from nanoengine.core.execution.results import LaunchedStep
+from nanoengine.core.execution.results import LaunchedStep, TailStep
 from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.shortage import empty_cache, free_unused, is_out_of_memory, with_less
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
@@ -71,8 +71,8 @@ class ModelRunner:
         with self._on_device():
             return self._start(clock or StartClock())
 
-    def _start(self) -> MemoryReport:
-        options, self.clock = self.plan.options, StartClock()
+    def _start(self, clock: StartClock) -> MemoryReport:
+        options, self.clock = self.plan.options, clock
         model_class: type[Model] = load_checked(self.loader, self.plan.model, Model)
         ops = ops_for(self.device, fuse=options.fuse_kernels)
         self.fused = ops.name == "triton"

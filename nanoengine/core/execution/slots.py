@@ -256,10 +256,6 @@ class SlotTables:
         """Drop the tables over the vocabulary; they are made again for who asks."""
         self._output_counts = self._prompt_mask = None
 
-    def forget_history(self) -> None:
-        """Drop the tables over the vocabulary; they are made again for who asks."""
-        self._output_counts = self._prompt_mask = None
-
     def _rebuild_history(self, new: NewSlots) -> None:
         """Counts and prompt masks of new slots, from their tokens (again, after a preemption)."""
         if self._output_counts is None and self._prompt_mask is None:

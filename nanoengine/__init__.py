@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         TokenizerMissing,
         UnsupportedError,
         WeightsError,
+        WorkerError,
     )
     from nanoengine.core.llm import LLM, EngineStats, Stream
     from nanoengine.core.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -41,6 +42,7 @@ _ERRORS = (
     "TokenizerMissing",
     "UnsupportedError",
     "WeightsError",
+    "WorkerError",
 )
 _HOME = {
     "LLM": "nanoengine.core.llm",
@@ -75,6 +77,7 @@ __all__ = [
     "TokenizerMissing",
     "UnsupportedError",
     "WeightsError",
+    "WorkerError",
     "load_config",
 ]
 

@@ -14,7 +14,8 @@ from nanoengine.core.errors import ConfigError, ModelError, ModelSourceError, Na
 from nanoengine.core.execution.attention import AttentionBackend, AttentionFeature, AttentionNeed
 from nanoengine.core.execution.build import BuiltModel, build_model
 from nanoengine.core.execution.model import Model
-from nanoengine.core.execution.parallel import SingleRank
+from nanoengine.core.execution.parallel import ShapesOnly, SingleRank
+from nanoengine.core.execution.workers.checks import check_devices, check_importable
 from nanoengine.core.setup.choose import PassedOver, choose_attention, class_reasons, from_class, load_checked
 from nanoengine.core.setup.generation import read_json
 from nanoengine.core.setup.model_source import ModelSource, SourceContext, cache_root, resolve_model
@@ -112,6 +113,7 @@ def assemble(
         options=options,
         plugin_files=registry.plugin_files,
     )
+    check_importable(plan, local)
     return Assembly(
         plan=plan,
         loader=loader,
@@ -157,7 +159,8 @@ def _inspect(loader: TargetLoader, target: str, hf_config: Mapping[str, Any], op
     """The model without memory, to learn what its attention layers need."""
     model_class: type[Model] = load_checked(loader, target, Model)
     dtype = getattr(torch, options.dtype)
-    return build_model(model_class, hf_config, tp=SingleRank(), dtype=dtype, device=torch.device("meta"))
+    tp = SingleRank() if options.tensor_parallel_size == 1 else ShapesOnly(options.tensor_parallel_size)
+    return build_model(model_class, hf_config, tp=tp, dtype=dtype, device=torch.device("meta"))
 
 
 def _attention(
@@ -197,6 +200,7 @@ def _fill_device(options: EngineOptions, hf_config: Mapping[str, Any]) -> Engine
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"engine.device is {device}, but this machine has no usable CUDA device; use device=cpu")
+    check_devices(device, options.tensor_parallel_size)
     dtype = options.dtype
     if dtype == "auto":
         named = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16").removeprefix("torch.")

@@ -15,6 +15,7 @@ from nanoengine.core.errors import NanoEngineError, TokenizerMissing
 from nanoengine.core.execution.executor import Executor, InProcessExecutor
 from nanoengine.core.execution.memory import MemoryReport
 from nanoengine.core.execution.shortage import forget_locals
+from nanoengine.core.execution.workers.executor import WorkersExecutor
 from nanoengine.core.output import OutputProcessor
 from nanoengine.core.sampling_fields import legal_fields
 from nanoengine.core.sampling_params import ParamsResolver
@@ -84,7 +85,7 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
     eos = tokenizer.hf.eos_token_id if tokenizer is not None else None
     defaults = read_generation_defaults(assembly.model_path, plan.hf_config, legal, eos)
     legal_fields(stages)  # a clash is found before the weights are loaded
-    executor = InProcessExecutor()
+    executor: Executor = InProcessExecutor() if options.tensor_parallel_size == 1 else WorkersExecutor()
     try:
         memory = executor.start(plan, assembly.loader)
         clock.lap_around("workers", memory.phases)

@@ -11,9 +11,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
-from nanoengine.core.errors import EngineClosed, NanoEngineError, ParamsError, RequestError
+from nanoengine.core.errors import EngineClosed, NanoEngineError, ParamsError, RequestError, WorkerError
 from nanoengine.core.execution.executor import Executor, StepHandle
 from nanoengine.core.execution.shortage import forget_locals, is_out_of_memory
 from nanoengine.core.output import OutputProcessor, RequestState
@@ -73,6 +73,7 @@ class Engine:
         self._ids = threading.RLock()
         self._ordinal = 0
         self._closed = False
+        self._ended_by: WorkerError | None = None
 
     def add_request(
         self,
@@ -206,7 +207,24 @@ class Engine:
                 self._known.clear()
                 self._executor.shutdown()
 
+    def _end(self, error: WorkerError) -> NoReturn:
+        """A worker failed: what runs fails with that cause, and so does whoever comes later."""
+        self._ended_by, self._booking = error, False
+        self._in_flight.clear()
+        cause = RequestError("worker_failed", error.summary)
+        cause.__cause__ = error
+        for state in list(self._known.values()):
+            self._fail(state, cause)
+        self.close()
+        try:
+            self._deliver()
+        finally:
+            error.outputs, self._ready = self._ready, []
+            raise error
+
     def _check_open(self) -> None:
+        if self._ended_by is not None:
+            raise EngineClosed(f"this engine has ended: {self._ended_by.summary}") from self._ended_by
         if self._closed:
             raise EngineClosed("this engine was closed; make a new one")
 
@@ -292,6 +310,8 @@ class Engine:
                 break
             try:
                 handle = self._executor.launch(step.plan)
+            except WorkerError as error:
+                self._end(error)
             except Exception as error:  # noqa: BLE001 - whatever a kernel or plugin raises ends this step alone
                 self._booking = False
                 while self._in_flight:
@@ -310,6 +330,8 @@ class Engine:
         oldest = self._in_flight[0]
         try:
             result = oldest.handle.wait()
+        except WorkerError as error:
+            self._end(error)
         except Exception as error:  # noqa: BLE001 - as above
             self._broken(self._drop_in_flight(error), error)
             return

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class NanoEngineError(Exception):
@@ -54,7 +55,31 @@ class TokenizerMissing(NanoEngineError):
 
 
 class EngineClosed(NanoEngineError):
-    """The engine was used after `close()`."""
+    """The engine was used after `close()`, or after one of its workers failed (which is its `__cause__` then)."""
+
+
+class WorkerError(NanoEngineError):
+    """A worker process of a tensor-parallel engine died, hung or raised. It ends that engine; all ranks are ended.
+
+    Attributes:
+        rank: which of them. phase: what it was doing: a phase of the start ("spawn", "import", "weights", "profile",
+            "capture" …), "step N" or "idle". cause: in one line. traceback: the worker's, or all ranks' stacks.
+        outputs: of the requests that were running: where `LLM.generate` raises this, of all prompts in input order.
+            Those that had finished are whole; the others have this as the cause of their `error`.
+    """
+
+    def __init__(self, rank: int, size: int, phase: str, cause: str, traceback: str = "") -> None:
+        self.rank, self.size, self.phase, self.cause, self.traceback = rank, size, phase, cause, traceback
+        self.outputs: list[Any] = []
+        super().__init__(f"{self.summary}\n{traceback}".rstrip())
+
+    @property
+    def summary(self) -> str:
+        """The message without the traceback."""
+        return f"rank {self.rank} of {self.size} failed ({self.phase}): {self.cause}"
+
+    def __reduce__(self) -> tuple[type[WorkerError], tuple[int, int, str, str, str]]:
+        return (WorkerError, (self.rank, self.size, self.phase, self.cause, self.traceback))
 
 
 class RequestError(NanoEngineError):
@@ -64,7 +89,8 @@ class RequestError(NanoEngineError):
 
     Attributes:
         code: a stable word for programs: "too_long", "does_not_fit", "invalid_prompt", "duplicate_id",
-            "bad_logits", "nothing_left", "stage_failed", "step_failed", "out_of_memory", "interrupted".
+            "bad_logits", "nothing_left", "stage_failed", "step_failed", "out_of_memory", "interrupted",
+            "worker_failed".
     """
 
     def __init__(self, code: str, message: str) -> None:

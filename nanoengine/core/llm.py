@@ -18,7 +18,7 @@ from tqdm import tqdm
 from nanoengine.core.assemble import assemble, find_model
 from nanoengine.core.build_engine import BuiltEngine, build_engine
 from nanoengine.core.engine import check_priority
-from nanoengine.core.errors import ConfigError, ParamsError, RequestError, nearest
+from nanoengine.core.errors import ConfigError, ParamsError, RequestError, WorkerError, nearest
 from nanoengine.core.field_types import conform
 from nanoengine.core.request import RequestOutput
 from nanoengine.core.sampling_params import SamplingParams
@@ -187,6 +187,7 @@ class LLM:
         Raises:
             ParamsError, TokenizerMissing: before anything runs. A prompt that cannot be served is no exception: its
             output has an `error`, and the others finish.
+            WorkerError: a rank failed; its `outputs` are all prompts', those finished by then whole.
         """
         each: Any = [prompts] if _is_one(prompts) else prompts
         return self._run([_split(p) for p in each], _one_name(params, sampling_params), priority, use_tqdm)
@@ -264,6 +265,9 @@ class LLM:
                     )
                 while len(done) < len(ids):
                     self.engine.advance()
+            except WorkerError as error:
+                error.outputs = [done[i] for i in ids if i in done]
+                raise
             finally:
                 self._abort_all([i for i in ids if i not in done])
         return [done[i] for i in ids]

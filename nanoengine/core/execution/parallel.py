@@ -28,6 +28,15 @@ class TensorParallelGroup(ABC):
     def highest(self, keys: Tensor) -> Tensor:
         """int64 [R] -> the highest of all ranks' keys in each place."""
 
+    def minimum(self, value: int) -> int:
+        """The lowest of all ranks' values. For the start and what else is rare: it waits for the device."""
+        assert self.size == 1, "several ranks have to compare"
+        return value
+
+    def agree(self, yes: bool) -> bool:
+        """Whether all ranks say yes."""
+        return bool(self.minimum(int(yes)))
+
     def begin_forward(self) -> None:  # noqa: B027 - most have nothing to do
         """A forward pass starts, or the capture of one. Every rank calls it."""
 
@@ -38,6 +47,24 @@ class TensorParallelGroup(ABC):
     def all_reduce_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
         """Sum over ranks, to be added to the residual stream: (sum, residual), or (all added up, None)."""
         return self.all_reduce(x), residual
+
+
+class ShapesOnly(TensorParallelGroup):
+    """Rank 0 of `size` without the others: what a rank's layers look like."""
+
+    rank = 0
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return x.repeat_interleave(self.size, dim=-1)
+
+    def highest(self, keys: Tensor) -> Tensor:
+        return keys
 
 
 class SingleRank(TensorParallelGroup):

@@ -131,7 +131,7 @@ class ModelRunner:
         size = limits.block_size
         block_bytes = sum(self.backend_class.kv_block_bytes(spec, size) * len(layers) for spec, layers in self.groups)
         self._measured = (0, 0)
-        blocks = count_blocks(options, block_bytes, partial(self._kv_budget, block_bytes))
+        blocks = self.tp.minimum(count_blocks(options, block_bytes, partial(self._kv_budget, block_bytes)))
         try:
             self._allocate(blocks + 1)
         except (RuntimeError, MemoryError, OverflowError) as error:  # torch's OutOfMemoryError is a RuntimeError

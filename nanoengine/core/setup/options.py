@@ -27,6 +27,10 @@ class EngineOptions:
         scheduling_policy: "fcfs", or "priority" (lower value first, then arrival).
         load_format: "auto", or "dummy" for made-up weights.
         seed: of requests that bring none, and of dummy weights.
+        tensor_parallel_size: ranks that share each layer, each in a process of its own: rank r on GPU r; on CPUs the
+            ranks share the threads.
+        worker_start_timeout: seconds until all ranks must be ready; loading and the first compile are within it.
+        step_timeout: seconds that a step may take before its rank counts as hanging.
         enforce_eager: never capture graphs.
         overlap: prepare step N+1 while step N runs.
         fuse_kernels: on a GPU, layers use fused Triton kernels.
@@ -47,6 +51,9 @@ class EngineOptions:
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     load_format: Literal["auto", "dummy"] = "auto"
     seed: int = 0
+    tensor_parallel_size: int = 1
+    worker_start_timeout: float = 600.0
+    step_timeout: float = 60.0
     enforce_eager: bool = False
     overlap: bool = True
     fuse_kernels: bool = True
@@ -55,10 +62,13 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
-                     "num_gpu_blocks_override", "kv_cache_memory"):  # fmt: skip
+                     "num_gpu_blocks_override", "kv_cache_memory", "tensor_parallel_size"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"engine.{name} must be at least 1, not {value}")
+        for name in ("worker_start_timeout", "step_timeout"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"engine.{name} is in seconds and must be above 0, not {getattr(self, name)}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"engine.gpu_memory_utilization must be above 0 and at most 1, not {self.gpu_memory_utilization}"
@@ -68,8 +78,7 @@ class EngineOptions:
 
 
 OPTIONS_NOT_SERVED: Mapping[str, str] = {
-    "tensor_parallel_size": "one device is served so far",
-    "pipeline_parallel_size": "one device is served so far",
+    "pipeline_parallel_size": "layers are shared over devices, not stacked: use tensor_parallel_size",
     "trust_remote_code": "code from model folders is never run; a model is a plugin (docs/plugin-api.md)",
     "quantization": "weights are served as float32, bfloat16 or float16; a GGUF file is converted",
     "tokenizer": "the tokenizer is the model folder's own",

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 Pair = tuple[Path, PreTrainedModel]
 COUNT = 64  # output tokens
 LEAST = {"bfloat16": 1e-3, "float16": 1e-4}  # so much error a dtype makes at least
-OPTIONS: dict[str, Any] = {**ON_GPU, "max_model_len": 512, "max_num_batched_tokens": 160}
+OPTIONS: dict[str, Any] = {**ON_GPU, "max_model_len": 512, "max_num_batched_tokens": 160, "max_num_seqs": 4}
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,10 @@ All input is in static buffers, which eager steps use too; a replay reads what `
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -42,9 +44,21 @@ def captured(run: Callable[[], T], pool: Any) -> tuple[torch.cuda.CUDAGraph, T]:
         return torch.cuda.CUDAGraph(), result
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with _no_collection(), torch.cuda.graph(graph, pool=pool):
         result = run()
     return graph, result
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """An older engine's graphs that are garbage must not end in here: that would break the capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class DecodeGraphs:

@@ -193,6 +193,7 @@ def _in_engine(setup: Setup, cases: Mapping[str, Case], rows: int, output_len: i
     workload = uniform(rows, output_len=output_len)
     tried = {"temperature": PLAIN, **cases}
     seconds: dict[str, list[float]] = {name: [] for name in tried}
+    torch.cuda.empty_cache()  # what the calls above took is the engine's now
     with setup.engine() as llm:
         for case in tried.values():
             one_pass(llm, workload, **case.as_params)

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
+from nanoengine import __version__
 from nanoengine.bench.report import Report, number, share
 from nanoengine.bench.roofline import least_seconds
 from nanoengine.bench.session import Setup, backend_of, one_pass, places_of
@@ -21,23 +23,27 @@ class Row:
     Attributes:
         counts: which tokens a second are given, "output" or "prompt". requests: how many.
         best, median: tokens a second over the passes, each of which is in `each`. limit: the roofline's, or None.
-        best_seconds: of the best pass. steps, mixed_steps, preemptions: of one pass, on average.
+        best_seconds: of the best pass.
         itl_ms: best pass over the tokens of its longest output; only where all outputs are equally long.
+        attention: the backend. steps, mixed_steps, preemptions: of one pass, on average.
+        engine: whose figures these are. start_seconds: of the start of another engine than this, imports left out.
     """
 
     workload: str
     counts: str
     requests: int
-    attention: str
     best: float
     median: float
     each: tuple[float, ...]
     limit: float | None
     best_seconds: float
-    steps: float
-    mixed_steps: float
-    preemptions: float
     itl_ms: float | None
+    attention: str | None = None
+    steps: float | None = None
+    mixed_steps: float | None = None
+    preemptions: float | None = None
+    engine: str = f"nanoengine {__version__}"
+    start_seconds: float | None = None
 
 
 def run(setup: Setup, workloads: Sequence[Workload]) -> Report:
@@ -60,26 +66,37 @@ def _measure(llm: LLM, workload: Workload, setup: Setup) -> Row:
     before = llm.stats()
     seconds = [one_pass(llm, workload) for _ in range(setup.passes)]
     after = llm.stats()
+    return row_of(
+        workload,
+        seconds,
+        setup,
+        places_of(llm),
+        attention=backend_of(llm),
+        steps=(after.steps - before.steps) / setup.passes,
+        mixed_steps=(after.mixed_steps - before.mixed_steps) / setup.passes,
+        preemptions=(after.preemptions - before.preemptions) / setup.passes,
+    )
+
+
+def row_of(workload: Workload, seconds: Sequence[float], setup: Setup, places: int, **more: Any) -> Row:
+    """Figures of passes that took `seconds`, with `places` requests running at once. `more`: the row's other fields."""
     speeds = [workload.counted / each for each in seconds]
     limit = None
     if setup.limits is not None:
-        limit = workload.counted / least_seconds(setup.shape, setup.limits, workload.lengths, places_of(llm))
+        limit = workload.counted / least_seconds(setup.shape, setup.limits, workload.lengths, places)
     lens = set(workload.output_lens)
-    alike = len(lens) == 1 and lens != {1} and len(workload.prompts) <= places_of(llm)
+    alike = len(lens) == 1 and lens != {1} and len(workload.prompts) <= places
     return Row(
         workload=workload.name,
         counts=workload.counts,
         requests=len(workload.prompts),
-        attention=backend_of(llm),
         best=max(speeds),
         median=median(speeds),
         each=tuple(speeds),
         limit=limit,
         best_seconds=min(seconds),
-        steps=(after.steps - before.steps) / setup.passes,
-        mixed_steps=(after.mixed_steps - before.mixed_steps) / setup.passes,
-        preemptions=(after.preemptions - before.preemptions) / setup.passes,
         itl_ms=1e3 * min(seconds) / lens.pop() if alike else None,
+        **more,
     )
 
 

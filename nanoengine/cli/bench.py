@@ -50,7 +50,7 @@ def throughput(
     plot: Plot = None,
     debug: DebugOption = False,
 ) -> None:
-    """Tokens a second of whole workloads: ragged256, d1, d8, d64, d256, churn, prefill64."""
+    """Tokens a second of whole workloads: ragged256, d1, d8, d64, d256, prefill64, churn."""
     with user_errors(debug):
         from nanoengine.bench.workloads import WORKLOADS
 

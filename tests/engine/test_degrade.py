@@ -146,6 +146,8 @@ FAULTS: dict[str, Callable[[Patch], None]] = {
     "after admission": _in_every_third("tables", "admit", after=True),
     "after columns": _in_every_third("tables", "set_columns", after=True),
     "after appends": _in_every_third("tables", "append_blocks", after=True),
+    "before the writes are sent": _in_every_third("tables", "flush", after=False),
+    "after the writes are sent": _in_every_third("tables", "flush", after=True),
     "before the gather": _in_every_third("buffers", "gather", after=False),
     "in the draw": _in_every_third("sampler", "sample", after=True),
 }

@@ -37,7 +37,7 @@ from nanoengine.core.execution.results import LaunchedStep, TailStep
 from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.shortage import empty_cache, free_unused, is_out_of_memory, with_less
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
-from nanoengine.core.execution.split import Handle, Splitter
+from nanoengine.core.execution.split import Handle, Splitter, slots_move
 from nanoengine.core.execution.stage import StageContext
 from nanoengine.core.execution.stages import build_stages
 from nanoengine.core.execution.step_graphs import StepGraphs, capture_sizes
@@ -277,7 +277,8 @@ class ModelRunner:
         if kind is None:
             return None
         which = plan.logits_rows.astype(np.int64) if step.which is None else step.which
-        return TailStep(plan, tail.replay(step.graph, kind), which, step.replayed | GRAPH_TAIL)
+        with slots_move():
+            return TailStep(plan, tail.replay(step.graph, kind), which, step.replayed | GRAPH_TAIL)
 
     def release(self) -> None:
         """Drop everything the device holds, and give it back."""

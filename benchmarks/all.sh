@@ -15,13 +15,19 @@ bench() {  # NAME COMMAND [OPTIONS]...
     # shellcheck disable=SC2086 # the limits are several words
     python3 -m nanoengine bench "$@" $given --json "$out/$name.json" || failed="$failed $name"
 }
+plot() {  # FILE: the option, where there is what draws
+    ! python3 -c 'import matplotlib' 2>/dev/null || echo "--plot $out/$1"
+}
+given="$limits $(plot throughput.png)"
+bench throughput throughput
 given=$limits
-bench throughput throughput --plot "$out/throughput.png"
 bench llama throughput --shape llama-3.2-1b --workload d1 --workload d256 --passes 3
 bench attention attention
 bench sampler sampler --passes 3 --case greedy --case temperature --case top_k=50,top_p=0.95 --case min_p=0.05
 bench prefill prefill --passes 3
-bench latency latency --passes 3 --rate 50 --plot "$out/latency.png"
+given="$limits $(plot latency.png)"
+bench latency latency --passes 3 --rate 200
+given=$limits
 bench prefix prefix --passes 3
 given=
 bench startup startup --passes 3

@@ -142,8 +142,7 @@ def latency(
         from nanoengine.bench.plot import Point
 
         setup = setup_of(shape, passes, max_model_len, attention, given, bandwidth, tflops)
-        batches = batch or ([] if rate else [2**i for i in range(9)])
-        report = bench.run(setup, batches, rate or (), prompt_len, output_len, requests)
+        report = bench.run(setup, batch or [2**i for i in range(9)], rate or (), prompt_len, output_len, requests)
         points += [
             Point(r.batch, r.tokens_per_s, r.itl.p50, r.itl_limit_ms and 1e3 * r.batch / r.itl_limit_ms, r.itl.p99)
             for r in report.rows

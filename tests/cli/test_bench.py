@@ -175,3 +175,30 @@ def test_a_plot_without_matplotlib_stops_before_measuring(
     result = nanoengine("bench", "throughput", "--plot", "p.png")
     assert result.exit_code == 2
     assert "pip install 'nanoengine[plot]'" in result.output
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_limits_are_measured_and_the_kernels_draw_what_torch_draws(bench: Bench) -> None:
+    found = bench("sampler", "--shape", "qwen3-0.6b", "--rows", "3", "--engine-rows", "0")
+    assert {(row["kernel"], row["agrees"], row["dtype"]) for row in found["rows"]} == {("triton", True, "bfloat16")}
+    limits = found["settings"]["limits"]
+    assert limits["bandwidth"] > 1e11
+    assert limits["flops"] > 1e13
+    assert all(row["us"] > 0.5 * row["limit_us"] for row in found["rows"])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_attention_is_right_and_below_the_limit(bench: Bench) -> None:
+    found = bench("attention", "--shape", "llama-3.2-1b", "--only", "32 x 1024", "--quick")
+    (*_, row) = [row for row in found["rows"] if row["kernel"] == "triton"]
+    assert 0.05 < row["gb_s"] / row["limit"] < 1.1
+    assert row["error"] < 0.05
+    assert found["environment"]["gpu"] == torch.cuda.get_device_name()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_startup_compiles_only_while_the_cache_is_cold(bench: Bench) -> None:
+    found = bench("startup", "--shape", "tiny", "--passes", "1", "--max-model-len", "256")
+    cold, warm = found["rows"]
+    assert cold["best"] > warm["best"]
+    assert warm["phases"]["capture"] > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,27 +70,33 @@ class Watch:
         return logits
 
     def _watch_tail(self) -> None:
-        """The tables behind a tail are those of before, with the tokens that came out."""
+        """The drawn tokens, and the tables of all real slots behind them."""
         tail: Any = self.runner.graphs.tail
         tables, replay = self.runner.tables, tail.replay
         state = (tables.token_ids, tables.num_tokens, tables.num_computed)
 
-        def both(size: Any, kind: int) -> Any:
+        def both(size: Any, kind: int) -> Tensor:
             before = [each.clone() for each in state]
-            result = replay(size, kind)
-            after = [each.clone() for each in (*state, result.token_ids, result.failed)]
+            drawn: Tensor = replay(size, kind)
+            graph = [each.clone() for each in (*state, drawn)]
             for each, old in zip(state, before, strict=True):
                 each.copy_(old)
-            tail._run(size, kind, tail_logits(self.runner, size))
-            self._note("tail", after, [*state, result.token_ids, result.failed])
-            return result
+            drawn.fill_(-1)
+            tail._run(size, kind, self._logits_of(size))
+            real = slice(0, tables.dummy_slot)
+            self._note(
+                "mixed tail" if isinstance(size, MixedSize) else "tail",
+                [*(each[real] for each in graph[:3]), graph[3]],
+                [*(each[real] for each in state), drawn],
+            )
+            return drawn
 
         tail.replay = both
 
-
-def tail_logits(runner: ModelRunner, size: int) -> Tensor:
-    assert runner.graphs.decode is not None
-    return runner.graphs.decode.logits[size]
+    def _logits_of(self, size: int | MixedSize) -> Tensor:
+        graphs: Any = self.runner.graphs.mixed if isinstance(size, MixedSize) else self.runner.graphs.decode
+        logits: Tensor = graphs.logits[size]
+        return logits
 
 
 def churn(llm: LLM) -> None:
@@ -125,9 +132,10 @@ def test_replays_are_the_eager_steps(tmp_path: Path, mode: str, kind: str, dtype
     print(f"\n{watch.seen}")
     assert not +watch.wrong
     assert watch.seen["decode"] == stats.graph_steps > 20
-    assert watch.seen["tail"] == stats.graph_tails > 20
+    assert watch.seen["tail"] > 20
+    assert watch.seen["tail"] + watch.seen["mixed tail"] == stats.graph_tails
     assert watch.seen["mixed"] == stats.mixed_graph_steps
-    assert (stats.mixed_graph_steps > 5) == (mode == "triton")
+    assert (watch.seen["mixed"] > 5) == (watch.seen["mixed tail"] > 5) == (mode == "triton")
 
 
 def test_weights_that_moved_are_caught(tmp_path: Path) -> None:
@@ -142,17 +150,22 @@ def test_weights_that_moved_are_caught(tmp_path: Path) -> None:
     assert watch.wrong["decode"] == watch.seen["decode"] > 0
     assert watch.wrong["mixed"] == watch.seen["mixed"] > 0
     assert not watch.wrong["tail"]
+    assert not watch.wrong["mixed tail"]
 
 
 def test_a_tail_that_reads_other_columns_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanoengine.core.execution.slots import ScalarTable
-
+    """Mutant: each row has its neighbour's parameters."""
     with make(tmp_path, "llama", "triton", "bfloat16") as llm:
-        watch = Watch(runner_of(llm))
-        original = ScalarTable.gather
-        monkeypatch.setattr(ScalarTable, "gather", lambda self, slots: original(self, slots).roll(1, 0))
+        tail: Any = runner_of(llm).graphs.tail
+        watch, inputs = Watch(runner_of(llm)), tail._inputs
+
+        def pick_columns(words: Tensor, slots: Tensor, picked: Tensor, out: Tensor) -> None:
+            inputs.pick_columns(words, slots.roll(1, 0), picked, out)
+
+        monkeypatch.setattr(tail, "_inputs", SimpleNamespace(record=inputs.record, pick_columns=pick_columns))
         churn(llm)
     assert watch.wrong["tail"] > 0
+    assert watch.wrong["mixed tail"] > 0
     assert not watch.wrong["decode"]
 
 

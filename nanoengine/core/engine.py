@@ -152,12 +152,19 @@ class Engine:
 
         An exception that a sink raises is raised here, once all outputs are delivered.
         """
+        self._advance(wait=True)
+
+    def launch_ahead(self) -> None:
+        """`advance`, but wait for nothing: the device starts while more requests are still being added."""
+        self._advance(wait=False)
+
+    def _advance(self, *, wait: bool) -> None:
         with self._lock:
             self._check_open()
             try:
                 self._drain_inbox()
                 self._launch_ahead()
-                if self._in_flight:
+                if wait and self._in_flight:
                     self._finish_oldest()
             except BaseException:  # Ctrl-C may come anywhere
                 if self._booking:

@@ -252,6 +252,8 @@ class LLM:
             self._built.need_tokenizer()
         done: dict[str, RequestOutput] = {}
         ids = [self._next_id() for _ in prompts]
+        config = self.engine.scheduler.config
+        tokens = 0  # added since the last launch
         with tqdm(total=len(ids), desc="prompts", unit="prompt", disable=not use_tqdm, dynamic_ncols=True) as bar:
 
             def sink(output: RequestOutput) -> None:
@@ -263,6 +265,10 @@ class LLM:
                     self.engine.add_request(
                         ids[i], prompt, each_params[i], each_priority[i], prompt_text=text, final_only=True, sink=sink
                     )
+                    tokens += len(prompt) if isinstance(prompt, list | tuple) else 0
+                    if tokens >= config.max_num_batched_tokens and config.policy == "fcfs":
+                        self.engine.launch_ahead()  # a full step; adding some thousand requests takes a while
+                        tokens = 0
                 while len(done) < len(ids):
                     self.engine.advance()
             except WorkerError as error:

@@ -1,0 +1,33 @@
+"""A batch starts to run while it is still being handed over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nanoengine import SamplingParams
+from nanoengine.core.engine import Engine
+
+from .support import mock_llm
+
+
+def test_steps_start_while_requests_are_still_being_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full step's worth of prompts is launched before the last prompt is in; under "priority" nobody goes ahead."""
+    prompts = [[i + 1, 2, 3, 4, 5, 6] for i in range(12)]
+    added: list[list[int]] = []
+    original = Engine.launch_ahead
+
+    def watched(self: Engine) -> None:
+        original(self)
+        added[-1].append(len(self._known))
+
+    monkeypatch.setattr(Engine, "launch_ahead", watched)
+    told = []
+    for options in ({}, {"overlap": False}, {"scheduling_policy": "priority"}, {"max_num_batched_tokens": 512}):
+        added.append([])
+        with mock_llm(tmp_path, **{"max_num_batched_tokens": 24, **options}) as llm:
+            outputs = llm.generate(prompts, SamplingParams(temperature=0.8, seed=3, max_tokens=5), use_tqdm=False)
+        told.append([output.outputs[0].token_ids for output in outputs])
+    assert added == [[4, 8, 12], [4, 8, 12], [], []]
+    assert told[0] == told[1] == told[2] == told[3]

@@ -82,7 +82,7 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
     assert options.max_model_len is not None
     ctx = _ParamsContext(assembly.vocab_size, options.max_model_len, tokenizer)
     legal = {name for _, params in stages for name in params.__dataclass_fields__}  # type: ignore[attr-defined]
-    eos = tokenizer.hf.eos_token_id if tokenizer is not None else None
+    eos = tokenizer.eos_token_id if tokenizer is not None else None
     defaults = read_generation_defaults(assembly.model_path, plan.hf_config, legal, eos)
     legal_fields(stages)  # a clash is found before the weights are loaded
     executor: Executor = InProcessExecutor() if options.tensor_parallel_size == 1 else WorkersExecutor()

@@ -59,6 +59,29 @@ def test_an_engine_reports_and_logs_its_start(tmp_path: Path, caplog: pytest.Log
     assert f"{found.line()}; attention mock" in caplog.text
 
 
+def test_no_collection_while_starting_and_none_of_what_stays() -> None:
+    """In a process of its own: what is frozen stays so."""
+    code = (
+        "import gc\n"
+        "from nanoengine.core.startup import without_collections\n"
+        "seen = []\n"
+        "gc.callbacks.append(lambda phase, info: seen.append(phase))\n"
+        "with without_collections():\n"
+        "    kept = [[] for _ in range(100_000)]\n"
+        "    assert not seen and not gc.isenabled()\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 100_000\n"
+        "try:\n"
+        "    with without_collections():\n"
+        "        raise KeyError\n"
+        "except KeyError:\n"
+        "    assert gc.isenabled()\n"
+        "more = [[] for _ in range(100_000)]\n"
+        "assert seen\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_age_of_a_process_counts_from_its_start() -> None:
     code = "import time; time.sleep(0.3); from nanoengine.core.startup import process_seconds as p; print(p())"
     began = time.perf_counter()

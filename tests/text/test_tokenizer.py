@@ -70,6 +70,18 @@ def test_prompts_are_never_cut_or_padded(tmp_path: Path) -> None:
     backend.enable_padding(length=12)
     tokenizer = load(folder(tmp_path, backend=backend))
     assert len(tokenizer.encode("a b c d e", add_special_tokens=False)) == 9
+    assert tokenizer.hf.backend_tokenizer.truncation["max_length"] == 4  # the user's is as the file has it
+    assert tokenizer.hf.backend_tokenizer.padding["length"] == 12
+
+
+def test_what_a_user_does_with_the_tokenizer_cuts_no_prompt(tmp_path: Path) -> None:
+    tokenizer = load(folder(tmp_path))
+    theirs = tokenizer.hf
+    assert theirs is tokenizer.hf
+    assert len(theirs("a b c d e", truncation=True, max_length=3)["input_ids"]) == 3
+    theirs.add_tokens(["a b"])
+    assert len(tokenizer.encode("a b c d e", add_special_tokens=False)) == 9
+    assert tokenizer.eos_token_id == theirs.eos_token_id
 
 
 def test_cleaning_up_blanks_is_off(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -66,21 +67,36 @@ class Tokenizer:
     """Text to ids and back, chat templates, and streams for incremental decoding.
 
     Args:
-        hf: a transformers tokenizer that stands on the `tokenizers` library.
-
-    Attributes:
-        hf: that object; what users get from `LLM.get_tokenizer()`.
+        hf: a transformers tokenizer that stands on the `tokenizers` library; nobody else may hold it.
     """
 
     def __init__(self, hf: Any) -> None:
-        self.hf = hf
-        # A copy: what a user does with `hf` (calling it with truncation=True sets that for good) must not cut prompts.
-        self._backend = type(hf.backend_tokenizer).from_str(hf.backend_tokenizer.to_str())
+        self._hf, self._backend = hf, hf.backend_tokenizer
         # Some files carry the truncation of a training run; a prompt is never cut silently.
+        self._truncation, self._padding = self._backend.truncation, self._backend.padding
         self._backend.no_truncation()
         self._backend.no_padding()
         self._table = TokenTable(self._backend)
         self._texts: dict[int, str] = {}
+
+    @cached_property
+    def hf(self) -> Any:
+        """The transformers tokenizer as it was loaded; what users get from `LLM.get_tokenizer()`.
+
+        A copy, made when it is asked for, as that takes a while: what a user does with it (calling it with
+        truncation=True sets that for good) must not cut prompts.
+        """
+        copied = copy.deepcopy(self._hf)
+        if self._truncation is not None:
+            copied.backend_tokenizer.enable_truncation(**self._truncation)
+        if self._padding is not None:
+            copied.backend_tokenizer.enable_padding(**self._padding)
+        return copied
+
+    @property
+    def eos_token_id(self) -> int | None:
+        eos: int | None = self._hf.eos_token_id
+        return eos
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens written out in it are recognised. Raises `RequestError`."""
@@ -111,7 +127,7 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self.hf.chat_template)
+        return bool(self._hf.chat_template)
 
     def render_chat(self, messages: Any, **options: Any) -> str:
         """The prompt text of a conversation.
@@ -124,7 +140,7 @@ class Tokenizer:
 
         Raises `RequestError("invalid_prompt")` on malformed messages, without a template, and when it refuses.
         """
-        return chat.render(self.hf, messages, options)
+        return chat.render(self._hf, messages, options)
 
     def apply_chat_template(self, messages: Any, **options: Any) -> list[int]:
         """Token ids of a conversation; arguments and errors as in `render_chat`.

@@ -29,7 +29,7 @@ from nanoengine.core.seeds import request_seed
 from nanoengine.core.setup.config import RunConfig, load_config
 from nanoengine.core.setup.plugins import discover
 from nanoengine.core.setup.prompts import STDIN, Prompt, PromptFile, read_prompts
-from nanoengine.core.startup import StartClock, process_seconds
+from nanoengine.core.startup import StartClock, process_seconds, without_collections
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -104,10 +104,12 @@ def run_config(
         say("nothing is left to do")
         return 0
     say(f"loading {config.model.source}")
-    from nanoengine.core.llm import LLM
+    with without_collections():
+        from nanoengine.core.llm import LLM
 
-    clock.lap("import")
-    with LLM.from_run_config(config, registry=registry, say=say, clock=clock) as llm:
+        clock.lap("import")
+        started = LLM.from_run_config(config, registry=registry, say=say, clock=clock)
+    with started as llm:
         say(llm.start_report.table() if verbose else llm.start_report.line())
         if earlier is not None:
             check_same_params(earlier.record, llm.default_params, str(config.output))

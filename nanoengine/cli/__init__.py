@@ -21,8 +21,10 @@ def main() -> None:
         from nanoengine.cli.app import app
 
         app(prog_name="nanoengine")
-    except KeyboardInterrupt:  # before a command had begun
-        sys.exit(130)
+    except KeyboardInterrupt as interrupt:  # before a command had begun
+        from nanoengine.cli.common import ending
+
+        sys.exit(ending(interrupt)[1])
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 

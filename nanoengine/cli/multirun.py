@@ -63,14 +63,13 @@ def sweep(config: str, overrides: Sequence[str], plugins: Sequence[Path], *, res
 
     `config`: with `resume`, the folder of a sweep. Raises `NanoEngineError` for what stops it before anything runs.
     """
-    if Path(config).expanduser().is_dir():
+    folder = Path(config).expanduser()
+    if folder.is_dir() and (resume or (folder / _SWEEP).exists()):
         if not resume:
-            raise ConfigError(
-                f"{config} is a folder, not a configuration; to go on with a sweep, give --resume {config}"
-            )
+            raise ConfigError(f"{config} is a sweep's folder; to go on with it, give --resume {config}")
         if overrides or plugins:
             raise ConfigError("--resume of a sweep takes no overrides and no --plugin: the sweep has its own")
-        todo = _read(Path(config).expanduser())
+        todo = _read(folder)
     elif resume:
         raise ConfigError("--resume of a sweep takes the sweep's folder: nanoengine run --resume multirun/DATE")
     else:

@@ -177,6 +177,8 @@ def _lock(file: FileIO) -> None:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise OSError("another process is writing it") from error
+    except OSError:
+        return  # a file system without locks
 
 
 def check_output(path: str | None, inputs: Mapping[str, str | Path] = MappingProxyType({})) -> bool:

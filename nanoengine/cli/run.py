@@ -65,7 +65,8 @@ def run(
     """Answer the prompts of a configuration."""
     with user_errors(debug):
         clock = StartClock.of_process()
-        if multirun or Path(config).expanduser().is_dir():
+        folder = Path(config).expanduser()
+        if multirun or (folder.is_dir() and (resume or (folder / "sweep.json").exists())):
             from nanoengine.cli.multirun import sweep
 
             status = sweep(config, overrides or (), plugin or (), resume=resume)

@@ -257,7 +257,8 @@ def test_plugin_files_reach_every_combination(sweep: Run, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["run", "empty"], "empty is a folder, not a configuration"),
+        (["run", "empty"], "no file and no recipe is called 'empty'"),
+        (["run", "broken"], "broken is a sweep's folder; to go on with it, give --resume broken"),
         (["run", "--resume", "empty"], "empty holds no sweep.json"),
         (["run", "--resume", "empty", "engine.seed=1"], "takes no overrides"),
         (["run", "--resume", "broken"], "broken/sweep.json cannot be read"),

@@ -1,0 +1,94 @@
+"""What a start does on a GPU: weights arrive whole, kernels compile beside each other, and each phase is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanoengine.core.execution.build import build_model
+from nanoengine.core.execution.parallel import SingleRank
+from nanoengine.core.execution.weights import load_weights
+from nanoengine.plugins.models.qwen3 import Qwen3
+
+from .support import need, write_wide
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_on_the_gpu_are_those_of_the_file(dtype: torch.dtype, tmp_path: Path) -> None:
+    path = write_wide("qwen3", tmp_path / "model")
+    hf = json.loads((path / "config.json").read_text())
+
+    def loaded(device: str) -> list[torch.Tensor]:
+        built = build_model(Qwen3, hf, tp=SingleRank(), dtype=dtype, device=device)
+        load_weights(built.model, built.config, path, SingleRank())
+        return list(built.model.parameters())
+
+    for there, here in zip(loaded("cuda"), loaded("cpu"), strict=True):
+        assert there.is_cuda
+        assert torch.equal(there.cpu(), here)
+
+
+PROGRAM = """
+import json, sys, threading
+from triton import knobs
+
+compiled = []
+
+def listen(*, src, metadata, metadata_group, times, cache_hit):
+    compiled.append((threading.current_thread().name, cache_hit))
+
+knobs.compilation.listener = listen
+from nanoengine import LLM, SamplingParams
+
+if __name__ == "__main__":
+    model, given = sys.argv[1], json.loads(sys.argv[2])
+    prompts = [list(range(n, n + 20)) for n in range(5)]
+    with LLM(model, attention="triton", device="cuda", max_num_batched_tokens=512, dtype="float32", **given) as llm:
+        started = len(compiled)
+        outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), use_tqdm=False)
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        stats, phases = llm.stats(), llm.start_report.as_dict()
+    print(json.dumps(dict(
+        tokens=tokens, started=started, graph_steps=stats.graph_steps, phases=phases, compiled=compiled)))
+"""
+
+
+# Without a profile run (blocks are given) nothing is launched before the rehearsal: no write of the host's may be lost.
+@pytest.mark.parametrize("options", [{}, {"num_gpu_blocks_override": 200}])
+def test_a_cold_start_compiles_in_parallel_and_serves_what_an_eager_engine_serves(
+    options: dict[str, int], tmp_path: Path
+) -> None:
+    need("triton")
+    model = write_wide("qwen3", tmp_path / "model")
+    (tmp_path / "program.py").write_text(PROGRAM)
+
+    def run(**more: bool) -> dict[str, object]:
+        done = subprocess.run(
+            [sys.executable, str(tmp_path / "program.py"), str(model), json.dumps({**options, **more})],
+            capture_output=True, text=True, timeout=400, env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    cold, warm, eager = run(), run(), run(enforce_eager=True)
+    assert cold["tokens"] == warm["tokens"] == eager["tokens"]
+    assert cold["graph_steps"] > 0  # type: ignore[operator]
+    at_start = [tuple(each) for each in cold["compiled"]][: cold["started"]]  # type: ignore[attr-defined, misc]
+    in_pool = [name for name, hit in at_start if name.startswith("ThreadPoolExecutor") and not hit]
+    in_turn = [name for name, hit in at_start if not name.startswith("ThreadPoolExecutor") and not hit]
+    assert len(in_pool) > 20
+    assert len(in_turn) < len(in_pool), in_turn
+    assert not [hit for _, hit in warm["compiled"] if not hit]  # type: ignore[attr-defined]
+    phases = cold["phases"]
+    assert isinstance(phases, dict)
+    assert {"device", "weights", "buffers", "kv cache", "capture"} <= phases.keys()
+    assert ("profile" in phases) == (not options)

@@ -317,3 +317,25 @@ def test_what_the_host_writes_arrives_at_once_and_in_order(fused: bool, device: 
     t.flush()
     assert a.gather(every).tolist() == [1, 1, 0.25, 1, 1]
     assert not b.gather(every).any()
+
+
+def test_blank_rows_leave_no_trace(device: torch.device) -> None:
+    """Whatever the step before left: a graph of all rows is run once before it is captured."""
+    t = tables(device)
+    made = StepBuffers(LIMITS, 2, device, fused=True)
+    slots, lens = BATCHES["ragged"]
+    made.gather(StepPlan(slots=i32(slots), query_lens=i32(lens), starts=i32([0] * 4)), t)
+    before = copy_of(state_of(t))
+
+    def record() -> None:
+        tokens = torch.zeros(made.max_rows, dtype=torch.int64, device=device)
+        step_inputs_triton.record(state_of(t), made.slots, made.query_start_loc, tokens, made.token_of_row)
+
+    made.blank(SLOTS)
+    record()
+    for name in ("token_ids", "num_tokens", "num_computed"):
+        assert torch.equal(getattr(before, name), getattr(t, name)), name
+    made.slots.fill_(0)  # the trace that it would leave
+    made.query_start_loc.copy_(torch.arange(made.max_rows + 1))
+    record()
+    assert not torch.equal(before.num_computed, t.num_computed)

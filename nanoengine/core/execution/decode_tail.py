@@ -54,6 +54,7 @@ class DecodeTail:
     def capture(self, logits: Mapping[Any, Tensor]) -> None:
         """`logits`: graphs' outputs by `Size`, each one row of them a row of the step."""
         pool = torch.cuda.graph_pool_handle()
+        self._buffers.blank(self._tables.dummy_slot)  # each runs once before it is captured, and would write tokens
         for size, values in sorted(logits.items(), key=lambda item: -len(item[1])):
             for tail in self._kernels.Tail:
                 self._graphs[size, tail], _ = captured(partial(self._run, size, tail, values), pool)

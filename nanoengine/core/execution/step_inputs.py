@@ -131,6 +131,12 @@ class StepBuffers:
         here = torch.from_numpy(packed)
         self.sent[: len(packed)].copy_(here.pin_memory() if self.sent.is_cuda else here, non_blocking=True)
 
+    def blank(self, dummy_slot: int) -> None:
+        """Rows of the dummy slot without a token, as far as there are rows: what a graph may be captured over."""
+        self.sent.zero_()
+        self.slots.fill_(dummy_slot)
+        self.seq_lens.fill_(1)
+
     def _packed(self, plan: StepPlan, rows: int) -> Int32:
         """As `sent`: a row's token is that of its place among the logits, where it draws one there."""
         most = self.max_rows

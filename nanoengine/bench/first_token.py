@@ -12,17 +12,19 @@ import sys
 import time
 from typing import Any
 
-from nanoengine.core.startup import StartClock
+from nanoengine.core.startup import StartClock, without_collections
 
 
 def first_token(model: str, attention: str, options: dict[str, Any]) -> dict[str, float]:
     """Phase -> seconds, in order; the last one is "first token"."""
     clock = StartClock.of_process()
-    from nanoengine.core.llm import LLM
-    from nanoengine.core.sampling_params import SamplingParams
+    with without_collections():  # as `nanoengine run` does
+        from nanoengine.core.llm import LLM
+        from nanoengine.core.sampling_params import SamplingParams
 
-    clock.lap("import")
-    with LLM(model, attention=attention, **options) as llm:
+        clock.lap("import")
+        llm = LLM(model, attention=attention, **options)
+    with llm:
         started = time.perf_counter()
         with llm.stream(range(10, 42), SamplingParams(temperature=0.6, max_tokens=2, ignore_eos=True)) as stream:
             next(stream)

@@ -11,7 +11,9 @@ import pytest
 import torch
 from fixtures_models import smollm2_gguf, smollm2_path  # noqa: F401 - fixtures
 from hypothesis import settings
+from triton_interpreter import import_triton
 
+import_triton()
 torch.set_num_threads(1)
 settings.register_profile("ci", deadline=None, max_examples=60, print_blob=True)
 settings.load_profile("ci")

@@ -36,6 +36,13 @@ def interpreted() -> Iterator[None]:
             os.environ["TRITON_INTERPRET"] = before
 
 
+def import_triton() -> None:
+    """Before anyone else does (transformers, say): its own functions are interpreted, or not, from then on."""
+    if INSTALLED:
+        with interpreted():
+            importlib.import_module("triton")
+
+
 def import_kernels() -> None:
     """Import every `*_triton` module of `nanoengine.kernels`, interpreted where there is no GPU."""
     if not INSTALLED:

@@ -20,7 +20,8 @@ class EngineOptions:
         max_num_seqs: most requests running at once (device slots).
         max_num_batched_tokens: token budget of one step; default 2048 on a CPU, 8192 on a GPU.
         block_size: tokens in a KV block; default 16, or what the attention backend needs.
-        gpu_memory_utilization: share of a GPU's memory that the engine may take in all.
+        gpu_memory_utilization: share of a GPU's memory that this engine may take in all, whatever others hold there;
+            where less is free, it takes that.
         num_gpu_blocks_override: number of KV blocks, whatever the memory.
         kv_cache_memory: bytes for the KV cache; CPU default: what max_num_seqs x max_model_len takes, at most 4 GiB.
         enable_prefix_caching: reuse KV blocks of equal prefixes.

@@ -20,7 +20,7 @@ from nanoengine.testing.mock_model import MockModel
 
 from .support import need, runner_of, write_wide
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 MIB, GIB = 1 << 20, 1 << 30
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 LARGE_CACHE = 50_000  # blocks of 16 tokens: over 1 GiB for the wide checkpoints

@@ -15,7 +15,7 @@ from nanoengine import LLM, RequestOutput, SamplingParams
 
 from .support import need, runner_of, write_wide
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 LENGTH = 60
 SLEEP = 0.06  # seconds
 CYCLES = int(SLEEP * 2.1e9)  # no GPU so far runs faster

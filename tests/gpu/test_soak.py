@@ -11,7 +11,7 @@ import torch
 from engine.support import mock_llm
 from engine.test_soak import drive, measure
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 PARTS = (2000, 4000, 4000)  # in the first one bounded caches fill, and kernels are compiled
 REQUESTS = sum(PARTS)
 MIB = 1 << 20

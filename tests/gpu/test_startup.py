@@ -18,7 +18,7 @@ from nanoengine.plugins.models.qwen3 import Qwen3
 
 from .support import need, write_wide
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

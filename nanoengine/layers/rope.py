@@ -71,14 +71,18 @@ def read_rope(hf: Mapping[str, Any]) -> RopeConfig:
 
 
 def inverse_frequencies(config: RopeConfig, head_size: int, device: torch.device) -> Tensor:
-    """float32 [head_size / 2]: radians per position of each rotated pair."""
-    exponents = torch.arange(0, head_size, 2, dtype=torch.int64, device=device).float() / head_size
-    plain = 1.0 / (config.theta**exponents)
+    """float32 [head_size / 2]: radians per position of each rotated pair.
+
+    They are computed on the CPU: the same bits for every device, and no second or two at start, which torch takes to
+    import sympy for `arange` on the meta device.
+    """
+    exponents = torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size
+    found = 1.0 / (config.theta**exponents)
     if config.kind == "linear":
-        return plain / config.factor
+        found = found / config.factor
     if config.kind == "llama3":
-        return _llama3(plain, config)
-    return plain
+        found = _llama3(found, config)
+    return found.to(device)
 
 
 def _llama3(plain: Tensor, config: RopeConfig) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from nanoengine.core.assemble import Assembly
@@ -76,6 +79,8 @@ class BuiltEngine:
 def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> BuiltEngine:
     """Raises what loading raises; nothing is left running then. `clock` gets the phases from here on."""
     plan, options = assembly.plan, assembly.plan.options
+    if options.tensor_parallel_size == 1 and options.device.startswith("cuda"):
+        threading.Thread(target=_wake, args=(options.device,), name="nanoengine-wake", daemon=True).start()
     tokenizer = None if options.skip_tokenizer_init else load_tokenizer(assembly.model_path)
     clock.lap("tokenizer")
     stages = [(found.spec.name, found.spec.params) for found in registry.stages()]
@@ -117,6 +122,12 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
         memory=memory,
         start=clock.report(),
     )
+
+
+def _wake(device: str) -> None:
+    """Make the GPU's context, which takes a while and leaves the interpreter free, while the tokenizer loads."""
+    with suppress(Exception):  # the runner meets it again, and says so
+        torch.cuda.synchronize(device)
 
 
 def _scheduler(options: EngineOptions, memory: MemoryReport) -> Scheduler:

@@ -372,7 +372,7 @@ def test_options_are_checked_by_type(tmp_path: Path) -> None:
         ({"seed": "a"}, "seed must be"),
         ({"max_num_seqs": "64"}, "max_num_seqs must be"),
         ({"dtype": "fp16"}, "dtype must be"),
-        ({"tensor_parallel_size": 2}, "one device"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size must be at least 1"),
     ):
         with pytest.raises(ConfigError, match=text):
             mock_llm(tmp_path, **option)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ stage) goes the eager way, step by step. One graph a size and `Tail`: per-row pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import count
 from typing import Any
@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanoengine.core.execution.draw import vocab_slice
 from nanoengine.core.execution.graphs import captured
 from nanoengine.core.execution.mixed_graphs import MixedSize
+from nanoengine.core.execution.parallel import TensorParallelGroup
 from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.slots import ScalarTable, SlotTables
 from nanoengine.core.execution.step_inputs import StepBuffers
@@ -31,10 +33,18 @@ Size = int | MixedSize
 class DecodeTail:
     """Captured after the graphs of steps, over their logits."""
 
-    def __init__(self, sampler: Sampler, tables: SlotTables, buffers: StepBuffers) -> None:
-        from nanoengine.kernels import sampling_triton, step_inputs_triton
+    def __init__(
+        self,
+        sampler: Sampler,
+        tables: SlotTables,
+        buffers: StepBuffers,
+        tp: TensorParallelGroup,
+        agree: Callable[[bool], bool] = bool,
+    ) -> None:
+        from nanoengine.kernels import sampling_shard_triton, sampling_triton, step_inputs_triton
 
-        self._kernels, self._inputs = sampling_triton, step_inputs_triton
+        self._kernels, self._shards, self._inputs = sampling_triton, sampling_shard_triton, step_inputs_triton
+        self._tp, self._agree = tp, agree
         self._sampler, self._tables, self._buffers = sampler, tables, buffers
         self._drawn = torch.zeros(3 * buffers.max_rows, dtype=torch.int32, device=tables.device)
         scalars = {
@@ -57,7 +67,8 @@ class DecodeTail:
         self._buffers.blank(self._tables.dummy_slot)  # each runs once before it is captured, and would write tokens
         for size, values in sorted(logits.items(), key=lambda item: -len(item[1])):
             for tail in self._kernels.Tail:
-                self._graphs[size, tail], _ = captured(partial(self._run, size, tail, values), pool)
+                run = partial(self._run, size, tail, values)
+                self._graphs[size, tail], _ = captured(run, pool, self._agree)
 
     def kind(self, slots: Int32, active: frozenset[str]) -> int | None:
         """The tail that serves these rows; None: the eager way. `active`: stages that some row wants."""
@@ -91,21 +102,23 @@ class DecodeTail:
         def column(op: StandardOp) -> Tensor | None:
             return self._columns[self._ops[op], :rows].view(self._dtypes[op]) if op in self._ops else None
 
-        vocab = tables.limits.vocab_size
-        self._kernels.sample(
-            logits[:, :vocab],
-            self._kernels.Tail(tail),
-            tokens,
-            failed,
-            greedy=greedy[:rows],
-            temperature=column(StandardOp.TEMPERATURE),
-            top_k=column(StandardOp.TOP_K),
-            top_p=column(StandardOp.TOP_P),
-            min_p=column(StandardOp.MIN_P),
-            seeds=seeds[: 2 * rows].view(torch.int64),
-            positions=seq_lens.long(),  # behind the last token
-            sample_index=sample_index[: 2 * rows].view(torch.int64),
-        )
+        draw: dict[str, Any] = {
+            "greedy": greedy[:rows],
+            "temperature": column(StandardOp.TEMPERATURE),
+            "seeds": seeds[: 2 * rows].view(torch.int64),
+            "positions": seq_lens.long(),  # behind the last token
+            "sample_index": sample_index[: 2 * rows].view(torch.int64),
+        }
+        if self._tp.size > 1 and tail != self._kernels.Tail.TRUNCATION:
+            start, stop = vocab_slice(tables.limits.vocab_size, self._tp)
+            keys = self._shards.best_keys(logits[:, : stop - start], self._kernels.Tail(tail), start, **draw)
+            self._shards.answer(self._tp.highest(keys), tokens, failed)
+        else:
+            whole = self._tp.all_gather(logits)[:, : tables.limits.vocab_size]
+            top_k, top_p, min_p = map(column, _TRUNCATIONS)
+            self._kernels.sample(
+                whole, self._kernels.Tail(tail), tokens, failed, top_k=top_k, top_p=top_p, min_p=min_p, **draw
+            )
         if isinstance(size, int):
             self._inputs.record(tables.state, slots, buffers.decode_start_loc[: rows + 1], tokens)
         else:

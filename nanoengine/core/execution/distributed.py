@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -15,6 +16,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 from nanoengine.core.execution.parallel import TensorParallelGroup
+from nanoengine.core.execution.symmetric import SymmetricMemory
+
+_log = logging.getLogger(__name__)
 
 _NEVER = timedelta(days=365)  # who waits too long is told by the engine, which knows which rank is late
 LOOPBACK = "127.0.0.1"
@@ -41,9 +45,19 @@ class DistributedGroup(TensorParallelGroup):
     """One rank of `size`; every rank makes one, and calls the same collectives in the same order."""
 
     def __init__(
-        self, rank: int, size: int, device: torch.device, store: Any, entered: Callable[[], None] = lambda: None
+        self,
+        rank: int,
+        size: int,
+        device: torch.device,
+        store: Any,
+        entered: Callable[[], None] = lambda: None,
+        shared_rows: int = 0,
     ) -> None:
-        """`store`: of `make_store` or `join_store`. `entered` is called as each collective starts."""
+        """`store`: of `make_store` or `join_store`. `entered` is called as each collective starts.
+
+        `shared_rows`: on GPUs small sums, and `highest` of up to so many keys, are read from each other's memory; 0:
+        all is NCCL's.
+        """
         self.rank, self.size, self._device, self._entered = rank, size, device, entered
         _stay_on_this_host()
         on_gpu = device.type == "cuda"
@@ -55,20 +69,55 @@ class DistributedGroup(TensorParallelGroup):
             timeout=_NEVER,
             device_id=device if on_gpu else None,
         )
+        self._symmetric = self._share_memory(shared_rows) if on_gpu and shared_rows else None
+
+    def _share_memory(self, rows: int) -> SymmetricMemory | None:
+        """None, said once, where a rank's GPU does not reach the others' memory."""
+        assert dist.group.WORLD is not None
+        shared, why = None, "another rank's GPU cannot"
+        try:
+            shared = SymmetricMemory(dist.group.WORLD, self._device, rows)
+        except Exception as error:  # noqa: BLE001 - drivers and topologies say it in many ways; NCCL serves all the same
+            why = f"{type(error).__name__}: {error}"
+        if self.minimum(int(shared is not None)):
+            return shared
+        _log.warning("GPUs do not reach each other's memory, sums over ranks are NCCL's: %s", why)
+        return None
+
+    def begin_forward(self) -> None:
+        if self._symmetric is not None:
+            self._symmetric.begin_forward()
+
+    def partial_sum(self, rows: int, width: int, dtype: torch.dtype) -> Tensor | None:
+        return None if self._symmetric is None else self._symmetric.partial(rows, width, dtype)
+
+    def all_reduce_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+        added = None if self._symmetric is None else self._symmetric.all_reduce_add(x, residual)
+        return (self.all_reduce(x), residual) if added is None else (added, None)
 
     def all_reduce(self, x: Tensor) -> Tensor:
+        added = None if self._symmetric is None else self._symmetric.all_reduce_add(x, None)
+        if added is not None:
+            return added
         with self._collective():
             dist.all_reduce(x)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
         x = x.contiguous()
+        if x.is_cuda:
+            every = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
+            with self._collective():
+                dist.all_gather_into_tensor(every, x)
+            return every.movedim(0, -2).flatten(-2)
         parts = [torch.empty_like(x) for _ in range(self.size)]
         with self._collective():
             dist.all_gather(parts, x)
         return torch.cat(parts, dim=-1)
 
     def highest(self, keys: Tensor) -> Tensor:
+        if self._symmetric is not None:
+            return self._symmetric.highest(keys)
         with self._collective():
             dist.all_reduce(keys, dist.ReduceOp.MAX)
         return keys

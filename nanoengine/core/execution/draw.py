@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nanoengine.core.execution.parallel import TensorParallelGroup
 from nanoengine.core.execution.stage import RaggedColumn
 from nanoengine.core.setup.specs import StandardOp
 from nanoengine.kernels import sampling
 from nanoengine.kernels.philox import draw_keys
+from nanoengine.layers.sharding import padded_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +83,9 @@ def _draw_random(logits: Tensor, keys: Tensor, ops: Mapping[StandardOp, Tensor],
     if top_k is not None or top_p is not None or min_p is not None:
         return sampling.draw_truncated(logits, keys, top_k, top_p, min_p, start)
     return sampling.draw(logits, keys, start)
+
+
+def vocab_slice(vocab_size: int, tp: TensorParallelGroup) -> tuple[int, int]:
+    """First id of this rank's slice of the vocabulary, and the id behind its last."""
+    width = padded_length(vocab_size, tp.size)
+    return min(tp.rank * width, vocab_size), min((tp.rank + 1) * width, vocab_size)

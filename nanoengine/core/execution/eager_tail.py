@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nanoengine.core.execution.decode_tail import Size
-from nanoengine.core.execution.draw import DrawRows
+from nanoengine.core.execution.draw import DrawRows, vocab_slice
 from nanoengine.core.execution.model import Model
 from nanoengine.core.execution.parallel import TensorParallelGroup
 from nanoengine.core.execution.results import LaunchedStep, PendingLogprobs
@@ -24,7 +24,6 @@ from nanoengine.core.execution.stage import Need
 from nanoengine.core.execution.step_inputs import GatheredStep
 from nanoengine.core.step import StepPlan
 from nanoengine.kernels import all_reduce
-from nanoengine.layers.sharding import padded_length
 
 PROMPT_LOGITS_ROWS = 128  # positions whose [rows, vocabulary] logits exist at once for prompt log-probs
 
@@ -189,9 +188,3 @@ class EagerTail:
             raw = self._whole(self._logits(step, which)).float()
             parts.append(self._logprobs(raw, targets, positions, rows, plan.prompt_logprobs[which]))
         return tuple(parts)
-
-
-def vocab_slice(vocab_size: int, tp: TensorParallelGroup) -> tuple[int, int]:
-    """First id of this rank's slice of the vocabulary, and the id behind its last."""
-    width = padded_length(vocab_size, tp.size)
-    return min(tp.rank * width, vocab_size), min((tp.rank + 1) * width, vocab_size)

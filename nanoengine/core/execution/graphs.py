@@ -33,19 +33,29 @@ def graph_sizes(max_rows: int) -> tuple[int, ...]:
 T = TypeVar("T")
 
 
-def captured(run: Callable[[], T], pool: Any) -> tuple[torch.cuda.CUDAGraph, T]:
+def captured(run: Callable[[], T], pool: Any, agree: Callable[[bool], bool] = bool) -> tuple[torch.cuda.CUDAGraph, T]:
     """A graph of `run` in the memory pool, and what `run` returned inside it.
 
     It runs once before, so that what is compiled on first use is compiled outside the capture. Where kernels are only
     compiled, the graph is empty.
+
+    `agree(went well)`: whether it did on all ranks. Raises what the capture raised, or `RuntimeError` if that was
+    another rank's: no rank replays what another has not.
     """
     result = run()
     if is_compiling_ahead():
         return torch.cuda.CUDAGraph(), result
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with _no_collection(), torch.cuda.graph(graph, pool=pool):
-        result = run()
+    failure: Exception | None = None
+    try:
+        # "thread_local": what other threads do (a collective's watchdog, pinned copies) breaks no capture
+        with _no_collection(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            result = run()
+    except Exception as error:  # noqa: BLE001 - raised below, once the others know
+        failure = error
+    if not agree(failure is None):
+        raise failure or RuntimeError("another rank could not capture this graph")
     return graph, result
 
 
@@ -64,7 +74,9 @@ def _no_collection() -> Iterator[None]:
 class DecodeGraphs:
     """Captured once, at start, the largest first so that all share one memory pool."""
 
-    def __init__(self, sizes: Sequence[int], run: Callable[[int], Tensor]) -> None:
+    def __init__(
+        self, sizes: Sequence[int], run: Callable[[int], Tensor], agree: Callable[[bool], bool] = bool
+    ) -> None:
         """`run(rows)`: forward pass and output layer over the first `rows` rows of the static buffers -> logits.
 
         Raises whatever a capture raises; the caller then stays eager.
@@ -74,7 +86,7 @@ class DecodeGraphs:
         self.logits: dict[int, Tensor] = {}  # of each size, valid until the next replay
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(self.sizes):
-            self._graphs[size], self.logits[size] = captured(partial(run, size), pool)
+            self._graphs[size], self.logits[size] = captured(partial(run, size), pool, agree)
 
     def size_for(self, rows: int) -> int | None:
         """The smallest captured size that holds `rows` rows."""

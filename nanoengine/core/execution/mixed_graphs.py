@@ -21,8 +21,8 @@ from nanoengine.core.execution.graphs import captured
 from nanoengine.core.step import StepPlan
 
 PREFILL_ROWS = 8
-_DECODE_ROWS = (16, 64, 128, 256)
-_PREFILL_TOKENS = (128, 256, 384, 512, 640, 768, 1024, 1536, 2048)
+_DECODE_ROWS = (64, 128, 256)
+_PREFILL_TOKENS = (128, 256, 384, 480, 576, 672, 768, 864, 960, 1088, 1280, 1536, 2048)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,9 @@ def pad_mixed(plan: StepPlan, size: MixedSize, dummy_slot: int) -> PaddedStep:
 class MixedGraphs:
     """Captured at start, the largest first, in one memory pool."""
 
-    def __init__(self, sizes: tuple[MixedSize, ...], run: Callable[[MixedSize], Tensor]) -> None:
+    def __init__(
+        self, sizes: tuple[MixedSize, ...], run: Callable[[MixedSize], Tensor], agree: Callable[[bool], bool] = bool
+    ) -> None:
         """`run(size)`: forward pass and output layer over the static buffers -> logits [size.rows, V]."""
         self._decode = sorted({size.decode for size in sizes})
         self._prefill = sorted({size.prefill for size in sizes})
@@ -97,7 +99,7 @@ class MixedGraphs:
         self.logits: dict[MixedSize, Tensor] = {}  # of each size, valid until the next replay
         pool = torch.cuda.graph_pool_handle()
         for size in sorted(sizes, key=lambda each: -each.tokens):
-            self._graphs[size], self.logits[size] = captured(partial(run, size), pool)
+            self._graphs[size], self.logits[size] = captured(partial(run, size), pool, agree)
 
     def size_for(self, plan: StepPlan) -> MixedSize | None:
         """The smallest captured size that holds `plan`; None where there is none, or it wants prompt log-probs."""

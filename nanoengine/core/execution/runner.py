@@ -100,6 +100,8 @@ class ModelRunner:
         else:
             load_weights(built.model, built.config, self.plan.model_path, self.tp)
         self.model.eval()
+        if self.tp.size > 1:
+            self.model.register_forward_pre_hook(lambda *_: self.tp.begin_forward())
         return built
 
     def _make_state(self, built: BuiltModel, options: EngineOptions) -> MemoryReport:
@@ -199,8 +201,8 @@ class ModelRunner:
         )
         self.eager_tail = EagerTail(self.model, self.tables, self.sampler, self.tp, self.vocab_size)
         supported = self.backend_class.capabilities.graphs
-        sizes = capture_sizes(options, limits, supported, fused=self.fused, tail=self.fused and self.tp.size == 1)
-        self.graphs = StepGraphs(sizes, self.model, self.tables, self.buffers, self.sampler, self._gather)
+        sizes = capture_sizes(options, limits, supported, fused=self.fused, tail=self.fused)
+        self.graphs = StepGraphs(sizes, self.model, self.tables, self.buffers, self.sampler, self.tp, self._gather)
 
     def launch(self, plan: StepPlan) -> Handle:
         """The fused call: forward and sample; in parts, where memory does not hold the step whole."""

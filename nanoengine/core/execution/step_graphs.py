@@ -16,6 +16,7 @@ from nanoengine.core.execution.decode_tail import DecodeTail
 from nanoengine.core.execution.graphs import DecodeGraphs, graph_sizes
 from nanoengine.core.execution.mixed_graphs import PREFILL_ROWS, MixedGraphs, MixedSize, mixed_sizes
 from nanoengine.core.execution.model import ForwardBatch, Model
+from nanoengine.core.execution.parallel import TensorParallelGroup
 from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.shortage import CaptureOutOfMemory, is_out_of_memory
 from nanoengine.core.execution.slots import SlotTables
@@ -72,11 +73,12 @@ class StepGraphs:
         tables: SlotTables,
         buffers: StepBuffers,
         sampler: Sampler,
+        tp: TensorParallelGroup,
         gather: Callable[[StepPlan, int], object],
     ) -> None:
         """`gather(plan, pad_tokens)`: fill the static buffers for a step, as each launch does."""
         self.sizes, self._model, self._tables, self._buffers = sizes, model, tables, buffers
-        self._sampler, self._gather = sampler, gather
+        self._sampler, self._tp, self._gather = sampler, tp, gather
         self.decode: DecodeGraphs | None = None
         self.tail: DecodeTail | None = None
         self.mixed: MixedGraphs | None = None
@@ -120,11 +122,11 @@ class StepGraphs:
         torch.cuda.empty_cache()
 
     def _capture(self) -> None:
-        decode = DecodeGraphs(self.sizes.decode, self._decode_pass)
+        decode = DecodeGraphs(self.sizes.decode, self._decode_pass, self._tp.agree)
         if self.sizes.mixed:
-            self.mixed = MixedGraphs(self.sizes.mixed, self._mixed_pass)
+            self.mixed = MixedGraphs(self.sizes.mixed, self._mixed_pass, self._tp.agree)
         if self.sizes.tail:
-            self.tail = DecodeTail(self._sampler, self._tables, self._buffers)
+            self.tail = DecodeTail(self._sampler, self._tables, self._buffers, self._tp, self._tp.agree)
             self.tail.capture(decode.logits | (self.mixed.logits if self.mixed is not None else {}))
         self.decode = decode
 

@@ -36,6 +36,7 @@ class EngineOptions:
         overlap: prepare step N+1 while step N runs.
         fuse_kernels: on a GPU, layers use fused Triton kernels.
         fuse_sampling: fuse the standard sampler operations (one sort for top-k, top-p and min-p).
+        custom_all_reduce: between GPUs, small sums over ranks are read from each other's memory; else all are NCCL's.
         skip_tokenizer_init: token ids in, token ids out.
     """
 
@@ -59,6 +60,7 @@ class EngineOptions:
     overlap: bool = True
     fuse_kernels: bool = True
     fuse_sampling: bool = True
+    custom_all_reduce: bool = True
     skip_tokenizer_init: bool = False
 
     def __post_init__(self) -> None:

@@ -123,6 +123,7 @@ class Worker:
         import torch
 
         from nanoengine.core.execution.distributed import DistributedGroup, join_store, make_store
+        from nanoengine.core.execution.mixed_graphs import PREFILL_ROWS
         from nanoengine.core.execution.runner import ModelRunner
 
         plan, size = self._start.plan, self._start.layout.size
@@ -138,7 +139,9 @@ class Worker:
             self._send(Kind.PORT, store.port)
         else:
             store = join_store(self._port(), size)
-        group = DistributedGroup(self._rank, size, torch.device(plan.options.device), store, self._entered)
+        rows = plan.options.max_num_seqs + PREFILL_ROWS if plan.options.custom_all_reduce else 0
+        device = torch.device(plan.options.device)
+        group = DistributedGroup(self._rank, size, device, store, self._entered, shared_rows=rows)
         return ModelRunner(plan, TargetLoader(plan.plugin_files), group)
 
     def _port(self) -> int:

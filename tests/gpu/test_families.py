@@ -50,7 +50,7 @@ def test_greedy(pair: Callable[[str], Pair], way: str, kind: str, mode: str) -> 
     assert (stats.mixed_graph_steps > 0) >= (mode == "triton" and way == "churn"), stats
 
 
-MUTANTS = ["the other group's window", "norm weights without their one", "gate is SiLU", "logits not capped"]
+MUTANTS = ["local window one long", "norm weights without their one", "gate is SiLU", "logits not capped"]
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)

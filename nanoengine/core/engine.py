@@ -15,6 +15,7 @@ from typing import Any, NoReturn, Protocol
 
 from nanoengine.core.errors import EngineClosed, NanoEngineError, ParamsError, RequestError, WorkerError
 from nanoengine.core.execution.executor import Executor, StepHandle
+from nanoengine.core.execution.results import LaunchedStep
 from nanoengine.core.execution.shortage import forget_locals, is_out_of_memory
 from nanoengine.core.output import OutputProcessor, RequestState
 from nanoengine.core.request import Request, RequestOutput
@@ -152,20 +153,33 @@ class Engine:
 
         An exception that a sink raises is raised here, once all outputs are delivered.
         """
-        self._advance(wait=True)
+        self._advance(self._launch_and_wait)
 
-    def launch_ahead(self) -> None:
-        """`advance`, but wait for nothing: the device starts while more requests are still being added."""
-        self._advance(wait=False)
+    def keep_busy(self) -> None:
+        """`advance` by one step at most, and without a wait: the device works while requests are still being added."""
+        self._advance(self._launch_one)
 
-    def _advance(self, *, wait: bool) -> None:
+    def _launch_and_wait(self) -> None:
+        self._launch_ahead()
+        if self._in_flight:
+            self._finish_oldest()
+
+    def _launch_one(self) -> None:
+        if len(self._in_flight) == self._depth and _has_arrived(self._in_flight[0].handle):
+            self._finish_oldest()
+        self._launch_ahead(min(self._depth, len(self._in_flight) + 1))
+
+    @property
+    def _depth(self) -> int:
+        """The most steps in flight."""
+        return 2 if self.limits.overlap else 1
+
+    def _advance(self, work: Callable[[], None]) -> None:
         with self._lock:
             self._check_open()
             try:
                 self._drain_inbox()
-                self._launch_ahead()
-                if wait and self._in_flight:
-                    self._finish_oldest()
+                work()
             except BaseException:  # Ctrl-C may come anywhere
                 if self._booking:
                     self._start_over()
@@ -306,8 +320,9 @@ class Engine:
             self.scheduler.abort(request)
         self._publish(self.outputs.aborted(state, time.monotonic()))
 
-    def _launch_ahead(self) -> None:
-        depth = 2 if self.limits.overlap else 1
+    def _launch_ahead(self, depth: int | None = None) -> None:
+        """Until so many steps are in flight (None: as many as may be), or nothing can be scheduled."""
+        depth = self._depth if depth is None else depth
         while len(self._in_flight) < depth:
             self._booking = True
             step = self.scheduler.schedule()
@@ -406,6 +421,11 @@ def step_failure(error: Exception) -> RequestError:
     cause.__cause__ = error
     forget_locals(error)
     return cause
+
+
+def _has_arrived(handle: StepHandle) -> bool:
+    """Whether `wait` would not wait. Only a device's own handles can tell; on a CPU, batches depend on no clock."""
+    return isinstance(handle, LaunchedStep) and handle.has_arrived()
 
 
 def check_priority(priority: object) -> None:

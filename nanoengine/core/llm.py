@@ -267,7 +267,7 @@ class LLM:
                     )
                     tokens += len(prompt) if isinstance(prompt, list | tuple) else 0
                     if tokens >= config.max_num_batched_tokens and config.policy == "fcfs":
-                        self.engine.launch_ahead()  # a full step; adding some thousand requests takes a while
+                        self.engine.keep_busy()  # a full step; adding some thousand requests takes a while
                         tokens = 0
                 while len(done) < len(ids):
                     self.engine.advance()

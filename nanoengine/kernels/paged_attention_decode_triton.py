@@ -57,7 +57,7 @@ def blocks_of(table, start, end, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
-def prefetch_keys(
+def _prefetch_keys(
     cache, table, kv_head, begin, end,
     KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
@@ -82,55 +82,12 @@ def capped(scores, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
 
 
 @triton.jit
-def attend_keys(
-    query, k_cache, v_cache, table, kv_head, begin, end, length,
-    KV_HEADS: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Online softmax of one KV head's queries over keys [begin, end), `begin` a multiple of TILE.
-
-    Returns the weighted sum of values [GROUP_PAD, D_PAD], and each query's highest score and sum of weights."""
-    d = tl.arange(0, D_PAD)
-    near = tl.arange(0, TILE)
-    head_size = BLOCK_SIZE * D
-    top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_PAD], tl.float32)
-    acc = tl.zeros([GROUP_PAD, D_PAD], tl.float32)
-    for start in tl.range(begin, end, TILE, num_stages=STAGES):
-        keys = start + near
-        live = keys < end
-        block = blocks_of(table, start, end, TILE, BLOCK_SIZE)
-        at = (block * KV_HEADS + kv_head) * head_size + keys % BLOCK_SIZE * D
-        at = at[:, None] + d[None, :]
-        if D == D_PAD:
-            key = tl.load(k_cache + at)
-        else:
-            key = tl.load(k_cache + at, mask=(d < D)[None, :], other=0.0)
-        scores = capped(tl.dot(query, tl.trans(key), input_precision="ieee"), SCALE, SOFT_CAP)
-        seen = live
-        if WINDOW > 0:
-            seen = seen & (keys >= length - WINDOW)
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))  # finite: no tile is blocked throughout
-        fade = tl.exp2(top - higher)
-        p = tl.exp2(scores - higher[:, None])
-        total = total * fade + tl.sum(p, 1)
-        # stale memory behind the row's end may hold anything, and 0 * inf is no zero
-        value = tl.load(v_cache + at, mask=live[:, None] & (d < D)[None, :], other=0.0)
-        acc = tl.dot(p.to(value.dtype), value, acc * fade[:, None], input_precision="ieee")
-        top = higher
-    return acc, top, total
-
-
-@triton.jit
-def combine(
+def _combine(
     part, lse, out, used,
     GROUP: tl.constexpr, GROUP_P2: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, SPLITS_P2: tl.constexpr,
-    CHUNK: tl.constexpr, STRIDE: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Sum of the `used` parts of one (row, KV head), each weighed by its share of the softmax's denominator.
-
-    The first part lies at place STRIDE - 1, part s at s * STRIDE."""
+    """Sum of the `used` parts of one (row, KV head), each weighed by its share of the softmax's denominator."""
     g = tl.arange(0, GROUP_P2)
     d = tl.arange(0, D_PAD)
     head = (g < GROUP)[:, None] & (d < D)[None, :]
@@ -139,26 +96,21 @@ def combine(
     # .cg: other programs wrote all this; never from this multiprocessor's own L1. The first parts are asked for before
     # anything is computed, so that their latency and that of the weights is paid once.
     live = (near < used)[:, None, None] & head[None, :, :]
-    place = tl.where(near == 0, STRIDE - 1, near * STRIDE)
-    at = (place[:, None, None] * GROUP + g[None, :, None]) * D + d[None, None, :]
+    at = (near[:, None, None] * GROUP + g[None, :, None]) * D + d[None, None, :]
     parts = tl.load(part + at, mask=live, other=0.0, cache_modifier=".cg")
     there = (split < used)[:, None] & (g < GROUP)[None, :]
-    each = tl.where(split == 0, STRIDE - 1, split * STRIDE)[:, None] * GROUP + g[None, :]
-    each = tl.load(lse + each, mask=there, other=float("-inf"), cache_modifier=".cg")
+    each = tl.load(lse + split[:, None] * GROUP + g[None, :], mask=there, other=float("-inf"), cache_modifier=".cg")
     some = (near < used)[:, None] & (g < GROUP)[None, :]
-    mine = place[:, None] * GROUP + g[None, :]
-    mine = tl.load(lse + mine, mask=some, other=float("-inf"), cache_modifier=".cg")
+    mine = tl.load(lse + near[:, None] * GROUP + g[None, :], mask=some, other=float("-inf"), cache_modifier=".cg")
     top = tl.where(g < GROUP, tl.max(each, 0), 0.0)
     total = tl.where(g < GROUP, tl.sum(tl.exp2(each - top[None, :]), 0), 1.0)
     acc = tl.sum(parts * tl.exp2(mine - top[None, :])[:, :, None], 0)
     for first in range(CHUNK, used, CHUNK):
         s = first + near
         some = (s < used)[:, None] & (g < GROUP)[None, :]
-        mine = (s * STRIDE)[:, None] * GROUP + g[None, :]
-        mine = tl.load(lse + mine, mask=some, other=float("-inf"), cache_modifier=".cg")
+        mine = tl.load(lse + s[:, None] * GROUP + g[None, :], mask=some, other=float("-inf"), cache_modifier=".cg")
         live = (s < used)[:, None, None] & head[None, :, :]
-        at = ((s * STRIDE)[:, None, None] * GROUP + g[None, :, None]) * D + d[None, None, :]
-        parts = tl.load(part + at, mask=live, other=0.0, cache_modifier=".cg")
+        parts = tl.load(part + first * (GROUP * D) + at, mask=live, other=0.0, cache_modifier=".cg")
         acc += tl.sum(parts * tl.exp2(mine - top[None, :])[:, :, None], 0)
     to = g[:, None] * D + d[None, :]
     tl.store(out + to, (acc / total[:, None]).to(out.dtype.element_ty), mask=head)
@@ -190,8 +142,8 @@ def _decode(
     table = block_tables + row * table_stride
     if PDL and AHEAD > 0:
         if split < used:
-            prefetch_keys(k_cache, table, kv_head, begin, end, KV_HEADS, D, BLOCK_SIZE, AHEAD)
-            prefetch_keys(v_cache, table, kv_head, begin, end, KV_HEADS, D, BLOCK_SIZE, AHEAD)
+            _prefetch_keys(k_cache, table, kv_head, begin, end, KV_HEADS, D, BLOCK_SIZE, AHEAD)
+            _prefetch_keys(v_cache, table, kv_head, begin, end, KV_HEADS, D, BLOCK_SIZE, AHEAD)
     wait_for_inputs(PDL)
     release_dependents(PDL)
     if split >= used:
@@ -199,13 +151,39 @@ def _decode(
 
     g = tl.arange(0, GROUP_PAD)
     d = tl.arange(0, D_PAD)
+    near = tl.arange(0, TILE)
     rows_live = (g < GROUP)[:, None] & (d < D)[None, :]
     own = row * q_stride + kv_head * (GROUP * D) + g[:, None] * D + d[None, :]
     query = tl.load(q + own, mask=rows_live, other=0.0)
-    acc, top, total = attend_keys(
-        query, k_cache, v_cache, table, kv_head, begin, end, length,
-        KV_HEADS, GROUP_PAD, D, D_PAD, BLOCK_SIZE, TILE, SCALE, WINDOW, SOFT_CAP, STAGES,
-    )  # fmt: skip
+    head_size = BLOCK_SIZE * D
+
+    top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_PAD], tl.float32)
+    acc = tl.zeros([GROUP_PAD, D_PAD], tl.float32)
+    for start in tl.range(begin, end, TILE, num_stages=STAGES):
+        keys = start + near
+        live = keys < end
+        block = blocks_of(table, start, end, TILE, BLOCK_SIZE)
+        at = (block * KV_HEADS + kv_head) * head_size + keys % BLOCK_SIZE * D
+        at = at[:, None] + d[None, :]
+        if D == D_PAD:
+            key = tl.load(k_cache + at)
+        else:
+            key = tl.load(k_cache + at, mask=(d < D)[None, :], other=0.0)
+        scores = capped(tl.dot(query, tl.trans(key), input_precision="ieee"), SCALE, SOFT_CAP)
+        seen = live
+        if WINDOW > 0:
+            seen = seen & (keys >= length - WINDOW)
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))  # finite: no tile is blocked throughout
+        fade = tl.exp2(top - higher)
+        p = tl.exp2(scores - higher[:, None])
+        total = total * fade + tl.sum(p, 1)
+        # stale memory behind the row's end may hold anything, and 0 * inf is no zero
+        value = tl.load(v_cache + at, mask=live[:, None] & (d < D)[None, :], other=0.0)
+        acc = tl.dot(p.to(value.dtype), value, acc * fade[:, None], input_precision="ieee")
+        top = higher
+
     mixed = acc / total[:, None]
     to = row * (KV_HEADS * GROUP * D) + kv_head * (GROUP * D)
     if SPLITS == 1 or used == 1:
@@ -218,7 +196,7 @@ def _decode(
         tl.store(lse + split * GROUP + g, top + tl.log2(total), mask=g < GROUP)
         tl.debug_barrier()  # every thread's part is written before one of them releases the ticket
         if tl.atomic_add(tickets + pair, 1, sem="acq_rel", scope="gpu") == used - 1:
-            combine(part, lse, out + to, used, GROUP, GROUP_P2, D, D_PAD, SPLITS_P2, CHUNK, 1)
+            _combine(part, lse, out + to, used, GROUP, GROUP_P2, D, D_PAD, SPLITS_P2, CHUNK)
             tl.store(tickets + pair, 0)  # for the next launch
 
 
@@ -297,7 +275,7 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     )  # fmt: skip
 
 
-def attend_split(
+def attend_decode(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,

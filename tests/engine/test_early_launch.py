@@ -16,13 +16,13 @@ def test_steps_start_while_requests_are_still_being_added(tmp_path: Path, monkey
     """A full step's worth of prompts is launched before the last prompt is in; under "priority" nobody goes ahead."""
     prompts = [[i + 1, 2, 3, 4, 5, 6] for i in range(12)]
     added: list[list[int]] = []
-    original = Engine.launch_ahead
+    original = Engine.keep_busy
 
     def watched(self: Engine) -> None:
         original(self)
         added[-1].append(len(self._known))
 
-    monkeypatch.setattr(Engine, "launch_ahead", watched)
+    monkeypatch.setattr(Engine, "keep_busy", watched)
     told = []
     for options in ({}, {"overlap": False}, {"scheduling_policy": "priority"}, {"max_num_batched_tokens": 512}):
         added.append([])
@@ -31,3 +31,29 @@ def test_steps_start_while_requests_are_still_being_added(tmp_path: Path, monkey
         told.append([output.outputs[0].token_ids for output in outputs])
     assert added == [[4, 8, 12], [4, 8, 12], [], []]
     assert told[0] == told[1] == told[2] == told[3]
+
+
+def test_steps_that_have_arrived_make_room_for_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where handles can tell: steps are finished while prompts are being added, one by one."""
+    prompts = [[i + 1, 2, 3, 4, 5, 6] for i in range(40)]
+    params = SamplingParams(temperature=0.8, seed=3, max_tokens=3, ignore_eos=True)
+    finished: list[int] = []
+    original = Engine._finish_oldest
+
+    def watched(self: Engine) -> None:
+        original(self)
+        finished.append(self._ordinal)
+
+    def run() -> list[tuple[int, ...]]:
+        finished.clear()
+        with mock_llm(tmp_path, max_num_batched_tokens=24) as llm:
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+        return [output.outputs[0].token_ids for output in outputs]
+
+    monkeypatch.setattr(Engine, "_finish_oldest", watched)
+    want = run()
+    assert finished[0] == 40  # nothing before the last prompt is in
+    monkeypatch.setattr("nanoengine.core.engine._has_arrived", lambda handle: True)
+    assert run() == want
+    assert finished[0] == 12  # two steps were launched, the third needs room
+    assert len([n for n in finished if n < 40]) == 7

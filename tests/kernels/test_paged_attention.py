@@ -14,13 +14,7 @@ from nanoengine.kernels import paged_attention as reference
 pytest.importorskip("triton")
 
 from nanoengine.kernels import paged_attention_triton as kernels
-from nanoengine.kernels.paged_attention_triton import (
-    DecodeConfig,
-    DecodePlanner,
-    DecodeScratch,
-    PrefillConfig,
-    SharesConfig,
-)
+from nanoengine.kernels.paged_attention_triton import DecodeConfig, DecodePlanner, DecodeScratch, PrefillConfig
 
 # of values around 1: rounding of the output and of the probabilities
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -74,7 +68,7 @@ class Batch:
         args = (self.q, self.k_cache, self.v_cache, self.tables, self.lens, self.starts)
         return reference.attend_prefill(*args, **self.shape.arguments)
 
-    def decode(self, config: DecodeConfig | SharesConfig | None = None, scratch: DecodeScratch | None = None) -> Tensor:
+    def decode(self, config: DecodeConfig | None = None, scratch: DecodeScratch | None = None) -> Tensor:
         shape, pairs = self.shape, len(self.rows) * self.shape.kv_heads
         out = torch.full_like(self.q, float("nan"))
         if config is None:
@@ -83,9 +77,8 @@ class Batch:
                 max_rows=len(self.rows), longest=max(n for _, n in self.rows), device=self.q.device,
             )  # fmt: skip
             config, scratch = planner.config(len(self.rows)), planner.scratch
-        parts = config.places if isinstance(config, SharesConfig) else pairs * config.splits
         scratch = scratch or DecodeScratch.make(
-            parts, pairs, shape.heads // shape.kv_heads, shape.head_size, self.q.device
+            pairs * config.splits, pairs, shape.heads // shape.kv_heads, shape.head_size, self.q.device
         )
         kernels.attend_decode(
             self.q, self.k_cache, self.v_cache, out, self.tables, self.lens, config=config, scratch=scratch,
@@ -154,37 +147,6 @@ def test_splits_are_used_and_each_is_counted_once(device: torch.device) -> None:
     assert scratch.lse.isnan().all()
 
 
-@pytest.mark.parametrize("min_tiles", [1, 2])
-@pytest.mark.parametrize("programs", [1, 3, 7, 64])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        Shape(),
-        Shape(heads=3, kv_heads=1, head_size=80, soft_cap=3.0),
-        Shape(window=20, head_size=24, block_size=32),
-        Shape(heads=2, block_size=12, head_size=10),
-    ],
-    ids=str,
-)
-def test_equal_shares(shape: Shape, programs: int, min_tiles: int, device: torch.device) -> None:
-    """Pieces that begin and end amid pairs, hold several pairs, or one of many of a pair; more programs than tiles."""
-    batch = Batch(shape, [(1, 70), (1, 1), (1, 16), (1, 133), (1, 17), (1, 3)], torch.float32, device)
-    config = SharesConfig(tile=16, programs=programs, min_tiles=min_tiles, warps=4, stages=3)
-    agree(batch.decode(config), batch.want())
-
-
-def test_shares_are_equal_and_each_part_is_counted_once(device: torch.device) -> None:
-    """Two pairs of 8 tiles by 5 programs: 3 or 4 tiles each, six parts; a wrong place or count would not agree."""
-    batch = Batch(Shape(), [(1, 128)], torch.float32, device)
-    config = SharesConfig(tile=16, programs=5, min_tiles=1, warps=4, stages=3)
-    scratch = DecodeScratch.make(config.places, 2, 2, 64, device)
-    scratch.part.fill_(float("nan"))
-    scratch.lse.fill_(float("nan"))
-    agree(batch.decode(config, scratch), batch.want())
-    written = scratch.lse.view(config.places, 2).isfinite().all(1).tolist()
-    assert [i for i, each in enumerate(written) if each] == [1, 2, 4, 5, 6, 8]
-
-
 @pytest.mark.parametrize(
     "shape",
     [
@@ -217,16 +179,14 @@ def test_prefill_leaves_earlier_tokens_alone_and_zeroes_later_ones(device: torch
 
 def test_decode_layouts_fit_the_scratch() -> None:
     shape = (8, 128, 4096, 2, 132)
+    assert kernels.decode_config(256, *shape).splits == 1
     assert kernels.decode_config(1, *shape).splits >= 16
     planner = DecodePlanner.make(
         num_heads=16, num_kv_heads=8, head_size=128, dtype=torch.bfloat16, max_rows=64, longest=4096,
         device=torch.device("cpu"),
     )  # fmt: skip
-    assert isinstance(planner.config(64), SharesConfig)
     for rows in range(1, 65):
-        config = planner.config(rows)
-        parts = config.places if isinstance(config, SharesConfig) else rows * 8 * config.splits
-        assert parts * 2 <= len(planner.scratch.lse)
+        assert rows * 8 * planner.config(rows).splits * 2 <= len(planner.scratch.lse)
 
 
 VARIANTS = [(None, None), (300, None), (None, 20.0), (37, 5.0)]

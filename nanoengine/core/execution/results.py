@@ -67,6 +67,10 @@ class LaunchedStep:
         prompt = join_logprobs([_logprob_rows(part, [next(arrays) for _ in part.tensors]) for part in self._prompt])
         return _result(self._plan, self._rows, token_ids, row_failed, sampled, prompt, self._graphs)
 
+    def has_arrived(self) -> bool:
+        arrived: bool = self._arrived is None or self._arrived.query()  # type: ignore[no-untyped-call]
+        return arrived
+
 
 class TailStep(LaunchedStep):
     """Of a step that ended in a graph: one copy, and no log-probs."""

@@ -43,7 +43,8 @@ class Picks(NamedTuple):
 def advance(picks: Mapping[Request, int], step: int) -> Picks:
     """Books the picked tokens as computed by `step`, and sorts the rows: decode rows first.
 
-    A decode row continues a generated sequence: its only input is the last token, which may still be in flight.
+    A decode row continues a generated sequence: its only input is the last token, which may still be in flight. The
+    longest come first: a device that starts with what takes longest is not left with one of them at the end.
     """
     decode: list[Request] = []
     decode_starts: list[int] = []
@@ -60,7 +61,8 @@ def advance(picks: Mapping[Request, int], step: int) -> Picks:
             decode_starts.append(start)
         else:
             prefill.append(Prefill(request, start, end, sampled))
-    return Picks(decode, decode_starts, prefill)
+    order = sorted(range(len(decode)), key=decode_starts.__getitem__, reverse=True)
+    return Picks([decode[i] for i in order], [decode_starts[i] for i in order], prefill)
 
 
 def build_plan(

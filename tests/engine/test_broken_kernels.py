@@ -9,79 +9,65 @@ from pathlib import Path
 
 import pytest
 
+FLASH = "raise OSError('flash_attn_2_cuda.so: undefined symbol')"
 BROKEN = {
-    "missing": "import sys; sys.modules['triton'] = None",
     "no .so": "raise OSError('libtriton.so: cannot open shared object file')",
     "half there": "raise AttributeError('partially initialized module triton has no attribute jit')",
-    "empty": "",
 }
+ASK = """
+import logging, torch
+logging.basicConfig()
+from nanoengine.api import AttentionNeed
+from nanoengine.core.errors import NanoEngineError
+from nanoengine.core.setup.plugins import choose_attention, discover
+from nanoengine.kernels.ops import ops_for
+
+print("layers on", ops_for(torch.device("cuda")).name)
+need = AttentionNeed(device="cuda", dtype="bfloat16", head_sizes=frozenset({128}), block_size=256)
+for name in ("auto", "triton", "flash_attn"):
+    try:
+        found, passed = choose_attention(discover(), need, name)
+        print(name, "chose", found.spec.name, *[f"not {other}: {why}" for other, why in passed])
+    except NanoEngineError as error:
+        print(name, type(error).__name__, error)
+"""
 
 
-def run(tmp_path: Path, code: str, broken: dict[str, str]) -> str:
-    """What `code` prints, in a fresh interpreter that finds these modules first."""
+def run(tmp_path: Path, code: str, broken: dict[str, str]) -> list[str]:
+    """The lines that `code` prints, in a fresh interpreter that finds these modules first."""
     for name, source in broken.items():
         (tmp_path / f"{name}.py").write_text(source)
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
+    return (done.stdout + done.stderr).splitlines()
 
 
-OPS = """
-import logging, torch
-logging.basicConfig()
-from nanoengine.kernels.ops import ops_for
-print("layers on", ops_for(torch.device("cuda")).name)
-"""
+@pytest.mark.parametrize("how", BROKEN)
+def test_broken_packages(tmp_path: Path, how: str) -> None:
+    lines = run(tmp_path, ASK, {"triton": BROKEN[how], "flash_attn": FLASH})
+    cause = BROKEN[how].split("'")[1]
+    layers, auto, triton, flash, warning = lines
+    assert layers == "layers on torch"
+    assert "the fused kernels cannot be imported, layers and sampling run on plain torch" in warning
+    assert cause in warning
+    assert "reinstall triton" in warning
+    assert auto.startswith("auto chose torch not triton: ")
+    assert cause in auto
+    assert "not flash_attn: ['flash_attn cannot be imported: OSError: flash_attn_2_cuda.so: undefined symbol']" in auto
+    assert triton.startswith("triton UnsupportedError attention backend 'triton' cannot serve this model here")
+    assert "attention=auto takes one that can" in triton
+    assert cause in triton
+    assert flash.startswith("flash_attn UnsupportedError attention backend 'flash_attn' cannot serve this model here")
+    assert "attention=auto takes one that can" in flash
+    assert "undefined symbol" in flash
 
 
-@pytest.mark.parametrize("how", ["no .so", "half there", "empty"])
-def test_layers_run_on_plain_torch_which_is_said(tmp_path: Path, how: str) -> None:
-    out = run(tmp_path, OPS, {"triton": BROKEN[how]})
-    assert "layers on torch" in out
-    assert out.count("the fused kernels cannot be imported") == 1
-    assert "reinstall triton" in out
-
-
-def test_a_missing_package_is_no_fault(tmp_path: Path) -> None:
-    out = run(tmp_path, "import sys; sys.modules['triton'] = None\n" + OPS, {})
-    assert "layers on torch" in out
-
-
-CHOICE = """
-import sys
-from nanoengine.core.errors import NanoEngineError
-from nanoengine.api import AttentionNeed
-from nanoengine.core.setup.plugins import choose_attention, discover
-need = AttentionNeed(device="cuda", dtype="bfloat16", head_sizes=frozenset({128}), block_size=256)
-try:
-    found, passed = choose_attention(discover(), need, NAME)
-    print("chosen", found.spec.name)
-    for name, reasons in passed:
-        print("passed over", name, reasons)
-except NanoEngineError as error:
-    print(type(error).__name__, error)
-"""
-
-
-@pytest.mark.parametrize("how", ["no .so", "half there", "empty"])
-def test_auto_falls_to_the_next_backend_and_says_why(tmp_path: Path, how: str) -> None:
-    broken = {"triton": BROKEN[how], "flash_attn": "raise OSError('flash_attn_2_cuda.so: undefined symbol')"}
-    out = run(tmp_path, CHOICE.replace("NAME", "'auto'"), broken)
-    assert "chosen torch" in out
-    assert "passed over triton" in out
-    assert "passed over flash_attn ['flash_attn cannot be imported: OSError: flash_attn_2_cuda.so" in out
-
-
-@pytest.mark.parametrize(("name", "cause"), [("triton", "libtriton.so"), ("flash_attn", "undefined symbol")])
-def test_asked_for_by_name_it_is_a_typed_error_with_the_mend(tmp_path: Path, name: str, cause: str) -> None:
-    broken = {"triton": BROKEN["no .so"], "flash_attn": "raise OSError('flash_attn_2_cuda.so: undefined symbol')"}
-    out = run(tmp_path, CHOICE.replace("NAME", f"'{name}'"), broken)
-    assert f"UnsupportedError attention backend '{name}' cannot serve this model here" in out
-    assert cause in out
-    assert "attention=auto takes one that can" in out
-
-
-def test_what_is_not_installed_is_told_with_how_to_install_it(tmp_path: Path) -> None:
-    code = "import sys; sys.modules['triton'] = None\n" + CHOICE.replace("NAME", "'triton'")
-    assert "needs triton, not installed here (pip install 'nanoengine[triton]')" in run(tmp_path, code, {})
+def test_missing_packages_are_no_fault(tmp_path: Path) -> None:
+    hide = "import sys; sys.modules['triton'] = sys.modules['flash_attn'] = None\n"
+    layers, auto, triton, flash = run(tmp_path, hide + ASK, {})
+    assert layers == "layers on torch"
+    assert auto.startswith("auto chose torch not triton: ")
+    assert "UnsupportedError" in triton
+    assert "needs triton, not installed here (pip install 'nanoengine[triton]')" in triton
+    assert "pip install flash-attn" in flash

@@ -303,7 +303,7 @@ def test_close_gives_everything_back(tmp_path: Path) -> None:
 class EagerGraphs:
     """Stands for CUDA graphs on a CPU: a replay runs the captured pass over the static buffers."""
 
-    def __init__(self, sizes: Any, run: Any) -> None:
+    def __init__(self, sizes: Any, run: Any, *more: Any) -> None:
         self.sizes, self.run, self.logits = tuple(sorted(sizes)), run, {}
         for size in self.sizes:
             self.logits[size] = run(size)
@@ -319,7 +319,7 @@ class EagerGraphs:
 
 
 def capturing(monkeypatch: pytest.MonkeyPatch, graphs: Any) -> None:
-    """Decode graphs on a CPU, made by `graphs(sizes, run)`."""
+    """Decode graphs on a CPU, made by `graphs(sizes, run, ...)`."""
 
     def sizes(options: Any, *args: Any, **more: Any) -> CaptureSizes:
         return CaptureSizes() if options.enforce_eager else CaptureSizes(decode=(1, 2, 4, 8, 16))
@@ -341,7 +341,7 @@ def test_graphs_give_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_failed_capture_is_said_once_and_every_step_is_eager(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def graphs(sizes: Any, run: Any) -> EagerGraphs:
+    def graphs(sizes: Any, run: Any, *more: Any) -> EagerGraphs:
         made = EagerGraphs(sizes, run)  # it fails late: what it did to the tables must not stay
         raise RuntimeError(f"operation not permitted when stream is capturing ({len(made.sizes)})")
 
@@ -359,7 +359,7 @@ def test_a_failed_capture_is_said_once_and_every_step_is_eager(
 def test_a_capture_out_of_memory_is_tried_with_smaller_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
 
-    def graphs(sizes: Any, run: Any) -> EagerGraphs:
+    def graphs(sizes: Any, run: Any, *more: Any) -> EagerGraphs:
         limits = run.__self__._buffers.limits
         tried.append(limits.max_tokens)
         if limits.max_tokens > 600:
@@ -377,7 +377,7 @@ def test_a_capture_out_of_memory_is_tried_with_smaller_steps(tmp_path: Path, mon
 def test_a_capture_that_never_fits_ends_eager_and_not_with_fewer_requests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def graphs(sizes: Any, run: Any) -> EagerGraphs:
+    def graphs(sizes: Any, run: Any, *more: Any) -> EagerGraphs:
         raise OutOfMemory("CUDA out of memory")
 
     capturing(monkeypatch, graphs)

@@ -112,27 +112,28 @@ class _NoInterrupts:
     stopped = False
 
     @contextmanager
-    def answering(self) -> Iterator[None]:
+    def reading(self) -> Iterator[None]:
         yield
 
 
 class _Interrupts(_NoInterrupts):
-    """Ctrl-C: while an answer comes it sets `stopped`, so that no step of the engine is broken off; else it raises."""
+    """Ctrl-C: while a line is read it raises; else it sets `stopped`, so that no step of the engine is broken off."""
 
-    _answering = False
+    _reading = False
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._answering:
+        if self._reading:
+            self._reading = False  # an impatient second one must not break into what follows
             raise KeyboardInterrupt
         self.stopped = True
 
     @contextmanager
-    def answering(self) -> Iterator[None]:
-        self.stopped, self._answering = False, True
+    def reading(self) -> Iterator[None]:
+        self._reading = True
         try:
             yield
         finally:
-            self._answering = False
+            self._reading = self.stopped = False
 
     @classmethod
     @contextmanager
@@ -156,7 +157,8 @@ class _Session:
     def run(self) -> int:
         while True:
             try:
-                line = _read()
+                with self.interrupts.reading():
+                    line = _read()
                 if line is None or line.strip() == "/exit":
                     return self.failed
                 self._line(line)
@@ -177,8 +179,7 @@ class _Session:
     def _ask(self, text: str) -> None:
         start = time.perf_counter()
         try:
-            with self.interrupts.answering():
-                answer = self.talk.ask(text, _show, lambda: self.interrupts.stopped)
+            answer = self.talk.ask(text, _show, lambda: self.interrupts.stopped)
         except RequestError as error:
             self.failed += 1
             hint = "; /reset begins a new conversation" if error.code in ("too_long", "does_not_fit") else ""

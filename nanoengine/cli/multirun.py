@@ -58,10 +58,14 @@ class Sweep:
     jobs: tuple[Job, ...]
 
 
-def sweep(config: str, overrides: Sequence[str], plugins: Sequence[Path], *, resume: bool) -> int:
+def sweep(
+    config: str, overrides: Sequence[str], plugins: Sequence[Path], *, resume: bool, options: Sequence[str] = ()
+) -> int:
     """The exit status: 0, 1 if a combination failed, 130 or 143 when interrupted or terminated.
 
-    `config`: with `resume`, the folder of a sweep. Raises `NanoEngineError` for what stops it before anything runs.
+    `config`: with `resume`, the folder of a sweep. `options`: further ones of `nanoengine run`.
+
+    Raises `NanoEngineError` for what stops it before anything runs.
     """
     folder = Path(config).expanduser()
     if folder.is_dir() and (resume or (folder / _SWEEP).exists()):
@@ -74,7 +78,7 @@ def sweep(config: str, overrides: Sequence[str], plugins: Sequence[Path], *, res
         raise ConfigError("--resume of a sweep takes the sweep's folder: nanoengine run --resume multirun/DATE")
     else:
         todo = _prepare(config, combinations(overrides), plugins)
-    return _run(todo)
+    return _run(todo, options)
 
 
 # -- before the first combination ----------------------------------------------------------------------------------
@@ -168,14 +172,14 @@ def _read(folder: Path) -> Sweep:
 # -- the combinations ------------------------------------------------------------------------------------------------
 
 
-def _run(todo: Sweep) -> int:
+def _run(todo: Sweep, options: Sequence[str]) -> int:
     say(f"{len(todo.jobs)} combinations, into {todo.folder}")
     outcomes: list[Outcome] = []
     stopped = 0
     for number, job in enumerate(todo.jobs):
         say(f"[{number + 1}/{len(todo.jobs)}] {job.combination.label}")
         try:
-            status = _outcome(job, todo)
+            status = _outcome(job, todo, options)
         except KeyboardInterrupt as interrupt:
             word, stopped = ending(interrupt)
             outcomes.append(_entry(number, job, word))
@@ -194,7 +198,7 @@ def _entry(number: int, job: Job, status: str) -> Outcome:
     return Outcome(number, job.combination.varied, status, (record.summary if record else None) or {})
 
 
-def _outcome(job: Job, todo: Sweep) -> str:
+def _outcome(job: Job, todo: Sweep, options: Sequence[str]) -> str:
     """Runs a combination, unless it has run; "ok", or what went wrong."""
     if job.error:
         say(f"  failed: {job.error}")
@@ -203,7 +207,7 @@ def _outcome(job: Job, todo: Sweep) -> str:
     if record is not None and record.summary is not None and record.summary["status"] == 0:
         say("  finished before")
         return "ok"
-    status = _in_a_process(job, todo)
+    status = _in_a_process(job, todo, options)
     last = _last_line(job.folder / _LOG)
     if status < 0:
         name = signal.Signals(-status).name if -status in set(signal.Signals) else str(-status)
@@ -214,9 +218,9 @@ def _outcome(job: Job, todo: Sweep) -> str:
     return word
 
 
-def _in_a_process(job: Job, todo: Sweep) -> int:
+def _in_a_process(job: Job, todo: Sweep, options: Sequence[str]) -> int:
     """Exit status of `nanoengine run` on the job's configuration; a negative one is a signal's number."""
-    command = [*_NANOENGINE, "run", str((job.folder / _CONFIG).absolute()), "--resume"]
+    command = [*_NANOENGINE, "run", str((job.folder / _CONFIG).absolute()), "--resume", *options]
     command += [f"output={json.dumps(str(job.output.absolute()))}"]
     command += [word for plugin in todo.plugins for word in ("--plugin", plugin)]
     environment = {"TQDM_MININTERVAL": "5", **os.environ}  # the log is no terminal

@@ -144,14 +144,15 @@ def _json(value: Any) -> Any:
 
 
 def _versions(registry: Registry) -> dict[str, str]:
-    """Of nanoengine, Python, what computes, and the plugins; the GPU's name where there is one."""
+    """Of nanoengine, Python, what computes, and the plugins; the GPU's name where this process uses one."""
     import torch
 
     found = {"nanoengine": __version__, "python": platform.python_version(), "platform": platform.platform()}
     for name in _PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-    if torch.cuda.is_available():
+    # Where worker processes compute, this one takes no GPU memory only to ask.
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         found["gpu"] = torch.cuda.get_device_name()
     parts = (registry.models, registry.samplers, registry.attention_backends, registry.model_sources)
     for origin in (each.origin for kind in parts for each in kind.values()):

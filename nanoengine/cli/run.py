@@ -69,7 +69,8 @@ def run(
         if multirun or (folder.is_dir() and (resume or (folder / "sweep.json").exists())):
             from nanoengine.cli.multirun import sweep
 
-            status = sweep(config, overrides or (), plugin or (), resume=resume)
+            options = [*(["--verbose"] if verbose else []), *(["--debug"] if debug else [])]  # into each run.log
+            status = sweep(config, overrides or (), plugin or (), resume=resume, options=options)
         else:
             registry = discover(plugin or ())
             inputs: dict[str, str | Path] = {"the configuration file": config}

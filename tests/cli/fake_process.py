@@ -36,7 +36,7 @@ def main() -> None:
     module: Any = types.ModuleType("nanoengine.core.llm")
     module.LLM = ProcessLLM
     no_gpu: Any = types.ModuleType("torch")
-    no_gpu.cuda = types.SimpleNamespace(is_available=lambda: False)
+    no_gpu.cuda = types.SimpleNamespace(is_initialized=lambda: False)
     sys.modules |= {"nanoengine.core.llm": module, "torch": no_gpu}
     from nanoengine.cli import main as command_line
 

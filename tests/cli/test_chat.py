@@ -290,7 +290,7 @@ def test_in_a_terminal(terminal: Terminal) -> None:
     wait_for(terminal, r"\[stopped, \d+ tokens")
     terminal.type("/stats\n")  # the program lives, and the partial answer is in the conversation
     wait_for(terminal, "conversation: 2 messages; in all 1 answers")
-    wait_for(terminal, "0 running, 0 waiting, 0 of ")
+    wait_for(terminal, "0 running, 0 waiting, 0 of .*\n> ")
     terminal.type("half a line")
     wait_for(terminal, "> half a line")
     terminal.type("\x03")
@@ -300,7 +300,7 @@ def test_in_a_terminal(terminal: Terminal) -> None:
     terminal.type("\x03\x03")  # an impatient one
     wait_for(terminal, r"\[stopped, \d+ tokens", 2)
     terminal.type("/stats\n")
-    wait_for(terminal, "conversation: 4 messages; in all 2 answers")
-    terminal.type("\x04")
+    wait_for(terminal, "conversation: 4 messages; in all 2 answers.*\n.* KV blocks held\n> ")
+    terminal.type("\x04")  # at the prompt: what is typed ahead of it is no end of input
     wait_for(terminal, "\nleft with 0")
     assert "Traceback" not in terminal.screen()

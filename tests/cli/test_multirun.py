@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -240,15 +241,16 @@ def test_standard_input_is_for_every_combination(sweep: Run, nanoengine: Run, tm
         assert sorted(row["prompt"] for row in rows(folder)) == ["first", "second"]
 
 
-def test_plugin_files_reach_every_combination(sweep: Run, tmp_path: Path) -> None:
+def test_plugin_files_and_options_reach_every_combination(sweep: Run, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from dataclasses import dataclass\nfrom nanoengine.api import SamplerSpec, StageParams, hookimpl\n\n"
         "@dataclass(frozen=True)\nclass Params(StageParams):\n    sparkle: float = 0.0\n\n@hookimpl\n"
         "def register_samplers():\n"
         "    return [SamplerSpec(name='sparkle', params=Params, target='mine:Sparkle', api=1)]\n"
     )
-    result = sweep("sampler.sparkle=1,2", "--plugin", "mine.py")
+    result = sweep("sampler.sparkle=1,2", "--plugin", "mine.py", "--verbose")
     assert result.exit_code == 0, result.stderr
+    assert re.search(r"^in all +\d", next(tmp_path.glob("multirun/*/0_*/run.log")).read_text(), re.MULTILINE)
     record = json.loads(next(tmp_path.glob("multirun/*/0_*/results.jsonl.run.json")).read_text())
     assert record["params"]["sparkle"] == 1.0
     assert [name for name in record["versions"] if name.endswith("mine.py")]

@@ -21,10 +21,10 @@ class Fields:
         data: the object. prefix: path of the object in config.json, for messages.
     """
 
-    def __init__(self, data: Mapping[str, Any], prefix: str = "") -> None:
+    def __init__(self, data: Any, prefix: str = "") -> None:
         if not isinstance(data, Mapping):
             raise ModelError(f"config.json: {prefix.rstrip('.') or 'the file'} must be an object, not {data!r}")
-        self.data = data
+        self.data: Mapping[str, Any] = data
         self.prefix = prefix
 
     def has(self, name: str) -> bool:

@@ -120,7 +120,7 @@ def write_checkpoint(
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     given = {name: value for name, value in {**config, **overrides}.items() if value is not None}
-    hf = {name: None if value is NULL else value for name, value in given.items()}
+    hf: dict[str, Any] = {name: None if value is NULL else value for name, value in given.items()}
     if with_tokenizer:
         end = 256 + SPECIAL_TOKENS.index("<|im_end|>")
         hf["vocab_size"] = max(hf["vocab_size"], 256 + len(SPECIAL_TOKENS))

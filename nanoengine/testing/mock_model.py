@@ -121,7 +121,7 @@ class MockModel(Model):
 
     def __init__(self, config: ModelConfig, ctx: BuildContext) -> None:
         super().__init__(config, ctx)
-        self.vocab_size = config.vocab_size
+        self.vocab_size, self.tp = config.vocab_size, ctx.tp
         spec = AttentionLayerSpec(num_heads=1, num_kv_heads=1, head_size=2, scale=1.0)
         self.attention = ctx.attention("attention", spec)
 
@@ -132,7 +132,10 @@ class MockModel(Model):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         halves = hidden.long()
-        return logits_of(halves[:, 0] * _HALF + halves[:, 1], self.vocab_size)
+        logits = logits_of(halves[:, 0] * _HALF + halves[:, 1], self.vocab_size)
+        width = -(-self.vocab_size // self.tp.size)  # each rank has all, and shows its slice
+        own = logits[:, self.tp.rank * width :][:, :width]
+        return torch.nn.functional.pad(own, (0, width - own.shape[1]), value=float("-inf"))
 
 
 def write_mock_checkpoint(

@@ -25,7 +25,7 @@ from nanoengine.core.execution.memory import MemoryReport
 from nanoengine.core.execution.workers.channel import Kind, Parcel
 from nanoengine.core.execution.workers.faults import Report, blame, blame_late
 from nanoengine.core.execution.workers.main import StartMessage
-from nanoengine.core.execution.workers.process import RankProcess, end, environment
+from nanoengine.core.execution.workers.process import RankProcess, end, environment, stacks
 from nanoengine.core.execution.workers.shared import RING, SLOT_BYTES, Layout, Shared, Word
 from nanoengine.core.setup.plan import EnginePlan, TargetLoader
 from nanoengine.core.step import StepPlan, StepResult
@@ -166,8 +166,7 @@ class WorkersExecutor(Executor):
         while not done():
             left = deadline - time.monotonic()
             if left <= 0:
-                stacks = [rank.stack() for rank in self._ranks]
-                self._fail(blame_late(len(self._ranks), shared, stacks, seconds, option))
+                self._fail(blame_late(len(self._ranks), shared, stacks(self._ranks), seconds, option))
             self._hear(min(left, every))
 
     def _hear(self, seconds: float) -> None:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from nanoengine.core.execution.workers.channel import Channel, Kind, Parcel, anonymous_memory, read_all
 
 _MODULE = "nanoengine.core.execution.workers.main"
-_ASK_SECONDS, _TERMINATE_SECONDS, _SETTLE_SECONDS = 5.0, 2.0, 1.0
+_ASK_SECONDS, _TERMINATE_SECONDS, _SETTLE_SECONDS, _STACK_SECONDS = 5.0, 2.0, 1.0, 1.0
 
 
 class RankProcess:
@@ -23,7 +23,7 @@ class RankProcess:
         """`environment`: of the process, in full. Raises `OSError` if it cannot be started."""
         self.rank, self.told = rank, 0  # told: plans announced
         self.channel, theirs = Channel.pair()
-        self._stack_fd = anonymous_memory(f"nanoengine-stack-{rank}", 0)
+        self._stack_fd, self._stack_start = anonymous_memory(f"nanoengine-stack-{rank}", 0), 0
         try:
             inherited = (theirs.fileno(), memory_fd, self._stack_fd)
             self.process = subprocess.Popen(
@@ -44,17 +44,22 @@ class RankProcess:
         with suppress(OSError):
             self.channel.send(kind, number, parcel)
 
-    def stack(self) -> str:
-        """Of all its threads now: the Python frames, also of a thread that hangs in foreign code."""
-        before = os.fstat(self._stack_fd).st_size
+    def ask_for_stack(self) -> None:
+        """To be read by `stack`: of all its threads, also of one that hangs in foreign code."""
+        self._stack_start = os.fstat(self._stack_fd).st_size
         self._signal(signal.SIGUSR1)
-        deadline, size = time.monotonic() + 1.0, before
-        while time.monotonic() < deadline:
+
+    def stack(self, deadline: float) -> str:
+        """What it answered, waited for until `deadline`."""
+        size = last = self._stack_start
+        while (size == self._stack_start or size > last) and time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
             time.sleep(0.05)
             last, size = size, os.fstat(self._stack_fd).st_size
-            if size == last > before:
-                break
-        return read_all(self._stack_fd)[before:].decode(errors="replace") or "(no stack: it does not run Python)\n"
+        told = read_all(self._stack_fd)[self._stack_start :].decode(errors="replace")
+        threads = [thread for thread in told.split("\n\n") if thread.strip() and " in _watch\n" not in thread]
+        return "\n\n".join(threads) or "(no stack: its Python does not run yet)"
 
     def _signal(self, number: signal.Signals) -> None:
         if self.process.poll() is None:
@@ -80,6 +85,14 @@ class RankProcess:
         fd, self._stack_fd = self._stack_fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+def stacks(ranks: Sequence[RankProcess]) -> list[str]:
+    """Where each rank is, as Python tracebacks."""
+    for rank in ranks:
+        rank.ask_for_stack()
+    deadline = time.monotonic() + _STACK_SECONDS
+    return [rank.stack(deadline) for rank in ranks]
 
 
 def end(ranks: Sequence[RankProcess], *, ask: bool) -> None:

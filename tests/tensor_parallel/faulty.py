@@ -1,0 +1,69 @@
+"""A plugin file whose mock model does something else where a row of a step holds a certain token; and at the start,
+where the folder's config.json says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nanoengine.api import API_VERSION, ForwardBatch, Model, ModelSpec, hookimpl
+from nanoengine.testing.mock_model import MockModel, write_mock_checkpoint
+
+HARMLESS = 97
+RAISES, HANGS, DIES, RAISES_EVERYWHERE = range(HARMLESS, HARMLESS + 4)
+"""Tokens that are never drawn; only rank 1 minds the first three."""
+
+
+class Faulty(MockModel):
+    fault: str
+
+    @classmethod
+    def read_config(cls, hf: Mapping[str, Any]) -> Any:
+        cls.fault = hf.get("fault", "")
+        return super().read_config(hf)
+
+    def __init__(self, config: Any, ctx: Any) -> None:
+        super().__init__(config, ctx)
+        if self.fault == "start" and ctx.tp.rank == 1:
+            raise ValueError("no good start")
+
+    def forward(self, input_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
+        self.tp.all_reduce(input_ids.float())  # as a real model's ranks meet in each step
+        if bool((input_ids == RAISES_EVERYWHERE).any()):
+            raise ArithmeticError(f"on rank {self.tp.rank} too")
+        if self.tp.rank == 1:
+            if bool((input_ids == RAISES).any()):
+                raise ArithmeticError("one rank alone")
+            if bool((input_ids == HANGS).any()):
+                self.stuck_here()
+            if bool((input_ids == DIES).any()):
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(input_ids, positions, batch)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        logits = super().compute_logits(hidden)
+        logits[:, max(0, HARMLESS - self.tp.rank * logits.shape[1]) :] = float("-inf")
+        return logits
+
+    def stuck_here(self) -> None:
+        time.sleep(1000)
+
+
+def write_faulty(folder: Path, fault: str = "") -> Path:
+    write_mock_checkpoint(folder, vocab_size=HARMLESS + 4)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["Faulty"], "fault": fault}))
+    return folder
+
+
+@hookimpl
+def register_models() -> list[ModelSpec]:
+    assert issubclass(Faulty, Model)
+    return [ModelSpec(name="faulty", architectures=("Faulty",), target=f"{__name__}:Faulty", api=API_VERSION)]

@@ -1,0 +1,285 @@
+"""Ranks as processes: how they start, sleep and end, what goes over their channel, and what is refused before."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine import stages_plugin
+from engine.support import greedy
+
+from nanoengine import LLM, ConfigError, ModelError, NanoEngineError, PluginError, SamplingParams, WorkerError
+from nanoengine.api import AttentionBackend
+from nanoengine.core import build_engine
+from nanoengine.core.execution.workers.executor import WorkersExecutor
+from nanoengine.testing import mock_model
+from nanoengine.testing.checkpoints import tiny_llama
+from nanoengine.testing.mock_model import MockAttention, write_mock_checkpoint
+
+from . import faulty
+from .conftest import children
+from .support import PARAMS, SMALL, faulty_llm, generate, pids
+
+PROMPTS = [[1, 2, 3], [5] * 40, [8], [13, 21] * 9]
+ANSWERS = [greedy(prompt, 12) for prompt in PROMPTS]
+
+
+def mock_llm(folder: Path, **options: Any) -> LLM:
+    path = write_mock_checkpoint(folder)
+    plugins = [mock_model, stages_plugin.__file__]
+    return LLM(path, attention="mock", plugins=plugins, **{**SMALL, "tensor_parallel_size": 2, **options})
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LLM, LLM]]:
+    """Two engines at once. The first one's rings hold 256 bytes a step."""
+    folder = tmp_path_factory.mktemp("two")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_engine, "WorkersExecutor", partial(WorkersExecutor, slot_bytes=256))
+        narrow = mock_llm(folder / "narrow", max_num_batched_tokens=16)
+    with narrow, mock_llm(folder / "wide") as wide:
+        yield narrow, wide
+
+
+def executor(llm: LLM) -> WorkersExecutor:
+    found = llm._built.executor
+    assert isinstance(found, WorkersExecutor)
+    return found
+
+
+def test_two_engines_answer_side_by_side(two: tuple[LLM, LLM]) -> None:
+    streams = [llm.stream(prompt, PARAMS) for prompt in PROMPTS for llm in two]
+    last: list[Any] = [None] * len(streams)
+    while any(output is None or not output.finished for output in last):
+        for i, stream in enumerate(streams):
+            last[i] = next(stream, last[i])
+    assert [output.outputs[0].token_ids for output in last] == [answer for answer in ANSWERS for _ in two]
+
+
+def test_steps_too_large_for_the_ring(two: tuple[LLM, LLM]) -> None:
+    narrow, wide = two
+    before = executor(narrow).parcels_sent
+    params = [PARAMS.replace(logprobs=5, prompt_logprobs=i % 2 or None) for i in range(4)]
+    assert generate(narrow, PROMPTS, params) == generate(wide, PROMPTS, params) == ANSWERS
+    assert executor(narrow).parcels_sent > before + 5
+    assert executor(wide).parcels_sent == 0
+    assert not executor(narrow)._results, "results that travelled by themselves are dropped when read"
+
+
+def test_stages_of_a_plugin_file(two: tuple[LLM, LLM], tmp_path: Path) -> None:
+    """One with columns that a Python function makes of each token, on every rank the same."""
+    params = [PARAMS.replace(forbid_last=4, temperature=i * 0.5, seed=i) for i in range(4)]
+    with mock_llm(tmp_path / "one", tensor_parallel_size=1) as one:
+        expected = generate(one, PROMPTS, params)
+    assert generate(two[1], PROMPTS, params) == expected
+    assert expected != ANSWERS
+
+
+def test_idle_ranks_burn_no_core(two: tuple[LLM, LLM]) -> None:
+    def cpu_seconds() -> float:
+        ticks = 0
+        for llm in two:
+            for pid in pids(llm):
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    generate(two[0], PROMPTS)
+    before = cpu_seconds()
+    time.sleep(1.5)
+    assert cpu_seconds() - before <= 0.06, "four ranks, 1.5 s"
+    generate(two[1], PROMPTS)
+    assert cpu_seconds() > before, "and the measure measures"
+
+
+def test_a_call_reaches_all_ranks(two: tuple[LLM, LLM]) -> None:
+    for llm in two:
+        assert executor(llm).call("_on_device") is not None
+        assert len(executor(llm).call("_on_device")) == 2
+    with pytest.raises(NanoEngineError, match="only at hand while it runs in this process"):
+        _ = two[0].model
+
+
+def test_ctrl_c_while_a_step_runs_leaves_the_engine_usable(
+    two: tuple[LLM, LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every place where the engine's process waits or rings: told twice, a rank runs a plan once."""
+    wide, calls = two[1], [0]
+    listen, tell = WorkersExecutor._listen, WorkersExecutor._tell
+
+    def interrupted(original: Any, every: int, self: Any, *args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] % every == 0:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    for target, original, every in (("_listen", listen, 5), ("_tell", tell, 4)):
+        patched = partial(interrupted, original, every)
+        monkeypatch.setattr(WorkersExecutor, target, lambda self, *args, patched=patched: patched(self, *args))
+        with pytest.raises(KeyboardInterrupt):
+            wide.generate(PROMPTS, PARAMS, use_tqdm=False)
+        monkeypatch.setattr(WorkersExecutor, target, original)
+        assert generate(wide, PROMPTS) == ANSWERS
+
+
+def test_twenty_starts_and_stops(tmp_path: Path) -> None:
+    """Four that answer, and sixteen that are given up at any moment of their start. The fixture looks at what is left;
+    files of shared memory there are none at any time."""
+    before, shm = children(), set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    for i in range(16):
+        with pytest.raises(WorkerError, match=r"rank \d of 2 failed \((spawn|import)\): .*worker_start_timeout"):
+            mock_llm(tmp_path / "mock", worker_start_timeout=0.01 + 0.02 * i)
+        assert children() == before
+    for _ in range(4):
+        llm = mock_llm(tmp_path / "mock")
+        assert generate(llm, PROMPTS[:2]) == ANSWERS[:2]
+        mine = {str(pid) for pid in (os.getpid(), *pids(llm))}
+        new = set(os.listdir("/dev/shm")) - shm if shm else set()
+        assert not [name for name in new if "nanoengine" in name or any(pid in name for pid in mine)]
+        llm.close()
+        llm.close()
+        assert children() == before
+
+
+SCRIPT = """
+import sys
+from nanoengine import LLM, SamplingParams
+from nanoengine.testing import mock_model
+folder, plugin, token, count = sys.argv[1:]
+llm = LLM(folder, attention="mock", load_format="dummy", plugins=[mock_model, plugin], tensor_parallel_size=2,
+          max_num_seqs=4, block_size=4, num_gpu_blocks_override=256)
+print("ranks", *[rank.process.pid for rank in llm._built.executor._ranks], flush=True)
+params = SamplingParams(temperature=0, max_tokens=int(count), ignore_eos=True)
+for number, output in enumerate(llm.stream([1, 2, 3], params)):
+    if number == 3:
+        print("running", flush=True)
+        if int(token):
+            llm.generate([[int(token)]], params, use_tqdm=False)
+print("tokens", *output.outputs[0].token_ids)
+"""
+
+
+class Script:
+    """A program as users first write it: no guard around its main part, no `with`, nothing closed."""
+
+    def __init__(self, folder: Path, token: int = 0, count: int = 12) -> None:
+        (folder / "script.py").write_text(SCRIPT)
+        path = faulty.write_faulty(folder / "model")
+        self.process = subprocess.Popen(
+            [sys.executable, folder / "script.py", path, faulty.__file__, str(token), str(count)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            process_group=0,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        self.ranks = [int(pid) for pid in self.line("ranks").split()]
+        self.line("running")
+
+    def line(self, word: str) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line.startswith(word):
+            pytest.fail(f"no {word!r} but {line!r}: {self.process.communicate()[1]}")
+        return line.removeprefix(word)
+
+    def end(self) -> tuple[str, str]:
+        """What it wrote from now on; its ranks are gone, at the latest a moment after it."""
+        out, err = self.process.communicate(timeout=30)
+        deadline = time.monotonic() + 5
+        while any(map(_runs, self.ranks)):
+            assert time.monotonic() < deadline, "ranks outlived their engine"
+            time.sleep(0.02)
+        return out, err
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_an_unguarded_script(tmp_path: Path) -> None:
+    script = Script(tmp_path)
+    out, err = script.end()
+    assert out.split() == ["tokens", *map(str, greedy([1, 2, 3], 12))]
+    assert err == ""
+    assert script.process.returncode == 0
+
+
+def test_ctrl_c(tmp_path: Path) -> None:
+    """As a terminal sends it, to the whole group; and to the ranks, which do not mind."""
+    script = Script(tmp_path, count=500)
+    for rank in script.ranks:
+        os.kill(rank, signal.SIGINT)
+    time.sleep(0.1)
+    assert all(map(_runs, script.ranks))
+    os.killpg(script.process.pid, signal.SIGINT)
+    out, err = script.end()
+    assert "tokens" not in out
+    assert err.rstrip().endswith("KeyboardInterrupt")
+    assert not re.search(r"rank \d", err), err
+    assert script.process.returncode == -signal.SIGINT
+
+
+def test_the_engine_is_killed(tmp_path: Path) -> None:
+    """While rank 1 hangs and rank 0 waits for it in a collective."""
+    script = Script(tmp_path, token=faulty.HANGS, count=30)
+    time.sleep(0.3)
+    script.process.kill()
+    script.end()
+
+
+def test_what_is_refused_before_any_rank_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(kind: type[Exception], told: str, folder: Path, **options: Any) -> None:
+        with pytest.raises(kind, match=told):
+            LLM(folder, plugins=[mock_model], **{**SMALL, **options})
+
+    def no_process(*_: object, **__: object) -> None:
+        pytest.fail("a process was started")
+
+    monkeypatch.setattr(subprocess, "Popen", no_process)
+    mock, llama = write_mock_checkpoint(tmp_path / "mock"), tiny_llama(tmp_path / "llama")
+    heads = "6 attention heads cannot be divided over tensor_parallel_size=4"
+    refused(ModelError, heads, llama, attention="torch", tensor_parallel_size=4)
+    refused(ConfigError, "tensor_parallel_size must be at least 1, not 0", mock, tensor_parallel_size=0)
+    for option in ("step_timeout", "worker_start_timeout"):
+        refused(ConfigError, rf"engine.{option} is in seconds .* above 0, not 0", mock, **{option: 0.0})
+
+    class Here(MockAttention):
+        pass
+
+    main: type[AttentionBackend] = type("InNotebook", (MockAttention,), {"__module__": "__main__"})
+    for cls, place in ((Here, "this process alone"), (main, "main script or a notebook")):
+        told = rf"attention backend .*{cls.__name__} is defined in .*{place}.* 2 worker processes .*--plugin"
+        refused(PluginError, told, mock, attention=cls, tensor_parallel_size=2)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    gpus = {"attention": "mock", "tensor_parallel_size": 2}
+    refused(ConfigError, "tensor_parallel_size is 2, one GPU a rank, but .* sees 1", mock, device="cuda", **gpus)
+    refused(ConfigError, "rank r runs on cuda:r", mock, device="cuda:1", **gpus)
+
+
+def test_sampling_params_are_checked_as_ever(two: tuple[LLM, LLM]) -> None:
+    with pytest.raises(NanoEngineError, match="temperatur"):
+        two[0].generate([[1]], SamplingParams(temperatur=1.0), use_tqdm=False)
+
+
+def test_start_phases_are_told(tmp_path: Path) -> None:
+    with faulty_llm(tmp_path) as llm:
+        names = [phase.name for phase in llm.start_report.phases]
+        assert names.index("import") < names.index("weights") < names.index("workers")
+        assert llm.start_report.of("import") > 0
+        assert llm.stats().num_blocks == 256

@@ -8,7 +8,7 @@ attention. Every output token counts as one decode step of its sequence, the fir
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanoengine.bench.shapes import Shape
 
@@ -23,6 +23,10 @@ class Limits:
     bandwidth: float
     flops: float
     itemsize: int = 2
+
+    def of(self, devices: int) -> Limits:
+        """Of so many such devices together, were they to say nothing to each other."""
+        return replace(self, bandwidth=self.bandwidth * devices, flops=self.flops * devices)
 
 
 def least_seconds(shape: Shape, limits: Limits, requests: Sequence[Lengths], places: int, cached: int = 0) -> float:

@@ -83,7 +83,8 @@ def row_of(workload: Workload, seconds: Sequence[float], setup: Setup, places: i
     speeds = [workload.counted / each for each in seconds]
     limit = None
     if setup.limits is not None:
-        limit = workload.counted / least_seconds(setup.shape, setup.limits, workload.lengths, places)
+        limits = setup.limits.of(setup.options.get("tensor_parallel_size", 1))
+        limit = workload.counted / least_seconds(setup.shape, limits, workload.lengths, places)
     lens = set(workload.output_lens)
     alike = len(lens) == 1 and lens != {1} and len(workload.prompts) <= places
     return Row(

@@ -64,8 +64,8 @@ class WorkerError(NanoEngineError):
     Attributes:
         rank: which of them. phase: what it was doing: a phase of the start ("spawn", "import", "weights", "profile",
             "capture" …), "step N" or "idle". cause: in one line. traceback: the worker's, or all ranks' stacks.
-        outputs: of the requests that were running: where `LLM.generate` raises this, of all prompts in input order.
-            Those that had finished are whole; the others have this as the cause of their `error`.
+        outputs: of the requests that were running; where `LLM.generate` raises this, of all prompts that the engine
+            had by then, in input order. Those that had finished are whole; of the others this is the `error`'s cause.
     """
 
     def __init__(self, rank: int, size: int, phase: str, cause: str, traceback: str = "") -> None:

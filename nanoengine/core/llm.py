@@ -28,11 +28,12 @@ from nanoengine.core.setup.registry import Registry
 from nanoengine.core.startup import StartClock, StartReport
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from nanoengine.core.engine import Engine
     from nanoengine.core.execution.attention import AttentionBackend
     from nanoengine.core.execution.memory import MemoryReport
+    from nanoengine.core.execution.taps import Tap
     from nanoengine.core.setup.config import RunConfig
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -187,7 +188,7 @@ class LLM:
         Raises:
             ParamsError, TokenizerMissing: before anything runs. A prompt that cannot be served is no exception: its
             output has an `error`, and the others finish.
-            WorkerError: a rank failed; its `outputs` are all prompts', those finished by then whole.
+            WorkerError: a rank failed; its `outputs` are the prompts', those finished by then whole.
         """
         each: Any = [prompts] if _is_one(prompts) else prompts
         return self._run([_split(p) for p in each], _one_name(params, sampling_params), priority, use_tqdm)
@@ -237,6 +238,33 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int | None = None) -> Stream:
         """Start a request; iterate over its cumulative outputs. Several may be open at once; closing one aborts it."""
         return Stream(self, _split(prompt), _check_params(params or self.default_params), priority)
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def hidden_states(self, prompts: Prompt | Sequence[Prompt]) -> list[Tensor]:
+        """What the model returns for each token of each prompt, behind the last norm: [tokens, hidden_size], on the CPU.
+
+        Raises as `tap` does.
+        """
+        return [taps[""].outputs[0] for taps in self.tap(prompts, [""])]
+
+    def tap(self, prompts: Prompt | Sequence[Prompt], modules: Sequence[str]) -> list[dict[str, Tap]]:
+        """Run prompts through the model and copy what passes through some of its modules: name -> `Tap`, for each prompt.
+
+        Args:
+            prompts: as of `generate`. They run one by one, eagerly, without reading the prefix cache.
+            modules: dotted names as in `llm.model.named_modules()`, of modules that are called with a row a token:
+                layers, attention ("….attn": q, k and v as they are stored and compared), MLPs; "" is the model. With
+                several ranks what is divided over them is rank 0's share.
+
+        Raises:
+            ParamsError: for a module that is not there, or that does not run by itself.
+            NanoEngineError: while requests are running. RequestError: for a prompt that cannot be served.
+        """
+        from nanoengine.core.tapping import tap_prompt
+
+        each: Any = [prompts] if _is_one(prompts) else prompts
+        return [tap_prompt(self, self._built.executor, prompt, modules) for prompt in each]
 
     def _run(
         self, prompts: Sequence[tuple[Any, str | None]], params: Any, priority: Any, use_tqdm: bool

@@ -125,7 +125,8 @@ class WorkersExecutor(Executor):
         return [pickle.loads(self._answers.pop(rank.rank)) for rank in self._ranks]
 
     def shutdown(self) -> None:
-        self._end(ask=self._error is None)
+        started = len(self._ready) == len(self._ranks)  # one that loads does not listen
+        self._end(ask=started and self._error is None)
 
     def _end(self, *, ask: bool) -> None:
         if self._shared is None:

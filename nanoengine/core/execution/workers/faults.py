@@ -66,10 +66,13 @@ def _follows(error: BaseException | None) -> bool:
 
 def phase_of(shared: Shared, rank: int) -> str:
     """Where the rank is, by what it noted last."""
-    phase, read, finished = (shared.word(rank, word) for word in (Word.PHASE, Word.READ, Word.FINISHED))
+    phase = shared.word(rank, Word.PHASE)
     if phase != READY:
         return PHASES[phase] if phase else _SPAWN
-    return f"step {max(read, finished + 1)}" if read > finished else "idle"
+    read, launched, finished = (shared.word(rank, word) for word in (Word.READ, Word.LAUNCHED, Word.FINISHED))
+    if read > launched:
+        return f"step {read}"
+    return f"step {finished + 1}" if launched > finished else "idle"
 
 
 def blame(size: int, reports: Mapping[int, Report], ended: Mapping[int, int | None], shared: Shared) -> WorkerError:
@@ -92,7 +95,9 @@ def blame(size: int, reports: Mapping[int, Report], ended: Mapping[int, int | No
 
 
 def exit_words(status: int | None) -> str:
-    if status is None or status >= 0:
+    if status is None:
+        return "it hung up"
+    if status >= 0:
         return f"exit status {status}"
     name = signal.Signals(-status).name
     hint = ", as the kernel does when the host's memory runs out" if name == "SIGKILL" else ""
@@ -108,6 +113,6 @@ def blame_late(size: int, shared: Shared, stacks: Sequence[str], seconds: float,
         return (len(PHASES) if phase == READY else phase, *(shared.word(rank, word) for word in order))
 
     late = min(range(size), key=done)
-    cause = f"no sign of life for {seconds:g} s (engine.{option}); the other ranks wait for it"
+    cause = f"no sign of life for {seconds:g} s: it hangs, or engine.{option} is too short"
     told = "\n".join(f"rank {rank}, {phase_of(shared, rank)}:\n{stack}" for rank, stack in enumerate(stacks))
     return WorkerError(late, size, phase_of(shared, late), cause, told)

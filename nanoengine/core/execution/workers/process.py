@@ -29,6 +29,7 @@ class RankProcess:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", _MODULE, *map(str, inherited)],
                 stdin=subprocess.DEVNULL,
+                stdout=2,  # standard error: what a plugin prints is no part of the program's output
                 pass_fds=inherited,
                 env=dict(environment),
                 process_group=0,  # a terminal's Ctrl-C reaches the engine alone

@@ -126,13 +126,19 @@ def _fields(cls: Any, prefix: str = "") -> tuple[_Field, ...]:
     hints, out = get_type_hints(cls), []
     for f in fields(cls):
         hint, path = hints[f.name], prefix + f.name
-        kind = get_origin(hint) or hint
+        kind = _plain(hint)
         if kind is tuple:
             kind = get_args(hint)[0]
             out.append(_Field(f.name, path, kind))
         else:
             out.append(_Field(f.name, path, kind, _fields(kind, path + ".") if is_dataclass(kind) else None))
     return tuple(out)
+
+
+def _plain(hint: Any) -> Any:
+    """The class behind a hint. numpy's `NDArray` is an alias of its own kind from 2.5 on."""
+    kind = get_origin(hint) or hint
+    return _plain(kind.__value__) if hasattr(kind, "__value__") else kind
 
 
 def _leaves(found: tuple[_Field, ...]) -> Iterator[_Field]:

@@ -242,20 +242,23 @@ class LLM:
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def hidden_states(self, prompts: Prompt | Sequence[Prompt]) -> list[Tensor]:
-        """What the model returns for each token of each prompt, behind the last norm: [tokens, hidden_size], on the CPU.
+        """What the model returns for each token of each prompt, behind the last norm.
 
-        Raises as `tap` does.
+        Each [tokens, hidden_size], on the CPU. Raises as `tap` does.
         """
         return [taps[""].outputs[0] for taps in self.tap(prompts, [""])]
 
     def tap(self, prompts: Prompt | Sequence[Prompt], modules: Sequence[str]) -> list[dict[str, Tap]]:
-        """Run prompts through the model and copy what passes through some of its modules: name -> `Tap`, for each prompt.
+        """Run prompts through the model and copy what passes through some of its modules.
 
         Args:
             prompts: as of `generate`. They run one by one, eagerly, without reading the prefix cache.
             modules: dotted names as in `llm.model.named_modules()`, of modules that are called with a row a token:
                 layers, attention ("….attn": q, k and v as they are stored and compared), MLPs; "" is the model. With
                 several ranks what is divided over them is rank 0's share.
+
+        Returns:
+            For each prompt, name -> `Tap`: the tensors that the module was given, and that it returned.
 
         Raises:
             ParamsError: for a module that is not there, or that does not run by itself.

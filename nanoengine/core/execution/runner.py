@@ -42,6 +42,7 @@ from nanoengine.core.execution.stage import StageContext
 from nanoengine.core.execution.stages import build_stages
 from nanoengine.core.execution.step_graphs import StepGraphs, capture_sizes
 from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, padded
+from nanoengine.core.execution.taps import Listener, Tap, unknown_module
 from nanoengine.core.execution.weights import dummy_weights, load_weights
 from nanoengine.core.setup.choose import load_checked
 from nanoengine.core.setup.options import EngineOptions
@@ -60,6 +61,7 @@ class ModelRunner:
         self.dtype: torch.dtype = getattr(torch, plan.options.dtype)
         self.splits_steps = tp.size == 1  # ranks could not agree on the parts
         self._splitter = Splitter(self._launch_whole, partial(empty_cache, self.device))
+        self._listener: Listener | None = None
 
     def start(self, clock: StartClock | None = None) -> MemoryReport:
         """Model, weights, KV cache and tables. `clock` gets the phases.
@@ -221,7 +223,8 @@ class ModelRunner:
         """Apply the plan's writes and run the model, by replaying a graph where one fits."""
         self._apply_writes(plan)
         only_decode = plan.num_decode_rows == plan.num_rows
-        decode, mixed = self.graphs.decode, self.graphs.mixed
+        graphs = None if self._listener else self.graphs  # a replay calls no module
+        decode, mixed = (graphs.decode, graphs.mixed) if graphs else (None, None)
         if decode is not None and only_decode and (rows := decode.size_for(plan.num_rows)) is not None:
             inputs = self._gather(padded(plan, rows, self.tables.dummy_slot))
             return Forwarded(plan, inputs, None, decode.replay(rows)[: plan.num_rows], rows, GRAPH_DECODE)
@@ -281,6 +284,17 @@ class ModelRunner:
         which = plan.logits_rows.astype(np.int64) if step.which is None else step.which
         with slots_move():
             return TailStep(plan, tail.replay(step.graph, kind), which, step.replayed | GRAPH_TAIL)
+
+    def listen(self, modules: Sequence[str]) -> str:
+        """From here on copy what passes through these modules; else say which of them is not there."""
+        unknown = unknown_module(self.model, modules)
+        self._listener = None if unknown else Listener(self.model, modules)
+        return unknown
+
+    def heard(self) -> dict[str, Tap]:
+        """What was copied since `listen`, which ends."""
+        listener, self._listener = self._listener, None
+        return {} if listener is None else listener.end()
 
     def release(self) -> None:
         """Drop everything the device holds, and give it back."""

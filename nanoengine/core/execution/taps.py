@@ -1,0 +1,65 @@
+"""What modules of a model were given and gave, token by token: hidden states, queries and keys, as they ran."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanoengine.core.errors import nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """One module over one prompt of T tokens, on the CPU.
+
+    inputs, outputs: of its positional arguments and of what it returned, the tensors, in order; each [T, ...].
+    """
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+class Listener:
+    """Copies what passes through some modules, from when it is made until `end`. Steps must run without graphs."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        """`names`: dotted paths in the model, as in `named_modules`; "" is the model itself. Each must be there."""
+        self._heard: dict[str, list[Tap]] = defaultdict(list)
+        self._handles = [model.get_submodule(name).register_forward_hook(self._hook(name)) for name in names]
+
+    def _hook(self, name: str) -> Any:
+        def hear(module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
+            self._heard[name].append(Tap(_copies(given), _copies(returned)))
+
+        return hear
+
+    def end(self) -> dict[str, Tap]:
+        """Steps joined to whole prompts. A module that did not run by itself is missing."""
+        for handle in self._handles:
+            handle.remove()
+        return {name: _joined(steps) for name, steps in self._heard.items()}
+
+
+def unknown_module(model: nn.Module, names: Sequence[str]) -> str:
+    """In words; "" if all are there."""
+    known = dict(model.named_modules())
+    for name in names:
+        if name not in known:
+            return f"the model has no module {name!r}; {nearest(name, known)}"
+    return ""
+
+
+def _copies(values: Any) -> tuple[Tensor, ...]:
+    """Copies: the next layer, or the next step, may write over the originals."""
+    parts = values if isinstance(values, tuple | list) else (values,)
+    return tuple(part.detach().to("cpu", copy=True) for part in parts if isinstance(part, Tensor) and part.dim())
+
+
+def _joined(steps: Sequence[Tap]) -> Tap:
+    inputs, outputs = (zip(*each, strict=True) for each in ([s.inputs for s in steps], [s.outputs for s in steps]))
+    return Tap(tuple(map(torch.cat, inputs)), tuple(map(torch.cat, outputs)))

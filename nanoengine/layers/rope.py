@@ -40,18 +40,19 @@ def read_rope(hf: Mapping[str, Any]) -> RopeConfig:
 
     Raises `ModelError` if neither gives a theta, if both do and differ, or if the type is not served.
     """
-    new, old = hf.get("rope_parameters"), hf.get("rope_theta")
+    whole, new, old = Fields(hf), hf.get("rope_parameters"), hf.get("rope_theta")
     if new is None and old is None:
         raise ModelError("config.json has neither rope_parameters.rope_theta nor rope_theta: there is no safe default")
     if new is None:
-        fields = Fields({**(hf.get("rope_scaling") or {}), "rope_theta": old}, "rope_scaling.")
+        scaling = Fields(hf.get("rope_scaling") or {}, "rope_scaling.").data
+        fields = Fields({**scaling, "rope_theta": whole.float("rope_theta")}, "rope_scaling.")
     else:
         fields = Fields(new, "rope_parameters.")
-        if old is not None and fields.float("rope_theta") != float(old):
+        if old is not None and fields.float("rope_theta") != whole.float("rope_theta"):
             raise ModelError(
                 f"config.json: rope_theta {old} contradicts rope_parameters.rope_theta {new['rope_theta']}"
             )
-    if fields.float("partial_rotary_factor", float(hf.get("partial_rotary_factor") or 1.0)) != 1.0:
+    if fields.float("partial_rotary_factor", whole.float("partial_rotary_factor", 1.0)) != 1.0:
         raise ModelError("config.json: partial_rotary_factor other than 1 is not served")
     # "type" is the name of older files
     kind = fields.choice("rope_type" if "rope_type" in fields.data else "type", ROPE_TYPES, "default")

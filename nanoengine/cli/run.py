@@ -23,7 +23,7 @@ from nanoengine.cli.common import (
     say,
     user_errors,
 )
-from nanoengine.core.errors import ConfigError, RequestError
+from nanoengine.core.errors import ConfigError, RequestError, WorkerError
 from nanoengine.core.request import RequestMetrics, RequestOutput
 from nanoengine.core.seeds import request_seed
 from nanoengine.core.setup.config import RunConfig, load_config
@@ -183,6 +183,11 @@ class Batch:
                 self._drain(tally, bar)
             except KeyboardInterrupt as interrupt:
                 word, status = ending(interrupt)
+            except WorkerError as error:
+                for output in error.outputs:
+                    self._finish(output, tally, bar)
+                say(f"error: {error}")
+                word, status = "the engine has ended", FAILED
         if status:
             say(f"{word}; what had finished is kept")
         seconds = time.perf_counter() - start

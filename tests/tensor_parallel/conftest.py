@@ -34,7 +34,6 @@ def held() -> Counter[str]:
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
-    gc.collect()
     before = children(), held()
     yield
     gc.collect()

@@ -30,7 +30,7 @@ RANKS: dict[str, tuple[dict[str, Any], bool]] = {
     "graphs, NCCL": ({"custom_all_reduce": False}, True),
     "eager": ({"enforce_eager": True}, False),
 }
-PRESSURE: dict[str, Any] = {"num_gpu_blocks_override": 40, "max_num_batched_tokens": 128}
+PRESSURE: dict[str, Any] = {"num_gpu_blocks_override": 40, "max_num_batched_tokens": 24}
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,9 @@ from nanoengine.api import API_VERSION, ForwardBatch, Model, ModelSpec, hookimpl
 from nanoengine.testing.mock_model import MockModel, write_mock_checkpoint
 
 HARMLESS = 97
-RAISES, HANGS, DIES, RAISES_EVERYWHERE = range(HARMLESS, HARMLESS + 4)
-"""Tokens that are never drawn; only rank 1 minds the first three."""
+FAULTS = range(HARMLESS, HARMLESS + 5)
+RAISES, HANGS, DIES, RUNS_OUT, RAISES_EVERYWHERE = FAULTS
+"""Tokens that are never drawn; only rank 1 minds the first four."""
 
 
 class Faulty(MockModel):
@@ -43,6 +44,8 @@ class Faulty(MockModel):
                 raise ArithmeticError("one rank alone")
             if bool((input_ids == HANGS).any()):
                 self.stuck_here()
+            if bool((input_ids == RUNS_OUT).any()):
+                input_ids.new_empty(1 << 46)
             if bool((input_ids == DIES).any()):
                 os.kill(os.getpid(), signal.SIGKILL)
         return super().forward(input_ids, positions, batch)
@@ -57,7 +60,7 @@ class Faulty(MockModel):
 
 
 def write_faulty(folder: Path, fault: str = "") -> Path:
-    write_mock_checkpoint(folder, vocab_size=HARMLESS + 4)
+    write_mock_checkpoint(folder, vocab_size=FAULTS.stop)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["Faulty"], "fault": fault}))
     return folder

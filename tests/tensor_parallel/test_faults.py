@@ -32,6 +32,7 @@ def gone(pid: int) -> bool:
         (faulty.RAISES, 1, "ArithmeticError: one rank alone", 'raise ArithmeticError("one rank alone")'),
         (faulty.DIES, 1, "the process ended: killed by SIGKILL", ""),
         (faulty.HANGS, 1, r"no sign of life for 2 s: it hangs, or engine.step_timeout", "in stuck_here"),
+        (faulty.RUNS_OUT, 1, "RuntimeError: .*can't allocate memory", "in forward"),
         (faulty.RAISES_EVERYWHERE, None, r"ArithmeticError: on rank \d too", "in forward"),
     ],
 )
@@ -85,6 +86,7 @@ def test_killed_while_idle(tmp_path: Path) -> None:
     llm = faulty_llm(tmp_path)
     (answer,) = generate(llm, [[1, 2]])
     assert len(answer) == 12
+    time.sleep(0.3)  # rank 0's result is there before rank 1 is done
     os.kill(pids(llm)[1], signal.SIGKILL)
     began = time.monotonic()
     with pytest.raises(WorkerError, match=r"rank 1 of 2 failed \(idle\): .*SIGKILL"):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from nanoengine.core.errors import ConfigError
 from nanoengine.core.execution.distributed import CollectiveFailed
@@ -241,6 +242,15 @@ def test_where_a_rank_stands() -> None:
         shared.note(behind, word, 9)
     assert "rank 1, idle:\nanother" in late.traceback
     shared.close()
+
+
+def test_figures_of_a_gpu_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {"memory_allocated": 3 << 30, "memory_reserved": 4 << 30, "mem_get_info": (1 << 29, 8 << 30)}
+    for name, value in {**figures, "is_available": True, "current_device": 1}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    report = report_of(torch.OutOfMemoryError("CUDA out of memory."), "step 3")
+    told = "GPU 1: 3.00 GiB in use by torch, 4.00 GiB held by it, 0.50 GiB of 8.00 GiB free"
+    assert report.cause == f"OutOfMemoryError: CUDA out of memory. [{told}]"
 
 
 def test_exit_words() -> None:

@@ -24,9 +24,11 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from nanoengine.core.llm import LLM, EngineStats, Stream
+    from nanoengine.core.observe import StepRecord
     from nanoengine.core.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from nanoengine.core.sampling_params import SamplingParams
     from nanoengine.core.setup.config import load_config
+    from nanoengine.core.trace import TraceFile
 
 __version__ = "0.1.0"
 
@@ -48,6 +50,8 @@ _HOME = {
     "LLM": "nanoengine.core.llm",
     "EngineStats": "nanoengine.core.llm",
     "Stream": "nanoengine.core.llm",
+    "StepRecord": "nanoengine.core.observe",
+    "TraceFile": "nanoengine.core.trace",
     "SamplingParams": "nanoengine.core.sampling_params",
     "CompletionOutput": "nanoengine.core.request",
     "Logprob": "nanoengine.core.request",
@@ -73,8 +77,10 @@ __all__ = [
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "StepRecord",
     "Stream",
     "TokenizerMissing",
+    "TraceFile",
     "UnsupportedError",
     "WeightsError",
     "WorkerError",

@@ -17,6 +17,7 @@ from nanoengine.core.errors import EngineClosed, NanoEngineError, ParamsError, R
 from nanoengine.core.execution.executor import Executor, StepHandle
 from nanoengine.core.execution.results import LaunchedStep
 from nanoengine.core.execution.shortage import forget_locals, is_out_of_memory
+from nanoengine.core.observe import Delivery, Observer, StepWatch, Watch
 from nanoengine.core.output import OutputProcessor, RequestState
 from nanoengine.core.request import Request, RequestOutput
 from nanoengine.core.sampling_params import ParamsResolver, ResolvedParams, SamplingParams
@@ -67,7 +68,8 @@ class Engine:
         self._known: dict[str, RequestState] = {}  # from add_request to the last output
         self._in_flight: deque[_InFlight] = deque()
         self._ready: list[RequestOutput] = []
-        self._undelivered: deque[tuple[Sink, RequestOutput]] = deque()
+        self._undelivered: deque[Delivery] = deque()  # outputs to sinks, records to observers
+        self._watch = Watch()
         self._booking = False  # scheduler and steps in flight do not tell one story just now
         self._lock = threading.RLock()  # one step at a time
         # Guards _known, _ordinal and the inbox's order; re-entrant, as a stream may be collected while it is held.
@@ -137,6 +139,22 @@ class Engine:
     def has_unfinished_requests(self) -> bool:
         return bool(self._known or self._ready)
 
+    def observe(self, observer: Observer) -> None:
+        """From the next step on, hand each step's record to `observer`, until `unobserve`."""
+        with self._lock:
+            if not isinstance(self._watch, StepWatch):
+                self._watch = StepWatch()
+            self._watch.observers.append(observer)
+
+    def unobserve(self, observer: Observer) -> None:
+        """No more records of steps that finish from here on. Raises `ValueError` if it does not observe."""
+        with self._lock:
+            if not isinstance(self._watch, StepWatch):
+                raise ValueError(f"{observer!r} does not observe this engine")
+            self._watch.observers.remove(observer)
+            if not self._watch.observers:
+                self._watch = Watch()
+
     def step(self) -> list[RequestOutput]:
         """`advance`, and give the outputs that are there.
 
@@ -189,9 +207,9 @@ class Engine:
     def _deliver(self) -> None:
         raised: list[Exception] = []
         while self._undelivered:
-            sink, output = self._undelivered.popleft()
+            client, news = self._undelivered.popleft()
             try:
-                sink(output)
+                client(news)
             except Exception as error:  # noqa: BLE001 - one client's; raised when all are served
                 raised.append(error)
         if raised:
@@ -203,8 +221,9 @@ class Engine:
         self._inbox.clear()
         self.scheduler, self._booking = self._make_scheduler(), False
         error = RequestError("interrupted", "the engine was interrupted in the middle of a step")
-        now = time.monotonic()
-        self._publish([self.outputs.failed(state, error, now) for state in list(self._known.values())])
+        self._watch.forget()
+        for state in list(self._known.values()):
+            self._lost(state, error)
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached block. Raises `NanoEngineError` while requests are unfinished."""
@@ -231,11 +250,13 @@ class Engine:
     def _end(self, error: WorkerError) -> NoReturn:
         """A worker failed: what runs fails with that cause, and so does whoever comes later."""
         self._ended_by, self._booking = error, False
+        steps = [each.step for each in self._in_flight]
         self._in_flight.clear()
         cause = RequestError("worker_failed", error.summary)
         cause.__cause__ = error
         for state in list(self._known.values()):
             self._fail(state, cause)
+        self._undelivered += self._watch.broken(steps, error)
         self.close()
         try:
             self._deliver()
@@ -318,6 +339,7 @@ class Engine:
             return
         for request in state.unfinished():
             self.scheduler.abort(request)
+            self._watch.ended(request, "abort")
         self._publish(self.outputs.aborted(state, time.monotonic()))
 
     def _launch_ahead(self, depth: int | None = None) -> None:
@@ -325,11 +347,13 @@ class Engine:
         depth = self._depth if depth is None else depth
         while len(self._in_flight) < depth:
             self._booking = True
+            self._watch.scheduling()
             step = self.scheduler.schedule()
             self._take(self.scheduler.take_updates())
             if step is None:
                 self._booking = False
                 break
+            self._watch.scheduled(step, self.scheduler)
             try:
                 handle = self._executor.launch(step.plan)
             except WorkerError as error:
@@ -342,6 +366,7 @@ class Engine:
                 break
             self._in_flight.append(_InFlight(step, handle))
             self._booking = False
+            self._watch.launched(step)
             now = time.monotonic()
             for request, _ in step.rows:
                 state = self._known.get(request.parent)
@@ -350,6 +375,7 @@ class Engine:
 
     def _finish_oldest(self) -> None:
         oldest = self._in_flight[0]
+        self._watch.waiting()
         try:
             result = oldest.handle.wait()
         except WorkerError as error:
@@ -357,15 +383,18 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - as above
             self._broken(self._drop_in_flight(error), error)
             return
+        self._watch.arrived()
         self._booking = True
         self._in_flight.popleft()
         self._take(self.scheduler.commit(oldest.step, result))
         self._booking = False
+        self._undelivered += self._watch.committed(oldest.step, result)
 
     def _take(self, updates: Sequence[Update]) -> None:
         if not updates:
             return
         outputs, stopped, broken = self.outputs.apply(updates, self._known, time.monotonic())
+        self._watch.updated(updates, self._known)
         for request in stopped:
             self.scheduler.finish(request)
         for state, cause in broken:
@@ -390,10 +419,17 @@ class Engine:
             state = self._known.get(request.parent)
             if state is not None:
                 self._fail(state, cause)
+        self._undelivered += self._watch.broken(steps, error)
 
     def _fail(self, state: RequestState, error: RequestError) -> None:
         for request in state.unfinished():
             self.scheduler.abort(request)
+        self._lost(state, error)
+
+    def _lost(self, state: RequestState, error: RequestError) -> None:
+        """What the scheduler does not hold any more."""
+        for request in state.unfinished():
+            self._watch.ended(request, error.code)
         self._publish([self.outputs.failed(state, error, time.monotonic())])
 
     def _publish(self, outputs: Sequence[RequestOutput]) -> None:

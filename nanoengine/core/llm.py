@@ -7,6 +7,7 @@ import logging
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from nanoengine.core.execution.attention import AttentionBackend
     from nanoengine.core.execution.memory import MemoryReport
     from nanoengine.core.execution.taps import Tap
+    from nanoengine.core.observe import Observer
     from nanoengine.core.setup.config import RunConfig
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -317,6 +319,18 @@ class LLM:
         return f"llm-{next(self._ids)}"
 
     # -- around it -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def observe(self, observer: Observer) -> Iterator[None]:
+        """Hand each step's `StepRecord` to `observer` within a `with`: a list's `append`, a `TraceFile`, any callable.
+
+        It is called in the thread that makes the engine step. What it raises is raised there, after the step's outputs.
+        """
+        self.engine.observe(observer)
+        try:
+            yield
+        finally:
+            self.engine.unobserve(observer)
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer; raises `TokenizerMissing` where there is none."""

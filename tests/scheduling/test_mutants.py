@@ -48,7 +48,9 @@ def freed_too_early(patch: pytest.MonkeyPatch) -> None:
 def _give_back_leniently(pool: Pool, block: int) -> None:
     if pool.refs[block]:
         pool.refs[block] -= 1
+        pool.num_shared -= pool.refs[block] == 1
         if pool.refs[block] == 0:
+            pool.num_cached += pool.entries[block] is not None
             pool._link_after(pool.prev[0] if pool.entries[block] else 0, block)
 
 
@@ -157,8 +159,8 @@ def flight_forgotten(patch: pytest.MonkeyPatch) -> None:
     """A preempted request counts as having all its tokens, though one is in flight."""
     preempt = Scheduler._preempt
 
-    def broken(self, request):
-        preempt(self, request)
+    def broken(self, request, *why):
+        preempt(self, request, *why)
         request.num_in_flight = 0
         request.last_step = -1
 
@@ -252,6 +254,30 @@ def budget_ignored(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Draft, "admit", broken)
 
 
+def shared_for_ever(patch: pytest.MonkeyPatch) -> None:
+    """A block that one request is left to own still counts as shared."""
+    give_back = Pool.give_back
+
+    def broken(pool, block):
+        pool.num_shared += pool.refs[block] == 2
+        give_back(pool, block)
+
+    patch.setattr(Pool, "give_back", broken)
+
+
+def cached_for_ever(patch: pytest.MonkeyPatch) -> None:
+    """A cached block that is reused still counts as cached."""
+    take = Pool.take
+
+    def broken(pool):
+        before = pool.num_cached
+        block = take(pool)
+        pool.num_cached = before
+        return block
+
+    patch.setattr(Pool, "take", broken)
+
+
 MUTANTS: list[Patch] = [
     freed_too_early,
     freed_while_running,
@@ -265,6 +291,8 @@ MUTANTS: list[Patch] = [
     flight_forgotten,
     outputs_not_sent_again,
     stale_columns,
+    shared_for_ever,
+    cached_for_ever,
     host_tokens_run_ahead,
     block_sent_to_the_wrong_place,
     ends_one_early,

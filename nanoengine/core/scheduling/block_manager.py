@@ -29,6 +29,16 @@ class Published(NamedTuple):
     uid: int
 
 
+class BlockUse(NamedTuple):
+    """Blocks of a pool. used: owned by requests, of which several own those that are `shared`. cached: owned by none,
+    but a prefix hit may still find them; they are reused where nothing else is free."""
+
+    total: int
+    used: int
+    shared: int
+    cached: int
+
+
 class BlockManager:
     """Hands out blocks to requests and finds the blocks that an earlier request left behind.
 
@@ -68,6 +78,11 @@ class BlockManager:
     def free_blocks(self) -> int:
         """Blocks nobody owns, in the group that has fewest."""
         return min(pool.num_free for pool in self._pools)
+
+    def use(self) -> BlockUse:
+        """Of the group that has fewest free."""
+        pool = min(self._pools, key=lambda pool: pool.num_free)
+        return BlockUse(self.num_blocks, self.num_blocks - pool.num_free, pool.num_shared, pool.num_cached)
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)

@@ -28,6 +28,8 @@ class Pool:
         self.prev: list[int] = [num_blocks - 1, *range(num_blocks - 1)]
         self.refs = [0] * num_blocks
         self.num_free = num_blocks - 1
+        self.num_shared = 0  # owned by several requests
+        self.num_cached = 0  # owned by none, and still in the index
         self.entries: list[Entry | None] = [None] * num_blocks
         self.index: dict[bytes, int] = {}
 
@@ -55,20 +57,28 @@ class Pool:
         """One more owner of a block that the index gave."""
         if self.refs[block] == 0:
             self._unlink(block)
+            self.num_cached -= self.entries[block] is not None
+        elif self.refs[block] == 1:
+            self.num_shared += 1
         self.refs[block] += 1
 
     def give_back(self, block: int) -> None:
         """One owner less. Published blocks are reused last, those that nobody can hit at once."""
         assert self.refs[block] > 0, f"block {block} freed twice"
         self.refs[block] -= 1
-        if self.refs[block] == 0:
-            self._link_after(self.prev[0] if self.entries[block] else 0, block)
+        if self.refs[block] == 1:
+            self.num_shared -= 1
+        elif self.refs[block] == 0:
+            published = self.entries[block] is not None
+            self.num_cached += published
+            self._link_after(self.prev[0] if published else 0, block)
 
     def forget(self, block: int) -> None:
         entry = self.entries[block]
         if entry is not None:
             del self.index[entry.key]
             self.entries[block] = None
+            self.num_cached -= self.refs[block] == 0
 
     def find(self, key: bytes, parent: int | bytes, tokens: bytes) -> int | None:
         """The block published under `key`, if it is verified: same predecessor (hence same history), same tokens."""
@@ -96,5 +106,7 @@ class Pool:
             block = self.next[block]
         assert free == {b for b in range(1, len(refs)) if refs[b] == 0}, "the free list is not the unowned blocks"
         assert len(free) == self.num_free
+        assert self.num_shared == sum(count > 1 for count in refs), "shared blocks are miscounted"
+        assert self.num_cached == sum(self.entries[b] is not None for b in free), "cached blocks are miscounted"
         entries = {entry.key: b for b, entry in enumerate(self.entries) if entry}
         assert entries == self.index, "index and blocks disagree"

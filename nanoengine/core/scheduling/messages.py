@@ -35,17 +35,40 @@ class SchedulerConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more")
 
 
+class Admission(NamedTuple):
+    """A request that got a slot. num_tokens: known ones. cached: of them, those whose KV the prefix cache held.
+    resumed: it ran before, and was preempted."""
+
+    request: str
+    slot: int
+    num_tokens: int
+    cached: int
+    resumed: bool
+
+
+class Preemption(NamedTuple):
+    """A request that gave its slot and blocks back. computed: tokens whose KV is lost to it. why: in words."""
+
+    request: str
+    slot: int
+    computed: int
+    why: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduledStep:
     """A plan, and whose rows it holds: (request, its generation then), in the plan's order.
 
-    sampled: per row, whether a token is drawn. published: prompt blocks that the prefix index got with it.
+    sampled: per row, whether a token is drawn. published: prompt blocks that the prefix index got with it. admitted:
+    in this step. preempted: since the step before.
     """
 
     plan: StepPlan
     rows: tuple[tuple[Request, int], ...]
     sampled: tuple[bool, ...]
     published: tuple[Published, ...] = ()
+    admitted: tuple[Admission, ...] = ()
+    preempted: tuple[Preemption, ...] = ()
 
 
 class Update(NamedTuple):

@@ -18,6 +18,8 @@ from nanoengine.core.scheduling.block_manager import BlockManager, Hits
 from nanoengine.core.scheduling.draft import Draft, ask_host_stages
 from nanoengine.core.scheduling.ending import append_tokens
 from nanoengine.core.scheduling.messages import (
+    Admission,
+    Preemption,
     ScheduledStep,
     SchedulerConfig,
     SchedulerStats,
@@ -51,6 +53,7 @@ class Scheduler:
         self._resume: Request | None = None  # the first one that the last budget had nothing left for
         self._suspects: set[Request] = set()
         self._pending: list[Update] = []
+        self._preempted: list[Preemption] = []  # since the last step
         self._num_host = 0  # live requests with host-token stages
         self._next_step = self._added = 0
 
@@ -142,7 +145,8 @@ class Scheduler:
                 return False
             victim = self.policy.victim(self.running)
             draft.yield_to_others(victim)
-            self._preempt(victim)
+            missing = self.blocks.blocks_for(end) - len(request.block_ids[0])
+            self._preempt(victim, f"{request.id} needs {missing} more KV blocks and {self.blocks.free_blocks} are free")
             if victim is request:
                 return False
         draft.grown[request] = first
@@ -156,8 +160,9 @@ class Scheduler:
             self._remove(request)
             self._pending.append(Update(request, (), "length", request.length_reason))
 
-    def _preempt(self, victim: Request) -> None:
+    def _preempt(self, victim: Request, why: str) -> None:
         """Its blocks and slot go; what it has in flight is appended at commit, and it waits for that."""
+        self._preempted.append(Preemption(victim.id, victim.slot, victim.num_computed, why))
         self._release(victim)
         self._roster.enqueue(victim)
         self._stats.preemptions += 1
@@ -237,11 +242,14 @@ class Scheduler:
         published = []
         for request, _, end, _ in picks.prefill:  # one stream: who reads these blocks is launched later
             published += self.blocks.publish(request, min(end, request.prompt_len))
+        preempted, self._preempted = tuple(self._preempted), []
         step = ScheduledStep(
             plan=plan,
             rows=self._roster.owners(plan.slots.tolist()),
             sampled=(True,) * len(picks.decode) + tuple([row.sampled for row in picks.prefill]),
             published=tuple(published),
+            admitted=tuple([_admission(request, cached) for request, cached in draft.new.items()]),
+            preempted=preempted,
         )
         self._in_flight[number] = step
         self._stats.steps += 1
@@ -309,7 +317,7 @@ class Scheduler:
                 request.last_step = oldest
                 self._suspects.add(request)
                 if request.status is _RUNNING:
-                    self._preempt(request)
+                    self._preempt(request, f"step {step.plan.step} broke")
         guilty = [request for request, _ in steps[0].rows if len(steps[0].rows) == 1]
         guilty = [request for request in guilty if request.status is not _FINISHED]
         for request in guilty:
@@ -341,3 +349,8 @@ class Scheduler:
             assert request.num_in_flight in (0, 1, 2)[: len(self._in_flight) + 1]
         assert self._num_host == sum(request.host_tokens for request in (*self.running, *self.waiting))
         assert self._suspects <= {*self.running, *self.waiting}
+
+
+def _admission(request: Request, cached: int) -> Admission:
+    resumed = request.generation > 1  # it had a slot before
+    return Admission(request.id, request.slot, request.num_tokens, cached, resumed)

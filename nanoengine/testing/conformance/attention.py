@@ -1,0 +1,243 @@
+"""`check_attention_backend`: a backend against attention written out, over the steps that an engine makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nanoengine.api import (
+    AttentionBackend,
+    AttentionCapabilities,
+    AttentionFeature,
+    AttentionLayerSpec,
+    AttentionNeed,
+    BatchLimits,
+    GraphSupport,
+    KVSpec,
+    StepInputs,
+)
+from nanoengine.core.setup.choose import check_class, class_reasons
+from nanoengine.testing.conformance.failure import during, require, require_close
+from nanoengine.testing.conformance.paging import Paging
+
+# Of outputs of about 1: rounding of products in float32; of probabilities and output in the others.
+TOLERANCE: Mapping[str, float] = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
+_LAYERS = 2
+_LONGEST = 96
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Case:
+    heads: int
+    kv_heads: int
+    head_size: int
+    block_size: int
+    dtype: str
+    window: int | None = None
+    soft_cap: float | None = None
+
+    @property
+    def layer(self) -> AttentionLayerSpec:
+        return AttentionLayerSpec(
+            num_heads=self.heads,
+            num_kv_heads=self.kv_heads,
+            head_size=self.head_size,
+            scale=1.3 * self.head_size**-0.5,  # not what a backend might have hard-wired
+            window=self.window,
+            soft_cap=self.soft_cap,
+        )
+
+    @property
+    def kv(self) -> KVSpec:
+        return KVSpec(num_kv_heads=self.kv_heads, head_size=self.head_size, dtype=self.dtype, window=self.window)
+
+    @property
+    def features(self) -> frozenset[AttentionFeature]:
+        wanted = {AttentionFeature.MIXED}
+        wanted |= {AttentionFeature.SLIDING_WINDOW} if self.window is not None else set()
+        wanted |= {AttentionFeature.SOFT_CAP} if self.soft_cap is not None else set()
+        return frozenset(wanted)
+
+
+def check_attention_backend(
+    backend: type[AttentionBackend],
+    *,
+    device: str = "cpu",
+    dtypes: Sequence[str] | None = None,
+    head_sizes: Sequence[int] | None = None,
+    block_sizes: Sequence[int] | None = None,
+) -> None:
+    """Prompts whole and in chunks, decoding, mixed batches, shared and copied and reused blocks, two layers; for every
+    head size, dtype, grouping of heads and feature that the backend declares.
+
+    Args:
+        device: where it runs. dtypes, head_sizes, block_sizes: what to try; default: what it declares, or a choice.
+
+    Raises `ConformanceError` saying what was wrong in which step.
+    """
+    check_class(backend, AttentionBackend, backend.__qualname__)
+    capabilities = backend.capabilities
+    _check_answers(backend, capabilities, device)
+    for case in _cases(capabilities, dtypes, head_sizes, block_sizes):
+        with during(f"{backend.__name__} on {device}, {case}"):
+            _Play(backend, case, torch.device(device)).run()
+
+
+def _check_answers(backend: type[AttentionBackend], capabilities: AttentionCapabilities, device: str) -> None:
+    """What it says of itself agrees with what it declares."""
+    require(device in capabilities.devices, f"{backend.__name__}.capabilities.devices lacks {device!r}: nothing to try")
+    nowhere = AttentionNeed(device="nowhere", dtype="float32", head_sizes=frozenset({64}))
+    require(bool(class_reasons(backend, nowhere)), f"{backend.__name__}.unsupported accepts a device called 'nowhere'")
+    for feature in sorted(frozenset(AttentionFeature) - capabilities.features):
+        need = replace(nowhere, device=device, features=frozenset({feature}))
+        require(
+            bool(class_reasons(backend, need)),
+            f"{backend.__name__} does not declare {feature.name}, yet unsupported() accepts it: it would be ignored",
+        )
+
+
+def _cases(
+    capabilities: AttentionCapabilities,
+    dtypes: Sequence[str] | None,
+    head_sizes: Sequence[int] | None,
+    block_sizes: Sequence[int] | None,
+) -> Iterator[_Case]:
+    """One of all defaults, then each property changed by itself."""
+    dtypes = dtypes or [d for d in TOLERANCE if capabilities.dtypes is None or d in capabilities.dtypes]
+    require(bool(dtypes), f"capabilities.dtypes holds none of {', '.join(TOLERANCE)}: give dtypes=")
+    sizes = head_sizes or (sorted(capabilities.head_sizes) if capabilities.head_sizes else (16, 64, 20))
+    multiple = capabilities.block_multiple
+    blocks = block_sizes or ((4, 16, 1) if multiple == 1 else (multiple, 2 * multiple))
+    first = _Case(heads=4, kv_heads=2, head_size=sizes[0], block_size=blocks[0], dtype=dtypes[0])
+    yield first
+    yield from (replace(first, dtype=dtype) for dtype in dtypes[1:])
+    yield from (replace(first, head_size=size) for size in sizes[1:])
+    yield from (replace(first, block_size=size) for size in blocks[1:])
+    yield from (replace(first, heads=heads, kv_heads=kv) for heads, kv in ((3, 3), (6, 1)))
+    windows = (None, 1, 9) if AttentionFeature.SLIDING_WINDOW in capabilities.features else (None,)
+    caps = (None, 2.0) if AttentionFeature.SOFT_CAP in capabilities.features else (None,)
+    yield from (replace(first, window=w, soft_cap=c) for w in windows for c in caps if (w, c) != (None, None))
+
+
+class _Play:
+    """One backend instance through a fixed story of steps, beside the K and V of every sequence as they should be."""
+
+    def __init__(self, backend: type[AttentionBackend], case: _Case, device: torch.device) -> None:
+        self.backend, self.case, self.device = backend, case, device
+        self.dtype: torch.dtype = getattr(torch, case.dtype)
+        self.limits = BatchLimits(max_rows=8, max_tokens=128, max_model_len=_LONGEST, block_size=case.block_size)
+        blocks = 2 + 7 * self.limits.max_blocks
+        self.paging = Paging(self.limits, blocks, device)
+        self.random = torch.Generator().manual_seed(7)
+        self.kv: dict[str, list[Tensor]] = {}  # name -> float64 [layers, 2, tokens, KV heads, head size], in chunks
+        need = AttentionNeed(
+            device=device.type,
+            dtype=case.dtype,
+            head_sizes=frozenset({case.head_size}),
+            block_size=case.block_size,
+            features=case.features & backend.capabilities.features,
+        )
+        reasons = class_reasons(backend, need)
+        require(not reasons, f"unsupported() refuses what capabilities declare: {'; '.join(reasons)}")
+        block_bytes = backend.kv_block_bytes(case.kv, case.block_size)
+        require(isinstance(block_bytes, int) and block_bytes > 0, f"kv_block_bytes gave {block_bytes!r}, no size")
+        self.made = backend(case.kv, self.limits, device)
+        self.made.allocate(_LAYERS, blocks)
+
+    def run(self) -> None:
+        self.step("two whole prompts", {"a": 20, "b": 5})
+        self.step("one more token each", {"a": 1, "b": 1})
+        self.step("decode, chunk and a new prompt together", {"b": 1, "a": 10, "d": 61})
+        self.step("decode of uneven lengths, lengths overestimated on the host", {"b": 1, "a": 1, "d": 1}, slack=1)
+        if self.made.capabilities.graphs is not GraphSupport.NEVER:
+            self.step("decode with padded rows", {"a": 1, "d": 1}, padded=3)
+        self.kv["shared"] = self.known("d", self.paging.share("shared", "d"))
+        self.step("a prompt that begins in shared blocks", {"b": 1, "shared": 6})
+        source, copy = self.paging.fork("fork", "d")
+        self.made.copy_blocks(*(torch.tensor([block], device=self.device) for block in (source, copy)))
+        self.kv["fork"] = list(self.kv["d"])
+        self.step("two that part after copy_blocks", {"d": 1, "fork": 1})
+        self.step("large values", {"a": 30}, scale=64.0)
+        self.paging.drop("a")
+        del self.kv["a"]
+        self.step("blocks reused, old values behind their ends", {"b": 1, "late": 7, "later": 2})
+        self.step("decode there", {"late": 1, "later": 1, "shared": 1, "fork": 1})
+        with during("release()"):
+            self.made.release()
+
+    def known(self, name: str, tokens: int) -> list[Tensor]:
+        return [torch.cat(self.kv[name], dim=2)[:, :, :tokens]]
+
+    def step(
+        self, what: str, chunks: Mapping[str, int], *, padded: int = 0, slack: int = 0, scale: float = 1.0
+    ) -> None:
+        """One step, or two where the backend takes no mixed batches."""
+        single = {name: count for name, count in chunks.items() if count == 1}
+        mixed = 0 < len(single) < len(chunks)
+        if mixed and AttentionFeature.MIXED not in self.made.capabilities.features:
+            self.step(what, single, padded=padded, slack=slack, scale=scale)
+            chunks = {name: count for name, count in chunks.items() if count > 1}
+        inputs = self.paging.step(chunks, padded_rows=padded, host_slack=slack)
+        rows = self.paging.order(chunks)
+        queries = [self.normal(_LAYERS, chunks[name], self.case.heads) * 2 for name in rows]
+        for name in rows:
+            new = self.normal(_LAYERS, 2, chunks[name], self.case.kv_heads)
+            new[:, 1] *= scale
+            self.kv.setdefault(name, []).append(new)
+        with during(f"{what}: fill()"):
+            self.made.fill(inputs)
+        for layer in range(_LAYERS):
+            with during(f"{what}, layer {layer}"):
+                self.check_layer(layer, inputs, rows, [q[layer] for q in queries], padded)
+
+    def check_layer(
+        self, layer: int, inputs: StepInputs, rows: Sequence[str], queries: Sequence[Tensor], padded: int
+    ) -> None:
+        new = [self.kv[name][-1][layer] for name in rows]
+        q, k, v = (self.joined(parts, padded) for parts in (queries, [kv[0] for kv in new], [kv[1] for kv in new]))
+        out = self.made.forward(layer, self.case.layer, q, k, v)
+        require(out.dtype == q.dtype, f"forward gave {out.dtype} for queries of {q.dtype}")
+        require(out.shape == q.shape, f"forward gave shape {tuple(out.shape)} for queries {tuple(q.shape)}")
+        require(bool(out.isfinite().all()), "the output is not finite (padding included)")
+        want = [
+            attend(query, *self.keys_and_values(name, layer), self.case.layer)
+            for name, query in zip(rows, queries, strict=True)
+        ]
+        scale = max(1.0, *(float(w.abs().max()) for w in want))
+        real = out[: len(out) - padded].cpu()
+        for name, got, expected in zip(rows, torch.split(real, [len(w) for w in want]), want, strict=True):
+            what = f"row {name!r} ({len(got)} new tokens, {self.paging.lens[name]} in all)"
+            require_close(got, expected, TOLERANCE[self.case.dtype] * scale, what)
+
+    def keys_and_values(self, name: str, layer: int) -> tuple[Tensor, Tensor]:
+        """float64 [tokens, KV heads, head size] each: all of a sequence."""
+        keys, values = torch.cat(self.kv[name], dim=2)[layer]
+        return keys, values
+
+    def joined(self, parts: Sequence[Tensor], padded: int) -> Tensor:
+        """One behind the other; padding holds numbers that must not matter."""
+        rows = torch.cat(list(parts))
+        return torch.cat([rows, rows.new_full((padded, *rows.shape[1:]), 9.0)]).to(self.device, self.dtype)
+
+    def normal(self, *shape: int) -> Tensor:
+        """float64, rounded as the backend will see it."""
+        values = torch.randn(*shape, self.case.head_size, generator=self.random, dtype=torch.float64)
+        return values.to(self.dtype).double()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionLayerSpec) -> Tensor:
+    """Attention written out: q [Q, H, D] are the last queries over k and v [S, Hkv, D] -> [Q, H, D]."""
+    groups = spec.num_heads // spec.num_kv_heads
+    k, v = (x.repeat_interleave(groups, dim=1).transpose(0, 1) for x in (k, v))  # [H, S, D]
+    scores = q.transpose(0, 1) @ k.mT * spec.scale  # [H, Q, S]
+    if spec.soft_cap is not None:
+        scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
+    key = torch.arange(k.shape[1])
+    query = key[-len(q) :, None]
+    hidden = key > query
+    if spec.window is not None:
+        hidden |= key <= query - spec.window
+    return (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(0, 1)

@@ -1,0 +1,87 @@
+"""Sequences in scattered KV blocks, and the `StepInputs` of any step over them, as the engine would make them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import gcd
+
+import torch
+
+from nanoengine.api import BatchLimits, StepInputs
+
+
+@dataclass
+class Paging:
+    """Block tables of named sequences.
+
+    Attributes:
+        limits: of every step. num_blocks: in all, the dummy block 0 included. device: of the step's tensors.
+        tables: a sequence's blocks. lens: its tokens so far.
+    """
+
+    limits: BatchLimits
+    num_blocks: int
+    device: torch.device
+    tables: dict[str, list[int]] = field(default_factory=dict)
+    lens: dict[str, int] = field(default_factory=dict)
+    _free: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        # A stride that shares no factor with the number of blocks: neighbours in a sequence are none in memory.
+        count = self.num_blocks - 1
+        stride = next(s for s in range(7, 7 + count) if gcd(s, count) == 1)
+        self._free = [1 + i * stride % count for i in range(count)]
+
+    def share(self, new: str, old: str) -> int:
+        """Starts `new` on the whole blocks that `old` has filled; gives the number of tokens they hold."""
+        whole = self.lens[old] // self.limits.block_size
+        self.tables[new] = self.tables[old][:whole]
+        self.lens[new] = whole * self.limits.block_size
+        return self.lens[new]
+
+    def fork(self, new: str, old: str) -> tuple[int, int]:
+        """Starts `new` as a copy of `old` that shares all but the last block: (source, copy) of that block."""
+        *shared, last = self.tables[old]
+        copy = self._free.pop()
+        self.tables[new], self.lens[new] = [*shared, copy], self.lens[old]
+        return last, copy
+
+    def drop(self, name: str) -> None:
+        """Frees the blocks of a sequence that shares none; the next one to need blocks gets them."""
+        self._free += self.tables.pop(name)
+        del self.lens[name]
+
+    def order(self, chunks: Mapping[str, int]) -> list[str]:
+        """The rows of a step: single tokens first."""
+        return sorted(chunks, key=lambda name: chunks[name] > 1)
+
+    def step(self, chunks: Mapping[str, int], *, padded_rows: int = 0, host_slack: int = 0) -> StepInputs:
+        """Appends so many tokens to each sequence, in one step.
+
+        `padded_rows`: rows of one token on the dummy block, behind a step of single tokens. `host_slack`: by how much
+        the host overestimates the lengths of single-token rows.
+        """
+        rows, size = self.order(chunks), self.limits.block_size
+        tables = torch.zeros(len(rows) + padded_rows, self.limits.max_blocks, dtype=torch.int32)
+        slots, positions = list[int](), list[int]()
+        for row, name in enumerate(rows):
+            table, before = self.tables.setdefault(name, []), self.lens.get(name, 0)
+            after = self.lens[name] = before + chunks[name]
+            while len(table) * size < after:
+                table.append(self._free.pop())
+            tables[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
+            slots += [table[p // size] * size + p % size for p in range(before, after)]
+            positions += range(before, after)
+        counts = [chunks[name] for name in rows] + [1] * padded_rows
+        lens = [self.lens[name] for name in rows] + [1] * padded_rows
+        return StepInputs(
+            block_tables=tables.to(self.device),
+            seq_lens=torch.tensor(lens, dtype=torch.int32, device=self.device),
+            query_start_loc=torch.tensor([0, *counts]).cumsum(0).to(self.device, torch.int32),
+            slot_mapping=torch.tensor(slots + [0] * padded_rows, device=self.device),
+            positions=torch.tensor(positions + [0] * padded_rows, device=self.device),
+            num_decode_rows=sum(count == 1 for count in counts),
+            query_lens_host=tuple(counts),
+            seq_lens_host=tuple(n + host_slack * (c == 1) for n, c in zip(lens, counts, strict=True)),
+        )

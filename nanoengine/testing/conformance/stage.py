@@ -1,0 +1,223 @@
+"""`check_stage`: a sampler stage by itself, in mixed batches, on a part of the vocabulary, and in the engine."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanoengine.api import ParamsError, SamplerSpec, SamplerStage, StageContext, StageParams, hookimpl
+from nanoengine.core.execution.stages import build_stages
+from nanoengine.core.sampling_params import ParamsResolver, SamplingParams
+from nanoengine.core.setup.plan import StagePlan, TargetLoader
+from nanoengine.core.setup.validation import check_spec
+from nanoengine.testing.conformance.failure import ConformanceError, during, require, require_close
+from nanoengine.testing.conformance.stage_rows import Batch, Row, columns_of
+
+_MAX_LEN = 32
+_SPLIT = 0.4  # where the vocabulary is cut for a sharded stage
+_HISTORIES = ((3, 0), (6, 4), (9, 7))  # prompt and output lengths of the rows of each example
+
+
+class _Vocabulary:
+    """The context that parameters are checked against: a character is a token."""
+
+    max_model_len = _MAX_LEN
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) % self.vocab_size for character in text]
+
+
+def check_stage(
+    spec: SamplerSpec, *examples: Mapping[str, Any], refused: Sequence[Mapping[str, Any]] = (), vocab_size: int = 97
+) -> None:
+    """What the engine relies on in a stage and its parameters.
+
+    Args:
+        spec: what the plugin's `register_samplers` returns.
+        examples: values of its fields, each of which must change the logits of some row: {"even_only": True}.
+        refused: values that must raise `ParamsError`.
+
+    Raises `ConformanceError` saying what was wrong.
+    """
+    require(bool(examples), f"give check_stage an example of {spec.name!r}: values of its fields that have an effect")
+    with during(f"sampler stage {spec.name!r}"):
+        check_spec(spec)
+        _check_imports(spec)
+        _check_params(spec.params, examples)
+        resolver = ParamsResolver([(spec.name, spec.params)], _Vocabulary(vocab_size), frozenset())
+        _check_refused(resolver, refused)
+        stage = _make(spec, vocab_size, "cpu")
+        batch = _batch(spec, resolver, examples, vocab_size)
+        out = _check_apply(stage, batch, examples)
+        _check_rows_alone(stage, batch, out)
+        if stage.argmax_invariant:
+            for shift in range(4):  # the likeliest tokens close together, and each in turn another id
+                each = replace(batch, logits=0.03 * batch.logits.roll(shift, -1))
+                same = torch.equal(_apply(stage, each).argmax(-1), each.logits.argmax(-1))
+                require(same, "argmax_invariant is set, but apply() changes which token is the likeliest")
+        if stage.sharded:
+            _check_shards(stage, batch, out)
+        _check_no_waiting(_make(spec, vocab_size, "meta"), batch)
+        _check_engine(spec, examples, vocab_size)
+
+
+def _check_imports(spec: SamplerSpec) -> None:
+    """Its parameters come without torch: they are read wherever plugins are listed."""
+    module = spec.params.__module__
+    if module == "__main__" or importlib.util.find_spec(module) is None:
+        return  # a plugin file: there both may stand together
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    require(not done.stderr, f"importing {module} by itself failed: {done.stderr[-500:]}")
+    require(
+        done.returncode == 0, f"{module}, which holds {spec.params.__name__}, imports torch: put it in one that not"
+    )
+
+
+def _check_params(params: type[StageParams], examples: Sequence[Mapping[str, Any]]) -> None:
+    plain = params()
+    require(not plain.active(), f"{params.__name__}() is active: each field's default must be inert")
+    for example in examples:
+        require(params(**example).active(), f"{params.__name__}({_shown(example)}) is not active: active() gave False")
+
+
+def _check_refused(resolver: ParamsResolver, refused: Sequence[Mapping[str, Any]]) -> None:
+    for values in refused:
+        try:
+            resolver.resolve(SamplingParams(**values))
+        except ParamsError:
+            continue
+        require(False, f"{_shown(values)} was not refused: raise ParamsError in __post_init__ or in pack()")
+
+
+def _make(spec: SamplerSpec, vocab_size: int, device: str) -> SamplerStage:
+    ctx = StageContext(max_slots=16, vocab_size=vocab_size, max_model_len=_MAX_LEN, device=torch.device(device))
+    plan = StagePlan(name=spec.name, target=spec.target, columns=spec.params.columns)
+    built = build_stages([plan], TargetLoader(), ctx)
+    require(not built.failed, f"on device {device!r}: {built.failed.get(spec.name)}")
+    ((_, stage),) = built.working
+    return stage
+
+
+def _batch(
+    spec: SamplerSpec, resolver: ParamsResolver, examples: Sequence[Mapping[str, Any]], vocab_size: int
+) -> Batch:
+    """Three rows of each example with histories of their own, and three that do not want the stage, shuffled."""
+    random = torch.Generator().manual_seed(11)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(vocab_size, (count,), generator=random).tolist()
+
+    rows = []
+    for number, example in enumerate([*examples, {}]):
+        resolved = resolver.resolve(SamplingParams(**example))
+        for prompt, output in _HISTORIES:
+            history = tokens(prompt), tokens(output)
+            packed = columns_of(spec.params, resolved.stages, *history)
+            rows.append(Row(*history, packed, number if example else -1))
+    order = torch.randperm(len(rows), generator=random).tolist()
+    logits = 3 * torch.randn(len(rows), vocab_size, generator=random)
+    return Batch.of([rows[i] for i in order], spec.params.columns, logits, _MAX_LEN)
+
+
+def _check_apply(stage: SamplerStage, batch: Batch, examples: Sequence[Mapping[str, Any]]) -> Tensor:
+    out = _apply(stage, batch)
+    for row, number in enumerate(batch.examples):
+        if number < 0:
+            unchanged = torch.equal(out[row], batch.logits[row])
+            require(unchanged, "apply() changed a row that does not want the stage: its columns hold the defaults")
+    require(not bool((out == float("-inf")).all(-1).any()), "apply() removed every token of a row: none can be drawn")
+    for number, example in enumerate(examples):
+        mine = [row for row, each in enumerate(batch.examples) if each == number]
+        changed = any(not torch.equal(out[row], batch.logits[row]) for row in mine)
+        require(changed, f"apply() changed nothing for {_shown(example)}; give an example that has an effect")
+    return out
+
+
+def _apply(stage: SamplerStage, batch: Batch) -> Tensor:
+    with during("apply()"):
+        out = stage.apply(batch.logits.clone(), batch.rows_for(stage.needs))
+    wanted = batch.logits
+    require(isinstance(out, Tensor), f"apply() returned {type(out).__name__}: it must return the logits")
+    good = out.shape == wanted.shape and out.dtype == wanted.dtype
+    require(good, f"apply() gave {out.dtype} {tuple(out.shape)}, not {wanted.dtype} {tuple(wanted.shape)}")
+    require(not bool((out.isnan() | (out == float("inf"))).any()), "apply() gave NaN or +inf")
+    return out
+
+
+def _check_rows_alone(stage: SamplerStage, batch: Batch, out: Tensor) -> None:
+    """A row comes out the same whoever else is in the batch, and wherever it stands."""
+    backwards = list(range(len(batch)))[::-1]
+    same = torch.equal(_apply(stage, batch.pick(backwards)), out[backwards])
+    require(same, "a row depends on its place in the batch")
+    for row in range(len(batch)):
+        alone = _apply(stage, batch.pick([row]))
+        require_close(alone[0], out[row], 1e-5, "a row alone, against the same row among others")
+
+
+def _check_shards(stage: SamplerStage, batch: Batch, out: Tensor) -> None:
+    cut = int(_SPLIT * out.shape[1])
+    for first, last in ((0, cut), (cut, out.shape[1])):
+        part = _apply(stage, batch.shard(first, last))
+        what = f"`sharded` is set, but ids {first} to {last - 1} by themselves come out otherwise than among all"
+        require_close(part, out[:, first:last], 1e-5, what)
+
+
+def _check_no_waiting(stage: SamplerStage, batch: Batch) -> None:
+    """On tensors without values whatever would have to wait for the device fails."""
+    on_meta = batch.to("meta")
+    try:
+        stage.apply(on_meta.logits, on_meta.rows_for(stage.needs))
+    except Exception as error:
+        cause = f"{type(error).__name__}: {str(error).split(chr(10))[0]}"
+        raise ConformanceError(
+            "apply() reads values on the host (.item(), .cpu(), `if tensor:`, boolean indexing), which waits for the "
+            f"device, or mixes devices (make tensors on logits.device, buffers on ctx.device): {cause}"
+        ) from error
+
+
+def _check_engine(spec: SamplerSpec, examples: Sequence[Mapping[str, Any]], vocab_size: int) -> None:
+    """Whole requests on the mock model: the same tokens alone and together, with the stage's users and without."""
+    from nanoengine import LLM
+    from nanoengine.core.setup.plugins import discover
+    from nanoengine.testing import mock_model
+    from nanoengine.testing.checkpoints import write_byte_tokenizer
+
+    found = discover().samplers.get(spec.name)
+    own = [] if found and found.spec == spec else [SimpleNamespace(register_samplers=hookimpl(lambda: [spec]))]
+    requests = [
+        ({"prompt_token_ids": [7 + i, 1, 2 + i]}, SamplingParams(max_tokens=8, ignore_eos=True, seed=i, **example))
+        for i, example in enumerate([*examples, {}])
+    ]
+    with tempfile.TemporaryDirectory() as folder, during("in the engine"):
+        path = mock_model.write_mock_checkpoint(
+            Path(folder), vocab_size=max(vocab_size, 259), max_position_embeddings=_MAX_LEN
+        )
+        write_byte_tokenizer(path)
+        options: dict[str, Any] = {"load_format": "dummy", "num_gpu_blocks_override": 64, "device": "cpu"}
+        with LLM(path, attention="mock", plugins=[mock_model, *own], **options) as llm:
+            together = llm.generate(*(list(each) for each in zip(*requests, strict=True)), use_tqdm=False)
+            alone = [llm.generate([prompt], params, use_tqdm=False)[0] for prompt, params in requests]
+    for output in (*together, *alone):
+        require(output.error is None, f"the request failed: {output.error}")
+    same = [o.outputs[0].token_ids for o in together] == [o.outputs[0].token_ids for o in alone]
+    require(same, "requests get other tokens together than alone")
+
+
+def _shown(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())

@@ -1,0 +1,372 @@
+"""The conformance kits: the built-in parts pass them, and each kind of mistake is caught, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from nanoengine.api import (
+    AttentionCapabilities,
+    AttentionFeature,
+    AttentionNeed,
+    ColumnSpec,
+    Need,
+    ParamsError,
+    Phase,
+    SamplerSpec,
+    SamplerStage,
+    StageParams,
+    StageRows,
+)
+from nanoengine.layers.decoder import DECODER_WEIGHTS
+from nanoengine.plugins.attention_backends.torch_paged import TorchPaged
+from nanoengine.plugins.models.gemma2 import Gemma2
+from nanoengine.plugins.models.gemma3 import Gemma3
+from nanoengine.plugins.models.llama import Llama
+from nanoengine.plugins.models.mistral import Mistral
+from nanoengine.plugins.models.qwen2 import Qwen2
+from nanoengine.plugins.models.qwen3 import Qwen3
+from nanoengine.plugins.samplers import register_samplers
+from nanoengine.testing import checkpoints, forced
+from nanoengine.testing.conformance import ConformanceError, check_attention_backend, check_model, check_stage
+from nanoengine.testing.conformance.ranks import Ranks
+
+# --- attention backends
+
+
+def test_the_torch_backend_conforms() -> None:
+    check_attention_backend(TorchPaged)
+
+
+class SeesOneAhead(TorchPaged):
+    def _mask(self, ahead: Tensor, out: Tensor) -> Tensor:
+        return super()._mask(ahead - 1, out)
+
+
+class ForgetsScale(TorchPaged):
+    def forward(self, layer: int, spec: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().forward(layer, replace(spec, scale=spec.head_size**-0.5), q, k, v)
+
+
+class ForgetsCap(TorchPaged):
+    def forward(self, layer: int, spec: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().forward(layer, replace(spec, soft_cap=None), q, k, v)
+
+
+class CopiesNothing(TorchPaged):
+    def copy_blocks(self, src: Tensor, dst: Tensor) -> None: ...
+
+
+class OneLayerForAll(TorchPaged):
+    def forward(self, layer: int, spec: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().forward(0, spec, q, k, v)
+
+
+class WritesToLogicalBlocks(TorchPaged):
+    """Takes positions for slots: right only where a sequence's blocks are 0, 1, 2 ..."""
+
+    def fill(self, inputs: Any) -> None:
+        super().fill(replace(inputs, slot_mapping=inputs.positions))
+
+
+class ClaimsLess(TorchPaged):
+    """Serves a window nobody declared."""
+
+    capabilities = AttentionCapabilities(devices=frozenset({"cpu"}))
+
+    @classmethod
+    def unsupported(cls, need: AttentionNeed) -> list[str]:
+        return [] if need.device == "cpu" else ["runs on a CPU"]
+
+
+class OtherDtype(TorchPaged):
+    def forward(self, layer: int, spec: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().forward(layer, spec, q, k, v).double()
+
+
+@pytest.mark.parametrize(
+    ("mutant", "words"),
+    [
+        (SeesOneAhead, "two whole prompts, layer 0: row 'a' .* off by"),
+        (ForgetsScale, "off by"),
+        (ForgetsCap, r"soft_cap=2.0\): two whole prompts"),
+        (CopiesNothing, "two that part after copy_blocks, layer 0: row 'fork'"),
+        (OneLayerForAll, "one more token each, layer 0"),
+        (WritesToLogicalBlocks, "off by"),
+        (ClaimsLess, "does not declare SOFT_CAP, yet unsupported"),
+        (OtherDtype, "forward gave torch.float64 for queries of torch.float32"),
+    ],
+)
+def test_a_wrong_backend_is_caught(mutant: type[TorchPaged], words: str) -> None:
+    with pytest.raises(ConformanceError, match=words):
+        check_attention_backend(mutant)
+
+
+def test_a_backend_without_mixed_batches_gets_none() -> None:
+    steps: list[Any] = []
+
+    class Pure(TorchPaged):
+        capabilities = replace(TorchPaged.capabilities, features=frozenset(AttentionFeature) - {AttentionFeature.MIXED})
+
+        def fill(self, inputs: Any) -> None:
+            steps.append({count == 1 for count in inputs.query_lens_host})
+            super().fill(inputs)
+
+    check_attention_backend(Pure, dtypes=["float32"])
+    assert {frozenset(step) for step in steps} == {frozenset({True}), frozenset({False})}
+
+
+# --- models
+
+FAMILIES = {
+    "llama": (checkpoints.tiny_llama, Llama),
+    "qwen2": (checkpoints.tiny_qwen2, Qwen2),
+    "qwen3": (checkpoints.tiny_qwen3, Qwen3),
+    "mistral": (checkpoints.tiny_mistral, Mistral),
+    "gemma2": (checkpoints.tiny_gemma2, Gemma2),
+    "gemma3": (checkpoints.tiny_gemma3, Gemma3),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_built_in_models_conform(family: str, tmp_path: Path) -> None:
+    write, model = FAMILIES[family]
+    path = write(tmp_path, std=0.05 if family == "gemma2" else 0.15)
+    check_model(model, path, AutoModelForCausalLM.from_pretrained(path))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
+    path = checkpoints.tiny_llama(tmp_path_factory.mktemp("llama"))
+    return path, AutoModelForCausalLM.from_pretrained(path)
+
+
+class SwapsKeysAndValues(Llama):
+    weights = replace(DECODER_WEIGHTS, fuse={**DECODER_WEIGHTS.fuse, "k_proj": ("qkv_proj", "v"), "v_proj": ("qkv_proj", "k")})  # fmt: skip # noqa: E501
+
+
+class NeedsTheWholeVocabulary(Llama):
+    """Right on one rank only."""
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        logits = super().compute_logits(hidden)
+        return logits if logits.shape[1] == 131 else logits + 1.0 * (torch.arange(logits.shape[1]) % 7)
+
+
+class WrongRows(Llama):
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        return super().compute_logits(hidden[-1:])
+
+
+class KeyErrors(Llama):
+    @classmethod
+    def read_config(cls, hf: Any) -> Any:
+        return super().read_config({**hf, "hidden_size": hf["hidden_size"]})
+
+
+class ForgetsPositions(Llama):
+    def forward(self, input_ids: Tensor, positions: Tensor, batch: Any) -> Tensor:
+        return super().forward(input_ids, positions * 0, batch)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "words"),
+    [
+        (SwapsKeysAndValues, "on 1 rank: log-probs of sequence .* off by"),
+        (NeedsTheWholeVocabulary, "on 2 ranks: (log-probs of|compute_logits)"),
+        (WrongRows, "compute_logits.. gave shape"),
+        (KeyErrors, "read_config without 'hidden_size' raised KeyError"),
+        (ForgetsPositions, "off by"),
+    ],
+)
+def test_a_wrong_model_is_caught(mutant: Any, words: str, llama: tuple[Path, nn.Module]) -> None:
+    with pytest.raises(ConformanceError, match=words):
+        check_model(mutant, *llama)
+
+
+def test_a_checkpoint_that_could_hide_mistakes_is_refused(tmp_path: Path) -> None:
+    path = checkpoints.tiny_llama(tmp_path, std=0.001)
+    with pytest.raises(ConformanceError, match="spread the checkpoint's weights more widely"):
+        check_model(Llama, path, AutoModelForCausalLM.from_pretrained(path))
+
+
+def test_ranks_meet_and_one_that_fails_lets_the_others_go() -> None:
+    ranks = Ranks(3)
+    sums = ranks.each(lambda rank: ranks.groups[rank].all_reduce(torch.tensor([rank])))
+    assert [int(each) for each in sums] == [3, 3, 3]
+
+    def fails_on_one(rank: int) -> Tensor:
+        if rank == 1:
+            raise ValueError("rank 1 fails")
+        return ranks.groups[rank].all_gather(torch.zeros(2))
+
+    with pytest.raises(ValueError, match="rank 1 fails"):
+        ranks.each(fails_on_one)
+
+
+# --- sampler stages
+
+EXAMPLES: dict[str, list[dict[str, Any]]] = {
+    "allowed_token_ids": [{"allowed_token_ids": [1, 5, 9]}],
+    "bad_words": [{"bad_words": ["a", "bc"]}],
+    "logit_bias": [{"logit_bias": {3: 5.0}}],
+    "penalties": [{"repetition_penalty": 1.5}, {"presence_penalty": 0.5}, {"frequency_penalty": 0.3}],
+    "temperature": [{"temperature": 0.5}],
+    "top_k": [{"top_k": 5}],
+    "top_p": [{"top_p": 0.5}],
+    "min_p": [{"min_p": 0.2}],
+    "forced": [{"forced": (4, 5, 6)}],
+}
+SPECS = {spec.name: spec for spec in (*register_samplers(), *forced.register_samplers())}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_built_in_stages_conform(name: str) -> None:
+    assert sorted(EXAMPLES) == sorted(SPECS)
+    check_stage(SPECS[name], *EXAMPLES[name])
+
+
+@dataclass(frozen=True)
+class SpiceParams(StageParams):
+    columns: ClassVar = {"spice": ColumnSpec(dtype="float32")}
+
+    spice: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.spice < 0:
+            raise ParamsError(f"spice must be 0 or more, not {self.spice}")
+
+
+class Spice(SamplerStage):
+    """Adds `spice` to odd ids."""
+
+    phase = Phase.BIAS
+    sharded = True
+
+    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+        ids = torch.arange(rows.vocab_start, rows.vocab_start + logits.shape[1], device=logits.device)
+        return logits + torch.where(ids % 2 == 1, rows.column("spice")[:, None], 0.0)
+
+
+class ForgetsVocabStart(Spice):
+    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+        return super().apply(logits, replace(rows, vocab_start=1 if rows.vocab_start else 0))
+
+
+class TouchesEveryRow(Spice):
+    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+        return super().apply(logits, rows) - 1e-3
+
+
+class LooksAtItsNeighbours(Spice):
+    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+        wants = rows.column("spice") > 0
+        return super().apply(logits, rows) + wants[:, None] * wants.sum()
+
+
+class Waits(Spice):
+    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+        return super().apply(logits, rows) if rows.column("spice").max().item() > 0 else logits
+
+
+class BooleanIndexing(Spice):
+    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+        wants = rows.column("spice") > 0
+        logits[wants] = super().apply(logits, rows)[wants]
+        return logits
+
+
+class NotOnTheDevice(Spice):
+    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+        return super().apply(logits, rows) + torch.zeros(logits.shape[1])
+
+
+class Removes(Spice):
+    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+        return logits.masked_fill(rows.column("spice")[:, None] > 0, float("-inf"))
+
+
+class SaysGreedyIsSafe(Spice):
+    argmax_invariant = True
+
+
+class ReturnsNothing(Spice):
+    def apply(self, logits: Tensor, rows: StageRows) -> Any:
+        logits += 0
+
+
+class Idle(Spice):
+    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+        return logits
+
+
+class NeedsWhatItDidNotAskFor(Spice):
+    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+        assert rows.output_counts is not None, f"no {Need.OUTPUT_COUNTS}"
+        return super().apply(logits, rows)
+
+
+def spice(stage: type[SamplerStage] = Spice, params: type[StageParams] = SpiceParams, api: int = 1) -> SamplerSpec:
+    return SamplerSpec(name="spice", params=params, target=f"{__name__}:{stage.__name__}", api=api)
+
+
+@pytest.fixture(autouse=True)
+def _params_are_taken_for_a_files(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This module imports torch; whether a module does is tested below by itself."""
+    if "imports" not in request.node.name:
+        monkeypatch.setattr("nanoengine.testing.conformance.stage._check_imports", lambda spec: None)
+
+
+def test_a_stage_that_conforms() -> None:
+    check_stage(spice(), {"spice": 2.0}, {"spice": 0.5}, refused=[{"spice": -1.0}, {"spice": "hot"}])
+
+
+@pytest.mark.parametrize(
+    ("mutant", "words"),
+    [
+        (ForgetsVocabStart, "`sharded` is set, but ids 38 to 96"),
+        (TouchesEveryRow, "changed a row that does not want the stage"),
+        (LooksAtItsNeighbours, "a row alone, against the same row among others: off by"),
+        (Waits, r"reads values on the host .*item\(\) cannot be called on meta"),
+        (BooleanIndexing, "boolean indexing"),
+        (NotOnTheDevice, "mixes devices"),
+        (Removes, "removed every token"),
+        (SaysGreedyIsSafe, "changes which token is the likeliest"),
+        (ReturnsNothing, "returned NoneType: it must return the logits"),
+        (Idle, r"changed nothing for spice=2.0"),
+        (NeedsWhatItDidNotAskFor, "apply.. raised AssertionError: no output_counts"),
+    ],
+)
+def test_a_wrong_stage_is_caught(mutant: type[SamplerStage], words: str) -> None:
+    with pytest.raises(ConformanceError, match=words):
+        check_stage(spice(mutant), {"spice": 2.0})
+
+
+@dataclass(frozen=True)
+class NeverInert(SpiceParams):
+    def active(self) -> bool:
+        return True
+
+
+def test_wrong_parameters_are_caught() -> None:
+    with pytest.raises(ConformanceError, match=r"NeverInert\(\) is active"):
+        check_stage(spice(params=NeverInert), {"spice": 2.0})
+    with pytest.raises(ConformanceError, match=r"spice=0\.0.* is not active"):
+        check_stage(spice(), {"spice": 0.0})
+    with pytest.raises(ConformanceError, match=r"spice=3\.0 was not refused"):
+        check_stage(spice(), {"spice": 2.0}, refused=[{"spice": 3.0}])
+    with pytest.raises(ConformanceError, match="written for plugin api 9"):
+        check_stage(spice(api=9), {"spice": 2.0})
+    with pytest.raises(ConformanceError, match="give check_stage an example"):
+        check_stage(spice())
+
+
+def test_parameters_in_a_module_that_imports_torch_are_caught() -> None:
+    with pytest.raises(ConformanceError, match="test_conformance, which holds SpiceParams, imports torch"):
+        check_stage(spice(), {"spice": 2.0})

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from nanoengine import LLM, SamplingParams
 from nanoengine.bench.shapes import SHAPES
 from nanoengine.bench.workloads import uniform
 
-PROFILED = 30
+PROFILED, WARMUP = 30, 10
 
 
 def timed(spent: Counter[str], name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,14 +41,20 @@ def timed(spent: Counter[str], name: str, call: Callable[..., Any]) -> Callable[
 
 def idle_share(engine: Any) -> tuple[float, float]:
     """(share of the time without a kernel or copy, microseconds a step) over some steps."""
-    with profile(activities=[ProfilerActivity.CUDA]) as traced:
-        for _ in range(PROFILED):
+    events: list[Any] = []
+    plan = schedule(wait=0, warmup=WARMUP, active=PROFILED, repeat=1)  # the tracer's start makes steps longer
+    with profile(
+        activities=[ProfilerActivity.CUDA],
+        schedule=plan,
+        on_trace_ready=lambda traced: events.extend(traced.profiler.kineto_results.events()),
+    ) as traced:
+        for i in range(WARMUP + PROFILED):
             engine.advance()
-        torch.cuda.synchronize()
-    kineto = traced.profiler.kineto_results.events()
-    spans = sorted(
-        (e.start_ns(), e.start_ns() + e.duration_ns()) for e in kineto if str(e.device_type()).endswith("CUDA")
-    )
+            if i == WARMUP + PROFILED - 1:
+                torch.cuda.synchronize()
+            traced.step()
+    on_gpu = [e for e in events if str(e.device_type()).endswith("CUDA")]
+    spans = sorted((e.start_ns(), e.start_ns() + e.duration_ns()) for e in on_gpu)
     busy, end = 0, spans[0][0]
     for start, stop in spans:
         busy += max(0, stop - max(start, end))

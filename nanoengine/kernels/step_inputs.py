@@ -53,6 +53,11 @@ def scatter(words: Tensor, packed: Tensor) -> None:
     words.index_copy_(0, offsets.long(), values)
 
 
+def scatter_counted(words: Tensor, sent: Tensor, first: int, most: int) -> None:
+    """`scatter` of sent[first:], whose number only the device knows: sent[0], at most `most`."""
+    scatter(words, sent[first : first + 2 * int(sent[0])])
+
+
 def pick_columns(words: Tensor, slots: Tensor, tables: Tensor, out: Tensor) -> None:
     """Rows of several tables that lie in one tensor.
 
@@ -73,15 +78,13 @@ def gather(
     *,
     block_size: int,
     max_query_len: int,
-    tokens: int = 0,
     pad_tokens: int = 0,
 ) -> None:
     """Fill the fronts of the buffers for the B rows of `slots`.
 
     Args:
         slots: int64 [B]; only the dummy may stand there twice. query_start_loc: int32 [B + 1], offsets of the rows'
-            tokens. max_query_len, tokens: upper bound of their lengths, and their sum; not needed here, and the grid of
-            the Triton kernel.
+            tokens. max_query_len: upper bound of their lengths; not needed here, and the grid of the Triton kernel.
         slots, query_start_loc may also be int32. pad_tokens: so many tokens have a place in the cache, those behind the
             last row in the dummy block.
     """

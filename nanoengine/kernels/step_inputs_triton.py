@@ -22,6 +22,14 @@ def _scatter_kernel(words, packed, count, BLOCK: tl.constexpr):
     tl.store(words + tl.load(packed + at, here, 0), tl.load(packed + count + at, here, 0), here)
 
 
+@triton.jit(do_not_specialize=["first"])
+def _scatter_counted_kernel(words, sent, first, BLOCK: tl.constexpr):
+    count = tl.load(sent)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = at < count
+    tl.store(words + tl.load(sent + first + at, here, 0), tl.load(sent + first + count + at, here, 0), here)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _pick_columns_kernel(words, slots, tables, out, rows, stride, BLOCK: tl.constexpr):
     """Program (column, part): `BLOCK` rows of a column of one or two words."""
@@ -102,6 +110,11 @@ def scatter(words: Tensor, packed: Tensor) -> None:
         _scatter_kernel[(triton.cdiv(count, _MAX_BLOCK),)](words, packed, count, BLOCK=_MAX_BLOCK)
 
 
+def scatter_counted(words: Tensor, sent: Tensor, first: int, most: int) -> None:
+    """`step_inputs.scatter_counted`. Its grid depends on `most` alone."""
+    _scatter_counted_kernel[(triton.cdiv(most, _MAX_BLOCK),)](words, sent, first, BLOCK=_MAX_BLOCK)
+
+
 def pick_columns(words: Tensor, slots: Tensor, tables: Tensor, out: Tensor) -> None:
     """`step_inputs.pick_columns`."""
     rows, (columns, stride) = len(slots), out.shape
@@ -117,7 +130,6 @@ def gather(
     *,
     block_size: int,
     max_query_len: int,
-    tokens: int = 0,
     pad_tokens: int = 0,
 ) -> None:
     """`step_inputs.gather`. Its grid depends on B, `max_query_len` and the number of block-table columns."""
@@ -126,9 +138,9 @@ def gather(
         return
     assert state.block_tables.is_contiguous()
     assert out.block_tables.stride()[1:] == (columns, 1), out.block_tables.stride()
-    width = max(max_query_len, columns, pad_tokens - tokens)
+    width = max(max_query_len, columns, pad_tokens)
     block = min(_MAX_BLOCK, triton.next_power_of_2(width))
-    _gather_kernel[(rows + (pad_tokens > tokens), triton.cdiv(width, block))](
+    _gather_kernel[(rows + (pad_tokens > 0), triton.cdiv(width, block))](
         slots, query_start_loc, state.token_ids, state.token_ids.stride(0), state.num_computed,
         state.block_tables, state.block_tables.stride(0), columns,
         out.input_ids, out.positions, out.seq_lens, out.slot_mapping, out.slot_mapping.stride(0),

@@ -119,15 +119,15 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 def _buffer_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Harmless where each step reads what the buffers' owner holds; a graph reads what it was captured with."""
-    from nanoengine.core.execution.step_inputs import StepBuffers
+    from nanoengine.core.execution.graph_inputs import GraphInputs
 
-    original = StepBuffers.gather
+    original = GraphInputs.send
 
-    def gather(self: StepBuffers, *args: Any) -> Any:
-        self.input_ids = self.input_ids.clone()
-        return original(self, *args)
+    def send(self: GraphInputs, *args: Any, **named: Any) -> None:
+        self.sent = self.sent.clone()
+        original(self, *args, **named)
 
-    monkeypatch.setattr(StepBuffers, "gather", gather)
+    monkeypatch.setattr(GraphInputs, "send", send)
 
 
 def _one_replay_late(monkeypatch: pytest.MonkeyPatch) -> None:

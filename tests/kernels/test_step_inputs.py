@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from nanoengine.core.execution.attention import BatchLimits
+from nanoengine.core.execution.graph_inputs import GraphInputs
+from nanoengine.core.execution.mixed_graphs import MixedSize, pad_mixed
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
-from nanoengine.core.execution.step_inputs import StepBuffers
+from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, decode_plan, padded
 from nanoengine.core.setup.plan import StagePlan
 from nanoengine.core.setup.specs import ColumnSpec
 from nanoengine.core.step import BlockAppends, NewSlots, StageColumn, StepPlan, flags, i32, i64
@@ -265,9 +267,7 @@ def test_padding_has_a_place_in_the_dummy_block(device: torch.device) -> None:
     for kernels in (step_inputs, step_inputs_triton):
         t, out = tables(device), buffers(device, 2)
         slots, start = rows_of("ragged", device)
-        kernels.gather(
-            state_of(t), slots.int(), start, out, block_size=BLOCK, max_query_len=17, tokens=24, pad_tokens=40
-        )
+        kernels.gather(state_of(t), slots.int(), start, out, block_size=BLOCK, max_query_len=17, pad_tokens=40)
         assert (out.slot_mapping[:, 24:40] == 0).all()
         assert (out.slot_mapping[:, 40:] == -77).all()
         out.slot_mapping[:, 24:40] = -77
@@ -319,23 +319,108 @@ def test_what_the_host_writes_arrives_at_once_and_in_order(fused: bool, device: 
     assert not b.gather(every).any()
 
 
+def test_scatter_of_a_number_that_the_device_knows(device: torch.device) -> None:
+    for kernels in (step_inputs, step_inputs_triton):
+        words = torch.zeros(20, dtype=torch.int32, device=device)
+        sent = torch.tensor([3, 0, 0, 0, 77, 5, 19, 0, 8, 9, 7, 77], dtype=torch.int32, device=device)
+        kernels.scatter_counted(words, sent, 5, 2048)
+        assert words.nonzero().flatten().tolist() == [0, 5, 19]
+        assert words[[5, 19, 0]].tolist() == [8, 9, 7]
+
+
+def in_a_graph(made: StepBuffers, t: SlotTables) -> GraphInputs:
+    for each in (made.input_ids, made.positions, made.seq_lens, made.slot_mapping, made.block_tables):
+        each.fill_(-77)
+    return GraphInputs(made, t)
+
+
+def test_a_decode_graph_writes_and_gathers_what_an_eager_step_does(device: torch.device) -> None:
+    appends = BlockAppends(group=i32([0, 1]), slot=i32([0, 0]), index=i32([3, 3]), block=i32([501, 502]))
+    plan = padded(decode_plan(i32([3, 0, 5]), 0), 6, SLOTS)
+    t = tables(device)
+    t.append_blocks(appends)
+    t.flush()
+    want = StepBuffers(LIMITS, 2, device, fused=True).gather(plan, t)
+
+    again = tables(device)
+    again.append_blocks(appends)
+    inputs = in_a_graph(StepBuffers(LIMITS, 2, device, fused=True), again)
+    inputs.send(plan, mixed=False)
+    assert not again.arena.pending
+    got = inputs.run(plan, 6, 1, mixed=False)
+    assert again.block_tables[0, 0, 3] == 501
+    assert_same(got, want)
+    rows = inputs.rows(6, mixed=False)
+    assert rows.slots.tolist() == [3, 0, 5, SLOTS, SLOTS, SLOTS]
+    assert rows.token_of_row is None
+
+
+@pytest.mark.parametrize("most", [4096, 2])
+def test_a_mixed_graph_writes_and_gathers_what_an_eager_step_does(
+    most: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two decode rows, a prompt's end and a chunk, in a graph for 3 + 24; more writes than it holds go in front."""
+    monkeypatch.setattr("nanoengine.core.execution.graph_inputs.MAX_WRITES", most)
+    plan = StepPlan(
+        slots=i32([2, 6, 1, 4]), num_decode_rows=2, query_lens=i32([1, 1, 15, 5]), starts=i32([0] * 4),
+        logits_index=i32([0, 1, 16]), logits_rows=i32([0, 1, 2]), sampled=flags([True] * 3),
+        prompt_logprobs=i32([0] * 3),
+    )  # fmt: skip
+    size = MixedSize(3, 24)
+    step = pad_mixed(plan, size, SLOTS)
+    t, again = tables(device), tables(device)
+    for each in (t, again):
+        each.append_blocks(
+            BlockAppends(group=i32([0] * 3), slot=i32([6] * 3), index=i32([0, 1, 2]), block=i32([9, 8, 7]))
+        )
+    t.flush()
+    want = StepBuffers(LIMITS, 2, device, fused=True).gather(step.plan, t)
+    inputs = in_a_graph(StepBuffers(LIMITS, 2, device, fused=True), again)
+    inputs.send(step.plan, mixed=True)
+    got = inputs.run(step.plan, size.tokens, size.prefill, mixed=True)
+    assert_same(got, want)
+    assert got.groups[1].slot_mapping[step.plan.num_tokens :].tolist() == [0] * (size.tokens - step.plan.num_tokens)
+    rows = inputs.rows(size.rows, mixed=True)
+    assert rows.token_of_row is not None
+    assert rows.token_of_row.tolist() == [0, 1, -1, 3, -1, -1, -1, -1, -1, -1, -1]
+    assert got.logits_index[step.logits_rows].tolist() == [0, 1, 17]  # behind a padded decode row
+    assert rows.query_start_loc.tolist() == [0, 1, 2, 3, 18, 23, 23, 23, 23, 23, 23, 23]
+
+
+def assert_same(got: GatheredStep, want: GatheredStep) -> None:
+    tokens = len(want.positions)
+    assert torch.equal(got.input_ids[:tokens], want.input_ids)
+    assert torch.equal(got.positions[:tokens], want.positions)
+    assert torch.equal(got.slots, want.slots)
+    assert torch.equal(got.logits_index[: len(want.logits_index)], want.logits_index)
+    for a, b in zip(got.groups, want.groups, strict=True):
+        assert torch.equal(a.block_tables, b.block_tables)
+        assert torch.equal(a.seq_lens, b.seq_lens)
+        assert torch.equal(a.slot_mapping[:tokens], b.slot_mapping)
+        assert torch.equal(a.query_start_loc, b.query_start_loc)
+
+
 def test_blank_rows_leave_no_trace(device: torch.device) -> None:
-    """Whatever the step before left: a graph of all rows is run once before it is captured."""
+    """Whatever the step before left: the end of a step is run once before it is captured."""
     t = tables(device)
     made = StepBuffers(LIMITS, 2, device, fused=True)
-    slots, lens = BATCHES["ragged"]
-    made.gather(StepPlan(slots=i32(slots), query_lens=i32(lens), starts=i32([0] * 4)), t)
+    inputs = in_a_graph(made, t)
+    inputs.send(decode_plan(i32([2, 6, 1, 4]), 0), mixed=False)
     before = copy_of(state_of(t))
 
-    def record() -> None:
-        tokens = torch.zeros(made.max_rows, dtype=torch.int64, device=device)
-        step_inputs_triton.record(state_of(t), made.slots, made.query_start_loc, tokens, made.token_of_row)
+    def record(mixed: bool) -> None:
+        rows = inputs.rows(ROWS, mixed=mixed)
+        tokens = torch.zeros(ROWS, dtype=torch.int64, device=device)
+        step_inputs_triton.record(state_of(t), rows.slots, rows.query_start_loc, tokens, rows.token_of_row)
 
-    made.blank(SLOTS)
-    record()
-    for name in ("token_ids", "num_tokens", "num_computed"):
-        assert torch.equal(getattr(before, name), getattr(t, name)), name
-    made.slots.fill_(0)  # the trace that it would leave
-    made.query_start_loc.copy_(torch.arange(made.max_rows + 1))
-    record()
-    assert not torch.equal(before.num_computed, t.num_computed)
+    def left_no_trace() -> bool:
+        names = ("token_ids", "num_tokens", "num_computed")
+        return all(torch.equal(getattr(before, name), getattr(t, name)) for name in names)
+
+    inputs.blank()
+    record(mixed=True)
+    record(mixed=False)
+    assert left_no_trace()
+    inputs.send(decode_plan(i32([2, 6, 1, 4]), 0), mixed=False)
+    record(mixed=False)
+    assert not left_no_trace()

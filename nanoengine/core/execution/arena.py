@@ -69,14 +69,22 @@ class Arena:
         """What is pending and what comes until the next `flush` may go to the same places: the last one counts."""
         self._overlap = True
 
-    def flush(self, kernels: Any) -> None:
-        """Send what is pending. `kernels`: the module whose `scatter` does it."""
+    def waiting(self) -> npt.NDArray[np.int32]:
+        """[2, K]: the words that wait to be written, each once, and their values."""
         if not self._offsets:
-            return
+            return np.zeros((2, 0), dtype=np.int32)
         offsets, values = np.concatenate(self._offsets), np.concatenate(self._values)
         if self._overlap:
             offsets, last = np.unique(offsets[::-1], return_index=True)
             values = values[::-1][last]
-        packed = staged(np.concatenate((offsets, values), dtype=np.int32, casting="unsafe"), self.device)
-        kernels.scatter(self.words, packed)
+        return np.stack((offsets, values), dtype=np.int32, casting="unsafe")
+
+    def forget(self) -> None:
+        """They were sent."""
         self._offsets, self._values, self._overlap = [], [], False
+
+    def flush(self, kernels: Any) -> None:
+        """Send what is pending. `kernels`: the module whose `scatter` does it."""
+        if self._offsets:
+            kernels.scatter(self.words, staged(self.waiting().ravel(), self.device))
+            self.forget()

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 
 class GraphSupport(IntEnum):
-    """Which batches the backend may be captured for. NEVER; DECODE: query length 1; ALWAYS: any padded batch."""
+    """Which batches the backend may be captured for.
+
+    NEVER; DECODE: query length 1. ALWAYS: any padded batch, `fill` included, which then runs in the capture instead of
+    once a step: it may look at shapes and tensors, not at `query_lens_host` and `seq_lens_host`.
+    """
 
     NEVER = 0
     DECODE = 1
@@ -143,7 +147,8 @@ class KVCacheView:
 class AttentionBackend(ABC):
     """One instance a KV group. It owns the KV layout, its metadata and the kernels; the core owns the block count.
 
-    `fill` runs once a step, outside any graph, without waiting for the device; `forward` once a layer.
+    `fill` runs once a step, without waiting for the device, and outside any graph but with `GraphSupport.ALWAYS`;
+    `forward` once a layer.
     """
 
     capabilities: ClassVar[AttentionCapabilities]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nanoengine.core.execution.draw import vocab_slice
+from nanoengine.core.execution.graph_inputs import RowInputs
 from nanoengine.core.execution.graphs import captured
 from nanoengine.core.execution.mixed_graphs import MixedSize
 from nanoengine.core.execution.parallel import TensorParallelGroup
@@ -38,14 +39,16 @@ class DecodeTail:
         sampler: Sampler,
         tables: SlotTables,
         buffers: StepBuffers,
+        rows_of: Callable[[Size], RowInputs],
         tp: TensorParallelGroup,
         agree: Callable[[bool], bool] = bool,
     ) -> None:
+        """`rows_of`: where a graph of that size finds its rows."""
         from nanoengine.kernels import sampling_shard_triton, sampling_triton, step_inputs_triton
 
         self._kernels, self._shards, self._inputs = sampling_triton, sampling_shard_triton, step_inputs_triton
         self._tp, self._agree = tp, agree
-        self._sampler, self._tables, self._buffers = sampler, tables, buffers
+        self._sampler, self._tables, self._buffers, self._rows_of = sampler, tables, buffers, rows_of
         self._drawn = torch.zeros(3 * buffers.max_rows, dtype=torch.int32, device=tables.device)
         scalars = {
             op: table
@@ -62,9 +65,11 @@ class DecodeTail:
         self._graphs: dict[tuple[Size, int], torch.cuda.CUDAGraph] = {}
 
     def capture(self, logits: Mapping[Any, Tensor]) -> None:
-        """`logits`: graphs' outputs by `Size`, each one row of them a row of the step."""
+        """`logits`: graphs' outputs by `Size`, each one row of them a row of the step.
+
+        Each runs once before it is captured: the rows must be the dummy slot's.
+        """
         pool = torch.cuda.graph_pool_handle()
-        self._buffers.blank(self._tables.dummy_slot)  # each runs once before it is captured, and would write tokens
         for size, values in sorted(logits.items(), key=lambda item: -len(item[1])):
             for tail in self._kernels.Tail:
                 run = partial(self._run, size, tail, values)
@@ -92,8 +97,8 @@ class DecodeTail:
         return self._drawn[: 3 * rows]
 
     def _run(self, size: Size, tail: int, logits: Tensor) -> None:
-        tables, buffers, rows = self._tables, self._buffers, len(logits)
-        slots, seq_lens = buffers.slots[:rows], buffers.seq_lens[:rows]
+        tables, rows, inputs = self._tables, len(logits), self._rows_of(size)
+        slots, seq_lens = inputs.slots, self._buffers.seq_lens[:rows]
         tokens, failed = self._drawn[: 2 * rows].view(torch.int64), self._drawn[2 * rows : 3 * rows]
 
         self._inputs.pick_columns(tables.arena.words, slots, self._picked, self._columns)
@@ -119,8 +124,4 @@ class DecodeTail:
             self._kernels.sample(
                 whole, self._kernels.Tail(tail), tokens, failed, top_k=top_k, top_p=top_p, min_p=min_p, **draw
             )
-        if isinstance(size, int):
-            self._inputs.record(tables.state, slots, buffers.decode_start_loc[: rows + 1], tokens)
-        else:
-            start_loc, token_of_row = buffers.query_start_loc[: rows + 1], buffers.token_of_row[:rows]
-            self._inputs.record(tables.state, slots, start_loc, tokens, token_of_row)
+        self._inputs.record(tables.state, slots, inputs.query_start_loc, tokens, inputs.token_of_row)

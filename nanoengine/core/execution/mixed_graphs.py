@@ -23,6 +23,7 @@ from nanoengine.core.step import StepPlan
 PREFILL_ROWS = 8
 _DECODE_ROWS = (64, 128, 256)
 _PREFILL_TOKENS = (128, 256, 384, 480, 576, 672, 768, 864, 960, 1088, 1280, 1536, 2048)
+_MORE_PREFILL_TOKENS = (*range(128, 1089, 64), 1216, 1408, 1664, 2048)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,8 @@ class PaddedStep:
 
 def mixed_sizes(max_rows: int, max_tokens: int) -> tuple[MixedSize, ...]:
     decode = sorted({min(n, max_rows) for n in _DECODE_ROWS})
-    sizes = (MixedSize(d, p) for d in decode for p in _PREFILL_TOKENS)
+    prefill = _PREFILL_TOKENS if len(decode) > 2 else _MORE_PREFILL_TOKENS  # about as many graphs
+    sizes = (MixedSize(d, p) for d in decode for p in prefill)
     return tuple(size for size in sizes if size.tokens <= max_tokens)
 
 

@@ -204,7 +204,9 @@ class ModelRunner:
         self.eager_tail = EagerTail(self.model, self.tables, self.sampler, self.tp, self.vocab_size)
         supported = self.backend_class.capabilities.graphs
         sizes = capture_sizes(options, limits, supported, fused=self.fused, tail=self.fused)
-        self.graphs = StepGraphs(sizes, self.model, self.tables, self.buffers, self.sampler, self.tp, self._gather)
+        self.graphs = StepGraphs(
+            sizes, self.model, self.tables, self.buffers, self.sampler, self.tp, self._gather, self._fill
+        )
 
     def launch(self, plan: StepPlan) -> Handle:
         """The fused call: forward and sample; in parts, where memory does not hold the step whole."""
@@ -220,16 +222,17 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> Forwarded:
-        """Apply the plan's writes and run the model, by replaying a graph where one fits."""
+        """Apply the plan's writes (a graph does so itself) and run the model, by replaying a graph where one fits."""
         self._apply_writes(plan)
         only_decode = plan.num_decode_rows == plan.num_rows
         graphs = None if self._listener else self.graphs  # a replay calls no module
         decode, mixed = (graphs.decode, graphs.mixed) if graphs else (None, None)
         if decode is not None and only_decode and (rows := decode.size_for(plan.num_rows)) is not None:
-            inputs = self._gather(padded(plan, rows, self.tables.dummy_slot))
+            inputs = self.graphs.prepare(padded(plan, rows, self.tables.dummy_slot), rows)
             return Forwarded(plan, inputs, None, decode.replay(rows)[: plan.num_rows], rows, GRAPH_DECODE)
         if mixed is not None and (size := mixed.size_for(plan)) is not None:
             return self._replay_mixed(plan, size, mixed)
+        self.tables.flush()
         inputs = self._gather(plan)
         batch = ForwardBatch(num_tokens=plan.num_tokens, num_decode_rows=plan.num_decode_rows)
         hidden = self.model(inputs.input_ids, inputs.positions, batch)
@@ -238,20 +241,22 @@ class ModelRunner:
     def _replay_mixed(self, plan: StepPlan, size: MixedSize, graphs: MixedGraphs) -> Forwarded:
         """The padded step by its graph."""
         step = pad_mixed(plan, size, self.tables.dummy_slot)
-        inputs = self._gather(step.plan, size.tokens)
+        inputs = self.graphs.prepare(step.plan, size)
         return Forwarded(plan, inputs, None, graphs.replay(size), size, GRAPH_MIXED, step.logits_rows)
 
-    def _gather(self, plan: StepPlan, pad_tokens: int = 0) -> GatheredStep:
-        inputs = self.buffers.gather(plan, self.tables, pad_tokens)
+    def _gather(self, plan: StepPlan) -> GatheredStep:
+        inputs = self.buffers.gather(plan, self.tables)
+        self._fill(inputs)
+        return inputs
+
+    def _fill(self, inputs: GatheredStep) -> None:
         for backend, group in zip(self.backends, inputs.groups, strict=True):
             backend.fill(group)
-        return inputs
 
     def _apply_writes(self, plan: StepPlan) -> None:
         self.tables.admit(plan.new)
         self.tables.set_columns(plan.columns)
         self.tables.append_blocks(plan.appends)
-        self.tables.flush()
         copies = plan.copies
         for group in np.unique(copies.group):
             here = copies.group == group

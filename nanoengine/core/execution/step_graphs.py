@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from nanoengine.core.execution.attention import BatchLimits, GraphSupport
-from nanoengine.core.execution.decode_tail import DecodeTail
+from nanoengine.core.execution.decode_tail import DecodeTail, Size
+from nanoengine.core.execution.graph_inputs import GraphInputs, RowInputs
 from nanoengine.core.execution.graphs import DecodeGraphs, graph_sizes
 from nanoengine.core.execution.mixed_graphs import PREFILL_ROWS, MixedGraphs, MixedSize, mixed_sizes
 from nanoengine.core.execution.model import ForwardBatch, Model
@@ -20,7 +21,7 @@ from nanoengine.core.execution.parallel import TensorParallelGroup
 from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.shortage import CaptureOutOfMemory, is_out_of_memory
 from nanoengine.core.execution.slots import SlotTables
-from nanoengine.core.execution.step_inputs import StepBuffers, decode_plan
+from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, decode_plan
 from nanoengine.core.setup.options import EngineOptions
 from nanoengine.core.step import StepPlan
 from nanoengine.kernels.compile_ahead import compiling_ahead
@@ -31,11 +32,13 @@ GRAPH_RESERVE_BYTES = 256 << 20  # what graphs hold besides logits and activatio
 
 @dataclass(frozen=True, slots=True)
 class CaptureSizes:
-    """decode: padded numbers of rows. mixed: padded mixed steps. tail: whether sampling is captured too."""
+    """decode: padded numbers of rows. mixed: padded mixed steps. tail: whether sampling is captured too. inputs:
+    whether a graph gathers its own inputs; mixed ones must."""
 
     decode: tuple[int, ...] = ()
     mixed: tuple[MixedSize, ...] = ()
     tail: bool = False
+    inputs: bool = False
 
     def reserve_bytes(self, row_bytes: int, token_bytes: int) -> int:
         """What the graphs will hold, where a row of logits takes `row_bytes` and the model `token_bytes` a token.
@@ -56,9 +59,11 @@ def capture_sizes(
     """
     if torch.device(options.device).type != "cuda" or options.enforce_eager or supported < GraphSupport.DECODE:
         return CaptureSizes()
+    inputs = fused and supported >= GraphSupport.ALWAYS
     return CaptureSizes(
         decode=graph_sizes(limits.max_rows),
-        mixed=mixed_sizes(limits.max_rows, limits.max_tokens) if fused and supported >= GraphSupport.ALWAYS else (),
+        mixed=mixed_sizes(limits.max_rows, limits.max_tokens) if inputs else (),
+        inputs=inputs,
         tail=tail and options.fuse_sampling,
     )
 
@@ -74,11 +79,15 @@ class StepGraphs:
         buffers: StepBuffers,
         sampler: Sampler,
         tp: TensorParallelGroup,
-        gather: Callable[[StepPlan, int], object],
+        gather: Callable[[StepPlan], GatheredStep],
+        fill: Callable[[GatheredStep], None],
     ) -> None:
-        """`gather(plan, pad_tokens)`: fill the static buffers for a step, as each launch does."""
+        """`gather(plan)`: fill the static buffers for a step, as an eager launch does; `fill`: its second half, which
+        hands them to the attention backends."""
         self.sizes, self._model, self._tables, self._buffers = sizes, model, tables, buffers
-        self._sampler, self._tp, self._gather = sampler, tp, gather
+        self._sampler, self._tp, self._gather, self._fill = sampler, tp, gather, fill
+        self._inputs = GraphInputs(buffers, tables) if sizes.inputs else None
+        self._gathered: dict[Size, GatheredStep] = {}
         self.decode: DecodeGraphs | None = None
         self.tail: DecodeTail | None = None
         self.mixed: MixedGraphs | None = None
@@ -126,31 +135,61 @@ class StepGraphs:
         if self.sizes.mixed:
             self.mixed = MixedGraphs(self.sizes.mixed, self._mixed_pass, self._tp.agree)
         if self.sizes.tail:
-            self.tail = DecodeTail(self._sampler, self._tables, self._buffers, self._tp, self._tp.agree)
+            tables, buffers = self._tables, self._buffers
+            self.tail = DecodeTail(self._sampler, tables, buffers, self._rows_of, self._tp, self._tp.agree)
+            if self._inputs is not None:
+                self._inputs.blank()
             self.tail.capture(decode.logits | (self.mixed.logits if self.mixed is not None else {}))
         self.decode = decode
 
+    def prepare(self, plan: StepPlan, size: Size) -> GatheredStep:
+        """Give a padded plan, and the writes that wait, to the graph of `size`, which is to be replayed next."""
+        if self._inputs is None:
+            self._tables.flush()
+            return self._gather(plan)
+        self._inputs.send(plan, mixed=not isinstance(size, int))
+        return self._gathered[size]
+
+    def _rows_of(self, size: Size) -> RowInputs:
+        if self._inputs is not None:
+            return self._inputs.rows(size if isinstance(size, int) else size.rows, mixed=not isinstance(size, int))
+        assert isinstance(size, int), "mixed graphs gather their own inputs"
+        start_loc = self._buffers.decode_start_loc
+        return RowInputs(self._buffers.slots[:size], start_loc[: size + 1], None, start_loc[:size])
+
+    def _inputs_pass(self, plan: StepPlan, size: Size, tokens: int, longest: int) -> GatheredStep:
+        """The step's inputs: gathered in the graph, or else in front of it."""
+        in_front = not torch.cuda.is_current_stream_capturing()
+        if self._inputs is None:
+            if in_front:
+                self._gathered[size] = self._gather(plan)
+            return self._gathered[size]
+        mixed = not isinstance(size, int)
+        if in_front:
+            self._inputs.send(plan, mixed=mixed)
+        self._gathered[size] = inputs = self._inputs.run(plan, tokens, longest, mixed=mixed)
+        self._fill(inputs)
+        return inputs
+
     def _decode_pass(self, rows: int) -> Tensor:
         """Forward pass and output layer over `rows` rows of the static buffers, as a graph captures them."""
-        if not torch.cuda.is_current_stream_capturing():
-            slots = np.full(rows, self._tables.dummy_slot, dtype=np.int32)
-            self._gather(decode_plan(slots, self._last_position), 0)
+        slots = np.full(rows, self._tables.dummy_slot, dtype=np.int32)
+        inputs = self._inputs_pass(decode_plan(slots, self._last_position), rows, rows, 1)
         batch = ForwardBatch(num_tokens=rows, num_decode_rows=rows)
-        hidden = self._model(self._buffers.input_ids[:rows], self._buffers.positions[:rows], batch)
+        hidden = self._model(inputs.input_ids, inputs.positions, batch)
         logits: Tensor = self._model.compute_logits(hidden)
         return logits
 
     def _mixed_pass(self, size: MixedSize) -> Tensor:
         """As `_decode_pass`, with prefill rows behind the decode rows; logits of each row's last token."""
-        if not torch.cuda.is_current_stream_capturing():
-            lens = np.concatenate((np.ones(size.decode, np.int32), np.zeros(PREFILL_ROWS, np.int32)))
-            slots = np.full(size.rows, self._tables.dummy_slot, dtype=np.int32)
-            plan = decode_plan(slots, self._last_position)
-            plan = replace(plan, num_decode_rows=size.decode, query_lens=lens, logits_index=np.zeros_like(slots))
-            self._gather(plan, size.tokens)
+        lens = np.concatenate((np.ones(size.decode, np.int32), np.zeros(PREFILL_ROWS, np.int32)))
+        slots = np.full(size.rows, self._tables.dummy_slot, dtype=np.int32)
+        plan = decode_plan(slots, self._last_position)
+        plan = replace(plan, num_decode_rows=size.decode, query_lens=lens, logits_index=np.zeros_like(slots))
+        inputs = self._inputs_pass(plan, size, size.tokens, size.prefill)
         batch = ForwardBatch(num_tokens=size.tokens, num_decode_rows=size.decode)
-        hidden = self._model(self._buffers.input_ids[: size.tokens], self._buffers.positions[: size.tokens], batch)
-        wanted = hidden.index_select(0, self._buffers.logits_index[: size.rows])
+        hidden = self._model(inputs.input_ids, inputs.positions, batch)
+        wanted = hidden.index_select(0, inputs.logits_index)
         logits: Tensor = self._model.compute_logits(wanted)
         return logits
 

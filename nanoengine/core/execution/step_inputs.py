@@ -52,10 +52,9 @@ class StepBuffers:
         self.input_ids = make(tokens, dtype=torch.int32)
         self.positions = make(tokens, dtype=torch.int64)
         self.seq_lens = make(rows, dtype=torch.int32)
-        if fused:  # in one piece, as they are sent: slots, offsets, which row has drawn, and what wants logits
-            self.sent = make(3 * rows + 1 + tokens, dtype=torch.int32)
-            parts = self.sent.split_with_sizes((rows, rows + 1, rows, tokens))
-            self.slots, self.query_start_loc, self.token_of_row, self.logits_index = parts
+        if fused:  # in one piece, as they are sent: slots, offsets, and what wants logits
+            self.sent = make(2 * rows + 1 + tokens, dtype=torch.int32)
+            self.slots, self.query_start_loc, self.logits_index = self.sent.split_with_sizes((rows, rows + 1, tokens))
         else:
             self.row_of_token = make(tokens, dtype=torch.int64)
             self.offset_in_row = make(tokens, dtype=torch.int64)
@@ -67,17 +66,13 @@ class StepBuffers:
         self.slot_mapping = make(num_groups, tokens, dtype=torch.int64)
         self.decode_start_loc = torch.arange(rows + 1, dtype=torch.int32, device=device)
 
-    def gather(self, plan: StepPlan, tables: SlotTables, pad_tokens: int = 0) -> GatheredStep:
-        """Fill the buffers for `plan`. Positions come from the device's own lengths, not from the plan's.
-
-        `pad_tokens`: views have so many tokens at least; those behind the last row write to the dummy block.
-        """
+    def gather(self, plan: StepPlan, tables: SlotTables) -> GatheredStep:
+        """Fill the buffers for `plan`. Positions come from the device's own lengths, not from the plan's."""
         rows, tokens = plan.num_rows, plan.num_tokens
         assert rows <= self.max_rows
         assert tokens <= self.limits.max_tokens
         if self._kernels is not None:
-            return self._gather_fused(plan, tables, rows, tokens, pad_tokens)
-        assert not pad_tokens, "only fused steps are padded"
+            return self._gather_fused(plan, tables, rows, tokens)
         self._put_plan(plan, tables, rows, tokens)
         slots, row_of_token = self.slots[:rows], self.row_of_token[:tokens]
         computed = tables.num_computed.index_select(0, slots)
@@ -95,20 +90,28 @@ class StepBuffers:
             groups,
         )
 
-    def _gather_fused(
-        self, plan: StepPlan, tables: SlotTables, rows: int, tokens: int, pad_tokens: int
-    ) -> GatheredStep:
+    def _gather_fused(self, plan: StepPlan, tables: SlotTables, rows: int, tokens: int) -> GatheredStep:
         """One upload, one kernel. A decode step's offsets are always the same, and stand ready."""
         if plan.num_decode_rows == rows == tokens:
             start_loc, wanted = self.decode_start_loc[: rows + 1], len(plan.logits_index)
-            self._send(plan.slots)
+            packed = plan.slots
             logits_index = self.decode_start_loc[:wanted]
         else:
             start_loc, logits_index = self.query_start_loc[: rows + 1], self.logits_index[: len(plan.logits_index)]
-            self._send(self._packed(plan, rows))
+            packed = self._packed(plan, rows)
+        here = torch.from_numpy(packed)
+        self.sent[: len(packed)].copy_(here.pin_memory() if self.sent.is_cuda else here, non_blocking=True)
+        slots = self.slots[:rows]
+        self.run_gather(tables, slots, start_loc, int(plan.query_lens.max()))
+        return self.views(plan, slots, start_loc, logits_index, tokens)
+
+    def run_gather(
+        self, tables: SlotTables, slots: Tensor, start_loc: Tensor, longest: int, pad_tokens: int = 0
+    ) -> None:
+        """The kernel alone. longest: the most tokens of a row. pad_tokens: so many have a place in the cache."""
         self._kernels.gather(
             tables.state,
-            self.slots[:rows],
+            slots,
             start_loc,
             StepInputBuffers(
                 input_ids=self.input_ids,
@@ -118,36 +121,24 @@ class StepBuffers:
                 block_tables=self.block_tables,
             ),
             block_size=self.limits.block_size,
-            max_query_len=int(plan.query_lens.max()),
-            tokens=tokens,
+            max_query_len=longest,
             pad_tokens=pad_tokens,
         )
-        tokens = max(tokens, pad_tokens)
-        groups = tuple(self._view(g, plan, start_loc, rows, tokens) for g in range(tables.limits.num_groups))
-        return GatheredStep(self.input_ids[:tokens], self.positions[:tokens], self.slots[:rows], logits_index, groups)
 
-    def _send(self, packed: Int32) -> None:
-        """To the front of `sent`, without waiting."""
-        here = torch.from_numpy(packed)
-        self.sent[: len(packed)].copy_(here.pin_memory() if self.sent.is_cuda else here, non_blocking=True)
-
-    def blank(self, dummy_slot: int) -> None:
-        """Rows of the dummy slot without a token, as far as there are rows: what a graph may be captured over."""
-        self.sent.zero_()
-        self.slots.fill_(dummy_slot)
-        self.seq_lens.fill_(1)
+    def views(
+        self, plan: StepPlan, slots: Tensor, start_loc: Tensor, logits_index: Tensor, tokens: int
+    ) -> GatheredStep:
+        """Of what was gathered for `plan`; tokens: its own, or more where it is padded."""
+        groups = tuple(self._view(g, plan, start_loc, plan.num_rows, tokens) for g in range(len(self.block_tables)))
+        return GatheredStep(self.input_ids[:tokens], self.positions[:tokens], slots, logits_index, groups)
 
     def _packed(self, plan: StepPlan, rows: int) -> Int32:
-        """As `sent`: a row's token is that of its place among the logits, where it draws one there."""
+        """As `sent`."""
         most = self.max_rows
-        packed = np.zeros(3 * most + 1 + len(plan.logits_index), dtype=np.int32)
+        packed = np.zeros(2 * most + 1 + len(plan.logits_index), dtype=np.int32)
         packed[:rows] = plan.slots
         np.cumsum(plan.query_lens, out=packed[most + 1 : most + 1 + rows])
-        token_of_row = packed[2 * most + 1 : 2 * most + 1 + rows]
-        token_of_row.fill(-1)
-        drawn = np.flatnonzero(plan.sampled)
-        token_of_row[plan.logits_rows[drawn]] = drawn
-        packed[3 * most + 1 :] = plan.logits_index
+        packed[2 * most + 1 :] = plan.logits_index
         return packed
 
     def _view(self, group: int, plan: StepPlan, start_loc: Tensor, rows: int, tokens: int) -> StepInputs:

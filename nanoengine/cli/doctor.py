@@ -74,7 +74,7 @@ def _asked(
     except NanoEngineError as error:
         return Asked(), [Finding(section="configuration", name=config, level="error", text=str(error))]
     asked = Asked(
-        source=composed.model.source,
+        source=composed.model.pinned,
         implementation=composed.model.implementation,
         attention=composed.attention.backend,
         options=composed.engine,

@@ -23,6 +23,7 @@ from nanoengine.core.errors import ConfigError, ParamsError, RequestError, Worke
 from nanoengine.core.field_types import conform
 from nanoengine.core.request import RequestOutput
 from nanoengine.core.sampling_params import SamplingParams
+from nanoengine.core.setup.model_source import with_revision
 from nanoengine.core.setup.options import OPTIONS_NOT_SERVED, EngineOptions
 from nanoengine.core.setup.plugins import discover
 from nanoengine.core.setup.registry import Registry
@@ -80,7 +81,8 @@ class LLM:
     """A model, ready to generate.
 
     Args:
-        model: a registered name, a folder, a .gguf file.
+        model: a registered name, a folder, a .gguf file, a hub id.
+        revision: branch, tag or commit of a hub id ("owner/name@revision" says the same).
         attention: name of an attention backend, "auto", or a backend class.
         implementation: name of the model plugin to take where several serve the model's architecture.
         plugins: further plugins: paths of .py files, or modules or objects with hooks.
@@ -95,6 +97,7 @@ class LLM:
         self,
         model: str | Path,
         *,
+        revision: str | None = None,
         attention: str | type[AttentionBackend] = "auto",
         implementation: str | None = None,
         plugins: Sequence[Any] = (),
@@ -103,7 +106,7 @@ class LLM:
         clock, checked = StartClock(), engine_options(options)
         registry = _discover(plugins)
         clock.lap("plugins")
-        self._start(str(model), implementation, attention, checked, registry, None, clock)
+        self._start(with_revision(str(model), revision), implementation, attention, checked, registry, None, clock)
 
     @classmethod
     def from_config(cls, path: str | Path, overrides: Sequence[str] = (), *, plugins: Sequence[Any] = ()) -> Self:
@@ -131,7 +134,7 @@ class LLM:
         self = cls.__new__(cls)
         model, backend = config.model, config.attention.backend
         self._start(
-            model.source,
+            model.pinned,
             model.implementation,
             backend,
             config.engine,

@@ -154,6 +154,9 @@ def test_backend_that_is_not_installed_is_a_plugin_error_with_its_place(load: Lo
 
 def test_implementation_that_is_not_installed(load: Load, tmp_path: Path) -> None:
     assert load("model: {source: a/b, implementation: llama}\n").model.implementation == "llama"
+    assert load("model: {source: a/b, revision: v1}\n").model.pinned == "a/b@v1"
+    assert load("model: a/b\n", "model=c/d@refs/pr/3").model.pinned == "c/d@refs/pr/3"
+    assert load("defaults: [{model: c/d@v1}, _self_]\n").model.pinned == "c/d@v1"
     with pytest.raises(PluginError, match=rf"{tmp_path}/run\.yaml:1: model\.implementation: .*did you mean 'llama'"):
         load("model: {source: a/b, implementation: lama}\n")
 
@@ -198,7 +201,12 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
         [],
         ["run.yaml:3", "engine.max_num_seq'", "mean 'max_num_seqs'?"],
     ),
-    ("model: {source: a/b, revision: x}\n", [], ["run.yaml:1", "'model.revision'", "Valid: implementation, source"]),
+    (
+        "model: {source: a/b, version: x}\n",
+        [],
+        ["run.yaml:1", "'model.version'", "Valid: implementation, revision, source"],
+    ),
+    ("model: {source: a/b@x, revision: x}\n", [], ["run.yaml:1", "model.revision", "names one: leave out one"]),
     ("model: a/b\nattention: {backen: x}\n", [], ["run.yaml:2", "did you mean 'backend'?"]),
     ("model: a/b\nsampler:\n  topp: 1\n", [], ["run.yaml:3", "'sampler.topp'", "did you mean 'top_p'?"]),
     ("model: a/b\nsampler:\n  best_of: 1\n", [], ["run.yaml:3", "'sampler.best_of'", "not served here"]),

@@ -17,12 +17,13 @@ import pytest
 from gguf_zoo import TinyGGUF
 
 from nanoengine.api import ModelSource, ModelSourceError, SourceContext
-from nanoengine.core.setup.model_source import cache_root, resolve_model
+from nanoengine.core.setup.model_source import cache_root, resolve_model, with_revision
 from nanoengine.core.setup.plan import TargetLoader
 from nanoengine.plugins import model_sources
 from nanoengine.plugins.model_sources import conversion_cache
 from nanoengine.plugins.model_sources.folder import FolderSource
 from nanoengine.plugins.model_sources.gguf_file import GGUFFileSource
+from nanoengine.plugins.model_sources.hub import HubSource
 
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
          "chat_template.jinja", "nanoengine.json"}  # fmt: skip
@@ -52,7 +53,7 @@ def names(folder: Path) -> set[str]:
 
 def test_registered_targets_load_and_name_their_models() -> None:
     specs = sorted(model_sources.register_model_sources(), key=lambda spec: spec.order)
-    assert [spec.name for spec in specs] == ["smollm2-wheel", "folder", "gguf_file"]
+    assert [spec.name for spec in specs] == ["smollm2-wheel", "folder", "gguf_file", "hub"]
     for spec in specs:
         source = TargetLoader().load(spec.target)
         assert issubclass(source, ModelSource)
@@ -63,6 +64,7 @@ def test_sources_import_no_torch(tiny: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from nanoengine.api import SourceContext\n"
         "from nanoengine.plugins.model_sources.gguf_file import GGUFFileSource\n"
+        "from nanoengine.plugins.model_sources import hub, hub_errors; hub_errors.hub_failures()\n"
         f"print(GGUFFileSource().resolve({str(tiny)!r}, SourceContext(Path({str(tmp_path / 'c')!r}))))\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
     )
@@ -78,14 +80,26 @@ def test_resolve_asks_in_order_and_names_the_nearest(tmp_path: Path, tiny: Path,
         resolve_model("smollm2", sources, ctx, names=["smollm2-135m"])
 
 
-def test_a_hub_id_is_told_to_be_downloaded_first(ctx: SourceContext) -> None:
-    sources = [("folder", FolderSource()), ("gguf", GGUFFileSource())]
-    with pytest.raises(ModelSourceError, match="hub ids are not fetched: download it"):
-        resolve_model("meta-llama/Llama-3.2-1B", sources, ctx)
-    for path in ("./here/there", "/no/such/folder", "deep/down/folder", "smollm2"):
-        with pytest.raises(ModelSourceError) as caught:
-            resolve_model(path, sources, ctx)
-        assert "hub" not in str(caught.value)
+def test_what_nobody_has_is_told_what_there_may_be(tmp_path: Path, ctx: SourceContext) -> None:
+    sources = [("folder", FolderSource()), ("gguf", GGUFFileSource()), ("hub", HubSource())]
+    with pytest.raises(
+        ModelSourceError, match=r"no folder .* no \.gguf file, no known name and no hub id as in owner/name"
+    ):
+        resolve_model("./here/there", sources, ctx)
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ModelSourceError, match=r"model is there, but has no revisions: leave out @v1"):
+        resolve_model(f"{tmp_path}/model@v1", sources, ctx)
+    with pytest.raises(ModelSourceError, match=r"no such file: absent/tiny\.gguf"):
+        resolve_model("absent/tiny.gguf", sources, ctx)
+    with pytest.raises(ModelSourceError, match=r"org/tiny@main is not, .* HF_HUB_OFFLINE"):
+        resolve_model("org/tiny/tiny.gguf", sources, ctx)
+
+
+def test_one_form_for_revisions() -> None:
+    assert with_revision("org/name", None) == "org/name"
+    assert with_revision("org/name", "refs/pr/3") == "org/name@refs/pr/3"
+    with pytest.raises(ModelSourceError, match="leave out one"):
+        with_revision("org/name@v1", "v2")
 
 
 # Cache root

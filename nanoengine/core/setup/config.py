@@ -19,6 +19,7 @@ from nanoengine.core.field_types import conform
 from nanoengine.core.sampling_fields import NOT_SERVED, legal_fields
 from nanoengine.core.setup.composer import Composed, Root, SearchPath, Shorthand, compose, package_root
 from nanoengine.core.setup.composer.yaml_file import ConfigFile, KeyPath, dotted
+from nanoengine.core.setup.model_source import with_revision
 from nanoengine.core.setup.options import EngineOptions
 from nanoengine.core.setup.plugins import discover
 from nanoengine.core.setup.prompts import PromptFile, Prompts, check_prompts
@@ -28,13 +29,24 @@ from nanoengine.core.setup.sampler_section import Stages, check_sampler, sampler
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSection:
-    """`source`: a registered name, a folder, a .gguf file, or whatever else a model source knows.
+    """`source`: a registered name, a folder, a .gguf file, a hub id, or whatever else a model source knows.
 
-    `implementation`: name of the model plugin to take where several serve the architecture.
+    `revision`: branch, tag or commit of a hub id. `implementation`: name of the model plugin to take where several
+    serve the architecture.
     """
 
     source: str
+    revision: str | None = None
     implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.revision is not None and "@" in self.source:
+            raise ConfigError(f"model.revision is given, but model.source, {self.source}, names one: leave out one")
+
+    @property
+    def pinned(self) -> str:
+        """What the sources are asked for."""
+        return with_revision(self.source, self.revision)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanoengine.core.errors import ModelSourceError, NanoEngineError, nearest
-
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(?<!\.gguf)")  # "owner/name"
 
 
 def cache_root() -> Path:
@@ -52,6 +49,15 @@ class ModelSource(ABC):
         """
 
 
+def with_revision(source: str, revision: str | None) -> str:
+    """`source@revision`, the one form in which sources are asked for a revision; raises `ModelSourceError` for two."""
+    if revision is None:
+        return source
+    if "@" in source:
+        raise ModelSourceError(f"model {source!r} names a revision, and revision={revision!r} is given: leave out one")
+    return f"{source}@{revision}"
+
+
 def resolve_model(
     source: str,
     sources: Sequence[tuple[str, ModelSource]],
@@ -79,12 +85,11 @@ def resolve_model(
             continue
         if path is not None:
             return path
-    hub = (
-        "; hub ids are not fetched: download it (`hf download`) and give the folder"
-        if _HUB_ID.fullmatch(source)
-        else ""
-    )
+    stem, _, revision = source.rpartition("@")
+    there = stem and Path(os.path.expanduser(stem)).exists()
+    pinned = f"; {stem} is there, but has no revisions: leave out @{revision}" if there else ""
     raise ModelSourceError(
-        f"no model {source!r}: it is no folder with a config.json, no .gguf file and no known name{hub}; "
+        f"no model {source!r}: it is no folder with a config.json, no .gguf file, no known name and no hub id as in "
+        f"owner/name or owner/name@revision{pinned}; "
         f"{nearest(source, names)}" + "".join(f". Not asked, or without an answer: {each}" for each in failed)
     )

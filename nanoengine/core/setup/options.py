@@ -85,7 +85,6 @@ OPTIONS_NOT_SERVED: Mapping[str, str] = {
     "trust_remote_code": "code from model folders is never run; a model is a plugin (docs/plugin-api.md)",
     "quantization": "weights are served as float32, bfloat16 or float16; a GGUF file is converted",
     "tokenizer": "the tokenizer is the model folder's own",
-    "revision": "models are local: give a folder",
     "enable_chunked_prefill": "prompts are always chunked under max_num_batched_tokens",
     "enable_lora": "adapters are not served yet",
     "speculative_config": "speculation is not served yet",

@@ -1,4 +1,4 @@
-"""Built-in model sources: a model wheel, a folder, a .gguf file. Torch-free; targets are imported when asked."""
+"""Built-in model sources: a model wheel, a folder, a hub id, a .gguf file. Torch-free, as are the targets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from nanoengine.api import API_VERSION, ModelSourceSpec, hookimpl
 
 @hookimpl
 def register_model_sources() -> list[ModelSourceSpec]:
-    """Names come before paths, so that a folder that happens to be called like a model does not hide it."""
+    """Names come before paths, so that a folder that happens to be called like a model does not hide it.
+
+    The hub comes last, behind other people's sources too: whatever has the form owner/name is its own.
+    """
     here = "nanoengine.plugins.model_sources"
     return [
         ModelSourceSpec(
@@ -19,4 +22,5 @@ def register_model_sources() -> list[ModelSourceSpec]:
         ),
         ModelSourceSpec(name="folder", target=f"{here}.folder:FolderSource", api=API_VERSION, order=20),
         ModelSourceSpec(name="gguf_file", target=f"{here}.gguf_file:GGUFFileSource", api=API_VERSION, order=30),
+        ModelSourceSpec(name="hub", target=f"{here}.hub:HubSource", api=API_VERSION, order=1000),
     ]

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from nanoengine.api import ModelSource, ModelSourceError, SourceContext
 from nanoengine.plugins.model_sources.conversion_cache import ConvertedModel, remembered_sha256
+from nanoengine.plugins.model_sources.hub import HUB_ID
 
 
 class GGUFFileSource(ModelSource):
     """Paths that end in .gguf."""
 
     def resolve(self, source: str, ctx: SourceContext) -> Path | None:
-        """The converted folder; None if `source` does not end in .gguf.
+        """The converted folder; None if `source` does not end in .gguf, or may be a file of a hub repository.
 
         Raises `ModelSourceError` if there is no such file, or if it is one that is not served.
         """
@@ -21,6 +22,8 @@ class GGUFFileSource(ModelSource):
             return None
         path = Path(os.path.expanduser(source))
         if not path.is_file():
+            if HUB_ID.fullmatch(source):
+                return None
             raise ModelSourceError(f"no such file: {path} (looked from {Path.cwd()})")
         try:
             digest = remembered_sha256(path, ctx)

@@ -1,0 +1,218 @@
+"""What is fetched of a hub repository, and what is taken from the cache when the hub cannot be asked."""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanoengine.api import ModelSourceError, SourceContext
+from nanoengine.plugins.model_sources.hub_errors import (
+    cause_of,
+    explain,
+    hub_failures,
+    nothing_to_serve,
+)
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SMALL_FILES = (
+    "config.json", "generation_config.json", INDEX, "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
+"""All that may be read beside the weights. Repositories hold other formats of the weights, of many gigabytes."""
+
+_COMMIT = re.compile("[0-9a-f]{40}")
+_TIMEOUT = 10.0  # seconds for the hub to answer
+# A file that was not finished when the process ends is begun anew, so few are under way at once. Each is fetched in
+# parallel parts where hf_xet serves it.
+_FILES_AT_ONCE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """A revision as the hub lists it: its commit, and its files with their sizes in bytes (None: not told)."""
+
+    commit: str
+    sizes: Mapping[str, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class HubRepository:
+    """A model repository at a revision.
+
+    Attributes:
+        repo: "owner/name". revision: branch, tag or commit. ctx: of the source.
+    """
+
+    repo: str
+    revision: str
+    ctx: SourceContext
+
+    @property
+    def name(self) -> str:
+        return f"{self.repo}@{self.revision}"
+
+    def folder(self) -> Path:
+        """The snapshot with config, tokenizer and safetensors, fetched as far as it is not in the cache.
+
+        A commit that is whole in the cache is used without asking the hub.
+
+        Raises `ModelSourceError`.
+        """
+        cached = self._cached()
+        if cached is not None and _COMMIT.fullmatch(self.revision):
+            return self._said(cached)
+        listing = self._ask(cached)
+        wanted = [name for name in SMALL_FILES if listing is not None and name in listing.sizes]
+        current = listing is None or (cached is not None and cached.name == listing.commit)
+        if cached is not None and current and not _absent(cached, wanted):
+            return self._said(cached)
+        assert listing is not None  # `_ask` raises where nothing is cached
+        if "config.json" not in listing.sizes:
+            raise nothing_to_serve(self.name, "no config.json", listing.sizes)
+        return self._said(self._fetched(listing, wanted))
+
+    def file(self, name: str) -> Path:
+        """One file, by its path in the repository; raises `ModelSourceError`."""
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.repo, name, revision=self.revision)
+        cached = Path(found) if isinstance(found, str) else None
+        if cached is not None and _COMMIT.fullmatch(self.revision):
+            return cached
+        listing = self._ask(cached)
+        if cached is not None and (listing is None or listing.commit in cached.parts):
+            return cached
+        assert listing is not None
+        if name not in listing.sizes:
+            raise nothing_to_serve(self.name, f"no file {name}", listing.sizes)
+        self._say_fetching(listing, [name])
+        return self._download([name], self.revision) / name
+
+    # The hub
+
+    def _ask(self, cached: Path | None) -> _Listing | None:
+        """What the hub has now; None, which is said, where it does not tell but there is something cached.
+
+        Raises `ModelSourceError` where there is not, or where the hub has no such revision.
+        """
+        from huggingface_hub import HfApi, constants
+        from huggingface_hub.errors import RevisionNotFoundError
+
+        try:
+            api = HfApi(endpoint=constants.ENDPOINT, library_name="nanoengine")
+            info = api.model_info(self.repo, revision=self.revision, files_metadata=True, timeout=_TIMEOUT)
+        except hub_failures() as error:
+            if cached is None or isinstance(error, RevisionNotFoundError):
+                raise explain(error, self.repo, self.revision) from error
+            self.ctx.say(f"{cause_of(error)}: taking what the cache has of {self.name}, which may be older")
+            return None
+        if info.sha is None:
+            raise ModelSourceError(f"{constants.ENDPOINT} did not tell the commit of {self.name}; is it a hub?")
+        return _Listing(info.sha, {file.rfilename: file.size for file in info.siblings or ()})
+
+    def _fetched(self, listing: _Listing, wanted: Sequence[str]) -> Path:
+        """The small files first: the index tells which weights there are."""
+        folder = self._download(wanted, self.revision)
+        weights = weight_files(folder, self.name, listing.sizes)
+        missing = _absent(folder, weights)
+        if missing:
+            self._say_fetching(listing, missing)
+            self._download(missing, folder.name)  # the very commit of the small files, should the branch move
+        still = _lacking(folder)
+        if still:
+            raise ModelSourceError(f"{self.name} changed while it was fetched: {', '.join(still)} missing; try again")
+        return folder
+
+    def _download(self, names: Sequence[str], revision: str) -> Path:
+        """The snapshot's folder, with `names` in it; raises `ModelSourceError`."""
+        from huggingface_hub import constants, snapshot_download
+
+        try:
+            return Path(
+                snapshot_download(
+                    self.repo,
+                    revision=revision,
+                    allow_patterns=[glob.escape(name) for name in names],
+                    endpoint=constants.ENDPOINT,
+                    library_name="nanoengine",
+                    max_workers=_FILES_AT_ONCE,
+                )
+            )
+        except hub_failures() as error:
+            raise explain(error, self.repo, self.revision, downloading=True) from error
+
+    def _say_fetching(self, listing: _Listing, names: Sequence[str]) -> None:
+        from huggingface_hub import constants
+
+        size = sum(listing.sizes.get(name) or 0 for name in names)
+        files = names[0] if len(names) == 1 else f"{len(names)} files"
+        self.ctx.say(
+            f"fetching {self.name} from {constants.ENDPOINT}: {files}, {size / 1e6:,.1f} MB, into "
+            f"{constants.HF_HUB_CACHE}"
+        )
+
+    # The cache
+
+    def _cached(self) -> Path | None:
+        """The snapshot's folder, if it is whole."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            folder = Path(
+                snapshot_download(
+                    self.repo, revision=self.revision, local_files_only=True, allow_patterns=list(SMALL_FILES)
+                )
+            )
+        except (LocalEntryNotFoundError, ValueError):  # the latter for an impossible id, which the hub is left to name
+            return None
+        return None if _lacking(folder) else folder
+
+    def _said(self, folder: Path) -> Path:
+        self.ctx.say(f"{self.repo} at commit {folder.name[:12]}, in {folder}")
+        return folder
+
+
+def weight_files(folder: Path, name: str, present: Collection[str]) -> list[str]:
+    """model.safetensors, or the files that the index names; raises `ModelSourceError` where `present` lacks one."""
+    if not (folder / INDEX).is_file():
+        if SINGLE not in present:
+            raise nothing_to_serve(name, f"neither {SINGLE} nor {INDEX}", present)
+        return [SINGLE]
+    shards = _shards(folder / INDEX)
+    missing = [shard for shard in shards if shard not in present]
+    if missing:
+        raise ModelSourceError(
+            f"{INDEX} of {name} names {len(shards)} files, and {len(missing)} of them are not there: "
+            f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}; the checkpoint is incomplete there: take "
+            "another revision"
+        )
+    return shards
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        names: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        shards = sorted(set(names))
+        if not shards or not all(Path(shard).name == shard for shard in shards):
+            raise ValueError("weight_map must name files beside the index")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelSourceError(f"{index} is no safetensors index: {error!r}") from error
+    return shards
+
+
+def _lacking(folder: Path) -> list[str]:
+    """Which of config.json and the weights a snapshot has not."""
+    weights = _shards(folder / INDEX) if (folder / INDEX).is_file() else [SINGLE]
+    return _absent(folder, ["config.json", *weights])
+
+
+def _absent(folder: Path, names: Sequence[str]) -> list[str]:
+    return [name for name in names if not (folder / name).is_file()]

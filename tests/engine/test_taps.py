@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nanoengine import LLM, NanoEngineError, ParamsError, RequestError, SamplingParams
+from nanoengine.core.execution.taps import Listener
 from nanoengine.testing.checkpoints import tiny_llama
 
 PROMPT = [7, 3, 99, 12, 45, 45, 8, 120, 61, 2, 77, 30, 5, 18, 64, 100, 9, 1, 33]  # more than a KV block
@@ -82,11 +83,13 @@ def test_tensors_are_copies_and_ordinary_ones(llm: LLM) -> None:
     [
         (["model.layer.0"], "did you mean 'model.layers.0'"),
         (["model.layers.0.mlp.down_proj"], "does not run by itself"),
-        (["lm_head"], "did not run once a token"),  # once a drawn one
+        (["lm_head"], "did not run once a token"),
         (ATTENTION, "must be a list"),
     ],
 )
 def test_mistakes(llm: LLM, modules: list[str], words: str) -> None:
+    if "lm_head" in modules:  # it is called once a prompt, and here each chunk is no prompt
+        modules = ["lm_head"]
     with pytest.raises(ParamsError, match=words):
         llm.tap(PROMPT, modules)
     assert len(llm.hidden_states(PROMPT)[0]) == len(PROMPT)
@@ -99,6 +102,7 @@ def test_prompts_that_cannot_be_served_raise(llm: LLM) -> None:
         next(stream)
         with pytest.raises(NanoEngineError, match="requests are running"):
             llm.hidden_states(PROMPT)
+    next(iter(llm.generate([PROMPT], SamplingParams(max_tokens=1), use_tqdm=False)))
     assert len(llm.hidden_states(PROMPT)[0]) == len(PROMPT)
 
 
@@ -110,3 +114,17 @@ def test_mutant_that_keeps_the_originals_is_seen(llm: LLM, monkeypatch: pytest.M
     )
     taps = llm.tap(PROMPT, [""])[0]
     assert taps[""].inputs[0].tolist() != PROMPT
+    assert Listener  # the class under test
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_same_states(llm: LLM, folder: Path) -> None:
+    options = {"device": "cpu", "tensor_parallel_size": 2, "skip_tokenizer_init": True}
+    with LLM(folder, max_num_batched_tokens=7, **options) as ranks:
+        [states] = ranks.hidden_states(PROMPT)
+        [taps] = ranks.tap(PROMPT, [ATTENTION])
+        with pytest.raises(ParamsError, match=r"did you mean 'model\.layers\.0'"):  # the ranks live on
+            ranks.tap(PROMPT, ["model.layer.0"])
+        assert len(ranks.hidden_states([7])[0]) == 1
+    torch.testing.assert_close(states, llm.hidden_states(PROMPT)[0], rtol=1e-4, atol=1e-5)
+    assert taps[ATTENTION].inputs[0].shape == (len(PROMPT), 3, 8)  # rank 0's heads

@@ -59,14 +59,23 @@ class Sweep:
 
 
 def sweep(
-    config: str, overrides: Sequence[str], plugins: Sequence[Path], *, resume: bool, options: Sequence[str] = ()
+    config: str,
+    overrides: Sequence[str],
+    plugins: Sequence[Path],
+    *,
+    resume: bool,
+    options: Sequence[str] = (),
+    trace: Path | None = None,
 ) -> int:
     """The exit status: 0, 1 if a combination failed, 130 or 143 when interrupted or terminated.
 
-    `config`: with `resume`, the folder of a sweep. `options`: further ones of `nanoengine run`.
+    `config`: with `resume`, the folder of a sweep. `options`: further ones of `nanoengine run`. `trace`: name of the
+    file in each combination's folder that gets its timeline.
 
     Raises `NanoEngineError` for what stops it before anything runs.
     """
+    if trace is not None and trace.name != str(trace):
+        raise ConfigError(f"--trace {trace}: of a sweep it is a name such as {trace.name}, for each folder to get one")
     folder = Path(config).expanduser()
     if folder.is_dir() and (resume or (folder / _SWEEP).exists()):
         if not resume:
@@ -78,7 +87,7 @@ def sweep(
         raise ConfigError("--resume of a sweep takes the sweep's folder: nanoengine run --resume multirun/DATE")
     else:
         todo = _prepare(config, combinations(overrides), plugins)
-    return _run(todo, options)
+    return _run(todo, options, trace)
 
 
 # -- before the first combination ----------------------------------------------------------------------------------
@@ -172,14 +181,16 @@ def _read(folder: Path) -> Sweep:
 # -- the combinations ------------------------------------------------------------------------------------------------
 
 
-def _run(todo: Sweep, options: Sequence[str]) -> int:
+def _run(todo: Sweep, options: Sequence[str], trace: Path | None) -> int:
     say(f"{len(todo.jobs)} combinations, into {todo.folder}")
     outcomes: list[Outcome] = []
     stopped = 0
     for number, job in enumerate(todo.jobs):
         say(f"[{number + 1}/{len(todo.jobs)}] {job.combination.label}")
         try:
-            status = _outcome(job, todo, options)
+            status = _outcome(
+                job, todo, [*options, *(["--trace", str(job.folder.absolute() / trace)] if trace else [])]
+            )
         except KeyboardInterrupt as interrupt:
             word, stopped = ending(interrupt)
             outcomes.append(_entry(number, job, word))

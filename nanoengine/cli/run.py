@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,6 +34,7 @@ from nanoengine.core.startup import StartClock, process_seconds, without_collect
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from nanoengine.cli.record import Record
     from nanoengine.cli.results import ResultsFile, Tally
     from nanoengine.cli.resume import Earlier
     from nanoengine.core.llm import LLM
@@ -59,6 +60,14 @@ def run(
             "--resume", help="Keep the rows that finished, run the rest. With a sweep's folder: go on with the sweep."
         ),
     ] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace",
+            metavar="FILE",
+            help="Write every step as a timeline, which ui.perfetto.dev opens. Of a sweep: a name, for each folder.",
+        ),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print each phase of the start.")] = False,
     debug: DebugOption = False,
 ) -> None:
@@ -70,14 +79,14 @@ def run(
             from nanoengine.cli.multirun import sweep
 
             options = [*(["--verbose"] if verbose else []), *(["--debug"] if debug else [])]  # into each run.log
-            status = sweep(config, overrides or (), plugin or (), resume=resume, options=options)
+            status = sweep(config, overrides or (), plugin or (), resume=resume, options=options, trace=trace)
         else:
             registry = discover(plugin or ())
             inputs: dict[str, str | Path] = {"the configuration file": config}
             inputs |= {f"plugin file {path}": path for path in plugin or ()}
             composed = load_config(config, overrides or (), registry=registry)
             clock.lap("plugins")
-            status = run_config(composed, registry, inputs, clock, verbose=verbose, resume=resume)
+            status = run_config(composed, registry, inputs, clock, verbose=verbose, resume=resume, trace=trace)
         if status:
             raise typer.Exit(status)
 
@@ -90,8 +99,9 @@ def run_config(
     *,
     verbose: bool = False,
     resume: bool = False,
+    trace: Path | None = None,
 ) -> int:
-    """The exit status. `inputs`: files that `output` must not overwrite, by what to call them.
+    """The exit status. `inputs`: files that `output` and `trace` must not overwrite, by what to call them.
 
     Raises `NanoEngineError` for what stops it before the first prompt runs, `ResultsLost` for results that cannot be
     written.
@@ -100,6 +110,10 @@ def run_config(
     from nanoengine.cli.results import ResultsFile
 
     prompts = _prompts(config)
+    if trace is not None:
+        from nanoengine.cli.trace import check_trace
+
+        check_trace(trace, {**inputs, **_prompts_file(config), "the output": config.output})
     earlier = _earlier(config, prompts, inputs, resume)
     if earlier is not None and len(earlier.done) == len(prompts):
         ResultsFile(config.output, earlier.rows).close()
@@ -116,12 +130,29 @@ def run_config(
         if earlier is not None:
             check_same_params(earlier.record, llm.default_params, str(config.output))
         record = new_record(config, llm.default_params, registry)
-        with ResultsFile(config.output, earlier.rows if earlier else ()) as results:
+        with ResultsFile(config.output, earlier.rows if earlier else ()) as results, _traced(llm, trace, record):
             results.keep_record(record)
             done = earlier.done if earlier else frozenset()
             status, summary = Batch(llm, config, prompts, results, record.params, done).run()
+            if trace is not None:
+                summary = {**summary, "trace": str(trace.expanduser().absolute())}
             results.keep_record(record.with_summary(summary))
             return status
+
+
+def _traced(llm: LLM, trace: Path | None, record: Record) -> AbstractContextManager[None]:
+    if trace is None:
+        return nullcontext()
+    from nanoengine.cli.trace import traced
+
+    return traced(llm, trace, {"model": record.config["model"]["source"], "versions": record.versions})
+
+
+def _prompts_file(config: RunConfig) -> dict[str, str | Path]:
+    """By what to call it; none where the prompts stand in the configuration, or come on standard input."""
+    if isinstance(config.prompts, PromptFile) and config.prompts.file != STDIN:
+        return {"the prompts file": config.prompts.file}
+    return {}
 
 
 def _prompts(config: RunConfig) -> Sequence[Prompt]:
@@ -140,9 +171,7 @@ def _earlier(
     from nanoengine.cli.results import check_output
     from nanoengine.cli.resume import earlier_run
 
-    if isinstance(config.prompts, PromptFile) and config.prompts.file != STDIN:
-        inputs = {**inputs, "the prompts file": config.prompts.file}
-    there = check_output(config.output, inputs)
+    there = check_output(config.output, {**inputs, **_prompts_file(config)})
     found = earlier_run(config, prompts) if resume else None
     if found is not None:
         say(f"{config.output}: {len(found.done)} of {len(prompts)} prompts are answered and kept")

@@ -1,0 +1,53 @@
+"""`nanoengine run --trace FILE`: the run's steps as a timeline, beside its results."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanoengine.cli.common import ResultsLost
+from nanoengine.core.errors import ConfigError
+from nanoengine.core.trace import TraceFile
+
+if TYPE_CHECKING:
+    from nanoengine.core.llm import LLM
+
+
+def check_trace(path: Path, others: Mapping[str, str | Path | None]) -> None:
+    """`others`: files that the run reads or writes, by what to call them.
+
+    Raises `ConfigError` where the trace cannot be written, or would overwrite one of them, before anything is loaded.
+    """
+    target = path.expanduser()
+    for what, other in others.items():
+        if other is not None and Path(other).expanduser().absolute() == target.absolute():
+            raise ConfigError(f"--trace {path} is {what}, which it would overwrite; give another file")
+    if target.is_dir() or not target.parent.is_dir():
+        why = "it is a folder" if target.is_dir() else f"there is no folder {target.parent}"
+        raise ConfigError(f"cannot write trace {path}: {why}")
+    if not os.access(target if target.exists() else target.parent, os.W_OK):
+        raise ConfigError(f"cannot write trace {path}: no permission")
+
+
+@contextmanager
+def traced(llm: LLM, path: Path, about: Mapping[str, Any]) -> Iterator[None]:
+    """Raises `ConfigError` where the file cannot be opened; at the end `ResultsLost`, if it has not got every step."""
+    try:
+        file = TraceFile(path, about)
+    except OSError as error:
+        raise ConfigError(f"cannot write trace {path}: {error.strerror or error}") from error
+    try:
+        with llm.observe(file):
+            yield
+    except BaseException:
+        with suppress(OSError):  # what ended the run says more
+            file.close()
+        raise
+    try:
+        file.close()
+    except OSError as error:
+        said = f"cannot write trace {path}: {error.strerror or error}; it ends early, and the results are whole"
+        raise ResultsLost(said) from error

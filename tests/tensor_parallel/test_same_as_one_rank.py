@@ -22,6 +22,7 @@ KINDS = {
     "qwen3 tied": "1 KV head on 2 ranks: held by both",
     "gemma2": "133 ids: padding stays -inf behind the cap on the logits",
 }
+OFTEN = pytest.mark.parametrize("ranks", ["llama", "qwen3 tied"], indirect=True)  # the third differs in its layers only
 ASKED = tiny.prompts(10, shared=22, longest=10)
 
 
@@ -63,6 +64,7 @@ def test_greedy(ranks: Ranks) -> None:
     assert report.logprobs >= 3 * report.positions
 
 
+@OFTEN
 def test_seeded(ranks: Ranks) -> None:
     """A recipe a request: drawn from shards, and from gathered logits where a stage wants them."""
     report = run(ranks, seeded(len(ASKED)))
@@ -70,6 +72,7 @@ def test_seeded(ranks: Ranks) -> None:
     assert report.decided >= 0.95 * report.positions
 
 
+@OFTEN
 def test_plain_draws(ranks: Ranks) -> None:
     """Only what ranks answer with one number each: greedy, and temperature alone."""
     common = {"max_tokens": COUNT, "ignore_eos": True}
@@ -77,6 +80,7 @@ def test_plain_draws(ranks: Ranks) -> None:
     assert run(ranks, params).positions == COUNT * len(ASKED)
 
 
+@OFTEN
 def test_prompt_logprobs(ranks: Ranks) -> None:
     params = [WITH_PROMPT if i % 3 else GREEDY for i in range(len(ASKED))]
     report = run(ranks, params)

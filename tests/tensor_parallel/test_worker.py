@@ -207,11 +207,12 @@ def test_who_is_to_blame() -> None:
     own, later = report_of(ConfigError("of rank 2"), "step 4"), report_of(KeyError("x"), "step 4")
     assert broken.follows
     assert not own.follows
-    assert blame(3, {0: broken, 2: own, 1: later}, {0: 1, 1: 1, 2: 1}, shared).rank == 2
+    assert blame(3, {0: broken, 2: own, 1: later}, dict.fromkeys(range(3), (1, "")), shared).rank == 2
     shared.note(1, Word.READ, 5)
-    died = blame(3, {0: broken}, {0: 1, 1: -11}, shared)
+    died = blame(3, {0: broken}, {0: (1, ""), 1: (-11, "its stack")}, shared)
     assert (died.rank, died.phase, died.cause) == (1, "step 5", "the process ended: killed by SIGSEGV")
-    assert blame(3, {2: broken}, {2: 1}, shared).rank == 2
+    assert died.traceback == "its stack"
+    assert blame(3, {2: broken}, {2: (1, "")}, shared).rank == 2
     ours = blame(3, {2: own}, {}, shared)
     assert isinstance(ours.__cause__, ConfigError)
     assert "of rank 2" in ours.traceback

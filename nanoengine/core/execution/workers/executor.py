@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -82,7 +82,10 @@ class WorkersExecutor(Executor):
             log_level=level,
         )
         for rank in range(size):
-            self._ranks.append(RankProcess(rank, self._shared.fd, environment(threads)))
+            try:
+                self._ranks.append(RankProcess(rank, self._shared.fd, environment(threads)))
+            except OSError as error:
+                self._fail(WorkerError(rank, size, "spawn", f"{type(error).__name__}: {error}"))
             self._poller.register(self._ranks[rank].channel, select.POLLIN)
             own = replace(message, rank=rank, log_level=max(level, logging.WARNING) if rank else level)
             with Parcel(pickle.dumps(own)) as parcel:
@@ -182,10 +185,10 @@ class WorkersExecutor(Executor):
             if left <= 0:
                 break
             self._listen(left)
-        ended = {rank: self._ranks[rank].status() for rank in self._gone}
+        ended = {rank: (self._ranks[rank].status(), self._ranks[rank].last_words()) for rank in self._gone}
         self._fail(blame(len(self._ranks), self._reports, ended, shared))
 
-    def _fail(self, error: WorkerError) -> None:
+    def _fail(self, error: WorkerError) -> NoReturn:
         self._error = error
         self._end(ask=False)
         raise error

@@ -75,17 +75,21 @@ def phase_of(shared: Shared, rank: int) -> str:
     return f"step {finished + 1}" if launched > finished else "idle"
 
 
-def blame(size: int, reports: Mapping[int, Report], ended: Mapping[int, int | None], shared: Shared) -> WorkerError:
+def blame(
+    size: int, reports: Mapping[int, Report], ended: Mapping[int, tuple[int | None, str]], shared: Shared
+) -> WorkerError:
     """The rank that failed first: one that reported a fault of its own, else one that ended without a word, else the
     first whose collective broke.
 
-    `ended`: exit status by rank, as `subprocess` gives it; None: it has closed its socket, and still runs.
+    `ended`: by rank, exit status as `subprocess` gives it (None: it has closed its socket, and still runs), and the
+    stack that it left.
     """
     own = {rank: report for rank, report in reports.items() if not report.follows}
     silent = [rank for rank in ended if rank not in reports]
     if silent and not own:
         rank = silent[0]
-        return WorkerError(rank, size, phase_of(shared, rank), f"the process ended: {exit_words(ended[rank])}")
+        status, stack = ended[rank]
+        return WorkerError(rank, size, phase_of(shared, rank), f"the process ended: {exit_words(status)}", stack)
     rank, report = min((own or reports).items(), key=lambda item: item[1].when)
     if report.error is None:
         return WorkerError(rank, size, report.phase, report.cause, report.trace)

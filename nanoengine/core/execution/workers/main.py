@@ -47,13 +47,14 @@ class StartMessage:
 
 def main(socket_fd: int, memory_fd: int, stack_fd: int) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's to answer
+    faulthandler.enable(file=stack_fd)
+    faulthandler.register(signal.SIGUSR1, file=stack_fd)
     channel = Channel(socket.socket(fileno=socket_fd))
     frame = channel.receive()
     if frame is None or frame.parcel is None:
         return 1
     start: StartMessage = pickle.loads(frame.parcel)
     sys.path[:] = start.sys_path
-    faulthandler.register(signal.SIGUSR1, file=stack_fd, all_threads=True)
     threading.Thread(target=_watch, args=(channel.fileno(), start.engine), daemon=True).start()
     _log_to_stderr(start)
     return Worker(start, channel, Shared(memory_fd, start.layout)).run()
@@ -168,7 +169,7 @@ class Worker:
                 self._call(frame)
 
     def _plans(self, frame: Frame) -> None:
-        if frame.parcel is not None:
+        if frame.parcel is not None and frame.number > self._word(Word.READ):
             self._parcels[frame.number] = frame.parcel
         for number in range(self._word(Word.READ) + 1, frame.number + 1):
             data = self._shared.take(self._shared.layout.plan_at(number)) or self._parcels.pop(number)

@@ -58,9 +58,13 @@ class RankProcess:
                 break
             time.sleep(0.05)
             last, size = size, os.fstat(self._stack_fd).st_size
+        return self.last_words() or "(no stack: its Python does not run yet)"
+
+    def last_words(self) -> str:
+        """The stack that it was asked for last, or that it wrote when a signal such as SIGSEGV ended it."""
         told = read_all(self._stack_fd)[self._stack_start :].decode(errors="replace")
         threads = [thread for thread in told.split("\n\n") if thread.strip() and " in _watch\n" not in thread]
-        return "\n\n".join(threads) or "(no stack: its Python does not run yet)"
+        return "\n\n".join(threads)
 
     def _signal(self, number: signal.Signals) -> None:
         if self.process.poll() is None:

@@ -75,14 +75,16 @@ class SamplingParams:
     `replace` makes a changed copy. A stage's field can be read where it was given.
     """
 
-    __slots__ = ("_core", "_stage")
+    __slots__ = ("_core", "_key", "_stage")
     _core: CoreFields
+    _key: Hashable
     _stage: dict[str, Any]
 
     def __init__(self, **fields: Any) -> None:
         core = {name: conform(name, fields.pop(name), kind) for name, kind in CORE_TYPES.items() if name in fields}
         object.__setattr__(self, "_core", CoreFields(**core))
         object.__setattr__(self, "_stage", {name: copy.deepcopy(value) for name, value in fields.items()})
+        object.__setattr__(self, "_key", None)
 
     @property
     def core(self) -> CoreFields:
@@ -92,6 +94,14 @@ class SamplingParams:
     def stage_fields(self) -> Mapping[str, Any]:
         """What was given beyond the core fields, unchecked."""
         return types.MappingProxyType(self._stage)
+
+    @property
+    def key(self) -> Hashable:
+        """Of equal parameters alone. Made once: a batch asks for thousands, and each of them twice."""
+        if self._key is None:
+            core = tuple(_frozen(getattr(self._core, name)) for name in CORE_TYPES)
+            object.__setattr__(self, "_key", (core, _frozen(self._stage)))
+        return self._key
 
     def replace(self, **changes: Any) -> SamplingParams:
         """A copy with some fields changed."""
@@ -156,7 +166,7 @@ class ParamsResolver:
     def resolve(self, params: SamplingParams) -> ResolvedParams:
         """Raises `ParamsError` naming the field, its value, the valid ones and the nearest legal name; `PluginError`
         where a stage whose field was given is broken."""
-        key = _frozen(params._fields())
+        key = params.key
         found = self._cache.get(key)
         if found is None:
             found = self._resolve(params.core, params.stage_fields)
@@ -262,8 +272,13 @@ def _is_greedy(stage: PackedStage) -> bool:
     )
 
 
+_ATOMS = frozenset({type(None), bool, int, float})
+
+
 def _frozen(value: Any) -> Hashable:
     """A key equal for equal values only: types count, as True is no 1 to the checks."""
+    if type(value) in _ATOMS:
+        return (type(value), value)
     if isinstance(value, Mapping):
         return (dict, tuple((_frozen(k), _frozen(v)) for k, v in value.items()))
     if isinstance(value, str | bytes):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 
-_FEW_TOKENS = 256
+_FEW_TOKENS = 128
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""`nanoengine plugins`: list (what is registered, by whom, and what failed; imports no torch) and doctor."""
+"""`nanoengine plugins`: list (what is registered, by whom, and what failed; imports no torch), doctor, and new."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import typer
 
 from nanoengine.cli.common import DebugOption, PluginOption, user_errors
 from nanoengine.cli.doctor import doctor
+from nanoengine.cli.new_plugin import new
 from nanoengine.core.setup.plugins import discover
 from nanoengine.core.setup.registry import Origin, Registry
 
-app = typer.Typer(help="Look at plugins.", invoke_without_command=True, rich_markup_mode=None)
+app = typer.Typer(help="Look at plugins, and begin one.", invoke_without_command=True, rich_markup_mode=None)
 
 _COLUMNS = ("kind", "name", "distribution", "version", "origin", "api", "target")
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 app.command()(doctor)
+app.command()(new)
 
 
 @app.callback()

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
-import sysconfig
-import venv
 from pathlib import Path
 from typing import Any
 
 import pytest
+from plugin_environment import build_wheels, install, make_environment, run
 
 PACKAGES = Path(__file__).parent / "packages"
 NAMES = ("nanoengine-demo", "nanoengine-broken", "nanoengine-clash", "nanoengine-future")
@@ -20,32 +17,18 @@ NAMES = ("nanoengine-demo", "nanoengine-broken", "nanoengine-clash", "nanoengine
 pytestmark = pytest.mark.slow
 
 
-def run(*command: str | Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, **kwargs)
-    assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
-    return done
-
-
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("wheels")
     sources = [shutil.copytree(PACKAGES / name, root / name) for name in NAMES]  # a build writes beside its sources
-    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index",
-        "--wheel-dir", root / "dist", *sources)  # fmt: skip
-    return sorted((root / "dist").glob("*.whl"))
+    return build_wheels(sources, root / "dist")
 
 
 @pytest.fixture(scope="module")
 def python(wheels: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of a new environment with the four packages; nanoengine and torch come from ours."""
-    root = tmp_path_factory.mktemp("environment")
-    venv.create(root, with_pip=False)
-    python = root / "bin" / "python"
-    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
-    ours = sysconfig.get_path("purelib")
-    (Path(site) / "ours.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", *wheels)
+    python = make_environment(tmp_path_factory.mktemp("environment"))
+    install(python, *wheels)
     return python
 
 

@@ -1,0 +1,32 @@
+"""The hooks. Neither this module nor what it imports imports torch: it is read wherever plugins are listed."""
+
+from nanoengine.api import AttentionSpec, ModelSourceSpec, ModelSpec, SamplerSpec, hookimpl
+from nanoengine_plugin_demo.params import TopNSigmaParams
+
+
+@hookimpl
+def register_models():
+    return [ModelSpec(name="opt", architectures=("OPTForCausalLM",), target="nanoengine_plugin_demo.opt:OPT", api=1)]
+
+
+@hookimpl
+def register_samplers():
+    target = "nanoengine_plugin_demo.top_n_sigma:TopNSigma"
+    return [SamplerSpec(name="top_n_sigma", params=TopNSigmaParams, target=target, api=1)]
+
+
+@hookimpl
+def register_attention_backends():
+    target = "nanoengine_plugin_demo.row_by_row:RowByRow"
+    return [AttentionSpec(name="row_by_row", target=target, api=1, preference=-100)]
+
+
+@hookimpl
+def register_model_sources():
+    target = "nanoengine_plugin_demo.source:TinyOPT"
+    return [ModelSourceSpec(name="opt-tiny", target=target, api=1, order=50, models=("opt-tiny",))]
+
+
+@hookimpl
+def register_configs():
+    return ["pkg://nanoengine_plugin_demo.configs"]

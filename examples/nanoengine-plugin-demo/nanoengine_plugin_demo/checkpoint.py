@@ -1,0 +1,34 @@
+"""A tiny random OPT, in the form that transformers saves."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import OPTConfig, OPTForCausalLM
+
+from nanoengine.testing.checkpoints import SPECIAL_TOKENS, write_byte_tokenizer
+
+
+def write(folder, **changes):
+    """Writes the whole folder or nothing; `changes`: fields of transformers' OPTConfig."""
+    pad, start, end = range(256, 256 + len(SPECIAL_TOKENS))  # behind the 256 bytes
+    ids = {"vocab_size": end + 1, "pad_token_id": pad, "bos_token_id": start, "eos_token_id": end}
+    sizes = {"hidden_size": 48, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    # Weights spread widely enough that answers differ from prompt to prompt.
+    config = OPTConfig(
+        **{**ids, **sizes, "word_embed_proj_dim": 48, "max_position_embeddings": 256, "init_std": 0.2, **changes}
+    )
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            OPTForCausalLM(config).save_pretrained(beside)
+        write_byte_tokenizer(beside)
+        os.replace(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder

@@ -1,0 +1,1 @@
+"""Config groups, and the recipe `nanoengine run plugin-demo`."""

@@ -1,0 +1,20 @@
+"""Top-nσ sampling (Tang et al., 2024, arXiv:2411.07641): cuts by the spread of the logits, whatever the temperature."""
+
+import torch
+
+from nanoengine.api import Phase, SamplerStage
+
+
+class TopNSigma(SamplerStage):
+    phase = Phase.TRUNCATE
+    argmax_invariant = True  # so greedy requests skip it
+
+    def apply(self, logits, rows):
+        """[R, V] -> the same. Tokens that are removed already (-inf) have no part in the spread."""
+        n = rows.column("top_n_sigma")[:, None]  # [R, 1]
+        there = logits > float("-inf")
+        count = there.sum(1, keepdim=True)
+        mean = torch.where(there, logits, 0.0).sum(1, keepdim=True) / count
+        sigma = (torch.where(there, logits - mean, 0.0).square().sum(1, keepdim=True) / count).sqrt()
+        lowest = torch.where(n > 0, logits.amax(1, keepdim=True) - n * sigma, float("-inf"))
+        return logits.masked_fill(logits < lowest, float("-inf"))

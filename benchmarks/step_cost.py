@@ -4,8 +4,8 @@
 
 CPU: microseconds a step of `schedule`, of `launch` (staging and graph launches) and of `commit`, by the wall clock of
 the thread that does them; the wait for the device is in none of them. Blocks grow and stop tokens are looked for. GPU:
-the share of time between the first and the last of 30 steps in which nothing runs on it, from torch's profiler. Its
-tracing slows launches, so the step it sees is a little longer.
+the share of 30 steps' time in which nothing runs on it, from torch's profiler, whose tracing makes steps a little
+longer: between steps, and in all, with the launch of each kernel of a graph behind the one before it.
 """
 
 from __future__ import annotations
@@ -39,8 +39,11 @@ def timed(spent: Counter[str], name: str, call: Callable[..., Any]) -> Callable[
     return wrapped
 
 
-def idle_share(engine: Any) -> tuple[float, float]:
-    """(share of the time without a kernel or copy, microseconds a step) over some steps."""
+def idle_share(engine: Any) -> tuple[float, float, float]:
+    """Of some steps: shares of the time in which nothing runs, between steps and in all; microseconds a step.
+
+    Between steps stand copies: the result's to the host and the next step's to the device.
+    """
     events: list[Any] = []
     plan = schedule(wait=0, warmup=WARMUP, active=PROFILED, repeat=1)  # the tracer's start makes steps longer
     with profile(
@@ -54,13 +57,16 @@ def idle_share(engine: Any) -> tuple[float, float]:
                 torch.cuda.synchronize()
             traced.step()
     on_gpu = [e for e in events if str(e.device_type()).endswith("CUDA")]
-    spans = sorted((e.start_ns(), e.start_ns() + e.duration_ns()) for e in on_gpu)
-    busy, end = 0, spans[0][0]
-    for start, stop in spans:
-        busy += max(0, stop - max(start, end))
-        end = max(end, stop)
+    spans = sorted((e.start_ns(), e.start_ns() + e.duration_ns(), e.name().startswith("Memcpy")) for e in on_gpu)
+    between = idle = 0
+    _, end, copied = spans[0]
+    for start, stop, copies in spans[1:]:
+        idle += max(0, start - end)
+        between += max(0, start - end) * (copies or copied)
+        if stop > end:
+            end, copied = stop, copies
     total = end - spans[0][0]
-    return 1 - busy / total, total / PROFILED / 1e3
+    return between / total, idle / total, total / PROFILED / 1e3
 
 
 def run(llm: LLM, requests: int, steps: int) -> None:
@@ -73,7 +79,7 @@ def run(llm: LLM, requests: int, steps: int) -> None:
         engine.add_request(str(i), prompt, params, final_only=True)
     while engine.scheduler.waiting or any(r.num_tokens == r.prompt_len for r in engine.scheduler.running):
         engine.advance()
-    idle, traced = idle_share(engine)
+    between, idle, traced = idle_share(engine)
     parts = {"schedule": (engine.scheduler, "schedule"), "launch": (engine._executor, "launch"),
              "commit": (engine.scheduler, "commit")}  # fmt: skip
     for name, (owner, method) in parts.items():
@@ -86,7 +92,7 @@ def run(llm: LLM, requests: int, steps: int) -> None:
     print(f"{requests} running, mean of {steps} steps of {wall / steps * 1e6:,.0f} us")
     print("CPU us a step: " + ", ".join(f"{name} {value:.0f}" for name, value in each.items()), end="; ")
     print(f"sum {sum(each.values()):.0f}")
-    print(f"GPU idle {idle:.1%} of {traced:,.0f} us a step")
+    print(f"GPU idle between steps {between:.1%}, in all {idle:.1%}, of {traced:,.0f} us a traced step")
 
 
 def main() -> None:

@@ -87,7 +87,7 @@ class EagerTail:
         return frozenset(
             name
             for name, wants in self.tables.host_wants.items()
-            if (wants[host_slots] & ~(greedy & invariant[name])).any()
+            if wants.any() and (wants[host_slots] & ~(greedy & invariant[name])).any()
         )
 
     def _token_positions(self, step: Forwarded, which: Ints) -> Tensor:

@@ -258,6 +258,8 @@ class ModelRunner:
         self.tables.set_columns(plan.columns)
         self.tables.append_blocks(plan.appends)
         copies = plan.copies
+        if not len(copies.group):
+            return
         for group in np.unique(copies.group):
             here = copies.group == group
             src, dst = (self.tables.put(x[here].astype(np.int64)) for x in (copies.src, copies.dst))

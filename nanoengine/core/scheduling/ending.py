@@ -7,6 +7,16 @@ from nanoengine.core.scheduling.messages import Update
 from nanoengine.core.step import LogprobRows
 
 
+def append_token(request: Request, token: int) -> Update:
+    """`append_tokens` of one token without log-probs: what nearly every row of every step brings."""
+    num_tokens = request.num_tokens + 1
+    if num_tokens >= request.max_len or token in request.stop_set:
+        return append_tokens(request, [token], None, None)
+    request.output_token_ids.append(token)
+    request.num_tokens = num_tokens
+    return tuple.__new__(Update, (request, (token,), None, None, None, None, 0, None))  # its own __new__ is slower
+
+
 def append_tokens(request: Request, new: list[int], drawn: LogprobRows | None, prompt: LogprobRows | None) -> Update:
     """Appends new tokens up to the one that ends the request, if one does; a stop token counts before the length.
 

@@ -16,7 +16,7 @@ from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.admission import find_hits, may_read_cache, refuse_misfit
 from nanoengine.core.scheduling.block_manager import BlockManager, Hits
 from nanoengine.core.scheduling.draft import Draft, ask_host_stages
-from nanoengine.core.scheduling.ending import append_tokens
+from nanoengine.core.scheduling.ending import append_token, append_tokens
 from nanoengine.core.scheduling.messages import (
     Admission,
     Preemption,
@@ -267,28 +267,33 @@ class Scheduler:
         self._stats.count_graphs(result.graphs)
         self._stats.steps_split += result.parts > 1
         tokens, counts = result.token_ids.tolist(), result.counts.tolist()
-        failed, sampled = result.failed.tolist(), step.sampled
         ends = (plan.starts + plan.query_lens).tolist()
         drawn, prompts = cut(result.sampled_logprobs, len(counts)), cut(result.prompt_logprobs, len(counts))
+        plain = not (drawn or prompts)
         updates: list[Update] = []
         at = 0
-        for row, (request, generation) in enumerate(step.rows):
-            first, at = at, at + counts[row]
+        for row, ((request, generation), count, drew, failure, end) in enumerate(
+            zip(step.rows, counts, step.sampled, result.failed.tolist(), ends, strict=True)
+        ):
+            first, at = at, at + count
             if request.status is _FINISHED:
                 continue
-            if sampled[row]:
+            if drew:
                 request.num_in_flight -= 1
-            if failed[row]:
+            if failure:
                 self._remove(request)
-                updates.append(Update(request, failed=failed[row]))
+                updates.append(Update(request, failed=failure))
                 continue
-            if ends[row] >= request.publish_at and request.generation == generation:
-                self.blocks.publish(request, ends[row])
-            told = prompts.get(row)
+            if end >= request.publish_at and request.generation == generation:
+                self.blocks.publish(request, end)
+            told = None if plain else prompts.get(row)
             if told is not None:
                 request.prompt_logprobs_done = int(told.positions[-1]) + 1
-            if at > first:
-                update = append_tokens(request, tokens[first:at], drawn.get(row), told)
+            if count:
+                if plain and count == 1:
+                    update = append_token(request, tokens[first])
+                else:
+                    update = append_tokens(request, tokens[first:at], drawn.get(row), told)
                 updates.append(update)
                 if update.finish_reason is not None:
                     self._remove(request)

@@ -1,4 +1,4 @@
-"""`nanoengine config show`: the composed configuration, as YAML that can be run, with the origin of each value."""
+"""`nanoengine config`: list; and show: what is composed, as YAML that can be run, with the origin of each value."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import typer
 import yaml
 
 from nanoengine.cli.common import ConfigArgument, DebugOption, OverridesArgument, PluginOption, user_errors
+from nanoengine.cli.config_list import list_options
 from nanoengine.core.setup.config import RunConfig, load_config
 from nanoengine.core.setup.plugins import discover
 from nanoengine.core.setup.prompts import PromptFile
 
 app = typer.Typer(help="Look at configurations.", no_args_is_help=True, rich_markup_mode=None)
+app.command(name="list")(list_options)
 
 
 @app.callback()

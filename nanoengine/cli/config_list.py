@@ -1,0 +1,143 @@
+"""`nanoengine config list`: every config group, its options, and who provides each."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nanoengine.cli.common import DebugOption, PluginOption, user_errors
+from nanoengine.core.errors import ConfigError, NanoEngineError, nearest
+from nanoengine.core.setup.composer import Root, package_root
+from nanoengine.core.setup.composer.yaml_file import read_yaml
+from nanoengine.core.setup.plugins import discover
+from nanoengine.core.setup.registry import Registry
+
+RECIPES = "recipes"
+_OWN = "your own folder"
+_WIDTH = 72  # of what a file says
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What may be chosen.
+
+    Attributes:
+        group: "model", "sampler" ..., or "recipes" for what `nanoengine run NAME` runs.
+        name: what to write behind `group=`. provider: whose it is.
+        file: of a group; None where a plugin's part is chosen by its own name.
+        says: the file's first comment, or what it sets. clash: another provider has the same, and neither is taken.
+    """
+
+    group: str
+    name: str
+    provider: str
+    file: str | None = None
+    says: str = ""
+    clash: bool = False
+
+
+def list_options(
+    group: Annotated[
+        str | None, typer.Argument(help="Only this group, or recipes; default: all.", show_default=False)
+    ] = None,
+    beside: Annotated[
+        Path | None,
+        typer.Option(metavar="CONFIG", help="Also the groups beside this file, which go first.", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    plugin: PluginOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """List the config groups with their options, who provides each, and the recipes."""
+    with user_errors(debug):
+        registry = discover(plugin or ())
+        if beside is not None and not beside.is_file():
+            raise ConfigError(f"no configuration file {beside} (looked for {beside.absolute()})")
+        options, problems = options_of(registry, None if beside is None else beside.parent)
+        groups = sorted({option.group for option in options}, key=lambda each: (each == RECIPES, each))
+        if group is not None and group not in groups:
+            raise ConfigError(f"there is no config group {group!r}; {nearest(group, groups)}")
+        options = [option for option in options if group in (None, option.group)]
+        found = {"options": [asdict(option) for option in options], "problems": problems}
+        typer.echo(json.dumps(found, indent=2) if as_json else as_text(options, groups, problems))
+
+
+def options_of(registry: Registry, own: Path | None = None) -> tuple[list[Option], list[str]]:
+    """Every option, and what is wrong with roots: files of `own` first, then of each provider, then parts by name."""
+    roots, problems = [Root(own, str(own), _OWN)] if own else [], list[str]()
+    for root, origin in registry.config_roots:
+        try:
+            roots += package_root(root, str(origin))
+        except NanoEngineError as error:
+            problems.append(str(error))
+    found: dict[tuple[str, str], list[Option]] = {}
+    for folder in roots:
+        for option in _files(folder, nested=folder.folder != own):
+            found.setdefault((option.group, option.name), []).append(option)
+    for option in _parts(registry):
+        found.setdefault((option.group, option.name), [option])
+    options = list[Option]()
+    for (group, name), claims in found.items():
+        if claims[0].provider == _OWN:
+            claims = claims[:1]  # it shadows the others
+        if len(claims) > 1:
+            claims = [replace(claim, clash=True) for claim in claims]
+            who = " and ".join(claim.provider for claim in claims)
+            problems.append(f"{group}={name} is provided by {who}; remove or rename one of them")
+        options += claims
+    return sorted(options, key=lambda option: (option.group == RECIPES, option.group, option.name)), problems
+
+
+def _files(root: Root, *, nested: bool) -> Iterator[Option]:
+    """The files of one root; not `nested`: only one folder down, as in the user's own, which may hold anything."""
+    for file in sorted(root.folder.glob("**/*.yaml") if nested else root.folder.glob("*/*.yaml")):
+        group = file.parent.relative_to(root.folder).as_posix()
+        yield Option(RECIPES if group == "." else group, file.stem, root.provider, str(file), _says(file))
+
+
+def _says(file: Path) -> str:
+    """Its first comment, without a full stop; else what it sets."""
+    try:
+        text, data = file.read_text("utf-8"), read_yaml(file, file.name).data
+    except (NanoEngineError, OSError, UnicodeDecodeError) as error:
+        return f"cannot be read: {str(error).splitlines()[0]}"
+    comment = re.match(r"#\s*(.+)", text)
+    said = comment[1].rstrip(".") if comment else ", ".join(f"{key}: {_short(value)}" for key, value in data.items())
+    return said if len(said) <= _WIDTH else said[: _WIDTH - 1] + "…"
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _parts(registry: Registry) -> Iterator[Option]:
+    """What `model=` and `attention=` take by name, without a file."""
+    for source in registry.model_sources.values():
+        for name in source.spec.models:
+            yield Option("model", name, str(source.origin), says=f"found by the model source {source.spec.name}")
+    for name, backend in registry.attention_backends.items():
+        yield Option("attention", name, str(backend.origin), says="the backend of that name")
+
+
+def as_text(options: Sequence[Option], groups: Sequence[str], problems: Sequence[str]) -> str:
+    """A table a group."""
+    lines = list[str]()
+    for group in groups:
+        rows = [option for option in options if option.group == group]
+        if not rows:
+            continue
+        lines += [*([""] if lines else []), "recipes: nanoengine run NAME" if group == RECIPES else f"{group}="]
+        providers = [row.provider.partition(" (plugin")[0] for row in rows]
+        width, whose = max(len(row.name) for row in rows), max(map(len, providers))
+        for row, provider in zip(rows, providers, strict=True):
+            said = "CLASH" if row.clash else row.says
+            lines.append(f"  {row.name:<{width}}  {provider:<{whose}}  {said}".rstrip())
+    if problems:
+        lines += ["", "problems:", *(f"  {problem}" for problem in problems)]
+    return "\n".join(lines)

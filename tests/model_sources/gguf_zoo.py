@@ -28,11 +28,36 @@ LAYER: Mapping[str, tuple[tuple[int, ...], Q]] = {
     "ffn_down.weight": ((HIDDEN, FFN), Q.BF16),
 }
 QK_NORMS = {"attn_q_norm.weight": ((HEAD_SIZE,), Q.F32), "attn_k_norm.weight": ((HEAD_SIZE,), Q.F32)}
+POST_NORMS = {"post_attention_norm.weight": ((HIDDEN,), Q.F32), "post_ffw_norm.weight": ((HIDDEN,), Q.F32)}
 BIASES = {
     "attn_q.bias": ((HEADS * HEAD_SIZE,), Q.F32),
     "attn_k.bias": ((KV_HEADS * HEAD_SIZE,), Q.F32),
     "attn_v.bias": ((KV_HEADS * HEAD_SIZE,), Q.F32),
     "attn_output.bias": ((HIDDEN,), Q.F32),
+}
+
+
+# What an architecture has beyond `LAYER`, and its keys; the window is short enough to matter in a test.
+EXTRAS: Mapping[str, Mapping[str, tuple[tuple[int, ...], Q]]] = {
+    "llama": {},
+    "qwen2": {name: spec for name, spec in BIASES.items() if name != "attn_output.bias"},
+    "qwen3": QK_NORMS,
+    "gemma2": POST_NORMS,
+    "gemma3": {**QK_NORMS, **POST_NORMS},
+}
+KEYS: Mapping[str, Mapping[str, Any]] = {
+    "gemma2": {
+        "gemma2.attn_logit_softcapping": 50.0,
+        "gemma2.final_logit_softcapping": 30.0,
+        "gemma2.attention.sliding_window": 8,
+    },
+    "gemma3": {
+        "gemma3.attention.sliding_window": 8,
+        "gemma3.attention.sliding_window_pattern": 2,
+        "gemma3.rope.freq_base_swa": 10000.0,
+        "gemma3.rope.scaling.type": "linear",
+        "gemma3.rope.scaling.factor": 8.0,
+    },
 }
 
 
@@ -93,7 +118,8 @@ class TinyGGUF:
             "tokenizer.chat_template": "{{ messages[0]['content'] }}<|end|>\n",
         }
         rng = np.random.default_rng(self.seed)
-        layer = {**LAYER, **(QK_NORMS if arch == "qwen3" else {}), **(BIASES if self.biases else {})}
+        self.keys |= KEYS.get(arch, {})
+        layer = {**LAYER, **EXTRAS[arch], **(BIASES if self.biases else {})}
         shapes = {f"blk.{i}.{name}": spec for i in range(LAYERS) for name, spec in layer.items()}
         shapes["token_embd.weight"] = ((len(tokens()), HIDDEN), Q.Q8_0)
         shapes["output_norm.weight"] = ((HIDDEN,), Q.F32)
@@ -107,22 +133,36 @@ class TinyGGUF:
     def stored(self, name: str) -> np.ndarray:
         """float32 values of a weight after its type's rounding, in Hugging Face's layout (rows are rounded alone)."""
         values, kind = self.weights[name]
+        if self._is_whole(name):
+            return (values + np.float32(1)) - np.float32(1)
         return gguf.dequantize(gguf.quantize(values, kind), kind)
 
     def write(self, path: Path) -> Path:
         writer = gguf.GGUFWriter(path, self.arch)
-        for key, value in self.keys.items():
-            _adder(writer, value)(key, value)
+        self._write_keys(writer)
         for name, (values, kind) in self.weights.items():
             laid_out = self._laid_out(name, values)
             writer.add_tensor(name, gguf.quantize(laid_out, kind), raw_dtype=kind)
+        self._finish(writer)
+        return path
+
+    def _write_keys(self, writer: gguf.GGUFWriter) -> None:
+        for key, value in self.keys.items():
+            _adder(writer, value)(key, value)
+
+    def _finish(self, writer: gguf.GGUFWriter) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        return path
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether it is stored whole, where checkpoints hold it less one."""
+        return self.arch.startswith("gemma") and name.endswith("norm.weight")
 
     def _laid_out(self, name: str, values: np.ndarray) -> np.ndarray:
+        if self._is_whole(name):
+            return values + np.float32(1)
         heads = {"attn_q": HEADS, "attn_k": KV_HEADS}.get(name.split(".")[-2])
         if self.arch != "llama" or heads is None:
             return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Q
-from gguf_zoo import HEAD_SIZE, HIDDEN, LAYERS, TinyGGUF
+from gguf_zoo import HEAD_SIZE, HIDDEN, KEYS, LAYERS, TinyGGUF
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -18,7 +19,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nanoengine.api import ModelSourceError
 from nanoengine.plugins.model_sources import gguf_convert
+from nanoengine.plugins.model_sources.gguf_architectures import ARCHITECTURES
 from nanoengine.plugins.model_sources.gguf_convert import convert
+from nanoengine.plugins.model_sources.gguf_metadata import Metadata, Shape
 
 HF_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -38,11 +41,19 @@ HF_NAMES = {
 }
 
 
-def hf_name(name: str) -> str:
+GEMMA_NAMES = {
+    "post_attention_norm.weight": "post_attention_layernorm.weight",
+    "ffn_norm.weight": "pre_feedforward_layernorm.weight",
+    "post_ffw_norm.weight": "post_feedforward_layernorm.weight",
+}
+
+
+def hf_name(name: str, arch: str) -> str:
+    names = HF_NAMES | (GEMMA_NAMES if arch.startswith("gemma") else {})
     block, _, rest = name.partition("blk.")[2].partition(".")
     key = rest or name
     stem, _, suffix = key.rpartition(".")
-    translated = HF_NAMES.get(key) or f"{HF_NAMES[stem]}.{suffix}"
+    translated = names.get(key) or f"{HF_NAMES[stem]}.{suffix}"
     return f"model.layers.{block}.{translated}" if rest else translated
 
 
@@ -59,6 +70,10 @@ def zoo() -> list[TinyGGUF]:
         TinyGGUF("llama", tied=False, biases=True, seed=1),
         TinyGGUF("qwen3", "qwen2"),
         TinyGGUF("qwen3", "qwen2", tied=False, seed=2),
+        TinyGGUF("qwen2", "qwen2"),
+        TinyGGUF("qwen2", "qwen2", tied=False, seed=3),
+        TinyGGUF("gemma2"),
+        TinyGGUF("gemma3"),
     ]
 
 
@@ -68,8 +83,9 @@ ZOO = pytest.mark.parametrize("tiny", zoo(), ids=lambda tiny: f"{tiny.arch}-{'ti
 def mismatches(tiny: TinyGGUF, folder: Path) -> list[str]:
     """Names of tensors that are not, bit for bit, what was stored."""
     found = load_file(folder / "model.safetensors")
-    assert found.keys() == {hf_name(name) for name in tiny.weights}
-    return [name for name in tiny.weights if not np.array_equal(found[hf_name(name)].float(), tiny.stored(name))]
+    names = {name: hf_name(name, tiny.arch) for name in tiny.weights}
+    assert found.keys() == set(names.values())
+    return [name for name in tiny.weights if not np.array_equal(found[names[name]].float(), tiny.stored(name))]
 
 
 @ZOO
@@ -87,14 +103,45 @@ def test_mutant_without_unpermuting_is_caught(tmp_path: Path, monkeypatch: pytes
     assert set(mismatches(tiny, converted(tiny, tmp_path))) == wrong
 
 
-@pytest.mark.parametrize("tiny", [TinyGGUF("llama"), TinyGGUF("qwen3", "qwen2")], ids=["llama", "qwen3"])
-def test_weights_equal_transformers_own_loader(tiny: TinyGGUF, tmp_path: Path) -> None:
+def test_mutant_with_whole_norms_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = TinyGGUF("gemma3")
+    whole = replace(ARCHITECTURES["gemma3"], unit_offset=False)
+    monkeypatch.setattr(gguf_convert, "read_architecture", lambda meta: ("gemma3", whole))
+    assert set(mismatches(tiny, converted(tiny, tmp_path))) == {name for name in tiny.weights if "norm" in name}
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma2", "gemma3"])
+def test_weights_equal_transformers_own_loader(arch: str, tmp_path: Path) -> None:
+    tiny = TinyGGUF(arch, "qwen2")
     folder = converted(tiny, tmp_path)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     theirs = load_gguf_checkpoint(str(tmp_path / "tiny.gguf"), return_tensors=True, model_to_load=model)["tensors"]
     ours = load_file(folder / "model.safetensors")
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name].float(), theirs[name].float())] == []
+
+
+GEMMA = {
+    "query_pre_attn_scalar": HEAD_SIZE,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "hidden_activation": "gelu_pytorch_tanh",
+}
+REFERENCE: dict[str, dict[str, Any]] = {
+    "gemma2": {
+        **GEMMA,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
+    "gemma3": {
+        **GEMMA,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
+}
 
 
 @ZOO
@@ -106,14 +153,18 @@ def test_folder_loads_in_transformers_with_the_same_function(tiny: TinyGGUF, tmp
     assert not info["unexpected_keys"]
     reference = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(
-            tiny.arch, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            tiny.arch.replace("gemma3", "gemma3_text"),
+            hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, head_dim=32, rms_norm_eps=1e-5, vocab_size=269, max_position_embeddings=512,
             attention_bias=tiny.biases, tie_word_embeddings=tiny.tied,
-            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+            **REFERENCE.get(tiny.arch, {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
         ),
         dtype=torch.float32,
     )  # fmt: skip
-    state = {hf_name(name): torch.from_numpy(np.array(tiny.stored(name), dtype=np.float32)) for name in tiny.weights}
+    state = {
+        hf_name(name, tiny.arch): torch.from_numpy(np.array(tiny.stored(name), dtype=np.float32))
+        for name in tiny.weights
+    }
     unfilled = reference.load_state_dict(state, strict=False)
     assert unfilled.missing_keys == (["lm_head.weight"] if tiny.tied else [])
     ids = torch.arange(3, 40)[None]
@@ -198,7 +249,7 @@ def key(name: str, value: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        pytest.param(lambda t: setattr(t, "arch", "gemma3"), ["'gemma3'", "llama, qwen3"], id="architecture"),
+        pytest.param(lambda t: setattr(t, "arch", "mamba"), ["'mamba'", "gemma2, gemma3, llama"], id="arch"),
         pytest.param(lambda t: t.keys.update({"tokenizer.ggml.pre": "deepseek-llm"}),
                      ["'deepseek-llm'", "llama-bpe, qwen2, smollm"], id="pre-tokenizer"),
         pytest.param(lambda t: t.keys.pop("tokenizer.ggml.pre"), ["names no pre-tokenizer", "smollm"], id="no-pre"),
@@ -231,6 +282,31 @@ def test_what_is_not_served_is_refused_by_name(change: Any, words: list[str], tm
     with pytest.raises(ModelSourceError, match=r"^tiny\.gguf: ") as caught:
         converted(tiny, tmp_path)
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_qwen2_without_biases_is_refused(tmp_path: Path) -> None:
+    tiny = TinyGGUF("qwen2", "qwen2")
+    del tiny.weights["blk.1.attn_k.bias"]
+    with pytest.raises(ModelSourceError, match=r"blk\.1\.attn_k\.bias is missing"):
+        converted(tiny, tmp_path)
+
+
+@pytest.mark.parametrize(("arch", "layers", "scalar"), [("gemma2", 46, 16), ("gemma3", 62, 16), ("gemma3", 46, 32)])
+def test_scale_of_the_largest_gemma(arch: str, layers: int, scalar: int) -> None:
+    """64 wide, 4 heads of 32: the 27B models are told by their number of layers, as llama.cpp does."""
+    shape = Shape(hidden=64, ffn=96, layers=layers, heads=4, kv_heads=2, head_size=32)
+    meta = Metadata("tiny.gguf", {**KEYS[arch]})
+    assert ARCHITECTURES[arch].details(meta, shape, {})["query_pre_attn_scalar"] == scalar
+
+
+def test_gemma_without_optional_keys_is_read_as_the_format_says(tmp_path: Path) -> None:
+    tiny = TinyGGUF("gemma3")
+    for name in ("attention.sliding_window_pattern", "rope.freq_base", "rope.freq_base_swa", "rope.scaling.type"):
+        del tiny.keys[f"gemma3.{name}"]
+    config = json.loads((converted(tiny, tmp_path) / "config.json").read_text())
+    assert config["rope_parameters"]["full_attention"] == {"rope_type": "default", "rope_theta": 1e6}
+    assert config["rope_parameters"]["sliding_attention"] == {"rope_type": "default", "rope_theta": 1e4}
+    assert config["layer_types"] == ["sliding_attention"] * 2  # the sixth would be the first global one
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

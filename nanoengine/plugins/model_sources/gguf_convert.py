@@ -9,21 +9,20 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nanoengine.api import ModelSourceError
+from nanoengine.plugins.model_sources.gguf_architectures import Architecture, read_architecture
 from nanoengine.plugins.model_sources.gguf_metadata import (
-    Architecture,
     Metadata,
     Shape,
     generation_config,
     model_config,
-    read_architecture,
     read_shape,
     rope_parameters,
     write_json,
@@ -39,11 +38,17 @@ _COPIED = {"F32": ("F32", "<f4", "float32"), "F16": ("F16", "<f2", "float16"), "
 
 @dataclass(frozen=True, slots=True)
 class TensorRule:
-    """What becomes of one tensor: its name and shape afterwards, and in how many heads its rows are interleaved."""
+    """What becomes of one tensor.
+
+    Attributes:
+        name, shape: afterwards. interleaved_heads: in how many heads its rows are interleaved. less_one: subtract 1,
+            in float32.
+    """
 
     name: str
     shape: tuple[int, ...]
     interleaved_heads: int = 0
+    less_one: bool = False
 
 
 def convert(source: Path, folder: Path, say: Callable[[str], None]) -> None:
@@ -53,14 +58,16 @@ def convert(source: Path, folder: Path, say: Callable[[str], None]) -> None:
     """
     meta, tensors = _read(source)
     name, arch = read_architecture(meta)
+    _check_types(meta, tensors.values())
     factors = tensors.pop("rope_freqs.weight", None)
     shape = read_shape(meta, name)
-    rope = rope_parameters(meta, name, shape.head_size, None if factors is None else _float32(meta, factors))
+    divisors = None if factors is None else _float32(factors)
+    rope = rope_parameters(meta, name, shape.head_size, divisors, arch.theta)
     rules = tensor_rules(meta, arch, shape, {key: _shape(tensor) for key, tensor in tensors.items()})
-    config = model_config(
-        meta, arch, shape, rope, tensors=tensors, vocab=_shape(tensors["token_embd.weight"])[0],
-        dtype=_compute_dtype(tensors.values()),
-    )  # fmt: skip
+    vocab = _shape(tensors["token_embd.weight"])[0]
+    config: dict[str, Any] = {"architectures": [arch.hf_class], "model_type": arch.model_type}
+    config |= model_config(meta, name, shape, tensors=tensors, vocab=vocab, dtype=_compute_dtype(tensors.values()))
+    config |= arch.details(meta, shape, rope)
     write_tokenizer(meta, folder)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation_config(meta))
@@ -83,36 +90,55 @@ def tensor_rules(
         raise meta.error(f"token_embd.weight has {vocab} rows for {len(meta.get('tokenizer.ggml.tokens'))} tokens")
     rules = {
         "token_embd.weight": TensorRule("model.embed_tokens.weight", (vocab, hidden)),
-        "output_norm.weight": TensorRule("model.norm.weight", (hidden,)),
+        "output_norm.weight": TensorRule("model.norm.weight", (hidden,), less_one=arch.unit_offset),
     }
     if "output.weight" in present:
         rules["output.weight"] = TensorRule("lm_head.weight", (vocab, hidden))
     heads, kv_heads = (shape.heads, shape.kv_heads) if arch.interleaved else (0, 0)
     layer = {
-        "attn_norm.weight": TensorRule("input_layernorm.weight", (hidden,)),
         "attn_q.weight": TensorRule("self_attn.q_proj.weight", (q, hidden), heads),
         "attn_k.weight": TensorRule("self_attn.k_proj.weight", (kv, hidden), kv_heads),
         "attn_v.weight": TensorRule("self_attn.v_proj.weight", (kv, hidden)),
         "attn_output.weight": TensorRule("self_attn.o_proj.weight", (hidden, q)),
-        "ffn_norm.weight": TensorRule("post_attention_layernorm.weight", (hidden,)),
         "ffn_gate.weight": TensorRule("mlp.gate_proj.weight", (shape.ffn, hidden)),
         "ffn_up.weight": TensorRule("mlp.up_proj.weight", (shape.ffn, hidden)),
         "ffn_down.weight": TensorRule("mlp.down_proj.weight", (hidden, shape.ffn)),
+        **_norm_rules(arch, shape),
     }
-    if arch.qk_norm:
-        layer["attn_q_norm.weight"] = TensorRule("self_attn.q_norm.weight", (shape.head_size,))
-        layer["attn_k_norm.weight"] = TensorRule("self_attn.k_norm.weight", (shape.head_size,))
-    if arch.biases and "blk.0.attn_q.bias" in present:
-        layer["attn_q.bias"] = TensorRule("self_attn.q_proj.bias", (q,), heads)
-        layer["attn_k.bias"] = TensorRule("self_attn.k_proj.bias", (kv,), kv_heads)
-        layer["attn_v.bias"] = TensorRule("self_attn.v_proj.bias", (kv,))
-        layer["attn_output.bias"] = TensorRule("self_attn.o_proj.bias", (hidden,))
+    if not arch.optional_biases or "blk.0.attn_q.bias" in present:
+        biases = {
+            "q": TensorRule("self_attn.q_proj.bias", (q,), heads),
+            "k": TensorRule("self_attn.k_proj.bias", (kv,), kv_heads),
+            "v": TensorRule("self_attn.v_proj.bias", (kv,)),
+            "output": TensorRule("self_attn.o_proj.bias", (hidden,)),
+        }
+        layer |= {f"attn_{which}.bias": biases[which] for which in arch.biases}
     for index in range(shape.layers):
         for key, rule in layer.items():
-            named = TensorRule(f"model.layers.{index}.{rule.name}", rule.shape, rule.interleaved_heads)
-            rules[f"blk.{index}.{key}"] = named
+            rules[f"blk.{index}.{key}"] = replace(rule, name=f"model.layers.{index}.{rule.name}")
     _check_tensors(meta, rules, present)
     return rules
+
+
+def _norm_rules(arch: Architecture, shape: Shape) -> dict[str, TensorRule]:
+    """Of one layer. What stands in front of the MLP has another name where attention has a norm behind it, too."""
+    names = {"attn_norm": "input_layernorm"}
+    if arch.post_norms:
+        names |= {
+            "post_attention_norm": "post_attention_layernorm",
+            "ffn_norm": "pre_feedforward_layernorm",
+            "post_ffw_norm": "post_feedforward_layernorm",
+        }
+    else:
+        names["ffn_norm"] = "post_attention_layernorm"
+    sizes = dict.fromkeys(names, shape.hidden)
+    if arch.qk_norm:
+        names |= {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+        sizes |= {"attn_q_norm": shape.head_size, "attn_k_norm": shape.head_size}
+    return {
+        f"{theirs}.weight": TensorRule(f"{ours}.weight", (sizes[theirs],), less_one=arch.unit_offset)
+        for theirs, ours in names.items()
+    }
 
 
 def _check_tensors(meta: Metadata, rules: Mapping[str, TensorRule], present: Mapping[str, Sequence[int]]) -> None:
@@ -158,23 +184,40 @@ def _compute_dtype(tensors: Any) -> str:
     return _COPIED[kinds.pop()][2] if len(kinds) == 1 and kinds <= _COPIED.keys() else "bfloat16"
 
 
-def _float32(meta: Metadata, tensor: Any) -> np.ndarray:
+def _check_types(meta: Metadata, tensors: Iterable[Any]) -> None:
+    """Raises `ModelSourceError` for a type that the gguf package cannot read, before anything is written."""
+    for kind, name in {tensor.tensor_type: tensor.name for tensor in tensors}.items():
+        if not _readable(kind):
+            valid = ", ".join(each.name for each in type(kind) if _readable(each))
+            raise meta.error(f"{name} is of type {kind.name}, which is not served; valid: {valid}")
+
+
+def _readable(kind: Any) -> bool:
     import gguf
 
     try:
-        values: np.ndarray = gguf.dequantize(tensor.data, tensor.tensor_type)
-    except NotImplementedError as error:
-        raise meta.error(f"{tensor.name} is of type {tensor.tensor_type.name}, which is not served") from error
+        gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _float32(tensor: Any) -> np.ndarray:
+    import gguf
+
+    values: np.ndarray = gguf.dequantize(tensor.data, tensor.tensor_type)
     return values.astype("<f4", copy=False)
 
 
-def _words(meta: Metadata, tensor: Any, rule: TensorRule) -> np.ndarray:
+def _words(tensor: Any, rule: TensorRule) -> np.ndarray:
     """The tensor as little-endian words of its type in the safetensors file, in its shape there."""
     kind = tensor.tensor_type.name
-    if kind in _COPIED:
+    if rule.less_one:
+        words = (_float32(tensor) - np.float32(1)).reshape(rule.shape)
+    elif kind in _COPIED:
         words = tensor.data.view(_COPIED[kind][1]).reshape(rule.shape)
     else:
-        words = _float32(meta, tensor).reshape(rule.shape)
+        words = _float32(tensor).reshape(rule.shape)
     return to_halves(words, rule.interleaved_heads) if rule.interleaved_heads else words
 
 
@@ -190,7 +233,8 @@ def _write_tensors(
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, rule in rules.items():
-        dtype = _COPIED.get(tensors[name].tensor_type.name, _COPIED["F32"])
+        kind = "F32" if rule.less_one else tensors[name].tensor_type.name
+        dtype = _COPIED.get(kind, _COPIED["F32"])
         end = offset + int(np.prod(rule.shape)) * np.dtype(dtype[1]).itemsize
         header[rule.name] = {"dtype": dtype[0], "shape": rule.shape, "data_offsets": [offset, end]}
         offset = end
@@ -203,6 +247,6 @@ def _write_tensors(
     with path.open("wb") as file, bar:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, rule in rules.items():
-            words = np.ascontiguousarray(_words(meta, tensors[name], rule))
+            words = np.ascontiguousarray(_words(tensors[name], rule))
             file.write(words.data)
             bar.update(words.nbytes)

@@ -6,7 +6,7 @@ Keys are those of the GGUF specification (https://github.com/ggml-org/ggml/blob/
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,39 +14,6 @@ from typing import Any
 import numpy as np
 
 from nanoengine.api import ModelSourceError
-
-
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """What differs between the served architectures.
-
-    Attributes:
-        hf_class, model_type: their names in config.json.
-        interleaved: rows of q and k lie in the order of interleaved rotary pairs, and must be put back into halves.
-        qk_norm: q and k have norms per head.
-        biases: attention projections may have biases.
-    """
-
-    hf_class: str
-    model_type: str
-    interleaved: bool
-    qk_norm: bool
-    biases: bool
-
-
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("LlamaForCausalLM", "llama", interleaved=True, qk_norm=False, biases=True),
-    "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", interleaved=False, qk_norm=True, biases=False),
-}
-
-# Keys below "<architecture>." that are read, or that change nothing. Any other one (experts, sliding windows, soft
-# caps, ...) would be a different model.
-_KNOWN_KEYS = frozenset({
-    "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length", "tensor_data_layout",
-    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
-    "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "rope.scaling.type",
-    "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
-})  # fmt: skip
 
 _SAMPLING_KEYS = {
     "top_k": "top_k",
@@ -87,9 +54,9 @@ class Metadata:
             raise self.error(f"key {key} must be one positive integer, not {value!r}")
         return value
 
-    def real(self, key: str) -> float:
+    def real(self, key: str, default: float | None = None) -> float:
         """A float32 as the shortest decimal that gives it: 9.99999974e-06 is 1e-05 again."""
-        value = self.require(key)
+        value = self.require(key) if default is None else self.get(key, default)
         if not isinstance(value, (int, float)) or not np.isfinite(value):
             raise self.error(f"key {key} must be a finite number, not {value!r}")
         return float(str(np.float32(value)))
@@ -114,23 +81,6 @@ class Shape:
     head_size: int
 
 
-def read_architecture(meta: Metadata) -> tuple[str, Architecture]:
-    """The file's architecture; raises `ModelSourceError` for one not served, or a key that would change it."""
-    name = meta.require("general.architecture")
-    if name not in ARCHITECTURES:
-        raise meta.error(f"GGUF architecture {name!r} is not served; valid: {', '.join(sorted(ARCHITECTURES))}")
-    if meta.get("general.type", "model") != "model":
-        raise meta.error(f"it holds a {meta.get('general.type')!r}, not a model")
-    parts = meta.get("split.count", 0)  # 0 and 1 are both written for a whole file
-    if parts not in (0, 1):
-        raise meta.error(f"it is one of {parts} parts; merge them first (llama-gguf-split --merge)")
-    for key, value in meta.values.items():
-        prefix, _, rest = key.partition(".")
-        if prefix == name and rest not in _KNOWN_KEYS and value not in (0, False):
-            raise meta.error(f"key {key} = {value!r} changes the model in a way that is not served")
-    return name, ARCHITECTURES[name]
-
-
 def read_shape(meta: Metadata, arch: str) -> Shape:
     """Sizes, checked against each other."""
     hidden, heads = meta.positive_int(f"{arch}.embedding_length"), meta.positive_int(f"{arch}.attention.head_count")
@@ -151,13 +101,15 @@ def read_shape(meta: Metadata, arch: str) -> Shape:
     )
 
 
-def rope_parameters(meta: Metadata, arch: str, head_size: int, factors: np.ndarray | None) -> dict[str, Any]:
+def rope_parameters(
+    meta: Metadata, arch: str, head_size: int, factors: np.ndarray | None, default_theta: float | None
+) -> dict[str, Any]:
     """`rope_parameters` of config.json.
 
     Args:
         factors: float32 [head_size / 2], the file's rope_freqs.weight, by which frequencies are divided.
     """
-    theta = meta.real(f"{arch}.rope.freq_base")
+    theta = meta.real(f"{arch}.rope.freq_base", default_theta)
     kind = meta.get(f"{arch}.rope.scaling.type", "none")
     if kind not in ("none", "linear"):
         raise meta.error(f"rope scaling {kind!r} is not served; valid: none, linear, or Llama 3's rope_freqs.weight")
@@ -194,15 +146,11 @@ def token_ids(meta: Metadata) -> dict[str, int]:
 
 
 def model_config(
-    meta: Metadata, arch: Architecture, shape: Shape, rope: dict[str, Any], *, tensors: Iterable[str], vocab: int,
-    dtype: str,
-) -> dict[str, Any]:  # fmt: skip
-    """config.json. `tensors` are the file's tensor names, `vocab` the rows of its embedding."""
-    name, names = arch.model_type, set(tensors)
+    meta: Metadata, arch: str, shape: Shape, *, tensors: Collection[str], vocab: int, dtype: str
+) -> dict[str, Any]:
+    """What config.json says of every architecture. `tensors`: the file's names. `vocab`: rows of its embedding."""
     ids = {key: value for key, value in token_ids(meta).items() if key != "unk_token_id"}
     config = {
-        "architectures": [arch.hf_class],
-        "model_type": name,
         "dtype": dtype,
         "vocab_size": vocab,
         "hidden_size": shape.hidden,
@@ -211,12 +159,10 @@ def model_config(
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
         "head_dim": shape.head_size,
-        "hidden_act": "silu",
-        "rms_norm_eps": meta.real(f"{name}.attention.layer_norm_rms_epsilon"),
-        "max_position_embeddings": meta.positive_int(f"{name}.context_length"),
-        "rope_parameters": rope,
-        "attention_bias": "blk.0.attn_q.bias" in names,
-        "tie_word_embeddings": "output.weight" not in names,
+        "rms_norm_eps": meta.real(f"{arch}.attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": meta.positive_int(f"{arch}.context_length"),
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "tie_word_embeddings": "output.weight" not in tensors,
     }
     return config | ids
 

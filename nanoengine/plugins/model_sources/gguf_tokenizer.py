@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanoengine.plugins.model_sources.gguf_metadata import Metadata, token_ids, write_json
+from nanoengine.plugins.model_sources.gguf_sentencepiece import sentencepiece_tokenizer
+from nanoengine.plugins.model_sources.gguf_vocabulary import TokenType, read_vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -48,14 +49,7 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
 }
 
 
-class TokenType(IntEnum):
-    """`tokenizer.ggml.token_type` of the GGUF specification."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
+_LEGAL = (TokenType.NORMAL, TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED)
 
 
 def write_tokenizer(meta: Metadata, folder: Path) -> None:
@@ -80,11 +74,25 @@ def write_tokenizer(meta: Metadata, folder: Path) -> None:
 
 
 def build_tokenizer(meta: Metadata) -> Tokenizer:
-    """A byte-level BPE `tokenizers.Tokenizer` of the file's vocabulary."""
+    """The `tokenizers.Tokenizer` of the file's vocabulary; raises `ModelSourceError` as `write_tokenizer` does."""
+    model = meta.require("tokenizer.ggml.model")
+    if model == "gpt2":
+        pre = _pre_tokenizer(meta)
+        tokenizer, add_bos = _byte_level(meta, pre), pre.add_bos
+    elif model == "llama":
+        tokenizer, add_bos = sentencepiece_tokenizer(meta), True
+    else:
+        raise meta.error(
+            f"tokenizer model {model!r} is not served; valid: gpt2 (byte-level BPE), llama (SentencePiece BPE)"
+        )
+    _add_template(meta, tokenizer, add_bos)
+    return tokenizer
+
+
+def _byte_level(meta: Metadata, pre: PreTokenizer) -> Tokenizer:
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-    pre = _pre_tokenizer(meta)
-    vocab, types = _vocabulary(meta)
+    vocab, types = read_vocabulary(meta, "byte-level BPE", _LEGAL)
     merges = _merges(meta, vocab)
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre.ignore_merges))
     tokenizer.pre_tokenizer = _splitter(pre)
@@ -100,38 +108,15 @@ def build_tokenizer(meta: Metadata) -> Tokenizer:
             if types[token] in special
         ]
     )
-    _add_template(meta, tokenizer, pre)
     return tokenizer
 
 
 def _pre_tokenizer(meta: Metadata) -> PreTokenizer:
-    model = meta.require("tokenizer.ggml.model")
-    if model != "gpt2":
-        raise meta.error(f"tokenizer model {model!r} is not served; valid: gpt2 (byte-level BPE)")
     pre = meta.get("tokenizer.ggml.pre")
     if pre not in PRE_TOKENIZERS:
         said = "it names no pre-tokenizer" if pre is None else f"pre-tokenizer {pre!r} is not served"
         raise meta.error(f"{said}; valid: {', '.join(sorted(PRE_TOKENIZERS))}")
     return PRE_TOKENIZERS[pre]
-
-
-def _vocabulary(meta: Metadata) -> tuple[dict[str, int], dict[str, TokenType]]:
-    """Token -> id and token -> type. Unused ids, the padding of the embedding, are left out."""
-    tokens = meta.strings("tokenizer.ggml.tokens")
-    types = meta.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
-    if len(types) != len(tokens):
-        raise meta.error(f"{len(tokens)} tokens but {len(types)} token types")
-    vocab: dict[str, int] = {}
-    kinds: dict[str, TokenType] = {}
-    for index, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-        if kind == TokenType.UNUSED:
-            continue
-        if token in vocab:
-            raise meta.error(f"token {token!r} stands twice in the vocabulary, as {vocab[token]} and {index}")
-        if kind not in TokenType._value2member_map_:
-            raise meta.error(f"token {token!r} is of type {kind}, which a byte-level BPE has not")
-        vocab[token], kinds[token] = index, TokenType(kind)
-    return vocab, kinds
 
 
 def _merges(meta: Metadata, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
@@ -156,13 +141,13 @@ def _splitter(pre: PreTokenizer) -> Any:
     return pre_tokenizers.Sequence([first, bytes_])
 
 
-def _add_template(meta: Metadata, tokenizer: Tokenizer, pre: PreTokenizer) -> None:
+def _add_template(meta: Metadata, tokenizer: Tokenizer, add_bos: bool) -> None:
     """BOS in front and EOS behind, where the file (or the family, for BOS) wants them."""
     from tokenizers.processors import TemplateProcessing
 
     ids, tokens = token_ids(meta), meta.strings("tokenizer.ggml.tokens")
     around: dict[str, list[str]] = {"bos": [], "eos": []}
-    for kind, default in (("bos", pre.add_bos), ("eos", False)):
+    for kind, default in (("bos", add_bos), ("eos", False)):
         if meta.get(f"tokenizer.ggml.add_{kind}_token", default):
             if f"{kind}_token_id" not in ids:
                 raise meta.error(f"it wants {kind} added to every text, but tokenizer.ggml.{kind}_token_id is missing")

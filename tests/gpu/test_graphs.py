@@ -45,7 +45,8 @@ class Watch:
 
         def both(size: Any) -> Tensor:
             logits: Tensor = replay(size)
-            kept, real = logits.clone(), self.runner.buffers.slots[: len(logits)] != self.runner.tables.dummy_slot
+            slots = self.runner.graphs._rows_of(size).slots
+            kept, real = logits.clone(), slots != self.runner.tables.dummy_slot
             assert real.any()
             self._note(name, [kept[real]], [eager(size)[real]])
             return kept
@@ -57,16 +58,26 @@ class Watch:
         self.wrong[name] += not all(torch.equal(a, b) for a, b in zip(graph, eager, strict=True))
 
     def _decode(self, rows: int) -> Tensor:
+        graphs: Any = self.runner.graphs
+        if graphs._inputs is not None:
+            return self._without_sending(graphs._decode_pass, rows)
         buffers, model = self.runner.buffers, self.runner.model
         batch = ForwardBatch(num_tokens=rows, num_decode_rows=rows)
         logits: Tensor = model.compute_logits(model(buffers.input_ids[:rows], buffers.positions[:rows], batch))
         return logits
 
     def _mixed(self, size: MixedSize) -> Tensor:
-        buffers, model, tokens = self.runner.buffers, self.runner.model, size.tokens
-        batch = ForwardBatch(num_tokens=tokens, num_decode_rows=size.decode)
-        hidden = model(buffers.input_ids[:tokens], buffers.positions[:tokens], batch)
-        logits: Tensor = model.compute_logits(hidden.index_select(0, buffers.logits_index[: size.rows]))
+        graphs: Any = self.runner.graphs
+        return self._without_sending(graphs._mixed_pass, size)
+
+    def _without_sending(self, run: Any, size: Any) -> Tensor:
+        """What the graph was captured from, on what was sent to it."""
+        inputs: Any = self.runner.graphs._inputs
+        inputs.send = lambda plan, mixed: None
+        try:
+            logits: Tensor = run(size)
+        finally:
+            del inputs.send
         return logits
 
     def _watch_tail(self) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,15 @@ def test_none_is_forgotten() -> None:
 # offline_inference.py
 
 
-def test_offline_script(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    names = run("offline_inference.py", tiny, monkeypatch=monkeypatch)
-    out = capsys.readouterr().out
-    assert out.count(" -> ") == len(names["PROMPTS"])
-    assert all(repr(prompt) in out for prompt in names["PROMPTS"])
+@pytest.mark.slow
+def test_offline_script(tiny: Path, tmp_path: Path) -> None:
+    """As a user starts it: a process of its own, in another folder."""
+    command = [sys.executable, str(EXAMPLES / "offline_inference.py"), str(tiny)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    prompts = load("offline_inference.py").PROMPTS
+    assert done.stdout.count(" -> ") == len(prompts)
+    assert all(repr(prompt) in done.stdout for prompt in prompts)
 
 
 def test_only_the_import_of_the_offline_script_says_nanoengine() -> None:

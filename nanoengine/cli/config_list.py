@@ -70,14 +70,13 @@ def list_options(
 
 def options_of(registry: Registry, own: Path | None = None) -> tuple[list[Option], list[str]]:
     """Every option, and what is wrong with roots: files of `own` first, then of each provider, then parts by name."""
-    roots, problems = [Root(own, str(own), _OWN)] if own else [], list[str]()
+    roots = {own: Root(own, str(own), _OWN)} if own else {}
     for root, origin in registry.config_roots:
-        try:
-            roots += package_root(root, str(origin))
-        except NanoEngineError as error:
-            problems.append(str(error))
+        for each in package_root(root, str(origin)):
+            roots.setdefault(each.folder, each)  # one folder that is registered twice is there once
+    problems = [str(each) for each in registry.failures if each.provides is None or each.provides[0] == "configs"]
     found: dict[tuple[str, str], list[Option]] = {}
-    for folder in roots:
+    for folder in roots.values():
         for option in _files(folder, nested=folder.folder != own):
             found.setdefault((option.group, option.name), []).append(option)
     for option in _parts(registry):

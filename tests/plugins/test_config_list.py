@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from nanoengine.cli.app import app
+from nanoengine.core.errors import ConfigError
 from nanoengine.core.setup.config import load_config
 from nanoengine.core.setup.plugins import discover
 
@@ -114,3 +115,15 @@ def test_what_is_not_there(arguments: tuple[str, ...], words: str) -> None:
     result = config_list(*arguments)
     assert result.exit_code == 2
     assert words in result.stderr
+
+
+def test_a_broken_root_stops_only_who_needs_it(install: Callable[..., None], tmp_path: Path) -> None:
+    install("nanoengine-gone", ROOTS.format("not_there"))
+    registry = discover()
+    assert load_config("quickstart", registry=registry).sampler == {"temperature": 0.0, "max_tokens": 64}
+    (tmp_path / "group.yaml").write_text("defaults: [brand: new]\nmodel: a/b\n")
+    (tmp_path / "file.yaml").write_text("defaults: [gone]\nmodel: a/b\n")
+    files = [(str(tmp_path / name), []) for name in ("group.yaml", "file.yaml")]
+    for wanted in (("quickstart", ["sampler=careful"]), ("recipe-of-gone", []), *files):
+        with pytest.raises(ConfigError, match=r"It may be missing because nanoengine-gone 1\.0 .* 'pkg://not_there'"):
+            load_config(*wanted, registry=registry)

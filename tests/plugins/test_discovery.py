@@ -76,7 +76,7 @@ def test_built_ins_come_first_and_by_the_same_entry_points(install: Any) -> None
 
 
 def test_the_registry_is_frozen() -> None:
-    registry = discover(extra=[("x", holder(register_configs=lambda: ["pkg://a.b"]))])
+    registry = discover(extra=[("x", holder(register_configs=lambda: ["pkg://email"]))])
     with pytest.raises(TypeError):
         registry.models["x"] = None  # type: ignore[index]
     with pytest.raises(FrozenInstanceError):
@@ -84,10 +84,10 @@ def test_the_registry_is_frozen() -> None:
 
 
 def test_two_discoveries_share_nothing(install: Any) -> None:
-    first = discover(extra=[("x", holder(register_configs=lambda: ["pkg://only.first"]))])
+    first = discover(extra=[("x", holder(register_configs=lambda: ["pkg://json"]))])
     second = discover()
-    assert "pkg://only.first" in [root for root, _ in first.config_roots]
-    assert "pkg://only.first" not in [root for root, _ in second.config_roots]
+    assert "pkg://json" in [root for root, _ in first.config_roots]
+    assert "pkg://json" not in [root for root, _ in second.config_roots]
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def load_config(
     """
     registry = discover() if registry is None else registry
     roots = [each for root, origin in registry.config_roots for each in package_root(root, str(origin))]
-    primary, search = _primary(path_or_recipe, roots)
+    primary, search = _primary(path_or_recipe, roots, registry.suspects("configs"))
     interpolable = {"attention": asdict(AttentionSection()), "engine": asdict(EngineOptions()), "chat": True}
     plain = [key for key in _KEYS if key not in _SECTIONS and key != "sampler"]
     composed = compose(
@@ -108,19 +108,21 @@ def load_config(
     return _checked(composed, registry, primary.label)
 
 
-def _primary(path_or_recipe: str | Path, roots: Sequence[Root]) -> tuple[ConfigFile, SearchPath]:
+def _primary(path_or_recipe: str | Path, roots: Sequence[Root], suspects: str) -> tuple[ConfigFile, SearchPath]:
     path = Path(path_or_recipe).expanduser()
     if path.is_file():
         shipped = any(path.parent.resolve() == root.folder.resolve() for root in roots)
-        search = SearchPath(None if shipped else Root(path.parent, str(path.parent), "your own folder"), roots)
+        search = SearchPath(
+            None if shipped else Root(path.parent, str(path.parent), "your own folder"), roots, suspects
+        )
         return search.read(path, str(path)), search
-    search = SearchPath(None, roots)
+    search = SearchPath(None, roots, suspects)
     name = str(path_or_recipe)
     if path.suffix or os.sep in name:
         raise ConfigError(f"no configuration file {name} (looked for {path.absolute()})")
     found = search.find(name)
     if found is None:
-        raise ConfigError(f"no file and no recipe is called {name!r}; {nearest(name, search.options(''))}")
+        raise ConfigError(f"no file and no recipe is called {name!r}; {nearest(name, search.options(''))}{suspects}")
     return found, search
 
 

@@ -21,6 +21,7 @@ import pluggy
 from nanoengine.core.errors import PluginError, nearest
 from nanoengine.core.setup import hookspecs
 from nanoengine.core.setup.choose import choose_attention, from_class, load_checked
+from nanoengine.core.setup.composer.search_path import package_root
 from nanoengine.core.setup.hookspecs import PROJECT
 from nanoengine.core.setup.plan import PluginFile, load_plugin_file
 from nanoengine.core.setup.registry import KIND_WORDS, Conflict, Failure, Kind, Origin, Registered, Registry
@@ -129,7 +130,8 @@ class _Search:
             self._fail(origin, hook, error)
             return
         if hook == "register_configs":
-            self.roots += [(root, origin) for root in values]
+            for root in values:
+                self._config_root(root, origin)
             return
         kind = SPEC_HOOKS[hook][0]
         for spec in values:
@@ -139,6 +141,14 @@ class _Search:
                 self._fail(origin, f"{KIND_WORDS[kind]} {spec.name!r}", error, provides=(kind, spec.name))
             else:
                 self.claims.setdefault((kind, spec.name), []).append(Registered(spec, origin))
+
+    def _config_root(self, root: str, origin: Origin) -> None:
+        try:
+            package_root(root, str(origin))
+        except _ISOLATED as error:
+            self._fail(origin, f"config root {root!r}", error, provides=("configs", root))
+        else:
+            self.roots.append((root, origin))
 
     def _fail(
         self, origin: Origin, stage: str, error: BaseException, *, provides: tuple[str, str] | None = None

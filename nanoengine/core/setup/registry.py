@@ -207,7 +207,7 @@ class Registry:
         if found:
             raise PluginError("; ".join(map(str, found)))
 
-    def suspects(self, kind: Kind) -> str:
+    def suspects(self, kind: Kind | Literal["configs"]) -> str:
         """Tail of a message on a missing part: the failures that might have provided it; "" if there are none."""
         hook = f"register_{kind}"
         might = [

@@ -139,15 +139,15 @@ class Expansion:
         if entry.optional:
             return []
         if not entry.group:
-            raise ConfigError(f"{entry.where}: no config file {option!r}; {nearest(option, self.search.options(''))}")
+            known = nearest(option, self.search.options(""))
+            raise ConfigError(f"{entry.where}: no config file {option!r}; {known}{self.search.suspects}")
         if shorthand is None and not self.search.is_group(entry.group):
-            raise ConfigError(
-                f"{entry.where}: no config group {entry.group!r}; {nearest(entry.group, self.search.groups())}"
-            )
+            known = nearest(entry.group, self.search.groups())
+            raise ConfigError(f"{entry.where}: no config group {entry.group!r}; {known}{self.search.suspects}")
         other = f", or {shorthand.otherwise}" if shorthand and shorthand.otherwise else ""
         raise ConfigError(
             f"{entry.where}: no {option!r} in config group {entry.group!r}; "
-            f"{nearest(option, self._names(entry.group))}{other}"
+            f"{nearest(option, self._names(entry.group))}{other}{self.search.suspects}"
         )
 
     def _names(self, group: str) -> Sequence[str]:

@@ -42,11 +42,12 @@ class SearchPath:
     """Finds `group/option` files.
 
     A file in the user's own folder shadows one of that name in a root, as Hydra's users expect; two roots that have it
-    are an error.
+    are an error. `suspects`: what to add where something is not found: the providers that failed.
     """
 
     own: Root | None
     roots: Sequence[Root]
+    suspects: str = ""
     _read: dict[Path, ConfigFile] = field(default_factory=dict)
 
     def find(self, name: str) -> ConfigFile | None:

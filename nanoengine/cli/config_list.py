@@ -59,7 +59,9 @@ def list_options(
         registry = discover(plugin or ())
         if beside is not None and not beside.is_file():
             raise ConfigError(f"no configuration file {beside} (looked for {beside.absolute()})")
-        options, problems = options_of(registry, None if beside is None else beside.parent)
+        options, clashes = options_of(registry, None if beside is None else beside.parent)
+        failed = [each for each in registry.failures if each.provides is None or each.provides[0] == "configs"]
+        problems = [*map(str, failed), *clashes]
         groups = sorted({option.group for option in options}, key=lambda each: (each == RECIPES, each))
         if group is not None and group not in groups:
             raise ConfigError(f"there is no config group {group!r}; {nearest(group, groups)}")
@@ -69,13 +71,12 @@ def list_options(
 
 
 def options_of(registry: Registry, own: Path | None = None) -> tuple[list[Option], list[str]]:
-    """Every option, and what is wrong with roots: files of `own` first, then of each provider, then parts by name."""
+    """Every option, and the clashes: files of `own` first, then of each provider, then parts by name."""
     roots = {own: Root(own, str(own), _OWN)} if own else {}
     for root, origin in registry.config_roots:
         for each in package_root(root, str(origin)):
             roots.setdefault(each.folder, each)  # one folder that is registered twice is there once
-    problems = [str(each) for each in registry.failures if each.provides is None or each.provides[0] == "configs"]
-    found: dict[tuple[str, str], list[Option]] = {}
+    clashes, found = list[str](), dict[tuple[str, str], list[Option]]()
     for folder in roots.values():
         for option in _files(folder, nested=folder.folder != own):
             found.setdefault((option.group, option.name), []).append(option)
@@ -88,9 +89,9 @@ def options_of(registry: Registry, own: Path | None = None) -> tuple[list[Option
         if len(claims) > 1:
             claims = [replace(claim, clash=True) for claim in claims]
             who = " and ".join(claim.provider for claim in claims)
-            problems.append(f"{group}={name} is provided by {who}; remove or rename one of them")
+            clashes.append(f"{group}={name} is provided by {who}; remove or rename one of them")
         options += claims
-    return sorted(options, key=lambda option: (option.group == RECIPES, option.group, option.name)), problems
+    return sorted(options, key=lambda option: (option.group == RECIPES, option.group, option.name)), clashes
 
 
 def _files(root: Root, *, nested: bool) -> Iterator[Option]:

@@ -12,6 +12,7 @@ import typer
 
 from nanoengine import __version__
 from nanoengine.cli.common import FAILED, DebugOption, OverridesArgument, PluginOption, say, user_errors
+from nanoengine.cli.config_list import options_of
 from nanoengine.core.errors import NanoEngineError
 from nanoengine.core.setup.config import load_config
 from nanoengine.core.setup.plugins import discover
@@ -46,7 +47,7 @@ def doctor(
 
 
 def _discovered(files: Sequence[Path]) -> tuple[Registry, list[Finding]]:
-    """What is registered; files that fail become findings."""
+    """What is registered; files that fail, and options that two provide, become findings."""
     from nanoengine.core.doctor import Finding
 
     good: list[Path] = []
@@ -58,7 +59,10 @@ def _discovered(files: Sequence[Path]) -> tuple[Registry, list[Finding]]:
         except NanoEngineError as error:
             mend = f"mend it, or leave out --plugin {file}"
             findings.append(Finding(section="plugins", name=str(file), level="error", text=str(error), mend=mend))
-    return discover(good), findings
+    registry = discover(good)
+    for clash in options_of(registry)[1]:
+        findings.append(Finding(section="plugins", name="config groups", level="warning", text=clash))
+    return registry, findings
 
 
 def _asked(

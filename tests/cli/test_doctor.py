@@ -208,3 +208,20 @@ def test_a_torch_that_cannot_be_imported_is_reported_not_fatal(tmp_path: Path) -
     assert "libcudart" in broken["text"]
     assert broken["mend"]
     assert any(f["name"] == "llama" and "(not loaded)" in f["text"] for f in found["findings"])
+
+
+def test_config_options_that_clash_and_roots_that_are_not_there(
+    nanoengine: Run, install: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    root = tmp_path / "site" / "acme_configs"
+    (root / "sampler").mkdir(parents=True)
+    (root / "sampler/greedy.yaml").write_text("temperature: 0\n")
+    for name in ("acme_configs", "not_there"):
+        code = f"from nanoengine.api import hookimpl\n@hookimpl\ndef register_configs():\n    return ['pkg://{name}']\n"
+        install(f"nanoengine-{name}", code)
+    _, findings = examined(nanoengine("plugins", "doctor", "--json"))
+    assert findings["config groups"]["level"] == "warning"
+    assert "sampler=greedy is provided by" in findings["config groups"]["text"]
+    (broken,) = [finding for name, finding in findings.items() if name.startswith("nanoengine-not_there")]
+    assert "pkg://not_there" in broken["text"]
+    assert broken["mend"] == "pip uninstall nanoengine-not_there"

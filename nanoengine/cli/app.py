@@ -9,6 +9,7 @@ import typer
 from nanoengine import __version__
 from nanoengine.cli import bench, config, plugins
 from nanoengine.cli.chat import chat
+from nanoengine.cli.report import report
 from nanoengine.cli.run import run
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(chat)
+app.command()(report)
 app.add_typer(bench.app, name="bench")
 app.add_typer(config.app, name="config")
 app.add_typer(plugins.app, name="plugins")

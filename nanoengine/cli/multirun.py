@@ -31,7 +31,7 @@ from nanoengine.core.setup.prompts import STDIN, PromptFile, file_format
 
 _FORMAT = 1
 _NANOENGINE = (sys.executable, "-m", "nanoengine")
-_SWEEP, _CONFIG, _RESULTS, _LOG = "sweep.json", "config.yaml", "results.jsonl", "run.log"
+SWEEP, _CONFIG, _RESULTS, _LOG = "sweep.json", "config.yaml", "results.jsonl", "run.log"
 _PATIENCE = 60  # seconds that an interrupted combination has to end in words
 
 
@@ -77,12 +77,15 @@ def sweep(
     if trace is not None and trace.name != str(trace):
         raise ConfigError(f"--trace {trace}: of a sweep it is a name such as {trace.name}, for each folder to get one")
     folder = Path(config).expanduser()
-    if folder.is_dir() and (resume or (folder / _SWEEP).exists()):
+    if folder.is_dir() and (resume or (folder / SWEEP).exists()):
         if not resume:
             raise ConfigError(f"{config} is a sweep's folder; to go on with it, give --resume {config}")
         if overrides or plugins:
             raise ConfigError("--resume of a sweep takes no overrides and no --plugin: the sweep has its own")
-        todo = _read(folder)
+        todo = read_sweep(folder)
+        if not todo.cwd.is_dir():
+            where = f"{todo.cwd}, where the sweep was started, is no more"
+            raise ConfigError(f"--resume: {where}; its relative paths need it")
     elif resume:
         raise ConfigError("--resume of a sweep takes the sweep's folder: nanoengine run --resume multirun/DATE")
     else:
@@ -120,7 +123,7 @@ def _prepare(config: str, wanted: Sequence[Combination], plugins: Sequence[Path]
         write_whole(place / _CONFIG, render(replace(found, output=str(place / _RESULTS))))
         jobs.append(Job(place, combination))
     todo = Sweep(folder, Path.cwd(), tuple(str(path.absolute()) for path in plugins), tuple(jobs))
-    write_whole(folder / _SWEEP, json.dumps(_as_dict(todo), indent=2) + "\n")
+    write_whole(folder / SWEEP, json.dumps(_as_dict(todo), indent=2) + "\n")
     return todo
 
 
@@ -158,8 +161,9 @@ def _as_dict(todo: Sweep) -> dict[str, Any]:
     return {"format": _FORMAT, "cwd": str(todo.cwd), "plugins": todo.plugins, "jobs": jobs}
 
 
-def _read(folder: Path) -> Sweep:
-    path = folder / _SWEEP
+def read_sweep(folder: Path) -> Sweep:
+    """Raises `ConfigError` where the folder is no sweep's."""
+    path = folder / SWEEP
     try:
         found = json.loads(path.read_text("utf-8"))
         if found["format"] != _FORMAT:
@@ -170,11 +174,9 @@ def _read(folder: Path) -> Sweep:
         ]
         todo = Sweep(folder, Path(found["cwd"]), tuple(found["plugins"]), tuple(jobs))
     except FileNotFoundError as error:
-        raise ConfigError(f"--resume: {folder} holds no {_SWEEP}, so it is no sweep's folder") from error
+        raise ConfigError(f"--resume: {folder} holds no {SWEEP}, so it is no sweep's folder") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not todo.cwd.is_dir():
-        raise ConfigError(f"--resume: {todo.cwd}, where the sweep was started, is no more; its relative paths need it")
     return todo
 
 

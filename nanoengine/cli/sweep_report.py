@@ -7,7 +7,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _WIDE = 250  # columns of a table that goes to no terminal
 
@@ -51,7 +54,7 @@ def print_table(outcomes: Sequence[Outcome], out: TextIO | None = None) -> None:
 
     file = sys.stdout if out is None else out
     table = Table()
-    header, rows = _table(outcomes)
+    header, rows = table_of(outcomes)
     for name in header:
         table.add_column(name, justify="left" if name in ("status", *_keys(outcomes)) else "right", overflow="fold")
     for row in rows:
@@ -62,7 +65,7 @@ def print_table(outcomes: Sequence[Outcome], out: TextIO | None = None) -> None:
 def write_csv(outcomes: Sequence[Outcome], path: Path) -> None:
     """Raises `OSError`."""
     with path.open("w", encoding="utf-8", newline="") as file:
-        header, rows = _table(outcomes)
+        header, rows = table_of(outcomes)
         csv.writer(file).writerows([header, *rows])
 
 
@@ -70,7 +73,8 @@ def _keys(outcomes: Sequence[Outcome]) -> list[str]:
     return list(dict.fromkeys(key for each in outcomes for key in each.varied))
 
 
-def _table(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
+def table_of(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a line for each."""
     keys = _keys(outcomes)
     header = ["#", *keys, "status", "prompts", "tokens/s", "TTFT ms", "TTFT p99 ms", "ITL ms", "ITL p99 ms"]
     rows = [
@@ -92,9 +96,14 @@ def _number(value: float | None) -> str:
 
 
 def plot(outcomes: Sequence[Outcome], path: Path) -> None:
+    """What `draw` draws, as a PNG; raises what it raises, and `OSError`."""
+    draw(outcomes).savefig(path, dpi=120)
+
+
+def draw(outcomes: Sequence[Outcome]) -> Figure:
     """Bars of throughput, TTFT and ITL beside each other, a line a combination that generated anything.
 
-    Raises `ImportError` without matplotlib; `ValueError` where there is nothing to draw; `OSError`.
+    Raises `ImportError` without matplotlib; `ValueError` where there is nothing to draw.
     """
     from matplotlib.figure import Figure
 
@@ -118,7 +127,7 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(drawn)), [each.label for each in drawn], fontsize=8)
     panels[0].invert_yaxis()
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def _spreads(drawn: Sequence[Outcome], name: str) -> tuple[list[float | None], list[float | None]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import nanoengine
 from nanoengine import LLM, SamplingParams, StepRecord, TraceFile
 from nanoengine.core.observe import StepWatch
 from nanoengine.testing.mock_model import MockModel
@@ -160,6 +162,19 @@ def test_several_observers_and_one_that_raises(llm: LLM) -> None:
         llm.generate(ASKED[:2], GREEDY, use_tqdm=False)
     assert len(seen) == 1
     assert tokens_of(llm.generate(ASKED[:2], GREEDY, use_tqdm=False)) == [greedy(p, 12) for p in ASKED[:2]]
+
+
+def test_the_example_of_the_manual(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs/cli.md").read_text("utf-8")
+    [code] = re.findall(r"^```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"nanoengine": nanoengine, "llm": llm, "prompts": ASKED, "params": GREEDY})
+    assert read(tmp_path / "trace.json").steps
+    blocks, preempted = map(int, capsys.readouterr().out.split())
+    assert 0 < blocks <= 24
+    assert preempted > 0
 
 
 # -- the file --------------------------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def _shorthands(registry: Registry) -> Mapping[str, Shorthand]:
             "source",
             lambda option: option in sources or "/" in option or Path(option).expanduser().exists(),
             sources,
-            "the path of a folder or a .gguf file, or anything with a / in it",
+            "the path of a folder or a .gguf file, a hub id (owner/name), or anything else with a / in it",
         ),
         "attention": Shorthand("backend", lambda option: option in backends or option in troubled, backends),
     }

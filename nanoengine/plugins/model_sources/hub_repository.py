@@ -119,7 +119,7 @@ class HubRepository:
 
     def _fetched(self, listing: _Listing, wanted: Sequence[str]) -> Path:
         """The small files first: the index tells which weights there are."""
-        folder = self._download(wanted, self.revision)
+        folder = self._download(wanted, self.revision, bars=False)
         weights = weight_files(folder, self.name, listing.sizes)
         missing = _absent(folder, weights)
         if missing:
@@ -130,7 +130,7 @@ class HubRepository:
             raise ModelSourceError(f"{self.name} changed while it was fetched: {', '.join(still)} missing; try again")
         return folder
 
-    def _download(self, names: Sequence[str], revision: str) -> Path:
+    def _download(self, names: Sequence[str], revision: str, *, bars: bool = True) -> Path:
         """The snapshot's folder, with `names` in it; raises `ModelSourceError`."""
         from huggingface_hub import constants, snapshot_download
 
@@ -143,6 +143,7 @@ class HubRepository:
                     endpoint=constants.ENDPOINT,
                     library_name="nanoengine",
                     max_workers=_FILES_AT_ONCE,
+                    tqdm_class=None if bars else _no_bars(),
                 )
             )
         except hub_failures() as error:
@@ -206,6 +207,18 @@ def _shards(index: Path) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelSourceError(f"{index} is no safetensors index: {error!r}") from error
     return shards
+
+
+def _no_bars() -> type[Any]:
+    """For small files, which are there before one could read a bar."""
+    from tqdm import tqdm
+
+    class NoBars(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)  # what the library calls its bars
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+    return NoBars
 
 
 def _lacking(folder: Path) -> list[str]:

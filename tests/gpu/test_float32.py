@@ -15,6 +15,8 @@ from parity import tiny
 from parity.compare import Mismatch, compare
 from transformers import PreTrainedModel
 
+from nanoengine import SamplingParams
+
 from .support import ON_GPU, assert_graphs, need
 
 pytestmark = pytest.mark.gpu
@@ -108,6 +110,22 @@ def test_prompt_logprobs(pair: Callable[[str], Pair], mode: str) -> None:
     assert report.prompt_logprobs >= 2 * sum(len(p) - 1 for i, p in enumerate(asked) if i % 3)
     assert stats.chunks > 8
     assert_graphs(stats, mode)
+
+
+def test_tails_after_penalties(pair: Callable[[str], Pair]) -> None:
+    """Counts over the vocabulary, once made, keep nobody else from the captured tail; and are right for who comes."""
+    folder, model = pair("qwen3")
+    asked = tiny.prompts(6, shortest=5, longest=40)
+    penalised = SamplingParams(max_tokens=on_cpu.COUNT, ignore_eos=True, repetition_penalty=1.3, temperature=0)
+    plain = penalised.replace(repetition_penalty=1.0)
+    with tiny.llm(folder, **{**ON_GPU, **need("triton"), "dtype": "float32", "max_num_seqs": 4}) as llm:
+        tails = []
+        for params in (penalised, plain, penalised):
+            before = llm.stats().graph_tails
+            assert compare(model, llm.generate(asked, params, use_tqdm=False), params).positions > 0
+            tails.append(llm.stats().graph_tails - before)
+    assert tails[0] == tails[2] == 0
+    assert tails[1] > 10
 
 
 def _one_key_short(monkeypatch: pytest.MonkeyPatch) -> None:

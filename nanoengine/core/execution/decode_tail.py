@@ -76,10 +76,14 @@ class DecodeTail:
                 self._graphs[size, tail], _ = captured(run, pool, self._agree)
 
     def kind(self, slots: Int32, active: frozenset[str]) -> int | None:
-        """The tail that serves these rows; None: the eager way. `active`: stages that some row wants."""
+        """The tail that serves these rows; None: the eager way. `active`: stages that some row wants.
+
+        Counts over the vocabulary, where there are any, are not kept up for rows that want no stage which reads them:
+        who enters a slot has them made from its tokens.
+        """
         tables = self._tables
         asks_more = (tables.host_num_logprobs[slots] >= 0).any() or tables.host_min_tokens[slots].any()
-        if asks_more or not active <= self._stages or tables.keeps_history:
+        if asks_more or not active <= self._stages:
             return None
         if tables.host_greedy[slots].all():
             return int(self._kernels.Tail.GREEDY)

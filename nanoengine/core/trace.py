@@ -152,8 +152,14 @@ class TraceFile:
         for new in record.admitted:
             args = {"tokens": new.num_tokens, "cached": new.cached, "resumed": new.resumed}
             events += self._begin(new.slot, new.request, record.schedule.end, args)
-        for number, row in enumerate(record.rows):
-            events += self._row(row, record, number < record.num_decode_rows)
+        for row in record.decode_rows:
+            track = self._tracks.get(row.slot)
+            if track is not None and track.decoding and track.request == row.request:  # nearly all of them
+                track.last = record.execution.end
+            else:
+                events += self._row(row, record, decode=True)
+        for row in record.prefill_rows:
+            events += self._row(row, record, decode=False)
         self._gone.clear()
         for gone in record.ended:
             self._gone.add(gone.request)
@@ -162,7 +168,7 @@ class TraceFile:
                 events += self._end(slot, self._tracks[slot], gone.at, gone.reason)
         return events
 
-    def _row(self, row: Row, record: StepRecord, decode: bool) -> list[Event]:
+    def _row(self, row: Row, record: StepRecord, *, decode: bool) -> list[Event]:
         if row.request in self._gone:  # it ended while this step was under way
             return []
         events: list[Event] = []

@@ -105,6 +105,18 @@ def test_rows_follow_each_request(llm: LLM) -> None:
     assert at == lengths  # the last token is drawn, and never computed
 
 
+def test_the_row_behind_a_stop_token_got_nothing(llm: LLM) -> None:
+    """Under run-ahead a stop token is seen when the next row is already launched."""
+    stop = greedy(ASKED[0], 5)[-1]
+    expected = len(greedy(ASKED[0], 12, [stop]))
+    stops = SamplingParams(temperature=0, max_tokens=12, stop_token_ids=[stop])
+    records: list[StepRecord] = []
+    with llm.observe(records.append):
+        llm.generate(ASKED[:2], [stops, GREEDY], use_tqdm=False)
+    drawn = [row.new_tokens for r in records for row in r.rows if row.request == "llm-0/0"]
+    assert drawn == [1] * expected + [0]
+
+
 def test_a_stop_string_an_abort_and_a_failure_are_told_by_their_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,6 +314,6 @@ def test_mutants_are_seen(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 _arrived = StepWatch.arrived
 
 
-def _without_the_arrival_before(self: StepWatch) -> None:
-    _arrived(self)
+def _without_the_arrival_before(self: StepWatch, step: Any) -> None:
+    _arrived(self, step)
     self._last_arrival = 0.0

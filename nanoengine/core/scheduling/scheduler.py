@@ -58,7 +58,6 @@ class Scheduler:
         self._preempted: list[Preemption] = []  # since the last step
         self._num_host = 0  # live requests with host-token stages
         self._next_step = self._added = 0
-        self._tell_each = False
 
     # The outside's wishes
 
@@ -95,14 +94,6 @@ class Scheduler:
         """
         updates, self._pending = self._pending, []
         return updates
-
-    def tell_each(self, wanted: bool) -> None:
-        """From the next step on, updates tell each token when it comes, quiet requests' too."""
-        self._tell_each = wanted
-        if wanted:
-            self._steady.leave_all()
-            untold = [request for request in (*self.running, *self.waiting) if request.num_untold]
-            self._pending += [Update(request, take_untold(request)) for request in untold]
 
     # Scheduling
 
@@ -310,7 +301,7 @@ class Scheduler:
         if picks.decode and self._is_calm(draft):
             for request in picks.decode:
                 if request not in draft.new and may_be_steady(request):
-                    self._steady.join(request, request.quiet and not self._tell_each)
+                    self._steady.join(request)
         return step
 
     def _is_calm(self, draft: Draft) -> bool:

@@ -61,8 +61,8 @@ class SteadyRows:
 
     # Members
 
-    def join(self, request: Request, quiet: bool) -> None:
-        """It had a decode row in the step just booked. quiet: no update for a token that ends nothing."""
+    def join(self, request: Request) -> None:
+        """It had a decode row in the step just booked."""
         slot, stops = request.slot, request.stop_set
         assert self._members[slot] is None, f"slot {slot} has a steady row already"
         total = request.num_tokens + request.num_in_flight
@@ -71,7 +71,7 @@ class SteadyRows:
         self._total[slot] = total
         self._max_len[slot] = request.max_len
         self._capacity[slot] = request.capacity
-        self._quiet[slot] = quiet
+        self._quiet[slot] = request.quiet
         self._stops[slot] = NONE
         self._stops[slot, : len(stops)] = list(stops)
         self._close(request)

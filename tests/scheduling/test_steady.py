@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from sched_harness import BreakingLoop, prompt_of, random_ops, random_request, run_ops
 from test_properties import loops, operations
 
+from nanoengine.core.scheduling import steady
 from nanoengine.core.scheduling.messages import Update
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.core.scheduling.steady import WIDTH, SteadyRows
@@ -198,15 +199,8 @@ def flight_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 
 def order_not_renewed(patch: pytest.MonkeyPatch) -> None:
-    join = SteadyRows.join
-
-    def broken(rows, request):
-        order = rows._order
-        join(rows, request)
-        if order is not None:
-            rows._order = order
-
-    patch.setattr(SteadyRows, "join", broken)
+    """Who joins comes last."""
+    patch.setattr(steady, "longest_first", lambda lengths, slots: np.arange(len(slots)))
 
 
 def blocks_in_slot_order(patch: pytest.MonkeyPatch) -> None:

@@ -153,10 +153,7 @@ class Scheduler:
         ending, growing = steady.due()
         for request in ending:
             steady.leave(request)
-        rest: list[Request] = []
-        if growing or steady.size < len(self.running):
-            wanted = set(growing)
-            rest = [request for request in self.running if request in wanted or request not in steady]
+        rest = steady.others(self.running, growing)
         tokens, missing = steady.size, len(growing)
         for request in rest:
             if request not in steady:

@@ -169,7 +169,7 @@ def stop_tokens_missed(patch: pytest.MonkeyPatch) -> None:
 
     def broken(rows, request):
         join(rows, request)
-        rows._stops[request.slot] = -1
+        rows._stops[:, request.slot] = -1
 
     patch.setattr(SteadyRows, "join", broken)
 

@@ -321,15 +321,20 @@ class Scheduler:
         return updates
 
     def _commit_rows(self, step: ScheduledStep, result: StepResult, which: list[int], updates: list[Update]) -> None:
-        plan = step.plan
-        tokens, counts = result.token_ids.tolist(), result.counts.tolist()
-        firsts, failures = offsets_of(result.counts).tolist(), result.failed.tolist()
-        ends = (plan.starts + plan.query_lens).tolist()
-        drawn, prompts = cut(result.sampled_logprobs, len(counts)), cut(result.prompt_logprobs, len(counts))
+        plan, num_rows = step.plan, len(step.rows)
+        tokens = result.token_ids.tolist()
+        drawn, prompts = cut(result.sampled_logprobs, num_rows), cut(result.prompt_logprobs, num_rows)
         plain = not (drawn or prompts)
-        for row in which:
-            (request, generation), count, failure, end = step.rows[row], counts[row], failures[row], ends[row]
-            first, at = firsts[row], firsts[row + 1]
+        each = zip(
+            which,
+            offsets_of(result.counts)[which].tolist(),
+            result.counts[which].tolist(),
+            result.failed[which].tolist(),
+            (plan.starts[which] + plan.query_lens[which]).tolist(),
+            strict=True,
+        )
+        for row, first, count, failure, end in each:
+            request, generation = step.rows[row]
             if request.status is _FINISHED:
                 continue
             if step.sampled[row]:
@@ -347,7 +352,7 @@ class Scheduler:
                 if plain and count == 1:
                     update = append_token(request, tokens[first])
                 else:
-                    update = append_tokens(request, tokens[first:at], drawn.get(row), told)
+                    update = append_tokens(request, tokens[first : first + count], drawn.get(row), told)
                 updates.append(update)
                 if update.finish_reason is not None:
                     self._remove(request)

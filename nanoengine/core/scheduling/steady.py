@@ -50,7 +50,8 @@ class SteadyRows:
         self._alarm: Int64 = np.zeros(num_slots, dtype=np.int64)  # known tokens at which commit looks at the request
         self._opened: Int64 = np.zeros(num_slots, dtype=np.int64)  # known tokens when it was last opened
         self._quiet: Bool = np.zeros(num_slots, dtype=np.bool_)
-        self._stops: Int32 = np.full((num_slots, MAX_STOPS), NONE, dtype=np.int32)
+        self._stops: Int32 = np.full((MAX_STOPS, num_slots), NONE, dtype=np.int32)
+        self._num_stops = 0  # the most that a member had so far
         self._buffer: Int32 = np.zeros((num_slots, WIDTH), dtype=np.int32)
         self._order: Int32 = np.zeros(0, dtype=np.int32)  # members' slots, longest first
         self._joined: list[int] = []  # slots that have yet to be sorted in
@@ -73,8 +74,9 @@ class SteadyRows:
         self._max_len[slot] = request.max_len
         self._capacity[slot] = request.capacity
         self._quiet[slot] = request.quiet
-        self._stops[slot] = NONE
-        self._stops[slot, : len(stops)] = list(stops)
+        self._stops[:, slot] = NONE
+        self._stops[: len(stops), slot] = list(stops)
+        self._num_stops = max(self._num_stops, len(stops))
         self._close(request)
         self.size += 1
         self._joined.append(slot)
@@ -106,7 +108,7 @@ class SteadyRows:
             known.tolist(),
             total.tolist(),
             counts.tolist(),
-            self._buffer[slots].tolist(),
+            self._buffer[slots, : counts.max(initial=0)].tolist(),
             self._quiet[slots].tolist(),
             strict=True,
         )
@@ -190,7 +192,8 @@ class SteadyRows:
         tokens = result.token_ids if whole else _first_tokens(result)
         members = self._generation[slots] == step.generations
         plain = members & (self._known[slots] < self._alarm[slots])
-        plain &= (tokens[:, None] != self._stops[slots]).all(axis=1)
+        for stops in self._stops[: self._num_stops]:
+            plain &= tokens != stops[slots]
         plain &= result.failed == 0
         if not whole:
             plain &= counts == 1
@@ -211,6 +214,7 @@ class SteadyRows:
     def close(self, request: Request) -> None:
         """What happened to an opened member is over; if it is still one, its columns stand again."""
         if request in self:
+            assert self._generation[request.slot] == NONE, f"request {request.id} was not opened"
             self._close(request)
 
     # Invariants

@@ -295,7 +295,7 @@ class Scheduler:
         self._stats.chunks += len(step.sampled) - sum(step.sampled)
         self._stats.mixed_steps += bool(plan.num_decode_rows and picks.prefill)
         self._steady.step = number
-        if picks.decode and self._is_calm(draft):
+        if picks.decode and plan.num_decode_rows >= self.config.steady_rows and self._is_calm(draft):
             for request in picks.decode:
                 if request not in draft.new and may_be_steady(request):
                     self._steady.join(request)
@@ -304,7 +304,7 @@ class Scheduler:
     def _is_calm(self, draft: Draft) -> bool:
         """Whether decode rows are likely to stay: who becomes steady and leaves at once costs more than it saves."""
         short = self._suspects or draft.preempted or self._resume is not None
-        return self.config.steady_rows and not short and self.blocks.free_blocks >= len(self.running)
+        return not short and self.blocks.free_blocks >= len(self.running)
 
     # Results
 

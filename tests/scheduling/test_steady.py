@@ -190,7 +190,7 @@ def flight_forgotten(patch: pytest.MonkeyPatch) -> None:
     opened = SteadyRows._open
 
     def broken(rows, slots):
-        members = [rows._members[slot] for slot in slots]
+        members = [rows._members[slot] for slot in slots.tolist()]
         opened(rows, slots)
         for request in members:
             request.num_in_flight = 0

@@ -29,7 +29,7 @@ from nanoengine.core.scheduling.messages import (
 from nanoengine.core.scheduling.plan_builder import advance, build_plan
 from nanoengine.core.scheduling.policy import Policy, make_policy
 from nanoengine.core.scheduling.roster import Roster
-from nanoengine.core.scheduling.steady import SteadyRows, may_be_steady
+from nanoengine.core.scheduling.steady import Rows, SteadyRows, may_be_steady
 from nanoengine.core.step import StepResult, offsets_of
 
 __all__ = ["ScheduledStep", "Scheduler", "SchedulerConfig", "SchedulerStats", "Update"]
@@ -316,17 +316,17 @@ class Scheduler:
         self._stats.count_graphs(result.graphs)
         self._stats.steps_split += result.parts > 1
         updates, rows = self._steady.commit(step, result)
-        if rows:
+        if rows.size:
             self._commit_rows(step, result, rows, updates)
         return updates
 
-    def _commit_rows(self, step: ScheduledStep, result: StepResult, which: list[int], updates: list[Update]) -> None:
+    def _commit_rows(self, step: ScheduledStep, result: StepResult, which: Rows, updates: list[Update]) -> None:
         plan, num_rows = step.plan, len(step.rows)
         tokens = result.token_ids.tolist()
         drawn, prompts = cut(result.sampled_logprobs, num_rows), cut(result.prompt_logprobs, num_rows)
         plain = not (drawn or prompts)
         each = zip(
-            which,
+            which.tolist(),
             offsets_of(result.counts)[which].tolist(),
             result.counts[which].tolist(),
             result.failed[which].tolist(),

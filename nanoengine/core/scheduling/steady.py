@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.messages import ScheduledStep, Update
@@ -22,6 +23,9 @@ from nanoengine.core.step import Bool, Int32, Int64, StepResult, i32
 WIDTH = 64  # tokens a row may have in the buffer
 MAX_STOPS = 8  # stop ids of a steady row; who has more is looked at one by one
 NONE = -1
+
+Rows = npt.NDArray[np.intp]
+_NO_ROWS: Rows = np.zeros(0, dtype=np.intp)
 
 
 def may_be_steady(request: Request) -> bool:
@@ -87,7 +91,7 @@ class SteadyRows:
         if request not in self:
             return
         if self._generation[slot] != NONE:
-            self._open([slot])
+            self._open(i32([slot]))
         self._members[slot] = None
         self.size -= 1
         order = self._slots()
@@ -95,16 +99,17 @@ class SteadyRows:
 
     def leave_all(self) -> None:
         if self.size:
-            self._open([slot for slot in self._slots().tolist() if self._generation[slot] != NONE])
+            slots = self._slots()
+            self._open(slots[self._generation[slots] != NONE])
             self._members = [None] * len(self._members)
             self.size, self._order, self._handles = 0, self._order[:0], None
 
-    def _open(self, slots: list[int]) -> None:
+    def _open(self, slots: Int32) -> None:
         """Brings the members' fields up to date; until `close` the columns of these slots mean nothing."""
         known, total = self._known[slots], self._total[slots]
         counts = known - self._opened[slots]
         each = zip(
-            slots,
+            slots.tolist(),
             known.tolist(),
             total.tolist(),
             counts.tolist(),
@@ -178,7 +183,7 @@ class SteadyRows:
 
     # Results
 
-    def commit(self, step: ScheduledStep, result: StepResult) -> tuple[list[Update], list[int]]:
+    def commit(self, step: ScheduledStep, result: StepResult) -> tuple[list[Update], Rows]:
         """Takes in what brings members a token and nothing else.
 
         Returns:
@@ -187,7 +192,7 @@ class SteadyRows:
         """
         slots, counts = step.plan.slots, result.counts
         if not self.size:
-            return [], list(range(len(slots)))
+            return [], np.arange(len(slots))
         whole = len(result.token_ids) == len(slots) and bool((counts == 1).all())
         tokens = result.token_ids if whole else _first_tokens(result)
         members = self._generation[slots] == step.generations
@@ -198,10 +203,10 @@ class SteadyRows:
         if not whole:
             plain &= counts == 1
         rows: Any = slice(None)
-        others: list[int] = []
+        others = _NO_ROWS
         if not plain.all():
-            rows, others = np.flatnonzero(plain), np.flatnonzero(~plain).tolist()
-            self._open(slots[members & ~plain].tolist())
+            rows, others = np.flatnonzero(plain), np.flatnonzero(~plain)
+            self._open(slots[members & ~plain])
         self._append(slots[rows], tokens[rows])
         loud = plain & ~self._quiet[slots]
         return (_updates(step.rows, np.flatnonzero(loud).tolist(), tokens.tolist()) if loud.any() else []), others

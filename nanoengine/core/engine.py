@@ -383,7 +383,7 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - as above
             self._broken(self._drop_in_flight(error), error)
             return
-        self._watch.arrived()
+        self._watch.arrived(oldest.step)
         self._booking = True
         self._in_flight.popleft()
         self._take(self.scheduler.commit(oldest.step, result))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from nanoengine.core.output import RequestState
-from nanoengine.core.request import Request
+from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.block_manager import BlockUse
 from nanoengine.core.scheduling.messages import Admission, Preemption, ScheduledStep, Update
 from nanoengine.core.scheduling.scheduler import Scheduler
@@ -125,7 +125,7 @@ class Watch:
     def waiting(self) -> None:
         """The engine is about to wait for the oldest step."""
 
-    def arrived(self) -> None:
+    def arrived(self, step: ScheduledStep) -> None:
         """Its result is there, and is about to be committed."""
 
     def updated(self, updates: Sequence[Update], known: Mapping[str, RequestState]) -> None:
@@ -164,7 +164,7 @@ class StepWatch(Watch):
         self.observers: list[Observer] = []
         self._begun: dict[int, _Begun] = {}  # by step number
         self._ended: list[Ending] = []
-        self._tokens: dict[str, int] = {}  # request -> new tokens of the step being committed
+        self._live: list[bool] = []  # by row of the step being committed: its request had not ended before
         self._schedule_start = self._wait_start = self._arrival = self._last_arrival = 0.0
 
     def scheduling(self) -> None:
@@ -182,14 +182,13 @@ class StepWatch(Watch):
     def waiting(self) -> None:
         self._wait_start = time.monotonic()
 
-    def arrived(self) -> None:
+    def arrived(self, step: ScheduledStep) -> None:
         self._last_arrival, self._arrival = self._arrival, time.monotonic()
-        self._tokens.clear()
+        self._live = [request.status is not Status.FINISHED for request, _ in step.rows]
 
     def updated(self, updates: Sequence[Update], known: Mapping[str, RequestState]) -> None:
         now = time.monotonic()
-        for request, new_tokens, *_ in updates:
-            self._tokens[request.id] = len(new_tokens)
+        for request, *_ in updates:
             state = known.get(request.parent)
             reason = None if state is None else state.samples[request.sample_index].finish_reason
             if reason is not None:
@@ -203,17 +202,17 @@ class StepWatch(Watch):
         if begun is None:  # it was launched before anybody observed
             return ()
         wait, commit = Span(self._wait_start, self._arrival), Span(self._arrival, time.monotonic())
-        return self._deliver(self._record(step, begun, wait, commit, result.graphs, result.parts, None))
+        counts = [count if live else 0 for count, live in zip(result.counts.tolist(), self._live, strict=True)]
+        return self._deliver(self._record(step, begun, wait, commit, counts, result.graphs, result.parts, None))
 
     def broken(self, steps: Sequence[ScheduledStep], error: Exception) -> Sequence[Delivery]:
         now, out = time.monotonic(), []
         self._last_arrival, self._arrival = self._arrival, now
-        self._tokens.clear()
         for step in steps:
             begun = self._begun.pop(step.plan.step, None)
             if begun is not None:
-                said, end = f"{type(error).__name__}: {error}", Span(now, now)
-                out += self._deliver(self._record(step, begun, end, end, 0, 1, said))
+                said, end, none = f"{type(error).__name__}: {error}", Span(now, now), [0] * len(step.rows)
+                out += self._deliver(self._record(step, begun, end, end, none, 0, 1, said))
         return out
 
     def forget(self) -> None:
@@ -223,7 +222,15 @@ class StepWatch(Watch):
         return [(observer, record) for observer in self.observers]
 
     def _record(
-        self, step: ScheduledStep, begun: _Begun, wait: Span, commit: Span, graphs: int, parts: int, error: str | None
+        self,
+        step: ScheduledStep,
+        begun: _Begun,
+        wait: Span,
+        commit: Span,
+        new_tokens: Sequence[int],
+        graphs: int,
+        parts: int,
+        error: str | None,
     ) -> StepRecord:
         ended, self._ended = tuple(self._ended), []
         launch = Span(begun.schedule.end, begun.launch_end)
@@ -234,7 +241,7 @@ class StepWatch(Watch):
             wait=wait,
             commit=commit,
             execution=Span(min(max(launch.start, self._last_arrival), self._arrival), self._arrival),
-            rows=self._rows(step),
+            rows=_rows(step, new_tokens),
             num_decode_rows=step.plan.num_decode_rows,
             admitted=step.admitted,
             preempted=step.preempted,
@@ -247,19 +254,16 @@ class StepWatch(Watch):
             error=error,
         )
 
-    def _rows(self, step: ScheduledStep) -> tuple[Row, ...]:
-        plan, tokens = step.plan, self._tokens
-        each = zip(
-            step.rows,
-            plan.slots.tolist(),
-            plan.starts.tolist(),
-            plan.query_lens.tolist(),
-            step.sampled,
-            strict=True,
-        )
-        return tuple(
-            [
-                Row(request.id, slot, start, length, sampled, tokens.get(request.id, 0) if sampled else 0)
-                for (request, _), slot, start, length, sampled in each
-            ]
-        )
+
+def _rows(step: ScheduledStep, new_tokens: Sequence[int]) -> tuple[Row, ...]:
+    plan = step.plan
+    each = zip(
+        step.rows,
+        plan.slots.tolist(),
+        plan.starts.tolist(),
+        plan.query_lens.tolist(),
+        step.sampled,
+        new_tokens,
+        strict=True,
+    )
+    return tuple([Row(request.id, *facts) for (request, _), *facts in each])

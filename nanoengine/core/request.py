@@ -103,6 +103,7 @@ class Request:
     priority: int = 0
     max_len: int = 0  # tokens at which it ends by length
     cache_key: bytes = b""  # extra key of the prefix index: cache_salt, adapter, weights version
+    quiet: bool = False  # its tokens need not be told one by one, as they come
 
     status: Status = Status.WAITING
     output_token_ids: list[int] = field(default_factory=list)
@@ -111,6 +112,7 @@ class Request:
     num_computed: int = 0
     num_in_flight: int = 0  # sampled tokens not yet committed
     num_cached: int | None = None  # prefix-cache hit of the first admission, in tokens
+    num_untold: int = 0  # the last ones of output_token_ids, which no update has told yet
 
     # Derived once.
     prompt_len: int = field(init=False)

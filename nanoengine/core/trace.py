@@ -13,6 +13,7 @@ Every event stands on a line of its own.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -94,9 +95,10 @@ class TraceFile:
     ) -> None:
         self.close()
 
-    def _at(self, moment: float) -> float:
-        """Microseconds since the trace began."""
-        return round(1e6 * (moment - self._origin), 3)
+    def _at(self, moment: float) -> int:
+        """Microseconds since the trace began. Whole ones: where a slice ends as the next begins, a reader that adds
+        start and duration must find the very same number, or it sees them cross."""
+        return math.floor(1e6 * (moment - self._origin))
 
     def _write(self, before: str, events: list[Event], after: str = ",\n") -> None:
         """All of it, or nothing: half a step would say something that is not true."""
@@ -135,7 +137,7 @@ class TraceFile:
         self, name: str, span: Span, pid: int, tid: int, args: Mapping[str, Any], *, cat: str = "engine"
     ) -> Event:
         start = self._at(span.start)
-        return _event("X", name, start, pid, tid, dur=round(self._at(span.end) - start, 3), cat=cat, args=args)
+        return _event("X", name, start, pid, tid, dur=self._at(span.end) - start, cat=cat, args=args)
 
     # -- the slots' tracks -------------------------------------------------------------------------------------------
 
@@ -150,8 +152,14 @@ class TraceFile:
         for new in record.admitted:
             args = {"tokens": new.num_tokens, "cached": new.cached, "resumed": new.resumed}
             events += self._begin(new.slot, new.request, record.schedule.end, args)
-        for number, row in enumerate(record.rows):
-            events += self._row(row, record, number < record.num_decode_rows)
+        for row in record.decode_rows:
+            track = self._tracks.get(row.slot)
+            if track is not None and track.decoding and track.request == row.request:  # nearly all of them
+                track.last = record.execution.end
+            else:
+                events += self._row(row, record, decode=True)
+        for row in record.prefill_rows:
+            events += self._row(row, record, decode=False)
         self._gone.clear()
         for gone in record.ended:
             self._gone.add(gone.request)
@@ -160,7 +168,7 @@ class TraceFile:
                 events += self._end(slot, self._tracks[slot], gone.at, gone.reason)
         return events
 
-    def _row(self, row: Row, record: StepRecord, decode: bool) -> list[Event]:
+    def _row(self, row: Row, record: StepRecord, *, decode: bool) -> list[Event]:
         if row.request in self._gone:  # it ended while this step was under way
             return []
         events: list[Event] = []
@@ -206,7 +214,7 @@ class TraceFile:
         return events
 
 
-def _event(ph: str, name: str, ts: float, pid: int, tid: int, **more: Any) -> Event:
+def _event(ph: str, name: str, ts: int, pid: int, tid: int, **more: Any) -> Event:
     return {"ph": ph, "name": name, "ts": ts, "pid": pid, "tid": tid, **more}
 
 

@@ -6,6 +6,7 @@ import errno
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ import pytest
 
 import nanoengine
 from nanoengine import LLM, SamplingParams, StepRecord, TraceFile
+from nanoengine.core.errors import WorkerError
 from nanoengine.core.observe import StepWatch
+from nanoengine.core.scheduling.scheduler import Scheduler
+from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL
 from nanoengine.testing.mock_model import MockModel
 
 from .support import greedy, mock_llm, prompts, tokens_of
@@ -105,6 +109,18 @@ def test_rows_follow_each_request(llm: LLM) -> None:
     assert at == lengths  # the last token is drawn, and never computed
 
 
+def test_the_row_behind_a_stop_token_got_nothing(llm: LLM) -> None:
+    """Under run-ahead a stop token is seen when the next row is already launched."""
+    stop = greedy(ASKED[0], 5)[-1]
+    expected = len(greedy(ASKED[0], 12, [stop]))
+    stops = SamplingParams(temperature=0, max_tokens=12, stop_token_ids=[stop])
+    records: list[StepRecord] = []
+    with llm.observe(records.append):
+        llm.generate(ASKED[:2], [stops, GREEDY], use_tqdm=False)
+    drawn = [row.new_tokens for r in records for row in r.rows if row.request == "llm-0/0"]
+    assert drawn == [1] * expected + [0]
+
+
 def test_a_stop_string_an_abort_and_a_failure_are_told_by_their_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +153,58 @@ def test_a_stop_string_an_abort_and_a_failure_are_told_by_their_names(
     whys = {lost.why for r in records for lost in r.preempted}
     assert f"step {broke[0].step} broke" in whys <= {f"step {r.step} broke" for r in broke}
     assert all(row.new_tokens == 0 for r in broke for row in r.rows)
+
+
+def test_a_rank_s_failure_is_the_last_record(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    records: list[StepRecord] = []
+    launch, count = llm.engine._executor.launch, iter(range(100))
+
+    class Fails:
+        def wait(self) -> Any:
+            raise WorkerError(1, 2, "step 5", "it was killed")
+
+    monkeypatch.setattr(llm.engine._executor, "launch", lambda plan: Fails() if next(count) == 5 else launch(plan))
+    with llm.observe(records.append), pytest.raises(WorkerError, match="it was killed"):
+        llm.generate(ASKED[:2], GREEDY, use_tqdm=False)
+    assert [r.error is None for r in records] == [True] * 5 + [False] * (len(records) - 5)
+    assert len(records) > 5
+    assert "rank 1 of 2 failed (step 5): it was killed" in str(records[5].error)
+    assert {(end.request, end.reason) for end in records[5].ended} == {
+        ("llm-0/0", "worker_failed"),
+        ("llm-1/0", "worker_failed"),
+    }
+
+
+def test_an_interrupt_amid_a_step_leaves_records_and_trace_sound(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine begins anew with a fresh scheduler, whose steps count from 0."""
+    commit, count = Scheduler.commit, iter(range(1000))
+
+    def interrupted(self: Scheduler, *arguments: Any) -> Any:
+        if next(count) == 5:
+            raise KeyboardInterrupt
+        return commit(self, *arguments)
+
+    monkeypatch.setattr(Scheduler, "commit", interrupted)
+    records: list[StepRecord] = []
+    with TraceFile(tmp_path / "out.json") as trace, llm.observe(trace), llm.observe(records.append):
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(ASKED, GREEDY, use_tqdm=False)
+        assert tokens_of(llm.generate(ASKED, GREEDY, use_tqdm=False)) == [greedy(p, 12) for p in ASKED]
+    assert [r.step for r in records] == [*range(5), *range(len(records) - 5)]
+    found = read(tmp_path / "out.json")
+    ends = [stay.args["ended"] for each in found.requests().values() for stay in each]
+    assert "interrupted" in ends
+    assert ends.count("length") == len(ASKED)
+
+
+def test_graphs_have_names(llm: LLM) -> None:
+    records: list[StepRecord] = []
+    with llm.observe(records.append):
+        llm.generate(ASKED[:1], GREEDY, use_tqdm=False)
+    names = [replace(records[0], graphs=bits).graph for bits in (0, GRAPH_DECODE, GRAPH_MIXED | GRAPH_TAIL)]
+    assert names == ["none", "decode", "mixed, tail"]
 
 
 def test_nobody_observes_nothing_is_gathered(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,6 +370,6 @@ def test_mutants_are_seen(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 _arrived = StepWatch.arrived
 
 
-def _without_the_arrival_before(self: StepWatch) -> None:
-    _arrived(self)
+def _without_the_arrival_before(self: StepWatch, step: Any) -> None:
+    _arrived(self, step)
     self._last_arrival = 0.0

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROUNDING = 0.002  # microseconds: times have three decimals
 REQUIRED = {
     "X": {"dur"},
     "B": set(),
@@ -26,8 +25,8 @@ class Slice:
     """On a track; times in microseconds. args: those of its end laid over those of its beginning."""
 
     name: str
-    start: float
-    end: float
+    start: int
+    end: int
     args: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -67,7 +66,7 @@ class Timeline:
 
 
 def within(inner: Slice, outer: Slice) -> bool:
-    return outer.start - ROUNDING <= inner.start and inner.end <= outer.end + ROUNDING
+    return outer.start <= inner.start and inner.end <= outer.end
 
 
 def read(path: Path) -> Timeline:
@@ -80,7 +79,7 @@ def check(events: Sequence[Mapping[str, Any]], *, cut: bool = False) -> Timeline
     for event in events:
         lacking = ({"ph", "name", "ts", "pid", "tid"} | REQUIRED[event["ph"]]) - event.keys()
         assert not lacking, f"{event} lacks {lacking}"
-        assert isinstance(event["ts"], int | float), event
+        assert type(event["ts"]) is type(event.get("dur", 0)) is int, event  # readers add them
         assert event["ts"] >= 0, event
         assert isinstance(event["pid"], int), event
         assert isinstance(event["tid"], int), event
@@ -120,8 +119,8 @@ def check(events: Sequence[Mapping[str, Any]], *, cut: bool = False) -> Timeline
 def check_nesting(name: str, slices: Sequence[Slice]) -> None:
     """On one track slices lie side by side or within each other; a viewer draws no others."""
     open_slices: list[Slice] = []
-    for each in sorted(slices, key=lambda s: (round(s.start, 2), -s.end)):
-        while open_slices and open_slices[-1].end <= each.start + ROUNDING:
+    for each in sorted(slices, key=lambda s: (s.start, -s.end)):
+        while open_slices and open_slices[-1].end <= each.start:
             open_slices.pop()
         if open_slices:
             assert within(each, open_slices[-1]), f"{name}: {each} crosses {open_slices[-1]}"

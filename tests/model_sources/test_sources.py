@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,12 +18,15 @@ import pytest
 from gguf_zoo import TinyGGUF
 
 from nanoengine.api import ModelSource, ModelSourceError, SourceContext
+from nanoengine.core.setup.config import load_config
 from nanoengine.core.setup.model_source import cache_root, resolve_model, with_revision
 from nanoengine.core.setup.plan import TargetLoader
 from nanoengine.plugins import model_sources
 from nanoengine.plugins.model_sources import conversion_cache
 from nanoengine.plugins.model_sources.folder import FolderSource
+from nanoengine.plugins.model_sources.gguf_architectures import ARCHITECTURES
 from nanoengine.plugins.model_sources.gguf_file import GGUFFileSource
+from nanoengine.plugins.model_sources.gguf_tokenizer import PRE_TOKENIZERS
 from nanoengine.plugins.model_sources.hub import HubSource
 
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -358,3 +362,16 @@ def test_missing_model_skips_but_fails_in_ci(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("CI", "1")
     with pytest.raises(pytest.fail.Exception, match="CI is set, and a model is missing: no network"):
         fixtures_models.missing(ModelSourceError("no network"))
+
+
+# docs/models.md
+
+
+def test_the_page_names_what_is_served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text("utf-8")
+    served = [*ARCHITECTURES, *PRE_TOKENIZERS, "HF_HUB_OFFLINE", "HF_ENDPOINT", "NANOENGINE_CACHE"]
+    assert [name for name in served if f"`{name}" not in text] == []
+    [example] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "hub.yaml").write_text(example)
+    monkeypatch.chdir(tmp_path)
+    assert load_config("hub.yaml").model.pinned == "Qwen/Qwen3-0.6B@main"

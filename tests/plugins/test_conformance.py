@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from nanoengine.api import (
+    AttentionBackend,
     AttentionCapabilities,
     AttentionFeature,
     AttentionNeed,
@@ -25,7 +26,9 @@ from nanoengine.api import (
     StageRows,
 )
 from nanoengine.layers.decoder import DECODER_WEIGHTS
+from nanoengine.plugins.attention_backends.flash_attn import FlashAttn
 from nanoengine.plugins.attention_backends.torch_paged import TorchPaged
+from nanoengine.plugins.attention_backends.triton_paged import TritonPaged
 from nanoengine.plugins.models.gemma2 import Gemma2
 from nanoengine.plugins.models.gemma3 import Gemma3
 from nanoengine.plugins.models.llama import Llama
@@ -42,6 +45,15 @@ from nanoengine.testing.conformance.ranks import Ranks
 
 def test_the_torch_backend_conforms() -> None:
     check_attention_backend(TorchPaged)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", [TorchPaged, TritonPaged, FlashAttn], ids=lambda cls: cls.__name__)
+def test_the_backends_conform_on_a_gpu(backend: type[AttentionBackend]) -> None:
+    if backend is FlashAttn:
+        pytest.importorskip("flash_attn")
+    sizes = [max(16, backend.capabilities.block_multiple)]
+    check_attention_backend(backend, device="cuda", dtypes=["bfloat16"], head_sizes=[64], block_sizes=sizes)
 
 
 class SeesOneAhead(TorchPaged):

@@ -74,60 +74,48 @@ def test_what_is_written_is_listed_with_every_part(site: Site) -> None:
 
 
 @pytest.mark.slow
-def test_the_tests_that_come_with_it_pass(site: Site) -> None:
-    folders = [site.sources / folder for folder in ("nanoengine-my-gpt", "nanoengine-less-again", "nanoengine-rows")]
+def test_the_tests_that_come_with_them_pass(site: Site) -> None:
+    """In one process: most of what it takes is importing torch."""
+    folders = sorted(each for each in site.sources.iterdir() if (each / "tests").is_dir())
+    assert len(folders) == 4
     done = run(site.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *folders, cwd=site.sources)
-    assert re.search(r"\b6 passed", done.stdout), done.stdout  # two each, none skipped
+    assert re.search(r"\b14 passed", done.stdout), done.stdout  # two of each kind, eight of the demo; none skipped
 
 
-@pytest.mark.slow
-def test_the_demo_package_passes_its_tests(site: Site) -> None:
-    done = run(site.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=site.sources / DEMO)
-    assert re.search(r"\b8 passed", done.stdout), done.stdout
-
-
-def rows(folder: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text("utf-8").splitlines()]
-
-
-@pytest.mark.slow
-def test_the_demo_runs(site: Site, tmp_path: Path) -> None:
-    cache = {"NANOENGINE_CACHE": str(tmp_path / "cache")}
-    command = (site.python, "-m", "nanoengine", "run", "plugin-demo")
-    done = run(*command, "sampler.max_tokens=4", cwd=tmp_path, env=cache)
-    assert "writing opt-tiny to" in done.stderr
-    assert [(row["prompt"], row["error"]) for row in rows(tmp_path)] == [("The sea", None), ("A boat", None)]
-    record = json.loads((tmp_path / "results.jsonl.run.json").read_text())
-    assert record["config"]["attention"]["backend"] == "row_by_row"
-    assert record["config"]["sampler"] == {"temperature": 1.5, "top_n_sigma": 1.0, "max_tokens": 4}
-
-
-# One process for the three: most of what it takes is importing torch.
+# In one process, likewise; as a user would, one folder after the other.
 RUN_ALL = """
-import os, sys
+import os, runpy, sys
 from nanoengine.cli.app import app
+os.chdir("nanoengine-my-gpt")
+sys.argv[1:] = ["tiny"]
+runpy.run_module("nanoengine_my_gpt.tiny", run_name="__main__")
 for folder, *arguments in [
-    ["nanoengine-my-gpt", "run", "run.yaml"],
-    ["nanoengine-less-again", "run", "run.yaml", "model=../nanoengine-my-gpt/tiny"],
-    ["nanoengine-rows", "run", "run.yaml", "model=../nanoengine-my-gpt/tiny", "engine.device=cpu"],
+    ["nanoengine-my-gpt", "run.yaml"],
+    ["nanoengine-less-again", "run.yaml", "model=../nanoengine-my-gpt/tiny"],
+    ["nanoengine-rows", "run.yaml", "model=../nanoengine-my-gpt/tiny", "engine.device=cpu"],
+    ["nanoengine-plugin-demo", "plugin-demo", "sampler.max_tokens=4", "engine.device=cpu"],
 ]:
-    os.chdir(os.path.join(sys.argv[1], folder))
-    if app(arguments, standalone_mode=False):
+    os.chdir(os.path.join("..", folder))
+    if app(["run", *arguments], standalone_mode=False):
         sys.exit(f"{folder}: {arguments} failed")
 """
 
 
 @pytest.mark.slow
-def test_their_configurations_run(site: Site) -> None:
-    run(site.python, "-m", "nanoengine_my_gpt.tiny", "tiny", cwd=site.sources / "nanoengine-my-gpt")
-    run(site.python, "-c", RUN_ALL, site.sources, cwd=site.sources)
-    for name in ("my-gpt", "less-again", "rows"):
+def test_their_configurations_run(site: Site, tmp_path: Path) -> None:
+    cache = {"NANOENGINE_CACHE": str(tmp_path / "cache")}
+    done = run(site.python, "-c", RUN_ALL, cwd=site.sources, env=cache)
+    assert "writing opt-tiny to" in done.stderr
+    config = {}
+    for name, count in (("my-gpt", 1), ("less-again", 1), ("rows", 1), ("plugin-demo", 2)):
         folder = site.sources / f"nanoengine-{name}"
-        [row] = rows(folder)
-        assert row["error"] is None
-        assert row["outputs"]
-    record = json.loads((site.sources / "nanoengine-less-again/results.jsonl.run.json").read_text())
-    assert record["config"]["sampler"]["less_again"] == 1.0
+        rows = [json.loads(line) for line in (folder / "results.jsonl").read_text("utf-8").splitlines()]
+        assert [(row["error"], bool(row["outputs"][0]["token_ids"])) for row in rows] == [(None, True)] * count
+        config[name] = json.loads((folder / "results.jsonl.run.json").read_text())["config"]
+    assert config["less-again"]["sampler"]["less_again"] == 1.0
+    assert config["rows"]["attention"]["backend"] == "rows"
+    assert config["plugin-demo"]["attention"]["backend"] == "row_by_row"
+    assert config["plugin-demo"]["sampler"] == {"temperature": 1.5, "top_n_sigma": 1.0, "max_tokens": 4}
 
 
 def test_what_is_written_is_clean(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ class Loop:
         overlap: bool = True,
         groups: int = 1,
         hash_fn: Callable[[bytes], bytes] | None = None,
+        steady: bool = True,
         scheduler: type[Scheduler] = Scheduler,
         blocks: type[BlockManager] = BlockManager,
     ) -> None:
@@ -83,6 +84,7 @@ class Loop:
             max_model_len=max_model_len,
             enable_prefix_caching=caching,
             policy=policy,
+            steady_rows=steady,
         )
         extra = {} if hash_fn is None else {"hash_fn": hash_fn}
         self.blocks = blocks(groups, num_blocks + 1, block_size, caching, **extra)

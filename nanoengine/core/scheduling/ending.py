@@ -10,7 +10,7 @@ from nanoengine.core.step import LogprobRows
 def append_token(request: Request, token: int) -> Update:
     """`append_tokens` of one token without log-probs: what nearly every row of every step brings."""
     num_tokens = request.num_tokens + 1
-    if num_tokens >= request.max_len or token in request.stop_set:
+    if num_tokens >= request.max_len or token in request.stop_set or request.num_untold:
         return append_tokens(request, [token], None, None)
     request.output_token_ids.append(token)
     request.num_tokens = num_tokens
@@ -33,8 +33,16 @@ def append_tokens(request: Request, new: list[int], drawn: LogprobRows | None, p
         stops = False
     request.output_token_ids += new
     request.num_tokens = num_tokens
+    told = take_untold(request, len(new)) if request.num_untold else tuple(new)
     if stops:
-        return Update(request, tuple(new), "stop", None if token in request.params.eos_ids else token, drawn, prompt)
+        return Update(request, told, "stop", None if token in request.params.eos_ids else token, drawn, prompt)
     if num_tokens >= max_len:
-        return Update(request, tuple(new), "length", request.length_reason, drawn, prompt)
-    return Update(request, tuple(new), None, None, drawn, prompt)
+        return Update(request, told, "length", request.length_reason, drawn, prompt)
+    return Update(request, told, None, None, drawn, prompt)
+
+
+def take_untold(request: Request, num_new: int = 0) -> tuple[int, ...]:
+    """Its last `num_new` tokens and those before them that no update has told; they count as told from here on."""
+    first = len(request.output_token_ids) - num_new - request.num_untold
+    request.num_untold = 0
+    return tuple(request.output_token_ids[first:])

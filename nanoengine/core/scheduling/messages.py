@@ -11,7 +11,7 @@ import numpy as np
 from nanoengine.core.errors import ConfigError, RequestError
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import Published
-from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, LogprobRows, StepPlan
+from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, Int64, LogprobRows, StepPlan
 
 EndReason = Literal["stop", "length"]
 
@@ -19,6 +19,8 @@ EndReason = Literal["stop", "length"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     """Limits of every step. `max_num_batched_tokens` may be below `max_num_seqs`: requests then take turns.
+
+    steady_rows: decode rows are scheduled and committed as columns (`steady.py`). False: one by one; the same plans.
 
     Raises `ConfigError` for a limit below 1.
     """
@@ -28,6 +30,7 @@ class SchedulerConfig:
     max_model_len: int
     enable_prefix_caching: bool = True
     policy: str = "fcfs"
+    steady_rows: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
@@ -59,12 +62,13 @@ class Preemption(NamedTuple):
 class ScheduledStep:
     """A plan, and whose rows it holds: (request, its generation then), in the plan's order.
 
-    sampled: per row, whether a token is drawn. published: prompt blocks that the prefix index got with it. admitted:
-    in this step. preempted: since the step before.
+    generations: int64, those of `rows`. sampled: per row, whether a token is drawn. published: prompt blocks that the
+    prefix index got with it. admitted: in this step. preempted: since the step before.
     """
 
     plan: StepPlan
     rows: tuple[tuple[Request, int], ...]
+    generations: Int64
     sampled: tuple[bool, ...]
     published: tuple[Published, ...] = ()
     admitted: tuple[Admission, ...] = ()
@@ -75,7 +79,7 @@ class Update(NamedTuple):
     """News of one request. With `finish_reason`, `failed` or `error` the scheduler has let go of it already.
 
     Attributes:
-        new_token_ids: this step's, a stop token included.
+        new_token_ids: all since its last update, a stop token included.
         finish_reason, stop_reason: stop_reason is the id of a `stop_token_ids` hit, None for EOS, and "kv_cache_full"
             with "length" where a lone request outgrew the cache.
         sampled_logprobs, prompt_logprobs: this request's part of the result; None where there is none.

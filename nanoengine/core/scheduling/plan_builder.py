@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,8 @@ import numpy.typing as npt
 from nanoengine.core.request import Request
 from nanoengine.core.step import (
     BlockAppends,
+    Bool,
+    Int32,
     NewSlots,
     StageColumn,
     StepPlan,
@@ -33,7 +35,7 @@ class Prefill(NamedTuple):
 
 
 class Picks(NamedTuple):
-    """The rows of a step, in plan order. A decode row's start is its request's last token."""
+    """The rows of a step, those of steady requests aside. A decode row's start is its request's last token."""
 
     decode: list[Request]
     decode_starts: list[int]
@@ -41,10 +43,9 @@ class Picks(NamedTuple):
 
 
 def advance(picks: Mapping[Request, int], step: int) -> Picks:
-    """Books the picked tokens as computed by `step`, and sorts the rows: decode rows first.
+    """Books the picked tokens as computed by `step`, and sorts decode rows from prefill rows.
 
-    A decode row continues a generated sequence: its only input is the last token, which may still be in flight. The
-    longest come first: a device that starts with what takes longest is not left with one of them at the end.
+    A decode row continues a generated sequence: its only input is the last token, which may still be in flight.
     """
     decode: list[Request] = []
     decode_starts: list[int] = []
@@ -61,33 +62,42 @@ def advance(picks: Mapping[Request, int], step: int) -> Picks:
             decode_starts.append(start)
         else:
             prefill.append(Prefill(request, start, end, sampled))
-    order = sorted(range(len(decode)), key=decode_starts.__getitem__, reverse=True)
-    return Picks([decode[i] for i in order], [decode_starts[i] for i in order], prefill)
+    return Picks(decode, decode_starts, prefill)
 
 
 def build_plan(
-    step: int, picks: Picks, new: Mapping[Request, int], grown: Mapping[Request, int], host_values: ColumnValues
+    step: int,
+    picks: Picks,
+    new: Mapping[Request, int],
+    grown: Mapping[Request, int],
+    host_values: ColumnValues,
+    steady: tuple[Int32, Int32] | None = None,
 ) -> StepPlan:
-    """The plan of the rows `picks`.
+    """The plan of the rows `picks` and `steady`.
 
     Args:
         new: request that enters the device tables -> its tokens that the prefix cache holds.
         grown: request -> index of its first block that the device's table lacks.
         host_values: columns that host-token stages computed for this step.
+        steady: slots and starts of more decode rows, int32 each, in plan order.
     """
-    logits, rows, sampled, tops = _logits(picks)
-    starts = picks.decode_starts + [row.start for row in picks.prefill]
-    slots = [request.slot for request in picks.decode] + [row.request.slot for row in picks.prefill]
-    lens = [1] * len(picks.decode) + [row.end - row.start for row in picks.prefill]
+    slots, starts = _decode_rows(picks, steady)
+    num_decode = len(slots)
+    lens = np.ones(num_decode, dtype=np.int32)
+    if picks.prefill:
+        slots = np.concatenate([slots, i32([row.request.slot for row in picks.prefill])])
+        starts = np.concatenate([starts, i32([row.start for row in picks.prefill])])
+        lens = np.concatenate([lens, i32([row.end - row.start for row in picks.prefill])])
+    logits, rows, sampled, tops = _logits(num_decode, picks.prefill)
     return StepPlan(
         step=step,
         new=_new_slots(new) if new else NewSlots(),
         columns=_stage_columns(new, host_values) if new or host_values else (),
         appends=_appends(grown) if grown else BlockAppends(),
-        slots=i32(slots),
-        num_decode_rows=len(picks.decode),
-        query_lens=i32(lens),
-        starts=i32(starts),
+        slots=slots,
+        num_decode_rows=num_decode,
+        query_lens=lens,
+        starts=starts,
         logits_index=logits,
         logits_rows=rows,
         sampled=sampled,
@@ -95,11 +105,30 @@ def build_plan(
     )
 
 
-def _logits(picks: Picks) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.bool_], Any]:
+def _decode_rows(picks: Picks, steady: tuple[Int32, Int32] | None) -> tuple[Int32, Int32]:
+    """Slots and starts, int32 each: the longest first, then by slot."""
+    if steady is not None and not picks.decode:
+        return steady
+    slots, starts = i32([request.slot for request in picks.decode]), i32(picks.decode_starts)
+    if steady is not None:
+        slots, starts = np.concatenate([steady[0], slots]), np.concatenate([steady[1], starts])
+    order = longest_first(starts, slots)
+    return slots[order], starts[order]
+
+
+def longest_first(lengths: npt.NDArray[Any], slots: npt.NDArray[Any]) -> npt.NDArray[np.intp]:
+    """The order of decode rows: a device that starts with what takes longest is not left with one at the end."""
+    return np.argsort(slots - (lengths.astype(np.int64) << 32), kind="stable")
+
+
+def _logits(num_decode: int, prefill: Sequence[Prefill]) -> tuple[Int32, Int32, Bool, Int32]:
     """logits_index, logits_rows, sampled, prompt_logprobs: int32, int32, bool, int32, each [L]."""
-    at = len(picks.decode)
+    if not prefill:
+        every = np.arange(num_decode, dtype=np.int32)
+        return every, every, np.ones(num_decode, dtype=np.bool_), np.zeros(num_decode, dtype=np.int32)
+    at = num_decode
     index, rows, drawn, tops = list(range(at)), list(range(at)), [True] * at, [0] * at
-    for row, (request, start, end, sampled) in enumerate(picks.prefill, start=at):
+    for row, (request, start, end, sampled) in enumerate(prefill, start=at):
         top = request.params.prompt_logprobs
         if top is not None:  # logits at j tell the log-prob of prompt token j + 1
             wanted = range(max(start, request.prompt_logprobs_done - 1), min(end, request.prompt_len - 1))

@@ -5,8 +5,11 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from itertools import pairwise
 
+import numpy as np
+
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.policy import Policy
+from nanoengine.core.step import Int64
 
 Handle = tuple[Request, int]  # a request and its generation when it got the slot
 
@@ -17,6 +20,7 @@ class Roster:
     Attributes:
         waiting, running: sorted by the policy's keys.
         free_slots: a slot freed is the next to be used again.
+        generations: int64, by slot; of its owner.
     """
 
     def __init__(self, num_slots: int, policy: Policy) -> None:
@@ -25,6 +29,7 @@ class Roster:
         self.running: list[Request] = []
         self.free_slots = list(range(num_slots - 1, -1, -1))
         self._owners: list[Handle | None] = [None] * num_slots
+        self.generations: Int64 = np.zeros(num_slots, dtype=np.int64)
         self._admissions = 0
 
     def enqueue(self, request: Request) -> None:
@@ -40,6 +45,7 @@ class Roster:
         request.admitted = self._admissions
         self._admissions += 1
         self._owners[request.slot] = (request, request.generation)
+        self.generations[request.slot] = request.generation
         insort(self.running, request, key=self.policy.running_key)
 
     def drop(self, request: Request) -> None:

@@ -16,7 +16,7 @@ from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.admission import find_hits, may_read_cache, refuse_misfit
 from nanoengine.core.scheduling.block_manager import BlockManager, Hits
 from nanoengine.core.scheduling.draft import Draft, ask_host_stages
-from nanoengine.core.scheduling.ending import append_token, append_tokens
+from nanoengine.core.scheduling.ending import append_token, append_tokens, take_untold
 from nanoengine.core.scheduling.messages import (
     Admission,
     Preemption,
@@ -29,7 +29,8 @@ from nanoengine.core.scheduling.messages import (
 from nanoengine.core.scheduling.plan_builder import advance, build_plan
 from nanoengine.core.scheduling.policy import Policy, make_policy
 from nanoengine.core.scheduling.roster import Roster
-from nanoengine.core.step import StepResult, num_slots
+from nanoengine.core.scheduling.steady import SteadyRows, may_be_steady
+from nanoengine.core.step import StepResult, num_slots, offsets_of
 
 __all__ = ["ScheduledStep", "Scheduler", "SchedulerConfig", "SchedulerStats", "Update"]
 
@@ -49,6 +50,7 @@ class Scheduler:
         self._stats = SchedulerStats()
         self._roster = Roster(num_slots(config.max_num_seqs), self.policy)
         self.waiting, self.running = self._roster.waiting, self._roster.running
+        self._steady = SteadyRows(num_slots(config.max_num_seqs))
         self._in_flight: dict[int, ScheduledStep] = {}  # by step number, oldest first
         self._resume: Request | None = None  # the first one that the last budget had nothing left for
         self._suspects: set[Request] = set()
@@ -56,6 +58,7 @@ class Scheduler:
         self._preempted: list[Preemption] = []  # since the last step
         self._num_host = 0  # live requests with host-token stages
         self._next_step = self._added = 0
+        self._tell_each = False
 
     # The outside's wishes
 
@@ -93,6 +96,14 @@ class Scheduler:
         updates, self._pending = self._pending, []
         return updates
 
+    def tell_each(self, wanted: bool) -> None:
+        """From the next step on, updates tell each token when it comes, quiet requests' too."""
+        self._tell_each = wanted
+        if wanted:
+            self._steady.leave_all()
+            untold = [request for request in (*self.running, *self.waiting) if request.num_untold]
+            self._pending += [Update(request, take_untold(request)) for request in untold]
+
     # Scheduling
 
     def schedule(self) -> ScheduledStep | None:
@@ -109,12 +120,17 @@ class Scheduler:
                 self._admit_waiting(draft)
         if self._num_host:
             self._ask_host_stages(draft)
-        return self._launch(draft) if draft.picks else None
+        return self._launch(draft) if draft.picks or draft.steady else None
 
     def _pick_running(self, draft: Draft) -> None:
         picks, in_flight, suspects = draft.picks, self._in_flight, self._suspects
-        order, self._resume = self._roster.service_order(self._resume), None
+        order = self._pick_steady(draft) if self._steady.size else None
+        if order is None:
+            order, self._resume = self._roster.service_order(self._resume), None
         for request in order:
+            if draft.steady and request in self._steady:
+                self._grow_steady(request, draft)
+                continue
             total = request.num_tokens + request.num_in_flight
             if total >= request.max_len:  # ends by length once its token in flight is committed
                 draft.ending += 1
@@ -138,6 +154,39 @@ class Scheduler:
             picks[request] = num_new
             draft.budget -= num_new
 
+    def _pick_steady(self, draft: Draft) -> list[Request] | None:
+        """A token for every steady request. None: budget or blocks may not do for all, so nobody is steady any more.
+
+        Returns the running requests that are still to be looked at, in service order; what they need is there. Among
+        them are the steady ones that need a block: blocks are given out in that order.
+        """
+        steady, blocks = self._steady, self.blocks
+        ending, growing = steady.due()
+        for request in ending:
+            steady.leave(request)
+        rest: list[Request] = []
+        if growing or steady.size < len(self.running):
+            wanted = set(growing)
+            rest = [request for request in self.running if request in wanted or request not in steady]
+        tokens, missing = steady.size, len(growing)
+        for request in rest:
+            if request not in steady:
+                length = request.num_tokens + request.num_in_flight
+                tokens += length - request.num_computed
+                missing += max(0, blocks.blocks_for(length) - len(request.block_ids[0]))
+        if self._resume is not None or tokens > draft.budget or missing > blocks.free_blocks:
+            steady.leave_all()
+            return None
+        draft.steady = steady.size > 0
+        draft.budget -= steady.size
+        return rest
+
+    def _grow_steady(self, request: Request, draft: Draft) -> None:
+        draft.grown[request] = len(request.block_ids[0])
+        grew = self.blocks.grow(request, self._steady.length(request))
+        assert grew, "_pick_steady() saw room for all"
+        self._steady.grown(request)
+
     def _make_room(self, request: Request, end: int, draft: Draft) -> bool:
         """Blocks for the request's first `end` tokens, by preemption if need be. False: it gets no row."""
         first = len(request.block_ids[0])
@@ -160,7 +209,7 @@ class Scheduler:
         request.max_len = request.num_tokens + request.num_in_flight
         if not request.num_in_flight:
             self._remove(request)
-            self._pending.append(Update(request, (), "length", request.length_reason))
+            self._pending.append(Update(request, take_untold(request), "length", request.length_reason))
 
     def _preempt(self, victim: Request, why: str) -> None:
         """Its blocks and slot go; what it has in flight is appended at commit, and it waits for that."""
@@ -243,15 +292,17 @@ class Scheduler:
         number = self._next_step
         self._next_step += 1
         picks = advance(draft.picks, number)
-        plan = build_plan(number, picks, draft.new, draft.grown, draft.host_values)
+        steady = self._steady.advance() if draft.steady else None
+        plan = build_plan(number, picks, draft.new, draft.grown, draft.host_values, steady)
         published = []
         for request, _, end, _ in picks.prefill:  # one stream: who reads these blocks is launched later
             published += self.blocks.publish(request, min(end, request.prompt_len))
         preempted, self._preempted = tuple(self._preempted), []
         step = ScheduledStep(
             plan=plan,
-            rows=self._roster.owners(plan.slots.tolist()),
-            sampled=(True,) * len(picks.decode) + tuple([row.sampled for row in picks.prefill]),
+            rows=self._roster.owners(plan.slots.tolist()) if picks.decode or picks.prefill else self._steady.handles(),
+            generations=self._roster.generations[plan.slots],
+            sampled=(True,) * plan.num_decode_rows + tuple([row.sampled for row in picks.prefill]),
             published=tuple(published),
             admitted=tuple([_admission(request, cached) for request, cached in draft.new.items()]),
             preempted=preempted,
@@ -259,8 +310,18 @@ class Scheduler:
         self._in_flight[number] = step
         self._stats.steps += 1
         self._stats.chunks += len(step.sampled) - sum(step.sampled)
-        self._stats.mixed_steps += bool(picks.decode and picks.prefill)
+        self._stats.mixed_steps += bool(plan.num_decode_rows and picks.prefill)
+        self._steady.step = number
+        if picks.decode and self._is_calm(draft):
+            for request in picks.decode:
+                if request not in draft.new and may_be_steady(request):
+                    self._steady.join(request, request.quiet and not self._tell_each)
         return step
+
+    def _is_calm(self, draft: Draft) -> bool:
+        """Whether decode rows are likely to stay: who becomes steady and leaves at once costs more than it saves."""
+        short = self._suspects or draft.preempted or self._resume is not None
+        return self.config.steady_rows and not short and self.blocks.free_blocks >= len(self.running)
 
     # Results
 
@@ -271,19 +332,24 @@ class Scheduler:
         del self._in_flight[plan.step]
         self._stats.count_graphs(result.graphs)
         self._stats.steps_split += result.parts > 1
+        updates, rows = self._steady.commit(step, result)
+        if rows:
+            self._commit_rows(step, result, rows, updates)
+        return updates
+
+    def _commit_rows(self, step: ScheduledStep, result: StepResult, which: list[int], updates: list[Update]) -> None:
+        plan = step.plan
         tokens, counts = result.token_ids.tolist(), result.counts.tolist()
+        firsts, failures = offsets_of(result.counts).tolist(), result.failed.tolist()
         ends = (plan.starts + plan.query_lens).tolist()
         drawn, prompts = cut(result.sampled_logprobs, len(counts)), cut(result.prompt_logprobs, len(counts))
         plain = not (drawn or prompts)
-        updates: list[Update] = []
-        at = 0
-        for row, ((request, generation), count, drew, failure, end) in enumerate(
-            zip(step.rows, counts, step.sampled, result.failed.tolist(), ends, strict=True)
-        ):
-            first, at = at, at + count
+        for row in which:
+            (request, generation), count, failure, end = step.rows[row], counts[row], failures[row], ends[row]
+            first, at = firsts[row], firsts[row + 1]
             if request.status is _FINISHED:
                 continue
-            if drew:
+            if step.sampled[row]:
                 request.num_in_flight -= 1
             if failure:
                 self._remove(request)
@@ -306,7 +372,7 @@ class Scheduler:
                     self._suspects.discard(request)  # it came past the point where its step broke
             elif told is not None:
                 updates.append(Update(request, prompt_logprobs=told))
-        return updates
+            self._steady.close(request)
 
     def fail(self, steps: Sequence[ScheduledStep]) -> list[Request]:
         """Steps that were launched and broke, oldest first. Steps launched after the first of them break with it.
@@ -315,6 +381,7 @@ class Scheduler:
         a step and without run-ahead until each has drawn a token. Returns the request of the first step if it was
         alone in it: its fault is shown, and the scheduler has let go of it.
         """
+        self._steady.leave_all()
         for step in steps:
             del self._in_flight[step.plan.step]
             self.blocks.withdraw(step.published)
@@ -338,6 +405,7 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         """It owns nothing from here on. Slot and blocks may be reused at once: one stream orders the writes."""
+        self._steady.leave(request)
         self.blocks.release(request)
         self._roster.drop(request)
         request.num_computed = 0
@@ -353,7 +421,10 @@ class Scheduler:
         """Asserts every invariant of the scheduler and its blocks."""
         self.blocks.check(self.running)
         self._roster.check()
+        self._steady.check(len(self._in_flight))
         for request in self.running:
+            if request in self._steady:
+                continue
             total = request.num_tokens + request.num_in_flight
             assert 0 <= request.num_computed <= total <= request.max_len
             assert request.num_in_flight in (0, 1, 2)[: len(self._in_flight) + 1]

@@ -1,0 +1,233 @@
+"""Steady rows: requests that decode and ask for nothing else, kept as numpy columns by slot.
+
+From one step to the next such a row is one token longer, and that is all. So neither scheduling nor committing it looks
+at its `Request`: what changes stands in columns, and new tokens in a buffer. A request is *opened*, that is its fields
+are brought up to date, when something comes due: a block to publish, a stop token, the end by length, a full buffer;
+or when it leaves: it is preempted, aborted, or a step is scheduled one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nanoengine.core.request import Request
+from nanoengine.core.scheduling.messages import ScheduledStep, Update
+from nanoengine.core.scheduling.plan_builder import longest_first
+from nanoengine.core.scheduling.roster import Handle
+from nanoengine.core.step import Bool, Int32, Int64, StepResult
+
+WIDTH = 64  # tokens a row may have in the buffer
+MAX_STOPS = 8  # stop ids of a steady row; who has more is looked at one by one
+NONE = -1
+
+
+def may_be_steady(request: Request) -> bool:
+    """Whether all that its steps bring is a token. Constant for a request."""
+    params = request.params
+    asks = params.logprobs is not None or params.prompt_logprobs is not None
+    return not (asks or request.host_tokens or len(request.stop_set) > MAX_STOPS)
+
+
+class SteadyRows:
+    """The steady requests of a scheduler: a member has a row in every step.
+
+    While a request is a member, `num_tokens`, `num_in_flight`, `num_computed`, `last_step` and `output_token_ids` of it
+    are those of when it was last opened. A member has computed all of its tokens but the last one: `num_computed` is
+    num_tokens + num_in_flight - 1.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self._members: list[Request | None] = [None] * num_slots  # by slot, as are all columns
+        self.size = 0
+        self._generation: Int64 = np.full(num_slots, NONE, dtype=np.int64)  # NONE: no member, or an opened one
+        self._total: Int64 = np.zeros(num_slots, dtype=np.int64)  # tokens, those in flight included
+        self._known: Int64 = np.zeros(num_slots, dtype=np.int64)
+        self._max_len: Int64 = np.zeros(num_slots, dtype=np.int64)
+        self._capacity: Int64 = np.zeros(num_slots, dtype=np.int64)
+        self._alarm: Int64 = np.zeros(num_slots, dtype=np.int64)  # known tokens at which commit looks at the request
+        self._opened: Int64 = np.zeros(num_slots, dtype=np.int64)  # known tokens when it was last opened
+        self._quiet: Bool = np.zeros(num_slots, dtype=np.bool_)
+        self._stops: Int32 = np.full((num_slots, MAX_STOPS), NONE, dtype=np.int32)
+        self._buffer: Int32 = np.zeros((num_slots, WIDTH), dtype=np.int32)
+        self._order: Int32 | None = None  # members' slots, longest first; None: to be made anew
+        self._handles: tuple[Handle, ...] = ()
+        self.step = NONE  # the last one scheduled; every member has a row in it
+
+    def __contains__(self, request: Request) -> bool:
+        return request.slot >= 0 and self._members[request.slot] is request
+
+    # Members
+
+    def join(self, request: Request, quiet: bool) -> None:
+        """It had a decode row in the step just booked. quiet: no update for a token that ends nothing."""
+        slot, stops = request.slot, request.stop_set
+        assert self._members[slot] is None, f"slot {slot} has a steady row already"
+        total = request.num_tokens + request.num_in_flight
+        assert request.num_computed == total - 1, f"request {request.id} is behind"
+        self._members[slot] = request
+        self._total[slot] = total
+        self._max_len[slot] = request.max_len
+        self._capacity[slot] = request.capacity
+        self._quiet[slot] = quiet
+        self._stops[slot] = NONE
+        self._stops[slot, : len(stops)] = list(stops)
+        self._close(request)
+        self.size += 1
+        self._order = None
+
+    def leave(self, request: Request) -> None:
+        """Nothing happens where it is no member."""
+        slot = request.slot
+        if request not in self:
+            return
+        if self._generation[slot] != NONE:
+            self._open([slot])
+        self._members[slot] = None
+        self.size -= 1
+        self._order = None
+
+    def leave_all(self) -> None:
+        if self.size:
+            self._open([slot for slot in self._slots().tolist() if self._generation[slot] != NONE])
+            self._members = [None] * len(self._members)
+            self.size, self._order = 0, None
+
+    def _open(self, slots: list[int]) -> None:
+        """Brings the members' fields up to date; until `close` the columns of these slots mean nothing."""
+        known, total = self._known[slots], self._total[slots]
+        counts = known - self._opened[slots]
+        each = zip(
+            slots,
+            known.tolist(),
+            total.tolist(),
+            counts.tolist(),
+            self._buffer[slots].tolist(),
+            self._quiet[slots].tolist(),
+            strict=True,
+        )
+        for slot, num_tokens, length, count, tokens, quiet in each:
+            request = self._members[slot]
+            assert request is not None, f"slot {slot} has no steady row"
+            request.output_token_ids += tokens[:count]
+            request.num_tokens, request.num_in_flight = num_tokens, length - num_tokens
+            request.num_computed, request.last_step = length - 1, self.step
+            request.num_untold += count if quiet else 0
+        self._generation[slots] = NONE
+
+    def _close(self, request: Request) -> None:
+        slot, known = request.slot, request.num_tokens
+        self._known[slot] = self._opened[slot] = known
+        self._alarm[slot] = min(request.publish_at, request.max_len - 1, known + WIDTH)
+        self._generation[slot] = request.generation
+
+    # Scheduling
+
+    def due(self) -> tuple[list[Request], list[Request]]:
+        """Members that end by length with what is in flight, and members that need a block for their next row."""
+        slots = self._slots()
+        total = self._total[slots]
+        ending = total >= self._max_len[slots]
+        growing = (total > self._capacity[slots]) & ~ending
+        if not (ending.any() or growing.any()):
+            return [], []
+        return self._of(slots[ending]), self._of(slots[growing])
+
+    def length(self, request: Request) -> int:
+        """Of a member: its tokens, those in flight included; so many does its next row need blocks for."""
+        return int(self._total[request.slot])
+
+    def grown(self, request: Request) -> None:
+        self._capacity[request.slot] = request.capacity
+
+    def advance(self) -> tuple[Int32, Int32]:
+        """A row of the next step for each member -> (slots, starts), int32 each, longest first, then by slot."""
+        slots = self._slots()
+        total = self._total[slots]
+        self._total[slots] = total + 1
+        return slots, (total - 1).astype(np.int32)
+
+    def handles(self) -> tuple[Handle, ...]:
+        """Of the rows that `advance` gave."""
+        return self._handles
+
+    def _slots(self) -> Int32:
+        if self._order is None:
+            members = [request for request in self._members if request is not None]
+            slots = np.array([request.slot for request in members], dtype=np.int32)
+            order = longest_first(self._total[slots], slots)
+            self._order = slots[order]
+            self._handles = tuple([(members[i], members[i].generation) for i in order.tolist()])
+        return self._order
+
+    def _of(self, slots: Int32) -> list[Request]:
+        return [self._members[slot] for slot in slots.tolist()]
+
+    # Results
+
+    def commit(self, step: ScheduledStep, result: StepResult) -> tuple[list[Update], list[int]]:
+        """Takes in what brings members a token and nothing else.
+
+        Returns:
+            their updates, without the quiet ones'; the other rows, to be looked at one by one: members among them are
+            open, until `close`.
+        """
+        slots, counts = step.plan.slots, result.counts
+        if not self.size:
+            return [], list(range(len(slots)))
+        whole = len(result.token_ids) == len(slots) and bool((counts == 1).all())
+        tokens = result.token_ids if whole else _first_tokens(result)
+        members = self._generation[slots] == step.generations
+        plain = members & (self._known[slots] < self._alarm[slots])
+        plain &= (tokens[:, None] != self._stops[slots]).all(axis=1)
+        plain &= result.failed == 0
+        if not whole:
+            plain &= counts == 1
+        rows: Any = slice(None)
+        others: list[int] = []
+        if not plain.all():
+            rows, others = np.flatnonzero(plain), np.flatnonzero(~plain).tolist()
+            self._open(slots[members & ~plain].tolist())
+        self._append(slots[rows], tokens[rows])
+        loud = plain & ~self._quiet[slots]
+        return (_updates(step.rows, np.flatnonzero(loud).tolist(), tokens.tolist()) if loud.any() else []), others
+
+    def _append(self, slots: Int32, tokens: Int32) -> None:
+        known = self._known[slots]
+        self._buffer[slots, known - self._opened[slots]] = tokens
+        self._known[slots] = known + 1
+
+    def close(self, request: Request) -> None:
+        """What happened to an opened member is over; if it is still one, its columns stand again."""
+        if request in self:
+            self._close(request)
+
+    # Invariants
+
+    def check(self, num_steps: int) -> None:
+        """num_steps: those in flight."""
+        members = [(slot, request) for slot, request in enumerate(self._members) if request is not None]
+        assert self.size == len(members)
+        assert (self._generation == [NONE if r is None else r.generation for r in self._members]).all()
+        for slot, request in members:
+            known, total = int(self._known[slot]), int(self._total[slot])
+            assert request.slot == slot and request.num_tokens == self._opened[slot]
+            assert request.num_tokens <= known <= total <= request.max_len
+            assert total - known <= num_steps
+            assert total - 1 <= request.capacity == self._capacity[slot]
+            assert known - request.num_tokens <= WIDTH and known <= max(self._alarm[slot], request.num_tokens)
+
+
+def _first_tokens(result: StepResult) -> Int32:
+    """[B]: each row's first token, NONE for rows without."""
+    tokens = np.full(len(result.counts), NONE, dtype=np.int32)
+    some = result.counts > 0
+    tokens[some] = result.token_ids[(np.cumsum(result.counts) - result.counts)[some]]
+    return tokens
+
+
+def _updates(rows: Sequence[Handle], which: list[int], tokens: list[int]) -> list[Update]:
+    new = tuple.__new__  # Update's own is slower
+    return [new(Update, (rows[i][0], (tokens[i],), None, None, None, None, 0, None)) for i in which]

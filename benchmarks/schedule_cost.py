@@ -2,15 +2,16 @@
 
     python benchmarks/schedule_cost.py [--steps 400] [--running 1 64 256]
 
-The device is left out: results are made before the clock runs. Three figures each: the plain decode step; the same
-while requests end and enter (each output has 64 tokens); and with a log-prob wanted at every token. The clock is the
-thread's CPU time.
+The device is left out: results are made before the clock runs. Four figures each: the plain decode step of requests
+that are told at the end; of requests that are told each token; the first while requests end and enter (each output has
+64 tokens); and with a log-prob wanted at every token. The clock is the thread's CPU time.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,12 @@ from nanoengine.core.scheduling.scheduler import ScheduledStep, Scheduler, Sched
 from nanoengine.core.step import LogprobRows, StepResult, f32, i32
 
 PROMPT_LEN, BLOCK_SIZE = 128, 16
+CASES: dict[str, dict[str, Any]] = {
+    "decode": {},
+    "decode, each token told": {"quiet": False},
+    "churn": {"output_len": 64},
+    "decode, logprobs": {"logprobs": 0, "quiet": False},
+}
 
 
 def make_scheduler(running: int, max_len: int) -> Scheduler:
@@ -29,7 +36,7 @@ def make_scheduler(running: int, max_len: int) -> Scheduler:
     return Scheduler(config, BlockManager(1, num_blocks, BLOCK_SIZE, True))
 
 
-def add(scheduler: Scheduler, number: int, max_tokens: int, logprobs: int | None) -> None:
+def add(scheduler: Scheduler, number: int, max_tokens: int, logprobs: int | None, quiet: bool) -> None:
     rng = np.random.default_rng(number)
     scheduler.add(
         Request(
@@ -40,6 +47,7 @@ def add(scheduler: Scheduler, number: int, max_tokens: int, logprobs: int | None
             seed=0,
             sample_index=0,
             arrival=number,
+            quiet=quiet,
         )
     )
 
@@ -64,7 +72,9 @@ def result_of(step: ScheduledStep, logprobs: int | None) -> StepResult:
     )
 
 
-def measure(running: int, steps: int, output_len: int | None, logprobs: int | None = None) -> tuple[float, float]:
+def measure(
+    running: int, steps: int, output_len: int | None = None, logprobs: int | None = None, quiet: bool = True
+) -> tuple[float, float]:
     """-> (mean microseconds of schedule(), of commit()) a step."""
     max_tokens = output_len or steps + 200
     scheduler = make_scheduler(running, PROMPT_LEN + max_tokens + 1)
@@ -73,7 +83,8 @@ def measure(running: int, steps: int, output_len: int | None, logprobs: int | No
     for i in range(steps + warm):
         while len(scheduler.running) + len(scheduler.waiting) < running:
             # Staggered, so that churn is spread over the steps.
-            add(scheduler, added, 1 + added % max_tokens if output_len and added < running else max_tokens, logprobs)
+            length = 1 + added % max_tokens if output_len and added < running else max_tokens
+            add(scheduler, added, length, logprobs, quiet)
             added += 1
         start = time.thread_time_ns()
         step = scheduler.schedule()
@@ -96,8 +107,8 @@ def main() -> None:
     args = parser.parse_args()
     print(f"{'running':>8} {'case':<28} {'schedule':>9} {'commit':>9} {'sum us':>9}")
     for running in args.running:
-        for case, output_len, logprobs in (("decode", None, None), ("churn", 64, None), ("decode, logprobs", None, 0)):
-            schedule, commit = measure(running, args.steps, output_len, logprobs)
+        for case, options in CASES.items():
+            schedule, commit = measure(running, args.steps, **options)
             print(f"{running:>8} {case:<28} {schedule:>9.1f} {commit:>9.1f} {schedule + commit:>9.1f}")
 
 

@@ -326,6 +326,7 @@ class Engine:
                 arrival=ordinal,
                 priority=priority,
                 cache_key=(params.cache_salt or "").encode(),
+                quiet=state.final_only and not params.stop,
             )
             try:
                 self.scheduler.add(request)
@@ -368,7 +369,7 @@ class Engine:
             self._booking = False
             self._watch.launched(step)
             now = time.monotonic()
-            for request, _ in step.rows:
+            for request, _ in step.rows[step.plan.num_decode_rows :]:  # a request's first row is a prefill row
                 state = self._known.get(request.parent)
                 if state is not None:  # a sibling's host stage may just have failed it
                     state.scheduled(now)

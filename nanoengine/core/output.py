@@ -16,6 +16,7 @@ from nanoengine.core.request import (
     RequestOutput,
 )
 from nanoengine.core.sampling_params import ResolvedParams
+from nanoengine.core.scheduling.ending import take_untold
 from nanoengine.core.scheduling.scheduler import Update
 from nanoengine.core.step import ROW_BAD_LOGITS, LogprobRows
 from nanoengine.core.text import IncrementalDetokenizer, Tokenizer
@@ -25,22 +26,30 @@ Logprobs = dict[int, Logprob]
 
 @dataclass(slots=True)
 class SampleState:
-    """What was gathered of one sample. num_tokens: of its tokens, those that were taken in: a stop string may end it
-    amid the tokens of one step."""
+    """What was gathered of one sample. token_ids: those that were taken in: a stop string may end it amid the tokens of
+    one update. The request's own list is not up to date while it is a steady row."""
 
     request: Request
     detokenizer: IncrementalDetokenizer | None
     logprobs: list[Logprobs] | None
-    num_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+
+    def take_untold(self) -> None:
+        """The tokens of a quiet request that ends between two updates; it has no stop strings."""
+        if self.request.num_untold:
+            new = take_untold(self.request)
+            self.token_ids += new
+            if self.detokenizer is not None:
+                self.detokenizer.push(new)
 
     def output(self, index: int) -> CompletionOutput:
         return CompletionOutput(
             index=index,
             text=self.detokenizer.text if self.detokenizer is not None else "",
-            token_ids=tuple(self.request.output_token_ids[: self.num_tokens]),
+            token_ids=tuple(self.token_ids),
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             cumulative_logprob=None if self.logprobs is None else self.cumulative_logprob,
@@ -97,7 +106,7 @@ class RequestState:
             first_scheduled=self.first_scheduled,
             first_token=self.first_token,
             finished=self.finished,
-            num_generated=sum(s.num_tokens for s in self.samples),
+            num_generated=sum(len(s.token_ids) for s in self.samples),
         )
 
 
@@ -156,7 +165,7 @@ class OutputProcessor:
         touched: dict[str, RequestState] = {}
         for update in updates:
             state = known.get(update.request.parent)
-            if state is None or any(state is b for b, _ in broken):
+            if state is None or (broken and any(state is b for b, _ in broken)):
                 continue
             if update.failed or update.error is not None:
                 broken.append((state, update.error or _row_error(update)))
@@ -171,6 +180,7 @@ class OutputProcessor:
         """The last output of an aborted request: what it has so far."""
         for sample in state.samples:
             if sample.finish_reason is None:
+                sample.take_untold()
                 sample.finish_reason = "abort"
                 if sample.detokenizer is not None:
                     sample.detokenizer.finish(None)
@@ -178,6 +188,9 @@ class OutputProcessor:
         return [state.output()]
 
     def failed(self, state: RequestState, error: RequestError, now: float) -> RequestOutput:
+        for sample in state.samples:
+            if sample.finish_reason is None:
+                sample.take_untold()
         state.finished = now
         return state.output(error)
 
@@ -191,13 +204,13 @@ class OutputProcessor:
         if state.first_token is None:
             state.first_token = now
         sample.finish_reason, sample.stop_reason = update.finish_reason, update.stop_reason
-        before = sample.num_tokens
+        before = len(sample.token_ids)
         stopped = sample.detokenizer is not None and _push_text(sample, update)
-        sample.num_tokens = before + len(update.new_token_ids)
+        sample.token_ids += update.new_token_ids
         if stopped and sample.detokenizer is not None:
-            sample.num_tokens = sample.detokenizer.num_tokens
+            del sample.token_ids[sample.detokenizer.num_tokens :]
         if sample.logprobs is not None and update.sampled_logprobs is not None:
-            kept = sample.num_tokens - before
+            kept = len(sample.token_ids) - before
             sample.logprobs += self._logprobs(update.sampled_logprobs)[:kept]
             sample.cumulative_logprob += float(update.sampled_logprobs.logprobs[:kept].sum())
         return stopped and update.finish_reason is None

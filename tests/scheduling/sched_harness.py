@@ -84,7 +84,7 @@ class Loop:
             max_model_len=max_model_len,
             enable_prefix_caching=caching,
             policy=policy,
-            steady_rows=steady,
+            steady_rows=1 if steady else max_num_seqs + 1,
         )
         extra = {} if hash_fn is None else {"hash_fn": hash_fn}
         self.blocks = blocks(groups, num_blocks + 1, block_size, caching, **extra)

@@ -151,12 +151,15 @@ class BlockManager:
     def grow(self, request: Request, num_tokens: int) -> bool:
         """Appends blocks until they hold `num_tokens`; False, and nothing taken, where a pool has too few."""
         missing = self.blocks_for(num_tokens) - len(request.block_ids[0])
-        if missing > self.free_blocks:
-            return False
+        if missing <= 0:
+            return True
+        for pool in self._pools:
+            if missing > pool.num_free:
+                return False
         for pool, table in zip(self._pools, request.block_ids, strict=True):
             for _ in range(missing):
                 table.append(pool.take())
-        request.capacity += max(0, missing) * self.block_size
+        request.capacity += missing * self.block_size
         return True
 
     def release(self, request: Request) -> None:
@@ -178,15 +181,21 @@ class BlockManager:
         out: list[Published] = []
         while request.publish_at <= num_tokens:
             i = request.publish_at // self.block_size - 1
-            self._hash_blocks(request, i + 1)
+            tokens, hashes = self._tokens(request, i), request.block_hashes
+            if len(hashes) == i and i:
+                hashes.append(self._hash(hashes[-1] + tokens + request.cache_key))
+            else:
+                self._hash_blocks(request, i + 1)
             request.publish_at += self.block_size
             for group, pool in enumerate(self._pools):
-                if not self._publish_block(request, group, pool, i, out):
+                if not self._publish_block(request, group, pool, i, tokens, out):
                     request.publish_at = sys.maxsize
         return out
 
-    def _publish_block(self, request: Request, group: int, pool: Pool, i: int, out: list[Published]) -> bool:
-        key, parent, tokens = request.block_hashes[i], request.chain[group], self._tokens(request, i)
+    def _publish_block(
+        self, request: Request, group: int, pool: Pool, i: int, tokens: bytes, out: list[Published]
+    ) -> bool:
+        key, parent = request.block_hashes[i], request.chain[group]
         equal = pool.find(key, parent, tokens)
         if equal is not None:
             request.chain[group] = _uid(pool, equal)
@@ -218,13 +227,15 @@ class BlockManager:
 
     def _tokens(self, request: Request, i: int) -> bytes:
         """Known tokens of block `i`, int32 bytes."""
-        size, width = self.block_size, array("i").itemsize
-        start, end = i * size, (i + 1) * size
+        start, end = i * self.block_size, (i + 1) * self.block_size
+        after = start - request.prompt_len
+        if after >= 0:
+            return array("i", request.output_token_ids[after : after + self.block_size]).tobytes()
+        width = array("i").itemsize
         own = request.prompt_bytes[start * width : end * width]
         if end <= request.prompt_len:
             return own
-        outputs = request.output_token_ids[max(0, start - request.prompt_len) : end - request.prompt_len]
-        return own + array("i", outputs).tobytes()
+        return own + array("i", request.output_token_ids[: end - request.prompt_len]).tobytes()
 
     def _hash_blocks(self, request: Request, num_blocks: int) -> None:
         hashes = request.block_hashes

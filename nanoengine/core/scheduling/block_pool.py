@@ -49,7 +49,8 @@ class Pool:
         block = self.next[0]
         assert block, "take() from an empty pool"
         self._unlink(block)
-        self.forget(block)
+        if self.entries[block] is not None:
+            self.forget(block)
         self.refs[block] = 1
         return block
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from nanoengine.core.request import Request
 from nanoengine.core.step import (
     BlockAppends,
+    BlockCopies,
     Bool,
     Int32,
     NewSlots,
@@ -91,9 +92,10 @@ def build_plan(
     logits, rows, sampled, tops = _logits(num_decode, picks.prefill)
     return StepPlan(
         step=step,
-        new=_new_slots(new) if new else NewSlots(),
+        new=_new_slots(new) if new else _NO_SLOTS,
         columns=_stage_columns(new, host_values) if new or host_values else (),
-        appends=_appends(grown) if grown else BlockAppends(),
+        appends=_appends(grown) if grown else _NO_APPENDS,
+        copies=_NO_COPIES,
         slots=slots,
         num_decode_rows=num_decode,
         query_lens=lens,
@@ -103,6 +105,9 @@ def build_plan(
         sampled=sampled,
         prompt_logprobs=tops,
     )
+
+
+_NO_SLOTS, _NO_APPENDS, _NO_COPIES = NewSlots(), BlockAppends(), BlockCopies()  # most steps have none
 
 
 def _decode_rows(picks: Picks, steady: tuple[Int32, Int32] | None) -> tuple[Int32, Int32]:

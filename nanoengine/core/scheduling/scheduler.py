@@ -58,7 +58,6 @@ class Scheduler:
         self._preempted: list[Preemption] = []  # since the last step
         self._num_host = 0  # live requests with host-token stages
         self._next_step = self._added = 0
-        self._tell_each = False
 
     # The outside's wishes
 
@@ -95,14 +94,6 @@ class Scheduler:
         """
         updates, self._pending = self._pending, []
         return updates
-
-    def tell_each(self, wanted: bool) -> None:
-        """From the next step on, updates tell each token when it comes, quiet requests' too."""
-        self._tell_each = wanted
-        if wanted:
-            self._steady.leave_all()
-            untold = [request for request in (*self.running, *self.waiting) if request.num_untold]
-            self._pending += [Update(request, take_untold(request)) for request in untold]
 
     # Scheduling
 
@@ -164,10 +155,7 @@ class Scheduler:
         ending, growing = steady.due()
         for request in ending:
             steady.leave(request)
-        rest: list[Request] = []
-        if growing or steady.size < len(self.running):
-            wanted = set(growing)
-            rest = [request for request in self.running if request in wanted or request not in steady]
+        rest = steady.others(self.running, growing)
         tokens, missing = steady.size, len(growing)
         for request in rest:
             if request not in steady:
@@ -312,16 +300,16 @@ class Scheduler:
         self._stats.chunks += len(step.sampled) - sum(step.sampled)
         self._stats.mixed_steps += bool(plan.num_decode_rows and picks.prefill)
         self._steady.step = number
-        if picks.decode and self._is_calm(draft):
+        if picks.decode and plan.num_decode_rows >= self.config.steady_rows and self._is_calm(draft):
             for request in picks.decode:
                 if request not in draft.new and may_be_steady(request):
-                    self._steady.join(request, request.quiet and not self._tell_each)
+                    self._steady.join(request)
         return step
 
     def _is_calm(self, draft: Draft) -> bool:
         """Whether decode rows are likely to stay: who becomes steady and leaves at once costs more than it saves."""
         short = self._suspects or draft.preempted or self._resume is not None
-        return self.config.steady_rows and not short and self.blocks.free_blocks >= len(self.running)
+        return not short and self.blocks.free_blocks >= len(self.running)
 
     # Results
 
@@ -338,15 +326,20 @@ class Scheduler:
         return updates
 
     def _commit_rows(self, step: ScheduledStep, result: StepResult, which: list[int], updates: list[Update]) -> None:
-        plan = step.plan
-        tokens, counts = result.token_ids.tolist(), result.counts.tolist()
-        firsts, failures = offsets_of(result.counts).tolist(), result.failed.tolist()
-        ends = (plan.starts + plan.query_lens).tolist()
-        drawn, prompts = cut(result.sampled_logprobs, len(counts)), cut(result.prompt_logprobs, len(counts))
+        plan, num_rows = step.plan, len(step.rows)
+        tokens = result.token_ids.tolist()
+        drawn, prompts = cut(result.sampled_logprobs, num_rows), cut(result.prompt_logprobs, num_rows)
         plain = not (drawn or prompts)
-        for row in which:
-            (request, generation), count, failure, end = step.rows[row], counts[row], failures[row], ends[row]
-            first, at = firsts[row], firsts[row + 1]
+        each = zip(
+            which,
+            offsets_of(result.counts)[which].tolist(),
+            result.counts[which].tolist(),
+            result.failed[which].tolist(),
+            (plan.starts[which] + plan.query_lens[which]).tolist(),
+            strict=True,
+        )
+        for row, first, count, failure, end in each:
+            request, generation = step.rows[row]
             if request.status is _FINISHED:
                 continue
             if step.sampled[row]:
@@ -364,7 +357,7 @@ class Scheduler:
                 if plain and count == 1:
                     update = append_token(request, tokens[first])
                 else:
-                    update = append_tokens(request, tokens[first:at], drawn.get(row), told)
+                    update = append_tokens(request, tokens[first : first + count], drawn.get(row), told)
                 updates.append(update)
                 if update.finish_reason is not None:
                     self._remove(request)

@@ -17,7 +17,7 @@ from nanoengine.core.request import Request
 from nanoengine.core.scheduling.messages import ScheduledStep, Update
 from nanoengine.core.scheduling.plan_builder import longest_first
 from nanoengine.core.scheduling.roster import Handle
-from nanoengine.core.step import Bool, Int32, Int64, StepResult
+from nanoengine.core.step import Bool, Int32, Int64, StepResult, i32
 
 WIDTH = 64  # tokens a row may have in the buffer
 MAX_STOPS = 8  # stop ids of a steady row; who has more is looked at one by one
@@ -50,10 +50,12 @@ class SteadyRows:
         self._alarm: Int64 = np.zeros(num_slots, dtype=np.int64)  # known tokens at which commit looks at the request
         self._opened: Int64 = np.zeros(num_slots, dtype=np.int64)  # known tokens when it was last opened
         self._quiet: Bool = np.zeros(num_slots, dtype=np.bool_)
-        self._stops: Int32 = np.full((num_slots, MAX_STOPS), NONE, dtype=np.int32)
+        self._stops: Int32 = np.full((MAX_STOPS, num_slots), NONE, dtype=np.int32)
+        self._num_stops = 0  # the most that a member had so far
         self._buffer: Int32 = np.zeros((num_slots, WIDTH), dtype=np.int32)
-        self._order: Int32 | None = None  # members' slots, longest first; None: to be made anew
-        self._handles: tuple[Handle, ...] = ()
+        self._order: Int32 = np.zeros(0, dtype=np.int32)  # members' slots, longest first
+        self._joined: list[int] = []  # slots that have yet to be sorted in
+        self._handles: tuple[Handle, ...] | None = None  # in that order; None: to be made when asked for
         self.step = NONE  # the last one scheduled; every member has a row in it
 
     def __contains__(self, request: Request) -> bool:
@@ -61,8 +63,8 @@ class SteadyRows:
 
     # Members
 
-    def join(self, request: Request, quiet: bool) -> None:
-        """It had a decode row in the step just booked. quiet: no update for a token that ends nothing."""
+    def join(self, request: Request) -> None:
+        """It had a decode row in the step just booked."""
         slot, stops = request.slot, request.stop_set
         assert self._members[slot] is None, f"slot {slot} has a steady row already"
         total = request.num_tokens + request.num_in_flight
@@ -71,12 +73,13 @@ class SteadyRows:
         self._total[slot] = total
         self._max_len[slot] = request.max_len
         self._capacity[slot] = request.capacity
-        self._quiet[slot] = quiet
-        self._stops[slot] = NONE
-        self._stops[slot, : len(stops)] = list(stops)
+        self._quiet[slot] = request.quiet
+        self._stops[:, slot] = NONE
+        self._stops[: len(stops), slot] = list(stops)
+        self._num_stops = max(self._num_stops, len(stops))
         self._close(request)
         self.size += 1
-        self._order = None
+        self._joined.append(slot)
 
     def leave(self, request: Request) -> None:
         """Nothing happens where it is no member."""
@@ -87,13 +90,14 @@ class SteadyRows:
             self._open([slot])
         self._members[slot] = None
         self.size -= 1
-        self._order = None
+        order = self._slots()
+        self._order, self._handles = order[order != slot], None
 
     def leave_all(self) -> None:
         if self.size:
             self._open([slot for slot in self._slots().tolist() if self._generation[slot] != NONE])
             self._members = [None] * len(self._members)
-            self.size, self._order = 0, None
+            self.size, self._order, self._handles = 0, self._order[:0], None
 
     def _open(self, slots: list[int]) -> None:
         """Brings the members' fields up to date; until `close` the columns of these slots mean nothing."""
@@ -104,7 +108,7 @@ class SteadyRows:
             known.tolist(),
             total.tolist(),
             counts.tolist(),
-            self._buffer[slots].tolist(),
+            self._buffer[slots, : counts.max(initial=0)].tolist(),
             self._quiet[slots].tolist(),
             strict=True,
         )
@@ -122,6 +126,13 @@ class SteadyRows:
         self._known[slot] = self._opened[slot] = known
         self._alarm[slot] = min(request.publish_at, request.max_len - 1, known + WIDTH)
         self._generation[slot] = request.generation
+
+    def others(self, running: Sequence[Request], wanted: Sequence[Request]) -> list[Request]:
+        """Of `running`, in its order, who is no member, and the members in `wanted`."""
+        if not wanted and self.size == len(running):
+            return []
+        members, also = self._members, set(wanted)
+        return [request for request in running if members[request.slot] is not request or request in also]
 
     # Scheduling
 
@@ -151,15 +162,15 @@ class SteadyRows:
 
     def handles(self) -> tuple[Handle, ...]:
         """Of the rows that `advance` gave."""
+        if self._handles is None:
+            self._handles = tuple([(request, request.generation) for request in self._of(self._order)])
         return self._handles
 
     def _slots(self) -> Int32:
-        if self._order is None:
-            members = [request for request in self._members if request is not None]
-            slots = np.array([request.slot for request in members], dtype=np.int32)
-            order = longest_first(self._total[slots], slots)
-            self._order = slots[order]
-            self._handles = tuple([(members[i], members[i].generation) for i in order.tolist()])
+        if self._joined:
+            slots = np.concatenate([self._order, i32(self._joined)])
+            self._order, self._handles = slots[longest_first(self._total[slots], slots)], None
+            self._joined.clear()
         return self._order
 
     def _of(self, slots: Int32) -> list[Request]:
@@ -181,7 +192,8 @@ class SteadyRows:
         tokens = result.token_ids if whole else _first_tokens(result)
         members = self._generation[slots] == step.generations
         plain = members & (self._known[slots] < self._alarm[slots])
-        plain &= (tokens[:, None] != self._stops[slots]).all(axis=1)
+        for stops in self._stops[: self._num_stops]:
+            plain &= tokens != stops[slots]
         plain &= result.failed == 0
         if not whole:
             plain &= counts == 1
@@ -202,6 +214,7 @@ class SteadyRows:
     def close(self, request: Request) -> None:
         """What happened to an opened member is over; if it is still one, its columns stand again."""
         if request in self:
+            assert self._generation[request.slot] == NONE, f"request {request.id} was not opened"
             self._close(request)
 
     # Invariants
@@ -210,6 +223,7 @@ class SteadyRows:
         """num_steps: those in flight."""
         members = [(slot, request) for slot, request in enumerate(self._members) if request is not None]
         assert self.size == len(members)
+        assert sorted([*self._order.tolist(), *self._joined]) == [slot for slot, _ in members]
         assert (self._generation == [NONE if r is None else r.generation for r in self._members]).all()
         for slot, request in members:
             known, total = int(self._known[slot]), int(self._total[slot])

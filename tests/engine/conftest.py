@@ -1,0 +1,13 @@
+"""Small engines of tests do what large ones do."""
+
+from __future__ import annotations
+
+import pytest
+
+from nanoengine.core.scheduling.messages import SchedulerConfig
+
+
+@pytest.fixture(autouse=True)
+def few_rows_are_steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode rows become columns however few they are."""
+    monkeypatch.setitem(SchedulerConfig.__init__.__kwdefaults__, "steady_rows", 1)

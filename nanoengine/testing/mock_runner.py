@@ -24,6 +24,7 @@ from nanoengine.core.step import (
     StepResult,
     f32,
     i32,
+    num_slots,
     offsets_of,
 )
 
@@ -111,12 +112,13 @@ class MockRunner:
         self.vocab, self.block_size = vocab, block_size
         self.kv = garbage.integers(1, 1 << 63, (groups, num_blocks, block_size), dtype=np.uint64)
         width = -(-max_model_len // block_size)
-        self.block_tables = garbage.integers(0, num_blocks, (groups, max_num_seqs, width), dtype=np.int32)
-        self.token_ids = garbage.integers(0, vocab, (max_num_seqs, max_model_len + 1), dtype=np.int32)
-        self.lengths = np.zeros(max_num_seqs, dtype=np.int32)  # known and sampled tokens
-        self.computed = np.zeros(max_num_seqs, dtype=np.int32)
-        self.slots: list[dict[str, Any]] = [{} for _ in range(max_num_seqs)]
-        self.columns: list[dict[tuple[str, str], int]] = [{} for _ in range(max_num_seqs)]
+        slots = num_slots(max_num_seqs)
+        self.block_tables = garbage.integers(0, num_blocks, (groups, slots, width), dtype=np.int32)
+        self.token_ids = garbage.integers(0, vocab, (slots, max_model_len + 1), dtype=np.int32)
+        self.lengths = np.zeros(slots, dtype=np.int32)  # known and sampled tokens
+        self.computed = np.zeros(slots, dtype=np.int32)
+        self.slots: list[dict[str, Any]] = [{} for _ in range(slots)]
+        self.columns: list[dict[tuple[str, str], int]] = [{} for _ in range(slots)]
         self.fail_row: Callable[[StepPlan, int], int] = lambda plan, row: ROW_FINE
         """Test hook: the `failed` code of a row."""
         self._results: deque[StepResult] = deque()

@@ -48,7 +48,7 @@ from nanoengine.core.setup.choose import load_checked
 from nanoengine.core.setup.options import EngineOptions
 from nanoengine.core.setup.plan import EnginePlan, TargetLoader
 from nanoengine.core.startup import StartClock
-from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, StageColumn, StepPlan
+from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, StageColumn, StepPlan, num_slots
 from nanoengine.kernels.ops import Ops, ops_for
 
 
@@ -187,13 +187,13 @@ class ModelRunner:
     def _make_tables(self) -> None:
         limits, options = batch_limits(self.plan.options), self.plan.options
         slot_limits = SlotLimits(
-            max_slots=options.max_num_seqs,
+            max_slots=num_slots(options.max_num_seqs),
             max_model_len=limits.max_model_len,
             vocab_size=self.vocab_size,
             num_groups=len(self.groups),
             max_blocks=limits.max_blocks,
         )
-        ctx = StageContext(options.max_num_seqs, self.vocab_size, limits.max_model_len, self.device)
+        ctx = StageContext(slot_limits.max_slots, self.vocab_size, limits.max_model_len, self.device)
         stages = build_stages(self.plan.stages, self.loader, ctx)
         self.failed_stages = stages.failed
         self.tables = SlotTables(slot_limits, [plan for plan, _ in stages.working], self.device, fused=self.fused)

@@ -17,7 +17,7 @@ class Draft:
     """picks: request -> tokens it gets. new: admitted request -> tokens that the prefix cache holds. grown: request
     -> index of its first block that the device does not know. writers: hash of a prompt block that this step
     completes -> the request that computes it. preempted: somebody had to yield. steady: all steady rows have a token,
-    too.
+    too. ending: requests whose last token is in flight: they get no row, and leave their place to others.
     """
 
     budget: int
@@ -28,6 +28,7 @@ class Draft:
     host_values: ColumnValues = field(default_factory=dict)
     preempted: bool = False
     steady: bool = False
+    ending: int = 0
 
     def admit(self, request: Request, num_new: int, cached: int, blocks: BlockManager) -> None:
         self.picks[request] = num_new

@@ -30,7 +30,7 @@ from nanoengine.core.scheduling.plan_builder import advance, build_plan
 from nanoengine.core.scheduling.policy import Policy, make_policy
 from nanoengine.core.scheduling.roster import Roster
 from nanoengine.core.scheduling.steady import Rows, SteadyRows, may_be_steady
-from nanoengine.core.step import StepResult, offsets_of
+from nanoengine.core.step import StepResult, num_slots, offsets_of
 
 __all__ = ["ScheduledStep", "Scheduler", "SchedulerConfig", "SchedulerStats", "Update"]
 
@@ -48,9 +48,9 @@ class Scheduler:
         self.blocks = blocks
         self.policy = policy or make_policy(config.policy)
         self._stats = SchedulerStats()
-        self._roster = Roster(config.max_num_seqs, self.policy)
+        self._roster = Roster(num_slots(config.max_num_seqs), self.policy)
         self.waiting, self.running = self._roster.waiting, self._roster.running
-        self._steady = SteadyRows(config.max_num_seqs)
+        self._steady = SteadyRows(num_slots(config.max_num_seqs))
         self._in_flight: dict[int, ScheduledStep] = {}  # by step number, oldest first
         self._resume: Request | None = None  # the first one that the last budget had nothing left for
         self._suspects: set[Request] = set()
@@ -123,9 +123,11 @@ class Scheduler:
                 self._grow_steady(request, draft)
                 continue
             total = request.num_tokens + request.num_in_flight
+            if total >= request.max_len:  # ends by length once its token in flight is committed
+                draft.ending += 1
+                continue
             if (
-                total >= request.max_len  # ends by length once its token in flight is committed
-                or request.status is not _RUNNING  # preempted by one before it
+                request.status is not _RUNNING  # preempted by one before it
                 or (request.host_tokens and request.last_step in in_flight)
                 or (suspects and request in suspects)
             ):
@@ -212,11 +214,12 @@ class Scheduler:
         Those are bounded: no more than `max_num_seqs` are looked at beyond the admitted ones.
         """
         waiting, free_slots = self.waiting, self._roster.free_slots
-        if not (waiting and free_slots and draft.budget):
+        places = self.config.max_num_seqs - (len(self.running) - draft.ending)
+        if not (waiting and free_slots and draft.budget and places > 0):
             return
         draft.note_writers(self.blocks)
         at = 0
-        while at < len(waiting) and at < self.config.max_num_seqs and free_slots and draft.budget:
+        while at < len(waiting) and at < self.config.max_num_seqs and free_slots and draft.budget and places > 0:
             request = waiting[at]
             if request.num_in_flight or request.last_step in self._in_flight:
                 return
@@ -227,6 +230,8 @@ class Scheduler:
                 at += 1
             elif not self._admit(request, hits, draft):
                 return
+            else:
+                places -= 1
 
     def _ends_unadmitted(self, request: Request) -> bool:
         """A preempted request whose known tokens alone have outgrown the pool ends here."""

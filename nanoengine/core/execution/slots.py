@@ -195,8 +195,9 @@ class SlotTables:
         if not len(new.slots):
             return
         slots, counts = new.slots.astype(np.int64), np.diff(new.token_offsets)
-        lengths: tuple[npt.NDArray[Any], ...]
-        lengths = (counts, new.num_computed, new.prompt_lens, new.min_lens, new.seeds, new.sample_index)
+        lengths: list[npt.NDArray[Any]] = [
+            counts, new.num_computed, new.prompt_lens, new.min_lens, new.seeds, new.sample_index
+        ]  # fmt: skip
         for name, values in zip(_LENGTHS, lengths, strict=True):
             self.arena.write(self.first[name], slots, values.astype(np.int64))
         self.arena.write(self.first["greedy"], slots, new.greedy.astype(np.int32))

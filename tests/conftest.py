@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,6 +20,16 @@ import_triton()
 torch.set_num_threads(1)
 settings.register_profile("ci", deadline=None, max_examples=60, print_blob=True)
 settings.load_profile("ci")
+
+
+@pytest.fixture
+def forget_modules(tmp_path: Path) -> Iterator[None]:
+    """What the test imports from under its tmp_path is unknown to the tests after it, which may use the same names."""
+    yield
+    for name, module in list(sys.modules.items()):
+        said = getattr(module, "__dict__", {})
+        if any(str(place).startswith(f"{tmp_path}/") for place in (said.get("__file__"), *said.get("__path__", ()))):
+            del sys.modules[name]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -197,14 +196,13 @@ def test_the_source_example(example: Any, tmp_path: Path, monkeypatch: pytest.Mo
     assert said == [f"taking {tmp_path / 'tiny'}"]
 
 
-def test_the_config_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_config_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_modules: None) -> None:
     for file, text in EXAMPLES.items():
         if file.startswith("nanoengine_acme/"):
             (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / file).write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
     registry = discover(extra=[("acme", import_module("nanoengine_acme"))])
-    monkeypatch.delitem(sys.modules, "nanoengine_acme")
     (root,) = [root for root, origin in registry.config_roots if origin.plugin == "acme"]
     (found,) = package_root(root, "acme")
     assert (found.folder / "sampler" / "careful.yaml").is_file()

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +28,22 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_modules: None) -> Callable[[str, str], None]:
     """install("nanoengine-x", code): a distribution on sys.path whose module registers itself by entry point."""
-    site, modules = tmp_path / "site", list[str]()
+    site = tmp_path / "site"
     site.mkdir()
     monkeypatch.syspath_prepend(str(site))
 
     def do(name: str, code: str) -> None:
-        modules.append(name.replace("-", "_"))
-        (site / f"{modules[-1]}.py").write_text(textwrap.dedent(code))
-        info = site / f"{modules[-1]}-1.0.dist-info"
+        module = name.replace("-", "_")
+        (site / f"{module}.py").write_text(textwrap.dedent(code))
+        info = site / f"{module}-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[nanoengine]\nplug = {modules[-1]}\n")
+        (info / "entry_points.txt").write_text(f"[nanoengine]\nplug = {module}\n")
         importlib.invalidate_caches()
 
-    yield do
-    for module in modules:
-        sys.modules.pop(module, None)
+    return do
 
 
 def examined(result: Result) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,16 +18,14 @@ Install = Callable[..., None]
 
 
 @pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_modules: None) -> Install:
     """install("nanoengine-x", code, version="1.0"): a distribution whose one module registers itself by entry point."""
     site = tmp_path / "site"
     site.mkdir()
     monkeypatch.syspath_prepend(str(site))
-    modules: list[str] = []
 
     def do(name: str, code: str, version: str = "1.0", entry: str = "plug") -> None:
         module = name.replace("-", "_")
-        modules.append(module)
         (site / f"{module}.py").write_text(HEAD + textwrap.dedent(code))
         info = site / f"{module}-{version}.dist-info"
         info.mkdir()
@@ -36,9 +33,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         (info / "entry_points.txt").write_text(f"[nanoengine]\n{entry} = {module}\n")
         importlib.invalidate_caches()
 
-    yield do
-    for module in modules:
-        sys.modules.pop(module, None)
+    return do
 
 
 @pytest.fixture

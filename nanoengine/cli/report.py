@@ -14,6 +14,8 @@ from nanoengine.core.errors import ConfigError
 if TYPE_CHECKING:
     from nanoengine.cli.report_data import RunData
 
+_MARK = '<meta name="generator" content="nanoengine report">'
+
 
 def report(
     results: Annotated[
@@ -36,6 +38,8 @@ def report(
         target = output.expanduser() if output is not None else _beside(path)
         if target.absolute() in {each.path.absolute() for each in runs}:
             raise ConfigError(f"--output {target} is the results file, which it would overwrite; give another file")
+        if output is None and target.is_file() and _MARK not in target.read_text(errors="replace")[:2000]:
+            raise ConfigError(f"{target} is there and is no report; give another file by --output")
         text = _page(path, runs)
         try:
             from nanoengine.cli.record import write_whole

@@ -139,6 +139,10 @@ def _rows(path: Path) -> tuple[list[Mapping[str, Any]], int]:
         if not isinstance(row, dict) or not row.keys() >= _ROW_KEYS:
             raise ConfigError(f"{path}, line {number}: this is no row that `nanoengine run` wrote")
         rows[row["index"]] = row
+    if torn and not rows:
+        raise ConfigError(
+            f"{path} holds no row that `nanoengine run` wrote; a trace goes to --trace, beside its results"
+        )
     return [rows[index] for index in sorted(rows)], torn
 
 

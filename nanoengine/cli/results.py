@@ -188,6 +188,8 @@ def check_output(path: str | None, inputs: Mapping[str, str | Path] = MappingPro
     """
     if path is None:
         return False
+    if path == "-":
+        raise ConfigError("output '-' is no file: answers are printed anyway; give a file, or leave output out")
     try:
         there = _check_writable(Path(path).expanduser())
     except (OSError, ValueError, RuntimeError) as error:  # a bad name; a home folder that nobody has
@@ -197,6 +199,17 @@ def check_output(path: str | None, inputs: Mapping[str, str | Path] = MappingPro
         if there and file.exists() and file.samefile(Path(path).expanduser()):
             raise ConfigError(f"output {path} is {what}, which it would overwrite; give another output=")
     return there
+
+
+def check_replaceable(path: str) -> None:
+    """Raises `ConfigError` where more than rows would be lost. Pipes and devices hold nothing."""
+    target = Path(path).expanduser()
+    if not target.is_file():
+        return
+    with target.open("rb") as file:
+        first = file.readline()
+    if first.strip() and not first.startswith(b'{"index":'):
+        raise ConfigError(f"output {path} is there and holds no results of a run; give another output=, or delete it")
 
 
 def _check_writable(target: Path) -> bool:

@@ -16,11 +16,13 @@ from nanoengine.core.setup.prompts import Prompt
 
 @dataclass(frozen=True, slots=True)
 class Earlier:
-    """`record`: of that run. `rows`: those to keep, as they stand in the file. `done`: indices of their prompts."""
+    """`record`: of that run. `rows`: those to keep, as they stand in the file. `done`: indices of their prompts.
+    `dropped`: finished rows whose prompts are asked no more, or otherwise."""
 
     record: Record
     rows: Sequence[bytes]
     done: frozenset[int]
+    dropped: int = 0
 
 
 def earlier_run(config: RunConfig, prompts: Sequence[Prompt]) -> Earlier | None:
@@ -47,11 +49,20 @@ def earlier_run(config: RunConfig, prompts: Sequence[Prompt]) -> Earlier | None:
         )
     check_same_config(record, config, config.output)
     kept: dict[int, bytes] = {}
+    dropped = 0
     for line in path.read_bytes().splitlines(keepends=True):
         index = _answered(line, prompts, config.chat, record)
         if index is not None:
             kept.setdefault(index, line)
-    return Earlier(record, list(kept.values()), frozenset(kept))
+        dropped += index is None and _finished(line)
+    return Earlier(record, list(kept.values()), frozenset(kept), dropped)
+
+
+def _finished(line: bytes) -> bool:
+    try:
+        return json.loads(line)["error"] is None
+    except (ValueError, TypeError, KeyError):
+        return False
 
 
 def _answered(line: bytes, prompts: Sequence[Prompt], chat: bool, record: Record) -> int | None:

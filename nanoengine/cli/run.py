@@ -168,14 +168,17 @@ def _earlier(
     config: RunConfig, prompts: Sequence[Prompt], inputs: Mapping[str, str | Path], resume: bool
 ) -> Earlier | None:
     """What to go on from. Says what becomes of results that are there already."""
-    from nanoengine.cli.results import check_output
+    from nanoengine.cli.results import check_output, check_replaceable
     from nanoengine.cli.resume import earlier_run
 
     there = check_output(config.output, {**inputs, **_prompts_file(config)})
     found = earlier_run(config, prompts) if resume else None
     if found is not None:
         say(f"{config.output}: {len(found.done)} of {len(prompts)} prompts are answered and kept")
+        if found.dropped:
+            say(f"{config.output}: {found.dropped} finished rows answer prompts that are no longer asked, and go")
     elif there and not resume:
+        check_replaceable(config.output or "")
         say(f"{config.output} is there already and will be overwritten")
     return found
 

@@ -192,13 +192,13 @@ def test_a_file_that_another_process_writes_is_left_alone(
     fake: Any, nanoengine: Run, config: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "results.jsonl"
-    path.write_text("its rows\n")
+    path.write_text('{"index": 7}\n')
     with path.open("a") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         result = nanoengine("run", config)
     assert result.exit_code == 2
     assert "cannot write output results.jsonl: another process is writing it" in result.stderr
-    assert path.read_text() == "its rows\n"
+    assert path.read_text() == '{"index": 7}\n'
 
 
 def test_a_file_that_may_grow_no_more_keeps_whole_rows(
@@ -306,3 +306,11 @@ def test_a_resumed_run_draws_what_a_whole_one_draws(
     assert len(rows()) == 4
     again = {row["index"]: row["outputs"][0]["token_ids"] for row in rows()}
     assert (again == whole) is not mutant
+
+
+@pytest.mark.usefixtures("fake")
+def test_rows_of_prompts_that_are_asked_no_more_go_and_it_is_said(nanoengine: Run, config: str) -> None:
+    assert nanoengine("run", config).exit_code == 0
+    result = nanoengine("run", config, "--resume", "prompts=[one]")
+    assert "1 of 1 prompts are answered and kept" in result.stderr
+    assert "2 finished rows answer prompts that are no longer asked, and go" in result.stderr

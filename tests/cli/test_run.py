@@ -155,18 +155,18 @@ def test_each_row_is_on_disk_before_the_next_prompt(
 def test_results_are_written_afresh_and_it_is_said(
     fake: Any, nanoengine: Run, config: Any, rows: Rows, tmp_path: Path
 ) -> None:
-    (tmp_path / "results.jsonl").write_text("old\n")
+    (tmp_path / "results.jsonl").write_text('{"index": 7}\n')
     result = nanoengine("run", config(CONFIG))
     assert "results.jsonl is there already and will be overwritten" in result.stderr
     assert len(rows()) == 3
 
 
 def test_a_model_that_fails_leaves_old_results_alone(fake: Any, nanoengine: Run, config: Any, tmp_path: Path) -> None:
-    (tmp_path / "results.jsonl").write_text("old\n")
+    (tmp_path / "results.jsonl").write_text('{"index": 7}\n')
     fake.failure = ModelSourceError("no such model")
     result = nanoengine("run", config(CONFIG))
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (2, "error: no such model")
-    assert (tmp_path / "results.jsonl").read_text() == "old\n"
+    assert (tmp_path / "results.jsonl").read_text() == '{"index": 7}\n'
 
 
 def test_output_in_a_new_folder(fake: Any, nanoengine: Run, config: Any, tmp_path: Path) -> None:
@@ -314,3 +314,12 @@ def test_a_disk_that_fills_up_keeps_whole_rows(tmp_path: Path, monkeypatch: pyte
 def test_one_prompt_is_no_prompts(fake: Any, nanoengine: Run, config: Any) -> None:
     result = nanoengine("run", config("model: a/b\nprompts: [hello]\n"))
     assert result.stderr.splitlines()[-1].startswith("1 prompt, ")
+
+
+def test_what_holds_no_results_is_not_overwritten(nanoengine: Run, config: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("import this\n")
+    result = nanoengine("run", config(CONFIG), "output=mine.py")
+    assert result.exit_code == 2
+    assert "holds no results of a run" in result.stderr
+    assert (tmp_path / "mine.py").read_text() == "import this\n"
+    assert "'-' is no file" in nanoengine("run", config(CONFIG), "output=-").stderr

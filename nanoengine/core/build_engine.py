@@ -138,6 +138,8 @@ def _scheduler(options: EngineOptions, memory: MemoryReport) -> Scheduler:
         max_model_len=options.max_model_len,
         enable_prefix_caching=options.enable_prefix_caching,
         policy=options.scheduling_policy,
+        steady_rows=options.steady_rows,
+        spare_slots=options.spare_slots,
     )
     blocks = BlockManager(
         groups=memory.num_groups,

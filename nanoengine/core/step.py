@@ -21,13 +21,14 @@ Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
 
-_SPARE_SLOTS = 8
 
+def num_slots(max_num_seqs: int, spare_slots: int) -> int:
+    """Slots of the device tables: `spare_slots` more than a step may have rows, at most twice as many.
 
-def num_slots(max_num_seqs: int) -> int:
-    """Slots of the device tables: a few more than a step may have rows. A request whose last token is in flight has no
-    row any more, but its slot until that token is committed; meanwhile another one takes its place in the batch."""
-    return max_num_seqs + min(max_num_seqs, _SPARE_SLOTS)
+    A request whose last token is in flight has no row any more, but its slot until that token is committed; meanwhile
+    another one takes its place in the batch.
+    """
+    return max_num_seqs + min(max_num_seqs, spare_slots)
 
 
 T = TypeVar("T", bound="_Message")

@@ -100,19 +100,27 @@ class MockRunner:
 
     Args:
         groups, num_blocks, block_size: as of the block manager, the dummy block included.
-        max_num_seqs, max_model_len: sizes of the slot tables.
+        max_num_seqs, max_model_len, spare_slots: sizes of the slot tables.
         vocab: ids are 0 to vocab - 1.
     """
 
     def __init__(
-        self, *, groups: int, num_blocks: int, block_size: int, max_num_seqs: int, max_model_len: int, vocab: int
+        self,
+        *,
+        groups: int,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        vocab: int,
+        spare_slots: int = 8,
     ) -> None:
         assert max_model_len < len(_WEIGHTS)
         garbage = np.random.default_rng(0)
         self.vocab, self.block_size = vocab, block_size
         self.kv = garbage.integers(1, 1 << 63, (groups, num_blocks, block_size), dtype=np.uint64)
         width = -(-max_model_len // block_size)
-        slots = num_slots(max_num_seqs)
+        slots = num_slots(max_num_seqs, spare_slots)
         self.block_tables = garbage.integers(0, num_blocks, (groups, slots, width), dtype=np.int32)
         self.token_ids = garbage.integers(0, vocab, (slots, max_model_len + 1), dtype=np.int32)
         self.lengths = np.zeros(slots, dtype=np.int32)  # known and sampled tokens

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from nanoengine.core.scheduling.messages import SchedulerConfig
+from nanoengine.core.setup.options import EngineOptions
 
 
 @pytest.fixture(autouse=True)
 def few_rows_are_steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decode rows become columns however few they are."""
-    monkeypatch.setitem(SchedulerConfig.__init__.__kwdefaults__, "steady_rows", 1)
+    monkeypatch.setitem(EngineOptions.__init__.__kwdefaults__, "steady_rows", 1)

@@ -174,7 +174,7 @@ def assert_serves(llm: LLM, tokens: int, seqs: int) -> None:
     assert (report.max_num_batched_tokens, report.max_num_seqs) == (tokens, seqs)
     assert (config.max_num_batched_tokens, config.max_num_seqs) == (tokens, seqs)
     assert its.buffers.limits.max_tokens == tokens
-    assert its.tables.limits.max_slots == num_slots(seqs)
+    assert its.tables.limits.max_slots == num_slots(seqs, 8)
     asked = prompts(9, shortest=200, longest=300)
     assert tokens_of(llm.generate(asked, GREEDY, use_tqdm=False)) == [greedy(p, 10) for p in asked]
     assert llm.stats().chunks > 0
@@ -207,7 +207,7 @@ def test_fewer_tokens_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 
 
 def test_then_fewer_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    failing_init(monkeypatch, SlotTables, lambda limits: limits.max_slots > num_slots(5))
+    failing_init(monkeypatch, SlotTables, lambda limits: limits.max_slots > num_slots(5, 8))
     with mock_llm(tmp_path, max_num_batched_tokens=300) as llm:
         assert_serves(llm, 256, 4)
     assert len(caplog.messages) == 1

@@ -7,29 +7,39 @@ from pathlib import Path
 import pytest
 
 from nanoengine import SamplingParams
+from nanoengine.core.errors import ConfigError
 
 from .support import mock_llm
 
 LENS = [3, 5, 5, 5, 5, 5, 5, 5]
 
 
-def answers(folder: Path, overlap: bool) -> tuple[list[tuple[int, ...]], int]:
+def answers(folder: Path, overlap: bool, spare_slots: int = 8) -> tuple[list[tuple[int, ...]], int]:
     """Tokens, and steps that it took to make 38 of them, two a step at the most."""
     params = [SamplingParams(temperature=0.7, seed=i, max_tokens=n, ignore_eos=True) for i, n in enumerate(LENS)]
-    with mock_llm(folder, max_num_seqs=2, overlap=overlap) as llm:
+    with mock_llm(folder, max_num_seqs=2, overlap=overlap, spare_slots=spare_slots) as llm:
         outputs = llm.generate([[i + 1] for i in range(len(LENS))], params, use_tqdm=False)
         stats = llm.stats()
     assert stats.free_blocks == stats.num_blocks
     return [output.outputs[0].token_ids for output in outputs], stats.steps
 
 
-def test_its_place_is_taken_a_step_earlier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_place_is_taken_a_step_earlier(tmp_path: Path) -> None:
     tokens, steps = answers(tmp_path, overlap=True)
     assert [len(each) for each in tokens] == LENS
     assert (tokens, steps) == answers(tmp_path, overlap=False)  # where nothing is in flight when the next is scheduled
     assert steps <= 21
-    for module in ("scheduling.scheduler", "execution.runner"):
-        monkeypatch.setattr(f"nanoengine.core.{module}.num_slots", lambda count: count)
-    without = answers(tmp_path, overlap=True)
+    without = answers(tmp_path, overlap=True, spare_slots=0)
     assert without[0] == tokens
     assert without[1] > steps
+
+
+def test_the_switches_of_the_scheduler_reach_it(tmp_path: Path) -> None:
+    with mock_llm(tmp_path, spare_slots=3, steady_rows=7) as llm:
+        config = llm.engine.scheduler.config
+    assert (config.spare_slots, config.steady_rows) == (3, 7)
+    with mock_llm(tmp_path) as llm:
+        assert llm.engine.scheduler.config.steady_rows == 1  # in these tests, so that small engines have some
+    for wrong, said in (({"spare_slots": -1}, "spare_slots must be 0 or more"), ({"steady_rows": 0}, "at least 1")):
+        with pytest.raises(ConfigError, match=said):
+            mock_llm(tmp_path, **wrong)

@@ -173,7 +173,7 @@ def test_too_little_memory_at_start_means_a_smaller_batch(tmp_path: Path, caplog
         report, config = llm.memory_report, llm.engine.scheduler.config
         assert (config.max_num_batched_tokens, config.max_num_seqs) == (256, report.max_num_seqs)
         assert report.max_num_seqs < 256
-        assert runner_of(llm).tables.limits.max_slots == num_slots(report.max_num_seqs)
+        assert runner_of(llm).tables.limits.max_slots == num_slots(report.max_num_seqs, 8)
         found = llm.generate(asked(20), GREEDY.replace(logprobs=2), use_tqdm=False)
     assert_same(found, wanted)
     assert sum("memory does not hold max_num_batched_tokens=8192, max_num_seqs=256" in m for m in caplog.messages) == 1

@@ -34,6 +34,7 @@ MODES: dict[str, dict[str, Any]] = {
     "eager, torch operations": {"enforce_eager": True, "fuse_kernels": False, "overlap": False},
     "graphs": {},
     "graphs, in turn": {"overlap": False},
+    "graphs, mixed steps eager": {"graph_mixed_steps": False},
     "graphs, torch operations": {"fuse_kernels": False},
 }
 
@@ -87,11 +88,11 @@ def test_tokens_are_those_of_the_history(tmp_path: Path, way: str, mode: str) ->
     assert (first, second) == expected(way)
     assert WAYS[way][2](late), late
     assert late.free_blocks == late.num_blocks
-    graphs, fused = mode.startswith("graphs"), "torch operations" not in mode
+    graphs, fused, mixed = mode.startswith("graphs"), "torch operations" not in mode, "mixed steps eager" not in mode
     assert (early.graph_steps > 0) == (late.graph_steps > early.graph_steps) == graphs, late
     assert (early.graph_tails > 0) == (graphs and fused), early
     if way == "churn":
-        assert (early.mixed_graph_steps > 0) == (graphs and fused), early
+        assert (early.mixed_graph_steps > 0) == (graphs and fused and mixed), early
     elif not (graphs and fused):
         assert late.mixed_graph_steps == late.graph_tails == 0, late
 

@@ -187,7 +187,7 @@ class ModelRunner:
     def _make_tables(self) -> None:
         limits, options = batch_limits(self.plan.options), self.plan.options
         slot_limits = SlotLimits(
-            max_slots=num_slots(options.max_num_seqs),
+            max_slots=num_slots(options.max_num_seqs, options.spare_slots),
             max_model_len=limits.max_model_len,
             vocab_size=self.vocab_size,
             num_groups=len(self.groups),

@@ -62,7 +62,7 @@ def capture_sizes(
     inputs = fused and supported >= GraphSupport.ALWAYS
     return CaptureSizes(
         decode=graph_sizes(limits.max_rows),
-        mixed=mixed_sizes(limits.max_rows, limits.max_tokens) if inputs else (),
+        mixed=mixed_sizes(limits.max_rows, limits.max_tokens) if inputs and options.graph_mixed_steps else (),
         inputs=inputs,
         tail=tail and options.fuse_sampling,
     )

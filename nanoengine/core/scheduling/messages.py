@@ -21,7 +21,7 @@ class SchedulerConfig:
     """Limits of every step. `max_num_batched_tokens` may be below `max_num_seqs`: requests then take turns.
 
     steady_rows: from so many decode rows a step they become columns (`steady.py`); the plans are the same. With fewer,
-    numpy's calls cost more than they save.
+    numpy's calls cost more than they save. spare_slots: see `num_slots`; the device's tables have as many.
 
     Raises `ConfigError` for a limit below 1.
     """
@@ -32,6 +32,7 @@ class SchedulerConfig:
     enable_prefix_caching: bool = True
     policy: str = "fcfs"
     steady_rows: int = 48
+    spare_slots: int = 8
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "steady_rows"):

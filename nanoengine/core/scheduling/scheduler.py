@@ -48,9 +48,10 @@ class Scheduler:
         self.blocks = blocks
         self.policy = policy or make_policy(config.policy)
         self._stats = SchedulerStats()
-        self._roster = Roster(num_slots(config.max_num_seqs), self.policy)
+        slots = num_slots(config.max_num_seqs, config.spare_slots)
+        self._roster = Roster(slots, self.policy)
         self.waiting, self.running = self._roster.waiting, self._roster.running
-        self._steady = SteadyRows(num_slots(config.max_num_seqs))
+        self._steady = SteadyRows(slots)
         self._in_flight: dict[int, ScheduledStep] = {}  # by step number, oldest first
         self._resume: Request | None = None  # the first one that the last budget had nothing left for
         self._suspects: set[Request] = set()

@@ -33,7 +33,10 @@ class EngineOptions:
         worker_start_timeout: seconds until all ranks must be ready; loading and the first compile are within it.
         step_timeout: seconds that a step may take before its rank counts as hanging.
         enforce_eager: never capture graphs.
+        graph_mixed_steps: steps that hold prompts too run as padded graphs; else those steps run eagerly.
         overlap: prepare step N+1 while step N runs.
+        spare_slots: slots beyond max_num_seqs: a request whose last token is in flight leaves its place in the batch.
+        steady_rows: from so many decode rows on, the scheduler keeps those that ask for nothing but a token in columns.
         fuse_kernels: on a GPU, layers use fused Triton kernels.
         fuse_sampling: fuse the standard sampler operations (one sort for top-k, top-p and min-p).
         custom_all_reduce: between GPUs, small sums over ranks are read from each other's memory; else all are NCCL's.
@@ -57,7 +60,10 @@ class EngineOptions:
     worker_start_timeout: float = 600.0
     step_timeout: float = 60.0
     enforce_eager: bool = False
+    graph_mixed_steps: bool = True
     overlap: bool = True
+    spare_slots: int = 8
+    steady_rows: int = 48
     fuse_kernels: bool = True
     fuse_sampling: bool = True
     custom_all_reduce: bool = True
@@ -65,10 +71,12 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
-                     "num_gpu_blocks_override", "kv_cache_memory", "tensor_parallel_size"):  # fmt: skip
+                     "num_gpu_blocks_override", "kv_cache_memory", "tensor_parallel_size", "steady_rows"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"engine.{name} must be at least 1, not {value}")
+        if self.spare_slots < 0:
+            raise ConfigError(f"engine.spare_slots must be 0 or more, not {self.spare_slots}")
         for name in ("worker_start_timeout", "step_timeout"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"engine.{name} is in seconds and must be above 0, not {getattr(self, name)}")

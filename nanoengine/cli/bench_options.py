@@ -109,6 +109,7 @@ def finish(report: Report, output: Path | None) -> None:
     """The table to standard output, the figures to the file."""
     typer.echo(report.table())
     if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
         report.write(output)
         say(f"wrote {output}")
 
@@ -123,5 +124,6 @@ def plotting(path: Path | None, title: str) -> Iterator[list[Point]]:
     points: list[Point] = []
     yield points
     if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         plot.draw(points, title, path)
         say(f"wrote {path}")

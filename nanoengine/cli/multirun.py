@@ -103,7 +103,7 @@ def _prepare(config: str, wanted: Sequence[Combination], plugins: Sequence[Path]
     for combination in wanted:
         try:
             composed.append(load_config(config, combination.overrides, registry=registry))
-        except ConfigError as error:
+        except NanoEngineError as error:
             composed.append(error)
     errors = [each for each in composed if isinstance(each, NanoEngineError)]
     if len(errors) == len(composed):
@@ -185,6 +185,7 @@ def read_sweep(folder: Path) -> Sweep:
 
 def _run(todo: Sweep, options: Sequence[str], trace: Path | None) -> int:
     say(f"{len(todo.jobs)} combinations, into {todo.folder}")
+    _say_not_composed(todo.jobs)
     outcomes: list[Outcome] = []
     stopped = 0
     for number, job in enumerate(todo.jobs):
@@ -206,6 +207,15 @@ def _run(todo: Sweep, options: Sequence[str], trace: Path | None) -> int:
     return FAILED if any(each.status != "ok" for each in outcomes) else 0
 
 
+def _say_not_composed(jobs: Sequence[Job]) -> None:
+    """At once: whoever mistyped a value should not learn of it hours later, when its turn comes."""
+    wrong = [(number, job) for number, job in enumerate(jobs, 1) if job.error]
+    if wrong:
+        say(f"{len(wrong)} of them cannot be composed, and will not run:")
+    for number, job in wrong:
+        say(f"  [{number}/{len(jobs)}] {job.combination.label}: {job.error}")
+
+
 def _entry(number: int, job: Job, status: str) -> Outcome:
     record = None if job.error else read_record(job.output)
     return Outcome(number, job.combination.varied, status, (record.summary if record else None) or {})
@@ -214,7 +224,7 @@ def _entry(number: int, job: Job, status: str) -> Outcome:
 def _outcome(job: Job, todo: Sweep, options: Sequence[str]) -> str:
     """Runs a combination, unless it has run; "ok", or what went wrong."""
     if job.error:
-        say(f"  failed: {job.error}")
+        say("  failed: it cannot be composed, see above")
         return "failed: not composed"
     record = read_record(job.output)
     if record is not None and record.summary is not None and record.summary["status"] == 0:

@@ -44,6 +44,7 @@ def report(
         try:
             from nanoengine.cli.record import write_whole
 
+            target.parent.mkdir(parents=True, exist_ok=True)
             write_whole(target, text)
         except OSError as error:
             raise ConfigError(f"cannot write {target}: {error.strerror or error}") from error

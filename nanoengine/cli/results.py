@@ -67,6 +67,9 @@ class ResultsFile:
 
     Made afresh, or with the rows to `keep` from a file that is there. Nobody else may write it meanwhile.
 
+    Attributes:
+        rows: whole ones in it. replaced: what an earlier run wrote was there, and nothing of it is kept.
+
     Raises `ConfigError` where it cannot be opened; `ResultsLost` where a row cannot be written, or the file not be
     closed. Whole rows are kept.
     """
@@ -75,7 +78,12 @@ class ResultsFile:
         self._path = path
         self.rows = len(keep)
         self._size = sum(map(len, keep))  # of the whole rows, in bytes
-        self._file = None if path is None else _opened(path, b"".join(keep))
+        self.replaced = False
+        self._file = None
+        if path is not None:
+            size = _size(path)
+            self._file = _opened(path, b"".join(keep))
+            self.replaced = size > 0 and not keep
 
     def keep_record(self, record: Record) -> None:
         """Saves the record beside a file on a disk; a device or pipe has none. Raises `ResultsLost`."""
@@ -125,6 +133,12 @@ class ResultsFile:
             self._file.close()
         except OSError as failed:
             raise self.lost(failed) from failed
+
+
+def _size(path: str) -> int:
+    """In bytes; 0 where no file is there, and of pipes and devices, which hold nothing."""
+    target = Path(path).expanduser()
+    return target.stat().st_size if target.is_file() else 0
 
 
 def _opened(path: str, keep: bytes) -> FileIO:
@@ -191,7 +205,7 @@ def check_output(path: str | None, inputs: Mapping[str, str | Path] = MappingPro
     if path == "-":
         raise ConfigError("output '-' is no file: answers are printed anyway; give a file, or leave output out")
     try:
-        there = _check_writable(Path(path).expanduser())
+        there = check_writable(Path(path).expanduser())
     except (OSError, ValueError, RuntimeError) as error:  # a bad name; a home folder that nobody has
         raise ConfigError(f"cannot write output {path}: {error}") from error
     for what, source in inputs.items():
@@ -212,7 +226,7 @@ def check_replaceable(path: str) -> None:
         raise ConfigError(f"output {path} is there and holds no results of a run; give another output=, or delete it")
 
 
-def _check_writable(target: Path) -> bool:
+def check_writable(target: Path) -> bool:
     """Whether `target` is there. Raises `OSError` saying why it cannot be written."""
     there, above = target.exists(), next(each for each in target.absolute().parents if each.exists())
     if target.is_dir():

@@ -130,14 +130,17 @@ def run_config(
         if earlier is not None:
             check_same_params(earlier.record, llm.default_params, str(config.output))
         record = new_record(config, llm.default_params, registry)
-        with ResultsFile(config.output, earlier.rows if earlier else ()) as results, _traced(llm, trace, record):
-            results.keep_record(record)
-            done = earlier.done if earlier else frozenset()
-            status, summary = Batch(llm, config, prompts, results, record.params, done).run()
-            if trace is not None:
-                summary = {**summary, "trace": str(trace.expanduser().absolute())}
-            results.keep_record(record.with_summary(summary))
-            return status
+        with ResultsFile(config.output, earlier.rows if earlier else ()) as results:
+            if results.replaced and earlier is None:
+                say(f"{config.output} was there already, and is overwritten")
+            with _traced(llm, trace, record):
+                results.keep_record(record)
+                done = earlier.done if earlier else frozenset()
+                status, summary = Batch(llm, config, prompts, results, record.params, done).run()
+                if trace is not None:
+                    summary = {**summary, "trace": str(trace.expanduser().absolute())}
+                results.keep_record(record.with_summary(summary))
+                return status
 
 
 def _traced(llm: LLM, trace: Path | None, record: Record) -> AbstractContextManager[None]:
@@ -167,7 +170,7 @@ def _prompts(config: RunConfig) -> Sequence[Prompt]:
 def _earlier(
     config: RunConfig, prompts: Sequence[Prompt], inputs: Mapping[str, str | Path], resume: bool
 ) -> Earlier | None:
-    """What to go on from. Says what becomes of results that are there already."""
+    """What to go on from. Says what of it is kept."""
     from nanoengine.cli.results import check_output, check_replaceable
     from nanoengine.cli.resume import earlier_run
 
@@ -179,7 +182,6 @@ def _earlier(
             say(f"{config.output}: {found.dropped} finished rows answer prompts that are no longer asked, and go")
     elif there and not resume:
         check_replaceable(config.output or "")
-        say(f"{config.output} is there already and will be overwritten")
     return found
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanoengine.cli.common import ResultsLost
+from nanoengine.cli.results import check_writable
 from nanoengine.core.errors import ConfigError
 from nanoengine.core.trace import TraceFile
 
@@ -20,22 +20,23 @@ def check_trace(path: Path, others: Mapping[str, str | Path | None]) -> None:
     """`others`: files that the run reads or writes, by what to call them.
 
     Raises `ConfigError` where the trace cannot be written, or would overwrite one of them, before anything is loaded.
+    As with `output`, folders that are missing are no mistake: `traced` makes them.
     """
-    target = path.expanduser()
+    try:
+        target = path.expanduser()
+        check_writable(target)
+    except (OSError, ValueError, RuntimeError) as error:  # a bad name; a home folder that nobody has
+        raise ConfigError(f"cannot write trace {path}: {error}") from error
     for what, other in others.items():
         if other is not None and Path(other).expanduser().absolute() == target.absolute():
             raise ConfigError(f"--trace {path} is {what}, which it would overwrite; give another file")
-    if target.is_dir() or not target.parent.is_dir():
-        why = "it is a folder" if target.is_dir() else f"there is no folder {target.parent}"
-        raise ConfigError(f"cannot write trace {path}: {why}")
-    if not os.access(target if target.exists() else target.parent, os.W_OK):
-        raise ConfigError(f"cannot write trace {path}: no permission")
 
 
 @contextmanager
 def traced(llm: LLM, path: Path, about: Mapping[str, Any]) -> Iterator[None]:
     """Raises `ConfigError` where the file cannot be opened; at the end `ResultsLost`, if it has not got every step."""
     try:
+        path.expanduser().parent.mkdir(parents=True, exist_ok=True)
         file = TraceFile(path, about)
     except OSError as error:
         raise ConfigError(f"cannot write trace {path}: {error.strerror or error}") from error

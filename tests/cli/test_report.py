@@ -213,13 +213,18 @@ def test_the_page_of_a_sweep(report: Run) -> None:
         (["prompts.jsonl"], "prompts.jsonl, line 1: this is no row that `nanoengine run` wrote"),
         (["results", "--trace", "run.yaml"], "run.yaml is no trace that `nanoengine run --trace` wrote"),
         (["results", "-o", "results/results.jsonl"], "results.jsonl is the results file, which it would overwrite"),
-        (["results", "-o", "nowhere/x.html"], "cannot write nowhere/x.html: No such file or directory"),
+        (["results", "-o", "run.yaml/x.html"], "cannot write run.yaml/x.html: "),
     ],
 )
 def test_mistakes_are_told(report: Run, arguments: list[str], said: str) -> None:
     result = report(*arguments)
     assert result.exit_code == 2
     assert said in result.stderr
+
+
+def test_the_page_may_go_into_a_new_folder(report: Run) -> None:
+    assert report("results", "-o", "new/er/x.html").exit_code == 0
+    assert Path("new/er/x.html").is_file()
 
 
 def test_without_matplotlib_it_says_what_to_install(report: Run, monkeypatch: pytest.MonkeyPatch) -> None:

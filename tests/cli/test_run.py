@@ -157,8 +157,9 @@ def test_results_are_written_afresh_and_it_is_said(
 ) -> None:
     (tmp_path / "results.jsonl").write_text('{"index": 7}\n')
     result = nanoengine("run", config(CONFIG))
-    assert "results.jsonl is there already and will be overwritten" in result.stderr
+    assert "results.jsonl was there already, and is overwritten" in result.stderr
     assert len(rows()) == 3
+    assert "overwritten" not in nanoengine("run", config(CONFIG), "output=/dev/null").stderr
 
 
 def test_a_model_that_fails_leaves_old_results_alone(fake: Any, nanoengine: Run, config: Any, tmp_path: Path) -> None:
@@ -166,6 +167,7 @@ def test_a_model_that_fails_leaves_old_results_alone(fake: Any, nanoengine: Run,
     fake.failure = ModelSourceError("no such model")
     result = nanoengine("run", config(CONFIG))
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (2, "error: no such model")
+    assert "overwritten" not in result.stderr
     assert (tmp_path / "results.jsonl").read_text() == '{"index": 7}\n'
 
 

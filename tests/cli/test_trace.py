@@ -78,15 +78,23 @@ def test_the_answers_are_those_of_a_run_without(nanoengine: Run, config: str, ro
     [
         ("run.yaml", "--trace run.yaml is the configuration file, which it would overwrite"),
         ("results.jsonl", "--trace results.jsonl is the output, which it would overwrite"),
-        ("nowhere/out.json", "cannot write trace nowhere/out.json: there is no folder nowhere"),
-        (".", "cannot write trace .: it is a folder"),
+        ("run.yaml/out.json", "cannot write trace run.yaml/out.json: {root}/run.yaml is no folder"),
+        (".", "cannot write trace .: . is no file"),
     ],
 )
-def test_a_trace_that_cannot_be_written_is_refused_first(nanoengine: Run, config: str, path: str, said: str) -> None:
+def test_a_trace_that_cannot_be_written_is_refused_first(
+    nanoengine: Run, config: str, tmp_path: Path, path: str, said: str
+) -> None:
     result = nanoengine("run", config, "--trace", path)
     assert result.exit_code == 2
-    assert result.stderr.startswith(f"error: {said}")
+    assert result.stderr.startswith(f"error: {said.format(root=tmp_path)}")
     assert "loading" not in result.stderr
+
+
+def test_a_trace_in_a_new_folder(nanoengine: Run, config: str, tmp_path: Path) -> None:
+    """As `output` may be in one."""
+    assert nanoengine("run", config, "--trace", "new/er/out.json").exit_code == 0
+    assert read(tmp_path / "new/er/out.json").steps
 
 
 def test_a_trace_without_room_costs_no_results(

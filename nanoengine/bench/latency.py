@@ -83,14 +83,13 @@ def run(setup: Setup, batches: Sequence[int], rates: Sequence[float], prompt_len
     """`requests`: of a pass under an arrival rate."""
     most = max(batches, default=1)
     places = {} if "max_num_seqs" in setup.options or most <= 256 else {"max_num_seqs": most}
-    rows = []
+    rows, limits = [], setup.engine_limits
     with setup.engine(**places) as llm:
         for batch in batches:
             workload = uniform(batch, prompt_len, output_len)
             limit = None
-            if setup.limits is not None:
-                context = prompt_len + output_len / 2
-                limit = 1e3 * decode_seconds(setup.shape, setup.limits, batch, context)
+            if limits is not None:
+                limit = 1e3 * decode_seconds(setup.shape, limits, batch, prompt_len + output_len / 2)
             rows.append(_row(llm, setup, workload, [0.0] * batch, batch=batch, limit=limit))
         for rate in rates:
             workload = uniform(requests, prompt_len, output_len)

@@ -57,11 +57,11 @@ class Lengths:
 
 
 def batches() -> Iterator[Lengths]:
-    """Decode by rows x context, then prefill by rows x prompt."""
+    """Decode by rows x context, longest first as an engine has them; then prefill by rows x prompt."""
     rng = Random(0)
 
     def decode(name: str, lens: list[int]) -> Lengths:
-        return Lengths(f"decode {name}", (1,) * len(lens), tuple(lens))
+        return Lengths(f"decode {name}", (1,) * len(lens), tuple(sorted(lens, reverse=True)))
 
     def prefill(name: str, lens: list[int], before: int = 0) -> Lengths:
         return Lengths(f"prefill {name}", tuple(lens), tuple(n + before for n in lens))

@@ -60,9 +60,9 @@ def _measure(setup: Setup, workload: Workload, shared: int, block_size: int, cac
         seconds = [one_pass(llm, workload) for _ in range(setup.passes)]
         after = llm.stats()
         cached = shared if cache else 0
-        limit = None
-        if setup.limits is not None:
-            limit = least_seconds(setup.shape, setup.limits, workload.lengths, places_of(llm), cached)
+        limit, limits = None, setup.engine_limits
+        if limits is not None:
+            limit = least_seconds(setup.shape, limits, workload.lengths, places_of(llm), cached)
         prompt_tokens = sum(map(len, workload.prompts))
         return Row(
             block_size=block_size,

@@ -128,7 +128,7 @@ class _Columns:
 
 
 def _measure(setup: Setup, name: str, case: Case, rows: int) -> Row:
-    device, vocab = best_device(), setup.shape.vocab
+    device, vocab = best_device(setup.options.get("device", "auto")), setup.shape.vocab
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # as the engine's logits are
     columns = _Columns.of(case, rows, device)
     size = rows * vocab * dtype.itemsize

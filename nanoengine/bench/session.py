@@ -28,7 +28,7 @@ class Setup:
 
     Attributes:
         passes: counted ones, after one to warm up. attention: a backend's name or "auto".
-        options: engine options. limits: the device's ceilings; None: no limit is told.
+        options: engine options. limits: one device's ceilings; None: no limit is told.
     """
 
     shape: Shape
@@ -37,6 +37,11 @@ class Setup:
     attention: str = "auto"
     options: Mapping[str, Any] = field(default_factory=dict)
     limits: Limits | None = None
+
+    @property
+    def engine_limits(self) -> Limits | None:
+        """Of all devices of an engine."""
+        return None if self.limits is None else self.limits.of(self.options.get("tensor_parallel_size", 1))
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "shape": self.shape.name, "options": dict(self.options)}

@@ -27,8 +27,8 @@ class Row:
     """Passes with one state of Triton's cache.
 
     Attributes:
-        triton_cache: "cold" or "warm". best, median: seconds from before the process was spawned to its first token.
-        each: of all passes. phases: seconds of the best pass; "spawn" is what is before and between the others.
+        triton_cache: "cold" or "warm". best, median: seconds from the start of the process to its first token.
+        each: of all passes. phases: seconds of the best pass, as in `StartReport`, and "first token".
     """
 
     triton_cache: str

@@ -81,9 +81,8 @@ def _measure(llm: LLM, workload: Workload, setup: Setup) -> Row:
 def row_of(workload: Workload, seconds: Sequence[float], setup: Setup, places: int, **more: Any) -> Row:
     """Figures of passes that took `seconds`, with `places` requests running at once. `more`: the row's other fields."""
     speeds = [workload.counted / each for each in seconds]
-    limit = None
-    if setup.limits is not None:
-        limits = setup.limits.of(setup.options.get("tensor_parallel_size", 1))
+    limit, limits = None, setup.engine_limits
+    if limits is not None:
         limit = workload.counted / least_seconds(setup.shape, limits, workload.lengths, places)
     lens = set(workload.output_lens)
     alike = len(lens) == 1 and lens != {1} and len(workload.prompts) <= places

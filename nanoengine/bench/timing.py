@@ -15,8 +15,9 @@ from nanoengine.bench.roofline import Limits
 Call = Callable[[], Any]
 
 
-def best_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def best_device(asked: str = "auto") -> torch.device:
+    """A GPU where there is one, unless a CPU is `asked` for (the engine option)."""
+    return torch.device("cuda" if torch.cuda.is_available() and asked != "cpu" else "cpu")
 
 
 def time_us(calls: Sequence[Call], device: torch.device, replays: int = 15) -> tuple[float, float]:

@@ -14,7 +14,8 @@ from tensor_parallel.support import PARAMS, faulty_llm
 from nanoengine import WorkerError
 
 pytestmark = pytest.mark.multi_gpu
-GPU = {"device": "cuda", "worker_start_timeout": 120.0, "step_timeout": 5.0, "enforce_eager": True}
+# Nothing is compiled before the first step, which may take some seconds.
+GPU = {"device": "cuda", "worker_start_timeout": 120.0, "step_timeout": 20.0, "enforce_eager": True}
 
 NO_CONTEXT = """
 import ctypes, sys
@@ -48,7 +49,7 @@ def test_the_engines_process_holds_no_context(tmp_path: Path) -> None:
     ("token", "cause", "trace"),
     [
         (faulty.RAISES, "ArithmeticError: one rank alone", "in forward"),
-        (faulty.HANGS, "no sign of life for 5 s", "in stuck_here"),
+        (faulty.HANGS, "no sign of life for 20 s", "in stuck_here"),
         (faulty.DIES, "the process ended: killed by SIGKILL", ""),
         (faulty.RUNS_OUT, r"OutOfMemoryError: .* \[GPU 1: .* GiB in use by torch, .* GiB held by it, .* GiB free", ""),
     ],

@@ -70,12 +70,12 @@ def test_a_cold_start_compiles_in_parallel_and_serves_what_an_eager_engine_serve
     model = write_wide("qwen3", tmp_path / "model")
     (tmp_path / "program.py").write_text(PROGRAM)
 
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
 
     def run(**more: bool) -> dict[str, object]:
         done = subprocess.run(
             [sys.executable, str(tmp_path / "program.py"), str(model), json.dumps({**options, **more})],
-            capture_output=True, text=True, timeout=400, env=environment,
+            capture_output=True, text=True, timeout=400, env={**os.environ, **paths},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])

@@ -3,6 +3,7 @@ who is to blame."""
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import threading
@@ -84,6 +85,16 @@ def test_slots_of_the_rings() -> None:
     for view in (shared, other):
         view.close()
         view.close()
+
+
+def test_memory_of_an_engine_that_is_dropped_and_not_closed() -> None:
+    shared = Shared.create(Layout(3, 64))
+    fd = shared.fd
+    os.fstat(fd)
+    del shared
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
 
 
 class Step:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -64,8 +65,9 @@ class Shared:
     """A process's view."""
 
     def __init__(self, fd: int, layout: Layout) -> None:
-        """Takes `fd` over."""
+        """Takes `fd` over, and closes it at the latest when nobody holds this view any more."""
         self.fd, self.layout = fd, layout
+        self._descriptor = weakref.finalize(self, os.close, fd)
         self._map = mmap.mmap(fd, layout.total)
         self._bytes = memoryview(self._map)
         self._words = self._bytes[: layout.progress_bytes].cast("q")
@@ -103,9 +105,9 @@ class Shared:
 
     def close(self) -> None:
         """Idempotent."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
+        self.fd = -1
+        if self._descriptor.alive:
             self._words.release()
             self._bytes.release()
             self._map.close()
-            os.close(fd)
+            self._descriptor()

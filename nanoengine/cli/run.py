@@ -163,7 +163,10 @@ def _prompts(config: RunConfig) -> Sequence[Prompt]:
         say("reading prompts from the terminal, one a line; Ctrl-D ends them")
     prompts = read_prompts(config.prompts)
     if not prompts:
-        raise ConfigError("no prompts: write a list under 'prompts:', or give 'prompts=[\"...\"]'")
+        raise ConfigError(
+            "no prompts: write a list under 'prompts:', or give 'prompts=[\"...\"]', a file (.txt, .jsonl or .csv), or "
+            "prompts=- for standard input"
+        )
     return prompts
 
 

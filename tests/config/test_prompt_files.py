@@ -89,7 +89,11 @@ def test_formats(tmp_path: Path, name: str, text: str, options: dict[str, Any], 
     ("name", "text", "options", "words"),
     [
         ("p.csv", "id,promt\n1,a\n", {}, ["p.csv:1", "no column 'prompt'", "did you mean 'promt'?"]),
-        ("p.csv", "", {}, ["p.csv:1", "no column 'prompt'"]),
+        ("p.csv", "", {}, ["p.csv: no prompts: it holds nothing", "read as csv", "a row below the header"]),
+        ("p.csv", "prompt\n", {}, ["p.csv: no prompts: it holds only a header"]),
+        ("p.txt", "", {}, ["p.txt: no prompts: it holds nothing", "read as text", "a line that is not blank"]),
+        ("p.txt", " \n\n", {}, ["it holds only blank lines", "as jsonl or csv", "write some into it, or name another"]),
+        ("p.jsonl", "\n", {}, ["it holds only blank lines", "read as jsonl", "'prompt' or 'messages'"]),
         ("p.csv", 'id,prompt\n1,"a\nb"\n2\n', {}, ["p.csv:4", "2 columns"]),
         ("p.csv", "id,prompt\n1,a,b\n", {}, ["p.csv:2", "2 columns"]),
         ("p.csv", 'prompt\n"a\n', {}, ["p.csv: not CSV", "from line 2"]),
@@ -117,6 +121,12 @@ def test_standard_input(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
     assert read_prompts(PromptFile(file="-", **options)) == expected
+
+
+def test_standard_input_without_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    with pytest.raises(ConfigError, match=r"standard input: no prompts: it holds nothing.*pipe some in"):
+        read_prompts(PromptFile(file="-"))
 
 
 def test_standard_input_that_is_no_text(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,11 @@ class PromptFile:
 Prompts = tuple[Prompt, ...] | PromptFile
 _MESSAGE_KEYS = ("role", "content")
 _FORMATS = {".txt": "text", ".jsonl": "jsonl", ".csv": "csv"}
+_A_PROMPT = {
+    "text": "a line that is not blank",
+    "jsonl": "a line with an object that has 'prompt' or 'messages'",
+    "csv": "a row below the header",
+}
 _HINT = "; in YAML, a text with ': ' or ' #' in it, or one that looks like a number, goes in quotes"
 
 
@@ -62,10 +67,29 @@ def check_prompts(value: Any, origin: Callable[[KeyPath], str]) -> Prompts | Non
 
 
 def read_prompts(prompts: Prompts | None) -> list[Prompt]:
-    """All prompts; reads the file, if they stand in one. Raises `ConfigError` naming file and line."""
+    """All prompts; reads the file, if they stand in one. Raises `ConfigError` naming file and line; a file has some."""
     if not isinstance(prompts, PromptFile):
         return list(prompts or ())
     name, text = _text(prompts.file)
+    found = _rows(text, name, prompts) if text.strip() else []
+    if not found:
+        raise ConfigError(_nothing_in(text, name, prompts))
+    return found
+
+
+def _nothing_in(text: str, name: str, prompts: PromptFile) -> str:
+    """What was found, how it was read, and what to do."""
+    kind = file_format(prompts)
+    what = "only a header" if text.strip() else "only blank lines" if text else "nothing"
+    others = " or ".join(each for each in _A_PROMPT if each != kind)
+    mend = "pipe some in" if prompts.file == STDIN else "write some into it, or name another file"
+    return (
+        f"{name}: no prompts: it holds {what}. It is read as {kind}, where a prompt is {_A_PROMPT[kind]}: {mend} "
+        f"('prompts: {{file: {json.dumps(prompts.file)}, format: ...}}' reads it as {others})"
+    )
+
+
+def _rows(text: str, name: str, prompts: PromptFile) -> list[Prompt]:
     kind = file_format(prompts)
     if kind == "csv":
         return list(_csv_rows(text, name, prompts.field or "prompt"))

@@ -1,24 +1,28 @@
 """CPU microseconds of schedule + commit per step, with N requests decoding, one step ahead. No model, no torch.
 
-    python benchmarks/schedule_cost.py [--steps 400] [--running 1 64 256]
+    python benchmarks/schedule_cost.py [--steps 400] [--running 1 64 256] [--lengths 50 500 2000]
 
 The device is left out: results are made before the clock runs. Four figures each: the plain decode step of requests
 that are told at the end; of requests that are told each token; the first while requests end and enter (each output has
-64 tokens); and with a log-prob wanted at every token. The clock is the thread's CPU time.
+64 tokens); and with a log-prob wanted at every token. Then, for as many streams: what an output costs the engine at so
+many tokens (there is no text), and what reading its `token_ids` costs. The clock is the thread's CPU time.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 import numpy as np
 
+from nanoengine.core.output import OutputProcessor
 from nanoengine.core.request import Request
 from nanoengine.core.sampling_params import ResolvedParams
 from nanoengine.core.scheduling.block_manager import BlockManager
-from nanoengine.core.scheduling.scheduler import ScheduledStep, Scheduler, SchedulerConfig
+from nanoengine.core.scheduling.scheduler import ScheduledStep, Scheduler, SchedulerConfig, Update
 from nanoengine.core.step import LogprobRows, StepResult, f32, i32
 
 PROMPT_LEN, BLOCK_SIZE = 128, 16
@@ -100,16 +104,49 @@ def measure(
     return schedule_ns / steps / 1e3, commit_ns / steps / 1e3
 
 
+def measure_outputs(streams: int, lengths: Sequence[int], around: int = 40) -> dict[int, tuple[float, float]]:
+    """-> length: (microseconds of making an output, the median of those before it; of reading its `token_ids`)."""
+    outputs, params = OutputProcessor(None), ResolvedParams()
+    known, requests = {}, []
+    for number in range(streams):
+        name = str(number)
+        request = Request(
+            id=name, parent=name, prompt_token_ids=[0], params=params, seed=0, sample_index=0, arrival=number
+        )
+        known[name] = outputs.new_state(name, None, (0,), params, 0.0, final_only=False, sink=None)
+        known[name].add_sample(request)
+        requests.append(request)
+    cost, tokens = {}, 0
+    for length in sorted(lengths):
+        made, told = [], []
+        while tokens < length:
+            updates = [Update(r, (1_000 + tokens * 31 + r.arrival,), None, None, None, None) for r in requests]
+            start = time.thread_time_ns()
+            told, _, _ = outputs.apply(updates, known, 0.0)
+            made.append(time.thread_time_ns() - start)
+            tokens += 1
+        start = time.thread_time_ns()
+        for output in told:
+            assert len(output.outputs[0].token_ids) == length
+        cost[length] = (median(made[-around:]) / streams / 1e3, (time.thread_time_ns() - start) / streams / 1e3)
+    return cost
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--running", type=int, nargs="+", default=[1, 64, 256])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[50, 500, 2000])
     args = parser.parse_args()
     print(f"{'running':>8} {'case':<28} {'schedule':>9} {'commit':>9} {'sum us':>9}")
     for running in args.running:
         for case, options in CASES.items():
             schedule, commit = measure(running, args.steps, **options)
             print(f"{running:>8} {case:<28} {schedule:>9.1f} {commit:>9.1f} {schedule + commit:>9.1f}")
+    print(f"\n{'streams':>8} {'tokens':>8} {'made us':>9} {'read us':>9}")
+    for running in args.running:
+        for length, (made, read) in measure_outputs(running, args.lengths).items():
+            print(f"{running:>8} {length:>8} {made:>9.1f} {read:>9.1f}")
 
 
 if __name__ == "__main__":

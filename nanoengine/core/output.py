@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 from nanoengine.core.errors import RequestError, TokenizerMissing
 from nanoengine.core.request import (
@@ -14,6 +15,7 @@ from nanoengine.core.request import (
     Request,
     RequestMetrics,
     RequestOutput,
+    copy_when_read,
 )
 from nanoengine.core.sampling_params import ResolvedParams
 from nanoengine.core.scheduling.ending import take_untold
@@ -36,6 +38,7 @@ class SampleState:
     cumulative_logprob: float = 0.0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    ended: CompletionOutput | None = None
 
     def take_untold(self) -> None:
         """The tokens of a quiet request that ends between two updates; it has no stop strings."""
@@ -46,15 +49,24 @@ class SampleState:
                 self.detokenizer.push(new)
 
     def output(self, index: int) -> CompletionOutput:
-        return CompletionOutput(
+        """As it stands, at a cost that does not grow with it; what has ended is put together once."""
+        if self.ended is not None:
+            return self.ended
+        output = CompletionOutput(
             index=index,
             text=self.detokenizer.text if self.detokenizer is not None else "",
-            token_ids=tuple(self.token_ids),
+            token_ids=(),
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             cumulative_logprob=None if self.logprobs is None else self.cumulative_logprob,
-            logprobs=None if self.logprobs is None else tuple(self.logprobs),
         )
+        lists: dict[str, list[Any]] = {"token_ids": self.token_ids}
+        if self.logprobs is not None:
+            lists["logprobs"] = self.logprobs
+        copy_when_read(output, lists)
+        if self.finish_reason is not None:
+            self.ended = output = replace(output)  # whole, so that the lists can go
+        return output
 
 
 @dataclass(slots=True)
@@ -70,7 +82,7 @@ class RequestState:
     sink: Callable[[RequestOutput], None] | None
     new_detokenizer: Callable[[], IncrementalDetokenizer | None]
     samples: list[SampleState] = field(default_factory=list)
-    prompt_logprobs: list[Logprobs | None] | None = None
+    prompt_logprobs: tuple[Logprobs | None, ...] | None = None
     first_scheduled: float | None = None
     first_token: float | None = None
     finished: float | None = None
@@ -87,7 +99,6 @@ class RequestState:
             self.first_scheduled = now
 
     def output(self, error: RequestError | None = None) -> RequestOutput:
-        prompt_logprobs = self.prompt_logprobs
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
@@ -95,7 +106,7 @@ class RequestState:
             outputs=[] if error else [sample.output(i) for i, sample in enumerate(self.samples)],
             finished=self.finished is not None,
             metrics=self._metrics(),
-            prompt_logprobs=None if prompt_logprobs is None or error else tuple(prompt_logprobs),
+            prompt_logprobs=None if error else self.prompt_logprobs,
             num_cached_tokens=(self.samples[0].request.num_cached or 0) if self.samples else 0,
             error=error,
         )
@@ -148,7 +159,7 @@ class OutputProcessor:
             final_only,
             sink,
             new_detokenizer,
-            prompt_logprobs=None if params.prompt_logprobs is None else [None],
+            prompt_logprobs=None if params.prompt_logprobs is None else (None,),
         )
 
     def apply(
@@ -198,7 +209,7 @@ class OutputProcessor:
         """Returns whether a stop string ended the sample."""
         sample = state.samples[update.request.sample_index]
         if update.prompt_logprobs is not None and state.prompt_logprobs is not None:
-            state.prompt_logprobs += self._logprobs(update.prompt_logprobs)
+            state.prompt_logprobs += tuple(self._logprobs(update.prompt_logprobs))
         if not update.new_token_ids:
             return False
         if state.first_token is None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nanoengine.core.errors import RequestError
 
@@ -50,8 +50,34 @@ class RequestMetrics:
         return (self.finished - self.first_token) / (self.num_generated - 1)
 
 
+class _CopiedWhenRead:
+    """Base of a frozen dataclass whose `copy_when_read` fields are tuples that nobody may ever want."""
+
+    __slots__ = ("_growing",)
+    _growing: dict[str, tuple[list[Any], int]]  # field -> what to copy from, and how many entries
+
+    if not TYPE_CHECKING:  # a type checker is to know the fields, and no other name
+
+        def __getattr__(self, name: str) -> Any:
+            """Python asks here for what it does not find: a slot that nothing was put into, too."""
+            if name == "_growing" or name not in getattr(self, "_growing", ()):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+            entries, count = self._growing[name]
+            value = tuple(entries[:count])
+            object.__setattr__(self, name, value)
+            return value
+
+
+def copy_when_read(output: _CopiedWhenRead, fields: Mapping[str, list[Any]]) -> None:
+    """Let each field be what its list holds now, copied when somebody first reads it. Of these entries none may change
+    or go; more may be appended."""
+    for name in fields:
+        object.__delattr__(output, name)
+    object.__setattr__(output, "_growing", {name: (entries, len(entries)) for name, entries in fields.items()})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompletionOutput:
+class CompletionOutput(_CopiedWhenRead):
     """One sample of a request. `stop_reason`: the stop string or stop token id that ended it; None for EOS."""
 
     index: int

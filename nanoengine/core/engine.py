@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
-import operator
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn, Protocol
 
-from nanoengine.core.errors import EngineClosed, NanoEngineError, ParamsError, RequestError, WorkerError
+from nanoengine.core.arguments import check_priority, checked_ids
+from nanoengine.core.errors import EngineClosed, NanoEngineError, RequestError, WorkerError
 from nanoengine.core.execution.executor import Executor, StepHandle
 from nanoengine.core.execution.results import LaunchedStep
 from nanoengine.core.execution.shortage import forget_locals, is_out_of_memory
@@ -110,7 +110,7 @@ class Engine:
         token_ids: Any = prompt
         if isinstance(prompt, str):
             token_ids, prompt_text = self._ids_of(prompt), prompt
-        ids = self._checked_ids(token_ids)
+        ids = checked_ids(token_ids, self.limits.vocab_size)
         error = ids if isinstance(ids, RequestError) else None
         state = self.outputs.new_state(
             request_id,
@@ -276,31 +276,6 @@ class Engine:
         except RequestError as error:  # text that has no tokens, such as half a surrogate pair
             return error
 
-    def _checked_ids(self, token_ids: Any) -> tuple[int, ...] | RequestError:
-        """Plain ints, or why this is no prompt."""
-        if isinstance(token_ids, RequestError):  # what the caller could not make a prompt of
-            return token_ids
-        try:
-            given = None if isinstance(token_ids, bytes | Mapping) else list(token_ids)
-        except TypeError:
-            given = None
-        if given is None:
-            valid = "text, token ids, {'prompt': text} or {'prompt_token_ids': ids}"
-            return RequestError("invalid_prompt", f"a prompt is {valid}, not {_shown(token_ids)}")
-        if not given:
-            return RequestError("invalid_prompt", "the prompt is empty: at least one token is needed")
-        size, ids = self.limits.vocab_size, []
-        if set(map(type, given)) == {int} and min(given) >= 0 and max(given) < size:
-            return tuple(given)
-        for i, token in enumerate(given):
-            number = _as_int(token)
-            if number is None:
-                return RequestError("invalid_prompt", f"prompt[{i}] is {token!r}, not a token id")
-            if not 0 <= number < size:
-                return RequestError("invalid_prompt", f"prompt[{i}] is {number}, outside the vocabulary 0..{size - 1}")
-            ids.append(number)
-        return tuple(ids)
-
     def _drain_inbox(self) -> None:
         while self._inbox:
             self._inbox.popleft()()
@@ -463,22 +438,3 @@ def step_failure(error: Exception) -> RequestError:
 def _has_arrived(handle: StepHandle) -> bool:
     """Whether `wait` would not wait. Only a device's own handles can tell; on a CPU, batches depend on no clock."""
     return isinstance(handle, LaunchedStep) and handle.has_arrived()
-
-
-def check_priority(priority: object) -> None:
-    if priority is not None and _as_int(priority) is None:
-        raise ParamsError(f"priority must be a whole number, not {priority!r}")
-
-
-def _shown(value: object) -> str:
-    return f"a dict with {list(value)}" if isinstance(value, Mapping) else type(value).__name__
-
-
-def _as_int(value: Any) -> int | None:
-    """Of an int or what stands for one (numpy's, a tensor's element), but not of a bool."""
-    if type(value) is int:
-        return value
-    try:
-        return None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        return None

@@ -9,16 +9,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, get_type_hints
 
 from tqdm import tqdm
 
+from nanoengine.core.arguments import Prompt, check_params, check_priority, is_one, one_each, one_name, split_prompt
 from nanoengine.core.assemble import assemble, find_model
 from nanoengine.core.build_engine import BuiltEngine, build_engine
-from nanoengine.core.engine import check_priority
 from nanoengine.core.errors import ConfigError, ParamsError, RequestError, WorkerError, nearest
 from nanoengine.core.field_types import conform
 from nanoengine.core.request import RequestOutput
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
     from nanoengine.core.observe import Observer
     from nanoengine.core.setup.config import RunConfig
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
 _log = logging.getLogger("nanoengine")
 
@@ -195,8 +193,8 @@ class LLM:
             output has an `error`, and the others finish.
             WorkerError: a rank failed; its `outputs` are the prompts', those finished by then whole.
         """
-        each: Any = [prompts] if _is_one(prompts) else prompts
-        return self._run([_split(p) for p in each], _one_name(params, sampling_params), priority, use_tqdm)
+        each: Any = [prompts] if is_one(prompts) else prompts
+        return self._run([split_prompt(p) for p in each], one_name(params, sampling_params), priority, use_tqdm)
 
     def chat(
         self,
@@ -218,7 +216,7 @@ class LLM:
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = [messages] if one else messages
         prompts = [self._render(c, {**(chat_template_kwargs or {}), **options}) for c in conversations]
-        return self._run(prompts, _one_name(params, sampling_params), None, use_tqdm)
+        return self._run(prompts, one_name(params, sampling_params), None, use_tqdm)
 
     def _render(self, messages: Any, options: Mapping[str, Any]) -> tuple[Any, str | None]:
         """(token ids, text) of a conversation; one that cannot be rendered is refused in its place by the engine."""
@@ -242,7 +240,7 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int | None = None) -> Stream:
         """Start a request; iterate over its cumulative outputs. Several may be open at once; closing one aborts it."""
-        return Stream(self, _split(prompt), _check_params(params or self.default_params), priority)
+        return Stream(self, split_prompt(prompt), check_params(params or self.default_params), priority)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -271,16 +269,16 @@ class LLM:
         """
         from nanoengine.core.tapping import tap_prompt
 
-        each: Any = [prompts] if _is_one(prompts) else prompts
+        each: Any = [prompts] if is_one(prompts) else prompts
         return [tap_prompt(self, self._built.executor, prompt, modules) for prompt in each]
 
     def _run(
         self, prompts: Sequence[tuple[Any, str | None]], params: Any, priority: Any, use_tqdm: bool
     ) -> list[RequestOutput]:
-        each_params = _one_each(self.default_params if params is None else params, len(prompts), "params")
-        each_priority = _one_each(priority, len(prompts), "priority")
+        each_params = one_each(self.default_params if params is None else params, len(prompts), "params")
+        each_priority = one_each(priority, len(prompts), "priority")
         for given, level in zip(each_params, each_priority, strict=True):
-            _check_params(given)
+            check_params(given)
             check_priority(level)
         for one in {id(p): p for p in each_params}.values():  # all are checked before the first is added
             self._built.resolver.resolve(one)
@@ -443,43 +441,3 @@ def _discover(plugins: Any) -> Registry:
     files = [p for p in plugins if isinstance(p, str | Path)]
     extra = [(getattr(p, "__name__", type(p).__name__), p) for p in plugins if not isinstance(p, str | Path)]
     return discover(files, extra=extra)
-
-
-def _check_params(params: Any) -> SamplingParams:
-    if not isinstance(params, SamplingParams):
-        raise ParamsError(f"params must be SamplingParams, or one for each prompt, not {params!r}")
-    return params
-
-
-def _one_name(params: Any, sampling_params: Any) -> Any:
-    if params is not None and sampling_params is not None:
-        raise ParamsError("params and sampling_params are two names for one thing: give one of them")
-    return sampling_params if params is None else params
-
-
-def _is_one(prompts: Any) -> bool:
-    """Text, a dict, or a flat list of ids: one prompt. (An empty list is no prompts.)"""
-    if isinstance(prompts, str | Mapping):
-        return True
-    if not isinstance(prompts, Sequence) and not hasattr(prompts, "__array__"):
-        raise ParamsError(f"prompts must be text, token ids, a dict, or a list of those, not {prompts!r}")
-    return len(prompts) > 0 and all(isinstance(p, Integral) for p in prompts)
-
-
-def _split(prompt: Prompt) -> tuple[Any, str | None]:
-    """(text or ids, text to show). What is neither is passed on for the engine to refuse in its place."""
-    if not isinstance(prompt, Mapping):
-        return prompt, None
-    unknown = set(prompt) - {"prompt", "prompt_token_ids"}
-    if unknown or not prompt:
-        return prompt, None
-    ids = prompt.get("prompt_token_ids")
-    return (prompt.get("prompt"), None) if ids is None else (ids, prompt.get("prompt"))
-
-
-def _one_each(value: Any, count: int, name: str) -> list[Any]:
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        return [value] * count
-    if len(value) != count:
-        raise ParamsError(f"{name} has {len(value)} entries for {count} prompts; give one for all, or one each")
-    return list(value)

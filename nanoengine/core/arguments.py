@@ -1,0 +1,99 @@
+"""What callers hand over: prompts, token ids, parameters, priorities; one of them, one for all, or one each."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+from nanoengine.core.errors import ParamsError, RequestError
+from nanoengine.core.sampling_params import SamplingParams
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+
+def is_one(prompts: Any) -> bool:
+    """Text, a dict, or a flat list of ids: one prompt. (An empty list is no prompts.)"""
+    if isinstance(prompts, str | Mapping):
+        return True
+    if not isinstance(prompts, Sequence) and not hasattr(prompts, "__array__"):
+        raise ParamsError(f"prompts must be text, token ids, a dict, or a list of those, not {prompts!r}")
+    return len(prompts) > 0 and all(isinstance(p, Integral) for p in prompts)
+
+
+def split_prompt(prompt: Prompt) -> tuple[Any, str | None]:
+    """(text or ids, text to show). What is neither is passed on for the engine to refuse in its place."""
+    if not isinstance(prompt, Mapping):
+        return prompt, None
+    unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+    if unknown or not prompt:
+        return prompt, None
+    ids = prompt.get("prompt_token_ids")
+    return (prompt.get("prompt"), None) if ids is None else (ids, prompt.get("prompt"))
+
+
+def one_each(value: Any, count: int, name: str) -> list[Any]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return [value] * count
+    if len(value) != count:
+        raise ParamsError(f"{name} has {len(value)} entries for {count} prompts; give one for all, or one each")
+    return list(value)
+
+
+def check_params(params: Any) -> SamplingParams:
+    if not isinstance(params, SamplingParams):
+        raise ParamsError(f"params must be SamplingParams, or one for each prompt, not {params!r}")
+    return params
+
+
+def one_name(params: Any, sampling_params: Any) -> Any:
+    if params is not None and sampling_params is not None:
+        raise ParamsError("params and sampling_params are two names for one thing: give one of them")
+    return sampling_params if params is None else params
+
+
+def check_priority(priority: object) -> None:
+    if priority is not None and _as_int(priority) is None:
+        raise ParamsError(f"priority must be a whole number, not {priority!r}")
+
+
+def checked_ids(token_ids: Any, vocab_size: int) -> tuple[int, ...] | RequestError:
+    """Plain ints within the vocabulary, or why this is no prompt."""
+    if isinstance(token_ids, RequestError):  # what the caller could not make a prompt of
+        return token_ids
+    try:
+        given = None if isinstance(token_ids, bytes | Mapping) else list(token_ids)
+    except TypeError:
+        given = None
+    if given is None:
+        valid = "text, token ids, {'prompt': text} or {'prompt_token_ids': ids}"
+        return RequestError("invalid_prompt", f"a prompt is {valid}, not {_shown(token_ids)}")
+    if not given:
+        return RequestError("invalid_prompt", "the prompt is empty: at least one token is needed")
+    if set(map(type, given)) == {int} and min(given) >= 0 and max(given) < vocab_size:
+        return tuple(given)
+    ids = []
+    for i, token in enumerate(given):
+        number = _as_int(token)
+        if number is None:
+            return RequestError("invalid_prompt", f"prompt[{i}] is {token!r}, not a token id")
+        if not 0 <= number < vocab_size:
+            outside = f"prompt[{i}] is {number}, outside the vocabulary 0..{vocab_size - 1}"
+            return RequestError("invalid_prompt", outside)
+        ids.append(number)
+    return tuple(ids)
+
+
+def _shown(value: object) -> str:
+    return f"a dict with {list(value)}" if isinstance(value, Mapping) else type(value).__name__
+
+
+def _as_int(value: Any) -> int | None:
+    """Of an int or what stands for one (numpy's, a tensor's element), but not of a bool."""
+    if type(value) is int:
+        return value
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None

@@ -42,6 +42,19 @@ def test_the_same_tokens_with_fewer_updates(tmp_path: Path, told: list[Any], ove
     assert len(told) < sum(map(len, expected)) / 3
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_first_token_is_told_when_it_comes(tmp_path: Path, told: list[Any], overlap: bool) -> None:
+    """As the time to first token says: not with the block that it is in."""
+    with mock_llm(tmp_path, block_size=64, overlap=overlap) as llm:
+        done = llm.generate(ASKED, LONG)
+    assert sorted(len(update.new_token_ids) for update in told) == [1] * 6 + [39] * 6
+    for output in done:
+        times = output.metrics
+        assert times.first_token
+        assert times.finished
+        assert times.first_token < times.finished
+
+
 @pytest.mark.parametrize("steps", range(4, 12))
 def test_an_abort_keeps_the_tokens_that_came(tmp_path: Path, told: list[Any], steps: int) -> None:
     """As many as a request beside it has that is told of each."""

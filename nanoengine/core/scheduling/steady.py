@@ -2,8 +2,8 @@
 
 From one step to the next such a row is one token longer, and that is all. So neither scheduling nor committing it looks
 at its `Request`: what changes stands in columns, and new tokens in a buffer. A request is *opened*, that is its fields
-are brought up to date, when something comes due: a block to publish, a stop token, the end by length, a full buffer;
-or when it leaves: it is preempted, aborted, or a step is scheduled one by one.
+are brought up to date, when something comes due: the first token, a block to publish, a stop token, the end by length,
+a full buffer; or when it leaves: it is preempted, aborted, or a step is scheduled one by one.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ class SteadyRows:
     def _close(self, request: Request) -> None:
         slot, known = request.slot, request.num_tokens
         self._known[slot] = self._opened[slot] = known
-        self._alarm[slot] = min(request.publish_at, request.max_len - 1, known + WIDTH)
+        alarm = min(request.publish_at, request.max_len - 1, known + WIDTH)
+        self._alarm[slot] = alarm if known > request.prompt_len else known  # the first token is told when it comes
         self._generation[slot] = request.generation
 
     def others(self, running: Sequence[Request], wanted: Sequence[Request]) -> list[Request]:

@@ -23,11 +23,13 @@ if TYPE_CHECKING:
         WeightsError,
         WorkerError,
     )
-    from nanoengine.core.llm import LLM, EngineStats, Stream
+    from nanoengine.core.llm import LLM
     from nanoengine.core.observe import StepRecord
     from nanoengine.core.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from nanoengine.core.sampling_params import SamplingParams
     from nanoengine.core.setup.config import load_config
+    from nanoengine.core.stats import EngineStats
+    from nanoengine.core.stream import Stream
     from nanoengine.core.trace import TraceFile
 
 __version__ = "0.1.0"
@@ -48,8 +50,8 @@ _ERRORS = (
 )
 _HOME = {
     "LLM": "nanoengine.core.llm",
-    "EngineStats": "nanoengine.core.llm",
-    "Stream": "nanoengine.core.llm",
+    "EngineStats": "nanoengine.core.stats",
+    "Stream": "nanoengine.core.stream",
     "StepRecord": "nanoengine.core.observe",
     "TraceFile": "nanoengine.core.trace",
     "SamplingParams": "nanoengine.core.sampling_params",

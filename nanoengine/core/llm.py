@@ -5,28 +5,27 @@ from __future__ import annotations
 import itertools
 import logging
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, get_type_hints
+from typing import TYPE_CHECKING, Any, Self
 
 from tqdm import tqdm
 
 from nanoengine.core.arguments import Prompt, check_params, check_priority, is_one, one_each, one_name, split_prompt
 from nanoengine.core.assemble import assemble, find_model
 from nanoengine.core.build_engine import BuiltEngine, build_engine
-from nanoengine.core.errors import ConfigError, ParamsError, RequestError, WorkerError, nearest
-from nanoengine.core.field_types import conform
+from nanoengine.core.errors import ParamsError, RequestError, WorkerError
 from nanoengine.core.request import RequestOutput
 from nanoengine.core.sampling_params import SamplingParams
 from nanoengine.core.setup.model_source import with_revision
-from nanoengine.core.setup.options import OPTIONS_NOT_SERVED, EngineOptions
+from nanoengine.core.setup.options import EngineOptions, engine_options
 from nanoengine.core.setup.plugins import discover
 from nanoengine.core.setup.registry import Registry
 from nanoengine.core.startup import StartClock, StartReport
+from nanoengine.core.stats import EngineStats
+from nanoengine.core.stream import Stream
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,39 +39,6 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 _log = logging.getLogger("nanoengine")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    """Counts since the engine started.
-
-    Attributes:
-        steps: steps launched. mixed_steps: of them, with decode and prefill rows. chunks: prefill rows that were only a
-            part of what was left to compute.
-        graph_steps, mixed_graph_steps, graph_tails: finished steps of which a CUDA graph was replayed: of a decode
-            step's model, of a mixed step's model, of the sampling behind either.
-        steps_split: finished steps that memory did not hold whole, and that ran in parts.
-        preemptions: requests that gave their blocks back and were computed again.
-        prompt_tokens: tokens of admitted prompts. prefix_hit_tokens: of them, taken from the prefix cache.
-        resumed_hit_tokens: taken from it by preempted requests that came back.
-        num_blocks, free_blocks: KV blocks, all and not held by a request. running, waiting: samples now.
-    """
-
-    steps: int
-    mixed_steps: int
-    chunks: int
-    graph_steps: int
-    mixed_graph_steps: int
-    graph_tails: int
-    steps_split: int
-    preemptions: int
-    prompt_tokens: int
-    prefix_hit_tokens: int
-    resumed_hit_tokens: int
-    num_blocks: int
-    free_blocks: int
-    running: int
-    waiting: int
 
 
 class LLM:
@@ -240,7 +206,7 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int | None = None) -> Stream:
         """Start a request; iterate over its cumulative outputs. Several may be open at once; closing one aborts it."""
-        return Stream(self, split_prompt(prompt), check_params(params or self.default_params), priority)
+        return Stream(self.engine, self._next_id(), prompt, check_params(params or self.default_params), priority)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -373,65 +339,9 @@ class LLM:
         self.close()
 
 
-class Stream(Iterator[RequestOutput]):
-    """Cumulative outputs of one request, as they come. `close()` (or the end of its `with`) aborts what is left."""
-
-    def __init__(self, llm: LLM, prompt: tuple[Any, str | None], params: SamplingParams, priority: int | None) -> None:
-        # Outputs are cumulative: of those that come while others make the engine step, the latest is enough.
-        self._engine, self._outputs = llm.engine, deque[RequestOutput](maxlen=1)
-        self._ended = False
-        self.request_id = llm._next_id()
-        self._engine.add_request(
-            self.request_id, prompt[0], params, priority, prompt_text=prompt[1], sink=self._outputs.append
-        )
-
-    def __next__(self) -> RequestOutput:
-        while not self._outputs:
-            if self._ended:
-                raise StopIteration
-            self._engine.advance()
-        output = self._outputs.popleft()
-        self._ended = self._ended or output.finished
-        return output
-
-    def close(self) -> None:
-        """Abort the request if it still runs. Idempotent."""
-        if not self._ended:
-            self._ended = True
-            self._outputs = deque()  # the engine may still fill the old one
-            self._engine.abort_request(self.request_id)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_ended"):
-            self.close()
-
-
 def _say(text: str) -> None:
     """Fetching a model takes a while the first time: what is going on, beside the program's own output."""
     print(text, file=sys.stderr, flush=True)
-
-
-def engine_options(options: Mapping[str, Any]) -> EngineOptions:
-    """Keywords -> `EngineOptions`; raises `ConfigError` for one that is unknown or of the wrong type."""
-    types = get_type_hints(EngineOptions)
-    given = {}
-    for name, value in options.items():
-        if name in OPTIONS_NOT_SERVED:
-            raise ConfigError(f"engine option {name!r}: {OPTIONS_NOT_SERVED[name]}")
-        if name not in types:
-            raise ConfigError(f"unknown engine option {name!r}; {nearest(name, types)}")
-        plain = str(value).removeprefix("torch.") if name in ("dtype", "device") else value  # torch's own are fine
-        try:
-            given[name] = conform(name, plain, types[name])
-        except ParamsError as error:
-            raise ConfigError(f"engine option {error}") from None
-    return EngineOptions(**given)
 
 
 def _discover(plugins: Any) -> Registry:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_type_hints
 
-from nanoengine.core.errors import ConfigError
+from nanoengine.core.errors import ConfigError, ParamsError, nearest
+from nanoengine.core.field_types import conform
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,3 +101,20 @@ OPTIONS_NOT_SERVED: Mapping[str, str] = {
     "num_threads": "torch takes its CPU threads from the environment: OMP_NUM_THREADS",
 }
 """Options of vLLM's that are refused with what to do instead."""
+
+
+def engine_options(options: Mapping[str, Any]) -> EngineOptions:
+    """Keywords -> `EngineOptions`; raises `ConfigError` for one that is unknown or of the wrong type."""
+    types = get_type_hints(EngineOptions)
+    given = {}
+    for name, value in options.items():
+        if name in OPTIONS_NOT_SERVED:
+            raise ConfigError(f"engine option {name!r}: {OPTIONS_NOT_SERVED[name]}")
+        if name not in types:
+            raise ConfigError(f"unknown engine option {name!r}; {nearest(name, types)}")
+        plain = str(value).removeprefix("torch.") if name in ("dtype", "device") else value  # torch's own are fine
+        try:
+            given[name] = conform(name, plain, types[name])
+        except ParamsError as error:
+            raise ConfigError(f"engine option {error}") from None
+    return EngineOptions(**given)

@@ -18,6 +18,7 @@ from nanoengine.core.execution.parallel import ShapesOnly, SingleRank
 from nanoengine.core.execution.workers.checks import check_devices, check_importable
 from nanoengine.core.setup.choose import PassedOver, choose_attention, class_reasons, from_class, load_checked
 from nanoengine.core.setup.generation import read_json
+from nanoengine.core.setup.model_options import option_hint
 from nanoengine.core.setup.model_source import ModelSource, SourceContext, cache_root, resolve_model
 from nanoengine.core.setup.options import EngineOptions
 from nanoengine.core.setup.plan import EnginePlan, StagePlan, TargetLoader
@@ -82,7 +83,8 @@ def find_model(source: str, registry: Registry, say: Any = None) -> Path:
     try:
         return resolve_model(source, sources, ctx, registry.source_names(), broken)
     except ModelSourceError as error:
-        raise ModelSourceError(f"{error}{registry.suspects('model_sources')}") from error
+        hints = option_hint(source, registry) + registry.suspects("model_sources")
+        raise ModelSourceError(f"{error}{hints}") from error
 
 
 def assemble(

@@ -94,7 +94,7 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
     try:
         memory = executor.start(plan, assembly.loader)
         clock.lap_around("workers", memory.phases)
-        resolver = ParamsResolver(stages, ctx, defaults.eos_ids, memory.failed_stages)
+        resolver = ParamsResolver(stages, ctx, defaults.eos_ids, memory.failed_stages, registry.suspects("samplers"))
         engine = Engine(
             EngineLimits(
                 vocab_size=assembly.vocab_size,

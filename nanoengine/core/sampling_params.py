@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from nanoengine.core.errors import NanoEngineError, ParamsError, PluginError, nearest
+from nanoengine.core.errors import NanoEngineError, ParamsError, PluginError
 from nanoengine.core.field_types import conform
 from nanoengine.core.sampling_fields import CORE_TYPES, NOT_SERVED, CoreFields, legal_fields, stage_types
+from nanoengine.core.setup.registry import nearest_part
 from nanoengine.core.setup.specs import ColumnSpec, ParamsContext, StageParams, StandardOp
 
 _CACHE_SIZE = 256
@@ -150,14 +151,17 @@ class ParamsResolver:
         ctx: ParamsContext,
         eos_ids: frozenset[int],
         failed_stages: Mapping[str, str] | None = None,
+        suspects: str = "",
     ) -> None:
-        """`failed_stages`: those that cannot run, name -> cause: whoever sets a field of theirs is refused.
+        """`failed_stages`: those that cannot run, name -> cause: whoever sets a field of theirs is refused. `suspects`:
+        what to tell of plugins that failed before their stages were known, where a field is unknown.
 
         Raises `PluginError` where the stages' fields clash or are no proper dataclass fields.
         """
         self._legal = legal_fields(stages)
         self._stages = [(name, params, stage_types(name, params)) for name, params in stages]
         self._failed = dict(failed_stages or {})
+        self._suspects = suspects
         self._ctx = ctx
         # Checkpoints list end-of-text ids beyond their vocabulary; such an id is never drawn and needs no mask.
         self._eos_ids = frozenset(i for i in eos_ids if 0 <= i < ctx.vocab_size)
@@ -207,7 +211,9 @@ class ParamsResolver:
                 continue
             if name in NOT_SERVED:
                 raise ParamsError(f"SamplingParams: {name!r} is a field of vLLM's not served here: {NOT_SERVED[name]}")
-            raise ParamsError(f"SamplingParams has no field {name!r}; {nearest(name, self._legal)}")
+            raise ParamsError(
+                f"SamplingParams has no field {name!r}; {nearest_part(name, self._legal)}{self._suspects}"
+            )
 
     def _stage(
         self, name: str, params: type[StageParams], kinds: Mapping[str, Any], given: Mapping[str, Any]

@@ -23,7 +23,7 @@ from nanoengine.core.setup.model_source import with_revision
 from nanoengine.core.setup.options import EngineOptions
 from nanoengine.core.setup.plugins import discover
 from nanoengine.core.setup.prompts import PromptFile, Prompts, check_prompts
-from nanoengine.core.setup.registry import Kind, Registry
+from nanoengine.core.setup.registry import Kind, Registry, nearest_part
 from nanoengine.core.setup.sampler_section import Stages, check_sampler, sampler_stages
 
 
@@ -138,13 +138,18 @@ def _shorthands(registry: Registry) -> Mapping[str, Shorthand]:
             sources,
             "the path of a folder or a .gguf file, a hub id (owner/name), or anything else with a / in it",
         ),
-        "attention": Shorthand("backend", lambda option: option in backends or option in troubled, backends),
+        "attention": Shorthand(
+            "backend",
+            lambda option: option in backends or option in troubled,
+            backends,
+            "what a plugin brings: install its package, or give --plugin FILE, in Python plugins=[FILE]",
+        ),
     }
 
 
 def _checked(composed: Composed, registry: Registry, label: str) -> RunConfig:
     stages = sampler_stages(registry)
-    _check_keys(composed, list(legal_fields(stages)))
+    _check_keys(composed, list(legal_fields(stages)), registry.suspects("samplers"))
     data = composed.data
     for name in ("engine", "sampler"):
         if isinstance(data.get(name), str):
@@ -200,7 +205,8 @@ def _check_installed(composed: Composed, registry: Registry, path: KeyPath, kind
         raise PluginError(f"{composed.origin(path)}: {dotted(path)}: {error}") from error
 
 
-def _check_keys(composed: Composed, sampling: Sequence[str]) -> None:
+def _check_keys(composed: Composed, sampling: Sequence[str], suspects: str) -> None:
+    """`suspects`: plugins that failed and may have brought a key of `sampler`."""
     choices: dict[str, Sequence[str]] = {name: [f.name for f in fields(cls)] for name, cls in _SECTIONS.items()}
     choices |= {"sampler": sampling, "prompts": [f.name for f in fields(PromptFile)]}
     for path, origin in composed.said:
@@ -210,8 +216,11 @@ def _check_keys(composed: Composed, sampling: Sequence[str]) -> None:
         if len(path) != 2 or path[0] not in choices or str(path[1]).isdigit():
             continue
         if path[1] not in choices[str(path[0])]:
-            why = NOT_SERVED.get(str(path[1])) if path[0] == "sampler" else None
-            why = f"not served here: {why}" if why else nearest(str(path[1]), choices[str(path[0])])
+            key, valid = str(path[1]), choices[str(path[0])]
+            why = nearest(key, valid)
+            if path[0] == "sampler":
+                known = NOT_SERVED.get(key)
+                why = f"not served here: {known}" if known else nearest_part(key, valid) + suspects
             raise ConfigError(f"{origin}: unknown key {dotted(path)!r}; {why}")
 
 

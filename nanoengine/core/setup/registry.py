@@ -6,7 +6,7 @@ that wants the name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Generic, Literal, TypeVar, cast
 
@@ -24,6 +24,15 @@ KIND_WORDS: Mapping[str, str] = {
     "attention_backends": "attention backend",
     "model_sources": "model source",
 }
+
+
+_A_PLUGINS = ". If it is a plugin's: install its package, or give --plugin FILE, in Python LLM(plugins=[FILE])"
+
+
+def nearest_part(word: str, choices: Iterable[str]) -> str:
+    """`nearest`; where no name is near, it is no slip of the pen: then also what brings a plugin's part."""
+    found = nearest(word, choices)
+    return found if found.startswith("did you mean") else f"{found}{_A_PLUGINS}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +152,7 @@ class Registry:
             if failure.provides == (kind, name):
                 raise PluginError(f"{KIND_WORDS[kind]} {name!r} is not available: {failure}")
         raise PluginError(
-            f"no {KIND_WORDS[kind]} {name!r} is installed; {nearest(name, found)}{self.suspects(kind)}"
+            f"no {KIND_WORDS[kind]} {name!r} is installed; {nearest_part(name, found)}{self.suspects(kind)}"
             " (see `nanoengine plugins list`)"
         )
 
@@ -168,7 +177,7 @@ class Registry:
         served = {architecture for each in everyone for architecture in each.spec.architectures}
         wanted = architectures[0] if architectures else ""
         what = f"no installed model serves architecture {wanted!r}" if wanted else "config.json names no architecture"
-        raise ModelError(f"{what}; {nearest(wanted, served)}{self.suspects('models')}")
+        raise ModelError(f"{what}; {nearest(wanted, served)}{_A_PLUGINS}{self.suspects('models')}")
 
     def _model_by_name(self, architectures: Sequence[str], name: str) -> Registered[ModelSpec]:
         found: Registered[ModelSpec] = self.require("models", name)

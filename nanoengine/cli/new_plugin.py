@@ -16,7 +16,7 @@ import typer
 
 from nanoengine import __version__
 from nanoengine.cli.common import DebugOption, user_errors
-from nanoengine.core.errors import ConfigError
+from nanoengine.core.errors import ConfigError, nearest
 from nanoengine.core.sampling_fields import CORE_TYPES
 from nanoengine.core.setup.plugins import Registry, discover
 
@@ -85,15 +85,28 @@ def _example(name: str) -> str:
 
 
 def new(
-    kind: Annotated[PartKind, typer.Argument(help="What the package provides.", show_default=False)],
+    kind: Annotated[
+        str, typer.Argument(metavar="model|sampler|attention", help="What the package provides.", show_default=False)
+    ],
     name: Annotated[str, typer.Argument(help="What it is called, for example soft-cap.", show_default=False)],
     into: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to put the package's folder.")] = Path("."),
     debug: DebugOption = False,
 ) -> None:
     """Write a plugin package that installs, runs and passes its tests, to go on from."""
     with user_errors(debug):
-        folder = write(kind, name, into)
-        typer.echo(f"wrote {folder}\n\n{_next_steps(kind, Names.of(name), folder)}")
+        part = _kind(kind, name)
+        folder = write(part, name, into)
+        typer.echo(f"wrote {folder}\n\n{_next_steps(part, Names.of(name), folder)}")
+
+
+def _kind(text: str, name: str) -> PartKind:
+    """Raises `ConfigError` for a word that is none, and where kind and name changed places."""
+    kinds = [each.value for each in PartKind]
+    if text in kinds:
+        return PartKind(text)
+    if name in kinds:
+        raise ConfigError(f"the kind comes first: nanoengine plugins new {name} {text}")
+    raise ConfigError(f"no package of kind {text!r} can be begun; {nearest(text, kinds)}")
 
 
 def _next_steps(kind: PartKind, names: Names, folder: Path) -> str:

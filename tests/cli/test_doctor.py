@@ -193,6 +193,28 @@ def test_a_package_outside_its_bounds(nanoengine: Run, monkeypatch: pytest.Monke
     assert findings["tqdm"]["level"] == "ok"
 
 
+@pytest.mark.parametrize(("driver", "level"), [(None, "note"), ("driver 580.1 with a GPU", "warning")])
+def test_without_triton_only_a_machine_with_a_gpu_is_warned(
+    nanoengine: Run, monkeypatch: pytest.MonkeyPatch, driver: str | None, level: str
+) -> None:
+    from importlib import metadata
+
+    real = metadata.version
+
+    def version(name: str) -> str:
+        if name == "triton":
+            raise metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr("nanoengine.core.doctor.environment._driver", lambda: driver)
+    found, _ = examined(nanoengine("plugins", "doctor", "--json"))
+    (triton,) = [f for f in found["findings"] if (f["section"], f["name"]) == ("environment", "triton")]
+    assert triton["level"] == level
+    assert ("there is none here" in triton["text"]) == (driver is None)
+    assert bool(triton["mend"]) == (driver is not None)
+
+
 def test_a_torch_that_cannot_be_imported_is_reported_not_fatal(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')\n")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from nanoengine.cli import main; main()"

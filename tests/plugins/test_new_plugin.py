@@ -161,7 +161,9 @@ def test_the_long_name_is_the_short_one(tmp_path: Path) -> None:
         ("model", "model", "a class ModelConfig"),
         ("attention", "triton", "registered by nanoengine"),
         ("attention", "auto", "already"),
-        ("tokenizer", "mine", "is not one of 'model', 'sampler', 'attention'"),
+        ("tokenizer", "mine", "error: no package of kind 'tokenizer' can be begun; Valid: attention, model, sampler"),
+        ("sampling", "mine", "did you mean 'sampler'?"),
+        ("soft-cap", "sampler", "error: the kind comes first: nanoengine plugins new sampler soft-cap"),
     ],
 )
 def test_a_name_that_will_not_do_is_refused_with_one_that_might(

@@ -67,8 +67,10 @@ def _requirement(wanted: Any, required: bool) -> Finding:
     try:
         found = metadata.version(wanted.name)
     except metadata.PackageNotFoundError:
+        if not required and not _gpu_is_here():
+            return _env(name=wanted.name, level="note", text="is not installed; it is for GPUs, and there is none here")
         level: Level = "error" if required else "warning"
-        what = "is not installed" if required else "is not installed, so no kernel of ours runs on a GPU"
+        what = "is not installed" if required else "is not installed, so no kernel of ours runs on the GPU"
         return _env(name=wanted.name, level=level, text=what, mend=f"pip install '{wanted.name}{wanted.specifier}'")
     if wanted.specifier.contains(found, prereleases=True):
         return _env(name=wanted.name, text=f"{found} (wanted: {wanted.specifier})")
@@ -94,6 +96,17 @@ def import_error(module: str) -> str | None:
     except (Exception, SystemExit) as error:  # noqa: BLE001 - what a broken installation raises is what we are after
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _gpu_is_here() -> bool:
+    """As the driver or torch tells."""
+    if _driver() is not None:
+        return True
+    if import_error("torch") is not None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _is_installed(name: str) -> bool:

@@ -35,8 +35,6 @@ class Percentiles:
     @classmethod
     def of(cls, seconds: Iterable[float]) -> Percentiles:
         found = np.fromiter(seconds, dtype=np.float64) * 1e3
-        if not len(found):  # a request of one token has no ITL
-            found = np.full(1, np.nan)
         p50, p90, p99 = np.percentile(found, (50, 90, 99)).tolist()
         return cls(p50=p50, p90=p90, p99=p99, mean=float(found.mean()))
 
@@ -49,6 +47,7 @@ class Row:
         batch: requests at once; None under an arrival rate. rate: requests/s that came; None for a closed batch.
         requests: of one pass. tokens_per_s: output, best pass and median of all.
         ttft, itl, e2e: of the requests of all passes: to the first token, between tokens, to the last token.
+            No ITL where requests have one token only.
         itl_limit_ms: a decode step of the whole batch at its mean context, by the roofline.
     """
 
@@ -60,7 +59,7 @@ class Row:
     tokens_per_s: float
     median_tokens_per_s: float
     ttft: Percentiles
-    itl: Percentiles
+    itl: Percentiles | None
     e2e: Percentiles
     itl_limit_ms: float | None
 
@@ -121,6 +120,7 @@ def _row(
     passes = [serve(llm, workload, due) for _ in range(setup.passes)]
     speeds = [workload.counted / (max(t.tokens[-1] for t in one) - min(t.due for t in one)) for one in passes]
     every = [timeline for one in passes for timeline in one]
+    gaps = [after - before for t in every for before, after in pairwise(t.tokens)]
     return Row(
         batch=batch,
         rate=rate,
@@ -130,7 +130,7 @@ def _row(
         tokens_per_s=max(speeds),
         median_tokens_per_s=float(np.median(speeds)),
         ttft=Percentiles.of(t.tokens[0] - t.due for t in every),
-        itl=Percentiles.of(after - before for t in every for before, after in pairwise(t.tokens)),
+        itl=Percentiles.of(gaps) if gaps else None,
         e2e=Percentiles.of(t.tokens[-1] - t.due for t in every),
         itl_limit_ms=limit,
     )
@@ -164,11 +164,11 @@ COLUMNS = {
     "tok/s": lambda r: number(r.tokens_per_s),
     "TTFT p50 ms": lambda r: number(r.ttft.p50, 1),
     "TTFT p99": lambda r: number(r.ttft.p99, 1),
-    "ITL p50 ms": lambda r: number(r.itl.p50, 2),
-    "ITL p90": lambda r: number(r.itl.p90, 2),
-    "ITL p99": lambda r: number(r.itl.p99, 2),
+    "ITL p50 ms": lambda r: number(r.itl and r.itl.p50, 2),
+    "ITL p90": lambda r: number(r.itl and r.itl.p90, 2),
+    "ITL p99": lambda r: number(r.itl and r.itl.p99, 2),
     "limit ms": lambda r: number(r.itl_limit_ms, 2),
-    "of limit": lambda r: share(r.itl_limit_ms, r.itl.p50),
+    "of limit": lambda r: share(r.itl_limit_ms, r.itl and r.itl.p50),
     "whole p50 ms": lambda r: number(r.e2e.p50, 0),
     "whole p99": lambda r: number(r.e2e.p99, 0),
 }

@@ -146,7 +146,7 @@ def latency(
         points += [
             Point(r.batch, r.tokens_per_s, r.itl.p50, r.itl_limit_ms and 1e3 * r.batch / r.itl_limit_ms, r.itl.p99)
             for r in report.rows
-            if r.batch is not None
+            if r.batch is not None and r.itl is not None
         ]
         finish(report, output)
 

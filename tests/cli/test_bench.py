@@ -89,6 +89,15 @@ def test_latency_of_batches_and_under_a_load(bench: Bench) -> None:
     assert batches[1]["itl_limit_ms"] > batches[0]["itl_limit_ms"] > 0
 
 
+def test_latency_of_one_token(bench: Bench) -> None:
+    """It has no ITL: none in the table, and null in the JSON, which has no word for NaN."""
+    found = bench("latency", *CPU, "--batch", "2", "--prompt-len", "8", "--output-len", "1", "--passes", "1")
+    (row,) = found["rows"]
+    assert row["itl"] is None
+    assert 0 < row["ttft"]["p50"] == row["e2e"]["p50"]
+    assert "nan" not in found["table"]
+
+
 def test_prefix_hits_what_whole_blocks_allow(bench: Bench) -> None:
     blocks = ("--block-size", "16", "--block-size", "64")
     sizes = ("--requests", "5", "--shared", "100", "--own", "4", "--output-len", "2", "--passes", "1")

@@ -9,23 +9,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 from nanoengine.core.arguments import check_priority, checked_ids
 from nanoengine.core.errors import EngineClosed, NanoEngineError, RequestError, WorkerError
-from nanoengine.core.execution.executor import Executor, StepHandle
-from nanoengine.core.execution.results import LaunchedStep
-from nanoengine.core.execution.shortage import forget_locals, is_out_of_memory
-from nanoengine.core.observe import Delivery, Observer, StepWatch, Watch
+from nanoengine.core.execution.executor import Executor
+from nanoengine.core.in_flight import InFlight, step_failure, wait_out
+from nanoengine.core.observe import Observer, StepWatch, Watch
+from nanoengine.core.outbox import Outbox, Sink
 from nanoengine.core.output import OutputProcessor, RequestState
-from nanoengine.core.request import Request, RequestOutput
-from nanoengine.core.sampling_params import ParamsResolver, ResolvedParams, SamplingParams
+from nanoengine.core.request import RequestOutput
+from nanoengine.core.sampling_params import ParamsResolver, SamplingParams
 from nanoengine.core.scheduling.scheduler import ScheduledStep, Scheduler, Update
-from nanoengine.core.seeds import request_seed
 
 Prompt = str | Sequence[int]
-Sink = Callable[[RequestOutput], None]
 
 
 class Encoder(Protocol):
@@ -41,12 +39,6 @@ class EngineLimits:
     vocab_size: int
     seed: int
     overlap: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _InFlight:
-    step: ScheduledStep
-    handle: StepHandle
 
 
 class Engine:
@@ -66,9 +58,8 @@ class Engine:
         self._executor, self._resolver, self._encode = executor, resolver, encode
         self._inbox: deque[Callable[[], None]] = deque()
         self._known: dict[str, RequestState] = {}  # from add_request to the last output
-        self._in_flight: deque[_InFlight] = deque()
-        self._ready: list[RequestOutput] = []
-        self._undelivered: deque[Delivery] = deque()  # outputs to sinks, records to observers
+        self._in_flight: deque[InFlight] = deque()
+        self._outbox = Outbox()
         self._watch = Watch()
         self._booking = False  # scheduler and steps in flight do not tell one story just now
         self._lock = threading.RLock()  # one step at a time
@@ -127,7 +118,7 @@ class Engine:
             self._known[request_id] = state
             ordinal, self._ordinal = self._ordinal, self._ordinal + 1
             level = resolved.priority if priority is None else priority
-            self._inbox.append(lambda: self._enter(state, resolved, ordinal, level, error))
+            self._inbox.append(lambda: self._enter(state, ordinal, level, error))
 
     def abort_request(self, request_id: str) -> None:
         """End a request at once; its output says "abort" and keeps its tokens. Unknown or ended ids are no error."""
@@ -137,7 +128,7 @@ class Engine:
                 self._inbox.append(lambda: self._abort(state))
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self._known or self._ready)
+        return bool(self._known or self._outbox.ready)
 
     def observe(self, observer: Observer) -> None:
         """From the next step on, hand each step's record to `observer`, until `unobserve`."""
@@ -163,8 +154,7 @@ class Engine:
         """
         with self._lock:
             self.advance()
-            ready, self._ready = self._ready, []
-            return ready
+            return self._outbox.take_ready()
 
     def advance(self) -> None:
         """Launch what can be launched, and wait for the oldest step. Outputs go to their sinks, or wait for `step`.
@@ -183,7 +173,7 @@ class Engine:
             self._finish_oldest()
 
     def _launch_one(self) -> None:
-        if len(self._in_flight) == self._depth and _has_arrived(self._in_flight[0].handle):
+        if len(self._in_flight) == self._depth and self._in_flight[0].has_arrived():
             self._finish_oldest()
         self._launch_ahead(min(self._depth, len(self._in_flight) + 1))
 
@@ -202,18 +192,7 @@ class Engine:
                 if self._booking:
                     self._start_over()
                 raise
-            self._deliver()
-
-    def _deliver(self) -> None:
-        raised: list[Exception] = []
-        while self._undelivered:
-            client, news = self._undelivered.popleft()
-            try:
-                client(news)
-            except Exception as error:  # noqa: BLE001 - one client's; raised when all are served
-                raised.append(error)
-        if raised:
-            raise raised[0]
+            self._outbox.deliver()
 
     def _start_over(self) -> None:
         """After an interrupt in the middle of the books: a fresh scheduler. What ran fails; the engine lives on."""
@@ -256,12 +235,12 @@ class Engine:
         cause.__cause__ = error
         for state in list(self._known.values()):
             self._fail(state, cause)
-        self._undelivered += self._watch.broken(steps, error)
+        self._outbox.put_records(self._watch.broken(steps, error))
         self.close()
         try:
-            self._deliver()
+            self._outbox.deliver()
         finally:
-            error.outputs, self._ready = self._ready, []
+            error.outputs = self._outbox.take_ready()
             raise error
 
     def _check_open(self) -> None:
@@ -280,29 +259,12 @@ class Engine:
         while self._inbox:
             self._inbox.popleft()()
 
-    def _enter(
-        self, state: RequestState, params: ResolvedParams, ordinal: int, priority: int, error: RequestError | None
-    ) -> None:
-        """Make the request's samples and give them to the scheduler."""
+    def _enter(self, state: RequestState, ordinal: int, priority: int, error: RequestError | None) -> None:
+        """Give the request's samples to the scheduler."""
         if error is not None:
             self._fail(state, error)
             return
-        seed = request_seed(self.limits.seed, ordinal) if params.seed is None else params.seed
-        prompt = list(state.prompt_token_ids)
-        siblings = replace(params, prompt_logprobs=None)  # one sample's prompt log-probs are all samples'
-        for index in range(params.n):
-            request = Request(
-                id=f"{state.request_id}/{index}",
-                parent=state.request_id,
-                prompt_token_ids=prompt,
-                params=params if index == 0 else siblings,
-                seed=seed,
-                sample_index=index,
-                arrival=ordinal,
-                priority=priority,
-                cache_key=(params.cache_salt or "").encode(),
-                quiet=state.final_only and not params.stop,
-            )
+        for request in state.requests(ordinal, priority, self.limits.seed):
             try:
                 self.scheduler.add(request)
             except RequestError as refused:
@@ -340,7 +302,7 @@ class Engine:
                     self._finish_oldest()
                 self._broken([step], error)
                 break
-            self._in_flight.append(_InFlight(step, handle))
+            self._in_flight.append(InFlight(step, handle))
             self._booking = False
             self._watch.launched(step)
             now = time.monotonic()
@@ -357,14 +319,14 @@ class Engine:
         except WorkerError as error:
             self._end(error)
         except Exception as error:  # noqa: BLE001 - as above
-            self._broken(self._drop_in_flight(error), error)
+            self._broken(wait_out(self._in_flight), error)
             return
         self._watch.arrived(oldest.step)
         self._booking = True
         self._in_flight.popleft()
         self._take(self.scheduler.commit(oldest.step, result))
         self._booking = False
-        self._undelivered += self._watch.committed(oldest.step, result)
+        self._outbox.put_records(self._watch.committed(oldest.step, result))
 
     def _take(self, updates: Sequence[Update]) -> None:
         if not updates:
@@ -377,17 +339,6 @@ class Engine:
             self._fail(state, cause)
         self._publish(outputs)
 
-    def _drop_in_flight(self, error: Exception) -> list[ScheduledStep]:
-        """All steps in flight, after they ended: what was launched behind a broken step read its missing tokens."""
-        dropped = list(self._in_flight)
-        self._in_flight.clear()
-        for each in dropped[1:]:
-            try:
-                each.handle.wait()
-            except Exception as late:  # noqa: BLE001 - it broke on what the first one left undone; that is reported
-                forget_locals(late)
-        return [each.step for each in dropped]
-
     def _broken(self, steps: Sequence[ScheduledStep], error: Exception) -> None:
         """A step raised: its requests are run again one by one, and the one that raises alone fails alone."""
         for request in self.scheduler.fail(steps):
@@ -395,7 +346,7 @@ class Engine:
             state = self._known.get(request.parent)
             if state is not None:
                 self._fail(state, cause)
-        self._undelivered += self._watch.broken(steps, error)
+        self._outbox.put_records(self._watch.broken(steps, error))
 
     def _fail(self, state: RequestState, error: RequestError) -> None:
         for request in state.unfinished():
@@ -409,32 +360,9 @@ class Engine:
         self._publish([self.outputs.failed(state, error, time.monotonic())])
 
     def _publish(self, outputs: Sequence[RequestOutput]) -> None:
-        """Sinks are called later, by `_deliver`: what they do must not meet a step half booked."""
         for output in outputs:
             state = self._known[output.request_id]
             if output.finished:
                 with self._ids:
                     del self._known[output.request_id]
-            if state.sink is None:
-                self._ready.append(output)
-            else:
-                self._undelivered.append((state.sink, output))
-
-
-def step_failure(error: Exception) -> RequestError:
-    """What to tell whose request raised `error` when it ran alone."""
-    where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    text = f"running this request raised {type(error).__name__}: {error}{where}"
-    if is_out_of_memory(error):
-        mend = "no part of its step was small enough; leave more room: lower engine.gpu_memory_utilization"
-        cause = RequestError("out_of_memory", f"{text}; {mend}, kv_cache_memory or max_num_seqs")
-    else:
-        cause = RequestError("step_failed", text)
-    cause.__cause__ = error
-    forget_locals(error)
-    return cause
-
-
-def _has_arrived(handle: StepHandle) -> bool:
-    """Whether `wait` would not wait. Only a device's own handles can tell; on a CPU, batches depend on no clock."""
-    return isinstance(handle, LaunchedStep) and handle.has_arrived()
+            self._outbox.put(output, state.sink)

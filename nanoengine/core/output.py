@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -20,6 +20,7 @@ from nanoengine.core.request import (
 from nanoengine.core.sampling_params import ResolvedParams
 from nanoengine.core.scheduling.ending import take_untold
 from nanoengine.core.scheduling.scheduler import Update
+from nanoengine.core.seeds import request_seed
 from nanoengine.core.step import ROW_BAD_LOGITS, LogprobRows
 from nanoengine.core.text import IncrementalDetokenizer, Tokenizer
 
@@ -86,6 +87,24 @@ class RequestState:
     first_scheduled: float | None = None
     first_token: float | None = None
     finished: float | None = None
+
+    def requests(self, ordinal: int, priority: int, engine_seed: int) -> Iterator[Request]:
+        """What the scheduler gets: one for each sample. `ordinal`: of the request among all that the engine got."""
+        params, prompt = self.params, list(self.prompt_token_ids)
+        siblings = replace(params, prompt_logprobs=None)  # one sample's prompt log-probs are all samples'
+        for index in range(params.n):
+            yield Request(
+                id=f"{self.request_id}/{index}",
+                parent=self.request_id,
+                prompt_token_ids=prompt,
+                params=params if index == 0 else siblings,
+                seed=request_seed(engine_seed, ordinal) if params.seed is None else params.seed,
+                sample_index=index,
+                arrival=ordinal,
+                priority=priority,
+                cache_key=(params.cache_salt or "").encode(),
+                quiet=self.final_only and not params.stop,
+            )
 
     def add_sample(self, request: Request) -> None:
         wants = self.params.logprobs is not None

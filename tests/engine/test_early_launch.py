@@ -8,6 +8,7 @@ import pytest
 
 from nanoengine import SamplingParams
 from nanoengine.core.engine import Engine
+from nanoengine.core.in_flight import InFlight
 
 from .support import mock_llm
 
@@ -53,7 +54,7 @@ def test_steps_that_have_arrived_make_room_for_more(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Engine, "_finish_oldest", watched)
     want = run()
     assert finished[0] == 40  # nothing before the last prompt is in
-    monkeypatch.setattr("nanoengine.core.engine._has_arrived", lambda handle: True)
+    monkeypatch.setattr(InFlight, "has_arrived", lambda self: True)
     assert run() == want
     assert finished[0] == 12  # two steps were launched, the third needs room
     assert len([n for n in finished if n < 40]) == 7

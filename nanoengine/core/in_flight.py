@@ -1,0 +1,48 @@
+"""Steps between launch and commit, and what is told of one that breaks."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from nanoengine.core.errors import RequestError
+from nanoengine.core.execution.executor import StepHandle
+from nanoengine.core.execution.results import LaunchedStep
+from nanoengine.core.execution.shortage import forget_locals, is_out_of_memory
+from nanoengine.core.scheduling.messages import ScheduledStep
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    step: ScheduledStep
+    handle: StepHandle
+
+    def has_arrived(self) -> bool:
+        """Whether `wait` would not wait. Only a device's own handles can tell; on a CPU, batches depend on no clock."""
+        return isinstance(self.handle, LaunchedStep) and self.handle.has_arrived()
+
+
+def wait_out(in_flight: deque[InFlight]) -> list[ScheduledStep]:
+    """Empties it once its steps have ended: the oldest one broke, and those behind it read its missing tokens."""
+    dropped = list(in_flight)
+    in_flight.clear()
+    for each in dropped[1:]:
+        try:
+            each.handle.wait()
+        except Exception as late:  # noqa: BLE001 - it broke on what the first one left undone; that is reported
+            forget_locals(late)
+    return [each.step for each in dropped]
+
+
+def step_failure(error: Exception) -> RequestError:
+    """What to tell whose request raised `error` when it ran alone."""
+    where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    text = f"running this request raised {type(error).__name__}: {error}{where}"
+    if is_out_of_memory(error):
+        mend = "no part of its step was small enough; leave more room: lower engine.gpu_memory_utilization"
+        cause = RequestError("out_of_memory", f"{text}; {mend}, kv_cache_memory or max_num_seqs")
+    else:
+        cause = RequestError("step_failed", text)
+    cause.__cause__ = error
+    forget_locals(error)
+    return cause

@@ -1,0 +1,48 @@
+"""Outputs and step records on their way from the engine to whoever wants them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from nanoengine.core.observe import Delivery
+from nanoengine.core.request import RequestOutput
+
+Sink = Callable[[RequestOutput], None]
+
+
+class Outbox:
+    """Clients are called by `deliver` alone, once a step is booked: what they do must not meet it half booked.
+
+    Attributes:
+        ready: outputs without a sink, which `take_ready` gives.
+    """
+
+    def __init__(self) -> None:
+        self.ready: list[RequestOutput] = []
+        self._undelivered: deque[Delivery] = deque()
+
+    def put(self, output: RequestOutput, sink: Sink | None) -> None:
+        if sink is None:
+            self.ready.append(output)
+        else:
+            self._undelivered.append((sink, output))
+
+    def put_records(self, records: Sequence[Delivery]) -> None:
+        self._undelivered += records
+
+    def take_ready(self) -> list[RequestOutput]:
+        ready, self.ready = self.ready, []
+        return ready
+
+    def deliver(self) -> None:
+        """Call each client with its news, in order. What a client raises first is raised once all are served."""
+        raised: list[Exception] = []
+        while self._undelivered:
+            client, news = self._undelivered.popleft()
+            try:
+                client(news)
+            except Exception as error:  # noqa: BLE001 - one client's; raised when all are served
+                raised.append(error)
+        if raised:
+            raise raised[0]

@@ -1,0 +1,70 @@
+"""Outputs on their way out: in order, to everyone, whatever a client does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nanoengine.core.outbox import Outbox
+
+
+@pytest.fixture
+def outbox() -> Any:  # outputs are handed on, never looked at
+    return Outbox()
+
+
+def test_news_come_in_order_and_once(outbox: Any) -> None:
+    got: list[Any] = []
+    outbox.put("a", got.append)
+    outbox.put_records([(got.append, "record")])
+    outbox.put("b", got.append)
+    assert got == []
+    outbox.deliver()
+    outbox.deliver()
+    assert got == ["a", "record", "b"]
+
+
+def test_outputs_without_a_sink_wait_to_be_taken(outbox: Any) -> None:
+    outbox.put("a", None)
+    outbox.deliver()
+    assert outbox.ready == ["a"]
+    assert outbox.take_ready() == ["a"]
+    assert outbox.take_ready() == outbox.ready == []
+
+
+def test_a_client_that_raises_keeps_nothing_from_the_others(outbox: Any) -> None:
+    got: list[Any] = []
+
+    def fail(news: Any) -> None:
+        raise ValueError(news)
+
+    outbox.put("a", fail)
+    outbox.put("b", got.append)
+    outbox.put("c", fail)
+    with pytest.raises(ValueError, match="a"):
+        outbox.deliver()
+    assert got == ["b"]
+    outbox.deliver()  # nothing is left
+
+
+def test_an_interrupt_leaves_the_rest_for_the_next_time(outbox: Any) -> None:
+    got: list[Any] = []
+
+    def interrupted(news: Any) -> None:
+        raise KeyboardInterrupt
+
+    outbox.put("a", interrupted)
+    outbox.put("b", got.append)
+    with pytest.raises(KeyboardInterrupt):
+        outbox.deliver()
+    assert got == []
+    outbox.deliver()
+    assert got == ["b"]
+
+
+def test_what_a_client_brings_about_is_delivered_too(outbox: Any) -> None:
+    got: list[Any] = []
+    outbox.put("a", lambda news: outbox.put(news + "!", got.append))
+    outbox.deliver()
+    assert got == ["a!"]

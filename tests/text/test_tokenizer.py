@@ -214,12 +214,48 @@ def test_template_options() -> None:
         ([{"role": "user"}], r"messages\[0\] needs 'content'"),
         ([{"role": "user", "content": 3}], "not int"),
         ([HELLO], r"messages\[0\] must be a dict"),
+        ([{"role": "user", "content": [3]}], r"messages\[0\]\['content'\]\[0\] must be a string or a dict.*not int"),
+        (
+            [{"role": "user", "content": [{"type": "text"}]}],
+            r"\['content'\]\[0\] needs 'text', a string; it has \['type'",
+        ),
+        (
+            [{"role": "user", "content": ["a", {"type": "image_url"}]}],
+            r"\[1\] is of type 'image_url': only parts of type",
+        ),
     ],
 )
 def test_malformed_messages_are_refused(messages: Any, told: str) -> None:
     with pytest.raises(RequestError, match=told) as caught:
         wrap(byte_level(), chat_template=CHATML).apply_chat_template(messages)
     assert caught.value.code == "invalid_prompt"
+
+
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "one"}, "two"]}]
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (CHATML, "<s>user\none\ntwo</s><s>assistant\n"),  # it would print the list as Python does
+        ("{{ messages[0].content + '!' }}", "one\ntwo!"),  # it would raise
+        ("{% for p in messages[0].content %}({{ p.text }}){% endfor %}", "(one)(two)"),  # it takes parts
+    ],
+)
+def test_content_in_parts_is_for_every_template(template: str, text: str) -> None:
+    assert wrap(byte_level()).render_chat(PARTS, chat_template=template) == text
+
+
+def test_a_role_is_the_template_s_matter_but_no_message_goes_silently() -> None:
+    tokenizer = wrap(byte_level(), chat_template=CHATML)
+    assert tokenizer.render_chat([{"role": "wizard", "content": "hm"}]) == "<s>wizard\nhm</s><s>assistant\n"
+    picky = "{% for m in messages if m.role in ('user', 'ipython') %}{{ m.content | tojson }}{% endfor %}"
+    called = [*HELLO, {"role": "ipython", "content": 'a "b"'}]
+    assert tokenizer.render_chat(called, chat_template=picky) == '"hello""a \\"b\\""'  # it is there, though escaped
+    with pytest.raises(
+        RequestError, match=r"messages\[1\] is not in the prompt: .* role 'asistant'; did you mean 'assi"
+    ):
+        tokenizer.render_chat([*HELLO, {"role": "asistant", "content": "hello"}], chat_template=picky)
 
 
 @pytest.mark.parametrize(

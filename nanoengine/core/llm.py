@@ -176,6 +176,10 @@ class LLM:
 
         `chat_template_kwargs` and `options` go to the template: add_generation_prompt (True by default),
         continue_final_message, tools, chat_template, whatever it reads. `sampling_params`: vLLM's name of `params`.
+
+        Which roles there are is the template's matter, as in vLLM; a message that it passes over is refused, and so is
+        content that is neither text nor text parts. A conversation that is refused comes back in its place, with its
+        `error`; the others finish.
         """
         if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
             raise ParamsError(f"messages must be a list of messages, or a list of such lists, not {messages!r}")
@@ -246,8 +250,14 @@ class LLM:
         for given, level in zip(each_params, each_priority, strict=True):
             check_params(given)
             check_priority(level)
-        for one in {id(p): p for p in each_params}.values():  # all are checked before the first is added
-            self._built.resolver.resolve(one)
+        first_use = {id(p): index for index, p in reversed(list(enumerate(each_params)))}
+        for index in sorted(first_use.values()):  # all are checked before the first is added
+            try:
+                self._built.resolver.resolve(each_params[index])
+            except ParamsError as error:
+                if len(first_use) == 1:
+                    raise
+                raise ParamsError(f"params[{index}]: {error}") from error
         if any(isinstance(prompt, str) for prompt, _ in prompts):
             self._built.need_tokenizer()
         done: dict[str, RequestOutput] = {}

@@ -56,7 +56,7 @@ def test_a_parameter_in_python(tmp_path: Path, install: Callable[..., None]) -> 
     install("nanoengine-bad", "import no_such_library_q", version="0.7")
     with LLM(tiny_llama(tmp_path / "tiny"), load_format="dummy", num_gpu_blocks_override=32) as llm:
         sparkle = said(lambda: llm.generate([[1, 2], [3]], [SamplingParams(), SamplingParams(sparkle=1)]))
-        assert "SamplingParams has no field 'sparkle'" in sparkle
+        assert sparkle.startswith("params[1]: SamplingParams has no field 'sparkle'; ")
         assert HOW in sparkle
         assert "It may be missing because nanoengine-bad 0.7" in sparkle
         for call in (llm.generate, llm.stream):

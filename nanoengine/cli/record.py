@@ -97,7 +97,14 @@ def prompt_hash(prompt: Any, chat: bool, params: Mapping[str, Any]) -> str:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replaces a file in one go: whoever reads it finds the old text or the new one. Raises `OSError`."""
+    """Replaces a file in one go: whoever reads it finds the old text or the new one. Raises `OSError`.
+
+    A link stays, and so does what is no file: a device or a pipe is written to.
+    """
+    if path.exists() and not path.is_file():
+        path.write_text(text, "utf-8", newline="\n")
+        return
+    path = Path(os.path.realpath(path))
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_text(text, "utf-8", newline="\n")

@@ -204,13 +204,13 @@ def order_not_renewed(patch: pytest.MonkeyPatch) -> None:
 
 
 def blocks_in_slot_order(patch: pytest.MonkeyPatch) -> None:
-    pick = Scheduler._pick_steady
+    pick = SteadyRows.pick
 
-    def broken(self, draft):
-        rest = pick(self, draft)
+    def broken(self, *given):
+        rest = pick(self, *given)
         return rest if rest is None else sorted(rest, key=lambda request: -request.slot)
 
-    patch.setattr(Scheduler, "_pick_steady", broken)
+    patch.setattr(SteadyRows, "pick", broken)
 
 
 @pytest.mark.parametrize(

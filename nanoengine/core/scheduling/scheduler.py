@@ -116,12 +116,14 @@ class Scheduler:
 
     def _pick_running(self, draft: Draft) -> None:
         picks, in_flight, suspects = draft.picks, self._in_flight, self._suspects
-        order = self._pick_steady(draft) if self._steady.size else None
+        if self._resume is not None:
+            self._steady.leave_all()  # there is not enough for all at once
+        order = self._steady.pick(draft, self.running, self.blocks) if self._steady.size else None
         if order is None:
             order, self._resume = self._roster.service_order(self._resume), None
         for request in order:
             if draft.steady and request in self._steady:
-                self._grow_steady(request, draft)
+                self._steady.grow(request, draft, self.blocks)
                 continue
             total = request.num_tokens + request.num_in_flight
             if total >= request.max_len:  # ends by length once its token in flight is committed
@@ -145,36 +147,6 @@ class Scheduler:
                 continue
             picks[request] = num_new
             draft.budget -= num_new
-
-    def _pick_steady(self, draft: Draft) -> list[Request] | None:
-        """A token for every steady request. None: budget or blocks may not do for all, so nobody is steady any more.
-
-        Returns the running requests that are still to be looked at, in service order; what they need is there. Among
-        them are the steady ones that need a block: blocks are given out in that order.
-        """
-        steady, blocks = self._steady, self.blocks
-        ending, growing = steady.due()
-        for request in ending:
-            steady.leave(request)
-        rest = steady.others(self.running, growing)
-        tokens, missing = steady.size, len(growing)
-        for request in rest:
-            if request not in steady:
-                length = request.num_tokens + request.num_in_flight
-                tokens += length - request.num_computed
-                missing += max(0, blocks.blocks_for(length) - len(request.block_ids[0]))
-        if self._resume is not None or tokens > draft.budget or missing > blocks.free_blocks:
-            steady.leave_all()
-            return None
-        draft.steady = steady.size > 0
-        draft.budget -= steady.size
-        return rest
-
-    def _grow_steady(self, request: Request, draft: Draft) -> None:
-        draft.grown[request] = len(request.block_ids[0])
-        grew = self.blocks.grow(request, self._steady.length(request))
-        assert grew, "_pick_steady() saw room for all"
-        self._steady.grown(request)
 
     def _make_room(self, request: Request, end: int, draft: Draft) -> bool:
         """Blocks for the request's first `end` tokens, by preemption if need be. False: it gets no row."""

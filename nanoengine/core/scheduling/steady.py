@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from nanoengine.core.request import Request
+from nanoengine.core.scheduling.block_manager import BlockManager
+from nanoengine.core.scheduling.draft import Draft
 from nanoengine.core.scheduling.messages import ScheduledStep, Update
 from nanoengine.core.scheduling.plan_builder import longest_first
 from nanoengine.core.scheduling.roster import Handle
@@ -133,16 +135,39 @@ class SteadyRows:
         self._alarm[slot] = alarm if known > request.prompt_len else known  # the first token is told when it comes
         self._generation[slot] = request.generation
 
-    def others(self, running: Sequence[Request], wanted: Sequence[Request]) -> list[Request]:
-        """Of `running`, in its order, who is no member, and the members in `wanted`."""
-        if not wanted and self.size == len(running):
-            return []
-        members, also = self._members, set(wanted)
-        return [request for request in running if members[request.slot] is not request or request in also]
-
     # Scheduling
 
-    def due(self) -> tuple[list[Request], list[Request]]:
+    def pick(self, draft: Draft, running: Sequence[Request], blocks: BlockManager) -> list[Request] | None:
+        """A token for every member. None: budget or blocks may not do for all, so nobody is a member any more.
+
+        Returns the running requests that are still to be looked at, in order; what they need is there. Among them are
+        the members that need a block, for `grow`: blocks are given out in that order.
+        """
+        ending, growing = self._due()
+        for request in ending:
+            self.leave(request)
+        rest = self._others(running, growing)
+        tokens, missing = self.size, len(growing)
+        for request in rest:
+            if request not in self:
+                length = request.num_tokens + request.num_in_flight
+                tokens += length - request.num_computed
+                missing += max(0, blocks.blocks_for(length) - len(request.block_ids[0]))
+        if tokens > draft.budget or missing > blocks.free_blocks:
+            self.leave_all()
+            return None
+        draft.steady = self.size > 0
+        draft.budget -= self.size
+        return rest
+
+    def grow(self, request: Request, draft: Draft, blocks: BlockManager) -> None:
+        """Blocks for a member's next row."""
+        draft.grown[request] = len(request.block_ids[0])
+        grew = blocks.grow(request, int(self._total[request.slot]))
+        assert grew, "pick() saw room for all"
+        self._capacity[request.slot] = request.capacity
+
+    def _due(self) -> tuple[list[Request], list[Request]]:
         """Members that end by length with what is in flight, and members that need a block for their next row."""
         slots = self._slots()
         total = self._total[slots]
@@ -152,12 +177,12 @@ class SteadyRows:
             return [], []
         return self._of(slots[ending]), self._of(slots[growing])
 
-    def length(self, request: Request) -> int:
-        """Of a member: its tokens, those in flight included; so many does its next row need blocks for."""
-        return int(self._total[request.slot])
-
-    def grown(self, request: Request) -> None:
-        self._capacity[request.slot] = request.capacity
+    def _others(self, running: Sequence[Request], wanted: Sequence[Request]) -> list[Request]:
+        """Of `running`, in its order, who is no member, and the members in `wanted`."""
+        if not wanted and self.size == len(running):
+            return []
+        members, also = self._members, set(wanted)
+        return [request for request in running if members[request.slot] is not request or request in also]
 
     def advance(self) -> tuple[Int32, Int32]:
         """A row of the next step for each member -> (slots, starts), int32 each, longest first, then by slot."""

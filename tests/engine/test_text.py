@@ -321,9 +321,9 @@ def test_unseeded_requests_differ_and_repeat_with_the_engines_seed(tmp_path: Pat
 
 
 def test_one_seed_for_all_unseeded_requests_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanoengine.core import engine
+    from nanoengine.core import output
 
-    monkeypatch.setattr(engine, "request_seed", lambda engine_seed, ordinal: engine_seed)
+    monkeypatch.setattr(output, "request_seed", lambda engine_seed, ordinal: engine_seed)
     tokens = unseeded(tmp_path, 1)
     assert all(len(row) == 8 for row in tokens)
     assert not are_their_own(lambda seed: unseeded(tmp_path, seed))

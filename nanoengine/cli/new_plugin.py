@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
+import yaml
 
 from nanoengine import __version__
 from nanoengine.cli.common import DebugOption, user_errors
 from nanoengine.core.errors import ConfigError, nearest
-from nanoengine.core.sampling_fields import CORE_TYPES
+from nanoengine.core.sampling_fields import CORE_TYPES, STAGE_MEMBERS
 from nanoengine.core.setup.plugins import Registry, discover
 
 _NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 _PREFIX = "nanoengine-"
+_LONGEST = 64  # characters of a name: file systems allow some 200 for all that is made of it
 
 
 class PartKind(StrEnum):
@@ -67,8 +69,15 @@ class Names:
                 f"{name!r} cannot be the name of a plugin: small letters, digits, and single - or _ between them, "
                 f"beginning with a letter; for example {_example(short)}"
             )
+        unfit = None
         if keyword.iskeyword(word):
-            raise ConfigError(f"{name!r} cannot be the name of a plugin: {word!r} is a keyword of Python")
+            unfit = f"{word!r} is a keyword of Python"
+        elif len(short) > _LONGEST:
+            unfit = f"it has {len(short)} characters, and {_LONGEST} are the most"
+        elif yaml.safe_load(short) != short:
+            unfit = f"YAML reads {short!r} as {yaml.safe_load(short)!r}"
+        if unfit:
+            raise ConfigError(f"{name!r} cannot be the name of a plugin: {unfit}")
         return cls(
             name=short,
             word=word,
@@ -140,6 +149,8 @@ def _check_free(kind: PartKind, names: Names, registry: Registry) -> None:
         taken = {field: f"a parameter of {found.origin}" for found, field in params}
         taken |= {found.spec.name: f"a sampler stage of {found.origin}" for found in registry.samplers.values()}
         taken |= dict.fromkeys(CORE_TYPES, "a field of SamplingParams")
+        taken |= dict.fromkeys(STAGE_MEMBERS, "a member of StageParams")
+        taken |= dict.fromkeys(("float", "self"), "a word of the code that is written")
         wanted = names.word
     else:
         parts = registry.models if kind is PartKind.MODEL else registry.attention_backends

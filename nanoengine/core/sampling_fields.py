@@ -40,6 +40,9 @@ NOT_SERVED: Mapping[str, str] = {
     "routed_experts_prompt_start": "routing is not reported",
 }
 
+STAGE_MEMBERS = frozenset(name for name in vars(StageParams) if not name.startswith("_"))
+"""What the base class of every stage's parameters has: "columns", "pack" and so on are no names for a parameter."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoreFields:
@@ -108,6 +111,12 @@ def stage_types(name: str, params: type[StageParams]) -> dict[str, Any]:
     bare = [f.name for f in dataclasses.fields(params) if f.default is f.default_factory is dataclasses.MISSING]
     if bare:
         raise PluginError(f"sampler stage {name!r}: parameters without a default: {', '.join(bare)}")
+    hiding = [f.name for f in dataclasses.fields(params) if f.name in STAGE_MEMBERS]
+    if hiding:
+        raise PluginError(
+            f"sampler stage {name!r}: parameters that hide what every stage's parameters have: {', '.join(hiding)}; "
+            "give them other names, or, where that is what is meant, annotate them as ClassVar"
+        )
     try:
         hints = get_type_hints(params)
     except NameError as error:

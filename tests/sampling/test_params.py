@@ -234,6 +234,13 @@ class NoDataclass(StageParams):
     pass
 
 
+@dataclass(frozen=True)
+class HidesMembers(StageParams):
+    strength: float = 0.0
+    host_tokens: bool = True  # type: ignore[misc]
+    pack: float = 0.0  # type: ignore[assignment]
+
+
 @pytest.mark.parametrize(
     ("params", "words"),
     [
@@ -242,6 +249,7 @@ class NoDataclass(StageParams):
         (NeedsAValue, "'mine': parameters without a default: strength"),
         (Unknown, "'mine': Unknown has an unknown annotation: .*Nowhere"),
         (NoDataclass, "'mine': NoDataclass must be a dataclass"),
+        (HidesMembers, "'mine': parameters that hide .*: host_tokens, pack; .* ClassVar"),
     ],
 )
 def test_unfit_stage_fields_are_named(params: type[StageParams], words: str) -> None:

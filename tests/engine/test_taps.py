@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nanoengine import LLM, NanoEngineError, ParamsError, RequestError, SamplingParams
+from nanoengine import LLM, EngineClosed, NanoEngineError, ParamsError, RequestError, SamplingParams
 from nanoengine.core.execution.taps import Listener
 from nanoengine.testing.checkpoints import tiny_llama
 
@@ -104,6 +104,13 @@ def test_prompts_that_cannot_be_served_raise(llm: LLM) -> None:
             llm.hidden_states(PROMPT)
     next(iter(llm.generate([PROMPT], SamplingParams(max_tokens=1), use_tqdm=False)))
     assert len(llm.hidden_states(PROMPT)[0]) == len(PROMPT)
+
+
+def test_a_closed_engine_says_so(folder: Path) -> None:
+    with LLM(folder, skip_tokenizer_init=True) as llm:
+        pass
+    with pytest.raises(EngineClosed):
+        llm.hidden_states(PROMPT)
 
 
 def test_mutant_that_keeps_the_originals_is_seen(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
+from nanoengine.core.errors import EngineClosed
 from nanoengine.core.execution.memory import MemoryReport
 from nanoengine.core.execution.parallel import SingleRank
 from nanoengine.core.execution.runner import ModelRunner
@@ -69,6 +70,8 @@ class InProcessExecutor(Executor):
         return _FutureHandle(self._submit(self.runner.launch, plan))
 
     def call(self, name: str, *args: Any) -> list[Any]:
+        if self.runner is None:
+            raise EngineClosed("this engine was closed; make a new one")
         return [self._submit(getattr(self.runner, name), *args).result()]
 
     def shutdown(self) -> None:

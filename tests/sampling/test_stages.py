@@ -5,6 +5,7 @@ The properties are functions of the stage and of the slot tables, so that mutant
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from nanoengine.core.execution.stage import SamplerStage
+from nanoengine.core.errors import PluginError
+from nanoengine.core.execution.stage import RaggedColumn, SamplerStage, StageRows
 from nanoengine.core.sampling_params import SamplingParams
 
 from . import reference
@@ -262,3 +264,19 @@ def test_wide_rows_are_searched_level_by_level() -> None:
     logits[3, :40] = 1.0
     out = apply("top_k", (logits, [{"top_k": k} for k in (40, 1000, 3000, 41)], [([0], [])] * 4))
     assert np.isfinite(out).sum(1).tolist() == [40, 1000, 3000, 5000]
+
+
+def test_a_column_that_is_not_there_or_of_the_other_kind_is_refused_in_words() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    columns = {"strength": torch.zeros(2), "ids": RaggedColumn(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int32))}
+    rows = StageRows(slots=none, positions=none, prompt_lens=none, vocab_start=0, vocab_size=9, columns=columns)
+    assert rows.column("strength") is columns["strength"]
+    assert rows.ragged("ids") is columns["ids"]
+    for read, name, words in (
+        (rows.column, "strenght", "no column 'strenght'; did you mean 'strength'"),
+        (rows.ragged, "id", "no column 'id'; did you mean 'ids'"),
+        (rows.column, "ids", "is read by rows.ragged('ids')"),
+        (rows.ragged, "strength", "is read by rows.column('strength')"),
+    ):
+        with pytest.raises(PluginError, match=re.escape(words)):
+            read(name)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar
 
+from nanoengine.core.errors import PluginError, nearest
 from nanoengine.core.setup.specs import Phase
 
 if TYPE_CHECKING:
@@ -60,15 +61,24 @@ class StageRows:
     token_ids: Tensor | None = None
 
     def column(self, name: str) -> Tensor:
-        """A scalar column, [R]."""
-        found = self.columns[name]
-        assert not isinstance(found, RaggedColumn), name
+        """A scalar column, [R]. Raises `PluginError` where the stage has none of that name."""
+        found = self.columns.get(name)
+        if found is None or isinstance(found, RaggedColumn):
+            raise self._refusal(name)
         return found
 
     def ragged(self, name: str) -> RaggedColumn:
-        found = self.columns[name]
-        assert isinstance(found, RaggedColumn), name
+        """A ragged column. Raises as `column` does."""
+        found = self.columns.get(name)
+        if not isinstance(found, RaggedColumn):
+            raise self._refusal(name)
         return found
+
+    def _refusal(self, name: str) -> PluginError:
+        if name not in self.columns:
+            return PluginError(f"the stage's parameters declare no column {name!r}; {nearest(name, self.columns)}")
+        reader = "ragged" if isinstance(self.columns[name], RaggedColumn) else "column"
+        return PluginError(f"column {name!r} is read by rows.{reader}({name!r})")
 
 
 @dataclass(frozen=True, slots=True)

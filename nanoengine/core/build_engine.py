@@ -68,9 +68,9 @@ class BuiltEngine:
         return {**asdict(scheduler.stats()), "running": len(scheduler.running), "waiting": len(scheduler.waiting)}
 
     def model(self) -> nn.Module:
-        if not isinstance(self.executor, InProcessExecutor) or self.executor.runner is None:
-            raise NanoEngineError("the model is only at hand while it runs in this process")
-        return self.executor.runner.model
+        if not isinstance(self.executor, InProcessExecutor):
+            raise NanoEngineError("the model is only at hand where it runs in this process: with one rank")
+        return self.executor.running().model
 
     def close(self) -> None:
         self.engine.close()

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
@@ -24,6 +27,7 @@ from nanoengine.core.sampling_params import ParamsResolver, SamplingParams
 from nanoengine.core.scheduling.scheduler import ScheduledStep, Scheduler, Update
 
 Prompt = str | Sequence[int]
+_log = logging.getLogger(__name__)
 
 
 class Encoder(Protocol):
@@ -61,12 +65,13 @@ class Engine:
         self._in_flight: deque[InFlight] = deque()
         self._outbox = Outbox()
         self._watch = Watch()
+        self._said: set[str] = set()  # kinds of errors that broke steps
         self._booking = False  # scheduler and steps in flight do not tell one story just now
         self._lock = threading.RLock()  # one step at a time
         # Guards _known, _ordinal and the inbox's order; re-entrant, as a stream may be collected while it is held.
         self._ids = threading.RLock()
         self._ordinal = 0
-        self._closed = False
+        self._closed, self._process = False, os.getpid()
         self._ended_by: WorkerError | None = None
 
     def add_request(
@@ -186,7 +191,9 @@ class Engine:
         with self._lock:
             self._check_open()
             try:
+                self._booking = bool(self._inbox)  # a request that is half entered would run for nobody
                 self._drain_inbox()
+                self._booking = False
                 work()
             except BaseException:  # Ctrl-C may come anywhere
                 if self._booking:
@@ -204,6 +211,15 @@ class Engine:
         for state in list(self._known.values()):
             self._lost(state, error)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Other threads make no step meanwhile. Raises `NanoEngineError` while requests are unfinished."""
+        with self._lock:
+            self._check_open()
+            if self.has_unfinished_requests():
+                raise NanoEngineError("requests are running; finish or abort them first")
+            yield
+
     def reset_prefix_cache(self) -> None:
         """Forget every cached block. Raises `NanoEngineError` while requests are unfinished."""
         with self._lock:
@@ -215,7 +231,9 @@ class Engine:
             self.scheduler.blocks.reset_prefix_cache()
 
     def close(self) -> None:
-        """Stop, drop what runs, give the memory back. Idempotent."""
+        """Stop, drop what runs, give the memory back. Idempotent; in a fork of the engine's process, nothing."""
+        if os.getpid() != self._process:
+            return
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -244,6 +262,10 @@ class Engine:
             raise error
 
     def _check_open(self) -> None:
+        if os.getpid() != self._process:
+            raise EngineClosed(
+                f"this engine runs in process {self._process}, and this is a fork of it; make an engine in each process"
+            )
         if self._ended_by is not None:
             raise EngineClosed(f"this engine has ended: {self._ended_by.summary}") from self._ended_by
         if self._closed:
@@ -341,12 +363,22 @@ class Engine:
 
     def _broken(self, steps: Sequence[ScheduledStep], error: Exception) -> None:
         """A step raised: its requests are run again one by one, and the one that raises alone fails alone."""
+        if len(steps[0].rows) > 1:
+            self._say_broken(error)
         for request in self.scheduler.fail(steps):
             cause = step_failure(error)
             state = self._known.get(request.parent)
             if state is not None:
                 self._fail(state, cause)
         self._outbox.put_records(self._watch.broken(steps, error))
+
+    def _say_broken(self, error: Exception) -> None:
+        """Each kind once: where all succeed one by one, no output tells what broke, and all is slow."""
+        what = type(error).__name__
+        if what not in self._said:
+            self._said.add(what)
+            notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+            _log.warning("a step raised %s: %s%s; its requests run again one by one", what, str(error), notes)
 
     def _fail(self, state: RequestState, error: RequestError) -> None:
         for request in state.unfinished():

@@ -137,6 +137,7 @@ class RequestState:
             first_token=self.first_token,
             finished=self.finished,
             num_generated=sum(len(s.token_ids) for s in self.samples),
+            longest=max((len(s.token_ids) for s in self.samples), default=0),
         )
 
 
@@ -286,4 +287,8 @@ def _push_text(sample: SampleState, update: Update) -> bool:
 def _row_error(update: Update) -> RequestError:
     if update.failed == ROW_BAD_LOGITS:
         return RequestError("bad_logits", "the model gave logits that are not finite for this request")
-    return RequestError("nothing_left", "the sampler stages removed every token; loosen the mask, bias or bad words")
+    return RequestError(
+        "nothing_left",
+        "the sampler stages left no token that can be drawn: every one is masked, or a stage returned NaN or +inf; "
+        "loosen the mask, bias or bad words",
+    )

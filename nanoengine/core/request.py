@@ -30,7 +30,8 @@ class Logprob:
 class RequestMetrics:
     """Seconds on the monotonic clock. `arrival`: when added; others None until they happen.
 
-    ttft: arrival to first token. itl: mean time between later tokens of the first sample.
+    num_generated: tokens of all samples. longest: of the sample that has the most.
+    ttft: arrival to first token. itl: mean time between the tokens of that longest sample.
     """
 
     arrival: float
@@ -38,6 +39,7 @@ class RequestMetrics:
     first_token: float | None = None
     finished: float | None = None
     num_generated: int = 0
+    longest: int = 0
 
     @property
     def ttft(self) -> float | None:
@@ -45,9 +47,9 @@ class RequestMetrics:
 
     @property
     def itl(self) -> float | None:
-        if self.first_token is None or self.finished is None or self.num_generated < 2:
+        if self.first_token is None or self.finished is None or self.longest < 2:
             return None
-        return (self.finished - self.first_token) / (self.num_generated - 1)
+        return (self.finished - self.first_token) / (self.longest - 1)
 
 
 class _CopiedWhenRead:

@@ -5,21 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from nanoengine.core.errors import NanoEngineError, ParamsError
+from nanoengine.core.errors import ParamsError
 from nanoengine.core.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from nanoengine.core.execution.executor import Executor
     from nanoengine.core.execution.taps import Tap
     from nanoengine.core.llm import LLM
+    from nanoengine.core.request import RequestOutput
 
 
 def tap_prompt(llm: LLM, executor: Executor, prompt: Any, modules: Sequence[str]) -> dict[str, Tap]:
     """See `LLM.tap`. A salt of its own keeps the request from reading cached blocks, whose tokens would not run."""
     if isinstance(modules, str):
         raise ParamsError(f"modules must be a list of names, not {modules!r}")
-    if llm.engine.has_unfinished_requests():
-        raise NanoEngineError("requests are running, whose tokens would be heard too; finish or abort them first")
+    with llm.engine.alone():  # the tokens of others would be heard too
+        output, heard = _heard(llm, executor, prompt, modules)
+    if output.error is not None:
+        raise output.error
+    count = len(output.prompt_token_ids)
+    for name in modules:
+        _check_whole(name, heard.get(name), count)
+    return heard
+
+
+def _heard(llm: LLM, executor: Executor, prompt: Any, modules: Sequence[str]) -> tuple[RequestOutput, dict[str, Tap]]:
     params = SamplingParams(max_tokens=1, temperature=0, cache_salt=f"tap-{llm._next_id()}")
     unknown = executor.call("listen", modules)[0]  # after the steps in flight
     if unknown:
@@ -28,12 +38,7 @@ def tap_prompt(llm: LLM, executor: Executor, prompt: Any, modules: Sequence[str]
         [output] = llm.generate([prompt], params, use_tqdm=False)
     finally:
         heard: dict[str, Tap] = executor.call("heard")[0]
-    if output.error is not None:
-        raise output.error
-    count = len(output.prompt_token_ids)
-    for name in modules:
-        _check_whole(name, heard.get(name), count)
-    return heard
+    return output, heard
 
 
 def _check_whole(name: str, tap: Tap | None, count: int) -> None:

@@ -53,7 +53,7 @@ class FakeEngine:
         )
         now = time.monotonic()
         metrics = RequestMetrics(
-            arrival=now - 2, first_scheduled=now - 1.5, first_token=now - 1, finished=now, num_generated=2
+            arrival=now - 2, first_scheduled=now - 1.5, first_token=now - 1, finished=now, num_generated=2, longest=2
         )
         return [
             RequestOutput(

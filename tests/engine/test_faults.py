@@ -65,6 +65,25 @@ def test_a_request_that_breaks_the_forward_pass_fails_alone(
     assert max(calls) > 1
 
 
+def test_what_broke_a_step_is_said_where_no_request_breaks_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = MockModel.compute_logits
+
+    def compute_logits(self: MockModel, hidden: Any) -> Any:
+        if len(hidden) > 1:
+            raise RuntimeError("a kernel for one row")
+        return original(self, hidden)
+
+    monkeypatch.setattr(MockModel, "compute_logits", compute_logits)
+    with mock_llm(tmp_path) as llm:
+        found = llm.generate(clean(3), GREEDY, use_tqdm=False)
+    assert tokens_of(found) == [greedy(prompt, 10) for prompt in clean(3)]
+    assert [record.message for record in caplog.records if "one by one" in record.message] == [
+        "a step raised RuntimeError: a kernel for one row; its requests run again one by one"
+    ]
+
+
 @pytest.mark.parametrize("overlap", [True, False])
 def test_bad_logits_fail_their_row_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool) -> None:
     original = MockModel.compute_logits
@@ -230,7 +249,7 @@ def test_a_stage_that_cannot_be_made_is_named_to_who_asks_for_it(tmp_path: Path,
     assert "no table" in str(caught.value)
 
 
-@pytest.mark.parametrize("where", ["schedule", "commit"])
+@pytest.mark.parametrize("where", ["schedule", "commit", "add"])
 def test_an_interrupt_in_the_middle_of_the_books_costs_what_runs_and_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -259,6 +278,7 @@ def test_an_interrupt_in_the_middle_of_the_books_costs_what_runs_and_no_more(
         assert tokens_of(llm.generate([[5, 6]], GREEDY, use_tqdm=False)) == [greedy([5, 6], 10)]
         assert not llm.engine.has_unfinished_requests()
         assert llm.stats().free_blocks == llm.stats().num_blocks
+        assert llm.stats().running == llm.stats().waiting == 0
 
 
 def test_a_sink_that_raises_costs_nobody_else_an_output(tmp_path: Path) -> None:

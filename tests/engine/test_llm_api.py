@@ -325,7 +325,15 @@ def test_metrics_are_in_order(llm: LLM) -> None:
     assert metrics.arrival <= metrics.first_scheduled <= metrics.first_token <= metrics.finished
     assert metrics.num_generated == 6
     assert metrics.ttft is not None
-    assert metrics.itl is not None
+    assert metrics.itl == (metrics.finished - metrics.first_token) / 5
+
+
+def test_samples_of_one_prompt_do_not_make_the_time_between_tokens_shorter(llm: LLM) -> None:
+    metrics = llm.generate([[1, 2, 3]], SamplingParams(n=3, max_tokens=6), use_tqdm=False)[0].metrics
+    assert metrics.finished is not None
+    assert metrics.first_token is not None
+    assert metrics.num_generated == 18
+    assert metrics.itl == (metrics.finished - metrics.first_token) / 5
 
 
 def test_closing_ends_everything(tmp_path: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from nanoengine import LLM, EngineClosed, NanoEngineError, ParamsError, RequestError, SamplingParams
+from nanoengine.core.execution.executor import InProcessExecutor
 from nanoengine.core.execution.taps import Listener
 from nanoengine.testing.checkpoints import tiny_llama
 
@@ -111,6 +114,32 @@ def test_a_closed_engine_says_so(folder: Path) -> None:
         pass
     with pytest.raises(EngineClosed):
         llm.hidden_states(PROMPT)
+    with pytest.raises(EngineClosed):
+        _ = llm.model
+
+
+def test_other_threads_make_no_step_meanwhile(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of another thread's request would be heard as the prompt's own."""
+    call, others = InProcessExecutor.call, []
+
+    def interfering(self: InProcessExecutor, name: str, *args: Any) -> Any:
+        found = call(self, name, *args)
+        if name == "listen":
+            llm.engine.add_request("other", [3, 4], SamplingParams(max_tokens=2), sink=others.append)
+            stepping = Thread(target=llm.engine.step)
+            stepping.start()
+            stepping.join(0.2)
+            assert stepping.is_alive()
+            llm.engine.abort_request("other")
+            threads.append(stepping)
+        return found
+
+    threads: list[Thread] = []
+    monkeypatch.setattr(InProcessExecutor, "call", interfering)
+    assert len(llm.hidden_states(PROMPT)[0]) == len(PROMPT)
+    threads[0].join(10)
+    assert not threads[0].is_alive()
+    assert others[0].outputs[0].finish_reason == "abort"
 
 
 def test_mutant_that_keeps_the_originals_is_seen(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,7 @@ def test_a_call_reaches_all_ranks(two: tuple[LLM, LLM]) -> None:
     for llm in two:
         assert executor(llm).call("_on_device") is not None
         assert len(executor(llm).call("_on_device")) == 2
-    with pytest.raises(NanoEngineError, match="only at hand while it runs in this process"):
+    with pytest.raises(NanoEngineError, match="only at hand where it runs in this process"):
         _ = two[0].model
 
 

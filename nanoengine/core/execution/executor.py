@@ -70,9 +70,13 @@ class InProcessExecutor(Executor):
         return _FutureHandle(self._submit(self.runner.launch, plan))
 
     def call(self, name: str, *args: Any) -> list[Any]:
+        return [self._submit(getattr(self.running(), name), *args).result()]
+
+    def running(self) -> ModelRunner:
+        """Raises `EngineClosed`."""
         if self.runner is None:
             raise EngineClosed("this engine was closed; make a new one")
-        return [self._submit(getattr(self.runner, name), *args).result()]
+        return self.runner
 
     def shutdown(self) -> None:
         thread, self._thread = self._thread, None

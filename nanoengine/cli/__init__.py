@@ -6,6 +6,7 @@ Exit status: 0; 1 if any request failed or results could not be written; 2 for a
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -17,6 +18,9 @@ def main() -> None:
         signal.signal(signal.SIGINT, _interrupt_once)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _interrupt_once)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this: what is said goes nowhere, results are written
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for as long as the process lives
     try:
         from nanoengine.cli.app import app
 

@@ -119,11 +119,13 @@ def _status(record: Record | None, any_rows: bool) -> str:
 
 
 def _recorded_trace(path: Path, summary: Mapping[str, Any]) -> Path | None:
-    """Where the run wrote it, or beside the results if they were moved since; None where it is no more."""
+    """Where the run wrote it, or beside the results if they were moved since; None where it is no more, or where a full
+    disk left nothing in it."""
     if "trace" not in summary:
         return None
     written = Path(summary["trace"])
-    return next((each for each in (written, path.parent / written.name) if each.is_file()), None)
+    places = (written, path.parent / written.name)
+    return next((each for each in places if each.is_file() and each.stat().st_size), None)
 
 
 def _rows(path: Path) -> tuple[list[Mapping[str, Any]], int]:

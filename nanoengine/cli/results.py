@@ -165,6 +165,7 @@ def _opened(path: str, keep: bytes) -> FileIO:
 
 def _replaced(target: Path, keep: bytes, old: FileIO) -> FileIO:
     """A new file in place of `old`, in one go: the rows are never on no disk at all."""
+    target = target.resolve()  # a link stays one
     part = target.with_name(f".{target.name}.part")
     file = FileIO(part, "w")
     try:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from nanoengine.testing.checkpoints import tiny_llama
 
 CLI = [sys.executable, "-m", "nanoengine"]
 
@@ -50,6 +53,18 @@ def test_mistake() -> None:
     assert result.stderr == (
         "error: override 'engine.max_num_seqs=many': engine.max_num_seqs must be an integer, not 'many'\n"
     )
+
+
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_who_closes_what_it_would_say_gets_the_results(tmp_path: Path, closed: str) -> None:
+    """As a shell does with `2>&-`. Else the first file that is opened would get what is said, too."""
+    (tmp_path / "run.yaml").write_text("model: tiny\nchat: false\nprompts: [hi]\nsampler: {max_tokens: 2}\n")
+    tiny_llama(tmp_path / "tiny", with_tokenizer=True)
+    shell = ["sh", "-c", f'exec "$@" {closed}>&-', "sh"]
+    done = subprocess.run([*shell, *CLI, "run", "run.yaml", "output=rows.jsonl"], cwd=tmp_path, timeout=120)
+    assert done.returncode == 0
+    [row] = (tmp_path / "rows.jsonl").read_text().splitlines()
+    assert len(json.loads(row)["outputs"][0]["token_ids"]) == 2
 
 
 def test_output_into_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:

@@ -177,6 +177,18 @@ def test_without_a_trace_the_page_says_so(report: Run, tmp_path: Path) -> None:
     assert page.tags["svg"] == 4
 
 
+def test_a_trace_that_a_full_disk_left_empty_is_none(report: Run, folder: Path, tmp_path: Path) -> None:
+    place = shutil.copytree(folder / "results", tmp_path / "results")
+    (place / "trace.json").write_text("")
+    path = place / "results.jsonl.run.json"
+    record = json.loads(path.read_text())
+    record["summary"]["trace"] = str(place / "trace.json")
+    path.write_text(json.dumps(record))
+    assert "No trace: " in made(report(place), place / "report.html")
+    refused = report(place / "results.jsonl", "--trace", place / "trace.json")
+    assert (refused.exit_code, "is no trace" in refused.stderr) == (2, True)
+
+
 def test_what_a_killed_run_left(report: Run, tmp_path: Path) -> None:
     """A row torn, no summary, and a trace that breaks off in the middle of a line."""
     rows = Path("results/results.jsonl").read_text("utf-8").splitlines(keepends=True)

@@ -84,6 +84,19 @@ def test_rows_that_are_torn_failed_or_answer_another_prompt_run_again(
 
 
 @pytest.mark.usefixtures("interrupted")
+def test_rows_behind_a_link_stay_behind_it(nanoengine: Run, config: str, tmp_path: Path) -> None:
+    path, elsewhere = tmp_path / "results.jsonl", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    path.rename(elsewhere / "rows.jsonl")
+    path.symlink_to(elsewhere / "rows.jsonl")
+    with path.open("a") as file:
+        file.write("torn")
+    assert nanoengine("run", config, "--resume").exit_code == 0
+    assert path.is_symlink()
+    assert [json.loads(line)["index"] for line in (elsewhere / "rows.jsonl").read_text().splitlines()] == [2, 1, 0]
+
+
+@pytest.mark.usefixtures("interrupted")
 def test_a_last_row_without_its_line_break_runs_again(nanoengine: Run, config: str, rows: Rows, tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     path.write_bytes(path.read_bytes()[:-1])

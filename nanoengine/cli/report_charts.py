@@ -150,11 +150,12 @@ def _timeline(steps: Steps) -> Figure:
     ]
     _areas(blocks, edges, steps, layers)
     total = steps["total"][0]
-    blocks.axhline(total, color=RED, linestyle="--", linewidth=1, label=f"all {total:,.0f}")
+    if np.max(steps["used"] + steps["cached"]) > total / 10:  # else the line is all there would be to see
+        blocks.axhline(total, color=RED, linestyle="--", linewidth=1, label=f"all {total:,.0f}")
     if steps.preempted:
         at = [moment for moment, *_ in steps.preempted]
         blocks.plot(at, [total] * len(at), "v", color=RED, markersize=5, label=f"{len(at)} preemptions")
-    blocks.set_title("KV blocks")
+    blocks.set_title(f"KV blocks, of {total:,.0f}")
     blocks.set_xlabel("seconds")
     for axes in (generated, prompt, rows, requests, blocks):
         axes.set_ylim(bottom=0)

@@ -65,7 +65,8 @@ def environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "triton", "flash-attn", "transformers")},
+        "torch": torch.__version__,  # which names the CUDA of its build; the package's version may not
+        **{name: _version(name) for name in ("triton", "flash-attn", "transformers")},
     }
 
 

@@ -70,6 +70,7 @@ class Engine:
         self._lock = threading.RLock()  # one step at a time
         # Guards _known, _ordinal and the inbox's order; re-entrant, as a stream may be collected while it is held.
         self._ids = threading.RLock()
+        self._gate = threading.RLock()  # `alone` holds it, so that nobody else enters; never asked for under _ids
         self._ordinal = 0
         self._closed, self._process = False, os.getpid()
         self._ended_by: WorkerError | None = None
@@ -117,7 +118,7 @@ class Engine:
             final_only=final_only,
             sink=sink,
         )
-        with self._ids:
+        with self._gate, self._ids:
             if request_id in self._known:
                 raise RequestError("duplicate_id", f"request {request_id!r} is still running; give another id")
             self._known[request_id] = state
@@ -127,6 +128,8 @@ class Engine:
 
     def abort_request(self, request_id: str) -> None:
         """End a request at once; its output says "abort" and keeps its tokens. Unknown or ended ids are no error."""
+        if os.getpid() != self._process:  # a stream that a fork lets go of; who held the lock may not be there
+            return
         with self._ids:
             state = self._known.get(request_id)
             if state is not None:
@@ -137,13 +140,15 @@ class Engine:
 
     def observe(self, observer: Observer) -> None:
         """From the next step on, hand each step's record to `observer`, until `unobserve`."""
-        with self._lock:
+        with self._held():
             if not isinstance(self._watch, StepWatch):
                 self._watch = StepWatch()
             self._watch.observers.append(observer)
 
     def unobserve(self, observer: Observer) -> None:
         """No more records of steps that finish from here on. Raises `ValueError` if it does not observe."""
+        if os.getpid() != self._process:
+            return
         with self._lock:
             if not isinstance(self._watch, StepWatch):
                 raise ValueError(f"{observer!r} does not observe this engine")
@@ -157,7 +162,7 @@ class Engine:
         Outputs are cumulative; those of requests with a sink went there. An empty list is no end: see
         `has_unfinished_requests`.
         """
-        with self._lock:
+        with self._held():
             self.advance()
             return self._outbox.take_ready()
 
@@ -188,12 +193,9 @@ class Engine:
         return 2 if self.limits.overlap else 1
 
     def _advance(self, work: Callable[[], None]) -> None:
-        with self._lock:
-            self._check_open()
+        with self._held():
             try:
-                self._booking = bool(self._inbox)  # a request that is half entered would run for nobody
                 self._drain_inbox()
-                self._booking = False
                 work()
             except BaseException:  # Ctrl-C may come anywhere
                 if self._booking:
@@ -204,31 +206,33 @@ class Engine:
     def _start_over(self) -> None:
         """After an interrupt in the middle of the books: a fresh scheduler. What ran fails; the engine lives on."""
         self._in_flight.clear()
-        self._inbox.clear()
+        with self._ids:  # who enters from here on is in both, and lives
+            self._inbox.clear()
+            lost = list(self._known.values())
         self.scheduler, self._booking = self._make_scheduler(), False
         error = RequestError("interrupted", "the engine was interrupted in the middle of a step")
         self._watch.forget()
-        for state in list(self._known.values()):
+        for state in lost:
             self._lost(state, error)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Other threads make no step meanwhile. Raises `NanoEngineError` while requests are unfinished."""
-        with self._lock:
-            self._check_open()
+        """Other threads make no step meanwhile, and wait to add requests. Raises `NanoEngineError` while some run."""
+        with self._held(), self._gate:
             if self.has_unfinished_requests():
                 raise NanoEngineError("requests are running; finish or abort them first")
             yield
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached block. Raises `NanoEngineError` while requests are unfinished."""
-        with self._lock:
-            self._drain_inbox()
-            if self._known:
-                raise NanoEngineError("the prefix cache is in use; finish or abort the running requests first")
-            while self._in_flight:  # a dead row behind the last stop
-                self._finish_oldest()
-            self.scheduler.blocks.reset_prefix_cache()
+        self._advance(self._reset_prefix_cache)
+
+    def _reset_prefix_cache(self) -> None:
+        if self._known:
+            raise NanoEngineError("the prefix cache is in use; finish or abort the running requests first")
+        while self._in_flight:  # a dead row behind the last stop
+            self._finish_oldest()
+        self.scheduler.blocks.reset_prefix_cache()
 
     def close(self) -> None:
         """Stop, drop what runs, give the memory back. Idempotent; in a fork of the engine's process, nothing."""
@@ -237,7 +241,7 @@ class Engine:
         with self._lock:
             if not self._closed:
                 self._closed = True
-                for state in self._known.values():
+                for state in list(self._known.values()):  # whoever adds just now is on the way to be told
                     for request in state.unfinished():
                         self.scheduler.abort(request)
                 self._in_flight.clear()
@@ -261,6 +265,14 @@ class Engine:
             error.outputs = self._outbox.take_ready()
             raise error
 
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """The lock. A fork does not wait for it: who held it may be no thread of the fork's."""
+        self._check_open()
+        with self._lock:
+            self._check_open()
+            yield
+
     def _check_open(self) -> None:
         if os.getpid() != self._process:
             raise EngineClosed(
@@ -279,7 +291,9 @@ class Engine:
 
     def _drain_inbox(self) -> None:
         while self._inbox:
+            self._booking = True  # a request that is half entered would run for nobody
             self._inbox.popleft()()
+            self._booking = False
 
     def _enter(self, state: RequestState, ordinal: int, priority: int, error: RequestError | None) -> None:
         """Give the request's samples to the scheduler."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
 
-from nanoengine import SamplingParams
+from nanoengine import EngineClosed, SamplingParams
 from nanoengine.core.errors import PluginError
+from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.testing.mock_model import MockModel
 
 from .support import greedy, mock_llm, prompts, tokens_of
@@ -253,8 +255,6 @@ def test_a_stage_that_cannot_be_made_is_named_to_who_asks_for_it(tmp_path: Path,
 def test_an_interrupt_in_the_middle_of_the_books_costs_what_runs_and_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    from nanoengine.core.scheduling.scheduler import Scheduler
-
     original, count = getattr(Scheduler, where), 0
 
     def interrupted(self: Scheduler, *args: Any) -> Any:
@@ -279,6 +279,71 @@ def test_an_interrupt_in_the_middle_of_the_books_costs_what_runs_and_no_more(
         assert not llm.engine.has_unfinished_requests()
         assert llm.stats().free_blocks == llm.stats().num_blocks
         assert llm.stats().running == llm.stats().waiting == 0
+
+
+def test_an_interrupt_while_the_prefix_cache_is_reset_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Scheduler, *args: Any) -> Any:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    with mock_llm(tmp_path) as llm:
+        with llm.stream([1, 2, 3], GREEDY) as stream:
+            next(stream)  # the engine runs ahead: a row that nobody wants any more is left
+        monkeypatch.setattr(Scheduler, "commit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.reset_prefix_cache()
+        assert tokens_of(llm.generate([[5, 6]], GREEDY, use_tqdm=False)) == [greedy([5, 6], 10)]
+        llm.reset_prefix_cache()
+
+
+def test_who_enters_while_the_engine_starts_over_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: Scheduler, *args: Any) -> Any:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    late: list[Any] = []
+    with mock_llm(tmp_path) as llm:
+        engine = llm.engine
+        engine.add_request("early", [1, 2, 3], GREEDY, sink=lambda _: None)
+        make = engine._make_scheduler
+
+        def make_scheduler() -> Scheduler:  # in the middle of starting over
+            adding = Thread(target=engine.add_request, args=("late", [5, 6], GREEDY), kwargs={"sink": late.append})
+            adding.start()
+            adding.join()
+            return make()
+
+        engine._make_scheduler = make_scheduler
+        monkeypatch.setattr(Scheduler, "commit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.advance()
+        while engine.has_unfinished_requests():
+            engine.advance()
+        assert tokens_of(late[-1:]) == [greedy([5, 6], 10)]
+        assert llm.stats().running == llm.stats().waiting == 0
+
+
+def test_who_enters_while_the_engine_is_closed_does_not_keep_it_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with mock_llm(tmp_path) as llm:
+        engine, abort = llm.engine, Scheduler.abort
+        for name in "ab":
+            engine.add_request(name, [1, 2, 3], GREEDY)
+        engine.step()
+
+        def entering(self: Scheduler, request: Any) -> None:
+            monkeypatch.setattr(engine, "_check_open", lambda: None)  # it asked before
+            engine.add_request(f"beside {request.id}", [1], GREEDY)
+            monkeypatch.undo()
+            abort(self, request)
+
+        monkeypatch.setattr(Scheduler, "abort", entering)
+        llm.close()
+        with pytest.raises(EngineClosed):
+            _ = llm.model
 
 
 def test_a_sink_that_raises_costs_nobody_else_an_output(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tests.engine.support import VOCAB, greedy
 
 SCRIPT = """
 import os, sys
+from threading import Event, Thread
 from nanoengine import EngineClosed, LLM, SamplingParams
 from nanoengine.testing import mock_model
 folder, ranks = sys.argv[1:]
@@ -22,17 +23,32 @@ llm = LLM(folder, attention="mock", load_format="dummy", plugins=[mock_model], t
 params = SamplingParams(temperature=0, max_tokens=6)
 stream = llm.stream([1, 2, 3], params)
 next(stream)
+observing = llm.observe(print)
+observing.__enter__()
+held, forked = Event(), Event()
+def step():  # a fork has the locks as they stand, and no thread that will ever give them back
+    with llm.engine._lock, llm.engine._ids:
+        held.set()
+        forked.wait()
+stepping = Thread(target=step)
+stepping.start()
+held.wait()
 child = os.fork()
 if child == 0:
-    for call in (lambda: next(stream), lambda: llm.generate([[1]], params), lambda: llm.hidden_states([1])):
+    for call in (lambda: next(stream), lambda: llm.generate([[1]], params), lambda: llm.hidden_states([1]),
+                 llm.reset_prefix_cache, llm.engine.step, llm.observe(print).__enter__):
         try:
             call()
         except EngineClosed as error:
             print("child:", error, flush=True)
+    observing.__exit__(None, None, None)
     stream.close()
     llm.close()
     sys.exit()  # with all that runs at the end of a process
 print("ended", os.waitpid(child, 0)[1], flush=True)
+forked.set()
+stepping.join()
+observing.__exit__(None, None, None)
 for output in stream:
     pass
 print("parent:", *output.outputs[0].token_ids)
@@ -53,7 +69,7 @@ def test_a_fork_is_told_and_ends_nothing(tmp_path: Path, ranks: int) -> None:
     )
     assert done.returncode == 0, done.stderr
     *told, ended, answer = done.stdout.splitlines()
-    assert len(told) == 3
+    assert len(told) == 6
     assert all("and this is a fork of it; make an engine in each process" in line for line in told)
     assert ended == "ended 0"
     assert answer.split() == ["parent:", *map(str, greedy([1, 2, 3], 6))]

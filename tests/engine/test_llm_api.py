@@ -317,6 +317,13 @@ def test_resetting_the_prefix_cache(llm: LLM) -> None:
             llm.reset_prefix_cache()
 
 
+def test_a_closed_engine_resets_nothing(tmp_path: Path) -> None:
+    with mock_llm(tmp_path) as llm:
+        pass
+    with pytest.raises(EngineClosed):
+        llm.reset_prefix_cache()
+
+
 def test_metrics_are_in_order(llm: LLM) -> None:
     metrics = llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)[0].metrics
     assert metrics.first_scheduled is not None

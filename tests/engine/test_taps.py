@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nanoengine import LLM, EngineClosed, NanoEngineError, ParamsError, RequestError, SamplingParams
+from nanoengine import LLM, EngineClosed, NanoEngineError, ParamsError, RequestError, RequestOutput, SamplingParams
 from nanoengine.core.execution.executor import InProcessExecutor
 from nanoengine.core.execution.taps import Listener
 from nanoengine.testing.checkpoints import tiny_llama
@@ -140,6 +140,25 @@ def test_other_threads_make_no_step_meanwhile(llm: LLM, monkeypatch: pytest.Monk
     threads[0].join(10)
     assert not threads[0].is_alive()
     assert others[0].outputs[0].finish_reason == "abort"
+
+
+def test_requests_of_other_threads_wait_meanwhile(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = InProcessExecutor.call
+    params = SamplingParams(max_tokens=2)
+    others: list[RequestOutput] = []
+    adding = Thread(target=lambda: others.extend(llm.generate([[3, 4]], params, use_tqdm=False)))
+
+    def interfering(self: InProcessExecutor, name: str, *args: Any) -> Any:
+        found = call(self, name, *args)
+        if name == "listen":
+            adding.start()
+            adding.join(0.2)
+        return found
+
+    monkeypatch.setattr(InProcessExecutor, "call", interfering)
+    assert len(llm.hidden_states(PROMPT)[0]) == len(PROMPT)
+    adding.join(10)
+    assert len(others[0].outputs[0].token_ids) == 2
 
 
 def test_mutant_that_keeps_the_originals_is_seen(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

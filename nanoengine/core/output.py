@@ -230,9 +230,9 @@ class OutputProcessor:
         sample = state.samples[update.request.sample_index]
         if update.prompt_logprobs is not None and state.prompt_logprobs is not None:
             state.prompt_logprobs += tuple(self._logprobs(update.prompt_logprobs))
-        if not update.new_token_ids:
+        if not update.new_token_ids and update.finish_reason is None:
             return False
-        if state.first_token is None:
+        if state.first_token is None and update.new_token_ids:  # an end for want of blocks brings none
             state.first_token = now
         sample.finish_reason, sample.stop_reason = update.finish_reason, update.stop_reason
         before = len(sample.token_ids)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanoengine import LLM, NanoEngineError, RequestError, SamplingParams
+from nanoengine import LLM, NanoEngineError, RequestError, RequestOutput, SamplingParams
 from nanoengine.core.errors import ConfigError, EngineClosed, ParamsError, TokenizerMissing
 from nanoengine.testing import mock_model
 from nanoengine.testing.mock_model import reference_logits
@@ -102,14 +102,25 @@ def test_a_prompt_larger_than_the_pool_is_refused_with_the_numbers(tmp_path: Pat
     assert fine.outputs[0].token_ids == greedy([2] * 3, 6)
 
 
-def test_a_lone_request_that_outgrows_the_pool_keeps_its_tokens(tmp_path: Path) -> None:
-    with mock_llm(tmp_path, num_gpu_blocks_override=3) as llm:
-        (output,) = llm.generate([[1, 2, 3]], SamplingParams(temperature=0, max_tokens=50), use_tqdm=False)
-    one = output.outputs[0]
-    assert one.finish_reason == "length"
-    assert one.stop_reason == "kv_cache_full"
-    assert one.token_ids == greedy([1, 2, 3], 50)[: len(one.token_ids)]
-    assert len(one.token_ids) >= 9
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("count", [1, 3])
+def test_requests_that_outgrow_the_pool_keep_their_tokens(tmp_path: Path, overlap: bool, count: int) -> None:
+    """Those that had yielded, and without overlap all, have no token in flight that tells of their end."""
+    asked, params = prompts(count, longest=7), SamplingParams(temperature=0, max_tokens=50)
+    told: dict[str, RequestOutput] = {}
+    with mock_llm(tmp_path, num_gpu_blocks_override=4, overlap=overlap) as llm:
+        for i, prompt in enumerate(asked):
+            llm.engine.add_request(
+                str(i), prompt, params, final_only=i == 1, sink=lambda o: told.__setitem__(o.request_id, o)
+            )
+        for _ in range(300):
+            llm.engine.advance()
+        assert not llm.engine.has_unfinished_requests()
+    for i, prompt in enumerate(asked):
+        one = told[str(i)].outputs[0]
+        assert (one.finish_reason, one.stop_reason) == ("length", "kv_cache_full")
+        assert one.token_ids == greedy(prompt, 50)[: len(one.token_ids)]
+        assert len(prompt) + len(one.token_ids) >= 13
 
 
 def test_invalid_params_raise_before_anything_runs(llm: LLM) -> None:

@@ -177,9 +177,9 @@ class LLM:
         `chat_template_kwargs` and `options` go to the template: add_generation_prompt (True by default),
         continue_final_message, tools, chat_template, whatever it reads. `sampling_params`: vLLM's name of `params`.
 
-        Which roles there are is the template's matter, as in vLLM; a message that it passes over is refused, and so is
-        content that is neither text nor text parts. A conversation that is refused comes back in its place, with its
-        `error`; the others finish.
+        Which roles there are is the template's matter, as in vLLM; a message that it passes over for a role that is not
+        usual is refused, and so is content that is neither text nor text parts. A conversation that is refused comes
+        back in its place, with its `error`; the others finish.
         """
         if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
             raise ParamsError(f"messages must be a list of messages, or a list of such lists, not {messages!r}")

@@ -232,6 +232,7 @@ def test_malformed_messages_are_refused(messages: Any, told: str) -> None:
 
 
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "one"}, "two"]}]
+QWEN_LIKE = "<user>{{ messages[0].content if messages[0].content is string }}</user>"
 
 
 @pytest.mark.parametrize(
@@ -239,11 +240,18 @@ PARTS = [{"role": "user", "content": [{"type": "text", "text": "one"}, "two"]}]
     [
         (CHATML, "<s>user\none\ntwo</s><s>assistant\n"),  # it would print the list as Python does
         ("{{ messages[0].content + '!' }}", "one\ntwo!"),  # it would raise
+        (QWEN_LIKE, "<user>one\ntwo</user>"),  # it would leave it out
+        ("{% for p in messages[0].content %}({{ p.text | upper }}){% endfor %}", "(ONE)(TWO)"),  # it takes parts
         ("{% for p in messages[0].content %}({{ p.text }}){% endfor %}", "(one)(two)"),  # it takes parts
     ],
 )
 def test_content_in_parts_is_for_every_template(template: str, text: str) -> None:
     assert wrap(byte_level()).render_chat(PARTS, chat_template=template) == text
+
+
+def test_parts_that_the_template_would_leave_out_though_their_text_stands_elsewhere() -> None:
+    parts = [{"role": "user", "content": ["user"]}]
+    assert wrap(byte_level()).render_chat(parts, chat_template=QWEN_LIKE) == "<user>user</user>"
 
 
 def test_a_role_is_the_template_s_matter_but_no_message_goes_silently() -> None:
@@ -256,6 +264,8 @@ def test_a_role_is_the_template_s_matter_but_no_message_goes_silently() -> None:
         RequestError, match=r"messages\[1\] is not in the prompt: .* role 'asistant'; did you mean 'assi"
     ):
         tokenizer.render_chat([*HELLO, {"role": "asistant", "content": "hello"}], chat_template=picky)
+    with pytest.raises(RequestError, match=r"messages\[0\] is not in the prompt: .* role 'developer'"):
+        tokenizer.render_chat([{"role": "developer", "content": ["be brief"]}, *HELLO], chat_template=picky)
 
 
 @pytest.mark.parametrize(

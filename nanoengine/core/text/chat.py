@@ -11,6 +11,7 @@ from nanoengine.core.errors import RequestError, nearest
 _FIXED = ("tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask", "padding", "truncation",
           "max_length", "tokenizer_kwargs", "conversation")  # fmt: skip
 _ROLES = ("system", "user", "assistant", "tool")  # usual ones; which there are is the template's matter
+_MARK = "8091726354"  # no template says it by itself
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:
@@ -30,7 +31,7 @@ def render(hf: Any, messages: Any, options: Mapping[str, Any]) -> str:
     """The conversation as the prompt text of the template. `hf`: a transformers tokenizer.
 
     Content in parts goes to the template as such; to one that takes texts alone, as the parts' texts, a line each (as
-    in vLLM). Raises `RequestError`; also where the template leaves a message out for its role.
+    in vLLM). Raises `RequestError`; also where the template leaves a message out for a role that is not a usual one.
     """
     fixed = sorted(set(options) & set(_FIXED))
     if fixed:
@@ -42,19 +43,29 @@ def render(hf: Any, messages: Any, options: Mapping[str, Any]) -> str:
         )
     options = {"add_generation_prompt": not options.get("continue_final_message", False), **options}
     conversation = check_messages(messages)
-    in_parts = [message["content"] for message in conversation if isinstance(message.get("content"), list)]
-    try:
-        text = _applied(hf, conversation, options)
-        printed = any(str(parts) in text for parts in in_parts)  # as Python shows a list: it was taken for a text
-    except RequestError:
-        if not in_parts:
-            raise
-        printed = True
-    if printed:
-        conversation = [_with_plain_text(message) for message in conversation]
-        text = _applied(hf, conversation, options)
+    if any(isinstance(message.get("content"), list) for message in conversation):
+        conversation = _parts_or_texts(hf, conversation, options)
+    text = _applied(hf, conversation, options)
     _check_roles(hf, conversation, options, text)
     return text
+
+
+def _parts_or_texts(hf: Any, conversation: list[dict[str, Any]], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Content in parts stays so where the template wants it; one that does not raises, prints it as Python does, or
+    leaves it out. A further part for each message shows which."""
+    marks = [{"type": "text", "text": f"{_MARK}{index}."} for index in range(len(conversation))]
+    marked = [
+        {**message, "content": [*message["content"], mark]} if isinstance(message.get("content"), list) else message
+        for message, mark in zip(conversation, marks, strict=True)
+    ]
+    try:
+        text = _applied(hf, marked, options)
+    except RequestError:
+        text = ""
+    return [
+        message if mark["text"] in text and str(mark) not in text else _with_plain_text(message)
+        for message, mark in zip(conversation, marks, strict=True)
+    ]
 
 
 def _applied(hf: Any, conversation: list[dict[str, Any]], options: Mapping[str, Any]) -> str:
@@ -78,9 +89,10 @@ def _check_roles(hf: Any, conversation: list[dict[str, Any]], options: Mapping[s
     """
     for index, message in enumerate(conversation):
         role, content = message["role"], message.get("content")
-        if role in _ROLES or not isinstance(content, str):
+        if role in _ROLES or content is None:
             continue
-        other = [*conversation[:index], {**message, "content": f"{content}."}, *conversation[index + 1 :]]
+        more = f"{content}." if isinstance(content, str) else [*content, {"type": "text", "text": "."}]
+        other = [*conversation[:index], {**message, "content": more}, *conversation[index + 1 :]]
         if _applied(hf, other, options) == text:
             raise _invalid(
                 f"messages[{index}] is not in the prompt: this model's chat template passes over role {role!r}; "

@@ -221,9 +221,12 @@ def check_replaceable(path: str) -> None:
     target = Path(path).expanduser()
     if not target.is_file():
         return
-    with target.open("rb") as file:
-        first = file.readline()
-    if first.strip() and not first.startswith(b'{"index":'):
+    try:
+        with target.open("rb") as file:
+            first = next((line for line in file if line.strip()), b"")
+    except OSError as error:
+        raise ConfigError(f"cannot read output {path}, which is there already: {error.strerror or error}") from error
+    if first and not first.startswith(b'{"index":'):
         raise ConfigError(f"output {path} is there and holds no results of a run; give another output=, or delete it")
 
 

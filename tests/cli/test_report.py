@@ -290,9 +290,13 @@ def test_a_browser_shows_it(report: Run, tmp_path: Path) -> None:
 def test_what_is_no_result_gets_no_page_and_what_is_no_page_stays(nanoengine: Run, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("a\nb\n")
     assert "holds no row" in nanoengine("report", "notes.txt").stderr
-    row = {"index": 0, "prompt": "a", "prompt_token_ids": [1], "outputs": [], "num_cached_tokens": 0, "metrics": {},
-           "error": {"code": "x", "message": "y"}}  # fmt: skip
+    metrics = {**dict.fromkeys(("queued", "ttft", "itl", "latency")), "num_generated": 0}
+    row = {"index": 0, "prompt": "a", "prompt_token_ids": [1], "outputs": [], "num_cached_tokens": 0,
+           "metrics": metrics, "error": {"code": "x", "message": "y"}}  # fmt: skip
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "rows.html").write_text("<p>mine</p>")
     assert "is there and is no report" in nanoengine("report", "rows.jsonl").stderr
     assert (tmp_path / "rows.html").read_text() == "<p>mine</p>"
+    (tmp_path / "rows.html").unlink()
+    for _ in range(2):  # its own page it replaces
+        assert nanoengine("report", "rows.jsonl").exit_code == 0

@@ -318,10 +318,29 @@ def test_one_prompt_is_no_prompts(fake: Any, nanoengine: Run, config: Any) -> No
     assert result.stderr.splitlines()[-1].startswith("1 prompt, ")
 
 
-def test_what_holds_no_results_is_not_overwritten(nanoengine: Run, config: Any, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("import this\n")
+@pytest.mark.parametrize("text", ["import this\n", "\n\nimport this\n"])
+def test_what_holds_no_results_is_not_overwritten(nanoengine: Run, config: Any, tmp_path: Path, text: str) -> None:
+    (tmp_path / "mine.py").write_text(text)
     result = nanoengine("run", config(CONFIG), "output=mine.py")
     assert result.exit_code == 2
     assert "holds no results of a run" in result.stderr
-    assert (tmp_path / "mine.py").read_text() == "import this\n"
+    assert (tmp_path / "mine.py").read_text() == text
     assert "'-' is no file" in nanoengine("run", config(CONFIG), "output=-").stderr
+
+
+def test_results_that_cannot_be_read_are_not_overwritten(
+    nanoengine: Run, config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who may write a file may not always read it."""
+    (tmp_path / "mine.jsonl").write_text("mine")
+    original = Path.open
+
+    def opened(self: Path, mode: str = "r", *args: Any, **more: Any) -> Any:
+        if self.name == "mine.jsonl" and mode == "rb":
+            raise PermissionError(13, "Permission denied")
+        return original(self, mode, *args, **more)
+
+    monkeypatch.setattr(Path, "open", opened)
+    result = nanoengine("run", config(CONFIG), "output=mine.jsonl")
+    assert result.exit_code == 2
+    assert "cannot read output mine.jsonl, which is there already: Permission denied" in result.stderr

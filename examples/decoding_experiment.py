@@ -8,7 +8,7 @@ the dullest nor the wildest, up to a total probability of `typical_p`. The exper
 the text is under the model, and to how often it repeats itself; greedy, plain and nucleus sampling stand beside it.
 """
 
-import sys
+import argparse
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -89,4 +89,6 @@ def main(model: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="smollm2-135m")
+    main(parser.parse_args().model)

@@ -6,7 +6,7 @@
 Both are of this very engine (its kernels, its KV cache), not of a second implementation.
 """
 
-import sys
+import argparse
 
 import torch
 from torch import Tensor
@@ -59,4 +59,6 @@ def main(model: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="smollm2-135m")
+    main(parser.parse_args().model)

@@ -3,8 +3,8 @@
 python examples/kv_blocks.py [MODEL] [MEGABYTES]
 """
 
+import argparse
 import json
-import sys
 
 from nanoengine import LLM, SamplingParams
 from nanoengine.core.assemble import find_model
@@ -70,4 +70,8 @@ def main(model: str, megabytes: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*(sys.argv[1:2] or ["smollm2-135m"]), *(map(int, sys.argv[2:] or [96])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="smollm2-135m")
+    parser.add_argument("megabytes", nargs="?", default=96, type=int, help="of KV cache (default: 96)")
+    given = parser.parse_args()
+    main(given.model, given.megabytes)

@@ -3,11 +3,10 @@
 python examples/offline_inference.py [MODEL]
 """
 
-import sys
+import argparse
 
 from nanoengine import LLM, SamplingParams
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m"
 PROMPTS = [
     "The capital of Italy is",
     "Water freezes at a temperature of",
@@ -16,8 +15,8 @@ PROMPTS = [
 ]
 
 
-def main() -> None:
-    llm = LLM(model=MODEL, max_model_len=512, max_num_seqs=16, seed=0)
+def main(model: str) -> None:
+    llm = LLM(model=model, max_model_len=512, max_num_seqs=16, seed=0)
 
     sampling_params = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=24, seed=1, logprobs=1)
     for output in llm.generate(PROMPTS, sampling_params):
@@ -36,4 +35,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="smollm2-135m")
+    main(parser.parse_args().model)

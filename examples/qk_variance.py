@@ -10,7 +10,9 @@ they are taken out of the running engine, as they are compared in attention: rot
 
 import argparse
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import log
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -109,6 +111,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--plot", default="qk_variance.png", metavar="FILE")
     given = parser.parse_args(arguments)
+    if find_spec("matplotlib") is None:  # at once, not after the work
+        parser.error("the plot needs matplotlib: pip install 'nanoengine[plot]'")
+    if not Path(given.plot).absolute().parent.is_dir():
+        parser.error(f"--plot {given.plot}: there is no folder {Path(given.plot).absolute().parent}")
     with LLM(given.model, max_model_len=1024, fuse_kernels=False) as llm:  # fused kernels take q and k past the module
         layers = layers_of(llm)
     size = layers[0].q.shape[-1]

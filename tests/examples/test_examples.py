@@ -28,6 +28,14 @@ def test_none_is_forgotten() -> None:
     assert [name for name in names if f'"{name}"' not in tested] == []
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(name, "--help", monkeypatch=monkeypatch)
+    assert ended.value.code == 0
+    assert "[model]" in capsys.readouterr().out
+
+
 # offline_inference.py
 
 
@@ -141,6 +149,19 @@ def test_qk_variance(
         assert float(raw) == pytest.approx(int(d), rel=0.06)
         assert float(divided) == pytest.approx(1, rel=0.06)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_qk_variance_begins_no_work_that_cannot_be_drawn(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(LLM, "__init__", lambda *_, **__: pytest.fail("the work began"))
+    with pytest.raises(SystemExit):
+        run("qk_variance.py", tiny, "--plot", tmp_path / "none/plot.png", monkeypatch=monkeypatch)
+    assert f"there is no folder {tmp_path / 'none'}" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        run("qk_variance.py", tiny, "--plot", tmp_path / "plot.png", monkeypatch=monkeypatch)
+    assert "the plot needs matplotlib" in capsys.readouterr().err
 
 
 def test_qk_variance_is_of_the_scores_that_attention_takes(tiny: Path) -> None:

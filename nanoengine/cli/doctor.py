@@ -125,6 +125,11 @@ def _closing(found: Diagnosis, attention: str) -> Iterator[str]:
     errors, warnings = count(found.findings, "error"), count(found.findings, "warning")
     verdict = "what was asked for works" if found.works else "what was asked for cannot work"
     yield f"{verdict}: {_number(errors, 'error')}, {_number(warnings, 'warning')}"
+    for level in ("error", "warning"):  # again, for they are buried among what is well
+        for finding in found.findings:
+            if finding.level == level:
+                text = finding.text.partition("\n")[0]
+                yield f"  {level:<8} {finding.name}: {text}" + (f"; mend: {finding.mend}" if finding.mend else "")
 
 
 def _number(number: int, word: str) -> str:

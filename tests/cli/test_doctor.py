@@ -128,7 +128,10 @@ def test_a_configuration_that_cannot_run(nanoengine: Run, model: Path, tmp_path:
     result = nanoengine("plugins", "doctor", "run.yaml")
     assert result.exit_code == 1
     assert words in result.stdout
-    assert "what was asked for cannot work: 1 error" in result.stdout.splitlines()[-1]
+    *_, verdict, last = result.stdout.splitlines()
+    assert verdict == "what was asked for cannot work: 1 error, 0 warnings"
+    assert last.startswith("  error    ")
+    assert words in last
     assert "Traceback" not in result.output
 
 
@@ -169,8 +172,32 @@ def test_a_stage_that_cannot_load_is_an_error_for_a_configuration_that_uses_it(
         _, findings = examined(result)
         assert findings["spice"]["level"] == level
         assert "no_such_module" in findings["spice"]["text"]
-        assert findings["spice"]["mend"].startswith("leave out --plugin")
+        mend = findings["spice"]["mend"]
+        assert mend.startswith("correct SamplerSpec.target, now 'no_such_module:Spice'; or leave out --plugin")
         assert result.exit_code == code
+        told = nanoengine("plugins", "doctor", "run.yaml", *overrides, "--plugin", "spice.py").stdout.splitlines()
+        at = next(number for number, line in enumerate(told) if line.startswith("what was asked for "))
+        [again] = [line for line in told[at:] if line.startswith(f"  {level:<8} spice: sampler")]
+        assert again.endswith(f"; mend: {mend}")
+        assert [line[2:9].strip() for line in told[at + 1 :]] == sorted([level, "warning"])  # and no tokenizer
+
+
+@pytest.mark.parametrize(
+    ("target", "correct"),
+    [
+        ('f"{__name__}:Parms"', "correct SamplerSpec.target, now 'Parms' of plugin file "),
+        ('"os.pth:Spice"', "correct SamplerSpec.target, now 'os.pth:Spice'"),
+        ('"bad:Spice"', "leave out --plugin"),  # it is there, and fails by itself
+    ],
+)
+def test_a_misspelled_target_is_to_be_corrected(
+    nanoengine: Run, tmp_path: Path, forget_modules: None, monkeypatch: pytest.MonkeyPatch, target: str, correct: str
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "bad.py").write_text("import torch\ntorch.no_such_thing\n")
+    (tmp_path / "spice.py").write_text(STAGE.replace('"no_such_module:Spice"', target))
+    _, findings = examined(nanoengine("plugins", "doctor", "--plugin", "spice.py", "--json"))
+    assert findings["spice"]["mend"].startswith(correct)
 
 
 def test_a_plugin_file_that_fails_is_an_error_and_the_rest_is_examined(nanoengine: Run, tmp_path: Path) -> None:

@@ -60,12 +60,24 @@ def _part(kind: Kind, found: Registered[Any], registry: Registry, *, load: bool,
     missing = [m for m in getattr(found.spec, "requires", ()) if importlib.util.find_spec(m.partition(".")[0]) is None]
     if not load or missing:  # what a missing package means is said where backends are judged
         return _plugin(name=name, text=text + (" (not loaded)" if missing or not load else ""))
+    loader = TargetLoader(registry.plugin_files)
     try:
-        load_checked(TargetLoader(registry.plugin_files), found.spec.target, _base(kind))
+        load_checked(loader, found.spec.target, _base(kind))
     except NanoEngineError as error:
         level: Level = "error" if wanted else "warning"
-        return _plugin(name=name, level=level, text=f"{text}: {error}", mend=found.origin.mend)
+        return _plugin(name=name, level=level, text=f"{text}: {error}", mend=_mend(found, error, loader))
     return _plugin(name=name, text=text)
+
+
+def _mend(found: Registered[Any], error: NanoEngineError, loader: TargetLoader) -> str:
+    """A target that names nothing is to be corrected; whoever cannot do that leaves the plugin out."""
+    module, _, attribute = found.spec.target.partition(":")
+    cause = error.__cause__
+    no_module = isinstance(cause, ModuleNotFoundError) and f"{module}.".startswith(f"{cause.name}.")
+    if no_module or (isinstance(cause, AttributeError) and cause.name in attribute.split(".")):
+        correct = f"correct {type(found.spec).__name__}.target, now {loader.describe(found.spec.target)}"
+        return f"{correct}; or {found.origin.mend}" if found.origin.mend else correct
+    return found.origin.mend
 
 
 def _base(kind: Kind) -> type[Any]:

@@ -87,7 +87,10 @@ def sweep(
             where = f"{todo.cwd}, where the sweep was started, is no more"
             raise ConfigError(f"--resume: {where}; its relative paths need it")
     elif resume:
-        raise ConfigError("--resume of a sweep takes the sweep's folder: nanoengine run --resume multirun/DATE")
+        absent = "" if folder.exists() else f"; there is no {config} (looked for {folder.absolute()})"
+        raise ConfigError(
+            f"--resume of a sweep takes the sweep's folder: nanoengine run --resume multirun/DATE{absent}"
+        )
     else:
         todo = _prepare(config, combinations(overrides), plugins)
     return _run(todo, options, trace)

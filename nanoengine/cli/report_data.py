@@ -81,6 +81,9 @@ def read_all(path: Path, trace: Path | None) -> list[RunData]:
         records = sorted(path.glob(f"*{_RECORD}"))
         found = [each.with_name(each.name.removesuffix(_RECORD)) for each in records]
         if not found:
+            sweeps = sorted((str(each.parent) for each in path.glob(f"*/{SWEEP}")), reverse=True)
+            if sweeps:
+                raise ConfigError(f"{path} holds sweeps; give one of them, the newest first: {', '.join(sweeps[:8])}")
             said = f"{path} holds no results: no results.jsonl with its results.jsonl{_RECORD}, and no {SWEEP}"
             raise ConfigError(f"{said}; give the results file itself")
     elif path.is_file():

@@ -269,6 +269,7 @@ def test_plugin_files_and_options_reach_every_combination(sweep: Run, tmp_path: 
         (["run", "--resume", "empty"], "empty holds no sweep.json"),
         (["run", "--resume", "empty", "engine.seed=1"], "takes no overrides"),
         (["run", "--resume", "broken"], "broken/sweep.json cannot be read"),
+        (["run", "--multirun", "--resume", "multirun/nope"], "; there is no multirun/nope (looked for /"),
         (["run", "--resume", "gone"], "/no/such/folder, where the sweep was started, is no more"),
     ],
 )

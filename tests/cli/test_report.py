@@ -234,6 +234,16 @@ def test_mistakes_are_told(report: Run, arguments: list[str], said: str) -> None
     assert said in result.stderr
 
 
+def test_of_a_folder_of_sweeps_the_sweeps_are_named(nanoengine: Run, tmp_path: Path) -> None:
+    for name in ("2026-01-01", "2026-01-02", "other"):
+        (tmp_path / "multirun" / name).mkdir(parents=True)
+        if name != "other":
+            (tmp_path / "multirun" / name / "sweep.json").write_text("{}")
+    result = nanoengine("report", "multirun")
+    assert result.exit_code == 2
+    assert result.stderr.rstrip().endswith("the newest first: multirun/2026-01-02, multirun/2026-01-01")
+
+
 def test_the_page_may_go_into_a_new_folder(report: Run) -> None:
     assert report("results", "-o", "new/er/x.html").exit_code == 0
     assert Path("new/er/x.html").is_file()

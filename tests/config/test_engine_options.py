@@ -28,7 +28,11 @@ def test_torchs_own_types_name_themselves() -> None:
         ({"max_num_seq": 4}, r"unknown engine option 'max_num_seq'; .*max_num_seqs"),
         ({"max_num_seqs": "many"}, "engine option max_num_seqs"),
         ({"max_num_seqs": True}, "engine option max_num_seqs"),
-        ({"dtype": torch.int8}, "engine option dtype"),
+        ({"dtype": torch.int8}, "engine option dtype.*'torch.int8'$|engine option dtype.*'int8'$"),
+        ({"dtype": "half"}, "'half'; did you mean 'float16'"),
+        ({"dtype": "float"}, "'float'; did you mean 'float32'"),
+        ({"dtype": "FP16"}, "'FP16'; did you mean 'float16'"),
+        ({"dtype": "bf16"}, "'bf16'; did you mean 'bfloat16'"),
         ({"max_num_seqs": 0}, "engine.max_num_seqs must be at least 1, not 0"),
     ],
 )

@@ -291,6 +291,8 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
         ["index 3 is out of range: prompts has 2 items, counted from 0"],
     ),
     ("model: a/b\nprompts: [[{role: user, content: x}]]\n", ["prompts[0].role=x"], ["prompts.0 is a list"]),
+    ("model: a/b\nengine: {dtype: half}\n", [], ["run.yaml:2: engine.dtype must be", "did you mean 'float16'?"]),
+    ("model: a/b\n", ["engine.dtype=bf16"], ["not 'bf16'; did you mean 'bfloat16'?"]),
     # a group's file in the body
     ("model: a/b\nsampler: greedy\n", [], ["run.yaml:2: sampler must be a mapping", "'- sampler: greedy'"]),
     ("model: a/b\nengine: small\n", [], ["run.yaml:2: engine must be a mapping", "'- engine: small'"]),

@@ -133,3 +133,15 @@ def test_standard_input_that_is_no_text(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
     with pytest.raises(ConfigError, match="cannot read the prompts of standard input"):
         read_prompts(PromptFile(file="-"))
+
+
+def test_a_file_that_is_not_there_is_told_with_the_folder_it_was_looked_up_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        read_prompts(PromptFile(file="q.txt"))
+    whence = f"(q.txt is looked up from {tmp_path}, where the command runs)"
+    assert str(caught.value) == f"cannot read the prompts: no such file: {tmp_path}/q.txt {whence}"
+    with pytest.raises(ConfigError, match=rf"{tmp_path}: Is a directory$"):
+        read_prompts(PromptFile(file=str(tmp_path)))

@@ -76,6 +76,15 @@ def test_missing_file(registry: Registry, name: str) -> None:
         load_config(name, registry=registry)
 
 
+@pytest.mark.parametrize(("name", "meant"), [("run.yml", "run.yaml"), ("run", "run.yaml"), ("other.yaml", "other.yml")])
+def test_a_missing_file_of_another_ending_is_named(
+    folder: Folder, registry: Registry, monkeypatch: pytest.MonkeyPatch, name: str, meant: str
+) -> None:
+    monkeypatch.chdir(folder({"run.yaml": "model: a/b\n", "other.yml": "model: a/b\n"}))
+    with pytest.raises(ConfigError, match=f"; did you mean {meant}, which is there"):
+        load_config(name, registry=registry)
+
+
 def test_a_file_without_suffix_beats_a_recipe(
     folder: Folder, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:

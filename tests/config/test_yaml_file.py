@@ -14,6 +14,8 @@ BROKEN = [
     ("a: 1\nb: [1, 2\nc: 3\n", "f.yaml:3"),
     ("a: 1\n b: 2\n", "f.yaml:2"),
     ("a: 1\n\tb: 2\n", "f.yaml:2"),
+    ("a:\n  b: 1\n \tc: 2\n", "the line is indented with a tab: YAML takes spaces only"),
+    ("a:\n\tb: 2\n", "the line is indented with a tab: YAML takes spaces only"),
     ("a: 1\na: 2\n", "duplicate key"),
     ("a: 1\n---\nb: 2\n", "f.yaml:2"),
     ("just text\n", "f.yaml:1: a configuration file is a mapping"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
@@ -96,6 +97,16 @@ def test_mistakes(llm: LLM, modules: list[str], words: str) -> None:
     with pytest.raises(ParamsError, match=words):
         llm.tap(PROMPT, modules)
     assert len(llm.hidden_states(PROMPT)[0]) == len(PROMPT)
+
+
+def test_of_all_modules_the_nearest_are_named(llm: LLM) -> None:
+    count = len(dict(llm.model.named_modules()))
+    with pytest.raises(ParamsError) as caught:
+        llm.tap(PROMPT, ["model.layer.0.mpl"])
+    near = r"did you mean '[\w.]*mlp[\w.]*'( or '[\w.]+'){0,2}\? "
+    assert re.fullmatch(rf".*; {near}llm\.model\.named_modules\(\) lists all {count}", str(caught.value))
+    with pytest.raises(ParamsError, match=rf"no module 'zzz'; llm\.model\.named_modules\(\) lists all {count}$"):
+        llm.tap(PROMPT, ["zzz"])
 
 
 def test_prompts_that_cannot_be_served_raise(llm: LLM) -> None:

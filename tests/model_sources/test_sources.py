@@ -89,7 +89,13 @@ def test_what_nobody_has_is_told_what_there_may_be(tmp_path: Path, ctx: SourceCo
     with pytest.raises(
         ModelSourceError, match=r"no folder .* no \.gguf file, no known name and no hub id as in owner/name"
     ):
-        resolve_model("./here/there", sources, ctx)
+        resolve_model("here", sources, ctx)
+    for path in ("./here/there", "../here", "/here", "~/here", "here/or/there"):
+        with pytest.raises(ModelSourceError) as caught:
+            resolve_model(path, sources, ctx)
+        assert str(caught.value) == f"no model {path!r}: no such folder: {Path(path).expanduser().absolute()}"
+    with pytest.raises(ModelSourceError, match="no known name and no hub id"):  # a plugin's, which is not there
+        resolve_model("s3://bucket/model", sources, ctx)
     (tmp_path / "model").mkdir()
     with pytest.raises(ModelSourceError, match=r"model is there, but has no revisions: leave out @v1"):
         resolve_model(f"{tmp_path}/model@v1", sources, ctx)

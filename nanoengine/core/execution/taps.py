@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from nanoengine.core.errors import nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,9 @@ def unknown_module(model: nn.Module, names: Sequence[str]) -> str:
     known = dict(model.named_modules())
     for name in names:
         if name not in known:
-            return f"the model has no module {name!r}; {nearest(name, known)}"
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+            return f"the model has no module {name!r}; {hint}llm.model.named_modules() lists all {len(known)}"
     return ""
 
 

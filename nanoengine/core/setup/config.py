@@ -20,11 +20,13 @@ from nanoengine.core.sampling_fields import NOT_SERVED, legal_fields
 from nanoengine.core.setup.composer import Composed, Root, SearchPath, Shorthand, compose, package_root
 from nanoengine.core.setup.composer.yaml_file import ConfigFile, KeyPath, dotted
 from nanoengine.core.setup.model_source import with_revision
-from nanoengine.core.setup.options import EngineOptions
+from nanoengine.core.setup.options import EngineOptions, dtype_hint
 from nanoengine.core.setup.plugins import discover
 from nanoengine.core.setup.prompts import PromptFile, Prompts, check_prompts
 from nanoengine.core.setup.registry import Kind, Registry, nearest_part
 from nanoengine.core.setup.sampler_section import Stages, check_sampler, sampler_stages
+
+_YAML = (".yaml", ".yml")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,11 +121,20 @@ def _primary(path_or_recipe: str | Path, roots: Sequence[Root], suspects: str) -
     search = SearchPath(None, roots, suspects)
     name = str(path_or_recipe)
     if path.suffix or os.sep in name:
-        raise ConfigError(f"no configuration file {name} (looked for {path.absolute()})")
+        raise ConfigError(f"no configuration file {name} (looked for {path.absolute()}){_sibling(path)}")
     found = search.find(name)
     if found is None:
-        raise ConfigError(f"no file and no recipe is called {name!r}; {nearest(name, search.options(''))}{suspects}")
+        known = nearest(name, search.options(""))
+        raise ConfigError(f"no file and no recipe is called {name!r}{_sibling(path)}; {known}{suspects}")
     return found, search
+
+
+def _sibling(path: Path) -> str:
+    """The file of that name with YAML's other ending, if there is one: the tail of a message."""
+    if not path.name or path.suffix not in ("", *_YAML):
+        return ""
+    there = [other for other in map(path.with_suffix, _YAML) if other != path and other.is_file()]
+    return f"; did you mean {there[0]}, which is there?" if there else ""
 
 
 def _shorthands(registry: Registry) -> Mapping[str, Shorthand]:
@@ -250,7 +261,8 @@ def _value(composed: Composed, path: KeyPath, annotation: Any, value: Any) -> An
     try:
         return conform(dotted(path), value, annotation)
     except ParamsError as error:
-        raise ConfigError(f"{composed.origin(path)}: {error}") from error
+        hint = dtype_hint(value) if path == ("engine", "dtype") else ""
+        raise ConfigError(f"{composed.origin(path)}: {error}{hint}") from error
 
 
 def _typed(path: Sequence[str]) -> KeyPath:

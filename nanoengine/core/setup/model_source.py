@@ -88,8 +88,21 @@ def resolve_model(
     stem, _, revision = source.rpartition("@")
     there = stem and Path(os.path.expanduser(stem)).exists()
     pinned = f"; {stem} is there, but has no revisions: leave out @{revision}" if there else ""
-    raise ModelSourceError(
-        f"no model {source!r}: it is no folder with a config.json, no .gguf file, no known name and no hub id as in "
-        f"owner/name or owner/name@revision{pinned}; "
-        f"{nearest(source, names)}" + "".join(f". Not asked, or without an answer: {each}" for each in failed)
-    )
+    path = Path(os.path.expanduser(source))
+    if looks_like_path(source) and not path.exists() and not there:
+        kind = "file" if path.suffix.lower() == ".gguf" else "folder"
+        why = f"no such {kind}: {path.absolute()}"
+    else:
+        why = (
+            "it is no folder with a config.json, no .gguf file, no known name and no hub id as in "
+            f"owner/name or owner/name@revision{pinned}; {nearest(source, names)}"
+        )
+    unasked = "".join(f". Not asked, or without an answer: {each}" for each in failed)
+    raise ModelSourceError(f"no model {source!r}: {why}{unasked}")
+
+
+def looks_like_path(source: str) -> bool:
+    """Whether no hub id or name is written so."""
+    if "://" in source:
+        return False
+    return source.startswith(("/", "./", "../", "~")) or source.count("/") > 1 or source.lower().endswith(".gguf")

@@ -116,5 +116,20 @@ def engine_options(options: Mapping[str, Any]) -> EngineOptions:
         try:
             given[name] = conform(name, plain, types[name])
         except ParamsError as error:
-            raise ConfigError(f"engine option {error}") from None
+            raise ConfigError(f"engine option {error}{dtype_hint(plain) if name == 'dtype' else ''}") from None
     return EngineOptions(**given)
+
+
+_DTYPES: Mapping[str, str] = {
+    "half": "float16",
+    "fp16": "float16",
+    "float": "float32",
+    "fp32": "float32",
+    "bf16": "bfloat16",
+}
+
+
+def dtype_hint(value: object) -> str:
+    """Tail of a message on a dtype that others call so; "" for what nobody does."""
+    name = _DTYPES.get(value.lower()) if isinstance(value, str) else None
+    return f"; did you mean {name!r}?" if name else ""

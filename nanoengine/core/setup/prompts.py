@@ -119,9 +119,13 @@ def _text(file: str) -> tuple[str, str]:
     try:
         data = sys.stdin.buffer.read() if file == STDIN else path.read_bytes()
         return name, data.decode("utf-8-sig")
+    except FileNotFoundError as error:
+        whence = "" if path.is_absolute() else f" ({path} is looked up from {Path.cwd()}, where the command runs)"
+        raise ConfigError(f"cannot read the prompts: no such file: {path.absolute()}{whence}") from error
     except (OSError, UnicodeDecodeError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or error
         where = name if file == STDIN else path.absolute()
-        raise ConfigError(f"cannot read the prompts of {where}: {error}") from error
+        raise ConfigError(f"cannot read the prompts of {where}: {why}") from error
 
 
 def _csv_rows(text: str, name: str, field: str) -> Iterator[Prompt]:

@@ -95,7 +95,7 @@ def read_yaml(path: Path, label: str) -> ConfigFile:
     try:
         node = yaml.compose(text, Loader=_LOADER)
     except yaml.YAMLError as error:
-        raise _syntax_error(label, error) from error
+        raise _syntax_error(label, error, text) from error
     if node is None or node.tag == "tag:yaml.org,2002:null":
         return ConfigFile(label, {}, {}, _header(text), None)
     if not isinstance(node, yaml.MappingNode):
@@ -115,7 +115,7 @@ def _values(text: str, label: str, lines: Mapping[tuple[str, ...], int]) -> dict
         loaded = OmegaConf.create(text, max_yaml_expanded_nodes=_MAX_NODES)
         data = OmegaConf.to_container(loaded, resolve=False)
     except yaml.YAMLError as error:
-        raise _syntax_error(label, error) from error
+        raise _syntax_error(label, error, text) from error
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         place = ConfigFile(label, {}, lines, None, None).origin(tuple(parts(key)))
@@ -135,13 +135,15 @@ def interpolation_hint(error: Exception) -> str:
     return r". A text that holds ${ is written with a backslash: \${" if isinstance(error, kinds) else ""
 
 
-def _syntax_error(label: str, error: yaml.YAMLError) -> ConfigError:
+def _syntax_error(label: str, error: yaml.YAMLError, text: str) -> ConfigError:
     if not isinstance(error, yaml.MarkedYAMLError):
         return ConfigError(f"{label}: not YAML: {error}")
     mark = error.problem_mark or error.context_mark
     place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
     context = f" ({error.context})" if error.context else ""
-    return ConfigError(f"{label}{place}: not valid YAML: {error.problem}{context}")
+    line = text.split("\n")[mark.line] if mark else ""
+    tab = "; the line is indented with a tab: YAML takes spaces only" if re.match(r" *\t", line) else ""
+    return ConfigError(f"{label}{place}: not valid YAML: {error.problem}{context}{tab}")
 
 
 def _header(text: str) -> str | None:

@@ -116,8 +116,10 @@ def _row(
     rate: float | None = None,
     limit: float | None = None,
 ) -> Row:
-    serve(llm, workload, [0.0] * len(due))  # warms up
-    passes = [serve(llm, workload, due) for _ in range(setup.passes)]
+    what = f"batch {batch}" if rate is None else f"{rate:g} requests/s"
+    setup.say(f"{what}: warming up")
+    serve(llm, workload, [0.0] * len(due))
+    passes = [serve(llm, workload, due) for _ in setup.counted(what)]
     speeds = [workload.counted / (max(t.tokens[-1] for t in one) - min(t.due for t in one)) for one in passes]
     every = [timeline for one in passes for timeline in one]
     gaps = [after - before for t in every for before, after in pairwise(t.tokens)]

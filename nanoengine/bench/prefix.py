@@ -54,10 +54,12 @@ def run(setup: Setup, block_sizes: Sequence[int], *, requests: int, shared: int,
 
 
 def _measure(setup: Setup, workload: Workload, shared: int, block_size: int, cache: bool) -> Row:
+    what = f"blocks of {block_size}, {'the' if cache else 'no'} cache"
+    setup.say(f"{what}: warming up")
     with setup.engine(block_size=block_size, enable_prefix_caching=cache) as llm:
         one_pass(llm, workload)
         before = llm.stats()
-        seconds = [one_pass(llm, workload) for _ in range(setup.passes)]
+        seconds = [one_pass(llm, workload) for _ in setup.counted(what)]
         after = llm.stats()
         cached = shared if cache else 0
         limit, limits = None, setup.engine_limits

@@ -194,11 +194,12 @@ def _in_engine(setup: Setup, cases: Mapping[str, Case], rows: int, output_len: i
     tried = {"temperature": PLAIN, **cases}
     seconds: dict[str, list[float]] = {name: [] for name in tried}
     torch.cuda.empty_cache()  # what the calls above took is the engine's now
+    setup.say("in an engine: warming up")
     with setup.engine() as llm:
         for case in tried.values():
             one_pass(llm, workload, **case.as_params)
         before = llm.stats().steps
-        for _ in range(setup.passes):
+        for _ in setup.counted("in an engine"):
             for name, case in tried.items():
                 seconds[name].append(one_pass(llm, workload, **case.as_params))
         steps = (llm.stats().steps - before) / (setup.passes * len(tried))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ class Setup:
 
     Attributes:
         passes: counted ones, after one to warm up. attention: a backend's name or "auto".
-        options: engine options. limits: one device's ceilings; None: no limit is told.
+        options: engine options. limits: one device's ceilings; None: no limit is told. say: told what begins now.
     """
 
     shape: Shape
@@ -37,6 +37,13 @@ class Setup:
     attention: str = "auto"
     options: Mapping[str, Any] = field(default_factory=dict)
     limits: Limits | None = None
+    say: Callable[[str], None] = field(default=lambda _: None, compare=False, repr=False)
+
+    def counted(self, what: str) -> Iterator[int]:
+        """The numbers of the passes that count, from 1."""
+        for number in range(1, self.passes + 1):
+            self.say(f"{what}: pass {number} of {self.passes}")
+            yield number
 
     @property
     def engine_limits(self) -> Limits | None:
@@ -44,7 +51,9 @@ class Setup:
         return None if self.limits is None else self.limits.of(self.options.get("tensor_parallel_size", 1))
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "shape": self.shape.name, "options": dict(self.options)}
+        found = {**asdict(self), "shape": self.shape.name, "options": dict(self.options)}
+        del found["say"]
+        return found
 
     @contextmanager
     def engine(self, **options: Any) -> Iterator[LLM]:

@@ -45,8 +45,9 @@ def run(setup: Setup, *, cold_passes: int) -> Report:
         folder = Path(name)
         model = _checkpoint(setup, folder / "model")
         caches = [folder / f"triton-{i}" for i in range(max(1, cold_passes))]
+        setup.say("Triton's cache cold: one process at a time")
         cold = [_process(setup, model, cache) for cache in caches]  # the last one's cache is warm from here
-        warm = [_process(setup, model, caches[-1]) for _ in range(setup.passes)]
+        warm = [_process(setup, model, caches[-1]) for _ in setup.counted("warm")]
     rows = [*([_row("cold", cold)] if cold_passes else []), _row("warm", warm)]
     settings = {**setup.as_dict(), "weights": setup.options.get("load_format", "on disk")}
     return Report(benchmark="startup", settings=settings, rows=rows, columns=_columns(rows))

@@ -62,9 +62,10 @@ def run(setup: Setup, workloads: Sequence[Workload]) -> Report:
 
 
 def _measure(llm: LLM, workload: Workload, setup: Setup) -> Row:
+    setup.say(f"{workload.name}: warming up")
     one_pass(llm, workload)  # compiles what is compiled on first use
     before = llm.stats()
-    seconds = [one_pass(llm, workload) for _ in range(setup.passes)]
+    seconds = [one_pass(llm, workload) for _ in setup.counted(workload.name)]
     after = llm.stats()
     return row_of(
         workload,

@@ -92,6 +92,10 @@ def setup_of(
     tflops: float | None,
 ) -> Setup:
     chosen, options = shape_named(shape), engine_options(given)
+    import torch
+
+    if shape != "tiny" and (options.get("device") == "cpu" or not torch.cuda.is_available()):
+        say(f"{shape} on a CPU takes minutes, or hours; to try the command, --shape tiny and little of it")
     limits = limits_of(bandwidth, tflops, options)
     from nanoengine.bench.session import Setup
 
@@ -102,6 +106,7 @@ def setup_of(
         attention=attention,
         options=options,
         limits=limits,
+        say=say,
     )
 
 

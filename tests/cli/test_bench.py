@@ -60,6 +60,13 @@ def test_throughput_and_its_plot(bench: Bench, tmp_path: Path) -> None:
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_it_does_is_said_meanwhile(nanoengine: Callable[..., Result]) -> None:
+    """Beside the table: a pass of a large shape takes minutes."""
+    result = nanoengine("bench", "throughput", *CPU, "--workload", "d1", "--scale", "0.02", "--passes", "2")
+    assert result.stderr.splitlines() == ["d1*0.02: warming up", "d1*0.02: pass 1 of 2", "d1*0.02: pass 2 of 2"]
+    assert "pass 1" not in result.stdout
+
+
 def test_churn_mixes_prefill_with_decode(bench: Bench) -> None:
     found = bench("churn", *CPU, "--scale", "0.02", "--max-num-seqs", "4", "--passes", "1")
     (row,) = found["rows"]

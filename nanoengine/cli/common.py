@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import traceback
@@ -60,6 +61,22 @@ def user_errors(debug: bool) -> Iterator[None]:
         word, status = ending(interrupt)
         typer.echo(word, err=True)
         raise typer.Exit(status) from interrupt
+
+
+@contextmanager
+def shown_beside_bars(debug: bool) -> Iterator[None]:
+    """What the engine logs goes on lines of its own, above a progress bar; all of it with `debug`."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    logger = logging.getLogger("nanoengine")
+    level = logger.level
+    if debug:
+        logger.setLevel(logging.DEBUG)
+    try:
+        with logging_redirect_tqdm([logger]):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def ending(interrupt: KeyboardInterrupt) -> tuple[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from nanoengine.cli.common import (
     PluginOption,
     ending,
     say,
+    shown_beside_bars,
     user_errors,
 )
 from nanoengine.core.errors import ConfigError, RequestError, WorkerError
@@ -86,7 +88,9 @@ def run(
             inputs |= {f"plugin file {path}": path for path in plugin or ()}
             composed = load_config(config, overrides or (), registry=registry)
             clock.lap("plugins")
-            status = run_config(composed, registry, inputs, clock, verbose=verbose, resume=resume, trace=trace)
+            status = run_config(
+                composed, registry, inputs, clock, verbose=verbose, resume=resume, trace=trace, debug=debug
+            )
         if status:
             raise typer.Exit(status)
 
@@ -100,6 +104,7 @@ def run_config(
     verbose: bool = False,
     resume: bool = False,
     trace: Path | None = None,
+    debug: bool = False,
 ) -> int:
     """The exit status. `inputs`: files that `output` and `trace` must not overwrite, by what to call them.
 
@@ -136,7 +141,8 @@ def run_config(
             with _traced(llm, trace, record):
                 results.keep_record(record)
                 done = earlier.done if earlier else frozenset()
-                status, summary = Batch(llm, config, prompts, results, record.params, done).run()
+                with shown_beside_bars(debug):
+                    status, summary = Batch(llm, config, prompts, results, record.params, done, debug).run()
                 if trace is not None:
                     summary = {**summary, "trace": str(trace.expanduser().absolute())}
                 results.keep_record(record.with_summary(summary))
@@ -193,6 +199,7 @@ class Batch:
     """One run's prompts, through the engine and out as they finish.
 
     `params`: the sampling parameters as the record has them. `done`: indices of prompts that need not run.
+    `debug`: show the traceback of what ended a request.
     """
 
     llm: LLM
@@ -201,6 +208,7 @@ class Batch:
     results: ResultsFile
     params: Mapping[str, Any]
     done: Collection[int] = ()
+    debug: bool = False
     pending: dict[str, int] = field(default_factory=dict)  # request id -> index of its prompt
 
     def run(self) -> tuple[int, Mapping[str, Any]]:
@@ -232,6 +240,9 @@ class Batch:
             age = process_seconds() - (time.monotonic() - tally.first_token)
             say(f"first token {age:.1f} s after the process started; its step took {tally.first_step:.2f} s")
         say(tally.line(seconds))
+        broken = self.llm.stats().steps_broken
+        if broken:
+            say(f"{broken} steps raised, and their requests ran again one by one: the warning above says why")
         status = status or (FAILED if tally.failed else 0)
         return status, tally.summary(seconds, status)
 
@@ -292,6 +303,8 @@ class Batch:
         if output.error is not None:
             with bar.external_write_mode(file=sys.stderr):
                 say(f"[{index}] failed ({output.error.code}): {output.error}")
+                if self.debug and output.error.__cause__ is not None:
+                    say("".join(traceback.format_exception(output.error.__cause__)))
 
     def _show(self, answer: str) -> None:
         try:

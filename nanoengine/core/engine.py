@@ -393,6 +393,7 @@ class Engine:
             self._said.add(what)
             notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
             _log.warning("a step raised %s: %s%s; its requests run again one by one", what, str(error), notes)
+            _log.debug("where it was raised:", exc_info=error)
 
     def _fail(self, state: RequestState, error: RequestError) -> None:
         for request in state.unfinished():

@@ -286,7 +286,17 @@ class LLM:
                 raise
             finally:
                 self._abort_all([i for i in ids if i not in done])
+        self._say_failed([done[i] for i in ids])
         return [done[i] for i in ids]
+
+    def _say_failed(self, outputs: Sequence[RequestOutput]) -> None:
+        """Who reads `outputs[0].text` of each is told why there is none."""
+        failed = [(index, output.error) for index, output in enumerate(outputs) if output.error is not None]
+        if failed:
+            index, error = failed[0]
+            _log.warning(
+                "%d of %d prompts failed; prompt %d: %s: %s", len(failed), len(outputs), index, error.code, error
+            )
 
     def _abort_all(self, ids: Sequence[str]) -> None:
         for request_id in ids:

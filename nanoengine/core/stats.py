@@ -15,6 +15,7 @@ class EngineStats:
         graph_steps, mixed_graph_steps, graph_tails: finished steps of which a CUDA graph was replayed: of a decode
             step's model, of a mixed step's model, of the sampling behind either.
         steps_split: finished steps that memory did not hold whole, and that ran in parts.
+        steps_broken: steps of several requests that raised: each ran again by itself, which is slow.
         preemptions: requests that gave their blocks back and were computed again.
         prompt_tokens: tokens of admitted prompts. prefix_hit_tokens: of them, taken from the prefix cache.
         resumed_hit_tokens: taken from it by preempted requests that came back.
@@ -28,6 +29,7 @@ class EngineStats:
     mixed_graph_steps: int
     graph_tails: int
     steps_split: int
+    steps_broken: int
     preemptions: int
     prompt_tokens: int
     prefix_hit_tokens: int

@@ -100,7 +100,7 @@ class FakeLLM:
         return [1, *range(10, 10 + sum(len(m["content"].split()) for m in messages)), 2]
 
     def stats(self) -> Any:
-        return SimpleNamespace(running=1, waiting=len(self.engine.waiting), steps=self.engine.steps)
+        return SimpleNamespace(running=1, waiting=len(self.engine.waiting), steps=self.engine.steps, steps_broken=0)
 
     def __enter__(self) -> FakeLLM:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -102,3 +103,57 @@ def test_control_c_keeps_whole_rows(model: Path, tmp_path: Path) -> None:
     finished = [json.loads(line) for line in output.read_text().splitlines()]
     assert 1 <= len(finished) < 400
     assert f"{len(finished)} of 400 prompts, " in errors
+
+
+WRONG = """\
+from dataclasses import dataclass
+from typing import ClassVar
+from nanoengine.api import ColumnSpec, Phase, SamplerSpec, SamplerStage, StageParams, hookimpl
+
+@dataclass(frozen=True)
+class Params(StageParams):
+    wrong: bool = False
+    columns: ClassVar = {{"wrong": ColumnSpec(dtype="bool", default=False)}}
+
+class Wrong(SamplerStage):
+    phase = Phase.MASK
+
+    def apply(self, logits, rows):
+        if {condition}:
+            raise IndexError("rows and columns")
+        return logits
+
+@hookimpl
+def register_samplers():
+    return [SamplerSpec(name="wrong", params=Params, target=f"{{__name__}}:Wrong", api=1)]
+"""
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_stage_that_breaks_batches_is_not_passed_over(
+    nanoengine: Run, model: Path, tmp_path: Path, debug: bool
+) -> None:
+    """Every answer is there, one by one. What is said of it stands on lines of its own, beside a progress bar."""
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    (tmp_path / "wrong.py").write_text(WRONG.format(condition="len(logits) > 1"))
+    given = [f"model={model}", "prompts=[a, b, c]", "sampler.wrong=true", "--plugin", "wrong.py"]
+    result = nanoengine("run", "run.yaml", *given, *(["--debug"] if debug else []))
+    assert result.exit_code == 0, result.stderr
+    lines = result.stderr.splitlines()
+    [warning] = [line for line in lines if "run again one by one" in line]
+    assert warning.startswith("a step raised IndexError: rows and columns")
+    assert any(line.endswith("steps raised, and their requests ran again one by one: the warning above says why")
+               for line in lines)  # fmt: skip
+    assert ('raise IndexError("rows and columns")' in result.stderr) == debug
+    assert logging.getLogger("nanoengine").level == logging.NOTSET
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_debug_shows_where_a_request_broke(nanoengine: Run, model: Path, tmp_path: Path, debug: bool) -> None:
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    (tmp_path / "wrong.py").write_text(WRONG.format(condition="True"))
+    given = [f"model={model}", "prompts=[a]", "sampler.wrong=true", "--plugin", "wrong.py"]
+    result = nanoengine("run", "run.yaml", *given, *(["--debug"] if debug else []))
+    assert result.exit_code == 1
+    assert "[0] failed (step_failed): " in result.stderr
+    assert ('raise IndexError("rows and columns")' in result.stderr) == debug

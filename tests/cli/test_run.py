@@ -144,12 +144,12 @@ def test_each_row_is_on_disk_before_the_next_prompt(
 
     def stats(self: Any) -> Any:  # asked between steps
         seen.append(len(rows()))
-        return type("S", (), {"running": 0, "waiting": 0, "steps": 0})
+        return type("S", (), {"running": 0, "waiting": 0, "steps": 0, "steps_broken": 0})
 
     monkeypatch.setattr(fake, "stats", stats)
     monkeypatch.setattr("nanoengine.cli.run._LOG_SECONDS", -1.0)
     assert nanoengine("run", config(CONFIG)).exit_code == 0
-    assert seen == [1, 2, 3]
+    assert seen == [1, 2, 3, 3]  # and once at the end
 
 
 def test_results_are_written_afresh_and_it_is_said(

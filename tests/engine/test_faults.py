@@ -46,7 +46,7 @@ def poisoned_forward(monkeypatch: pytest.MonkeyPatch, calls: list[int]) -> None:
 
 @pytest.mark.parametrize("overlap", [True, False])
 def test_a_request_that_breaks_the_forward_pass_fails_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, overlap: bool
 ) -> None:
     asked = clean(7)
     asked.insert(3, [1, POISON, 2])
@@ -63,8 +63,11 @@ def test_a_request_that_breaks_the_forward_pass_fails_alone(
         assert isinstance(broken.error.__cause__, RuntimeError)
         stats = llm.stats()
         assert stats.free_blocks == stats.num_blocks
+        assert "1 of 8 prompts failed; prompt 3: step_failed: " in caplog.messages[-1]
         assert tokens_of(llm.generate(asked[:3], GREEDY, use_tqdm=False)) == [greedy(p, 10) for p in asked[:3]]
+        assert llm.stats().steps_broken == stats.steps_broken == 1
     assert max(calls) > 1
+    assert sum("prompts failed" in message for message in caplog.messages) == 1
 
 
 def test_what_broke_a_step_is_said_where_no_request_breaks_alone(
@@ -80,6 +83,7 @@ def test_what_broke_a_step_is_said_where_no_request_breaks_alone(
     monkeypatch.setattr(MockModel, "compute_logits", compute_logits)
     with mock_llm(tmp_path) as llm:
         found = llm.generate(clean(3), GREEDY, use_tqdm=False)
+        assert llm.stats().steps_broken > 3
     assert tokens_of(found) == [greedy(prompt, 10) for prompt in clean(3)]
     assert [record.message for record in caplog.records if "one by one" in record.message] == [
         "a step raised RuntimeError: a kernel for one row; its requests run again one by one"

@@ -107,8 +107,8 @@ class SchedulerStats:
     preempted requests that came back. chunks: prefill rows that were not the whole rest. mixed_steps: decode and
     prefill rows in one step. steps: scheduled ones. graph_steps, mixed_graph_steps, graph_tails: committed ones whose
     decode step, mixed step, sampling ran as a replayed CUDA graph. steps_split: committed ones that memory did not hold
-    whole, and that ran in parts. num_blocks, free_blocks: of the KV group that has fewest free; the dummy block is not
-    counted.
+    whole, and that ran in parts. steps_broken: those of several rows that raised. num_blocks, free_blocks: of the KV
+    group that has fewest free; the dummy block is not counted.
     """
 
     preemptions: int = 0
@@ -122,6 +122,7 @@ class SchedulerStats:
     mixed_graph_steps: int = 0
     graph_tails: int = 0
     steps_split: int = 0
+    steps_broken: int = 0
     num_blocks: int = 0
     free_blocks: int = 0
 

@@ -347,6 +347,7 @@ class Scheduler:
         a step and without run-ahead until each has drawn a token. Returns the request of the first step if it was
         alone in it: its fault is shown, and the scheduler has let go of it.
         """
+        self._stats.steps_broken += len(steps[0].rows) > 1
         self._steady.leave_all()
         for step in steps:
             del self._in_flight[step.plan.step]

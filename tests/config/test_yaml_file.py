@@ -15,6 +15,7 @@ BROKEN = [
     ("a: 1\n b: 2\n", "f.yaml:2"),
     ("a: 1\n\tb: 2\n", "f.yaml:2"),
     ("a:\n  b: 1\n \tc: 2\n", "the line is indented with a tab: YAML takes spaces only"),
+    ('a: "x\u2028"\nb:\n\tc: 2\n', "the line is indented with a tab"),  # a line break too, for YAML
     ("a:\n\tb: 2\n", "the line is indented with a tab: YAML takes spaces only"),
     ("a: 1\na: 2\n", "duplicate key"),
     ("a: 1\n---\nb: 2\n", "f.yaml:2"),

@@ -89,7 +89,7 @@ def resolve_model(
     there = stem and Path(os.path.expanduser(stem)).exists()
     pinned = f"; {stem} is there, but has no revisions: leave out @{revision}" if there else ""
     path = Path(os.path.expanduser(source))
-    if looks_like_path(source) and not path.exists() and not there:
+    if _looks_like_path(source) and not os.path.exists(path) and not there:
         kind = "file" if path.suffix.lower() == ".gguf" else "folder"
         why = f"no such {kind}: {path.absolute()}"
     else:
@@ -101,7 +101,7 @@ def resolve_model(
     raise ModelSourceError(f"no model {source!r}: {why}{unasked}")
 
 
-def looks_like_path(source: str) -> bool:
+def _looks_like_path(source: str) -> bool:
     """Whether no hub id or name is written so."""
     if "://" in source:
         return False

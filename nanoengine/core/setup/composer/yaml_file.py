@@ -25,6 +25,7 @@ KeyPath = tuple[str | int, ...]
 # omegaconf's own limit, 10,000 nodes, is for strangers' files; a list of prompts may well be longer.
 _MAX_NODES = 2_000_000
 _HEADER = re.compile(r"#\s*@package\s+(\S+)\s*$")
+_LINE_BREAK = re.compile("[\n\x85\u2028\u2029]")  # YAML 1.1's
 _LOADER: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _MERGE = "tag:yaml.org,2002:merge"
 _INSTANTIATION = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
@@ -141,8 +142,8 @@ def _syntax_error(label: str, error: yaml.YAMLError, text: str) -> ConfigError:
     mark = error.problem_mark or error.context_mark
     place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
     context = f" ({error.context})" if error.context else ""
-    line = text.split("\n")[mark.line] if mark else ""
-    tab = "; the line is indented with a tab: YAML takes spaces only" if re.match(r" *\t", line) else ""
+    line = _LINE_BREAK.split(text)[mark.line :][:1] if mark else []
+    tab = "; the line is indented with a tab: YAML takes spaces only" if re.match(r" *\t", "".join(line)) else ""
     return ConfigError(f"{label}{place}: not valid YAML: {error.problem}{context}{tab}")
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol
 
 from nanoengine.core.errors import EngineClosed
 from nanoengine.core.execution.memory import MemoryReport
 from nanoengine.core.execution.parallel import SingleRank
 from nanoengine.core.execution.runner import ModelRunner
+from nanoengine.core.execution.step_thread import Call, StepThread
 from nanoengine.core.setup.plan import EnginePlan, TargetLoader
 from nanoengine.core.step import StepPlan, StepResult
 
@@ -42,12 +43,13 @@ class Executor(ABC):
         """Wait for what runs, then give all memory back. Idempotent."""
 
 
-class _FutureHandle:
-    def __init__(self, future: Future[StepHandle]) -> None:
-        self._future = future
+class _CallHandle:
+    def __init__(self, call: Call) -> None:
+        self._call = call
 
     def wait(self) -> StepResult:
-        return self._future.result().wait()
+        handle: StepHandle = self._call.result()
+        return handle.wait()
 
 
 class InProcessExecutor(Executor):
@@ -55,7 +57,7 @@ class InProcessExecutor(Executor):
     thread, so that the host may prepare the next beside it."""
 
     def __init__(self) -> None:
-        self._thread: ThreadPoolExecutor | None = ThreadPoolExecutor(1, thread_name_prefix="nanoengine-step")
+        self._thread: StepThread | None = StepThread("nanoengine-step")
         self.runner: ModelRunner | None = None
 
     def start(self, plan: EnginePlan, loader: TargetLoader) -> MemoryReport:
@@ -67,7 +69,7 @@ class InProcessExecutor(Executor):
         assert self.runner is not None
         if self.runner.device.type != "cpu":
             return self.runner.launch(plan)
-        return _FutureHandle(self._submit(self.runner.launch, plan))
+        return _CallHandle(self._submit(self.runner.launch, plan))
 
     def call(self, name: str, *args: Any) -> list[Any]:
         return [self._submit(getattr(self.running(), name), *args).result()]
@@ -82,11 +84,11 @@ class InProcessExecutor(Executor):
         thread, self._thread = self._thread, None
         if thread is None:
             return
-        thread.shutdown(wait=True, cancel_futures=True)
+        thread.close()
         if self.runner is not None:
             self.runner.release()
             self.runner = None
 
-    def _submit(self, fn: Any, *args: Any) -> Future[Any]:
+    def _submit(self, function: Any, *args: Any) -> Call:
         assert self._thread is not None, "executor used after shutdown"
-        return self._thread.submit(fn, *args)
+        return self._thread.submit(partial(function, *args))

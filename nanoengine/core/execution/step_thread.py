@@ -84,11 +84,13 @@ def _serve(calls: SimpleQueue[Call | None]) -> None:
 
 
 def _end(calls: SimpleQueue[Call | None], thread: threading.Thread) -> None:
-    try:
-        while (call := calls.get_nowait()) is not None:
+    while True:
+        try:
+            call = calls.get_nowait()
+        except Empty:
+            break
+        if call is not None:
             call._drop()
-    except Empty:
-        pass
     calls.put(None)
     if thread is not threading.current_thread():
         thread.join()

@@ -15,21 +15,35 @@ from nanoengine.core.trace import TraceFile
 if TYPE_CHECKING:
     from nanoengine.core.llm import LLM
 
+_BEGIN = b'[\n{"ph":"i","name":"trace"'
+
 
 def check_trace(path: Path, others: Mapping[str, str | Path | None]) -> None:
     """`others`: files that the run reads or writes, by what to call them.
 
-    Raises `ConfigError` where the trace cannot be written, or would overwrite one of them, before anything is loaded.
+    Raises `ConfigError` where the trace cannot be written, or would overwrite one of them or what is no trace, before
+    anything is loaded.
     As with `output`, folders that are missing are no mistake: `traced` makes them.
     """
     try:
         target = path.expanduser()
         check_writable(target)
+        begins = _beginning(target)
     except (OSError, ValueError, RuntimeError) as error:  # a bad name; a home folder that nobody has
         raise ConfigError(f"cannot write trace {path}: {error}") from error
     for what, other in others.items():
         if other is not None and Path(other).expanduser().absolute() == target.absolute():
             raise ConfigError(f"--trace {path} is {what}, which it would overwrite; give another file")
+    if begins not in (b"", _BEGIN):
+        raise ConfigError(f"--trace {path} is there and holds no trace; give another file, or delete it")
+
+
+def _beginning(target: Path) -> bytes:
+    """Nothing of a file that is not there, of a pipe or of a device."""
+    if not target.is_file():
+        return b""
+    with target.open("rb") as file:
+        return file.read(len(_BEGIN))
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Any, Self
 from nanoengine.cli.common import ResultsLost
 from nanoengine.cli.record import Record, record_path
 from nanoengine.core.errors import ConfigError
+from nanoengine.core.files import write_all
 from nanoengine.core.request import RequestMetrics, RequestOutput
 
 
@@ -100,9 +101,7 @@ class ResultsFile:
         # Half a surrogate pair, which UTF-8 has no bytes for, becomes the very escape that JSON has for it.
         data = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         try:
-            left = memoryview(data)
-            while left:
-                left = left[self._file.write(left) :]
+            write_all(self._file, data)
         except BaseException as error:
             with suppress(OSError):  # what is no plain file cannot be cut, and holds no part of a row
                 self._file.truncate(self._size)
@@ -169,9 +168,7 @@ def _replaced(target: Path, keep: bytes, old: FileIO) -> FileIO:
     part = target.with_name(f".{target.name}.part")
     file = FileIO(part, "w")
     try:
-        left = memoryview(keep)
-        while left:
-            left = left[file.write(left) :]
+        write_all(file, keep)
         _lock(file)
         os.replace(part, target)
     except BaseException:

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
+from nanoengine.core.files import write_all
 from nanoengine.core.observe import Row, Span, StepRecord
 
 FORMAT = 1
@@ -105,9 +106,7 @@ class TraceFile:
         text = before + ",\n".join([json.dumps(event, separators=(",", ":")) for event in events]) + after
         data = text.encode()
         try:
-            left = memoryview(data)
-            while left:
-                left = left[self._file.write(left) :]
+            write_all(self._file, data)
             self._size += len(data)
         except OSError as error:
             self.failure = error

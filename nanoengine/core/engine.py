@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 from nanoengine.core.arguments import check_priority, checked_ids
-from nanoengine.core.errors import EngineClosed, NanoEngineError, RequestError, WorkerError
+from nanoengine.core.errors import EngineClosed, NanoEngineError, RequestError, WorkerError, described
 from nanoengine.core.execution.executor import Executor
 from nanoengine.core.in_flight import InFlight, step_failure, wait_out
 from nanoengine.core.observe import Observer, StepWatch, Watch
@@ -128,7 +128,7 @@ class Engine:
 
     def abort_request(self, request_id: str) -> None:
         """End a request at once; its output says "abort" and keeps its tokens. Unknown or ended ids are no error."""
-        if os.getpid() != self._process:  # a stream that a fork lets go of; who held the lock may not be there
+        if self._is_fork:  # which lets go of a stream; who held the lock may not be there
             return
         with self._ids:
             state = self._known.get(request_id)
@@ -147,7 +147,7 @@ class Engine:
 
     def unobserve(self, observer: Observer) -> None:
         """No more records of steps that finish from here on. Raises `ValueError` if it does not observe."""
-        if os.getpid() != self._process:
+        if self._is_fork:
             return
         with self._lock:
             if not isinstance(self._watch, StepWatch):
@@ -236,7 +236,7 @@ class Engine:
 
     def close(self) -> None:
         """Stop, drop what runs, give the memory back. Idempotent; in a fork of the engine's process, nothing."""
-        if os.getpid() != self._process:
+        if self._is_fork:
             return
         with self._lock:
             if not self._closed:
@@ -273,15 +273,19 @@ class Engine:
             self._check_open()
             yield
 
+    @property
+    def _is_fork(self) -> bool:
+        return os.getpid() != self._process
+
     def _check_open(self) -> None:
-        if os.getpid() != self._process:
+        if self._is_fork:
             raise EngineClosed(
                 f"this engine runs in process {self._process}, and this is a fork of it; make an engine in each process"
             )
         if self._ended_by is not None:
             raise EngineClosed(f"this engine has ended: {self._ended_by.summary}") from self._ended_by
         if self._closed:
-            raise EngineClosed("this engine was closed; make a new one")
+            raise EngineClosed
 
     def _ids_of(self, text: str) -> list[int] | RequestError:
         try:
@@ -391,8 +395,7 @@ class Engine:
         what = type(error).__name__
         if what not in self._said:
             self._said.add(what)
-            notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-            _log.warning("a step raised %s: %s%s; its requests run again one by one", what, str(error), notes)
+            _log.warning("a step raised %s; its requests run again one by one", described(error))
             _log.debug("where it was raised:", exc_info=error)
 
     def _fail(self, state: RequestState, error: RequestError) -> None:

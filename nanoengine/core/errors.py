@@ -14,6 +14,12 @@ class NanoEngineError(Exception):
     """Base of all errors that are somebody's mistake (not the engine's own broken invariant)."""
 
 
+def described(error: BaseException) -> str:
+    """Any exception in a line: its type, its message, and the notes that were added on its way."""
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    return f"{type(error).__name__}: {error}{notes}"
+
+
 class ConfigError(NanoEngineError):
     """A configuration file, override or engine option is wrong."""
 
@@ -56,6 +62,9 @@ class TokenizerMissing(NanoEngineError):
 
 class EngineClosed(NanoEngineError):
     """The engine was used after `close()`, or after one of its workers failed (which is its `__cause__` then)."""
+
+    def __init__(self, message: str = "this engine was closed; make a new one") -> None:
+        super().__init__(message)
 
 
 class WorkerError(NanoEngineError):

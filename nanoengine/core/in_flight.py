@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from nanoengine.core.errors import RequestError
+from nanoengine.core.errors import RequestError, described
 from nanoengine.core.execution.executor import StepHandle
 from nanoengine.core.execution.results import LaunchedStep
 from nanoengine.core.execution.shortage import forget_locals, is_out_of_memory
@@ -36,8 +36,7 @@ def wait_out(in_flight: deque[InFlight]) -> list[ScheduledStep]:
 
 def step_failure(error: Exception) -> RequestError:
     """What to tell whose request raised `error` when it ran alone."""
-    where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    text = f"running this request raised {type(error).__name__}: {error}{where}"
+    text = f"running this request raised {described(error)}"
     if is_out_of_memory(error):
         mend = "no part of its step was small enough; leave more room: lower engine.gpu_memory_utilization"
         cause = RequestError("out_of_memory", f"{text}; {mend}, kv_cache_memory or max_num_seqs")

@@ -77,7 +77,7 @@ class InProcessExecutor(Executor):
     def running(self) -> ModelRunner:
         """Raises `EngineClosed`."""
         if self.runner is None:
-            raise EngineClosed("this engine was closed; make a new one")
+            raise EngineClosed
         return self.runner
 
     def shutdown(self) -> None:

@@ -161,7 +161,7 @@ class WorkersExecutor(Executor):
         if self._error is not None:
             raise self._error
         if self._shared is None:
-            raise EngineClosed("this engine was closed; make a new one")
+            raise EngineClosed
         return self._shared
 
     def _until(self, done: Callable[[], bool], seconds: float, option: str, *, every: float = _SLICE_SECONDS) -> None:

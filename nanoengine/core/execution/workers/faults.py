@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanoengine.core.errors import NanoEngineError, WorkerError
+from nanoengine.core.errors import NanoEngineError, WorkerError, described
 from nanoengine.core.execution.distributed import CollectiveFailed
 from nanoengine.core.execution.shortage import is_out_of_memory
 from nanoengine.core.execution.workers.shared import READY, Shared, Word
@@ -39,8 +39,7 @@ class Report:
 
 
 def report_of(error: BaseException, phase: str) -> Report:
-    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    cause = f"{type(error).__name__}: {error}{notes}"
+    cause = described(error)
     if is_out_of_memory(error) and torch.cuda.is_available():
         cause += f" [{memory_figures()}]"
     ours = pickle.dumps(error) if isinstance(error, NanoEngineError) else None

@@ -67,19 +67,23 @@ def engine_options(given: Sequence[str] | None) -> dict[str, Any]:
 
 def limits_of(bandwidth: float | None, tflops: float | None, options: dict[str, Any]) -> Limits | None:
     """As given; else measured where there is a GPU."""
-    import torch
-
     from nanoengine.bench.roofline import Limits
     from nanoengine.bench.timing import measured_limits
 
     if (bandwidth is None) != (tflops is None):
         raise ConfigError("give --bandwidth and --tflops together")
-    on_gpu = torch.cuda.is_available() and options.get("device") != "cpu"
+    on_gpu = _on_gpu(options)
     dtype = options.get("dtype", "auto")
     itemsize = 4 if dtype == "float32" or (dtype == "auto" and not on_gpu) else 2
     if bandwidth is not None and tflops is not None:
         return Limits(bandwidth * 1e9, tflops * 1e12, itemsize)
     return measured_limits(itemsize) if on_gpu else None
+
+
+def _on_gpu(options: dict[str, Any]) -> bool:
+    from nanoengine.bench.timing import best_device
+
+    return best_device(options.get("device", "auto")).type == "cuda"
 
 
 def setup_of(
@@ -92,9 +96,7 @@ def setup_of(
     tflops: float | None,
 ) -> Setup:
     chosen, options = shape_named(shape), engine_options(given)
-    import torch
-
-    if shape != "tiny" and (options.get("device") == "cpu" or not torch.cuda.is_available()):
+    if shape != "tiny" and not _on_gpu(options):
         say(f"{shape} on a CPU takes minutes, or hours; to try the command, --shape tiny and little of it")
     limits = limits_of(bandwidth, tflops, options)
     from nanoengine.bench.session import Setup

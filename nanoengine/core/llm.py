@@ -286,8 +286,9 @@ class LLM:
                 raise
             finally:
                 self._abort_all([i for i in ids if i not in done])
-        self._say_failed([done[i] for i in ids])
-        return [done[i] for i in ids]
+        outputs = [done[i] for i in ids]
+        self._say_failed(outputs)
+        return outputs
 
     def _say_failed(self, outputs: Sequence[RequestOutput]) -> None:
         """Who reads `outputs[0].text` of each is told why there is none."""

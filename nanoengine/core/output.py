@@ -91,7 +91,8 @@ class RequestState:
     def requests(self, ordinal: int, priority: int, engine_seed: int) -> Iterator[Request]:
         """What the scheduler gets: one for each sample. `ordinal`: of the request among all that the engine got."""
         params, prompt = self.params, list(self.prompt_token_ids)
-        siblings = replace(params, prompt_logprobs=None)  # one sample's prompt log-probs are all samples'
+        # One sample's prompt log-probs are all samples'.
+        siblings = replace(params, prompt_logprobs=None) if params.n > 1 else params
         for index in range(params.n):
             yield Request(
                 id=f"{self.request_id}/{index}",

@@ -23,23 +23,12 @@ from nanoengine.core.request import Request, copy_when_read
 from nanoengine.core.sampling_params import ResolvedParams
 from nanoengine.core.scheduling.scheduler import Update
 from nanoengine.core.step import LogprobRows, f32, i32
-from nanoengine.core.text import Tokenizer, load_tokenizer
-from nanoengine.testing.checkpoints import write_byte_tokenizer
+from nanoengine.core.text import Tokenizer
 from tests.engine.support import greedy, mock_llm
 
 Step = tuple[int, bytes, bool]  # which sample, its new tokens, whether its length ends it
 TOKENS = st.text("abc", min_size=1, max_size=4).map(str.encode)
 STEPS = st.lists(st.tuples(st.integers(0, 1), TOKENS, st.integers(0, 7).map((7).__eq__)), max_size=12)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Ids are bytes."""
-    folder = tmp_path_factory.mktemp("bytes")
-    write_byte_tokenizer(folder)
-    found = load_tokenizer(folder)
-    assert found is not None
-    return found
 
 
 def a_request(outputs: OutputProcessor, params: ResolvedParams) -> RequestState:

@@ -12,18 +12,7 @@ from nanoengine.core.request import Request
 from nanoengine.core.sampling_params import ResolvedParams
 from nanoengine.core.scheduling.scheduler import Update
 from nanoengine.core.step import LogprobRows, f32, i32
-from nanoengine.core.text import Tokenizer, load_tokenizer
-from nanoengine.testing.checkpoints import write_byte_tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Ids are bytes."""
-    folder = tmp_path_factory.mktemp("bytes")
-    write_byte_tokenizer(folder)
-    found = load_tokenizer(folder)
-    assert found is not None
-    return found
+from nanoengine.core.text import Tokenizer
 
 
 def a_request(outputs: OutputProcessor, params: ResolvedParams) -> tuple[RequestState, Request]:

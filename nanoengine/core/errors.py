@@ -14,10 +14,42 @@ class NanoEngineError(Exception):
     """Base of all errors that are somebody's mistake (not the engine's own broken invariant)."""
 
 
+def is_failure(error: BaseException) -> bool:
+    """Whether foreign code (a plugin, a tokenizer, a sink …) failed, so that its seam answers for it.
+
+    True for exceptions, `sys.exit()` and the panic of a Rust extension, which pyo3 raises as a `BaseException`. False
+    for Ctrl-C, the end of a generator and whatever else means the caller: a seam must let those through.
+    """
+    if isinstance(error, KeyboardInterrupt | GeneratorExit):
+        return False
+    if isinstance(error, Exception | SystemExit):
+        return True
+    return any((cls.__module__, cls.__name__) == ("pyo3_runtime", "PanicException") for cls in type(error).__mro__)
+
+
 def described(error: BaseException) -> str:
-    """Any exception in a line: its type, its message, and the notes that were added on its way."""
-    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    return f"{type(error).__name__}: {error}{notes}"
+    """Any exception in words: its type, its message, and the notes that were added on its way.
+
+    Raises nothing, whatever the exception's own `__str__` does. The text has no lone surrogates, which no file takes.
+    """
+    message = text_of(error)
+    try:
+        notes = [text_of(note) for note in getattr(error, "__notes__", ())]
+    except Exception as broken:  # noqa: BLE001 - a class may define `__notes__` as it likes
+        notes = [f"its __notes__ raised {type(broken).__name__}"]
+    name = type(error).__name__
+    return (f"{name}: {message}" if message else name) + "".join(f" ({note})" for note in notes)
+
+
+def text_of(value: object) -> str:
+    """`str(value)` of a foreign value, such as an exception; in its place that this raised. Surrogates are escaped."""
+    try:
+        text = str(value)
+    except BaseException as broken:
+        if not is_failure(broken):
+            raise
+        text = f"its __str__ raised {type(broken).__name__}"
+    return str.encode(text, "utf-8", "backslashreplace").decode()
 
 
 class ConfigError(NanoEngineError):

@@ -146,8 +146,8 @@ def _one_key_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TritonPaged, "attend", attend)
 
 
-def _tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+def _tf32(_: pytest.MonkeyPatch) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True  # `_true_float32` restores it: monkeypatch would delete the attribute
 
 
 @pytest.mark.parametrize("mutant", [_one_key_short, _tf32])

@@ -85,6 +85,31 @@ def compare(
     return report
 
 
+def assert_same_until_a_tie(
+    model: PreTrainedModel,
+    ones: Sequence[RequestOutput],
+    others: Sequence[RequestOutput],
+    params: SamplingParams | Sequence[SamplingParams],
+) -> int:
+    """Two runs of the same requests agree token by token, up to the first position at which the reference lets more
+    than one token be right. Returns how many tokens were equal; raises `Mismatch`."""
+    each = params if isinstance(params, Sequence) else [params] * len(ones)
+    equal = 0
+    for one, other, asked in zip(ones, others, each, strict=True):
+        prompt = list(one.prompt_token_ids)
+        for sample, twin in zip(one.outputs, other.outputs, strict=True):
+            mine, theirs = list(sample.token_ids), list(twin.token_ids)
+            pairs = zip(mine, theirs, strict=False)
+            first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(mine), len(theirs)))
+            equal += first
+            if first == len(mine) == len(theirs):
+                continue
+            row = reference_logits(model, prompt + mine[:first])[-1]
+            if decided(*scores(row, prompt, mine[:first], asked, sample.index)):
+                raise Mismatch(f"{one.request_id}[{sample.index}]: {mine[first:]} and {theirs[first:]} from {first} on")
+    return equal
+
+
 def _compare_tokens(
     where: str,
     logits: Row,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from parity import tiny
-from parity.compare import Mismatch, Report, compare
+from parity.compare import Mismatch, Report, assert_same_until_a_tie, compare
 from parity.test_tiny_models import COUNT, GREEDY, WITH_PROMPT, seeded
 from transformers import PreTrainedModel
 
@@ -52,8 +52,7 @@ def run(ranks: Ranks, params: SamplingParams | list[SamplingParams]) -> Report:
     assert after.free_blocks == after.num_blocks == 26
     report = compare(ranks.model, outputs, params)
     alone = ranks.one.generate(ASKED, params, use_tqdm=False)
-    same = [a.outputs[0].token_ids == b.outputs[0].token_ids for a, b in zip(outputs, alone, strict=True)]
-    assert sum(same) >= len(same) - 1, "near-ties in the reference are rarer than this"
+    assert assert_same_until_a_tie(ranks.model, outputs, alone, params) > 0.5 * report.positions
     return report
 
 

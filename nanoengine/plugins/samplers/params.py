@@ -149,8 +149,8 @@ class AllowedTokenIdsParams(StageParams):
 class BadWordsParams(StageParams):
     """bad_words: words whose last token is not drawn where it would complete them in the output.
 
-    A word is looked for as the tokenizer writes it at the start of a text and, where that replaces its first token
-    by one that carries the space, after a space (as vLLM does).
+    A word is looked for in each form that the tokenizer gives it: with a space before it and without, at the start of a
+    text and inside one, however many tokens each takes. Another split of its letters into tokens is not found.
     """
 
     bad_words: tuple[str, ...] | None = None
@@ -181,12 +181,23 @@ class BadWordsParams(StageParams):
 
 
 def _spellings(word: str, ctx: ParamsContext) -> list[list[int]]:
-    """Token sequences of a bad word: bare, and after a space where only the first token changes its form."""
-    bare = ctx.encode(word.lstrip())
-    if not bare:
+    """Token sequences of a bad word, without those that end with another one, as the shorter one forbids them too."""
+    bare = word.lstrip()
+    texts = (bare, f" {bare}")
+    found = [ids for text in texts for ids in (ctx.encode(text), _inside(text, ctx)) if ids]
+    if not found:
         raise ParamsError(f"bad_words: the tokenizer makes no token of {word!r}")
-    spaced = ctx.encode(" " + word.lstrip())
-    return [bare, spaced] if len(spaced) == len(bare) and spaced[0] != bare[0] else [bare]
+    different = list(dict.fromkeys(map(tuple, found)))
+    return [list(ids) for ids in different if not any(ids != end and ids[-len(end) :] == end for end in different)]
+
+
+def _inside(text: str, ctx: ParamsContext) -> list[int]:
+    """Tokens of `text` behind another character, where the tokenizer adds no space of its own; [] if none is kept apart."""
+    for before in "\n1(":
+        ids, first = ctx.encode(before + text), ctx.encode(before)
+        if ids[: len(first)] == first:
+            return ids[len(first) :]
+    return []
 
 
 def _require(ok: bool, name: str, value: Any, rule: str) -> None:

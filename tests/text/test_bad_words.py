@@ -1,4 +1,4 @@
-"""A bad word is forbidden in every form that its tokenizer gives it: at the start, in a line, with the space and without."""
+"""A bad word is forbidden in every form that its tokenizer gives it: at the start, in a line, with a space, without."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def _spellings(word: str, ctx: ParamsContext) -> list[list[int]]:
 
 
 def _inside(text: str, ctx: ParamsContext) -> list[int]:
-    """Tokens of `text` behind another character, where the tokenizer adds no space of its own; [] if none is kept apart."""
+    """Tokens of `text` behind another character, where the tokenizer adds no space; [] if none is kept apart."""
     for before in "\n1(":
         ids, first = ctx.encode(before + text), ctx.encode(before)
         if ids[: len(first)] == first:

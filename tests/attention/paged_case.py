@@ -135,9 +135,12 @@ class Case:
 
 
 def run(backend_cls: type[AttentionBackend], case: Case, *, layer: int = 1, layers: int = 2) -> Tensor:
-    """The backend's output for the case, whose earlier tokens are stored by an earlier call."""
+    """The backend's output for the case, whose earlier tokens are stored by an earlier call. Wherever nothing is
+    stored, the cache holds NaN."""
     backend = backend_cls(case.kv_spec, case.limits, torch.device(case.device))
     backend.allocate(layers, case.num_blocks)
+    cache: Tensor = backend._kv  # type: ignore[attr-defined]
+    cache.fill_(float("nan"))
     history(backend, case, layer)
     backend.fill(case.inputs())
     return backend.forward(layer, case.spec, *case.step_qkv())

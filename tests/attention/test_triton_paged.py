@@ -66,7 +66,11 @@ class StoresLate(TritonPaged):
 
 @pytest.mark.parametrize("mutant", [LooksOneBack, StoresLate])
 def test_mutants_are_caught(mutant: type[TritonPaged]) -> None:
-    assert error(case([(1, 20), (5, 9)], tail=20), mutant) > 1e-2
+    try:
+        wrong = error(case([(1, 20), (5, 9)], tail=20), mutant)
+    except AssertionError:  # what is not stored is NaN
+        return
+    assert wrong > 1e-2
 
 
 def test_copied_blocks_serve_as_the_originals_and_layers_are_apart() -> None:

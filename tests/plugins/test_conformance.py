@@ -24,6 +24,7 @@ from nanoengine.api import (
     SamplerStage,
     StageParams,
     StageRows,
+    StepInputs,
 )
 from nanoengine.layers.decoder import DECODER_WEIGHTS
 from nanoengine.plugins.attention_backends.flash_attn import FlashAttn
@@ -102,15 +103,89 @@ class OtherDtype(TorchPaged):
         return super().forward(layer, spec, q, k, v).double()
 
 
+class LeavesOldValues(TorchPaged):
+    def _clear_tails(self, inputs: StepInputs) -> None: ...
+
+
+class ClearsKeysOnly(TorchPaged):
+    def _clear_tails(self, inputs: StepInputs) -> None:
+        values = self._kv[:, 1].clone()
+        super()._clear_tails(inputs)
+        self._kv[:, 1] = values
+
+
+class ClearsValuesOnly(TorchPaged):
+    def _clear_tails(self, inputs: StepInputs) -> None:
+        keys = self._kv[:, 0].clone()
+        super()._clear_tails(inputs)
+        self._kv[:, 0] = keys
+
+
+class ClearsForRows(TorchPaged):
+    """Clears for some of a step's rows."""
+
+    @staticmethod
+    def cleared(inputs: StepInputs) -> slice:
+        raise NotImplementedError
+
+    def _clear_tails(self, inputs: StepInputs) -> None:
+        rows = self.cleared(inputs)
+        starts = inputs.query_start_loc[rows.start : None if rows.stop is None else rows.stop + 1]
+        tables, lens = inputs.block_tables[rows], inputs.seq_lens[rows]
+        super()._clear_tails(replace(inputs, block_tables=tables, seq_lens=lens, query_start_loc=starts))
+
+
+class ClearsForPrefillOnly(ClearsForRows):
+    @staticmethod
+    def cleared(inputs: StepInputs) -> slice:
+        return slice(inputs.num_decode_rows, None)
+
+
+class ClearsForDecodeOnly(ClearsForRows):
+    @staticmethod
+    def cleared(inputs: StepInputs) -> slice:
+        return slice(0, inputs.num_decode_rows)
+
+
+class ClearsWhereRowsAreAlike(TorchPaged):
+    """Not in mixed steps."""
+
+    def _clear_tails(self, inputs: StepInputs) -> None:
+        if inputs.num_decode_rows in (0, len(inputs.seq_lens)):
+            super()._clear_tails(inputs)
+
+
+class ClearsWithoutWindow(TorchPaged):
+    def _clear_tails(self, inputs: StepInputs) -> None:
+        if self.spec.window is None:
+            super()._clear_tails(inputs)
+
+
+class ReadsTheDummyBlock(TorchPaged):
+    """Goes on in the block table behind a row's last block."""
+
+    def _fill_index(self, inputs: StepInputs, group: Any, used: int) -> Tensor:
+        ends = torch.full_like(inputs.seq_lens, self.limits.max_blocks * self.limits.block_size)
+        return super()._fill_index(replace(inputs, seq_lens=ends), group, used)
+
+
 @pytest.mark.parametrize(
     ("mutant", "words"),
     [
+        (LeavesOldValues, "two whole prompts, layer 0: row 'b' .* not finite"),
+        (ClearsKeysOnly, "two whole prompts, layer 0: row 'b' .* not finite"),
+        (ClearsValuesOnly, "two whole prompts, layer 0: row 'b' .* not finite"),
+        (ClearsForPrefillOnly, "one more token each, layer 0: row 'a' .* not finite"),
+        (ClearsForDecodeOnly, "two whole prompts, layer 0: row 'b' .* not finite"),
+        (ClearsWhereRowsAreAlike, "decode, chunk and a new prompt together, layer 0: .* not finite"),
+        (ClearsWithoutWindow, r"window=1, soft_cap=None\): two whole prompts, layer 0: .* not finite"),
+        (ReadsTheDummyBlock, "two whole prompts, layer 0: row 'b' .* not finite"),
         (SeesOneAhead, "two whole prompts, layer 0: row 'a' .* off by"),
         (ForgetsScale, "off by"),
         (ForgetsCap, r"soft_cap=2.0\): two whole prompts"),
         (CopiesNothing, "two that part after copy_blocks, layer 0: row 'fork'"),
         (OneLayerForAll, "one more token each, layer 0"),
-        (WritesToLogicalBlocks, "off by"),
+        (WritesToLogicalBlocks, "or the row's own K and V are not where slot_mapping says"),
         (ClaimsLess, "does not declare SOFT_CAP, yet unsupported"),
         (OtherDtype, "forward gave torch.float64 for queries of torch.float32"),
     ],

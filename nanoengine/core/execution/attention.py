@@ -179,6 +179,10 @@ class AttentionBackend(ABC):
     def forward(self, layer: int, spec: AttentionLayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Stores K and V of *all* rows, then lets every row attend.
 
+        Blocks are not cleared when they change hands: behind a row's end, and in the dummy block, lie values of other
+        requests, which may be NaN or infinite. They must not enter: neither a weight of 0 nor a mask that is added
+        keeps them out.
+
         Args:
             layer: index within the group.
             q: [T, num_heads, head_size]; k, v: [T, num_kv_heads, head_size].

@@ -24,7 +24,11 @@ _MIN_COMPUTE_CAPABILITY = (8, 0)
 
 
 class FlashAttn(AttentionBackend):
-    """The cache of a layer is [num_blocks, block_size, kv_heads, head_size] each for K and V, the package's layout."""
+    """The cache of a layer is [num_blocks, block_size, kv_heads, head_size] each for K and V, the package's layout.
+
+    What an earlier owner left behind a row's end stays there: version 2 sets the scores of such keys to -inf and reads
+    zeros for their values, so even NaN does no harm. Later versions of the package do not.
+    """
 
     capabilities = AttentionCapabilities(
         devices=frozenset({"cuda"}),

@@ -167,7 +167,7 @@ def _prompts_file(config: RunConfig) -> dict[str, str | Path]:
 def _prompts(config: RunConfig) -> Sequence[Prompt]:
     if isinstance(config.prompts, PromptFile) and config.prompts.file == STDIN and sys.stdin.isatty():
         say("reading prompts from the terminal, one a line; Ctrl-D ends them")
-    prompts = read_prompts(config.prompts)
+    prompts = [row.prompt for row in read_prompts(config.prompts)]
     if not prompts:
         raise ConfigError(
             "no prompts: write a list under 'prompts:', or give 'prompts=[\"...\"]', a file (.txt, .jsonl or .csv), or "

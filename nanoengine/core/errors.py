@@ -6,6 +6,7 @@ Torch-free: the command line and the plugin listing raise these before torch is 
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -142,6 +143,17 @@ class RequestError(NanoEngineError):
         return (RequestError, (self.code, str(self)))
 
 
+def shown(value: Any) -> str:
+    """`repr(value)` for a message, of bounded length; its type where it has none, as an integer of 5,000 digits."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxlong, short.maxother = 4, 200, 60, 200
+    short.maxlist = short.maxtuple = short.maxdict = short.maxset = 20
+    try:
+        return short.repr(value)
+    except Exception:  # noqa: BLE001 - it may be anybody's
+        return f"a value of type {type(value).__name__}"
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """The tail of a message on an unknown name: the likely meant one, then all valid ones.
 
@@ -149,6 +161,6 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     "did you mean 'top_p'? Valid: top_k, top_p"
     """
     names = sorted(set(choices))
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word[:100], names, n=1, cutoff=0.6)  # its time grows with the word
     hint = f"did you mean '{close[0]}'? " if close else ""
     return f"{hint}Valid: {', '.join(names) if names else '(none)'}"

@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import numpy as np
 
-from nanoengine.core.errors import ParamsError
+from nanoengine.core.errors import ParamsError, shown
 
 _WORDS: dict[Any, str] = {
     bool: "True or False",
@@ -39,8 +39,8 @@ def conform(name: str, value: Any, annotation: Any) -> Any:
     try:
         return _fit(value, annotation)
     except _Misfit as misfit:
-        within = "" if misfit.part is value else f" (because of {misfit.part!r})"
-        raise ParamsError(f"{name} must be {describe(annotation)}, not {value!r}{within}") from None
+        within = "" if misfit.part is value else f" (because of {shown(misfit.part)})"
+        raise ParamsError(f"{name} must be {describe(annotation)}, not {shown(value)}{within}") from None
 
 
 def describe(annotation: Any) -> str:

@@ -104,9 +104,9 @@ def test_overrides_reach_the_model(fake: Any, nanoengine: Run, config: Any) -> N
 
 
 def test_prompts_from_a_file(fake: Any, nanoengine: Run, config: Any, rows: Rows, tmp_path: Path) -> None:
-    (tmp_path / "p.jsonl").write_text('{"q": "a b"}\n{"q": "half \\ud83d pair"}\n')
+    (tmp_path / "p.jsonl").write_text('{"q": "a b"}\n{"q": "é \\ud83d\\ude00"}\n')
     assert nanoengine("run", config(CONFIG), "prompts={file: p.jsonl, field: q}").exit_code == 0
-    assert sorted(row["prompt"] for row in rows()) == ["a b", "half \ud83d pair"]
+    assert sorted(row["prompt"] for row in rows()) == ["a b", "é 😀"]
 
 
 def test_failed_request_keeps_its_place_and_gives_1(fake: Any, nanoengine: Run, config: Any, rows: Rows) -> None:

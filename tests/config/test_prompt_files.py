@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 
 from nanoengine.core.errors import ConfigError
-from nanoengine.core.setup.prompts import PromptFile, read_prompts
+from nanoengine.core.setup.prompts import Prompt, PromptFile, PromptRow, check_prompts
+from nanoengine.core.setup.prompts import read_prompts as read_rows
+
+
+def read_prompts(prompts: Any) -> list[Prompt]:
+    return [row.prompt for row in read_rows(prompts)]
 
 
 def test_rows_in_order(tmp_path: Path) -> None:
@@ -98,14 +103,76 @@ def test_formats(tmp_path: Path, name: str, text: str, options: dict[str, Any], 
         ("p.csv", "id,prompt\n1,a,b\n", {}, ["p.csv:2", "2 columns"]),
         ("p.csv", 'prompt\n"a\n', {}, ["p.csv: not CSV", "from line 2"]),
         ("p.txt", "a\n", {"field": "q"}, ["p.txt", "prompts.field is 'q'", "no fields"]),
-        ("p.txt", "\udcff", {}, ["cannot read the prompts of", "p.txt"]),
+        ("p.txt", "a\n\udcff", {}, ["cannot read the prompts of", "p.txt: line 2 is not UTF-8"]),
+        ("p.txt", "\udcff\udcfea\0", {}, ["line 1 is not UTF-8", "it is UTF-16; save it as UTF-8"]),
+        ("p.txt", "a\nb\0c\n", {}, ["p.txt:2", "NUL byte"]),
+        ("p.csv", "prompt\na\n\0\n", {}, ["p.csv:3", "NUL byte"]),
+        ("p.csv", "id,prompt,id\n1,a,2\n", {}, ["p.csv:1: two columns are called 'id'"]),
+        ("p.csv", "\n\nid\n1\n", {}, ["p.csv:3: no column 'prompt'"]),
+        ("p.csv", "id,prompt\n1,a\nid,prompt\n2,b\n", {}, ["p.csv:3: the row is the header again"]),
+        ("p.csv", "id,prompt\n1\n", {}, ["p.csv:2: the row has 1 columns, the header has 2"]),
+        ("p.csv", "id,prompt\n1,a\n", {"carry": ["name"]}, ["p.csv:2: no key 'name', which prompts.carry names"]),
+        ("p.csv", "index,prompt\n1,a\n", {}, ["p.csv:2: 'index' is a key of the results", "carry: [id]"]),
+        ("p.txt", "a\n", {"carry": ["id"]}, ["prompts.carry is ['id'], but a text file has no fields"]),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, text: str, options: dict[str, Any], words: list[str]) -> None:
     (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ConfigError) as caught:
-        read_prompts(PromptFile(file=str(tmp_path / name), **options))
+        read_rows(PromptFile(file=str(tmp_path / name), **options), taken=TAKEN)
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+TAKEN = ("index", "prompt_token_ids", "prompt")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ('{"prompt": ' + "[" * 100_000, "nested more than 64 deep"),
+        ('{"prompt": "a", "x": ' + "[" * 65 + "]" * 65 + "}", "nested more than 64 deep"),
+        ('{"prompt": "a", "x": NaN}', "NaN is no JSON number"),
+        ('{"prompt": "a", "x": -Infinity}', "-Infinity is no JSON number"),
+        ('{"prompt": "a", "x": 1e999}', "the number 1e999 is too large"),
+        ('{"prompt": "a", "x": ' + "9" * 5000 + "}", "not JSON"),
+        ('{"prompt": "a", "prompt": "b"}', "the key 'prompt' is there twice"),
+        ('{"prompt": "a", "x": {"y": 1, "y": 2}}', "the key 'y' is there twice"),
+        ('{"prompt": "half \\ud83d pair"}', "\\ud83d is half of a surrogate pair"),
+        ('{"messages": [{"role": "user", "content": "\\udc00"}]}', "messages[0]: content: \\udc00 is half"),
+        ('{"prompt": "a", "prompt_token_ids": [1]}', "'prompt_token_ids' is a key of the results"),
+        ('{"prompt": "a", "prompt_token_ids": [1]}', "text or messages, not token ids"),
+        ('{"prompt": [1, 2]}', "prompt must be text, or a list of chat messages"),
+        ('{"prompt": ["a", {"role": "user"}]}', "prompt must be text, or a list of chat messages"),
+        ('{"prompt": ' + json.dumps(["x" * 1000] * 1000) + "}", "prompt must be text"),
+        ('\ufeff{"prompt": "a"}', "not JSON: Unexpected UTF-8 BOM"),
+        ('{"prompt": "a\tb"}', "not JSON: Invalid control character"),
+    ],
+)
+def test_a_row_that_cannot_be_names_file_and_line(tmp_path: Path, row: str, words: str) -> None:
+    path = tmp_path / "P.JSONL"
+    path.write_text('{"prompt": "fine"}\n\n' + row + "\n", "utf-8")
+    with pytest.raises(ConfigError) as caught:
+        read_rows(PromptFile(file=str(path)), taken=TAKEN)
+    assert str(caught.value).startswith(f"{path}:3: ")
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 6000
+
+
+def test_other_fields_come_with_the_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a", "id": 12345678901234567890, "tags": {"x": [null, 1.5]}}\n{"prompt": "b"}\n')
+    expected = [PromptRow("a", {"id": 12345678901234567890, "tags": {"x": [None, 1.5]}}), PromptRow("b")]
+    assert read_rows(PromptFile(file=str(path)), taken=TAKEN) == expected
+    assert read_rows(PromptFile(file=str(path), carry=[])) == [PromptRow("a"), PromptRow("b")]
+    (tmp_path / "p.csv").write_text("id,prompt,index\n07,a,1\n")
+    assert read_rows(PromptFile(file=str(tmp_path / "p.csv"), carry=["id"]), taken=TAKEN) == [
+        PromptRow("a", {"id": "07"})
+    ]
+
+
+@pytest.mark.parametrize("name", ["p.JSONL", "P.Csv", "p.TXT"])
+def test_an_ending_may_be_in_capitals(name: str) -> None:
+    assert check_prompts(name, lambda _: "here") == PromptFile(file=name)
 
 
 @pytest.mark.parametrize(

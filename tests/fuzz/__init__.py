@@ -1,0 +1,1 @@
+"""Mutated inputs, each run within bounds of time and memory. `harness.py` says what a kind of mutants is."""

@@ -38,6 +38,17 @@ DECODER_WEIGHTS = WeightMap(
         "gate_proj": ("gate_up_proj", "gate"),
         "up_proj": ("gate_up_proj", "up"),
     },
+    rename={
+        # files of the model without its head
+        "layers.": "model.layers.",
+        "embed_tokens.": "model.embed_tokens.",
+        "norm.": "model.norm.",
+        # of a model with images: older ones, those of transformers 5, and those without the head
+        "language_model.model.": "model.",
+        "language_model.lm_head.": "lm_head.",
+        "model.language_model.": "model.",
+        "language_model.": "model.",
+    },
     skip=(".rotary_emb.inv_freq",),
 )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanoengine.api import ModelError, TensorParallelGroup
@@ -87,6 +87,21 @@ def reassemble(ranks: list[BuiltModel]) -> dict[str, Tensor]:
 def same(got: Tensor, want: Tensor) -> bool:
     """Equal, but for the rounding of norm weights that are kept with their one."""
     return torch.allclose(got, want, rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_head_of_its_own_beside_a_tied_config_is_cut_like_any(size: int, tmp_path: Path) -> None:
+    path = tiny_qwen3(tmp_path, num_attention_heads=8, tie_word_embeddings=True)
+    want = load_file(path / "model.safetensors")
+    want["lm_head.weight"] = want["model.embed_tokens.weight"].flip(0)
+    save_file(want, path / "model.safetensors")
+    ranks = load_ranks("qwen3", path, size)
+    for rank in ranks:
+        padding = rank.model.get_submodule("lm_head").get_parameter("weight").isnan()
+        assert not padding.any()  # the head's own memory, where the last rank's rows end with zeros
+    got = reassemble(ranks)
+    assert got.keys() == want.keys()
+    assert all(same(got[name], want[name]) for name in want)
 
 
 @pytest.mark.parametrize("name", MODELS)

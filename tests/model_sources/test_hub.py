@@ -240,6 +240,17 @@ def test_refusals_say_what_to_do(made: Repo | None, source: str, words: list[str
     assert said(caught, *words) == []
 
 
+def test_a_whole_file_goes_before_an_index_that_names_others(hub: Hub, fetch: Fetch) -> None:
+    files = {**sharded(), SINGLE: b"w" * 1000}
+    del files[SHARDS[1]]
+    hub.repos["org/tiny"] = repo(files)
+    folder = fetch("org/tiny")
+    assert (folder / SINGLE).is_file()
+    assert SHARDS[0] not in hub.fetched()
+    assert fetch("org/tiny") == folder
+    assert hub.fetched() == []
+
+
 def test_missing_shard_is_named(hub: Hub, fetch: Fetch) -> None:
     files = sharded()
     del files[SHARDS[1]]

@@ -63,16 +63,6 @@ def test_dtypes_are_converted(tmp_path: Path) -> None:
     assert torch.equal(got, want.to(torch.bfloat16))
 
 
-def test_tied_weight_is_one_tensor_and_passed_over_in_the_checkpoint(tmp_path: Path) -> None:
-    path = tiny_qwen3(tmp_path, tie_word_embeddings=True)
-    change(path, lm_head__weight=torch.zeros(151, 48), model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(3))
-    built, report = load(path)
-    assert set(report.skipped) == {"lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"}
-    head = built.model.get_submodule("lm_head").get_parameter("weight")
-    assert head is built.model.get_parameter("model.embed_tokens.weight")
-    assert head.abs().sum() > 0
-
-
 def test_everything_wrong_is_named_at_once(tmp_path: Path) -> None:
     path = tiny_llama(tmp_path)
     change(
@@ -106,7 +96,7 @@ def damage(path: Path, how: str) -> str:
         file.write_bytes(file.read_bytes()[:-1000])
         return "cannot be read, it may be incomplete"
     if how == "not safetensors":
-        file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+        file.write_bytes(b"no header at all, and no tensors")
         return "cannot be read, it may be incomplete"
     if how == "gone":
         file.unlink()
@@ -240,22 +230,6 @@ def test_norm_weights_less_one_are_kept_whole_in_float32(tmp_path: Path) -> None
     assert not torch.equal(got, got.bfloat16().float())  # as bfloat16 they would be others
     dummy_weights(built.model, 0, SingleRank())
     assert torch.equal(got, torch.ones_like(got))
-
-
-def test_prefixes_that_are_passed_over_are_only_those(tmp_path: Path) -> None:
-    """A checkpoint with images may carry a tied head; anything else that is not the text model's is an error."""
-    path = tiny_gemma3(tmp_path, tie_word_embeddings=True)
-    hf = json.loads((path / "config.json").read_text())
-    nested = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": hf}
-    (path / "config.json").write_text(json.dumps(nested))
-    held = {f"language_model.{name}": tensor for name, tensor in load_file(path / "model.safetensors").items()}
-    held |= {"vision_tower.x": torch.ones(1), "language_model.lm_head.weight": torch.ones(139, 48)}
-    save_file(held, path / "model.safetensors")
-    _, report = load(path)
-    assert set(report.skipped) == {"vision_tower.x", "language_model.lm_head.weight"}
-    save_file({**held, "audio_tower.x": torch.ones(1)}, path / "model.safetensors")
-    with pytest.raises(WeightsError, match="1 unexpected: audio_tower"):
-        load(path)
 
 
 def test_kv_groups_follow_kv_needs(tmp_path: Path) -> None:

@@ -36,11 +36,12 @@ class WeightMap:
     Attributes:
         fuse: last module name in the checkpoint -> (fused module's name, part), e.g. {"q_proj": ("qkv_proj", "q")}:
             "model.layers.0.self_attn.q_proj.weight" fills part "q" of "model.layers.0.self_attn.qkv_proj.weight".
-        rename: prefixes, old -> new, tried before `fuse`.
-        skip: name suffixes to pass over, e.g. (".rotary_emb.inv_freq",).
+        rename: prefixes, old -> new: the longest that a checkpoint name begins with is replaced, before `fuse`.
+        skip: name suffixes to skip, e.g. (".rotary_emb.inv_freq",); as in the file, like `skip_prefixes`.
         ties: parameter -> checkpoint name it is read from instead, e.g.
-            {"lm_head.weight": "model.embed_tokens.weight"}; a tied name in the checkpoint is passed over.
-        skip_prefixes: name prefixes to pass over, e.g. ("vision_tower.",): parts of a checkpoint that are not served.
+            {"lm_head.weight": "model.embed_tokens.weight"}; where the checkpoint has both, and they differ, there is no
+            tie.
+        skip_prefixes: name prefixes to skip, e.g. ("vision_tower.",): parts of a checkpoint that are not supported.
     """
 
     fuse: Mapping[str, tuple[str, str]] = field(default_factory=dict)

@@ -3,42 +3,43 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nanoengine.core.errors import WeightsError
 from nanoengine.core.execution.model import Model, ModelConfig, WeightMap
 from nanoengine.core.execution.parallel import TensorParallelGroup
 from nanoengine.core.execution.upload import Uploads
+from nanoengine.core.setup.checkpoint import INDEX_FILE, Checkpoint, find_checkpoint, some
 from nanoengine.layers.sharding import Shard, WeightLayer, weight_layers
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-_SHOWN = 5  # names listed of each kind of problem
+_COMPARED = 1 << 22  # elements of two tensors compared at a time
 
 _Put = Callable[[Tensor, Callable[[Tensor], None]], None]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What was loaded: checkpoint tensors used and passed over, bytes read on this rank, seconds."""
+    """What was loaded: checkpoint tensors used and skipped, bytes read on this rank, seconds.
+
+    `untied`: parameters that the config ties to others and the checkpoint holds with values of their own.
+    """
 
     num_tensors: int
     skipped: tuple[str, ...]
     num_bytes: int
     seconds: float
+    untied: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,23 +53,22 @@ class _Target:
 
 @dataclass(slots=True)
 class _Problems:
-    """Everything wrong with a checkpoint, told at once."""
+    """Everything wrong with a checkpoint, reported at once. `stale`: what its index names and none of its files holds."""
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
+    stale: tuple[str, ...] = ()
 
     def raise_if_any(self, path: Path, tp: TensorParallelGroup) -> None:
         kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("misshapen", self.misshapen))
-        told = [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds if names]
-        if told:
-            rank = f" (rank {tp.rank} of {tp.size})" if tp.size > 1 else ""
-            raise WeightsError(f"the weights in {path} do not fit the model{rank}: " + "; ".join(told))
-
-
-def _some(names: list[str]) -> str:
-    rest = len(names) - _SHOWN
-    return ", ".join(sorted(names)[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+        found = [f"{len(names)} {kind}: {some(names)}" for kind, names in kinds if names]
+        if not found:
+            return
+        if self.missing and self.stale:
+            found.append(f"{INDEX_FILE} names {len(self.stale)} that no file holds: it belongs to other files")
+        rank = f" (rank {tp.rank} of {tp.size})" if tp.size > 1 else ""
+        raise WeightsError(f"the weights in {path} do not fit the model{rank}: " + "; ".join(found))
 
 
 def load_weights(model: Model, config: ModelConfig, path: str | Path, tp: TensorParallelGroup) -> LoadReport:
@@ -79,27 +79,91 @@ def load_weights(model: Model, config: ModelConfig, path: str | Path, tp: Tensor
     Raises `WeightsError` if a file is absent or damaged, or naming all tensors that are missing, unexpected, misshapen
     or of a dtype that is no float.
     """
-    began, path = time.perf_counter(), Path(path)
-    rules = model.weight_map(config)
-    targets, tied = _targets(model, rules, tp), {checkpoint_name(name, "", rules) for name in rules.ties}
-    problems, filled, skipped, num_bytes = _Problems(), set[str](), [], 0
+    began, rules, checkpoint = time.perf_counter(), model.weight_map(config), find_checkpoint(Path(path))
+    problems, skipped, filled, num_bytes = _Problems(stale=checkpoint.stale), list[str](), set[str](), 0
+    sources = _sources(checkpoint, rules, skipped, problems)
+    ties = _settled_ties(model, rules, checkpoint, sources)
+    targets, tied = _targets(model, replace(rules, ties=ties), tp), {checkpoint_name(name, "", rules) for name in ties}
+    known = {file_name: name for name, file_name in sources.items()}
     with _way_to(next(model.parameters()).device) as put:
-        for name, tensor in _tensors(path):
-            if name.endswith(rules.skip) or name.startswith(rules.skip_prefixes) or name in tied:
-                skipped.append(name)
-            elif name not in targets:
-                problems.unexpected.append(name)
-            else:
+        for file_name, tensor in checkpoint.slices():
+            name = known.get(file_name)
+            if name in targets:
                 filled.add(name)
                 for target in targets[name]:
-                    num_bytes += _fill(name, tensor, target, problems, put)
+                    num_bytes += _fill(file_name, tensor, target, problems, put)
+            elif name in tied:
+                skipped.append(file_name)
+            elif name is not None:
+                problems.unexpected.append(file_name)
     problems.missing += targets.keys() - filled
-    problems.raise_if_any(path, tp)
-    return LoadReport(len(filled), tuple(skipped), num_bytes, time.perf_counter() - began)
+    problems.raise_if_any(checkpoint.path, tp)
+    untied = tuple(sorted(rules.ties.keys() - ties.keys() - set(ties.values())))
+    return LoadReport(len(filled), tuple(skipped), num_bytes, time.perf_counter() - began, untied)
+
+
+def _sources(checkpoint: Checkpoint, rules: WeightMap, skipped: list[str], problems: _Problems) -> dict[str, str]:
+    """Name by the rules of `rename` -> name in the checkpoint, of all that is not to be skipped."""
+    sources: dict[str, str] = {}
+    for name in checkpoint.tensors:
+        if name.endswith(rules.skip) or name.startswith(rules.skip_prefixes):
+            skipped.append(name)
+            continue
+        renamed = _renamed(name, rules.rename)
+        other = sources.setdefault(renamed, name)
+        if other != name:
+            problems.unexpected.append(f"{name} beside {other}, which both are {renamed}")
+    return sources
+
+
+def _renamed(name: str, rename: Mapping[str, str]) -> str:
+    old = max((prefix for prefix in rename if name.startswith(prefix)), key=len, default=None)
+    return name if old is None else rename[old] + name.removeprefix(old)
+
+
+def _settled_ties(
+    model: Model, rules: WeightMap, checkpoint: Checkpoint, sources: Mapping[str, str]
+) -> Mapping[str, str]:
+    """The ties that hold for what the checkpoint has, as transformers decides it.
+
+    Where it has both tensors and they differ, there is no tie, and a parameter that was shared gets its own memory.
+    Where it has only the tied one, the other is read from that.
+    """
+    ties = {}
+    for tied, source in rules.ties.items():
+        here, there = (sources.get(checkpoint_name(name, "", rules)) for name in (tied, source))
+        if here is None or (there is not None and _equal(checkpoint, here, there)):
+            ties[tied] = source
+        elif there is None:
+            ties[source] = tied
+        else:
+            _give_own_parameter(model, tied)
+    return ties
+
+
+def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two tensors of the checkpoint have the same shape and values."""
+    a, b = (tensor for name in (one, other) for _, tensor in checkpoint.slices(name))
+    shape = a.get_shape()
+    if not shape or shape != b.get_shape() or not {a.get_dtype(), b.get_dtype()} <= set(FLOAT_DTYPES):
+        return False
+    step = max(1, _COMPARED // max(1, math.prod(shape[1:])))  # rows
+    pairs = ((a[i : i + step], b[i : i + step]) for i in range(0, shape[0], step))
+    return all(torch.equal(x, y) if x.dtype == y.dtype else torch.equal(x.double(), y.double()) for x, y in pairs)
+
+
+def _give_own_parameter(model: Model, name: str) -> None:
+    """A parameter that shares another one's memory gets its own, zero."""
+    if name in dict(model.named_parameters()):  # which lists what is shared only under its first name
+        return
+    owner, _, last = name.rpartition(".")
+    layer = model.get_submodule(owner)
+    own = torch.zeros_like(layer.get_parameter(last))
+    layer.register_parameter(last, torch.nn.Parameter(own, requires_grad=False))
 
 
 def _targets(model: Model, rules: WeightMap, tp: TensorParallelGroup) -> dict[str, list[_Target]]:
-    """checkpoint name -> what it fills (more than one only where a tie has a parameter of its own)."""
+    """Renamed checkpoint name -> what it fills (more than one only where a tie has a parameter of its own)."""
     targets: dict[str, list[_Target]] = {}
     for name, layer, parameter, spec in weight_layers(model):
         for shard in spec.shards(tp.rank, tp.size):
@@ -109,18 +173,14 @@ def _targets(model: Model, rules: WeightMap, tp: TensorParallelGroup) -> dict[st
 
 
 def checkpoint_name(parameter: str, part: str, rules: WeightMap) -> str:
-    """The checkpoint's name of a parameter's part: the rules of `WeightMap`, read backwards."""
+    """The checkpoint's name of a parameter's part, after `WeightMap.rename`: the rules of `fuse`, read backwards."""
     modules = parameter.split(".")
     if part:
         names = [old for old, new in rules.fuse.items() if len(modules) > 1 and new == (modules[-2], part)]
         if len(names) != 1:
             raise WeightsError(f"the model's WeightMap names {len(names)} sources for part {part!r} of {parameter}")
         modules[-2] = names[0]
-    name = ".".join(modules)
-    for old, new in rules.rename.items():
-        if name.startswith(new):
-            return old + name.removeprefix(new)
-    return name
+    return ".".join(modules)
 
 
 @contextmanager
@@ -145,37 +205,6 @@ def _fill(name: str, tensor: Any, target: _Target, problems: _Problems, put: _Pu
         put(values, partial(target.layer.load_shard, target.parameter, shard))
         return values.nbytes
     return 0
-
-
-def _tensors(path: Path) -> Iterator[tuple[str, Any]]:
-    """(name, safetensors slice) of every tensor, file by file."""
-    for file, names in _files(path).items():
-        try:
-            with safe_open(path / file, framework="pt", device="cpu") as opened:
-                for name in opened.keys() if names is None else names & set(opened.keys()):
-                    yield name, opened.get_slice(name)
-        except FileNotFoundError as error:
-            raise WeightsError(f"{path / INDEX_FILE} names {file}, which is not there") from error
-        except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{path / file} cannot be read, it may be incomplete: {error}") from error
-
-
-def _files(path: Path) -> Mapping[str, set[str] | None]:
-    """file -> the tensors to take from it (None: all)."""
-    if (path / INDEX_FILE).is_file():
-        try:
-            weight_map = json.loads((path / INDEX_FILE).read_text())["weight_map"]
-            files: dict[str, set[str] | None] = {file: set() for file in sorted(set(weight_map.values()))}
-            for name, file in weight_map.items():
-                names = files[file]
-                assert names is not None
-                names.add(name)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WeightsError(f"{path / INDEX_FILE} is no safetensors index: {error!r}") from error
-        return files
-    if (path / SINGLE_FILE).is_file():
-        return {SINGLE_FILE: None}
-    raise WeightsError(f"no {SINGLE_FILE} or {INDEX_FILE} in {path}; other weight formats are not read")
 
 
 _STD = 0.02

@@ -10,6 +10,7 @@ from typing import Any
 
 from nanoengine.core.errors import ModelError, ParamsError
 from nanoengine.core.field_types import conform
+from nanoengine.core.setup.git_lfs import refuse_lfs_pointer
 
 # generation_config.json's names for sampling defaults -> SamplingParams' names, and types; the others are passed over.
 _DEFAULTS: Mapping[str, tuple[str, type[Any]]] = {
@@ -32,6 +33,7 @@ class GenerationDefaults:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; raises `ModelError` naming the file for anything else."""
+    refuse_lfs_pointer(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from nanoengine.core.errors import ModelError, RequestError
+from nanoengine.core.setup.git_lfs import refuse_lfs_pointer
 from nanoengine.core.text import chat
 from nanoengine.core.text.decoding import TokenStream, TokenTable
 
 _OLD_FORMATS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
+_READ_ALWAYS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
 _UNREADABLE = ("tekken.json", "tiktoken.model", "tokenizer_config.json")
 
 
@@ -25,10 +29,13 @@ def load_tokenizer(path: Path) -> Tokenizer | None:
 
     Raises `ModelError` when there are tokenizer files that cannot be read.
     """
+    for name in _READ_ALWAYS:
+        refuse_lfs_pointer(path / name)
     if (path / "tokenizer.json").is_file():
         return Tokenizer(_load(path, automatic=False))
     old = next((name for name in _OLD_FORMATS if (path / name).is_file()), None)
     if old is not None:
+        refuse_lfs_pointer(path / old)
         return Tokenizer(_load(path, automatic=True))
     unreadable = next((name for name in _UNREADABLE if (path / name).is_file()), None)
     if unreadable is not None:

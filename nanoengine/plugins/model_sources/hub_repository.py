@@ -182,12 +182,16 @@ class HubRepository:
 
 
 def weight_files(folder: Path, name: str, present: Collection[str]) -> list[str]:
-    """model.safetensors, or the files that the index names; raises `ModelSourceError` where `present` lacks one."""
-    if not (folder / INDEX).is_file():
-        if SINGLE not in present:
-            raise nothing_to_serve(name, f"neither {SINGLE} nor {INDEX}", present)
+    """model.safetensors, or the files that the index names; raises `ModelSourceError` where `present` lacks one.
+
+    Where there are both, a whole model.safetensors goes first, as in transformers: an index that names other files is
+    stale, or says the same.
+    """
+    shards = _shards(folder / INDEX) if (folder / INDEX).is_file() else []
+    if SINGLE in present and SINGLE not in shards:
         return [SINGLE]
-    shards = _shards(folder / INDEX)
+    if not shards:
+        raise nothing_to_serve(name, f"neither {SINGLE} nor {INDEX}", present)
     missing = [shard for shard in shards if shard not in present]
     if missing:
         raise ModelSourceError(
@@ -204,7 +208,7 @@ def _shards(index: Path) -> list[str]:
         shards = sorted(set(names))
         if not shards or not all(Path(shard).name == shard for shard in shards):
             raise ValueError("weight_map must name files beside the index")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelSourceError(f"{index} is no safetensors index: {error!r}") from error
     return shards
 
@@ -224,6 +228,8 @@ def _no_bars() -> type[Any]:
 def _lacking(folder: Path) -> list[str]:
     """Which of config.json and the weights a snapshot has not."""
     weights = _shards(folder / INDEX) if (folder / INDEX).is_file() else [SINGLE]
+    if (folder / SINGLE).is_file() and SINGLE not in weights:
+        weights = [SINGLE]
     return _absent(folder, ["config.json", *weights])
 
 

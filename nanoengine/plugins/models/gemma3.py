@@ -27,6 +27,7 @@ _DEFAULTS = {
     "sliding_window": 4096,
 }
 _THETA, _LOCAL_THETA = 1e6, 1e4
+_OTHER_PARTS = ("vision_tower.", "multi_modal_projector.")  # below "model." in files of transformers 5
 _PATTERN = 6  # the last of so many layers is global
 
 
@@ -41,8 +42,7 @@ class Gemma3WithImages(DecoderLM):
 
     weights = replace(
         DECODER_WEIGHTS,
-        rename={"language_model.": ""},
-        skip_prefixes=("vision_tower.", "multi_modal_projector."),
+        skip_prefixes=tuple(f"{above}{part}" for above in ("", "model.") for part in _OTHER_PARTS),
     )
 
     @classmethod

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
-from nanoengine.core.errors import ParamsError, RequestError
+from nanoengine.core.errors import ParamsError, RequestError, described, is_failure
+from nanoengine.core.field_types import is_unicode
+from nanoengine.core.sampling_fields import INT64
 from nanoengine.core.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -53,15 +55,34 @@ def one_name(params: Any, sampling_params: Any) -> Any:
     return sampling_params if params is None else params
 
 
-def check_priority(priority: object) -> None:
-    if priority is not None and _as_int(priority) is None:
-        raise ParamsError(f"priority must be a whole number, not {priority!r}")
+def check_priority(priority: object) -> int | None:
+    """As a plain int; None is none."""
+    if priority is None:
+        return None
+    level = _as_int(priority)
+    if level is None or level not in INT64:
+        raise ParamsError(f"priority must be a whole number of 64 bits, not {priority!r}")
+    return level
+
+
+def check_request_id(request_id: object) -> None:
+    if not isinstance(request_id, str) or not is_unicode(request_id):
+        raise ParamsError(f"request_id must be a string of valid Unicode, not {request_id!r}")
 
 
 def checked_ids(token_ids: Any, vocab_size: int) -> tuple[int, ...] | RequestError:
     """Plain ints within the vocabulary, or why this is no prompt."""
     if isinstance(token_ids, RequestError):  # what the caller could not make a prompt of
         return token_ids
+    try:
+        return _checked(token_ids, vocab_size)
+    except BaseException as error:  # what stands for a list or an id may be anyone's class
+        if not is_failure(error):
+            raise
+        return RequestError("invalid_prompt", f"reading the prompt raised {described(error)}")
+
+
+def _checked(token_ids: Any, vocab_size: int) -> tuple[int, ...] | RequestError:
     try:
         given = None if isinstance(token_ids, bytes | Mapping) else list(token_ids)
     except TypeError:

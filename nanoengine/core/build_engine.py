@@ -94,7 +94,15 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
     try:
         memory = executor.start(plan, assembly.loader)
         clock.lap_around("workers", memory.phases)
-        resolver = ParamsResolver(stages, ctx, defaults.eos_ids, memory.failed_stages, registry.suspects("samplers"))
+        resolver = ParamsResolver(
+            stages,
+            ctx,
+            defaults.eos_ids,
+            memory.failed_stages,
+            registry.suspects("samplers"),
+            max_n=options.max_n,
+            max_logprobs=options.max_logprobs,
+        )
         engine = Engine(
             EngineLimits(
                 vocab_size=assembly.vocab_size,

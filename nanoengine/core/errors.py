@@ -150,7 +150,9 @@ def shown(value: Any) -> str:
     short.maxlist = short.maxtuple = short.maxdict = short.maxset = 20
     try:
         return short.repr(value)
-    except Exception:  # noqa: BLE001 - it may be anybody's
+    except BaseException as broken:  # it may be anybody's
+        if not is_failure(broken):
+            raise
         return f"a value of type {type(value).__name__}"
 
 

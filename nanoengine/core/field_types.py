@@ -25,10 +25,10 @@ _LISTS = (list, tuple, Sequence, Collection, set, frozenset, Set)
 
 
 class _Misfit(Exception):
-    """The value has the wrong type; holds the offending part of it."""
+    """The value has the wrong type; holds the offending part of it, and what is wrong where its type is right."""
 
-    def __init__(self, part: Any) -> None:
-        self.part = part
+    def __init__(self, part: Any, wrong: str = "") -> None:
+        self.part, self.wrong = part, wrong
 
 
 def conform(name: str, value: Any, annotation: Any) -> Any:
@@ -40,6 +40,7 @@ def conform(name: str, value: Any, annotation: Any) -> Any:
         return _fit(value, annotation)
     except _Misfit as misfit:
         within = "" if misfit.part is value else f" (because of {shown(misfit.part)})"
+        within += misfit.wrong and f": {misfit.wrong}"
         raise ParamsError(f"{name} must be {describe(annotation)}, not {shown(value)}{within}") from None
 
 
@@ -90,7 +91,7 @@ def _fit_any(value: Any, choices: Sequence[Any]) -> Any:
         try:
             return _fit(value, choice)
         except _Misfit as found:
-            if found.part is not value:
+            if found.part is not value or found.wrong:
                 misfit = found
     raise misfit
 
@@ -119,4 +120,17 @@ def _fit_plain(value: Any, annotation: Any) -> Any:
     exact = annotation in (int, float)  # no bool for a number
     if not isinstance(annotation, type) or not isinstance(value, annotation) or (exact and isinstance(value, bool)):
         raise _Misfit(value)
+    if annotation is int and isinstance(value, int) and value.bit_length() > 64:
+        raise _Misfit(value, "64 bits do not hold it")
+    if isinstance(value, str) and not is_unicode(value):
+        raise _Misfit(value, "half of a surrogate pair is no valid Unicode")
     return value
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it can be encoded. JSON and Python let half of a surrogate pair through, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

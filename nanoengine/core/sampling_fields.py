@@ -28,8 +28,8 @@ NOT_SERVED: Mapping[str, str] = {
     "output_kind": "outputs are cumulative; stream() yields each step",
     "stream_interval": "outputs are cumulative; stream() yields each step",
     "flat_logprobs": "log-probs are a list of mappings",
-    "logprob_token_ids": "use logprobs=-1 and pick",
-    "prompt_logprob_token_ids": "use prompt_logprobs=-1 and pick",
+    "logprob_token_ids": "use logprobs=-1 where engine option max_logprobs is -1, and pick",
+    "prompt_logprob_token_ids": "use prompt_logprobs=-1 where engine option max_logprobs is -1, and pick",
     "prompt_logprob_start": "prompt_logprobs cover the whole prompt",
     "skip_reading_prefix_cache": "give a cache_salt of its own, or enable_prefix_caching=False to the engine",
     "skip_clone": "parameters are immutable and shared freely",
@@ -49,13 +49,14 @@ class CoreFields:
     """The fields that no stage owns: vLLM's names, meanings and defaults.
 
     Attributes:
-        n: samples of one prompt; they share its seed and differ by index.
+        n: samples of one prompt, at most engine option max_n; they share its seed and differ by index.
         seed: of the draw; None: made from the engine's seed and the request's ordinal.
         max_tokens: longest output; None: as far as the model's length goes.
         min_tokens: EOS and stop_token_ids cannot be drawn before so many tokens.
         stop: text that ends the output. stop_token_ids: ids that do. ignore_eos: EOS does not.
         include_stop_str_in_output: leave the stop text in.
-        logprobs: log-probs of the chosen token and so many of the likeliest, at each position; -1: of all.
+        logprobs: log-probs of the chosen token and so many of the likeliest, at each position: at most engine option
+            max_logprobs; -1: of all, where that is -1.
         prompt_logprobs: the same over the prompt.
         detokenize: make text. skip_special_tokens: leave special tokens out of it.
         priority: lower is served first (scheduling_policy="priority").

@@ -7,6 +7,7 @@ Which fields are legal depends on the stages that plugins registered, so `Sampli
 from __future__ import annotations
 
 import copy
+import sys
 import types
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nanoengine.core.errors import NanoEngineError, ParamsError, PluginError
+from nanoengine.core.errors import NanoEngineError, ParamsError, PluginError, described, is_failure, shown
 from nanoengine.core.field_types import conform
 from nanoengine.core.sampling_fields import CORE_TYPES, NOT_SERVED, CoreFields, legal_fields, stage_types
 from nanoengine.core.setup.registry import nearest_part
@@ -152,9 +153,13 @@ class ParamsResolver:
         eos_ids: frozenset[int],
         failed_stages: Mapping[str, str] | None = None,
         suspects: str = "",
+        *,
+        max_n: int = sys.maxsize,
+        max_logprobs: int = -1,
     ) -> None:
-        """`failed_stages`: those that cannot run, name -> cause: whoever sets a field of theirs is refused. `suspects`:
-        what to tell of plugins that failed before their stages were known, where a field is unknown.
+        """`max_n`, `max_logprobs`: as in `EngineOptions`. `failed_stages`: those that cannot run, name -> cause: a
+        request that sets a field of theirs is refused. `suspects`: what to say of plugins that failed before their
+        stages were known, where a field is unknown.
 
         Raises `PluginError` where the stages' fields clash or are no proper dataclass fields.
         """
@@ -162,7 +167,7 @@ class ParamsResolver:
         self._stages = [(name, params, stage_types(name, params)) for name, params in stages]
         self._failed = dict(failed_stages or {})
         self._suspects = suspects
-        self._ctx = ctx
+        self._ctx, self._max_n, self._max_logprobs = ctx, max_n, max_logprobs
         # Checkpoints list end-of-text ids beyond their vocabulary; such an id is never drawn and needs no mask.
         self._eos_ids = frozenset(i for i in eos_ids if 0 <= i < ctx.vocab_size)
         self._cache: dict[Hashable, ResolvedParams] = {}
@@ -185,6 +190,8 @@ class ParamsResolver:
         if core.stop_strings:
             self._ctx.encode(core.stop_strings[0])  # there must be a tokenizer to find them with
         self._check_ids("stop_token_ids", core.stop_token_ids or ())
+        if core.n > self._max_n:
+            raise ParamsError(f"n is {core.n}, and engine option max_n is {self._max_n}: lower n or raise max_n")
         return ResolvedParams(
             n=core.n,
             max_tokens=core.max_tokens,
@@ -231,14 +238,14 @@ class ParamsResolver:
             stage = params(**values)
             if not stage.active():
                 return None
-            packed = stage.pack(self._ctx)
-        except NanoEngineError:
-            raise
-        except (Exception, SystemExit) as error:
+            columns = pack_columns(name, params.columns, stage.pack(self._ctx))
+        except BaseException as error:
+            if isinstance(error, NanoEngineError) or not is_failure(error):
+                raise
             raise PluginError(
-                f"sampler stage {name!r}: {params.__qualname__} failed on {values}: {type(error).__name__}: {error}"
+                f"sampler stage {name!r}: {params.__qualname__} failed on {shown(values)}: {described(error)}"
             ) from error
-        return PackedStage(name, stage, pack_columns(name, params.columns, packed))
+        return PackedStage(name, stage, columns)
 
     def _check_ids(self, name: str, ids: Collection[int]) -> None:
         outside = sorted(i for i in ids if not 0 <= i < self._ctx.vocab_size)
@@ -246,8 +253,16 @@ class ParamsResolver:
             raise ParamsError(f"{name}: no such token id: {outside}; ids are 0 to {self._ctx.vocab_size - 1}")
 
     def _num_logprobs(self, name: str, value: int | None) -> int | None:
+        """Each position of each row costs so many: memory, and time of every request beside this one."""
         if value is not None and value > self._ctx.vocab_size:
             raise ParamsError(f"{name} must be at most the vocabulary's size, {self._ctx.vocab_size}, not {value}")
+        limit = self._max_logprobs
+        if value is not None and limit != -1 and (value == -1 or value > limit):
+            wanted = f"-1 (all {self._ctx.vocab_size})" if value == -1 else value
+            raise ParamsError(
+                f"{name} is {wanted}, and engine option max_logprobs is {limit}: ask for at most {limit}, or raise "
+                "max_logprobs (-1: no limit)"
+            )
         return self._ctx.vocab_size if value == -1 else value
 
 
@@ -261,7 +276,7 @@ def pack_columns(stage: str, specs: Mapping[str, ColumnSpec], values: Mapping[st
     columns = {}
     for name, spec in specs.items():
         try:
-            array = np.asarray(values[name], dtype=spec.dtype)
+            array = as_column(values[name], spec)
         except (TypeError, ValueError, OverflowError) as error:
             raise PluginError(f"sampler stage {stage!r}, column {name!r}: no {spec.dtype}: {error}") from error
         if array.ndim != int(spec.ragged):
@@ -270,6 +285,14 @@ def pack_columns(stage: str, specs: Mapping[str, ColumnSpec], values: Mapping[st
         array.flags.writeable = False
         columns[name] = array
     return columns
+
+
+def as_column(value: Any, spec: ColumnSpec) -> np.ndarray[Any, Any]:
+    """Numbers in the column's dtype. `ValueError` for what int32 does not hold: numpy would take the lower bits."""
+    array = np.asarray(value, dtype=spec.dtype)
+    if spec.dtype == "int32" and not np.array_equal(array, value):
+        raise ValueError(f"{shown(value)} is no int32")
+    return array
 
 
 def _is_greedy(stage: PackedStage) -> bool:

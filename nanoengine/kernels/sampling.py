@@ -227,14 +227,15 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, T
         logits: [R, V]. token_ids: int64 [R].
 
     Returns:
-        log-prob float32 [R]; rank int32 [R], 1 + number of tokens strictly likelier; ids int32 [R, k] and log-probs
+        log-prob float32 [R]; rank int32 [R], 1 + number of tokens of a higher log-prob; ids int32 [R, k] and log-probs
         float32 [R, k] of the likeliest.
     """
     chosen = token_ids[:, None]
     logprobs = logits.log_softmax(-1)
-    rank = (logits > logits.gather(1, chosen)).sum(-1, dtype=torch.int32) + 1
+    own = logprobs.gather(1, chosen)
+    rank = (logprobs > own).sum(-1, dtype=torch.int32) + 1  # of what is reported: different logits may round to one
     top = _highest(logits, k)
-    return logprobs.gather(1, chosen).squeeze(1), rank, top.to(torch.int32), logprobs.gather(1, top)
+    return own.squeeze(1), rank, top.to(torch.int32), logprobs.gather(1, top)
 
 
 def _highest(logits: Tensor, k: int) -> Tensor:

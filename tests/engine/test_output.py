@@ -102,7 +102,7 @@ def test_equals_share_the_lowest_rank_through_the_engine(tmp_path: Path, monkeyp
 
     original = MockModel.compute_logits
     monkeypatch.setattr(MockModel, "compute_logits", lambda self, hidden: original(self, hidden).floor())
-    with mock_llm(tmp_path) as llm:
+    with mock_llm(tmp_path, max_logprobs=-1) as llm:
         params = SamplingParams(logprobs=-1, prompt_logprobs=-1, max_tokens=4, seed=1)
         (output,) = llm.generate([[1, 2, 3]], params, use_tqdm=False)
     rows = [*(output.outputs[0].logprobs or ()), *(row for row in output.prompt_logprobs or () if row)]

@@ -42,7 +42,14 @@ def forced_run(
         SamplingParams(forced=ids, max_tokens=len(ids), temperature=0, ignore_eos=True, logprobs=vocab)
         for ids in dictated
     ]
-    given = {"attention": "torch", **tiny.SMALL, "dtype": "bfloat16", "max_num_batched_tokens": 32, **options}
+    given = {
+        "attention": "torch",
+        **tiny.SMALL,
+        "dtype": "bfloat16",
+        "max_num_batched_tokens": 32,
+        "max_logprobs": -1,
+        **options,
+    }
     with LLM(folder, plugins=[forced], **given) as llm:
         outputs = llm.generate(asked, params, use_tqdm=False)
         stats = llm.stats()

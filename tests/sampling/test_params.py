@@ -101,9 +101,56 @@ def test_resolution_of_core_fields() -> None:
 
 
 @pytest.mark.parametrize(
+    ("limits", "given", "words"),
+    [
+        ({"max_n": 2}, {"n": 3}, "n is 3, and engine option max_n is 2: lower n or raise max_n"),
+        ({"max_logprobs": 5}, {"logprobs": 6}, "logprobs is 6, and engine option max_logprobs is 5"),
+        (
+            {"max_logprobs": 5},
+            {"prompt_logprobs": -1},
+            r"prompt_logprobs is -1 \(all 256\), and engine option",
+        ),
+        ({"max_logprobs": VOCAB}, {"logprobs": -1}, "engine option max_logprobs is 256.*-1: no limit"),
+        ({"max_logprobs": 0}, {"logprobs": 1}, "ask for at most 0"),
+    ],
+)
+def test_limits_by_value_name_their_option(limits: dict[str, int], given: dict[str, Any], words: str) -> None:
+    limited = ParamsResolver([], Context(VOCAB), frozenset(), **limits)
+    with pytest.raises(ParamsError, match=words):
+        limited.resolve(SamplingParams(**given))
+    limited.resolve(SamplingParams(n=2, logprobs=0))
+
+
+@pytest.mark.parametrize("packed", [np.array([2**40]), [1.5], [2**40], None])
+def test_what_a_column_does_not_hold_is_refused(packed: Any) -> None:
+    """Not cut to its lower bits, as numpy's casts do."""
+
+    @dataclass(frozen=True)
+    class Params(StageParams):
+        columns: ClassVar[dict[str, ColumnSpec]] = {"ids": ColumnSpec(dtype="int32", ragged=True)}  # type: ignore[misc]
+        wide: int = 0
+
+        def pack(self, ctx: Any) -> dict[str, Any]:
+            return {"ids": packed}
+
+    with pytest.raises(PluginError, match="sampler stage 'wide', column 'ids'"):
+        ParamsResolver([("wide", Params)], Context(VOCAB), frozenset()).resolve(SamplingParams(wide=1))
+
+
+@pytest.mark.parametrize(
     ("given", "words"),
     [
         ({"n": 0}, "n must be at least 1, not 0"),
+        ({"stop": "a\ud800"}, r"stop must be .*, not 'a.ud800': half of a surrogate pair"),
+        ({"stop": ["a", "\udfff"]}, r"stop must be .*because of '.udfff'.: half of a surrogate pair"),
+        ({"cache_salt": "\ud800"}, "cache_salt must be .*: half of a surrogate pair"),
+        ({"bad_words": ["\ud800"]}, "bad_words must be .*: half of a surrogate pair"),
+        ({"max_tokens": 10**5000}, "max_tokens must be .*: 64 bits do not hold it"),
+        ({"top_k": -(10**5000)}, "top_k must be an integer, not .*: 64 bits"),
+        ({"logit_bias": {2**70: 1.0}}, "logit_bias must be .*: 64 bits do not hold it"),
+        ({"stop_token_ids": [2**40]}, "stop_token_ids: no such token id"),
+        ({"priority": 2**63}, "priority must be a 64-bit integer"),
+        ({"temperature": 1e39}, "temperature must be a number from 0 .greedy. up, below 1e30, not 1e.39"),
         ({"n": True}, "n must be an integer, not True"),
         ({"max_tokens": 0}, "max_tokens must be at least 1, or None, not 0"),
         ({"max_tokens": 4, "min_tokens": 5}, r"min_tokens must be at most max_tokens \(4\), not 5"),

@@ -398,3 +398,12 @@ def test_logprobs_of_a_row_do_not_depend_on_its_batch() -> None:
     for r in range(17):
         alone = Sampler.logprobs(logits[r : r + 1], chosen[r : r + 1], 3)
         assert all(a[0].numpy().tobytes() == b[r].numpy().tobytes() for a, b in zip(alone, batch, strict=True))
+
+
+def test_ranks_are_those_of_the_log_probs() -> None:
+    """Logits that differ may have one log-prob: a drawn token's rank is what it has when it is listed."""
+    logits = torch.tensor([[30.0, 1.0000001, 1.0000002, 0.5]])
+    values, ranks, top_ids, top_values = Sampler.logprobs(logits, torch.tensor([1]), 3)
+    assert top_ids.tolist() == [[0, 2, 1]]
+    assert top_values[0, 1] == top_values[0, 2] == values[0]
+    assert ranks.tolist() == [2]

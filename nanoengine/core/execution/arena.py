@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from nanoengine.core.errors import ConfigError
+
 _ALIGNMENT = 4  # words; kernels read pointers that are multiples of 16 bytes faster
 
 Ints = npt.NDArray[np.int64]
@@ -38,11 +40,15 @@ class Arena:
         self._overlap = False
 
     def reserve(self, count: int, itemsize: int) -> int:
-        """Room for a table of `count` elements; returns its first word."""
+        """Room for a table of `count` elements; returns its first word. `ConfigError` for more than indices reach."""
         assert itemsize in (4, 8), itemsize
         first = -(-self._size // _ALIGNMENT) * _ALIGNMENT
         self._size = first + count * itemsize // 4
-        assert self._size < 1 << 31, "tables of 8 GiB are addressed"
+        if self._size >= 1 << 31:
+            raise ConfigError(
+                "the tables of so many slots take more than 8 GiB: lower engine.max_num_seqs, engine.spare_slots or "
+                "engine.max_model_len, or raise engine.block_size"
+            )
         return first
 
     def make(self) -> None:

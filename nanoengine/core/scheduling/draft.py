@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from nanoengine.core.errors import RequestError, nearest
+from nanoengine.core.errors import RequestError, described, is_failure, nearest
 from nanoengine.core.request import Request
+from nanoengine.core.sampling_params import as_column
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.plan_builder import ColumnValues
 
@@ -80,15 +79,15 @@ def ask_host_stages(request: Request, into: ColumnValues) -> RequestError | None
             for column, value in columns.items():
                 if column not in stage.params.columns:
                     raise KeyError(f"no column {column!r}: {nearest(column, stage.params.columns)}")
-                array = np.asarray(value, dtype=stage.params.columns[column].dtype)
+                array = as_column(value, stage.params.columns[column])
                 if array.ndim > 1 or (array.size != 1 and not stage.params.columns[column].ragged):
                     raise ValueError(f"column {column!r} got the shape {array.shape}")
                 values[stage.name, column] = {request.slot: array}
-        except Exception as error:  # noqa: BLE001 - see above
-            failure = RequestError(
-                "stage_failed",
-                f"host_columns() of sampler stage {stage.name!r} raised {type(error).__name__}: {error}",
-            )
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            text = f"host_columns() of sampler stage {stage.name!r} raised {described(error)}"
+            failure = RequestError("stage_failed", text)
             failure.__cause__ = error
             return failure
     for key, value in values.items():

@@ -9,6 +9,23 @@ from typing import Any, Literal, get_type_hints
 from nanoengine.core.errors import ConfigError, ParamsError, nearest
 from nanoengine.core.field_types import conform
 
+_INT32, _INT64, _YEAR = 2**31 - 1, 2**63 - 1, 365 * 86_400.0
+_BOUNDS: Mapping[str, tuple[int, int]] = {
+    "max_model_len": (1, 2**30),
+    "max_num_seqs": (1, 2**16),
+    "max_num_batched_tokens": (1, 2**22),
+    "block_size": (1, 2**20),
+    "num_gpu_blocks_override": (1, _INT32 - 1),
+    "kv_cache_memory": (1, 2**50),
+    "max_n": (1, _INT32),
+    "max_logprobs": (-1, _INT32),
+    "seed": (-_INT64 - 1, _INT64),
+    "tensor_parallel_size": (1, 2**10),
+    "spare_slots": (0, 2**16),
+    "steady_rows": (1, _INT32),
+}
+"""The least and the most of each: beyond, no device has the memory, or an index of a step no room for the number."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
@@ -28,6 +45,9 @@ class EngineOptions:
         enable_prefix_caching: reuse KV blocks of equal prefixes.
         scheduling_policy: "fcfs", or "priority" (lower value first, then arrival).
         load_format: "auto", or "dummy" for made-up weights.
+        max_n: most samples that a request may ask for (`n`).
+        max_logprobs: most log-probs a position that a request may ask for (`logprobs`, `prompt_logprobs`); -1: no
+            limit, and a request may ask for -1, the whole vocabulary.
         seed: of requests that bring none, and of dummy weights.
         tensor_parallel_size: ranks that share each layer, each in a process of its own: rank r on GPU r; on CPUs the
             ranks share the threads.
@@ -56,6 +76,8 @@ class EngineOptions:
     enable_prefix_caching: bool = True
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     load_format: Literal["auto", "dummy"] = "auto"
+    max_n: int = 64
+    max_logprobs: int = 20
     seed: int = 0
     tensor_parallel_size: int = 1
     worker_start_timeout: float = 600.0
@@ -71,16 +93,17 @@ class EngineOptions:
     skip_tokenizer_init: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
-                     "num_gpu_blocks_override", "kv_cache_memory", "tensor_parallel_size", "steady_rows"):  # fmt: skip
+        for name, (low, high) in _BOUNDS.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"engine.{name} must be at least 1, not {value}")
-        if self.spare_slots < 0:
-            raise ConfigError(f"engine.spare_slots must be 0 or more, not {self.spare_slots}")
+            if value is not None and value < low:
+                raise ConfigError(f"engine.{name} must be at least {low}, not {value}")
+            if value is not None and value > high:
+                raise ConfigError(f"engine.{name} must be at most {high:,}, not {value:,}")
         for name in ("worker_start_timeout", "step_timeout"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"engine.{name} is in seconds and must be above 0, not {getattr(self, name)}")
+            if not 0 < getattr(self, name) <= _YEAR:
+                raise ConfigError(
+                    f"engine.{name} is in seconds and must be above 0, and at most a year, not {getattr(self, name)}"
+                )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"engine.gpu_memory_utilization must be above 0 and at most 1, not {self.gpu_memory_utilization}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,6 +10,8 @@ from nanoengine.api import ColumnSpec, ParamsContext, ParamsError, StageParams, 
 
 _GREEDY_BELOW = 1e-5
 """A temperature under this is greedy, as in vLLM: logits divided by it would leave float32."""
+_TOO_LARGE = 1e30
+"""What a column holds is below this: in float32 it is neither infinite, nor 0 where something is divided by it."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class TemperatureParams(StageParams):
     }
 
     def __post_init__(self) -> None:
-        _require(0 <= self.temperature < math.inf, "temperature", self.temperature, "a number from 0 (greedy) up")
+        ok = 0 <= self.temperature < _TOO_LARGE
+        _require(ok, "temperature", self.temperature, "a number from 0 (greedy) up, below 1e30")
 
     def pack(self, ctx: ParamsContext) -> Mapping[str, Any]:
         return {"temperature": 0.0 if self.temperature < _GREEDY_BELOW else self.temperature}
@@ -95,9 +97,8 @@ class PenaltyParams(StageParams):
     }
 
     def __post_init__(self) -> None:
-        # float32 bounds: beyond them the packed value would be 0 or infinite.
-        repetition = self.repetition_penalty
-        _require(1e-30 < repetition < 1e30, "repetition_penalty", repetition, "above 0 (1 changes nothing)")
+        repetition, rule = self.repetition_penalty, "above 0 (1 changes nothing), from 1e-30 to 1e30"
+        _require(1 / _TOO_LARGE < repetition < _TOO_LARGE, "repetition_penalty", repetition, rule)
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             _require(-2 <= value <= 2, name, value, "from -2 to 2")
@@ -116,7 +117,7 @@ class LogitBiasParams(StageParams):
 
     def __post_init__(self) -> None:
         for token_id, bias in (self.logit_bias or {}).items():
-            _require(bias < 1e30, f"logit_bias[{token_id}]", bias, "a number below infinity")
+            _require(bias < _TOO_LARGE, f"logit_bias[{token_id}]", bias, "a number below infinity (1e30)")
 
     def active(self) -> bool:
         return bool(self.logit_bias)

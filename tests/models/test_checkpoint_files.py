@@ -342,9 +342,9 @@ def test_shards_without_an_index_are_named(tmp_path: Path) -> None:
         '{"weight_map": "abc"}',
         '{"weight_map": {"a": null}}',
         '{"weight_map": {"a": ' + "9" * 10_000 + "}}",
-    ],  # fmt: skip
+    ],
     ids=lambda text: f"{text[:24]!r}-{len(text)}",
-)
+)  # fmt: skip
 def test_what_is_no_index_is_called_so(text: str, tmp_path: Path) -> None:
     (tmp_path / INDEX_FILE).write_text(text)
     with pytest.raises(WeightsError, match="is no safetensors index"):

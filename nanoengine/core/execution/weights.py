@@ -53,7 +53,7 @@ class _Target:
 
 @dataclass(slots=True)
 class _Problems:
-    """Everything wrong with a checkpoint, reported at once. `stale`: what its index names and none of its files holds."""
+    """Everything wrong with a checkpoint, reported at once. `stale`: what its index names and no file of it holds."""
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)

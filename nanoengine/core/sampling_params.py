@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from nanoengine.core.errors import NanoEngineError, ParamsError, PluginError, described, is_failure, shown
 from nanoengine.core.field_types import conform
@@ -271,25 +272,35 @@ def pack_columns(stage: str, specs: Mapping[str, ColumnSpec], values: Mapping[st
 
     For what `StageParams.pack` and `host_columns` return. Raises `PluginError` naming stage and column.
     """
+    if not isinstance(values, Mapping):
+        raise PluginError(
+            f"sampler stage {stage!r}: packed {values!r:.80}, not a mapping of its columns {sorted(specs)}"
+        )
     if set(values) != set(specs):
-        raise PluginError(f"sampler stage {stage!r}: packed {sorted(values)} for its columns {sorted(specs)}")
-    columns = {}
-    for name, spec in specs.items():
-        try:
-            array = as_column(values[name], spec)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise PluginError(f"sampler stage {stage!r}, column {name!r}: no {spec.dtype}: {error}") from error
-        if array.ndim != int(spec.ragged):
-            wanted = "a flat sequence" if spec.ragged else "one number"
-            raise PluginError(f"sampler stage {stage!r}, column {name!r}: {values[name]!r} is not {wanted}")
-        array.flags.writeable = False
-        columns[name] = array
-    return columns
+        raise PluginError(f"sampler stage {stage!r}: packed {sorted(values, key=str)} for its columns {sorted(specs)}")
+    return {name: pack_column(stage, name, spec, values[name]) for name, spec in specs.items()}
+
+
+def pack_column(stage: str, name: str, spec: ColumnSpec, value: Any) -> npt.NDArray[Any]:
+    """One column's value for a slot, as `pack_columns` gives it. Raises `PluginError` naming stage and column."""
+    where = f"sampler stage {stage!r}, column {name!r}"
+    try:
+        array = as_column(value, spec)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise PluginError(f"{where}: no {spec.dtype}: {error}") from error
+    if array.ndim != int(spec.ragged):
+        raise PluginError(f"{where}: {value!r:.80} is not {'a flat sequence' if spec.ragged else 'one number'}")
+    if spec.op is StandardOp.TEMPERATURE and not 0 <= array < np.inf:
+        raise PluginError(f"{where}: a temperature must be a number from 0 (greedy) up, not {value!r:.80}")
+    array.flags.writeable = False
+    return array
 
 
 def as_column(value: Any, spec: ColumnSpec) -> np.ndarray[Any, Any]:
-    """Numbers in the column's dtype. `ValueError` for what int32 does not hold: numpy would take the lower bits."""
-    array = np.asarray(value, dtype=spec.dtype)
+    """Numbers in the column's dtype, a copy: a plugin may go on writing to its own array. `ValueError` for what int32
+    does not hold: numpy would take the lower bits."""
+    with np.errstate(over="ignore"):
+        array = np.array(value, dtype=spec.dtype)
     if spec.dtype == "int32" and not np.array_equal(array, value):
         raise ValueError(f"{shown(value)} is no int32")
     return array

@@ -70,5 +70,5 @@ class LeavesOldValues(TorchPaged):
 
 def test_a_backend_that_leaves_old_values_is_seen_to_fail(tmp_path: Path) -> None:
     folder = checkpoints.tiny_llama(tmp_path, std=0.15)
-    with pytest.raises(AssertionError, match="bad_logits|NaN|not finite"):
+    with pytest.raises(AssertionError, match="not finite"):
         generate(folder, LeavesOldValues, caching=False, break_first=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from nanoengine.core.execution.arena import Arena, Ints, staged
 from nanoengine.core.execution.stage import Need, RaggedColumn
 from nanoengine.core.setup.plan import StagePlan
-from nanoengine.core.setup.specs import ColumnSpec
+from nanoengine.core.setup.specs import ColumnSpec, StandardOp
 from nanoengine.core.step import BlockAppends, NewSlots, StageColumn
 from nanoengine.kernels import step_inputs
 from nanoengine.kernels.step_inputs import SlotState
@@ -167,6 +167,12 @@ class SlotTables:
         self.host_num_logprobs = np.full(n, -1, dtype=np.int32)
         self.host_min_tokens = np.zeros(n, dtype=np.bool_)
         self.host_wants = {stage.name: np.zeros(n, dtype=np.bool_) for stage in stages}
+        self._zero_temperature = {
+            (stage.name, name): np.zeros(n, dtype=np.bool_)
+            for stage in stages
+            for name, spec in stage.columns.items()
+            if spec.op is StandardOp.TEMPERATURE
+        }
 
     @property
     def keeps_history(self) -> bool:
@@ -218,14 +224,29 @@ class SlotTables:
         self.host_greedy[new.slots] = new.greedy
         self.host_num_logprobs[new.slots] = new.num_logprobs
         self.host_min_tokens[new.slots] = new.min_lens > new.prompt_lens
-        for wants in self.host_wants.values():
-            wants[new.slots] = False
+        for of_slots in (*self.host_wants.values(), *self._zero_temperature.values()):
+            of_slots[new.slots] = False
 
     def set_columns(self, changes: Sequence[StageColumn]) -> None:
         for change in changes:
             self.host_wants[change.stage][change.slots] = True  # first: what says no is taken to hold the defaults
             table = self.columns[change.stage][change.column]
             table.write(change.slots.astype(np.int64), change.values, change.offsets)
+            self._set_greedy(change)
+
+    def _set_greedy(self, change: StageColumn) -> None:
+        """A row takes the arg-max from the step on that brings temperature 0, until one brings another."""
+        zero = self._zero_temperature.get((change.stage, change.column))
+        if zero is None:
+            return
+        slots = change.slots.astype(np.int64)
+        zero[slots] = change.values == 0
+        greedy = np.logical_or.reduce([each[slots] for each in self._zero_temperature.values()])
+        turned = greedy != self.host_greedy[slots]
+        if turned.any():
+            self.arena.will_overlap()
+            self.arena.write(self.first["greedy"], slots[turned], greedy[turned].astype(np.int32))
+            self.host_greedy[slots] = greedy
 
     def append_blocks(self, appends: BlockAppends) -> None:
         """Behind a slot's last block its table holds whatever an earlier owner left."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from nanoengine.core.errors import RequestError, described, is_failure, nearest
 from nanoengine.core.request import Request
-from nanoengine.core.sampling_params import as_column
+from nanoengine.core.sampling_params import pack_column
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.plan_builder import ColumnValues
 
@@ -79,9 +79,7 @@ def ask_host_stages(request: Request, into: ColumnValues) -> RequestError | None
             for column, value in columns.items():
                 if column not in stage.params.columns:
                     raise KeyError(f"no column {column!r}: {nearest(column, stage.params.columns)}")
-                array = as_column(value, stage.params.columns[column])
-                if array.ndim > 1 or (array.size != 1 and not stage.params.columns[column].ragged):
-                    raise ValueError(f"column {column!r} got the shape {array.shape}")
+                array = pack_column(stage.name, column, stage.params.columns[column], value)
                 values[stage.name, column] = {request.slot: array}
         except BaseException as error:
             if not is_failure(error):

@@ -30,6 +30,14 @@ SPEC_HOOKS: Mapping[str, tuple[Kind, type[Spec]]] = {
 }
 HOOKS = (*SPEC_HOOKS, "register_configs")
 COLUMN_DTYPES = ("float32", "int32", "bool")
+_OPS: Mapping[StandardOp, tuple[str, tuple[float, ...]]] = {
+    StandardOp.TEMPERATURE: ("float32", (1.0, 0.0)),  # a row is greedy by what its request packs, not by the default
+    StandardOp.TOP_K: ("int32", (0, -1)),
+    StandardOp.TOP_P: ("float32", (1.0,)),
+    StandardOp.MIN_P: ("float32", (0.0,)),
+}
+"""Dtype of a standard operation's column, and the values that change nothing."""
+
 _TARGET = re.compile(r"[\w.]+:[\w.]+")
 
 
@@ -74,6 +82,20 @@ def _check_columns(params: type[StageParams]) -> None:
             raise PluginError(f"{where}.default must be a number that {column.dtype} holds, not {column.default!r}")
         if column.op is not None and not isinstance(column.op, StandardOp):
             raise PluginError(f"{where}.op must be a nanoengine.api.StandardOp or None, not {column.op!r}")
+        if column.op is not None:
+            _check_op(where, column, column.op)
+
+
+def _check_op(where: str, column: ColumnSpec, op: StandardOp) -> None:
+    """The core computes standard operations for all rows of a batch at once, those that do not want the stage too."""
+    dtype, inert = _OPS[op]
+    if column.ragged or column.dtype != dtype:
+        raise PluginError(f"{where}: {op.name} takes one {dtype} a slot, so it must be a scalar column of that dtype")
+    if column.default not in inert:
+        raise PluginError(
+            f"{where}.default is {column.default!r}, which {op.name} does not leave as it is: rows that do not want "
+            f"the stage hold it; use {inert[0]}"
+        )
 
 
 def _holds(dtype: str, value: object) -> bool:

@@ -177,7 +177,7 @@ class TorchPaged(AttentionBackend):
                 self._pieces.append(self._padded_piece(inputs, rows, group, index))
 
     def _clear_tails(self, inputs: StepInputs) -> None:
-        """Zeros in each row's last block, if this step is the first to write there: an earlier owner left its values."""
+        """Zeros in each row's last block, if this step is the first to write there: others left values in it."""
         size = self.limits.block_size
         ends = inputs.seq_lens - 1
         last = inputs.block_tables.gather(1, _block_of(ends, size).unsqueeze(1)).squeeze(1)

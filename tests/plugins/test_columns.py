@@ -1,0 +1,47 @@
+"""Columns of a standard operation: the core computes it for every row of a batch, so what they declare is checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+
+from nanoengine.api import API_VERSION, ColumnSpec, PluginError, SamplerSpec, StageParams, StandardOp
+from nanoengine.core.setup.validation import check_spec
+
+
+def spec_with(column: Any) -> SamplerSpec:
+    @dataclass(frozen=True)
+    class Params(StageParams):
+        columns: ClassVar[Any] = {"mine": column}
+
+        mine: float = 0.0
+
+    return SamplerSpec(name="mine", params=Params, target="mine:Stage", api=API_VERSION)
+
+
+@pytest.mark.parametrize(
+    ("op", "dtype", "default"),
+    [("TEMPERATURE", "float32", 1.0), ("TEMPERATURE", "float32", 0), ("TOP_K", "int32", 0), ("TOP_P", "float32", 1.0),
+     ("MIN_P", "float32", 0.0)],
+)  # fmt: skip
+def test_inert_defaults_are_taken(op: str, dtype: str, default: float) -> None:
+    check_spec(spec_with(ColumnSpec(dtype=dtype, default=default, op=StandardOp[op])))
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        (ColumnSpec(dtype="float32", op=StandardOp.TOP_P), r"default is 0, which TOP_P does not leave .* use 1\.0"),
+        (ColumnSpec(dtype="float32", op=StandardOp.TEMPERATURE, default=0.7), r"use 1\.0"),
+        (ColumnSpec(dtype="float32", op=StandardOp.TOP_K), "TOP_K takes one int32 a slot"),
+        (ColumnSpec(dtype="int32", op=StandardOp.TEMPERATURE, default=1), "TEMPERATURE takes one float32 a slot"),
+        (ColumnSpec(dtype="float32", ragged=True, op=StandardOp.TEMPERATURE, default=1.0), "must be a scalar column"),
+        (ColumnSpec(dtype="float32", op="temperature"), "must be a nanoengine.api.StandardOp"),  # type: ignore[arg-type]
+        ("float32", "must be a ColumnSpec"),
+    ],
+)
+def test_what_a_standard_operation_cannot_read_is_refused(column: Any, words: str) -> None:
+    with pytest.raises(PluginError, match=words):
+        check_spec(spec_with(column))

@@ -28,7 +28,7 @@ from nanoengine.core.setup.generation import read_generation_defaults
 from nanoengine.core.setup.options import EngineOptions
 from nanoengine.core.setup.registry import Registry
 from nanoengine.core.startup import StartClock, StartReport
-from nanoengine.core.text import Tokenizer, load_tokenizer
+from nanoengine.core.text import TemplateProcesses, Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,8 @@ class BuiltEngine:
 
     def close(self) -> None:
         self.engine.close()
+        if self.tokenizer is not None:
+            self.tokenizer.close()
 
 
 def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> BuiltEngine:
@@ -81,7 +83,10 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
     plan, options = assembly.plan, assembly.plan.options
     if options.tensor_parallel_size == 1 and options.device.startswith("cuda"):
         threading.Thread(target=_wake, args=(options.device,), name="nanoengine-wake", daemon=True).start()
-    tokenizer = None if options.skip_tokenizer_init else load_tokenizer(assembly.model_path)
+    tokenizer = None
+    if not options.skip_tokenizer_init:
+        processes = TemplateProcesses(options.chat_template_timeout, options.chat_template_memory)
+        tokenizer = load_tokenizer(assembly.model_path, max_tokens=options.max_model_len, processes=processes)
     clock.lap("tokenizer")
     stages = [(found.spec.name, found.spec.params) for found in registry.stages()]
     assert options.max_model_len is not None

@@ -175,7 +175,8 @@ class LLM:
         """Generate the next message of one conversation, or of each of several.
 
         `chat_template_kwargs` and `options` go to the template: add_generation_prompt (True by default),
-        continue_final_message, tools, chat_template, whatever it reads. `sampling_params`: vLLM's name of `params`.
+        continue_final_message, tools, chat_template, whatever it reads; but sanitize_control_tokens=True keeps control
+        tokens that stand in what they say as text. `sampling_params`: vLLM's name of `params`.
 
         Which roles there are is the template's matter, as in vLLM; a message that it passes over for a role that is not
         usual is refused, and so is content that is neither text nor text parts. A conversation that is refused comes
@@ -192,8 +193,7 @@ class LLM:
         """(token ids, text) of a conversation; one that cannot be rendered is refused in its place by the engine."""
         tokenizer = self._built.need_tokenizer()
         try:
-            text = tokenizer.render_chat(messages, **options)
-            return tokenizer.encode(text, add_special_tokens=False), text
+            return tokenizer.chat(messages, **options)
         except RequestError as error:
             return error, None
 

@@ -23,6 +23,7 @@ _BOUNDS: Mapping[str, tuple[int, int]] = {
     "tensor_parallel_size": (1, 2**10),
     "spare_slots": (0, 2**16),
     "steady_rows": (1, _INT32),
+    "chat_template_memory": (2**20, 2**40),
 }
 """The least and the most of each: beyond, no device has the memory, or an index of a step no room for the number."""
 
@@ -62,6 +63,8 @@ class EngineOptions:
         fuse_sampling: fuse the standard sampler operations (one sort for top-k, top-p and min-p).
         custom_all_reduce: between GPUs, small sums over ranks are read from each other's memory; else all are NCCL's.
         skip_tokenizer_init: token ids in, token ids out.
+        chat_template_timeout: seconds that a chat template may take for one conversation.
+        chat_template_memory: bytes that the process of a chat template may take beyond what it takes idle.
     """
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -91,6 +94,8 @@ class EngineOptions:
     fuse_sampling: bool = True
     custom_all_reduce: bool = True
     skip_tokenizer_init: bool = False
+    chat_template_timeout: float = 5.0
+    chat_template_memory: int = 512 << 20
 
     def __post_init__(self) -> None:
         for name, (low, high) in _BOUNDS.items():
@@ -99,7 +104,7 @@ class EngineOptions:
                 raise ConfigError(f"engine.{name} must be at least {low}, not {value}")
             if value is not None and value > high:
                 raise ConfigError(f"engine.{name} must be at most {high:,}, not {value:,}")
-        for name in ("worker_start_timeout", "step_timeout"):
+        for name in ("worker_start_timeout", "step_timeout", "chat_template_timeout"):
             if not 0 < getattr(self, name) <= _YEAR:
                 raise ConfigError(
                     f"engine.{name} is in seconds and must be above 0, and at most a year, not {getattr(self, name)}"

@@ -3,7 +3,8 @@
 Interface of the rest of the core:
 
     tokenizer = load_tokenizer(folder)                 # None: the model serves token ids only
-    ids = tokenizer.encode(text)                       # or tokenizer.apply_chat_template(messages, ...)
+    ids = tokenizer.encode(text)                       # or tokenizer.apply_chat_template(messages, ...), whose
+                                                       # template runs in a process of its own
     detokenizer = IncrementalDetokenizer.from_params(tokenizer, params)     # one a sample
     stop = detokenizer.push(new_ids)                   # a stop string: the sample is over, its text final
     stop = detokenizer.finish()                        # ended by length or abort
@@ -12,6 +13,7 @@ Interface of the rest of the core:
 """
 
 from nanoengine.core.text.detokenizer import IncrementalDetokenizer
+from nanoengine.core.text.templates import TemplateProcesses
 from nanoengine.core.text.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["IncrementalDetokenizer", "Tokenizer", "load_tokenizer"]
+__all__ = ["IncrementalDetokenizer", "TemplateProcesses", "Tokenizer", "load_tokenizer"]

@@ -1,0 +1,184 @@
+"""The process that runs chat templates: a script that imports jinja2 and the standard library, and nothing of ours.
+
+A template is code that came with a model. Here it can neither take long nor take much memory: the process is limited
+by the system, and killed by its parent (templates.py) when it is late. It reads requests from the socket that is its
+standard input and answers there, one after the other:
+
+    request: 8 bytes of length, a marshalled (template, variables, seconds)
+    answer: 1 byte (b"+" text, b"-" what is wrong, b"m" out of memory), 8 bytes of length, UTF-8 (surrogates pass)
+
+What a template can use is what transformers gives it: the immutable sandbox, `trim_blocks` and `lstrip_blocks`, loop
+controls, `{% generation %}`, `raise_exception`, `strftime_now`, and `tojson` that escapes nothing.
+"""
+
+import functools
+import json
+import marshal
+import os
+import resource
+import select
+import signal
+import sys
+import traceback
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+
+_SOCKET = 0  # standard input
+_PARENT_SECONDS = 5.0  # how often an idle process looks whether its parent lives
+_GRACE_SECONDS = 1.0  # beyond the deadline, where no parent is there to kill it
+_TEMPLATES = 32
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}…{% endgeneration %}` marks what the assistant says, for training; here it changes nothing."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+    def parse(self, parser: Any) -> Any:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+class _Dict:
+    """`dict(...)` without the class, through which a template could reach others."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any, **kwargs: Any) -> Any:
+        return dict.fromkeys(*args, **kwargs)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """`namespace(...)` whose names do not begin with an underscore."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # a template may call a variable "self"
+        self, *rest = args
+        given = dict(*rest, **kwargs)
+        for name in given:
+            _check_name(name)
+        jinja2.utils.Namespace.__init__(self, given)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace's names begin with no underscore: {name!r}")
+
+
+def _raise_exception(message: Any) -> NoReturn:
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@functools.lru_cache(_TEMPLATES)
+def _compiled(template: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+        "dict": _Dict(),
+        "namespace": _Namespace,
+    }
+    return environment.from_string(template)
+
+
+def _where(error: BaseException) -> str:
+    """The innermost line of the template, as far as the message does not name it."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
+    line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else None)
+    return "" if line is None or f"line {line}" in str(error) else f" (line {line} of the template)"
+
+
+def _answer(template: str, variables: dict[str, Any]) -> tuple[bytes, bytes]:
+    try:
+        return b"+", _compiled(template).render(variables).encode("utf-8", "surrogatepass")
+    except MemoryError:
+        return b"m", b""
+    except Exception as error:  # noqa: BLE001 - a template may raise anything
+        shown = str(error) if isinstance(error, jinja2.exceptions.TemplateError) else f"{type(error).__name__}: {error}"
+        return b"-", (shown + _where(error)).encode("utf-8", "surrogatepass")
+
+
+def _read(size: int) -> bytes:
+    parts = []
+    while size:
+        part = os.read(_SOCKET, min(size, 1 << 20))
+        if not part:
+            os._exit(0)  # the parent has closed its end
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+def _write(data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(_SOCKET, view) :]
+
+
+def _limit(memory: int) -> None:
+    """So many bytes beyond what the process has now; and no core file, no file written, no process started."""
+    try:
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[0])
+    except OSError:
+        pages = 0
+    for kind, limit in (
+        (resource.RLIMIT_AS, pages * resource.getpagesize() + memory),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_NOFILE, 32),
+    ):
+        hard = resource.getrlimit(kind)[1]
+        soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(kind, (soft, soft))
+
+
+def _serve() -> bool:
+    """One request; whether another one can be taken."""
+    try:
+        template, variables, seconds = marshal.loads(_read(int.from_bytes(_read(8), "little")))
+        signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE_SECONDS)  # SIGALRM ends the process
+        kind, text = _answer(template, variables)
+    except MemoryError:
+        kind, text = b"m", b""
+    _write(kind + len(text).to_bytes(8, "little"))
+    _write(text)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return kind != b"m"  # what is left of the memory may be in pieces
+
+
+def main(memory: int) -> None:
+    parent = os.getppid()
+    for template in ("{{ strftime_now('%d %b %Y')|trim }}", "{{ 1 + '' }}"):
+        _answer(template, {})  # what is imported late is imported now
+    _limit(memory)
+    _write(b"ready")
+    while True:
+        while not select.select([_SOCKET], [], [], _PARENT_SECONDS)[0]:
+            if os.getppid() != parent:  # a fork of the parent may hold the socket open
+                return
+        if not _serve():
+            return
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -15,8 +15,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
-from nanoengine.core.arguments import check_priority, checked_ids
-from nanoengine.core.errors import EngineClosed, NanoEngineError, RequestError, WorkerError, described
+from nanoengine.core.arguments import check_priority, check_request_id, checked_ids
+from nanoengine.core.errors import (
+    EngineClosed,
+    NanoEngineError,
+    RequestError,
+    WorkerError,
+    described,
+    engine_failure,
+    is_failure,
+)
 from nanoengine.core.execution.executor import Executor
 from nanoengine.core.in_flight import InFlight, step_failure, wait_out
 from nanoengine.core.observe import Observer, StepWatch, Watch
@@ -60,7 +68,7 @@ class Engine:
         self.limits, self.scheduler, self.outputs = limits, make_scheduler(), outputs
         self._make_scheduler = make_scheduler
         self._executor, self._resolver, self._encode = executor, resolver, encode
-        self._inbox: deque[Callable[[], None]] = deque()
+        self._inbox: deque[tuple[RequestState, Callable[[], None]]] = deque()
         self._known: dict[str, RequestState] = {}  # from add_request to the last output
         self._in_flight: deque[InFlight] = deque()
         self._outbox = Outbox()
@@ -92,7 +100,7 @@ class Engine:
             request_id: unique among the unfinished ones.
             prompt: text, or token ids.
             priority: lower runs first (scheduling_policy "priority"); default: the parameters' own.
-            prompt_text: what `RequestOutput.prompt` shows when ids are given.
+            prompt_text: what `RequestOutput.prompt` shows when ids are given; valid Unicode.
             final_only: one output, at the end, instead of one a step.
             sink: receives this request's outputs in place of `step()`'s return value.
 
@@ -101,9 +109,10 @@ class Engine:
             no exception: it comes back as an output with an error.
         """
         self._check_open()
+        check_request_id(request_id)
         resolved = self._resolver.resolve(params)
         self.outputs.check(resolved)
-        check_priority(priority)
+        level = check_priority(priority)
         token_ids: Any = prompt
         if isinstance(prompt, str):
             token_ids, prompt_text = self._ids_of(prompt), prompt
@@ -123,8 +132,8 @@ class Engine:
                 raise RequestError("duplicate_id", f"request {request_id!r} is still running; give another id")
             self._known[request_id] = state
             ordinal, self._ordinal = self._ordinal, self._ordinal + 1
-            level = resolved.priority if priority is None else priority
-            self._inbox.append(lambda: self._enter(state, ordinal, level, error))
+            level = resolved.priority if level is None else level
+            self._inbox.append((state, lambda: self._enter(state, ordinal, level, error)))
 
     def abort_request(self, request_id: str) -> None:
         """End a request at once; its output says "abort" and keeps its tokens. Unknown or ended ids are no error."""
@@ -133,7 +142,7 @@ class Engine:
         with self._ids:
             state = self._known.get(request_id)
             if state is not None:
-                self._inbox.append(lambda: self._abort(state))
+                self._inbox.append((state, lambda: self._abort(state)))
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._known or self._outbox.ready)
@@ -292,25 +301,35 @@ class Engine:
             return self._encode(text)
         except RequestError as error:  # text that has no tokens, such as half a surrogate pair
             return error
+        except BaseException as error:
+            if isinstance(error, NanoEngineError) or not is_failure(error):
+                raise
+            return RequestError("invalid_prompt", f"the tokenizer raised {described(error)}")
 
     def _drain_inbox(self) -> None:
+        """What an entry raises fails its request alone."""
         while self._inbox:
             self._booking = True  # a request that is half entered would run for nobody
-            self._inbox.popleft()()
+            state, entry = self._inbox.popleft()
+            try:
+                entry()
+            except BaseException as error:
+                if not is_failure(error):
+                    raise
+                self._fail(state, error if isinstance(error, RequestError) else engine_failure(error))
             self._booking = False
 
     def _enter(self, state: RequestState, ordinal: int, priority: int, error: RequestError | None) -> None:
-        """Give the request's samples to the scheduler."""
+        """Give the request's samples to the scheduler. Raises what is wrong with it, which fails it."""
         if error is not None:
-            self._fail(state, error)
-            return
+            raise error
         for request in state.requests(ordinal, priority, self.limits.seed):
+            self.scheduler.add(request)
             try:
-                self.scheduler.add(request)
-            except RequestError as refused:
-                self._fail(state, refused)
-                return
-            state.add_sample(request)
+                state.add_sample(request)
+            except BaseException:  # a tokenizer's; of a sample that is not the state's, no end would be heard
+                self.scheduler.abort(request)
+                raise
 
     def _abort(self, state: RequestState) -> None:
         if self._known.get(state.request_id) is not state:  # it ended meanwhile, and its id may live again
@@ -336,7 +355,9 @@ class Engine:
                 handle = self._executor.launch(step.plan)
             except WorkerError as error:
                 self._end(error)
-            except Exception as error:  # noqa: BLE001 - whatever a kernel or plugin raises ends this step alone
+            except BaseException as error:  # whatever a kernel or plugin raises ends this step alone
+                if not is_failure(error):
+                    raise
                 self._booking = False
                 while self._in_flight:
                     self._finish_oldest()
@@ -358,7 +379,9 @@ class Engine:
             result = oldest.handle.wait()
         except WorkerError as error:
             self._end(error)
-        except Exception as error:  # noqa: BLE001 - as above
+        except BaseException as error:  # as above
+            if not is_failure(error):
+                raise
             self._broken(wait_out(self._in_flight), error)
             return
         self._watch.arrived(oldest.step)
@@ -379,7 +402,7 @@ class Engine:
             self._fail(state, cause)
         self._publish(outputs)
 
-    def _broken(self, steps: Sequence[ScheduledStep], error: Exception) -> None:
+    def _broken(self, steps: Sequence[ScheduledStep], error: BaseException) -> None:
         """A step raised: its requests are run again one by one, and the one that raises alone fails alone."""
         if len(steps[0].rows) > 1:
             self._say_broken(error)
@@ -390,7 +413,7 @@ class Engine:
                 self._fail(state, cause)
         self._outbox.put_records(self._watch.broken(steps, error))
 
-    def _say_broken(self, error: Exception) -> None:
+    def _say_broken(self, error: BaseException) -> None:
         """Each kind once: where all succeed one by one, no output tells what broke, and all is slow."""
         what = type(error).__name__
         if what not in self._said:
@@ -401,7 +424,8 @@ class Engine:
     def _fail(self, state: RequestState, error: RequestError) -> None:
         for request in state.unfinished():
             self.scheduler.abort(request)
-        self._lost(state, error)
+        if self._known.get(state.request_id) is state:
+            self._lost(state, error)
 
     def _lost(self, state: RequestState, error: RequestError) -> None:
         """What the scheduler does not hold any more."""

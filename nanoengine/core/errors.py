@@ -132,7 +132,8 @@ class RequestError(NanoEngineError):
     Attributes:
         code: a stable word for programs: "too_long", "does_not_fit", "invalid_prompt", "duplicate_id",
             "bad_logits", "nothing_left", "stage_failed", "step_failed", "out_of_memory", "interrupted",
-            "worker_failed".
+            "worker_failed", "text_failed" (its tokens could not be made text), "engine_failed" (the engine itself
+            raised over it, which is a bug of the engine).
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -141,6 +142,13 @@ class RequestError(NanoEngineError):
 
     def __reduce__(self) -> tuple[type[RequestError], tuple[str, str]]:
         return (RequestError, (self.code, str(self)))
+
+
+def engine_failure(error: BaseException) -> RequestError:
+    """Of a request over which the engine's own code raised `error`: it fails, and the others go on."""
+    failure = RequestError("engine_failed", f"the engine raised {described(error)} over this request; please report it")
+    failure.__cause__ = error
+    return failure
 
 
 def shown(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from nanoengine.core.errors import RequestError, described
+from nanoengine.core.errors import RequestError, described, is_failure
 from nanoengine.core.execution.executor import StepHandle
 from nanoengine.core.execution.results import LaunchedStep
 from nanoengine.core.execution.shortage import forget_locals, is_out_of_memory
@@ -19,7 +19,12 @@ class InFlight:
 
     def has_arrived(self) -> bool:
         """Whether `wait` would not wait. Only a device's own handles can tell; on a CPU, batches depend on no clock."""
-        return isinstance(self.handle, LaunchedStep) and self.handle.has_arrived()
+        try:
+            return isinstance(self.handle, LaunchedStep) and self.handle.has_arrived()
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            return True  # a device that is lost raises again in `wait`, where it is answered for
 
 
 def wait_out(in_flight: deque[InFlight]) -> list[ScheduledStep]:
@@ -29,12 +34,14 @@ def wait_out(in_flight: deque[InFlight]) -> list[ScheduledStep]:
     for each in dropped[1:]:
         try:
             each.handle.wait()
-        except Exception as late:  # noqa: BLE001 - it broke on what the first one left undone; that is reported
+        except BaseException as late:  # it broke on what the first one left undone; that is reported
+            if not is_failure(late):
+                raise
             forget_locals(late)
     return [each.step for each in dropped]
 
 
-def step_failure(error: Exception) -> RequestError:
+def step_failure(error: BaseException) -> RequestError:
     """What to tell whose request raised `error` when it ran alone."""
     text = f"running this request raised {described(error)}"
     if is_out_of_memory(error):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from nanoengine.core.errors import described
 from nanoengine.core.output import RequestState
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.block_manager import BlockUse
@@ -138,7 +139,7 @@ class Watch:
         """All is booked; gives the records to hand out."""
         return ()
 
-    def broken(self, steps: Sequence[ScheduledStep], error: Exception) -> Sequence[Delivery]:
+    def broken(self, steps: Sequence[ScheduledStep], error: BaseException) -> Sequence[Delivery]:
         """Instead: they raised."""
         return ()
 
@@ -205,13 +206,13 @@ class StepWatch(Watch):
         counts = [count if live else 0 for count, live in zip(result.counts.tolist(), self._live, strict=True)]
         return self._deliver(self._record(step, begun, wait, commit, counts, result.graphs, result.parts, None))
 
-    def broken(self, steps: Sequence[ScheduledStep], error: Exception) -> Sequence[Delivery]:
+    def broken(self, steps: Sequence[ScheduledStep], error: BaseException) -> Sequence[Delivery]:
         now, out = time.monotonic(), []
         self._last_arrival, self._arrival = self._arrival, now
         for step in steps:
             begun = self._begun.pop(step.plan.step, None)
             if begun is not None:
-                said, end, none = f"{type(error).__name__}: {error}", Span(now, now), [0] * len(step.rows)
+                said, end, none = described(error), Span(now, now), [0] * len(step.rows)
                 out += self._deliver(self._record(step, begun, end, end, none, 0, 1, said))
         return out
 

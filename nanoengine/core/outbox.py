@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from nanoengine.core.errors import is_failure
 from nanoengine.core.observe import Delivery
 from nanoengine.core.request import RequestOutput
 
@@ -37,12 +38,14 @@ class Outbox:
 
     def deliver(self) -> None:
         """Call each client with its news, in order. What a client raises first is raised once all are served."""
-        raised: list[Exception] = []
+        raised: list[BaseException] = []
         while self._undelivered:
             client, news = self._undelivered.popleft()
             try:
                 client(news)
-            except Exception as error:  # noqa: BLE001 - one client's; raised when all are served
+            except BaseException as error:
+                if not is_failure(error):
+                    raise
                 raised.append(error)
         if raised:
             raise raised[0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from nanoengine.core.errors import RequestError, TokenizerMissing
+from nanoengine.core.errors import RequestError, TokenizerMissing, described, is_failure
 from nanoengine.core.request import (
     CompletionOutput,
     FinishReason,
@@ -41,13 +41,18 @@ class SampleState:
     stop_reason: int | str | None = None
     ended: CompletionOutput | None = None
 
-    def take_untold(self) -> None:
-        """The tokens of a quiet request that ends between two updates; it has no stop strings."""
-        if self.request.num_untold:
-            new = take_untold(self.request)
-            self.token_ids += new
-            if self.detokenizer is not None:
-                self.detokenizer.push(new)
+    def take_untold(self) -> tuple[int, ...]:
+        """The tokens of a quiet request that ends between two updates, without their text; it has no stop strings."""
+        new = take_untold(self.request) if self.request.num_untold else ()
+        self.token_ids += new
+        return new
+
+    def abort(self) -> None:
+        self.finish_reason = "abort"
+        new = self.take_untold()
+        if self.detokenizer is not None:
+            self.detokenizer.push(new)
+            self.detokenizer.finish(None)
 
     def output(self, index: int) -> CompletionOutput:
         """As it stands, at a cost that does not grow with it; what has ended is put together once."""
@@ -204,18 +209,26 @@ class OutputProcessor:
                 touched.pop(state.request_id, None)
                 continue
             touched[state.request_id] = state
-            if self._take(state, update, now):
-                stopped.append(update.request)
+            try:
+                if self._take(state, update, now):
+                    stopped.append(update.request)
+            except BaseException as error:
+                if not is_failure(error):
+                    raise
+                broken.append((state, _text_failure(error)))
+                del touched[state.request_id]
         return [o for s in touched.values() if (o := self._outcome(s, now)) is not None], stopped, broken
 
     def aborted(self, state: RequestState, now: float) -> list[RequestOutput]:
         """The last output of an aborted request: what it has so far."""
         for sample in state.samples:
             if sample.finish_reason is None:
-                sample.take_untold()
-                sample.finish_reason = "abort"
-                if sample.detokenizer is not None:
-                    sample.detokenizer.finish(None)
+                try:
+                    sample.abort()
+                except BaseException as error:
+                    if not is_failure(error):
+                        raise
+                    return [self.failed(state, _text_failure(error), now)]
         state.finished = now
         return [state.output()]
 
@@ -283,6 +296,12 @@ def _push_text(sample: SampleState, update: Update) -> bool:
     if matched is not None:
         sample.finish_reason, sample.stop_reason = "stop", matched
     return matched is not None
+
+
+def _text_failure(error: BaseException) -> RequestError:
+    failure = RequestError("text_failed", f"the tokenizer raised {described(error)} over this request's tokens")
+    failure.__cause__ = error
+    return failure
 
 
 def _row_error(update: Update) -> RequestError:

@@ -41,6 +41,14 @@ class Draft:
         self.budget += self.picks.pop(request, 0)
         self.new.pop(request, None)
         self.grown.pop(request, None)
+        kept = {key: {s: v for s, v in values.items() if s != request.slot} for key, values in self.host_values.items()}
+        self.host_values = {key: values for key, values in kept.items() if values}
+
+    def only(self, request: Request) -> tuple[dict[Request, int], dict[Request, int], ColumnValues]:
+        """`new`, `grown` and `host_values` of one request."""
+        slot = request.slot
+        new, grown = ({request: d[request]} if request in d else {} for d in (self.new, self.grown))
+        return new, grown, {key: {slot: values[slot]} for key, values in self.host_values.items() if slot in values}
 
     def yield_to_others(self, victim: Request) -> None:
         self.drop(victim)

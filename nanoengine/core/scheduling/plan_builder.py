@@ -42,6 +42,13 @@ class Picks(NamedTuple):
     decode_starts: list[int]
     prefill: list[Prefill]
 
+    def only(self, request: Request) -> Picks:
+        """The row of one request."""
+        rows = [(r, start) for r, start in zip(self.decode, self.decode_starts, strict=True) if r is request]
+        return Picks(
+            [r for r, _ in rows], [at for _, at in rows], [row for row in self.prefill if row.request is request]
+        )
+
 
 def advance(picks: Mapping[Request, int], step: int) -> Picks:
     """Books the picked tokens as computed by `step`, and sorts decode rows from prefill rows.
@@ -64,6 +71,14 @@ def advance(picks: Mapping[Request, int], step: int) -> Picks:
         else:
             prefill.append(Prefill(request, start, end, sampled))
     return Picks(decode, decode_starts, prefill)
+
+
+def take_back(picks: Picks, last_step: int) -> None:
+    """Undoes `advance`: the step is not launched. `last_step`: the newest in flight, which may hold a row of each."""
+    rows = [(request, start, True) for request, start in zip(picks.decode, picks.decode_starts, strict=True)]
+    for request, start, sampled in rows + [(row.request, row.start, row.sampled) for row in picks.prefill]:
+        request.num_computed, request.last_step = start, last_step
+        request.num_in_flight -= sampled
 
 
 def build_plan(

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from nanoengine.core.errors import RequestError, engine_failure, is_failure
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.admission import find_hits, may_read_cache, refuse_misfit
 from nanoengine.core.scheduling.block_manager import BlockManager, Hits
@@ -26,7 +27,7 @@ from nanoengine.core.scheduling.messages import (
     Update,
     cut,
 )
-from nanoengine.core.scheduling.plan_builder import advance, build_plan
+from nanoengine.core.scheduling.plan_builder import Picks, advance, build_plan, take_back
 from nanoengine.core.scheduling.policy import Policy, make_policy
 from nanoengine.core.scheduling.roster import Roster
 from nanoengine.core.scheduling.steady import Rows, SteadyRows, may_be_steady
@@ -63,14 +64,15 @@ class Scheduler:
     # The outside's wishes
 
     def add(self, request: Request) -> None:
-        """Queues a request, and sets its `max_len`. Raises `RequestError` where it could never run."""
+        """Queues a request, and sets its `max_len` and `min_len`. Raises `RequestError` where it could never run."""
         refuse_misfit(request, self.config.max_model_len, self.blocks)
         limit, max_tokens = self.config.max_model_len, request.params.max_tokens
         request.max_len = limit if max_tokens is None else min(limit, request.prompt_len + max_tokens)
+        request.min_len = min(request.min_len, limit + 1)  # of what is never reached a plan's int32 need not hold more
         request.order = self._added
+        self._roster.enqueue(request)
         self._added += 1
         self._num_host += request.host_tokens
-        self._roster.enqueue(request)
 
     def abort(self, request: Request) -> None:
         """Lets go of a request at once, rows in flight or not: they are dropped at commit. Idempotent."""
@@ -91,7 +93,8 @@ class Scheduler:
     def take_updates(self) -> list[Update]:
         """What happened to requests outside of any step's result; to be read after each `schedule`, None or not.
 
-        A request that ended because the cache is full with nothing in flight, and failed host-token stages.
+        A request that ended because the cache is full with nothing in flight, failed host-token stages, and those over
+        which `schedule` itself raised.
         """
         updates, self._pending = self._pending, []
         return updates
@@ -99,12 +102,31 @@ class Scheduler:
     # Scheduling
 
     def schedule(self) -> ScheduledStep | None:
-        """The next step, or None where nothing can be scheduled before the step in flight is committed."""
+        """The next step, or None where nothing can be scheduled before the step in flight is committed.
+
+        What raises meanwhile (a value that a plan cannot hold, a bug) fails one request: the one that was looked at or
+        cannot be planned alone, else the newest admitted; then the rest is tried again, until there is a plan.
+        """
         assert len(self._in_flight) < 2, "at most one step in flight when the next is scheduled"
-        draft = Draft(budget=self.config.max_num_batched_tokens)
+        while True:
+            draft = Draft(budget=self.config.max_num_batched_tokens)
+            try:
+                self._fill(draft)
+                break
+            except BaseException as error:
+                if not is_failure(error) or not (self.running or self.waiting):
+                    raise
+                self._start_without_newest(error)
+        while draft.picks or draft.steady:
+            step = self._launch(draft)
+            if step is not None:
+                return step
+        return None
+
+    def _fill(self, draft: Draft) -> None:
         if self._suspects:
             if self._in_flight:  # a lone step's verdict must not fall on another one
-                return None
+                return
             self._pick_suspect(draft)
         if not draft.picks:
             self._pick_running(draft)
@@ -112,7 +134,6 @@ class Scheduler:
                 self._admit_waiting(draft)
         if self._num_host:
             self._ask_host_stages(draft)
-        return self._launch(draft) if draft.picks or draft.steady else None
 
     def _pick_running(self, draft: Draft) -> None:
         picks, in_flight, suspects = draft.picks, self._in_flight, self._suspects
@@ -198,13 +219,18 @@ class Scheduler:
                 return
             if self._ends_unadmitted(request):
                 continue
-            hits = find_hits(request, self.blocks)
-            if may_read_cache(request) and draft.writes_next_block(request, len(hits[0]), self.blocks):
-                at += 1
-            elif not self._admit(request, hits, draft):
-                return
-            else:
-                places -= 1
+            try:
+                hits = find_hits(request, self.blocks)
+                waits = may_read_cache(request) and draft.writes_next_block(request, len(hits[0]), self.blocks)
+                if not waits and not self._admit(request, hits, draft):
+                    return
+            except BaseException as error:
+                if not is_failure(error):
+                    raise
+                self._fail(request, draft, error)
+                continue
+            at += waits
+            places -= not waits
 
     def _ends_unadmitted(self, request: Request) -> bool:
         """A preempted request whose known tokens alone have outgrown the pool ends here."""
@@ -245,16 +271,37 @@ class Scheduler:
                 continue
             error = ask_host_stages(request, draft.host_values)
             if error is not None:
-                draft.drop(request)
-                self._remove(request)
-                self._pending.append(Update(request, error=error))
+                self._fail(request, draft, error)
 
-    def _launch(self, draft: Draft) -> ScheduledStep:
+    def _fail(self, request: Request, draft: Draft, error: BaseException) -> None:
+        """Over this request something raised, or its stage failed: it gets no row, and its update says why."""
+        draft.drop(request)
+        self._remove(request)
+        failure = error if isinstance(error, RequestError) else engine_failure(error)
+        self._pending.append(Update(request, error=failure))
+
+    def _start_without_newest(self, error: BaseException) -> None:
+        """Something raised while rows were picked, so that blocks and the device's tables may not tell one story: all
+        that run are preempted, and the newest of them fails."""
+        running = self.running.copy()
+        guilty = max(running, key=_admitted) if running else next(iter(self._suspects), self.waiting[0])
+        for request in running:
+            self._preempt(request, "scheduling raised")
+        self._fail(guilty, Draft(0), error)
+
+    def _launch(self, draft: Draft) -> ScheduledStep | None:
+        """None: no plan could be made, and one request less is in the draft."""
         number = self._next_step
-        self._next_step += 1
         picks = advance(draft.picks, number)
         steady = self._steady.advance() if draft.steady else None
-        plan = build_plan(number, picks, draft.new, draft.grown, draft.host_values, steady)
+        try:
+            plan = build_plan(number, picks, draft.new, draft.grown, draft.host_values, steady)
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            self._unplanned(number, picks, draft, error)
+            return None
+        self._next_step += 1
         published = []
         for request, _, end, _ in picks.prefill:  # one stream: who reads these blocks is launched later
             published += self.blocks.publish(request, min(end, request.prompt_len))
@@ -278,6 +325,22 @@ class Scheduler:
                 if request not in draft.new and may_be_steady(request):
                     self._steady.join(request)
         return step
+
+    def _unplanned(self, number: int, picks: Picks, draft: Draft, error: BaseException) -> None:
+        """No plan holds these rows: the newest whose own row cannot be planned either fails, else the newest."""
+        take_back(picks, next(reversed(self._in_flight), -1))
+        rows = sorted([*draft.picks, *(self._steady.take_back() if draft.steady else ())], key=_admitted)
+        guilty = rows[-1]
+        for request in reversed(rows):
+            try:
+                build_plan(number, picks.only(request), *draft.only(request))
+            except BaseException as alone:
+                if not is_failure(alone):
+                    raise
+                guilty, error = request, alone
+                break
+        self._fail(guilty, draft, error)
+        draft.steady = self._steady.size > 0
 
     def _is_calm(self, draft: Draft) -> bool:
         """Whether decode rows are likely to stay: who becomes steady and leaves at once costs more than it saves."""
@@ -397,6 +460,10 @@ class Scheduler:
             assert request.num_in_flight in (0, 1, 2)[: len(self._in_flight) + 1]
         assert self._num_host == sum(request.host_tokens for request in (*self.running, *self.waiting))
         assert self._suspects <= {*self.running, *self.waiting}
+
+
+def _admitted(request: Request) -> int:
+    return request.admitted
 
 
 def _admission(request: Request, cached: int) -> Admission:

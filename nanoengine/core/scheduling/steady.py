@@ -191,6 +191,12 @@ class SteadyRows:
         self._total[slots] = total + 1
         return slots, (total - 1).astype(np.int32)
 
+    def take_back(self) -> list[Request]:
+        """Undoes `advance`: the step is not launched. Returns the members."""
+        slots = self._slots()
+        self._total[slots] -= 1
+        return self._of(slots)
+
     def handles(self) -> tuple[Handle, ...]:
         """Of the rows that `advance` gave."""
         if self._handles is None:

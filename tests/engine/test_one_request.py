@@ -1,0 +1,323 @@
+"""One request harms no other, whatever its values are and whatever the engine's own code raises over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanoengine import LLM, RequestOutput, SamplingParams
+from nanoengine.core import output
+from nanoengine.core.errors import ParamsError, RequestError
+from nanoengine.core.scheduling import scheduler
+from nanoengine.core.scheduling.block_manager import BlockManager
+from nanoengine.core.scheduling.scheduler import Scheduler
+from nanoengine.core.text import IncrementalDetokenizer
+from nanoengine.testing.mock_model import MockModel
+
+from .pair_text import text_llm
+from .support import greedy, mock_llm, tokens_of
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+BAD = [9, 9, 9, 9, 9]  # the prompt over which something raises
+GOOD = {"a": [1, 2, 3], "b": [7] * 11, "c": [5, 6]}
+PanicException = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
+
+
+class Wordless(Exception):
+    def __str__(self) -> str:
+        raise SystemExit
+
+
+RAISED = [(ValueError, "x"), (SystemExit, 1), (PanicException, "out of bounds"), (Wordless,), (OverflowError, "int")]
+
+
+@pytest.fixture(params=RAISED, ids=lambda made: made[0].__name__)
+def error(request: pytest.FixtureRequest) -> BaseException:
+    kind, *args = request.param
+    raised: BaseException = kind(*args)
+    return raised
+
+
+def run(llm: LLM) -> None:
+    while llm.engine.has_unfinished_requests():
+        llm.engine.advance()
+
+
+def beside(llm: LLM, params: SamplingParams, prompt: Any = None) -> RequestOutput:
+    """Requests run, one enters, more come; all but that one get their own tokens. -> the one's last output."""
+    ended: dict[str, RequestOutput] = {}
+
+    def step() -> None:
+        ended.update({out.request_id: out for out in llm.engine.step() if out.finished})
+
+    llm.engine.add_request("a", GOOD["a"], GREEDY)
+    step()
+    llm.engine.add_request("b", GOOD["b"], GREEDY, final_only=True)
+    llm.engine.add_request("bad", BAD if prompt is None else prompt, params)
+    llm.engine.add_request("c", GOOD["c"], GREEDY)
+    while llm.engine.has_unfinished_requests():
+        step()
+    assert tokens_of([ended[name] for name in GOOD]) == [greedy(GOOD[name], 12) for name in GOOD]
+    llm.engine.scheduler.check()
+    assert llm.stats().free_blocks == llm.stats().num_blocks
+    assert llm.stats().running == llm.stats().waiting == 0
+    return ended["bad"]
+
+
+@pytest.mark.parametrize("max_tokens", [None, 2**62])
+@pytest.mark.parametrize("min_tokens", [2**31, 2**62])
+def test_min_tokens_beyond_what_a_plan_holds(tmp_path: Path, min_tokens: int, max_tokens: int | None) -> None:
+    params = SamplingParams(temperature=0, min_tokens=min_tokens, max_tokens=max_tokens, stop_token_ids=[0])
+    assert 0 not in greedy(BAD, 35)
+    with mock_llm(tmp_path, max_model_len=40) as llm:
+        found = beside(llm, params)
+    assert tokens_of([found]) == [greedy(BAD, 35)]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"seed": 2**63 - 1},
+        {"seed": -(2**63)},
+        {"priority": 2**63 - 1},
+        {"priority": -(2**63)},
+        {"top_k": 2**62},
+        {"max_tokens": 2**62, "stop_token_ids": [greedy(BAD, 4)[-1]]},
+        {"logit_bias": {5: -1e300}},
+        {"temperature": 9e29},
+        {"temperature": 1e-320},
+        {"top_p": 1e-320},
+        {"min_p": 1e-320},
+        {"repetition_penalty": 9e29},
+        {"repetition_penalty": 1.1e-30},
+        {"cache_salt": "\0"},
+        {"cache_salt": "s" * 100_000},
+    ],
+    ids=str,
+)
+def test_the_utmost_values_of_each_field(tmp_path: Path, fields: dict[str, Any]) -> None:
+    with mock_llm(tmp_path, scheduling_policy="priority", max_model_len=200) as llm:
+        assert beside(llm, SamplingParams(**{"max_tokens": 12, "seed": 1, **fields})).error is None
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"request_id": "\ud800"}, "request_id must be a string of valid Unicode"),
+        ({"request_id": 5}, "request_id must be a string"),
+        ({"request_id": ["x"]}, "request_id must be a string"),
+        ({"priority": 2**63}, "priority must be a whole number of 64 bits"),
+    ],
+)
+def test_what_add_request_refuses_is_not_kept(tmp_path: Path, given: dict[str, Any], words: str) -> None:
+    with mock_llm(tmp_path) as llm:
+        with pytest.raises(ParamsError, match=words):
+            llm.engine.add_request(**{"request_id": "x", "prompt": BAD, "params": GREEDY, **given})
+        assert not llm.engine.has_unfinished_requests()
+
+
+class Ids:
+    """A list of ids that is anyone's class."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __iter__(self) -> Any:
+        yield 1
+        raise self.error
+
+
+def test_a_prompt_that_raises_when_it_is_read(tmp_path: Path, error: BaseException) -> None:
+    with mock_llm(tmp_path) as llm:
+        found = beside(llm, GREEDY, Ids(error))
+    assert found.error is not None
+    assert found.error.code == "invalid_prompt"
+    assert type(error).__name__ in str(found.error)
+
+
+def test_a_text_over_which_the_tokenizer_raises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def encode(text: str) -> list[int]:
+        raise error
+
+    with text_llm(tmp_path) as llm:
+        monkeypatch.setattr(llm.engine, "_encode", encode)
+        found = beside(llm, GREEDY, "A0B1")
+    assert found.error is not None
+    assert found.error.code == "invalid_prompt"
+
+
+def over_bad(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: BaseException, of: Callable[..., Any]
+) -> None:
+    """`owner.name` raises where `of` its arguments is the bad request."""
+    original = getattr(owner, name)
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        if of(*args):
+            raise error
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, broken)
+
+
+def is_bad(request: Any) -> bool:
+    return list(request.prompt_token_ids) == BAD
+
+
+SEAMS: dict[str, tuple[Any, str, Callable[..., bool]]] = {
+    "making its samples": (output.RequestState, "requests", lambda state, *_: is_bad(state)),
+    "its detokenizer": (output.RequestState, "add_sample", lambda state, request: is_bad(request)),
+    "queueing it": (Scheduler, "add", lambda self, request: is_bad(request)),
+    "finding its hits": (BlockManager, "match", lambda self, request: is_bad(request)),
+    "claiming its blocks": (BlockManager, "claim", lambda self, request, *_: is_bad(request)),
+    "giving it blocks": (BlockManager, "grow", lambda self, request, *_: is_bad(request)),
+    "building a plan with it": (scheduler, "build_plan", lambda step, picks, new, *_: any(map(is_bad, new))),
+}
+
+
+@pytest.mark.parametrize("seam", SEAMS)
+def test_what_the_engine_raises_over_a_request_fails_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seam: str, error: BaseException
+) -> None:
+    over_bad(monkeypatch, *SEAMS[seam][:2], error, SEAMS[seam][2])
+    with mock_llm(tmp_path) as llm:
+        found = beside(llm, SamplingParams(temperature=0, max_tokens=5, n=2))
+    assert found.error is not None
+    assert found.error.code == "engine_failed"
+    assert type(error).__name__ in str(found.error)
+    assert found.error.__cause__ is error
+
+
+@pytest.mark.parametrize("seam", SEAMS)
+def test_an_interrupt_is_no_failure_of_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seam: str) -> None:
+    over_bad(monkeypatch, *SEAMS[seam][:2], KeyboardInterrupt(), SEAMS[seam][2])
+    with mock_llm(tmp_path) as llm:
+        llm.engine.add_request("bad", BAD, GREEDY)
+        with pytest.raises(KeyboardInterrupt):
+            llm.engine.step()
+        monkeypatch.undo()
+        assert tokens_of(llm.generate(GOOD["a"], GREEDY, use_tqdm=False)) == [greedy(GOOD["a"], 12)]
+
+
+@pytest.mark.parametrize("steady_rows", [1, 100])
+def test_without_a_plan_the_newest_request_fails_until_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steady_rows: int
+) -> None:
+    """While rows of three requests are planned together, in steps of any kind."""
+    original = scheduler.build_plan
+
+    def build_plan(step: int, picks: Any, new: Any, grown: Any, host: Any, steady: Any = None) -> Any:
+        rows = len(picks.decode) + len(picks.prefill) + (0 if steady is None else len(steady[0]))
+        if rows > 2 and step >= 8:
+            raise OverflowError("no room for a third row")
+        return original(step, picks, new, grown, host, steady)
+
+    monkeypatch.setattr(scheduler, "build_plan", build_plan)
+    with mock_llm(tmp_path, steady_rows=steady_rows) as llm:
+        found = llm.generate([[1, 2], [3, 4], [5, 6], [7, 8]], GREEDY.replace(max_tokens=20), use_tqdm=False)
+        llm.engine.scheduler.check()
+    assert [out.error and out.error.code for out in found] == [None, None, "engine_failed", "engine_failed"]
+    assert tokens_of(found[:2]) == [greedy([1, 2], 20), greedy([3, 4], 20)]
+
+
+def test_scheduling_that_raises_among_running_rows_fails_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing says over which: the others are computed again, and get their tokens."""
+    original, calls = Scheduler._pick_running, []
+
+    def pick(self: Scheduler, draft: Any) -> None:
+        original(self, draft)
+        calls.append(len(self.running))
+        if calls.count(3) == 4:
+            calls.append(3)
+            raise ValueError("books torn")
+
+    monkeypatch.setattr(Scheduler, "_pick_running", pick)
+    with mock_llm(tmp_path) as llm:
+        found = llm.generate([[1, 2], [3, 4], [5, 6]], GREEDY, use_tqdm=False)
+        llm.engine.scheduler.check()
+        assert llm.stats().preemptions == 3
+    assert found[2].error is not None
+    assert found[2].error.code == "engine_failed"
+    assert tokens_of(found[:2]) == [greedy([1, 2], 12), greedy([3, 4], 12)]
+
+
+@pytest.mark.parametrize("where", ["push", "finish"])
+@pytest.mark.parametrize("final_only", [True, False])
+def test_tokens_that_cannot_be_made_text_fail_their_request_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, where: str, final_only: bool
+) -> None:
+    original, bad = IncrementalDetokenizer.from_params, []
+
+    def from_params(tokenizer: Any, params: Any) -> IncrementalDetokenizer:
+        bad.append(original(tokenizer, params))
+        return bad[-1]
+
+    monkeypatch.setattr(IncrementalDetokenizer, "from_params", from_params)
+    over_bad(monkeypatch, IncrementalDetokenizer, where, error, lambda self, *_: self in bad[2:3])
+    with text_llm(tmp_path) as llm:
+        found = beside(llm, GREEDY)
+        assert found.error is not None
+        assert found.error.code == "text_failed"
+        llm.engine.add_request("again", BAD, GREEDY, final_only=final_only)
+        llm.engine.step()
+        bad[2] = bad[-1]
+        llm.engine.abort_request("again")
+        while llm.engine.has_unfinished_requests():
+            out = llm.engine.step()
+        assert [each.error and each.error.code for each in out] == ["text_failed"]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_whatever_ends_a_step_fails_its_request_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, overlap: bool
+) -> None:
+    """`sys.exit()` in a model too."""
+    original = MockModel.forward
+
+    def forward(self: MockModel, input_ids: Any, positions: Any, batch: Any) -> Any:
+        if (input_ids == 9).sum() >= len(BAD):
+            raise error
+        return original(self, input_ids, positions, batch)
+
+    monkeypatch.setattr(MockModel, "forward", forward)
+    with mock_llm(tmp_path, overlap=overlap) as llm:
+        found = beside(llm, GREEDY)
+        alone = llm.generate(BAD, GREEDY, use_tqdm=False)[0]
+    for out in (found, alone)[overlap:]:
+        assert out.error is not None
+    assert alone.error is not None
+    assert alone.error.code == "step_failed"
+    assert type(error).__name__ in str(alone.error)
+
+
+def test_a_sink_that_raises_loses_only_its_output(tmp_path: Path, error: BaseException) -> None:
+    def sink(out: RequestOutput) -> None:
+        raise error
+
+    kept: list[RequestOutput] = []
+    with mock_llm(tmp_path) as llm:
+        llm.engine.add_request("bad", BAD, GREEDY, final_only=True, sink=sink)
+        llm.engine.add_request("a", GOOD["a"], GREEDY, final_only=True, sink=kept.append)
+        with pytest.raises(type(error)):
+            run(llm)
+        run(llm)
+        assert tokens_of(kept) == [greedy(GOOD["a"], 12)]
+
+
+def test_a_refusal_keeps_its_words(tmp_path: Path) -> None:
+    with mock_llm(tmp_path, max_model_len=8) as llm:
+        found = beside_error(llm, [1] * 8)
+    assert found.code == "too_long"
+
+
+def beside_error(llm: LLM, prompt: list[int]) -> RequestError:
+    (out,) = llm.generate(prompt, GREEDY, use_tqdm=False)
+    assert out.error is not None
+    return out.error

@@ -173,5 +173,7 @@ class TinyGGUF:
 def _adder(writer: gguf.GGUFWriter, value: Any) -> Callable[[str, Any], None]:
     if isinstance(value, bool):
         return writer.add_bool
+    if isinstance(value, int) and value < 0:
+        return writer.add_int32
     kinds = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
     return kinds[type(value)]

@@ -254,7 +254,6 @@ def key(name: str, value: Any) -> Any:
                      ["'deepseek-llm'", "llama-bpe, qwen2, smollm"], id="pre-tokenizer"),
         pytest.param(lambda t: t.keys.pop("tokenizer.ggml.pre"), ["names no pre-tokenizer", "smollm"], id="no-pre"),
         pytest.param(lambda t: t.keys.update({"tokenizer.ggml.model": "bert"}), ["'bert'", "gpt2"], id="bert"),
-        pytest.param(lambda t: t.keys.pop("llama.rope.freq_base"), ["llama.rope.freq_base is missing"], id="theta"),
         pytest.param(lambda t: t.keys.update({"llama.rope.scaling.type": "yarn"}), ["'yarn'", "none, linear"],
                      id="yarn"),
         pytest.param(add_rope, ["rope_freqs.weight", "low_freq_factor"], id="rope_freqs"),
@@ -276,7 +275,7 @@ def key(name: str, value: Any) -> Any:
         key("llama.rope.dimension_count", HEAD_SIZE // 2),
     ],
 )  # fmt: skip
-def test_what_is_not_served_is_refused_by_name(change: Any, words: list[str], tmp_path: Path) -> None:
+def test_what_is_not_supported_is_refused_by_name(change: Any, words: list[str], tmp_path: Path) -> None:
     tiny = TinyGGUF("llama")
     change(tiny)
     with pytest.raises(ModelSourceError, match=r"^tiny\.gguf: ") as caught:
@@ -297,16 +296,6 @@ def test_scale_of_the_largest_gemma(arch: str, layers: int, scalar: int) -> None
     shape = Shape(hidden=64, ffn=96, layers=layers, heads=4, kv_heads=2, head_size=32)
     meta = Metadata("tiny.gguf", {**KEYS[arch]})
     assert ARCHITECTURES[arch].details(meta, shape, {})["query_pre_attn_scalar"] == scalar
-
-
-def test_gemma_without_optional_keys_is_read_as_the_format_says(tmp_path: Path) -> None:
-    tiny = TinyGGUF("gemma3")
-    for name in ("attention.sliding_window_pattern", "rope.freq_base", "rope.freq_base_swa", "rope.scaling.type"):
-        del tiny.keys[f"gemma3.{name}"]
-    config = json.loads((converted(tiny, tmp_path) / "config.json").read_text())
-    assert config["rope_parameters"]["full_attention"] == {"rope_type": "default", "rope_theta": 1e6}
-    assert config["rope_parameters"]["sliding_attention"] == {"rope_type": "default", "rope_theta": 1e4}
-    assert config["layer_types"] == ["sliding_attention"] * 2  # the sixth would be the first global one
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

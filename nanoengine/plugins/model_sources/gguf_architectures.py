@@ -1,6 +1,6 @@
-"""The GGUF architectures that are served, and what each has that the others have not.
+"""The GGUF architectures that are supported, and what each has that the others have not.
 
-What no key tells is taken as llama.cpp takes it (https://github.com/ggml-org/llama.cpp, src/models): Gemma's attention
+What no key says is taken as llama.cpp takes it (https://github.com/ggml-org/llama.cpp, src/models): Gemma's attention
 scale, by its number of layers; which of its layers are local; the base of their rotation.
 """
 
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanoengine.plugins.model_sources.gguf_metadata import Metadata, Shape
+
+_WINDOW = "attention.sliding_window"
 
 Details = Callable[[Metadata, Shape, Mapping[str, Any]], dict[str, Any]]
 
@@ -25,22 +27,23 @@ def _qwen2(meta: Metadata, shape: Shape, rope: Mapping[str, Any]) -> dict[str, A
 
 def _gemma2(meta: Metadata, shape: Shape, rope: Mapping[str, Any]) -> dict[str, Any]:
     local = [layer % 2 == 0 for layer in range(shape.layers)]
-    caps = {name: meta.real(f"gemma2.{name}", default) for name, default in _GEMMA2_CAPS.items()}
+    caps = {name: meta.real(f"gemma2.{name}", default, positive=True) for name, default in _GEMMA2_CAPS.items()}
     window = meta.positive_int("gemma2.attention.sliding_window", 4096)
     return {**_gemma(shape, local, largest=46), **caps, "sliding_window": window, "rope_parameters": rope}
 
 
 def _gemma3(meta: Metadata, shape: Shape, rope: Mapping[str, Any]) -> dict[str, Any]:
     pattern = meta.positive_int("gemma3.attention.sliding_window_pattern", 6)
-    local = [(layer + 1) % pattern != 0 for layer in range(shape.layers)]
+    windowed = meta.get(f"gemma3.{_WINDOW}", 0) != 0  # without one, all layers see everything
+    local = [windowed and (layer + 1) % pattern != 0 for layer in range(shape.layers)]
+    cap = meta.real("gemma3.final_logit_softcapping", 0.0)
+    near = {"rope_type": "default", "rope_theta": meta.real("gemma3.rope.freq_base_swa", 10000.0, positive=True)}
     config = {
         **_gemma(shape, local, largest=62),
-        "sliding_window": meta.positive_int("gemma3.attention.sliding_window"),
+        "final_logit_softcapping": cap or None,
+        "rope_parameters": {"full_attention": rope, "sliding_attention": near},
     }
-    cap = meta.real("gemma3.final_logit_softcapping", 0.0)
-    near = {"rope_type": "default", "rope_theta": meta.real("gemma3.rope.freq_base_swa", 10000.0)}
-    ropes = {"full_attention": rope, "sliding_attention": near}
-    return {**config, "final_logit_softcapping": cap or None, "rope_parameters": ropes}
+    return config | ({"sliding_window": meta.positive_int(f"gemma3.{_WINDOW}")} if windowed else {})
 
 
 _GEMMA2_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
@@ -57,7 +60,7 @@ def _gemma(shape: Shape, local: list[bool], largest: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What differs between the served architectures.
+    """What differs between the supported architectures.
 
     Attributes:
         hf_class, model_type: their names in config.json.
@@ -66,7 +69,7 @@ class Architecture:
         qk_norm: q and k have norms per head. post_norms: attention and MLP have norms behind them, too.
         unit_offset: norm weights are stored whole, where checkpoints hold them less one.
         biases: which attention projections have one. optional_biases: there may be none.
-        keys: known below "<architecture>.", beyond those of all. theta: base of the rotation where no key tells.
+        keys: known below "<architecture>.", beyond those of all.
     """
 
     hf_class: str
@@ -79,10 +82,7 @@ class Architecture:
     biases: tuple[str, ...] = ()
     optional_biases: bool = False
     keys: frozenset[str] = frozenset()
-    theta: float | None = None
 
-
-_WINDOW = "attention.sliding_window"
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture(
@@ -91,38 +91,97 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2": Architecture("Qwen2ForCausalLM", "qwen2", details=_qwen2, biases=("q", "k", "v")),
     "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", qk_norm=True),
     "gemma2": Architecture(
-        "Gemma2ForCausalLM", "gemma2", details=_gemma2, post_norms=True, unit_offset=True, theta=10000.0,
+        "Gemma2ForCausalLM", "gemma2", details=_gemma2, post_norms=True, unit_offset=True,
         keys=frozenset({*_GEMMA2_CAPS, _WINDOW}),
     ),
     "gemma3": Architecture(
-        "Gemma3ForCausalLM", "gemma3_text", details=_gemma3, qk_norm=True, post_norms=True, unit_offset=True, theta=1e6,
+        "Gemma3ForCausalLM", "gemma3_text", details=_gemma3, qk_norm=True, post_norms=True, unit_offset=True,
         keys=frozenset({"final_logit_softcapping", _WINDOW, f"{_WINDOW}_pattern", "rope.freq_base_swa"}),
     ),
 }  # fmt: skip
 
-# Keys below "<architecture>." that are read, or that change nothing. Any other one (experts, other scalings, ...) would
-# be a different model.
+# Keys below "<architecture>." that are read, or that no supported architecture has a use for.
 _KNOWN_KEYS = frozenset({
     "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length", "tensor_data_layout",
     "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
-    "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "rope.scaling.type",
-    "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
+    "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "rope.dimension_count", "rope.freq_base",
+    "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
 })  # fmt: skip
+# Those that would be another model, but not at these values; zero and false say that there is no such thing.
+_NONE: tuple[Any, ...] = (0, False)
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    **dict.fromkeys((
+        "expert_count", "expert_used_count", "expert_shared_count", "expert_group_count", "expert_group_used_count",
+        "expert_feed_forward_length", "expert_shared_feed_forward_length", "expert_weights_scale",
+        "expert_weights_norm", "expert_gating_func", "leading_dense_block_count", "nextn_predict_layers",
+        "interleave_moe_layer_step", "use_parallel_residual", "pooling_type", "swin_norm", "attn_logit_softcapping",
+        "final_logit_softcapping", "router_logit_softcapping", "n_deepstack_layers", "attention.max_alibi_bias",
+        "attention.clamp_kqv", "attention.scale", "attention.sliding_window", "attention.shared_kv_layers",
+        "attention.q_lora_rank", "attention.kv_lora_rank", "rope.scaling.alpha",
+    ), _NONE),
+    **dict.fromkeys(("logit_scale", "residual_scale", "embedding_scale"), (*_NONE, 1)),
+    "attention.causal": (True,),
+    "rope.scaling.attn_factor": (1,),
+    "rope.scaling.yarn_attn_factor": (1,),
+}  # fmt: skip
+_READ_ELSEWHERE = frozenset({
+    "general.architecture", "general.type", "general.alignment", "general.quantization_version", "general.file_type",
+    "split.no", "split.count", "split.tensors.count", "tokenizer.chat_template", "tokenizer.huggingface.json",
+    "tokenizer.rwkv.world",
+    *(f"general.sampling.{name}" for name in ("top_k", "top_p", "min_p", "temp", "penalty_repeat")),
+    *(f"tokenizer.ggml.{name}" for name in (
+        "model", "pre", "tokens", "token_type", "token_type_count", "scores", "merges", "add_bos_token",
+        "add_eos_token", "add_sep_token", "add_space_prefix", "remove_extra_whitespaces", "precompiled_charsmap",
+    )),
+})  # fmt: skip
+_QUANTISATION_VERSION = 2  # of llama.cpp since May 2023: the blocks of before are others
 
 
 def read_architecture(meta: Metadata) -> tuple[str, Architecture]:
-    """The file's architecture; raises `ModelSourceError` for one not served, or a key that would change it."""
-    name = meta.require("general.architecture")
-    if name not in ARCHITECTURES:
-        raise meta.error(f"GGUF architecture {name!r} is not served; valid: {', '.join(sorted(ARCHITECTURES))}")
+    """The file's architecture; raises `ModelSourceError` for one not supported, or a key that would change it."""
     if meta.get("general.type", "model") != "model":
         raise meta.error(f"it holds a {meta.get('general.type')!r}, not a model")
+    name = meta.require("general.architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise meta.error(f"GGUF architecture {name!r} is not supported; valid: {', '.join(sorted(ARCHITECTURES))}")
     parts = meta.get("split.count", 0)  # 0 and 1 are both written for a whole file
     if parts not in (0, 1):
         raise meta.error(f"it is one of {parts} parts; merge them first (llama-gguf-split --merge)")
-    known = _KNOWN_KEYS | ARCHITECTURES[name].keys
+    version = meta.get("general.quantization_version", _QUANTISATION_VERSION)
+    if version != _QUANTISATION_VERSION:
+        raise meta.error(f"general.quantization_version {version!r} is not supported; valid: {_QUANTISATION_VERSION}")
     for key, value in meta.values.items():
         prefix, _, rest = key.partition(".")
-        if prefix == name and rest not in known and value not in (0, False):
-            raise meta.error(f"key {key} = {value!r} changes the model in a way that is not served")
+        if prefix == name and not _harmless(name, rest, value):
+            raise meta.error(f"key {key} = {value!r:.200} changes the model in a way that is not supported")
     return name, ARCHITECTURES[name]
+
+
+def _harmless(name: str, key: str, value: Any) -> bool:
+    if key in _KNOWN_KEYS or key in ARCHITECTURES[name].keys:
+        return True
+    return not isinstance(value, list | str) and value in _NEUTRAL.get(key, ())
+
+
+def skipped_keys(meta: Metadata) -> list[str]:
+    """Keys that are not read and may matter: sampling defaults, tokenizer settings, other programs' own.
+
+    Left out are descriptions ("general.name", ...) and what no model here has a use for.
+    """
+    name = meta.get("general.architecture")
+    return [
+        key
+        for key, value in meta.values.items()
+        if key not in _READ_ELSEWHERE
+        and not key.startswith(f"{name}.")
+        and not (key.startswith("general.") and not key.startswith("general.sampling."))
+        and not _unused_id(meta, key, value)
+    ]
+
+
+def _unused_id(meta: Metadata, key: str, value: Any) -> bool:
+    """Whether it is a token's id, in the vocabulary: those that are read, and those of roles that are not used here."""
+    if not (key.startswith("tokenizer.ggml.") and key.endswith("_token_id")):
+        return False
+    return isinstance(value, int) and 0 <= value < len(meta.strings("tokenizer.ggml.tokens"))

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from nanoengine.api import ModelSourceError
-from nanoengine.plugins.model_sources.gguf_architectures import Architecture, read_architecture
+from nanoengine.plugins.model_sources.gguf_architectures import Architecture, read_architecture, skipped_keys
+from nanoengine.plugins.model_sources.gguf_header import Tensor, read_header
 from nanoengine.plugins.model_sources.gguf_metadata import (
     Metadata,
     Shape,
@@ -29,7 +29,7 @@ from nanoengine.plugins.model_sources.gguf_metadata import (
 )
 from nanoengine.plugins.model_sources.gguf_tokenizer import write_tokenizer
 
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 """Part of the cache key: raise it whenever the same file would give another folder."""
 
 # GGUF type -> (safetensors type, numpy type of the stored words, its name in config.json)
@@ -54,23 +54,29 @@ class TensorRule:
 def convert(source: Path, folder: Path, say: Callable[[str], None]) -> None:
     """Convert the GGUF file `source` into the existing, empty `folder`.
 
-    Raises `ModelSourceError` naming what is not served, and `OSError` when the folder cannot be written.
+    Raises `ModelSourceError` naming what is not supported, and `OSError` when the folder cannot be written.
     """
-    meta, tensors = _read(source)
+    header = read_header(source)
+    meta, tensors = Metadata(source.name, header.values), dict(header.tensors)
     name, arch = read_architecture(meta)
     _check_types(meta, tensors.values())
     factors = tensors.pop("rope_freqs.weight", None)
     shape = read_shape(meta, name)
+    if shape.layers > len(tensors):
+        raise meta.error(f"{name}.block_count is {shape.layers}, but it holds {len(tensors) or 'no'} tensors")
+    rules = tensor_rules(meta, arch, shape, {key: tensor.shape for key, tensor in tensors.items()})
     divisors = None if factors is None else _float32(factors)
-    rope = rope_parameters(meta, name, shape.head_size, divisors, arch.theta)
-    rules = tensor_rules(meta, arch, shape, {key: _shape(tensor) for key, tensor in tensors.items()})
-    vocab = _shape(tensors["token_embd.weight"])[0]
+    rope = rope_parameters(meta, name, shape.head_size, divisors)
+    vocab = tensors["token_embd.weight"].shape[0]
     config: dict[str, Any] = {"architectures": [arch.hf_class], "model_type": arch.model_type}
     config |= model_config(meta, name, shape, tensors=tensors, vocab=vocab, dtype=_compute_dtype(tensors.values()))
     config |= arch.details(meta, shape, rope)
     write_tokenizer(meta, folder)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation_config(meta))
+    skipped = skipped_keys(meta)
+    if skipped:
+        say(f"{meta.name}: skipped keys: {', '.join(skipped)}")
     _write_tensors(meta, folder / "model.safetensors", tensors, rules, say)
 
 
@@ -162,34 +168,18 @@ def to_halves(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, -1, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def _read(source: Path) -> tuple[Metadata, dict[str, Any]]:
-    """The file's key-value pairs, and its tensors by name (mapped from the file, not read)."""
-    import gguf
-
-    try:
-        reader = gguf.GGUFReader(source)
-        meta = Metadata(source.name, {key: field.contents() for key, field in reader.fields.items()})
-    except (ValueError, IndexError, KeyError) as error:  # what the reader's slicing of a bad file runs into
-        raise ModelSourceError(f"{source} is damaged or no GGUF file: {error}") from error
-    return meta, {tensor.name: tensor for tensor in reader.tensors}
-
-
-def _shape(tensor: Any) -> tuple[int, ...]:
-    return tuple(int(size) for size in reversed(tensor.shape))
-
-
-def _compute_dtype(tensors: Any) -> str:
+def _compute_dtype(tensors: Iterable[Tensor]) -> str:
     """config.json's dtype: that of the matrices if they are not quantised, else bfloat16, in which such models come."""
     kinds = {tensor.tensor_type.name for tensor in tensors if len(tensor.shape) > 1}
     return _COPIED[kinds.pop()][2] if len(kinds) == 1 and kinds <= _COPIED.keys() else "bfloat16"
 
 
-def _check_types(meta: Metadata, tensors: Iterable[Any]) -> None:
+def _check_types(meta: Metadata, tensors: Iterable[Tensor]) -> None:
     """Raises `ModelSourceError` for a type that the gguf package cannot read, before anything is written."""
     for kind, name in {tensor.tensor_type: tensor.name for tensor in tensors}.items():
         if not _readable(kind):
             valid = ", ".join(each.name for each in type(kind) if _readable(each))
-            raise meta.error(f"{name} is of type {kind.name}, which is not served; valid: {valid}")
+            raise meta.error(f"{name} is of type {kind.name}, which is not supported; valid: {valid}")
 
 
 def _readable(kind: Any) -> bool:
@@ -202,14 +192,14 @@ def _readable(kind: Any) -> bool:
     return True
 
 
-def _float32(tensor: Any) -> np.ndarray:
+def _float32(tensor: Tensor) -> np.ndarray:
     import gguf
 
     values: np.ndarray = gguf.dequantize(tensor.data, tensor.tensor_type)
     return values.astype("<f4", copy=False)
 
 
-def _words(tensor: Any, rule: TensorRule) -> np.ndarray:
+def _words(tensor: Tensor, rule: TensorRule) -> np.ndarray:
     """The tensor as little-endian words of its type in the safetensors file, in its shape there."""
     kind = tensor.tensor_type.name
     if rule.less_one:
@@ -222,7 +212,11 @@ def _words(tensor: Any, rule: TensorRule) -> np.ndarray:
 
 
 def _write_tensors(
-    meta: Metadata, path: Path, tensors: Mapping[str, Any], rules: Mapping[str, TensorRule], say: Callable[[str], None]
+    meta: Metadata,
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    rules: Mapping[str, TensorRule],
+    say: Callable[[str], None],
 ) -> None:
     """Write a safetensors file tensor by tensor, so that memory holds one at a time.
 

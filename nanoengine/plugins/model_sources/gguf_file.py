@@ -16,7 +16,7 @@ class GGUFFileSource(ModelSource):
     def resolve(self, source: str, ctx: SourceContext) -> Path | None:
         """The converted folder; None if `source` does not end in .gguf, or may be a file of a hub repository.
 
-        Raises `ModelSourceError` if there is no such file, or if it is one that is not served.
+        Raises `ModelSourceError` if there is no such file, or if it is one that is not supported.
         """
         if not source.lower().endswith(".gguf"):
             return None

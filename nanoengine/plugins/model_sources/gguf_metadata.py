@@ -9,11 +9,13 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from nanoengine.api import ModelSourceError
+
+T = TypeVar("T")
 
 _SAMPLING_KEYS = {
     "top_k": "top_k",
@@ -22,6 +24,15 @@ _SAMPLING_KEYS = {
     "temp": "temperature",
     "penalty_repeat": "repetition_penalty",
 }
+
+# our name -> that of the key tokenizer.ggml.NAME_token_id
+_TOKEN_KINDS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+_SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}
+_CONTROL = 3  # token type
+_END_TEXTS = frozenset({
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "</s>",
+    "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<eos>",
+})  # fmt: skip
 
 # The only schedule of frequencies that llama.cpp's converter writes as rope_freqs.weight, with the constants of every
 # published Llama 3 model; a file with other ones is refused.
@@ -44,28 +55,64 @@ class Metadata:
     def require(self, key: str) -> Any:
         """Raises `ModelSourceError` if the file lacks the key."""
         if key not in self.values:
-            raise self.error(f"key {key} is missing; without it the model cannot be told")
+            raise self.error(f"key {key} is missing; without it the model is not known")
         return self.values[key]
 
     def positive_int(self, key: str, default: int | None = None) -> int:
-        """Raises `ModelSourceError` for anything else, lists of values per layer among it."""
+        """Without a default, the key is required. A list with one value for all layers is that value.
+
+        Raises `ModelSourceError` for anything else.
+        """
         value = self.require(key) if default is None else self.get(key, default)
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            value = value[0]
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.error(f"key {key} must be one positive integer, not {value!r}")
+            raise self.error(f"key {key} must be one positive integer, not {value!r:.200}")
         return value
 
-    def real(self, key: str, default: float | None = None) -> float:
+    def real(self, key: str, default: float | None = None, *, positive: bool = False) -> float:
         """A float32 as the shortest decimal that gives it: 9.99999974e-06 is 1e-05 again."""
         value = self.require(key) if default is None else self.get(key, default)
-        if not isinstance(value, (int, float)) or not np.isfinite(value):
-            raise self.error(f"key {key} must be a finite number, not {value!r}")
+        kind = "positive" if positive else "finite"
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(np.float32(value)):
+            raise self.error(f"key {key} must be a {kind} number, not {value!r:.200}")
+        if positive and value <= 0:
+            raise self.error(f"key {key} must be a {kind} number, not {value!r:.200}")
         return float(str(np.float32(value)))
+
+    def text(self, key: str, default: str) -> str:
+        """Raises `ModelSourceError` for anything but a string."""
+        value = self.get(key, default)
+        if not isinstance(value, str):
+            raise self.error(f"key {key} must be a string, not {value!r:.200}")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Raises `ModelSourceError` for anything but true or false."""
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(f"key {key} must be true or false, not {value!r:.200}")
+        return value
 
     def strings(self, key: str) -> list[str]:
         """Raises `ModelSourceError` for anything but a list of strings."""
+        return self._list(key, str, "strings")
+
+    def integers(self, key: str) -> list[int]:
+        """Raises `ModelSourceError` for anything but a list of integers."""
+        return self._list(key, int, "integers")
+
+    def reals(self, key: str) -> list[float]:
+        """Raises `ModelSourceError` for anything but a list of finite numbers."""
+        values = self._list(key, float, "numbers")
+        if not np.isfinite(values).all():
+            raise self.error(f"key {key} must be a list of finite numbers")
+        return values
+
+    def _list(self, key: str, kind: type[T], what: str) -> list[T]:
         value = self.require(key)
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.error(f"key {key} must be a list of strings")
+        if not isinstance(value, list) or not all(type(item) is kind for item in value):
+            raise self.error(f"key {key} must be a list of {what}")
         return value
 
 
@@ -90,7 +137,7 @@ def read_shape(meta: Metadata, arch: str) -> Shape:
     for key in ("attention.value_length", "rope.dimension_count"):
         other = meta.positive_int(f"{arch}.{key}", head_size)
         if other != head_size:
-            raise meta.error(f"{arch}.{key} = {other} differs from the head size {head_size}, which is not served")
+            raise meta.error(f"{arch}.{key} = {other} differs from the head size {head_size}, which is not supported")
     return Shape(
         hidden=hidden,
         ffn=meta.positive_int(f"{arch}.feed_forward_length"),
@@ -101,48 +148,78 @@ def read_shape(meta: Metadata, arch: str) -> Shape:
     )
 
 
-def rope_parameters(
-    meta: Metadata, arch: str, head_size: int, factors: np.ndarray | None, default_theta: float | None
-) -> dict[str, Any]:
-    """`rope_parameters` of config.json.
+def rope_parameters(meta: Metadata, arch: str, head_size: int, factors: np.ndarray | None) -> dict[str, Any]:
+    """`rope_parameters` of config.json; what no key says is llama.cpp's default: base 10000, linear scaling by 1.
 
     Args:
         factors: float32 [head_size / 2], the file's rope_freqs.weight, by which frequencies are divided.
     """
-    theta = meta.real(f"{arch}.rope.freq_base", default_theta)
-    kind = meta.get(f"{arch}.rope.scaling.type", "none")
+    theta = meta.real(f"{arch}.rope.freq_base", 10000.0, positive=True)
+    kind = meta.text(f"{arch}.rope.scaling.type", "linear")
+    old_name = f"{arch}.rope.scale_linear"
+    factor = meta.real(f"{arch}.rope.scaling.factor", meta.real(old_name, 0.0)) or 1.0  # 0 is none
+    if kind == "none":
+        factor = 1.0
     if kind not in ("none", "linear"):
-        raise meta.error(f"rope scaling {kind!r} is not served; valid: none, linear, or Llama 3's rope_freqs.weight")
+        raise meta.error(f"rope scaling {kind!r} is not supported; valid: none, linear, or Llama 3's rope_freqs.weight")
+    if factor < 0:
+        raise meta.error(f"key {arch}.rope.scaling.factor must be a positive number, not {factor}")
     if factors is not None and not np.all(factors == 1):
-        if kind != "none":
-            raise meta.error(f"it has both rope_freqs.weight and rope scaling {kind!r}")
+        if factor != 1:
+            raise meta.error(f"it has both rope_freqs.weight and rope scaling {kind!r} by {factor}")
         return _llama3(meta, theta, head_size, factors)
-    if kind == "linear":
-        return {"rope_type": "linear", "rope_theta": theta, "factor": meta.real(f"{arch}.rope.scaling.factor")}
+    if factor != 1:
+        return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
     return {"rope_type": "default", "rope_theta": theta}
 
 
 def _llama3(meta: Metadata, theta: float, head_size: int, factors: np.ndarray) -> dict[str, Any]:
+    wrong = meta.error(f"rope_freqs.weight is not Llama 3's schedule ({_LLAMA3}), the only one supported")
+    if factors.shape != (head_size // 2,) or not np.isfinite(factors).all() or factors.min() < 1:
+        raise wrong
     scale = float(str(np.float32(factors.max())))
     low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
     wavelength = 2 * np.pi * theta ** (np.arange(0, head_size, 2) / head_size)
     smooth = np.clip((_LLAMA3["original_max_position_embeddings"] / wavelength - low) / (high - low), 0, 1)
-    expected = 1 / ((1 - smooth) / scale + smooth)
-    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
-        raise meta.error(f"rope_freqs.weight is not Llama 3's schedule ({_LLAMA3}), the only one served")
+    if not np.allclose(factors, 1 / ((1 - smooth) / scale + smooth), rtol=1e-4):
+        raise wrong
     return {"rope_type": "llama3", "rope_theta": theta, "factor": scale, **_LLAMA3}
 
 
 def token_ids(meta: Metadata) -> dict[str, int]:
-    """bos, eos, pad (and unk) ids that the file names, each a real token; keys "bos_token_id", ..."""
-    names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    """bos, eos, pad (and unk) ids, each a real token; keys "bos_token_id", ...
+
+    A SentencePiece vocabulary that names none has those of the library: unk 0, bos 1, eos 2, as llama.cpp takes it. An
+    id outside the vocabulary is as good as none, unless answers end with it.
+    """
     count = len(meta.strings("tokenizer.ggml.tokens"))
-    ids = {f"{ours}_token_id": meta.get(f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in names.items()}
-    found = {key: value for key, value in ids.items() if value is not None}
-    for key, value in found.items():
-        if not isinstance(value, int) or not 0 <= value < count:
-            raise meta.error(f"{key} {value!r} is outside the vocabulary of {count} tokens")
-    return found
+    ids = dict(_SENTENCEPIECE_IDS) if meta.get("tokenizer.ggml.model") == "llama" else {}
+    for ours, theirs in _TOKEN_KINDS.items():
+        value = meta.get(f"tokenizer.ggml.{theirs}_token_id", ids.get(ours))
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise meta.error(f"key tokenizer.ggml.{theirs}_token_id must be a token's id, not {value!r:.200}")
+        if 0 <= value < count:
+            ids[ours] = value
+            continue
+        if ours == "eos" and f"tokenizer.ggml.{theirs}_token_id" in meta.values:
+            raise meta.error(f"eos_token_id {value} is outside the vocabulary of {count} tokens")
+        ids.pop(ours, None)
+    return {f"{kind}_token_id": value for kind, value in ids.items()}
+
+
+def stop_ids(meta: Metadata) -> list[int]:
+    """Ids that end an answer: EOS, what ends turns and messages, and special tokens whose text llama.cpp knows."""
+    tokens = meta.strings("tokenizer.ggml.tokens")
+    named = [meta.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eot", "eom")]
+    ids = [token_ids(meta).get("eos_token_id"), *named]
+    types = meta.get("tokenizer.ggml.token_type")
+    if isinstance(types, list) and len(types) == len(tokens):
+        ids += [index for index, token in enumerate(tokens) if token in _END_TEXTS and types[index] == _CONTROL]
+    else:
+        ids += [index for index, token in enumerate(tokens) if token in _END_TEXTS]
+    return list(dict.fromkeys(stop for stop in ids if type(stop) is int and 0 <= stop < len(tokens)))
 
 
 def model_config(
@@ -159,7 +236,7 @@ def model_config(
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
         "head_dim": shape.head_size,
-        "rms_norm_eps": meta.real(f"{arch}.attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": meta.real(f"{arch}.attention.layer_norm_rms_epsilon", positive=True),
         "max_position_embeddings": meta.positive_int(f"{arch}.context_length"),
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "tie_word_embeddings": "output.weight" not in tensors,
@@ -168,16 +245,21 @@ def model_config(
 
 
 def generation_config(meta: Metadata) -> dict[str, Any]:
-    """generation_config.json: stop tokens (a list, where turns and messages end differently) and sampling defaults."""
+    """generation_config.json: stop tokens (a list, where there are several) and sampling defaults."""
     config: dict[str, Any] = {key: value for key, value in token_ids(meta).items() if key != "unk_token_id"}
-    stops = [config.get("eos_token_id"), *(meta.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eot", "eom"))]
-    stops = list(dict.fromkeys(stop for stop in stops if stop is not None))
+    stops = stop_ids(meta)
     if stops:
         config["eos_token_id"] = stops if len(stops) > 1 else stops[0]
     for theirs, ours in _SAMPLING_KEYS.items():
-        value = meta.get(f"general.sampling.{theirs}")
-        if value is not None:
-            config |= {"do_sample": True, ours: float(str(np.float32(value))) if isinstance(value, float) else value}
+        key = f"general.sampling.{theirs}"
+        if key in meta.values:
+            value = meta.real(key)
+            config |= {"do_sample": True, ours: int(value) if ours == "top_k" else value}
+    if config.get("top_k", 0) < 0:  # the whole vocabulary
+        config["top_k"] = 0
+    if config.get("temperature", 1.0) <= 0:  # the likeliest token
+        del config["temperature"]
+        config["do_sample"] = False
     return config
 
 

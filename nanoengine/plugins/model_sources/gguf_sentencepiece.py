@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
 SPACE = "\u2581"  # what stands for a space in tokens
+_MOST_WORK = 1 << 28  # characters compared to find the merges; a vocabulary of 262,144 tokens takes a tenth of it
 _LEGAL = (TokenType.NORMAL, TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.BYTE)
 
 
@@ -33,7 +34,7 @@ def sentencepiece_tokenizer(meta: Metadata) -> Tokenizer:
         byte_fallback=TokenType.BYTE in types.values(),
     )
     tokenizer = Tokenizer(bpe)
-    prefixed = meta.get("tokenizer.ggml.add_space_prefix", True)
+    prefixed = meta.flag("tokenizer.ggml.add_space_prefix", True)
     spaces = normalizers.Replace(" ", SPACE)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefixed else spaces
     back: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -43,10 +44,12 @@ def sentencepiece_tokenizer(meta: Metadata) -> Tokenizer:
 
 
 def _merges(meta: Metadata, vocab: Mapping[str, int], types: Mapping[str, TokenType]) -> list[tuple[str, str]]:
-    scores = meta.require("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(meta.strings("tokenizer.ggml.tokens")):
+    scores = meta.reals("tokenizer.ggml.scores")
+    if len(scores) != len(meta.strings("tokenizer.ggml.tokens")):
         raise meta.error("key tokenizer.ggml.scores must have one score for each token")
     normal = {token for token, kind in types.items() if kind == TokenType.NORMAL}
+    if sum(len(token) ** 2 for token in normal) > _MOST_WORK:
+        raise meta.error(f"its tokens are too long: one has {max(map(len, normal))} characters")
     merges = [
         (-scores[vocab[token]], vocab[token], token[:at], token[at:])
         for token in normal

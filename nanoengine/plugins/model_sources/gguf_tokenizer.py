@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nanoengine.api import ModelSourceError
 from nanoengine.plugins.model_sources.gguf_metadata import Metadata, token_ids, write_json
 from nanoengine.plugins.model_sources.gguf_sentencepiece import sentencepiece_tokenizer
 from nanoengine.plugins.model_sources.gguf_vocabulary import TokenType, read_vocabulary
@@ -55,7 +56,7 @@ _LEGAL = (TokenType.NORMAL, TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER
 def write_tokenizer(meta: Metadata, folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and, where the file has one, chat_template.jinja.
 
-    Raises `ModelSourceError` for a tokenizer that is not served, by name, or a vocabulary that contradicts itself.
+    Raises `ModelSourceError` for a tokenizer that is not supported, by name, or a vocabulary that contradicts itself.
     """
     tokenizer = build_tokenizer(meta)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -68,7 +69,7 @@ def write_tokenizer(meta: Metadata, folder: Path) -> None:
     }
     config |= {key.removesuffix("_id"): tokens[value] for key, value in token_ids(meta).items()}
     write_json(folder / "tokenizer_config.json", config)
-    template = meta.get("tokenizer.chat_template")
+    template = meta.text("tokenizer.chat_template", "")
     if template:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
 
@@ -76,6 +77,15 @@ def write_tokenizer(meta: Metadata, folder: Path) -> None:
 def build_tokenizer(meta: Metadata) -> Tokenizer:
     """The `tokenizers.Tokenizer` of the file's vocabulary; raises `ModelSourceError` as `write_tokenizer` does."""
     model = meta.require("tokenizer.ggml.model")
+    try:
+        return _built(meta, model)
+    except (KeyboardInterrupt, GeneratorExit, ModelSourceError):
+        raise
+    except BaseException as error:  # the library's panics are no Exceptions
+        raise meta.error(f"its tokenizer cannot be built: {type(error).__name__}: {error}") from error
+
+
+def _built(meta: Metadata, model: Any) -> Tokenizer:
     if model == "gpt2":
         pre = _pre_tokenizer(meta)
         tokenizer, add_bos = _byte_level(meta, pre), pre.add_bos
@@ -83,7 +93,7 @@ def build_tokenizer(meta: Metadata) -> Tokenizer:
         tokenizer, add_bos = sentencepiece_tokenizer(meta), True
     else:
         raise meta.error(
-            f"tokenizer model {model!r} is not served; valid: gpt2 (byte-level BPE), llama (SentencePiece BPE)"
+            f"tokenizer model {model!r} is not supported; valid: gpt2 (byte-level BPE), llama (SentencePiece BPE)"
         )
     _add_template(meta, tokenizer, add_bos)
     return tokenizer
@@ -112,9 +122,9 @@ def _byte_level(meta: Metadata, pre: PreTokenizer) -> Tokenizer:
 
 
 def _pre_tokenizer(meta: Metadata) -> PreTokenizer:
-    pre = meta.get("tokenizer.ggml.pre")
+    pre = meta.text("tokenizer.ggml.pre", "")
     if pre not in PRE_TOKENIZERS:
-        said = "it names no pre-tokenizer" if pre is None else f"pre-tokenizer {pre!r} is not served"
+        said = f"pre-tokenizer {pre!r} is not supported" if pre else "it names no pre-tokenizer"
         raise meta.error(f"{said}; valid: {', '.join(sorted(PRE_TOKENIZERS))}")
     return PRE_TOKENIZERS[pre]
 
@@ -148,10 +158,16 @@ def _add_template(meta: Metadata, tokenizer: Tokenizer, add_bos: bool) -> None:
     ids, tokens = token_ids(meta), meta.strings("tokenizer.ggml.tokens")
     around: dict[str, list[str]] = {"bos": [], "eos": []}
     for kind, default in (("bos", add_bos), ("eos", False)):
-        if meta.get(f"tokenizer.ggml.add_{kind}_token", default):
+        if meta.flag(f"tokenizer.ggml.add_{kind}_token", default):
             if f"{kind}_token_id" not in ids:
-                raise meta.error(f"it wants {kind} added to every text, but tokenizer.ggml.{kind}_token_id is missing")
-            around[kind] = [tokens[ids[f"{kind}_token_id"]]]
+                raise meta.error(
+                    f"it wants {kind} added to every text, but tokenizer.ggml.{kind}_token_id is missing, or outside "
+                    "the vocabulary"
+                )
+            token = tokens[ids[f"{kind}_token_id"]]
+            if tokenizer.token_to_id(token) is None:
+                raise meta.error(f"it wants {kind} added to every text, but {token!r} is a token of type unused")
+            around[kind] = [token]
     special = [(token, tokenizer.token_to_id(token)) for tokens in around.values() for token in tokens]
     if special:
         single, pair = ([*around["bos"], f"${part}", *around["eos"]] for part in "AB")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 from enum import IntEnum
 
-from nanoengine.plugins.model_sources.gguf_metadata import Metadata
+from nanoengine.plugins.model_sources.gguf_metadata import Metadata, stop_ids, token_ids
+
+_TYPES = "tokenizer.ggml.token_type"
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class TokenType(IntEnum):
@@ -27,7 +31,7 @@ def read_vocabulary(
     Raises `ModelSourceError` for a token that stands twice, or is of a type that a tokenizer of this `kind` has not.
     """
     tokens = meta.strings("tokenizer.ggml.tokens")
-    types = meta.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
+    types = meta.integers(_TYPES) if _TYPES in meta.values else _guessed_types(meta, tokens, legal)
     if len(types) != len(tokens):
         raise meta.error(f"{len(tokens)} tokens but {len(types)} token types")
     vocab: dict[str, int] = {}
@@ -41,3 +45,18 @@ def read_vocabulary(
             raise meta.error(f"token {token!r} is of type {number}, which a {kind} has not")
         vocab[token], kinds[token] = index, TokenType(number)
     return vocab, kinds
+
+
+def _guessed_types(meta: Metadata, tokens: Sequence[str], legal: Collection[TokenType]) -> list[int]:
+    """For a file without types: bytes by their texts, as llama.cpp finds them, and specials by the keys that name them.
+
+    Without its bytes, a SentencePiece tokenizer loses whatever has no token, such as a line's end.
+    """
+    types = [TokenType.NORMAL] * len(tokens)
+    if TokenType.BYTE in legal:
+        types = [TokenType.BYTE if _BYTE.fullmatch(token) else TokenType.NORMAL for token in tokens]
+    for kind, index in token_ids(meta).items():
+        types[index] = TokenType.UNKNOWN if kind == "unk_token_id" else TokenType.CONTROL
+    for index in stop_ids(meta):
+        types[index] = TokenType.CONTROL
+    return list(types)

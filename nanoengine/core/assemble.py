@@ -24,6 +24,7 @@ from nanoengine.core.setup.options import EngineOptions
 from nanoengine.core.setup.plan import EnginePlan, StagePlan, TargetLoader
 from nanoengine.core.setup.registry import Registered, Registry
 from nanoengine.core.setup.specs import ModelSpec
+from nanoengine.layers.config_keys import Recorded, unread_keys
 
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_BATCHED_TOKENS: Mapping[str, int] = {"cpu": 2048, "cuda": 8192}
@@ -34,6 +35,7 @@ class Assembly:
     """The plan, what loads its targets in this process, and what the scheduler and the API must know.
 
     `passed_over`: attention backends that `auto` asked before the one it took, each with its reasons.
+    `unread`: keys of config.json that the model did not read and of which nothing is known, each with its value.
     """
 
     plan: EnginePlan
@@ -41,6 +43,7 @@ class Assembly:
     model_path: Path
     vocab_size: int
     passed_over: PassedOver
+    unread: tuple[str, ...] = ()
 
     def said(self) -> str:
         """For people: "attention torch (auto passed over triton: runs on cuda, not on cpu)"."""
@@ -50,13 +53,17 @@ class Assembly:
 
 @dataclass(frozen=True, slots=True)
 class Inspected:
-    """A model without memory. options: with device, dtype and lengths filled in. need: of an attention backend."""
+    """A model without memory. options: with device, dtype and lengths filled in. need: of an attention backend.
+
+    unread: keys of config.json that the model did not read and of which nothing is known, each with its value.
+    """
 
     model: Registered[ModelSpec]
     hf_config: Mapping[str, Any]
     built: BuiltModel
     options: EngineOptions
     need: AttentionNeed
+    unread: tuple[str, ...]
 
     @property
     def weight_bytes(self) -> int:
@@ -122,6 +129,7 @@ def assemble(
         model_path=model_path,
         vocab_size=seen.built.config.vocab_size,
         passed_over=passed,
+        unread=seen.unread,
     )
 
 
@@ -133,10 +141,12 @@ def inspect_model(
     with _naming(model_path):
         found = registry.model_for(_architectures(hf_config), implementation)
     options = _fill_device(options, hf_config)
+    recorded = Recorded(hf_config)
     with _naming(model_path):
-        built = _inspect(TargetLoader(registry.plugin_files), found.spec.target, hf_config, options)
+        built = _inspect(TargetLoader(registry.plugin_files), found.spec.target, recorded, options)
+        unread = tuple(unread_keys(recorded))
     options = _fill_lengths(options, built)
-    return Inspected(found, hf_config, built, options, attention_need(built, options))
+    return Inspected(found, hf_config, built, options, attention_need(built, options), unread)
 
 
 @contextmanager

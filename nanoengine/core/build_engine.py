@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +22,7 @@ from nanoengine.core.sampling_fields import legal_fields
 from nanoengine.core.sampling_params import ParamsResolver
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.scheduler import Scheduler, SchedulerConfig
-from nanoengine.core.setup.generation import read_generation_defaults
+from nanoengine.core.setup.generation import GenerationDefaults, read_generation_defaults
 from nanoengine.core.setup.options import EngineOptions
 from nanoengine.core.setup.registry import Registry
 from nanoengine.core.startup import StartClock, StartReport
@@ -46,7 +44,7 @@ class BuiltEngine:
     """An engine and what the API needs beside it.
 
     Attributes:
-        tokenizer: tokenizer, or None. sampling_defaults: the model's own, as keywords of `SamplingParams`.
+        tokenizer: tokenizer, or None. defaults: what the model's folder says of generation.
         memory: what the KV cache and the weights take. start: how long the phases of the start took.
     """
 
@@ -55,7 +53,7 @@ class BuiltEngine:
     assembly: Assembly
     tokenizer: Tokenizer | None
     resolver: ParamsResolver
-    sampling_defaults: Mapping[str, Any]
+    defaults: GenerationDefaults
     memory: MemoryReport
     start: StartReport
 
@@ -93,7 +91,15 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
     ctx = _ParamsContext(assembly.vocab_size, options.max_model_len, tokenizer)
     legal = {name for _, params in stages for name in params.__dataclass_fields__}  # type: ignore[attr-defined]
     eos = tokenizer.eos_token_id if tokenizer is not None else None
-    defaults = read_generation_defaults(assembly.model_path, plan.hf_config, legal, eos)
+    defaults = read_generation_defaults(
+        assembly.model_path,
+        plan.hf_config,
+        legal,
+        eos,
+        has_tokenizer=tokenizer is not None,
+        vocab_size=assembly.vocab_size,
+        max_model_len=options.max_model_len,
+    )
     legal_fields(stages)  # a clash is found before the weights are loaded
     executor: Executor = InProcessExecutor() if options.tensor_parallel_size == 1 else WorkersExecutor()
     try:
@@ -131,7 +137,7 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
         assembly=assembly,
         tokenizer=tokenizer,
         resolver=resolver,
-        sampling_defaults=defaults.sampling,
+        defaults=defaults,
         memory=memory,
         start=clock.report(),
     )

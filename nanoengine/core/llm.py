@@ -16,7 +16,7 @@ from tqdm import tqdm
 from nanoengine.core.arguments import Prompt, check_params, check_priority, is_one, one_each, one_name, split_prompt
 from nanoengine.core.assemble import assemble, find_model
 from nanoengine.core.build_engine import BuiltEngine, build_engine
-from nanoengine.core.errors import ParamsError, RequestError, WorkerError
+from nanoengine.core.errors import ModelError, ParamsError, RequestError, WorkerError
 from nanoengine.core.request import RequestOutput
 from nanoengine.core.sampling_params import SamplingParams
 from nanoengine.core.setup.model_source import with_revision
@@ -129,11 +129,27 @@ class LLM:
         self.engine: Engine = self._built.engine
         self._ids = itertools.count()
         try:
-            self.default_params = SamplingParams(**(self._built.sampling_defaults if sampler is None else sampler))
-            self._built.resolver.resolve(self.default_params)
+            self.default_params = self._default_params(sampler, path)
         except BaseException:
             self.close()
             raise
+        for key in assembly.unread:
+            _log.warning("%s: config.json: the model does not read %s, and its meaning is not known", model, key)
+
+    def _default_params(self, sampler: Mapping[str, Any] | None, path: Path) -> SamplingParams:
+        """Those of the configuration, else of generation_config.json; what that asks for in vain is logged."""
+        defaults = self._built.defaults
+        try:
+            params = SamplingParams(**(defaults.sampling if sampler is None else sampler))
+            self._built.resolver.resolve(params)
+        except ParamsError as error:
+            if sampler is not None:
+                raise
+            raise ModelError(f"{path / 'generation_config.json'}: {error}") from error
+        if sampler is None:
+            for line in defaults.unsupported:
+                _log.warning("%s", line)
+        return params
 
     # -- generation ------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ layers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,10 +105,21 @@ class DecoderConfig(ModelConfig):
         return RMSNorm(size, self.eps, place=ctx, unit_offset=self.unit_offset)
 
 
+ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+"""Names of `hidden_act` and what they are here."""
+
+_LARGEST_MODEL = 2**44  # parameters
+
+
 def read_decoder(fields: Fields, **traits: Any) -> DecoderConfig:
     """A `DecoderConfig` from the field names that all families share; `traits` are the others, and go first.
 
-    Raises `ModelError` naming the field.
+    The family's defaults are those of `fields`. Raises `ModelError` naming the field.
     """
     fields.refuse("quantization_config")
     hidden, heads = fields.int("hidden_size"), fields.int("num_attention_heads")
@@ -125,11 +137,28 @@ def read_decoder(fields: Fields, **traits: Any) -> DecoderConfig:
         "num_kv_heads": fields.int("num_key_value_heads", heads),
         "head_size": fields.int("head_dim", hidden // heads),
         "eps": fields.float("rms_norm_eps"),
-        "tied": fields.bool("tie_word_embeddings", False),
+        "tied": fields.bool("tie_word_embeddings"),
     }
+    if "activation" not in traits:
+        shared["activation"] = ACTIVATIONS[fields.choice("hidden_act", tuple(ACTIVATIONS))]
     if "rope" not in traits:
         shared["rope"] = read_rope(fields.data)
-    return DecoderConfig(**{**shared, **traits})
+    config = DecoderConfig(**{**shared, **traits})
+    _check_size(config)
+    return config
+
+
+def _check_size(config: DecoderConfig) -> None:
+    """Sizes that are possible one by one may not be together."""
+    attention = 2 * config.head_size * (config.num_heads + config.num_kv_heads)
+    layer = config.hidden_size * (attention + 3 * config.intermediate_size)
+    total = config.num_layers * layer + 2 * config.vocab_size * config.hidden_size
+    if total > _LARGEST_MODEL:
+        raise ModelError(
+            f"config.json: hidden_size {config.hidden_size}, intermediate_size {config.intermediate_size}, "
+            f"num_hidden_layers {config.num_layers} and the others make {total:.2g} parameters; at most "
+            f"{_LARGEST_MODEL:.2g} are possible"
+        )
 
 
 class DecoderAttention(nn.Module):

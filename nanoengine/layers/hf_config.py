@@ -3,43 +3,70 @@
 from __future__ import annotations
 
 import builtins
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from nanoengine.api import ModelError
 
-T = TypeVar("T")
 _REQUIRED: Any = object()
 _LOCAL = "sliding_attention"
 _LAYER_TYPES = ("full_attention", _LOCAL)
+_INT32 = 2**31 - 1
+LARGEST: Mapping[str, int] = {
+    "num_hidden_layers": 1024,
+    "hidden_size": 2**18,
+    "intermediate_size": 2**20,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "head_dim": 2**12,
+    "vocab_size": 2**24,
+    "max_position_embeddings": 2**27,
+}
+"""Sizes far beyond every known model: a larger one is a mistake, and building it would take all time or memory."""
 
 
 class Fields:
-    """Reads fields of one JSON object; a default makes a field optional (null counts as absent).
+    """Reads fields of one JSON object. A default makes a field optional.
 
     Args:
         data: the object. prefix: path of the object in config.json, for messages.
+        defaults: what fields that the file leaves out are. A null in the file is no default: it means what the
+            method's own default says, and is refused where there is none.
     """
 
-    def __init__(self, data: Any, prefix: str = "") -> None:
+    def __init__(self, data: Any, prefix: str = "", defaults: Mapping[str, Any] | None = None) -> None:
         if not isinstance(data, Mapping):
-            raise ModelError(f"config.json: {prefix.rstrip('.') or 'the file'} must be an object, not {data!r}")
+            raise ModelError(f"config.json: {prefix.rstrip('.') or 'the file'} must be an object, not {shown(data)}")
         self.data: Mapping[str, Any] = data
         self.prefix = prefix
+        self.defaults = defaults or {}
+
+    def get(self, name: str) -> Any:
+        """The field as it is in the file, else its default; None where there is neither."""
+        return self.data[name] if name in self.data else self.defaults.get(name)
 
     def has(self, name: str) -> bool:
-        """Whether the field is there and not null."""
-        return self.data.get(name) is not None
+        """Whether the field has a value that is not null."""
+        return self.get(name) is not None
 
-    def int(self, name: str, default: Any = _REQUIRED, *, least: int = 1) -> int:
-        value = self._get(name, default)
+    def nested(self, name: str, defaults: Mapping[str, Any] | None = None) -> Fields:
+        """The object in a field; an empty one where the field is left out or null."""
+        value = self.get(name)
+        return Fields({} if value is None else value, f"{self.prefix}{name}.", defaults)
+
+    def int(self, name: str, default: Any = _REQUIRED, *, least: int = 1, most: int | None = None) -> int:
+        """An integer from `least` to `most`, which is by default what `LARGEST` says of the name."""
+        value, most = self._get(name, default), LARGEST.get(name, _INT32) if most is None else most
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise self.wrong(name, value, "a positive integer" if least == 1 else f"an integer of {least} or more")
+        if value > most:
+            raise self.wrong(name, value, f"at most {most}")
         return value
 
     def float(self, name: str, default: Any = _REQUIRED) -> float:
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST_FLOAT:
             raise self.wrong(name, value, "a positive number")
         return value * 1.0
 
@@ -54,27 +81,60 @@ class Fields:
 
     def choice(self, name: str, choices: Sequence[str], default: Any = _REQUIRED) -> str:
         value = self._get(name, default)
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             raise self.wrong(name, value, f"one of {', '.join(choices)}")
-        return str(value)
+        return value
 
     def refuse(self, name: str, *harmless: Any) -> None:
-        """For what the model does not serve: the field must be absent, null or one of `harmless`."""
-        value = self.data.get(name)
-        if value is not None and value not in harmless:
-            raise ModelError(f"config.json: {self.prefix}{name} = {value!r} is not served by this model")
+        """For what the model does not support: the field must be absent, null or one of `harmless`."""
+        value = self.get(name)
+        if value is not None and not among(value, harmless):
+            raise ModelError(
+                f"config.json: {self.prefix}{name} = {shown(value)} is not supported by this model; "
+                f"supported: {', '.join(['null', *map(shown, harmless)])}"
+            )
+
+    def unused(self, *names: str) -> None:
+        """Fields that change no number, whatever they hold, with all that is in them."""
+        for name in names:
+            _walk(self.get(name))
 
     def _get(self, name: str, default: Any) -> Any:
-        value = self.data.get(name)
+        value = self.get(name)
         if value is not None:
             return value
-        if default is _REQUIRED:
-            raise ModelError(f"config.json lacks {self.prefix}{name}")
-        return default
+        if default is not _REQUIRED:
+            return default
+        if name in self.data:
+            raise ModelError(f"config.json: {self.prefix}{name} must not be null")
+        raise ModelError(f"config.json lacks {self.prefix}{name}")
 
     def wrong(self, name: str, value: Any, wanted: str) -> ModelError:
         """The error to raise about a field."""
-        return ModelError(f"config.json: {self.prefix}{name} must be {wanted}, not {value!r}")
+        return ModelError(f"config.json: {self.prefix}{name} must be {wanted}, not {shown(value)}")
+
+
+_LARGEST_FLOAT = 3e38
+"""What float32 holds; a NaN is not at most that."""
+
+
+def shown(value: Any) -> str:
+    """A value of config.json for a message: null, true and false as there, and never longer than a few lines."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return repr(value) if isinstance(value, str) and len(value) <= 120 else reprlib.repr(value)
+
+
+def _walk(value: Any) -> None:
+    """Goes through all of an object, so that a mapping that notes what was read has it noted."""
+    if isinstance(value, Mapping):
+        for each in value.values():
+            _walk(each)
+
+
+def among(value: Any, choices: Sequence[Any]) -> bool:
+    """Whether a value is one of the choices; true is not 1."""
+    return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in choices)
 
 
 def layer_windows(
@@ -84,10 +144,11 @@ def layer_windows(
 
     `window` None: the file has none, and `layer_types` may name no local layer. Raises `ModelError`.
     """
-    kinds = fields.data.get("layer_types")
+    kinds = fields.get("layer_types")
     if kinds is None:
         return tuple(window if is_local(layer) else None for layer in range(layers))
-    if not isinstance(kinds, list) or len(kinds) != layers or not all(kind in _LAYER_TYPES for kind in kinds):
+    known = isinstance(kinds, list) and all(isinstance(kind, str) and kind in _LAYER_TYPES for kind in kinds)
+    if not known or len(kinds) != layers:
         raise fields.wrong("layer_types", kinds, f"a list of {layers} of {' and '.join(_LAYER_TYPES)}")
     if window is None and _LOCAL in kinds:
         raise ModelError(f"config.json: {fields.prefix}layer_types names {_LOCAL}, but no sliding_window is in use")

@@ -12,9 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from nanoengine.api import ModelError
-from nanoengine.layers.hf_config import Fields
+from nanoengine.layers.hf_config import Fields, shown
 
-ROPE_TYPES = ("default", "linear", "llama3")
+# What each type reads, beside the keys of all.
+_KEYS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+ROPE_TYPES = tuple(_KEYS)
+_OF_ALL = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_NEUTRAL = (("factor", 1.0), ("rope_type", "default"), ("type", "default"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,39 +43,90 @@ class RopeConfig:
     original_max_position: int = 0
 
 
-def read_rope(hf: Mapping[str, Any]) -> RopeConfig:
+def read_rope(hf: Mapping[str, Any], theta: float = 10000.0) -> RopeConfig:
     """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4).
 
-    Raises `ModelError` if neither gives a theta, if both do and differ, or if the type is not served.
+    As in transformers, `rope_scaling` is used where both objects are given; a base that neither gives is `rope_theta`,
+    or else `theta`. Raises `ModelError` as `rope_of` does, and where two places contradict each other.
     """
-    whole, new, old = Fields(hf), hf.get("rope_parameters"), hf.get("rope_theta")
-    if new is None and old is None:
-        raise ModelError("config.json has neither rope_parameters.rope_theta nor rope_theta: there is no safe default")
-    if new is None:
-        scaling = Fields(hf.get("rope_scaling") or {}, "rope_scaling.").data
-        fields = Fields({**scaling, "rope_theta": whole.float("rope_theta")}, "rope_scaling.")
-    else:
-        fields = Fields(new, "rope_parameters.")
-        if old is not None and fields.float("rope_theta") != whole.float("rope_theta"):
-            raise ModelError(
-                f"config.json: rope_theta {old} contradicts rope_parameters.rope_theta {new['rope_theta']}"
-            )
-    if fields.float("partial_rotary_factor", whole.float("partial_rotary_factor", 1.0)) != 1.0:
-        raise ModelError("config.json: partial_rotary_factor other than 1 is not served")
-    # "type" is the name of older files
-    kind = fields.choice("rope_type" if "rope_type" in fields.data else "type", ROPE_TYPES, "default")
-    theta = fields.float("rope_theta")
+    whole = Fields(hf)
+    parameters, scaling = whole.nested("rope_parameters"), whole.nested("rope_scaling")
+    if not scaling.data:
+        return rope_of(parameters, whole, "rope_theta", theta)
+    found = rope_of(scaling, whole, "rope_theta", theta)
+    check_agreement(parameters, scaling, {**scaling.data, "rope_theta": found.theta})
+    return found
+
+
+def check_agreement(parameters: Fields, scaling: Fields, result: Mapping[str, Any]) -> None:
+    """Of two objects that describe one rotation: raises `ModelError` where the first says what is not in the result.
+
+    That it is the default rotation says nothing.
+    """
+    for name, value in parameters.data.items():
+        if value is not None and (name, value) not in _NEUTRAL and value != result.get(name):
+            raise contradiction(parameters, name, scaling, shown(result.get(name)))
+
+
+def rope_of(used: Fields, whole: Fields, base: str, theta: float) -> RopeConfig:
+    """The rotation that one object describes.
+
+    Args:
+        used: the object, possibly empty. whole: config.json. base: name of the field in `whole` that gives the base
+            where the object does not. theta: the base where neither does.
+
+    Raises `ModelError` for a type that is not supported, a key that the type does not read, and two bases.
+    """
+    names = used.choice("type", ROPE_TYPES, "default"), used.choice("rope_type", ROPE_TYPES, "default")
+    kind = names[1] if "rope_type" in used.data else names[0]  # "type" is the name of older files
+    if used.has("type") and names[0] != kind:
+        raise contradiction(used, "type", used, f"rope_type {kind}")
+    for name, value in used.data.items():
+        _check_key(used, name, value, kind)
+    if base in whole.data:
+        theta = whole.float(base)
+        if used.has("rope_theta") and used.float("rope_theta") != theta:
+            raise contradiction(whole, base, used, f"rope_theta {shown(used.get('rope_theta'))}")
+    if used.float("partial_rotary_factor", whole.float("partial_rotary_factor", 1.0)) != 1.0:
+        raise ModelError(f"config.json: {whole.prefix}partial_rotary_factor other than 1 is not supported")
+    theta = used.float("rope_theta", theta)
     if kind == "default":
         return RopeConfig(theta=theta)
     if kind == "linear":
-        return RopeConfig(theta=theta, kind=kind, factor=fields.float("factor"))
+        return RopeConfig(theta=theta, kind=kind, factor=used.float("factor"))
+    return _read_llama3(used, whole, theta)
+
+
+def _read_llama3(used: Fields, whole: Fields, theta: float) -> RopeConfig:
+    low, high = used.float("low_freq_factor"), used.float("high_freq_factor")
+    if low >= high:
+        raise used.wrong("high_freq_factor", high, f"above low_freq_factor, {low}")
     return RopeConfig(
         theta=theta,
-        kind=kind,
-        factor=fields.float("factor"),
-        low_freq_factor=fields.float("low_freq_factor"),
-        high_freq_factor=fields.float("high_freq_factor"),
-        original_max_position=fields.int("original_max_position_embeddings"),
+        kind="llama3",
+        factor=used.float("factor"),
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_position=used.int("original_max_position_embeddings", whole.get("max_position_embeddings")),
+    )
+
+
+def _check_key(used: Fields, name: str, value: Any, kind: str) -> None:
+    """A key that the type does not read would be of another rotation than is meant."""
+    idle = name == "original_max_position_embeddings"  # says where the scaling begins, for types that ask
+    if value is None or idle or name in _OF_ALL or name in _KEYS[kind] or (name, value) in _NEUTRAL:
+        return
+    raise ModelError(
+        f"config.json: {used.prefix}{name} = {shown(value)} means nothing to rope_type {kind}, which reads "
+        f"{', '.join(('rope_theta', *_KEYS[kind]))}; rope types: {', '.join(ROPE_TYPES)}"
+    )
+
+
+def contradiction(one: Fields, name: str, other: Fields, said: str) -> ModelError:
+    """The error to raise where two places of config.json differ: `name` in one of them, and what the other says."""
+    return ModelError(
+        f"config.json: {one.prefix}{name} {shown(one.get(name))} contradicts {said} of {other.prefix.rstrip('.')}: "
+        "leave out one of them"
     )
 
 

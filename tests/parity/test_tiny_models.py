@@ -174,8 +174,8 @@ def _rope(**changes: Any) -> Patch:
         from nanoengine.layers import decoder, rope
         from nanoengine.plugins.models import gemma3
 
-        for module in (decoder, gemma3):
-            monkeypatch.setattr(module, "read_rope", lambda hf: replace(rope.read_rope(hf), **changes))
+        monkeypatch.setattr(decoder, "read_rope", lambda hf: replace(rope.read_rope(hf), **changes))
+        monkeypatch.setattr(gemma3, "rope_of", lambda *args: replace(rope.rope_of(*args), **changes))
 
     return patch
 

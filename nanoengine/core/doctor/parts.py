@@ -165,6 +165,10 @@ def model_findings(asked: Asked, path: Path, registry: Registry) -> tuple[list[F
             text=f"{options.dtype} on {options.device}, max_model_len {options.max_model_len}, "
             f"max_num_batched_tokens {options.max_num_batched_tokens}, max_num_seqs {options.max_num_seqs}",
         ),
+        *(
+            _model(name="config.json", level="note", text=f"{key}: {seen.model.spec.name} does not read this key")
+            for key in seen.unread
+        ),
         _fits(seen.weight_bytes, options),
         _tokenizer(path, options),
     ]

@@ -8,14 +8,37 @@ from typing import Any
 from nanoengine.layers.decoder import DecoderConfig, DecoderLM, read_decoder
 from nanoengine.layers.hf_config import Fields, layer_windows
 
-# What files may leave out; null in a file means no cap.
-_DEFAULTS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096}
+# What Gemma2Config and Gemma3TextConfig of transformers have for a field that the file leaves out.
+FAMILY_DEFAULTS = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+# null in a file means no cap.
+DEFAULTS = {
+    **FAMILY_DEFAULTS,
+    "vocab_size": 256000,
+    "max_position_embeddings": 8192,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+}
 
 
 class Gemma2(DecoderLM):
     @classmethod
     def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
-        fields = Fields({**_DEFAULTS, **hf})
+        fields = Fields(hf, defaults=DEFAULTS)
+        fields.refuse("model_type", "gemma2")
+        fields.unused("sliding_window_size")  # of the first files, beside sliding_window
         layers = fields.int("num_hidden_layers")
         return read_decoder(
             fields,
@@ -27,15 +50,15 @@ class Gemma2(DecoderLM):
 
 def family_traits(fields: Fields) -> dict[str, Any]:
     """What Gemma 2 and 3 have in common."""
-    fields.choice("hidden_activation", ["gelu_pytorch_tanh"], "gelu_pytorch_tanh")
     fields.refuse("use_bidirectional_attention", False)
-    bias = fields.bool("attention_bias", False)
+    fields.choice("hidden_activation", ["gelu_pytorch_tanh"])
+    fields.unused("hidden_act")  # an older name, which transformers does not read
+    bias = fields.bool("attention_bias")
     return {
-        "head_size": fields.int("head_dim", 256),
-        "tied": fields.bool("tie_word_embeddings", True),
+        "head_size": fields.int("head_dim"),
         "attention_bias": bias,
         "output_bias": bias,
-        "score_scale": fields.float("query_pre_attn_scalar", 256) ** -0.5,
+        "score_scale": fields.float("query_pre_attn_scalar") ** -0.5,
         "logit_cap": fields.optional_float("final_logit_softcapping"),
         "embedding_scale": fields.int("hidden_size") ** 0.5,
         "activation": "gelu_tanh",

@@ -11,30 +11,22 @@ from typing import Any
 
 from nanoengine.layers.decoder import DECODER_WEIGHTS, DecoderConfig, DecoderLM, read_decoder
 from nanoengine.layers.hf_config import Fields, layer_windows
-from nanoengine.layers.rope import RopeConfig, read_rope
-from nanoengine.plugins.models.gemma2 import family_traits
+from nanoengine.layers.rope import RopeConfig, check_agreement, rope_of
+from nanoengine.plugins.models.gemma2 import FAMILY_DEFAULTS, family_traits
 
-# What files may leave out, and those with images do.
-_DEFAULTS = {
-    "vocab_size": 262208,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-6,
-    "sliding_window": 4096,
-}
+# What Gemma3TextConfig of transformers has for a field that the file leaves out, and those with images do.
+DEFAULTS = {**FAMILY_DEFAULTS, "vocab_size": 262208, "max_position_embeddings": 131072}
 _THETA, _LOCAL_THETA = 1e6, 1e4
 _OTHER_PARTS = ("vision_tower.", "multi_modal_projector.")  # below "model." in files of transformers 5
 _PATTERN = 6  # the last of so many layers is global
+_OF_IMAGES = ("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index",
+              "boi_token_id", "eoi_token_id", "image_token_id")  # fmt: skip
 
 
 class Gemma3(DecoderLM):
     @classmethod
     def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
-        return read_text_config(hf)
+        return read_text_config(Fields(hf, defaults=DEFAULTS))
 
 
 class Gemma3WithImages(DecoderLM):
@@ -47,35 +39,52 @@ class Gemma3WithImages(DecoderLM):
 
     @classmethod
     def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
-        whole, text = Fields(hf), Fields(hf.get("text_config"), "text_config.")
+        whole = Fields(hf, defaults={"tie_word_embeddings": True})
+        whole.refuse("model_type", "gemma3")
         whole.refuse("quantization_config")
-        tied = whole.bool("tie_word_embeddings", text.bool("tie_word_embeddings", True))
-        return read_text_config({**text.data, "tie_word_embeddings": tied}, text.prefix)
+        whole.unused(*_OF_IMAGES)
+        text = whole.nested("text_config", DEFAULTS)
+        text.refuse("final_logit_softcapping")  # which transformers ignores in this class
+        tied = whole.bool("tie_word_embeddings")
+        if text.has("tie_word_embeddings") and "tie_word_embeddings" in text.data:
+            said = text.bool("tie_word_embeddings")
+            if "tie_word_embeddings" in whole.data and said != tied:
+                raise whole.wrong("tie_word_embeddings", tied, f"as in text_config, {said}")
+            tied = said
+        return read_text_config(text, tied=tied)
 
 
-def read_text_config(hf: Mapping[str, Any], prefix: str = "") -> DecoderConfig:
-    fields = Fields({**_DEFAULTS, **hf}, prefix)
+def read_text_config(fields: Fields, **traits: Any) -> DecoderConfig:
+    fields.refuse("model_type", "gemma3_text")
     fields.refuse("attn_logit_softcapping")  # null in every checkpoint, and ignored by transformers
-    # the second name is that of files written by transformers 5
-    pattern = fields.int("sliding_window_pattern", fields.int("_sliding_window_pattern", _PATTERN))
+    pattern = fields.int("sliding_window_pattern", _PATTERN)
+    if not fields.has("layer_types"):
+        # files written by transformers have this name, and layer_types, which it follows
+        fields.refuse("_sliding_window_pattern", pattern)
+    fields.unused("_sliding_window_pattern")
     windows = layer_windows(
         fields, fields.int("num_hidden_layers"), fields.int("sliding_window"), lambda layer: (layer + 1) % pattern != 0
     )
-    rope, local_rope = _ropes(hf)
+    rope, local_rope = _ropes(fields)
     return read_decoder(
-        fields, **family_traits(fields), qk_norm=True, windows=windows, rope=rope, local_rope=local_rope
+        fields, **{**family_traits(fields), **traits}, qk_norm=True, windows=windows, rope=rope, local_rope=local_rope
     )
 
 
-def _ropes(hf: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig]:
-    """Of global and of local layers: each its own parameters (transformers 5), or two thetas and one scaling."""
-    kinds = hf.get("rope_parameters")
-    if kinds is not None:
-        each = Fields(kinds, "rope_parameters.")
-        full, local = each.data.get("full_attention") or {}, each.data.get("sliding_attention") or {}
-        return (
-            read_rope({"rope_parameters": {"rope_theta": _THETA, **full}}),
-            read_rope({"rope_parameters": {"rope_theta": _LOCAL_THETA, **local}}),
-        )
-    full = {"rope_theta": hf.get("rope_theta") or _THETA, "rope_scaling": hf.get("rope_scaling")}
-    return read_rope(full), RopeConfig(theta=Fields(hf).float("rope_local_base_freq", _LOCAL_THETA))
+def _ropes(fields: Fields) -> tuple[RopeConfig, RopeConfig]:
+    """Of global and of local layers: each its own parameters (transformers 5), or two thetas and one scaling.
+
+    A scaling beside the parameters is one of the global layers.
+    """
+    kinds, scaling = fields.nested("rope_parameters"), fields.nested("rope_scaling")
+    for name in kinds.data:
+        if name not in ("full_attention", "sliding_attention"):
+            raise kinds.wrong(name, kinds.data[name], "left out: it holds full_attention and sliding_attention")
+    full, local = kinds.nested("full_attention"), kinds.nested("sliding_attention")
+    both = {**full.data, **scaling.data}
+    check_agreement(full, scaling, both)
+    used = Fields(both, scaling.prefix if scaling.data else full.prefix)
+    return (
+        rope_of(used, fields, "rope_theta", _THETA),
+        rope_of(local, fields, "rope_local_base_freq", _LOCAL_THETA),
+    )

@@ -8,11 +8,26 @@ from typing import Any
 from nanoengine.layers.decoder import DecoderConfig, DecoderLM, read_decoder
 from nanoengine.layers.hf_config import Fields
 
+# What transformers' LlamaConfig has for a field that the file leaves out.
+DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
 
 class Llama(DecoderLM):
     @classmethod
     def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
-        fields = Fields(hf)
-        fields.choice("hidden_act", ["silu"], "silu")
-        bias = fields.bool("attention_bias", False)
-        return read_decoder(fields, attention_bias=bias, output_bias=bias, mlp_bias=fields.bool("mlp_bias", False))
+        fields = Fields(hf, defaults=DEFAULTS)
+        fields.refuse("model_type", "llama")
+        bias = fields.bool("attention_bias")
+        return read_decoder(fields, attention_bias=bias, output_bias=bias, mlp_bias=fields.bool("mlp_bias"))

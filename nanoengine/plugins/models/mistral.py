@@ -8,14 +8,27 @@ from typing import Any
 from nanoengine.layers.decoder import DecoderConfig, DecoderLM, read_decoder
 from nanoengine.layers.hf_config import Fields
 
-_WINDOW = 4096  # where the file does not name one; null means none
+# What transformers' MistralConfig has for a field that the file leaves out. A window of null is none.
+DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096 * 32,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "sliding_window": 4096,
+}
 
 
 class Mistral(DecoderLM):
     @classmethod
     def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
-        fields = Fields({"sliding_window": _WINDOW, **hf})
-        fields.choice("hidden_act", ["silu"], "silu")
+        fields = Fields(hf, defaults=DEFAULTS)
+        fields.refuse("model_type", "mistral")
         fields.refuse("layer_types")
         windows = (
             (fields.int("sliding_window"),) * fields.int("num_hidden_layers") if fields.has("sliding_window") else ()

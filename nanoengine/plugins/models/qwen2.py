@@ -8,19 +8,36 @@ from typing import Any
 from nanoengine.layers.decoder import DecoderConfig, DecoderLM, read_decoder
 from nanoengine.layers.hf_config import Fields, layer_windows
 
+# What transformers' Qwen2Config has for a field that the file leaves out.
+DEFAULTS = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+
 
 class Qwen2(DecoderLM):
     @classmethod
     def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
-        fields = Fields(hf)
-        fields.choice("hidden_act", ["silu"], "silu")
+        fields = Fields(hf, defaults=DEFAULTS)
+        fields.refuse("model_type", "qwen2")
         return read_decoder(fields, attention_bias=True, windows=read_windows(fields))
 
 
 def read_windows(fields: Fields) -> tuple[int | None, ...]:
-    """A window, if it is switched on at all, in the layers from `max_window_layers` on."""
-    layers = fields.int("num_hidden_layers")
-    if not fields.bool("use_sliding_window", False):
-        return layer_windows(fields, layers, None)
-    first = fields.int("max_window_layers", 28, least=0)
-    return layer_windows(fields, layers, fields.int("sliding_window", 4096), lambda layer: layer >= first)
+    """A window, if it is switched on and not null, in the layers from `max_window_layers` on."""
+    layers, first = fields.int("num_hidden_layers"), fields.int("max_window_layers", least=0)
+    fields.unused("sliding_window")  # where it is not switched on
+    used = fields.bool("use_sliding_window") and fields.has("sliding_window")
+    window = fields.int("sliding_window") if used else None
+    return layer_windows(fields, layers, window, lambda layer: layer >= first)

@@ -7,20 +7,23 @@ from typing import Any
 
 from nanoengine.layers.decoder import DecoderConfig, DecoderLM, read_decoder
 from nanoengine.layers.hf_config import Fields
-from nanoengine.plugins.models.qwen2 import read_windows
+from nanoengine.plugins.models import qwen2
+
+# What transformers' Qwen3Config has for a field that the file leaves out.
+DEFAULTS = {**qwen2.DEFAULTS, "head_dim": 128, "attention_bias": False}
 
 
 class Qwen3(DecoderLM):
     @classmethod
     def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
-        fields = Fields(hf)
-        fields.choice("hidden_act", ["silu"], "silu")
-        bias = fields.bool("attention_bias", False)
+        fields = Fields(hf, defaults=DEFAULTS)
+        fields.refuse("model_type", "qwen3")
+        bias = fields.bool("attention_bias")
         return read_decoder(
             fields,
             head_size=fields.int("head_dim"),
             attention_bias=bias,
             output_bias=bias,
             qk_norm=True,
-            windows=read_windows(fields),
+            windows=qwen2.read_windows(fields),
         )

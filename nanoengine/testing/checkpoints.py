@@ -138,7 +138,7 @@ def tensor_shapes(hf: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that a checkpoint of a built-in model with this config.json holds."""
     hidden, middle, heads = hf["hidden_size"], hf["intermediate_size"], hf["num_attention_heads"]
     size = hf.get("head_dim") or hidden // heads
-    q, kv = heads * size, hf.get("num_key_value_heads", heads) * size
+    q, kv = heads * size, (hf.get("num_key_value_heads") or heads) * size
     linears = {
         "self_attn.q_proj": (q, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
         "self_attn.o_proj": (hidden, q), "mlp.gate_proj": (middle, hidden), "mlp.up_proj": (middle, hidden),

@@ -58,6 +58,28 @@ CASES = {
     "llama-3": (tiny_llama, {"rope_parameters": {**LLAMA3, "rope_theta": 300.0}}),
     "llama-3-old-form": (tiny_llama, {**OLD_ROPE, "rope_scaling": LLAMA3}),
     "llama-linear": (tiny_llama, {**OLD_ROPE, "rope_scaling": {"type": "linear", "factor": 4.0}}),
+    # transformers uses rope_scaling where both are given
+    "llama-both-ropes": (tiny_llama, {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "llama-both-ropes-and-theta": (
+        tiny_llama,
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+            "rope_theta": 500.0,
+            "rope_scaling": LLAMA3,
+        },
+    ),
+    "llama-no-theta": (tiny_llama, {"rope_parameters": None}),
+    "llama-theta-beside-parameters": (tiny_llama, {"rope_parameters": {"rope_type": "default"}, "rope_theta": 500.0}),
+    "llama-3-without-its-length": (
+        tiny_llama,
+        {
+            **OLD_ROPE,
+            "rope_scaling": {n: v for n, v in LLAMA3.items() if n != "original_max_position_embeddings"},
+        },
+    ),
+    "llama-nulls": (tiny_llama, {"num_key_value_heads": NULL, "head_dim": NULL, "rope_scaling": NULL}),
+    "llama-gelu": (tiny_llama, {"hidden_act": "gelu_pytorch_tanh"}),
+    "qwen2-window-null": (tiny_qwen2, {"use_sliding_window": True, "sliding_window": NULL, "max_window_layers": 0}),
     "qwen3": (tiny_qwen3, {}),
     "qwen3-tied-old-rope": (tiny_qwen3, {"tie_word_embeddings": True, **OLD_ROPE}),
     "qwen3-biases": (tiny_qwen3, {"attention_bias": True, "files": 3}),
@@ -96,6 +118,27 @@ CASES = {
         {"std": 0.1, "rope_theta": None, "rope_local_base_freq": None, "num_hidden_layers": 2},
     ),
     "gemma3-all-local": (tiny_gemma3, {"std": 0.1, "sliding_window_pattern": 9}),
+    "gemma3-both-ropes": (
+        tiny_gemma3,
+        {
+            "std": 0.1,
+            "rope_theta": None,
+            "rope_local_base_freq": None,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 999.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 55.0},
+            },
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+    ),
+    "gemma3-parameters-without-bases": (
+        tiny_gemma3,
+        {
+            "std": 0.1,
+            "rope_scaling": None,
+            "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 4.0}, "sliding_attention": None},
+        },
+    ),
     "gemma3-layer-types": (
         tiny_gemma3,
         {

@@ -1,0 +1,228 @@
+"""No key of config.json that changes the model is skipped: defaults, bounds, and what becomes of each key."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paged_harness import model_class
+from transformers import (
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from nanoengine.api import ModelConfig, ModelError
+from nanoengine.layers.config_keys import ANY, HARMLESS, REFUSED, Recorded, unread_keys
+from nanoengine.layers.hf_config import Fields
+from nanoengine.testing.checkpoints import (
+    tiny_gemma2,
+    tiny_gemma3,
+    tiny_llama,
+    tiny_mistral,
+    tiny_qwen2,
+    tiny_qwen3,
+)
+
+FAMILIES: dict[str, tuple[type[PreTrainedConfig], Any]] = {
+    "llama": (LlamaConfig, tiny_llama),
+    "mistral": (MistralConfig, tiny_mistral),
+    "qwen2": (Qwen2Config, tiny_qwen2),
+    "qwen3": (Qwen3Config, tiny_qwen3),
+    "gemma2": (Gemma2Config, tiny_gemma2),
+    "gemma3": (Gemma3TextConfig, tiny_gemma3),
+}
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """A small config.json of each family."""
+    found = {}
+    for family, (_, make) in FAMILIES.items():
+        path: Path = make(tmp_path_factory.mktemp(family))
+        found[family] = json.loads((path / "config.json").read_text())
+    return found
+
+
+def read(hf: Mapping[str, Any]) -> tuple[ModelConfig, list[str]]:
+    """The model's config, and what it left unread."""
+    recorded = Recorded(hf)
+    return model_class(hf).read_config(recorded), unread_keys(recorded)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_defaults_are_those_of_transformers(family: str) -> None:
+    ours: dict[str, Any] = import_module(f"nanoengine.plugins.models.{family}").DEFAULTS
+    theirs = {field.name: field.default for field in dataclasses.fields(FAMILIES[family][0])}
+    assert ours == {name: theirs[name] for name in ours}
+    assert len(ours) >= 10
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_size_is_required(family: str, configs: dict[str, dict[str, Any]]) -> None:
+    cls = FAMILIES[family][0]
+    config, _ = read({"architectures": configs[family]["architectures"], "model_type": cls.model_type})
+    want = cls()
+    assert (config.vocab_size, config.hidden_size) == (want.vocab_size, want.hidden_size)
+    assert config.max_model_len == want.max_position_embeddings
+
+
+def refusal(hf: Mapping[str, Any]) -> str:
+    """What the model's refusal says; "" where it takes the config."""
+    try:
+        read(hf)
+    except ModelError as error:
+        return str(error)
+    return ""
+
+
+def _another(value: Any) -> Any:
+    """A value that is not this one, of its kind."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value * 2 + 2
+    return {"unheard of": 1} if value is None or isinstance(value, Mapping) else "unheard of"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_key_of_the_familys_class_is_read_or_harmless_or_refused(
+    family: str, configs: dict[str, dict[str, Any]]
+) -> None:
+    """A key that transformers gives a meaning is never merely reported."""
+    for field in dataclasses.fields(FAMILIES[family][0]):
+        if field.name in ("architectures", "model_type"):
+            continue
+        hf = {**configs[family], field.name: _another(configs[family].get(field.name, field.default))}
+        assert field.name in refusal(hf) or read(hf)[1] == [], field.name
+
+
+def test_with_images_too(configs: dict[str, dict[str, Any]]) -> None:
+    hf = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "text_config": configs["gemma3"],
+        "vision_config": {"hidden_size": 1152, "layer": {"deep": 1}},
+    }
+    assert read(hf)[1] == []
+    for field in dataclasses.fields(Gemma3Config):
+        if field.name not in ("architectures", "text_config"):
+            changed = {**hf, field.name: _another(field.default)}
+            assert field.name in refusal(changed) or read(changed)[1] == [], field.name
+    assert read({**hf, "text_config": {**configs["gemma3"], "unheard_of": 1}})[1] == ["text_config.unheard_of = 1"]
+    with pytest.raises(ModelError, match=r"text_config\.final_logit_softcapping"):
+        read({**hf, "text_config": {**configs["gemma3"], "final_logit_softcapping": 9.0}})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("quantization_config", {"quant_method": "awq"}),
+        ("is_encoder_decoder", True),
+        ("add_cross_attention", True),
+        ("pruned_heads", {"0": [1]}),
+        ("per_layer_config", {"1": {"hidden_act": "gelu"}}),
+        ("layer_types", "full_attention"),
+        ("partial_rotary_factor", 0.5),
+        ("model_type", "mistral"),
+        ("hidden_act", ["silu"]),
+        ("rope_scaling", "linear"),
+        ("rope_scaling", {"factor": 4.0}),
+        ("rope_scaling", {"rope_type": "linear"}),
+        ("rope_scaling", {"rope_type": "linear", "factor": 4.0, "beta_fast": 32}),
+        ("rope_scaling", {"rope_type": "linear", "factor": float("nan")}),
+        ("rope_scaling", {"rope_type": "linear", "type": "llama3", "factor": 4.0}),
+        ("rope_scaling", {"rope_type": "dynamic", "factor": 4.0}),
+        ("rope_scaling", {"rope_type": "linear", "factor": 4.0, "rope_theta": 7.0}),
+        ("rope_parameters", {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}),
+        ("rope_theta", None),
+        ("rope_theta", True),
+    ],
+)
+def test_what_would_be_another_model_is_refused_by_name(
+    key: str, value: Any, configs: dict[str, dict[str, Any]]
+) -> None:
+    family = "mistral" if key == "layer_types" else "llama"
+    with pytest.raises(ModelError, match=key if key != "rope_scaling" else "rope_"):
+        read({**configs[family], key: value})
+
+
+def test_a_base_that_transformers_would_lose_is_refused(configs: dict[str, dict[str, Any]]) -> None:
+    """rope_scaling takes the place of rope_parameters, and the base goes with it."""
+    ropes = {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    }
+    with pytest.raises(ModelError, match=r"rope_parameters.rope_theta 500.0 contradicts 10000.0 of rope_scaling"):
+        read({**configs["llama"], **ropes})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"hidden_size": 10**12}, "hidden_size must be at most"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most"),
+        ({"vocab_size": 10**11}, "vocab_size must be at most"),
+        ({"max_position_embeddings": 2**60}, "max_position_embeddings must be at most"),
+        ({"head_dim": 10**7}, "head_dim must be at most"),
+        ({"intermediate_size": 10**4000}, "intermediate_size must be at most"),
+        (
+            {"hidden_size": 2**18, "intermediate_size": 2**20, "num_hidden_layers": 1000, "num_attention_heads": 64},
+            "parameters; at most",
+        ),
+        ({"num_attention_heads": 0}, "num_attention_heads must be a positive integer"),
+        ({"hidden_size": 48.0}, "hidden_size must be a positive integer"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps must be a positive number"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a positive number"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a positive number"),
+        ({"vocab_size": None}, "vocab_size must not be null"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false"),
+    ],
+)
+def test_sizes_are_bounded_before_anything_is_built(
+    sizes: dict[str, Any], words: str, configs: dict[str, dict[str, Any]]
+) -> None:
+    with pytest.raises(ModelError, match=words):
+        read({**configs["llama"], **sizes})
+
+
+def test_an_unknown_key_is_reported_with_its_value(configs: dict[str, dict[str, Any]]) -> None:
+    unknown = {"residual_multiplier": 0.5, "use_mrope": True, "nothing": None, "use_cache": 7, "notes": {"a": [1] * 99}}
+    reported = read({**configs["llama"], **unknown})[1]
+    assert reported[:2] == ["residual_multiplier = 0.5", "use_mrope = true"]
+    assert reported[2].startswith("notes = {'a': [1, 1,")
+    assert len(reported) == 3
+    assert len(reported[2]) < 80
+
+
+def test_a_plugin_that_knows_nothing_of_it_is_served() -> None:
+    """Whatever way it reads, and as often as it likes; what it copies it has read."""
+    hf = {"a": 1, "b": {"c": 2, "d": 3}, "e": 4, "f": [5], "use_cache": True}
+    recorded = Recorded(hf)
+    assert recorded == hf
+    assert isinstance(recorded, dict)
+    assert json.loads(json.dumps(Recorded(hf))) == hf
+    assert (recorded["a"], recorded.get("b", {}).get("c"), "e" in recorded) == (1, 2, True)
+    assert unread_keys(recorded) == ["b.d = 3", "f = [5]"]
+    assert unread_keys(Recorded({})) == []
+    copied = Recorded(hf)
+    assert {**copied} == hf
+    assert unread_keys(copied) == ["b.c = 2", "b.d = 3"]
+    fields = Fields(Recorded(hf), defaults={"g": 6})
+    assert (fields.int("g"), fields.int("a"), fields.nested("b").int("c"), fields.int("h", 7)) == (6, 1, 2, 7)
+    assert unread_keys(fields.data) == ["b.d = 3", "e = 4", "f = [5]"]  # type: ignore[arg-type]
+
+
+def test_the_tables_do_not_overlap() -> None:
+    assert not HARMLESS.keys() & REFUSED.keys()
+    assert all(values is ANY or isinstance(values, tuple) for values in HARMLESS.values())

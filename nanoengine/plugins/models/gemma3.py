@@ -46,11 +46,8 @@ class Gemma3WithImages(DecoderLM):
         text = whole.nested("text_config", DEFAULTS)
         text.refuse("final_logit_softcapping")  # which transformers ignores in this class
         tied = whole.bool("tie_word_embeddings")
-        if text.has("tie_word_embeddings") and "tie_word_embeddings" in text.data:
-            said = text.bool("tie_word_embeddings")
-            if "tie_word_embeddings" in whole.data and said != tied:
-                raise whole.wrong("tie_word_embeddings", tied, f"as in text_config, {said}")
-            tied = said
+        if "tie_word_embeddings" in text.data:
+            text.refuse("tie_word_embeddings", tied)  # the outer one counts, and transformers ties where it is absent
         return read_text_config(text, tied=tied)
 
 

@@ -224,8 +224,10 @@ def _check_keys(composed: Composed, sampling: Sequence[str], suspects: str) -> N
         if path[0] not in _KEYS:
             inside = next((f"did you mean '{name}.{path[0]}'? " for name in choices if path[0] in choices[name]), "")
             raise ConfigError(f"{origin}: unknown key {dotted(path)!r}; {inside}{nearest(str(path[0]), _KEYS)}")
-        if len(path) != 2 or path[0] not in choices or str(path[1]).isdigit():
+        if len(path) != 2 or path[0] not in choices:
             continue
+        if str(path[1]).isdecimal() and (path[0] == "prompts" or not isinstance(composed.data.get(path[0]), Mapping)):
+            continue  # an item of a list
         if path[1] not in choices[str(path[0])]:
             key, valid = str(path[1]), choices[str(path[0])]
             why = nearest(key, valid)
@@ -267,4 +269,4 @@ def _value(composed: Composed, path: KeyPath, annotation: Any, value: Any) -> An
 
 def _typed(path: Sequence[str]) -> KeyPath:
     """List indices as numbers again."""
-    return tuple(int(part) if index and part.isdigit() else part for index, part in enumerate(path))
+    return tuple(int(part) if index and part.isdecimal() else part for index, part in enumerate(path))

@@ -6,22 +6,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from nanoengine.core.errors import ConfigError
 from nanoengine.core.setup.composer.expand import Expansion, Part
-from nanoengine.core.setup.composer.overrides import Action, Override, apply_override, parse_override
+from nanoengine.core.setup.composer.interpolate import Interpolation, resolved
+from nanoengine.core.setup.composer.overrides import Action, Override, apply_override, merge, parse_override
 from nanoengine.core.setup.composer.search_path import SearchPath
 from nanoengine.core.setup.composer.shorthand import Shorthand
-from nanoengine.core.setup.composer.yaml_file import (
-    ConfigFile,
-    KeyPath,
-    first_line,
-    interpolation_hint,
-    parts,
-    walk,
-)
+from nanoengine.core.setup.composer.yaml_file import ConfigFile, KeyPath, dotted, parts, walk
 
 Said = tuple[KeyPath, Any, str]
 """A key, the value it was given, and by whom."""
@@ -79,16 +70,17 @@ def compose(
         else:
             changes.append(item)
     layers = [_layer(part, shorthands) for part in expansion.primary(primary)]
-    config = _merged([data for data, _ in layers])
+    config: dict[Any, Any] = {}
+    for data, _ in layers:
+        merge(config, data)
     said = [each for _, layer in layers for each in layer]
     # `~group` where no defaults list chose it deletes the section, if a file holds it.
     deletions = [item for key, item in expansion.deletions.items() if key not in expansion.deleted]
     origins = _apply(config, [*deletions, *changes], said)
-    data = _resolved(config, defaults, origins)
-    return Composed(data, origins, [(path, origin) for path, _, origin in said])
+    return Composed(_resolved(config, defaults, origins), origins, [(path, origin) for path, _, origin in said])
 
 
-def _apply(config: DictConfig, changes: Iterable[Override], said: list[Said]) -> dict[tuple[str, ...], Origin]:
+def _apply(config: dict[Any, Any], changes: Iterable[Override], said: list[Said]) -> dict[tuple[str, ...], Origin]:
     """Changes `config`, adds what the overrides say to `said`, and gives the origin of every key."""
     origins: dict[tuple[str, ...], Origin] = {}
     _record(origins, said)
@@ -126,28 +118,6 @@ def _layer(part: Part, shorthands: Mapping[str, Shorthand]) -> tuple[dict[Any, A
     return data, said
 
 
-def _merged(layers: Iterable[dict[Any, Any]]) -> DictConfig:
-    merged: Any = OmegaConf.create({})
-    for layer in layers:
-        _drop_other_kinds(merged, layer)
-        try:
-            merged = OmegaConf.merge(merged, OmegaConf.create(layer))
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
-    assert isinstance(merged, DictConfig)
-    return merged
-
-
-def _drop_other_kinds(config: DictConfig, layer: Mapping[Any, Any]) -> None:
-    """A list where a mapping was, or the other way round, replaces it; omegaconf would refuse to merge the two."""
-    for key, value in layer.items():
-        old = config._get_node(key) if key in config else None
-        if isinstance(value, Mapping) and isinstance(old, DictConfig) and not old._is_none():
-            _drop_other_kinds(old, value)
-        elif isinstance(old, DictConfig | ListConfig) and isinstance(value, Mapping | list):
-            del config[key]
-
-
 def _said_by(item: Override) -> list[Said]:
     path = tuple(parts(item.key))
     above: list[Said] = [(path[:depth], _PARENT, item.origin) for depth in range(1, len(path))]
@@ -183,24 +153,13 @@ def _origin(origins: Mapping[tuple[str, ...], Origin], path: KeyPath) -> str:
 
 
 def _resolved(
-    config: DictConfig, defaults: Mapping[str, Any], origins: Mapping[tuple[str, ...], Origin]
+    config: dict[Any, Any], defaults: Mapping[str, Any], origins: Mapping[tuple[str, ...], Origin]
 ) -> dict[Any, Any]:
     """Plain containers with every interpolation done; only the keys of `config`."""
+    full: dict[Any, Any] = {}
+    merge(full, defaults)
+    merge(full, config)
     try:
-        given = OmegaConf.to_container(config)
-        assert isinstance(given, dict)
-        full = OmegaConf.to_container(_merged([dict(defaults), given]), resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        key = error.full_key or ""
-        where = _origin(origins, tuple(parts(key)))
-        missing = "must be given" if "Missing mandatory" in str(error) else first_line(error)
-        raise ConfigError(f"{where}: {key}: {missing}{interpolation_hint(error)}") from error
-    data = _only(full, given)
-    assert isinstance(data, dict)
-    return data
-
-
-def _only(full: Any, wanted: Any) -> Any:
-    if not (isinstance(full, dict) and isinstance(wanted, dict)):
-        return full
-    return {key: _only(full[key], value) for key, value in wanted.items()}
+        return resolved(full, config)
+    except Interpolation as error:
+        raise ConfigError(f"{_origin(origins, error.path)}: {dotted(error.path)}: {error}") from error

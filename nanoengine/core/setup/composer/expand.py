@@ -12,6 +12,8 @@ from nanoengine.core.setup.composer.search_path import SearchPath
 from nanoengine.core.setup.composer.shorthand import Shorthand
 from nanoengine.core.setup.composer.yaml_file import ConfigFile
 
+_MAX_FILES, _MAX_NESTED = 500, 32
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -47,6 +49,7 @@ class Expansion:
     appended: list[Entry] = field(default_factory=list)
     chosen: dict[str, str] = field(default_factory=dict)  # key -> where
     deleted: set[str] = field(default_factory=set)
+    files: int = 0
 
     def override(self, item: Override) -> None:
         """Takes a group override of the command line."""
@@ -79,6 +82,11 @@ class Expansion:
         return parts
 
     def _expand(self, file: ConfigFile, folder: str, package: str, stack: tuple[str, ...]) -> list[Part]:
+        self.files += 1
+        if self.files > _MAX_FILES or len(stack) > _MAX_NESTED:
+            raise ConfigError(
+                f"{file.label}: defaults lists draw in more than {_MAX_FILES} files, or more than {_MAX_NESTED} deep"
+            )
         entries = parse_entries(file, folder)
         for entry in entries:
             if entry.override:

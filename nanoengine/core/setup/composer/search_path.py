@@ -93,4 +93,7 @@ class SearchPath:
 
 def _file(root: Root, name: str) -> Path | None:
     path = root.folder / f"{name}.yaml"
-    return path if path.is_file() else None
+    try:
+        return path if path.is_file() else None
+    except OSError:  # a name longer than the file system takes
+        return None

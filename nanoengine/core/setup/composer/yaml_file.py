@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import (
-    GrammarParseError,
-    InterpolationResolutionError,
-    OmegaConfBaseException,
-    UnsupportedInterpolationType,
-)
 
-from nanoengine.core.errors import ConfigError
+from nanoengine.core.errors import ConfigError, shown
+from nanoengine.core.setup.composer.bounds import LOADER, check_yaml
+from nanoengine.core.setup.composer.grammar import ESCAPE_HINT, check_grammar
 
 KeyPath = tuple[str | int, ...]
 """Keys from the root; list items by their index."""
 
-# omegaconf's own limit, 10,000 nodes, is for strangers' files; a list of prompts may well be longer.
-_MAX_NODES = 2_000_000
+_MAX_BYTES = 64 << 20
 _HEADER = re.compile(r"#\s*@package\s+(\S+)\s*$")
 _LINE_BREAK = re.compile("[\n\x85\u2028\u2029]")  # YAML 1.1's
-_LOADER: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _MERGE = "tag:yaml.org,2002:merge"
 _INSTANTIATION = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 
@@ -90,50 +83,81 @@ def refuse_instantiation(value: Any, where: str) -> None:
 def read_yaml(path: Path, label: str) -> ConfigFile:
     """Reads a file. Raises `ConfigError` naming file and line where it is no YAML mapping of plain values."""
     try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ConfigError(f"cannot read {label}: it has more than {_MAX_BYTES >> 20} MiB; is it a configuration?")
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {label}: {error}") from error
-    try:
-        node = yaml.compose(text, Loader=_LOADER)
-    except yaml.YAMLError as error:
-        raise _syntax_error(label, error, text) from error
-    if node is None or node.tag == "tag:yaml.org,2002:null":
+    node, data = load_yaml(text, label, lambda line: f"{label}:{line + 1}")
+    if data is None:
         return ConfigFile(label, {}, {}, _header(text), None)
-    if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{label}:{node.start_mark.line + 1}: a configuration file is a mapping of keys to values")
-    lines = dict(_lines(node, ()))
-    data = _values(text, label, lines)
+    if not isinstance(data, dict):
+        line = node.start_mark.line + 1 if node is not None else 1
+        raise ConfigError(f"{label}:{line}: a configuration file is a mapping of keys to values")
+    lines = dict(_lines(node, ())) if node is not None else {}
     defaults = data.pop("defaults", None)
     file = ConfigFile(label, data, lines, _header(text), defaults)
+    check_texts(data, file.origin)
     if "hydra" in data:
         raise ConfigError(f"{file.origin(('hydra',))}: settings of Hydra itself (hydra:) are not supported")
     refuse_instantiation(data, label)
     return file
 
 
-def _values(text: str, label: str, lines: Mapping[tuple[str, ...], int]) -> dict[Any, Any]:
+def load_yaml(text: str, label: str, place: Callable[[int], str]) -> tuple[yaml.Node | None, Any]:
+    """The node, and what it stands for in plain containers: of text, numbers, truth values and None.
+
+    Raises `ConfigError`: of what is no YAML with `label`, of what is out of bounds with the `place` of its line (0 is
+    the first).
+    """
     try:
-        loaded = OmegaConf.create(text, max_yaml_expanded_nodes=_MAX_NODES)
-        data = OmegaConf.to_container(loaded, resolve=False)
+        check_yaml(text, place)
+        loader = _Loader(text)
+        try:
+            node: yaml.Node | None = loader.get_single_node()
+            return node, None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         raise _syntax_error(label, error, text) from error
-    except OmegaConfBaseException as error:
-        key = error.full_key or ""
-        place = ConfigFile(label, {}, lines, None, None).origin(tuple(parts(key)))
-        raise ConfigError(f"{place}: {key}: {first_line(error)}{interpolation_hint(error)}") from error
-    assert isinstance(data, dict)
-    return data
+    except UnicodeEncodeError as error:  # half a surrogate pair, from an argument that is no UTF-8
+        raise ConfigError(f"{label}: not text: it holds bytes that are not UTF-8") from error
 
 
-def first_line(error: Exception) -> str:
-    """omegaconf's message without its table of node types."""
-    return str(error).split("\n")[0]
+class _Loader(LOADER):  # type: ignore[misc]
+    """PyYAML's safe loader; `1e-3` is a number, a date is a text, and what cannot be built has a line."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {
+        first: [(tag, pattern) for tag, pattern in known if not tag.endswith((":timestamp", ":float"))]
+        for first, known in LOADER.yaml_implicit_resolvers.items()
+    }
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        except (ValueError, TypeError, LookupError) as error:  # !!int "a"
+            kind = node.tag.rpartition(":")[2]
+            problem = f"{shown(node.value)} is no {kind}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        found: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        if None in found:
+            raise yaml.constructor.ConstructorError(None, None, "null is no key", node.start_mark)
+        return found
 
 
-def interpolation_hint(error: Exception) -> str:
-    """How a text that only looks like an interpolation is written."""
-    kinds = (InterpolationResolutionError, UnsupportedInterpolationType, GrammarParseError)
-    return r". A text that holds ${ is written with a backslash: \${" if isinstance(error, kinds) else ""
+_FLOAT = (
+    r"[-+]?(\d[\d_]*(\.[\d_]*([eE][-+]?\d+)?|[eE][-+]?\d+)|\.\d[\d_]*([eE][-+]?\d+)?|\.(inf|Inf|INF))|\.(nan|NaN|NAN)"
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^(?:{_FLOAT})$"), list("-+0123456789."))
+
+
+def check_texts(values: Any, origin: Callable[[KeyPath], str]) -> None:
+    """Raises `ConfigError` where a text below `values` holds `${` and is no interpolation."""
+    for path, value in walk(values):
+        if isinstance(value, str) and "${" in value and (why := check_grammar(value)):
+            raise ConfigError(f"{origin(path)}: {dotted(path)}: {why}{ESCAPE_HINT}")
 
 
 def _syntax_error(label: str, error: yaml.YAMLError, text: str) -> ConfigError:

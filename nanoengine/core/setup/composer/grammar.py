@@ -1,0 +1,46 @@
+"""Whether a text that holds `${` is an interpolation of omegaconf's grammar."""
+
+from __future__ import annotations
+
+import re
+
+from omegaconf.errors import OmegaConfBaseException
+from omegaconf.grammar_parser import parse
+
+ESCAPE_HINT = r". A text that holds ${ is written with a backslash: \${"
+"""How a text that only looks like an interpolation is written: the tail of a message."""
+
+_BRACKET = re.compile(r"\\*\$\{|[{}\[\]]")
+_MAX_TEXT, _MAX_WITHIN, _MAX_NESTED = 100_000, 1_000, 16  # characters of a text, of its interpolations; brackets
+
+
+def check_grammar(text: str) -> str:
+    """Why a text that holds `${` is no interpolation; "" if it is one. It bounds the grammar's time."""
+    if len(text) > _MAX_TEXT:
+        return f"a text with ${{ in it has {len(text):,} characters, more than {_MAX_TEXT:,}"
+    within, deepest = _extent(text)
+    if within > _MAX_WITHIN or deepest > _MAX_NESTED:
+        most = f"at most {_MAX_WITHIN:,} and {_MAX_NESTED}"
+        return f"a text has interpolations of {within:,} characters, {deepest} within each other; {most} are read"
+    try:
+        parse(text)
+    except (OmegaConfBaseException, RecursionError, ValueError) as error:
+        return str(error).split("\n")[0] or type(error).__name__
+    return ""
+
+
+def _extent(text: str) -> tuple[int, int]:
+    """How many characters are within interpolations, and how deep brackets are nested in them."""
+    within = depth = deepest = start = 0
+    for found in _BRACKET.finditer(text):
+        bracket = found[0]
+        if bracket.endswith("${"):
+            if depth == 0 and len(bracket) % 2:  # an odd number of backslashes: it is a text
+                continue
+            start = start if depth else found.end()
+            depth += 1
+        elif depth:
+            depth += 1 if bracket in "{[" else -1
+            within += 0 if depth else found.start() - start
+        deepest = max(deepest, depth)
+    return within + (len(text) - start if depth else 0), deepest

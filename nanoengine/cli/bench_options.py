@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nanoengine.cli.common import say
+from nanoengine.cli.threads import CHOSEN
 from nanoengine.core.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ def setup_of(
     chosen, options = shape_named(shape), engine_options(given)
     if shape != "tiny" and not _on_gpu(options):
         say(f"{shape} on a CPU takes minutes, or hours; to try the command, --shape tiny and little of it")
+    if (taken := CHOSEN.get()) is not None and not _on_gpu(options):
+        say(taken.line())
     limits = limits_of(bandwidth, tflops, options)
     from nanoengine.bench.session import Setup
 
@@ -113,12 +116,12 @@ def setup_of(
 
 
 def finish(report: Report, output: Path | None) -> None:
-    """The table to standard output, the figures to the file."""
-    typer.echo(report.table())
+    """The figures to the file, and then the table to standard output, which may have no reader any more."""
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         report.write(output)
         say(f"wrote {output}")
+    typer.echo(report.table())
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Answers go to standard output; whatever else is said goes to standard error.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -30,6 +31,7 @@ from nanoengine.cli.common import (
 from nanoengine.core.errors import ConfigError, ModelError, RequestError, nearest
 from nanoengine.core.setup.config import RunConfig, load_config
 from nanoengine.core.setup.plugins import discover
+from nanoengine.core.setup.progress import can_overwrite
 from nanoengine.core.startup import StartClock
 
 if TYPE_CHECKING:
@@ -237,8 +239,12 @@ def _show(text: str) -> None:
 
 
 def _note(text: str) -> None:
-    """Beside the answers, and dim where the terminal can."""
-    typer.echo(typer.style(printable(text, sys.stderr), dim=True), err=True)
+    """Next to the answers, and dim where the terminal can and its user wants it (https://no-color.org)."""
+    say(text, style=_dim if can_overwrite(sys.stderr) and not os.environ.get("NO_COLOR") else None)
+
+
+def _dim(text: str) -> str:
+    return typer.style(text, dim=True)
 
 
 def _closing(answer: Answer, params: SamplingParams, seconds: float) -> str:

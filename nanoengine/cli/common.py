@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, TextIO
 
@@ -54,12 +55,12 @@ def user_errors(debug: bool) -> Iterator[None]:
         yield
     except NanoEngineError as error:
         if debug:
-            traceback.print_exc()
-        typer.echo(f"error: {error}", err=True)
+            say(traceback.format_exc())
+        say(f"error: {error}")
         raise typer.Exit(FAILED if isinstance(error, ResultsLost) else USAGE) from error
     except KeyboardInterrupt as interrupt:
         word, status = ending(interrupt)
-        typer.echo(word, err=True)
+        say(word)
         raise typer.Exit(status) from interrupt
 
 
@@ -84,10 +85,26 @@ def ending(interrupt: KeyboardInterrupt) -> tuple[str, int]:
     return ("terminated", TERMINATED) if isinstance(interrupt, Terminated) else ("interrupted", INTERRUPTED)
 
 
-def say(text: str, file: TextIO | None = None) -> None:
-    """A line to the user, beside the answers (standard error) or as one; what cannot be shown is escaped."""
+def say(text: str, file: TextIO | None = None, *, style: Callable[[str], str] | None = None) -> None:
+    """A line to the user, next to the answers (standard error) or as one; what cannot be shown is escaped.
+
+    Where standard error cannot be written, what is said is lost and nothing else. Raises `OSError` for another `file`.
+    `style`: put around it, once it is escaped.
+    """
     out = sys.stderr if file is None else file
-    print(printable(text, out), file=out, flush=True)
+    try:
+        shown = printable(text, out)
+        print(shown if style is None else style(shown), file=out, flush=True)
+    except (OSError, ValueError):  # its reader has gone, the disk is full; it was closed
+        abandon(out)
+        if file is not None:
+            raise
+
+
+def abandon(out: TextIO) -> None:
+    """Nothing goes there any more: neither what is buffered, at whose flush the interpreter would fail as it ends."""
+    with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), out.fileno())
 
 
 def printable(text: str, out: TextIO) -> str:

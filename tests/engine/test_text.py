@@ -237,6 +237,31 @@ def test_one_bad_conversation_among_good_ones_is_refused_in_its_place(tmp_path: 
         assert tokens_of([output]) == [greedy(ids_of(text), 5)]
 
 
+def test_a_conversation_on_which_the_template_runs_away_fails_alone(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.content }}{% if m.content == 'A9' %}{{ m.content * 10**9 }}{% endif %}"
+    template += "{% if m.content == 'A8' %}" + "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3 + "{% endif %}"
+    template += "{% endfor %}"
+    asked = [[{"role": "user", "content": text}] for text in ("A1", "A9", "A8", "B2")]
+    params = SamplingParams(temperature=0, max_tokens=5)
+    with text_llm(tmp_path, chat_template_timeout=0.5, chat_template_memory=64 << 20) as llm:
+        outputs = llm.chat(asked, params, chat_template=template, sanitize_control_tokens=True, use_tqdm=False)
+    errors = [str(output.error) for output in outputs]
+    assert "took more than 64 MiB (chat_template_memory)" in errors[1]
+    assert "took longer than 0.5 s (chat_template_timeout)" in errors[2]
+    good = [outputs[0], outputs[3]]
+    assert tokens_of(good) == [greedy(ids_of(text), 5) for text in ("A1", "B2")]
+
+
+def test_a_prompt_far_too_long_is_refused_before_it_is_tokenized(tmp_path: Path) -> None:
+    with text_llm(tmp_path, max_model_len=64) as llm:
+        params = SamplingParams(temperature=0, max_tokens=5)
+        long, good = llm.generate(["A0" * 10**4, "A0B1"], params, use_tqdm=False)
+    assert long.error is not None
+    assert long.error.code == "too_long"
+    assert "no text of more than 512 can be within 64 tokens" in str(long.error)
+    assert tokens_of([good]) == [greedy(ids_of("A0B1"), 5)]
+
+
 # -- what masks tokens ------------------------------------------------------------------------------------------------
 
 

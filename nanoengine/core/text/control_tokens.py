@@ -68,7 +68,7 @@ class ControlTokens:
         ids = self._named_ids(self._with_names(marked).translate(self._back))
         own = len(self._pattern.findall(marked))
         if self._named_ids(self._with_names(text)) != self._plainly(text) or own != sum(i in self._ids for i in ids):
-            raise invalid("sanitize_control_tokens: this tokenizer makes control tokens of plain text, too")
+            raise invalid("sanitize_control_tokens: this tokenizer tells control tokens from text in a way of its own")
         return ids
 
     def _marked(self, value: Any) -> Any:

@@ -277,6 +277,127 @@ def test_matcher_against_a_search(text: str, stops: list[str], data: Any) -> Non
     assert (None if found is None else (found.start, found.stop)) == expected
 
 
+# -- stop strings that hold a special token ---------------------------------------------------------------------------
+
+SPECIALS = ("<s>", "</s>")
+BYTE_WORDS = {"<s>": BYTES.encode("<s>", False)[0], "</s>": BYTES.encode("</s>", False)[0], "stop": FIRST_WORD + 4}
+with_specials = st.lists(st.sampled_from([*SPECIALS, "stop", *"stop </"]), max_size=14)
+
+
+def visible(text: str) -> str:
+    """A place in the text with its special tokens, in the text without."""
+    return text.replace("</s>", "").replace("<s>", "")
+
+
+def reference_with_specials(parts: Sequence[str], stops: Sequence[str], include: bool, least: int) -> Any:
+    """(text, stop): each character of the written-out text, and whether it is shown, one after the other."""
+    chars = [(char, part not in SPECIALS, number) for number, part in enumerate(parts, 1) for char in part]
+    for count in range(1, len(parts) + 1):
+        taken = [each for each in chars if each[2] <= count]
+        found = []
+        for order, stop in enumerate(stops):
+            special = any(special in stop for special in SPECIALS)
+            looked = [i for i, (_, shown, _) in enumerate(taken) if special or shown]
+            text = "".join(taken[i][0] for i in looked)
+            late = sum(taken[i][2] <= least for i in looked)
+            found += [
+                (sum(shown for _, shown, _ in taken[: looked[at + len(stop) - 1] + 1]), order, looked[at])
+                for at in range(len(text) - len(stop) + 1)
+                if text.startswith(stop, at) and at + len(stop) > late
+            ]
+        if found and count > least:
+            _, order, start = min(found)
+            before = "".join(char for char, shown, _ in taken[:start] if shown)
+            return before + (stops[order] if include else ""), stops[order]
+    return "".join(char for char, shown, _ in chars if shown), None
+
+
+@given(with_specials, st.lists(st.lists(st.sampled_from([*SPECIALS, *"stop </"]), min_size=1, max_size=4).map("".join),
+                               min_size=1, max_size=3, unique=True), st.booleans(), st.integers(0, 4))  # fmt: skip
+@example(["s", "<s>", "t", "</s>"], ["st", "</s>"], False, 0)
+@example(["t", "<s>", "o", "p"], ["t<s>op", "op"], True, 0)
+@example(["<s>", "<s>", "</s>"], ["<s></s>"], False, 2)
+@example(["stop", "</s>"], ["op</s>"], False, 0)
+def test_a_stop_string_that_holds_a_special_token_is_found(
+    parts: list[str], stops: list[str], include: bool, least: int
+) -> None:
+    ids = [BYTE_WORDS.get(part, ord(part[0])) for part in parts]
+    text, stop = reference_with_specials(parts, stops, include, least)
+    shown, found = run(BYTES, ids, stop=stops, include_stop_str_in_output=include, min_tokens=least)
+    assert (shown[-1] if shown else "", found) == (text, stop)
+    check_shown(shown or [""])
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in ("wordpiece", "none", "bpe_suffix")])
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize(
+    ("tail", "stop", "text"),
+    [
+        (["</s>"], "</s>", "aa"),
+        (["</s>", "a"], "</s>", "aa"),
+        (["b", "</s>", "b"], "b</s>b", "aa"),
+        (["b", "</s>", "b"], "</s>b", "aab"),
+        (["<s>", "</s>"], "<s></s>", "aa"),
+    ],
+)
+def test_a_special_token_stops_with_every_kind_of_tokenizer(
+    name: str, include: bool, tail: list[str], stop: str, text: str
+) -> None:
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer.hf.convert_tokens_to_ids(["a", "a", *tail])
+    shown, found = run(tokenizer, ids, stop=[stop, "never"], include_stop_str_in_output=include)
+    if name == "across":  # its decoder writes Q for aa
+        text = text.replace("aa", "Q")
+    assert (shown[-1], found) == (text + stop if include else text, stop)
+    check_shown(shown)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_special_token_alone_stops_behind_the_text_before_it(name: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer.hf.convert_tokens_to_ids(["a", "b", "</s>", "b"])
+    shown, found = run(tokenizer, ids, stop=["</s>"])
+    assert (shown[-1], found) == (tokenizer.decode(ids[:2]), "</s>")
+
+
+def test_special_tokens_at_an_open_character_and_behind_bytes() -> None:
+    emoji = list("\U0001f600".encode())
+    end = BYTES.hf.eos_token_id
+    assert run(BYTES, [ord("a"), *emoji[:2], end], stop=["</s>"])[0][-1] == "a\ufffd"
+    assert run(BYTES, [ord("a"), *emoji[:2], end], stop=["b</s>"])[0][-1] == "a\ufffd"
+    assert run(BYTES, [*emoji, end, ord("b")], stop=["\U0001f600</s>"]) == (["", "", "", "", ""], "\U0001f600</s>")
+    llama = TOKENIZERS["llama2"]
+    a, newline, end = llama.hf.convert_tokens_to_ids(["a", "<0x0A>", "</s>"])
+    assert run(llama, [a, newline, end, a], stop=["\n</s>"]) == (["a", "a", "a"], "\n</s>")
+    assert run(llama, [a, newline, end, a], stop=["</s>"])[0][-1] == "a\n"
+
+
+def test_a_stop_string_in_several_byte_tokens_of_one_character() -> None:
+    """It ends with the token that completes the character, or lies within a run of byte tokens."""
+    llama = TOKENIZERS["llama2"]
+    ids = llama.hf.convert_tokens_to_ids(["a", *(f"<0x{byte:02X}>" for byte in "x日\ny".encode()), "b"])
+    for stop, text in (("日", "ax"), ("x日", "a"), ("日\n", "ax"), ("\ny", "ax日"), ("yb", "ax日\n")):
+        shown, found = run(llama, ids, stop=[stop])
+        assert (shown[-1], found) == (text, stop)
+        kept, _ = run(llama, ids, stop=[stop], include_stop_str_in_output=True)
+        assert kept[-1] == text + stop
+
+
+def test_a_stop_token_and_a_stop_string_of_the_same_special_token() -> None:
+    """As in vLLM, EOS ends the sample before stop strings are looked for."""
+    detokenizer = IncrementalDetokenizer(BYTES, stop=["b</s>", "</s>"])
+    detokenizer.push(b"ab")
+    assert detokenizer.finish(stop_token=BYTES.hf.eos_token_id) is None
+    assert detokenizer.text == "ab"
+
+
+def test_the_end_of_a_text_that_is_decoded_as_a_whole_is_read_once() -> None:
+    """Read twice, the stop string would stand where the text begins again."""
+    across = TOKENIZERS["across"]
+    a, b = across.hf.convert_tokens_to_ids(["a", "b"])
+    assert run(across, [a, b], stop=["ba"]) == (["", "", "ab"], None)
+
+
 # Mutants: each must break a promise that the checks above hold.
 
 

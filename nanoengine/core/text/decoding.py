@@ -64,6 +64,11 @@ class TokenTable:
         token: str | None = self.backend.id_to_token(token_id)
         return None if skip_special_tokens and token in self.special else token
 
+    def special_text(self, token_id: int) -> str | None:
+        """What a special token is written as; None for any other id."""
+        token = self.token(token_id, skip_special_tokens=False)
+        return token if token in self.special else None
+
     def text(self, token_id: int) -> str:
         """A token's text when it is not the first: with its leading space, U+FFFD for parts of a character."""
         if token_id < 0:

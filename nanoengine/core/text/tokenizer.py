@@ -187,6 +187,14 @@ class Tokenizer:
         """Decodes one new sequence token by token to exactly what `decode` gives."""
         return self._table.stream(skip_special_tokens)
 
+    def has_special(self, text: str) -> bool:
+        """Whether a special token is written out in it."""
+        return any(special and special in text for special in self._table.special)
+
+    def special_text(self, token_id: int) -> str | None:
+        """What a special token is written as; None for any other id."""
+        return self._table.special_text(token_id)
+
     def token_text(self, token_id: int) -> str:
         """A token's own text, its leading space included and specials shown; U+FFFD for parts of a character."""
         text = self._texts.get(token_id)

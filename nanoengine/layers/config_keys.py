@@ -117,8 +117,8 @@ def unread_keys(config: Recorded) -> list[str]:
             continue
         if name in REFUSED:
             raise ModelError(
-                f"config.json: {path} = {shown(value)} is not supported; "
+                f"config.json: {path:.100} = {shown(value)} is not supported; "
                 f"supported: {', '.join(['null', *map(shown, harmless)])}"
             )
-        found.append(f"{path} = {shown(value)}")
+        found.append(f"{path:.100} = {shown(value)}")
     return found

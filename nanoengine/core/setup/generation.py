@@ -64,7 +64,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twin = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twin!r} is there more than once")
+        raise ValueError(f"the key {twin[:100]!r} is there more than once")
     return found
 
 
@@ -143,7 +143,7 @@ class _Reading:
             if name in self.read or _is_harmless(name, value, max_model_len):
                 continue
             meaning = MEANING.get(name, "its meaning is not known")
-            lines.append(f"{self.path}: {name} = {reprlib.repr(value)} has no effect here: {meaning}")
+            lines.append(f"{self.path}: {name:.100} = {reprlib.repr(value)} has no effect here: {meaning}")
         return lines
 
     def _value(self, name: str, kind: Any) -> Any:
@@ -168,5 +168,5 @@ def _ids(value: Any, path: Path) -> list[int]:
         return []
     found = value if isinstance(value, list) else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in found):
-        raise ModelError(f"eos_token_id in {path} is {value!r}, not a token id or a list of them")
+        raise ModelError(f"eos_token_id in {path} is {reprlib.repr(value)}, not a token id or a list of them")
     return found

@@ -46,8 +46,6 @@ class Conversation:
         system = [{"role": "system", "content": self.system}] if self.system else []
         prompt = self.llm.chat_prompt([*system, *self.messages, asked])
         answer = self._answer(prompt, show, stopped)
-        if answer.output.error is not None:
-            raise answer.output.error
         self._count(answer.output)
         if answer.text or not answer.stopped:
             self.messages += [asked, {"role": "assistant", "content": answer.text}]
@@ -57,7 +55,7 @@ class Conversation:
         shown = ""
         with self.llm.stream(prompt, self.params) as stream:
             for output in stream:
-                text = output.outputs[0].text if output.outputs else shown
+                text = output.outputs[0].text
                 if len(text) > len(shown):
                     show(text[len(shown) :])
                     shown = text
@@ -65,14 +63,9 @@ class Conversation:
                     return Answer(shown, False, output)
                 if stopped():
                     stream.close()
-                    self._settle()
+                    self.llm.engine.settle()  # its blocks are free at once
                     return Answer(shown, True, output)
         raise AssertionError("a stream ends with a finished output")
-
-    def _settle(self) -> None:
-        """Lets the engine take the stopped request off its books, so that its blocks are free at once."""
-        while self.llm.engine.has_unfinished_requests():
-            self.llm.engine.advance()
 
     def _count(self, output: RequestOutput) -> None:
         self.answers += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, TypedDict
 
 from nanoengine.core.errors import ParamsError, RequestError, described, is_failure
 from nanoengine.core.field_types import is_unicode
@@ -13,6 +13,33 @@ from nanoengine.core.sampling_fields import INT64
 from nanoengine.core.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
+
+
+class ChatOptions(TypedDict, total=False):
+    """Keywords of `LLM.chat` and `LLM.chat_prompt` that go to the chat template.
+
+    Attributes:
+        add_generation_prompt: the answer's beginning is written (True, unless `continue_final_message`).
+        continue_final_message: the last message is gone on with, or that field of it.
+        tools, documents: the template's variables of these names.
+        chat_template: in place of the model's: text, or the name of one of several.
+        chat_template_kwargs: whatever other variables the template reads.
+        sanitize_control_tokens: control tokens that stand in what messages say are kept as text.
+    """
+
+    add_generation_prompt: bool | None
+    continue_final_message: bool | str
+    tools: Sequence[Any] | None
+    documents: Sequence[Any] | None
+    chat_template: str | None
+    chat_template_kwargs: Mapping[str, Any] | None
+    sanitize_control_tokens: bool
+
+
+def template_variables(options: ChatOptions) -> dict[str, Any]:
+    """What goes to the chat template."""
+    given: dict[str, Any] = dict(options)
+    return {**(given.pop("chat_template_kwargs", None) or {}), **given}
 
 
 def is_one(prompts: Any) -> bool:

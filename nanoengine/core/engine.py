@@ -212,6 +212,27 @@ class Engine:
                 raise
             self._outbox.deliver()
 
+    def settle(self) -> None:
+        """Carry out what was added and aborted, without a step, so that counters show it. Calls no client.
+
+        Nothing where the engine was closed, or where another thread makes a step: it will carry that out.
+        """
+        if self._is_fork or not self._lock.acquire(blocking=False):
+            return
+        try:
+            if not self._closed:
+                self._settle()
+        finally:
+            self._lock.release()
+
+    def _settle(self) -> None:
+        try:
+            self._drain_inbox()
+        except BaseException:
+            if self._booking:
+                self._start_over()
+            raise
+
     def _start_over(self) -> None:
         """After an interrupt in the middle of the books: a fresh scheduler. What ran fails; the engine lives on."""
         self._in_flight.clear()
@@ -228,6 +249,7 @@ class Engine:
     def alone(self) -> Iterator[None]:
         """Other threads make no step meanwhile, and wait to add requests. Raises `NanoEngineError` while some run."""
         with self._held(), self._gate:
+            self._settle()
             if self.has_unfinished_requests():
                 raise NanoEngineError("requests are running; finish or abort them first")
             yield

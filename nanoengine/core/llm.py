@@ -9,14 +9,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from nanoengine.core.arguments import Prompt, check_params, check_priority, is_one, one_each, one_name, split_prompt
+from nanoengine.core.arguments import (
+    ChatOptions,
+    Prompt,
+    check_params,
+    check_priority,
+    is_one,
+    one_each,
+    one_name,
+    split_prompt,
+    template_variables,
+)
 from nanoengine.core.assemble import assemble, find_model
 from nanoengine.core.build_engine import BuiltEngine, build_engine
 from nanoengine.core.errors import ModelError, ParamsError, RequestError, WorkerError
 from nanoengine.core.request import RequestOutput
 from nanoengine.core.sampling_params import SamplingParams
+from nanoengine.core.setup.keywords import check_options, names_keywords
 from nanoengine.core.setup.model_source import with_revision
 from nanoengine.core.setup.options import EngineOptions, engine_options
 from nanoengine.core.setup.plugins import discover
@@ -40,6 +51,7 @@ Message = Mapping[str, Any]
 _log = logging.getLogger("nanoengine")
 
 
+@names_keywords
 class LLM:
     """A model, ready to generate.
 
@@ -66,10 +78,11 @@ class LLM:
         plugins: Sequence[Any] = (),
         **options: Any,
     ) -> None:
-        clock, checked = StartClock(), engine_options(options)
-        registry = _discover(plugins)
+        clock, registry = StartClock(), _discover(plugins)
         clock.lap("plugins")
-        self._start(with_revision(str(model), revision), implementation, attention, checked, registry, None, clock)
+        check_options(LLM, options, registry)
+        model, checked = with_revision(str(model), revision), engine_options(options)
+        self._start(model, implementation, attention, checked, registry, None, clock)
 
     @classmethod
     def from_config(cls, path: str | Path, overrides: Sequence[str] = (), *, plugins: Sequence[Any] = ()) -> Self:
@@ -183,15 +196,12 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        **options: Any,
+        **options: Unpack[ChatOptions],
     ) -> list[RequestOutput]:
         """Generate the next message of one conversation, or of each of several.
 
-        `chat_template_kwargs` and `options` go to the template: add_generation_prompt (True by default),
-        continue_final_message, tools, chat_template, whatever it reads; but sanitize_control_tokens=True keeps control
-        tokens that stand in what they say as text. `sampling_params`: vLLM's name of `params`.
+        `options`: see `ChatOptions`. `sampling_params`: vLLM's name of `params`.
 
         Which roles there are is the template's matter, as in vLLM; a message that it passes over for a role that is not
         usual is refused, and so is content that is neither text nor text parts. A conversation that is refused comes
@@ -201,7 +211,7 @@ class LLM:
             raise ParamsError(f"messages must be a list of messages, or a list of such lists, not {messages!r}")
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = [messages] if one else messages
-        prompts = [self._render(c, {**(chat_template_kwargs or {}), **options}) for c in conversations]
+        prompts = [self._render(c, template_variables(options)) for c in conversations]
         return self._run(prompts, one_name(params, sampling_params), None, use_tqdm)
 
     def _render(self, messages: Any, options: Mapping[str, Any]) -> tuple[Any, str | None]:
@@ -212,19 +222,27 @@ class LLM:
         except RequestError as error:
             return error, None
 
-    def chat_prompt(self, messages: Sequence[Message], **chat_template_kwargs: Any) -> list[int]:
-        """Token ids of a conversation under the model's chat template.
+    def chat_prompt(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> list[int]:
+        """Token ids of a conversation under the model's chat template. `options`: see `ChatOptions`.
 
         Raises `TokenizerMissing`, or `RequestError("invalid_prompt")` for messages that the template refuses.
         """
-        return self._built.need_tokenizer().apply_chat_template(messages, **chat_template_kwargs)
+        return self._built.need_tokenizer().apply_chat_template(messages, **template_variables(options))
+
+    @property
+    def sampling_names(self) -> frozenset[str]:
+        """The fields of `SamplingParams` that are legal here: the engine's own, and those of its sampler stages."""
+        return self._built.resolver.names
 
     @property
     def has_chat_template(self) -> bool:
         return self._built.tokenizer is not None and self._built.tokenizer.has_chat_template
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int | None = None) -> Stream:
-        """Start a request; iterate over its cumulative outputs. Several may be open at once; closing one aborts it."""
+        """Start a request; iterate over its cumulative outputs. Several may be open at once; closing one aborts it.
+
+        A request that is refused or fails raises its `RequestError` there, behind the outputs that it had given.
+        """
         return Stream(self.engine, self._next_id(), prompt, check_params(params or self.default_params), priority)
 
     # -- inside ----------------------------------------------------------------------------------------------------
@@ -340,7 +358,8 @@ class LLM:
         return self._built.need_tokenizer().hf
 
     def stats(self) -> EngineStats:
-        """Counts since the start: see `EngineStats`."""
+        """Counts since the start: see `EngineStats`. What was aborted before does not run any more."""
+        self.engine.settle()
         return EngineStats(**self._built.counters())
 
     @property

@@ -173,6 +173,11 @@ class ParamsResolver:
         self._eos_ids = frozenset(i for i in eos_ids if 0 <= i < ctx.vocab_size)
         self._cache: dict[Hashable, ResolvedParams] = {}
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Every legal field of `SamplingParams`."""
+        return frozenset(self._legal)
+
     def resolve(self, params: SamplingParams) -> ResolvedParams:
         """Raises `ParamsError` naming the field, its value, the valid ones and the nearest legal name; `PluginError`
         where a stage whose field was given is broken."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -438,3 +439,188 @@ def test_wrong_options_are_named(tmp_path: Path) -> None:
         mock_llm(tmp_path, num_gpu_blocks_override=None, kv_cache_memory=10)
     with pytest.raises(NanoEngineError, match=r"mokc.*mock"):
         LLM(tmp_path / "mock", attention="mokc", load_format="dummy", plugins=[mock_model])
+
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda llm: llm.chat(HELLO, temperature=0),
+            r"LLM\.chat has no keyword 'temperature'; temperature is a field of SamplingParams: pass "
+            r"SamplingParams\(temperature=0\)$",
+        ),
+        (lambda llm: llm.generate([1], max_tokens=5), r"generate has no .* pass SamplingParams\(max_tokens=5\)"),
+        (lambda llm: llm.stream([1], top_p=0.5), r"stream has no .* pass SamplingParams\(top_p=0\.5\)"),
+        (lambda llm: llm.stream([1], stop=["a"]), r"pass SamplingParams\(stop=\.\.\.\)"),
+        (lambda llm: llm.stream([1], use_tqdm=False), r"use_tqdm is a keyword of LLM\.generate"),
+        (lambda llm: llm.chat_prompt(HELLO, use_tqdm=False), r"use_tqdm is a keyword of LLM\.generate"),
+        (lambda llm: llm.generate([1], tools=[]), r"tools is a keyword of LLM\.chat"),
+        (lambda llm: llm.generate([1], max_model_len=9), r"give it to LLM\(model, max_model_len=9\)"),
+        (lambda llm: llm.generate([1], revision="main"), r"give it to LLM\(model, revision='main'\)"),
+        (
+            lambda llm: llm.generate([1], temprature=0),
+            r"did you mean 'temperature'\? temperature is a field of SamplingParams: .* Valid: params, priority,",
+        ),
+        (lambda llm: llm.generate([1], use_tdqm=0), r"did you mean 'use_tqdm'\? Valid: params, priority, prompts,"),
+        (lambda llm: llm.generate([1], best_of=2), r"vLLM's best_of is not supported: ask for n samples"),
+        (lambda llm: llm.chat(HELLO, enable_thinking=False), r"a variable of the chat template goes into chat_t"),
+        (lambda llm: llm.hidden_states([1], temperature=0), r"hidden_states has no .* pass SamplingParams"),
+        (lambda llm: llm.tap([1], module="x"), r"tap has no .*; did you mean 'modules'\? Valid: modules,"),
+        (lambda llm: llm.observe(print, observe=print), r"observe has no keyword 'observe'"),
+        (lambda llm: llm.stats(reset=True), r"stats has no keyword 'reset'; .*Valid: \(none\)"),
+        (lambda llm: llm.close(wait=True), r"close has no keyword 'wait'"),
+        (lambda llm: llm.reset_prefix_cache(force=1), r"reset_prefix_cache has no keyword 'force'"),
+        (lambda llm: llm.get_tokenizer(fast=1), r"get_tokenizer has no keyword 'fast'"),
+        (lambda llm: LLM.from_config("a.yaml", seed=1), r"LLM\.from_config has no keyword 'seed'"),
+        (lambda llm: LLM.from_config("a.yaml", plugin=()), r"did you mean 'plugins'\? Valid: overrides, path, plugins"),
+    ],
+)  # fmt: skip
+def test_a_keyword_that_a_method_lacks_is_named_with_its_place(llm: LLM, call: Any, message: str) -> None:
+    with pytest.raises(ParamsError, match=message):
+        call(llm)
+    assert llm.stats().steps == 0
+    assert not llm.engine.has_unfinished_requests()
+
+
+def test_every_public_method_names_keywords_that_it_lacks(llm: LLM) -> None:
+    methods = [name for name, found in vars(LLM).items() if not name.startswith("_") and callable(getattr(llm, name))
+               and not isinstance(found, property)]  # fmt: skip
+    assert {"generate", "chat", "stream", "tap", "from_run_config"} < set(methods)
+    for name in methods:
+        with pytest.raises(ParamsError, match=f"^LLM.{name} has no keyword 'sparkle'; "):
+            getattr(llm, name)(sparkle=1)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"temperature": 0}, r"'temperature'; temperature is a field of SamplingParams: pass SamplingParams\(temp"),
+        ({"use_tqdm": False}, r"'use_tqdm'; use_tqdm is a keyword of LLM\.generate"),
+        ({"temprature": 0}, r"did you mean 'temperature'\? temperature is a field of SamplingParams"),
+        ({"atention": "torch"}, r"did you mean 'attention'\? Valid: "),
+        ({"max_num_seq": 1}, r"did you mean 'max_num_seqs'\? Valid: "),
+    ],
+)  # fmt: skip
+def test_an_option_that_the_engine_lacks_is_named_with_its_place(option: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LLM("no-such-model", **option)
+
+
+def test_stages_of_a_plugin_have_their_fields_named_too(tmp_path: Path) -> None:
+    from . import stages_plugin
+
+    with mock_llm(tmp_path, plugins=[stages_plugin]) as llm, pytest.raises(ParamsError, match="forbid_last is a field"):
+        llm.generate([1], forbid_last=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("others_step", [False, True])
+def test_a_failed_requests_stream_raises_behind_what_came(tmp_path: Path, others_step: bool) -> None:
+    from . import stages_plugin
+
+    params = SamplingParams(temperature=0, forbid_last=1, explode_at=5, max_tokens=9)
+    with mock_llm(tmp_path, plugins=[stages_plugin]) as llm, llm.stream([1, 2], params) as stream:
+        if others_step:  # all that came waits in the stream then
+            llm.generate([[3, 4]], SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)
+        lengths: list[int] = []
+        with pytest.raises(RequestError, match="exploded on the host") as raised:
+            lengths.extend(len(output.outputs[0].token_ids) for output in stream)
+        assert lengths == ([3] if others_step else [1, 2, 3])
+        assert raised.value.code == "stage_failed"
+        assert list(stream) == []
+        assert llm.stats().running == 0
+
+
+def test_a_refused_requests_stream_raises(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="the prompt is empty") as raised:
+        next(llm.stream([], GREEDY))
+    assert raised.value.code == "invalid_prompt"
+
+
+def test_after_closing_a_stream_nothing_runs(llm: LLM) -> None:
+    long = SamplingParams(temperature=0, max_tokens=400)
+    stream = llm.stream([1, 2, 3], long)
+    next(stream)
+    assert llm.stats().running == 1
+    stream.close()
+    stats = llm.stats()
+    assert (stats.running, stats.waiting) == (0, 0)
+    for _ in llm.stream([1, 2, 3], long):
+        break
+    gc.collect()
+    assert llm.stats().running == 0
+    with llm.stream([4], long), llm.stream([5], long) as kept:
+        next(kept)
+    assert (llm.stats().running, llm.stats().waiting) == (0, 0)
+    assert not llm.engine.has_unfinished_requests()
+    assert len(llm.hidden_states([[1, 2]])) == 1  # needs an engine without requests
+
+
+@pytest.mark.parametrize("where", ["launch", "sink"])
+def test_after_ctrl_c_nothing_runs(llm: LLM, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    long = SamplingParams(temperature=0, max_tokens=400)
+
+    def interrupt(*_: Any) -> Any:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    def generate() -> None:
+        llm.generate([[1], [2, 3]], long, use_tqdm=False)
+
+    for streams in (False, True):
+        stream = llm.stream([4, 5], long)
+        call: Any = partial(list, stream) if streams else generate
+        next(stream)
+        if where == "launch":
+            monkeypatch.setattr(llm.engine._executor, "launch", interrupt)
+        else:
+            monkeypatch.setattr(llm.engine._outbox, "deliver", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            call()
+        stream.close()
+        stats = llm.stats()
+        assert (stats.running, stats.waiting) == (0, 0)
+        assert len(llm.hidden_states([[1, 2]])) == 1
+        assert tokens_of(llm.generate([[1, 2]], GREEDY, use_tqdm=False)) == [greedy([1, 2], 6)]
+        stats = llm.stats()
+        assert stats.free_blocks == stats.num_blocks
+
+
+def test_ctrl_c_closes_the_stream_that_it_met(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = llm.stream([4, 5], SamplingParams(temperature=0, max_tokens=400))
+    next(stream)
+    other = llm.stream([6], GREEDY)
+
+    def interrupt(*_: Any) -> Any:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm.engine._outbox, "deliver", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(stream)
+    assert llm.stats().running + llm.stats().waiting == 1
+    assert list(stream) == []
+    assert list(other)[-1].outputs[0].token_ids == greedy([6], 6)
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "gone"), SystemExit(3), ValueError("closed")])
+def test_a_bar_that_cannot_be_written_costs_no_output(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    class Broken:
+        encoding = "utf-8"
+
+        def write(self, text: str) -> int:
+            raise error
+
+        def flush(self) -> None:
+            raise error
+
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stderr", Broken())
+    monkeypatch.setenv("TERM", "xterm")
+    assert tokens_of(llm.generate([[1, 2], [3]], GREEDY)) == [greedy([1, 2], 6), greedy([3], 6)]

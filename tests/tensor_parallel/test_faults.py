@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoengine import EngineClosed, WorkerError
+from nanoengine import EngineClosed, RequestError, WorkerError
 from nanoengine.core.errors import ModelError
 
 from . import faulty
@@ -58,7 +58,7 @@ def test_in_a_step(token: int, rank: int | None, cause: str, trace: str, tmp_pat
 
 
 def test_killed_mid_run_and_streams(tmp_path: Path) -> None:
-    """From outside, by signal 9. `step()` callers find the outputs on the error; streams end with theirs."""
+    """From outside, by signal 9. `step()` callers find the outputs on the error; streams raise theirs."""
     llm = faulty_llm(tmp_path)
     stream = llm.stream([5, 6], LONG)
     next(stream)
@@ -75,9 +75,9 @@ def test_killed_mid_run_and_streams(tmp_path: Path) -> None:
     (output,) = caught.value.outputs
     assert output.request_id == "mine"
     assert output.finished
-    last = list(stream)[-1]
-    assert last.error is not None
-    assert last.error.code == "worker_failed"
+    with pytest.raises(RequestError, match="rank 0 of 2 failed") as ended:
+        list(stream)
+    assert ended.value.code == "worker_failed"
     assert not llm.engine.has_unfinished_requests()
 
 

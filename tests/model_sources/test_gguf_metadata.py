@@ -202,6 +202,35 @@ def test_a_vocabulary_without_weights_is_called_so(tmp_path: Path) -> None:
         converted(tiny, tmp_path)
 
 
+def test_frequencies_of_a_family_that_does_not_read_them_are_unknown(tmp_path: Path) -> None:
+    tiny = changed("qwen3")
+    tiny.weights["rope_freqs.weight"] = (np.full(HEAD_SIZE // 2, 2.0, np.float32), Q.F32)
+    with pytest.raises(ModelSourceError, match=r"rope_freqs\.weight is unknown"):
+        converted(tiny, tmp_path)
+
+
+@pytest.mark.parametrize("factors", [np.zeros(16), np.full(16, np.nan), np.full(16, np.inf), np.full(16, 0.5),
+                                     np.full(3, 2.0), np.full(16, 2.0)])  # fmt: skip
+def test_frequencies_of_no_known_schedule_are_refused(factors: np.ndarray, tmp_path: Path) -> None:
+    tiny = changed()
+    tiny.weights["rope_freqs.weight"] = (factors.astype(np.float32), Q.F32)
+    with pytest.raises(ModelSourceError, match="not Llama 3's schedule"):
+        converted(tiny, tmp_path)
+
+
+def test_frequencies_divided_by_one_change_nothing(tmp_path: Path) -> None:
+    tiny = changed(rope__scaling__factor=4.0)
+    tiny.weights["rope_freqs.weight"] = (np.ones(HEAD_SIZE // 2, np.float32), Q.F32)
+    assert converted(tiny, tmp_path)[0]["rope_parameters"] == LINEAR
+
+
+def test_frequencies_and_linear_scaling_together_are_refused(tmp_path: Path) -> None:
+    tiny = changed(rope__scaling__factor=4.0)
+    tiny.weights["rope_freqs.weight"] = (np.full(HEAD_SIZE // 2, 2.0, np.float32), Q.F32)
+    with pytest.raises(ModelSourceError, match=r"both rope_freqs\.weight and rope scaling 'linear' by 4\.0"):
+        converted(tiny, tmp_path)
+
+
 def test_output_weight_is_the_head_also_of_families_that_tie(tmp_path: Path) -> None:
     tiny = changed("gemma3")
     head = np.random.default_rng(1).normal(0, 0.3, (len(tokens()), HIDDEN)).astype(np.float32)

@@ -82,13 +82,15 @@ def other_head(held: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize(("make", "fields"), TIED)
 def test_a_tied_config_uses_the_head_of_the_file_if_it_is_another_one(
-    make: Any, fields: dict[str, Any], tmp_path: Path
+    make: Any, fields: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = make(tmp_path, **fields)
     tied = log_probs(path)
+    assert not caplog.records
     held = rewrite(path, other_head)
     built, report = load(path)
     assert report.untied == (HEAD,)
+    assert f"the config ties {HEAD}, but {path} has values of its own for it" in caplog.text
     assert torch.equal(parameter(built, HEAD), held[HEAD])
     assert torch.equal(parameter(built, EMBEDDING), held[EMBEDDING])
     got = log_probs(path)

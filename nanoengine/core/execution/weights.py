@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,8 @@ from nanoengine.core.execution.parallel import TensorParallelGroup
 from nanoengine.core.execution.upload import Uploads
 from nanoengine.core.setup.checkpoint import INDEX_FILE, Checkpoint, find_checkpoint, some
 from nanoengine.layers.sharding import Shard, WeightLayer, weight_layers
+
+_log = logging.getLogger(__name__)
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 _COMPARED = 1 << 22  # elements of two tensors compared at a time
@@ -99,6 +102,8 @@ def load_weights(model: Model, config: ModelConfig, path: str | Path, tp: Tensor
     problems.missing += targets.keys() - filled
     problems.raise_if_any(checkpoint.path, tp)
     untied = tuple(sorted(rules.ties.keys() - ties.keys() - set(ties.values())))
+    if untied and tp.rank == 0:
+        _log.warning("the config ties %s, but %s has values of its own for it, which are used", some(untied), path)
     return LoadReport(len(filled), tuple(skipped), num_bytes, time.perf_counter() - began, untied)
 
 

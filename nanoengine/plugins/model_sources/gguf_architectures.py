@@ -69,6 +69,7 @@ class Architecture:
         qk_norm: q and k have norms per head. post_norms: attention and MLP have norms behind them, too.
         unit_offset: norm weights are stored whole, where checkpoints hold them less one.
         biases: which attention projections have one. optional_biases: there may be none.
+        frequencies: its rotation is divided by rope_freqs.weight, if there is one.
         keys: known below "<architecture>.", beyond those of all.
     """
 
@@ -81,12 +82,14 @@ class Architecture:
     unit_offset: bool = False
     biases: tuple[str, ...] = ()
     optional_biases: bool = False
+    frequencies: bool = False
     keys: frozenset[str] = frozenset()
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture(
-        "LlamaForCausalLM", "llama", interleaved=True, biases=("q", "k", "v", "output"), optional_biases=True
+        "LlamaForCausalLM", "llama", interleaved=True, biases=("q", "k", "v", "output"), optional_biases=True,
+        frequencies=True,
     ),
     "qwen2": Architecture("Qwen2ForCausalLM", "qwen2", details=_qwen2, biases=("q", "k", "v")),
     "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", qk_norm=True),

@@ -60,7 +60,7 @@ def convert(source: Path, folder: Path, say: Callable[[str], None]) -> None:
     meta, tensors = Metadata(source.name, header.values), dict(header.tensors)
     name, arch = read_architecture(meta)
     _check_types(meta, tensors.values())
-    factors = tensors.pop("rope_freqs.weight", None)
+    factors = tensors.pop("rope_freqs.weight", None) if arch.frequencies else None
     shape = read_shape(meta, name)
     if shape.layers > len(tensors):
         raise meta.error(f"{name}.block_count is {shape.layers}, but it holds {len(tensors) or 'no'} tensors")

@@ -12,7 +12,7 @@ from torch import nn
 
 from nanoengine.core.assemble import Assembly
 from nanoengine.core.engine import Engine, EngineLimits
-from nanoengine.core.errors import NanoEngineError, TokenizerMissing
+from nanoengine.core.errors import NanoEngineError, ParamsError, RequestError, TokenizerMissing
 from nanoengine.core.execution.executor import Executor, InProcessExecutor
 from nanoengine.core.execution.memory import MemoryReport
 from nanoengine.core.execution.shortage import forget_locals
@@ -36,7 +36,11 @@ class _ParamsContext:
     tokenizer: Tokenizer | None
 
     def encode(self, text: str) -> list[int]:
-        return _need(self.tokenizer).encode(text, add_special_tokens=False)
+        try:
+            return _need(self.tokenizer).encode(text, add_special_tokens=False)
+        except RequestError as error:
+            shown = text if len(text) < 50 else f"{text[:40]}..."
+            raise ParamsError(f"{shown!r} in the parameters has no tokens: {error}") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

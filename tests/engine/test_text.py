@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import decoders
 
-from nanoengine import LLM, SamplingParams
+from nanoengine import LLM, ParamsError, SamplingParams
 from nanoengine.core.request import Status
 from nanoengine.core.scheduling.scheduler import Scheduler
 
@@ -258,8 +259,28 @@ def test_a_prompt_far_too_long_is_refused_before_it_is_tokenized(tmp_path: Path)
         long, good = llm.generate(["A0" * 10**4, "A0B1"], params, use_tqdm=False)
     assert long.error is not None
     assert long.error.code == "too_long"
-    assert "no text of more than 512 can be within 64 tokens" in str(long.error)
+    assert "none of more than 512 can be within 64 tokens" in str(long.error)
     assert tokens_of([good]) == [greedy(ids_of("A0B1"), 5)]
+
+
+def test_a_text_on_which_the_tokenizer_panics_fails_alone(tmp_path: Path) -> None:
+    """`Strip` of two at the end of a token of one: the Rust library panics, which is no `Exception`."""
+    panics = decoders.Sequence([decoders.Strip("F", 0, 2), decoders.Fuse()])
+    params = [SamplingParams(temperature=0, max_tokens=4, allowed_token_ids=[i]) for i in (11, 5, 12)]
+    with text_llm(tmp_path, decoder=panics) as llm:
+        outputs = llm.generate([[1], [2], [3]], params, use_tqdm=False)
+        again = llm.generate([[1]], params[0], use_tqdm=False)
+    assert outputs[1].error is not None
+    assert outputs[1].error.code == "text_failed"
+    assert "PanicException" in str(outputs[1].error)
+    assert [output.outputs[0].text for output in (outputs[0], outputs[2], *again)] == ["1111", "2222", "1111"]
+
+
+def test_words_that_the_tokenizer_refuses_are_an_error_of_the_parameters(tmp_path: Path) -> None:
+    with text_llm(tmp_path, max_model_len=64) as llm:
+        for fields in ({"bad_words": ["A" * 10**4]}, {"stop": "A" * 10**4}):
+            with pytest.raises(ParamsError, match=r"'A+\.\.\.' in the parameters has no tokens: the text has 10000"):
+                llm.generate([[1]], SamplingParams(**fields), use_tqdm=False)
 
 
 # -- what masks tokens ------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from text_zoo import TOKENIZERS, byte_alphabet, byte_level, wrap
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers, processors
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from nanoengine.core.errors import ModelError, RequestError
 from nanoengine.core.text import Tokenizer, load_tokenizer
@@ -163,6 +163,48 @@ def test_prompts_that_are_no_text_are_refused(prompt: Any) -> None:
     with pytest.raises(RequestError) as caught:
         TOKENIZERS["byte_level"].encode(prompt)
     assert caught.value.code == "invalid_prompt"
+
+
+class _Panics:
+    """A tokenizer's backend whose every call ends in a panic of Rust's."""
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            decoders.Strip("a", 0, 2).decode(["a"])
+
+        return call
+
+
+def test_a_panic_is_that_text_s_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = wrap(byte_level(), chat_template=CHATML)
+    monkeypatch.setattr(tokenizer, "_backend", _Panics())
+    for call in (lambda: tokenizer.encode("a"), lambda: tokenizer.apply_chat_template(HELLO)):
+        with pytest.raises(RequestError, match="the tokenizer failed on the text: PanicException") as caught:
+            call()
+        assert caught.value.code == "invalid_prompt"
+    tokenizer.close()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, GeneratorExit])
+def test_an_interrupt_is_no_tokenizer_s_failure(monkeypatch: pytest.MonkeyPatch, error: type[BaseException]) -> None:
+    class Interrupted:
+        def encode(self, *args: Any, **options: Any) -> Any:
+            raise error
+
+    tokenizer = wrap(byte_level())
+    monkeypatch.setattr(tokenizer, "_backend", Interrupted())
+    with pytest.raises(error):
+        tokenizer.encode("a")
+
+
+def test_a_text_longer_than_any_prompt_is_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer(wrap(byte_level())._hf, max_tokens=4)
+    most = 4 * max(map(len, tokenizer.hf.get_vocab()))
+    assert tokenizer.encode("a" * most)
+    monkeypatch.setattr(tokenizer, "_backend", _Panics())
+    with pytest.raises(RequestError, match=f"{most + 1} characters, and none of more than {most} ") as caught:
+        tokenizer.encode("a" * (most + 1))
+    assert caught.value.code == "too_long"
 
 
 # Chat templates

@@ -86,7 +86,8 @@ def prepare(hf: Any, processes: TemplateProcesses, messages: Any, options: Mappi
 
 def _chat(hf: Any, processes: TemplateProcesses, messages: list[dict[str, Any]], options: dict[str, Any]) -> Chat:
     continued = options.pop("continue_final_message", False)
-    begun = options.pop("add_generation_prompt", not continued)
+    begun = options.pop("add_generation_prompt", None)
+    begun = not continued if begun is None else bool(begun)
     if continued and begun:
         raise invalid("continue_final_message and add_generation_prompt exclude each other: give one of them")
     template, tools = options.pop("chat_template", None), check_tools(options.pop("tools", None))

@@ -20,6 +20,8 @@ from typing import Any, Protocol
 
 from tokenizers import Tokenizer as Backend
 
+from nanoengine.core.errors import is_failure
+
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -100,7 +102,12 @@ class TokenTable:
             token = self.token(token_id, skip_special_tokens=True)
             if token is None or is_byte_token(token):
                 continue
-            text = self.decode([token_id])
+            try:
+                text = self.decode([token_id])
+            except BaseException as error:  # a token that panics is one request's failure, where it is drawn
+                if not is_failure(error):
+                    raise
+                continue
             if text.strip() and REPLACEMENT not in text:
                 return token_id
         return None

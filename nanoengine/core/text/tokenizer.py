@@ -169,7 +169,7 @@ class Tokenizer:
             if len(text) > most:
                 raise RequestError(
                     "too_long",
-                    f"the prompt has {len(text)} characters, and no text of more than {most} can be within "
+                    f"the text has {len(text)} characters, and none of more than {most} can be within "
                     f"{self._max_tokens} tokens (max_model_len): the longest token has {self._longest_token}",
                 )
 
@@ -271,4 +271,4 @@ def _failures() -> Iterator[None]:
     except BaseException as error:
         if not is_failure(error):
             raise
-        raise RequestError("invalid_prompt", f"the tokenizer failed on the prompt: {described(error)}") from error
+        raise RequestError("invalid_prompt", f"the tokenizer failed on the text: {described(error)}") from error

@@ -30,7 +30,7 @@ from nanoengine.core.in_flight import InFlight, step_failure, wait_out
 from nanoengine.core.observe import Observer, StepWatch, Watch
 from nanoengine.core.outbox import Outbox, Sink
 from nanoengine.core.output import OutputProcessor, RequestState
-from nanoengine.core.request import RequestOutput
+from nanoengine.core.request import RequestOutput, int32_bytes
 from nanoengine.core.sampling_params import ParamsResolver, SamplingParams
 from nanoengine.core.scheduling.scheduler import ScheduledStep, Scheduler, Update
 
@@ -127,6 +127,8 @@ class Engine:
             final_only=final_only,
             sink=sink,
         )
+        if error is None:
+            self._hash(state)
         with self._gate, self._ids:
             if request_id in self._known:
                 raise RequestError("duplicate_id", f"request {request_id!r} is still running; give another id")
@@ -327,6 +329,12 @@ class Engine:
             if isinstance(error, NanoEngineError) or not is_failure(error):
                 raise
             return RequestError("invalid_prompt", f"the tokenizer raised {described(error)}")
+
+    def _hash(self, state: RequestState) -> None:
+        """What the prefix index will look for, made here by the caller's thread: of a long prompt it takes a while."""
+        if len(state.prompt_token_ids) < self.scheduler.config.max_model_len:
+            state.prompt_bytes = int32_bytes(state.prompt_token_ids)
+            state.block_hashes = self.scheduler.blocks.hashes_of(state.prompt_bytes, state.cache_key)
 
     def _drain_inbox(self) -> None:
         """What an entry raises fails its request alone."""

@@ -89,6 +89,8 @@ class RequestState:
     new_detokenizer: Callable[[], IncrementalDetokenizer | None]
     samples: list[SampleState] = field(default_factory=list)
     prompt_logprobs: tuple[Logprobs | None, ...] | None = None
+    prompt_bytes: bytes = b""  # as in `Request`, and so block_hashes: made once, by the thread that adds the request
+    block_hashes: Sequence[bytes] = ()
     first_scheduled: float | None = None
     first_token: float | None = None
     finished: float | None = None
@@ -108,9 +110,15 @@ class RequestState:
                 sample_index=index,
                 arrival=ordinal,
                 priority=priority,
-                cache_key=(params.cache_salt or "").encode(),
+                cache_key=self.cache_key,
+                prompt_bytes=self.prompt_bytes,
+                block_hashes=[*self.block_hashes],
                 quiet=self.final_only and not params.stop,
             )
+
+    @property
+    def cache_key(self) -> bytes:
+        return (self.params.cache_salt or "").encode()
 
     def add_sample(self, request: Request) -> None:
         wants = self.params.logprobs is not None

@@ -13,6 +13,7 @@ from nanoengine.core.errors import RequestError
 
 if TYPE_CHECKING:
     from nanoengine.core.sampling_params import ResolvedParams
+    from nanoengine.core.scheduling.block_pool import Run
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -106,6 +107,10 @@ class RequestOutput:
     error: RequestError | None = None
 
 
+def int32_bytes(token_ids: Sequence[int]) -> bytes:
+    return array("i", token_ids).tobytes()
+
+
 class Status(Enum):
     WAITING = "waiting"  # never ran, or preempted: it has no slot and no blocks
     RUNNING = "running"  # owns a slot and blocks
@@ -148,7 +153,7 @@ class Request:
     min_len: int = field(init=False)  # tokens before which no stop token counts; 0 without min_tokens
     stop_set: frozenset[int] = field(init=False)
     host_tokens: bool = field(init=False)
-    prompt_bytes: bytes = field(init=False)  # int32, native order: what the prefix index hashes and compares
+    prompt_bytes: bytes = b""  # int32, native order: what the prefix index hashes and compares; made where not given
 
     # The scheduler's.
     order: int = 0  # of add(): breaks ties of `arrival`
@@ -163,13 +168,14 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)  # hash chain of full blocks, grown as tokens come
     publish_at: int = sys.maxsize  # computed tokens at which its next block is full and may be published
     chain: list[int | bytes] = field(default_factory=list)  # [group] identity of the last published block
+    found: list[Run] = field(default_factory=list)  # [group] the prefix hits that were found while it waits
 
     def __post_init__(self) -> None:
         self.prompt_len = self.num_tokens = len(self.prompt_token_ids)
         self.min_len = self.prompt_len + self.params.min_tokens if self.params.min_tokens else 0
         self.stop_set = self.params.stop_set
         self.host_tokens = self.params.host_tokens
-        self.prompt_bytes = array("i", self.prompt_token_ids).tobytes()
+        self.prompt_bytes = self.prompt_bytes or int32_bytes(self.prompt_token_ids)
 
     @property
     def token_ids(self) -> list[int]:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nanoengine import LLM, RequestOutput, SamplingParams
 from nanoengine.core import output
 from nanoengine.core.errors import ParamsError, RequestError
+from nanoengine.core.execution.executor import InProcessExecutor
 from nanoengine.core.scheduling import scheduler
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.scheduler import Scheduler
@@ -321,3 +323,71 @@ def beside_error(llm: LLM, prompt: list[int]) -> RequestError:
     (out,) = llm.generate(prompt, GREEDY, use_tqdm=False)
     assert out.error is not None
     return out.error
+
+
+LONG = [1 + i % 7 for i in range(21)]  # five blocks, and one token more
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("code", ["bad_logits", "step_failed"])
+@pytest.mark.parametrize("at", [0, 7])
+def test_a_prompt_that_failed_once_is_right_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, overlap: bool, at: int
+) -> None:
+    """Nothing of it stays in the prefix index, as nothing says which of its blocks are bad: here all, for good."""
+    originals = MockModel.forward, MockModel.compute_logits
+    llm = mock_llm(tmp_path, overlap=overlap)
+    seen: list[int] = []
+
+    def compute_logits(self: MockModel, hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(len(hidden))
+        logits = originals[1](self, hidden)
+        if len(seen) == at + 1:
+            for cache in caches(llm):
+                cache.fill_(0)  # what it wrote, and what it read
+            if code == "step_failed":
+                raise RuntimeError("once")
+            logits.fill_(float("nan"))
+        return logits
+
+    with llm:
+        monkeypatch.setattr(MockModel, "compute_logits", compute_logits)
+        first, second, third = (llm.generate(LONG, GREEDY, use_tqdm=False)[0] for _ in range(3))
+    assert first.error is not None
+    assert first.error.code == code
+    assert tokens_of([second, third]) == [greedy(LONG, 12)] * 2
+    assert second.num_cached_tokens == 0
+    assert third.num_cached_tokens == 20
+
+
+def test_what_it_had_read_of_another_request_is_forgotten_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one published bad blocks, and ended before anything showed it."""
+    llm = mock_llm(tmp_path)
+    original = MockModel.compute_logits
+    bad = [True]
+
+    def compute_logits(self: MockModel, hidden: torch.Tensor) -> torch.Tensor:
+        logits = original(self, hidden)
+        return logits.fill_(float("nan")) if bad[0] else logits
+
+    with llm:
+        wanted = llm.generate(LONG, GREEDY.replace(max_tokens=1), use_tqdm=False)
+        assert tokens_of(wanted) == [greedy(LONG, 1)]
+        for cache in caches(llm):
+            cache.fill_(0)
+        monkeypatch.setattr(MockModel, "compute_logits", compute_logits)
+        other = [*LONG[:20], 9, 9]
+        (failed,) = llm.generate(other, GREEDY, use_tqdm=False)
+        assert failed.num_cached_tokens == 20
+        assert failed.error is not None
+        bad[0] = False
+        found = llm.generate([LONG, other], GREEDY, use_tqdm=False)
+    assert tokens_of(found) == [greedy(LONG, 12), greedy(other, 12)]
+    assert found[0].num_cached_tokens == 0
+
+
+def caches(llm: LLM) -> list[torch.Tensor]:
+    """The KV of the mock backend."""
+    executor = llm._built.executor
+    assert isinstance(executor, InProcessExecutor)
+    return [backend.cache for backend in executor.running().backends]  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.messages import ScheduledStep, SchedulerConfig, Update
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.core.setup.specs import ColumnSpec, StageParams
-from nanoengine.core.step import StepPlan
+from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, StepPlan
 from nanoengine.testing.mock_runner import MockRunner, expected_tokens, fake_logprob
 
 VOCAB = 97
@@ -88,6 +88,7 @@ class Loop:
         )
         extra = {} if hash_fn is None else {"hash_fn": hash_fn}
         self.blocks = blocks(groups, num_blocks + 1, block_size, caching, **extra)
+        self.strong, self.checks, self.pools = hash_fn is None, True, self.blocks._pools
         self.scheduler = scheduler(self.config, self.blocks)
         self.runner = MockRunner(
             groups=groups,
@@ -104,6 +105,7 @@ class Loop:
         self.requests: list[Request] = []
         self.ended: dict[Request, Update] = {}
         self.failed: list[Request] = []
+        self.bad: list[Request] = []
         self.tokens: dict[Request, list[int]] = {}
         self.prompt_positions: dict[Request, list[int]] = {}
         self.idle = 0
@@ -150,10 +152,33 @@ class Loop:
 
     def commit(self) -> list[Update]:
         step, result = self.in_flight.popleft(), self.runner.wait()
+        rows = zip(step.rows, result.failed.tolist(), strict=True)
+        bad = [r for (r, _), failed in rows if failed == ROW_BAD_LOGITS and r.status is not Status.FINISHED]
+        spoiled = [self.spoil_kv(request) for request in bad]
         updates = self.scheduler.commit(step, result)
         self.scheduler.check()
+        self.bad += bad
+        for pool, blocks in ((pool, blocks[group]) for blocks in spoiled for group, pool in enumerate(self.pools)):
+            assert not self.checks or not pool.uids[blocks].any(), "the index holds blocks of a failed request"
         self.book(updates)
         return updates
+
+    def cached(self, request: Request) -> int:
+        """Blocks that another request with these known tokens, and one more, would hit."""
+        return len(self.blocks.match(replace_tokens(request, [*request.token_ids, 0]))[0])
+
+    def spoil_kv(self, request: Request) -> list[list[int]]:
+        """The KV of what no other request owns of this one's blocks, and of what the index has of it, is garbage.
+
+        Returns all of its blocks by group, those that others own too.
+        """
+        self.scheduler._steady.leave_all()
+        runs = self.blocks.match(replace_tokens(request, [*request.token_ids, 0]))
+        tables = request.block_ids or [[] for _ in runs]
+        for group, (pool, run, own) in enumerate(zip(self.pools, runs, tables, strict=True)):
+            mine = [b for b in own if pool.refs[b] == 1] + [b for b in run.tolist() if not pool.refs[b]]
+            self.runner.kv[group, mine] = 12345
+        return [own + run.tolist() for own, run in zip(tables, runs, strict=True)]
 
     def step(self) -> None:
         """As the engine's: launch up to the depth, then take the oldest result. Must get somewhere."""
@@ -211,6 +236,23 @@ class Loop:
         assert not self.scheduler.waiting
         for request in self.requests:
             self.verify(request)
+        if self.blocks.enable_prefix_caching and self.strong and self.checks:
+            for request in self.requests[:4]:
+                self.verify_publishing(request)
+
+    def verify_publishing(self, request: Request) -> None:
+        """Whatever came and went before, a prompt that is computed now is found afterwards, as far as it is whole."""
+        again = replace_tokens(request, request.prompt_token_ids)
+        if again.prompt_len > self.blocks.num_blocks * self.blocks.block_size:
+            return
+        assert self.blocks.claim(again, self.blocks.no_hits(), again.prompt_len)
+        assert self.blocks.grow(again, again.prompt_len)
+        again.num_computed = again.prompt_len
+        self.blocks.publish(again, again.prompt_len)
+        self.blocks.check([again])
+        self.blocks.release(again)
+        whole = again.prompt_len // self.blocks.block_size
+        assert self.cached(again) == whole, "what was computed is not found"
 
     def verify(self, request: Request) -> None:
         got, want = self.tokens[request], truth(request, self.config.max_model_len)
@@ -235,6 +277,13 @@ class BreakingLoop(Loop):
     def __init__(self, at_launch: bool, **kwargs):
         super().__init__(**kwargs)
         self.at_launch, self.poisoned, self.broken = at_launch, {}, []
+        self.bad_row: int | None = None  # of the next step: it gets bad logits, if it draws a token
+        self.runner.fail_row = self.fail_row
+
+    def fail_row(self, plan: StepPlan, row: int) -> int:
+        bad = self.bad_row is not None and row == self.bad_row % plan.num_rows
+        self.bad_row = None if bad else self.bad_row
+        return ROW_BAD_LOGITS if bad else ROW_FINE
 
     def poison(self, request, from_token: int = 0):
         self.poisoned[request] = from_token
@@ -273,6 +322,20 @@ class BreakingLoop(Loop):
         return super().commit()
 
 
+def replace_tokens(request: Request, tokens: Sequence[int]) -> Request:
+    """Another request with these prompt tokens, and the same cache key."""
+    return Request(
+        id="other",
+        parent="other",
+        prompt_token_ids=list(tokens),
+        params=ResolvedParams(),
+        seed=0,
+        sample_index=0,
+        arrival=0,
+        cache_key=request.cache_key,
+    )
+
+
 def truth(request: Request, max_model_len: int) -> list[int]:
     params = request.params
     shift = sum(stage.params.shift for stage in params.stages if isinstance(stage.params, ShiftParams))
@@ -302,7 +365,8 @@ Op = tuple[str, Any]
 
 
 def run_ops(loop: BreakingLoop, ops: Iterable[Op]) -> None:
-    """("add", prompt and its keywords), ("abort", index), ("step" | "launch" | "break", None); then to the end."""
+    """("add", prompt and its keywords), ("abort", index), ("bad", row of the next step), ("step" | "launch" | "break",
+    None); then to the end."""
     for name, value in ops:
         if name == "add":
             with suppress(RequestError):
@@ -312,6 +376,8 @@ def run_ops(loop: BreakingLoop, ops: Iterable[Op]) -> None:
                 loop.abort(loop.requests[value % len(loop.requests)])
         elif name == "step":
             loop.step()
+        elif name == "bad":
+            loop.bad_row = value
         elif name == "launch":
             if len(loop.in_flight) < (2 if loop.overlap else 1):
                 loop.launch()
@@ -323,7 +389,8 @@ def run_ops(loop: BreakingLoop, ops: Iterable[Op]) -> None:
 def random_ops(rng: random.Random, count: int, *, host: bool = True, breaks: bool = True) -> list[Op]:
     ops: list[Op] = []
     for _ in range(count):
-        kind = rng.choices(["add", "step", "launch", "abort", "break"], [5, 8, 3, 0.5, 0.4 * breaks])[0]
+        kinds = ["add", "step", "launch", "abort", "break", "bad"]
+        kind = rng.choices(kinds, [5, 8, 3, 0.5, 0.6 * breaks, 0.5 * breaks])[0]
         ops.append((kind, random_request(rng, host) if kind == "add" else rng.randrange(100)))
     return ops
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any
 
+import numpy as np
 import pytest
 from sched_harness import BreakingLoop, random_ops, run_ops
 
 from nanoengine.core.request import Status
 from nanoengine.core.scheduling import plan_builder, scheduler
 from nanoengine.core.scheduling.block_manager import BlockManager
-from nanoengine.core.scheduling.block_pool import Pool
+from nanoengine.core.scheduling.block_pool import Pool, Run
 from nanoengine.core.scheduling.draft import Draft
 from nanoengine.core.scheduling.scheduler import Scheduler
 
@@ -30,6 +32,7 @@ def runs(seeds: range, check: bool = True, **options: Any) -> None:
         )
         if not check:
             loop.scheduler.check = lambda: None  # type: ignore[method-assign]
+            loop.checks = False
         run_ops(loop, random_ops(rng, 40))
 
 
@@ -136,6 +139,30 @@ def published_before_written(patch: pytest.MonkeyPatch) -> None:
 
 def not_withdrawn(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BlockManager, "withdraw", lambda self, published: None)
+
+
+def failed_rows_stay_in_the_index(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(BlockManager, "bar", lambda self, request: None)
+
+
+def only_the_own_blocks_of_a_failed_row_are_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """Not those that it, or a request before it, published and let go of."""
+
+    def broken(blocks, request):
+        for pool, table in zip(blocks._pools, request.block_ids, strict=False):
+            for block in table:
+                pool.bar(block)
+
+    patch.setattr(BlockManager, "bar", broken)
+
+
+def orphans_keep_their_place(patch: pytest.MonkeyPatch) -> None:
+    """An entry whose predecessor is gone still keeps another one out."""
+    patch.setattr(Pool, "reaches", lambda pool, parent: True)
+
+
+def found_blocks_are_not_looked_at_again(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Pool, "still_there", lambda pool, run: run)
 
 
 def token_of_a_victim_lost(patch: pytest.MonkeyPatch) -> None:
@@ -287,6 +314,10 @@ MUTANTS: list[Patch] = [
     dead_row_kept,
     published_before_written,
     not_withdrawn,
+    failed_rows_stay_in_the_index,
+    only_the_own_blocks_of_a_failed_row_are_forgotten,
+    orphans_keep_their_place,
+    found_blocks_are_not_looked_at_again,
     token_of_a_victim_lost,
     flight_forgotten,
     outputs_not_sent_again,
@@ -319,11 +350,16 @@ def test_mutants_are_caught(mutant, monkeypatch):
 def test_tokens_alone_catch_wrong_blocks(mutant, monkeypatch):
     """Without the invariants' help: the mock's tokens tell."""
     mutant(monkeypatch)
-    with pytest.raises(AssertionError, match=r"wrong tokens|two rows write one KV slot"):
+    with pytest.raises(AssertionError, match=r"wrong tokens|two rows write one KV slot|is not published"):
         runs(range(60), check=False)
 
 
 def test_unverified_index_gives_wrong_tokens(monkeypatch):
+    def follow(pool, keys, parent, tokens):
+        blocks = np.array([pool.index[key] for key in takewhile(pool.index.__contains__, keys)], dtype=np.int64)
+        return Run(blocks, pool.uids[blocks])
+
     monkeypatch.setattr(Pool, "find", lambda pool, key, parent, tokens: pool.index.get(key))
+    monkeypatch.setattr(Pool, "follow", follow)
     with pytest.raises(AssertionError, match="wrong tokens"):
         runs(SEEDS, check=False, hash_fn=lambda data: b"same")

@@ -48,6 +48,7 @@ operations = st.lists(
         st.tuples(st.sampled_from(["step", "step", "launch"]), st.none()),
         st.tuples(st.just("abort"), st.integers(0, 20)),
         st.tuples(st.just("break"), st.none()),
+        st.tuples(st.just("bad"), st.integers(0, 5)),
     ),
     max_size=40,
 )
@@ -63,7 +64,7 @@ def test_crowded_runs_do_what_they_claim():
     """The same on longer random runs in small pools; and what shall be shown did happen."""
     totals: dict[str, int] = {}
     ends: set[str | None] = set()
-    broken = 0
+    broken = bad = 0
     for seed in range(30):
         rng = random.Random(seed)
         loop = BreakingLoop(
@@ -83,10 +84,12 @@ def test_crowded_runs_do_what_they_claim():
             ends |= {end.finish_reason, end.stop_reason if isinstance(end.stop_reason, str) else None}
             ends.add(end.error and end.error.code)
         broken += len(loop.broken)
+        bad += len(loop.bad)
     never = {"steps_split"} | {name for name in totals if "graph" in name}  # the mock has none of it
     assert all(value for name, value in totals.items() if name not in never), totals
     assert ends >= {"stop", "length", "kv_cache_full", "stage_failed"}
     assert broken > 5
+    assert bad > 5
 
 
 @pytest.mark.parametrize("seed", range(6))

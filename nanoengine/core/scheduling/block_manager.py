@@ -12,13 +12,16 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from typing import NamedTuple
 
+import numpy as np
 import xxhash
 
 from nanoengine.core.errors import ConfigError
 from nanoengine.core.request import Request
-from nanoengine.core.scheduling.block_pool import Entry, Pool
+from nanoengine.core.scheduling.block_pool import NO_RUN, Entry, Pool, Run
+from nanoengine.core.step import Int64
 
-Hits = list[list[int]]  # [group][block], all groups of one length
+Hits = list[Int64]  # [group][block], all groups of one length
+_TOKEN_BYTES = array("i").itemsize
 
 
 class Published(NamedTuple):
@@ -72,7 +75,7 @@ class BlockManager:
         self.enable_prefix_caching = enable_prefix_caching
         self._hash = hash_fn
         self._pools = [Pool(num_blocks) for _ in range(groups)]
-        self._uids = count()
+        self._uids = count(1)
 
     @property
     def free_blocks(self) -> int:
@@ -93,37 +96,52 @@ class BlockManager:
         """The longest run of published blocks that begins the request's known tokens; never all of its tokens.
 
         At least one token must be computed, for its logits, and blocks are shared whole: (num_tokens - 1) //
-        block_size blocks at most. Takes nothing.
+        block_size blocks at most. Takes nothing. The request keeps what was found: as long as it waits, only what
+        came or went since is looked at.
         """
+        return self._runs(request, (request.num_tokens - 1) // self.block_size)
+
+    def _runs(self, request: Request, limit: int) -> Hits:
         if not self.enable_prefix_caching:
             return self.no_hits()
         self._hash_blocks(request, request.num_tokens // self.block_size)
-        limit = (request.num_tokens - 1) // self.block_size
-        hits: Hits = []
-        for pool in self._pools:
-            run: list[int] = []
-            parent: int | bytes = request.cache_key
-            for i in range(limit):
-                block = pool.find(request.block_hashes[i], parent, self._tokens(request, i))
-                if block is None:
-                    break
-                run.append(block)
-                parent = _uid(pool, block)
-            hits.append(run)
-            limit = len(run)
-        return [run[:limit] for run in hits]
+        runs = request.found or [NO_RUN] * len(self._pools)
+        for group, pool in enumerate(self._pools):
+            runs[group] = self._longer(request, pool, pool.still_there(runs[group]), limit)
+            limit = min(limit, len(runs[group].blocks))
+        request.found = runs
+        return [run.blocks[:limit] for run in runs]
+
+    def _longer(self, request: Request, pool: Pool, run: Run, limit: int) -> Run:
+        """The run with what follows it in the index, up to `limit` blocks."""
+        first = len(run.blocks)
+        if first >= limit:
+            return run
+        parent = int(run.uids[-1]) if first else request.cache_key
+        tokens = self._tokens(request, first, limit)
+        more = pool.follow(request.block_hashes[first:limit], parent, tokens)
+        return Run(np.append(run.blocks, more.blocks), np.append(run.uids, more.uids)) if len(more.blocks) else run
 
     def no_hits(self) -> Hits:
-        return [[] for _ in self._pools]
+        return [NO_RUN.blocks for _ in self._pools]
 
     def same_block(self, a: Request, b: Request, index: int) -> bool:
         """Whether the prompts of both hold the same tokens through block `index`, under one cache key."""
-        end = (index + 1) * self.block_size * array("i").itemsize
+        end = (index + 1) * self.block_size * _TOKEN_BYTES
         return a.cache_key == b.cache_key and a.prompt_bytes[:end] == b.prompt_bytes[:end]
+
+    def hashes_of(self, prompt: bytes, cache_key: bytes) -> list[bytes]:
+        """What a request with these prompt tokens, int32 bytes, has as `block_hashes` at first. Thread-safe."""
+        size = self.block_size * _TOKEN_BYTES
+        hashes, parent = [], b""
+        for end in range(size, len(prompt) + 1 if self.enable_prefix_caching else 0, size):
+            parent = self._hash(parent + prompt[end - size : end] + cache_key)
+            hashes.append(parent)
+        return hashes
 
     def prompt_hashes(self, request: Request, start: int, end: int) -> Sequence[bytes]:
         """Hashes of the full prompt blocks that computing tokens [start, end) completes."""
-        last = min(end, request.prompt_len) // self.block_size
+        last = min(end, request.prompt_len) // self.block_size if self.enable_prefix_caching else 0
         self._hash_blocks(request, last)
         return request.block_hashes[start // self.block_size : last]
 
@@ -134,17 +152,18 @@ class BlockManager:
         assert not request.block_ids, f"request {request.id} owns blocks already"
         missing = self.blocks_for(num_tokens) - len(hits[0])
         for pool, run in zip(self._pools, hits, strict=True):
-            if missing + sum(pool.refs[block] == 0 for block in run) > pool.num_free:
+            if missing + int(pool.unowned[run].sum()) > pool.num_free:
                 return False
-        for pool, run in zip(self._pools, hits, strict=True):
-            for block in run:
+        request.block_ids, request.found = [run.tolist() for run in hits], []
+        for pool, table in zip(self._pools, request.block_ids, strict=True):
+            for block in table:
                 pool.share(block)
-        request.block_ids = [list(run) for run in hits]
         request.capacity = len(hits[0]) * self.block_size
         if self.enable_prefix_caching:
             request.publish_at = request.capacity + self.block_size
             request.chain = [
-                _uid(pool, run[-1]) if run else request.cache_key for pool, run in zip(self._pools, hits, strict=True)
+                _uid(pool, table[-1]) if table else request.cache_key
+                for pool, table in zip(self._pools, request.block_ids, strict=True)
             ]
         return True
 
@@ -176,18 +195,23 @@ class BlockManager:
         """Enters the request's blocks that are full with its first `num_tokens` tokens into the index.
 
         A block whose equal is there already stays out (the request keeps its own copy: tables only grow), and those
-        after it follow the indexed one. On a collision of hashes the request publishes no more.
+        after it follow the indexed one; if that is forgotten meanwhile, the request publishes its own copies. What no
+        request can find any more, as its predecessor was forgotten, makes room. On a collision of hashes, and at a
+        block that a failed request had read, the request publishes no more.
         """
         out: list[Published] = []
         while request.publish_at <= num_tokens:
             i = request.publish_at // self.block_size - 1
-            tokens, hashes = self._tokens(request, i), request.block_hashes
+            tokens, hashes = self._tokens(request, i, i + 1), request.block_hashes
             if len(hashes) == i and i:
                 hashes.append(self._hash(hashes[-1] + tokens + request.cache_key))
             else:
                 self._hash_blocks(request, i + 1)
             request.publish_at += self.block_size
             for group, pool in enumerate(self._pools):
+                if i and request.chain[group] not in pool.live:
+                    request.publish_at, request.chain = self.block_size, [request.cache_key] * len(self._pools)
+                    break
                 if not self._publish_block(request, group, pool, i, tokens, out):
                     request.publish_at = sys.maxsize
         return out
@@ -200,14 +224,26 @@ class BlockManager:
         if equal is not None:
             request.chain[group] = _uid(pool, equal)
             return True
-        if key in pool.index:
+        block, taken = request.block_ids[group][i], pool.index.get(key)
+        if block in pool.barred or (taken is not None and pool.reaches(pool.entry(taken).parent)):
             return False
-        block = request.block_ids[group][i]
-        entry = Entry(key, parent, tokens, next(self._uids))
-        pool.index[key], pool.entries[block] = block, entry
-        request.chain[group] = entry.uid
-        out.append(Published(group, block, entry.uid))
+        if taken is not None:
+            pool.forget(taken)
+        uid = next(self._uids)
+        pool.enter(block, Entry(key, parent, tokens, uid))
+        request.chain[group] = uid
+        out.append(Published(group, block, uid))
         return True
+
+    def bar(self, request: Request) -> None:
+        """Its KV may be wrong: forgets all that the index holds of its tokens, and of the blocks it owns, whoever
+        computed them; nobody else publishes them either. The next request with its prompt computes all of it anew."""
+        for pool, run in zip(self._pools, self._runs(request, request.num_tokens // self.block_size), strict=True):
+            for block in run.tolist():
+                pool.bar(block)
+        for pool, table in zip(self._pools, request.block_ids, strict=False):
+            for block in table:
+                pool.bar(block)
 
     def reset_prefix_cache(self) -> None:
         """Forgets every published block, owned or not; what is owned stays with its owners."""
@@ -225,23 +261,20 @@ class BlockManager:
 
     # Tokens and hashes
 
-    def _tokens(self, request: Request, i: int) -> bytes:
-        """Known tokens of block `i`, int32 bytes."""
-        start, end = i * self.block_size, (i + 1) * self.block_size
-        after = start - request.prompt_len
+    def _tokens(self, request: Request, first: int, last: int) -> bytes:
+        """Known tokens of the blocks [first, last), int32 bytes."""
+        start, end = first * self.block_size, last * self.block_size
+        after, behind = start - request.prompt_len, end - request.prompt_len
         if after >= 0:
-            return array("i", request.output_token_ids[after : after + self.block_size]).tobytes()
-        width = array("i").itemsize
-        own = request.prompt_bytes[start * width : end * width]
-        if end <= request.prompt_len:
-            return own
-        return own + array("i", request.output_token_ids[: end - request.prompt_len]).tobytes()
+            return array("i", request.output_token_ids[after:behind]).tobytes()
+        own = request.prompt_bytes[start * _TOKEN_BYTES : end * _TOKEN_BYTES]
+        return own if behind <= 0 else own + array("i", request.output_token_ids[:behind]).tobytes()
 
     def _hash_blocks(self, request: Request, num_blocks: int) -> None:
         hashes = request.block_hashes
         for i in range(len(hashes), num_blocks):
             parent = hashes[i - 1] if i else b""
-            hashes.append(self._hash(parent + self._tokens(request, i) + request.cache_key))
+            hashes.append(self._hash(parent + self._tokens(request, i, i + 1) + request.cache_key))
 
     # Invariants
 
@@ -256,6 +289,4 @@ class BlockManager:
 
 
 def _uid(pool: Pool, block: int) -> int:
-    entry = pool.entries[block]
-    assert entry is not None, f"block {block} is not published"
-    return entry.uid
+    return pool.entry(block).uid

@@ -31,7 +31,7 @@ from nanoengine.core.scheduling.plan_builder import Picks, advance, build_plan, 
 from nanoengine.core.scheduling.policy import Policy, make_policy
 from nanoengine.core.scheduling.roster import Roster
 from nanoengine.core.scheduling.steady import Rows, SteadyRows, may_be_steady
-from nanoengine.core.step import StepResult, num_slots, offsets_of
+from nanoengine.core.step import ROW_BAD_LOGITS, StepResult, num_slots, offsets_of
 
 __all__ = ["ScheduledStep", "Scheduler", "SchedulerConfig", "SchedulerStats", "Update"]
 
@@ -69,6 +69,7 @@ class Scheduler:
         limit, max_tokens = self.config.max_model_len, request.params.max_tokens
         request.max_len = limit if max_tokens is None else min(limit, request.prompt_len + max_tokens)
         request.min_len = min(request.min_len, limit + 1)  # of what is never reached a plan's int32 need not hold more
+        self.blocks.prompt_hashes(request, 0, request.prompt_len)  # not amid a step
         request.order = self._added
         self._roster.enqueue(request)
         self._added += 1
@@ -381,6 +382,8 @@ class Scheduler:
             if step.sampled[row]:
                 request.num_in_flight -= 1
             if failure:
+                if failure == ROW_BAD_LOGITS:  # nobody knows which of the blocks it read or wrote are bad
+                    self.blocks.bar(request)
                 self._remove(request)
                 updates.append(Update(request, failed=failure))
                 continue
@@ -408,13 +411,16 @@ class Scheduler:
 
         What they published is withdrawn, and their requests are preempted, to be recomputed: they are suspects, run one
         a step and without run-ahead until each has drawn a token. Returns the request of the first step if it was
-        alone in it: its fault is shown, and the scheduler has let go of it.
+        alone in it: its fault is shown, the prefix index knows none of its blocks, and the scheduler has let go of it.
         """
         self._stats.steps_broken += len(steps[0].rows) > 1
         self._steady.leave_all()
         for step in steps:
             del self._in_flight[step.plan.step]
             self.blocks.withdraw(step.published)
+        guilty = [r for r, _ in steps[0].rows if len(steps[0].rows) == 1 and r.status is not _FINISHED]
+        for request in guilty:
+            self.blocks.bar(request)
         oldest = next(reversed(self._in_flight), -1)  # the newest that still runs
         for step in steps:
             for (request, _), sampled in zip(step.rows, step.sampled, strict=True):
@@ -425,8 +431,6 @@ class Scheduler:
                 self._suspects.add(request)
                 if request.status is _RUNNING:
                     self._preempt(request, f"step {step.plan.step} broke")
-        guilty = [request for request, _ in steps[0].rows if len(steps[0].rows) == 1]
-        guilty = [request for request in guilty if request.status is not _FINISHED]
         for request in guilty:
             self._remove(request)
         return guilty

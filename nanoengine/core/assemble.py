@@ -13,6 +13,7 @@ import torch
 from nanoengine.core.errors import ConfigError, ModelError, ModelSourceError, NanoEngineError, UnsupportedError
 from nanoengine.core.execution.attention import AttentionBackend, AttentionFeature, AttentionNeed
 from nanoengine.core.execution.build import BuiltModel, build_model
+from nanoengine.core.execution.memory import check_host_holds
 from nanoengine.core.execution.model import Model
 from nanoengine.core.execution.parallel import ShapesOnly, SingleRank
 from nanoengine.core.execution.workers.checks import check_devices, check_importable
@@ -106,6 +107,8 @@ def assemble(
     Raises `ModelError`, `PluginError`, `UnsupportedError` or `ConfigError`.
     """
     seen = inspect_model(model_path, options, registry, implementation)
+    if seen.options.device == "cpu":
+        check_host_holds(seen.weight_bytes * options.tensor_parallel_size)
     name, target, local, passed = _attention(attention, seen.need, registry, TargetLoader(registry.plugin_files))
     loader = TargetLoader(registry.plugin_files, local)
     options = _fill_block_size(seen.options, load_checked(loader, target, AttentionBackend))

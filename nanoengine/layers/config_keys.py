@@ -24,7 +24,9 @@ HARMLESS: Mapping[str, tuple[Any, ...] | Any] = {
     # read by the engine: dtype of the weights, ids that end the output
     "dtype": ANY, "torch_dtype": ANY, "eos_token_id": ANY,
     # of training: dropout, losses, initialisation
-    "attention_dropout": ANY, "attn_pdrop": ANY, "embd_pdrop": ANY, "hidden_dropout": ANY, "initializer_range": ANY,
+    "activation_dropout": ANY, "attention_dropout": ANY, "attention_probs_dropout_prob": ANY, "attn_pdrop": ANY,
+    "dropout": ANY, "embd_pdrop": ANY, "gradient_checkpointing": ANY, "hidden_dropout": ANY,
+    "hidden_dropout_prob": ANY, "init_std": ANY, "initializer_range": ANY, "layerdrop": ANY,
     "output_router_logits": ANY, "resid_pdrop": ANY, "router_aux_loss_coef": ANY,
     # how transformers runs a model and what it returns
     "_attn_implementation": ANY, "_experts_implementation": ANY, "attn_implementation": ANY,

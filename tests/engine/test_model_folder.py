@@ -11,7 +11,7 @@ import pytest
 
 from nanoengine import LLM
 from nanoengine.core.doctor import Asked, examine
-from nanoengine.core.errors import ModelError
+from nanoengine.core.errors import DeviceMemoryError, ModelError
 from nanoengine.core.setup.options import EngineOptions
 from nanoengine.core.setup.plugins import discover
 from nanoengine.testing.checkpoints import tiny_llama
@@ -49,3 +49,13 @@ def test_the_doctor_names_them(tmp_path: Path) -> None:
 def test_a_value_out_of_range_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"generation_config\.json: top_p must be above 0 and at most 1, not 7"):
         llm_of(tmp_path, {"top_p": 7.0})
+
+
+def test_weights_beyond_the_machine_are_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    """A checkpoint's sizes, or a mistake in them, that no machine here holds."""
+    tiny_llama(tmp_path)
+    file = tmp_path / "config.json"
+    sizes = {"hidden_size": 2**17, "intermediate_size": 2**18, "num_attention_heads": 128, "num_hidden_layers": 60}
+    file.write_text(json.dumps(json.loads(file.read_text()) | sizes))
+    with pytest.raises(DeviceMemoryError, match=r"weights take [\d,.]+ GiB, and this machine has"):
+        LLM(str(tmp_path), device="cpu", load_format="dummy", skip_tokenizer_init=True)

@@ -134,6 +134,17 @@ def memory_of(device: torch.device) -> str:
     return f"{gib(free)} of {gib(total)} are free on {device}"
 
 
+def check_host_holds(num_bytes: int) -> None:
+    """Raises `DeviceMemoryError` for weights beyond the machine's memory: taken page by page they would raise nothing,
+    but end a process."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if num_bytes > total:
+        raise DeviceMemoryError(
+            f"the model's weights take {gib(num_bytes)}, and this machine has {gib(total)}; take a smaller model, or "
+            "check the sizes in its config.json"
+        )
+
+
 def weights_misfit(num_bytes: int, device: torch.device, error: BaseException) -> DeviceMemoryError:
     """What to tell a user whose model's parameters, `num_bytes` in all, the device did not hold."""
     return DeviceMemoryError(

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from nanoengine.core.errors import ModelError, NanoEngineError
+from nanoengine.core.errors import ModelError
 from nanoengine.core.execution.attention import AttentionLayerSpec, KVSpec
 from nanoengine.core.execution.model import Attention, Model, ModelConfig, Parallel
+from nanoengine.core.execution.model_checks import check_attention, check_config, check_weight_map
 from nanoengine.core.execution.parallel import TensorParallelGroup
-from nanoengine.core.execution.shortage import is_out_of_memory
+from nanoengine.core.setup.plugin_calls import name_of, plugin_call, whose
 from nanoengine.kernels.ops import Ops
 from nanoengine.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from nanoengine.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
@@ -66,6 +66,7 @@ class Builder:
         return ParallelLMHead(dim, vocab_size, bias=bias, tied=tied, place=self)
 
     def attention(self, name: str, spec: AttentionLayerSpec) -> Attention:
+        check_attention(name, spec)
         layer = Attention(spec, self.dtype)
         self.attention_layers.append(layer)
         return layer
@@ -94,13 +95,23 @@ def build_model(
     Raises `ModelError` for a config that is not served, heads that do not divide over the ranks, and, naming the
     class, whatever else its `read_config` or `__init__` raises.
     """
-    with _blaming(model_cls, "read_config"):
+    name = name_of(model_cls)
+    with plugin_call(f"{name}.read_config failed", model_cls, ModelError):
         config = model_cls.read_config(hf_config)
-    if not isinstance(config, ModelConfig):
-        raise ModelError(f"{_name(model_cls)}.read_config returned {config!r:.80}, not a nanoengine.api.ModelConfig")
+        check_config(config, model_cls)
+    with plugin_call(f"{name}.weight_map failed", model_cls, ModelError):
+        check_weight_map(model_cls.weight_map(config), model_cls)
     builder = Builder(tp, dtype, torch.device(device), ops)
-    with _blaming(model_cls, "__init__"):
-        model = model_cls(config, builder).eval()
+    try:
+        with plugin_call(f"{name}.__init__ failed", model_cls, ModelError):
+            model = model_cls(config, builder).eval()
+    except ModelError as error:  # of a layer that cannot be as the model asks
+        raise error if error.__cause__ is not None else ModelError(f"{error} (in {name})") from error
+    if not builder.attention_layers:
+        raise ModelError(
+            f"{name} made no attention layer; a model makes each by ctx.attention(name, spec), for the KV cache is "
+            f"theirs{whose(None, model_cls)}"
+        )
     return BuiltModel(model, config, tuple(builder.attention_layers))
 
 
@@ -113,22 +124,6 @@ def weight_bytes(
 ) -> int:
     """What a rank's parameters take, found without taking it."""
     return parameter_bytes(build_model(model_cls, hf_config, tp=tp, dtype=dtype, device="meta").model)
-
-
-@contextmanager
-def _blaming(model_cls: type[Model], method: str) -> Iterator[None]:
-    try:
-        yield
-    except NanoEngineError:
-        raise
-    except (Exception, SystemExit) as error:
-        if is_out_of_memory(error):
-            raise
-        raise ModelError(f"{_name(model_cls)}.{method} failed: {type(error).__name__}: {error}") from error
-
-
-def _name(model_cls: type[Model]) -> str:
-    return f"{model_cls.__module__}:{model_cls.__qualname__}"
 
 
 def kv_groups(attention_layers: Sequence[Attention]) -> tuple[tuple[KVSpec, tuple[Attention, ...]], ...]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nanoengine.core.execution.decode_tail import Size
 from nanoengine.core.execution.draw import DrawRows, vocab_slice
-from nanoengine.core.execution.model import Model
+from nanoengine.core.execution.model_checks import CheckedModel
 from nanoengine.core.execution.parallel import TensorParallelGroup
 from nanoengine.core.execution.results import LaunchedStep, PendingLogprobs
 from nanoengine.core.execution.sampler import Sampler
@@ -60,7 +60,9 @@ class _Sampled:
 class EagerTail:
     """Ends steps of one model over its slot tables."""
 
-    def __init__(self, model: Model, tables: SlotTables, sampler: Sampler, tp: TensorParallelGroup, vocab: int) -> None:
+    def __init__(
+        self, model: CheckedModel, tables: SlotTables, sampler: Sampler, tp: TensorParallelGroup, vocab: int
+    ) -> None:
         self.model, self.tables, self.sampler, self.tp, self.vocab_size = model, tables, sampler, tp, vocab
 
     def finish(self, step: Forwarded) -> LaunchedStep:

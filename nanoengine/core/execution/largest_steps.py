@@ -63,10 +63,7 @@ def largest_steps(
         draws: rows use every standard operation, instead of taking the arg-max.
     """
 
-    def run(plan: StepPlan) -> None:
-        launch(plan).wait()
-        tables.num_computed.zero_()
-        tables.num_tokens.zero_()
+    run = partial(_run, launch, tables)
 
     def sampling() -> None:
         run(with_prompt_logprobs(largest_prefill(limits), _num_logprobs(tables)))
@@ -74,6 +71,18 @@ def largest_steps(
             run(decode_plan(_slots(limits.max_rows), 0))
 
     return partial(run, largest_prefill(limits)), sampling
+
+
+def one_token(launch: Callable[[StepPlan], LaunchedStep], tables: SlotTables) -> None:
+    """The smallest step."""
+    _run(launch, tables, decode_plan(_slots(1), 0))
+
+
+def _run(launch: Callable[[StepPlan], LaunchedStep], tables: SlotTables, plan: StepPlan) -> None:
+    """A step of slots that hold no request, which leaves none of its lengths behind."""
+    launch(plan).wait()
+    tables.num_computed.zero_()
+    tables.num_tokens.zero_()
 
 
 def _slots(count: int) -> Int32:

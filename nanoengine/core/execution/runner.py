@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from nanoengine.core.errors import NanoEngineError
 from nanoengine.core.execution.attention import AttentionBackend
+from nanoengine.core.execution.backend_checks import dry_run, kv_block_bytes, release
 from nanoengine.core.execution.build import BuiltModel, build_model, kv_groups, parameter_bytes, weight_bytes
 from nanoengine.core.execution.eager_tail import EagerTail, Forwarded
 from nanoengine.core.execution.largest_steps import largest_steps
@@ -32,6 +34,7 @@ from nanoengine.core.execution.memory import (
 )
 from nanoengine.core.execution.mixed_graphs import MixedGraphs, MixedSize, pad_mixed
 from nanoengine.core.execution.model import ForwardBatch, Model
+from nanoengine.core.execution.model_checks import CheckedModel
 from nanoengine.core.execution.parallel import TensorParallelGroup
 from nanoengine.core.execution.results import LaunchedStep, TailStep
 from nanoengine.core.execution.sampler import Sampler
@@ -47,6 +50,7 @@ from nanoengine.core.execution.weights import dummy_weights, load_weights
 from nanoengine.core.setup.choose import load_checked
 from nanoengine.core.setup.options import EngineOptions
 from nanoengine.core.setup.plan import EnginePlan, TargetLoader
+from nanoengine.core.setup.plugin_calls import name_of, plugin_call, plugin_step
 from nanoengine.core.startup import StartClock
 from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, StageColumn, StepPlan, num_slots
 from nanoengine.kernels.ops import Ops, ops_for
@@ -96,7 +100,7 @@ class ModelRunner:
 
     def _make_model(self, model_class: type[Model], ops: Ops) -> BuiltModel:
         built = build_model(model_class, self.plan.hf_config, tp=self.tp, dtype=self.dtype, device=self.device, ops=ops)
-        self.model, self.vocab_size = built.model, built.config.vocab_size
+        self.model, self.config, self.vocab_size = built.model, built.config, built.config.vocab_size
         if self.plan.options.load_format == "dummy":
             dummy_weights(built.model, self.plan.options.seed, self.tp)
         else:
@@ -116,6 +120,8 @@ class ModelRunner:
         self.clock.lap("kv cache")
         self.graphs.capture()
         self.clock.lap("capture")
+        if self.graphs.decode is None and self._measured == (0, 0):  # else the model has run
+            dry_run(self._launch_whole, self.tables, built.attention_layers)
         given_up = options.enforce_eager and not self.asked.enforce_eager
         eager = "memory ran out while graphs were captured" if given_up else self.graphs.failure
         return replace(report, eager_because=eager, phases=self.clock.report().phases)
@@ -125,7 +131,8 @@ class ModelRunner:
         self.backend_class: type[AttentionBackend] = load_checked(self.loader, self.plan.attention, AttentionBackend)
         self.groups = kv_groups(built.attention_layers)
         limits = batch_limits(self.plan.options)
-        self.backends = tuple(self.backend_class(spec, limits, self.device) for spec, _ in self.groups)
+        with plugin_call(f"{name_of(self.backend_class)}.__init__ failed", self.backend_class):
+            self.backends = tuple(self.backend_class(spec, limits, self.device) for spec, _ in self.groups)
         for backend, (_, layers) in zip(self.backends, self.groups, strict=True):
             for index, layer in enumerate(layers):
                 layer.bind(backend, index)
@@ -133,7 +140,7 @@ class ModelRunner:
     def _make_kv_cache(self, built: BuiltModel) -> MemoryReport:
         options, limits = self.plan.options, batch_limits(self.plan.options)
         size = limits.block_size
-        block_bytes = sum(self.backend_class.kv_block_bytes(spec, size) * len(layers) for spec, layers in self.groups)
+        block_bytes = sum(kv_block_bytes(self.backend_class, spec, size) * len(layers) for spec, layers in self.groups)
         self._measured = (0, 0)
         blocks = self.tp.minimum(count_blocks(options, block_bytes, partial(self._kv_budget, block_bytes)))
         try:
@@ -158,8 +165,10 @@ class ModelRunner:
         )
 
     def _allocate(self, num_blocks: int) -> None:
-        for backend, (_, layers) in zip(self.backends, self.groups, strict=True):
-            backend.allocate(len(layers), num_blocks)
+        passing = (NanoEngineError, RuntimeError, OverflowError)  # torch's, where sizes are too large
+        with plugin_call(f"{name_of(self.backend_class)}.allocate failed", self.backend_class, passing=passing):
+            for backend, (_, layers) in zip(self.backends, self.groups, strict=True):
+                backend.allocate(len(layers), num_blocks)
 
     def _kv_budget(self, block_bytes: int) -> int:
         """Bytes for the KV cache: on a GPU what the largest steps, which are run, and graphs leave of its share."""
@@ -171,7 +180,7 @@ class ModelRunner:
         peaks = largest_steps(self._launch_whole, self.tables, self.sampler, limits, draws=draws)
         prefill, sampling = (peak_bytes(self.device, run) for run in peaks)
         for backend in self.backends:
-            backend.release()
+            release(backend)
         row, token = self.vocab_size * self.dtype.itemsize, -(-prefill // limits.max_tokens)
         self._measured = (max(prefill, sampling), self.graphs.sizes.reserve_bytes(row, token))
         self.clock.lap("profile")
@@ -201,11 +210,13 @@ class ModelRunner:
         self.sampler = Sampler(
             stages.working, self.vocab_size, fuse=options.fuse_sampling, kernels=self._sampling_kernels()
         )
-        self.eager_tail = EagerTail(self.model, self.tables, self.sampler, self.tp, self.vocab_size)
+        checked = CheckedModel(self.model, self.config, self.tp, self.backend_class)
+        self.checked_model = checked
+        self.eager_tail = EagerTail(checked, self.tables, self.sampler, self.tp, self.vocab_size)
         supported = self.backend_class.capabilities.graphs
         sizes = capture_sizes(options, limits, supported, fused=self.fused, tail=self.fused)
         self.graphs = StepGraphs(
-            sizes, self.model, self.tables, self.buffers, self.sampler, self.tp, self._gather, self._fill
+            sizes, checked, self.tables, self.buffers, self.sampler, self.tp, self._gather, self._fill
         )
 
     def launch(self, plan: StepPlan) -> Handle:
@@ -235,7 +246,7 @@ class ModelRunner:
         self.tables.flush()
         inputs = self._gather(plan)
         batch = ForwardBatch(num_tokens=plan.num_tokens, num_decode_rows=plan.num_decode_rows)
-        hidden = self.model(inputs.input_ids, inputs.positions, batch)
+        hidden = self.checked_model(inputs.input_ids, inputs.positions, batch)
         return Forwarded(plan, inputs, hidden.index_select(0, inputs.logits_index), None)
 
     def _replay_mixed(self, plan: StepPlan, size: MixedSize, graphs: MixedGraphs) -> Forwarded:
@@ -250,8 +261,9 @@ class ModelRunner:
         return inputs
 
     def _fill(self, inputs: GatheredStep) -> None:
-        for backend, group in zip(self.backends, inputs.groups, strict=True):
-            backend.fill(group)
+        with plugin_step(f"{name_of(self.backend_class)}.fill", self.backend_class):
+            for backend, group in zip(self.backends, inputs.groups, strict=True):
+                backend.fill(group)
 
     def _apply_writes(self, plan: StepPlan) -> None:
         self.tables.admit(plan.new)
@@ -311,10 +323,10 @@ class ModelRunner:
     def _drop_state(self) -> None:
         """All but the model."""
         for backend in getattr(self, "backends", ()):
-            backend.release()
+            release(backend)
         for _, layers in getattr(self, "groups", ()):
             for layer in layers:
                 layer.unbind()
-        for name in ("backends", "groups", "tables", "buffers", "sampler", "eager_tail", "graphs"):
+        for name in ("backends", "groups", "tables", "buffers", "sampler", "eager_tail", "graphs", "checked_model"):
             self.__dict__.pop(name, None)
         free_unused(self.device)

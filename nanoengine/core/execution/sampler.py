@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanoengine.core.errors import PluginError
+from nanoengine.core.errors import PluginError, shown
 from nanoengine.core.execution.draw import DrawRows, draw_tokens
 from nanoengine.core.execution.stage import Need, RaggedColumn, SamplerStage, StageRows
 from nanoengine.core.setup.plan import StagePlan
+from nanoengine.core.setup.plugin_calls import plugin_step, whose
 from nanoengine.core.setup.specs import Phase, StandardOp
 from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, ROW_NOTHING_LEFT
 from nanoengine.kernels import all_reduce, sampling
@@ -170,21 +171,20 @@ class Sampler:
             prompt_mask=_part(rows.prompt_mask, columns) if Need.PROMPT_MASK in needs else None,
             token_ids=rows.token_ids if Need.TOKEN_IDS in needs else None,
         )
-        try:
+        given = (logits.shape, logits.dtype, logits.device)  # the stage may change the tensor itself
+        with plugin_step(s.where, type(s.stage)):
             out: object = s.stage.apply(logits, view)
-        except SystemExit as error:  # a stage may break its request, never end the process
-            raise PluginError(f"{s.where} called sys.exit({'' if error.code is None else repr(error.code)})") from error
-        except Exception as error:
-            error.add_note(f"in {s.where}")
-            raise
+        if isinstance(out, Tensor) and (out.shape, out.dtype, out.device) == given:
+            return out
+        where = whose(None, type(s.stage).apply, s.where)
         if not isinstance(out, Tensor):
-            raise PluginError(f"{s.where} returned {out!r:.80} of type {type(out).__name__}, not the logits, a Tensor")
-        if out.shape != logits.shape or out.dtype != logits.dtype:
-            raise PluginError(
-                f"{s.where} returned {out.dtype} {tuple(out.shape)} instead of the "
-                f"{logits.dtype} {tuple(logits.shape)} it was given"
-            )
-        return out
+            raise PluginError(f"{s.where} returned {shown(out)} of type {type(out).__name__}, not the logits{where}")
+        shape, dtype, device = given
+        on = "" if out.device == device else f" on {out.device}"
+        raise PluginError(
+            f"{s.where} returned {out.dtype} {tuple(out.shape)}{on} instead of the {dtype} {tuple(shape)} it was "
+            f"given{f' on {device}' if on else ''}{where}"
+        )
 
     def _forbid_stop(self, logits: Tensor, rows: DrawRows) -> None:
         stop = rows.stop_ids

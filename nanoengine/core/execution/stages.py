@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nanoengine.core.errors import NanoEngineError, PluginError
+from nanoengine.core.errors import NanoEngineError, PluginError, shown
 from nanoengine.core.execution.stage import Need, SamplerStage, StageContext
 from nanoengine.core.setup.choose import load_checked
 from nanoengine.core.setup.plan import StagePlan, TargetLoader
+from nanoengine.core.setup.plugin_calls import plugin_call
 from nanoengine.core.setup.specs import Phase
 
 
@@ -34,13 +35,14 @@ def build_stages(plans: Sequence[StagePlan], loader: TargetLoader, ctx: StageCon
 
 def _make_stage(plan: StagePlan, loader: TargetLoader, ctx: StageContext) -> SamplerStage:
     stage_class = load_checked(loader, plan.target, SamplerStage)
-    try:
+    with plugin_call(f"{plan.where} failed in __init__", stage_class):
         stage = stage_class(ctx)
-    except (Exception, SystemExit) as error:
-        raise PluginError(f"{plan.where} failed in __init__: {type(error).__name__}: {error}") from error
     if not isinstance(stage.phase, Phase):
-        raise PluginError(f"{plan.where} must set `phase` to a nanoengine.api.Phase, not {stage.phase!r}")
+        raise PluginError(f"{plan.where} must set `phase` to a nanoengine.api.Phase, not {shown(stage.phase)}")
     needs: Any = stage.needs
     if not isinstance(needs, frozenset) or not all(isinstance(need, Need) for need in needs):
-        raise PluginError(f"{plan.where} must set `needs` to a frozenset of nanoengine.api.Need, not {needs!r}")
+        raise PluginError(f"{plan.where} must set `needs` to a frozenset of nanoengine.api.Need, not {shown(needs)}")
+    for name in ("argmax_invariant", "sharded"):
+        if not isinstance(getattr(stage, name), bool):
+            raise PluginError(f"{plan.where} must set `{name}` to True or False, not {shown(getattr(stage, name))}")
     return stage

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanoengine.core.errors import ModelError
 from nanoengine.core.execution.attention import BatchLimits, GraphSupport
 from nanoengine.core.execution.decode_tail import DecodeTail, Size
 from nanoengine.core.execution.graph_inputs import GraphInputs, RowInputs
 from nanoengine.core.execution.graphs import DecodeGraphs, graph_sizes
 from nanoengine.core.execution.mixed_graphs import PREFILL_ROWS, MixedGraphs, MixedSize, mixed_sizes
-from nanoengine.core.execution.model import ForwardBatch, Model
+from nanoengine.core.execution.model import ForwardBatch
+from nanoengine.core.execution.model_checks import CheckedModel
 from nanoengine.core.execution.parallel import TensorParallelGroup
 from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.shortage import CaptureOutOfMemory, is_out_of_memory
@@ -74,7 +76,7 @@ class StepGraphs:
     def __init__(
         self,
         sizes: CaptureSizes,
-        model: Model,
+        model: CheckedModel,
         tables: SlotTables,
         buffers: StepBuffers,
         sampler: Sampler,
@@ -104,6 +106,8 @@ class StepGraphs:
             with torch.inference_mode():
                 self._compile_ahead()
                 self._capture()
+        except ModelError:  # no step of such a model is right
+            raise
         except Exception as error:  # a driver's or a compiler's; running eagerly is right all the same
             self.decode = self.tail = self.mixed = None
             self.failure = f"{type(error).__name__}: {error}"
@@ -177,8 +181,7 @@ class StepGraphs:
         inputs = self._inputs_pass(decode_plan(slots, self._last_position), rows, rows, 1)
         batch = ForwardBatch(num_tokens=rows, num_decode_rows=rows)
         hidden = self._model(inputs.input_ids, inputs.positions, batch)
-        logits: Tensor = self._model.compute_logits(hidden)
-        return logits
+        return self._model.compute_logits(hidden)
 
     def _mixed_pass(self, size: MixedSize) -> Tensor:
         """As `_decode_pass`, with prefill rows behind the decode rows; logits of each row's last token."""
@@ -190,8 +193,7 @@ class StepGraphs:
         batch = ForwardBatch(num_tokens=size.tokens, num_decode_rows=size.decode)
         hidden = self._model(inputs.input_ids, inputs.positions, batch)
         wanted = hidden.index_select(0, inputs.logits_index)
-        logits: Tensor = self._model.compute_logits(wanted)
-        return logits
+        return self._model.compute_logits(wanted)
 
     @property
     def _last_position(self) -> int:

@@ -23,6 +23,7 @@ from nanoengine.core.setup.model_options import option_hint
 from nanoengine.core.setup.model_source import ModelSource, SourceContext, cache_root, resolve_model
 from nanoengine.core.setup.options import EngineOptions
 from nanoengine.core.setup.plan import EnginePlan, StagePlan, TargetLoader
+from nanoengine.core.setup.plugin_calls import plugin_call
 from nanoengine.core.setup.registry import Registered, Registry
 from nanoengine.core.setup.specs import ModelSpec
 from nanoengine.layers.config_keys import Recorded, unread_keys
@@ -83,11 +84,11 @@ def find_model(source: str, registry: Registry, say: Any = None) -> Path:
     for found in registry.sources():
         where = f"model source {found.spec.name!r} of {found.origin}"
         try:
-            sources.append((where, load_checked(loader, found.spec.target, ModelSource)()))
+            source_class = load_checked(loader, found.spec.target, ModelSource)
+            with plugin_call("it failed in __init__", source_class):
+                sources.append((where, source_class()))
         except NanoEngineError as error:
             broken.append(f"{where}: {error}")
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a plugin raises
-            broken.append(f"{where} failed in __init__: {type(error).__name__}: {error}")
     try:
         return resolve_model(source, sources, ctx, registry.source_names(), broken)
     except ModelSourceError as error:

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nanoengine.core.errors import NanoEngineError, ParamsError, PluginError, described, is_failure, shown
+from nanoengine.core.errors import ParamsError, PluginError, shown
 from nanoengine.core.field_types import conform
 from nanoengine.core.sampling_fields import CORE_TYPES, NOT_SERVED, CoreFields, legal_fields, stage_types
+from nanoengine.core.setup.plugin_calls import plugin_call
 from nanoengine.core.setup.registry import nearest_part
 from nanoengine.core.setup.specs import ColumnSpec, ParamsContext, StageParams, StandardOp
 
@@ -240,17 +241,11 @@ class ParamsResolver:
                 f"sampler stage {name!r}, which {', '.join(values)} needs, cannot run: {self._failed[name]}; mend or "
                 f"uninstall its plugin, or leave out {', '.join(values)}"
             )
-        try:
+        with plugin_call(f"sampler stage {name!r}: {params.__qualname__} failed on {shown(values)}", params):
             stage = params(**values)
             if not stage.active():
                 return None
             columns = pack_columns(name, params.columns, stage.pack(self._ctx))
-        except BaseException as error:
-            if isinstance(error, NanoEngineError) or not is_failure(error):
-                raise
-            raise PluginError(
-                f"sampler stage {name!r}: {params.__qualname__} failed on {shown(values)}: {described(error)}"
-            ) from error
         return PackedStage(name, stage, columns)
 
     def _check_ids(self, name: str, ids: Collection[int]) -> None:

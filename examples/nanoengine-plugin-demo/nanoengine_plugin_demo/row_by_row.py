@@ -45,6 +45,9 @@ class RowByRow(AttentionBackend):
             span = slice(first, first + count)
             blocks = step.block_tables[row, : -(-step.seq_lens_host[row] // self.block_size)].long()
             own_keys, own_values = (x[blocks].flatten(0, 1).transpose(0, 1) for x in (keys, values))  # [KV heads, S, D]
+            # Behind a row's end lie other requests' values: 0 * NaN is NaN, so a mask alone does not keep them out.
+            behind = torch.arange(own_keys.shape[1], device=q.device)[:, None] >= step.seq_lens[row]
+            own_keys, own_values = (x.masked_fill(behind, 0.0) for x in (own_keys, own_values))
             mask = self.visible(step.positions[span], own_keys.shape[1], spec)
             out[span] = F.scaled_dot_product_attention(
                 q[span].transpose(0, 1)[None], own_keys[None], own_values[None], mask, scale=spec.scale, enable_gqa=True

@@ -42,13 +42,16 @@ def release(backend: AttentionBackend) -> None:
         _log.warning("%s.release failed: %s%s", where, described(error), whose(error, type(backend), where))
 
 
-def dry_run(launch: Callable[[StepPlan], LaunchedStep], tables: SlotTables, layers: Sequence[Attention]) -> None:
+def dry_run(
+    launch: Callable[[StepPlan], LaunchedStep],
+    tables: SlotTables,
+    layers: Sequence[tuple[Attention, AttentionBackend, int]],
+) -> None:
     """One token in the dummy block: a model or backend that cannot be right is refused before the first request.
 
-    Raises `ModelError` or `PluginError`; the end of memory as it comes.
+    `layers`: each with its backend, and its index there. Raises `ModelError`, `PluginError`; memory's end as it comes.
     """
-    bound = [layer.binding() for layer in layers]
-    for layer, (backend, index) in zip(layers, bound, strict=True):
+    for layer, backend, index in layers:
         layer.bind(cast(AttentionBackend, _Watched(backend)), index)
     try:
         one_token(launch, tables)
@@ -57,7 +60,7 @@ def dry_run(launch: Callable[[StepPlan], LaunchedStep], tables: SlotTables, laye
             raise
         raise ModelError(f"a dry run of one token failed: {described(error)}") from error
     finally:
-        for layer, (backend, index) in zip(layers, bound, strict=True):
+        for layer, backend, index in layers:
             layer.bind(backend, index)
 
 

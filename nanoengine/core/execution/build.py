@@ -110,7 +110,7 @@ def build_model(
     if not builder.attention_layers:
         raise ModelError(
             f"{name} made no attention layer; a model makes each by ctx.attention(name, spec), for the KV cache is "
-            f"theirs{whose(None, model_cls)}"
+            f"theirs{whose(None, model_cls.__init__)}"
         )
     return BuiltModel(model, config, tuple(builder.attention_layers))
 

@@ -70,11 +70,6 @@ class Attention(nn.Module):
         """Give it the backend of its KV group and its index there."""
         self._backend, self._layer = backend, layer
 
-    def binding(self) -> tuple[AttentionBackend, int]:
-        """What `bind` gave."""
-        assert self._backend is not None, "attention layer used before it was bound"
-        return self._backend, self._layer
-
     def unbind(self) -> None:
         """Let go of the backend and of what it holds on the device."""
         self._backend = None

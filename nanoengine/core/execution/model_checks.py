@@ -23,27 +23,27 @@ def check_config(config: object, model: type[Any]) -> None:
     """`read_config`'s answer. Raises `ModelError`."""
     if not isinstance(config, ModelConfig):
         text = f"{name_of(model)}.read_config returned {shown(config)}, not a nanoengine.api.ModelConfig"
-        raise ModelError(text + whose(None, model))
+        raise ModelError(text + whose(None, model.read_config))
     for name in ("vocab_size", "hidden_size", "max_model_len"):
         value = getattr(config, name)
         if not _is_count(value):
             text = (
                 f"{name_of(model)}.read_config returned {name}={shown(value)}, which must be an integer of at least 1"
             )
-            raise ModelError(text + whose(None, model))
+            raise ModelError(text + whose(None, model.read_config))
 
 
 def check_weight_map(found: object, model: type[Any]) -> None:
     """`weight_map`'s answer. Raises `ModelError`."""
     if not isinstance(found, WeightMap):
         text = f"{name_of(model)}.weight_map returned {shown(found)}, not a nanoengine.api.WeightMap"
-        raise ModelError(text + whose(None, model))
+        raise ModelError(text + whose(None, model.weight_map))
     kinds = {"fuse": Mapping, "rename": Mapping, "ties": Mapping, "skip": tuple, "skip_prefixes": tuple}
     for name, kind in kinds.items():
         value = getattr(found, name)
         if not isinstance(value, kind):
             text = f"{name_of(model)}: WeightMap.{name} must be a {kind.__name__.lower()}, not {shown(value)}"
-            raise ModelError(text + whose(None, model))
+            raise ModelError(text + whose(None, model.weight_map))
 
 
 def check_attention(name: str, spec: object) -> None:

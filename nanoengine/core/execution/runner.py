@@ -33,7 +33,7 @@ from nanoengine.core.execution.memory import (
     weights_misfit,
 )
 from nanoengine.core.execution.mixed_graphs import MixedGraphs, MixedSize, pad_mixed
-from nanoengine.core.execution.model import ForwardBatch, Model
+from nanoengine.core.execution.model import Attention, ForwardBatch, Model
 from nanoengine.core.execution.model_checks import CheckedModel
 from nanoengine.core.execution.parallel import TensorParallelGroup
 from nanoengine.core.execution.results import LaunchedStep, TailStep
@@ -121,7 +121,7 @@ class ModelRunner:
         self.graphs.capture()
         self.clock.lap("capture")
         if self.graphs.decode is None and self._measured == (0, 0):  # else the model has run
-            dry_run(self._launch_whole, self.tables, built.attention_layers)
+            dry_run(self._launch_whole, self.tables, self._layers())
         given_up = options.enforce_eager and not self.asked.enforce_eager
         eager = "memory ran out while graphs were captured" if given_up else self.graphs.failure
         return replace(report, eager_because=eager, phases=self.clock.report().phases)
@@ -133,9 +133,13 @@ class ModelRunner:
         limits = batch_limits(self.plan.options)
         with plugin_call(f"{name_of(self.backend_class)}.__init__ failed", self.backend_class):
             self.backends = tuple(self.backend_class(spec, limits, self.device) for spec, _ in self.groups)
-        for backend, (_, layers) in zip(self.backends, self.groups, strict=True):
-            for index, layer in enumerate(layers):
-                layer.bind(backend, index)
+        for layer, backend, index in self._layers():
+            layer.bind(backend, index)
+
+    def _layers(self) -> list[tuple[Attention, AttentionBackend, int]]:
+        """Each attention layer, its backend, its index there."""
+        pairs = zip(self.backends, self.groups, strict=True)
+        return [(layer, backend, index) for backend, (_, layers) in pairs for index, layer in enumerate(layers)]
 
     def _make_kv_cache(self, built: BuiltModel) -> MemoryReport:
         options, limits = self.plan.options, batch_limits(self.plan.options)

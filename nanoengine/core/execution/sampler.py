@@ -176,15 +176,15 @@ class Sampler:
             out: object = s.stage.apply(logits, view)
         if isinstance(out, Tensor) and (out.shape, out.dtype, out.device) == given:
             return out
-        where = whose(None, type(s.stage).apply, s.where)
-        if not isinstance(out, Tensor):
-            raise PluginError(f"{s.where} returned {shown(out)} of type {type(out).__name__}, not the logits{where}")
         shape, dtype, device = given
-        on = "" if out.device == device else f" on {out.device}"
-        raise PluginError(
-            f"{s.where} returned {out.dtype} {tuple(out.shape)}{on} instead of the {dtype} {tuple(shape)} it was "
-            f"given{f' on {device}' if on else ''}{where}"
-        )
+        if not isinstance(out, Tensor):
+            text = f"{shown(out):.80} of type {type(out).__name__}, not the logits, a Tensor"
+        else:
+            got = f"{out.dtype} {tuple(out.shape)}" + (f" on {out.device}" if out.device != device else "")
+            text = f"{got} instead of the {dtype} {tuple(shape)} it was given"
+        error = PluginError(f"{s.where} returned {text}")
+        error.add_note(whose(None, type(s.stage).apply, s.where).removeprefix(", "))
+        raise error
 
     def _forbid_stop(self, logits: Tensor, rows: DrawRows) -> None:
         stop = rows.stop_ids

@@ -9,6 +9,7 @@ from nanoengine.core.request import Request
 from nanoengine.core.sampling_params import pack_column
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.plan_builder import ColumnValues
+from nanoengine.core.setup.plugin_calls import whose
 
 
 @dataclass(slots=True)
@@ -93,7 +94,7 @@ def ask_host_stages(request: Request, into: ColumnValues) -> RequestError | None
             if not is_failure(error):
                 raise
             text = f"host_columns() of sampler stage {stage.name!r} raised {described(error)}"
-            failure = RequestError("stage_failed", text)
+            failure = RequestError("stage_failed", text + whose(error, type(stage.params), text))
             failure.__cause__ = error
             return failure
     for key, value in values.items():

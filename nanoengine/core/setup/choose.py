@@ -8,13 +8,26 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
-from nanoengine.core.errors import NanoEngineError, PluginError, UnsupportedError
-from nanoengine.core.execution.attention import AttentionBackend, AttentionNeed
+from nanoengine.core.errors import PluginError, UnsupportedError, shown
+from nanoengine.core.execution.attention import (
+    AttentionBackend,
+    AttentionCapabilities,
+    AttentionFeature,
+    AttentionNeed,
+    GraphSupport,
+)
 from nanoengine.core.setup.plan import TargetLoader
+from nanoengine.core.setup.plugin_calls import name_of, plugin_call, whose
 from nanoengine.core.setup.registry import Registered, Registry
 from nanoengine.core.setup.specs import AttentionSpec
 
 C = TypeVar("C")
+_CAPABILITIES: Mapping[str, tuple[str, type[Any]]] = {
+    "devices": ("a frozenset of torch device types", str),
+    "dtypes": ("None or a frozenset of torch dtype names", str),
+    "head_sizes": ("None or a frozenset of integers", int),
+    "features": ("a frozenset of nanoengine.api.AttentionFeature", AttentionFeature),
+}
 PassedOver = list[tuple[str, list[str]]]
 
 
@@ -114,15 +127,35 @@ def attention_reasons(spec: AttentionSpec, need: AttentionNeed, loader: TargetLo
 
 def class_reasons(cls: type[AttentionBackend], need: AttentionNeed) -> list[str]:
     """What `cls.unsupported` answers; raises `PluginError` if it raises, or answers no list of strings."""
-    try:
-        reasons = cls.unsupported(need)
-    except NanoEngineError:
-        raise
-    except Exception as error:
-        raise PluginError(f"{cls.__qualname__}.unsupported raised {type(error).__name__}: {error}") from error
+    check_capabilities(cls)
+    with plugin_call(f"{name_of(cls)}.unsupported failed", cls):
+        reasons: object = cls.unsupported(need)
     if not isinstance(reasons, list) or not all(isinstance(reason, str) for reason in reasons):
-        raise PluginError(f"{cls.__qualname__}.unsupported must return a list of strings, not {reasons!r}")
+        text = f"{name_of(cls)}.unsupported must return a list of strings, not {shown(reasons)}"
+        raise PluginError(text + whose(None, cls.unsupported, text))
     return reasons
+
+
+def check_capabilities(cls: type[AttentionBackend]) -> None:
+    """Raises `PluginError` if what the backend declares is of another type than its contract says."""
+    found: object = cls.capabilities
+    if not isinstance(found, AttentionCapabilities):
+        text = f"{name_of(cls)}.capabilities must be a nanoengine.api.AttentionCapabilities, not {shown(found)}"
+        raise PluginError(text + whose(None, cls, text))
+    for name, (wanted, kind) in _CAPABILITIES.items():
+        value = getattr(found, name)
+        if not (isinstance(value, frozenset) and all(isinstance(each, kind) for each in value)):
+            if value is None and name in ("dtypes", "head_sizes"):
+                continue
+            text = f"{name_of(cls)}.capabilities.{name} must be {wanted}, not {shown(value)}"
+            raise PluginError(text + whose(None, cls, text))
+    multiple, graphs = found.block_multiple, found.graphs
+    if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
+        text = f"{name_of(cls)}.capabilities.block_multiple must be an integer of at least 1, not {shown(multiple)}"
+        raise PluginError(text + whose(None, cls, text))
+    if not isinstance(graphs, GraphSupport):
+        text = f"{name_of(cls)}.capabilities.graphs must be a nanoengine.api.GraphSupport, not {shown(graphs)}"
+        raise PluginError(text + whose(None, cls, text))
 
 
 def _is_there(module: str) -> bool:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanoengine.core.errors import ModelSourceError, NanoEngineError, nearest
+from nanoengine.core.errors import ModelSourceError, nearest, shown
+from nanoengine.core.setup.plugin_calls import plugin_call, whose
 
 
 def cache_root() -> Path:
@@ -68,7 +69,8 @@ def resolve_model(
     """The first source's answer.
 
     Args:
-        sources: each with what to call it in an error; one that fails by other than our errors is passed over.
+        sources: each with what to call it in an error; one that fails by other than our errors, or
+            gives no answer at all, is skipped.
         names: known ones, of which the nearest is named where nobody has the model. broken: sources that are not
             among `sources`, and why; told of then, too.
 
@@ -77,11 +79,9 @@ def resolve_model(
     failed = list(broken)
     for where, candidate in sources:
         try:
-            path = candidate.resolve(source, ctx)
-        except NanoEngineError:
-            raise
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a plugin raises
-            failed.append(f"{where} raised {type(error).__name__}: {error}")
+            path = _answer(where, candidate, source, ctx)
+        except _SourceBroken as error:
+            failed.append(str(error))
             continue
         if path is not None:
             return path
@@ -99,6 +99,27 @@ def resolve_model(
         )
     unasked = "".join(f". Not asked, or without an answer: {each}" for each in failed)
     raise ModelSourceError(f"no model {source!r}: {why}{unasked}")
+
+
+def _answer(where: str, candidate: ModelSource, source: str, ctx: SourceContext) -> Path | None:
+    """Raises `_SourceBroken` for what is no answer, and for whatever `resolve` raises but our own errors."""
+    cls = type(candidate)
+    with plugin_call(f"{where} failed in {cls.__qualname__}.resolve", cls, _SourceBroken):
+        path: object = candidate.resolve(source, ctx)
+    if path is None:
+        return None
+    wrong = "" if isinstance(path, Path) else f"{shown(path)} of type {type(path).__name__}, not a pathlib.Path or None"
+    if isinstance(path, Path) and not (path / "config.json").is_file():
+        wrong = f"{path}, which holds no config.json"
+    if wrong:
+        text = f"{where}: {cls.__qualname__}.resolve answered {wrong}"
+        raise _SourceBroken(text + whose(None, cls.resolve, text))
+    assert isinstance(path, Path)
+    return path
+
+
+class _SourceBroken(ModelSourceError):
+    """This source, not the model."""
 
 
 def _looks_like_path(source: str) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
 
-from nanoengine.core.errors import PluginError, nearest
+from nanoengine.core.errors import PluginError, described, is_failure, nearest
 from nanoengine.core.setup.options import EngineOptions
 from nanoengine.core.setup.specs import ColumnSpec
 
@@ -93,12 +93,19 @@ class TargetLoader:
         module_name, _, attribute = target.partition(":")
         try:
             found: Any = self._module(module_name)
-        except (Exception, SystemExit) as error:  # a plugin may call sys.exit() when imported
-            raise PluginError(f"cannot load {self.describe(target)}: {type(error).__name__}: {error}") from error
+        except BaseException as error:  # a plugin may call sys.exit() when imported
+            if not is_failure(error):
+                raise
+            from nanoengine.core.setup.plugin_calls import whose
+
+            text = f"cannot load {self.describe(target)}: {described(error)}"
+            raise PluginError(text + whose(error, module_name, text)) from error
         for part in attribute.split("."):
             try:
                 found = getattr(found, part)
-            except Exception as error:
+            except BaseException as error:
+                if not is_failure(error):
+                    raise
                 here = vars(found) if hasattr(found, "__dict__") else {}
                 own = [n for n, c in here.items() if isinstance(c, type) and c.__module__ == module_name]
                 raise PluginError(

@@ -56,18 +56,34 @@ def plugin_step(what: str, owner: Any, *others: Any) -> Iterator[None]:
     except BaseException as error:
         if not is_failure(error) or _out_of_memory(error):
             raise
-        files = [file for file, _ in _frames(error)]
-        reached = [each for each in others if any(_is_own(file, root_of(each)) for file in files)]
-        if reached:
-            what, owner = name_of(reached[-1]), reached[-1]
+        reached = _reached(error, (owner, *others))
+        if reached is not owner:
+            what, owner = name_of(reached), reached
         tail = whose(error, owner, what)
         if isinstance(error, Exception):
             if not _is_ours(owner):  # nanoengine's own part needs no plugin's author
-                error.add_note(f"in {what}{tail}")
+                error.add_note(f"in {what}")
+                error.add_note(tail.removeprefix(", "))
             raise
         code = f"{error.code!r}" if isinstance(error, SystemExit) and error.code is not None else ""
         did = f"called sys.exit({code})" if isinstance(error, SystemExit) else f"raised {described(error)}"
         raise PluginError(f"{what} {did}{tail}") from error
+
+
+def _reached(error: BaseException, owners: tuple[Any, ...]) -> Any:
+    """Whose code the exception comes from: the innermost frame of a method of theirs, or else of a package, decides."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
+    for frame in frames:
+        method = f"{frame.f_globals.get('__name__')}:{frame.f_code.co_qualname}"
+        for owner in owners:
+            if method.startswith(f"{name_of(owner)}."):
+                return owner
+    roots = [root_of(owner) for owner in owners]
+    for frame in frames:
+        for owner, root in zip(owners, roots, strict=True):
+            if _is_own(frame.f_code.co_filename, root):
+                return owner
+    return owners[0]
 
 
 def name_of(owner: Any) -> str:

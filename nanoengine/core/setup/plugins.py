@@ -18,7 +18,7 @@ from typing import Any
 
 import pluggy
 
-from nanoengine.core.errors import PluginError, nearest
+from nanoengine.core.errors import PluginError, described, is_failure, nearest, shown, text_of
 from nanoengine.core.setup import hookspecs
 from nanoengine.core.setup.choose import choose_attention, from_class, load_checked
 from nanoengine.core.setup.composer.search_path import package_root
@@ -39,9 +39,6 @@ __all__ = [
     "load_checked",
     "plugin_file",
 ]
-
-# What a plugin may raise without taking the engine down; sys.exit() at import is a plugin's failure too.
-_ISOLATED = (Exception, SystemExit)
 
 
 def discover(plugin_files: Sequence[str | Path] = (), *, extra: Sequence[tuple[str, object]] = ()) -> Registry:
@@ -90,7 +87,7 @@ class _Search:
         )
         try:
             plugin = entry.load()
-        except _ISOLATED as error:
+        except BaseException as error:  # noqa: BLE001 - `_fail` raises Ctrl-C again
             self._fail(origin, "import", error)
             return
         self.register(plugin, origin, fatal=False)
@@ -102,8 +99,10 @@ class _Search:
         origin = Origin(plugin=path.stem, module=file.module, file=file.path)
         try:
             plugin = load_plugin_file(file)
-        except _ISOLATED as error:
-            raise PluginError(f"{origin} failed at import: {_describe(error)}\n{_tail(error)}".rstrip()) from error
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            raise PluginError(f"{origin} failed at import: {described(error)}\n{_tail(error)}".rstrip()) from error
         self.files.append(file)
         self.register(plugin, origin, fatal=True)
 
@@ -113,7 +112,7 @@ class _Search:
         name = f"{origin.distribution or origin.file or 'object'}:{origin.plugin}"
         try:
             implementations = _implementations(self.manager, plugin, name)
-        except _ISOLATED as error:
+        except BaseException as error:  # noqa: BLE001 - `_fail` raises Ctrl-C again
             self._fail(origin, "register", error)
         else:
             self.plugins.append(origin)
@@ -126,7 +125,7 @@ class _Search:
         """One hook implementation of one plugin: its values are taken whole or, if one is no value at all, not."""
         try:
             values = checked_list(hook, implementation.function())
-        except _ISOLATED as error:
+        except BaseException as error:  # noqa: BLE001 - `_fail` raises Ctrl-C again
             self._fail(origin, hook, error)
             return
         if hook == "register_configs":
@@ -137,15 +136,15 @@ class _Search:
         for spec in values:
             try:
                 check_spec(spec)
-            except _ISOLATED as error:
-                self._fail(origin, f"{KIND_WORDS[kind]} {spec.name!r}", error, provides=(kind, spec.name))
+            except BaseException as error:  # noqa: BLE001 - `_fail` raises Ctrl-C again
+                self._fail(origin, f"{KIND_WORDS[kind]} {shown(spec.name)}", error, provides=(kind, spec.name))
             else:
                 self.claims.setdefault((kind, spec.name), []).append(Registered(spec, origin))
 
     def _config_root(self, root: str, origin: Origin) -> None:
         try:
             package_root(root, str(origin))
-        except _ISOLATED as error:
+        except BaseException as error:  # noqa: BLE001 - `_fail` raises Ctrl-C again
             self._fail(origin, f"config root {root!r}", error, provides=("configs", root))
         else:
             self.roots.append((root, origin))
@@ -153,13 +152,16 @@ class _Search:
     def _fail(
         self, origin: Origin, stage: str, error: BaseException, *, provides: tuple[str, str] | None = None
     ) -> None:
+        """Raises `error` again if it is no plugin's failure: Ctrl-C, say."""
+        if not is_failure(error):
+            raise error
         own = isinstance(error, PluginError)  # a check of ours: the message says it all
         self.failures.append(
             Failure(
                 origin=origin,
                 stage=stage,
                 error_type=type(error).__name__,
-                message=str(error),
+                message=text_of(error),
                 traceback="" if own else _tail(error),
                 provides=provides,
             )
@@ -240,10 +242,6 @@ def _own_hooks(manager: pluggy.PluginManager, plugin: object) -> list[tuple[str,
     if not own:
         raise PluginError(f"it implements no hook: decorate functions with @hookimpl. {nearest('', HOOKS)}")
     return [(caller.name, impl) for caller, impl in own if caller.has_spec()]
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _tail(error: BaseException, frames: int = 3) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any
 
-from nanoengine.core.errors import PluginError
+from nanoengine.core.errors import PluginError, shown
 from nanoengine.core.sampling_fields import legal_fields
 from nanoengine.core.setup.registry import Kind
 from nanoengine.core.setup.specs import (
@@ -38,6 +39,7 @@ _OPS: Mapping[StandardOp, tuple[str, tuple[float, ...]]] = {
 }
 """Dtype of a standard operation's column, and the values that change nothing."""
 
+_MOST_ITEMS = 10_000  # of one hook: more is an iterator without end
 _TARGET = re.compile(r"[\w.]+:[\w.]+")
 
 
@@ -45,11 +47,13 @@ def checked_list(hook: str, values: Any) -> list[Any]:
     """The hook's return value as a list; raises `PluginError` if it, or one of its items, is not of the hook's type."""
     wanted: type[Any] = SPEC_HOOKS[hook][1] if hook in SPEC_HOOKS else str
     if isinstance(values, str) or not hasattr(values, "__iter__"):
-        raise PluginError(f"{hook} returned {values!r}, not a list of {wanted.__name__}")
-    items = list(values)
+        raise PluginError(f"{hook} returned {shown(values)}, not a list of {wanted.__name__}")
+    items = list(islice(values, _MOST_ITEMS + 1))
+    if len(items) > _MOST_ITEMS:
+        raise PluginError(f"{hook} returned more than {_MOST_ITEMS:,} items; it must return a list of what there is")
     for item in items:
         if not isinstance(item, wanted):
-            raise PluginError(f"{hook} returned a list with {item!r}, which is not a {wanted.__name__}")
+            raise PluginError(f"{hook} returned a list with {shown(item)}, which is not a {wanted.__name__}")
     return items
 
 
@@ -57,31 +61,38 @@ def check_spec(spec: Any) -> None:
     """Raises `PluginError` naming the field of `spec` that is of another interface version, type or form."""
     if spec.api != API_VERSION:
         raise PluginError(
-            f"it was written for plugin api {spec.api!r}, this nanoengine speaks api {API_VERSION}; "
+            f"it was written for plugin api {shown(spec.api)}, this nanoengine speaks api {API_VERSION}; "
             f"{'upgrade nanoengine' if _newer(spec.api) else 'upgrade the plugin'}"
         )
     for field_ in dataclasses.fields(spec):
         expected, valid = _FIELD_CHECKS[field_.name]
         value = getattr(spec, field_.name)
         if not valid(value):
-            raise PluginError(f"{type(spec).__name__}.{field_.name} must be {expected}, not {value!r}")
+            raise PluginError(f"{type(spec).__name__}.{field_.name} must be {expected}, not {shown(value)}")
     if isinstance(spec, SamplerSpec):
         legal_fields([(spec.name, spec.params)])  # refuses fields without default or type, or of the engine's own name
         _check_columns(spec.params)
 
 
 def _check_columns(params: type[StageParams]) -> None:
-    for name, column in params.columns.items():
+    columns: object = params.columns
+    if not isinstance(columns, Mapping) or not all(isinstance(name, str) for name in columns):
+        raise PluginError(f"{params.__qualname__}.columns must map names to ColumnSpecs, not be {shown(columns)}")
+    if not isinstance(params.host_tokens, bool):
+        raise PluginError(f"{params.__qualname__}.host_tokens must be True or False, not {shown(params.host_tokens)}")
+    for name, column in columns.items():
         if not isinstance(column, ColumnSpec) or column.dtype not in COLUMN_DTYPES:
             raise PluginError(
                 f"{params.__qualname__}.columns[{name!r}] must be a ColumnSpec of dtype {', '.join(COLUMN_DTYPES)}, "
-                f"not {column!r}"
+                f"not {shown(column)}"
             )
         where = f"{params.__qualname__}.columns[{name!r}]"
         if not _holds(column.dtype, column.default):
-            raise PluginError(f"{where}.default must be a number that {column.dtype} holds, not {column.default!r}")
+            raise PluginError(
+                f"{where}.default must be a number that {column.dtype} holds, not {shown(column.default)}"
+            )
         if column.op is not None and not isinstance(column.op, StandardOp):
-            raise PluginError(f"{where}.op must be a nanoengine.api.StandardOp or None, not {column.op!r}")
+            raise PluginError(f"{where}.op must be a nanoengine.api.StandardOp or None, not {shown(column.op)}")
         if column.op is not None:
             _check_op(where, column, column.op)
 

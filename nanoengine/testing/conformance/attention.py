@@ -19,6 +19,7 @@ from nanoengine.api import (
     KVSpec,
     StepInputs,
 )
+from nanoengine.core.execution.backend_checks import kv_block_bytes
 from nanoengine.core.setup.choose import check_class, class_reasons
 from nanoengine.testing.conformance.failure import during, require, require_close
 from nanoengine.testing.conformance.paging import Paging
@@ -144,10 +145,11 @@ class _Play:
         )
         reasons = class_reasons(backend, need)
         require(not reasons, f"unsupported() refuses what capabilities declare: {'; '.join(reasons)}")
-        block_bytes = backend.kv_block_bytes(case.kv, case.block_size)
-        require(isinstance(block_bytes, int) and block_bytes > 0, f"kv_block_bytes gave {block_bytes!r}, no size")
-        self.made = backend(case.kv, self.limits, device)
-        self.made.allocate(_LAYERS, blocks)
+        with during("kv_block_bytes()"):
+            kv_block_bytes(backend, case.kv, case.block_size)
+        with during("__init__() or allocate()"):
+            self.made = backend(case.kv, self.limits, device)
+            self.made.allocate(_LAYERS, blocks)
 
     def run(self) -> None:
         self.leave_nothing_finite()
@@ -220,6 +222,7 @@ class _Play:
         new = [self.kv[name][-1][layer] for name in rows]
         q, k, v = (self.joined(parts, padded) for parts in (queries, [kv[0] for kv in new], [kv[1] for kv in new]))
         out = self.made.forward(layer, self.case.layer, q, k, v)
+        require(isinstance(out, Tensor), f"forward gave a {type(out).__name__}, not a Tensor")
         require(out.dtype == q.dtype, f"forward gave {out.dtype} for queries of {q.dtype}")
         require(out.shape == q.shape, f"forward gave shape {tuple(out.shape)} for queries {tuple(q.shape)}")
         real = torch.split(out[: len(out) - padded].cpu(), [len(query) for query in queries])

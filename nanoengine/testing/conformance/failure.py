@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from nanoengine.core.errors import described, is_failure
+
 
 class ConformanceError(AssertionError):
     """A plugin's part does not do what the engine relies on."""
@@ -36,5 +38,7 @@ def during(what: str) -> Iterator[None]:
         yield
     except ConformanceError as error:
         raise ConformanceError(f"{what}: {error}") from error
-    except Exception as error:
-        raise ConformanceError(f"{what} raised {type(error).__name__}: {error}") from error
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        raise ConformanceError(f"{what} raised {described(error)}") from error

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from nanoengine.api import AttentionBackend, BatchLimits, ForwardBatch, Model, ModelError
+from nanoengine.core.errors import described, is_failure
 from nanoengine.core.execution.build import BuiltModel, build_model, kv_groups
+from nanoengine.core.execution.model_checks import LOGITS_DTYPES
 from nanoengine.core.execution.weights import load_weights
 from nanoengine.core.setup.choose import check_class
 from nanoengine.plugins.attention_backends.torch_paged import TorchPaged
@@ -64,10 +66,12 @@ def _check_config(model: type[Model], hf: Mapping[str, Any]) -> None:
                 model.read_config(broken)
             except ModelError:
                 continue
-            except Exception as error:
+            except BaseException as error:
+                if not is_failure(error):
+                    raise
                 how = f"with {name} = {broken[name]!r}" if name in broken else f"without {name!r}"
                 raise ConformanceError(
-                    f"{model.__name__}.read_config {how} raised {type(error).__name__}: {error}; "
+                    f"{model.__name__}.read_config {how} raised {described(error)}; "
                     "a user's config.json must raise ModelError, naming the field"
                 ) from error
 
@@ -150,9 +154,15 @@ class _Served:
             with during("forward()"):
                 hidden = model(ids, inputs.positions, batch)
             wanted = (len(ids), self.hidden_size)
+            require(isinstance(hidden, Tensor), f"forward() gave a {type(hidden).__name__}, not a Tensor")
             require(hidden.shape == wanted, f"forward() gave shape {tuple(hidden.shape)}, not [T, hidden] = {wanted}")
             with during("compute_logits()"):
-                return self.ranks.groups[rank].all_gather(model.compute_logits(hidden))
+                logits = model.compute_logits(hidden)
+            require(isinstance(logits, Tensor), f"compute_logits() gave a {type(logits).__name__}, not a Tensor")
+            known = ", ".join(map(str, LOGITS_DTYPES))
+            require(logits.dtype in LOGITS_DTYPES, f"compute_logits() gave {logits.dtype}, none of {known}")
+            with during("compute_logits()"):
+                return self.ranks.groups[rank].all_gather(logits)
 
         logits = self.ranks.each(forward)[0]
         require(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nanoengine.api import ParamsError, SamplerSpec, SamplerStage, StageContext, StageParams, hookimpl
+from nanoengine.core.errors import described, is_failure
 from nanoengine.core.execution.stages import build_stages
 from nanoengine.core.sampling_params import ParamsResolver, SamplingParams
 from nanoengine.core.setup.plan import StagePlan, TargetLoader
@@ -154,8 +155,9 @@ def _apply(stage: SamplerStage, batch: Batch) -> Tensor:
         out = stage.apply(batch.logits.clone(), batch.rows_for(stage.needs))
     wanted = batch.logits
     require(isinstance(out, Tensor), f"apply() returned {type(out).__name__}: it must return the logits")
-    good = out.shape == wanted.shape and out.dtype == wanted.dtype
-    require(good, f"apply() gave {out.dtype} {tuple(out.shape)}, not {wanted.dtype} {tuple(wanted.shape)}")
+    good = (out.shape, out.dtype, out.device) == (wanted.shape, wanted.dtype, wanted.device)
+    got, expected = (f"{x.dtype} {tuple(x.shape)} on {x.device}" for x in (out, wanted))
+    require(good, f"apply() gave {got}, not {expected}")
     require(not bool((out.isnan() | (out == float("inf"))).any()), "apply() gave NaN or +inf")
     return out
 
@@ -183,8 +185,10 @@ def _check_no_waiting(stage: SamplerStage, batch: Batch) -> None:
     on_meta = batch.to("meta")
     try:
         stage.apply(on_meta.logits, on_meta.rows_for(stage.needs))
-    except Exception as error:
-        cause = f"{type(error).__name__}: {str(error).split(chr(10))[0]}"
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        cause = described(error).split("\n")[0]
         raise ConformanceError(
             "apply() reads values on the host (.item(), .cpu(), `if tensor:`, boolean indexing), which waits for the "
             f"device, or mixes devices (make tensors on logits.device, buffers on ctx.device): {cause}"

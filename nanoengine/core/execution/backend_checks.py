@@ -13,7 +13,7 @@ from nanoengine.core.execution.attention import AttentionBackend, AttentionLayer
 from nanoengine.core.execution.largest_steps import one_token
 from nanoengine.core.execution.model import Attention
 from nanoengine.core.execution.results import LaunchedStep
-from nanoengine.core.execution.shortage import is_out_of_memory
+from nanoengine.core.execution.shortage import forget_locals, is_out_of_memory
 from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.setup.plugin_calls import name_of, plugin_call, whose
 from nanoengine.core.step import StepPlan
@@ -49,15 +49,18 @@ def dry_run(
 ) -> None:
     """One token in the dummy block: a model or backend that cannot be right is refused before the first request.
 
-    `layers`: each with its backend, and its index there. Raises `ModelError`, `PluginError`; memory's end as it comes.
+    `layers`: each with its backend, and its index there. Raises `ModelError` or `PluginError`.
     """
     for layer, backend, index in layers:
         layer.bind(cast(AttentionBackend, _Watched(backend)), index)
     try:
         one_token(launch, tables)
     except BaseException as error:
-        if isinstance(error, NanoEngineError) or not is_failure(error) or is_out_of_memory(error):
+        if isinstance(error, NanoEngineError) or not is_failure(error):
             raise
+        if is_out_of_memory(error):  # no plugin's fault: steps say what became of it, and try smaller parts
+            forget_locals(error)
+            return
         raise ModelError(f"a dry run of one token failed: {described(error)}") from error
     finally:
         for layer, backend, index in layers:

@@ -178,7 +178,7 @@ def read_sweep(folder: Path) -> Sweep:
         todo = Sweep(folder, Path(found["cwd"]), tuple(found["plugins"]), tuple(jobs))
     except FileNotFoundError as error:
         raise ConfigError(f"--resume: {folder} holds no {SWEEP}, so it is no sweep's folder") from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     return todo
 

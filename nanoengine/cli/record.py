@@ -70,7 +70,7 @@ def read_record(output: str | Path) -> Record | None:
         return Record(**found)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}; without --resume it is written anew") from error
 
 

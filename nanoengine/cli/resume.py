@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from nanoengine.cli.record import Record, check_same_config, prompt_hash, read_record, record_path
+from nanoengine.cli.results import KEYS
 from nanoengine.core.errors import ConfigError
 from nanoengine.core.setup.config import RunConfig
-from nanoengine.core.setup.prompts import Prompt
+from nanoengine.core.setup.prompts import PromptRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +26,10 @@ class Earlier:
     dropped: int = 0
 
 
-def earlier_run(config: RunConfig, prompts: Sequence[Prompt]) -> Earlier | None:
+def earlier_run(config: RunConfig, prompts: Sequence[PromptRow]) -> Earlier | None:
     """What to go on from; None where there is nothing yet.
 
-    A row is kept if it is whole, has no error, and answers the prompt that stands in its place now.
+    A row is kept if it is whole, has no error, and answers the prompt that is in its place now and has its fields.
 
     Raises `ConfigError` where there is no output, or it was made with another configuration.
     """
@@ -61,17 +62,19 @@ def earlier_run(config: RunConfig, prompts: Sequence[Prompt]) -> Earlier | None:
 def _finished(line: bytes) -> bool:
     try:
         return json.loads(line)["error"] is None
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return False
 
 
-def _answered(line: bytes, prompts: Sequence[Prompt], chat: bool, record: Record) -> int | None:
+def _answered(line: bytes, prompts: Sequence[PromptRow], chat: bool, record: Record) -> int | None:
     """Index of the prompt that a row answers; None if it is torn, failed, or answers what is asked no more."""
     try:
         row: Any = json.loads(line)
         index, hashed, error = row["index"], row["hash"], row["error"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
     if not line.endswith(b"\n") or error is not None or type(index) is not int or not 0 <= index < len(prompts):
         return None
-    return index if hashed == prompt_hash(prompts[index], chat, record.params) else None
+    others = {key: value for key, value in row.items() if key not in KEYS}
+    same = hashed == prompt_hash(prompts[index].prompt, chat, record.params) and others == prompts[index].fields
+    return index if same else None

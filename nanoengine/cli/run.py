@@ -31,13 +31,14 @@ from nanoengine.core.seeds import request_seed
 from nanoengine.core.setup.config import RunConfig, load_config
 from nanoengine.core.setup.plugins import discover
 from nanoengine.core.setup.progress import Progress
-from nanoengine.core.setup.prompts import STDIN, Prompt, PromptFile, read_prompts
+from nanoengine.core.setup.prompts import STDIN, Prompt, PromptFile, PromptRow, read_prompts
 from nanoengine.core.startup import StartClock, process_seconds, without_collections
 
 if TYPE_CHECKING:
     from nanoengine.cli.record import Record
-    from nanoengine.cli.results import ResultsFile, Tally
+    from nanoengine.cli.results import ResultsFile
     from nanoengine.cli.resume import Earlier
+    from nanoengine.cli.tally import Tally
     from nanoengine.core.llm import LLM
     from nanoengine.core.sampling_params import SamplingParams
     from nanoengine.core.setup.registry import Registry
@@ -120,7 +121,8 @@ def run_config(
         check_trace(trace, {**inputs, **_prompts_file(config), "the output": config.output})
     earlier = _earlier(config, prompts, inputs, resume)
     if earlier is not None and len(earlier.done) == len(prompts):
-        ResultsFile(config.output, earlier.rows).close()
+        with ResultsFile(config.output, earlier.rows, earlier.record) as results:
+            results.settle()
         say("nothing is left to do")
         return 0
     say(f"loading {config.model.source}")
@@ -134,17 +136,18 @@ def run_config(
         if earlier is not None:
             check_same_params(earlier.record, llm.default_params, str(config.output))
         record = new_record(config, llm.default_params, registry)
-        with ResultsFile(config.output, earlier.rows if earlier else ()) as results:
-            if results.replaced and earlier is None:
-                say(f"{config.output} was there already, and is overwritten")
+        with ResultsFile(config.output, earlier.rows if earlier else (), record) as results:
+            if not results.settled and earlier is None:
+                say(f"{config.output} was there already, and is overwritten when the first prompt is answered")
             with _traced(llm, trace, record):
-                results.keep_record(record)
                 done = earlier.done if earlier else frozenset()
                 with shown_beside_bars(debug):
                     status, summary = Batch(llm, config, prompts, results, record.params, done, debug).run()
                 if trace is not None:
                     summary = {**summary, "trace": str(trace.expanduser().absolute())}
                 results.keep_record(record.with_summary(summary))
+                if not results.settled:
+                    say(f"no prompt was answered: {config.output} keeps the rows that were there")
                 return status
 
 
@@ -163,10 +166,12 @@ def _prompts_file(config: RunConfig) -> dict[str, str | Path]:
     return {}
 
 
-def _prompts(config: RunConfig) -> Sequence[Prompt]:
+def _prompts(config: RunConfig) -> Sequence[PromptRow]:
+    from nanoengine.cli.results import KEYS
+
     if isinstance(config.prompts, PromptFile) and config.prompts.file == STDIN and sys.stdin.isatty():
         say("reading prompts from the terminal, one a line; Ctrl-D ends them")
-    prompts = [row.prompt for row in read_prompts(config.prompts)]
+    prompts = read_prompts(config.prompts, taken=KEYS)
     if not prompts:
         raise ConfigError(
             "no prompts: write a list under 'prompts:', or give 'prompts=[\"...\"]', a file (.txt, .jsonl or .csv), or "
@@ -176,7 +181,7 @@ def _prompts(config: RunConfig) -> Sequence[Prompt]:
 
 
 def _earlier(
-    config: RunConfig, prompts: Sequence[Prompt], inputs: Mapping[str, str | Path], resume: bool
+    config: RunConfig, prompts: Sequence[PromptRow], inputs: Mapping[str, str | Path], resume: bool
 ) -> Earlier | None:
     """What to go on from. Says what of it is kept."""
     from nanoengine.cli.results import check_output, check_replaceable
@@ -203,7 +208,7 @@ class Batch:
 
     llm: LLM
     config: RunConfig
-    prompts: Sequence[Prompt]
+    prompts: Sequence[PromptRow]
     results: ResultsFile
     params: Mapping[str, Any]
     done: Collection[int] = ()
@@ -213,7 +218,7 @@ class Batch:
 
     def run(self) -> tuple[int, Mapping[str, Any]]:
         """Exit status, and the summary for the record."""
-        from nanoengine.cli.results import Tally
+        from nanoengine.cli.tally import Tally
 
         tally, start = Tally(len(self.prompts), kept=len(self.done)), time.perf_counter()
         status = 0
@@ -245,13 +250,13 @@ class Batch:
     def _submit(self) -> list[RequestOutput]:
         """Hands every prompt to the engine; gives outputs for those that cannot even become tokens."""
         refused = []
-        for index, prompt in enumerate(self.prompts):
+        for index, row in enumerate(self.prompts):
             if index in self.done:
                 continue
             request_id = str(index)
             self.pending[request_id] = index
             try:
-                tokens, text = self._engine_prompt(prompt)
+                tokens, text = self._engine_prompt(row.prompt)
                 self.llm.engine.add_request(request_id, tokens, self._params(index), prompt_text=text, final_only=True)
             except RequestError as error:
                 refused.append(_refused(request_id, error))
@@ -289,13 +294,13 @@ class Batch:
         from nanoengine.cli.results import result_row
 
         index = self.pending.pop(output.request_id)
-        prompt = self.prompts[index]
-        hashed = prompt_hash(prompt, self.config.chat, self.params)
-        self.results.write(result_row(index, prompt, hashed, output))
+        row = self.prompts[index]
+        hashed = prompt_hash(row.prompt, self.config.chat, self.params)
+        self.results.write(result_row(index, row, hashed, output))
         tally.add(output)
         bar.update()
         with bar.aside(sys.stdout):
-            self._show(_answer(index, prompt, output))
+            self._show(_answer(index, row.prompt, output))
         if output.error is not None:
             with bar.aside(sys.stderr):
                 say(f"[{index}] failed ({output.error.code}): {output.error}")

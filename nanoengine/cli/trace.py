@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanoengine.cli.common import ResultsLost
-from nanoengine.cli.results import check_writable
+from nanoengine.cli.results import check_unlocked, check_writable
 from nanoengine.core.errors import ConfigError
 from nanoengine.core.trace import TraceFile
 
@@ -28,9 +28,11 @@ def check_trace(path: Path, others: Mapping[str, str | Path | None]) -> None:
     try:
         target = path.expanduser()
         check_writable(target)
+        check_unlocked(target)
         begins = _beginning(target)
     except (OSError, ValueError, RuntimeError) as error:  # a bad name; a home folder that nobody has
-        raise ConfigError(f"cannot write trace {path}: {error}") from error
+        why = (error.strerror if isinstance(error, OSError) else None) or error
+        raise ConfigError(f"cannot write trace {path}: {why}") from error
     for what, other in others.items():
         if other is not None and Path(other).expanduser().absolute() == target.absolute():
             raise ConfigError(f"--trace {path} is {what}, which it would overwrite; give another file")

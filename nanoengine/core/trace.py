@@ -17,12 +17,11 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from io import FileIO
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
-from nanoengine.core.files import write_all
+from nanoengine.core.files import GrowingFile
 from nanoengine.core.observe import Row, Span, StepRecord
 
 FORMAT = 1
@@ -49,19 +48,19 @@ class TraceFile:
     """An observer that writes each step's record to a file: `with TraceFile("out.json") as t, llm.observe(t): ...`.
 
     Args:
-        path: of the file, which is made afresh.
+        path: of the file, which is made afresh. What is there already stays until the first step.
         about: what the reader of the trace should know of it: model, versions.
 
     Raises `OSError` where the file cannot be opened. A write that fails (a full disk) ends the trace with the last step
-    that is in it, and not the run; `close` then raises the `OSError`.
+    that is in it, and not the run; `close` then raises the `OSError`, as it does for a file that is no longer there.
     """
 
     def __init__(self, path: str | Path, about: Mapping[str, Any] = MappingProxyType({})) -> None:
         self.path = Path(path).expanduser()
         self.failure: OSError | None = None
-        self._file = FileIO(self.path, "w")
+        self._file = GrowingFile(self.path)
+        self._closed = False
         self._origin = time.monotonic()  # the timeline's zero
-        self._size = 0  # of what is whole, in bytes
         self._tracks: dict[int, _Track] = {}  # by slot
         self._seats: dict[str, int] = {}  # request -> its slot
         self._gone: set[str] = set()  # requests that ended with the last step; the next may hold a row of theirs
@@ -69,13 +68,14 @@ class TraceFile:
         self._write("[\n", [_event("i", "trace", 0, _ENGINE, _HOST, s="g", args=args), *_names()])
 
     def __call__(self, record: StepRecord) -> None:
-        if not self._file.closed and self.failure is None:
+        if not self._closed and self.failure is None:
             self._write("", [*self._engine(record), *self._counters(record), *self._slots(record)])
 
     def close(self) -> None:
         """End what is open, and the file. Idempotent. Raises the `OSError` of a write that failed."""
-        if self._file.closed:
+        if self._closed:
             return
+        self._closed = True
         if self.failure is None:
             open_tracks = [(slot, track) for slot, track in self._tracks.items() if track.request is not None]
             now = time.monotonic()
@@ -104,13 +104,12 @@ class TraceFile:
     def _write(self, before: str, events: list[Event], after: str = ",\n") -> None:
         """All of it, or nothing: half a step would say something that is not true."""
         text = before + ",\n".join([json.dumps(event, separators=(",", ":")) for event in events]) + after
-        data = text.encode()
         try:
-            write_all(self._file, data)
-            self._size += len(data)
+            self._file.write(text.encode())
+            if after == ",\n" and not before:  # a step
+                self._file.settle()
         except OSError as error:
             self.failure = error
-            self._file.truncate(self._size)
 
     # -- the engine's tracks -----------------------------------------------------------------------------------------
 

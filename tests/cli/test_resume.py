@@ -280,16 +280,14 @@ def test_a_killed_process_leaves_whole_rows_and_can_go_on(
     assert sorted(row["index"] for row in rows()) == list(range(40))
 
 
-def test_a_reader_that_goes_away_ends_the_run_in_words(started: Any, rows: Rows, tmp_path: Path) -> None:
+def test_a_reader_that_goes_away_costs_no_results(started: Any, rows: Rows, tmp_path: Path) -> None:
     process = started()
     assert process.stdout.readline().startswith("[39]")
     process.stdout.close()
     errors = process.stderr.read()
-    assert process.wait(60) == 1
-    assert 0 < len(rows()) < 40
-    assert errors.splitlines()[-1] == (
-        f"error: cannot write answers to standard output: Broken pipe; rows kept in results.jsonl: {len(rows())}"
-    )
+    assert process.wait(60) == 0
+    assert len(rows()) == 40
+    assert "cannot write answers to standard output: Broken pipe; they go on into results.jsonl" in errors
     assert "Traceback" not in errors
     assert "Exception ignored" not in errors
 

@@ -301,16 +301,16 @@ def test_a_disk_that_fills_up_keeps_whole_rows(tmp_path: Path, monkeypatch: pyte
             super().close()
             raise OSError(errno.EDQUOT, "Quota exceeded")
 
-    monkeypatch.setattr("nanoengine.cli.results.FileIO", Filling)
+    monkeypatch.setattr("nanoengine.core.files.FileIO", Filling)
     path = tmp_path / "out.jsonl"
     results = ResultsFile(str(path))
     for _ in range(2):
-        results.write({"index": 0})
+        results.write({"error": 0})
     with pytest.raises(ResultsLost, match="No space left on device; rows kept there: 2"):
-        results.write({"index": 0})
+        results.write({"error": 0})
     with pytest.raises(ResultsLost, match="Quota exceeded; rows kept there: 2"), results:
         pass
-    assert path.read_text() == '{"index": 0}\n' * 2
+    assert path.read_text() == '{"error": 0}\n' * 2
 
 
 def test_one_prompt_is_no_prompts(fake: Any, nanoengine: Run, config: Any) -> None:

@@ -330,7 +330,7 @@ def test_a_full_disk_ends_the_trace_and_not_the_run(llm: LLM, tmp_path: Path, mo
         def __getattr__(self, name: str) -> Any:
             return getattr(self.file, name)
 
-    trace._file = Full(trace._file)
+    trace._file._file = Full(trace._file._file)
     with llm.observe(trace):
         outputs = llm.generate(ASKED, GREEDY, use_tqdm=False)
     assert tokens_of(outputs) == [greedy(p, 12) for p in ASKED]

@@ -198,7 +198,7 @@ def test_of_an_ordinary_file_nothing_is_reported(tmp_path: Path) -> None:
 def test_a_vocabulary_without_weights_is_called_so(tmp_path: Path) -> None:
     tiny = changed()
     tiny.weights.clear()
-    with pytest.raises(ModelSourceError, match="block_count is 2, but it holds no tensors"):
+    with pytest.raises(ModelSourceError, match="it holds no tensors: a vocabulary without weights"):
         converted(tiny, tmp_path)
 
 
@@ -317,6 +317,36 @@ def test_a_byte_level_file_without_token_types_knows_its_named_specials(tmp_path
     tokenizer = build_tokenizer(Metadata("tiny.gguf", tiny.keys))
     assert tokenizer.encode("<|start|>he<|end|>").tokens == ["<|start|>", "he", "<|end|>"]
     assert tokenizer.decode(tokenizer.encode("<|start|>he<|end|>").ids) == "he"
+
+
+@pytest.mark.parametrize("text", ["$A", "$B:1", "a:b", "$1", "x y", ""])
+def test_bos_is_added_whatever_its_text_is(text: str) -> None:
+    """The library's templates would read some texts as their own parts."""
+    tiny = changed(tokenizer__ggml__add_bos_token=True, tokenizer__ggml__add_eos_token=True)
+    tiny.keys["tokenizer.ggml.tokens"] = ["<|end|>", text, *tokens()[2:]]
+    if not text:
+        with pytest.raises(ModelSourceError, match="it wants bos added"):
+            build_tokenizer(Metadata("tiny.gguf", tiny.keys))
+        return
+    tokenizer = build_tokenizer(Metadata("tiny.gguf", tiny.keys))
+    inner = tokenizer.encode("he", add_special_tokens=False).ids
+    assert tokenizer.encode("he").ids == [1, *inner, 0]
+    assert tokenizer.encode("he", "he").ids == [1, *inner, 0, 1, *inner, 0]
+
+
+def test_a_token_without_text_is_not_found_everywhere() -> None:
+    tiny = changed()
+    tiny.keys["tokenizer.ggml.tokens"] = [*tokens()[:2], "", *tokens()[3:]]
+    encoded = build_tokenizer(Metadata("tiny.gguf", tiny.keys)).encode("he ll")
+    assert encoded.tokens == ["he", "\u0120", "ll"]
+
+
+def test_many_or_odd_keys_that_are_skipped_are_shown_in_one_line(tmp_path: Path) -> None:
+    tiny = changed()
+    tiny.keys |= {"x.\x1b[31m\n": 1, **{f"x.{i}": 1 for i in range(30)}}
+    line = next(line for line in converted(tiny, tmp_path)[2] if "skipped keys" in line)
+    assert line.startswith("tiny.gguf: skipped keys: 'x.\\x1b[31m\\n', x.0, ")
+    assert line.endswith(", x.18 and 11 more")
 
 
 @pytest.mark.parametrize("scores", [[float("nan")] * 3, ["a"], 3, [1, 2]])

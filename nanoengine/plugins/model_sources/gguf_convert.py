@@ -32,6 +32,8 @@ from nanoengine.plugins.model_sources.gguf_tokenizer import write_tokenizer
 CONVERTER_VERSION = 2
 """Part of the cache key: raise it whenever the same file would give another folder."""
 
+_SHOWN = 20  # keys listed that are skipped
+
 # GGUF type -> (safetensors type, numpy type of the stored words, its name in config.json)
 _COPIED = {"F32": ("F32", "<f4", "float32"), "F16": ("F16", "<f2", "float16"), "BF16": ("BF16", "<u2", "bfloat16")}
 
@@ -59,11 +61,13 @@ def convert(source: Path, folder: Path, say: Callable[[str], None]) -> None:
     header = read_header(source)
     meta, tensors = Metadata(source.name, header.values), dict(header.tensors)
     name, arch = read_architecture(meta)
+    if not tensors:
+        raise meta.error("it holds no tensors: a vocabulary without weights, which is no model")
     _check_types(meta, tensors.values())
     factors = tensors.pop("rope_freqs.weight", None) if arch.frequencies else None
     shape = read_shape(meta, name)
     if shape.layers > len(tensors):
-        raise meta.error(f"{name}.block_count is {shape.layers}, but it holds {len(tensors) or 'no'} tensors")
+        raise meta.error(f"{name}.block_count is {shape.layers}, but it holds {len(tensors)} tensors")
     rules = tensor_rules(meta, arch, shape, {key: tensor.shape for key, tensor in tensors.items()})
     divisors = None if factors is None else _float32(factors)
     rope = rope_parameters(meta, name, shape.head_size, divisors)
@@ -76,7 +80,9 @@ def convert(source: Path, folder: Path, say: Callable[[str], None]) -> None:
     write_json(folder / "generation_config.json", generation_config(meta))
     skipped = skipped_keys(meta)
     if skipped:
-        say(f"{meta.name}: skipped keys: {', '.join(skipped)}")
+        shown = [key if key.isprintable() else repr(key) for key in skipped[:_SHOWN]]
+        more = f" and {len(skipped) - _SHOWN} more" if len(skipped) > _SHOWN else ""
+        say(f"{meta.name}: skipped keys: {', '.join(key[:100] for key in shown)}{more}")
     _write_tensors(meta, folder / "model.safetensors", tensors, rules, say)
 
 

@@ -85,7 +85,7 @@ def read_header(source: Path) -> Header:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return _Reader(memoryview(mapped)).header()
     except BadHeader as error:
-        raise ModelSourceError(f"{source} is damaged or no GGUF file: {error}") from error
+        raise ModelSourceError(f"{source} is damaged or no GGUF file: {error!s:.500}") from error
 
 
 class _Reader:

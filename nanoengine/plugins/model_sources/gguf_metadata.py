@@ -47,7 +47,7 @@ class Metadata:
         self.values = values
 
     def error(self, text: str) -> ModelSourceError:
-        return ModelSourceError(f"{self.name}: {text}")
+        return ModelSourceError(f"{self.name}: {text:.2000}")
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.values.get(key, default)
@@ -66,8 +66,8 @@ class Metadata:
         value = self.require(key) if default is None else self.get(key, default)
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.error(f"key {key} must be one positive integer, not {value!r:.200}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
+            raise self.error(f"key {key} must be one positive integer below 2**31, not {value!r:.200}")
         return value
 
     def real(self, key: str, default: float | None = None, *, positive: bool = False) -> float:

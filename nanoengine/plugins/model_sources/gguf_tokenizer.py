@@ -157,18 +157,22 @@ def _add_template(meta: Metadata, tokenizer: Tokenizer, add_bos: bool) -> None:
 
     ids, tokens = token_ids(meta), meta.strings("tokenizer.ggml.tokens")
     around: dict[str, list[str]] = {"bos": [], "eos": []}
+    special: list[dict[str, Any]] = []
     for kind, default in (("bos", add_bos), ("eos", False)):
-        if meta.flag(f"tokenizer.ggml.add_{kind}_token", default):
-            if f"{kind}_token_id" not in ids:
-                raise meta.error(
-                    f"it wants {kind} added to every text, but tokenizer.ggml.{kind}_token_id is missing, or outside "
-                    "the vocabulary"
-                )
-            token = tokens[ids[f"{kind}_token_id"]]
-            if tokenizer.token_to_id(token) is None:
-                raise meta.error(f"it wants {kind} added to every text, but {token!r} is a token of type unused")
-            around[kind] = [token]
-    special = [(token, tokenizer.token_to_id(token)) for tokens in around.values() for token in tokens]
+        if not meta.flag(f"tokenizer.ggml.add_{kind}_token", default):
+            continue
+        key = f"{kind}_token_id"
+        if key not in ids:
+            raise meta.error(
+                f"it wants {kind} added to every text, but tokenizer.ggml.{key} is missing, or outside the vocabulary"
+            )
+        token = tokens[ids[key]]
+        if tokenizer.token_to_id(token) != ids[key]:
+            raise meta.error(f"it wants {kind} added to every text, but {token!r} is a token of type unused")
+        around[kind] = [
+            kind
+        ]  # a name of ours: a token's own text, such as "$A", could be read as a part of the template
+        special.append({"id": kind, "ids": [ids[key]], "tokens": [token]})
     if special:
         single, pair = ([*around["bos"], f"${part}", *around["eos"]] for part in "AB")
         tokenizer.post_processor = TemplateProcessing(single=single, pair=single + pair, special_tokens=special)

@@ -39,6 +39,8 @@ def read_vocabulary(
     for index, (token, number) in enumerate(zip(tokens, types, strict=True)):
         if number == TokenType.UNUSED:
             continue
+        if not token:  # an empty one would be found everywhere
+            token = f"[EMPTY_{index}]"
         if token in vocab:
             raise meta.error(f"token {token!r} stands twice in the vocabulary, as {vocab[token]} and {index}")
         if number not in legal:

@@ -163,6 +163,7 @@ def _scheduler(options: EngineOptions, memory: MemoryReport) -> Scheduler:
         policy=options.scheduling_policy,
         steady_rows=options.steady_rows,
         spare_slots=options.spare_slots,
+        admission_reserve=options.admission_reserve,
     )
     blocks = BlockManager(
         groups=memory.num_groups,

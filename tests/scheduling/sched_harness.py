@@ -75,6 +75,7 @@ class Loop:
         groups: int = 1,
         hash_fn: Callable[[bytes], bytes] | None = None,
         steady: bool = True,
+        reserve: int = 0,
         scheduler: type[Scheduler] = Scheduler,
         blocks: type[BlockManager] = BlockManager,
     ) -> None:
@@ -85,6 +86,7 @@ class Loop:
             enable_prefix_caching=caching,
             policy=policy,
             steady_rows=1 if steady else max_num_seqs + 1,
+            admission_reserve=reserve,
         )
         extra = {} if hash_fn is None else {"hash_fn": hash_fn}
         self.blocks = blocks(groups, num_blocks + 1, block_size, caching, **extra)

@@ -23,6 +23,7 @@ loops = st.fixed_dictionaries(
         "policy": st.sampled_from(["fcfs", "priority"]),
         "overlap": st.booleans(),
         "groups": st.sampled_from([1, 2]),
+        "reserve": st.sampled_from([0, 0, 1, 5]),
         "hash_fn": st.sampled_from([None, None, None, lambda data: b"same", lambda data: bytes([len(data) % 3])]),
     }
 )

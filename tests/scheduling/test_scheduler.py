@@ -11,6 +11,7 @@ from sched_harness import VOCAB, BreakingLoop, Loop, grammar_stage, prompt_of, s
 
 from nanoengine.core.errors import ConfigError, RequestError
 from nanoengine.core.request import Status
+from nanoengine.core.scheduling.block_pool import Pool
 from nanoengine.core.scheduling.messages import SchedulerConfig
 from nanoengine.core.scheduling.policy import FCFS, make_policy
 from nanoengine.core.scheduling.scheduler import Scheduler
@@ -578,3 +579,56 @@ def test_many_requests_through_few_slots():
         loop.add(prompt_of(length, i % 5), max_tokens=1 + i % 7, eos_ids=frozenset({i % VOCAB}))
     loop.finish_and_verify()
     assert len(loop.ended) == 40
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_a_reserve_at_admission_saves_preemptions(caching):
+    """Blocks that those who run will need are not given to one who would have to yield them at once."""
+    preemptions, tokens = [], []
+    for reserve in (0, 1, 3):
+        loop = Loop(num_blocks=30, block_size=4, max_num_seqs=8, caching=caching, reserve=reserve)
+        for i in range(24):
+            loop.add(prompt_of(13, i), max_tokens=20)
+        computed = 0
+        while loop.scheduler.has_unfinished():
+            loop.step()
+        computed = sum(step.plan.num_tokens for step in loop.steps)
+        loop.finish_and_verify()
+        preemptions.append(loop.scheduler.stats().preemptions)
+        tokens.append(computed)
+    assert preemptions == sorted(preemptions, reverse=True)
+    assert preemptions[0] > 2 * preemptions[-1]
+    assert tokens[0] > tokens[-1]
+
+
+def test_a_reserve_holds_back_nobody_when_nothing_runs():
+    loop = Loop(num_blocks=10, block_size=4, reserve=100)
+    for i in range(3):
+        loop.add(prompt_of(30, i), max_tokens=4)
+    loop.finish_and_verify()
+    assert {len(step.rows) for step in loop.steps} == {1}
+
+
+def test_a_waiting_prompt_is_followed_through_the_index_once(monkeypatch):
+    """While it waits for blocks, each step looks at what is new, not at the whole prompt again."""
+    looked: list[int] = []
+    follow = Pool.follow
+
+    def counted(pool, keys, parent, tokens):
+        looked.append(len(keys))
+        return follow(pool, keys, parent, tokens)
+
+    loop = Loop(num_blocks=40, max_num_seqs=4)
+    loop.add(prompt_of(121), max_tokens=1)
+    loop.run()
+    holder = loop.add(prompt_of(5, 1), max_tokens=60)
+    loop.step()
+    monkeypatch.setattr(Pool, "follow", counted)
+    loop.add([*prompt_of(120), *prompt_of(36, 2)], max_tokens=1)
+    for _ in range(20):
+        loop.step()
+    (waiting,) = loop.scheduler.waiting
+    assert len(waiting.found[0].blocks) >= 29
+    assert looked == [38]
+    loop.abort(holder)
+    loop.finish_and_verify()

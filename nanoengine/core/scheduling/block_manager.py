@@ -115,7 +115,7 @@ class BlockManager:
     def _longer(self, request: Request, pool: Pool, run: Run, limit: int) -> Run:
         """The run with what follows it in the index, up to `limit` blocks."""
         first = len(run.blocks)
-        if first >= limit:
+        if first >= limit or request.block_hashes[first] not in pool.index:
             return run
         parent = int(run.uids[-1]) if first else request.cache_key
         tokens = self._tokens(request, first, limit)
@@ -147,12 +147,13 @@ class BlockManager:
 
     # Owning
 
-    def claim(self, request: Request, hits: Hits, num_tokens: int) -> bool:
-        """Makes the hits the request's first blocks, if there is room for all its `num_tokens`; else takes nothing."""
+    def claim(self, request: Request, hits: Hits, num_tokens: int, reserve: int = 0) -> bool:
+        """Makes the hits the request's first blocks, if there is room for all its `num_tokens` and for `reserve` blocks
+        more; else takes nothing."""
         assert not request.block_ids, f"request {request.id} owns blocks already"
         missing = self.blocks_for(num_tokens) - len(hits[0])
         for pool, run in zip(self._pools, hits, strict=True):
-            if missing + int(pool.unowned[run].sum()) > pool.num_free:
+            if missing + int(pool.unowned[run].sum()) + reserve > pool.num_free:
                 return False
         request.block_ids, request.found = [run.tolist() for run in hits], []
         for pool, table in zip(self._pools, request.block_ids, strict=True):

@@ -22,8 +22,9 @@ class SchedulerConfig:
 
     steady_rows: from so many decode rows a step they become columns (`steady.py`); the plans are the same. With fewer,
     numpy's calls cost more than they save. spare_slots: see `num_slots`; the device's tables have as many.
+    admission_reserve: blocks that stay free for each running request when another one is admitted.
 
-    Raises `ConfigError` for a limit below 1.
+    Raises `ConfigError` for a limit below 1, or a reserve below 0.
     """
 
     max_num_seqs: int
@@ -33,11 +34,14 @@ class SchedulerConfig:
     policy: str = "fcfs"
     steady_rows: int = 48
     spare_slots: int = 8
+    admission_reserve: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "steady_rows"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.admission_reserve < 0:
+            raise ConfigError(f"admission_reserve={self.admission_reserve} must be 0 or more")
 
 
 class Admission(NamedTuple):

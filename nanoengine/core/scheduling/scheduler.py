@@ -223,7 +223,8 @@ class Scheduler:
             try:
                 hits = find_hits(request, self.blocks)
                 waits = may_read_cache(request) and draft.writes_next_block(request, len(hits[0]), self.blocks)
-                if not waits and not self._admit(request, hits, draft):
+                reserve = self.config.admission_reserve * (len(self.running) - draft.ending)
+                if not waits and not self._admit(request, hits, draft, reserve):
                     return
             except BaseException as error:
                 if not is_failure(error):
@@ -240,9 +241,9 @@ class Scheduler:
         self._end_for_blocks(request)
         return True
 
-    def _admit(self, request: Request, hits: Hits, draft: Draft) -> bool:
-        """A slot, blocks and its first tokens, if there is room for all its known tokens."""
-        if not self.blocks.claim(request, hits, request.num_tokens):
+    def _admit(self, request: Request, hits: Hits, draft: Draft, reserve: int = 0) -> bool:
+        """A slot, blocks and its first tokens, if there is room for all its known tokens and `reserve` blocks more."""
+        if not self.blocks.claim(request, hits, request.num_tokens, reserve):
             return False
         self._roster.seat(request)
         cached = request.num_computed = request.capacity

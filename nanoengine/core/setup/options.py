@@ -17,6 +17,7 @@ _BOUNDS: Mapping[str, tuple[int, int]] = {
     "block_size": (1, 2**20),
     "num_gpu_blocks_override": (1, _INT32 - 1),
     "kv_cache_memory": (1, 2**50),
+    "admission_reserve": (0, 2**16),
     "max_n": (1, _INT32),
     "max_logprobs": (-1, _INT32),
     "seed": (-_INT64 - 1, _INT64),
@@ -45,6 +46,8 @@ class EngineOptions:
         kv_cache_memory: bytes for the KV cache; CPU default: what max_num_seqs x max_model_len takes, at most 4 GiB.
         enable_prefix_caching: reuse KV blocks of equal prefixes.
         scheduling_policy: "fcfs", or "priority" (lower value first, then arrival).
+        admission_reserve: KV blocks that stay free for each running request when another one is admitted: fewer
+            preemptions where blocks are short, and somewhat smaller batches.
         load_format: "auto", or "dummy" for made-up weights.
         max_n: most samples that a request may ask for (`n`).
         max_logprobs: most log-probs a position that a request may ask for (`logprobs`, `prompt_logprobs`); -1: no
@@ -78,6 +81,7 @@ class EngineOptions:
     kv_cache_memory: int | None = None
     enable_prefix_caching: bool = True
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    admission_reserve: int = 0
     load_format: Literal["auto", "dummy"] = "auto"
     max_n: int = 64
     max_logprobs: int = 20

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nanoengine.cli.common import say
+from nanoengine.cli.common import answer, say
 from nanoengine.cli.threads import CHOSEN
 from nanoengine.core.errors import ConfigError, nearest
 
@@ -121,7 +121,7 @@ def finish(report: Report, output: Path | None) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         report.write(output)
         say(f"wrote {output}")
-    typer.echo(report.table())
+    answer(report.table())
 
 
 @contextmanager

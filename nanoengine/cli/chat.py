@@ -24,7 +24,7 @@ from nanoengine.cli.common import (
     OverridesArgument,
     PluginOption,
     Terminated,
-    printable,
+    answer,
     say,
     user_errors,
 )
@@ -230,12 +230,13 @@ def _input(prompt: str) -> str:
         return input()
     if sys.stdout.isatty():
         return input(prompt)
-    print(prompt, end="", file=sys.stderr, flush=True)  # standard output holds answers alone
+    with suppress(OSError, ValueError):  # standard output holds answers alone; without the prompt it goes on as well
+        print(prompt, end="", file=sys.stderr, flush=True)
     return input()
 
 
 def _show(text: str) -> None:
-    print(printable(text, sys.stdout), end="", flush=True)
+    answer(text, end="")
 
 
 def _note(text: str) -> None:

@@ -101,6 +101,19 @@ def say(text: str, file: TextIO | None = None, *, style: Callable[[str], str] | 
             raise
 
 
+def answer(text: str, end: str = "\n") -> None:
+    """What was asked for, to standard output. Raises `ResultsLost`, and `BrokenPipeError` where its reader has gone:
+    then the command ends without a word, as is usual."""
+    try:
+        print(printable(text, sys.stdout), end=end, flush=True)
+    except (OSError, ValueError) as error:
+        abandon(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            raise
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise ResultsLost(f"cannot write to standard output: {cause}") from error
+
+
 def abandon(out: TextIO) -> None:
     """Nothing goes there any more: neither what is buffered, at whose flush the interpreter would fail as it ends."""
     with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:

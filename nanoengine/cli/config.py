@@ -10,7 +10,7 @@ from typing import Any
 import typer
 import yaml
 
-from nanoengine.cli.common import ConfigArgument, DebugOption, OverridesArgument, PluginOption, user_errors
+from nanoengine.cli.common import ConfigArgument, DebugOption, OverridesArgument, PluginOption, answer, user_errors
 from nanoengine.cli.config_list import list_options
 from nanoengine.core.setup.config import RunConfig, load_config
 from nanoengine.core.setup.plugins import discover
@@ -35,7 +35,7 @@ def show(
     """Print the composed configuration, and where each value came from."""
     with user_errors(debug):
         found = load_config(config, overrides or (), registry=discover(plugin or ()))
-        typer.echo(render(found), nl=False)
+        answer(render(found), end="")
 
 
 def render(config: RunConfig) -> str:

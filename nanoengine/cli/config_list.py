@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nanoengine.cli.common import DebugOption, PluginOption, user_errors
+from nanoengine.cli.common import DebugOption, PluginOption, answer, user_errors
 from nanoengine.core.errors import ConfigError, NanoEngineError, nearest
 from nanoengine.core.setup.composer import Root, package_root
 from nanoengine.core.setup.composer.yaml_file import read_yaml
@@ -67,7 +67,7 @@ def list_options(
             raise ConfigError(f"there is no config group {group!r}; {nearest(group, groups)}")
         options = [option for option in options if group in (None, option.group)]
         found = {"options": [asdict(option) for option in options], "problems": problems}
-        typer.echo(json.dumps(found, indent=2) if as_json else as_text(options, groups, problems))
+        answer(json.dumps(found, indent=2) if as_json else as_text(options, groups, problems))
 
 
 def options_of(registry: Registry, own: Path | None = None) -> tuple[list[Option], list[str]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nanoengine import __version__
-from nanoengine.cli.common import FAILED, DebugOption, OverridesArgument, PluginOption, say, user_errors
+from nanoengine.cli.common import FAILED, DebugOption, OverridesArgument, PluginOption, answer, say, user_errors
 from nanoengine.cli.config_list import options_of
 from nanoengine.cli.threads import CHOSEN
 from nanoengine.core.errors import NanoEngineError
@@ -43,7 +43,7 @@ def doctor(
         found = examine(registry, asked, say)
         all_found = (*more, *found.findings, *_threads(), *findings)
         found = Diagnosis(findings=all_found, backends=found.backends, backend=found.backend)
-        typer.echo(json.dumps(as_dict(found), indent=2) if as_json else as_text(found, asked.attention))
+        answer(json.dumps(as_dict(found), indent=2) if as_json else as_text(found, asked.attention))
         if not found.works:
             raise typer.Exit(FAILED)
 

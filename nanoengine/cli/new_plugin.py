@@ -16,7 +16,7 @@ import typer
 import yaml
 
 from nanoengine import __version__
-from nanoengine.cli.common import DebugOption, user_errors
+from nanoengine.cli.common import DebugOption, answer, user_errors
 from nanoengine.core.errors import ConfigError, nearest
 from nanoengine.core.sampling_fields import CORE_TYPES, STAGE_MEMBERS
 from nanoengine.core.setup.plugins import Registry, discover
@@ -105,7 +105,7 @@ def new(
     with user_errors(debug):
         part = _kind(kind, name)
         folder = write(part, name, into)
-        typer.echo(f"wrote {folder}\n\n{_next_steps(part, Names.of(name), folder)}")
+        answer(f"wrote {folder}\n\n{_next_steps(part, Names.of(name), folder)}")
 
 
 def _kind(text: str, name: str) -> PartKind:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nanoengine.cli.common import DebugOption, PluginOption, user_errors
+from nanoengine.cli.common import DebugOption, PluginOption, answer, user_errors
 from nanoengine.cli.doctor import doctor
 from nanoengine.cli.new_plugin import new
 from nanoengine.core.setup.plugins import discover
@@ -36,7 +36,7 @@ def list_plugins(as_json: JsonOption = False, plugin: PluginOption = None, debug
     """List every registered part with where it came from, and every plugin that failed with the cause."""
     with user_errors(debug):
         registry = discover(plugin or ())
-        typer.echo(json.dumps(as_dict(registry), indent=2) if as_json else as_text(registry))
+        answer(json.dumps(as_dict(registry), indent=2) if as_json else as_text(registry))
 
 
 def as_dict(registry: Registry) -> dict[str, list[dict[str, Any]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +30,7 @@ from nanoengine.core.setup.keywords import check_options, names_keywords
 from nanoengine.core.setup.model_source import with_revision
 from nanoengine.core.setup.options import EngineOptions, engine_options
 from nanoengine.core.setup.plugins import discover
-from nanoengine.core.setup.progress import Progress
+from nanoengine.core.setup.progress import Progress, note
 from nanoengine.core.setup.registry import Registry
 from nanoengine.core.startup import StartClock, StartReport
 from nanoengine.core.stats import EngineStats
@@ -132,7 +131,7 @@ class LLM:
         clock: StartClock,
         say: Callable[[str], None] | None = None,
     ) -> None:
-        path = find_model(model, registry, say or _say)
+        path = find_model(model, registry, say or note)
         clock.lap("model source")
         assembly = assemble(path, attention, options, registry, implementation)
         clock.lap("choice")
@@ -392,11 +391,6 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _say(text: str) -> None:
-    """Fetching a model takes a while the first time: what is going on, beside the program's own output."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _discover(plugins: Any) -> Registry:

@@ -124,3 +124,10 @@ def test_answers_or_words_that_cannot_be_written_lose_no_results(
 def test_a_mistake_that_cannot_be_said_keeps_its_status(tmp_path: Path, arguments: list[str]) -> None:
     done = subprocess.run(["sh", "-c", '"$@" 2>/dev/full', "sh", *CLI, *arguments], cwd=tmp_path, timeout=120)
     assert done.returncode == 2
+
+
+@pytest.mark.parametrize("arguments", [["config", "show", "quickstart"], ["config", "list"], ["plugins", "list"]])
+def test_output_onto_a_full_disk_is_one_line_and_1(arguments: list[str]) -> None:
+    done = subprocess.run(["sh", "-c", '"$@" >/dev/full', "sh", *CLI, *arguments], stderr=subprocess.PIPE, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.decode() == "error: cannot write to standard output: No space left on device\n"

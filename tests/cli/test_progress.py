@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from nanoengine.cli.chat import _note
 from nanoengine.core.setup import progress
 from nanoengine.core.setup.progress import Progress, can_overwrite
 
@@ -120,3 +121,35 @@ def test_ctrl_c_goes_through(monkeypatch: pytest.MonkeyPatch, at_once: None) -> 
     monkeypatch.setattr(sys, "stderr", Broken(KeyboardInterrupt(), False))
     with pytest.raises(KeyboardInterrupt), Progress(3, "prompts", "prompt") as bar:
         work(bar)
+
+
+@pytest.mark.parametrize("stream", [None, Broken(BrokenPipeError(32, "gone"), False), Broken(SystemExit(3), True)])
+def test_a_note_that_cannot_be_written_is_lost_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stream: Any
+) -> None:
+    monkeypatch.setattr(sys, "stderr", stream)
+    progress.note("fetching")
+    assert capsys.readouterr().out == ""  # nor does it land among the answers
+
+
+@pytest.mark.parametrize(
+    ("environ", "terminal", "dim"),
+    [
+        ({"TERM": "xterm"}, True, True),
+        ({"TERM": "xterm"}, False, False),
+        ({"TERM": "dumb"}, True, False),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, True, False),
+        ({"TERM": "xterm", "NO_COLOR": ""}, True, True),
+    ],
+)
+def test_notes_are_dim_only_where_that_is_shown_and_wanted(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], terminal: bool, dim: bool
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stderr", Terminal() if terminal else io.StringIO())
+    _note("a\x1b[31mb")
+    written = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    escaped = "a\\x1b[31mb" if terminal else "a\x1b[31mb"
+    assert written == (f"\x1b[2m{escaped}\x1b[0m\n" if dim else f"{escaped}\n")

@@ -84,6 +84,13 @@ class Progress:
         self._out.flush()
 
 
+def note(text: str) -> None:
+    """A line on standard error, next to the program's own output; lost alone where that cannot be written."""
+    out = _Unbreakable(sys.stderr)
+    out.write(f"{text}\n")
+    out.flush()
+
+
 def can_overwrite(stream: Any) -> bool:
     """Whether a line that was written can be written over: on a terminal that is not as dumb as it says."""
     try:

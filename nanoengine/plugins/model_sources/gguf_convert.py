@@ -7,6 +7,7 @@ scale x integer + offset needs more bits than bf16 or fp16 have. It costs disk (
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -243,7 +244,8 @@ def _write_tensors(
     if shutil.disk_usage(path.parent).free < offset:
         raise OSError(f"the converted weights take {offset / 1e6:.0f} MB, more than is free in {path.parent}")
     say(f"converting {meta.name}: {len(rules)} tensors, {offset / 1e6:.0f} MB, once")
-    bar = tqdm(total=offset, unit="B", unit_scale=True, desc="converting", file=sys.stderr, leave=False, disable=None)
+    hidden = os.environ.get("TERM") == "dumb" or None  # None: where standard error is no terminal
+    bar = tqdm(total=offset, unit="B", unit_scale=True, desc="converting", file=sys.stderr, leave=False, disable=hidden)
     with path.open("wb") as file, bar:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, rule in rules.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ class HubRepository:
                     endpoint=constants.ENDPOINT,
                     library_name="nanoengine",
                     max_workers=_FILES_AT_ONCE,
-                    tqdm_class=None if bars else _no_bars(),
+                    tqdm_class=None if bars and os.environ.get("TERM") != "dumb" else _no_bars(),
                 )
             )
         except hub_failures() as error:
@@ -214,7 +215,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def _no_bars() -> type[Any]:
-    """For small files, which are there before one could read a bar."""
+    """For small files, which are there before one could read a bar, and for a terminal that cannot overwrite a line."""
     from tqdm import tqdm
 
     class NoBars(tqdm):  # type: ignore[type-arg]

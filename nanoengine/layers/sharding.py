@@ -131,7 +131,8 @@ def heads_per_rank(heads: int, size: int, *, replicate: bool = False) -> int:
     try:
         return even_share(heads, 1, 0, size, replicate=replicate)[1]
     except ModelError as error:
-        raise ModelError(f"{heads} attention heads cannot be divided over tensor_parallel_size={size} ranks") from error
+        kind = "KV" if replicate else "attention"
+        raise ModelError(f"{heads} {kind} heads cannot be divided over tensor_parallel_size={size} ranks") from error
 
 
 class Placement(Protocol):

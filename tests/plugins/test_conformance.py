@@ -20,6 +20,7 @@ from nanoengine.api import (
     Need,
     ParamsError,
     Phase,
+    PluginError,
     SamplerSpec,
     SamplerStage,
     StageParams,
@@ -169,9 +170,32 @@ class ReadsTheDummyBlock(TorchPaged):
         return super()._fill_index(replace(inputs, seq_lens=ends), group, used)
 
 
+class NoSize(TorchPaged):
+    @classmethod
+    def kv_block_bytes(cls, spec: Any, block_size: int) -> int:
+        return 0
+
+
+class ListsDevices(TorchPaged):
+    capabilities = replace(TorchPaged.capabilities, devices=["cpu"])  # type: ignore[arg-type]
+
+
+class GivesNothing(TorchPaged):
+    def forward(self, layer: int, spec: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:
+        super().forward(layer, spec, q, k, v)
+
+
+class ExitsInFill(TorchPaged):
+    def fill(self, inputs: StepInputs) -> None:
+        raise SystemExit(3)
+
+
 @pytest.mark.parametrize(
     ("mutant", "words"),
     [
+        (NoSize, r"kv_block_bytes\(\) raised|NoSize.kv_block_bytes gave 0"),
+        (GivesNothing, "two whole prompts|values that are not finite, layer 0: forward gave a NoneType, not a Tensor"),
+        (ExitsInFill, r"fill\(\) raised SystemExit: 3"),
         (LeavesOldValues, "two whole prompts, layer 0: row 'b' .* not finite"),
         (ClearsKeysOnly, "two whole prompts, layer 0: row 'b' .* not finite"),
         (ClearsValuesOnly, "two whole prompts, layer 0: row 'b' .* not finite"),
@@ -193,6 +217,11 @@ class ReadsTheDummyBlock(TorchPaged):
 def test_a_wrong_backend_is_caught(mutant: type[TorchPaged], words: str) -> None:
     with pytest.raises(ConformanceError, match=words):
         check_attention_backend(mutant)
+
+
+def test_a_backend_that_declares_what_it_must_not_is_caught() -> None:
+    with pytest.raises(PluginError, match=r"ListsDevices.capabilities.devices must be a frozenset .*not \['cpu'\]"):
+        check_attention_backend(ListsDevices)
 
 
 def test_a_backend_without_mixed_batches_gets_none() -> None:
@@ -262,9 +291,52 @@ class ForgetsPositions(Llama):
         return super().forward(input_ids, positions * 0, batch)
 
 
+class GivesATuple(Llama):
+    def forward(self, input_ids: Tensor, positions: Tensor, batch: Any) -> Any:
+        return (super().forward(input_ids, positions, batch),)
+
+
+class GivesHalfTheWidth(Llama):
+    def forward(self, input_ids: Tensor, positions: Tensor, batch: Any) -> Tensor:
+        return super().forward(input_ids, positions, batch)[:, ::2]
+
+
+class DoublesLogits(Llama):
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        return super().compute_logits(hidden).double()
+
+
+class CutsLogits(Llama):
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        return super().compute_logits(hidden)[:, :-1]
+
+
+class NoAttention(Llama):
+    def __init__(self, config: Any, ctx: Any) -> None:
+        nn.Module.__init__(self)
+
+
+class NoWeightMap(Llama):
+    @classmethod
+    def weight_map(cls, config: Any) -> Any:
+        return {}
+
+
+class Exits(Llama):
+    def forward(self, input_ids: Tensor, positions: Tensor, batch: Any) -> Tensor:
+        raise SystemExit(3)
+
+
 @pytest.mark.parametrize(
     ("mutant", "words"),
     [
+        (GivesATuple, r"forward\(\) gave a tuple, not a Tensor"),
+        (GivesHalfTheWidth, r"forward\(\) gave shape \(\d+, 24\), not \[T, hidden\]"),
+        (DoublesLogits, r"compute_logits\(\) gave torch.float64, none of torch.float32"),
+        (CutsLogits, r"compute_logits\(\) gave shape \(\d+, 130\) in all"),
+        (NoAttention, "NoAttention made no attention layer"),
+        (NoWeightMap, "NoWeightMap.weight_map returned {}, not a nanoengine.api.WeightMap"),
+        (Exits, r"forward\(\) raised SystemExit: 3"),
         (SwapsKeysAndValues, "on 1 rank: log-probs of sequence .* off by"),
         (NeedsTheWholeVocabulary, "on 2 ranks: (log-probs of|compute_logits)"),
         (WrongRows, "compute_logits.. gave shape"),
@@ -388,6 +460,28 @@ class ReturnsNothing(Spice):
         logits += 0
 
 
+class Resizes(Spice):
+    """The tensor that it was given changes with what it returns."""
+
+    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+        return logits.resize_(len(logits), logits.shape[1] - 1)
+
+
+class Halves(Spice):
+    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+        return super().apply(logits, rows).half()
+
+
+class GoesElsewhere(Spice):
+    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+        return super().apply(logits, rows).to("meta")
+
+
+class ExitsInApply(Spice):
+    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+        raise SystemExit
+
+
 class Idle(Spice):
     def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
         return logits
@@ -426,6 +520,10 @@ def test_a_stage_that_conforms() -> None:
         (Removes, "removed every token"),
         (SaysGreedyIsSafe, "changes which token is the likeliest"),
         (ReturnsNothing, "returned NoneType: it must return the logits"),
+        (Resizes, r"apply\(\) gave torch.float32 \(\d+, 96\) on cpu, not torch.float32 \(\d+, 97\) on cpu"),
+        (Halves, r"apply\(\) gave torch.float16"),
+        (GoesElsewhere, r"apply\(\) gave torch.float32 \(\d+, 97\) on meta, not"),
+        (ExitsInApply, r"apply\(\) raised SystemExit"),
         (Idle, r"changed nothing for spice=2.0"),
         (NeedsWhatItDidNotAskFor, "apply.. raised AssertionError: no output_counts"),
     ],

@@ -132,6 +132,18 @@ MODEL = {
         "def __init__(self, config, ctx):  # HERE\n    Model.__init__(self, config, ctx)",
         "OtherModel made no attention layer",
     ),
+    "heads": (
+        "def __init__(self, config, ctx):\n    super().__init__(config, ctx)\n"
+        "    spec = AttentionLayerSpec(num_heads=7, num_kv_heads=2, head_size=2, scale=1.0)\n"
+        "    self.more = ctx.attention('more', spec)  # HERE",
+        r"more: 7 heads do not divide over 2 KV heads: .* \(in nanoengine_plugin_other_\w+:OtherModel, ",
+    ),
+    "half a head": (
+        "def __init__(self, config, ctx):\n    super().__init__(config, ctx)\n"
+        "    spec = AttentionLayerSpec(num_heads=1, num_kv_heads=1, head_size=0.5, scale=1.0)\n"
+        "    self.more = ctx.attention('more', spec)  # HERE",
+        "more: head_size must be an integer of at least 1, not 0.5",
+    ),
     "forward raises": (
         "def forward(self, ids, positions, batch):\n    return torch.zeros(2) @ torch.zeros(3)  # HERE",
         "a dry run of one token failed: RuntimeError: .*OtherModel.forward",

@@ -106,7 +106,9 @@ def build_model(
         with plugin_call(f"{name}.__init__ failed", model_cls, ModelError):
             model = model_cls(config, builder).eval()
     except ModelError as error:  # of a layer that cannot be as the model asks
-        raise error if error.__cause__ is not None else ModelError(f"{error} (in {name})") from error
+        if name in str(error):
+            raise
+        raise ModelError(f"{error} (in {name}{whose(error, model_cls)})") from error
     if not builder.attention_layers:
         raise ModelError(
             f"{name} made no attention layer; a model makes each by ctx.attention(name, spec), for the KV cache is "

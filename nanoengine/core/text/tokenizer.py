@@ -128,7 +128,7 @@ class Tokenizer:
         self._texts: dict[int, str] = {}
         self._max_tokens = max_tokens
         self._processes = processes or TemplateProcesses()
-        self._control: dict[tuple[str, ...], ControlTokens] = {}
+        self._control: tuple[str, ControlTokens | None] = "", None
 
     @cached_property
     def hf(self) -> Any:
@@ -235,11 +235,12 @@ class Tokenizer:
         if not sanitize_control_tokens:
             return self.encode(text, add_special_tokens=False), text
         self._check_text(text)
-        found = control_tokens(self._hf, chat.template)
-        if found not in self._control:
-            self._control = {found: ControlTokens(self._backend, found)}  # a copy takes memory: the last one is kept
+        template, control = self._control  # the last one is kept: it copies the tokenizer
+        if control is None or template != chat.template:
+            control = ControlTokens(self._backend, control_tokens(self._hf, chat.template))
+            self._control = chat.template, control
         with _failures():
-            return self._control[found].encode(chat, text), text
+            return control.encode(chat, text), text
 
     def apply_chat_template(self, messages: Any, /, **options: Any) -> list[int]:
         """Token ids of a conversation; arguments and errors as in `chat`."""

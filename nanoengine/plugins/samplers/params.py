@@ -195,7 +195,10 @@ def _spellings(word: str, ctx: ParamsContext) -> list[list[int]]:
 def _inside(text: str, ctx: ParamsContext) -> list[int]:
     """Tokens of `text` behind another character, where the tokenizer adds no space; [] if none is kept apart."""
     for before in "\n1(":
-        ids, first = ctx.encode(before + text), ctx.encode(before)
+        try:
+            ids, first = ctx.encode(before + text), ctx.encode(before)
+        except ParamsError:  # some tokenizers have no token for it
+            continue
         if ids[: len(first)] == first:
             return ids[len(first) :]
     return []

@@ -74,7 +74,7 @@ def test_any_conversation_is_a_prompt_or_refused(
     with suppress(RequestError):
         ids, text = tokenizer.chat(conversation, sanitize_control_tokens=sanitize, **copy.copy(options))
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
-        if sanitize and not options.get("chat_template"):
+        if sanitize and options.get("chat_template") is None:
             written = len(conversation)
             assert [ids.count(i) for i in sorted(tokenizer.all_special_ids)] == [written, written]
         COUNT.append(text)

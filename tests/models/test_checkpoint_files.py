@@ -1,231 +1,25 @@
-"""Weights are what the files hold: heads beside tied embeddings, names with other prefixes, indexes, pointers."""
+"""Which files of a folder are the checkpoint: indexes that are stale or lie, pointers, headers that lie."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from paged_harness import PagedModel, model_class
+from loading import load, parameter, rewrite
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from nanoengine import LLM
 from nanoengine.api import ModelError, WeightsError
-from nanoengine.core.execution import weights
-from nanoengine.core.execution.build import BuiltModel, build_model
-from nanoengine.core.execution.parallel import SingleRank
-from nanoengine.core.execution.weights import LoadReport, load_weights
 from nanoengine.core.setup.checkpoint import INDEX_FILE, SINGLE_FILE, find_checkpoint
 from nanoengine.core.text.tokenizer import load_tokenizer
-from nanoengine.testing.checkpoints import (
-    tiny_gemma2,
-    tiny_gemma3,
-    tiny_llama,
-    tiny_mistral,
-    tiny_qwen2,
-    tiny_qwen3,
-)
+from nanoengine.testing.checkpoints import tiny_llama
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9144\n"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-def load(path: Path, dtype: torch.dtype = torch.float32) -> tuple[BuiltModel, LoadReport]:
-    hf = json.loads((path / "config.json").read_text())
-    built = build_model(model_class(hf), hf, tp=SingleRank(), dtype=dtype, device="cpu")
-    return built, load_weights(built.model, built.config, path, SingleRank())
-
-
-def rewrite(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> dict[str, Tensor]:
-    """`change` is applied to the tensors of model.safetensors, by name; returns them."""
-    held = load_file(path / SINGLE_FILE)
-    change(held)
-    save_file(held, path / SINGLE_FILE, {"format": "pt"})
-    return held
-
-
-def log_probs(path: Path) -> Tensor:
-    """[T, V] of a few tokens."""
-    return PagedModel(path).step({"a": list(range(3, 20))})["a"].log_softmax(-1)
-
-
-def reference(path: Path) -> Tensor:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
-    with torch.no_grad():
-        return model(torch.arange(3, 20)[None]).logits[0].log_softmax(-1)
-
-
-def parameter(built: BuiltModel, name: str) -> Tensor:
-    owner, _, last = name.rpartition(".")
-    return built.model.get_submodule(owner).get_parameter(last)
-
-
-# A head beside a tied embedding
-
-TIED = [
-    pytest.param(tiny_llama, {"tie_word_embeddings": True}, id="llama"),
-    pytest.param(tiny_qwen3, {"tie_word_embeddings": True}, id="qwen3"),
-    pytest.param(tiny_gemma2, {}, id="gemma2"),
-    pytest.param(tiny_gemma3, {}, id="gemma3"),
-]
-
-
-def other_head(held: dict[str, Tensor]) -> None:
-    held[HEAD] = held[EMBEDDING].flip(0) * 3 + 0.25
-
-
-@pytest.mark.parametrize(("make", "fields"), TIED)
-def test_a_tied_config_uses_the_head_of_the_file_if_it_is_another_one(
-    make: Any, fields: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = make(tmp_path, **fields)
-    tied = log_probs(path)
-    assert not caplog.records
-    held = rewrite(path, other_head)
-    built, report = load(path)
-    assert report.untied == (HEAD,)
-    assert f"the config ties {HEAD}, but {path} has values of its own for it" in caplog.text
-    assert torch.equal(parameter(built, HEAD), held[HEAD])
-    assert torch.equal(parameter(built, EMBEDDING), held[EMBEDDING])
-    got = log_probs(path)
-    assert (got - tied).abs().max() > 0.5
-    assert (got - reference(path)).abs().max() < 5e-4
-
-
-def without_source(held: dict[str, Tensor]) -> None:
-    held[HEAD] = held.pop(EMBEDDING)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        pytest.param(lambda held: held.update({HEAD: held[EMBEDDING].clone()}), id="the same"),
-        pytest.param(lambda held: held.update({HEAD: held[EMBEDDING].double()}), id="the same in float64"),
-        pytest.param(without_source, id="the head alone"),
-    ],
-)
-def test_a_tied_config_stays_tied_if_the_file_has_one_value(change: Any, tmp_path: Path) -> None:
-    path = tiny_qwen3(tmp_path, tie_word_embeddings=True)
-    want = log_probs(path)
-    rewrite(path, change)
-    built, report = load(path)
-    assert parameter(built, HEAD) is parameter(built, EMBEDDING)
-    assert report.untied == ()
-    assert torch.equal(log_probs(path), want)
-
-
-def test_a_head_that_differs_in_its_last_row_only_is_another_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(weights, "_COMPARED", 100)  # two rows at a time
-    path = tiny_qwen3(tmp_path, tie_word_embeddings=True)
-
-    def change(held: dict[str, Tensor]) -> None:
-        held[HEAD] = held[EMBEDDING].clone()
-        held[HEAD][-1, -1] += 1
-
-    rewrite(path, change)
-    assert load(path)[1].untied == (HEAD,)
-
-
-def test_values_that_are_not_finite_are_loaded_as_they_are(tmp_path: Path) -> None:
-    path = tiny_qwen3(tmp_path, tie_word_embeddings=True)
-
-    def change(held: dict[str, Tensor]) -> None:
-        held[EMBEDDING][5, 7] = float("nan")
-        held[HEAD] = held[EMBEDDING].clone()
-
-    held = rewrite(path, change)
-    built, _ = load(path)
-    assert parameter(built, HEAD).equal(held[HEAD]) is False  # NaN is not equal to itself
-    assert parameter(built, HEAD)[5, 7].isnan()
-    assert parameter(built, HEAD).nan_to_num().equal(held[HEAD].nan_to_num())
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_head_or_embedding_that_is_nowhere_is_missing(tied: bool, tmp_path: Path) -> None:
-    path = tiny_llama(tmp_path, tie_word_embeddings=tied)
-    gone = EMBEDDING if tied else HEAD
-    rewrite(path, lambda held: held.pop(gone))
-    with pytest.raises(WeightsError, match=f"1 missing: {gone}"):
-        load(path)
-
-
-@pytest.mark.parametrize("wrong", [torch.zeros(7, 48), torch.zeros((), dtype=torch.float32), torch.zeros(0, 48)])
-def test_a_head_of_another_shape_is_misshapen_and_not_skipped(wrong: Tensor, tmp_path: Path) -> None:
-    path = tiny_qwen3(tmp_path, tie_word_embeddings=True)
-    rewrite(path, lambda held: held.update({HEAD: wrong}))
-    with pytest.raises(WeightsError, match=rf"1 misshapen: lm_head\.weight \[{', '.join(map(str, wrong.shape))}\]"):
-        load(path)
-
-
-# Names
-
-FAMILIES = [tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3, tiny_gemma2, tiny_gemma3]
-PREFIXES = {
-    "the model without its head": lambda name: name.removeprefix("model."),
-    "images, before transformers 5": lambda name: f"language_model.{name}",
-    "images, transformers 5": lambda name: name.replace("model.", "model.language_model.", 1),
-    "images, without the head": lambda name: name.replace("model.", "language_model.", 1),
-}
-
-
-def renamed(path: Path, rename: Callable[[str], str], **more: Tensor) -> dict[str, Tensor]:
-    held = {rename(name): tensor for name, tensor in load_file(path / SINGLE_FILE).items()}
-    save_file({**held, **more}, path / SINGLE_FILE, {"format": "pt"})
-    return held
-
-
-@pytest.mark.parametrize("rename", PREFIXES.values(), ids=PREFIXES.keys())
-@pytest.mark.parametrize("make", FAMILIES, ids=lambda make: make.__name__)
-def test_each_family_loads_under_the_prefixes_in_use(make: Any, rename: Callable[[str], str], tmp_path: Path) -> None:
-    path = make(tmp_path)
-    want, _ = load(path)
-    held = renamed(path, rename)
-    assert "model.norm.weight" not in held
-    got, _ = load(path)
-    for (name, a), b in zip(got.model.named_parameters(), want.model.parameters(), strict=True):
-        assert torch.equal(a, b), name
-
-
-def with_images(path: Path) -> Path:
-    hf = json.loads((path / "config.json").read_text())
-    tied = hf["tie_word_embeddings"]
-    nested = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": hf, "tie_word_embeddings": tied}
-    (path / "config.json").write_text(json.dumps(nested))
-    return path
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("above", ["", "model."])
-def test_gemma_3_with_images_loads_under_each_prefix(above: str, tied: bool, tmp_path: Path) -> None:
-    """Both places of the text model and of what is skipped; anything else that is not the text model's is an error."""
-    plain = tiny_gemma3(tmp_path, tie_word_embeddings=tied)
-    want, _ = load(plain)
-    path = with_images(plain)
-    others = {f"{above}{part}.x.weight": torch.ones(1) for part in ("vision_tower", "multi_modal_projector")}
-    rename = PREFIXES["images, transformers 5" if above else "images, before transformers 5"]
-    held = renamed(path, rename, **others)
-    got, report = load(path)
-    assert set(report.skipped) == others.keys()
-    for a, b in zip(got.model.parameters(), want.model.parameters(), strict=True):
-        assert torch.equal(a, b)
-    save_file({**held, **others, f"{above}audio_tower.x": torch.ones(1)}, path / SINGLE_FILE)
-    with pytest.raises(WeightsError, match=f"1 unexpected: {above}audio_tower"):
-        load(path)
-
-
-def test_one_name_under_two_prefixes_is_an_error(tmp_path: Path) -> None:
-    path = tiny_llama(tmp_path)
-    rewrite(path, lambda held: held.update({"norm.weight": torch.ones(48)}))
-    with pytest.raises(WeightsError, match=r"norm\.weight beside model\.norm\.weight, which both are model\.norm"):
-        load(path)
 
 
 # Indexes

@@ -7,6 +7,7 @@ says of them: it only decides between files that hold a tensor of the same name.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,6 +139,6 @@ def _instead(path: Path) -> str:
     others = sorted(found.name for kind in ("*.safetensors", "*.bin", "*.gguf", "*.pth") for found in path.glob(kind))
     if not others:
         return "; other weight formats are not read"
-    if any(name.endswith(".safetensors") for name in others):
+    if any(re.search(r"-of-\d+\.safetensors$", name) for name in others):
         return f", only {some(others)}: the index that says which tensors they hold is missing"
     return f", only {some(others)}; other weight formats are not read"

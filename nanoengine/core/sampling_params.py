@@ -19,6 +19,7 @@ import numpy.typing as npt
 from nanoengine.core.errors import ParamsError, PluginError, shown
 from nanoengine.core.field_types import conform
 from nanoengine.core.sampling_fields import CORE_TYPES, NOT_SERVED, CoreFields, legal_fields, stage_types
+from nanoengine.core.setup.options import is_option
 from nanoengine.core.setup.plugin_calls import plugin_call
 from nanoengine.core.setup.registry import nearest_part
 from nanoengine.core.setup.specs import ColumnSpec, ParamsContext, StageParams, StandardOp
@@ -225,6 +226,9 @@ class ParamsResolver:
                 continue
             if name in NOT_SERVED:
                 raise ParamsError(f"SamplingParams: {name!r} is a field of vLLM's not served here: {NOT_SERVED[name]}")
+            if is_option(name):
+                place = f"it is an option of the engine: LLM(model, {name}=...), or engine.{name} in a configuration"
+                raise ParamsError(f"SamplingParams has no field {name!r}; {place}")
             raise ParamsError(
                 f"SamplingParams has no field {name!r}; {nearest_part(name, self._legal)}{self._suspects}"
             )

@@ -509,6 +509,13 @@ def test_an_option_that_the_engine_lacks_is_named_with_its_place(option: dict[st
         LLM("no-such-model", **option)
 
 
+def test_an_engine_option_among_sampling_parameters_is_named(llm: LLM) -> None:
+    with pytest.raises(ParamsError, match=r"no field 'max_model_len'; it is an option of the engine: LLM\(model, max"):
+        llm.generate([1], SamplingParams(max_model_len=9))
+    with pytest.raises(ParamsError, match=r"no field 'temprature'; did you mean 'temperature'"):
+        llm.generate([1], SamplingParams(temprature=0))
+
+
 def test_stages_of_a_plugin_have_their_fields_named_too(tmp_path: Path) -> None:
     from . import stages_plugin
 

@@ -24,13 +24,14 @@ TEXTS = [*LETTERS, *DIGITS, *map("".join, PAIRS)]
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}J9{% endif %}"
 
 
-def text_llm(tmp_path: Path, *, decoder: Any = None, **options: Any) -> LLM:
+def text_llm(tmp_path: Path, *, decoder: Any = None, specials: Sequence[str] = (), **options: Any) -> LLM:
     """`mock_llm` with the tokenizer."""
     folder = tmp_path / "mock"
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE(vocab={text: i for i, text in enumerate(TEXTS)}, merges=PAIRS))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoder or decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(specials))
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)

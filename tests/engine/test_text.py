@@ -92,6 +92,24 @@ def test_the_stop_string_named_first_wins(tmp_path: Path) -> None:
         assert (output.outputs[0].stop_reason, output.outputs[0].text) == (stops[0], expected.text)
 
 
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_stop_string_that_is_a_special_token_stops(tmp_path: Path, before: int, include: bool) -> None:
+    """Though the text leaves special tokens out; alone, and behind a word."""
+    tokens = greedy([1, 2], 10)
+    special = text_of(tokens[4:5])
+    stop = text_of(tokens[4 - before : 5])
+    assert special not in (text_of([token]) for token in tokens[:4])
+    params = SamplingParams(temperature=0, max_tokens=LONG, stop=[stop], include_stop_str_in_output=include)
+    with text_llm(tmp_path, specials=[special]) as llm:
+        (output,) = llm.generate([[1, 2]], params, use_tqdm=False)
+        texts = shown(llm, [1, 2], params)
+    sample = output.outputs[0]
+    assert (sample.finish_reason, sample.stop_reason, sample.token_ids) == ("stop", stop, tokens[:5])
+    assert sample.text == texts[-1] == text_of(tokens[: 4 - before]) + (stop if include else "")
+    assert all(texts[-1].startswith(text) for text in texts)
+
+
 def test_a_stop_string_and_the_length_at_one_token(tmp_path: Path) -> None:
     tokens = greedy([1, 2], 6)
     with text_llm(tmp_path) as llm:

@@ -33,7 +33,19 @@ class Wordless(Exception):
         raise SystemExit
 
 
-RAISED = [(ValueError, "x"), (SystemExit, 1), (PanicException, "out of bounds"), (Wordless,), (OverflowError, "int")]
+class NoText:
+    def __repr__(self) -> str:
+        raise ValueError("no words")
+
+
+RAISED = [
+    (ValueError, "x"),
+    (RuntimeError, NoText()),
+    (SystemExit, 1),
+    (PanicException, "out of bounds"),
+    (Wordless,),
+    (OverflowError, "int"),
+]
 
 
 @pytest.fixture(params=RAISED, ids=lambda made: made[0].__name__)
@@ -277,26 +289,33 @@ def test_tokens_that_cannot_be_made_text_fail_their_request_alone(
 
 
 @pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("where", ["model", "launch"])
 def test_whatever_ends_a_step_fails_its_request_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, overlap: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, where: str, overlap: bool
 ) -> None:
     """`sys.exit()` in a model too."""
-    original = MockModel.forward
+    forward, launch = MockModel.forward, InProcessExecutor.launch
 
-    def forward(self: MockModel, input_ids: Any, positions: Any, batch: Any) -> Any:
+    def broken_forward(self: MockModel, input_ids: Any, positions: Any, batch: Any) -> Any:
         if (input_ids == 9).sum() >= len(BAD):
             raise error
-        return original(self, input_ids, positions, batch)
+        return forward(self, input_ids, positions, batch)
 
-    monkeypatch.setattr(MockModel, "forward", forward)
+    def broken_launch(self: InProcessExecutor, plan: Any) -> Any:
+        if (plan.new.token_ids == 9).sum() >= len(BAD):
+            raise error
+        return launch(self, plan)
+
+    if where == "model":
+        monkeypatch.setattr(MockModel, "forward", broken_forward)
+    else:
+        monkeypatch.setattr(InProcessExecutor, "launch", broken_launch)
     with mock_llm(tmp_path, overlap=overlap) as llm:
-        found = beside(llm, GREEDY)
-        alone = llm.generate(BAD, GREEDY, use_tqdm=False)[0]
-    for out in (found, alone)[overlap:]:
-        assert out.error is not None
+        assert beside(llm, GREEDY).error is not None
+        (alone,) = llm.generate(BAD, GREEDY, use_tqdm=False)
     assert alone.error is not None
     assert alone.error.code == "step_failed"
-    assert type(error).__name__ in str(alone.error)
+    assert where == "model" or type(error).__name__ in str(alone.error)
 
 
 def test_a_sink_that_raises_loses_only_its_output(tmp_path: Path, error: BaseException) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoengine.core.doctor.findings import Finding, Level
+from nanoengine.core.errors import described, is_failure
 from nanoengine.core.setup.hookspecs import PROJECT
 from nanoengine.core.setup.model_source import cache_root
 
@@ -94,8 +95,10 @@ def import_error(module: str) -> str | None:
     """What importing the module raises, in words; None where it can be imported."""
     try:
         import_module(module)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - what a broken installation raises is what we are after
-        return f"{type(error).__name__}: {error}"
+    except BaseException as error:  # what a broken installation raises is what we are after
+        if not is_failure(error):
+            raise
+        return described(error)
     return None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from nanoengine.core.doctor.findings import Finding, Level, Verdict
-from nanoengine.core.errors import NanoEngineError
+from nanoengine.core.errors import NanoEngineError, described, is_failure
 from nanoengine.core.execution.attention import AttentionBackend, AttentionNeed
 from nanoengine.core.execution.stage import SamplerStage
 from nanoengine.core.setup.choose import judged, load_checked
@@ -198,8 +198,10 @@ def _tokenizer(path: Path, options: EngineOptions) -> Finding:
 
     try:
         found = load_tokenizer(path)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - a broken transformers raises what it likes
-        return _model(name="tokenizer", level="error", text=f"{type(error).__name__}: {error}")
+    except BaseException as error:  # a broken transformers raises what it likes
+        if not is_failure(error):
+            raise
+        return _model(name="tokenizer", level="error", text=described(error))
     if found is None:
         mend = "copy tokenizer.json into the folder, or give prompts as token ids"
         return _model(name="tokenizer", level="warning", text="the folder has none: only token ids work", mend=mend)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from nanoengine.core.errors import is_failure
 from nanoengine.kernels.compile_ahead import is_compiling_ahead
 
 _STEPS = ((8, 8), (64, 16), (256, 32), (1024, 128))  # up to so many rows, in steps of so many
@@ -47,12 +48,14 @@ def captured(run: Callable[[], T], pool: Any, agree: Callable[[bool], bool] = bo
         return torch.cuda.CUDAGraph(), result
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    failure: Exception | None = None
+    failure: BaseException | None = None
     try:
         # "thread_local": what other threads do (a collective's watchdog, pinned copies) breaks no capture
         with _no_collection(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             result = run()
-    except Exception as error:  # noqa: BLE001 - raised below, once the others know
+    except BaseException as error:  # raised below, once the others know
+        if not is_failure(error):
+            raise
         failure = error
     if not agree(failure is None):
         raise failure or RuntimeError("another rank could not capture this graph")

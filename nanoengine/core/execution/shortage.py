@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from nanoengine.core.errors import DeviceMemoryError
+from nanoengine.core.errors import DeviceMemoryError, text_of
 from nanoengine.core.setup.options import EngineOptions
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     plain = isinstance(error, RuntimeError) and type(error).__module__ in ("builtins", "torch")
-    return plain and any(text in str(error) for text in _TEXTS)
+    return plain and any(text in text_of(error) for text in _TEXTS)
 
 
 def smaller_batch(options: EngineOptions, error: BaseException) -> EngineOptions | None:

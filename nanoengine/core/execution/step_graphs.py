@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoengine.core.errors import ModelError
+from nanoengine.core.errors import ModelError, described, is_failure
 from nanoengine.core.execution.attention import BatchLimits, GraphSupport
 from nanoengine.core.execution.decode_tail import DecodeTail, Size
 from nanoengine.core.execution.graph_inputs import GraphInputs, RowInputs
@@ -108,9 +108,11 @@ class StepGraphs:
                 self._capture()
         except ModelError:  # no step of such a model is right
             raise
-        except Exception as error:  # a driver's or a compiler's; running eagerly is right all the same
+        except BaseException as error:  # a driver's or a compiler's; running eagerly is right all the same
+            if not is_failure(error):
+                raise
             self.decode = self.tail = self.mixed = None
-            self.failure = f"{type(error).__name__}: {error}"
+            self.failure = described(error)
             if is_out_of_memory(error):
                 raise CaptureOutOfMemory(f"CUDA graph capture failed: {self.failure}") from error
             _log.warning("CUDA graph capture failed, running eagerly: %s", self.failure)
@@ -129,8 +131,10 @@ class StepGraphs:
         try:
             with compiling_ahead():
                 self._capture()
-        except Exception as error:  # noqa: BLE001 - a backend may need the results; then its kernels compile in turn
-            _log.info("kernels are compiled one by one: %s: %s", type(error).__name__, error)
+        except BaseException as error:  # a backend may need the results; then its kernels compile in turn
+            if not is_failure(error):
+                raise
+            _log.info("kernels are compiled one by one: %s", described(error))
         self.decode = self.tail = self.mixed = None
         torch.cuda.empty_cache()
 

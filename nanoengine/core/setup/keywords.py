@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from nanoengine.core.errors import ConfigError, ParamsError
+from nanoengine.core.errors import ConfigError, ParamsError, is_failure
 from nanoengine.core.sampling_fields import CORE_TYPES, NOT_SERVED, stage_types
 from nanoengine.core.setup.options import OPTIONS_NOT_SERVED, EngineOptions
 from nanoengine.core.setup.registry import Registry
@@ -47,8 +47,9 @@ def sampling_names(registry: Registry) -> frozenset[str]:
     for found in registry.samplers.values():
         try:
             names |= stage_types(found.spec.name, found.spec.params).keys()
-        except Exception:  # noqa: BLE001 - it is reported where the stage is used
-            continue
+        except BaseException as error:  # it is reported where the stage is used
+            if not is_failure(error):
+                raise
     return frozenset(names)
 
 

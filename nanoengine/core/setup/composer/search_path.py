@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanoengine.core.errors import ConfigError, PluginError
+from nanoengine.core.errors import ConfigError, PluginError, described, is_failure
 from nanoengine.core.setup.composer.yaml_file import ConfigFile, read_yaml
 
 
@@ -29,8 +29,10 @@ def package_root(root: str, provider: str) -> list[Root]:
         )
     try:
         spec = importlib.util.find_spec(package)
-    except Exception as error:
-        raise PluginError(f"{provider}: config root {root!r} cannot be imported: {error}") from error
+    except BaseException as error:  # the packages around it are imported
+        if not is_failure(error):
+            raise
+        raise PluginError(f"{provider}: config root {root!r} cannot be imported: {described(error)}") from error
     folders = list(spec.submodule_search_locations or ()) if spec else []
     if not folders:
         raise PluginError(f"{provider}: config root {root!r} is no importable package folder")

@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import numpy as np
 
 from nanoengine.core.errors import RequestError
 from nanoengine.core.request import Request, Status
 from nanoengine.core.sampling_params import PackedStage, ResolvedParams
+from nanoengine.core.scheduling import scheduler as scheduler_module
 from nanoengine.core.scheduling.block_manager import BlockManager
+from nanoengine.core.scheduling.draft import Draft
 from nanoengine.core.scheduling.messages import ScheduledStep, SchedulerConfig, Update
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.core.setup.specs import ColumnSpec, StageParams
@@ -282,6 +285,34 @@ class BreakingLoop(Loop):
         self.bad_row: int | None = None  # of the next step: it gets bad logits, if it draws a token
         self.runner.fail_row = self.fail_row
 
+        self.raising: str | None = None  # what raises, once, when the next step is scheduled
+        self.raised = 0
+
+    def launch(self) -> ScheduledStep | None:
+        where, self.raising = self.raising, None
+        if where is None or not (self.scheduler.running or self.scheduler.waiting):
+            return super().launch()
+        places: dict[str, tuple[Any, str]] = {
+            "plan": (scheduler_module, "build_plan"),
+            "match": (self.blocks, "match"),
+            "grow": (self.blocks, "grow"),
+            "claim": (self.blocks, "claim"),
+            "admit": (Draft, "admit"),
+            "pick": (self.scheduler, "_pick_running"),
+        }
+        owner, name = places[where]
+        original, before = getattr(owner, name), self.raised
+
+        def broken(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if self.raised == before:
+                self.raised += 1
+                raise SystemExit("books torn")
+            return result
+
+        with patch.object(owner, name, broken):
+            return super().launch()
+
     def fail_row(self, plan: StepPlan, row: int) -> int:
         bad = self.bad_row is not None and row == self.bad_row % plan.num_rows
         self.bad_row = None if bad else self.bad_row
@@ -367,8 +398,8 @@ Op = tuple[str, Any]
 
 
 def run_ops(loop: BreakingLoop, ops: Iterable[Op]) -> None:
-    """("add", prompt and its keywords), ("abort", index), ("bad", row of the next step), ("step" | "launch" | "break",
-    None); then to the end."""
+    """("add", prompt and its keywords), ("abort", index), ("bad", row of the next step), ("raise", where), ("step" |
+    "launch" | "break", None); then to the end."""
     for name, value in ops:
         if name == "add":
             with suppress(RequestError):
@@ -378,6 +409,8 @@ def run_ops(loop: BreakingLoop, ops: Iterable[Op]) -> None:
                 loop.abort(loop.requests[value % len(loop.requests)])
         elif name == "step":
             loop.step()
+        elif name == "raise":
+            loop.raising = value
         elif name == "bad":
             loop.bad_row = value
         elif name == "launch":

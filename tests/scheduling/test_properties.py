@@ -10,6 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sched_harness import VOCAB, BreakingLoop, prompt_of, random_ops, random_request, run_ops
 
+from nanoengine.core.scheduling import scheduler
+from nanoengine.core.scheduling.draft import Draft
+from nanoengine.core.scheduling.scheduler import Scheduler
+
 RANDOM = st.randoms(use_true_random=False)
 
 loops = st.fixed_dictionaries(
@@ -50,6 +54,7 @@ operations = st.lists(
         st.tuples(st.just("abort"), st.integers(0, 20)),
         st.tuples(st.just("break"), st.none()),
         st.tuples(st.just("bad"), st.integers(0, 5)),
+        st.tuples(st.just("raise"), st.sampled_from(["plan", "match", "grow", "claim", "admit", "pick"])),
     ),
     max_size=40,
 )
@@ -91,6 +96,39 @@ def test_crowded_runs_do_what_they_claim():
     assert ends >= {"stop", "length", "kv_cache_full", "stage_failed"}
     assert broken > 5
     assert bad > 5
+
+
+@pytest.mark.parametrize("where", ["plan", "match", "grow", "claim", "admit", "pick"])
+def test_scheduling_that_raises_now_and_then(where):
+    """Each time one request fails; all others get their tokens, and every invariant holds after every step."""
+    raised = failed = 0
+    for seed in range(8):
+        rng = random.Random(seed)
+        options = {"num_blocks": rng.choice((14, 30)), "overlap": seed % 3 > 0, "reserve": seed % 2}
+        loop = BreakingLoop(False, max_num_seqs=5, **options)
+        ops = random_ops(rng, 60, breaks=seed % 2 == 0)
+        for at in range(5, len(ops), 6):
+            ops.insert(at, ("raise", where))
+        run_ops(loop, ops)
+        raised += loop.raised
+        failed += sum(bool(end.error and end.error.code == "engine_failed") for end in loop.ended.values())
+    assert raised == failed > 8
+
+
+@pytest.mark.parametrize(
+    ("where", "owner", "name"),
+    [
+        ("plan", scheduler, "take_back"),
+        ("plan", Draft, "drop"),
+        ("grow", Scheduler, "_preempt"),
+        ("claim", Scheduler, "_remove"),
+    ],
+)
+def test_books_that_are_not_put_right_are_seen(monkeypatch, where, owner, name):
+    """Mutants: what scheduling had done before it raised stays as it is."""
+    monkeypatch.setattr(owner, name, lambda *args: None)
+    with pytest.raises((AssertionError, KeyError, TypeError)):  # a row of no request, for one
+        test_scheduling_that_raises_now_and_then(where)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 from nanoengine.core.errors import RequestError, engine_failure, is_failure
 from nanoengine.core.request import Request, Status
@@ -34,6 +35,8 @@ from nanoengine.core.scheduling.steady import Rows, SteadyRows, may_be_steady
 from nanoengine.core.step import ROW_BAD_LOGITS, StepResult, num_slots, offsets_of
 
 __all__ = ["ScheduledStep", "Scheduler", "SchedulerConfig", "SchedulerStats", "Update"]
+
+Verdict = Literal["admitted", "waits", "no room", "failed"]  # "waits": for a hit that this very step computes
 
 _RUNNING, _FINISHED = Status.RUNNING, Status.FINISHED
 
@@ -220,19 +223,24 @@ class Scheduler:
                 return
             if self._ends_unadmitted(request):
                 continue
-            try:
-                hits = find_hits(request, self.blocks)
-                waits = may_read_cache(request) and draft.writes_next_block(request, len(hits[0]), self.blocks)
-                reserve = self.config.admission_reserve * (len(self.running) - draft.ending)
-                if not waits and not self._admit(request, hits, draft, reserve):
-                    return
-            except BaseException as error:
-                if not is_failure(error):
-                    raise
-                self._fail(request, draft, error)
-                continue
-            at += waits
-            places -= not waits
+            verdict = self._consider(request, draft, self.config.admission_reserve * (len(self.running) - draft.ending))
+            if verdict == "no room":
+                return
+            at += verdict == "waits"
+            places -= verdict == "admitted"
+
+    def _consider(self, request: Request, draft: Draft, reserve: int = 0) -> Verdict:
+        """Admits a waiting request, if there is room. Whatever that raises fails it."""
+        try:
+            hits = find_hits(request, self.blocks)
+            if may_read_cache(request) and draft.writes_next_block(request, len(hits[0]), self.blocks):
+                return "waits"
+            return "admitted" if self._admit(request, hits, draft, reserve) else "no room"
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            self._fail(request, draft, error)
+            return "failed"
 
     def _ends_unadmitted(self, request: Request) -> bool:
         """A preempted request whose known tokens alone have outgrown the pool ends here."""
@@ -241,7 +249,7 @@ class Scheduler:
         self._end_for_blocks(request)
         return True
 
-    def _admit(self, request: Request, hits: Hits, draft: Draft, reserve: int = 0) -> bool:
+    def _admit(self, request: Request, hits: Hits, draft: Draft, reserve: int) -> bool:
         """A slot, blocks and its first tokens, if there is room for all its known tokens and `reserve` blocks more."""
         if not self.blocks.claim(request, hits, request.num_tokens, reserve):
             return False
@@ -265,7 +273,7 @@ class Scheduler:
                 return
         request = next(r for r in self.waiting if r in self._suspects)
         if self._roster.free_slots and not self._ends_unadmitted(request):
-            self._admit(request, find_hits(request, self.blocks), draft)
+            self._consider(request, draft)
 
     def _ask_host_stages(self, draft: Draft) -> None:
         for request, num_new in list(draft.picks.items()):

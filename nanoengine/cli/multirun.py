@@ -272,7 +272,6 @@ def _last_line(log: Path) -> str:
 
 
 def _report(outcomes: Sequence[Outcome], todo: Sweep) -> None:
-    print_table(outcomes)
     try:
         write_csv(outcomes, todo.folder / "table.csv")
         plot(outcomes, todo.folder / "plot.png")
@@ -283,3 +282,4 @@ def _report(outcomes: Sequence[Outcome], todo: Sweep) -> None:
         say(f"wrote {todo.folder / 'table.csv'}; no plot: {error}")
     except OSError as error:
         say(f"cannot write the report of the sweep: {error}")
+    print_table(outcomes)  # last: standard output may have no reader any more

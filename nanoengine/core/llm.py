@@ -237,12 +237,22 @@ class LLM:
     def has_chat_template(self) -> bool:
         return self._built.tokenizer is not None and self._built.tokenizer.has_chat_template
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int | None = None) -> Stream:
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int | None = None,
+        sampling_params: SamplingParams | None = None,
+    ) -> Stream:
         """Start a request; iterate over its cumulative outputs. Several may be open at once; closing one aborts it.
 
         A request that is refused or fails raises its `RequestError` there, behind the outputs that it had given.
+        `sampling_params`: vLLM's name of `params`.
         """
-        return Stream(self.engine, self._next_id(), prompt, check_params(params or self.default_params), priority)
+        given = one_name(params, sampling_params)
+        checked = check_params(self.default_params if given is None else given)
+        return Stream(self.engine, self._next_id(), prompt, checked, priority)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 

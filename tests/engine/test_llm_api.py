@@ -384,6 +384,8 @@ def test_misused_arguments_are_named(llm: LLM) -> None:
         (lambda: llm.chat("hello", GREEDY), "messages must be"),
         (lambda: llm.chat({"role": "user"}, GREEDY), "messages must be"),
         (lambda: llm.stream([1], {"max_tokens": 3}), "must be SamplingParams"),
+        (lambda: llm.stream([1], {}), "must be SamplingParams"),
+        (lambda: llm.stream([1], GREEDY, sampling_params=GREEDY), "two names"),
     ):
         with pytest.raises(ParamsError, match=text):
             call()  # type: ignore[no-untyped-call]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from typing import Any
 from nanoengine.cli.combinations import Combination, combinations
 from nanoengine.cli.common import FAILED, ending, say
 from nanoengine.cli.config import render
+from nanoengine.cli.parent import run_child
 from nanoengine.cli.record import read_record, write_whole
 from nanoengine.cli.sweep_report import Outcome, plot, print_table, write_csv
 from nanoengine.core.errors import ConfigError, NanoEngineError
@@ -32,7 +32,6 @@ from nanoengine.core.setup.prompts import STDIN, PromptFile, file_format
 _FORMAT = 1
 _NANOENGINE = (sys.executable, "-m", "nanoengine")
 SWEEP, _CONFIG, _RESULTS, _LOG = "sweep.json", "config.yaml", "results.jsonl", "run.log"
-_PATIENCE = 60  # seconds that an interrupted combination has to end in words
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,19 +250,7 @@ def _in_a_process(job: Job, todo: Sweep, options: Sequence[str]) -> int:
     command += [word for plugin in todo.plugins for word in ("--plugin", plugin)]
     environment = {"TQDM_MININTERVAL": "5", **os.environ}  # the log is no terminal
     with (job.folder / _LOG).open("ab") as log:
-        process = subprocess.Popen(
-            command, cwd=todo.cwd, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log
-        )
-        try:
-            return process.wait()
-        except KeyboardInterrupt as interrupt:
-            process.send_signal(signal.SIGTERM if ending(interrupt)[0] == "terminated" else signal.SIGINT)
-            try:
-                process.wait(_PATIENCE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            raise
+        return run_child(command, environment, todo.cwd, log)
 
 
 def _last_line(log: Path) -> str:

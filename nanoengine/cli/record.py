@@ -96,18 +96,19 @@ def prompt_hash(prompt: Any, chat: bool, params: Mapping[str, Any]) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a file in one go: whoever reads it finds the old text or the new one. Raises `OSError`.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replaces a file in one go: whoever reads it finds the old content or the new one. Raises `OSError`.
 
     A link stays, and so does what is no file: a device or a pipe is written to.
     """
+    data = content.encode() if isinstance(content, str) else content
     if path.exists() and not path.is_file():
-        path.write_text(text, "utf-8", newline="\n")
+        path.write_bytes(data)
         return
     path = Path(os.path.realpath(path))
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(text, "utf-8", newline="\n")
+        part.write_bytes(data)
         os.replace(part, path)
     except OSError:
         with suppress(OSError):

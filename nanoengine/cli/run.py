@@ -24,6 +24,7 @@ from nanoengine.cli.common import (
     shown_beside_bars,
     user_errors,
 )
+from nanoengine.cli.parent import end_with_parent
 from nanoengine.cli.threads import CHOSEN
 from nanoengine.core.errors import ConfigError, RequestError, WorkerError
 from nanoengine.core.request import RequestMetrics, RequestOutput
@@ -74,6 +75,7 @@ def run(
     debug: DebugOption = False,
 ) -> None:
     """Answer the prompts of a configuration."""
+    end_with_parent()
     with user_errors(debug):
         clock = StartClock.of_process()
         folder = Path(config).expanduser()

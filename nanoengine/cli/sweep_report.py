@@ -6,8 +6,11 @@ import csv
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
+
+from nanoengine.cli.record import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,10 +66,11 @@ def print_table(outcomes: Sequence[Outcome], out: TextIO | None = None) -> None:
 
 
 def write_csv(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Raises `OSError`."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        header, rows = table_of(outcomes)
-        csv.writer(file).writerows([header, *rows])
+    """Replaces the file in one go. Raises `OSError`."""
+    header, rows = table_of(outcomes)
+    text = StringIO(newline="")
+    csv.writer(text).writerows([header, *rows])
+    write_whole(path, text.getvalue())
 
 
 def _keys(outcomes: Sequence[Outcome]) -> list[str]:
@@ -97,7 +101,9 @@ def _number(value: float | None) -> str:
 
 def plot(outcomes: Sequence[Outcome], path: Path) -> None:
     """What `draw` draws, as a PNG; raises what it raises, and `OSError`."""
-    draw(outcomes).savefig(path, dpi=120)
+    image = BytesIO()
+    draw(outcomes).savefig(image, dpi=120, format="png")
+    write_whole(path, image.getvalue())
 
 
 def draw(outcomes: Sequence[Outcome]) -> Figure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import pytest
 import yaml
 from typer.testing import Result
 
+from nanoengine.cli import parent
 from nanoengine.cli.combinations import combinations, split_values
 from nanoengine.cli.sweep_report import Outcome, plot, print_table
 from nanoengine.core.errors import ConfigError
@@ -285,10 +287,9 @@ def test_what_is_no_sweep(nanoengine: Run, tmp_path: Path, arguments: list[str],
     assert words in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
-)
-def test_an_interrupted_sweep_can_go_on(sweep: Run, tmp_path: Path, number: int, status: int, word: str) -> None:
+@pytest.fixture
+def started(sweep: Run, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """`nanoengine run ARGUMENTS` as a process, of 30 prompts; `seconds`: how long a step takes."""
     (tmp_path / "sweep.py").write_text(
         f"import sys\nfrom nanoengine.cli import main, multirun\nmultirun._NANOENGINE = {FAKE!r}\nmain()\n"
     )
@@ -301,9 +302,20 @@ def test_an_interrupted_sweep_can_go_on(sweep: Run, tmp_path: Path, number: int,
             env={**os.environ, "FAKE_SECONDS": seconds},
         )  # fmt: skip
 
-    process = start("0.05", "run.yaml", "-m", "engine.seed=1,2", "prompts=p.txt")
+    return start
+
+
+def wait_for_rows(process: subprocess.Popen[str], tmp_path: Path) -> None:
     while process.poll() is None and not any(path.stat().st_size for path in tmp_path.glob("multirun/*/0_*/*.jsonl")):
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_an_interrupted_sweep_can_go_on(started: Any, tmp_path: Path, number: int, status: int, word: str) -> None:
+    process = started("0.05", "run.yaml", "-m", "engine.seed=1,2", "prompts=p.txt")
+    wait_for_rows(process, tmp_path)
     process.send_signal(number)
     out, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
@@ -314,11 +326,62 @@ def test_an_interrupted_sweep_can_go_on(sweep: Run, tmp_path: Path, number: int,
     assert 0 < kept < 30
     assert f"{word}; what had finished is kept" in (root / "0_engine.seed=1" / "run.log").read_text()
     assert [line.split("│")[3].strip() for line in out.splitlines() if "│ " in line] == [word, "not run"]
-    process = start("0", "--resume", str(root))
+    process = started("0", "--resume", str(root))
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert f"30/30 ({kept} kept)" in out
     assert [len(rows(root / f"{n}_engine.seed={n + 1}")) for n in range(2)] == [30, 30]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_a_sweep_that_is_killed_ends_its_combination(started: Any, tmp_path: Path, number: int) -> None:
+    """It cannot pass these signals on. The lock of the results is the combination's as long as that lives."""
+    process = started("0.2", "run.yaml", "-m", "engine.seed=1,2", "prompts=p.txt")
+    wait_for_rows(process, tmp_path)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == -number
+    root = only(list((tmp_path / "multirun").iterdir()))
+    log = root / "0_engine.seed=1" / "run.log"
+    until = time.monotonic() + 30
+    while "prompts, " not in log.read_text() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert "terminated; what had finished is kept" in log.read_text()
+    with (root / "0_engine.seed=1" / "results.jsonl").open("a") as file:
+        while not free(file) and time.monotonic() < until:
+            time.sleep(0.02)
+        assert free(file)
+    assert 0 < len(rows(root / "0_engine.seed=1")) < 30
+    assert not list(root.glob("1_*/results.jsonl"))
+
+
+def free(file: Any) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def test_a_combination_that_does_not_end_in_words_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deaf to SIGTERM: a kernel that hangs, a plugin that catches everything."""
+    monkeypatch.setattr(parent, "_PATIENCE", 0.2)
+    deaf = "import os, signal, time\nfor n in (2, 15): signal.signal(n, signal.SIG_IGN)\nos.write(2, b'deaf')\ntime.sleep(60)"
+    killed = []
+    original = subprocess.Popen.wait
+
+    def wait(self: Any, timeout: float | None = None) -> int:
+        if timeout is None and not killed:
+            killed.append(self)
+            while not (tmp_path / "log").stat().st_size:
+                time.sleep(0.02)
+            raise KeyboardInterrupt
+        return original(self, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait)
+    with (tmp_path / "log").open("wb") as log, pytest.raises(KeyboardInterrupt):
+        parent.run_child([sys.executable, "-c", deaf], dict(os.environ), tmp_path, log)
+    assert killed[0].returncode == -signal.SIGKILL
 
 
 # -- the report ------------------------------------------------------------------------------------------------------

@@ -99,12 +99,16 @@ def _fit_any(value: Any, choices: Sequence[Any]) -> Any:
 def _fit_list(value: Any, origin: Any, args: Sequence[Any]) -> Any:
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
         raise _Misfit(value)
+    try:
+        items = list(value)
+    except TypeError:  # a tensor of no dimension
+        raise _Misfit(value) from None
     if origin is tuple and not (len(args) == 2 and args[1] is Ellipsis):
-        if len(value) != len(args):
+        if len(items) != len(args):
             raise _Misfit(value)
-        return tuple(_fit(item, a) for item, a in zip(value, args, strict=True))
+        return tuple(_fit(item, a) for item, a in zip(items, args, strict=True))
     make = origin if origin in (tuple, set, frozenset) else list
-    return make(_fit(item, args[0]) for item in value)
+    return make(_fit(item, args[0]) for item in items)
 
 
 def _fit_plain(value: Any, annotation: Any) -> Any:

@@ -85,10 +85,10 @@ class SamplingParams:
     _key: Hashable
     _stage: dict[str, Any]
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, /, **fields: Any) -> None:
         core = {name: conform(name, fields.pop(name), kind) for name, kind in CORE_TYPES.items() if name in fields}
         object.__setattr__(self, "_core", CoreFields(**core))
-        object.__setattr__(self, "_stage", {name: copy.deepcopy(value) for name, value in fields.items()})
+        object.__setattr__(self, "_stage", {name: _own(name, value) for name, value in fields.items()})
         object.__setattr__(self, "_key", None)
 
     @property
@@ -108,7 +108,7 @@ class SamplingParams:
             object.__setattr__(self, "_key", (core, _frozen(self._stage)))
         return self._key
 
-    def replace(self, **changes: Any) -> SamplingParams:
+    def replace(self, /, **changes: Any) -> SamplingParams:
         """A copy with some fields changed."""
         return SamplingParams(**{**self._fields(), **changes})
 
@@ -316,6 +316,16 @@ def _is_greedy(stage: PackedStage) -> bool:
     )
 
 
+def _own(name: str, value: Any) -> Any:
+    """A copy that the caller cannot change. Raises `ParamsError` for what has none: a lock, a list within itself."""
+    try:
+        found = copy.deepcopy(value)
+        _frozen(found)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ParamsError(f"{name}: {shown(value)} is no parameter: {type(error).__name__}: {error}") from error
+    return found
+
+
 _ATOMS = frozenset({type(None), bool, int, float})
 
 
@@ -329,6 +339,6 @@ def _frozen(value: Any) -> Hashable:
         return value
     if isinstance(value, np.ndarray):
         return (np.ndarray, value.dtype.str, value.shape, value.tobytes())
-    if isinstance(value, Collection):
+    if isinstance(value, list | tuple | set | frozenset | range):
         return (type(value), *map(_frozen, value))
     return (type(value), value if isinstance(value, Hashable) else object())  # what cannot be compared equals nothing

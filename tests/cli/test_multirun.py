@@ -366,7 +366,12 @@ def free(file: Any) -> bool:
 def test_a_combination_that_does_not_end_in_words_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Deaf to SIGTERM: a kernel that hangs, a plugin that catches everything."""
     monkeypatch.setattr(parent, "_PATIENCE", 0.2)
-    deaf = "import os, signal, time\nfor n in (2, 15): signal.signal(n, signal.SIG_IGN)\nos.write(2, b'deaf')\ntime.sleep(60)"
+    deaf = (
+        "import os, signal, time\n"
+        "for n in (2, 15): signal.signal(n, signal.SIG_IGN)\n"
+        "os.write(2, b'deaf')\n"
+        "time.sleep(60)"
+    )
     killed = []
     original = subprocess.Popen.wait
 

@@ -33,7 +33,7 @@ def main() -> None:
     report("ready")
     sys.stdin.read()  # until memory is bounded
     for number, case in enumerate(islice(module.mutants(random.Random(seed)), start, stop), start):
-        report(f"case {number} {repr(case)[:_LONGEST]}")
+        report(f"case {number} {_shown(case)}")
         try:
             module.run(case)
         except NanoEngineError as error:
@@ -46,6 +46,15 @@ def main() -> None:
             report(f"crash {traceback.format_exc()}")
             return
     report(f"end {stop}")
+
+
+def _shown(case: object) -> str:
+    digits = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        return repr(case)[:_LONGEST]
+    finally:
+        sys.set_int_max_str_digits(digits)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ import copy
 import pickle
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
+import torch
 
 from nanoengine.api import ColumnSpec, StageParams, StandardOp
 from nanoengine.core.errors import ParamsError, PluginError, TokenizerMissing
@@ -212,6 +214,40 @@ def test_without_a_tokenizer_words_and_stop_strings_are_refused() -> None:
         with pytest.raises(TokenizerMissing):
             bare.resolve(SamplingParams(**given))
     assert bare.resolve(SamplingParams(stop_token_ids=[1])).stop_set == {1}
+
+
+def _within_itself() -> list[Any]:
+    found: list[Any] = []
+    found.append(found)
+    return found
+
+
+def _deep() -> list[Any]:
+    found: list[Any] = []
+    for _ in range(5000):
+        found = [found]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"top_p": torch.tensor([[0.5]])}, "top_p must be a number"),
+        ({"allowed_token_ids": torch.tensor(1)}, "allowed_token_ids must be a list of integers, or None"),
+        ({"allowed_token_ids": _within_itself()}, "allowed_token_ids"),
+        ({"bad_words": _deep()}, "]] is no parameter: RecursionError"),
+        ({"top_k": threading.Lock()}, "top_k: <unlocked _thread.lock"),
+        ({"top_k": 10**5000}, "top_k"),
+        ({"seed": 10**5000}, "seed must be an integer, or None"),
+        ({"stop": ["x" * 10**6, 3]}, "stop must be"),
+        ({"self": 1}, "no field 'self'"),
+    ],
+)
+def test_a_value_that_cannot_even_be_shown_is_refused_by_field(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ParamsError) as caught:
+        resolve(**given)
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 1500
 
 
 def test_params_as_a_value() -> None:

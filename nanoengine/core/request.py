@@ -160,6 +160,8 @@ class Request:
     admitted: int = 0  # of admissions: FCFS preempts the last one
     last_step: int = -1  # the last launched step that holds a row of it
     length_reason: str | None = None  # stop_reason when it ends by length
+    borrowed: int = 0  # tokens of its KV that other requests computed, of this admission
+    void: int = -1  # the generation whose results do not count: its KV was not its own, and broke
     prompt_logprobs_done: int = 1  # prompt positions before it have their log-probs delivered
 
     # The block manager's.

@@ -10,6 +10,7 @@ import pytest
 from torch import Tensor, nn
 
 from nanoengine import LLM, RequestOutput, SamplingParams
+from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.plugins.attention_backends.torch_paged import TorchPaged
 from nanoengine.testing import checkpoints
 
@@ -62,6 +63,46 @@ def test_one_broken_request_fails_alone(write: Callable[..., Path], caching: boo
     want = generate(folder, "torch", caching, break_first=False)
     assert len(set(want)) > 6
     assert generate(folder, "torch", caching, break_first=True) == want
+
+
+HEAD = list(range(60, 68))
+SHARING = [[*HEAD, BAD, BAD], [*HEAD, 9, 10], [*HEAD, 11, 12, 13]]
+
+
+def share(folder: Path, caching: bool) -> tuple[list[RequestOutput], list[tuple[int, ...]]]:
+    """Requests that begin alike, at once, where one of them breaks; and what the others are to get."""
+    params = SamplingParams(max_tokens=6, temperature=0.0, logit_bias={BAD: -100.0})
+    with llm(folder, enable_prefix_caching=caching) as engine:
+        want = tokens(engine.generate(SHARING[1:], params))
+    with llm(folder, enable_prefix_caching=caching) as engine:
+        break_embedding(engine)
+        found = engine.generate(SHARING, params)
+        assert tokens(engine.generate(SHARING[1:], params)) == want
+        assert engine.stats().free_blocks == engine.stats().num_blocks
+    return found, want
+
+
+@pytest.mark.parametrize("caching", [True, False], ids=["prefix-cache", "no-prefix-cache"])
+def test_who_begins_as_the_broken_one_does_is_right(caching: bool, tmp_path: Path) -> None:
+    """Attention lets NaN of later tokens into earlier ones (0 * NaN), so blocks that both share are broken, too."""
+    (broken, *others), want = share(checkpoints.tiny_llama(tmp_path, std=0.15), caching)
+    assert broken.error is not None
+    assert broken.error.code == "bad_logits"
+    assert tokens(others) == want
+
+
+def test_blocks_of_others_are_what_breaks_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutant: who borrowed broken blocks is not computed again by itself."""
+    admit = Scheduler._admit
+
+    def borrows_nothing(self: Scheduler, request: Any, *args: Any) -> bool:
+        done = admit(self, request, *args)
+        request.borrowed = 0
+        return done
+
+    monkeypatch.setattr(Scheduler, "_admit", borrows_nothing)
+    found, _ = share(checkpoints.tiny_llama(tmp_path, std=0.15), True)
+    assert [output.error is None for output in found] == [False, False, False]
 
 
 class LeavesOldValues(TorchPaged):

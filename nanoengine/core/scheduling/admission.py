@@ -28,8 +28,11 @@ def refuse_misfit(request: Request, max_model_len: int, blocks: BlockManager) ->
 
 
 def may_read_cache(request: Request) -> bool:
-    """Prompt log-probs need every prompt position computed, until all are delivered."""
-    return request.params.prompt_logprobs is None or request.prompt_logprobs_done >= request.prompt_len
+    """Prompt log-probs need every prompt position computed, until all are delivered; and no request is broken twice by
+    what another one computed."""
+    return request.void < 0 and (
+        request.params.prompt_logprobs is None or request.prompt_logprobs_done >= request.prompt_len
+    )
 
 
 def find_hits(request: Request, blocks: BlockManager) -> Hits:

@@ -254,7 +254,7 @@ class Scheduler:
         if not self.blocks.claim(request, hits, request.num_tokens, reserve):
             return False
         self._roster.seat(request)
-        cached = request.num_computed = request.capacity
+        cached = request.num_computed = request.borrowed = request.capacity
         self._stats.count_admission(request, cached)
         num_new = min(request.num_tokens - cached, draft.budget)
         grew = self.blocks.grow(request, cached + num_new)
@@ -390,9 +390,15 @@ class Scheduler:
                 continue
             if step.sampled[row]:
                 request.num_in_flight -= 1
+            if generation == request.void:
+                continue
             if failure:
                 if failure == ROW_BAD_LOGITS:  # nobody knows which of the blocks it read or wrote are bad
                     self.blocks.bar(request)
+                    if request.borrowed and request.generation == generation:  # the fault may be another request's
+                        request.void = generation
+                        self._preempt(request, "its logits were not finite, over blocks that others had computed")
+                        continue
                 self._remove(request)
                 updates.append(Update(request, failed=failure))
                 continue

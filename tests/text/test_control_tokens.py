@@ -160,7 +160,7 @@ def test_a_tokenizer_that_makes_control_tokens_of_plain_text_is_refused() -> Non
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = with_controls(backend, normalized=False)
     assert tokenizer.chat(user("hello"), chat_template=CHATML, sanitize_control_tokens=True)[0]
-    with pytest.raises(RequestError, match="tells control tokens from text in a way of its own"):
+    with pytest.raises(RequestError, match="splits control tokens from text in a way of its own"):
         tokenizer.chat(user("hello <|im_end|> hello"), chat_template=CHATML, sanitize_control_tokens=True)
 
 

@@ -242,7 +242,7 @@ def test_a_process_amid_a_template_ends_after_its_deadline() -> None:
     made.render("", {})
     (process,) = made._idle
     request = templates.marshal.dumps((SLOW, {}, 0.2))
-    process._socket.sendall(len(request).to_bytes(8, "little") + request)  # and nobody waits for the answer
+    process._socket.sendall(len(request).to_bytes(8, "little") + request)  # and no one waits for the answer
     assert process._child.wait(timeout=30) == -signal.SIGALRM
 
 
@@ -262,7 +262,7 @@ def _gone(pid: int) -> None:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             return
-        if state == "Z":  # whoever is its parent now is to reap it
+        if state == "Z":  # its parent of now is to reap it
             return
         time.sleep(0.02)
     raise AssertionError(f"process {pid} is still there")

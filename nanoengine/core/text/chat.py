@@ -149,7 +149,7 @@ def _with_plain_text(message: dict[str, Any]) -> dict[str, Any]:
 
 def _with_calls(chat: Chat) -> tuple[Chat, str]:
     """Templates differ in how a message that only calls tools must say that it has no content: by no key at all, by
-    None, or by an empty text. The first of these with which the calls stand in the prompt is taken, else the first that
+    None, or by an empty text. The first of these with which the prompt has the calls is taken, else the first that
     gives a prompt."""
     names = [
         call.get("function", call).get("name")

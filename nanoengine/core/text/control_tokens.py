@@ -1,4 +1,4 @@
-"""Control tokens that stand in what a user says can be kept as text: the template's own stay tokens.
+"""Control tokens in what a user says can be kept as text, while the template's own stay tokens.
 
 Where a control token comes from is found by rendering twice. In the second rendering each of the caller's characters
 that may begin a control token is another one, of a private-use area: what is a control token then, the template has
@@ -48,7 +48,7 @@ class ControlTokens:
         self._pattern = re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or "(?!)")
 
     def encode(self, chat: Chat, text: str) -> list[int]:
-        """Ids of `text`, which is `chat.text()`. Raises `RequestError("invalid_prompt")` where they cannot be told."""
+        """Ids of `text`, which is `chat.text()`. Raises `RequestError("invalid_prompt")` where they are not certain."""
         values = [chat.messages, chat.given]
         if _any(values, lambda value: any(word in value for word in self._words)):
             raise invalid(f"sanitize_control_tokens: control tokens such as {self._words[:3]} cannot be kept text")
@@ -68,7 +68,7 @@ class ControlTokens:
         ids = self._named_ids(self._with_names(marked).translate(self._back))
         own = len(self._pattern.findall(marked))
         if self._named_ids(self._with_names(text)) != self._plainly(text) or own != sum(i in self._ids for i in ids):
-            raise invalid("sanitize_control_tokens: this tokenizer tells control tokens from text in a way of its own")
+            raise invalid("sanitize_control_tokens: this tokenizer splits control tokens from text in a way of its own")
         return ids
 
     def _marked(self, value: Any) -> Any:

@@ -101,7 +101,7 @@ class _WithSpecials:
 class IncrementalDetokenizer:
     """Token ids in, text out; a push costs O(new tokens).
 
-    `text` only ever grows, and what was shown once stands in the final text: an unfinished UTF-8 character is held
+    `text` only ever grows, and what was shown once is in the final text: an unfinished UTF-8 character is held
     back until it is complete or the sample ends, and so is an end of the text that may become a stop string (unless
     stop strings are kept). When the sample ended without a stop, the text equals
     `tokenizer.decode(ids, skip_special_tokens)`.

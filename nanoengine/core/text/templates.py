@@ -101,17 +101,9 @@ class _Process:
         """Raises `NanoEngineError` if it cannot be started."""
         self._memory = memory
         self._socket, theirs = socket.socketpair()
-        path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
         try:
             with theirs:
-                self._child = subprocess.Popen(
-                    [sys.executable, "-P", str(_CHILD), str(memory)],
-                    stdin=theirs.fileno(),
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    env={**os.environ, "PYTHONPATH": path},
-                    process_group=0,  # a terminal's Ctrl-C is not for it
-                )
+                self._child = _started(theirs, memory)
         except OSError as error:
             self._socket.close()
             raise NanoEngineError(f"the process that runs chat templates cannot be started: {error}") from error
@@ -178,3 +170,16 @@ class _Process:
     def _status(self) -> str:
         status = self._child.poll()
         return signal.Signals(-status).name if status is not None and status < 0 else f"exit status {status}"
+
+
+def _started(its_end: socket.socket, memory: int) -> subprocess.Popen[bytes]:
+    """The child, which imports from where this process does. Raises `OSError`."""
+    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+    return subprocess.Popen(
+        [sys.executable, "-P", str(_CHILD), str(memory)],
+        stdin=its_end.fileno(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": path},
+        process_group=0,  # a terminal's Ctrl-C is not for it
+    )

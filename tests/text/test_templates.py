@@ -191,6 +191,24 @@ def test_a_process_that_dies_amid_a_template_is_named(monkeypatch: pytest.Monkey
     assert "the chat template failed: it ended its process (SIGSEGV)" in refusal(made, "")
 
 
+def test_an_interrupt_ends_the_process_that_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer would be taken for that of the next template."""
+    made = TemplateProcesses()
+    made.render("", {})
+    (pid,) = children(made)
+
+    def interrupted(*args: Any) -> bytes:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(templates._Process, "_receive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            made.render("late", {})
+    assert made.render("{{ a }}", {"a": "next"}) == "next"
+    assert children(made) != [pid]
+    made.close()
+
+
 def test_a_process_that_does_not_start_is_an_error_with_the_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

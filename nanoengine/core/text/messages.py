@@ -15,9 +15,9 @@ REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing
 def check_messages(messages: Any) -> list[dict[str, Any]]:
     """A non-empty list of `{"role": str, "content": str | list of parts}`; other keys go to the template as they are.
 
-    `content` may be None or missing only next to `tool_calls`. A part is {"type": "text", "text": str}, or a text, which
-    becomes that. `arguments` of a tool call given as JSON text become the object, as templates expect them. Nothing of
-    the caller's is changed. Raises `RequestError("invalid_prompt")` naming the message by its index.
+    `content` may be None or missing only next to `tool_calls`. A part is {"type": "text", "text": str}, or a text,
+    which becomes that. `arguments` of a tool call given as JSON text become the object, as templates expect them.
+    Nothing of the caller's is changed. Raises `RequestError("invalid_prompt")` naming the message by its index.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise invalid(f"messages must be a list of {{'role', 'content'}} dicts, not {type(messages).__name__}")

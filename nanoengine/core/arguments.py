@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any, TypedDict
 
-from nanoengine.core.errors import ParamsError, RequestError, described, is_failure
+from nanoengine.core.errors import ParamsError, RequestError, described, is_failure, shown
 from nanoengine.core.field_types import is_unicode
 from nanoengine.core.sampling_fields import INT64
 from nanoengine.core.sampling_params import SamplingParams
@@ -88,13 +88,21 @@ def check_priority(priority: object) -> int | None:
         return None
     level = _as_int(priority)
     if level is None or level not in INT64:
-        raise ParamsError(f"priority must be a whole number of 64 bits, not {priority!r}")
+        raise ParamsError(f"priority must be a whole number of 64 bits, not {shown(priority)}")
     return level
+
+
+def check_shown(prompt_text: object) -> RequestError | None:
+    """Why this cannot be what `RequestOutput.prompt` shows beside token ids; None: it can."""
+    if prompt_text is None or (isinstance(prompt_text, str) and is_unicode(prompt_text)):
+        return None
+    words = f"a prompt's text, given beside its ids, must be valid Unicode, not {shown(prompt_text)}"
+    return RequestError("invalid_prompt", words)
 
 
 def check_request_id(request_id: object) -> None:
     if not isinstance(request_id, str) or not is_unicode(request_id):
-        raise ParamsError(f"request_id must be a string of valid Unicode, not {request_id!r}")
+        raise ParamsError(f"request_id must be a string of valid Unicode, not {shown(request_id)}")
 
 
 def checked_ids(token_ids: Any, vocab_size: int) -> tuple[int, ...] | RequestError:
@@ -125,9 +133,9 @@ def _checked(token_ids: Any, vocab_size: int) -> tuple[int, ...] | RequestError:
     for i, token in enumerate(given):
         number = _as_int(token)
         if number is None:
-            return RequestError("invalid_prompt", f"prompt[{i}] is {token!r}, not a token id")
+            return RequestError("invalid_prompt", f"prompt[{i}] is {shown(token)}, not a token id")
         if not 0 <= number < vocab_size:
-            outside = f"prompt[{i}] is {number}, outside the vocabulary 0..{vocab_size - 1}"
+            outside = f"prompt[{i}] is {shown(number)}, outside the vocabulary 0..{vocab_size - 1}"
             return RequestError("invalid_prompt", outside)
         ids.append(number)
     return tuple(ids)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
-from nanoengine.core.arguments import check_priority, check_request_id, checked_ids
+from nanoengine.core.arguments import check_priority, check_request_id, check_shown, checked_ids
 from nanoengine.core.errors import (
     EngineClosed,
     NanoEngineError,
@@ -117,7 +117,7 @@ class Engine:
         if isinstance(prompt, str):
             token_ids, prompt_text = self._ids_of(prompt), prompt
         ids = checked_ids(token_ids, self.limits.vocab_size)
-        error = ids if isinstance(ids, RequestError) else None
+        error = ids if isinstance(ids, RequestError) else check_shown(prompt_text)
         state = self.outputs.new_state(
             request_id,
             prompt_text,

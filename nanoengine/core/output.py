@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -91,6 +92,7 @@ class RequestState:
     prompt_logprobs: tuple[Logprobs | None, ...] | None = None
     prompt_bytes: bytes = b""  # as in `Request`, and so block_hashes: made once, by the thread that adds the request
     block_hashes: Sequence[bytes] = ()
+    cache_key: bytes = b""
     first_scheduled: float | None = None
     first_token: float | None = None
     finished: float | None = None
@@ -115,10 +117,6 @@ class RequestState:
                 block_hashes=[*self.block_hashes],
                 quiet=self.final_only and not params.stop,
             )
-
-    @property
-    def cache_key(self) -> bytes:
-        return (self.params.cache_salt or "").encode()
 
     def add_sample(self, request: Request) -> None:
         wants = self.params.logprobs is not None
@@ -194,6 +192,7 @@ class OutputProcessor:
             sink,
             new_detokenizer,
             prompt_logprobs=None if params.prompt_logprobs is None else (None,),
+            cache_key=_cache_key(params.cache_salt or ""),
         )
 
     def apply(
@@ -292,6 +291,12 @@ class OutputProcessor:
 
     def _token_text(self, token_id: int) -> str | None:
         return None if self.tokenizer is None else self.tokenizer.token_text(token_id)
+
+
+def _cache_key(salt: str) -> bytes:
+    """What the prefix index hashes and compares with each block: at most 64 bytes, of whatever length the salt is."""
+    key = salt.encode()
+    return key if len(key) < 64 else hashlib.blake2b(key).digest()
 
 
 def _push_text(sample: SampleState, update: Update) -> bool:

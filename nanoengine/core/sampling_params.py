@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nanoengine.core.errors import ParamsError, PluginError, shown
+from nanoengine.core.errors import ParamsError, PluginError, described, is_failure, shown
 from nanoengine.core.field_types import conform
 from nanoengine.core.sampling_fields import CORE_TYPES, NOT_SERVED, CoreFields, legal_fields, stage_types
 from nanoengine.core.setup.options import is_option
@@ -320,9 +320,11 @@ def _own(name: str, value: Any) -> Any:
     """A copy that the caller cannot change. Raises `ParamsError` for what has none: a lock, a list within itself."""
     try:
         found = copy.deepcopy(value)
-        _frozen(found)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ParamsError(f"{name}: {shown(value)} is no parameter: {type(error).__name__}: {error}") from error
+        hash(_frozen(found))
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        raise ParamsError(f"{name}: {shown(value)} is no parameter: {described(error)}") from error
     return found
 
 

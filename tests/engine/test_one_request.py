@@ -11,8 +11,9 @@ import torch
 
 from nanoengine import LLM, RequestOutput, SamplingParams
 from nanoengine.core import output
-from nanoengine.core.errors import ParamsError, RequestError
+from nanoengine.core.errors import ConfigError, ParamsError, RequestError
 from nanoengine.core.execution.executor import InProcessExecutor
+from nanoengine.core.execution.slots import SlotLimits, SlotTables
 from nanoengine.core.scheduling import scheduler
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.scheduler import Scheduler
@@ -342,6 +343,37 @@ def beside_error(llm: LLM, prompt: list[int]) -> RequestError:
     (out,) = llm.generate(prompt, GREEDY, use_tqdm=False)
     assert out.error is not None
     return out.error
+
+
+@pytest.mark.parametrize("text", ["half \ud800", 5, ["x"]])
+def test_a_text_beside_ids_that_cannot_be_shown(tmp_path: Path, text: Any) -> None:
+    with mock_llm(tmp_path) as llm:
+        one, two = llm.generate([{"prompt_token_ids": BAD, "prompt": text}, [1, 2]], GREEDY, use_tqdm=False)
+    assert one.error is not None
+    assert one.error.code == "invalid_prompt"
+    assert "valid Unicode" in str(one.error)
+    assert tokens_of([two]) == [greedy([1, 2], 12)]
+
+
+def test_a_long_salt_costs_each_block_no_more_than_a_short_one(tmp_path: Path) -> None:
+    """And keeps prefixes apart all the same."""
+    salts = ["a" * 10**6, "a" * 10**6 + "b", "a" * 63, "a" * 64]
+    with mock_llm(tmp_path) as llm:
+        for salt in [*salts, *salts]:
+            llm.engine.add_request("x", LONG, GREEDY.replace(cache_salt=salt))
+            while llm.engine.has_unfinished_requests():
+                (*_, last) = llm.engine.step() or [None]
+            assert last is not None
+            salts.append(str(last.num_cached_tokens))
+        keys = {entry.parent for entry in llm.engine.scheduler.blocks._pools[0].entries if entry}
+    assert salts[4:] == ["0"] * 4 + ["20"] * 4
+    assert max(len(key) for key in keys if isinstance(key, bytes)) == 64
+
+
+def test_tables_that_no_index_reaches_are_refused_before_they_are_made() -> None:
+    limits = SlotLimits(max_slots=65_536, max_model_len=100_000, vocab_size=9, num_groups=1, max_blocks=1)
+    with pytest.raises(ConfigError, match=r"take more than 8 GiB: lower engine\.max_num_seqs"):
+        SlotTables(limits, [], torch.device("cpu"))
 
 
 LONG = [1 + i % 7 for i in range(21)]  # five blocks, and one token more

@@ -123,6 +123,37 @@ def test_limits_by_value_name_their_option(limits: dict[str, int], given: dict[s
     limited.resolve(SamplingParams(n=2, logprobs=0))
 
 
+class Odd:
+    """A value that cannot be copied, hashed or shown."""
+
+    def __init__(self, broken: str) -> None:
+        self.broken = broken
+
+    def __deepcopy__(self, memo: object) -> Odd:
+        if self.broken == "copy":
+            raise SystemExit
+        return self
+
+    def __hash__(self) -> int:
+        raise ValueError
+
+    def __repr__(self) -> str:
+        raise ValueError
+
+
+@pytest.mark.parametrize("broken", ["copy", "hash"])
+def test_values_of_any_class_are_refused_by_name(broken: str) -> None:
+    with pytest.raises(ParamsError, match="temperature"):
+        resolve(temperature=Odd(broken))
+
+
+def test_a_list_that_holds_itself_is_refused_by_name() -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    with pytest.raises(ParamsError, match="allowed_token_ids"):
+        resolve(allowed_token_ids=endless)
+
+
 @pytest.mark.parametrize("packed", [np.array([2**40]), [1.5], [2**40], None])
 def test_what_a_column_does_not_hold_is_refused(packed: Any) -> None:
     """Not cut to its lower bits, as numpy's casts do."""

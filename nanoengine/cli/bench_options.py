@@ -11,7 +11,7 @@ import typer
 
 from nanoengine.cli.common import answer, say
 from nanoengine.cli.threads import CHOSEN
-from nanoengine.core.errors import ConfigError, nearest
+from nanoengine.core.errors import ConfigError, nearest, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,13 +57,13 @@ def shape_named(name: str) -> Shape:
 
 def engine_options(given: Sequence[str] | None) -> dict[str, Any]:
     """OPTION=VALUE arguments; values are YAML."""
-    import yaml
+    from nanoengine.core.setup.composer.yaml_file import load_yaml
 
     for each in given or ():
         if "=" not in each:
             raise ConfigError(f"{each!r} is no engine option: write OPTION=VALUE, as in max_num_seqs=64")
     pairs = [each.partition("=") for each in given or ()]
-    return {key: yaml.safe_load(value) for key, _, value in pairs}
+    return {key: load_yaml(value, f"{key}={shown(value)}", lambda _: "the value")[1] for key, _, value in pairs}
 
 
 def limits_of(bandwidth: float | None, tflops: float | None, options: dict[str, Any]) -> Limits | None:

@@ -25,6 +25,7 @@ from nanoengine.cli.parent import run_child
 from nanoengine.cli.record import read_record, write_whole
 from nanoengine.cli.sweep_report import Outcome, plot, print_table, write_csv
 from nanoengine.core.errors import ConfigError, NanoEngineError
+from nanoengine.core.files import user_path
 from nanoengine.core.setup.config import RunConfig, load_config
 from nanoengine.core.setup.plugins import discover
 from nanoengine.core.setup.prompts import STDIN, PromptFile, file_format
@@ -75,7 +76,9 @@ def sweep(
     """
     if trace is not None and trace.name != str(trace):
         raise ConfigError(f"--trace {trace}: of a sweep it is a name such as {trace.name}, for each folder to get one")
-    folder = Path(config).expanduser()
+    if trace is not None:
+        user_path(trace, "--trace")
+    folder = user_path(config, "configuration")
     if folder.is_dir() and (resume or (folder / SWEEP).exists()):
         if not resume:
             raise ConfigError(f"{config} is a sweep's folder; to go on with it, give --resume {config}")

@@ -10,6 +10,7 @@ import typer
 
 from nanoengine.cli.common import DebugOption, say, user_errors
 from nanoengine.core.errors import ConfigError
+from nanoengine.core.files import user_path
 
 if TYPE_CHECKING:
     from nanoengine.cli.report_data import RunData
@@ -33,9 +34,9 @@ def report(
     with user_errors(debug):
         from nanoengine.cli.report_data import read_all
 
-        path = results.expanduser()
-        runs = read_all(path, None if trace is None else trace.expanduser())
-        target = output.expanduser() if output is not None else _beside(path)
+        path = user_path(results, "results")
+        runs = read_all(path, None if trace is None else user_path(trace, "trace"))
+        target = user_path(output, "--output") if output is not None else _beside(path)
         if target.absolute() in {each.path.absolute() for each in runs}:
             raise ConfigError(f"--output {target} is the results file, which it would overwrite; give another file")
         if output is None and target.is_file() and _MARK not in target.read_text(errors="replace")[:2000]:

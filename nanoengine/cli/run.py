@@ -27,6 +27,7 @@ from nanoengine.cli.common import (
 from nanoengine.cli.parent import end_with_parent
 from nanoengine.cli.threads import CHOSEN
 from nanoengine.core.errors import ConfigError, RequestError, WorkerError
+from nanoengine.core.files import user_path
 from nanoengine.core.request import RequestMetrics, RequestOutput
 from nanoengine.core.seeds import request_seed
 from nanoengine.core.setup.config import RunConfig, load_config
@@ -78,7 +79,7 @@ def run(
     end_with_parent()
     with user_errors(debug):
         clock = StartClock.of_process()
-        folder = Path(config).expanduser()
+        folder = user_path(config, "configuration")
         if multirun or (folder.is_dir() and (resume or (folder / "sweep.json").exists())):
             from nanoengine.cli.multirun import sweep
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import NoReturn
 
+from nanoengine.core.errors import ConfigError, shown
+
 
 class GrowingFile:
     """A file that is written piece by piece, each of them whole or not at all, by no other process meanwhile.
@@ -136,6 +138,21 @@ class GrowingFile:
         finally:
             self.discard()
             self._file.close()
+
+
+def user_path(path: str | Path, what: str) -> Path:
+    """What a user wrote, `~` expanded; it need not exist.
+
+    Raises `ConfigError` naming `what` it is where no file can be called so: too long, a NUL, no such home folder.
+    """
+    try:
+        found = Path(path).expanduser()
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            os.stat(found)
+        return found
+    except (OSError, ValueError, RuntimeError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or error
+        raise ConfigError(f"{what} {shown(str(path))}: {why}") from error
 
 
 def write_all(file: FileIO, data: bytes) -> None:

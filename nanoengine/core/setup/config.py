@@ -16,6 +16,7 @@ from typing import Any
 
 from nanoengine.core.errors import ConfigError, ParamsError, PluginError, nearest
 from nanoengine.core.field_types import conform
+from nanoengine.core.files import user_path
 from nanoengine.core.sampling_fields import NOT_SERVED, legal_fields
 from nanoengine.core.setup.composer import Composed, Root, SearchPath, Shorthand, compose, package_root
 from nanoengine.core.setup.composer.yaml_file import ConfigFile, KeyPath, dotted
@@ -111,7 +112,7 @@ def load_config(
 
 
 def _primary(path_or_recipe: str | Path, roots: Sequence[Root], suspects: str) -> tuple[ConfigFile, SearchPath]:
-    path = Path(path_or_recipe).expanduser()
+    path = user_path(path_or_recipe, "configuration file")
     if path.is_file():
         shipped = any(path.parent.resolve() == root.folder.resolve() for root in roots)
         search = SearchPath(
@@ -137,6 +138,13 @@ def _sibling(path: Path) -> str:
     return f"; did you mean {there[0]}, which is there?" if there else ""
 
 
+def _is_there(option: str) -> bool:
+    try:
+        return user_path(option, "model").exists()
+    except ConfigError:  # no file can be called so
+        return False
+
+
 def _shorthands(registry: Registry) -> Mapping[str, Shorthand]:
     sources = [name for found in registry.model_sources.values() for name in found.spec.models]
     # A backend that clashes or failed is let through: looking it up says so.
@@ -145,7 +153,7 @@ def _shorthands(registry: Registry) -> Mapping[str, Shorthand]:
     return {
         "model": Shorthand(
             "source",
-            lambda option: option in sources or "/" in option or Path(option).expanduser().exists(),
+            lambda option: option in sources or "/" in option or _is_there(option),
             sources,
             "the path of a folder or a .gguf file, a hub id (owner/name), or anything else with a / in it",
         ),

@@ -19,6 +19,7 @@ from typing import Any
 import pluggy
 
 from nanoengine.core.errors import PluginError, described, is_failure, nearest, shown, text_of
+from nanoengine.core.files import user_path
 from nanoengine.core.setup import hookspecs
 from nanoengine.core.setup.choose import choose_attention, from_class, load_checked
 from nanoengine.core.setup.composer.search_path import package_root
@@ -191,9 +192,9 @@ class _Search:
 def plugin_file(path: Path) -> PluginFile:
     """A file, its digest, and the module name made of both: an edited file is another module, in every process alike.
 
-    Raises `PluginError` if it is no file, or cannot be read.
+    Raises `PluginError` if it is no file, or cannot be read; `ConfigError` where no file can be called so.
     """
-    resolved = path.expanduser().resolve()
+    resolved = user_path(path, "plugin file").resolve()
     if not resolved.is_file():
         raise PluginError(f"plugin file {path} does not exist (looked for {resolved})")
     if resolved.suffix != ".py":

@@ -77,10 +77,11 @@ def test_a_kv_cache_that_cannot_be_allocated(
     monkeypatch.setattr(ModelRunner, "release", lambda self: (release(self), released.append("runner")))
     if error is not None:
         monkeypatch.setattr(MockAttention, "allocate", allocate)
-    blocks = 10**12 if error is None else 100
-    with pytest.raises(ConfigError, match=rf"KV cache of {blocks:,} blocks of 4 tokens.*lower engine\.num") as caught:
-        mock_llm(tmp_path, num_gpu_blocks_override=blocks)
-    assert f"{(blocks + 1) * 4 * 2 * 4:,} bytes" in str(caught.value)
+    blocks, size = (2 * 10**9, 4096) if error is None else (100, 4)  # 60 TiB
+    message = rf"KV cache of {blocks:,} blocks of {size} tokens.*lower engine\.num"
+    with pytest.raises(ConfigError, match=message) as caught:
+        mock_llm(tmp_path, num_gpu_blocks_override=blocks, block_size=size)
+    assert f"{(blocks + 1) * size * 2 * 4:,} bytes" in str(caught.value)
     assert [type(each).__name__ for each in released] == ["MockAttention", "str"]
     del caught
     gc.collect()

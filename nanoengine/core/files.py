@@ -53,10 +53,11 @@ class GrowingFile:
         if not _is_at(self.path, self._file):  # it has just been replaced
             raise OSError(errno.EBUSY, "another process is writing it")
         if os.fstat(self._file.fileno()).st_size == len(begin) and _content(self._file) == begin:
+            self._part.unlink(missing_ok=True)  # a killed run left one
             return False
         self._new = FileIO(self._part, "a+")  # appended to, so that its size tells what others did
         try:
-            self._new.truncate(0)  # a killed run left one
+            self._new.truncate(0)
             write_all(self._new, begin)
             lock(self._new)
         except BaseException:

@@ -59,6 +59,8 @@ REFUSED: list[tuple[str, str, list[str]]] = [
     ("open braces", "model: '" + "${" * 20_000 + "'\n", ["f.yaml:1: model: a text has interpolations of", r"\${"]),
     ("a long text with one", "model: " + "x" * 200_000 + "${a}\n", ["f.yaml:1: model: a text with ${ in it has"]),
     ("no environment", "model: ${oc.env:NO_SUCH_VARIABLE}\n", ["f.yaml:1:", "has no variable 'NO_SUCH_VARIABLE'"]),
+    ("a long text to decode", "model: ${oc.decode:${oc.env:NANOENGINE_TEST_LONG}}\n", ["f.yaml:1:", "at most 10,000"]),
+    ("brackets to decode", "model: ${oc.decode:${oc.env:NANOENGINE_TEST_DEEP}}\n", ["f.yaml:1:", "RecursionError"]),
     ("a module's import", "model: ${oc.coerce:antigravity.x,1}\n", ["f.yaml:1:", "'oc.coerce'"]),
 ]
 
@@ -74,6 +76,8 @@ def test_refused_by_file_and_line(
 ) -> None:
     (tmp_path / "f.yaml").write_text(text, "utf-8")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NANOENGINE_TEST_LONG", "x" * 100_000)
+    monkeypatch.setenv("NANOENGINE_TEST_DEEP", "[" * 9_000)
     with pytest.raises(ConfigError) as caught:
         load_config("f.yaml", registry=registry)
     assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)[:500]

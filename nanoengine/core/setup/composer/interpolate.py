@@ -22,6 +22,7 @@ from nanoengine.core.setup.composer.yaml_file import KeyPath, dotted, parts
 
 _MAX_COPIED = 100_000  # values that interpolation makes; a text counts as one for each 100 characters
 _MAX_CHAIN = 50  # values that refer to one another
+_MAX_DECODED = 10_000  # characters that `oc.decode` reads: its grammar is slow
 _ABSENT = object()
 
 
@@ -166,6 +167,8 @@ class _Walk:
             return None
         if not isinstance(text, str):
             raise TypeError(f"it takes a text, not {shown(text)}")
+        if len(text) > _MAX_DECODED:
+            raise ValueError(f"a text of {len(text):,} characters, at most {_MAX_DECODED:,}")
         if why := check_grammar(text):
             raise ValueError(why)
         return self._visit(parse(text, parser_rule="singleElement", lexer_mode="VALUE_MODE"), path)

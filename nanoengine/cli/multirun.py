@@ -114,6 +114,19 @@ def _prepare(config: str, wanted: Sequence[Combination], plugins: Sequence[Path]
     if len(errors) == len(composed):
         raise errors[0]
     folder = _new_folder()
+    try:
+        jobs = _write_jobs(folder, wanted, composed)
+        todo = Sweep(folder, Path.cwd(), tuple(str(path.absolute()) for path in plugins), jobs)
+        write_whole(folder / SWEEP, json.dumps(_as_dict(todo), indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"cannot write the sweep's folder {folder}: {error.strerror or error}") from error
+    return todo
+
+
+def _write_jobs(
+    folder: Path, wanted: Sequence[Combination], composed: Sequence[RunConfig | NanoEngineError]
+) -> tuple[Job, ...]:
+    """A folder for each combination, with its configuration. Raises `OSError`."""
     jobs: list[Job] = []
     piped: PromptFile | None = None
     for number, (combination, found) in enumerate(zip(wanted, composed, strict=True)):
@@ -127,9 +140,7 @@ def _prepare(config: str, wanted: Sequence[Combination], plugins: Sequence[Path]
             found = replace(found, prompts=piped)
         write_whole(place / _CONFIG, render(replace(found, output=str(place / _RESULTS))))
         jobs.append(Job(place, combination))
-    todo = Sweep(folder, Path.cwd(), tuple(str(path.absolute()) for path in plugins), tuple(jobs))
-    write_whole(folder / SWEEP, json.dumps(_as_dict(todo), indent=2) + "\n")
-    return todo
+    return tuple(jobs)
 
 
 def _new_folder() -> Path:
@@ -203,13 +214,16 @@ def _run(todo: Sweep, options: Sequence[str], trace: Path | None) -> int:
             word, stopped = ending(interrupt)
             outcomes.append(_entry(number, job, word))
             break
+        except OSError as error:  # its folder has gone, the disk is full
+            status = f"failed: {error.strerror or error}"
+            say(f"  {status}: {error.filename or job.folder}")
         outcomes.append(_entry(number, job, status))
     outcomes += [_entry(n, todo.jobs[n], "not run") for n in range(len(outcomes), len(todo.jobs))]
-    _report(outcomes, todo)
+    reported = _report(outcomes, todo)
     if stopped:
         say(f"go on with: nanoengine run --resume {todo.folder}")
         return stopped
-    return FAILED if any(each.status != "ok" for each in outcomes) else 0
+    return FAILED if not reported or any(each.status != "ok" for each in outcomes) else 0
 
 
 def _say_not_composed(jobs: Sequence[Job]) -> None:
@@ -261,7 +275,9 @@ def _last_line(log: Path) -> str:
     return next((line for line in reversed(lines) if line.strip()), "it said nothing")
 
 
-def _report(outcomes: Sequence[Outcome], todo: Sweep) -> None:
+def _report(outcomes: Sequence[Outcome], todo: Sweep) -> bool:
+    """Whether it could be written."""
+    written = True
     try:
         write_csv(outcomes, todo.folder / "table.csv")
         plot(outcomes, todo.folder / "plot.png")
@@ -272,4 +288,6 @@ def _report(outcomes: Sequence[Outcome], todo: Sweep) -> None:
         say(f"wrote {todo.folder / 'table.csv'}; no plot: {error}")
     except OSError as error:
         say(f"cannot write the report of the sweep: {error}")
+        written = False
     print_table(outcomes)  # last: standard output may have no reader any more
+    return written

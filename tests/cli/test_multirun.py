@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -353,6 +354,33 @@ def test_a_sweep_that_is_killed_ends_its_combination(started: Any, tmp_path: Pat
         assert free(file)
     assert 0 < len(rows(root / "0_engine.seed=1")) < 30
     assert not list(root.glob("1_*/results.jsonl"))
+
+
+def test_a_sweep_whose_folder_vanishes_ends_in_words(
+    sweep: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def vanished(command: Any, environment: Any, folder: Path, log: Any) -> int:
+        shutil.rmtree(tmp_path / "multirun")
+        return 0
+
+    monkeypatch.setattr("nanoengine.cli.multirun.run_child", vanished)
+    result = sweep("engine.seed=1,2")
+    assert result.exit_code == 1, result.output
+    assert result.stderr.count("  failed: No such file or directory: ") == 2
+    assert "cannot write the report of the sweep" in result.stderr
+    assert isinstance(result.exception, SystemExit)
+
+
+def test_a_disk_that_is_full_before_a_sweep_is_one_message(
+    sweep: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nanoengine.cli.multirun.write_whole", full)
+    result = sweep("engine.seed=1,2")
+    assert result.exit_code == 2
+    assert re.search(r"error: cannot write the sweep's folder multirun/\S+: No space left on device$", result.stderr)
 
 
 def free(file: Any) -> bool:

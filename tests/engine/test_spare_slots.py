@@ -40,6 +40,6 @@ def test_the_switches_of_the_scheduler_reach_it(tmp_path: Path) -> None:
     assert (config.spare_slots, config.steady_rows) == (3, 7)
     with mock_llm(tmp_path) as llm:
         assert llm.engine.scheduler.config.steady_rows == 1  # in these tests, so that small engines have some
-    for wrong, said in (({"spare_slots": -1}, "spare_slots must be at least 0"), ({"steady_rows": 0}, "at least 1")):
+    for wrong, said in (({"spare_slots": -1}, "spare_slots must be 0 or more"), ({"steady_rows": 0}, "at least 1")):
         with pytest.raises(ConfigError, match=said):
             mock_llm(tmp_path, **wrong)

@@ -169,6 +169,8 @@ class ModelRunner:
         )
 
     def _allocate(self, num_blocks: int) -> None:
+        if num_blocks >= 1 << 31:
+            raise OverflowError("the number of a block is an int32")
         passing = (NanoEngineError, RuntimeError, OverflowError)  # torch's, where sizes are too large
         with plugin_call(f"{name_of(self.backend_class)}.allocate failed", self.backend_class, passing=passing):
             for backend, (_, layers) in zip(self.backends, self.groups, strict=True):

@@ -15,7 +15,7 @@ _BOUNDS: Mapping[str, tuple[int, int]] = {
     "max_num_seqs": (1, 2**16),
     "max_num_batched_tokens": (1, 2**22),
     "block_size": (1, 2**20),
-    "num_gpu_blocks_override": (1, _INT32 - 1),
+    "num_gpu_blocks_override": (1, 2**50),
     "kv_cache_memory": (1, 2**50),
     "admission_reserve": (0, 2**16),
     "max_n": (1, _INT32),
@@ -105,14 +105,15 @@ class EngineOptions:
         for name, (low, high) in _BOUNDS.items():
             value = getattr(self, name)
             if value is not None and value < low:
-                raise ConfigError(f"engine.{name} must be at least {low}, not {value}")
+                rule = f"at least {low}" if low else "0 or more"
+                raise ConfigError(f"engine.{name} must be {rule}, not {value}")
             if value is not None and value > high:
                 raise ConfigError(f"engine.{name} must be at most {high:,}, not {value:,}")
         for name in ("worker_start_timeout", "step_timeout", "chat_template_timeout"):
-            if not 0 < getattr(self, name) <= _YEAR:
-                raise ConfigError(
-                    f"engine.{name} is in seconds and must be above 0, and at most a year, not {getattr(self, name)}"
-                )
+            seconds = getattr(self, name)
+            if not 0 < seconds <= _YEAR:
+                rule = "at most a year" if seconds > _YEAR else "above 0"
+                raise ConfigError(f"engine.{name} is in seconds and must be {rule}, not {seconds}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"engine.gpu_memory_utilization must be above 0 and at most 1, not {self.gpu_memory_utilization}"

@@ -132,6 +132,12 @@ MODEL = {
         "def __init__(self, config, ctx):  # HERE\n    Model.__init__(self, config, ctx)",
         "OtherModel made no attention layer",
     ),
+    "weights": (
+        "def __init__(self, config, ctx):\n    super().__init__(config, ctx)\n    self.one = ctx.linear('one', 2, 2)\n"
+        "    self.one.load_shard = self.load\n"
+        "def load(self, *args):\n    raise LookupError('gone')  # HERE",
+        "OtherModel: loading its weights failed: LookupError: gone",
+    ),
     "heads": (
         "def __init__(self, config, ctx):\n    super().__init__(config, ctx)\n"
         "    spec = AttentionLayerSpec(num_heads=7, num_kv_heads=2, head_size=2, scale=1.0)\n"

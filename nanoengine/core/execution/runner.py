@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanoengine.core.errors import NanoEngineError
+from nanoengine.core.errors import ModelError, NanoEngineError
 from nanoengine.core.execution.attention import AttentionBackend
 from nanoengine.core.execution.backend_checks import dry_run, kv_block_bytes, release
 from nanoengine.core.execution.build import BuiltModel, build_model, kv_groups, parameter_bytes, weight_bytes
@@ -101,11 +101,13 @@ class ModelRunner:
     def _make_model(self, model_class: type[Model], ops: Ops) -> BuiltModel:
         built = build_model(model_class, self.plan.hf_config, tp=self.tp, dtype=self.dtype, device=self.device, ops=ops)
         self.model, self.config, self.vocab_size = built.model, built.config, built.config.vocab_size
-        if self.plan.options.load_format == "dummy":
-            dummy_weights(built.model, self.plan.options.seed, self.tp)
-        else:
-            load_weights(built.model, built.config, self.plan.model_path, self.tp)
-        self.model.eval()
+        what, passing = f"{name_of(model_class)}: loading its weights failed", (NanoEngineError, OSError)
+        with plugin_call(what, model_class, ModelError, passing=passing):
+            if self.plan.options.load_format == "dummy":
+                dummy_weights(built.model, self.plan.options.seed, self.tp)
+            else:
+                load_weights(built.model, built.config, self.plan.model_path, self.tp)
+            self.model.eval()
         if self.tp.size > 1:
             self.model.register_forward_pre_hook(lambda *_: self.tp.begin_forward())
         return built

@@ -52,14 +52,21 @@ def norm_matvec(
 
 
 def takes_gemv(rows: int, k: int) -> bool:
-    """Whether `matvec_triton` sums without tensor cores: one row, or two if a row is not too long for registers."""
+    """Whether `matvec_triton` can sum without tensor cores: one row, or two if a row is not too long for registers."""
     return rows == 1 or (rows == 2 and k <= 8192)
 
 
 def use_matvec(rows: int, n: int, k: int, dtype: torch.dtype) -> bool:
     """Whether `matvec_triton` beats cuBLAS for [rows, k] @ [n, k].T (or is within 3% of it).
 
-    From `python benchmarks/kernels.py` on one H200 (bf16, torch 2.11, Triton 3.6, 2026-11-21); us, ours / cuBLAS:
+    From `python benchmarks/kernels.py` on one H200 (bf16, torch 2.11, Triton 3.6, 2026-11-21); us, ours / cuBLAS. The
+    first four of ours have become faster since; as layers call them, with the norm in front or the residual stream
+    behind, they take (2026-11-29)
+
+        4096 x 1024, norm          3.0      3.1      4.9      7.0
+        1024 x 2048, sum           2.3      2.4      3.2      5.3
+        6144 x 1024, norm, gate    4.5      4.6      7.5      8.8
+        1024 x 3072, sum           2.7      3.4      5.2      5.7
 
         n x k            1 row         8 rows        32 rows       64 rows
         4096 x 1024      3.3 / 5.0     3.7 / 5.3     4.0 / 5.3     5.2 / 5.4

@@ -1,10 +1,13 @@
 """Matrix products of few rows, which read every weight once: the time of a decode step at small batch.
 
-Two kernels. For one or two rows, each program holds whole rows of the weight in registers, loaded before it waits
-for the kernel in front (see `pdl_triton`): no loop, no shared memory for the weight, sums in float32 without tensor
-cores. Beyond, tensor cores take tiles of outputs x tokens ("skinny"), the weight on the left, so that the tokens are
-the short side of a tile. Where outputs alone make too few programs the sum over K is cut in parts, each written down
-and added in order by a second kernel: no atomics, so a product comes out the same every time.
+Three kernels, of which the number of rows and the shape choose one (`tile_for`):
+
+- without tensor cores, for one or two rows (here): each program holds whole rows of the weight in registers, loaded
+  before it waits for the kernel in front (see `pdl_triton`); sums in float32;
+- by tensor cores with the weight held before the wait (`matvec_held_triton`), where all of it fits the multiprocessors;
+- by tensor cores in pipelined tiles (`matvec_skinny_triton`).
+
+The norm in front, the gate and the residual stream behind are part of each: one launch a product.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
@@ -12,6 +15,7 @@ and added in order by a second kernel: no atomics, so a product comes out the sa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -19,22 +23,19 @@ import triton.language as tl
 from torch import Tensor
 
 from nanoengine.kernels.activation import Activation
-from nanoengine.kernels.activation_triton import act_and_mul, act_mul
+from nanoengine.kernels.activation_triton import act_mul
 from nanoengine.kernels.matvec import takes_gemv
+from nanoengine.kernels.matvec_held_triton import HeldTile, held
+from nanoengine.kernels.matvec_parts_triton import check, pin, result
+from nanoengine.kernels.matvec_skinny_triton import SkinnyTile, skinny
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 from nanoengine.kernels.rms_norm_triton import add_rms_norm
 
 MAX_ROWS = 64
+_PROGRAMS = 132  # what runs at a time on a Hopper GPU, one a multiprocessor
+_HELD_WEIGHTS = 8 << 20
+_TILED_NORM_MAX_K = 1024
 _FUSED_NORM_MAX_WEIGHTS = 5 << 20  # for two rows: each program repeats the norm
-_GATED_ROWS = 16
-_AHEAD = 512  # elements of each weight row that a tensor-core program asks for before it waits
-
-
-@triton.jit
-def _pin(w):
-    """w (16-bit), through an identity that the compiler cannot see through. It keeps it from widening held weights to
-    float32 before the wait: half the registers (80 a thread, not 147), so the next kernel's programs find room."""
-    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [w], dtype=w.dtype, is_pure=False, pack=2)
 
 
 @triton.jit
@@ -63,9 +64,9 @@ def _gemv_kernel(
     wait_for_inputs(PDL)
     for t in tl.static_range(T):
         if PDL and w.dtype.primitive_bitwidth == 16:
-            w = _pin(w)
+            w = pin(w)  # else held weights were widened before the wait, and the next kernel's programs found no room
             if GATED:
-                u = _pin(u)
+                u = pin(u)
         x = tl.load(x_ptr + t * x_stride + k, mask=k_mask, other=0.0)
         if HAS_RESIDUAL:
             residual = tl.load(residual_ptr + t * residual_stride + k, mask=k_mask, other=0.0)
@@ -93,99 +94,6 @@ def _gemv_kernel(
         tl.store(y_ptr + t * N + n, y.to(y_ptr.dtype.element_ty), mask=n_mask)
 
 
-@triton.jit
-def _epilogue(y, up, n, t, mask, bias_ptr, add_ptr, y_ptr, add_stride,
-              N: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-              HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr):  # fmt: skip
-    """Finishes float32 sums [n, t] and writes them; n and t are [..., 1] and [1, ...]."""
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    if GATED:
-        if HAS_BIAS:
-            up += tl.load(bias_ptr + N + n, mask=n < N, other=0.0).to(tl.float32)
-        y = act_mul(y, up, ACTIVATION)
-    if HAS_ADD:
-        y += tl.load(add_ptr + t * add_stride + n, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + t * N + n, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _prefetch_rows(source_ptr, rows, first, mask, K: tl.constexpr, SPAN: tl.constexpr):
-    """Asks for SPAN elements from `first` on of each weight row, one request a 128-byte line, to be in L2 soon."""
-    line: tl.constexpr = 128 // (source_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    k = first + tl.arange(0, SPAN // line)[None, :] * line
-    ptrs = source_ptr + rows.to(tl.int64) * K + tl.where(k < K, k, 0)
-    ptrs = tl.where(mask, ptrs, source_ptr)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; // $0", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _skinny_kernel(
-    x_ptr, weight_ptr, bias_ptr, add_ptr, y_ptr, partial_ptr, rows, x_stride, add_stride,
-    N: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLITS: tl.constexpr, SPAN: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
-    t = tl.arange(0, BLOCK_T)[None, :]
-    split = tl.program_id(1)
-    first = split * SPAN
-    n_mask, t_mask = n < N, t < rows
-    if PDL:
-        _prefetch_rows(weight_ptr, n, first, n_mask, K, AHEAD)
-        if GATED:
-            _prefetch_rows(weight_ptr + N * K, n, first, n_mask, K, AHEAD)
-    release_dependents(PDL)
-    wait_for_inputs(PDL)
-    k = tl.arange(0, BLOCK_K)
-    w_ptrs = weight_ptr + n.to(tl.int64) * K + k[None, :]
-    x_ptrs = x_ptr + t * x_stride + k[:, None]
-    acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-    up = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-    for start in tl.range(first, first + SPAN, BLOCK_K, num_stages=STAGES):
-        k_left = K - start
-        x = tl.load(x_ptrs + start, mask=t_mask & (k[:, None] < k_left), other=0.0)
-        w = tl.load(w_ptrs + start, mask=n_mask & (k[None, :] < k_left), other=0.0)
-        acc = tl.dot(w, x, acc, input_precision="ieee")
-        if GATED:
-            u = tl.load(w_ptrs + N * K + start, mask=n_mask & (k[None, :] < k_left), other=0.0)
-            up = tl.dot(u, x, up, input_precision="ieee")
-    mask = n_mask & t_mask
-    if SPLITS == 1:
-        _epilogue(acc, up, n, t, mask, bias_ptr, add_ptr, y_ptr, add_stride, N, GATED, ACTIVATION, HAS_BIAS, HAS_ADD)
-    else:
-        width: tl.constexpr = 2 * N if GATED else N
-        out = partial_ptr + (split * rows + t) * width + n
-        tl.store(out, acc, mask=mask)
-        if GATED:
-            tl.store(out + N, up, mask=mask)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _add_parts_kernel(
-    partial_ptr, bias_ptr, add_ptr, y_ptr, rows, add_stride,
-    N: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
-    GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    t = tl.program_id(0)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    release_dependents(PDL)
-    wait_for_inputs(PDL)
-    width: tl.constexpr = 2 * N if GATED else N
-    y = tl.zeros((BLOCK_N,), tl.float32)
-    up = tl.zeros((BLOCK_N,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        source = partial_ptr + (split * rows + t) * width + n
-        y += tl.load(source, mask=n < N, other=0.0)
-        if GATED:
-            up += tl.load(source + N, mask=n < N, other=0.0)
-    _epilogue(y, up, n, t, n < N, bias_ptr, add_ptr, y_ptr, add_stride, N, GATED, ACTIVATION, HAS_BIAS, HAS_ADD)
-
-
 @dataclass(frozen=True, slots=True)
 class GemvTile:
     """Weight rows a program holds, and its warps."""
@@ -194,20 +102,8 @@ class GemvTile:
     warps: int
 
 
-@dataclass(frozen=True, slots=True)
-class SkinnyTile:
-    """Sizes of the tensor-core kernel: outputs, K and (at least) tokens a tile, warps, pipeline stages, parts of K."""
-
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
-    splits: int = 1
-    block_t: int = 16
-
-
-# The tiles below are within 5% of the best of some 2,000 trials (`benchmarks/kernels.py --tune`, bf16, H200, torch
-# 2.11, Triton 3.6, 2026-11-21) for the shapes of Qwen3-0.6B and 8B. Those of up to 64 rows sum in the same order.
+# The tiles below come from some 2,500 trials, alone and in a chain of layers (bf16, H200, torch 2.11, Triton 3.6,
+# 2026-11-29): for the shapes of Qwen3-0.6B within 3% of the best, for those of Llama-3.2-1B and Qwen3-8B within 10%.
 def gemv_tile(k: int, *, gated: bool, itemsize: int) -> GemvTile:
     """128 or 256 bytes of weight a thread, more warps for longer rows."""
     row = triton.next_power_of_2(k) * itemsize * (2 if gated else 1)
@@ -215,16 +111,61 @@ def gemv_tile(k: int, *, gated: bool, itemsize: int) -> GemvTile:
     return GemvTile(max(1, min(16, 32 * warps * held // row)), warps)
 
 
-def skinny_tile(rows: int, outputs: int, k: int, *, gated: bool, itemsize: int) -> SkinnyTile:
-    """64 x 128 of the weight, many stages: bytes in flight count for more than the number of programs, of which 64 are
-    enough; long rows are cut for a program a multiprocessor."""
-    if gated:
-        return SkinnyTile(32, 256, warps=2, stages=5 if itemsize == 2 else 2, block_t=8)
-    programs, enough, splits = triton.cdiv(outputs, 64), 132 if k >= 2048 else 64, 1
-    while splits < 4 and 2 * splits * programs <= enough and k // (2 * splits) >= 512:
+def held_tile(rows: int, outputs: int, k: int, *, gated: bool, itemsize: int) -> HeldTile | None:
+    """None where the weight is more than all programs can hold at once, or x is read by too many of them."""
+    if itemsize != 2 or outputs * (2 if gated else 1) * k > _HELD_WEIGHTS or k > (2048 if gated or rows > 16 else 4096):
+        return None
+    if rows <= 16:
+        wide = not gated and k <= 1024
+        block_n = 16 if not wide else 32 if rows <= 8 else 64
+        return HeldTile(block_n, warps=4 if k > 2048 and rows <= 8 else 8, block_t=8 if rows <= 8 else 16)
+    if (k <= 1024 and rows > 32) or (gated and k > 1024):
+        return None
+    block_n, block_t = (64, 32) if k <= 1024 and not gated else (32, 32 if gated else 16)
+    if triton.cdiv(outputs, block_n) * triton.cdiv(rows, block_t) > _PROGRAMS:
+        return None
+    return HeldTile(block_n, warps=8, block_t=block_t)
+
+
+def _parts(tiles: int, k: int) -> int:
+    """Into how many parts long rows are cut for a program a multiprocessor; of short ones, 64 programs are enough."""
+    splits, enough = 1, _PROGRAMS if k >= 2048 else 64
+    while splits < 4 and 2 * splits * tiles <= enough and k // (2 * splits) >= 512:
         splits *= 2
-    stages = 3 if itemsize > 2 else 7 if rows <= 32 else 5  # as many as shared memory holds
-    return SkinnyTile(64, 128, warps=4, stages=stages, splits=splits)
+    return splits
+
+
+def skinny_tile(rows: int, outputs: int, k: int, *, gated: bool, itemsize: int) -> SkinnyTile:
+    """64 x 128 of the weight, many stages: bytes in flight count for more than the number of programs. More than 32
+    tokens are two tiles where there are multiprocessors for both: each reads half of x, and x is as much as the weight.
+    """
+    tiles, block_t = triton.cdiv(outputs, 32 if gated else 64), max(8, triton.next_power_of_2(rows))
+    if itemsize > 2:
+        return SkinnyTile(32 if gated else 64, 128, block_t, warps=4, stages=3)
+    if gated:
+        if rows > 32 and tiles <= _PROGRAMS:
+            return SkinnyTile(64, 128, 32, warps=8, stages=3)
+        return SkinnyTile(32, 128, block_t, warps=8 if rows <= 16 else 4, stages=3)
+    if rows > 32 and k <= 3072 and 2 * tiles <= _PROGRAMS:
+        splits = _parts(2 * tiles, k)
+        if k <= 1024:
+            return SkinnyTile(64, 256, 32, warps=8, stages=3, splits=splits)
+        if splits > 1:
+            return SkinnyTile(64, 128, 32, warps=4, stages=5, splits=splits)
+    stages = 7 if rows <= 32 else 5  # as many as shared memory holds
+    return SkinnyTile(64, 128, max(16, block_t), warps=4, stages=stages, splits=_parts(tiles, k))
+
+
+def tile_for(rows: int, outputs: int, k: int, *, gated: bool, itemsize: int) -> GemvTile | HeldTile | SkinnyTile:
+    """Which kernel makes a product, and its tile. The same kernel sums a row in the same order beside any others."""
+    small = outputs * k <= 4 << 20 or k <= 1024
+    if rows > 1 or (k <= 2048 and small):
+        held = held_tile(rows, outputs, k, gated=gated, itemsize=itemsize)
+        if held is not None:
+            return held
+    if takes_gemv(rows, k):
+        return gemv_tile(k, gated=gated, itemsize=itemsize)
+    return skinny_tile(rows, outputs, k, gated=gated, itemsize=itemsize)
 
 
 def matvec(
@@ -235,19 +176,23 @@ def matvec(
     gate: Activation | None = None,
     add: Tensor | None = None,
     out: Tensor | None = None,
+    tickets: Tensor | None = None,
 ) -> Tensor:
-    """As `matvec.matvec`, for up to `MAX_ROWS` rows. With many rows a gate is a kernel of its own, after rounding.
+    """As `matvec.matvec`, for up to `MAX_ROWS` rows.
 
-    `out`: contiguous; where the result goes. Not with a gate.
+    `out`: contiguous; where the result goes. `tickets`: see `matvec_skinny_triton.tickets_on`.
     """
     rows, k = x.shape
-    assert out is None or not gate
-    if takes_gemv(rows, k):
-        return gemv(x, weight, bias, gate=gate, add=add, out=out)[0]
-    if gate and rows > _GATED_ROWS:
-        y = act_and_mul(skinny(x, weight, bias), gate)
-        return y if add is None else y.add_(add)
-    return skinny(x, weight, bias, gate=gate, add=add, out=out)
+    assert rows <= MAX_ROWS, rows
+    outputs = len(weight) // 2 if gate else len(weight)
+    if rows == 0:
+        return result(x, outputs, out)
+    tile = tile_for(rows, outputs, k, gated=gate is not None, itemsize=x.element_size())
+    if isinstance(tile, GemvTile):
+        return gemv(x, weight, bias, gate=gate, add=add, out=out, tile=tile)[0]
+    if isinstance(tile, HeldTile):
+        return held(x, weight, bias, gate=gate, add=add, out=out, tile=tile)
+    return skinny(x, weight, bias, gate=gate, add=add, out=out, tile=tile, tickets=tickets)
 
 
 def norm_matvec(
@@ -259,26 +204,27 @@ def norm_matvec(
     bias: Tensor | None = None,
     *,
     gate: Activation | None = None,
+    tickets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `matvec.norm_matvec`. One kernel where every program can afford the norm; there, x is not rounded after it."""
+    """As `matvec.norm_matvec`. The norm's scale is applied to the sums; x times its weight is rounded for tensor cores.
+
+    The norm is a kernel of its own where that costs less than each program's share of it: two rows and many weights
+    without tensor cores, long rows in tiles without a gate; and for tensor cores where a residual is still to be added.
+    """
     rows, k = x.shape
-    if rows == 1 or (takes_gemv(rows, k) and weight.numel() <= _FUSED_NORM_MAX_WEIGHTS):
-        return gemv(x, weight, bias, gate=gate, norm_weight=norm_weight, eps=eps, residual=residual)
+    assert rows <= MAX_ROWS, rows
+    outputs = len(weight) // 2 if gate else len(weight)
+    tile = tile_for(rows, outputs, k, gated=gate is not None, itemsize=x.element_size())
+    around: dict[str, Any] = {"gate": gate, "norm_weight": norm_weight, "eps": eps}
+    if isinstance(tile, GemvTile) and (rows == 1 or weight.numel() <= _FUSED_NORM_MAX_WEIGHTS):
+        return gemv(x, weight, bias, residual=residual, tile=tile, **around)
+    if rows and residual is None:
+        if isinstance(tile, HeldTile):
+            return held(x, weight, bias, tile=tile, **around), x
+        if isinstance(tile, SkinnyTile) and (gate or k <= _TILED_NORM_MAX_K):
+            return skinny(x, weight, bias, tile=tile, tickets=tickets, **around), x
     normed, total = add_rms_norm(x, residual, norm_weight, eps)
-    return matvec(normed, weight, bias, gate=gate), total
-
-
-def _check(x: Tensor, weight: Tensor, add: Tensor | None, outputs: int) -> None:
-    assert len(x) <= MAX_ROWS and x.shape[1] == weight.shape[1], (x.shape, weight.shape)
-    assert x.stride(1) == 1 and weight.is_contiguous() and x.dtype == weight.dtype, (x.stride(), x.dtype, weight.dtype)
-    assert add is None or (add.shape == (len(x), outputs) and add.stride(1) == 1), (add, outputs)
-
-
-def _result(x: Tensor, outputs: int, out: Tensor | None) -> Tensor:
-    if out is None:
-        return torch.empty(len(x), outputs, dtype=x.dtype, device=x.device)
-    assert out.shape == (len(x), outputs) and out.dtype == x.dtype and out.is_contiguous(), (out.shape, out.dtype)
-    return out
+    return matvec(normed, weight, bias, gate=gate, tickets=tickets), total
 
 
 def gemv(
@@ -297,12 +243,11 @@ def gemv(
     """Product, and the residual stream if there is a norm (else x)."""
     rows, k = x.shape
     outputs = len(weight) // 2 if gate else len(weight)
-    _check(x, weight, add, outputs)
-    y = _result(x, outputs, out)
+    assert rows <= MAX_ROWS, rows
+    check(x, weight, add, outputs)
+    y = result(x, outputs, out)
     # a buffer of its own: other programs still read `residual`
     total = x if residual is None else torch.empty(rows, k, dtype=x.dtype, device=x.device)
-    if rows == 0:
-        return y, total
     tile = tile or gemv_tile(k, gated=gate is not None, itemsize=x.element_size())
     _gemv_kernel[(triton.cdiv(outputs, tile.block_n),)](
         x, residual if residual is not None else x, norm_weight if norm_weight is not None else x, weight,
@@ -313,42 +258,3 @@ def gemv(
         HAS_BIAS=bias is not None, HAS_ADD=add is not None, num_warps=tile.warps, **pdl_options(x),
     )  # fmt: skip
     return y, total
-
-
-def skinny(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    gate: Activation | None = None,
-    add: Tensor | None = None,
-    out: Tensor | None = None,
-    tile: SkinnyTile | None = None,
-) -> Tensor:
-    """The product by tensor cores."""
-    rows, k = x.shape
-    outputs = len(weight) // 2 if gate else len(weight)
-    _check(x, weight, add, outputs)
-    tile = tile or skinny_tile(rows, outputs, k, gated=gate is not None, itemsize=x.element_size())
-    y = _result(x, outputs, out)
-    partial = y
-    if tile.splits > 1:
-        partial = torch.empty(tile.splits, rows, len(weight), dtype=torch.float32, device=x.device)
-    span = triton.cdiv(triton.cdiv(k, tile.splits), tile.block_k) * tile.block_k
-    flags = {"GATED": gate is not None, "ACTIVATION": gate, "HAS_BIAS": bias is not None, "HAS_ADD": add is not None}
-    tail = (bias if bias is not None else x, add if add is not None else x)
-    add_stride = 0 if add is None else add.stride(0)
-    _skinny_kernel[(triton.cdiv(outputs, tile.block_n), tile.splits)](
-        x, weight, *tail, y, partial, rows, x.stride(0), add_stride,
-        N=outputs, K=k, BLOCK_T=max(tile.block_t, triton.next_power_of_2(rows)),
-        BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        SPLITS=tile.splits, SPAN=span, AHEAD=min(_AHEAD, triton.next_power_of_2(span)), STAGES=tile.stages,
-        num_warps=tile.warps, **flags, **pdl_options(x),
-    )  # fmt: skip
-    if tile.splits > 1:
-        block_n = min(256, triton.next_power_of_2(outputs))
-        _add_parts_kernel[(rows, triton.cdiv(outputs, block_n))](
-            partial, *tail, y, rows, add_stride,
-            N=outputs, BLOCK_N=block_n, SPLITS=tile.splits, num_warps=2, **flags, **pdl_options(x),
-        )  # fmt: skip
-    return y

@@ -93,6 +93,7 @@ class TritonOps(Ops):
 
     def __init__(self) -> None:
         from nanoengine.kernels import activation_triton, matvec_triton, rms_norm_triton, rope_triton
+        from nanoengine.kernels.matvec_skinny_triton import tickets_on
 
         self._norm, self._pointwise, self._rope, self._matvec = (
             rms_norm_triton,
@@ -100,6 +101,8 @@ class TritonOps(Ops):
             rope_triton,
             matvec_triton,
         )
+        self._make_tickets = tickets_on
+        self._tickets: Tensor | None = None
 
     def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         if x.dim() == 2:
@@ -115,7 +118,7 @@ class TritonOps(Ops):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
         if self._few(x, weight):
-            return self._matvec.matvec(x, weight, bias, out=out)
+            return self._matvec.matvec(x, weight, bias, out=out, tickets=self._tickets_on(x.device))
         if out is None:
             return F.linear(x, weight, bias)
         columns = weight.t()
@@ -123,6 +126,12 @@ class TritonOps(Ops):
 
     def _few(self, x: Tensor, weight: Tensor) -> bool:
         return 0 < len(x) <= self._matvec.MAX_ROWS and use_matvec(len(x), len(weight), weight.shape[1], x.dtype)
+
+    def _tickets_on(self, device: torch.device) -> Tensor:
+        """A model's products follow each other in one stream, so they share these."""
+        if self._tickets is None or self._tickets.device != device:
+            self._tickets = self._make_tickets(device)
+        return self._tickets
 
     def norm_linear(
         self,
@@ -136,14 +145,16 @@ class TritonOps(Ops):
         gate: Activation | None = None,
     ) -> tuple[Tensor, Tensor]:
         if self._few(x, weight):
-            return self._matvec.norm_matvec(x, residual, norm_weight, eps, weight, bias, gate=gate)
+            tickets = self._tickets_on(x.device)
+            return self._matvec.norm_matvec(x, residual, norm_weight, eps, weight, bias, gate=gate, tickets=tickets)
         return super().norm_linear(x, residual, norm_weight, eps, weight, bias, gate=gate)
 
     def linear_add(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         if self._few(x, weight):
-            return self._matvec.matvec(x, weight, bias, add=residual), None
+            tickets = self._tickets_on(x.device)
+            return self._matvec.matvec(x, weight, bias, add=residual, tickets=tickets), None
         return super().linear_add(x, weight, bias, residual)
 
     def qk_norm_rope_store(

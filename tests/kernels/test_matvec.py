@@ -11,7 +11,9 @@ pytest.importorskip("triton")
 from nanoengine.kernels import matvec_triton
 from nanoengine.kernels.matvec import matvec as reference
 from nanoengine.kernels.matvec import norm_matvec as norm_reference
-from nanoengine.kernels.matvec_triton import SkinnyTile, gemv, matvec, norm_matvec, skinny
+from nanoengine.kernels.matvec_held_triton import SLICES, HeldTile, held
+from nanoengine.kernels.matvec_skinny_triton import SkinnyTile, skinny, tickets_on
+from nanoengine.kernels.matvec_triton import gemv, matvec, norm_matvec
 
 EPS = 1e-6
 ROWS = [1, 2, 3, 9, 17]
@@ -47,15 +49,60 @@ def test_norm_agrees(rand, assert_close, rows, with_residual) -> None:
     assert_close(y, expected)
 
 
+@pytest.mark.parametrize("with_norm", [False, True])
 @pytest.mark.parametrize("gate", [None, "silu", "gelu_tanh"])
-@pytest.mark.parametrize("splits", [1, 2, 3])
-def test_parts_of_k(rand, assert_close, splits, gate) -> None:
-    """Parts that do not divide K, the last one short; outputs that do not fill a tile."""
-    rows, n, k = 5, 38, 200
+@pytest.mark.parametrize(
+    ("kernel", "tile"),
+    [
+        (held, HeldTile(block_n=16, warps=4, block_t=8)),
+        (held, HeldTile(block_n=64, warps=8, block_t=16)),
+        (skinny, SkinnyTile(block_n=16, block_k=32, block_t=16, warps=4, stages=2)),
+        (skinny, SkinnyTile(block_n=16, block_k=32, block_t=8, warps=4, stages=2, splits=2)),
+        (skinny, SkinnyTile(block_n=16, block_k=32, block_t=16, warps=4, stages=2, splits=3)),  # that do not divide K
+    ],
+)
+def test_every_tile_agrees(rand, assert_close, kernel, tile, gate, with_norm) -> None:
+    """Outputs and tokens that do not fill a tile, several tiles of both, with all that may stand around a product."""
+    rows, n, k = 9, 76, 200
     x, weight, bias, add = rand(rows, k), rand(n, k), rand(n), rand(rows, n // 2 if gate else n)
-    tile = SkinnyTile(block_n=16, block_k=32, warps=4, stages=2, splits=splits)
-    out = skinny(x, weight, bias, gate=gate, add=add, tile=tile)
-    assert_close(out, reference(*upcast(x, weight, bias), gate=gate, add=add.float()))
+    norm_weight = rand(k) if with_norm else None
+    out = kernel(x, weight, bias, gate=gate, add=add, norm_weight=norm_weight, eps=EPS, tile=tile)
+    if with_norm:
+        expected = norm_reference(*upcast(x, None, norm_weight), EPS, *upcast(weight, bias), gate=gate)[0] + add.float()
+    else:
+        expected = reference(*upcast(x, weight, bias), gate=gate, add=add.float())
+    assert_close(out, expected)
+
+
+@pytest.mark.parametrize("gate", [None, "silu"])
+def test_a_weight_held_in_pieces(rand, assert_close, gate) -> None:
+    """The last piece of K is short."""
+    x, norm_weight, weight = rand(9, 1100), rand(1100), rand(40, 1100)
+    tile = HeldTile(8 if gate else 16, warps=8, block_t=16)
+    out = held(x, weight, gate=gate, norm_weight=norm_weight, eps=EPS, tile=tile)
+    assert_close(out, norm_reference(*upcast(x, None, norm_weight), EPS, weight.float(), gate=gate)[0])
+
+
+@pytest.mark.parametrize("splits", [2, 4])
+def test_tickets_are_zero_again(rand, splits) -> None:
+    """So that launches can share them: the second gives what the first gave."""
+    x, weight = rand(9, 256), rand(48, 256)
+    tile = SkinnyTile(block_n=16, block_k=32, block_t=8, warps=4, stages=2, splits=splits)
+    tickets = tickets_on(x.device)
+    first = skinny(x, weight, tile=tile, tickets=tickets)
+    assert tickets.count_nonzero() == 0
+    assert torch.equal(skinny(x, weight, tile=tile, tickets=tickets), first)
+    assert torch.equal(skinny(x, weight, tile=tile), first)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 64])
+def test_a_norm_in_front_is_no_kernel_of_its_own(rand, assert_close, monkeypatch, rows) -> None:
+    monkeypatch.setattr(matvec_triton, "add_rms_norm", None)
+    x, weight, norm_weight = rand(rows, 64), rand(16, 64), rand(64)
+    y, total = norm_matvec(x, None, norm_weight, EPS, weight, gate="silu")
+    assert total is x
+    expected, _ = norm_reference(*upcast(x, None, norm_weight), EPS, weight.float(), gate="silu")
+    assert_close(y, expected, bound=2e-5 if y.dtype == torch.float32 else 2 * torch.finfo(y.dtype).eps)
 
 
 def test_residual_is_not_written_in_place(rand) -> None:
@@ -79,10 +126,21 @@ def test_a_row_does_not_depend_on_the_others(rand, low, high) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("low", "high"), [(1, 2), (3, 8), (5, 33)])
-def test_a_row_has_the_same_bits_beside_others(rand, low, high) -> None:
-    x, weight = rand(high, 128), rand(32, 128)
-    assert torch.equal(matvec(x, weight)[:low], matvec(x[:low], weight))
+@pytest.mark.parametrize("k", [128, 2048, 3072])
+@pytest.mark.parametrize(("low", "high"), [(1, 2), (3, 8), (5, 16), (7, 32), (9, 17), (33, 64)])
+def test_a_row_has_the_same_bits_beside_others(rand, low, high, k) -> None:
+    """As long as the same kernel serves both numbers of rows."""
+    x, weight, norm_weight = rand(high, k), rand(64, k), rand(k)
+    for gate, outputs in ((None, 64), ("silu", 32)):
+        shape = {"gated": gate is not None, "itemsize": x.element_size()}
+        kinds = {type(matvec_triton.tile_for(rows, outputs, k, **shape)) for rows in (low, high)}
+        if len(kinds) == 1:
+            few, many = (
+                (matvec(part, weight, gate=gate), norm_matvec(part, None, norm_weight, EPS, weight, gate=gate)[0])
+                for part in (x[:low], x)
+            )
+            assert torch.equal(many[0][:low], few[0])
+            assert torch.equal(many[1][:low], few[1])
 
 
 def test_rows_may_be_strided_or_absent(rand, assert_close) -> None:
@@ -110,7 +168,7 @@ def test_agrees_large(rand, assert_close, rows, n, k) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 4, 8, 64])
+@pytest.mark.parametrize("rows", [1, 4, 8, 16, 17, 40, 64])
 def test_gated_norm_large(rand, assert_close, rows) -> None:
     x, residual, weight, norm_weight = rand(rows, 1024), rand(rows, 1024), rand(6144, 1024), rand(1024)
     y, total = norm_matvec(x, residual, norm_weight, EPS, weight, gate="silu")
@@ -121,7 +179,7 @@ def test_gated_norm_large(rand, assert_close, rows) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows", [1, 8, 64])
 def test_chain_in_a_graph_keeps_its_order(rand, rows) -> None:
     """Kernels that start before their predecessor ends must still read what it wrote: a chain of products, each on
     the last one's result, replayed many times, gives what it gives step by step."""
@@ -152,28 +210,32 @@ def test_chain_in_a_graph_keeps_its_order(rand, rows) -> None:
         assert torch.equal(out, step)
 
 
-@pytest.mark.parametrize("rows", [2, 6])
+@pytest.mark.parametrize("rows", [2, 6, 17])
 def test_these_tests_notice_a_lost_tail(rand, assert_close, monkeypatch, rows) -> None:
     """The mutant: the product forgets the last 8 of K."""
-    kernel = gemv if rows <= 2 else skinny
+    for name, kernel in (("gemv", gemv), ("held", held), ("skinny", skinny)):
 
-    def forgetful(x, weight, *args, **kwargs):
-        return kernel(x[:, :-8], weight[:, :-8].contiguous(), *args, **kwargs)
+        def forgetful(x, weight, *args, _kernel=kernel, **kwargs):
+            return _kernel(x[:, :-8], weight[:, :-8].contiguous(), *args, **kwargs)
 
-    monkeypatch.setattr(matvec_triton, "gemv" if rows <= 2 else "skinny", forgetful)
+        monkeypatch.setattr(matvec_triton, name, forgetful)
     with pytest.raises(AssertionError, match="relative error"):
         test_agrees(rand, assert_close, rows, gate=None, with_bias=True, with_add=True)
 
 
 def test_tiles_cover_what_models_ask_for() -> None:
-    """Tile sides are powers of two, parts of K are not empty, and a pipeline fits a multiprocessor's shared memory."""
+    """Tile sides are powers of two, parts of K are not empty, and shared memory holds a pipeline or a held weight."""
     for n, k, gated, itemsize in product((64, 576, 1024, 28672, 151936), (64, 576, 1024, 12288), (False, True), (2, 4)):
         tile = matvec_triton.gemv_tile(k, gated=gated, itemsize=itemsize)
         assert tile.block_n in (1, 2, 4, 8, 16)
         assert tile.warps in (2, 4, 8)
+        shape = {"gated": gated, "itemsize": itemsize}
         for rows in (3, 8, 16, 32, 64):
-            wide = matvec_triton.skinny_tile(rows, n, k, gated=gated, itemsize=itemsize)
+            whole = matvec_triton.held_tile(rows, n, k, **shape)
+            if whole is not None:
+                assert (whole.block_n * (1 + gated) + whole.block_t) * min(k, 4096) * itemsize <= 227 << 10
+                assert SLICES % whole.warps == 0
+            wide = matvec_triton.skinny_tile(rows, n, k, **shape)
             assert wide.splits * wide.block_k <= max(k, wide.block_k)
-            tokens = max(wide.block_t, rows if not gated else 16)
-            stage = (wide.block_n * (2 if gated else 1) + tokens) * wide.block_k * itemsize
+            stage = (wide.block_n * (1 + gated) + min(wide.block_t, max(8, rows))) * wide.block_k * itemsize
             assert stage * wide.stages <= 227 << 10

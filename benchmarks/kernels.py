@@ -29,7 +29,9 @@ from nanoengine.bench.timing import calls_over, copies, eager_us, read_bandwidth
 from nanoengine.kernels import activation, rms_norm, rope
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.activation_triton import act_and_mul
-from nanoengine.kernels.matvec_triton import GemvTile, SkinnyTile, gemv, matvec, norm_matvec, skinny
+from nanoengine.kernels.matvec_held_triton import HeldTile, held
+from nanoengine.kernels.matvec_skinny_triton import SkinnyTile, skinny, tickets_on
+from nanoengine.kernels.matvec_triton import GemvTile, gemv, matvec, norm_matvec
 from nanoengine.kernels.rms_norm_triton import add_rms_norm
 from nanoengine.kernels.rope_triton import qk_norm_rope_store
 
@@ -147,48 +149,67 @@ def torch_rope_us(sets: list[Tensor], store: Callable[[Any, Tensor], Tensor]) ->
     return eager_us(lambda: [store(rope.qk_norm_rope_store, s) for s in few], repeats=3, calls=1) / len(few)
 
 
+Tile = GemvTile | HeldTile | SkinnyTile
+
+
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One tile size for one product, after a norm or not."""
+    """One tile size for one product, as a layer calls it: behind a norm (qkv, gate_up), before a sum (o, down)."""
 
     shape: tuple[str, int, int, bool]
     rows: int
-    norm: bool
-    tile: GemvTile | SkinnyTile
+    tile: Tile
 
-    def run(self, x: Tensor, w: Tensor, norm_weight: Tensor) -> Tensor:
-        gated = self.shape[3]
-        if isinstance(self.tile, SkinnyTile):
-            return skinny(x, w, None, gate=GATES[gated], tile=self.tile)
-        weight = norm_weight if self.norm else None
-        return gemv(x, w, None, gate=GATES[gated], norm_weight=weight, eps=EPS, tile=self.tile)[0]
+    def run(self, x: Tensor, w: Tensor, norm_weight: Tensor, add: Tensor, tickets: Tensor) -> Tensor:
+        name, _, _, gated = self.shape
+        normed = "qkv" in name or gated
+        around: dict[str, Any] = {
+            "gate": GATES[gated],
+            "norm_weight": norm_weight if normed else None,
+            "eps": EPS,
+            "add": None if normed or "lm_head" in name else add,
+        }
+        if isinstance(self.tile, GemvTile):
+            return gemv(x, w, None, tile=self.tile, **around)[0]
+        if isinstance(self.tile, HeldTile):
+            return held(x, w, tile=self.tile, **around)
+        return skinny(x, w, tile=self.tile, tickets=tickets, **around)
+
+
+def inputs(trial: Trial) -> tuple[Tensor, ...]:
+    """All that `Trial.run` takes behind the weight, and x."""
+    _, n, k, gated = trial.shape
+    return rand(k), rand(trial.rows, n // 2 if gated else n), tickets_on(CUDA)
 
 
 def trials(model: str) -> Iterator[Trial]:
     for shape in SHAPES:
         name, n, k, gated = shape
-        if not name.startswith(model):
-            continue
-        norms = (False, True) if "qkv" in name or gated else (False,)
-        outputs, width = (n // 2, 2) if gated else (n, 1)
-        padded = triton.next_power_of_2(k) * width
-        for rows, block_n, warps, norm in product((1, 2, 4), (1, 2, 4, 8), (2, 4, 8), norms):
-            if 64 <= padded * block_n * 2 // (32 * warps) <= 256:  # bytes of weight a thread holds
-                yield Trial(shape, rows, norm, GemvTile(block_n, warps))
-        for rows, (block_n, warps), (block_k, stages), splits, block_t in product(
-            (8, 16, 32, 64), ((16, 1), (16, 2), (16, 4), (32, 2), (32, 4), (64, 4), (128, 4)),
-            ((128, 5), (128, 7), (256, 4), (256, 5)), (1, 2, 4), (8, 16),
-        ):  # fmt: skip
-            programs = outputs // block_n * splits
-            shared = (block_n * width + rows) * block_k * 2 * stages
-            useful = 60 <= programs <= 600 if outputs <= 8192 else block_n >= 32 and splits == 1
-            if (
-                useful
-                and shared <= 220_000
-                and k // splits >= 2 * block_k
-                and max(rows, 16) >= block_t >= min(rows, 16)
-            ):
-                yield Trial(shape, rows, False, SkinnyTile(block_n, block_k, warps, stages, splits, block_t))
+        if name.startswith(model):
+            for rows in (1, 2, 8, 16, 32, 64):
+                yield from (Trial(shape, rows, tile) for tile in tiles(rows, n // (1 + gated), k, 1 + gated))
+
+
+def tiles(rows: int, outputs: int, k: int, width: int) -> Iterator[Tile]:
+    """Those whose weights, tokens and programs a GPU can do something with."""
+    for block_n, warps in product((1, 2, 4, 8), (2, 4, 8)):
+        held_bytes = triton.next_power_of_2(k) * width * block_n * 2 // (32 * warps)  # a thread
+        if rows <= 2 and 64 <= held_bytes <= 256:
+            yield GemvTile(block_n, warps)
+    for block_n, warps, block_t in product((8, 16, 32, 64), (4, 8), (8, 16, 32)):
+        programs = outputs // block_n * -(-rows // block_t)
+        fits = (block_n * width + block_t) * k * 2 <= 220_000 and max(block_n * width, block_t) <= 16 * warps
+        if fits and block_n * width >= 16 and min(32, max(8, rows)) // 2 <= block_t <= max(8, rows) and programs >= 32:
+            yield HeldTile(block_n, warps, block_t)
+    for (block_n, warps), (block_k, stages), splits, block_t in product(
+        ((32, 4), (64, 4), (64, 8), (128, 8)), ((128, 3), (128, 5), (128, 7), (64, 8), (256, 3)), (1, 2, 4, 8),
+        (8, 16, 32, 64),
+    ):  # fmt: skip
+        programs = outputs * width // block_n * splits * -(-rows // block_t)
+        shared = (block_n + block_t) * block_k * 2 * stages
+        useful = 60 <= programs <= 600 if outputs <= 8192 else block_n >= 64 and splits == 1
+        if rows > 2 and useful and shared <= 220_000 and k // splits >= 2 * block_k and rows // 2 <= block_t <= rows:
+            yield SkinnyTile(block_n // width, block_k, block_t, warps, stages, splits)
 
 
 def compile_all(part: list[Trial]) -> None:
@@ -196,7 +217,7 @@ def compile_all(part: list[Trial]) -> None:
     for trial in part:
         _, n, k, _ = trial.shape
         try:
-            trial.run(rand(trial.rows, k), torch.empty(n, k, device="cuda", dtype=DTYPE), rand(k))
+            trial.run(rand(trial.rows, k), torch.empty(n, k, device="cuda", dtype=DTYPE), *inputs(trial))
         except triton.runtime.errors.OutOfResources:
             continue
 
@@ -211,17 +232,16 @@ def tune(model: str) -> Iterator[dict[str, Any]]:
         if not weights or weights[0].shape != (n, k):
             weights.clear()
             weights = [rand(n, k) / 32 for _ in range(copies(n * k * DTYPE.itemsize, CUDA))]
-        x, norm_weight = rand(trial.rows, k), rand(k)
+        x, more = rand(trial.rows, k), inputs(trial)
         try:
-            calls = calls_over(weights, lambda w, t=trial, x=x, nw=norm_weight: t.run(x, w, nw), at_least=12)
+            calls = calls_over(weights, lambda w, t=trial, x=x, more=more: t.run(x, w, *more), at_least=12)
             us = us_of(calls, replays=5)
         except triton.runtime.errors.OutOfResources:
             continue
-        kind = type(trial.tile).__name__
         yield {
             "shape": trial.shape[0],
             "rows": trial.rows,
-            "kind": kind + " + norm" * trial.norm,
+            "kind": type(trial.tile).__name__,
             "us": us,
             "tile": asdict(trial.tile),
         }

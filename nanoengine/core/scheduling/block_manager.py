@@ -153,7 +153,8 @@ class BlockManager:
         assert not request.block_ids, f"request {request.id} owns blocks already"
         missing = self.blocks_for(num_tokens) - len(hits[0])
         for pool, run in zip(self._pools, hits, strict=True):
-            if missing + int(pool.unowned[run].sum()) + reserve > pool.num_free:
+            unowned = int(np.count_nonzero(pool.unowned[run])) if len(run) else 0
+            if missing + unowned + reserve > pool.num_free:
                 return False
         request.block_ids, request.found = [run.tolist() for run in hits], []
         for pool, table in zip(self._pools, request.block_ids, strict=True):

@@ -131,6 +131,8 @@ class Pool:
 
     def still_there(self, run: Run) -> Run:
         """The beginning of the run that was not forgotten since."""
+        if not len(run.blocks):
+            return run
         there = self.uids[run.blocks] == run.uids
         if there.all():
             return run

@@ -71,7 +71,7 @@ class Engine:
         self._inbox: deque[tuple[RequestState, Callable[[], None]]] = deque()
         self._known: dict[str, RequestState] = {}  # from add_request to the last output
         self._in_flight: deque[InFlight] = deque()
-        self._outbox = Outbox()
+        self._outbox = Outbox(self._sink_failed)
         self._watch = Watch()
         self._said: set[str] = set()  # kinds of errors that broke steps
         self._booking = False  # scheduler and steps in flight do not tell one story just now
@@ -102,7 +102,8 @@ class Engine:
             priority: lower runs first (scheduling_policy "priority"); default: the parameters' own.
             prompt_text: what `RequestOutput.prompt` shows when ids are given; valid Unicode.
             final_only: one output, at the end, instead of one a step.
-            sink: receives this request's outputs in place of `step()`'s return value.
+            sink: receives this request's outputs in place of `step()`'s return value. If it raises, that is logged and
+                this request is aborted; no other request or caller is concerned.
 
         Raises:
             ParamsError, TokenizerMissing, EngineClosed, RequestError("duplicate_id"). A prompt that cannot be served is
@@ -180,7 +181,7 @@ class Engine:
     def advance(self) -> None:
         """Launch what can be launched, and wait for the oldest step. Outputs go to their sinks, or wait for `step`.
 
-        An exception that a sink raises is raised here, once all outputs are delivered.
+        An exception that an observer raises is raised here, once all outputs are delivered.
         """
         self._advance(self._launch_and_wait)
 
@@ -213,6 +214,15 @@ class Engine:
                     self._start_over()
                 raise
             self._outbox.deliver()
+
+    def _sink_failed(self, output: RequestOutput, error: BaseException) -> None:
+        """The request ends: what else it would bring has no taker."""
+        _log.warning("the sink of request %r raised %s; the request is aborted", output.request_id, described(error))
+        with self._ids:
+            state = self._known.get(output.request_id)
+        if state is not None:
+            state.sink = _discard
+            self.abort_request(output.request_id)
 
     def settle(self) -> None:
         """Carry out what was added and aborted, without a step, so that counters show it. Calls no client.
@@ -470,3 +480,7 @@ class Engine:
                 with self._ids:
                     del self._known[output.request_id]
             self._outbox.put(output, state.sink)
+
+
+def _discard(output: RequestOutput) -> None:
+    """The sink of a request whose own sink failed."""

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from nanoengine.core.errors import is_failure
-from nanoengine.core.observe import Delivery
+from nanoengine.core.observe import Delivery, StepRecord
 from nanoengine.core.request import RequestOutput
 
 Sink = Callable[[RequestOutput], None]
@@ -19,8 +19,10 @@ class Outbox:
         ready: outputs without a sink, which `take_ready` gives.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sink_failed: Callable[[RequestOutput, BaseException], None]) -> None:
+        """`sink_failed`: called with the output that a sink did not take, and with what the sink raised."""
         self.ready: list[RequestOutput] = []
+        self._sink_failed = sink_failed
         self._undelivered: deque[Delivery] = deque()
 
     def put(self, output: RequestOutput, sink: Sink | None) -> None:
@@ -37,7 +39,7 @@ class Outbox:
         return ready
 
     def deliver(self) -> None:
-        """Call each client with its news, in order. What a client raises first is raised once all are served."""
+        """Call each client with its news, in order. What an observer raises first is raised once all are served."""
         raised: list[BaseException] = []
         while self._undelivered:
             client, news = self._undelivered.popleft()
@@ -46,6 +48,9 @@ class Outbox:
             except BaseException as error:
                 if not is_failure(error):
                     raise
-                raised.append(error)
+                if isinstance(news, StepRecord):
+                    raised.append(error)
+                else:
+                    self._sink_failed(news, error)
         if raised:
             raise raised[0]

@@ -350,22 +350,25 @@ def test_who_enters_while_the_engine_is_closed_does_not_keep_it_open(
             _ = llm.model
 
 
-def test_a_sink_that_raises_costs_nobody_else_an_output(tmp_path: Path) -> None:
+def test_a_sink_that_raises_ends_its_own_request_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    called: list[Any] = []
+
     def bad(output: Any) -> None:
+        called.append(output)
         raise ValueError("a client's own mistake")
 
     with mock_llm(tmp_path) as llm:
-        llm.engine.add_request("bad", [1, 2], GREEDY, sink=bad, final_only=True)
+        llm.engine.add_request("bad", [1, 2], GREEDY, sink=bad)
         llm.engine.add_request("good", [1, 2], GREEDY, final_only=True)
+        assert tokens_of(llm.generate([[3, 4]], GREEDY, use_tqdm=False)) == [greedy([3, 4], 10)]
         found: list[Any] = []
-        raised = 0
         while llm.engine.has_unfinished_requests():
-            try:
-                found += llm.engine.step()
-            except ValueError:
-                raised += 1
-        assert raised == 1
+            found += llm.engine.step()
         assert [o.outputs[0].token_ids for o in found] == [greedy([1, 2], 10)]
+        assert llm.stats().running == llm.stats().waiting == 0
+    assert len(called) == 1
+    (message,) = caplog.messages
+    assert message == "the sink of request 'bad' raised ValueError: a client's own mistake; the request is aborted"
 
 
 def test_clients_do_not_take_each_others_outputs(tmp_path: Path) -> None:

@@ -327,8 +327,6 @@ def test_a_sink_that_raises_loses_only_its_output(tmp_path: Path, error: BaseExc
     with mock_llm(tmp_path) as llm:
         llm.engine.add_request("bad", BAD, GREEDY, final_only=True, sink=sink)
         llm.engine.add_request("a", GOOD["a"], GREEDY, final_only=True, sink=kept.append)
-        with pytest.raises(type(error)):
-            run(llm)
         run(llm)
         assert tokens_of(kept) == [greedy(GOOD["a"], 12)]
 

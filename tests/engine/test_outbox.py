@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 
+from nanoengine.core.observe import StepRecord
 from nanoengine.core.outbox import Outbox
+
+failed: list[Any] = []
 
 
 @pytest.fixture
 def outbox() -> Any:  # outputs are handed on, never looked at
-    return Outbox()
+    failed.clear()
+    return Outbox(lambda output, error: failed.append((output, str(error))))
 
 
 def test_news_come_in_order_and_once(outbox: Any) -> None:
@@ -42,10 +46,26 @@ def test_a_client_that_raises_keeps_nothing_from_the_others(outbox: Any) -> None
     outbox.put("a", fail)
     outbox.put("b", got.append)
     outbox.put("c", fail)
-    with pytest.raises(ValueError, match="a"):
-        outbox.deliver()
+    outbox.deliver()
     assert got == ["b"]
+    assert failed == [("a", "a"), ("c", "c")]
     outbox.deliver()  # nothing is left
+    assert len(failed) == 2
+
+
+def test_what_an_observer_raises_is_raised_once_all_are_served(outbox: Any) -> None:
+    got: list[Any] = []
+    record = object.__new__(StepRecord)
+
+    def fail(news: Any) -> None:
+        raise ValueError("an observer's")
+
+    outbox.put_records([(fail, record), (got.append, record)])
+    outbox.put("b", got.append)
+    with pytest.raises(ValueError, match="an observer's"):
+        outbox.deliver()
+    assert got == [record, "b"]
+    assert failed == []
 
 
 def test_an_interrupt_leaves_the_rest_for_the_next_time(outbox: Any) -> None:

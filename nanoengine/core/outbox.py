@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from nanoengine.core.errors import is_failure
-from nanoengine.core.observe import Delivery, StepRecord
+from nanoengine.core.observe import Delivery
 from nanoengine.core.request import RequestOutput
 
 Sink = Callable[[RequestOutput], None]
@@ -23,16 +23,16 @@ class Outbox:
         """`sink_failed`: called with the output that a sink did not take, and with what the sink raised."""
         self.ready: list[RequestOutput] = []
         self._sink_failed = sink_failed
-        self._undelivered: deque[Delivery] = deque()
+        self._undelivered: deque[tuple[Delivery, bool]] = deque()  # True: an output, False: a record
 
     def put(self, output: RequestOutput, sink: Sink | None) -> None:
         if sink is None:
             self.ready.append(output)
         else:
-            self._undelivered.append((sink, output))
+            self._undelivered.append(((sink, output), True))
 
     def put_records(self, records: Sequence[Delivery]) -> None:
-        self._undelivered += records
+        self._undelivered += [(record, False) for record in records]
 
     def take_ready(self) -> list[RequestOutput]:
         ready, self.ready = self.ready, []
@@ -42,15 +42,15 @@ class Outbox:
         """Call each client with its news, in order. What an observer raises first is raised once all are served."""
         raised: list[BaseException] = []
         while self._undelivered:
-            client, news = self._undelivered.popleft()
+            (client, news), is_output = self._undelivered.popleft()
             try:
                 client(news)
             except BaseException as error:
                 if not is_failure(error):
                     raise
-                if isinstance(news, StepRecord):
-                    raised.append(error)
-                else:
+                if is_output:
                     self._sink_failed(news, error)
+                else:
+                    raised.append(error)
         if raised:
             raise raised[0]

@@ -30,8 +30,9 @@ from nanoengine.kernels import activation, rms_norm, rope
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.activation_triton import act_and_mul
 from nanoengine.kernels.matvec_held_triton import HeldTile, held
+from nanoengine.kernels.matvec_large_triton import LargeTile, large, large_tile
 from nanoengine.kernels.matvec_skinny_triton import SkinnyTile, skinny, tickets_on
-from nanoengine.kernels.matvec_triton import GemvTile, gemv, matvec, norm_matvec
+from nanoengine.kernels.matvec_triton import GemvTile, Tile, gemv, matvec, norm_matvec
 from nanoengine.kernels.rms_norm_triton import add_rms_norm
 from nanoengine.kernels.rope_triton import qk_norm_rope_store
 
@@ -149,9 +150,6 @@ def torch_rope_us(sets: list[Tensor], store: Callable[[Any, Tensor], Tensor]) ->
     return eager_us(lambda: [store(rope.qk_norm_rope_store, s) for s in few], repeats=3, calls=1) / len(few)
 
 
-Tile = GemvTile | HeldTile | SkinnyTile
-
-
 @dataclass(frozen=True, slots=True)
 class Trial:
     """One tile size for one product, as a layer calls it: behind a norm (qkv, gate_up), before a sum (o, down)."""
@@ -173,6 +171,9 @@ class Trial:
             return gemv(x, w, None, tile=self.tile, **around)[0]
         if isinstance(self.tile, HeldTile):
             return held(x, w, tile=self.tile, **around)
+        if isinstance(self.tile, LargeTile):
+            x = add_rms_norm(x, None, norm_weight, EPS)[0] if normed else x
+            return large(x, w, tile=self.tile, gate=around["gate"], add=around["add"])
         return skinny(x, w, tile=self.tile, tickets=tickets, **around)
 
 
@@ -210,6 +211,8 @@ def tiles(rows: int, outputs: int, k: int, width: int) -> Iterator[Tile]:
         useful = 60 <= programs <= 600 if outputs <= 8192 else block_n >= 64 and splits == 1
         if rows > 2 and useful and shared <= 220_000 and k // splits >= 2 * block_k and rows // 2 <= block_t <= rows:
             yield SkinnyTile(block_n // width, block_k, block_t, warps, stages, splits)
+    if rows > 2:  # what the others have to beat
+        yield large_tile(rows, outputs, k, gated=width == 2, itemsize=DTYPE.itemsize)
 
 
 def compile_all(part: list[Trial]) -> None:

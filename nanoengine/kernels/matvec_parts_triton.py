@@ -20,6 +20,18 @@ def pin(values):
 
 
 @triton.jit
+def prefetch_rows(source_ptr, rows, first, mask, K: tl.constexpr, SPAN: tl.constexpr):
+    """Asks for SPAN elements from `first` on of each weight row, one request a 128-byte line, to be in L2 soon."""
+    line: tl.constexpr = 128 // (source_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    k = first + tl.arange(0, SPAN // line)[None, :] * line
+    ptrs = source_ptr + rows.to(tl.int64) * K + tl.where(k < K, k, 0)
+    ptrs = tl.where(mask, ptrs, source_ptr)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // $0", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def pick_rows(tile, N: tl.constexpr, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
     """(output, row of the weight) of each row of a tile. A gated tile has 2 * BLOCK_N: the gates and the ups of eight
     outputs by turns, so that both of an output are sums of the same thread."""

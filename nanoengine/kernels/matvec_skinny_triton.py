@@ -18,22 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from nanoengine.kernels.activation import Activation
-from nanoengine.kernels.matvec_parts_triton import check, finish, halves, load_if, pick_rows, result
+from nanoengine.kernels.matvec_parts_triton import check, finish, halves, load_if, pick_rows, prefetch_rows, result
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 
 _AHEAD = 256  # elements of each weight row that a program asks for before it waits
-
-
-@triton.jit
-def _prefetch_rows(source_ptr, rows, first, mask, K: tl.constexpr, SPAN: tl.constexpr):
-    """Asks for SPAN elements from `first` on of each weight row, one request a 128-byte line, to be in L2 soon."""
-    line: tl.constexpr = 128 // (source_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    k = first + tl.arange(0, SPAN // line)[None, :] * line
-    ptrs = source_ptr + rows.to(tl.int64) * K + tl.where(k < K, k, 0)
-    ptrs = tl.where(mask, ptrs, source_ptr)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; // $0", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -52,7 +40,7 @@ def _skinny_kernel(
     w_mask, t_mask = row < N, t < rows
     release_dependents(PDL)
     if PDL:
-        _prefetch_rows(weight_ptr, source, first, w_mask, K, AHEAD)
+        prefetch_rows(weight_ptr, source, first, w_mask, K, AHEAD)
     k = tl.arange(0, BLOCK_K)
     if NORM:  # one tile ahead: as few bytes as these are no copy of the pipeline's
         norm_weight = tl.load(norm_weight_ptr + first + k, mask=k < K - first, other=0.0)

@@ -1,13 +1,14 @@
 """Matrix products of few rows, which read every weight once: the time of a decode step at small batch.
 
-Three kernels, of which the number of rows and the shape choose one (`tile_for`):
+Four kernels, of which the number of rows and the shape choose one (`tile_for`):
 
 - without tensor cores, for one or two rows (here): each program holds whole rows of the weight in registers, loaded
   before it waits for the kernel in front (see `pdl_triton`); sums in float32;
 - by tensor cores with the weight held before the wait (`matvec_held_triton`), where all of it fits the multiprocessors;
-- by tensor cores in pipelined tiles (`matvec_skinny_triton`).
+- by tensor cores in pipelined tiles (`matvec_skinny_triton`);
+- the same for large weights, with helpers in kernels of their own (`matvec_large_triton`).
 
-The norm in front, the gate and the residual stream behind are part of each: one launch a product.
+The norm in front, the gate and the residual stream behind are part of the first three: one launch a product.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
@@ -26,6 +27,7 @@ from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.activation_triton import act_mul
 from nanoengine.kernels.matvec import takes_gemv
 from nanoengine.kernels.matvec_held_triton import HeldTile, held
+from nanoengine.kernels.matvec_large_triton import LargeTile, large, large_tile
 from nanoengine.kernels.matvec_parts_triton import check, pin, result
 from nanoengine.kernels.matvec_skinny_triton import SkinnyTile, skinny
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
@@ -33,6 +35,8 @@ from nanoengine.kernels.rms_norm_triton import add_rms_norm
 
 MAX_ROWS = 64
 _PROGRAMS = 132  # what runs at a time on a Hopper GPU, one a multiprocessor
+_SMALL_WEIGHTS = 3 << 20
+_SMALL_K = 1024
 _HELD_WEIGHTS = 8 << 20
 _TILED_NORM_MAX_K = 1024
 _FUSED_NORM_MAX_WEIGHTS = 5 << 20  # for two rows: each program repeats the norm
@@ -103,7 +107,7 @@ class GemvTile:
 
 
 # The tiles below come from some 2,500 trials, alone and in a chain of layers (bf16, H200, torch 2.11, Triton 3.6,
-# 2026-11-29): for the shapes of Qwen3-0.6B within 3% of the best, for those of Llama-3.2-1B and Qwen3-8B within 10%.
+# 2026-11-29): for the shapes of Qwen3-0.6B within 3% of the best.
 def gemv_tile(k: int, *, gated: bool, itemsize: int) -> GemvTile:
     """128 or 256 bytes of weight a thread, more warps for longer rows."""
     row = triton.next_power_of_2(k) * itemsize * (2 if gated else 1)
@@ -156,16 +160,31 @@ def skinny_tile(rows: int, outputs: int, k: int, *, gated: bool, itemsize: int) 
     return SkinnyTile(64, 128, max(16, block_t), warps=4, stages=stages, splits=_parts(tiles, k))
 
 
-def tile_for(rows: int, outputs: int, k: int, *, gated: bool, itemsize: int) -> GemvTile | HeldTile | SkinnyTile:
+def is_small(weights: int, k: int) -> bool:
+    """Whether a product is of a size at which the held and skinny kernels are known to pay: those of Qwen3-0.6B.
+
+    With them its decode gained 11, 28 and 4% at 1, 8 and 64 rows (one H200, 2026-11-29), while Qwen3-8B at 8 rows fell
+    from 1,754 to 1,629 tokens/s, and Llama-3.2-1B at 64 rows by 1.5% (with an earlier set of tiles). So larger products
+    keep the kernels they had before. Not measured: other numbers of rows of these two models, which of their products
+    lost, and both again with the old kernels put back.
+    """
+    return k <= _SMALL_K or weights <= _SMALL_WEIGHTS
+
+
+Tile = GemvTile | HeldTile | SkinnyTile | LargeTile
+
+
+def tile_for(rows: int, outputs: int, k: int, *, gated: bool, itemsize: int) -> Tile:
     """Which kernel makes a product, and its tile. The same kernel sums a row in the same order beside any others."""
-    small = outputs * k <= 4 << 20 or k <= 1024
-    if rows > 1 or (k <= 2048 and small):
+    small = is_small(outputs * (2 if gated else 1) * k, k)
+    if small and (rows > 1 or k <= 2048):
         held = held_tile(rows, outputs, k, gated=gated, itemsize=itemsize)
         if held is not None:
             return held
     if takes_gemv(rows, k):
         return gemv_tile(k, gated=gated, itemsize=itemsize)
-    return skinny_tile(rows, outputs, k, gated=gated, itemsize=itemsize)
+    choose = skinny_tile if small else large_tile
+    return choose(rows, outputs, k, gated=gated, itemsize=itemsize)
 
 
 def matvec(
@@ -192,6 +211,8 @@ def matvec(
         return gemv(x, weight, bias, gate=gate, add=add, out=out, tile=tile)[0]
     if isinstance(tile, HeldTile):
         return held(x, weight, bias, gate=gate, add=add, out=out, tile=tile)
+    if isinstance(tile, LargeTile):
+        return large(x, weight, bias, gate=gate, add=add, out=out, tile=tile)
     return skinny(x, weight, bias, gate=gate, add=add, out=out, tile=tile, tickets=tickets)
 
 
@@ -209,7 +230,8 @@ def norm_matvec(
     """As `matvec.norm_matvec`. The norm's scale is applied to the sums; x times its weight is rounded for tensor cores.
 
     The norm is a kernel of its own where that costs less than each program's share of it: two rows and many weights
-    without tensor cores, long rows in tiles without a gate; and for tensor cores where a residual is still to be added.
+    without tensor cores, long rows in tiles without a gate, large weights by tensor cores; and for tensor cores where a
+    residual is still to be added.
     """
     rows, k = x.shape
     assert rows <= MAX_ROWS, rows

@@ -150,8 +150,9 @@ out = [len(module.tuned.cache), len(compiled), len(launches)]
 def test_few_row_products_compile_for_a_gpu() -> None:
     """The interpreter takes more of Python than the compiler does, and never meets what PDL adds."""
     out = there("""
-from nanoengine.kernels import matvec_held_triton as held, matvec_skinny_triton as skinny, matvec_triton as matvec
-for module in (held, skinny, matvec):
+from nanoengine.kernels import matvec_held_triton as held, matvec_large_triton as large
+from nanoengine.kernels import matvec_skinny_triton as skinny, matvec_triton as matvec
+for module in (held, large, skinny, matvec):
     module.pdl_options = lambda x: {"PDL": True, "launch_pdl": True}
 x, weight = torch.zeros(8, 1100, dtype=torch.bfloat16), torch.zeros(64, 1100, dtype=torch.bfloat16)
 around = dict(gate="silu", norm_weight=x[0].contiguous(), add=x[:, :32])
@@ -159,6 +160,9 @@ matvec.gemv(x[:2], weight, weight[0, :64].contiguous(), eps=1e-6, gate="silu", n
 held.held(x, weight, tile=held.HeldTile(16, warps=8, block_t=8), **around)
 tile = skinny.SkinnyTile(16, 64, 8, warps=4, stages=2, splits=2)
 skinny.skinny(x, weight, tile=tile, tickets=torch.zeros(8, dtype=torch.int32), **around)
+for splits in (1, 2):  # in parts, a second kernel adds them
+    tile = large.LargeTile(32, 256, warps=2, stages=3, splits=splits, block_t=8)
+    large.large(x, weight, tile=tile, gate="silu", add=around["add"])
 out = len(launches)
 """)
-    assert out == 3
+    assert out == 3 + 3

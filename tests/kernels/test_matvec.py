@@ -8,12 +8,13 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from nanoengine.kernels import matvec_triton
+from nanoengine.kernels import matvec_large_triton, matvec_triton
 from nanoengine.kernels.matvec import matvec as reference
 from nanoengine.kernels.matvec import norm_matvec as norm_reference
 from nanoengine.kernels.matvec_held_triton import SLICES, HeldTile, held
+from nanoengine.kernels.matvec_large_triton import LargeTile, large
 from nanoengine.kernels.matvec_skinny_triton import SkinnyTile, skinny, tickets_on
-from nanoengine.kernels.matvec_triton import gemv, matvec, norm_matvec
+from nanoengine.kernels.matvec_triton import GemvTile, gemv, matvec, norm_matvec
 
 EPS = 1e-6
 ROWS = [1, 2, 3, 9, 17]
@@ -72,6 +73,46 @@ def test_every_tile_agrees(rand, assert_close, kernel, tile, gate, with_norm) ->
     else:
         expected = reference(*upcast(x, weight, bias), gate=gate, add=add.float())
     assert_close(out, expected)
+
+
+@pytest.mark.parametrize("gate", [None, "silu", "gelu_tanh"])
+@pytest.mark.parametrize("splits", [1, 2, 3])
+def test_every_tile_of_large_weights_agrees(rand, assert_close, splits, gate) -> None:
+    """Parts that do not divide K, the last one short; outputs that do not fill a tile."""
+    rows, n, k = 5, 38, 200
+    x, weight, bias, add = rand(rows, k), rand(n, k), rand(n), rand(rows, n // 2 if gate else n)
+    tile = LargeTile(block_n=16, block_k=32, warps=4, stages=2, splits=splits)
+    out = large(x, weight, bias, gate=gate, add=add, tile=tile)
+    assert_close(out, reference(*upcast(x, weight, bias), gate=gate, add=add.float()))
+
+
+@pytest.mark.parametrize("rows", [3, 9, 17, 64])
+@pytest.mark.parametrize(("gate", "with_residual"), [(None, True), ("silu", False), ("silu", True)])
+def test_large_weights_have_the_norm_and_many_rows_the_gate_beside_them(
+    rand, assert_close, monkeypatch, rows, gate, with_residual
+) -> None:
+    """As if any weight of rows as long as these were large."""
+    launched = []
+    for module, name in (
+        (matvec_triton, "add_rms_norm"), (matvec_triton, "large"), (matvec_large_triton, "act_and_mul"),
+    ):  # fmt: skip
+        kernel = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, _k=kernel, _n=name, **kwargs: (launched.append(_n), _k(*args, **kwargs))[1]
+        )
+    for name in ("_SMALL_K", "_SMALL_WEIGHTS"):
+        monkeypatch.setattr(matvec_triton, name, 0)
+    n, k = 76, 200
+    x, weight, bias, norm_weight = rand(rows, k), rand(n, k), rand(n), rand(k)
+    residual, add = rand(rows, k) if with_residual else None, rand(rows, n // 2 if gate else n)
+    y, total = norm_matvec(x, residual, norm_weight, EPS, weight, bias, gate=gate)
+    assert launched == ["add_rms_norm", "large"] + ["act_and_mul"] * (gate is not None and rows > 16)
+    expected, _ = norm_reference(*upcast(total, None, norm_weight), EPS, *upcast(weight, bias), gate=gate)
+    # rounded after the norm, and before the gate if that is a kernel of its own
+    bound = 2e-5 if y.dtype == torch.float32 else 2 * torch.finfo(y.dtype).eps
+    assert_close(y, expected, bound)
+    out = matvec(x, weight, bias, gate=gate, add=add)
+    assert_close(out, reference(*upcast(x, weight, bias), gate=gate, add=add.float()), bound)
 
 
 @pytest.mark.parametrize("gate", [None, "silu"])
@@ -223,6 +264,42 @@ def test_these_tests_notice_a_lost_tail(rand, assert_close, monkeypatch, rows) -
         test_agrees(rand, assert_close, rows, gate=None, with_bias=True, with_add=True)
 
 
+LARGE = [  # (N, K, gated): Qwen3-8B, Llama-3.2-1B
+    (6144, 4096, False), (4096, 4096, False), (24576, 4096, True), (4096, 12288, False), (151936, 4096, False),
+    (3072, 2048, False), (2048, 2048, False), (16384, 2048, True), (2048, 8192, False), (128256, 2048, False),
+]  # fmt: skip
+SMALL = [  # Qwen3-0.6B, without its lm_head, which is too large to be held
+    (4096, 1024, False), (1024, 2048, False), (6144, 1024, True), (1024, 3072, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 16, 32, 64])
+def test_large_products_keep_their_kernels(rows) -> None:
+    """Those that were measured to lose, or not measured, by what is faster for a small model."""
+    for n, k, gated in LARGE:
+        tile = matvec_triton.tile_for(rows, n // (1 + gated), k, gated=gated, itemsize=2)
+        assert type(tile) is (GemvTile if rows == 1 or (rows == 2 and k <= 8192) else LargeTile), (n, k)
+    for n, k, gated in SMALL:
+        tile = matvec_triton.tile_for(rows, n // (1 + gated), k, gated=gated, itemsize=2)
+        assert type(tile) in ((HeldTile, SkinnyTile) if rows > 1 or k <= 2048 else (GemvTile,)), (n, k)
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "gated", "tile"),
+    [
+        (8, 6144, 4096, False, LargeTile(64, 128, warps=4, stages=7)),
+        (64, 4096, 4096, False, LargeTile(64, 128, warps=4, stages=5, splits=2)),
+        (16, 24576, 4096, True, LargeTile(32, 256, warps=2, stages=5, block_t=8)),
+        (17, 24576, 4096, True, LargeTile(64, 128, warps=4, stages=7)),
+        (8, 4096, 12288, False, LargeTile(64, 128, warps=4, stages=7, splits=2)),
+        (8, 2048, 8192, False, LargeTile(64, 128, warps=4, stages=7, splits=4)),
+        (8, 1024, 4096, True, LargeTile(32, 256, warps=2, stages=5, block_t=8)),
+    ],
+)
+def test_tiles_of_large_products(rows, n, k, gated, tile) -> None:
+    assert matvec_triton.tile_for(rows, n // (1 + gated), k, gated=gated, itemsize=2) == tile
+
+
 def test_tiles_cover_what_models_ask_for() -> None:
     """Tile sides are powers of two, parts of K are not empty, and shared memory holds a pipeline or a held weight."""
     for n, k, gated, itemsize in product((64, 576, 1024, 28672, 151936), (64, 576, 1024, 12288), (False, True), (2, 4)):
@@ -239,3 +316,7 @@ def test_tiles_cover_what_models_ask_for() -> None:
             assert wide.splits * wide.block_k <= max(k, wide.block_k)
             stage = (wide.block_n * (1 + gated) + min(wide.block_t, max(8, rows))) * wide.block_k * itemsize
             assert stage * wide.stages <= 227 << 10
+            big = matvec_large_triton.large_tile(rows, n, k, **shape)
+            assert big.splits * big.block_k <= max(k, big.block_k)
+            columns = big.block_n * (1 + (gated and rows <= 16)) + max(big.block_t, rows)
+            assert columns * big.block_k * itemsize * big.stages <= 227 << 10

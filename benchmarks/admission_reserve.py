@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from schedule_cost import result_of
 
 from nanoengine.core.request import Request
-from nanoengine.core.sampling_params import ResolvedParams
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.scheduler import Scheduler, SchedulerConfig
+from nanoengine.params.sampling_params import ResolvedParams
 
 Load = list[tuple[list[int], int]]  # prompts, output lengths
 

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanoengine.core.execution.distributed import DistributedGroup, join_store, make_store
-from nanoengine.core.execution.symmetric import SymmetricMemory
+from nanoengine.distributed.group import DistributedGroup, join_store, make_store
+from nanoengine.distributed.symmetric import SymmetricMemory
 
 CALLS, REPLAYS, SERIES = 64, 20, 5
 

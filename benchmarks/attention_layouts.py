@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import triton
 
-from nanoengine.bench.paged_batches import Batch, Heads, batches
-from nanoengine.bench.report import environment
-from nanoengine.bench.shapes import SHAPES
 from nanoengine.kernels.paged_attention_triton import DecodeConfig, PrefillConfig
+from nanoengine.lab.bench.paged_batches import Batch, Heads, batches
+from nanoengine.lab.bench.report import environment
+from nanoengine.lab.bench.shapes import SHAPES
 
 SHOWN = 5
 

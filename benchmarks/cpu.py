@@ -28,8 +28,8 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from nanoengine import LLM, SamplingParams
-from nanoengine.core.assemble import find_model
-from nanoengine.core.setup.plugins import discover
+from nanoengine.build import find_model
+from nanoengine.setup.plugins.discover import discover
 
 SHORTEST, LONGEST = 16, 128
 

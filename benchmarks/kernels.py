@@ -24,8 +24,6 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from nanoengine.bench.report import environment
-from nanoengine.bench.timing import calls_over, copies, eager_us, read_bandwidth, time_us
 from nanoengine.kernels import activation, rms_norm, rope
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.activation_triton import act_and_mul
@@ -35,6 +33,8 @@ from nanoengine.kernels.matvec_skinny_triton import SkinnyTile, skinny, tickets_
 from nanoengine.kernels.matvec_triton import GemvTile, Tile, gemv, matvec, norm_matvec
 from nanoengine.kernels.rms_norm_triton import add_rms_norm
 from nanoengine.kernels.rope_triton import qk_norm_rope_store
+from nanoengine.lab.bench.report import environment
+from nanoengine.lab.bench.timing import calls_over, copies, eager_us, read_bandwidth, time_us
 
 DTYPE = torch.bfloat16
 EPS = 1e-6

@@ -28,12 +28,12 @@ from typing import Any
 
 import torch
 
-from nanoengine.bench.report import Report, number
-from nanoengine.bench.roofline import Limits
-from nanoengine.bench.session import Setup, one_pass
-from nanoengine.bench.shapes import SHAPES
-from nanoengine.bench.throughput import COLUMNS, Row, row_of
-from nanoengine.bench.workloads import WORKLOADS, Workload
+from nanoengine.lab.bench.report import Report, number
+from nanoengine.lab.bench.roofline import Limits
+from nanoengine.lab.bench.session import Setup, one_pass
+from nanoengine.lab.bench.shapes import SHAPES
+from nanoengine.lab.bench.throughput import COLUMNS, Row, row_of
+from nanoengine.lab.bench.workloads import WORKLOADS, Workload
 from nanoengine.testing.checkpoints import write_checkpoint
 
 TEMPERATURE = 0.6

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from nanoengine.core.output import OutputProcessor
+from nanoengine.core.outputs import OutputProcessor
 from nanoengine.core.request import Request
-from nanoengine.core.sampling_params import ResolvedParams
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.scheduler import ScheduledStep, Scheduler, SchedulerConfig, Update
 from nanoengine.core.step import LogprobRows, StepResult, f32, i32
+from nanoengine.params.sampling_params import ResolvedParams
 
 PROMPT_LEN, BLOCK_SIZE = 128, 16
 CASES: dict[str, dict[str, Any]] = {

@@ -22,8 +22,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from nanoengine import LLM, SamplingParams
-from nanoengine.bench.shapes import SHAPES
-from nanoengine.bench.workloads import uniform
+from nanoengine.lab.bench.shapes import SHAPES
+from nanoengine.lab.bench.workloads import uniform
 
 PROFILED, WARMUP = 30, 10
 

@@ -7,8 +7,8 @@ import argparse
 import json
 
 from nanoengine import LLM, SamplingParams
-from nanoengine.core.assemble import find_model
-from nanoengine.core.setup.plugins import discover
+from nanoengine.build import find_model
+from nanoengine.setup.plugins.discover import discover
 
 BLOCK_SIZE = 16
 MAX_MODEL_LEN, MAX_NUM_SEQS = 512, 256

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nanoengine.core.errors import (
+    from nanoengine.api.errors import (
         ConfigError,
         EngineClosed,
         ModelError,
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
         WeightsError,
         WorkerError,
     )
-    from nanoengine.core.llm import LLM
-    from nanoengine.core.observe import StepRecord
     from nanoengine.core.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-    from nanoengine.core.sampling_params import SamplingParams
-    from nanoengine.core.setup.config import load_config
     from nanoengine.core.stats import EngineStats
-    from nanoengine.core.stream import Stream
-    from nanoengine.core.trace import TraceFile
+    from nanoengine.llm import LLM
+    from nanoengine.observe.steps import StepRecord
+    from nanoengine.observe.trace import TraceFile
+    from nanoengine.params.sampling_params import SamplingParams
+    from nanoengine.setup.config.config import load_config
+    from nanoengine.stream import Stream
 
 __version__ = "0.1.0"
 
@@ -49,18 +49,18 @@ _ERRORS = (
     "WorkerError",
 )
 _HOME = {
-    "LLM": "nanoengine.core.llm",
+    "LLM": "nanoengine.llm",
     "EngineStats": "nanoengine.core.stats",
-    "Stream": "nanoengine.core.stream",
-    "StepRecord": "nanoengine.core.observe",
-    "TraceFile": "nanoengine.core.trace",
-    "SamplingParams": "nanoengine.core.sampling_params",
+    "Stream": "nanoengine.stream",
+    "StepRecord": "nanoengine.observe.steps",
+    "TraceFile": "nanoengine.observe.trace",
+    "SamplingParams": "nanoengine.params.sampling_params",
     "CompletionOutput": "nanoengine.core.request",
     "Logprob": "nanoengine.core.request",
     "RequestMetrics": "nanoengine.core.request",
     "RequestOutput": "nanoengine.core.request",
-    **dict.fromkeys(_ERRORS, "nanoengine.core.errors"),
-    "load_config": "nanoengine.core.setup.config",
+    **dict.fromkeys(_ERRORS, "nanoengine.api.errors"),
+    "load_config": "nanoengine.setup.config.config",
 }
 
 __all__ = [

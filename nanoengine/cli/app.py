@@ -7,10 +7,11 @@ from typing import Annotated
 import typer
 
 from nanoengine import __version__
-from nanoengine.cli import bench, config, plugins
+from nanoengine.cli import config, plugins
 from nanoengine.cli.chat import chat
-from nanoengine.cli.report import report
 from nanoengine.cli.run import run
+from nanoengine.lab.cli import bench
+from nanoengine.lab.cli.report import report
 
 app = typer.Typer(
     help="A small LLM inference engine whose every replaceable part is a plugin.",

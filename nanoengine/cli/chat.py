@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from nanoengine.api.errors import ConfigError, ModelError, RequestError, nearest
 from nanoengine.cli.common import (
     FAILED,
     ConfigArgument,
@@ -28,16 +29,15 @@ from nanoengine.cli.common import (
     say,
     user_errors,
 )
-from nanoengine.core.errors import ConfigError, ModelError, RequestError, nearest
-from nanoengine.core.setup.config import RunConfig, load_config
-from nanoengine.core.setup.plugins import discover
-from nanoengine.core.setup.progress import can_overwrite
-from nanoengine.core.startup import StartClock
+from nanoengine.observe.progress import can_overwrite
+from nanoengine.setup.config.config import RunConfig, load_config
+from nanoengine.setup.plugins.discover import discover
+from nanoengine.setup.start.clock import StartClock
 
 if TYPE_CHECKING:
     from nanoengine.cli.conversation import Answer, Conversation
-    from nanoengine.core.llm import LLM
-    from nanoengine.core.sampling_params import SamplingParams
+    from nanoengine.llm import LLM
+    from nanoengine.params.sampling_params import SamplingParams
 
 COMMANDS = {
     "/system": "TEXT sets the system prompt; alone it shows it, and with '' it removes it",
@@ -67,7 +67,7 @@ def chat(
             raise ConfigError(f"{where}: chat is false, but nanoengine chat needs the chat template; give chat=true")
         clock.lap("plugins")
         say(f"loading {composed.model.source}")
-        from nanoengine.core.llm import LLM
+        from nanoengine.llm import LLM
 
         clock.lap("import")
         with LLM.from_run_config(composed, registry=registry, say=say, clock=clock) as llm:

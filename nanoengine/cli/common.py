@@ -14,7 +14,7 @@ from typing import Annotated, TextIO
 
 import typer
 
-from nanoengine.core.errors import NanoEngineError
+from nanoengine.api.errors import NanoEngineError
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model's answer must not drive the terminal
 FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143

@@ -12,9 +12,9 @@ import yaml
 
 from nanoengine.cli.common import ConfigArgument, DebugOption, OverridesArgument, PluginOption, answer, user_errors
 from nanoengine.cli.config_list import list_options
-from nanoengine.core.setup.config import RunConfig, load_config
-from nanoengine.core.setup.plugins import discover
-from nanoengine.core.setup.prompts import PromptFile
+from nanoengine.setup.config.config import RunConfig, load_config
+from nanoengine.setup.config.prompts import PromptFile
+from nanoengine.setup.plugins.discover import discover
 
 app = typer.Typer(help="Look at configurations.", no_args_is_help=True, rich_markup_mode=None)
 app.command(name="list")(list_options)

@@ -11,12 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
+from nanoengine.api.errors import ConfigError, NanoEngineError, nearest
 from nanoengine.cli.common import DebugOption, PluginOption, answer, user_errors
-from nanoengine.core.errors import ConfigError, NanoEngineError, nearest
-from nanoengine.core.setup.composer import Root, package_root
-from nanoengine.core.setup.composer.yaml_file import read_yaml
-from nanoengine.core.setup.plugins import discover
-from nanoengine.core.setup.registry import Registry
+from nanoengine.setup.config.composer import Root, package_root
+from nanoengine.setup.config.composer.yaml_file import read_yaml
+from nanoengine.setup.plugins.discover import discover
+from nanoengine.setup.plugins.registry import Registry
 
 RECIPES = "recipes"
 _OWN = "your own folder"

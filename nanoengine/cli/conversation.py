@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from nanoengine.core.request import RequestOutput
 
 if TYPE_CHECKING:
-    from nanoengine.core.llm import LLM
-    from nanoengine.core.sampling_params import SamplingParams
+    from nanoengine.llm import LLM
+    from nanoengine.params.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

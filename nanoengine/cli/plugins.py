@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from nanoengine.cli.common import DebugOption, PluginOption, answer, user_errors
-from nanoengine.cli.doctor import doctor
-from nanoengine.cli.new_plugin import new
-from nanoengine.core.setup.plugins import discover
-from nanoengine.core.setup.registry import Origin, Registry
+from nanoengine.lab.cli.doctor import doctor
+from nanoengine.lab.cli.new_plugin import new
+from nanoengine.setup.plugins.discover import discover
+from nanoengine.setup.plugins.registry import Origin, Registry
 
 app = typer.Typer(help="Look at plugins, and begin one.", invoke_without_command=True, rich_markup_mode=None)
 

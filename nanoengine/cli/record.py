@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from nanoengine import __version__
+from nanoengine.api.errors import ConfigError
 from nanoengine.cli.config import plain
-from nanoengine.core.errors import ConfigError
-from nanoengine.core.sampling_params import SamplingParams
-from nanoengine.core.setup.config import RunConfig
-from nanoengine.core.setup.registry import Registry
+from nanoengine.params.sampling_params import SamplingParams
+from nanoengine.setup.config.config import RunConfig
+from nanoengine.setup.plugins.registry import Registry
 
 _FORMAT = 1
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "flash-attn")

@@ -10,12 +10,12 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
+from nanoengine.api.errors import ConfigError
 from nanoengine.cli.common import ResultsLost
 from nanoengine.cli.record import Record, record_path
-from nanoengine.core.errors import ConfigError
-from nanoengine.core.files import GrowingFile, lock
 from nanoengine.core.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from nanoengine.core.setup.prompts import PromptRow
+from nanoengine.observe.files import GrowingFile, lock
+from nanoengine.setup.config.prompts import PromptRow
 
 KEYS = (
     "index", "hash", "request_id", "prompt", "prompt_token_ids", "prompt_logprobs", "outputs", "num_cached_tokens",

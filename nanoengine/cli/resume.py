@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanoengine.api.errors import ConfigError
 from nanoengine.cli.record import Record, check_same_config, prompt_hash, read_record, record_path
 from nanoengine.cli.results import KEYS
-from nanoengine.core.errors import ConfigError
-from nanoengine.core.setup.config import RunConfig
-from nanoengine.core.setup.prompts import PromptRow
+from nanoengine.setup.config.config import RunConfig
+from nanoengine.setup.config.prompts import PromptRow
 
 
 @dataclass(frozen=True, slots=True)

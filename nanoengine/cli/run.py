@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nanoengine.api.errors import ConfigError, RequestError, WorkerError
 from nanoengine.cli.common import (
     FAILED,
     ConfigArgument,
@@ -26,24 +27,23 @@ from nanoengine.cli.common import (
 )
 from nanoengine.cli.parent import end_with_parent
 from nanoengine.cli.threads import CHOSEN
-from nanoengine.core.errors import ConfigError, RequestError, WorkerError
-from nanoengine.core.files import user_path
 from nanoengine.core.request import RequestMetrics, RequestOutput
 from nanoengine.core.seeds import request_seed
-from nanoengine.core.setup.config import RunConfig, load_config
-from nanoengine.core.setup.plugins import discover
-from nanoengine.core.setup.progress import Progress
-from nanoengine.core.setup.prompts import STDIN, Prompt, PromptFile, PromptRow, read_prompts
-from nanoengine.core.startup import StartClock, process_seconds, without_collections
+from nanoengine.observe.files import user_path
+from nanoengine.observe.progress import Progress
+from nanoengine.setup.config.config import RunConfig, load_config
+from nanoengine.setup.config.prompts import STDIN, Prompt, PromptFile, PromptRow, read_prompts
+from nanoengine.setup.plugins.discover import discover
+from nanoengine.setup.start.clock import StartClock, process_seconds, without_collections
 
 if TYPE_CHECKING:
     from nanoengine.cli.record import Record
     from nanoengine.cli.results import ResultsFile
     from nanoengine.cli.resume import Earlier
     from nanoengine.cli.tally import Tally
-    from nanoengine.core.llm import LLM
-    from nanoengine.core.sampling_params import SamplingParams
-    from nanoengine.core.setup.registry import Registry
+    from nanoengine.llm import LLM
+    from nanoengine.params.sampling_params import SamplingParams
+    from nanoengine.setup.plugins.registry import Registry
 
 _STATE_SECONDS = 0.2  # how often the state of the engine is looked at for the bar
 
@@ -81,7 +81,7 @@ def run(
         clock = StartClock.of_process()
         folder = user_path(config, "configuration")
         if multirun or (folder.is_dir() and (resume or (folder / "sweep.json").exists())):
-            from nanoengine.cli.multirun import sweep
+            from nanoengine.lab.cli.multirun import sweep
 
             options = [*(["--verbose"] if verbose else []), *(["--debug"] if debug else [])]  # into each run.log
             status = sweep(config, overrides or (), plugin or (), resume=resume, options=options, trace=trace)
@@ -130,7 +130,7 @@ def run_config(
         return 0
     say(f"loading {config.model.source}")
     with without_collections():
-        from nanoengine.core.llm import LLM
+        from nanoengine.llm import LLM
 
         clock.lap("import")
         started = LLM.from_run_config(config, registry=registry, say=say, clock=clock)

@@ -7,13 +7,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nanoengine.api.errors import ConfigError
 from nanoengine.cli.common import ResultsLost
 from nanoengine.cli.results import check_unlocked, check_writable
-from nanoengine.core.errors import ConfigError
-from nanoengine.core.trace import TraceFile
+from nanoengine.observe.trace import TraceFile
 
 if TYPE_CHECKING:
-    from nanoengine.core.llm import LLM
+    from nanoengine.llm import LLM
 
 _BEGIN = b'[\n{"ph":"i","name":"trace"'
 

@@ -15,8 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
-from nanoengine.core.arguments import check_priority, check_request_id, check_shown, checked_ids
-from nanoengine.core.errors import (
+from nanoengine.api.errors import (
     EngineClosed,
     NanoEngineError,
     RequestError,
@@ -27,12 +26,13 @@ from nanoengine.core.errors import (
 )
 from nanoengine.core.execution.executor import Executor
 from nanoengine.core.in_flight import InFlight, step_failure, wait_out
-from nanoengine.core.observe import Observer, StepWatch, Watch
 from nanoengine.core.outbox import Outbox, Sink
-from nanoengine.core.output import OutputProcessor, RequestState
+from nanoengine.core.outputs import OutputProcessor, RequestState
 from nanoengine.core.request import RequestOutput, int32_bytes
-from nanoengine.core.sampling_params import ParamsResolver, SamplingParams
 from nanoengine.core.scheduling.scheduler import ScheduledStep, Scheduler, Update
+from nanoengine.observe.steps import Observer, StepWatch, Watch
+from nanoengine.params.arguments import check_priority, check_request_id, check_shown, checked_ids
+from nanoengine.params.sampling_params import ParamsResolver, SamplingParams
 
 Prompt = str | Sequence[int]
 _log = logging.getLogger(__name__)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from nanoengine.core.errors import RequestError, described, is_failure
+from nanoengine.api.errors import RequestError, described, is_failure
 from nanoengine.core.execution.executor import StepHandle
 from nanoengine.core.execution.results import LaunchedStep
-from nanoengine.core.execution.shortage import forget_locals, is_out_of_memory
 from nanoengine.core.scheduling.messages import ScheduledStep
+from nanoengine.setup.start.shortage import forget_locals, is_out_of_memory
 
 
 @dataclass(frozen=True, slots=True)

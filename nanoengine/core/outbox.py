@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from nanoengine.core.errors import is_failure
-from nanoengine.core.observe import Delivery
+from nanoengine.api.errors import is_failure
 from nanoengine.core.request import RequestOutput
+from nanoengine.observe.steps import Delivery
 
 Sink = Callable[[RequestOutput], None]
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal
 
-from nanoengine.core.errors import RequestError
+from nanoengine.api.errors import RequestError
 
 if TYPE_CHECKING:
-    from nanoengine.core.sampling_params import ResolvedParams
     from nanoengine.core.scheduling.block_pool import Run
+    from nanoengine.params.sampling_params import ResolvedParams
 
 FinishReason = Literal["stop", "length", "abort"]
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from nanoengine.core.wire import decode, encode
+from nanoengine.distributed.wire import decode, encode
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]

@@ -13,11 +13,11 @@ from plugin_api_tables import rows_of
 from source import ROOT
 
 from nanoengine import api
-from nanoengine.core.execution.build import build_model, kv_groups
-from nanoengine.core.execution.parallel import SingleRank
-from nanoengine.core.setup.composer import package_root
-from nanoengine.core.setup.plan import TargetLoader
-from nanoengine.core.setup.plugins import discover, load_checked
+from nanoengine.api.parallel import SingleRank
+from nanoengine.setup.config.composer import package_root
+from nanoengine.setup.plugins.discover import discover, load_checked
+from nanoengine.setup.plugins.targets import TargetLoader
+from nanoengine.setup.start.build_model import build_model, kv_groups
 
 TEXT = (ROOT / "docs" / "plugin-api.md").read_text()
 CLASSES = [name for name in api.__all__ if isinstance(getattr(api, name), type)]
@@ -67,7 +67,7 @@ def test_a_stale_document_would_be_noticed(old: str, new: str) -> None:
 
 def test_every_hook_is_documented() -> None:
     hooks = re.findall(r"^\| `(register_\w+)\(\)`", TEXT, flags=re.MULTILINE)
-    specs = import_module("nanoengine.core.setup.hookspecs")
+    specs = import_module("nanoengine.api.hooks")
     assert sorted(hooks) == sorted(name for name in vars(specs) if name.startswith("register_"))
 
 

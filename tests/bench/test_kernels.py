@@ -10,14 +10,14 @@ import torch
 import triton_interpreter
 from torch import Tensor
 
-from nanoengine.bench.timing import best_device
 from nanoengine.kernels import paged_attention
+from nanoengine.lab.bench.timing import best_device
 
 if not triton_interpreter.INSTALLED:
     pytest.skip("triton is not installed", allow_module_level=True)
 triton_interpreter.import_kernels()
 
-from nanoengine.bench.paged_batches import Batch, Heads, Lengths, batches  # noqa: E402
+from nanoengine.lab.bench.paged_batches import Batch, Heads, Lengths, batches  # noqa: E402
 
 SMALL = [lengths.scaled(0.02) for lengths in batches()]
 

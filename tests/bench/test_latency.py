@@ -7,10 +7,10 @@ from itertools import pairwise
 
 import pytest
 
-from nanoengine.bench.latency import Percentiles, Timeline, arrivals
-from nanoengine.bench.report import Report, number, share
-from nanoengine.core.errors import RequestError
+from nanoengine.api.errors import RequestError
 from nanoengine.core.request import RequestMetrics, RequestOutput
+from nanoengine.lab.bench.latency import Percentiles, Timeline, arrivals
+from nanoengine.lab.bench.report import Report, number, share
 
 
 def output(generated: int, error: RequestError | None = None) -> RequestOutput:

@@ -6,9 +6,9 @@ from random import Random
 
 import pytest
 
-from nanoengine.bench.roofline import Limits, decode_seconds, least_seconds, prefill_seconds
-from nanoengine.bench.shapes import SHAPES
-from nanoengine.bench.workloads import WORKLOADS, prefill, uniform
+from nanoengine.lab.bench.roofline import Limits, decode_seconds, least_seconds, prefill_seconds
+from nanoengine.lab.bench.shapes import SHAPES
+from nanoengine.lab.bench.workloads import WORKLOADS, prefill, uniform
 
 H200 = Limits(4.19e12, 714e12)
 SMALL = SHAPES["qwen3-0.6b"]

@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 import pytest
 from typer.testing import CliRunner, Result
 
+from nanoengine.api.errors import RequestError
 from nanoengine.cli.app import app
-from nanoengine.core.errors import RequestError
 from nanoengine.core.request import CompletionOutput, RequestMetrics, RequestOutput
-from nanoengine.core.sampling_params import SamplingParams
-from nanoengine.core.setup.config import RunConfig
-from nanoengine.core.startup import StartClock, StartReport
+from nanoengine.params.sampling_params import SamplingParams
+from nanoengine.setup.config.config import RunConfig
+from nanoengine.setup.start.clock import StartClock, StartReport
 
 
 @dataclass
@@ -113,7 +113,7 @@ class FakeLLM:
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
     """A fresh `FakeLLM` class in place of the real one."""
     cls = type("FakeLLM", (FakeLLM,), {"made": []})
-    monkeypatch.setattr("nanoengine.core.llm.LLM", cls)
+    monkeypatch.setattr("nanoengine.llm.LLM", cls)
     return cls
 
 

@@ -33,11 +33,11 @@ class ProcessLLM(FakeLLM):
 
 
 def main() -> None:
-    module: Any = types.ModuleType("nanoengine.core.llm")
+    module: Any = types.ModuleType("nanoengine.llm")
     module.LLM = ProcessLLM
     no_gpu: Any = types.ModuleType("torch")
     no_gpu.cuda = types.SimpleNamespace(is_initialized=lambda: False)
-    sys.modules |= {"nanoengine.core.llm": module, "torch": no_gpu}
+    sys.modules |= {"nanoengine.llm": module, "torch": no_gpu}
     from nanoengine.cli import main as command_line
 
     command_line()

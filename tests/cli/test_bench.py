@@ -15,11 +15,11 @@ import torch
 import triton_interpreter
 from typer.testing import Result
 
-from nanoengine.bench.roofline import Limits, least_seconds
-from nanoengine.bench.session import Setup
-from nanoengine.bench.shapes import SHAPES
-from nanoengine.bench.workloads import WORKLOADS
-from nanoengine.core.llm import LLM
+from nanoengine.lab.bench.roofline import Limits, least_seconds
+from nanoengine.lab.bench.session import Setup
+from nanoengine.lab.bench.shapes import SHAPES
+from nanoengine.lab.bench.workloads import WORKLOADS
+from nanoengine.llm import LLM
 
 triton_interpreter.import_kernels()  # before an engine imports them compiled
 LIMITS = ("--bandwidth", "10", "--tflops", "0.05")
@@ -213,7 +213,9 @@ def test_a_plot_without_matplotlib_stops_before_measuring(
     nanoengine: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = importlib.util.find_spec
-    monkeypatch.setattr("nanoengine.bench.plot.find_spec", lambda name: None if name == "matplotlib" else real(name))
+    monkeypatch.setattr(
+        "nanoengine.lab.bench.plot.find_spec", lambda name: None if name == "matplotlib" else real(name)
+    )
     result = nanoengine("bench", "throughput", "--plot", "p.png")
     assert result.exit_code == 2
     assert "pip install 'nanoengine[plot]'" in result.output

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nanoengine.cli.bench_options import finish
+from nanoengine.lab.cli.bench_options import finish
 
 
 class _Report:

@@ -20,12 +20,12 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from nanoengine import LLM, SamplingParams
+from nanoengine.api.errors import RequestError
 from nanoengine.cli.app import app
 from nanoengine.cli.chat import chat_params
 from nanoengine.cli.common import printable
 from nanoengine.cli.conversation import Conversation
-from nanoengine.core.errors import RequestError
-from nanoengine.core.setup.config import load_config
+from nanoengine.setup.config.config import load_config
 from nanoengine.testing.checkpoints import tiny_llama
 
 Chat = Callable[..., Result]

@@ -41,12 +41,12 @@ def commands(page: str) -> Iterator[tuple[str, list[str]]]:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with the files of the pages, where every model is the tiny one."""
     tiny = tiny_llama(tmp_path / "tiny", with_tokenizer=True, max_position_embeddings=2000)
-    for home in ("core.llm", "core.assemble"):  # an engine's, and the doctor's
+    for home in ("llm", "build"):  # an engine's, and the doctor's
         monkeypatch.setattr(f"nanoengine.{home}.find_model", lambda *arguments: tiny)
     fake = (sys.executable, str(Path(__file__).with_name("fake_process.py")))
-    monkeypatch.setattr("nanoengine.cli.multirun._NANOENGINE", fake)
+    monkeypatch.setattr("nanoengine.lab.cli.multirun._NANOENGINE", fake)
     clock = type("Clock", (), {"now": staticmethod(lambda: type("T", (), {"strftime": lambda self, form: DATE})())})
-    monkeypatch.setattr("nanoengine.cli.multirun.datetime", clock)
+    monkeypatch.setattr("nanoengine.lab.cli.multirun.datetime", clock)
     (tmp_path / "path/to").mkdir(parents=True)
     (tmp_path / "path/to/folder-or-file.gguf").symlink_to(tiny)
     monkeypatch.chdir(tmp_path)

@@ -243,7 +243,7 @@ def test_without_triton_only_a_machine_with_a_gpu_is_warned(
         return real(name)
 
     monkeypatch.setattr(metadata, "version", version)
-    monkeypatch.setattr("nanoengine.core.doctor.environment._driver", lambda: driver)
+    monkeypatch.setattr("nanoengine.lab.doctor.environment._driver", lambda: driver)
     found, _ = examined(nanoengine("plugins", "doctor", "--json"))
     (triton,) = [f for f in found["findings"] if (f["section"], f["name"]) == ("environment", "triton")]
     assert triton["level"] == level

@@ -20,10 +20,10 @@ import pytest
 import yaml
 from typer.testing import Result
 
+from nanoengine.api.errors import ConfigError
 from nanoengine.cli import parent
-from nanoengine.cli.combinations import combinations, split_values
-from nanoengine.cli.sweep_report import Outcome, plot, print_table
-from nanoengine.core.errors import ConfigError
+from nanoengine.lab.cli.combinations import combinations, split_values
+from nanoengine.lab.cli.sweep_report import Outcome, plot, print_table
 from nanoengine.testing.checkpoints import tiny_llama
 
 Run = Callable[..., Result]
@@ -111,7 +111,7 @@ def test_functions_of_hydra_are_refused_by_name(fake: Any, nanoengine: Run, tmp_
 @pytest.fixture
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nanoengine: Run) -> Run:
     """Runs `nanoengine run run.yaml -m ARGUMENTS`."""
-    monkeypatch.setattr("nanoengine.cli.multirun._NANOENGINE", FAKE)
+    monkeypatch.setattr("nanoengine.lab.cli.multirun._NANOENGINE", FAKE)
     (tmp_path / "run.yaml").write_text(CONFIG)
     return lambda *arguments: nanoengine("run", "run.yaml", "-m", *arguments)
 
@@ -183,7 +183,7 @@ def test_two_sweeps_of_one_second(sweep: Run, tmp_path: Path, monkeypatch: pytes
         def now() -> Any:
             return type("T", (), {"strftime": lambda self, form: "noon"})()
 
-    monkeypatch.setattr("nanoengine.cli.multirun.datetime", Noon)
+    monkeypatch.setattr("nanoengine.lab.cli.multirun.datetime", Noon)
     assert sweep("engine.seed=1").exit_code == sweep("engine.seed=1").exit_code == 0
     assert sorted(path.name for path in (tmp_path / "multirun").iterdir()) == ["noon", "noon_2"]
 
@@ -363,7 +363,7 @@ def test_a_sweep_whose_folder_vanishes_ends_in_words(
         shutil.rmtree(tmp_path / "multirun")
         return 0
 
-    monkeypatch.setattr("nanoengine.cli.multirun.run_child", vanished)
+    monkeypatch.setattr("nanoengine.lab.cli.multirun.run_child", vanished)
     result = sweep("engine.seed=1,2")
     assert result.exit_code == 1, result.output
     assert result.stderr.count("  failed: No such file or directory: ") == 2
@@ -377,7 +377,7 @@ def test_a_disk_that_is_full_before_a_sweep_is_one_message(
     def full(path: Path, content: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nanoengine.cli.multirun.write_whole", full)
+    monkeypatch.setattr("nanoengine.lab.cli.multirun.write_whole", full)
     result = sweep("engine.seed=1,2")
     assert result.exit_code == 2
     assert re.search(r"error: cannot write the sweep's folder multirun/\S+: No space left on device$", result.stderr)

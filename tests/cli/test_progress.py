@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from nanoengine.cli.chat import _note
-from nanoengine.core.setup import progress
-from nanoengine.core.setup.progress import Progress, can_overwrite
+from nanoengine.observe import progress
+from nanoengine.observe.progress import Progress, can_overwrite
 
 
 class Terminal(io.StringIO):

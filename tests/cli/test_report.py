@@ -17,8 +17,8 @@ from markupsafe import Markup
 from typer.testing import CliRunner, Result
 
 from nanoengine.cli.app import app
-from nanoengine.cli.report_charts import _largest
-from nanoengine.cli.report_data import Steps, read_all
+from nanoengine.lab.cli.report_charts import _largest
+from nanoengine.lab.cli.report_data import Steps, read_all
 from nanoengine.testing.checkpoints import tiny_llama
 from tests.engine.timeline import read
 
@@ -153,12 +153,12 @@ def test_its_figures_are_those_of_the_run(report: Run) -> None:
 def test_mutants_are_seen(report: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures that share ids would show each other's parts; a text that is not escaped is a part of the page."""
     with monkeypatch.context() as patch:
-        patch.setattr("nanoengine.cli.report_view.page_ids", lambda pictures: [each.svg for each in pictures])
+        patch.setattr("nanoengine.lab.cli.report_view.page_ids", lambda pictures: [each.svg for each in pictures])
         assert report("results", "-o", "mutant.html").exit_code == 0
         with pytest.raises(AssertionError, match="not unique"):
             Page(Path("mutant.html").read_text("utf-8"))
     with monkeypatch.context() as patch:
-        patch.setattr("nanoengine.cli.report_view._excerpt", lambda prompt: Markup(prompt))
+        patch.setattr("nanoengine.lab.cli.report_view._excerpt", lambda prompt: Markup(prompt))
         assert report("results", "-o", "mutant.html").exit_code == 0
         with pytest.raises(AssertionError, match="closes another element"):
             Page(Path("mutant.html").read_text("utf-8"))

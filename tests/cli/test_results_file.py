@@ -18,15 +18,15 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
+from nanoengine.api.errors import ModelSourceError
 from nanoengine.cli import results as results_file
 from nanoengine.cli.results import KEYS, result_row
-from nanoengine.core.errors import ModelSourceError
-from nanoengine.core.files import GrowingFile
-from nanoengine.core.observe import Span, StepRecord
 from nanoengine.core.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanoengine.core.scheduling.block_manager import BlockUse
-from nanoengine.core.setup.prompts import PromptRow
-from nanoengine.core.trace import TraceFile
+from nanoengine.observe.files import GrowingFile
+from nanoengine.observe.steps import Span, StepRecord
+from nanoengine.observe.trace import TraceFile
+from nanoengine.setup.config.prompts import PromptRow
 from nanoengine.testing.checkpoints import tiny_llama
 
 from .conftest import FakeEngine
@@ -277,7 +277,7 @@ def test_a_full_disk_before_the_first_row_keeps_the_rows(
         if data:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nanoengine.core.files.write_all", full)
+    monkeypatch.setattr("nanoengine.observe.files.write_all", full)
     result = nanoengine("run", "run.yaml")
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == (

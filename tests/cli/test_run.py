@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
+from nanoengine.api.errors import ModelSourceError
 from nanoengine.cli.common import ResultsLost
 from nanoengine.cli.results import ResultsFile
-from nanoengine.core.errors import ModelSourceError
 
 Run = Callable[..., Result]
 Rows = Callable[[], list[dict[str, Any]]]
@@ -301,7 +301,7 @@ def test_a_disk_that_fills_up_keeps_whole_rows(tmp_path: Path, monkeypatch: pyte
             super().close()
             raise OSError(errno.EDQUOT, "Quota exceeded")
 
-    monkeypatch.setattr("nanoengine.core.files.FileIO", Filling)
+    monkeypatch.setattr("nanoengine.observe.files.FileIO", Filling)
     path = tmp_path / "out.jsonl"
     results = ResultsFile(str(path))
     for _ in range(2):

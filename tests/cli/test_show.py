@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from typer.testing import Result
 
 from nanoengine.cli.config import render
-from nanoengine.core.setup.config import ModelSection, RunConfig, load_config
-from nanoengine.core.setup.registry import Registry
+from nanoengine.setup.config.config import ModelSection, RunConfig, load_config
+from nanoengine.setup.plugins.registry import Registry
 
 Run = Callable[..., Result]
 NO_PLUGINS = Registry(models={}, samplers={}, attention_backends={}, model_sources={})

@@ -85,8 +85,8 @@ def test_the_closing_line_names_the_threads(fake: Any, nanoengine: Run, chosen: 
 
 
 def test_doctor_names_the_threads(nanoengine: Run, chosen: Threads, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nanoengine.core.doctor.environment.environment", list)
-    monkeypatch.setattr("nanoengine.core.doctor.environment.gpu", list)
+    monkeypatch.setattr("nanoengine.lab.doctor.environment.environment", list)
+    monkeypatch.setattr("nanoengine.lab.doctor.environment.gpu", list)
     lines = nanoengine("plugins", "doctor").stdout.splitlines()
     expected = f"threads: 3 CPU threads (3 cores); waiting, they spin {SPIN_COUNT} times, then sleep"
     assert any(line.endswith(expected) for line in lines)

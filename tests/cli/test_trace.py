@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
-from nanoengine.core.trace import TraceFile
+from nanoengine.observe.trace import TraceFile
 from nanoengine.testing.checkpoints import tiny_llama
 from tests.engine.timeline import check, read
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from nanoengine.api import AttentionSpec, ModelSourceSpec, hookimpl
-from nanoengine.core.errors import ConfigError
-from nanoengine.core.setup.composer import Root, SearchPath, Shorthand, compose
-from nanoengine.core.setup.plugins import discover
-from nanoengine.core.setup.registry import Registry
+from nanoengine.api.errors import ConfigError
+from nanoengine.setup.config.composer import Root, SearchPath, Shorthand, compose
+from nanoengine.setup.plugins.discover import discover
+from nanoengine.setup.plugins.registry import Registry
 
 
 class Parts:

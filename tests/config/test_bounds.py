@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from nanoengine.core.errors import ConfigError
-from nanoengine.core.setup.config import load_config
-from nanoengine.core.setup.plugins import discover
+from nanoengine.api.errors import ConfigError
+from nanoengine.setup.config.config import load_config
+from nanoengine.setup.plugins.discover import discover
 
 ALIASES = "\n".join(["a0: &a0 [x, y]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 60))])
 MERGED = "\n".join(["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}" for n in range(1, 60))])

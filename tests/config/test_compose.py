@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nanoengine.core.setup.composer import Shorthand
+from nanoengine.setup.config.composer import Shorthand
 
 Composer = Callable[..., dict[str, Any]]
 Refusal = Callable[..., str]

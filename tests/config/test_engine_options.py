@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanoengine import ConfigError
-from nanoengine.core.setup.options import OPTIONS_NOT_SERVED, EngineOptions, engine_options
+from nanoengine.core.options import OPTIONS_NOT_SERVED, EngineOptions, engine_options
 
 
 def test_keywords_are_fields() -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
-from nanoengine.core.errors import ModelError
-from nanoengine.core.setup.generation import GenerationDefaults, read_generation_defaults, read_json
-from nanoengine.core.setup.generation_keys import HARMLESS, MEANING
+from nanoengine.api.errors import ModelError
+from nanoengine.setup.start.generation import GenerationDefaults, read_generation_defaults, read_json
+from nanoengine.setup.start.generation_keys import HARMLESS, MEANING
 
 LEGAL = ("temperature", "top_k")
 STAGES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias")

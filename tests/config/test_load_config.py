@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from nanoengine.core.errors import ConfigError, PluginError
-from nanoengine.core.setup.config import RunConfig, load_config
-from nanoengine.core.setup.options import EngineOptions
-from nanoengine.core.setup.prompts import PromptFile
-from nanoengine.core.setup.registry import Registry
+from nanoengine.api.errors import ConfigError, PluginError
+from nanoengine.core.options import EngineOptions
+from nanoengine.setup.config.config import RunConfig, load_config
+from nanoengine.setup.config.prompts import PromptFile
+from nanoengine.setup.plugins.registry import Registry
 
 Folder = Callable[[Mapping[str, str]], Path]
 Load = Callable[..., RunConfig]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from nanoengine import LLM
-from nanoengine.core.errors import ModelSourceError
-from nanoengine.core.setup.model_options import option_hint
-from nanoengine.core.setup.plugins import discover
-from nanoengine.core.setup.registry import Origin, Registry
+from nanoengine.api.errors import ModelSourceError
+from nanoengine.setup.config.model_options import option_hint
+from nanoengine.setup.plugins.discover import discover
+from nanoengine.setup.plugins.registry import Origin, Registry
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from nanoengine.core.errors import ConfigError
-from nanoengine.core.setup.prompts import Prompt, PromptFile, PromptRow, check_prompts
-from nanoengine.core.setup.prompts import read_prompts as read_rows
+from nanoengine.api.errors import ConfigError
+from nanoengine.setup.config.prompts import Prompt, PromptFile, PromptRow, check_prompts
+from nanoengine.setup.config.prompts import read_prompts as read_rows
 
 
 def read_prompts(prompts: Any) -> list[Prompt]:

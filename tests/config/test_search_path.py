@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from nanoengine.api import hookimpl
-from nanoengine.core.errors import ConfigError, PluginError
-from nanoengine.core.setup.config import load_config
-from nanoengine.core.setup.plugins import discover
-from nanoengine.core.setup.registry import Registry
+from nanoengine.api.errors import ConfigError, PluginError
+from nanoengine.setup.config.config import load_config
+from nanoengine.setup.plugins.discover import discover
+from nanoengine.setup.plugins.registry import Registry
 
 Folder = Callable[[Mapping[str, str]], Path]
 

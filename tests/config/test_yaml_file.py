@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nanoengine.core.errors import ConfigError
-from nanoengine.core.setup.composer.yaml_file import read_yaml
+from nanoengine.api.errors import ConfigError
+from nanoengine.setup.config.composer.yaml_file import read_yaml
 
 BROKEN = [
     ("a: 1\nb: [1, 2\nc: 3\n", "f.yaml:3"),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from nanoengine.core.setup.options import EngineOptions
-from nanoengine.core.text import Tokenizer, load_tokenizer
+from nanoengine.core.options import EngineOptions
 from nanoengine.testing.checkpoints import write_byte_tokenizer
+from nanoengine.text import Tokenizer, load_tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nanoengine import ParamsError, RequestError, SamplingParams
-from nanoengine.core.arguments import check_priority, checked_ids, is_one, one_each, one_name, split_prompt
+from nanoengine.params.arguments import check_priority, checked_ids, is_one, one_each, one_name, split_prompt
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ ASK = """
 import logging, torch
 logging.basicConfig()
 from nanoengine.api import AttentionNeed
-from nanoengine.core.errors import NanoEngineError
-from nanoengine.core.setup.plugins import choose_attention, discover
+from nanoengine.api.errors import NanoEngineError
+from nanoengine.setup.plugins.discover import choose_attention, discover
 from nanoengine.kernels.ops import ops_for
 
 print("layers on", ops_for(torch.device("cuda")).name)

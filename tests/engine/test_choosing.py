@@ -11,7 +11,7 @@ import pytest
 
 from nanoengine import LLM, SamplingParams
 from nanoengine.api import ModelSpec, hookimpl
-from nanoengine.core.errors import ModelError, ModelSourceError, PluginError
+from nanoengine.api.errors import ModelError, ModelSourceError, PluginError
 from nanoengine.testing import mock_model
 from nanoengine.testing.checkpoints import tiny_llama
 from nanoengine.testing.mock_model import MockModel, write_mock_checkpoint

@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from nanoengine.core.errors import described, is_failure, text_of
+from nanoengine.api.errors import described, is_failure, text_of
 
 PanicException = types.new_class(
     "PanicException", (BaseException,), exec_body=lambda body: body.update(__module__="pyo3_runtime")

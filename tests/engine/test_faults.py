@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanoengine import EngineClosed, SamplingParams
-from nanoengine.core.errors import PluginError
+from nanoengine.api.errors import PluginError
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.testing.mock_model import MockModel
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from nanoengine.core.execution.attention import BatchLimits, GraphSupport
+from nanoengine.api.attention import BatchLimits, GraphSupport
 from nanoengine.core.execution.graphs import graph_sizes
 from nanoengine.core.execution.step_graphs import CaptureSizes, capture_sizes
-from nanoengine.core.setup.options import EngineOptions
+from nanoengine.core.options import EngineOptions
 
 
 @pytest.mark.parametrize("most", [1, 7, 8, 20, 64, 100, 256, 1000, 1024])

@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoengine import LLM, CompletionOutput, RequestOutput, SamplingParams
-from nanoengine.core import output as output_module
-from nanoengine.core.output import OutputProcessor, RequestState
+from nanoengine.core import outputs as output_module
+from nanoengine.core.outputs import OutputProcessor, RequestState
 from nanoengine.core.request import Request, copy_when_read
-from nanoengine.core.sampling_params import ResolvedParams
 from nanoengine.core.scheduling.scheduler import Update
 from nanoengine.core.step import LogprobRows, f32, i32
-from nanoengine.core.text import Tokenizer
+from nanoengine.params.sampling_params import ResolvedParams
+from nanoengine.text import Tokenizer
 from tests.engine.support import greedy, mock_llm
 
 Step = tuple[int, bytes, bool]  # which sample, its new tokens, whether its length ends it

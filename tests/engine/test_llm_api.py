@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nanoengine import LLM, NanoEngineError, RequestError, RequestOutput, SamplingParams
-from nanoengine.core.errors import ConfigError, EngineClosed, ParamsError, TokenizerMissing
+from nanoengine.api.errors import ConfigError, EngineClosed, ParamsError, TokenizerMissing
 from nanoengine.testing import mock_model
 from nanoengine.testing.mock_model import reference_logits
 

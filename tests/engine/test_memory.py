@@ -12,16 +12,17 @@ import pytest
 import torch
 
 from nanoengine import LLM, SamplingParams
-from nanoengine.core.errors import ConfigError, DeviceMemoryError
-from nanoengine.core.execution import memory, runner, step_graphs
-from nanoengine.core.execution.largest_steps import largest_steps
-from nanoengine.core.execution.memory import GpuShare, batch_limits
+from nanoengine.api.errors import ConfigError, DeviceMemoryError
+from nanoengine.core.execution import runner, step_graphs
 from nanoengine.core.execution.runner import ModelRunner
-from nanoengine.core.execution.shortage import StepTooLarge
 from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.execution.step_graphs import CaptureSizes
 from nanoengine.core.execution.step_inputs import StepBuffers
 from nanoengine.core.step import num_slots
+from nanoengine.setup.start import memory
+from nanoengine.setup.start.largest_steps import largest_steps
+from nanoengine.setup.start.memory import GpuShare, batch_limits
+from nanoengine.setup.start.shortage import StepTooLarge
 from nanoengine.testing.checkpoints import tiny_llama
 from nanoengine.testing.mock_model import MockAttention, MockModel
 

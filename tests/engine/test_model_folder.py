@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from nanoengine import LLM
-from nanoengine.core.doctor import Asked, examine
-from nanoengine.core.errors import DeviceMemoryError, ModelError
-from nanoengine.core.setup.options import EngineOptions
-from nanoengine.core.setup.plugins import discover
+from nanoengine.api.errors import DeviceMemoryError, ModelError
+from nanoengine.core.options import EngineOptions
+from nanoengine.lab.doctor import Asked, examine
+from nanoengine.setup.plugins.discover import discover
 from nanoengine.testing.checkpoints import tiny_llama
 
 

@@ -15,10 +15,10 @@ import pytest
 
 import nanoengine
 from nanoengine import LLM, SamplingParams, StepRecord, TraceFile
-from nanoengine.core.errors import WorkerError
-from nanoengine.core.observe import StepWatch
+from nanoengine.api.errors import WorkerError
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL
+from nanoengine.observe.steps import StepWatch
 from nanoengine.testing.mock_model import MockModel
 
 from .support import greedy, mock_llm, prompts, tokens_of

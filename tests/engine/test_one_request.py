@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from nanoengine import LLM, RequestOutput, SamplingParams
-from nanoengine.core import output
-from nanoengine.core.errors import ConfigError, ParamsError, RequestError
+from nanoengine.api.errors import ConfigError, ParamsError, RequestError
+from nanoengine.core import outputs as output
 from nanoengine.core.execution.executor import InProcessExecutor
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
 from nanoengine.core.scheduling import scheduler
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.scheduler import Scheduler
-from nanoengine.core.text import IncrementalDetokenizer
 from nanoengine.testing.mock_model import MockModel
+from nanoengine.text import IncrementalDetokenizer
 
 from .pair_text import text_llm
 from .support import greedy, mock_llm, tokens_of

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from nanoengine.core.output import OutputProcessor, RequestState
+from nanoengine.core.outputs import OutputProcessor, RequestState
 from nanoengine.core.request import Request
-from nanoengine.core.sampling_params import ResolvedParams
 from nanoengine.core.scheduling.scheduler import Update
 from nanoengine.core.step import LogprobRows, f32, i32
-from nanoengine.core.text import Tokenizer
+from nanoengine.params.sampling_params import ResolvedParams
+from nanoengine.text import Tokenizer
 
 
 def a_request(outputs: OutputProcessor, params: ResolvedParams) -> tuple[RequestState, Request]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nanoengine import SamplingParams
-from nanoengine.core.output import OutputProcessor
+from nanoengine.core.outputs import OutputProcessor
 from nanoengine.testing.checkpoints import write_byte_tokenizer
 from tests.engine.support import greedy, mock_llm, prompts, tokens_of
 

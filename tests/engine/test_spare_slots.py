@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nanoengine import SamplingParams
-from nanoengine.core.errors import ConfigError
+from nanoengine.api.errors import ConfigError
 
 from .support import mock_llm
 

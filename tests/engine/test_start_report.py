@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoengine.core.startup import PHASES, Phase, StartClock, StartReport, process_seconds
+from nanoengine.setup.start.clock import PHASES, Phase, StartClock, StartReport, process_seconds
 
 from .support import mock_llm
 
@@ -63,7 +63,7 @@ def test_no_collection_while_starting_and_none_of_what_stays() -> None:
     """In a process of its own: what is frozen stays so."""
     code = (
         "import gc\n"
-        "from nanoengine.core.startup import without_collections\n"
+        "from nanoengine.setup.start.clock import without_collections\n"
         "seen = []\n"
         "gc.callbacks.append(lambda phase, info: seen.append(phase))\n"
         "with without_collections():\n"
@@ -83,7 +83,7 @@ def test_no_collection_while_starting_and_none_of_what_stays() -> None:
 
 
 def test_the_age_of_a_process_counts_from_its_start() -> None:
-    code = "import time; time.sleep(0.3); from nanoengine.core.startup import process_seconds as p; print(p())"
+    code = "import time; time.sleep(0.3); from nanoengine.setup.start.clock import process_seconds as p; print(p())"
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 0.3 <= float(done.stdout) <= time.perf_counter() - began + 0.02

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from nanoengine import LLM, EngineClosed, NanoEngineError, ParamsError, RequestError, RequestOutput, SamplingParams
 from nanoengine.core.execution.executor import InProcessExecutor
-from nanoengine.core.execution.taps import Listener
+from nanoengine.observe.taps import Listener
 from nanoengine.testing.checkpoints import tiny_llama
 
 PROMPT = [7, 3, 99, 12, 45, 45, 8, 120, 61, 2, 77, 30, 5, 18, 64, 100, 9, 1, 33]  # more than a KV block
@@ -178,7 +178,7 @@ def test_requests_of_other_threads_wait_meanwhile(llm: LLM, monkeypatch: pytest.
 def test_mutant_that_keeps_the_originals_is_seen(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without copies the next layer's in-place work, or the next chunk's inputs, show up in what was kept."""
     monkeypatch.setattr(
-        "nanoengine.core.execution.taps._copies",
+        "nanoengine.observe.taps._copies",
         lambda values: tuple(v for v in (values if isinstance(values, tuple) else (values,)) if torch.is_tensor(v)),
     )
     taps = llm.tap(PROMPT, [""])[0]

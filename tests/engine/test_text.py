@@ -164,7 +164,7 @@ def _never_finished(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _match_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanoengine.core import output
+    from nanoengine.core import outputs as output
 
     def push(sample: Any, update: Any) -> bool:
         sample.detokenizer.push(update.new_token_ids)
@@ -212,7 +212,7 @@ def test_a_stream_never_shows_a_part_of_a_stop_string(tmp_path: Path, overlap: b
 
 
 def test_a_stream_that_holds_nothing_back_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanoengine.core.text.stops import StopMatcher
+    from nanoengine.text.stops import StopMatcher
 
     monkeypatch.setattr(StopMatcher, "held", 0)
     with text_llm(tmp_path) as llm:
@@ -385,7 +385,7 @@ def test_unseeded_requests_differ_and_repeat_with_the_engines_seed(tmp_path: Pat
 
 
 def test_one_seed_for_all_unseeded_requests_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanoengine.core import output
+    from nanoengine.core import outputs as output
 
     monkeypatch.setattr(output, "request_seed", lambda engine_seed, ordinal: engine_seed)
     tokens = unseeded(tmp_path, 1)

@@ -33,7 +33,7 @@ def execute(page: str) -> None:
 @pytest.fixture
 def folder(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with examples/, where every model is the tiny one."""
-    for home in ("core.llm", "core.assemble"):  # an engine's, and the doctor's
+    for home in ("llm", "build"):  # an engine's, and the doctor's
         monkeypatch.setattr(f"nanoengine.{home}.find_model", lambda *arguments: tiny)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
@@ -64,7 +64,7 @@ def test_commands_run(page: str, folder: Path) -> None:
 def test_output_is_what_the_page_shows(
     page: str, smollm2_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("nanoengine.core.llm.find_model", lambda *arguments: smollm2_path)
+    monkeypatch.setattr("nanoengine.llm.find_model", lambda *arguments: smollm2_path)
     execute(page)
     printed = [_split(line) for line in capsys.readouterr().out.splitlines()]
     shown = [_split(line) for line in "".join(blocks(page, "text")).splitlines() if line != "…"]

@@ -13,7 +13,7 @@ import sys
 import traceback
 from itertools import islice
 
-from nanoengine.core.errors import NanoEngineError
+from nanoengine.api.errors import NanoEngineError
 
 _LONGEST = 20_000  # characters of a case that are shown
 

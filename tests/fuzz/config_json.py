@@ -10,11 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nanoengine.core.assemble import inspect_model
-from nanoengine.core.setup.generation import read_generation_defaults
-from nanoengine.core.setup.options import EngineOptions
-from nanoengine.core.setup.plugins import discover
-from nanoengine.core.setup.registry import Registry
+from nanoengine.build import inspect_model
+from nanoengine.core.options import EngineOptions
+from nanoengine.setup.plugins.discover import discover
+from nanoengine.setup.plugins.registry import Registry
+from nanoengine.setup.start.generation import read_generation_defaults
 
 Case = tuple[str, str]
 """config.json and generation_config.json, as texts; "" is no file."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from nanoengine import LLM, SamplingParams
-from nanoengine.core.errors import ParamsError, PluginError
+from nanoengine.api.errors import ParamsError, PluginError
 from nanoengine.testing import mock_model
 from nanoengine.testing.checkpoints import write_byte_tokenizer
 from nanoengine.testing.mock_model import reference_logits, write_mock_checkpoint

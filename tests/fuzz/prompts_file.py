@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nanoengine.core.setup.prompts import PromptFile, read_prompts
+from nanoengine.setup.config.prompts import PromptFile, read_prompts
 
 Case = tuple[str, bytes, dict[str, Any]]
 """The file's name, what it holds, and the other fields of `PromptFile`."""

@@ -17,7 +17,7 @@ COUNT = int(os.environ.get("NANOENGINE_FUZZ_COUNT") or 300)
 BAD_KIND = '''\
 """Case 1 raises, 3 takes memory, 5 ends the process, 7 computes and 9 waits for ever; the others end well."""
 import itertools, os, sys, time
-from nanoengine.core.errors import ConfigError
+from nanoengine.api.errors import ConfigError
 
 def mutants(rng):
     first = rng.randrange(1000)

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from nanoengine.cli.config import plain, render
-from nanoengine.core.setup.config import load_config
-from nanoengine.core.setup.plugins import discover
+from nanoengine.setup.config.config import load_config
+from nanoengine.setup.plugins.discover import discover
 
 Case = tuple[dict[str, str], list[str]]
 """Files by name, of which run.yaml is composed, and overrides."""

@@ -14,8 +14,8 @@ from parity import tiny
 from torch import Tensor
 
 from nanoengine import LLM, SamplingParams
+from nanoengine.api.model import ForwardBatch
 from nanoengine.core.execution.mixed_graphs import MixedSize
-from nanoengine.core.execution.model import ForwardBatch
 from nanoengine.core.execution.runner import ModelRunner
 
 from .support import ON_GPU, need, runner_of, write_wide

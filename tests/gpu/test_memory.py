@@ -15,7 +15,7 @@ import torch
 from engine.support import greedy, mock_llm, prompts, tokens_of
 
 from nanoengine import LLM, RequestOutput, SamplingParams
-from nanoengine.core.errors import DeviceMemoryError
+from nanoengine.api.errors import DeviceMemoryError
 from nanoengine.core.step import num_slots
 from nanoengine.testing.mock_model import MockModel
 

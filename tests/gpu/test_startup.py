@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanoengine.core.execution.build import build_model
-from nanoengine.core.execution.parallel import SingleRank
-from nanoengine.core.execution.weights import load_weights
+from nanoengine.api.parallel import SingleRank
 from nanoengine.plugins.models.qwen3 import Qwen3
+from nanoengine.setup.start.build_model import build_model
+from nanoengine.setup.start.weights import load_weights
 
 from .support import need, write_wide
 

@@ -17,7 +17,7 @@ from parity.compare import compare
 from transformers import PreTrainedModel
 
 from nanoengine import LLM, SamplingParams
-from nanoengine.core.errors import WorkerError
+from nanoengine.api.errors import WorkerError
 
 from .support import ON_GPU, need, write_wide
 

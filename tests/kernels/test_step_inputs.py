@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanoengine.core.execution.attention import BatchLimits
+from nanoengine.api.attention import BatchLimits
+from nanoengine.api.specs import ColumnSpec
 from nanoengine.core.execution.graph_inputs import GraphInputs
 from nanoengine.core.execution.mixed_graphs import MixedSize, pad_mixed
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
 from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, decode_plan, padded
-from nanoengine.core.setup.plan import StagePlan
-from nanoengine.core.setup.specs import ColumnSpec
 from nanoengine.core.step import BlockAppends, NewSlots, StageColumn, StepPlan, flags, i32, i64
 from nanoengine.kernels import step_inputs
 from nanoengine.kernels.step_inputs import SlotState, StepInputBuffers
+from nanoengine.setup.plugins.targets import StagePlan
 
 pytest.importorskip("triton")
 from nanoengine.kernels import step_inputs_triton

@@ -13,9 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanoengine.api import ModelError, TensorParallelGroup
-from nanoengine.core.execution.build import BuiltModel, build_model
-from nanoengine.core.execution.parallel import SingleRank
-from nanoengine.core.execution.weights import checkpoint_name, dummy_weights, load_weights
+from nanoengine.api.parallel import SingleRank
 from nanoengine.kernels.ops import Ops
 from nanoengine.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from nanoengine.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -25,6 +23,8 @@ from nanoengine.plugins.models.gemma3 import Gemma3
 from nanoengine.plugins.models.llama import Llama
 from nanoengine.plugins.models.qwen2 import Qwen2
 from nanoengine.plugins.models.qwen3 import Qwen3
+from nanoengine.setup.start.build_model import BuiltModel, build_model
+from nanoengine.setup.start.weights import checkpoint_name, dummy_weights, load_weights
 from nanoengine.testing.checkpoints import tiny_gemma3, tiny_llama, tiny_qwen2, tiny_qwen3
 
 # 4 ranks: 2 KV heads are replicated; 131 and 151 ids are padded

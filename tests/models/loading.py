@@ -12,10 +12,10 @@ from paged_harness import model_class
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanoengine.core.execution.build import BuiltModel, build_model
-from nanoengine.core.execution.parallel import SingleRank
-from nanoengine.core.execution.weights import LoadReport, load_weights
-from nanoengine.core.setup.checkpoint import SINGLE_FILE
+from nanoengine.api.parallel import SingleRank
+from nanoengine.setup.start.build_model import BuiltModel, build_model
+from nanoengine.setup.start.checkpoint import SINGLE_FILE
+from nanoengine.setup.start.weights import LoadReport, load_weights
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> tuple[BuiltModel, LoadReport]:

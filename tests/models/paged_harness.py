@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from nanoengine.api import AttentionBackend, BatchLimits, ForwardBatch, Model, StepInputs
-from nanoengine.core.execution.build import build_model, kv_groups
-from nanoengine.core.execution.parallel import SingleRank
-from nanoengine.core.execution.weights import load_weights
+from nanoengine.api.parallel import SingleRank
 from nanoengine.kernels.ops import Ops
 from nanoengine.plugins.attention_backends.torch_paged import TorchPaged
 from nanoengine.plugins.models import register_models
+from nanoengine.setup.start.build_model import build_model, kv_groups
+from nanoengine.setup.start.weights import load_weights
 
 MODELS = {name: spec.target for spec in register_models() for name in spec.architectures}
 

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from nanoengine import LLM
 from nanoengine.api import ModelError, WeightsError
-from nanoengine.core.setup.checkpoint import INDEX_FILE, SINGLE_FILE, find_checkpoint
-from nanoengine.core.text.tokenizer import load_tokenizer
+from nanoengine.setup.start.checkpoint import INDEX_FILE, SINGLE_FILE, find_checkpoint
 from nanoengine.testing.checkpoints import tiny_llama
+from nanoengine.text.tokenizer import load_tokenizer
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9144\n"
 

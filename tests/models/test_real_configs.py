@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nanoengine.api import ModelError
-from nanoengine.core.assemble import inspect_model
-from nanoengine.core.setup.options import EngineOptions
-from nanoengine.core.setup.plugins import discover
-from nanoengine.core.setup.registry import Registry
+from nanoengine.build import inspect_model
+from nanoengine.core.options import EngineOptions
+from nanoengine.setup.plugins.discover import discover
+from nanoengine.setup.plugins.registry import Registry
 
 FOLDER = Path(__file__).parent / "real_configs"
 TABLE: dict[str, dict[str, Any]] = json.loads((FOLDER / "table.json").read_text())

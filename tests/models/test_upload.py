@@ -14,8 +14,8 @@ import torch
 from test_weights import load
 from torch import Tensor
 
-from nanoengine.core.execution import upload, weights
-from nanoengine.core.execution.upload import Uploads
+from nanoengine.setup.start import upload, weights
+from nanoengine.setup.start.upload import Uploads
 from nanoengine.testing.checkpoints import tiny_llama, tiny_qwen3
 
 CPU = torch.device("cpu")

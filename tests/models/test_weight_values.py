@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from nanoengine.api import WeightsError
-from nanoengine.core.execution import weights
-from nanoengine.core.setup.checkpoint import SINGLE_FILE
+from nanoengine.setup.start import weights
+from nanoengine.setup.start.checkpoint import SINGLE_FILE
 from nanoengine.testing.checkpoints import (
     tiny_gemma2,
     tiny_gemma3,

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanoengine.api import ModelError, WeightsError
-from nanoengine.core.execution.build import BuiltModel, build_model, kv_groups
-from nanoengine.core.execution.parallel import SingleRank
-from nanoengine.core.execution.weights import LoadReport, dummy_weights, load_weights
+from nanoengine.api.parallel import SingleRank
 from nanoengine.layers.rope import RopeConfig
 from nanoengine.plugins.models.gemma3 import Gemma3, Gemma3WithImages
 from nanoengine.plugins.models.llama import Llama
+from nanoengine.setup.start.build_model import BuiltModel, build_model, kv_groups
+from nanoengine.setup.start.weights import LoadReport, dummy_weights, load_weights
 from nanoengine.testing.checkpoints import (
     NULL,
     tiny_gemma2,

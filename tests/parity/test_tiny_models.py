@@ -335,7 +335,7 @@ def _gelu_without_tanh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _group_of_the_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
     """A KV group's layers attend within the window of the other group."""
-    from nanoengine.core.execution.build import kv_groups
+    from nanoengine.setup.start.build_model import kv_groups
 
     def swapped(layers: Any) -> Any:
         groups = kv_groups(layers)

@@ -9,8 +9,8 @@ import pytest
 
 from nanoengine import LLM, SamplingParams
 from nanoengine.api import ModelError, NanoEngineError, ParamsError, PluginError
-from nanoengine.core.setup.config import load_config
-from nanoengine.core.setup.plugins import discover
+from nanoengine.setup.config.config import load_config
+from nanoengine.setup.plugins.discover import discover
 from nanoengine.testing.checkpoints import tiny_llama
 
 HOW = "If it is a plugin's: install its package, or give --plugin FILE, in Python LLM(plugins=[FILE])"

@@ -20,8 +20,8 @@ from nanoengine.api import (
     UnsupportedError,
     hookimpl,
 )
-from nanoengine.core.setup.plan import TargetLoader
-from nanoengine.core.setup.plugins import choose_attention, discover, from_class, load_checked
+from nanoengine.setup.plugins.discover import choose_attention, discover, from_class, load_checked
+from nanoengine.setup.plugins.targets import TargetLoader
 
 NEED = AttentionNeed(device="madeup", dtype="float32", head_sizes=frozenset({40}))
 HERE = __name__

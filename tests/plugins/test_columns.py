@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import pytest
 
 from nanoengine.api import API_VERSION, ColumnSpec, PluginError, SamplerSpec, StageParams, StandardOp
-from nanoengine.core.setup.validation import check_spec
+from nanoengine.setup.plugins.validation import check_spec
 
 
 def spec_with(column: Any) -> SamplerSpec:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from nanoengine.api.errors import ConfigError
 from nanoengine.cli.app import app
-from nanoengine.core.errors import ConfigError
-from nanoengine.core.setup.config import load_config
-from nanoengine.core.setup.plugins import discover
+from nanoengine.setup.config.config import load_config
+from nanoengine.setup.plugins.discover import discover
 
 ROOTS = """
 @hookimpl

@@ -22,8 +22,8 @@ from nanoengine.api import (
     StageParams,
     hookimpl,
 )
-from nanoengine.core.setup.plan import TargetLoader
-from nanoengine.core.setup.plugins import Failure, Registry, discover, load_checked, plugin_file
+from nanoengine.setup.plugins.discover import Failure, Registry, discover, load_checked, plugin_file
+from nanoengine.setup.plugins.targets import TargetLoader
 
 MODEL = """
 @hookimpl
@@ -310,7 +310,7 @@ def test_an_object_handed_over_fails_at_once() -> None:
 
 
 def test_discovery_imports_no_torch() -> None:
-    code = "import sys; from nanoengine.core.setup.plugins import discover; r = discover(); r.stages()\n"
+    code = "import sys; from nanoengine.setup.plugins.discover import discover; r = discover(); r.stages()\n"
     code += "assert r.plugins; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -31,8 +31,8 @@ from nanoengine.api import (
     StageParams,
     hookimpl,
 )
-from nanoengine.core.setup.plan import TargetLoader
-from nanoengine.core.setup.plugins import discover, load_checked
+from nanoengine.setup.plugins.discover import discover, load_checked
+from nanoengine.setup.plugins.targets import TargetLoader
 
 PROMPTS = [{"prompt_token_ids": [1, 2, 3, 4]}, {"prompt_token_ids": [9, 8]}]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)

@@ -192,6 +192,6 @@ def test_the_templates_are_packaged() -> None:
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["nanoengine"]
     package = ROOT / "nanoengine"
     packaged = {file for pattern in patterns for file in package.glob(pattern)}
-    templates = {file for file in (package / "cli/plugin_templates").rglob("*") if file.is_file()}
+    templates = {file for file in (package / "lab/cli/plugin_templates").rglob("*") if file.is_file()}
     assert len(templates) > 15
     assert templates <= packaged

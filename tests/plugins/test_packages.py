@@ -40,8 +40,8 @@ def in_environment(python: Path, code: str) -> Any:
 
 PRELUDE = """
 import json
-from nanoengine.core.errors import NanoEngineError
-from nanoengine.core.setup.plugins import discover
+from nanoengine.api.errors import NanoEngineError
+from nanoengine.setup.plugins.discover import discover
 registry = discover()
 def message(look_up, *args, **kwargs):
     try:

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from nanoengine.api import AttentionBackend, Model, PluginError, SamplerStage
-from nanoengine.core.execution.build import build_model
-from nanoengine.core.execution.parallel import SingleRank
-from nanoengine.core.setup.options import EngineOptions
-from nanoengine.core.setup.plan import EnginePlan, StagePlan, TargetLoader
-from nanoengine.core.setup.plugins import Registry, discover, load_checked
+from nanoengine.api.parallel import SingleRank
+from nanoengine.core.options import EngineOptions
+from nanoengine.setup.plugins.discover import Registry, discover, load_checked
+from nanoengine.setup.plugins.targets import EnginePlan, StagePlan, TargetLoader
+from nanoengine.setup.start.build_model import build_model
 
 TINY = {
     "architectures": ["LlamaForCausalLM"], "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24,
@@ -107,7 +107,7 @@ def test_a_plan_survives_pickling_and_carries_no_class_of_a_plugin() -> None:
 
     plan = plan_of(discover(), "LlamaForCausalLM")
     assert Noting(io.BytesIO(pickle.dumps(plan))).load() == plan
-    assert set(named) == {"nanoengine.core.setup.plan", "nanoengine.core.setup.options", "nanoengine.core.setup.specs"}
+    assert set(named) == {"nanoengine.setup.plugins.targets", "nanoengine.core.options", "nanoengine.api.specs"}
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 
 from nanoengine import LLM, SamplingParams
 from nanoengine.api import ModelError, ModelSourceError, NanoEngineError, PluginError
-from nanoengine.core.setup.plugins import discover
+from nanoengine.setup.plugins.discover import discover
 from nanoengine.testing import mock_model
 from nanoengine.testing.mock_model import write_mock_checkpoint
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from nanoengine.api import ColumnSpec, StageParams, StandardOp
-from nanoengine.core.errors import ParamsError, PluginError, TokenizerMissing
-from nanoengine.core.field_types import conform, describe
-from nanoengine.core.sampling_fields import NOT_SERVED, legal_fields
-from nanoengine.core.sampling_params import ParamsResolver, ResolvedParams, SamplingParams
+from nanoengine.api.errors import ParamsError, PluginError, TokenizerMissing
+from nanoengine.params.field_types import conform, describe
+from nanoengine.params.sampling_fields import NOT_SERVED, legal_fields
+from nanoengine.params.sampling_params import ParamsResolver, ResolvedParams, SamplingParams
 
 from .harness import BUILT_IN, Context, resolver
 
@@ -460,5 +460,5 @@ def test_conform_refuses(value: Any, annotation: Any) -> None:
 
 
 def test_no_torch_is_imported() -> None:
-    code = "import sys, nanoengine.core.sampling_params, nanoengine.plugins.samplers as s; s.register_samplers(); "
+    code = "import sys, nanoengine.params.sampling_params, nanoengine.plugins.samplers as s; s.register_samplers(); "
     subprocess.run([sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], check=True, timeout=60)

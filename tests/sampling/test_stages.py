@@ -15,9 +15,9 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from nanoengine.core.errors import PluginError
-from nanoengine.core.execution.stage import RaggedColumn, SamplerStage, StageRows
-from nanoengine.core.sampling_params import SamplingParams
+from nanoengine.api.errors import PluginError
+from nanoengine.api.processors import RaggedColumn, SamplerStage, StageRows
+from nanoengine.params.sampling_params import SamplingParams
 
 from . import reference
 from .harness import BUILT_IN, ShiftedTables, StaleTables, Tables, Tenant, load_stage, resolver, tenant

@@ -12,16 +12,16 @@ from unittest.mock import patch
 
 import numpy as np
 
-from nanoengine.core.errors import RequestError
+from nanoengine.api.errors import RequestError
+from nanoengine.api.specs import ColumnSpec, StageParams
 from nanoengine.core.request import Request, Status
-from nanoengine.core.sampling_params import PackedStage, ResolvedParams
 from nanoengine.core.scheduling import scheduler as scheduler_module
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.draft import Draft
 from nanoengine.core.scheduling.messages import ScheduledStep, SchedulerConfig, Update
 from nanoengine.core.scheduling.scheduler import Scheduler
-from nanoengine.core.setup.specs import ColumnSpec, StageParams
 from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, StepPlan
+from nanoengine.params.sampling_params import PackedStage, ResolvedParams
 from nanoengine.testing.mock_runner import MockRunner, expected_tokens, fake_logprob
 
 VOCAB = 97

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from nanoengine.core.request import Request
-from nanoengine.core.sampling_params import ResolvedParams
 from nanoengine.core.scheduling.plan_builder import Picks, advance, build_plan
 from nanoengine.core.step import i32
+from nanoengine.params.sampling_params import ResolvedParams
 
 
 def decoding(number: int, length: int) -> Request:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sched_harness import VOCAB, BreakingLoop, Loop, grammar_stage, prompt_of, shift_stage, truth
 
-from nanoengine.core.errors import ConfigError, RequestError
+from nanoengine.api.errors import ConfigError, RequestError
 from nanoengine.core.request import Status
 from nanoengine.core.scheduling.block_pool import Pool
 from nanoengine.core.scheduling.messages import SchedulerConfig

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sched_harness import Loop, prompt_of, random_request
 
-from nanoengine.core.errors import RequestError
+from nanoengine.api.errors import RequestError
 from nanoengine.core.execution import split
 from nanoengine.core.execution.split import Part, SlotsMoved, Splitter, halves, merged, slots_move
 from nanoengine.core.step import NewSlots, StepPlan, StepResult

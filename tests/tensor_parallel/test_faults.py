@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nanoengine import EngineClosed, RequestError, WorkerError
-from nanoengine.core.errors import ModelError
+from nanoengine.api.errors import ModelError
 
 from . import faulty
 from .support import PARAMS, faulty_llm, generate, pids

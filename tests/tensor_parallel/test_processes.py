@@ -18,10 +18,18 @@ import torch
 from engine import stages_plugin
 from engine.support import greedy
 
-from nanoengine import LLM, ConfigError, ModelError, NanoEngineError, PluginError, SamplingParams, WorkerError
+from nanoengine import (
+    LLM,
+    ConfigError,
+    ModelError,
+    NanoEngineError,
+    PluginError,
+    SamplingParams,
+    WorkerError,
+    build_engine,
+)
 from nanoengine.api import AttentionBackend
-from nanoengine.core import build_engine
-from nanoengine.core.execution.workers.executor import WorkersExecutor
+from nanoengine.distributed.executor import WorkersExecutor
 from nanoengine.testing import mock_model
 from nanoengine.testing.checkpoints import tiny_llama
 from nanoengine.testing.mock_model import MockAttention, write_mock_checkpoint

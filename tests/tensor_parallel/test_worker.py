@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 import torch
 
-from nanoengine.core.errors import ConfigError
-from nanoengine.core.execution.distributed import CollectiveFailed
-from nanoengine.core.execution.workers import main
-from nanoengine.core.execution.workers.channel import Channel, Frame, Kind, Parcel
-from nanoengine.core.execution.workers.faults import blame, blame_late, exit_words, phase_of, report_of
-from nanoengine.core.execution.workers.main import Worker
-from nanoengine.core.execution.workers.shared import READY, RING, Layout, Shared, Word
-from nanoengine.core.startup import PHASES
+from nanoengine.api.errors import ConfigError
 from nanoengine.core.step import StepPlan, StepResult, i32
+from nanoengine.distributed import worker as main
+from nanoengine.distributed.channel import Channel, Frame, Kind, Parcel
+from nanoengine.distributed.faults import blame, blame_late, exit_words, phase_of, report_of
+from nanoengine.distributed.group import CollectiveFailed
+from nanoengine.distributed.shared import READY, RING, Layout, Shared, Word
+from nanoengine.distributed.worker import Worker
+from nanoengine.setup.start.clock import PHASES
 
 
 @pytest.fixture

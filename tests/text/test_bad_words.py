@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
-from nanoengine.core.errors import ParamsError
+from nanoengine.api.errors import ParamsError
 from nanoengine.plugins.samplers.params import BadWordsParams
 
 TEXT = ["the cat sat (cat) on a mat", "sad unhappy cats happy", "\n", "un"] * 3

@@ -15,8 +15,8 @@ from jinja2 import TemplateError
 from text_zoo import byte_level, wrap
 from transformers import PreTrainedTokenizerFast
 
-from nanoengine.core.errors import RequestError
-from nanoengine.core.text import TemplateProcesses, Tokenizer
+from nanoengine.api.errors import RequestError
+from nanoengine.text import TemplateProcesses, Tokenizer
 
 HELLO = [{"role": "user", "content": "hello"}]
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": {"where": "<up>", "n": 2}}}

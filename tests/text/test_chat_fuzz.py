@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from text_zoo import byte_level, wrap
 
-from nanoengine.core.errors import RequestError
-from nanoengine.core.text import Tokenizer
+from nanoengine.api.errors import RequestError
+from nanoengine.text import Tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}{{ m.content }}{% for c in m.tool_calls or [] %}"

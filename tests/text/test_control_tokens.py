@@ -12,8 +12,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from nanoengine.core.errors import RequestError
-from nanoengine.core.text import TemplateProcesses, Tokenizer
+from nanoengine.api.errors import RequestError
+from nanoengine.text import TemplateProcesses, Tokenizer
 
 START, END, THINK, WORD = "<|im_start|>", "<|im_end|>", "<think>", "<word>"
 CHATML = (

@@ -10,10 +10,10 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from text_zoo import REPLACEMENT, TOKENIZERS, WORDS, ZOO
 
-from nanoengine.core.sampling_params import ResolvedParams
-from nanoengine.core.text import IncrementalDetokenizer, Tokenizer
-from nanoengine.core.text.decoding import ByteLevelStream, TokenTable
-from nanoengine.core.text.stops import StopMatcher
+from nanoengine.params.sampling_params import ResolvedParams
+from nanoengine.text import IncrementalDetokenizer, Tokenizer
+from nanoengine.text.decoding import ByteLevelStream, TokenTable
+from nanoengine.text.stops import StopMatcher
 
 BYTES = TOKENIZERS["byte_level"]
 FIRST_WORD = 256

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from text_zoo import byte_level
 
-from nanoengine.core.errors import ModelError
-from nanoengine.core.text import load_tokenizer
+from nanoengine.api.errors import ModelError
+from nanoengine.text import load_tokenizer
 
 EVIL = """
 from pathlib import Path

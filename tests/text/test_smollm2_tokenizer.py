@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoengine.core.text import IncrementalDetokenizer, Tokenizer, load_tokenizer
+from nanoengine.text import IncrementalDetokenizer, Tokenizer, load_tokenizer
 
 pytestmark = pytest.mark.slow
 

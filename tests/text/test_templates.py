@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from nanoengine.core.errors import EngineClosed, NanoEngineError, RequestError
-from nanoengine.core.text import templates
-from nanoengine.core.text.templates import TemplateProcesses
+from nanoengine.api.errors import EngineClosed, NanoEngineError, RequestError
+from nanoengine.text import templates
+from nanoengine.text.templates import TemplateProcesses
 
 MEMORY = 64 << 20
 
@@ -221,7 +221,7 @@ def test_a_process_that_does_not_start_is_an_error_with_the_command(
 
 PARENT = """
 import os, sys, time
-from nanoengine.core.text.templates import TemplateProcesses
+from nanoengine.text.templates import TemplateProcesses
 made = TemplateProcesses(seconds=60)
 assert "torch" not in sys.modules and "jinja2" not in sys.modules
 print(made.render("{{ a }}", {"a": 1}), made._idle[0]._child.pid, flush=True)

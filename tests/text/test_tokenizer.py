@@ -13,8 +13,8 @@ from text_zoo import TOKENIZERS, byte_alphabet, byte_level, wrap
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from nanoengine.core.errors import ModelError, RequestError
-from nanoengine.core.text import Tokenizer, load_tokenizer
+from nanoengine.api.errors import ModelError, RequestError
+from nanoengine.text import Tokenizer, load_tokenizer
 
 CHATML = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>{% endfor %}"
@@ -137,7 +137,7 @@ del os.environ["HF_HUB_OFFLINE"]
 def refuse(*args): raise SystemExit("a connection was tried")
 socket.socket.connect = socket.getaddrinfo = refuse
 from pathlib import Path
-from nanoengine.core.text import load_tokenizer
+from nanoengine.text import load_tokenizer
 assert "transformers" not in sys.modules
 assert load_tokenizer(Path(sys.argv[1])).encode("1") == [257, 49]
 assert "torch" not in sys.modules

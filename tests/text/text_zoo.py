@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from nanoengine.core.text import Tokenizer
+from nanoengine.text import Tokenizer
 
 REPLACEMENT = "\ufffd"
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanoengine.core.errors import ConfigError
+from nanoengine.api.errors import ConfigError
 
 _ALIGNMENT = 4  # words; kernels read pointers that are multiples of 16 bytes faster
 

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanoengine.api.parallel import TensorParallelGroup
+from nanoengine.api.specs import StandardOp
 from nanoengine.core.execution.draw import vocab_slice
 from nanoengine.core.execution.graph_inputs import RowInputs
 from nanoengine.core.execution.graphs import captured
 from nanoengine.core.execution.mixed_graphs import MixedSize
-from nanoengine.core.execution.parallel import TensorParallelGroup
 from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.slots import ScalarTable, SlotTables
 from nanoengine.core.execution.step_inputs import StepBuffers
-from nanoengine.core.setup.specs import StandardOp
 from nanoengine.core.step import Int32
 
 _TRUNCATIONS = (StandardOp.TOP_K, StandardOp.TOP_P, StandardOp.MIN_P)

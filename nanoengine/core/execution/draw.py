@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nanoengine.core.execution.parallel import TensorParallelGroup
-from nanoengine.core.execution.stage import RaggedColumn
-from nanoengine.core.setup.specs import StandardOp
+from nanoengine.api.parallel import TensorParallelGroup
+from nanoengine.api.processors import RaggedColumn
+from nanoengine.api.specs import StandardOp
 from nanoengine.kernels import sampling
 from nanoengine.kernels.philox import draw_keys
 from nanoengine.layers.sharding import padded_length

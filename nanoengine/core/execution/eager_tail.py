@@ -12,15 +12,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from nanoengine.api.checks import CheckedModel
+from nanoengine.api.parallel import TensorParallelGroup
+from nanoengine.api.processors import Need
 from nanoengine.core.execution.decode_tail import Size
 from nanoengine.core.execution.draw import DrawRows, vocab_slice
-from nanoengine.core.execution.model_checks import CheckedModel
-from nanoengine.core.execution.parallel import TensorParallelGroup
 from nanoengine.core.execution.results import LaunchedStep, PendingLogprobs
 from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.execution.split import slots_move
-from nanoengine.core.execution.stage import Need
 from nanoengine.core.execution.step_inputs import GatheredStep
 from nanoengine.core.step import StepPlan
 from nanoengine.kernels import all_reduce

@@ -6,13 +6,13 @@ from abc import ABC, abstractmethod
 from functools import partial
 from typing import Any, Protocol
 
-from nanoengine.core.errors import EngineClosed
-from nanoengine.core.execution.memory import MemoryReport
-from nanoengine.core.execution.parallel import SingleRank
+from nanoengine.api.errors import EngineClosed
+from nanoengine.api.parallel import SingleRank
 from nanoengine.core.execution.runner import ModelRunner
 from nanoengine.core.execution.step_thread import Call, StepThread
-from nanoengine.core.setup.plan import EnginePlan, TargetLoader
 from nanoengine.core.step import StepPlan, StepResult
+from nanoengine.setup.plugins.targets import EnginePlan, TargetLoader
+from nanoengine.setup.start.memory import MemoryReport
 
 
 class StepHandle(Protocol):

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from nanoengine.core.errors import is_failure
+from nanoengine.api.errors import is_failure
 from nanoengine.kernels.compile_ahead import is_compiling_ahead
 
 _STEPS = ((8, 8), (64, 16), (256, 32), (1024, 128))  # up to so many rows, in steps of so many

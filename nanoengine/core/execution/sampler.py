@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanoengine.core.errors import PluginError, shown
+from nanoengine.api.errors import PluginError, shown
+from nanoengine.api.plugin_calls import plugin_step, whose
+from nanoengine.api.processors import Need, RaggedColumn, SamplerStage, StageRows
+from nanoengine.api.specs import Phase, StandardOp
 from nanoengine.core.execution.draw import DrawRows, draw_tokens
-from nanoengine.core.execution.stage import Need, RaggedColumn, SamplerStage, StageRows
-from nanoengine.core.setup.plan import StagePlan
-from nanoengine.core.setup.plugin_calls import plugin_step, whose
-from nanoengine.core.setup.specs import Phase, StandardOp
 from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, ROW_NOTHING_LEFT
 from nanoengine.kernels import all_reduce, sampling
+from nanoengine.setup.plugins.targets import StagePlan
 
 _TRUNCATION_ORDER = (StandardOp.TOP_K, StandardOp.TOP_P, StandardOp.MIN_P)
 

@@ -17,13 +17,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from nanoengine.api.processors import Need, RaggedColumn
+from nanoengine.api.specs import ColumnSpec, StandardOp
 from nanoengine.core.execution.arena import Arena, Ints, staged
-from nanoengine.core.execution.stage import Need, RaggedColumn
-from nanoengine.core.setup.plan import StagePlan
-from nanoengine.core.setup.specs import ColumnSpec, StandardOp
 from nanoengine.core.step import BlockAppends, NewSlots, StageColumn
 from nanoengine.kernels import step_inputs
 from nanoengine.kernels.step_inputs import SlotState
+from nanoengine.setup.plugins.targets import StagePlan
 
 MIN_RAGGED_WIDTH = 8
 _LENGTHS = ("num_tokens", "num_computed", "prompt_lens", "min_lens", "seeds", "sample_index")  # int64 [slots]

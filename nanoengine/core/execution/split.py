@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from nanoengine.core.execution.results import join_logprobs
-from nanoengine.core.execution.shortage import is_out_of_memory
 from nanoengine.core.step import (
     ROW_FINE,
     BlockAppends,
@@ -27,6 +26,7 @@ from nanoengine.core.step import (
     StepPlan,
     StepResult,
 )
+from nanoengine.setup.start.shortage import is_out_of_memory
 
 _log = logging.getLogger(__name__)
 

@@ -11,22 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoengine.core.errors import ModelError, described, is_failure
-from nanoengine.core.execution.attention import BatchLimits, GraphSupport
+from nanoengine.api.attention import BatchLimits, GraphSupport
+from nanoengine.api.checks import CheckedModel
+from nanoengine.api.errors import ModelError, described, is_failure
+from nanoengine.api.model import ForwardBatch
+from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.core.execution.decode_tail import DecodeTail, Size
 from nanoengine.core.execution.graph_inputs import GraphInputs, RowInputs
 from nanoengine.core.execution.graphs import DecodeGraphs, graph_sizes
 from nanoengine.core.execution.mixed_graphs import PREFILL_ROWS, MixedGraphs, MixedSize, mixed_sizes
-from nanoengine.core.execution.model import ForwardBatch
-from nanoengine.core.execution.model_checks import CheckedModel
-from nanoengine.core.execution.parallel import TensorParallelGroup
 from nanoengine.core.execution.sampler import Sampler
-from nanoengine.core.execution.shortage import CaptureOutOfMemory, is_out_of_memory
 from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, decode_plan
-from nanoengine.core.setup.options import EngineOptions
+from nanoengine.core.options import EngineOptions
 from nanoengine.core.step import StepPlan
 from nanoengine.kernels.compile_ahead import compiling_ahead
+from nanoengine.setup.start.shortage import CaptureOutOfMemory, is_out_of_memory
 
 _log = logging.getLogger(__name__)
 GRAPH_RESERVE_BYTES = 256 << 20  # what graphs hold besides logits and activations

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoengine.core.execution.attention import BatchLimits, StepInputs
+from nanoengine.api.attention import BatchLimits, StepInputs
 from nanoengine.core.execution.mixed_graphs import PREFILL_ROWS
 from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.step import Int32, StepPlan

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from nanoengine.core.errors import EngineClosed
+from nanoengine.api.errors import EngineClosed
 
 _LOOK_SECONDS = 0.1  # an interrupted wait may have taken the gate with it
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nanoengine.core.errors import RequestError
+from nanoengine.api.errors import RequestError
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import BlockManager, Hits
 

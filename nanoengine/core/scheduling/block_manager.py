@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from nanoengine.core.errors import ConfigError
+from nanoengine.api.errors import ConfigError
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_pool import NO_RUN, Entry, Pool, Run
 from nanoengine.core.step import Int64

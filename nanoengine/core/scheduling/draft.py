@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nanoengine.core.errors import RequestError, described, is_failure, nearest
+from nanoengine.api.errors import RequestError, described, is_failure, nearest
+from nanoengine.api.plugin_calls import whose
 from nanoengine.core.request import Request
-from nanoengine.core.sampling_params import pack_column
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.plan_builder import ColumnValues
-from nanoengine.core.setup.plugin_calls import whose
+from nanoengine.params.sampling_params import pack_column
 
 
 @dataclass(slots=True)

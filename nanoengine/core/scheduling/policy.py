@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
-from nanoengine.core.errors import ConfigError, nearest
+from nanoengine.api.errors import ConfigError, nearest
 from nanoengine.core.request import Request
 
 

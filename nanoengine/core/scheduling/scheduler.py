@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from nanoengine.core.errors import RequestError, engine_failure, is_failure
+from nanoengine.api.errors import RequestError, engine_failure, is_failure
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.admission import find_hits, may_read_cache, refuse_misfit
 from nanoengine.core.scheduling.block_manager import BlockManager, Hits
@@ -30,7 +30,7 @@ from nanoengine.core.scheduling.messages import (
 )
 from nanoengine.core.scheduling.plan_builder import Picks, advance, build_plan, take_back
 from nanoengine.core.scheduling.policy import Policy, make_policy
-from nanoengine.core.scheduling.roster import Roster
+from nanoengine.core.scheduling.queues import Roster
 from nanoengine.core.scheduling.steady import Rows, SteadyRows, may_be_steady
 from nanoengine.core.step import ROW_BAD_LOGITS, StepResult, num_slots, offsets_of
 

@@ -19,7 +19,7 @@ from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.draft import Draft
 from nanoengine.core.scheduling.messages import ScheduledStep, Update
 from nanoengine.core.scheduling.plan_builder import longest_first
-from nanoengine.core.scheduling.roster import Handle
+from nanoengine.core.scheduling.queues import Handle
 from nanoengine.core.step import Bool, Int32, Int64, StepResult, i32
 
 WIDTH = 64  # tokens a row may have in the buffer

@@ -19,8 +19,8 @@ from nanoengine.api import (
     KVSpec,
     StepInputs,
 )
-from nanoengine.core.execution.backend_checks import kv_block_bytes
-from nanoengine.core.setup.choose import check_class, class_reasons
+from nanoengine.setup.plugins.choose import check_class, class_reasons
+from nanoengine.setup.start.backend_checks import kv_block_bytes
 from nanoengine.testing.conformance.failure import during, require, require_close
 from nanoengine.testing.conformance.paging import Paging
 

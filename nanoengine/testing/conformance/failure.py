@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from nanoengine.core.errors import described, is_failure
+from nanoengine.api.errors import described, is_failure
 
 
 class ConformanceError(AssertionError):

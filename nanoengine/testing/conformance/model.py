@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from nanoengine.api import AttentionBackend, BatchLimits, ForwardBatch, Model, ModelError
-from nanoengine.core.errors import described, is_failure
-from nanoengine.core.execution.build import BuiltModel, build_model, kv_groups
-from nanoengine.core.execution.model_checks import LOGITS_DTYPES
-from nanoengine.core.execution.weights import load_weights
-from nanoengine.core.setup.choose import check_class
+from nanoengine.api.checks import LOGITS_DTYPES
+from nanoengine.api.errors import described, is_failure
 from nanoengine.plugins.attention_backends.torch_paged import TorchPaged
+from nanoengine.setup.plugins.choose import check_class
+from nanoengine.setup.start.build_model import BuiltModel, build_model, kv_groups
+from nanoengine.setup.start.weights import load_weights
 from nanoengine.testing.conformance.failure import ConformanceError, during, require, require_close
 from nanoengine.testing.conformance.paging import Paging
 from nanoengine.testing.conformance.ranks import Ranks

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from nanoengine.api import ParamsError, SamplerSpec, SamplerStage, StageContext, StageParams, hookimpl
-from nanoengine.core.errors import described, is_failure
-from nanoengine.core.execution.stages import build_stages
-from nanoengine.core.sampling_params import ParamsResolver, SamplingParams
-from nanoengine.core.setup.plan import StagePlan, TargetLoader
-from nanoengine.core.setup.validation import check_spec
+from nanoengine.api.errors import described, is_failure
+from nanoengine.params.sampling_params import ParamsResolver, SamplingParams
+from nanoengine.setup.plugins.targets import StagePlan, TargetLoader
+from nanoengine.setup.plugins.validation import check_spec
+from nanoengine.setup.start.stages import build_stages
 from nanoengine.testing.conformance.failure import ConformanceError, during, require, require_close
 from nanoengine.testing.conformance.stage_rows import Batch, Row, columns_of
 
@@ -198,7 +198,7 @@ def _check_no_waiting(stage: SamplerStage, batch: Batch) -> None:
 def _check_engine(spec: SamplerSpec, examples: Sequence[Mapping[str, Any]], vocab_size: int) -> None:
     """Whole requests on the mock model: the same tokens alone and together, with the stage's users and without."""
     from nanoengine import LLM
-    from nanoengine.core.setup.plugins import discover
+    from nanoengine.setup.plugins.discover import discover
     from nanoengine.testing import mock_model
     from nanoengine.testing.checkpoints import write_byte_tokenizer
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nanoengine.api import ColumnSpec, Need, RaggedColumn, StageParams, StageRows
-from nanoengine.core.sampling_params import PackedStage, pack_columns
+from nanoengine.params.sampling_params import PackedStage, pack_columns
 
 
 @dataclass(frozen=True, slots=True)

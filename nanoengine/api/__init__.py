@@ -1,0 +1,109 @@
+"""The plugin interface, version 1: all that a plugin needs, and all that is stable.
+
+Every name is documented field by field in docs/plugin-api.md. Names that need torch (`Model` and its parts) are
+imported when first used, so that a module of hooks can import this one for free.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nanoengine.api.attention import (
+    AttentionBackend,
+    AttentionCapabilities,
+    AttentionFeature,
+    AttentionLayerSpec,
+    AttentionNeed,
+    BatchLimits,
+    GraphSupport,
+    KVCacheView,
+    KVSpec,
+    StepInputs,
+)
+from nanoengine.api.errors import (
+    ConfigError,
+    ModelError,
+    ModelSourceError,
+    NanoEngineError,
+    ParamsError,
+    PluginError,
+    TokenizerMissing,
+    UnsupportedError,
+    WeightsError,
+)
+from nanoengine.api.hooks import hookimpl
+from nanoengine.api.parallel import TensorParallelGroup
+from nanoengine.api.processors import Need, RaggedColumn, SamplerStage, StageContext, StageRows
+from nanoengine.api.specs import (
+    API_VERSION,
+    AttentionSpec,
+    ColumnSpec,
+    ModelSourceSpec,
+    ModelSpec,
+    ParamsContext,
+    Phase,
+    SamplerSpec,
+    StageParams,
+    StandardOp,
+)
+from nanoengine.setup.plugins.sources import ModelSource, SourceContext
+
+if TYPE_CHECKING:
+    from nanoengine.api.model import Attention, BuildContext, ForwardBatch, Model, ModelConfig, WeightMap
+
+_NEEDS_TORCH = ("Attention", "BuildContext", "ForwardBatch", "Model", "ModelConfig", "WeightMap")
+
+__all__ = [
+    "API_VERSION",
+    "Attention",
+    "AttentionBackend",
+    "AttentionCapabilities",
+    "AttentionFeature",
+    "AttentionLayerSpec",
+    "AttentionNeed",
+    "AttentionSpec",
+    "BatchLimits",
+    "BuildContext",
+    "ColumnSpec",
+    "ConfigError",
+    "ForwardBatch",
+    "GraphSupport",
+    "KVCacheView",
+    "KVSpec",
+    "Model",
+    "ModelConfig",
+    "ModelError",
+    "ModelSource",
+    "ModelSourceError",
+    "ModelSourceSpec",
+    "ModelSpec",
+    "NanoEngineError",
+    "Need",
+    "ParamsContext",
+    "ParamsError",
+    "Phase",
+    "PluginError",
+    "RaggedColumn",
+    "SamplerSpec",
+    "SamplerStage",
+    "SourceContext",
+    "StageContext",
+    "StageParams",
+    "StageRows",
+    "StandardOp",
+    "StepInputs",
+    "TensorParallelGroup",
+    "TokenizerMissing",
+    "UnsupportedError",
+    "WeightMap",
+    "WeightsError",
+    "hookimpl",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEEDS_TORCH:
+        from nanoengine.api import model
+
+        return getattr(model, name)
+    raise AttributeError(f"module 'nanoengine.api' has no attribute {name!r}")

@@ -1,0 +1,126 @@
+"""What a model says and gives, held against its contract: at start, or in Python by shapes, without waiting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanoengine.api.attention import AttentionBackend, AttentionLayerSpec
+from nanoengine.api.errors import ModelError, shown
+from nanoengine.api.model import ForwardBatch, Model, ModelConfig, WeightMap
+from nanoengine.api.parallel import TensorParallelGroup
+from nanoengine.api.plugin_calls import name_of, plugin_step, whose
+from nanoengine.layers.sharding import padded_length
+
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_config(config: object, model: type[Any]) -> None:
+    """`read_config`'s answer. Raises `ModelError`."""
+    if not isinstance(config, ModelConfig):
+        text = f"{name_of(model)}.read_config returned {shown(config)}, not a nanoengine.api.ModelConfig"
+        raise ModelError(text + whose(None, model.read_config))
+    for name in ("vocab_size", "hidden_size", "max_model_len"):
+        value = getattr(config, name)
+        if not _is_count(value):
+            text = (
+                f"{name_of(model)}.read_config returned {name}={shown(value)}, which must be an integer of at least 1"
+            )
+            raise ModelError(text + whose(None, model.read_config))
+
+
+def check_weight_map(found: object, model: type[Any]) -> None:
+    """`weight_map`'s answer. Raises `ModelError`."""
+    if not isinstance(found, WeightMap):
+        text = f"{name_of(model)}.weight_map returned {shown(found)}, not a nanoengine.api.WeightMap"
+        raise ModelError(text + whose(None, model.weight_map))
+    kinds = {"fuse": Mapping, "rename": Mapping, "ties": Mapping, "skip": tuple, "skip_prefixes": tuple}
+    for name, kind in kinds.items():
+        value = getattr(found, name)
+        if not isinstance(value, kind):
+            text = f"{name_of(model)}: WeightMap.{name} must be a {kind.__name__.lower()}, not {shown(value)}"
+            raise ModelError(text + whose(None, model.weight_map))
+
+
+def check_attention(name: str, spec: object) -> None:
+    """What a model asks an attention layer to be. Raises `ModelError`."""
+    if not isinstance(spec, AttentionLayerSpec):
+        raise ModelError(f"{name}: {shown(spec)} is not a nanoengine.api.AttentionLayerSpec")
+    for field in ("num_heads", "num_kv_heads", "head_size"):
+        if not _is_count(getattr(spec, field)):
+            raise ModelError(f"{name}: {field} must be an integer of at least 1, not {shown(getattr(spec, field))}")
+    if spec.num_heads % spec.num_kv_heads:
+        raise ModelError(
+            f"{name}: {spec.num_heads} heads do not divide over {spec.num_kv_heads} KV heads: each KV head serves "
+            "equally many"
+        )
+    if spec.window is not None and not _is_count(spec.window):
+        raise ModelError(f"{name}: window must be None or an integer of at least 1, not {shown(spec.window)}")
+    if not _is_number(spec.scale) or (
+        spec.soft_cap is not None and not (_is_number(spec.soft_cap) and spec.soft_cap > 0)
+    ):
+        raise ModelError(
+            f"{name}: scale must be a finite number and soft_cap None or one above 0, not {shown(spec.scale)} and "
+            f"{shown(spec.soft_cap)}"
+        )
+
+
+class CheckedModel:
+    """A model as the runner calls it: shapes and dtypes are looked at, and what it raises names it."""
+
+    def __init__(
+        self, model: Model, config: ModelConfig, tp: TensorParallelGroup, backend: type[AttentionBackend]
+    ) -> None:
+        self._model, self._config, self._tp = model, config, tp
+        self._class, self._backend = type(model), backend
+
+    def __call__(self, input_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
+        """[T, hidden size]."""
+        with plugin_step(f"{name_of(self._class)}.forward", self._class, self._backend):
+            hidden = self._model(input_ids, positions, batch)
+        return check_hidden(hidden, batch.num_tokens, self._config.hidden_size, self._class)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """[R, V/tp], of any of `LOGITS_DTYPES`."""
+        with plugin_step(f"{name_of(self._class)}.compute_logits", self._class):
+            logits = self._model.compute_logits(hidden)
+        return check_logits(logits, len(hidden), self._config.vocab_size, self._tp.size, self._class)
+
+
+def check_hidden(hidden: object, tokens: int, width: int, model: type[Any]) -> Tensor:
+    """What `forward` gave, if it is [tokens, width]. Raises `ModelError`."""
+    if not isinstance(hidden, Tensor):
+        raise _wrong(model, "forward", hidden, f"a Tensor of [T, hidden size] = {(tokens, width)}")
+    if hidden.shape != (tokens, width) or not hidden.is_floating_point():
+        raise _wrong(model, "forward", hidden, f"floats of [T, hidden size] = {(tokens, width)}")
+    return hidden
+
+
+def check_logits(logits: object, rows: int, vocab_size: int, ranks: int, model: type[Any]) -> Tensor:
+    """What `compute_logits` gave, if it is [rows, V/ranks], or more columns on one rank. Raises `ModelError`."""
+    width = padded_length(vocab_size, ranks)
+    wanted = f"{(rows, width)}, float32, bfloat16 or float16, for a vocabulary of {vocab_size} on {ranks} rank(s)"
+    if not isinstance(logits, Tensor) or logits.dtype not in LOGITS_DTYPES or logits.dim() != 2:
+        raise _wrong(model, "compute_logits", logits, wanted)
+    enough = logits.shape[1] == width if ranks > 1 else logits.shape[1] >= vocab_size
+    if len(logits) != rows or not enough:
+        raise _wrong(model, "compute_logits", logits, wanted)
+    return logits
+
+
+def _wrong(model: type[Any], method: str, found: object, wanted: str) -> ModelError:
+    got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+    where = whose(None, getattr(model, method, model))
+    return ModelError(f"{name_of(model)}.{method} gave {got}, not {wanted}{where}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

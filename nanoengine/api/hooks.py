@@ -1,0 +1,38 @@
+"""The pluggy hooks. Called at start-up only, implementation by implementation, so that one failure stays alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pluggy
+
+from nanoengine.api.specs import AttentionSpec, ModelSourceSpec, ModelSpec, SamplerSpec
+
+PROJECT = "nanoengine"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def register_models() -> Iterable[ModelSpec]:  # type: ignore[empty-body]
+    """Model implementations."""
+
+
+@hookspec
+def register_samplers() -> Iterable[SamplerSpec]:  # type: ignore[empty-body]
+    """Sampler stages."""
+
+
+@hookspec
+def register_attention_backends() -> Iterable[AttentionSpec]:  # type: ignore[empty-body]
+    """Attention backends."""
+
+
+@hookspec
+def register_model_sources() -> Iterable[ModelSourceSpec]:  # type: ignore[empty-body]
+    """Places that models come from."""
+
+
+@hookspec
+def register_configs() -> Iterable[str]:  # type: ignore[empty-body]
+    """Roots of config groups, "pkg://package.module"."""

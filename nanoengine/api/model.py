@@ -1,0 +1,191 @@
+"""The model seam: what a model is given (`BuildContext`), and what it must offer (`Model`)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nanoengine.api.attention import AttentionBackend, AttentionLayerSpec, KVCacheView, KVSpec
+from nanoengine.api.parallel import TensorParallelGroup
+from nanoengine.kernels.ops import Ops
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """What the core must know of any model; a model's own config subclasses it.
+
+    Attributes:
+        vocab_size: ids 0 .. vocab_size - 1. hidden_size: width of what `forward` returns.
+        max_model_len: positions the model was made for.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightMap:
+    """How checkpoint names become parameters. Names that no rule touches are taken as they are.
+
+    Attributes:
+        fuse: last module name in the checkpoint -> (fused module's name, part), e.g. {"q_proj": ("qkv_proj", "q")}:
+            "model.layers.0.self_attn.q_proj.weight" fills part "q" of "model.layers.0.self_attn.qkv_proj.weight".
+        rename: prefixes, old -> new: the longest that a checkpoint name begins with is replaced, before `fuse`.
+        skip: name suffixes to skip, e.g. (".rotary_emb.inv_freq",); as in the file, like `skip_prefixes`.
+        ties: parameter -> checkpoint name it is read from instead, e.g.
+            {"lm_head.weight": "model.embed_tokens.weight"}; where the checkpoint has both, and they differ, there is no
+            tie.
+        skip_prefixes: name prefixes to skip, e.g. ("vision_tower.",): parts of a checkpoint that are not supported.
+    """
+
+    fuse: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    rename: Mapping[str, str] = field(default_factory=dict)
+    skip: tuple[str, ...] = ()
+    ties: Mapping[str, str] = field(default_factory=dict)
+    skip_prefixes: tuple[str, ...] = ()
+
+
+class Attention(nn.Module):
+    """One attention layer of a model. The core binds it to its group's backend before the first step."""
+
+    def __init__(self, spec: AttentionLayerSpec, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.spec = spec
+        self.kv_spec = KVSpec(
+            num_kv_heads=spec.num_kv_heads,
+            head_size=spec.head_size,
+            dtype=str(dtype).removeprefix("torch."),
+            window=spec.window,
+        )
+        self._backend: AttentionBackend | None = None
+        self._layer = -1
+
+    def bind(self, backend: AttentionBackend, layer: int) -> None:
+        """Give it the backend of its KV group and its index there."""
+        self._backend, self._layer = backend, layer
+
+    def unbind(self) -> None:
+        """Let go of the backend and of what it holds on the device."""
+        self._backend = None
+
+    def kv_cache(self) -> KVCacheView | None:
+        """Where a kernel may store this step's K and V by itself, before `attend`; None: use `forward`."""
+        assert self._backend is not None, "attention layer used before it was bound"
+        return self._backend.kv_cache(self._layer)
+
+    def attend(self, q: Tensor) -> Tensor:
+        """[T, H, D] -> [T, H, D], over K and V that are stored already."""
+        assert self._backend is not None, "attention layer used before it was bound"
+        return self._backend.attend(self._layer, self.spec, q)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [T, H, D], k and v [T, Hkv, D] -> [T, H, D]."""
+        assert self._backend is not None, "attention layer used before it was bound"
+        return self._backend.forward(self._layer, self.spec, q, k, v)
+
+
+Parallel = Literal["column", "row", "replicated"]
+
+
+class BuildContext(Protocol):
+    """What a model builds itself from. Whatever wraps a layer (quantisation, LoRA, a tap) binds here.
+
+    Attributes:
+        tp: the tensor-parallel group. dtype, device: of the parameters.
+        ops: the operations that layers call: plain torch, or fused kernels.
+    """
+
+    tp: TensorParallelGroup
+    dtype: torch.dtype
+    device: torch.device
+    ops: Ops
+
+    def linear(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        parallel: Parallel = "replicated",
+        parts: Sequence[tuple[str, int]] | None = None,
+        head_size: int | None = None,
+    ) -> nn.Module:
+        """A linear layer, [T, in/tp?] -> [T, out/tp?].
+
+        Args:
+            name: dotted path of the layer, for what binds to it.
+            parallel: "column" splits the outputs over ranks, "row" the inputs (and sums), "replicated" neither.
+            parts: fused outputs with their global sizes, e.g. [("q", 576), ("k", 192), ("v", 192)], each split by
+                itself.
+            head_size: outputs are split in whole heads of this size; parts with fewer heads than ranks are
+                replicated.
+        """
+        ...
+
+    def embedding(self, name: str, num_embeddings: int, dim: int) -> nn.Module:
+        """A vocabulary-parallel embedding, [T] -> [T, dim]."""
+        ...
+
+    def lm_head(
+        self, name: str, dim: int, vocab_size: int, *, bias: bool = False, tied: nn.Module | None = None
+    ) -> nn.Module:
+        """Vocabulary-parallel output layer, [R, dim] -> [R, V/tp], padding columns -inf.
+
+        `tied`: the embedding whose weight it shares.
+        """
+        ...
+
+    def attention(self, name: str, spec: AttentionLayerSpec) -> Attention:
+        """An attention layer. Heads of `spec` are per rank."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """What a model may know of the batch beyond ids and positions. Attention reads its metadata from its backend.
+
+    Attributes:
+        num_tokens: T.
+        num_decode_rows: rows in front that continue a sequence.
+    """
+
+    num_tokens: int
+    num_decode_rows: int
+
+
+class Model(nn.Module, ABC):
+    """A model. Class attribute `weights`: how checkpoint names map to parameters."""
+
+    weights: ClassVar[WeightMap] = WeightMap()
+
+    @classmethod
+    @abstractmethod
+    def read_config(cls, hf: Mapping[str, Any]) -> ModelConfig:
+        """config.json -> the model's own frozen config; the last place HF field names are seen.
+
+        Raises `ModelError` naming a field that is missing, unknown in value, or not served.
+        """
+
+    @abstractmethod
+    def __init__(self, config: Any, ctx: BuildContext) -> None:
+        super().__init__()
+
+    @classmethod
+    def weight_map(cls, config: Any) -> WeightMap:
+        """`weights`, unless it depends on the config (tied embeddings)."""
+        return cls.weights
+
+    @abstractmethod
+    def forward(self, input_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
+        """int [T], int64 [T] -> hidden [T, H]."""
+
+    @abstractmethod
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """[R, H] -> [R, V/tp]; only for rows that need logits; padding columns -inf."""

@@ -1,0 +1,247 @@
+"""From a user's choice to an `EnginePlan`: find the model, choose the parts, fill in every option left open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanoengine.api.attention import AttentionBackend, AttentionFeature, AttentionNeed
+from nanoengine.api.errors import ConfigError, ModelError, ModelSourceError, NanoEngineError, UnsupportedError
+from nanoengine.api.model import Model
+from nanoengine.api.parallel import ShapesOnly, SingleRank
+from nanoengine.api.plugin_calls import plugin_call
+from nanoengine.api.specs import ModelSpec
+from nanoengine.core.options import EngineOptions
+from nanoengine.distributed.checks import check_devices, check_importable
+from nanoengine.layers.config_keys import Recorded, unread_keys
+from nanoengine.setup.config.model_options import option_hint
+from nanoengine.setup.plugins.choose import PassedOver, choose_attention, class_reasons, from_class, load_checked
+from nanoengine.setup.plugins.registry import Registered, Registry
+from nanoengine.setup.plugins.sources import ModelSource, SourceContext, cache_root, resolve_model
+from nanoengine.setup.plugins.targets import EnginePlan, StagePlan, TargetLoader
+from nanoengine.setup.start.build_model import BuiltModel, build_model
+from nanoengine.setup.start.generation import read_json
+from nanoengine.setup.start.memory import check_host_holds
+
+DEFAULT_BLOCK_SIZE = 16
+DEFAULT_BATCHED_TOKENS: Mapping[str, int] = {"cpu": 2048, "cuda": 8192}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembly:
+    """The plan, what loads its targets in this process, and what the scheduler and the API must know.
+
+    `passed_over`: attention backends that `auto` asked before the one it took, each with its reasons.
+    `unread`: keys of config.json that the model did not read and of which nothing is known, each with its value.
+    """
+
+    plan: EnginePlan
+    loader: TargetLoader
+    model_path: Path
+    vocab_size: int
+    passed_over: PassedOver
+    unread: tuple[str, ...] = ()
+
+    def said(self) -> str:
+        """For people: "attention torch (auto passed over triton: runs on cuda, not on cpu)"."""
+        passed = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in self.passed_over)
+        return f"attention {self.plan.attention_name}" + (f" (auto passed over {passed})" if passed else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """A model without memory. options: with device, dtype and lengths filled in. need: of an attention backend.
+
+    unread: keys of config.json that the model did not read and of which nothing is known, each with its value.
+    """
+
+    model: Registered[ModelSpec]
+    hf_config: Mapping[str, Any]
+    built: BuiltModel
+    options: EngineOptions
+    need: AttentionNeed
+    unread: tuple[str, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.built.model.parameters())
+
+
+def find_model(source: str, registry: Registry, say: Any = None) -> Path:
+    """Folder of the model that `source` names, by the registered model sources.
+
+    One that cannot be loaded or made is passed over, and told of only where no other has the model.
+    """
+    loader = TargetLoader(registry.plugin_files)
+    ctx = SourceContext(cache_root(), say) if say is not None else SourceContext(cache_root())
+    sources: list[tuple[str, ModelSource]] = []
+    broken: list[str] = []
+    for found in registry.sources():
+        where = f"model source {found.spec.name!r} of {found.origin}"
+        try:
+            source_class = load_checked(loader, found.spec.target, ModelSource)
+            with plugin_call("it failed in __init__", source_class):
+                sources.append((where, source_class()))
+        except NanoEngineError as error:
+            broken.append(f"{where}: {error}")
+    try:
+        return resolve_model(source, sources, ctx, registry.source_names(), broken)
+    except ModelSourceError as error:
+        hints = option_hint(source, registry) + registry.suspects("model_sources")
+        raise ModelSourceError(f"{error}{hints}") from error
+
+
+def assemble(
+    model_path: Path,
+    attention: str | type[AttentionBackend],
+    options: EngineOptions,
+    registry: Registry,
+    implementation: str | None = None,
+) -> Assembly:
+    """`implementation`: name of the model plugin to take; default: the one that serves the architecture.
+
+    Raises `ModelError`, `PluginError`, `UnsupportedError` or `ConfigError`.
+    """
+    seen = inspect_model(model_path, options, registry, implementation)
+    if seen.options.device == "cpu":
+        check_host_holds(seen.weight_bytes * options.tensor_parallel_size)
+    name, target, local, passed = _attention(attention, seen.need, registry, TargetLoader(registry.plugin_files))
+    loader = TargetLoader(registry.plugin_files, local)
+    options = _fill_block_size(seen.options, load_checked(loader, target, AttentionBackend))
+    plan = EnginePlan(
+        model_path=str(model_path),
+        hf_config=seen.hf_config,
+        model=seen.model.spec.target,
+        attention_name=name,
+        attention=target,
+        stages=tuple(
+            StagePlan(name=s.spec.name, target=s.spec.target, columns=dict(s.spec.params.columns), origin=str(s.origin))
+            for s in registry.stages()
+        ),
+        options=options,
+        plugin_files=registry.plugin_files,
+    )
+    check_importable(plan, local)
+    return Assembly(
+        plan=plan,
+        loader=loader,
+        model_path=model_path,
+        vocab_size=seen.built.config.vocab_size,
+        passed_over=passed,
+        unread=seen.unread,
+    )
+
+
+def inspect_model(
+    model_path: Path, options: EngineOptions, registry: Registry, implementation: str | None = None
+) -> Inspected:
+    """What the model is and needs. Raises `ModelError`, `PluginError` or `ConfigError`."""
+    hf_config = read_json(model_path / "config.json")
+    with _naming(model_path):
+        found = registry.model_for(_architectures(hf_config), implementation)
+    options = _fill_device(options, hf_config)
+    recorded = Recorded(hf_config)
+    with _naming(model_path):
+        built = _inspect(TargetLoader(registry.plugin_files), found.spec.target, recorded, options)
+        unread = tuple(unread_keys(recorded))
+    options = _fill_lengths(options, built)
+    return Inspected(found, hf_config, built, options, attention_need(built, options), unread)
+
+
+@contextmanager
+def _naming(model_path: Path) -> Iterator[None]:
+    """Errors about a model say which folder they are about."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{model_path}: {error}") from error
+
+
+def _architectures(hf_config: Mapping[str, Any]) -> tuple[str, ...]:
+    found = hf_config.get("architectures") or []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise ModelError(
+            f'config.json: "architectures" must be a list of names, as in ["SomeForCausalLM"], not {found!r}'
+        )
+    return tuple(found)
+
+
+def _inspect(loader: TargetLoader, target: str, hf_config: Mapping[str, Any], options: EngineOptions) -> BuiltModel:
+    """The model without memory, to learn what its attention layers need."""
+    model_class: type[Model] = load_checked(loader, target, Model)
+    dtype = getattr(torch, options.dtype)
+    tp = SingleRank() if options.tensor_parallel_size == 1 else ShapesOnly(options.tensor_parallel_size)
+    return build_model(model_class, hf_config, tp=tp, dtype=dtype, device=torch.device("meta"))
+
+
+def _attention(
+    chosen: str | type[AttentionBackend], need: AttentionNeed, registry: Registry, loader: TargetLoader
+) -> tuple[str, str, Mapping[str, type[Any]], PassedOver]:
+    """Name, target, local classes and those passed over."""
+    if isinstance(chosen, str):
+        found, passed = choose_attention(registry, need, chosen, loader)
+        return found.spec.name, found.spec.target, {}, passed
+    target, local = from_class(chosen, AttentionBackend)
+    reasons = class_reasons(chosen, need)
+    if reasons:
+        raise UnsupportedError(f"attention backend {target} cannot serve this model here", reasons)
+    return chosen.__name__, target, local, []
+
+
+def attention_need(built: BuiltModel, options: EngineOptions) -> AttentionNeed:
+    """What the model's attention layers ask of a backend."""
+    features = {AttentionFeature.MIXED}
+    specs = [layer.spec for layer in built.attention_layers]
+    if any(spec.window is not None for spec in specs):
+        features.add(AttentionFeature.SLIDING_WINDOW)
+    if any(spec.soft_cap is not None for spec in specs):
+        features.add(AttentionFeature.SOFT_CAP)
+    return AttentionNeed(
+        device=torch.device(options.device).type,
+        dtype=options.dtype,
+        head_sizes=frozenset(spec.head_size for spec in specs),
+        block_size=options.block_size,
+        features=frozenset(features),
+    )
+
+
+def _fill_device(options: EngineOptions, hf_config: Mapping[str, Any]) -> EngineOptions:
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"engine.device is {device}, but this machine has no usable CUDA device; use device=cpu")
+    check_devices(device, options.tensor_parallel_size)
+    dtype = options.dtype
+    if dtype == "auto":
+        named = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+        dtype = "float32" if device == "cpu" else _known_dtype(named)
+    return replace(options, device=device, dtype=dtype)
+
+
+def _known_dtype(name: str) -> Any:
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"config.json names dtype {name!r}; set engine.dtype to float32, bfloat16 or float16")
+    return name
+
+
+def _fill_lengths(options: EngineOptions, built: BuiltModel) -> EngineOptions:
+    longest = built.config.max_model_len
+    if options.max_model_len is not None and options.max_model_len > longest:
+        raise ConfigError(f"engine.max_model_len is {options.max_model_len}, but the model was made for {longest}")
+    device = torch.device(options.device).type
+    return replace(
+        options,
+        max_model_len=options.max_model_len or longest,
+        max_num_batched_tokens=options.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device],
+    )
+
+
+def _fill_block_size(options: EngineOptions, backend: type[AttentionBackend]) -> EngineOptions:
+    multiple = backend.capabilities.block_multiple
+    return replace(options, block_size=options.block_size or -(-DEFAULT_BLOCK_SIZE // multiple) * multiple)

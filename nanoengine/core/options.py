@@ -1,0 +1,173 @@
+"""Engine options: the same names in Python (`LLM(...)`) and in YAML (`engine:`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_type_hints
+
+from nanoengine.api.errors import ConfigError, ParamsError, nearest
+from nanoengine.params.field_types import conform
+
+_INT32, _INT64, _YEAR = 2**31 - 1, 2**63 - 1, 365 * 86_400.0
+_BOUNDS: Mapping[str, tuple[int, int]] = {
+    "max_model_len": (1, 2**30),
+    "max_num_seqs": (1, 2**16),
+    "max_num_batched_tokens": (1, 2**22),
+    "block_size": (1, 2**20),
+    "num_gpu_blocks_override": (1, 2**50),
+    "kv_cache_memory": (1, 2**50),
+    "admission_reserve": (0, 2**16),
+    "max_n": (1, _INT32),
+    "max_logprobs": (-1, _INT32),
+    "seed": (-_INT64 - 1, _INT64),
+    "tensor_parallel_size": (1, 2**10),
+    "spare_slots": (0, 2**16),
+    "steady_rows": (1, _INT32),
+    "chat_template_memory": (2**20, 2**40),
+}
+"""The least and the most of each: beyond, no device has the memory, or an index of a step no room for the number."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How the engine runs. `None` means: chosen from the model and the device.
+
+    Attributes:
+        dtype: "auto" (float32 on a CPU, the checkpoint's on a GPU), "float32", "bfloat16" or "float16".
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        max_model_len: longest prompt plus output, in tokens; default: what the model was made for.
+        max_num_seqs: most requests running at once (device slots).
+        max_num_batched_tokens: token budget of one step; default 2048 on a CPU, 8192 on a GPU.
+        block_size: tokens in a KV block; default 16, or what the attention backend needs.
+        gpu_memory_utilization: share of a GPU's memory that this engine may take in all, whatever others hold there;
+            where less is free, it takes that.
+        num_gpu_blocks_override: number of KV blocks, whatever the memory.
+        kv_cache_memory: bytes for the KV cache; CPU default: what max_num_seqs x max_model_len takes, at most 4 GiB.
+        enable_prefix_caching: reuse KV blocks of equal prefixes.
+        scheduling_policy: "fcfs", or "priority" (lower value first, then arrival).
+        admission_reserve: KV blocks that stay free for each running request when another one is admitted: fewer
+            preemptions where blocks are short, and somewhat smaller batches.
+        load_format: "auto", or "dummy" for made-up weights.
+        max_n: most samples that a request may ask for (`n`).
+        max_logprobs: most log-probs a position that a request may ask for (`logprobs`, `prompt_logprobs`); -1: no
+            limit, and a request may ask for -1, the whole vocabulary.
+        seed: of requests that bring none, and of dummy weights.
+        tensor_parallel_size: ranks that share each layer, each in a process of its own: rank r on GPU r; on CPUs the
+            ranks share the threads.
+        worker_start_timeout: seconds until all ranks must be ready; loading and the first compile are within it.
+        step_timeout: seconds that a step may take before its rank counts as hanging.
+        enforce_eager: never capture graphs.
+        graph_mixed_steps: steps that hold prompts too run as padded graphs; else those steps run eagerly.
+        overlap: prepare step N+1 while step N runs.
+        spare_slots: slots beyond max_num_seqs: a request whose last token is in flight leaves its place in the batch.
+        steady_rows: from so many decode rows on, the scheduler keeps those that ask for nothing but a token in columns.
+        fuse_kernels: on a GPU, layers use fused Triton kernels.
+        fuse_sampling: fuse the standard sampler operations (one sort for top-k, top-p and min-p).
+        custom_all_reduce: between GPUs, small sums over ranks are read from each other's memory; else all are NCCL's.
+        skip_tokenizer_init: token ids in, token ids out.
+        chat_template_timeout: seconds that a chat template may take for one conversation.
+        chat_template_memory: bytes that the process of a chat template may take beyond what it takes idle.
+    """
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    block_size: int | None = None
+    gpu_memory_utilization: float = 0.9
+    num_gpu_blocks_override: int | None = None
+    kv_cache_memory: int | None = None
+    enable_prefix_caching: bool = True
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    admission_reserve: int = 0
+    load_format: Literal["auto", "dummy"] = "auto"
+    max_n: int = 64
+    max_logprobs: int = 20
+    seed: int = 0
+    tensor_parallel_size: int = 1
+    worker_start_timeout: float = 600.0
+    step_timeout: float = 60.0
+    enforce_eager: bool = False
+    graph_mixed_steps: bool = True
+    overlap: bool = True
+    spare_slots: int = 8
+    steady_rows: int = 48
+    fuse_kernels: bool = True
+    fuse_sampling: bool = True
+    custom_all_reduce: bool = True
+    skip_tokenizer_init: bool = False
+    chat_template_timeout: float = 5.0
+    chat_template_memory: int = 512 << 20
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                rule = f"at least {low}" if low else "0 or more"
+                raise ConfigError(f"engine.{name} must be {rule}, not {value}")
+            if value is not None and value > high:
+                raise ConfigError(f"engine.{name} must be at most {high:,}, not {value:,}")
+        for name in ("worker_start_timeout", "step_timeout", "chat_template_timeout"):
+            seconds = getattr(self, name)
+            if not 0 < seconds <= _YEAR:
+                rule = "at most a year" if seconds > _YEAR else "above 0"
+                raise ConfigError(f"engine.{name} is in seconds and must be {rule}, not {seconds}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"engine.gpu_memory_utilization must be above 0 and at most 1, not {self.gpu_memory_utilization}"
+            )
+        if not (self.device in ("auto", "cpu", "cuda") or self.device.removeprefix("cuda:").isdigit()):
+            raise ConfigError(f"engine.device must be auto, cpu, cuda or cuda:N, not {self.device!r}")
+
+
+OPTIONS_NOT_SERVED: Mapping[str, str] = {
+    "pipeline_parallel_size": "layers are shared over devices, not stacked: use tensor_parallel_size",
+    "trust_remote_code": "code from model folders is never run; a model is a plugin (docs/plugin-api.md)",
+    "quantization": "weights are served as float32, bfloat16 or float16; a GGUF file is converted",
+    "tokenizer": "the tokenizer is the model folder's own",
+    "enable_chunked_prefill": "prompts are always chunked under max_num_batched_tokens",
+    "enable_lora": "adapters are not served yet",
+    "speculative_config": "speculation is not served yet",
+    "swap_space": "preempted requests are computed again, not swapped",
+    "num_threads": "torch takes its CPU threads from the environment: OMP_NUM_THREADS",
+}
+"""Options of vLLM's that are refused with what to do instead."""
+
+
+def is_option(name: str) -> bool:
+    """Whether `EngineOptions` has a field of that name."""
+    return name in EngineOptions.__dataclass_fields__
+
+
+def engine_options(options: Mapping[str, Any]) -> EngineOptions:
+    """Keywords -> `EngineOptions`; raises `ConfigError` for one that is unknown or of the wrong type."""
+    types = get_type_hints(EngineOptions)
+    given = {}
+    for name, value in options.items():
+        if name in OPTIONS_NOT_SERVED:
+            raise ConfigError(f"engine option {name!r}: {OPTIONS_NOT_SERVED[name]}")
+        if name not in types:
+            raise ConfigError(f"unknown engine option {name!r}; {nearest(name, types)}")
+        plain = str(value).removeprefix("torch.") if name in ("dtype", "device") else value  # torch's own are fine
+        try:
+            given[name] = conform(name, plain, types[name])
+        except ParamsError as error:
+            raise ConfigError(f"engine option {error}{dtype_hint(plain) if name == 'dtype' else ''}") from None
+    return EngineOptions(**given)
+
+
+_DTYPES: Mapping[str, str] = {
+    "half": "float16",
+    "fp16": "float16",
+    "float": "float32",
+    "fp32": "float32",
+    "bf16": "bfloat16",
+}
+
+
+def dtype_hint(value: object) -> str:
+    """Tail of a message on a dtype that others call so; "" for what nobody does."""
+    name = _DTYPES.get(value.lower()) if isinstance(value, str) else None
+    return f"; did you mean {name!r}?" if name else ""

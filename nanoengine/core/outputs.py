@@ -1,0 +1,327 @@
+"""From the scheduler's updates to `RequestOutput`s: text, stop strings, log-probs, metrics."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+from nanoengine.api.errors import RequestError, TokenizerMissing, described, is_failure
+from nanoengine.core.request import (
+    CompletionOutput,
+    FinishReason,
+    Logprob,
+    Request,
+    RequestMetrics,
+    RequestOutput,
+    copy_when_read,
+)
+from nanoengine.core.scheduling.ending import take_untold
+from nanoengine.core.scheduling.scheduler import Update
+from nanoengine.core.seeds import request_seed
+from nanoengine.core.step import ROW_BAD_LOGITS, LogprobRows
+from nanoengine.params.sampling_params import ResolvedParams
+from nanoengine.text import IncrementalDetokenizer, Tokenizer
+
+Logprobs = dict[int, Logprob]
+
+
+@dataclass(slots=True)
+class SampleState:
+    """What was gathered of one sample. token_ids: those that were taken in: a stop string may end it amid the tokens of
+    one update. The request's own list is not up to date while it is a steady row."""
+
+    request: Request
+    detokenizer: IncrementalDetokenizer | None
+    logprobs: list[Logprobs] | None
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    ended: CompletionOutput | None = None
+
+    def take_untold(self) -> tuple[int, ...]:
+        """The tokens of a quiet request that ends between two updates, without their text; it has no stop strings."""
+        new = take_untold(self.request) if self.request.num_untold else ()
+        self.token_ids += new
+        return new
+
+    def abort(self) -> None:
+        self.finish_reason = "abort"
+        new = self.take_untold()
+        if self.detokenizer is not None:
+            self.detokenizer.push(new)
+            self.detokenizer.finish(None)
+
+    def output(self, index: int) -> CompletionOutput:
+        """As it stands, at a cost that does not grow with it; what has ended is put together once."""
+        if self.ended is not None:
+            return self.ended
+        output = CompletionOutput(
+            index=index,
+            text=self.detokenizer.text if self.detokenizer is not None else "",
+            token_ids=(),
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            cumulative_logprob=None if self.logprobs is None else self.cumulative_logprob,
+        )
+        lists: dict[str, list[Any]] = {"token_ids": self.token_ids}
+        if self.logprobs is not None:
+            lists["logprobs"] = self.logprobs
+        copy_when_read(output, lists)
+        if self.finish_reason is not None:
+            self.ended = output = replace(output)  # whole, so that the lists can go
+        return output
+
+
+@dataclass(slots=True)
+class RequestState:
+    """A request between `add_request` and its last output."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    params: ResolvedParams
+    arrival: float
+    final_only: bool
+    sink: Callable[[RequestOutput], None] | None
+    new_detokenizer: Callable[[], IncrementalDetokenizer | None]
+    samples: list[SampleState] = field(default_factory=list)
+    prompt_logprobs: tuple[Logprobs | None, ...] | None = None
+    prompt_bytes: bytes = b""  # as in `Request`, and so block_hashes: made once, by the thread that adds the request
+    block_hashes: Sequence[bytes] = ()
+    cache_key: bytes = b""
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+
+    def requests(self, ordinal: int, priority: int, engine_seed: int) -> Iterator[Request]:
+        """What the scheduler gets: one for each sample. `ordinal`: of the request among all that the engine got."""
+        params, prompt = self.params, list(self.prompt_token_ids)
+        # One sample's prompt log-probs are all samples'.
+        siblings = replace(params, prompt_logprobs=None) if params.n > 1 else params
+        for index in range(params.n):
+            yield Request(
+                id=f"{self.request_id}/{index}",
+                parent=self.request_id,
+                prompt_token_ids=prompt,
+                params=params if index == 0 else siblings,
+                seed=request_seed(engine_seed, ordinal) if params.seed is None else params.seed,
+                sample_index=index,
+                arrival=ordinal,
+                priority=priority,
+                cache_key=self.cache_key,
+                prompt_bytes=self.prompt_bytes,
+                block_hashes=[*self.block_hashes],
+                quiet=self.final_only and not params.stop,
+            )
+
+    def add_sample(self, request: Request) -> None:
+        wants = self.params.logprobs is not None
+        self.samples.append(SampleState(request, self.new_detokenizer(), [] if wants else None))
+
+    def unfinished(self) -> list[Request]:
+        return [s.request for s in self.samples if s.finish_reason is None]
+
+    def scheduled(self, now: float) -> None:
+        if self.first_scheduled is None:
+            self.first_scheduled = now
+
+    def output(self, error: RequestError | None = None) -> RequestOutput:
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=[] if error else [sample.output(i) for i, sample in enumerate(self.samples)],
+            finished=self.finished is not None,
+            metrics=self._metrics(),
+            prompt_logprobs=None if error else self.prompt_logprobs,
+            num_cached_tokens=(self.samples[0].request.num_cached or 0) if self.samples else 0,
+            error=error,
+        )
+
+    def _metrics(self) -> RequestMetrics:
+        return RequestMetrics(
+            arrival=self.arrival,
+            first_scheduled=self.first_scheduled,
+            first_token=self.first_token,
+            finished=self.finished,
+            num_generated=sum(len(s.token_ids) for s in self.samples),
+            longest=max((len(s.token_ids) for s in self.samples), default=0),
+        )
+
+
+class OutputProcessor:
+    """Knows the tokenizer, if there is one, and builds the outputs."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self.tokenizer = tokenizer
+
+    def check(self, params: ResolvedParams) -> None:
+        """Raises `TokenizerMissing` for parameters that need text where there is none."""
+        if self.tokenizer is None and params.stop:
+            raise TokenizerMissing(
+                f"stop strings {list(params.stop)} need a tokenizer, and this engine has none; use stop_token_ids"
+            )
+
+    def new_state(
+        self,
+        request_id: str,
+        prompt: str | None,
+        prompt_token_ids: tuple[int, ...],
+        params: ResolvedParams,
+        arrival: float,
+        *,
+        final_only: bool,
+        sink: Callable[[RequestOutput], None] | None,
+    ) -> RequestState:
+        def new_detokenizer() -> IncrementalDetokenizer | None:
+            if self.tokenizer is None or not params.detokenize:
+                return None
+            return IncrementalDetokenizer.from_params(self.tokenizer, params)
+
+        return RequestState(
+            request_id,
+            prompt,
+            prompt_token_ids,
+            params,
+            arrival,
+            final_only,
+            sink,
+            new_detokenizer,
+            prompt_logprobs=None if params.prompt_logprobs is None else (None,),
+            cache_key=_cache_key(params.cache_salt or ""),
+        )
+
+    def apply(
+        self, updates: Sequence[Update], known: Mapping[str, RequestState], now: float
+    ) -> tuple[list[RequestOutput], list[Request], list[tuple[RequestState, RequestError]]]:
+        """Take a step's updates in.
+
+        Returns:
+            outputs to publish; samples that a stop string ended (the scheduler does not know yet); requests that
+            broke, with the reason.
+        """
+        stopped: list[Request] = []
+        broken: list[tuple[RequestState, RequestError]] = []
+        touched: dict[str, RequestState] = {}
+        for update in updates:
+            state = known.get(update.request.parent)
+            if state is None or (broken and any(state is b for b, _ in broken)):
+                continue
+            if update.failed or update.error is not None:
+                broken.append((state, update.error or _row_error(update)))
+                touched.pop(state.request_id, None)
+                continue
+            touched[state.request_id] = state
+            try:
+                if self._take(state, update, now):
+                    stopped.append(update.request)
+            except BaseException as error:
+                if not is_failure(error):
+                    raise
+                broken.append((state, _text_failure(error)))
+                del touched[state.request_id]
+        return [o for s in touched.values() if (o := self._outcome(s, now)) is not None], stopped, broken
+
+    def aborted(self, state: RequestState, now: float) -> list[RequestOutput]:
+        """The last output of an aborted request: what it has so far."""
+        for sample in state.samples:
+            if sample.finish_reason is None:
+                try:
+                    sample.abort()
+                except BaseException as error:
+                    if not is_failure(error):
+                        raise
+                    return [self.failed(state, _text_failure(error), now)]
+        state.finished = now
+        return [state.output()]
+
+    def failed(self, state: RequestState, error: RequestError, now: float) -> RequestOutput:
+        for sample in state.samples:
+            if sample.finish_reason is None:
+                sample.take_untold()
+        state.finished = now
+        return state.output(error)
+
+    def _take(self, state: RequestState, update: Update, now: float) -> bool:
+        """Returns whether a stop string ended the sample."""
+        sample = state.samples[update.request.sample_index]
+        if update.prompt_logprobs is not None and state.prompt_logprobs is not None:
+            state.prompt_logprobs += tuple(self._logprobs(update.prompt_logprobs))
+        if not update.new_token_ids and update.finish_reason is None:
+            return False
+        if state.first_token is None and update.new_token_ids:  # an end for want of blocks brings none
+            state.first_token = now
+        sample.finish_reason, sample.stop_reason = update.finish_reason, update.stop_reason
+        before = len(sample.token_ids)
+        stopped = sample.detokenizer is not None and _push_text(sample, update)
+        sample.token_ids += update.new_token_ids
+        if stopped and sample.detokenizer is not None:
+            del sample.token_ids[sample.detokenizer.num_tokens :]
+        if sample.logprobs is not None and update.sampled_logprobs is not None:
+            kept = len(sample.token_ids) - before
+            sample.logprobs += self._logprobs(update.sampled_logprobs)[:kept]
+            sample.cumulative_logprob += float(update.sampled_logprobs.logprobs[:kept].sum())
+        return stopped and update.finish_reason is None
+
+    def _outcome(self, state: RequestState, now: float) -> RequestOutput | None:
+        done = all(s.finish_reason is not None for s in state.samples)
+        if done:
+            state.finished = now
+        return state.output() if done or not state.final_only else None
+
+    def _logprobs(self, rows: LogprobRows) -> list[Logprobs]:
+        """One dict a position: the best ones first, then the token itself if it is not among them. Equals share the
+        lowest rank."""
+        out: list[Logprobs] = []
+        for i, (start, end) in enumerate(pairwise(rows.top_offsets.tolist())):
+            ids, values = rows.top_ids[start:end].tolist(), rows.top_logprobs[start:end].tolist()
+            best: Logprobs = {}
+            rank = 1
+            for at, (token_id, value) in enumerate(zip(ids, values, strict=True)):
+                rank = at + 1 if at and value < values[at - 1] else rank
+                best[token_id] = Logprob(value, rank, self._token_text(token_id))
+            chosen = int(rows.token_ids[i])
+            best[chosen] = Logprob(float(rows.logprobs[i]), int(rows.ranks[i]), self._token_text(chosen))
+            out.append(best)
+        return out
+
+    def _token_text(self, token_id: int) -> str | None:
+        return None if self.tokenizer is None else self.tokenizer.token_text(token_id)
+
+
+def _cache_key(salt: str) -> bytes:
+    """What the prefix index hashes and compares with each block: at most 64 bytes, of whatever length the salt is."""
+    key = salt.encode()
+    return key if len(key) < 64 else hashlib.blake2b(key).digest()
+
+
+def _push_text(sample: SampleState, update: Update) -> bool:
+    """New tokens into text; whether a stop string found there ends the sample, whatever the tokens said."""
+    assert sample.detokenizer is not None
+    ids, by_token = update.new_token_ids, update.finish_reason == "stop"
+    matched = sample.detokenizer.push(ids[:-1] if by_token else ids)
+    if matched is None and update.finish_reason is not None:
+        matched = sample.detokenizer.finish(ids[-1] if by_token else None)
+    if matched is not None:
+        sample.finish_reason, sample.stop_reason = "stop", matched
+    return matched is not None
+
+
+def _text_failure(error: BaseException) -> RequestError:
+    failure = RequestError("text_failed", f"the tokenizer raised {described(error)} over this request's tokens")
+    failure.__cause__ = error
+    return failure
+
+
+def _row_error(update: Update) -> RequestError:
+    if update.failed == ROW_BAD_LOGITS:
+        return RequestError("bad_logits", "the model gave logits that are not finite for this request")
+    return RequestError(
+        "nothing_left",
+        "the sampler stages left no token that can be drawn: every one is masked, or a stage returned NaN or +inf; "
+        "loosen the mask, bias or bad words",
+    )

@@ -1,0 +1,220 @@
+"""Ranks in processes of their own, rank 0 too: this process holds no device, and recovery is ending the ranks.
+
+A step is one encoding into shared memory and a frame to each rank; its result comes back likewise from rank 0. Every
+wait here has a deadline and hears of each rank's death at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import select
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+
+from nanoengine.api.errors import EngineClosed, WorkerError
+from nanoengine.core.execution.executor import Executor, StepHandle
+from nanoengine.core.step import StepPlan, StepResult
+from nanoengine.distributed.channel import Kind, Parcel
+from nanoengine.distributed.faults import Report, blame, blame_late
+from nanoengine.distributed.process import RankProcess, end, environment, stacks
+from nanoengine.distributed.shared import RING, SLOT_BYTES, Layout, Shared, Word
+from nanoengine.distributed.worker import StartMessage
+from nanoengine.setup.plugins.targets import EnginePlan, TargetLoader
+from nanoengine.setup.start.memory import MemoryReport
+
+_GRACE_SECONDS = 1.0  # after the first sign of a fault, for the rank that caused it to say so
+_SLICE_SECONDS = 1.0  # a wait looks at the ranks' progress so often, should a frame have been lost to an interrupt
+
+
+@dataclass(frozen=True, slots=True)
+class _WorkerStep:
+    executor: WorkersExecutor
+    number: int
+
+    def wait(self) -> StepResult:
+        return self.executor._result(self.number)
+
+
+class WorkersExecutor(Executor):
+    """`tensor_parallel_size` ranks on this host. Its calls raise `WorkerError` once a rank has failed."""
+
+    def __init__(self, slot_bytes: int = SLOT_BYTES) -> None:
+        """`slot_bytes`: of the rings; a plan or result that is larger travels by itself."""
+        self._slot_bytes = slot_bytes
+        self._ranks: list[RankProcess] = []
+        self._shared: Shared | None = None
+        self._number = 0  # of the plan launched last
+        self._parcels: dict[int, Parcel] = {}  # plans too large for the ring, until all ranks have them
+        self.parcels_sent = 0
+        self._results: dict[int, bytearray] = {}  # likewise, from rank 0
+        self._answers: dict[int, bytearray] = {}
+        self._reports: dict[int, Report] = {}
+        self._gone: set[int] = set()  # ranks whose socket has ended
+        self._ready: dict[int, MemoryReport] = {}
+        self._error: WorkerError | None = None
+        self._poller = select.poll()
+        self._step_seconds = 0.0
+        self._unattended = weakref.finalize(self, end, self._ranks, ask=False)
+
+    def start(self, plan: EnginePlan, loader: TargetLoader) -> MemoryReport:
+        """Raises `WorkerError`; its `__cause__` is what the rank raised, where that is a `NanoEngineError`."""
+        assert not loader.local, "refused when the plan was made"
+        size, self._step_seconds = plan.options.tensor_parallel_size, plan.options.step_timeout
+        layout = Layout(size, self._slot_bytes)
+        self._shared = Shared.create(layout)
+        threads = max(1, torch.get_num_threads() // size)
+        level = logging.getLogger("nanoengine").getEffectiveLevel()
+        message = StartMessage(
+            plan=plan,
+            rank=0,
+            layout=layout,
+            sys_path=tuple(map(os.path.abspath, sys.path)),
+            engine=os.getpid(),
+            threads=threads,
+            log_level=level,
+        )
+        for rank in range(size):
+            try:
+                self._ranks.append(RankProcess(rank, self._shared.fd, environment(threads)))
+            except OSError as error:
+                self._fail(WorkerError(rank, size, "spawn", f"{type(error).__name__}: {error}"))
+            self._poller.register(self._ranks[rank].channel, select.POLLIN)
+            own = replace(message, rank=rank, log_level=max(level, logging.WARNING) if rank else level)
+            with Parcel(pickle.dumps(own)) as parcel:
+                self._ranks[rank].send(Kind.START, 0, parcel)
+        self._until(lambda: len(self._ready) == size, plan.options.worker_start_timeout, "worker_start_timeout")
+        failed = {name: cause for report in self._ready.values() for name, cause in report.failed_stages.items()}
+        return replace(self._ready[0], failed_stages=failed)
+
+    def launch(self, plan: StepPlan) -> StepHandle:
+        self._hear(0.0)
+        shared, number = self._open(), self._number + 1
+        if shared.least(Word.READ) < number - RING:  # ranks give no sign when they have read
+            self._until(
+                lambda: shared.least(Word.READ) >= number - RING, self._step_seconds, "step_timeout", every=0.001
+            )
+        for old in [n for n in self._parcels if n <= shared.least(Word.READ)]:
+            self._parcels.pop(old).close()
+        data = plan.to_bytes()
+        if not shared.put(shared.layout.plan_at(number), data):
+            self._parcels[number] = Parcel(data)
+            self.parcels_sent += 1
+        self._number = number
+        for rank in self._ranks:
+            self._tell(rank)
+        return _WorkerStep(self, number)
+
+    def _tell(self, rank: RankProcess) -> None:
+        """Of the plans that it has not been told of. One that it was told of twice, after an interrupt, it ignores."""
+        for number in range(rank.told + 1, self._number + 1):
+            rank.send(Kind.PLAN, number, self._parcels.get(number))
+            rank.told = number
+
+    def call(self, name: str, *args: Any) -> list[Any]:
+        self._hear(0.0)
+        self._answers.clear()
+        with Parcel(pickle.dumps((name, args))) as parcel:
+            for rank in self._ranks:
+                rank.send(Kind.CALL, 0, parcel)
+            self._until(lambda: len(self._answers) == len(self._ranks), self._step_seconds, "step_timeout")
+        return [pickle.loads(self._answers.pop(rank.rank)) for rank in self._ranks]
+
+    def shutdown(self) -> None:
+        started = len(self._ready) == len(self._ranks)  # one that loads does not listen
+        self._end(ask=started and self._error is None)
+
+    def _end(self, *, ask: bool) -> None:
+        if self._shared is None:
+            return
+        end(self._ranks, ask=ask)
+        self._unattended.detach()
+        for parcel in self._parcels.values():
+            parcel.close()
+        self._parcels.clear()
+        self._shared.close()
+        self._shared = None  # last: after an interrupt it is done again
+
+    def _result(self, number: int) -> StepResult:
+        shared = self._open()
+        at = shared.layout.result_at(number)
+
+        def there() -> bool:
+            return shared.word(0, Word.FINISHED) >= number and (shared.holds(at) or number in self._results)
+
+        self._until(there, self._step_seconds, "step_timeout")
+        data = shared.take(at)
+        if data is None:
+            data = self._results[number]
+        for old in [n for n in self._results if n <= number]:
+            del self._results[old]
+        return StepResult.from_bytes(data)
+
+    def _open(self) -> Shared:
+        if self._error is not None:
+            raise self._error
+        if self._shared is None:
+            raise EngineClosed
+        return self._shared
+
+    def _until(self, done: Callable[[], bool], seconds: float, option: str, *, every: float = _SLICE_SECONDS) -> None:
+        """Waits. Raises `WorkerError` when a rank fails, or after `seconds`; all ranks are ended then."""
+        shared, deadline = self._open(), time.monotonic() + seconds
+        while not done():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                self._fail(blame_late(len(self._ranks), shared, stacks(self._ranks), seconds, option))
+            self._hear(min(left, every))
+
+    def _hear(self, seconds: float) -> None:
+        """Takes in what the ranks have sent, waiting for the first of it. Raises `WorkerError` when one has failed."""
+        shared = self._open()
+        self._listen(seconds)
+        if not self._reports and not self._gone:
+            return
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while all(report.follows for report in self._reports.values()) and len(self._gone) < len(self._ranks):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            self._listen(left)
+        ended = {rank: (self._ranks[rank].status(), self._ranks[rank].last_words()) for rank in self._gone}
+        self._fail(blame(len(self._ranks), self._reports, ended, shared))
+
+    def _fail(self, error: WorkerError) -> NoReturn:
+        self._error = error
+        self._end(ask=False)
+        raise error
+
+    def _listen(self, seconds: float) -> None:
+        ready = {fd for fd, _ in self._poller.poll(seconds * 1000)}
+        for rank in self._ranks:
+            if rank.rank not in self._gone and rank.channel.fileno() in ready:
+                self._take(rank)
+
+    def _take(self, rank: RankProcess) -> None:
+        frame = rank.channel.receive()
+        if frame is None:
+            self._gone.add(rank.rank)
+            self._poller.unregister(rank.channel)
+        elif frame.kind is Kind.PORT:
+            for other in self._ranks:
+                if other is not rank:
+                    other.send(Kind.PORT, frame.number)
+        elif frame.parcel is None:
+            return  # a result that is in the ring
+        elif frame.kind is Kind.RESULT:
+            self._results[frame.number] = frame.parcel
+        elif frame.kind is Kind.ANSWER:
+            self._answers[rank.rank] = frame.parcel
+        elif frame.kind is Kind.READY:
+            self._ready[rank.rank] = pickle.loads(frame.parcel)
+        else:
+            self._reports[rank.rank] = pickle.loads(frame.parcel)

@@ -1,0 +1,236 @@
+"""A rank's process: `python -m nanoengine.distributed.worker` with three inherited descriptors.
+
+It imports what its plan names and nothing of the program that started the engine. It ends when the engine tells it to,
+when the engine's end of the socket closes, whatever it is doing then, and after it has reported a fault.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import pickle
+import select
+import signal
+import socket
+import sys
+import threading
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from nanoengine.core.step import StepPlan
+from nanoengine.distributed.channel import Channel, Frame, Kind, Parcel
+from nanoengine.distributed.shared import READY, Layout, Shared, Word
+from nanoengine.setup.plugins.targets import EnginePlan, TargetLoader
+from nanoengine.setup.start.clock import PHASES, StartClock
+
+if TYPE_CHECKING:
+    from nanoengine.core.execution.executor import StepHandle
+    from nanoengine.core.execution.runner import ModelRunner
+
+_PARENT_CHECK_MS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class StartMessage:
+    """What a rank must know. engine: process id. threads: of torch on a CPU. log_level: of this rank's messages."""
+
+    plan: EnginePlan
+    rank: int
+    layout: Layout
+    sys_path: tuple[str, ...]
+    engine: int
+    threads: int
+    log_level: int
+
+
+def main(socket_fd: int, memory_fd: int, stack_fd: int) -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's to answer
+    faulthandler.enable(file=stack_fd)
+    faulthandler.register(signal.SIGUSR1, file=stack_fd)
+    channel = Channel(socket.socket(fileno=socket_fd))
+    frame = channel.receive()
+    if frame is None or frame.parcel is None:
+        return 1
+    start: StartMessage = pickle.loads(frame.parcel)
+    sys.path[:] = start.sys_path
+    threading.Thread(target=_watch, args=(channel.fileno(), start.engine), daemon=True).start()
+    _log_to_stderr(start)
+    return Worker(start, channel, Shared(memory_fd, start.layout)).run()
+
+
+def _watch(fd: int, engine: int) -> None:
+    """Ends this process with the engine's, even while the main thread is in a collective."""
+    poller = select.poll()
+    poller.register(fd, 0)  # only a hang-up is told
+    while not poller.poll(_PARENT_CHECK_MS) and os.getppid() == engine:
+        pass  # a process that forked off the engine's may hold the socket's other end
+    os._exit(1)
+
+
+def _log_to_stderr(start: StartMessage) -> None:
+    prefix = f"rank {start.rank}: "
+    logging.basicConfig(level=start.log_level, format=f"{prefix}%(levelname)s %(name)s: %(message)s")
+
+
+class PhaseClock(StartClock):
+    """Also notes, where the engine sees it, which phase runs."""
+
+    def __init__(self, shared: Shared, rank: int) -> None:
+        super().__init__()
+        self._shared, self._rank = shared, rank
+
+    def enter(self, name: str) -> None:
+        self._shared.note(self._rank, Word.PHASE, PHASES.index(name))
+
+    def lap(self, name: str) -> None:
+        super().lap(name)
+        self.enter(PHASES[min(PHASES.index(name) + 1, len(PHASES) - 1)])
+
+
+class Worker:
+    """Takes plans out of the ring, runs them in order; rank 0 gives the results."""
+
+    def __init__(self, start: StartMessage, channel: Channel, shared: Shared) -> None:
+        self._start, self._channel, self._shared, self._rank = start, channel, shared, start.rank
+        self._sending = threading.Lock()
+        self._parcels: dict[int, bytearray] = {}  # of plans that were too large for the ring
+        self._launched: SimpleQueue[tuple[int, StepHandle]] = SimpleQueue()
+        self._finished = threading.Semaphore(0)  # one for each launched step whose result is there
+
+    def run(self) -> int:
+        """The exit status."""
+        try:
+            self._build()
+            self._serve()
+        except BaseException as error:  # noqa: BLE001 - a plugin may even call sys.exit(); the engine must hear of it
+            self._report(error)
+            return 1
+        return 0
+
+    def _build(self) -> None:
+        clock = PhaseClock(self._shared, self._rank)
+        clock.enter("import")
+        self._runner = self._make_runner(clock)
+        memory = self._runner.start(clock)
+        self._in_order = self._runner.device.type == "cpu"
+        if not self._in_order:
+            threading.Thread(target=self._finish_launched, daemon=True).start()
+        self._note(Word.PHASE, READY)
+        self._send(Kind.READY, 0, pickle.dumps(memory))
+
+    def _make_runner(self, clock: PhaseClock) -> ModelRunner:
+        import torch
+
+        from nanoengine.core.execution.mixed_graphs import PREFILL_ROWS
+        from nanoengine.core.execution.runner import ModelRunner
+        from nanoengine.distributed.group import DistributedGroup, join_store, make_store
+
+        plan, size = self._start.plan, self._start.layout.size
+        clock.lap("import")
+        clock.enter("device")
+        if plan.options.device == "cuda":
+            plan = replace(plan, options=replace(plan.options, device=f"cuda:{self._rank}"))
+            torch.cuda.set_device(self._rank)
+        else:
+            torch.set_num_threads(self._start.threads)
+        if self._rank == 0:
+            store = make_store(size)
+            self._send(Kind.PORT, store.port)
+        else:
+            store = join_store(self._port(), size)
+        rows = plan.options.max_num_seqs + PREFILL_ROWS if plan.options.custom_all_reduce else 0
+        device = torch.device(plan.options.device)
+        group = DistributedGroup(self._rank, size, device, store, self._entered, shared_rows=rows)
+        return ModelRunner(plan, TargetLoader(plan.plugin_files), group)
+
+    def _port(self) -> int:
+        frame = self._channel.receive()
+        if frame is None:
+            raise EOFError("the engine is gone")
+        assert frame.kind is Kind.PORT, frame.kind
+        return frame.number
+
+    def _word(self, word: Word) -> int:
+        return self._shared.word(self._rank, word)
+
+    def _note(self, word: Word, value: int) -> None:
+        self._shared.note(self._rank, word, value)
+
+    def _entered(self) -> None:
+        self._note(Word.COLLECTIVES, self._word(Word.COLLECTIVES) + 1)
+
+    def _serve(self) -> None:
+        while (frame := self._channel.receive()) is not None and frame.kind is not Kind.STOP:
+            if frame.kind is Kind.PLAN:
+                self._plans(frame)
+            elif frame.kind is Kind.CALL:
+                self._call(frame)
+
+    def _plans(self, frame: Frame) -> None:
+        if frame.parcel is not None and frame.number > self._word(Word.READ):
+            self._parcels[frame.number] = frame.parcel
+        for number in range(self._word(Word.READ) + 1, frame.number + 1):
+            data = self._shared.take(self._shared.layout.plan_at(number)) or self._parcels.pop(number)
+            self._note(Word.READ, number)
+            handle = self._runner.launch(StepPlan.from_bytes(data))
+            self._note(Word.LAUNCHED, number)
+            if self._in_order:
+                self._finish(number, handle)
+            else:
+                self._launched.put((number, handle))
+
+    def _finish_launched(self) -> None:
+        """A thread's, where launching is enqueuing: it waits for the device beside the next launch."""
+        try:
+            while True:
+                self._finish(*self._launched.get())
+        except BaseException as error:  # noqa: BLE001 - as in `run`
+            self._report(error)
+            os._exit(1)
+
+    def _finish(self, number: int, handle: StepHandle) -> None:
+        result = handle.wait()
+        parcel = None
+        if self._rank == 0:
+            data = result.to_bytes()
+            if not self._shared.put(self._shared.layout.result_at(number), data):
+                parcel = data
+        self._note(Word.FINISHED, number)
+        self._finished.release()
+        if self._rank == 0:
+            self._send(Kind.RESULT, number, parcel)
+
+    def _call(self, frame: Frame) -> None:
+        """Of a runner's method, once the launched steps are done."""
+        assert frame.parcel is not None
+        name, args = pickle.loads(frame.parcel)
+        while self._word(Word.FINISHED) < self._word(Word.LAUNCHED):
+            self._finished.acquire()
+        answer: Any = getattr(self._runner, name)(*args)
+        self._send(Kind.ANSWER, frame.number, pickle.dumps(answer))
+
+    def _send(self, kind: Kind, number: int = 0, data: bytes | None = None) -> None:
+        with self._sending:
+            if data is None:
+                self._channel.send(kind, number)
+                return
+            with Parcel(data) as parcel:
+                self._channel.send(kind, number, parcel)
+
+    def _report(self, error: BaseException) -> None:
+        from nanoengine.distributed.faults import phase_of, report_of
+
+        try:
+            self._send(Kind.FAILED, 0, pickle.dumps(report_of(error, phase_of(self._shared, self._rank))))
+        except OSError:  # nobody is left to hear it
+            logging.getLogger(__name__).error("the engine is gone; this rank ends", exc_info=error)
+
+
+if __name__ == "__main__":
+    status = main(*map(int, sys.argv[1:4]))
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # other threads (collectives, drivers) have nothing left to say

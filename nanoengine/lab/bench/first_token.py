@@ -1,0 +1,36 @@
+"""One fresh process: starts an engine, makes one token, prints the seconds of each phase as a line of JSON.
+
+    python -m nanoengine.lab.bench.first_token '{"model": FOLDER, "attention": "auto", "options": {...}}'
+
+Torch is imported within the measured time, so nothing of this file may import it at the top.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+from nanoengine.setup.start.clock import StartClock, without_collections
+
+
+def first_token(model: str, attention: str, options: dict[str, Any]) -> dict[str, float]:
+    """Phase -> seconds, in order; the last one is "first token"."""
+    clock = StartClock.of_process()
+    with without_collections():  # as `nanoengine run` does
+        from nanoengine.llm import LLM
+        from nanoengine.params.sampling_params import SamplingParams
+
+        clock.lap("import")
+        llm = LLM(model, attention=attention, **options)
+    with llm:
+        started = time.perf_counter()
+        with llm.stream(range(10, 42), SamplingParams(temperature=0.6, max_tokens=2, ignore_eos=True)) as stream:
+            next(stream)
+            token = time.perf_counter() - started
+        return {**clock.report().as_dict(), **llm.start_report.as_dict(), "first token": token}
+
+
+if __name__ == "__main__":
+    print(json.dumps(first_token(**json.loads(sys.argv[1]))))

@@ -1,0 +1,90 @@
+"""What all benchmarks of whole engines share: the settings, engines on made-up weights, and timed passes."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanoengine.api.errors import NanoEngineError
+from nanoengine.lab.bench.roofline import Limits
+from nanoengine.lab.bench.shapes import Shape
+from nanoengine.lab.bench.workloads import Workload
+from nanoengine.llm import LLM
+from nanoengine.params.sampling_params import SamplingParams
+
+
+class BenchmarkError(NanoEngineError):
+    """A benchmark cannot be run here, or what it measured broke."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What is measured, and how often.
+
+    Attributes:
+        passes: counted ones, after one to warm up. attention: a backend's name or "auto".
+        options: engine options. limits: one device's ceilings; None: no limit is told. say: told what begins now.
+    """
+
+    shape: Shape
+    passes: int = 5
+    max_model_len: int = 4096
+    attention: str = "auto"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    limits: Limits | None = None
+    say: Callable[[str], None] = field(default=lambda _: None, compare=False, repr=False)
+
+    def counted(self, what: str) -> Iterator[int]:
+        """The numbers of the passes that count, from 1."""
+        for number in range(1, self.passes + 1):
+            self.say(f"{what}: pass {number} of {self.passes}")
+            yield number
+
+    @property
+    def engine_limits(self) -> Limits | None:
+        """Of all devices of an engine."""
+        return None if self.limits is None else self.limits.of(self.options.get("tensor_parallel_size", 1))
+
+    def as_dict(self) -> dict[str, Any]:
+        found = {**asdict(self), "shape": self.shape.name, "options": dict(self.options)}
+        del found["say"]
+        return found
+
+    @contextmanager
+    def engine(self, **options: Any) -> Iterator[LLM]:
+        """An engine of this shape; `options` win over the setup's own."""
+        given = {"load_format": "dummy", "max_model_len": self.max_model_len, **self.options, **options}
+        with tempfile.TemporaryDirectory() as folder:
+            model = self.shape.write(Path(folder), given["max_model_len"])
+            with LLM(model, attention=self.attention, **given) as llm:
+                yield llm
+
+
+def backend_of(llm: LLM) -> str:
+    """Name of the attention backend that serves this engine."""
+    return llm._built.assembly.plan.attention_name
+
+
+def places_of(llm: LLM) -> int:
+    """How many requests run at once."""
+    return llm.engine.scheduler.config.max_num_seqs
+
+
+def one_pass(llm: LLM, workload: Workload, **sampling: Any) -> float:
+    """Seconds, from the first request to the last token, with an empty prefix cache."""
+    llm.reset_prefix_cache()
+    given = {"temperature": 0.6, "ignore_eos": True, **sampling}
+    params = [SamplingParams(max_tokens=n, **given) for n in workload.output_lens]
+    start = time.perf_counter()
+    outputs = llm.generate(workload.prompts, params, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    for output, length in zip(outputs, workload.output_lens, strict=True):
+        if output.error is not None:
+            raise output.error
+        assert len(output.outputs[0].token_ids) == length
+    return seconds

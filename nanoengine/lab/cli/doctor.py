@@ -1,0 +1,146 @@
+"""`nanoengine plugins doctor`: what works here, what does not, why, and what to do about it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nanoengine import __version__
+from nanoengine.api.errors import NanoEngineError
+from nanoengine.cli.common import FAILED, DebugOption, OverridesArgument, PluginOption, answer, say, user_errors
+from nanoengine.cli.config_list import options_of
+from nanoengine.cli.threads import CHOSEN
+from nanoengine.setup.config.config import load_config
+from nanoengine.setup.plugins.discover import discover
+from nanoengine.setup.plugins.registry import Registry
+
+if TYPE_CHECKING:
+    from nanoengine.lab.doctor import Asked, Diagnosis, Finding
+
+
+def doctor(
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="[CONFIG|RECIPE]", help="Whether this configuration can run here.", show_default=False),
+    ] = None,
+    overrides: OverridesArgument = None,
+    model: Annotated[str | None, typer.Option(help="Whether this model can run here, with the defaults.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plugin: PluginOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Examine environment, GPU, plugins and attention backends. Exit status 1: what was asked for cannot work."""
+    with user_errors(debug):
+        from nanoengine.lab.doctor import Diagnosis, examine
+
+        registry, findings = _discovered(plugin or ())
+        asked, more = _asked(config, overrides or (), model, registry)
+        found = examine(registry, asked, say)
+        all_found = (*more, *found.findings, *_threads(), *findings)
+        found = Diagnosis(findings=all_found, backends=found.backends, backend=found.backend)
+        answer(json.dumps(as_dict(found), indent=2) if as_json else as_text(found, asked.attention))
+        if not found.works:
+            raise typer.Exit(FAILED)
+
+
+def _discovered(files: Sequence[Path]) -> tuple[Registry, list[Finding]]:
+    """What is registered; files that fail, and options that two provide, become findings."""
+    from nanoengine.lab.doctor import Finding
+
+    good: list[Path] = []
+    findings = []
+    for file in files:
+        try:
+            discover([*good, file])
+            good.append(file)
+        except NanoEngineError as error:
+            mend = f"mend it, or leave out --plugin {file}"
+            findings.append(Finding(section="plugins", name=str(file), level="error", text=str(error), mend=mend))
+    registry = discover(good)
+    for clash in options_of(registry)[1]:
+        findings.append(Finding(section="plugins", name="config groups", level="warning", text=clash))
+    return registry, findings
+
+
+def _threads() -> list[Finding]:
+    """How many torch would take now, and why; the next command looks again."""
+    from nanoengine.lab.doctor import Finding
+
+    chosen = CHOSEN.get()
+    return [] if chosen is None else [Finding(section="environment", name="threads", text=chosen.described())]
+
+
+def _asked(
+    config: str | None, overrides: Sequence[str], model: str | None, registry: Registry
+) -> tuple[Asked, list[Finding]]:
+    """What an engine would be made of; a configuration that is wrong becomes a finding."""
+    from nanoengine.lab.doctor import Asked, Finding
+
+    if config is None:
+        return Asked(source=model), []
+    try:
+        composed = load_config(config, [*overrides, *([f"model={model}"] if model else [])], registry=registry)
+    except NanoEngineError as error:
+        return Asked(), [Finding(section="configuration", name=config, level="error", text=str(error))]
+    asked = Asked(
+        source=composed.model.pinned,
+        implementation=composed.model.implementation,
+        attention=composed.attention.backend,
+        options=composed.engine,
+        sampler=frozenset(composed.sampler or ()),
+    )
+    return asked, [Finding(section="configuration", name=config, text="composes, and every value is legal")]
+
+
+def as_dict(found: Diagnosis) -> dict[str, Any]:
+    """Everything, as JSON can hold it."""
+    return {
+        "nanoengine": __version__,
+        "works": found.works,
+        "attention": found.backend,
+        "backends": [asdict(verdict) for verdict in found.backends],
+        "findings": [asdict(finding) for finding in found.findings],
+    }
+
+
+def as_text(found: Diagnosis, attention: str) -> str:
+    """The same for people."""
+    lines: list[str] = []
+    for section, findings in found.sections():
+        lines += [*([""] if lines else []), section]
+        lines += [line for finding in findings for line in _lines(finding)]
+    return "\n".join([*lines, "", *_closing(found, attention)])
+
+
+def _lines(finding: Finding) -> Iterator[str]:
+    first, *rest = finding.text.splitlines() or [""]
+    yield f"  {finding.level:<8} {finding.name}: {first}"
+    yield from (f"           {line}" for line in (*rest, *finding.detail.splitlines()))
+    if finding.mend:
+        yield f"           mend: {finding.mend}"
+
+
+def _closing(found: Diagnosis, attention: str) -> Iterator[str]:
+    from nanoengine.lab.doctor import count
+
+    if found.backends:
+        order = ", ".join(f"{verdict.name} ({verdict.preference})" for verdict in found.backends)
+        yield f"auto asks in this order, highest preference first: {order}"
+        yield f"attention={attention} takes: {found.backend or 'none'}"
+    errors, warnings = count(found.findings, "error"), count(found.findings, "warning")
+    verdict = "what was asked for works" if found.works else "what was asked for cannot work"
+    yield f"{verdict}: {_number(errors, 'error')}, {_number(warnings, 'warning')}"
+    for level in ("error", "warning"):  # again, for they are buried among what is well
+        for finding in found.findings:
+            if finding.level == level:
+                text = finding.text.partition("\n")[0]
+                yield f"  {level:<8} {finding.name}: {text}" + (f"; mend: {finding.mend}" if finding.mend else "")
+
+
+def _number(number: int, word: str) -> str:
+    return f"{number} {word}" + ("" if number == 1 else "s")

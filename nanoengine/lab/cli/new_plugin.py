@@ -1,0 +1,193 @@
+"""`nanoengine plugins new`: writes a package with one part that works, and the tests that hold it."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+import yaml
+
+from nanoengine import __version__
+from nanoengine.api.errors import ConfigError, nearest
+from nanoengine.cli.common import DebugOption, answer, user_errors
+from nanoengine.params.sampling_fields import CORE_TYPES, STAGE_MEMBERS
+from nanoengine.setup.plugins.discover import Registry, discover
+
+_NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
+_PREFIX = "nanoengine-"
+_LONGEST = 64  # characters of a name: file systems allow some 200 for all that is made of it
+
+
+class PartKind(StrEnum):
+    MODEL = "model"
+    SAMPLER = "sampler"
+    ATTENTION = "attention"
+
+
+_SUMMARIES = {
+    PartKind.MODEL: "A model",
+    PartKind.SAMPLER: "A sampler stage",
+    PartKind.ATTENTION: "An attention backend",
+}
+_CLASSES = {
+    PartKind.MODEL: ("Model", "Config", "Layer", "Attention"),
+    PartKind.SAMPLER: ("Stage", "Params"),
+    PartKind.ATTENTION: ("Backend",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What a plugin called `name` ("soft-cap") calls its parts.
+
+    Attributes:
+        word: an identifier, "soft_cap". package: of the distribution, "nanoengine-soft-cap". module:
+            "nanoengine_soft_cap". cls: what its classes begin with, "SoftCap".
+    """
+
+    name: str
+    word: str
+    package: str
+    module: str
+    cls: str
+
+    @classmethod
+    def of(cls, name: str) -> Names:
+        """Raises `ConfigError` for what cannot be a package's and an identifier's name."""
+        short = name.removeprefix(_PREFIX)
+        word = short.replace("-", "_")
+        if not _NAME.fullmatch(short):
+            raise ConfigError(
+                f"{name!r} cannot be the name of a plugin: small letters, digits, and single - or _ between them, "
+                f"beginning with a letter; for example {_example(short)}"
+            )
+        unfit = None
+        if keyword.iskeyword(word):
+            unfit = f"{word!r} is a keyword of Python"
+        elif len(short) > _LONGEST:
+            unfit = f"it has {len(short)} characters, and {_LONGEST} are the most"
+        elif yaml.safe_load(short) != short:
+            unfit = f"YAML reads {short!r} as {yaml.safe_load(short)!r}"
+        if unfit:
+            raise ConfigError(f"{name!r} cannot be the name of a plugin: {unfit}")
+        return cls(
+            name=short,
+            word=word,
+            package=_PREFIX + short.replace("_", "-"),
+            module=f"nanoengine_{word}",
+            cls="".join(part.capitalize() for part in word.split("_")),
+        )
+
+
+def _example(name: str) -> str:
+    """Something like it that would do."""
+    words = re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower())
+    return repr("-".join(words).lstrip("0123456789-") or "soft-cap")
+
+
+def new(
+    kind: Annotated[
+        str, typer.Argument(metavar="model|sampler|attention", help="What the package provides.", show_default=False)
+    ],
+    name: Annotated[str, typer.Argument(help="What it is called, for example soft-cap.", show_default=False)],
+    into: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to put the package's folder.")] = Path("."),
+    debug: DebugOption = False,
+) -> None:
+    """Write a plugin package that installs, runs and passes its tests, to go on from."""
+    with user_errors(debug):
+        part = _kind(kind, name)
+        folder = write(part, name, into)
+        answer(f"wrote {folder}\n\n{_next_steps(part, Names.of(name), folder)}")
+
+
+def _kind(text: str, name: str) -> PartKind:
+    """Raises `ConfigError` for a word that is none, and where kind and name changed places."""
+    kinds = [each.value for each in PartKind]
+    if text in kinds:
+        return PartKind(text)
+    if name in kinds:
+        raise ConfigError(f"the kind comes first: nanoengine plugins new {name} {text}")
+    raise ConfigError(f"no package of kind {text!r} can be begun; {nearest(text, kinds)}")
+
+
+def _next_steps(kind: PartKind, names: Names, folder: Path) -> str:
+    steps = [f"cd {folder}", "pip install -e '.[test]'", "pytest"]
+    steps += [f"python -m {names.module}.tiny tiny"] if kind is PartKind.MODEL else []
+    return "\n".join(["next:", *(f"  {step}" for step in (*steps, "nanoengine run run.yaml"))])
+
+
+def write(kind: PartKind, name: str, into: Path) -> Path:
+    """Writes the package; gives its folder. Raises `ConfigError` if the name will not do or the folder is there."""
+    names = Names.of(name)
+    _check_free(kind, names, discover())
+    folder = into / names.package
+    if folder.exists():
+        raise ConfigError(f"{folder} is there already; remove it, choose another name, or give --into")
+    rendered = dict(_render(kind, names))
+    try:
+        for path, text in rendered.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text, "utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {folder}: {error}") from error
+    return folder
+
+
+def _check_free(kind: PartKind, names: Names, registry: Registry) -> None:
+    """Raises `ConfigError` if what the package would register, or define, is somebody else's."""
+    taken: dict[str, str]
+    if kind is PartKind.SAMPLER:
+        params = [(found, each.name) for found in registry.samplers.values() for each in _fields(found.spec.params)]
+        taken = {field: f"a parameter of {found.origin}" for found, field in params}
+        taken |= {found.spec.name: f"a sampler stage of {found.origin}" for found in registry.samplers.values()}
+        taken |= dict.fromkeys(CORE_TYPES, "a field of SamplingParams")
+        taken |= dict.fromkeys(STAGE_MEMBERS, "a member of StageParams")
+        taken |= dict.fromkeys(("float", "self"), "a word of the code that is written")
+        wanted = names.word
+    else:
+        parts = registry.models if kind is PartKind.MODEL else registry.attention_backends
+        taken = {name: f"registered by {found.origin}" for name, found in parts.items()} | {"auto": "a word of YAML's"}
+        wanted = names.name
+    if wanted in taken:
+        raise ConfigError(f"{wanted!r} is {taken[wanted]} already; choose another name")
+    from nanoengine import api
+
+    for suffix in _CLASSES[kind]:
+        if names.cls + suffix in api.__all__:
+            raise ConfigError(f"{names.name!r} would make a class {names.cls + suffix}, as nanoengine.api has one; "
+                              "choose another name")  # fmt: skip
+
+
+def _fields(params: type[Any]) -> tuple[Any, ...]:
+    return fields(cast(Any, params))
+
+
+def _render(kind: PartKind, names: Names) -> Iterator[tuple[str, str]]:
+    """(path in the package, text) of every file."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    values = {field.name: getattr(names, field.name) for field in fields(names)}
+    values |= {"kind": kind.value, "summary": f"{_SUMMARIES[kind]}: {names.name}", "nanoengine": __version__}
+    templates = files("nanoengine.lab.cli") / "plugin_templates"
+    for part in ("common", kind.value):
+        for path, template in _templates(templates / part):
+            path = path.replace("MODULE", names.module).replace("NAME", names.name)
+            yield path, environment.from_string(template.read_text("utf-8")).render(values)
+
+
+def _templates(folder: Traversable, inside: str = "") -> Iterator[tuple[str, Traversable]]:
+    for found in sorted(folder.iterdir(), key=lambda each: each.name):
+        if found.is_dir():
+            yield from _templates(found, f"{inside}{found.name}/")
+        elif found.name.endswith(".jinja"):
+            name = found.name.removesuffix(".jinja")
+            yield inside + (".gitignore" if name == "gitignore" else name), found

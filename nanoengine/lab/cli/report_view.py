@@ -1,0 +1,228 @@
+"""What stands on a report's page, in words and numbers: the template only lays it out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanoengine import __version__
+from nanoengine.lab.cli.report_charts import Picture, comparison_pictures, milliseconds, page_ids, run_pictures
+from nanoengine.lab.cli.report_data import RunData
+from nanoengine.lab.cli.sweep_report import table_of
+
+_SHOWN = 200  # rows of a table; more make a page that nobody reads
+_EXCERPT = 160  # characters of a prompt or an answer
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    name: str
+    value: str
+    more: str = ""
+    bad: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading with a picture, a table, or both. numbers: columns that hold numbers. folded: what opens the table."""
+
+    title: str
+    text: str = ""
+    picture: Picture | None = None
+    header: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    numbers: Sequence[int] = ()
+    folded: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RunView:
+    name: str
+    notes: Sequence[str]
+    tiles: Sequence[Tile]
+    sections: Sequence[Section]
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers: Sequence[int]
+    pictures: Sequence[Picture]
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    title: str
+    under: str
+    runs: Sequence[RunView]
+    compared: Compared | None
+    made: str = field(default=f"made by nanoengine {__version__}")
+
+
+def page_of(path: Path, runs: Sequence[RunData]) -> Page:
+    """Raises `ImportError` without matplotlib."""
+    drawn = [run_pictures(run) for run in runs]
+    several = comparison_pictures(runs) if len(runs) > 1 else {}
+    every = [*several.values(), *(picture for pictures in drawn for picture in pictures.values())]
+    unique = iter([Picture(each.text, svg) for each, svg in zip(every, page_ids(every), strict=True)])
+    compared_pictures = [next(unique) for _ in several]
+    views = [
+        _run_view(run, {name: next(unique) for name in pictures}) for run, pictures in zip(runs, drawn, strict=True)
+    ]
+    compared = None
+    if len(runs) > 1:
+        header, rows = table_of([run.outcome for run in runs])
+        words = {"status", *(key for run in runs for key in run.outcome.varied)}
+        numbers = [place for place, name in enumerate(header) if name not in words]
+        compared = Compared(header, rows, numbers, compared_pictures)
+    what = "sweep" if len(runs) > 1 else "run"
+    return Page(f"nanoengine {what}: {path.name or path}", _under(runs), views, compared)
+
+
+def _under(runs: Sequence[RunData]) -> str:
+    models = dict.fromkeys(str(run.record.config["model"]["source"]) for run in runs if run.record is not None)
+    gpus = dict.fromkeys(run.record.versions.get("gpu", "CPU") for run in runs if run.record is not None)
+    parts = [", ".join(models), ", ".join(gpus), f"{len(runs)} runs" if len(runs) > 1 else str(runs[0].path)]
+    return " · ".join(part for part in parts if part)
+
+
+def _run_view(run: RunData, pictures: Mapping[str, Picture]) -> RunView:
+    varied = ", ".join(f"{key}={value}" for key, value in run.outcome.varied.items())
+    name = f"#{run.outcome.number} {varied}: {run.outcome.status}"
+    sections = [*_over_time(run, pictures), *_of_requests(run, pictures), *_tables(run)]
+    return RunView(name, list(_notes(run)), list(_tiles(run)) if run.rows else [], sections)
+
+
+def _notes(run: RunData) -> Iterator[str]:
+    if run.outcome.status != "ok" and not (run.outcome.status == "exit 1" and run.failed):
+        yield f"This run: {run.outcome.status}{f'. {run.error}' if run.error else ''}."
+    if run.torn:
+        yield f"Lines of {run.path.name} that are no whole row, and are left out: {run.torn}."
+    if run.steps is not None and not run.steps.whole:
+        yield "The trace breaks off: its process was killed, or its disk was full. It is shown as far as it goes."
+    if run.rows and run.steps is None:
+        yield "No trace: nanoengine run … --trace FILE adds batch, KV blocks and step times over the run."
+
+
+# -- the figures at the top ------------------------------------------------------------------------------------------
+
+
+def _tiles(run: RunData) -> Iterator[Tile]:
+    summary = run.outcome.summary
+    failed = len(run.failed)
+    yield Tile("prompts", _count(len(run.rows)), f"{_count(failed)} failed" if failed else "none failed", failed > 0)
+    generated = sum(len(sample["token_ids"]) for row in run.rows for sample in row["outputs"])
+    answered = [row for row in run.rows if row["error"] is None]
+    prompt = sum(len(row["prompt_token_ids"]) for row in answered)
+    yield Tile("generated tokens", _count(generated), f"from {_count(prompt)} prompt tokens")
+    if run.outcome.tokens_per_second is not None:
+        again = f" ({summary['kept']} rows kept from before)" if summary["kept"] else ""
+        yield Tile("tokens/s", f"{run.outcome.tokens_per_second:,.0f}", f"in {summary['seconds']:.1f} s{again}")
+    for name, title in (("ttft", "TTFT, median"), ("itl", "ITL, median")):
+        values = run.metric(name)
+        if len(values):
+            yield Tile(title, milliseconds(np.median(values)), f"p99 {milliseconds(np.percentile(values, 99))}")
+    cached = sum(row["num_cached_tokens"] for row in answered)
+    if prompt:
+        yield Tile("prefix-cache hits", f"{cached / prompt:.1%}", f"{_count(cached)} prompt tokens")
+    if run.steps is not None and len(run.steps):
+        steps, total = run.steps, run.steps["total"][0]
+        yield Tile("steps", _count(len(steps)), f"{len(steps.preempted)} preemptions")
+        peak, shared = steps["used"].max(), steps["shared"].max()
+        yield Tile(
+            "KV blocks, peak", f"{peak / total:.0%}", f"{_count(peak)} of {_count(total)}, {_count(shared)} shared"
+        )
+
+
+# -- the sections ----------------------------------------------------------------------------------------------------
+
+
+def _over_time(run: RunData, pictures: Mapping[str, Picture]) -> Iterator[Section]:
+    if run.steps is None or "timeline" not in pictures:
+        return
+    yield Section(
+        "Over time",
+        "From the trace; a step counts when it ended. Shared blocks serve several requests; cached ones belong to "
+        "nobody and may still be hit.",
+        pictures["timeline"],
+    )
+    yield Section(
+        "Steps",
+        "The device has a step from its launch, or the end of the step before, until its result is on the host. "
+        "Waiting is the engine's spare time: the next step is launched by then.",
+        pictures["steps"],
+    )
+    if run.steps.preempted:
+        rows = [[f"{moment:.3f}", request, why] for moment, request, why in run.steps.preempted]
+        yield _folded("Preemptions", ["at, s", "request", "why"], rows, (0,))
+
+
+def _of_requests(run: RunData, pictures: Mapping[str, Picture]) -> Iterator[Section]:
+    if "latencies" in pictures:
+        yield Section("Latencies", "Of the requests that were answered.", pictures["latencies"])
+    if "prefixes" in pictures:
+        yield Section("Prefix sharing", "What each answered prompt found in the prefix cache.", pictures["prefixes"])
+
+
+def _tables(run: RunData) -> Iterator[Section]:
+    if run.failed:
+        rows = [
+            [str(row["index"]), row["error"]["code"], row["error"]["message"], _excerpt(row["prompt"])]
+            for row in run.failed[:_SHOWN]
+        ]
+        more = f"The first {_SHOWN} of {_count(len(run.failed))}." if len(run.failed) > _SHOWN else ""
+        yield Section("Failed", more, None, ["prompt", "code", "message", "text"], rows, (0,))
+    if run.rows:
+        header = ["prompt", "text", "answer", "ended", "tokens", "cached", "TTFT ms", "ms in all"]
+        yield _folded("Answers", header, [_answer(row) for row in run.rows], (0, 4, 5, 6, 7))
+    if run.record is not None:
+        yield _folded("Configuration", ["key", "value"], list(_flat(run.record.config)))
+        yield _folded("Sampling parameters in force", ["key", "value"], list(_flat(run.record.params)))
+        yield _folded("Versions", ["package", "version"], [list(pair) for pair in run.record.versions.items()])
+
+
+def _folded(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> Section:
+    shown = f"the first {_SHOWN} of {_count(len(rows))}" if len(rows) > _SHOWN else f"all {_count(len(rows))}"
+    return Section(title, "", None, header, rows[:_SHOWN], numbers, shown)
+
+
+def _answer(row: Mapping[str, Any]) -> list[str]:
+    samples, metrics = row["outputs"], row["metrics"]
+    return [
+        str(row["index"]),
+        _excerpt(row["prompt"]),
+        "\n".join(_cut(sample["text"].strip()) for sample in samples),
+        ", ".join(str(sample["finish_reason"]) for sample in samples) or row["error"]["code"],
+        _count(sum(len(sample["token_ids"]) for sample in samples)),
+        _count(row["num_cached_tokens"]),
+        *("-" if metrics[name] is None else f"{1000 * metrics[name]:,.1f}" for name in ("ttft", "latency")),
+    ]
+
+
+def _excerpt(prompt: Any) -> str:
+    """The beginning of a prompt; of a conversation, of its last message."""
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return _cut(" ".join(str(text).split()))
+
+
+def _cut(text: str) -> str:
+    shown = text if len(text) <= _EXCERPT else f"{text[:_EXCERPT]}…"
+    return shown.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair cannot be written
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[list[str]]:
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            yield from _flat(item, f"{prefix}{key}.")
+        else:
+            yield [f"{prefix}{key}", _cut(item if isinstance(item, str) else json.dumps(item, ensure_ascii=False))]
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"

@@ -1,0 +1,209 @@
+"""The plugins and what they register: whether each loads, and which attention backend an engine would take."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from nanoengine.api.attention import AttentionBackend, AttentionNeed
+from nanoengine.api.errors import NanoEngineError, described, is_failure
+from nanoengine.api.processors import SamplerStage
+from nanoengine.core.options import EngineOptions
+from nanoengine.lab.doctor.findings import Finding, Level, Verdict
+from nanoengine.setup.plugins.choose import judged, load_checked
+from nanoengine.setup.plugins.registry import KIND_WORDS, Kind, Registered, Registry
+from nanoengine.setup.plugins.sources import ModelSource
+from nanoengine.setup.plugins.targets import TargetLoader
+
+_plugin = partial(Finding, section="plugins")
+_model = partial(Finding, section="model")
+_ALWAYS_USED = ("samplers", "model_sources")  # a clash of names among them stops every engine
+
+
+def plugins(registry: Registry, *, load: bool, sampler: frozenset[str] = frozenset()) -> Iterator[Finding]:
+    """Failures, clashes, and each part.
+
+    Args:
+        load: import each part's class too, which takes torch.
+        sampler: parameters that are set; a stage that one of them belongs to must load.
+    """
+    for failure in registry.failures:
+        yield _plugin(
+            name=str(failure.origin),
+            level="warning",
+            text=f"failed at {failure.stage}: {failure.cause}",
+            mend=failure.origin.mend,
+            detail=failure.traceback,
+        )
+    for conflict in registry.conflicts:
+        fatal = conflict.kind in _ALWAYS_USED
+        yield _plugin(name=conflict.name, level="error" if fatal else "warning", text=str(conflict))
+    try:
+        registry.stages()
+    except NanoEngineError as error:
+        if not any(conflict.kind == "samplers" for conflict in registry.conflicts):
+            yield _plugin(name="sampler stages", level="error", text=str(error))
+    for kind in get_args(Kind):
+        for found in getattr(registry, kind).values():
+            names = {f.name for f in fields(cast(Any, found.spec.params))} if kind == "samplers" else set()
+            yield _part(kind, found, registry, load=load, wanted=bool(names & sampler))
+    for root, origin in registry.config_roots:
+        yield _plugin(name=root, text=f"config groups, {origin}")
+
+
+def _part(kind: Kind, found: Registered[Any], registry: Registry, *, load: bool, wanted: bool) -> Finding:
+    name, text = found.spec.name, f"{KIND_WORDS[kind]}, {found.origin}"
+    missing = [m for m in getattr(found.spec, "requires", ()) if importlib.util.find_spec(m.partition(".")[0]) is None]
+    if not load or missing:  # what a missing package means is said where backends are judged
+        return _plugin(name=name, text=text + (" (not loaded)" if missing or not load else ""))
+    loader = TargetLoader(registry.plugin_files)
+    try:
+        load_checked(loader, found.spec.target, _base(kind))
+    except NanoEngineError as error:
+        level: Level = "error" if wanted else "warning"
+        return _plugin(name=name, level=level, text=f"{text}: {error}", mend=_mend(found, error, loader))
+    return _plugin(name=name, text=text)
+
+
+def _mend(found: Registered[Any], error: NanoEngineError, loader: TargetLoader) -> str:
+    """A target that names nothing is to be corrected; whoever cannot do that leaves the plugin out."""
+    module, _, attribute = found.spec.target.partition(":")
+    cause = error.__cause__
+    no_module = isinstance(cause, ModuleNotFoundError) and f"{module}.".startswith(f"{cause.name}.")
+    if no_module or (isinstance(cause, AttributeError) and cause.name in attribute.split(".")):
+        correct = f"correct {type(found.spec).__name__}.target, now {loader.describe(found.spec.target)}"
+        return f"{correct}; or {found.origin.mend}" if found.origin.mend else correct
+    return found.origin.mend
+
+
+def _base(kind: Kind) -> type[Any]:
+    from nanoengine.api.model import Model
+
+    bases: dict[Kind, type[Any]] = {
+        "models": Model,
+        "samplers": SamplerStage,
+        "attention_backends": AttentionBackend,
+        "model_sources": ModelSource,
+    }
+    return bases[kind]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What an engine is to be made of. `source`: None where no model was named. `sampler`: parameters that are set."""
+
+    source: str | None = None
+    implementation: str | None = None
+    attention: str = "auto"
+    options: EngineOptions = field(default_factory=EngineOptions)
+    sampler: frozenset[str] = frozenset()
+
+
+def plain_need(options: EngineOptions) -> AttentionNeed:
+    """What an ordinary model would ask here, where none was named: heads of 128, bfloat16 on a GPU."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(options.device).type if options.device != "auto" else device
+    dtype = options.dtype if options.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+    return AttentionNeed(device=device, dtype=dtype, head_sizes=frozenset({128}), block_size=options.block_size)
+
+
+def attention(need: AttentionNeed, registry: Registry, chosen: str) -> tuple[list[Verdict], list[Finding]]:
+    """Every backend's verdict, and what that means for the `chosen` one. Raises nothing."""
+    loader = TargetLoader(registry.plugin_files)
+    verdicts = [
+        Verdict(name=f.spec.name, origin=str(f.origin), preference=f.spec.preference, reasons=tuple(reasons))
+        for f, reasons in judged(registry, need, loader)
+    ]
+    sizes = ", ".join(map(str, sorted(need.head_sizes)))
+    section = f"attention, for heads of {sizes} in {need.dtype} on {need.device}"
+    findings = [_verdict(section, verdict, chosen) for verdict in verdicts]
+    if chosen == "auto" and all(verdict.reasons for verdict in verdicts):
+        findings.append(Finding(section=section, name="auto", level="error", text="no backend can serve"))
+    if chosen != "auto" and chosen not in {verdict.name for verdict in verdicts}:
+        findings.append(Finding(section=section, name=chosen, level="error", text=_unknown(registry, chosen)))
+    return verdicts, findings
+
+
+def _verdict(section: str, verdict: Verdict, chosen: str) -> Finding:
+    where = f"preference {verdict.preference}, {verdict.origin}"
+    if not verdict.reasons:
+        return Finding(section=section, name=verdict.name, text=f"can serve ({where})")
+    return Finding(
+        section=section,
+        name=verdict.name,
+        level="error" if chosen == verdict.name else "note",
+        text=f"refused: {'; '.join(verdict.reasons)} ({where})",
+        mend="choose another one, or attention=auto" if chosen == verdict.name else "",
+    )
+
+
+def _unknown(registry: Registry, name: str) -> str:
+    try:
+        registry.attention(name)
+    except NanoEngineError as error:
+        return str(error)
+    return "is registered, but was not judged"
+
+
+def model_findings(asked: Asked, path: Path, registry: Registry) -> tuple[list[Finding], AttentionNeed]:
+    """What is known of a model before its weights are read. Raises what `inspect_model` raises."""
+    from nanoengine.build import inspect_model
+
+    seen = inspect_model(path, asked.options, registry, asked.implementation)
+    options = seen.options
+    findings = [
+        _model(name="folder", text=str(path)),
+        _model(name="implementation", text=f"{seen.model.spec.name}, {seen.model.origin}"),
+        _model(
+            name="engine",
+            text=f"{options.dtype} on {options.device}, max_model_len {options.max_model_len}, "
+            f"max_num_batched_tokens {options.max_num_batched_tokens}, max_num_seqs {options.max_num_seqs}",
+        ),
+        *(
+            _model(name="config.json", level="note", text=f"{key}: {seen.model.spec.name} does not read this key")
+            for key in seen.unread
+        ),
+        _fits(seen.weight_bytes, options),
+        _tokenizer(path, options),
+    ]
+    return findings, seen.need
+
+
+def _fits(weight_bytes: int, options: EngineOptions) -> Finding:
+    import torch
+
+    text = f"{weight_bytes / 2**30:.2f} GiB in {options.dtype}"
+    device = torch.device(options.device)
+    if device.type != "cuda":
+        return _model(name="weights", text=text)
+    free, total = torch.cuda.mem_get_info(device)
+    room = free - total * (1 - options.gpu_memory_utilization)
+    text += f"; {max(0.0, room) / 2**30:.1f} GiB may be taken of {options.device}"
+    if weight_bytes < room:
+        return _model(name="weights", text=text)
+    mend = "free GPU memory, raise engine.gpu_memory_utilization, or take a smaller model or dtype"
+    return _model(name="weights", level="error", text=text, mend=mend)
+
+
+def _tokenizer(path: Path, options: EngineOptions) -> Finding:
+    if options.skip_tokenizer_init:
+        return _model(name="tokenizer", text="not loaded: engine.skip_tokenizer_init is set")
+    from nanoengine.text import load_tokenizer
+
+    try:
+        found = load_tokenizer(path)
+    except BaseException as error:  # a broken transformers raises what it likes
+        if not is_failure(error):
+            raise
+        return _model(name="tokenizer", level="error", text=described(error))
+    if found is None:
+        mend = "copy tokenizer.json into the folder, or give prompts as token ids"
+        return _model(name="tokenizer", level="warning", text="the folder has none: only token ids work", mend=mend)
+    chat = "with" if found.has_chat_template else "without"
+    return _model(name="tokenizer", text=f"{found.vocab_size} tokens, {chat} a chat template")

@@ -1,0 +1,412 @@
+"""The Python API: `LLM`. A client of the engine: it tokenises, waits, and puts outputs in order."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, Unpack
+
+from nanoengine.api.errors import ModelError, ParamsError, RequestError, WorkerError
+from nanoengine.build import assemble, find_model
+from nanoengine.build_engine import BuiltEngine, build_engine
+from nanoengine.core.options import EngineOptions, engine_options
+from nanoengine.core.request import RequestOutput
+from nanoengine.core.stats import EngineStats
+from nanoengine.observe.progress import Progress, note
+from nanoengine.params.arguments import (
+    ChatOptions,
+    Prompt,
+    check_params,
+    check_priority,
+    is_one,
+    one_each,
+    one_name,
+    split_prompt,
+    template_variables,
+)
+from nanoengine.params.sampling_params import SamplingParams
+from nanoengine.setup.keywords import check_options, names_keywords
+from nanoengine.setup.plugins.discover import discover
+from nanoengine.setup.plugins.registry import Registry
+from nanoengine.setup.plugins.sources import with_revision
+from nanoengine.setup.start.clock import StartClock, StartReport
+from nanoengine.stream import Stream
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from nanoengine.api.attention import AttentionBackend
+    from nanoengine.core.engine import Engine
+    from nanoengine.observe.steps import Observer
+    from nanoengine.observe.taps import Tap
+    from nanoengine.setup.config.config import RunConfig
+    from nanoengine.setup.start.memory import MemoryReport
+
+Message = Mapping[str, Any]
+_log = logging.getLogger("nanoengine")
+
+
+@names_keywords
+class LLM:
+    """A model, ready to generate.
+
+    Args:
+        model: a registered name, a folder, a .gguf file, a hub id.
+        revision: branch, tag or commit of a hub id ("owner/name@revision" says the same).
+        attention: name of an attention backend, "auto", or a backend class.
+        implementation: name of the model plugin to take where several serve the model's architecture.
+        plugins: further plugins: paths of .py files, or modules or objects with hooks.
+        options: any field of `EngineOptions`.
+
+    Raises:
+        ConfigError, PluginError, ModelError, ModelSourceError, WeightsError, UnsupportedError: see each; all are
+        `NanoEngineError`s, and nothing is left running.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        attention: str | type[AttentionBackend] = "auto",
+        implementation: str | None = None,
+        plugins: Sequence[Any] = (),
+        **options: Any,
+    ) -> None:
+        clock, registry = StartClock(), _discover(plugins)
+        clock.lap("plugins")
+        check_options(LLM, options, registry)
+        model, checked = with_revision(str(model), revision), engine_options(options)
+        self._start(model, implementation, attention, checked, registry, None, clock)
+
+    @classmethod
+    def from_config(cls, path: str | Path, overrides: Sequence[str] = (), *, plugins: Sequence[Any] = ()) -> Self:
+        """An LLM as a YAML file describes it, with overrides as on the command line ("sampler.top_p=0.9")."""
+        from nanoengine.setup.config.config import load_config
+
+        clock, registry = StartClock(), _discover(plugins)
+        config = load_config(path, overrides, registry=registry)
+        clock.lap("plugins")
+        return cls.from_run_config(config, registry=registry, clock=clock)
+
+    @classmethod
+    def from_run_config(
+        cls,
+        config: RunConfig,
+        *,
+        registry: Registry,
+        say: Callable[[str], None] | None = None,
+        clock: StartClock | None = None,
+    ) -> Self:
+        """An LLM as a composed configuration describes it.
+
+        `say` is given a line where fetching a model takes time. `clock` holds the phases of the start until here.
+        """
+        self = cls.__new__(cls)
+        model, backend = config.model, config.attention.backend
+        self._start(
+            model.pinned,
+            model.implementation,
+            backend,
+            config.engine,
+            registry,
+            config.sampler,
+            clock or StartClock(),
+            say,
+        )
+        return self
+
+    def _start(
+        self,
+        model: str,
+        implementation: str | None,
+        attention: str | type[AttentionBackend],
+        options: EngineOptions,
+        registry: Registry,
+        sampler: Mapping[str, Any] | None,
+        clock: StartClock,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        path = find_model(model, registry, say or note)
+        clock.lap("model source")
+        assembly = assemble(path, attention, options, registry, implementation)
+        clock.lap("choice")
+        self._built: BuiltEngine = build_engine(assembly, registry, clock)
+        _log.info("%s: %s; %s", model, self.start_report.line(), assembly.said())
+        self.engine: Engine = self._built.engine
+        self._ids = itertools.count()
+        try:
+            self.default_params = self._default_params(sampler, path)
+        except BaseException:
+            self.close()
+            raise
+        for key in assembly.unread:
+            _log.warning("%s: config.json: the model does not read %s, and its meaning is not known", model, key)
+
+    def _default_params(self, sampler: Mapping[str, Any] | None, path: Path) -> SamplingParams:
+        """Those of the configuration, else of generation_config.json; what that asks for in vain is logged."""
+        defaults = self._built.defaults
+        try:
+            params = SamplingParams(**(defaults.sampling if sampler is None else sampler))
+            self._built.resolver.resolve(params)
+        except ParamsError as error:
+            if sampler is not None:
+                raise
+            raise ModelError(f"{path / 'generation_config.json'}: {error}") from error
+        if sampler is None:
+            for line in defaults.unsupported:
+                _log.warning("%s", line)
+        return params
+
+    # -- generation ------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] | None = None,
+        use_tqdm: bool = True,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Generate for each prompt; outputs in input order.
+
+        Args:
+            prompts: one or several of: text, token ids, {"prompt": text}, {"prompt_token_ids": ids}.
+            params: for all, or one each; None: the model's generation_config, or the configuration's `sampler`.
+            priority: for all, or one each; lower runs first. It takes effect with scheduling_policy "priority".
+            sampling_params: vLLM's name of `params`.
+
+        Raises:
+            ParamsError, TokenizerMissing: before anything runs. A prompt that cannot be served is no exception: its
+            output has an `error`, and the others finish.
+            WorkerError: a rank failed; its `outputs` are the prompts', those finished by then whole.
+        """
+        each: Any = [prompts] if is_one(prompts) else prompts
+        return self._run([split_prompt(p) for p in each], one_name(params, sampling_params), priority, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> list[RequestOutput]:
+        """Generate the next message of one conversation, or of each of several.
+
+        `options`: see `ChatOptions`. `sampling_params`: vLLM's name of `params`.
+
+        Which roles there are is the template's matter, as in vLLM; a message that it passes over for a role that is not
+        usual is refused, and so is content that is neither text nor text parts. A conversation that is refused comes
+        back in its place, with its `error`; the others finish.
+        """
+        if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+            raise ParamsError(f"messages must be a list of messages, or a list of such lists, not {messages!r}")
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Sequence[Any] = [messages] if one else messages
+        prompts = [self._render(c, template_variables(options)) for c in conversations]
+        return self._run(prompts, one_name(params, sampling_params), None, use_tqdm)
+
+    def _render(self, messages: Any, options: Mapping[str, Any]) -> tuple[Any, str | None]:
+        """(token ids, text) of a conversation; one that cannot be rendered is refused in its place by the engine."""
+        tokenizer = self._built.need_tokenizer()
+        try:
+            return tokenizer.chat(messages, **options)
+        except RequestError as error:
+            return error, None
+
+    def chat_prompt(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> list[int]:
+        """Token ids of a conversation under the model's chat template. `options`: see `ChatOptions`.
+
+        Raises `TokenizerMissing`, or `RequestError("invalid_prompt")` for messages that the template refuses.
+        """
+        return self._built.need_tokenizer().apply_chat_template(messages, **template_variables(options))
+
+    @property
+    def sampling_names(self) -> frozenset[str]:
+        """The fields of `SamplingParams` that are legal here: the engine's own, and those of its sampler stages."""
+        return self._built.resolver.names
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._built.tokenizer is not None and self._built.tokenizer.has_chat_template
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int | None = None,
+        sampling_params: SamplingParams | None = None,
+    ) -> Stream:
+        """Start a request; iterate over its cumulative outputs. Several may be open at once; closing one aborts it.
+
+        A request that is refused or fails raises its `RequestError` there, behind the outputs that it had given.
+        `sampling_params`: vLLM's name of `params`.
+        """
+        given = one_name(params, sampling_params)
+        checked = check_params(self.default_params if given is None else given)
+        return Stream(self.engine, self._next_id(), prompt, checked, priority)
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def hidden_states(self, prompts: Prompt | Sequence[Prompt]) -> list[Tensor]:
+        """What the model returns for each token of each prompt, behind the last norm.
+
+        Each [tokens, hidden_size], on the CPU. Raises as `tap` does.
+        """
+        return [taps[""].outputs[0] for taps in self.tap(prompts, [""])]
+
+    def tap(self, prompts: Prompt | Sequence[Prompt], modules: Sequence[str]) -> list[dict[str, Tap]]:
+        """Run prompts through the model and copy what passes through some of its modules.
+
+        Args:
+            prompts: as of `generate`. They run one by one, eagerly, without reading the prefix cache.
+            modules: dotted names as in `llm.model.named_modules()`, of modules that are called with a row a token:
+                layers, attention ("….attn": q, k and v as they are stored and compared), MLPs; "" is the model. With
+                several ranks what is divided over them is rank 0's share.
+
+        Returns:
+            For each prompt, name -> `Tap`: the tensors that the module was given, and that it returned.
+
+        Raises:
+            ParamsError: for a module that is not there, or that does not run by itself.
+            NanoEngineError: while requests are running. RequestError: for a prompt that cannot be served.
+        """
+        from nanoengine.observe.tapping import tap_prompt
+
+        each: Any = [prompts] if is_one(prompts) else prompts
+        return [tap_prompt(self, self._built.executor, prompt, modules) for prompt in each]
+
+    def _run(
+        self, prompts: Sequence[tuple[Any, str | None]], params: Any, priority: Any, use_tqdm: bool
+    ) -> list[RequestOutput]:
+        each_params = one_each(self.default_params if params is None else params, len(prompts), "params")
+        each_priority = one_each(priority, len(prompts), "priority")
+        for given, level in zip(each_params, each_priority, strict=True):
+            check_params(given)
+            check_priority(level)
+        first_use = {id(p): index for index, p in reversed(list(enumerate(each_params)))}
+        for index in sorted(first_use.values()):  # all are checked before the first is added
+            try:
+                self._built.resolver.resolve(each_params[index])
+            except ParamsError as error:
+                if len(first_use) == 1:
+                    raise
+                raise ParamsError(f"params[{index}]: {error}") from error
+        if any(isinstance(prompt, str) for prompt, _ in prompts):
+            self._built.need_tokenizer()
+        done: dict[str, RequestOutput] = {}
+        ids = [self._next_id() for _ in prompts]
+        config = self.engine.scheduler.config
+        tokens = 0  # added since the last launch
+        with Progress(len(ids), "prompts", "prompt", shown=use_tqdm) as bar:
+
+            def sink(output: RequestOutput) -> None:
+                done[output.request_id] = output
+                bar.update()
+
+            try:
+                for i, (prompt, text) in enumerate(prompts):
+                    self.engine.add_request(
+                        ids[i], prompt, each_params[i], each_priority[i], prompt_text=text, final_only=True, sink=sink
+                    )
+                    tokens += len(prompt) if isinstance(prompt, list | tuple) else 0
+                    if tokens >= config.max_num_batched_tokens and config.policy == "fcfs":
+                        self.engine.keep_busy()  # a full step; adding some thousand requests takes a while
+                        tokens = 0
+                while len(done) < len(ids):
+                    self.engine.advance()
+            except WorkerError as error:
+                error.outputs = [done[i] for i in ids if i in done]
+                raise
+            finally:
+                self._abort_all([i for i in ids if i not in done])
+        outputs = [done[i] for i in ids]
+        self._say_failed(outputs)
+        return outputs
+
+    def _say_failed(self, outputs: Sequence[RequestOutput]) -> None:
+        """Who reads `outputs[0].text` of each is told why there is none."""
+        failed = [(index, output.error) for index, output in enumerate(outputs) if output.error is not None]
+        if failed:
+            index, error = failed[0]
+            _log.warning(
+                "%d of %d prompts failed; prompt %d: %s: %s", len(failed), len(outputs), index, error.code, error
+            )
+
+    def _abort_all(self, ids: Sequence[str]) -> None:
+        for request_id in ids:
+            self.engine.abort_request(request_id)
+
+    def _next_id(self) -> str:
+        return f"llm-{next(self._ids)}"
+
+    # -- around it -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def observe(self, observer: Observer) -> Iterator[None]:
+        """Hand each step's `StepRecord` to `observer` within a `with`: a list's `append`, a `TraceFile`, any callable.
+
+        It is called in the thread that makes the engine step. What it raises is raised there, after the step's outputs.
+        """
+        self.engine.observe(observer)
+        try:
+            yield
+        finally:
+            self.engine.unobserve(observer)
+
+    def get_tokenizer(self) -> Any:
+        """The transformers tokenizer; raises `TokenizerMissing` where there is none."""
+        return self._built.need_tokenizer().hf
+
+    def stats(self) -> EngineStats:
+        """Counts since the start: see `EngineStats`. What was aborted before does not run any more."""
+        self.engine.settle()
+        return EngineStats(**self._built.counters())
+
+    @property
+    def memory_report(self) -> MemoryReport:
+        """What stands on the device, and the limits of a batch that memory holds."""
+        return self._built.memory
+
+    @property
+    def start_report(self) -> StartReport:
+        """How long the start took, phase by phase."""
+        return self._built.start
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what the prefix cache holds, as after a change of weights. Raises while requests are running."""
+        self.engine.reset_prefix_cache()
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself, an ordinary `nn.Module`; only where it runs in this process."""
+        return self._built.model()
+
+    def close(self) -> None:
+        """Stop and give the memory back. Idempotent; whoever generates afterwards gets `EngineClosed`."""
+        self._built.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _discover(plugins: Any) -> Registry:
+    if isinstance(plugins, str | Path):
+        plugins = [plugins]
+    plugins = plugins or ()
+    files = [p for p in plugins if isinstance(p, str | Path)]
+    extra = [(getattr(p, "__name__", type(p).__name__), p) for p in plugins if not isinstance(p, str | Path)]
+    return discover(files, extra=extra)

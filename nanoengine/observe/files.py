@@ -1,0 +1,190 @@
+"""Files that grow while a run goes on: what stood there stays until the new one has something in its place."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import tempfile
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+from stat import S_ISREG
+from typing import NoReturn
+
+from nanoengine.api.errors import ConfigError, shown
+
+
+class GrowingFile:
+    """A file that is written piece by piece, each of them whole or not at all, by no other process meanwhile.
+
+    Where another content than `begin` is at `path`, it stays: the new file grows beside it (`.NAME.part`) and takes
+    its place at `settle`. A link stays a link. A pipe or device is written to as it is.
+
+    Attributes:
+        settled: what is written is at `path`. replaces: at first, another content was there.
+
+    Raises `OSError`, whose `strerror` says why: where it cannot be opened, or another process writes it; at a write
+    that fails; at `check` and `close` when the file is no longer at its place, or has changed. What was in it is kept
+    then, where possible.
+    """
+
+    def __init__(self, path: str | Path, begin: bytes = b"") -> None:
+        self.path = Path(os.path.realpath(Path(path).expanduser()))
+        self.size = len(begin)  # of the whole pieces, in bytes
+        self._part = self.path.with_name(f".{self.path.name}.part")
+        self._new: FileIO | None = None
+        self._gone = False  # which is raised once
+        self._file = FileIO(self.path, "a+" if not self.path.exists() or self.path.is_file() else "a")
+        try:
+            self.regular = S_ISREG(os.fstat(self._file.fileno()).st_mode)
+            self.replaces = self.regular and self._open(begin)
+        except BaseException:
+            self._file.close()
+            raise
+
+    @property
+    def settled(self) -> bool:
+        return self._new is None
+
+    def _open(self, begin: bytes) -> bool:
+        """Whether another content than `begin` is there; opens the file that will replace it."""
+        lock(self._file)
+        if not _is_at(self.path, self._file):  # it has just been replaced
+            raise OSError(errno.EBUSY, "another process is writing it")
+        if os.fstat(self._file.fileno()).st_size == len(begin) and _content(self._file) == begin:
+            self._part.unlink(missing_ok=True)  # a killed run left one
+            return False
+        self._new = FileIO(self._part, "a+")  # appended to, so that its size tells what others did
+        try:
+            self._new.truncate(0)
+            write_all(self._new, begin)
+            lock(self._new)
+        except BaseException:
+            self.discard()
+            raise
+        return True
+
+    def write(self, data: bytes) -> None:
+        file = self._new or self._file
+        try:
+            write_all(file, data)
+        except BaseException:
+            if self.regular:
+                with suppress(OSError):
+                    file.truncate(self.size)
+            raise
+        self.size += len(data)
+
+    def settle(self) -> None:
+        """Puts the new file in its place. Without effect where it is there."""
+        if self._new is None:
+            return
+        if _is_at(self.path, self._file) is False:  # the old one's deletion harms nothing
+            self._part.unlink(missing_ok=True)
+            self._lose(errno.ESTALE, f"another file has taken its place{self._whereabouts(self._new)}")
+        os.fsync(self._new.fileno())
+        os.replace(self._part, self.path)
+        old, self._file, self._new = self._file, self._new, None
+        old.close()
+
+    def check(self) -> None:
+        """Raises `OSError`, once, where the file is not at its place any more or another program has written to it."""
+        if not self.regular or self._file.closed or self._gone:
+            return
+        file, place = (self._file, self.path) if self._new is None else (self._new, self._part)
+        there, size = _is_at(place, file), os.fstat(file.fileno()).st_size
+        if there is None:
+            self._lose(errno.ENOENT, f"it is no longer there{self._whereabouts(file)}")
+        if not there:
+            self._lose(errno.ESTALE, f"another file has taken its place{self._whereabouts(file)}")
+        if size != self.size:
+            self._lose(errno.EIO, f"another program has changed it: {self.size} bytes were written, it has {size}")
+
+    def _lose(self, number: int, why: str) -> NoReturn:
+        self._gone = True
+        raise OSError(number, why)
+
+    def _whereabouts(self, file: FileIO) -> str:
+        """Where what was written is, for a message; a file without a name is written out anew."""
+        if not self.size:
+            return ""
+        if os.fstat(file.fileno()).st_nlink:
+            with suppress(OSError):
+                return f"; it was moved to {os.readlink(f'/proc/self/fd/{file.fileno()}')}"
+            return "; it was moved"
+        for folder in (self.path.parent, Path(tempfile.gettempdir())):
+            with suppress(OSError):
+                number, kept = tempfile.mkstemp(prefix=f"{self.path.name}.kept-", dir=folder)
+                with FileIO(number, "w") as copy:
+                    write_all(copy, _content(file)[: self.size])
+                return f"; what was in it is in {kept}"
+        return "; what was in it is lost"
+
+    def discard(self) -> None:
+        """Ends what has not settled: what was there stays. Idempotent."""
+        if self._new is not None:
+            self._new.close()
+            self._new = None
+            self._part.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Idempotent. What has not settled is discarded."""
+        if self._file.closed:
+            return
+        try:
+            if self._new is None and self.regular:
+                os.fsync(self._file.fileno())  # a full disk, or a quota, may tell only now
+                self.check()
+        finally:
+            self.discard()
+            self._file.close()
+
+
+def user_path(path: str | Path, what: str) -> Path:
+    """What a user wrote, `~` expanded; it need not exist.
+
+    Raises `ConfigError` naming `what` it is where no file can be called so: too long, a NUL, no such home folder.
+    """
+    try:
+        found = Path(path).expanduser()
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            os.stat(found)
+        return found
+    except (OSError, ValueError, RuntimeError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or error
+        raise ConfigError(f"{what} {shown(str(path))}: {why}") from error
+
+
+def write_all(file: FileIO, data: bytes) -> None:
+    """One write may take a part only. Raises `OSError`; how much of `data` is in the file is not known then."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
+
+
+def lock(file: FileIO) -> None:
+    """Raises `OSError` where another process writes the file. Held until it is closed."""
+    if sys.platform == "win32":
+        return  # no advisory locks there
+    import fcntl
+
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OSError(errno.EBUSY, "another process is writing it") from error
+    except OSError:
+        return  # a file system without locks
+
+
+def _is_at(place: Path, file: FileIO) -> bool | None:
+    """Whether `place` names the open file; None where nothing is there. Raises `OSError`."""
+    try:
+        return os.path.samestat(os.stat(place), os.fstat(file.fileno()))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _content(file: FileIO) -> bytes:
+    file.seek(0)
+    return file.readall()

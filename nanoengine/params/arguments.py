@@ -1,0 +1,155 @@
+"""What callers hand over: prompts, token ids, parameters, priorities; one of them, one for all, or one each."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any, TypedDict
+
+from nanoengine.api.errors import ParamsError, RequestError, described, is_failure, shown
+from nanoengine.params.field_types import is_unicode
+from nanoengine.params.sampling_fields import INT64
+from nanoengine.params.sampling_params import SamplingParams
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+
+class ChatOptions(TypedDict, total=False):
+    """Keywords of `LLM.chat` and `LLM.chat_prompt` that go to the chat template.
+
+    Attributes:
+        add_generation_prompt: the answer's beginning is written (True, unless `continue_final_message`).
+        continue_final_message: the last message is gone on with, or that field of it.
+        tools, documents: the template's variables of these names.
+        chat_template: in place of the model's: text, or the name of one of several.
+        chat_template_kwargs: whatever other variables the template reads.
+        sanitize_control_tokens: control tokens that stand in what messages say are kept as text.
+    """
+
+    add_generation_prompt: bool | None
+    continue_final_message: bool | str
+    tools: Sequence[Any] | None
+    documents: Sequence[Any] | None
+    chat_template: str | None
+    chat_template_kwargs: Mapping[str, Any] | None
+    sanitize_control_tokens: bool
+
+
+def template_variables(options: ChatOptions) -> dict[str, Any]:
+    """What goes to the chat template."""
+    given: dict[str, Any] = dict(options)
+    return {**(given.pop("chat_template_kwargs", None) or {}), **given}
+
+
+def is_one(prompts: Any) -> bool:
+    """Text, a dict, or a flat list of ids: one prompt. (An empty list is no prompts.)"""
+    if isinstance(prompts, str | Mapping):
+        return True
+    if not isinstance(prompts, Sequence) and not hasattr(prompts, "__array__"):
+        raise ParamsError(f"prompts must be text, token ids, a dict, or a list of those, not {prompts!r}")
+    return len(prompts) > 0 and all(isinstance(p, Integral) for p in prompts)
+
+
+def split_prompt(prompt: Prompt) -> tuple[Any, str | None]:
+    """(text or ids, text to show). What is neither is passed on for the engine to refuse in its place."""
+    if not isinstance(prompt, Mapping):
+        return prompt, None
+    unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+    if unknown or not prompt:
+        return prompt, None
+    ids = prompt.get("prompt_token_ids")
+    return (prompt.get("prompt"), None) if ids is None else (ids, prompt.get("prompt"))
+
+
+def one_each(value: Any, count: int, name: str) -> list[Any]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return [value] * count
+    if len(value) != count:
+        raise ParamsError(f"{name} has {len(value)} entries for {count} prompts; give one for all, or one each")
+    return list(value)
+
+
+def check_params(params: Any) -> SamplingParams:
+    if not isinstance(params, SamplingParams):
+        raise ParamsError(f"params must be SamplingParams, or one for each prompt, not {params!r}")
+    return params
+
+
+def one_name(params: Any, sampling_params: Any) -> Any:
+    if params is not None and sampling_params is not None:
+        raise ParamsError("params and sampling_params are two names for one thing: give one of them")
+    return sampling_params if params is None else params
+
+
+def check_priority(priority: object) -> int | None:
+    """As a plain int; None is none."""
+    if priority is None:
+        return None
+    level = _as_int(priority)
+    if level is None or level not in INT64:
+        raise ParamsError(f"priority must be a whole number of 64 bits, not {shown(priority)}")
+    return level
+
+
+def check_shown(prompt_text: object) -> RequestError | None:
+    """Why this cannot be what `RequestOutput.prompt` shows beside token ids; None: it can."""
+    if prompt_text is None or (isinstance(prompt_text, str) and is_unicode(prompt_text)):
+        return None
+    words = f"a prompt's text, given beside its ids, must be valid Unicode, not {shown(prompt_text)}"
+    return RequestError("invalid_prompt", words)
+
+
+def check_request_id(request_id: object) -> None:
+    if not isinstance(request_id, str) or not is_unicode(request_id):
+        raise ParamsError(f"request_id must be a string of valid Unicode, not {shown(request_id)}")
+
+
+def checked_ids(token_ids: Any, vocab_size: int) -> tuple[int, ...] | RequestError:
+    """Plain ints within the vocabulary, or why this is no prompt."""
+    if isinstance(token_ids, RequestError):  # what the caller could not make a prompt of
+        return token_ids
+    try:
+        return _checked(token_ids, vocab_size)
+    except BaseException as error:  # what stands for a list or an id may be anyone's class
+        if not is_failure(error):
+            raise
+        return RequestError("invalid_prompt", f"reading the prompt raised {described(error)}")
+
+
+def _checked(token_ids: Any, vocab_size: int) -> tuple[int, ...] | RequestError:
+    try:
+        given = None if isinstance(token_ids, bytes | Mapping) else list(token_ids)
+    except TypeError:
+        given = None
+    if given is None:
+        valid = "text, token ids, {'prompt': text} or {'prompt_token_ids': ids}"
+        return RequestError("invalid_prompt", f"a prompt is {valid}, not {_shown(token_ids)}")
+    if not given:
+        return RequestError("invalid_prompt", "the prompt is empty: at least one token is needed")
+    if set(map(type, given)) == {int} and min(given) >= 0 and max(given) < vocab_size:
+        return tuple(given)
+    ids = []
+    for i, token in enumerate(given):
+        number = _as_int(token)
+        if number is None:
+            return RequestError("invalid_prompt", f"prompt[{i}] is {shown(token)}, not a token id")
+        if not 0 <= number < vocab_size:
+            outside = f"prompt[{i}] is {shown(number)}, outside the vocabulary 0..{vocab_size - 1}"
+            return RequestError("invalid_prompt", outside)
+        ids.append(number)
+    return tuple(ids)
+
+
+def _shown(value: object) -> str:
+    return f"a dict with {list(value)}" if isinstance(value, Mapping) else type(value).__name__
+
+
+def _as_int(value: Any) -> int | None:
+    """Of an int or what stands for one (numpy's, a tensor's element), but not of a bool."""
+    if type(value) is int:
+        return value
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None

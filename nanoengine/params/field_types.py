@@ -1,0 +1,140 @@
+"""Values checked against type annotations: parameters come from Python, YAML and JSON. Torch-free.
+
+Stricter than Python where a slip would pass silently (a bool is no integer, a string is no list of strings), laxer
+where nothing can go wrong (an integer is a number, a numpy scalar is its value, a tuple is a list).
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Collection, Mapping, Sequence, Set
+from typing import Any, Literal, Union, get_args, get_origin
+
+import numpy as np
+
+from nanoengine.api.errors import ParamsError, shown
+
+_WORDS: dict[Any, str] = {
+    bool: "True or False",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    type(None): "None",
+}
+_LISTS = (list, tuple, Sequence, Collection, set, frozenset, Set)
+
+
+class _Misfit(Exception):
+    """The value has the wrong type; holds the offending part of it, and what is wrong where its type is right."""
+
+    def __init__(self, part: Any, wrong: str = "") -> None:
+        self.part, self.wrong = part, wrong
+
+
+def conform(name: str, value: Any, annotation: Any) -> Any:
+    """`value` in the type of `annotation`: numbers widened, containers copied.
+
+    Raises `ParamsError` naming the field, what it must be, and the part that is not.
+    """
+    try:
+        return _fit(value, annotation)
+    except _Misfit as misfit:
+        within = "" if misfit.part is value else f" (because of {shown(misfit.part)})"
+        within += misfit.wrong and f": {misfit.wrong}"
+        raise ParamsError(f"{name} must be {describe(annotation)}, not {shown(value)}{within}") from None
+
+
+def describe(annotation: Any) -> str:
+    """The annotation in words: "a number, or None"."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return ", or ".join(describe(a) for a in args)
+    if origin is Literal:
+        return " or ".join(repr(a) for a in args)
+    if origin in (dict, Mapping):
+        return f"a mapping from {_plural(args[0])} to {_plural(args[1])}"
+    if origin in _LISTS:
+        return f"a list of {_plural(args[0])}"
+    return _WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def _plural(annotation: Any) -> str:
+    words = describe(annotation)
+    return words.removeprefix("an ").removeprefix("a ") + "s" if words.startswith(("a ", "an ")) else words
+
+
+def _fit(value: Any, annotation: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    elif isinstance(value, np.ndarray):
+        value = value.tolist()
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return _fit_any(value, args)
+    if origin is Literal:
+        if any(value == choice and type(value) is type(choice) for choice in args):
+            return value
+        raise _Misfit(value)
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise _Misfit(value)
+        return {_fit(k, args[0]): _fit(v, args[1]) for k, v in value.items()}
+    if origin in _LISTS:
+        return _fit_list(value, origin, args)
+    return _fit_plain(value, annotation)
+
+
+def _fit_any(value: Any, choices: Sequence[Any]) -> Any:
+    """The first member that fits, the exact type first: 1 stays an integer in `float | int`."""
+    misfit = _Misfit(value)
+    for choice in sorted(choices, key=lambda c: c is not type(value)):
+        try:
+            return _fit(value, choice)
+        except _Misfit as found:
+            if found.part is not value or found.wrong:
+                misfit = found
+    raise misfit
+
+
+def _fit_list(value: Any, origin: Any, args: Sequence[Any]) -> Any:
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
+        raise _Misfit(value)
+    try:
+        items = list(value)
+    except TypeError:  # a tensor of no dimension
+        raise _Misfit(value) from None
+    if origin is tuple and not (len(args) == 2 and args[1] is Ellipsis):
+        if len(items) != len(args):
+            raise _Misfit(value)
+        return tuple(_fit(item, a) for item, a in zip(items, args, strict=True))
+    make = origin if origin in (tuple, set, frozenset) else list
+    return make(_fit(item, args[0]) for item in items)
+
+
+def _fit_plain(value: Any, annotation: Any) -> Any:
+    if annotation is Any:
+        return value
+    if annotation is None:
+        annotation = type(None)
+    if annotation is float and type(value) is int:
+        try:
+            return float(value)
+        except OverflowError:
+            raise _Misfit(value) from None
+    exact = annotation in (int, float)  # no bool for a number
+    if not isinstance(annotation, type) or not isinstance(value, annotation) or (exact and isinstance(value, bool)):
+        raise _Misfit(value)
+    if annotation is int and isinstance(value, int) and value.bit_length() > 64:
+        raise _Misfit(value, "64 bits do not hold it")
+    if isinstance(value, str) and not is_unicode(value):
+        raise _Misfit(value, "half of a surrogate pair is no valid Unicode")
+    return value
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it can be encoded. JSON and Python let half of a surrogate pair through, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,346 @@
+"""`SamplingParams`: vLLM's names and defaults. Core fields are checked here; a stage's own fields when resolved.
+
+Which fields are legal depends on the stages that plugins registered, so `SamplingParams` takes any keyword, and
+`ParamsResolver` (one an engine) says at submission whether it is one of them. Torch-free.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import types
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nanoengine.api.errors import ParamsError, PluginError, described, is_failure, shown
+from nanoengine.api.plugin_calls import plugin_call
+from nanoengine.api.specs import ColumnSpec, ParamsContext, StageParams, StandardOp
+from nanoengine.core.options import is_option
+from nanoengine.params.field_types import conform
+from nanoengine.params.sampling_fields import CORE_TYPES, NOT_SERVED, CoreFields, legal_fields, stage_types
+from nanoengine.setup.plugins.registry import nearest_part
+
+_CACHE_SIZE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class PackedStage:
+    """One stage that a request wants: its name, its parameters, its packed columns (numpy arrays, 0-d or 1-d)."""
+
+    name: str
+    params: StageParams
+    columns: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedParams:
+    """Validated parameters of one request, as scheduler and output processing use them.
+
+    Attributes:
+        n, max_tokens (None: up to the model's length), min_tokens, seed (None: the engine's), priority, cache_salt,
+        logprobs, prompt_logprobs (None: none wanted; -1 was replaced by the vocabulary's size), detokenize,
+        skip_special_tokens, include_stop_str_in_output: as in `SamplingParams`.
+        stop: stop strings. eos_ids: empty with ignore_eos. stop_token_ids: the user's own.
+        stages: those this request wants. greedy: the draw is the arg-max.
+        host_tokens: a stage needs every token on the host before the next draw.
+    """
+
+    n: int = 1
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    seed: int | None = None
+    priority: int = 0
+    cache_salt: str | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    stop: tuple[str, ...] = ()
+    eos_ids: frozenset[int] = frozenset()
+    stop_token_ids: frozenset[int] = frozenset()
+    stages: tuple[PackedStage, ...] = ()
+    greedy: bool = False
+    host_tokens: bool = False
+
+    @property
+    def stop_set(self) -> frozenset[int]:
+        """Ids that end the output; masked while fewer than `min_tokens` were generated."""
+        return self.eos_ids | self.stop_token_ids
+
+
+class SamplingParams:
+    """How to sample, by keyword: the fields of `CoreFields`, and those of the sampler stages (temperature, top_p ...).
+
+    Core fields are checked here; the rest when the engine, which knows its stages, gets the request. Immutable:
+    `replace` makes a changed copy. A stage's field can be read where it was given.
+    """
+
+    __slots__ = ("_core", "_key", "_stage")
+    _core: CoreFields
+    _key: Hashable
+    _stage: dict[str, Any]
+
+    def __init__(self, /, **fields: Any) -> None:
+        core = {name: conform(name, fields.pop(name), kind) for name, kind in CORE_TYPES.items() if name in fields}
+        object.__setattr__(self, "_core", CoreFields(**core))
+        object.__setattr__(self, "_stage", {name: _own(name, value) for name, value in fields.items()})
+        object.__setattr__(self, "_key", None)
+
+    @property
+    def core(self) -> CoreFields:
+        return self._core
+
+    @property
+    def stage_fields(self) -> Mapping[str, Any]:
+        """What was given beyond the core fields, unchecked."""
+        return types.MappingProxyType(self._stage)
+
+    @property
+    def key(self) -> Hashable:
+        """Of equal parameters alone. Made once: a batch asks for thousands, and each of them twice."""
+        if self._key is None:
+            core = tuple(_frozen(getattr(self._core, name)) for name in CORE_TYPES)
+            object.__setattr__(self, "_key", (core, _frozen(self._stage)))
+        return self._key
+
+    def replace(self, /, **changes: Any) -> SamplingParams:
+        """A copy with some fields changed."""
+        return SamplingParams(**{**self._fields(), **changes})
+
+    def _fields(self) -> dict[str, Any]:
+        return {name: getattr(self._core, name) for name in CORE_TYPES} | self._stage
+
+    def __getattr__(self, name: str) -> Any:
+        if name in CORE_TYPES:
+            return getattr(self._core, name)
+        if not name.startswith("_") and name in self._stage:
+            return self._stage[name]
+        raise AttributeError(
+            f"SamplingParams has no {name!r}: it was not given, and only the engine knows the stages' defaults"
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"SamplingParams is immutable: use params.replace({name}=...)")
+
+    def __eq__(self, other: object) -> bool:
+        return self._fields() == other._fields() if isinstance(other, SamplingParams) else NotImplemented
+
+    def __repr__(self) -> str:
+        plain = CoreFields()
+        shown = {k: v for k, v in self._fields().items() if k in self._stage or v != getattr(plain, k)}
+        return f"SamplingParams({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (self._fields(),))
+
+
+def _rebuild(fields: dict[str, Any]) -> SamplingParams:
+    return SamplingParams(**fields)
+
+
+class ParamsResolver:
+    """Turns `SamplingParams` into `ResolvedParams` for one engine's stages and model.
+
+    Equal parameters resolve to one shared object: a benchmark submits thousands.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[tuple[str, type[StageParams]]],
+        ctx: ParamsContext,
+        eos_ids: frozenset[int],
+        failed_stages: Mapping[str, str] | None = None,
+        suspects: str = "",
+        *,
+        max_n: int = sys.maxsize,
+        max_logprobs: int = -1,
+    ) -> None:
+        """`max_n`, `max_logprobs`: as in `EngineOptions`. `failed_stages`: those that cannot run, name -> cause: a
+        request that sets a field of theirs is refused. `suspects`: what to say of plugins that failed before their
+        stages were known, where a field is unknown.
+
+        Raises `PluginError` where the stages' fields clash or are no proper dataclass fields.
+        """
+        self._legal = legal_fields(stages)
+        self._stages = [(name, params, stage_types(name, params)) for name, params in stages]
+        self._failed = dict(failed_stages or {})
+        self._suspects = suspects
+        self._ctx, self._max_n, self._max_logprobs = ctx, max_n, max_logprobs
+        # Checkpoints list end-of-text ids beyond their vocabulary; such an id is never drawn and needs no mask.
+        self._eos_ids = frozenset(i for i in eos_ids if 0 <= i < ctx.vocab_size)
+        self._cache: dict[Hashable, ResolvedParams] = {}
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Every legal field of `SamplingParams`."""
+        return frozenset(self._legal)
+
+    def resolve(self, params: SamplingParams) -> ResolvedParams:
+        """Raises `ParamsError` naming the field, its value, the valid ones and the nearest legal name; `PluginError`
+        where a stage whose field was given is broken."""
+        key = params.key
+        found = self._cache.get(key)
+        if found is None:
+            found = self._resolve(params.core, params.stage_fields)
+            if len(self._cache) >= _CACHE_SIZE:
+                self._cache = {}
+            self._cache[key] = found
+        return found
+
+    def _resolve(self, core: CoreFields, given: Mapping[str, Any]) -> ResolvedParams:
+        self._check_names(given)
+        stages = tuple(s for name, params, kinds in self._stages if (s := self._stage(name, params, kinds, given)))
+        if core.stop_strings:
+            self._ctx.encode(core.stop_strings[0])  # there must be a tokenizer to find them with
+        self._check_ids("stop_token_ids", core.stop_token_ids or ())
+        if core.n > self._max_n:
+            raise ParamsError(f"n is {core.n}, and engine option max_n is {self._max_n}: lower n or raise max_n")
+        return ResolvedParams(
+            n=core.n,
+            max_tokens=core.max_tokens,
+            min_tokens=core.min_tokens,
+            seed=core.seed,
+            priority=core.priority,
+            cache_salt=core.cache_salt,
+            logprobs=self._num_logprobs("logprobs", core.logprobs),
+            prompt_logprobs=self._num_logprobs("prompt_logprobs", core.prompt_logprobs),
+            detokenize=core.detokenize,
+            skip_special_tokens=core.skip_special_tokens,
+            include_stop_str_in_output=core.include_stop_str_in_output,
+            stop=core.stop_strings,
+            eos_ids=frozenset() if core.ignore_eos else self._eos_ids,
+            stop_token_ids=frozenset(core.stop_token_ids or ()),
+            stages=stages,
+            greedy=any(_is_greedy(stage) for stage in stages),
+            host_tokens=any(stage.params.host_tokens for stage in stages),
+        )
+
+    def _check_names(self, given: Mapping[str, Any]) -> None:
+        for name in given:
+            if name in self._legal:
+                continue
+            if name in NOT_SERVED:
+                raise ParamsError(f"SamplingParams: {name!r} is a field of vLLM's not served here: {NOT_SERVED[name]}")
+            if is_option(name):
+                place = f"it is an option of the engine: LLM(model, {name}=...), or engine.{name} in a configuration"
+                raise ParamsError(f"SamplingParams has no field {name!r}; {place}")
+            raise ParamsError(
+                f"SamplingParams has no field {name!r}; {nearest_part(name, self._legal)}{self._suspects}"
+            )
+
+    def _stage(
+        self, name: str, params: type[StageParams], kinds: Mapping[str, Any], given: Mapping[str, Any]
+    ) -> PackedStage | None:
+        """The stage as this request wants it; None if it does not. One that is given no field is not even asked."""
+        values = {field: conform(field, given[field], kind) for field, kind in kinds.items() if field in given}
+        if not values:
+            return None
+        if name in self._failed:
+            raise PluginError(
+                f"sampler stage {name!r}, which {', '.join(values)} needs, cannot run: {self._failed[name]}; mend or "
+                f"uninstall its plugin, or leave out {', '.join(values)}"
+            )
+        with plugin_call(f"sampler stage {name!r}: {params.__qualname__} failed on {shown(values)}", params):
+            stage = params(**values)
+            if not stage.active():
+                return None
+            columns = pack_columns(name, params.columns, stage.pack(self._ctx))
+        return PackedStage(name, stage, columns)
+
+    def _check_ids(self, name: str, ids: Collection[int]) -> None:
+        outside = sorted(i for i in ids if not 0 <= i < self._ctx.vocab_size)
+        if outside:
+            raise ParamsError(f"{name}: no such token id: {outside}; ids are 0 to {self._ctx.vocab_size - 1}")
+
+    def _num_logprobs(self, name: str, value: int | None) -> int | None:
+        """Each position of each row costs so many: memory, and time of every request beside this one."""
+        if value is not None and value > self._ctx.vocab_size:
+            raise ParamsError(f"{name} must be at most the vocabulary's size, {self._ctx.vocab_size}, not {value}")
+        limit = self._max_logprobs
+        if value is not None and limit != -1 and (value == -1 or value > limit):
+            wanted = f"-1 (all {self._ctx.vocab_size})" if value == -1 else value
+            raise ParamsError(
+                f"{name} is {wanted}, and engine option max_logprobs is {limit}: ask for at most {limit}, or raise "
+                "max_logprobs (-1: no limit)"
+            )
+        return self._ctx.vocab_size if value == -1 else value
+
+
+def pack_columns(stage: str, specs: Mapping[str, ColumnSpec], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's column values as read-only arrays of the declared dtypes, 0-d, or 1-d where ragged.
+
+    For what `StageParams.pack` and `host_columns` return. Raises `PluginError` naming stage and column.
+    """
+    if not isinstance(values, Mapping):
+        raise PluginError(
+            f"sampler stage {stage!r}: packed {values!r:.80}, not a mapping of its columns {sorted(specs)}"
+        )
+    if set(values) != set(specs):
+        raise PluginError(f"sampler stage {stage!r}: packed {sorted(values, key=str)} for its columns {sorted(specs)}")
+    return {name: pack_column(stage, name, spec, values[name]) for name, spec in specs.items()}
+
+
+def pack_column(stage: str, name: str, spec: ColumnSpec, value: Any) -> npt.NDArray[Any]:
+    """One column's value for a slot, as `pack_columns` gives it. Raises `PluginError` naming stage and column."""
+    where = f"sampler stage {stage!r}, column {name!r}"
+    try:
+        array = as_column(value, spec)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise PluginError(f"{where}: no {spec.dtype}: {error}") from error
+    if array.ndim != int(spec.ragged):
+        raise PluginError(f"{where}: {value!r:.80} is not {'a flat sequence' if spec.ragged else 'one number'}")
+    if spec.op is StandardOp.TEMPERATURE and not 0 <= array < np.inf:
+        raise PluginError(f"{where}: a temperature must be a number from 0 (greedy) up, not {value!r:.80}")
+    array.flags.writeable = False
+    return array
+
+
+def as_column(value: Any, spec: ColumnSpec) -> np.ndarray[Any, Any]:
+    """Numbers in the column's dtype, a copy: a plugin may go on writing to its own array. `ValueError` for what int32
+    does not hold: numpy would take the lower bits."""
+    with np.errstate(over="ignore"):
+        array = np.array(value, dtype=spec.dtype)
+    if spec.dtype == "int32" and not np.array_equal(array, value):
+        raise ValueError(f"{shown(value)} is no int32")
+    return array
+
+
+def _is_greedy(stage: PackedStage) -> bool:
+    return any(
+        spec.op is StandardOp.TEMPERATURE and not stage.columns[name] for name, spec in stage.params.columns.items()
+    )
+
+
+def _own(name: str, value: Any) -> Any:
+    """A copy that the caller cannot change. Raises `ParamsError` for what has none: a lock, a list within itself."""
+    try:
+        found = copy.deepcopy(value)
+        hash(_frozen(found))
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        raise ParamsError(f"{name}: {shown(value)} is no parameter: {described(error)}") from error
+    return found
+
+
+_ATOMS = frozenset({type(None), bool, int, float})
+
+
+def _frozen(value: Any) -> Hashable:
+    """A key equal for equal values only: types count, as True is no 1 to the checks."""
+    if type(value) in _ATOMS:
+        return (type(value), value)
+    if isinstance(value, Mapping):
+        return (dict, tuple((_frozen(k), _frozen(v)) for k, v in value.items()))
+    if isinstance(value, str | bytes):
+        return value
+    if isinstance(value, np.ndarray):
+        return (np.ndarray, value.dtype.str, value.shape, value.tobytes())
+    if isinstance(value, list | tuple | set | frozenset | range):
+        return (type(value), *map(_frozen, value))
+    return (type(value), value if isinstance(value, Hashable) else object())  # what cannot be compared equals nothing

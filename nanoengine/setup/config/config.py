@@ -1,0 +1,280 @@
+"""The configuration of a run: what YAML composition yields, checked against strict frozen dataclasses.
+
+Every key, of every file and override, must be known; every value must be of its type and range. Errors name the file,
+the line, the key and the nearest valid name. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from nanoengine.api.errors import ConfigError, ParamsError, PluginError, nearest
+from nanoengine.core.options import EngineOptions, dtype_hint
+from nanoengine.observe.files import user_path
+from nanoengine.params.field_types import conform
+from nanoengine.params.sampling_fields import NOT_SERVED, legal_fields
+from nanoengine.setup.config.composer import Composed, Root, SearchPath, Shorthand, compose, package_root
+from nanoengine.setup.config.composer.yaml_file import ConfigFile, KeyPath, dotted
+from nanoengine.setup.config.prompts import PromptFile, Prompts, check_prompts
+from nanoengine.setup.config.sampler_section import Stages, check_sampler, sampler_stages
+from nanoengine.setup.plugins.discover import discover
+from nanoengine.setup.plugins.registry import Kind, Registry, nearest_part
+from nanoengine.setup.plugins.sources import with_revision
+
+_YAML = (".yaml", ".yml")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSection:
+    """`source`: a registered name, a folder, a .gguf file, a hub id, or whatever else a model source knows.
+
+    `revision`: branch, tag or commit of a hub id. `implementation`: name of the model plugin to take where several
+    serve the architecture.
+    """
+
+    source: str
+    revision: str | None = None
+    implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.revision is not None and "@" in self.source:
+            raise ConfigError(f"model.revision is given, but model.source, {self.source}, names one: leave out one")
+
+    @property
+    def pinned(self) -> str:
+        """What the sources are asked for."""
+        return with_revision(self.source, self.revision)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSection:
+    """`backend`: name of an attention backend, or "auto"."""
+
+    backend: str = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """A whole configuration.
+
+    Attributes:
+        model, attention, engine: see each.
+        sampler: keywords of `SamplingParams`; None where no `sampler` was given: the model's own defaults rule.
+        prompts: texts or conversations, or the file they stand in; None: none were given.
+        output: path of the results, relative to the working directory; None: no file is written.
+        chat: prompts become chat messages where the model has a chat template.
+        provenance: dotted key -> "file:line" or "override '...'", for the keys that were given.
+    """
+
+    model: ModelSection
+    sampler: Mapping[str, Any] | None = None
+    attention: AttentionSection = field(default_factory=AttentionSection)
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    prompts: Prompts | None = None
+    output: str | None = None
+    chat: bool = True
+    provenance: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+
+_SECTIONS: Mapping[str, type[Any]] = {"model": ModelSection, "attention": AttentionSection, "engine": EngineOptions}
+_KEYS = tuple(f.name for f in fields(RunConfig) if f.name != "provenance")
+
+
+def load_config(
+    path_or_recipe: str | Path, overrides: Sequence[str] = (), *, registry: Registry | None = None
+) -> RunConfig:
+    """Composes and checks a configuration.
+
+    Args:
+        path_or_recipe: a YAML file, or the name of a recipe that nanoengine or a plugin ships, such as "quickstart".
+        overrides: as on the command line: "sampler.top_p=0.9", "model=./folder", "~output".
+        registry: what `discover` found; None: discovers what is installed.
+
+    Raises:
+        ConfigError: naming file and line, or the override, and the nearest valid name.
+        PluginError: a config root, or a part that the configuration names, is broken or not installed.
+    """
+    registry = discover() if registry is None else registry
+    roots = [each for root, origin in registry.config_roots for each in package_root(root, str(origin))]
+    primary, search = _primary(path_or_recipe, roots, registry.suspects("configs"))
+    interpolable = {"attention": asdict(AttentionSection()), "engine": asdict(EngineOptions()), "chat": True}
+    plain = [key for key in _KEYS if key not in _SECTIONS and key != "sampler"]
+    composed = compose(
+        primary, search, overrides, shorthands=_shorthands(registry), defaults=interpolable, values=plain
+    )
+    return _checked(composed, registry, primary.label)
+
+
+def _primary(path_or_recipe: str | Path, roots: Sequence[Root], suspects: str) -> tuple[ConfigFile, SearchPath]:
+    path = user_path(path_or_recipe, "configuration file")
+    if path.is_file():
+        shipped = any(path.parent.resolve() == root.folder.resolve() for root in roots)
+        search = SearchPath(
+            None if shipped else Root(path.parent, str(path.parent), "your own folder"), roots, suspects
+        )
+        return search.read(path, str(path)), search
+    search = SearchPath(None, roots, suspects)
+    name = str(path_or_recipe)
+    if path.suffix or os.sep in name:
+        raise ConfigError(f"no configuration file {name} (looked for {path.absolute()}){_sibling(path)}")
+    found = search.find(name)
+    if found is None:
+        known = nearest(name, search.options(""))
+        raise ConfigError(f"no file and no recipe is called {name!r}{_sibling(path)}; {known}{suspects}")
+    return found, search
+
+
+def _sibling(path: Path) -> str:
+    """The file of that name with YAML's other ending, if there is one: the tail of a message."""
+    if not path.name or path.suffix not in ("", *_YAML):
+        return ""
+    there = [other for other in map(path.with_suffix, _YAML) if other != path and other.is_file()]
+    return f"; did you mean {there[0]}, which is there?" if there else ""
+
+
+def _is_there(option: str) -> bool:
+    try:
+        return user_path(option, "model").exists()
+    except ConfigError:  # no file can be called so
+        return False
+
+
+def _shorthands(registry: Registry) -> Mapping[str, Shorthand]:
+    sources = [name for found in registry.model_sources.values() for name in found.spec.models]
+    # A backend that clashes or failed is let through: looking it up says so.
+    troubled = {c.name for c in registry.conflicts} | {f.provides[1] for f in registry.failures if f.provides}
+    backends = [*registry.attention_backends, "auto"]
+    return {
+        "model": Shorthand(
+            "source",
+            lambda option: option in sources or "/" in option or _is_there(option),
+            sources,
+            "the path of a folder or a .gguf file, a hub id (owner/name), or anything else with a / in it",
+        ),
+        "attention": Shorthand(
+            "backend",
+            lambda option: option in backends or option in troubled,
+            backends,
+            "what a plugin brings: install its package, or give --plugin FILE, in Python plugins=[FILE]",
+        ),
+    }
+
+
+def _checked(composed: Composed, registry: Registry, label: str) -> RunConfig:
+    stages = sampler_stages(registry)
+    _check_keys(composed, list(legal_fields(stages)), registry.suspects("samplers"))
+    data = composed.data
+    for name in ("engine", "sampler"):
+        if isinstance(data.get(name), str):
+            raise ConfigError(
+                f"{composed.origin((name,))}: {name} must be a mapping, not {data[name]!r}; a file of the config group "
+                f"is chosen in the defaults list: 'defaults:', and below it '- {name}: {data[name]}'"
+            )
+    if not data.get("model"):
+        known = ", ".join(name for found in registry.model_sources.values() for name in found.spec.models)
+        raise ConfigError(
+            f"{label}: no model is chosen; write 'model: NAME-OR-PATH', or give model=NAME-OR-PATH. Known: {known}"
+        )
+    config = RunConfig(
+        model=_section(composed, "model"),
+        attention=_section(composed, "attention"),
+        engine=_section(composed, "engine"),
+        sampler=_sampler(composed, stages),
+        prompts=check_prompts(data.get("prompts"), lambda path: composed.origin(("prompts", *path))),
+        output=_value(composed, ("output",), str | None, data.get("output")),
+        chat=_value(composed, ("chat",), bool, data.get("chat", True)),
+        provenance=MappingProxyType({dotted(_typed(path)): each.by for path, each in composed.origins.items()}),
+    )
+    _check_whole(config, composed, registry)
+    return config
+
+
+def _sampler(composed: Composed, stages: Stages) -> Mapping[str, Any] | None:
+    given = composed.data.get("sampler")
+    if given is None:
+        return None
+    return MappingProxyType(check_sampler(given, stages, lambda *key: composed.origin(("sampler", *key))))
+
+
+def _check_whole(config: RunConfig, composed: Composed, registry: Registry) -> None:
+    """What only the values together, or the registry, can tell."""
+    if config.output == "":
+        raise ConfigError(f"{composed.origin(('output',))}: output: is empty; write a path, or null for no file")
+    if config.attention.backend != "auto":
+        _check_installed(composed, registry, ("attention", "backend"), "attention_backends", config.attention.backend)
+    if config.model.implementation is not None:
+        _check_installed(composed, registry, ("model", "implementation"), "models", config.model.implementation)
+    if not config.chat and isinstance(config.prompts, tuple):
+        for index, prompt in enumerate(config.prompts):
+            if not isinstance(prompt, str):
+                where = composed.origin(("prompts", index))
+                raise ConfigError(f"{where}: prompts[{index}] is a conversation, but chat is false; give its text")
+
+
+def _check_installed(composed: Composed, registry: Registry, path: KeyPath, kind: Kind, name: str) -> None:
+    try:
+        registry.require(kind, name)
+    except PluginError as error:
+        raise PluginError(f"{composed.origin(path)}: {dotted(path)}: {error}") from error
+
+
+def _check_keys(composed: Composed, sampling: Sequence[str], suspects: str) -> None:
+    """`suspects`: plugins that failed and may have brought a key of `sampler`."""
+    choices: dict[str, Sequence[str]] = {name: [f.name for f in fields(cls)] for name, cls in _SECTIONS.items()}
+    choices |= {"sampler": sampling, "prompts": [f.name for f in fields(PromptFile)]}
+    for path, origin in composed.said:
+        if path[0] not in _KEYS:
+            inside = next((f"did you mean '{name}.{path[0]}'? " for name in choices if path[0] in choices[name]), "")
+            raise ConfigError(f"{origin}: unknown key {dotted(path)!r}; {inside}{nearest(str(path[0]), _KEYS)}")
+        if len(path) != 2 or path[0] not in choices:
+            continue
+        if str(path[1]).isdecimal() and (path[0] == "prompts" or not isinstance(composed.data.get(path[0]), Mapping)):
+            continue  # an item of a list
+        if path[1] not in choices[str(path[0])]:
+            key, valid = str(path[1]), choices[str(path[0])]
+            why = nearest(key, valid)
+            if path[0] == "sampler":
+                known = NOT_SERVED.get(key)
+                why = f"not served here: {known}" if known else nearest_part(key, valid) + suspects
+            raise ConfigError(f"{origin}: unknown key {dotted(path)!r}; {why}")
+
+
+def _section(composed: Composed, name: str) -> Any:
+    """A section as its dataclass; a section that is empty, or not there, is all defaults."""
+    cls = _SECTIONS[name]
+    given = composed.data.get(name)
+    if given is None:
+        given = {}
+    if isinstance(given, str) and name in ("model", "attention"):  # from an interpolation: `model: ${oc.env:MODEL}`
+        given = {fields(cls)[0].name: given}
+    if not isinstance(given, Mapping):
+        valid = ", ".join(f.name for f in fields(cls))
+        raise ConfigError(f"{composed.origin((name,))}: {name} must be a mapping of {valid}, not {given!r}")
+    hints = typing.get_type_hints(cls)
+    values = {key: _value(composed, (name, key), hints[key], value) for key, value in given.items()}
+    if name == "model" and not values.get("source"):
+        raise ConfigError(f"{composed.origin((name,))}: model.source must be given: a registered name or a path")
+    try:
+        return cls(**values)
+    except ConfigError as error:  # out of range; it begins with the option's name, "engine.seed"
+        key = str(error).split(maxsplit=1)[0].removeprefix(f"{name}.")
+        raise ConfigError(f"{composed.origin((name, key))}: {error}") from error
+
+
+def _value(composed: Composed, path: KeyPath, annotation: Any, value: Any) -> Any:
+    try:
+        return conform(dotted(path), value, annotation)
+    except ParamsError as error:
+        hint = dtype_hint(value) if path == ("engine", "dtype") else ""
+        raise ConfigError(f"{composed.origin(path)}: {error}{hint}") from error
+
+
+def _typed(path: Sequence[str]) -> KeyPath:
+    """List indices as numbers again."""
+    return tuple(int(part) if index and part.isdecimal() else part for index, part in enumerate(path))

@@ -1,0 +1,45 @@
+"""The `sampler` section: a preset of `SamplingParams`, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from nanoengine.api.errors import ConfigError, ParamsError
+from nanoengine.api.specs import StageParams
+from nanoengine.params.field_types import conform
+from nanoengine.params.sampling_fields import CORE_TYPES, CoreFields, legal_fields, stage_types
+from nanoengine.setup.plugins.registry import Registry
+
+Stages = Sequence[tuple[str, type[StageParams]]]
+
+
+def sampler_stages(registry: Registry) -> Stages:
+    """Name and parameters of every registered stage. Raises `PluginError` where two of them clash."""
+    return [(found.spec.name, found.spec.params) for found in registry.stages()]
+
+
+def check_sampler(given: Any, stages: Stages, origin: Callable[..., str]) -> dict[str, Any]:
+    """The section's values, of the right types and in range.
+
+    `origin(key)` tells who gave a key, `origin()` who gave the section. Raises `ConfigError`; keys are known to be
+    legal.
+    """
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{origin()}: sampler must be a mapping of sampling parameters, not {given!r}")
+    legal = legal_fields(stages)
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        try:
+            values[key] = conform(f"sampler.{key}", value, legal[key])
+        except ParamsError as error:
+            raise ConfigError(f"{origin(key)}: {error}") from error
+    owners: list[tuple[type[Any], Mapping[str, Any]]] = [(CoreFields, CORE_TYPES)]
+    for owner, names in [*owners, *((params, stage_types(name, params)) for name, params in stages)]:
+        try:
+            owner(**{key: value for key, value in values.items() if key in names})
+        except ParamsError as error:
+            key = str(error).split(maxsplit=1)[0]  # range errors begin with the field's name
+            where = f"{origin(key)}: sampler." if key in values else f"{origin()}: sampler: "
+            raise ConfigError(f"{where}{error}") from error
+    return values

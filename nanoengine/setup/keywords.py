@@ -1,0 +1,131 @@
+"""A keyword that a method of `LLM` does not have is refused with the place where it belongs."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from nanoengine.api.errors import ConfigError, ParamsError, is_failure
+from nanoengine.core.options import OPTIONS_NOT_SERVED, EngineOptions
+from nanoengine.params.sampling_fields import CORE_TYPES, NOT_SERVED, stage_types
+from nanoengine.setup.plugins.registry import Registry
+
+_T = TypeVar("_T", bound=type[Any])
+_SHOWN = 60  # characters of a value in an example
+
+
+def names_keywords(cls: _T) -> _T:
+    """Class decorator: each public method raises `ParamsError` for a keyword that is not its own, and names its place.
+
+    An instance's `sampling_names` are the fields of `SamplingParams` that it knows.
+    """
+    methods = dict(_methods(cls))
+    for name, method in methods.items():
+        found = vars(cls)[name]
+        checked = _checked(cls, name, method)
+        setattr(cls, name, classmethod(checked) if isinstance(found, classmethod) else checked)
+    return cls
+
+
+def check_options(cls: type[Any], options: Mapping[str, Any], registry: Registry) -> None:
+    """Raises `ConfigError` for what is no engine option, with the place where it belongs."""
+    own = [*_own(cls.__init__), *(f.name for f in fields(EngineOptions))]
+    for name, value in options.items():
+        if name not in own and name not in OPTIONS_NOT_SERVED:
+            where = _where(cls, "__init__", name, value, own, sampling_names(registry))
+            raise ConfigError(f"unknown engine option {name!r}; {where}")
+
+
+def sampling_names(registry: Registry) -> frozenset[str]:
+    """The engine's own fields of `SamplingParams`, and those of the registered stages, broken ones left out."""
+    names = set(CORE_TYPES)
+    for found in registry.samplers.values():
+        try:
+            names |= stage_types(found.spec.name, found.spec.params).keys()
+        except BaseException as error:  # it is reported where the stage is used
+            if not is_failure(error):
+                raise
+    return frozenset(names)
+
+
+def _methods(cls: type[Any]) -> Iterator[tuple[str, Callable[..., Any]]]:
+    for name, found in vars(cls).items():
+        method = found.__func__ if isinstance(found, classmethod) else found
+        if not name.startswith("_") and inspect.isfunction(method):
+            yield name, method
+
+
+def _own(method: Callable[..., Any]) -> list[str]:
+    """Its keywords, `self` or `cls` left out; of `**options: Unpack[SomeDict]` the keys of that `TypedDict`."""
+    names = []
+    for parameter in [*inspect.signature(method).parameters.values()][1:]:
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            names.append(parameter.name)
+        elif str(parameter.annotation).startswith("Unpack["):
+            names += vars(sys.modules[method.__module__])[parameter.annotation[7:-1]].__annotations__
+    return names
+
+
+def _checked(cls: type[Any], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    own = frozenset(_own(method))
+
+    @functools.wraps(method)
+    def checked(self: Any, *args: Any, **given: Any) -> Any:
+        if not own.issuperset(given):
+            wrong = next(each for each in given if each not in own)
+            known = CORE_TYPES if isinstance(self, type) else self.sampling_names
+            where = _where(cls, name, wrong, given[wrong], sorted(own), known)
+            raise ParamsError(f"{cls.__name__}.{name} has no keyword {wrong!r}; {where}")
+        return method(self, *args, **given)
+
+    return checked
+
+
+def _where(
+    cls: type[Any], method: str, name: str, value: object, own: Collection[str], sampling: Collection[str]
+) -> str:
+    """Where `name` belongs; else the likely meant one and its place, and the valid ones."""
+    places = {**_places(cls), **dict.fromkeys(sampling, "SamplingParams"), **dict.fromkeys(own, method)}
+    if name in places:
+        return f"{_place(cls, name, places[name], value)}"
+    if method.startswith("chat") and name not in NOT_SERVED:
+        hint = "; a variable of the chat template goes into chat_template_kwargs"
+    else:
+        hint = f"; vLLM's {name} is not supported: {NOT_SERVED[name]}" if name in NOT_SERVED else ""
+    close = difflib.get_close_matches(name, sorted(places), n=1, cutoff=0.6)
+    valid = f"Valid: {', '.join(own) or '(none)'}{hint}"
+    if not close:
+        return valid
+    meant = close[0]
+    elsewhere = "" if meant in own else f" {_place(cls, meant, places[meant], value)}."
+    return f"did you mean {meant!r}?{elsewhere} {valid}"
+
+
+def _places(cls: type[Any]) -> dict[str, str]:
+    """Each keyword of the class's methods -> the first method that has it; engine options, and the start's own."""
+    found: dict[str, str] = {}
+    for name, method in _methods(cls):
+        if name != "from_run_config":
+            for keyword in _own(method):
+                found.setdefault(keyword, name)
+    start = [*_own(cls.__init__), *(f.name for f in fields(EngineOptions))]
+    return {**found, **dict.fromkeys(start, "__init__")}
+
+
+def _place(cls: type[Any], name: str, place: str, value: object) -> str:
+    if place == "SamplingParams":
+        return f"{name} is a field of SamplingParams: pass SamplingParams({name}={_example(value)})"
+    if place == "__init__":
+        return f"{name} is an option of the engine: give it to {cls.__name__}(model, {name}={_example(value)})"
+    return f"{name} is a keyword of {cls.__name__}.{place}"
+
+
+def _example(value: object) -> str:
+    plain = isinstance(value, bool | int | float | str | None)
+    shown = repr(value) if plain and len(str(value)) <= _SHOWN else "..."
+    return shown

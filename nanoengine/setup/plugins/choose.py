@@ -1,0 +1,165 @@
+"""Choosing a part and checking the class behind it: what `auto` does, and a class handed over in Python."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from nanoengine.api.attention import (
+    AttentionBackend,
+    AttentionCapabilities,
+    AttentionFeature,
+    AttentionNeed,
+    GraphSupport,
+)
+from nanoengine.api.errors import PluginError, UnsupportedError, shown
+from nanoengine.api.plugin_calls import name_of, plugin_call, whose
+from nanoengine.api.specs import AttentionSpec
+from nanoengine.setup.plugins.registry import Registered, Registry
+from nanoengine.setup.plugins.targets import TargetLoader
+
+C = TypeVar("C")
+_CAPABILITIES: Mapping[str, tuple[str, type[Any]]] = {
+    "devices": ("a frozenset of torch device types", str),
+    "dtypes": ("None or a frozenset of torch dtype names", str),
+    "head_sizes": ("None or a frozenset of integers", int),
+    "features": ("a frozenset of nanoengine.api.AttentionFeature", AttentionFeature),
+}
+PassedOver = list[tuple[str, list[str]]]
+
+
+def load_checked(loader: TargetLoader, target: str, base: type[C]) -> type[C]:
+    """The class behind `target`. Raises `PluginError` if it cannot be imported or is no complete `base`."""
+    return check_class(loader.load(target), base, loader.describe(target))
+
+
+def check_class(found: Any, base: type[C], what: str) -> type[C]:
+    """`found`, if it is a subclass of `base` with nothing left to write; else `PluginError` naming what is missing."""
+    if not isinstance(found, type) or not issubclass(found, base):
+        raise PluginError(f"{what} is {found!r}, not a class derived from nanoengine.api.{base.__name__}")
+    methods = sorted(getattr(found, "__abstractmethods__", ()))
+    if methods:
+        raise PluginError(f"{what} does not implement {base.__name__}.{', '.join(methods)}")
+    # A base declares what a class must set as a ClassVar without a value.
+    declared = [n for n, kind in inspect.get_annotations(base).items() if str(kind).startswith("ClassVar")]
+    missing = [name for name in declared if not hasattr(found, name)]
+    if missing:
+        raise PluginError(f"{what} does not set the class attribute {base.__name__}.{', '.join(missing)}")
+    return found
+
+
+def from_class(cls: Any, base: type[C]) -> tuple[str, Mapping[str, type[C]]]:
+    """The target of a class handed over in Python, and the entry it needs in `TargetLoader.local`.
+
+    The entry is empty where the class can be imported by its name, so that a spawned process finds it too. Raises
+    `PluginError` as `load_checked` does.
+    """
+    name = f"{getattr(cls, '__module__', '?')}:{getattr(cls, '__qualname__', cls)}"
+    checked = check_class(cls, base, name)
+    return name, {} if _importable(checked) else {name: checked}
+
+
+def _importable(cls: type[Any]) -> bool:
+    """Whether another process gets this very class by importing its name."""
+    if cls.__module__ == "__main__":
+        return False
+    found: Any = sys.modules.get(cls.__module__)
+    if getattr(found, "__spec__", None) is None:
+        return False
+    for part in cls.__qualname__.split("."):
+        found = getattr(found, part, None)
+    return found is cls
+
+
+def choose_attention(
+    registry: Registry, need: AttentionNeed, name: str = "auto", loader: TargetLoader | None = None
+) -> tuple[Registered[AttentionSpec], PassedOver]:
+    """The backend called `name`, or for "auto" the one of the highest preference (then by name) that serves `need`.
+
+    Returns it with those that "auto" passed over and why. Raises `UnsupportedError` with every reason if the named
+    one, or all, cannot serve; `PluginError` if the named one is not there or broken.
+    """
+    loader = loader or TargetLoader(registry.plugin_files)
+    if name != "auto":
+        found = registry.attention(name)
+        reasons = attention_reasons(found.spec, need, loader)
+        if reasons:
+            mend = "attention=auto takes one that can"
+            raise UnsupportedError(f"attention backend {name!r} cannot serve this model here ({mend})", reasons)
+        return found, []
+    passed: PassedOver = [(c.name, [str(c)]) for c in registry.conflicts if c.kind == "attention_backends"]
+    for candidate, reasons in judged(registry, need, loader):
+        if not reasons:
+            return candidate, passed
+        passed.append((candidate.spec.name, reasons))
+    failed = [str(failure) for failure in registry.failures]
+    raise UnsupportedError(
+        "no attention backend can serve this model here",
+        [f"{each}: {', '.join(why)}" for each, why in passed] + failed or ["none is installed"],
+    )
+
+
+def judged(
+    registry: Registry, need: AttentionNeed, loader: TargetLoader
+) -> Iterator[tuple[Registered[AttentionSpec], list[str]]]:
+    """Each backend, in the order in which "auto" asks, with the reasons against it; each is loaded when it is asked."""
+    ranked = sorted(registry.attention_backends.values(), key=lambda each: (-each.spec.preference, each.spec.name))
+    for candidate in ranked:
+        try:
+            yield candidate, attention_reasons(candidate.spec, need, loader)
+        except PluginError as error:
+            yield candidate, [str(error)]
+
+
+def attention_reasons(spec: AttentionSpec, need: AttentionNeed, loader: TargetLoader) -> list[str]:
+    """Why the backend cannot serve `need`; empty if it can. Its class is only imported if what it requires is there.
+
+    Raises `PluginError` if the class is broken.
+    """
+    missing = [module for module in spec.requires if not _is_there(module)]
+    if missing:
+        return [f"needs {', '.join(missing)}, not installed here" + (f" ({spec.install})" if spec.install else "")]
+    return class_reasons(load_checked(loader, spec.target, AttentionBackend), need)
+
+
+def class_reasons(cls: type[AttentionBackend], need: AttentionNeed) -> list[str]:
+    """What `cls.unsupported` answers; raises `PluginError` if it raises, or answers no list of strings."""
+    check_capabilities(cls)
+    with plugin_call(f"{name_of(cls)}.unsupported failed", cls):
+        reasons: object = cls.unsupported(need)
+    if not isinstance(reasons, list) or not all(isinstance(reason, str) for reason in reasons):
+        text = f"{name_of(cls)}.unsupported must return a list of strings, not {shown(reasons)}"
+        raise PluginError(text + whose(None, cls.unsupported, text))
+    return reasons
+
+
+def check_capabilities(cls: type[AttentionBackend]) -> None:
+    """Raises `PluginError` if what the backend declares is of another type than its contract says."""
+    found: object = cls.capabilities
+    if not isinstance(found, AttentionCapabilities):
+        text = f"{name_of(cls)}.capabilities must be a nanoengine.api.AttentionCapabilities, not {shown(found)}"
+        raise PluginError(text + whose(None, cls, text))
+    for name, (wanted, kind) in _CAPABILITIES.items():
+        value = getattr(found, name)
+        if not (isinstance(value, frozenset) and all(isinstance(each, kind) for each in value)):
+            if value is None and name in ("dtypes", "head_sizes"):
+                continue
+            text = f"{name_of(cls)}.capabilities.{name} must be {wanted}, not {shown(value)}"
+            raise PluginError(text + whose(None, cls, text))
+    multiple, graphs = found.block_multiple, found.graphs
+    if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
+        text = f"{name_of(cls)}.capabilities.block_multiple must be an integer of at least 1, not {shown(multiple)}"
+        raise PluginError(text + whose(None, cls, text))
+    if not isinstance(graphs, GraphSupport):
+        text = f"{name_of(cls)}.capabilities.graphs must be a nanoengine.api.GraphSupport, not {shown(graphs)}"
+        raise PluginError(text + whose(None, cls, text))
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # a missing parent package; a module without a spec
+        return False

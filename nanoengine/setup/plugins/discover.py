@@ -1,0 +1,258 @@
+"""Discovery: entry points, plugin files and objects -> `Registry`. Runs at start-up, once an engine; imports no torch.
+
+Each plugin is imported, and each of its hook implementations called, by itself. One that was merely installed is
+recorded with its cause when it fails; one that the user named (a file, an object) is an error at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pluggy
+
+from nanoengine.api import hooks as hookspecs
+from nanoengine.api.errors import PluginError, described, is_failure, nearest, shown, text_of
+from nanoengine.api.hooks import PROJECT
+from nanoengine.observe.files import user_path
+from nanoengine.setup.config.composer.search_path import package_root
+from nanoengine.setup.plugins.choose import choose_attention, from_class, load_checked
+from nanoengine.setup.plugins.registry import KIND_WORDS, Conflict, Failure, Kind, Origin, Registered, Registry
+from nanoengine.setup.plugins.targets import PluginFile, load_plugin_file
+from nanoengine.setup.plugins.validation import HOOKS, SPEC_HOOKS, check_spec, checked_list
+
+__all__ = [
+    "Conflict",
+    "Failure",
+    "Origin",
+    "Registered",
+    "Registry",
+    "choose_attention",
+    "discover",
+    "from_class",
+    "load_checked",
+    "plugin_file",
+]
+
+
+def discover(plugin_files: Sequence[str | Path] = (), *, extra: Sequence[tuple[str, object]] = ()) -> Registry:
+    """Every plugin that is installed, in `plugin_files` (`--plugin`), or in `extra` (name, object with hooks).
+
+    Raises `PluginError` for a file or an object that fails. Installed plugins never raise: see `Registry.failures`.
+    """
+    search = _Search()
+    for entry in _installed():
+        search.entry_point(entry)
+    for path in plugin_files:
+        search.file(Path(path))
+    for name, plugin in extra:
+        search.register(plugin, Origin(plugin=name), fatal=True)
+    return search.registry()
+
+
+def _installed() -> list[EntryPoint]:
+    """nanoengine's own first, then by distribution and name: the order of stages must not hang on sys.path."""
+
+    def order(entry: EntryPoint) -> tuple[bool, str, str]:
+        name = entry.dist.name if entry.dist else ""
+        return (name != PROJECT, name, entry.name)
+
+    return sorted(entry_points(group=PROJECT), key=order)
+
+
+@dataclass
+class _Search:
+    """What one call of `discover` gathers."""
+
+    manager: pluggy.PluginManager = field(default_factory=lambda: _manager())
+    claims: dict[tuple[Kind, str], list[Registered[Any]]] = field(default_factory=dict)
+    roots: list[tuple[str, Origin]] = field(default_factory=list)
+    plugins: list[Origin] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    files: list[PluginFile] = field(default_factory=list)
+
+    def entry_point(self, entry: EntryPoint) -> None:
+        dist = entry.dist
+        origin = Origin(
+            plugin=entry.name,
+            distribution=dist.name if dist else None,
+            version=dist.version if dist else None,
+            module=entry.value,
+        )
+        try:
+            plugin = entry.load()
+        except BaseException as error:  # noqa: BLE001 - `_fail` raises Ctrl-C again
+            self._fail(origin, "import", error)
+            return
+        self.register(plugin, origin, fatal=False)
+
+    def file(self, path: Path) -> None:
+        file = plugin_file(path)
+        if file in self.files:
+            raise PluginError(f"plugin file {path} is given twice; leave one out")
+        origin = Origin(plugin=path.stem, module=file.module, file=file.path)
+        try:
+            plugin = load_plugin_file(file)
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            raise PluginError(f"{origin} failed at import: {described(error)}\n{_tail(error)}".rstrip()) from error
+        self.files.append(file)
+        self.register(plugin, origin, fatal=True)
+
+    def register(self, plugin: object, origin: Origin, *, fatal: bool) -> None:
+        """Takes all that one plugin provides. A failure is recorded, or raised if `fatal`."""
+        before = len(self.failures)
+        name = f"{origin.distribution or origin.file or 'object'}:{origin.plugin}"
+        try:
+            implementations = _implementations(self.manager, plugin, name)
+        except BaseException as error:  # noqa: BLE001 - `_fail` raises Ctrl-C again
+            self._fail(origin, "register", error)
+        else:
+            self.plugins.append(origin)
+            for hook, implementation in implementations:
+                self._call(hook, implementation, origin)
+        if fatal and len(self.failures) > before:
+            raise PluginError("\n".join(f"{f}\n{f.traceback}".rstrip() for f in self.failures[before:]))
+
+    def _call(self, hook: str, implementation: pluggy.HookImpl, origin: Origin) -> None:
+        """One hook implementation of one plugin: its values are taken whole or, if one is no value at all, not."""
+        try:
+            values = checked_list(hook, implementation.function())
+        except BaseException as error:  # noqa: BLE001 - `_fail` raises Ctrl-C again
+            self._fail(origin, hook, error)
+            return
+        if hook == "register_configs":
+            for root in values:
+                self._config_root(root, origin)
+            return
+        kind = SPEC_HOOKS[hook][0]
+        for spec in values:
+            try:
+                check_spec(spec)
+            except BaseException as error:  # noqa: BLE001 - `_fail` raises Ctrl-C again
+                self._fail(origin, f"{KIND_WORDS[kind]} {shown(spec.name)}", error, provides=(kind, spec.name))
+            else:
+                self.claims.setdefault((kind, spec.name), []).append(Registered(spec, origin))
+
+    def _config_root(self, root: str, origin: Origin) -> None:
+        try:
+            package_root(root, str(origin))
+        except BaseException as error:  # noqa: BLE001 - `_fail` raises Ctrl-C again
+            self._fail(origin, f"config root {root!r}", error, provides=("configs", root))
+        else:
+            self.roots.append((root, origin))
+
+    def _fail(
+        self, origin: Origin, stage: str, error: BaseException, *, provides: tuple[str, str] | None = None
+    ) -> None:
+        """Raises `error` again if it is no plugin's failure: Ctrl-C, say."""
+        if not is_failure(error):
+            raise error
+        own = isinstance(error, PluginError)  # a check of ours: the message says it all
+        self.failures.append(
+            Failure(
+                origin=origin,
+                stage=stage,
+                error_type=type(error).__name__,
+                message=text_of(error),
+                traceback="" if own else _tail(error),
+                provides=provides,
+            )
+        )
+
+    def registry(self) -> Registry:
+        def of(kind: Kind) -> Mapping[str, Registered[Any]]:
+            return MappingProxyType({n: c[0] for (k, n), c in self.claims.items() if k == kind and len(c) == 1})
+
+        return Registry(
+            models=of("models"),
+            samplers=of("samplers"),
+            attention_backends=of("attention_backends"),
+            model_sources=of("model_sources"),
+            config_roots=tuple(self.roots),
+            plugins=tuple(self.plugins),
+            failures=tuple(self.failures),
+            conflicts=tuple(
+                Conflict(kind=kind, name=name, claims=tuple(claims))
+                for (kind, name), claims in self.claims.items()
+                if len(claims) > 1
+            ),
+            plugin_files=tuple(self.files),
+        )
+
+
+def plugin_file(path: Path) -> PluginFile:
+    """A file, its digest, and the module name made of both: an edited file is another module, in every process alike.
+
+    Raises `PluginError` if it is no file, or cannot be read; `ConfigError` where no file can be called so.
+    """
+    resolved = user_path(path, "plugin file").resolve()
+    if not resolved.is_file():
+        raise PluginError(f"plugin file {path} does not exist (looked for {resolved})")
+    if resolved.suffix != ".py":
+        raise PluginError(f"plugin file {path} is not a .py file; install a package instead, or name its module file")
+    try:
+        content = resolved.read_bytes()
+    except OSError as error:
+        raise PluginError(f"cannot read plugin file {path}: {error}") from error
+    stem = re.sub(r"\W", "_", resolved.stem)
+    tag = hashlib.sha256(str(resolved).encode(errors="surrogateescape") + b"\0" + content).hexdigest()[:12]
+    return PluginFile(
+        module=f"nanoengine_plugin_{stem}_{tag}", path=str(resolved), digest=hashlib.sha256(content).hexdigest()
+    )
+
+
+def _manager() -> pluggy.PluginManager:
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(hookspecs)
+    return manager
+
+
+def _implementations(manager: pluggy.PluginManager, plugin: object, name: str) -> list[tuple[str, pluggy.HookImpl]]:
+    """Registers `plugin`, alone if it fails, and gives its hook implementations, by hook.
+
+    Raises `PluginError` for unknown hooks, for wrappers (hooks are called one by one) and for a plugin without hooks.
+    """
+    if manager.get_name(plugin) is not None:
+        raise PluginError(f"the same plugin object is registered already, as {manager.get_name(plugin)!r}")
+    try:
+        manager.register(plugin, name)
+        return _own_hooks(manager, plugin)
+    except BaseException:
+        if manager.has_plugin(name):
+            manager.unregister(name=name)
+        raise
+
+
+def _own_hooks(manager: pluggy.PluginManager, plugin: object) -> list[tuple[str, pluggy.HookImpl]]:
+    callers = manager.get_hookcallers(plugin) or []
+    own = [(caller, impl) for caller in callers for impl in caller.get_hookimpls() if impl.plugin is plugin]
+    for caller, impl in own:
+        if not caller.has_spec() and not impl.optionalhook:
+            raise PluginError(f"unknown hook {caller.name!r}; {nearest(caller.name, HOOKS)}")
+        if impl.hookwrapper or impl.wrapper:
+            raise PluginError(f"hook {caller.name!r} is a wrapper; nanoengine's hooks only return values")
+    if not own:
+        raise PluginError(f"it implements no hook: decorate functions with @hookimpl. {nearest('', HOOKS)}")
+    return [(caller.name, impl) for caller, impl in own if caller.has_spec()]
+
+
+def _tail(error: BaseException, frames: int = 3) -> str:
+    """The last frames of the plugin's own traceback, without ours and the import machinery's."""
+    return "".join(traceback.format_list(list(_own_frames(error))[-frames:])).rstrip()
+
+
+def _own_frames(error: BaseException) -> Iterator[traceback.FrameSummary]:
+    here = str(Path(__file__).parent)
+    for frame in traceback.extract_tb(error.__traceback__):
+        machinery = frame.filename.startswith("<frozen") or "/importlib/" in frame.filename
+        if not machinery and not frame.filename.startswith(here):
+            yield frame

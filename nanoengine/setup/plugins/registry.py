@@ -1,0 +1,249 @@
+"""What discovery found: the frozen `Registry`, where each part came from, what failed, and look-ups that explain.
+
+Nothing here is fatal until it is needed: a broken plugin or a clash of names is listed, and raised on the look-up
+that wants the name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Generic, Literal, TypeVar, cast
+
+from nanoengine.api.errors import ModelError, PluginError, nearest
+from nanoengine.api.hooks import PROJECT
+from nanoengine.api.specs import AttentionSpec, ModelSourceSpec, ModelSpec, SamplerSpec, Spec
+from nanoengine.setup.plugins.targets import PluginFile
+
+Kind = Literal["models", "samplers", "attention_backends", "model_sources"]
+S = TypeVar("S", bound=Spec, covariant=True)
+
+KIND_WORDS: Mapping[str, str] = {
+    "models": "model",
+    "samplers": "sampler stage",
+    "attention_backends": "attention backend",
+    "model_sources": "model source",
+}
+
+
+_A_PLUGINS = ". If it is a plugin's: install its package, or give --plugin FILE, in Python LLM(plugins=[FILE])"
+
+
+def nearest_part(word: str, choices: Iterable[str]) -> str:
+    """`nearest`; where no name is near, it is no slip of the pen: then also what brings a plugin's part."""
+    found = nearest(word, choices)
+    return found if found.startswith("did you mean") else f"{found}{_A_PLUGINS}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where a plugin came from.
+
+    Attributes:
+        plugin: name of its entry point, of its file, or the name it was handed over under.
+        distribution, version: of the installed package; None for a file or an object.
+        module: its entry point's value, or the module a file was loaded under. file: path of a plugin file.
+    """
+
+    plugin: str
+    distribution: str | None = None
+    version: str | None = None
+    module: str | None = None
+    file: str | None = None
+
+    def __str__(self) -> str:
+        if self.file is not None:
+            return f"plugin file {self.file}"
+        if self.distribution is not None:
+            return f"{self.distribution} {self.version} (plugin {self.plugin!r})"
+        return f"object {self.plugin!r} handed over in Python"
+
+    @property
+    def mend(self) -> str:
+        """What removes this provider; "" for nanoengine itself, where the other one must give way."""
+        if self.distribution == PROJECT:
+            return ""
+        if self.file is not None:
+            return f"leave out --plugin {self.file}"
+        if self.distribution is not None:
+            return f"pip uninstall {self.distribution}"
+        return f"do not hand over {self.plugin!r}"
+
+
+@dataclass(frozen=True, slots=True)
+class Registered(Generic[S]):
+    """A spec and where it came from."""
+
+    spec: S
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A plugin, or a part of one, that could not be registered.
+
+    Attributes:
+        origin: whose fault it is.
+        stage: what was being done: "import", "register", a hook's name, or a spec's kind and name.
+        error_type, message: the exception's. traceback: its last frames, as text; "" for a check of ours.
+        provides: (kind, name) of the part it stands for; None where that is not known.
+    """
+
+    origin: Origin
+    stage: str
+    error_type: str
+    message: str
+    traceback: str = ""
+    provides: tuple[str, str] | None = None
+
+    @property
+    def cause(self) -> str:
+        return f"{self.error_type}: {self.message}"
+
+    def __str__(self) -> str:
+        return f"{self.origin} failed at {self.stage}: {self.cause}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conflict:
+    """One name that several plugins registered: none of them gets it."""
+
+    kind: Kind
+    name: str
+    claims: tuple[Registered[Any], ...]
+
+    def __str__(self) -> str:
+        who = " and ".join(str(claim.origin) for claim in self.claims)
+        what = f"{KIND_WORDS[self.kind]} {self.name!r} is registered by {who}"
+        return f"{what}; {_one_too_many(self.claims)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registry:
+    """Every part that plugins registered, by kind and name. Frozen; made by `plugins.discover`.
+
+    Attributes:
+        models, samplers, attention_backends, model_sources: in registration order: nanoengine's own, then installed
+            packages by name, then plugin files, then objects. Names in conflict are not among them.
+        config_roots: roots of config groups ("pkg://package.module") and who provides them.
+        plugins: those that were imported, each once. failures: what could not be registered. conflicts: see there.
+        plugin_files: what a worker process must load before it can import targets from them.
+    """
+
+    models: Mapping[str, Registered[ModelSpec]]
+    samplers: Mapping[str, Registered[SamplerSpec]]
+    attention_backends: Mapping[str, Registered[AttentionSpec]]
+    model_sources: Mapping[str, Registered[ModelSourceSpec]]
+    config_roots: tuple[tuple[str, Origin], ...] = ()
+    plugins: tuple[Origin, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    conflicts: tuple[Conflict, ...] = ()
+    plugin_files: tuple[PluginFile, ...] = ()
+
+    def require(self, kind: Kind, name: str) -> Registered[Any]:
+        """The part of that name; raises `PluginError` saying who clashes, what failed, or that none is installed."""
+        found: Mapping[str, Registered[Any]] = getattr(self, kind)
+        if name in found:
+            return found[name]
+        for conflict in self.conflicts:
+            if (conflict.kind, conflict.name) == (kind, name):
+                raise PluginError(str(conflict))
+        for failure in self.failures:
+            if failure.provides == (kind, name):
+                raise PluginError(f"{KIND_WORDS[kind]} {name!r} is not available: {failure}")
+        raise PluginError(
+            f"no {KIND_WORDS[kind]} {name!r} is installed; {nearest_part(name, found)}{self.suspects(kind)}"
+            " (see `nanoengine plugins list`)"
+        )
+
+    def attention(self, name: str) -> Registered[AttentionSpec]:
+        """The attention backend of that name, or `PluginError` as in `require`."""
+        return self.require("attention_backends", name)
+
+    def model_for(self, architectures: Sequence[str], name: str | None = None) -> Registered[ModelSpec]:
+        """The model that serves the first served one of `architectures` (config.json), or the one called `name`.
+
+        Raises `ModelError` for an architecture nobody serves, `PluginError` where several plugins serve it.
+        """
+        if name is not None:
+            return self._model_by_name(architectures, name)
+        everyone = [*self.models.values(), *(claim for c in self.conflicts if c.kind == "models" for claim in c.claims)]
+        for architecture in architectures:
+            serving = [each for each in everyone if architecture in each.spec.architectures]
+            if len(serving) > 1:
+                raise PluginError(_several_serve(architecture, serving))
+            if serving:
+                return serving[0]
+        served = {architecture for each in everyone for architecture in each.spec.architectures}
+        wanted = architectures[0] if architectures else ""
+        what = f"no installed model serves architecture {wanted!r}" if wanted else "config.json names no architecture"
+        raise ModelError(f"{what}; {nearest(wanted, served)}{_A_PLUGINS}{self.suspects('models')}")
+
+    def _model_by_name(self, architectures: Sequence[str], name: str) -> Registered[ModelSpec]:
+        found: Registered[ModelSpec] = self.require("models", name)
+        if not set(architectures) & set(found.spec.architectures):
+            raise ModelError(
+                f"model {name!r} ({found.origin}) serves {', '.join(found.spec.architectures)}, "
+                f"not {', '.join(architectures) or 'a checkpoint without architectures'}"
+            )
+        return found
+
+    def stages(self) -> tuple[Registered[SamplerSpec], ...]:
+        """Every sampler stage: all of them are open to each request, so a clash among them is always fatal.
+
+        Raises `PluginError` where two stages share a name or a parameter, naming both.
+        """
+        self._refuse_conflicts("samplers")
+        owners: dict[str, Registered[SamplerSpec]] = {}
+        for found in self.samplers.values():
+            for parameter in (f.name for f in fields(cast(Any, found.spec.params))):
+                if parameter in owners:
+                    raise PluginError(_both_claim(parameter, owners[parameter], found))
+                owners[parameter] = found
+        return tuple(self.samplers.values())
+
+    def sources(self) -> tuple[Registered[ModelSourceSpec], ...]:
+        """Every model source in the order of asking; raises `PluginError` where two share a name."""
+        self._refuse_conflicts("model_sources")
+        return tuple(sorted(self.model_sources.values(), key=lambda found: (found.spec.order, found.spec.name)))
+
+    def source_names(self) -> tuple[str, ...]:
+        """Model names that sources provide by themselves, for listings and did-you-mean."""
+        return tuple(name for found in self.sources() for name in found.spec.models)
+
+    def _refuse_conflicts(self, kind: Kind) -> None:
+        found = [conflict for conflict in self.conflicts if conflict.kind == kind]
+        if found:
+            raise PluginError("; ".join(map(str, found)))
+
+    def suspects(self, kind: Kind | Literal["configs"]) -> str:
+        """Tail of a message on a missing part: the failures that might have provided it; "" if there are none."""
+        hook = f"register_{kind}"
+        might = [
+            failure
+            for failure in self.failures
+            if failure.stage in ("import", "register", hook)
+            or (failure.provides is not None and failure.provides[0] == kind)
+        ]
+        return "".join(f". It may be missing because {failure}" for failure in might)
+
+
+def _several_serve(architecture: str, serving: Sequence[Registered[ModelSpec]]) -> str:
+    who = " and ".join(f"model {each.spec.name!r} of {each.origin}" for each in serving)
+    choose = "choose one by name (model.implementation in YAML, LLM(implementation=...))"
+    return f"architecture {architecture!r} is served by {who}; {choose}, or {_mends(serving)}"
+
+
+def _mends(claims: Sequence[Registered[Any]]) -> str:
+    return " or ".join(dict.fromkeys(claim.origin.mend for claim in claims if claim.origin.mend))
+
+
+def _one_too_many(claims: Sequence[Registered[Any]]) -> str:
+    """What to do about several that claim one name."""
+    stays = any(not claim.origin.mend for claim in claims)
+    return f"rename yours, or {_mends(claims)}" if stays else f"remove one of them: {_mends(claims)}"
+
+
+def _both_claim(parameter: str, one: Registered[SamplerSpec], other: Registered[SamplerSpec]) -> str:
+    who = " and ".join(f"sampler stage {each.spec.name!r} of {each.origin}" for each in (one, other))
+    return f"sampling parameter {parameter!r} is claimed by {who}; {_one_too_many((one, other))}"

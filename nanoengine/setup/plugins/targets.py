@@ -1,0 +1,163 @@
+"""`EnginePlan`: everything a worker process needs to build the engine's device side. Frozen and picklable.
+
+It holds "module:Class" targets, never classes, so that every rank imports the same plugins and just those.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any
+
+from nanoengine.api.errors import PluginError, described, is_failure, nearest
+from nanoengine.api.specs import ColumnSpec
+from nanoengine.core.options import EngineOptions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PluginFile:
+    """A plugin given as a file.
+
+    Attributes:
+        module: the name it is loaded under. path: where it lies.
+        digest: SHA-256 of its content, so that every process loads the very same, or says that it changed.
+    """
+
+    module: str
+    path: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    """A sampler stage.
+
+    Attributes:
+        name: of its spec. target: of its class. columns: the device columns its parameters declare.
+        origin: who registered it, for errors; "" if unknown.
+    """
+
+    name: str
+    target: str
+    columns: Mapping[str, ColumnSpec]
+    origin: str = ""
+
+    @property
+    def where(self) -> str:
+        """Name and origin: "sampler stage 'x' (Class of plugin file /some/x.py)"."""
+        known = f"{self.target.partition(':')[2]} of {self.origin}" if self.origin else self.target
+        return f"sampler stage {self.name!r} ({known})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnginePlan:
+    """The frozen choice of parts.
+
+    Attributes:
+        model_path: folder with config.json (and, unless dummy, safetensors).
+        hf_config: config.json, read once.
+        model: target of the `Model` class. attention: name and target of the backend.
+        stages: every registered stage, in application order within its phase.
+        options: with every `None` that the choice of parts decides filled in (device, dtype, block_size,
+            max_model_len, max_num_batched_tokens).
+        plugin_files: modules that must be loaded from a file before a target of theirs can be imported.
+    """
+
+    model_path: str
+    hf_config: Mapping[str, Any]
+    model: str
+    attention_name: str
+    attention: str
+    stages: tuple[StagePlan, ...]
+    options: EngineOptions
+    plugin_files: tuple[PluginFile, ...] = ()
+
+
+@dataclass(frozen=True)
+class TargetLoader:
+    """Imports targets. `local` holds classes handed over in Python that no import could find again."""
+
+    plugin_files: tuple[PluginFile, ...] = ()
+    local: Mapping[str, type[Any]] = field(default_factory=dict)
+
+    def load(self, target: str) -> Any:
+        """The object behind "package.module:Class"; raises `PluginError` naming target and cause."""
+        if target in self.local:
+            return self.local[target]
+        module_name, _, attribute = target.partition(":")
+        try:
+            found: Any = self._module(module_name)
+        except BaseException as error:  # a plugin may call sys.exit() when imported
+            if not is_failure(error):
+                raise
+            from nanoengine.api.plugin_calls import whose
+
+            text = f"cannot load {self.describe(target)}: {described(error)}"
+            raise PluginError(text + whose(error, module_name, text)) from error
+        for part in attribute.split("."):
+            try:
+                found = getattr(found, part)
+            except BaseException as error:
+                if not is_failure(error):
+                    raise
+                here = vars(found) if hasattr(found, "__dict__") else {}
+                own = [n for n, c in here.items() if isinstance(c, type) and c.__module__ == module_name]
+                raise PluginError(
+                    f"cannot load {self.describe(target)}: {type(error).__name__}: nothing there is called {part!r}; "
+                    f"{nearest(part, own)}"
+                ) from error
+        return found
+
+    def describe(self, target: str) -> str:
+        """`target` as its author knows it: with the path of a plugin file, not the module name made for it."""
+        module_name, _, attribute = target.partition(":")
+        file = self._file(module_name)
+        return repr(target) if file is None else f"{attribute!r} of plugin file {file.path}"
+
+    def _file(self, module: str) -> PluginFile | None:
+        return next((file for file in self.plugin_files if file.module == module), None)
+
+    def _module(self, name: str) -> Any:
+        file = self._file(name)
+        return importlib.import_module(name) if file is None else load_plugin_file(file)
+
+
+class _ExactLoader(importlib.machinery.SourceFileLoader):
+    """Runs the content of one digest. No cached bytecode: that is told apart only by second and size."""
+
+    def __init__(self, file: PluginFile) -> None:
+        super().__init__(file.module, file.path)
+        self._digest = file.digest
+
+    def get_code(self, fullname: str) -> CodeType:
+        source = self.get_data(self.path)
+        if hashlib.sha256(source).hexdigest() != self._digest:
+            raise PluginError(f"plugin file {self.path} was changed after the engine read it; start the engine again")
+        code: CodeType = self.source_to_code(source, self.path)
+        return code
+
+
+def load_plugin_file(file: PluginFile) -> Any:
+    """Import a plugin file under its module name, once a process.
+
+    Raises whatever its code raises, `OSError` if it is gone, `PluginError` if it is no longer the content that
+    `file.digest` stands for.
+    """
+    if file.module in sys.modules:
+        return sys.modules[file.module]
+    spec = importlib.util.spec_from_file_location(file.module, file.path, loader=_ExactLoader(file))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.module] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[file.module]
+        raise
+    return module

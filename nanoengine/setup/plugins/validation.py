@@ -1,0 +1,147 @@
+"""What a hook may return: the checks of values and specs, before anything is imported by them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from itertools import islice
+from typing import Any
+
+from nanoengine.api.errors import PluginError, shown
+from nanoengine.api.specs import (
+    API_VERSION,
+    AttentionSpec,
+    ColumnSpec,
+    ModelSourceSpec,
+    ModelSpec,
+    SamplerSpec,
+    Spec,
+    StageParams,
+    StandardOp,
+)
+from nanoengine.params.sampling_fields import legal_fields
+from nanoengine.setup.plugins.registry import Kind
+
+SPEC_HOOKS: Mapping[str, tuple[Kind, type[Spec]]] = {
+    "register_models": ("models", ModelSpec),
+    "register_samplers": ("samplers", SamplerSpec),
+    "register_attention_backends": ("attention_backends", AttentionSpec),
+    "register_model_sources": ("model_sources", ModelSourceSpec),
+}
+HOOKS = (*SPEC_HOOKS, "register_configs")
+COLUMN_DTYPES = ("float32", "int32", "bool")
+_OPS: Mapping[StandardOp, tuple[str, tuple[float, ...]]] = {
+    StandardOp.TEMPERATURE: ("float32", (1.0, 0.0)),  # a row is greedy by what its request packs, not by the default
+    StandardOp.TOP_K: ("int32", (0, -1)),
+    StandardOp.TOP_P: ("float32", (1.0,)),
+    StandardOp.MIN_P: ("float32", (0.0,)),
+}
+"""Dtype of a standard operation's column, and the values that change nothing."""
+
+_MOST_ITEMS = 10_000  # of one hook: more is an iterator without end
+_TARGET = re.compile(r"[\w.]+:[\w.]+")
+
+
+def checked_list(hook: str, values: Any) -> list[Any]:
+    """The hook's return value as a list; raises `PluginError` if it, or one of its items, is not of the hook's type."""
+    wanted: type[Any] = SPEC_HOOKS[hook][1] if hook in SPEC_HOOKS else str
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
+        raise PluginError(f"{hook} returned {shown(values)}, not a list of {wanted.__name__}")
+    items = list(islice(values, _MOST_ITEMS + 1))
+    if len(items) > _MOST_ITEMS:
+        raise PluginError(f"{hook} returned more than {_MOST_ITEMS:,} items; it must return a list of what there is")
+    for item in items:
+        if not isinstance(item, wanted):
+            raise PluginError(f"{hook} returned a list with {shown(item)}, which is not a {wanted.__name__}")
+    return items
+
+
+def check_spec(spec: Any) -> None:
+    """Raises `PluginError` naming the field of `spec` that is of another interface version, type or form."""
+    if spec.api != API_VERSION:
+        raise PluginError(
+            f"it was written for plugin api {shown(spec.api)}, this nanoengine speaks api {API_VERSION}; "
+            f"{'upgrade nanoengine' if _newer(spec.api) else 'upgrade the plugin'}"
+        )
+    for field_ in dataclasses.fields(spec):
+        expected, valid = _FIELD_CHECKS[field_.name]
+        value = getattr(spec, field_.name)
+        if not valid(value):
+            raise PluginError(f"{type(spec).__name__}.{field_.name} must be {expected}, not {shown(value)}")
+    if isinstance(spec, SamplerSpec):
+        legal_fields([(spec.name, spec.params)])  # refuses fields without default or type, or of the engine's own name
+        _check_columns(spec.params)
+
+
+def _check_columns(params: type[StageParams]) -> None:
+    columns: object = params.columns
+    if not isinstance(columns, Mapping) or not all(isinstance(name, str) for name in columns):
+        raise PluginError(f"{params.__qualname__}.columns must map names to ColumnSpecs, not be {shown(columns)}")
+    if not isinstance(params.host_tokens, bool):
+        raise PluginError(f"{params.__qualname__}.host_tokens must be True or False, not {shown(params.host_tokens)}")
+    for name, column in columns.items():
+        if not isinstance(column, ColumnSpec) or column.dtype not in COLUMN_DTYPES:
+            raise PluginError(
+                f"{params.__qualname__}.columns[{name!r}] must be a ColumnSpec of dtype {', '.join(COLUMN_DTYPES)}, "
+                f"not {shown(column)}"
+            )
+        where = f"{params.__qualname__}.columns[{name!r}]"
+        if not _holds(column.dtype, column.default):
+            raise PluginError(
+                f"{where}.default must be a number that {column.dtype} holds, not {shown(column.default)}"
+            )
+        if column.op is not None and not isinstance(column.op, StandardOp):
+            raise PluginError(f"{where}.op must be a nanoengine.api.StandardOp or None, not {shown(column.op)}")
+        if column.op is not None:
+            _check_op(where, column, column.op)
+
+
+def _check_op(where: str, column: ColumnSpec, op: StandardOp) -> None:
+    """The core computes standard operations for all rows of a batch at once, those that do not want the stage too."""
+    dtype, inert = _OPS[op]
+    if column.ragged or column.dtype != dtype:
+        raise PluginError(f"{where}: {op.name} takes one {dtype} a slot, so it must be a scalar column of that dtype")
+    if column.default not in inert:
+        raise PluginError(
+            f"{where}.default is {column.default!r}, which {op.name} does not leave as it is: rows that do not want "
+            f"the stage hold it; use {inert[0]}"
+        )
+
+
+def _holds(dtype: str, value: object) -> bool:
+    if not isinstance(value, int | float):
+        return False
+    if dtype == "bool":
+        return value in (0, 1)
+    return dtype == "float32" or (isinstance(value, int) and -(2**31) <= value < 2**31)
+
+
+def _newer(api: object) -> bool:
+    return isinstance(api, int) and api > API_VERSION
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(item, str) and item for item in value)
+
+
+def _is_params(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, StageParams) and dataclasses.is_dataclass(value)
+
+
+_FIELD_CHECKS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "name": ("a name without white space", lambda v: isinstance(v, str) and v.split() == [v]),
+    "target": ("of the form 'package.module:Class'", lambda v: isinstance(v, str) and bool(_TARGET.fullmatch(v))),
+    "api": ("an integer", _is_int),
+    "architectures": ("a tuple of architecture names", lambda v: _is_names(v) and bool(v)),
+    "params": ("a dataclass derived from StageParams", _is_params),
+    "preference": ("an integer", _is_int),
+    "order": ("an integer", _is_int),
+    "requires": ("a tuple of module names", _is_names),
+    "models": ("a tuple of model names", _is_names),
+    "install": ("a string", lambda v: isinstance(v, str)),
+}

@@ -1,0 +1,275 @@
+"""The model's tokenizer: loaded from its folder, and the few things the engine asks of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from nanoengine.api.errors import ModelError, NanoEngineError, RequestError, described, is_failure
+from nanoengine.text.chat import prepare
+from nanoengine.text.control_tokens import ControlTokens, control_tokens
+from nanoengine.text.decoding import TokenStream, TokenTable
+from nanoengine.text.git_lfs import refuse_lfs_pointer
+from nanoengine.text.templates import TemplateProcesses
+
+_OLD_FORMATS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
+_READ_ALWAYS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
+_CLASS = re.compile(r"(?!Auto)\w*(Tokenizer|TokenizerFast|Backend)")
+_UNREADABLE = ("tekken.json", "tiktoken.model", "tokenizer_config.json")
+
+
+def load_tokenizer(path: Path, **options: Any) -> Tokenizer | None:
+    """Loads a model folder's tokenizer, from its files alone. None if the folder has none.
+
+    `tokenizer.json` is the source of truth: whatever class `tokenizer_config.json` names, the pre-tokenizer of the
+    file stays (transformers' AutoTokenizer replaces it for some classes, which splits numbers and blanks wrongly).
+    Special tokens and chat templates come from the other files as transformers reads them. A folder with only an
+    older format is converted by transformers. No code of the folder's is run, whatever its files ask for. `options`:
+    of `Tokenizer`.
+
+    Raises `ModelError` when there are tokenizer files that cannot be read.
+    """
+    for name in _READ_ALWAYS:
+        refuse_lfs_pointer(path / name)
+    if (path / "tokenizer.json").is_file():
+        return Tokenizer(_load(path, automatic=False), **options)
+    old = next((name for name in _OLD_FORMATS if (path / name).is_file()), None)
+    if old is not None:
+        refuse_lfs_pointer(path / old)
+        return Tokenizer(_load(path, automatic=True), **options)
+    unreadable = next((name for name in _UNREADABLE if (path / name).is_file()), None)
+    if unreadable is not None:
+        raise ModelError(
+            f"{path} has {unreadable} but no tokenizer.json. Copy the tokenizer.json of the same model there, or set "
+            "skip_tokenizer_init to work with token ids only"
+        )
+    return None
+
+
+def _load(path: Path, automatic: bool) -> Any:
+    # Importing transformers takes most of a second, its AutoTokenizer two more: only here, and only what is needed.
+    if automatic:
+        _check_class(path)
+        from transformers import AutoTokenizer as Loader
+    else:
+        from transformers import PreTrainedTokenizerFast as Loader
+    try:
+        # Where AutoTokenizer is given no answer, it asks standard input whether the folder's own code may run.
+        # Cleaning up blanks before punctuation loses text and cannot be streamed; it is no part of tokenizer.json.
+        hf = Loader.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False, clean_up_tokenization_spaces=False
+        )
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        how = _what_to_do(path) if automatic else "is tokenizer.json complete?"
+        raise ModelError(f"the tokenizer in {path} cannot be read: {described(error)}; {how}") from error
+    if not hf.is_fast:
+        raise ModelError(
+            f"the tokenizer in {path} ({type(hf).__name__}) has no tokenizer.json form, which the engine needs"
+        )
+    return hf
+
+
+def _what_to_do(path: Path) -> str:
+    if _json(path / "tokenizer_config.json").get("auto_map"):
+        return (
+            "its tokenizer_config.json asks for code of its own (auto_map), which is never run: copy a tokenizer.json "
+            "of the same model there, or set skip_tokenizer_init to work with token ids only"
+        )
+    return (
+        "it has no tokenizer.json: convert it where sentencepiece and protobuf are installed with "
+        f"AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
+    )
+
+
+def _check_class(path: Path) -> None:
+    """Raises `ModelError` for a class that is no tokenizer: AutoTokenizer would hand over to any of transformers', and
+    its other Auto classes ask again whether the folder's code may run."""
+    for name in ("tokenizer_config.json", "config.json"):
+        found = _json(path / name).get("tokenizer_class")
+        if found is not None and (not isinstance(found, str) or not _CLASS.fullmatch(found)):
+            raise ModelError(f"{path / name}: tokenizer_class is {found!r}, which names no tokenizer of transformers")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """{} for what is no file or no JSON object: transformers says what it misses."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+class Tokenizer:
+    """Text to ids and back, chat templates, and streams for incremental decoding.
+
+    Args:
+        hf: a transformers tokenizer that stands on the `tokenizers` library; nothing else may hold it.
+        max_tokens: the longest prompt; a text that is longer than so many of the longest tokens is not even tried.
+        processes: run chat templates; of this object alone.
+    """
+
+    def __init__(self, hf: Any, *, max_tokens: int | None = None, processes: TemplateProcesses | None = None) -> None:
+        self._hf, self._backend = hf, hf.backend_tokenizer
+        # Some files carry the truncation of a training run; a prompt is never cut silently.
+        self._truncation, self._padding = self._backend.truncation, self._backend.padding
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._table = TokenTable(self._backend)
+        self._texts: dict[int, str] = {}
+        self._max_tokens = max_tokens
+        self._processes = processes or TemplateProcesses()
+        self._control: tuple[str, ControlTokens | None] = "", None
+
+    @cached_property
+    def hf(self) -> Any:
+        """The transformers tokenizer as it was loaded; what users get from `LLM.get_tokenizer()`.
+
+        A copy, made when it is asked for, as that takes a while: what a user does with it (calling it with
+        truncation=True sets that for good) must not cut prompts.
+        """
+        copied = copy.deepcopy(self._hf)
+        if self._truncation is not None:
+            copied.backend_tokenizer.enable_truncation(**self._truncation)
+        if self._padding is not None:
+            copied.backend_tokenizer.enable_padding(**self._padding)
+        return copied
+
+    @property
+    def eos_token_id(self) -> int | None:
+        eos: int | None = self._hf.eos_token_id
+        return eos
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text; special tokens written out in it are recognised. Raises `RequestError`."""
+        self._check_text(text)
+        with _failures():
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def _check_text(self, text: str) -> None:
+        if not isinstance(text, str):
+            raise RequestError("invalid_prompt", f"a text prompt must be a str, not {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair
+            raise RequestError("invalid_prompt", f"the prompt is not valid Unicode: {error}") from error
+        # To tokenize a text that is far too long takes minutes and gigabytes.
+        if self._max_tokens is not None and len(text) > 8 * self._max_tokens:
+            most = self._max_tokens * self._longest_token
+            if len(text) > most:
+                raise RequestError(
+                    "too_long",
+                    f"the text has {len(text)} characters, and none of more than {most} can be within "
+                    f"{self._max_tokens} tokens (max_model_len): the longest token has {self._longest_token}",
+                )
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Characters; at least 8."""
+        return max(8, max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=0))
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        """The text of a whole sequence; ids outside the vocabulary have none."""
+        text: str = self._backend.decode([i for i in token_ids if i >= 0], skip_special_tokens=skip_special_tokens)
+        return text
+
+    def stream(self, skip_special_tokens: bool = True) -> TokenStream:
+        """Decodes one new sequence token by token to exactly what `decode` gives."""
+        return self._table.stream(skip_special_tokens)
+
+    def has_special(self, text: str) -> bool:
+        """Whether a special token is written out in it."""
+        return any(special and special in text for special in self._table.special)
+
+    def special_text(self, token_id: int) -> str | None:
+        """What a special token is written as; None for any other id."""
+        return self._table.special_text(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        """A token's own text, its leading space included and specials shown; U+FFFD for parts of a character."""
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self._table.text(token_id)
+        return text
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._hf.chat_template)
+
+    def render_chat(self, messages: Any, /, **options: Any) -> str:
+        """The prompt text of a conversation, made by the template in a process of its own.
+
+        Args:
+            messages: a list of `{"role": ..., "content": ...}`.
+            options: `add_generation_prompt` (default True, or False with `continue_final_message`),
+                `continue_final_message` (True, or the key to go on with), `tools`, `documents`, `chat_template` (text,
+                or name of one of several), and whatever variables the template knows.
+
+        Raises `RequestError("invalid_prompt")` on malformed messages, without a template, and when it refuses, takes
+        too long or too much memory.
+        """
+        return prepare(self._hf, self._processes, messages, options)[1]
+
+    def chat(self, messages: Any, /, *, sanitize_control_tokens: bool = False, **options: Any) -> tuple[list[int], str]:
+        """Token ids and prompt text of a conversation; other arguments and errors as in `render_chat`.
+
+        The template writes the special tokens itself, so none are added.
+
+        Args:
+            sanitize_control_tokens: control tokens written out in messages, tools and the template's other arguments
+                are text; by default they are the tokens, as in transformers.
+        """
+        if not isinstance(sanitize_control_tokens, bool):
+            raise RequestError("invalid_prompt", f"sanitize_control_tokens is {sanitize_control_tokens!r}, not a bool")
+        chat, text = prepare(self._hf, self._processes, messages, options)
+        if not sanitize_control_tokens:
+            return self.encode(text, add_special_tokens=False), text
+        self._check_text(text)
+        template, control = self._control  # the last one is kept: it copies the tokenizer
+        if control is None or template != chat.template:
+            control = ControlTokens(self._backend, control_tokens(self._hf, chat.template))
+            self._control = chat.template, control
+        with _failures():
+            return control.encode(chat, text), text
+
+    def apply_chat_template(self, messages: Any, /, **options: Any) -> list[int]:
+        """Token ids of a conversation; arguments and errors as in `chat`."""
+        return self.chat(messages, **options)[0]
+
+    def close(self) -> None:
+        """Ends the processes that run templates; no chat afterwards. Idempotent."""
+        self._processes.close()
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Known tokens, added ones included. The model's vocabulary is often padded to more."""
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    @cached_property
+    def all_special_ids(self) -> frozenset[int]:
+        """What `skip_special_tokens` leaves out."""
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(int(i) for i, token in added.items() if token.special)
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    """Whatever the tokenizer raises, a Rust panic too, is one prompt's failure."""
+    try:
+        yield
+    except NanoEngineError:
+        raise
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        raise RequestError("invalid_prompt", f"the tokenizer failed on the text: {described(error)}") from error

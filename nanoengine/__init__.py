@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from nanoengine.core.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-    from nanoengine.core.stats import EngineStats
+    from nanoengine.core.scheduling.messages import EngineStats
     from nanoengine.llm import LLM
     from nanoengine.observe.steps import StepRecord
     from nanoengine.observe.trace import TraceFile
@@ -50,7 +50,7 @@ _ERRORS = (
 )
 _HOME = {
     "LLM": "nanoengine.llm",
-    "EngineStats": "nanoengine.core.stats",
+    "EngineStats": "nanoengine.core.scheduling.messages",
     "Stream": "nanoengine.stream",
     "StepRecord": "nanoengine.observe.steps",
     "TraceFile": "nanoengine.observe.trace",

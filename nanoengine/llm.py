@@ -11,11 +11,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from nanoengine.api.errors import ModelError, ParamsError, RequestError, WorkerError
-from nanoengine.build import assemble, find_model
-from nanoengine.build_engine import BuiltEngine, build_engine
+from nanoengine.build import BuiltEngine, assemble, build_engine, find_model
 from nanoengine.core.options import EngineOptions, engine_options
 from nanoengine.core.request import RequestOutput
-from nanoengine.core.stats import EngineStats
+from nanoengine.core.scheduling.messages import EngineStats
 from nanoengine.observe.progress import Progress, note
 from nanoengine.params.arguments import (
     ChatOptions,
@@ -41,10 +40,10 @@ if TYPE_CHECKING:
 
     from nanoengine.api.attention import AttentionBackend
     from nanoengine.core.engine import Engine
+    from nanoengine.core.execution.start_report import MemoryReport
     from nanoengine.observe.steps import Observer
     from nanoengine.observe.taps import Tap
     from nanoengine.setup.config.config import RunConfig
-    from nanoengine.setup.start.memory import MemoryReport
 
 Message = Mapping[str, Any]
 _log = logging.getLogger("nanoengine")

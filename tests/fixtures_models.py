@@ -13,8 +13,8 @@ from typing import NoReturn
 import pytest
 
 from nanoengine.api import ModelSourceError, SourceContext
+from nanoengine.api.sources import cache_root
 from nanoengine.plugins.model_sources.smollm2 import SmolLM2Wheel
-from nanoengine.setup.plugins.sources import cache_root
 
 
 def _context() -> SourceContext:

@@ -34,6 +34,7 @@ from nanoengine.api.errors import (
 from nanoengine.api.hooks import hookimpl
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.processors import Need, RaggedColumn, SamplerStage, StageContext, StageRows
+from nanoengine.api.sources import ModelSource, SourceContext
 from nanoengine.api.specs import (
     API_VERSION,
     AttentionSpec,
@@ -46,7 +47,6 @@ from nanoengine.api.specs import (
     StageParams,
     StandardOp,
 )
-from nanoengine.setup.plugins.sources import ModelSource, SourceContext
 
 if TYPE_CHECKING:
     from nanoengine.api.model import Attention, BuildContext, ForwardBatch, Model, ModelConfig, WeightMap

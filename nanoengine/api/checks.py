@@ -12,9 +12,8 @@ from torch import Tensor
 from nanoengine.api.attention import AttentionBackend, AttentionLayerSpec
 from nanoengine.api.errors import ModelError, shown
 from nanoengine.api.model import ForwardBatch, Model, ModelConfig, WeightMap
-from nanoengine.api.parallel import TensorParallelGroup
+from nanoengine.api.parallel import TensorParallelGroup, padded_length
 from nanoengine.api.plugin_calls import name_of, plugin_step, whose
-from nanoengine.layers.sharding import padded_length
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 import reprlib
+import sys
+import traceback
 from collections.abc import Iterable
 from typing import Any
 
@@ -174,3 +176,37 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(word[:100], names, n=1, cutoff=0.6)  # its time grows with the word
     hint = f"did you mean '{close[0]}'? " if close else ""
     return f"{hint}Valid: {', '.join(names) if names else '(none)'}"
+
+
+_TEXTS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had too little memory, by whichever library's error."""
+    torch = sys.modules.get("torch")  # where it is not loaded, it has raised nothing
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    plain = isinstance(error, RuntimeError) and type(error).__module__ in ("builtins", "torch")
+    return plain and any(text in text_of(error) for text in _TEXTS)
+
+
+def forget_locals(error: BaseException) -> None:
+    """Lets go of what the frames behind `error` and its causes hold, so that keeping the error keeps no memory."""
+    seen: set[int] = set()
+    todo: list[BaseException | None] = [error]
+    while todo:
+        each = todo.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        traceback.clear_frames(each.__traceback__)
+        todo += [each.__cause__, each.__context__]
+
+
+_A_PLUGINS = ". If it is a plugin's: install its package, or give --plugin FILE, in Python LLM(plugins=[FILE])"
+
+
+def nearest_part(word: str, choices: Iterable[str]) -> str:
+    """`nearest`; where no name is near, it is no slip of the pen: then also what brings a plugin's part."""
+    found = nearest(word, choices)
+    return found if found.startswith("did you mean") else f"{found}{_A_PLUGINS}"

@@ -6,9 +6,8 @@ from collections.abc import Iterable
 
 import pluggy
 
-from nanoengine.api.specs import AttentionSpec, ModelSourceSpec, ModelSpec, SamplerSpec
+from nanoengine.api.specs import PROJECT, AttentionSpec, ModelSourceSpec, ModelSpec, SamplerSpec
 
-PROJECT = "nanoengine"
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 

@@ -79,3 +79,8 @@ class SingleRank(TensorParallelGroup):
 
     def highest(self, keys: Tensor) -> Tensor:
         return keys
+
+
+def padded_length(total: int, size: int) -> int:
+    """Length of each rank's piece when `total` is filled up to a multiple of `size`."""
+    return -(-total // size)

@@ -15,9 +15,8 @@ from contextlib import contextmanager
 from importlib.metadata import entry_points
 from typing import Any
 
-from nanoengine.api.errors import NanoEngineError, PluginError, described, is_failure
-from nanoengine.api.hooks import PROJECT
-from nanoengine.setup.plugins.registry import Origin
+from nanoengine.api.errors import NanoEngineError, PluginError, described, is_failure, is_out_of_memory
+from nanoengine.api.specs import PROJECT, Origin
 
 _FILE_MODULE = "nanoengine_plugin_"  # what plugin files are loaded as, see `plugins.plugin_file`
 
@@ -39,7 +38,7 @@ def plugin_call(
     try:
         yield
     except BaseException as error:
-        if isinstance(error, passing) or not is_failure(error) or _out_of_memory(error):
+        if isinstance(error, passing) or not is_failure(error) or is_out_of_memory(error):
             raise
         raise raises(f"{what}: {described(error)}{whose(error, owner, what)}") from error
 
@@ -54,7 +53,7 @@ def plugin_step(what: str, owner: Any, *others: Any) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not is_failure(error) or _out_of_memory(error):
+        if not is_failure(error) or is_out_of_memory(error):
             raise
         reached = _reached(error, (owner, *others))
         if reached is not owner:
@@ -153,12 +152,3 @@ def _defined(owner: Any) -> tuple[str, int]:
         return inspect.getsourcefile(owner) or "", inspect.getsourcelines(owner)[1]
     except (OSError, TypeError):
         return "", 0
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """Torch is there if it is torch that ran out of memory."""
-    if "torch" not in sys.modules:
-        return isinstance(error, MemoryError)
-    from nanoengine.setup.start.shortage import is_out_of_memory
-
-    return is_out_of_memory(error)

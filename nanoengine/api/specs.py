@@ -177,3 +177,55 @@ class ModelSourceSpec:
 
 
 Spec = ModelSpec | SamplerSpec | AttentionSpec | ModelSourceSpec
+
+
+PROJECT = "nanoengine"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where a plugin came from.
+
+    Attributes:
+        plugin: name of its entry point, of its file, or the name it was handed over under.
+        distribution, version: of the installed package; None for a file or an object.
+        module: its entry point's value, or the module a file was loaded under. file: path of a plugin file.
+    """
+
+    plugin: str
+    distribution: str | None = None
+    version: str | None = None
+    module: str | None = None
+    file: str | None = None
+
+    def __str__(self) -> str:
+        if self.file is not None:
+            return f"plugin file {self.file}"
+        if self.distribution is not None:
+            return f"{self.distribution} {self.version} (plugin {self.plugin!r})"
+        return f"object {self.plugin!r} handed over in Python"
+
+    @property
+    def mend(self) -> str:
+        """What removes this provider; "" for nanoengine itself, where the other one must give way."""
+        if self.distribution == PROJECT:
+            return ""
+        if self.file is not None:
+            return f"leave out --plugin {self.file}"
+        if self.distribution is not None:
+            return f"pip uninstall {self.distribution}"
+        return f"do not hand over {self.plugin!r}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PluginFile:
+    """A plugin given as a file.
+
+    Attributes:
+        module: the name it is loaded under. path: where it lies.
+        digest: SHA-256 of its content, so that every process loads the very same, or says that it changed.
+    """
+
+    module: str
+    path: str
+    digest: str

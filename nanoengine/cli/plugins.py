@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
+from nanoengine.api.specs import Origin
 from nanoengine.cli.common import DebugOption, PluginOption, answer, user_errors
 from nanoengine.lab.cli.doctor import doctor
 from nanoengine.lab.cli.new_plugin import new
 from nanoengine.setup.plugins.discover import discover
-from nanoengine.setup.plugins.registry import Origin, Registry
+from nanoengine.setup.plugins.registry import Registry
 
 app = typer.Typer(help="Look at plugins, and begin one.", invoke_without_command=True, rich_markup_mode=None)
 

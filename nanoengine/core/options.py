@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
 from nanoengine.api.errors import ConfigError, ParamsError, nearest
+from nanoengine.api.specs import ColumnSpec, PluginFile
 from nanoengine.params.field_types import conform
 
 _INT32, _INT64, _YEAR = 2**31 - 1, 2**63 - 1, 365 * 86_400.0
@@ -171,3 +172,48 @@ def dtype_hint(value: object) -> str:
     """Tail of a message on a dtype that others call so; "" for what nobody does."""
     name = _DTYPES.get(value.lower()) if isinstance(value, str) else None
     return f"; did you mean {name!r}?" if name else ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    """A sampler stage.
+
+    Attributes:
+        name: of its spec. target: of its class. columns: the device columns its parameters declare.
+        origin: who registered it, for errors; "" if unknown.
+    """
+
+    name: str
+    target: str
+    columns: Mapping[str, ColumnSpec]
+    origin: str = ""
+
+    @property
+    def where(self) -> str:
+        """Name and origin: "sampler stage 'x' (Class of plugin file /some/x.py)"."""
+        known = f"{self.target.partition(':')[2]} of {self.origin}" if self.origin else self.target
+        return f"sampler stage {self.name!r} ({known})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnginePlan:
+    """The frozen choice of parts.
+
+    Attributes:
+        model_path: folder with config.json (and, unless dummy, safetensors).
+        hf_config: config.json, read once.
+        model: target of the `Model` class. attention: name and target of the backend.
+        stages: every registered stage, in application order within its phase.
+        options: with every `None` that the choice of parts decides filled in (device, dtype, block_size,
+            max_model_len, max_num_batched_tokens).
+        plugin_files: modules that must be loaded from a file before a target of theirs can be imported.
+    """
+
+    model_path: str
+    hf_config: Mapping[str, Any]
+    model: str
+    attention_name: str
+    attention: str
+    stages: tuple[StagePlan, ...]
+    options: EngineOptions
+    plugin_files: tuple[PluginFile, ...] = ()

@@ -17,10 +17,10 @@ from nanoengine.core.request import (
     RequestMetrics,
     RequestOutput,
     copy_when_read,
+    request_seed,
 )
-from nanoengine.core.scheduling.ending import take_untold
+from nanoengine.core.scheduling.messages import take_untold
 from nanoengine.core.scheduling.scheduler import Update
-from nanoengine.core.seeds import request_seed
 from nanoengine.core.step import ROW_BAD_LOGITS, LogprobRows
 from nanoengine.params.sampling_params import ResolvedParams
 from nanoengine.text import IncrementalDetokenizer, Tokenizer

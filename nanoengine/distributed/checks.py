@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nanoengine.api.errors import ConfigError, PluginError
-from nanoengine.setup.plugins.targets import EnginePlan
+from nanoengine.core.options import EnginePlan
 
 
 def check_devices(device: str, size: int) -> None:

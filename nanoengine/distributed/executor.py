@@ -21,14 +21,15 @@ import torch
 
 from nanoengine.api.errors import EngineClosed, WorkerError
 from nanoengine.core.execution.executor import Executor, StepHandle
+from nanoengine.core.execution.start_report import MemoryReport
+from nanoengine.core.options import EnginePlan
 from nanoengine.core.step import StepPlan, StepResult
 from nanoengine.distributed.channel import Kind, Parcel
 from nanoengine.distributed.faults import Report, blame, blame_late
 from nanoengine.distributed.process import RankProcess, end, environment, stacks
 from nanoengine.distributed.shared import RING, SLOT_BYTES, Layout, Shared, Word
 from nanoengine.distributed.worker import StartMessage
-from nanoengine.setup.plugins.targets import EnginePlan, TargetLoader
-from nanoengine.setup.start.memory import MemoryReport
+from nanoengine.setup.plugins.targets import TargetLoader
 
 _GRACE_SECONDS = 1.0  # after the first sign of a fault, for the rank that caused it to say so
 _SLICE_SECONDS = 1.0  # a wait looks at the ranks' progress so often, should a frame have been lost to an interrupt

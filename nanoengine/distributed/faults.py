@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from nanoengine.api.errors import NanoEngineError, WorkerError, described
+from nanoengine.api.errors import NanoEngineError, WorkerError, described, is_out_of_memory
 from nanoengine.distributed.group import CollectiveFailed
 from nanoengine.distributed.shared import READY, Shared, Word
 from nanoengine.setup.start.clock import PHASES
-from nanoengine.setup.start.shortage import is_out_of_memory
 
 _SPAWN = "spawn"  # what `startup.PHASES` calls "process": nothing of ours runs yet
 

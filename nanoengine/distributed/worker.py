@@ -19,10 +19,11 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from nanoengine.core.options import EnginePlan
 from nanoengine.core.step import StepPlan
 from nanoengine.distributed.channel import Channel, Frame, Kind, Parcel
 from nanoengine.distributed.shared import READY, Layout, Shared, Word
-from nanoengine.setup.plugins.targets import EnginePlan, TargetLoader
+from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.start.clock import PHASES, StartClock
 
 if TYPE_CHECKING:
@@ -123,8 +124,8 @@ class Worker:
     def _make_runner(self, clock: PhaseClock) -> ModelRunner:
         import torch
 
-        from nanoengine.core.execution.mixed_graphs import PREFILL_ROWS
         from nanoengine.core.execution.runner import ModelRunner
+        from nanoengine.core.execution.step_inputs import PREFILL_ROWS
         from nanoengine.distributed.group import DistributedGroup, join_store, make_store
 
         plan, size = self._start.plan, self._start.layout.size

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanoengine.api import ModelError
+from nanoengine.api.parallel import padded_length
 from nanoengine.layers.linear import LinearMethod, Unquantised
-from nanoengine.layers.sharding import Placement, Shard, ShardSpec, WeightLayer, padded_length
+from nanoengine.layers.sharding import Placement, Shard, ShardSpec, WeightLayer
 
 
 class VocabParallelEmbedding(WeightLayer):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nanoengine.api import ModelError, TensorParallelGroup
+from nanoengine.api.parallel import padded_length
 from nanoengine.kernels.ops import Ops
 
 Split = Literal["whole", "even", "padded"]
@@ -103,11 +104,6 @@ class ShardSpec:
             start = min(rank * length, total)
             return start, min(length, total - start)
         return even_share(total, self.unit, rank, size, replicate=self.replicate)
-
-
-def padded_length(total: int, size: int) -> int:
-    """Length of each rank's piece when `total` is filled up to a multiple of `size`."""
-    return -(-total // size)
 
 
 def even_share(total: int, unit: int, rank: int, size: int, *, replicate: bool) -> tuple[int, int]:

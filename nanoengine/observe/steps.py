@@ -8,9 +8,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from nanoengine.api.errors import described
+from nanoengine.core.delivery import Delivery, Watch
 from nanoengine.core.outputs import RequestState
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.block_manager import BlockUse
@@ -107,44 +108,6 @@ class StepRecord:
 
 Observer = Callable[[StepRecord], None]
 """Called in the engine's thread, between steps. What it raises is raised by `step()`, once all outputs are out."""
-
-Delivery = tuple[Callable[[Any], None], Any]
-
-
-class Watch:
-    """Where nobody observes. The engine calls these in the order of a step's life; see `StepWatch`."""
-
-    def scheduling(self) -> None:
-        """The next step is about to be scheduled."""
-
-    def scheduled(self, step: ScheduledStep, scheduler: Scheduler) -> None:
-        """It is, and is about to be launched."""
-
-    def launched(self, step: ScheduledStep) -> None:
-        """It is."""
-
-    def waiting(self) -> None:
-        """The engine is about to wait for the oldest step."""
-
-    def arrived(self, step: ScheduledStep) -> None:
-        """Its result is there, and is about to be committed."""
-
-    def updated(self, updates: Sequence[Update], known: Mapping[str, RequestState]) -> None:
-        """What commit or schedule brought; `known` has taken it in."""
-
-    def ended(self, request: Request, reason: str) -> None:
-        """A request was aborted, or failed."""
-
-    def committed(self, step: ScheduledStep, result: StepResult) -> Sequence[Delivery]:
-        """All is booked; gives the records to hand out."""
-        return ()
-
-    def broken(self, steps: Sequence[ScheduledStep], error: BaseException) -> Sequence[Delivery]:
-        """Instead: they raised."""
-        return ()
-
-    def forget(self) -> None:
-        """What was scheduled is lost: the engine was interrupted."""
 
 
 @dataclass(slots=True)

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nanoengine.api.errors import ParamsError, PluginError, described, is_failure, shown
+from nanoengine.api.errors import ParamsError, PluginError, described, is_failure, nearest_part, shown
 from nanoengine.api.plugin_calls import plugin_call
 from nanoengine.api.specs import ColumnSpec, ParamsContext, StageParams, StandardOp
 from nanoengine.core.options import is_option
 from nanoengine.params.field_types import conform
 from nanoengine.params.sampling_fields import CORE_TYPES, NOT_SERVED, CoreFields, legal_fields, stage_types
-from nanoengine.setup.plugins.registry import nearest_part
 
 _CACHE_SIZE = 256
 

@@ -46,27 +46,16 @@ NEVER = {
 # Imports that still run up, as "module -> package": the list may only get shorter.
 KNOWN: frozenset[str] = frozenset(
     (
-        "nanoengine.api -> nanoengine.setup",
-        "nanoengine.api.checks -> nanoengine.layers",
-        "nanoengine.api.plugin_calls -> nanoengine.setup",
         "nanoengine.cli.app -> nanoengine.lab",
         "nanoengine.cli.plugins -> nanoengine.lab",
         "nanoengine.cli.run -> nanoengine.lab",
         "nanoengine.core.engine -> nanoengine.observe",
-        "nanoengine.core.execution.draw -> nanoengine.layers",
         "nanoengine.core.execution.executor -> nanoengine.setup",
         "nanoengine.core.execution.runner -> nanoengine.observe",
         "nanoengine.core.execution.runner -> nanoengine.setup",
-        "nanoengine.core.execution.sampler -> nanoengine.setup",
-        "nanoengine.core.execution.slots -> nanoengine.setup",
-        "nanoengine.core.execution.split -> nanoengine.setup",
-        "nanoengine.core.execution.step_graphs -> nanoengine.setup",
-        "nanoengine.core.in_flight -> nanoengine.setup",
-        "nanoengine.core.outbox -> nanoengine.observe",
         "nanoengine.core.step -> nanoengine.distributed",
         "nanoengine.observe.tapping -> nanoengine.llm",
         "nanoengine.params.sampling_params -> nanoengine.core",
-        "nanoengine.params.sampling_params -> nanoengine.setup",
     )
 )
 

@@ -10,9 +10,10 @@ import pytest
 
 from nanoengine import LLM
 from nanoengine.api.errors import ModelSourceError
+from nanoengine.api.specs import Origin
 from nanoengine.setup.config.model_options import option_hint
 from nanoengine.setup.plugins.discover import discover
-from nanoengine.setup.plugins.registry import Origin, Registry
+from nanoengine.setup.plugins.registry import Registry
 
 
 @pytest.fixture

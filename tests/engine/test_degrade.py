@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from nanoengine import LLM, RequestOutput, SamplingParams
 from nanoengine.core.execution import split
 from nanoengine.core.execution.split import Part
-from nanoengine.core.stats import EngineStats
+from nanoengine.core.scheduling.messages import EngineStats
 from nanoengine.testing.checkpoints import tiny_llama
 from nanoengine.testing.mock_model import MockModel
 

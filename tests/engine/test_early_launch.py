@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from nanoengine import SamplingParams
-from nanoengine.core.engine import Engine
-from nanoengine.core.in_flight import InFlight
+from nanoengine.core.engine import Engine, InFlight
 
 from .support import mock_llm
 

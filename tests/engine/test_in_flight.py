@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nanoengine.core.in_flight import InFlight, step_failure, wait_out
+from nanoengine.core.engine import InFlight, step_failure, wait_out
 
 
 class Handle:

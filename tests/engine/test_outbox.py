@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from nanoengine.core.outbox import Outbox
+from nanoengine.core.delivery import Outbox
 
 failed: list[Any] = []
 

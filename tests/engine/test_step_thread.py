@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from nanoengine import EngineClosed
-from nanoengine.core.execution.step_thread import StepThread
+from nanoengine.core.execution.executor import StepThread
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_it_ends_when_nobody_has_it_any_more() -> None:
 def test_a_program_that_closes_nothing_ends() -> None:
     code = """
 import time
-from nanoengine.core.execution.step_thread import StepThread
+from nanoengine.core.execution.executor import StepThread
 thread = StepThread("test-step")
 thread.submit(lambda: (time.sleep(0.2), print("whole", flush=True)))
 never = thread.submit(lambda: print("never"))

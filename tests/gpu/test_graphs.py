@@ -15,8 +15,8 @@ from torch import Tensor
 
 from nanoengine import LLM, SamplingParams
 from nanoengine.api.model import ForwardBatch
-from nanoengine.core.execution.mixed_graphs import MixedSize
 from nanoengine.core.execution.runner import ModelRunner
+from nanoengine.core.execution.step_inputs import MixedSize
 
 from .support import ON_GPU, need, runner_of, write_wide
 

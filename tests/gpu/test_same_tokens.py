@@ -13,7 +13,7 @@ from engine import test_same_tokens as on_cpu
 from engine.support import greedy, mock_llm, prompts, tokens_of
 
 from nanoengine import SamplingParams
-from nanoengine.core.stats import EngineStats
+from nanoengine.core.scheduling.messages import EngineStats
 
 from .support import ON_GPU
 
@@ -120,7 +120,7 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 def _buffer_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Harmless where each step reads what the buffers' owner holds; a graph reads what it was captured with."""
-    from nanoengine.core.execution.graph_inputs import GraphInputs
+    from nanoengine.core.execution.step_inputs import GraphInputs
 
     original = GraphInputs.send
 
@@ -146,14 +146,14 @@ def _one_replay_late(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _wrong_tail(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanoengine.core.execution.decode_tail import DecodeTail
+    from nanoengine.core.execution.finish_step import DecodeTail
 
     monkeypatch.setattr(DecodeTail, "kind", lambda self, *args: int(self._kernels.Tail.TEMPERATURE))
 
 
 def _rows_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
     """In mixed steps each row gets the logits in front of it: the first prefill row those of padding."""
-    from nanoengine.core.execution import mixed_graphs
+    from nanoengine.core.execution import graphs as mixed_graphs
 
     original = mixed_graphs.MixedGraphs.replay
 

@@ -13,14 +13,20 @@ from torch import Tensor
 
 from nanoengine.api.attention import BatchLimits
 from nanoengine.api.specs import ColumnSpec
-from nanoengine.core.execution.graph_inputs import GraphInputs
-from nanoengine.core.execution.mixed_graphs import MixedSize, pad_mixed
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
-from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, decode_plan, padded
+from nanoengine.core.execution.step_inputs import (
+    GatheredStep,
+    GraphInputs,
+    MixedSize,
+    StepBuffers,
+    decode_plan,
+    pad_mixed,
+    padded,
+)
+from nanoengine.core.options import StagePlan
 from nanoengine.core.step import BlockAppends, NewSlots, StageColumn, StepPlan, flags, i32, i64
 from nanoengine.kernels import step_inputs
 from nanoengine.kernels.step_inputs import SlotState, StepInputBuffers
-from nanoengine.setup.plugins.targets import StagePlan
 
 pytest.importorskip("triton")
 from nanoengine.kernels import step_inputs_triton
@@ -360,7 +366,7 @@ def test_a_mixed_graph_writes_and_gathers_what_an_eager_step_does(
     most: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two decode rows, a prompt's end and a chunk, in a graph for 3 + 24; more writes than it holds go in front."""
-    monkeypatch.setattr("nanoengine.core.execution.graph_inputs.MAX_WRITES", most)
+    monkeypatch.setattr("nanoengine.core.execution.step_inputs.MAX_WRITES", most)
     plan = StepPlan(
         slots=i32([2, 6, 1, 4]), num_decode_rows=2, query_lens=i32([1, 1, 15, 5]), starts=i32([0] * 4),
         logits_index=i32([0, 1, 16]), logits_rows=i32([0, 1, 2]), sampled=flags([True] * 3),

@@ -18,6 +18,7 @@ import pytest
 from gguf_zoo import TinyGGUF
 
 from nanoengine.api import ModelSource, ModelSourceError, SourceContext
+from nanoengine.api.sources import cache_root
 from nanoengine.plugins import model_sources
 from nanoengine.plugins.model_sources import conversion_cache
 from nanoengine.plugins.model_sources.folder import FolderSource
@@ -26,7 +27,7 @@ from nanoengine.plugins.model_sources.gguf_file import GGUFFileSource
 from nanoengine.plugins.model_sources.gguf_tokenizer import PRE_TOKENIZERS
 from nanoengine.plugins.model_sources.hub import HubSource
 from nanoengine.setup.config.config import load_config
-from nanoengine.setup.plugins.sources import cache_root, resolve_model, with_revision
+from nanoengine.setup.plugins.sources import resolve_model, with_revision
 from nanoengine.setup.plugins.targets import TargetLoader
 
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nanoengine import RequestOutput, SamplingParams
-from nanoengine.core.stats import EngineStats
+from nanoengine.core.scheduling.messages import EngineStats
 
 from . import tiny
 from .compare import Mismatch, Report, compare
@@ -216,7 +216,7 @@ def _no_qk_norm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _rows_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanoengine.core.execution.eager_tail import EagerTail
+    from nanoengine.core.execution.finish_step import EagerTail
 
     original = EagerTail._logits
     monkeypatch.setattr(EagerTail, "_logits", lambda self, step, which: original(self, step, which).roll(1, 0))

@@ -13,9 +13,9 @@ import torch
 
 from nanoengine.api import AttentionBackend, Model, PluginError, SamplerStage
 from nanoengine.api.parallel import SingleRank
-from nanoengine.core.options import EngineOptions
+from nanoengine.core.options import EngineOptions, EnginePlan, StagePlan
 from nanoengine.setup.plugins.discover import Registry, discover, load_checked
-from nanoengine.setup.plugins.targets import EnginePlan, StagePlan, TargetLoader
+from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.start.build_model import build_model
 
 TINY = {

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from nanoengine.api.processors import RaggedColumn, SamplerStage, StageContext, StageRows
 from nanoengine.api.specs import SamplerSpec
-from nanoengine.core.execution.draw import DrawRows
-from nanoengine.core.execution.sampler import Sampler
+from nanoengine.core.execution.sampler import DrawRows, Sampler
+from nanoengine.core.options import StagePlan
 from nanoengine.params.sampling_params import ParamsResolver, ResolvedParams, SamplingParams
 from nanoengine.plugins.samplers import register_samplers
-from nanoengine.setup.plugins.targets import StagePlan, TargetLoader
+from nanoengine.setup.plugins.targets import TargetLoader
 
 BUILT_IN = {spec.name: spec for spec in register_samplers()}
 MAX_LEN = 32

@@ -13,8 +13,7 @@ import torch
 from nanoengine.api import ColumnSpec, Need, Phase, SamplerSpec, SamplerStage, StageParams, StageRows, StandardOp
 from nanoengine.api.errors import PluginError
 from nanoengine.api.processors import RaggedColumn
-from nanoengine.core.execution.draw import DrawRows
-from nanoengine.core.execution.sampler import Sampler
+from nanoengine.core.execution.sampler import DrawRows, Sampler
 from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, ROW_NOTHING_LEFT
 from nanoengine.kernels import sampling
 from nanoengine.params.sampling_params import SamplingParams

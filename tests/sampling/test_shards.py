@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanoengine.core.execution.draw import DrawRows
-from nanoengine.core.execution.sampler import Sampler
+from nanoengine.core.execution.sampler import DrawRows, Sampler
 from nanoengine.kernels import all_reduce
 from nanoengine.kernels.sampling import on_host
 

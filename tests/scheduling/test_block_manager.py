@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from sched_harness import Loop, prompt_of
 
 from nanoengine.core.request import Request
-from nanoengine.core.scheduling.block_manager import BlockManager
-from nanoengine.core.scheduling.block_pool import Pool
+from nanoengine.core.scheduling.block_manager import BlockManager, Pool
 
 
 def owner(loop_or_none: Loop | None, prompt: list[int], **kwargs) -> Request:

@@ -13,8 +13,7 @@ from sched_harness import BreakingLoop, random_ops, run_ops
 
 from nanoengine.core.request import Status
 from nanoengine.core.scheduling import plan_builder, scheduler
-from nanoengine.core.scheduling.block_manager import BlockManager
-from nanoengine.core.scheduling.block_pool import Pool, Run
+from nanoengine.core.scheduling.block_manager import BlockManager, Pool, Run
 from nanoengine.core.scheduling.draft import Draft
 from nanoengine.core.scheduling.scheduler import Scheduler
 

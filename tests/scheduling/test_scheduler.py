@@ -11,7 +11,7 @@ from sched_harness import VOCAB, BreakingLoop, Loop, grammar_stage, prompt_of, s
 
 from nanoengine.api.errors import ConfigError, RequestError
 from nanoengine.core.request import Status
-from nanoengine.core.scheduling.block_pool import Pool
+from nanoengine.core.scheduling.block_manager import Pool
 from nanoengine.core.scheduling.messages import SchedulerConfig
 from nanoengine.core.scheduling.policy import FCFS, make_policy
 from nanoengine.core.scheduling.scheduler import Scheduler

@@ -18,16 +18,8 @@ import torch
 from engine import stages_plugin
 from engine.support import greedy
 
-from nanoengine import (
-    LLM,
-    ConfigError,
-    ModelError,
-    NanoEngineError,
-    PluginError,
-    SamplingParams,
-    WorkerError,
-    build_engine,
-)
+from nanoengine import LLM, ConfigError, ModelError, NanoEngineError, PluginError, SamplingParams, WorkerError
+from nanoengine import build as build_engine
 from nanoengine.api import AttentionBackend
 from nanoengine.distributed.executor import WorkersExecutor
 from nanoengine.testing import mock_model

@@ -18,25 +18,26 @@ import torch
 
 from nanoengine.api.attention import AttentionBackend
 from nanoengine.api.checks import CheckedModel
-from nanoengine.api.errors import ModelError, NanoEngineError
+from nanoengine.api.errors import ModelError, NanoEngineError, is_out_of_memory
 from nanoengine.api.model import Attention, ForwardBatch, Model
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.plugin_calls import name_of, plugin_call, plugin_step
 from nanoengine.api.processors import StageContext
-from nanoengine.core.execution.eager_tail import EagerTail, Forwarded
-from nanoengine.core.execution.mixed_graphs import MixedGraphs, MixedSize, pad_mixed
+from nanoengine.core.execution.finish_step import EagerTail, Forwarded
+from nanoengine.core.execution.graphs import MixedGraphs
 from nanoengine.core.execution.results import LaunchedStep, TailStep
 from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
 from nanoengine.core.execution.split import Handle, Splitter, slots_move
+from nanoengine.core.execution.start_report import MemoryReport, empty_cache, free_unused
 from nanoengine.core.execution.step_graphs import StepGraphs, capture_sizes
-from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, padded
-from nanoengine.core.options import EngineOptions
+from nanoengine.core.execution.step_inputs import GatheredStep, MixedSize, StepBuffers, pad_mixed, padded
+from nanoengine.core.options import EngineOptions, EnginePlan
 from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, StageColumn, StepPlan, num_slots
 from nanoengine.kernels.ops import Ops, ops_for
 from nanoengine.observe.taps import Listener, Tap, unknown_module
 from nanoengine.setup.plugins.choose import load_checked
-from nanoengine.setup.plugins.targets import EnginePlan, TargetLoader
+from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.start.backend_checks import dry_run, kv_block_bytes, release
 from nanoengine.setup.start.build_model import BuiltModel, build_model, kv_groups, parameter_bytes, weight_bytes
 from nanoengine.setup.start.clock import StartClock
@@ -44,14 +45,13 @@ from nanoengine.setup.start.largest_steps import largest_steps
 from nanoengine.setup.start.memory import (
     CPU_KV_CACHE_BYTES,
     GpuShare,
-    MemoryReport,
     batch_limits,
     cannot_allocate,
     count_blocks,
     peak_bytes,
     weights_misfit,
 )
-from nanoengine.setup.start.shortage import empty_cache, free_unused, is_out_of_memory, with_less
+from nanoengine.setup.start.shortage import with_less
 from nanoengine.setup.start.stages import build_stages
 from nanoengine.setup.start.weights import dummy_weights, load_weights
 

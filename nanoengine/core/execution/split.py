@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from nanoengine.api.errors import is_out_of_memory
 from nanoengine.core.execution.results import join_logprobs
 from nanoengine.core.step import (
     ROW_FINE,
@@ -26,7 +27,6 @@ from nanoengine.core.step import (
     StepPlan,
     StepResult,
 )
-from nanoengine.setup.start.shortage import is_out_of_memory
 
 _log = logging.getLogger(__name__)
 

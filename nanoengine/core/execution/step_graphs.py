@@ -13,20 +13,27 @@ from torch import Tensor
 
 from nanoengine.api.attention import BatchLimits, GraphSupport
 from nanoengine.api.checks import CheckedModel
-from nanoengine.api.errors import ModelError, described, is_failure
+from nanoengine.api.errors import ModelError, described, is_failure, is_out_of_memory
 from nanoengine.api.model import ForwardBatch
 from nanoengine.api.parallel import TensorParallelGroup
-from nanoengine.core.execution.decode_tail import DecodeTail, Size
-from nanoengine.core.execution.graph_inputs import GraphInputs, RowInputs
-from nanoengine.core.execution.graphs import DecodeGraphs, graph_sizes
-from nanoengine.core.execution.mixed_graphs import PREFILL_ROWS, MixedGraphs, MixedSize, mixed_sizes
+from nanoengine.core.execution.finish_step import DecodeTail
+from nanoengine.core.execution.graphs import DecodeGraphs, MixedGraphs, graph_sizes, mixed_sizes
 from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.slots import SlotTables
-from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, decode_plan
+from nanoengine.core.execution.start_report import CaptureOutOfMemory
+from nanoengine.core.execution.step_inputs import (
+    PREFILL_ROWS,
+    GatheredStep,
+    GraphInputs,
+    MixedSize,
+    RowInputs,
+    Size,
+    StepBuffers,
+    decode_plan,
+)
 from nanoengine.core.options import EngineOptions
 from nanoengine.core.step import StepPlan
 from nanoengine.kernels.compile_ahead import compiling_ahead
-from nanoengine.setup.start.shortage import CaptureOutOfMemory, is_out_of_memory
 
 _log = logging.getLogger(__name__)
 GRAPH_RESERVE_BYTES = 256 << 20  # what graphs hold besides logits and activations

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from nanoengine.api.attention import BatchLimits, StepInputs
-from nanoengine.core.execution.mixed_graphs import PREFILL_ROWS
 from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.step import Int32, StepPlan
 from nanoengine.kernels.step_inputs import StepInputBuffers
@@ -208,3 +208,159 @@ def decode_plan(slots: Int32, start: int) -> StepPlan:
         sampled=np.ones(count, dtype=np.bool_),
         prompt_logprobs=np.zeros(count, dtype=np.int32),
     )
+
+
+PREFILL_ROWS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class MixedSize:
+    """decode: rows of one token each. prefill: tokens behind them."""
+
+    decode: int
+    prefill: int
+
+    @property
+    def rows(self) -> int:
+        return self.decode + PREFILL_ROWS
+
+    @property
+    def tokens(self) -> int:
+        return self.decode + self.prefill
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedStep:
+    """A plan with its padding: one entry of `logits_index` a row, `sampled` where the original plan draws.
+
+    Attributes:
+        logits_rows: int64 [L]; which of the graph's logits (one a row) belong to the original `logits_index`.
+    """
+
+    plan: StepPlan
+    logits_rows: npt.NDArray[np.int64]
+
+
+def pad_mixed(plan: StepPlan, size: MixedSize, dummy_slot: int) -> PaddedStep:
+    """`plan`, whose logits positions are all sampled, in the form that the graph of `size` was captured for."""
+    decode, rows = plan.num_decode_rows, plan.num_rows
+    ahead, behind = size.decode - decode, PREFILL_ROWS - (rows - decode)
+
+    def spread(values: npt.NDArray[np.int32], between: int, last: int) -> npt.NDArray[np.int32]:
+        middle, end = np.full(ahead, between, np.int32), np.full(behind, last, np.int32)
+        return np.concatenate((values[:decode], middle, values[decode:], end))
+
+    lens = spread(plan.query_lens, 1, 0)
+    logits_rows = plan.logits_rows.astype(np.int64)
+    logits_rows[logits_rows >= decode] += ahead
+    sampled = np.zeros(size.rows, np.bool_)
+    sampled[logits_rows] = True
+    padded = replace(
+        plan,
+        slots=spread(plan.slots, dummy_slot, dummy_slot),
+        query_lens=lens,
+        starts=spread(plan.starts, 0, 0),
+        num_decode_rows=size.decode,
+        logits_index=np.maximum(np.cumsum(lens, dtype=np.int32) - 1, 0),  # one a row: its last token
+        logits_rows=np.arange(size.rows, dtype=np.int32),
+        sampled=sampled,
+    )
+    return PaddedStep(padded, logits_rows)
+
+
+MAX_WRITES = 4096  # words to be written in the step; more are sent before it
+_HEADER = 4  # words; the first is the number of writes
+
+
+@dataclass(frozen=True, slots=True)
+class RowInputs:
+    """Views, int32, of R rows: slots [R]; offsets of the rows' tokens [R + 1]; which row has drawn which token [R]
+    (None: each its own); which tokens want logits [R], one a row."""
+
+    slots: Tensor
+    query_start_loc: Tensor
+    token_of_row: Tensor | None
+    logits_index: Tensor
+
+
+class GraphInputs:
+    """One buffer for all graphs: each reads its rows at the front, and the writes behind them.
+
+    A graph begins with writing what the plan brings into the slot tables and gathering the step's inputs from them:
+    nothing is launched in front of it. So this is all that the host sends, in one upload.
+    """
+
+    def __init__(self, buffers: StepBuffers, tables: SlotTables) -> None:
+        from nanoengine.kernels import step_inputs_triton
+
+        self._kernels: Any = step_inputs_triton
+        self._buffers, self._tables = buffers, tables
+        words = _HEADER + 4 * (buffers.max_rows + 4) + 2 * MAX_WRITES
+        self.sent = torch.zeros(words, dtype=torch.int32, device=tables.device)
+
+    def rows(self, rows: int, *, mixed: bool) -> RowInputs:
+        """Where a graph of so many rows finds them. For decode rows alone all but the slots is always the same."""
+        parts = [self.sent[at : at + count] for at, count in self._places(rows, mixed=mixed)]
+        if mixed:
+            return RowInputs(parts[0], parts[1], parts[2], parts[3])
+        start_loc = self._buffers.decode_start_loc
+        return RowInputs(parts[0], start_loc[: rows + 1], None, start_loc[:rows])
+
+    @staticmethod
+    def _places(rows: int, *, mixed: bool) -> list[tuple[int, int]]:
+        """(first word, words) of slots, and for mixed steps offsets, tokens of rows and logits index; at last (first
+        word of the writes, 0). Each at a multiple of 16 bytes."""
+        places, at = [], _HEADER
+        for count in (rows, rows + 1, rows, rows) if mixed else (rows,):
+            places.append((at, count))
+            at = -(-(at + count) // 4) * 4
+        return [*places, (at, 0)]
+
+    def send(self, plan: StepPlan, *, mixed: bool) -> None:
+        """The rows of a padded plan and the writes that wait, without waiting for the device."""
+        arena, rows = self._tables.arena, plan.num_rows
+        writes = arena.waiting()
+        if writes.shape[1] > MAX_WRITES:
+            self._tables.flush()
+            writes = writes[:, :0]
+        *places, (first, _) = self._places(rows, mixed=mixed)
+        count = writes.shape[1]
+        packed = np.zeros(first + 2 * count, dtype=np.int32)
+        packed[0] = count
+        values: tuple[Int32, ...] = (plan.slots,)
+        if mixed:
+            start_loc = np.zeros(rows + 1, dtype=np.int32)
+            np.cumsum(plan.query_lens, out=start_loc[1:])
+            values = (plan.slots, start_loc, _tokens_of_rows(plan), plan.logits_index)
+        for (at, words), each in zip(places, values, strict=True):
+            packed[at : at + words] = each
+        packed[first : first + count], packed[first + count :] = writes
+        here = torch.from_numpy(packed)
+        self.sent[: len(packed)].copy_(here.pin_memory() if self.sent.is_cuda else here, non_blocking=True)
+        arena.forget()
+
+    def run(self, plan: StepPlan, tokens: int, longest: int, *, mixed: bool) -> GatheredStep:
+        """Write and gather, on the device alone: what a graph begins with.
+
+        plan: any of its size. tokens: with padding. longest: the most tokens that a row may have.
+        """
+        buffers, tables, inputs = self._buffers, self._tables, self.rows(plan.num_rows, mixed=mixed)
+        first, _ = self._places(plan.num_rows, mixed=mixed)[-1]
+        self._kernels.scatter_counted(tables.arena.words, self.sent, first, MAX_WRITES)
+        buffers.run_gather(tables, inputs.slots, inputs.query_start_loc, longest, tokens if mixed else 0)
+        return buffers.views(plan, inputs.slots, inputs.query_start_loc, inputs.logits_index, tokens)
+
+    def blank(self) -> None:
+        """Rows of the dummy slot, without a token, wherever a graph may look for them."""
+        self.sent.fill_(self._tables.dummy_slot)
+
+
+def _tokens_of_rows(plan: StepPlan) -> Int32:
+    """[B]: which of the plan's logits draws the row's token, -1: none."""
+    out = np.full(plan.num_rows, -1, dtype=np.int32)
+    drawn = np.flatnonzero(plan.sampled)
+    out[plan.logits_rows[drawn]] = drawn
+    return out
+
+
+Size = int | MixedSize

@@ -170,3 +170,79 @@ def cut(entries: LogprobRows, num_rows: int) -> dict[int, LogprobRows]:
             top_offsets=offsets - top if top else offsets,
         )
     return out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Counts since the engine started.
+
+    Attributes:
+        steps: steps launched. mixed_steps: of them, with decode and prefill rows. chunks: prefill rows that were only a
+            part of what was left to compute.
+        graph_steps, mixed_graph_steps, graph_tails: finished steps of which a CUDA graph was replayed: of a decode
+            step's model, of a mixed step's model, of the sampling behind either.
+        steps_split: finished steps that memory did not hold whole, and that ran in parts.
+        steps_broken: steps of several requests that raised: each ran again by itself, which is slow.
+        preemptions: requests that gave their blocks back and were computed again.
+        prompt_tokens: tokens of admitted prompts. prefix_hit_tokens: of them, taken from the prefix cache.
+        resumed_hit_tokens: taken from it by preempted requests that came back.
+        num_blocks, free_blocks: KV blocks, all and not held by a request. running, waiting: samples now.
+    """
+
+    steps: int
+    mixed_steps: int
+    chunks: int
+    graph_steps: int
+    mixed_graph_steps: int
+    graph_tails: int
+    steps_split: int
+    steps_broken: int
+    preemptions: int
+    prompt_tokens: int
+    prefix_hit_tokens: int
+    resumed_hit_tokens: int
+    num_blocks: int
+    free_blocks: int
+    running: int
+    waiting: int
+
+
+def append_token(request: Request, token: int) -> Update:
+    """`append_tokens` of one token without log-probs: what nearly every row of every step brings."""
+    num_tokens = request.num_tokens + 1
+    if num_tokens >= request.max_len or token in request.stop_set or request.num_untold:
+        return append_tokens(request, [token], None, None)
+    request.output_token_ids.append(token)
+    request.num_tokens = num_tokens
+    return tuple.__new__(Update, (request, (token,), None, None, None, None, 0, None))  # its own __new__ is slower
+
+
+def append_tokens(request: Request, new: list[int], drawn: LogprobRows | None, prompt: LogprobRows | None) -> Update:
+    """Appends new tokens up to the one that ends the request, if one does; a stop token counts before the length.
+
+    The sampler masks stop tokens below `min_tokens`; should one come nevertheless, it does not end the request.
+    """
+    num_tokens, stop_set, max_len = request.num_tokens, request.stop_set, request.max_len
+    for i, token in enumerate(new, start=1):
+        num_tokens += 1
+        stops = token in stop_set and num_tokens > request.min_len
+        if stops or num_tokens >= max_len:
+            new = new[:i]
+            break
+    else:
+        stops = False
+    request.output_token_ids += new
+    request.num_tokens = num_tokens
+    told = take_untold(request, len(new)) if request.num_untold else tuple(new)
+    if stops:
+        return Update(request, told, "stop", None if token in request.params.eos_ids else token, drawn, prompt)
+    if num_tokens >= max_len:
+        return Update(request, told, "length", request.length_reason, drawn, prompt)
+    return Update(request, told, None, None, drawn, prompt)
+
+
+def take_untold(request: Request, num_new: int = 0) -> tuple[int, ...]:
+    """Its last `num_new` tokens and those before them that no update has told; they count as told from here on."""
+    first = len(request.output_token_ids) - num_new - request.num_untold
+    request.num_untold = 0
+    return tuple(request.output_token_ids[first:])

@@ -15,10 +15,8 @@ from typing import Literal
 
 from nanoengine.api.errors import RequestError, engine_failure, is_failure
 from nanoengine.core.request import Request, Status
-from nanoengine.core.scheduling.admission import find_hits, may_read_cache, refuse_misfit
 from nanoengine.core.scheduling.block_manager import BlockManager, Hits
-from nanoengine.core.scheduling.draft import Draft, ask_host_stages
-from nanoengine.core.scheduling.ending import append_token, append_tokens, take_untold
+from nanoengine.core.scheduling.draft import Draft, ask_host_stages, find_hits, may_read_cache, refuse_misfit
 from nanoengine.core.scheduling.messages import (
     Admission,
     Preemption,
@@ -26,7 +24,10 @@ from nanoengine.core.scheduling.messages import (
     SchedulerConfig,
     SchedulerStats,
     Update,
+    append_token,
+    append_tokens,
     cut,
+    take_untold,
 )
 from nanoengine.core.scheduling.plan_builder import Picks, advance, build_plan, take_back
 from nanoengine.core.scheduling.policy import Policy, make_policy

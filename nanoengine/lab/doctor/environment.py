@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from nanoengine.api.errors import described, is_failure
-from nanoengine.api.hooks import PROJECT
+from nanoengine.api.sources import cache_root
+from nanoengine.api.specs import PROJECT
 from nanoengine.lab.doctor.findings import Finding, Level
-from nanoengine.setup.plugins.sources import cache_root
 
 _VARIABLES = ("NANOENGINE_CACHE", "NANOENGINE_MODEL_FILES", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
               "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "CUDA_VISIBLE_DEVICES",

@@ -12,11 +12,11 @@ from typing import Any, cast, get_args
 from nanoengine.api.attention import AttentionBackend, AttentionNeed
 from nanoengine.api.errors import NanoEngineError, described, is_failure
 from nanoengine.api.processors import SamplerStage
+from nanoengine.api.sources import ModelSource
 from nanoengine.core.options import EngineOptions
 from nanoengine.lab.doctor.findings import Finding, Level, Verdict
 from nanoengine.setup.plugins.choose import judged, load_checked
 from nanoengine.setup.plugins.registry import KIND_WORDS, Kind, Registered, Registry
-from nanoengine.setup.plugins.sources import ModelSource
 from nanoengine.setup.plugins.targets import TargetLoader
 
 _plugin = partial(Finding, section="plugins")

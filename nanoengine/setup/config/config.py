@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from nanoengine.api.errors import ConfigError, ParamsError, PluginError, nearest
+from nanoengine.api.errors import ConfigError, ParamsError, PluginError, nearest, nearest_part
 from nanoengine.core.options import EngineOptions, dtype_hint
 from nanoengine.observe.files import user_path
 from nanoengine.params.field_types import conform
@@ -24,7 +24,7 @@ from nanoengine.setup.config.composer.yaml_file import ConfigFile, KeyPath, dott
 from nanoengine.setup.config.prompts import PromptFile, Prompts, check_prompts
 from nanoengine.setup.config.sampler_section import Stages, check_sampler, sampler_stages
 from nanoengine.setup.plugins.discover import discover
-from nanoengine.setup.plugins.registry import Kind, Registry, nearest_part
+from nanoengine.setup.plugins.registry import Kind, Registry
 from nanoengine.setup.plugins.sources import with_revision
 
 _YAML = (".yaml", ".yml")

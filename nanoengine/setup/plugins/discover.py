@@ -20,12 +20,12 @@ import pluggy
 
 from nanoengine.api import hooks as hookspecs
 from nanoengine.api.errors import PluginError, described, is_failure, nearest, shown, text_of
-from nanoengine.api.hooks import PROJECT
+from nanoengine.api.specs import PROJECT, Origin, PluginFile
 from nanoengine.observe.files import user_path
 from nanoengine.setup.config.composer.search_path import package_root
 from nanoengine.setup.plugins.choose import choose_attention, from_class, load_checked
-from nanoengine.setup.plugins.registry import KIND_WORDS, Conflict, Failure, Kind, Origin, Registered, Registry
-from nanoengine.setup.plugins.targets import PluginFile, load_plugin_file
+from nanoengine.setup.plugins.registry import KIND_WORDS, Conflict, Failure, Kind, Registered, Registry
+from nanoengine.setup.plugins.targets import load_plugin_file
 from nanoengine.setup.plugins.validation import HOOKS, SPEC_HOOKS, check_spec, checked_list
 
 __all__ = [

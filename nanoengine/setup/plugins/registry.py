@@ -6,14 +6,20 @@ that wants the name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Generic, Literal, TypeVar, cast
 
-from nanoengine.api.errors import ModelError, PluginError, nearest
-from nanoengine.api.hooks import PROJECT
-from nanoengine.api.specs import AttentionSpec, ModelSourceSpec, ModelSpec, SamplerSpec, Spec
-from nanoengine.setup.plugins.targets import PluginFile
+from nanoengine.api.errors import _A_PLUGINS, ModelError, PluginError, nearest, nearest_part
+from nanoengine.api.specs import (
+    AttentionSpec,
+    ModelSourceSpec,
+    ModelSpec,
+    Origin,
+    PluginFile,
+    SamplerSpec,
+    Spec,
+)
 
 Kind = Literal["models", "samplers", "attention_backends", "model_sources"]
 S = TypeVar("S", bound=Spec, covariant=True)
@@ -24,50 +30,6 @@ KIND_WORDS: Mapping[str, str] = {
     "attention_backends": "attention backend",
     "model_sources": "model source",
 }
-
-
-_A_PLUGINS = ". If it is a plugin's: install its package, or give --plugin FILE, in Python LLM(plugins=[FILE])"
-
-
-def nearest_part(word: str, choices: Iterable[str]) -> str:
-    """`nearest`; where no name is near, it is no slip of the pen: then also what brings a plugin's part."""
-    found = nearest(word, choices)
-    return found if found.startswith("did you mean") else f"{found}{_A_PLUGINS}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Origin:
-    """Where a plugin came from.
-
-    Attributes:
-        plugin: name of its entry point, of its file, or the name it was handed over under.
-        distribution, version: of the installed package; None for a file or an object.
-        module: its entry point's value, or the module a file was loaded under. file: path of a plugin file.
-    """
-
-    plugin: str
-    distribution: str | None = None
-    version: str | None = None
-    module: str | None = None
-    file: str | None = None
-
-    def __str__(self) -> str:
-        if self.file is not None:
-            return f"plugin file {self.file}"
-        if self.distribution is not None:
-            return f"{self.distribution} {self.version} (plugin {self.plugin!r})"
-        return f"object {self.plugin!r} handed over in Python"
-
-    @property
-    def mend(self) -> str:
-        """What removes this provider; "" for nanoengine itself, where the other one must give way."""
-        if self.distribution == PROJECT:
-            return ""
-        if self.file is not None:
-            return f"leave out --plugin {self.file}"
-        if self.distribution is not None:
-            return f"pip uninstall {self.distribution}"
-        return f"do not hand over {self.plugin!r}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,67 +16,7 @@ from types import CodeType
 from typing import Any
 
 from nanoengine.api.errors import PluginError, described, is_failure, nearest
-from nanoengine.api.specs import ColumnSpec
-from nanoengine.core.options import EngineOptions
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PluginFile:
-    """A plugin given as a file.
-
-    Attributes:
-        module: the name it is loaded under. path: where it lies.
-        digest: SHA-256 of its content, so that every process loads the very same, or says that it changed.
-    """
-
-    module: str
-    path: str
-    digest: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StagePlan:
-    """A sampler stage.
-
-    Attributes:
-        name: of its spec. target: of its class. columns: the device columns its parameters declare.
-        origin: who registered it, for errors; "" if unknown.
-    """
-
-    name: str
-    target: str
-    columns: Mapping[str, ColumnSpec]
-    origin: str = ""
-
-    @property
-    def where(self) -> str:
-        """Name and origin: "sampler stage 'x' (Class of plugin file /some/x.py)"."""
-        known = f"{self.target.partition(':')[2]} of {self.origin}" if self.origin else self.target
-        return f"sampler stage {self.name!r} ({known})"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EnginePlan:
-    """The frozen choice of parts.
-
-    Attributes:
-        model_path: folder with config.json (and, unless dummy, safetensors).
-        hf_config: config.json, read once.
-        model: target of the `Model` class. attention: name and target of the backend.
-        stages: every registered stage, in application order within its phase.
-        options: with every `None` that the choice of parts decides filled in (device, dtype, block_size,
-            max_model_len, max_num_batched_tokens).
-        plugin_files: modules that must be loaded from a file before a target of theirs can be imported.
-    """
-
-    model_path: str
-    hf_config: Mapping[str, Any]
-    model: str
-    attention_name: str
-    attention: str
-    stages: tuple[StagePlan, ...]
-    options: EngineOptions
-    plugin_files: tuple[PluginFile, ...] = ()
+from nanoengine.api.specs import PluginFile
 
 
 @dataclass(frozen=True)

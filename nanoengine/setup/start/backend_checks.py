@@ -9,14 +9,22 @@ from typing import cast
 from torch import Tensor
 
 from nanoengine.api.attention import AttentionBackend, AttentionLayerSpec, KVCacheView, KVSpec
-from nanoengine.api.errors import ModelError, NanoEngineError, PluginError, described, is_failure, shown
+from nanoengine.api.errors import (
+    ModelError,
+    NanoEngineError,
+    PluginError,
+    described,
+    forget_locals,
+    is_failure,
+    is_out_of_memory,
+    shown,
+)
 from nanoengine.api.model import Attention
 from nanoengine.api.plugin_calls import name_of, plugin_call, whose
 from nanoengine.core.execution.results import LaunchedStep
 from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.step import StepPlan
 from nanoengine.setup.start.largest_steps import one_token
-from nanoengine.setup.start.shortage import forget_locals, is_out_of_memory
 
 _log = logging.getLogger(__name__)
 

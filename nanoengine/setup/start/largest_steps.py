@@ -12,7 +12,7 @@ import torch
 
 from nanoengine.api.attention import BatchLimits
 from nanoengine.api.processors import Need
-from nanoengine.core.execution.eager_tail import PROMPT_LOGITS_ROWS
+from nanoengine.core.execution.finish_step import PROMPT_LOGITS_ROWS
 from nanoengine.core.execution.results import LaunchedStep
 from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.slots import SlotTables

@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import gc
 import logging
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-import torch
-
-from nanoengine.api.errors import DeviceMemoryError, text_of
+from nanoengine.api.errors import DeviceMemoryError, is_out_of_memory
+from nanoengine.core.execution.start_report import CaptureOutOfMemory
 from nanoengine.core.options import EngineOptions
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 LEAST_BATCHED_TOKENS = 256  # a budget is not halved below it: smaller steps save hardly any memory
-_TEXTS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-
-
-class CaptureOutOfMemory(MemoryError):
-    """Memory ran out while graphs were captured."""
 
 
 class StepTooLarge(DeviceMemoryError):
     """The largest step leaves no room for the KV cache; a smaller one would."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host had too little memory, by whichever library's error."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    plain = isinstance(error, RuntimeError) and type(error).__module__ in ("builtins", "torch")
-    return plain and any(text in text_of(error) for text in _TEXTS)
 
 
 def smaller_batch(options: EngineOptions, error: BaseException) -> EngineOptions | None:
@@ -91,31 +75,3 @@ def _nothing_fits(options: EngineOptions, error: Exception) -> DeviceMemoryError
         f"even with {_batch(options)} memory does not suffice beside the weights on {options.device}; lower "
         f"engine.max_model_len, free memory there, or take a larger device ({type(error).__name__}: {error})"
     )
-
-
-def forget_locals(error: BaseException) -> None:
-    """Lets go of what the frames behind `error` and its causes hold, so that keeping the error keeps no memory."""
-    seen: set[int] = set()
-    todo: list[BaseException | None] = [error]
-    while todo:
-        each = todo.pop()
-        if each is None or id(each) in seen:
-            continue
-        seen.add(id(each))
-        traceback.clear_frames(each.__traceback__)
-        todo += [each.__cause__, each.__context__]
-
-
-def free_unused(device: torch.device) -> None:
-    """Gives what nobody refers to any more back to the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # graphs in flight live until they end
-        gc.collect()
-        empty_cache(device)
-
-
-def empty_cache(device: torch.device) -> None:
-    """Gives back what torch's allocator keeps for later."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.empty_cache()

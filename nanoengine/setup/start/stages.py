@@ -10,8 +10,9 @@ from nanoengine.api.errors import NanoEngineError, PluginError, shown
 from nanoengine.api.plugin_calls import plugin_call
 from nanoengine.api.processors import Need, SamplerStage, StageContext
 from nanoengine.api.specs import Phase
+from nanoengine.core.options import StagePlan
 from nanoengine.setup.plugins.choose import load_checked
-from nanoengine.setup.plugins.targets import StagePlan, TargetLoader
+from nanoengine.setup.plugins.targets import TargetLoader
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from nanoengine.api import ParamsError, SamplerSpec, SamplerStage, StageContext, StageParams, hookimpl
 from nanoengine.api.errors import described, is_failure
+from nanoengine.core.options import StagePlan
 from nanoengine.params.sampling_params import ParamsResolver, SamplingParams
-from nanoengine.setup.plugins.targets import StagePlan, TargetLoader
+from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.plugins.validation import check_spec
 from nanoengine.setup.start.stages import build_stages
 from nanoengine.testing.conformance.failure import ConformanceError, during, require, require_close

@@ -1,13 +1,56 @@
-"""Outputs and step records on their way from the engine to whoever wants them."""
+"""Outputs and step records on their way from the engine to its clients."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from nanoengine.api.errors import is_failure
-from nanoengine.core.request import RequestOutput
-from nanoengine.observe.steps import Delivery
+from nanoengine.core.outputs import RequestState
+from nanoengine.core.request import Request, RequestOutput
+from nanoengine.core.scheduling.messages import ScheduledStep, Update
+from nanoengine.core.scheduling.scheduler import Scheduler
+from nanoengine.core.step import StepResult
+
+Delivery = tuple[Callable[[Any], None], Any]
+
+
+class Watch:
+    """Where nobody observes. The engine calls these in the order of a step's life; see `StepWatch`."""
+
+    def scheduling(self) -> None:
+        """The next step is about to be scheduled."""
+
+    def scheduled(self, step: ScheduledStep, scheduler: Scheduler) -> None:
+        """It is, and is about to be launched."""
+
+    def launched(self, step: ScheduledStep) -> None:
+        """It is."""
+
+    def waiting(self) -> None:
+        """The engine is about to wait for the oldest step."""
+
+    def arrived(self, step: ScheduledStep) -> None:
+        """Its result is there, and is about to be committed."""
+
+    def updated(self, updates: Sequence[Update], known: Mapping[str, RequestState]) -> None:
+        """What commit or schedule brought; `known` has taken it in."""
+
+    def ended(self, request: Request, reason: str) -> None:
+        """A request was aborted, or failed."""
+
+    def committed(self, step: ScheduledStep, result: StepResult) -> Sequence[Delivery]:
+        """All is booked; gives the records to hand out."""
+        return ()
+
+    def broken(self, steps: Sequence[ScheduledStep], error: BaseException) -> Sequence[Delivery]:
+        """Instead: they raised."""
+        return ()
+
+    def forget(self) -> None:
+        """What was scheduled is lost: the engine was interrupted."""
+
 
 Sink = Callable[[RequestOutput], None]
 

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from nanoengine.api.attention import BatchLimits, GraphSupport
-from nanoengine.core.execution.graphs import graph_sizes
-from nanoengine.core.execution.step_graphs import CaptureSizes, capture_sizes
+from nanoengine.core.execution.graphs import CaptureSizes, capture_sizes, decode_sizes
 from nanoengine.core.options import EngineOptions
 
 
 @pytest.mark.parametrize("most", [1, 7, 8, 20, 64, 100, 256, 1000, 1024])
 def test_sizes_hold_every_number_of_rows_with_little_padding(most: int) -> None:
-    sizes = graph_sizes(most)
+    sizes = tuple(size.rows for size in decode_sizes(most))
+    assert all(size.plain for size in decode_sizes(most))
     assert sizes == tuple(sorted(set(sizes)))
     assert sizes[-1] == most
     assert {n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if n <= most} <= set(sizes)
@@ -30,11 +30,13 @@ def captured(supported: GraphSupport = GraphSupport.ALWAYS, *, fused: bool = Tru
 
 def test_each_kind_of_graph_can_be_switched_off() -> None:
     every = captured()
-    assert every.decode == graph_sizes(64)
-    assert every.mixed
+    decode = decode_sizes(64)
+    assert every.sizes[: len(decode)] == decode
+    assert all(size.prefill_tokens for size in every.sizes[len(decode) :])
+    assert len(every.sizes) > len(decode)
     assert every.tail
     assert every.inputs
     assert captured(enforce_eager=True) == captured(device="cpu") == captured(GraphSupport.NEVER) == CaptureSizes()
-    assert captured(graph_mixed_steps=False) == CaptureSizes(decode=every.decode, tail=True, inputs=True)
-    assert captured(fuse_sampling=False) == CaptureSizes(decode=every.decode, mixed=every.mixed, inputs=True)
-    assert captured(GraphSupport.DECODE) == captured(fused=False) == CaptureSizes(decode=every.decode, tail=True)
+    assert captured(graph_mixed_steps=False) == CaptureSizes(decode, tail=True, inputs=True)
+    assert captured(fuse_sampling=False) == CaptureSizes(every.sizes, inputs=True)
+    assert captured(GraphSupport.DECODE) == captured(fused=False) == CaptureSizes(decode, tail=True)

@@ -13,11 +13,11 @@ import torch
 
 from nanoengine import LLM, SamplingParams
 from nanoengine.api.errors import ConfigError, DeviceMemoryError
-from nanoengine.core.execution import runner, step_graphs
+from nanoengine.core.execution import graphs, runner
+from nanoengine.core.execution.graphs import CaptureSizes
 from nanoengine.core.execution.runner import ModelRunner
 from nanoengine.core.execution.slots import SlotTables
-from nanoengine.core.execution.step_graphs import CaptureSizes
-from nanoengine.core.execution.step_inputs import StepBuffers
+from nanoengine.core.execution.step_inputs import StepBuffers, StepSize
 from nanoengine.core.step import num_slots
 from nanoengine.setup.start import memory
 from nanoengine.setup.start.largest_steps import largest_steps
@@ -303,37 +303,37 @@ def test_close_gives_everything_back(tmp_path: Path) -> None:
 # -- graphs, on a seam of stubs ----------------------------------------------------------------------------------------
 
 
-class EagerGraphs:
-    """Stands for CUDA graphs on a CPU: a replay runs the captured pass over the static buffers."""
+class EagerGraph:
+    """Stands for a CUDA graph on a CPU: a replay runs the captured pass, over the static buffers, into its logits."""
 
-    def __init__(self, sizes: Any, run: Any, *more: Any) -> None:
-        self.sizes, self.run, self.logits = tuple(sorted(sizes)), run, {}
-        for size in self.sizes:
-            self.logits[size] = run(size)
+    def __init__(self, run: Any) -> None:
+        self.run, self.logits = run, run()
 
-    def size_for(self, rows: int) -> int | None:
-        return next((size for size in self.sizes if size >= rows), None)
-
-    def replay(self, size: int) -> torch.Tensor:
+    def replay(self) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-            self.logits[size] = self.run(size)
-        return self.logits[size]
+            self.logits.copy_(self.run())
 
 
-def capturing(monkeypatch: pytest.MonkeyPatch, graphs: Any) -> None:
-    """Decode graphs on a CPU, made by `graphs(sizes, run, ...)`."""
+def eager_graph(run: Any, *_: Any) -> tuple[Any, torch.Tensor]:
+    graph = EagerGraph(run)
+    return graph, graph.logits
+
+
+def capturing(monkeypatch: pytest.MonkeyPatch, captured: Any) -> None:
+    """Decode graphs on a CPU, each made by `captured(run, ...)`."""
 
     def sizes(options: Any, *args: Any, **more: Any) -> CaptureSizes:
-        return CaptureSizes() if options.enforce_eager else CaptureSizes(decode=(1, 2, 4, 8, 16))
+        return CaptureSizes() if options.enforce_eager else CaptureSizes(tuple(map(StepSize, (1, 2, 4, 8, 16))))
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(runner, "capture_sizes", sizes)
-    monkeypatch.setattr(step_graphs, "DecodeGraphs", graphs)
+    monkeypatch.setattr(graphs, "captured", captured)
 
 
 def test_graphs_give_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    capturing(monkeypatch, EagerGraphs)
+    capturing(monkeypatch, eager_graph)
     asked = prompts(11)
     with mock_llm(tmp_path) as llm:
         assert tokens_of(llm.generate(asked, GREEDY, use_tqdm=False)) == [greedy(p, 10) for p in asked]
@@ -344,11 +344,11 @@ def test_graphs_give_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_failed_capture_is_said_once_and_every_step_is_eager(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def graphs(sizes: Any, run: Any, *more: Any) -> EagerGraphs:
-        made = EagerGraphs(sizes, run)  # it fails late: what it did to the tables must not stay
-        raise RuntimeError(f"operation not permitted when stream is capturing ({len(made.sizes)})")
+    def captured(run: Any, *_: Any) -> Any:
+        EagerGraph(run)  # it fails late: what it did to the tables must not stay
+        raise RuntimeError("operation not permitted when stream is capturing")
 
-    capturing(monkeypatch, graphs)
+    capturing(monkeypatch, captured)
     asked = prompts(11)
     with caplog.at_level(logging.WARNING), mock_llm(tmp_path) as llm:
         assert tokens_of(llm.generate(asked, GREEDY, use_tqdm=False)) == [greedy(p, 10) for p in asked]
@@ -360,30 +360,30 @@ def test_a_failed_capture_is_said_once_and_every_step_is_eager(
 
 
 def test_a_capture_out_of_memory_is_tried_with_smaller_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[int] = []
+    tried: dict[int, None] = {}
 
-    def graphs(sizes: Any, run: Any, *more: Any) -> EagerGraphs:
-        limits = run.__self__._buffers.limits
-        tried.append(limits.max_tokens)
-        if limits.max_tokens > 600:
+    def captured(run: Any, *_: Any) -> Any:
+        tokens = run.func.__self__._buffers.limits.max_tokens
+        tried[tokens] = None
+        if tokens > 600:
             raise OutOfMemory("CUDA out of memory")
-        return EagerGraphs(sizes, run)
+        return eager_graph(run)
 
-    capturing(monkeypatch, graphs)
+    capturing(monkeypatch, captured)
     with mock_llm(tmp_path) as llm:
         assert_serves(llm, 512, 32)
         assert llm.stats().graph_steps > 0
         assert llm.memory_report.eager_because == ""
-    assert tried == [2048, 1024, 512]
+    assert list(tried) == [2048, 1024, 512]
 
 
 def test_a_capture_that_never_fits_ends_eager_and_not_with_fewer_requests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def graphs(sizes: Any, run: Any, *more: Any) -> EagerGraphs:
+    def captured(run: Any, *_: Any) -> Any:
         raise OutOfMemory("CUDA out of memory")
 
-    capturing(monkeypatch, graphs)
+    capturing(monkeypatch, captured)
     with mock_llm(tmp_path) as llm:
         assert_serves(llm, 256, 32)
         assert llm.stats().graph_steps == 0

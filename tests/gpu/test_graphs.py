@@ -16,7 +16,7 @@ from torch import Tensor
 from nanoengine import LLM, SamplingParams
 from nanoengine.api.model import ForwardBatch
 from nanoengine.core.execution.runner import ModelRunner
-from nanoengine.core.execution.step_inputs import MixedSize
+from nanoengine.core.execution.step_inputs import StepSize
 
 from .support import ON_GPU, need, runner_of, write_wide
 
@@ -32,82 +32,59 @@ class Watch:
 
     def __init__(self, runner: ModelRunner) -> None:
         self.runner, self.seen, self.wrong = runner, Counter[str](), Counter[str]()
-        graphs = runner.graphs
-        assert graphs.decode is not None
-        self._around(graphs.decode, "decode", self._decode)
-        if graphs.mixed is not None:
-            self._around(graphs.mixed, "mixed", self._mixed)
-        if graphs.tail is not None:
-            self._watch_tail()
-
-    def _around(self, graphs: Any, name: str, eager: Any) -> None:
-        replay = graphs.replay
-
-        def both(size: Any) -> Tensor:
-            logits: Tensor = replay(size)
-            slots = self.runner.graphs._rows_of(size).slots
-            kept, real = logits.clone(), slots != self.runner.tables.dummy_slot
-            assert real.any()
-            self._note(name, [kept[real]], [eager(size)[real]])
-            return kept
-
-        graphs.replay = both
+        graphs: Any = runner.graphs
+        assert graphs.logits, graphs.failure
+        self._replay, self._replay_tail = graphs.replay, graphs.replay_tail
+        graphs.replay, graphs.replay_tail = self._step, self._tail
 
     def _note(self, name: str, graph: list[Tensor], eager: list[Tensor]) -> None:
         self.seen[name] += 1
         self.wrong[name] += not all(torch.equal(a, b) for a, b in zip(graph, eager, strict=True))
 
-    def _decode(self, rows: int) -> Tensor:
+    def _step(self, size: StepSize) -> Tensor:
+        logits: Tensor = self._replay(size)
+        graphs: Any = self.runner.graphs
+        kept, real = logits.clone(), graphs.rows_of(size).slots != self.runner.tables.dummy_slot
+        assert real.any()
+        eager = self._again(size)
+        self._note("mixed" if size.prefill_tokens else "decode", [kept[real]], [eager[real]])
+        return kept
+
+    def _again(self, size: StepSize) -> Tensor:
+        """What the graph was captured from, on what was sent to it."""
         graphs: Any = self.runner.graphs
         if graphs._inputs is not None:
-            return self._without_sending(graphs._decode_pass, rows)
+            graphs._inputs.send = lambda plan, size: None
+            try:
+                logits: Tensor = graphs._step(size)
+            finally:
+                del graphs._inputs.send
+            return logits
         buffers, model = self.runner.buffers, self.runner.model
-        batch = ForwardBatch(num_tokens=rows, num_decode_rows=rows)
-        logits: Tensor = model.compute_logits(model(buffers.input_ids[:rows], buffers.positions[:rows], batch))
+        batch = ForwardBatch(num_tokens=size.rows, num_decode_rows=size.rows)
+        hidden = model(buffers.input_ids[: size.rows], buffers.positions[: size.rows], batch)
+        logits = model.compute_logits(hidden)
         return logits
 
-    def _mixed(self, size: MixedSize) -> Tensor:
-        graphs: Any = self.runner.graphs
-        return self._without_sending(graphs._mixed_pass, size)
-
-    def _without_sending(self, run: Any, size: Any) -> Tensor:
-        """What the graph was captured from, on what was sent to it."""
-        inputs: Any = self.runner.graphs._inputs
-        inputs.send = lambda plan, mixed: None
-        try:
-            logits: Tensor = run(size)
-        finally:
-            del inputs.send
-        return logits
-
-    def _watch_tail(self) -> None:
+    def _tail(self, size: StepSize, kind: int) -> Tensor:
         """The drawn tokens, and the tables of all real slots behind them."""
-        tail: Any = self.runner.graphs.tail
-        tables, replay = self.runner.tables, tail.replay
+        graphs: Any = self.runner.graphs
+        tables = self.runner.tables
         state = (tables.token_ids, tables.num_tokens, tables.num_computed)
-
-        def both(size: Any, kind: int) -> Tensor:
-            before = [each.clone() for each in state]
-            drawn: Tensor = replay(size, kind)
-            graph = [each.clone() for each in (*state, drawn)]
-            for each, old in zip(state, before, strict=True):
-                each.copy_(old)
-            drawn.fill_(-1)
-            tail._run(size, kind, self._logits_of(size))
-            real = slice(0, tables.dummy_slot)
-            self._note(
-                "mixed tail" if isinstance(size, MixedSize) else "tail",
-                [*(each[real] for each in graph[:3]), graph[3]],
-                [*(each[real] for each in state), drawn],
-            )
-            return drawn
-
-        tail.replay = both
-
-    def _logits_of(self, size: int | MixedSize) -> Tensor:
-        graphs: Any = self.runner.graphs.mixed if isinstance(size, MixedSize) else self.runner.graphs.decode
-        logits: Tensor = graphs.logits[size]
-        return logits
+        before = [each.clone() for each in state]
+        drawn: Tensor = self._replay_tail(size, kind)
+        graph = [each.clone() for each in (*state, drawn)]
+        for each, old in zip(state, before, strict=True):
+            each.copy_(old)
+        drawn.fill_(-1)
+        graphs._tail.run(graphs.rows_of(size), kind, graphs.logits[size])
+        real = slice(0, tables.dummy_slot)
+        self._note(
+            "mixed tail" if size.prefill_tokens else "tail",
+            [*(each[real] for each in graph[:3]), graph[3]],
+            [*(each[real] for each in state), drawn],
+        )
+        return drawn
 
 
 def churn(llm: LLM) -> None:
@@ -167,13 +144,13 @@ def test_weights_that_moved_are_caught(tmp_path: Path) -> None:
 def test_a_tail_that_reads_other_columns_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mutant: each row has its neighbour's parameters."""
     with make(tmp_path, "llama", "triton", "bfloat16") as llm:
-        tail: Any = runner_of(llm).graphs.tail
-        watch, inputs = Watch(runner_of(llm)), tail._inputs
+        tail: Any = runner_of(llm).graphs._tail
+        watch, kernels = Watch(runner_of(llm)), tail._kernels
 
         def pick_columns(words: Tensor, slots: Tensor, picked: Tensor, out: Tensor) -> None:
-            inputs.pick_columns(words, slots.roll(1, 0), picked, out)
+            kernels.pick_columns(words, slots.roll(1, 0), picked, out)
 
-        monkeypatch.setattr(tail, "_inputs", SimpleNamespace(record=inputs.record, pick_columns=pick_columns))
+        monkeypatch.setattr(tail, "_kernels", SimpleNamespace(record=kernels.record, pick_columns=pick_columns))
         churn(llm)
     assert watch.wrong["tail"] > 0
     assert watch.wrong["mixed tail"] > 0
@@ -186,14 +163,14 @@ def test_an_older_engine_s_garbage_does_not_break_a_capture(tmp_path: Path) -> N
     before = gc.get_threshold()
     gc.disable()
     with make(tmp_path / "one", "llama", "triton", "bfloat16") as llm:
-        cycle: list[Any] = [runner_of(llm).graphs.decode]
+        cycle: list[Any] = [runner_of(llm).graphs]
         cycle.append(cycle)
     del llm, cycle
     gc.set_threshold(1, 1, 1)
     gc.enable()
     try:
         with make(tmp_path / "two", "llama", "triton", "bfloat16") as llm:
-            assert runner_of(llm).graphs.decode is not None, runner_of(llm).graphs.failure
+            assert runner_of(llm).graphs.logits, runner_of(llm).graphs.failure
     finally:
         gc.set_threshold(*before)
     assert gc.isenabled()

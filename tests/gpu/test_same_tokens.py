@@ -133,35 +133,35 @@ def _buffer_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _one_replay_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an earlier replay of this size left is taken for this one's logits."""
-    from nanoengine.core.execution.graphs import DecodeGraphs
+    from nanoengine.core.execution.graphs import StepGraphs
 
-    original = DecodeGraphs.replay
+    original = StepGraphs.replay
 
-    def replay(self: DecodeGraphs, size: int) -> Any:
+    def replay(self: StepGraphs, size: Any) -> Any:
         left = self.logits[size].nan_to_num(0, 0, 0)
         original(self, size)
         return self.logits[size].copy_(left)
 
-    monkeypatch.setattr(DecodeGraphs, "replay", replay)
+    monkeypatch.setattr(StepGraphs, "replay", replay)
 
 
 def _wrong_tail(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanoengine.core.execution.finish_step import DecodeTail
+    from nanoengine.core.execution.sampler import Sampler
 
-    monkeypatch.setattr(DecodeTail, "kind", lambda self, *args: int(self._kernels.Tail.TEMPERATURE))
+    monkeypatch.setattr(Sampler, "tail_of", lambda self, *args, **named: self._kernels.tail(random=True, cut=False))
 
 
 def _rows_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
     """In mixed steps each row gets the logits in front of it: the first prefill row those of padding."""
-    from nanoengine.core.execution import graphs as mixed_graphs
+    from nanoengine.core.execution.graphs import StepGraphs
 
-    original = mixed_graphs.MixedGraphs.replay
+    original = StepGraphs.replay
 
-    def replay(self: mixed_graphs.MixedGraphs, size: mixed_graphs.MixedSize) -> Any:
+    def replay(self: StepGraphs, size: Any) -> Any:
         logits = original(self, size)
-        return logits.copy_(logits.roll(1, 0))
+        return logits.copy_(logits.roll(1, 0)) if size.prefill_tokens else logits
 
-    monkeypatch.setattr(mixed_graphs.MixedGraphs, "replay", replay)
+    monkeypatch.setattr(StepGraphs, "replay", replay)
 
 
 @pytest.mark.parametrize("mutant", [_buffer_made_anew, _one_replay_late, _wrong_tail, _rows_shifted])

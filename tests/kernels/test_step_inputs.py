@@ -17,11 +17,10 @@ from nanoengine.core.execution.slots import SlotLimits, SlotTables
 from nanoengine.core.execution.step_inputs import (
     GatheredStep,
     GraphInputs,
-    MixedSize,
     StepBuffers,
+    StepSize,
     decode_plan,
-    pad_mixed,
-    padded,
+    pad,
 )
 from nanoengine.core.options import StagePlan
 from nanoengine.core.step import BlockAppends, NewSlots, StageColumn, StepPlan, flags, i32, i64
@@ -342,7 +341,8 @@ def in_a_graph(made: StepBuffers, t: SlotTables) -> GraphInputs:
 
 def test_a_decode_graph_writes_and_gathers_what_an_eager_step_does(device: torch.device) -> None:
     appends = BlockAppends(group=i32([0, 1]), slot=i32([0, 0]), index=i32([3, 3]), block=i32([501, 502]))
-    plan = padded(decode_plan(i32([3, 0, 5]), 0), 6, SLOTS)
+    size = StepSize(6)
+    plan = pad(decode_plan(i32([3, 0, 5]), 0), size, SLOTS).plan
     t = tables(device)
     t.append_blocks(appends)
     t.flush()
@@ -351,12 +351,12 @@ def test_a_decode_graph_writes_and_gathers_what_an_eager_step_does(device: torch
     again = tables(device)
     again.append_blocks(appends)
     inputs = in_a_graph(StepBuffers(LIMITS, 2, device, fused=True), again)
-    inputs.send(plan, mixed=False)
+    inputs.send(plan, size)
     assert not again.arena.pending
-    got = inputs.run(plan, 6, 1, mixed=False)
+    got = inputs.run(plan, size)
     assert again.block_tables[0, 0, 3] == 501
     assert_same(got, want)
-    rows = inputs.rows(6, mixed=False)
+    rows = inputs.rows(size)
     assert rows.slots.tolist() == [3, 0, 5, SLOTS, SLOTS, SLOTS]
     assert rows.token_of_row is None
 
@@ -372,8 +372,8 @@ def test_a_mixed_graph_writes_and_gathers_what_an_eager_step_does(
         logits_index=i32([0, 1, 16]), logits_rows=i32([0, 1, 2]), sampled=flags([True] * 3),
         prompt_logprobs=i32([0] * 3),
     )  # fmt: skip
-    size = MixedSize(3, 24)
-    step = pad_mixed(plan, size, SLOTS)
+    size = StepSize(3, 24)
+    step = pad(plan, size, SLOTS)
     t, again = tables(device), tables(device)
     for each in (t, again):
         each.append_blocks(
@@ -382,11 +382,11 @@ def test_a_mixed_graph_writes_and_gathers_what_an_eager_step_does(
     t.flush()
     want = StepBuffers(LIMITS, 2, device, fused=True).gather(step.plan, t)
     inputs = in_a_graph(StepBuffers(LIMITS, 2, device, fused=True), again)
-    inputs.send(step.plan, mixed=True)
-    got = inputs.run(step.plan, size.tokens, size.prefill, mixed=True)
+    inputs.send(step.plan, size)
+    got = inputs.run(step.plan, size)
     assert_same(got, want)
     assert got.groups[1].slot_mapping[step.plan.num_tokens :].tolist() == [0] * (size.tokens - step.plan.num_tokens)
-    rows = inputs.rows(size.rows, mixed=True)
+    rows = inputs.rows(size)
     assert rows.token_of_row is not None
     assert rows.token_of_row.tolist() == [0, 1, -1, 3, -1, -1, -1, -1, -1, -1, -1]
     assert got.logits_index[step.logits_rows].tolist() == [0, 1, 17]  # behind a padded decode row
@@ -411,12 +411,12 @@ def test_blank_rows_leave_no_trace(device: torch.device) -> None:
     t = tables(device)
     made = StepBuffers(LIMITS, 2, device, fused=True)
     inputs = in_a_graph(made, t)
-    inputs.send(decode_plan(i32([2, 6, 1, 4]), 0), mixed=False)
+    inputs.send(decode_plan(i32([2, 6, 1, 4]), 0), StepSize(4))
     before = copy_of(state_of(t))
 
-    def record(mixed: bool) -> None:
-        rows = inputs.rows(ROWS, mixed=mixed)
-        tokens = torch.zeros(ROWS, dtype=torch.int64, device=device)
+    def record(size: StepSize) -> None:
+        rows = inputs.rows(size)
+        tokens = torch.zeros(size.rows, dtype=torch.int64, device=device)
         step_inputs_triton.record(state_of(t), rows.slots, rows.query_start_loc, tokens, rows.token_of_row)
 
     def left_no_trace() -> bool:
@@ -424,9 +424,9 @@ def test_blank_rows_leave_no_trace(device: torch.device) -> None:
         return all(torch.equal(getattr(before, name), getattr(t, name)) for name in names)
 
     inputs.blank()
-    record(mixed=True)
-    record(mixed=False)
+    record(StepSize(2, 24))
+    record(StepSize(ROWS))
     assert left_no_trace()
-    inputs.send(decode_plan(i32([2, 6, 1, 4]), 0), mixed=False)
-    record(mixed=False)
+    inputs.send(decode_plan(i32([2, 6, 1, 4]), 0), StepSize(4))
+    record(StepSize(ROWS))
     assert not left_no_trace()

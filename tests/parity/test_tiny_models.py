@@ -216,10 +216,10 @@ def _no_qk_norm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _rows_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanoengine.core.execution.finish_step import EagerTail
+    from nanoengine.core.execution.finish_step import FinishStep
 
-    original = EagerTail._logits
-    monkeypatch.setattr(EagerTail, "_logits", lambda self, step, which: original(self, step, which).roll(1, 0))
+    original = FinishStep._logits
+    monkeypatch.setattr(FinishStep, "_logits", lambda self, step, which: original(self, step, which).roll(1, 0))
 
 
 def _late_positions(monkeypatch: pytest.MonkeyPatch) -> None:

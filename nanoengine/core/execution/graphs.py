@@ -1,36 +1,105 @@
-"""CUDA graphs of the decode step: one a padded number of rows, model and output layer together.
+"""CUDA graphs of steps: which sizes there are to be, their capture, and their replay.
 
-All input is in static buffers, which eager steps use too; a replay reads what `StepBuffers.gather` and the backends'
-`fill` have just written there. Rows behind the real ones are the dummy slot's: ordinary rows of length 1.
+A graph is one pass: the step's inputs, model and output layer; then another one over its logits draws and records
+(`finish_step.py`). All input is in static buffers, which eager steps use too. What is padded: decode rows of the dummy
+slot, prefill rows without a token, and tokens behind the last row, whose K and V go to the dummy block. Larger mixed
+steps run eagerly: there the GPU is the slower one.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib.util
+import logging
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from nanoengine.api.errors import is_failure
-from nanoengine.core.execution.step_inputs import PREFILL_ROWS, MixedSize
+from nanoengine.api.attention import BatchLimits, GraphSupport
+from nanoengine.api.checks import CheckedModel
+from nanoengine.api.errors import ModelError, described, is_failure, is_out_of_memory
+from nanoengine.api.model import ForwardBatch
+from nanoengine.api.parallel import TensorParallelGroup
+from nanoengine.core.execution.finish_step import CapturedTail
+from nanoengine.core.execution.sampler import Sampler
+from nanoengine.core.execution.slots import SlotTables
+from nanoengine.core.execution.start_report import CaptureOutOfMemory
+from nanoengine.core.execution.step_inputs import (
+    PREFILL_ROWS,
+    GatheredStep,
+    GraphInputs,
+    RowInputs,
+    StepBuffers,
+    StepSize,
+    blank_plan,
+    plain_rows,
+)
+from nanoengine.core.options import EngineOptions
 from nanoengine.core.step import StepPlan
-from nanoengine.kernels.compile_ahead import is_compiling_ahead
+from nanoengine.kernels.compile_ahead import compiling_ahead, is_compiling_ahead
 
+_log = logging.getLogger(__name__)
+GRAPH_RESERVE_BYTES = 256 << 20  # what graphs hold besides logits and activations
 _STEPS = ((8, 8), (64, 16), (256, 32), (1024, 128))  # up to so many rows, in steps of so many
+_DECODE_ROWS = (64, 128, 256)  # of mixed steps
+_PREFILL_TOKENS = (128, 256, 384, 480, 576, 672, 768, 864, 960, 1088, 1280, 1536, 2048)
+_MORE_PREFILL_TOKENS = (*range(128, 1089, 64), 1216, 1408, 1664, 2048)
 
 
-def graph_sizes(max_rows: int) -> tuple[int, ...]:
-    """Row counts to capture: 1, 2, 4, then coarser with size, up to `max_rows`."""
-    sizes, last = [n for n in (1, 2, 4) if n <= max_rows], 0
+def decode_sizes(max_rows: int) -> tuple[StepSize, ...]:
+    """Decode steps to capture: 1, 2, 4 rows, then coarser with size, up to `max_rows`."""
+    rows, last = [n for n in (1, 2, 4) if n <= max_rows], 0
     for limit, stride in _STEPS:
-        sizes += range((last // stride + 1) * stride, min(limit, max_rows) + 1, stride)
+        rows += range((last // stride + 1) * stride, min(limit, max_rows) + 1, stride)
         last = limit
-    return tuple(sorted({*sizes, max_rows}))
+    return tuple(map(StepSize, sorted({*rows, max_rows})))
+
+
+def mixed_sizes(max_rows: int, max_tokens: int) -> tuple[StepSize, ...]:
+    """Mixed steps to capture."""
+    decode = sorted({min(n, max_rows) for n in _DECODE_ROWS})
+    prefill = _PREFILL_TOKENS if len(decode) > 2 else _MORE_PREFILL_TOKENS  # about as many graphs
+    sizes = (StepSize(d, p) for d in decode for p in prefill)
+    return tuple(size for size in sizes if size.tokens <= max_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureSizes:
+    """sizes: padded steps. tail: whether sampling is captured too. inputs: whether a graph gathers its own inputs;
+    those of mixed steps must."""
+
+    sizes: tuple[StepSize, ...] = ()
+    tail: bool = False
+    inputs: bool = False
+
+    def reserve_bytes(self, row_bytes: int, token_bytes: int) -> int:
+        """What the graphs will hold, where a row of logits takes `row_bytes` and the model `token_bytes` a token.
+
+        Each graph keeps its logits; all share a memory pool, as large as the largest needs.
+        """
+        tokens = max((size.tokens for size in self.sizes), default=0)
+        held = sum(size.rows for size in self.sizes) * row_bytes + tokens * token_bytes
+        return held + GRAPH_RESERVE_BYTES if self.sizes else 0
+
+
+def capture_sizes(
+    options: EngineOptions, limits: BatchLimits, supported: GraphSupport, *, fused: bool, tail: bool
+) -> CaptureSizes:
+    """Which steps are to be graphs, with these options and what the attention backend supports.
+
+    `fused`: inputs are gathered by kernels that can pad tokens. `tail`: sampling can be captured.
+    """
+    if torch.device(options.device).type != "cuda" or options.enforce_eager or supported < GraphSupport.DECODE:
+        return CaptureSizes()
+    inputs = fused and supported >= GraphSupport.ALWAYS
+    mixed = mixed_sizes(limits.max_rows, limits.max_tokens) if inputs and options.graph_mixed_steps else ()
+    return CaptureSizes(decode_sizes(limits.max_rows) + mixed, inputs=inputs, tail=tail and options.fuse_sampling)
 
 
 T = TypeVar("T")
@@ -76,78 +145,164 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-class DecodeGraphs:
-    """Captured once, at start, the largest first so that all share one memory pool."""
+class StepGraphs:
+    """The graphs of one runner. Empty until captured, and for good where a capture fails: `failure` is why, in words.
 
-    def __init__(
-        self, sizes: Sequence[int], run: Callable[[int], Tensor], agree: Callable[[bool], bool] = bool
-    ) -> None:
-        """`run(rows)`: forward pass and output layer over the first `rows` rows of the static buffers -> logits.
-
-        Raises whatever a capture raises; the caller then stays eager.
-        """
-        self.sizes = tuple(sorted(sizes))
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self.logits: dict[int, Tensor] = {}  # of each size, valid until the next replay
-        pool = torch.cuda.graph_pool_handle()
-        for size in reversed(self.sizes):
-            self._graphs[size], self.logits[size] = captured(partial(run, size), pool, agree)
-
-    def size_for(self, rows: int) -> int | None:
-        """The smallest captured size that holds `rows` rows."""
-        at = bisect_left(self.sizes, rows)
-        return self.sizes[at] if at < len(self.sizes) else None
-
-    def replay(self, size: int) -> Tensor:
-        """Runs the graph; its logits [size, V], valid until the next replay."""
-        self._graphs[size].replay()
-        return self.logits[size]
-
-
-_DECODE_ROWS = (64, 128, 256)
-_PREFILL_TOKENS = (128, 256, 384, 480, 576, 672, 768, 864, 960, 1088, 1280, 1536, 2048)
-_MORE_PREFILL_TOKENS = (*range(128, 1089, 64), 1216, 1408, 1664, 2048)
-
-
-def mixed_sizes(max_rows: int, max_tokens: int) -> tuple[MixedSize, ...]:
-    decode = sorted({min(n, max_rows) for n in _DECODE_ROWS})
-    prefill = _PREFILL_TOKENS if len(decode) > 2 else _MORE_PREFILL_TOKENS  # about as many graphs
-    sizes = (MixedSize(d, p) for d in decode for p in prefill)
-    return tuple(size for size in sizes if size.tokens <= max_tokens)
-
-
-class MixedGraphs:
-    """Captured at start, the largest first, in one memory pool.
-
-    Launching a model's kernels one by one takes the CPU longer than a mixed step of moderate size takes the GPU. What
-    is padded: decode rows of the dummy slot, prefill rows without a token, and tokens behind the last row, whose K
-    and V go to the dummy block. Larger steps run eagerly: there the GPU is the slower one.
+    Attributes:
+        logits: of each captured size, [rows, V / tp], valid until its next replay.
     """
 
     def __init__(
-        self, sizes: tuple[MixedSize, ...], run: Callable[[MixedSize], Tensor], agree: Callable[[bool], bool] = bool
+        self,
+        sizes: CaptureSizes,
+        model: CheckedModel,
+        tables: SlotTables,
+        buffers: StepBuffers,
+        sampler: Sampler,
+        tp: TensorParallelGroup,
+        gather: Callable[[StepPlan], GatheredStep],
+        fill: Callable[[GatheredStep], None],
     ) -> None:
-        """`run(size)`: forward pass and output layer over the static buffers -> logits [size.rows, V]."""
-        self._decode = sorted({size.decode for size in sizes})
-        self._prefill = sorted({size.prefill for size in sizes})
-        self._graphs: dict[MixedSize, torch.cuda.CUDAGraph] = {}
-        self.logits: dict[MixedSize, Tensor] = {}  # of each size, valid until the next replay
-        pool = torch.cuda.graph_pool_handle()
-        for size in sorted(sizes, key=lambda each: -each.tokens):
-            self._graphs[size], self.logits[size] = captured(partial(run, size), pool, agree)
+        """`gather(plan)`: fill the static buffers for a step, as an eager launch does; `fill`: its second half, which
+        hands them to the attention backends."""
+        self.sizes, self._model, self._tables, self._buffers = sizes, model, tables, buffers
+        self._sampler, self._tp, self._gather, self._fill = sampler, tp, gather, fill
+        self._inputs = GraphInputs(buffers, tables) if sizes.inputs else None
+        self._tail: CapturedTail | None = None
+        self.failure = ""
+        self._forget()
 
-    def size_for(self, plan: StepPlan) -> MixedSize | None:
+    def _forget(self) -> None:
+        self._graphs: dict[tuple[StepSize, int | None], torch.cuda.CUDAGraph] = {}  # by size and kind of tail
+        self._gathered: dict[StepSize, GatheredStep] = {}
+        self.logits: dict[StepSize, Tensor] = {}
+        self._decode_rows: dict[bool, list[int]] = {}  # captured ones, by whether prefill rows follow
+        self._prefill: list[int] = []
+
+    def size_for(self, plan: StepPlan) -> StepSize | None:
         """The smallest captured size that holds `plan`; None where there is none, or it wants prompt log-probs."""
         decode, prefill = plan.num_decode_rows, plan.num_tokens - plan.num_decode_rows
-        if plan.num_rows - decode > PREFILL_ROWS or not plan.sampled.all():
+        rows = self._decode_rows.get(prefill > 0, [])
+        at = bisect_left(rows, decode)
+        if at == len(rows) or plan.num_rows - decode > PREFILL_ROWS or not plan.sampled.all():
             return None
-        d, p = bisect_left(self._decode, decode), bisect_left(self._prefill, prefill)
-        if d == len(self._decode) or p == len(self._prefill):
-            return None
-        size = MixedSize(self._decode[d], self._prefill[p])
-        return size if size in self._graphs else None
+        if not prefill:
+            return StepSize(rows[at])
+        p = bisect_left(self._prefill, prefill)
+        size = StepSize(rows[at], self._prefill[p]) if p < len(self._prefill) else None
+        return size if size in self.logits else None
 
-    def replay(self, size: MixedSize) -> Tensor:
-        """Its logits [size.rows, V], valid until the next replay."""
-        self._graphs[size].replay()
+    def prepare(self, plan: StepPlan, size: StepSize) -> GatheredStep:
+        """Give a padded plan, and the pending writes, to the graph of `size`, which is to be replayed next."""
+        if self._inputs is None:
+            self._tables.flush()
+            return self._gather(plan)
+        self._inputs.send(plan, size)
+        return self._gathered[size]
+
+    def replay(self, size: StepSize) -> Tensor:
+        """Model and output layer; the logits, valid until the next replay."""
+        self._graphs[size, None].replay()
         return self.logits[size]
+
+    def has_tail(self, size: StepSize) -> bool:
+        return self._tail is not None and size in self.logits
+
+    def replay_tail(self, size: StepSize, kind: int) -> Tensor:
+        """Draw and record, from the logits of that size: `CapturedTail.drawn`."""
+        assert self._tail is not None
+        self._graphs[size, kind].replay()
+        return self._tail.drawn(size.rows)
+
+    def capture(self) -> None:
+        """All of them, or none: a capture that fails leaves every step eager (logged once).
+
+        Raises `CaptureOutOfMemory`: smaller steps may have graphs.
+        """
+        if not self.sizes.sizes:
+            return
+        try:
+            with torch.inference_mode():
+                self._compile_ahead()
+                self._capture()
+        except ModelError:  # no step of such a model is right
+            raise
+        except BaseException as error:  # a driver's or a compiler's; running eagerly is right all the same
+            if not is_failure(error):
+                raise
+            self._forget()
+            self.failure = described(error)
+            if is_out_of_memory(error):
+                raise CaptureOutOfMemory(f"CUDA graph capture failed: {self.failure}") from error
+            _log.warning("CUDA graph capture failed, running eagerly: %s", self.failure)
+            if self._tables.device.type == "cuda":
+                torch.cuda.synchronize(self._tables.device)
+        self._tables.num_computed.zero_()
+        self._tables.num_tokens.zero_()
+
+    def _compile_ahead(self) -> None:
+        """A dry run of all captures, so that Triton compiles the kernels in parallel.
+
+        What the kernels before wrote into the static buffers stays there, so indices in them are legal.
+        """
+        if self._tables.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+            return
+        try:
+            with compiling_ahead():
+                self._capture()
+        except BaseException as error:  # a backend may need the results; then its kernels compile in turn
+            if not is_failure(error):
+                raise
+            _log.info("kernels are compiled one by one: %s", described(error))
+        self._forget()
+        torch.cuda.empty_cache()
+
+    def _capture(self) -> None:
+        """The largest first, in one memory pool; then the tails, whose rows must be the dummy slot's."""
+        sizes = sorted(self.sizes.sizes, key=lambda size: (-size.tokens, size))
+        pool = torch.cuda.graph_pool_handle()
+        for size in sizes:
+            self._graphs[size, None], self.logits[size] = captured(partial(self._step, size), pool, self._tp.agree)
+        if self.sizes.tail:
+            self._tail = CapturedTail(self._sampler, self._tables, self._buffers, self._tp)
+            if self._inputs is not None:
+                self._inputs.blank()
+            pool = torch.cuda.graph_pool_handle()
+            for size in sizes:
+                for kind in self._sampler.tails:
+                    run = partial(self._tail.run, self.rows_of(size), kind, self.logits[size])
+                    self._graphs[size, kind], _ = captured(run, pool, self._tp.agree)
+        self._decode_rows = {
+            mixed: sorted({size.decode_rows for size in sizes if (size.prefill_tokens > 0) is mixed})
+            for mixed in (False, True)
+        }
+        self._prefill = sorted({size.prefill_tokens for size in sizes if size.prefill_tokens})
+
+    def rows_of(self, size: StepSize) -> RowInputs:
+        """Where a graph of that size finds its rows."""
+        if self._inputs is not None:
+            return self._inputs.rows(size)
+        assert size.plain, "graphs of mixed steps gather their own inputs"
+        return plain_rows(self._buffers, self._buffers.slots[: size.rows])
+
+    def _step(self, size: StepSize) -> Tensor:
+        """Inputs, forward pass and output layer over the static buffers, as a graph captures them; logits of each
+        row's last token."""
+        inputs = self._inputs_of(size)
+        batch = ForwardBatch(num_tokens=size.tokens, num_decode_rows=size.decode_rows)
+        hidden = self._model(inputs.input_ids, inputs.positions, batch)
+        return self._model.compute_logits(hidden if size.plain else hidden.index_select(0, inputs.logits_index))
+
+    def _inputs_of(self, size: StepSize) -> GatheredStep:
+        """The step's inputs: gathered in the graph, or else in front of it."""
+        in_front = not torch.cuda.is_current_stream_capturing()
+        plan = blank_plan(size, self._tables.dummy_slot, self._buffers.limits.max_model_len - 1)
+        if self._inputs is None:
+            if in_front:
+                self._gathered[size] = self._gather(plan)
+            return self._gathered[size]
+        if in_front:
+            self._inputs.send(plan, size)
+        self._gathered[size] = inputs = self._inputs.run(plan, size)
+        self._fill(inputs)
+        return inputs

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,15 +22,14 @@ from nanoengine.api.model import Attention, ForwardBatch, Model
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.plugin_calls import name_of, plugin_call, plugin_step
 from nanoengine.api.processors import StageContext
-from nanoengine.core.execution.finish_step import EagerTail, Forwarded
-from nanoengine.core.execution.graphs import MixedGraphs
+from nanoengine.core.execution.finish_step import FinishStep, Forwarded
+from nanoengine.core.execution.graphs import StepGraphs, capture_sizes
 from nanoengine.core.execution.results import LaunchedStep, TailStep
 from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
 from nanoengine.core.execution.split import Handle, Splitter, slots_move
 from nanoengine.core.execution.start_report import MemoryReport, empty_cache, free_unused
-from nanoengine.core.execution.step_graphs import StepGraphs, capture_sizes
-from nanoengine.core.execution.step_inputs import GatheredStep, MixedSize, StepBuffers, pad_mixed, padded
+from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, pad
 from nanoengine.core.options import EngineOptions, EnginePlan
 from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, StageColumn, StepPlan, num_slots
 from nanoengine.kernels.ops import Ops, ops_for
@@ -122,7 +120,7 @@ class ModelRunner:
         self.clock.lap("kv cache")
         self.graphs.capture()
         self.clock.lap("capture")
-        if self.graphs.decode is None and self._measured == (0, 0):  # else the model has run
+        if not self.graphs.logits and self._measured == (0, 0):  # else the model has run
             dry_run(self._launch_whole, self.tables, self._layers())
         given_up = options.enforce_eager and not self.asked.enforce_eager
         eager = "memory ran out while graphs were captured" if given_up else self.graphs.failure
@@ -184,7 +182,7 @@ class ModelRunner:
             return CPU_KV_CACHE_BYTES
         self._allocate(2)
         limits = batch_limits(self.plan.options)
-        draws = self._sampling_kernels() is None  # the kernels need hardly any memory, and compile for what is drawn
+        draws = not self._draws_by_kernels  # the kernels need hardly any memory, and compile for what is drawn
         peaks = largest_steps(self._launch_whole, self.tables, self.sampler, limits, draws=draws)
         prefill, sampling = (peak_bytes(self.device, run) for run in peaks)
         for backend in self.backends:
@@ -194,12 +192,9 @@ class ModelRunner:
         self.clock.lap("profile")
         return self.share.kv_budget(block_bytes, *self._measured)
 
-    def _sampling_kernels(self) -> Any:
-        if not (self.fused and self.plan.options.fuse_sampling):
-            return None
-        from nanoengine.kernels import sampling_triton
-
-        return sampling_triton
+    @property
+    def _draws_by_kernels(self) -> bool:
+        return self.fused and self.plan.options.fuse_sampling
 
     def _make_tables(self) -> None:
         limits, options = batch_limits(self.plan.options), self.plan.options
@@ -216,11 +211,11 @@ class ModelRunner:
         self.tables = SlotTables(slot_limits, [plan for plan, _ in stages.working], self.device, fused=self.fused)
         self.buffers = StepBuffers(limits, len(self.groups), self.device, fused=self.fused)
         self.sampler = Sampler(
-            stages.working, self.vocab_size, fuse=options.fuse_sampling, kernels=self._sampling_kernels()
+            stages.working, self.vocab_size, fuse=options.fuse_sampling, kernels=self._draws_by_kernels
         )
         checked = CheckedModel(self.model, self.config, self.tp, self.backend_class)
         self.checked_model = checked
-        self.eager_tail = EagerTail(checked, self.tables, self.sampler, self.tp, self.vocab_size)
+        self.finish = FinishStep(checked, self.tables, self.sampler, self.tp, self.vocab_size)
         supported = self.backend_class.capabilities.graphs
         sizes = capture_sizes(options, limits, supported, fused=self.fused, tail=self.fused)
         self.graphs = StepGraphs(
@@ -243,25 +238,16 @@ class ModelRunner:
     def forward(self, plan: StepPlan) -> Forwarded:
         """Apply the plan's writes (a graph does so itself) and run the model, by replaying a graph where one fits."""
         self._apply_writes(plan)
-        only_decode = plan.num_decode_rows == plan.num_rows
-        graphs = None if self._listener else self.graphs  # a replay calls no module
-        decode, mixed = (graphs.decode, graphs.mixed) if graphs else (None, None)
-        if decode is not None and only_decode and (rows := decode.size_for(plan.num_rows)) is not None:
-            inputs = self.graphs.prepare(padded(plan, rows, self.tables.dummy_slot), rows)
-            return Forwarded(plan, inputs, None, decode.replay(rows)[: plan.num_rows], rows, GRAPH_DECODE)
-        if mixed is not None and (size := mixed.size_for(plan)) is not None:
-            return self._replay_mixed(plan, size, mixed)
+        size = None if self._listener else self.graphs.size_for(plan)  # a replay calls no module
+        if size is not None:
+            step = pad(plan, size, self.tables.dummy_slot)
+            inputs, ran = self.graphs.prepare(step.plan, size), GRAPH_MIXED if size.prefill_tokens else GRAPH_DECODE
+            return Forwarded(plan, inputs, None, self.graphs.replay(size), size, ran, step.logits_rows)
         self.tables.flush()
         inputs = self._gather(plan)
         batch = ForwardBatch(num_tokens=plan.num_tokens, num_decode_rows=plan.num_decode_rows)
         hidden = self.checked_model(inputs.input_ids, inputs.positions, batch)
         return Forwarded(plan, inputs, hidden.index_select(0, inputs.logits_index), None)
-
-    def _replay_mixed(self, plan: StepPlan, size: MixedSize, graphs: MixedGraphs) -> Forwarded:
-        """The padded step by its graph."""
-        step = pad_mixed(plan, size, self.tables.dummy_slot)
-        inputs = self.graphs.prepare(step.plan, size)
-        return Forwarded(plan, inputs, None, graphs.replay(size), size, GRAPH_MIXED, step.logits_rows)
 
     def _gather(self, plan: StepPlan) -> GatheredStep:
         inputs = self.buffers.gather(plan, self.tables)
@@ -290,27 +276,18 @@ class ModelRunner:
         """Draw a token for each sampled row, write it to its slot, and send the step's result to the host."""
         self.tables.set_columns(host_inputs)
         self.tables.flush()
-        return self._captured_tail(step) or self.eager_tail.finish(self._own_rows(step))
-
-    def _own_rows(self, step: Forwarded) -> Forwarded:
-        """Without the padding that stands between a step's rows."""
-        if step.which is None or step.logits is None:
-            return step
-        which = self.tables.put(step.which)
-        inputs = replace(step.inputs, logits_index=step.inputs.logits_index.index_select(0, which))
-        return replace(step, inputs=inputs, logits=step.logits.index_select(0, which))
+        return self._captured_tail(step) or self.finish.eager(step)
 
     def _captured_tail(self, step: Forwarded) -> TailStep | None:
         """The rest of a step as a graph, where its rows ask for nothing that the graph lacks."""
-        tail, plan = self.graphs.tail, step.plan
-        if tail is None or step.graph is None:
+        if step.graph is None or step.which is None or not self.graphs.has_tail(step.graph):
             return None
-        kind = tail.kind(plan.slots, self.eager_tail.active(plan.slots))
+        kind = self.finish.kind(step.plan.slots)
         if kind is None:
             return None
-        which = plan.logits_rows.astype(np.int64) if step.which is None else step.which
         with slots_move():
-            return TailStep(plan, tail.replay(step.graph, kind), which, step.replayed | GRAPH_TAIL)
+            drawn = self.graphs.replay_tail(step.graph, kind)
+            return TailStep(step.plan, drawn, step.which, step.replayed | GRAPH_TAIL)
 
     def listen(self, modules: Sequence[str]) -> str:
         """From here on copy what passes through these modules; else say which of them is not there."""
@@ -335,6 +312,6 @@ class ModelRunner:
         for _, layers in getattr(self, "groups", ()):
             for layer in layers:
                 layer.unbind()
-        for name in ("backends", "groups", "tables", "buffers", "sampler", "eager_tail", "graphs", "checked_model"):
+        for name in ("backends", "groups", "tables", "buffers", "sampler", "finish", "graphs", "checked_model"):
             self.__dict__.pop(name, None)
         free_unused(self.device)

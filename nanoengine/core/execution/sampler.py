@@ -20,6 +20,28 @@ from nanoengine.kernels import all_reduce, sampling
 from nanoengine.kernels.philox import draw_keys
 
 _TRUNCATION_ORDER = (StandardOp.TOP_K, StandardOp.TOP_P, StandardOp.MIN_P)
+_NEUTRAL: Mapping[StandardOp, tuple[float, torch.dtype]] = {
+    StandardOp.TEMPERATURE: (1, torch.float32),
+    StandardOp.TOP_K: (0, torch.int32),
+    StandardOp.TOP_P: (1, torch.float32),
+    StandardOp.MIN_P: (0, torch.float32),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DrawColumns:
+    """What a draw reads of R rows, on the device: fresh tensors in an eager tail, static views in a captured one.
+
+    Attributes:
+        greedy: bool or int32 [R]. seeds, positions, sample_index: int64 [R], the draw's key.
+        ops: column of each standard operation that some row may want, [R].
+    """
+
+    greedy: Tensor
+    seeds: Tensor
+    positions: Tensor
+    sample_index: Tensor
+    ops: Mapping[StandardOp, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,27 +76,27 @@ class Sampler:
     """
 
     def __init__(
-        self, stages: Sequence[tuple[StagePlan, SamplerStage]], vocab_size: int, *, fuse: bool, kernels: Any = None
+        self, stages: Sequence[tuple[StagePlan, SamplerStage]], vocab_size: int, *, fuse: bool, kernels: bool = False
     ) -> None:
-        """`kernels`: the module whose `sample` draws on a GPU; None: plain torch."""
+        """`kernels`: draw by Triton kernels, where all that is left of a row's stages is standard operations."""
         self._stages = sorted((_placed(plan, stage) for plan, stage in stages), key=lambda s: s.order)
         self._by_name = {s.name: s for s in self._stages}
         self._vocab_size = vocab_size
         self._fuse = fuse
-        self._kernels = kernels
+        self._kernels = TritonDraw() if kernels else None
         self.argmax_invariant = {s.name: s.stage.argmax_invariant for s in self._stages}
+        self.standard_columns = self._standard_columns() if fuse else {}
         self.needs: frozenset[Need] = frozenset().union(*(s.stage.needs for s in self._stages))
 
     def needs_of(self, name: str) -> frozenset[Need]:
         """History that the stage reads."""
         return self._by_name[name].stage.needs
 
-    def standard_columns(self) -> dict[StandardOp, tuple[str, str]]:
-        """Operation -> (stage, column), for stages that are nothing but standard operations; {} without `fuse`, or
-        where two stages claim one operation."""
+    def _standard_columns(self) -> dict[StandardOp, tuple[str, str]]:
+        """Operation -> (stage, column), for stages that are nothing but standard operations; {} where two stages claim
+        one operation."""
         claims = [(op, (s.name, column)) for s in self._stages if s.standard for op, column in s.ops.items()]
-        unique = len({op for op, _ in claims}) == len(claims)
-        return dict(claims) if self._fuse and unique else {}
+        return dict(claims) if len({op for op, _ in claims}) == len(claims) else {}
 
     def takes_any_dtype(self, rows: DrawRows) -> bool:
         """Whether `sample` of these rows only reads the logits, by kernels: they need not be float32 then."""
@@ -128,7 +150,9 @@ class Sampler:
         fused = self._fusable(active)
         ops = _columns_of(fused, rows)
         if self.takes_any_dtype(rows):
-            return self._best_keys_by_kernels(logits, rows, ops, start)
+            assert self._kernels is not None
+            tail = self._kernels.tail(random=rows.any_random, cut=False)
+            return self._kernels.best_keys(tail, logits, start, self._columns(rows, ops))
         if not logits.shape[1]:
             return all_reduce.no_keys(len(logits), logits.device)
         tops = logits.amax(-1)
@@ -192,47 +216,96 @@ class Sampler:
         early = (rows.positions < rows.min_lens)[:, None]
         sampling.forbid_(logits, stop.values, early & sampling.filled(stop.counts, stop.values.shape[1]))
 
-    def _best_keys_by_kernels(
-        self, logits: Tensor, rows: DrawRows, ops: Mapping[StandardOp, Tensor], start: int
-    ) -> Tensor:
-        from nanoengine.kernels import sampling_shard_triton
-
-        keys: Tensor = sampling_shard_triton.best_keys(
-            logits,
-            self._kernels.Tail.TEMPERATURE if rows.any_random else self._kernels.Tail.GREEDY,
-            start,
-            greedy=rows.greedy,
-            temperature=ops.get(StandardOp.TEMPERATURE, torch.ones(len(logits), device=logits.device)),
-            seeds=rows.seeds,
-            positions=rows.positions,
-            sample_index=rows.sample_index,
-        )
-        return keys
-
     def _draw_by_kernels(
         self, logits: Tensor, rows: DrawRows, ops: Mapping[StandardOp, Tensor], sound: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        truncates = any(op in ops for op in _TRUNCATION_ORDER)
-        tail = self._kernels.Tail.TRUNCATION if truncates else self._kernels.Tail.TEMPERATURE
-        count, device = len(logits), logits.device
-        tokens = torch.zeros(count, dtype=torch.int64, device=device)
-        failed = torch.zeros(count, dtype=torch.int32, device=device)
-        self._kernels.sample(
-            logits,
-            tail if rows.any_random else self._kernels.Tail.GREEDY,
-            tokens,
-            failed,
-            greedy=rows.greedy,
-            temperature=ops.get(StandardOp.TEMPERATURE, torch.ones(count, device=device)),
-            top_k=ops.get(StandardOp.TOP_K, torch.zeros(count, dtype=torch.int32, device=device)),
-            top_p=ops.get(StandardOp.TOP_P, torch.ones(count, device=device)),
-            min_p=ops.get(StandardOp.MIN_P, torch.zeros(count, device=device)),
-            seeds=rows.seeds,
-            positions=rows.positions,
-            sample_index=rows.sample_index,
-            sound=sound,
-        )
+        assert self._kernels is not None
+        tail = self._kernels.tail(random=rows.any_random, cut=any(op in ops for op in _TRUNCATION_ORDER))
+        tokens = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        failed = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)
+        self._kernels.sample(tail, logits, self._columns(rows, ops), tokens, failed, sound)
         return tokens, failed
+
+    def _columns(self, rows: DrawRows, ops: Mapping[StandardOp, Tensor]) -> DrawColumns:
+        """As the kernels take them: each operation has a column, that of its neutral value where no row wants it."""
+        count, device = len(rows.slots), rows.slots.device
+        neutral = {
+            op: torch.full((count,), value, dtype=dtype, device=device)
+            for op, (value, dtype) in _NEUTRAL.items()
+            if op not in ops
+        }
+        return DrawColumns(rows.greedy, rows.seeds, rows.positions, rows.sample_index, {**neutral, **ops})
+
+    @property
+    def tails(self) -> tuple[int, ...]:
+        """The kinds of tail that the kernels have."""
+        return () if self._kernels is None else self._kernels.tails
+
+    def tail_of(self, active: frozenset[str], *, random: bool) -> int | None:
+        """The kind of tail (`sampling_triton.Tail`) that serves rows of these stages; None: no kernels alone do."""
+        if self._kernels is None:
+            return None
+        columns = self.standard_columns
+        if not active <= {stage for stage, _ in columns.values()}:
+            return None
+        cut = any(columns[op][0] in active for op in _TRUNCATION_ORDER if op in columns)
+        return self._kernels.tail(random=random, cut=cut)
+
+    def draw(self, tail: int, logits: Tensor, columns: DrawColumns, tokens: Tensor, failed: Tensor) -> None:
+        """The draw alone, by kernels: as a graph captures it. tokens: int64 [R]; failed: int32 [R]; both written."""
+        assert self._kernels is not None
+        self._kernels.sample(tail, logits, columns, tokens, failed)
+
+    def draw_sharded(
+        self, tail: int, logits: Tensor, columns: DrawColumns, tp: TensorParallelGroup, tokens: Tensor, failed: Tensor
+    ) -> None:
+        """As `draw`, of logits [R, V / tp]; whole rows are gathered only for a tail that truncates."""
+        assert self._kernels is not None
+        if tp.size > 1 and tail != self._kernels.tail(random=True, cut=True):
+            start, stop = vocab_slice(self._vocab_size, tp)
+            keys = self._kernels.best_keys(tail, logits[:, : stop - start], start, columns)
+            self._kernels.answer(tp.highest(keys), tokens, failed)
+        else:
+            self.draw(tail, tp.all_gather(logits)[:, : self._vocab_size], columns, tokens, failed)
+
+
+class TritonDraw:
+    """The Triton kernels of a draw, which eager and captured tails share."""
+
+    def __init__(self) -> None:
+        from nanoengine.kernels import sampling_shard_triton, sampling_triton
+
+        self._whole: Any = sampling_triton
+        self._shards: Any = sampling_shard_triton
+        self.tails: tuple[int, ...] = tuple(sampling_triton.Tail)
+
+    def tail(self, *, random: bool, cut: bool) -> int:
+        tails = self._whole.Tail
+        return int(tails.GREEDY if not random else tails.TRUNCATION if cut else tails.TEMPERATURE)
+
+    def sample(
+        self, tail: int, logits: Tensor, c: DrawColumns, tokens: Tensor, failed: Tensor, sound: Tensor | None = None
+    ) -> None:
+        top_k, top_p, min_p = (c.ops.get(op) for op in _TRUNCATION_ORDER)
+        self._whole.sample(
+            logits, self._whole.Tail(tail), tokens, failed, **self._key(c), top_k=top_k, top_p=top_p, min_p=min_p,
+            sound=sound,
+        )  # fmt: skip
+
+    def best_keys(self, tail: int, logits: Tensor, start: int, c: DrawColumns) -> Tensor:
+        keys: Tensor = self._shards.best_keys(logits, self._whole.Tail(tail), start, **self._key(c))
+        return keys
+
+    def answer(self, keys: Tensor, tokens: Tensor, failed: Tensor) -> None:
+        self._shards.answer(keys, tokens, failed)
+
+    @staticmethod
+    def _key(c: DrawColumns) -> dict[str, Tensor | None]:
+        temperature = c.ops.get(StandardOp.TEMPERATURE)
+        return {
+            "greedy": c.greedy, "temperature": temperature,
+            "seeds": c.seeds, "positions": c.positions, "sample_index": c.sample_index,
+        }  # fmt: skip
 
 
 def _part(history: Tensor | None, columns: slice) -> Tensor | None:

@@ -19,6 +19,93 @@ from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.step import Int32, StepPlan
 from nanoengine.kernels.step_inputs import StepInputBuffers
 
+PREFILL_ROWS = 8  # a graph with prefill tokens has so many prefill rows
+MAX_WRITES = 4096  # words that a graph writes to the slot tables; more are sent before it
+_HEADER = 4  # words; the first is the number of writes
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class StepSize:
+    """The padded shape of a step, which a graph is captured for.
+
+    decode_rows: rows of `query_len` tokens each. prefill_tokens: tokens of up to `PREFILL_ROWS` rows behind them; a
+    decode step has none.
+    """
+
+    decode_rows: int
+    prefill_tokens: int = 0
+    query_len: int = 1
+
+    @property
+    def rows(self) -> int:
+        return self.decode_rows + (PREFILL_ROWS if self.prefill_tokens else 0)
+
+    @property
+    def tokens(self) -> int:
+        return self.decode_rows * self.query_len + self.prefill_tokens
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that a row may have."""
+        return max(self.query_len, self.prefill_tokens)
+
+    @property
+    def plain(self) -> bool:
+        """One token a row: token i is row i's, and nothing about the rows but their slots differs between steps."""
+        return self.tokens == self.decode_rows
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedStep:
+    """A plan in the form that a graph was captured for: one entry of `logits_index` a row.
+
+    Attributes:
+        logits_rows: int64 [L]; which of the graph's logits (one a row) belong to the original `logits_index`.
+    """
+
+    plan: StepPlan
+    logits_rows: npt.NDArray[np.int64]
+
+
+def pad(plan: StepPlan, size: StepSize, dummy_slot: int) -> PaddedStep:
+    """`plan`, whose logits positions are all sampled, padded to `size`: decode rows of the dummy slot behind its
+    decode rows, prefill rows without a token behind its prefill rows."""
+    decode, logits_rows = plan.num_decode_rows, plan.logits_rows.astype(np.int64)
+    ahead, behind = size.decode_rows - decode, size.rows - size.decode_rows - (plan.num_rows - decode)
+    if not ahead and size.plain:
+        return PaddedStep(plan, logits_rows)
+
+    def spread(values: npt.NDArray[np.int32], between: int, last: int) -> npt.NDArray[np.int32]:
+        middle, end = np.full(ahead, between, np.int32), np.full(behind, last, np.int32)
+        return np.concatenate((values[:decode], middle, values[decode:], end))
+
+    lens = spread(plan.query_lens, size.query_len, 0)
+    logits_rows[logits_rows >= decode] += ahead
+    sampled = np.zeros(size.rows, np.bool_)
+    sampled[logits_rows] = True
+    padded = replace(
+        plan,
+        slots=spread(plan.slots, dummy_slot, dummy_slot),
+        query_lens=lens,
+        starts=spread(plan.starts, 0, 0),
+        num_decode_rows=size.decode_rows,
+        logits_index=np.maximum(np.cumsum(lens, dtype=np.int32) - 1, 0),  # one a row: its last token
+        logits_rows=np.arange(size.rows, dtype=np.int32),
+        sampled=sampled,
+    )
+    return PaddedStep(padded, logits_rows)
+
+
+def blank_plan(size: StepSize, dummy_slot: int, start: int) -> StepPlan:
+    """A step of that size in which each decode row is the dummy slot's, at position `start`, and prefill rows have no
+    token: what a graph is captured on."""
+    plan = decode_plan(np.full(size.rows, dummy_slot, dtype=np.int32), start)
+    if size.plain:
+        return plan
+    lens = np.zeros(size.rows, np.int32)
+    lens[: size.decode_rows] = size.query_len
+    return replace(plan, num_decode_rows=size.decode_rows, query_lens=lens, logits_index=np.zeros_like(plan.slots))
+
 
 @dataclass(frozen=True, slots=True)
 class GatheredStep:
@@ -179,21 +266,6 @@ class StepBuffers:
         return self._view(group, plan, self.query_start_loc[: rows + 1], rows, tokens)
 
 
-def padded(plan: StepPlan, rows: int, dummy_slot: int) -> StepPlan:
-    """A decode plan with rows of the dummy slot behind its own, `rows` in all; they want no logits."""
-    extra = rows - plan.num_rows
-    if not extra:
-        return plan
-    one = np.ones(extra, dtype=np.int32)
-    return replace(
-        plan,
-        slots=np.concatenate((plan.slots, one * dummy_slot)),
-        query_lens=np.concatenate((plan.query_lens, one)),
-        starts=np.concatenate((plan.starts, one * 0)),
-        num_decode_rows=rows,
-    )
-
-
 def decode_plan(slots: Int32, start: int) -> StepPlan:
     """A step that continues each of `slots` by one token from position `start`, and draws."""
     count = len(slots)
@@ -210,68 +282,6 @@ def decode_plan(slots: Int32, start: int) -> StepPlan:
     )
 
 
-PREFILL_ROWS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class MixedSize:
-    """decode: rows of one token each. prefill: tokens behind them."""
-
-    decode: int
-    prefill: int
-
-    @property
-    def rows(self) -> int:
-        return self.decode + PREFILL_ROWS
-
-    @property
-    def tokens(self) -> int:
-        return self.decode + self.prefill
-
-
-@dataclass(frozen=True, slots=True)
-class PaddedStep:
-    """A plan with its padding: one entry of `logits_index` a row, `sampled` where the original plan draws.
-
-    Attributes:
-        logits_rows: int64 [L]; which of the graph's logits (one a row) belong to the original `logits_index`.
-    """
-
-    plan: StepPlan
-    logits_rows: npt.NDArray[np.int64]
-
-
-def pad_mixed(plan: StepPlan, size: MixedSize, dummy_slot: int) -> PaddedStep:
-    """`plan`, whose logits positions are all sampled, in the form that the graph of `size` was captured for."""
-    decode, rows = plan.num_decode_rows, plan.num_rows
-    ahead, behind = size.decode - decode, PREFILL_ROWS - (rows - decode)
-
-    def spread(values: npt.NDArray[np.int32], between: int, last: int) -> npt.NDArray[np.int32]:
-        middle, end = np.full(ahead, between, np.int32), np.full(behind, last, np.int32)
-        return np.concatenate((values[:decode], middle, values[decode:], end))
-
-    lens = spread(plan.query_lens, 1, 0)
-    logits_rows = plan.logits_rows.astype(np.int64)
-    logits_rows[logits_rows >= decode] += ahead
-    sampled = np.zeros(size.rows, np.bool_)
-    sampled[logits_rows] = True
-    padded = replace(
-        plan,
-        slots=spread(plan.slots, dummy_slot, dummy_slot),
-        query_lens=lens,
-        starts=spread(plan.starts, 0, 0),
-        num_decode_rows=size.decode,
-        logits_index=np.maximum(np.cumsum(lens, dtype=np.int32) - 1, 0),  # one a row: its last token
-        logits_rows=np.arange(size.rows, dtype=np.int32),
-        sampled=sampled,
-    )
-    return PaddedStep(padded, logits_rows)
-
-
-MAX_WRITES = 4096  # words to be written in the step; more are sent before it
-_HEADER = 4  # words; the first is the number of writes
-
-
 @dataclass(frozen=True, slots=True)
 class RowInputs:
     """Views, int32, of R rows: slots [R]; offsets of the rows' tokens [R + 1]; which row has drawn which token [R]
@@ -284,10 +294,11 @@ class RowInputs:
 
 
 class GraphInputs:
-    """One buffer for all graphs: each reads its rows at the front, and the writes behind them.
+    """What a graph's step needs from the host, in one upload; the graph does the rest.
 
-    A graph begins with writing what the plan brings into the slot tables and gathering the step's inputs from them:
-    nothing is launched in front of it. So this is all that the host sends, in one upload.
+    A graph begins with writing what the plan brings into the slot tables and gathering the step's inputs from them, so
+    nothing is launched in front of it. One buffer serves all graphs: each reads its rows at the front, and the writes
+    behind them.
     """
 
     def __init__(self, buffers: StepBuffers, tables: SlotTables) -> None:
@@ -298,37 +309,36 @@ class GraphInputs:
         words = _HEADER + 4 * (buffers.max_rows + 4) + 2 * MAX_WRITES
         self.sent = torch.zeros(words, dtype=torch.int32, device=tables.device)
 
-    def rows(self, rows: int, *, mixed: bool) -> RowInputs:
-        """Where a graph of so many rows finds them. For decode rows alone all but the slots is always the same."""
-        parts = [self.sent[at : at + count] for at, count in self._places(rows, mixed=mixed)]
-        if mixed:
-            return RowInputs(parts[0], parts[1], parts[2], parts[3])
-        start_loc = self._buffers.decode_start_loc
-        return RowInputs(parts[0], start_loc[: rows + 1], None, start_loc[:rows])
+    def rows(self, size: StepSize) -> RowInputs:
+        """Where a graph of that size finds them."""
+        parts = [self.sent[at : at + count] for at, count in self._places(size)]
+        if size.plain:
+            return plain_rows(self._buffers, parts[0])
+        return RowInputs(parts[0], parts[1], parts[2], parts[3])
 
     @staticmethod
-    def _places(rows: int, *, mixed: bool) -> list[tuple[int, int]]:
-        """(first word, words) of slots, and for mixed steps offsets, tokens of rows and logits index; at last (first
-        word of the writes, 0). Each at a multiple of 16 bytes."""
-        places, at = [], _HEADER
-        for count in (rows, rows + 1, rows, rows) if mixed else (rows,):
+    def _places(size: StepSize) -> list[tuple[int, int]]:
+        """(first word, words) of the slots and, unless rows are plain, offsets, tokens of rows and logits index; at
+        last (first word of the writes, 0). Each at a multiple of 16 bytes."""
+        places, at, rows = [], _HEADER, size.rows
+        for count in (rows,) if size.plain else (rows, rows + 1, rows, rows):
             places.append((at, count))
             at = -(-(at + count) // 4) * 4
         return [*places, (at, 0)]
 
-    def send(self, plan: StepPlan, *, mixed: bool) -> None:
-        """The rows of a padded plan and the writes that wait, without waiting for the device."""
+    def send(self, plan: StepPlan, size: StepSize) -> None:
+        """The rows of a padded plan and the pending writes, without waiting for the device."""
         arena, rows = self._tables.arena, plan.num_rows
         writes = arena.waiting()
         if writes.shape[1] > MAX_WRITES:
             self._tables.flush()
             writes = writes[:, :0]
-        *places, (first, _) = self._places(rows, mixed=mixed)
+        *places, (first, _) = self._places(size)
         count = writes.shape[1]
         packed = np.zeros(first + 2 * count, dtype=np.int32)
         packed[0] = count
         values: tuple[Int32, ...] = (plan.slots,)
-        if mixed:
+        if not size.plain:
             start_loc = np.zeros(rows + 1, dtype=np.int32)
             np.cumsum(plan.query_lens, out=start_loc[1:])
             values = (plan.slots, start_loc, _tokens_of_rows(plan), plan.logits_index)
@@ -339,20 +349,24 @@ class GraphInputs:
         self.sent[: len(packed)].copy_(here.pin_memory() if self.sent.is_cuda else here, non_blocking=True)
         arena.forget()
 
-    def run(self, plan: StepPlan, tokens: int, longest: int, *, mixed: bool) -> GatheredStep:
-        """Write and gather, on the device alone: what a graph begins with.
-
-        plan: any of its size. tokens: with padding. longest: the most tokens that a row may have.
-        """
-        buffers, tables, inputs = self._buffers, self._tables, self.rows(plan.num_rows, mixed=mixed)
-        first, _ = self._places(plan.num_rows, mixed=mixed)[-1]
+    def run(self, plan: StepPlan, size: StepSize) -> GatheredStep:
+        """Write and gather, on the device alone: what a graph begins with. plan: any of that size."""
+        buffers, tables, inputs = self._buffers, self._tables, self.rows(size)
+        first, _ = self._places(size)[-1]
         self._kernels.scatter_counted(tables.arena.words, self.sent, first, MAX_WRITES)
-        buffers.run_gather(tables, inputs.slots, inputs.query_start_loc, longest, tokens if mixed else 0)
-        return buffers.views(plan, inputs.slots, inputs.query_start_loc, inputs.logits_index, tokens)
+        pad_tokens = size.tokens if size.prefill_tokens else 0
+        buffers.run_gather(tables, inputs.slots, inputs.query_start_loc, size.longest, pad_tokens)
+        return buffers.views(plan, inputs.slots, inputs.query_start_loc, inputs.logits_index, size.tokens)
 
     def blank(self) -> None:
         """Rows of the dummy slot, without a token, wherever a graph may look for them."""
         self.sent.fill_(self._tables.dummy_slot)
+
+
+def plain_rows(buffers: StepBuffers, slots: Tensor) -> RowInputs:
+    """Rows of one token each, the slots of which are given."""
+    start_loc = buffers.decode_start_loc
+    return RowInputs(slots, start_loc[: len(slots) + 1], None, start_loc[: len(slots)])
 
 
 def _tokens_of_rows(plan: StepPlan) -> Int32:
@@ -361,6 +375,3 @@ def _tokens_of_rows(plan: StepPlan) -> Int32:
     drawn = np.flatnonzero(plan.sampled)
     out[plan.logits_rows[drawn]] = drawn
     return out
-
-
-Size = int | MixedSize

@@ -96,7 +96,7 @@ def _num_logprobs(tables: SlotTables) -> int:
 @contextmanager
 def _asking(tables: SlotTables, sampler: Sampler, *, draws: bool) -> Iterator[None]:
     """Every slot wants log-probs and, if `draws`, each standard operation."""
-    stages = {stage for stage, _ in sampler.standard_columns().values()} if draws else set()
+    stages = {stage for stage, _ in sampler.standard_columns.values()} if draws else set()
 
     def ask(wanted: bool) -> None:
         tables.host_num_logprobs.fill(_num_logprobs(tables) if wanted else -1)

@@ -52,6 +52,7 @@ from nanoengine.setup.start.build_model import BuiltModel, build_model
 from nanoengine.setup.start.clock import StartClock, StartReport
 from nanoengine.setup.start.generation import GenerationDefaults, read_generation_defaults, read_json
 from nanoengine.setup.start.memory import check_host_holds
+from nanoengine.setup.start.starter import start_runner
 from nanoengine.text import TemplateProcesses, Tokenizer, load_tokenizer
 
 DEFAULT_BLOCK_SIZE = 16
@@ -349,9 +350,9 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
         max_model_len=options.max_model_len,
     )
     legal_fields(stages)  # a clash is found before the weights are loaded
-    executor: Executor = InProcessExecutor() if options.tensor_parallel_size == 1 else WorkersExecutor()
+    executor: Executor = _in_process(assembly) if options.tensor_parallel_size == 1 else WorkersExecutor()
     try:
-        memory = executor.start(plan, assembly.loader)
+        memory = executor.start(plan)
         clock.lap_around("workers", memory.phases)
         resolver = ParamsResolver(
             stages,
@@ -361,6 +362,7 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
             registry.suspects("samplers"),
             max_n=options.max_n,
             max_logprobs=options.max_logprobs,
+            engine_options=EngineOptions.__dataclass_fields__,
         )
         engine = Engine(
             EngineLimits(
@@ -389,6 +391,10 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
         memory=memory,
         start=clock.report(),
     )
+
+
+def _in_process(assembly: Assembly) -> InProcessExecutor:
+    return InProcessExecutor(lambda plan: start_runner(plan, assembly.loader, SingleRank()))
 
 
 def _wake(device: str) -> None:

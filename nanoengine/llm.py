@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
@@ -16,6 +17,7 @@ from nanoengine.core.options import EngineOptions, engine_options
 from nanoengine.core.request import RequestOutput
 from nanoengine.core.scheduling.messages import EngineStats
 from nanoengine.observe.progress import Progress, note
+from nanoengine.observe.steps import Observer, add_observer, remove_observer
 from nanoengine.params.arguments import (
     ChatOptions,
     Prompt,
@@ -41,7 +43,6 @@ if TYPE_CHECKING:
     from nanoengine.api.attention import AttentionBackend
     from nanoengine.core.engine import Engine
     from nanoengine.core.execution.start_report import MemoryReport
-    from nanoengine.observe.steps import Observer
     from nanoengine.observe.taps import Tap
     from nanoengine.setup.config.config import RunConfig
 
@@ -281,7 +282,15 @@ class LLM:
         from nanoengine.observe.tapping import tap_prompt
 
         each: Any = [prompts] if is_one(prompts) else prompts
-        return [tap_prompt(self, self._built.executor, prompt, modules) for prompt in each]
+
+        def generating(prompt: Any) -> Callable[[SamplingParams], RequestOutput]:
+            return lambda params: self.generate([prompt], params, use_tqdm=False)[0]
+
+        built = self._built
+        return [
+            dict(tap_prompt(built.engine, built.executor, generating(prompt), modules, f"tap-{self._next_id()}"))
+            for prompt in each
+        ]
 
     def _run(
         self, prompts: Sequence[tuple[Any, str | None]], params: Any, priority: Any, use_tqdm: bool
@@ -355,11 +364,12 @@ class LLM:
 
         It is called in the thread that makes the engine step. What it raises is raised there, after the step's outputs.
         """
-        self.engine.observe(observer)
+        self.engine.check_open()
+        self.engine.watch_by(partial(add_observer, observer))
         try:
             yield
         finally:
-            self.engine.unobserve(observer)
+            self.engine.watch_by(partial(remove_observer, observer))
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer; raises `TokenizerMissing` where there is none."""

@@ -33,7 +33,6 @@ from nanoengine.core.outputs import OutputProcessor, RequestState
 from nanoengine.core.request import RequestOutput, int32_bytes
 from nanoengine.core.scheduling.messages import ScheduledStep
 from nanoengine.core.scheduling.scheduler import Scheduler, Update
-from nanoengine.observe.steps import Observer, StepWatch
 from nanoengine.params.arguments import check_priority, check_request_id, check_shown, checked_ids
 from nanoengine.params.sampling_params import ParamsResolver, SamplingParams
 
@@ -112,7 +111,7 @@ class Engine:
             ParamsError, TokenizerMissing, EngineClosed, RequestError("duplicate_id"). A prompt that cannot be served is
             no exception: it comes back as an output with an error.
         """
-        self._check_open()
+        self.check_open()
         check_request_id(request_id)
         resolved = self._resolver.resolve(params)
         self.outputs.check(resolved)
@@ -153,23 +152,12 @@ class Engine:
     def has_unfinished_requests(self) -> bool:
         return bool(self._known or self._outbox.ready)
 
-    def observe(self, observer: Observer) -> None:
-        """From the next step on, hand each step's record to `observer`, until `unobserve`."""
-        with self._held():
-            if not isinstance(self._watch, StepWatch):
-                self._watch = StepWatch()
-            self._watch.observers.append(observer)
-
-    def unobserve(self, observer: Observer) -> None:
-        """No more records of steps that finish from here on. Raises `ValueError` if it does not observe."""
+    def watch_by(self, change: Callable[[Watch], Watch]) -> None:
+        """Between two steps: `change` is given the watch, and returns the one for the next step on."""
         if self._is_fork:
             return
         with self._lock:
-            if not isinstance(self._watch, StepWatch):
-                raise ValueError(f"{observer!r} does not observe this engine")
-            self._watch.observers.remove(observer)
-            if not self._watch.observers:
-                self._watch = Watch()
+            self._watch = change(self._watch)
 
     def step(self) -> list[RequestOutput]:
         """`advance`, and give the outputs that are there.
@@ -314,16 +302,17 @@ class Engine:
     @contextmanager
     def _held(self) -> Iterator[None]:
         """The lock. A fork does not wait for it: who held it may be no thread of the fork's."""
-        self._check_open()
+        self.check_open()
         with self._lock:
-            self._check_open()
+            self.check_open()
             yield
 
     @property
     def _is_fork(self) -> bool:
         return os.getpid() != self._process
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raises `EngineClosed` where it is, and in a fork of the engine's process."""
         if self._is_fork:
             raise EngineClosed(
                 f"this engine runs in process {self._process}, and this is a fork of it; make an engine in each process"

@@ -137,11 +137,6 @@ OPTIONS_NOT_SERVED: Mapping[str, str] = {
 """Options of vLLM's that are refused with what to do instead."""
 
 
-def is_option(name: str) -> bool:
-    """Whether `EngineOptions` has a field of that name."""
-    return name in EngineOptions.__dataclass_fields__
-
-
 def engine_options(options: Mapping[str, Any]) -> EngineOptions:
     """Keywords -> `EngineOptions`; raises `ConfigError` for one that is unknown or of the wrong type."""
     types = get_type_hints(EngineOptions)

@@ -9,12 +9,10 @@ values with offsets: item i is `values[offsets[i]:offsets[i + 1]]`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from nanoengine.distributed.wire import decode, encode
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -29,9 +27,6 @@ def num_slots(max_num_seqs: int, spare_slots: int) -> int:
     another one takes its place in the batch.
     """
     return max_num_seqs + min(max_num_seqs, spare_slots)
-
-
-T = TypeVar("T", bound="_Message")
 
 
 def i32(values: Any = ()) -> Int32:
@@ -55,18 +50,6 @@ def offsets_of(counts: Any) -> Int32:
     out = np.zeros(len(counts) + 1, dtype=np.int32)
     np.cumsum(counts, out=out[1:])
     return out
-
-
-class _Message:
-    """Flat (de)serialisation, without pickle: see `wire.py`."""
-
-    def to_bytes(self) -> bytes:
-        return encode(self)
-
-    @classmethod
-    def from_bytes(cls: type[T], data: bytes | bytearray) -> T:
-        """Arrays of a bytearray are views of it, and can be written; bytes are copied."""
-        return decode(cls, data if isinstance(data, bytearray) else bytearray(data))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +121,7 @@ class BlockCopies:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepPlan(_Message):
+class StepPlan:
     """What one step computes. B rows (decode rows first, then prefill rows), T tokens, L logits positions.
 
     Attributes:
@@ -202,7 +185,7 @@ class LogprobRows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepResult(_Message):
+class StepResult:
     """What one step produced. B rows as in its plan.
 
     Attributes:

@@ -28,8 +28,8 @@ from nanoengine.distributed.channel import Kind, Parcel
 from nanoengine.distributed.faults import Report, blame, blame_late
 from nanoengine.distributed.process import RankProcess, end, environment, stacks
 from nanoengine.distributed.shared import RING, SLOT_BYTES, Layout, Shared, Word
+from nanoengine.distributed.wire import decode, encode
 from nanoengine.distributed.worker import StartMessage
-from nanoengine.setup.plugins.targets import TargetLoader
 
 _GRACE_SECONDS = 1.0  # after the first sign of a fault, for the rank that caused it to say so
 _SLICE_SECONDS = 1.0  # a wait looks at the ranks' progress so often, should a frame have been lost to an interrupt
@@ -65,9 +65,8 @@ class WorkersExecutor(Executor):
         self._step_seconds = 0.0
         self._unattended = weakref.finalize(self, end, self._ranks, ask=False)
 
-    def start(self, plan: EnginePlan, loader: TargetLoader) -> MemoryReport:
+    def start(self, plan: EnginePlan) -> MemoryReport:
         """Raises `WorkerError`; its `__cause__` is what the rank raised, where that is a `NanoEngineError`."""
-        assert not loader.local, "refused when the plan was made"
         size, self._step_seconds = plan.options.tensor_parallel_size, plan.options.step_timeout
         layout = Layout(size, self._slot_bytes)
         self._shared = Shared.create(layout)
@@ -104,7 +103,7 @@ class WorkersExecutor(Executor):
             )
         for old in [n for n in self._parcels if n <= shared.least(Word.READ)]:
             self._parcels.pop(old).close()
-        data = plan.to_bytes()
+        data = encode(plan)
         if not shared.put(shared.layout.plan_at(number), data):
             self._parcels[number] = Parcel(data)
             self.parcels_sent += 1
@@ -156,7 +155,7 @@ class WorkersExecutor(Executor):
             data = self._results[number]
         for old in [n for n in self._results if n <= number]:
             del self._results[old]
-        return StepResult.from_bytes(data)
+        return decode(StepResult, data)
 
     def _open(self) -> Shared:
         if self._error is not None:

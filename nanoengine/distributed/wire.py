@@ -47,8 +47,8 @@ def encode(message: Any) -> bytes:
 
 
 def decode(cls: type[T], data: bytes | bytearray | memoryview) -> T:
-    """The message of class `cls` in `data`, whose arrays are views of `data`: of a bytearray they can be written."""
-    return cast(T, _codec(cls).build(data))
+    """The message of class `cls` in `data`. Arrays of a bytearray are views of it, to be written; bytes are copied."""
+    return cast(T, _codec(cls).build(bytearray(data) if isinstance(data, bytes) else data))
 
 
 class _Codec:

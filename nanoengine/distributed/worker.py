@@ -23,12 +23,14 @@ from nanoengine.core.options import EnginePlan
 from nanoengine.core.step import StepPlan
 from nanoengine.distributed.channel import Channel, Frame, Kind, Parcel
 from nanoengine.distributed.shared import READY, Layout, Shared, Word
+from nanoengine.distributed.wire import decode, encode
 from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.start.clock import PHASES, StartClock
 
 if TYPE_CHECKING:
     from nanoengine.core.execution.executor import StepHandle
     from nanoengine.core.execution.runner import ModelRunner
+    from nanoengine.core.execution.start_report import MemoryReport
 
 _PARENT_CHECK_MS = 2000
 
@@ -113,20 +115,19 @@ class Worker:
     def _build(self) -> None:
         clock = PhaseClock(self._shared, self._rank)
         clock.enter("import")
-        self._runner = self._make_runner(clock)
-        memory = self._runner.start(clock)
+        self._runner, memory = self._start_runner(clock)
         self._in_order = self._runner.device.type == "cpu"
         if not self._in_order:
             threading.Thread(target=self._finish_launched, daemon=True).start()
         self._note(Word.PHASE, READY)
         self._send(Kind.READY, 0, pickle.dumps(memory))
 
-    def _make_runner(self, clock: PhaseClock) -> ModelRunner:
+    def _start_runner(self, clock: PhaseClock) -> tuple[ModelRunner, MemoryReport]:
         import torch
 
-        from nanoengine.core.execution.runner import ModelRunner
         from nanoengine.core.execution.step_inputs import PREFILL_ROWS
         from nanoengine.distributed.group import DistributedGroup, join_store, make_store
+        from nanoengine.setup.start.starter import start_runner
 
         plan, size = self._start.plan, self._start.layout.size
         clock.lap("import")
@@ -144,7 +145,7 @@ class Worker:
         rows = plan.options.max_num_seqs + PREFILL_ROWS if plan.options.custom_all_reduce else 0
         device = torch.device(plan.options.device)
         group = DistributedGroup(self._rank, size, device, store, self._entered, shared_rows=rows)
-        return ModelRunner(plan, TargetLoader(plan.plugin_files), group)
+        return start_runner(plan, TargetLoader(plan.plugin_files), group, clock)
 
     def _port(self) -> int:
         frame = self._channel.receive()
@@ -175,7 +176,7 @@ class Worker:
         for number in range(self._word(Word.READ) + 1, frame.number + 1):
             data = self._shared.take(self._shared.layout.plan_at(number)) or self._parcels.pop(number)
             self._note(Word.READ, number)
-            handle = self._runner.launch(StepPlan.from_bytes(data))
+            handle = self._runner.launch(decode(StepPlan, data))
             self._note(Word.LAUNCHED, number)
             if self._in_order:
                 self._finish(number, handle)
@@ -195,7 +196,7 @@ class Worker:
         result = handle.wait()
         parcel = None
         if self._rank == 0:
-            data = result.to_bytes()
+            data = encode(result)
             if not self._shared.put(self._shared.layout.result_at(number), data):
                 parcel = data
         self._note(Word.FINISHED, number)
@@ -204,12 +205,12 @@ class Worker:
             self._send(Kind.RESULT, number, parcel)
 
     def _call(self, frame: Frame) -> None:
-        """Of a runner's method, once the launched steps are done."""
+        """Of a function, with the runner, once the launched steps are done."""
         assert frame.parcel is not None
         name, args = pickle.loads(frame.parcel)
         while self._word(Word.FINISHED) < self._word(Word.LAUNCHED):
             self._finished.acquire()
-        answer: Any = getattr(self._runner, name)(*args)
+        answer: Any = self._runner.call(name, *args)
         self._send(Kind.ANSWER, frame.number, pickle.dumps(answer))
 
     def _send(self, kind: Kind, number: int = 0, data: bytes | None = None) -> None:

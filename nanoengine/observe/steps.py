@@ -231,3 +231,18 @@ def _rows(step: ScheduledStep, new_tokens: Sequence[int]) -> tuple[Row, ...]:
         strict=True,
     )
     return tuple([Row(request.id, *facts) for (request, _), *facts in each])
+
+
+def add_observer(observer: Observer, watch: Watch) -> Watch:
+    """A watch by which `observer` gets the record of each step that is scheduled from here on."""
+    watch = watch if isinstance(watch, StepWatch) else StepWatch()
+    watch.observers.append(observer)
+    return watch
+
+
+def remove_observer(observer: Observer, watch: Watch) -> Watch:
+    """Raises `ValueError` where it does not observe."""
+    if not isinstance(watch, StepWatch):
+        raise ValueError(f"{observer!r} does not observe this engine")
+    watch.observers.remove(observer)
+    return watch if watch.observers else Watch()

@@ -1,44 +1,48 @@
-"""One prompt through an engine that is otherwise idle, with an ear at some of the model's modules."""
+"""Runs a prompt through an engine that is otherwise idle, and records inputs and outputs of chosen modules."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
 
 from nanoengine.api.errors import ParamsError
+from nanoengine.core.engine import Engine
+from nanoengine.core.execution.executor import Executor
+from nanoengine.core.request import RequestOutput
+from nanoengine.observe.taps import Tap
 from nanoengine.params.sampling_params import SamplingParams
 
-if TYPE_CHECKING:
-    from nanoengine.core.execution.executor import Executor
-    from nanoengine.core.request import RequestOutput
-    from nanoengine.llm import LLM
-    from nanoengine.observe.taps import Tap
+_CAPTURE = "nanoengine.observe.taps"
 
 
-def tap_prompt(llm: LLM, executor: Executor, prompt: Any, modules: Sequence[str]) -> dict[str, Tap]:
-    """See `LLM.tap`. A salt of its own keeps the request from reading cached blocks, whose tokens would not run."""
+Taps = Mapping[str, Tap]
+Generate = Callable[[SamplingParams], RequestOutput]
+
+
+def tap_prompt(engine: Engine, executor: Executor, generate: Generate, modules: Sequence[str], salt: str) -> Taps:
+    """See `LLM.tap`. `generate` runs the prompt; a salt of its own keeps the request from reading cached blocks, whose
+    tokens would not run."""
     if isinstance(modules, str):
         raise ParamsError(f"modules must be a list of names, not {modules!r}")
-    with llm.engine.alone():  # the tokens of others would be heard too
-        output, heard = _heard(llm, executor, prompt, modules)
+    with engine.alone():  # the tokens of others would be captured too
+        output, taps = _captured(executor, generate, modules, salt)
     if output.error is not None:
         raise output.error
     count = len(output.prompt_token_ids)
     for name in modules:
-        _check_whole(name, heard.get(name), count)
-    return heard
+        _check_whole(name, taps.get(name), count)
+    return taps
 
 
-def _heard(llm: LLM, executor: Executor, prompt: Any, modules: Sequence[str]) -> tuple[RequestOutput, dict[str, Tap]]:
-    params = SamplingParams(max_tokens=1, temperature=0, cache_salt=f"tap-{llm._next_id()}")
-    unknown = executor.call("listen", modules)[0]  # after the steps in flight
+def _captured(executor: Executor, generate: Generate, modules: Sequence[str], salt: str) -> tuple[RequestOutput, Taps]:
+    params = SamplingParams(max_tokens=1, temperature=0, cache_salt=salt)
+    unknown = executor.call(f"{_CAPTURE}:start_capture", modules)[0]  # after the steps in flight
     if unknown:
         raise ParamsError(unknown)
     try:
-        [output] = llm.generate([prompt], params, use_tqdm=False)
+        output = generate(params)
     finally:
-        heard: dict[str, Tap] = executor.call("heard")[0]
-    return output, heard
+        taps: Taps = executor.call(f"{_CAPTURE}:stop_capture")[0]
+    return output, taps
 
 
 def _check_whole(name: str, tap: Tap | None, count: int) -> None:

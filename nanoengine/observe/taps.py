@@ -6,10 +6,13 @@ import difflib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from nanoengine.core.execution.runner import ModelRunner
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +26,21 @@ class Tap:
     outputs: tuple[Tensor, ...]
 
 
-class Listener:
+def start_capture(runner: ModelRunner, modules: Sequence[str]) -> str:
+    """From here on copy what passes through these modules; in words, which of them the model does not have."""
+    unknown = unknown_module(runner.model, modules)
+    if not unknown:
+        runner.capture, runner.eager = Capture(runner.model, modules), True
+    return unknown
+
+
+def stop_capture(runner: ModelRunner) -> dict[str, Tap]:
+    """What was copied since `start_capture`."""
+    capture, runner.capture, runner.eager = runner.capture, None, False
+    return {} if capture is None else capture.end()
+
+
+class Capture:
     """Copies what passes through some modules, from when it is made until `end`. Steps must run without graphs."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:

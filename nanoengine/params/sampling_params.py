@@ -19,7 +19,6 @@ import numpy.typing as npt
 from nanoengine.api.errors import ParamsError, PluginError, described, is_failure, nearest_part, shown
 from nanoengine.api.plugin_calls import plugin_call
 from nanoengine.api.specs import ColumnSpec, ParamsContext, StageParams, StandardOp
-from nanoengine.core.options import is_option
 from nanoengine.params.field_types import conform
 from nanoengine.params.sampling_fields import CORE_TYPES, NOT_SERVED, CoreFields, legal_fields, stage_types
 
@@ -158,10 +157,12 @@ class ParamsResolver:
         *,
         max_n: int = sys.maxsize,
         max_logprobs: int = -1,
+        engine_options: Collection[str] = (),
     ) -> None:
         """`max_n`, `max_logprobs`: as in `EngineOptions`. `failed_stages`: those that cannot run, name -> cause: a
         request that sets a field of theirs is refused. `suspects`: what to say of plugins that failed before their
-        stages were known, where a field is unknown.
+        stages were known, where a field is unknown. `engine_options`: names of engine options, for the message where
+        one of them is given as a sampling parameter.
 
         Raises `PluginError` where the stages' fields clash or are no proper dataclass fields.
         """
@@ -169,6 +170,7 @@ class ParamsResolver:
         self._stages = [(name, params, stage_types(name, params)) for name, params in stages]
         self._failed = dict(failed_stages or {})
         self._suspects = suspects
+        self._engine_options = engine_options
         self._ctx, self._max_n, self._max_logprobs = ctx, max_n, max_logprobs
         # Checkpoints list end-of-text ids beyond their vocabulary; such an id is never drawn and needs no mask.
         self._eos_ids = frozenset(i for i in eos_ids if 0 <= i < ctx.vocab_size)
@@ -225,7 +227,7 @@ class ParamsResolver:
                 continue
             if name in NOT_SERVED:
                 raise ParamsError(f"SamplingParams: {name!r} is a field of vLLM's not served here: {NOT_SERVED[name]}")
-            if is_option(name):
+            if name in self._engine_options:
                 place = f"it is an option of the engine: LLM(model, {name}=...), or engine.{name} in a configuration"
                 raise ParamsError(f"SamplingParams has no field {name!r}; {place}")
             raise ParamsError(

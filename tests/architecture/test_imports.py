@@ -49,13 +49,6 @@ KNOWN: frozenset[str] = frozenset(
         "nanoengine.cli.app -> nanoengine.lab",
         "nanoengine.cli.plugins -> nanoengine.lab",
         "nanoengine.cli.run -> nanoengine.lab",
-        "nanoengine.core.engine -> nanoengine.observe",
-        "nanoengine.core.execution.executor -> nanoengine.setup",
-        "nanoengine.core.execution.runner -> nanoengine.observe",
-        "nanoengine.core.execution.runner -> nanoengine.setup",
-        "nanoengine.core.step -> nanoengine.distributed",
-        "nanoengine.observe.tapping -> nanoengine.llm",
-        "nanoengine.params.sampling_params -> nanoengine.core",
     )
 )
 

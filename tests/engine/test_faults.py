@@ -339,7 +339,7 @@ def test_who_enters_while_the_engine_is_closed_does_not_keep_it_open(
         engine.step()
 
         def entering(self: Scheduler, request: Any) -> None:
-            monkeypatch.setattr(engine, "_check_open", lambda: None)  # it asked before
+            monkeypatch.setattr(engine, "check_open", lambda: None)  # it asked before
             engine.add_request(f"beside {request.id}", [1], GREEDY)
             monkeypatch.undo()
             abort(self, request)

@@ -13,15 +13,14 @@ import torch
 
 from nanoengine import LLM, SamplingParams
 from nanoengine.api.errors import ConfigError, DeviceMemoryError
-from nanoengine.core.execution import graphs, runner
+from nanoengine.core.execution import graphs
 from nanoengine.core.execution.graphs import CaptureSizes
-from nanoengine.core.execution.runner import ModelRunner
 from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.execution.step_inputs import StepBuffers, StepSize
 from nanoengine.core.step import num_slots
-from nanoengine.setup.start import memory
+from nanoengine.setup.start import memory, starter
 from nanoengine.setup.start.largest_steps import largest_steps
-from nanoengine.setup.start.memory import GpuShare, batch_limits
+from nanoengine.setup.start.memory import GpuShare
 from nanoengine.setup.start.shortage import StepTooLarge
 from nanoengine.testing.checkpoints import tiny_llama
 from nanoengine.testing.mock_model import MockAttention, MockModel
@@ -43,9 +42,9 @@ def run_largest(llm: LLM, *, draws: bool) -> list[int]:
 
     def launch(plan: Any) -> Any:
         sizes.append(plan.num_tokens)
-        return its._launch_whole(plan)
+        return its.launch_whole(plan)
 
-    for run in largest_steps(launch, its.tables, its.sampler, batch_limits(its.plan.options), draws=draws):
+    for run in largest_steps(launch, its.tables, its.sampler, its.buffers.limits, draws=draws):
         run()
     tables = its.tables
     assert int(tables.num_tokens.abs().sum()) == int(tables.num_computed.abs().sum()) == 0
@@ -63,7 +62,7 @@ def test_a_kv_cache_that_cannot_be_allocated(
 ) -> None:
     released: list[Any] = []
     models: list[weakref.ref[MockModel]] = []
-    build, release = MockModel.__init__, ModelRunner.release
+    build = MockModel.__init__
 
     def init(self: MockModel, *args: Any) -> None:
         build(self, *args)
@@ -75,7 +74,6 @@ def test_a_kv_cache_that_cannot_be_allocated(
 
     monkeypatch.setattr(MockModel, "__init__", init)
     monkeypatch.setattr(MockAttention, "release", lambda self: released.append(self))
-    monkeypatch.setattr(ModelRunner, "release", lambda self: (release(self), released.append("runner")))
     if error is not None:
         monkeypatch.setattr(MockAttention, "allocate", allocate)
     blocks, size = (2 * 10**9, 4096) if error is None else (100, 4)  # 60 TiB
@@ -83,7 +81,7 @@ def test_a_kv_cache_that_cannot_be_allocated(
     with pytest.raises(ConfigError, match=message) as caught:
         mock_llm(tmp_path, num_gpu_blocks_override=blocks, block_size=size)
     assert f"{(blocks + 1) * size * 2 * 4:,} bytes" in str(caught.value)
-    assert [type(each).__name__ for each in released] == ["MockAttention", "str"]
+    assert [type(each).__name__ for each in released] == ["MockAttention"]
     del caught
     gc.collect()
     assert models
@@ -262,7 +260,7 @@ def test_weights_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         sizes.append(sum(p.numel() * p.element_size() for p in model.parameters()))
         raise OutOfMemory("CUDA out of memory")
 
-    monkeypatch.setattr(runner, "load_weights", load)
+    monkeypatch.setattr(starter, "load_weights", load)
     monkeypatch.setattr(memory, "gib", lambda num_bytes: f"<{num_bytes}>")
     with pytest.raises(DeviceMemoryError) as caught:
         LLM(tiny_llama(tmp_path / "llama"))
@@ -328,7 +326,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch, captured: Any) -> None:
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(runner, "capture_sizes", sizes)
+    monkeypatch.setattr(starter, "capture_sizes", sizes)
     monkeypatch.setattr(graphs, "captured", captured)
 
 

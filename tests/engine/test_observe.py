@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from nanoengine import LLM, SamplingParams, StepRecord, TraceFile
 from nanoengine.api.errors import WorkerError
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL
-from nanoengine.observe.steps import StepWatch
+from nanoengine.observe.steps import StepWatch, remove_observer
 from nanoengine.testing.mock_model import MockModel
 
 from .support import greedy, mock_llm, prompts, tokens_of
@@ -216,7 +217,7 @@ def test_nobody_observes_nothing_is_gathered(llm: LLM, monkeypatch: pytest.Monke
     llm.generate(ASKED[:2], GREEDY, use_tqdm=False)
     assert len(seen) == count > 0
     with pytest.raises(ValueError, match="does not observe"):
-        llm.engine.unobserve(seen.append)
+        llm.engine.watch_by(partial(remove_observer, seen.append))
 
 
 def test_several_observers_and_one_that_raises(llm: LLM) -> None:

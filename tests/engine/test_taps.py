@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from nanoengine import LLM, EngineClosed, NanoEngineError, ParamsError, RequestError, RequestOutput, SamplingParams
 from nanoengine.core.execution.executor import InProcessExecutor
-from nanoengine.observe.taps import Listener
+from nanoengine.observe.taps import Capture
 from nanoengine.testing.checkpoints import tiny_llama
 
 PROMPT = [7, 3, 99, 12, 45, 45, 8, 120, 61, 2, 77, 30, 5, 18, 64, 100, 9, 1, 33]  # more than a KV block
@@ -138,7 +138,7 @@ def test_other_threads_make_no_step_meanwhile(llm: LLM, monkeypatch: pytest.Monk
 
     def interfering(self: InProcessExecutor, name: str, *args: Any) -> Any:
         found = call(self, name, *args)
-        if name == "listen":
+        if name.endswith(":start_capture"):
             llm.engine.add_request("other", [3, 4], SamplingParams(max_tokens=2), sink=others.append)
             stepping = Thread(target=llm.engine.step)
             stepping.start()
@@ -164,7 +164,7 @@ def test_requests_of_other_threads_wait_meanwhile(llm: LLM, monkeypatch: pytest.
 
     def interfering(self: InProcessExecutor, name: str, *args: Any) -> Any:
         found = call(self, name, *args)
-        if name == "listen":
+        if name.endswith(":start_capture"):
             adding.start()
             adding.join(0.2)
         return found
@@ -183,7 +183,7 @@ def test_mutant_that_keeps_the_originals_is_seen(llm: LLM, monkeypatch: pytest.M
     )
     taps = llm.tap(PROMPT, [""])[0]
     assert taps[""].inputs[0].tolist() != PROMPT
-    assert Listener  # the class under test
+    assert Capture  # the class under test
 
 
 @pytest.mark.slow

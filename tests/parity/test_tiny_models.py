@@ -341,7 +341,7 @@ def _group_of_the_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
         groups = kv_groups(layers)
         return tuple((groups[1 - i][0], layers) for i, (_, layers) in enumerate(groups))
 
-    monkeypatch.setattr("nanoengine.core.execution.runner.kv_groups", swapped)
+    monkeypatch.setattr("nanoengine.setup.start.starter.kv_groups", swapped)
 
 
 MUTANTS: dict[str, tuple[str, Patch]] = {

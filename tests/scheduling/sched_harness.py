@@ -21,6 +21,7 @@ from nanoengine.core.scheduling.draft import Draft
 from nanoengine.core.scheduling.messages import ScheduledStep, SchedulerConfig, Update
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, StepPlan
+from nanoengine.distributed.wire import decode, encode
 from nanoengine.params.sampling_params import PackedStage, ResolvedParams
 from nanoengine.testing.mock_runner import MockRunner, expected_tokens, fake_logprob
 
@@ -146,7 +147,7 @@ class Loop:
             assert 0 < step.plan.num_tokens <= self.config.max_num_batched_tokens, "the budget is broken"
             if self.broke_at_launch(step):
                 return None
-            self.runner.launch(StepPlan.from_bytes(step.plan.to_bytes()) if len(self.steps) % 16 == 0 else step.plan)
+            self.runner.launch(decode(StepPlan, encode(step.plan)) if len(self.steps) % 16 == 0 else step.plan)
             self.in_flight.append(step)
             self.steps.append(step)
             self.written[step.plan.step] = self.runner.written_slots(step.plan)

@@ -15,6 +15,7 @@ from nanoengine.core.scheduling import steady
 from nanoengine.core.scheduling.messages import Update
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.core.scheduling.steady import WIDTH, SteadyRows
+from nanoengine.distributed.wire import encode
 
 
 class WatchedLoop(BreakingLoop):
@@ -63,7 +64,7 @@ def both(ops: list[Any], **options: Any) -> WatchedLoop:
     assert columns.news == single.news
     assert len(columns.steps) == len(single.steps)
     for a, b in zip(columns.steps, single.steps, strict=True):
-        assert a.plan.to_bytes() == b.plan.to_bytes(), f"step {a.plan.step} is another one"
+        assert encode(a.plan) == encode(b.plan), f"step {a.plan.step} is another one"
         assert [(r.id, g) for r, g in a.rows] == [(r.id, g) for r, g in b.rows]
         assert np.array_equal(a.generations, b.generations)
         assert (a.sampled, a.published, a.admitted, a.preempted) == (b.sampled, b.published, b.admitted, b.preempted)

@@ -11,6 +11,7 @@ import pytest
 from sched_harness import BreakingLoop, grammar_stage, prompt_of, random_ops, run_ops, shift_stage
 
 from nanoengine.core.step import StepPlan, StepResult
+from nanoengine.distributed.wire import decode, encode
 
 
 def assert_same(a: Any, b: Any, where: str) -> None:
@@ -38,12 +39,12 @@ class WireLoop(BreakingLoop):
         run, commit = self.runner.launch, self.scheduler.commit
 
         def launch(plan: StepPlan) -> None:
-            copy = StepPlan.from_bytes(plan.to_bytes())
+            copy = decode(StepPlan, encode(plan))
             assert_same(plan, copy, "plan")
             run(copy)
 
         def commit_copy(step: Any, result: StepResult) -> Any:
-            copy = StepResult.from_bytes(result.to_bytes())
+            copy = decode(StepResult, encode(result))
             assert_same(result, copy, "result")
             self.results.append(copy)
             return commit(step, copy)
@@ -78,17 +79,17 @@ def test_every_part_of_a_message_was_carried():
 
 def test_an_empty_message():
     for message in (StepPlan(), StepResult()):
-        assert_same(message, type(message).from_bytes(message.to_bytes()), "empty")
+        assert_same(message, decode(type(message), encode(message)), "empty")
 
 
 def test_messages_are_small_quick_and_writable():
     """No archive, no pickle: 256 decode rows in a few kilobytes. What is read from a bytearray can be written."""
     rows = np.arange(256, dtype=np.int32)
     plan = StepPlan(slots=rows, query_lens=rows, starts=rows, logits_index=rows, logits_rows=rows, num_decode_rows=256)
-    data = plan.to_bytes()
+    data = encode(plan)
     assert len(data) < 256 * 4 * 5 + 300
     for given in (data, bytearray(data)):
-        copy = StepPlan.from_bytes(given)
+        copy = decode(StepPlan, given)
         assert_same(plan, copy, "plan")
         assert copy.slots.flags.writeable
         assert copy.slots.flags.aligned
@@ -97,4 +98,4 @@ def test_messages_are_small_quick_and_writable():
 @pytest.mark.parametrize("bad", [np.zeros(2, np.float16), np.zeros((2, 2), np.int32)])
 def test_what_no_message_holds_is_refused(bad: Any):
     with pytest.raises(TypeError, match="message"):
-        StepPlan(slots=bad).to_bytes()
+        encode(StepPlan(slots=bad))

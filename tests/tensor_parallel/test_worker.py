@@ -23,6 +23,7 @@ from nanoengine.distributed.channel import Channel, Frame, Kind, Parcel
 from nanoengine.distributed.faults import blame, blame_late, exit_words, phase_of, report_of
 from nanoengine.distributed.group import CollectiveFailed
 from nanoengine.distributed.shared import READY, RING, Layout, Shared, Word
+from nanoengine.distributed.wire import decode, encode
 from nanoengine.distributed.worker import Worker
 from nanoengine.setup.start.clock import PHASES
 
@@ -116,12 +117,12 @@ class Device:
     def __init__(self) -> None:
         self.gate, self.launched = threading.Event(), SimpleQueue[int]()
 
-    def start(self, clock: Any) -> str:
-        return "memory"
-
     def launch(self, plan: StepPlan) -> Step:
         self.launched.put(plan.step)
         return Step(plan, self.gate)
+
+    def call(self, target: str, *args: Any) -> Any:
+        return getattr(self, target)(*args)
 
     def ask(self, what: int) -> int:
         assert self.gate.is_set(), "a call comes after the launched steps"
@@ -133,7 +134,7 @@ class Hosted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, slot_bytes: int) -> None:
         self.runner, self.exited = Device(), SimpleQueue[int]()
-        monkeypatch.setattr(Worker, "_make_runner", lambda worker, clock: self.runner)
+        monkeypatch.setattr(Worker, "_start_runner", lambda worker, clock: (self.runner, "memory"))
         monkeypatch.setattr(main.os, "_exit", lambda status: self.exited.put(status))
         self.layout = Layout(1, slot_bytes)
         self.shared = Shared.create(self.layout)
@@ -154,7 +155,7 @@ class Hosted:
         return frame
 
     def plan(self, number: int, step: int) -> None:
-        data = StepPlan(step=step, slots=i32(range(40))).to_bytes()
+        data = encode(StepPlan(step=step, slots=i32(range(40))))
         if self.shared.put(self.layout.plan_at(number), data):
             self.channel.send(Kind.PLAN, number)
         else:
@@ -166,7 +167,7 @@ class Hosted:
         data = frame.parcel or self.shared.take(self.layout.result_at(number))
         assert data is not None
         assert frame.number == number
-        return int(StepResult.from_bytes(data).token_ids[0])
+        return int(decode(StepResult, data).token_ids[0])
 
     def close(self) -> None:
         self.channel.close()

@@ -11,12 +11,10 @@ from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from nanoengine.api.errors import EngineClosed
-from nanoengine.api.parallel import SingleRank
 from nanoengine.core.execution.runner import ModelRunner
 from nanoengine.core.execution.start_report import MemoryReport
 from nanoengine.core.options import EnginePlan
 from nanoengine.core.step import StepPlan, StepResult
-from nanoengine.setup.plugins.targets import TargetLoader
 
 
 class StepHandle(Protocol):
@@ -31,7 +29,7 @@ class Executor(ABC):
     """Runs step plans, in the order they were launched."""
 
     @abstractmethod
-    def start(self, plan: EnginePlan, loader: TargetLoader) -> MemoryReport:
+    def start(self, plan: EnginePlan) -> MemoryReport:
         """Build the model and its memory."""
 
     @abstractmethod
@@ -39,8 +37,8 @@ class Executor(ABC):
         """Hand over a step; returns before it has run. Legal while one step is in flight."""
 
     @abstractmethod
-    def call(self, name: str, *args: Any) -> list[Any]:
-        """Call a runner's method by name, after the launched steps; one answer a rank. For rare control, not steps."""
+    def call(self, target: str, *args: Any) -> list[Any]:
+        """Call "package.module:function" with each rank's runner, behind the launched steps; one answer a rank."""
 
     @abstractmethod
     def shutdown(self) -> None:
@@ -60,13 +58,14 @@ class InProcessExecutor(Executor):
     """One device. A GPU has a stream of its own: launching is enqueuing. On a CPU steps run in order on one worker
     thread, so that the host may prepare the next beside it."""
 
-    def __init__(self) -> None:
+    def __init__(self, start_runner: Callable[[EnginePlan], tuple[ModelRunner, MemoryReport]]) -> None:
+        self._start_runner = start_runner
         self._thread: StepThread | None = StepThread("nanoengine-step")
         self.runner: ModelRunner | None = None
 
-    def start(self, plan: EnginePlan, loader: TargetLoader) -> MemoryReport:
-        self.runner = ModelRunner(plan, loader, SingleRank())
-        report: MemoryReport = self._submit(self.runner.start).result()
+    def start(self, plan: EnginePlan) -> MemoryReport:
+        made: tuple[ModelRunner, MemoryReport] = self._submit(self._start_runner, plan).result()
+        self.runner, report = made
         return report
 
     def launch(self, plan: StepPlan) -> StepHandle:
@@ -75,8 +74,8 @@ class InProcessExecutor(Executor):
             return self.runner.launch(plan)
         return _CallHandle(self._submit(self.runner.launch, plan))
 
-    def call(self, name: str, *args: Any) -> list[Any]:
-        return [self._submit(getattr(self.running(), name), *args).result()]
+    def call(self, target: str, *args: Any) -> list[Any]:
+        return [self._submit(self.running().call, target, *args).result()]
 
     def running(self) -> ModelRunner:
         """Raises `EngineClosed`."""

@@ -111,10 +111,9 @@ class _Sampled:
 class FinishStep:
     """Ends steps of one model over its slot tables."""
 
-    def __init__(
-        self, model: CheckedModel, tables: SlotTables, sampler: Sampler, tp: TensorParallelGroup, vocab: int
-    ) -> None:
-        self.model, self.tables, self.sampler, self.tp, self.vocab_size = model, tables, sampler, tp, vocab
+    def __init__(self, model: CheckedModel, tables: SlotTables, sampler: Sampler, tp: TensorParallelGroup) -> None:
+        self.model, self.tables, self.sampler, self.tp = model, tables, sampler, tp
+        self.vocab_size = tables.limits.vocab_size
 
     def kind(self, slots: npt.NDArray[np.int32]) -> int | None:
         """The tail that serves these rows, as a graph; None: the eager way.

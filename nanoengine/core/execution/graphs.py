@@ -28,14 +28,13 @@ from nanoengine.api.model import ForwardBatch
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.core.execution.finish_step import CapturedTail
 from nanoengine.core.execution.sampler import Sampler
-from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.execution.start_report import CaptureOutOfMemory
 from nanoengine.core.execution.step_inputs import (
     PREFILL_ROWS,
     GatheredStep,
     GraphInputs,
     RowInputs,
-    StepBuffers,
+    StepGather,
     StepSize,
     blank_plan,
     plain_rows,
@@ -156,18 +155,13 @@ class StepGraphs:
         self,
         sizes: CaptureSizes,
         model: CheckedModel,
-        tables: SlotTables,
-        buffers: StepBuffers,
+        gather: StepGather,
         sampler: Sampler,
         tp: TensorParallelGroup,
-        gather: Callable[[StepPlan], GatheredStep],
-        fill: Callable[[GatheredStep], None],
     ) -> None:
-        """`gather(plan)`: fill the static buffers for a step, as an eager launch does; `fill`: its second half, which
-        hands them to the attention backends."""
-        self.sizes, self._model, self._tables, self._buffers = sizes, model, tables, buffers
-        self._sampler, self._tp, self._gather, self._fill = sampler, tp, gather, fill
-        self._inputs = GraphInputs(buffers, tables) if sizes.inputs else None
+        self.sizes, self._model, self._gather, self._sampler, self._tp = sizes, model, gather, sampler, tp
+        self._tables, self._buffers = gather.tables, gather.buffers
+        self._inputs = GraphInputs(self._buffers, self._tables) if sizes.inputs else None
         self._tail: CapturedTail | None = None
         self.failure = ""
         self._forget()
@@ -304,5 +298,5 @@ class StepGraphs:
         if in_front:
             self._inputs.send(plan, size)
         self._gathered[size] = inputs = self._inputs.run(plan, size)
-        self._fill(inputs)
+        self._gather.fill(inputs)
         return inputs

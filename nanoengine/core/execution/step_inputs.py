@@ -6,6 +6,7 @@ share one path, and nothing is rebuilt per step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanoengine.api.attention import BatchLimits, StepInputs
+from nanoengine.api.attention import AttentionBackend, BatchLimits, StepInputs
+from nanoengine.api.plugin_calls import name_of, plugin_step
 from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.step import Int32, StepPlan
 from nanoengine.kernels.step_inputs import StepInputBuffers
@@ -280,6 +282,26 @@ def decode_plan(slots: Int32, start: int) -> StepPlan:
         sampled=np.ones(count, dtype=np.bool_),
         prompt_logprobs=np.zeros(count, dtype=np.int32),
     )
+
+
+class StepGather:
+    """Gathers a step's inputs from the slot tables, and hands them to the attention backends."""
+
+    def __init__(self, buffers: StepBuffers, tables: SlotTables, backends: Sequence[AttentionBackend]) -> None:
+        self.buffers, self.tables, self._backends = buffers, tables, backends
+        self._class = type(backends[0])
+        self._where = f"{name_of(self._class)}.fill"
+
+    def __call__(self, plan: StepPlan) -> GatheredStep:
+        """As an eager launch does."""
+        inputs = self.buffers.gather(plan, self.tables)
+        self.fill(inputs)
+        return inputs
+
+    def fill(self, inputs: GatheredStep) -> None:
+        with plugin_step(self._where, self._class):
+            for backend, group in zip(self._backends, inputs.groups, strict=True):
+                backend.fill(group)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -26,8 +25,6 @@ from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.step import StepPlan
 from nanoengine.setup.start.largest_steps import one_token
 
-_log = logging.getLogger(__name__)
-
 
 def kv_block_bytes(backend: type[AttentionBackend], spec: KVSpec, block_size: int) -> int:
     """Its answer, if that is a size. Raises `PluginError`."""
@@ -37,17 +34,6 @@ def kv_block_bytes(backend: type[AttentionBackend], spec: KVSpec, block_size: in
         text = f"{name_of(backend)}.kv_block_bytes gave {shown(found)} for {spec}, not a number of bytes of at least 1"
         raise PluginError(text + whose(None, backend))
     return found
-
-
-def release(backend: AttentionBackend) -> None:
-    """One that fails keeps no other from giving its memory back."""
-    try:
-        backend.release()
-    except BaseException as error:
-        if not is_failure(error):
-            raise
-        where = name_of(type(backend))
-        _log.warning("%s.release failed: %s%s", where, described(error), whose(error, type(backend), where))
 
 
 def dry_run(

@@ -1,0 +1,227 @@
+"""Starts a runner: model, weights, attention backends, tables, KV cache, graphs, each measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from nanoengine.api.attention import AttentionBackend
+from nanoengine.api.errors import ModelError, NanoEngineError, is_out_of_memory
+from nanoengine.api.model import Attention, Model
+from nanoengine.api.parallel import TensorParallelGroup
+from nanoengine.api.plugin_calls import name_of, plugin_call
+from nanoengine.api.processors import StageContext
+from nanoengine.core.execution.graphs import capture_sizes
+from nanoengine.core.execution.runner import ModelRunner, RunnerParts, on_device, release, release_caches
+from nanoengine.core.execution.sampler import Sampler
+from nanoengine.core.execution.slots import SlotLimits, SlotTables
+from nanoengine.core.execution.start_report import MemoryReport, free_unused
+from nanoengine.core.execution.step_inputs import StepBuffers
+from nanoengine.core.options import EngineOptions, EnginePlan
+from nanoengine.core.step import num_slots
+from nanoengine.kernels.ops import Ops, ops_for
+from nanoengine.setup.plugins.choose import load_checked
+from nanoengine.setup.plugins.targets import TargetLoader
+from nanoengine.setup.start.backend_checks import dry_run, kv_block_bytes
+from nanoengine.setup.start.build_model import BuiltModel, build_model, kv_groups, parameter_bytes, weight_bytes
+from nanoengine.setup.start.clock import StartClock
+from nanoengine.setup.start.largest_steps import largest_steps
+from nanoengine.setup.start.memory import (
+    CPU_KV_CACHE_BYTES,
+    GpuShare,
+    batch_limits,
+    cannot_allocate,
+    count_blocks,
+    peak_bytes,
+    weights_misfit,
+)
+from nanoengine.setup.start.shortage import with_less
+from nanoengine.setup.start.stages import build_stages
+from nanoengine.setup.start.weights import dummy_weights, load_weights
+
+
+def start_runner(
+    plan: EnginePlan, loader: TargetLoader, tp: TensorParallelGroup, clock: StartClock | None = None
+) -> tuple[ModelRunner, MemoryReport]:
+    """A runner with model, weights, KV cache and tables, and what it takes. `clock` gets the phases.
+
+    Where memory does not hold the steps that the options allow, the runner is made for smaller ones, and the report
+    has their numbers. Nothing stays allocated where this raises.
+
+    Raises `ModelError`, `WeightsError`, `PluginError`, `DeviceMemoryError`, `ConfigError`.
+    """
+    with on_device(torch.device(plan.options.device)):
+        return _Start(plan, loader, tp, clock or StartClock()).run()
+
+
+class _Start:
+    """One start. `layers` and `backends` are those of the attempt that is being made."""
+
+    def __init__(self, plan: EnginePlan, loader: TargetLoader, tp: TensorParallelGroup, clock: StartClock) -> None:
+        self.plan, self.asked, self.loader, self.tp, self.clock = plan, plan.options, loader, tp, clock
+        self.device = torch.device(plan.options.device)
+        self.dtype: torch.dtype = getattr(torch, plan.options.dtype)
+        self.layers: Sequence[Sequence[Attention]] = ()
+        self.backends: Sequence[AttentionBackend] = ()
+
+    def run(self) -> tuple[ModelRunner, MemoryReport]:
+        options = self.plan.options
+        model_class: type[Model] = load_checked(self.loader, self.plan.model, Model)
+        ops = ops_for(self.device, fuse=options.fuse_kernels)
+        self.fused = ops.name == "triton"
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # makes the context
+            self.share = GpuShare.at_start(self.device, options.gpu_memory_utilization)
+        self.clock.lap("device")
+        try:
+            built = self._make_model(model_class, ops)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            needed = weight_bytes(model_class, self.plan.hf_config, self.tp, self.dtype)
+            raise weights_misfit(needed, self.device, error) from error
+        self.clock.lap("weights")
+        try:
+            if self.tp.size > 1:  # ranks could not agree on less
+                return self._make_state(built, options)
+            return with_less(options, partial(self._make_state, built), self._undo)
+        except BaseException:
+            self._undo()
+            raise
+
+    def _make_model(self, model_class: type[Model], ops: Ops) -> BuiltModel:
+        built = build_model(model_class, self.plan.hf_config, tp=self.tp, dtype=self.dtype, device=self.device, ops=ops)
+        what, passing = f"{name_of(model_class)}: loading its weights failed", (NanoEngineError, OSError)
+        with plugin_call(what, model_class, ModelError, passing=passing):
+            if self.plan.options.load_format == "dummy":
+                dummy_weights(built.model, self.plan.options.seed, self.tp)
+            else:
+                load_weights(built.model, built.config, self.plan.model_path, self.tp)
+            built.model.eval()
+        if self.tp.size > 1:
+            built.model.register_forward_pre_hook(lambda *_: self.tp.begin_forward())
+        return built
+
+    def _make_state(self, built: BuiltModel, options: EngineOptions) -> tuple[ModelRunner, MemoryReport]:
+        """Everything beside the model: what is sized by the limits of a batch."""
+        self.plan = replace(self.plan, options=options)
+        self._make_backends(built)
+        runner = self._make_runner(built)
+        self.clock.lap("buffers")
+        report = self._make_kv_cache(built, runner)
+        self.clock.lap("kv cache")
+        runner.graphs.capture()
+        self.clock.lap("capture")
+        if not runner.graphs.logits and self._measured == (0, 0):  # else the model has run
+            dry_run(runner.launch_whole, runner.tables, self._bound())
+        given_up = options.enforce_eager and not self.asked.enforce_eager
+        eager = "memory ran out while graphs were captured" if given_up else runner.graphs.failure
+        return runner, replace(report, eager_because=eager, phases=self.clock.report().phases)
+
+    def _undo(self) -> None:
+        release_caches(self.layers, self.backends)
+        self.layers = self.backends = ()
+        free_unused(self.device)
+
+    def _make_backends(self, built: BuiltModel) -> None:
+        """One backend a KV group, bound to its layers; still without a cache."""
+        self.backend_class: type[AttentionBackend] = load_checked(self.loader, self.plan.attention, AttentionBackend)
+        groups, limits = kv_groups(built.attention_layers), batch_limits(self.plan.options)
+        self.specs, self.layers = [spec for spec, _ in groups], [layers for _, layers in groups]
+        with plugin_call(f"{name_of(self.backend_class)}.__init__ failed", self.backend_class):
+            self.backends = tuple(self.backend_class(spec, limits, self.device) for spec in self.specs)
+        for layer, backend, index in self._bound():
+            layer.bind(backend, index)
+
+    def _bound(self) -> list[tuple[Attention, AttentionBackend, int]]:
+        """Each attention layer, its backend, its index there."""
+        pairs = zip(self.backends, self.layers, strict=True)
+        return [(layer, backend, index) for backend, layers in pairs for index, layer in enumerate(layers)]
+
+    def _make_runner(self, built: BuiltModel) -> ModelRunner:
+        limits, options, vocab_size = batch_limits(self.plan.options), self.plan.options, built.config.vocab_size
+        slot_limits = SlotLimits(
+            max_slots=num_slots(options.max_num_seqs, options.spare_slots),
+            max_model_len=limits.max_model_len,
+            vocab_size=vocab_size,
+            num_groups=len(self.layers),
+            max_blocks=limits.max_blocks,
+        )
+        ctx = StageContext(slot_limits.max_slots, vocab_size, limits.max_model_len, self.device)
+        stages = build_stages(self.plan.stages, self.loader, ctx)
+        self.failed_stages = stages.failed
+        tables = SlotTables(slot_limits, [plan for plan, _ in stages.working], self.device, fused=self.fused)
+        buffers = StepBuffers(limits, len(self.layers), self.device, fused=self.fused)
+        kernels = self.fused and options.fuse_sampling
+        sampler = Sampler(stages.working, vocab_size, fuse=options.fuse_sampling, kernels=kernels)
+        supported = self.backend_class.capabilities.graphs
+        sizes = capture_sizes(options, limits, supported, fused=self.fused, tail=self.fused)
+        return ModelRunner(
+            RunnerParts(
+                device=self.device,
+                tp=self.tp,
+                model=built.model,
+                config=built.config,
+                layers=self.layers,
+                backends=self.backends,
+                tables=tables,
+                buffers=buffers,
+                sampler=sampler,
+                sizes=sizes,
+            )
+        )
+
+    def _make_kv_cache(self, built: BuiltModel, runner: ModelRunner) -> MemoryReport:
+        options, limits = self.plan.options, batch_limits(self.plan.options)
+        size, pairs = limits.block_size, list(zip(self.specs, self.layers, strict=True))
+        block_bytes = sum(kv_block_bytes(self.backend_class, spec, size) * len(layers) for spec, layers in pairs)
+        self._measured = (0, 0)
+        budget = partial(self._kv_budget, block_bytes, runner)
+        blocks = self.tp.minimum(count_blocks(options, block_bytes, budget))
+        try:
+            self._allocate(blocks + 1)
+        except (RuntimeError, MemoryError, OverflowError) as error:  # torch's OutOfMemoryError is a RuntimeError
+            given = options.num_gpu_blocks_override is not None or options.kv_cache_memory is not None
+            if is_out_of_memory(error) and not given:
+                raise
+            raise cannot_allocate(blocks, block_bytes * (blocks + 1), size, error) from error
+        return MemoryReport(
+            num_blocks=blocks,
+            num_groups=len(self.layers),
+            block_size=size,
+            block_bytes=block_bytes,
+            kv_cache_bytes=block_bytes * (blocks + 1),
+            weight_bytes=parameter_bytes(built.model),
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=limits.max_tokens,
+            step_bytes=self._measured[0],
+            graph_bytes=self._measured[1],
+            failed_stages=self.failed_stages,
+        )
+
+    def _allocate(self, num_blocks: int) -> None:
+        if num_blocks >= 1 << 31:
+            raise OverflowError("the number of a block is an int32")
+        passing = (NanoEngineError, RuntimeError, OverflowError)  # torch's, where sizes are too large
+        with plugin_call(f"{name_of(self.backend_class)}.allocate failed", self.backend_class, passing=passing):
+            for backend, layers in zip(self.backends, self.layers, strict=True):
+                backend.allocate(len(layers), num_blocks)
+
+    def _kv_budget(self, block_bytes: int, runner: ModelRunner) -> int:
+        """Bytes for the KV cache: on a GPU what the largest steps, which are run, and graphs leave of its share."""
+        if self.device.type != "cuda":
+            return CPU_KV_CACHE_BYTES
+        self._allocate(2)
+        limits, options = batch_limits(self.plan.options), self.plan.options
+        draws = not (self.fused and options.fuse_sampling)  # the kernels need hardly any memory, and compile
+        peaks = largest_steps(runner.launch_whole, runner.tables, runner.sampler, limits, draws=draws)
+        prefill, sampling = (peak_bytes(self.device, run) for run in peaks)
+        for backend in self.backends:
+            release(backend)
+        row, token = runner.tables.limits.vocab_size * self.dtype.itemsize, -(-prefill // limits.max_tokens)
+        self._measured = (max(prefill, sampling), runner.graphs.sizes.reserve_bytes(row, token))
+        self.clock.lap("profile")
+        return self.share.kv_budget(block_bytes, *self._measured)

@@ -107,7 +107,7 @@ def test_a_plan_survives_pickling_and_carries_no_class_of_a_plugin() -> None:
 
     plan = plan_of(discover(), "LlamaForCausalLM")
     assert Noting(io.BytesIO(pickle.dumps(plan))).load() == plan
-    assert set(named) == {"nanoengine.setup.plugins.targets", "nanoengine.core.options", "nanoengine.api.specs"}
+    assert set(named) == {"nanoengine.core.options", "nanoengine.api.specs"}
 
 
 @pytest.mark.slow

@@ -1,0 +1,131 @@
+"""What graphs capture, without a GPU: a stub stands for each graph and runs its pass again over the static buffers, and
+the kernels of inputs and sampling run in Triton's interpreter. Bit for bit on the mock model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import triton_interpreter
+
+from nanoengine import SamplingParams
+from nanoengine.core.execution import graphs, results
+from nanoengine.core.execution.graphs import CaptureSizes, StepGraphs
+from nanoengine.core.execution.step_inputs import StepSize
+from nanoengine.kernels.ops import Ops
+from nanoengine.setup.start import starter
+
+from .support import greedy, mock_llm, prompts, tokens_of
+
+triton_interpreter.import_kernels()
+pytestmark = pytest.mark.skipif(not triton_interpreter.INSTALLED, reason="triton is not installed")
+SIZES = (*map(StepSize, (1, 2, 4)), StepSize(4, 32))
+ASKED = prompts(7, shortest=2, longest=24)
+GREEDY = SamplingParams(temperature=0, max_tokens=6)
+
+
+class Replayed:
+    """Stands for a CUDA graph: a replay runs the pass into the tensors that the capture made."""
+
+    def __init__(self, run: Any) -> None:
+        self.run, self.out = run, run()
+
+    def replay(self) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            out = self.run()
+        if self.out is not None:
+            self.out.copy_(out)
+
+
+class KernelsBeside(Ops):
+    """Plain torch for layers, as the mock model has none; inputs and sampling by kernels."""
+
+    name = "triton"
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """Steps by graph on a CPU; counts replays by kind."""
+    seen: Counter[str] = Counter()
+
+    def capture(run: Any, *_: Any) -> tuple[Any, Any]:
+        graph = Replayed(run)
+        return graph, graph.out
+
+    def counted(name: str) -> Any:
+        original = getattr(StepGraphs, name)
+
+        def replay(self: StepGraphs, size: StepSize, *args: Any) -> Any:
+            seen[f"{name} {'mixed' if size.prefill_tokens else 'decode'}"] += 1
+            return original(self, size, *args)
+
+        return replay
+
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None, query=lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(results, "_send", lambda tensor: tensor.clone())
+    monkeypatch.setattr(graphs, "captured", capture)
+    monkeypatch.setattr(starter, "ops_for", lambda device, fuse: KernelsBeside())
+    monkeypatch.setattr(starter, "capture_sizes", lambda *_, **__: CaptureSizes(SIZES, tail=True, inputs=True))
+    for name in ("replay", "replay_tail"):
+        monkeypatch.setattr(StepGraphs, name, counted(name))
+    with triton_interpreter.interpreted():
+        yield seen
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_greedy_tokens_are_those_of_the_mock_model(tmp_path: Path, captured: Counter[str], overlap: bool) -> None:
+    with mock_llm(tmp_path, max_num_seqs=4, max_num_batched_tokens=36, overlap=overlap) as llm:
+        assert tokens_of(llm.generate(ASKED, GREEDY, use_tqdm=False)) == [greedy(p, 6) for p in ASKED]
+        stats = llm.stats()
+    assert stats.graph_steps == captured["replay decode"] > 3
+    assert stats.mixed_graph_steps == captured["replay mixed"] > 1
+    assert stats.graph_tails == captured["replay_tail decode"] + captured["replay_tail mixed"] > 5
+
+
+def test_seeded_draws_and_what_no_tail_serves(tmp_path: Path, captured: Counter[str]) -> None:
+    """Rows with log-probs and penalties take the eager way behind a replayed step; the others a captured draw."""
+    params = [
+        SamplingParams(seed=1, max_tokens=6, temperature=0.8),
+        SamplingParams(seed=2, max_tokens=6, temperature=1.2, top_p=0.8, top_k=20),
+        SamplingParams(seed=3, max_tokens=6, temperature=0.9, presence_penalty=0.5),
+        SamplingParams(seed=4, max_tokens=6, temperature=0.7, logprobs=2),
+    ]
+    options = {"max_num_seqs": 4, "max_num_batched_tokens": 36}
+    with mock_llm(tmp_path / "graphs", **options) as llm:
+        each = [llm.generate(ASKED[:4], one, use_tqdm=False) for one in params]
+        together = llm.generate(ASKED[:4], params, use_tqdm=False)
+        steps = llm.stats()
+    assert steps.graph_tails < steps.graph_steps + steps.mixed_graph_steps
+    assert captured["replay_tail decode"] > 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(starter, "ops_for", lambda device, fuse: Ops())
+        patch.setattr(starter, "capture_sizes", lambda *_, **__: CaptureSizes())
+        with mock_llm(tmp_path / "eager", **options) as llm:
+            assert [tokens_of(llm.generate(ASKED[:4], one, use_tqdm=False)) for one in params] == [
+                tokens_of(outputs) for outputs in each
+            ]
+            assert tokens_of(llm.generate(ASKED[:4], params, use_tqdm=False)) == tokens_of(together)
+
+
+def test_a_mutant_that_shifts_the_rows_of_mixed_steps_is_caught(
+    tmp_path: Path, captured: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = graphs.StepGraphs.replay
+
+    def replay(self: StepGraphs, size: StepSize) -> Any:
+        logits = original(self, size)
+        return logits.copy_(logits.roll(1, 0)) if size.prefill_tokens else logits
+
+    monkeypatch.setattr(StepGraphs, "replay", replay)
+    with mock_llm(tmp_path, max_num_seqs=4, max_num_batched_tokens=36) as llm:
+        outputs = llm.generate(ASKED, GREEDY, use_tqdm=False)
+    assert [o.outputs[0].token_ids if o.outputs else () for o in outputs] != [greedy(p, 6) for p in ASKED]

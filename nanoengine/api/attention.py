@@ -199,10 +199,6 @@ class AttentionBackend(ABC):
         """`forward` without its store, where `kv_cache` gave a view."""
         raise NotImplementedError(f"{type(self).__name__} offers kv_cache() but no attend()")
 
-    @abstractmethod
-    def copy_blocks(self, src: Tensor, dst: Tensor) -> None:
-        """Copies blocks src[i] -> dst[i] (int64 [N]) in every layer of the group."""
-
     def release(self) -> None:
         """Gives the KV cache back. Default: nothing beyond dropping the instance."""
         return None

@@ -112,22 +112,13 @@ class BlockAppends:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BlockCopies:
-    """KV blocks to copy before the forward pass (forks). All int32 [K]."""
-
-    group: Int32 = field(default_factory=i32)
-    src: Int32 = field(default_factory=i32)
-    dst: Int32 = field(default_factory=i32)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
     """What one step computes. B rows (decode rows first, then prefill rows), T tokens, L logits positions.
 
     Attributes:
         step: running number of the step.
         new: slots that enter with this step; `columns`: their stages' values, and changed ones of running slots.
-        appends, copies: block-table writes and block copies, applied before the forward pass.
+        appends: block-table writes, applied before the forward pass.
         slots: int32 [B]. num_decode_rows: the first rows, which continue a generated sequence.
         query_lens: int32 [B], at least 1 each; T is their sum.
         starts: int32 [B]; absolute position of each row's first token. An upper bound for decode rows: the
@@ -144,7 +135,6 @@ class StepPlan:
     new: NewSlots = field(default_factory=NewSlots)
     columns: tuple[StageColumn, ...] = ()
     appends: BlockAppends = field(default_factory=BlockAppends)
-    copies: BlockCopies = field(default_factory=BlockCopies)
     slots: Int32 = field(default_factory=i32)
     num_decode_rows: int = 0
     query_lens: Int32 = field(default_factory=i32)

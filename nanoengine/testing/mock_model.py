@@ -106,10 +106,6 @@ class MockAttention(AttentionBackend):
         history = sums[rows, self.inputs.positions] % (_HALF * _HALF)
         return torch.stack((history // _HALF, history % _HALF), 1).float()[:, None, :]
 
-    def copy_blocks(self, src: Tensor, dst: Tensor) -> None:
-        blocks = self.cache.view(self.cache.shape[0], -1, self.block_size, 2)
-        blocks[:, dst] = blocks[:, src]
-
 
 class MockModel(Model):
     @classmethod

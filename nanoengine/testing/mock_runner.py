@@ -138,7 +138,6 @@ class MockRunner:
             self._set_column(column)
         appends = plan.appends
         self.block_tables[appends.group, appends.slot, appends.index] = appends.block
-        self.kv[plan.copies.group, plan.copies.dst] = self.kv[plan.copies.group, plan.copies.src]
         self._check_plan(plan)
         self._results.append(self._run(plan))
 

@@ -151,22 +151,6 @@ def test_layers_do_not_share_blocks() -> None:
     assert (empty - right).abs().max() > 1e-2
 
 
-def test_copied_blocks_serve_as_the_originals() -> None:
-    case = Case(rows=[(1, 9), (4, 11)])
-    backend = TorchPaged(case.kv_spec, case.limits, torch.device("cpu"))
-    spare = case.num_blocks
-    used = [block for table in case.blocks for block in table]
-    backend.allocate(2, spare + len(used))
-    history(backend, case, layer=1)
-    backend.copy_blocks(torch.tensor(used), torch.arange(spare, spare + len(used)))
-    fresh = iter(range(spare, spare + len(used)))
-    case.blocks = [[next(fresh) for _ in table] for table in case.blocks]
-    backend._kv[:, :, :spare] = float("nan")  # the originals are gone
-    backend.fill(case.inputs())
-    out = backend.forward(1, case.spec, *case.step_qkv())
-    assert (out - case.reference()).abs().max() < 5e-6
-
-
 def test_decode_rebuilds_no_buffer() -> None:
     case = Case(rows=[(1, 30), (1, 17)], max_model_len=200)
     backend = TorchPaged(case.kv_spec, case.limits, torch.device("cpu"))

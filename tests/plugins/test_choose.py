@@ -42,8 +42,6 @@ class Complete(AttentionBackend):
 
     def forward(self, layer: int, spec: Any, q: Any, k: Any, v: Any) -> Any: ...
 
-    def copy_blocks(self, src: Any, dst: Any) -> None: ...
-
 
 class OnlyHead64(Complete):
     capabilities = AttentionCapabilities(devices=frozenset({"madeup"}), head_sizes=frozenset({64}))
@@ -143,7 +141,7 @@ def test_auto_passes_over_a_name_in_conflict() -> None:
 @pytest.mark.parametrize(
     ("target", "text"),
     [
-        (f"{HERE}:Partial", r"does not implement AttentionBackend\.__init__, allocate, copy_blocks, fill, forward"),
+        (f"{HERE}:Partial", r"does not implement AttentionBackend\.__init__, allocate, fill, forward"),
         (f"{HERE}:NEED", "not a class derived from nanoengine.api.AttentionBackend"),
         (f"{HERE}:Path", "not a class derived from nanoengine.api.AttentionBackend"),
         (f"{HERE}:Nothing", "cannot load .*AttributeError"),

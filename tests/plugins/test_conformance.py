@@ -73,10 +73,6 @@ class ForgetsCap(TorchPaged):
         return super().forward(layer, replace(spec, soft_cap=None), q, k, v)
 
 
-class CopiesNothing(TorchPaged):
-    def copy_blocks(self, src: Tensor, dst: Tensor) -> None: ...
-
-
 class OneLayerForAll(TorchPaged):
     def forward(self, layer: int, spec: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return super().forward(0, spec, q, k, v)
@@ -207,7 +203,6 @@ class ExitsInFill(TorchPaged):
         (SeesOneAhead, "two whole prompts, layer 0: row 'a' .* off by"),
         (ForgetsScale, "off by"),
         (ForgetsCap, r"soft_cap=2.0\): two whole prompts"),
-        (CopiesNothing, "two that part after copy_blocks, layer 0: row 'fork'"),
         (OneLayerForAll, "one more token each, layer 0"),
         (WritesToLogicalBlocks, "or the row's own K and V are not where slot_mapping says"),
         (ClaimsLess, "does not declare SOFT_CAP, yet unsupported"),

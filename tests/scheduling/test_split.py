@@ -280,7 +280,7 @@ def test_mutants_are_caught(monkeypatch: pytest.MonkeyPatch, mutant: Any) -> Non
 
 def test_every_field_of_a_plan_and_of_a_result_is_thought_of() -> None:
     """A new one must be cut, and joined, too."""
-    plan = {"step", "new", "columns", "appends", "copies", "slots", "num_decode_rows", "query_lens", "starts"}
+    plan = {"step", "new", "columns", "appends", "slots", "num_decode_rows", "query_lens", "starts"}
     plan |= {"logits_index", "logits_rows", "sampled", "prompt_logprobs"}
     assert {f.name for f in fields(StepPlan)} == plan
     result = {"step", "token_ids", "counts", "failed", "sampled_logprobs", "prompt_logprobs", "graphs", "parts"}

@@ -28,9 +28,6 @@ class RowByRow(AttentionBackend):
     def release(self):
         self.cache = torch.empty(0)
 
-    def copy_blocks(self, src, dst):
-        self.cache[:, :, dst] = self.cache[:, :, src]
-
     def fill(self, inputs):
         """Once a step. A backend that is captured in CUDA graphs copies this into buffers of its own."""
         self.inputs = inputs

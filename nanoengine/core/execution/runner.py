@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from nanoengine.api.attention import AttentionBackend
@@ -104,13 +103,6 @@ class ModelRunner:
         self.tables.admit(plan.new)
         self.tables.set_columns(plan.columns)
         self.tables.append_blocks(plan.appends)
-        copies = plan.copies
-        if not len(copies.group):
-            return
-        for group in np.unique(copies.group):
-            here = copies.group == group
-            src, dst = (self.tables.put(x[here].astype(np.int64)) for x in (copies.src, copies.dst))
-            self.backends[group].copy_blocks(src, dst)
 
     @torch.inference_mode()
     def sample(self, step: Forwarded, host_inputs: Sequence[StageColumn] = ()) -> LaunchedStep:

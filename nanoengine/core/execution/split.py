@@ -21,7 +21,6 @@ from nanoengine.core.execution.results import join_logprobs
 from nanoengine.core.step import (
     ROW_FINE,
     BlockAppends,
-    BlockCopies,
     LogprobRows,
     NewSlots,
     StepPlan,
@@ -90,7 +89,6 @@ def halves(part: Part) -> tuple[Part, Part]:
         new=NewSlots(),
         columns=(),
         appends=BlockAppends(),
-        copies=BlockCopies(),
         slots=plan.slots[behind:],
         num_decode_rows=max(plan.num_decode_rows - behind, 0),
         query_lens=lens_behind,

@@ -11,7 +11,6 @@ import numpy.typing as npt
 from nanoengine.core.request import Request
 from nanoengine.core.step import (
     BlockAppends,
-    BlockCopies,
     Bool,
     Int32,
     NewSlots,
@@ -110,7 +109,6 @@ def build_plan(
         new=_new_slots(new) if new else _NO_SLOTS,
         columns=_stage_columns(new, host_values) if new or host_values else (),
         appends=_appends(grown) if grown else _NO_APPENDS,
-        copies=_NO_COPIES,
         slots=slots,
         num_decode_rows=num_decode,
         query_lens=lens,
@@ -122,7 +120,7 @@ def build_plan(
     )
 
 
-_NO_SLOTS, _NO_APPENDS, _NO_COPIES = NewSlots(), BlockAppends(), BlockCopies()  # most steps have none
+_NO_SLOTS, _NO_APPENDS = NewSlots(), BlockAppends()  # most steps have none
 
 
 def _decode_rows(picks: Picks, steady: tuple[Int32, Int32] | None) -> tuple[Int32, Int32]:

@@ -79,9 +79,6 @@ class FlashAttn(AttentionBackend):
     def release(self) -> None:
         self._kv = torch.empty(0)
 
-    def copy_blocks(self, src: Tensor, dst: Tensor) -> None:
-        self._kv.index_copy_(2, dst, self._kv.index_select(2, src))
-
     def fill(self, inputs: StepInputs) -> None:
         self._inputs = inputs
         first, rows = inputs.num_decode_rows, len(inputs.seq_lens) - inputs.num_decode_rows

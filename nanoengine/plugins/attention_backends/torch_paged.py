@@ -151,9 +151,6 @@ class TorchPaged(AttentionBackend):
     def release(self) -> None:
         self._kv, self._layers = torch.empty(0), []
 
-    def copy_blocks(self, src: Tensor, dst: Tensor) -> None:
-        self._kv.index_copy_(2, dst, self._kv.index_select(2, src))
-
     def fill(self, inputs: StepInputs) -> None:
         size, heads = self.limits.block_size, self.spec.num_kv_heads
         slots = inputs.slot_mapping.unsqueeze(-1)  # token-major -> head-major

@@ -71,7 +71,7 @@ def check_attention_backend(
     head_sizes: Sequence[int] | None = None,
     block_sizes: Sequence[int] | None = None,
 ) -> None:
-    """Prompts whole and in chunks, decoding, mixed batches, shared and copied and reused blocks, two layers; for every
+    """Prompts whole and in chunks, decoding, mixed batches, shared and reused blocks, two layers; for every
     head size, dtype, grouping of heads and feature that the backend declares. Blocks hold NaN and infinity before they
     are used, and one row of most steps has nothing else.
 
@@ -161,15 +161,11 @@ class _Play:
             self.step("decode with padded rows", {"a": 1, "d": 1}, padded=3)
         self.kv["shared"] = self.known("d", self.paging.share("shared", "d"))
         self.step("a prompt that begins in shared blocks", {"b": 1, "shared": 6})
-        source, copy = self.paging.fork("fork", "d")
-        self.made.copy_blocks(*(torch.tensor([block], device=self.device) for block in (source, copy)))
-        self.kv["fork"] = list(self.kv["d"])
-        self.step("two that part after copy_blocks", {"d": 1, "fork": 1})
         self.step("large values", {"a": 30}, scale=64.0)
         self.drop("a")
         self.step("blocks reused, old values behind their ends", {"b": 1, "late": 7, "later": 2})
         for _ in range(min(6, self.case.block_size)):  # some row begins a block
-            self.step("decode there", {"late": 1, "later": 1, "shared": 1, "fork": 1})
+            self.step("decode there", {"late": 1, "later": 1, "shared": 1})
         with during("release()"):
             self.made.release()
 

@@ -40,13 +40,6 @@ class Paging:
         self.lens[new] = whole * self.limits.block_size
         return self.lens[new]
 
-    def fork(self, new: str, old: str) -> tuple[int, int]:
-        """Starts `new` as a copy of `old` that shares all but the last block: (source, copy) of that block."""
-        *shared, last = self.tables[old]
-        copy = self._free.pop()
-        self.tables[new], self.lens[new] = [*shared, copy], self.lens[old]
-        return last, copy
-
     def drop(self, name: str) -> None:
         """Frees the blocks of a sequence that shares none; the next one to need blocks gets them."""
         self._free += self.tables.pop(name)

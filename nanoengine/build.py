@@ -222,7 +222,7 @@ def _attention(
 
 def attention_need(built: BuiltModel, options: EngineOptions) -> AttentionNeed:
     """What the model's attention layers ask of a backend."""
-    features = {AttentionFeature.MIXED}
+    features: set[AttentionFeature] = set()
     specs = [layer.spec for layer in built.attention_layers]
     if any(spec.window is not None for spec in specs):
         features.add(AttentionFeature.SLIDING_WINDOW)

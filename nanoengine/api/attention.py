@@ -25,9 +25,8 @@ class GraphSupport(IntEnum):
 
 
 class AttentionFeature(StrEnum):
-    """What a layer or a step may need beyond plain causal attention."""
+    """What a layer may need beyond plain causal attention."""
 
-    MIXED = "mixed batches"
     SLIDING_WINDOW = "sliding window"
     SOFT_CAP = "logit soft cap"
 
@@ -75,7 +74,7 @@ class AttentionCapabilities:
     head_sizes: frozenset[int] | None = None
     block_multiple: int = 1
     graphs: GraphSupport = GraphSupport.NEVER
-    features: frozenset[AttentionFeature] = frozenset({AttentionFeature.MIXED})
+    features: frozenset[AttentionFeature] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +85,7 @@ class AttentionNeed:
     dtype: str
     head_sizes: frozenset[int]
     block_size: int | None = None
-    features: frozenset[AttentionFeature] = frozenset({AttentionFeature.MIXED})
+    features: frozenset[AttentionFeature] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +147,7 @@ class AttentionBackend(ABC):
     """One instance a KV group. It owns the KV layout, its metadata and the kernels; the core owns the block count.
 
     `fill` runs once a step, without waiting for the device, and outside any graph but with `GraphSupport.ALWAYS`;
-    `forward` once a layer.
+    `forward` once a layer. One step may hold decode and prefill rows.
     """
 
     capabilities: ClassVar[AttentionCapabilities]

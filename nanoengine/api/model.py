@@ -153,11 +153,9 @@ class ForwardBatch:
 
     Attributes:
         num_tokens: T.
-        num_decode_rows: rows in front that continue a sequence.
     """
 
     num_tokens: int
-    num_decode_rows: int
 
 
 class Model(nn.Module, ABC):

@@ -173,7 +173,7 @@ def test_the_model_example(example: Any) -> None:
         torch.nn.init.normal_(parameter, std=0.3)
     backend.fill(step([[1, 2, 3]], [5], [5], 4))
     with torch.inference_mode():
-        hidden = built.model(torch.arange(5), torch.arange(5), api.ForwardBatch(num_tokens=5, num_decode_rows=0))
+        hidden = built.model(torch.arange(5), torch.arange(5), api.ForwardBatch(num_tokens=5))
         logits = built.model.compute_logits(hidden[-1:])
     assert logits.shape == (1, 11)
     assert logits.isfinite().all()

@@ -61,7 +61,7 @@ class Watch:
                 del graphs._inputs.send
             return logits
         buffers, model = self.runner.buffers, self.runner.model
-        batch = ForwardBatch(num_tokens=size.rows, num_decode_rows=size.rows)
+        batch = ForwardBatch(num_tokens=size.rows)
         hidden = model(buffers.input_ids[: size.rows], buffers.positions[: size.rows], batch)
         logits = model.compute_logits(hidden)
         return logits

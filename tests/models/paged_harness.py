@@ -100,7 +100,7 @@ class PagedModel:
         )
         for backend in self.backends:  # every KV group has the same tables here
             backend.fill(inputs)
-        batch = ForwardBatch(num_tokens=len(ids), num_decode_rows=decode)
+        batch = ForwardBatch(num_tokens=len(ids))
         hidden = self.model(torch.tensor(ids), torch.tensor(positions), batch)
         logits = self.model.compute_logits(hidden)
         return dict(zip(order, logits.split(counts), strict=True))

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 from nanoengine.api import (
     AttentionBackend,
     AttentionCapabilities,
-    AttentionFeature,
     AttentionNeed,
     ColumnSpec,
     Need,
@@ -217,20 +216,6 @@ def test_a_wrong_backend_is_caught(mutant: type[TorchPaged], words: str) -> None
 def test_a_backend_that_declares_what_it_must_not_is_caught() -> None:
     with pytest.raises(PluginError, match=r"ListsDevices.capabilities.devices must be a frozenset .*not \['cpu'\]"):
         check_attention_backend(ListsDevices)
-
-
-def test_a_backend_without_mixed_batches_gets_none() -> None:
-    steps: list[Any] = []
-
-    class Pure(TorchPaged):
-        capabilities = replace(TorchPaged.capabilities, features=frozenset(AttentionFeature) - {AttentionFeature.MIXED})
-
-        def fill(self, inputs: Any) -> None:
-            steps.append({count == 1 for count in inputs.query_lens_host})
-            super().fill(inputs)
-
-    check_attention_backend(Pure, dtypes=["float32"])
-    assert {frozenset(step) for step in steps} == {frozenset({True}), frozenset({False})}
 
 
 # --- models

@@ -11,7 +11,7 @@ class RowByRow(AttentionBackend):
     capabilities = AttentionCapabilities(
         devices=frozenset({"cpu", "cuda"}),
         dtypes=frozenset({"float32", "bfloat16", "float16"}),
-        features=frozenset({AttentionFeature.MIXED, AttentionFeature.SLIDING_WINDOW}),
+        features=frozenset({AttentionFeature.SLIDING_WINDOW}),
     )
 
     @classmethod

@@ -283,7 +283,7 @@ class StepGraphs:
         """Inputs, forward pass and output layer over the static buffers, as a graph captures them; logits of each
         row's last token."""
         inputs = self._inputs_of(size)
-        batch = ForwardBatch(num_tokens=size.tokens, num_decode_rows=size.decode_rows)
+        batch = ForwardBatch(num_tokens=size.tokens)
         hidden = self._model(inputs.input_ids, inputs.positions, batch)
         return self._model.compute_logits(hidden if size.plain else hidden.index_select(0, inputs.logits_index))
 

@@ -95,7 +95,7 @@ class ModelRunner:
             return Forwarded(plan, inputs, None, self.graphs.replay(size), size, ran, step.logits_rows)
         self.tables.flush()
         inputs = self.gather(plan)
-        batch = ForwardBatch(num_tokens=plan.num_tokens, num_decode_rows=plan.num_decode_rows)
+        batch = ForwardBatch(num_tokens=plan.num_tokens)
         hidden = self.checked_model(inputs.input_ids, inputs.positions, batch)
         return Forwarded(plan, inputs, hidden.index_select(0, inputs.logits_index), None)
 

@@ -57,8 +57,7 @@ class _Case:
 
     @property
     def features(self) -> frozenset[AttentionFeature]:
-        wanted = {AttentionFeature.MIXED}
-        wanted |= {AttentionFeature.SLIDING_WINDOW} if self.window is not None else set()
+        wanted = {AttentionFeature.SLIDING_WINDOW} if self.window is not None else set()
         wanted |= {AttentionFeature.SOFT_CAP} if self.soft_cap is not None else set()
         return frozenset(wanted)
 
@@ -191,12 +190,6 @@ class _Play:
     def step(
         self, what: str, chunks: Mapping[str, int], *, padded: int = 0, slack: int = 0, scale: float = 1.0
     ) -> None:
-        """One step, or two where the backend takes no mixed batches."""
-        single = {name: count for name, count in chunks.items() if count == 1}
-        mixed = 0 < len(single) < len(chunks)
-        if mixed and AttentionFeature.MIXED not in self.made.capabilities.features:
-            self.step(what, single, padded=padded, slack=slack, scale=scale)
-            chunks = {name: count for name, count in chunks.items() if count > 1}
         inputs = self.paging.step(chunks, padded_rows=padded, host_slack=slack)
         rows = self.paging.order(chunks)
         queries = [self.normal(_LAYERS, chunks[name], self.case.heads) * 2 for name in rows]

@@ -144,7 +144,7 @@ class _Served:
         spans = {name: (start := self.paging.lens.get(name, 0), start + chunks[name]) for name in rows}
         inputs = self.paging.step(chunks)
         ids = torch.tensor([token for name in rows for token in prompts[name][slice(*spans[name])]])
-        batch = ForwardBatch(num_tokens=len(ids), num_decode_rows=inputs.num_decode_rows)
+        batch = ForwardBatch(num_tokens=len(ids))
 
         @torch.inference_mode()
         def forward(rank: int) -> Tensor:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -308,11 +308,6 @@ class BuiltEngine:
 
     def need_tokenizer(self) -> Tokenizer:
         return _need(self.tokenizer)
-
-    def counters(self) -> dict[str, int]:
-        """The scheduler's counters, and how many samples it holds now."""
-        scheduler = self.engine.scheduler
-        return {**asdict(scheduler.stats()), "running": len(scheduler.running), "waiting": len(scheduler.waiting)}
 
     def model(self) -> nn.Module:
         if not isinstance(self.executor, InProcessExecutor):

@@ -378,7 +378,7 @@ class LLM:
     def stats(self) -> EngineStats:
         """Counts since the start: see `EngineStats`. What was aborted before does not run any more."""
         self.engine.settle()
-        return EngineStats(**self._built.counters())
+        return self.engine.scheduler.stats()
 
     @property
     def memory_report(self) -> MemoryReport:

@@ -103,32 +103,40 @@ class Update(NamedTuple):
     error: RequestError | None = None
 
 
-@dataclass(slots=True)
-class SchedulerStats:
-    """Counters since the start.
+@dataclass(slots=True, kw_only=True)
+class EngineStats:
+    """Counts since the engine started. The scheduler counts; who asks gets a copy.
 
-    preemptions. prompt_tokens and, of these, prefix_hit_tokens: at first admissions. resumed_hit_tokens: hits of
-    preempted requests that came back. chunks: prefill rows that were not the whole rest. mixed_steps: decode and
-    prefill rows in one step. steps: scheduled ones. graph_steps, mixed_graph_steps, graph_tails: committed ones whose
-    decode step, mixed step, sampling ran as a replayed CUDA graph. steps_split: committed ones that memory did not hold
-    whole, and that ran in parts. steps_broken: those of several rows that raised. num_blocks, free_blocks: of the KV
-    group that has fewest free; the dummy block is not counted.
+    Attributes:
+        steps: steps launched. mixed_steps: of them, with decode and prefill rows. chunks: prefill rows that were only a
+            part of what was left to compute.
+        graph_steps, mixed_graph_steps, graph_tails: finished steps of which a CUDA graph was replayed: of a decode
+            step's model, of a mixed step's model, of the sampling behind either.
+        steps_split: finished steps that memory did not hold whole, and that ran in parts.
+        steps_broken: steps of several requests that raised: each ran again by itself, which is slow.
+        preemptions: requests that gave their blocks back and were computed again.
+        prompt_tokens: tokens of admitted prompts. prefix_hit_tokens: of them, taken from the prefix cache.
+        resumed_hit_tokens: taken from it by preempted requests that came back.
+        num_blocks, free_blocks: KV blocks, all and not held by a request, of the KV group that has fewest free; the
+            dummy block is not counted. running, waiting: samples now.
     """
 
-    preemptions: int = 0
-    prompt_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    resumed_hit_tokens: int = 0
-    chunks: int = 0
-    mixed_steps: int = 0
     steps: int = 0
+    mixed_steps: int = 0
+    chunks: int = 0
     graph_steps: int = 0
     mixed_graph_steps: int = 0
     graph_tails: int = 0
     steps_split: int = 0
     steps_broken: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    resumed_hit_tokens: int = 0
     num_blocks: int = 0
     free_blocks: int = 0
+    running: int = 0
+    waiting: int = 0
 
     def count_graphs(self, replayed: int) -> None:
         """`replayed`: as in `StepResult.graphs`."""
@@ -170,41 +178,6 @@ def cut(entries: LogprobRows, num_rows: int) -> dict[int, LogprobRows]:
             top_offsets=offsets - top if top else offsets,
         )
     return out
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    """Counts since the engine started.
-
-    Attributes:
-        steps: steps launched. mixed_steps: of them, with decode and prefill rows. chunks: prefill rows that were only a
-            part of what was left to compute.
-        graph_steps, mixed_graph_steps, graph_tails: finished steps of which a CUDA graph was replayed: of a decode
-            step's model, of a mixed step's model, of the sampling behind either.
-        steps_split: finished steps that memory did not hold whole, and that ran in parts.
-        steps_broken: steps of several requests that raised: each ran again by itself, which is slow.
-        preemptions: requests that gave their blocks back and were computed again.
-        prompt_tokens: tokens of admitted prompts. prefix_hit_tokens: of them, taken from the prefix cache.
-        resumed_hit_tokens: taken from it by preempted requests that came back.
-        num_blocks, free_blocks: KV blocks, all and not held by a request. running, waiting: samples now.
-    """
-
-    steps: int
-    mixed_steps: int
-    chunks: int
-    graph_steps: int
-    mixed_graph_steps: int
-    graph_tails: int
-    steps_split: int
-    steps_broken: int
-    preemptions: int
-    prompt_tokens: int
-    prefix_hit_tokens: int
-    resumed_hit_tokens: int
-    num_blocks: int
-    free_blocks: int
-    running: int
-    waiting: int
 
 
 def append_token(request: Request, token: int) -> Update:

@@ -19,10 +19,10 @@ from nanoengine.core.scheduling.block_manager import BlockManager, Hits
 from nanoengine.core.scheduling.draft import Draft, ask_host_stages, find_hits, may_read_cache, refuse_misfit
 from nanoengine.core.scheduling.messages import (
     Admission,
+    EngineStats,
     Preemption,
     ScheduledStep,
     SchedulerConfig,
-    SchedulerStats,
     Update,
     append_token,
     append_tokens,
@@ -35,7 +35,7 @@ from nanoengine.core.scheduling.queues import Roster
 from nanoengine.core.scheduling.steady import Rows, SteadyRows, may_be_steady
 from nanoengine.core.step import ROW_BAD_LOGITS, StepResult, num_slots, offsets_of
 
-__all__ = ["ScheduledStep", "Scheduler", "SchedulerConfig", "SchedulerStats", "Update"]
+__all__ = ["ScheduledStep", "Scheduler", "SchedulerConfig", "Update"]
 
 Verdict = Literal["admitted", "waits", "no room", "failed"]  # "waits": for a hit that this very step computes
 
@@ -52,7 +52,7 @@ class Scheduler:
         self.config = config
         self.blocks = blocks
         self.policy = policy or make_policy(config.policy)
-        self._stats = SchedulerStats()
+        self._stats = EngineStats()
         slots = num_slots(config.max_num_seqs, config.spare_slots)
         self._roster = Roster(slots, self.policy)
         self.waiting, self.running = self._roster.waiting, self._roster.running
@@ -91,9 +91,15 @@ class Scheduler:
     def has_unfinished(self) -> bool:
         return bool(self.running or self.waiting or self._pending)
 
-    def stats(self) -> SchedulerStats:
-        """The counters since the start, and the blocks as they are now."""
-        return replace(self._stats, num_blocks=self.blocks.num_blocks, free_blocks=self.blocks.free_blocks)
+    def stats(self) -> EngineStats:
+        """A copy of the counters, with the blocks and the requests as they are now."""
+        return replace(
+            self._stats,
+            num_blocks=self.blocks.num_blocks,
+            free_blocks=self.blocks.free_blocks,
+            running=len(self.running),
+            waiting=len(self.waiting),
+        )
 
     def take_updates(self) -> list[Update]:
         """What happened to requests outside of any step's result; to be read after each `schedule`, None or not.

@@ -52,10 +52,15 @@ HARMLESS: Mapping[str, tuple[Any, ...] | Any] = {
 # Keys that make another model of any: what transformers does at other values than these, no plugin does by itself.
 REFUSED: Mapping[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
+    "attention_chunk_size": (),
+    "attribute_map": ({},),
+    "is_causal": (True,),
     "is_encoder_decoder": (False,),
+    "kv_sharing_modes": ([],),
     "per_layer_config": ({},),
     "pruned_heads": ({},),
     "quantization_config": (),
+    "transformers_weights": ("model.safetensors",),
 }
 
 

@@ -24,7 +24,7 @@ from nanoengine.api import (
     WeightMap,
 )
 from nanoengine.kernels.activation import Activation
-from nanoengine.layers.hf_config import Fields
+from nanoengine.layers.hf_config import Fields, layer_windows
 from nanoengine.layers.linear import added, normed
 from nanoengine.layers.mlp import GatedMLP
 from nanoengine.layers.norm import RMSNorm
@@ -50,7 +50,8 @@ DECODER_WEIGHTS = WeightMap(
         "model.language_model.": "model.",
         "language_model.": "model.",
     },
-    skip=(".rotary_emb.inv_freq",),
+    # of the rotation, which config.json gives: tables that older files hold, with whichever names and at any depth
+    skip=("inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached"),
 )
 
 
@@ -141,11 +142,21 @@ def read_decoder(fields: Fields, **traits: Any) -> DecoderConfig:
     }
     if "activation" not in traits:
         shared["activation"] = ACTIVATIONS[fields.choice("hidden_act", tuple(ACTIVATIONS))]
+    if "windows" not in traits:
+        _refuse_windows(fields)
     if "rope" not in traits:
         shared["rope"] = read_rope(fields.data)
     config = DecoderConfig(**{**shared, **traits})
     _check_size(config)
     return config
+
+
+def _refuse_windows(fields: Fields) -> None:
+    """Of a family whose class has no windows: in transformers its cache has them all the same where the file does."""
+    if not fields.has("layer_types"):
+        fields.refuse("sliding_window")
+    layer_windows(fields, fields.int("num_hidden_layers"), None)
+    fields.unused("sliding_window")
 
 
 def _check_size(config: DecoderConfig) -> None:

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from nanoengine.api import ModelError
 from nanoengine.layers.hf_config import Fields, shown
 
+_ORIGINAL = "original_max_position_embeddings"
+
 # What each type reads, beside the keys of all.
 _KEYS: Mapping[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL),
 }
 ROPE_TYPES = tuple(_KEYS)
 _OF_ALL = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
@@ -47,22 +49,33 @@ def read_rope(hf: Mapping[str, Any], theta: float = 10000.0) -> RopeConfig:
     """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4).
 
     As in transformers, `rope_scaling` is used where both objects are given; a base that neither gives is `rope_theta`,
-    or else `theta`. Raises `ModelError` as `rope_of` does, and where two places contradict each other.
+    or else `theta`; `original_max_position_embeddings` may stand beside the object, too. Raises `ModelError` as
+    `rope_of` does, and where two places contradict each other.
     """
     whole = Fields(hf)
     parameters, scaling = whole.nested("rope_parameters"), whole.nested("rope_scaling")
-    if not scaling.data:
-        return rope_of(parameters, whole, "rope_theta", theta)
-    found = rope_of(scaling, whole, "rope_theta", theta)
-    check_agreement(parameters, scaling, {**scaling.data, "rope_theta": found.theta})
+    used = _with_outer(scaling if scaling.data else parameters, whole)
+    found = rope_of(used, whole, "rope_theta", theta)
+    if scaling.data:
+        check_agreement(parameters, scaling, {**used.data, "rope_theta": found.theta}, found.kind)
     return found
 
 
-def check_agreement(parameters: Fields, scaling: Fields, result: Mapping[str, Any]) -> None:
+def _with_outer(used: Fields, whole: Fields) -> Fields:
+    """The object with the original context length that stands beside it (which types that do not ask leave unused)."""
+    if not whole.has(_ORIGINAL):
+        return used
+    if used.has(_ORIGINAL) and used.get(_ORIGINAL) != whole.get(_ORIGINAL):
+        raise contradiction(whole, _ORIGINAL, used, shown(used.get(_ORIGINAL)))
+    return Fields({**used.data, _ORIGINAL: whole.get(_ORIGINAL)}, used.prefix)
+
+
+def check_agreement(parameters: Fields, scaling: Fields, result: Mapping[str, Any], kind: str) -> None:
     """Of two objects that describe one rotation: raises `ModelError` where the first says what is not in the result.
 
-    That it is the default rotation says nothing.
+    That it is the default rotation says nothing. `kind`: the result's type, under whichever name it was given.
     """
+    result = {**result, "rope_type": kind, "type": kind}
     for name, value in parameters.data.items():
         if value is not None and (name, value) not in _NEUTRAL and value != result.get(name):
             raise contradiction(parameters, name, scaling, shown(result.get(name)))
@@ -107,13 +120,13 @@ def _read_llama3(used: Fields, whole: Fields, theta: float) -> RopeConfig:
         factor=used.float("factor"),
         low_freq_factor=low,
         high_freq_factor=high,
-        original_max_position=used.int("original_max_position_embeddings", whole.get("max_position_embeddings")),
+        original_max_position=used.int(_ORIGINAL, whole.get("max_position_embeddings")),
     )
 
 
 def _check_key(used: Fields, name: str, value: Any, kind: str) -> None:
     """A key that the type does not read would be of another rotation than is meant."""
-    idle = name == "original_max_position_embeddings"  # says where the scaling begins, for types that ask
+    idle = name == _ORIGINAL  # says where the scaling begins, for types that ask
     if value is None or idle or name in _OF_ALL or name in _KEYS[kind] or (name, value) in _NEUTRAL:
         return
     raise ModelError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from paged_harness import model_class
 from transformers import (
     Gemma2Config,
@@ -21,10 +23,12 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nanoengine.api import ModelConfig, ModelError
 from nanoengine.layers.config_keys import ANY, HARMLESS, REFUSED, Recorded, unread_keys
 from nanoengine.layers.hf_config import Fields
+from nanoengine.layers.rope import inverse_frequencies
 from nanoengine.testing.checkpoints import (
     tiny_gemma2,
     tiny_gemma3,
@@ -133,6 +137,13 @@ def test_with_images_too(configs: dict[str, dict[str, Any]]) -> None:
         ("pruned_heads", {"0": [1]}),
         ("per_layer_config", {"1": {"hidden_act": "gelu"}}),
         ("layer_types", "full_attention"),
+        ("layer_types", ["sliding_attention"] * 3),
+        ("sliding_window", 4),
+        ("attention_chunk_size", 4),
+        ("attribute_map", {"rms_norm_eps": "initializer_range"}),
+        ("is_causal", False),
+        ("kv_sharing_modes", ["compute", "compute", "reuse"]),
+        ("transformers_weights", "other.safetensors"),
         ("partial_rotary_factor", 0.5),
         ("model_type", "mistral"),
         ("hidden_act", ["silu"]),
@@ -152,9 +163,110 @@ def test_with_images_too(configs: dict[str, dict[str, Any]]) -> None:
 def test_what_would_be_another_model_is_refused_by_name(
     key: str, value: Any, configs: dict[str, dict[str, Any]]
 ) -> None:
-    family = "mistral" if key == "layer_types" else "llama"
+    family = "mistral" if value == "full_attention" else "llama"
     with pytest.raises(ModelError, match=key if key != "rope_scaling" else "rope_"):
         read({**configs[family], key: value})
+
+
+def test_values_at_which_these_keys_change_nothing_are_silent(configs: dict[str, dict[str, Any]]) -> None:
+    same = {
+        "layer_types": ["full_attention"] * 3,
+        "sliding_window": 4,  # of no layer
+        "attention_chunk_size": None,
+        "attribute_map": {},
+        "is_causal": True,
+        "transformers_weights": "model.safetensors",
+    }
+    assert read({**configs["llama"], **same}) == read(configs["llama"])
+
+
+def without_ropes(hf: Mapping[str, Any], **others: Any) -> dict[str, Any]:
+    return {**{name: value for name, value in hf.items() if "rope" not in name}, **others}
+
+
+def assert_rotations_are_transformers(hf: dict[str, Any], kind: str = "") -> None:
+    """The frequencies; `kind`: of layers, in a family with two rotations."""
+    config, reported = read(hf)
+    assert reported == []
+    theirs = next(cls for cls, _ in FAMILIES.values() if cls.model_type == hf["model_type"])(**copy.deepcopy(hf))
+    rope = config.local_rope if kind == "sliding_attention" else config.rope  # type: ignore[attr-defined]
+    parameters = theirs.rope_parameters[kind] if kind else theirs.rope_parameters
+    size = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    if parameters["rope_type"] == "default":
+        want = parameters["rope_theta"] ** -(torch.arange(0, size, 2) / size)
+    else:
+        want, _ = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](theirs, "cpu", **({"layer_type": kind} if kind else {}))
+    assert torch.allclose(inverse_frequencies(rope, size, torch.device("cpu")), want, rtol=1e-6)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+OUTER = "original_max_position_embeddings"
+
+
+@pytest.mark.parametrize("place", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("rope", [LLAMA3, {**LLAMA3, OUTER: 16}, {"rope_type": "linear", "factor": 4.0}, {}])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_original_length_beside_the_rotation_is_read_as_in_transformers(
+    family: str, rope: dict[str, Any], place: str, configs: dict[str, dict[str, Any]]
+) -> None:
+    if family != "gemma3":
+        assert_rotations_are_transformers(without_ropes(configs[family], **{place: rope, OUTER: 16}))
+        return
+    given = {"full_attention": rope, "sliding_attention": {}} if place == "rope_parameters" else rope
+    for kind in ("full_attention", "sliding_attention"):  # its class does not read the outer one
+        assert_rotations_are_transformers(without_ropes(configs[family], **{place: given, OUTER: 32}), kind)
+
+
+def test_two_original_lengths_that_differ_are_refused(configs: dict[str, dict[str, Any]]) -> None:
+    with pytest.raises(ModelError, match=f"{OUTER} 32 contradicts 16 of rope_scaling"):
+        read(without_ropes(configs["llama"], rope_scaling={**LLAMA3, OUTER: 16}, **{OUTER: 32}))
+
+
+@pytest.mark.parametrize("names", ["type rope_type", "rope_type type", "type type", "rope_type rope_type"])
+def test_two_places_that_agree_by_either_name_of_the_type_are_taken(
+    names: str, configs: dict[str, dict[str, Any]]
+) -> None:
+    one, other = ({name: "linear", "factor": 3.0, "rope_theta": 100.0} for name in names.split())
+    assert_rotations_are_transformers(without_ropes(configs["llama"], rope_parameters=one, rope_scaling=other))
+    nested = {"full_attention": one, "sliding_attention": {}}
+    gemma3 = without_ropes(configs["gemma3"], rope_parameters=nested, rope_scaling=other)
+    assert_rotations_are_transformers(gemma3, "full_attention")
+
+
+def test_an_older_type_that_gemma3s_class_does_not_read_is_refused(configs: dict[str, dict[str, Any]]) -> None:
+    old = {"type": "linear", "factor": 8.0}
+    for absent in ({}, {"rope_parameters": None}):
+        with pytest.raises(ModelError, match=r"rope_scaling\.type = 'linear' is not supported"):
+            read(without_ropes(configs["gemma3"], rope_scaling=old, **absent))
+    read(without_ropes(configs["gemma3"], rope_scaling={"type": "default"}))
+    full = {"rope_parameters": {"full_attention": old, "sliding_attention": {}}}
+    assert_rotations_are_transformers(without_ropes(configs["gemma3"], **full), "full_attention")
+    spelled = without_ropes(configs["gemma3"], rope_scaling={"rope_type": "linear", "factor": 8.0})
+    assert_rotations_are_transformers(spelled, "full_attention")
+
+
+def test_what_transformers_takes_is_taken(configs: dict[str, dict[str, Any]]) -> None:
+    """A window in every layer, the default pattern, other activations, and an inner tie that does not count."""
+
+    def windows(family: str, **changes: Any) -> list[bool]:
+        hf = {**configs[family], **changes}
+        return [window is not None for window in read(hf)[0].windows]  # type: ignore[attr-defined]
+
+    assert windows("qwen2", max_window_layers=-1, use_sliding_window=True, sliding_window=5) == [True] * 3
+    pattern = {"layer_types": None, "sliding_window_pattern": None, "_sliding_window_pattern": 2}
+    hf = {name: value for name, value in configs["gemma3"].items() if name not in pattern}
+    want = [kind == "sliding_attention" for kind in Gemma3TextConfig(**hf).layer_types]
+    got = read({**hf, "_sliding_window_pattern": 2})
+    assert ([window is not None for window in got[0].windows], got[1]) == (want, [])  # type: ignore[attr-defined]
+    for family in ("gemma2", "gemma3"):
+        for given, ours in (("silu", "silu"), ("gelu_new", "gelu_tanh")):
+            config, _ = read({**configs[family], "hidden_activation": given})
+            assert config.activation == ours  # type: ignore[attr-defined]
+    outer = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "vision_config": {}}
+    for tied in (True, False):
+        text = {**configs["gemma3"], "tie_word_embeddings": not tied}
+        config, reported = read({**outer, "text_config": text, "tie_word_embeddings": tied})
+        assert (config.tied, reported) == (tied, [])  # type: ignore[attr-defined]
 
 
 def test_a_base_that_transformers_would_lose_is_refused(configs: dict[str, dict[str, Any]]) -> None:

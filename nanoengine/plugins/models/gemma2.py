@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nanoengine.layers.decoder import DecoderConfig, DecoderLM, read_decoder
+from nanoengine.layers.decoder import ACTIVATIONS, DecoderConfig, DecoderLM, read_decoder
 from nanoengine.layers.hf_config import Fields, layer_windows
 
 # What Gemma2Config and Gemma3TextConfig of transformers have for a field that the file leaves out.
@@ -51,7 +51,6 @@ class Gemma2(DecoderLM):
 def family_traits(fields: Fields) -> dict[str, Any]:
     """What Gemma 2 and 3 have in common."""
     fields.refuse("use_bidirectional_attention", False)
-    fields.choice("hidden_activation", ["gelu_pytorch_tanh"])
     fields.unused("hidden_act")  # an older name, which transformers does not read
     bias = fields.bool("attention_bias")
     return {
@@ -61,7 +60,7 @@ def family_traits(fields: Fields) -> dict[str, Any]:
         "score_scale": fields.float("query_pre_attn_scalar") ** -0.5,
         "logit_cap": fields.optional_float("final_logit_softcapping"),
         "embedding_scale": fields.int("hidden_size") ** 0.5,
-        "activation": "gelu_tanh",
+        "activation": ACTIVATIONS[fields.choice("hidden_activation", tuple(ACTIVATIONS))],
         "unit_offset": True,
         "post_norms": True,
     }

@@ -45,20 +45,15 @@ class Gemma3WithImages(DecoderLM):
         whole.unused(*_OF_IMAGES)
         text = whole.nested("text_config", DEFAULTS)
         text.refuse("final_logit_softcapping")  # which transformers ignores in this class
-        tied = whole.bool("tie_word_embeddings")
-        if "tie_word_embeddings" in text.data:
-            text.refuse("tie_word_embeddings", tied)  # the outer one counts, and transformers ties where it is absent
-        return read_text_config(text, tied=tied)
+        text.unused("tie_word_embeddings")  # the outer one counts, and transformers ties where it is absent
+        return read_text_config(text, tied=whole.bool("tie_word_embeddings"))
 
 
 def read_text_config(fields: Fields, **traits: Any) -> DecoderConfig:
     fields.refuse("model_type", "gemma3_text")
     fields.refuse("attn_logit_softcapping")  # null in every checkpoint, and ignored by transformers
     pattern = fields.int("sliding_window_pattern", _PATTERN)
-    if not fields.has("layer_types"):
-        # files written by transformers have this name, and layer_types, which it follows
-        fields.refuse("_sliding_window_pattern", pattern)
-    fields.unused("_sliding_window_pattern")
+    fields.unused("_sliding_window_pattern")  # which transformers writes beside layer_types, and does not read
     windows = layer_windows(
         fields, fields.int("num_hidden_layers"), fields.int("sliding_window"), lambda layer: (layer + 1) % pattern != 0
     )
@@ -78,10 +73,15 @@ def _ropes(fields: Fields) -> tuple[RopeConfig, RopeConfig]:
         if name not in ("full_attention", "sliding_attention"):
             raise kinds.wrong(name, kinds.data[name], "left out: it holds full_attention and sliding_attention")
     full, local = kinds.nested("full_attention"), kinds.nested("sliding_attention")
+    if not fields.has("rope_parameters") and scaling.get("rope_type") is None and scaling.get("type") != "default":
+        # transformers' object says rope_type default then, and it does not read the older name
+        scaling.refuse("type")
     both = {**full.data, **scaling.data}
-    check_agreement(full, scaling, both)
     used = Fields(both, scaling.prefix if scaling.data else full.prefix)
+    rope = rope_of(used, fields, "rope_theta", _THETA)
+    check_agreement(full, scaling, both, rope.kind)
+    fields.unused("original_max_position_embeddings")  # which is not read beside the objects here
     return (
-        rope_of(used, fields, "rope_theta", _THETA),
+        rope,
         rope_of(local, fields, "rope_local_base_freq", _LOCAL_THETA),
     )

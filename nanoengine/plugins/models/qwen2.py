@@ -36,7 +36,7 @@ class Qwen2(DecoderLM):
 
 def read_windows(fields: Fields) -> tuple[int | None, ...]:
     """A window, if it is switched on and not null, in the layers from `max_window_layers` on."""
-    layers, first = fields.int("num_hidden_layers"), fields.int("max_window_layers", least=0)
+    layers, first = fields.int("num_hidden_layers"), fields.int("max_window_layers", least=-(2**31))
     fields.unused("sliding_window")  # where it is not switched on
     used = fields.bool("use_sliding_window") and fields.has("sliding_window")
     window = fields.int("sliding_window") if used else None

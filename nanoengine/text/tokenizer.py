@@ -103,7 +103,7 @@ def _check_class(path: Path) -> None:
 def _json(path: Path) -> dict[str, Any]:
     """{} for what is no file or no JSON object: transformers says what it misses."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

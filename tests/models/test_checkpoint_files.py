@@ -11,12 +11,13 @@ import pytest
 import torch
 from loading import load, parameter, rewrite
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from nanoengine import LLM
 from nanoengine.api import ModelError, WeightsError
 from nanoengine.setup.start.checkpoint import INDEX_FILE, SINGLE_FILE, find_checkpoint
-from nanoengine.testing.checkpoints import tiny_llama
+from nanoengine.testing.checkpoints import tiny_gemma3, tiny_llama
 from nanoengine.text.tokenizer import load_tokenizer
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9144\n"
@@ -87,17 +88,62 @@ def test_a_tensor_that_the_index_leaves_out_is_read(tmp_path: Path) -> None:
     assert_loads_as_whole(path, tmp_path)
 
 
-def test_of_two_files_with_a_tensor_the_index_decides_or_it_is_an_error(tmp_path: Path) -> None:
+def another(tensor: Tensor, how: str) -> Tensor:
+    return {
+        "values": lambda: tensor * 3,
+        "one bit": lambda: torch.nextafter(tensor, tensor + 1),
+        "the shape": lambda: tensor.reshape(-1),
+        "the dtype": lambda: tensor.to(torch.float64),
+        "nothing": lambda: tensor.clone(),
+    }[how]()
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("how", ["values", "one bit", "the shape", "the dtype", "nothing"])
+def test_two_files_that_hold_different_tensors_of_one_name_are_refused_with_both(
+    how: str, indexed: bool, tmp_path: Path
+) -> None:
     path = sharded(tmp_path)
     index = index_of(path)
     name = next(name for name, file in index.items() if file == SHARDS[0])
     held = load_file(path / SHARDS[2])
-    save_file({**held, name: torch.zeros(3)}, path / SHARDS[2])
-    assert_loads_as_whole(path, tmp_path)
-    del index[name]
-    write_index(path, index)
-    with pytest.raises(WeightsError, match=f"both {SHARDS[0]} and {SHARDS[2]} in .* hold {name}"):
+    save_file({**held, name: another(load_file(path / SHARDS[0])[name], how)}, path / SHARDS[2])
+    if not indexed:
+        del index[name]
+        write_index(path, index)
+    if how == "nothing":
+        assert_loads_as_whole(path, tmp_path)
+        return
+    with pytest.raises(
+        WeightsError, match=f"{SHARDS[0]} and {SHARDS[2]} in .* both hold {name}, with different values"
+    ):
         load(path)
+
+
+def test_copies_of_a_tensor_with_a_nan_are_equal(tmp_path: Path) -> None:
+    path = sharded(tmp_path)
+    held = {name: load_file(path / name) for name in SHARDS[:2]}
+    for name, tensors in held.items():
+        save_file({**tensors, "model.twice": torch.tensor([float("nan")])}, path / name)
+    assert find_checkpoint(path).tensors["model.twice"] == SHARDS[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("headless", [True, False])
+def test_tables_of_rotations_that_older_files_hold_are_skipped(family: str, headless: bool, tmp_path: Path) -> None:
+    path = {"llama": tiny_llama, "gemma3": tiny_gemma3}[family](tmp_path)
+    tables = [f"{rotary}.{table}" for rotary in ("rotary_emb", "rotary_emb_local", "layers.0.self_attn.rotary_emb")
+              for table in ("inv_freq", "original_inv_freq", "full_attention_inv_freq")]  # fmt: skip
+    tables += [f"layers.1.self_attn.rotary_emb.{table}_cached" for table in ("cos", "sin")]
+    above = "" if headless else "model."
+
+    def change(held: dict[str, Tensor]) -> None:
+        renamed = {above + name.removeprefix("model."): held.pop(name) for name in list(held) if "model." in name}
+        held.update({**renamed, **{above + name: torch.ones(4) for name in tables}})
+
+    rewrite(path, change)
+    _, report = load(path)
+    assert set(report.skipped) == {above + name for name in tables}
 
 
 def test_an_index_that_names_what_no_file_holds_is_called_stale(tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def weight_files(folder: Path, name: str, present: Collection[str]) -> list[str]
 
 def _shards(index: Path) -> list[str]:
     try:
-        names: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names: Any = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()
         shards = sorted(set(names))
         if not shards or not all(Path(shard).name == shard for shard in shards):
             raise ValueError("weight_map must name files beside the index")

@@ -1,7 +1,7 @@
 """A folder's safetensors files: which of them are the checkpoint, and which file each tensor is read from.
 
 As in transformers, a whole model.safetensors goes before an index, and what the files hold goes before what an index
-says of them: it only decides between files that hold a tensor of the same name.
+says of them. Files that hold a tensor of the same name must hold the same one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from nanoengine.api.errors import WeightsError
@@ -51,7 +52,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     """The weights of the folder; reads the headers of its files only.
 
     Raises `WeightsError` naming the file that is absent, damaged, a git-lfs pointer or outside the folder, or the
-    tensor that two files hold.
+    tensor of which two files hold different values.
     """
     single, index = path / SINGLE_FILE, _read_index(path)
     whole = single.is_file() and not (index and is_lfs_pointer(single))
@@ -100,13 +101,20 @@ def _indexed(path: Path, index: Mapping[str, str]) -> Checkpoint:
     tensors: dict[str, str] = {}
     for file in files:
         for name in sorted(_names(path, file)):
-            if name in tensors and index.get(name) not in (file, tensors[name]):
+            first = tensors.setdefault(name, file)
+            if first != file and not _same(path / first, path / file, name):
                 raise WeightsError(
-                    f"both {tensors[name]} and {file} in {path} hold {name}, and {INDEX_FILE} does not say which counts"
+                    f"{first} and {file} in {path} both hold {name}, with different values: they are of two checkpoints"
                 )
-            if name not in tensors or index.get(name) == file:
-                tensors[name] = file
     return Checkpoint(path, tensors, tuple(name for name in index if name not in tensors))
+
+
+def _same(one: Path, other: Path, name: str) -> bool:
+    """Whether two files hold the same tensor, bit for bit."""
+    with opened(one) as a, opened(other) as b:
+        x, y = a.get_tensor(name), b.get_tensor(name)
+        alike = x.shape == y.shape and x.dtype == y.dtype
+        return alike and torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8))
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -116,7 +124,7 @@ def _read_index(path: Path) -> dict[str, str]:
         return {}
     refuse_lfs_pointer(index, WeightsError)
     try:
-        found: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        found: Any = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
         if not found or not all(isinstance(file, str) for file in found.values()):
             raise ValueError("weight_map must name a file for each tensor")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -63,12 +63,30 @@ def defaults(folder: Path, given: dict[str, Any], **options: Any) -> GenerationD
         ({"bad_words_ids": [[8], [4]]}, {"logit_bias": {8: -math.inf}}),  # never the end of the output, as there
         ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.0, "top_p": 0.9}),
         ({"do_sample": True, "temperature": 0.6}, {"temperature": 0.6}),
-        ({"repetition_penalty": 1.05, "min_p": 0.1}, {"repetition_penalty": 1.05, "min_p": 0.1}),
+        ({"repetition_penalty": 1.05, "top_k": 0}, {"repetition_penalty": 1.05, "top_k": 0}),
+        ({"do_sample": True, "min_p": 0.1}, {"min_p": 0.1}),  # without transformers' top_k of 50
     ],
 )
 def test_what_the_samplers_can_do_is_done(given: dict[str, Any], sampling: dict[str, Any], tmp_path: Path) -> None:
     found = defaults(tmp_path, given)
     assert (found.sampling, found.unsupported) == (sampling, ())
+
+
+def test_sampling_without_do_sample_is_done_and_reported_once(tmp_path: Path) -> None:
+    """As vLLM does it; transformers' own default is not to sample."""
+    given = {"temperature": 0.6, "top_p": 0.9, "top_k": 0, "repetition_penalty": 1.1}
+    found = defaults(tmp_path, given)
+    assert found.sampling == given
+    (line,) = found.unsupported
+    assert "generation_config.json: temperature = 0.6, top_p = 0.9 without do_sample: requests are sampled" in line
+    for said in (True, False):
+        assert defaults(tmp_path, {**given, "do_sample": said}).unsupported == ()
+    assert defaults(tmp_path, {"temperature": 1.0, "top_k": 0}).unsupported == ()
+
+
+def test_a_byte_order_mark_is_no_part_of_the_json(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"do_sample": true, "top_k": 7}', encoding="utf-8-sig")
+    assert read_generation_defaults(tmp_path, {}, STAGES, None).sampling == {"top_k": 7}
 
 
 @pytest.mark.parametrize(

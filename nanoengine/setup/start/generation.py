@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ _DEFAULTS: Mapping[str, tuple[str, Any]] = {
     "min_new_tokens": ("min_tokens", int),
     "stop_strings": ("stop", str | list[str]),
 }
+_OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 _CORE = ("max_tokens", "min_tokens", "stop")
 _MAX_TOKENS = 16  # of SamplingParams, where nothing is given
 _LARGEST_FILE = 2**24
@@ -37,7 +38,7 @@ class GenerationDefaults:
 
     Attributes:
         eos_ids: every id that ends the output. sampling: keywords of `SamplingParams`.
-        unsupported: what the model asks for and does not get, a line each.
+        unsupported: what the model asks for and does not get, or gets where transformers would not, a line each.
     """
 
     eos_ids: frozenset[int]
@@ -51,7 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST_FILE:
             raise ModelError(f"{path} is larger than {_LARGEST_FILE >> 20} MiB: it is no configuration")
-        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
+        found = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_twins)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot read {path}: {error}") from error
     if not isinstance(found, dict):
@@ -137,14 +138,24 @@ class _Reading:
         return sorted(set(banned))
 
     def unsupported(self, max_model_len: int | None) -> list[str]:
-        """A line for each key that was not read and may change the output."""
-        lines = []
+        """A line for each key that was not read and may change the output, and one for sampling by default."""
+        lines = [*self._sampled()]
         for name, value in self.given.items():
             if name in self.read or _is_harmless(name, value, max_model_len):
                 continue
             meaning = MEANING.get(name, "its meaning is not known")
             lines.append(f"{self.path}: {name:.100} = {reprlib.repr(value)} has no effect here: {meaning}")
         return lines
+
+    def _sampled(self) -> Iterator[str]:
+        """A line where the file does not say whether to sample, and transformers' own default is not to."""
+        names = [n for n in _OF_SAMPLING if n in self.read and not _is_harmless(n, self.given[n], None)]
+        if names and "do_sample" not in self.given:
+            values = ", ".join(f"{name} = {reprlib.repr(self.given[name])}" for name in names)
+            yield (
+                f"{self.path}: {values} without do_sample: requests are sampled with it, as in vLLM; transformers' "
+                "generate() would be greedy, which is temperature=0 here"
+            )
 
     def _value(self, name: str, kind: Any) -> Any:
         self.read.add(name)

@@ -14,7 +14,13 @@ from typing import Any
 
 
 class NanoEngineError(Exception):
-    """Base of all errors that are somebody's mistake (not the engine's own broken invariant)."""
+    """Base of all errors that are somebody's mistake (not the engine's own broken invariant).
+
+    A text among its arguments has no lone surrogates: what quotes a caller's or a template's words can be printed.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_escaped(each) if isinstance(each, str) else each for each in args))
 
 
 def is_failure(error: BaseException) -> bool:
@@ -52,6 +58,10 @@ def text_of(value: object) -> str:
         if not is_failure(broken):
             raise
         text = f"its __str__ raised {type(broken).__name__}"
+    return _escaped(text)
+
+
+def _escaped(text: str) -> str:
     return str.encode(text, "utf-8", "backslashreplace").decode()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from tokenizers import decoders
 
 from nanoengine import LLM, ParamsError, SamplingParams
+from nanoengine.api.errors import NanoEngineError, RequestError, UnsupportedError, WorkerError
 from nanoengine.core.request import Status
 from nanoengine.core.scheduling.scheduler import Scheduler
 
@@ -391,3 +394,12 @@ def test_one_seed_for_all_unseeded_requests_is_caught(tmp_path: Path, monkeypatc
     tokens = unseeded(tmp_path, 1)
     assert all(len(row) == 8 for row in tokens)
     assert not are_their_own(lambda seed: unseeded(tmp_path, seed))
+
+
+@pytest.mark.parametrize("cls", [NanoEngineError, ParamsError, partial(RequestError, "invalid_prompt"),
+                                 partial(WorkerError, 0, 2, "idle")])  # fmt: skip
+def test_any_error_that_quotes_half_a_surrogate_pair_can_be_printed_and_pickled(cls: Any) -> None:
+    error = cls("a\ud800é")
+    assert "a\\ud800é" in str(error)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert "a\\ud800" in str(UnsupportedError("what", ["a\ud800"]))

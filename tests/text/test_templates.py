@@ -127,6 +127,11 @@ def test_what_a_template_raises_is_its_own_message_with_the_line(
     assert children(processes) == before
 
 
+def test_what_a_template_says_of_half_a_surrogate_pair_can_be_printed(processes: TemplateProcesses) -> None:
+    said = refusal(processes, "{{ raise_exception('unknown role ' ~ role) }}", role="a\ud800")
+    assert said.encode().endswith(b"unknown role a\\ud800 (line 1 of the template)")
+
+
 def test_variables_that_cannot_be_handed_over_are_refused(processes: TemplateProcesses) -> None:
     deep: Any = "x"
     for _ in range(5000):

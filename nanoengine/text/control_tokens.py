@@ -5,6 +5,11 @@ that may begin a control token is another one, of a private-use area: what is a 
 written, even where the caller's texts are joined or trimmed. Undone, the second text must be the first; a template that
 reads such characters (to split off a thought, say) makes another one, and the conversation is refused in words.
 
+A control token that the template begins may go on with the caller's text (`<|{{ content }}`). Further renderings, with
+other characters in place of those that may be within a control token, show it: the conversation is refused. A template
+that reads these characters makes another text, which shows nothing: so words are tried in contents alone, and not in
+roles and names, which templates compare and write into their own tokens (`<|{{ role }}|>`).
+
 The ids come from a copy of the tokenizer whose control tokens have private-use names. The whole text is encoded at
 once, with those names where the template wrote control tokens, so that everything else is split as without the option.
 """
@@ -20,10 +25,12 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
+from nanoengine.api.errors import RequestError
 from nanoengine.text.chat import Chat
-from nanoengine.text.messages import invalid
+from nanoengine.text.messages import REASONING, invalid
 
-_NAMES, _ALIASES = 0x10_0000, 0xF_0000  # of control tokens, of their first characters
+_NAMES, _ALIASES, _WITHIN = 0x10_0000, 0xF_0000, 0xF_8000  # of control tokens, their first and their other characters
+_CONTENTS = ("content", *REASONING)  # of a message
 _PRIVATE = re.compile("[\U000f0000-\U0010ffff]")
 
 
@@ -40,11 +47,14 @@ class ControlTokens:
         self._names = {content: chr(_NAMES + i) for i, content in enumerate(contents)}
         firsts = sorted({content[0] for content in contents})
         # A letter is left where it is: a template compares words, and no word of a user's would be safe from that.
-        self._aliases = {char: chr(_ALIASES + i) for i, char in enumerate(firsts) if not char.isalnum()}
-        self._table = str.maketrans(self._aliases)
+        self._aliases = {ord(char): chr(_ALIASES + i) for i, char in enumerate(firsts) if not char.isalnum()}
+        within = "".join(sorted({char for content in contents for char in content if not char.isspace()}))
+        self._within = {ord(char): self._aliases.get(ord(char), chr(_WITHIN + i)) for i, char in enumerate(within)}
         self._ids = {backend.token_to_id(content) for content in contents}
         self._words = [content for content in contents if content[0].isalnum()]
-        self._back = {ord(alias): char for char, alias in self._aliases.items()}
+        self._back = {ord(alias): chr(code) for code, alias in (self._aliases | self._within).items()}
+        self._begins = re.compile(f"[{re.escape(''.join(map(chr, self._aliases)))}]" if self._aliases else "(?!)")
+        self._reserved = re.compile(f"[{''.join(map(chr, self._back))}]" if self._back else "(?!)")
         self._pattern = re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or "(?!)")
 
     def encode(self, chat: Chat, text: str) -> list[int]:
@@ -52,37 +62,63 @@ class ControlTokens:
         values = [chat.messages, chat.given]
         if _any(values, lambda value: any(word in value for word in self._words)):
             raise invalid(f"sanitize_control_tokens: control tokens such as {self._words[:3]} cannot be kept text")
-        if not _any(values, lambda value: not self._aliases.keys().isdisjoint(value)):
+        begins = _any(values, self._begins.search)
+        if not begins and not self._pattern.search(text):
             return self._plainly(text)
-        if _any(values, _PRIVATE.search):
+        if _any(values, (_PRIVATE if begins else self._reserved).search):
             raise invalid(
                 "sanitize_control_tokens: the conversation has characters of the private-use planes (from U+F0000 on), "
                 "which are needed to tell its control tokens from the template's"
             )
-        marked = replace(chat, messages=self._marked(chat.messages), given=self._marked(chat.given)).text()
+        marked = _with_aliases(chat, self._aliases).text() if begins else text
         if marked.translate(self._back) != text:
             raise invalid(
                 f"sanitize_control_tokens: this chat template reads control tokens in {self._reader(chat, text)}; "
                 "leave them out there (a thought has a key of its own, 'reasoning_content')"
             )
+        self._refuse_mixed(chat, text, marked)
+        if not begins:
+            return self._plainly(text)
         ids = self._named_ids(self._with_names(marked).translate(self._back))
         own = len(self._pattern.findall(marked))
         if self._named_ids(self._with_names(text)) != self._plainly(text) or own != sum(i in self._ids for i in ids):
             raise invalid("sanitize_control_tokens: this tokenizer splits control tokens from text in a way of its own")
         return ids
 
-    def _marked(self, value: Any) -> Any:
-        """`value` with other characters in all its texts where a control token may begin."""
-        if isinstance(value, str):
-            return value.translate(self._table)
-        if isinstance(value, Mapping):
-            return {self._marked(key): self._marked(each) for key, each in value.items()}
-        return type(value)(map(self._marked, value)) if isinstance(value, list | tuple) else value
+    def _refuse_mixed(self, chat: Chat, text: str, marked: str) -> None:
+        """Raises where a control token of `marked`, which the template has begun, goes on with the caller's text."""
+        own = {found.span() for found in self._pattern.finditer(marked)}
+        if not own:
+            return
+        tries = [_with_contents(chat, self._within)]
+        if not self._same(tries[0], text):
+            tries = [_with_contents(chat, {code: alias}) for code, alias in self._within.items()]
+        for code, alias in self._within.items():
+            # Names and words, which templates compare, consist of the others.
+            if not (chr(code).isalnum() or chr(code) == "_"):
+                tries.append(_with_aliases(chat, {**self._aliases, code: alias}))
+        plain = _with_aliases(chat, self._aliases)
+        for tried in tries:
+            if tried in (chat, plain):
+                continue  # it has no such character
+            shown = self._same(tried, text)
+            if shown and not own <= {found.span() for found in self._pattern.finditer(shown)}:
+                raise invalid(
+                    "sanitize_control_tokens: this chat template completes a control token with a caller's text"
+                )
+
+    def _same(self, changed: Chat, text: str) -> str:
+        """The text of a conversation with aliases, if it is `text` but for these; "" where the template reads them."""
+        try:
+            shown = changed.text()
+        except RequestError:
+            return ""
+        return shown if shown.translate(self._back) == text else ""
 
     def _reader(self, chat: Chat, text: str) -> str:
         """Which message makes another text when it is marked."""
         for index, message in enumerate(chat.messages):
-            others = [*chat.messages[:index], self._marked(message), *chat.messages[index + 1 :]]
+            others = [*chat.messages[:index], _translated(message, self._aliases), *chat.messages[index + 1 :]]
             if replace(chat, messages=others).text().translate(self._back) != text:
                 return f"messages[{index}]"
         return "its arguments"
@@ -123,6 +159,34 @@ def control_tokens(hf: Any, template: str) -> tuple[str, ...]:
         for token in added
         if token.content and (token.special or (token.content in named and not token.content.isspace()))
     )
+
+
+def _with_aliases(chat: Chat, aliases: Mapping[int, str]) -> Chat:
+    """The conversation with other characters in all the caller's texts."""
+    return replace(chat, messages=_translated(chat.messages, aliases), given=_translated(chat.given, aliases))
+
+
+def _with_contents(chat: Chat, aliases: Mapping[int, str]) -> Chat:
+    """The conversation with other characters in contents and thoughts alone."""
+    messages = []
+    for message in chat.messages:
+        changed = {key: message[key] for key in _CONTENTS if key in message}
+        for key, content in changed.items():
+            if isinstance(content, list):
+                changed[key] = [{**part, "text": _translated(part["text"], aliases)} for part in content]
+            else:
+                changed[key] = _translated(content, aliases)
+        messages.append({**message, **changed})
+    return replace(chat, messages=messages)
+
+
+def _translated(value: Any, aliases: Mapping[int, str]) -> Any:
+    """`value` with other characters in all its texts."""
+    if isinstance(value, str):
+        return value.translate(aliases)
+    if isinstance(value, Mapping):
+        return {_translated(key, aliases): _translated(each, aliases) for key, each in value.items()}
+    return type(value)(_translated(each, aliases) for each in value) if isinstance(value, list | tuple) else value
 
 
 def _any(value: Any, holds: Any) -> bool:

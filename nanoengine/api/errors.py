@@ -16,11 +16,11 @@ from typing import Any
 class NanoEngineError(Exception):
     """Base of all errors that are somebody's mistake (not the engine's own broken invariant).
 
-    A text among its arguments has no lone surrogates: what quotes a caller's or a template's words can be printed.
+    The message has no lone surrogates: what quotes a caller's or a template's words can be printed.
     """
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*(_escaped(each) if isinstance(each, str) else each for each in args))
+    def __str__(self) -> str:
+        return _escaped(super().__str__())
 
 
 def is_failure(error: BaseException) -> bool:

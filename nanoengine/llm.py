@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from nanoengine.api.errors import ModelError, ParamsError, RequestError, WorkerError
 from nanoengine.build import BuiltEngine, assemble, build_engine, find_model
-from nanoengine.core.options import EngineOptions, engine_options
+from nanoengine.core.options import EngineOptions
 from nanoengine.core.request import RequestOutput
 from nanoengine.core.scheduling.messages import EngineStats
 from nanoengine.observe.progress import Progress, note
@@ -30,6 +30,7 @@ from nanoengine.params.arguments import (
     template_variables,
 )
 from nanoengine.params.sampling_params import SamplingParams
+from nanoengine.setup.config.engine_options import engine_options
 from nanoengine.setup.keywords import check_options, names_keywords
 from nanoengine.setup.plugins.discover import discover
 from nanoengine.setup.plugins.registry import Registry

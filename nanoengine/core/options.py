@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
-from nanoengine.api.errors import ConfigError, ParamsError, nearest
+from nanoengine.api.errors import ConfigError
 from nanoengine.api.specs import ColumnSpec, PluginFile
-from nanoengine.params.field_types import conform
 
 _INT32, _INT64, _YEAR = 2**31 - 1, 2**63 - 1, 365 * 86_400.0
 _BOUNDS: Mapping[str, tuple[int, int]] = {
@@ -121,52 +120,6 @@ class EngineOptions:
             )
         if not (self.device in ("auto", "cpu", "cuda") or self.device.removeprefix("cuda:").isdigit()):
             raise ConfigError(f"engine.device must be auto, cpu, cuda or cuda:N, not {self.device!r}")
-
-
-OPTIONS_NOT_SERVED: Mapping[str, str] = {
-    "pipeline_parallel_size": "layers are shared over devices, not stacked: use tensor_parallel_size",
-    "trust_remote_code": "code from model folders is never run; a model is a plugin (docs/plugin-api.md)",
-    "quantization": "weights are served as float32, bfloat16 or float16; a GGUF file is converted",
-    "tokenizer": "the tokenizer is the model folder's own",
-    "enable_chunked_prefill": "prompts are always chunked under max_num_batched_tokens",
-    "enable_lora": "adapters are not served yet",
-    "speculative_config": "speculation is not served yet",
-    "swap_space": "preempted requests are computed again, not swapped",
-    "num_threads": "torch takes its CPU threads from the environment: OMP_NUM_THREADS",
-}
-"""Options of vLLM's that are refused with what to do instead."""
-
-
-def engine_options(options: Mapping[str, Any]) -> EngineOptions:
-    """Keywords -> `EngineOptions`; raises `ConfigError` for one that is unknown or of the wrong type."""
-    types = get_type_hints(EngineOptions)
-    given = {}
-    for name, value in options.items():
-        if name in OPTIONS_NOT_SERVED:
-            raise ConfigError(f"engine option {name!r}: {OPTIONS_NOT_SERVED[name]}")
-        if name not in types:
-            raise ConfigError(f"unknown engine option {name!r}; {nearest(name, types)}")
-        plain = str(value).removeprefix("torch.") if name in ("dtype", "device") else value  # torch's own are fine
-        try:
-            given[name] = conform(name, plain, types[name])
-        except ParamsError as error:
-            raise ConfigError(f"engine option {error}{dtype_hint(plain) if name == 'dtype' else ''}") from None
-    return EngineOptions(**given)
-
-
-_DTYPES: Mapping[str, str] = {
-    "half": "float16",
-    "fp16": "float16",
-    "float": "float32",
-    "fp32": "float32",
-    "bf16": "bfloat16",
-}
-
-
-def dtype_hint(value: object) -> str:
-    """Tail of a message on a dtype that others call so; "" for what nobody does."""
-    name = _DTYPES.get(value.lower()) if isinstance(value, str) else None
-    return f"; did you mean {name!r}?" if name else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,8 +11,9 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 from nanoengine.api.errors import ConfigError, ParamsError, is_failure
-from nanoengine.core.options import OPTIONS_NOT_SERVED, EngineOptions
+from nanoengine.core.options import EngineOptions
 from nanoengine.params.sampling_fields import CORE_TYPES, NOT_SERVED, stage_types
+from nanoengine.setup.config.engine_options import OPTIONS_NOT_SERVED
 from nanoengine.setup.plugins.registry import Registry
 
 _T = TypeVar("_T", bound=type[Any])

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from nanoengine import ConfigError
-from nanoengine.core.options import OPTIONS_NOT_SERVED, EngineOptions, engine_options
+from nanoengine.core.options import EngineOptions
+from nanoengine.setup.config.engine_options import OPTIONS_NOT_SERVED, engine_options
 
 
 def test_keywords_are_fields() -> None:

@@ -15,12 +15,13 @@ from types import MappingProxyType
 from typing import Any
 
 from nanoengine.api.errors import ConfigError, ParamsError, PluginError, nearest, nearest_part
-from nanoengine.core.options import EngineOptions, dtype_hint
+from nanoengine.core.options import EngineOptions
 from nanoengine.observe.files import user_path
 from nanoengine.params.field_types import conform
 from nanoengine.params.sampling_fields import NOT_SERVED, legal_fields
 from nanoengine.setup.config.composer import Composed, Root, SearchPath, Shorthand, compose, package_root
 from nanoengine.setup.config.composer.yaml_file import ConfigFile, KeyPath, dotted
+from nanoengine.setup.config.engine_options import dtype_hint
 from nanoengine.setup.config.prompts import PromptFile, Prompts, check_prompts
 from nanoengine.setup.config.sampler_section import Stages, check_sampler, sampler_stages
 from nanoengine.setup.plugins.discover import discover

@@ -18,7 +18,8 @@ from schedule_cost import result_of
 
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import BlockManager
-from nanoengine.core.scheduling.scheduler import Scheduler, SchedulerConfig
+from nanoengine.core.scheduling.messages import SchedulerConfig
+from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.params.sampling_params import ResolvedParams
 
 Load = list[tuple[list[int], int]]  # prompts, output lengths
@@ -63,7 +64,7 @@ def run(load: Load, reserve: int, caching: bool) -> Outcome:
     needed = sum(len(prompt) + length - 1 for prompt, length in load)
     steps = computed = 0
     in_flight = deque()
-    while scheduler.has_unfinished():
+    while scheduler.running or scheduler.waiting:
         while len(in_flight) < 2 and (step := scheduler.schedule()) is not None:
             in_flight.append(step)
         scheduler.take_updates()

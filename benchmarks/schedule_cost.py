@@ -21,7 +21,8 @@ import numpy as np
 from nanoengine.core.outputs import OutputProcessor
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import BlockManager
-from nanoengine.core.scheduling.scheduler import ScheduledStep, Scheduler, SchedulerConfig, Update
+from nanoengine.core.scheduling.messages import ScheduledStep, SchedulerConfig, Update
+from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.core.step import LogprobRows, StepResult, f32, i32
 from nanoengine.params.sampling_params import ResolvedParams
 

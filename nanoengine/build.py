@@ -37,7 +37,8 @@ from nanoengine.core.execution.start_report import MemoryReport
 from nanoengine.core.options import EngineOptions, EnginePlan, StagePlan
 from nanoengine.core.outputs import OutputProcessor
 from nanoengine.core.scheduling.block_manager import BlockManager
-from nanoengine.core.scheduling.scheduler import Scheduler, SchedulerConfig
+from nanoengine.core.scheduling.messages import SchedulerConfig
+from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.distributed.checks import check_devices, check_importable
 from nanoengine.distributed.executor import WorkersExecutor
 from nanoengine.layers.config_keys import Recorded, unread_keys

@@ -31,8 +31,8 @@ from nanoengine.core.execution.executor import Executor, StepHandle
 from nanoengine.core.execution.results import LaunchedStep
 from nanoengine.core.outputs import OutputProcessor, RequestState
 from nanoengine.core.request import RequestOutput, int32_bytes
-from nanoengine.core.scheduling.messages import ScheduledStep
-from nanoengine.core.scheduling.scheduler import Scheduler, Update
+from nanoengine.core.scheduling.messages import ScheduledStep, Update
+from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.params.arguments import check_priority, check_request_id, check_shown, checked_ids
 from nanoengine.params.sampling_params import ParamsResolver, SamplingParams
 
@@ -429,7 +429,7 @@ class Engine:
         outputs, stopped, broken = self.outputs.apply(updates, self._known, time.monotonic())
         self._watch.updated(updates, self._known)
         for request in stopped:
-            self.scheduler.finish(request)
+            self.scheduler.abort(request)
         for state, cause in broken:
             self._fail(state, cause)
         self._publish(outputs)

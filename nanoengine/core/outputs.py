@@ -19,8 +19,7 @@ from nanoengine.core.request import (
     copy_when_read,
     request_seed,
 )
-from nanoengine.core.scheduling.messages import take_untold
-from nanoengine.core.scheduling.scheduler import Update
+from nanoengine.core.scheduling.messages import Update, take_untold
 from nanoengine.core.step import ROW_BAD_LOGITS, LogprobRows
 from nanoengine.params.sampling_params import ResolvedParams
 from nanoengine.text import IncrementalDetokenizer, Tokenizer

@@ -20,7 +20,7 @@ from nanoengine import LLM, CompletionOutput, RequestOutput, SamplingParams
 from nanoengine.core import outputs as output_module
 from nanoengine.core.outputs import OutputProcessor, RequestState
 from nanoengine.core.request import Request, copy_when_read
-from nanoengine.core.scheduling.scheduler import Update
+from nanoengine.core.scheduling.messages import Update
 from nanoengine.core.step import LogprobRows, f32, i32
 from nanoengine.params.sampling_params import ResolvedParams
 from nanoengine.text import Tokenizer

@@ -9,7 +9,7 @@ import pytest
 
 from nanoengine.core.outputs import OutputProcessor, RequestState
 from nanoengine.core.request import Request
-from nanoengine.core.scheduling.scheduler import Update
+from nanoengine.core.scheduling.messages import Update
 from nanoengine.core.step import LogprobRows, f32, i32
 from nanoengine.params.sampling_params import ResolvedParams
 from nanoengine.text import Tokenizer

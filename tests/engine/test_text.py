@@ -163,7 +163,7 @@ def test_a_stopped_sample_leaves_slot_and_blocks_at_once(
 
 
 def _never_finished(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Scheduler, "finish", lambda self, request: None)
+    monkeypatch.setattr(Scheduler, "abort", lambda self, request: None)
 
 
 def _match_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,7 +196,9 @@ class Loop:
             self.commit()
             launched = True
         self.idle = 0 if launched or len(self.ended) > ended else self.idle + 1
-        assert self.idle < 3 or not self.scheduler.has_unfinished(), "nothing runs, though requests wait"
+        assert self.idle < 3 or not (self.scheduler.running or self.scheduler.waiting), (
+            "nothing runs, though requests wait"
+        )
 
     def book(self, updates: Iterable[Update]) -> None:
         for update in updates:
@@ -229,7 +231,7 @@ class Loop:
 
     def run(self, limit: int = 5000) -> None:
         for _ in range(limit):
-            if not self.scheduler.has_unfinished() and not self.in_flight:
+            if not (self.scheduler.running or self.scheduler.waiting) and not self.in_flight:
                 return
             self.step()
         raise AssertionError(f"not finished after {limit} steps")

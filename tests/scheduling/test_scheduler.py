@@ -340,7 +340,7 @@ def test_priority_orders_admission_and_names_the_victim():
     assert low.status is high.status is Status.RUNNING
     assert later.status is Status.WAITING
     victims = []
-    while loop.scheduler.has_unfinished():
+    while loop.scheduler.running or loop.scheduler.waiting:
         before = set(loop.scheduler.running)
         loop.step()
         victims += [r for r in before if r.status is Status.WAITING]
@@ -590,7 +590,7 @@ def test_a_reserve_at_admission_saves_preemptions(caching):
         for i in range(24):
             loop.add(prompt_of(13, i), max_tokens=20)
         computed = 0
-        while loop.scheduler.has_unfinished():
+        while loop.scheduler.running or loop.scheduler.waiting:
             loop.step()
         computed = sum(step.plan.num_tokens for step in loop.steps)
         loop.finish_and_verify()

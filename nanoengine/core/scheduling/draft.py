@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from nanoengine.api.errors import RequestError, described, is_failure, nearest
 from nanoengine.api.plugin_calls import whose
 from nanoengine.core.request import Request
-from nanoengine.core.scheduling.block_manager import BlockManager, Hits
+from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.plan_builder import ColumnValues
 from nanoengine.params.sampling_params import pack_column
 
@@ -50,10 +50,6 @@ class Draft:
         slot = request.slot
         new, grown = ({request: d[request]} if request in d else {} for d in (self.new, self.grown))
         return new, grown, {key: {slot: values[slot]} for key, values in self.host_values.items() if slot in values}
-
-    def yield_to_others(self, victim: Request) -> None:
-        self.drop(victim)
-        self.preempted = True
 
     def note_writers(self, blocks: BlockManager) -> None:
         """Prompt blocks that running requests complete in this step."""
@@ -128,7 +124,3 @@ def may_read_cache(request: Request) -> bool:
     return request.void < 0 and (
         request.params.prompt_logprobs is None or request.prompt_logprobs_done >= request.prompt_len
     )
-
-
-def find_hits(request: Request, blocks: BlockManager) -> Hits:
-    return blocks.match(request) if may_read_cache(request) else blocks.no_hits()

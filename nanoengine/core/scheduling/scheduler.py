@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Literal
 
 from nanoengine.api.errors import RequestError, engine_failure, is_failure
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.block_manager import BlockManager, Hits
-from nanoengine.core.scheduling.draft import Draft, ask_host_stages, find_hits, may_read_cache, refuse_misfit
+from nanoengine.core.scheduling.draft import Draft, ask_host_stages, may_read_cache, refuse_misfit
 from nanoengine.core.scheduling.messages import (
     Admission,
     EngineStats,
@@ -34,8 +35,6 @@ from nanoengine.core.scheduling.policy import Policy, make_policy
 from nanoengine.core.scheduling.queues import Roster
 from nanoengine.core.scheduling.steady import Rows, SteadyRows, may_be_steady
 from nanoengine.core.step import ROW_BAD_LOGITS, StepResult, num_slots, offsets_of
-
-__all__ = ["ScheduledStep", "Scheduler", "SchedulerConfig", "Update"]
 
 Verdict = Literal["admitted", "waits", "no room", "failed"]  # "waits": for a hit that this very step computes
 
@@ -80,16 +79,10 @@ class Scheduler:
         self._num_host += request.host_tokens
 
     def abort(self, request: Request) -> None:
-        """Lets go of a request at once, rows in flight or not: they are dropped at commit. Idempotent."""
+        """Lets go of a request at once, also of one that a stop string ended. Its rows in flight are dropped at commit.
+        Idempotent."""
         if request.status is not _FINISHED:
             self._remove(request)
-
-    def finish(self, request: Request) -> None:
-        """The engine found its end (a stop string): mechanically an abort."""
-        self.abort(request)
-
-    def has_unfinished(self) -> bool:
-        return bool(self.running or self.waiting or self._pending)
 
     def stats(self) -> EngineStats:
         """A copy of the counters, with the blocks and the requests as they are now."""
@@ -188,7 +181,8 @@ class Scheduler:
                 self._end_for_blocks(request)
                 return False
             victim = self.policy.victim(self.running)
-            draft.yield_to_others(victim)
+            draft.drop(victim)
+            draft.preempted = True
             missing = self.blocks.blocks_for(end) - len(request.block_ids[0])
             self._preempt(victim, f"{request.id} needs {missing} more KV blocks and {self.blocks.free_blocks} are free")
             if victim is request:
@@ -239,8 +233,9 @@ class Scheduler:
     def _consider(self, request: Request, draft: Draft, reserve: int = 0) -> Verdict:
         """Admits a waiting request, if there is room. Whatever that raises fails it."""
         try:
-            hits = find_hits(request, self.blocks)
-            if may_read_cache(request) and draft.writes_next_block(request, len(hits[0]), self.blocks):
+            readable = may_read_cache(request)
+            hits = self.blocks.match(request) if readable else self.blocks.no_hits()
+            if readable and draft.writes_next_block(request, len(hits[0]), self.blocks):
                 return "waits"
             return "admitted" if self._admit(request, hits, draft, reserve) else "no room"
         except BaseException as error:
@@ -301,7 +296,7 @@ class Scheduler:
         """Something raised while rows were picked, so that blocks and the device's tables may not tell one story: all
         that run are preempted, and the newest of them fails."""
         running = self.running.copy()
-        guilty = max(running, key=_admitted) if running else next(iter(self._suspects), self.waiting[0])
+        guilty = max(running, key=attrgetter("admitted")) if running else next(iter(self._suspects), self.waiting[0])
         for request in running:
             self._preempt(request, "scheduling raised")
         self._fail(guilty, Draft(0), error)
@@ -329,7 +324,9 @@ class Scheduler:
             generations=self._roster.generations[plan.slots],
             sampled=(True,) * plan.num_decode_rows + tuple([row.sampled for row in picks.prefill]),
             published=tuple(published),
-            admitted=tuple([_admission(request, cached) for request, cached in draft.new.items()]),
+            admitted=tuple(
+                [Admission(r.id, r.slot, r.num_tokens, cached, r.generation > 1) for r, cached in draft.new.items()]
+            ),
             preempted=preempted,
         )
         self._in_flight[number] = step
@@ -346,7 +343,7 @@ class Scheduler:
     def _unplanned(self, number: int, picks: Picks, draft: Draft, error: BaseException) -> None:
         """No plan holds these rows: the newest whose own row cannot be planned either fails, else the newest."""
         take_back(picks, next(reversed(self._in_flight), -1))
-        rows = sorted([*draft.picks, *(self._steady.take_back() if draft.steady else ())], key=_admitted)
+        rows = sorted([*draft.picks, *(self._steady.take_back() if draft.steady else ())], key=attrgetter("admitted"))
         guilty = rows[-1]
         for request in reversed(rows):
             try:
@@ -486,12 +483,3 @@ class Scheduler:
             assert request.num_in_flight in (0, 1, 2)[: len(self._in_flight) + 1]
         assert self._num_host == sum(request.host_tokens for request in (*self.running, *self.waiting))
         assert self._suspects <= {*self.running, *self.waiting}
-
-
-def _admitted(request: Request) -> int:
-    return request.admitted
-
-
-def _admission(request: Request, cached: int) -> Admission:
-    resumed = request.generation > 1  # it had a slot before
-    return Admission(request.id, request.slot, request.num_tokens, cached, resumed)

@@ -168,16 +168,20 @@ def _with_aliases(chat: Chat, aliases: Mapping[int, str]) -> Chat:
 
 def _with_contents(chat: Chat, aliases: Mapping[int, str]) -> Chat:
     """The conversation with other characters in contents and thoughts alone."""
-    messages = []
-    for message in chat.messages:
-        changed = {key: message[key] for key in _CONTENTS if key in message}
-        for key, content in changed.items():
-            if isinstance(content, list):
-                changed[key] = [{**part, "text": _translated(part["text"], aliases)} for part in content]
-            else:
-                changed[key] = _translated(content, aliases)
-        messages.append({**message, **changed})
+    messages = [
+        {key: _in_parts(value, aliases) if key in _CONTENTS else value for key, value in message.items()}
+        for message in chat.messages
+    ]
     return replace(chat, messages=messages)
+
+
+def _in_parts(content: Any, aliases: Mapping[int, str]) -> Any:
+    if not isinstance(content, list):
+        return _translated(content, aliases)
+    return [
+        {**part, "text": _translated(part["text"], aliases)} if isinstance(part, dict) and "text" in part else part
+        for part in content
+    ]
 
 
 def _translated(value: Any, aliases: Mapping[int, str]) -> Any:

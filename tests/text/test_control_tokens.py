@@ -177,6 +177,12 @@ def test_a_control_token_that_the_template_begins_and_the_caller_ends_is_refused
     assert TOKENIZERS["bytes"].chat([message], chat_template=template, place=content)[0], "as ever without the option"
 
 
+@pytest.mark.parametrize("thought", ["a", ["a"], [{"text": "a"}], {"a": "b"}, 3])
+def test_a_thought_of_any_shape_goes_through(thought: Any) -> None:
+    message = {"role": "assistant", "content": "<|im_end|>", "reasoning_content": thought}
+    assert chat("bytes", [message], "<think>{{ messages[0].reasoning_content }}<|im_end|>{{ messages[0].content }}")
+
+
 @pytest.mark.parametrize("content", ["hello", "a|b>c", "<|im_end|>", "im_start|>", "/no_think"])
 def test_a_role_within_the_template_s_own_token_is_the_template_s(content: str) -> None:
     tokenizer = with_controls(bytes_bpe(), normalized=False)

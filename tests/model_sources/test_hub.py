@@ -101,6 +101,16 @@ def test_just_what_is_needed_and_only_once(files: Commit, hub: Hub, fetch: Fetch
     assert hub.asked == ["GET /api/models/org/tiny/revision/main"]
 
 
+def test_all_chat_templates_of_a_model_with_several_are_fetched(hub: Hub, fetch: Fetch) -> None:
+    templates: Commit = {"chat_template.jinja": b"d", "additional_chat_templates/tool_use.jinja": b"t",
+                         "additional_chat_templates/rag.jinja": b"r"}  # fmt: skip
+    others: Commit = {"additional_chat_templates/notes.md": b"n", "elsewhere/tool_use.jinja": b"e"}
+    hub.repos["acme/tiny"] = repo({**single(), **templates, **others})
+    folder = fetch("acme/tiny")
+    assert {name: (folder / name).read_bytes() for name in templates} == templates
+    assert not any((folder / name).exists() for name in others)
+
+
 def test_a_branch_that_moved_is_followed_and_a_commit_is_not_asked_about(hub: Hub, fetch: Fetch) -> None:
     old, new = single(), single(b'{"new": 1}')
     hub.repos["org/tiny"] = Repo(

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ SMALL_FILES = (
     "chat_template.json",
 )  # fmt: skip
 """All that may be read beside the weights. Repositories hold other formats of the weights, of many gigabytes."""
+TEMPLATES = "additional_chat_templates/*.jinja"  # of a model with several, as for tools
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 _TIMEOUT = 10.0  # seconds for the hub to answer
@@ -70,7 +72,8 @@ class HubRepository:
         if cached is not None and _COMMIT.fullmatch(self.revision):
             return self._said(cached)
         listing = self._ask(cached)
-        wanted = [name for name in SMALL_FILES if listing is not None and name in listing.sizes]
+        there = sorted(listing.sizes) if listing is not None else []
+        wanted = [name for name in there if name in SMALL_FILES or fnmatchcase(name, TEMPLATES)]
         current = listing is None or (cached is not None and cached.name == listing.commit)
         if cached is not None and current and not _absent(cached, wanted):
             return self._said(cached)
@@ -170,7 +173,7 @@ class HubRepository:
         try:
             folder = Path(
                 snapshot_download(
-                    self.repo, revision=self.revision, local_files_only=True, allow_patterns=list(SMALL_FILES)
+                    self.repo, revision=self.revision, local_files_only=True, allow_patterns=[*SMALL_FILES, TEMPLATES]
                 )
             )
         except (LocalEntryNotFoundError, ValueError):  # the latter for an impossible id, which the hub is left to name

@@ -93,8 +93,11 @@ class UnsupportedError(NanoEngineError):
     """The chosen part cannot do what the rest of the plan needs; carries every reason."""
 
     def __init__(self, what: str, reasons: Iterable[str]) -> None:
-        self.reasons = tuple(reasons)
+        self._what, self.reasons = what, tuple(reasons)
         super().__init__(f"{what}: " + "; ".join(self.reasons))
+
+    def __reduce__(self) -> tuple[type[UnsupportedError], tuple[str, tuple[str, ...]]]:
+        return (type(self), (self._what, self.reasons))
 
 
 class ParamsError(NanoEngineError, ValueError):

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from nanoengine.api.attention import AttentionBackend, AttentionLayerSpec, KVCacheView, KVSpec
+from nanoengine.api.errors import PluginError
 from nanoengine.api.parallel import TensorParallelGroup
+from nanoengine.api.plugin_calls import name_of, whose
 from nanoengine.kernels.ops import Ops
 
 
@@ -82,12 +84,22 @@ class Attention(nn.Module):
     def attend(self, q: Tensor) -> Tensor:
         """[T, H, D] -> [T, H, D], over K and V that are stored already."""
         assert self._backend is not None, "attention layer used before it was bound"
-        return self._backend.attend(self._layer, self.spec, q)
+        return self._checked("attend", q, self._backend.attend(self._layer, self.spec, q))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, H, D], k and v [T, Hkv, D] -> [T, H, D]."""
         assert self._backend is not None, "attention layer used before it was bound"
-        return self._backend.forward(self._layer, self.spec, q, k, v)
+        return self._checked("forward", q, self._backend.forward(self._layer, self.spec, q, k, v))
+
+    def _checked(self, method: str, q: Tensor, out: object) -> Tensor:
+        """What the backend gave, if it is as its contract says. Raises `PluginError`."""
+        if isinstance(out, Tensor) and (out.shape, out.dtype, out.device) == (q.shape, q.dtype, q.device):
+            return out
+        got = f"a {type(out).__name__}"
+        if isinstance(out, Tensor):
+            got = f"{out.dtype} {tuple(out.shape)} on {out.device}"
+        cls, wanted = type(self._backend), f"{q.dtype} {tuple(q.shape)} on {q.device}, as the queries are"
+        raise PluginError(f"{name_of(cls)}.{method} gave {got}, not {wanted}{whose(None, getattr(cls, method))}")
 
 
 Parallel = Literal["column", "row", "replicated"]

@@ -116,7 +116,7 @@ class _Start:
         runner.graphs.capture()
         self.clock.lap("capture")
         if not runner.graphs.logits and self._measured == (0, 0):  # else the model has run
-            dry_run(runner.launch_whole, runner.tables, self._bound())
+            dry_run(runner.launch_whole, runner.tables)
         given_up = options.enforce_eager and not self.asked.enforce_eager
         eager = "memory ran out while graphs were captured" if given_up else runner.graphs.failure
         return runner, replace(report, eager_because=eager, phases=self.clock.report().phases)
@@ -133,13 +133,9 @@ class _Start:
         self.specs, self.layers = [spec for spec, _ in groups], [layers for _, layers in groups]
         with plugin_call(f"{name_of(self.backend_class)}.__init__ failed", self.backend_class):
             self.backends = tuple(self.backend_class(spec, limits, self.device) for spec in self.specs)
-        for layer, backend, index in self._bound():
-            layer.bind(backend, index)
-
-    def _bound(self) -> list[tuple[Attention, AttentionBackend, int]]:
-        """Each attention layer, its backend, its index there."""
-        pairs = zip(self.backends, self.layers, strict=True)
-        return [(layer, backend, index) for backend, layers in pairs for index, layer in enumerate(layers)]
+        for backend, layers in zip(self.backends, self.layers, strict=True):
+            for index, layer in enumerate(layers):
+                layer.bind(backend, index)
 
     def _make_runner(self, built: BuiltModel) -> ModelRunner:
         limits, options, vocab_size = batch_limits(self.plan.options), self.plan.options, built.config.vocab_size

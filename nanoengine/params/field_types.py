@@ -6,13 +6,14 @@ where nothing can go wrong (an integer is a number, a numpy scalar is its value,
 
 from __future__ import annotations
 
+import operator
 import types
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from typing import Any, Literal, Union, get_args, get_origin
 
 import numpy as np
 
-from nanoengine.api.errors import ParamsError, shown
+from nanoengine.api.errors import ParamsError, described, is_failure, shown
 
 _WORDS: dict[Any, str] = {
     bool: "True or False",
@@ -21,6 +22,8 @@ _WORDS: dict[Any, str] = {
     str: "a string",
     type(None): "None",
 }
+# A value of a subclass as a plain one: what its class overrides is not asked, nor what it lacks (a quick `in range`).
+_PLAIN: dict[Any, Callable[[Any], Any]] = {int: operator.index, float: float.__float__, str: str.__str__}
 _LISTS = (list, tuple, Sequence, Collection, set, frozenset, Set)
 
 
@@ -34,7 +37,8 @@ class _Misfit(Exception):
 def conform(name: str, value: Any, annotation: Any) -> Any:
     """`value` in the type of `annotation`: numbers widened, containers copied.
 
-    Raises `ParamsError` naming the field, what it must be, and the part that is not.
+    Numbers and texts of a class of their own, such as `IntEnum`, become plain ones. Raises `ParamsError` naming the
+    field, what it must be, and the part that is not.
     """
     try:
         return _fit(value, annotation)
@@ -42,6 +46,10 @@ def conform(name: str, value: Any, annotation: Any) -> Any:
         within = "" if misfit.part is value else f" (because of {shown(misfit.part)})"
         within += misfit.wrong and f": {misfit.wrong}"
         raise ParamsError(f"{name} must be {describe(annotation)}, not {shown(value)}{within}") from None
+    except BaseException as error:  # the value may be of anyone's class
+        if not is_failure(error):
+            raise
+        raise ParamsError(f"{name} must be {describe(annotation)}; reading it raised {described(error)}") from error
 
 
 def describe(annotation: Any) -> str:
@@ -72,7 +80,7 @@ def _fit(value: Any, annotation: Any) -> Any:
     if origin in (Union, types.UnionType):
         return _fit_any(value, args)
     if origin is Literal:
-        if any(value == choice and type(value) is type(choice) for choice in args):
+        if any(type(value) is type(choice) and value == choice for choice in args):
             return value
         raise _Misfit(value)
     if origin in (dict, Mapping):
@@ -116,15 +124,17 @@ def _fit_plain(value: Any, annotation: Any) -> Any:
         return value
     if annotation is None:
         annotation = type(None)
-    if annotation is float and type(value) is int:
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         try:
-            return float(value)
+            return float(operator.index(value))
         except OverflowError:
             raise _Misfit(value) from None
     exact = annotation in (int, float)  # no bool for a number
     if not isinstance(annotation, type) or not isinstance(value, annotation) or (exact and isinstance(value, bool)):
         raise _Misfit(value)
-    if annotation is int and isinstance(value, int) and value.bit_length() > 64:
+    if annotation in _PLAIN:
+        value = _PLAIN[annotation](value)
+    if annotation is int and value.bit_length() > 64:
         raise _Misfit(value, "64 bits do not hold it")
     if isinstance(value, str) and not is_unicode(value):
         raise _Misfit(value, "half of a surrogate pair is no valid Unicode")
@@ -134,7 +144,7 @@ def _fit_plain(value: Any, annotation: Any) -> Any:
 def is_unicode(text: str) -> bool:
     """Whether it can be encoded. JSON and Python let half of a surrogate pair through, which is no character."""
     try:
-        text.encode()
+        str.encode(text)
     except UnicodeEncodeError:
         return False
     return True

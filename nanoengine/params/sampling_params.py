@@ -23,6 +23,8 @@ from nanoengine.params.field_types import conform
 from nanoengine.params.sampling_fields import CORE_TYPES, NOT_SERVED, CoreFields, legal_fields, stage_types
 
 _CACHE_SIZE = 256
+MAX_RAGGED = 16_384
+"""Values that one request may bring to a ragged column: its table is as wide as the widest row, for all slots."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +187,12 @@ class ParamsResolver:
         """Raises `ParamsError` naming the field, its value, the valid ones and the nearest legal name; `PluginError`
         where a stage whose field was given is broken."""
         key = params.key
-        found = self._cache.get(key)
+        try:
+            found = self._cache.get(key)
+        except BaseException as error:  # values of a stage's fields are compared by their own classes
+            if not is_failure(error):
+                raise
+            raise ParamsError(f"comparing {shown(dict(params.stage_fields))} raised {described(error)}") from error
         if found is None:
             found = self._resolve(params.core, params.stage_fields)
             if len(self._cache) >= _CACHE_SIZE:
@@ -250,13 +257,19 @@ class ParamsResolver:
             stage = params(**values)
             if not stage.active():
                 return None
-            columns = pack_columns(name, params.columns, stage.pack(self._ctx))
+            packed = stage.pack(self._ctx)
+            try:
+                columns = pack_columns(name, params.columns, packed)
+            except _TooWide as error:
+                raise ParamsError(f"{', '.join(values)}: {error}") from error
         return PackedStage(name, stage, columns)
 
     def _check_ids(self, name: str, ids: Collection[int]) -> None:
-        outside = sorted(i for i in ids if not 0 <= i < self._ctx.vocab_size)
+        outside = sorted({i for i in ids if not 0 <= i < self._ctx.vocab_size})
         if outside:
-            raise ParamsError(f"{name}: no such token id: {outside}; ids are 0 to {self._ctx.vocab_size - 1}")
+            raise ParamsError(f"{name}: no such token id: {shown(outside)}; ids are 0 to {self._ctx.vocab_size - 1}")
+        if len(set(ids)) > MAX_RAGGED:
+            raise ParamsError(f"{name} has {len(set(ids))} ids, more than {MAX_RAGGED}: shorten it")
 
     def _num_logprobs(self, name: str, value: int | None) -> int | None:
         """Each position of each row costs so many: memory, and time of every request beside this one."""
@@ -272,10 +285,15 @@ class ParamsResolver:
         return self._ctx.vocab_size if value == -1 else value
 
 
+class _TooWide(ParamsError):
+    """A request brings more than `MAX_RAGGED` values to a ragged column."""
+
+
 def pack_columns(stage: str, specs: Mapping[str, ColumnSpec], values: Mapping[str, Any]) -> dict[str, Any]:
     """A stage's column values as read-only arrays of the declared dtypes, 0-d, or 1-d where ragged.
 
-    For what `StageParams.pack` and `host_columns` return. Raises `PluginError` naming stage and column.
+    For what `StageParams.pack` and `host_columns` return. Raises `PluginError` naming stage and column; `ParamsError`
+    for more than `MAX_RAGGED` values.
     """
     if not isinstance(values, Mapping):
         raise PluginError(
@@ -287,12 +305,14 @@ def pack_columns(stage: str, specs: Mapping[str, ColumnSpec], values: Mapping[st
 
 
 def pack_column(stage: str, name: str, spec: ColumnSpec, value: Any) -> npt.NDArray[Any]:
-    """One column's value for a slot, as `pack_columns` gives it. Raises `PluginError` naming stage and column."""
+    """One column's value for a slot, as `pack_columns` gives it, with its errors."""
     where = f"sampler stage {stage!r}, column {name!r}"
     try:
         array = as_column(value, spec)
     except (TypeError, ValueError, OverflowError) as error:
         raise PluginError(f"{where}: no {spec.dtype}: {error}") from error
+    if array.size > MAX_RAGGED:
+        raise _TooWide(f"{where}: {array.size} values, more than {MAX_RAGGED}: give fewer")
     if array.ndim != int(spec.ragged):
         raise PluginError(f"{where}: {value!r:.80} is not {'a flat sequence' if spec.ragged else 'one number'}")
     if spec.op is StandardOp.TEMPERATURE and not 0 <= array < np.inf:
@@ -336,9 +356,9 @@ def _frozen(value: Any) -> Hashable:
     """A key equal for equal values only: types count, as True is no 1 to the checks."""
     if type(value) in _ATOMS:
         return (type(value), value)
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping):  # of whichever class: it is read as a dict
         return (dict, tuple((_frozen(k), _frozen(v)) for k, v in value.items()))
-    if isinstance(value, str | bytes):
+    if isinstance(value, str | bytes) and type(value) in (str, bytes):
         return value
     if isinstance(value, np.ndarray):
         return (np.ndarray, value.dtype.str, value.shape, value.tobytes())

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -18,11 +19,12 @@ from nanoengine.api import ColumnSpec, StageParams, StandardOp
 from nanoengine.api.errors import ParamsError, PluginError, TokenizerMissing
 from nanoengine.params.field_types import conform, describe
 from nanoengine.params.sampling_fields import NOT_SERVED, legal_fields
-from nanoengine.params.sampling_params import ParamsResolver, ResolvedParams, SamplingParams
+from nanoengine.params.sampling_params import MAX_RAGGED, ParamsResolver, ResolvedParams, SamplingParams
 
 from .harness import BUILT_IN, Context, resolver
 
 VOCAB = 256
+WIDE = MAX_RAGGED + 1
 
 
 def resolve(**params: Any) -> ResolvedParams:
@@ -145,6 +147,90 @@ class Odd:
 def test_values_of_any_class_are_refused_by_name(broken: str) -> None:
     with pytest.raises(ParamsError, match="temperature"):
         resolve(temperature=Odd(broken))
+
+
+class Level(IntEnum):
+    LOW = 3
+
+
+class Text(str):
+    def encode(self, *args: Any) -> bytes:
+        raise SystemExit
+
+
+class Number(float):
+    def __le__(self, other: float) -> bool:
+        raise SystemExit
+
+    __lt__ = __ge__ = __gt__ = __le__
+
+
+class Hidden:
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        raise SystemExit
+
+
+@dataclass(frozen=True)
+class WordsParams(StageParams):
+    words: Any = None
+
+    def active(self) -> bool:
+        return False
+
+
+class NotEqual(str):
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        raise SystemExit
+
+
+def test_numbers_and_texts_of_a_class_of_their_own_are_plain_ones() -> None:
+    """A range looks for what is no plain int one number after the other."""
+    params = SamplingParams(priority=Level.LOW, seed=Level.LOW, stop=[Text("END")], top_p=Number(0.5))
+    assert [type(value) for value in (params.priority, params.seed, *params.stop)] == [int, int, str]
+    assert stages_of(resolve(priority=Level.LOW, temperature=Level.LOW, top_p=Number(0.5))) == {
+        "temperature": {"temperature": 3.0},
+        "top_p": {"top_p": 0.5},
+    }
+
+
+@pytest.mark.parametrize("name", ["seed", "stop", "n", "logprobs", "top_k", "bad_words"])
+def test_a_value_whose_class_raises_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ParamsError, match=name):
+        resolve(**{name: Hidden()})
+
+
+def test_values_that_cannot_be_compared_are_refused_by_name() -> None:
+    made = ParamsResolver([("words", WordsParams)], Context(VOCAB), frozenset())
+    made.resolve(SamplingParams(words=NotEqual("x")))
+    with pytest.raises(ParamsError, match=r"comparing .*words.* raised SystemExit"):
+        made.resolve(SamplingParams(words=NotEqual("x")))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"logit_bias": dict.fromkeys(range(WIDE), 1.0)}, "logit_bias: sampler stage 'logit_bias', column"),
+        ({"allowed_token_ids": range(WIDE)}, "allowed_token_ids: sampler stage 'allowed_token_ids', column 'ids'"),
+        ({"stop_token_ids": list(range(WIDE))}, f"stop_token_ids has {WIDE} ids, more than {MAX_RAGGED}"),
+        ({"bad_words": [chr(256 + i // 99) + chr(256 + i % 99) for i in range(9000)]}, "bad_words: sampler stage"),
+    ],
+    ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
+)
+def test_what_would_widen_a_table_for_all_slots_is_refused_by_name(given: dict[str, Any], words: str) -> None:
+    made = resolver(WIDE)
+    with pytest.raises(ParamsError, match=words):
+        made.resolve(SamplingParams(**given))
+
+
+def test_at_most_so_many_values_are_taken() -> None:
+    assert resolver(WIDE).resolve(SamplingParams(allowed_token_ids=range(MAX_RAGGED))).stages
+
+
+def test_a_bad_word_given_twice_counts_once() -> None:
+    assert stages_of(resolve(bad_words=["ab", "c"] * 20_000)) == stages_of(resolve(bad_words=["ab", "c"]))
 
 
 def test_a_list_that_holds_itself_is_refused_by_name() -> None:
@@ -438,7 +524,15 @@ def test_a_misbehaving_stage_is_named(behave: str, words: str) -> None:
         ({1: [2]}, dict[int, list[float]], {1: [2.0]}),
         (None, int | None, None),
         ("x", Any, "x"),
+        (Level.LOW, int, 3),
+        (Level.LOW, float, 3.0),
+        (Level.LOW, Level, Level.LOW),
+        (Level.LOW, float | int, 3.0),
+        ([Level.LOW], list[int], [3]),
+        (Text("x"), str, "x"),
+        ({Text("x"): Number(0.5)}, dict[str, float], {"x": 0.5}),
     ],
+    ids=repr,
 )
 def test_conform(value: Any, annotation: Any, expected: Any) -> None:
     got = conform("field", value, annotation)

@@ -172,7 +172,8 @@ class BadWordsParams(StageParams):
         return bool(self.bad_words)
 
     def pack(self, ctx: ParamsContext) -> Mapping[str, Any]:
-        sequences = [ids for word in self.bad_words or () for ids in _spellings(word, ctx)]
+        words = dict.fromkeys(self.bad_words or ())
+        sequences = list(dict.fromkeys(tuple(ids) for word in words for ids in _spellings(word, ctx)))
         _check_ids("bad_words", (token for ids in sequences for token in ids), ctx)
         return {
             "tokens": [token for ids in sequences for token in ids],

@@ -26,13 +26,16 @@ class NanoEngineError(Exception):
 def is_failure(error: BaseException) -> bool:
     """Whether foreign code (a plugin, a tokenizer, a sink …) failed, so that its seam answers for it.
 
-    True for exceptions, `sys.exit()` and the panic of a Rust extension, which pyo3 raises as a `BaseException`. False
-    for Ctrl-C, the end of a generator and whatever else means the caller: a seam must let those through.
+    True for exceptions, `sys.exit()`, the panic of a Rust extension, which pyo3 raises as a `BaseException`, and groups
+    of these alone. False for Ctrl-C, the end of a generator and whatever else means the caller: a seam must let those
+    through.
     """
     if isinstance(error, KeyboardInterrupt | GeneratorExit):
         return False
     if isinstance(error, Exception | SystemExit):
         return True
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(is_failure, error.exceptions))
     return any((cls.__module__, cls.__name__) == ("pyo3_runtime", "PanicException") for cls in type(error).__mro__)
 
 
@@ -44,7 +47,9 @@ def described(error: BaseException) -> str:
     message = text_of(error)
     try:
         notes = [text_of(note) for note in getattr(error, "__notes__", ())]
-    except Exception as broken:  # noqa: BLE001 - a class may define `__notes__` as it likes
+    except BaseException as broken:  # a class may define `__notes__` as it likes
+        if not is_failure(broken):
+            raise
         notes = [f"its __notes__ raised {type(broken).__name__}"]
     name = type(error).__name__
     return (f"{name}: {message}" if message else name) + "".join(f" ({note})" for note in notes)
@@ -203,6 +208,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return plain and any(text in text_of(error) for text in _TEXTS)
 
 
+def own_value(error: BaseException, name: str) -> Any:
+    """What Python itself set, as "__traceback__": a foreign class may hide it behind code of its own."""
+    return vars(BaseException)[name].__get__(error)
+
+
 def forget_locals(error: BaseException) -> None:
     """Lets go of what the frames behind `error` and its causes hold, so that keeping the error keeps no memory."""
     seen: set[int] = set()
@@ -212,8 +222,8 @@ def forget_locals(error: BaseException) -> None:
         if each is None or id(each) in seen:
             continue
         seen.add(id(each))
-        traceback.clear_frames(each.__traceback__)
-        todo += [each.__cause__, each.__context__]
+        traceback.clear_frames(own_value(each, "__traceback__"))
+        todo += [own_value(each, "__cause__"), own_value(each, "__context__")]
 
 
 _A_PLUGINS = ". If it is a plugin's: install its package, or give --plugin FILE, in Python LLM(plugins=[FILE])"

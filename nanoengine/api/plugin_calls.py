@@ -1,7 +1,8 @@
 """Calls of a plugin's code: whatever they raise says whose code it was, in which file and line, and what to do.
 
-One mechanism for all seams. An error of `api/errors.py`, which a plugin raises on purpose, goes through as it is; so
-does what is no plugin's fault: the end of memory, Ctrl-C.
+One mechanism for all seams. An error of `api/errors.py`, which a plugin raises on purpose, goes through as it is, but
+for `WorkerError` and `EngineClosed`, which mean the end of an engine; so does what is no plugin's fault: the end of
+memory, Ctrl-C.
 """
 
 from __future__ import annotations
@@ -15,9 +16,20 @@ from contextlib import contextmanager
 from importlib.metadata import entry_points
 from typing import Any
 
-from nanoengine.api.errors import NanoEngineError, PluginError, described, is_failure, is_out_of_memory
+from nanoengine.api.errors import (
+    EngineClosed,
+    NanoEngineError,
+    PluginError,
+    WorkerError,
+    described,
+    is_failure,
+    is_out_of_memory,
+    own_value,
+    shown,
+)
 from nanoengine.api.specs import PROJECT, Origin
 
+_ENGINE_ENDS = (WorkerError, EngineClosed)
 _FILE_MODULE = "nanoengine_plugin_"  # what plugin files are loaded as, see `plugins.plugin_file`
 
 
@@ -38,7 +50,8 @@ def plugin_call(
     try:
         yield
     except BaseException as error:
-        if isinstance(error, passing) or not is_failure(error) or is_out_of_memory(error):
+        passes = isinstance(error, passing) and not isinstance(error, _ENGINE_ENDS)
+        if passes or not is_failure(error) or is_out_of_memory(error):
             raise
         raise raises(f"{what}: {described(error)}{whose(error, owner, what)}") from error
 
@@ -47,31 +60,46 @@ def plugin_call(
 def plugin_step(what: str, owner: Any, *others: Any) -> Iterator[None]:
     """Around a call of a plugin's code in a step: its exception keeps its type, and gets a note on whose code it is.
 
-    `sys.exit()` and a Rust panic become a `PluginError`: they break a request, never the process. `others`: classes
-    that the call may reach; where the exception comes from one of them, the note says so.
+    `sys.exit()`, a Rust panic, what means the end of an engine and what takes no note become a `PluginError`: they
+    break a request, never the process or the engine. A `PluginError` that names its plugin goes through. `others`:
+    classes that the call may reach; where the exception comes from one of them, the note says so.
     """
     try:
         yield
     except BaseException as error:
-        if not is_failure(error) or is_out_of_memory(error):
+        named = isinstance(error, PluginError) and any(name_of(each) in str(error) for each in (owner, *others))
+        if named or not is_failure(error) or is_out_of_memory(error):
             raise
         reached = _reached(error, (owner, *others))
         if reached is not owner:
             what, owner = name_of(reached), reached
         tail = whose(error, owner, what)
-        if isinstance(error, Exception):
-            if not _is_ours(owner):  # nanoengine's own part needs no plugin's author
-                error.add_note(f"in {what}")
-                error.add_note(tail.removeprefix(", "))
+        keeps = isinstance(error, Exception) and not isinstance(error, _ENGINE_ENDS)
+        # nanoengine's own part needs no plugin's author
+        if keeps and (_is_ours(owner) or _noted(error, f"in {what}", tail.removeprefix(", "))):
             raise
-        code = f"{error.code!r}" if isinstance(error, SystemExit) and error.code is not None else ""
-        did = f"called sys.exit({code})" if isinstance(error, SystemExit) else f"raised {described(error)}"
+        did = f"raised {described(error)}"
+        if isinstance(error, SystemExit):
+            code = vars(SystemExit)["code"].__get__(error)  # its class may hide it
+            did = f"called sys.exit({'' if code is None else shown(code)})"
         raise PluginError(f"{what} {did}{tail}") from error
+
+
+def _noted(error: BaseException, *notes: str) -> bool:
+    """Adds notes; False where its class takes none."""
+    try:
+        for note in notes:
+            error.add_note(note)
+    except BaseException as broken:
+        if not is_failure(broken):
+            raise
+        return False
+    return True
 
 
 def _reached(error: BaseException, owners: tuple[Any, ...]) -> Any:
     """Whose code the exception comes from: the innermost frame of a method of theirs, or else of a package, decides."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
+    frames = [frame for frame, _ in traceback.walk_tb(own_value(error, "__traceback__"))][::-1]
     for frame in frames:
         method = f"{frame.f_globals.get('__name__')}:{frame.f_code.co_qualname}"
         for owner in owners:
@@ -141,7 +169,7 @@ def _is_own(file: str, root: str) -> bool:
 
 
 def _frames(error: BaseException) -> list[tuple[str, int]]:
-    return [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    return [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(own_value(error, "__traceback__"))]
 
 
 def _defined(owner: Any) -> tuple[str, int]:

@@ -95,5 +95,7 @@ class Outbox:
                     self._sink_failed(news, error)
                 else:
                     raised.append(error)
+        if raised and isinstance(raised[0], StopIteration):  # would end a stream as if all had come
+            raise RuntimeError("an observer raised StopIteration") from raised[0]
         if raised:
             raise raised[0]

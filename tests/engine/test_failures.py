@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import types
+from typing import Any
 
 import pytest
 
-from nanoengine.api.errors import described, is_failure, text_of
+from nanoengine.api.errors import EngineClosed, PluginError, WorkerError, described, forget_locals, is_failure, text_of
+from nanoengine.api.plugin_calls import plugin_call, plugin_step
 
 PanicException = types.new_class(
     "PanicException", (BaseException,), exec_body=lambda body: body.update(__module__="pyo3_runtime")
@@ -28,19 +31,62 @@ class NotText(Exception):
 
 
 class BadNotes(Exception):
+    raised: type[BaseException] = OSError
+
     @property
     def __notes__(self) -> list[str]:
-        raise OSError
+        raise self.raised
+
+
+class NotesThatExit(BadNotes):
+    raised = SystemExit
+
+
+class NotesTuple(Exception):
+    __notes__ = ("a",)  # type: ignore[assignment]
+
+
+class NoNote(Exception):
+    def add_note(self, note: str) -> None:
+        raise SystemExit
+
+
+class Hides(Exception):
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("__traceback__", "__cause__", "__context__"):
+            raise SystemExit(name)
+        return super().__getattribute__(name)
+
+
+class HidesCode(SystemExit):
+    @property
+    def code(self) -> int:  # type: ignore[override]
+        raise ValueError
+
+
+class NoWords:
+    def __repr__(self) -> str:
+        raise SystemExit
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError(), SystemExit(3), PanicException("index out of bounds"), RecursionError()]
+    "error",
+    [
+        ValueError(),
+        SystemExit(3),
+        PanicException("index out of bounds"),
+        RecursionError(),
+        BaseExceptionGroup("g", [SystemExit(1), BaseExceptionGroup("h", [PanicException(), ValueError()])]),
+    ],
 )
 def test_foreign_failures(error: BaseException) -> None:
     assert is_failure(error)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError(), BaseException()])
+INTERRUPTS = [KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError(), BaseException()]
+
+
+@pytest.mark.parametrize("error", [*INTERRUPTS, BaseExceptionGroup("g", [ValueError(), KeyboardInterrupt()])])
 def test_the_callers_own_exceptions_pass_every_seam(error: BaseException) -> None:
     assert not is_failure(error)
 
@@ -56,6 +102,7 @@ def test_the_callers_own_exceptions_pass_every_seam(error: BaseException) -> Non
         (Wordless(PanicException()), "Wordless: its __str__ raised PanicException"),
         (NotText(), "NotText: its __str__ raised TypeError"),
         (BadNotes("x"), "BadNotes: x (its __notes__ raised OSError)"),
+        (NotesThatExit("x"), "NotesThatExit: x (its __notes__ raised SystemExit)"),
         (ValueError("half \ud800"), "ValueError: half \\ud800"),
     ],
 )
@@ -75,3 +122,50 @@ def test_notes_are_put_into_words() -> None:
 def test_an_interrupt_is_no_word() -> None:
     with pytest.raises(KeyboardInterrupt):
         text_of(Wordless(KeyboardInterrupt()))
+
+
+class Stage:
+    """A plugin's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (NotesTuple("x"), "Stage.apply raised NotesTuple: x (a), "),
+        (NotesThatExit("x"), "Stage.apply raised NotesThatExit: x (its __notes__ raised SystemExit), "),
+        (NoNote("x"), "Stage.apply raised NoNote: x, "),
+        (HidesCode(3), "Stage.apply called sys.exit(3), "),
+        (SystemExit(), "Stage.apply called sys.exit(), "),
+        (SystemExit(NoWords()), "Stage.apply called sys.exit(a value of type NoWords), "),
+        (WorkerError(0, 1, "step 3", "x"), "Stage.apply raised WorkerError: rank 0 of 1 failed (step 3): x, "),
+        (EngineClosed("x"), "Stage.apply raised EngineClosed: x, "),
+    ],
+    ids=lambda given: type(given).__name__,
+)
+def test_what_takes_no_note_or_means_an_engine_is_a_plugins_error(error: BaseException, words: str) -> None:
+    with pytest.raises(PluginError, match=re.escape(words)) as caught, plugin_step("Stage.apply", Stage):
+        raise error
+    assert caught.value.__cause__ is error
+    assert f"{__file__}, line " in str(caught.value)
+
+
+def test_an_exception_that_hides_its_traceback_is_read_all_the_same() -> None:
+    error = Hides("x")
+    with pytest.raises(BaseException) as caught, plugin_step("Stage.apply", Stage):  # noqa: PT011
+        raise error
+    assert caught.value is error
+    assert described(error).startswith("Hides: x (in Stage.apply)")
+    forget_locals(error)
+
+
+@pytest.mark.parametrize("error", [WorkerError(0, 1, "step 3", "x"), EngineClosed("x")])
+def test_no_plugin_says_that_an_engine_has_ended(error: BaseException) -> None:
+    words = f"Stage.pack failed: {type(error).__name__}"
+    with pytest.raises(PluginError, match=words), plugin_call("Stage.pack failed", Stage):
+        raise error
+
+
+def test_a_plugins_error_without_its_name_gets_it() -> None:
+    with pytest.raises(PluginError) as caught, plugin_step("Stage.apply", Stage):
+        raise PluginError("no column")
+    assert described(caught.value).startswith("PluginError: no column (in Stage.apply)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import traceback
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
-from nanoengine.api.errors import EngineClosed
+from nanoengine.api.errors import EngineClosed, PluginError, described, is_failure, own_value
 from nanoengine.core.execution.runner import ModelRunner
 from nanoengine.core.execution.start_report import MemoryReport
 from nanoengine.core.options import EnginePlan
@@ -110,7 +111,10 @@ class Call:
         self._gate.acquire()
 
     def result(self) -> Any:
-        """What it returned, once it has; raises what it raised, or `EngineClosed` if it was dropped."""
+        """What it returned, once it has; raises what it raised, or `EngineClosed` if it was dropped.
+
+        No interrupt of the caller's is raised on another thread: what looks like one comes as a `PluginError`.
+        """
         while self._outcome is None:
             self._gate.acquire(timeout=_LOOK_SECONDS)
         value, error = self._outcome
@@ -127,7 +131,7 @@ class Call:
         try:
             self._end(function(), None)
         except BaseException as error:  # noqa: BLE001 - raised where the result is asked for
-            self._end(None, error)
+            self._end(None, error if is_failure(error) else _no_interrupt(error))
         finally:
             del self, function  # as in `result`
 
@@ -138,6 +142,13 @@ class Call:
     def _drop(self) -> None:
         self._function = None
         self._end(None, EngineClosed("the engine was closed before this was run"))
+
+
+def _no_interrupt(error: BaseException) -> PluginError:
+    frame = traceback.extract_tb(own_value(error, "__traceback__"))[-1]
+    found = PluginError(f"{frame.filename}, line {frame.lineno} raised {described(error)} where nobody interrupted")
+    found.__cause__ = error
+    return found
 
 
 class StepThread:

@@ -11,7 +11,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from nanoengine.api.errors import ModelError, ParamsError, RequestError, WorkerError
+from nanoengine.api.errors import (
+    ModelError,
+    NanoEngineError,
+    ParamsError,
+    RequestError,
+    WorkerError,
+    described,
+    is_failure,
+)
 from nanoengine.build import BuiltEngine, assemble, build_engine, find_model
 from nanoengine.core.options import EngineOptions
 from nanoengine.core.request import RequestOutput
@@ -26,7 +34,7 @@ from nanoengine.params.arguments import (
     is_one,
     one_each,
     one_name,
-    split_prompt,
+    split_prompts,
     template_variables,
 )
 from nanoengine.params.sampling_params import SamplingParams
@@ -187,8 +195,7 @@ class LLM:
             output has an `error`, and the others finish.
             WorkerError: a rank failed; its `outputs` are the prompts', those finished by then whole.
         """
-        each: Any = [prompts] if is_one(prompts) else prompts
-        return self._run([split_prompt(p) for p in each], one_name(params, sampling_params), priority, use_tqdm)
+        return self._run(split_prompts(prompts), one_name(params, sampling_params), priority, use_tqdm)
 
     def chat(
         self,
@@ -221,6 +228,10 @@ class LLM:
             return tokenizer.chat(messages, **options)
         except RequestError as error:
             return error, None
+        except BaseException as error:  # what stands for a message may be anyone's class
+            if isinstance(error, NanoEngineError) or not is_failure(error):
+                raise
+            return RequestError("invalid_prompt", f"reading the messages raised {described(error)}"), None
 
     def chat_prompt(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> list[int]:
         """Token ids of a conversation under the model's chat template. `options`: see `ChatOptions`.
@@ -309,7 +320,7 @@ class LLM:
                 if len(first_use) == 1:
                     raise
                 raise ParamsError(f"params[{index}]: {error}") from error
-        if any(isinstance(prompt, str) for prompt, _ in prompts):
+        if any(type(prompt) is str for prompt, _ in prompts):
             self._built.need_tokenizer()
         done: dict[str, RequestOutput] = {}
         ids = [self._next_id() for _ in prompts]
@@ -326,7 +337,7 @@ class LLM:
                     self.engine.add_request(
                         ids[i], prompt, each_params[i], each_priority[i], prompt_text=text, final_only=True, sink=sink
                     )
-                    tokens += len(prompt) if isinstance(prompt, list | tuple) else 0
+                    tokens += len(prompt) if type(prompt) in (list, tuple) else 0
                     if tokens >= config.max_num_batched_tokens and config.policy == "fcfs":
                         self.engine.keep_busy()  # a full step; adding some thousand requests takes a while
                         tokens = 0

@@ -10,10 +10,10 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn
 
 from nanoengine.api.errors import (
     EngineClosed,
@@ -33,17 +33,12 @@ from nanoengine.core.outputs import OutputProcessor, RequestState
 from nanoengine.core.request import RequestOutput, int32_bytes
 from nanoengine.core.scheduling.messages import ScheduledStep, Update
 from nanoengine.core.scheduling.scheduler import Scheduler
-from nanoengine.params.arguments import check_priority, check_request_id, check_shown, checked_ids
+from nanoengine.core.step import StepResult
+from nanoengine.params.arguments import check_priority, check_request_id, checked_prompt
 from nanoengine.params.sampling_params import ParamsResolver, SamplingParams
 
 Prompt = str | Sequence[int]
 _log = logging.getLogger(__name__)
-
-
-class Encoder(Protocol):
-    """Text to token ids; raises `TokenizerMissing` where there is no tokenizer."""
-
-    def __call__(self, text: str) -> list[int]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +60,7 @@ class Engine:
         executor: Executor,
         outputs: OutputProcessor,
         resolver: ParamsResolver,
-        encode: Encoder,
+        encode: Callable[[str], list[int]],
     ) -> None:
         self.limits, self.scheduler, self.outputs = limits, make_scheduler(), outputs
         self._make_scheduler = make_scheduler
@@ -116,14 +111,12 @@ class Engine:
         resolved = self._resolver.resolve(params)
         self.outputs.check(resolved)
         level = check_priority(priority)
-        token_ids: Any = prompt
-        if isinstance(prompt, str):
-            token_ids, prompt_text = self._ids_of(prompt), prompt
-        ids = checked_ids(token_ids, self.limits.vocab_size)
-        error = ids if isinstance(ids, RequestError) else check_shown(prompt_text)
+        most = self.scheduler.config.max_model_len
+        ids, text = checked_prompt(prompt, prompt_text, self._encode, self.limits.vocab_size, most)
+        error = ids if isinstance(ids, RequestError) else None
         state = self.outputs.new_state(
             request_id,
-            prompt_text,
+            text,
             () if isinstance(ids, RequestError) else ids,
             resolved,
             time.monotonic(),
@@ -197,14 +190,20 @@ class Engine:
 
     def _advance(self, work: Callable[[], None]) -> None:
         with self._held():
-            try:
-                self._drain_inbox()
-                work()
-            except BaseException:  # Ctrl-C may come anywhere
-                if self._booking:
-                    self._start_over()
-                raise
+            self._book(work)
             self._outbox.deliver()
+
+    def _book(self, work: Callable[[], None]) -> None:
+        """Carry out what was added and aborted, and then `work`."""
+        try:
+            if self._booking:  # starting over was interrupted itself
+                self._start_over()
+            self._drain_inbox()
+            work()
+        except BaseException:  # Ctrl-C may come anywhere
+            if self._booking:
+                self._start_over()
+            raise
 
     def _sink_failed(self, output: RequestOutput, error: BaseException) -> None:
         """The request ends: what else it would bring has no taker."""
@@ -224,17 +223,9 @@ class Engine:
             return
         try:
             if not self._closed:
-                self._settle()
+                self._book(_nothing)
         finally:
             self._lock.release()
-
-    def _settle(self) -> None:
-        try:
-            self._drain_inbox()
-        except BaseException:
-            if self._booking:
-                self._start_over()
-            raise
 
     def _start_over(self) -> None:
         """After an interrupt in the middle of the books: a fresh scheduler. What ran fails; the engine lives on."""
@@ -242,17 +233,18 @@ class Engine:
         with self._ids:  # who enters from here on is in both, and lives
             self._inbox.clear()
             lost = list(self._known.values())
-        self.scheduler, self._booking = self._make_scheduler(), False
+        self.scheduler = self._make_scheduler()
         error = RequestError("interrupted", "the engine was interrupted in the middle of a step")
         self._watch.forget()
         for state in lost:
             self._lost(state, error)
+        self._booking = False
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Other threads make no step meanwhile, and wait to add requests. Raises `NanoEngineError` while some run."""
         with self._held(), self._gate:
-            self._settle()
+            self._book(_nothing)
             if self.has_unfinished_requests():
                 raise NanoEngineError("requests are running; finish or abort them first")
             yield
@@ -322,21 +314,10 @@ class Engine:
         if self._closed:
             raise EngineClosed
 
-    def _ids_of(self, text: str) -> list[int] | RequestError:
-        try:
-            return self._encode(text)
-        except RequestError as error:  # text that has no tokens, such as half a surrogate pair
-            return error
-        except BaseException as error:
-            if isinstance(error, NanoEngineError) or not is_failure(error):
-                raise
-            return RequestError("invalid_prompt", f"the tokenizer raised {described(error)}")
-
     def _hash(self, state: RequestState) -> None:
         """What the prefix index will look for, made here by the caller's thread: of a long prompt it takes a while."""
-        if len(state.prompt_token_ids) < self.scheduler.config.max_model_len:
-            state.prompt_bytes = int32_bytes(state.prompt_token_ids)
-            state.block_hashes = self.scheduler.blocks.hashes_of(state.prompt_bytes, state.cache_key)
+        state.prompt_bytes = int32_bytes(state.prompt_token_ids)
+        state.block_hashes = self.scheduler.blocks.hashes_of(state.prompt_bytes, state.cache_key)
 
     def _drain_inbox(self) -> None:
         """What an entry raises fails its request alone."""
@@ -383,26 +364,29 @@ class Engine:
                 self._booking = False
                 break
             self._watch.scheduled(step, self.scheduler)
-            try:
-                handle = self._executor.launch(step.plan)
-            except WorkerError as error:
-                self._end(error)
-            except BaseException as error:  # whatever a kernel or plugin raises ends this step alone
-                if not is_failure(error):
-                    raise
-                self._booking = False
-                while self._in_flight:
-                    self._finish_oldest()
-                self._broken([step], error)
-                break
+            handle = self._launch(step)
             self._in_flight.append(InFlight(step, handle))
             self._booking = False
             self._watch.launched(step)
+            if isinstance(handle, NotLaunched):  # nothing runs behind it
+                while self._in_flight:
+                    self._finish_oldest()
+                break
             now = time.monotonic()
             for request, _ in step.rows[step.plan.num_decode_rows :]:  # a request's first row is a prefill row
                 state = self._known.get(request.parent)
                 if state is not None:  # a sibling's host stage may just have failed it
                     state.scheduled(now)
+
+    def _launch(self, step: ScheduledStep) -> StepHandle:
+        try:
+            return self._executor.launch(step.plan)
+        except WorkerError as error:
+            self._end(error)
+        except BaseException as error:  # whatever a kernel or plugin raises ends this step alone
+            if not is_failure(error):
+                raise
+            return NotLaunched(error)
 
     def _finish_oldest(self) -> None:
         oldest = self._in_flight[0]
@@ -414,7 +398,12 @@ class Engine:
         except BaseException as error:  # as above
             if not is_failure(error):
                 raise
-            self._broken(wait_out(self._in_flight), error)
+            wait_out(self._in_flight)
+            self._booking = True
+            steps = [each.step for each in self._in_flight]
+            self._in_flight.clear()
+            self._broken(steps, error)
+            self._booking = False
             return
         self._watch.arrived(oldest.step)
         self._booking = True
@@ -478,6 +467,20 @@ def _discard(output: RequestOutput) -> None:
     """The sink of a request whose own sink failed."""
 
 
+def _nothing() -> None:
+    """The work of who asks for no step."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotLaunched:
+    """In place of the handle of a step whose launch raised `error`."""
+
+    error: BaseException
+
+    def wait(self) -> StepResult:
+        raise self.error
+
+
 @dataclass(frozen=True, slots=True)
 class InFlight:
     step: ScheduledStep
@@ -493,26 +496,23 @@ class InFlight:
             return True  # a device that is lost raises again in `wait`, where it is answered for
 
 
-def wait_out(in_flight: deque[InFlight]) -> list[ScheduledStep]:
-    """Empties it once its steps have ended: the oldest one broke, and those behind it read its missing tokens."""
-    dropped = list(in_flight)
-    in_flight.clear()
-    for each in dropped[1:]:
+def wait_out(in_flight: Iterable[InFlight]) -> None:
+    """Until all have ended: the oldest one broke, and those behind it read its missing tokens."""
+    for each in list(in_flight)[1:]:
         try:
             each.handle.wait()
         except BaseException as late:  # it broke on what the first one left undone; that is reported
             if not is_failure(late):
                 raise
             forget_locals(late)
-    return [each.step for each in dropped]
 
 
 def step_failure(error: BaseException) -> RequestError:
     """What to tell whose request raised `error` when it ran alone."""
     text = f"running this request raised {described(error)}"
     if is_out_of_memory(error):
-        mend = "no part of its step was small enough; leave more room: lower engine.gpu_memory_utilization"
-        cause = RequestError("out_of_memory", f"{text}; {mend}, kv_cache_memory or max_num_seqs")
+        mend = "no part of its step was small enough; leave more room: lower engine.kv_cache_memory or max_num_seqs"
+        cause = RequestError("out_of_memory", f"{text}; {mend}, on a GPU also gpu_memory_utilization")
     else:
         cause = RequestError("step_failed", text)
     cause.__cause__ = error

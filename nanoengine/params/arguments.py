@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from numbers import Integral
 from typing import Any, TypedDict
 
-from nanoengine.api.errors import ParamsError, RequestError, described, is_failure, shown
+from nanoengine.api.errors import ParamsError, RequestError, TokenizerMissing, described, is_failure, shown
 from nanoengine.params.field_types import is_unicode
 from nanoengine.params.sampling_fields import INT64
 from nanoengine.params.sampling_params import SamplingParams
@@ -47,19 +48,43 @@ def is_one(prompts: Any) -> bool:
     if isinstance(prompts, str | Mapping):
         return True
     if not isinstance(prompts, Sequence) and not hasattr(prompts, "__array__"):
-        raise ParamsError(f"prompts must be text, token ids, a dict, or a list of those, not {prompts!r}")
-    return len(prompts) > 0 and all(isinstance(p, Integral) for p in prompts)
+        raise ParamsError(f"prompts must be text, token ids, a dict, or a list of those, not {shown(prompts)}")
+    return len(prompts) > 0 and (isinstance(prompts, range) or all(map(_is_integer, prompts)))
+
+
+def _is_integer(value: Any) -> bool:
+    try:
+        return isinstance(value, Integral)
+    except BaseException as error:  # its class may answer as it likes; it is refused in its place
+        if not is_failure(error):
+            raise
+        return False
+
+
+def split_prompts(prompts: Any) -> list[tuple[Any, str | None]]:
+    """`split_prompt` of one prompt, or of each of several. Raises `ParamsError` for what is neither."""
+    try:
+        return [split_prompt(prompt) for prompt in ([prompts] if is_one(prompts) else prompts)]
+    except BaseException as error:
+        if isinstance(error, ParamsError) or not is_failure(error):
+            raise
+        raise ParamsError(f"reading the prompts raised {described(error)}") from error
 
 
 def split_prompt(prompt: Prompt) -> tuple[Any, str | None]:
-    """(text or ids, text to show). What is neither is passed on for the engine to refuse in its place."""
-    if not isinstance(prompt, Mapping):
-        return prompt, None
-    unknown = set(prompt) - {"prompt", "prompt_token_ids"}
-    if unknown or not prompt:
-        return prompt, None
-    ids = prompt.get("prompt_token_ids")
-    return (prompt.get("prompt"), None) if ids is None else (ids, prompt.get("prompt"))
+    """(text or ids, text to show). What is neither, or raises, is passed on for the engine to refuse in its place."""
+    try:
+        if not isinstance(prompt, Mapping):
+            return prompt, None
+        unknown = set(prompt) - {"prompt", "prompt_token_ids"}
+        if unknown or not prompt:
+            return prompt, None
+        ids = prompt.get("prompt_token_ids")
+        return (prompt.get("prompt"), None) if ids is None else (ids, prompt.get("prompt"))
+    except BaseException as error:  # what stands for a prompt may be anyone's class
+        if not is_failure(error):
+            raise
+        return _unreadable(error), None
 
 
 def one_each(value: Any, count: int, name: str) -> list[Any]:
@@ -72,7 +97,7 @@ def one_each(value: Any, count: int, name: str) -> list[Any]:
 
 def check_params(params: Any) -> SamplingParams:
     if not isinstance(params, SamplingParams):
-        raise ParamsError(f"params must be SamplingParams, or one for each prompt, not {params!r}")
+        raise ParamsError(f"params must be SamplingParams, or one for each prompt, not {shown(params)}")
     return params
 
 
@@ -86,18 +111,15 @@ def check_priority(priority: object) -> int | None:
     """As a plain int; None is none."""
     if priority is None:
         return None
-    level = _as_int(priority)
+    try:
+        level = _as_int(priority)
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        raise ParamsError(f"reading the priority raised {described(error)}") from error
     if level is None or level not in INT64:
         raise ParamsError(f"priority must be a whole number of 64 bits, not {shown(priority)}")
     return level
-
-
-def check_shown(prompt_text: object) -> RequestError | None:
-    """Why this cannot be what `RequestOutput.prompt` shows beside token ids; None: it can."""
-    if prompt_text is None or (isinstance(prompt_text, str) and is_unicode(prompt_text)):
-        return None
-    words = f"a prompt's text, given beside its ids, must be valid Unicode, not {shown(prompt_text)}"
-    return RequestError("invalid_prompt", words)
 
 
 def check_request_id(request_id: object) -> None:
@@ -105,23 +127,79 @@ def check_request_id(request_id: object) -> None:
         raise ParamsError(f"request_id must be a string of valid Unicode, not {shown(request_id)}")
 
 
-def checked_ids(token_ids: Any, vocab_size: int) -> tuple[int, ...] | RequestError:
-    """Plain ints within the vocabulary, or why this is no prompt."""
+def checked_prompt(
+    prompt: Any, prompt_text: object, encode: Callable[[str], list[int]], vocab_size: int, max_model_len: int
+) -> tuple[tuple[int, ...] | RequestError, str | None]:
+    """(token ids, or why this is no prompt; text to show). `prompt_text`: shown where `prompt` is ids.
+
+    Raises what `encode` raises where there is no tokenizer: `TokenizerMissing`.
+    """
+    try:
+        if isinstance(prompt, str):
+            prompt = prompt_text = str.__str__(prompt)  # a plain one: a class of its own may answer as it likes
+            prompt = _encoded(prompt, encode)
+        ids = checked_ids(prompt, vocab_size, max_model_len)
+        if prompt_text is None:
+            return ids, None
+        if isinstance(prompt_text, str) and is_unicode(prompt_text):
+            return ids, str.__str__(prompt_text)
+        if isinstance(ids, RequestError):
+            return ids, None
+        words = f"a prompt's text, given beside its ids, must be valid Unicode, not {shown(prompt_text)}"
+        return RequestError("invalid_prompt", words), None
+    except BaseException as error:
+        if isinstance(error, TokenizerMissing) or not is_failure(error):
+            raise
+        return _unreadable(error), None
+
+
+def _encoded(text: str, encode: Callable[[str], list[int]]) -> list[int] | RequestError:
+    try:
+        return encode(text)
+    except RequestError as error:  # text that has no tokens, such as half a surrogate pair
+        return error
+    except BaseException as error:
+        if isinstance(error, TokenizerMissing) or not is_failure(error):
+            raise
+        return RequestError("invalid_prompt", f"the tokenizer raised {described(error)}")
+
+
+def checked_ids(token_ids: Any, vocab_size: int, max_model_len: int) -> tuple[int, ...] | RequestError:
+    """Plain ints within the vocabulary, fewer than `max_model_len`, or why this is no prompt."""
     if isinstance(token_ids, RequestError):  # what the caller could not make a prompt of
         return token_ids
     try:
-        return _checked(token_ids, vocab_size)
+        return _checked(token_ids, vocab_size, max_model_len)
     except BaseException as error:  # what stands for a list or an id may be anyone's class
         if not is_failure(error):
             raise
-        return RequestError("invalid_prompt", f"reading the prompt raised {described(error)}")
+        return _unreadable(error)
 
 
-def _checked(token_ids: Any, vocab_size: int) -> tuple[int, ...] | RequestError:
+def _unreadable(error: BaseException) -> RequestError:
+    """Of what raised `error` when it was read as a prompt."""
+    return RequestError("invalid_prompt", f"reading the prompt raised {described(error)}")
+
+
+def too_long(tokens: int, max_model_len: int, least: str = "") -> RequestError:
+    """Of a prompt of so many tokens (`least`: "at least ", where they were not all counted)."""
+    return RequestError(
+        "too_long",
+        f"the prompt has {least}{tokens} tokens and max_model_len is {max_model_len}, which must leave room for one "
+        f"new token: shorten the prompt to {max_model_len - 1} tokens or raise max_model_len",
+    )
+
+
+def _checked(token_ids: Any, vocab_size: int, max_model_len: int) -> tuple[int, ...] | RequestError:
+    """Of what is too long no more is read than shows it."""
     try:
-        given = None if isinstance(token_ids, bytes | Mapping) else list(token_ids)
+        size = len(token_ids) if hasattr(type(token_ids), "__len__") else 0
+        is_ids = not isinstance(token_ids, bytes | Mapping)
+        given = list(islice(token_ids, max_model_len)) if is_ids and size < max_model_len else None
     except TypeError:
-        given = None
+        size, is_ids, given = 0, False, None
+    if is_ids and (given is None or len(given) == max_model_len):
+        return too_long(max(size, max_model_len), max_model_len, "" if given is None else "at least ")
     if given is None:
         valid = "text, token ids, {'prompt': text} or {'prompt_token_ids': ids}"
         return RequestError("invalid_prompt", f"a prompt is {valid}, not {_shown(token_ids)}")

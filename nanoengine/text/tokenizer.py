@@ -160,7 +160,7 @@ class Tokenizer:
         if not isinstance(text, str):
             raise RequestError("invalid_prompt", f"a text prompt must be a str, not {type(text).__name__}")
         try:
-            text.encode()
+            str.encode(text)
         except UnicodeEncodeError as error:  # half of a surrogate pair
             raise RequestError("invalid_prompt", f"the prompt is not valid Unicode: {error}") from error
         # To tokenize a text that is far too long takes minutes and gigabytes.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from nanoengine.params.arguments import check_priority, checked_ids, is_one, one
         (["text"], False),
         ([[1, 2]], False),
         ([1, "text"], False),
+        (range(2 * 10**9), True),  # without a look at each
         (np.array([[1, 2]]), False),
     ],
 )
@@ -54,7 +57,7 @@ def test_ids_and_text_of_a_prompt(prompt: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("given", [[3, 1, 9], (3, 1, 9), np.array([3, 1, 9]), torch.tensor([3, 1, 9]), iter([3, 1, 9])])
 def test_token_ids_become_plain_ints(given: Any) -> None:
-    ids = checked_ids(given, 10)
+    ids = checked_ids(given, 10, 8)
     assert ids == (3, 1, 9)
     assert {type(token) for token in ids} == {int}
 
@@ -73,16 +76,44 @@ def test_token_ids_become_plain_ints(given: Any) -> None:
     ],
 )
 def test_what_is_no_prompt(given: Any, said: str) -> None:
-    error = checked_ids(given, 10)
+    error = checked_ids(given, 10, 8)
     assert isinstance(error, RequestError)
     assert error.code == "invalid_prompt"
     with pytest.raises(RequestError, match=said):
         raise error
 
 
+class Counted(list[int]):
+    """Counts what is read of it."""
+
+    read = 0
+
+    def __iter__(self) -> Iterator[int]:
+        for each in super().__iter__():
+            self.read += 1
+            yield each
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (Counted([1] * 8), "the prompt has 8 tokens and max_model_len is 8"),
+        (range(2 * 10**9), "the prompt has 2000000000 tokens"),
+        (np.ones(900, np.int64), "the prompt has 900 tokens"),
+        (itertools.repeat(1), "the prompt has at least 8 tokens"),
+    ],
+)
+def test_a_prompt_that_is_too_long_is_not_read_to_its_end(given: Any, said: str) -> None:
+    error = checked_ids(given, 10, 8)
+    assert isinstance(error, RequestError)
+    assert error.code == "too_long"
+    assert said in str(error)
+    assert getattr(given, "read", 0) == 0
+
+
 def test_a_refusal_is_passed_on() -> None:
     refused = RequestError("invalid_prompt", "no messages")
-    assert checked_ids(refused, 10) is refused
+    assert checked_ids(refused, 10, 8) is refused
 
 
 def test_one_for_all_or_one_each() -> None:
@@ -106,3 +137,13 @@ def test_priorities_are_whole_numbers(priority: Any) -> None:
     check_priority(np.int64(-3))
     with pytest.raises(ParamsError, match="priority must be a whole number"):
         check_priority(priority)
+
+
+class Exits:
+    def __index__(self) -> int:
+        raise SystemExit
+
+
+def test_a_priority_that_exits_is_refused() -> None:
+    with pytest.raises(ParamsError, match="reading the priority raised SystemExit"):
+        check_priority(Exits())

@@ -11,6 +11,9 @@ import torch
 
 from nanoengine import EngineClosed, SamplingParams
 from nanoengine.api.errors import PluginError
+from nanoengine.core import engine
+from nanoengine.core.execution.executor import _CallHandle
+from nanoengine.core.outputs import OutputProcessor
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.testing.mock_model import MockModel
 
@@ -204,6 +207,79 @@ def test_an_interrupt_leaves_the_engine_usable(tmp_path: Path, monkeypatch: pyte
         assert tokens_of(llm.generate([[5, 6]], GREEDY, use_tqdm=False)) == [greedy([5, 6], 10)]
         assert not llm.engine.has_unfinished_requests()
         assert llm.stats().free_blocks == llm.stats().num_blocks
+
+
+def once(original: Any, error: BaseException) -> Any:
+    """Raises once, before it is called."""
+    raised: list[int] = []
+
+    def raising(*args: Any) -> Any:
+        if not raised:
+            raised.append(1)
+            raise error
+        return original(*args)
+
+    return raising
+
+
+@pytest.mark.parametrize("place", ["wait_out", "fail", "launch"])
+def test_an_interrupt_while_a_broken_step_is_dealt_with_leaves_the_engine_usable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    poisoned_forward(monkeypatch, [])
+    interrupt = KeyboardInterrupt()
+    with mock_llm(tmp_path) as llm:
+        if place == "wait_out":
+            monkeypatch.setattr(engine, "wait_out", once(engine.wait_out, interrupt))
+        elif place == "fail":
+            monkeypatch.setattr(Scheduler, "fail", once(Scheduler.fail, interrupt))
+        else:  # the launch raises, and the interrupt comes while the step before it is waited for
+            executor = llm._built.executor
+            launch, interrupted = executor.launch, once(_CallHandle.wait, interrupt)
+
+            def launching(plan: Any) -> Any:
+                if (plan.new.token_ids == POISON).any():
+                    monkeypatch.setattr(_CallHandle, "wait", lambda handle: interrupted(handle))
+                    raise RuntimeError("no launch")
+                return launch(plan)
+
+            monkeypatch.setattr(executor, "launch", launching)
+        llm.engine.add_request("a", [1, 2], GREEDY)
+        llm.engine.step()
+        llm.engine.add_request("bad", [1, POISON], GREEDY)
+        ended: dict[str, Any] = {}
+
+        def run() -> None:
+            while llm.engine.has_unfinished_requests():
+                ended.update({out.request_id: out for out in llm.engine.step()})
+
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        run()
+        assert ended["bad"].error is not None
+        if place == "fail":  # in the middle of the books
+            assert ended["a"].error.code == "interrupted"
+        else:
+            assert tokens_of([ended["a"]]) == [greedy([1, 2], 10)]
+        assert tokens_of(llm.generate([[5, 6]], GREEDY, use_tqdm=False)) == [greedy([5, 6], 10)]
+        llm.engine.scheduler.check()
+        assert llm.stats().free_blocks == llm.stats().num_blocks
+
+
+def test_a_second_interrupt_while_starting_over_loses_no_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with mock_llm(tmp_path) as llm:
+        for name in "abc":
+            llm.engine.add_request(name, [1, 2], GREEDY)
+        monkeypatch.setattr(Scheduler, "commit", once(Scheduler.commit, KeyboardInterrupt()))
+        monkeypatch.setattr(OutputProcessor, "failed", once(OutputProcessor.failed, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            llm.engine.step()
+        outputs = llm.engine.step()
+        assert [out.error and out.error.code for out in outputs] == ["interrupted"] * 3
+        assert not llm.engine.has_unfinished_requests()
+        assert tokens_of(llm.generate([[5, 6]], GREEDY, use_tqdm=False)) == [greedy([5, 6], 10)]
 
 
 BAD = """

@@ -25,8 +25,8 @@ class Handle:
 def test_every_step_behind_a_broken_one_is_waited_for() -> None:
     handles: list[Any] = [Handle(), Handle(RuntimeError("late")), Handle()]
     in_flight = deque(InFlight(f"step {i}", handle) for i, handle in enumerate(handles))  # type: ignore[arg-type]
-    assert wait_out(in_flight) == ["step 0", "step 1", "step 2"]
-    assert not in_flight
+    wait_out(in_flight)
+    assert len(in_flight) == 3  # an interrupt meanwhile loses none
     assert [handle.waits for handle in handles] == [0, 1, 1]  # the oldest one was waited for: so it was seen to break
 
 
@@ -39,6 +39,7 @@ def test_a_handle_that_cannot_tell_has_not_arrived() -> None:
     [
         (ValueError("odd shape"), "step_failed", "running this request raised ValueError: odd shape (in layer 3)"),
         (MemoryError("no room"), "out_of_memory", "no part of its step was small enough"),
+        (MemoryError("no room"), "out_of_memory", "on a GPU also gpu_memory_utilization"),
     ],
 )
 def test_a_failure_names_the_cause(error: Exception, code: str, said: str) -> None:

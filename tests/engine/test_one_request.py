@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,20 @@ import pytest
 import torch
 
 from nanoengine import LLM, RequestOutput, SamplingParams
-from nanoengine.api.errors import ConfigError, ParamsError, RequestError
+from nanoengine.api.errors import (
+    ConfigError,
+    EngineClosed,
+    ParamsError,
+    RequestError,
+    WorkerError,
+)
 from nanoengine.core import outputs as output
 from nanoengine.core.execution.executor import InProcessExecutor
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
 from nanoengine.core.scheduling import scheduler
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.scheduler import Scheduler
-from nanoengine.testing.mock_model import MockModel
+from nanoengine.testing.mock_model import MockAttention, MockModel
 from nanoengine.text import IncrementalDetokenizer
 
 from .pair_text import text_llm
@@ -317,6 +324,154 @@ def test_whatever_ends_a_step_fails_its_request_alone(
     assert alone.error is not None
     assert alone.error.code == "step_failed"
     assert where == "model" or type(error).__name__ in str(alone.error)
+
+
+class Own(BaseException):
+    pass
+
+
+FOREIGN = [
+    asyncio.CancelledError(),
+    Own("x"),
+    KeyboardInterrupt(),
+    GeneratorExit(),
+    BaseExceptionGroup("g", [SystemExit(1)]),
+    WorkerError(0, 1, "step 3", "x"),
+    EngineClosed(),
+]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("error", FOREIGN, ids=lambda error: type(error).__name__)
+def test_no_exception_of_a_models_ends_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, overlap: bool
+) -> None:
+    """On the step thread nothing means the caller, and one device has no workers."""
+    forward = MockModel.forward
+
+    def broken(self: MockModel, input_ids: Any, positions: Any, batch: Any) -> Any:
+        if (input_ids == 9).sum() >= len(BAD):
+            raise error
+        return forward(self, input_ids, positions, batch)
+
+    monkeypatch.setattr(MockModel, "forward", broken)
+    with mock_llm(tmp_path, overlap=overlap) as llm:
+        found = [beside(llm, GREEDY) for _ in range(2)]
+    for each in found:
+        assert each.error is not None
+        assert each.error.code == "step_failed"
+        assert type(error).__name__ in str(each.error)
+        assert any(place in str(each.error) for place in (f"{__file__}, line ", "MockModel.forward raised "))
+
+
+@pytest.mark.parametrize(("given", "words"), [(None, "a NoneType"), ("width", "float32 (5, 1, 1)"), ("f64", "float64")])
+def test_what_a_backend_gives_is_looked_at_in_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, words: str
+) -> None:
+    forward = MockAttention.forward
+
+    def odd(self: MockAttention, layer: int, spec: Any, q: Any, k: Any, v: Any) -> Any:
+        out = forward(self, layer, spec, q, k, v)
+        if (k[:, 0, 0] == 9).sum() < len(BAD):
+            return out
+        return None if given is None else out[..., :1] if given == "width" else out.double()
+
+    monkeypatch.setattr(MockAttention, "forward", odd)
+    with mock_llm(tmp_path) as llm:
+        found = beside(llm, GREEDY)
+    assert found.error is not None
+    assert "MockAttention.forward gave " in str(found.error)
+    assert words in str(found.error)
+    assert "MockModel" not in str(found.error)
+
+
+class ExitsOnLen(list[int]):
+    def __len__(self) -> int:
+        raise SystemExit
+
+
+class ExitsOnIter(Mapping[str, Any]):
+    def __getitem__(self, key: str) -> Any:
+        raise SystemExit
+
+    def __iter__(self) -> Any:
+        raise SystemExit
+
+    def __len__(self) -> int:
+        return 1
+
+
+class ExitsOnClass:
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        raise SystemExit
+
+
+class ExitsOnEncode(str):
+    def encode(self, *args: Any) -> bytes:
+        raise SystemExit
+
+
+class ExitsOnGet(dict[str, Any]):
+    def get(self, *args: Any) -> Any:
+        raise SystemExit
+
+
+ODD: dict[str, Callable[[], Any]] = {
+    "len": lambda: ExitsOnLen([1]),
+    "iter": ExitsOnIter,
+    "class": ExitsOnClass,
+    "get": lambda: ExitsOnGet(prompt_token_ids=[1]),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_prompt_whose_class_raises_is_refused_in_its_place(tmp_path: Path, odd: str) -> None:
+    prompt = ODD[odd]()
+    with mock_llm(tmp_path) as llm:
+        one, two = llm.generate([prompt, [1, 2]], GREEDY, use_tqdm=False)
+        alone = beside(llm, GREEDY, prompt)
+    for each in (one, alone):
+        assert each.error is not None
+        assert each.error.code == "invalid_prompt"
+        assert "reading the prompt raised SystemExit" in str(each.error) or odd == "get"
+    assert tokens_of([two]) == [greedy([1, 2], 12)]
+
+
+def test_texts_of_a_class_of_their_own_are_plain_texts(tmp_path: Path) -> None:
+    with text_llm(tmp_path) as llm:
+        outputs = llm.generate(
+            [ExitsOnEncode("A1"), {"prompt_token_ids": BAD, "prompt": ExitsOnEncode("x")}], GREEDY, use_tqdm=False
+        )
+    assert [type(each.prompt) for each in outputs] == [str, str]
+    assert tokens_of(outputs)[1] == greedy(BAD, 12)
+
+
+def test_messages_whose_class_raises_are_refused_in_their_place(tmp_path: Path) -> None:
+    good = [{"role": "user", "content": "A1"}]
+    with text_llm(tmp_path) as llm:
+        one, two = llm.chat(
+            [[ExitsOnIter()], good],  # type: ignore[list-item]
+            GREEDY,
+            chat_template="{{ messages[0].content }}",
+            use_tqdm=False,
+        )
+    assert one.error is not None
+    assert "reading the messages raised SystemExit" in str(one.error)
+    assert two.error is None
+
+
+def test_prompts_whose_class_raises_are_refused(tmp_path: Path) -> None:
+    with mock_llm(tmp_path) as llm, pytest.raises(ParamsError, match="reading the prompts raised SystemExit"):
+        llm.generate(ExitsOnLen([1]), GREEDY, use_tqdm=False)
+
+
+def test_an_observers_stop_iteration_does_not_end_a_stream(tmp_path: Path) -> None:
+    def observer(record: Any) -> None:
+        raise StopIteration
+
+    with mock_llm(tmp_path) as llm, llm.observe(observer), pytest.raises(RuntimeError, match="StopIteration"):
+        list(llm.stream(BAD, GREEDY))
 
 
 def test_a_sink_that_raises_loses_only_its_output(tmp_path: Path, error: BaseException) -> None:

@@ -9,6 +9,7 @@ from nanoengine.api.plugin_calls import whose
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.plan_builder import ColumnValues
+from nanoengine.params.arguments import too_long
 from nanoengine.params.sampling_params import pack_column
 
 
@@ -104,11 +105,7 @@ def refuse_misfit(request: Request, max_model_len: int, blocks: BlockManager) ->
     if num_prompt == 0:
         raise RequestError("invalid_prompt", "the prompt is empty: it must have one token at least")
     if num_prompt >= max_model_len:
-        raise RequestError(
-            "too_long",
-            f"the prompt has {num_prompt} tokens and max_model_len is {max_model_len}, which must leave room for one "
-            f"new token: shorten the prompt to {max_model_len - 1} tokens or raise max_model_len",
-        )
+        raise too_long(num_prompt, max_model_len)
     need, have = blocks.blocks_for(num_prompt), blocks.num_blocks
     if need > have:
         raise RequestError(

@@ -216,7 +216,7 @@ def test_only_a_request_that_cannot_fit_fails(tmp_path: Path, monkeypatch: Patch
     assert failed.outputs == []
     assert failed.error is not None
     assert failed.error.code == "out_of_memory"
-    for text in ("CUDA out of memory", "with a single token left of its step", "lower engine.gpu_memory_utilization"):
+    for text in ("CUDA out of memory", "with a single token left of its step", "on a GPU also gpu_memory_utilization"):
         assert text in str(failed.error)
 
 

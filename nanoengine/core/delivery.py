@@ -17,22 +17,22 @@ Delivery = tuple[Callable[[Any], None], Any]
 
 
 class Watch:
-    """Where nobody observes. The engine calls these in the order of a step's life; see `StepWatch`."""
+    """Does nothing: no observer is there. The engine calls these in the order of a step's life; see `StepWatch`."""
 
     def scheduling(self) -> None:
         """The next step is about to be scheduled."""
 
     def scheduled(self, step: ScheduledStep, scheduler: Scheduler) -> None:
-        """It is, and is about to be launched."""
+        """A step was scheduled, and is about to be launched."""
 
     def launched(self, step: ScheduledStep) -> None:
-        """It is."""
+        """The step was launched."""
 
     def waiting(self) -> None:
         """The engine is about to wait for the oldest step."""
 
     def arrived(self, step: ScheduledStep) -> None:
-        """Its result is there, and is about to be committed."""
+        """The step's result is there, and is about to be committed."""
 
     def updated(self, updates: Sequence[Update], known: Mapping[str, RequestState]) -> None:
         """What commit or schedule brought; `known` has taken it in."""
@@ -41,11 +41,11 @@ class Watch:
         """A request was aborted, or failed."""
 
     def committed(self, step: ScheduledStep, result: StepResult) -> Sequence[Delivery]:
-        """All is booked; gives the records to hand out."""
+        """The step is committed; gives the records to hand out."""
         return ()
 
     def broken(self, steps: Sequence[ScheduledStep], error: BaseException) -> Sequence[Delivery]:
-        """Instead: they raised."""
+        """These steps raised, and are not committed; gives the records to hand out."""
         return ()
 
     def forget(self) -> None:

@@ -62,6 +62,7 @@ class Engine:
         resolver: ParamsResolver,
         encode: Callable[[str], list[int]],
     ) -> None:
+        """`encode`: text to token ids; raises `TokenizerMissing` where there is no tokenizer."""
         self.limits, self.scheduler, self.outputs = limits, make_scheduler(), outputs
         self._make_scheduler = make_scheduler
         self._executor, self._resolver, self._encode = executor, resolver, encode

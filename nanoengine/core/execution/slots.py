@@ -175,11 +175,6 @@ class SlotTables:
         }
 
     @property
-    def keeps_history(self) -> bool:
-        """Whether counts or masks over the vocabulary are kept, because somebody asked for them."""
-        return self._output_counts is not None or self._prompt_mask is not None
-
-    @property
     def state(self) -> SlotState:
         """The tables that step inputs are gathered from and drawn tokens written to."""
         return SlotState(

@@ -163,7 +163,7 @@ class BlockManager:
         if self.enable_prefix_caching:
             request.publish_at = request.capacity + self.block_size
             request.chain = [
-                _uid(pool, table[-1]) if table else request.cache_key
+                pool.entry(table[-1]).uid if table else request.cache_key
                 for pool, table in zip(self._pools, request.block_ids, strict=True)
             ]
         return True
@@ -223,7 +223,7 @@ class BlockManager:
         key, parent = request.block_hashes[i], request.chain[group]
         equal = pool.find(key, parent, tokens)
         if equal is not None:
-            request.chain[group] = _uid(pool, equal)
+            request.chain[group] = pool.entry(equal).uid
             return True
         block, taken = request.block_ids[group][i], pool.index.get(key)
         if block in pool.barred or (taken is not None and pool.reaches(pool.entry(taken).parent)):
@@ -287,10 +287,6 @@ class BlockManager:
             assert request.capacity >= request.num_computed, f"{request.id} computed tokens that no block holds"
         for group, pool in enumerate(self._pools):
             pool.check([request.block_ids[group] for request in owners])
-
-
-def _uid(pool: Pool, block: int) -> int:
-    return pool.entry(block).uid
 
 
 class Entry(NamedTuple):

@@ -60,15 +60,16 @@ def plugin_call(
 def plugin_step(what: str, owner: Any, *others: Any) -> Iterator[None]:
     """Around a call of a plugin's code in a step: its exception keeps its type, and gets a note on whose code it is.
 
-    `sys.exit()`, a Rust panic, what means the end of an engine and what takes no note become a `PluginError`: they
-    break a request, never the process or the engine. A `PluginError` that names its plugin goes through. `others`:
-    classes that the call may reach; where the exception comes from one of them, the note says so.
+    `sys.exit()`, a Rust panic, whatever but Ctrl-C a line of its own raises that is no exception, what means the end of
+    an engine, and what takes no note become a `PluginError`: they break a request, never the process or the engine. A
+    `PluginError` that names its plugin goes through. `others`: classes that the call may reach; where the exception
+    comes from one of them, the note says so.
     """
     try:
         yield
     except BaseException as error:
         named = isinstance(error, PluginError) and any(name_of(each) in str(error) for each in (owner, *others))
-        if named or not is_failure(error) or is_out_of_memory(error):
+        if named or not _answers_for(error, owner, *others) or is_out_of_memory(error):
             raise
         reached = _reached(error, (owner, *others))
         if reached is not owner:
@@ -83,6 +84,16 @@ def plugin_step(what: str, owner: Any, *others: Any) -> Iterator[None]:
             code = vars(SystemExit)["code"].__get__(error)  # its class may hide it
             did = f"called sys.exit({'' if code is None else shown(code)})"
         raise PluginError(f"{what} {did}{tail}") from error
+
+
+def _answers_for(error: BaseException, *owners: Any) -> bool:
+    """Whether it is a failure, or what else a line of theirs raised: a handler of the caller's raises its interrupts.
+
+    Ctrl-C has no handler in Python, and may stand at any line.
+    """
+    if is_failure(error) or isinstance(error, KeyboardInterrupt):
+        return is_failure(error)
+    return any(_is_own(file, root_of(owner)) for file, _ in _frames(error)[-1:] for owner in owners)
 
 
 def _noted(error: BaseException, *notes: str) -> bool:

@@ -169,3 +169,24 @@ def test_a_plugins_error_without_its_name_gets_it() -> None:
     with pytest.raises(PluginError) as caught, plugin_step("Stage.apply", Stage):
         raise PluginError("no column")
     assert described(caught.value).startswith("PluginError: no column (in Stage.apply)")
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError(), GeneratorExit(), BaseException("x")])
+def test_what_a_plugins_own_line_raises_is_no_interrupt(error: BaseException) -> None:
+    """This file is the plugin's."""
+    words = f"Stage.apply raised {type(error).__name__}"
+    with pytest.raises(PluginError, match=words), plugin_step("Stage.apply", Stage):
+        raise error
+
+
+def handler(source: str, error: BaseException) -> None:
+    """Raises the error by a line of another file."""
+    exec(compile("raise error", source, "exec"), {"error": error})
+
+
+@pytest.mark.parametrize("error", INTERRUPTS)
+def test_what_a_handler_of_the_callers_raises_in_a_plugin_is_an_interrupt(error: BaseException) -> None:
+    with pytest.raises(type(error)), plugin_step("Stage.apply", Stage):
+        handler("caller.py", error)
+    with pytest.raises(KeyboardInterrupt), plugin_step("Stage.apply", Stage):
+        raise KeyboardInterrupt

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pluggy
 
-from nanoengine.api.specs import PROJECT, AttentionSpec, ModelSourceSpec, ModelSpec, SamplerSpec
+from nanoengine.api.specs import PROJECT, AttentionSpec, CommandSpec, ModelSourceSpec, ModelSpec, SamplerSpec
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -30,6 +30,11 @@ def register_attention_backends() -> Iterable[AttentionSpec]:  # type: ignore[em
 @hookspec
 def register_model_sources() -> Iterable[ModelSourceSpec]:  # type: ignore[empty-body]
     """Places that models come from."""
+
+
+@hookspec
+def register_commands() -> Iterable[CommandSpec]:  # type: ignore[empty-body]
+    """Commands of the command line."""
 
 
 @hookspec

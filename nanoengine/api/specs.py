@@ -176,7 +176,25 @@ class ModelSourceSpec:
     models: tuple[str, ...] = ()
 
 
-Spec = ModelSpec | SamplerSpec | AttentionSpec | ModelSourceSpec
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandSpec:
+    """A command of the command line.
+
+    Attributes:
+        name: the words behind `nanoengine`: "tune", or "bench tune" for a command in the group `bench`.
+        target: "package.module:attribute" of a function with typer's annotations, a typer app, or a click command or
+            group. Imported when the command is called.
+        help: one line for listings, which do not import the target.
+        api: the interface version the plugin was written for.
+    """
+
+    name: str
+    target: str
+    help: str
+    api: int
+
+
+Spec = ModelSpec | SamplerSpec | AttentionSpec | ModelSourceSpec | CommandSpec
 
 
 PROJECT = "nanoengine"

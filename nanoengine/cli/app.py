@@ -1,31 +1,23 @@
-"""The commands and what is common to all."""
+"""`nanoengine`: the commands that are registered, and what is common to all."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from nanoengine import __version__
-from nanoengine.cli import config, plugins
-from nanoengine.cli.chat import chat
-from nanoengine.cli.run import run
-from nanoengine.lab.cli import bench
-from nanoengine.lab.cli.report import report
+from nanoengine.cli.commands import Commands
 
 app = typer.Typer(
+    cls=Commands,
     help="A small LLM inference engine whose every replaceable part is a plugin.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(run)
-app.command()(chat)
-app.command()(report)
-app.add_typer(bench.app, name="bench")
-app.add_typer(config.app, name="config")
-app.add_typer(plugins.app, name="plugins")
 
 
 def _print_version(wanted: bool) -> None:
@@ -36,6 +28,12 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--plugin", metavar="FILE", is_eager=True, help="A plugin in a Python file, for its commands and parts."
+        ),
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,

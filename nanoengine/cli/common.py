@@ -30,9 +30,21 @@ OverridesArgument = Annotated[
         show_default=False,
     ),
 ]
+
+
+def _with_those_before(context: typer.Context, files: list[Path] | None) -> list[Path]:
+    """`nanoengine --plugin A COMMAND --plugin B` means both."""
+    return [Path(each) for each in (*(context.find_root().params.get("plugin") or ()), *(files or ()))]
+
+
 PluginOption = Annotated[
     list[Path] | None,
-    typer.Option("--plugin", metavar="FILE", help="A plugin in a Python file. May be given several times."),
+    typer.Option(
+        "--plugin",
+        metavar="FILE",
+        help="A plugin in a Python file. May be given several times.",
+        callback=_with_those_before,
+    ),
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

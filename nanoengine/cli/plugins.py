@@ -1,4 +1,4 @@
-"""`nanoengine plugins`: list (what is registered, by whom, and what failed; imports no torch), doctor, and new."""
+"""`nanoengine plugins`: list (what is registered, by whom, and what failed; imports no torch)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import typer
 
 from nanoengine.api.specs import Origin
 from nanoengine.cli.common import DebugOption, PluginOption, answer, user_errors
-from nanoengine.lab.cli.doctor import doctor
-from nanoengine.lab.cli.new_plugin import new
 from nanoengine.setup.plugins.discover import discover
 from nanoengine.setup.plugins.registry import Registry
 
@@ -20,9 +18,6 @@ app = typer.Typer(help="Look at plugins, and begin one.", invoke_without_command
 
 _COLUMNS = ("kind", "name", "distribution", "version", "origin", "api", "target")
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-
-app.command()(doctor)
-app.command()(new)
 
 
 @app.callback()
@@ -61,7 +56,7 @@ def as_dict(registry: Registry) -> dict[str, list[dict[str, Any]]]:
 
 
 def _parts(registry: Registry) -> Iterator[dict[str, Any]]:
-    for kind in ("models", "samplers", "attention_backends", "model_sources"):
+    for kind in ("models", "samplers", "attention_backends", "model_sources", "commands"):
         for name, found in getattr(registry, kind).items():
             yield _row(kind.removesuffix("s"), name, found.origin, found.spec.api, found.spec.target)
     for root, origin in registry.config_roots:

@@ -80,10 +80,14 @@ def run(
         clock = StartClock.of_process()
         folder = user_path(config, "configuration")
         if multirun or (folder.is_dir() and (resume or (folder / "sweep.json").exists())):
-            from nanoengine.lab.cli.multirun import sweep
+            from nanoengine.cli.commands import call
 
-            options = [*(["--verbose"] if verbose else []), *(["--debug"] if debug else [])]  # into each run.log
-            status = sweep(config, overrides or (), plugin or (), resume=resume, options=options, trace=trace)
+            flags = {"--resume": resume, "--verbose": verbose, "--debug": debug}
+            words = [flag for flag, given in flags.items() if given]
+            words += [word for path in plugin or () for word in ("--plugin", str(path))]
+            words += ["--trace", str(trace)] if trace is not None else []
+            call("sweep", [*words, "--", config, *(overrides or ())])
+            status = 0
         else:
             registry = discover(plugin or ())
             inputs: dict[str, str | Path] = {"the configuration file": config}

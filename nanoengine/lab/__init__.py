@@ -1,0 +1,22 @@
+"""What examines and measures an engine. It reaches the command line as any package's commands do."""
+
+from __future__ import annotations
+
+from nanoengine.api.hooks import hookimpl
+from nanoengine.api.specs import CommandSpec
+
+
+@hookimpl
+def register_commands() -> list[CommandSpec]:
+    doctor = "Say whether it can run here: environment, GPU, plugins, attention backends."
+    commands = (
+        ("bench", "bench:app", "Measure the engine."),
+        ("report", "report:report", "Make a page of what a run or a sweep came to."),
+        ("sweep", "sweep:sweep", "Run every combination of the overrides' values."),
+        ("doctor", "doctor:doctor", doctor),
+        ("plugins doctor", "doctor:doctor", doctor),
+        ("plugins new", "new_plugin:new", "Write a plugin package that installs, runs and passes its tests."),
+    )
+    return [
+        CommandSpec(name=name, target=f"{__name__}.cli.{target}", help=text, api=1) for name, target, text in commands
+    ]

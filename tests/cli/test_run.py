@@ -197,7 +197,7 @@ MISTAKES = [
     (["run", "quickstart", "--plugin", "nope.py"], "nope.py does not exist"),
     (["run", "quickstart", "--bogus"], "No such option"),
     (["run"], "Missing argument"),
-    (["bogus"], "No such command"),
+    (["bogus"], "no command 'bogus' is installed"),
     (["config", "show", "quickstart", "engine.max_num_seqs=many"], "override 'engine.max_num_seqs=many'"),
 ]
 

@@ -62,7 +62,12 @@ def _part(kind: Kind, found: Registered[Any], registry: Registry, *, load: bool,
         return _plugin(name=name, text=text + (" (not loaded)" if missing or not load else ""))
     loader = TargetLoader(registry.plugin_files)
     try:
-        load_checked(loader, found.spec.target, _base(kind))
+        if kind == "commands":
+            from nanoengine.cli.commands import load_command
+
+            load_command(registry, name)
+        else:
+            load_checked(loader, found.spec.target, _base(kind))
     except NanoEngineError as error:
         level: Level = "error" if wanted else "warning"
         return _plugin(name=name, level=level, text=f"{text}: {error}", mend=_mend(found, error, loader))

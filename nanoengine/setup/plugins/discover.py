@@ -20,7 +20,7 @@ import pluggy
 
 from nanoengine.api import hooks as hookspecs
 from nanoengine.api.errors import PluginError, described, is_failure, nearest, shown, text_of
-from nanoengine.api.specs import PROJECT, Origin, PluginFile
+from nanoengine.api.specs import PROJECT, Origin, PluginFile, Spec
 from nanoengine.observe.files import user_path
 from nanoengine.setup.config.composer.search_path import package_root
 from nanoengine.setup.plugins.choose import choose_attention, from_class, load_checked
@@ -137,10 +137,16 @@ class _Search:
         for spec in values:
             try:
                 check_spec(spec)
+                self._claim(kind, spec, origin)
             except BaseException as error:  # noqa: BLE001 - `_fail` raises Ctrl-C again
                 self._fail(origin, f"{KIND_WORDS[kind]} {shown(spec.name)}", error, provides=(kind, spec.name))
-            else:
-                self.claims.setdefault((kind, spec.name), []).append(Registered(spec, origin))
+
+    def _claim(self, kind: Kind, spec: Spec, origin: Origin) -> None:
+        """Raises `PluginError` for a command that nanoengine itself has: no plugin takes that away."""
+        claims = self.claims.setdefault((kind, spec.name), [])
+        if kind == "commands" and claims and claims[0].origin.distribution == PROJECT:
+            raise PluginError(f"{spec.name!r} is a command of {claims[0].origin} already; rename yours")
+        claims.append(Registered(spec, origin))
 
     def _config_root(self, root: str, origin: Origin) -> None:
         try:
@@ -177,6 +183,7 @@ class _Search:
             samplers=of("samplers"),
             attention_backends=of("attention_backends"),
             model_sources=of("model_sources"),
+            commands=of("commands"),
             config_roots=tuple(self.roots),
             plugins=tuple(self.plugins),
             failures=tuple(self.failures),

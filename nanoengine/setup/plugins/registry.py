@@ -7,12 +7,13 @@ that wants the name.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Generic, Literal, TypeVar, cast
 
 from nanoengine.api.errors import _A_PLUGINS, ModelError, PluginError, nearest, nearest_part
 from nanoengine.api.specs import (
     AttentionSpec,
+    CommandSpec,
     ModelSourceSpec,
     ModelSpec,
     Origin,
@@ -21,7 +22,7 @@ from nanoengine.api.specs import (
     Spec,
 )
 
-Kind = Literal["models", "samplers", "attention_backends", "model_sources"]
+Kind = Literal["models", "samplers", "attention_backends", "model_sources", "commands"]
 S = TypeVar("S", bound=Spec, covariant=True)
 
 KIND_WORDS: Mapping[str, str] = {
@@ -29,6 +30,7 @@ KIND_WORDS: Mapping[str, str] = {
     "samplers": "sampler stage",
     "attention_backends": "attention backend",
     "model_sources": "model source",
+    "commands": "command",
 }
 
 
@@ -85,8 +87,8 @@ class Registry:
     """Every part that plugins registered, by kind and name. Frozen; made by `plugins.discover`.
 
     Attributes:
-        models, samplers, attention_backends, model_sources: in registration order: nanoengine's own, then installed
-            packages by name, then plugin files, then objects. Names in conflict are not among them.
+        models, samplers, attention_backends, model_sources, commands: in registration order: nanoengine's own,
+            then installed packages by name, then plugin files, then objects. Names in conflict are not among them.
         config_roots: roots of config groups ("pkg://package.module") and who provides them.
         plugins: those that were imported, each once. failures: what could not be registered. conflicts: see there.
         plugin_files: what a worker process must load before it can import targets from them.
@@ -101,6 +103,7 @@ class Registry:
     failures: tuple[Failure, ...] = ()
     conflicts: tuple[Conflict, ...] = ()
     plugin_files: tuple[PluginFile, ...] = ()
+    commands: Mapping[str, Registered[CommandSpec]] = field(default_factory=dict)
 
     def require(self, kind: Kind, name: str) -> Registered[Any]:
         """The part of that name; raises `PluginError` saying who clashes, what failed, or that none is installed."""

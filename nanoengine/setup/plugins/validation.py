@@ -13,6 +13,7 @@ from nanoengine.api.specs import (
     API_VERSION,
     AttentionSpec,
     ColumnSpec,
+    CommandSpec,
     ModelSourceSpec,
     ModelSpec,
     SamplerSpec,
@@ -28,6 +29,7 @@ SPEC_HOOKS: Mapping[str, tuple[Kind, type[Spec]]] = {
     "register_samplers": ("samplers", SamplerSpec),
     "register_attention_backends": ("attention_backends", AttentionSpec),
     "register_model_sources": ("model_sources", ModelSourceSpec),
+    "register_commands": ("commands", CommandSpec),
 }
 HOOKS = (*SPEC_HOOKS, "register_configs")
 COLUMN_DTYPES = ("float32", "int32", "bool")
@@ -41,6 +43,7 @@ _OPS: Mapping[StandardOp, tuple[str, tuple[float, ...]]] = {
 
 _MOST_ITEMS = 10_000  # of one hook: more is an iterator without end
 _TARGET = re.compile(r"[\w.]+:[\w.]+")
+_COMMAND = re.compile(r"\w[\w.-]*( \w[\w.-]*)*")
 
 
 def checked_list(hook: str, values: Any) -> list[Any]:
@@ -65,7 +68,8 @@ def check_spec(spec: Any) -> None:
             f"{'upgrade nanoengine' if _newer(spec.api) else 'upgrade the plugin'}"
         )
     for field_ in dataclasses.fields(spec):
-        expected, valid = _FIELD_CHECKS[field_.name]
+        checks = _COMMAND_CHECKS if isinstance(spec, CommandSpec) else _FIELD_CHECKS
+        expected, valid = checks[field_.name]
         value = getattr(spec, field_.name)
         if not valid(value):
             raise PluginError(f"{type(spec).__name__}.{field_.name} must be {expected}, not {shown(value)}")
@@ -145,3 +149,13 @@ _FIELD_CHECKS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "models": ("a tuple of model names", _is_names),
     "install": ("a string", lambda v: isinstance(v, str)),
 }
+_COMMAND_CHECKS = {
+    **_FIELD_CHECKS,
+    "name": ("words as typed, with one space between them", lambda v: _matches(_COMMAND, v)),
+    "target": ("of the form 'package.module:attribute'", lambda v: _matches(_TARGET, v)),
+    "help": ("one line of text", lambda v: isinstance(v, str) and len(v.strip().splitlines()) == 1),
+}
+
+
+def _matches(pattern: re.Pattern[str], value: object) -> bool:
+    return isinstance(value, str) and bool(pattern.fullmatch(value))

@@ -1,0 +1,139 @@
+"""The commands that plugins registered, nanoengine's own among them: listed as they are, imported when called."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from nanoengine.api.errors import PluginError, shown
+from nanoengine.cli.common import say, user_errors
+from nanoengine.setup.plugins.discover import discover
+from nanoengine.setup.plugins.registry import Registry
+from nanoengine.setup.plugins.targets import TargetLoader
+
+_REGISTRY = "nanoengine.registry"  # of the command line that is read now
+_COMPLETION = ("install_completion", "show_completion")
+
+
+def call(name: str, words: Sequence[str]) -> None:
+    """Calls a command as if these words had been typed behind its name. Raises `typer.Exit`, and what it raises."""
+    with Listed(discover(), name).make_context(f"nanoengine {name}", list(words)) as context:
+        context.command.invoke(context)
+
+
+class Commands(TyperGroup):
+    """All that is behind `nanoengine`. What a plugin's command raises as a user's mistake is shown as one."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(dict.fromkeys(name.split()[0] for name in _registry(ctx).commands))
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Listed:
+        return Listed(_registry(ctx), cmd_name)
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        with user_errors(debug=False):
+            return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        with user_errors(debug=False):
+            return super().invoke(ctx)
+
+
+def _registry(context: Any) -> Registry:
+    """What is registered, the files of `nanoengine --plugin` included. Raises `PluginError` for a file that fails."""
+    root = context.find_root()
+    if _REGISTRY not in root.meta:
+        root.meta[_REGISTRY] = discover([Path(each) for each in root.params.get("plugin") or ()])
+    found: Registry = root.meta[_REGISTRY]
+    return found
+
+
+class Listed(TyperCommand):
+    """A name and a line of help. Called, it is the command of its target.
+
+    Where the name is not available, the call raises `PluginError` with the cause, and a group does not list it.
+    """
+
+    def __init__(self, registry: Registry, name: str) -> None:
+        self._registry = registry
+        self._inner = _inner(registry, name)
+        found = registry.commands.get(name)
+        listed = found is not None or any(f"{name} {word}" in registry.commands for word in self._inner)
+        self.owners = _owners(registry, name)
+        super().__init__(name=name, help=found.spec.help if found else f"Of {self.owners}.", hidden=not listed)
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        command = self._load()
+        if parent is None or isinstance(parent, command.context_class):
+            return command.make_context(info_name, args, parent, **extra)
+        command.main(args, prog_name=f"{parent.command_path} {info_name}")  # typer may bring a click of its own
+        raise AssertionError("click ends the process")
+
+    def _load(self) -> Any:
+        """The target as typer's or click's command, with what others registered for its group."""
+        name, registry = str(self.name), self._registry
+        inner = {word: Listed(registry, f"{name} {word}") for word in self._inner}
+        if name not in registry.commands and inner and name not in _not_available(registry):
+            commands: dict[str, Any] = dict(inner)
+            return TyperGroup(name=name, help=self.help, commands=commands, no_args_is_help=True, rich_markup_mode=None)
+        command = load_command(registry, name)
+        own = getattr(command, "commands", None)
+        for word in [word for word in inner if own is None or word in own]:
+            refused, here = inner.pop(word), registry.commands[name].origin
+            why = "which is no group" if own is None else "which has a command of that name"
+            say(f"command {refused.name!r} of {refused.owners} is refused: {name!r} is of {here}, {why}")
+        if inner and own is not None:
+            command = copy.copy(command)
+            command.commands = {**own, **inner}
+        return command
+
+
+def _owners(registry: Registry, name: str) -> str:
+    """Who registered the command of that name, or commands of that group; also where that was refused."""
+    claims = [
+        *registry.commands.items(),
+        *((c.name, each) for c in registry.conflicts if c.kind == "commands" for each in c.claims),
+    ]
+    return " and ".join(dict.fromkeys(str(c.origin) for n, c in claims if f"{n} ".startswith(f"{name} ")))
+
+
+def _inner(registry: Registry, name: str) -> list[str]:
+    """The words that plugins registered for the group `name`; those too that are not available, to say why."""
+    prefix = f"{name} "
+    names = [each for each in (*registry.commands, *_not_available(registry)) if each.startswith(prefix)]
+    return list(dict.fromkeys(each.removeprefix(prefix).split()[0] for each in names))
+
+
+def _not_available(registry: Registry) -> list[str]:
+    clashes = [conflict.name for conflict in registry.conflicts if conflict.kind == "commands"]
+    provided = [failure.provides for failure in registry.failures if failure.provides is not None]
+    return [*clashes, *(name for kind, name in provided if kind == "commands" and isinstance(name, str))]
+
+
+def load_command(registry: Registry, name: str) -> Any:
+    """The click command of a registered name.
+
+    Raises `PluginError` where the name is not available, and for a target that cannot be loaded or is no command.
+    """
+    found = registry.require("commands", name)
+    loader = TargetLoader(registry.plugin_files)
+    target = loader.load(found.spec.target)
+    if isinstance(target, typer.Typer):
+        made = typer.main.get_command(target)
+        made.params = [each for each in made.params if each.name not in _COMPLETION]  # nanoengine's own has none
+        return made
+    if not isinstance(target, type) and callable(getattr(target, "make_context", None)):
+        return target
+    if isinstance(target, type) or not callable(target):
+        raise PluginError(
+            f"command {name!r} of {found.origin}: {loader.describe(found.spec.target)} is {shown(target)}, which is no "
+            "function, typer app or click command"
+        )
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command(name.split()[-1])(target)
+    return typer.main.get_command(app)

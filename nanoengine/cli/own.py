@@ -1,0 +1,19 @@
+"""The commands of nanoengine's own that are no measurement: a plugin as any other."""
+
+from __future__ import annotations
+
+from nanoengine.api.hooks import hookimpl
+from nanoengine.api.specs import CommandSpec
+
+
+@hookimpl
+def register_commands() -> list[CommandSpec]:
+    commands = (
+        ("run", "run:run", "Answer the prompts of a configuration."),
+        ("chat", "chat:chat", "Talk with a model."),
+        ("config", "config:app", "Look at configurations."),
+        ("plugins", "plugins:app", "Look at plugins, and begin one."),
+    )
+    return [
+        CommandSpec(name=name, target=f"nanoengine.cli.{target}", help=text, api=1) for name, target, text in commands
+    ]

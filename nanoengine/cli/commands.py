@@ -63,7 +63,9 @@ class Listed(TyperCommand):
         self._registry = registry
         self._inner = _inner(registry, name)
         found = registry.commands.get(name)
-        listed = found is not None or any(f"{name} {word}" in registry.commands for word in self._inner)
+        # A group that no plugin has is made of what is in it, but not where plugins contend for the group.
+        self._made = found is None and bool(self._inner) and name not in _not_available(registry)
+        listed = found is not None or (self._made and any(n.startswith(f"{name} ") for n in registry.commands))
         self.owners = _owners(registry, name)
         super().__init__(name=name, help=found.spec.help if found else f"Of {self.owners}.", hidden=not listed)
 
@@ -78,7 +80,7 @@ class Listed(TyperCommand):
         """The target as typer's or click's command, with what others registered for its group."""
         name, registry = str(self.name), self._registry
         inner = {word: Listed(registry, f"{name} {word}") for word in self._inner}
-        if name not in registry.commands and inner and name not in _not_available(registry):
+        if self._made:
             commands: dict[str, Any] = dict(inner)
             return TyperGroup(name=name, help=self.help, commands=commands, no_args_is_help=True, rich_markup_mode=None)
         command = load_command(registry, name)

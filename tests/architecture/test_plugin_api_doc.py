@@ -11,9 +11,11 @@ import pytest
 import torch
 from plugin_api_tables import rows_of
 from source import ROOT
+from typer.testing import CliRunner, Result
 
 from nanoengine import api
 from nanoengine.api.parallel import SingleRank
+from nanoengine.cli.app import app
 from nanoengine.setup.config.composer import package_root
 from nanoengine.setup.plugins.discover import discover, load_checked
 from nanoengine.setup.plugins.targets import TargetLoader
@@ -191,6 +193,19 @@ def test_the_source_example(example: Any, tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "tiny" / "config.json").write_text("{}")
     assert source_class().resolve("shelf:tiny", ctx) == tmp_path / "tiny"
     assert said == [f"taking {tmp_path / 'tiny'}"]
+
+
+def test_the_command_example(tmp_path: Path) -> None:
+    path = tmp_path / "hello.py"
+    path.write_text(EXAMPLES["hello.py"])
+
+    def nanoengine(*words: str) -> Result:
+        return CliRunner().invoke(app, ["--plugin", str(path), *words])
+
+    assert "Greet somebody." in nanoengine("--help").stdout
+    assert nanoengine("hello", "you", "--times", "2").stdout == "hello you hello you\n"
+    refused = nanoengine("hello", "a\nb")
+    assert (refused.exit_code, refused.stderr) == (2, "error: the name cannot be printed\n")
 
 
 def test_the_config_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_modules: None) -> None:

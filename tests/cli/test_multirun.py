@@ -170,6 +170,25 @@ def test_a_combination_that_cannot_be_composed_stops_no_other(sweep: Run, tmp_pa
     assert list((root / "2_engine.seed=many,attention.backend=torch").iterdir()) == []
 
 
+def test_the_command_sweep_is_what_run_calls(sweep: Run, nanoengine: Run, tmp_path: Path) -> None:
+    """The fixture stands for both: its runs are the fake's."""
+    assert sweep("engine.seed=1,2").exit_code == 0
+    [first] = (tmp_path / "multirun").iterdir()
+    again = nanoengine("sweep", "--resume", str(first))
+    assert (again.exit_code, again.stderr.count("finished before")) == (0, 2)
+    direct = nanoengine("sweep", "run.yaml", "engine.seed=1,2", "--verbose")
+    assert direct.exit_code == 0, direct.stderr
+    [second] = set((tmp_path / "multirun").iterdir()) - {first}
+    assert [folder.name for folder in sorted(second.glob("*_*/"))] == ["0_engine.seed=1", "1_engine.seed=2"]
+    assert "weights" in (second / "0_engine.seed=1" / "run.log").read_text()  # --verbose came through
+    for words, cause in (
+        (["engine.sed=1,2"], "unknown key 'engine.sed'"),
+        (["--trace", "a/b.json"], "--trace a/b.json: "),
+    ):
+        mistake = nanoengine("sweep", "run.yaml", *words)
+        assert (mistake.exit_code, cause in mistake.stderr) == (2, True)
+
+
 def test_where_none_can_be_composed_nothing_is_made(sweep: Run, tmp_path: Path) -> None:
     result = sweep("engine.sed=1,2")
     assert result.exit_code == 2

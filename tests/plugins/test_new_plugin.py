@@ -19,7 +19,7 @@ from nanoengine.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 DEMO = "nanoengine-plugin-demo"
-KINDS = {"model": "my-gpt", "sampler": "less_again", "attention": "rows"}
+KINDS = {"model": "my-gpt", "sampler": "less_again", "attention": "rows", "command": "probable"}
 
 
 def new(*arguments: str | Path) -> Result:
@@ -28,7 +28,7 @@ def new(*arguments: str | Path) -> Result:
 
 @dataclass(frozen=True)
 class Site:
-    """An environment with all four packages installed from wheels, and their sources."""
+    """An environment with all five packages installed from wheels, and their sources."""
 
     python: Path
     sources: Path
@@ -64,10 +64,12 @@ def test_what_is_written_is_listed_with_every_part(site: Site) -> None:
         ("nanoengine-my-gpt", "configs", "pkg://nanoengine_my_gpt.configs"),
         ("nanoengine-my-gpt", "model", "my-gpt"),
         (DEMO, "attention_backend", "row_by_row"),
+        (DEMO, "command", "write-opt"),
         (DEMO, "configs", "pkg://nanoengine_plugin_demo.configs"),
         (DEMO, "model", "opt"),
         (DEMO, "model_source", "opt-tiny"),
         (DEMO, "sampler", "top_n_sigma"),
+        ("nanoengine-probable", "command", "probable"),
         ("nanoengine-rows", "attention_backend", "rows"),
         ("nanoengine-rows", "configs", "pkg://nanoengine_rows.configs"),
     ]
@@ -77,9 +79,9 @@ def test_what_is_written_is_listed_with_every_part(site: Site) -> None:
 def test_the_tests_that_come_with_them_pass(site: Site) -> None:
     """In one process: most of what it takes is importing torch."""
     folders = sorted(each for each in site.sources.iterdir() if (each / "tests").is_dir())
-    assert len(folders) == 4
+    assert len(folders) == 5
     done = run(site.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *folders, cwd=site.sources)
-    assert re.search(r"\b14 passed", done.stdout), done.stdout  # two of each kind, eight of the demo; none skipped
+    assert re.search(r"\b17 passed", done.stdout), done.stdout  # two of each kind, nine of the demo; none skipped
 
 
 # In one process, likewise; as a user would, one folder after the other.
@@ -166,7 +168,11 @@ def test_the_long_name_is_the_short_one(tmp_path: Path) -> None:
         ("model", "model", "a class ModelConfig"),
         ("attention", "triton", "registered by nanoengine"),
         ("attention", "auto", "already"),
-        ("tokenizer", "mine", "error: no package of kind 'tokenizer' can be begun; Valid: attention, model, sampler"),
+        (
+            "tokenizer",
+            "mine",
+            "error: no package of kind 'tokenizer' can be begun; Valid: attention, command, model, sampler",
+        ),
         ("sampling", "mine", "did you mean 'sampler'?"),
         ("soft-cap", "sampler", "error: the kind comes first: nanoengine plugins new sampler soft-cap"),
     ],

@@ -1,6 +1,6 @@
 """The hooks. Neither this module nor what it imports imports torch: it is read wherever plugins are listed."""
 
-from nanoengine.api import AttentionSpec, ModelSourceSpec, ModelSpec, SamplerSpec, hookimpl
+from nanoengine.api import AttentionSpec, CommandSpec, ModelSourceSpec, ModelSpec, SamplerSpec, hookimpl
 from nanoengine_plugin_demo.params import TopNSigmaParams
 
 
@@ -25,6 +25,12 @@ def register_attention_backends():
 def register_model_sources():
     target = "nanoengine_plugin_demo.source:TinyOPT"
     return [ModelSourceSpec(name="opt-tiny", target=target, api=1, order=50, models=("opt-tiny",))]
+
+
+@hookimpl
+def register_commands():
+    target = "nanoengine_plugin_demo.command:write_opt"
+    return [CommandSpec(name="write-opt", target=target, help="Write a tiny OPT of random weights.", api=1)]
 
 
 @hookimpl

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from importlib.resources import files
@@ -19,7 +19,7 @@ from nanoengine import __version__
 from nanoengine.api.errors import ConfigError, nearest
 from nanoengine.cli.common import DebugOption, answer, user_errors
 from nanoengine.params.sampling_fields import CORE_TYPES, STAGE_MEMBERS
-from nanoengine.setup.plugins.discover import Registry, discover
+from nanoengine.setup.plugins.discover import Registered, Registry, discover
 
 _NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 _PREFIX = "nanoengine-"
@@ -30,17 +30,20 @@ class PartKind(StrEnum):
     MODEL = "model"
     SAMPLER = "sampler"
     ATTENTION = "attention"
+    COMMAND = "command"
 
 
 _SUMMARIES = {
     PartKind.MODEL: "A model",
     PartKind.SAMPLER: "A sampler stage",
     PartKind.ATTENTION: "An attention backend",
+    PartKind.COMMAND: "A command",
 }
 _CLASSES = {
     PartKind.MODEL: ("Model", "Config", "Layer", "Attention"),
     PartKind.SAMPLER: ("Stage", "Params"),
     PartKind.ATTENTION: ("Backend",),
+    PartKind.COMMAND: (),
 }
 
 
@@ -95,7 +98,10 @@ def _example(name: str) -> str:
 
 def new(
     kind: Annotated[
-        str, typer.Argument(metavar="model|sampler|attention", help="What the package provides.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="model|sampler|attention|command", help="What the package provides.", show_default=False
+        ),
     ],
     name: Annotated[str, typer.Argument(help="What it is called, for example soft-cap.", show_default=False)],
     into: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to put the package's folder.")] = Path("."),
@@ -121,7 +127,8 @@ def _kind(text: str, name: str) -> PartKind:
 def _next_steps(kind: PartKind, names: Names, folder: Path) -> str:
     steps = [f"cd {folder}", "pip install -e '.[test]'", "pytest"]
     steps += [f"python -m {names.module}.tiny tiny"] if kind is PartKind.MODEL else []
-    return "\n".join(["next:", *(f"  {step}" for step in (*steps, "nanoengine run run.yaml"))])
+    steps += [f"nanoengine {names.name} --help" if kind is PartKind.COMMAND else "nanoengine run run.yaml"]
+    return "\n".join(["next:", *(f"  {step}" for step in steps)])
 
 
 def write(kind: PartKind, name: str, into: Path) -> Path:
@@ -153,8 +160,13 @@ def _check_free(kind: PartKind, names: Names, registry: Registry) -> None:
         taken |= dict.fromkeys(("float", "self"), "a word of the code that is written")
         wanted = names.word
     else:
-        parts = registry.models if kind is PartKind.MODEL else registry.attention_backends
-        taken = {name: f"registered by {found.origin}" for name, found in parts.items()} | {"auto": "a word of YAML's"}
+        by_kind: dict[PartKind, Mapping[str, Registered[Any]]] = {
+            PartKind.MODEL: registry.models,
+            PartKind.ATTENTION: registry.attention_backends,
+            PartKind.COMMAND: registry.commands,
+        }
+        taken = {name: f"registered by {found.origin}" for name, found in by_kind[kind].items()}
+        taken |= {} if kind is PartKind.COMMAND else {"auto": "a word of YAML's"}
         wanted = names.name
     if wanted in taken:
         raise ConfigError(f"{wanted!r} is {taken[wanted]} already; choose another name")
@@ -180,6 +192,8 @@ def _render(kind: PartKind, names: Names) -> Iterator[tuple[str, str]]:
     templates = files("nanoengine.lab.cli") / "plugin_templates"
     for part in ("common", kind.value):
         for path, template in _templates(templates / part):
+            if kind is PartKind.COMMAND and path.startswith("MODULE/configs/"):
+                continue  # it has no options of config groups
             path = path.replace("MODULE", names.module).replace("NAME", names.name)
             yield path, environment.from_string(template.read_text("utf-8")).render(values)
 

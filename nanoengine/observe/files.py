@@ -156,6 +156,18 @@ def user_path(path: str | Path, what: str) -> Path:
         raise ConfigError(f"{what} {shown(str(path))}: {why}") from error
 
 
+def decoded(data: bytes, name: str) -> str:
+    """Text of UTF-8, without the mark that it may begin with. Raises `ConfigError` naming the line that is none."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        utf16 = "; it is UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        raise ConfigError(
+            f"cannot read {name}: line {line} is not UTF-8 ({error.reason}){utf16}; save it as UTF-8"
+        ) from error
+
+
 def write_all(file: FileIO, data: bytes) -> None:
     """One write may take a part only. Raises `OSError`; how much of `data` is in the file is not known then."""
     left = memoryview(data)

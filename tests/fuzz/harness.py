@@ -55,9 +55,15 @@ def kinds() -> list[str]:
     return sorted(name for name in names if name not in _NOT_KINDS and not name.startswith("test_"))
 
 
-def fuzz(kind: str, seed: int, start: int, stop: int) -> list[Crash]:
-    """Runs the cases from `start` to `stop` of a seed. Raises `RuntimeError` where a child cannot even begin."""
+def fuzz(kind: str, seed: int, start: int, stop: int) -> tuple[list[Crash], int]:
+    """Runs the cases from `start` to `stop` of a seed; gives the crashes, and the number of the last case that began.
+
+    Raises `ValueError` where these are no cases, `RuntimeError` where a child cannot even begin.
+    """
+    if not 0 <= start < stop:
+        raise ValueError(f"no cases: {start} to {stop}")
     crashes: list[Crash] = []
+    last = start - 1
     while start < stop:
         with tempfile.TemporaryDirectory() as folder:
             child = _Child(kind, seed, start, min(stop, start + _CASES_A_CHILD), folder)
@@ -67,8 +73,8 @@ def fuzz(kind: str, seed: int, start: int, stop: int) -> list[Crash]:
                 child.end()
         if crash is not None:
             crashes.append(crash)
-        start = child.number + 1
-    return crashes
+        last, start = child.number, child.number + 1
+    return crashes, last
 
 
 class _Child:

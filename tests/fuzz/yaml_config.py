@@ -24,8 +24,8 @@ _FILES = {
         "sampler:\n  <<: {max_tokens: 3}\n  stop: [x, 'y']\nprompts:\n  - ${model.source} a\n"
         "  - - {role: user, content: b}\noutput: ${oc.env:HOME,here}/r.jsonl\nchat: true\n"
     ),
-    "sampler/mine.yaml": "# @package _group_\ntemperature: 0.5\ntop_p: 1e-1\nseed: ${engine.seed}\n",
-    "extra.yaml": "# @package engine\nblock_size: 16\n",
+    "sampler/mine.yaml": "temperature: 0.5\ntop_p: 1e-1\nseed: ${engine.seed}\n",
+    "extra.yaml": "engine:\n  block_size: 16\n",
 }
 _OVERRIDES = (
     "engine.seed=3", "sampler=greedy", "~output", "+sampler.top_k=5", "++engine.seed=${sampler.seed}", "prompts=[a, b]",
@@ -110,7 +110,53 @@ def _aliases(rng: random.Random) -> str:
     return "\n".join(rows) + "\n"
 
 
+def _deep(rng: random.Random) -> str:
+    """Lists within each other, each holding the one before by interpolation or by alias; first or last first."""
+    depth, by_alias = rng.randrange(1, 64), rng.random() < 0.3
+    links = [(f"&k{n} ", f"*k{n - 1}") if by_alias else ("", f"'${{k{n - 1}}}'") for n in range(rng.randrange(2, 60))]
+    rows = [f"k{n}: {own}{'[' * depth}{link if n else 1}{']' * depth}" for n, (own, link) in enumerate(links)]
+    return "\n".join(rows if by_alias or rng.random() < 0.5 else rows[::-1]) + f"\nmodel: ${{k{len(rows) - 1}}}\n"
+
+
+def _many(rng: random.Random) -> str:
+    """Many texts with interpolations of middling length."""
+    text = rng.choice(
+        ("${model.source}", "${oc.env:HOME}", "${engine}", "${sampler.logit_bias.5}", "y" * 500 + "${.0}")
+    )
+    return f"model: a\nprompts: [{', '.join([repr(text * rng.randrange(1, 80))] * rng.randrange(1, 5_000))}]\n"
+
+
+def _spellings(rng: random.Random) -> str:
+    """One number, or nearly one, as several keys."""
+    keys = (
+        "10",
+        "0xA",
+        "012",
+        "1_0",
+        "10.0",
+        "1e1",
+        "0b1010",
+        "'10'",
+        "+10",
+        "10.",
+        "true",
+        "yes",
+        "1",
+        "null",
+        ".nan",
+    )
+    pairs = ", ".join(f"{key}: {rng.randrange(9)}" for key in rng.choices(keys, k=rng.randrange(1, 5)))
+    return f"model: a\nsampler: {{logit_bias: {{{pairs}}}}}\n"
+
+
 _BOMBS = (
+    _deep,
+    _many,
+    _spellings,
+    lambda rng: "# @package " + "a." * rng.randrange(1, 3_000) + rng.choice(("a", "", "a b")) + "\nmodel: a",
+    lambda rng: "defaults: ['sampler@" + "a." * rng.randrange(1, 3_000) + "a: mine']\nmodel: a",
+    lambda rng: "model: a\ny: [" + "[" * rng.randrange(1, 60) + "]" * 60 + "]" * rng.randrange(1, 5),
+    lambda rng: f"defaults: [{'extra, ' * rng.randrange(1, 600)}]\nmodel: a\nx: [{'1, ' * rng.randrange(1, 19_000)}]",
     _aliases,
     lambda rng: _aliases(rng).replace("[", "{a: 1, <<: [").replace("]", "]}"),
     lambda rng: _doubled(rng, "k0: " + "x" * rng.randrange(1, 2000), "${@}"),

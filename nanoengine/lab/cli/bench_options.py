@@ -63,7 +63,7 @@ def engine_options(given: Sequence[str] | None) -> dict[str, Any]:
         if "=" not in each:
             raise ConfigError(f"{each!r} is no engine option: write OPTION=VALUE, as in max_num_seqs=64")
     pairs = [each.partition("=") for each in given or ()]
-    return {key: load_yaml(value, f"{key}={shown(value)}", lambda _: "the value")[1] for key, _, value in pairs}
+    return {key: load_yaml(value, f"{key}={shown(value)}", lambda _: "the value") for key, _, value in pairs}
 
 
 def limits_of(bandwidth: float | None, tflops: float | None, options: dict[str, Any]) -> Limits | None:

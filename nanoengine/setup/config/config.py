@@ -20,7 +20,7 @@ from nanoengine.observe.files import user_path
 from nanoengine.params.field_types import conform
 from nanoengine.params.sampling_fields import NOT_SERVED, legal_fields
 from nanoengine.setup.config.composer import Composed, Root, SearchPath, Shorthand, compose, package_root
-from nanoengine.setup.config.composer.yaml_file import ConfigFile, KeyPath, dotted
+from nanoengine.setup.config.composer.yaml_file import ConfigFile, KeyPath, dotted, not_a_file
 from nanoengine.setup.config.engine_options import dtype_hint
 from nanoengine.setup.config.prompts import PromptFile, Prompts, check_prompts
 from nanoengine.setup.config.sampler_section import Stages, check_sampler, sampler_stages
@@ -106,9 +106,7 @@ def load_config(
     primary, search = _primary(path_or_recipe, roots, registry.suspects("configs"))
     interpolable = {"attention": asdict(AttentionSection()), "engine": asdict(EngineOptions()), "chat": True}
     plain = [key for key in _KEYS if key not in _SECTIONS and key != "sampler"]
-    composed = compose(
-        primary, search, overrides, shorthands=_shorthands(registry), defaults=interpolable, values=plain
-    )
+    composed = compose(primary, search, overrides, shorthands=_shorthands(registry), defaults=interpolable, plain=plain)
     return _checked(composed, registry, primary.label)
 
 
@@ -123,6 +121,8 @@ def _primary(path_or_recipe: str | Path, roots: Sequence[Root], suspects: str) -
     search = SearchPath(None, roots, suspects)
     name = str(path_or_recipe)
     if path.suffix or os.sep in name:
+        if os.path.lexists(path):
+            raise ConfigError(f"{path} {not_a_file(path)}")
         raise ConfigError(f"no configuration file {name} (looked for {path.absolute()}){_sibling(path)}")
     found = search.find(name)
     if found is None:

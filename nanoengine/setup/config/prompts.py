@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from nanoengine.api.errors import ConfigError, ParamsError, nearest, shown
+from nanoengine.observe.files import decoded
 from nanoengine.params.field_types import conform
 from nanoengine.setup.config.composer.yaml_file import KeyPath, dotted
 
@@ -163,14 +164,7 @@ def _text(file: str) -> tuple[str, str]:
 
 
 def _decoded(data: bytes, name: str) -> str:
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        utf16 = "; it is UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-        raise ConfigError(
-            f"cannot read the prompts of {name}: line {line} is not UTF-8 ({error.reason}){utf16}; save it as UTF-8"
-        ) from error
+    text = decoded(data, f"the prompts of {name}")
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise ConfigError(f"{name}:{line}: the line holds a NUL byte, so this is no text; save it as UTF-8 text")

@@ -1,9 +1,9 @@
 """Composition of YAML in Hydra's style on omegaconf. It knows no schema: `nanoengine.setup.config.config` does.
 
-What works as in Hydra 1.3: defaults lists (groups, lists of options, plain files, `_self_`, `override`, `optional`,
-nested and absolute ones, `@package` in entries and headers), overrides (`key=`, `+key=`, `++key=`, `~key`,
-`group=option`, `group@package=option`) and omegaconf's interpolation. What does not, refused by name: sweeps, override
-functions, interpolation inside a defaults list, `hydra:` settings, `_target_` and renamed packages (`group@a:b`).
+What works as in Hydra 1.3: defaults lists (groups, lists of options, plain files, `_self_`, nested ones), overrides
+(`key=`, `+key=`, `++key=`, `~key`, `group=option`) and omegaconf's interpolation. What does not, refused by name:
+packages (`group@package`, `# @package`), `override`, `optional`, `/group` and interpolation in a defaults list, sweeps,
+override functions, `hydra:` settings and `_target_`.
 
 Two things differ on purpose: override values are YAML, as everywhere in omegaconf (`{a: 1}` wants its blank); and
 `group=option` adds the group at the end of a defaults list that lacks it.

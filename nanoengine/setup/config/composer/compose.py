@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nanoengine.api.errors import ConfigError
+from nanoengine.setup.config.composer.bounds import MAX_DEPTH
 from nanoengine.setup.config.composer.expand import Expansion, Part
+from nanoengine.setup.config.composer.grammar import ESCAPE_HINT, Grammar
 from nanoengine.setup.config.composer.interpolate import Interpolation, resolved
 from nanoengine.setup.config.composer.overrides import Action, Override, apply_override, merge, parse_override
 from nanoengine.setup.config.composer.search_path import SearchPath
@@ -17,6 +19,7 @@ from nanoengine.setup.config.composer.yaml_file import ConfigFile, KeyPath, dott
 Said = tuple[KeyPath, Any, str]
 """A key, the value it was given, and by whom."""
 
+_MAX_SAID = 40_000  # keys and values of all files and overrides
 _PARENT: Mapping[str, Any] = {}  # stands for "whatever holds the key that an override names"
 
 
@@ -54,58 +57,91 @@ def compose(
     *,
     shorthands: Mapping[str, Shorthand],
     defaults: Mapping[str, Any],
-    values: Collection[str] = (),
+    plain: Collection[str] = (),
 ) -> Composed:
     """Composes `primary`. Raises `ConfigError` naming file and line, or the override.
 
     Args:
         shorthands: groups that take plain values. defaults: what interpolation may refer to beside what was given.
-        values: keys that are no groups, even where a folder of that name holds YAML.
+        plain: keys that are no groups, even where a folder of that name holds YAML.
     """
     expansion = Expansion(search, shorthands)
     changes: list[Override] = []
     for item in map(parse_override, overrides):
-        if item.key not in values and _is_group(item, search, shorthands):
+        if item.key not in plain and _is_group(item, search, shorthands):
             expansion.override(item)
         else:
             changes.append(item)
-    layers = [_layer(part, shorthands) for part in expansion.primary(primary)]
-    config: dict[Any, Any] = {}
-    for data, _ in layers:
-        merge(config, data)
-    said = [each for _, layer in layers for each in layer]
+    said, config = _Said(), dict[Any, Any]()
+    for part in expansion.primary(primary):
+        values, layer = _layer(part, shorthands)
+        said.add(layer)
+        merge(config, values)
     # `~group` where no defaults list chose it deletes the section, if a file holds it.
     deletions = [item for key, item in expansion.deletions.items() if key not in expansion.deleted]
-    origins = _apply(config, [*deletions, *changes], said)
-    return Composed(_resolved(config, defaults, origins), origins, [(path, origin) for path, _, origin in said])
-
-
-def _apply(config: dict[Any, Any], changes: Iterable[Override], said: list[Said]) -> dict[tuple[str, ...], Origin]:
-    """Changes `config`, adds what the overrides say to `said`, and gives the origin of every key."""
-    origins: dict[tuple[str, ...], Origin] = {}
-    _record(origins, said)
-    for item in changes:
+    for item in [*deletions, *changes]:
         apply_override(config, item)
         if item.action is Action.DELETE:
-            _forget(origins, tuple(parts(item.key)))
+            said.forget(tuple(parts(item.key)))
         else:
-            new = _said_by(item)
-            said += new
-            _record(origins, new)
-    return origins
+            said.add(_said_by(item))
+    data = _resolved(config, defaults, said)
+    return Composed(data, said.origins, [(path, origin) for path, _, origin in said.all])
+
+
+@dataclass
+class _Said:
+    """What files and overrides say, in order, and who gave each key the value that it has."""
+
+    all: list[Said] = field(default_factory=list)
+    origins: dict[tuple[str, ...], Origin] = field(default_factory=dict)
+    below: dict[tuple[str, ...], list[tuple[str, ...]]] = field(default_factory=dict)  # the keys in each
+    grammar: Grammar = field(default_factory=Grammar)
+
+    def add(self, said: Iterable[Said]) -> None:
+        """Raises `ConfigError` for too much, and for a text that holds `${` and is no interpolation."""
+        for path, value, by in said:
+            self.all.append((path, value, by))
+            if len(self.all) > _MAX_SAID:
+                raise ConfigError(f"{by}: files and overrides hold more than {_MAX_SAID:,} values in all")
+            if isinstance(value, str) and "${" in value and (why := self.grammar.check(value)):
+                raise ConfigError(f"{by}: {dotted(path)}: {why}{ESCAPE_HINT}")
+            if len(path) > MAX_DEPTH:
+                raise ConfigError(f"{by}: {dotted(path)[:100]}…: more than {MAX_DEPTH} deep")
+            self._record(path, value, by)
+
+    def _record(self, path: KeyPath, value: Any, by: str) -> None:
+        key = tuple(map(str, path))
+        old = self.origins.get(key)
+        if old is not None and (value == "???" or value is _PARENT):
+            return  # "must be given" does not replace what was given
+        section = isinstance(value, Mapping)
+        if section and old is not None and old.section:
+            return  # two mappings are merged; all else is replaced
+        self.forget(key)
+        self.origins[key] = Origin(by, section)
+        self.below.setdefault(key[:-1], []).append(key)
+
+    def forget(self, key: tuple[str, ...]) -> None:
+        """The key, and all below it."""
+        todo = [key]
+        while todo:
+            each = todo.pop()
+            self.origins.pop(each, None)
+            todo += self.below.pop(each, ())
 
 
 def _is_group(item: Override, search: SearchPath, shorthands: Mapping[str, Shorthand]) -> bool:
     if (item.key in shorthands or search.is_group(item.key)) and not isinstance(item.value, dict):
         return True
-    if item.package is not None or "/" in item.key:
+    if "/" in item.key:
         raise ConfigError(f"{item.origin}: no config group {item.key!r}; groups: {', '.join(search.groups())}")
     return False
 
 
 def _layer(part: Part, shorthands: Mapping[str, Shorthand]) -> tuple[dict[Any, Any], list[Said]]:
-    """A part's values, nested below its package, and what it says."""
-    prefix = tuple(part.package.split(".")) if part.package else ()
+    """A part's values, nested below its group, and what it says."""
+    prefix = tuple(part.group.split("/")) if part.group else ()
     data: dict[Any, Any] = dict(part.file.data)
     if not prefix:
         for name, shorthand in shorthands.items():
@@ -125,26 +161,6 @@ def _said_by(item: Override) -> list[Said]:
     return [*above, (path, item.value, item.origin), *below]
 
 
-def _record(origins: dict[tuple[str, ...], Origin], said: Iterable[Said]) -> None:
-    for path, value, by in said:
-        key = tuple(map(str, path))
-        old = origins.get(key)
-        if value == "???" and old is not None:
-            continue  # "must be given" does not replace what was given
-        if value is _PARENT and old is not None:
-            continue
-        section = isinstance(value, Mapping)
-        if not (section and old is not None and old.section):  # two mappings are merged; all else is replaced
-            if old is not None:
-                _forget(origins, key)
-            origins[key] = Origin(by, section)
-
-
-def _forget(origins: dict[tuple[str, ...], Origin], key: tuple[str, ...]) -> None:
-    for old in [each for each in origins if each[: len(key)] == key]:
-        del origins[old]
-
-
 def _origin(origins: Mapping[tuple[str, ...], Origin], path: KeyPath) -> str:
     key = tuple(map(str, path))
     while key and key not in origins:
@@ -152,14 +168,12 @@ def _origin(origins: Mapping[tuple[str, ...], Origin], path: KeyPath) -> str:
     return origins[key].by if key else "configuration"
 
 
-def _resolved(
-    config: dict[Any, Any], defaults: Mapping[str, Any], origins: Mapping[tuple[str, ...], Origin]
-) -> dict[Any, Any]:
+def _resolved(config: dict[Any, Any], defaults: Mapping[str, Any], said: _Said) -> dict[Any, Any]:
     """Plain containers with every interpolation done; only the keys of `config`."""
     full: dict[Any, Any] = {}
     merge(full, defaults)
     merge(full, config)
     try:
-        return resolved(full, config)
+        return resolved(full, config, said.grammar)
     except Interpolation as error:
-        raise ConfigError(f"{_origin(origins, error.path)}: {dotted(error.path)}: {error}") from error
+        raise ConfigError(f"{_origin(said.origins, error.path)}: {dotted(error.path)}: {error}") from error

@@ -1,15 +1,12 @@
-"""One defaults list, parsed: its entries, and where what they choose is put (its package)."""
+"""One defaults list, parsed into its entries."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from nanoengine.api.errors import ConfigError
+from nanoengine.api.errors import ConfigError, shown
 from nanoengine.setup.config.composer.yaml_file import ConfigFile
-
-_PACKAGE = re.compile(r"[\w$-]+(\.[\w$-]+)*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,45 +15,19 @@ class Entry:
 
     Attributes:
         where: "file:line", or the override it came from.
-        group: from the root of the search path; relative: as written, which decides the package. "" for plain files
-            that lie where the list does.
-        options: files to take from the group, in order; none for `null`.
+        group: folder of the files, from the root of the search path, and the section that they fill; "" is the root.
+        options: files to take from it, in order; none for `null`.
         is_group: it can be overridden; False for plain files and `_self_`.
-        package: what stands behind `@`.
     """
 
     where: str
     group: str
-    relative: str
     options: tuple[str, ...]
     is_group: bool = True
-    package: str | None = None
-    override: bool = False
-    optional: bool = False
 
     @property
     def is_self(self) -> bool:
         return not self.is_group and self.options == ("_self_",)
-
-    def final_package(self, parent: str, header: str | None = None) -> str:
-        """Where it goes: `@package`, else the file's header, else the group, below the package of the list's file."""
-        package = self.package if self.package is not None else header
-        if package is None:
-            package = self.relative.replace("/", ".")
-        package = package.replace("_group_", "_global_." + self.group.replace("/", "."))
-        if package == "_here_":
-            package = ""
-        joined = ".".join(part for part in (parent, package) if part)
-        before, glob, after = joined.rpartition("_global_")
-        return after.removeprefix(".") if glob else before + after
-
-    def key(self, parent: str) -> str:
-        """What overrides call it: the group, with its package where that is not the group's own."""
-        package = self.final_package(parent)
-        return self.group if package == self.group.replace("/", ".") else f"{self.group}@{package or '_global_'}"
-
-    def choosing(self, options: tuple[str, ...], where: str) -> Entry:
-        return replace(self, options=options, where=where)
 
 
 def parse_entries(file: ConfigFile, folder: str) -> list[Entry]:
@@ -64,54 +35,55 @@ def parse_entries(file: ConfigFile, folder: str) -> list[Entry]:
 
     Raises `ConfigError` naming file, line and entry.
     """
-    raw = file.defaults
-    if raw is None:
-        raw = []
+    raw = [] if file.defaults is None else file.defaults
     if not isinstance(raw, list):
         raise ConfigError(f"{file.origin(('defaults',))}: defaults must be a list, such as '- sampler: greedy'")
     entries = [_parse(item, file.origin(("defaults", index)), folder) for index, item in enumerate(raw)]
     selves = [entry for entry in entries if entry.is_self]
     if len(selves) > 1:
         raise ConfigError(f"{selves[1].where}: _self_ stands twice in the defaults list")
-    overriding = False
-    for entry in entries:
-        if overriding and not entry.override and not entry.is_self:
-            raise ConfigError(f"{entry.where}: override entries must stand at the end of the defaults list")
-        overriding = overriding or entry.override
-    return entries if selves else [*entries, Entry(file.label, "", "", ("_self_",), is_group=False)]
+    return entries if selves else [*entries, Entry(file.label, "", ("_self_",), is_group=False)]
 
 
 def _parse(item: Any, where: str, folder: str) -> Entry:
-    if isinstance(item, str) and "${" not in item:
-        name, package = split_package(item, where)
-        if name == "_self_":
-            return Entry(where, "", "", ("_self_",), is_group=False)
-        group, _, option = name.lstrip("/").rpartition("/")
-        return Entry(where, _absolute(name, group, folder), group, (option,), is_group=False, package=package)
+    if isinstance(item, str):
+        group, _, option = _plain(item, where).rpartition("/")
+        return Entry(where, "" if item == "_self_" else _below(folder, group), (option,), is_group=False)
     if isinstance(item, dict) and len(item) == 1:
         [(key, value)] = item.items()
-        *words, group = str(key).split()
-        if len(words) > 1 or not set(words) <= {"override", "optional"}:
-            raise ConfigError(f"{where}: {key!r}: only one of 'override' and 'optional' may stand before a group")
-        group, package = split_package(group, where)
-        return Entry(
-            where,
-            _absolute(group, group.lstrip("/"), folder),
-            group.lstrip("/"),
-            parse_options(value, where),
-            package=package,
-            override="override" in words,
-            optional="optional" in words,
-        )
-    if isinstance(item, str):
-        raise ConfigError(f"{where}: {item!r}: interpolation inside a defaults list is not supported")
+        return Entry(where, _below(folder, _plain(str(key), where)), parse_options(value, where))
     raise ConfigError(
-        f"{where}: {item!r} is no entry of a defaults list; write '- group: option', '- file' or '- _self_'"
+        f"{where}: {shown(item)} is no entry of a defaults list; write '- group: option', '- file' or '- _self_'"
     )
 
 
-def _absolute(written: str, relative: str, folder: str) -> str:
-    return relative if written.startswith("/") else "/".join(part for part in (folder, relative) if part)
+def _plain(name: str, where: str) -> str:
+    """`name`, of a group or file. Raises `ConfigError` on what Hydra has beside plain names."""
+    if "${" in name:
+        raise ConfigError(f"{where}: {shown(name)}: interpolation inside a defaults list is not supported")
+    check_group(name, where)
+    word, blank, _ = name.partition(" ")
+    if blank and word in ("override", "optional"):
+        raise ConfigError(
+            f"{where}: '{word}' before a group is not supported; choose the option here, or on the command line"
+        )
+    if name.startswith("/"):
+        raise ConfigError(f"{where}: {shown(name)}: names from the root are not supported in a defaults list")
+    return name
+
+
+def check_group(name: str, where: str) -> None:
+    """Raises `ConfigError` on Hydra's `group@package`."""
+    group, at, _ = name.partition("@")
+    if at:
+        raise ConfigError(
+            f"{where}: {shown(name)}: packages (@) are not supported; the options of {group!r} fill the section "
+            f"{group.replace('/', '.')!r}"
+        )
+
+
+def _below(folder: str, name: str) -> str:
+    return "/".join(part for part in (folder, name) if part)
 
 
 def parse_options(value: Any, where: str) -> tuple[str, ...]:
@@ -122,24 +94,8 @@ def parse_options(value: Any, where: str) -> tuple[str, ...]:
     for item in items:
         if isinstance(item, bool | float) or not isinstance(item, str | int) or item == "":
             raise ConfigError(
-                f"{where}: {item!r} is no name of an option; put a name that YAML reads otherwise in quotes"
+                f"{where}: {shown(item)} is no name of an option; put a name that YAML reads otherwise in quotes"
             )
         if "${" in str(item):
-            raise ConfigError(f"{where}: {item!r}: interpolation inside a defaults list is not supported")
+            raise ConfigError(f"{where}: {shown(item)}: interpolation inside a defaults list is not supported")
     return tuple(map(str, items))
-
-
-def split_package(text: str, where: str) -> tuple[str, str | None]:
-    """ "group@package" -> (group, package or None); raises `ConfigError` on a package that is none."""
-    name, at, package = text.partition("@")
-    return name, check_package(package, where) if at else None
-
-
-def check_package(package: str, where: str) -> str:
-    if ":" in package:
-        raise ConfigError(
-            f"{where}: renaming a package (@{package}) is not supported; delete the one and add the other"
-        )
-    if "_name_" in package or not _PACKAGE.fullmatch(package):
-        raise ConfigError(f"{where}: {package!r} is no package; write dotted keys, _global_, _here_ or _group_")
-    return package

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -17,12 +18,15 @@ from omegaconf.grammar_parser import parse
 from omegaconf.grammar_visitor import GrammarVisitor
 
 from nanoengine.api.errors import described, is_failure, nearest, shown
-from nanoengine.setup.config.composer.grammar import ESCAPE_HINT, check_grammar
+from nanoengine.setup.config.composer.bounds import MAX_DEPTH
+from nanoengine.setup.config.composer.grammar import ESCAPE_HINT, Grammar
 from nanoengine.setup.config.composer.yaml_file import KeyPath, dotted, parts
 
 _MAX_COPIED = 100_000  # values that interpolation makes; a text counts as one for each 100 characters
 _MAX_CHAIN = 50  # values that refer to one another
-_MAX_DECODED = 10_000  # characters that `oc.decode` reads: its grammar is slow
+_MAX_DECODED = 10_000  # characters that `oc.decode` reads
+_TOO_DEEP = f"interpolation makes lists and mappings within each other more than {MAX_DEPTH} deep"
+_MAX_NAMED = 200  # keys in a message
 _ABSENT = object()
 
 
@@ -34,22 +38,26 @@ class Interpolation(Exception):
         self.path, self.missing = path, missing
 
 
-def resolved(root: Mapping[Any, Any], wanted: Mapping[Any, Any]) -> dict[Any, Any]:
+def resolved(root: Mapping[Any, Any], wanted: Mapping[Any, Any], grammar: Grammar) -> dict[Any, Any]:
     """`wanted` with every interpolation done. Raises `Interpolation`.
 
     Args:
         root: what keys refer to; it has at least the keys of `wanted`.
+        grammar: holds the tree of every text with an interpolation.
     """
-    walk = _Walk(root)
+    walk = _Walk(root, grammar)
     return {key: walk.only(value, (key,)) for key, value in wanted.items()}
 
 
 @dataclass
 class _Walk:
     root: Mapping[Any, Any]
+    grammar: Grammar
     known: dict[KeyPath, Any] = field(default_factory=dict)  # of texts that hold an interpolation
     chain: list[KeyPath] = field(default_factory=list)  # those that are being resolved
+    keys: dict[int, dict[str, Any]] = field(default_factory=dict)  # of mappings of `root`, by their text
     copied: int = 0
+    depth: int = 0  # of the lists and mappings that are being resolved
 
     def only(self, wanted: Any, path: KeyPath) -> Any:
         """The resolved value at `path`, with no key that `wanted` has not."""
@@ -65,10 +73,8 @@ class _Walk:
 
     def value(self, raw: Any, path: KeyPath) -> Any:
         """What stands at `path`, resolved."""
-        if isinstance(raw, Mapping):
-            return {key: self.value(item, (*path, key)) for key, item in raw.items()}
-        if isinstance(raw, list):
-            return [self.value(item, (*path, index)) for index, item in enumerate(raw)]
+        if isinstance(raw, Mapping | list):
+            return self._container(raw, path)
         if raw == "???":
             raise Interpolation(path, "must be given", missing=True)
         if not isinstance(raw, str) or "${" not in raw:
@@ -76,6 +82,17 @@ class _Walk:
         if path not in self.known:
             self.known[path] = self._text(raw, path)
         return self.known[path]
+
+    def _container(self, raw: Mapping[Any, Any] | list[Any], path: KeyPath) -> Any:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise Interpolation(self.chain[-1] if self.chain else path, _TOO_DEEP)
+        try:
+            if isinstance(raw, Mapping):
+                return {key: self.value(item, (*path, key)) for key, item in raw.items()}
+            return [self.value(item, (*path, index)) for index, item in enumerate(raw)]
+        finally:
+            self.depth -= 1
 
     def _text(self, text: str, path: KeyPath) -> Any:
         if path in self.chain:
@@ -85,15 +102,26 @@ class _Walk:
             raise Interpolation(path, f"more than {_MAX_CHAIN} interpolations refer to one another")
         self.chain.append(path)
         try:
-            found = self._visit(parse(text), path)
+            found = self._visit(self.grammar.trees[text], path)
         except (OmegaConfBaseException, RecursionError, ValueError, TypeError) as error:
             raise Interpolation(path, str(error).split("\n")[0][:300] + ESCAPE_HINT) from error
         finally:
             self.chain.pop()
-        self.copied += _size(found)
-        if self.copied > _MAX_COPIED:
-            raise Interpolation(path, f"interpolations make more than {_MAX_COPIED:,} values, or too long texts")
+        if len(path) + self._copied(found, path) > MAX_DEPTH:
+            raise Interpolation(path, _TOO_DEEP)
         return str(found) if isinstance(found, str) else found  # not omegaconf's own kind of text
+
+    def _copied(self, value: Any, path: KeyPath) -> int:
+        """Counts what an interpolation made; gives how deep it is."""
+        depth, level = 0, [value]
+        while level:
+            self.copied += sum(1 + len(each) // 100 if isinstance(each, str) else 1 for each in level)
+            if self.copied > _MAX_COPIED:
+                raise Interpolation(path, f"interpolations make more than {_MAX_COPIED:,} values, or too long texts")
+            holders = [each for each in level if isinstance(each, Mapping | list)]
+            level = [item for each in holders for item in (each.values() if isinstance(each, Mapping) else each)]
+            depth += bool(holders)
+        return depth
 
     def _visit(self, tree: Any, path: KeyPath) -> Any:
         def resolver(name: str, args: tuple[Any, ...], args_str: tuple[str, ...]) -> Any:
@@ -112,12 +140,11 @@ class _Walk:
     def _at(self, base: KeyPath, keys: tuple[str, ...], written: str, asker: KeyPath, default: Any = _ABSENT) -> Any:
         node, here, plain = self.raw(base), base, False
         for part in keys:
-            key = _key_in(node, part)
+            key = self._key_in(node, part)
             if key is _ABSENT:
                 if default is not _ABSENT:
                     return default
-                known = nearest(part, map(str, node)) if isinstance(node, Mapping) else "it is no mapping"
-                where = f"in {dotted(here)}, " if here else ""
+                where, known = f"in {dotted(here)}, " if here else "", _instead(node, part)
                 raise Interpolation(asker, f"Interpolation key {written!r} not found: {where}{known}{ESCAPE_HINT}")
             node, here = node[key], (*here, key)
             if not plain and isinstance(node, str) and "${" in node:
@@ -127,7 +154,21 @@ class _Walk:
         inside = here == asker[: len(here)] and len(here) < len(asker)
         if inside and not plain:
             raise Interpolation(asker, f"{written!r} holds this very key")
+        if not plain and isinstance(node, Mapping | list):
+            node = self.value(node, here)
+            self._copied(node, asker)  # here too: who asks may drop it
+            return node
         return node if plain else self.value(node, here)
+
+    def _key_in(self, node: Any, part: str) -> Any:
+        """`part` as a key of `node`, as a number where the node has it so; `_ABSENT` if it has not."""
+        if isinstance(node, Mapping) and part not in node:
+            if id(node) not in self.keys:  # nodes live as long as `root`, or as what was resolved of it
+                self.keys[id(node)] = {str(key): key for key in node}
+            return self.keys[id(node)].get(part, _ABSENT)
+        if isinstance(node, list):
+            return int(part) if part.isdecimal() and int(part) < len(node) else _ABSENT
+        return part if isinstance(node, Mapping) else _ABSENT
 
     def _resolver(self, name: str, args: tuple[Any, ...], args_str: tuple[str, ...], path: KeyPath) -> Any:
         """What `${name:args}` stands for."""
@@ -169,7 +210,7 @@ class _Walk:
             raise TypeError(f"it takes a text, not {shown(text)}")
         if len(text) > _MAX_DECODED:
             raise ValueError(f"a text of {len(text):,} characters, at most {_MAX_DECODED:,}")
-        if why := check_grammar(text):
+        if why := self.grammar.check(text) or self.grammar.count(len(text)):
             raise ValueError(why)
         return self._visit(parse(text, parser_rule="singleElement", lexer_mode="VALUE_MODE"), path)
 
@@ -192,18 +233,10 @@ def _registered(name: str, args: tuple[Any, ...], args_str: tuple[str, ...]) -> 
     return OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
 
 
-def _key_in(node: Any, part: str) -> Any:
-    if isinstance(node, Mapping) and part in node:
-        return part
+def _instead(node: Any, part: str) -> str:
+    """Why there is no `part` in `node`, and what is."""
     if isinstance(node, Mapping):
-        return next((key for key in node if str(key) == part), _ABSENT)
-    if isinstance(node, list) and part.isdecimal() and int(part) < len(node):
-        return int(part)
-    return _ABSENT
-
-
-def _size(value: Any) -> int:
-    if isinstance(value, str):
-        return 1 + len(value) // 100
-    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    return 1 + sum(map(_size, items))
+        return nearest(part, islice(map(str, node), _MAX_NAMED))
+    if isinstance(node, list):
+        return f"a list of {len(node)}, counted from 0"
+    return "no list or mapping"

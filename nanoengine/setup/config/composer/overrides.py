@@ -1,4 +1,4 @@
-"""Overrides of the command line: `key=value`, `+key=value`, `++key=value`, `~key`; groups likewise, with `@package`."""
+"""Overrides of the command line: `key=value`, `+key=value`, `++key=value`, `~key`, `group=option`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import yaml
 
 from nanoengine.api.errors import ConfigError, shown
 from nanoengine.setup.config.composer.bounds import MAX_DEPTH, MAX_KEY
-from nanoengine.setup.config.composer.yaml_file import check_texts, load_yaml, parts, refuse_instantiation, walk
+from nanoengine.setup.config.composer.entries import check_group
+from nanoengine.setup.config.composer.yaml_file import load_yaml, parts, refuse_instantiation, walk
 
 
 class Action(Enum):
@@ -24,7 +25,7 @@ class Action(Enum):
     DELETE = "~"
 
 
-_FORM = re.compile(r"(?P<prefix>~|\+\+|\+|)(?P<key>[^=@]*)(?:@(?P<package>[^=]*))?(?:=(?P<value>.*))?", re.DOTALL)
+_FORM = re.compile(r"(?P<prefix>~|\+\+|\+|)(?P<key>[^=]*)(?:=(?P<value>.*))?", re.DOTALL)
 _KEY = re.compile(r"[\w$-]+(?:[./][\w$-]+|\[\d+\])*")
 _FUNCTIONS = ("choice", "range", "interval", "glob", "sort", "shuffle", "tag", "extend_list", "int", "float", "str",
               "bool", "json_str")  # fmt: skip
@@ -37,14 +38,13 @@ class Override:
     """One override, parsed.
 
     Attributes:
-        text: as typed. key: dotted, or a group. package: behind `@`. has_value: False for a bare `~key`.
+        text: as typed. key: dotted, or a group. has_value: False for a bare `~key`.
         value: parsed as YAML; raw: unparsed, for options that only look like a number.
     """
 
     text: str
     action: Action
     key: str
-    package: str | None
     has_value: bool
     value: Any
     raw: str
@@ -65,6 +65,7 @@ def parse_override(text: str) -> Override:
         )
     if len(key) > MAX_KEY or len(parts(key)) > MAX_DEPTH:
         raise ConfigError(f"{_origin(text)}: a key of {len(key)} characters; no key is so long, or so deep")
+    check_group(key, _origin(text))
     if not _KEY.fullmatch(key):
         raise ConfigError(f"{_origin(text)}: {shown(key)} is no key; write for example engine.max_num_seqs=64")
     if parts(key)[0].split("/")[0] == "hydra":
@@ -75,7 +76,7 @@ def parse_override(text: str) -> Override:
         )
     value = _parse_value(text, raw) if raw is not None else None
     refuse_instantiation({key.split(".")[-1]: value}, f"override {text!r}")
-    return Override(text, action, key, found["package"], raw is not None, value, (raw or "").strip())
+    return Override(text, action, key, raw is not None, value, (raw or "").strip())
 
 
 def _parse_value(text: str, raw: str) -> Any:
@@ -85,13 +86,12 @@ def _parse_value(text: str, raw: str) -> Any:
         return "-"
     where = _origin(text)
     try:
-        _, value = load_yaml(raw, where, lambda _: where)
+        value = load_yaml(raw, where, lambda _: where)
     except ConfigError as error:
         if isinstance(error.__cause__, yaml.MarkedYAMLError):
             why = f"the value is not valid YAML: {error.__cause__.problem}; put it in quotes"
             raise ConfigError(f"{where}: {why}") from error.__cause__
         raise
-    check_texts([value], lambda _: where)
     if isinstance(value, str) and raw.strip()[0] not in "'\"":
         _refuse_grammar(text, raw.strip(), value)
     for path, item in walk([value]):

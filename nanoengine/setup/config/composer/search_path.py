@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanoengine.api.errors import ConfigError, PluginError, described, is_failure
-from nanoengine.setup.config.composer.yaml_file import ConfigFile, read_yaml
+from nanoengine.setup.config.composer.yaml_file import ConfigFile, not_a_file, read_yaml
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +52,20 @@ class SearchPath:
     suspects: str = ""
     _read: dict[Path, ConfigFile] = field(default_factory=dict)
 
-    def find(self, name: str) -> ConfigFile | None:
-        """The file `name`.yaml, read; None if nobody has it. Raises `ConfigError` where two roots do."""
+    def find(self, name: str, where: str = "") -> ConfigFile | None:
+        """The file `name`.yaml, read; None where it is not there.
+
+        Raises `ConfigError` where two roots have it, or what is there is no file. `where`: who asks for it.
+        """
         if ".." in name.split("/"):
             return None
-        if self.own is not None and (path := _file(self.own, name)):
+        asked = f"{where}: " if where else ""
+        if self.own is not None and (path := _file(self.own, name, asked)):
             return self.read(path, str(self.own.folder / f"{name}.yaml"))
-        found = {path.resolve(): root for root in reversed(self.roots) if (path := _file(root, name))}
+        found = {path.resolve(): root for root in reversed(self.roots) if (path := _file(root, name, asked))}
         if len(found) > 1:
             who = " and ".join(f"{root.provider} ({path})" for path, root in reversed(found.items()))
-            raise ConfigError(f"config file {name!r} is provided by {who}; remove or rename one of them")
+            raise ConfigError(f"{asked}config file {name!r} is provided by {who}; remove or rename one of them")
         return next((self.read(path, f"{root.name}/{name}.yaml") for path, root in found.items()), None)
 
     def read(self, path: Path, label: str) -> ConfigFile:
@@ -72,7 +76,8 @@ class SearchPath:
 
     def options(self, group: str) -> list[str]:
         """Options of a group ("" for the files at the roots)."""
-        return sorted({file.stem for folder in self._folders(group) for file in folder.glob("*.yaml")})
+        files = (file for folder in self._folders(group) for file in folder.glob("*.yaml"))
+        return sorted({file.stem for file in files if file.is_file()})
 
     def is_group(self, group: str) -> bool:
         """Whether it is a folder with a config in or below it, on any root."""
@@ -93,9 +98,12 @@ class SearchPath:
         return [folder for root in self._all() if (folder := root.folder / group).is_dir()]
 
 
-def _file(root: Root, name: str) -> Path | None:
+def _file(root: Root, name: str, asked: str) -> Path | None:
     path = root.folder / f"{name}.yaml"
     try:
-        return path if path.is_file() else None
-    except OSError:  # a name longer than the file system takes
+        path.lstat()
+    except (OSError, ValueError):  # nothing is there; a name that no file can have
         return None
+    if not path.is_file():
+        raise ConfigError(f"{asked}{path} {not_a_file(path)}")
+    return path

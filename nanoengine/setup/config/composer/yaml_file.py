@@ -1,25 +1,24 @@
-"""One YAML file: its values as plain containers, the line each key stands on, its header and its defaults list."""
+"""One YAML file: its values as plain containers, the line each key stands on, and its defaults list."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
 
 from nanoengine.api.errors import ConfigError, shown
-from nanoengine.setup.config.composer.bounds import LOADER, check_yaml
-from nanoengine.setup.config.composer.grammar import ESCAPE_HINT, check_grammar
+from nanoengine.observe.files import decoded
+from nanoengine.setup.config.composer.bounds import LINE_BREAK, LOADER, check_yaml
 
 KeyPath = tuple[str | int, ...]
 """Keys from the root; list items by their index."""
 
 _MAX_BYTES = 64 << 20
-_HEADER = re.compile(r"#\s*@package\s+(\S+)\s*$")
-_LINE_BREAK = re.compile("[\n\x85\u2028\u2029]")  # YAML 1.1's
+_HEADER = re.compile(r"#\s*@package\b")
 _MERGE = "tag:yaml.org,2002:merge"
 _INSTANTIATION = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 
@@ -31,14 +30,12 @@ class ConfigFile:
     Attributes:
         label: how messages name it. data: its values, uninterpolated, without the defaults list.
         lines: the line of every key, from 1, by its path with every part as text.
-        package: what its `# @package` header says, if there is one.
         defaults: the raw defaults list; None if there is none.
     """
 
     label: str
     data: dict[Any, Any]
     lines: Mapping[tuple[str, ...], int]
-    package: str | None
     defaults: Any
 
     def origin(self, path: KeyPath = ()) -> str:
@@ -64,10 +61,21 @@ def parts(key: str) -> list[str]:
 
 def walk(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
     """Every key below `value` with what stands there; list items count as keys."""
-    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        yield (*path, key), item
-        yield from walk(item, (*path, key))
+    levels = [(path, _items(value))]  # no recursion: each value of a deep list would pass through every level
+    while levels:
+        above, items = levels[-1]
+        for key, item in items:
+            here = (*above, key)
+            yield here, item
+            if isinstance(item, Mapping | list):
+                levels.append((here, _items(item)))
+                break
+        else:
+            levels.pop()
+
+
+def _items(value: Any) -> Iterator[tuple[Any, Any]]:
+    return iter(value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ())
 
 
 def refuse_instantiation(value: Any, where: str) -> None:
@@ -83,45 +91,109 @@ def refuse_instantiation(value: Any, where: str) -> None:
 def read_yaml(path: Path, label: str) -> ConfigFile:
     """Reads a file. Raises `ConfigError` naming file and line where it is no YAML mapping of plain values."""
     try:
+        if not path.is_file():
+            raise ConfigError(f"cannot read {label}: it {not_a_file(path)}")
         if path.stat().st_size > _MAX_BYTES:
             raise ConfigError(f"cannot read {label}: it has more than {_MAX_BYTES >> 20} MiB; is it a configuration?")
-        text = path.read_text(encoding="utf-8-sig")
+        text = decoded(path.read_bytes(), label)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {label}: {error}") from error
-    node, data = load_yaml(text, label, lambda line: f"{label}:{line + 1}")
+    _refuse_header(text, label)
+    node, data, lines = _loaded(text, label, lambda line: f"{label}:{line + 1}")
     if data is None:
-        return ConfigFile(label, {}, {}, _header(text), None)
+        return ConfigFile(label, {}, {}, None)
     if not isinstance(data, dict):
         line = node.start_mark.line + 1 if node is not None else 1
         raise ConfigError(f"{label}:{line}: a configuration file is a mapping of keys to values")
-    lines = dict(_lines(node, ())) if node is not None else {}
     defaults = data.pop("defaults", None)
-    file = ConfigFile(label, data, lines, _header(text), defaults)
-    check_texts(data, file.origin)
+    file = ConfigFile(label, data, lines, defaults)
     if "hydra" in data:
         raise ConfigError(f"{file.origin(('hydra',))}: settings of Hydra itself (hydra:) are not supported")
     refuse_instantiation(data, label)
     return file
 
 
-def load_yaml(text: str, label: str, place: Callable[[int], str]) -> tuple[yaml.Node | None, Any]:
-    """The node, and what it stands for in plain containers: of text, numbers, truth values and None.
+def load_yaml(text: str, label: str, place: Callable[[int], str]) -> Any:
+    """What YAML stands for, in plain containers: of text, numbers, truth values and None.
 
     Raises `ConfigError`: of what is no YAML with `label`, of what is out of bounds with the `place` of its line (0 is
     the first).
     """
+    return _loaded(text, label, place)[1]
+
+
+def _loaded(
+    text: str, label: str, place: Callable[[int], str]
+) -> tuple[yaml.Node | None, Any, dict[tuple[str, ...], int]]:
+    """The node, what it stands for, and the line of every key, from 1."""
     try:
         check_yaml(text, place)
         loader = _Loader(text)
         try:
             node: yaml.Node | None = loader.get_single_node()
-            return node, None if node is None else loader.construct_document(node)
+            if node is None:
+                return None, None, {}
+            lines = _Keys(loader, place).lines(node)
+            return node, loader.construct_document(node), lines
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
         raise _syntax_error(label, error, text) from error
-    except UnicodeEncodeError as error:  # half a surrogate pair, from an argument that is no UTF-8
-        raise ConfigError(f"{label}: not text: it holds bytes that are not UTF-8") from error
+
+
+@dataclass
+class _Keys:
+    """The keys of a document, as they are constructed. Each mapping is looked at once, however many aliases it has."""
+
+    loader: Any
+    place: Callable[[int], str]
+    known: dict[int, list[tuple[str, yaml.Node, yaml.Node]]] = field(default_factory=dict)  # by the node's id
+
+    def lines(self, node: yaml.Node, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
+        """The line of every key below `node`; where `<<` merges another mapping, own keys win."""
+        found: dict[tuple[str, ...], int] = {}
+        todo = [(path, node)]
+        while todo:
+            above, each = todo.pop()
+            inside: Iterable[tuple[str, yaml.Node, yaml.Node]] = ()
+            if isinstance(each, yaml.SequenceNode):
+                inside = ((str(index), item, item) for index, item in enumerate(each.value))
+            elif isinstance(each, yaml.MappingNode):
+                inside = self._of(each)
+                todo += [(above, merged) for merged in _merged(each)]
+            for name, key, value in inside:
+                here = (*above, name)
+                found.setdefault(here, key.start_mark.line + 1)
+                todo.append((here, value))
+        return found
+
+    def _of(self, node: yaml.MappingNode) -> list[tuple[str, yaml.Node, yaml.Node]]:
+        """(text, key, value) of its own keys. Raises `ConfigError` for what is no key, and for one that is there
+        twice, in whatever spelling: 10 and 0xA."""
+        if id(node) in self.known:
+            return self.known[id(node)]
+        found, seen = list[tuple[str, yaml.Node, yaml.Node]](), set[Any]()
+        for key, value in node.value:
+            if key.tag == _MERGE:
+                continue
+            made, where = self.loader.construct_object(key), self.place(key.start_mark.line)
+            if made is None:
+                raise ConfigError(f"{where}: null is no key")
+            if isinstance(made, bool):
+                raise ConfigError(f"{where}: the key {key.value} is a truth value to YAML; put it in quotes")
+            if made in seen or str(made) in seen:
+                spelt = "" if str(made) == key.value else f", spelt {key.value}"
+                raise ConfigError(f"{where}: not valid YAML: duplicate key {str(made)!r}{spelt}")
+            seen |= {made, str(made)}
+            found.append((str(made), key, value))
+        return self.known.setdefault(id(node), found)
+
+
+def _merged(node: yaml.MappingNode) -> Iterator[yaml.Node]:
+    """What `<<` merges into it, in the order in which they win."""
+    for key, value in node.value:
+        if key.tag == _MERGE:
+            yield from reversed(value.value if isinstance(value, yaml.SequenceNode) else [value])
 
 
 class _Loader(LOADER):  # type: ignore[misc]
@@ -140,24 +212,11 @@ class _Loader(LOADER):  # type: ignore[misc]
             problem = f"{shown(node.value)} is no {kind}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        found: dict[Any, Any] = super().construct_mapping(node, deep=deep)
-        if None in found:
-            raise yaml.constructor.ConstructorError(None, None, "null is no key", node.start_mark)
-        return found
-
 
 _FLOAT = (
     r"[-+]?(\d[\d_]*(\.[\d_]*([eE][-+]?\d+)?|[eE][-+]?\d+)|\.\d[\d_]*([eE][-+]?\d+)?|\.(inf|Inf|INF))|\.(nan|NaN|NAN)"
 )
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^(?:{_FLOAT})$"), list("-+0123456789."))
-
-
-def check_texts(values: Any, origin: Callable[[KeyPath], str]) -> None:
-    """Raises `ConfigError` where a text below `values` holds `${` and is no interpolation."""
-    for path, value in walk(values):
-        if isinstance(value, str) and "${" in value and (why := check_grammar(value)):
-            raise ConfigError(f"{origin(path)}: {dotted(path)}: {why}{ESCAPE_HINT}")
 
 
 def _syntax_error(label: str, error: yaml.YAMLError, text: str) -> ConfigError:
@@ -166,31 +225,25 @@ def _syntax_error(label: str, error: yaml.YAMLError, text: str) -> ConfigError:
     mark = error.problem_mark or error.context_mark
     place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
     context = f" ({error.context})" if error.context else ""
-    line = _LINE_BREAK.split(text)[mark.line :][:1] if mark else []
+    line = LINE_BREAK.split(text)[mark.line :][:1] if mark else []
     tab = "; the line is indented with a tab: YAML takes spaces only" if re.match(r" *\t", "".join(line)) else ""
     return ConfigError(f"{label}{place}: not valid YAML: {error.problem}{context}{tab}")
 
 
-def _header(text: str) -> str | None:
-    """The package of a `# @package name` header: before anything but blank lines and other `# @` headers."""
-    for line in filter(None, map(str.strip, text.splitlines())):
-        if found := _HEADER.match(line):
-            return found[1]
-        if not re.match(r"#\s*@", line):
+def _refuse_header(text: str, label: str) -> None:
+    """Raises `ConfigError` on a `# @package` header, which Hydra reads before anything but blank lines and headers."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if _HEADER.match(line.strip()):
+            raise ConfigError(
+                f"{label}:{number}: a header such as {shown(line.strip()[:60])} is not supported: what a group's file "
+                "holds fills the section of the group's name; leave the line out"
+            )
+        if line.strip() and not re.match(r"#\s*@", line.strip()):
             break
-    return None
 
 
-def _lines(node: yaml.Node, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
-    if isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            yield (*path, str(index)), item.start_mark.line + 1
-            yield from _lines(item, (*path, str(index)))
-    elif isinstance(node, yaml.MappingNode):
-        own = [(key, value) for key, value in node.value if key.tag != _MERGE]
-        for merged in (value for key, value in node.value if key.tag == _MERGE):  # `<<: *anchor`; own keys win
-            for each in merged.value if isinstance(merged, yaml.SequenceNode) else [merged]:
-                yield from _lines(each, path)
-        for key, value in own:
-            yield (*path, str(key.value)), key.start_mark.line + 1
-            yield from _lines(value, (*path, str(key.value)))
+def not_a_file(path: Path) -> str:
+    """Why what is at `path` cannot be read as a file: the tail of a message."""
+    if path.is_dir():
+        return "is a folder, not a file"
+    return "is a link to nothing" if not path.exists() else "is a pipe or device, not a file"

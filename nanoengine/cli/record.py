@@ -20,6 +20,7 @@ from typing import Any
 from nanoengine import __version__
 from nanoengine.api.errors import ConfigError
 from nanoengine.cli.config import plain
+from nanoengine.observe.files import part_of, place_of
 from nanoengine.params.sampling_params import SamplingParams
 from nanoengine.setup.config.config import RunConfig
 from nanoengine.setup.plugins.registry import Registry
@@ -105,8 +106,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
     if path.exists() and not path.is_file():
         path.write_bytes(data)
         return
-    path = Path(os.path.realpath(path))
-    part = path.with_name(f".{path.name}.part")
+    path = place_of(path)
+    part = part_of(path)
     try:
         part.write_bytes(data)
         os.replace(part, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -14,7 +15,7 @@ from nanoengine.api.errors import ConfigError
 from nanoengine.cli.common import ResultsLost
 from nanoengine.cli.record import Record, record_path
 from nanoengine.core.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from nanoengine.observe.files import GrowingFile, lock
+from nanoengine.observe.files import GrowingFile, lock, part_of, place_of
 from nanoengine.setup.config.prompts import PromptRow
 
 KEYS = (
@@ -198,6 +199,7 @@ def check_output(path: str | None, inputs: Mapping[str, str | Path] = MappingPro
         raise ConfigError("output '-' is no file: answers are printed anyway; give a file, or leave output out")
     try:
         there = check_writable(Path(path).expanduser())
+        check_names(Path(path).expanduser(), record_path(path))
         check_unlocked(Path(path).expanduser())
     except (OSError, ValueError, RuntimeError) as error:  # a bad name; a home folder that nobody has
         why = (error.strerror if isinstance(error, OSError) else None) or error
@@ -228,6 +230,8 @@ def check_writable(target: Path) -> bool:
     there, above = target.exists(), next(each for each in target.absolute().parents if each.exists())
     if target.is_dir():
         raise IsADirectoryError(f"{target} is no file")
+    if target.is_socket():
+        raise OSError(f"{target} is a socket, which cannot be opened; give a file or a pipe")
     if not above.is_dir():
         raise NotADirectoryError(f"{above} is no folder")
     if there and not os.access(target, os.W_OK):
@@ -236,6 +240,19 @@ def check_writable(target: Path) -> bool:
     if (not there or target.is_file()) and not os.access(folder, os.W_OK):  # a new file takes the old one's place
         raise PermissionError(f"no permission to write in {folder}")
     return there
+
+
+def check_names(target: Path, *beside: Path) -> None:
+    """Raises `OSError` or `ValueError` where no file can be called `target`, or as what stands `beside` it, or as the
+    parts of these that grow until they are whole. Nothing stands beside a pipe or a device."""
+    place = place_of(target)
+    if place.exists() and not place.is_file():
+        return
+    above = next(folder for folder in place.parents if folder.exists())  # the others are made
+    names = [each for path in (place, *beside) for each in (path, part_of(path))]
+    for each in (target, *names, *(above / name.name for name in names)):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(each)
 
 
 def check_unlocked(target: Path) -> None:

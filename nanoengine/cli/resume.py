@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,5 +76,9 @@ def _answered(line: bytes, prompts: Sequence[PromptRow], chat: bool, record: Rec
     if not line.endswith(b"\n") or error is not None or type(index) is not int or not 0 <= index < len(prompts):
         return None
     others = {key: value for key, value in row.items() if key not in KEYS}
-    same = hashed == prompt_hash(prompts[index].prompt, chat, record.params) and others == prompts[index].fields
-    return index if same else None
+    same = _json(others) == _json(prompts[index].fields)  # as JSON: 1, 1.0 and true are equal to Python
+    return index if same and hashed == prompt_hash(prompts[index].prompt, chat, record.params) else None
+
+
+def _json(fields: Mapping[str, Any]) -> str:
+    return json.dumps(dict(fields), sort_keys=True)

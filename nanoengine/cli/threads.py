@@ -9,6 +9,7 @@ bounds the loss where others come later. A library must not change its caller's 
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import suppress
@@ -24,6 +25,7 @@ next to a process that came later and holds a core (default: 0.01). With 2000: 0
 """
 _OURS = "NANOENGINE_THREADS"  # which variables were chosen here, for a child that chooses again
 _COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_NUMBER = re.compile(r"\s*\+?0*([1-9][0-9]{0,8})\s*(?:,|$)")  # the first of "4,2", for each level of nesting
 _WAITS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _WINDOW = 0.1  # seconds: the shortest look at who uses the CPUs, which the system counts in ticks of 10 ms
 _ROUNDING = 0.4  # of a CPU that others may use before a thread is left out for them
@@ -31,19 +33,19 @@ _ROUNDING = 0.4  # of a CPU that others may use before a thread is left out for 
 
 @dataclass(frozen=True, slots=True)
 class Threads:
-    """What was chosen. `number`: None where the user's variable is no plain number. `why`: in words.
+    """What was chosen. `why`: in words. `environment`: variables to set.
 
-    `environment`: variables to set.
+    `ignored`: the user's variable that is no number of threads, "NAME=VALUE", or "".
     """
 
-    number: int | None
+    number: int
     why: str
     environment: Mapping[str, str] = field(default_factory=dict)
+    ignored: str = ""
 
     def line(self) -> str:
         """For people: "2 CPU threads (2 cores)"."""
-        many = "CPU threads" if self.number != 1 else "CPU thread"
-        return f"{many if self.number is None else f'{self.number} {many}'} ({self.why})"
+        return f"{self.number} CPU thread{'' if self.number == 1 else 's'} ({self.why})"
 
     def described(self) -> str:
         """The same, with how they wait."""
@@ -76,19 +78,21 @@ class Usage:
 
 
 def choose(machine: Machine, others: float, environ: Mapping[str, str]) -> Threads:
-    """`others`: CPUs that other processes keep busy. What the user set in `environ` is left as it is."""
+    """`others`: CPUs that other processes keep busy. What the user set in `environ` is left as it is, except what is
+    no number of threads: empty, 0 or a word, with which OpenMP takes all cores."""
     wait = {} if any(name in environ for name in _WAITS) else {"GOMP_SPINCOUNT": str(SPIN_COUNT)}
-    for name in _COUNTS:
-        if name in environ:
-            value = environ[name].split(",")[0].strip()
-            return Threads(int(value) if value.isdecimal() else None, f"{name}={environ[name]} is set", wait)
+    given = {name: environ[name] for name in _COUNTS if name in environ}
+    for name, value in given.items():
+        if found := _NUMBER.match(value):
+            return Threads(int(found[1]), f"{name}={value} is set", wait)
+    ignored = next((f"{name}={value}" for name, value in given.items()), "")
     number, why = machine.cores, f"{machine.cores} core{'' if machine.cores == 1 else 's'}"
     if machine.quota is not None and machine.quota < number:
         number, why = max(1, int(machine.quota)), f"the container's quota is {machine.quota:g} CPUs"
     free = max(1, int(len(machine.cpus) - others + _ROUNDING))
     if free < number:
         number, why = free, f"other processes keep {others:.1f} of {len(machine.cpus)} CPUs busy"
-    return Threads(number, why, {"OMP_NUM_THREADS": str(number), **wait})
+    return Threads(number, why, {"OMP_NUM_THREADS": str(number), **wait}, ignored)
 
 
 CHOSEN: ContextVar[Threads | None] = ContextVar("CHOSEN", default=None)

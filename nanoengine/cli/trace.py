@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanoengine.api.errors import ConfigError
 from nanoengine.cli.common import ResultsLost
-from nanoengine.cli.results import check_unlocked, check_writable
+from nanoengine.cli.results import check_names, check_unlocked, check_writable
 from nanoengine.observe.trace import TraceFile
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def check_trace(path: Path, others: Mapping[str, str | Path | None]) -> None:
     try:
         target = path.expanduser()
         check_writable(target)
+        check_names(target)
         check_unlocked(target)
         begins = _beginning(target)
     except (OSError, ValueError, RuntimeError) as error:  # a bad name; a home folder that nobody has

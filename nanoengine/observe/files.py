@@ -30,9 +30,9 @@ class GrowingFile:
     """
 
     def __init__(self, path: str | Path, begin: bytes = b"") -> None:
-        self.path = Path(os.path.realpath(Path(path).expanduser()))
+        self.path = place_of(Path(path).expanduser())
         self.size = len(begin)  # of the whole pieces, in bytes
-        self._part = self.path.with_name(f".{self.path.name}.part")
+        self._part = part_of(self.path)
         self._new: FileIO | None = None
         self._gone = False  # which is raised once
         self._file = FileIO(self.path, "a+" if not self.path.exists() or self.path.is_file() else "a")
@@ -139,6 +139,19 @@ class GrowingFile:
         finally:
             self.discard()
             self._file.close()
+
+
+def place_of(path: Path) -> Path:
+    """Where the file behind `path` is, or will be: links are followed.
+
+    A pipe, a device or a socket is at `path` itself: a link in /proc/self/fd leads to no name.
+    """
+    return path if path.exists() and not path.is_file() else Path(os.path.realpath(path))
+
+
+def part_of(path: Path) -> Path:
+    """The file beside `path` (`place_of`) that grows until it takes its place."""
+    return path.with_name(f".{path.name}.part")
 
 
 def user_path(path: str | Path, what: str) -> Path:

@@ -107,7 +107,10 @@ def test_a_log_prob_without_end_is_a_number_json_has() -> None:
 
 
 def test_other_fields_of_the_input_are_in_the_row(fake: Any, nanoengine: Run, rows: Rows, tmp_path: Path) -> None:
-    given = [{"prompt": "a", "id": "x-1", "tags": [1, {"é": None}]}, {"prompt": "refuse me", "id": "x-2", "": "\ud800"}]
+    given = [
+        {"prompt": "a", "id": "x-1", "tags": [1, {"é": None}]},
+        {"prompt": "refuse me", "id": "x-2", "": "\U0001f600"},
+    ]
     (tmp_path / "p.JSONL").write_text("".join(json.dumps(each) + "\n" for each in given))
     assert nanoengine("run", "run.yaml", "prompts=p.JSONL").exit_code == 1
     by_index = {row["index"]: row for row in rows()}
@@ -140,6 +143,47 @@ def test_a_row_whose_fields_have_changed_runs_again(fake: Any, nanoengine: Run, 
     result = nanoengine("run", "run.yaml", "prompts=p.jsonl", "--resume")
     assert "1 of 2 prompts are answered and kept" in result.stderr
     assert {row["index"]: row["id"] for row in rows()} == {0: 1, 1: 3}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("1", "true"), ("1", "1.0"), ("[0]", "[false]"), ('{"a": 0}', '{"a": ""}')]
+)
+def test_a_row_whose_field_has_another_type_runs_again(
+    fake: Any, nanoengine: Run, rows: Rows, tmp_path: Path, before: str, after: str
+) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(f'{{"prompt": "a", "id": {before}}}\n')
+    assert nanoengine("run", "run.yaml", "prompts=p.jsonl").exit_code == 0
+    assert "nothing is left to do" in nanoengine("run", "run.yaml", "prompts=p.jsonl", "--resume").stderr
+    path.write_text(f'{{"prompt": "a", "id": {after}}}\n')
+    result = nanoengine("run", "run.yaml", "prompts=p.jsonl", "--resume")
+    assert "0 of 1 prompts are answered and kept" in result.stderr
+    assert json.dumps(rows()[0]["id"]) == after
+
+
+# -- pipes and devices -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", ["/proc/self/fd", "/dev/fd", "link"])
+def test_rows_go_into_a_pipe_that_only_proc_names(fake: Any, nanoengine: Run, tmp_path: Path, folder: str) -> None:
+    """As `output=/dev/stdout | head` and the shell's `output=>(…)` do."""
+    if folder == "link":
+        (tmp_path / "link").symlink_to("/proc/self/fd")
+    readable, writable = os.pipe()
+    try:
+        result = nanoengine("run", "run.yaml", f"output={folder}/{writable}")
+        assert result.exit_code == 0, result.stderr
+        written = os.read(readable, 1 << 16)
+    finally:
+        os.close(readable)
+        os.close(writable)
+    assert sorted(json.loads(line)["index"] for line in written.splitlines()) == [0, 1, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link"] * (folder == "link") + ["run.yaml"]
+
+
+def test_rows_go_to_a_device(fake: Any, nanoengine: Run, tmp_path: Path) -> None:
+    assert nanoengine("run", "run.yaml", "output=/dev/null").exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
 # -- rows of an earlier run ------------------------------------------------------------------------------------------

@@ -57,14 +57,15 @@ def test_threads_are_the_cores_that_no_other_process_keeps_busy(
         ({"OMP_NUM_THREADS": "5"}, 5, SPIN),
         ({"OMP_NUM_THREADS": "4,2"}, 4, SPIN),
         ({"MKL_NUM_THREADS": "5"}, 5, SPIN),
-        ({"OMP_NUM_THREADS": "many"}, None, SPIN),
+        ({"OMP_NUM_THREADS": " +04 "}, 4, SPIN),
+        ({"OMP_NUM_THREADS": "", "MKL_NUM_THREADS": "5"}, 5, SPIN),
         ({"OMP_NUM_THREADS": "5", "OMP_WAIT_POLICY": "ACTIVE"}, 5, {}),
         ({"OMP_WAIT_POLICY": "PASSIVE"}, 1, {"OMP_NUM_THREADS": "1"}),
         ({"GOMP_SPINCOUNT": "7"}, 1, {"OMP_NUM_THREADS": "1"}),
         ({"KMP_BLOCKTIME": "0"}, 1, {"OMP_NUM_THREADS": "1"}),
     ],
 )
-def test_what_the_user_set_wins(environ: dict[str, str], number: int | None, added: dict[str, str]) -> None:
+def test_what_the_user_set_wins(environ: dict[str, str], number: int, added: dict[str, str]) -> None:
     found = choose(Machine(frozenset({0, 1}), 2), 1.0, environ)
     assert (found.number, found.environment) == (number, added)
 
@@ -74,9 +75,26 @@ def test_lines_name_the_threads_and_where_the_choice_comes_from() -> None:
     assert choose(Machine(frozenset({0, 1}), 2), 1.0, {}).line() == (
         "1 CPU thread (other processes keep 1.0 of 2 CPUs busy)"
     )
-    assert choose(Machine(frozenset({0, 1}), 2), 0.0, {"OMP_NUM_THREADS": "x"}).line() == (
-        "CPU threads (OMP_NUM_THREADS=x is set)"
+    assert choose(Machine(frozenset({0, 1}), 2), 0.0, {"OMP_NUM_THREADS": "1"}).line() == (
+        "1 CPU thread (OMP_NUM_THREADS=1 is set)"
     )
+
+
+@pytest.mark.parametrize("value", ["", "0", "abc", "-1", "4.5", "4x", ",4", "\u0664", " "])
+def test_what_is_no_number_of_threads_is_no_choice(
+    value: str, nanoengine: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = choose(Machine(frozenset({0, 1}), 2), 1.0, {"OMP_NUM_THREADS": value})
+    assert (found.number, found.environment) == (1, {"OMP_NUM_THREADS": "1", **SPIN})
+    monkeypatch.setattr("nanoengine.lab.doctor.environment.environment", list)
+    monkeypatch.setattr("nanoengine.lab.doctor.environment.gpu", list)
+    token = CHOSEN.set(found)
+    try:
+        lines = nanoengine("plugins", "doctor").stdout.splitlines()
+    finally:
+        CHOSEN.reset(token)
+    said = f"OMP_NUM_THREADS={value} is no number of threads, and is ignored"
+    assert any(line.strip().startswith("warning  threads: 1 CPU thread") and said in line for line in lines), lines
 
 
 def test_the_closing_line_names_the_threads(fake: Any, nanoengine: Run, chosen: Threads, tmp_path: Path) -> None:

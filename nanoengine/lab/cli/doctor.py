@@ -72,7 +72,15 @@ def _threads() -> list[Finding]:
     from nanoengine.lab.doctor import Finding
 
     chosen = CHOSEN.get()
-    return [] if chosen is None else [Finding(section="environment", name="threads", text=chosen.described())]
+    if chosen is None:
+        return []
+    if not chosen.ignored:
+        return [Finding(section="environment", name="threads", text=chosen.described())]
+    text, mend = (
+        f"{chosen.described()}; {chosen.ignored} is no number of threads, and is ignored",
+        "set a number, or unset it",
+    )
+    return [Finding(section="environment", name="threads", level="warning", text=text, mend=mend)]
 
 
 def _asked(

@@ -6,8 +6,9 @@ import csv
 import json
 import math
 import os
+import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from io import StringIO
 from pathlib import Path
@@ -60,6 +61,7 @@ _A_PROMPT = {
     "jsonl": "a line with an object that has 'prompt' or 'messages'",
     "csv": "a row below the header",
 }
+_MARK = re.compile("(?:^|[\n\r])\ufeff")
 _DEEPEST = 64  # nested lists and objects of a row: what reads results may recurse
 _HINT = "; in YAML, a text with ': ' or ' #' in it, or one that looks like a number, goes in quotes"
 
@@ -168,6 +170,12 @@ def _decoded(data: bytes, name: str) -> str:
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise ConfigError(f"{name}:{line}: the line holds a NUL byte, so this is no text; save it as UTF-8 text")
+    if found := _MARK.search(text):
+        line = text.count("\n", 0, found.end()) + 1
+        raise ConfigError(
+            f"{name}:{line}: the line begins with a byte order mark (U+FEFF), which begins a file; were two files "
+            "joined? Delete the mark, and a header that is there again"
+        )
     return text
 
 
@@ -185,7 +193,7 @@ def _csv_rows(text: str, name: str, field: str) -> Iterator[tuple[str, Prompt, M
             raise ConfigError(f"{where}: two columns are called {shown(twice)}; rename one of them")
         for row in reader:
             where, line = f"{name}:{line}", reader.line_num + 1
-            if row == columns:
+            if _names(row) == _names(columns):
                 raise ConfigError(f"{where}: the row is the header again; were two files joined? Delete the line")
             if row and len(row) != len(columns):
                 raise ConfigError(f"{where}: the row has {len(row)} columns, the header has {len(columns)} columns")
@@ -196,6 +204,11 @@ def _csv_rows(text: str, name: str, field: str) -> Iterator[tuple[str, Prompt, M
         raise ConfigError(f"{name}: not CSV, in the row from line {line}: {error}") from error
     finally:
         csv.field_size_limit(limit)
+
+
+def _names(row: Sequence[str]) -> list[str]:
+    """Of a header, without what tells no two apart."""
+    return [name.strip().casefold() for name in row]
 
 
 def _json_row(line: str, where: str, field: str | None) -> tuple[str, Prompt, Mapping[str, Any]]:
@@ -211,16 +224,18 @@ def _json_row(line: str, where: str, field: str | None) -> tuple[str, Prompt, Ma
     if key not in row:
         which = "which prompts.field names" if field else "nor 'messages'"
         raise ConfigError(f"{where}: no key {key!r}, {which}; {nearest(key, row)}")
-    return where, _prompt(row.pop(key), f"{where}: {key}", ""), row
+    prompt = _prompt(row.pop(key), f"{where}: {key}", "")
+    _unicode(json.dumps(row, ensure_ascii=False), where)  # each text and key of the other fields
+    return where, prompt, row
 
 
 def _json(line: str, where: str) -> Any:
     """One value that JSON can hold again: what is read is written into the results."""
     try:
         value = json.loads(line, object_pairs_hook=_object, parse_constant=_no_number, parse_float=_finite)
-        if _depth(value) <= _DEEPEST:
-            return value
-        raise RecursionError
+        if _depth(value) > _DEEPEST:
+            raise RecursionError
+        return value
     except RecursionError as error:
         raise ConfigError(f"{where}: the JSON is nested more than {_DEEPEST} deep") from error
     except ValueError as error:

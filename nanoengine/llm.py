@@ -218,7 +218,8 @@ class LLM:
             raise ParamsError(f"messages must be a list of messages, or a list of such lists, not {messages!r}")
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = [messages] if one else messages
-        prompts = [self._render(c, template_variables(options)) for c in conversations]
+        variables = template_variables(options)
+        prompts = [self._render(c, variables) for c in conversations]
         return self._run(prompts, one_name(params, sampling_params), None, use_tqdm)
 
     def _render(self, messages: Any, options: Mapping[str, Any]) -> tuple[Any, str | None]:
@@ -238,7 +239,8 @@ class LLM:
 
         Raises `TokenizerMissing`, or `RequestError("invalid_prompt")` for messages that the template refuses.
         """
-        return self._built.need_tokenizer().apply_chat_template(messages, **template_variables(options))
+        variables = template_variables(options)
+        return self._built.need_tokenizer().apply_chat_template(messages, **variables)
 
     @property
     def sampling_names(self) -> frozenset[str]:

@@ -9,11 +9,18 @@ from numbers import Integral
 from typing import Any, TypedDict
 
 from nanoengine.api.errors import ParamsError, RequestError, TokenizerMissing, described, is_failure, shown
-from nanoengine.params.field_types import is_unicode
+from nanoengine.params.field_types import conform, is_unicode
 from nanoengine.params.sampling_fields import INT64
 from nanoengine.params.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
+
+
+_SWITCHES: Mapping[str, Any] = {
+    "add_generation_prompt": bool | None,
+    "continue_final_message": bool | str | None,
+    "sanitize_control_tokens": bool,
+}
 
 
 class ChatOptions(TypedDict, total=False):
@@ -38,9 +45,14 @@ class ChatOptions(TypedDict, total=False):
 
 
 def template_variables(options: ChatOptions) -> dict[str, Any]:
-    """What goes to the chat template."""
+    """What goes to the chat template. Raises `ParamsError` for a switch that is none: `add_generation_prompt="no"`."""
     given: dict[str, Any] = dict(options)
-    return {**(given.pop("chat_template_kwargs", None) or {}), **given}
+    more = conform("chat_template_kwargs", given.pop("chat_template_kwargs", None), Mapping[str, Any] | None)
+    variables = {**(more or {}), **given}
+    for name, kind in _SWITCHES.items():
+        if name in variables:
+            variables[name] = conform(name, variables[name], kind)
+    return variables
 
 
 def is_one(prompts: Any) -> bool:

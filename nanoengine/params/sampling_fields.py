@@ -12,6 +12,16 @@ from nanoengine.api.specs import StageParams
 
 INT64 = range(-(2**63), 2**63)
 
+# Keywords of calls that are no sampling parameters, and whose they are.
+KEYWORDS_OF_CALLS: Mapping[str, str] = {
+    "use_tqdm": "LLM.generate and LLM.chat",
+    **dict.fromkeys(
+        ("add_generation_prompt", "continue_final_message", "tools", "documents", "chat_template",
+         "chat_template_kwargs", "sanitize_control_tokens"),
+        "LLM.chat",
+    ),
+}  # fmt: skip
+
 # Fields of vLLM's SamplingParams that are not served, and what to do instead. A stage may still bring one of them.
 NOT_SERVED: Mapping[str, str] = {
     "best_of": "ask for n samples and pick by cumulative_logprob",

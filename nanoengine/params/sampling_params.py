@@ -20,7 +20,14 @@ from nanoengine.api.errors import ParamsError, PluginError, described, is_failur
 from nanoengine.api.plugin_calls import plugin_call
 from nanoengine.api.specs import ColumnSpec, ParamsContext, StageParams, StandardOp
 from nanoengine.params.field_types import conform
-from nanoengine.params.sampling_fields import CORE_TYPES, NOT_SERVED, CoreFields, legal_fields, stage_types
+from nanoengine.params.sampling_fields import (
+    CORE_TYPES,
+    KEYWORDS_OF_CALLS,
+    NOT_SERVED,
+    CoreFields,
+    legal_fields,
+    stage_types,
+)
 
 _CACHE_SIZE = 256
 MAX_RAGGED = 16_384
@@ -85,7 +92,8 @@ class SamplingParams:
     _key: Hashable
     _stage: dict[str, Any]
 
-    def __init__(self, /, **fields: Any) -> None:
+    def __init__(self, /, *by_place: object, **fields: Any) -> None:
+        _keywords_only("SamplingParams", by_place)
         core = {name: conform(name, fields.pop(name), kind) for name, kind in CORE_TYPES.items() if name in fields}
         object.__setattr__(self, "_core", CoreFields(**core))
         object.__setattr__(self, "_stage", {name: _own(name, value) for name, value in fields.items()})
@@ -108,8 +116,9 @@ class SamplingParams:
             object.__setattr__(self, "_key", (core, _frozen(self._stage)))
         return self._key
 
-    def replace(self, /, **changes: Any) -> SamplingParams:
+    def replace(self, /, *by_place: object, **changes: Any) -> SamplingParams:
         """A copy with some fields changed."""
+        _keywords_only("replace", by_place)
         return SamplingParams(**{**self._fields(), **changes})
 
     def _fields(self) -> dict[str, Any]:
@@ -137,6 +146,14 @@ class SamplingParams:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild, (self._fields(),))
+
+
+def _keywords_only(name: str, by_place: Sequence[object]) -> None:
+    if by_place:
+        raise ParamsError(
+            f"{name} takes keywords only, and has {shown(by_place[0])} without a name: write for example "
+            f"{name}(temperature=0.8, max_tokens=64)"
+        )
 
 
 def _rebuild(fields: dict[str, Any]) -> SamplingParams:
@@ -234,6 +251,8 @@ class ParamsResolver:
                 continue
             if name in NOT_SERVED:
                 raise ParamsError(f"SamplingParams: {name!r} is a field of vLLM's not served here: {NOT_SERVED[name]}")
+            if name in KEYWORDS_OF_CALLS:
+                raise ParamsError(f"SamplingParams has no field {name!r}; it is a keyword of {KEYWORDS_OF_CALLS[name]}")
             if name in self._engine_options:
                 place = f"it is an option of the engine: LLM(model, {name}=...), or engine.{name} in a configuration"
                 raise ParamsError(f"SamplingParams has no field {name!r}; {place}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import json
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields
@@ -14,9 +15,17 @@ from nanoengine.api.errors import ConfigError, ParamsError, is_failure
 from nanoengine.core.options import EngineOptions
 from nanoengine.params.sampling_fields import CORE_TYPES, NOT_SERVED, stage_types
 from nanoengine.setup.config.engine_options import OPTIONS_NOT_SERVED
+from nanoengine.setup.plugins.discover import discover
 from nanoengine.setup.plugins.registry import Registry
 
 _T = TypeVar("_T", bound=type[Any])
+_BY_PLACE = inspect.Parameter.POSITIONAL_OR_KEYWORD
+_KEYS: Mapping[str, str] = {  # where a keyword of the constructor stands in a configuration
+    "model": "model",
+    "attention": "attention",
+    "revision": "model.revision",
+    "implementation": "model.implementation",
+}
 _SHOWN = 60  # characters of a value in an example
 
 
@@ -79,7 +88,7 @@ def _checked(cls: type[Any], name: str, method: Callable[..., Any]) -> Callable[
     def checked(self: Any, *args: Any, **given: Any) -> Any:
         if not own.issuperset(given):
             wrong = next(each for each in given if each not in own)
-            known = CORE_TYPES if isinstance(self, type) else self.sampling_names
+            known = sampling_names(discover()) if isinstance(self, type) else self.sampling_names
             where = _where(cls, name, wrong, given[wrong], sorted(own), known)
             raise ParamsError(f"{cls.__name__}.{name} has no keyword {wrong!r}; {where}")
         return method(self, *args, **given)
@@ -93,7 +102,9 @@ def _where(
     """Where `name` belongs; else the likely meant one and its place, and the valid ones."""
     places = {**_places(cls), **dict.fromkeys(sampling, "SamplingParams"), **dict.fromkeys(own, method)}
     if name in places:
-        return f"{_place(cls, name, places[name], value)}"
+        return _place(cls, method, name, places[name], value)
+    if name in dict(_methods(cls)):
+        return _call(cls, method, name)
     if method.startswith("chat") and name not in NOT_SERVED:
         hint = "; a variable of the chat template goes into chat_template_kwargs"
     else:
@@ -103,7 +114,7 @@ def _where(
     if not close:
         return valid
     meant = close[0]
-    elsewhere = "" if meant in own else f" {_place(cls, meant, places[meant], value)}."
+    elsewhere = "" if meant in own else f" {_place(cls, method, meant, places[meant], value)}."
     return f"did you mean {meant!r}?{elsewhere} {valid}"
 
 
@@ -118,12 +129,31 @@ def _places(cls: type[Any]) -> dict[str, str]:
     return {**found, **dict.fromkeys(start, "__init__")}
 
 
-def _place(cls: type[Any], name: str, place: str, value: object) -> str:
+def _call(cls: type[Any], method: str, name: str) -> str:
+    """How the method `name`, which was given as a keyword of `method`, is called."""
+    given = [each.name for each in inspect.signature(vars(cls)[name]).parameters.values() if each.kind is _BY_PLACE][1:]
+    if method == "chat" and given[:1] == ["prompt"]:
+        given[0] = f"{cls.__name__.lower()}.chat_prompt(messages)"
+    return f"{name} is a method of its own: {cls.__name__.lower()}.{name}({', '.join(given)})"
+
+
+def _place(cls: type[Any], method: str, name: str, place: str, value: object) -> str:
+    if method in ("from_config", "from_run_config") and place in ("SamplingParams", "__init__") and name != "plugins":
+        section = "sampler" if place == "SamplingParams" else "engine"
+        override = f'["{_KEYS.get(name, f"{section}.{name}")}={_yaml(value)}"]'
+        where = f"overrides={override}" if method == "from_config" else f"load_config(path, {override})"
+        return f"{name} is a key of the configuration: give {where}"
     if place == "SamplingParams":
         return f"{name} is a field of SamplingParams: pass SamplingParams({name}={_example(value)})"
     if place == "__init__":
         return f"{name} is an option of the engine: give it to {cls.__name__}(model, {name}={_example(value)})"
     return f"{name} is a keyword of {cls.__name__}.{place}"
+
+
+def _yaml(value: object) -> str:
+    if isinstance(value, str):
+        return value if len(value) <= _SHOWN else "..."
+    return json.dumps(value) if isinstance(value, bool | int | float | None) else "..."
 
 
 def _example(value: object) -> str:

@@ -15,6 +15,8 @@ import torch
 
 from nanoengine import LLM, NanoEngineError, RequestError, RequestOutput, SamplingParams
 from nanoengine.api.errors import ConfigError, EngineClosed, ParamsError, TokenizerMissing
+from nanoengine.params.sampling_fields import KEYWORDS_OF_CALLS
+from nanoengine.setup import keywords
 from nanoengine.testing import mock_model
 from nanoengine.testing.mock_model import reference_logits
 
@@ -477,6 +479,19 @@ HELLO = [{"role": "user", "content": "hello"}]
         (lambda llm: llm.reset_prefix_cache(force=1), r"reset_prefix_cache has no keyword 'force'"),
         (lambda llm: llm.get_tokenizer(fast=1), r"get_tokenizer has no keyword 'fast'"),
         (lambda llm: LLM.from_config("a.yaml", seed=1), r"LLM\.from_config has no keyword 'seed'"),
+        (lambda llm: LLM.from_config("a", temperature=0), r'give overrides=\["sampler\.temperature=0"\]$'),
+        (lambda llm: LLM.from_config("a", max_num_seqs=8), r'give overrides=\["engine\.max_num_seqs=8"\]$'),
+        (lambda llm: LLM.from_config("a", overlap=False), r'give overrides=\["engine\.overlap=false"\]$'),
+        (lambda llm: LLM.from_config("a", revision="v1"), r'give overrides=\["model\.revision=v1"\]$'),
+        (lambda llm: LLM.from_config("a", attention="torch"), r'give overrides=\["attention=torch"\]$'),
+        (lambda llm: LLM.from_config("a", temprature=0), r"did you mean 'temperature'\? .*sampler\.temperature=0"),
+        (lambda llm: LLM.from_run_config(None, seed=1), r'give load_config\(path, \["sampler\.seed=1"\]\)$'),
+        (lambda llm: llm.chat(HELLO, stream=True), r"own: llm\.stream\(llm\.chat_prompt\(messages\), params\)"),
+        (lambda llm: llm.generate([1], stream=True), r"stream is a method of its own: llm\.stream\(prompt, params\)"),
+        (lambda llm: llm.chat(HELLO, add_generation_prompt="x"), r"add_generation_prompt must be True or False"),
+        (lambda llm: llm.chat_prompt(HELLO, chat_template_kwargs=["a"]), r"chat_template_kwargs must be a mapping"),
+        (lambda llm: llm.chat(HELLO, continue_final_message=1), r"continue_final_message must be True or False"),
+        (lambda llm: llm.chat(HELLO, sanitize_control_tokens="no"), r"sanitize_control_tokens must be True or False"),
         (lambda llm: LLM.from_config("a.yaml", plugin=()), r"did you mean 'plugins'\? Valid: overrides, path, plugins"),
     ],
 )  # fmt: skip
@@ -509,6 +524,20 @@ def test_every_public_method_names_keywords_that_it_lacks(llm: LLM) -> None:
 def test_an_option_that_the_engine_lacks_is_named_with_its_place(option: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LLM("no-such-model", **option)
+
+
+@pytest.mark.parametrize("call", [lambda: SamplingParams(1, 2, 3), lambda: SamplingParams().replace({"top_p": 1})])
+def test_sampling_parameters_without_a_name_are_refused_in_words(call: Any) -> None:
+    with pytest.raises(ParamsError, match=r"takes keywords only, and has .* without a name: write for example"):
+        call()
+
+
+@pytest.mark.parametrize("name", sorted(KEYWORDS_OF_CALLS))
+def test_a_call_s_keyword_among_sampling_parameters_is_named(llm: LLM, name: str) -> None:
+    with pytest.raises(ParamsError, match=f"no field '{name}'; it is a keyword of LLM"):
+        llm.generate([1], SamplingParams(**{name: 1}))
+    for method in re.findall(r"LLM\.(\w+)", KEYWORDS_OF_CALLS[name]):
+        assert name in keywords._own(getattr(LLM, method))
 
 
 def test_an_engine_option_among_sampling_parameters_is_named(llm: LLM) -> None:

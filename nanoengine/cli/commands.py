@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from nanoengine.api.errors import PluginError, shown
+from nanoengine.api.plugin_calls import plugin_call
 from nanoengine.cli.common import say, user_errors
 from nanoengine.setup.plugins.discover import discover
 from nanoengine.setup.plugins.registry import Registry
@@ -125,17 +126,21 @@ def load_command(registry: Registry, name: str) -> Any:
     found = registry.require("commands", name)
     loader = TargetLoader(registry.plugin_files)
     target = loader.load(found.spec.target)
-    if isinstance(target, typer.Typer):
-        made = typer.main.get_command(target)
-        made.params = [each for each in made.params if each.name not in _COMPLETION]  # nanoengine's own has none
-        return made
     if not isinstance(target, type) and callable(getattr(target, "make_context", None)):
         return target
-    if isinstance(target, type) or not callable(target):
-        raise PluginError(
-            f"command {name!r} of {found.origin}: {loader.describe(found.spec.target)} is {shown(target)}, which is no "
-            "function, typer app or click command"
-        )
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(name.split()[-1])(target)
-    return typer.main.get_command(app)
+    described = f"command {name!r} of {found.origin}: {loader.describe(found.spec.target)}"
+    if not isinstance(target, typer.Typer) and (isinstance(target, type) or not callable(target)):
+        raise PluginError(f"{described} is {shown(target)}, which is no function, typer app or click command")
+    with plugin_call(f"{described} cannot be made a command by typer", found.spec.target.partition(":")[0]):
+        return _of_typer(target)
+
+
+def _of_typer(target: Any) -> Any:
+    """The click command of a typer app or of a function, without options that the rest of nanoengine lacks."""
+    app = target
+    if not isinstance(target, typer.Typer):
+        app = typer.Typer(rich_markup_mode=None)
+        app.command()(target)
+    command = typer.main.get_command(app)
+    command.params = [each for each in command.params if each.name not in _COMPLETION]
+    return command

@@ -66,6 +66,8 @@ def plain(number): sys.exit(number)
 
 number = 5
 class Kind: ...
+def odd(x: int | str): ...
+empty = typer.Typer()
 """
 
 
@@ -173,6 +175,12 @@ def test_a_group_has_no_options_that_nanoengine_has_not(hello: Any) -> None:
         ("greet", "helo", "nothing there is called 'helo'"),
         ("greet", "number", "'hello_work:number' is 5, which is no function, typer app or click command"),
         ("greet", "Kind", "which is no function, typer app or click command"),
+        ("greet", "odd", "'hello_work:odd' cannot be made a command by typer: "),
+        (
+            "greet",
+            "empty",
+            "'hello_work:empty' cannot be made a command by typer: ",
+        ),
     ],
 )
 def test_a_target_that_is_no_command(hello: Any, name: str, attribute: str, words: str) -> None:
@@ -343,12 +351,15 @@ def test_every_command_of_nanoengines_own_loads_and_is_listed_with_its_origin() 
     assert origins["plugins new"] == origins["sweep"] == "nanoengine.lab"
 
 
-def test_the_doctor_loads_commands_too(hello: Any) -> None:
-    hello("greet", "helo")
+@pytest.mark.parametrize(
+    ("attribute", "cause"), [("helo", "nothing there is called 'helo'"), ("odd", "cannot be made a command by typer: ")]
+)
+def test_the_doctor_loads_commands_too(hello: Any, attribute: str, cause: str) -> None:
+    hello("greet", attribute)
     both = [nanoengine(*words, "--json") for words in (["doctor"], ["plugins", "doctor"])]
     findings = [json.loads(result.stdout)["findings"] for result in both]
     for found in findings:
         [finding] = [each for each in found if each["name"] == "greet"]
         assert finding["level"] == "warning"
-        assert "nothing there is called 'helo'" in finding["text"]
+        assert cause in finding["text"]
         assert [each["level"] for each in found if each["name"] == "plugins new"] == ["ok"]

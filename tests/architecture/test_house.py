@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import re
 import sys
 import threading
@@ -139,6 +140,8 @@ class Trace:
             self.entered.add((code.co_filename.removeprefix(f"{PACKAGE}/"), code.co_qualname))
 
     def __enter__(self) -> Trace:
+        gc.collect()
+        gc.disable()  # what earlier tests left must not end in here: its finalizers are functions of ours, too
         threading.setprofile(self)
         sys.setprofile(self)
         return self
@@ -146,6 +149,7 @@ class Trace:
     def __exit__(self, *_: object) -> None:
         sys.setprofile(None)
         threading.setprofile(None)  # type: ignore[arg-type]
+        gc.enable()
 
 
 def decode_step(tmp_path: Path) -> set[tuple[str, str]]:

@@ -52,7 +52,11 @@ class TemplateProcesses:
         with self._places:
             process = self._take()
             try:
-                text = process.render(template, variables, self._seconds)
+                try:
+                    text = process.render(template, variables, self._seconds)
+                except _EndedIdle:  # between two templates, however shortly before this one: a new process runs it
+                    process = _Process(self._memory)
+                    text = process.render(template, variables, self._seconds)
             except BaseException as error:
                 if isinstance(error, _Refused):
                     self._idle.append(process)
@@ -94,8 +98,14 @@ class _Refused(Exception):
     """The template raised; the message is its own."""
 
 
+class _EndedIdle(Exception):
+    """A process that had answered before gave no answer any more."""
+
+
 class _Process:
     """A child, and this end of its socket."""
+
+    answered = False
 
     def __init__(self, memory: int) -> None:
         """Raises `NanoEngineError` if it cannot be started."""
@@ -139,7 +149,10 @@ class _Process:
             raise self._failed(f"took more than {self._memory >> 20} MiB (chat_template_memory)") from error
         except (OSError, EOFError) as error:
             self.end()
+            if self.answered:
+                raise _EndedIdle from error
             raise self._failed(f"ended its process ({self._status()})") from error
+        self.answered = True
         if header[:1] != b"+":
             raise _Refused(text)
         return text

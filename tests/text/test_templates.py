@@ -188,6 +188,16 @@ def test_a_process_that_died_while_idle_is_replaced(processes: TemplateProcesses
     assert children(processes) != [pid]
 
 
+def test_a_process_that_died_unseen_is_replaced(processes: TemplateProcesses, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may die between the look at it and the template."""
+    processes.render("", {})
+    (pid,) = children(processes)
+    os.kill(pid, signal.SIGKILL)
+    monkeypatch.setattr(templates._Process, "lives", lambda self: True)
+    assert processes.render("{{ a }}", {"a": "next"}) == "next"
+    assert children(processes) != [pid]
+
+
 def test_a_process_that_dies_amid_a_template_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     child = tmp_path / "child.py"
     child.write_text("import os, time\nos.write(0, b'ready')\nos.read(0, 1)\nos.kill(os.getpid(), 11)")

@@ -1,4 +1,4 @@
-"""A decoding experiment: locally typical sampling, a stage written here and handed to the engine.
+"""A decoding experiment: locally typical sampling, a processor written here and handed to the engine.
 
     python examples/decoding_experiment.py [MODEL]
 
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from nanoengine import LLM, ParamsError, SamplingParams
-from nanoengine.api import ColumnSpec, Phase, SamplerSpec, SamplerStage, StageParams, StageRows, hookimpl
+from nanoengine.api import ColumnSpec, LogitsProcessor, Phase, ProcessorParams, ProcessorRows, SamplerSpec, hookimpl
 
 PROMPTS = ["Once upon a time", "The old house on the hill", "In the morning they", "My favourite animal is"]
 SAMPLES, TOKENS = 4, 48
 
 
 @dataclass(frozen=True)
-class TypicalParams(StageParams):
+class TypicalParams(ProcessorParams):
     typical_p: float = 1.0  # a new keyword of SamplingParams; 1 keeps every token
     columns: ClassVar = {"typical_p": ColumnSpec(dtype="float32", default=1.0)}
 
@@ -33,13 +33,13 @@ class TypicalParams(StageParams):
             raise ParamsError(f"typical_p must be above 0 and at most 1, not {self.typical_p}")
 
 
-class Typical(SamplerStage):
+class Typical(LogitsProcessor):
     phase = Phase.TRUNCATE
 
-    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:  # [R, V] -> [R, V]
+    def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:  # [R, V] -> [R, V]
         share = rows.column("typical_p")[:, None]  # [R, 1]
         logprobs = logits.log_softmax(-1)
-        surprise = -logprobs  # +inf where an earlier stage removed the token
+        surprise = -logprobs  # +inf where an earlier processor removed the token
         entropy = torch.special.entr(logprobs.exp()).sum(-1, keepdim=True)
         order = (surprise - entropy).abs().argsort(-1)  # the most typical first
         before = logprobs.exp().gather(-1, order).cumsum(-1).roll(1, -1)  # probability ahead of each

@@ -34,7 +34,7 @@ from nanoengine.api.specs import ModelSpec
 from nanoengine.core.engine import Engine, EngineLimits
 from nanoengine.core.execution.executor import Executor, InProcessExecutor
 from nanoengine.core.execution.start_report import MemoryReport
-from nanoengine.core.options import EngineOptions, EnginePlan, StagePlan
+from nanoengine.core.options import EngineOptions, EnginePlan, ProcessorPlan
 from nanoengine.core.outputs import OutputProcessor
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.messages import SchedulerConfig
@@ -147,9 +147,11 @@ def assemble(
         model=seen.model.spec.target,
         attention_name=name,
         attention=target,
-        stages=tuple(
-            StagePlan(name=s.spec.name, target=s.spec.target, columns=dict(s.spec.params.columns), origin=str(s.origin))
-            for s in registry.stages()
+        processors=tuple(
+            ProcessorPlan(
+                name=s.spec.name, target=s.spec.target, columns=dict(s.spec.params.columns), origin=str(s.origin)
+            )
+            for s in registry.processors()
         ),
         options=options,
         plugin_files=registry.plugin_files,
@@ -331,10 +333,10 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
         processes = TemplateProcesses(options.chat_template_timeout, options.chat_template_memory)
         tokenizer = load_tokenizer(assembly.model_path, max_tokens=options.max_model_len, processes=processes)
     clock.lap("tokenizer")
-    stages = [(found.spec.name, found.spec.params) for found in registry.stages()]
+    processors = [(found.spec.name, found.spec.params) for found in registry.processors()]
     assert options.max_model_len is not None
     ctx = _ParamsContext(assembly.vocab_size, options.max_model_len, tokenizer)
-    legal = {name for _, params in stages for name in params.__dataclass_fields__}  # type: ignore[attr-defined]
+    legal = {name for _, params in processors for name in params.__dataclass_fields__}  # type: ignore[attr-defined]
     eos = tokenizer.eos_token_id if tokenizer is not None else None
     defaults = read_generation_defaults(
         assembly.model_path,
@@ -345,16 +347,16 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
         vocab_size=assembly.vocab_size,
         max_model_len=options.max_model_len,
     )
-    legal_fields(stages)  # a clash is found before the weights are loaded
+    legal_fields(processors)  # a clash is found before the weights are loaded
     executor: Executor = _in_process(assembly) if options.tensor_parallel_size == 1 else WorkersExecutor()
     try:
         memory = executor.start(plan)
         clock.lap_around("workers", memory.phases)
         resolver = ParamsResolver(
-            stages,
+            processors,
             ctx,
             defaults.eos_ids,
-            memory.failed_stages,
+            memory.failed_processors,
             registry.suspects("samplers"),
             max_n=options.max_n,
             max_logprobs=options.max_logprobs,

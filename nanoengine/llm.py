@@ -244,7 +244,7 @@ class LLM:
 
     @property
     def sampling_names(self) -> frozenset[str]:
-        """The fields of `SamplingParams` that are legal here: the engine's own, and those of its sampler stages."""
+        """The fields of `SamplingParams` that are legal here: the engine's own, and those of its logits processors."""
         return self._built.resolver.names
 
     @property

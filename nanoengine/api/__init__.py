@@ -33,7 +33,7 @@ from nanoengine.api.errors import (
 )
 from nanoengine.api.hooks import hookimpl
 from nanoengine.api.parallel import TensorParallelGroup
-from nanoengine.api.processors import Need, RaggedColumn, SamplerStage, StageContext, StageRows
+from nanoengine.api.processors import LogitsProcessor, Need, ProcessorContext, ProcessorRows, RaggedColumn
 from nanoengine.api.sources import ModelSource, SourceContext
 from nanoengine.api.specs import (
     API_VERSION,
@@ -44,8 +44,8 @@ from nanoengine.api.specs import (
     ModelSpec,
     ParamsContext,
     Phase,
+    ProcessorParams,
     SamplerSpec,
-    StageParams,
     StandardOp,
 )
 
@@ -72,6 +72,7 @@ __all__ = [
     "GraphSupport",
     "KVCacheView",
     "KVSpec",
+    "LogitsProcessor",
     "Model",
     "ModelConfig",
     "ModelError",
@@ -85,13 +86,12 @@ __all__ = [
     "ParamsError",
     "Phase",
     "PluginError",
+    "ProcessorContext",
+    "ProcessorParams",
+    "ProcessorRows",
     "RaggedColumn",
     "SamplerSpec",
-    "SamplerStage",
     "SourceContext",
-    "StageContext",
-    "StageParams",
-    "StageRows",
     "StandardOp",
     "StepInputs",
     "TensorParallelGroup",

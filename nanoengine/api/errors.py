@@ -151,7 +151,7 @@ class RequestError(NanoEngineError):
 
     Attributes:
         code: a stable word for programs: "too_long", "does_not_fit", "invalid_prompt", "duplicate_id",
-            "bad_logits", "nothing_left", "stage_failed", "step_failed", "out_of_memory", "interrupted",
+            "bad_logits", "nothing_left", "processor_failed", "step_failed", "out_of_memory", "interrupted",
             "worker_failed", "text_failed" (its tokens could not be made text), "engine_failed" (the engine itself
             raised over it, which is a bug of the engine).
     """

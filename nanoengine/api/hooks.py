@@ -19,7 +19,7 @@ def register_models() -> Iterable[ModelSpec]:  # type: ignore[empty-body]
 
 @hookspec
 def register_samplers() -> Iterable[SamplerSpec]:  # type: ignore[empty-body]
-    """Sampler stages."""
+    """Logits processors."""
 
 
 @hookspec

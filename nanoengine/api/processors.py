@@ -1,4 +1,4 @@
-"""The sampler-stage seam. Torch only in annotations."""
+"""The sampler-processor seam. Torch only in annotations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Need(StrEnum):
-    """History a stage asks the core to keep on the device.
+    """History a processor asks the core to keep on the device.
 
     OUTPUT_COUNTS: how often each id was generated. PROMPT_MASK: which ids the prompt holds. TOKEN_IDS: the tokens
     themselves.
@@ -37,7 +37,7 @@ class RaggedColumn:
 
 
 @dataclass(frozen=True, slots=True)
-class StageRows:
+class ProcessorRows:
     """R rows of logits and what belongs to them, on the device.
 
     Attributes:
@@ -45,7 +45,7 @@ class StageRows:
         prompt_lens: int64 [R].
         vocab_start: global id of logits column 0 (a shard's start; 0 for gathered logits).
         vocab_size: the whole vocabulary.
-        columns: this stage's columns, each [R], or `RaggedColumn`. A row that does not want the stage holds defaults.
+        columns: this processor's columns, each [R], or `RaggedColumn`. A row that does not want it holds defaults.
         output_counts: int32 [R, columns of logits], if asked for. prompt_mask: bool [R, columns of logits], if asked.
         token_ids: int32 [slots, max_model_len + 1], the whole table, if asked: index it by `slots`.
     """
@@ -61,7 +61,7 @@ class StageRows:
     token_ids: Tensor | None = None
 
     def column(self, name: str) -> Tensor:
-        """A scalar column, [R]. Raises `PluginError` where the stage has none of that name."""
+        """A scalar column, [R]. Raises `PluginError` where the processor has none of that name."""
         found = self.columns.get(name)
         if found is None or isinstance(found, RaggedColumn):
             raise self._refusal(name)
@@ -76,14 +76,14 @@ class StageRows:
 
     def _refusal(self, name: str) -> PluginError:
         if name not in self.columns:
-            return PluginError(f"the stage's parameters declare no column {name!r}; {nearest(name, self.columns)}")
+            return PluginError(f"the processor's parameters declare no column {name!r}; {nearest(name, self.columns)}")
         reader = "ragged" if isinstance(self.columns[name], RaggedColumn) else "column"
         return PluginError(f"column {name!r} is read by rows.{reader}({name!r})")
 
 
 @dataclass(frozen=True, slots=True)
-class StageContext:
-    """What a stage may size its own buffers by."""
+class ProcessorContext:
+    """What a processor may size its own buffers by."""
 
     max_slots: int
     vocab_size: int
@@ -91,7 +91,7 @@ class StageContext:
     device: torch.device
 
 
-class SamplerStage(ABC):
+class LogitsProcessor(ABC):
     """A step of logits processing.
 
     Class attributes:
@@ -106,11 +106,11 @@ class SamplerStage(ABC):
     argmax_invariant: ClassVar[bool] = False
     sharded: ClassVar[bool] = False
 
-    def __init__(self, ctx: StageContext) -> None:  # noqa: B027 - most stages keep nothing
-        """Make buffers here, once, if the stage needs any."""
+    def __init__(self, ctx: ProcessorContext) -> None:  # noqa: B027 - most processors keep nothing
+        """Make buffers here, once, if the processor needs any."""
 
     @abstractmethod
-    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+    def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:
         """[R, V] float32 -> [R, V] float32; may write in place. Rows that hold defaults must come out unchanged.
 
         No host synchronisation: no `.item()`, no `.cpu()`, no boolean indexing. -inf removes a token.

@@ -46,12 +46,12 @@ class StandardOp(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnSpec:
-    """One column of per-slot values that a stage reads on the device.
+    """One column of per-slot values that a processor reads on the device.
 
     Attributes:
         dtype: "float32", "int32" or "bool".
         ragged: several values a slot; the device table is then [slots, width], and grows in width when needed.
-        default: the inert value, standing in slots that do not use the stage and behind the end of ragged rows.
+        default: the inert value, standing in slots that do not use the processor and behind the end of ragged rows.
         op: the standard operation this column parametrises, if it is one.
     """
 
@@ -75,14 +75,14 @@ class ParamsContext(Protocol):
         ...
 
 
-class StageParams:
-    """Base of a stage's parameter dataclass: `@dataclass(frozen=True)`, each field with its inert default.
+class ProcessorParams:
+    """Base of a processor's parameter dataclass: `@dataclass(frozen=True)`, each field with its inert default.
 
     The fields become legal keys of `SamplingParams`. Types are checked by the engine against the annotations;
     ranges are the dataclass's own, in `__post_init__`, by `ParamsError`.
 
     Class attributes:
-        columns: the device columns the stage reads, by name.
+        columns: the device columns the processor reads, by name.
         host_tokens: True where `host_columns` must see every token before the next may be drawn; such a request is
             not run ahead.
     """
@@ -91,7 +91,7 @@ class StageParams:
     host_tokens: ClassVar[bool] = False
 
     def active(self) -> bool:
-        """Whether a request with these values wants the stage at all. Default: any field off its default."""
+        """Whether a request with these values wants the processor at all. Default: any field off its default."""
         return self != type(self)()
 
     def pack(self, ctx: ParamsContext) -> Mapping[str, Any]:
@@ -110,7 +110,7 @@ class StageParams:
 
 
 class Phase(IntEnum):
-    """When a stage runs. Within a phase stages run in registration order, truncations top-k, top-p, min-p first."""
+    """When a processor runs. Within a phase: registration order, truncations top-k, top-p, min-p first."""
 
     MASK = 0
     BIAS = 1
@@ -121,17 +121,17 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplerSpec:
-    """A sampler stage.
+    """A logits processor.
 
     Attributes:
         name: what the user sees, e.g. "top_k".
-        params: its `StageParams` dataclass, from a module that imports no torch.
-        target: "package.module:Class" of a `nanoengine.api.SamplerStage`.
+        params: its `ProcessorParams` dataclass, from a module that imports no torch.
+        target: "package.module:Class" of a `nanoengine.api.LogitsProcessor`.
         api: the interface version the plugin was written for.
     """
 
     name: str
-    params: type[StageParams]
+    params: type[ProcessorParams]
     target: str
     api: int
 

@@ -49,7 +49,13 @@ def as_dict(registry: Registry) -> dict[str, list[dict[str, Any]]]:
             for c in registry.conflicts
         ],
         "failures": [
-            {**asdict(f.origin), "origin": str(f.origin), "stage": f.stage, "cause": f.cause, "traceback": f.traceback}
+            {
+                **asdict(f.origin),
+                "origin": str(f.origin),
+                "at": f.at,
+                "cause": f.cause,
+                "traceback": f.traceback,
+            }
             for f in registry.failures
         ],
     }
@@ -85,7 +91,7 @@ def as_text(registry: Registry) -> str:
         if found[word]:
             lines += ["", f"{word}:"]
         for problem in found[word]:
-            what = f"{problem['origin']} failed at {problem['stage']}: " if word == "failures" else ""
+            what = f"{problem['origin']} failed at {problem['at']}: " if word == "failures" else ""
             lines.append(f"  {what}{problem['cause']}")
     return "\n".join(lines)
 

@@ -87,7 +87,7 @@ def check_same_params(record: Record, params: SamplingParams, output: str) -> No
 
 def plain_params(params: SamplingParams) -> dict[str, Any]:
     """Every parameter as JSON has it."""
-    found: dict[str, Any] = _json(asdict(params.core) | dict(params.stage_fields))
+    found: dict[str, Any] = _json(asdict(params.core) | dict(params.processor_fields))
     return found
 
 

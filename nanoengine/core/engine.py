@@ -376,7 +376,7 @@ class Engine:
             now = time.monotonic()
             for request, _ in step.rows[step.plan.num_decode_rows :]:  # a request's first row is a prefill row
                 state = self._known.get(request.parent)
-                if state is not None:  # a sibling's host stage may just have failed it
+                if state is not None:  # a sibling's host processor may just have failed it
                     state.scheduled(now)
 
     def _launch(self, step: ScheduledStep) -> StepHandle:

@@ -123,8 +123,8 @@ class EngineOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StagePlan:
-    """A sampler stage.
+class ProcessorPlan:
+    """A logits processor.
 
     Attributes:
         name: of its spec. target: of its class. columns: the device columns its parameters declare.
@@ -138,9 +138,9 @@ class StagePlan:
 
     @property
     def where(self) -> str:
-        """Name and origin: "sampler stage 'x' (Class of plugin file /some/x.py)"."""
+        """Name and origin: "logits processor 'x' (Class of plugin file /some/x.py)"."""
         known = f"{self.target.partition(':')[2]} of {self.origin}" if self.origin else self.target
-        return f"sampler stage {self.name!r} ({known})"
+        return f"logits processor {self.name!r} ({known})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +151,7 @@ class EnginePlan:
         model_path: folder with config.json (and, unless dummy, safetensors).
         hf_config: config.json, read once.
         model: target of the `Model` class. attention: name and target of the backend.
-        stages: every registered stage, in application order within its phase.
+        processors: every registered processor, in application order within its phase.
         options: with every `None` that the choice of parts decides filled in (device, dtype, block_size,
             max_model_len, max_num_batched_tokens).
         plugin_files: modules that must be loaded from a file before a target of theirs can be imported.
@@ -162,6 +162,6 @@ class EnginePlan:
     model: str
     attention_name: str
     attention: str
-    stages: tuple[StagePlan, ...]
+    processors: tuple[ProcessorPlan, ...]
     options: EngineOptions
     plugin_files: tuple[PluginFile, ...] = ()

@@ -321,6 +321,6 @@ def _row_error(update: Update) -> RequestError:
         return RequestError("bad_logits", "the model gave logits that are not finite for this request")
     return RequestError(
         "nothing_left",
-        "the sampler stages left no token that can be drawn: every one is masked, or a stage returned NaN or +inf; "
-        "loosen the mask, bias or bad words",
+        "the logits processors left no token that can be drawn: every one is masked, or a processor returned NaN or "
+        "+inf; loosen the mask, bias or bad words",
     )

@@ -53,17 +53,17 @@ def offsets_of(counts: Any) -> Int32:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StageColumn:
-    """Values of one column of one sampler stage for some slots, in a new slot or changed in a running one.
+class ProcessorColumn:
+    """Values of one column of one logits processor for some slots, in a new slot or changed in a running one.
 
     Attributes:
-        stage, column: which table of which stage they belong to.
+        processor, column: which table of which processor they belong to.
         slots: int32 [N].
         values: flat, of the column's dtype (a scalar column has one value a slot).
         offsets: int32 [N + 1] into `values`.
     """
 
-    stage: str
+    processor: str
     column: str
     slots: Int32
     values: npt.NDArray[Any]
@@ -117,7 +117,7 @@ class StepPlan:
 
     Attributes:
         step: running number of the step.
-        new: slots that enter with this step; `columns`: their stages' values, and changed ones of running slots.
+        new: slots that enter with this step; `columns`: their processors' values, and changed ones of running slots.
         appends: block-table writes, applied before the forward pass.
         slots: int32 [B]. num_decode_rows: the first rows, which continue a generated sequence.
         query_lens: int32 [B], at least 1 each; T is their sum.
@@ -133,7 +133,7 @@ class StepPlan:
 
     step: int = 0
     new: NewSlots = field(default_factory=NewSlots)
-    columns: tuple[StageColumn, ...] = ()
+    columns: tuple[ProcessorColumn, ...] = ()
     appends: BlockAppends = field(default_factory=BlockAppends)
     slots: Int32 = field(default_factory=i32)
     num_decode_rows: int = 0
@@ -155,7 +155,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogprobRows:
-    """Log-probs at N positions, of the raw logits (before any sampler stage).
+    """Log-probs at N positions, of the raw logits (before any logits processor).
 
     Attributes:
         rows: int32 [N]; the plan's row each belongs to. positions: int32 [N]; absolute position of the token whose
@@ -181,7 +181,7 @@ class StepResult:
     Attributes:
         step: the plan's number.
         token_ids: int32, flat, new tokens in row order; counts: int32 [B] (0 for a chunk that was not sampled).
-        failed: int32 [B]; 0: fine. 1: the row's raw logits were not finite. 2: the sampler stages left no token
+        failed: int32 [B]; 0: fine. 1: the row's raw logits were not finite. 2: the logits processors left no token
             possible. A failed row has count 0.
         sampled_logprobs: one entry a new token whose slot asked for log-probs.
         prompt_logprobs: one entry a prompt position that asked.

@@ -47,8 +47,8 @@ def check_importable(plan: EnginePlan, local: Mapping[str, type[Any]]) -> None:
 def _parts(plan: EnginePlan) -> Iterator[tuple[str, str]]:
     yield "model", plan.model
     yield "attention backend", plan.attention
-    for stage in plan.stages:
-        yield f"sampler stage {stage.name!r}", stage.target
+    for processor in plan.processors:
+        yield f"logits processor {processor.name!r}", processor.target
 
 
 def _only_here(module: str, plan: EnginePlan) -> bool:

@@ -91,8 +91,8 @@ class WorkersExecutor(Executor):
             with Parcel(pickle.dumps(own)) as parcel:
                 self._ranks[rank].send(Kind.START, 0, parcel)
         self._until(lambda: len(self._ready) == size, plan.options.worker_start_timeout, "worker_start_timeout")
-        failed = {name: cause for report in self._ready.values() for name, cause in report.failed_stages.items()}
-        return replace(self._ready[0], failed_stages=failed)
+        failed = {name: cause for report in self._ready.values() for name, cause in report.failed_processors.items()}
+        return replace(self._ready[0], failed_processors=failed)
 
     def launch(self, plan: StepPlan) -> StepHandle:
         self._hear(0.0)

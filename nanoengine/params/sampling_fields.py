@@ -1,4 +1,4 @@
-"""The names that `SamplingParams` takes: the engine's own fields and those of the sampler stages. Torch-free."""
+"""The names that `SamplingParams` takes: the engine's own fields and those of the logits processors. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from nanoengine.api.errors import ParamsError, PluginError
-from nanoengine.api.specs import StageParams
+from nanoengine.api.specs import ProcessorParams
 
 INT64 = range(-(2**63), 2**63)
 
@@ -22,7 +22,7 @@ KEYWORDS_OF_CALLS: Mapping[str, str] = {
     ),
 }  # fmt: skip
 
-# Fields of vLLM's SamplingParams that are not served, and what to do instead. A stage may still bring one of them.
+# Fields of vLLM's SamplingParams that are not served, and what to do instead. A processor may still bring one of them.
 NOT_SERVED: Mapping[str, str] = {
     "best_of": "ask for n samples and pick by cumulative_logprob",
     "use_beam_search": "there is no beam search",
@@ -30,8 +30,8 @@ NOT_SERVED: Mapping[str, str] = {
     "early_stopping": "there is no beam search",
     "structured_outputs": "output is not constrained to a grammar or schema",
     "guided_decoding": "output is not constrained to a grammar or schema",
-    "logits_processors": "write a sampler stage plugin (docs/plugin-api.md)",
-    "extra_args": "a sampler stage's own parameters are keywords like any other",
+    "logits_processors": "write a logits processor plugin (docs/plugin-api.md)",
+    "extra_args": "a logits processor's own parameters are keywords like any other",
     "bad_words_token_ids": "give the words themselves as bad_words",
     "spaces_between_special_tokens": "special tokens are decoded as the tokenizer does",
     "truncate_prompt_tokens": "cut the prompt's token ids yourself",
@@ -50,13 +50,13 @@ NOT_SERVED: Mapping[str, str] = {
     "routed_experts_prompt_start": "routing is not reported",
 }
 
-STAGE_MEMBERS = frozenset(name for name in vars(StageParams) if not name.startswith("_"))
-"""What the base class of every stage's parameters has: "columns", "pack" and so on are no names for a parameter."""
+PROCESSOR_MEMBERS = frozenset(name for name in vars(ProcessorParams) if not name.startswith("_"))
+"""What the base class of every processor's parameters has: "columns", "pack" and so on are no names for a parameter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoreFields:
-    """The fields that no stage owns: vLLM's names, meanings and defaults.
+    """The fields that no processor owns: vLLM's names, meanings and defaults.
 
     Attributes:
         n: samples of one prompt, at most engine option max_n; they share its seed and differ by index.
@@ -115,40 +115,40 @@ class CoreFields:
 CORE_TYPES: Mapping[str, Any] = get_type_hints(CoreFields)
 
 
-def stage_types(name: str, params: type[StageParams]) -> dict[str, Any]:
-    """Fields of one stage's parameters with their annotations. Raises `PluginError` for what is no such dataclass."""
+def processor_types(name: str, params: type[ProcessorParams]) -> dict[str, Any]:
+    """Fields of one processor's parameters, with annotations. Raises `PluginError` for what is no such dataclass."""
     if not dataclasses.is_dataclass(params):
-        raise PluginError(f"sampler stage {name!r}: {params.__qualname__} must be a dataclass")
+        raise PluginError(f"logits processor {name!r}: {params.__qualname__} must be a dataclass")
     bare = [f.name for f in dataclasses.fields(params) if f.default is f.default_factory is dataclasses.MISSING]
     if bare:
-        raise PluginError(f"sampler stage {name!r}: parameters without a default: {', '.join(bare)}")
-    hiding = [f.name for f in dataclasses.fields(params) if f.name in STAGE_MEMBERS]
+        raise PluginError(f"logits processor {name!r}: parameters without a default: {', '.join(bare)}")
+    hiding = [f.name for f in dataclasses.fields(params) if f.name in PROCESSOR_MEMBERS]
     if hiding:
         raise PluginError(
-            f"sampler stage {name!r}: parameters that hide what every stage's parameters have: {', '.join(hiding)}; "
+            f"logits processor {name!r}: fields that hide those of all processors' parameters: {', '.join(hiding)}; "
             "give them other names, or, where that is what is meant, annotate them as ClassVar"
         )
     try:
         hints = get_type_hints(params)
     except NameError as error:
         raise PluginError(
-            f"sampler stage {name!r}: {params.__qualname__} has an unknown annotation: {error}"
+            f"logits processor {name!r}: {params.__qualname__} has an unknown annotation: {error}"
         ) from error
     return {f.name: hints[f.name] for f in dataclasses.fields(params)}
 
 
-def legal_fields(stages: Sequence[tuple[str, type[StageParams]]]) -> dict[str, Any]:
-    """Every legal keyword of `SamplingParams` -> its type annotation, given the registered stages (name, parameters).
+def legal_fields(processors: Sequence[tuple[str, type[ProcessorParams]]]) -> dict[str, Any]:
+    """Every legal keyword of `SamplingParams` -> its type annotation, given the processors (name, parameters).
 
-    Raises `PluginError` naming both owners where two stages, or a stage and the engine, have a field of one name.
+    Raises `PluginError` naming both owners where two processors, or one and the engine, have a field of one name.
     """
     legal, owner = dict(CORE_TYPES), dict.fromkeys(CORE_TYPES, "SamplingParams itself")
-    for name, params in stages:
-        for field_name, kind in stage_types(name, params).items():
+    for name, params in processors:
+        for field_name, kind in processor_types(name, params).items():
             if field_name in legal:
                 raise PluginError(
-                    f"the parameter {field_name!r} of sampler stage {name!r} belongs to {owner[field_name]} already: "
+                    f"parameter {field_name!r} of logits processor {name!r} belongs to {owner[field_name]} already: "
                     "rename it, or unload one of the two"
                 )
-            legal[field_name], owner[field_name] = kind, f"sampler stage {name!r}"
+            legal[field_name], owner[field_name] = kind, f"logits processor {name!r}"
     return legal

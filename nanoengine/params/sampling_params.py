@@ -1,6 +1,6 @@
-"""`SamplingParams`: vLLM's names and defaults. Core fields are checked here; a stage's own fields when resolved.
+"""`SamplingParams`: vLLM's names and defaults. Core fields are checked here; a processor's own fields when resolved.
 
-Which fields are legal depends on the stages that plugins registered, so `SamplingParams` takes any keyword, and
+Which fields are legal depends on the processors that plugins registered, so `SamplingParams` takes any keyword, and
 `ParamsResolver` (one an engine) says at submission whether it is one of them. Torch-free.
 """
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from nanoengine.api.errors import ParamsError, PluginError, described, is_failure, nearest_part, shown
 from nanoengine.api.plugin_calls import plugin_call
-from nanoengine.api.specs import ColumnSpec, ParamsContext, StageParams, StandardOp
+from nanoengine.api.specs import ColumnSpec, ParamsContext, ProcessorParams, StandardOp
 from nanoengine.params.field_types import conform
 from nanoengine.params.sampling_fields import (
     CORE_TYPES,
@@ -26,7 +26,7 @@ from nanoengine.params.sampling_fields import (
     NOT_SERVED,
     CoreFields,
     legal_fields,
-    stage_types,
+    processor_types,
 )
 
 _CACHE_SIZE = 256
@@ -35,11 +35,11 @@ MAX_RAGGED = 16_384
 
 
 @dataclass(frozen=True, slots=True)
-class PackedStage:
-    """One stage that a request wants: its name, its parameters, its packed columns (numpy arrays, 0-d or 1-d)."""
+class PackedProcessor:
+    """One processor that a request wants: its name, its parameters, its packed columns (numpy arrays, 0-d or 1-d)."""
 
     name: str
-    params: StageParams
+    params: ProcessorParams
     columns: Mapping[str, Any]
 
 
@@ -52,8 +52,8 @@ class ResolvedParams:
         logprobs, prompt_logprobs (None: none wanted; -1 was replaced by the vocabulary's size), detokenize,
         skip_special_tokens, include_stop_str_in_output: as in `SamplingParams`.
         stop: stop strings. eos_ids: empty with ignore_eos. stop_token_ids: the user's own.
-        stages: those this request wants. greedy: the draw is the arg-max.
-        host_tokens: a stage needs every token on the host before the next draw.
+        processors: those this request wants. greedy: the draw is the arg-max.
+        host_tokens: a processor needs every token on the host before the next draw.
     """
 
     n: int = 1
@@ -70,7 +70,7 @@ class ResolvedParams:
     stop: tuple[str, ...] = ()
     eos_ids: frozenset[int] = frozenset()
     stop_token_ids: frozenset[int] = frozenset()
-    stages: tuple[PackedStage, ...] = ()
+    processors: tuple[PackedProcessor, ...] = ()
     greedy: bool = False
     host_tokens: bool = False
 
@@ -81,22 +81,22 @@ class ResolvedParams:
 
 
 class SamplingParams:
-    """How to sample, by keyword: the fields of `CoreFields`, and those of the sampler stages (temperature, top_p ...).
+    """How to sample, by keyword: fields of `CoreFields` and of the logits processors (temperature, top_p ...).
 
-    Core fields are checked here; the rest when the engine, which knows its stages, gets the request. Immutable:
-    `replace` makes a changed copy. A stage's field can be read where it was given.
+    Core fields are checked here; the rest when the engine, which knows its processors, gets the request. Immutable:
+    `replace` makes a changed copy. A processor's field can be read where it was given.
     """
 
-    __slots__ = ("_core", "_key", "_stage")
+    __slots__ = ("_core", "_key", "_processor")
     _core: CoreFields
     _key: Hashable
-    _stage: dict[str, Any]
+    _processor: dict[str, Any]
 
     def __init__(self, /, *by_place: object, **fields: Any) -> None:
         _keywords_only("SamplingParams", by_place)
         core = {name: conform(name, fields.pop(name), kind) for name, kind in CORE_TYPES.items() if name in fields}
         object.__setattr__(self, "_core", CoreFields(**core))
-        object.__setattr__(self, "_stage", {name: _own(name, value) for name, value in fields.items()})
+        object.__setattr__(self, "_processor", {name: _own(name, value) for name, value in fields.items()})
         object.__setattr__(self, "_key", None)
 
     @property
@@ -104,16 +104,16 @@ class SamplingParams:
         return self._core
 
     @property
-    def stage_fields(self) -> Mapping[str, Any]:
+    def processor_fields(self) -> Mapping[str, Any]:
         """What was given beyond the core fields, unchecked."""
-        return types.MappingProxyType(self._stage)
+        return types.MappingProxyType(self._processor)
 
     @property
     def key(self) -> Hashable:
         """Of equal parameters alone. Made once: a batch asks for thousands, and each of them twice."""
         if self._key is None:
             core = tuple(_frozen(getattr(self._core, name)) for name in CORE_TYPES)
-            object.__setattr__(self, "_key", (core, _frozen(self._stage)))
+            object.__setattr__(self, "_key", (core, _frozen(self._processor)))
         return self._key
 
     def replace(self, /, *by_place: object, **changes: Any) -> SamplingParams:
@@ -122,15 +122,15 @@ class SamplingParams:
         return SamplingParams(**{**self._fields(), **changes})
 
     def _fields(self) -> dict[str, Any]:
-        return {name: getattr(self._core, name) for name in CORE_TYPES} | self._stage
+        return {name: getattr(self._core, name) for name in CORE_TYPES} | self._processor
 
     def __getattr__(self, name: str) -> Any:
         if name in CORE_TYPES:
             return getattr(self._core, name)
-        if not name.startswith("_") and name in self._stage:
-            return self._stage[name]
+        if not name.startswith("_") and name in self._processor:
+            return self._processor[name]
         raise AttributeError(
-            f"SamplingParams has no {name!r}: it was not given, and only the engine knows the stages' defaults"
+            f"SamplingParams has no {name!r}: it was not given, and only the engine knows the processors' defaults"
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -141,7 +141,7 @@ class SamplingParams:
 
     def __repr__(self) -> str:
         plain = CoreFields()
-        shown = {k: v for k, v in self._fields().items() if k in self._stage or v != getattr(plain, k)}
+        shown = {k: v for k, v in self._fields().items() if k in self._processor or v != getattr(plain, k)}
         return f"SamplingParams({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -161,33 +161,33 @@ def _rebuild(fields: dict[str, Any]) -> SamplingParams:
 
 
 class ParamsResolver:
-    """Turns `SamplingParams` into `ResolvedParams` for one engine's stages and model.
+    """Turns `SamplingParams` into `ResolvedParams` for one engine's processors and model.
 
     Equal parameters resolve to one shared object: a benchmark submits thousands.
     """
 
     def __init__(
         self,
-        stages: Sequence[tuple[str, type[StageParams]]],
+        processors: Sequence[tuple[str, type[ProcessorParams]]],
         ctx: ParamsContext,
         eos_ids: frozenset[int],
-        failed_stages: Mapping[str, str] | None = None,
+        failed_processors: Mapping[str, str] | None = None,
         suspects: str = "",
         *,
         max_n: int = sys.maxsize,
         max_logprobs: int = -1,
         engine_options: Collection[str] = (),
     ) -> None:
-        """`max_n`, `max_logprobs`: as in `EngineOptions`. `failed_stages`: those that cannot run, name -> cause: a
+        """`max_n`, `max_logprobs`: as in `EngineOptions`. `failed_processors`: those that cannot run, name -> cause: a
         request that sets a field of theirs is refused. `suspects`: what to say of plugins that failed before their
-        stages were known, where a field is unknown. `engine_options`: names of engine options, for the message where
+        processors were known, where a field is unknown. `engine_options`: names of engine options, for the message if
         one of them is given as a sampling parameter.
 
-        Raises `PluginError` where the stages' fields clash or are no proper dataclass fields.
+        Raises `PluginError` where the processors' fields clash or are no proper dataclass fields.
         """
-        self._legal = legal_fields(stages)
-        self._stages = [(name, params, stage_types(name, params)) for name, params in stages]
-        self._failed = dict(failed_stages or {})
+        self._legal = legal_fields(processors)
+        self._processors = [(name, params, processor_types(name, params)) for name, params in processors]
+        self._failed = dict(failed_processors or {})
         self._suspects = suspects
         self._engine_options = engine_options
         self._ctx, self._max_n, self._max_logprobs = ctx, max_n, max_logprobs
@@ -202,16 +202,16 @@ class ParamsResolver:
 
     def resolve(self, params: SamplingParams) -> ResolvedParams:
         """Raises `ParamsError` naming the field, its value, the valid ones and the nearest legal name; `PluginError`
-        where a stage whose field was given is broken."""
+        where a processor whose field was given is broken."""
         key = params.key
         try:
             found = self._cache.get(key)
-        except BaseException as error:  # values of a stage's fields are compared by their own classes
+        except BaseException as error:  # values of a processor's fields are compared by their own classes
             if not is_failure(error):
                 raise
-            raise ParamsError(f"comparing {shown(dict(params.stage_fields))} raised {described(error)}") from error
+            raise ParamsError(f"comparing {shown(dict(params.processor_fields))} raised {described(error)}") from error
         if found is None:
-            found = self._resolve(params.core, params.stage_fields)
+            found = self._resolve(params.core, params.processor_fields)
             if len(self._cache) >= _CACHE_SIZE:
                 self._cache = {}
             self._cache[key] = found
@@ -219,7 +219,9 @@ class ParamsResolver:
 
     def _resolve(self, core: CoreFields, given: Mapping[str, Any]) -> ResolvedParams:
         self._check_names(given)
-        stages = tuple(s for name, params, kinds in self._stages if (s := self._stage(name, params, kinds, given)))
+        processors = tuple(
+            s for name, params, kinds in self._processors if (s := self._processor(name, params, kinds, given))
+        )
         if core.stop_strings:
             self._ctx.encode(core.stop_strings[0])  # there must be a tokenizer to find them with
         self._check_ids("stop_token_ids", core.stop_token_ids or ())
@@ -240,9 +242,9 @@ class ParamsResolver:
             stop=core.stop_strings,
             eos_ids=frozenset() if core.ignore_eos else self._eos_ids,
             stop_token_ids=frozenset(core.stop_token_ids or ()),
-            stages=stages,
-            greedy=any(_is_greedy(stage) for stage in stages),
-            host_tokens=any(stage.params.host_tokens for stage in stages),
+            processors=processors,
+            greedy=any(_is_greedy(processor) for processor in processors),
+            host_tokens=any(processor.params.host_tokens for processor in processors),
         )
 
     def _check_names(self, given: Mapping[str, Any]) -> None:
@@ -260,28 +262,28 @@ class ParamsResolver:
                 f"SamplingParams has no field {name!r}; {nearest_part(name, self._legal)}{self._suspects}"
             )
 
-    def _stage(
-        self, name: str, params: type[StageParams], kinds: Mapping[str, Any], given: Mapping[str, Any]
-    ) -> PackedStage | None:
-        """The stage as this request wants it; None if it does not. One that is given no field is not even asked."""
+    def _processor(
+        self, name: str, params: type[ProcessorParams], kinds: Mapping[str, Any], given: Mapping[str, Any]
+    ) -> PackedProcessor | None:
+        """The processor as this request wants it; None if it does not. One that is given no field is not even asked."""
         values = {field: conform(field, given[field], kind) for field, kind in kinds.items() if field in given}
         if not values:
             return None
         if name in self._failed:
             raise PluginError(
-                f"sampler stage {name!r}, which {', '.join(values)} needs, cannot run: {self._failed[name]}; mend or "
+                f"logits processor {name!r}, which {', '.join(values)} needs, cannot run: {self._failed[name]}; fix or "
                 f"uninstall its plugin, or leave out {', '.join(values)}"
             )
-        with plugin_call(f"sampler stage {name!r}: {params.__qualname__} failed on {shown(values)}", params):
-            stage = params(**values)
-            if not stage.active():
+        with plugin_call(f"logits processor {name!r}: {params.__qualname__} failed on {shown(values)}", params):
+            processor = params(**values)
+            if not processor.active():
                 return None
-            packed = stage.pack(self._ctx)
+            packed = processor.pack(self._ctx)
             try:
                 columns = pack_columns(name, params.columns, packed)
             except _TooWide as error:
                 raise ParamsError(f"{', '.join(values)}: {error}") from error
-        return PackedStage(name, stage, columns)
+        return PackedProcessor(name, processor, columns)
 
     def _check_ids(self, name: str, ids: Collection[int]) -> None:
         outside = sorted({i for i in ids if not 0 <= i < self._ctx.vocab_size})
@@ -308,24 +310,26 @@ class _TooWide(ParamsError):
     """A request brings more than `MAX_RAGGED` values to a ragged column."""
 
 
-def pack_columns(stage: str, specs: Mapping[str, ColumnSpec], values: Mapping[str, Any]) -> dict[str, Any]:
-    """A stage's column values as read-only arrays of the declared dtypes, 0-d, or 1-d where ragged.
+def pack_columns(processor: str, specs: Mapping[str, ColumnSpec], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A processor's column values as read-only arrays of the declared dtypes, 0-d, or 1-d where ragged.
 
-    For what `StageParams.pack` and `host_columns` return. Raises `PluginError` naming stage and column; `ParamsError`
+    For what `ProcessorParams.pack`, `host_columns` return. Raises `PluginError` naming processor, column; `ParamsError`
     for more than `MAX_RAGGED` values.
     """
     if not isinstance(values, Mapping):
         raise PluginError(
-            f"sampler stage {stage!r}: packed {values!r:.80}, not a mapping of its columns {sorted(specs)}"
+            f"logits processor {processor!r}: packed {values!r:.80}, not a mapping of its columns {sorted(specs)}"
         )
     if set(values) != set(specs):
-        raise PluginError(f"sampler stage {stage!r}: packed {sorted(values, key=str)} for its columns {sorted(specs)}")
-    return {name: pack_column(stage, name, spec, values[name]) for name, spec in specs.items()}
+        raise PluginError(
+            f"logits processor {processor!r}: packed {sorted(values, key=str)} for its columns {sorted(specs)}"
+        )
+    return {name: pack_column(processor, name, spec, values[name]) for name, spec in specs.items()}
 
 
-def pack_column(stage: str, name: str, spec: ColumnSpec, value: Any) -> npt.NDArray[Any]:
+def pack_column(processor: str, name: str, spec: ColumnSpec, value: Any) -> npt.NDArray[Any]:
     """One column's value for a slot, as `pack_columns` gives it, with its errors."""
-    where = f"sampler stage {stage!r}, column {name!r}"
+    where = f"logits processor {processor!r}, column {name!r}"
     try:
         array = as_column(value, spec)
     except (TypeError, ValueError, OverflowError) as error:
@@ -350,9 +354,10 @@ def as_column(value: Any, spec: ColumnSpec) -> np.ndarray[Any, Any]:
     return array
 
 
-def _is_greedy(stage: PackedStage) -> bool:
+def _is_greedy(processor: PackedProcessor) -> bool:
     return any(
-        spec.op is StandardOp.TEMPERATURE and not stage.columns[name] for name, spec in stage.params.columns.items()
+        spec.op is StandardOp.TEMPERATURE and not processor.columns[name]
+        for name, spec in processor.params.columns.items()
     )
 
 

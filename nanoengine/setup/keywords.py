@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from nanoengine.api.errors import ConfigError, ParamsError, is_failure
 from nanoengine.core.options import EngineOptions
-from nanoengine.params.sampling_fields import CORE_TYPES, NOT_SERVED, stage_types
+from nanoengine.params.sampling_fields import CORE_TYPES, NOT_SERVED, processor_types
 from nanoengine.setup.config.engine_options import OPTIONS_NOT_SERVED
 from nanoengine.setup.plugins.discover import discover
 from nanoengine.setup.plugins.registry import Registry
@@ -52,12 +52,12 @@ def check_options(cls: type[Any], options: Mapping[str, Any], registry: Registry
 
 
 def sampling_names(registry: Registry) -> frozenset[str]:
-    """The engine's own fields of `SamplingParams`, and those of the registered stages, broken ones left out."""
+    """The engine's own fields of `SamplingParams`, and those of the registered processors, broken ones left out."""
     names = set(CORE_TYPES)
     for found in registry.samplers.values():
         try:
-            names |= stage_types(found.spec.name, found.spec.params).keys()
-        except BaseException as error:  # it is reported where the stage is used
+            names |= processor_types(found.spec.name, found.spec.params).keys()
+        except BaseException as error:  # it is reported where the processor is used
             if not is_failure(error):
                 raise
     return frozenset(names)

@@ -1,4 +1,4 @@
-"""A sampler stage that dictates the output: forced decoding through the real decode path.
+"""A logits processor that dictates the output: forced decoding through the real decode path.
 
 Two engines (or two dtypes) that sample freely part at the first near-tie, and nothing behind it can be compared. With
 `SamplingParams(forced=[...], temperature=0, logprobs=k)` every drawn token is the next forced one, while the reported
@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from nanoengine.api import (
     API_VERSION,
     ColumnSpec,
+    LogitsProcessor,
     ParamsContext,
     ParamsError,
     Phase,
+    ProcessorParams,
+    ProcessorRows,
     SamplerSpec,
-    SamplerStage,
-    StageParams,
-    StageRows,
     hookimpl,
 )
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ForcedParams(StageParams):
+class ForcedParams(ProcessorParams):
     """forced: the output, token by token; behind its end sampling is free."""
 
     forced: tuple[int, ...] | None = None
@@ -53,12 +53,12 @@ class ForcedParams(StageParams):
         return {"ids": ids}
 
 
-class Forced(SamplerStage):
+class Forced(LogitsProcessor):
     """Leaves the next forced token alone possible. Runs as a mask, before biases and penalties."""
 
     phase = Phase.MASK
 
-    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+    def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:
         column = rows.ragged("ids")
         nth = rows.positions - rows.prompt_lens  # [R], of the output token to be drawn
         at = nth.clamp(max=column.values.shape[1] - 1)[:, None]

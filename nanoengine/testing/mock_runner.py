@@ -19,7 +19,7 @@ from nanoengine.core.step import (
     ROW_FINE,
     LogprobRows,
     NewSlots,
-    StageColumn,
+    ProcessorColumn,
     StepPlan,
     StepResult,
     f32,
@@ -76,7 +76,7 @@ def expected_tokens(
 ) -> list[int]:
     """The output of a request that runs alone in a right engine, the stop token that ends it included.
 
-    `bias(outputs so far)` stands for the sum of the request's sampler-stage columns. A greedy request has seed 0 and
+    `bias(outputs so far)` stands for the sum of the request's processor columns. A greedy request has seed 0 and
     sample index 0.
     """
     history, tokens = 0, list(prompt)
@@ -163,10 +163,10 @@ class MockRunner:
                 "num_logprobs": int(new.num_logprobs[i]),
             }
 
-    def _set_column(self, column: StageColumn) -> None:
+    def _set_column(self, column: ProcessorColumn) -> None:
         for i, slot in enumerate(column.slots.tolist()):
             values = column.values[column.offsets[i] : column.offsets[i + 1]]
-            self.columns[slot][column.stage, column.column] = int(values.sum())
+            self.columns[slot][column.processor, column.column] = int(values.sum())
 
     def _check_plan(self, plan: StepPlan) -> None:
         """What every device relies on. Decode rows read their token on the device: `starts` bounds them."""

@@ -93,13 +93,15 @@ def example(tmp_path: Path) -> Any:
     return load
 
 
-def test_the_stage_example(example: Any) -> None:
-    spec, stage_class = example("even_only.py", "samplers", api.SamplerStage)
+def test_the_processor_example(example: Any) -> None:
+    spec, processor_class = example("even_only.py", "samplers", api.LogitsProcessor)
     with pytest.raises(api.ParamsError, match="even_boost must be"):
         spec.params(even_boost=-1.0)
     assert spec.params(even_only=True).active()
-    stage = stage_class(api.StageContext(max_slots=2, vocab_size=8, max_model_len=4, device=torch.device("cpu")))
-    rows = api.StageRows(
+    processor = processor_class(
+        api.ProcessorContext(max_slots=2, vocab_size=8, max_model_len=4, device=torch.device("cpu"))
+    )
+    rows = api.ProcessorRows(
         slots=torch.tensor([1, 0]),
         positions=torch.tensor([3, 2]),
         prompt_lens=torch.tensor([3, 2]),
@@ -107,7 +109,7 @@ def test_the_stage_example(example: Any) -> None:
         vocab_size=8,
         columns={"even_only": torch.tensor([True, False]), "even_boost": torch.tensor([2.0, 0.0])},
     )
-    out = stage.apply(torch.zeros(2, 3), rows)  # ids 3, 4, 5
+    out = processor.apply(torch.zeros(2, 3), rows)  # ids 3, 4, 5
     assert out.tolist() == [[float("-inf"), 2.0, float("-inf")], [0.0, 0.0, 0.0]]
 
 

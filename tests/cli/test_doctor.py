@@ -155,12 +155,12 @@ def test_a_broken_package_is_a_warning_with_its_cause_and_mend(
     assert "0 errors, 1 warning" in result.stdout
 
 
-STAGE = """
+PROCESSOR = """
 from dataclasses import dataclass
-from nanoengine.api import SamplerSpec, StageParams, hookimpl
+from nanoengine.api import SamplerSpec, ProcessorParams, hookimpl
 
 @dataclass(frozen=True)
-class Params(StageParams):
+class Params(ProcessorParams):
     spice: float = 0.0
 
 @hookimpl
@@ -169,10 +169,10 @@ def register_samplers():
 """
 
 
-def test_a_stage_that_cannot_load_is_an_error_for_a_configuration_that_uses_it(
+def test_a_processor_that_cannot_load_is_an_error_for_a_configuration_that_uses_it(
     nanoengine: Run, model: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "spice.py").write_text(STAGE)
+    (tmp_path / "spice.py").write_text(PROCESSOR)
     (tmp_path / "run.yaml").write_text(f"model: {model}\nprompts: [hello]\n")
     for overrides, code, level in (([], 0, "warning"), (["+sampler.spice=0.5"], 1, "error")):
         result = nanoengine("plugins", "doctor", "run.yaml", *overrides, "--plugin", "spice.py", "--json")
@@ -184,7 +184,7 @@ def test_a_stage_that_cannot_load_is_an_error_for_a_configuration_that_uses_it(
         assert result.exit_code == code
         told = nanoengine("plugins", "doctor", "run.yaml", *overrides, "--plugin", "spice.py")
         lines = repeated(told, "what was asked for ")
-        [again] = [line for line in lines if line.startswith(f"  {level:<8} spice: sampler")]
+        [again] = [line for line in lines if line.startswith(f"  {level:<8} spice: logits processor")]
         assert again.endswith(f"; mend: {mend}")
         assert any(line.startswith("  warning  tokenizer: ") for line in lines)
         assert lines == sorted(lines, key=lambda line: line.startswith("  warning"))  # errors first
@@ -203,7 +203,7 @@ def test_a_misspelled_target_is_to_be_corrected(
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "bad.py").write_text("import torch\ntorch.no_such_thing\n")
-    (tmp_path / "spice.py").write_text(STAGE.replace('"no_such_module:Spice"', target))
+    (tmp_path / "spice.py").write_text(PROCESSOR.replace('"no_such_module:Spice"', target))
     _, findings = examined(nanoengine("plugins", "doctor", "--plugin", "spice.py", "--json"))
     assert findings["spice"]["mend"].startswith(correct)
 

@@ -108,14 +108,14 @@ def test_control_c_keeps_whole_rows(model: Path, tmp_path: Path) -> None:
 WRONG = """\
 from dataclasses import dataclass
 from typing import ClassVar
-from nanoengine.api import ColumnSpec, Phase, SamplerSpec, SamplerStage, StageParams, hookimpl
+from nanoengine.api import ColumnSpec, Phase, SamplerSpec, LogitsProcessor, ProcessorParams, hookimpl
 
 @dataclass(frozen=True)
-class Params(StageParams):
+class Params(ProcessorParams):
     wrong: bool = False
     columns: ClassVar = {{"wrong": ColumnSpec(dtype="bool", default=False)}}
 
-class Wrong(SamplerStage):
+class Wrong(LogitsProcessor):
     phase = Phase.MASK
 
     def apply(self, logits, rows):
@@ -130,7 +130,7 @@ def register_samplers():
 
 
 @pytest.mark.parametrize("debug", [False, True])
-def test_a_stage_that_breaks_batches_is_not_passed_over(
+def test_a_processor_that_breaks_batches_is_not_passed_over(
     nanoengine: Run, model: Path, tmp_path: Path, debug: bool
 ) -> None:
     """Every answer is there, one by one. What is said of it stands on lines of its own, beside a progress bar."""

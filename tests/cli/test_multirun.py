@@ -270,8 +270,8 @@ def test_standard_input_is_for_every_combination(sweep: Run, nanoengine: Run, tm
 
 def test_plugin_files_and_options_reach_every_combination(sweep: Run, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "from dataclasses import dataclass\nfrom nanoengine.api import SamplerSpec, StageParams, hookimpl\n\n"
-        "@dataclass(frozen=True)\nclass Params(StageParams):\n    sparkle: float = 0.0\n\n@hookimpl\n"
+        "from dataclasses import dataclass\nfrom nanoengine.api import SamplerSpec, ProcessorParams, hookimpl\n\n"
+        "@dataclass(frozen=True)\nclass Params(ProcessorParams):\n    sparkle: float = 0.0\n\n@hookimpl\n"
         "def register_samplers():\n"
         "    return [SamplerSpec(name='sparkle', params=Params, target='mine:Sparkle', api=1)]\n"
     )

@@ -227,9 +227,9 @@ def test_a_bug_is_not_taken_for_a_user_s_mistake(fake: Any, nanoengine: Run, con
 def test_plugin_file_brings_a_parameter(fake: Any, nanoengine: Run, config: Any, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from dataclasses import dataclass\n"
-        "from nanoengine.api import SamplerSpec, StageParams, hookimpl\n\n"
+        "from nanoengine.api import SamplerSpec, ProcessorParams, hookimpl\n\n"
         "@dataclass(frozen=True)\n"
-        "class Params(StageParams):\n    sparkle: float = 0.0\n\n"
+        "class Params(ProcessorParams):\n    sparkle: float = 0.0\n\n"
         "@hookimpl\n"
         "def register_samplers():\n"
         "    return [SamplerSpec(name='sparkle', params=Params, target='mine:Sparkle', api=1)]\n"

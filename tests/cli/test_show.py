@@ -136,7 +136,7 @@ def test_list_shows_conflicts_and_failures(nanoengine: Run, tmp_path: Path, monk
     assert "attention backend 'torch' is registered by nanoengine" in text.stdout
     found = json.loads(nanoengine("plugins", "list", "--json", "--plugin", "mine.py").stdout)
     [failure] = found["failures"]
-    assert (failure["distribution"], failure["version"], failure["stage"]) == ("nanoengine-broken", "3.2", "import")
+    assert (failure["distribution"], failure["version"], failure["at"]) == ("nanoengine-broken", "3.2", "import")
     assert "a_module_that_is_not_there" in failure["cause"]
     assert [(c["kind"], c["name"], len(c["origins"])) for c in found["conflicts"]] == [
         ("attention_backend", "torch", 2)

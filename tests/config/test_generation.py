@@ -15,11 +15,11 @@ from nanoengine.setup.start.generation import GenerationDefaults, read_generatio
 from nanoengine.setup.start.generation_keys import HARMLESS, MEANING
 
 LEGAL = ("temperature", "top_k")
-STAGES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias")
+PROCESSORS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias")
 
 
-def test_defaults_of_installed_stages_under_our_names(tmp_path: Path) -> None:
-    given = {"temperature": 1, "top_k": 5, "top_p": "of no stage here", "max_new_tokens": 7, "eos_token_id": [2, 3]}
+def test_defaults_of_installed_processors_under_our_names(tmp_path: Path) -> None:
+    given = {"temperature": 1, "top_k": 5, "top_p": "of no processor here", "max_new_tokens": 7, "eos_token_id": [2, 3]}
     (tmp_path / "generation_config.json").write_text(json.dumps(given))
     found = read_generation_defaults(tmp_path, {}, LEGAL, 4)
     assert found.sampling == {"temperature": 1.0, "top_k": 5, "max_tokens": 7}
@@ -46,9 +46,9 @@ def test_a_wrong_type_names_the_file(tmp_path: Path, name: str, value: Any, word
 
 
 def defaults(folder: Path, given: dict[str, Any], **options: Any) -> GenerationDefaults:
-    """Of a file with these keys, for an engine of 100 tokens and 64 positions with every stage."""
+    """Of a file with these keys, for an engine of 100 tokens and 64 positions with every processor."""
     (folder / "generation_config.json").write_text(json.dumps(given))
-    return read_generation_defaults(folder, {}, STAGES, 4, **{"vocab_size": 100, "max_model_len": 64, **options})
+    return read_generation_defaults(folder, {}, PROCESSORS, 4, **{"vocab_size": 100, "max_model_len": 64, **options})
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_sampling_without_do_sample_is_done_and_reported_once(tmp_path: Path) ->
 
 def test_a_byte_order_mark_is_no_part_of_the_json(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"do_sample": true, "top_k": 7}', encoding="utf-8-sig")
-    assert read_generation_defaults(tmp_path, {}, STAGES, None).sampling == {"top_k": 7}
+    assert read_generation_defaults(tmp_path, {}, PROCESSORS, None).sampling == {"top_k": 7}
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_every_key_of_transformers_is_known(tmp_path: Path) -> None:
     assert defaults(tmp_path, {"max_length": 64}).unsupported == ()  # no request can be longer
 
 
-def test_a_default_of_a_stage_that_is_not_there_is_reported(tmp_path: Path) -> None:
+def test_a_default_of_a_processor_that_is_not_there_is_reported(tmp_path: Path) -> None:
     file = tmp_path / "generation_config.json"
     file.write_text(json.dumps({"top_p": 0.8, "min_p": 0.0, "suppress_tokens": [1], "stop_strings": ["END"]}))
     found = read_generation_defaults(tmp_path, {}, LEGAL, None, has_tokenizer=False)

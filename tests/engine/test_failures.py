@@ -124,26 +124,26 @@ def test_an_interrupt_is_no_word() -> None:
         text_of(Wordless(KeyboardInterrupt()))
 
 
-class Stage:
+class Processor:
     """A plugin's."""
 
 
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (NotesTuple("x"), "Stage.apply raised NotesTuple: x (a), "),
-        (NotesThatExit("x"), "Stage.apply raised NotesThatExit: x (its __notes__ raised SystemExit), "),
-        (NoNote("x"), "Stage.apply raised NoNote: x, "),
-        (HidesCode(3), "Stage.apply called sys.exit(3), "),
-        (SystemExit(), "Stage.apply called sys.exit(), "),
-        (SystemExit(NoWords()), "Stage.apply called sys.exit(a value of type NoWords), "),
-        (WorkerError(0, 1, "step 3", "x"), "Stage.apply raised WorkerError: rank 0 of 1 failed (step 3): x, "),
-        (EngineClosed("x"), "Stage.apply raised EngineClosed: x, "),
+        (NotesTuple("x"), "Processor.apply raised NotesTuple: x (a), "),
+        (NotesThatExit("x"), "Processor.apply raised NotesThatExit: x (its __notes__ raised SystemExit), "),
+        (NoNote("x"), "Processor.apply raised NoNote: x, "),
+        (HidesCode(3), "Processor.apply called sys.exit(3), "),
+        (SystemExit(), "Processor.apply called sys.exit(), "),
+        (SystemExit(NoWords()), "Processor.apply called sys.exit(a value of type NoWords), "),
+        (WorkerError(0, 1, "step 3", "x"), "Processor.apply raised WorkerError: rank 0 of 1 failed (step 3): x, "),
+        (EngineClosed("x"), "Processor.apply raised EngineClosed: x, "),
     ],
     ids=lambda given: type(given).__name__,
 )
 def test_what_takes_no_note_or_means_an_engine_is_a_plugins_error(error: BaseException, words: str) -> None:
-    with pytest.raises(PluginError, match=re.escape(words)) as caught, plugin_step("Stage.apply", Stage):
+    with pytest.raises(PluginError, match=re.escape(words)) as caught, plugin_step("Processor.apply", Processor):
         raise error
     assert caught.value.__cause__ is error
     assert f"{__file__}, line " in str(caught.value)
@@ -151,31 +151,31 @@ def test_what_takes_no_note_or_means_an_engine_is_a_plugins_error(error: BaseExc
 
 def test_an_exception_that_hides_its_traceback_is_read_all_the_same() -> None:
     error = Hides("x")
-    with pytest.raises(BaseException) as caught, plugin_step("Stage.apply", Stage):  # noqa: PT011
+    with pytest.raises(BaseException) as caught, plugin_step("Processor.apply", Processor):  # noqa: PT011
         raise error
     assert caught.value is error
-    assert described(error).startswith("Hides: x (in Stage.apply)")
+    assert described(error).startswith("Hides: x (in Processor.apply)")
     forget_locals(error)
 
 
 @pytest.mark.parametrize("error", [WorkerError(0, 1, "step 3", "x"), EngineClosed("x")])
 def test_no_plugin_says_that_an_engine_has_ended(error: BaseException) -> None:
-    words = f"Stage.pack failed: {type(error).__name__}"
-    with pytest.raises(PluginError, match=words), plugin_call("Stage.pack failed", Stage):
+    words = f"Processor.pack failed: {type(error).__name__}"
+    with pytest.raises(PluginError, match=words), plugin_call("Processor.pack failed", Processor):
         raise error
 
 
 def test_a_plugins_error_without_its_name_gets_it() -> None:
-    with pytest.raises(PluginError) as caught, plugin_step("Stage.apply", Stage):
+    with pytest.raises(PluginError) as caught, plugin_step("Processor.apply", Processor):
         raise PluginError("no column")
-    assert described(caught.value).startswith("PluginError: no column (in Stage.apply)")
+    assert described(caught.value).startswith("PluginError: no column (in Processor.apply)")
 
 
 @pytest.mark.parametrize("error", [asyncio.CancelledError(), GeneratorExit(), BaseException("x")])
 def test_what_a_plugins_own_line_raises_is_no_interrupt(error: BaseException) -> None:
     """This file is the plugin's."""
-    words = f"Stage.apply raised {type(error).__name__}"
-    with pytest.raises(PluginError, match=words), plugin_step("Stage.apply", Stage):
+    words = f"Processor.apply raised {type(error).__name__}"
+    with pytest.raises(PluginError, match=words), plugin_step("Processor.apply", Processor):
         raise error
 
 
@@ -186,7 +186,7 @@ def handler(source: str, error: BaseException) -> None:
 
 @pytest.mark.parametrize("error", INTERRUPTS)
 def test_what_a_handler_of_the_callers_raises_in_a_plugin_is_an_interrupt(error: BaseException) -> None:
-    with pytest.raises(type(error)), plugin_step("Stage.apply", Stage):
+    with pytest.raises(type(error)), plugin_step("Processor.apply", Processor):
         handler("caller.py", error)
-    with pytest.raises(KeyboardInterrupt), plugin_step("Stage.apply", Stage):
+    with pytest.raises(KeyboardInterrupt), plugin_step("Processor.apply", Processor):
         raise KeyboardInterrupt

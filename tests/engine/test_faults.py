@@ -1,4 +1,4 @@
-"""One bad request harms nobody else: whatever it makes the model, a stage or a processor do."""
+"""One bad request harms nobody else: whatever it makes the model, a processor or a processor do."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_bad_logits_fail_their_row_alone(tmp_path: Path, monkeypatch: pytest.Mon
     assert two.error.code == "bad_logits"
 
 
-def test_stages_that_leave_nothing_fail_their_row_alone(tmp_path: Path) -> None:
+def test_processors_that_leave_nothing_fail_their_row_alone(tmp_path: Path) -> None:
     nothing = SamplingParams(temperature=0, allowed_token_ids=[3], logit_bias={3: float("-inf")}, max_tokens=5)
     with mock_llm(tmp_path) as llm:
         one, two = llm.generate([[1, 2], [1, 2]], [GREEDY, nothing], use_tqdm=False)
@@ -136,19 +136,19 @@ def test_one_bad_sample_of_several_fails_its_request_and_frees_the_rest(
     assert tokens_of([two]) == [greedy(clean(1)[0], 10)]
 
 
-def test_a_stage_that_raises_fails_only_who_asked_for_it(tmp_path: Path) -> None:
-    plugin = Path(__file__).parent / "stages_plugin.py"
+def test_a_processor_that_raises_fails_only_who_asked_for_it(tmp_path: Path) -> None:
+    plugin = Path(__file__).parent / "processors_plugin.py"
     with mock_llm(tmp_path, plugins=[plugin]) as llm:
         asked = [GREEDY, SamplingParams(temperature=0, max_tokens=10, explode=True), GREEDY]
         one, two, three = llm.generate([[1], [2], [3]], asked, use_tqdm=False)
     assert tokens_of([one, three]) == [greedy([1], 10), greedy([3], 10)]
     assert two.error is not None
-    assert "explode stage" in str(two.error)
+    assert "explode processor" in str(two.error)
 
 
-def test_a_stage_with_host_tokens_sees_them_all_and_is_not_run_ahead(tmp_path: Path) -> None:
+def test_a_processor_with_host_tokens_sees_them_all_and_is_not_run_ahead(tmp_path: Path) -> None:
     """A Python processor that forbids the last two tokens: it needs token N before N + 1 is drawn."""
-    plugin = Path(__file__).parent / "stages_plugin.py"
+    plugin = Path(__file__).parent / "processors_plugin.py"
     params = SamplingParams(temperature=0, max_tokens=12, forbid_last=2)
     asked = prompts(4, longest=9)
     with mock_llm(tmp_path, plugins=[plugin]) as llm:
@@ -167,19 +167,19 @@ def test_a_stage_with_host_tokens_sees_them_all_and_is_not_run_ahead(tmp_path: P
 
 
 def test_a_host_processor_that_raises_fails_its_request_alone(tmp_path: Path) -> None:
-    plugin = Path(__file__).parent / "stages_plugin.py"
+    plugin = Path(__file__).parent / "processors_plugin.py"
     params = SamplingParams(temperature=0, max_tokens=12, forbid_last=-1)
     with mock_llm(tmp_path, plugins=[plugin]) as llm:
         one, two = llm.generate([[1], [2]], [GREEDY, params], use_tqdm=False)
         assert llm.stats().free_blocks == llm.stats().num_blocks
     assert tokens_of([one]) == [greedy([1], 10)]
     assert two.error is not None
-    assert two.error.code == "stage_failed"
+    assert two.error.code == "processor_failed"
     assert "cannot forbid -1" in str(two.error)
 
 
 def test_a_host_processor_that_raises_for_one_of_several_samples_fails_their_request(tmp_path: Path) -> None:
-    plugin = Path(__file__).parent / "stages_plugin.py"
+    plugin = Path(__file__).parent / "processors_plugin.py"
     prompt = [2, 3, 4, 5, 6]
     params = SamplingParams(n=3, temperature=1.5, max_tokens=12, seed=1, forbid_last=1, explode_at=7)
     with mock_llm(tmp_path, plugins=[plugin]) as llm:
@@ -187,7 +187,7 @@ def test_a_host_processor_that_raises_for_one_of_several_samples_fails_their_req
         assert llm.stats().free_blocks == llm.stats().num_blocks
     assert tokens_of([one]) == [greedy([1], 10)]
     assert two.error is not None
-    assert two.error.code == "stage_failed"
+    assert two.error.code == "processor_failed"
 
 
 def test_an_interrupt_leaves_the_engine_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,16 +284,16 @@ def test_a_second_interrupt_while_starting_over_loses_no_request(
 
 BAD = """
 from dataclasses import dataclass
-from nanoengine.api import ColumnSpec, Phase, SamplerSpec, SamplerStage, StageParams, hookimpl
+from nanoengine.api import ColumnSpec, Phase, SamplerSpec, LogitsProcessor, ProcessorParams, hookimpl
 
 
 @dataclass(frozen=True)
-class Params(StageParams):
+class Params(ProcessorParams):
     columns = {"bad": ColumnSpec(dtype="bool", default=False)}
     bad: bool = False
 
 
-class Bad(SamplerStage):
+class Bad(LogitsProcessor):
     phase = Phase.MASK
 
     def __init__(self, ctx):
@@ -309,25 +309,25 @@ def register_samplers():
 """
 
 
-def test_a_stage_that_exits_fails_only_who_asked_for_it_and_is_named(tmp_path: Path) -> None:
+def test_a_processor_that_exits_fails_only_who_asked_for_it_and_is_named(tmp_path: Path) -> None:
     plugin = tmp_path / "bad.py"
     plugin.write_text(BAD.replace("INIT", "pass"))
     with mock_llm(tmp_path, plugins=[plugin]) as llm:
         one, two = llm.generate([[1], [2]], [GREEDY, SamplingParams(bad=True)], use_tqdm=False)
     assert tokens_of([one]) == [greedy([1], 10)]
     assert two.error is not None
-    assert f"sampler stage 'bad' (Bad of plugin file {plugin}) called sys.exit(0)" in str(two.error)
+    assert f"logits processor 'bad' (Bad of plugin file {plugin}) called sys.exit(0)" in str(two.error)
 
 
 @pytest.mark.parametrize("init", ["raise ValueError('no table')", "raise SystemExit('no table')"])
-def test_a_stage_that_cannot_be_made_is_named_to_who_asks_for_it(tmp_path: Path, init: str) -> None:
+def test_a_processor_that_cannot_be_made_is_named_to_who_asks_for_it(tmp_path: Path, init: str) -> None:
     plugin = tmp_path / "bad.py"
     plugin.write_text(BAD.replace("INIT", init))
     with mock_llm(tmp_path, plugins=[plugin]) as llm:
         assert tokens_of(llm.generate([[1]], GREEDY, use_tqdm=False)) == [greedy([1], 10)]
         with pytest.raises(PluginError) as caught:
             llm.generate([[1], [2]], [GREEDY, SamplingParams(bad=True)], use_tqdm=False)
-    assert f"sampler stage 'bad' (Bad of plugin file {plugin}) failed in __init__: " in str(caught.value)
+    assert f"logits processor 'bad' (Bad of plugin file {plugin}) failed in __init__: " in str(caught.value)
     assert "no table" in str(caught.value)
 
 

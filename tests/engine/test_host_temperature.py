@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 
 from nanoengine import LLM, SamplingParams
-from nanoengine.api import API_VERSION, ColumnSpec, Phase, SamplerSpec, SamplerStage, StageParams, StandardOp, hookimpl
+from nanoengine.api import (
+    API_VERSION,
+    ColumnSpec,
+    LogitsProcessor,
+    Phase,
+    ProcessorParams,
+    SamplerSpec,
+    StandardOp,
+    hookimpl,
+)
 from nanoengine.core.execution.slots import SlotTables
 
 from .support import greedy, mock_llm, tokens_of
@@ -22,7 +31,7 @@ COUNT = 8
 
 
 @dataclass(frozen=True)
-class CoolParams(StageParams):
+class CoolParams(ProcessorParams):
     """Temperature `cool`, and behind `after` tokens `then`."""
 
     columns: ClassVar[Mapping[str, ColumnSpec]] = {
@@ -41,7 +50,7 @@ class CoolParams(StageParams):
         return {"heat": self.cool if len(output_token_ids) < self.after else self.then}
 
 
-class Cool(SamplerStage):
+class Cool(LogitsProcessor):
     phase = Phase.TEMPERATURE
     argmax_invariant = True
 
@@ -69,7 +78,7 @@ def tokens(llm: LLM, prompt: Sequence[int], count: int, **params: Any) -> tuple[
     return tokens_of(outputs)[1]
 
 
-def test_a_host_stage_that_cools_down_is_greedy_from_that_step_on(llm: LLM) -> None:
+def test_a_host_processor_that_cools_down_is_greedy_from_that_step_on(llm: LLM) -> None:
     seen = set()
     for seed in range(4):
         out = tokens(llm, PROMPT, COUNT, cool=2.0, then=0.0, after=3, seed=seed)
@@ -79,7 +88,7 @@ def test_a_host_stage_that_cools_down_is_greedy_from_that_step_on(llm: LLM) -> N
     assert len(seen) > 1
 
 
-def test_a_host_stage_that_heats_up_draws_from_that_step_on(llm: LLM) -> None:
+def test_a_host_processor_that_heats_up_draws_from_that_step_on(llm: LLM) -> None:
     seen = set()
     for seed in range(4):
         out = tokens(llm, PROMPT, COUNT, cool=0.0, then=2.0, after=3, seed=seed)
@@ -106,8 +115,8 @@ def test_a_temperature_that_is_none_fails_its_request_alone(llm: LLM, heat: floa
     params = SamplingParams(max_tokens=4, cool=1.0, then=heat)
     bad, good = llm.generate([PROMPT, PROMPT], [params, SamplingParams(temperature=0, max_tokens=4)], use_tqdm=False)
     assert bad.error is not None
-    assert bad.error.code == "stage_failed"
-    assert "sampler stage 'cool', column 'heat': a temperature must be" in str(bad.error)
+    assert bad.error.code == "processor_failed"
+    assert "logits processor 'cool', column 'heat': a temperature must be" in str(bad.error)
     assert tokens_of([good]) == [greedy(PROMPT, 4)]
 
 

@@ -547,26 +547,29 @@ def test_an_engine_option_among_sampling_parameters_is_named(llm: LLM) -> None:
         llm.generate([1], SamplingParams(temprature=0))
 
 
-def test_stages_of_a_plugin_have_their_fields_named_too(tmp_path: Path) -> None:
-    from . import stages_plugin
+def test_processors_of_a_plugin_have_their_fields_named_too(tmp_path: Path) -> None:
+    from . import processors_plugin
 
-    with mock_llm(tmp_path, plugins=[stages_plugin]) as llm, pytest.raises(ParamsError, match="forbid_last is a field"):
+    with (
+        mock_llm(tmp_path, plugins=[processors_plugin]) as llm,
+        pytest.raises(ParamsError, match="forbid_last is a field"),
+    ):
         llm.generate([1], forbid_last=3)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("others_step", [False, True])
 def test_a_failed_requests_stream_raises_behind_what_came(tmp_path: Path, others_step: bool) -> None:
-    from . import stages_plugin
+    from . import processors_plugin
 
     params = SamplingParams(temperature=0, forbid_last=1, explode_at=5, max_tokens=9)
-    with mock_llm(tmp_path, plugins=[stages_plugin]) as llm, llm.stream([1, 2], params) as stream:
+    with mock_llm(tmp_path, plugins=[processors_plugin]) as llm, llm.stream([1, 2], params) as stream:
         if others_step:  # all that came waits in the stream then
             llm.generate([[3, 4]], SamplingParams(temperature=0, max_tokens=20), use_tqdm=False)
         lengths: list[int] = []
         with pytest.raises(RequestError, match="exploded on the host") as raised:
             lengths.extend(len(output.outputs[0].token_ids) for output in stream)
         assert lengths == ([3] if others_step else [1, 2, 3])
-        assert raised.value.code == "stage_failed"
+        assert raised.value.code == "processor_failed"
         assert list(stream) == []
         assert llm.stats().running == 0
 

@@ -103,8 +103,8 @@ def test_a_model_of_one_position(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("draws", [True, False])
 def test_the_largest_steps_fill_the_limits_and_leave_nothing_behind(tmp_path: Path, draws: bool) -> None:
-    """Log-probs of every row, those of a prompt, and histories; a plugin's stage that would raise is not called."""
-    plugin = Path(__file__).parent / "stages_plugin.py"
+    """Log-probs of every row, those of a prompt, and histories; a plugin's processor that would raise is not called."""
+    plugin = Path(__file__).parent / "processors_plugin.py"
     with mock_llm(tmp_path, plugins=[plugin], max_num_batched_tokens=700, max_num_seqs=8) as llm:
         seen: list[tuple[int, int]] = []
         sampler = the_runner(llm).sampler

@@ -115,7 +115,9 @@ def pointers(llm: LLM) -> dict[str, int]:
         for name, value in vars(owner).items():
             if isinstance(value, torch.Tensor):
                 found[f"{type(owner).__name__}.{name}"] = value.data_ptr()
-    columns = {f"{stage}.{name}": t for stage, tables in runner.tables.columns.items() for name, t in tables.items()}
+    columns = {
+        f"{processor}.{name}": t for processor, tables in runner.tables.columns.items() for name, t in tables.items()
+    }
     for name, table in {"stop_ids": runner.tables.stop_ids, **columns}.items():
         found[name] = table.values.data_ptr()
         if isinstance(table, RaggedTable):

@@ -74,28 +74,28 @@ def typical_reference(logits: np.ndarray, share: float) -> set[int]:
     return kept
 
 
-def apply_typical(stage: Any, logits: Tensor, shares: Tensor) -> Tensor:
+def apply_typical(processor: Any, logits: Tensor, shares: Tensor) -> Tensor:
     rows = type("Rows", (), {"column": lambda self, name: {"typical_p": shares}[name]})()
-    return stage.apply(logits.clone(), rows)
+    return processor.apply(logits.clone(), rows)
 
 
 @pytest.mark.parametrize("mutant", [False, True])
-def test_typical_stage_keeps_what_it_should(mutant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    stage = load("decoding_experiment.py").Typical(None)
+def test_typical_processor_keeps_what_it_should(mutant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = load("decoding_experiment.py").Typical(None)
     if mutant:  # nearest to an entropy of 0: that is top-p
         monkeypatch.setattr(torch.special, "entr", torch.zeros_like)
     logits = 3 * torch.randn(40, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     shares = torch.linspace(0.05, 0.95, 40)
-    kept = apply_typical(stage, logits, shares).isfinite()
+    kept = apply_typical(processor, logits, shares).isfinite()
     expected = [typical_reference(row.numpy(), share) for row, share in zip(logits, shares.tolist(), strict=True)]
     assert ([set(row.nonzero().flatten().tolist()) for row in kept] == expected) is not mutant
 
 
-def test_typical_stage_leaves_other_rows_and_removed_tokens_alone() -> None:
-    stage = load("decoding_experiment.py").Typical(None)
+def test_typical_processor_leaves_other_rows_and_removed_tokens_alone() -> None:
+    processor = load("decoding_experiment.py").Typical(None)
     logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(2))
     logits[:, :25] = float("-inf")
-    out = apply_typical(stage, logits, torch.tensor([1.0, 0.3]))
+    out = apply_typical(processor, logits, torch.tensor([1.0, 0.3]))
     assert torch.equal(out[0], logits[0])
     assert 0 < out[1].isfinite().sum() < 25
     assert not out[1, :25].isfinite().any()

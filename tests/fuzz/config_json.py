@@ -117,8 +117,8 @@ def run(case: Case) -> None:
         if text:
             (folder / name).write_text(text, encoding="utf-8", errors="surrogatepass")
     seen = inspect_model(folder, EngineOptions(device="cpu"), _registry())
-    stages = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias")
+    processors = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias")
     found = read_generation_defaults(
-        folder, seen.hf_config, stages, 2, vocab_size=seen.built.config.vocab_size, max_model_len=4096
+        folder, seen.hf_config, processors, 2, vocab_size=seen.built.config.vocab_size, max_model_len=4096
     )
     assert all(len(line) < 2000 for line in (*seen.unread, *found.unsupported))

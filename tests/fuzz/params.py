@@ -1,4 +1,4 @@
-"""`SamplingParams`: made, resolved against the stages that are registered, and run for a few tokens on the mock model.
+"""`SamplingParams`: made, resolved against the registered processors, and run for a few tokens on the mock model.
 
 A request runs next to the mutant's in the same batch, and must get the tokens it gets alone, now and in a run after it.
 """
@@ -48,7 +48,7 @@ _UNKNOWN = (
     "columns",
     "pack",
     "_core",
-    "stage_fields",
+    "processor_fields",
     "self",
     "use_beam_search",
     "x" * 500,
@@ -105,7 +105,7 @@ def run(case: Case) -> None:
 
 
 def _run_beside(neighbour: SamplingParams, fields: dict[str, Any]) -> None:
-    """Raises `ParamsError`. A `PluginError`, which would put the blame on a stage, is a crash."""
+    """Raises `ParamsError`. A `PluginError`, which would put the blame on a processor, is a crash."""
     params = SamplingParams(**fields)
     try:
         first, second = _llm().generate([_PROMPT, _NEIGHBOUR], [params, neighbour], use_tqdm=False)

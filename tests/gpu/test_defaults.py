@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 
 def recipes(count: int) -> list[SamplingParams]:
     """What the captured tail serves, and different lengths: the batch shrinks through all sizes."""
-    plain = [p for p in on_cpu.seeded(8) if p.stage_fields.keys() <= {"temperature", "top_k", "top_p", "min_p"}]
+    plain = [p for p in on_cpu.seeded(8) if p.processor_fields.keys() <= {"temperature", "top_k", "top_p", "min_p"}]
     return [plain[i % len(plain)].replace(seed=i, max_tokens=4 + i * 7 % 37) for i in range(count)]
 
 

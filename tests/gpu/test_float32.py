@@ -78,7 +78,7 @@ def test_seeded_by_the_captured_tail(pair: Callable[[str], Pair], kind: str, mod
     """The very tokens that the pinned draw takes from transformers' logits; no row asks more than the tail has."""
     folder, model = pair(kind)
     asked = tiny.prompts(30, shortest=5, longest=40)
-    fits = [p for p in on_cpu.seeded(8) if p.stage_fields.keys() <= {"temperature", "top_k", "top_p", "min_p"}]
+    fits = [p for p in on_cpu.seeded(8) if p.processor_fields.keys() <= {"temperature", "top_k", "top_p", "min_p"}]
     params = [fits[i % len(fits)].replace(seed=i) for i in range(len(asked))]
     outputs, stats = on_cpu.run(folder, {**ON_GPU, **need(mode), "dtype": "float32"}, asked, params)
     report = compare(model, outputs, params)

@@ -65,7 +65,7 @@ def expected(way: str) -> tuple[Tokens, Tokens]:
             tokens_of(llm.generate(asked, params(len(asked)), use_tqdm=False)) for params in (standard, everything)
         )
     for i, (prompt, params) in enumerate(zip(asked, standard(len(asked)), strict=True)):
-        if params.stage_fields.get("temperature") == 0:
+        if params.processor_fields.get("temperature") == 0:
             assert answers[0][i] == greedy(prompt, COUNT - i % 7)
     return answers  # type: ignore[return-value]
 

@@ -146,7 +146,7 @@ def scores(
     Greedy: logits after bias and penalties. Otherwise (logit / temperature + the draw's noise), with -inf as the lower
     bound of a token that truncation may take away and as both bounds of one that it must.
     """
-    fields = params.stage_fields
+    fields = params.processor_fields
     row = row.copy()
     for token, bias in (fields.get("logit_bias") or {}).items():
         row[token] += bias

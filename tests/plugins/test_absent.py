@@ -52,7 +52,7 @@ def test_a_key_of_yaml(tmp_path: Path, install: Callable[..., None]) -> None:
 
 
 def test_a_parameter_in_python(tmp_path: Path, install: Callable[..., None]) -> None:
-    """Only the engine knows which stages there are, so it is found there: before anything runs."""
+    """Only the engine knows which processors there are, so it is found there: before anything runs."""
     install("nanoengine-bad", "import no_such_library_q", version="0.7")
     with LLM(tiny_llama(tmp_path / "tiny"), load_format="dummy", num_gpu_blocks_override=32) as llm:
         sparkle = said(lambda: llm.generate([[1, 2], [3]], [SamplingParams(), SamplingParams(sparkle=1)]))

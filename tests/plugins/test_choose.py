@@ -15,8 +15,8 @@ from nanoengine.api import (
     AttentionCapabilities,
     AttentionNeed,
     AttentionSpec,
+    LogitsProcessor,
     PluginError,
-    SamplerStage,
     UnsupportedError,
     hookimpl,
 )
@@ -154,11 +154,11 @@ def test_a_target_is_checked_when_loaded(target: str, text: str) -> None:
 
 
 def test_a_class_must_set_what_its_base_declares() -> None:
-    class NoPhase(SamplerStage):
+    class NoPhase(LogitsProcessor):
         def apply(self, logits: Any, rows: Any) -> Any: ...
 
-    with pytest.raises(PluginError, match=r"class attribute SamplerStage\.phase"):
-        from_class(NoPhase, SamplerStage)
+    with pytest.raises(PluginError, match=r"class attribute LogitsProcessor\.phase"):
+        from_class(NoPhase, LogitsProcessor)
 
 
 def test_an_importable_class_travels_by_name() -> None:

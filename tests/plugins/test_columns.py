@@ -7,18 +7,18 @@ from typing import Any, ClassVar
 
 import pytest
 
-from nanoengine.api import API_VERSION, ColumnSpec, PluginError, SamplerSpec, StageParams, StandardOp
+from nanoengine.api import API_VERSION, ColumnSpec, PluginError, ProcessorParams, SamplerSpec, StandardOp
 from nanoengine.setup.plugins.validation import check_spec
 
 
 def spec_with(column: Any) -> SamplerSpec:
     @dataclass(frozen=True)
-    class Params(StageParams):
+    class Params(ProcessorParams):
         columns: ClassVar[Any] = {"mine": column}
 
         mine: float = 0.0
 
-    return SamplerSpec(name="mine", params=Params, target="mine:Stage", api=API_VERSION)
+    return SamplerSpec(name="mine", params=Params, target="mine:Processor", api=API_VERSION)
 
 
 @pytest.mark.parametrize(

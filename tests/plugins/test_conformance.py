@@ -16,14 +16,14 @@ from nanoengine.api import (
     AttentionCapabilities,
     AttentionNeed,
     ColumnSpec,
+    LogitsProcessor,
     Need,
     ParamsError,
     Phase,
     PluginError,
+    ProcessorParams,
+    ProcessorRows,
     SamplerSpec,
-    SamplerStage,
-    StageParams,
-    StageRows,
     StepInputs,
 )
 from nanoengine.layers.decoder import DECODER_WEIGHTS
@@ -38,7 +38,7 @@ from nanoengine.plugins.models.qwen2 import Qwen2
 from nanoengine.plugins.models.qwen3 import Qwen3
 from nanoengine.plugins.samplers import register_samplers
 from nanoengine.testing import checkpoints, forced
-from nanoengine.testing.conformance import ConformanceError, check_attention_backend, check_model, check_stage
+from nanoengine.testing.conformance import ConformanceError, check_attention_backend, check_model, check_processor
 from nanoengine.testing.conformance.ranks import Ranks
 
 # --- attention backends
@@ -349,7 +349,7 @@ def test_ranks_meet_and_one_that_fails_lets_the_others_go() -> None:
         ranks.each(fails_on_one)
 
 
-# --- sampler stages
+# --- logits processors
 
 EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "allowed_token_ids": [{"allowed_token_ids": [1, 5, 9]}],
@@ -366,13 +366,13 @@ SPECS = {spec.name: spec for spec in (*register_samplers(), *forced.register_sam
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_the_built_in_stages_conform(name: str) -> None:
+def test_the_built_in_processors_conform(name: str) -> None:
     assert sorted(EXAMPLES) == sorted(SPECS)
-    check_stage(SPECS[name], *EXAMPLES[name])
+    check_processor(SPECS[name], *EXAMPLES[name])
 
 
 @dataclass(frozen=True)
-class SpiceParams(StageParams):
+class SpiceParams(ProcessorParams):
     columns: ClassVar = {"spice": ColumnSpec(dtype="float32")}
 
     spice: float = 0.0
@@ -382,52 +382,52 @@ class SpiceParams(StageParams):
             raise ParamsError(f"spice must be 0 or more, not {self.spice}")
 
 
-class Spice(SamplerStage):
+class Spice(LogitsProcessor):
     """Adds `spice` to odd ids."""
 
     phase = Phase.BIAS
     sharded = True
 
-    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+    def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:
         ids = torch.arange(rows.vocab_start, rows.vocab_start + logits.shape[1], device=logits.device)
         return logits + torch.where(ids % 2 == 1, rows.column("spice")[:, None], 0.0)
 
 
 class ForgetsVocabStart(Spice):
-    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+    def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:
         return super().apply(logits, replace(rows, vocab_start=1 if rows.vocab_start else 0))
 
 
 class TouchesEveryRow(Spice):
-    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+    def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:
         return super().apply(logits, rows) - 1e-3
 
 
 class LooksAtItsNeighbours(Spice):
-    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+    def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:
         wants = rows.column("spice") > 0
         return super().apply(logits, rows) + wants[:, None] * wants.sum()
 
 
 class Waits(Spice):
-    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+    def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:
         return super().apply(logits, rows) if rows.column("spice").max().item() > 0 else logits
 
 
 class BooleanIndexing(Spice):
-    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+    def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:
         wants = rows.column("spice") > 0
         logits[wants] = super().apply(logits, rows)[wants]
         return logits
 
 
 class NotOnTheDevice(Spice):
-    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+    def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:
         return super().apply(logits, rows) + torch.zeros(logits.shape[1])
 
 
 class Removes(Spice):
-    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+    def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:
         return logits.masked_fill(rows.column("spice")[:, None] > 0, float("-inf"))
 
 
@@ -436,63 +436,65 @@ class SaysGreedyIsSafe(Spice):
 
 
 class ReturnsNothing(Spice):
-    def apply(self, logits: Tensor, rows: StageRows) -> Any:
+    def apply(self, logits: Tensor, rows: ProcessorRows) -> Any:
         logits += 0
 
 
 class Resizes(Spice):
     """The tensor that it was given changes with what it returns."""
 
-    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+    def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:
         return logits.resize_(len(logits), logits.shape[1] - 1)
 
 
 class Halves(Spice):
-    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+    def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:
         return super().apply(logits, rows).half()
 
 
 class GoesElsewhere(Spice):
-    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+    def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:
         return super().apply(logits, rows).to("meta")
 
 
 class ExitsInApply(Spice):
-    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+    def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:
         raise SystemExit
 
 
 class Idle(Spice):
-    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+    def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:
         return logits
 
 
 class NeedsWhatItDidNotAskFor(Spice):
-    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+    def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:
         assert rows.output_counts is not None, f"no {Need.OUTPUT_COUNTS}"
         return super().apply(logits, rows)
 
 
-def spice(stage: type[SamplerStage] = Spice, params: type[StageParams] = SpiceParams, api: int = 1) -> SamplerSpec:
-    return SamplerSpec(name="spice", params=params, target=f"{__name__}:{stage.__name__}", api=api)
+def spice(
+    processor: type[LogitsProcessor] = Spice, params: type[ProcessorParams] = SpiceParams, api: int = 1
+) -> SamplerSpec:
+    return SamplerSpec(name="spice", params=params, target=f"{__name__}:{processor.__name__}", api=api)
 
 
 @pytest.fixture(autouse=True)
 def _params_are_taken_for_a_files(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """This module imports torch; whether a module does is tested below by itself."""
     if "imports" not in request.node.name:
-        monkeypatch.setattr("nanoengine.testing.conformance.stage._check_imports", lambda spec: None)
+        monkeypatch.setattr("nanoengine.testing.conformance.processor._check_imports", lambda spec: None)
 
 
-def test_a_stage_that_conforms() -> None:
-    check_stage(spice(), {"spice": 2.0}, {"spice": 0.5}, refused=[{"spice": -1.0}, {"spice": "hot"}])
+def test_a_processor_that_conforms() -> None:
+    check_processor(spice(), {"spice": 2.0}, {"spice": 0.5}, refused=[{"spice": -1.0}, {"spice": "hot"}])
 
 
 @pytest.mark.parametrize(
     ("mutant", "words"),
     [
         (ForgetsVocabStart, "`sharded` is set, but ids 38 to 96"),
-        (TouchesEveryRow, "changed a row that does not want the stage"),
+        (TouchesEveryRow, "changed a row that does not want the processor"),
         (LooksAtItsNeighbours, "a row alone, against the same row among others: off by"),
         (Waits, r"reads values on the host .*item\(\) cannot be called on meta"),
         (BooleanIndexing, "boolean indexing"),
@@ -508,9 +510,9 @@ def test_a_stage_that_conforms() -> None:
         (NeedsWhatItDidNotAskFor, "apply.. raised AssertionError: no output_counts"),
     ],
 )
-def test_a_wrong_stage_is_caught(mutant: type[SamplerStage], words: str) -> None:
+def test_a_wrong_processor_is_caught(mutant: type[LogitsProcessor], words: str) -> None:
     with pytest.raises(ConformanceError, match=words):
-        check_stage(spice(mutant), {"spice": 2.0})
+        check_processor(spice(mutant), {"spice": 2.0})
 
 
 @dataclass(frozen=True)
@@ -521,17 +523,17 @@ class NeverInert(SpiceParams):
 
 def test_wrong_parameters_are_caught() -> None:
     with pytest.raises(ConformanceError, match=r"NeverInert\(\) is active"):
-        check_stage(spice(params=NeverInert), {"spice": 2.0})
+        check_processor(spice(params=NeverInert), {"spice": 2.0})
     with pytest.raises(ConformanceError, match=r"spice=0\.0.* is not active"):
-        check_stage(spice(), {"spice": 0.0})
+        check_processor(spice(), {"spice": 0.0})
     with pytest.raises(ConformanceError, match=r"spice=3\.0 was not refused"):
-        check_stage(spice(), {"spice": 2.0}, refused=[{"spice": 3.0}])
+        check_processor(spice(), {"spice": 2.0}, refused=[{"spice": 3.0}])
     with pytest.raises(ConformanceError, match="written for plugin api 9"):
-        check_stage(spice(api=9), {"spice": 2.0})
-    with pytest.raises(ConformanceError, match="give check_stage an example"):
-        check_stage(spice())
+        check_processor(spice(api=9), {"spice": 2.0})
+    with pytest.raises(ConformanceError, match="give check_processor an example"):
+        check_processor(spice())
 
 
 def test_parameters_in_a_module_that_imports_torch_are_caught() -> None:
     with pytest.raises(ConformanceError, match="test_conformance, which holds SpiceParams, imports torch"):
-        check_stage(spice(), {"spice": 2.0})
+        check_processor(spice(), {"spice": 2.0})

@@ -18,8 +18,8 @@ from nanoengine.api import (
     ModelSourceSpec,
     ModelSpec,
     PluginError,
+    ProcessorParams,
     SamplerSpec,
-    StageParams,
     hookimpl,
 )
 from nanoengine.setup.plugins.discover import Failure, Registry, discover, load_checked, plugin_file
@@ -36,11 +36,11 @@ def model(name: str = "zeta", arch: str = "ZetaForCausalLM") -> str:
     return MODEL.format(name=name, arch=arch)
 
 
-def stage(body: str) -> str:
-    """A stage called "boost" whose parameters have `body`."""
+def processor(body: str) -> str:
+    """A processor called "boost" whose parameters have `body`."""
     return f"""
 @dataclass(frozen=True)
-class Boost(StageParams):
+class Boost(ProcessorParams):
     {body}
 
 @hookimpl
@@ -91,7 +91,7 @@ def test_two_discoveries_share_nothing(install: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "stage", "error_type", "text"),
+    ("code", "at", "error_type", "text"),
     [
         ("import no_such_library_q", "import", "ModuleNotFoundError", "no_such_library_q"),
         ("import sys; sys.exit(3)", "import", "SystemExit", "3"),
@@ -108,37 +108,47 @@ def test_two_discoveries_share_nothing(install: Any) -> None:
         (model().replace("mod:Cls", "mod"), "model 'zeta'", "PluginError", "package.module:Class"),
         (model().replace("('ZetaForCausalLM',)", "'Zeta'"), "model 'zeta'", "PluginError", "tuple of architecture"),
         (model().replace("api=1", "api=99"), "model 'zeta'", "PluginError", "api 99"),
-        (stage("max_tokens: int = 1"), "sampler stage 'boost'", "PluginError", "belongs to SamplingParams itself"),
-        (stage("boost: float"), "sampler stage 'boost'", "PluginError", "without a default: boost"),
-        (stage("boost: 'Flot' = 0"), "sampler stage 'boost'", "PluginError", "unknown annotation"),
-        (stage("columns = {'b': ColumnSpec(dtype='f8')}"), "sampler stage 'boost'", "PluginError", "of dtype float32"),
         (
-            stage("columns = {'b': ColumnSpec(dtype='int32', default=.5)}"),
-            "sampler stage 'boost'",
+            processor("max_tokens: int = 1"),
+            "logits processor 'boost'",
+            "PluginError",
+            "belongs to SamplingParams itself",
+        ),
+        (processor("boost: float"), "logits processor 'boost'", "PluginError", "without a default: boost"),
+        (processor("boost: 'Flot' = 0"), "logits processor 'boost'", "PluginError", "unknown annotation"),
+        (
+            processor("columns = {'b': ColumnSpec(dtype='f8')}"),
+            "logits processor 'boost'",
+            "PluginError",
+            "of dtype float32",
+        ),
+        (
+            processor("columns = {'b': ColumnSpec(dtype='int32', default=.5)}"),
+            "logits processor 'boost'",
             "PluginError",
             "int32",
         ),
         (
-            stage("columns = {'b': ColumnSpec(dtype='bool', default='x')}"),
-            "sampler stage 'boost'",
+            processor("columns = {'b': ColumnSpec(dtype='bool', default='x')}"),
+            "logits processor 'boost'",
             "PluginError",
             "'x'",
         ),
         (
-            stage("columns = {'b': ColumnSpec(dtype='bool', op='top_k')}"),
-            "sampler stage 'boost'",
+            processor("columns = {'b': ColumnSpec(dtype='bool', op='top_k')}"),
+            "logits processor 'boost'",
             "PluginError",
             "op must",
         ),
         (model().replace("api=1", "api=0"), "model 'zeta'", "PluginError", "upgrade the plugin"),
     ],
 )
-def test_a_broken_plugin_is_recorded_and_alone(install: Any, code: str, stage: str, error_type: str, text: str) -> None:
+def test_a_broken_plugin_is_recorded_and_alone(install: Any, code: str, at: str, error_type: str, text: str) -> None:
     install("nanoengine-bad", code, version="0.7")
     install("nanoengine-good", model("good", "GoodForCausalLM"))
     registry = discover()
     failure = failure_of(registry, "nanoengine-bad")
-    assert (failure.stage, failure.error_type) == (stage, error_type)
+    assert (failure.at, failure.error_type) == (at, error_type)
     assert text in failure.message
     assert "nanoengine-bad 0.7" in str(failure)
     assert failure.cause in str(failure)
@@ -159,7 +169,7 @@ def test_one_failing_hook_leaves_the_plugins_other_hooks(install: Any) -> None:
     install("nanoengine-half", model() + "\n@hookimpl\ndef register_configs():\n    raise OSError('gone')\n")
     registry = discover()
     assert "zeta" in registry.models
-    assert failure_of(registry, "nanoengine-half").stage == "register_configs"
+    assert failure_of(registry, "nanoengine-half").at == "register_configs"
 
 
 def test_an_optional_hook_of_a_later_engine_is_passed_over(install: Any) -> None:
@@ -188,16 +198,16 @@ def test_a_built_in_name_can_clash_too() -> None:
     double = SamplerSpec(name=built_in.spec.name, params=built_in.spec.params, target="a.b:C", api=1)
     registry = discover(extra=[("mine", holder(register_samplers=lambda: [double]))])
     with pytest.raises(PluginError, match=r"nanoengine \d.* and object 'mine'.*; rename yours, or do not hand over 'm"):
-        registry.stages()
+        registry.processors()
 
 
 def test_nobody_is_told_to_uninstall_the_engine(install: Any) -> None:
     found = discover()
     taken, served = next(iter(found.samplers.values())), next(iter(found.models.values()))
     parameter = next(iter(taken.spec.params.__dataclass_fields__))
-    install("nanoengine-rival", stage(f"{parameter}: float = 0") + model("rival", served.spec.architectures[0]))
+    install("nanoengine-rival", processor(f"{parameter}: float = 0") + model("rival", served.spec.architectures[0]))
     registry = discover()
-    for look_up in (registry.stages, lambda: registry.model_for(served.spec.architectures)):
+    for look_up in (registry.processors, lambda: registry.model_for(served.spec.architectures)):
         with pytest.raises(PluginError, match="pip uninstall nanoengine-rival") as caught:
             look_up()
         assert "pip uninstall nanoengine " not in f"{caught.value} "
@@ -214,18 +224,18 @@ def test_two_models_for_one_architecture_need_a_choice_by_name(install: Any) -> 
         registry.model_for(["OtherForCausalLM"], name="two")
 
 
-def test_two_stages_may_not_share_a_parameter() -> None:
+def test_two_processors_may_not_share_a_parameter() -> None:
     @dataclass(frozen=True)
-    class Boost(StageParams):
+    class Boost(ProcessorParams):
         boost: float = 0.0
 
     def plugin(name: str) -> SimpleNamespace:
         spec = SamplerSpec(name=name, params=Boost, target="a.b:C", api=1)
         return holder(register_samplers=lambda: [spec])
 
-    registry = discover(extra=[("first", plugin("stage_a")), ("second", plugin("stage_b"))])
-    with pytest.raises(PluginError, match=r"'boost' is claimed by .*'stage_a'.*'first'.*'stage_b'.*'second'"):
-        registry.stages()
+    registry = discover(extra=[("first", plugin("processor_a")), ("second", plugin("processor_b"))])
+    with pytest.raises(PluginError, match=r"'boost' is claimed by .*'processor_a'.*'first'.*'processor_b'.*'second'"):
+        registry.processors()
 
 
 def test_an_unknown_architecture_names_the_nearest_all_served_and_who_failed(install: Any) -> None:
@@ -310,7 +320,7 @@ def test_an_object_handed_over_fails_at_once() -> None:
 
 
 def test_discovery_imports_no_torch() -> None:
-    code = "import sys; from nanoengine.setup.plugins.discover import discover; r = discover(); r.stages()\n"
+    code = "import sys; from nanoengine.setup.plugins.discover import discover; r = discover(); r.processors()\n"
     code += "assert r.plugins; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -17,6 +17,7 @@ from nanoengine.api import (
     AttentionBackend,
     AttentionCapabilities,
     ColumnSpec,
+    LogitsProcessor,
     Model,
     ModelError,
     ModelSource,
@@ -25,10 +26,9 @@ from nanoengine.api import (
     NanoEngineError,
     Phase,
     PluginError,
+    ProcessorParams,
     SamplerSpec,
-    SamplerStage,
     SourceContext,
-    StageParams,
     hookimpl,
 )
 from nanoengine.setup.plugins.discover import discover, load_checked
@@ -100,11 +100,11 @@ ONLY = """
 import torch
 
 @dataclass(frozen=True)
-class OnlyParams(StageParams):
+class OnlyParams(ProcessorParams):
     columns = {"only_below": ColumnSpec(dtype="int32", default=2**31 - 1)}
     only_below: int = 2**31 - 1
 
-class Only(SamplerStage):
+class Only(LogitsProcessor):
     phase = Phase.MASK
 
     def apply(self, logits, rows):
@@ -126,12 +126,12 @@ def test_a_plugin_file_brings_a_parameter(tiny: Path, plugin_py: Any) -> None:
 
 
 @dataclass(frozen=True)
-class LiftParams(StageParams):
+class LiftParams(ProcessorParams):
     columns: ClassVar = {"lift": ColumnSpec(dtype="int32", default=-1)}
     lift: int = -1
 
 
-class Lift(SamplerStage):
+class Lift(LogitsProcessor):
     """Makes token `lift` certain."""
 
     phase = Phase.BIAS
@@ -141,7 +141,7 @@ class Lift(SamplerStage):
         return logits + 1e4 * (ids == rows.column("lift")[:, None])
 
 
-def test_an_object_with_hooks_brings_a_stage(tiny: Path) -> None:
+def test_an_object_with_hooks_brings_a_processor(tiny: Path) -> None:
     spec = SamplerSpec(name="lift", params=LiftParams, target=f"{__name__}:Lift", api=1)
     plugin = SimpleNamespace(register_samplers=hookimpl(lambda: [spec]))
     params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, lift=77)
@@ -170,19 +170,21 @@ class NoNeeds(Lift):
     ("target", "words"),
     [
         ("Missing", r"test_handed_over:Missing.*AttributeError"),
-        ("PROMPTS", r"test_handed_over:PROMPTS.*not a class derived from nanoengine\.api\.SamplerStage"),
+        ("PROMPTS", r"test_handed_over:PROMPTS.*not a class derived from nanoengine\.api\.LogitsProcessor"),
         ("Refuses", r"failed in __init__: ValueError: no table for me"),
         ("Exits", r"failed in __init__: SystemExit: 3"),
         ("NoPhase", r"must set `phase` to a nanoengine\.api\.Phase, not 'bias'"),
         ("NoNeeds", r"must set `needs` to a frozenset of nanoengine\.api\.Need"),
     ],
 )
-def test_a_broken_stage_fails_only_who_uses_it(tiny: Path, target: str, words: str) -> None:
+def test_a_broken_processor_fails_only_who_uses_it(tiny: Path, target: str, words: str) -> None:
     expected = tokens(tiny)
     spec = SamplerSpec(name="lift", params=LiftParams, target=f"{__name__}:{target}", api=1)
     plugin = SimpleNamespace(register_samplers=hookimpl(lambda: [spec]))
     with LLM(tiny, load_format="dummy", num_gpu_blocks_override=32, plugins=[plugin]) as llm:
-        with pytest.raises(PluginError, match=rf"sampler stage 'lift', which lift needs, cannot run: .*{words}.*mend"):
+        with pytest.raises(
+            PluginError, match=rf"logits processor 'lift', which lift needs, cannot run: .*{words}.*fix"
+        ):
             llm.generate(PROMPTS, [GREEDY, GREEDY.replace(lift=7)], use_tqdm=False)
         assert not llm.engine.has_unfinished_requests()
         outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
@@ -206,7 +208,7 @@ def test_broken_parameters_fail_only_who_gives_them(tiny: Path) -> None:
     spec = SamplerSpec(name="lift", params=FaultyParams, target=f"{__name__}:Lift", api=1)
     plugin = SimpleNamespace(register_samplers=hookimpl(lambda: [spec]))
     assert tokens(tiny, plugins=[plugin]) == tokens(tiny)
-    with pytest.raises(PluginError, match=r"stage 'lift': FaultyParams failed on .*ArithmeticError: constructed"):
+    with pytest.raises(PluginError, match=r"processor 'lift': FaultyParams failed on .*ArithmeticError: constructed"):
         tokens(tiny, GREEDY.replace(lift=3), plugins=[plugin])
 
 

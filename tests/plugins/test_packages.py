@@ -60,10 +60,10 @@ def test_what_the_packages_provide_and_why_some_do_not(python: Path) -> None:
     out = in_environment(
         python,
         """
-by = lambda name: {f.stage: f.cause for f in registry.failures if f.origin.distribution == name}
-stage = registry.samplers["even_only"]
+by = lambda name: {f.at: f.cause for f in registry.failures if f.origin.distribution == name}
+processor = registry.samplers["even_only"]
 out = {
-    "stage": [stage.origin.distribution, stage.origin.version, stage.spec.params().even_only],
+    "processor": [processor.origin.distribution, processor.origin.version, processor.spec.params().even_only],
     "roots": [root for root, origin in registry.config_roots if origin.distribution == "nanoengine-demo"],
     "demo": by("nanoengine-demo"), "broken": by("nanoengine-broken"), "future": by("nanoengine-future"),
     "clash": message(registry.require, "models", "demo"),
@@ -72,7 +72,7 @@ out = {
     "not_installed": message(registry.attention, "flashinfer"),
 }""",
     )
-    assert out["stage"] == ["nanoengine-demo", "0.3.1", False]
+    assert out["processor"] == ["nanoengine-demo", "0.3.1", False]
     assert out["roots"] == ["pkg://nanoengine_demo.configs"]
     assert out["demo"] == {}
     assert out["broken"] == {"import": "ModuleNotFoundError: No module named 'nanoengine_library_that_is_not_there'"}
@@ -133,7 +133,7 @@ def test_a_selected_part_that_is_not_there_is_a_usage_error(python: Path, backen
     assert [text for text in texts if text not in done.stderr] == []
 
 
-def test_the_packages_model_and_stage_run(python: Path, tmp_path: Path) -> None:
+def test_the_packages_model_and_processor_run(python: Path, tmp_path: Path) -> None:
     config = {"architectures": ["DemoForCausalLM"], "vocab_size": 64, "hidden_size": 32, "num_layers": 2,
               "num_heads": 4, "max_position_embeddings": 64}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from nanoengine.api import AttentionBackend, Model, PluginError, SamplerStage
+from nanoengine.api import AttentionBackend, LogitsProcessor, Model, PluginError
 from nanoengine.api.parallel import SingleRank
-from nanoengine.core.options import EngineOptions, EnginePlan, StagePlan
+from nanoengine.core.options import EngineOptions, EnginePlan, ProcessorPlan
 from nanoengine.setup.plugins.discover import Registry, discover, load_checked
 from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.start.build_model import build_model
@@ -50,11 +50,11 @@ def describe(plan: EnginePlan) -> dict[str, Any]:
         torch.nn.init.constant_(parameter, 0.01 * (index + 1))
     with torch.inference_mode():
         logits = built.model.compute_logits(torch.ones(1, built.config.hidden_size))
-    stages = [load_checked(loader, stage.target, SamplerStage) for stage in plan.stages]
+    processors = [load_checked(loader, processor.target, LogitsProcessor) for processor in plan.processors]
     return {
         "model": model_class.__qualname__,
         "parameters": {name: tuple(p.shape) for name, p in built.model.named_parameters()},
-        "stages": [stage.__qualname__ for stage in stages],
+        "processors": [processor.__qualname__ for processor in processors],
         "backend": load_checked(loader, plan.attention, AttentionBackend).__qualname__,
         "logit": round(float(logits[0, 0]), 6),
     }
@@ -88,9 +88,9 @@ def plan_of(registry: Registry, architecture: str) -> EnginePlan:
         model=registry.model_for([architecture]).spec.target,
         attention_name=backend.spec.name,
         attention=backend.spec.target,
-        stages=tuple(
-            StagePlan(name=s.spec.name, target=s.spec.target, columns=dict(s.spec.params.columns))
-            for s in registry.stages()
+        processors=tuple(
+            ProcessorPlan(name=s.spec.name, target=s.spec.target, columns=dict(s.spec.params.columns))
+            for s in registry.processors()
         ),
         options=EngineOptions(device="cpu", dtype="float32"),
         plugin_files=registry.plugin_files,
@@ -115,7 +115,7 @@ def test_a_spawned_process_builds_the_same_model() -> None:
     plan = plan_of(discover(), "LlamaForCausalLM")
     expected = describe(plan)
     assert expected["model"] == "Llama"
-    assert len(expected["stages"]) >= 8
+    assert len(expected["processors"]) >= 8
     assert in_spawned_process(plan) == expected
 
 

@@ -43,18 +43,18 @@ class OtherBackend(MockAttention):
 
 
 @dataclass(frozen=True)
-class OtherParams(StageParams):
+class OtherParams(ProcessorParams):
     columns: ClassVar = {"other": ColumnSpec(dtype="float32")}
     other: float = 0.0
     # PARAMS
 
 
-class OtherStage(SamplerStage):
+class OtherProcessor(LogitsProcessor):
     phase = Phase.BIAS
 
     def apply(self, logits, rows):
         return logits
-    # STAGE
+    # PROCESSOR
 
 
 class OtherSource(ModelSource):
@@ -75,7 +75,7 @@ def register_attention_backends():
 
 @hookimpl
 def register_samplers():
-    return [SamplerSpec(name="other", params=OtherParams, target=f"{__name__}:OtherStage", api=1)]
+    return [SamplerSpec(name="other", params=OtherParams, target=f"{__name__}:OtherProcessor", api=1)]
 
 
 @hookimpl
@@ -295,7 +295,7 @@ def test_a_model_that_fails_in_a_step_fails_who_met_it(tmp_path: Path, case: str
     assert re.search(rf"{re.escape(str(plugin))}, line {line if case != 'narrows' else '[0-9]+'}", str(bad.error))
 
 
-STAGE = {
+PROCESSOR = {
     "narrows": ("return logits[:, :-1]", r"returned torch.float32 \(1, 96\) instead of the torch.float32 \(1, 97\)"),
     "resizes": ("return logits.resize_(len(logits), 3)", r"returned torch.float32 \(1, 3\) instead of .* \(1, 97\)"),
     "transposes": ("return logits.t_()", r"returned torch.float32 \(97, 1\) instead of .* \(1, 97\)"),
@@ -308,10 +308,10 @@ STAGE = {
 }
 
 
-@pytest.mark.parametrize("case", STAGE)
-def test_a_stage_that_breaks_fails_who_asked_for_it_and_is_named(tmp_path: Path, case: str) -> None:
-    code, words = STAGE[case]
-    plugin, _ = written(tmp_path, "STAGE", f"def apply(self, logits, rows):  # HERE\n    {code}")
+@pytest.mark.parametrize("case", PROCESSOR)
+def test_a_processor_that_breaks_fails_who_asked_for_it_and_is_named(tmp_path: Path, case: str) -> None:
+    code, words = PROCESSOR[case]
+    plugin, _ = written(tmp_path, "PROCESSOR", f"def apply(self, logits, rows):  # HERE\n    {code}")
     with start(tmp_path, plugin) as llm:
         params = SamplingParams(temperature=0, max_tokens=3)
         want = llm.generate([[1, 2]], params, use_tqdm=False)[0].outputs[0].token_ids
@@ -321,7 +321,7 @@ def test_a_stage_that_breaks_fails_who_asked_for_it_and_is_named(tmp_path: Path,
     assert good.outputs[0].token_ids == want
     assert bad.error is not None
     assert re.search(words, str(bad.error)), str(bad.error)
-    assert f"sampler stage 'other' (OtherStage of plugin file {plugin})" in str(bad.error)
+    assert f"logits processor 'other' (OtherProcessor of plugin file {plugin})" in str(bad.error)
     assert f"{plugin}, line " in str(bad.error)
 
 

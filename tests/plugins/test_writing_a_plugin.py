@@ -61,9 +61,9 @@ def test_from_an_empty_folder_to_a_run(tmp_path: Path) -> None:
 
 
 def test_the_package_is_the_file_in_parts() -> None:
-    """The page writes the stage twice; both must be the same."""
+    """The page writes the processor twice; both must be the same."""
     files = {m[1]: text for _, text in BLOCKS if (m := re.match(r"# file: (\S+)\n", text))}
     package = "nanoengine-skip-top/nanoengine_skip_top/"
-    for file, name in (("params.py", "class SkipTopParams"), ("stage.py", "class SkipTop(")):
+    for file, name in (("params.py", "class SkipTopParams"), ("processor.py", "class SkipTop(")):
         part = files[package + file]
         assert part[part.index(name) :].rstrip() in files["skip_top.py"]

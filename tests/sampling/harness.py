@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoengine.api.processors import RaggedColumn, SamplerStage, StageContext, StageRows
+from nanoengine.api.processors import LogitsProcessor, ProcessorContext, ProcessorRows, RaggedColumn
 from nanoengine.api.specs import SamplerSpec
 from nanoengine.core.execution.sampler import DrawRows, Sampler
-from nanoengine.core.options import StagePlan
+from nanoengine.core.options import ProcessorPlan
 from nanoengine.params.sampling_params import ParamsResolver, ResolvedParams, SamplingParams
 from nanoengine.plugins.samplers import register_samplers
 from nanoengine.setup.plugins.targets import TargetLoader
@@ -43,17 +43,17 @@ def resolver(
     return ParamsResolver([(s.name, s.params) for s in specs], Context(vocab), frozenset(eos))
 
 
-def load_stage(spec: SamplerSpec, vocab: int) -> SamplerStage:
-    ctx = StageContext(max_slots=8, vocab_size=vocab, max_model_len=MAX_LEN, device=torch.device("cpu"))
+def load_processor(spec: SamplerSpec, vocab: int) -> LogitsProcessor:
+    ctx = ProcessorContext(max_slots=8, vocab_size=vocab, max_model_len=MAX_LEN, device=torch.device("cpu"))
     return TargetLoader().load(spec.target)(ctx)
 
 
-def plan_of(spec: SamplerSpec) -> StagePlan:
-    return StagePlan(name=spec.name, target=spec.target, columns=spec.params.columns)
+def plan_of(spec: SamplerSpec) -> ProcessorPlan:
+    return ProcessorPlan(name=spec.name, target=spec.target, columns=spec.params.columns)
 
 
 def make_sampler(vocab: int, *, fuse: bool, specs: Sequence[SamplerSpec] = tuple(BUILT_IN.values())) -> Sampler:
-    return Sampler([(plan_of(spec), load_stage(spec, vocab)) for spec in specs], vocab, fuse=fuse)
+    return Sampler([(plan_of(spec), load_processor(spec, vocab)) for spec in specs], vocab, fuse=fuse)
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Tables:
         self.tenants[slot] = tenant
         tokens = tenant.prompt + tenant.output
         self.token_ids[slot, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
-        packed = {stage.name: stage.columns for stage in tenant.params.stages}
+        packed = {processor.name: processor.columns for processor in tenant.params.processors}
         for spec in self.specs:
             self.write(slot, spec, packed.get(spec.name))
 
@@ -92,11 +92,11 @@ class Tables:
         for name, column in spec.params.columns.items():
             self.columns[spec.name][name][slot] = self._default(column)[0] if packed is None else packed[name]
 
-    def gather(self, stage: str, slots: Sequence[int]) -> dict[str, Tensor | RaggedColumn]:
-        spec = next(s for s in self.specs if s.name == stage)
+    def gather(self, processor: str, slots: Sequence[int]) -> dict[str, Tensor | RaggedColumn]:
+        spec = next(s for s in self.specs if s.name == processor)
         out: dict[str, Tensor | RaggedColumn] = {}
         for name, column in spec.params.columns.items():
-            rows = [self.columns[stage][name][slot] for slot in slots]
+            rows = [self.columns[processor][name][slot] for slot in slots]
             out[name] = self._ragged(rows) if column.ragged else torch.from_numpy(np.stack(rows))
         return out
 
@@ -114,7 +114,7 @@ class Tables:
     def rows(self, slots: Sequence[int]) -> DrawRows:
         """What the runner would hand to the sampler for these slots, in this order."""
         tenants = [self.tenants[s] for s in slots]
-        wanted = {stage.name for t in tenants for stage in t.params.stages}
+        wanted = {processor.name for t in tenants for processor in t.params.processors}
         active = tuple(s.name for s in self.specs if s.name in wanted)
         stop = self._ragged([np.array(sorted(t.params.stop_set), dtype=np.int64) for t in tenants])
         positions = [len(t.prompt) + len(t.output) for t in tenants]
@@ -137,15 +137,15 @@ class Tables:
             token_ids=self.token_ids,
         )
 
-    def stage_rows(self, stage: str, slots: Sequence[int]) -> StageRows:
+    def processor_rows(self, processor: str, slots: Sequence[int]) -> ProcessorRows:
         rows = self.rows(slots)
-        return StageRows(
+        return ProcessorRows(
             slots=rows.slots,
             positions=rows.positions,
             prompt_lens=rows.prompt_lens,
             vocab_start=0,
             vocab_size=self.vocab,
-            columns=self.gather(stage, slots),
+            columns=self.gather(processor, slots),
             output_counts=rows.output_counts,
             prompt_mask=rows.prompt_mask,
             token_ids=rows.token_ids,
@@ -155,12 +155,12 @@ class Tables:
 class ShiftedTables(Tables):
     """A mutant: each row gets its neighbour's columns."""
 
-    def gather(self, stage: str, slots: Sequence[int]) -> dict[str, Tensor | RaggedColumn]:
-        return super().gather(stage, [*slots[1:], slots[0]])
+    def gather(self, processor: str, slots: Sequence[int]) -> dict[str, Tensor | RaggedColumn]:
+        return super().gather(processor, [*slots[1:], slots[0]])
 
 
 class StaleTables(Tables):
-    """A mutant: a request that does not want a stage inherits what the slot's last tenant left."""
+    """A mutant: a request that does not want a processor inherits what the slot's last tenant left."""
 
     def write(self, slot: int, spec: SamplerSpec, packed: Mapping[str, np.ndarray] | None) -> None:
         if packed is not None:

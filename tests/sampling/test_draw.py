@@ -139,12 +139,12 @@ def test_largest_noise_of_a_row_has_its_law() -> None:
     assert distance * sqrt(len(law)) < 1.95  # 0.1 %
 
 
-def counts_of(row: np.ndarray, draws: int, **stages: torch.Tensor) -> np.ndarray:
+def counts_of(row: np.ndarray, draws: int, **processors: torch.Tensor) -> np.ndarray:
     """Tokens drawn from one distribution, at one position after the other."""
     positions = torch.arange(draws)
     keys = draw_keys(torch.full((draws,), 1234), positions, torch.zeros_like(positions))
     batch = torch.from_numpy(row.astype(np.float32)).expand(draws, -1)
-    columns = {name: value.expand(draws) for name, value in stages.items()}
+    columns = {name: value.expand(draws) for name, value in processors.items()}
     tokens = sampling.draw_truncated(batch, keys, **columns)[0] if columns else sampling.draw(batch, keys)[0]
     return np.bincount(tokens.numpy(), minlength=len(row))
 

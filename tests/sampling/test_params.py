@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanoengine.api import ColumnSpec, StageParams, StandardOp
+from nanoengine.api import ColumnSpec, ProcessorParams, StandardOp
 from nanoengine.api.errors import ParamsError, PluginError, TokenizerMissing
 from nanoengine.params.field_types import conform, describe
 from nanoengine.params.sampling_fields import NOT_SERVED, legal_fields
@@ -31,8 +31,8 @@ def resolve(**params: Any) -> ResolvedParams:
     return resolver(VOCAB, eos=(2, 3, 9999)).resolve(SamplingParams(**params))
 
 
-def stages_of(resolved: ResolvedParams) -> dict[str, dict[str, Any]]:
-    return {s.name: {name: column.tolist() for name, column in s.columns.items()} for s in resolved.stages}
+def processors_of(resolved: ResolvedParams) -> dict[str, dict[str, Any]]:
+    return {s.name: {name: column.tolist() for name, column in s.columns.items()} for s in resolved.processors}
 
 
 def test_defaults_are_vllms() -> None:
@@ -41,7 +41,7 @@ def test_defaults_are_vllms() -> None:
         (1, 16, 0, None, None, None)
     )
     assert (plain.detokenize, plain.skip_special_tokens, plain.ignore_eos) == (True, True, False)
-    assert resolved.stages == ()
+    assert resolved.processors == ()
     assert not resolved.greedy
     assert resolved.stop_set == {2, 3}
     legal = legal_fields([(s.name, s.params) for s in BUILT_IN.values()])
@@ -51,17 +51,17 @@ def test_defaults_are_vllms() -> None:
         "include_stop_str_in_output", "ignore_eos", "logprobs", "prompt_logprobs", "detokenize",
         "skip_special_tokens", "priority", "cache_salt",
     }  # fmt: skip
-    stage_defaults = {k: v for s in BUILT_IN.values() for k, v in vars(s.params()).items()}
-    assert stage_defaults == {
+    processor_defaults = {k: v for s in BUILT_IN.values() for k, v in vars(s.params()).items()}
+    assert processor_defaults == {
         "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
         "frequency_penalty": 0.0, "logit_bias": None, "allowed_token_ids": None, "bad_words": None,
     }  # fmt: skip
-    inert = {k: v for k, v in stage_defaults.items() if v is not None} | {
+    inert = {k: v for k, v in processor_defaults.items() if v is not None} | {
         "top_k": -1,
         "bad_words": [],
         "logit_bias": {},
     }
-    assert resolve(**inert).stages == ()
+    assert resolve(**inert).processors == ()
 
 
 @pytest.mark.parametrize(
@@ -89,10 +89,10 @@ def test_defaults_are_vllms() -> None:
 )
 def test_packing(given: dict[str, Any], expected: dict[str, Any]) -> None:
     resolved = resolve(**given)
-    assert stages_of(resolved) == expected
+    assert processors_of(resolved) == expected
     assert resolved.greedy == (expected.get("temperature") == {"temperature": 0.0})
     with pytest.raises(ValueError, match="read-only"):
-        next(iter(resolved.stages[0].columns.values()))[...] = 1
+        next(iter(resolved.processors[0].columns.values()))[...] = 1
 
 
 def test_resolution_of_core_fields() -> None:
@@ -172,7 +172,7 @@ class Hidden:
 
 
 @dataclass(frozen=True)
-class WordsParams(StageParams):
+class WordsParams(ProcessorParams):
     words: Any = None
 
     def active(self) -> bool:
@@ -190,7 +190,7 @@ def test_numbers_and_texts_of_a_class_of_their_own_are_plain_ones() -> None:
     """A range looks for what is no plain int one number after the other."""
     params = SamplingParams(priority=Level.LOW, seed=Level.LOW, stop=[Text("END")], top_p=Number(0.5))
     assert [type(value) for value in (params.priority, params.seed, *params.stop)] == [int, int, str]
-    assert stages_of(resolve(priority=Level.LOW, temperature=Level.LOW, top_p=Number(0.5))) == {
+    assert processors_of(resolve(priority=Level.LOW, temperature=Level.LOW, top_p=Number(0.5))) == {
         "temperature": {"temperature": 3.0},
         "top_p": {"top_p": 0.5},
     }
@@ -212,10 +212,10 @@ def test_values_that_cannot_be_compared_are_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"logit_bias": dict.fromkeys(range(WIDE), 1.0)}, "logit_bias: sampler stage 'logit_bias', column"),
-        ({"allowed_token_ids": range(WIDE)}, "allowed_token_ids: sampler stage 'allowed_token_ids', column 'ids'"),
+        ({"logit_bias": dict.fromkeys(range(WIDE), 1.0)}, "logit_bias: logits processor 'logit_bias', column"),
+        ({"allowed_token_ids": range(WIDE)}, "allowed_token_ids: logits processor 'allowed_token_ids', column 'ids'"),
         ({"stop_token_ids": list(range(WIDE))}, f"stop_token_ids has {WIDE} ids, more than {MAX_RAGGED}"),
-        ({"bad_words": [chr(256 + i // 99) + chr(256 + i % 99) for i in range(9000)]}, "bad_words: sampler stage"),
+        ({"bad_words": [chr(256 + i // 99) + chr(256 + i % 99) for i in range(9000)]}, "bad_words: logits processor"),
     ],
     ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
 )
@@ -226,11 +226,11 @@ def test_what_would_widen_a_table_for_all_slots_is_refused_by_name(given: dict[s
 
 
 def test_at_most_so_many_values_are_taken() -> None:
-    assert resolver(WIDE).resolve(SamplingParams(allowed_token_ids=range(MAX_RAGGED))).stages
+    assert resolver(WIDE).resolve(SamplingParams(allowed_token_ids=range(MAX_RAGGED))).processors
 
 
 def test_a_bad_word_given_twice_counts_once() -> None:
-    assert stages_of(resolve(bad_words=["ab", "c"] * 20_000)) == stages_of(resolve(bad_words=["ab", "c"]))
+    assert processors_of(resolve(bad_words=["ab", "c"] * 20_000)) == processors_of(resolve(bad_words=["ab", "c"]))
 
 
 def test_a_list_that_holds_itself_is_refused_by_name() -> None:
@@ -245,14 +245,14 @@ def test_what_a_column_does_not_hold_is_refused(packed: Any) -> None:
     """Not cut to its lower bits, as numpy's casts do."""
 
     @dataclass(frozen=True)
-    class Params(StageParams):
+    class Params(ProcessorParams):
         columns: ClassVar[dict[str, ColumnSpec]] = {"ids": ColumnSpec(dtype="int32", ragged=True)}  # type: ignore[misc]
         wide: int = 0
 
         def pack(self, ctx: Any) -> dict[str, Any]:
             return {"ids": packed}
 
-    with pytest.raises(PluginError, match="sampler stage 'wide', column 'ids'"):
+    with pytest.raises(PluginError, match="logits processor 'wide', column 'ids'"):
         ParamsResolver([("wide", Params)], Context(VOCAB), frozenset()).resolve(SamplingParams(wide=1))
 
 
@@ -404,38 +404,40 @@ def test_equal_params_resolve_once_but_types_count() -> None:
         with pytest.raises(ParamsError):
             made.resolve(SamplingParams(**slip))
     for k in range(1000):  # more than the cache holds
-        assert stages_of(made.resolve(SamplingParams(top_k=k + 1)))["top_k"]["top_k"] == (k + 1 if k + 1 < VOCAB else 0)
+        assert processors_of(made.resolve(SamplingParams(top_k=k + 1)))["top_k"]["top_k"] == (
+            k + 1 if k + 1 < VOCAB else 0
+        )
 
 
-# Stages of others -----------------------------------------------------------------------------------------------------
+# Processors of others -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class OtherTopP(StageParams):
+class OtherTopP(ProcessorParams):
     top_p: float = 1.0
 
 
 @dataclass(frozen=True)
-class StealsN(StageParams):
+class StealsN(ProcessorParams):
     n: int = 1
 
 
 @dataclass(frozen=True)
-class NeedsAValue(StageParams):
+class NeedsAValue(ProcessorParams):
     strength: float
 
 
 @dataclass(frozen=True)
-class Unknown(StageParams):
+class Unknown(ProcessorParams):
     strength: "Nowhere" = 1  # type: ignore[name-defined]  # noqa: F821, UP037
 
 
-class NoDataclass(StageParams):
+class NoDataclass(ProcessorParams):
     pass
 
 
 @dataclass(frozen=True)
-class HidesMembers(StageParams):
+class HidesMembers(ProcessorParams):
     strength: float = 0.0
     host_tokens: bool = True  # type: ignore[misc]
     pack: float = 0.0  # type: ignore[assignment]
@@ -444,24 +446,24 @@ class HidesMembers(StageParams):
 @pytest.mark.parametrize(
     ("params", "words"),
     [
-        (OtherTopP, "'top_p' of sampler stage 'mine' belongs to sampler stage 'top_p' already"),
-        (StealsN, "'n' of sampler stage 'mine' belongs to SamplingParams itself already"),
+        (OtherTopP, "'top_p' of logits processor 'mine' belongs to logits processor 'top_p' already"),
+        (StealsN, "'n' of logits processor 'mine' belongs to SamplingParams itself already"),
         (NeedsAValue, "'mine': parameters without a default: strength"),
         (Unknown, "'mine': Unknown has an unknown annotation: .*Nowhere"),
         (NoDataclass, "'mine': NoDataclass must be a dataclass"),
-        (HidesMembers, "'mine': parameters that hide .*: host_tokens, pack; .* ClassVar"),
+        (HidesMembers, "'mine': fields that hide .*: host_tokens, pack; .* ClassVar"),
     ],
 )
-def test_unfit_stage_fields_are_named(params: type[StageParams], words: str) -> None:
-    stages = [*((s.name, s.params) for s in BUILT_IN.values()), ("mine", params)]
+def test_unfit_processor_fields_are_named(params: type[ProcessorParams], words: str) -> None:
+    processors = [*((s.name, s.params) for s in BUILT_IN.values()), ("mine", params)]
     with pytest.raises(PluginError, match=words):
-        legal_fields(stages)
+        legal_fields(processors)
     with pytest.raises(PluginError, match=words):
-        ParamsResolver(stages, Context(), frozenset())
+        ParamsResolver(processors, Context(), frozenset())
 
 
 @dataclass(frozen=True)
-class Mine(StageParams):
+class Mine(ProcessorParams):
     best_of: int = 1  # a vLLM name that the engine itself does not serve
     heat: float = 1.0
     table: list[int] = field(default_factory=list)
@@ -482,10 +484,10 @@ class Mine(StageParams):
         return made | bad.get(self.behave, {})
 
 
-def test_a_stage_of_another() -> None:
+def test_a_processor_of_another() -> None:
     made = ParamsResolver([("mine", Mine)], Context(), frozenset())
     resolved = made.resolve(SamplingParams(best_of=2, heat=0, table=[1, 2]))
-    assert stages_of(resolved) == {"mine": {"heat": 0.0, "table": [1, 2]}}
+    assert processors_of(resolved) == {"mine": {"heat": 0.0, "table": [1, 2]}}
     assert resolved.greedy
     assert resolved.host_tokens
     assert not made.resolve(SamplingParams()).host_tokens
@@ -505,7 +507,7 @@ def test_a_stage_of_another() -> None:
         ("missing", r"'mine': packed \['heat'\] for its columns \['heat', 'table'\]"),
     ],
 )
-def test_a_misbehaving_stage_is_named(behave: str, words: str) -> None:
+def test_a_misbehaving_processor_is_named(behave: str, words: str) -> None:
     made = ParamsResolver([("mine", Mine)], Context(), frozenset())
     with pytest.raises(PluginError, match=words):
         made.resolve(SamplingParams(behave=behave))

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from nanoengine.api import ColumnSpec, Need, Phase, SamplerSpec, SamplerStage, StageParams, StageRows, StandardOp
+from nanoengine.api import (
+    ColumnSpec,
+    LogitsProcessor,
+    Need,
+    Phase,
+    ProcessorParams,
+    ProcessorRows,
+    SamplerSpec,
+    StandardOp,
+)
 from nanoengine.api.errors import PluginError
 from nanoengine.api.processors import RaggedColumn
 from nanoengine.core.execution.sampler import DrawRows, Sampler
@@ -24,7 +33,7 @@ from .harness import (
     StaleTables,
     Tables,
     Tenant,
-    load_stage,
+    load_processor,
     make_sampler,
     plan_of,
     resolver,
@@ -51,7 +60,7 @@ MIXED: list[dict[str, Any]] = [
 
 
 def mixed(seed: int = 0) -> tuple[torch.Tensor, list[Tenant]]:
-    """A batch in which every stage is wanted by some rows; one tenant in two has a history."""
+    """A batch in which every processor is wanted by some rows; one tenant in two has a history."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(len(MIXED), VOCAB, generator=generator) * 3
     tenants = [
@@ -70,7 +79,7 @@ def sample(sampler: Sampler, logits: torch.Tensor, rows: DrawRows) -> list[int]:
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, sampler: Sampler) -> list[str]:
-    """Names of the stages that get called."""
+    """Names of the processors that get called."""
     called: list[str] = []
     original = Sampler._apply
 
@@ -83,7 +92,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, sampler: Sampler) -> list[str]:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_fused_equals_stages_one_by_one(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_equals_processors_one_by_one(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     logits, tenants = mixed(seed)
     rows = rows_of(VOCAB, tenants)
     fused, staged = make_sampler(VOCAB, fuse=True), make_sampler(VOCAB, fuse=False)
@@ -159,7 +168,7 @@ def test_greedy_takes_the_lowest_of_the_likeliest_and_makes_no_noise(monkeypatch
     logits[1, [5, 6]] = 1.0
     rows = rows_of(VOCAB, [tenant(VOCAB, temperature=0, top_k=1), tenant(VOCAB, temperature=0, logit_bias={6: 0.5})])
     assert sample(sampler, logits, rows) == [30, 6]
-    assert called == ["logit_bias"]  # stages that cannot change the arg-max were passed over
+    assert called == ["logit_bias"]  # processors that cannot change the arg-max were passed over
 
 
 @pytest.mark.parametrize("fuse", [True, False])
@@ -229,11 +238,11 @@ def test_a_broken_row_fails_alone(fuse: bool, host: bool, greedy: bool, monkeypa
     assert int(tokens[4]) < 100
 
 
-# Stages of others -----------------------------------------------------------------------------------------------------
+# Processors of others -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class NucleusParams(StageParams):
+class NucleusParams(ProcessorParams):
     nucleus: float = 1.0
     columns: ClassVar = {"share": ColumnSpec(dtype="float32", default=1.0, op=StandardOp.TOP_P)}
 
@@ -241,36 +250,38 @@ class NucleusParams(StageParams):
         return {"share": self.nucleus}
 
 
-class Nucleus(SamplerStage):
+class Nucleus(LogitsProcessor):
     phase = Phase.TRUNCATE
     argmax_invariant = True
 
-    def apply(self, logits: torch.Tensor, rows: StageRows) -> torch.Tensor:
+    def apply(self, logits: torch.Tensor, rows: ProcessorRows) -> torch.Tensor:
         raise RuntimeError("called, though its column is a standard operation")
 
 
 @dataclass(frozen=True)
-class OddParams(StageParams):
+class OddParams(ProcessorParams):
     odd_only: bool = False
     columns: ClassVar = {"odd_only": ColumnSpec(dtype="bool", default=False)}
 
 
-class Odd(SamplerStage):
+class Odd(LogitsProcessor):
     """Removes even ids."""
 
     phase = Phase.TRUNCATE
 
-    def apply(self, logits: torch.Tensor, rows: StageRows) -> torch.Tensor:
+    def apply(self, logits: torch.Tensor, rows: ProcessorRows) -> torch.Tensor:
         even = torch.arange(logits.shape[1]) % 2 == 0
         return logits.masked_fill(rows.column("odd_only")[:, None] & even, -torch.inf)
 
 
-def with_stage(name: str, params: type[StageParams], stage: type[SamplerStage]) -> tuple[SamplerSpec, ...]:
-    return (*BUILT_IN.values(), SamplerSpec(name=name, params=params, target=f"{__name__}:{stage.__name__}", api=1))
+def with_processor(
+    name: str, params: type[ProcessorParams], processor: type[LogitsProcessor]
+) -> tuple[SamplerSpec, ...]:
+    return (*BUILT_IN.values(), SamplerSpec(name=name, params=params, target=f"{__name__}:{processor.__name__}", api=1))
 
 
 def test_fusion_goes_by_operation_not_by_name() -> None:
-    specs = with_stage("nucleus", NucleusParams, Nucleus)
+    specs = with_processor("nucleus", NucleusParams, Nucleus)
     logits, _ = mixed(1)
 
     def rows(**params: Any) -> DrawRows:
@@ -284,13 +295,13 @@ def test_fusion_goes_by_operation_not_by_name() -> None:
     assert sample(sampler, logits, rows(nucleus=0.3)) != sample(sampler, logits, rows())
     with pytest.raises(RuntimeError, match="called") as caught:
         sample(make_sampler(VOCAB, fuse=False, specs=specs), logits, rows(nucleus=0.3))
-    assert f"in sampler stage 'nucleus' ({__name__}:Nucleus)" in caught.value.__notes__
-    with pytest.raises(RuntimeError, match="called"):  # two stages with one operation: both are called, in order
+    assert f"in logits processor 'nucleus' ({__name__}:Nucleus)" in caught.value.__notes__
+    with pytest.raises(RuntimeError, match="called"):  # two processors with one operation: both are called, in order
         sample(sampler, logits, rows(nucleus=0.3, top_p=0.5))
 
 
-def test_another_truncation_stage_is_called_after_the_standard_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    specs = with_stage("odd", OddParams, Odd)
+def test_another_truncation_processor_is_called_after_the_standard_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = with_processor("odd", OddParams, Odd)
     wants = [{"top_k": 3, "odd_only": True}, {"top_k": 3}, {"odd_only": True}, {}] * 3
     made = [Tenant(resolver(VOCAB, specs).resolve(SamplingParams(**w)), seed=r) for r, w in enumerate(wants)]
     sampler = make_sampler(VOCAB, fuse=True, specs=(specs[-1], *specs[:-1]))
@@ -303,14 +314,14 @@ def test_another_truncation_stage_is_called_after_the_standard_ones(monkeypatch:
     assert {tokens[r] for r in (1, 5, 9)} <= {1, 2, 3}
 
 
-class Narrow(SamplerStage):
+class Narrow(LogitsProcessor):
     phase = Phase.BIAS
 
-    def apply(self, logits: torch.Tensor, rows: StageRows) -> torch.Tensor:
+    def apply(self, logits: torch.Tensor, rows: ProcessorRows) -> torch.Tensor:
         return logits[:, :-1]
 
 
-class Wordy(SamplerStage):
+class Wordy(LogitsProcessor):
     """Does in `apply` what its argument does."""
 
     phase = Phase.BIAS
@@ -318,7 +329,7 @@ class Wordy(SamplerStage):
     def __init__(self, act: Any) -> None:
         self.act = act
 
-    def apply(self, logits: torch.Tensor, rows: StageRows) -> torch.Tensor:
+    def apply(self, logits: torch.Tensor, rows: ProcessorRows) -> torch.Tensor:
         return self.act()
 
 
@@ -332,23 +343,23 @@ class Wordy(SamplerStage):
         (lambda: {}["gone"], KeyError, "gone"),
     ],
 )
-def test_a_stage_that_breaks_is_named_with_its_origin(act: Any, error: type[Exception], words: str) -> None:
+def test_a_processor_that_breaks_is_named_with_its_origin(act: Any, error: type[Exception], words: str) -> None:
     plan = replace(plan_of(BUILT_IN["logit_bias"]), target="made_up:Wordy", origin="plugin file /some/x.py")
     with pytest.raises(error, match=words) as caught:
         Sampler([(plan, Wordy(act))], 20, fuse=True).sample(
             torch.zeros(1, 20), rows_of(20, [tenant(20, logit_bias={1: 1.0})])
         )
     whole = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
-    assert "sampler stage 'logit_bias' (Wordy of plugin file /some/x.py)" in whole
+    assert "logits processor 'logit_bias' (Wordy of plugin file /some/x.py)" in whole
     assert len(str(caught.value)) < 250
 
 
-class Phaseless(SamplerStage):
-    def apply(self, logits: torch.Tensor, rows: StageRows) -> torch.Tensor:
+class Phaseless(LogitsProcessor):
+    def apply(self, logits: torch.Tensor, rows: ProcessorRows) -> torch.Tensor:
         return logits
 
 
-def test_misbehaving_stages_are_named() -> None:
+def test_misbehaving_processors_are_named() -> None:
     plan = plan_of(BUILT_IN["logit_bias"])
     rows = rows_of(20, [tenant(20, logit_bias={1: 1.0})])
     with pytest.raises(
@@ -364,7 +375,7 @@ def test_needs_are_declared() -> None:
     assert sampler.needs == {Need.OUTPUT_COUNTS, Need.PROMPT_MASK, Need.TOKEN_IDS}
     assert sampler.needs_of("penalties") == {Need.OUTPUT_COUNTS, Need.PROMPT_MASK}
     assert sampler.needs_of("top_k") == frozenset()
-    assert load_stage(BUILT_IN["penalties"], 20).phase == Phase.PENALTY
+    assert load_processor(BUILT_IN["penalties"], 20).phase == Phase.PENALTY
 
 
 # Log-probs ------------------------------------------------------------------------------------------------------------

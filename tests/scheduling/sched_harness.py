@@ -13,7 +13,7 @@ from unittest.mock import patch
 import numpy as np
 
 from nanoengine.api.errors import RequestError
-from nanoengine.api.specs import ColumnSpec, StageParams
+from nanoengine.api.specs import ColumnSpec, ProcessorParams
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling import scheduler as scheduler_module
 from nanoengine.core.scheduling.block_manager import BlockManager
@@ -22,23 +22,23 @@ from nanoengine.core.scheduling.messages import ScheduledStep, SchedulerConfig, 
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, StepPlan
 from nanoengine.distributed.wire import decode, encode
-from nanoengine.params.sampling_params import PackedStage, ResolvedParams
+from nanoengine.params.sampling_params import PackedProcessor, ResolvedParams
 from nanoengine.testing.mock_runner import MockRunner, expected_tokens, fake_logprob
 
 VOCAB = 97
 
 
 @dataclass(frozen=True)
-class ShiftParams(StageParams):
-    """A plain stage: adds `shift` to the mock's token."""
+class ShiftParams(ProcessorParams):
+    """A plain processor: adds `shift` to the mock's token."""
 
     columns: ClassVar[Mapping[str, ColumnSpec]] = {"shift": ColumnSpec(dtype="int32")}
     shift: int = 0
 
 
 @dataclass(frozen=True)
-class GrammarParams(StageParams):
-    """A host-token stage: its column depends on all tokens so far. Raises at `fail_at` outputs."""
+class GrammarParams(ProcessorParams):
+    """A host-token processor: its column depends on all tokens so far. Raises at `fail_at` outputs."""
 
     columns: ClassVar[Mapping[str, ColumnSpec]] = {"allowed": ColumnSpec(dtype="int32", ragged=True)}
     host_tokens: ClassVar[bool] = True
@@ -54,12 +54,12 @@ def grammar(prompt: Sequence[int], outputs: Sequence[int]) -> list[int]:
     return [sum(outputs) % 11, len(outputs), len(prompt)][: 1 + len(outputs) % 3]
 
 
-def shift_stage(shift: int) -> PackedStage:
-    return PackedStage("shift", ShiftParams(shift), {"shift": np.asarray(shift, dtype=np.int32)})
+def shift_processor(shift: int) -> PackedProcessor:
+    return PackedProcessor("shift", ShiftParams(shift), {"shift": np.asarray(shift, dtype=np.int32)})
 
 
-def grammar_stage(fail_at: int = -1) -> PackedStage:
-    return PackedStage("grammar", GrammarParams(fail_at), {})
+def grammar_processor(fail_at: int = -1) -> PackedProcessor:
+    return PackedProcessor("grammar", GrammarParams(fail_at), {})
 
 
 class Loop:
@@ -119,7 +119,7 @@ class Loop:
     def request(self, prompt: Sequence[int], *, max_tokens: int = 8, **kwargs: Any) -> Request:
         names = set(ResolvedParams.__slots__)
         params = ResolvedParams(max_tokens=max_tokens, **{k: v for k, v in kwargs.items() if k in names})
-        if any(stage.params.host_tokens for stage in params.stages):
+        if any(processor.params.host_tokens for processor in params.processors):
             params = replace(params, host_tokens=True)
         own = {k: v for k, v in kwargs.items() if k not in names or k == "priority"}
         own = {"seed": 7, "sample_index": 0, "arrival": len(self.requests)} | own
@@ -374,7 +374,7 @@ def replace_tokens(request: Request, tokens: Sequence[int]) -> Request:
 
 def truth(request: Request, max_model_len: int) -> list[int]:
     params = request.params
-    shift = sum(stage.params.shift for stage in params.stages if isinstance(stage.params, ShiftParams))
+    shift = sum(processor.params.shift for processor in params.processors if isinstance(processor.params, ShiftParams))
 
     def bias(outputs: Sequence[int]) -> int:
         return shift + (sum(grammar(request.prompt_token_ids, outputs)) if params.host_tokens else 0)
@@ -438,9 +438,9 @@ def random_request(rng: random.Random, host: bool = True) -> dict[str, Any]:
     length = rng.randrange(1, 30)
     shared = min(length, rng.choice((0, 4, 8, 11, 16, 24)))
     prompt = prompt_of(shared) + prompt_of(length - shared, rng.randrange(3))
-    stages = (shift_stage(rng.randrange(5)),) if rng.random() < 0.3 else ()
+    processors = (shift_processor(rng.randrange(5)),) if rng.random() < 0.3 else ()
     if host and rng.random() < 0.2:
-        stages += (grammar_stage(fail_at=rng.choice((-1, -1, -1, 0, 4))),)
+        processors += (grammar_processor(fail_at=rng.choice((-1, -1, -1, 0, 4))),)
     return {
         "prompt": prompt,
         "max_tokens": rng.randrange(1, 20),
@@ -451,7 +451,7 @@ def random_request(rng: random.Random, host: bool = True) -> dict[str, Any]:
         "sample_index": rng.randrange(3),
         "priority": rng.randrange(3),
         "cache_key": rng.choice((b"", b"", b"salt")),
-        "stages": stages,
+        "processors": processors,
         "logprobs": rng.choice((None, None, 0, 2)),
         "prompt_logprobs": rng.choice((None, None, None, 1)),
     }

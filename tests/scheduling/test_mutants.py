@@ -211,7 +211,7 @@ def outputs_not_sent_again(patch: pytest.MonkeyPatch) -> None:
 
 def stale_columns(patch: pytest.MonkeyPatch) -> None:
     """Columns go to the slot beside."""
-    columns = plan_builder._stage_columns
+    columns = plan_builder._processor_columns
 
     def broken(new, host_values):
         out = columns(new, host_values)
@@ -219,7 +219,7 @@ def stale_columns(patch: pytest.MonkeyPatch) -> None:
             column.slots[:] = (column.slots + 1) % 4
         return out
 
-    patch.setattr(plan_builder, "_stage_columns", broken)
+    patch.setattr(plan_builder, "_processor_columns", broken)
 
 
 def host_tokens_run_ahead(patch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ def test_crowded_runs_do_what_they_claim():
     never = {"steps_split", "running", "waiting"}  # the mock splits none, and all requests end
     never |= {name for name in totals if "graph" in name}
     assert all(value for name, value in totals.items() if name not in never), totals
-    assert ends >= {"stop", "length", "kv_cache_full", "stage_failed"}
+    assert ends >= {"stop", "length", "kv_cache_full", "processor_failed"}
     assert broken > 5
     assert bad > 5
 

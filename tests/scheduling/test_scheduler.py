@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from sched_harness import VOCAB, BreakingLoop, Loop, grammar_stage, prompt_of, shift_stage, truth
+from sched_harness import VOCAB, BreakingLoop, Loop, grammar_processor, prompt_of, shift_processor, truth
 
 from nanoengine.api.errors import ConfigError, RequestError
 from nanoengine.core.request import Status
@@ -31,8 +31,8 @@ def test_expected_tokens_vary_with_every_input():
         loop.request([*prompt_of(9)[4:8], *prompt_of(9)[:4], prompt_of(9)[8]]),
         loop.request(prompt_of(9), seed=8),
         loop.request(prompt_of(9), sample_index=1),
-        loop.request(prompt_of(9), stages=(shift_stage(1),)),
-        loop.request(prompt_of(9), stages=(grammar_stage(),)),
+        loop.request(prompt_of(9), processors=(shift_processor(1),)),
+        loop.request(prompt_of(9), processors=(grammar_processor(),)),
     ]
     assert all(truth(other, 256) != base for other in others)
     assert len(set(base)) > 4
@@ -324,8 +324,8 @@ def test_budget_below_the_runners_starves_nobody(overlap):
 def test_budget_below_max_num_seqs(overlap, policy, budget):
     loop = Loop(overlap=overlap, budget=budget, max_num_seqs=5, policy=policy)
     for salt in range(5):
-        stages = (grammar_stage(),) if salt % 2 else ()
-        loop.add(prompt_of(2 + salt, salt), max_tokens=9, stages=stages, priority=-salt)
+        processors = (grammar_processor(),) if salt % 2 else ()
+        loop.add(prompt_of(2 + salt, salt), max_tokens=9, processors=processors, priority=-salt)
     loop.finish_and_verify()
     assert len(loop.ended) == 5
 
@@ -381,28 +381,28 @@ def test_victim_gets_its_token_in_flight_and_waits_for_it():
 @overlaps
 def test_host_token_requests_are_not_run_ahead(overlap):
     loop = Loop(overlap=overlap, budget=8)
-    host = loop.add(prompt_of(20), stages=(grammar_stage(), shift_stage(3)), max_tokens=9)
-    plain = loop.add(prompt_of(6, 1), max_tokens=20, stages=(shift_stage(2),))
+    host = loop.add(prompt_of(20), processors=(grammar_processor(), shift_processor(3)), max_tokens=9)
+    plain = loop.add(prompt_of(6, 1), max_tokens=20, processors=(shift_processor(2),))
     loop.finish_and_verify()
     numbers = [step.plan.step for step in loop.steps if host in [r for r, _ in step.rows]]
     gaps = np.diff(numbers)
     assert (gaps >= 2).all() if overlap else (gaps == 1).all()
     assert len(loop.tokens[plain]) == 20
-    columns = [c for step in loop.steps for c in step.plan.columns if c.stage == "grammar"]
+    columns = [c for step in loop.steps for c in step.plan.columns if c.processor == "grammar"]
     assert len(columns) == 9
     assert {c.values.dtype for c in columns} == {np.dtype(np.int32)}
 
 
 @overlaps
-def test_a_host_stage_that_raises_fails_alone(overlap):
+def test_a_host_processor_that_raises_fails_alone(overlap):
     loop = Loop(overlap=overlap)
-    bad = loop.add(prompt_of(6), stages=(grammar_stage(fail_at=3),))
-    at_once = loop.add(prompt_of(6, 1), stages=(grammar_stage(fail_at=0),))
-    good = loop.add(prompt_of(6, 2), stages=(grammar_stage(),))
+    bad = loop.add(prompt_of(6), processors=(grammar_processor(fail_at=3),))
+    at_once = loop.add(prompt_of(6, 1), processors=(grammar_processor(fail_at=0),))
+    good = loop.add(prompt_of(6, 2), processors=(grammar_processor(),))
     loop.finish_and_verify()
     for request, count in ((bad, 3), (at_once, 0)):
         error = loop.ended[request].error
-        assert error.code == "stage_failed"
+        assert error.code == "processor_failed"
         assert "the grammar is stuck" in str(error)
         assert isinstance(error.__cause__, ValueError)
         assert len(loop.tokens[request]) == count
@@ -410,13 +410,13 @@ def test_a_host_stage_that_raises_fails_alone(overlap):
 
 
 def test_unknown_host_column_is_named():
-    class Wrong(type(grammar_stage().params)):
+    class Wrong(type(grammar_processor().params)):
         def host_columns(self, prompt_token_ids, output_token_ids):
             return {"alowed": [1]}
 
     loop = Loop()
-    stage = grammar_stage()
-    request = loop.add(prompt_of(6), stages=(type(stage)("grammar", Wrong(), {}),))
+    processor = grammar_processor()
+    request = loop.add(prompt_of(6), processors=(type(processor)("grammar", Wrong(), {}),))
     loop.finish_and_verify()
     assert "did you mean 'allowed'" in str(loop.ended[request].error)
 
@@ -424,7 +424,7 @@ def test_unknown_host_column_is_named():
 def test_columns_of_new_slots_share_a_message_and_come_again_after_preemption():
     loop = Loop(num_blocks=7)
     for salt in range(3):
-        loop.add(prompt_of(5, salt), max_tokens=14, stages=(shift_stage(salt + 1),))
+        loop.add(prompt_of(5, salt), max_tokens=14, processors=(shift_processor(salt + 1),))
     loop.finish_and_verify()
     (column,) = loop.steps[0].plan.columns
     assert column.slots.tolist() == [0, 1, 2]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sched_harness import BreakingLoop, grammar_stage, prompt_of, random_ops, run_ops, shift_stage
+from sched_harness import BreakingLoop, grammar_processor, prompt_of, random_ops, run_ops, shift_processor
 
 from nanoengine.core.step import StepPlan, StepResult
 from nanoengine.distributed.wire import decode, encode
@@ -63,12 +63,18 @@ def test_random_runs_through_bytes(seed):
 def test_every_part_of_a_message_was_carried():
     """Or the equality above would compare empty arrays only."""
     loop = WireLoop(num_blocks=9, budget=9)
-    loop.add(prompt_of(13, 1), max_tokens=14, stages=(shift_stage(2), grammar_stage()), logprobs=2, prompt_logprobs=1)
+    loop.add(
+        prompt_of(13, 1),
+        max_tokens=14,
+        processors=(shift_processor(2), grammar_processor()),
+        logprobs=2,
+        prompt_logprobs=1,
+    )
     loop.add(prompt_of(13, 2), max_tokens=14, stop_token_ids=frozenset({5, 3}), min_tokens=2)
     loop.finish_and_verify()
     plans = [step.plan for step in loop.steps]
     assert any(len(plan.new.token_ids) > 13 for plan in plans), "outputs go again with a preempted request"
-    assert {column.stage for plan in plans for column in plan.columns} == {"shift", "grammar"}
+    assert {column.processor for plan in plans for column in plan.columns} == {"shift", "grammar"}
     assert any(len(plan.appends.block) for plan in plans)
     assert any(not plan.sampled.all() for plan in plans)
     assert any(plan.new.stop_ids.tolist() == [3, 5] for plan in plans)

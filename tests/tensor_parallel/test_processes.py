@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine import stages_plugin
+from engine import processors_plugin
 from engine.support import greedy
 
 from nanoengine import LLM, ConfigError, ModelError, NanoEngineError, PluginError, SamplingParams, WorkerError
@@ -36,7 +36,7 @@ ANSWERS = [greedy(prompt, 12) for prompt in PROMPTS]
 
 def mock_llm(folder: Path, **options: Any) -> LLM:
     path = write_mock_checkpoint(folder)
-    plugins = [mock_model, stages_plugin.__file__]
+    plugins = [mock_model, processors_plugin.__file__]
     return LLM(path, attention="mock", plugins=plugins, **{**SMALL, "tensor_parallel_size": 2, **options})
 
 
@@ -76,7 +76,7 @@ def test_steps_too_large_for_the_ring(two: tuple[LLM, LLM]) -> None:
     assert not executor(narrow)._results, "results that travelled by themselves are dropped when read"
 
 
-def test_stages_of_a_plugin_file(two: tuple[LLM, LLM], tmp_path: Path) -> None:
+def test_processors_of_a_plugin_file(two: tuple[LLM, LLM], tmp_path: Path) -> None:
     """One with columns that a Python function makes of each token, on every rank the same."""
     params = [PARAMS.replace(forbid_last=4, temperature=i * 0.5, seed=i) for i in range(4)]
     with mock_llm(tmp_path / "one", tensor_parallel_size=1) as one:

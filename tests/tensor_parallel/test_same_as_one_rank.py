@@ -65,7 +65,7 @@ def test_greedy(ranks: Ranks) -> None:
 
 @OFTEN
 def test_seeded(ranks: Ranks) -> None:
-    """A recipe a request: drawn from shards, and from gathered logits where a stage wants them."""
+    """A recipe a request: drawn from shards, and from gathered logits where a processor wants them."""
     report = run(ranks, seeded(len(ASKED)))
     assert report.positions == COUNT * len(ASKED)
     assert report.decided >= 0.95 * report.positions

@@ -1,11 +1,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from nanoengine.api import ColumnSpec, ParamsError, StageParams
+from nanoengine.api import ColumnSpec, ParamsError, ProcessorParams
 
 
 @dataclass(frozen=True)
-class TopNSigmaParams(StageParams):
+class TopNSigmaParams(ProcessorParams):
     """top_n_sigma: only tokens whose logit is within so many standard deviations of the highest; 0: all."""
 
     columns: ClassVar = {"top_n_sigma": ColumnSpec(dtype="float32")}

@@ -2,10 +2,10 @@
 
 import torch
 
-from nanoengine.api import Phase, SamplerStage
+from nanoengine.api import LogitsProcessor, Phase
 
 
-class TopNSigma(SamplerStage):
+class TopNSigma(LogitsProcessor):
     phase = Phase.TRUNCATE
     argmax_invariant = True  # so greedy requests skip it
 

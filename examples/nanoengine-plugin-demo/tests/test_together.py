@@ -21,7 +21,7 @@ def test_the_engine_gives_the_tokens_of_transformers(tmp_path):
         assert list(output.outputs[0].token_ids) == ids[len(prompt) :]
 
 
-def test_the_stage_narrows_what_is_drawn(tmp_path):
+def test_the_processor_narrows_what_is_drawn(tmp_path):
     wide = SamplingParams(temperature=3.0, seed=1, max_tokens=48, ignore_eos=True)
     with LLM(write(tmp_path / "opt"), num_gpu_blocks_override=64, device="cpu") as llm:
         outputs = llm.generate([PROMPTS[0]] * 2, [wide, wide.replace(top_n_sigma=0.01)], use_tqdm=False)

@@ -42,8 +42,8 @@ class CapturedTail:
         self._drawn = torch.zeros(3 * buffers.max_rows, dtype=torch.int32, device=tables.device)
         scalars = {
             op: table
-            for op, (stage, column) in sampler.standard_columns.items()
-            if isinstance(table := tables.columns[stage][column], ScalarTable)
+            for op, (processor, column) in sampler.standard_columns.items()
+            if isinstance(table := tables.columns[processor][column], ScalarTable)
         }
         picked = [(tables.first[name], words) for name, words in (("greedy", 1), ("seeds", 2), ("sample_index", 2))]
         picked += [(table.first, 1) for table in scalars.values()]
@@ -118,7 +118,7 @@ class FinishStep:
     def kind(self, slots: npt.NDArray[np.int32]) -> int | None:
         """The tail that serves these rows, as a graph; None: the eager way.
 
-        Counts over the vocabulary, where there are any, are not kept up for rows that want no stage which reads them:
+        Counts over the vocabulary, where there are any, are not kept up for rows without a processor that reads them:
         who enters a slot has them made from its tokens.
         """
         tables = self.tables
@@ -146,7 +146,7 @@ class FinishStep:
             )
 
     def active(self, host_slots: npt.NDArray[np.int32]) -> frozenset[str]:
-        """Stages that some row wants, but those that cannot change what only greedy rows take."""
+        """Processors that some row wants, but those that cannot change what only greedy rows take."""
         greedy, invariant = self.tables.host_greedy[host_slots], self.sampler.argmax_invariant
         return frozenset(
             name

@@ -31,7 +31,7 @@ from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.execution.split import Handle, Splitter, slots_move
 from nanoengine.core.execution.start_report import empty_cache, free_unused
 from nanoengine.core.execution.step_inputs import StepBuffers, StepGather, pad
-from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, StageColumn, StepPlan
+from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, ProcessorColumn, StepPlan
 
 _log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class ModelRunner:
         self.tables.append_blocks(plan.appends)
 
     @torch.inference_mode()
-    def sample(self, step: Forwarded, host_inputs: Sequence[StageColumn] = ()) -> LaunchedStep:
+    def sample(self, step: Forwarded, host_inputs: Sequence[ProcessorColumn] = ()) -> LaunchedStep:
         """Draw a token for each sampled row, write it to its slot, and send the step's result to the host."""
         self.tables.set_columns(host_inputs)
         self.tables.flush()

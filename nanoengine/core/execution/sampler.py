@@ -1,4 +1,4 @@
-"""Orders and applies the sampler stages, draws the token, reports log-probs. One row of logits a drawn token."""
+"""Orders and applies the logits processors, draws the token, reports log-probs. One row of logits a drawn token."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from nanoengine.api.errors import PluginError, shown
 from nanoengine.api.parallel import TensorParallelGroup, padded_length
 from nanoengine.api.plugin_calls import plugin_step, whose
-from nanoengine.api.processors import Need, RaggedColumn, SamplerStage, StageRows
+from nanoengine.api.processors import LogitsProcessor, Need, ProcessorRows, RaggedColumn
 from nanoengine.api.specs import Phase, StandardOp
-from nanoengine.core.options import StagePlan
+from nanoengine.core.options import ProcessorPlan
 from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, ROW_NOTHING_LEFT
 from nanoengine.kernels import all_reduce, sampling
 from nanoengine.kernels.philox import draw_keys
@@ -45,8 +45,8 @@ class DrawColumns:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stage:
-    """A stage in its place.
+class _Processor:
+    """A processor in its place.
 
     Attributes:
         where: its name and origin, for errors.
@@ -55,7 +55,7 @@ class _Stage:
 
     name: str
     where: str
-    stage: SamplerStage
+    processor: LogitsProcessor
     ops: Mapping[StandardOp, str]
     standard: bool
 
@@ -63,39 +63,44 @@ class _Stage:
     def order(self) -> tuple[int, int]:
         """Phase, then top-k, top-p, min-p before other truncations; registration order decides the rest."""
         ranks = [_TRUNCATION_ORDER.index(op) for op in self.ops if op in _TRUNCATION_ORDER]
-        return self.stage.phase, min(ranks, default=len(_TRUNCATION_ORDER))
+        return self.processor.phase, min(ranks, default=len(_TRUNCATION_ORDER))
 
 
 class Sampler:
-    """Applies stages in phase order, then draws.
+    """Applies processors in phase order, then draws.
 
-    With `fuse`, stages of the last two phases whose columns are all standard operations are not called: one search
+    With `fuse`, processors of the last two phases whose columns are all standard operations are not called: one search
     finds the thresholds of top-k, top-p and min-p together, and noise is made for what survives. That yields the very
-    tokens of the stages called one by one, which happens without `fuse`, and where another stage of these phases is
-    active between them.
+    tokens of the processors called one by one, which happens without `fuse`, and where another processor of
+    these phases is active between them.
     """
 
     def __init__(
-        self, stages: Sequence[tuple[StagePlan, SamplerStage]], vocab_size: int, *, fuse: bool, kernels: bool = False
+        self,
+        processors: Sequence[tuple[ProcessorPlan, LogitsProcessor]],
+        vocab_size: int,
+        *,
+        fuse: bool,
+        kernels: bool = False,
     ) -> None:
-        """`kernels`: draw by Triton kernels, where all that is left of a row's stages is standard operations."""
-        self._stages = sorted((_placed(plan, stage) for plan, stage in stages), key=lambda s: s.order)
-        self._by_name = {s.name: s for s in self._stages}
+        """`kernels`: draw by Triton kernels, where all that is left of a row's processors is standard operations."""
+        self._processors = sorted((_placed(plan, processor) for plan, processor in processors), key=lambda s: s.order)
+        self._by_name = {s.name: s for s in self._processors}
         self._vocab_size = vocab_size
         self._fuse = fuse
         self._kernels = TritonDraw() if kernels else None
-        self.argmax_invariant = {s.name: s.stage.argmax_invariant for s in self._stages}
+        self.argmax_invariant = {s.name: s.processor.argmax_invariant for s in self._processors}
         self.standard_columns = self._standard_columns() if fuse else {}
-        self.needs: frozenset[Need] = frozenset().union(*(s.stage.needs for s in self._stages))
+        self.needs: frozenset[Need] = frozenset().union(*(s.processor.needs for s in self._processors))
 
     def needs_of(self, name: str) -> frozenset[Need]:
-        """History that the stage reads."""
-        return self._by_name[name].stage.needs
+        """History that the processor reads."""
+        return self._by_name[name].processor.needs
 
     def _standard_columns(self) -> dict[StandardOp, tuple[str, str]]:
-        """Operation -> (stage, column), for stages that are nothing but standard operations; {} where two stages claim
+        """Operation -> (processor, column), for processors that are nothing but standard operations; {} where two claim
         one operation."""
-        claims = [(op, (s.name, column)) for s in self._stages if s.standard for op, column in s.ops.items()]
+        claims = [(op, (s.name, column)) for s in self._processors if s.standard for op, column in s.ops.items()]
         return dict(claims) if len({op for op, _ in claims}) == len(claims) else {}
 
     def takes_any_dtype(self, rows: DrawRows) -> bool:
@@ -103,9 +108,9 @@ class Sampler:
         active = self._wanted(rows)
         return self._kernels is not None and not rows.any_min_tokens and len(self._fusable(active)) == len(active)
 
-    def _wanted(self, rows: DrawRows) -> list[_Stage]:
-        active = [s for s in self._stages if s.name in rows.active]
-        return active if rows.any_random else [s for s in active if not s.stage.argmax_invariant]
+    def _wanted(self, rows: DrawRows) -> list[_Processor]:
+        active = [s for s in self._processors if s.name in rows.active]
+        return active if rows.any_random else [s for s in active if not s.processor.argmax_invariant]
 
     def sample(self, logits: Tensor, rows: DrawRows) -> tuple[Tensor, Tensor]:
         """One token a row.
@@ -115,7 +120,7 @@ class Sampler:
 
         Returns:
             token ids int64 [R], 0 where failed; failed int32 [R]: `ROW_FINE`, `ROW_BAD_LOGITS` (NaN or +inf among
-            the raw logits, or none above -inf), `ROW_NOTHING_LEFT` (after the stages).
+            the raw logits, or none above -inf), `ROW_NOTHING_LEFT` (after the processors).
         """
         active = self._wanted(rows)
         fused = self._fusable(active)
@@ -135,11 +140,11 @@ class Sampler:
         return torch.where(failed == ROW_FINE, token_ids, 0), failed.to(torch.int32)
 
     def takes_shards(self, rows: DrawRows) -> bool:
-        """Whether no row wants a stage that needs the whole vocabulary: `best_keys` then serves them."""
+        """Whether no row wants a processor that needs the whole vocabulary: `best_keys` then serves them."""
         active = self._wanted(rows)
         fused = self._fusable(active)
         cut = any(op in _TRUNCATION_ORDER for s in fused for op in s.ops)
-        return not (cut or rows.any_min_tokens) and all(s in fused or s.stage.sharded for s in active)
+        return not (cut or rows.any_min_tokens) and all(s in fused or s.processor.sharded for s in active)
 
     def best_keys(self, logits: Tensor, rows: DrawRows, start: int) -> Tensor:
         """Each row's best in a slice of the vocabulary, int64 [R], to be compared with other slices' (`all_reduce`).
@@ -175,17 +180,17 @@ class Sampler:
         """
         return sampling.token_logprobs(raw_logits, token_ids, k)
 
-    def _fusable(self, active: Sequence[_Stage]) -> list[_Stage]:
-        """The stages whose work is done in `_draw`: all of the last two phases, or none."""
-        late = [s for s in active if s.stage.phase >= Phase.TEMPERATURE]
+    def _fusable(self, active: Sequence[_Processor]) -> list[_Processor]:
+        """The processors whose work is done in `_draw`: all of the last two phases, or none."""
+        late = [s for s in active if s.processor.phase >= Phase.TEMPERATURE]
         ops = [op for s in late for op in s.ops]
         fits = self._fuse and all(s.standard for s in late) and len(set(ops)) == len(ops)
         return late if fits else []
 
-    def _apply(self, s: _Stage, logits: Tensor, rows: DrawRows, start: int = 0) -> Tensor:
-        needs = s.stage.needs
+    def _apply(self, s: _Processor, logits: Tensor, rows: DrawRows, start: int = 0) -> Tensor:
+        needs = s.processor.needs
         columns = slice(start, start + logits.shape[1])
-        view = StageRows(
+        view = ProcessorRows(
             slots=rows.slots,
             positions=rows.positions,
             prompt_lens=rows.prompt_lens,
@@ -196,9 +201,9 @@ class Sampler:
             prompt_mask=_part(rows.prompt_mask, columns) if Need.PROMPT_MASK in needs else None,
             token_ids=rows.token_ids if Need.TOKEN_IDS in needs else None,
         )
-        given = (logits.shape, logits.dtype, logits.device)  # the stage may change the tensor itself
-        with plugin_step(s.where, type(s.stage)):
-            out: object = s.stage.apply(logits, view)
+        given = (logits.shape, logits.dtype, logits.device)  # the processor may change the tensor itself
+        with plugin_step(s.where, type(s.processor)):
+            out: object = s.processor.apply(logits, view)
         if isinstance(out, Tensor) and (out.shape, out.dtype, out.device) == given:
             return out
         shape, dtype, device = given
@@ -208,7 +213,7 @@ class Sampler:
             got = f"{out.dtype} {tuple(out.shape)}" + (f" on {out.device}" if out.device != device else "")
             text = f"{got} instead of the {dtype} {tuple(shape)} it was given"
         error = PluginError(f"{s.where} returned {text}")
-        error.add_note(whose(None, type(s.stage).apply, s.where).removeprefix(", "))
+        error.add_note(whose(None, type(s.processor).apply, s.where).removeprefix(", "))
         raise error
 
     def _forbid_stop(self, logits: Tensor, rows: DrawRows) -> None:
@@ -242,11 +247,11 @@ class Sampler:
         return () if self._kernels is None else self._kernels.tails
 
     def tail_of(self, active: frozenset[str], *, random: bool) -> int | None:
-        """The kind of tail (`sampling_triton.Tail`) that serves rows of these stages; None: no kernels alone do."""
+        """The kind of tail (`sampling_triton.Tail`) that serves rows of these processors; None: no kernels alone do."""
         if self._kernels is None:
             return None
         columns = self.standard_columns
-        if not active <= {stage for stage, _ in columns.values()}:
+        if not active <= {processor for processor, _ in columns.values()}:
             return None
         cut = any(columns[op][0] in active for op in _TRUNCATION_ORDER if op in columns)
         return self._kernels.tail(random=random, cut=cut)
@@ -312,21 +317,21 @@ def _part(history: Tensor | None, columns: slice) -> Tensor | None:
     return None if history is None else history[:, columns]
 
 
-def _placed(plan: StagePlan, stage: SamplerStage) -> _Stage:
-    if not isinstance(getattr(stage, "phase", None), Phase):
+def _placed(plan: ProcessorPlan, processor: LogitsProcessor) -> _Processor:
+    if not isinstance(getattr(processor, "phase", None), Phase):
         raise PluginError(f"{plan.where} must set `phase` to a nanoengine.api.Phase")
     ops = {spec.op: name for name, spec in plan.columns.items() if spec.op is not None and not spec.ragged}
-    standard = len(ops) == len(plan.columns) > 0 and stage.phase >= Phase.TEMPERATURE
-    return _Stage(plan.name, plan.where, stage, ops, standard)
+    standard = len(ops) == len(plan.columns) > 0 and processor.phase >= Phase.TEMPERATURE
+    return _Processor(plan.name, plan.where, processor, ops, standard)
 
 
-def _columns_of(stages: Sequence[_Stage], rows: DrawRows) -> dict[StandardOp, Tensor]:
-    return {op: _scalar(rows, s.name, column) for s in stages for op, column in s.ops.items()}
+def _columns_of(processors: Sequence[_Processor], rows: DrawRows) -> dict[StandardOp, Tensor]:
+    return {op: _scalar(rows, s.name, column) for s in processors for op, column in s.ops.items()}
 
 
-def _scalar(rows: DrawRows, stage: str, column: str) -> Tensor:
-    values = rows.columns[stage][column]
-    assert not isinstance(values, RaggedColumn), (stage, column)
+def _scalar(rows: DrawRows, processor: str, column: str) -> Tensor:
+    values = rows.columns[processor][column]
+    assert not isinstance(values, RaggedColumn), (processor, column)
     return values
 
 
@@ -340,10 +345,10 @@ class DrawRows:
         seeds: int64 [R]. sample_index: int64 [R]. greedy: bool [R]; the row takes the arg-max.
         min_lens: int64 [R]; while a position is below it, `stop_ids` (int64 [R, W]; padding: any valid ids) cannot
             be drawn.
-        active: stages that some row wants. columns: their columns, gathered by row.
+        active: processors that some row wants. columns: their columns, gathered by row.
         any_min_tokens: some row may be below its `min_lens`. any_random: some row is not greedy.
         output_counts: int32 [R, V]. prompt_mask: bool [R, V]. token_ids: int32 [slots, max_model_len + 1], the whole
-            table. Each where an active stage needs it.
+            table. Each where an active processor needs it.
     """
 
     slots: Tensor

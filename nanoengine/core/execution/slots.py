@@ -20,8 +20,8 @@ from torch import Tensor
 from nanoengine.api.errors import ConfigError
 from nanoengine.api.processors import Need, RaggedColumn
 from nanoengine.api.specs import ColumnSpec, StandardOp
-from nanoengine.core.options import StagePlan
-from nanoengine.core.step import BlockAppends, NewSlots, StageColumn
+from nanoengine.core.options import ProcessorPlan
+from nanoengine.core.step import BlockAppends, NewSlots, ProcessorColumn
 from nanoengine.kernels import step_inputs
 from nanoengine.kernels.step_inputs import SlotState
 
@@ -120,7 +120,7 @@ class SlotTables:
     """The tables, and the writes that a step plan brings: they wait for `flush`, which sends them all at once."""
 
     def __init__(
-        self, limits: SlotLimits, stages: Sequence[StagePlan], device: torch.device, *, fused: bool = False
+        self, limits: SlotLimits, processors: Sequence[ProcessorPlan], device: torch.device, *, fused: bool = False
     ) -> None:
         """`fused`: write by a Triton kernel instead of torch operations."""
         self.limits, self.device = limits, device
@@ -147,7 +147,7 @@ class SlotTables:
             return scalars[-1]
 
         self.columns: Mapping[str, Mapping[str, Table]] = {
-            stage.name: {name: column(spec) for name, spec in stage.columns.items()} for stage in stages
+            processor.name: {name: column(spec) for name, spec in processor.columns.items()} for processor in processors
         }
         self.arena.make()
         for table in scalars:
@@ -166,11 +166,11 @@ class SlotTables:
         self.host_greedy = np.ones(n, dtype=np.bool_)
         self.host_num_logprobs = np.full(n, -1, dtype=np.int32)
         self.host_min_tokens = np.zeros(n, dtype=np.bool_)
-        self.host_wants = {stage.name: np.zeros(n, dtype=np.bool_) for stage in stages}
+        self.host_wants = {processor.name: np.zeros(n, dtype=np.bool_) for processor in processors}
         self._zero_temperature = {
-            (stage.name, name): np.zeros(n, dtype=np.bool_)
-            for stage in stages
-            for name, spec in stage.columns.items()
+            (processor.name, name): np.zeros(n, dtype=np.bool_)
+            for processor in processors
+            for name, spec in processor.columns.items()
             if spec.op is StandardOp.TEMPERATURE
         }
 
@@ -207,8 +207,8 @@ class SlotTables:
         self.arena.write(self.first["token_ids"], at, new.token_ids)
         if (new.min_lens > new.prompt_lens).any():  # nobody else's stop set is read
             self.stop_ids.write(slots, new.stop_ids, new.stop_offsets)
-        for stage, tables in self.columns.items():
-            if self.host_wants[stage][new.slots].any():  # else nobody has written there since the last reset
+        for processor, tables in self.columns.items():
+            if self.host_wants[processor][new.slots].any():  # else nobody has written there since the last reset
                 self.arena.will_overlap()
                 for one in tables.values():
                     one.reset(slots)
@@ -222,16 +222,16 @@ class SlotTables:
         for of_slots in (*self.host_wants.values(), *self._zero_temperature.values()):
             of_slots[new.slots] = False
 
-    def set_columns(self, changes: Sequence[StageColumn]) -> None:
+    def set_columns(self, changes: Sequence[ProcessorColumn]) -> None:
         for change in changes:
-            self.host_wants[change.stage][change.slots] = True  # first: what says no is taken to hold the defaults
-            table = self.columns[change.stage][change.column]
+            self.host_wants[change.processor][change.slots] = True  # first: what says no is taken to hold the defaults
+            table = self.columns[change.processor][change.column]
             table.write(change.slots.astype(np.int64), change.values, change.offsets)
             self._set_greedy(change)
 
-    def _set_greedy(self, change: StageColumn) -> None:
+    def _set_greedy(self, change: ProcessorColumn) -> None:
         """A row takes the arg-max from the step on that brings temperature 0, until one brings another."""
-        zero = self._zero_temperature.get((change.stage, change.column))
+        zero = self._zero_temperature.get((change.processor, change.column))
         if zero is None:
             return
         slots = change.slots.astype(np.int64)

@@ -31,7 +31,7 @@ class MemoryReport:
             graph_bytes: what is set aside for graphs. Both 0 where nothing is measured: on a CPU, or where the size of
             the cache is given.
         eager_because: why steps run eagerly although graphs were wanted; "": they do not, or none were wanted.
-        failed_stages: sampler stages that could not be made: name -> cause.
+        failed_processors: logits processors that could not be made: name -> cause.
         phases: how long the runner took for each phase of its start.
     """
 
@@ -46,7 +46,7 @@ class MemoryReport:
     step_bytes: int = 0
     graph_bytes: int = 0
     eager_because: str = ""
-    failed_stages: Mapping[str, str] = field(default_factory=dict)
+    failed_processors: Mapping[str, str] = field(default_factory=dict)
     phases: tuple[Phase, ...] = ()
 
 

@@ -71,27 +71,27 @@ class Draft:
         return writer is not None and blocks.same_block(writer, request, num_hits)
 
 
-def ask_host_stages(request: Request, into: ColumnValues) -> RequestError | None:
-    """Fills in the columns of the request's host-token stages for the token to be drawn; what they raise is returned.
+def ask_host_processors(request: Request, into: ColumnValues) -> RequestError | None:
+    """Fills in the columns of the request's host-token processors for the token to be drawn; returns what they raise.
 
-    A stage is a plugin: whatever goes wrong in it fails this request alone.
+    A processor is a plugin: whatever goes wrong in it fails this request alone.
     """
     values: ColumnValues = {}
-    for stage in request.params.stages:
-        if not stage.params.host_tokens:
+    for processor in request.params.processors:
+        if not processor.params.host_tokens:
             continue
         try:
-            columns = stage.params.host_columns(request.prompt_token_ids, tuple(request.output_token_ids))
+            columns = processor.params.host_columns(request.prompt_token_ids, tuple(request.output_token_ids))
             for column, value in columns.items():
-                if column not in stage.params.columns:
-                    raise KeyError(f"no column {column!r}: {nearest(column, stage.params.columns)}")
-                array = pack_column(stage.name, column, stage.params.columns[column], value)
-                values[stage.name, column] = {request.slot: array}
+                if column not in processor.params.columns:
+                    raise KeyError(f"no column {column!r}: {nearest(column, processor.params.columns)}")
+                array = pack_column(processor.name, column, processor.params.columns[column], value)
+                values[processor.name, column] = {request.slot: array}
         except BaseException as error:
             if not is_failure(error):
                 raise
-            text = f"host_columns() of sampler stage {stage.name!r} raised {described(error)}"
-            failure = RequestError("stage_failed", text + whose(error, type(stage.params), text))
+            text = f"host_columns() of logits processor {processor.name!r} raised {described(error)}"
+            failure = RequestError("processor_failed", text + whose(error, type(processor.params), text))
             failure.__cause__ = error
             return failure
     for key, value in values.items():

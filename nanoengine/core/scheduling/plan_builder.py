@@ -14,7 +14,7 @@ from nanoengine.core.step import (
     Bool,
     Int32,
     NewSlots,
-    StageColumn,
+    ProcessorColumn,
     StepPlan,
     flags,
     i32,
@@ -22,7 +22,7 @@ from nanoengine.core.step import (
     offsets_of,
 )
 
-ColumnValues = dict[tuple[str, str], dict[int, npt.NDArray[Any]]]  # (stage, column) -> slot -> values
+ColumnValues = dict[tuple[str, str], dict[int, npt.NDArray[Any]]]  # (processor, column) -> slot -> values
 
 
 class Prefill(NamedTuple):
@@ -93,7 +93,7 @@ def build_plan(
     Args:
         new: request that enters the device tables -> its tokens that the prefix cache holds.
         grown: request -> index of its first block that the device's table lacks.
-        host_values: columns that host-token stages computed for this step.
+        host_values: columns that host-token processors computed for this step.
         steady: slots and starts of more decode rows, int32 each, in plan order.
     """
     slots, starts = _decode_rows(picks, steady)
@@ -107,7 +107,7 @@ def build_plan(
     return StepPlan(
         step=step,
         new=_new_slots(new) if new else _NO_SLOTS,
-        columns=_stage_columns(new, host_values) if new or host_values else (),
+        columns=_processor_columns(new, host_values) if new or host_values else (),
         appends=_appends(grown) if grown else _NO_APPENDS,
         slots=slots,
         num_decode_rows=num_decode,
@@ -184,24 +184,24 @@ def _new_slots(new: Mapping[Request, int]) -> NewSlots:
     )
 
 
-def _stage_columns(new: Iterable[Request], host_values: ColumnValues) -> tuple[StageColumn, ...]:
-    """One message a column: the packed values of new slots, and over them what host-token stages computed."""
+def _processor_columns(new: Iterable[Request], host_values: ColumnValues) -> tuple[ProcessorColumn, ...]:
+    """One message a column: the packed values of new slots, and over them what host-token processors computed."""
     table: ColumnValues = {}
     for request in new:
-        for stage in request.params.stages:
-            for column, value in stage.columns.items():
-                table.setdefault((stage.name, column), {})[request.slot] = value
+        for processor in request.params.processors:
+            for column, value in processor.columns.items():
+                table.setdefault((processor.name, column), {})[request.slot] = value
     for key, values in host_values.items():
         table.setdefault(key, {}).update(values)
     return tuple(
-        StageColumn(
-            stage=stage,
+        ProcessorColumn(
+            processor=processor,
             column=column,
             slots=i32(list(values)),
             values=np.concatenate([np.atleast_1d(value) for value in values.values()]),
             offsets=offsets_of([np.size(value) for value in values.values()]),
         )
-        for (stage, column), values in table.items()
+        for (processor, column), values in table.items()
     )
 
 

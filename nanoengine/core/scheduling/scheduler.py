@@ -17,7 +17,7 @@ from typing import Literal
 from nanoengine.api.errors import RequestError, engine_failure, is_failure
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.block_manager import BlockManager, Hits
-from nanoengine.core.scheduling.draft import Draft, ask_host_stages, may_read_cache, refuse_misfit
+from nanoengine.core.scheduling.draft import Draft, ask_host_processors, may_read_cache, refuse_misfit
 from nanoengine.core.scheduling.messages import (
     Admission,
     EngineStats,
@@ -61,7 +61,7 @@ class Scheduler:
         self._suspects: set[Request] = set()
         self._pending: list[Update] = []
         self._preempted: list[Preemption] = []  # since the last step
-        self._num_host = 0  # live requests with host-token stages
+        self._num_host = 0  # live requests with host-token processors
         self._next_step = self._added = 0
 
     # The outside's wishes
@@ -97,8 +97,8 @@ class Scheduler:
     def take_updates(self) -> list[Update]:
         """What happened to requests outside of any step's result; to be read after each `schedule`, None or not.
 
-        A request that ended because the cache is full with nothing in flight, failed host-token stages, and those over
-        which `schedule` itself raised.
+        A request that ended because the cache is full with nothing in flight, failed host-token processors, and those
+        over which `schedule` itself raised.
         """
         updates, self._pending = self._pending, []
         return updates
@@ -137,7 +137,7 @@ class Scheduler:
             if not draft.preempted and not self._suspects:
                 self._admit_waiting(draft)
         if self._num_host:
-            self._ask_host_stages(draft)
+            self._ask_host_processors(draft)
 
     def _pick_running(self, draft: Draft) -> None:
         picks, in_flight, suspects = draft.picks, self._in_flight, self._suspects
@@ -277,16 +277,16 @@ class Scheduler:
         if self._roster.free_slots and not self._ends_unadmitted(request):
             self._consider(request, draft)
 
-    def _ask_host_stages(self, draft: Draft) -> None:
+    def _ask_host_processors(self, draft: Draft) -> None:
         for request, num_new in list(draft.picks.items()):
             if not request.host_tokens or request.num_computed + num_new < request.num_tokens:
                 continue
-            error = ask_host_stages(request, draft.host_values)
+            error = ask_host_processors(request, draft.host_values)
             if error is not None:
                 self._fail(request, draft, error)
 
     def _fail(self, request: Request, draft: Draft, error: BaseException) -> None:
-        """Over this request something raised, or its stage failed: it gets no row, and its update says why."""
+        """Over this request something raised, or its processor failed: it gets no row, and its update says why."""
         draft.drop(request)
         self._remove(request)
         failure = error if isinstance(error, RequestError) else engine_failure(error)

@@ -18,7 +18,7 @@ import yaml
 from nanoengine import __version__
 from nanoengine.api.errors import ConfigError, nearest
 from nanoengine.cli.common import DebugOption, answer, user_errors
-from nanoengine.params.sampling_fields import CORE_TYPES, STAGE_MEMBERS
+from nanoengine.params.sampling_fields import CORE_TYPES, PROCESSOR_MEMBERS
 from nanoengine.setup.plugins.discover import Registered, Registry, discover
 
 _NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
@@ -35,13 +35,13 @@ class PartKind(StrEnum):
 
 _SUMMARIES = {
     PartKind.MODEL: "A model",
-    PartKind.SAMPLER: "A sampler stage",
+    PartKind.SAMPLER: "A logits processor",
     PartKind.ATTENTION: "An attention backend",
     PartKind.COMMAND: "A command",
 }
 _CLASSES = {
     PartKind.MODEL: ("Model", "Config", "Layer", "Attention"),
-    PartKind.SAMPLER: ("Stage", "Params"),
+    PartKind.SAMPLER: ("Processor", "Params"),
     PartKind.ATTENTION: ("Backend",),
     PartKind.COMMAND: (),
 }
@@ -154,9 +154,9 @@ def _check_free(kind: PartKind, names: Names, registry: Registry) -> None:
     if kind is PartKind.SAMPLER:
         params = [(found, each.name) for found in registry.samplers.values() for each in _fields(found.spec.params)]
         taken = {field: f"a parameter of {found.origin}" for found, field in params}
-        taken |= {found.spec.name: f"a sampler stage of {found.origin}" for found in registry.samplers.values()}
+        taken |= {found.spec.name: f"a logits processor of {found.origin}" for found in registry.samplers.values()}
         taken |= dict.fromkeys(CORE_TYPES, "a field of SamplingParams")
-        taken |= dict.fromkeys(STAGE_MEMBERS, "a member of StageParams")
+        taken |= dict.fromkeys(PROCESSOR_MEMBERS, "a member of ProcessorParams")
         taken |= dict.fromkeys(("float", "self"), "a word of the code that is written")
         wanted = names.word
     else:

@@ -11,7 +11,7 @@ from typing import Any, cast, get_args
 
 from nanoengine.api.attention import AttentionBackend, AttentionNeed
 from nanoengine.api.errors import NanoEngineError, described, is_failure
-from nanoengine.api.processors import SamplerStage
+from nanoengine.api.processors import LogitsProcessor
 from nanoengine.api.sources import ModelSource
 from nanoengine.core.options import EngineOptions
 from nanoengine.lab.doctor.findings import Finding, Level, Verdict
@@ -29,13 +29,13 @@ def plugins(registry: Registry, *, load: bool, sampler: frozenset[str] = frozens
 
     Args:
         load: import each part's class too, which takes torch.
-        sampler: parameters that are set; a stage that one of them belongs to must load.
+        sampler: parameters that are set; a processor that one of them belongs to must load.
     """
     for failure in registry.failures:
         yield _plugin(
             name=str(failure.origin),
             level="warning",
-            text=f"failed at {failure.stage}: {failure.cause}",
+            text=f"failed at {failure.at}: {failure.cause}",
             mend=failure.origin.mend,
             detail=failure.traceback,
         )
@@ -43,10 +43,10 @@ def plugins(registry: Registry, *, load: bool, sampler: frozenset[str] = frozens
         fatal = conflict.kind in _ALWAYS_USED
         yield _plugin(name=conflict.name, level="error" if fatal else "warning", text=str(conflict))
     try:
-        registry.stages()
+        registry.processors()
     except NanoEngineError as error:
         if not any(conflict.kind == "samplers" for conflict in registry.conflicts):
-            yield _plugin(name="sampler stages", level="error", text=str(error))
+            yield _plugin(name="logits processors", level="error", text=str(error))
     for kind in get_args(Kind):
         for found in getattr(registry, kind).values():
             names = {f.name for f in fields(cast(Any, found.spec.params))} if kind == "samplers" else set()
@@ -90,7 +90,7 @@ def _base(kind: Kind) -> type[Any]:
 
     bases: dict[Kind, type[Any]] = {
         "models": Model,
-        "samplers": SamplerStage,
+        "samplers": LogitsProcessor,
         "attention_backends": AttentionBackend,
         "model_sources": ModelSource,
     }

@@ -1,8 +1,8 @@
-"""The built-in sampler stages, one a file. This module is torch-free: stages are named by target."""
+"""The built-in logits processors, one a file. This module is torch-free: processors are named by target."""
 
 from __future__ import annotations
 
-from nanoengine.api import SamplerSpec, StageParams, hookimpl
+from nanoengine.api import ProcessorParams, SamplerSpec, hookimpl
 from nanoengine.plugins.samplers import params
 
 
@@ -20,5 +20,5 @@ def register_samplers() -> list[SamplerSpec]:
     ]
 
 
-def _spec(name: str, parameters: type[StageParams], stage: str) -> SamplerSpec:
-    return SamplerSpec(name=name, params=parameters, target=f"{__name__}.{name}:{stage}", api=1)
+def _spec(name: str, parameters: type[ProcessorParams], processor: str) -> SamplerSpec:
+    return SamplerSpec(name=name, params=parameters, target=f"{__name__}.{name}:{processor}", api=1)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nanoengine.api import Phase, SamplerStage, StageRows
+from nanoengine.api import LogitsProcessor, Phase, ProcessorRows
 from nanoengine.kernels.sampling import NEG_INF, filled
 
 
-class AllowedTokenIds(SamplerStage):
+class AllowedTokenIds(LogitsProcessor):
     phase = Phase.MASK
 
-    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+    def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:
         ids = rows.ragged("ids")
         # Behind a list's end stands its first id again: allowing that twice changes nothing.
         repeated = torch.where(filled(ids.counts, ids.values.shape[1]), ids.values, ids.values[:, :1])

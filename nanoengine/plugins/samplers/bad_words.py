@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nanoengine.api import Need, Phase, SamplerStage, StageRows
+from nanoengine.api import LogitsProcessor, Need, Phase, ProcessorRows
 from nanoengine.kernels.sampling import filled, forbid_
 
 
-class BadWords(SamplerStage):
+class BadWords(LogitsProcessor):
     phase = Phase.MASK
     needs = frozenset({Need.TOKEN_IDS})
 
-    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+    def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:
         """W entries a row: the tokens of all its sequences, one sequence behind the other."""
         assert rows.token_ids is not None
         tokens, counts = rows.ragged("tokens").values, rows.ragged("tokens").counts

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nanoengine.api import Phase, SamplerStage, StageRows
+from nanoengine.api import LogitsProcessor, Phase, ProcessorRows
 from nanoengine.kernels.sampling import filled
 
 
-class LogitBias(SamplerStage):
+class LogitBias(LogitsProcessor):
     phase = Phase.BIAS
 
-    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+    def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:
         ids, bias = rows.ragged("ids"), rows.ragged("bias")
         # -0.0 is the number whose sum with any other leaves that one's bits as they are.
         added = torch.where(filled(bias.counts, bias.values.shape[1]), bias.values, -0.0)

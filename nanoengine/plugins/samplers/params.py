@@ -1,4 +1,4 @@
-"""Parameters of the built-in stages: names, defaults and meaning as in vLLM. Torch-free."""
+"""Parameters of the built-in processors: names, defaults and meaning as in vLLM. Torch-free."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from nanoengine.api import ColumnSpec, ParamsContext, ParamsError, StageParams, StandardOp
+from nanoengine.api import ColumnSpec, ParamsContext, ParamsError, ProcessorParams, StandardOp
 
 _GREEDY_BELOW = 1e-5
 """A temperature under this is greedy, as in vLLM: logits divided by it would leave float32."""
@@ -15,7 +15,7 @@ _TOO_LARGE = 1e30
 
 
 @dataclass(frozen=True)
-class TemperatureParams(StageParams):
+class TemperatureParams(ProcessorParams):
     """temperature: 0 takes the likeliest token; higher is more random."""
 
     temperature: float = 1.0
@@ -33,7 +33,7 @@ class TemperatureParams(StageParams):
 
 
 @dataclass(frozen=True)
-class TopKParams(StageParams):
+class TopKParams(ProcessorParams):
     """top_k: only the k likeliest tokens; 0 or -1: all."""
 
     top_k: int = 0
@@ -51,7 +51,7 @@ class TopKParams(StageParams):
 
 
 @dataclass(frozen=True)
-class TopPParams(StageParams):
+class TopPParams(ProcessorParams):
     """top_p: only the likeliest tokens that together hold this share, the crossing one included; 1: all."""
 
     top_p: float = 1.0
@@ -65,7 +65,7 @@ class TopPParams(StageParams):
 
 
 @dataclass(frozen=True)
-class MinPParams(StageParams):
+class MinPParams(ProcessorParams):
     """min_p: only tokens at least this likely in relation to the likeliest; 0: all."""
 
     min_p: float = 0.0
@@ -79,7 +79,7 @@ class MinPParams(StageParams):
 
 
 @dataclass(frozen=True)
-class PenaltyParams(StageParams):
+class PenaltyParams(ProcessorParams):
     """Penalties on tokens seen before.
 
     repetition_penalty divides positive logits and multiplies negative ones, of tokens in prompt or output.
@@ -105,7 +105,7 @@ class PenaltyParams(StageParams):
 
 
 @dataclass(frozen=True)
-class LogitBiasParams(StageParams):
+class LogitBiasParams(ProcessorParams):
     """logit_bias: {token id: what is added to its logit}; -inf removes it."""
 
     logit_bias: Mapping[int, float] | None = None
@@ -129,7 +129,7 @@ class LogitBiasParams(StageParams):
 
 
 @dataclass(frozen=True)
-class AllowedTokenIdsParams(StageParams):
+class AllowedTokenIdsParams(ProcessorParams):
     """allowed_token_ids: no other token is ever drawn."""
 
     allowed_token_ids: tuple[int, ...] | None = None
@@ -147,7 +147,7 @@ class AllowedTokenIdsParams(StageParams):
 
 
 @dataclass(frozen=True)
-class BadWordsParams(StageParams):
+class BadWordsParams(ProcessorParams):
     """bad_words: words whose last token is not drawn where it would complete them in the output.
 
     A word is looked for in each form that the tokenizer gives it: with a space before it and without, at the start of a

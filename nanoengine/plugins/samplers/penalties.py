@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nanoengine.api import Need, Phase, SamplerStage, StageRows
+from nanoengine.api import LogitsProcessor, Need, Phase, ProcessorRows
 
 
-class Penalties(SamplerStage):
+class Penalties(LogitsProcessor):
     phase = Phase.PENALTY
     needs = frozenset({Need.OUTPUT_COUNTS, Need.PROMPT_MASK})
     sharded = True
 
-    def apply(self, logits: Tensor, rows: StageRows) -> Tensor:
+    def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:
         counts, in_prompt = rows.output_counts, rows.prompt_mask
         assert counts is not None
         assert in_prompt is not None

@@ -23,7 +23,7 @@ from nanoengine.setup.config.composer import Composed, Root, SearchPath, Shortha
 from nanoengine.setup.config.composer.yaml_file import ConfigFile, KeyPath, dotted, not_a_file
 from nanoengine.setup.config.engine_options import dtype_hint
 from nanoengine.setup.config.prompts import PromptFile, Prompts, check_prompts
-from nanoengine.setup.config.sampler_section import Stages, check_sampler, sampler_stages
+from nanoengine.setup.config.sampler_section import Processors, check_sampler, logits_processors
 from nanoengine.setup.plugins.discover import discover
 from nanoengine.setup.plugins.registry import Kind, Registry
 from nanoengine.setup.plugins.sources import with_revision
@@ -168,8 +168,8 @@ def _shorthands(registry: Registry) -> Mapping[str, Shorthand]:
 
 
 def _checked(composed: Composed, registry: Registry, label: str) -> RunConfig:
-    stages = sampler_stages(registry)
-    _check_keys(composed, list(legal_fields(stages)), registry.suspects("samplers"))
+    processors = logits_processors(registry)
+    _check_keys(composed, list(legal_fields(processors)), registry.suspects("samplers"))
     data = composed.data
     for name in ("engine", "sampler"):
         if isinstance(data.get(name), str):
@@ -186,7 +186,7 @@ def _checked(composed: Composed, registry: Registry, label: str) -> RunConfig:
         model=_section(composed, "model"),
         attention=_section(composed, "attention"),
         engine=_section(composed, "engine"),
-        sampler=_sampler(composed, stages),
+        sampler=_sampler(composed, processors),
         prompts=check_prompts(data.get("prompts"), lambda path: composed.origin(("prompts", *path))),
         output=_value(composed, ("output",), str | None, data.get("output")),
         chat=_value(composed, ("chat",), bool, data.get("chat", True)),
@@ -196,11 +196,11 @@ def _checked(composed: Composed, registry: Registry, label: str) -> RunConfig:
     return config
 
 
-def _sampler(composed: Composed, stages: Stages) -> Mapping[str, Any] | None:
+def _sampler(composed: Composed, processors: Processors) -> Mapping[str, Any] | None:
     given = composed.data.get("sampler")
     if given is None:
         return None
-    return MappingProxyType(check_sampler(given, stages, lambda *key: composed.origin(("sampler", *key))))
+    return MappingProxyType(check_sampler(given, processors, lambda *key: composed.origin(("sampler", *key))))
 
 
 def _check_whole(config: RunConfig, composed: Composed, registry: Registry) -> None:

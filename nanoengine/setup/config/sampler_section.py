@@ -6,20 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nanoengine.api.errors import ConfigError, ParamsError
-from nanoengine.api.specs import StageParams
+from nanoengine.api.specs import ProcessorParams
 from nanoengine.params.field_types import conform
-from nanoengine.params.sampling_fields import CORE_TYPES, CoreFields, legal_fields, stage_types
+from nanoengine.params.sampling_fields import CORE_TYPES, CoreFields, legal_fields, processor_types
 from nanoengine.setup.plugins.registry import Registry
 
-Stages = Sequence[tuple[str, type[StageParams]]]
+Processors = Sequence[tuple[str, type[ProcessorParams]]]
 
 
-def sampler_stages(registry: Registry) -> Stages:
-    """Name and parameters of every registered stage. Raises `PluginError` where two of them clash."""
-    return [(found.spec.name, found.spec.params) for found in registry.stages()]
+def logits_processors(registry: Registry) -> Processors:
+    """Name and parameters of every registered processor. Raises `PluginError` where two of them clash."""
+    return [(found.spec.name, found.spec.params) for found in registry.processors()]
 
 
-def check_sampler(given: Any, stages: Stages, origin: Callable[..., str]) -> dict[str, Any]:
+def check_sampler(given: Any, processors: Processors, origin: Callable[..., str]) -> dict[str, Any]:
     """The section's values, of the right types and in range.
 
     `origin(key)` tells who gave a key, `origin()` who gave the section. Raises `ConfigError`; keys are known to be
@@ -27,7 +27,7 @@ def check_sampler(given: Any, stages: Stages, origin: Callable[..., str]) -> dic
     """
     if not isinstance(given, Mapping):
         raise ConfigError(f"{origin()}: sampler must be a mapping of sampling parameters, not {given!r}")
-    legal = legal_fields(stages)
+    legal = legal_fields(processors)
     values: dict[str, Any] = {}
     for key, value in given.items():
         try:
@@ -35,7 +35,7 @@ def check_sampler(given: Any, stages: Stages, origin: Callable[..., str]) -> dic
         except ParamsError as error:
             raise ConfigError(f"{origin(key)}: {error}") from error
     owners: list[tuple[type[Any], Mapping[str, Any]]] = [(CoreFields, CORE_TYPES)]
-    for owner, names in [*owners, *((params, stage_types(name, params)) for name, params in stages)]:
+    for owner, names in [*owners, *((params, processor_types(name, params)) for name, params in processors)]:
         try:
             owner(**{key: value for key, value in values.items() if key in names})
         except ParamsError as error:

@@ -58,7 +58,7 @@ def discover(plugin_files: Sequence[str | Path] = (), *, extra: Sequence[tuple[s
 
 
 def _installed() -> list[EntryPoint]:
-    """nanoengine's own first, then by distribution and name: the order of stages must not hang on sys.path."""
+    """nanoengine's own first, then by distribution and name: the order of processors must not hang on sys.path."""
 
     def order(entry: EntryPoint) -> tuple[bool, str, str]:
         name = entry.dist.name if entry.dist else ""
@@ -156,9 +156,7 @@ class _Search:
         else:
             self.roots.append((root, origin))
 
-    def _fail(
-        self, origin: Origin, stage: str, error: BaseException, *, provides: tuple[str, str] | None = None
-    ) -> None:
+    def _fail(self, origin: Origin, at: str, error: BaseException, *, provides: tuple[str, str] | None = None) -> None:
         """Raises `error` again if it is no plugin's failure: Ctrl-C, say."""
         if not is_failure(error):
             raise error
@@ -166,7 +164,7 @@ class _Search:
         self.failures.append(
             Failure(
                 origin=origin,
-                stage=stage,
+                at=at,
                 error_type=type(error).__name__,
                 message=text_of(error),
                 traceback="" if own else _tail(error),

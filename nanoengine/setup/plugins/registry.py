@@ -27,7 +27,7 @@ S = TypeVar("S", bound=Spec, covariant=True)
 
 KIND_WORDS: Mapping[str, str] = {
     "models": "model",
-    "samplers": "sampler stage",
+    "samplers": "logits processor",
     "attention_backends": "attention backend",
     "model_sources": "model source",
     "commands": "command",
@@ -48,13 +48,13 @@ class Failure:
 
     Attributes:
         origin: whose fault it is.
-        stage: what was being done: "import", "register", a hook's name, or a spec's kind and name.
+        at: what was being done: "import", "register", a hook's name, or a spec's kind and name.
         error_type, message: the exception's. traceback: its last frames, as text; "" for a check of ours.
         provides: (kind, name) of the part it stands for; None where that is not known.
     """
 
     origin: Origin
-    stage: str
+    at: str
     error_type: str
     message: str
     traceback: str = ""
@@ -65,7 +65,7 @@ class Failure:
         return f"{self.error_type}: {self.message}"
 
     def __str__(self) -> str:
-        return f"{self.origin} failed at {self.stage}: {self.cause}"
+        return f"{self.origin} failed at {self.at}: {self.cause}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,10 +153,10 @@ class Registry:
             )
         return found
 
-    def stages(self) -> tuple[Registered[SamplerSpec], ...]:
-        """Every sampler stage: all of them are open to each request, so a clash among them is always fatal.
+    def processors(self) -> tuple[Registered[SamplerSpec], ...]:
+        """Every logits processor: all of them are open to each request, so a clash among them is always fatal.
 
-        Raises `PluginError` where two stages share a name or a parameter, naming both.
+        Raises `PluginError` where two processors share a name or a parameter, naming both.
         """
         self._refuse_conflicts("samplers")
         owners: dict[str, Registered[SamplerSpec]] = {}
@@ -187,7 +187,7 @@ class Registry:
         might = [
             failure
             for failure in self.failures
-            if failure.stage in ("import", "register", hook)
+            if failure.at in ("import", "register", hook)
             or (failure.provides is not None and failure.provides[0] == kind)
         ]
         return "".join(f". It may be missing because {failure}" for failure in might)
@@ -210,5 +210,5 @@ def _one_too_many(claims: Sequence[Registered[Any]]) -> str:
 
 
 def _both_claim(parameter: str, one: Registered[SamplerSpec], other: Registered[SamplerSpec]) -> str:
-    who = " and ".join(f"sampler stage {each.spec.name!r} of {each.origin}" for each in (one, other))
+    who = " and ".join(f"logits processor {each.spec.name!r} of {each.origin}" for each in (one, other))
     return f"sampling parameter {parameter!r} is claimed by {who}; {_one_too_many((one, other))}"

@@ -16,9 +16,9 @@ from nanoengine.api.specs import (
     CommandSpec,
     ModelSourceSpec,
     ModelSpec,
+    ProcessorParams,
     SamplerSpec,
     Spec,
-    StageParams,
     StandardOp,
 )
 from nanoengine.params.sampling_fields import legal_fields
@@ -78,7 +78,7 @@ def check_spec(spec: Any) -> None:
         _check_columns(spec.params)
 
 
-def _check_columns(params: type[StageParams]) -> None:
+def _check_columns(params: type[ProcessorParams]) -> None:
     columns: object = params.columns
     if not isinstance(columns, Mapping) or not all(isinstance(name, str) for name in columns):
         raise PluginError(f"{params.__qualname__}.columns must map names to ColumnSpecs, not be {shown(columns)}")
@@ -102,14 +102,14 @@ def _check_columns(params: type[StageParams]) -> None:
 
 
 def _check_op(where: str, column: ColumnSpec, op: StandardOp) -> None:
-    """The core computes standard operations for all rows of a batch at once, those that do not want the stage too."""
+    """The core computes standard operations for all rows of a batch at once, also those that do not want them."""
     dtype, inert = _OPS[op]
     if column.ragged or column.dtype != dtype:
         raise PluginError(f"{where}: {op.name} takes one {dtype} a slot, so it must be a scalar column of that dtype")
     if column.default not in inert:
         raise PluginError(
             f"{where}.default is {column.default!r}, which {op.name} does not leave as it is: rows that do not want "
-            f"the stage hold it; use {inert[0]}"
+            f"the processor hold it; use {inert[0]}"
         )
 
 
@@ -134,7 +134,7 @@ def _is_names(value: object) -> bool:
 
 
 def _is_params(value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, StageParams) and dataclasses.is_dataclass(value)
+    return isinstance(value, type) and issubclass(value, ProcessorParams) and dataclasses.is_dataclass(value)
 
 
 _FIELD_CHECKS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
@@ -142,7 +142,7 @@ _FIELD_CHECKS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "target": ("of the form 'package.module:Class'", lambda v: isinstance(v, str) and bool(_TARGET.fullmatch(v))),
     "api": ("an integer", _is_int),
     "architectures": ("a tuple of architecture names", lambda v: _is_names(v) and bool(v)),
-    "params": ("a dataclass derived from StageParams", _is_params),
+    "params": ("a dataclass derived from ProcessorParams", _is_params),
     "preference": ("an integer", _is_int),
     "order": ("an integer", _is_int),
     "requires": ("a tuple of module names", _is_names),

@@ -24,7 +24,7 @@ class StartReport:
     process: from the operating system's start of the process to the first line that asks for the engine (interpreter,
     configuration). import: torch and the engine's own modules. plugins: discovery. model source: finding the model, or
     fetching and converting it. choice: reading its config and choosing the parts. tokenizer: loading it. device: the
-    GPU's context. weights: model and weights. buffers: attention backends, slot tables, sampler stages. profile: the
+    GPU's context. weights: model and weights. buffers: attention backends, slot tables, logits processors. profile: the
     largest step, for its memory; compiles kernels. kv cache: allocating it. capture: CUDA graphs; compiles the rest.
     workers: starting processes, where ranks have their own. engine: scheduler, outputs, defaults.
 

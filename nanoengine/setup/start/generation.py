@@ -82,7 +82,7 @@ def read_generation_defaults(
     """generation_config.json if there is one, else config.json, and the tokenizer's own EOS.
 
     Args:
-        legal: the parameter names of the installed stages; a default for another stage is reported.
+        legal: the parameter names of the installed processors; a default for another processor is reported.
         has_tokenizer: whether stop strings can be found. vocab_size, max_model_len: tokens and positions that there
             are; None: not known.
 

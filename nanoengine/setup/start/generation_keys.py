@@ -34,7 +34,7 @@ HARMLESS: Mapping[str, tuple[Any, ...] | None] = {
     "top_h": (1.0,), "top_k": (0,), "top_p": (1.0,), "typical_p": (1.0,), "watermarking_config": ({},),
 }  # fmt: skip
 
-_NO_STAGE = "no installed sampler stage has it"
+_NO_PROCESSOR = "no installed logits processor has it"
 _NO_BEAMS = "there is no beam search"
 
 # What a key asks for, and what to do instead.
@@ -63,10 +63,10 @@ MEANING: Mapping[str, str] = {
     "penalty_alpha": "there is no contrastive search",
     "sequence_bias": "sequences have no bias; logit_bias has one for single tokens",
     "stop_strings": "there is no tokenizer to find them with",
-    "suppress_tokens": _NO_STAGE,
+    "suppress_tokens": _NO_PROCESSOR,
     "token_healing": "the prompt's last token stays as it is",
     "top_h": "tokens are not cut off by entropy; min_p or top_p is near to it",
     "typical_p": "there is no typical sampling; top_p is near to it",
     "watermarking_config": "output carries no watermark",
-    **dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "do_sample"), _NO_STAGE),
+    **dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "do_sample"), _NO_PROCESSOR),
 }

@@ -20,7 +20,7 @@ from nanoengine.core.execution.step_inputs import decode_plan
 from nanoengine.core.step import Int32, StepPlan
 
 LOGPROBS = 20  # asked for at each position; as many as other engines allow
-_STAGE_COPIES = 2  # [rows, vocabulary] float32 that a sampler stage may make beside the logits
+_PROCESSOR_COPIES = 2  # [rows, vocabulary] float32 that a logits processor may make beside the logits
 
 
 def largest_prefill(limits: BatchLimits) -> StepPlan:
@@ -56,7 +56,7 @@ def largest_steps(
     """What to run: the largest prefill, and the most that sampling may ask for.
 
     That is the largest prefill with prompt log-probs; and a draw with log-probs for every row, beside the history that
-    the sampler's stages may need and what they may make of it. No stage of a plugin is run: a broken one must cost
+    the sampler's processors may need and what they may make of it. No plugin's processor is run: a broken one must cost
     only who uses it.
 
     Args:
@@ -96,15 +96,15 @@ def _num_logprobs(tables: SlotTables) -> int:
 @contextmanager
 def _asking(tables: SlotTables, sampler: Sampler, *, draws: bool) -> Iterator[None]:
     """Every slot wants log-probs and, if `draws`, each standard operation."""
-    stages = {stage for stage, _ in sampler.standard_columns.values()} if draws else set()
+    processors = {processor for processor, _ in sampler.standard_columns.values()} if draws else set()
 
     def ask(wanted: bool) -> None:
         tables.host_num_logprobs.fill(_num_logprobs(tables) if wanted else -1)
         if draws:
             tables.host_greedy.fill(not wanted)
             tables.greedy.fill_(not wanted)
-        for stage in stages:
-            tables.host_wants[stage].fill(wanted)
+        for processor in processors:
+            tables.host_wants[processor].fill(wanted)
 
     ask(True)
     try:
@@ -115,13 +115,13 @@ def _asking(tables: SlotTables, sampler: Sampler, *, draws: bool) -> Iterator[No
 
 @contextmanager
 def _history(tables: SlotTables, sampler: Sampler, rows: int) -> Iterator[None]:
-    """The tables that stages need, and the rows of them that a step takes out."""
+    """The tables that processors need, and the rows of them that a step takes out."""
     taken = [
         tables.history(need)[:rows].clone() for need in sorted(sampler.needs & {Need.OUTPUT_COUNTS, Need.PROMPT_MASK})
     ]
     if sampler.needs:
         shape = (rows, tables.limits.vocab_size)
-        taken += [torch.empty(shape, device=tables.device) for _ in range(_STAGE_COPIES)]
+        taken += [torch.empty(shape, device=tables.device) for _ in range(_PROCESSOR_COPIES)]
     try:
         yield
     finally:

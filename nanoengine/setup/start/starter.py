@@ -13,7 +13,7 @@ from nanoengine.api.errors import ModelError, NanoEngineError, is_out_of_memory
 from nanoengine.api.model import Attention, Model
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.plugin_calls import name_of, plugin_call
-from nanoengine.api.processors import StageContext
+from nanoengine.api.processors import ProcessorContext
 from nanoengine.core.execution.graphs import capture_sizes
 from nanoengine.core.execution.runner import ModelRunner, RunnerParts, on_device, release, release_caches
 from nanoengine.core.execution.sampler import Sampler
@@ -38,8 +38,8 @@ from nanoengine.setup.start.memory import (
     peak_bytes,
     weights_misfit,
 )
+from nanoengine.setup.start.processors import build_processors
 from nanoengine.setup.start.shortage import with_less
-from nanoengine.setup.start.stages import build_stages
 from nanoengine.setup.start.weights import dummy_weights, load_weights
 
 
@@ -146,13 +146,13 @@ class _Start:
             num_groups=len(self.layers),
             max_blocks=limits.max_blocks,
         )
-        ctx = StageContext(slot_limits.max_slots, vocab_size, limits.max_model_len, self.device)
-        stages = build_stages(self.plan.stages, self.loader, ctx)
-        self.failed_stages = stages.failed
-        tables = SlotTables(slot_limits, [plan for plan, _ in stages.working], self.device, fused=self.fused)
+        ctx = ProcessorContext(slot_limits.max_slots, vocab_size, limits.max_model_len, self.device)
+        processors = build_processors(self.plan.processors, self.loader, ctx)
+        self.failed_processors = processors.failed
+        tables = SlotTables(slot_limits, [plan for plan, _ in processors.working], self.device, fused=self.fused)
         buffers = StepBuffers(limits, len(self.layers), self.device, fused=self.fused)
         kernels = self.fused and options.fuse_sampling
-        sampler = Sampler(stages.working, vocab_size, fuse=options.fuse_sampling, kernels=kernels)
+        sampler = Sampler(processors.working, vocab_size, fuse=options.fuse_sampling, kernels=kernels)
         supported = self.backend_class.capabilities.graphs
         sizes = capture_sizes(options, limits, supported, fused=self.fused, tail=self.fused)
         return ModelRunner(
@@ -195,7 +195,7 @@ class _Start:
             max_num_batched_tokens=limits.max_tokens,
             step_bytes=self._measured[0],
             graph_bytes=self._measured[1],
-            failed_stages=self.failed_stages,
+            failed_processors=self.failed_processors,
         )
 
     def _allocate(self, num_blocks: int) -> None:

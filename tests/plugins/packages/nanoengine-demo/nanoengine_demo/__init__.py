@@ -1,4 +1,4 @@
-"""A third-party package: a model, a sampler stage with a parameter of its own, and two config files."""
+"""A third-party package: a model, a logits processor with a parameter of its own, and two config files."""
 
 from nanoengine.api import ModelSpec, SamplerSpec, hookimpl
 from nanoengine_demo.params import EvenOnlyParams
@@ -11,7 +11,7 @@ def register_models():
 
 @hookimpl
 def register_samplers():
-    return [SamplerSpec(name="even_only", params=EvenOnlyParams, target="nanoengine_demo.stage:EvenOnly", api=1)]
+    return [SamplerSpec(name="even_only", params=EvenOnlyParams, target="nanoengine_demo.processor:EvenOnly", api=1)]
 
 
 @hookimpl

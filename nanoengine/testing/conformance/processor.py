@@ -1,4 +1,4 @@
-"""`check_stage`: a sampler stage by itself, in mixed batches, on a part of the vocabulary, and in the engine."""
+"""`check_processor`: a logits processor by itself, in mixed batches, on a part of the vocabulary, and in the engine."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanoengine.api import ParamsError, SamplerSpec, SamplerStage, StageContext, StageParams, hookimpl
+from nanoengine.api import LogitsProcessor, ParamsError, ProcessorContext, ProcessorParams, SamplerSpec, hookimpl
 from nanoengine.api.errors import described, is_failure
-from nanoengine.core.options import StagePlan
+from nanoengine.core.options import ProcessorPlan
 from nanoengine.params.sampling_params import ParamsResolver, SamplingParams
 from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.plugins.validation import check_spec
-from nanoengine.setup.start.stages import build_stages
+from nanoengine.setup.start.processors import build_processors
 from nanoengine.testing.conformance.failure import ConformanceError, during, require, require_close
-from nanoengine.testing.conformance.stage_rows import Batch, Row, columns_of
+from nanoengine.testing.conformance.processor_rows import Batch, Row, columns_of
 
 _MAX_LEN = 32
-_SPLIT = 0.4  # where the vocabulary is cut for a sharded stage
+_SPLIT = 0.4  # where the vocabulary is cut for a sharded processor
 _HISTORIES = ((3, 0), (6, 4), (9, 7))  # prompt and output lengths of the rows of each example
 
 
@@ -43,10 +43,10 @@ class _Vocabulary:
         return [ord(character) % self.vocab_size for character in text]
 
 
-def check_stage(
+def check_processor(
     spec: SamplerSpec, *examples: Mapping[str, Any], refused: Sequence[Mapping[str, Any]] = (), vocab_size: int = 97
 ) -> None:
-    """What the engine relies on in a stage and its parameters.
+    """What the engine relies on in a processor and its parameters.
 
     Args:
         spec: what the plugin's `register_samplers` returns.
@@ -55,24 +55,26 @@ def check_stage(
 
     Raises `ConformanceError` saying what was wrong.
     """
-    require(bool(examples), f"give check_stage an example of {spec.name!r}: values of its fields that have an effect")
-    with during(f"sampler stage {spec.name!r}"):
+    require(
+        bool(examples), f"give check_processor an example of {spec.name!r}: values of its fields that have an effect"
+    )
+    with during(f"logits processor {spec.name!r}"):
         check_spec(spec)
         _check_imports(spec)
         _check_params(spec.params, examples)
         resolver = ParamsResolver([(spec.name, spec.params)], _Vocabulary(vocab_size), frozenset())
         _check_refused(resolver, refused)
-        stage = _make(spec, vocab_size, "cpu")
+        processor = _make(spec, vocab_size, "cpu")
         batch = _batch(spec, resolver, examples, vocab_size)
-        out = _check_apply(stage, batch, examples)
-        _check_rows_alone(stage, batch, out)
-        if stage.argmax_invariant:
+        out = _check_apply(processor, batch, examples)
+        _check_rows_alone(processor, batch, out)
+        if processor.argmax_invariant:
             for shift in range(4):  # the likeliest tokens close together, and each in turn another id
                 each = replace(batch, logits=0.03 * batch.logits.roll(shift, -1))
-                same = torch.equal(_apply(stage, each).argmax(-1), each.logits.argmax(-1))
+                same = torch.equal(_apply(processor, each).argmax(-1), each.logits.argmax(-1))
                 require(same, "argmax_invariant is set, but apply() changes which token is the likeliest")
-        if stage.sharded:
-            _check_shards(stage, batch, out)
+        if processor.sharded:
+            _check_shards(processor, batch, out)
         _check_no_waiting(_make(spec, vocab_size, "meta"), batch)
         _check_engine(spec, examples, vocab_size)
 
@@ -91,7 +93,7 @@ def _check_imports(spec: SamplerSpec) -> None:
     )
 
 
-def _check_params(params: type[StageParams], examples: Sequence[Mapping[str, Any]]) -> None:
+def _check_params(params: type[ProcessorParams], examples: Sequence[Mapping[str, Any]]) -> None:
     plain = params()
     require(not plain.active(), f"{params.__name__}() is active: each field's default must be inert")
     for example in examples:
@@ -107,19 +109,19 @@ def _check_refused(resolver: ParamsResolver, refused: Sequence[Mapping[str, Any]
         require(False, f"{_shown(values)} was not refused: raise ParamsError in __post_init__ or in pack()")
 
 
-def _make(spec: SamplerSpec, vocab_size: int, device: str) -> SamplerStage:
-    ctx = StageContext(max_slots=16, vocab_size=vocab_size, max_model_len=_MAX_LEN, device=torch.device(device))
-    plan = StagePlan(name=spec.name, target=spec.target, columns=spec.params.columns)
-    built = build_stages([plan], TargetLoader(), ctx)
+def _make(spec: SamplerSpec, vocab_size: int, device: str) -> LogitsProcessor:
+    ctx = ProcessorContext(max_slots=16, vocab_size=vocab_size, max_model_len=_MAX_LEN, device=torch.device(device))
+    plan = ProcessorPlan(name=spec.name, target=spec.target, columns=spec.params.columns)
+    built = build_processors([plan], TargetLoader(), ctx)
     require(not built.failed, f"on device {device!r}: {built.failed.get(spec.name)}")
-    ((_, stage),) = built.working
-    return stage
+    ((_, processor),) = built.working
+    return processor
 
 
 def _batch(
     spec: SamplerSpec, resolver: ParamsResolver, examples: Sequence[Mapping[str, Any]], vocab_size: int
 ) -> Batch:
-    """Three rows of each example with histories of their own, and three that do not want the stage, shuffled."""
+    """Three rows of each example with histories of their own, and three that do not want the processor, shuffled."""
     random = torch.Generator().manual_seed(11)
 
     def tokens(count: int) -> list[int]:
@@ -130,19 +132,19 @@ def _batch(
         resolved = resolver.resolve(SamplingParams(**example))
         for prompt, output in _HISTORIES:
             history = tokens(prompt), tokens(output)
-            packed = columns_of(spec.params, resolved.stages, *history)
+            packed = columns_of(spec.params, resolved.processors, *history)
             rows.append(Row(*history, packed, number if example else -1))
     order = torch.randperm(len(rows), generator=random).tolist()
     logits = 3 * torch.randn(len(rows), vocab_size, generator=random)
     return Batch.of([rows[i] for i in order], spec.params.columns, logits, _MAX_LEN)
 
 
-def _check_apply(stage: SamplerStage, batch: Batch, examples: Sequence[Mapping[str, Any]]) -> Tensor:
-    out = _apply(stage, batch)
+def _check_apply(processor: LogitsProcessor, batch: Batch, examples: Sequence[Mapping[str, Any]]) -> Tensor:
+    out = _apply(processor, batch)
     for row, number in enumerate(batch.examples):
         if number < 0:
             unchanged = torch.equal(out[row], batch.logits[row])
-            require(unchanged, "apply() changed a row that does not want the stage: its columns hold the defaults")
+            require(unchanged, "apply() changed a row that does not want the processor: its columns hold the defaults")
     require(not bool((out == float("-inf")).all(-1).any()), "apply() removed every token of a row: none can be drawn")
     for number, example in enumerate(examples):
         mine = [row for row, each in enumerate(batch.examples) if each == number]
@@ -151,9 +153,9 @@ def _check_apply(stage: SamplerStage, batch: Batch, examples: Sequence[Mapping[s
     return out
 
 
-def _apply(stage: SamplerStage, batch: Batch) -> Tensor:
+def _apply(processor: LogitsProcessor, batch: Batch) -> Tensor:
     with during("apply()"):
-        out = stage.apply(batch.logits.clone(), batch.rows_for(stage.needs))
+        out = processor.apply(batch.logits.clone(), batch.rows_for(processor.needs))
     wanted = batch.logits
     require(isinstance(out, Tensor), f"apply() returned {type(out).__name__}: it must return the logits")
     good = (out.shape, out.dtype, out.device) == (wanted.shape, wanted.dtype, wanted.device)
@@ -163,29 +165,29 @@ def _apply(stage: SamplerStage, batch: Batch) -> Tensor:
     return out
 
 
-def _check_rows_alone(stage: SamplerStage, batch: Batch, out: Tensor) -> None:
+def _check_rows_alone(processor: LogitsProcessor, batch: Batch, out: Tensor) -> None:
     """A row comes out the same whoever else is in the batch, and wherever it stands."""
     backwards = list(range(len(batch)))[::-1]
-    same = torch.equal(_apply(stage, batch.pick(backwards)), out[backwards])
+    same = torch.equal(_apply(processor, batch.pick(backwards)), out[backwards])
     require(same, "a row depends on its place in the batch")
     for row in range(len(batch)):
-        alone = _apply(stage, batch.pick([row]))
+        alone = _apply(processor, batch.pick([row]))
         require_close(alone[0], out[row], 1e-5, "a row alone, against the same row among others")
 
 
-def _check_shards(stage: SamplerStage, batch: Batch, out: Tensor) -> None:
+def _check_shards(processor: LogitsProcessor, batch: Batch, out: Tensor) -> None:
     cut = int(_SPLIT * out.shape[1])
     for first, last in ((0, cut), (cut, out.shape[1])):
-        part = _apply(stage, batch.shard(first, last))
+        part = _apply(processor, batch.shard(first, last))
         what = f"`sharded` is set, but ids {first} to {last - 1} by themselves come out otherwise than among all"
         require_close(part, out[:, first:last], 1e-5, what)
 
 
-def _check_no_waiting(stage: SamplerStage, batch: Batch) -> None:
+def _check_no_waiting(processor: LogitsProcessor, batch: Batch) -> None:
     """On tensors without values whatever would have to wait for the device fails."""
     on_meta = batch.to("meta")
     try:
-        stage.apply(on_meta.logits, on_meta.rows_for(stage.needs))
+        processor.apply(on_meta.logits, on_meta.rows_for(processor.needs))
     except BaseException as error:
         if not is_failure(error):
             raise
@@ -197,7 +199,7 @@ def _check_no_waiting(stage: SamplerStage, batch: Batch) -> None:
 
 
 def _check_engine(spec: SamplerSpec, examples: Sequence[Mapping[str, Any]], vocab_size: int) -> None:
-    """Whole requests on the mock model: the same tokens alone and together, with the stage's users and without."""
+    """Whole requests on the mock model: the same tokens alone and together, with the processor's users and without."""
     from nanoengine import LLM
     from nanoengine.setup.plugins.discover import discover
     from nanoengine.testing import mock_model

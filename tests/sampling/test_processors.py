@@ -1,6 +1,6 @@
-"""Each stage against its numpy twin, in batches where some rows want it and some do not.
+"""Each processor against its numpy twin, in batches where some rows want it and some do not.
 
-The properties are functions of the stage and of the slot tables, so that mutants of both can be shown to fail them.
+The properties are functions of the processor and of the slot tables, so that mutants of both can be shown to fail them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from nanoengine.api.errors import PluginError
-from nanoengine.api.processors import RaggedColumn, SamplerStage, StageRows
+from nanoengine.api.processors import LogitsProcessor, ProcessorRows, RaggedColumn
 from nanoengine.params.sampling_params import SamplingParams
 
 from . import reference
-from .harness import BUILT_IN, ShiftedTables, StaleTables, Tables, Tenant, load_stage, resolver, tenant
+from .harness import BUILT_IN, ShiftedTables, StaleTables, Tables, Tenant, load_processor, resolver, tenant
 
 INF = np.float32(np.inf)
 LEVELS = st.sampled_from([-INF, -3.0, -0.0, 0.0, 0.5, 0.5, 1.0, 1.0, 2.0, 4.0])
@@ -50,19 +50,21 @@ WANTS: dict[str, Callable[[int], st.SearchStrategy[dict[str, Any]]]] = {
 
 
 @st.composite
-def cases(draw: st.DrawFn, stage: str) -> tuple[np.ndarray, list[dict[str, Any]], list[tuple[list[int], list[int]]]]:
+def cases(
+    draw: st.DrawFn, processor: str
+) -> tuple[np.ndarray, list[dict[str, Any]], list[tuple[list[int], list[int]]]]:
     """logits [R, V], parameters of each row, (prompt, output) of each row."""
     vocab, count = draw(st.integers(1, 12)), draw(st.integers(1, 4))
     logits = np.array([draw(st.lists(LOGITS, min_size=vocab, max_size=vocab)) for _ in range(count)], dtype=np.float32)
     logits[np.isinf(logits).all(1), 0] = 0.0
-    wants = [draw(st.one_of(st.just({}), WANTS[stage](vocab))) for _ in range(count)]
+    wants = [draw(st.one_of(st.just({}), WANTS[processor](vocab))) for _ in range(count)]
     letters = st.sampled_from([ord(c) % vocab for c in "abcabchij"])  # tokens of the words, bare and after a space
     tokens = st.lists(letters, max_size=6)
     return logits, wants, [(draw(tokens) or [0], draw(tokens)) for _ in range(count)]
 
 
-def apply(name: str, case: Any, stage: SamplerStage | None = None, tables: type[Tables] = Tables) -> np.ndarray:
-    """The case through the stage, its requests in slots that others used before."""
+def apply(name: str, case: Any, processor: LogitsProcessor | None = None, tables: type[Tables] = Tables) -> np.ndarray:
+    """The case through the processor, its requests in slots that others used before."""
     logits, wants, histories = case
     count, vocab = logits.shape
     table = tables(vocab, slots=count + 1)
@@ -72,8 +74,8 @@ def apply(name: str, case: Any, stage: SamplerStage | None = None, tables: type[
     slots = list(range(count, 0, -1))
     for slot, want, (prompt, output) in zip(slots, wants, histories, strict=True):
         table.enter(slot, Tenant(resolver(vocab).resolve(SamplingParams(**want)), prompt, output))
-    rows = table.stage_rows(name, slots)
-    made = stage if stage is not None else load_stage(BUILT_IN[name], vocab)
+    rows = table.processor_rows(name, slots)
+    made = processor if processor is not None else load_processor(BUILT_IN[name], vocab)
     return made.apply(torch.from_numpy(logits.copy()), rows).numpy()
 
 
@@ -139,10 +141,10 @@ def check_bad_words(
 CHECKS = {name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")}
 
 
-def prop(name: str, case: Any, stage: SamplerStage | None = None, tables: type[Tables] = Tables) -> int:
-    """Every row is as its own parameters say. Returns how many rows the stage changed."""
+def prop(name: str, case: Any, processor: LogitsProcessor | None = None, tables: type[Tables] = Tables) -> int:
+    """Every row is as its own parameters say. Returns how many rows the processor changed."""
     logits, wants, histories = case
-    out = apply(name, case, stage, tables)
+    out = apply(name, case, processor, tables)
     for r, want in enumerate(wants):
         if want:
             CHECKS[name](out[r], logits[r], want, *histories[r])
@@ -151,7 +153,7 @@ def prop(name: str, case: Any, stage: SamplerStage | None = None, tables: type[T
     return int((out.view(np.uint32) != logits.view(np.uint32)).any(1).sum())
 
 
-def examine(name: str, stage: SamplerStage | None = None, tables: type[Tables] = Tables) -> int:
+def examine(name: str, processor: LogitsProcessor | None = None, tables: type[Tables] = Tables) -> int:
     """Runs the property on the same 120 cases each time; returns rows changed, to show that it bites."""
     changed = 0
 
@@ -162,18 +164,18 @@ def examine(name: str, stage: SamplerStage | None = None, tables: type[Tables] =
     @given(cases(name))
     def run(case: Any) -> None:
         nonlocal changed
-        changed += prop(name, case, stage, tables)
+        changed += prop(name, case, processor, tables)
 
     run()
     return changed
 
 
-def test_every_stage_has_its_check() -> None:
+def test_every_processor_has_its_check() -> None:
     assert set(CHECKS) == set(BUILT_IN) == set(WANTS)
 
 
 @pytest.mark.parametrize("name", sorted(BUILT_IN))
-def test_stage_against_reference(name: str) -> None:
+def test_processor_against_reference(name: str) -> None:
     assert examine(name) > 20
 
 
@@ -184,14 +186,14 @@ def test_wrong_columns_are_noticed(name: str, tables: type[Tables]) -> None:
         examine(name, tables=tables)
 
 
-class Ignored(SamplerStage):
+class Ignored(LogitsProcessor):
     """Does nothing."""
 
     def apply(self, logits: torch.Tensor, rows: Any) -> torch.Tensor:
         return logits
 
 
-class NoCrossing(SamplerStage):
+class NoCrossing(LogitsProcessor):
     """Nucleus without the token that crosses top_p (but never empty)."""
 
     def apply(self, logits: torch.Tensor, rows: Any) -> torch.Tensor:
@@ -202,7 +204,7 @@ class NoCrossing(SamplerStage):
         return logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
 
 
-class NoTies(SamplerStage):
+class NoTies(LogitsProcessor):
     """Exactly k tokens."""
 
     def apply(self, logits: torch.Tensor, rows: Any) -> torch.Tensor:
@@ -212,12 +214,12 @@ class NoTies(SamplerStage):
         return logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
 
 
-class PromptCounts(SamplerStage):
+class PromptCounts(LogitsProcessor):
     """Presence penalty of prompt tokens, too."""
 
     def apply(self, logits: torch.Tensor, rows: Any) -> torch.Tensor:
-        stage = load_stage(BUILT_IN["penalties"], logits.shape[1])
-        return stage.apply(logits, rows) - rows.column("presence_penalty")[:, None] * rows.prompt_mask
+        processor = load_processor(BUILT_IN["penalties"], logits.shape[1])
+        return processor.apply(logits, rows) - rows.column("presence_penalty")[:, None] * rows.prompt_mask
 
 
 @pytest.mark.parametrize(
@@ -225,9 +227,9 @@ class PromptCounts(SamplerStage):
     [(name, Ignored) for name in sorted(BUILT_IN)]
     + [("top_p", NoCrossing), ("top_k", NoTies), ("penalties", PromptCounts)],
 )
-def test_mutant_stages_are_noticed(name: str, mutant: type[SamplerStage]) -> None:
+def test_mutant_processors_are_noticed(name: str, mutant: type[LogitsProcessor]) -> None:
     with pytest.raises(AssertionError):
-        examine(name, stage=mutant(None))  # type: ignore[arg-type]
+        examine(name, processor=mutant(None))  # type: ignore[arg-type]
 
 
 def test_bad_words_look_at_the_output_only() -> None:
@@ -241,12 +243,12 @@ def test_bad_words_look_at_the_output_only() -> None:
 
 
 @pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "min_p"])
-def test_argmax_invariant_stages_are(name: str) -> None:
+def test_argmax_invariant_processors_are(name: str) -> None:
     generator = np.random.default_rng(3)
     logits = generator.integers(-4, 4, (64, 50)).astype(np.float32)  # many ties
     want = {"temperature": 0.4, "top_k": 3, "top_p": 0.5, "min_p": 0.3}[name]
     out = apply(name, (logits, [{name: want}] * 64, [([0], [])] * 64))
-    assert load_stage(BUILT_IN[name], 50).argmax_invariant
+    assert load_processor(BUILT_IN[name], 50).argmax_invariant
     assert (out.argmax(1) == logits.argmax(1)).all()
     assert (out != logits).any()
 
@@ -269,7 +271,7 @@ def test_wide_rows_are_searched_level_by_level() -> None:
 def test_a_column_that_is_not_there_or_of_the_other_kind_is_refused_in_words() -> None:
     none = torch.zeros(0, dtype=torch.int64)
     columns = {"strength": torch.zeros(2), "ids": RaggedColumn(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int32))}
-    rows = StageRows(slots=none, positions=none, prompt_lens=none, vocab_start=0, vocab_size=9, columns=columns)
+    rows = ProcessorRows(slots=none, positions=none, prompt_lens=none, vocab_start=0, vocab_size=9, columns=columns)
     assert rows.column("strength") is columns["strength"]
     assert rows.ragged("ids") is columns["ids"]
     for read, name, words in (

@@ -1,4 +1,4 @@
-"""Rows of requests as a sampler stage sees them, made from token lists."""
+"""Rows of requests as a logits processor sees them, made from token lists."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoengine.api import ColumnSpec, Need, RaggedColumn, StageParams, StageRows
-from nanoengine.params.sampling_params import PackedStage, pack_columns
+from nanoengine.api import ColumnSpec, Need, ProcessorParams, ProcessorRows, RaggedColumn
+from nanoengine.params.sampling_params import PackedProcessor, pack_columns
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A request: its tokens, its packed columns (None: it does not want the stage), the number of its example."""
+    """A request: its tokens, its packed columns (None: it does not want the processor), the number of its example."""
 
     prompt: list[int]
     output: list[int]
@@ -25,16 +25,16 @@ class Row:
 
 
 def columns_of(
-    params: type[StageParams], stages: Sequence[PackedStage], prompt: Sequence[int], output: Sequence[int]
+    params: type[ProcessorParams], processors: Sequence[PackedProcessor], prompt: Sequence[int], output: Sequence[int]
 ) -> Mapping[str, Any] | None:
-    """One request's columns before the next draw; None if it does not want the stage."""
-    if not stages:
+    """One request's columns before the next draw; None if it does not want the processor."""
+    if not processors:
         return None
-    (stage,) = stages
+    (processor,) = processors
     if not params.host_tokens:
-        return stage.columns
-    fresh = stage.params.host_columns(prompt, output)
-    return {**stage.columns, **pack_columns(stage.name, {name: params.columns[name] for name in fresh}, fresh)}
+        return processor.columns
+    fresh = processor.params.host_columns(prompt, output)
+    return {**processor.columns, **pack_columns(processor.name, {name: params.columns[name] for name in fresh}, fresh)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Batch:
     """logits: float32 [R, V]. rows: all history included. examples: the example that each row is of, or -1."""
 
     logits: Tensor
-    rows: StageRows
+    rows: ProcessorRows
     examples: tuple[int, ...]
 
     @classmethod
@@ -56,7 +56,7 @@ class Batch:
             table[slot, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
         return cls(
             logits,
-            StageRows(
+            ProcessorRows(
                 slots=torch.tensor(slots),
                 positions=torch.tensor([len(row.prompt) + len(row.output) for row in rows]),
                 prompt_lens=torch.tensor([len(row.prompt) for row in rows]),
@@ -73,8 +73,8 @@ class Batch:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def rows_for(self, needs: Collection[Need]) -> StageRows:
-        """As a stage with these needs gets them."""
+    def rows_for(self, needs: Collection[Need]) -> ProcessorRows:
+        """As a processor with these needs gets them."""
         return replace(
             self.rows,
             output_counts=self.rows.output_counts if Need.OUTPUT_COUNTS in needs else None,

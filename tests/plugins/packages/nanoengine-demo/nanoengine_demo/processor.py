@@ -1,9 +1,9 @@
 import torch
 
-from nanoengine.api import Phase, SamplerStage
+from nanoengine.api import LogitsProcessor, Phase
 
 
-class EvenOnly(SamplerStage):
+class EvenOnly(LogitsProcessor):
     phase = Phase.MASK
     sharded = True
 

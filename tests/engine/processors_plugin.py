@@ -1,4 +1,4 @@
-"""A one-file plugin with two stages: one that raises, and one whose columns a Python function makes per token."""
+"""A one-file plugin with two processors: one that raises, and one whose columns a Python function makes per token."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from nanoengine.api import API_VERSION, ColumnSpec, Phase, SamplerSpec, SamplerStage, StageParams, hookimpl
+from nanoengine.api import API_VERSION, ColumnSpec, LogitsProcessor, Phase, ProcessorParams, SamplerSpec, hookimpl
 
 
 @dataclass(frozen=True)
-class ExplodeParams(StageParams):
+class ExplodeParams(ProcessorParams):
     columns: ClassVar[Mapping[str, ColumnSpec]] = {"explode": ColumnSpec(dtype="bool", default=False)}
 
     explode: bool = False
 
 
-class Explode(SamplerStage):
+class Explode(LogitsProcessor):
     phase = Phase.MASK
 
     def apply(self, logits: Any, rows: Any) -> Any:
         if rows.column("explode").any():
-            raise RuntimeError("the explode stage exploded")
+            raise RuntimeError("the explode processor exploded")
         return logits
 
 
 @dataclass(frozen=True)
-class ForbidLastParams(StageParams):
+class ForbidLastParams(ProcessorParams):
     """Forbids the last `forbid_last` tokens of the history, by a Python function that must see them."""
 
     columns: ClassVar[Mapping[str, ColumnSpec]] = {"forbidden": ColumnSpec(dtype="int32", ragged=True, default=0)}
@@ -46,7 +46,7 @@ class ForbidLastParams(StageParams):
         return {"forbidden": [*prompt_token_ids, *output_token_ids][-self.forbid_last :]}
 
 
-class ForbidLast(SamplerStage):
+class ForbidLast(LogitsProcessor):
     phase = Phase.MASK
 
     def apply(self, logits: Any, rows: Any) -> Any:

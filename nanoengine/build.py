@@ -45,7 +45,7 @@ from nanoengine.layers.config_keys import Recorded, unread_keys
 from nanoengine.params.sampling_fields import legal_fields
 from nanoengine.params.sampling_params import ParamsResolver
 from nanoengine.setup.config.model_options import option_hint
-from nanoengine.setup.plugins.choose import PassedOver, choose_attention, class_reasons, from_class, load_checked
+from nanoengine.setup.plugins.choose import Skipped, choose_attention, from_class, load_checked, unsupported_reasons
 from nanoengine.setup.plugins.registry import Registered, Registry
 from nanoengine.setup.plugins.sources import resolve_model
 from nanoengine.setup.plugins.targets import TargetLoader
@@ -64,7 +64,7 @@ DEFAULT_BATCHED_TOKENS: Mapping[str, int] = {"cpu": 2048, "cuda": 8192}
 class Assembly:
     """The plan, what loads its targets in this process, and what the scheduler and the API must know.
 
-    `passed_over`: attention backends that `auto` asked before the one it took, each with its reasons.
+    `skipped`: attention backends that `auto` asked before the one it took, each with its reasons.
     `unread`: keys of config.json that the model did not read and of which nothing is known, each with its value.
     """
 
@@ -72,12 +72,12 @@ class Assembly:
     loader: TargetLoader
     model_path: Path
     vocab_size: int
-    passed_over: PassedOver
+    skipped: Skipped
     unread: tuple[str, ...] = ()
 
     def said(self) -> str:
         """For people: "attention torch (auto passed over triton: runs on cuda, not on cpu)"."""
-        passed = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in self.passed_over)
+        passed = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in self.skipped)
         return f"attention {self.plan.attention_name}" + (f" (auto passed over {passed})" if passed else "")
 
 
@@ -120,7 +120,7 @@ def find_model(source: str, registry: Registry, say: Any = None) -> Path:
     try:
         return resolve_model(source, sources, ctx, registry.source_names(), broken)
     except ModelSourceError as error:
-        hints = option_hint(source, registry) + registry.suspects("model_sources")
+        hints = option_hint(source, registry) + registry.failure_hint("model_sources")
         raise ModelSourceError(f"{error}{hints}") from error
 
 
@@ -162,7 +162,7 @@ def assemble(
         loader=loader,
         model_path=model_path,
         vocab_size=seen.built.config.vocab_size,
-        passed_over=passed,
+        skipped=passed,
         unread=seen.unread,
     )
 
@@ -211,13 +211,13 @@ def _inspect(loader: TargetLoader, target: str, hf_config: Mapping[str, Any], op
 
 def _attention(
     chosen: str | type[AttentionBackend], need: AttentionNeed, registry: Registry, loader: TargetLoader
-) -> tuple[str, str, Mapping[str, type[Any]], PassedOver]:
+) -> tuple[str, str, Mapping[str, type[Any]], Skipped]:
     """Name, target, local classes and those passed over."""
     if isinstance(chosen, str):
         found, passed = choose_attention(registry, need, chosen, loader)
         return found.spec.name, found.spec.target, {}, passed
     target, local = from_class(chosen, AttentionBackend)
-    reasons = class_reasons(chosen, need)
+    reasons = unsupported_reasons(chosen, need)
     if reasons:
         raise UnsupportedError(f"attention backend {target} cannot serve this model here", reasons)
     return chosen.__name__, target, local, []
@@ -357,7 +357,7 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
             ctx,
             defaults.eos_ids,
             memory.failed_processors,
-            registry.suspects("samplers"),
+            registry.failure_hint("samplers"),
             max_n=options.max_n,
             max_logprobs=options.max_logprobs,
             engine_options=EngineOptions.__dataclass_fields__,

@@ -13,7 +13,7 @@ from nanoengine.api.attention import AttentionBackend, AttentionLayerSpec
 from nanoengine.api.errors import ModelError, shown
 from nanoengine.api.model import ForwardBatch, Model, ModelConfig, WeightMap
 from nanoengine.api.parallel import TensorParallelGroup, padded_length
-from nanoengine.api.plugin_calls import name_of, plugin_step, whose
+from nanoengine.api.plugin_calls import name_of, place_and_fix, plugin_step
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -22,27 +22,27 @@ def check_config(config: object, model: type[Any]) -> None:
     """`read_config`'s answer. Raises `ModelError`."""
     if not isinstance(config, ModelConfig):
         text = f"{name_of(model)}.read_config returned {shown(config)}, not a nanoengine.api.ModelConfig"
-        raise ModelError(text + whose(None, model.read_config))
+        raise ModelError(text + place_and_fix(None, model.read_config))
     for name in ("vocab_size", "hidden_size", "max_model_len"):
         value = getattr(config, name)
         if not _is_count(value):
             text = (
                 f"{name_of(model)}.read_config returned {name}={shown(value)}, which must be an integer of at least 1"
             )
-            raise ModelError(text + whose(None, model.read_config))
+            raise ModelError(text + place_and_fix(None, model.read_config))
 
 
 def check_weight_map(found: object, model: type[Any]) -> None:
     """`weight_map`'s answer. Raises `ModelError`."""
     if not isinstance(found, WeightMap):
         text = f"{name_of(model)}.weight_map returned {shown(found)}, not a nanoengine.api.WeightMap"
-        raise ModelError(text + whose(None, model.weight_map))
+        raise ModelError(text + place_and_fix(None, model.weight_map))
     kinds = {"fuse": Mapping, "rename": Mapping, "ties": Mapping, "skip": tuple, "skip_prefixes": tuple}
     for name, kind in kinds.items():
         value = getattr(found, name)
         if not isinstance(value, kind):
             text = f"{name_of(model)}: WeightMap.{name} must be a {kind.__name__.lower()}, not {shown(value)}"
-            raise ModelError(text + whose(None, model.weight_map))
+            raise ModelError(text + place_and_fix(None, model.weight_map))
 
 
 def check_attention(name: str, spec: object) -> None:
@@ -113,7 +113,7 @@ def check_logits(logits: object, rows: int, vocab_size: int, ranks: int, model: 
 
 def _wrong(model: type[Any], method: str, found: object, wanted: str) -> ModelError:
     got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
-    where = whose(None, getattr(model, method, model))
+    where = place_and_fix(None, getattr(model, method, model))
     return ModelError(f"{name_of(model)}.{method} gave {got}, not {wanted}{where}")
 
 

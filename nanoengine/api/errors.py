@@ -1,4 +1,4 @@
-"""Every error a user or a plugin author can meet, each naming what, where, the valid choices and the mend.
+"""Every error a user or a plugin author can meet, each naming what, where, the valid choices and the fix.
 
 Torch-free: the command line and the plugin listing raise these before torch is imported.
 """

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nanoengine.api.attention import AttentionBackend, AttentionLayerSpec, KVCacheView, KVSpec
 from nanoengine.api.errors import PluginError
 from nanoengine.api.parallel import TensorParallelGroup
-from nanoengine.api.plugin_calls import name_of, whose
+from nanoengine.api.plugin_calls import name_of, place_and_fix
 from nanoengine.kernels.ops import Ops
 
 
@@ -98,8 +98,10 @@ class Attention(nn.Module):
         got = f"a {type(out).__name__}"
         if isinstance(out, Tensor):
             got = f"{out.dtype} {tuple(out.shape)} on {out.device}"
-        cls, wanted = type(self._backend), f"{q.dtype} {tuple(q.shape)} on {q.device}, as the queries are"
-        raise PluginError(f"{name_of(cls)}.{method} gave {got}, not {wanted}{whose(None, getattr(cls, method))}")
+        cls, wanted = type(self._backend), f"{q.dtype} {tuple(q.shape)} on {q.device} like the queries"
+        raise PluginError(
+            f"{name_of(cls)}.{method} gave {got}, not {wanted}{place_and_fix(None, getattr(cls, method))}"
+        )
 
 
 Parallel = Literal["column", "row", "replicated"]

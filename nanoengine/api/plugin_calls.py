@@ -53,7 +53,7 @@ def plugin_call(
         passes = isinstance(error, passing) and not isinstance(error, _ENGINE_ENDS)
         if passes or not is_failure(error) or is_out_of_memory(error):
             raise
-        raise raises(f"{what}: {described(error)}{whose(error, owner, what)}") from error
+        raise raises(f"{what}: {described(error)}{place_and_fix(error, owner, what)}") from error
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def plugin_step(what: str, owner: Any, *others: Any) -> Iterator[None]:
         reached = _reached(error, (owner, *others))
         if reached is not owner:
             what, owner = name_of(reached), reached
-        tail = whose(error, owner, what)
+        tail = place_and_fix(error, owner, what)
         keeps = isinstance(error, Exception) and not isinstance(error, _ENGINE_ENDS)
         # nanoengine's own part needs no plugin's author
         if keeps and (_is_ours(owner) or _noted(error, f"in {what}", tail.removeprefix(", "))):
@@ -144,7 +144,7 @@ def origin_of(owner: Any) -> Origin | None:
     return Origin(plugin=entry.name, distribution=entry.dist.name, version=entry.dist.version, module=entry.value)
 
 
-def whose(error: BaseException | None, owner: Any, said: str = "") -> str:
+def place_and_fix(error: BaseException | None, owner: Any, said: str = "") -> str:
     """The tail of a message: the plugin, file and line that `error` came from (else where `owner` is), and the fix.
 
     `said`: the message so far, which may name the plugin already.
@@ -158,7 +158,7 @@ def whose(error: BaseException | None, owner: Any, said: str = "") -> str:
     if origin is None:
         return f"{place}; fix it there"
     known = "" if origin.file is not None or str(origin) in said else f", of {origin}"
-    return f"{known}{place}" + (f"; fix it there, or {origin.mend}" if origin.mend else "")
+    return f"{known}{place}" + (f"; fix it there, or {origin.fix}" if origin.fix else "")
 
 
 def root_of(owner: Any) -> str:

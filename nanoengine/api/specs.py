@@ -224,7 +224,7 @@ class Origin:
         return f"object {self.plugin!r} handed over in Python"
 
     @property
-    def mend(self) -> str:
+    def fix(self) -> str:
         """What removes this provider; "" for nanoengine itself, where the other one must give way."""
         if self.distribution == PROJECT:
             return ""

@@ -23,7 +23,7 @@ KEYWORDS_OF_CALLS: Mapping[str, str] = {
 }  # fmt: skip
 
 # Fields of vLLM's SamplingParams that are not served, and what to do instead. A processor may still bring one of them.
-NOT_SERVED: Mapping[str, str] = {
+NOT_SUPPORTED: Mapping[str, str] = {
     "best_of": "ask for n samples and pick by cumulative_logprob",
     "use_beam_search": "there is no beam search",
     "length_penalty": "there is no beam search",

@@ -23,7 +23,7 @@ from nanoengine.params.field_types import conform
 from nanoengine.params.sampling_fields import (
     CORE_TYPES,
     KEYWORDS_OF_CALLS,
-    NOT_SERVED,
+    NOT_SUPPORTED,
     CoreFields,
     legal_fields,
     processor_types,
@@ -251,8 +251,8 @@ class ParamsResolver:
         for name in given:
             if name in self._legal:
                 continue
-            if name in NOT_SERVED:
-                raise ParamsError(f"SamplingParams: {name!r} is a field of vLLM's not served here: {NOT_SERVED[name]}")
+            if name in NOT_SUPPORTED:
+                raise ParamsError(f"SamplingParams: vLLM's {name!r} is not supported: {NOT_SUPPORTED[name]}")
             if name in KEYWORDS_OF_CALLS:
                 raise ParamsError(f"SamplingParams has no field {name!r}; it is a keyword of {KEYWORDS_OF_CALLS[name]}")
             if name in self._engine_options:

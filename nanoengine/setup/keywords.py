@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from nanoengine.api.errors import ConfigError, ParamsError, is_failure
 from nanoengine.core.options import EngineOptions
-from nanoengine.params.sampling_fields import CORE_TYPES, NOT_SERVED, processor_types
+from nanoengine.params.sampling_fields import CORE_TYPES, NOT_SUPPORTED, processor_types
 from nanoengine.setup.config.engine_options import OPTIONS_NOT_SERVED
 from nanoengine.setup.plugins.discover import discover
 from nanoengine.setup.plugins.registry import Registry
@@ -105,10 +105,10 @@ def _where(
         return _place(cls, method, name, places[name], value)
     if name in dict(_methods(cls)):
         return _call(cls, method, name)
-    if method.startswith("chat") and name not in NOT_SERVED:
+    if method.startswith("chat") and name not in NOT_SUPPORTED:
         hint = "; a variable of the chat template goes into chat_template_kwargs"
     else:
-        hint = f"; vLLM's {name} is not supported: {NOT_SERVED[name]}" if name in NOT_SERVED else ""
+        hint = f"; vLLM's {name} is not supported: {NOT_SUPPORTED[name]}" if name in NOT_SUPPORTED else ""
     close = difflib.get_close_matches(name, sorted(places), n=1, cutoff=0.6)
     valid = f"Valid: {', '.join(own) or '(none)'}{hint}"
     if not close:

@@ -115,7 +115,7 @@ def test_a_configuration_that_names_what_cannot_serve_here(nanoengine: Run, mode
     (triton,) = [f for f in found["findings"] if f["section"].startswith("attention") and f["name"] == "triton"]
     assert triton["level"] == "error"
     assert "set TRITON_INTERPRET=1" in triton["text"]
-    assert "attention=auto" in triton["mend"]
+    assert "attention=auto" in triton["fix"]
     again = nanoengine("plugins", "doctor", "run.yaml", "attention=torch")
     assert again.exit_code == 0, again.output
     assert "attention=torch takes: torch" in again.stdout
@@ -142,16 +142,16 @@ def test_a_configuration_that_cannot_run(nanoengine: Run, model: Path, tmp_path:
     assert "Traceback" not in result.output
 
 
-def test_a_broken_package_is_a_warning_with_its_cause_and_mend(
+def test_a_broken_package_is_a_warning_with_its_cause_and_fix(
     nanoengine: Run, install: Callable[[str, str], None]
 ) -> None:
     install("nanoengine-burst", "raise RuntimeError('the fuse blew')")
     result = nanoengine("plugins", "doctor")
     assert result.exit_code == 0, result.output
     at = result.stdout.index("nanoengine-burst 1.0 (plugin 'plug'): failed at import: RuntimeError: the fuse blew")
-    told = result.stdout[at : at + 900]
-    assert "raise RuntimeError('the fuse blew')" in told  # the traceback's last line
-    assert "mend: pip uninstall nanoengine-burst" in told
+    shown = result.stdout[at : at + 900]
+    assert "raise RuntimeError('the fuse blew')" in shown  # the traceback's last line
+    assert "fix: pip uninstall nanoengine-burst" in shown
     assert "0 errors, 1 warning" in result.stdout
 
 
@@ -179,13 +179,13 @@ def test_a_processor_that_cannot_load_is_an_error_for_a_configuration_that_uses_
         _, findings = examined(result)
         assert findings["spice"]["level"] == level
         assert "no_such_module" in findings["spice"]["text"]
-        mend = findings["spice"]["mend"]
-        assert mend.startswith("correct SamplerSpec.target, now 'no_such_module:Spice'; or leave out --plugin")
+        fix = findings["spice"]["fix"]
+        assert fix.startswith("correct SamplerSpec.target, now 'no_such_module:Spice'; or leave out --plugin")
         assert result.exit_code == code
-        told = nanoengine("plugins", "doctor", "run.yaml", *overrides, "--plugin", "spice.py")
-        lines = repeated(told, "what was asked for ")
+        shown = nanoengine("plugins", "doctor", "run.yaml", *overrides, "--plugin", "spice.py")
+        lines = repeated(shown, "what was asked for ")
         [again] = [line for line in lines if line.startswith(f"  {level:<8} spice: logits processor")]
-        assert again.endswith(f"; mend: {mend}")
+        assert again.endswith(f"; fix: {fix}")
         assert any(line.startswith("  warning  tokenizer: ") for line in lines)
         assert lines == sorted(lines, key=lambda line: line.startswith("  warning"))  # errors first
 
@@ -205,7 +205,7 @@ def test_a_misspelled_target_is_to_be_corrected(
     (tmp_path / "bad.py").write_text("import torch\ntorch.no_such_thing\n")
     (tmp_path / "spice.py").write_text(PROCESSOR.replace('"no_such_module:Spice"', target))
     _, findings = examined(nanoengine("plugins", "doctor", "--plugin", "spice.py", "--json"))
-    assert findings["spice"]["mend"].startswith(correct)
+    assert findings["spice"]["fix"].startswith(correct)
 
 
 def test_a_plugin_file_that_fails_is_an_error_and_the_rest_is_examined(nanoengine: Run, tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_package_outside_its_bounds(nanoengine: Run, monkeypatch: pytest.Monke
     _, findings = examined(nanoengine("plugins", "doctor", "--json"))
     assert findings["pluggy"]["level"] == "warning"
     assert "0.1 is outside" in findings["pluggy"]["text"]
-    assert findings["pluggy"]["mend"].startswith("pip install 'pluggy")
+    assert findings["pluggy"]["fix"].startswith("pip install 'pluggy")
     assert findings["tqdm"]["level"] == "ok"
 
 
@@ -248,7 +248,7 @@ def test_without_triton_only_a_machine_with_a_gpu_is_warned(
     (triton,) = [f for f in found["findings"] if (f["section"], f["name"]) == ("environment", "triton")]
     assert triton["level"] == level
     assert ("there is none here" in triton["text"]) == (driver is None)
-    assert bool(triton["mend"]) == (driver is not None)
+    assert bool(triton["fix"]) == (driver is not None)
 
 
 def test_a_torch_that_cannot_be_imported_is_reported_not_fatal(tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_a_torch_that_cannot_be_imported_is_reported_not_fatal(tmp_path: Path) -
     (broken,) = [f for f in found["findings"] if f["level"] == "error"]
     assert broken["name"] == "import torch"
     assert "libcudart" in broken["text"]
-    assert broken["mend"]
+    assert broken["fix"]
     assert any(f["name"] == "llama" and "(not loaded)" in f["text"] for f in found["findings"])
 
 
@@ -280,4 +280,4 @@ def test_config_options_that_clash_and_roots_that_are_not_there(
     assert "sampler=greedy is provided by" in findings["config groups"]["text"]
     (broken,) = [finding for name, finding in findings.items() if name.startswith("nanoengine-not_there")]
     assert "pkg://not_there" in broken["text"]
-    assert broken["mend"] == "pip uninstall nanoengine-not_there"
+    assert broken["fix"] == "pip uninstall nanoengine-not_there"

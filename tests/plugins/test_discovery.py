@@ -1,4 +1,4 @@
-"""Discovery: isolation, provenance, clashes, and messages that name who, why and the mend."""
+"""Discovery: isolation, provenance, clashes, and messages that name who, why and the fix."""
 
 from __future__ import annotations
 

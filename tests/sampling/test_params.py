@@ -18,7 +18,7 @@ import torch
 from nanoengine.api import ColumnSpec, ProcessorParams, StandardOp
 from nanoengine.api.errors import ParamsError, PluginError, TokenizerMissing
 from nanoengine.params.field_types import conform, describe
-from nanoengine.params.sampling_fields import NOT_SERVED, legal_fields
+from nanoengine.params.sampling_fields import NOT_SUPPORTED, legal_fields
 from nanoengine.params.sampling_params import MAX_RAGGED, ParamsResolver, ResolvedParams, SamplingParams
 
 from .harness import BUILT_IN, Context, resolver
@@ -315,9 +315,9 @@ def test_refusals_name_field_value_and_mend(given: dict[str, Any], words: str) -
         resolve(**given)
 
 
-@pytest.mark.parametrize("name", sorted(NOT_SERVED))
+@pytest.mark.parametrize("name", sorted(NOT_SUPPORTED))
 def test_what_vllm_has_and_we_do_not_is_refused_by_name(name: str) -> None:
-    with pytest.raises(ParamsError, match=f"'{name}' is a field of vLLM's not served here: {NOT_SERVED[name][:20]}"):
+    with pytest.raises(ParamsError, match=f"vLLM's '{name}' is not supported: {NOT_SUPPORTED[name][:20]}"):
         resolve(**{name: None})
 
 

@@ -22,7 +22,7 @@ from nanoengine.api.checks import CheckedModel
 from nanoengine.api.errors import described, is_failure
 from nanoengine.api.model import Attention, ForwardBatch, Model, ModelConfig
 from nanoengine.api.parallel import TensorParallelGroup
-from nanoengine.api.plugin_calls import name_of, whose
+from nanoengine.api.plugin_calls import name_of, place_and_fix
 from nanoengine.core.execution.finish_step import FinishStep, Forwarded
 from nanoengine.core.execution.graphs import CaptureSizes, StepGraphs
 from nanoengine.core.execution.results import LaunchedStep, TailStep
@@ -151,7 +151,7 @@ def release(backend: AttentionBackend) -> None:
         if not is_failure(error):
             raise
         where = name_of(type(backend))
-        _log.warning("%s.release failed: %s%s", where, described(error), whose(error, type(backend), where))
+        _log.warning("%s.release failed: %s%s", where, described(error), place_and_fix(error, type(backend), where))
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanoengine.api.errors import PluginError, shown
 from nanoengine.api.parallel import TensorParallelGroup, padded_length
-from nanoengine.api.plugin_calls import plugin_step, whose
+from nanoengine.api.plugin_calls import place_and_fix, plugin_step
 from nanoengine.api.processors import LogitsProcessor, Need, ProcessorRows, RaggedColumn
 from nanoengine.api.specs import Phase, StandardOp
 from nanoengine.core.options import ProcessorPlan
@@ -213,7 +213,7 @@ class Sampler:
             got = f"{out.dtype} {tuple(out.shape)}" + (f" on {out.device}" if out.device != device else "")
             text = f"{got} instead of the {dtype} {tuple(shape)} it was given"
         error = PluginError(f"{s.where} returned {text}")
-        error.add_note(whose(None, type(s.processor).apply, s.where).removeprefix(", "))
+        error.add_note(place_and_fix(None, type(s.processor).apply, s.where).removeprefix(", "))
         raise error
 
     def _forbid_stop(self, logits: Tensor, rows: DrawRows) -> None:

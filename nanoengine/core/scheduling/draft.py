@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nanoengine.api.errors import RequestError, described, is_failure, nearest
-from nanoengine.api.plugin_calls import whose
+from nanoengine.api.plugin_calls import place_and_fix
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.plan_builder import ColumnValues
@@ -91,7 +91,7 @@ def ask_host_processors(request: Request, into: ColumnValues) -> RequestError | 
             if not is_failure(error):
                 raise
             text = f"host_columns() of logits processor {processor.name!r} raised {described(error)}"
-            failure = RequestError("processor_failed", text + whose(error, type(processor.params), text))
+            failure = RequestError("processor_failed", text + place_and_fix(error, type(processor.params), text))
             failure.__cause__ = error
             return failure
     for key, value in values.items():

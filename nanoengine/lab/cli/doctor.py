@@ -59,8 +59,8 @@ def _discovered(files: Sequence[Path]) -> tuple[Registry, list[Finding]]:
             discover([*good, file])
             good.append(file)
         except NanoEngineError as error:
-            mend = f"mend it, or leave out --plugin {file}"
-            findings.append(Finding(section="plugins", name=str(file), level="error", text=str(error), mend=mend))
+            fix = f"fix it, or leave out --plugin {file}"
+            findings.append(Finding(section="plugins", name=str(file), level="error", text=str(error), fix=fix))
     registry = discover(good)
     for clash in options_of(registry)[1]:
         findings.append(Finding(section="plugins", name="config groups", level="warning", text=clash))
@@ -76,11 +76,11 @@ def _threads() -> list[Finding]:
         return []
     if not chosen.ignored:
         return [Finding(section="environment", name="threads", text=chosen.described())]
-    text, mend = (
+    text, fix = (
         f"{chosen.described()}; {chosen.ignored} is no number of threads, and is ignored",
         "set a number, or unset it",
     )
-    return [Finding(section="environment", name="threads", level="warning", text=text, mend=mend)]
+    return [Finding(section="environment", name="threads", level="warning", text=text, fix=fix)]
 
 
 def _asked(
@@ -129,8 +129,8 @@ def _lines(finding: Finding) -> Iterator[str]:
     first, *rest = finding.text.splitlines() or [""]
     yield f"  {finding.level:<8} {finding.name}: {first}"
     yield from (f"           {line}" for line in (*rest, *finding.detail.splitlines()))
-    if finding.mend:
-        yield f"           mend: {finding.mend}"
+    if finding.fix:
+        yield f"           fix: {finding.fix}"
 
 
 def _closing(found: Diagnosis, attention: str) -> Iterator[str]:
@@ -147,7 +147,7 @@ def _closing(found: Diagnosis, attention: str) -> Iterator[str]:
         for finding in found.findings:
             if finding.level == level:
                 text = finding.text.partition("\n")[0]
-                yield f"  {level:<8} {finding.name}: {text}" + (f"; mend: {finding.mend}" if finding.mend else "")
+                yield f"  {level:<8} {finding.name}: {text}" + (f"; fix: {finding.fix}" if finding.fix else "")
 
 
 def _number(number: int, word: str) -> str:

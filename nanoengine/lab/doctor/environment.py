@@ -51,7 +51,7 @@ def _packages() -> Iterator[Finding]:
             name=PROJECT,
             level="error",
             text="is not installed: without its entry points no built-in part is found",
-            mend="pip install -e . in its checkout, or pip install nanoengine",
+            fix="pip install -e . in its checkout, or pip install nanoengine",
         )
         return
     yield _env(name=PROJECT, text=version)
@@ -73,22 +73,22 @@ def _requirement(wanted: Any, required: bool) -> Finding:
             return _env(name=wanted.name, level="note", text="is not installed; it is for GPUs, and there is none here")
         level: Level = "error" if required else "warning"
         what = "is not installed" if required else "is not installed, so no kernel of ours runs on the GPU"
-        return _env(name=wanted.name, level=level, text=what, mend=f"pip install '{wanted.name}{wanted.specifier}'")
+        return _env(name=wanted.name, level=level, text=what, fix=f"pip install '{wanted.name}{wanted.specifier}'")
     if wanted.specifier.contains(found, prereleases=True):
         return _env(name=wanted.name, text=f"{found} (wanted: {wanted.specifier})")
     return _env(
         name=wanted.name,
         level="warning",
         text=f"{found} is outside {wanted.specifier}, with which nanoengine is tested",
-        mend=f"pip install '{wanted.name}{wanted.specifier}'",
+        fix=f"pip install '{wanted.name}{wanted.specifier}'",
     )
 
 
-def _imported(module: str, level: Level, mend: str) -> Iterator[Finding]:
+def _imported(module: str, level: Level, fix: str) -> Iterator[Finding]:
     """Nothing where the module can be imported."""
     cause = import_error(module)
     if cause is not None:
-        yield _env(name=f"import {module}", level=level, text=cause, mend=mend)
+        yield _env(name=f"import {module}", level=level, text=cause, fix=fix)
 
 
 def import_error(module: str) -> str | None:
@@ -131,7 +131,7 @@ def _cache_folder() -> Finding:
         name="cache",
         level="warning",
         text=f"{root} cannot be written: models cannot be fetched or converted",
-        mend="set NANOENGINE_CACHE to a folder that you may write to",
+        fix="set NANOENGINE_CACHE to a folder that you may write to",
     )
 
 
@@ -145,7 +145,7 @@ def gpu() -> Iterator[Finding]:
         if driver is None:
             yield _gpu(name="cuda", text=f"no GPU here ({built})")
         else:
-            yield _gpu(name="cuda", level="warning", text=f"{driver}, which torch cannot use: {built}", mend=_no_cuda())
+            yield _gpu(name="cuda", level="warning", text=f"{driver}, which torch cannot use: {built}", fix=_no_cuda())
         return
     yield _gpu(name="cuda", text=f"{built}" + (f"; {driver}" if driver else ""))
     for index in range(torch.cuda.device_count()):
@@ -188,7 +188,7 @@ def _device(index: int) -> Finding:
         free, total = torch.cuda.mem_get_info(index)
     except RuntimeError as error:
         return _gpu(
-            name=f"cuda:{index}", level="error", text=f"cannot be used: {error}", mend="see nvidia-smi; free the GPU"
+            name=f"cuda:{index}", level="error", text=f"cannot be used: {error}", fix="see nvidia-smi; free the GPU"
         )
     return _gpu(
         name=f"cuda:{index}",
@@ -220,7 +220,7 @@ def _compiles() -> Finding:
         name="triton",
         level="error",
         text=f"cannot compile or run a kernel: {last}",
-        mend="Triton needs a C compiler (gcc) and Python's headers (python3-dev) to build its launcher; "
+        fix="Triton needs a C compiler (gcc) and Python's headers (python3-dev) to build its launcher; "
         "engine.fuse_kernels=false with attention=torch does without it",
         detail=done.stderr[-3000:],
     )

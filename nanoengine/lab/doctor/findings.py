@@ -17,14 +17,14 @@ class Finding:
         section: under which heading it stands. name: what was looked at.
         level: "ok"; "note": it is not for this machine or model; "warning": it is broken, and nothing that was asked
             for needs it; "error": what was asked for cannot work.
-        text: what was found. mend: what to do about it; "" where there is nothing. detail: the end of a traceback.
+        text: what was found. fix: what to do about it; "" where there is nothing. detail: the end of a traceback.
     """
 
     section: str
     name: str
     text: str
     level: Level = "ok"
-    mend: str = ""
+    fix: str = ""
     detail: str = ""
 
 

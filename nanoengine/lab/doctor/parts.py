@@ -15,7 +15,7 @@ from nanoengine.api.processors import LogitsProcessor
 from nanoengine.api.sources import ModelSource
 from nanoengine.core.options import EngineOptions
 from nanoengine.lab.doctor.findings import Finding, Level, Verdict
-from nanoengine.setup.plugins.choose import judged, load_checked
+from nanoengine.setup.plugins.choose import load_checked, ranked_backends
 from nanoengine.setup.plugins.registry import KIND_WORDS, Kind, Registered, Registry
 from nanoengine.setup.plugins.targets import TargetLoader
 
@@ -36,7 +36,7 @@ def plugins(registry: Registry, *, load: bool, sampler: frozenset[str] = frozens
             name=str(failure.origin),
             level="warning",
             text=f"failed at {failure.at}: {failure.cause}",
-            mend=failure.origin.mend,
+            fix=failure.origin.fix,
             detail=failure.traceback,
         )
     for conflict in registry.conflicts:
@@ -70,19 +70,19 @@ def _part(kind: Kind, found: Registered[Any], registry: Registry, *, load: bool,
             load_checked(loader, found.spec.target, _base(kind))
     except NanoEngineError as error:
         level: Level = "error" if wanted else "warning"
-        return _plugin(name=name, level=level, text=f"{text}: {error}", mend=_mend(found, error, loader))
+        return _plugin(name=name, level=level, text=f"{text}: {error}", fix=_fix(found, error, loader))
     return _plugin(name=name, text=text)
 
 
-def _mend(found: Registered[Any], error: NanoEngineError, loader: TargetLoader) -> str:
+def _fix(found: Registered[Any], error: NanoEngineError, loader: TargetLoader) -> str:
     """A target that names nothing is to be corrected; whoever cannot do that leaves the plugin out."""
     module, _, attribute = found.spec.target.partition(":")
     cause = error.__cause__
     no_module = isinstance(cause, ModuleNotFoundError) and f"{module}.".startswith(f"{cause.name}.")
     if no_module or (isinstance(cause, AttributeError) and cause.name in attribute.split(".")):
         correct = f"correct {type(found.spec).__name__}.target, now {loader.describe(found.spec.target)}"
-        return f"{correct}; or {found.origin.mend}" if found.origin.mend else correct
-    return found.origin.mend
+        return f"{correct}; or {found.origin.fix}" if found.origin.fix else correct
+    return found.origin.fix
 
 
 def _base(kind: Kind) -> type[Any]:
@@ -123,7 +123,7 @@ def attention(need: AttentionNeed, registry: Registry, chosen: str) -> tuple[lis
     loader = TargetLoader(registry.plugin_files)
     verdicts = [
         Verdict(name=f.spec.name, origin=str(f.origin), preference=f.spec.preference, reasons=tuple(reasons))
-        for f, reasons in judged(registry, need, loader)
+        for f, reasons in ranked_backends(registry, need, loader)
     ]
     sizes = ", ".join(map(str, sorted(need.head_sizes)))
     section = f"attention, for heads of {sizes} in {need.dtype} on {need.device}"
@@ -144,7 +144,7 @@ def _verdict(section: str, verdict: Verdict, chosen: str) -> Finding:
         name=verdict.name,
         level="error" if chosen == verdict.name else "note",
         text=f"refused: {'; '.join(verdict.reasons)} ({where})",
-        mend="choose another one, or attention=auto" if chosen == verdict.name else "",
+        fix="choose another one, or attention=auto" if chosen == verdict.name else "",
     )
 
 
@@ -192,8 +192,8 @@ def _fits(weight_bytes: int, options: EngineOptions) -> Finding:
     text += f"; {max(0.0, room) / 2**30:.1f} GiB may be taken of {options.device}"
     if weight_bytes < room:
         return _model(name="weights", text=text)
-    mend = "free GPU memory, raise engine.gpu_memory_utilization, or take a smaller model or dtype"
-    return _model(name="weights", level="error", text=text, mend=mend)
+    fix = "free GPU memory, raise engine.gpu_memory_utilization, or take a smaller model or dtype"
+    return _model(name="weights", level="error", text=text, fix=fix)
 
 
 def _tokenizer(path: Path, options: EngineOptions) -> Finding:
@@ -208,7 +208,7 @@ def _tokenizer(path: Path, options: EngineOptions) -> Finding:
             raise
         return _model(name="tokenizer", level="error", text=described(error))
     if found is None:
-        mend = "copy tokenizer.json into the folder, or give prompts as token ids"
-        return _model(name="tokenizer", level="warning", text="the folder has none: only token ids work", mend=mend)
+        fix = "copy tokenizer.json into the folder, or give prompts as token ids"
+        return _model(name="tokenizer", level="warning", text="the folder has none: only token ids work", fix=fix)
     chat = "with" if found.has_chat_template else "without"
     return _model(name="tokenizer", text=f"{found.vocab_size} tokens, {chat} a chat template")

@@ -23,10 +23,10 @@ class FolderSource(ModelSource):
             return folder.resolve()
         ggufs = sorted(path.name for path in folder.glob("*.gguf"))
         if ggufs:
-            mend = f"give a .gguf file in it instead: {', '.join(str(folder / name) for name in ggufs[:4])}"
+            fix = f"give a .gguf file in it instead: {', '.join(str(folder / name) for name in ggufs[:4])}"
         elif any(folder.glob("*/config.json")):
             inner = sorted(str(path.parent) for path in folder.glob("*/config.json"))
-            mend = f"did you mean a folder inside it? {', '.join(inner[:4])}"
+            fix = f"did you mean a folder inside it? {', '.join(inner[:4])}"
         else:
-            mend = "a model folder holds config.json, *.safetensors and the tokenizer's files"
-        raise ModelSourceError(f"folder {folder} is no model: it has no config.json; {mend}")
+            fix = "a model folder holds config.json, *.safetensors and the tokenizer's files"
+        raise ModelSourceError(f"folder {folder} is no model: it has no config.json; {fix}")

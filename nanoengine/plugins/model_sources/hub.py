@@ -24,7 +24,7 @@ class HubSource(ModelSource):
     def resolve(self, source: str, ctx: SourceContext) -> Path | None:
         """The snapshot's folder, or the folder that the .gguf file was converted into; None for what is no hub id.
 
-        Raises `ModelSourceError` telling what the hub said, and the mend.
+        Raises `ModelSourceError` telling what the hub said, and the fix.
         """
         match = HUB_ID.fullmatch(source)
         if match is None or Path(source).exists():

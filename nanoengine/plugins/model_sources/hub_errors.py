@@ -1,4 +1,4 @@
-"""What the hub, or the way to it, refused: in words, with the mend."""
+"""What the hub, or the way to it, refused: in words, with the fix."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def explain(error: Exception, repo: str, revision: str, *, downloading: bool = F
         text = f"fetching {repo} broke off: {_chain(error)}; run it again: files that are finished are kept"
     else:
         offline = isinstance(error, errors.OfflineModeIsEnabled)
-        mend = "unset it" if offline else "check network and proxy, or set HF_ENDPOINT to a mirror"
+        fix = "unset it" if offline else "check network and proxy, or set HF_ENDPOINT to a mirror"
         text = (
             f"{repo}@{revision} is not, or not wholly, in the cache {constants.HF_HUB_CACHE}, and {cause_of(error)}: "
-            f"{mend}, or run `hf download {repo}` elsewhere and bring the folder. There is no folder {repo} here either"
+            f"{fix}, or run `hf download {repo}` elsewhere and bring the folder. There is no folder {repo} here either"
         )
     return ModelSourceError(text)
 
@@ -65,14 +65,14 @@ def nothing_to_serve(name: str, lack: str, files: Collection[str]) -> ModelSourc
     at = "" if revision == "main" else f"@{revision}"
     ggufs = sorted(file for file in files if file.endswith(".gguf"))
     if ggufs:
-        mend = f"it has .gguf files; give one of them: {', '.join(f'{repo}/{file}{at}' for file in ggufs[:8])}"
+        fix = f"it has .gguf files; give one of them: {', '.join(f'{repo}/{file}{at}' for file in ggufs[:8])}"
     elif any(file.endswith((".bin", ".pt", ".pth")) for file in files):
-        mend = "it has weights in pickle files only, which are not served: take a repository with safetensors"
+        fix = "it has weights in pickle files only, which are not served: take a repository with safetensors"
     elif "adapter_config.json" in files:
-        mend = "it holds an adapter, not a model: merge it into its base model first"
+        fix = "it holds an adapter, not a model: merge it into its base model first"
     else:
-        mend = f"it holds {', '.join(sorted(files)[:8]) or 'no files'}; take a repository of a transformers model"
-    return ModelSourceError(f"{name} has {lack}: {mend}")
+        fix = f"it holds {', '.join(sorted(files)[:8]) or 'no files'}; take a repository of a transformers model"
+    return ModelSourceError(f"{name} has {lack}: {fix}")
 
 
 def _log_in() -> str:

@@ -18,7 +18,7 @@ from nanoengine.api.errors import ConfigError, ParamsError, PluginError, nearest
 from nanoengine.core.options import EngineOptions
 from nanoengine.observe.files import user_path
 from nanoengine.params.field_types import conform
-from nanoengine.params.sampling_fields import NOT_SERVED, legal_fields
+from nanoengine.params.sampling_fields import NOT_SUPPORTED, legal_fields
 from nanoengine.setup.config.composer import Composed, Root, SearchPath, Shorthand, compose, package_root
 from nanoengine.setup.config.composer.yaml_file import ConfigFile, KeyPath, dotted, not_a_file
 from nanoengine.setup.config.engine_options import dtype_hint
@@ -103,7 +103,7 @@ def load_config(
     """
     registry = discover() if registry is None else registry
     roots = [each for root, origin in registry.config_roots for each in package_root(root, str(origin))]
-    primary, search = _primary(path_or_recipe, roots, registry.suspects("configs"))
+    primary, search = _primary(path_or_recipe, roots, registry.failure_hint("configs"))
     interpolable = {"attention": asdict(AttentionSection()), "engine": asdict(EngineOptions()), "chat": True}
     plain = [key for key in _KEYS if key not in _SECTIONS and key != "sampler"]
     composed = compose(primary, search, overrides, shorthands=_shorthands(registry), defaults=interpolable, plain=plain)
@@ -169,7 +169,7 @@ def _shorthands(registry: Registry) -> Mapping[str, Shorthand]:
 
 def _checked(composed: Composed, registry: Registry, label: str) -> RunConfig:
     processors = logits_processors(registry)
-    _check_keys(composed, list(legal_fields(processors)), registry.suspects("samplers"))
+    _check_keys(composed, list(legal_fields(processors)), registry.failure_hint("samplers"))
     data = composed.data
     for name in ("engine", "sampler"):
         if isinstance(data.get(name), str):
@@ -241,7 +241,7 @@ def _check_keys(composed: Composed, sampling: Sequence[str], suspects: str) -> N
             key, valid = str(path[1]), choices[str(path[0])]
             why = nearest(key, valid)
             if path[0] == "sampler":
-                known = NOT_SERVED.get(key)
+                known = NOT_SUPPORTED.get(key)
                 why = f"not served here: {known}" if known else nearest_part(key, valid) + suspects
             raise ConfigError(f"{origin}: unknown key {dotted(path)!r}; {why}")
 

@@ -16,7 +16,7 @@ from nanoengine.api.attention import (
     GraphSupport,
 )
 from nanoengine.api.errors import PluginError, UnsupportedError, shown
-from nanoengine.api.plugin_calls import name_of, plugin_call, whose
+from nanoengine.api.plugin_calls import name_of, place_and_fix, plugin_call
 from nanoengine.api.specs import AttentionSpec
 from nanoengine.setup.plugins.registry import Registered, Registry
 from nanoengine.setup.plugins.targets import TargetLoader
@@ -28,7 +28,7 @@ _CAPABILITIES: Mapping[str, tuple[str, type[Any]]] = {
     "head_sizes": ("None or a frozenset of integers", int),
     "features": ("a frozenset of nanoengine.api.AttentionFeature", AttentionFeature),
 }
-PassedOver = list[tuple[str, list[str]]]
+Skipped = list[tuple[str, list[str]]]
 
 
 def load_checked(loader: TargetLoader, target: str, base: type[C]) -> type[C]:
@@ -76,7 +76,7 @@ def _importable(cls: type[Any]) -> bool:
 
 def choose_attention(
     registry: Registry, need: AttentionNeed, name: str = "auto", loader: TargetLoader | None = None
-) -> tuple[Registered[AttentionSpec], PassedOver]:
+) -> tuple[Registered[AttentionSpec], Skipped]:
     """The backend called `name`, or for "auto" the one of the highest preference (then by name) that serves `need`.
 
     Returns it with those that "auto" passed over and why. Raises `UnsupportedError` with every reason if the named
@@ -87,11 +87,11 @@ def choose_attention(
         found = registry.attention(name)
         reasons = attention_reasons(found.spec, need, loader)
         if reasons:
-            mend = "attention=auto takes one that can"
-            raise UnsupportedError(f"attention backend {name!r} cannot serve this model here ({mend})", reasons)
+            fix = "attention=auto takes one that can"
+            raise UnsupportedError(f"attention backend {name!r} cannot serve this model here ({fix})", reasons)
         return found, []
-    passed: PassedOver = [(c.name, [str(c)]) for c in registry.conflicts if c.kind == "attention_backends"]
-    for candidate, reasons in judged(registry, need, loader):
+    passed: Skipped = [(c.name, [str(c)]) for c in registry.conflicts if c.kind == "attention_backends"]
+    for candidate, reasons in ranked_backends(registry, need, loader):
         if not reasons:
             return candidate, passed
         passed.append((candidate.spec.name, reasons))
@@ -102,7 +102,7 @@ def choose_attention(
     )
 
 
-def judged(
+def ranked_backends(
     registry: Registry, need: AttentionNeed, loader: TargetLoader
 ) -> Iterator[tuple[Registered[AttentionSpec], list[str]]]:
     """Each backend, in the order in which "auto" asks, with the reasons against it; each is loaded when it is asked."""
@@ -122,17 +122,17 @@ def attention_reasons(spec: AttentionSpec, need: AttentionNeed, loader: TargetLo
     missing = [module for module in spec.requires if not _is_there(module)]
     if missing:
         return [f"needs {', '.join(missing)}, not installed here" + (f" ({spec.install})" if spec.install else "")]
-    return class_reasons(load_checked(loader, spec.target, AttentionBackend), need)
+    return unsupported_reasons(load_checked(loader, spec.target, AttentionBackend), need)
 
 
-def class_reasons(cls: type[AttentionBackend], need: AttentionNeed) -> list[str]:
+def unsupported_reasons(cls: type[AttentionBackend], need: AttentionNeed) -> list[str]:
     """What `cls.unsupported` answers; raises `PluginError` if it raises, or answers no list of strings."""
     check_capabilities(cls)
     with plugin_call(f"{name_of(cls)}.unsupported failed", cls):
         reasons: object = cls.unsupported(need)
     if not isinstance(reasons, list) or not all(isinstance(reason, str) for reason in reasons):
         text = f"{name_of(cls)}.unsupported must return a list of strings, not {shown(reasons)}"
-        raise PluginError(text + whose(None, cls.unsupported, text))
+        raise PluginError(text + place_and_fix(None, cls.unsupported, text))
     return reasons
 
 
@@ -141,21 +141,21 @@ def check_capabilities(cls: type[AttentionBackend]) -> None:
     found: object = cls.capabilities
     if not isinstance(found, AttentionCapabilities):
         text = f"{name_of(cls)}.capabilities must be a nanoengine.api.AttentionCapabilities, not {shown(found)}"
-        raise PluginError(text + whose(None, cls, text))
+        raise PluginError(text + place_and_fix(None, cls, text))
     for name, (wanted, kind) in _CAPABILITIES.items():
         value = getattr(found, name)
         if not (isinstance(value, frozenset) and all(isinstance(each, kind) for each in value)):
             if value is None and name in ("dtypes", "head_sizes"):
                 continue
             text = f"{name_of(cls)}.capabilities.{name} must be {wanted}, not {shown(value)}"
-            raise PluginError(text + whose(None, cls, text))
+            raise PluginError(text + place_and_fix(None, cls, text))
     multiple, graphs = found.block_multiple, found.graphs
     if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
         text = f"{name_of(cls)}.capabilities.block_multiple must be an integer of at least 1, not {shown(multiple)}"
-        raise PluginError(text + whose(None, cls, text))
+        raise PluginError(text + place_and_fix(None, cls, text))
     if not isinstance(graphs, GraphSupport):
         text = f"{name_of(cls)}.capabilities.graphs must be a nanoengine.api.GraphSupport, not {shown(graphs)}"
-        raise PluginError(text + whose(None, cls, text))
+        raise PluginError(text + place_and_fix(None, cls, text))
 
 
 def _is_there(module: str) -> bool:

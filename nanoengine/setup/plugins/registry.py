@@ -117,7 +117,7 @@ class Registry:
             if failure.provides == (kind, name):
                 raise PluginError(f"{KIND_WORDS[kind]} {name!r} is not available: {failure}")
         raise PluginError(
-            f"no {KIND_WORDS[kind]} {name!r} is installed; {nearest_part(name, found)}{self.suspects(kind)}"
+            f"no {KIND_WORDS[kind]} {name!r} is installed; {nearest_part(name, found)}{self.failure_hint(kind)}"
             " (see `nanoengine plugins list`)"
         )
 
@@ -142,7 +142,7 @@ class Registry:
         served = {architecture for each in everyone for architecture in each.spec.architectures}
         wanted = architectures[0] if architectures else ""
         what = f"no installed model serves architecture {wanted!r}" if wanted else "config.json names no architecture"
-        raise ModelError(f"{what}; {nearest(wanted, served)}{_A_PLUGINS}{self.suspects('models')}")
+        raise ModelError(f"{what}; {nearest(wanted, served)}{_A_PLUGINS}{self.failure_hint('models')}")
 
     def _model_by_name(self, architectures: Sequence[str], name: str) -> Registered[ModelSpec]:
         found: Registered[ModelSpec] = self.require("models", name)
@@ -181,7 +181,7 @@ class Registry:
         if found:
             raise PluginError("; ".join(map(str, found)))
 
-    def suspects(self, kind: Kind | Literal["configs"]) -> str:
+    def failure_hint(self, kind: Kind | Literal["configs"]) -> str:
         """Tail of a message on a missing part: the failures that might have provided it; "" if there are none."""
         hook = f"register_{kind}"
         might = [
@@ -196,17 +196,17 @@ class Registry:
 def _several_serve(architecture: str, serving: Sequence[Registered[ModelSpec]]) -> str:
     who = " and ".join(f"model {each.spec.name!r} of {each.origin}" for each in serving)
     choose = "choose one by name (model.implementation in YAML, LLM(implementation=...))"
-    return f"architecture {architecture!r} is served by {who}; {choose}, or {_mends(serving)}"
+    return f"architecture {architecture!r} is served by {who}; {choose}, or {_fixes(serving)}"
 
 
-def _mends(claims: Sequence[Registered[Any]]) -> str:
-    return " or ".join(dict.fromkeys(claim.origin.mend for claim in claims if claim.origin.mend))
+def _fixes(claims: Sequence[Registered[Any]]) -> str:
+    return " or ".join(dict.fromkeys(claim.origin.fix for claim in claims if claim.origin.fix))
 
 
 def _one_too_many(claims: Sequence[Registered[Any]]) -> str:
     """What to do about several that claim one name."""
-    stays = any(not claim.origin.mend for claim in claims)
-    return f"rename yours, or {_mends(claims)}" if stays else f"remove one of them: {_mends(claims)}"
+    stays = any(not claim.origin.fix for claim in claims)
+    return f"rename yours, or {_fixes(claims)}" if stays else f"remove one of them: {_fixes(claims)}"
 
 
 def _both_claim(parameter: str, one: Registered[SamplerSpec], other: Registered[SamplerSpec]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nanoengine.api.errors import ModelSourceError, nearest, shown
-from nanoengine.api.plugin_calls import plugin_call, whose
+from nanoengine.api.plugin_calls import place_and_fix, plugin_call
 from nanoengine.api.sources import ModelSource, SourceContext
 
 
@@ -74,7 +74,7 @@ def _answer(where: str, candidate: ModelSource, source: str, ctx: SourceContext)
         wrong = f"{path}, which holds no config.json"
     if wrong:
         text = f"{where}: {cls.__qualname__}.resolve answered {wrong}"
-        raise _SourceBroken(text + whose(None, cls.resolve, text))
+        raise _SourceBroken(text + place_and_fix(None, cls.resolve, text))
     assert isinstance(path, Path)
     return path
 

@@ -36,10 +36,10 @@ class TargetLoader:
         except BaseException as error:  # a plugin may call sys.exit() when imported
             if not is_failure(error):
                 raise
-            from nanoengine.api.plugin_calls import whose
+            from nanoengine.api.plugin_calls import place_and_fix
 
             text = f"cannot load {self.describe(target)}: {described(error)}"
-            raise PluginError(text + whose(error, module_name, text)) from error
+            raise PluginError(text + place_and_fix(error, module_name, text)) from error
         for part in attribute.split("."):
             try:
                 found = getattr(found, part)

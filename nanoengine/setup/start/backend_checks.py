@@ -15,7 +15,7 @@ from nanoengine.api.errors import (
     is_out_of_memory,
     shown,
 )
-from nanoengine.api.plugin_calls import name_of, plugin_call, whose
+from nanoengine.api.plugin_calls import name_of, place_and_fix, plugin_call
 from nanoengine.core.execution.results import LaunchedStep
 from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.step import StepPlan
@@ -28,7 +28,7 @@ def kv_block_bytes(backend: type[AttentionBackend], spec: KVSpec, block_size: in
         found: object = backend.kv_block_bytes(spec, block_size)
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         text = f"{name_of(backend)}.kv_block_bytes gave {shown(found)} for {spec}, not a number of bytes of at least 1"
-        raise PluginError(text + whose(None, backend))
+        raise PluginError(text + place_and_fix(None, backend))
     return found
 
 

@@ -14,7 +14,7 @@ from nanoengine.api.checks import check_attention, check_config, check_weight_ma
 from nanoengine.api.errors import ModelError
 from nanoengine.api.model import Attention, Model, ModelConfig, Parallel
 from nanoengine.api.parallel import TensorParallelGroup
-from nanoengine.api.plugin_calls import name_of, plugin_call, whose
+from nanoengine.api.plugin_calls import name_of, place_and_fix, plugin_call
 from nanoengine.kernels.ops import Ops
 from nanoengine.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from nanoengine.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
@@ -108,11 +108,11 @@ def build_model(
     except ModelError as error:  # of a layer that cannot be as the model asks
         if name in str(error):
             raise
-        raise ModelError(f"{error} (in {name}{whose(error, model_cls)})") from error
+        raise ModelError(f"{error} (in {name}{place_and_fix(error, model_cls)})") from error
     if not builder.attention_layers:
         raise ModelError(
             f"{name} made no attention layer; a model makes each by ctx.attention(name, spec), for the KV cache is "
-            f"theirs{whose(None, model_cls.__init__)}"
+            f"theirs{place_and_fix(None, model_cls.__init__)}"
         )
     return BuiltModel(model, config, tuple(builder.attention_layers))
 

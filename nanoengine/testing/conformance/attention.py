@@ -19,7 +19,7 @@ from nanoengine.api import (
     KVSpec,
     StepInputs,
 )
-from nanoengine.setup.plugins.choose import check_class, class_reasons
+from nanoengine.setup.plugins.choose import check_class, unsupported_reasons
 from nanoengine.setup.start.backend_checks import kv_block_bytes
 from nanoengine.testing.conformance.failure import during, require, require_close
 from nanoengine.testing.conformance.paging import Paging
@@ -91,11 +91,13 @@ def _check_answers(backend: type[AttentionBackend], capabilities: AttentionCapab
     """What it says of itself agrees with what it declares."""
     require(device in capabilities.devices, f"{backend.__name__}.capabilities.devices lacks {device!r}: nothing to try")
     nowhere = AttentionNeed(device="nowhere", dtype="float32", head_sizes=frozenset({64}))
-    require(bool(class_reasons(backend, nowhere)), f"{backend.__name__}.unsupported accepts a device called 'nowhere'")
+    require(
+        bool(unsupported_reasons(backend, nowhere)), f"{backend.__name__}.unsupported accepts a device called 'nowhere'"
+    )
     for feature in sorted(frozenset(AttentionFeature) - capabilities.features):
         need = replace(nowhere, device=device, features=frozenset({feature}))
         require(
-            bool(class_reasons(backend, need)),
+            bool(unsupported_reasons(backend, need)),
             f"{backend.__name__} does not declare {feature.name}, yet unsupported() accepts it: it would be ignored",
         )
 
@@ -142,7 +144,7 @@ class _Play:
             block_size=case.block_size,
             features=case.features & backend.capabilities.features,
         )
-        reasons = class_reasons(backend, need)
+        reasons = unsupported_reasons(backend, need)
         require(not reasons, f"unsupported() refuses what capabilities declare: {'; '.join(reasons)}")
         with during("kv_block_bytes()"):
             kv_block_bytes(backend, case.kv, case.block_size)

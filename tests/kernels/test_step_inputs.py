@@ -22,8 +22,8 @@ from nanoengine.core.execution.step_inputs import (
     decode_plan,
     pad,
 )
-from nanoengine.core.options import StagePlan
-from nanoengine.core.step import BlockAppends, NewSlots, StageColumn, StepPlan, flags, i32, i64
+from nanoengine.core.options import ProcessorPlan
+from nanoengine.core.step import BlockAppends, NewSlots, ProcessorColumn, StepPlan, flags, i32, i64
 from nanoengine.kernels import step_inputs
 from nanoengine.kernels.step_inputs import SlotState, StepInputBuffers
 
@@ -285,7 +285,7 @@ def test_what_the_host_writes_arrives_at_once_and_in_order(fused: bool, device: 
     next owner and may be set for it in the same step."""
     limits = SlotLimits(max_slots=4, max_model_len=20, vocab_size=VOCAB, num_groups=2, max_blocks=5)
     columns = {"a": ColumnSpec(dtype="float32", default=1.0), "b": ColumnSpec(dtype="bool", default=False)}
-    t = SlotTables(limits, (StagePlan(name="s", target="", columns=columns),), device, fused=fused)
+    t = SlotTables(limits, (ProcessorPlan(name="s", target="", columns=columns),), device, fused=fused)
 
     def admit(slots: list[int]) -> None:
         n = len(slots)
@@ -300,7 +300,9 @@ def test_what_the_host_writes_arrives_at_once_and_in_order(fused: bool, device: 
 
     def change(column: str, slot: int, value: float) -> None:
         values = np.array([value], np.float32 if column == "a" else np.bool_)
-        t.set_columns([StageColumn(stage="s", column=column, slots=i32([slot]), values=values, offsets=i32([0, 1]))])
+        t.set_columns(
+            [ProcessorColumn(processor="s", column=column, slots=i32([slot]), values=values, offsets=i32([0, 1]))]
+        )
 
     admit([2, 0])
     change("a", 2, 0.5)

@@ -21,7 +21,6 @@ from nanoengine.api.errors import (
     is_failure,
 )
 from nanoengine.build import BuiltEngine, assemble, build_engine, find_model
-from nanoengine.core.options import EngineOptions
 from nanoengine.core.request import RequestOutput
 from nanoengine.core.scheduling.messages import EngineStats
 from nanoengine.observe.progress import Progress, note
@@ -37,6 +36,7 @@ from nanoengine.params.arguments import (
     split_prompts,
     template_variables,
 )
+from nanoengine.params.engine_options import EngineOptions
 from nanoengine.params.sampling_params import SamplingParams
 from nanoengine.setup.config.engine_options import engine_options
 from nanoengine.setup.keywords import check_options, names_keywords

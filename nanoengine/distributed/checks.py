@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nanoengine.api.errors import ConfigError, PluginError
-from nanoengine.core.options import EnginePlan
+from nanoengine.core.engine_plan import EnginePlan
 
 
 def check_devices(device: str, size: int) -> None:

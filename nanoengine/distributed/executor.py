@@ -20,9 +20,9 @@ from typing import Any, NoReturn
 import torch
 
 from nanoengine.api.errors import EngineClosed, WorkerError
+from nanoengine.core.engine_plan import EnginePlan
 from nanoengine.core.execution.executor import Executor, StepHandle
 from nanoengine.core.execution.start_report import MemoryReport
-from nanoengine.core.options import EnginePlan
 from nanoengine.core.step import StepPlan, StepResult
 from nanoengine.distributed.channel import Kind, Parcel
 from nanoengine.distributed.faults import Report, blame, blame_late

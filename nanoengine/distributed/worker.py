@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from nanoengine.core.options import EnginePlan
+from nanoengine.core.engine_plan import EnginePlan
 from nanoengine.core.step import StepPlan
 from nanoengine.distributed.channel import Channel, Frame, Kind, Parcel
 from nanoengine.distributed.shared import READY, Layout, Shared, Word

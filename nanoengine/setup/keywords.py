@@ -12,7 +12,7 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 from nanoengine.api.errors import ConfigError, ParamsError, is_failure
-from nanoengine.core.options import EngineOptions
+from nanoengine.params.engine_options import EngineOptions
 from nanoengine.params.sampling_fields import CORE_TYPES, NOT_SUPPORTED, processor_types
 from nanoengine.setup.config.engine_options import OPTIONS_NOT_SERVED
 from nanoengine.setup.plugins.discover import discover

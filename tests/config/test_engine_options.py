@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanoengine import ConfigError
-from nanoengine.core.options import EngineOptions
+from nanoengine.params.engine_options import EngineOptions
 from nanoengine.setup.config.engine_options import OPTIONS_NOT_SERVED, engine_options
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nanoengine.api.errors import ConfigError, PluginError
-from nanoengine.core.options import EngineOptions
+from nanoengine.params.engine_options import EngineOptions
 from nanoengine.setup.config.config import RunConfig, load_config
 from nanoengine.setup.config.prompts import PromptFile
 from nanoengine.setup.plugins.registry import Registry

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nanoengine.core.options import EngineOptions
+from nanoengine.params.engine_options import EngineOptions
 from nanoengine.testing.checkpoints import write_byte_tokenizer
 from nanoengine.text import Tokenizer, load_tokenizer
 

@@ -9,7 +9,7 @@ import pytest
 
 from nanoengine.api.attention import BatchLimits, GraphSupport
 from nanoengine.core.execution.graphs import CaptureSizes, capture_sizes, decode_sizes
-from nanoengine.core.options import EngineOptions
+from nanoengine.params.engine_options import EngineOptions
 
 
 @pytest.mark.parametrize("most", [1, 7, 8, 20, 64, 100, 256, 1000, 1024])

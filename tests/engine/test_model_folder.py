@@ -11,8 +11,8 @@ import pytest
 
 from nanoengine import LLM
 from nanoengine.api.errors import DeviceMemoryError, ModelError
-from nanoengine.core.options import EngineOptions
 from nanoengine.lab.doctor import Asked, examine
+from nanoengine.params.engine_options import EngineOptions
 from nanoengine.setup.plugins.discover import discover
 from nanoengine.testing.checkpoints import tiny_llama
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoengine.build import inspect_model
-from nanoengine.core.options import EngineOptions
+from nanoengine.params.engine_options import EngineOptions
 from nanoengine.setup.plugins.discover import discover
 from nanoengine.setup.plugins.registry import Registry
 from nanoengine.setup.start.generation import read_generation_defaults

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nanoengine.api.attention import BatchLimits
 from nanoengine.api.specs import ColumnSpec
+from nanoengine.core.engine_plan import ProcessorPlan
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
 from nanoengine.core.execution.step_inputs import (
     GatheredStep,
@@ -22,7 +23,6 @@ from nanoengine.core.execution.step_inputs import (
     decode_plan,
     pad,
 )
-from nanoengine.core.options import ProcessorPlan
 from nanoengine.core.step import BlockAppends, NewSlots, ProcessorColumn, StepPlan, flags, i32, i64
 from nanoengine.kernels import step_inputs
 from nanoengine.kernels.step_inputs import SlotState, StepInputBuffers

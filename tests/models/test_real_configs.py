@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nanoengine.api import ModelError
 from nanoengine.build import inspect_model
-from nanoengine.core.options import EngineOptions
+from nanoengine.params.engine_options import EngineOptions
 from nanoengine.setup.plugins.discover import discover
 from nanoengine.setup.plugins.registry import Registry
 

@@ -12,9 +12,9 @@ from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from nanoengine.api.errors import EngineClosed, PluginError, described, is_failure, own_value
+from nanoengine.core.engine_plan import EnginePlan
 from nanoengine.core.execution.runner import ModelRunner
 from nanoengine.core.execution.start_report import MemoryReport
-from nanoengine.core.options import EnginePlan
 from nanoengine.core.step import StepPlan, StepResult
 
 

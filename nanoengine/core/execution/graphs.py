@@ -39,9 +39,9 @@ from nanoengine.core.execution.step_inputs import (
     blank_plan,
     plain_rows,
 )
-from nanoengine.core.options import EngineOptions
 from nanoengine.core.step import StepPlan
 from nanoengine.kernels.compile_ahead import compiling_ahead, is_compiling_ahead
+from nanoengine.params.engine_options import EngineOptions
 
 _log = logging.getLogger(__name__)
 GRAPH_RESERVE_BYTES = 256 << 20  # what graphs hold besides logits and activations

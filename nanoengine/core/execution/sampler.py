@@ -14,7 +14,7 @@ from nanoengine.api.parallel import TensorParallelGroup, padded_length
 from nanoengine.api.plugin_calls import place_and_fix, plugin_step
 from nanoengine.api.processors import LogitsProcessor, Need, ProcessorRows, RaggedColumn
 from nanoengine.api.specs import Phase, StandardOp
-from nanoengine.core.options import ProcessorPlan
+from nanoengine.core.engine_plan import ProcessorPlan
 from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, ROW_NOTHING_LEFT
 from nanoengine.kernels import all_reduce, sampling
 from nanoengine.kernels.philox import draw_keys

@@ -20,7 +20,7 @@ from torch import Tensor
 from nanoengine.api.errors import ConfigError
 from nanoengine.api.processors import Need, RaggedColumn
 from nanoengine.api.specs import ColumnSpec, StandardOp
-from nanoengine.core.options import ProcessorPlan
+from nanoengine.core.engine_plan import ProcessorPlan
 from nanoengine.core.step import BlockAppends, NewSlots, ProcessorColumn
 from nanoengine.kernels import step_inputs
 from nanoengine.kernels.step_inputs import SlotState

@@ -13,8 +13,8 @@ from nanoengine.api.attention import AttentionBackend, AttentionNeed
 from nanoengine.api.errors import NanoEngineError, described, is_failure
 from nanoengine.api.processors import LogitsProcessor
 from nanoengine.api.sources import ModelSource
-from nanoengine.core.options import EngineOptions
 from nanoengine.lab.doctor.findings import Finding, Level, Verdict
+from nanoengine.params.engine_options import EngineOptions
 from nanoengine.setup.plugins.choose import load_checked, ranked_backends
 from nanoengine.setup.plugins.registry import KIND_WORDS, Kind, Registered, Registry
 from nanoengine.setup.plugins.targets import TargetLoader

@@ -15,8 +15,8 @@ from types import MappingProxyType
 from typing import Any
 
 from nanoengine.api.errors import ConfigError, ParamsError, PluginError, nearest, nearest_part
-from nanoengine.core.options import EngineOptions
 from nanoengine.observe.files import user_path
+from nanoengine.params.engine_options import EngineOptions
 from nanoengine.params.field_types import conform
 from nanoengine.params.sampling_fields import NOT_SUPPORTED, legal_fields
 from nanoengine.setup.config.composer import Composed, Root, SearchPath, Shorthand, compose, package_root

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 from nanoengine.api.errors import ConfigError, ParamsError, nearest
-from nanoengine.core.options import EngineOptions
+from nanoengine.params.engine_options import EngineOptions
 from nanoengine.params.field_types import conform
 
 OPTIONS_NOT_SERVED: Mapping[str, str] = {

@@ -12,7 +12,7 @@ import torch
 from nanoengine.api.attention import BatchLimits
 from nanoengine.api.errors import ConfigError, DeviceMemoryError
 from nanoengine.core.execution.start_report import empty_cache
-from nanoengine.core.options import EngineOptions
+from nanoengine.params.engine_options import EngineOptions
 from nanoengine.setup.start.shortage import StepTooLarge
 
 _log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from nanoengine.api.errors import DeviceMemoryError, is_out_of_memory
 from nanoengine.core.execution.start_report import CaptureOutOfMemory
-from nanoengine.core.options import EngineOptions
+from nanoengine.params.engine_options import EngineOptions
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)

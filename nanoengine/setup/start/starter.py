@@ -14,15 +14,16 @@ from nanoengine.api.model import Attention, Model
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.plugin_calls import name_of, plugin_call
 from nanoengine.api.processors import ProcessorContext
+from nanoengine.core.engine_plan import EnginePlan
 from nanoengine.core.execution.graphs import capture_sizes
 from nanoengine.core.execution.runner import ModelRunner, RunnerParts, on_device, release, release_caches
 from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
 from nanoengine.core.execution.start_report import MemoryReport, free_unused
 from nanoengine.core.execution.step_inputs import StepBuffers
-from nanoengine.core.options import EngineOptions, EnginePlan
 from nanoengine.core.step import num_slots
 from nanoengine.kernels.ops import Ops, ops_for
+from nanoengine.params.engine_options import EngineOptions
 from nanoengine.setup.plugins.choose import load_checked
 from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.start.backend_checks import dry_run, kv_block_bytes

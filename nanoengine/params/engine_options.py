@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from nanoengine.api.errors import ConfigError
-from nanoengine.api.specs import ColumnSpec, PluginFile
 
 _INT32, _INT64, _YEAR = 2**31 - 1, 2**63 - 1, 365 * 86_400.0
 _BOUNDS: Mapping[str, tuple[int, int]] = {
@@ -120,48 +119,3 @@ class EngineOptions:
             )
         if not (self.device in ("auto", "cpu", "cuda") or self.device.removeprefix("cuda:").isdigit()):
             raise ConfigError(f"engine.device must be auto, cpu, cuda or cuda:N, not {self.device!r}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessorPlan:
-    """A logits processor.
-
-    Attributes:
-        name: of its spec. target: of its class. columns: the device columns its parameters declare.
-        origin: who registered it, for errors; "" if unknown.
-    """
-
-    name: str
-    target: str
-    columns: Mapping[str, ColumnSpec]
-    origin: str = ""
-
-    @property
-    def where(self) -> str:
-        """Name and origin: "logits processor 'x' (Class of plugin file /some/x.py)"."""
-        known = f"{self.target.partition(':')[2]} of {self.origin}" if self.origin else self.target
-        return f"logits processor {self.name!r} ({known})"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EnginePlan:
-    """The frozen choice of parts.
-
-    Attributes:
-        model_path: folder with config.json (and, unless dummy, safetensors).
-        hf_config: config.json, read once.
-        model: target of the `Model` class. attention: name and target of the backend.
-        processors: every registered processor, in application order within its phase.
-        options: with every `None` that the choice of parts decides filled in (device, dtype, block_size,
-            max_model_len, max_num_batched_tokens).
-        plugin_files: modules that must be loaded from a file before a target of theirs can be imported.
-    """
-
-    model_path: str
-    hf_config: Mapping[str, Any]
-    model: str
-    attention_name: str
-    attention: str
-    processors: tuple[ProcessorPlan, ...]
-    options: EngineOptions
-    plugin_files: tuple[PluginFile, ...] = ()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         WeightsError,
         WorkerError,
     )
-    from nanoengine.core.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+    from nanoengine.core.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from nanoengine.core.scheduling.messages import EngineStats
     from nanoengine.llm import LLM
     from nanoengine.observe.steps import StepRecord
@@ -55,10 +55,10 @@ _HOME = {
     "StepRecord": "nanoengine.observe.steps",
     "TraceFile": "nanoengine.observe.trace",
     "SamplingParams": "nanoengine.params.sampling_params",
-    "CompletionOutput": "nanoengine.core.request",
-    "Logprob": "nanoengine.core.request",
-    "RequestMetrics": "nanoengine.core.request",
-    "RequestOutput": "nanoengine.core.request",
+    "CompletionOutput": "nanoengine.core.outputs",
+    "Logprob": "nanoengine.core.outputs",
+    "RequestMetrics": "nanoengine.core.outputs",
+    "RequestOutput": "nanoengine.core.outputs",
     **dict.fromkeys(_ERRORS, "nanoengine.api.errors"),
     "load_config": "nanoengine.setup.config.config",
 }

@@ -21,7 +21,7 @@ from nanoengine.api.errors import (
     is_failure,
 )
 from nanoengine.build import BuiltEngine, assemble, build_engine, find_model
-from nanoengine.core.request import RequestOutput
+from nanoengine.core.outputs import RequestOutput
 from nanoengine.core.scheduling.messages import EngineStats
 from nanoengine.observe.progress import Progress, note
 from nanoengine.observe.steps import Observer, add_observer, remove_observer

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Self
 
 from nanoengine.api.errors import RequestError
-from nanoengine.core.request import RequestOutput
+from nanoengine.core.outputs import RequestOutput
 from nanoengine.params.arguments import Prompt, split_prompt
 from nanoengine.params.sampling_params import SamplingParams
 

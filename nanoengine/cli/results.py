@@ -14,7 +14,7 @@ from typing import Any, Self
 from nanoengine.api.errors import ConfigError
 from nanoengine.cli.common import ResultsLost
 from nanoengine.cli.record import Record, record_path
-from nanoengine.core.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from nanoengine.core.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanoengine.observe.files import GrowingFile, lock, part_of, place_of
 from nanoengine.setup.config.prompts import PromptRow
 

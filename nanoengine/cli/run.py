@@ -27,7 +27,8 @@ from nanoengine.cli.common import (
 )
 from nanoengine.cli.parent import end_with_parent
 from nanoengine.cli.threads import CHOSEN
-from nanoengine.core.request import RequestMetrics, RequestOutput, request_seed
+from nanoengine.core.outputs import RequestMetrics, RequestOutput
+from nanoengine.core.request import request_seed
 from nanoengine.observe.files import user_path
 from nanoengine.observe.progress import Progress
 from nanoengine.setup.config.config import RunConfig, load_config

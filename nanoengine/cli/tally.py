@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from statistics import median, quantiles
 from typing import Any
 
-from nanoengine.core.request import RequestOutput
+from nanoengine.core.outputs import RequestOutput
 
 
 @dataclass

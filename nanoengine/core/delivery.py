@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nanoengine.api.errors import is_failure
-from nanoengine.core.outputs import RequestState
-from nanoengine.core.request import Request, RequestOutput
+from nanoengine.core.outputs import RequestOutput, RequestState
+from nanoengine.core.request import Request
 from nanoengine.core.scheduling.messages import ScheduledStep, Update
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.core.step import StepResult

@@ -29,8 +29,8 @@ from nanoengine.api.errors import (
 from nanoengine.core.delivery import Outbox, Sink, Watch
 from nanoengine.core.execution.executor import Executor, StepHandle
 from nanoengine.core.execution.results import LaunchedStep
-from nanoengine.core.outputs import OutputProcessor, RequestState
-from nanoengine.core.request import RequestOutput, int32_bytes
+from nanoengine.core.outputs import OutputProcessor, RequestOutput, RequestState
+from nanoengine.core.request import int32_bytes
 from nanoengine.core.scheduling.messages import ScheduledStep, Update
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.core.step import StepResult

@@ -1,110 +1,17 @@
-"""Requests as the outside sees them (`RequestOutput` and its parts) and as the engine keeps them (`Request`)."""
+"""A request as the engine keeps it: one `Request` for each of its samples."""
 
 from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal
-
-from nanoengine.api.errors import RequestError
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nanoengine.core.scheduling.block_manager import Run
     from nanoengine.params.sampling_params import ResolvedParams
-
-FinishReason = Literal["stop", "length", "abort"]
-
-
-@dataclass(frozen=True, slots=True)
-class Logprob:
-    """Natural-log probability of a token under the raw logits; rank 1 is the likeliest; the token's own text."""
-
-    logprob: float
-    rank: int
-    decoded_token: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestMetrics:
-    """Seconds on the monotonic clock. `arrival`: when added; others None until they happen.
-
-    num_generated: tokens of all samples. longest: of the sample that has the most.
-    ttft: arrival to first token. itl: mean time between the tokens of that longest sample.
-    """
-
-    arrival: float
-    first_scheduled: float | None = None
-    first_token: float | None = None
-    finished: float | None = None
-    num_generated: int = 0
-    longest: int = 0
-
-    @property
-    def ttft(self) -> float | None:
-        return None if self.first_token is None else self.first_token - self.arrival
-
-    @property
-    def itl(self) -> float | None:
-        if self.first_token is None or self.finished is None or self.longest < 2:
-            return None
-        return (self.finished - self.first_token) / (self.longest - 1)
-
-
-class _CopiedWhenRead:
-    """Base of a frozen dataclass whose `copy_when_read` fields are tuples that nobody may ever want."""
-
-    __slots__ = ("_growing",)
-    _growing: dict[str, tuple[list[Any], int]]  # field -> what to copy from, and how many entries
-
-    if not TYPE_CHECKING:  # a type checker is to know the fields, and no other name
-
-        def __getattr__(self, name: str) -> Any:
-            """Python asks here for what it does not find: a slot that nothing was put into, too."""
-            if name == "_growing" or name not in getattr(self, "_growing", ()):
-                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
-            entries, count = self._growing[name]
-            value = tuple(entries[:count])
-            object.__setattr__(self, name, value)
-            return value
-
-
-def copy_when_read(output: _CopiedWhenRead, fields: Mapping[str, list[Any]]) -> None:
-    """Let each field be what its list holds now, copied when somebody first reads it. Of these entries none may change
-    or go; more may be appended."""
-    for name in fields:
-        object.__delattr__(output, name)
-    object.__setattr__(output, "_growing", {name: (entries, len(entries)) for name, entries in fields.items()})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompletionOutput(_CopiedWhenRead):
-    """One sample of a request. `stop_reason`: the stop string or stop token id that ended it; None for EOS."""
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-    cumulative_logprob: float | None = None
-    logprobs: tuple[dict[int, Logprob], ...] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestOutput:
-    """A request's state: cumulative, not a delta. A refused or broken request has `outputs=[]` and `error`."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: tuple[int, ...]
-    outputs: list[CompletionOutput]
-    finished: bool
-    metrics: RequestMetrics
-    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
-    num_cached_tokens: int = 0
-    error: RequestError | None = None
 
 
 def int32_bytes(token_ids: Sequence[int]) -> bytes:

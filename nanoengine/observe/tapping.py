@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from nanoengine.api.errors import ParamsError
 from nanoengine.core.engine import Engine
 from nanoengine.core.execution.executor import Executor
-from nanoengine.core.request import RequestOutput
+from nanoengine.core.outputs import RequestOutput
 from nanoengine.observe.taps import Tap
 from nanoengine.params.sampling_params import SamplingParams
 

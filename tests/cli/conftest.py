@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from nanoengine.api.errors import RequestError
 from nanoengine.cli.app import app
-from nanoengine.core.request import CompletionOutput, RequestMetrics, RequestOutput
+from nanoengine.core.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from nanoengine.params.sampling_params import SamplingParams
 from nanoengine.setup.config.config import RunConfig
 from nanoengine.setup.start.clock import StartClock, StartReport

@@ -21,7 +21,7 @@ from typer.testing import Result
 from nanoengine.api.errors import ModelSourceError
 from nanoengine.cli import results as results_file
 from nanoengine.cli.results import KEYS, result_row
-from nanoengine.core.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from nanoengine.core.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanoengine.core.scheduling.block_manager import BlockUse
 from nanoengine.observe.files import GrowingFile
 from nanoengine.observe.steps import Span, StepRecord

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from nanoengine import LLM, CompletionOutput, RequestOutput, SamplingParams
 from nanoengine.core import outputs as output_module
-from nanoengine.core.outputs import OutputProcessor, RequestState
-from nanoengine.core.request import Request, copy_when_read
+from nanoengine.core.outputs import OutputProcessor, RequestState, copy_when_read
+from nanoengine.core.request import Request
 from nanoengine.core.scheduling.messages import Update
 from nanoengine.core.step import LogprobRows, f32, i32
 from nanoengine.params.sampling_params import ResolvedParams

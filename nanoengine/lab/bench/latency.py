@@ -14,7 +14,7 @@ from random import Random
 
 import numpy as np
 
-from nanoengine.core.request import RequestOutput
+from nanoengine.core.outputs import RequestOutput
 from nanoengine.lab.bench.report import Report, number, share
 from nanoengine.lab.bench.roofline import decode_seconds
 from nanoengine.lab.bench.session import Setup, backend_of

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from nanoengine.api.attention import BatchLimits, GraphSupport
-from nanoengine.core.execution.graphs import CaptureSizes, capture_sizes, decode_sizes
+from nanoengine.core.execution.graphs import CaptureSizes
 from nanoengine.params.engine_options import EngineOptions
+from nanoengine.setup.start.graph_sizes import capture_sizes, decode_sizes
 
 
 @pytest.mark.parametrize("most", [1, 7, 8, 20, 64, 100, 256, 1000, 1024])

@@ -1,4 +1,4 @@
-"""CUDA graphs of steps: which sizes there are to be, their capture, and their replay.
+"""CUDA graphs of steps: their capture and their replay.
 
 A graph is one pass: the step's inputs, model and output layer; then another one over its logits draws and records
 (`finish_step.py`). All input is in static buffers, which eager steps use too. What is padded: decode rows of the dummy
@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from nanoengine.api.attention import BatchLimits, GraphSupport
 from nanoengine.api.checks import CheckedModel
 from nanoengine.api.errors import ModelError, described, is_failure, is_out_of_memory
 from nanoengine.api.model import ForwardBatch
@@ -41,31 +40,8 @@ from nanoengine.core.execution.step_inputs import (
 )
 from nanoengine.core.step import StepPlan
 from nanoengine.kernels.compile_ahead import compiling_ahead, is_compiling_ahead
-from nanoengine.params.engine_options import EngineOptions
 
 _log = logging.getLogger(__name__)
-GRAPH_RESERVE_BYTES = 256 << 20  # what graphs hold besides logits and activations
-_STEPS = ((8, 8), (64, 16), (256, 32), (1024, 128))  # up to so many rows, in steps of so many
-_DECODE_ROWS = (64, 128, 256)  # of mixed steps
-_PREFILL_TOKENS = (128, 256, 384, 480, 576, 672, 768, 864, 960, 1088, 1280, 1536, 2048)
-_MORE_PREFILL_TOKENS = (*range(128, 1089, 64), 1216, 1408, 1664, 2048)
-
-
-def decode_sizes(max_rows: int) -> tuple[StepSize, ...]:
-    """Decode steps to capture: 1, 2, 4 rows, then coarser with size, up to `max_rows`."""
-    rows, last = [n for n in (1, 2, 4) if n <= max_rows], 0
-    for limit, stride in _STEPS:
-        rows += range((last // stride + 1) * stride, min(limit, max_rows) + 1, stride)
-        last = limit
-    return tuple(map(StepSize, sorted({*rows, max_rows})))
-
-
-def mixed_sizes(max_rows: int, max_tokens: int) -> tuple[StepSize, ...]:
-    """Mixed steps to capture."""
-    decode = sorted({min(n, max_rows) for n in _DECODE_ROWS})
-    prefill = _PREFILL_TOKENS if len(decode) > 2 else _MORE_PREFILL_TOKENS  # about as many graphs
-    sizes = (StepSize(d, p) for d in decode for p in prefill)
-    return tuple(size for size in sizes if size.tokens <= max_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,29 +52,6 @@ class CaptureSizes:
     sizes: tuple[StepSize, ...] = ()
     tail: bool = False
     inputs: bool = False
-
-    def reserve_bytes(self, row_bytes: int, token_bytes: int) -> int:
-        """What the graphs will hold, where a row of logits takes `row_bytes` and the model `token_bytes` a token.
-
-        Each graph keeps its logits; all share a memory pool, as large as the largest needs.
-        """
-        tokens = max((size.tokens for size in self.sizes), default=0)
-        held = sum(size.rows for size in self.sizes) * row_bytes + tokens * token_bytes
-        return held + GRAPH_RESERVE_BYTES if self.sizes else 0
-
-
-def capture_sizes(
-    options: EngineOptions, limits: BatchLimits, supported: GraphSupport, *, fused: bool, tail: bool
-) -> CaptureSizes:
-    """Which steps are to be graphs, with these options and what the attention backend supports.
-
-    `fused`: inputs are gathered by kernels that can pad tokens. `tail`: sampling can be captured.
-    """
-    if torch.device(options.device).type != "cuda" or options.enforce_eager or supported < GraphSupport.DECODE:
-        return CaptureSizes()
-    inputs = fused and supported >= GraphSupport.ALWAYS
-    mixed = mixed_sizes(limits.max_rows, limits.max_tokens) if inputs and options.graph_mixed_steps else ()
-    return CaptureSizes(decode_sizes(limits.max_rows) + mixed, inputs=inputs, tail=tail and options.fuse_sampling)
 
 
 T = TypeVar("T")

@@ -15,7 +15,6 @@ from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.plugin_calls import name_of, plugin_call
 from nanoengine.api.processors import ProcessorContext
 from nanoengine.core.engine_plan import EnginePlan
-from nanoengine.core.execution.graphs import capture_sizes
 from nanoengine.core.execution.runner import ModelRunner, RunnerParts, on_device, release, release_caches
 from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
@@ -29,6 +28,7 @@ from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.start.backend_checks import dry_run, kv_block_bytes
 from nanoengine.setup.start.build_model import BuiltModel, build_model, kv_groups, parameter_bytes, weight_bytes
 from nanoengine.setup.start.clock import StartClock
+from nanoengine.setup.start.graph_sizes import capture_sizes, reserve_bytes
 from nanoengine.setup.start.largest_steps import largest_steps
 from nanoengine.setup.start.memory import (
     CPU_KV_CACHE_BYTES,
@@ -219,6 +219,6 @@ class _Start:
         for backend in self.backends:
             release(backend)
         row, token = runner.tables.limits.vocab_size * self.dtype.itemsize, -(-prefill // limits.max_tokens)
-        self._measured = (max(prefill, sampling), runner.graphs.sizes.reserve_bytes(row, token))
+        self._measured = (max(prefill, sampling), reserve_bytes(runner.graphs.sizes, row, token))
         self.clock.lap("profile")
         return self.share.kv_budget(block_bytes, *self._measured)

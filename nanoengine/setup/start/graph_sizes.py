@@ -1,0 +1,57 @@
+"""Which steps are captured as CUDA graphs, and what the graphs will hold."""
+
+from __future__ import annotations
+
+import torch
+
+from nanoengine.api.attention import BatchLimits, GraphSupport
+from nanoengine.core.execution.graphs import CaptureSizes
+from nanoengine.core.execution.step_inputs import StepSize
+from nanoengine.params.engine_options import EngineOptions
+
+GRAPH_RESERVE_BYTES = 256 << 20  # what graphs hold besides logits and activations
+_STEPS = ((8, 8), (64, 16), (256, 32), (1024, 128))  # up to so many rows, in steps of so many
+_DECODE_ROWS = (64, 128, 256)  # of mixed steps
+_PREFILL_TOKENS = (128, 256, 384, 480, 576, 672, 768, 864, 960, 1088, 1280, 1536, 2048)
+_MORE_PREFILL_TOKENS = (*range(128, 1089, 64), 1216, 1408, 1664, 2048)
+
+
+def decode_sizes(max_rows: int) -> tuple[StepSize, ...]:
+    """Decode steps to capture: 1, 2, 4 rows, then coarser with size, up to `max_rows`."""
+    rows, last = [n for n in (1, 2, 4) if n <= max_rows], 0
+    for limit, stride in _STEPS:
+        rows += range((last // stride + 1) * stride, min(limit, max_rows) + 1, stride)
+        last = limit
+    return tuple(map(StepSize, sorted({*rows, max_rows})))
+
+
+def mixed_sizes(max_rows: int, max_tokens: int) -> tuple[StepSize, ...]:
+    """Mixed steps to capture."""
+    decode = sorted({min(n, max_rows) for n in _DECODE_ROWS})
+    prefill = _PREFILL_TOKENS if len(decode) > 2 else _MORE_PREFILL_TOKENS  # about as many graphs
+    sizes = (StepSize(d, p) for d in decode for p in prefill)
+    return tuple(size for size in sizes if size.tokens <= max_tokens)
+
+
+def capture_sizes(
+    options: EngineOptions, limits: BatchLimits, supported: GraphSupport, *, fused: bool, tail: bool
+) -> CaptureSizes:
+    """Which steps are to be graphs, with these options and what the attention backend supports.
+
+    `fused`: inputs are gathered by kernels that can pad tokens. `tail`: sampling can be captured.
+    """
+    if torch.device(options.device).type != "cuda" or options.enforce_eager or supported < GraphSupport.DECODE:
+        return CaptureSizes()
+    inputs = fused and supported >= GraphSupport.ALWAYS
+    mixed = mixed_sizes(limits.max_rows, limits.max_tokens) if inputs and options.graph_mixed_steps else ()
+    return CaptureSizes(decode_sizes(limits.max_rows) + mixed, inputs=inputs, tail=tail and options.fuse_sampling)
+
+
+def reserve_bytes(sizes: CaptureSizes, row_bytes: int, token_bytes: int) -> int:
+    """What the graphs will hold, where a row of logits takes `row_bytes` and the model `token_bytes` a token.
+
+    Each graph keeps its logits; all share a memory pool, as large as the largest needs.
+    """
+    tokens = max((size.tokens for size in sizes.sizes), default=0)
+    held = sum(size.rows for size in sizes.sizes) * row_bytes + tokens * token_bytes
+    return held + GRAPH_RESERVE_BYTES if sizes.sizes else 0

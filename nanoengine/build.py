@@ -34,7 +34,6 @@ from nanoengine.api.specs import ModelSpec
 from nanoengine.core.engine import Engine, EngineLimits
 from nanoengine.core.engine_plan import EnginePlan, ProcessorPlan
 from nanoengine.core.execution.executor import Executor, InProcessExecutor
-from nanoengine.core.execution.start_report import MemoryReport
 from nanoengine.core.outputs import OutputProcessor
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.messages import SchedulerConfig
@@ -53,7 +52,7 @@ from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.start.build_model import BuiltModel, build_model
 from nanoengine.setup.start.clock import StartClock, StartReport
 from nanoengine.setup.start.generation import GenerationDefaults, read_generation_defaults, read_json
-from nanoengine.setup.start.memory import check_host_holds
+from nanoengine.setup.start.memory import MemoryReport, check_host_holds
 from nanoengine.setup.start.starter import start_runner
 from nanoengine.text import TemplateProcesses, Tokenizer, load_tokenizer
 
@@ -349,9 +348,12 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
         max_model_len=options.max_model_len,
     )
     legal_fields(processors)  # a clash is found before the weights are loaded
-    executor: Executor = _in_process(assembly) if options.tensor_parallel_size == 1 else WorkersExecutor()
+    executor = InProcessExecutor() if options.tensor_parallel_size == 1 else WorkersExecutor()
     try:
-        memory = executor.start(plan)
+        if isinstance(executor, InProcessExecutor):
+            memory = executor.start(partial(start_runner, plan, assembly.loader, SingleRank()))
+        else:
+            memory = executor.start(plan)
         clock.lap_around("workers", memory.phases)
         resolver = ParamsResolver(
             processors,
@@ -390,10 +392,6 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
         memory=memory,
         start=clock.report(),
     )
-
-
-def _in_process(assembly: Assembly) -> InProcessExecutor:
-    return InProcessExecutor(lambda plan: start_runner(plan, assembly.loader, SingleRank()))
 
 
 def _wake(device: str) -> None:

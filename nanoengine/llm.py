@@ -51,9 +51,9 @@ if TYPE_CHECKING:
 
     from nanoengine.api.attention import AttentionBackend
     from nanoengine.core.engine import Engine
-    from nanoengine.core.execution.start_report import MemoryReport
     from nanoengine.observe.taps import Tap
     from nanoengine.setup.config.config import RunConfig
+    from nanoengine.setup.start.memory import MemoryReport
 
 Message = Mapping[str, Any]
 _log = logging.getLogger("nanoengine")

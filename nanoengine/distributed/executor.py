@@ -22,7 +22,6 @@ import torch
 from nanoengine.api.errors import EngineClosed, WorkerError
 from nanoengine.core.engine_plan import EnginePlan
 from nanoengine.core.execution.executor import Executor, StepHandle
-from nanoengine.core.execution.start_report import MemoryReport
 from nanoengine.core.step import StepPlan, StepResult
 from nanoengine.distributed.channel import Kind, Parcel
 from nanoengine.distributed.faults import Report, blame, blame_late
@@ -30,6 +29,7 @@ from nanoengine.distributed.process import RankProcess, end, environment, stacks
 from nanoengine.distributed.shared import RING, SLOT_BYTES, Layout, Shared, Word
 from nanoengine.distributed.wire import decode, encode
 from nanoengine.distributed.worker import StartMessage
+from nanoengine.setup.start.memory import MemoryReport
 
 _GRACE_SECONDS = 1.0  # after the first sign of a fault, for the rank that caused it to say so
 _SLICE_SECONDS = 1.0  # a wait looks at the ranks' progress so often, should a frame have been lost to an interrupt

@@ -30,7 +30,7 @@ from nanoengine.setup.start.clock import PHASES, StartClock
 if TYPE_CHECKING:
     from nanoengine.core.execution.executor import StepHandle
     from nanoengine.core.execution.runner import ModelRunner
-    from nanoengine.core.execution.start_report import MemoryReport
+    from nanoengine.setup.start.memory import MemoryReport
 
 _PARENT_CHECK_MS = 2000
 

@@ -12,7 +12,7 @@ import torch
 from nanoengine import EngineClosed, SamplingParams
 from nanoengine.api.errors import PluginError
 from nanoengine.core import engine
-from nanoengine.core.execution.executor import _CallHandle
+from nanoengine.core.execution.executor import Call
 from nanoengine.core.outputs import OutputProcessor
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.testing.mock_model import MockModel
@@ -235,11 +235,11 @@ def test_an_interrupt_while_a_broken_step_is_dealt_with_leaves_the_engine_usable
             monkeypatch.setattr(Scheduler, "fail", once(Scheduler.fail, interrupt))
         else:  # the launch raises, and the interrupt comes while the step before it is waited for
             executor = llm._built.executor
-            launch, interrupted = executor.launch, once(_CallHandle.wait, interrupt)
+            launch, interrupted = executor.launch, once(Call.wait, interrupt)
 
             def launching(plan: Any) -> Any:
                 if (plan.new.token_ids == POISON).any():
-                    monkeypatch.setattr(_CallHandle, "wait", lambda handle: interrupted(handle))
+                    monkeypatch.setattr(Call, "wait", lambda handle: interrupted(handle))
                     raise RuntimeError("no launch")
                 return launch(plan)
 

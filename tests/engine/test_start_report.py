@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoengine.core.execution.start_report import Phase
-from nanoengine.setup.start.clock import PHASES, StartClock, StartReport, process_seconds
+from nanoengine.setup.start.clock import PHASES, Phase, StartClock, StartReport, process_seconds
 
 from .support import mock_llm
 

@@ -29,8 +29,8 @@ def running() -> list[str]:
 
 def test_calls_are_made_in_order_in_one_thread(thread: StepThread) -> None:
     calls = [thread.submit(lambda i=i: (i, threading.current_thread().name)) for i in range(50)]
-    assert [call.result() for call in calls] == [(i, "test-step") for i in range(50)]
-    assert calls[3].result()[0] == 3  # and again
+    assert [call.wait() for call in calls] == [(i, "test-step") for i in range(50)]
+    assert calls[3].wait()[0] == 3  # and again
 
 
 def test_what_a_call_raises_is_raised_and_not_kept(thread: StepThread) -> None:
@@ -47,12 +47,12 @@ def test_what_a_call_raises_is_raised_and_not_kept(thread: StepThread) -> None:
 
     def asked() -> str:
         try:
-            return str(calls[0].result())
+            return str(calls[0].wait())
         except ValueError as error:
             return f"raised: {error}"
 
     assert [asked(), asked()] == ["raised: with Large"] * 2
-    assert thread.submit(lambda: 5).result() == 5
+    assert thread.submit(lambda: 5).wait() == 5
     gc.disable()
     try:
         calls.clear()
@@ -64,7 +64,7 @@ def test_what_a_call_raises_is_raised_and_not_kept(thread: StepThread) -> None:
 def test_an_interrupted_wait_that_took_the_gate_is_made_up_for(thread: StepThread) -> None:
     call = thread.submit(lambda: time.sleep(0.05) or 7)
     assert call._gate.acquire(timeout=5)  # and then Ctrl-C, before the outcome was looked at
-    assert call.result() == 7
+    assert call.wait() == 7
 
 
 def test_closing_waits_for_what_runs_and_drops_the_rest() -> None:
@@ -75,15 +75,15 @@ def test_closing_waits_for_what_runs_and_drops_the_rest() -> None:
     thread.close()
     thread.close()
     assert done == ["first"]
-    first.result()
+    first.wait()
     with pytest.raises(EngineClosed, match="before this was run"):
-        second.result()
+        second.wait()
     assert not running()
 
 
 def test_it_ends_when_nobody_has_it_any_more() -> None:
     thread = StepThread("test-step")
-    thread.submit(lambda: None).result()
+    thread.submit(lambda: None).wait()
     assert running()
     del thread
     assert not running()

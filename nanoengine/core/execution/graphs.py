@@ -27,7 +27,6 @@ from nanoengine.api.model import ForwardBatch
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.core.execution.finish_step import CapturedTail
 from nanoengine.core.execution.sampler import Sampler
-from nanoengine.core.execution.start_report import CaptureOutOfMemory
 from nanoengine.core.execution.step_inputs import (
     PREFILL_ROWS,
     GatheredStep,
@@ -52,6 +51,10 @@ class CaptureSizes:
     sizes: tuple[StepSize, ...] = ()
     tail: bool = False
     inputs: bool = False
+
+
+class CaptureOutOfMemory(MemoryError):
+    """Memory ran out while graphs were captured."""
 
 
 T = TypeVar("T")

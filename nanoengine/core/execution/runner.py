@@ -7,6 +7,7 @@ for the device: results travel to the host beside the next step, and `LaunchedSt
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 from collections.abc import Sequence
@@ -29,7 +30,6 @@ from nanoengine.core.execution.results import LaunchedStep, TailStep
 from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.execution.split import Handle, Splitter, slots_move
-from nanoengine.core.execution.start_report import empty_cache, free_unused
 from nanoengine.core.execution.step_inputs import StepBuffers, StepGather, pad
 from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, ProcessorColumn, StepPlan
 
@@ -157,3 +157,18 @@ def release(backend: AttentionBackend) -> None:
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Streams, events and kernels of this GPU, whatever the calling thread's current one is."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give back what torch's allocator keeps for later."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.empty_cache()
+
+
+def free_unused(device: torch.device) -> None:
+    """Give what is not referred to any more back to the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # graphs in flight live until they end
+        gc.collect()
+        empty_cache(device)

@@ -10,11 +10,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanoengine.core.execution.start_report import Phase
-
 PHASES = ("process", "import", "plugins", "model source", "choice", "tokenizer", "device", "weights", "buffers",
           "profile", "kv cache", "capture", "workers", "engine")  # fmt: skip
 """Every phase there may be, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One phase of a start. `name`: of `PHASES`. `seconds`: of wall clock."""
+
+    name: str
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,23 +1,55 @@
-"""How much memory an engine may take, and how many KV blocks fit."""
+"""How much memory an engine may take, how many KV blocks fit, and what a start reports of both."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from nanoengine.api.attention import BatchLimits
 from nanoengine.api.errors import ConfigError, DeviceMemoryError
-from nanoengine.core.execution.start_report import empty_cache
+from nanoengine.core.execution.runner import empty_cache
 from nanoengine.params.engine_options import EngineOptions
+from nanoengine.setup.start.clock import Phase
 from nanoengine.setup.start.shortage import StepTooLarge
 
 _log = logging.getLogger(__name__)
 CPU_KV_CACHE_BYTES = 4 << 30
 SPARE_BYTES = 512 << 20  # what stays free on a GPU where less is free than the engine may take
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryReport:
+    """What an engine takes of its device after the start.
+
+    Attributes:
+        num_blocks: usable KV blocks of each group (the dummy block not counted). block_bytes: one block over all
+            layers of all groups. kv_cache_bytes: all of them. weight_bytes: parameters.
+        max_num_seqs, max_num_batched_tokens: those of the options, or lower ones where memory did not hold their steps.
+        step_bytes: what the largest step takes besides weights, tables and cache, log-probs of every row included.
+            graph_bytes: what is set aside for graphs. Both 0 where nothing is measured: on a CPU, or where the size of
+            the cache is given.
+        eager_because: why steps run eagerly although graphs were wanted; "": they do not, or none were wanted.
+        failed_processors: logits processors that could not be made: name -> cause.
+        phases: how long the runner took for each phase of its start.
+    """
+
+    num_blocks: int
+    num_groups: int
+    block_size: int
+    block_bytes: int
+    kv_cache_bytes: int
+    weight_bytes: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    step_bytes: int = 0
+    graph_bytes: int = 0
+    eager_because: str = ""
+    failed_processors: Mapping[str, str] = field(default_factory=dict)
+    phases: tuple[Phase, ...] = ()
 
 
 def batch_limits(options: EngineOptions) -> BatchLimits:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from nanoengine.api.errors import DeviceMemoryError, is_out_of_memory
-from nanoengine.core.execution.start_report import CaptureOutOfMemory
+from nanoengine.core.execution.graphs import CaptureOutOfMemory
 from nanoengine.params.engine_options import EngineOptions
 
 T = TypeVar("T")

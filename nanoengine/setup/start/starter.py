@@ -15,10 +15,16 @@ from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.plugin_calls import name_of, plugin_call
 from nanoengine.api.processors import ProcessorContext
 from nanoengine.core.engine_plan import EnginePlan
-from nanoengine.core.execution.runner import ModelRunner, RunnerParts, on_device, release, release_caches
+from nanoengine.core.execution.runner import (
+    ModelRunner,
+    RunnerParts,
+    free_unused,
+    on_device,
+    release,
+    release_caches,
+)
 from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
-from nanoengine.core.execution.start_report import MemoryReport, free_unused
 from nanoengine.core.execution.step_inputs import StepBuffers
 from nanoengine.core.step import num_slots
 from nanoengine.kernels.ops import Ops, ops_for
@@ -33,6 +39,7 @@ from nanoengine.setup.start.largest_steps import largest_steps
 from nanoengine.setup.start.memory import (
     CPU_KV_CACHE_BYTES,
     GpuShare,
+    MemoryReport,
     batch_limits,
     cannot_allocate,
     count_blocks,

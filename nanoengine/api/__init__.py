@@ -1,7 +1,7 @@
-"""The plugin interface, version 1: all that a plugin needs, and all that is stable.
+"""The plugin interface, version 1. It has everything that a plugin needs; nothing else is stable.
 
 Every name is documented field by field in docs/plugin-api.md. Names that need torch (`Model` and its parts) are
-imported when first used, so that a module of hooks can import this one for free.
+imported when they are first used, so a module with hooks can import this one without loading torch.
 """
 
 from __future__ import annotations

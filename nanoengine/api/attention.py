@@ -1,4 +1,4 @@
-"""The attention backend seam: what a backend declares, is given, and does. Torch only in annotations."""
+"""The interface of attention backends: what a backend declares, receives and does. Torch only in annotations."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class GraphSupport(IntEnum):
-    """Which batches the backend may be captured for.
+    """Which batches of the backend may be captured in a CUDA graph.
 
-    NEVER; DECODE: query length 1. ALWAYS: any padded batch, `fill` included, which then runs in the capture instead of
-    once a step: it may look at shapes and tensors, not at `query_lens_host` and `seq_lens_host`.
+    NEVER: none. DECODE: query length 1. ALWAYS: any padded batch, `fill` included. Then `fill` is captured instead of
+    being called in each step, so it may use shapes and tensors, but not `query_lens_host` and `seq_lens_host`.
     """
 
     NEVER = 0
@@ -25,7 +25,7 @@ class GraphSupport(IntEnum):
 
 
 class AttentionFeature(StrEnum):
-    """What a layer may need beyond plain causal attention."""
+    """What a layer may need in addition to plain causal attention."""
 
     SLIDING_WINDOW = "sliding window"
     SOFT_CAP = "logit soft cap"
@@ -33,7 +33,7 @@ class AttentionFeature(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVSpec:
-    """What layers of one KV group have in common. `num_kv_heads` is per rank; `dtype` a torch dtype's name."""
+    """What the layers of one KV group have in common. `num_kv_heads` is per rank; `dtype` is a torch dtype's name."""
 
     num_kv_heads: int
     head_size: int
@@ -43,9 +43,9 @@ class KVSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionLayerSpec:
-    """One attention layer. Heads are per rank; scores are `q @ k * scale`, capped if `soft_cap`, causal.
+    """One causal attention layer. Heads are per rank; scores are `q @ k * scale`, capped if `soft_cap` is set.
 
-    `window`: a query at position p sees positions > p - window. None: all.
+    `window`: a query at position p attends to positions > p - window. None: to all.
     """
 
     num_heads: int
@@ -58,7 +58,7 @@ class AttentionLayerSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCapabilities:
-    """What a backend can do. `None` stands for "any".
+    """What a backend can do. `None` means "any".
 
     Attributes:
         devices: torch device types, e.g. {"cpu", "cuda"}.
@@ -66,7 +66,7 @@ class AttentionCapabilities:
         head_sizes: supported ones.
         block_multiple: KV block sizes must be multiples of it.
         graphs: which batches may be captured in a CUDA graph.
-        features: what it supports beyond plain causal attention.
+        features: what it supports in addition to plain causal attention.
     """
 
     devices: frozenset[str]
@@ -79,7 +79,7 @@ class AttentionCapabilities:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionNeed:
-    """What the plan asks of a backend. `block_size` is None when the engine may choose."""
+    """What the engine needs from a backend. `block_size` is None if the engine may choose it."""
 
     device: str
     dtype: str
@@ -90,7 +90,7 @@ class AttentionNeed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchLimits:
-    """Upper bounds of every step, for buffers made once."""
+    """Upper bounds of every step, for buffers that are made once."""
 
     max_rows: int
     max_tokens: int
@@ -99,7 +99,7 @@ class BatchLimits:
 
     @property
     def max_blocks(self) -> int:
-        """Block-table columns."""
+        """Number of columns of a block table."""
         return -(-self.max_model_len // self.block_size)
 
 
@@ -107,16 +107,17 @@ class BatchLimits:
 class StepInputs:
     """One KV group's view of a step, on the device: views of static buffers, valid until the next step.
 
-    B rows (decode rows first), T tokens. What stands on the host are upper bounds.
+    B rows (decode rows first), T tokens.
 
     Attributes:
-        block_tables: int32 [B, max_blocks]; entries behind a row's last block are 0.
-        seq_lens: int32 [B]; tokens in each row's context, this step's included.
+        block_tables: int32 [B, max_blocks]; entries after a row's last block are 0.
+        seq_lens: int32 [B]; tokens in each row's context, including those of this step.
         query_start_loc: int32 [B + 1] (cu_seqlens of the queries).
         slot_mapping: int64 [T]; block * block_size + offset where each token's K and V go.
         positions: int64 [T].
-        num_decode_rows: rows in front whose query length is `decode_query_len` (1 today).
-        query_lens_host: query lengths, B ints. seq_lens_host: upper bounds of `seq_lens`, B ints.
+        num_decode_rows: the first so many rows have the query length `decode_query_len` (1 today).
+        query_lens_host: query lengths, B ints.
+        seq_lens_host: upper bounds of `seq_lens`, B ints: the host does not wait for the exact ones.
     """
 
     block_tables: Tensor
@@ -131,10 +132,10 @@ class StepInputs:
 
 @dataclass(frozen=True, slots=True)
 class KVCacheView:
-    """Where one layer's K and V of this step's tokens go.
+    """Where K and V of this step's tokens are stored for one layer.
 
     Attributes:
-        k, v: [blocks, block_size, num_kv_heads, head_size], any strides but a contiguous last dimension.
+        k, v: [blocks, block_size, num_kv_heads, head_size]; any strides, but the last dimension is contiguous.
         slot_mapping: int64 [T], as in `StepInputs`.
     """
 
@@ -144,17 +145,18 @@ class KVCacheView:
 
 
 class AttentionBackend(ABC):
-    """One instance a KV group. It owns the KV layout, its metadata and the kernels; the core owns the block count.
+    """Base class of attention backends. There is one instance per KV group.
 
-    `fill` runs once a step, without waiting for the device, and outside any graph but with `GraphSupport.ALWAYS`;
-    `forward` once a layer. One step may hold decode and prefill rows.
+    It owns the KV layout, its metadata and the kernels; the core owns the number of blocks. `fill` runs once per step
+    and does not wait for the device. It runs outside CUDA graphs, except with `GraphSupport.ALWAYS`. `forward` runs
+    once per layer. One step may have decode and prefill rows.
     """
 
     capabilities: ClassVar[AttentionCapabilities]
 
     @classmethod
     def unsupported(cls, need: AttentionNeed) -> list[str]:
-        """Reasons why it cannot serve `need`; empty if it can. The default goes by `capabilities`."""
+        """Reasons why the backend does not support `need`; empty if it does. The default compares `capabilities`."""
         return default_reasons(cls.capabilities, need)
 
     @classmethod
@@ -164,26 +166,26 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def __init__(self, spec: KVSpec, limits: BatchLimits, device: torch.device) -> None:
-        """Makes the metadata buffers once, at full size."""
+        """Make the metadata buffers once, at full size."""
 
     @abstractmethod
     def allocate(self, num_layers: int, num_blocks: int) -> None:
-        """Allocates the zeroed KV cache of the group. Block 0 is the dummy block: padding writes there."""
+        """Allocate the zeroed KV cache of the group. Block 0 is the dummy block: padding writes there."""
 
     @abstractmethod
     def fill(self, inputs: StepInputs) -> None:
-        """Takes the step's metadata into its static buffers."""
+        """Copy the step's metadata into static buffers."""
 
     @abstractmethod
     def forward(self, layer: int, spec: AttentionLayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Stores K and V of *all* rows, then lets every row attend.
+        """Store K and V of *all* rows, then compute the attention of every row.
 
-        Blocks are not cleared when they change hands: behind a row's end, and in the dummy block, lie values of other
-        requests, which may be NaN or infinite. They must not enter: neither a weight of 0 nor a mask that is added
-        keeps them out.
+        Blocks are not cleared before another request uses them. After a row's end, and in the dummy block, there are
+        values of other requests, which may be NaN or infinite. They must not affect the result: a weight of 0 or an
+        added mask is not enough, because 0 * NaN is NaN.
 
         Args:
-            layer: index within the group.
+            layer: index in the group.
             q: [T, num_heads, head_size]; k, v: [T, num_kv_heads, head_size].
 
         Returns:
@@ -191,29 +193,29 @@ class AttentionBackend(ABC):
         """
 
     def kv_cache(self, layer: int) -> KVCacheView | None:
-        """For kernels that store K and V by themselves, to be followed by `attend`. None: only `forward` stores."""
+        """Where kernels may store K and V themselves; `attend` is called after that. None: only `forward` stores."""
         return None
 
     def attend(self, layer: int, spec: AttentionLayerSpec, q: Tensor) -> Tensor:
-        """`forward` without its store, where `kv_cache` gave a view."""
-        raise NotImplementedError(f"{type(self).__name__} offers kv_cache() but no attend()")
+        """Like `forward`, without storing K and V. Called only if `kv_cache` returns a view."""
+        raise NotImplementedError(f"{type(self).__name__} has kv_cache() but no attend()")
 
     def release(self) -> None:
-        """Gives the KV cache back. Default: nothing beyond dropping the instance."""
+        """Free the KV cache. The default does nothing: dropping the instance is enough."""
         return None
 
 
 def default_reasons(cap: AttentionCapabilities, need: AttentionNeed) -> list[str]:
-    """Each way in which `cap` falls short of `need`, in words."""
+    """The reasons, as texts, why `cap` does not cover `need`; empty if it does."""
     reasons = []
     if need.device not in cap.devices:
         reasons.append(f"runs on {', '.join(sorted(cap.devices))}, not on {need.device}")
     if cap.dtypes is not None and need.dtype not in cap.dtypes:
-        reasons.append(f"takes {', '.join(sorted(cap.dtypes))}, not {need.dtype}")
+        reasons.append(f"supports {', '.join(sorted(cap.dtypes))}, not {need.dtype}")
     if cap.head_sizes is not None and not need.head_sizes <= cap.head_sizes:
         odd = sorted(need.head_sizes - cap.head_sizes)
         reasons.append(f"head sizes {odd} are not among {sorted(cap.head_sizes)}")
     if need.block_size is not None and need.block_size % cap.block_multiple:
-        reasons.append(f"block_size {need.block_size} is no multiple of {cap.block_multiple}")
-    reasons += [f"has no {feature.value}" for feature in sorted(need.features - cap.features)]
+        reasons.append(f"block_size {need.block_size} is not a multiple of {cap.block_multiple}")
+    reasons += [f"does not support {feature.value}" for feature in sorted(need.features - cap.features)]
     return reasons

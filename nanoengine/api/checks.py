@@ -1,4 +1,7 @@
-"""What a model says and gives, held against its contract: at start, or in Python by shapes, without waiting."""
+"""Checks that what a model's methods return is what `nanoengine.api.Model` requires.
+
+Checks of each step compare types, shapes and dtypes only; they do not wait for the device.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_config(config: object, model: type[Any]) -> None:
-    """`read_config`'s answer. Raises `ModelError`."""
+    """Check what `read_config` returned. Raises `ModelError`."""
     if not isinstance(config, ModelConfig):
         text = f"{name_of(model)}.read_config returned {shown(config)}, not a nanoengine.api.ModelConfig"
         raise ModelError(text + place_and_fix(None, model.read_config))
@@ -33,7 +36,7 @@ def check_config(config: object, model: type[Any]) -> None:
 
 
 def check_weight_map(found: object, model: type[Any]) -> None:
-    """`weight_map`'s answer. Raises `ModelError`."""
+    """Check what `weight_map` returned. Raises `ModelError`."""
     if not isinstance(found, WeightMap):
         text = f"{name_of(model)}.weight_map returned {shown(found)}, not a nanoengine.api.WeightMap"
         raise ModelError(text + place_and_fix(None, model.weight_map))
@@ -46,17 +49,14 @@ def check_weight_map(found: object, model: type[Any]) -> None:
 
 
 def check_attention(name: str, spec: object) -> None:
-    """What a model asks an attention layer to be. Raises `ModelError`."""
+    """Check the spec with which a model makes the attention layer `name`. Raises `ModelError`."""
     if not isinstance(spec, AttentionLayerSpec):
         raise ModelError(f"{name}: {shown(spec)} is not a nanoengine.api.AttentionLayerSpec")
     for field in ("num_heads", "num_kv_heads", "head_size"):
         if not _is_count(getattr(spec, field)):
             raise ModelError(f"{name}: {field} must be an integer of at least 1, not {shown(getattr(spec, field))}")
     if spec.num_heads % spec.num_kv_heads:
-        raise ModelError(
-            f"{name}: {spec.num_heads} heads do not divide over {spec.num_kv_heads} KV heads: each KV head serves "
-            "equally many"
-        )
+        raise ModelError(f"{name}: {spec.num_heads} heads cannot be divided equally over {spec.num_kv_heads} KV heads")
     if spec.window is not None and not _is_count(spec.window):
         raise ModelError(f"{name}: window must be None or an integer of at least 1, not {shown(spec.window)}")
     if not _is_number(spec.scale) or (
@@ -69,7 +69,7 @@ def check_attention(name: str, spec: object) -> None:
 
 
 class CheckedModel:
-    """A model as the runner calls it: shapes and dtypes are looked at, and what it raises names it."""
+    """A model as the runner calls it: results are checked, and errors of the model's code name the model."""
 
     def __init__(
         self, model: Model, config: ModelConfig, tp: TensorParallelGroup, backend: type[AttentionBackend]
@@ -78,20 +78,20 @@ class CheckedModel:
         self._class, self._backend = type(model), backend
 
     def __call__(self, input_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
-        """[T, hidden size]."""
+        """int [T], int64 [T] -> hidden states [T, hidden size]."""
         with plugin_step(f"{name_of(self._class)}.forward", self._class, self._backend):
             hidden = self._model(input_ids, positions, batch)
         return check_hidden(hidden, batch.num_tokens, self._config.hidden_size, self._class)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """[R, V/tp], of any of `LOGITS_DTYPES`."""
+        """[R, hidden size] -> logits [R, V/tp], of one of `LOGITS_DTYPES`."""
         with plugin_step(f"{name_of(self._class)}.compute_logits", self._class):
             logits = self._model.compute_logits(hidden)
         return check_logits(logits, len(hidden), self._config.vocab_size, self._tp.size, self._class)
 
 
 def check_hidden(hidden: object, tokens: int, width: int, model: type[Any]) -> Tensor:
-    """What `forward` gave, if it is [tokens, width]. Raises `ModelError`."""
+    """Returns `hidden`, which `forward` returned, if it is [tokens, width]. Raises `ModelError` if not."""
     if not isinstance(hidden, Tensor):
         raise _wrong(model, "forward", hidden, f"a Tensor of [T, hidden size] = {(tokens, width)}")
     if hidden.shape != (tokens, width) or not hidden.is_floating_point():
@@ -100,7 +100,10 @@ def check_hidden(hidden: object, tokens: int, width: int, model: type[Any]) -> T
 
 
 def check_logits(logits: object, rows: int, vocab_size: int, ranks: int, model: type[Any]) -> Tensor:
-    """What `compute_logits` gave, if it is [rows, V/ranks], or more columns on one rank. Raises `ModelError`."""
+    """Returns `logits`, which `compute_logits` returned, if they are [rows, V/ranks]; one rank may have more columns.
+
+    Raises `ModelError` if not.
+    """
     width = padded_length(vocab_size, ranks)
     wanted = f"{(rows, width)}, float32, bfloat16 or float16, for a vocabulary of {vocab_size} on {ranks} rank(s)"
     if not isinstance(logits, Tensor) or logits.dtype not in LOGITS_DTYPES or logits.dim() != 2:
@@ -114,7 +117,7 @@ def check_logits(logits: object, rows: int, vocab_size: int, ranks: int, model: 
 def _wrong(model: type[Any], method: str, found: object, wanted: str) -> ModelError:
     got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
     where = place_and_fix(None, getattr(model, method, model))
-    return ModelError(f"{name_of(model)}.{method} gave {got}, not {wanted}{where}")
+    return ModelError(f"{name_of(model)}.{method} returned {got}, not {wanted}{where}")
 
 
 def _is_count(value: object) -> bool:

@@ -1,6 +1,6 @@
-"""Every error a user or a plugin author can meet, each naming what, where, the valid choices and the fix.
+"""The errors that users and plugin authors see. Each names what is wrong, where, the valid choices and the fix.
 
-Torch-free: the command line and the plugin listing raise these before torch is imported.
+This module imports no torch: the command line and the plugin listing raise these errors before torch is imported.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 
 class NanoEngineError(Exception):
-    """Base of all errors that are somebody's mistake (not the engine's own broken invariant).
+    """Base class of errors that a user, a plugin or the environment causes (not a bug of the engine).
 
-    The message has no lone surrogates: what quotes a caller's or a template's words can be printed.
+    The message has no lone surrogates, so it can always be printed, even if it quotes a prompt or a template.
     """
 
     def __str__(self) -> str:
@@ -24,11 +24,11 @@ class NanoEngineError(Exception):
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether foreign code (a plugin, a tokenizer, a sink …) failed, so that its seam answers for it.
+    """Whether `error` means that foreign code (a plugin, a tokenizer, a sink ...) failed, so its caller handles it.
 
-    True for exceptions, `sys.exit()`, the panic of a Rust extension, which pyo3 raises as a `BaseException`, and groups
-    of these alone. False for Ctrl-C, the end of a generator and whatever else means the caller: a seam must let those
-    through.
+    True for exceptions, for `sys.exit()`, for the panic of a Rust extension (pyo3 raises it as a `BaseException`), and
+    for groups of only these. False for Ctrl-C, the end of a generator and other signals to the whole program, which
+    must be raised on.
     """
     if isinstance(error, KeyboardInterrupt | GeneratorExit):
         return False
@@ -40,14 +40,15 @@ def is_failure(error: BaseException) -> bool:
 
 
 def described(error: BaseException) -> str:
-    """Any exception in words: its type, its message, and the notes that were added on its way.
+    """Any exception as text: its type, its message and its notes.
 
-    Raises nothing, whatever the exception's own `__str__` does. The text has no lone surrogates, which no file takes.
+    Does not raise, even if the exception's `__str__` raises. The text has no lone surrogates, which cannot be written
+    to a file.
     """
     message = text_of(error)
     try:
         notes = [text_of(note) for note in getattr(error, "__notes__", ())]
-    except BaseException as broken:  # a class may define `__notes__` as it likes
+    except BaseException as broken:  # the class may define `__notes__` in any way
         if not is_failure(broken):
             raise
         notes = [f"its __notes__ raised {type(broken).__name__}"]
@@ -56,7 +57,7 @@ def described(error: BaseException) -> str:
 
 
 def text_of(value: object) -> str:
-    """`str(value)` of a foreign value, such as an exception; in its place that this raised. Surrogates are escaped."""
+    """`str(value)` of a foreign value, such as an exception, or a text that `__str__` raised. Escapes surrogates."""
     try:
         text = str(value)
     except BaseException as broken:
@@ -75,7 +76,7 @@ class ConfigError(NanoEngineError):
 
 
 class DeviceMemoryError(ConfigError):
-    """The model, its KV cache or one step does not fit the device's memory; the figures say by how much."""
+    """The model, its KV cache or one step does not fit the memory of the device. The message has the figures."""
 
 
 class PluginError(NanoEngineError):
@@ -83,19 +84,19 @@ class PluginError(NanoEngineError):
 
 
 class ModelSourceError(NanoEngineError):
-    """A model could not be found or fetched; lists every attempt and what to type instead."""
+    """A model could not be found or downloaded. The message lists every attempt and what to type instead."""
 
 
 class ModelError(NanoEngineError):
-    """A model folder or its config.json cannot be served (unknown architecture, bad or missing field)."""
+    """A model folder or its config.json is not supported (unknown architecture, bad or missing field)."""
 
 
 class WeightsError(ModelError):
-    """A checkpoint does not fit the model: tensors missing, unexpected or misshapen, each named."""
+    """A checkpoint does not fit the model: tensors are missing, unexpected or of a wrong shape. All are named."""
 
 
 class UnsupportedError(NanoEngineError):
-    """The chosen part cannot do what the rest of the plan needs; carries every reason."""
+    """The chosen part does not support what the engine needs; `reasons` has every reason."""
 
     def __init__(self, what: str, reasons: Iterable[str]) -> None:
         self._what, self.reasons = what, tuple(reasons)
@@ -110,24 +111,26 @@ class ParamsError(NanoEngineError, ValueError):
 
 
 class TokenizerMissing(NanoEngineError):
-    """Text was asked of a model that came without a tokenizer."""
+    """Text was requested from a model that has no tokenizer."""
 
 
 class EngineClosed(NanoEngineError):
-    """The engine was used after `close()`, or after one of its workers failed (which is its `__cause__` then)."""
+    """The engine was used after `close()`, or after one of its workers failed (that error is then the `__cause__`)."""
 
     def __init__(self, message: str = "this engine was closed; make a new one") -> None:
         super().__init__(message)
 
 
 class WorkerError(NanoEngineError):
-    """A worker process of a tensor-parallel engine died, hung or raised. It ends that engine; all ranks are ended.
+    """A worker process of a tensor-parallel engine died, hung or raised an error. The engine and all its ranks end.
 
     Attributes:
-        rank: which of them. phase: what it was doing: a phase of the start ("spawn", "import", "weights", "profile",
-            "capture" …), "step N" or "idle". cause: in one line. traceback: the worker's, or all ranks' stacks.
-        outputs: of the requests that were running; where `LLM.generate` raises this, of all prompts that the engine
-            had by then, in input order. Those that had finished are whole; of the others this is the `error`'s cause.
+        rank: the rank that failed. phase: what it was doing: a phase of the start ("spawn", "import", "weights",
+            "profile", "capture" ...), "step N" or "idle". cause: in one line. traceback: that of the worker, or the
+            stacks of all ranks.
+        outputs: those of the requests that were running. If `LLM.generate` raises this: those of all prompts that the
+            engine had received, in input order. Finished outputs are complete; the `error` of the others has this
+            error as its cause.
     """
 
     def __init__(self, rank: int, size: int, phase: str, cause: str, traceback: str = "") -> None:
@@ -145,15 +148,15 @@ class WorkerError(NanoEngineError):
 
 
 class RequestError(NanoEngineError):
-    """Why one request was refused or broke, while the others go on.
+    """Why one request was rejected or failed. Other requests continue.
 
-    It is not raised by `generate`: it stands in `RequestOutput.error`, in that request's place.
+    `generate` does not raise it: it is the `RequestOutput.error` of that request.
 
     Attributes:
-        code: a stable word for programs: "too_long", "does_not_fit", "invalid_prompt", "duplicate_id",
+        code: a fixed word for programs: "too_long", "does_not_fit", "invalid_prompt", "duplicate_id",
             "bad_logits", "nothing_left", "processor_failed", "step_failed", "out_of_memory", "interrupted",
-            "worker_failed", "text_failed" (its tokens could not be made text), "engine_failed" (the engine itself
-            raised over it, which is a bug of the engine).
+            "worker_failed", "text_failed" (its tokens could not be decoded), "engine_failed" (the engine's own code
+            raised an error, which is a bug of the engine).
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -165,33 +168,33 @@ class RequestError(NanoEngineError):
 
 
 def engine_failure(error: BaseException) -> RequestError:
-    """Of a request over which the engine's own code raised `error`: it fails, and the others go on."""
-    failure = RequestError("engine_failed", f"the engine raised {described(error)} over this request; please report it")
+    """The error of a request for which the engine's own code raised `error`. Other requests continue."""
+    failure = RequestError("engine_failed", f"the engine raised {described(error)} in this request; please report it")
     failure.__cause__ = error
     return failure
 
 
 def shown(value: Any) -> str:
-    """`repr(value)` for a message, of bounded length; its type where it has none, as an integer of 5,000 digits."""
+    """`repr(value)` for a message, shortened. If there is none, the type (e.g. for an integer of 5,000 digits)."""
     short = reprlib.Repr()
     short.maxlevel, short.maxstring, short.maxlong, short.maxother = 4, 200, 60, 200
     short.maxlist = short.maxtuple = short.maxdict = short.maxset = 20
     try:
         return short.repr(value)
-    except BaseException as broken:  # it may be anybody's
+    except BaseException as broken:  # its class may be any code
         if not is_failure(broken):
             raise
         return f"a value of type {type(value).__name__}"
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """The tail of a message on an unknown name: the likely meant one, then all valid ones.
+    """The end of a message about an unknown name: the name that was probably meant, then all valid ones.
 
     >>> nearest("top_pp", ["top_p", "top_k"])
     "did you mean 'top_p'? Valid: top_k, top_p"
     """
     names = sorted(set(choices))
-    close = difflib.get_close_matches(word[:100], names, n=1, cutoff=0.6)  # its time grows with the word
+    close = difflib.get_close_matches(word[:100], names, n=1, cutoff=0.6)  # slow for long words
     hint = f"did you mean '{close[0]}'? " if close else ""
     return f"{hint}Valid: {', '.join(names) if names else '(none)'}"
 
@@ -200,8 +203,8 @@ _TEXTS = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host had too little memory, by whichever library's error."""
-    torch = sys.modules.get("torch")  # where it is not loaded, it has raised nothing
+    """Whether `error`, of any library, means that a device or the host had too little memory."""
+    torch = sys.modules.get("torch")  # if it is not loaded, the error is not torch's
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
     plain = isinstance(error, RuntimeError) and type(error).__module__ in ("builtins", "torch")
@@ -209,12 +212,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def own_value(error: BaseException, name: str) -> Any:
-    """What Python itself set, as "__traceback__": a foreign class may hide it behind code of its own."""
+    """The value of `name` (e.g. "__traceback__") that Python set, even if the exception's class overrides it."""
     return vars(BaseException)[name].__get__(error)
 
 
 def forget_locals(error: BaseException) -> None:
-    """Lets go of what the frames behind `error` and its causes hold, so that keeping the error keeps no memory."""
+    """Clears the frames of `error` and of its causes, so that keeping the error does not keep their memory."""
     seen: set[int] = set()
     todo: list[BaseException | None] = [error]
     while todo:
@@ -226,10 +229,10 @@ def forget_locals(error: BaseException) -> None:
         todo += [own_value(each, "__cause__"), own_value(each, "__context__")]
 
 
-_A_PLUGINS = ". If it is a plugin's: install its package, or give --plugin FILE, in Python LLM(plugins=[FILE])"
+_A_PLUGINS = ". If a plugin provides it: install its package, or give --plugin FILE, in Python LLM(plugins=[FILE])"
 
 
 def nearest_part(word: str, choices: Iterable[str]) -> str:
-    """`nearest`; where no name is near, it is no slip of the pen: then also what brings a plugin's part."""
+    """Like `nearest`; if no name is similar, the message also says how to add a plugin that provides the part."""
     found = nearest(word, choices)
     return found if found.startswith("did you mean") else f"{found}{_A_PLUGINS}"

@@ -1,4 +1,4 @@
-"""The pluggy hooks. Called at start-up only, implementation by implementation, so that one failure stays alone."""
+"""The pluggy hooks. They are called only at start-up, and one by one, so one failure does not affect the others."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def register_attention_backends() -> Iterable[AttentionSpec]:  # type: ignore[em
 
 @hookspec
 def register_model_sources() -> Iterable[ModelSourceSpec]:  # type: ignore[empty-body]
-    """Places that models come from."""
+    """Sources of models."""
 
 
 @hookspec

@@ -1,4 +1,4 @@
-"""The model seam: what a model is given (`BuildContext`), and what it must offer (`Model`)."""
+"""The interface of models: what a model receives (`BuildContext`) and what it must provide (`Model`)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from nanoengine.kernels.ops import Ops
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """What the core must know of any model; a model's own config subclasses it.
+    """What the core must know about any model. A model's own config is a subclass.
 
     Attributes:
         vocab_size: ids 0 .. vocab_size - 1. hidden_size: width of what `forward` returns.
-        max_model_len: positions the model was made for.
+        max_model_len: number of positions that the model supports.
     """
 
     vocab_size: int
@@ -33,17 +33,18 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class WeightMap:
-    """How checkpoint names become parameters. Names that no rule touches are taken as they are.
+    """How names in a checkpoint become names of parameters. A name that no rule changes is used unchanged.
 
     Attributes:
         fuse: last module name in the checkpoint -> (fused module's name, part), e.g. {"q_proj": ("qkv_proj", "q")}:
             "model.layers.0.self_attn.q_proj.weight" fills part "q" of "model.layers.0.self_attn.qkv_proj.weight".
-        rename: prefixes, old -> new: the longest that a checkpoint name begins with is replaced, before `fuse`.
-        skip: name suffixes to skip, e.g. (".rotary_emb.inv_freq",); as in the file, like `skip_prefixes`.
+        rename: old prefix -> new prefix. The longest prefix of a checkpoint name is replaced, before `fuse`.
+        skip: suffixes of names to skip, e.g. (".rotary_emb.inv_freq",), as they are in the file.
         ties: parameter -> checkpoint name it is read from instead, e.g.
-            {"lm_head.weight": "model.embed_tokens.weight"}; where the checkpoint has both, and they differ, there is no
-            tie.
-        skip_prefixes: name prefixes to skip, e.g. ("vision_tower.",): parts of a checkpoint that are not supported.
+            {"lm_head.weight": "model.embed_tokens.weight"}. If the checkpoint has both and they differ, they are not
+            tied.
+        skip_prefixes: prefixes of names to skip, e.g. ("vision_tower.",), as they are in the file: parts of a
+            checkpoint that are not supported.
     """
 
     fuse: Mapping[str, tuple[str, str]] = field(default_factory=dict)
@@ -69,30 +70,30 @@ class Attention(nn.Module):
         self._layer = -1
 
     def bind(self, backend: AttentionBackend, layer: int) -> None:
-        """Give it the backend of its KV group and its index there."""
+        """Set the backend of the layer's KV group, and the layer's index in the group."""
         self._backend, self._layer = backend, layer
 
     def unbind(self) -> None:
-        """Let go of the backend and of what it holds on the device."""
+        """Drop the backend and its memory on the device."""
         self._backend = None
 
     def kv_cache(self) -> KVCacheView | None:
-        """Where a kernel may store this step's K and V by itself, before `attend`; None: use `forward`."""
+        """Where a kernel may store this step's K and V itself, before `attend`. None: use `forward`."""
         assert self._backend is not None, "attention layer used before it was bound"
         return self._backend.kv_cache(self._layer)
 
     def attend(self, q: Tensor) -> Tensor:
-        """[T, H, D] -> [T, H, D], over K and V that are stored already."""
+        """Attention over K and V that are already stored: [T, H, D] -> [T, H, D]."""
         assert self._backend is not None, "attention layer used before it was bound"
         return self._checked("attend", q, self._backend.attend(self._layer, self.spec, q))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [T, H, D], k and v [T, Hkv, D] -> [T, H, D]."""
+        """Store K and V, and compute the attention: q [T, H, D], k and v [T, Hkv, D] -> [T, H, D]."""
         assert self._backend is not None, "attention layer used before it was bound"
         return self._checked("forward", q, self._backend.forward(self._layer, self.spec, q, k, v))
 
     def _checked(self, method: str, q: Tensor, out: object) -> Tensor:
-        """What the backend gave, if it is as its contract says. Raises `PluginError`."""
+        """Returns `out`, which the backend returned, if it has q's shape, dtype and device. Raises `PluginError`."""
         if isinstance(out, Tensor) and (out.shape, out.dtype, out.device) == (q.shape, q.dtype, q.device):
             return out
         got = f"a {type(out).__name__}"
@@ -100,7 +101,7 @@ class Attention(nn.Module):
             got = f"{out.dtype} {tuple(out.shape)} on {out.device}"
         cls, wanted = type(self._backend), f"{q.dtype} {tuple(q.shape)} on {q.device} like the queries"
         raise PluginError(
-            f"{name_of(cls)}.{method} gave {got}, not {wanted}{place_and_fix(None, getattr(cls, method))}"
+            f"{name_of(cls)}.{method} returned {got}, not {wanted}{place_and_fix(None, getattr(cls, method))}"
         )
 
 
@@ -108,7 +109,7 @@ Parallel = Literal["column", "row", "replicated"]
 
 
 class BuildContext(Protocol):
-    """What a model builds itself from. Whatever wraps a layer (quantisation, LoRA, a tap) binds here.
+    """Makes the layers of a model. Code that wraps layers (quantisation, LoRA, taps) is added here.
 
     Attributes:
         tp: the tensor-parallel group. dtype, device: of the parameters.
@@ -134,17 +135,17 @@ class BuildContext(Protocol):
         """A linear layer, [T, in/tp?] -> [T, out/tp?].
 
         Args:
-            name: dotted path of the layer, for what binds to it.
+            name: dotted path of the layer in the model; code that wraps layers selects them by it.
             parallel: "column" splits the outputs over ranks, "row" the inputs (and sums), "replicated" neither.
-            parts: fused outputs with their global sizes, e.g. [("q", 576), ("k", 192), ("v", 192)], each split by
-                itself.
-            head_size: outputs are split in whole heads of this size; parts with fewer heads than ranks are
+            parts: fused outputs with their global sizes, e.g. [("q", 576), ("k", 192), ("v", 192)]. Each is split
+                separately.
+            head_size: outputs are split into whole heads of this size. Parts with fewer heads than ranks are
                 replicated.
         """
         ...
 
     def embedding(self, name: str, num_embeddings: int, dim: int) -> nn.Module:
-        """A vocabulary-parallel embedding, [T] -> [T, dim]."""
+        """A vocabulary-parallel embedding, int [T] -> [T, dim]."""
         ...
 
     def lm_head(
@@ -157,32 +158,32 @@ class BuildContext(Protocol):
         ...
 
     def attention(self, name: str, spec: AttentionLayerSpec) -> Attention:
-        """An attention layer. Heads of `spec` are per rank."""
+        """An attention layer. The heads in `spec` are those of this rank."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """What a model may know of the batch beyond ids and positions. Attention reads its metadata from its backend.
+    """What a model may know about the batch, besides ids and positions. Attention gets its metadata from its backend.
 
     Attributes:
-        num_tokens: T.
+        num_tokens: T, the tokens of this step.
     """
 
     num_tokens: int
 
 
 class Model(nn.Module, ABC):
-    """A model. Class attribute `weights`: how checkpoint names map to parameters."""
+    """Base class of models. Class attribute `weights`: how checkpoint names map to parameters."""
 
     weights: ClassVar[WeightMap] = WeightMap()
 
     @classmethod
     @abstractmethod
     def read_config(cls, hf: Mapping[str, Any]) -> ModelConfig:
-        """config.json -> the model's own frozen config; the last place HF field names are seen.
+        """config.json -> the model's own frozen config. Hugging Face field names are used only here.
 
-        Raises `ModelError` naming a field that is missing, unknown in value, or not served.
+        Raises `ModelError` for a field that is missing, or that has an unknown or unsupported value.
         """
 
     @abstractmethod
@@ -191,13 +192,13 @@ class Model(nn.Module, ABC):
 
     @classmethod
     def weight_map(cls, config: Any) -> WeightMap:
-        """`weights`, unless it depends on the config (tied embeddings)."""
+        """The map of names. Default: `weights`. Override it if it depends on the config (tied embeddings)."""
         return cls.weights
 
     @abstractmethod
     def forward(self, input_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
-        """int [T], int64 [T] -> hidden [T, H]."""
+        """input_ids int [T], positions int64 [T] -> hidden states [T, hidden_size]."""
 
     @abstractmethod
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """[R, H] -> [R, V/tp]; only for rows that need logits; padding columns -inf."""
+        """Hidden states [R, hidden_size] of the rows that need logits -> logits [R, V/tp]; padding columns -inf."""

@@ -1,4 +1,4 @@
-"""The tensor-parallel group as the layers see it. One rank: every collective is the identity."""
+"""The tensor-parallel group that layers use. With one rank, every collective returns its input."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class TensorParallelGroup(ABC):
-    """rank, size and the collectives that layers use."""
+    """Rank, size and the collectives that layers use."""
 
     rank: int
     size: int
@@ -22,35 +22,35 @@ class TensorParallelGroup(ABC):
 
     @abstractmethod
     def all_gather(self, x: Tensor) -> Tensor:
-        """[..., n] -> [..., n * size], rank order along the last dimension."""
+        """[..., n] -> [..., n * size], in rank order along the last dimension."""
 
     @abstractmethod
     def highest(self, keys: Tensor) -> Tensor:
-        """int64 [R] -> the highest of all ranks' keys in each place."""
+        """int64 [R] -> int64 [R], the maximum over ranks, element by element."""
 
     def minimum(self, value: int) -> int:
-        """The lowest of all ranks' values. For the start and what else is rare: it waits for the device."""
-        assert self.size == 1, "several ranks have to compare"
+        """The minimum over ranks. It waits for the device, so use it at the start and in rare cases only."""
+        assert self.size == 1, "a group of several ranks must override this"
         return value
 
     def agree(self, yes: bool) -> bool:
-        """Whether all ranks say yes."""
+        """Whether `yes` is true on all ranks. It waits for the device."""
         return bool(self.minimum(int(yes)))
 
     def begin_forward(self) -> None:  # noqa: B027 - most have nothing to do
-        """A forward pass starts, or the capture of one. Every rank calls it."""
+        """Called by the engine, on every rank, before a forward pass and before the capture of one."""
 
     def partial_sum(self, rows: int, width: int, dtype: torch.dtype) -> Tensor | None:
-        """Where to write [rows, width] that goes to `all_reduce_add` next; None: anywhere."""
+        """A buffer [rows, width] for the tensor that is passed to `all_reduce_add` next. None: use any memory."""
         return None
 
     def all_reduce_add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Sum over ranks, to be added to the residual stream: (sum, residual), or (all added up, None)."""
+        """Sum `x` over ranks. Returns (sum, residual), or (sum + residual, None) if one kernel does both."""
         return self.all_reduce(x), residual
 
 
 class ShapesOnly(TensorParallelGroup):
-    """Rank 0 of `size` without the others: what a rank's layers look like."""
+    """Rank 0 of a group whose other ranks do not exist: used to learn the shapes of a rank's layers."""
 
     rank = 0
 
@@ -82,5 +82,5 @@ class SingleRank(TensorParallelGroup):
 
 
 def padded_length(total: int, size: int) -> int:
-    """Length of each rank's piece when `total` is filled up to a multiple of `size`."""
+    """Length of each rank's part when `total` is padded to a multiple of `size`."""
     return -(-total // size)

@@ -1,8 +1,8 @@
-"""Calls of a plugin's code: whatever they raise says whose code it was, in which file and line, and what to do.
+"""Calls of a plugin's code: what such a call raises names the plugin, the file, the line and the fix.
 
-One mechanism for all seams. An error of `api/errors.py`, which a plugin raises on purpose, goes through as it is, but
-for `WorkerError` and `EngineClosed`, which mean the end of an engine; so does what is no plugin's fault: the end of
-memory, Ctrl-C.
+All interfaces use these functions. Errors of `api/errors.py` are raised on unchanged, because a plugin raises them on
+purpose; except `WorkerError` and `EngineClosed`, which would end the engine. Out-of-memory errors and Ctrl-C are raised
+on unchanged too, because they are not the plugin's fault.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nanoengine.api.errors import (
 from nanoengine.api.specs import PROJECT, Origin
 
 _ENGINE_ENDS = (WorkerError, EngineClosed)
-_FILE_MODULE = "nanoengine_plugin_"  # what plugin files are loaded as, see `plugins.plugin_file`
+_FILE_MODULE = "nanoengine_plugin_"  # a plugin file's module name begins so: `setup.plugins.discover.plugin_file`
 
 
 @contextmanager
@@ -40,12 +40,13 @@ def plugin_call(
     raises: type[NanoEngineError] = PluginError,
     passing: tuple[type[Exception], ...] = (NanoEngineError,),
 ) -> Iterator[None]:
-    """Around a call of a plugin's code at start, or for one request.
+    """A context for a call of a plugin's code at the start, or for one request.
 
     Args:
-        what: was called and failed, as in "pkg.module:Class.read_config failed".
-        owner: class, function or name of the module whose code it is.
-        raises: what is raised in place of its exception, with that as the cause. passing: what goes through.
+        what: the begin of the message, as in "pkg.module:Class.read_config failed".
+        owner: the class or function that is called, or the name of its module.
+        raises: type of the error that is raised instead of the plugin's exception, which becomes its cause.
+        passing: types of exceptions that are raised on unchanged.
     """
     try:
         yield
@@ -58,38 +59,43 @@ def plugin_call(
 
 @contextmanager
 def plugin_step(what: str, owner: Any, *others: Any) -> Iterator[None]:
-    """Around a call of a plugin's code in a step: its exception keeps its type, and gets a note on whose code it is.
+    """A context for a call of a plugin's code in a step: an exception keeps its type, and gets a note about the plugin.
 
-    `sys.exit()`, a Rust panic, whatever but Ctrl-C a line of its own raises that is no exception, what means the end of
-    an engine, and what takes no note become a `PluginError`: they break a request, never the process or the engine. A
-    `PluginError` that names its plugin goes through. `others`: classes that the call may reach; where the exception
-    comes from one of them, the note says so.
+    These become a `PluginError`, so that they fail a request but never end the process or the engine: `sys.exit()`, a
+    Rust panic, any other `BaseException` except Ctrl-C that a line of the plugin raises, `WorkerError`, `EngineClosed`,
+    and exceptions that accept no note. A `PluginError` that names its plugin is raised on unchanged.
+
+    Args:
+        what: the call, as in "pkg.module:Class.forward".
+        owner: the class or function that is called, or the name of its module.
+        others: classes whose code the call may run; if one of them raised the exception, the note names that one.
     """
     try:
         yield
     except BaseException as error:
         named = isinstance(error, PluginError) and any(name_of(each) in str(error) for each in (owner, *others))
-        if named or not _answers_for(error, owner, *others) or is_out_of_memory(error):
+        if named or not _is_their_failure(error, owner, *others) or is_out_of_memory(error):
             raise
         reached = _reached(error, (owner, *others))
         if reached is not owner:
             what, owner = name_of(reached), reached
         tail = place_and_fix(error, owner, what)
         keeps = isinstance(error, Exception) and not isinstance(error, _ENGINE_ENDS)
-        # nanoengine's own part needs no plugin's author
+        # an error in nanoengine's own part needs no note about a plugin
         if keeps and (_is_ours(owner) or _noted(error, f"in {what}", tail.removeprefix(", "))):
             raise
         did = f"raised {described(error)}"
         if isinstance(error, SystemExit):
-            code = vars(SystemExit)["code"].__get__(error)  # its class may hide it
+            code = vars(SystemExit)["code"].__get__(error)  # a subclass may override it
             did = f"called sys.exit({'' if code is None else shown(code)})"
         raise PluginError(f"{what} {did}{tail}") from error
 
 
-def _answers_for(error: BaseException, *owners: Any) -> bool:
-    """Whether it is a failure, or what else a line of theirs raised: a handler of the caller's raises its interrupts.
+def _is_their_failure(error: BaseException, *owners: Any) -> bool:
+    """Whether `error` is a failure, or another `BaseException` that a line of the owners' code raised itself.
 
-    Ctrl-C has no handler in Python, and may stand at any line.
+    What a signal handler of the caller raises comes from a line of that handler. Python's own Ctrl-C has no handler
+    frame and may appear at any line, so it is never counted as theirs.
     """
     if is_failure(error) or isinstance(error, KeyboardInterrupt):
         return is_failure(error)
@@ -97,7 +103,7 @@ def _answers_for(error: BaseException, *owners: Any) -> bool:
 
 
 def _noted(error: BaseException, *notes: str) -> bool:
-    """Adds notes; False where its class takes none."""
+    """Adds notes to `error`. Returns False if its class does not allow that."""
     try:
         for note in notes:
             error.add_note(note)
@@ -109,7 +115,7 @@ def _noted(error: BaseException, *notes: str) -> bool:
 
 
 def _reached(error: BaseException, owners: tuple[Any, ...]) -> Any:
-    """Whose code the exception comes from: the innermost frame of a method of theirs, or else of a package, decides."""
+    """The owner whose code raised `error`: that of the innermost frame in one of their methods, else in a package."""
     frames = [frame for frame, _ in traceback.walk_tb(own_value(error, "__traceback__"))][::-1]
     for frame in frames:
         method = f"{frame.f_globals.get('__name__')}:{frame.f_code.co_qualname}"
@@ -125,12 +131,12 @@ def _reached(error: BaseException, owners: tuple[Any, ...]) -> Any:
 
 
 def name_of(owner: Any) -> str:
-    """ "package.module:Class" of a class; the name of a module."""
+    """ "package.module:Class" for a class; a module's name is returned unchanged."""
     return owner if isinstance(owner, str) else f"{owner.__module__}:{owner.__qualname__}"
 
 
 def origin_of(owner: Any) -> Origin | None:
-    """The plugin file or installed package that a class or module is of; None: handed over in Python, or unknown."""
+    """The plugin file or installed package that has the class or module. None: passed in Python, or unknown."""
     module = owner if isinstance(owner, str) else str(getattr(owner, "__module__", ""))
     if module.startswith(_FILE_MODULE):
         file = getattr(sys.modules.get(module), "__file__", None)
@@ -144,10 +150,10 @@ def origin_of(owner: Any) -> Origin | None:
     return Origin(plugin=entry.name, distribution=entry.dist.name, version=entry.dist.version, module=entry.value)
 
 
-def place_and_fix(error: BaseException | None, owner: Any, said: str = "") -> str:
-    """The tail of a message: the plugin, file and line that `error` came from (else where `owner` is), and the fix.
+def place_and_fix(error: BaseException | None, owner: Any, message: str = "") -> str:
+    """The end of a message: the plugin, file and line that raised `error` (else those of `owner`), and the fix.
 
-    `said`: the message so far, which may name the plugin already.
+    `message`: the message so far. If it names the plugin, the plugin is not named again.
     """
     origin = origin_of(owner)
     own = [] if error is None else [frame for frame in _frames(error) if _is_own(frame[0], root_of(owner))]
@@ -157,12 +163,12 @@ def place_and_fix(error: BaseException | None, owner: Any, said: str = "") -> st
         return place
     if origin is None:
         return f"{place}; fix it there"
-    known = "" if origin.file is not None or str(origin) in said else f", of {origin}"
+    known = "" if origin.file is not None or str(origin) in message else f", of {origin}"
     return f"{known}{place}" + (f"; fix it there, or {origin.fix}" if origin.fix else "")
 
 
 def root_of(owner: Any) -> str:
-    """Folder of the package that a class or module is of, or its file."""
+    """The folder of the package that has the class or module; without a package, its file."""
     module = owner if isinstance(owner, str) else str(getattr(owner, "__module__", ""))
     top = ".".join(module.split(".")[: 2 if _is_ours(owner) else 1])
     found = sys.modules.get(top)
@@ -184,7 +190,7 @@ def _frames(error: BaseException) -> list[tuple[str, int]]:
 
 
 def _defined(owner: Any) -> tuple[str, int]:
-    """File and line of a class or function; ("", 0) where they are not known."""
+    """File and line of a class or function; ("", 0) if they are not known."""
     try:
         if isinstance(owner, str):
             return getattr(sys.modules.get(owner), "__file__", None) or "", 1

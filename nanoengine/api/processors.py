@@ -1,4 +1,4 @@
-"""The sampler-processor seam. Torch only in annotations."""
+"""The interface of logits processors. Torch only in annotations."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ if TYPE_CHECKING:
 
 
 class Need(StrEnum):
-    """History a processor asks the core to keep on the device.
+    """History that the core keeps on the device for a processor.
 
-    OUTPUT_COUNTS: how often each id was generated. PROMPT_MASK: which ids the prompt holds. TOKEN_IDS: the tokens
-    themselves.
+    OUTPUT_COUNTS: how often each id was generated. PROMPT_MASK: which ids are in the prompt. TOKEN_IDS: the tokens.
     """
 
     OUTPUT_COUNTS = "output_counts"
@@ -30,7 +29,7 @@ class Need(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RaggedColumn:
-    """values: [R, width], the default behind each row's end; counts: int32 [R]."""
+    """Several values per row. `values`: [R, width], padded with the default; `counts`: int32 [R], values per row."""
 
     values: Tensor
     counts: Tensor
@@ -38,16 +37,18 @@ class RaggedColumn:
 
 @dataclass(frozen=True, slots=True)
 class ProcessorRows:
-    """R rows of logits and what belongs to them, on the device.
+    """The data that belongs to R rows of logits, on the device.
 
     Attributes:
-        slots: int64 [R]. positions: int64 [R]; absolute position of the token to be drawn (= tokens so far).
+        slots: int64 [R]; each request's row in the device tables.
+        positions: int64 [R]; absolute position of the token to be drawn, which is the number of tokens so far.
         prompt_lens: int64 [R].
-        vocab_start: global id of logits column 0 (a shard's start; 0 for gathered logits).
-        vocab_size: the whole vocabulary.
-        columns: this processor's columns, each [R], or `RaggedColumn`. A row that does not want it holds defaults.
-        output_counts: int32 [R, columns of logits], if asked for. prompt_mask: bool [R, columns of logits], if asked.
-        token_ids: int32 [slots, max_model_len + 1], the whole table, if asked: index it by `slots`.
+        vocab_start: global id of logits column 0 (the start of a shard; 0 for gathered logits).
+        vocab_size: size of the whole vocabulary.
+        columns: this processor's columns: [R] each, or a `RaggedColumn`. Rows that do not use it have defaults.
+        output_counts: int32 [R, columns of logits], with `Need.OUTPUT_COUNTS`.
+        prompt_mask: bool [R, columns of logits], with `Need.PROMPT_MASK`.
+        token_ids: int32 [slots, max_model_len + 1], with `Need.TOKEN_IDS`: the whole table; index it by `slots`.
     """
 
     slots: Tensor
@@ -61,14 +62,14 @@ class ProcessorRows:
     token_ids: Tensor | None = None
 
     def column(self, name: str) -> Tensor:
-        """A scalar column, [R]. Raises `PluginError` where the processor has none of that name."""
+        """The scalar column `name`, [R]. Raises `PluginError` if the processor has no such column."""
         found = self.columns.get(name)
         if found is None or isinstance(found, RaggedColumn):
             raise self._refusal(name)
         return found
 
     def ragged(self, name: str) -> RaggedColumn:
-        """A ragged column. Raises as `column` does."""
+        """The ragged column `name`. Raises `PluginError` if the processor has no such column."""
         found = self.columns.get(name)
         if not isinstance(found, RaggedColumn):
             raise self._refusal(name)
@@ -78,12 +79,12 @@ class ProcessorRows:
         if name not in self.columns:
             return PluginError(f"the processor's parameters declare no column {name!r}; {nearest(name, self.columns)}")
         reader = "ragged" if isinstance(self.columns[name], RaggedColumn) else "column"
-        return PluginError(f"column {name!r} is read by rows.{reader}({name!r})")
+        return PluginError(f"column {name!r} must be read by rows.{reader}({name!r})")
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessorContext:
-    """What a processor may size its own buffers by."""
+    """Sizes for the buffers of a processor."""
 
     max_slots: int
     vocab_size: int
@@ -92,13 +93,13 @@ class ProcessorContext:
 
 
 class LogitsProcessor(ABC):
-    """A step of logits processing.
+    """Base class of logits processors. One instance per rank.
 
     Class attributes:
         phase: when it runs.
-        needs: history it reads.
-        argmax_invariant: it never changes which token is the likeliest, so greedy rows skip it.
-        sharded: it works on a vocabulary shard; otherwise the core gathers the logits first.
+        needs: the history that it reads.
+        argmax_invariant: True if it never changes which token is the likeliest; greedy rows then skip it.
+        sharded: True if it works on a shard of the vocabulary; otherwise the core gathers the logits first.
     """
 
     phase: ClassVar[Phase]
@@ -111,7 +112,7 @@ class LogitsProcessor(ABC):
 
     @abstractmethod
     def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:
-        """[R, V] float32 -> [R, V] float32; may write in place. Rows that hold defaults must come out unchanged.
+        """float32 [R, V] -> float32 [R, V]; may write in place. Rows with defaults must not change.
 
         No host synchronisation: no `.item()`, no `.cpu()`, no boolean indexing. -inf removes a token.
         """

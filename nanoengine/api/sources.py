@@ -1,4 +1,4 @@
-"""What a model source is: a place that models come from."""
+"""The interface of model sources. A model source finds or downloads models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def cache_root() -> Path:
     if own:
         return Path(own).expanduser().absolute()
     xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # The XDG base directory specification has relative paths ignored.
+    # The XDG base directory specification says that relative paths are ignored.
     return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "nanoengine"
 
 
@@ -25,7 +25,7 @@ def _silent(text: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SourceContext:
-    """What a source may use: the cache folder, and a line to the user.
+    """What a source may use: the cache folder, and a function that reports progress.
 
     Attributes:
         cache: root of the cache; it may not exist yet.
@@ -37,11 +37,12 @@ class SourceContext:
 
 
 class ModelSource(ABC):
-    """A place models come from. Constructed without arguments; imports no torch at module level."""
+    """Base class of model sources. Made without arguments; its module imports no torch at module level."""
 
     @abstractmethod
     def resolve(self, source: str, ctx: SourceContext) -> Path | None:
-        """Folder with config.json for `source`; None if this is not one of its own.
+        """The folder with config.json of `source`; None if `source` is not one of this source's names.
 
-        Raises `ModelSourceError`, listing every attempt and what to type instead, if it is its own and cannot be had.
+        Raises `ModelSourceError` if it is one, but cannot be found or downloaded. The message lists every attempt and
+        what to type instead.
         """

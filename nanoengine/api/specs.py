@@ -1,6 +1,6 @@
-"""What a plugin registers: frozen typed specs. Torch-free, so that listing plugins costs nothing.
+"""What a plugin registers: frozen typed specs. This module imports no torch, so that plugins are listed quickly.
 
-A spec names its implementation by *target*, "package.module:Class", which is imported only when it is chosen.
+A spec names its implementation by a *target*, "package.module:Class", which is imported only when it is chosen.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from enum import IntEnum, StrEnum
 from typing import Any, ClassVar, Protocol
 
 API_VERSION = 1
-"""The version of the plugin interface this engine speaks; every spec says which one it was written for."""
+"""The version of the plugin interface that this engine supports. Every spec gives the version it was written for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +20,7 @@ class ModelSpec:
 
     Attributes:
         name: what the user sees and may select, e.g. "acme".
-        architectures: the HF architecture names it serves, e.g. ("AcmeForCausalLM",).
+        architectures: the Hugging Face architecture names that it supports, e.g. ("AcmeForCausalLM",).
         target: "package.module:Class" of a `nanoengine.api.Model`.
         api: the interface version the plugin was written for.
     """
@@ -32,7 +32,7 @@ class ModelSpec:
 
 
 class StandardOp(StrEnum):
-    """Operations that the core may fuse, whichever plugin provides the column that parametrises them.
+    """Operations that the core may fuse, no matter which plugin provides their column.
 
     TEMPERATURE: logits / value; 0 means greedy. TOP_K: keep the k highest; 0 means all. TOP_P: nucleus; 1 means all.
     MIN_P: keep p >= value * max p; 0 means all.
@@ -50,9 +50,10 @@ class ColumnSpec:
 
     Attributes:
         dtype: "float32", "int32" or "bool".
-        ragged: several values a slot; the device table is then [slots, width], and grows in width when needed.
-        default: the inert value, standing in slots that do not use the processor and behind the end of ragged rows.
-        op: the standard operation this column parametrises, if it is one.
+        ragged: several values per slot. The device table is then [slots, width]; its width grows when needed.
+        default: the value without effect. Slots that do not use the processor have it, and ragged rows are padded
+            with it.
+        op: the standard operation that uses this column, if there is one.
     """
 
     dtype: str
@@ -62,7 +63,7 @@ class ColumnSpec:
 
 
 class ParamsContext(Protocol):
-    """What parameters may be checked against when a request is submitted."""
+    """What parameters can be checked against when a request is submitted."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -71,46 +72,46 @@ class ParamsContext(Protocol):
     def max_model_len(self) -> int: ...
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text` without special tokens; raises `TokenizerMissing` where there is no tokenizer."""
+        """Token ids of `text` without special tokens. Raises `TokenizerMissing` if the model has no tokenizer."""
         ...
 
 
 class ProcessorParams:
-    """Base of a processor's parameter dataclass: `@dataclass(frozen=True)`, each field with its inert default.
+    """Base class of a processor's parameters: `@dataclass(frozen=True)`, each field with a default without effect.
 
-    The fields become legal keys of `SamplingParams`. Types are checked by the engine against the annotations;
-    ranges are the dataclass's own, in `__post_init__`, by `ParamsError`.
+    The fields become valid keys of `SamplingParams`. The engine checks types against the annotations; the dataclass
+    checks ranges in `__post_init__` and raises `ParamsError`.
 
     Class attributes:
-        columns: the device columns the processor reads, by name.
-        host_tokens: True where `host_columns` must see every token before the next may be drawn; such a request is
-            not run ahead.
+        columns: the device columns that the processor reads, by name.
+        host_tokens: True if `host_columns` must get every token before the next one is drawn; such a request does not
+            run ahead.
     """
 
     columns: ClassVar[Mapping[str, ColumnSpec]] = {}
     host_tokens: ClassVar[bool] = False
 
     def active(self) -> bool:
-        """Whether a request with these values wants the processor at all. Default: any field off its default."""
+        """Whether a request with these values uses the processor. Default: if any field differs from its default."""
         return self != type(self)()
 
     def pack(self, ctx: ParamsContext) -> Mapping[str, Any]:
-        """Column values for one slot: a scalar, or a sequence for a ragged column. Default: fields of that name.
+        """Column values of one request: a scalar, or a sequence for a ragged column. Default: the fields of that name.
 
-        Raises `ParamsError` for what only the context can tell (a token id outside the vocabulary).
+        Raises `ParamsError` for mistakes that need the context to be seen (a token id outside the vocabulary).
         """
         return {name: getattr(self, name) for name in self.columns}
 
     def host_columns(self, prompt_token_ids: Sequence[int], output_token_ids: Sequence[int]) -> Mapping[str, Any]:
-        """Only with `host_tokens`: columns computed afresh before each draw, from all tokens so far.
+        """Column values that are computed before each draw, from all tokens so far. Used only with `host_tokens`.
 
-        An exception raised here fails that request alone.
+        An exception raised here fails only that request.
         """
         return {}
 
 
 class Phase(IntEnum):
-    """When a processor runs. Within a phase: registration order, truncations top-k, top-p, min-p first."""
+    """When a processor runs. In a phase, processors run in registration order; top-k, top-p and min-p run first."""
 
     MASK = 0
     BIAS = 1
@@ -125,7 +126,7 @@ class SamplerSpec:
 
     Attributes:
         name: what the user sees, e.g. "top_k".
-        params: its `ProcessorParams` dataclass, from a module that imports no torch.
+        params: its `ProcessorParams` dataclass, in a module that imports no torch.
         target: "package.module:Class" of a `nanoengine.api.LogitsProcessor`.
         api: the interface version the plugin was written for.
     """
@@ -144,9 +145,9 @@ class AttentionSpec:
         name: what `attention=` selects, e.g. "torch".
         target: "package.module:Class" of a `nanoengine.api.AttentionBackend`.
         api: the interface version the plugin was written for.
-        preference: `auto` takes the supported backend with the highest one; ties go by name.
-        requires: importable modules it needs; `auto` passes over it, with the reason, where one is missing.
-        install: what to type when a required module is missing.
+        preference: `auto` takes the supported backend with the highest preference; if equal, the first by name.
+        requires: modules that it imports. If one is missing, `auto` skips the backend and gives the reason.
+        install: the command to type if a required module is missing.
     """
 
     name: str
@@ -159,14 +160,14 @@ class AttentionSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSourceSpec:
-    """A place models come from.
+    """A source of models.
 
     Attributes:
         name: what the user sees, e.g. "folder".
         target: "package.module:Class" of a `nanoengine.api.ModelSource`.
         api: the interface version the plugin was written for.
         order: sources are asked in ascending order.
-        models: names it provides by itself, e.g. ("acme-1b",), for listings and did-you-mean.
+        models: names of models that it provides, e.g. ("acme-1b",), for listings and did-you-mean.
     """
 
     name: str
@@ -181,7 +182,7 @@ class CommandSpec:
     """A command of the command line.
 
     Attributes:
-        name: the words behind `nanoengine`: "tune", or "bench tune" for a command in the group `bench`.
+        name: the words after `nanoengine`: "tune", or "bench tune" for a command in the group `bench`.
         target: "package.module:attribute" of a function with typer's annotations, a typer app, or a click command or
             group. Imported when the command is called.
         help: one line for listings, which do not import the target.
@@ -205,9 +206,9 @@ class Origin:
     """Where a plugin came from.
 
     Attributes:
-        plugin: name of its entry point, of its file, or the name it was handed over under.
-        distribution, version: of the installed package; None for a file or an object.
-        module: its entry point's value, or the module a file was loaded under. file: path of a plugin file.
+        plugin: name of its entry point or file, or the name of an object that was passed in Python.
+        distribution, version: those of the installed package; None for a file or an object.
+        module: the entry point's value, or the module name of a plugin file. file: path of a plugin file.
     """
 
     plugin: str
@@ -221,18 +222,18 @@ class Origin:
             return f"plugin file {self.file}"
         if self.distribution is not None:
             return f"{self.distribution} {self.version} (plugin {self.plugin!r})"
-        return f"object {self.plugin!r} handed over in Python"
+        return f"object {self.plugin!r} passed in Python"
 
     @property
     def fix(self) -> str:
-        """What removes this provider; "" for nanoengine itself, where the other one must give way."""
+        """How to remove this plugin; "" for nanoengine itself, which cannot be removed."""
         if self.distribution == PROJECT:
             return ""
         if self.file is not None:
             return f"leave out --plugin {self.file}"
         if self.distribution is not None:
             return f"pip uninstall {self.distribution}"
-        return f"do not hand over {self.plugin!r}"
+        return f"do not pass {self.plugin!r}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,8 +241,8 @@ class PluginFile:
     """A plugin given as a file.
 
     Attributes:
-        module: the name it is loaded under. path: where it lies.
-        digest: SHA-256 of its content, so that every process loads the very same, or says that it changed.
+        module: the module name under which it is loaded. path: of the file.
+        digest: SHA-256 of its content, so that every process loads the same content or reports that it changed.
     """
 
     module: str

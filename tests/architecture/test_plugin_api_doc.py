@@ -204,7 +204,7 @@ def test_the_command_example(tmp_path: Path) -> None:
     def nanoengine(*words: str) -> Result:
         return CliRunner().invoke(app, ["--plugin", str(path), *words])
 
-    assert "Greet somebody." in nanoengine("--help").stdout
+    assert "Print a greeting." in nanoengine("--help").stdout
     assert nanoengine("hello", "you", "--times", "2").stdout == "hello you hello you\n"
     refused = nanoengine("hello", "a\nb")
     assert (refused.exit_code, refused.stderr) == (2, "error: the name cannot be printed\n")

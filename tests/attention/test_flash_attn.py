@@ -29,7 +29,7 @@ def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_says_what_it_cannot() -> None:
     odd = AttentionNeed(device="cpu", dtype="float32", head_sizes=frozenset({12}), block_size=16)
     reasons = "; ".join(FlashAttn.unsupported(odd))
-    for part in ("not on cpu", "not float32", "head sizes [12]", "block_size 16 is no multiple of 256"):
+    for part in ("not on cpu", "not float32", "head sizes [12]", "block_size 16 is not a multiple of 256"):
         assert part in reasons
 
 

@@ -380,7 +380,7 @@ def test_what_a_backend_gives_is_looked_at_in_every_step(
     with mock_llm(tmp_path) as llm:
         found = beside(llm, GREEDY)
     assert found.error is not None
-    assert "MockAttention.forward gave " in str(found.error)
+    assert "MockAttention.forward returned " in str(found.error)
     assert words in str(found.error)
     assert "MockModel" not in str(found.error)
 

@@ -13,7 +13,7 @@ from nanoengine.setup.config.config import load_config
 from nanoengine.setup.plugins.discover import discover
 from nanoengine.testing.checkpoints import tiny_llama
 
-HOW = "If it is a plugin's: install its package, or give --plugin FILE, in Python LLM(plugins=[FILE])"
+HOW = "If a plugin provides it: install its package, or give --plugin FILE, in Python LLM(plugins=[FILE])"
 
 
 def said(call: Callable[[], object]) -> str:

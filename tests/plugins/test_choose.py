@@ -1,4 +1,4 @@
-"""Choosing an attention backend, and classes handed over in Python."""
+"""Choosing an attention backend, and classes passed in Python."""
 
 from __future__ import annotations
 

@@ -188,8 +188,11 @@ class ExitsInFill(TorchPaged):
 @pytest.mark.parametrize(
     ("mutant", "words"),
     [
-        (NoSize, r"kv_block_bytes\(\) raised|NoSize.kv_block_bytes gave 0"),
-        (GivesNothing, "two whole prompts|values that are not finite, layer 0: forward gave a NoneType, not a Tensor"),
+        (NoSize, r"kv_block_bytes\(\) raised|NoSize.kv_block_bytes returned 0"),
+        (
+            GivesNothing,
+            "two whole prompts|values that are not finite, layer 0: forward returned a NoneType, not a Tensor",
+        ),
         (ExitsInFill, r"fill\(\) raised SystemExit: 3"),
         (LeavesOldValues, "two whole prompts, layer 0: row 'b' .* not finite"),
         (ClearsKeysOnly, "two whole prompts, layer 0: row 'b' .* not finite"),
@@ -205,7 +208,7 @@ class ExitsInFill(TorchPaged):
         (OneLayerForAll, "one more token each, layer 0"),
         (WritesToLogicalBlocks, "or the row's own K and V are not where slot_mapping says"),
         (ClaimsLess, "does not declare SOFT_CAP, yet unsupported"),
-        (OtherDtype, "forward gave torch.float64 for queries of torch.float32"),
+        (OtherDtype, "forward returned torch.float64 for queries of torch.float32"),
     ],
 )
 def test_a_wrong_backend_is_caught(mutant: type[TorchPaged], words: str) -> None:
@@ -310,16 +313,16 @@ class Exits(Llama):
 @pytest.mark.parametrize(
     ("mutant", "words"),
     [
-        (GivesATuple, r"forward\(\) gave a tuple, not a Tensor"),
-        (GivesHalfTheWidth, r"forward\(\) gave shape \(\d+, 24\), not \[T, hidden\]"),
-        (DoublesLogits, r"compute_logits\(\) gave torch.float64, none of torch.float32"),
-        (CutsLogits, r"compute_logits\(\) gave shape \(\d+, 130\) in all"),
+        (GivesATuple, r"forward\(\) returned a tuple, not a Tensor"),
+        (GivesHalfTheWidth, r"forward\(\) returned shape \(\d+, 24\), not \[T, hidden\]"),
+        (DoublesLogits, r"compute_logits\(\) returned torch.float64, none of torch.float32"),
+        (CutsLogits, r"compute_logits\(\) returned shape \(\d+, 130\) in all"),
         (NoAttention, "NoAttention made no attention layer"),
         (NoWeightMap, "NoWeightMap.weight_map returned {}, not a nanoengine.api.WeightMap"),
         (Exits, r"forward\(\) raised SystemExit: 3"),
         (SwapsKeysAndValues, "on 1 rank: log-probs of sequence .* off by"),
         (NeedsTheWholeVocabulary, "on 2 ranks: (log-probs of|compute_logits)"),
-        (WrongRows, "compute_logits.. gave shape"),
+        (WrongRows, "compute_logits.. returned shape"),
         (KeyErrors, "read_config without 'hidden_size' raised KeyError"),
         (ForgetsPositions, "off by"),
     ],
@@ -502,9 +505,9 @@ def test_a_processor_that_conforms() -> None:
         (Removes, "removed every token"),
         (SaysGreedyIsSafe, "changes which token is the likeliest"),
         (ReturnsNothing, "returned NoneType: it must return the logits"),
-        (Resizes, r"apply\(\) gave torch.float32 \(\d+, 96\) on cpu, not torch.float32 \(\d+, 97\) on cpu"),
-        (Halves, r"apply\(\) gave torch.float16"),
-        (GoesElsewhere, r"apply\(\) gave torch.float32 \(\d+, 97\) on meta, not"),
+        (Resizes, r"apply\(\) returned torch.float32 \(\d+, 96\) on cpu, not torch.float32 \(\d+, 97\) on cpu"),
+        (Halves, r"apply\(\) returned torch.float16"),
+        (GoesElsewhere, r"apply\(\) returned torch.float32 \(\d+, 97\) on meta, not"),
         (ExitsInApply, r"apply\(\) raised SystemExit"),
         (Idle, r"changed nothing for spice=2.0"),
         (NeedsWhatItDidNotAskFor, "apply.. raised AssertionError: no output_counts"),

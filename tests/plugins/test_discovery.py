@@ -197,7 +197,7 @@ def test_a_built_in_name_can_clash_too() -> None:
     built_in = next(iter(discover().samplers.values()))
     double = SamplerSpec(name=built_in.spec.name, params=built_in.spec.params, target="a.b:C", api=1)
     registry = discover(extra=[("mine", holder(register_samplers=lambda: [double]))])
-    with pytest.raises(PluginError, match=r"nanoengine \d.* and object 'mine'.*; rename yours, or do not hand over 'm"):
+    with pytest.raises(PluginError, match=r"nanoengine \d.* and object 'mine'.*; rename yours, or do not pass 'm"):
         registry.processors()
 
 

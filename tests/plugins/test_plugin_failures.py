@@ -142,7 +142,7 @@ MODEL = {
         "def __init__(self, config, ctx):\n    super().__init__(config, ctx)\n"
         "    spec = AttentionLayerSpec(num_heads=7, num_kv_heads=2, head_size=2, scale=1.0)\n"
         "    self.more = ctx.attention('more', spec)  # HERE",
-        r"more: 7 heads do not divide over 2 KV heads: .* \(in nanoengine_plugin_other_\w+:OtherModel, ",
+        r"more: 7 heads cannot be divided equally over 2 KV heads.* \(in nanoengine_plugin_other_\w+:OtherModel, ",
     ),
     "half a head": (
         "def __init__(self, config, ctx):\n    super().__init__(config, ctx)\n"
@@ -160,31 +160,31 @@ MODEL = {
     ),
     "tuple": (
         "def forward(self, ids, positions, batch):  # HERE\n    return (super().forward(ids, positions, batch),)",
-        r"OtherModel.forward gave a tuple, not a Tensor of \[T, hidden size\] = \(1, 2\)",
+        r"OtherModel.forward returned a tuple, not a Tensor of \[T, hidden size\] = \(1, 2\)",
     ),
     "hidden width": (
         "def forward(self, ids, positions, batch):  # HERE\n    return super().forward(ids, positions, batch)[:, :1]",
-        r"OtherModel.forward gave torch.float32 \(1, 1\), not floats of \[T, hidden size\] = \(1, 2\)",
+        r"OtherModel.forward returned torch.float32 \(1, 1\), not floats of \[T, hidden size\] = \(1, 2\)",
     ),
     "hidden integers": (
         "def forward(self, ids, positions, batch):  # HERE\n    return super().forward(ids, positions, batch).int()",
-        r"OtherModel.forward gave torch.int32 \(1, 2\), not floats",
+        r"OtherModel.forward returned torch.int32 \(1, 2\), not floats",
     ),
     "logits width": (
         "def compute_logits(self, hidden):  # HERE\n    return super().compute_logits(hidden)[:, :-1]",
-        r"OtherModel.compute_logits gave torch.float32 \(1, 96\), not \(1, 97\)",
+        r"OtherModel.compute_logits returned torch.float32 \(1, 96\), not \(1, 97\)",
     ),
     "logits rows": (
         "def compute_logits(self, hidden):  # HERE\n    return super().compute_logits(hidden)[0]",
-        r"OtherModel.compute_logits gave torch.float32 \(97,\), not \(1, 97\)",
+        r"OtherModel.compute_logits returned torch.float32 \(97,\), not \(1, 97\)",
     ),
     "logits dtype": (
         "def compute_logits(self, hidden):  # HERE\n    return super().compute_logits(hidden).long()",
-        r"OtherModel.compute_logits gave torch.int64 \(1, 97\), not .*float32, bfloat16 or float16",
+        r"OtherModel.compute_logits returned torch.int64 \(1, 97\), not .*float32, bfloat16 or float16",
     ),
     "no logits": (
         "def compute_logits(self, hidden):  # HERE\n    super().compute_logits(hidden)",
-        "OtherModel.compute_logits gave a NoneType, not",
+        "OtherModel.compute_logits returned a NoneType, not",
     ),
 }
 
@@ -199,11 +199,11 @@ BACKEND = {
     ),
     "block bytes of none": (
         "@classmethod\ndef kv_block_bytes(cls, spec, block_size):\n    return 0",
-        "OtherBackend.kv_block_bytes gave 0 for KVSpec",
+        "OtherBackend.kv_block_bytes returned 0 for KVSpec",
     ),
     "block bytes of halves": (
         "@classmethod\ndef kv_block_bytes(cls, spec, block_size):\n    return 0.5",
-        "OtherBackend.kv_block_bytes gave 0.5 for KVSpec",
+        "OtherBackend.kv_block_bytes returned 0.5 for KVSpec",
     ),
     "capabilities": (
         "capabilities = {'devices': 'cpu'}",
@@ -239,11 +239,11 @@ BACKEND = {
     ),
     "forward gives another width": (
         "def forward(self, layer, spec, q, k, v):  # HERE\n    return super().forward(layer, spec, q, k, v)[..., :1]",
-        r"OtherBackend.forward gave torch.float32 \(1, 1, 1\) on cpu, not torch.float32 \(1, 1, 2\)",
+        r"OtherBackend.forward returned torch.float32 \(1, 1, 1\) on cpu, not torch.float32 \(1, 1, 2\)",
     ),
     "forward gives nothing": (
         "def forward(self, layer, spec, q, k, v):  # HERE\n    super().forward(layer, spec, q, k, v)",
-        "OtherBackend.forward gave a NoneType, not torch.float32",
+        "OtherBackend.forward returned a NoneType, not torch.float32",
     ),
 }
 
@@ -272,7 +272,7 @@ LATER = {
     "raises": ("raise ValueError('odd')  # HERE", "ValueError: odd .*OtherModel.forward"),
     "exits": ("sys.exit('bye')  # HERE", r"OtherModel.forward called sys.exit\('bye'\)"),
     "panics": ("raise PanicException('odd')  # HERE", "OtherModel.forward raised PanicException: odd"),
-    "narrows": ("out = out[:, :1]  # HERE", r"OtherModel.forward gave torch.float32 \(\d, 1\), not floats of"),
+    "narrows": ("out = out[:, :1]  # HERE", r"OtherModel.forward returned torch.float32 \(\d, 1\), not floats of"),
 }
 
 

@@ -277,8 +277,8 @@ def test_a_column_that_is_not_there_or_of_the_other_kind_is_refused_in_words() -
     for read, name, words in (
         (rows.column, "strenght", "no column 'strenght'; did you mean 'strength'"),
         (rows.ragged, "id", "no column 'id'; did you mean 'ids'"),
-        (rows.column, "ids", "is read by rows.ragged('ids')"),
-        (rows.ragged, "strength", "is read by rows.column('strength')"),
+        (rows.column, "ids", "must be read by rows.ragged('ids')"),
+        (rows.ragged, "strength", "must be read by rows.column('strength')"),
     ):
         with pytest.raises(PluginError, match=re.escape(words)):
             read(name)

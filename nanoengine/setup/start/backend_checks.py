@@ -27,7 +27,9 @@ def kv_block_bytes(backend: type[AttentionBackend], spec: KVSpec, block_size: in
     with plugin_call(f"{name_of(backend)}.kv_block_bytes failed", backend):
         found: object = backend.kv_block_bytes(spec, block_size)
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-        text = f"{name_of(backend)}.kv_block_bytes gave {shown(found)} for {spec}, not a number of bytes of at least 1"
+        text = (
+            f"{name_of(backend)}.kv_block_bytes returned {shown(found)} for {spec}, not a number of bytes of at least 1"
+        )
         raise PluginError(text + place_and_fix(None, backend))
     return found
 

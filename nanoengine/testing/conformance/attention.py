@@ -213,9 +213,9 @@ class _Play:
         new = [self.kv[name][-1][layer] for name in rows]
         q, k, v = (self.joined(parts, padded) for parts in (queries, [kv[0] for kv in new], [kv[1] for kv in new]))
         out = self.made.forward(layer, self.case.layer, q, k, v)
-        require(isinstance(out, Tensor), f"forward gave a {type(out).__name__}, not a Tensor")
-        require(out.dtype == q.dtype, f"forward gave {out.dtype} for queries of {q.dtype}")
-        require(out.shape == q.shape, f"forward gave shape {tuple(out.shape)} for queries {tuple(q.shape)}")
+        require(isinstance(out, Tensor), f"forward returned a {type(out).__name__}, not a Tensor")
+        require(out.dtype == q.dtype, f"forward returned {out.dtype} for queries of {q.dtype}")
+        require(out.shape == q.shape, f"forward returned shape {tuple(out.shape)} for queries {tuple(q.shape)}")
         real = torch.split(out[: len(out) - padded].cpu(), [len(query) for query in queries])
         sound = [i for i, name in enumerate(rows) if name not in self.broken]
         want = {i: attend(queries[i], *self.keys_and_values(rows[i], layer), self.case.layer) for i in sound}

@@ -154,20 +154,22 @@ class _Served:
             with during("forward()"):
                 hidden = model(ids, inputs.positions, batch)
             wanted = (len(ids), self.hidden_size)
-            require(isinstance(hidden, Tensor), f"forward() gave a {type(hidden).__name__}, not a Tensor")
-            require(hidden.shape == wanted, f"forward() gave shape {tuple(hidden.shape)}, not [T, hidden] = {wanted}")
+            require(isinstance(hidden, Tensor), f"forward() returned a {type(hidden).__name__}, not a Tensor")
+            require(
+                hidden.shape == wanted, f"forward() returned shape {tuple(hidden.shape)}, not [T, hidden] = {wanted}"
+            )
             with during("compute_logits()"):
                 logits = model.compute_logits(hidden)
-            require(isinstance(logits, Tensor), f"compute_logits() gave a {type(logits).__name__}, not a Tensor")
+            require(isinstance(logits, Tensor), f"compute_logits() returned a {type(logits).__name__}, not a Tensor")
             known = ", ".join(map(str, LOGITS_DTYPES))
-            require(logits.dtype in LOGITS_DTYPES, f"compute_logits() gave {logits.dtype}, none of {known}")
+            require(logits.dtype in LOGITS_DTYPES, f"compute_logits() returned {logits.dtype}, none of {known}")
             with during("compute_logits()"):
                 return self.ranks.groups[rank].all_gather(logits)
 
         logits = self.ranks.each(forward)[0]
         require(
             logits.shape[0] == len(ids) and logits.shape[1] >= self.vocab_size,
-            f"compute_logits() gave shape {tuple(logits.shape)} in all, not [R, V] = {(len(ids), self.vocab_size)}",
+            f"compute_logits() returned shape {tuple(logits.shape)} in all, not [R, V] = {(len(ids), self.vocab_size)}",
         )
         padding = logits[:, self.vocab_size :]
         require(bool((padding == float("-inf")).all()), "compute_logits(): columns behind the vocabulary must be -inf")

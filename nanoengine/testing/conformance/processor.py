@@ -97,7 +97,9 @@ def _check_params(params: type[ProcessorParams], examples: Sequence[Mapping[str,
     plain = params()
     require(not plain.active(), f"{params.__name__}() is active: each field's default must be inert")
     for example in examples:
-        require(params(**example).active(), f"{params.__name__}({_shown(example)}) is not active: active() gave False")
+        require(
+            params(**example).active(), f"{params.__name__}({_shown(example)}) is not active: active() returned False"
+        )
 
 
 def _check_refused(resolver: ParamsResolver, refused: Sequence[Mapping[str, Any]]) -> None:
@@ -160,8 +162,8 @@ def _apply(processor: LogitsProcessor, batch: Batch) -> Tensor:
     require(isinstance(out, Tensor), f"apply() returned {type(out).__name__}: it must return the logits")
     good = (out.shape, out.dtype, out.device) == (wanted.shape, wanted.dtype, wanted.device)
     got, expected = (f"{x.dtype} {tuple(x.shape)} on {x.device}" for x in (out, wanted))
-    require(good, f"apply() gave {got}, not {expected}")
-    require(not bool((out.isnan() | (out == float("inf"))).any()), "apply() gave NaN or +inf")
+    require(good, f"apply() returned {got}, not {expected}")
+    require(not bool((out.isnan() | (out == float("inf"))).any()), "apply() returned NaN or +inf")
     return out
 
 

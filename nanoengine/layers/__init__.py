@@ -1,1 +1,1 @@
-"""Building blocks for model authors: parallel layers that take slices of a checkpoint and know their shapes."""
+"""Building blocks for model authors: parallel layers that load their own slices of a checkpoint."""

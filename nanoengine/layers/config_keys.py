@@ -1,7 +1,7 @@
-"""Which keys of config.json a model read, and what is known of the others.
+"""Records which keys of config.json a model reads, and decides about the others.
 
-A model need do nothing for it: it is given a `Recorded` mapping. A key that it did not read is either known to change
-nothing at its value, or refused, or reported by name.
+A model does nothing for this: it receives a `Recorded` mapping. A key that it did not read is ignored if it changes
+nothing at its value, rejected if it would change any model, and otherwise reported by name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from nanoengine.layers.hf_config import among, shown
 
 ANY: Any = object()
 
-# Keys that change no number at these values, whatever the model; null changes none anywhere.
+# Keys that change no result at these values, in any model. The value null never changes a result.
 HARMLESS: Mapping[str, tuple[Any, ...] | Any] = {
     # names, versions and notes of tools
     "_attn_implementation_autoset": ANY, "_commit_hash": ANY, "_name_or_path": ANY, "architectures": ANY,
@@ -23,7 +23,7 @@ HARMLESS: Mapping[str, tuple[Any, ...] | Any] = {
     "transformers_version": ANY, "unsloth_fixed": ANY, "unsloth_version": ANY,
     # read by the engine: dtype of the weights, ids that end the output
     "dtype": ANY, "torch_dtype": ANY, "eos_token_id": ANY,
-    # of training: dropout, losses, initialisation
+    # training: dropout, losses, initialisation
     "activation_dropout": ANY, "attention_dropout": ANY, "attention_probs_dropout_prob": ANY, "attn_pdrop": ANY,
     "dropout": ANY, "embd_pdrop": ANY, "gradient_checkpointing": ANY, "hidden_dropout": ANY,
     "hidden_dropout_prob": ANY, "init_std": ANY, "initializer_range": ANY, "layerdrop": ANY,
@@ -35,9 +35,9 @@ HARMLESS: Mapping[str, tuple[Any, ...] | Any] = {
     "tf_legacy_loss": ANY, "tie_last_hidden_states": ANY, "torchscript": ANY, "use_bfloat16": ANY, "use_cache": ANY,
     # ids that a caller puts into prompts
     "bos_token_id": ANY, "decoder_start_token_id": ANY, "pad_token_id": ANY, "sep_token_id": ANY,
-    # of other heads than the language model's
+    # heads that are not the language model's
     "classifier_dropout": ANY, "id2label": ANY, "label2id": ANY, "num_labels": ANY, "problem_type": ANY,
-    # of generation: transformers reads these from generation_config.json alone
+    # generation: transformers reads these only from generation_config.json
     "bad_words_ids": ANY, "begin_suppress_tokens": ANY, "diversity_penalty": ANY, "do_sample": ANY,
     "early_stopping": ANY, "encoder_no_repeat_ngram_size": ANY, "exponential_decay_length_penalty": ANY,
     "forced_bos_token_id": ANY, "forced_eos_token_id": ANY, "length_penalty": ANY, "max_length": ANY,
@@ -45,11 +45,12 @@ HARMLESS: Mapping[str, tuple[Any, ...] | Any] = {
     "num_return_sequences": ANY, "output_scores": ANY, "remove_invalid_values": ANY, "repetition_penalty": ANY,
     "return_dict_in_generate": ANY, "suppress_tokens": ANY, "task_specific_params": ANY, "temperature": ANY,
     "top_k": ANY, "top_p": ANY, "typical_p": ANY,
-    # switches that do nothing where they are off
+    # switches, at the value that turns them off
     "prefix": ("",), "rope_interleaved": (False,), "tie_encoder_decoder": (False,), "use_mrope": (False,),
 }  # fmt: skip
 
-# Keys that make another model of any: what transformers does at other values than these, no plugin does by itself.
+# Keys that change every model at other values than these. transformers implements them outside the model's class, so no
+# plugin implements them.
 REFUSED: Mapping[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "attention_chunk_size": (),
@@ -65,9 +66,9 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
 
 
 class Recorded(dict[str, Any]):
-    """config.json, or an object in it, which notes the keys that somebody asked for. Objects in it are `Recorded` too.
+    """config.json, or an object in it, which records the keys that were read. Objects in it are `Recorded` too.
 
-    Who copies it or goes through its values has read all of it.
+    Copying it or iterating over its values counts as reading all keys.
     """
 
     def __init__(self, data: Mapping[str, Any]) -> None:
@@ -104,7 +105,7 @@ class Recorded(dict[str, Any]):
         return super().items()
 
     def unread(self, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
-        """Path, name and value of every key that was not asked for, those of objects that were included."""
+        """Path, name and value of every key that was not read, also in objects that were read."""
         for name, value in dict.items(self):
             if name not in self.read:
                 yield f"{prefix}{name}", name, value
@@ -113,9 +114,9 @@ class Recorded(dict[str, Any]):
 
 
 def unread_keys(config: Recorded) -> list[str]:
-    """One line for each key that the model did not read and of which nothing is known, after the model was built.
+    """One line for each unknown key that the model did not read. Called after the model was built.
 
-    Raises `ModelError` for a key that was not read and makes it another model.
+    Raises `ModelError` for a key that was not read and would change any model (`REFUSED`).
     """
     found = []
     for path, name, value in config.unread():

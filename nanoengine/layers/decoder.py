@@ -1,7 +1,7 @@
-"""The pre-norm decoder that many models are: a model on it is a config mapping and a weight map.
+"""The pre-norm decoder that many model families share. A model based on it has a config reader and a weight map.
 
-Its switches are what the built-in families differ in; a model that needs more writes its own `Model` from the other
-layers.
+The options are the differences between the built-in families. A model that needs more defines its own `Model` from the
+other layers.
 """
 
 from __future__ import annotations
@@ -40,38 +40,38 @@ DECODER_WEIGHTS = WeightMap(
         "up_proj": ("gate_up_proj", "up"),
     },
     rename={
-        # files of the model without its head
+        # files of a model without the output layer
         "layers.": "model.layers.",
         "embed_tokens.": "model.embed_tokens.",
         "norm.": "model.norm.",
-        # of a model with images: older ones, those of transformers 5, and those without the head
+        # files of a model with images: older files, those of transformers 5, and those without the output layer
         "language_model.model.": "model.",
         "language_model.lm_head.": "lm_head.",
         "model.language_model.": "model.",
         "language_model.": "model.",
     },
-    # of the rotation, which config.json gives: tables that older files hold, with whichever names and at any depth
+    # tables of the rotation in older files, with any prefix; the rotation is computed from config.json instead
     skip=("inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached"),
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig(ModelConfig):
-    """Sizes of a decoder, and its switches.
+    """Sizes and options of a decoder.
 
     Attributes:
         num_layers, intermediate_size, num_heads, num_kv_heads, head_size, eps, rope: as usual.
         tied: the output layer shares the embedding's weight.
-        attention_bias: on q, k and v. output_bias: on o. mlp_bias: on gate, up and down.
-        qk_norm: q and k are normalised head by head before they are rotated.
-        windows: each layer's attention window, None where it sees all; () if no layer has one.
-        local_rope: rotation in layers with a window, if it is another than `rope`.
+        attention_bias: a bias on q, k and v. output_bias: on o. mlp_bias: on gate, up and down.
+        qk_norm: q and k are normalised per head before the rotation.
+        windows: each layer's attention window; None: the layer attends to all positions. (): no layer has a window.
+        local_rope: rotation in layers with a window, if it differs from `rope`.
         score_scale: factor of the attention scores; None: head_size ** -0.5.
         score_cap, logit_cap: soft caps on attention scores and on the logits.
-        embedding_scale: factor of the embedded tokens, rounded to the model's dtype first.
-        activation: of the MLP's gate.
-        unit_offset: checkpoints hold norm weights less one.
-        post_norms: what attention and MLP return is normalised too, before it joins the residual stream.
+        embedding_scale: factor of the embedded tokens; it is rounded to the model's dtype first.
+        activation: the activation of the MLP's gate.
+        unit_offset: checkpoints store norm weights minus one.
+        post_norms: the results of attention and MLP are normalised before they are added to the residual stream.
     """
 
     num_layers: int
@@ -98,7 +98,9 @@ class DecoderConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
-            raise ModelError(f"{self.num_heads} attention heads cannot share {self.num_kv_heads} KV heads evenly")
+            raise ModelError(
+                f"{self.num_heads} attention heads cannot be divided equally over {self.num_kv_heads} KV heads"
+            )
         if self.windows and len(self.windows) != self.num_layers:
             raise ModelError(f"{len(self.windows)} attention windows for {self.num_layers} layers")
 
@@ -112,21 +114,22 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
-"""Names of `hidden_act` and what they are here."""
+"""Value of `hidden_act` -> name of the activation here."""
 
 _LARGEST_MODEL = 2**44  # parameters
 
 
 def read_decoder(fields: Fields, **traits: Any) -> DecoderConfig:
-    """A `DecoderConfig` from the field names that all families share; `traits` are the others, and go first.
+    """Reads a `DecoderConfig` from the fields of config.json that all families share.
 
-    The family's defaults are those of `fields`. Raises `ModelError` naming the field.
+    `traits`: attributes that the family sets itself; they override what is read. `fields` has the family's defaults.
+    Raises `ModelError` that names the field.
     """
     fields.refuse("quantization_config")
     hidden, heads = fields.int("hidden_size"), fields.int("num_attention_heads")
     if not fields.has("head_dim") and hidden % heads:
         raise ModelError(
-            f"config.json: {fields.prefix}hidden_size {hidden} is no multiple of num_attention_heads {heads}"
+            f"config.json: {fields.prefix}hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
         )
     shared: dict[str, Any] = {
         "vocab_size": fields.int("vocab_size"),
@@ -152,7 +155,7 @@ def read_decoder(fields: Fields, **traits: Any) -> DecoderConfig:
 
 
 def _refuse_windows(fields: Fields) -> None:
-    """Of a family whose class has no windows: in transformers its cache has them all the same where the file does."""
+    """Rejects windows in config.json of a family without them. transformers' cache would apply them nevertheless."""
     if not fields.has("layer_types"):
         fields.refuse("sliding_window")
     layer_windows(fields, fields.int("num_hidden_layers"), None)
@@ -160,7 +163,7 @@ def _refuse_windows(fields: Fields) -> None:
 
 
 def _check_size(config: DecoderConfig) -> None:
-    """Sizes that are possible one by one may not be together."""
+    """Raises `ModelError` if sizes that are valid separately make a model that is too large."""
     attention = 2 * config.head_size * (config.num_heads + config.num_kv_heads)
     layer = config.hidden_size * (attention + 3 * config.intermediate_size)
     total = config.num_layers * layer + 2 * config.vocab_size * config.hidden_size
@@ -173,7 +176,7 @@ def _check_size(config: DecoderConfig) -> None:
 
 
 class DecoderAttention(nn.Module):
-    """Self-attention with fused q, k, v; heads are split over ranks."""
+    """Self-attention with a fused product for q, k and v. Heads are split over ranks."""
 
     def __init__(self, name: str, config: DecoderConfig, ctx: BuildContext, window: int | None = None) -> None:
         super().__init__()
@@ -210,9 +213,10 @@ class DecoderAttention(nn.Module):
     def forward(
         self, norm: RMSNorm, x: Tensor, residual: Tensor | None, angles: Angles, post_norm: RMSNorm | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """x and the residual stream it is to be added to (None: it is the stream), [T, hidden] -> the same again.
+        """[T, hidden] -> [T, hidden]: (x, residual stream) -> (result, residual stream).
 
-        `post_norm` normalises the result before it joins the stream.
+        x and the result still have to be added to the residual stream; if the stream is None, x is the stream.
+        `post_norm` normalises the result before it is added.
         """
         qkv, residual = normed(self.qkv_proj, norm, x, residual)  # [T, (heads + 2 kv_heads) * head_size]
         cache = self.attn.kv_cache() if self.ops.stores_kv else None
@@ -220,7 +224,7 @@ class DecoderAttention(nn.Module):
         return added(self.o_proj, mixed.flatten(1), residual, post_norm)
 
     def _fused(self, qkv: Tensor, angles: Angles, cache: KVCacheView) -> Tensor:
-        """Norm, rotation and store in one kernel; then the backend only attends."""
+        """Normalises, rotates and stores in one kernel. The backend then only computes the attention."""
         q = self.ops.qk_norm_rope_store(
             qkv,
             angles.positions,
@@ -248,7 +252,7 @@ class DecoderAttention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP behind a norm each. Submodules are called what checkpoints call them."""
+    """Attention and MLP, each after a norm. Submodules have the names that checkpoints use."""
 
     def __init__(self, name: str, config: DecoderConfig, ctx: BuildContext, window: int | None = None) -> None:
         super().__init__()
@@ -266,14 +270,14 @@ class DecoderLayer(nn.Module):
         )
 
     def forward(self, x: Tensor, residual: Tensor | None, angles: Angles) -> tuple[Tensor, Tensor | None]:
-        """x and the residual stream it is to be added to (None: it is the stream), [T, hidden] -> the same again."""
+        """[T, hidden] -> [T, hidden]: (x, residual stream) -> (result, residual stream). The stream may be None."""
         x, residual = self.self_attn(self.input_layernorm, x, residual, angles)
         out: tuple[Tensor, Tensor | None] = self.mlp(self.post_attention_layernorm, x, residual)
         return out
 
 
 class PostNormDecoderLayer(DecoderLayer):
-    """Attention and MLP between two norms each: `post_attention_layernorm` stands behind attention here."""
+    """Attention and MLP, each between two norms. Here `post_attention_layernorm` is the norm after attention."""
 
     def __init__(self, name: str, config: DecoderConfig, ctx: BuildContext, window: int | None = None) -> None:
         super().__init__(name, config, ctx, window)
@@ -289,7 +293,7 @@ class PostNormDecoderLayer(DecoderLayer):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and final norm, under the names that checkpoints use."""
+    """Embedding, layers and final norm, with the names that checkpoints use."""
 
     def __init__(self, config: DecoderConfig, ctx: BuildContext) -> None:
         super().__init__()
@@ -318,7 +322,7 @@ class Decoder(nn.Module):
 
 
 class DecoderLM(Model):
-    """A decoder with its output layer. A subclass reads its config.json into a `DecoderConfig`."""
+    """A decoder with its output layer. A subclass reads config.json into a `DecoderConfig`."""
 
     weights = DECODER_WEIGHTS
 

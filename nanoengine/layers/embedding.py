@@ -30,9 +30,9 @@ class VocabParallelEmbedding(WeightLayer):
 
 
 class ParallelLMHead(WeightLayer):
-    """[R, dim] -> [R, ceil(V / ranks)], this rank's ids; columns behind the vocabulary are -inf.
+    """[R, dim] -> [R, ceil(V / ranks)], the logits of this rank's ids; columns after the vocabulary are -inf.
 
-    `tied` shares an embedding's weight: one parameter under two names.
+    With `tied`, the weight is that of an embedding: one parameter with two names.
     """
 
     def __init__(

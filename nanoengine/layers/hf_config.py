@@ -1,4 +1,4 @@
-"""Typed reading of config.json: a field that is missing or of the wrong kind is a `ModelError` that names it."""
+"""Typed reading of config.json: a field that is missing or of the wrong type raises a `ModelError` that names it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LARGEST: Mapping[str, int] = {
     "vocab_size": 2**24,
     "max_position_embeddings": 2**27,
 }
-"""Sizes far beyond every known model: a larger one is a mistake, and building it would take all time or memory."""
+"""Sizes far above every known model. A larger one is a mistake, and building the model would never end or not fit."""
 
 
 class Fields:
@@ -31,8 +31,8 @@ class Fields:
 
     Args:
         data: the object. prefix: path of the object in config.json, for messages.
-        defaults: what fields that the file leaves out are. A null in the file is no default: it means what the
-            method's own default says, and is refused where there is none.
+        defaults: values of fields that the file does not have. For a null in the file they are not used: then the
+            default of the method is used, or an error is raised if it has none.
     """
 
     def __init__(self, data: Any, prefix: str = "", defaults: Mapping[str, Any] | None = None) -> None:
@@ -43,7 +43,7 @@ class Fields:
         self.defaults = defaults or {}
 
     def get(self, name: str) -> Any:
-        """The field as it is in the file, else its default; None where there is neither."""
+        """The value in the file, else the default; None if there is neither."""
         return self.data[name] if name in self.data else self.defaults.get(name)
 
     def has(self, name: str) -> bool:
@@ -51,12 +51,12 @@ class Fields:
         return self.get(name) is not None
 
     def nested(self, name: str, defaults: Mapping[str, Any] | None = None) -> Fields:
-        """The object in a field; an empty one where the field is left out or null."""
+        """The object in a field; an empty one if the field is missing or null."""
         value = self.get(name)
         return Fields({} if value is None else value, f"{self.prefix}{name}.", defaults)
 
     def int(self, name: str, default: Any = _REQUIRED, *, least: int = 1, most: int | None = None) -> int:
-        """An integer from `least` to `most`, which is by default what `LARGEST` says of the name."""
+        """An integer from `least` to `most`. The default of `most` is the name's entry in `LARGEST`."""
         value, most = self._get(name, default), LARGEST.get(name, _INT32) if most is None else most
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise self.wrong(name, value, "a positive integer" if least == 1 else f"an integer of {least} or more")
@@ -86,7 +86,7 @@ class Fields:
         return value
 
     def refuse(self, name: str, *harmless: Any) -> None:
-        """For what the model does not support: the field must be absent, null or one of `harmless`."""
+        """Raises `ModelError` unless the field is missing, null or one of `harmless`. For unsupported features."""
         value = self.get(name)
         if value is not None and not among(value, harmless):
             raise ModelError(
@@ -95,7 +95,7 @@ class Fields:
             )
 
     def unused(self, *names: str) -> None:
-        """Fields that change no number, whatever they hold, with all that is in them."""
+        """Marks fields as read that change no result, whatever their values are; nested fields too."""
         for name in names:
             _walk(self.get(name))
 
@@ -110,39 +110,40 @@ class Fields:
         raise ModelError(f"config.json lacks {self.prefix}{name}")
 
     def wrong(self, name: str, value: Any, wanted: str) -> ModelError:
-        """The error to raise about a field."""
+        """The error for a field with a wrong value."""
         return ModelError(f"config.json: {self.prefix}{name} must be {wanted}, not {shown(value)}")
 
 
 _LARGEST_FLOAT = 3e38
-"""What float32 holds; a NaN is not at most that."""
+"""The largest float32. The comparison with it is false for NaN."""
 
 
 def shown(value: Any) -> str:
-    """A value of config.json for a message: null, true and false as there, and never longer than a few lines."""
+    """A value of config.json for a message: null, true and false as in JSON; at most a few lines long."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return repr(value) if isinstance(value, str) and len(value) <= 120 else reprlib.repr(value)
 
 
 def _walk(value: Any) -> None:
-    """Goes through all of an object, so that a mapping that notes what was read has it noted."""
+    """Reads every key of a value and of all objects in it, so that a `Recorded` mapping records them."""
     if isinstance(value, Mapping):
         for each in value.values():
             _walk(each)
 
 
 def among(value: Any, choices: Sequence[Any]) -> bool:
-    """Whether a value is one of the choices; true is not 1."""
+    """Whether a value is one of the choices. Types count: true is not 1."""
     return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in choices)
 
 
 def layer_windows(
     fields: Fields, layers: int, window: int | None, is_local: Callable[[int], bool] = lambda layer: True
 ) -> tuple[int | None, ...]:
-    """Each layer's attention window: `window` in those that `layer_types`, or else `is_local`, calls local.
+    """Each layer's attention window: `window` in local layers, None in the others.
 
-    `window` None: the file has none, and `layer_types` may name no local layer. Raises `ModelError`.
+    `layer_types` of the file says which layers are local; if it is missing, `is_local` does. `window` None: the file
+    has no window, so no layer may be local. Raises `ModelError`.
     """
     kinds = fields.get("layer_types")
     if kinds is None:
@@ -151,5 +152,5 @@ def layer_windows(
     if not known or len(kinds) != layers:
         raise fields.wrong("layer_types", kinds, f"a list of {layers} of {' and '.join(_LAYER_TYPES)}")
     if window is None and _LOCAL in kinds:
-        raise ModelError(f"config.json: {fields.prefix}layer_types names {_LOCAL}, but no sliding_window is in use")
+        raise ModelError(f"config.json: {fields.prefix}layer_types has {_LOCAL}, but there is no sliding_window")
     return tuple(window if kind == _LOCAL else None for kind in kinds)

@@ -1,4 +1,4 @@
-"""Parallel linear layers. How a weight is stored and applied is a `LinearMethod`'s business."""
+"""Parallel linear layers. A `LinearMethod` decides how a weight is stored and applied."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from nanoengine.layers.sharding import Placement, Shard, ShardSpec, WeightLayer,
 
 
 class LinearMethod(ABC):
-    """How a linear layer stores its weight, takes a slice of a checkpoint, and multiplies."""
+    """How a linear layer stores its weight, loads a slice of a checkpoint, and multiplies."""
 
     @abstractmethod
     def create(self, layer: WeightLayer, weight: ShardSpec) -> None:
-        """Register the parameters that stand for the [out, in] weight described by `weight`."""
+        """Register the parameters that store the [out, in] weight described by `weight`."""
 
     @abstractmethod
     def load(self, layer: WeightLayer, name: str, shard: Shard, values: Tensor) -> None:
-        """Take `values`, this rank's slice of a checkpoint tensor, into parameter `name`."""
+        """Load `values`, this rank's slice of a checkpoint tensor, into the parameter `name`."""
 
     @abstractmethod
     def apply(self, layer: WeightLayer, x: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
-        """[T, in on this rank] -> [T, out on this rank]. `out`: where it is to go."""
+        """[T, in on this rank] -> [T, out on this rank]. `out`: the tensor that receives the result."""
 
     def apply_normed(
         self,
@@ -36,7 +36,10 @@ class LinearMethod(ABC):
         bias: Tensor | None,
         gate: Activation | None,
     ) -> tuple[Tensor, Tensor]:
-        """Norm, product and, with a `gate`, gate(first half) * second half -> (result, residual stream)."""
+        """Applies the norm, then the weight; returns (result, residual stream). x is added to the stream first.
+
+        With a `gate`, the result is gate(first half) * second half.
+        """
         normed, total = layer.ops.add_rms_norm(x, residual, norm.weight, norm.eps)
         y = self.apply(layer, normed, bias)
         return (layer.ops.act_and_mul(y, gate) if gate else y), total
@@ -44,12 +47,12 @@ class LinearMethod(ABC):
     def apply_added(
         self, layer: WeightLayer, x: Tensor, bias: Tensor | None, residual: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """The product, to be added to the residual stream: (product, residual), or (their sum, None)."""
+        """The product, to be added to the residual stream: (product, residual), or (sum, None) if it was added."""
         return self.apply(layer, x, bias), residual
 
 
 class Unquantised(LinearMethod):
-    """One parameter, `weight` [out, in], of the model's dtype."""
+    """A weight that is not quantised: one parameter, `weight` [out, in], of the model's dtype."""
 
     def create(self, layer: WeightLayer, weight: ShardSpec) -> None:
         layer.add_weight("weight", weight)
@@ -79,7 +82,7 @@ class Unquantised(LinearMethod):
 
 
 class Linear(WeightLayer):
-    """A linear layer whole on every rank; base of the parallel ones."""
+    """A linear layer that is whole on every rank. Base class of the parallel ones."""
 
     def __init__(
         self,
@@ -111,16 +114,16 @@ class Linear(WeightLayer):
     def normed(
         self, norm: RMSNorm, x: Tensor, residual: Tensor | None, *, gate: Activation | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The layer behind a norm: see `LinearMethod.apply_normed`."""
+        """The layer after a norm: see `LinearMethod.apply_normed`."""
         return self.method.apply_normed(self, norm, x, residual, self.bias, gate)
 
     def added(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The layer before the residual stream: see `LinearMethod.apply_added`."""
+        """The layer whose result is added to the residual stream: see `LinearMethod.apply_added`."""
         return self.method.apply_added(self, x, self.bias, residual)
 
 
 class ReplicatedLinear(Linear):
-    """[T, in] -> [T, out], whole on every rank. Fused parts are allowed."""
+    """[T, in] -> [T, out]. The weight is whole on every rank and may have fused parts."""
 
     def __init__(
         self,
@@ -140,7 +143,7 @@ class ReplicatedLinear(Linear):
 
 
 class ColumnParallelLinear(Linear):
-    """[T, in] -> [T, out / ranks]: each rank holds some outputs of every part (q, k, v; gate, up)."""
+    """[T, in] -> [T, out / ranks]. Each rank has some of the outputs of every part (q, k, v; gate, up)."""
 
     def __init__(
         self,
@@ -169,7 +172,7 @@ class ColumnParallelLinear(Linear):
 
 
 class RowParallelLinear(Linear):
-    """[T, in / ranks] -> [T, out]: each rank holds some inputs; the products are summed over ranks."""
+    """[T, in / ranks] -> [T, out]. Each rank has some of the inputs; the products are summed over ranks."""
 
     def __init__(
         self,
@@ -198,14 +201,14 @@ class RowParallelLinear(Linear):
 
     @property
     def _bias_once(self) -> Tensor | None:
-        """The bias, in one of the ranks' sums."""
+        """The bias on rank 0, None on the others, so that the sum over ranks has it once."""
         return self.bias if self.tp.rank == 0 else None
 
 
 def normed(
     layer: nn.Module, norm: RMSNorm, x: Tensor, residual: Tensor | None, *, gate: Activation | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`Linear.normed`, also of what a build context put in a linear's place."""
+    """`Linear.normed`, also for a module with which a build context replaced the linear layer."""
     if isinstance(layer, Linear):
         return layer.normed(norm, x, residual, gate=gate)
     hidden, total = norm.ops.add_rms_norm(x, residual, norm.weight, norm.eps)
@@ -216,9 +219,9 @@ def normed(
 def added(
     layer: nn.Module, x: Tensor, residual: Tensor, post_norm: RMSNorm | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """`Linear.added`, also of what a build context put in a linear's place.
+    """`Linear.added`, also for a module with which a build context replaced the linear layer.
 
-    With a `post_norm` the sum is left to the norm of the next layer: that adds and normalises in one pass.
+    With a `post_norm`, the norm of the next layer adds: it adds and normalises in one pass.
     """
     if post_norm is not None:
         return post_norm(layer(x)), residual

@@ -1,4 +1,4 @@
-"""The gated MLP of Llama and its kin: down(activation(gate(x)) * up(x)), gate and up in one product."""
+"""The gated MLP of Llama and similar models: down(activation(gate(x)) * up(x)), gate and up in one product."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nanoengine.layers.norm import RMSNorm
 
 
 class GatedMLP(nn.Module):
-    """The MLP between its norm and the residual stream. `name` is its dotted path in the model."""
+    """The MLP with the norm before it. `name` is its dotted path in the model."""
 
     def __init__(
         self,
@@ -38,9 +38,10 @@ class GatedMLP(nn.Module):
     def forward(
         self, norm: RMSNorm, x: Tensor, residual: Tensor | None, post_norm: RMSNorm | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """x and the residual stream it is to be added to (None: it is the stream), [T, hidden] -> the same again.
+        """[T, hidden] -> [T, hidden]: (x, residual stream) -> (result, residual stream).
 
-        `post_norm` normalises the result before it joins the stream.
+        x and the result still have to be added to the residual stream; if the stream is None, x is the stream.
+        `post_norm` normalises the result before it is added.
         """
         gated, residual = normed(self.gate_up_proj, norm, x, residual, gate=self.activation)  # [T, inter. / ranks]
         return added(self.down_proj, gated, residual, post_norm)

@@ -11,10 +11,10 @@ from nanoengine.layers.sharding import Placement, Shard, ShardSpec, WeightLayer
 
 
 class RMSNorm(WeightLayer):
-    """x / rms(x) * weight over the last dimension, computed in float32 whatever x's dtype.
+    """x / rms(x) * weight over the last dimension, computed in float32 for every dtype of x.
 
-    unit_offset: checkpoints hold the weight less one. It is made whole when loaded, and kept in float32, where the sum
-    is what a model that adds one at each call would get; rounded to bfloat16 it would lose most of its digits.
+    unit_offset: checkpoints store the weight minus one. One is added when the weight is loaded, and the weight is kept
+    in float32: the result is then that of a model which adds one in each call. In bfloat16 most digits would be lost.
     """
 
     def __init__(self, dim: int, eps: float, *, place: Placement, unit_offset: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al., 2021), in the half-split form of Llama and its kin, with its scalings."""
+"""Rotary position embedding (Su et al., 2021), in the half-split form of Llama and similar models, with scalings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nanoengine.layers.hf_config import Fields, shown
 
 _ORIGINAL = "original_max_position_embeddings"
 
-# What each type reads, beside the keys of all.
+# The keys that each type reads, in addition to those that all types read.
 _KEYS: Mapping[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -34,7 +34,7 @@ class RopeConfig:
     Attributes:
         theta: base of the geometric series of wavelengths.
         kind: "default"; "linear": positions divided by `factor`; "llama3": long wavelengths divided by `factor`.
-        factor, low_freq_factor, high_freq_factor, original_max_position: of the scalings.
+        factor, low_freq_factor, high_freq_factor, original_max_position: parameters of the scalings.
     """
 
     theta: float
@@ -46,11 +46,11 @@ class RopeConfig:
 
 
 def read_rope(hf: Mapping[str, Any], theta: float = 10000.0) -> RopeConfig:
-    """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4).
+    """Reads `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (transformers 4).
 
-    As in transformers, `rope_scaling` is used where both objects are given; a base that neither gives is `rope_theta`,
-    or else `theta`; `original_max_position_embeddings` may stand beside the object, too. Raises `ModelError` as
-    `rope_of` does, and where two places contradict each other.
+    As in transformers: if both objects are given, `rope_scaling` is used. If neither has the base, it is `rope_theta`,
+    else `theta`. `original_max_position_embeddings` may also be next to the object. Raises `ModelError` as `rope_of`
+    does, and if two places contradict each other.
     """
     whole = Fields(hf)
     parameters, scaling = whole.nested("rope_parameters"), whole.nested("rope_scaling")
@@ -62,7 +62,7 @@ def read_rope(hf: Mapping[str, Any], theta: float = 10000.0) -> RopeConfig:
 
 
 def _with_outer(used: Fields, whole: Fields) -> Fields:
-    """The object with the original context length that stands beside it (which types that do not ask leave unused)."""
+    """The object, with the original context length that is next to it. Types that do not need it ignore it."""
     if not whole.has(_ORIGINAL):
         return used
     if used.has(_ORIGINAL) and used.get(_ORIGINAL) != whole.get(_ORIGINAL):
@@ -71,9 +71,10 @@ def _with_outer(used: Fields, whole: Fields) -> Fields:
 
 
 def check_agreement(parameters: Fields, scaling: Fields, result: Mapping[str, Any], kind: str) -> None:
-    """Of two objects that describe one rotation: raises `ModelError` where the first says what is not in the result.
+    """Checks two objects that describe one rotation. Raises `ModelError` if `parameters` contradicts `result`.
 
-    That it is the default rotation says nothing. `kind`: the result's type, under whichever name it was given.
+    The type "default" in `parameters` contradicts nothing. `kind`: the type in the result, given as "type" or
+    "rope_type".
     """
     result = {**result, "rope_type": kind, "type": kind}
     for name, value in parameters.data.items():
@@ -85,13 +86,14 @@ def rope_of(used: Fields, whole: Fields, base: str, theta: float) -> RopeConfig:
     """The rotation that one object describes.
 
     Args:
-        used: the object, possibly empty. whole: config.json. base: name of the field in `whole` that gives the base
-            where the object does not. theta: the base where neither does.
+        used: the object; may be empty. whole: config.json.
+        base: name of the field in `whole` that has the base, if the object has none.
+        theta: the base if neither has one.
 
-    Raises `ModelError` for a type that is not supported, a key that the type does not read, and two bases.
+    Raises `ModelError` for a type that is not supported, a key that the type does not read, and two different bases.
     """
     names = used.choice("type", ROPE_TYPES, "default"), used.choice("rope_type", ROPE_TYPES, "default")
-    kind = names[1] if "rope_type" in used.data else names[0]  # "type" is the name of older files
+    kind = names[1] if "rope_type" in used.data else names[0]  # older files use "type"
     if used.has("type") and names[0] != kind:
         raise contradiction(used, "type", used, f"rope_type {kind}")
     for name, value in used.data.items():
@@ -125,20 +127,20 @@ def _read_llama3(used: Fields, whole: Fields, theta: float) -> RopeConfig:
 
 
 def _check_key(used: Fields, name: str, value: Any, kind: str) -> None:
-    """A key that the type does not read would be of another rotation than is meant."""
-    idle = name == _ORIGINAL  # says where the scaling begins, for types that ask
+    """Raises `ModelError` for a key that the type does not read: the file probably means another type."""
+    idle = name == _ORIGINAL  # types that do not need it ignore it
     if value is None or idle or name in _OF_ALL or name in _KEYS[kind] or (name, value) in _NEUTRAL:
         return
     raise ModelError(
-        f"config.json: {used.prefix}{name} = {shown(value)} means nothing to rope_type {kind}, which reads "
+        f"config.json: {used.prefix}{name} = {shown(value)} is not a key of rope_type {kind}, which reads "
         f"{', '.join(('rope_theta', *_KEYS[kind]))}; rope types: {', '.join(ROPE_TYPES)}"
     )
 
 
-def contradiction(one: Fields, name: str, other: Fields, said: str) -> ModelError:
-    """The error to raise where two places of config.json differ: `name` in one of them, and what the other says."""
+def contradiction(one: Fields, name: str, other: Fields, value: str) -> ModelError:
+    """The error for two places of config.json that differ: `name` in `one`, and `value` in `other`."""
     return ModelError(
-        f"config.json: {one.prefix}{name} {shown(one.get(name))} contradicts {said} of {other.prefix.rstrip('.')}: "
+        f"config.json: {one.prefix}{name} {shown(one.get(name))} contradicts {value} of {other.prefix.rstrip('.')}: "
         "leave out one of them"
     )
 
@@ -146,8 +148,8 @@ def contradiction(one: Fields, name: str, other: Fields, said: str) -> ModelErro
 def inverse_frequencies(config: RopeConfig, head_size: int, device: torch.device) -> Tensor:
     """float32 [head_size / 2]: radians per position of each rotated pair.
 
-    They are computed on the CPU: the same bits for every device, and no second or two at start, which torch takes to
-    import sympy for `arange` on the meta device.
+    They are computed on the CPU, so that they have the same bits on every device. On the meta device, `arange` would
+    import sympy, which takes one or two seconds.
     """
     exponents = torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size
     found = 1.0 / (config.theta**exponents)
@@ -159,16 +161,19 @@ def inverse_frequencies(config: RopeConfig, head_size: int, device: torch.device
 
 
 def _llama3(plain: Tensor, config: RopeConfig) -> Tensor:
-    """Llama 3.1: wavelengths beyond original / low are stretched by `factor`, those below original / high are kept,
-    and between them the two are blended linearly in original / wavelength."""
-    turns = config.original_max_position * plain / (2 * math.pi)  # over the original context
+    """The scaling of Llama 3.1.
+
+    Wavelengths above original / low are multiplied by `factor`; those below original / high do not change. Between
+    them, the two are interpolated linearly in original / wavelength.
+    """
+    turns = config.original_max_position * plain / (2 * math.pi)  # in the original context length
     blend = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
     blend = blend.clamp(0.0, 1.0)
     return blend * plain + (1 - blend) * plain / config.factor
 
 
 class RotaryEmbedding(nn.Module):
-    """Angles of a step's positions, computed once and shared by all layers."""
+    """Computes the angles of a step's positions once for all layers."""
 
     def __init__(self, config: RopeConfig, head_size: int, device: torch.device) -> None:
         super().__init__()
@@ -178,19 +183,19 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", inverse_frequencies(config, head_size, device), persistent=False)
 
     def forward(self, positions: Tensor) -> Angles:
-        """int64 [T]."""
+        """positions int64 [T] -> their rotations."""
         return Angles(positions, self.inv_freq)
 
 
 class Angles:
-    """A step's rotations. Layers that do not rotate by themselves share one table, made when first asked for."""
+    """A step's rotations. Layers without a fused kernel share one table, which is made when it is first used."""
 
     def __init__(self, positions: Tensor, inv_freq: Tensor) -> None:
         self.positions, self.inv_freq = positions, inv_freq
 
     @cached_property
     def tables(self) -> tuple[Tensor, Tensor]:
-        """cos, sin, float32 [T, 1, head_size]; sin is negative in its first half, see `apply_rope`."""
+        """cos and sin, float32 [T, 1, head_size]; sin is negative in its first half, see `apply_rope`."""
         angles = self.positions.float().unsqueeze(-1) * self.inv_freq  # [T, head_size / 2]
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), dim=-1).unsqueeze(1), torch.cat((-sin, sin), dim=-1).unsqueeze(1)

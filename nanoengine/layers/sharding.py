@@ -1,4 +1,4 @@
-"""How parameters are cut over tensor-parallel ranks: pure arithmetic, and the layer base class that knows its cuts."""
+"""How parameters are split over tensor-parallel ranks, and the base class of layers whose parameters are split."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Shard:
     """One rank's share of one checkpoint tensor, and its place in the rank's parameter.
 
     Attributes:
-        part: which part of a fused parameter the tensor fills; "" where nothing is fused.
-        shape: of the whole tensor in the checkpoint.
-        dim: the dimension that is cut, and along which parts are joined.
-        start, length: this rank's share along `dim`. offset: where it begins in the parameter along `dim`.
+        part: the part of a fused parameter that the tensor fills; "" if nothing is fused.
+        shape: shape of the whole tensor in the checkpoint.
+        dim: the dimension that is split, and along which parts are joined.
+        start, length: this rank's share along `dim`. offset: its start in the parameter along `dim`.
     """
 
     part: str
@@ -57,17 +57,17 @@ class Shard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardSpec:
-    """What a parameter is made of, for every rank.
+    """How a parameter is split over the ranks.
 
     Attributes:
-        shape: of the whole parameter, all parts joined.
-        dim: the dimension that is cut, and along which parts are joined.
-        split: "whole": every rank holds all of it. "even": in `unit`s, as many on each rank. "padded": in equal
-            pieces, the last ones filled up (vocabularies).
-        parts: (name, size along `dim`) of what is fused; each is cut by itself. () for a plain parameter.
-        unit: what is never cut apart (the head size).
-        replicate: a part with fewer units than ranks stands on several ranks (KV heads).
-        init: what dummy weights put there.
+        shape: shape of the whole parameter, with all parts joined.
+        dim: the dimension that is split, and along which parts are joined.
+        split: "whole": every rank has all of it. "even": each rank has the same number of units. "padded": equal
+            lengths, the last ones padded (vocabularies).
+        parts: (name, size along `dim`) of each fused part; each is split separately. () for a plain parameter.
+        unit: number of elements along `dim` that stay together (the head size).
+        replicate: a part with fewer units than ranks is on several ranks (KV heads).
+        init: how dummy weights are made.
     """
 
     shape: tuple[int, ...]
@@ -79,7 +79,7 @@ class ShardSpec:
     init: Init = "random"
 
     def shards(self, rank: int, size: int) -> tuple[Shard, ...]:
-        """One shard a part, in order. Raises `ModelError` with the numbers where units do not divide over ranks."""
+        """One shard per part, in order. Raises `ModelError` if the units cannot be divided over the ranks."""
         out, offset = [], 0
         for part, total in self.parts or (("", self.shape[self.dim]),):
             start, length = self._share(total, rank, size)
@@ -107,13 +107,14 @@ class ShardSpec:
 
 
 def even_share(total: int, unit: int, rank: int, size: int, *, replicate: bool) -> tuple[int, int]:
-    """(start, length) of a rank's share of `total` elements, cut only between units of `unit` elements.
+    """(start, length) of a rank's share of `total` elements, split only between units of `unit` elements.
 
-    With `replicate`, fewer units than ranks put each unit on size / units neighbouring ranks. Raises `ModelError`.
+    With `replicate`, if there are fewer units than ranks, each unit is on size / units consecutive ranks. Raises
+    `ModelError`.
     """
     units, rest = divmod(total, unit)
     if rest:
-        raise ModelError(f"{total} is no multiple of the head size {unit}")
+        raise ModelError(f"{total} is not a multiple of the head size {unit}")
     if units % size == 0:
         return rank * total // size, total // size
     if replicate and units < size and size % units == 0:
@@ -123,7 +124,7 @@ def even_share(total: int, unit: int, rank: int, size: int, *, replicate: bool) 
 
 
 def heads_per_rank(heads: int, size: int, *, replicate: bool = False) -> int:
-    """Attention heads on each rank; KV heads fewer than ranks are replicated. Raises `ModelError`."""
+    """Number of heads on each rank. With `replicate`, fewer heads than ranks are replicated. Raises `ModelError`."""
     try:
         return even_share(heads, 1, 0, size, replicate=replicate)[1]
     except ModelError as error:
@@ -132,7 +133,7 @@ def heads_per_rank(heads: int, size: int, *, replicate: bool = False) -> int:
 
 
 class Placement(Protocol):
-    """Which rank's share of a layer is made, of what dtype, where. A `BuildContext` is one."""
+    """The rank, dtype and device for which a layer is made. A `BuildContext` is one."""
 
     tp: TensorParallelGroup
     dtype: torch.dtype
@@ -141,7 +142,7 @@ class Placement(Protocol):
 
 
 class WeightLayer(nn.Module):
-    """A layer that knows how its parameters are cut. The loader and the dummy weights go by `specs`."""
+    """A layer that knows how its parameters are split. The weight loader and dummy weights use `specs`."""
 
     def __init__(self, place: Placement) -> None:
         super().__init__()
@@ -150,7 +151,7 @@ class WeightLayer(nn.Module):
         self.specs: dict[str, ShardSpec] = {}
 
     def add_weight(self, name: str, spec: ShardSpec, dtype: torch.dtype | None = None) -> None:
-        """Register this rank's share of a parameter. Padding is zero; the rest is filled by the loader."""
+        """Register this rank's share of a parameter. Padding is zero; the loader fills the rest."""
         shape = spec.local_shape(self.tp.rank, self.tp.size)
         make = torch.zeros if spec.split == "padded" else torch.empty
         values = make(shape, dtype=dtype or self._dtype, device=self._device)
@@ -158,14 +159,14 @@ class WeightLayer(nn.Module):
         self.specs[name] = spec
 
     def load_shard(self, name: str, shard: Shard, values: Tensor) -> None:
-        """Take one part of a parameter: `values` is the checkpoint tensor's `shard.source`, of any float dtype."""
+        """Load one part of a parameter. `values`: the checkpoint tensor's `shard.source`, of any float dtype."""
         self.get_parameter(name).data[shard.target].copy_(values)
 
 
 def weight_layers(model: nn.Module) -> Iterator[tuple[str, WeightLayer, str, ShardSpec]]:
-    """(full name, layer, parameter's name in it, spec) of every parameter, one that layers share only once.
+    """(full name, layer, parameter's name in the layer, spec) of every parameter. A shared parameter is given once.
 
-    A parameter that stands outside any `WeightLayer` (a plugin's plain `nn.Linear`) is whole on every rank.
+    A parameter that is not in a `WeightLayer` (a plugin's plain `nn.Linear`) is whole on every rank.
     """
     for name, parameter in model.named_parameters():
         prefix, _, last = name.rpartition(".")
@@ -183,7 +184,7 @@ class _PlainWeights(WeightLayer):
 
 
 def part_sizes(parts: Sequence[tuple[str, int]], total: int, where: str) -> tuple[tuple[str, int], ...]:
-    """The parts, checked to add up to `total`. Raises `ModelError` naming the layer."""
+    """Returns the parts if their sizes add up to `total`. Raises `ModelError` that names the layer."""
     if parts and sum(size for _, size in parts) != total:
         raise ModelError(f"{where}: parts {list(parts)} do not add up to {total} outputs")
     return tuple(parts)

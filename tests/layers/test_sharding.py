@@ -150,16 +150,16 @@ def test_replicated_kv_heads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         ((9 * 64, 64, 0, 2), "9 heads of size 64 cannot be divided over tensor_parallel_size=2"),
         ((3 * 64, 64, 0, 4), "3 heads of size 64 cannot be divided over tensor_parallel_size=4"),
         ((100, 1, 0, 3), "a width of 100 cannot be divided over tensor_parallel_size=3"),
-        ((100, 64, 0, 1), "100 is no multiple of the head size 64"),
+        ((100, 64, 0, 1), "100 is not a multiple of the head size 64"),
     ],
 )
-def test_what_does_not_divide_is_refused_with_the_numbers(args: Any, told: str) -> None:
-    with pytest.raises(ModelError, match=told):
+def test_what_does_not_divide_is_refused_with_the_numbers(args: Any, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
         even_share(*args, replicate=True)
 
 

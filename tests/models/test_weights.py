@@ -76,11 +76,11 @@ def test_everything_wrong_is_named_at_once(tmp_path: Path) -> None:
     )
     with pytest.raises(WeightsError) as caught:
         load(path)
-    told = str(caught.value)
-    assert "1 missing: model.layers.1.self_attn.k_proj.weight" in told
-    assert "2 unexpected: model.layers.0.self_attn.q_proj.bias, model.layers.9.mlp.up_proj.weight" in told
-    assert "model.layers.2.mlp.up_proj.weight [3, 4], wanted [56, 48]" in told
-    assert "model.layers.0.input_layernorm.weight of dtype I32" in told
+    message = str(caught.value)
+    assert "1 missing: model.layers.1.self_attn.k_proj.weight" in message
+    assert "2 unexpected: model.layers.0.self_attn.q_proj.bias, model.layers.9.mlp.up_proj.weight" in message
+    assert "model.layers.2.mlp.up_proj.weight [3, 4], wanted [56, 48]" in message
+    assert "model.layers.0.input_layernorm.weight of dtype I32" in message
 
 
 def test_long_lists_are_cut(tmp_path: Path) -> None:
@@ -119,8 +119,8 @@ def damage(path: Path, how: str) -> str:
 )
 def test_damaged_files(how: str, tmp_path: Path) -> None:
     path = tiny_llama(tmp_path, files=3 if "shard" in how else 1)
-    told = damage(path, how)
-    with pytest.raises(WeightsError, match=told):
+    message = damage(path, how)
+    with pytest.raises(WeightsError, match=message):
         load(path)
 
 
@@ -132,17 +132,17 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"hidden_act": "gelu"}, "hidden_act must be one of silu"),
     ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
     ({"num_attention_heads": "six"}, "num_attention_heads must be a positive integer"),
-    ({"num_attention_heads": 7}, "no multiple of num_attention_heads 7"),
+    ({"num_attention_heads": 7}, "not a multiple of num_attention_heads 7"),
     ({"num_attention_heads": 5, "num_key_value_heads": 2, "head_dim": 8}, "5 attention heads"),
     ({"head_dim": 7}, "even head size"),
 ]
 
 
-@pytest.mark.parametrize(("fields", "told"), BAD_CONFIGS)
-def test_configs_that_are_not_served(fields: dict[str, Any], told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("fields", "message"), BAD_CONFIGS)
+def test_configs_that_are_not_supported(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
     hf = {**json.loads((tiny_llama(tmp_path) / "config.json").read_text()), **fields}
     hf = {name: value for name, value in hf.items() if value is not None}
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         build_model(Llama, hf, tp=SingleRank(), dtype=torch.float32, device="meta")
 
 
@@ -150,7 +150,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (tiny_qwen3, {"head_dim": NULL}, "head_dim must not be null"),
     (tiny_qwen3, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types must be a list of 3 of"),
     (tiny_qwen3, {"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "layer_types must be"),
-    (tiny_qwen2, {"layer_types": ["sliding_attention"] * 3}, "no sliding_window is in use"),
+    (tiny_qwen2, {"layer_types": ["sliding_attention"] * 3}, "there is no sliding_window"),
     (tiny_qwen2, {"use_sliding_window": True, "sliding_window": "all"}, "sliding_window must be a positive integer"),
     (tiny_qwen2, {"use_sliding_window": True, "max_window_layers": 1.5}, "max_window_layers must be an integer"),
     (tiny_mistral, {"layer_types": ["full_attention"] * 3}, "layer_types"),
@@ -163,11 +163,13 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "fields", "told"), REFUSED)
-def test_each_model_names_what_it_does_not_serve(make: Any, fields: dict[str, Any], told: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("make", "fields", "message"), REFUSED)
+def test_each_model_names_what_it_does_not_support(
+    make: Any, fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     hf = json.loads((make(tmp_path) / "config.json").read_text())
     hf = {name: None if value is NULL else value for name, value in {**hf, **fields}.items() if value is not None}
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         model_class(hf).read_config(hf)
 
 

@@ -1,4 +1,4 @@
-"""What callers hand over: prompts, token ids, parameters, priorities; one of them, one for all, or one each."""
+"""Checks of what callers pass: prompts, token ids, parameters, priorities; a single one or a list of them."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class ChatOptions(TypedDict, total=False):
     """Keywords of `LLM.chat` and `LLM.chat_prompt` that go to the chat template.
 
     Attributes:
-        add_generation_prompt: the answer's beginning is written (True, unless `continue_final_message`).
-        continue_final_message: the last message is gone on with, or that field of it.
-        tools, documents: the template's variables of these names.
-        chat_template: in place of the model's: text, or the name of one of several.
-        chat_template_kwargs: whatever other variables the template reads.
-        sanitize_control_tokens: control tokens that stand in what messages say are kept as text.
+        add_generation_prompt: add the beginning of the answer (default: True, unless `continue_final_message`).
+        continue_final_message: continue the last message, or this field of it.
+        tools, documents: variables of the template.
+        chat_template: used instead of the model's template: its text, or the name of one of the model's templates.
+        chat_template_kwargs: other variables that the template reads.
+        sanitize_control_tokens: encode control tokens in the content of messages as plain text.
     """
 
     add_generation_prompt: bool | None
@@ -45,7 +45,7 @@ class ChatOptions(TypedDict, total=False):
 
 
 def template_variables(options: ChatOptions) -> dict[str, Any]:
-    """What goes to the chat template. Raises `ParamsError` for a switch that is none: `add_generation_prompt="no"`."""
+    """The variables for the chat template. Raises `ParamsError` for wrong types: `add_generation_prompt="no"`."""
     given: dict[str, Any] = dict(options)
     more = conform("chat_template_kwargs", given.pop("chat_template_kwargs", None), Mapping[str, Any] | None)
     variables = {**(more or {}), **given}
@@ -56,7 +56,7 @@ def template_variables(options: ChatOptions) -> dict[str, Any]:
 
 
 def is_one(prompts: Any) -> bool:
-    """Text, a dict, or a flat list of ids: one prompt. (An empty list is no prompts.)"""
+    """Whether this is one prompt: text, a dict, or a flat list of ids. An empty list is a list of no prompts."""
     if isinstance(prompts, str | Mapping):
         return True
     if not isinstance(prompts, Sequence) and not hasattr(prompts, "__array__"):
@@ -67,14 +67,14 @@ def is_one(prompts: Any) -> bool:
 def _is_integer(value: Any) -> bool:
     try:
         return isinstance(value, Integral)
-    except BaseException as error:  # its class may answer as it likes; it is refused in its place
+    except BaseException as error:  # its class may be any code; this prompt is rejected later, the others run
         if not is_failure(error):
             raise
         return False
 
 
 def split_prompts(prompts: Any) -> list[tuple[Any, str | None]]:
-    """`split_prompt` of one prompt, or of each of several. Raises `ParamsError` for what is neither."""
+    """`split_prompt` for one prompt or for each in a list. Raises `ParamsError` if it is neither."""
     try:
         return [split_prompt(prompt) for prompt in ([prompts] if is_one(prompts) else prompts)]
     except BaseException as error:
@@ -84,7 +84,7 @@ def split_prompts(prompts: Any) -> list[tuple[Any, str | None]]:
 
 
 def split_prompt(prompt: Prompt) -> tuple[Any, str | None]:
-    """(text or ids, text to show). What is neither, or raises, is passed on for the engine to refuse in its place."""
+    """(text or ids, text to show). A wrong prompt is returned unchanged; the engine rejects it without the others."""
     try:
         if not isinstance(prompt, Mapping):
             return prompt, None
@@ -93,7 +93,7 @@ def split_prompt(prompt: Prompt) -> tuple[Any, str | None]:
             return prompt, None
         ids = prompt.get("prompt_token_ids")
         return (prompt.get("prompt"), None) if ids is None else (ids, prompt.get("prompt"))
-    except BaseException as error:  # what stands for a prompt may be anyone's class
+    except BaseException as error:  # the prompt's class may be any code
         if not is_failure(error):
             raise
         return _unreadable(error), None
@@ -103,7 +103,7 @@ def one_each(value: Any, count: int, name: str) -> list[Any]:
     if not isinstance(value, Sequence) or isinstance(value, str):
         return [value] * count
     if len(value) != count:
-        raise ParamsError(f"{name} has {len(value)} entries for {count} prompts; give one for all, or one each")
+        raise ParamsError(f"{name} has {len(value)} entries for {count} prompts; give one for all, or one for each")
     return list(value)
 
 
@@ -120,7 +120,7 @@ def one_name(params: Any, sampling_params: Any) -> Any:
 
 
 def check_priority(priority: object) -> int | None:
-    """As a plain int; None is none."""
+    """The priority as a plain int; None if there is none. Raises `ParamsError`."""
     if priority is None:
         return None
     try:
@@ -142,13 +142,13 @@ def check_request_id(request_id: object) -> None:
 def checked_prompt(
     prompt: Any, prompt_text: object, encode: Callable[[str], list[int]], vocab_size: int, max_model_len: int
 ) -> tuple[tuple[int, ...] | RequestError, str | None]:
-    """(token ids, or why this is no prompt; text to show). `prompt_text`: shown where `prompt` is ids.
+    """(token ids, or the error that rejects the prompt; text to show). `prompt_text`: shown if `prompt` is ids.
 
-    Raises what `encode` raises where there is no tokenizer: `TokenizerMissing`.
+    Raises `TokenizerMissing` if `encode` does.
     """
     try:
         if isinstance(prompt, str):
-            prompt = prompt_text = str.__str__(prompt)  # a plain one: a class of its own may answer as it likes
+            prompt = prompt_text = str.__str__(prompt)  # a plain string: a subclass may be any code
             prompt = _encoded(prompt, encode)
         ids = checked_ids(prompt, vocab_size, max_model_len)
         if prompt_text is None:
@@ -157,7 +157,7 @@ def checked_prompt(
             return ids, str.__str__(prompt_text)
         if isinstance(ids, RequestError):
             return ids, None
-        words = f"a prompt's text, given beside its ids, must be valid Unicode, not {shown(prompt_text)}"
+        words = f"a prompt's text, given with its ids, must be valid Unicode, not {shown(prompt_text)}"
         return RequestError("invalid_prompt", words), None
     except BaseException as error:
         if isinstance(error, TokenizerMissing) or not is_failure(error):
@@ -177,24 +177,24 @@ def _encoded(text: str, encode: Callable[[str], list[int]]) -> list[int] | Reque
 
 
 def checked_ids(token_ids: Any, vocab_size: int, max_model_len: int) -> tuple[int, ...] | RequestError:
-    """Plain ints within the vocabulary, fewer than `max_model_len`, or why this is no prompt."""
-    if isinstance(token_ids, RequestError):  # what the caller could not make a prompt of
+    """Plain ints in the vocabulary, fewer than `max_model_len`; or the error that rejects the prompt."""
+    if isinstance(token_ids, RequestError):  # the caller has found an error already
         return token_ids
     try:
         return _checked(token_ids, vocab_size, max_model_len)
-    except BaseException as error:  # what stands for a list or an id may be anyone's class
+    except BaseException as error:  # the class of a list or an id may be any code
         if not is_failure(error):
             raise
         return _unreadable(error)
 
 
 def _unreadable(error: BaseException) -> RequestError:
-    """Of what raised `error` when it was read as a prompt."""
+    """The error of a prompt whose class raised `error` while it was read."""
     return RequestError("invalid_prompt", f"reading the prompt raised {described(error)}")
 
 
 def too_long(tokens: int, max_model_len: int, least: str = "") -> RequestError:
-    """Of a prompt of so many tokens (`least`: "at least ", where they were not all counted)."""
+    """The error of a prompt with too many `tokens`. `least`: "at least " if not all of them were counted."""
     return RequestError(
         "too_long",
         f"the prompt has {least}{tokens} tokens and max_model_len is {max_model_len}, which must leave room for one "
@@ -203,7 +203,7 @@ def too_long(tokens: int, max_model_len: int, least: str = "") -> RequestError:
 
 
 def _checked(token_ids: Any, vocab_size: int, max_model_len: int) -> tuple[int, ...] | RequestError:
-    """Of what is too long no more is read than shows it."""
+    """As `checked_ids`, but raises what reading raises. At most `max_model_len` ids of a prompt are read."""
     try:
         size = len(token_ids) if hasattr(type(token_ids), "__len__") else 0
         is_ids = not isinstance(token_ids, bytes | Mapping)
@@ -236,7 +236,7 @@ def _shown(value: object) -> str:
 
 
 def _as_int(value: Any) -> int | None:
-    """Of an int or what stands for one (numpy's, a tensor's element), but not of a bool."""
+    """The int of an integer (also numpy's, or an element of a tensor); None for a bool and everything else."""
     if type(value) is int:
         return value
     try:

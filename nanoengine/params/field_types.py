@@ -1,7 +1,8 @@
-"""Values checked against type annotations: parameters come from Python, YAML and JSON. Torch-free.
+"""Checks values against type annotations; parameters come from Python, YAML and JSON. Imports no torch.
 
-Stricter than Python where a slip would pass silently (a bool is no integer, a string is no list of strings), laxer
-where nothing can go wrong (an integer is a number, a numpy scalar is its value, a tuple is a list).
+The checks are stricter than Python where a mistake would not be noticed (a bool is not an integer, a string is not a
+list of strings), and less strict where nothing can go wrong (an integer is a number, a numpy scalar is its value, a
+tuple is a list).
 """
 
 from __future__ import annotations
@@ -22,23 +23,23 @@ _WORDS: dict[Any, str] = {
     str: "a string",
     type(None): "None",
 }
-# A value of a subclass as a plain one: what its class overrides is not asked, nor what it lacks (a quick `in range`).
+# Converts a value of a subclass to the plain type, so that methods which the subclass overrides are not called.
 _PLAIN: dict[Any, Callable[[Any], Any]] = {int: operator.index, float: float.__float__, str: str.__str__}
 _LISTS = (list, tuple, Sequence, Collection, set, frozenset, Set)
 
 
 class _Misfit(Exception):
-    """The value has the wrong type; holds the offending part of it, and what is wrong where its type is right."""
+    """The value is wrong. `part`: the wrong part of it. `wrong`: what is wrong with it, if not the type."""
 
     def __init__(self, part: Any, wrong: str = "") -> None:
         self.part, self.wrong = part, wrong
 
 
 def conform(name: str, value: Any, annotation: Any) -> Any:
-    """`value` in the type of `annotation`: numbers widened, containers copied.
+    """`value` converted to the type of `annotation`: integers become floats where needed, containers are copied.
 
-    Numbers and texts of a class of their own, such as `IntEnum`, become plain ones. Raises `ParamsError` naming the
-    field, what it must be, and the part that is not.
+    Numbers and strings of subclasses, such as `IntEnum`, become plain ones. Raises `ParamsError` that names the field,
+    what it must be, and the part that is wrong.
     """
     try:
         return _fit(value, annotation)
@@ -46,14 +47,14 @@ def conform(name: str, value: Any, annotation: Any) -> Any:
         within = "" if misfit.part is value else f" (because of {shown(misfit.part)})"
         within += misfit.wrong and f": {misfit.wrong}"
         raise ParamsError(f"{name} must be {describe(annotation)}, not {shown(value)}{within}") from None
-    except BaseException as error:  # the value may be of anyone's class
+    except BaseException as error:  # the value's class may be any code
         if not is_failure(error):
             raise
         raise ParamsError(f"{name} must be {describe(annotation)}; reading it raised {described(error)}") from error
 
 
 def describe(annotation: Any) -> str:
-    """The annotation in words: "a number, or None"."""
+    """The annotation as text: "a number, or None"."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         return ", or ".join(describe(a) for a in args)
@@ -93,7 +94,7 @@ def _fit(value: Any, annotation: Any) -> Any:
 
 
 def _fit_any(value: Any, choices: Sequence[Any]) -> Any:
-    """The first member that fits, the exact type first: 1 stays an integer in `float | int`."""
+    """The value in the first of the types that fits; its exact type is tried first, so 1 stays an integer."""
     misfit = _Misfit(value)
     for choice in sorted(choices, key=lambda c: c is not type(value)):
         try:
@@ -109,7 +110,7 @@ def _fit_list(value: Any, origin: Any, args: Sequence[Any]) -> Any:
         raise _Misfit(value)
     try:
         items = list(value)
-    except TypeError:  # a tensor of no dimension
+    except TypeError:  # a tensor without dimensions
         raise _Misfit(value) from None
     if origin is tuple and not (len(args) == 2 and args[1] is Ellipsis):
         if len(items) != len(args):
@@ -129,20 +130,20 @@ def _fit_plain(value: Any, annotation: Any) -> Any:
             return float(operator.index(value))
         except OverflowError:
             raise _Misfit(value) from None
-    exact = annotation in (int, float)  # no bool for a number
+    exact = annotation in (int, float)  # a bool is not a number here
     if not isinstance(annotation, type) or not isinstance(value, annotation) or (exact and isinstance(value, bool)):
         raise _Misfit(value)
     if annotation in _PLAIN:
         value = _PLAIN[annotation](value)
     if annotation is int and value.bit_length() > 64:
-        raise _Misfit(value, "64 bits do not hold it")
+        raise _Misfit(value, "it does not fit in 64 bits")
     if isinstance(value, str) and not is_unicode(value):
-        raise _Misfit(value, "half of a surrogate pair is no valid Unicode")
+        raise _Misfit(value, "half of a surrogate pair is not valid Unicode")
     return value
 
 
 def is_unicode(text: str) -> bool:
-    """Whether it can be encoded. JSON and Python let half of a surrogate pair through, which is no character."""
+    """Whether the text can be encoded. JSON and Python allow half of a surrogate pair, which is not a character."""
     try:
         str.encode(text)
     except UnicodeEncodeError:

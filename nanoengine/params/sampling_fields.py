@@ -1,4 +1,4 @@
-"""The names that `SamplingParams` takes: the engine's own fields and those of the logits processors. Torch-free."""
+"""The fields of `SamplingParams`: the engine's own and those of the logits processors. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nanoengine.api.specs import ProcessorParams
 
 INT64 = range(-(2**63), 2**63)
 
-# Keywords of calls that are no sampling parameters, and whose they are.
+# Keywords that are not sampling parameters -> the methods that have them.
 KEYWORDS_OF_CALLS: Mapping[str, str] = {
     "use_tqdm": "LLM.generate and LLM.chat",
     **dict.fromkeys(
@@ -22,55 +22,55 @@ KEYWORDS_OF_CALLS: Mapping[str, str] = {
     ),
 }  # fmt: skip
 
-# Fields of vLLM's SamplingParams that are not served, and what to do instead. A processor may still bring one of them.
+# Fields of vLLM's SamplingParams that are not supported -> what to do instead. A processor may define one of them.
 NOT_SUPPORTED: Mapping[str, str] = {
-    "best_of": "ask for n samples and pick by cumulative_logprob",
+    "best_of": "request n samples and choose by cumulative_logprob",
     "use_beam_search": "there is no beam search",
     "length_penalty": "there is no beam search",
     "early_stopping": "there is no beam search",
     "structured_outputs": "output is not constrained to a grammar or schema",
     "guided_decoding": "output is not constrained to a grammar or schema",
     "logits_processors": "write a logits processor plugin (docs/plugin-api.md)",
-    "extra_args": "a logits processor's own parameters are keywords like any other",
-    "bad_words_token_ids": "give the words themselves as bad_words",
+    "extra_args": "give the parameters of a logits processor as keywords",
+    "bad_words_token_ids": "give the words as bad_words",
     "spaces_between_special_tokens": "special tokens are decoded as the tokenizer does",
-    "truncate_prompt_tokens": "cut the prompt's token ids yourself",
+    "truncate_prompt_tokens": "shorten the prompt's token ids before the call",
     "output_kind": "outputs are cumulative; stream() yields each step",
     "stream_interval": "outputs are cumulative; stream() yields each step",
     "flat_logprobs": "log-probs are a list of mappings",
-    "logprob_token_ids": "use logprobs=-1 where engine option max_logprobs is -1, and pick",
-    "prompt_logprob_token_ids": "use prompt_logprobs=-1 where engine option max_logprobs is -1, and pick",
+    "logprob_token_ids": "set engine option max_logprobs to -1, use logprobs=-1, and choose",
+    "prompt_logprob_token_ids": "set engine option max_logprobs to -1, use prompt_logprobs=-1, and choose",
     "prompt_logprob_start": "prompt_logprobs cover the whole prompt",
-    "skip_reading_prefix_cache": "give a cache_salt of its own, or enable_prefix_caching=False to the engine",
-    "skip_clone": "parameters are immutable and shared freely",
+    "skip_reading_prefix_cache": "give the request a unique cache_salt, or enable_prefix_caching=False to the engine",
+    "skip_clone": "parameters are immutable, so they are never copied",
     "thinking_token_budget": "use max_tokens",
     "repetition_detection": "use the penalties or a stop string",
-    "output_text_buffer_length": "the engine finds it",
+    "output_text_buffer_length": "the engine computes it",
     "trace_decode_token_ids": "output cannot be forced from outside",
     "routed_experts_prompt_start": "routing is not reported",
 }
 
 PROCESSOR_MEMBERS = frozenset(name for name in vars(ProcessorParams) if not name.startswith("_"))
-"""What the base class of every processor's parameters has: "columns", "pack" and so on are no names for a parameter."""
+"""Members of the base class of processors' parameters: a parameter cannot be called "columns", "pack" and so on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoreFields:
-    """The fields that no processor owns: vLLM's names, meanings and defaults.
+    """The fields that belong to no processor, with vLLM's names, meanings and defaults.
 
     Attributes:
-        n: samples of one prompt, at most engine option max_n; they share its seed and differ by index.
-        seed: of the draw; None: made from the engine's seed and the request's ordinal.
-        max_tokens: longest output; None: as far as the model's length goes.
-        min_tokens: EOS and stop_token_ids cannot be drawn before so many tokens.
-        stop: text that ends the output. stop_token_ids: ids that do. ignore_eos: EOS does not.
-        include_stop_str_in_output: leave the stop text in.
-        logprobs: log-probs of the chosen token and so many of the likeliest, at each position: at most engine option
-            max_logprobs; -1: of all, where that is -1.
-        prompt_logprobs: the same over the prompt.
-        detokenize: make text. skip_special_tokens: leave special tokens out of it.
-        priority: lower is served first (scheduling_policy="priority").
-        cache_salt: prefixes are shared only among requests with the same one.
+        n: number of samples of the prompt, at most engine option max_n. They have the same seed and differ by index.
+        seed: seed of the draw. None: made from the engine's seed and the number of the request.
+        max_tokens: most tokens of the output. None: up to max_model_len.
+        min_tokens: EOS and stop_token_ids cannot be drawn before the output has so many tokens.
+        stop: strings that end the output. stop_token_ids: ids that end it. ignore_eos: EOS does not end it.
+        include_stop_str_in_output: keep the stop string in the text.
+        logprobs: at each position, return the log-probs of the chosen token and of so many of the likeliest tokens. At
+            most engine option max_logprobs; -1: of the whole vocabulary, if that option is -1.
+        prompt_logprobs: the same for the positions of the prompt.
+        detokenize: decode the output to text. skip_special_tokens: leave special tokens out of the text.
+        priority: requests with a lower value run first (scheduling_policy="priority").
+        cache_salt: only requests with the same salt share prefixes.
     """
 
     n: int = 1
@@ -96,7 +96,7 @@ class CoreFields:
         if self.max_tokens is not None:
             self._check("min_tokens", self.min_tokens <= self.max_tokens, f"at most max_tokens ({self.max_tokens})")
         self._check("stop", all(self.stop_strings), "strings that are not empty")
-        self._check("stop", self.detokenize or not self.stop_strings, "None where detokenize is False")
+        self._check("stop", self.detokenize or not self.stop_strings, "None if detokenize is False")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             self._check(name, value is None or value >= -1, "at least 0, or -1 for the whole vocabulary")
@@ -116,7 +116,7 @@ CORE_TYPES: Mapping[str, Any] = get_type_hints(CoreFields)
 
 
 def processor_types(name: str, params: type[ProcessorParams]) -> dict[str, Any]:
-    """Fields of one processor's parameters, with annotations. Raises `PluginError` for what is no such dataclass."""
+    """Field -> annotation of a processor's parameters. Raises `PluginError` if `params` is not a correct dataclass."""
     if not dataclasses.is_dataclass(params):
         raise PluginError(f"logits processor {name!r}: {params.__qualname__} must be a dataclass")
     bare = [f.name for f in dataclasses.fields(params) if f.default is f.default_factory is dataclasses.MISSING]
@@ -125,8 +125,8 @@ def processor_types(name: str, params: type[ProcessorParams]) -> dict[str, Any]:
     hiding = [f.name for f in dataclasses.fields(params) if f.name in PROCESSOR_MEMBERS]
     if hiding:
         raise PluginError(
-            f"logits processor {name!r}: fields that hide those of all processors' parameters: {', '.join(hiding)}; "
-            "give them other names, or, where that is what is meant, annotate them as ClassVar"
+            f"logits processor {name!r}: fields with names of members of ProcessorParams: {', '.join(hiding)}; "
+            "rename them, or annotate them as ClassVar if they are to override the members"
         )
     try:
         hints = get_type_hints(params)
@@ -138,9 +138,9 @@ def processor_types(name: str, params: type[ProcessorParams]) -> dict[str, Any]:
 
 
 def legal_fields(processors: Sequence[tuple[str, type[ProcessorParams]]]) -> dict[str, Any]:
-    """Every legal keyword of `SamplingParams` -> its type annotation, given the processors (name, parameters).
+    """Every valid keyword of `SamplingParams` -> its type annotation. `processors`: (name, parameters) of each.
 
-    Raises `PluginError` naming both owners where two processors, or one and the engine, have a field of one name.
+    Raises `PluginError` that names both owners if two processors, or a processor and the engine, have the same field.
     """
     legal, owner = dict(CORE_TYPES), dict.fromkeys(CORE_TYPES, "SamplingParams itself")
     for name, params in processors:

@@ -1,7 +1,7 @@
-"""`SamplingParams`: vLLM's names and defaults. Core fields are checked here; a processor's own fields when resolved.
+"""`SamplingParams`, with vLLM's names and defaults. Core fields are checked here, fields of processors when resolved.
 
-Which fields are legal depends on the processors that plugins registered, so `SamplingParams` takes any keyword, and
-`ParamsResolver` (one an engine) says at submission whether it is one of them. Torch-free.
+The valid fields depend on the processors that plugins register. So `SamplingParams` accepts any keyword, and
+`ParamsResolver` (one per engine) checks it when a request is submitted. Imports no torch.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from nanoengine.params.sampling_fields import (
 
 _CACHE_SIZE = 256
 MAX_RAGGED = 16_384
-"""Values that one request may bring to a ragged column: its table is as wide as the widest row, for all slots."""
+"""Most values of one request in a ragged column. The table of the column is as wide as its widest row, in all slots."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedProcessor:
-    """One processor that a request wants: its name, its parameters, its packed columns (numpy arrays, 0-d or 1-d)."""
+    """A processor that a request uses: its name, parameters and packed columns (numpy arrays, 0-d or 1-d)."""
 
     name: str
     params: ProcessorParams
@@ -45,14 +45,14 @@ class PackedProcessor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedParams:
-    """Validated parameters of one request, as scheduler and output processing use them.
+    """The checked parameters of one request, as scheduler and output processor use them.
 
     Attributes:
-        n, max_tokens (None: up to the model's length), min_tokens, seed (None: the engine's), priority, cache_salt,
-        logprobs, prompt_logprobs (None: none wanted; -1 was replaced by the vocabulary's size), detokenize,
+        n, max_tokens (None: up to max_model_len), min_tokens, seed (None: the engine's), priority, cache_salt,
+        logprobs, prompt_logprobs (None: not requested; -1 was replaced by the size of the vocabulary), detokenize,
         skip_special_tokens, include_stop_str_in_output: as in `SamplingParams`.
         stop: stop strings. eos_ids: empty with ignore_eos. stop_token_ids: the user's own.
-        processors: those this request wants. greedy: the draw is the arg-max.
+        processors: those that this request uses. greedy: the draw is the arg-max.
         host_tokens: a processor needs every token on the host before the next draw.
     """
 
@@ -76,15 +76,15 @@ class ResolvedParams:
 
     @property
     def stop_set(self) -> frozenset[int]:
-        """Ids that end the output; masked while fewer than `min_tokens` were generated."""
+        """Ids that end the output. They are masked until `min_tokens` tokens are generated."""
         return self.eos_ids | self.stop_token_ids
 
 
 class SamplingParams:
-    """How to sample, by keyword: fields of `CoreFields` and of the logits processors (temperature, top_p ...).
+    """How to sample. Keywords are the fields of `CoreFields` and of the logits processors (temperature, top_p ...).
 
-    Core fields are checked here; the rest when the engine, which knows its processors, gets the request. Immutable:
-    `replace` makes a changed copy. A processor's field can be read where it was given.
+    Core fields are checked here. The others are checked when a request is submitted, because only the engine knows its
+    processors. Immutable: `replace` returns a changed copy. A processor's field can be read only if it was given.
     """
 
     __slots__ = ("_core", "_key", "_processor")
@@ -105,12 +105,12 @@ class SamplingParams:
 
     @property
     def processor_fields(self) -> Mapping[str, Any]:
-        """What was given beyond the core fields, unchecked."""
+        """The fields that are not core fields, not checked."""
         return types.MappingProxyType(self._processor)
 
     @property
     def key(self) -> Hashable:
-        """Of equal parameters alone. Made once: a batch asks for thousands, and each of them twice."""
+        """Equal for equal parameters only. Computed once, because a batch compares thousands of them."""
         if self._key is None:
             core = tuple(_frozen(getattr(self._core, name)) for name in CORE_TYPES)
             object.__setattr__(self, "_key", (core, _frozen(self._processor)))
@@ -130,7 +130,7 @@ class SamplingParams:
         if not name.startswith("_") and name in self._processor:
             return self._processor[name]
         raise AttributeError(
-            f"SamplingParams has no {name!r}: it was not given, and only the engine knows the processors' defaults"
+            f"SamplingParams has no value for {name!r}: it was not given, and only the engine knows the default"
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -151,7 +151,7 @@ class SamplingParams:
 def _keywords_only(name: str, by_place: Sequence[object]) -> None:
     if by_place:
         raise ParamsError(
-            f"{name} takes keywords only, and has {shown(by_place[0])} without a name: write for example "
+            f"{name} takes keywords only, but {shown(by_place[0])} has no name: write for example "
             f"{name}(temperature=0.8, max_tokens=64)"
         )
 
@@ -161,9 +161,9 @@ def _rebuild(fields: dict[str, Any]) -> SamplingParams:
 
 
 class ParamsResolver:
-    """Turns `SamplingParams` into `ResolvedParams` for one engine's processors and model.
+    """Turns `SamplingParams` into `ResolvedParams` for the processors and the model of one engine.
 
-    Equal parameters resolve to one shared object: a benchmark submits thousands.
+    Equal parameters give the same object, because a batch may have thousands of them.
     """
 
     def __init__(
@@ -172,41 +172,47 @@ class ParamsResolver:
         ctx: ParamsContext,
         eos_ids: frozenset[int],
         failed_processors: Mapping[str, str] | None = None,
-        suspects: str = "",
+        failure_hint: str = "",
         *,
         max_n: int = sys.maxsize,
         max_logprobs: int = -1,
         engine_options: Collection[str] = (),
     ) -> None:
-        """`max_n`, `max_logprobs`: as in `EngineOptions`. `failed_processors`: those that cannot run, name -> cause: a
-        request that sets a field of theirs is refused. `suspects`: what to say of plugins that failed before their
-        processors were known, where a field is unknown. `engine_options`: names of engine options, for the message if
-        one of them is given as a sampling parameter.
+        """Raises `PluginError` if processors have the same field, or parameters that are not a correct dataclass.
 
-        Raises `PluginError` where the processors' fields clash or are no proper dataclass fields.
+        Args:
+            failed_processors: processors that cannot run, name -> cause. A request that sets one of their fields is
+                rejected.
+            failure_hint: added to the message about an unknown field: the plugins that failed to register, one of which
+                may provide it.
+            max_n, max_logprobs: as in `EngineOptions`.
+            engine_options: names of engine options, for the message if one is given as a sampling parameter.
         """
         self._legal = legal_fields(processors)
         self._processors = [(name, params, processor_types(name, params)) for name, params in processors]
         self._failed = dict(failed_processors or {})
-        self._suspects = suspects
+        self._failure_hint = failure_hint
         self._engine_options = engine_options
         self._ctx, self._max_n, self._max_logprobs = ctx, max_n, max_logprobs
-        # Checkpoints list end-of-text ids beyond their vocabulary; such an id is never drawn and needs no mask.
+        # Some checkpoints list end-of-text ids outside their vocabulary. These are never drawn and need no mask.
         self._eos_ids = frozenset(i for i in eos_ids if 0 <= i < ctx.vocab_size)
         self._cache: dict[Hashable, ResolvedParams] = {}
 
     @property
     def names(self) -> frozenset[str]:
-        """Every legal field of `SamplingParams`."""
+        """Every valid field of `SamplingParams`."""
         return frozenset(self._legal)
 
     def resolve(self, params: SamplingParams) -> ResolvedParams:
-        """Raises `ParamsError` naming the field, its value, the valid ones and the nearest legal name; `PluginError`
-        where a processor whose field was given is broken."""
+        """The checked parameters.
+
+        Raises `ParamsError` that names the field, its value and the valid ones (for an unknown field the nearest name),
+        and `PluginError` if a field is given whose processor is broken.
+        """
         key = params.key
         try:
             found = self._cache.get(key)
-        except BaseException as error:  # values of a processor's fields are compared by their own classes
+        except BaseException as error:  # the values' classes may be any code, also their comparison
             if not is_failure(error):
                 raise
             raise ParamsError(f"comparing {shown(dict(params.processor_fields))} raised {described(error)}") from error
@@ -223,7 +229,7 @@ class ParamsResolver:
             s for name, params, kinds in self._processors if (s := self._processor(name, params, kinds, given))
         )
         if core.stop_strings:
-            self._ctx.encode(core.stop_strings[0])  # there must be a tokenizer to find them with
+            self._ctx.encode(core.stop_strings[0])  # raises if there is no tokenizer
         self._check_ids("stop_token_ids", core.stop_token_ids or ())
         if core.n > self._max_n:
             raise ParamsError(f"n is {core.n}, and engine option max_n is {self._max_n}: lower n or raise max_n")
@@ -259,13 +265,13 @@ class ParamsResolver:
                 place = f"it is an option of the engine: LLM(model, {name}=...), or engine.{name} in a configuration"
                 raise ParamsError(f"SamplingParams has no field {name!r}; {place}")
             raise ParamsError(
-                f"SamplingParams has no field {name!r}; {nearest_part(name, self._legal)}{self._suspects}"
+                f"SamplingParams has no field {name!r}; {nearest_part(name, self._legal)}{self._failure_hint}"
             )
 
     def _processor(
         self, name: str, params: type[ProcessorParams], kinds: Mapping[str, Any], given: Mapping[str, Any]
     ) -> PackedProcessor | None:
-        """The processor as this request wants it; None if it does not. One that is given no field is not even asked."""
+        """The processor with this request's values; None if the request does not use it or sets none of its fields."""
         values = {field: conform(field, given[field], kind) for field, kind in kinds.items() if field in given}
         if not values:
             return None
@@ -293,9 +299,9 @@ class ParamsResolver:
             raise ParamsError(f"{name} has {len(set(ids))} ids, more than {MAX_RAGGED}: shorten it")
 
     def _num_logprobs(self, name: str, value: int | None) -> int | None:
-        """Each position of each row costs so many: memory, and time of every request beside this one."""
+        """The number of log-probs per position. It is limited, because it costs memory and time of other requests."""
         if value is not None and value > self._ctx.vocab_size:
-            raise ParamsError(f"{name} must be at most the vocabulary's size, {self._ctx.vocab_size}, not {value}")
+            raise ParamsError(f"{name} must be at most the size of the vocabulary, {self._ctx.vocab_size}, not {value}")
         limit = self._max_logprobs
         if value is not None and limit != -1 and (value == -1 or value > limit):
             wanted = f"-1 (all {self._ctx.vocab_size})" if value == -1 else value
@@ -307,14 +313,14 @@ class ParamsResolver:
 
 
 class _TooWide(ParamsError):
-    """A request brings more than `MAX_RAGGED` values to a ragged column."""
+    """A request has more than `MAX_RAGGED` values for a ragged column."""
 
 
 def pack_columns(processor: str, specs: Mapping[str, ColumnSpec], values: Mapping[str, Any]) -> dict[str, Any]:
-    """A processor's column values as read-only arrays of the declared dtypes, 0-d, or 1-d where ragged.
+    """A processor's column values as read-only arrays of the declared dtypes: 0-d, or 1-d for ragged columns.
 
-    For what `ProcessorParams.pack`, `host_columns` return. Raises `PluginError` naming processor, column; `ParamsError`
-    for more than `MAX_RAGGED` values.
+    `values`: what `ProcessorParams.pack` or `host_columns` returned. Raises `PluginError` that names the processor and
+    the column, and `ParamsError` for more than `MAX_RAGGED` values.
     """
     if not isinstance(values, Mapping):
         raise PluginError(
@@ -328,7 +334,7 @@ def pack_columns(processor: str, specs: Mapping[str, ColumnSpec], values: Mappin
 
 
 def pack_column(processor: str, name: str, spec: ColumnSpec, value: Any) -> npt.NDArray[Any]:
-    """One column's value for a slot, as `pack_columns` gives it, with its errors."""
+    """The value of one column as a read-only array of the declared dtype. Raises the errors of `pack_columns`."""
     where = f"logits processor {processor!r}, column {name!r}"
     try:
         array = as_column(value, spec)
@@ -345,12 +351,14 @@ def pack_column(processor: str, name: str, spec: ColumnSpec, value: Any) -> npt.
 
 
 def as_column(value: Any, spec: ColumnSpec) -> np.ndarray[Any, Any]:
-    """Numbers in the column's dtype, a copy: a plugin may go on writing to its own array. `ValueError` for what int32
-    does not hold: numpy would take the lower bits."""
+    """A copy of the numbers in the column's dtype; the plugin may change its own array later.
+
+    Raises `ValueError` for a number that does not fit in int32, of which numpy would take the lower bits.
+    """
     with np.errstate(over="ignore"):
         array = np.array(value, dtype=spec.dtype)
     if spec.dtype == "int32" and not np.array_equal(array, value):
-        raise ValueError(f"{shown(value)} is no int32")
+        raise ValueError(f"{shown(value)} does not fit in int32")
     return array
 
 
@@ -362,14 +370,14 @@ def _is_greedy(processor: PackedProcessor) -> bool:
 
 
 def _own(name: str, value: Any) -> Any:
-    """A copy that the caller cannot change. Raises `ParamsError` for what has none: a lock, a list within itself."""
+    """A copy that the caller cannot change. Raises `ParamsError` if it cannot be copied: a lock, a recursive list."""
     try:
         found = copy.deepcopy(value)
         hash(_frozen(found))
     except BaseException as error:
         if not is_failure(error):
             raise
-        raise ParamsError(f"{name}: {shown(value)} is no parameter: {described(error)}") from error
+        raise ParamsError(f"{name}: {shown(value)} cannot be a parameter: {described(error)}") from error
     return found
 
 
@@ -377,10 +385,10 @@ _ATOMS = frozenset({type(None), bool, int, float})
 
 
 def _frozen(value: Any) -> Hashable:
-    """A key equal for equal values only: types count, as True is no 1 to the checks."""
+    """A key that is equal for equal values only. Types count: for the checks True is not 1."""
     if type(value) in _ATOMS:
         return (type(value), value)
-    if isinstance(value, Mapping):  # of whichever class: it is read as a dict
+    if isinstance(value, Mapping):  # every mapping is read as a dict
         return (dict, tuple((_frozen(k), _frozen(v)) for k, v in value.items()))
     if isinstance(value, str | bytes) and type(value) in (str, bytes):
         return value
@@ -388,4 +396,4 @@ def _frozen(value: Any) -> Hashable:
         return (np.ndarray, value.dtype.str, value.shape, value.tobytes())
     if isinstance(value, list | tuple | set | frozenset | range):
         return (type(value), *map(_frozen, value))
-    return (type(value), value if isinstance(value, Hashable) else object())  # what cannot be compared equals nothing
+    return (type(value), value if isinstance(value, Hashable) else object())  # not hashable: equal to nothing

@@ -469,7 +469,7 @@ HELLO = [{"role": "user", "content": "hello"}]
             r"did you mean 'temperature'\? temperature is a field of SamplingParams: .* Valid: params, priority,",
         ),
         (lambda llm: llm.generate([1], use_tdqm=0), r"did you mean 'use_tqdm'\? Valid: params, priority, prompts,"),
-        (lambda llm: llm.generate([1], best_of=2), r"vLLM's best_of is not supported: ask for n samples"),
+        (lambda llm: llm.generate([1], best_of=2), r"vLLM's best_of is not supported: request n samples"),
         (lambda llm: llm.chat(HELLO, enable_thinking=False), r"a variable of the chat template goes into chat_t"),
         (lambda llm: llm.hidden_states([1], temperature=0), r"hidden_states has no .* pass SamplingParams"),
         (lambda llm: llm.tap([1], module="x"), r"tap has no .*; did you mean 'modules'\? Valid: modules,"),
@@ -528,7 +528,7 @@ def test_an_option_that_the_engine_lacks_is_named_with_its_place(option: dict[st
 
 @pytest.mark.parametrize("call", [lambda: SamplingParams(1, 2, 3), lambda: SamplingParams().replace({"top_p": 1})])
 def test_sampling_parameters_without_a_name_are_refused_in_words(call: Any) -> None:
-    with pytest.raises(ParamsError, match=r"takes keywords only, and has .* without a name: write for example"):
+    with pytest.raises(ParamsError, match=r"takes keywords only, but .* has no name: write for example"):
         call()
 
 

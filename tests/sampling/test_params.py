@@ -264,9 +264,9 @@ def test_what_a_column_does_not_hold_is_refused(packed: Any) -> None:
         ({"stop": ["a", "\udfff"]}, r"stop must be .*because of '.udfff'.: half of a surrogate pair"),
         ({"cache_salt": "\ud800"}, "cache_salt must be .*: half of a surrogate pair"),
         ({"bad_words": ["\ud800"]}, "bad_words must be .*: half of a surrogate pair"),
-        ({"max_tokens": 10**5000}, "max_tokens must be .*: 64 bits do not hold it"),
-        ({"top_k": -(10**5000)}, "top_k must be an integer, not .*: 64 bits"),
-        ({"logit_bias": {2**70: 1.0}}, "logit_bias must be .*: 64 bits do not hold it"),
+        ({"max_tokens": 10**5000}, "max_tokens must be .*: it does not fit in 64 bits"),
+        ({"top_k": -(10**5000)}, "top_k must be an integer, not .*: it does not fit in 64 bits"),
+        ({"logit_bias": {2**70: 1.0}}, "logit_bias must be .*: it does not fit in 64 bits"),
         ({"stop_token_ids": [2**40]}, "stop_token_ids: no such token id"),
         ({"priority": 2**63}, "priority must be a 64-bit integer"),
         ({"temperature": 1e39}, "temperature must be a number from 0 .greedy. up, below 1e30, not 1e.39"),
@@ -279,9 +279,9 @@ def test_what_a_column_does_not_hold_is_refused(packed: Any) -> None:
         ({"stop": ""}, "stop must be strings that are not empty"),
         ({"stop": ["a", ""]}, "stop must be strings that are not empty"),
         ({"stop": ["a", 3]}, r"stop must be a string, or a list of strings, or None, not \['a', 3\] \(because of 3\)"),
-        ({"stop": "a", "detokenize": False}, "stop must be None where detokenize is False"),
+        ({"stop": "a", "detokenize": False}, "stop must be None if detokenize is False"),
         ({"logprobs": -2}, "logprobs must be at least 0, or -1 for the whole vocabulary"),
-        ({"logprobs": VOCAB + 1}, "logprobs must be at most the vocabulary's size, 256"),
+        ({"logprobs": VOCAB + 1}, "logprobs must be at most the size of the vocabulary, 256"),
         ({"stop_token_ids": [VOCAB]}, "stop_token_ids: no such token id: .256.; ids are 0 to 255"),
         ({"stop_token_ids": 5}, "stop_token_ids must be a list of integers, or None, not 5"),
         ({"cache_salt": ""}, "cache_salt must be a string that is not empty"),
@@ -310,7 +310,7 @@ def test_what_a_column_does_not_hold_is_refused(packed: Any) -> None:
         ({"top_pp": 0.9}, "SamplingParams has no field 'top_pp'; did you mean 'top_p'. Valid: allowed_token_ids, "),
     ],
 )
-def test_refusals_name_field_value_and_mend(given: dict[str, Any], words: str) -> None:
+def test_refusals_name_field_value_and_fix(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ParamsError, match=words):
         resolve(**given)
 
@@ -352,7 +352,7 @@ def _deep() -> list[Any]:
         ({"top_p": torch.tensor([[0.5]])}, "top_p must be a number"),
         ({"allowed_token_ids": torch.tensor(1)}, "allowed_token_ids must be a list of integers, or None"),
         ({"allowed_token_ids": _within_itself()}, "allowed_token_ids"),
-        ({"bad_words": _deep()}, "]] is no parameter: RecursionError"),
+        ({"bad_words": _deep()}, "]] cannot be a parameter: RecursionError"),
         ({"top_k": threading.Lock()}, "top_k: <unlocked _thread.lock"),
         ({"top_k": 10**5000}, "top_k"),
         ({"seed": 10**5000}, "seed must be an integer, or None"),
@@ -380,7 +380,7 @@ def test_params_as_a_value() -> None:
     assert SamplingParams(max_tokens=16) == SamplingParams()
     with pytest.raises(AttributeError, match=r"immutable: use params.replace\(temperature="):
         params.temperature = 1.0
-    with pytest.raises(AttributeError, match="has no 'top_p': it was not given"):
+    with pytest.raises(AttributeError, match="has no value for 'top_p': it was not given"):
         _ = params.top_p
     with pytest.raises(TypeError, match="unhashable"):
         hash(params)
@@ -451,7 +451,7 @@ class HidesMembers(ProcessorParams):
         (NeedsAValue, "'mine': parameters without a default: strength"),
         (Unknown, "'mine': Unknown has an unknown annotation: .*Nowhere"),
         (NoDataclass, "'mine': NoDataclass must be a dataclass"),
-        (HidesMembers, "'mine': fields that hide .*: host_tokens, pack; .* ClassVar"),
+        (HidesMembers, "'mine': fields with names of members of .*: host_tokens, pack; .* ClassVar"),
     ],
 )
 def test_unfit_processor_fields_are_named(params: type[ProcessorParams], words: str) -> None:

@@ -89,7 +89,7 @@ def _one_line(text: str) -> str:
 def _escaped(value: Any) -> Any:
     """Texts that hold `${` are written so that they stay texts when read again."""
     if isinstance(value, str):
-        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
+        return re.sub(r"(?<!\\)(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
     if isinstance(value, Mapping):
         return {key: _escaped(item) for key, item in value.items()}
     return [_escaped(item) for item in value] if isinstance(value, list | tuple) else value

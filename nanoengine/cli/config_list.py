@@ -78,7 +78,7 @@ def options_of(registry: Registry, own: Path | None = None) -> tuple[list[Option
             roots.setdefault(each.folder, each)  # one folder that is registered twice is there once
     clashes, found = list[str](), dict[tuple[str, str], list[Option]]()
     for folder in roots.values():
-        for option in _files(folder, nested=folder.folder != own):
+        for option in _files(folder, recipes=folder.folder != own):
             found.setdefault((option.group, option.name), []).append(option)
     for option in _parts(registry):
         found.setdefault((option.group, option.name), [option])
@@ -94,11 +94,11 @@ def options_of(registry: Registry, own: Path | None = None) -> tuple[list[Option
     return sorted(options, key=lambda option: (option.group == RECIPES, option.group, option.name)), clashes
 
 
-def _files(root: Root, *, nested: bool) -> Iterator[Option]:
-    """The files of one root; not `nested`: only one folder down, as in the user's own, which may hold anything."""
-    for file in sorted(root.folder.glob("**/*.yaml") if nested else root.folder.glob("*/*.yaml")):
-        group = file.parent.relative_to(root.folder).as_posix()
-        yield Option(RECIPES if group == "." else group, file.stem, root.provider, str(file), _says(file))
+def _files(root: Root, *, recipes: bool) -> Iterator[Option]:
+    """The options of a folder's groups; with `recipes` also its own files, which in a user's folder may be anything."""
+    for file in sorted([*root.folder.glob("*/*.yaml"), *(root.folder.glob("*.yaml") if recipes else ())]):
+        group = RECIPES if file.parent == root.folder else file.parent.name
+        yield Option(group, file.stem, root.provider, str(file), _says(file))
 
 
 def _says(file: Path) -> str:

@@ -69,13 +69,13 @@ def test_show_names_the_origin_of_each_value(nanoengine: Run, tmp_path: Path) ->
     assert yaml.safe_load(result.stdout)["engine"]["seed"] == 5
 
 
-def test_show_credits_an_override_inside_a_list(nanoengine: Run, tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("model: a/b\nsampler:\n  stop: [x, y]\nprompts: [a, b]\n")
-    result = nanoengine("config", "show", "run.yaml", "prompts.0=z", "sampler.stop.1=w")
+def test_show_names_an_override_that_changed_a_part_of_a_value(nanoengine: Run, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: a/b\nsampler:\n  logit_bias: {5: 1}\nprompts: {file: p.jsonl}\n")
+    result = nanoengine("config", "show", "run.yaml", "prompts.field=q", "sampler.logit_bias={7: 2}")
     lines = result.stdout.splitlines()
-    assert "prompts:  # run.yaml:4, override 'prompts.0=z'" in lines
-    assert "  stop:  # run.yaml:3, override 'sampler.stop.1=w'" in lines
-    assert yaml.safe_load(result.stdout)["prompts"] == ["z", "b"]
+    assert "prompts:  # run.yaml:4, override 'prompts.field=q'" in lines
+    assert "  logit_bias:  # run.yaml:3, override 'sampler.logit_bias={7: 2}'" in lines
+    assert yaml.safe_load(result.stdout)["sampler"]["logit_bias"] == {5: 1.0, 7: 2.0}
 
 
 def test_override_of_several_lines_stays_a_comment(nanoengine: Run) -> None:

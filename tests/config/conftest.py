@@ -58,7 +58,7 @@ def composed(folder: Callable[[Mapping[str, str]], Path]) -> Composer:
     ) -> dict[str, Any]:
         path = folder(files)
         search = SearchPath(Root(path, str(path), "own"), [])
-        primary = search.find("config")
+        primary = search.find("", "config")
         assert primary is not None
         return compose(primary, search, overrides, shorthands=shorthands or {}, defaults={}).data
 

@@ -220,7 +220,7 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
     ("model: a/b\n", ["engine.seed.x=1"], ["engine.seed"]),
     # ... even where it was later deleted or replaced
     ("model: a/b\nengine: {foo: 1}\n", ["~engine.foo"], ["run.yaml:2", "'engine.foo'"]),
-    ("model: a/b\nengine: {foo: 1}\n", ["++engine=null"], ["++ is not supported for a group"]),
+    ("model: a/b\nengine: {foo: 1}\n", ["++engine=null"], ["null chooses no option of engine", "or ~engine"]),
     # wrong types
     (
         "model: a/b\nengine:\n  max_num_seqs: many\n",
@@ -288,9 +288,9 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
     (
         "model: a/b\nprompts: [a, b]\n",
         ["prompts.3=c"],
-        ["index 3 is out of range: prompts has 2 items, counted from 0"],
+        ["'prompts.3': an item of a list cannot be overridden: set prompts as a whole"],
     ),
-    ("model: a/b\nprompts: [[{role: user, content: x}]]\n", ["prompts[0].role=x"], ["prompts.0 is a list"]),
+    ("model: a/b\nprompts: [[{role: user, content: x}]]\n", ["prompts[0].role=x"], ["set prompts as a whole"]),
     ("model: a/b\nengine: {dtype: half}\n", [], ["run.yaml:2: engine.dtype must be", "did you mean 'float16'?"]),
     ("model: a/b\n", ["engine.dtype=bf16"], ["not 'bf16'; did you mean 'bfloat16'?"]),
     # a group's file in the body

@@ -20,8 +20,8 @@ Case = tuple[dict[str, str], list[str]]
 
 _FILES = {
     "run.yaml": (
-        "defaults:\n  - sampler: mine\n  - extra\n  - _self_\nmodel: &m a/b\nengine: &e {seed: 1, max_num_seqs: 4}\n"
-        "sampler:\n  <<: {max_tokens: 3}\n  stop: [x, 'y']\nprompts:\n  - ${model.source} a\n"
+        "defaults:\n  - sampler: mine\n  - extra\n  - _self_\nmodel: a/b\nengine: {seed: 1, max_num_seqs: 4}\n"
+        "sampler:\n  max_tokens: 3\n  stop: [x, 'y']\nprompts:\n  - ${model.source} a\n"
         "  - - {role: user, content: b}\noutput: ${oc.env:HOME,here}/r.jsonl\nchat: true\n"
     ),
     "sampler/mine.yaml": "temperature: 0.5\ntop_p: 1e-1\nseed: ${engine.seed}\n",
@@ -31,6 +31,7 @@ _OVERRIDES = (
     "engine.seed=3", "sampler=greedy", "~output", "+sampler.top_k=5", "++engine.seed=${sampler.seed}", "prompts=[a, b]",
     "prompts[0]=x", "prompts.1=y", "sampler={a: 1}", "model=c/d", "~sampler.stop", "prompts=p.CSV", "attention=torch",
     "engine.seed=", "prompts.²=1", "sampler@_global_=mine", "engine=x", "~defaults", "a=choice(1)", "chat=null",
+    "~sampler", "sampler=null", "model=${oc.env:HOME}", "sampler.logit_bias={5: 1}", "~engine.seed=3", "engine=[small]",
 )  # fmt: skip
 _SCRAPS = (
     "&a [*a]", "*m", "&m ", "${", "}", "${a}", "${engine}", "${model}${model}", "${${model.source}}", "${oc.env:PATH}",
@@ -111,11 +112,10 @@ def _aliases(rng: random.Random) -> str:
 
 
 def _deep(rng: random.Random) -> str:
-    """Lists within each other, each holding the one before by interpolation or by alias; first or last first."""
-    depth, by_alias = rng.randrange(1, 64), rng.random() < 0.3
-    links = [(f"&k{n} ", f"*k{n - 1}") if by_alias else ("", f"'${{k{n - 1}}}'") for n in range(rng.randrange(2, 60))]
-    rows = [f"k{n}: {own}{'[' * depth}{link if n else 1}{']' * depth}" for n, (own, link) in enumerate(links)]
-    return "\n".join(rows if by_alias or rng.random() < 0.5 else rows[::-1]) + f"\nmodel: ${{k{len(rows) - 1}}}\n"
+    """Lists within each other, each holding the one before by interpolation; first or last first."""
+    depth, links = rng.randrange(1, 64), [f"'${{k{n - 1}}}'" if n else 1 for n in range(rng.randrange(2, 60))]
+    rows = [f"k{n}: {'[' * depth}{link}{']' * depth}" for n, link in enumerate(links)]
+    return "\n".join(rows if rng.random() < 0.5 else rows[::-1]) + f"\nmodel: ${{k{len(rows) - 1}}}\n"
 
 
 def _many(rng: random.Random) -> str:
@@ -156,13 +156,15 @@ _BOMBS = (
     lambda rng: "# @package " + "a." * rng.randrange(1, 3_000) + rng.choice(("a", "", "a b")) + "\nmodel: a",
     lambda rng: "defaults: ['sampler@" + "a." * rng.randrange(1, 3_000) + "a: mine']\nmodel: a",
     lambda rng: "model: a\ny: [" + "[" * rng.randrange(1, 60) + "]" * 60 + "]" * rng.randrange(1, 5),
-    lambda rng: f"defaults: [{'extra, ' * rng.randrange(1, 600)}]\nmodel: a\nx: [{'1, ' * rng.randrange(1, 19_000)}]",
+    lambda rng: f"defaults: [extra]\nmodel: a\nx: [{'1, ' * rng.randrange(1, 19_000)}]",
     _aliases,
     lambda rng: _aliases(rng).replace("[", "{a: 1, <<: [").replace("]", "]}"),
     lambda rng: _doubled(rng, "k0: " + "x" * rng.randrange(1, 2000), "${@}"),
     lambda rng: _doubled(rng, "k0: [1, 2]", "\n  - ${@}"),
-    lambda rng: _doubled(rng, "k0: x", "${oc.select:@}"),
+    lambda rng: _doubled(rng, "k0: x", "${.@}"),
     lambda rng: _doubled(rng, "k0: x", "${oc.decode:${@}}"),
+    lambda rng: "x: '" + "\\" * rng.randrange(1, 200_000) + rng.choice(("${x}", "a${model}", "${oc.env:HOME}")) + "'",
+    lambda rng: "x: '" + rng.choice(("${model.source}", "\\${", "${oc.env:A,b}")) * rng.randrange(1, 200_000) + "'",
     lambda rng: "model: " + "[" * rng.randrange(1, 20_000),
     lambda rng: "- " * rng.randrange(1, 20_000) + "x",
     lambda rng: "model: '" + "${" * rng.randrange(1, 5_000) + "'",

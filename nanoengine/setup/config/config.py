@@ -124,7 +124,7 @@ def _primary(path_or_recipe: str | Path, roots: Sequence[Root], suspects: str) -
         if os.path.lexists(path):
             raise ConfigError(f"{path} {not_a_file(path)}")
         raise ConfigError(f"no configuration file {name} (looked for {path.absolute()}){_sibling(path)}")
-    found = search.find(name)
+    found = search.find("", name)
     if found is None:
         known = nearest(name, search.options(""))
         raise ConfigError(f"no file and no recipe is called {name!r}{_sibling(path)}; {known}{suspects}")
@@ -190,7 +190,7 @@ def _checked(composed: Composed, registry: Registry, label: str) -> RunConfig:
         prompts=check_prompts(data.get("prompts"), lambda path: composed.origin(("prompts", *path))),
         output=_value(composed, ("output",), str | None, data.get("output")),
         chat=_value(composed, ("chat",), bool, data.get("chat", True)),
-        provenance=MappingProxyType({dotted(_typed(path)): each.by for path, each in composed.origins.items()}),
+        provenance=MappingProxyType({dotted(path): by for path, by in composed.origins.items()}),
     )
     _check_whole(config, composed, registry)
     return config
@@ -229,13 +229,13 @@ def _check_keys(composed: Composed, sampling: Sequence[str], suspects: str) -> N
     """`suspects`: plugins that failed and may have brought a key of `sampler`."""
     choices: dict[str, Sequence[str]] = {name: [f.name for f in fields(cls)] for name, cls in _SECTIONS.items()}
     choices |= {"sampler": sampling, "prompts": [f.name for f in fields(PromptFile)]}
-    for path, origin in composed.said:
+    for path, origin in composed.given:
         if path[0] not in _KEYS:
             inside = next((f"did you mean '{name}.{path[0]}'? " for name in choices if path[0] in choices[name]), "")
             raise ConfigError(f"{origin}: unknown key {dotted(path)!r}; {inside}{nearest(str(path[0]), _KEYS)}")
         if len(path) != 2 or path[0] not in choices:
             continue
-        if str(path[1]).isdecimal() and (path[0] == "prompts" or not isinstance(composed.data.get(path[0]), Mapping)):
+        if isinstance(path[1], int) and (path[0] == "prompts" or not isinstance(composed.data.get(path[0]), Mapping)):
             continue  # an item of a list
         if path[1] not in choices[str(path[0])]:
             key, valid = str(path[1]), choices[str(path[0])]
@@ -274,8 +274,3 @@ def _value(composed: Composed, path: KeyPath, annotation: Any, value: Any) -> An
     except ParamsError as error:
         hint = dtype_hint(value) if path == ("engine", "dtype") else ""
         raise ConfigError(f"{composed.origin(path)}: {error}{hint}") from error
-
-
-def _typed(path: Sequence[str]) -> KeyPath:
-    """List indices as numbers again."""
-    return tuple(int(part) if index and part.isdecimal() else part for index, part in enumerate(path))

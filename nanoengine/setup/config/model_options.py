@@ -22,7 +22,7 @@ def option_hint(source: str, registry: Registry) -> str:
         roots = [root for where, origin in registry.config_roots for root in package_root(where, str(origin))]
         search = SearchPath(None, roots)
         close = difflib.get_close_matches(name, search.options(_GROUP), n=1, cutoff=0.8)
-        file = search.find(f"{_GROUP}/{close[0]}") if close else None
+        file = search.find(_GROUP, close[0]) if close else None
     except NanoEngineError:
         return ""
     if file is None:

@@ -1,16 +1,15 @@
-"""Composition of YAML in Hydra's style on omegaconf. It knows no schema: `nanoengine.setup.config.config` does.
+"""Composition of YAML in Hydra's style. It knows no schema: `nanoengine.setup.config.config` does.
 
-What works as in Hydra 1.3: defaults lists (groups, lists of options, plain files, `_self_`, nested ones), overrides
-(`key=`, `+key=`, `++key=`, `~key`, `group=option`) and omegaconf's interpolation. What does not, refused by name:
-packages (`group@package`, `# @package`), `override`, `optional`, `/group` and interpolation in a defaults list, sweeps,
-override functions, `hydra:` settings and `_target_`.
+As in Hydra 1.3: a defaults list (groups, files, `_self_`) in the file that is run, overrides (`key=`, `+key=`,
+`++key=`, `~key`, `group=option`), and interpolation (`${key}`, `${.key}`, `${oc.env:NAME,DEFAULT}`). Everything else of
+Hydra, omegaconf and YAML is refused by name, with what to write instead: `docs/cli.md` lists it.
 
-Two things differ on purpose: override values are YAML, as everywhere in omegaconf (`{a: 1}` wants its blank); and
-`group=option` adds the group at the end of a defaults list that lacks it.
+Two things differ on purpose: override values are YAML (`{a: 1}` needs its blank), and `group=option` adds the group
+where the defaults list lacks it.
 """
 
 from nanoengine.setup.config.composer.compose import Composed, compose
+from nanoengine.setup.config.composer.defaults import Shorthand
 from nanoengine.setup.config.composer.search_path import Root, SearchPath, package_root
-from nanoengine.setup.config.composer.shorthand import Shorthand
 
 __all__ = ["Composed", "Root", "SearchPath", "Shorthand", "compose", "package_root"]

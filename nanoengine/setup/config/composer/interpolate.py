@@ -1,98 +1,65 @@
-"""`${key}` and `${oc.env:NAME}` in plain containers: omegaconf's grammar, each value resolved once.
+"""`${key}`, `${.key}` and `${oc.env:NAME,DEFAULT}` in the texts of a configuration, as omegaconf reads them.
 
-omegaconf itself resolves a value each time that another one refers to it, so that thirty keys, each of the one before
-it twice, take for ever and more memory than there is. Here what has been resolved is kept, and its size counted.
+A reference stands for a single value, not for a list or mapping, and holds no other: so what it makes stays small, and
+each text is read once, in time that grows with its length.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from omegaconf.grammar_parser import parse
-from omegaconf.grammar_visitor import GrammarVisitor
+from nanoengine.api.errors import nearest, shown
+from nanoengine.setup.config.composer.yaml_file import KeyPath, dotted
 
-from nanoengine.api.errors import described, is_failure, nearest, shown
-from nanoengine.setup.config.composer.bounds import MAX_DEPTH
-from nanoengine.setup.config.composer.grammar import ESCAPE_HINT, Grammar
-from nanoengine.setup.config.composer.yaml_file import KeyPath, dotted, parts
-
-_MAX_COPIED = 100_000  # values that interpolation makes; a text counts as one for each 100 characters
+_MAX_MADE = 100_000  # values that interpolation makes; a text counts as one more for each 100 characters
 _MAX_CHAIN = 50  # values that refer to one another
-_MAX_DECODED = 10_000  # characters that `oc.decode` reads
-_TOO_DEEP = f"interpolation makes lists and mappings within each other more than {MAX_DEPTH} deep"
+_MAX_BODY = 1_000  # characters between { and }
 _MAX_NAMED = 200  # keys in a message
-_ABSENT = object()
+_KEY = re.compile(r"(\.*)([\w-]+(?:\.[\w-]+)*)")
+_ENVIRONMENT = re.compile(r"""oc\.env:\s*([^\s,:'"]+)\s*(?:,\s*('[^']*'|"[^"]*"|[^'",]*))?""")
+_RESOLVER = re.compile(r"([\w.]+):.*", re.DOTALL)
+_ESCAPE_HINT = r". A text that holds ${ is written with a backslash: \${"
 
 
 class Interpolation(Exception):
-    """Why a value has no meaning. `path`: of the value; `missing`: it, or what it refers to, is "???"."""
+    """Why a value has no meaning. `path`: of the value."""
 
-    def __init__(self, path: KeyPath, why: str, *, missing: bool = False) -> None:
+    def __init__(self, path: KeyPath, why: str) -> None:
         super().__init__(why)
-        self.path, self.missing = path, missing
+        self.path = path
 
 
-def resolved(root: Mapping[Any, Any], wanted: Mapping[Any, Any], grammar: Grammar) -> dict[Any, Any]:
-    """`wanted` with every interpolation done. Raises `Interpolation`.
+def resolved(config: Mapping[Any, Any], root: Mapping[Any, Any]) -> dict[Any, Any]:
+    """`config` with every interpolation done; keys are looked up in `root`, which has at least those of `config`.
 
-    Args:
-        root: what keys refer to; it has at least the keys of `wanted`.
-        grammar: holds the tree of every text with an interpolation.
+    Raises `Interpolation`.
     """
-    walk = _Walk(root, grammar)
-    return {key: walk.only(value, (key,)) for key, value in wanted.items()}
+    found: dict[Any, Any] = _Resolver(root).value(config, ())
+    return found
 
 
 @dataclass
-class _Walk:
+class _Resolver:
     root: Mapping[Any, Any]
-    grammar: Grammar
     known: dict[KeyPath, Any] = field(default_factory=dict)  # of texts that hold an interpolation
     chain: list[KeyPath] = field(default_factory=list)  # those that are being resolved
-    keys: dict[int, dict[str, Any]] = field(default_factory=dict)  # of mappings of `root`, by their text
-    copied: int = 0
-    depth: int = 0  # of the lists and mappings that are being resolved
-
-    def only(self, wanted: Any, path: KeyPath) -> Any:
-        """The resolved value at `path`, with no key that `wanted` has not."""
-        if isinstance(wanted, Mapping):
-            return {key: self.only(item, (*path, key)) for key, item in wanted.items()}
-        return self.value(self.raw(path), path)
-
-    def raw(self, path: KeyPath) -> Any:
-        value: Any = self.root
-        for part in path:
-            value = value[part]
-        return value
+    made: int = 0
 
     def value(self, raw: Any, path: KeyPath) -> Any:
-        """What stands at `path`, resolved."""
-        if isinstance(raw, Mapping | list):
-            return self._container(raw, path)
-        if raw == "???":
-            raise Interpolation(path, "must be given", missing=True)
+        """`raw`, which is at `path`, resolved."""
+        if isinstance(raw, Mapping):
+            return {key: self.value(item, (*path, key)) for key, item in raw.items()}
+        if isinstance(raw, list):
+            return [self.value(item, (*path, index)) for index, item in enumerate(raw)]
         if not isinstance(raw, str) or "${" not in raw:
             return raw
         if path not in self.known:
             self.known[path] = self._text(raw, path)
         return self.known[path]
-
-    def _container(self, raw: Mapping[Any, Any] | list[Any], path: KeyPath) -> Any:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise Interpolation(self.chain[-1] if self.chain else path, _TOO_DEEP)
-        try:
-            if isinstance(raw, Mapping):
-                return {key: self.value(item, (*path, key)) for key, item in raw.items()}
-            return [self.value(item, (*path, index)) for index, item in enumerate(raw)]
-        finally:
-            self.depth -= 1
 
     def _text(self, text: str, path: KeyPath) -> Any:
         if path in self.chain:
@@ -101,142 +68,92 @@ class _Walk:
         if len(self.chain) >= _MAX_CHAIN:
             raise Interpolation(path, f"more than {_MAX_CHAIN} interpolations refer to one another")
         self.chain.append(path)
-        try:
-            found = self._visit(self.grammar.trees[text], path)
-        except (OmegaConfBaseException, RecursionError, ValueError, TypeError) as error:
-            raise Interpolation(path, str(error).split("\n")[0][:300] + ESCAPE_HINT) from error
-        finally:
-            self.chain.pop()
-        if len(path) + self._copied(found, path) > MAX_DEPTH:
-            raise Interpolation(path, _TOO_DEEP)
-        return str(found) if isinstance(found, str) else found  # not omegaconf's own kind of text
+        found: list[Any] = []
+        for piece, refers in _pieces(text, path):
+            found.append(self._referred(piece, path) if refers else piece)
+        self.chain.pop()
+        return found[0] if len(found) == 1 else "".join(map(str, found))
 
-    def _copied(self, value: Any, path: KeyPath) -> int:
-        """Counts what an interpolation made; gives how deep it is."""
-        depth, level = 0, [value]
-        while level:
-            self.copied += sum(1 + len(each) // 100 if isinstance(each, str) else 1 for each in level)
-            if self.copied > _MAX_COPIED:
-                raise Interpolation(path, f"interpolations make more than {_MAX_COPIED:,} values, or too long texts")
-            holders = [each for each in level if isinstance(each, Mapping | list)]
-            level = [item for each in holders for item in (each.values() if isinstance(each, Mapping) else each)]
-            depth += bool(holders)
-        return depth
+    def _referred(self, body: str, path: KeyPath) -> Any:
+        """What `${body}` in the text at `path` stands for."""
+        if found := _ENVIRONMENT.fullmatch(body):
+            value = _environment(found[1], found[2], path)
+        elif found := _KEY.fullmatch(body):
+            value = self._at(found[1], found[2].split("."), path)
+        else:
+            raise Interpolation(path, _unsupported(body) + _ESCAPE_HINT)
+        self.made += 1 + (len(value) // 100 if isinstance(value, str) else 0)
+        if self.made > _MAX_MADE:
+            raise Interpolation(path, f"interpolations make more than {_MAX_MADE:,} values, or too long texts")
+        return value
 
-    def _visit(self, tree: Any, path: KeyPath) -> Any:
-        def resolver(name: str, args: tuple[Any, ...], args_str: tuple[str, ...]) -> Any:
-            return self._resolver(name, args, args_str, path)
-
-        visitor = GrammarVisitor(lambda key, memo: self._reference(key, path), resolver, memo=None)
-        return visitor.visit(tree)
-
-    def _reference(self, key: Any, path: KeyPath) -> Any:
-        """What `${key}` in the text at `path` stands for."""
-        if key.relative_dots > len(path):
-            raise Interpolation(path, f"${{{key.raw}}} begins above the configuration")
-        base = path[: len(path) - key.relative_dots] if key.relative_dots else ()
-        return self._at(base, key.parts, key.raw, path)
-
-    def _at(self, base: KeyPath, keys: tuple[str, ...], written: str, asker: KeyPath, default: Any = _ABSENT) -> Any:
-        node, here, plain = self.raw(base), base, False
-        for part in keys:
-            key = self._key_in(node, part)
-            if key is _ABSENT:
-                if default is not _ABSENT:
-                    return default
-                where, known = f"in {dotted(here)}, " if here else "", _instead(node, part)
-                raise Interpolation(asker, f"Interpolation key {written!r} not found: {where}{known}{ESCAPE_HINT}")
-            node, here = node[key], (*here, key)
-            if not plain and isinstance(node, str) and "${" in node:
-                node, plain = self.value(node, here), True
-        if node == "???":
-            raise Interpolation(asker, f"{dotted(here)} must be given", missing=True)
-        inside = here == asker[: len(here)] and len(here) < len(asker)
-        if inside and not plain:
-            raise Interpolation(asker, f"{written!r} holds this very key")
-        if not plain and isinstance(node, Mapping | list):
-            node = self.value(node, here)
-            self._copied(node, asker)  # here too: who asks may drop it
-            return node
-        return node if plain else self.value(node, here)
-
-    def _key_in(self, node: Any, part: str) -> Any:
-        """`part` as a key of `node`, as a number where the node has it so; `_ABSENT` if it has not."""
-        if isinstance(node, Mapping) and part not in node:
-            if id(node) not in self.keys:  # nodes live as long as `root`, or as what was resolved of it
-                self.keys[id(node)] = {str(key): key for key in node}
-            return self.keys[id(node)].get(part, _ABSENT)
-        if isinstance(node, list):
-            return int(part) if part.isdecimal() and int(part) < len(node) else _ABSENT
-        return part if isinstance(node, Mapping) else _ABSENT
-
-    def _resolver(self, name: str, args: tuple[Any, ...], args_str: tuple[str, ...], path: KeyPath) -> Any:
-        """What `${name:args}` stands for."""
-        known: dict[str, Callable[..., Any]] = {
-            "oc.env": _environment,
-            "oc.select": lambda key, default=None: self._select(key, path, default),
-            "oc.decode": lambda text: self._decode(text, path),
-            "oc.create": lambda value: value,
-            "oc.dict.keys": lambda key: list(self._mapping(key, path)),
-            "oc.dict.values": lambda key: list(self._mapping(key, path).values()),
-        }
-        if name not in known and (name.startswith("oc.") or not OmegaConf.has_resolver(name)):
-            raise Interpolation(path, f"Unsupported interpolation type {name!r}; {nearest(name, known)}{ESCAPE_HINT}")
-        try:
-            return known[name](*args) if name in known else _registered(name, args, args_str)
-        except BaseException as error:  # a registered resolver is anybody's code
-            if isinstance(error, Interpolation) or not is_failure(error):
-                raise
-            raise Interpolation(path, f"${{{name}:...}}: {described(error)[:300]}") from error
-
-    def _select(self, key: Any, path: KeyPath, default: Any = _ABSENT) -> Any:
-        if not isinstance(key, str):
-            raise TypeError(f"a key is a text, not {shown(key)}")
-        dots = len(key) - len(key.lstrip("."))
-        if dots > len(path):
-            raise Interpolation(path, f"{key!r} begins above the configuration")
-        return self._at(path[: len(path) - dots] if dots else (), tuple(parts(key)), key, path, default)
-
-    def _mapping(self, key: Any, path: KeyPath) -> Mapping[Any, Any]:
-        found = self._select(key, path)
-        if not isinstance(found, Mapping):
-            raise TypeError(f"{key!r} is no mapping")
-        return found
-
-    def _decode(self, text: Any, path: KeyPath) -> Any:
-        if text is None:
-            return None
-        if not isinstance(text, str):
-            raise TypeError(f"it takes a text, not {shown(text)}")
-        if len(text) > _MAX_DECODED:
-            raise ValueError(f"a text of {len(text):,} characters, at most {_MAX_DECODED:,}")
-        if why := self.grammar.check(text) or self.grammar.count(len(text)):
-            raise ValueError(why)
-        return self._visit(parse(text, parser_rule="singleElement", lexer_mode="VALUE_MODE"), path)
+    def _at(self, dots: str, parts: list[str], asker: KeyPath) -> Any:
+        """The single value that `${parts}` names, from the `len(dots)`-th container above `asker`, or from the root."""
+        if len(dots) > len(asker):
+            raise Interpolation(asker, f"'{dots}{'.'.join(parts)}' begins above the configuration")
+        here: KeyPath = asker[: len(asker) - len(dots)] if dots else ()
+        node: Any = self.root
+        for part in here:
+            node = node[part]
+        for part in parts:
+            if not isinstance(node, Mapping):
+                what = f"the interpolation {shown(node)}" if isinstance(node, str) and "${" in node else "no mapping"
+                raise Interpolation(
+                    asker, f"{dotted((*here, part))} is not there: {dotted(here)} is {what}{_ESCAPE_HINT}"
+                )
+            here = (*here, part)
+            if part not in node:
+                known = nearest(part, [key for key in node if isinstance(key, str)][:_MAX_NAMED])
+                raise Interpolation(asker, f"there is no {dotted(here)}; {known}{_ESCAPE_HINT}")
+            node = node[part]
+        if isinstance(node, Mapping | list):
+            kind = "list" if isinstance(node, list) else "mapping"
+            raise Interpolation(asker, f"{dotted(here)} is a {kind}; an interpolation takes a single value")
+        return self.value(node, here)
 
 
-def _environment(name: Any, default: Any = _ABSENT) -> str | None:
-    if not isinstance(name, str):
-        raise TypeError(f"the name of a variable is a text, not {shown(name)}")
+def _pieces(text: str, path: KeyPath) -> Iterator[tuple[str, bool]]:
+    """(piece, whether it stands between `${` and `}`) of a text that holds an interpolation."""
+    at = 0
+    while (opening := text.find("${", at)) >= 0:
+        before = text[at:opening]
+        plain = before.rstrip("\\")
+        slashes = len(before) - len(plain)
+        plain += "\\" * (slashes // 2)
+        if slashes % 2:
+            yield plain + "${", False
+            at = opening + 2
+            continue
+        if plain:
+            yield plain, False
+        closing = text.find("}", opening)
+        if closing < 0:
+            raise Interpolation(path, f"{shown(text[opening : opening + 40])} has no closing }}{_ESCAPE_HINT}")
+        if closing - opening > _MAX_BODY:
+            raise Interpolation(path, f"an interpolation has more than {_MAX_BODY:,} characters{_ESCAPE_HINT}")
+        yield text[opening + 2 : closing].strip(), True
+        at = closing + 1
+    if at < len(text):
+        yield text[at:], False
+
+
+def _environment(name: str, default: str | None, path: KeyPath) -> str | None:
     if name in os.environ:
         return os.environ[name]
-    if default is _ABSENT:
-        raise LookupError(f"the environment has no variable {name!r}; a default is written ${{oc.env:{name},DEFAULT}}")
-    return None if default is None else str(default)
+    if default is None:
+        fix = f"a default is written ${{oc.env:{name},DEFAULT}}"
+        raise Interpolation(path, f"the environment has no variable {name!r}; {fix}")
+    plain = default.strip()
+    return None if plain == "null" else plain[1:-1] if plain[:1] in ("'", '"') else plain
 
 
-def _registered(name: str, args: tuple[Any, ...], args_str: tuple[str, ...]) -> Any:
-    """What a resolver of `OmegaConf.register_new_resolver` returns; it sees its arguments, not the configuration."""
-    nothing = OmegaConf.create({})
-    resolver: Any = OmegaConf._get_resolver(name)
-    found = resolver(nothing, nothing, None, args, args_str)
-    return OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
-
-
-def _instead(node: Any, part: str) -> str:
-    """Why there is no `part` in `node`, and what is."""
-    if isinstance(node, Mapping):
-        return nearest(part, islice(map(str, node), _MAX_NAMED))
-    if isinstance(node, list):
-        return f"a list of {len(node)}, counted from 0"
-    return "no list or mapping"
+def _unsupported(body: str) -> str:
+    """Why `${body}` is nothing that can be looked up."""
+    if "{" in body:
+        return f"{shown(body)}: an interpolation, or a mapping, within an interpolation is not supported"
+    if "[" in body:
+        return f"{shown(body)}: an item of a list cannot be referred to, only a single value by its keys"
+    resolver = _RESOLVER.fullmatch(body)
+    if resolver and resolver[1] != "oc.env":
+        return f"the resolver {shown(resolver[1])} is not supported; ${{key}} and ${{oc.env:NAME,DEFAULT}} are"
+    return f"{shown(body)} is no key, nor oc.env:NAME,DEFAULT (a default with commas goes in quotes)"

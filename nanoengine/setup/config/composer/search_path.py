@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,24 +41,25 @@ def package_root(root: str, provider: str) -> list[Root]:
 
 @dataclass
 class SearchPath:
-    """Finds `group/option` files.
+    """Finds the files of groups, `GROUP/OPTION.yaml`, and those at the root, `NAME.yaml` (group "").
 
     A file in the user's own folder shadows one of that name in a root, as Hydra's users expect; two roots that have it
-    are an error. `suspects`: what to add where something is not found: the providers that failed.
+    are an error. `failed`: what to add where something is not found: the providers that failed.
     """
 
     own: Root | None
     roots: Sequence[Root]
-    suspects: str = ""
+    failed: str = ""
     _read: dict[Path, ConfigFile] = field(default_factory=dict)
 
-    def find(self, name: str, where: str = "") -> ConfigFile | None:
-        """The file `name`.yaml, read; None where it is not there.
+    def find(self, group: str, option: str, where: str = "") -> ConfigFile | None:
+        """The file, read; None where it is not there.
 
         Raises `ConfigError` where two roots have it, or what is there is no file. `where`: who asks for it.
         """
-        if ".." in name.split("/"):
+        if "/" in option:
             return None
+        name = f"{group}/{option}" if group else option
         asked = f"{where}: " if where else ""
         if self.own is not None and (path := _file(self.own, name, asked)):
             return self.read(path, str(self.own.folder / f"{name}.yaml"))
@@ -76,26 +77,23 @@ class SearchPath:
 
     def options(self, group: str) -> list[str]:
         """Options of a group ("" for the files at the roots)."""
-        files = (file for folder in self._folders(group) for file in folder.glob("*.yaml"))
-        return sorted({file.stem for file in files if file.is_file()})
+        return sorted({file.stem for file in self._files(group)})
 
     def is_group(self, group: str) -> bool:
-        """Whether it is a folder with a config in or below it, on any root."""
-        return bool(group) and any(next(folder.glob("**/*.yaml"), None) for folder in self._folders(group))
+        """Whether it is a folder with a config in it, on any root."""
+        return next(self._files(group), None) is not None
 
     def groups(self) -> list[str]:
-        """Every group, nested ones as "a/b", for messages."""
-        found = set()
-        for root in self._all():
-            for file in root.folder.glob("*/**/*.yaml") if root is not self.own else root.folder.glob("*/*.yaml"):
-                found.add(file.parent.relative_to(root.folder).as_posix())
-        return sorted(found)
+        """Every group, for messages."""
+        return sorted({file.parent.name for root in self._all() for file in root.folder.glob("*/*.yaml")})
+
+    def _files(self, group: str) -> Iterator[Path]:
+        for folder in (root.folder / group for root in self._all()):
+            if folder.is_dir():
+                yield from (file for file in folder.glob("*.yaml") if file.is_file())
 
     def _all(self) -> list[Root]:
         return [self.own, *self.roots] if self.own else list(self.roots)
-
-    def _folders(self, group: str) -> list[Path]:
-        return [folder for root in self._all() if (folder := root.folder / group).is_dir()]
 
 
 def _file(root: Root, name: str, asked: str) -> Path | None:

@@ -1,10 +1,10 @@
-"""One YAML file: its values as plain containers, the line each key stands on, and its defaults list."""
+"""One YAML file: its values as plain containers, the line of each key, and its defaults list."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,14 +12,13 @@ import yaml
 
 from nanoengine.api.errors import ConfigError, shown
 from nanoengine.observe.files import decoded
-from nanoengine.setup.config.composer.bounds import LINE_BREAK, LOADER, check_yaml
+from nanoengine.setup.config.composer.bounds import LINE_BREAK, LOADER, MAX_KEY, MAX_NUMBER, check_yaml
 
 KeyPath = tuple[str | int, ...]
 """Keys from the root; list items by their index."""
 
 _MAX_BYTES = 64 << 20
 _HEADER = re.compile(r"#\s*@package\b")
-_MERGE = "tag:yaml.org,2002:merge"
 _INSTANTIATION = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 
 
@@ -54,37 +53,26 @@ def dotted(path: KeyPath) -> str:
     return text
 
 
-def parts(key: str) -> list[str]:
-    """The inverse of `dotted`, every part as text: "prompts[0]" -> ["prompts", "0"]."""
-    return re.findall(r"[^.\[\]]+", key)
+def walk(value: Mapping[Any, Any] | list[Any], path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Every key below `value` with its value; list items count as keys."""
+    for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+        yield (*path, key), item
+        if isinstance(item, Mapping | list):
+            yield from walk(item, (*path, key))
 
 
-def walk(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """Every key below `value` with what stands there; list items count as keys."""
-    levels = [(path, _items(value))]  # no recursion: each value of a deep list would pass through every level
-    while levels:
-        above, items = levels[-1]
-        for key, item in items:
-            here = (*above, key)
-            yield here, item
-            if isinstance(item, Mapping | list):
-                levels.append((here, _items(item)))
-                break
-        else:
-            levels.pop()
-
-
-def _items(value: Any) -> Iterator[tuple[Any, Any]]:
-    return iter(value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ())
-
-
-def refuse_instantiation(value: Any, where: str) -> None:
-    """Raises `ConfigError` on Hydra's `_target_` and its like: YAML runs no code here."""
-    for path, _ in walk(value):
+def refuse_keywords(value: Mapping[Any, Any], origin: Callable[[KeyPath], str]) -> None:
+    """Raises `ConfigError` on what Hydra reads otherwise: `_target_` and its like, and "???" as the value of a key."""
+    for path, item in walk(value):
         if path[-1] in _INSTANTIATION:
             raise ConfigError(
-                f"{where}: {dotted(path)}: {path[-1]} is not supported: nothing in YAML is instantiated; "
+                f"{origin(path)}: {dotted(path)}: {path[-1]} is not supported: nothing in YAML is instantiated; "
                 "replaceable parts are plugins (see `nanoengine plugins list`)"
+            )
+        if item == "???" and isinstance(path[-1], str):
+            raise ConfigError(
+                f"{origin(path)}: {dotted(path)}: ??? (must be given) is not supported: leave the key out, or give its "
+                "value"
             )
 
 
@@ -99,17 +87,16 @@ def read_yaml(path: Path, label: str) -> ConfigFile:
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {label}: {error}") from error
     _refuse_header(text, label)
-    node, data, lines = _loaded(text, label, lambda line: f"{label}:{line + 1}")
+    data, lines = _loaded(text, label, lambda line: f"{label}:{line + 1}")
     if data is None:
         return ConfigFile(label, {}, {}, None)
     if not isinstance(data, dict):
-        line = node.start_mark.line + 1 if node is not None else 1
-        raise ConfigError(f"{label}:{line}: a configuration file is a mapping of keys to values")
+        raise ConfigError(f"{label}:{lines[()]}: a configuration file is a mapping of keys to values")
     defaults = data.pop("defaults", None)
     file = ConfigFile(label, data, lines, defaults)
     if "hydra" in data:
         raise ConfigError(f"{file.origin(('hydra',))}: settings of Hydra itself (hydra:) are not supported")
-    refuse_instantiation(data, label)
+    refuse_keywords(data, file.origin)
     return file
 
 
@@ -119,95 +106,84 @@ def load_yaml(text: str, label: str, place: Callable[[int], str]) -> Any:
     Raises `ConfigError`: of what is no YAML with `label`, of what is out of bounds with the `place` of its line (0 is
     the first).
     """
-    return _loaded(text, label, place)[1]
+    return _loaded(text, label, place)[0]
 
 
-def _loaded(
-    text: str, label: str, place: Callable[[int], str]
-) -> tuple[yaml.Node | None, Any, dict[tuple[str, ...], int]]:
-    """The node, what it stands for, and the line of every key, from 1."""
+def _loaded(text: str, label: str, place: Callable[[int], str]) -> tuple[Any, dict[tuple[str, ...], int]]:
+    """The values, and the line of every key, from 1; of the whole at ()."""
     try:
         check_yaml(text, place)
         loader = _Loader(text)
         try:
             node: yaml.Node | None = loader.get_single_node()
             if node is None:
-                return None, None, {}
-            lines = _Keys(loader, place).lines(node)
-            return node, loader.construct_document(node), lines
+                return None, {}
+            lines = _lines(loader, node, place)
+            return loader.construct_document(node), lines
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
         raise _syntax_error(label, error, text) from error
 
 
-@dataclass
-class _Keys:
-    """The keys of a document, as they are constructed. Each mapping is looked at once, however many aliases it has."""
-
-    loader: Any
-    place: Callable[[int], str]
-    known: dict[int, list[tuple[str, yaml.Node, yaml.Node]]] = field(default_factory=dict)  # by the node's id
-
-    def lines(self, node: yaml.Node, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
-        """The line of every key below `node`; where `<<` merges another mapping, own keys win."""
-        found: dict[tuple[str, ...], int] = {}
-        todo = [(path, node)]
-        while todo:
-            above, each = todo.pop()
-            inside: Iterable[tuple[str, yaml.Node, yaml.Node]] = ()
-            if isinstance(each, yaml.SequenceNode):
-                inside = ((str(index), item, item) for index, item in enumerate(each.value))
-            elif isinstance(each, yaml.MappingNode):
-                inside = self._of(each)
-                todo += [(above, merged) for merged in _merged(each)]
-            for name, key, value in inside:
-                here = (*above, name)
-                found.setdefault(here, key.start_mark.line + 1)
-                todo.append((here, value))
-        return found
-
-    def _of(self, node: yaml.MappingNode) -> list[tuple[str, yaml.Node, yaml.Node]]:
-        """(text, key, value) of its own keys. Raises `ConfigError` for what is no key, and for one that is there
-        twice, in whatever spelling: 10 and 0xA."""
-        if id(node) in self.known:
-            return self.known[id(node)]
-        found, seen = list[tuple[str, yaml.Node, yaml.Node]](), set[Any]()
-        for key, value in node.value:
-            if key.tag == _MERGE:
-                continue
-            made, where = self.loader.construct_object(key), self.place(key.start_mark.line)
-            if made is None:
-                raise ConfigError(f"{where}: null is no key")
-            if isinstance(made, bool):
-                raise ConfigError(f"{where}: the key {key.value} is a truth value to YAML; put it in quotes")
-            if made in seen or str(made) in seen:
-                spelt = "" if str(made) == key.value else f", spelt {key.value}"
-                raise ConfigError(f"{where}: not valid YAML: duplicate key {str(made)!r}{spelt}")
-            seen |= {made, str(made)}
-            found.append((str(made), key, value))
-        return self.known.setdefault(id(node), found)
+def _lines(loader: Any, root: yaml.Node, place: Callable[[int], str]) -> dict[tuple[str, ...], int]:
+    """The line of every key. Raises `ConfigError` for what is no key, and for a number that takes long to read."""
+    lines: dict[tuple[str, ...], int] = {(): root.start_mark.line + 1}
+    todo: list[tuple[tuple[str, ...], yaml.Node]] = [((), root)]
+    while todo:
+        above, node = todo.pop()
+        inside: Iterable[tuple[str, yaml.Node, yaml.Node]] = ()
+        if isinstance(node, yaml.MappingNode):
+            inside = _keys(loader, node, place)
+        elif isinstance(node, yaml.SequenceNode):
+            inside = ((str(index), item, item) for index, item in enumerate(node.value))
+        elif node.tag.endswith((":int", ":float")) and len(node.value) > MAX_NUMBER:
+            why = f"a number of {len(node.value)} characters; a text of digits goes in quotes"
+            raise ConfigError(f"{place(node.start_mark.line)}: {why}")
+        for name, key, value in inside:
+            lines[*above, name] = key.start_mark.line + 1
+            todo.append(((*above, name), value))
+    return lines
 
 
-def _merged(node: yaml.MappingNode) -> Iterator[yaml.Node]:
-    """What `<<` merges into it, in the order in which they win."""
+def _keys(
+    loader: Any, node: yaml.MappingNode, place: Callable[[int], str]
+) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
+    """(text, key, value) of each. Raises `ConfigError` for what is no key, and for one that is there twice, in
+    whatever spelling: 10 and 0xA."""
+    seen = set[Any]()
     for key, value in node.value:
-        if key.tag == _MERGE:
-            yield from reversed(value.value if isinstance(value, yaml.SequenceNode) else [value])
+        where = place(key.start_mark.line)
+        if not isinstance(key, yaml.ScalarNode):
+            raise ConfigError(f"{where}: a list or mapping cannot be a key")
+        if len(key.value) > MAX_KEY:
+            raise ConfigError(f"{where}: a key of {len(key.value)} characters, {key.value[:40]!r}…")
+        made = loader.construct_object(key)
+        if made is None:
+            raise ConfigError(f"{where}: null is no key")
+        if isinstance(made, bool):
+            raise ConfigError(f"{where}: the key {key.value} is a truth value to YAML; put it in quotes")
+        if made == "<<":
+            raise ConfigError(f"{where}: merge keys (<<) are not supported: write the keys themselves")
+        if made in seen or str(made) in seen:
+            spelt = "" if str(made) == key.value else f", spelt {key.value}"
+            raise ConfigError(f"{where}: not valid YAML: duplicate key {str(made)!r}{spelt}")
+        seen |= {made, str(made)}
+        yield str(made), key, value
 
 
 class _Loader(LOADER):  # type: ignore[misc]
     """PyYAML's safe loader; `1e-3` is a number, a date is a text, and what cannot be built has a line."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {
-        first: [(tag, pattern) for tag, pattern in known if not tag.endswith((":timestamp", ":float"))]
+        first: [(tag, pattern) for tag, pattern in known if tag.endswith((":int", ":bool", ":null"))]
         for first, known in LOADER.yaml_implicit_resolvers.items()
     }
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep=deep)
-        except (ValueError, TypeError, LookupError) as error:  # !!int "a"
+        except (ValueError, TypeError, LookupError) as error:  # 0b_
             kind = node.tag.rpartition(":")[2]
             problem = f"{shown(node.value)} is no {kind}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error

@@ -24,6 +24,7 @@ from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.messages import ScheduledStep, SchedulerConfig, Update
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.core.step import LogprobRows, StepResult, f32, i32
+from nanoengine.params.input_processor import CheckedRequest
 from nanoengine.params.sampling_params import ResolvedParams
 
 PROMPT_LEN, BLOCK_SIZE = 128, 16
@@ -114,7 +115,8 @@ def measure_outputs(streams: int, lengths: Sequence[int], around: int = 40) -> d
         request = Request(
             id=name, parent=name, prompt_token_ids=[0], params=params, seed=0, sample_index=0, arrival=number
         )
-        known[name] = outputs.new_state(name, None, (0,), params, 0.0, final_only=False, sink=None)
+        given = CheckedRequest(request_id=name, prompt_token_ids=(0,), params=params)
+        known[name] = outputs.new_state(given, 0.0, final_only=False, sink=None)
         known[name].add_sample(request)
         requests.append(request)
     cost, tokens = {}, 0

@@ -31,7 +31,7 @@ from nanoengine.api.parallel import ShapesOnly, SingleRank
 from nanoengine.api.plugin_calls import plugin_call
 from nanoengine.api.sources import ModelSource, SourceContext, cache_root
 from nanoengine.api.specs import ModelSpec
-from nanoengine.core.engine import Engine, EngineLimits
+from nanoengine.core.engine import Engine
 from nanoengine.core.engine_plan import EnginePlan, ProcessorPlan
 from nanoengine.core.execution.executor import Executor, InProcessExecutor
 from nanoengine.core.outputs import OutputProcessor
@@ -42,6 +42,7 @@ from nanoengine.distributed.checks import check_devices, check_importable
 from nanoengine.distributed.executor import WorkersExecutor
 from nanoengine.layers.config_keys import Recorded, unread_keys
 from nanoengine.params.engine_options import EngineOptions
+from nanoengine.params.input_processor import InputProcessor
 from nanoengine.params.sampling_fields import legal_fields
 from nanoengine.params.sampling_params import ParamsResolver
 from nanoengine.setup.config.model_options import option_hint
@@ -366,16 +367,14 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
             engine_options=EngineOptions.__dataclass_fields__,
         )
         engine = Engine(
-            EngineLimits(
-                vocab_size=assembly.vocab_size,
-                seed=options.seed,
-                overlap=options.overlap,
-            ),
             partial(_scheduler, options, memory),
             executor,
+            InputProcessor(
+                resolver, lambda text: _need(tokenizer).encode(text), assembly.vocab_size, options.max_model_len
+            ),
             OutputProcessor(tokenizer),
-            resolver,
-            lambda text: _need(tokenizer).encode(text),
+            seed=options.seed,
+            overlap=options.overlap,
         )
     except BaseException as error:
         executor.shutdown()

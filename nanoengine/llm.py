@@ -379,11 +379,11 @@ class LLM:
         It is called in the thread that makes the engine step. What it raises is raised there, after the step's outputs.
         """
         self.engine.check_open()
-        self.engine.watch_by(partial(add_observer, observer))
+        self.engine.change_watch(partial(add_observer, observer))
         try:
             yield
         finally:
-            self.engine.watch_by(partial(remove_observer, observer))
+            self.engine.change_watch(partial(remove_observer, observer))
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer; raises `TokenizerMissing` where there is none."""
@@ -391,7 +391,7 @@ class LLM:
 
     def stats(self) -> EngineStats:
         """Counts since the start: see `EngineStats`. What was aborted before does not run any more."""
-        self.engine.settle()
+        self.engine.apply_inbox()
         return self.engine.scheduler.stats()
 
     @property

@@ -63,7 +63,7 @@ class Conversation:
                     return Answer(shown, False, output)
                 if stopped():
                     stream.close()
-                    self.llm.engine.settle()  # its blocks are free at once
+                    self.llm.engine.apply_inbox()  # its blocks are free at once
                     return Answer(shown, True, output)
         raise AssertionError("a stream ends with a finished output")
 

@@ -1,78 +1,79 @@
-"""Outputs and step records on their way from the engine to its clients."""
+"""Between the engine and its clients: requests that come in, outputs and step records that go out."""
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
-from nanoengine.api.errors import is_failure
+from nanoengine.api.errors import RequestError, described, is_failure
 from nanoengine.core.outputs import RequestOutput, RequestState
 from nanoengine.core.request import Request
-from nanoengine.core.scheduling.messages import ScheduledStep, Update
+from nanoengine.core.scheduling.messages import ScheduledStep
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.core.step import StepResult
 
 Delivery = tuple[Callable[[Any], None], Any]
+"""A client's callable, and what it is to be called with."""
+_log = logging.getLogger(__name__)
 
 
-class Watch:
-    """Does nothing: no observer is there. The engine calls these in the order of a step's life; see `StepWatch`."""
+class OpenRequests:
+    """The requests from `add` to their last output. No client is called but by `deliver`: it may do anything.
 
-    def scheduling(self) -> None:
-        """The next step is about to be scheduled."""
-
-    def scheduled(self, step: ScheduledStep, scheduler: Scheduler) -> None:
-        """A step was scheduled, and is about to be launched."""
-
-    def launched(self, step: ScheduledStep) -> None:
-        """The step was launched."""
-
-    def waiting(self) -> None:
-        """The engine is about to wait for the oldest step."""
-
-    def arrived(self, step: ScheduledStep) -> None:
-        """The step's result is there, and is about to be committed."""
-
-    def updated(self, updates: Sequence[Update], known: Mapping[str, RequestState]) -> None:
-        """What commit or schedule brought; `known` has taken it in."""
-
-    def ended(self, request: Request, reason: str) -> None:
-        """A request was aborted, or failed."""
-
-    def committed(self, step: ScheduledStep, result: StepResult) -> Sequence[Delivery]:
-        """The step is committed; gives the records to hand out."""
-        return ()
-
-    def broken(self, steps: Sequence[ScheduledStep], error: BaseException) -> Sequence[Delivery]:
-        """These steps raised, and are not committed; gives the records to hand out."""
-        return ()
-
-    def forget(self) -> None:
-        """What was scheduled is lost: the engine was interrupted."""
-
-
-Sink = Callable[[RequestOutput], None]
-
-
-class Outbox:
-    """Clients are called by `deliver` alone, once a step is booked: what they do must not meet it half booked.
+    `add` and `abort` may be called by any thread; all else by the one that makes steps.
 
     Attributes:
-        ready: outputs without a sink, which `take_ready` gives.
+        known: by id.
+        inbox: requests to start (False) or to abort (True), which the step loop takes.
+        ready: outputs of requests without a sink.
     """
 
-    def __init__(self, sink_failed: Callable[[RequestOutput, BaseException], None]) -> None:
-        """`sink_failed`: called with the output that a sink did not take, and with what the sink raised."""
+    def __init__(self) -> None:
+        self.known: dict[str, RequestState] = {}
+        self.inbox: deque[tuple[RequestState, bool]] = deque()
         self.ready: list[RequestOutput] = []
-        self._sink_failed = sink_failed
-        self._undelivered: deque[tuple[Delivery, bool]] = deque()  # True: an output, False: a record
+        self._undelivered: deque[tuple[Delivery, bool]] = deque()  # True: an output, False: a step record
+        self._num_added = 0
+        # Guards `known` with the order of the inbox. Re-entrant: a stream may be collected, and so abort, meanwhile.
+        self._lock = threading.RLock()
 
-    def put(self, output: RequestOutput, sink: Sink | None) -> None:
-        if sink is None:
-            self.ready.append(output)
-        else:
-            self._undelivered.append(((sink, output), True))
+    def add(self, state: RequestState) -> None:
+        """Raises `RequestError` where a request of its id has not ended."""
+        request_id = state.given.request_id
+        with self._lock:
+            if request_id in self.known:
+                raise RequestError("duplicate_id", f"request {request_id!r} is still running; give another id")
+            self.known[request_id] = state
+            state.ordinal, self._num_added = self._num_added, self._num_added + 1
+            self.inbox.append((state, False))
+
+    def abort(self, request_id: str) -> None:
+        """No effect where the id is unknown, or its request has ended."""
+        with self._lock:
+            state = self.known.get(request_id)
+            if state is not None:
+                self.inbox.append((state, True))
+
+    def clear_inbox(self) -> list[RequestState]:
+        """Returns the requests so far; one that is added from here on is both known and in the inbox."""
+        with self._lock:
+            self.inbox.clear()
+            return list(self.known.values())
+
+    def publish(self, outputs: Sequence[RequestOutput]) -> None:
+        """Queue outputs for their clients. With its last output a request ends, and its id is free."""
+        for output in outputs:
+            sink = self.known[output.request_id].sink
+            if output.finished:
+                with self._lock:
+                    del self.known[output.request_id]
+            if sink is None:
+                self.ready.append(output)
+            else:
+                self._undelivered.append(((sink, output), True))
 
     def put_records(self, records: Sequence[Delivery]) -> None:
         self._undelivered += [(record, False) for record in records]
@@ -82,7 +83,7 @@ class Outbox:
         return ready
 
     def deliver(self) -> None:
-        """Call each client with its news, in order. What an observer raises first is raised once all are served."""
+        """Call every client, in order. Afterwards raises the first exception of an observer."""
         raised: list[BaseException] = []
         while self._undelivered:
             (client, news), is_output = self._undelivered.popleft()
@@ -92,10 +93,44 @@ class Outbox:
                 if not is_failure(error):
                     raise
                 if is_output:
-                    self._sink_failed(news, error)
+                    self._sink_failed(news.request_id, error)
                 else:
                     raised.append(error)
-        if raised and isinstance(raised[0], StopIteration):  # would end a stream as if all had come
+        if raised and isinstance(raised[0], StopIteration):  # a stream would end as if all its outputs had come
             raise RuntimeError("an observer raised StopIteration") from raised[0]
         if raised:
             raise raised[0]
+
+    def _sink_failed(self, request_id: str, error: BaseException) -> None:
+        _log.warning("the sink of request %r raised %s; the request is aborted", request_id, described(error))
+        with self._lock:
+            state = self.known.get(request_id)
+            if state is not None:
+                state.sink = _discard
+                self.abort(request_id)
+
+
+def _discard(output: RequestOutput) -> None:
+    """The sink of a request whose own sink failed."""
+
+
+class Watch(Protocol):
+    """Makes records of steps for observers: `observe.steps.StepWatch`. The engine has one only while it is observed.
+
+    Times are seconds on the monotonic clock.
+    """
+
+    def launched(self, step: ScheduledStep, scheduler: Scheduler, scheduling: float, launching: float) -> None:
+        """A step was launched. scheduling, launching: when the engine began to schedule it, and to launch it."""
+
+    def arrived(self, step: ScheduledStep, waiting: float) -> None:
+        """The oldest step's result is there and is committed next. waiting: when the engine began to wait for it."""
+
+    def ended(self, request: Request, reason: str) -> None:
+        """A sample ended: its finish_reason, or the code of its request's error."""
+
+    def committed(self, step: ScheduledStep, result: StepResult) -> Sequence[Delivery]:
+        """The oldest step is committed. Returns the records to deliver."""
+
+    def broken(self, steps: Sequence[ScheduledStep], error: BaseException) -> Sequence[Delivery]:
+        """These steps raised and are not committed. Returns the records to deliver."""

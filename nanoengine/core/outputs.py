@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
-from nanoengine.api.errors import RequestError, TokenizerMissing, described, is_failure
+from nanoengine.api.errors import RequestError, described, is_failure
 from nanoengine.core.request import Request, request_seed
 from nanoengine.core.scheduling.messages import Update, take_untold
 from nanoengine.core.step import ROW_BAD_LOGITS, LogprobRows
-from nanoengine.params.sampling_params import ResolvedParams
+from nanoengine.params.input_processor import CheckedRequest
 from nanoengine.text import IncrementalDetokenizer, Tokenizer
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -162,14 +162,12 @@ class SampleState:
 class RequestState:
     """A request between `add_request` and its last output."""
 
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: tuple[int, ...]
-    params: ResolvedParams
+    given: CheckedRequest
     arrival: float
     final_only: bool
     sink: Callable[[RequestOutput], None] | None
     new_detokenizer: Callable[[], IncrementalDetokenizer | None]
+    ordinal: int = 0  # of the request among all that the engine got
     samples: list[SampleState] = field(default_factory=list)
     prompt_logprobs: tuple[Logprobs | None, ...] | None = None
     prompt_bytes: bytes = b""  # as in `Request`, and so block_hashes: made once, by the thread that adds the request
@@ -179,21 +177,21 @@ class RequestState:
     first_token: float | None = None
     finished: float | None = None
 
-    def requests(self, ordinal: int, priority: int, engine_seed: int) -> Iterator[Request]:
-        """What the scheduler gets: one for each sample. `ordinal`: of the request among all that the engine got."""
-        params, prompt = self.params, list(self.prompt_token_ids)
+    def requests(self, engine_seed: int) -> Iterator[Request]:
+        """What the scheduler gets: one for each sample."""
+        given, params, prompt = self.given, self.given.params, list(self.given.prompt_token_ids)
         # One sample's prompt log-probs are all samples'.
         siblings = replace(params, prompt_logprobs=None) if params.n > 1 else params
         for index in range(params.n):
             yield Request(
-                id=f"{self.request_id}/{index}",
-                parent=self.request_id,
+                id=f"{given.request_id}/{index}",
+                parent=given.request_id,
                 prompt_token_ids=prompt,
                 params=params if index == 0 else siblings,
-                seed=request_seed(engine_seed, ordinal) if params.seed is None else params.seed,
+                seed=request_seed(engine_seed, self.ordinal) if params.seed is None else params.seed,
                 sample_index=index,
-                arrival=ordinal,
-                priority=priority,
+                arrival=self.ordinal,
+                priority=given.priority,
                 cache_key=self.cache_key,
                 prompt_bytes=self.prompt_bytes,
                 block_hashes=[*self.block_hashes],
@@ -201,21 +199,17 @@ class RequestState:
             )
 
     def add_sample(self, request: Request) -> None:
-        wants = self.params.logprobs is not None
+        wants = self.given.params.logprobs is not None
         self.samples.append(SampleState(request, self.new_detokenizer(), [] if wants else None))
 
     def unfinished(self) -> list[Request]:
         return [s.request for s in self.samples if s.finish_reason is None]
 
-    def scheduled(self, now: float) -> None:
-        if self.first_scheduled is None:
-            self.first_scheduled = now
-
     def output(self, error: RequestError | None = None) -> RequestOutput:
         return RequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt,
-            prompt_token_ids=self.prompt_token_ids,
+            request_id=self.given.request_id,
+            prompt=self.given.prompt,
+            prompt_token_ids=self.given.prompt_token_ids,
             outputs=[] if error else [sample.output(i) for i, sample in enumerate(self.samples)],
             finished=self.finished is not None,
             metrics=self._metrics(),
@@ -241,34 +235,23 @@ class OutputProcessor:
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer
 
-    def check(self, params: ResolvedParams) -> None:
-        """Raises `TokenizerMissing` for parameters that need text where there is none."""
-        if self.tokenizer is None and params.stop:
-            raise TokenizerMissing(
-                f"stop strings {list(params.stop)} need a tokenizer, and this engine has none; use stop_token_ids"
-            )
-
     def new_state(
         self,
-        request_id: str,
-        prompt: str | None,
-        prompt_token_ids: tuple[int, ...],
-        params: ResolvedParams,
+        given: CheckedRequest,
         arrival: float,
         *,
         final_only: bool,
         sink: Callable[[RequestOutput], None] | None,
     ) -> RequestState:
+        params = given.params
+
         def new_detokenizer() -> IncrementalDetokenizer | None:
             if self.tokenizer is None or not params.detokenize:
                 return None
             return IncrementalDetokenizer.from_params(self.tokenizer, params)
 
         return RequestState(
-            request_id,
-            prompt,
-            prompt_token_ids,
-            params,
+            given,
             arrival,
             final_only,
             sink,
@@ -279,62 +262,60 @@ class OutputProcessor:
 
     def apply(
         self, updates: Sequence[Update], known: Mapping[str, RequestState], now: float
-    ) -> tuple[list[RequestOutput], list[Request], list[tuple[RequestState, RequestError]]]:
-        """Take a step's updates in.
+    ) -> tuple[list[RequestOutput], list[tuple[Request, FinishReason]], dict[str, RequestError]]:
+        """Add a step's updates to the requests that are `known`, by request id.
 
         Returns:
-            outputs to publish; samples that a stop string ended (the scheduler does not know yet); requests that
-            broke, with the reason.
+            outputs to publish; samples that ended, of which the scheduler does not know those that a stop string ended;
+            the error of each request that failed, by request id.
         """
-        stopped: list[Request] = []
-        broken: list[tuple[RequestState, RequestError]] = []
+        ended: list[tuple[Request, FinishReason]] = []
+        failed: dict[str, RequestError] = {}
         touched: dict[str, RequestState] = {}
         for update in updates:
-            state = known.get(update.request.parent)
-            if state is None or (broken and any(state is b for b, _ in broken)):
+            request_id = update.request.parent
+            state = known.get(request_id)
+            if state is None or request_id in failed:
                 continue
-            if update.failed or update.error is not None:
-                broken.append((state, update.error or _row_error(update)))
-                touched.pop(state.request_id, None)
+            error = _row_error(update) if update.failed else update.error
+            if error is None:
+                try:
+                    reason = self._take(state, update, now)
+                except BaseException as raised:
+                    if not is_failure(raised):
+                        raise
+                    error = _text_failure(raised)
+            if error is not None:
+                failed[request_id] = error
+                touched.pop(request_id, None)
                 continue
-            touched[state.request_id] = state
-            try:
-                if self._take(state, update, now):
-                    stopped.append(update.request)
-            except BaseException as error:
-                if not is_failure(error):
-                    raise
-                broken.append((state, _text_failure(error)))
-                del touched[state.request_id]
-        return [o for s in touched.values() if (o := self._outcome(s, now)) is not None], stopped, broken
+            touched[request_id] = state
+            if reason is not None:
+                ended.append((update.request, reason))
+        return self._outputs(touched.values(), now), ended, failed
 
-    def aborted(self, state: RequestState, now: float) -> list[RequestOutput]:
-        """The last output of an aborted request: what it has so far."""
+    def end(self, state: RequestState, error: RequestError | None, now: float) -> RequestOutput:
+        """The last output of a request that fails with `error` or (None) is aborted: then with what it has so far."""
         for sample in state.samples:
-            if sample.finish_reason is None:
+            if sample.finish_reason is None and error is None:
                 try:
                     sample.abort()
-                except BaseException as error:
-                    if not is_failure(error):
+                except BaseException as raised:
+                    if not is_failure(raised):
                         raise
-                    return [self.failed(state, _text_failure(error), now)]
-        state.finished = now
-        return [state.output()]
-
-    def failed(self, state: RequestState, error: RequestError, now: float) -> RequestOutput:
-        for sample in state.samples:
-            if sample.finish_reason is None:
+                    error = _text_failure(raised)
+            elif sample.finish_reason is None:
                 sample.take_untold()
         state.finished = now
         return state.output(error)
 
-    def _take(self, state: RequestState, update: Update, now: float) -> bool:
-        """Returns whether a stop string ended the sample."""
+    def _take(self, state: RequestState, update: Update, now: float) -> FinishReason | None:
+        """Add an update to its sample. Returns the sample's finish_reason; None: it goes on."""
         sample = state.samples[update.request.sample_index]
         if update.prompt_logprobs is not None and state.prompt_logprobs is not None:
             state.prompt_logprobs += tuple(self._logprobs(update.prompt_logprobs))
         if not update.new_token_ids and update.finish_reason is None:
-            return False
+            return None
         if state.first_token is None and update.new_token_ids:  # an end for want of blocks brings none
             state.first_token = now
         sample.finish_reason, sample.stop_reason = update.finish_reason, update.stop_reason
@@ -347,13 +328,17 @@ class OutputProcessor:
             kept = len(sample.token_ids) - before
             sample.logprobs += self._logprobs(update.sampled_logprobs)[:kept]
             sample.cumulative_logprob += float(update.sampled_logprobs.logprobs[:kept].sum())
-        return stopped and update.finish_reason is None
+        return sample.finish_reason
 
-    def _outcome(self, state: RequestState, now: float) -> RequestOutput | None:
-        done = all(s.finish_reason is not None for s in state.samples)
-        if done:
-            state.finished = now
-        return state.output() if done or not state.final_only else None
+    def _outputs(self, states: Iterable[RequestState], now: float) -> list[RequestOutput]:
+        """Of those that have ended, or whose client wants an output for each step."""
+        outputs = []
+        for state in states:
+            if all(sample.finish_reason is not None for sample in state.samples):
+                state.finished = now
+            if state.finished is not None or not state.final_only:
+                outputs.append(state.output())
+        return outputs
 
     def _logprobs(self, rows: LogprobRows) -> list[Logprobs]:
         """One dict a position: the best ones first, then the token itself if it is not among them. Equals share the

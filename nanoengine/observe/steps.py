@@ -1,21 +1,17 @@
-"""What the engine did, step by step: a frozen `StepRecord` for whoever observes it (`LLM.observe`).
-
-Nothing is gathered while nobody observes: the engine then talks to a `Watch`, whose methods do nothing.
-"""
+"""What the engine did, step by step: a frozen `StepRecord` for each observer (`LLM.observe`)."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from nanoengine.api.errors import described
 from nanoengine.core.delivery import Delivery, Watch
-from nanoengine.core.outputs import RequestState
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.block_manager import BlockUse
-from nanoengine.core.scheduling.messages import Admission, Preemption, ScheduledStep, Update
+from nanoengine.core.scheduling.messages import Admission, Preemption, ScheduledStep
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, StepResult
 
@@ -110,77 +106,56 @@ Observer = Callable[[StepRecord], None]
 """Called in the engine's thread, between steps. What it raises is raised by `step()`, once all outputs are out."""
 
 
-@dataclass(slots=True)
-class _Begun:
-    """What is known of a step once it is scheduled. launch: its end is set later."""
+class _Launched(NamedTuple):
+    """What is known of a step once it is launched."""
 
     schedule: Span
-    launch_end: float
+    launch: Span
     blocks: BlockUse
     running: int
     waiting: int
 
 
-class StepWatch(Watch):
-    """Gathers the records for `observers`."""
+class StepWatch:
+    """Makes the records for `observers`. The engine calls it, as the protocol `Watch` says."""
 
     def __init__(self) -> None:
         self.observers: list[Observer] = []
-        self._begun: dict[int, _Begun] = {}  # by step number
-        self._ended: list[Ending] = []
+        self._launched: dict[int, _Launched] = {}  # by step number
+        self._ended: list[Ending] = []  # since the last record
         self._live: list[bool] = []  # by row of the step being committed: its request had not ended before
-        self._schedule_start = self._wait_start = self._arrival = self._last_arrival = 0.0
+        self._wait_start = self._arrival = self._last_arrival = 0.0
 
-    def scheduling(self) -> None:
-        self._schedule_start = time.monotonic()
-
-    def scheduled(self, step: ScheduledStep, scheduler: Scheduler) -> None:
-        now = time.monotonic()
-        self._begun[step.plan.step] = _Begun(
-            Span(self._schedule_start, now), now, scheduler.blocks.use(), len(scheduler.running), len(scheduler.waiting)
+    def launched(self, step: ScheduledStep, scheduler: Scheduler, scheduling: float, launching: float) -> None:
+        schedule, launch = Span(scheduling, launching), Span(launching, time.monotonic())
+        self._launched[step.plan.step] = _Launched(
+            schedule, launch, scheduler.blocks.use(), len(scheduler.running), len(scheduler.waiting)
         )
 
-    def launched(self, step: ScheduledStep) -> None:
-        self._begun[step.plan.step].launch_end = time.monotonic()
-
-    def waiting(self) -> None:
-        self._wait_start = time.monotonic()
-
-    def arrived(self, step: ScheduledStep) -> None:
-        self._last_arrival, self._arrival = self._arrival, time.monotonic()
+    def arrived(self, step: ScheduledStep, waiting: float) -> None:
+        self._last_arrival, self._arrival, self._wait_start = self._arrival, time.monotonic(), waiting
         self._live = [request.status is not Status.FINISHED for request, _ in step.rows]
-
-    def updated(self, updates: Sequence[Update], known: Mapping[str, RequestState]) -> None:
-        now = time.monotonic()
-        for request, *_ in updates:
-            state = known.get(request.parent)
-            reason = None if state is None else state.samples[request.sample_index].finish_reason
-            if reason is not None:
-                self._ended.append(Ending(request.id, reason, now))
 
     def ended(self, request: Request, reason: str) -> None:
         self._ended.append(Ending(request.id, reason, time.monotonic()))
 
     def committed(self, step: ScheduledStep, result: StepResult) -> Sequence[Delivery]:
-        begun = self._begun.pop(step.plan.step, None)
-        if begun is None:  # it was launched before anybody observed
+        known = self._launched.pop(step.plan.step, None)
+        if known is None:  # it was launched before it was observed
             return ()
         wait, commit = Span(self._wait_start, self._arrival), Span(self._arrival, time.monotonic())
         counts = [count if live else 0 for count, live in zip(result.counts.tolist(), self._live, strict=True)]
-        return self._deliver(self._record(step, begun, wait, commit, counts, result.graphs, result.parts, None))
+        return self._deliver(self._record(step, known, wait, commit, counts, result.graphs, result.parts, None))
 
     def broken(self, steps: Sequence[ScheduledStep], error: BaseException) -> Sequence[Delivery]:
         now, out = time.monotonic(), []
         self._last_arrival, self._arrival = self._arrival, now
         for step in steps:
-            begun = self._begun.pop(step.plan.step, None)
-            if begun is not None:
+            known = self._launched.pop(step.plan.step, None)
+            if known is not None:
                 said, end, none = described(error), Span(now, now), [0] * len(step.rows)
-                out += self._deliver(self._record(step, begun, end, end, none, 0, 1, said))
+                out += self._deliver(self._record(step, known, end, end, none, 0, 1, said))
         return out
-
-    def forget(self) -> None:
-        self._begun.clear()
 
     def _deliver(self, record: StepRecord) -> list[Delivery]:
         return [(observer, record) for observer in self.observers]
@@ -188,7 +163,7 @@ class StepWatch(Watch):
     def _record(
         self,
         step: ScheduledStep,
-        begun: _Begun,
+        known: _Launched,
         wait: Span,
         commit: Span,
         new_tokens: Sequence[int],
@@ -197,14 +172,13 @@ class StepWatch(Watch):
         error: str | None,
     ) -> StepRecord:
         ended, self._ended = tuple(self._ended), []
-        launch = Span(begun.schedule.end, begun.launch_end)
         return StepRecord(
             step=step.plan.step,
-            schedule=begun.schedule,
-            launch=launch,
+            schedule=known.schedule,
+            launch=known.launch,
             wait=wait,
             commit=commit,
-            execution=Span(min(max(launch.start, self._last_arrival), self._arrival), self._arrival),
+            execution=Span(min(max(known.launch.start, self._last_arrival), self._arrival), self._arrival),
             rows=_rows(step, new_tokens),
             num_decode_rows=step.plan.num_decode_rows,
             admitted=step.admitted,
@@ -212,9 +186,9 @@ class StepWatch(Watch):
             ended=ended,
             graphs=graphs,
             parts=parts,
-            blocks=begun.blocks,
-            running=begun.running,
-            waiting=begun.waiting,
+            blocks=known.blocks,
+            running=known.running,
+            waiting=known.waiting,
             error=error,
         )
 
@@ -233,16 +207,16 @@ def _rows(step: ScheduledStep, new_tokens: Sequence[int]) -> tuple[Row, ...]:
     return tuple([Row(request.id, *facts) for (request, _), *facts in each])
 
 
-def add_observer(observer: Observer, watch: Watch) -> Watch:
-    """A watch by which `observer` gets the record of each step that is scheduled from here on."""
-    watch = watch if isinstance(watch, StepWatch) else StepWatch()
-    watch.observers.append(observer)
-    return watch
+def add_observer(observer: Observer, watch: Watch | None) -> StepWatch:
+    """A watch by which `observer` gets the record of each step that is launched from here on."""
+    found = watch if isinstance(watch, StepWatch) else StepWatch()
+    found.observers.append(observer)
+    return found
 
 
-def remove_observer(observer: Observer, watch: Watch) -> Watch:
-    """Raises `ValueError` where it does not observe."""
+def remove_observer(observer: Observer, watch: Watch | None) -> StepWatch | None:
+    """The watch without `observer`; None once it has none. Raises `ValueError` where it does not observe."""
     if not isinstance(watch, StepWatch):
         raise ValueError(f"{observer!r} does not observe this engine")
     watch.observers.remove(observer)
-    return watch if watch.observers else Watch()
+    return watch if watch.observers else None

@@ -23,7 +23,7 @@ def tap_prompt(engine: Engine, executor: Executor, generate: Generate, modules: 
     tokens would not run."""
     if isinstance(modules, str):
         raise ParamsError(f"modules must be a list of names, not {modules!r}")
-    with engine.alone():  # the tokens of others would be captured too
+    with engine.exclusive():  # the tokens of others would be captured too
         output, taps = _captured(executor, generate, modules, salt)
     if output.error is not None:
         raise output.error

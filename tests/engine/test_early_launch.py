@@ -20,7 +20,7 @@ def test_steps_start_while_requests_are_still_being_added(tmp_path: Path, monkey
 
     def watched(self: Engine) -> None:
         original(self)
-        added[-1].append(len(self._known))
+        added[-1].append(len(self._requests.known))
 
     monkeypatch.setattr(Engine, "keep_busy", watched)
     told = []
@@ -42,7 +42,7 @@ def test_steps_that_have_arrived_make_room_for_more(tmp_path: Path, monkeypatch:
 
     def watched(self: Engine) -> None:
         original(self)
-        finished.append(self._ordinal)
+        finished.append(self._requests._num_added)
 
     def run() -> list[tuple[int, ...]]:
         finished.clear()

@@ -273,7 +273,7 @@ def test_a_second_interrupt_while_starting_over_loses_no_request(
         for name in "abc":
             llm.engine.add_request(name, [1, 2], GREEDY)
         monkeypatch.setattr(Scheduler, "commit", once(Scheduler.commit, KeyboardInterrupt()))
-        monkeypatch.setattr(OutputProcessor, "failed", once(OutputProcessor.failed, KeyboardInterrupt()))
+        monkeypatch.setattr(OutputProcessor, "end", once(OutputProcessor.end, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             llm.engine.step()
         outputs = llm.engine.step()

@@ -27,7 +27,7 @@ observing = llm.observe(print)
 observing.__enter__()
 held, forked = Event(), Event()
 def step():  # a fork has the locks as they stand, and no thread that will ever give them back
-    with llm.engine._lock, llm.engine._ids:
+    with llm.engine._step_lock, llm.engine._requests._lock:
         held.set()
         forked.wait()
 stepping = Thread(target=step)

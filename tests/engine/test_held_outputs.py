@@ -22,6 +22,7 @@ from nanoengine.core.outputs import OutputProcessor, RequestState, copy_when_rea
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.messages import Update
 from nanoengine.core.step import LogprobRows, f32, i32
+from nanoengine.params.input_processor import CheckedRequest
 from nanoengine.params.sampling_params import ResolvedParams
 from nanoengine.text import Tokenizer
 from tests.engine.support import greedy, mock_llm
@@ -33,7 +34,8 @@ STEPS = st.lists(st.tuples(st.integers(0, 1), TOKENS, st.integers(0, 7).map((7).
 
 def a_request(outputs: OutputProcessor, params: ResolvedParams) -> RequestState:
     """Of two samples."""
-    state = outputs.new_state("r", None, (1,), params, 0.0, final_only=False, sink=None)
+    given = CheckedRequest(request_id="r", prompt_token_ids=(1,), params=params)
+    state = outputs.new_state(given, 0.0, final_only=False, sink=None)
     for i in range(2):
         request = Request(
             id=f"r/{i}", parent="r", prompt_token_ids=[1], params=params, seed=0, sample_index=i, arrival=0

@@ -327,7 +327,7 @@ def test_resetting_the_prefix_cache(llm: LLM) -> None:
     assert [hits(), hits()] == [0, 28]
     with llm.stream(prompt, GREEDY) as stream:
         next(stream)
-        with pytest.raises(NanoEngineError, match="in use"):
+        with pytest.raises(NanoEngineError, match="requests are running"):
             llm.reset_prefix_cache()
 
 
@@ -617,7 +617,7 @@ def test_after_ctrl_c_nothing_runs(llm: LLM, monkeypatch: pytest.MonkeyPatch, wh
         if where == "launch":
             monkeypatch.setattr(llm.engine._executor, "launch", interrupt)
         else:
-            monkeypatch.setattr(llm.engine._outbox, "deliver", interrupt)
+            monkeypatch.setattr(llm.engine._requests, "deliver", interrupt)
         with pytest.raises(KeyboardInterrupt):
             call()
         stream.close()
@@ -638,7 +638,7 @@ def test_ctrl_c_closes_the_stream_that_it_met(llm: LLM, monkeypatch: pytest.Monk
         monkeypatch.undo()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(llm.engine._outbox, "deliver", interrupt)
+    monkeypatch.setattr(llm.engine._requests, "deliver", interrupt)
     with pytest.raises(KeyboardInterrupt):
         list(stream)
     assert llm.stats().running + llm.stats().waiting == 1

@@ -217,7 +217,7 @@ def test_nobody_observes_nothing_is_gathered(llm: LLM, monkeypatch: pytest.Monke
     llm.generate(ASKED[:2], GREEDY, use_tqdm=False)
     assert len(seen) == count > 0
     with pytest.raises(ValueError, match="does not observe"):
-        llm.engine.watch_by(partial(remove_observer, seen.append))
+        llm.engine.change_watch(partial(remove_observer, seen.append))
 
 
 def test_several_observers_and_one_that_raises(llm: LLM) -> None:
@@ -343,8 +343,11 @@ def test_a_full_disk_ends_the_trace_and_not_the_run(llm: LLM, tmp_path: Path, mo
 # -- mutants: what the checks above must see -------------------------------------------------------------------------
 
 
-def _spans_of_the_host(self: StepWatch, step: Any) -> None:
-    self._begun[step.plan.step].launch_end = 0.0
+_launched, _arrived = StepWatch.launched, StepWatch.arrived
+
+
+def _a_launch_without_its_time(self: StepWatch, step: Any, scheduler: Any, scheduling: float, launching: float) -> None:
+    _launched(self, step, scheduler, scheduling, 0.0)
 
 
 def test_mutants_are_seen(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,7 +358,7 @@ def test_mutants_are_seen(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     sound()
     with monkeypatch.context() as patch:
-        patch.setattr(StepWatch, "launched", _spans_of_the_host)
+        patch.setattr(StepWatch, "launched", _a_launch_without_its_time)
         with pytest.raises(AssertionError):
             sound()
     with monkeypatch.context() as patch:  # a step begins when it is launched, though another one still runs
@@ -368,9 +371,6 @@ def test_mutants_are_seen(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             sound()
 
 
-_arrived = StepWatch.arrived
-
-
-def _without_the_arrival_before(self: StepWatch, step: Any) -> None:
-    _arrived(self, step)
+def _without_the_arrival_before(self: StepWatch, step: Any, waiting: float) -> None:
+    _arrived(self, step, waiting)
     self._last_arrival = 0.0

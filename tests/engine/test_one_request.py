@@ -167,7 +167,7 @@ def test_a_text_over_which_the_tokenizer_raises(
         raise error
 
     with text_llm(tmp_path) as llm:
-        monkeypatch.setattr(llm.engine, "_encode", encode)
+        monkeypatch.setattr(llm.engine._inputs, "_encode", encode)
         found = beside(llm, GREEDY, "A0B1")
     assert found.error is not None
     assert found.error.code == "invalid_prompt"
@@ -192,7 +192,7 @@ def is_bad(request: Any) -> bool:
 
 
 SEAMS: dict[str, tuple[Any, str, Callable[..., bool]]] = {
-    "making its samples": (output.RequestState, "requests", lambda state, *_: is_bad(state)),
+    "making its samples": (output.RequestState, "requests", lambda state, *_: is_bad(state.given)),
     "its detokenizer": (output.RequestState, "add_sample", lambda state, request: is_bad(request)),
     "queueing it": (Scheduler, "add", lambda self, request: is_bad(request)),
     "finding its hits": (BlockManager, "match", lambda self, request: is_bad(request)),

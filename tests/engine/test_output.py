@@ -11,12 +11,14 @@ from nanoengine.core.outputs import OutputProcessor, RequestState
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.messages import Update
 from nanoengine.core.step import LogprobRows, f32, i32
+from nanoengine.params.input_processor import CheckedRequest
 from nanoengine.params.sampling_params import ResolvedParams
 from nanoengine.text import Tokenizer
 
 
 def a_request(outputs: OutputProcessor, params: ResolvedParams) -> tuple[RequestState, Request]:
-    state = outputs.new_state("r", None, (1, 2), params, 0.0, final_only=False, sink=None)
+    given = CheckedRequest(request_id="r", prompt_token_ids=(1, 2), params=params)
+    state = outputs.new_state(given, 0.0, final_only=False, sink=None)
     request = Request(id="r/0", parent="r", prompt_token_ids=[1, 2], params=params, seed=0, sample_index=0, arrival=0)
     state.add_sample(request)
     return state, request
@@ -53,12 +55,12 @@ def test_a_stop_string_amid_a_steps_tokens_cuts_them(tokenizer: Tokenizer, inclu
     outputs = OutputProcessor(tokenizer)
     params = ResolvedParams(stop=("cd",), include_stop_str_in_output=include, logprobs=0)
     state, request = a_request(outputs, params)
-    (first,), stopped, _ = outputs.apply([step(request, "ab")], {"r": state}, 1.0)
-    assert not stopped
+    (first,), ended, _ = outputs.apply([step(request, "ab")], {"r": state}, 1.0)
+    assert not ended
     assert first.outputs[0].token_ids == tuple(b"ab")
-    (last,), stopped, _ = outputs.apply([step(request, "xcdyz", reason)], {"r": state}, 2.0)
+    (last,), ended, _ = outputs.apply([step(request, "xcdyz", reason)], {"r": state}, 2.0)
     sample = last.outputs[0]
-    assert stopped == ([request] if reason is None else [])  # the scheduler has ended it in the other case
+    assert ended == [(request, "stop")]
     assert (sample.finish_reason, sample.stop_reason) == ("stop", "cd")
     assert sample.token_ids == tuple(b"abxcd")
     assert sample.text == ("abxcd" if include else "abx")

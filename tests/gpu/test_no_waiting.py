@@ -153,7 +153,7 @@ def launch_under_a_sleeping_gpu(llm: LLM, *, admit: bool) -> tuple[bool, float]:
     asleep = torch.cuda.Event()
     asleep.record()
     begun = time.perf_counter()
-    engine._launch_ahead()
+    engine._launch_ahead(engine._depth)
     took, early = time.perf_counter() - begun, not asleep.query()
     assert len(engine._in_flight) == 2
     plan = engine._in_flight[-1].step.plan

@@ -1,0 +1,61 @@
+"""From what a caller hands over to a request that the engine can run: `InputProcessor`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from nanoengine.api.errors import RequestError
+from nanoengine.params.arguments import check_priority, check_request_id, checked_prompt
+from nanoengine.params.sampling_params import ParamsResolver, ResolvedParams, SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedRequest:
+    """A request whose parts are checked.
+
+    Attributes:
+        prompt: its text, where that is known. prompt_token_ids: empty where there is an error.
+        error: why the prompt cannot be run; None where it can.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: ResolvedParams
+    prompt: str | None = None
+    priority: int = 0
+    error: RequestError | None = None
+
+
+class InputProcessor:
+    """Checks prompts and parameters for one engine, and makes token ids of text. Thread-safe."""
+
+    def __init__(
+        self, resolver: ParamsResolver, encode: Callable[[str], list[int]], vocab_size: int, max_model_len: int
+    ) -> None:
+        """`encode`: text to token ids; raises `TokenizerMissing` where there is no tokenizer."""
+        self._resolver, self._encode = resolver, encode
+        self._vocab_size, self._max_model_len = vocab_size, max_model_len
+
+    def process(
+        self, request_id: str, prompt: Any, params: SamplingParams, priority: int | None, prompt_text: str | None
+    ) -> CheckedRequest:
+        """The arguments of `Engine.add_request`, checked. `priority` None: the parameters' own.
+
+        Raises `ParamsError`, `PluginError` or `TokenizerMissing`. What is wrong with the prompt is not raised: it is
+        the result's `error`.
+        """
+        check_request_id(request_id)
+        resolved = self._resolver.resolve(params)
+        level = check_priority(priority)
+        ids, text = checked_prompt(prompt, prompt_text, self._encode, self._vocab_size, self._max_model_len)
+        error = ids if isinstance(ids, RequestError) else None
+        return CheckedRequest(
+            request_id=request_id,
+            prompt=text,
+            prompt_token_ids=() if isinstance(ids, RequestError) else ids,
+            params=resolved,
+            priority=resolved.priority if level is None else level,
+            error=error,
+        )

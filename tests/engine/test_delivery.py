@@ -1,0 +1,140 @@
+"""Outputs on their way to clients: in order, each once, whatever a client does; and ids on their way in."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nanoengine.api.errors import RequestError
+from nanoengine.core.delivery import OpenRequests
+
+Sink = Any
+
+
+class Requests(OpenRequests):
+    """Outputs are queued and delivered, never looked at: names stand for them."""
+
+    def start(self, name: str, sink: Sink) -> Any:
+        state: Any = SimpleNamespace(given=SimpleNamespace(request_id=name), sink=sink)
+        self.add(state)
+        return state
+
+    def put(self, name: str, sink: Sink, *, finished: bool = True) -> None:
+        """An output of the request `name`, which `sink` gets."""
+        if name not in self.known:
+            self.start(name, sink)
+        output: Any = SimpleNamespace(request_id=name, finished=finished)
+        self.publish([output])
+
+
+@pytest.fixture
+def requests() -> Requests:
+    return Requests()
+
+
+class Got(list[str]):
+    def sink(self, output: Any) -> None:
+        self.append(output.request_id)
+
+
+def test_outputs_and_records_come_in_order_and_once(requests: Requests) -> None:
+    got = Got()
+    requests.put("a", got.sink)
+    requests.put_records([(got.append, "record")])
+    requests.put("b", got.sink)
+    assert got == []
+    requests.deliver()
+    requests.deliver()
+    assert got == ["a", "record", "b"]
+
+
+def test_outputs_without_a_sink_wait_to_be_taken(requests: Requests) -> None:
+    requests.put("a", None)
+    requests.deliver()
+    assert [output.request_id for output in requests.ready] == ["a"]
+    assert [output.request_id for output in requests.take_ready()] == ["a"]
+    assert requests.take_ready() == requests.ready == []
+
+
+def test_a_sink_that_raises_keeps_nothing_from_the_others(requests: Requests, caplog: pytest.LogCaptureFixture) -> None:
+    got = Got()
+
+    def fail(output: Any) -> None:
+        raise ValueError(output.request_id)
+
+    state = requests.start("a", fail)
+    requests.put("a", fail, finished=False)
+    requests.put("b", got.sink)
+    requests.put("c", fail)
+    requests.deliver()
+    assert got == ["b"]
+    assert [message.partition(";")[0] for message in caplog.messages] == [
+        f"the sink of request {name!r} raised ValueError: {name}" for name in "ac"
+    ]
+    entries = list(requests.inbox)
+    assert entries[-1] == (state, True)  # the one that goes on is aborted
+    assert (state, True) not in entries[:-1]
+    requests.put("a", fail)  # its last output: the sink is not called again
+    requests.deliver()
+    assert len(caplog.messages) == 2
+
+
+def test_what_an_observer_raises_is_raised_after_all_deliveries(
+    requests: Requests, caplog: pytest.LogCaptureFixture
+) -> None:
+    got = Got()
+
+    def fail(record: Any) -> None:
+        raise ValueError("an observer's")
+
+    requests.put_records([(fail, "record"), (got.append, "record")])
+    requests.put("b", got.sink)
+    with pytest.raises(ValueError, match="an observer's"):
+        requests.deliver()
+    assert got == ["record", "b"]
+    assert caplog.messages == []
+
+
+def test_an_interrupt_leaves_the_rest_for_the_next_time(requests: Requests) -> None:
+    got = Got()
+
+    def interrupted(output: Any) -> None:
+        raise KeyboardInterrupt
+
+    requests.put("a", interrupted)
+    requests.put("b", got.sink)
+    with pytest.raises(KeyboardInterrupt):
+        requests.deliver()
+    assert got == []
+    requests.deliver()
+    assert got == ["b"]
+
+
+def test_what_a_sink_brings_about_is_delivered_too(requests: Requests) -> None:
+    got = Got()
+    requests.put("a", lambda output: requests.put("b", got.sink))
+    requests.deliver()
+    assert got == ["b"]
+
+
+def test_an_id_is_free_after_the_last_output(requests: Requests) -> None:
+    first = requests.start("a", None)
+    requests.put("a", None, finished=False)
+    with pytest.raises(RequestError, match="request 'a' is still running; give another id"):
+        requests.start("a", None)
+    requests.put("a", None)
+    second = requests.start("a", None)
+    assert (first.ordinal, second.ordinal) == (0, 1)
+    requests.abort("a")
+    requests.abort("unknown")
+    assert list(requests.inbox) == [(first, False), (second, False), (second, True)]
+
+
+def test_a_request_that_comes_while_the_inbox_is_cleared_is_kept(requests: Requests) -> None:
+    early = requests.start("a", None)
+    assert requests.clear_inbox() == [early]
+    late = requests.start("b", None)
+    assert list(requests.inbox) == [(late, False)]
+    assert requests.known == {"a": early, "b": late}

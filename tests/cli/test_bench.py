@@ -6,19 +6,22 @@ import importlib.util
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import triton_interpreter
+import typer
 from typer.testing import Result
 
 from nanoengine.lab.bench.roofline import Limits, least_seconds
 from nanoengine.lab.bench.session import Setup
 from nanoengine.lab.bench.shapes import SHAPES
 from nanoengine.lab.bench.workloads import WORKLOADS
+from nanoengine.lab.cli.bench import app
+from nanoengine.lab.cli.bench_options import Common
 from nanoengine.llm import LLM
 
 triton_interpreter.import_kernels()  # before an engine imports them compiled
@@ -37,6 +40,19 @@ def bench(nanoengine: Callable[..., Result], tmp_path: Path) -> Bench:
         return {**json.loads((tmp_path / "out.json").read_text()), "table": result.stdout}
 
     return run
+
+
+def test_every_command_takes_the_common_options_but_those_that_mean_nothing_to_it() -> None:
+    group: Any = typer.main.get_command(app)
+    common = {each.name for each in fields(Common)}
+    taken = {name: {each.name: each.default for each in command.params} for name, command in group.commands.items()}
+    assert {name: common - defaults.keys() for name, defaults in taken.items() if common - defaults.keys()} == {
+        "attention": {"given", "passes", "attention", "max_model_len"},
+        "startup": {"bandwidth", "tflops"},
+    }
+    assert {name: defaults["max_model_len"] for name, defaults in taken.items() if name in ("prefix", "churn")} == {
+        "prefix": 8192, "churn": 4096,
+    }  # fmt: skip
 
 
 def test_throughput_and_its_plot(bench: Bench, tmp_path: Path) -> None:

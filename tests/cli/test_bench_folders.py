@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nanoengine.lab.cli.bench_options import finish
+from nanoengine.lab.cli.bench_options import Common
 
 
 class _Report:
@@ -18,5 +18,5 @@ class _Report:
 
 def test_figures_that_took_long_are_not_lost_to_a_missing_folder(tmp_path: Path) -> None:
     report: Any = _Report()
-    finish(report, tmp_path / "new/er/figures.json")
+    Common(output=tmp_path / "new/er/figures.json").finish(report)
     assert (tmp_path / "new/er/figures.json").read_text() == "{}"

@@ -1,16 +1,19 @@
-"""Options that the commands of `nanoengine bench` share, and what they mean."""
+"""The options that all commands of `nanoengine bench` take, and what they mean."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from nanoengine.api.errors import ConfigError, nearest, shown
-from nanoengine.cli.common import answer, say
+from nanoengine.cli.common import DebugOption, answer, say, user_errors
 from nanoengine.cli.threads import CHOSEN
 
 if TYPE_CHECKING:
@@ -22,29 +25,95 @@ if TYPE_CHECKING:
     from nanoengine.lab.bench.session import Setup
     from nanoengine.lab.bench.shapes import Shape
 
-Options = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[OPTION=VALUE]...", help="Engine options, e.g. max_num_seqs=64 enforce_eager=true."),
+Scale = Annotated[
+    float,
+    typer.Option(min=0.0001, max=1, help="Share of requests and of their tokens, for a quick look. Shown in names."),
 ]
-ShapeName = Annotated[
-    str, typer.Option("--shape", help="qwen3-0.6b, qwen3-8b, llama-3.2-1b, or tiny to try a command on a CPU.")
-]
-Passes = Annotated[int, typer.Option(min=1, help="Counted passes, after one to warm up.")]
-Attention = Annotated[str, typer.Option(help="Attention backend.")]
-MaxModelLen = Annotated[int, typer.Option(min=2, help="Longest prompt plus output.")]
-Bandwidth = Annotated[
-    float | None,
-    typer.Option(min=1, help="The device's read bandwidth in GB/s, for the limit. Default: measured on a GPU."),
-]
-Tflops = Annotated[float | None, typer.Option(min=0.001, help="Its TFLOP/s of matrix products; with --bandwidth.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write rows, settings and environment here.")]
 Plot = Annotated[
     Path | None, typer.Option("--plot", metavar="PNG", help="Draw throughput and ITL against the batch size.")
 ]
-Scale = Annotated[
-    float,
-    typer.Option(min=0.0001, max=1, help="Share of requests and of their tokens, for a quick look. Tells so in names."),
-]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Common:
+    """The options of every command; a field is an option."""
+
+    given: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[OPTION=VALUE]...", help="Engine options, e.g. max_num_seqs=64 enforce_eager=true."),
+    ] = None
+    shape: Annotated[
+        str, typer.Option("--shape", help="qwen3-0.6b, qwen3-8b, llama-3.2-1b, or tiny to try a command on a CPU.")
+    ] = "qwen3-0.6b"
+    passes: Annotated[int, typer.Option(min=1, help="Counted passes, after one to warm up.")] = 5
+    attention: Annotated[str, typer.Option(help="Attention backend.")] = "auto"
+    max_model_len: Annotated[int, typer.Option(min=2, help="Longest prompt plus output.")] = 4096
+    bandwidth: Annotated[
+        float | None,
+        typer.Option(min=1, help="The device's read bandwidth in GB/s, for the limit. Default: measured on a GPU."),
+    ] = None
+    tflops: Annotated[
+        float | None, typer.Option(min=0.001, help="Its TFLOP/s of matrix products; with --bandwidth.")
+    ] = None
+    output: Annotated[Path | None, typer.Option("--json", help="Write rows, settings and environment here.")] = None
+    debug: DebugOption = False
+
+    def setup(self, *, quiet: bool = False) -> Setup:
+        """What to measure. `quiet`: without the device's limits, and nothing is printed meanwhile."""
+        from nanoengine.lab.bench.session import Setup
+
+        chosen, options = shape_named(self.shape), engine_options(self.given)
+        engine: dict[str, Any] = {"max_model_len": self.max_model_len, "attention": self.attention, "options": options}
+        if quiet:
+            return Setup(shape=chosen, passes=self.passes, **engine)
+        if self.shape != "tiny" and not _on_gpu(options):
+            say(f"{self.shape} on a CPU takes minutes, or hours; to try the command, --shape tiny and little of it")
+        if (taken := CHOSEN.get()) is not None and not _on_gpu(options):
+            say(taken.line())
+        limits = limits_of(self.bandwidth, self.tflops, options)
+        return Setup(shape=chosen, passes=self.passes, limits=limits, say=say, **engine)
+
+    def finish(self, report: Report) -> None:
+        """The figures to the file, and then the table to standard output, which may have no reader any more."""
+        if self.output is not None:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            report.write(self.output)
+            say(f"wrote {self.output}")
+        answer(report.table())
+
+
+def command(
+    app: typer.Typer, fixed: Mapping[str, Any] | None = None, **defaults: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes `function(common, own options)` a command of `app` that has its own options and those of `Common`.
+
+    `fixed`: values of those that it does not have. `defaults`: of those whose default is another one.
+    """
+    left = {} if fixed is None else fixed
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(Common, include_extras=True)
+        _, *parameters = inspect.signature(function, eval_str=True).parameters.values()
+        own = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+        common = [
+            inspect.Parameter(
+                each.name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(each.name, each.default),
+                annotation=hints[each.name],
+            )
+            for each in fields(Common) if each.name not in left
+        ]  # fmt: skip
+
+        @wraps(function)
+        def run(**values: Any) -> None:
+            given = Common(**left, **{each.name: values.pop(each.name) for each in common})
+            with user_errors(given.debug):
+                function(given, **values)
+
+        run.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]
+        app.command()(run)
+        return function
+
+    return register
 
 
 def shape_named(name: str) -> Shape:
@@ -85,43 +154,6 @@ def _on_gpu(options: dict[str, Any]) -> bool:
     from nanoengine.lab.bench.timing import best_device
 
     return best_device(options.get("device", "auto")).type == "cuda"
-
-
-def setup_of(
-    shape: str,
-    passes: int,
-    max_model_len: int,
-    attention: str,
-    given: Sequence[str] | None,
-    bandwidth: float | None,
-    tflops: float | None,
-) -> Setup:
-    chosen, options = shape_named(shape), engine_options(given)
-    if shape != "tiny" and not _on_gpu(options):
-        say(f"{shape} on a CPU takes minutes, or hours; to try the command, --shape tiny and little of it")
-    if (taken := CHOSEN.get()) is not None and not _on_gpu(options):
-        say(taken.line())
-    limits = limits_of(bandwidth, tflops, options)
-    from nanoengine.lab.bench.session import Setup
-
-    return Setup(
-        shape=chosen,
-        passes=passes,
-        max_model_len=max_model_len,
-        attention=attention,
-        options=options,
-        limits=limits,
-        say=say,
-    )
-
-
-def finish(report: Report, output: Path | None) -> None:
-    """The figures to the file, and then the table to standard output, which may have no reader any more."""
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        report.write(output)
-        say(f"wrote {output}")
-    answer(report.table())
 
 
 @contextmanager

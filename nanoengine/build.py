@@ -32,7 +32,6 @@ from nanoengine.api.plugin_calls import plugin_call
 from nanoengine.api.sources import ModelSource, SourceContext, cache_root
 from nanoengine.api.specs import ModelSpec
 from nanoengine.core.engine import Engine
-from nanoengine.core.engine_plan import EnginePlan, ProcessorPlan
 from nanoengine.core.execution.executor import Executor, InProcessExecutor
 from nanoengine.core.outputs import OutputProcessor
 from nanoengine.core.scheduling.block_manager import BlockManager
@@ -42,6 +41,7 @@ from nanoengine.distributed.checks import check_devices, check_importable
 from nanoengine.distributed.executor import WorkersExecutor
 from nanoengine.layers.config_keys import Recorded, unread_keys
 from nanoengine.params.engine_options import EngineOptions
+from nanoengine.params.engine_plan import EnginePlan, ProcessorPlan
 from nanoengine.params.input_processor import InputProcessor
 from nanoengine.params.sampling_fields import legal_fields
 from nanoengine.params.sampling_params import ParamsResolver

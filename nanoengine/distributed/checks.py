@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nanoengine.api.errors import ConfigError, PluginError
-from nanoengine.core.engine_plan import EnginePlan
+from nanoengine.params.engine_plan import EnginePlan
 
 
 def check_devices(device: str, size: int) -> None:

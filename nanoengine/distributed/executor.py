@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 import torch
 
 from nanoengine.api.errors import EngineClosed, WorkerError
-from nanoengine.core.engine_plan import EnginePlan
 from nanoengine.core.execution.executor import Executor, StepHandle
 from nanoengine.core.step import StepPlan, StepResult
 from nanoengine.distributed.channel import Kind, Parcel
@@ -29,6 +28,7 @@ from nanoengine.distributed.process import RankProcess, end, environment, stacks
 from nanoengine.distributed.shared import RING, SLOT_BYTES, Layout, Shared, Word
 from nanoengine.distributed.wire import decode, encode
 from nanoengine.distributed.worker import StartMessage
+from nanoengine.params.engine_plan import EnginePlan
 from nanoengine.setup.start.memory import MemoryReport
 
 _GRACE_SECONDS = 1.0  # after the first sign of a fault, for the rank that caused it to say so

@@ -19,11 +19,11 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from nanoengine.core.engine_plan import EnginePlan
 from nanoengine.core.step import StepPlan
 from nanoengine.distributed.channel import Channel, Frame, Kind, Parcel
 from nanoengine.distributed.shared import READY, Layout, Shared, Word
 from nanoengine.distributed.wire import decode, encode
+from nanoengine.params.engine_plan import EnginePlan
 from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.start.clock import PHASES, StartClock
 

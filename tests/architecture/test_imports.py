@@ -97,7 +97,7 @@ def test_imports_run_one_way(source: Source) -> None:
         ("nanoengine.api.model", "from nanoengine.layers.linear import Linear"),
         ("nanoengine.api.model", "from nanoengine.kernels.rope import rope"),
         ("nanoengine.core.engine", "import nanoengine.cli"),
-        ("nanoengine.plugins.models.x", "from nanoengine.core.engine_plan import EnginePlan"),
+        ("nanoengine.plugins.models.x", "from nanoengine.core.step import StepPlan"),
         ("nanoengine.plugins.models.x", "from nanoengine.plugins.samplers.y import Y"),
         ("nanoengine.layers.x", "from nanoengine.core.execution import slots"),
         ("nanoengine.kernels.x", "from nanoengine.layers import linear"),

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from nanoengine.api.attention import BatchLimits
 from nanoengine.api.specs import ColumnSpec
-from nanoengine.core.engine_plan import ProcessorPlan
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
 from nanoengine.core.execution.step_inputs import (
     GatheredStep,
@@ -26,6 +25,7 @@ from nanoengine.core.execution.step_inputs import (
 from nanoengine.core.step import BlockAppends, NewSlots, ProcessorColumn, StepPlan, flags, i32, i64
 from nanoengine.kernels import step_inputs
 from nanoengine.kernels.step_inputs import SlotState, StepInputBuffers
+from nanoengine.params.engine_plan import ProcessorPlan
 
 pytest.importorskip("triton")
 from nanoengine.kernels import step_inputs_triton

@@ -13,8 +13,8 @@ import torch
 
 from nanoengine.api import AttentionBackend, LogitsProcessor, Model, PluginError
 from nanoengine.api.parallel import SingleRank
-from nanoengine.core.engine_plan import EnginePlan, ProcessorPlan
 from nanoengine.params.engine_options import EngineOptions
+from nanoengine.params.engine_plan import EnginePlan, ProcessorPlan
 from nanoengine.setup.plugins.discover import Registry, discover, load_checked
 from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.start.build_model import build_model
@@ -108,7 +108,7 @@ def test_a_plan_survives_pickling_and_carries_no_class_of_a_plugin() -> None:
 
     plan = plan_of(discover(), "LlamaForCausalLM")
     assert Noting(io.BytesIO(pickle.dumps(plan))).load() == plan
-    assert set(named) == {"nanoengine.core.engine_plan", "nanoengine.params.engine_options", "nanoengine.api.specs"}
+    assert set(named) == {"nanoengine.params.engine_plan", "nanoengine.params.engine_options", "nanoengine.api.specs"}
 
 
 @pytest.mark.slow

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from nanoengine.api.processors import LogitsProcessor, ProcessorContext, ProcessorRows, RaggedColumn
 from nanoengine.api.specs import SamplerSpec
-from nanoengine.core.engine_plan import ProcessorPlan
 from nanoengine.core.execution.sampler import DrawRows, Sampler
+from nanoengine.params.engine_plan import ProcessorPlan
 from nanoengine.params.sampling_params import ParamsResolver, ResolvedParams, SamplingParams
 from nanoengine.plugins.samplers import register_samplers
 from nanoengine.setup.plugins.targets import TargetLoader

@@ -14,10 +14,10 @@ from nanoengine.api.parallel import TensorParallelGroup, padded_length
 from nanoengine.api.plugin_calls import place_and_fix, plugin_step
 from nanoengine.api.processors import LogitsProcessor, Need, ProcessorRows, RaggedColumn
 from nanoengine.api.specs import Phase, StandardOp
-from nanoengine.core.engine_plan import ProcessorPlan
 from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, ROW_NOTHING_LEFT
 from nanoengine.kernels import all_reduce, sampling
 from nanoengine.kernels.philox import draw_keys
+from nanoengine.params.engine_plan import ProcessorPlan
 
 _TRUNCATION_ORDER = (StandardOp.TOP_K, StandardOp.TOP_P, StandardOp.MIN_P)
 _NEUTRAL: Mapping[StandardOp, tuple[float, torch.dtype]] = {

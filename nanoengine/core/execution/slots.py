@@ -20,10 +20,10 @@ from torch import Tensor
 from nanoengine.api.errors import ConfigError
 from nanoengine.api.processors import Need, RaggedColumn
 from nanoengine.api.specs import ColumnSpec, StandardOp
-from nanoengine.core.engine_plan import ProcessorPlan
 from nanoengine.core.step import BlockAppends, NewSlots, ProcessorColumn
 from nanoengine.kernels import step_inputs
 from nanoengine.kernels.step_inputs import SlotState
+from nanoengine.params.engine_plan import ProcessorPlan
 
 MIN_RAGGED_WIDTH = 8
 _LENGTHS = ("num_tokens", "num_computed", "prompt_lens", "min_lens", "seeds", "sample_index")  # int64 [slots]

@@ -10,7 +10,7 @@ from nanoengine.api.errors import NanoEngineError, PluginError, shown
 from nanoengine.api.plugin_calls import plugin_call
 from nanoengine.api.processors import LogitsProcessor, Need, ProcessorContext
 from nanoengine.api.specs import Phase
-from nanoengine.core.engine_plan import ProcessorPlan
+from nanoengine.params.engine_plan import ProcessorPlan
 from nanoengine.setup.plugins.choose import load_checked
 from nanoengine.setup.plugins.targets import TargetLoader
 

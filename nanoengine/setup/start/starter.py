@@ -14,7 +14,6 @@ from nanoengine.api.model import Attention, Model
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.plugin_calls import name_of, plugin_call
 from nanoengine.api.processors import ProcessorContext
-from nanoengine.core.engine_plan import EnginePlan
 from nanoengine.core.execution.runner import (
     ModelRunner,
     RunnerParts,
@@ -29,6 +28,7 @@ from nanoengine.core.execution.step_inputs import StepBuffers
 from nanoengine.core.step import num_slots
 from nanoengine.kernels.ops import Ops, ops_for
 from nanoengine.params.engine_options import EngineOptions
+from nanoengine.params.engine_plan import EnginePlan
 from nanoengine.setup.plugins.choose import load_checked
 from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.start.backend_checks import dry_run, kv_block_bytes

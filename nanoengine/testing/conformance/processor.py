@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nanoengine.api import LogitsProcessor, ParamsError, ProcessorContext, ProcessorParams, SamplerSpec, hookimpl
 from nanoengine.api.errors import described, is_failure
-from nanoengine.core.engine_plan import ProcessorPlan
+from nanoengine.params.engine_plan import ProcessorPlan
 from nanoengine.params.sampling_params import ParamsResolver, SamplingParams
 from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.plugins.validation import check_spec

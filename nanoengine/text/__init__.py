@@ -1,15 +1,15 @@
-"""Text at the engine's edge: tokenizer, chat templates, incremental detokenization, stop strings. Torch-free.
+"""Text: tokenizer, chat templates, incremental detokenization, stop strings. Imports no torch.
 
-Interface of the rest of the core:
+How it is used:
 
-    tokenizer = load_tokenizer(folder)                 # None: the model serves token ids only
+    tokenizer = load_tokenizer(folder)                 # None: the model has none; only token ids work
     ids = tokenizer.encode(text)                       # or tokenizer.apply_chat_template(messages, ...), whose
                                                        # template runs in a process of its own
-    detokenizer = IncrementalDetokenizer.from_params(tokenizer, params)     # one a sample
-    stop = detokenizer.push(new_ids)                   # a stop string: the sample is over, its text final
-    stop = detokenizer.finish()                        # ended by length or abort
-    detokenizer.finish(stop_token=id)                  # ended by EOS or a stop token that was not pushed
-    detokenizer.text                                   # cumulative, safe to show
+    detokenizer = IncrementalDetokenizer.from_params(tokenizer, params)     # one per sample
+    stop = detokenizer.push(new_ids)                   # a stop string: the sample has ended, its text is final
+    stop = detokenizer.finish()                        # the sample ended by length or abort
+    detokenizer.finish(stop_token=id)                  # it ended by EOS or a stop token that was not pushed
+    detokenizer.text                                   # cumulative; what is shown does not change later
 """
 
 from nanoengine.text.detokenizer import IncrementalDetokenizer

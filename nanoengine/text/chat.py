@@ -1,4 +1,4 @@
-"""Conversations become prompt texts by the model's chat template."""
+"""Makes the prompt text of a conversation with the model's chat template."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from nanoengine.api.errors import RequestError, nearest
 from nanoengine.text.messages import REASONING, check_documents, check_messages, check_tools, invalid, plain
 from nanoengine.text.templates import TemplateProcesses
 
-# Arguments of transformers' apply_chat_template that say what comes out; here that is always a flat list of ids.
+# Arguments of transformers' apply_chat_template that select the result, which is always a flat list of ids here.
 _FIXED = ("tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask", "padding", "truncation",
           "max_length", "tokenizer_kwargs", "conversation", "messages")  # fmt: skip
-_ROLES = ("system", "user", "assistant", "tool")  # usual ones; which there are is the template's matter
-_MARK = "8091726354"  # no template says it by itself
+_ROLES = ("system", "user", "assistant", "tool")  # the usual ones; each template has its own
+_MARK = "8091726354"  # a text that no template contains
 _NULLS: tuple[dict[str, Any], ...] = ({}, {"content": None}, {"content": ""})
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation on its way into a template.
+    """A conversation and the template for it.
 
     Attributes:
-        template: its source. own: variables of the model's (the texts of its special tokens).
-        messages: plain data. given: the caller's other variables, plain: tools, documents, whatever the template knows.
-        continued: key of the last message that the model goes on with; None: it begins a new message.
+        template: source of the template. own: the model's variables (the texts of its special tokens).
+        messages: as plain data. given: the caller's other variables, as plain data: tools, documents and so on.
+        continued: key of the last message whose value the model continues; None: the model begins a new message.
     """
 
     processes: TemplateProcesses
@@ -36,18 +36,18 @@ class Chat:
     continued: str | None
 
     def text(self) -> str:
-        """Raises `RequestError("invalid_prompt")`."""
+        """The prompt text. Raises `RequestError("invalid_prompt")`."""
         if self.continued is None:
             return self._applied(self.messages)
         *before, last = self.messages
         final = last.get(self.continued)
-        # A thought has several names, of which the template reads one.
+        # Reasoning has several names. The template reads one of them.
         keys = [k for k in REASONING if last.get(k) == final] if self.continued in REASONING else [self.continued]
         if final is None or final == [] or not any(key in self.template for key in keys):
             raise invalid(
-                f"continue_final_message: messages[{len(before)}] has no {self.continued!r} that this template shows"
+                f"continue_final_message: messages[{len(before)}] has no {self.continued!r} that this template uses"
             )
-        # A blank behind the mark shows whether the template trims what it is given.
+        # The mark ends with a space, which shows whether the template trims the text.
         text = self._applied([*before, {**last, **dict.fromkeys(keys, _marked(final))}])
         shown = final if isinstance(final, str) else final[-1]["text"]
         if text.count(_MARK) != 1 or shown.strip() not in text:
@@ -70,8 +70,8 @@ def _marked(content: str | list[dict[str, Any]]) -> Any:
 def prepare(hf: Any, processes: TemplateProcesses, messages: Any, options: Mapping[str, Any]) -> tuple[Chat, str]:
     """A conversation and its prompt text. `hf`: a transformers tokenizer. `options`: see `Tokenizer.render_chat`.
 
-    Content in parts goes to the template as such; to one that takes texts alone, as the parts' texts, a line each (as
-    in vLLM). Raises `RequestError`; also where the template leaves a message out for a role that is not a usual one.
+    The template receives content in parts unchanged if it supports parts; otherwise the texts of the parts, one line
+    each (as in vLLM). Raises `RequestError`, also if the template skips a message because it does not know the role.
     """
     fixed = sorted(set(options) & set(_FIXED))
     if fixed:
@@ -89,7 +89,7 @@ def _chat(hf: Any, processes: TemplateProcesses, messages: list[dict[str, Any]],
     begun = options.pop("add_generation_prompt", None)
     begun = not continued if begun is None else bool(begun)
     if continued and begun:
-        raise invalid("continue_final_message and add_generation_prompt exclude each other: give one of them")
+        raise invalid("continue_final_message and add_generation_prompt cannot be used together: give one of them")
     template, tools = options.pop("chat_template", None), check_tools(options.pop("tools", None))
     documents = check_documents(options.pop("documents", None))
     given = plain(options, "the template's arguments")
@@ -97,7 +97,7 @@ def _chat(hf: Any, processes: TemplateProcesses, messages: list[dict[str, Any]],
         processes,
         _template(hf, template, tools),
         plain(hf.special_tokens_map, "special_tokens_map"),
-        # As in transformers, a key whose value is None is not there.
+        # As in transformers, a key with the value None is left out.
         [{key: value for key, value in message.items() if value is not None} for message in messages],
         {**given, "tools": tools, "documents": documents, "add_generation_prompt": begun},
         ("content" if continued is True else str(continued)) if continued else None,
@@ -106,24 +106,24 @@ def _chat(hf: Any, processes: TemplateProcesses, messages: list[dict[str, Any]],
 
 def _template(hf: Any, given: Any, tools: Any) -> str:
     if not isinstance(given, str | None):
-        raise invalid(f"chat_template must be a template, or the name of one of the model's, not {given!r}")
+        raise invalid(f"chat_template must be a template, or the name of a template of the model, not {given!r}")
     if not hf.chat_template and not given:
-        raise invalid(
-            "the model's folder has no chat template; give a text or token-id prompt, "
-            "or chat_template='...' among the template's arguments"
-        )
+        raise invalid("the model's folder has no chat template; give a text or token-id prompt, or chat_template='...'")
     try:
         found = hf.get_chat_template(given, tools)
-    except ValueError as error:  # several, none of them the default
+    except ValueError as error:  # there are several templates, and none is the default
         raise invalid(str(error)) from error
     if not isinstance(found, str):
-        raise invalid(f"the model's chat template is no text, but {type(found).__name__}")
+        raise invalid(f"the model's chat template must be text, not {type(found).__name__}")
     return found
 
 
 def _parts_or_texts(chat: Chat) -> Chat:
-    """Content in parts stays so where the template wants it; one that does not raises, prints it as Python does, or
-    leaves it out. A further part for each message shows which."""
+    """The conversation with content in parts if the template supports that, with the texts of the parts if not.
+
+    A template that does not support parts raises an error, prints them as Python does, or skips them. A test rendering
+    with one more part in each message shows which.
+    """
     marks = [{"type": "text", "text": f"{_MARK}{index}."} for index in range(len(chat.messages))]
     marked = [
         {**message, "content": [*message["content"], mark]} if isinstance(message.get("content"), list) else message
@@ -148,9 +148,11 @@ def _with_plain_text(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_calls(chat: Chat) -> tuple[Chat, str]:
-    """Templates differ in how a message that only calls tools must say that it has no content: by no key at all, by
-    None, or by an empty text. The first of these with which the prompt has the calls is taken, else the first that
-    gives a prompt."""
+    """The conversation with the form of "no content" that the template needs, and its prompt text.
+
+    A message that only calls tools has no content. Depending on the template, this must be a missing key, None or an
+    empty text. The first form is used whose prompt has the calls, else the first that gives a prompt.
+    """
     names = [
         call.get("function", call).get("name")
         for message in chat.messages
@@ -176,9 +178,9 @@ def _with_calls(chat: Chat) -> tuple[Chat, str]:
 
 
 def _check_roles(chat: Chat, text: str) -> None:
-    """Many templates skip a role that they do not know: the model would answer to less than was asked.
+    """Raises `RequestError` if the template skips a message, as many templates do for a role that they do not know.
 
-    That is so where another content makes no other prompt.
+    A message is skipped if a change of its content does not change the prompt.
     """
     for index, message in enumerate(chat.messages):
         role, content = message["role"], message.get("content")

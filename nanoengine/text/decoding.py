@@ -1,14 +1,15 @@
-"""Token ids to text one token at a time, such that the pieces joined are exactly the decoding of the whole sequence.
+"""Decodes token ids one by one. The joined pieces of text are exactly the decoding of the whole sequence.
 
-How far a token's text depends on its neighbours is a property of the tokenizer's decoder, so there are three ways:
+The text of a token may depend on other tokens. How far depends on the tokenizer's decoder, so there are three streams:
 
-- `ByteLevelStream` (byte-level BPE, most models of today): a token is a fixed run of bytes; an incremental UTF-8
+- `ByteLevelStream` (byte-level BPE, most models today): a token is a fixed sequence of bytes. An incremental UTF-8
   decoder joins them.
-- `WindowStream` (Metaspace, byte fallback, WordPiece, BPE with suffix): a token's text depends on the token before
-  it, on being the first, and on the run of byte tokens it stands in. The tokenizer's own decoder is run over a window
-  of two settled tokens and the pending ones, cut where no run and no character is open.
-- `WholeStream`: any other decoder (a replacement across the joined text, say). Nothing is sure before the end, so
-  nothing is given out before it.
+- `WindowStream` (Metaspace, byte fallback, WordPiece, BPE with suffix): the text of a token depends on the token before
+  it, on whether it is the first, and on adjacent byte tokens. The tokenizer's own decoder is called with a window of
+  two finished tokens and the pending ones. The window is cut only where no character and no run of byte tokens is
+  incomplete.
+- `WholeStream`: any other decoder (e.g. with a replacement in the joined text). Nothing is certain before the end, so
+  no text is returned before it.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ class TokenStream(Protocol):
         """Appends a token; returns the text that became certain with it (often of earlier tokens too)."""
 
     def tail(self) -> str:
-        """Text that would follow if the sequence ended here, but may still change. "" inside an open character."""
+        """Text that would follow if the sequence ended here; it may still change. "" if a character is incomplete."""
 
     def finish(self) -> str:
         """Ends the sequence; returns the rest of its text."""
 
 
 class TokenTable:
-    """What streams of one tokenizer share: its decoder's kind, its special tokens, texts and bytes of its tokens.
+    """What the streams of one tokenizer share: the kind of decoder, special tokens, texts and bytes of tokens.
 
     Args:
         backend: the tokenizer. Its decoder and added tokens must not change afterwards.
@@ -60,19 +61,19 @@ class TokenTable:
         return WindowStream(self, skip_special_tokens)
 
     def token(self, token_id: int, skip_special_tokens: bool) -> str | None:
-        """The vocabulary's string; None for what a decoding leaves out: unknown ids and, if asked, specials."""
+        """The token's string in the vocabulary; None if decoding skips it (unknown and, if set, special ids)."""
         if token_id < 0:
             return None
         token: str | None = self.backend.id_to_token(token_id)
         return None if skip_special_tokens and token in self.special else token
 
     def special_text(self, token_id: int) -> str | None:
-        """What a special token is written as; None for any other id."""
+        """The text of a special token; None for any other id."""
         token = self.token(token_id, skip_special_tokens=False)
         return token if token in self.special else None
 
     def text(self, token_id: int) -> str:
-        """A token's text when it is not the first: with its leading space, U+FFFD for parts of a character."""
+        """The text of a token that is not the first: with its leading space; U+FFFD for a part of a character."""
         if token_id < 0:
             return ""
         if self.guard is None or not _is_local(self.decoder_parts):
@@ -85,7 +86,7 @@ class TokenTable:
 
     @cached_property
     def decoder_parts(self) -> list[dict[str, Any]]:
-        """The decoder's steps as tokenizer.json spells them; without a decoder, tokens are joined by spaces."""
+        """The steps of the decoder as in tokenizer.json; without a decoder, one that joins tokens by spaces."""
         if self.backend.decoder is None:
             return [{"type": "JoinBySpaces"}]
         state: dict[str, Any] = json.loads(self.backend.decoder.__getstate__())
@@ -97,14 +98,14 @@ class TokenTable:
 
     @cached_property
     def guard(self) -> int | None:
-        """A token with visible text: in front of a window it takes what happens to the first token only."""
+        """A token with visible text. It is put before a window, because decoders treat the first token differently."""
         for token_id in range(self.backend.get_vocab_size(with_added_tokens=False)):
             token = self.token(token_id, skip_special_tokens=True)
             if token is None or is_byte_token(token):
                 continue
             try:
                 text = self.decode([token_id])
-            except BaseException as error:  # a token that panics is one request's failure, where it is drawn
+            except BaseException as error:  # a token that panics fails only a request that draws it
                 if not is_failure(error):
                     raise
                 continue
@@ -114,7 +115,7 @@ class TokenTable:
 
 
 class ByteLevelStream:
-    """Every token is a run of bytes; see the module's text."""
+    """A stream for byte-level decoders: every token is a fixed sequence of bytes."""
 
     __slots__ = ("_bytes", "_utf8")
 
@@ -126,21 +127,21 @@ class ByteLevelStream:
         return self._utf8.decode(self._bytes[token_id])
 
     def tail(self) -> str:
-        return ""  # what is pending is always an unfinished character
+        return ""  # pending bytes are always an incomplete character
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)
 
 
 class WindowStream:
-    """The tokenizer's decoder over a short window; see the module's text."""
+    """A stream for decoders in which a token depends on its neighbours: decodes a short window of tokens."""
 
     __slots__ = ("_context", "_context_chars", "_pending", "_skip", "_table")
 
     def __init__(self, table: TokenTable, skip_special_tokens: bool) -> None:
         self._table = table
         self._skip = skip_special_tokens
-        self._context: list[int] = []  # settled tokens, decoded along for what follows them
+        self._context: list[int] = []  # finished tokens, decoded again because following tokens depend on them
         self._context_chars = 0
         self._pending: list[int] = []
 
@@ -149,7 +150,7 @@ class WindowStream:
         if token is None:
             return ""
         self._pending.append(token_id)
-        # A run of byte tokens that is not valid UTF-8 as a whole decodes to U+FFFD only: wait for its end.
+        # A run of byte tokens becomes U+FFFD if it is not valid UTF-8 as a whole, so wait for its end.
         if self._table.has_byte_tokens and is_byte_token(token):
             return ""
         text = self._pending_text()
@@ -171,19 +172,19 @@ class WindowStream:
         return self._table.decode(self._context + self._pending)[self._context_chars :]
 
     def _settle(self, text: str) -> None:
-        """Moves the pending tokens into the context and cuts it."""
+        """Makes the pending tokens the context, and shortens it."""
         guard = self._table.guard
         assert guard is not None
         if self._context_chars or text:
             self._context = [guard, self._pending[-1]]
-        else:  # nothing visible yet: what the decoder strips off the beginning may still be due
+        else:  # no text yet: the decoder may still strip the beginning
             self._context = self._context + self._pending
         self._context_chars = len(self._table.decode(self._context))
         self._pending = []
 
 
 class WholeStream:
-    """Everything at the end; `tail` decodes all, so stop strings work, at O(length) a token."""
+    """A stream for any decoder. All text comes at the end; `tail` decodes everything (O(length)) for stop strings."""
 
     __slots__ = ("_backend", "_ids", "_skip")
 
@@ -207,7 +208,7 @@ class WholeStream:
 
 
 class _TokenBytes(dict[int, bytes]):
-    """token id -> bytes under a byte-level decoder, filled as tokens are met."""
+    """token id -> bytes for a byte-level decoder. Entries are made when they are first used."""
 
     def __init__(self, table: TokenTable, skip_special_tokens: bool) -> None:
         self._table = table
@@ -221,7 +222,7 @@ class _TokenBytes(dict[int, bytes]):
 
 
 def _byte_level(token: str) -> bytes:
-    """A token with any character outside the byte alphabet (an added token) stands for its own UTF-8."""
+    """The bytes of a token. A token with a character outside the byte alphabet (an added token) is its own UTF-8."""
     try:
         return bytes([_BYTE_OF_CHAR[char] for char in token])
     except KeyError:
@@ -229,7 +230,7 @@ def _byte_level(token: str) -> bytes:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 stands for itself, the other 68 bytes for U+0100 upwards, in order."""
+    """GPT-2's alphabet, character -> byte: printable Latin-1 is unchanged; the other 68 bytes are U+0100 and up."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
@@ -239,7 +240,7 @@ _BYTE_OF_CHAR = _byte_alphabet()
 
 
 def is_byte_token(token: str) -> bool:
-    """Whether a byte-fallback decoder may take it for a byte, as in `<0x0A>`."""
+    """Whether a byte-fallback decoder may treat the token as a byte, as in `<0x0A>`."""
     return token.startswith("<0x") and token.endswith(">")
 
 
@@ -253,7 +254,7 @@ _PER_TOKEN = {"JoinBySpaces", "WordPiece", "Metaspace", "BPEDecoder", "Replace",
 
 
 def _is_local(parts: list[dict[str, Any]]) -> bool:
-    """Whether a window of tokens is enough: per-token steps, then joining, then at most a strip on the left."""
+    """Whether a window of tokens is enough: steps per token, then a join, then at most a strip on the left."""
     joined = False
     for part in parts:
         if joined:

@@ -1,4 +1,4 @@
-"""The text of one sample while it is generated: what may be shown, and when a stop string ends it."""
+"""The text of a sample while it is generated: what can be shown already, and when a stop string ends the sample."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class _Text:
-    """One way to decode the sample, and the stop strings that are looked for in it.
+    """A stream of decoded text, and the search for stop strings in it.
 
-    Pending tokens count for stopping: a newline of a byte-fallback vocabulary ends the sample at once.
+    The search includes pending tokens: a newline of a byte-fallback vocabulary ends the sample at once.
 
     Attributes:
-        length: characters that are certain. tail: what would follow if the sample ended here; kept where there are
-            stop strings.
+        length: number of characters that are certain.
+        tail: the text that would follow if the sample ended here; computed only if there are stop strings.
     """
 
     __slots__ = ("_matcher", "_min_end", "_stream", "length", "tail")
@@ -28,7 +28,7 @@ class _Text:
     def __init__(self, stream: TokenStream, stops: Sequence[str]) -> None:
         self._stream = stream
         self._matcher = StopMatcher(stops) if stops else None
-        self._min_end = 0  # characters in which no stop string counts
+        self._min_end = 0  # a stop string that ends within so many characters does not count
         self.length, self.tail = 0, ""
 
     @property
@@ -37,21 +37,21 @@ class _Text:
 
     @property
     def held(self) -> int:
-        """How many of the last certain characters may become a stop string."""
+        """The number of last certain characters that may be the beginning of a stop string."""
         return self._matcher.held if self._matcher is not None else 0
 
     def push(self, token_id: int, early: bool) -> tuple[str, StopMatch | None]:
-        """The text that became certain, and the first stop string in it or in the tail. `early`: none counts yet."""
+        """The text that became certain, and the first stop string in it or in the tail. `early`: none counts."""
         new = self._stream.push(token_id)
         return new, self._feed(new, self._stream.tail() if self._matcher is not None else "", early)
 
     def finish(self, stop_token: int | None = None, early: bool = False) -> tuple[str, StopMatch | None]:
-        """The rest of the text, that of `stop_token` included, and the first stop string in it."""
+        """The rest of the text, including that of `stop_token`, and the first stop string in it."""
         new = (self._stream.push(stop_token) if stop_token is not None else "") + self._stream.finish()
         return new, self._feed(new, "", early)
 
     def rest(self) -> str:
-        """The text behind what is certain, where the sample ends here after a stop string."""
+        """The text after the certain text, if a stop string ends the sample here."""
         self.tail = self._stream.finish()
         return self.tail
 
@@ -66,9 +66,9 @@ class _Text:
 
 
 class _WithSpecials:
-    """The text with its special tokens written out, for stop strings that hold one where the output leaves them out.
+    """The text including special tokens, to find stop strings that contain one although the output skips them.
 
-    A place in it is known to the output's text by how many visible characters are behind it.
+    A position in it is converted to a position in the output by the number of visible characters after it.
     """
 
     __slots__ = ("_longest", "_places", "_tokenizer", "text")
@@ -77,7 +77,7 @@ class _WithSpecials:
         self._tokenizer = tokenizer
         self.text = _Text(tokenizer.stream(skip_special_tokens=False), stops)
         self._longest = max(map(len, stops))
-        self._places: list[tuple[int, int]] = []  # of the last special tokens: start and end, in characters
+        self._places: list[tuple[int, int]] = []  # start and end of the last special tokens, in characters
 
     def push(self, token_id: int, early: bool) -> StopMatch | None:
         new, match = self.text.push(token_id, early)
@@ -90,30 +90,30 @@ class _WithSpecials:
 
     @property
     def held(self) -> int:
-        """How many visible characters at the end may become a stop string."""
+        """The number of visible characters at the end that may be the beginning of a stop string."""
         return self.behind(self.text.length - self.text.held) if self.text.held else 0
 
     def behind(self, place: int) -> int:
-        """Visible characters behind it."""
+        """The number of visible characters after `place`."""
         return self.text.end - place - sum(max(0, end - max(start, place)) for start, end in self._places)
 
 
 class IncrementalDetokenizer:
-    """Token ids in, text out; a push costs O(new tokens).
+    """Turns the token ids of one sample into text. A push costs O(new tokens).
 
-    `text` only ever grows, and what was shown once is in the final text: an unfinished UTF-8 character is held
-    back until it is complete or the sample ends, and so is an end of the text that may become a stop string (unless
-    stop strings are kept). When the sample ended without a stop, the text equals
+    `text` only grows; text that was shown is never removed. So two things are held back: an incomplete UTF-8 character,
+    until it is complete or the sample ends; and an end of the text that may be the beginning of a stop string (unless
+    stop strings are kept). If the sample ends without a stop string, the text is
     `tokenizer.decode(ids, skip_special_tokens)`.
 
-    Stop strings follow vLLM: they are looked for after every token, over token borders; the one that completes
-    first wins, of several the one named first. The text ends before it, or right after it with
-    `include_stop_str_in_output`. One that is complete within the text of the first `min_tokens` tokens does not
-    count. One that holds a special token, written out, is found though special tokens are left out of the text.
+    Stop strings are as in vLLM: they are searched after every token, also across tokens. The stop string that is
+    complete first ends the sample; if there are several, the first in `stop`. The text ends before it, or directly
+    after it with `include_stop_str_in_output`. A stop string that is complete in the text of the first `min_tokens`
+    tokens does not count. One that contains a special token is found even if the text leaves special tokens out.
 
     Args:
-        tokenizer: what `load_tokenizer` gave.
-        stop: stop strings, none empty.
+        tokenizer: what `load_tokenizer` returned.
+        stop: stop strings; none is empty.
         skip_special_tokens: leave special tokens out of the text.
         include_stop_str_in_output: keep the stop string, and the text of a stop token.
         min_tokens: tokens before which no stop string counts.
@@ -137,12 +137,12 @@ class IncrementalDetokenizer:
         self._include = include_stop_str_in_output
         self._min_tokens = min_tokens
         self._num_tokens = 0
-        self._parts: list[str] = []  # the certain text, joined when asked for
-        self._shown = 0  # characters of it that may be shown
+        self._parts: list[str] = []  # the certain text, joined when it is read
+        self._shown = 0  # number of its characters that can be shown
 
     @classmethod
     def from_params(cls, tokenizer: Tokenizer, params: ResolvedParams) -> IncrementalDetokenizer:
-        """As a request's parameters say; the caller sees to `detokenize=False` (then there is no text at all)."""
+        """A detokenizer for a request's parameters. With `detokenize=False` the caller makes none."""
         return cls(
             tokenizer,
             stop=params.stop,
@@ -153,21 +153,21 @@ class IncrementalDetokenizer:
 
     @property
     def text(self) -> str:
-        """All text so far that is safe to show."""
+        """The text that can be shown so far."""
         if len(self._parts) > 1:
             self._parts = ["".join(self._parts)]
         return self._parts[0][: self._shown] if self._parts else ""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens taken. After a stop string was found, up to and with the one that completed it."""
+        """Number of tokens read. If a stop string was found, the last one is the token that completed it."""
         return self._num_tokens
 
     def push(self, token_ids: Iterable[int]) -> str | None:
-        """Appends tokens, in order; returns the stop string that ended the sample, or None.
+        """Appends tokens. Returns the stop string that ended the sample, or None.
 
-        Tokens after the one that completed a stop string are not read. After a stop string, the text is final and
-        neither `push` nor `finish` is called again.
+        Tokens after the one that completed a stop string are not read. After a stop string the text is final, and
+        `push` and `finish` must not be called again.
         """
         for token_id in token_ids:
             self._num_tokens += 1
@@ -180,11 +180,11 @@ class IncrementalDetokenizer:
         return None
 
     def finish(self, stop_token: int | None = None) -> str | None:
-        """Ends the sample: everything held back is decided and shown. Returns a stop string found only now, or None.
+        """Ends the sample and shows the text that was held back. Returns a stop string that is found now, or None.
 
         Args:
-            stop_token: the EOS or stop token that ended it, which was not pushed. As in vLLM it has no text, special
-                or not, except with `include_stop_str_in_output` (and then a special one only if those are shown).
+            stop_token: the EOS or stop token that ended the sample and was not pushed. As in vLLM, its text is left
+                out, except with `include_stop_str_in_output` (a special token only if special tokens are shown).
         """
         self._num_tokens += stop_token is not None
         early = self._num_tokens <= self._min_tokens
@@ -196,7 +196,7 @@ class IncrementalDetokenizer:
         return stop
 
     def _take(self, new: str, match: StopMatch | None, special: StopMatch | None) -> str | None:
-        """Takes certain text in, and what was found at the same token."""
+        """Appends certain text; returns the stop string that ends the sample, of those found at this token, or None."""
         if new:
             self._parts.append(new)
         if special is not None and self._is_first(special, match):
@@ -220,7 +220,7 @@ class IncrementalDetokenizer:
         return left > others or (left == others and self._stops.index(special.stop) < self._stops.index(match.stop))
 
     def _end_at_special(self, special: StopMatch) -> None:
-        """The text up to the stop string; with `include_stop_str_in_output` the stop string is written out behind."""
+        """Ends the text before the stop string; with `include_stop_str_in_output`, appends the stop string."""
         assert self._specials is not None
         text = "".join(self._parts) + self._text.rest()
         self._specials.text.rest()

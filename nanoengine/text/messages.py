@@ -1,4 +1,4 @@
-"""The shape of a conversation and of its tools: checked here, and made of plain data before a template sees it."""
+"""Checks conversations and tools, and converts them to plain data before a template receives them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any, NoReturn
 
 from nanoengine.api.errors import RequestError, described, is_failure
 
-REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one thing; the first is what templates read
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the same key; templates read the first
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:
-    """A non-empty list of `{"role": str, "content": str | list of parts}`; other keys go to the template as they are.
+    """Checks a list of `{"role": str, "content": str | list of parts}`. The template receives other keys unchanged.
 
-    `content` may be None or missing only next to `tool_calls`. A part is {"type": "text", "text": str}, or a text,
-    which becomes that. `arguments` of a tool call given as JSON text become the object, as templates expect them.
-    Nothing of the caller's is changed. Raises `RequestError("invalid_prompt")` naming the message by its index.
+    `content` may be None or missing only if there are `tool_calls`. A part is {"type": "text", "text": str}, or a
+    string, which is converted to that. `arguments` of a tool call may be JSON text; templates expect an object, so it
+    is parsed. Returns new messages; the caller's are not changed. Raises `RequestError("invalid_prompt")` that names
+    the index of the message.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise invalid(f"messages must be a list of {{'role', 'content'}} dicts, not {type(messages).__name__}")
@@ -67,7 +68,7 @@ def _check_tool_calls(where: str, calls: Any) -> list[Any]:
 
 
 def _check_tool_call(where: str, call: Any) -> dict[str, Any]:
-    """`{"type": "function", "function": {"name", "arguments"}}`, or the function's own keys alone."""
+    """A checked `{"type": "function", "function": {"name", "arguments"}}`, or only the keys of the function."""
     if not isinstance(call, dict):
         raise invalid(f"{where} must be a dict with 'function', not {type(call).__name__}")
     if "function" not in call:
@@ -79,7 +80,7 @@ def _check_tool_call(where: str, call: Any) -> dict[str, Any]:
 
 
 def _arguments(where: str, function: Mapping[str, Any]) -> dict[str, Any]:
-    """The key `arguments` as an object, where it is there at all."""
+    """The key `arguments` with an object as its value; {} if the key is missing."""
     if "arguments" not in function:
         return {}
     given = function["arguments"]
@@ -97,11 +98,11 @@ def _arguments(where: str, function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def check_tools(tools: Any) -> list[dict[str, Any]] | None:
-    """JSON schemas of tools; a function becomes one, by transformers. Raises `RequestError("invalid_prompt")`."""
+    """JSON schemas of tools. transformers makes the schema of a function. Raises `RequestError("invalid_prompt")`."""
     if tools is None:
         return None
     if not isinstance(tools, list | tuple):
@@ -122,7 +123,7 @@ def _schema(where: str, tool: Any) -> dict[str, Any]:
     except BaseException as error:
         if not is_failure(error):
             raise
-        raise invalid(f"{where}: no JSON schema can be made of {tool!r}: {described(error)}") from error
+        raise invalid(f"{where}: cannot make a JSON schema of {tool!r}: {described(error)}") from error
     return found
 
 
@@ -135,19 +136,20 @@ def check_documents(documents: Any) -> list[Any] | None:
 
 
 def plain(value: Any, where: str) -> Any:
-    """A copy of None, bool, int, float, str, lists, tuples and dicts, nested: all that a template gets to see.
+    """A copy as plain data, which is all that a template receives: None, bool, int, float, str, list, tuple, dict.
 
-    Subclasses become their base; numpy's numbers, dataclasses and pydantic models what they hold; any other object its
-    type's name in angle brackets, as in transformers. Raises `RequestError("invalid_prompt")`.
+    Values of subclasses become plain ones; numpy numbers, dataclasses and pydantic models become their contents. Any
+    other object becomes the name of its type in angle brackets, as in transformers. Raises
+    `RequestError("invalid_prompt")`.
     """
     try:
         return _plain(value)
     except RecursionError as error:
-        raise invalid(f"{where} is nested too deeply, or holds itself") from error
+        raise invalid(f"{where} is nested too deeply, or contains itself") from error
     except BaseException as error:
         if not is_failure(error):
             raise
-        raise invalid(f"{where} holds what cannot be read: {described(error)}") from error
+        raise invalid(f"{where} cannot be read: {described(error)}") from error
 
 
 def _plain(value: Any) -> Any:

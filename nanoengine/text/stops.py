@@ -1,7 +1,7 @@
-"""Stop strings: find the one that completes first, and say how much of the text may still become one.
+"""Stop strings: finds the one that is complete first, and how much of the text may be the beginning of one.
 
-One Knuth-Morris-Pratt automaton a stop string, fed character by character: every character costs O(1) amortised,
-however long the stop strings are, and what is found does not depend on how the text was cut into tokens or steps.
+There is a Knuth-Morris-Pratt automaton for each stop string. A character costs O(1) amortised, for any length of stop
+strings, and the result does not depend on how the text is split into tokens or steps.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class StopMatch:
-    """A stop string and where it stands: characters `start` to `end` of the text fed so far."""
+    """A stop string and its position: characters `start` to `end` of the text so far."""
 
     stop: str
     start: int
@@ -20,16 +20,16 @@ class StopMatch:
 
 
 class StopMatcher:
-    """Looks for several stop strings in a text that arrives piece by piece.
+    """Searches for several stop strings in a text that comes in pieces.
 
-    The match that *completes* first wins; of several that complete at the same character, the one named first
-    (vLLM's rule).
+    The match that is *complete* first is returned. If several are complete at the same character, it is the first in
+    `stops` (as in vLLM).
     """
 
     __slots__ = ("_failures", "_first_chars", "_position", "_states", "_stops")
 
     def __init__(self, stops: Sequence[str]) -> None:
-        assert all(stops), "an empty stop string is refused when the parameters are resolved"
+        assert all(stops), "an empty stop string is rejected when the parameters are resolved"
         self._stops = tuple(stops)
         self._failures = [_failure_table(stop) for stop in stops]
         self._first_chars = frozenset(stop[0] for stop in stops)
@@ -44,7 +44,7 @@ class StopMatcher:
     def feed(self, text: str, min_end: int = 0) -> StopMatch | None:
         """Appends `text`; returns the first match that ends after character `min_end`, or None.
 
-        After a match only `peek` and `feed` of a new matcher make sense: the rest of `text` was not read.
+        After a match the matcher must not be used again, because the rest of `text` was not read.
         """
         states, start = self._states, self._position
         self._position += len(text)
@@ -61,7 +61,7 @@ class StopMatcher:
         return None
 
     def peek(self, text: str, min_end: int = 0) -> StopMatch | None:
-        """What `feed` would return, leaving the matcher as it is."""
+        """What `feed` would return. The matcher does not change."""
         states, position = list(self._states), self._position
         match = self.feed(text, min_end)
         self._states, self._position = states, position
@@ -69,7 +69,7 @@ class StopMatcher:
 
 
 def _advance(stop: str, failure: Sequence[int], state: int, char: str) -> int:
-    """State (matched characters, below `len(stop)`) after `char`; `len(stop)` is a match."""
+    """The state after `char`: the number of matched characters. `len(stop)` is a match."""
     while state and stop[state] != char:
         state = failure[state - 1]
     return state + 1 if stop[state] == char else state

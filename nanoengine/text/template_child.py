@@ -1,14 +1,14 @@
-"""The process that runs chat templates: a script that imports jinja2 and the standard library, and nothing of ours.
+"""The process that runs chat templates: a script that imports jinja2 and the standard library, but not nanoengine.
 
-A template is code that came with a model. Here it can neither take long nor take much memory: the process is limited
-by the system, and killed by its parent (templates.py) when it is late. It reads requests from the socket that is its
-standard input and answers there, one after the other:
+A template is code that comes with a model. Here its time and memory are limited: the operating system limits the
+process, and its parent (templates.py) kills it when it takes too long. The standard input is a socket. The process
+reads requests from it and writes answers to it, one after the other:
 
     request: 8 bytes of length, a marshalled (template, variables, seconds)
-    answer: 1 byte (b"+" text, b"-" what is wrong, b"m" out of memory), 8 bytes of length, UTF-8 (surrogates pass)
+    answer: 1 byte (b"+" text, b"-" error message, b"m" out of memory), 8 bytes of length, UTF-8 (surrogates allowed)
 
-What a template can use is what transformers gives it: the immutable sandbox, `trim_blocks` and `lstrip_blocks`, loop
-controls, `{% generation %}`, `raise_exception`, `strftime_now`, and `tojson` that escapes nothing.
+A template can use what transformers provides: the immutable sandbox, `trim_blocks` and `lstrip_blocks`, loop controls,
+`{% generation %}`, `raise_exception`, `strftime_now`, and a `tojson` that escapes nothing.
 """
 
 import functools
@@ -29,13 +29,13 @@ import jinja2.nodes
 import jinja2.sandbox
 
 _SOCKET = 0  # standard input
-_PARENT_SECONDS = 5.0  # how often an idle process looks whether its parent lives
-_GRACE_SECONDS = 1.0  # beyond the deadline, where no parent is there to kill it
+_PARENT_SECONDS = 5.0  # how often an idle process checks that its parent is alive
+_GRACE_SECONDS = 1.0  # after the deadline the process ends itself, if no parent has killed it
 _TEMPLATES = 32
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}` marks what the assistant says, for training; here it changes nothing."""
+    """`{% generation %}...{% endgeneration %}` marks the assistant's text for training. Here it has no effect."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
@@ -46,7 +46,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Dict:
-    """`dict(...)` without the class, through which a template could reach others."""
+    """`dict(...)` without the class `dict`, from which a template could get other classes."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return dict(*args, **kwargs)
@@ -56,7 +56,7 @@ class _Dict:
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """`namespace(...)` whose names do not begin with an underscore."""
+    """`namespace(...)` that rejects names which begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # a template may call a variable "self"
         self, *rest = args
@@ -72,7 +72,7 @@ class _Namespace(jinja2.utils.Namespace):
 
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace's names begin with no underscore: {name!r}")
+        raise jinja2.exceptions.SecurityError(f"a name in a namespace must not begin with an underscore: {name!r}")
 
 
 def _raise_exception(message: Any) -> NoReturn:
@@ -101,7 +101,7 @@ def _compiled(template: str) -> jinja2.Template:
 
 
 def _where(error: BaseException) -> str:
-    """The innermost line of the template, as far as the message does not name it."""
+    """The innermost line of the template, for the message; "" if the message names it."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
     line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else None)
     return "" if line is None or f"line {line}" in str(error) else f" (line {line} of the template)"
@@ -135,7 +135,7 @@ def _write(data: bytes) -> None:
 
 
 def _limit(memory: int) -> None:
-    """So many bytes beyond what the process has now; and no core file, no file written, no process started."""
+    """Limits the process to `memory` bytes more than it has now. It cannot write files or start processes."""
     try:
         with open("/proc/self/statm") as file:
             pages = int(file.read().split()[0])
@@ -153,7 +153,7 @@ def _limit(memory: int) -> None:
 
 
 def _serve() -> bool:
-    """One request; whether another one can be taken."""
+    """Answers one request. Returns whether the process can answer another one."""
     try:
         template, variables, seconds = marshal.loads(_read(int.from_bytes(_read(8), "little")))
         signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE_SECONDS)  # SIGALRM ends the process
@@ -163,18 +163,18 @@ def _serve() -> bool:
     _write(kind + len(text).to_bytes(8, "little"))
     _write(text)
     signal.setitimer(signal.ITIMER_REAL, 0)
-    return kind != b"m"  # what is left of the memory may be in pieces
+    return kind != b"m"  # after an out-of-memory error the memory may be fragmented
 
 
 def main(memory: int) -> None:
     parent = os.getppid()
     for template in ("{{ strftime_now('%d %b %Y')|trim }}", "{{ 1 + '' }}"):
-        _answer(template, {})  # what is imported late is imported now
+        _answer(template, {})  # imports now what jinja2 imports on first use
     _limit(memory)
     _write(b"ready")
     while True:
         while not select.select([_SOCKET], [], [], _PARENT_SECONDS)[0]:
-            if os.getppid() != parent:  # a fork of the parent may hold the socket open
+            if os.getppid() != parent:  # the parent has ended, but a fork of it may keep the socket open
                 return
         if not _serve():
             return

@@ -1,4 +1,4 @@
-"""Runs chat templates in processes of their own, which are killed when they are late: see template_child.py."""
+"""Runs chat templates in separate processes, which are killed when they take too long: see template_child.py."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from nanoengine.api.errors import EngineClosed, NanoEngineError, RequestError
 
 _CHILD = Path(__file__).with_name("template_child.py")
 _START_SECONDS = 60.0
-_PROCESSES = 2  # the second one starts where the first is busy: a slow template delays no other
+_PROCESSES = 2  # the second one starts when the first is busy, so a slow template delays no other
 
 
 class TemplateProcesses:
-    """Renders templates; processes start with the first one, and end with `close`, this object or this process.
+    """Renders templates. Processes start with the first template, and end with `close`, this object or this process.
 
-    Safe to call from several threads, and in a fork of the process, which starts processes of its own.
+    Several threads may use it. A fork of this process may too, and starts its own processes.
 
     Args:
-        seconds: that a rendering may take.
-        memory: bytes that a process may take beyond what it takes idle. The text that comes back counts among them.
+        seconds: the time limit of a rendering.
+        memory: bytes that a process may use in addition to what it uses when idle. They include the resulting text.
     """
 
     def __init__(self, seconds: float = 5.0, memory: int = 512 << 20) -> None:
@@ -40,34 +40,34 @@ class TemplateProcesses:
         self._open_pool()
 
     def render(self, template: str, variables: Mapping[str, Any]) -> str:
-        """The text that `template` makes. `variables`: of the types of JSON, nested as deep as `marshal` takes.
+        """The text that `template` produces. `variables`: of JSON's types, nested no deeper than `marshal` supports.
 
-        Raises `RequestError("invalid_prompt")` with the template's own message and line, or where it takes too long or
-        too much; `EngineClosed` after `close`.
+        Raises `RequestError("invalid_prompt")` with the template's own message and line, or if it takes too long or too
+        much memory; `EngineClosed` after `close`.
         """
         if self._closed:
             raise EngineClosed
         if self._owner != os.getpid():
-            self._open_pool()  # the locks of a fork may be held by a thread that it does not have
+            self._open_pool()  # this is a fork: a thread that does not exist here may hold the old locks
         with self._places:
             process = self._take()
             try:
                 try:
                     text = process.render(template, variables, self._seconds)
-                except _EndedIdle:  # between two templates, however shortly before this one: a new process runs it
+                except _EndedIdle:  # it ended while idle, maybe just before this template: a new process runs it
                     process = _Process(self._memory)
                     text = process.render(template, variables, self._seconds)
             except BaseException as error:
                 if isinstance(error, _Refused):
                     self._idle.append(process)
-                    raise RequestError("invalid_prompt", f"the chat template refused the messages: {error}") from error
+                    raise RequestError("invalid_prompt", f"the chat template rejected the messages: {error}") from error
                 process.end()
                 raise
             self._idle.append(process)
             return text
 
     def close(self) -> None:
-        """Idempotent."""
+        """Ends the processes. Idempotent."""
         self._closed = True
         _end_all(self._idle, self._owner)
 
@@ -90,20 +90,20 @@ class TemplateProcesses:
 
 def _end_all(idle: deque[_Process], owner: int) -> None:
     while idle and os.getpid() == owner:
-        with suppress(IndexError):  # another thread may take it
+        with suppress(IndexError):  # another thread may have taken the last one
             idle.pop().end()
 
 
 class _Refused(Exception):
-    """The template raised; the message is its own."""
+    """The template raised an error; the message is the template's."""
 
 
 class _EndedIdle(Exception):
-    """A process that had answered before gave no answer any more."""
+    """A process that has answered before does not answer any more."""
 
 
 class _Process:
-    """A child, and this end of its socket."""
+    """A child process, and this process' end of its socket."""
 
     answered = False
 
@@ -129,11 +129,11 @@ class _Process:
             raise
 
     def render(self, template: str, variables: Mapping[str, Any], seconds: float) -> str:
-        """Raises `_Refused`; whatever else it raises, the process is of no use afterwards."""
+        """The rendered text. Raises `_Refused`; after any other error the process cannot be used again."""
         try:
             request = marshal.dumps((template, dict(variables), seconds))
         except ValueError as error:
-            raise _Refused(f"messages or arguments that cannot be handed to it: {error}") from error
+            raise _Refused(f"messages or arguments that cannot be passed to it: {error}") from error
         deadline = time.monotonic() + seconds
         try:
             self._socket.settimeout(seconds)
@@ -161,7 +161,7 @@ class _Process:
         return self._child.poll() is None
 
     def end(self) -> None:
-        """Idempotent; it is reaped."""
+        """Kills the process and waits for it. Idempotent."""
         self._child.kill()
         self._child.wait()
         self._socket.close()
@@ -186,7 +186,7 @@ class _Process:
 
 
 def _started(its_end: socket.socket, memory: int) -> subprocess.Popen[bytes]:
-    """The child, which imports from where this process does. Raises `OSError`."""
+    """Starts the child, with the import path of this process. Raises `OSError`."""
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     return subprocess.Popen(
         [sys.executable, "-P", str(_CHILD), str(memory)],
@@ -194,5 +194,5 @@ def _started(its_end: socket.socket, memory: int) -> subprocess.Popen[bytes]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": path},
-        process_group=0,  # a terminal's Ctrl-C is not for it
+        process_group=0,  # so that Ctrl-C in a terminal does not reach it
     )

@@ -1,4 +1,4 @@
-"""The model's tokenizer: loaded from its folder, and the few things the engine asks of it."""
+"""The model's tokenizer: loading it from the model's folder, and the methods that the engine uses."""
 
 from __future__ import annotations
 
@@ -27,15 +27,14 @@ _UNREADABLE = ("tekken.json", "tiktoken.model", "tokenizer_config.json")
 
 
 def load_tokenizer(path: Path, **options: Any) -> Tokenizer | None:
-    """Loads a model folder's tokenizer, from its files alone. None if the folder has none.
+    """Loads the tokenizer of a model folder, only from its files. None if the folder has none.
 
-    `tokenizer.json` is the source of truth: whatever class `tokenizer_config.json` names, the pre-tokenizer of the
-    file stays (transformers' AutoTokenizer replaces it for some classes, which splits numbers and blanks wrongly).
-    Special tokens and chat templates come from the other files as transformers reads them. A folder with only an
-    older format is converted by transformers. No code of the folder's is run, whatever its files ask for. `options`:
-    of `Tokenizer`.
+    `tokenizer.json` decides: its pre-tokenizer is used for every class that `tokenizer_config.json` may name
+    (transformers' AutoTokenizer replaces it for some classes, and then splits numbers and spaces wrongly). Special
+    tokens and chat templates are read from the other files as transformers does. If a folder has only an older format,
+    transformers converts it. Code in the folder is never run. `options`: those of `Tokenizer`.
 
-    Raises `ModelError` when there are tokenizer files that cannot be read.
+    Raises `ModelError` if there are tokenizer files that cannot be read.
     """
     for name in _READ_ALWAYS:
         refuse_lfs_pointer(path / name)
@@ -55,15 +54,15 @@ def load_tokenizer(path: Path, **options: Any) -> Tokenizer | None:
 
 
 def _load(path: Path, automatic: bool) -> Any:
-    # Importing transformers takes most of a second, its AutoTokenizer two more: only here, and only what is needed.
+    # Importing transformers takes almost a second, AutoTokenizer two more, so they are imported only when needed.
     if automatic:
         _check_class(path)
         from transformers import AutoTokenizer as Loader
     else:
         from transformers import PreTrainedTokenizerFast as Loader
     try:
-        # Where AutoTokenizer is given no answer, it asks standard input whether the folder's own code may run.
-        # Cleaning up blanks before punctuation loses text and cannot be streamed; it is no part of tokenizer.json.
+        # Without trust_remote_code, AutoTokenizer asks on standard input whether the folder's own code may run.
+        # Removing spaces before punctuation loses text and cannot be streamed; tokenizer.json does not have it.
         hf = Loader.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False, clean_up_tokenization_spaces=False
         )
@@ -82,26 +81,28 @@ def _load(path: Path, automatic: bool) -> Any:
 def _what_to_do(path: Path) -> str:
     if _json(path / "tokenizer_config.json").get("auto_map"):
         return (
-            "its tokenizer_config.json asks for code of its own (auto_map), which is never run: copy a tokenizer.json "
+            "its tokenizer_config.json requires code of its own (auto_map), which is never run: copy a tokenizer.json "
             "of the same model there, or set skip_tokenizer_init to work with token ids only"
         )
     return (
-        "it has no tokenizer.json: convert it where sentencepiece and protobuf are installed with "
+        "it has no tokenizer.json: install sentencepiece and protobuf, and convert it with "
         f"AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})"
     )
 
 
 def _check_class(path: Path) -> None:
-    """Raises `ModelError` for a class that is no tokenizer: AutoTokenizer would hand over to any of transformers', and
-    its other Auto classes ask again whether the folder's code may run."""
+    """Raises `ModelError` if `tokenizer_class` is not a tokenizer.
+
+    AutoTokenizer would use any class of transformers, and other Auto classes ask whether the folder's code may run.
+    """
     for name in ("tokenizer_config.json", "config.json"):
         found = _json(path / name).get("tokenizer_class")
         if found is not None and (not isinstance(found, str) or not _CLASS.fullmatch(found)):
-            raise ModelError(f"{path / name}: tokenizer_class is {found!r}, which names no tokenizer of transformers")
+            raise ModelError(f"{path / name}: tokenizer_class {found!r} is not a tokenizer of transformers")
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """{} for what is no file or no JSON object: transformers says what it misses."""
+    """The JSON object in a file; {} if there is none. transformers reports what is missing."""
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
@@ -113,14 +114,14 @@ class Tokenizer:
     """Text to ids and back, chat templates, and streams for incremental decoding.
 
     Args:
-        hf: a transformers tokenizer that stands on the `tokenizers` library; nothing else may hold it.
-        max_tokens: the longest prompt; a text that is longer than so many of the longest tokens is not even tried.
-        processes: run chat templates; of this object alone.
+        hf: a transformers tokenizer that is based on the `tokenizers` library; no other object may use it.
+        max_tokens: most tokens of a prompt. A text longer than so many of the longest token is rejected untokenized.
+        processes: run chat templates; no other object may use them.
     """
 
     def __init__(self, hf: Any, *, max_tokens: int | None = None, processes: TemplateProcesses | None = None) -> None:
         self._hf, self._backend = hf, hf.backend_tokenizer
-        # Some files carry the truncation of a training run; a prompt is never cut silently.
+        # Some files have the truncation of a training run, but a prompt must never be cut silently.
         self._truncation, self._padding = self._backend.truncation, self._backend.padding
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -132,10 +133,10 @@ class Tokenizer:
 
     @cached_property
     def hf(self) -> Any:
-        """The transformers tokenizer as it was loaded; what users get from `LLM.get_tokenizer()`.
+        """The transformers tokenizer as it was loaded, which `LLM.get_tokenizer()` returns.
 
-        A copy, made when it is asked for, as that takes a while: what a user does with it (calling it with
-        truncation=True sets that for good) must not cut prompts.
+        It is a copy, because a user may change it (a call with truncation=True sets truncation permanently), which must
+        not cut prompts. The copy takes time, so it is made when it is first used.
         """
         copied = copy.deepcopy(self._hf)
         if self._truncation is not None:
@@ -150,7 +151,7 @@ class Tokenizer:
         return eos
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; special tokens written out in it are recognised. Raises `RequestError`."""
+        """Token ids of a text. Special tokens in the text become tokens. Raises `RequestError`."""
         self._check_text(text)
         with _failures():
             ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
@@ -163,40 +164,40 @@ class Tokenizer:
             str.encode(text)
         except UnicodeEncodeError as error:  # half of a surrogate pair
             raise RequestError("invalid_prompt", f"the prompt is not valid Unicode: {error}") from error
-        # To tokenize a text that is far too long takes minutes and gigabytes.
+        # Tokenizing a text that is far too long takes minutes and gigabytes.
         if self._max_tokens is not None and len(text) > 8 * self._max_tokens:
             most = self._max_tokens * self._longest_token
             if len(text) > most:
                 raise RequestError(
                     "too_long",
-                    f"the text has {len(text)} characters, and none of more than {most} can be within "
-                    f"{self._max_tokens} tokens (max_model_len): the longest token has {self._longest_token}",
+                    f"the text has {len(text)} characters, but at most {most} fit in {self._max_tokens} tokens "
+                    f"(max_model_len): the longest token has {self._longest_token}",
                 )
 
     @cached_property
     def _longest_token(self) -> int:
-        """Characters; at least 8."""
+        """Number of characters of the longest token; at least 8."""
         return max(8, max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=0))
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
-        """The text of a whole sequence; ids outside the vocabulary have none."""
+        """The text of a whole sequence. Ids outside the vocabulary are skipped."""
         text: str = self._backend.decode([i for i in token_ids if i >= 0], skip_special_tokens=skip_special_tokens)
         return text
 
     def stream(self, skip_special_tokens: bool = True) -> TokenStream:
-        """Decodes one new sequence token by token to exactly what `decode` gives."""
+        """A stream that decodes one sequence token by token, to exactly the text that `decode` returns."""
         return self._table.stream(skip_special_tokens)
 
     def has_special(self, text: str) -> bool:
-        """Whether a special token is written out in it."""
+        """Whether the text contains a special token."""
         return any(special and special in text for special in self._table.special)
 
     def special_text(self, token_id: int) -> str | None:
-        """What a special token is written as; None for any other id."""
+        """The text of a special token; None for any other id."""
         return self._table.special_text(token_id)
 
     def token_text(self, token_id: int) -> str:
-        """A token's own text, its leading space included and specials shown; U+FFFD for parts of a character."""
+        """The text of one token, also a special one, with its leading space; U+FFFD for a part of a character."""
         text = self._texts.get(token_id)
         if text is None:
             text = self._texts[token_id] = self._table.text(token_id)
@@ -207,27 +208,27 @@ class Tokenizer:
         return bool(self._hf.chat_template)
 
     def render_chat(self, messages: Any, /, **options: Any) -> str:
-        """The prompt text of a conversation, made by the template in a process of its own.
+        """The prompt text of a conversation. The template runs in a separate process.
 
         Args:
             messages: a list of `{"role": ..., "content": ...}`.
             options: `add_generation_prompt` (default True, or False with `continue_final_message`),
-                `continue_final_message` (True, or the key to go on with), `tools`, `documents`, `chat_template` (text,
-                or name of one of several), and whatever variables the template knows.
+                `continue_final_message` (True, or the key to continue), `tools`, `documents`, `chat_template` (text, or
+                the name of one of the model's), and other variables of the template.
 
-        Raises `RequestError("invalid_prompt")` on malformed messages, without a template, and when it refuses, takes
-        too long or too much memory.
+        Raises `RequestError("invalid_prompt")` if messages are malformed, if there is no template, or if it raises an
+        error, takes too long or too much memory.
         """
         return prepare(self._hf, self._processes, messages, options)[1]
 
     def chat(self, messages: Any, /, *, sanitize_control_tokens: bool = False, **options: Any) -> tuple[list[int], str]:
-        """Token ids and prompt text of a conversation; other arguments and errors as in `render_chat`.
+        """Token ids and prompt text of a conversation. Other arguments and errors are those of `render_chat`.
 
-        The template writes the special tokens itself, so none are added.
+        The template writes the special tokens, so none are added.
 
         Args:
-            sanitize_control_tokens: control tokens written out in messages, tools and the template's other arguments
-                are text; by default they are the tokens, as in transformers.
+            sanitize_control_tokens: control tokens in messages, tools and the template's other arguments are encoded as
+                text. By default they become tokens, as in transformers.
         """
         if not isinstance(sanitize_control_tokens, bool):
             raise RequestError("invalid_prompt", f"sanitize_control_tokens is {sanitize_control_tokens!r}, not a bool")
@@ -235,7 +236,7 @@ class Tokenizer:
         if not sanitize_control_tokens:
             return self.encode(text, add_special_tokens=False), text
         self._check_text(text)
-        template, control = self._control  # the last one is kept: it copies the tokenizer
+        template, control = self._control  # the last one is kept, because it copies the tokenizer
         if control is None or template != chat.template:
             control = ControlTokens(self._backend, control_tokens(self._hf, chat.template))
             self._control = chat.template, control
@@ -243,28 +244,28 @@ class Tokenizer:
             return control.encode(chat, text), text
 
     def apply_chat_template(self, messages: Any, /, **options: Any) -> list[int]:
-        """Token ids of a conversation; arguments and errors as in `chat`."""
+        """Token ids of a conversation. Arguments and errors are those of `chat`."""
         return self.chat(messages, **options)[0]
 
     def close(self) -> None:
-        """Ends the processes that run templates; no chat afterwards. Idempotent."""
+        """Ends the processes that run templates; `chat` cannot be used afterwards. Idempotent."""
         self._processes.close()
 
     @cached_property
     def vocab_size(self) -> int:
-        """Known tokens, added ones included. The model's vocabulary is often padded to more."""
+        """Number of known tokens, including added ones. The model's vocabulary is often padded to more."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
     @cached_property
     def all_special_ids(self) -> frozenset[int]:
-        """What `skip_special_tokens` leaves out."""
+        """Ids that `skip_special_tokens` leaves out."""
         added = self._backend.get_added_tokens_decoder()
         return frozenset(int(i) for i, token in added.items() if token.special)
 
 
 @contextmanager
 def _failures() -> Iterator[None]:
-    """Whatever the tokenizer raises, a Rust panic too, is one prompt's failure."""
+    """A context: what the tokenizer raises, also a Rust panic, becomes a `RequestError` of one prompt."""
     try:
         yield
     except NanoEngineError:

@@ -96,7 +96,7 @@ class FakeLLM:
 
     def chat_prompt(self, messages: Any) -> list[int]:
         if messages[-1]["content"] == "refuse me":
-            raise RequestError("invalid_prompt", "the chat template refused the messages")
+            raise RequestError("invalid_prompt", "the chat template rejected the messages")
         return [1, *range(10, 10 + sum(len(m["content"].split()) for m in messages)), 2]
 
     def stats(self) -> Any:

@@ -280,7 +280,7 @@ def test_a_prompt_far_too_long_is_refused_before_it_is_tokenized(tmp_path: Path)
         long, good = llm.generate(["A0" * 10**4, "A0B1"], params, use_tqdm=False)
     assert long.error is not None
     assert long.error.code == "too_long"
-    assert "none of more than 512 can be within 64 tokens" in str(long.error)
+    assert "at most 512 fit in 64 tokens" in str(long.error)
     assert tokens_of([good]) == [greedy(ids_of("A0B1"), 5)]
 
 

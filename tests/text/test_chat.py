@@ -215,8 +215,8 @@ def test_tool_calls_without_content_are_in_the_prompt_however_a_template_asks(to
     for null in ({"content": None}, {}):
         messages = [*HELLO, {"role": "assistant", "tool_calls": [CALL], **null}]
         assert tokenizer.render_chat(messages, chat_template=template) == "hellolook"
-    told = [*HELLO, {"role": "assistant", "content": "I look", "tool_calls": [CALL]}]
-    assert tokenizer.render_chat(told, chat_template=template) == "helloI look"
+    chat = [*HELLO, {"role": "assistant", "content": "I look", "tool_calls": [CALL]}]
+    assert tokenizer.render_chat(chat, chat_template=template) == "helloI look"
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_tool_calls_without_content_are_in_the_prompt_however_a_template_asks(to
     [
         ({"tools": "look"}, "tools must be a list"),
         ({"tools": ["look"]}, r"tools\[0\] must be a JSON schema or a function, not str"),
-        ({"tools": [lambda: 1]}, r"tools\[0\]: no JSON schema"),
+        ({"tools": [lambda: 1]}, r"tools\[0\]: cannot make a JSON schema"),
         ({"documents": ["text"]}, "documents must be a list of dicts"),
         ({"chat_template": 3}, "chat_template must be a template"),
         ({"messages": []}, r"\['messages'\] cannot be set"),
@@ -253,7 +253,7 @@ def test_messages_that_hold_themselves_or_cannot_be_read_are_refused(tokenizer: 
 def test_a_template_of_the_model_s_that_is_no_text_is_refused() -> None:
     broken = wrap(byte_level())
     broken._hf.chat_template = {"default": 3}
-    with pytest.raises(RequestError, match="no text, but int"):
+    with pytest.raises(RequestError, match="must be text, not int"):
         broken.render_chat(HELLO)
     broken._hf.chat_template = {"one": "a", "other": "b"}
     with pytest.raises(RequestError, match=r"one.*other"):

@@ -1,4 +1,4 @@
-"""Incremental text equals the text of the whole; nothing shown is ever taken back; stop strings end it as told."""
+"""Incremental text equals the text of the whole; nothing shown is ever taken back; stop strings end it."""
 
 from __future__ import annotations
 

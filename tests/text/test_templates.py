@@ -122,7 +122,7 @@ def test_what_a_template_raises_is_its_own_message_with_the_line(
 ) -> None:
     processes.render("", {})
     before = children(processes)
-    with pytest.raises(RequestError, match=rf"the chat template refused the messages: [\s\S]*{words}"):
+    with pytest.raises(RequestError, match=rf"the chat template rejected the messages: [\s\S]*{words}"):
         processes.render(template, {"lists": [1]})
     assert children(processes) == before
 

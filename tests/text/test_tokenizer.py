@@ -114,7 +114,7 @@ def test_vocabulary_and_merges_files_are_converted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
-def test_an_unreadable_file_is_named_with_the_mend(tmp_path: Path, name: str) -> None:
+def test_an_unreadable_file_is_named_with_the_fix(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("no tokenizer at all")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     with pytest.raises(ModelError, match=r"cannot be read.*tokenizer\.json") as caught:
@@ -202,7 +202,7 @@ def test_a_text_longer_than_any_prompt_is_refused_unread(monkeypatch: pytest.Mon
     most = 4 * max(map(len, tokenizer.hf.get_vocab()))
     assert tokenizer.encode("a" * most)
     monkeypatch.setattr(tokenizer, "_backend", _Panics())
-    with pytest.raises(RequestError, match=f"{most + 1} characters, and none of more than {most} ") as caught:
+    with pytest.raises(RequestError, match=f"{most + 1} characters, but at most {most} fit ") as caught:
         tokenizer.encode("a" * (most + 1))
     assert caught.value.code == "too_long"
 
@@ -246,7 +246,7 @@ def test_template_options() -> None:
 
 
 @pytest.mark.parametrize(
-    ("messages", "told"),
+    ("messages", "message"),
     [
         ("hello", "not str"),
         (None, "not NoneType"),
@@ -267,8 +267,8 @@ def test_template_options() -> None:
         ),
     ],
 )
-def test_malformed_messages_are_refused(messages: Any, told: str) -> None:
-    with pytest.raises(RequestError, match=told) as caught:
+def test_malformed_messages_are_refused(messages: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
         wrap(byte_level(), chat_template=CHATML).apply_chat_template(messages)
     assert caught.value.code == "invalid_prompt"
 
@@ -311,21 +311,21 @@ def test_a_role_is_the_template_s_matter_but_no_message_goes_silently() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "told"),
+    ("template", "message"),
     [
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ messages[0].content + 1 }}", "refused the messages"),
-        ("{% if %}", "refused the messages"),
+        ("{{ messages[0].content + 1 }}", "rejected the messages"),
+        ("{% if %}", "rejected the messages"),
     ],
 )
-def test_an_error_in_the_template_is_told_with_its_cause(template: str, told: str) -> None:
-    with pytest.raises(RequestError, match=told) as caught:
+def test_an_error_in_the_template_is_reported_with_its_cause(template: str, message: str) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
         wrap(byte_level()).apply_chat_template(HELLO, chat_template=template)
     assert caught.value.code == "invalid_prompt"
     assert caught.value.__cause__ is not None
 
 
-def test_no_template_and_fixed_arguments_are_told() -> None:
+def test_no_template_and_fixed_arguments_are_reported() -> None:
     assert not TOKENIZERS["byte_level"].has_chat_template
     with pytest.raises(RequestError, match="no chat template"):
         TOKENIZERS["byte_level"].apply_chat_template(HELLO)

@@ -77,8 +77,8 @@ def read_header(source: Path) -> Header:
             start = file.read(len(_LFS))
             if start == _LFS:
                 raise ModelSourceError(
-                    f"{source} is a git-lfs pointer, not the file itself: the repository was cloned without git-lfs; "
-                    f"type `git lfs install && git lfs pull` in {source.parent}, or fetch the file again"
+                    f"{source} is a git-lfs pointer, not the file: the repository was cloned without git-lfs; "
+                    f"type `git lfs install && git lfs pull` in {source.parent}, or download the file again"
                 )
             if start[:4] != b"GGUF":
                 raise BadHeader(f"it begins with {start[:4]!r}, not with b'GGUF'")

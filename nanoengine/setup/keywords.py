@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from nanoengine.api.errors import ConfigError, ParamsError, is_failure
 from nanoengine.params.engine_options import EngineOptions
 from nanoengine.params.sampling_fields import CORE_TYPES, NOT_SUPPORTED, processor_types
-from nanoengine.setup.config.engine_options import OPTIONS_NOT_SERVED
+from nanoengine.setup.config.engine_options import OPTIONS_NOT_SUPPORTED
 from nanoengine.setup.plugins.discover import discover
 from nanoengine.setup.plugins.registry import Registry
 
@@ -46,7 +46,7 @@ def check_options(cls: type[Any], options: Mapping[str, Any], registry: Registry
     """Raises `ConfigError` for what is no engine option, with the place where it belongs."""
     own = [*_own(cls.__init__), *(f.name for f in fields(EngineOptions))]
     for name, value in options.items():
-        if name not in own and name not in OPTIONS_NOT_SERVED:
+        if name not in own and name not in OPTIONS_NOT_SUPPORTED:
             where = _where(cls, "__init__", name, value, own, sampling_names(registry))
             raise ConfigError(f"unknown engine option {name!r}; {where}")
 

@@ -1,4 +1,4 @@
-"""A registry with one backend of our own beside what is installed, and folders of config files."""
+"""A registry with one backend of our own and what is installed, and folders of config files."""
 
 from __future__ import annotations
 

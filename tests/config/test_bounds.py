@@ -1,4 +1,4 @@
-"""YAML that stands for too much, or for nothing: refused by file and line, before anything is built of it."""
+"""YAML that means too much, or nothing: refused by file and line, before anything is built of it."""
 
 from __future__ import annotations
 
@@ -191,10 +191,10 @@ def test_what_is_no_file_is_named_so(tmp_path: Path, registry: Any, kind: str) -
     else:
         path.symlink_to("other.yaml" if kind == "loop" else "nowhere.yaml")
     (tmp_path / "f.yaml").write_text("model: a/b\ndefaults:\n  - other\n")
-    said = {"folder": "is a folder", "pipe": "is a pipe or device"}.get(kind, "is a link to nothing")
-    with pytest.raises(ConfigError, match=rf"f\.yaml:3: .*other\.yaml {said}"):
+    why = {"folder": "is a folder", "pipe": "is a pipe or device"}.get(kind, "is a link to nothing")
+    with pytest.raises(ConfigError, match=rf"f\.yaml:3: .*other\.yaml {why}"):
         load_config(tmp_path / "f.yaml", registry=registry)
-    with pytest.raises(ConfigError, match=f"{said}|Too many levels of symbolic links"):
+    with pytest.raises(ConfigError, match=f"{why}|Too many levels of symbolic links"):
         load_config(path, registry=registry)
 
 

@@ -21,7 +21,7 @@ TREE: Mapping[str, str] = {
 
 
 def tree(**changes: str) -> dict[str, str]:
-    """TREE with some files replaced; `db__mysql` stands for db/mysql.yaml."""
+    """TREE with some files replaced; `db__mysql` means db/mysql.yaml."""
     return {**TREE, **{name.replace("__", "/") + ".yaml": text for name, text in changes.items()}}
 
 

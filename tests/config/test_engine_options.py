@@ -9,7 +9,7 @@ import torch
 
 from nanoengine import ConfigError
 from nanoengine.params.engine_options import EngineOptions
-from nanoengine.setup.config.engine_options import OPTIONS_NOT_SERVED, engine_options
+from nanoengine.setup.config.engine_options import OPTIONS_NOT_SUPPORTED, engine_options
 
 
 def test_keywords_are_fields() -> None:
@@ -24,7 +24,7 @@ def test_torchs_own_types_name_themselves() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"max_num_seq": 4}, r"unknown engine option 'max_num_seq'; .*max_num_seqs"),
         ({"max_num_seqs": "many"}, "engine option max_num_seqs"),
@@ -50,13 +50,13 @@ def test_torchs_own_types_name_themselves() -> None:
         ({"max_num_seqs": 0}, "engine.max_num_seqs must be at least 1, not 0"),
     ],
 )
-def test_what_is_no_option_is_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_what_is_no_option_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         engine_options(options)
 
 
-@pytest.mark.parametrize("name", sorted(OPTIONS_NOT_SERVED))
+@pytest.mark.parametrize("name", sorted(OPTIONS_NOT_SUPPORTED))
 def test_options_of_vllms_are_refused_with_what_to_do_instead(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         engine_options({name: 1})
-    assert str(caught.value) == f"engine option {name!r}: {OPTIONS_NOT_SERVED[name]}"
+    assert str(caught.value) == f"engine option {name!r}: {OPTIONS_NOT_SUPPORTED[name]}"

@@ -1,4 +1,4 @@
-"""What `${...}` stands for: the expected values were checked against omegaconf 2.4."""
+"""The values of `${...}`: the expected values were checked against omegaconf 2.4."""
 
 from __future__ import annotations
 

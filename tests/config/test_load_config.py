@@ -1,4 +1,4 @@
-"""The schema: what a file may say, and how every mistake is told with file, key and nearest name."""
+"""The schema: what a file may hold; every mistake is reported with file, key and nearest name."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
     ("model: {source: a/b@x, revision: x}\n", [], ["run.yaml:1", "model.revision", "names one: leave out one"]),
     ("model: a/b\nattention: {backen: x}\n", [], ["run.yaml:2", "did you mean 'backend'?"]),
     ("model: a/b\nsampler:\n  topp: 1\n", [], ["run.yaml:3", "'sampler.topp'", "did you mean 'top_p'?"]),
-    ("model: a/b\nsampler:\n  best_of: 1\n", [], ["run.yaml:3", "'sampler.best_of'", "not served here"]),
+    ("model: a/b\nsampler:\n  best_of: 1\n", [], ["run.yaml:3", "'sampler.best_of'", "not supported"]),
     ("model: a/b\nprompts: {fil: x}\n", [], ["run.yaml:2", "'prompts.fil'", "did you mean 'file'?"]),
     ("model: a/b\nmax_num_seqs: 3\n", [], ["run.yaml:2", "did you mean 'engine.max_num_seqs'?"]),
     ("model: a/b\n1: 3\n", [], ["run.yaml:2", "unknown key '1'"]),
@@ -349,7 +349,7 @@ def test_a_lone_dash_on_the_command_line_is_standard_input(load: Load) -> None:
     assert load("model: a/b\nprompts: [old]\n", "prompts=-").prompts == PromptFile(file="-")
 
 
-def test_a_folder_of_yaml_beside_the_file_does_not_make_a_group_of_a_value(load: Load) -> None:
+def test_a_folder_of_yaml_next_to_the_file_does_not_make_a_group_of_a_value(load: Load) -> None:
     config = load("model: a/b\n", "output=x.jsonl", "prompts=[a]", output__old="{}", prompts__old="{}")
     assert (config.output, config.prompts) == ("x.jsonl", ("a",))
 

@@ -1,4 +1,4 @@
-"""A name that only YAML knows, given to Python: the error says what it stands for."""
+"""A name that only YAML knows, given to Python: the error names the source that it means."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def providing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("qwen3-0.6b", "'qwen3-0.6b' is an option of a configuration (model=qwen3-0.6b), where it stands for"),
+        ("qwen3-0.6b", "'qwen3-0.6b' is an option of a configuration (model=qwen3-0.6b), where it means"),
         ("qwen3-0.6b", "'Qwen/Qwen3-0.6B': give that here"),
-        ("qwen3-0.6b@v1", "it stands for 'Qwen/Qwen3-0.6B@v1': give that here"),
+        ("qwen3-0.6b@v1", "it means 'Qwen/Qwen3-0.6B@v1': give that here"),
         ("Qwen3_0.6b", "'Qwen3_0.6b' is near 'qwen3-0.6b', an option"),
     ],
 )
@@ -50,10 +50,10 @@ def test_an_option_of_yaml_given_to_python(given: str, words: str) -> None:
 def test_other_names_are_not_talked_of(providing: Callable[..., Registry]) -> None:
     registry = providing(mine="source: smollm2-135m\n", pinned="source: a/b@v2\n", open="source: ${oc.env:MODEL}\n")
     assert option_hint("nothing-like-it", registry) == ""
-    assert option_hint("mine", registry) == ""  # what it stands for is among the valid names
-    assert "stands for 'a/b@v2'" in option_hint("pinned@v3", registry)
-    said = ". In a configuration model=open chooses pkg://options_of_a_test/model/open.yaml"
-    assert option_hint("open", registry) == said
+    assert option_hint("mine", registry) == ""  # the source that it means is among the valid names
+    assert "means 'a/b@v2'" in option_hint("pinned@v3", registry)
+    hint = ". In a configuration model=open chooses pkg://options_of_a_test/model/open.yaml"
+    assert option_hint("open", registry) == hint
 
 
 def test_a_broken_option_hides_no_other_mistake(providing: Callable[..., Registry]) -> None:

@@ -210,7 +210,7 @@ def test_standard_input_that_is_no_text(monkeypatch: pytest.MonkeyPatch) -> None
         read_prompts(PromptFile(file="-"))
 
 
-def test_a_file_that_is_not_there_is_told_with_the_folder_it_was_looked_up_from(
+def test_a_missing_file_is_reported_with_the_folder_it_was_looked_up_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

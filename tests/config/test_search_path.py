@@ -29,7 +29,7 @@ class Configs:
 
 @pytest.fixture
 def packages(folder: Folder, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Folder:
-    """Writes files of importable packages; "@" in a path stands for a package name unique to the test."""
+    """Writes files of importable packages; "@" in a path becomes a package name unique to the test."""
     unique = f"pkg_{abs(hash(request.node.name))}"
 
     def write(files: Mapping[str, str]) -> Path:

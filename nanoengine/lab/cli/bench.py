@@ -102,7 +102,7 @@ def prefix(
     block_size: Annotated[list[int] | None, typer.Option(min=1, help="KV block sizes. Default: 16 and 256.")] = None,
     requests: Annotated[int, typer.Option(min=2)] = 64,
     shared: Annotated[int, typer.Option(min=1, help="Tokens of the prompt that all share.")] = 4096,
-    own: Annotated[int, typer.Option(min=1, help="Tokens of each prompt behind them.")] = 128,
+    own: Annotated[int, typer.Option(min=1, help="Tokens of each prompt after them.")] = 128,
     output_len: Annotated[int, typer.Option(min=1)] = 16,
 ) -> None:
     """A shared system prompt: what the prefix cache saves at several KV block sizes, against no cache."""

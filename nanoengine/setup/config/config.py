@@ -1,7 +1,7 @@
-"""The configuration of a run: what YAML composition yields, checked against strict frozen dataclasses.
+"""The configuration of a run: composed YAML, checked against strict frozen dataclasses.
 
-Every key, of every file and override, must be known; every value must be of its type and range. Errors name the file,
-the line, the key and the nearest valid name. Imports no torch.
+Every key of every file and override must be known; every value must be of its type and range. Errors name the file,
+the line, the key and the nearest valid name. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ModelSection:
     """`source`: a registered name, a folder, a .gguf file, a hub id, or whatever else a model source knows.
 
     `revision`: branch, tag or commit of a hub id. `implementation`: name of the model plugin to take where several
-    serve the architecture.
+    implement the architecture.
     """
 
     source: str
@@ -49,7 +49,7 @@ class ModelSection:
 
     @property
     def pinned(self) -> str:
-        """What the sources are asked for."""
+        """The source with its revision, as model sources take it."""
         return with_revision(self.source, self.revision)
 
 
@@ -67,7 +67,7 @@ class RunConfig:
     Attributes:
         model, attention, engine: see each.
         sampler: keywords of `SamplingParams`; None where no `sampler` was given: the model's own defaults rule.
-        prompts: texts or conversations, or the file they stand in; None: none were given.
+        prompts: texts or conversations, or the file that holds them; None: none were given.
         output: path of the results, relative to the working directory; None: no file is written.
         chat: prompts become chat messages where the model has a chat template.
         provenance: dotted key -> "file:line" or "override '...'", for the keys that were given.
@@ -110,15 +110,14 @@ def load_config(
     return _checked(composed, registry, primary.label)
 
 
-def _primary(path_or_recipe: str | Path, roots: Sequence[Root], suspects: str) -> tuple[ConfigFile, SearchPath]:
+def _primary(path_or_recipe: str | Path, roots: Sequence[Root], failure_hint: str) -> tuple[ConfigFile, SearchPath]:
     path = user_path(path_or_recipe, "configuration file")
     if path.is_file():
         shipped = any(path.parent.resolve() == root.folder.resolve() for root in roots)
-        search = SearchPath(
-            None if shipped else Root(path.parent, str(path.parent), "your own folder"), roots, suspects
-        )
+        own = None if shipped else Root(path.parent, str(path.parent), "your own folder")
+        search = SearchPath(own, roots, failure_hint)
         return search.read(path, str(path)), search
-    search = SearchPath(None, roots, suspects)
+    search = SearchPath(None, roots, failure_hint)
     name = str(path_or_recipe)
     if path.suffix or os.sep in name:
         if os.path.lexists(path):
@@ -127,7 +126,7 @@ def _primary(path_or_recipe: str | Path, roots: Sequence[Root], suspects: str) -
     found = search.find("", name)
     if found is None:
         known = nearest(name, search.options(""))
-        raise ConfigError(f"no file and no recipe is called {name!r}{_sibling(path)}; {known}{suspects}")
+        raise ConfigError(f"no file and no recipe is called {name!r}{_sibling(path)}; {known}{failure_hint}")
     return found, search
 
 
@@ -148,7 +147,7 @@ def _is_there(option: str) -> bool:
 
 def _shorthands(registry: Registry) -> Mapping[str, Shorthand]:
     sources = [name for found in registry.model_sources.values() for name in found.spec.models]
-    # A backend that clashes or failed is let through: looking it up says so.
+    # A backend that clashes or failed is accepted: the error comes when it is looked up.
     troubled = {c.name for c in registry.conflicts} | {f.provides[1] for f in registry.failures if f.provides}
     backends = [*registry.attention_backends, "auto"]
     return {
@@ -204,7 +203,7 @@ def _sampler(composed: Composed, processors: Processors) -> Mapping[str, Any] | 
 
 
 def _check_whole(config: RunConfig, composed: Composed, registry: Registry) -> None:
-    """What only the values together, or the registry, can tell."""
+    """Checks what needs several values, or the registry."""
     if config.output == "":
         raise ConfigError(f"{composed.origin(('output',))}: output: is empty; write a path, or null for no file")
     if config.attention.backend != "auto":
@@ -225,8 +224,8 @@ def _check_installed(composed: Composed, registry: Registry, path: KeyPath, kind
         raise PluginError(f"{composed.origin(path)}: {dotted(path)}: {error}") from error
 
 
-def _check_keys(composed: Composed, sampling: Sequence[str], suspects: str) -> None:
-    """`suspects`: plugins that failed and may have brought a key of `sampler`."""
+def _check_keys(composed: Composed, sampling: Sequence[str], failure_hint: str) -> None:
+    """Raises `ConfigError` for an unknown key. `failure_hint`: the plugins that failed, which may have had it."""
     choices: dict[str, Sequence[str]] = {name: [f.name for f in fields(cls)] for name, cls in _SECTIONS.items()}
     choices |= {"sampler": sampling, "prompts": [f.name for f in fields(PromptFile)]}
     for path, origin in composed.given:
@@ -242,12 +241,12 @@ def _check_keys(composed: Composed, sampling: Sequence[str], suspects: str) -> N
             why = nearest(key, valid)
             if path[0] == "sampler":
                 known = NOT_SUPPORTED.get(key)
-                why = f"not served here: {known}" if known else nearest_part(key, valid) + suspects
+                why = f"not supported: {known}" if known else nearest_part(key, valid) + failure_hint
             raise ConfigError(f"{origin}: unknown key {dotted(path)!r}; {why}")
 
 
 def _section(composed: Composed, name: str) -> Any:
-    """A section as its dataclass; a section that is empty, or not there, is all defaults."""
+    """A section as its dataclass; one that is empty or absent has its defaults."""
     cls = _SECTIONS[name]
     given = composed.data.get(name)
     if given is None:

@@ -1,4 +1,4 @@
-"""Keywords of `LLM` become `EngineOptions`; what is refused, and what to say to it."""
+"""Keywords of `LLM` become `EngineOptions`; unknown ones are refused with what to use instead."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from nanoengine.api.errors import ConfigError, ParamsError, nearest
 from nanoengine.params.engine_options import EngineOptions
 from nanoengine.params.field_types import conform
 
-OPTIONS_NOT_SERVED: Mapping[str, str] = {
+OPTIONS_NOT_SUPPORTED: Mapping[str, str] = {
     "pipeline_parallel_size": "layers are shared over devices, not stacked: use tensor_parallel_size",
     "trust_remote_code": "code from model folders is never run; a model is a plugin (docs/plugin-api.md)",
     "quantization": "weights are served as float32, bfloat16 or float16; a GGUF file is converted",
     "tokenizer": "the tokenizer is the model folder's own",
     "enable_chunked_prefill": "prompts are always chunked under max_num_batched_tokens",
-    "enable_lora": "adapters are not served yet",
-    "speculative_config": "speculation is not served yet",
+    "enable_lora": "adapters are not supported yet",
+    "speculative_config": "speculation is not supported yet",
     "swap_space": "preempted requests are computed again, not swapped",
     "num_threads": "torch takes its CPU threads from the environment: OMP_NUM_THREADS",
 }
-"""Options of vLLM's that are refused with what to do instead."""
+"""Options of vLLM, and what to do instead of each."""
 
 
 def engine_options(options: Mapping[str, Any]) -> EngineOptions:
-    """Keywords -> `EngineOptions`; raises `ConfigError` for one that is unknown or of the wrong type."""
+    """Keywords -> `EngineOptions`. Raises `ConfigError` for one that is unknown or of the wrong type."""
     types = get_type_hints(EngineOptions)
     given = {}
     for name, value in options.items():
-        if name in OPTIONS_NOT_SERVED:
-            raise ConfigError(f"engine option {name!r}: {OPTIONS_NOT_SERVED[name]}")
+        if name in OPTIONS_NOT_SUPPORTED:
+            raise ConfigError(f"engine option {name!r}: {OPTIONS_NOT_SUPPORTED[name]}")
         if name not in types:
             raise ConfigError(f"unknown engine option {name!r}; {nearest(name, types)}")
         plain = str(value).removeprefix("torch.") if name in ("dtype", "device") else value  # torch's own are fine
@@ -50,6 +50,6 @@ _DTYPES: Mapping[str, str] = {
 
 
 def dtype_hint(value: object) -> str:
-    """Tail of a message on a dtype that others call so; "" for what nobody does."""
+    """Tail of a message: the name of a dtype that is called `value` elsewhere, as "half"; "" for any other value."""
     name = _DTYPES.get(value.lower()) if isinstance(value, str) else None
     return f"; did you mean {name!r}?" if name else ""

@@ -1,4 +1,4 @@
-"""What to say to a name that only the config group `model` knows: YAML composes such options, Python takes sources."""
+"""The hint for a name that only the config group `model` has: YAML chooses such options, Python takes sources."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _GROUP = "model"
 
 
 def option_hint(source: str, registry: Registry) -> str:
-    """Tail of a message on a model that no source has: the option that `source` is, or nearly is, and what it stands
-    for; "" where there is none.
+    """Tail of a message on a model that no source has: the option that `source` is, or nearly is, and the source that
+    the option means; "" where there is none.
 
-    `source` may end with a revision. A config root that is broken is passed over: another mistake is being told of.
+    `source` may end with a revision. A broken config root gives "": another mistake is being reported.
     """
     name, at, revision = source.partition("@")
     try:
@@ -27,11 +27,11 @@ def option_hint(source: str, registry: Registry) -> str:
         return ""
     if file is None:
         return ""
-    stands = file.data.get("source")
-    if stands in registry.source_names():
+    meant = file.data.get("source")
+    if meant in registry.source_names():
         return ""  # a name in Python too, and named as such
-    if not isinstance(stands, str) or "${" in stands:
+    if not isinstance(meant, str) or "${" in meant:
         return f". In a configuration model={close[0]} chooses {file.label}"
-    take = f"{stands}{at}{revision}" if "@" not in stands else stands
+    take = f"{meant}{at}{revision}" if "@" not in meant else meant
     is_one = "is an option" if close[0] == name else f"is near {close[0]!r}, an option"
-    return f". {name!r} {is_one} of a configuration (model={close[0]}), where it stands for {take!r}: give that here"
+    return f". {name!r} {is_one} of a configuration (model={close[0]}), where it means {take!r}: give that here"

@@ -24,7 +24,7 @@ Prompt = str | tuple[Message, ...]
 """A text, or a conversation: messages with `role` and `content`."""
 
 STDIN = "-"
-"""The name that stands for standard input."""
+"""The file name of standard input."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,7 @@ _HINT = "; in YAML, a text with ': ' or ' #' in it, or one that looks like a num
 
 
 def check_prompts(value: Any, origin: Callable[[KeyPath], str]) -> Prompts | None:
-    """The `prompts` section. `origin` tells who gave a key below it. Raises `ConfigError`."""
+    """The `prompts` section. `origin(path)` is where a key below it was given. Raises `ConfigError`."""
     if value is None:
         return None
     if isinstance(value, str) and (value == STDIN or Path(value).suffix.lower() in _FORMATS):
@@ -97,13 +97,13 @@ def read_prompts(prompts: Prompts | None, taken: Collection[str] = ()) -> list[P
 
 
 def _nothing_in(text: str, name: str, prompts: PromptFile) -> str:
-    """What was found, how it was read, and what to do."""
+    """The message for a file without prompts: what was found, how it was read, and what to do."""
     kind = file_format(prompts)
     what = "only a header" if text.strip() else "only blank lines" if text else "nothing"
     others = " or ".join(each for each in _A_PROMPT if each != kind)
-    mend = "pipe some in" if prompts.file == STDIN else "write some into it, or name another file"
+    fix = "pipe some in" if prompts.file == STDIN else "write some into it, or name another file"
     return (
-        f"{name}: no prompts: it holds {what}. It is read as {kind}, where a prompt is {_A_PROMPT[kind]}: {mend} "
+        f"{name}: no prompts: it holds {what}. It is read as {kind}, where a prompt is {_A_PROMPT[kind]}: {fix} "
         f"('prompts: {{file: {json.dumps(prompts.file)}, format: ...}}' reads it as {others})"
     )
 
@@ -140,7 +140,7 @@ def _carrying(
 
 
 def file_format(prompts: PromptFile) -> Literal["text", "jsonl", "csv"]:
-    """How the file is read."""
+    """The format that the file is read in."""
     if prompts.format is not None:
         return prompts.format
     if prompts.file == STDIN:
@@ -150,7 +150,7 @@ def file_format(prompts: PromptFile) -> Literal["text", "jsonl", "csv"]:
 
 
 def _text(file: str) -> tuple[str, str]:
-    """What messages call the file, and what it holds."""
+    """(name for messages, content) of a file, or of standard input."""
     try:
         path = Path(file).expanduser()
         name = "standard input" if file == STDIN else str(path)
@@ -207,7 +207,7 @@ def _csv_rows(text: str, name: str, field: str) -> Iterator[tuple[str, Prompt, M
 
 
 def _names(row: Sequence[str]) -> list[str]:
-    """Of a header, without what tells no two apart."""
+    """The names of a header, without what makes no difference: case and blanks."""
     return [name.strip().casefold() for name in row]
 
 

@@ -22,8 +22,9 @@ def logits_processors(registry: Registry) -> Processors:
 def check_sampler(given: Any, processors: Processors, origin: Callable[..., str]) -> dict[str, Any]:
     """The section's values, of the right types and in range.
 
-    `origin(key)` tells who gave a key, `origin()` who gave the section. Raises `ConfigError`; keys are known to be
-    legal.
+    `origin(key)` is where a key was given, `origin()` where the section was: "file:line". All keys are legal.
+
+    Raises `ConfigError`.
     """
     if not isinstance(given, Mapping):
         raise ConfigError(f"{origin()}: sampler must be a mapping of sampling parameters, not {given!r}")

@@ -1,7 +1,7 @@
 """What YAML may hold, checked on the parser's events, before anything is built of it.
 
-A few lines can stand for more than memory holds, or be nested deeper than a parser's stack. Each is refused at its
-line, in time that grows with the text only.
+With aliases a few lines can mean more than memory holds, and lists can be nested deeper than a parser's stack. Both are
+refused at their line, in time that grows with the text only.
 """
 
 from __future__ import annotations

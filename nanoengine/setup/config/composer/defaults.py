@@ -103,17 +103,17 @@ class Defaults:
         return Layer(values, file.origin)
 
     def _without_file(self, choice: _Choice) -> ConfigFile:
-        where, group, option, failed = choice.where, choice.group, choice.option, self.search.failed
+        where, group, option, hint = choice.where, choice.group, choice.option, self.search.failure_hint
         shorthand = self.shorthands.get(group)
         if shorthand and shorthand.accepts(option):
             return ConfigFile(where, {shorthand.key: option}, {}, None)
         if group and shorthand is None and not self.search.is_group(group):
-            raise ConfigError(f"{where}: no config group {group!r}; {nearest(group, self.search.groups())}{failed}")
+            raise ConfigError(f"{where}: no config group {group!r}; {nearest(group, self.search.groups())}{hint}")
         names = [*self.search.options(group), *(shorthand.names if shorthand else ())]
         if not group:
-            raise ConfigError(f"{where}: no config file {option!r}; {nearest(option, names)}{failed}")
+            raise ConfigError(f"{where}: no config file {option!r}; {nearest(option, names)}{hint}")
         other = f", or {shorthand.otherwise}" if shorthand and shorthand.otherwise else ""
-        raise ConfigError(f"{where}: no {option!r} in config group {group!r}; {nearest(option, names)}{other}{failed}")
+        raise ConfigError(f"{where}: no {option!r} in config group {group!r}; {nearest(option, names)}{other}{hint}")
 
 
 def _twice(entry: _Choice, first: str, second: str) -> ConfigError:

@@ -1,7 +1,7 @@
 """`${key}`, `${.key}` and `${oc.env:NAME,DEFAULT}` in the texts of a configuration, as omegaconf reads them.
 
-A reference stands for a single value, not for a list or mapping, and holds no other: so what it makes stays small, and
-each text is read once, in time that grows with its length.
+A reference means a single value, not a list or mapping, and contains no other reference. So what it makes stays small,
+and each text is read once, in time that grows with its length.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class _Resolver:
         return found[0] if len(found) == 1 else "".join(map(str, found))
 
     def _referred(self, body: str, path: KeyPath) -> Any:
-        """What `${body}` in the text at `path` stands for."""
+        """The value of `${body}` in the text at `path`."""
         if found := _ENVIRONMENT.fullmatch(body):
             value = _environment(found[1], found[2], path)
         elif found := _KEY.fullmatch(body):
@@ -113,7 +113,7 @@ class _Resolver:
 
 
 def _pieces(text: str, path: KeyPath) -> Iterator[tuple[str, bool]]:
-    """(piece, whether it stands between `${` and `}`) of a text that holds an interpolation."""
+    """(piece, whether it is the inside of `${}`) of a text that holds an interpolation."""
     at = 0
     while (opening := text.find("${", at)) >= 0:
         before = text[at:opening]

@@ -99,7 +99,7 @@ def parse_override(text: str) -> Override:
     _check_key(key, where)
     if action is Action.DELETE:
         if raw is not None:
-            raise ConfigError(f"{where}: a value behind ~ is not supported; write ~{key}")
+            raise ConfigError(f"{where}: a value after ~{key} is not supported; write ~{key}")
         return Override(text, action, key, None, "")
     value = _parse_value(text, raw)
     override = Override(text, action, key, value, raw.strip())

@@ -21,7 +21,7 @@ class Root:
 
 
 def package_root(root: str, provider: str) -> list[Root]:
-    """The folders behind "pkg://package.module". Raises `PluginError` naming the provider if there are none."""
+    """The folders of "pkg://package.module". Raises `PluginError` naming the provider if there are none."""
     scheme, _, package = root.partition("://")
     if scheme != "pkg" or not package:
         raise PluginError(
@@ -44,12 +44,12 @@ class SearchPath:
     """Finds the files of groups, `GROUP/OPTION.yaml`, and those at the root, `NAME.yaml` (group "").
 
     A file in the user's own folder shadows one of that name in a root, as Hydra's users expect; two roots that have it
-    are an error. `failed`: what to add where something is not found: the providers that failed.
+    are an error. `failure_hint`: what to add where something is not found: the providers that failed.
     """
 
     own: Root | None
     roots: Sequence[Root]
-    failed: str = ""
+    failure_hint: str = ""
     _read: dict[Path, ConfigFile] = field(default_factory=dict)
 
     def find(self, group: str, option: str, where: str = "") -> ConfigFile | None:

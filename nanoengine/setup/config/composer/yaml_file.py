@@ -101,10 +101,10 @@ def read_yaml(path: Path, label: str) -> ConfigFile:
 
 
 def load_yaml(text: str, label: str, place: Callable[[int], str]) -> Any:
-    """What YAML stands for, in plain containers: of text, numbers, truth values and None.
+    """The value of a YAML text, in plain containers: of texts, numbers, truth values and None.
 
-    Raises `ConfigError`: of what is no YAML with `label`, of what is out of bounds with the `place` of its line (0 is
-    the first).
+    Raises `ConfigError`: with `label` for what is not YAML, with the `place` of its line (0 is the first) for what is
+    out of bounds.
     """
     return _loaded(text, label, place)[0]
 

@@ -132,9 +132,9 @@ class StepPlan:
     """
 
     step: int = 0
-    new: NewSlots = field(default_factory=NewSlots)
+    new: NewSlots = NewSlots()
     columns: tuple[ProcessorColumn, ...] = ()
-    appends: BlockAppends = field(default_factory=BlockAppends)
+    appends: BlockAppends = BlockAppends()
     slots: Int32 = field(default_factory=i32)
     num_decode_rows: int = 0
     query_lens: Int32 = field(default_factory=i32)
@@ -193,8 +193,8 @@ class StepResult:
     token_ids: Int32 = field(default_factory=i32)
     counts: Int32 = field(default_factory=i32)
     failed: Int32 = field(default_factory=i32)
-    sampled_logprobs: LogprobRows = field(default_factory=LogprobRows)
-    prompt_logprobs: LogprobRows = field(default_factory=LogprobRows)
+    sampled_logprobs: LogprobRows = LogprobRows()
+    prompt_logprobs: LogprobRows = LogprobRows()
     graphs: int = 0
     parts: int = 1
 

@@ -145,10 +145,8 @@ def _in_every_third(owner: str, method: str, *, after: bool) -> Callable[[Patch]
 
 FAULTS: dict[str, Callable[[Patch], None]] = {
     "logits": _in_logits,
-    "before admission": _in_every_third("tables", "admit", after=False),
-    "after admission": _in_every_third("tables", "admit", after=True),
-    "after columns": _in_every_third("tables", "set_columns", after=True),
-    "after appends": _in_every_third("tables", "append_blocks", after=True),
+    "before the plan's writes": _in_every_third("tables", "write", after=False),
+    "after the plan's writes": _in_every_third("tables", "write", after=True),
     "before the writes are sent": _in_every_third("tables", "flush", after=False),
     "after the writes are sent": _in_every_third("tables", "flush", after=True),
     "before the gather": _in_every_third("buffers", "gather", after=False),

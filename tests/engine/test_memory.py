@@ -52,7 +52,7 @@ def run_largest(llm: LLM, *, draws: bool) -> list[int]:
     assert tables.host_greedy.all()
     assert bool(tables.greedy.all())
     assert not any(wants.any() for wants in tables.host_wants.values())
-    assert tables._output_counts is tables._prompt_mask is None
+    assert not tables.vocab_history.tables
     return sizes
 
 
@@ -113,7 +113,7 @@ def test_the_largest_steps_fill_the_limits_and_leave_nothing_behind(tmp_path: Pa
         def logprobs(raw: Any, token_ids: Any, k: int) -> Any:
             tables = the_runner(llm).tables
             seen.append((len(raw), k))
-            assert len(raw) == 128 or tables._output_counts is not None or tables._prompt_mask is not None
+            assert len(raw) == 128 or tables.vocab_history.tables
             return original(raw, token_ids, k)
 
         sampler.logprobs = logprobs

@@ -180,13 +180,13 @@ def _token_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
 def _hits_unwritten_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from nanoengine.core.execution.slots import SlotTables
 
-    original = SlotTables.append_blocks
+    original = SlotTables.write
 
-    def append(self: SlotTables, appends: Any) -> None:
-        original(self, appends)
+    def write(self: SlotTables, plan: Any) -> None:
+        original(self, plan)
         self.block_tables[:, :, 1] = 1
 
-    monkeypatch.setattr(SlotTables, "append_blocks", append)
+    monkeypatch.setattr(SlotTables, "write", write)
 
 
 def _one_position_late(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nanoengine.api.attention import BatchLimits
+from nanoengine.api.processors import Need
 from nanoengine.api.specs import ColumnSpec
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
 from nanoengine.core.execution.step_inputs import (
@@ -160,7 +161,7 @@ def test_record_is_the_engines(batch: str, kernels: ModuleType, device: torch.de
     tokens = torch.arange(int(drawn.sum()), device=device) * 7 % VOCAB
 
     real = slots != SLOTS
-    t._output_counts = counts
+    t.vocab_history.tables[Need.OUTPUT_COUNTS] = counts
     where = slots[drawn & real]
     t.record(where, (t.num_computed[slots] + start.diff())[drawn & real], tokens[token_of_row[drawn & real].long()])
     t.advance(slots[real], start.diff()[real].long())
@@ -287,27 +288,21 @@ def test_what_the_host_writes_arrives_at_once_and_in_order(fused: bool, device: 
     columns = {"a": ColumnSpec(dtype="float32", default=1.0), "b": ColumnSpec(dtype="bool", default=False)}
     t = SlotTables(limits, (ProcessorPlan(name="s", target="", columns=columns),), device, fused=fused)
 
-    def admit(slots: list[int]) -> None:
+    def admitted(slots: list[int]) -> NewSlots:
         n = len(slots)
-        t.admit(
-            NewSlots(
-                slots=i32(slots), token_ids=i32(range(7, 7 + 3 * n)), token_offsets=i32(range(0, 3 * n + 1, 3)),
-                prompt_lens=i32([3] * n), num_computed=i32([1] * n), seeds=i64([2**40 + s for s in slots]),
-                sample_index=i32([5] * n), greedy=flags([False] * n), min_lens=i32([3] * n),
-                stop_offsets=i32([0] * (n + 1)), num_logprobs=i32([-1] * n),
-            )
+        return NewSlots(
+            slots=i32(slots), token_ids=i32(range(7, 7 + 3 * n)), token_offsets=i32(range(0, 3 * n + 1, 3)),
+            prompt_lens=i32([3] * n), num_computed=i32([1] * n), seeds=i64([2**40 + s for s in slots]),
+            sample_index=i32([5] * n), greedy=flags([False] * n), min_lens=i32([3] * n),
+            stop_offsets=i32([0] * (n + 1)), num_logprobs=i32([-1] * n),
         )  # fmt: skip
 
-    def change(column: str, slot: int, value: float) -> None:
+    def changed(column: str, slot: int, value: float) -> ProcessorColumn:
         values = np.array([value], np.float32 if column == "a" else np.bool_)
-        t.set_columns(
-            [ProcessorColumn(processor="s", column=column, slots=i32([slot]), values=values, offsets=i32([0, 1]))]
-        )
+        return ProcessorColumn(processor="s", column=column, slots=i32([slot]), values=values, offsets=i32([0, 1]))
 
-    admit([2, 0])
-    change("a", 2, 0.5)
-    change("b", 2, True)
-    t.append_blocks(BlockAppends(group=i32([0, 1]), slot=i32([2, 2]), index=i32([0, 1]), block=i32([8, 9])))
+    appends = BlockAppends(group=i32([0, 1]), slot=i32([2, 2]), index=i32([0, 1]), block=i32([8, 9]))
+    t.write(StepPlan(new=admitted([2, 0]), columns=(changed("a", 2, 0.5), changed("b", 2, True)), appends=appends))
     assert not t.num_tokens.any()
     t.flush()
     assert t.num_tokens.tolist() == [3, 0, 3, 0, 0]
@@ -319,8 +314,7 @@ def test_what_the_host_writes_arrives_at_once_and_in_order(fused: bool, device: 
     a, b = t.columns["s"]["a"], t.columns["s"]["b"]
     assert a.gather(every).tolist() == [1, 1, 0.5, 1, 1]
     assert b.gather(every).tolist() == [False, False, True, False, False]
-    admit([2])
-    change("a", 2, 0.25)
+    t.write(StepPlan(new=admitted([2]), columns=(changed("a", 2, 0.25),)))
     t.flush()
     assert a.gather(every).tolist() == [1, 1, 0.25, 1, 1]
     assert not b.gather(every).any()
@@ -346,15 +340,15 @@ def test_a_decode_graph_writes_and_gathers_what_an_eager_step_does(device: torch
     size = StepSize(6)
     plan = pad(decode_plan(i32([3, 0, 5]), 0), size, SLOTS).plan
     t = tables(device)
-    t.append_blocks(appends)
+    t.write(StepPlan(appends=appends))
     t.flush()
     want = StepBuffers(LIMITS, 2, device, fused=True).gather(plan, t)
 
     again = tables(device)
-    again.append_blocks(appends)
+    again.write(StepPlan(appends=appends))
     inputs = in_a_graph(StepBuffers(LIMITS, 2, device, fused=True), again)
     inputs.send(plan, size)
-    assert not again.arena.pending
+    assert not again.buffer.pending
     got = inputs.run(plan, size)
     assert again.block_tables[0, 0, 3] == 501
     assert_same(got, want)
@@ -378,9 +372,8 @@ def test_a_mixed_graph_writes_and_gathers_what_an_eager_step_does(
     step = pad(plan, size, SLOTS)
     t, again = tables(device), tables(device)
     for each in (t, again):
-        each.append_blocks(
-            BlockAppends(group=i32([0] * 3), slot=i32([6] * 3), index=i32([0, 1, 2]), block=i32([9, 8, 7]))
-        )
+        appends = BlockAppends(group=i32([0] * 3), slot=i32([6] * 3), index=i32([0, 1, 2]), block=i32([9, 8, 7]))
+        each.write(StepPlan(appends=appends))
     t.flush()
     want = StepBuffers(LIMITS, 2, device, fused=True).gather(step.plan, t)
     inputs = in_a_graph(StepBuffers(LIMITS, 2, device, fused=True), again)

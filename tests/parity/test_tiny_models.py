@@ -258,12 +258,12 @@ def _token_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first token of a prompt is taken for computed: its K and V are never written."""
     from nanoengine.core.execution.slots import SlotTables
 
-    original = SlotTables.admit
+    original = SlotTables._admit
 
     def admit(self: SlotTables, new: Any) -> None:
         original(self, replace(new, num_computed=new.num_computed + 1))
 
-    monkeypatch.setattr(SlotTables, "admit", admit)
+    monkeypatch.setattr(SlotTables, "_admit", admit)
 
 
 def _stale_temperature(monkeypatch: pytest.MonkeyPatch) -> None:

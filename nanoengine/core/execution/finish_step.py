@@ -7,7 +7,6 @@ operations end in a graph of `CapturedTail`, one a size of step and kind of tail
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import count
 
 import numpy as np
 import numpy.typing as npt
@@ -19,15 +18,13 @@ from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.processors import Need
 from nanoengine.core.execution.results import LaunchedStep, PendingLogprobs
 from nanoengine.core.execution.sampler import DrawColumns, DrawRows, Sampler, vocab_slice
-from nanoengine.core.execution.slots import ScalarTable, SlotTables
+from nanoengine.core.execution.slots import Ints, Key, SlotTables, upload
 from nanoengine.core.execution.split import slots_move
 from nanoengine.core.execution.step_inputs import GatheredStep, RowInputs, StepBuffers, StepSize
 from nanoengine.core.step import StepPlan
 from nanoengine.kernels import all_reduce
 
 PROMPT_LOGITS_ROWS = 128  # positions whose [rows, vocabulary] logits exist at once for prompt log-probs
-
-Ints = npt.NDArray[np.int64]
 
 
 class CapturedTail:
@@ -40,15 +37,10 @@ class CapturedTail:
             step_inputs_triton, sampler, tables, buffers, tp,
         )  # fmt: skip
         self._drawn = torch.zeros(3 * buffers.max_rows, dtype=torch.int32, device=tables.device)
-        scalars = {
-            op: table
-            for op, (processor, column) in sampler.standard_columns.items()
-            if isinstance(table := tables.columns[processor][column], ScalarTable)
-        }
-        picked = [(tables.first[name], words) for name, words in (("greedy", 1), ("seeds", 2), ("sample_index", 2))]
-        picked += [(table.first, 1) for table in scalars.values()]
-        self._ops = dict(zip(scalars, count(3), strict=False))  # standard operation -> which of the picked columns
-        self._dtypes = {op: table.values.dtype for op, table in scalars.items()}
+        buffer, standard = tables.buffer, sampler.standard_columns
+        keys: list[Key] = ["greedy", "seeds", "sample_index", *standard.values()]
+        picked = [(buffer.first[key], buffer.tables[key].itemsize // 4) for key in keys]
+        self._ops = {op: (at, buffer.tables[key].dtype) for at, (op, key) in enumerate(standard.items(), 3)}
         self._picked = torch.tensor(picked, dtype=torch.int32).to(tables.device)
         self._columns = torch.zeros(len(picked), 2 * buffers.max_rows, dtype=torch.int32, device=tables.device)
 
@@ -57,14 +49,14 @@ class CapturedTail:
         tables, rows = self._tables, len(logits)
         drawn = self.drawn(rows)
         tokens, failed = drawn[: 2 * rows].view(torch.int64), drawn[2 * rows :]
-        self._kernels.pick_columns(tables.arena.words, inputs.slots, self._picked, self._columns)
+        self._kernels.pick_columns(tables.buffer.words, inputs.slots, self._picked, self._columns)
         greedy, seeds, sample_index = self._columns[:3]
         columns = DrawColumns(
             greedy=greedy[:rows],
             seeds=seeds[: 2 * rows].view(torch.int64),
             positions=self._buffers.seq_lens[:rows].long(),  # behind the last token
             sample_index=sample_index[: 2 * rows].view(torch.int64),
-            ops={op: self._columns[at, :rows].view(self._dtypes[op]) for op, at in self._ops.items()},
+            ops={op: self._columns[at, :rows].view(dtype) for op, (at, dtype) in self._ops.items()},
         )
         self._sampler.draw_sharded(kind, logits, columns, self._tp, tokens, failed)
         self._kernels.record(tables.state, inputs.slots, inputs.query_start_loc, tokens, inputs.token_of_row)
@@ -94,7 +86,7 @@ class Forwarded:
         """Without the padding that is between a graph's rows."""
         if self.which is None or self.logits is None:
             return self
-        which = tables.put(self.which)
+        which = upload(self.which, tables.device)
         inputs = replace(self.inputs, logits_index=self.inputs.logits_index.index_select(0, which))
         return replace(self, inputs=inputs, logits=self.logits.index_select(0, which))
 
@@ -135,9 +127,9 @@ class FinishStep:
         positions = self._token_positions(step, which) + 1
         prompt_logprobs = self._prompt_logprobs(step)
         drawn = self._draw(step, which, positions)
-        every = self.tables.put(plan.slots.astype(np.int64))
-        slots = every.index_select(0, self.tables.put(rows.astype(np.int64)))
-        query_lens = self.tables.put(plan.query_lens.astype(np.int64))
+        every = upload(plan.slots.astype(np.int64), self.tables.device)
+        slots = every.index_select(0, upload(rows.astype(np.int64), self.tables.device))
+        query_lens = upload(plan.query_lens.astype(np.int64), self.tables.device)
         with slots_move():
             self.tables.record(slots, positions, drawn.token_ids)
             self.tables.advance(every, query_lens)
@@ -156,7 +148,7 @@ class FinishStep:
 
     def _token_positions(self, step: Forwarded, which: Ints) -> Tensor:
         """Absolute positions of the tokens behind the given entries of `logits_index`, int64."""
-        index = step.inputs.logits_index.index_select(0, self.tables.put(which))
+        index = step.inputs.logits_index.index_select(0, upload(which, self.tables.device))
         return step.inputs.positions.index_select(0, index)
 
     def _logits(self, step: Forwarded, which: Ints) -> Tensor:
@@ -165,7 +157,7 @@ class FinishStep:
             return step.logits
         assert step.hidden is not None
         every = len(which) == len(step.hidden)
-        return self.model.compute_logits(step.hidden if every else step.hidden[self.tables.put(which)])
+        return self.model.compute_logits(step.hidden if every else step.hidden[upload(which, self.tables.device)])
 
     def _whole(self, logits: Tensor) -> Tensor:
         """Gathered over ranks, without the padding columns: [R, V]."""
@@ -186,11 +178,11 @@ class FinishStep:
         logits = self._whole(logits)
         if len(asked) or not self.sampler.takes_any_dtype(draw_rows):
             logits = logits.float()
-        raw = logits[self.tables.put(asked)] if len(asked) else None
+        raw = logits[upload(asked, self.tables.device)] if len(asked) else None
         token_ids, failed = self.sampler.sample(logits, draw_rows)
         if raw is None:
             return _Sampled(token_ids, failed)
-        put = self.tables.put(asked)
+        put = upload(asked, self.tables.device)
         limits = self.tables.host_num_logprobs[host_slots][asked]
         logprobs = self._logprobs(raw, token_ids[put], positions[put], rows[asked], limits)
         return _Sampled(token_ids, failed, (logprobs,))
@@ -209,7 +201,7 @@ class FinishStep:
         greedy = tables.host_greedy[host_slots]
         active = tuple(sorted(self.active(host_slots)))
         needs = frozenset().union(*(self.sampler.needs_of(name) for name in active))
-        slots = tables.put(host_slots.astype(np.int64))
+        slots = upload(host_slots.astype(np.int64), tables.device)
 
         def history(need: Need) -> Tensor | None:
             return tables.history(need).index_select(0, slots) if need in needs else None
@@ -247,7 +239,7 @@ class FinishStep:
             which = asked[first : first + PROMPT_LOGITS_ROWS]
             rows = plan.logits_rows[which].astype(np.int64)
             positions = self._token_positions(step, which) + 1
-            slots = self.tables.put(plan.slots[rows].astype(np.int64))
+            slots = upload(plan.slots[rows].astype(np.int64), self.tables.device)
             targets = self.tables.token_ids[slots, positions].long()
             raw = self._whole(self._logits(step, which)).float()
             parts.append(self._logprobs(raw, targets, positions, rows, plan.prompt_logprobs[which]))

@@ -1,7 +1,6 @@
 """One device's share of a step: inputs -> forward -> sample -> tokens to their slots.
 
-`forward` and `sample` are two calls, so that host inputs (a grammar's mask) may be made while the forward pass runs;
-`launch` is both. Slot and count writes are the last act of a step: one that raised can be run again. Nothing here waits
+Slot and count writes are the last act of a step: one that raised can be run again. Nothing here waits
 for the device: results travel to the host beside the next step, and `LaunchedStep.wait` is where they are awaited.
 """
 
@@ -31,7 +30,7 @@ from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.execution.split import Handle, Splitter, slots_move
 from nanoengine.core.execution.step_inputs import StepBuffers, StepGather, pad
-from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, ProcessorColumn, StepPlan
+from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, StepPlan
 
 _log = logging.getLogger(__name__)
 
@@ -87,7 +86,7 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> Forwarded:
         """Apply the plan's writes (a graph does so itself) and run the model, by replaying a graph where one fits."""
-        self._apply_writes(plan)
+        self.tables.write(plan)
         size = None if self.eager else self.graphs.size_for(plan)
         if size is not None:
             step = pad(plan, size, self.tables.dummy_slot)
@@ -99,16 +98,9 @@ class ModelRunner:
         hidden = self.checked_model(inputs.input_ids, inputs.positions, batch)
         return Forwarded(plan, inputs, hidden.index_select(0, inputs.logits_index), None)
 
-    def _apply_writes(self, plan: StepPlan) -> None:
-        self.tables.admit(plan.new)
-        self.tables.set_columns(plan.columns)
-        self.tables.append_blocks(plan.appends)
-
     @torch.inference_mode()
-    def sample(self, step: Forwarded, host_inputs: Sequence[ProcessorColumn] = ()) -> LaunchedStep:
+    def sample(self, step: Forwarded) -> LaunchedStep:
         """Draw a token for each sampled row, write it to its slot, and send the step's result to the host."""
-        self.tables.set_columns(host_inputs)
-        self.tables.flush()
         return self._captured_tail(step) or self.finish.eager(step)
 
     def _captured_tail(self, step: Forwarded) -> TailStep | None:

@@ -1,8 +1,8 @@
-"""Device-resident state of running requests: one row ("slot") each, stable from admission to release.
+"""State of the running requests on the device: each has one row ("slot") of every table, from admission to release.
 
-The host sends only what changed; everything a step needs is gathered on the device from these tables. All tables are
-made once. The last row is the dummy slot, which padding uses. Of what it wrote the host keeps a copy only to know what
-no row wants (`wants`), never to compute with.
+The host sends only what changed; a step gathers all it needs from these tables on the device. All tables are made once.
+The last row is the dummy slot, which padding uses. Of what it sent the host keeps only what lets a step skip work
+(`host_...`), never a value to compute with.
 """
 
 from __future__ import annotations
@@ -20,13 +20,205 @@ from torch import Tensor
 from nanoengine.api.errors import ConfigError
 from nanoengine.api.processors import Need, RaggedColumn
 from nanoengine.api.specs import ColumnSpec, StandardOp
-from nanoengine.core.step import BlockAppends, NewSlots, ProcessorColumn
+from nanoengine.core.step import NewSlots, ProcessorColumn, StepPlan
 from nanoengine.kernels import step_inputs
 from nanoengine.kernels.step_inputs import SlotState
 from nanoengine.params.engine_plan import ProcessorPlan
 
+Ints = npt.NDArray[np.int64]
+Key = str | tuple[str, str]  # of a table: its name, or (processor, column)
+Shapes = dict[Key, tuple[tuple[int, ...], torch.dtype]]
+
 MIN_RAGGED_WIDTH = 8
 _LENGTHS = ("num_tokens", "num_computed", "prompt_lens", "min_lens", "seeds", "sample_index")  # int64 [slots]
+_ALIGNMENT = 4  # words; kernels read pointers that are multiples of 16 bytes faster
+
+
+def upload(array: npt.NDArray[Any], device: torch.device, into: Tensor | None = None) -> Tensor:
+    """A host array on the device: a tensor of its own, or the front of `into`, whose dtype it must have.
+
+    Does not wait for the device, as a copy from memory that is not pinned would.
+    """
+    host = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cuda":
+        host = host.pin_memory()  # from torch's cache; kept until the copy is done
+    if into is None:
+        return host.to(device, non_blocking=True)
+    return into[: len(host)].copy_(host, non_blocking=True)
+
+
+class TableBuffer:
+    """Tables of 4- and 8-byte elements in one int32 tensor, and the pending writes to them.
+
+    So all that the host writes in a step is one upload and one kernel. Writes take effect in their order, when they are
+    sent; those of a launch that failed before are sent with the next one's.
+
+    Attributes:
+        words: int32 [N], all tables. tables: zeroed views of it. first: the first word of each table.
+        pending: (int64 [K], int32 [K]) of each write: words and their values.
+    """
+
+    def __init__(self, shapes: Shapes, device: torch.device) -> None:
+        """Raises `ConfigError` for more words than an int32 can count."""
+        self.first: dict[Key, int] = {}
+        size = 0
+        for key, (shape, dtype) in shapes.items():
+            assert dtype.itemsize in (4, 8), dtype
+            self.first[key] = size = -(-size // _ALIGNMENT) * _ALIGNMENT
+            size += math.prod(shape) * dtype.itemsize // 4
+        if size >= 1 << 31:
+            raise ConfigError(
+                "the tables of so many slots take more than 8 GiB: lower engine.max_num_seqs, engine.spare_slots or "
+                "engine.max_model_len, or raise engine.block_size"
+            )
+        self.words = torch.zeros(size, dtype=torch.int32, device=device)
+        self.tables = {key: self._view(key, shape, dtype) for key, (shape, dtype) in shapes.items()}
+        self._dtypes = {key: np.dtype(str(dtype).removeprefix("torch.")) for key, (_, dtype) in shapes.items()}
+        self._overlap = False
+        self.pending: list[tuple[Ints, npt.NDArray[np.int32]]] = []
+
+    def _view(self, key: Key, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        count = math.prod(shape) * dtype.itemsize // 4
+        return self.words[self.first[key] :][:count].view(dtype).view(shape)
+
+    def write(self, key: Key, index: Ints, values: npt.NDArray[Any]) -> None:
+        """table.flatten()[index] = values, converted to the table's dtype."""
+        values = np.ascontiguousarray(values, dtype=self._dtypes[key])
+        if values.itemsize == 8:
+            index = (2 * index[:, None] + np.arange(2)).ravel()
+        self.pending.append((self.first[key] + index, values.view(np.int32)))
+
+    def will_overlap(self) -> None:
+        """Pending writes, and those up to the next `clear_pending`, may go to the same places: the last one counts."""
+        self._overlap = True
+
+    def pending_writes(self) -> npt.NDArray[np.int32]:
+        """[2, K]: words to be written, each once, and their values."""
+        if not self.pending:
+            return np.zeros((2, 0), dtype=np.int32)
+        words, values = (np.concatenate(parts) for parts in zip(*self.pending, strict=True))
+        if self._overlap:
+            words, last = np.unique(words[::-1], return_index=True)
+            values = values[::-1][last]
+        return np.stack((words, values), dtype=np.int32, casting="unsafe")
+
+    def clear_pending(self) -> None:
+        """The pending writes were sent."""
+        self.pending, self._overlap = [], False
+
+
+class ScalarTable:
+    """One value a slot: int32 or float32 [slots] in the table buffer (a bool is int32 0 or 1)."""
+
+    def __init__(self, buffer: TableBuffer, key: Key, spec: ColumnSpec) -> None:
+        self._buffer, self.key, self._spec = buffer, key, spec
+        self.values = buffer.tables[key].fill_(spec.default)
+
+    @staticmethod
+    def dtype(spec: ColumnSpec) -> torch.dtype:
+        """Of the table of such a column."""
+        return torch.float32 if spec.dtype == "float32" else torch.int32
+
+    def reset(self, slots: Ints) -> None:
+        self._buffer.write(self.key, slots, np.full(len(slots), self._spec.default))
+
+    def write(self, slots: Ints, values: npt.NDArray[Any], offsets: npt.NDArray[np.int32]) -> None:
+        self._buffer.write(self.key, slots, values)
+
+    def gather(self, slots: Tensor) -> Tensor:
+        """The column of rows in these slots, [R], of the dtype of its spec."""
+        values = self.values.index_select(0, slots)
+        return values != 0 if self._spec.dtype == "bool" else values
+
+
+class RaggedTable:
+    """Several values a slot: [slots, width] with counts int32 [slots]. The width doubles when a longer row comes.
+
+    It is no part of the table buffer: what is written is uploaded at once.
+    """
+
+    def __init__(self, num_slots: int, spec: ColumnSpec, device: torch.device) -> None:
+        self.default = spec.default
+        shape = (num_slots, MIN_RAGGED_WIDTH)
+        self.values = torch.full(shape, spec.default, dtype=getattr(torch, spec.dtype), device=device)
+        self.counts = torch.zeros(num_slots, dtype=torch.int32, device=device)
+
+    def reset(self, host_slots: Ints) -> None:
+        slots = upload(host_slots, self.values.device)
+        self.values.index_fill_(0, slots, self.default)
+        self.counts.index_fill_(0, slots, 0)
+
+    def write(self, host_slots: Ints, values: npt.NDArray[Any], offsets: npt.NDArray[np.int32]) -> None:
+        counts, device = np.diff(offsets), self.values.device
+        self._widen(int(counts.max(initial=0)))
+        slots = upload(host_slots, device)
+        self.values.index_fill_(0, slots, self.default)
+        if len(values):
+            rows, columns = ragged_places(offsets)
+            where = slots[upload(rows, device)], upload(columns, device)
+            self.values[where] = upload(values, device).to(self.values.dtype)
+        self.counts[slots] = upload(counts.astype(np.int32), device)
+
+    def _widen(self, width: int) -> None:
+        old = self.values.shape[1]
+        if width <= old:
+            return
+        wider = self.values.new_full((self.values.shape[0], 1 << (width - 1).bit_length()), self.default)
+        wider[:, :old] = self.values
+        self.values = wider
+
+    def gather(self, slots: Tensor) -> RaggedColumn:
+        """The column of rows in these slots."""
+        return RaggedColumn(self.values.index_select(0, slots), self.counts.index_select(0, slots))
+
+
+Table = ScalarTable | RaggedTable
+
+
+def ragged_places(offsets: npt.NDArray[np.int32]) -> tuple[Ints, Ints]:
+    """For each flat value its row and its column in that row."""
+    starts, counts = offsets[:-1].astype(np.int64), np.diff(offsets)
+    rows = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+    return rows, np.arange(len(rows), dtype=np.int64) - starts[rows]
+
+
+class VocabHistory:
+    """Which tokens each slot has, as tables over the vocabulary. Each is made when a processor first needs it.
+
+    Attributes:
+        tables: OUTPUT_COUNTS: int32 [slots, V]; how often a slot drew each id. PROMPT_MASK: bool [slots, V]; which ids
+            its prompt holds.
+    """
+
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
+        self._shape, self._device = (num_slots, vocab_size), device
+        self.tables: dict[Need, Tensor] = {}
+
+    def make(self, need: Need, token_ids: Tensor, wanted: Tensor) -> None:
+        """From the wanted ones of all slots' tokens, both [slots, max_model_len + 1]."""
+        counts = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
+        counts.scatter_add_(1, token_ids.long(), wanted.int())
+        self.tables[need] = counts if need is Need.OUTPUT_COUNTS else counts > 0
+
+    def enter(self, new: NewSlots) -> None:
+        """New slots, from their tokens; after a preemption they bring generated ones, too."""
+        if not self.tables:
+            return
+        rows, columns = ragged_places(new.token_offsets)
+        is_prompt = columns < new.prompt_lens[rows]
+        slots, ids = new.slots.astype(np.int64), new.token_ids.astype(np.int64)
+        fresh = upload(slots, self._device)
+        for need, table in self.tables.items():
+            table.index_fill_(0, fresh, 0)
+            those = is_prompt if need is Need.PROMPT_MASK else ~is_prompt
+            where = upload(slots[rows[those]], self._device), upload(ids[those], self._device)
+            table.index_put_(where, table.new_ones(()), accumulate=need is Need.OUTPUT_COUNTS)
+
+    def count(self, slots: Tensor, token_ids: Tensor) -> None:
+        """Drawn tokens, one a slot; both int64 [S]."""
+        counts = self.tables.get(Need.OUTPUT_COUNTS)
+        if counts is not None:
+            counts.index_put_((slots, token_ids), counts.new_ones(()), accumulate=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,139 +232,60 @@ class SlotLimits:
     max_blocks: int
 
 
-class ScalarTable:
-    """One value a slot: [slots], int32 or float32 in the arena (bool: 0 or 1 as int32)."""
-
-    def __init__(self, num_slots: int, spec: ColumnSpec, arena: Arena) -> None:
-        self._arena, self._num_slots, self._dtype = arena, num_slots, getattr(torch, spec.dtype)
-        self._words = torch.float32 if self._dtype is torch.float32 else torch.int32
-        self._host = np.dtype(np.float32 if self._words is torch.float32 else np.int32)
-        self._default = spec.default
-        self.first = arena.reserve(num_slots, 4)  # word
-        self.values = arena.words  # until `make`
-
-    def make(self) -> None:
-        """When the arena is there."""
-        self.values = self._arena.view(self.first, (self._num_slots,), self._words)
-        self.values.fill_(self._default)
-
-    def reset(self, slots: Ints) -> None:
-        self._arena.write(self.first, slots, np.full(len(slots), self._default, self._host))
-
-    def write(self, slots: Ints, values: npt.NDArray[Any], offsets: npt.NDArray[np.int32]) -> None:
-        self._arena.write(self.first, slots, values.astype(self._host))
-
-    def gather(self, slots: Tensor) -> Tensor:
-        values = self.values.index_select(0, slots)
-        return values != 0 if self._dtype is torch.bool else values
-
-
-class RaggedTable:
-    """Several values a slot: [slots, width] with counts [slots]. The width doubles when a longer row comes."""
-
-    def __init__(self, num_slots: int, spec: ColumnSpec, device: torch.device) -> None:
-        self.default = spec.default
-        shape = (num_slots, MIN_RAGGED_WIDTH)
-        self.values = torch.full(shape, spec.default, dtype=getattr(torch, spec.dtype), device=device)
-        self.counts = torch.zeros(num_slots, dtype=torch.int32, device=device)
-
-    def reset(self, host_slots: Ints) -> None:
-        slots = staged(host_slots, self.values.device)
-        self.values.index_fill_(0, slots, self.default)
-        self.counts.index_fill_(0, slots, 0)
-
-    def write(self, host_slots: Ints, values: npt.NDArray[Any], offsets: npt.NDArray[np.int32]) -> None:
-        counts, device = np.diff(offsets), self.values.device
-        self._widen(int(counts.max(initial=0)))
-        slots = staged(host_slots, device)
-        self.values.index_fill_(0, slots, self.default)
-        if len(values):
-            rows, columns = _ragged_index(counts, offsets)
-            where = slots[staged(rows, device)], staged(columns, device)
-            self.values[where] = staged(values, device).to(self.values.dtype)
-        self.counts[slots] = staged(counts.astype(np.int32), device)
-
-    def _widen(self, width: int) -> None:
-        old = self.values.shape[1]
-        if width <= old:
-            return
-        wider = self.values.new_full((self.values.shape[0], 1 << (width - 1).bit_length()), self.default)
-        wider[:, :old] = self.values
-        self.values = wider
-
-    def gather(self, slots: Tensor) -> RaggedColumn:
-        return RaggedColumn(self.values.index_select(0, slots), self.counts.index_select(0, slots))
-
-
-Table = ScalarTable | RaggedTable
-
-
-def _ragged_index(
-    counts: npt.NDArray[Any], offsets: npt.NDArray[Any]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """For each flat value its row and its column in that row, both int64."""
-    rows = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
-    columns = np.arange(int(counts.sum()), dtype=np.int64) - offsets[:-1].astype(np.int64)[rows]
-    return rows, columns
-
-
 class SlotTables:
-    """The tables, and the writes that a step plan brings: they wait for `flush`, which sends them all at once."""
+    """All tables, and what a step plan writes to them: pending until `flush` sends it.
+
+    Attributes:
+        dummy_slot: the last slot. columns: processor -> column -> its table. stop_ids: stop set of each slot that has
+            `min_tokens`.
+        token_ids: int32 [slots, max_model_len + 1]. block_tables: int32 [groups, slots, max_blocks].
+        num_tokens, num_computed: int64 [slots]; known tokens, and how many of them have their KV. The lengths that
+            count: the host's are upper bounds.
+        prompt_lens, min_lens, seeds, sample_index: int64 [slots]. greedy: int32 [slots], 0 or 1.
+        host_greedy, host_min_tokens: bool [slots]. host_num_logprobs: int32 [slots], -1: none. host_wants: processor ->
+            bool [slots]; False: its columns hold their defaults.
+    """
 
     def __init__(
         self, limits: SlotLimits, processors: Sequence[ProcessorPlan], device: torch.device, *, fused: bool = False
     ) -> None:
         """`fused`: write by a Triton kernel instead of torch operations."""
-        self.limits, self.device = limits, device
-        n = limits.max_slots + 1
-        self.dummy_slot = limits.max_slots
+        self.limits, self.device, self.dummy_slot = limits, device, limits.max_slots
         self._kernels: Any = step_inputs
         if fused:
             from nanoengine.kernels import step_inputs_triton
 
             self._kernels = step_inputs_triton
-        self.arena = Arena(device)
-        shapes = {
-            "token_ids": ((n, limits.max_model_len + 1), torch.int32),
-            "block_tables": ((limits.num_groups, n, limits.max_blocks), torch.int32),
-            "greedy": ((n,), torch.int32),
-        } | dict.fromkeys(_LENGTHS, ((n,), torch.int64))  # fmt: skip
-        self.first = {name: self.arena.reserve(math.prod(shape), dt.itemsize) for name, (shape, dt) in shapes.items()}
-        scalars: list[ScalarTable] = []
-
-        def column(spec: ColumnSpec) -> Table:
-            if spec.ragged:
-                return RaggedTable(n, spec, device)
-            scalars.append(ScalarTable(n, spec, self.arena))
-            return scalars[-1]
-
-        self.columns: Mapping[str, Mapping[str, Table]] = {
-            processor.name: {name: column(spec) for name, spec in processor.columns.items()} for processor in processors
-        }
-        self.arena.make()
-        for table in scalars:
-            table.make()
-        made = {name: self.arena.view(self.first[name], shape, dtype) for name, (shape, dtype) in shapes.items()}
-        self.token_ids, self.block_tables = made["token_ids"], made["block_tables"]
-        self.num_tokens = made["num_tokens"]  # known tokens; the length that counts
-        self.num_computed = made["num_computed"]  # of them, those whose KV is there
-        self.prompt_lens, self.min_lens = made["prompt_lens"], made["min_lens"]
-        self.seeds, self.sample_index = made["seeds"], made["sample_index"]
-        self.greedy = made["greedy"].fill_(1)  # int32, 0 or 1
+        n = limits.max_slots + 1
+        specs = {(one.name, column): spec for one in processors for column, spec in one.columns.items()}
+        self._make_tables(n, specs)
         self.stop_ids = RaggedTable(n, ColumnSpec(dtype="int64", ragged=True), device)
-        self._output_counts: Tensor | None = None
-        self._prompt_mask: Tensor | None = None
-        # host side: what each slot wants, to skip what no row of a step wants
+        self.vocab_history = VocabHistory(n, limits.vocab_size, device)
         self.host_greedy = np.ones(n, dtype=np.bool_)
         self.host_num_logprobs = np.full(n, -1, dtype=np.int32)
         self.host_min_tokens = np.zeros(n, dtype=np.bool_)
         self.host_wants = {processor.name: np.zeros(n, dtype=np.bool_) for processor in processors}
-        self._zero_temperature = {
-            (processor.name, name): np.zeros(n, dtype=np.bool_)
-            for processor in processors
-            for name, spec in processor.columns.items()
-            if spec.op is StandardOp.TEMPERATURE
-        }
+        heats = [key for key, spec in specs.items() if spec.op is StandardOp.TEMPERATURE]
+        self._zero_temperature = {key: np.zeros(n, dtype=np.bool_) for key in heats}
+
+    def _make_tables(self, n: int, specs: Mapping[tuple[str, str], ColumnSpec]) -> None:
+        """specs: of each (processor, column)."""
+        width, groups, blocks = self.limits.max_model_len + 1, self.limits.num_groups, self.limits.max_blocks
+        shapes: Shapes = {"token_ids": ((n, width), torch.int32), "block_tables": ((groups, n, blocks), torch.int32)}
+        shapes |= dict.fromkeys(_LENGTHS, ((n,), torch.int64))
+        shapes |= {"greedy": ((n,), torch.int32)}
+        shapes |= {key: ((n,), ScalarTable.dtype(spec)) for key, spec in specs.items() if not spec.ragged}
+        self.buffer = TableBuffer(shapes, self.device)
+        self.columns: dict[str, dict[str, Table]] = {}
+        for key, spec in specs.items():
+            table = RaggedTable(n, spec, self.device) if spec.ragged else ScalarTable(self.buffer, key, spec)
+            self.columns.setdefault(key[0], {})[key[1]] = table
+        made = self.buffer.tables
+        self.token_ids, self.block_tables = made["token_ids"], made["block_tables"]
+        self.num_tokens, self.num_computed = made["num_tokens"], made["num_computed"]
+        self.prompt_lens, self.min_lens = made["prompt_lens"], made["min_lens"]
+        self.seeds, self.sample_index = made["seeds"], made["sample_index"]
+        self.greedy = made["greedy"].fill_(1)
 
     @property
     def state(self) -> SlotState:
@@ -182,231 +295,89 @@ class SlotTables:
             num_tokens=self.num_tokens,
             num_computed=self.num_computed,
             block_tables=self.block_tables,
-            output_counts=self._output_counts,
+            output_counts=self.vocab_history.tables.get(Need.OUTPUT_COUNTS),
         )
 
-    def put(self, array: npt.NDArray[Any]) -> Tensor:
-        """A host array on the device."""
-        return staged(array, self.device)
+    def write(self, plan: StepPlan) -> None:
+        """What the plan brings: new slots, columns that change, and blocks that are appended."""
+        if self.buffer.pending:  # of a launch that failed before they were sent
+            self.buffer.will_overlap()
+        if len(plan.new.slots):
+            self._admit(plan.new)
+        for change in plan.columns:
+            self._set_column(change)
+        appends = plan.appends
+        if len(appends.slot):  # behind a slot's last block its table holds whatever an earlier owner left
+            _, slots, width = self.block_tables.shape
+            row = appends.group.astype(np.int64) * slots + appends.slot
+            self.buffer.write("block_tables", row * width + appends.index, appends.block)
 
-    def admit(self, new: NewSlots) -> None:
-        """Enter new slots: every column of theirs is overwritten, so that nothing of the last owner stays."""
-        if self.arena.pending:  # of a launch that did not come so far
-            self.arena.will_overlap()
-        if not len(new.slots):
-            return
+    def _admit(self, new: NewSlots) -> None:
+        """All that a new slot's row holds is written, so that nothing of its last owner stays."""
         slots, counts = new.slots.astype(np.int64), np.diff(new.token_offsets)
         lengths: list[npt.NDArray[Any]] = [
             counts, new.num_computed, new.prompt_lens, new.min_lens, new.seeds, new.sample_index
         ]  # fmt: skip
         for name, values in zip(_LENGTHS, lengths, strict=True):
-            self.arena.write(self.first[name], slots, values.astype(np.int64))
-        self.arena.write(self.first["greedy"], slots, new.greedy.astype(np.int32))
-        rows, columns = _ragged_index(counts, new.token_offsets)
-        at = slots[rows] * self.token_ids.shape[1] + columns
-        self.arena.write(self.first["token_ids"], at, new.token_ids)
-        if (new.min_lens > new.prompt_lens).any():  # nobody else's stop set is read
+            self.buffer.write(name, slots, values)
+        self.buffer.write("greedy", slots, new.greedy)
+        rows, columns = ragged_places(new.token_offsets)
+        self.buffer.write("token_ids", slots[rows] * self.token_ids.shape[1] + columns, new.token_ids)
+        min_tokens = new.min_lens > new.prompt_lens
+        if min_tokens.any():  # no other slot's stop set is read
             self.stop_ids.write(slots, new.stop_ids, new.stop_offsets)
         for processor, tables in self.columns.items():
-            if self.host_wants[processor][new.slots].any():  # else nobody has written there since the last reset
-                self.arena.will_overlap()
-                for one in tables.values():
-                    one.reset(slots)
-        self._remember(new)
-        self._rebuild_history(new)
-
-    def _remember(self, new: NewSlots) -> None:
-        self.host_greedy[new.slots] = new.greedy
-        self.host_num_logprobs[new.slots] = new.num_logprobs
-        self.host_min_tokens[new.slots] = new.min_lens > new.prompt_lens
+            if self.host_wants[processor][slots].any():  # else they hold their defaults
+                self.buffer.will_overlap()
+                for table in tables.values():
+                    table.reset(slots)
+        self.host_greedy[slots], self.host_num_logprobs[slots] = new.greedy, new.num_logprobs
+        self.host_min_tokens[slots] = min_tokens
         for of_slots in (*self.host_wants.values(), *self._zero_temperature.values()):
-            of_slots[new.slots] = False
+            of_slots[slots] = False
+        self.vocab_history.enter(new)
 
-    def set_columns(self, changes: Sequence[ProcessorColumn]) -> None:
-        for change in changes:
-            self.host_wants[change.processor][change.slots] = True  # first: what says no is taken to hold the defaults
-            table = self.columns[change.processor][change.column]
-            table.write(change.slots.astype(np.int64), change.values, change.offsets)
-            self._set_greedy(change)
+    def _set_column(self, change: ProcessorColumn) -> None:
+        self.host_wants[change.processor][change.slots] = True  # first: False means that it holds defaults
+        slots, key = change.slots.astype(np.int64), (change.processor, change.column)
+        self.columns[change.processor][change.column].write(slots, change.values, change.offsets)
+        if key in self._zero_temperature:
+            self._zero_temperature[key][slots] = change.values == 0
+            self._set_greedy(slots)
 
-    def _set_greedy(self, change: ProcessorColumn) -> None:
+    def _set_greedy(self, slots: Ints) -> None:
         """A row takes the arg-max from the step on that brings temperature 0, until one brings another."""
-        zero = self._zero_temperature.get((change.processor, change.column))
-        if zero is None:
-            return
-        slots = change.slots.astype(np.int64)
-        zero[slots] = change.values == 0
         greedy = np.logical_or.reduce([each[slots] for each in self._zero_temperature.values()])
         turned = greedy != self.host_greedy[slots]
         if turned.any():
-            self.arena.will_overlap()
-            self.arena.write(self.first["greedy"], slots[turned], greedy[turned].astype(np.int32))
+            self.buffer.will_overlap()
+            self.buffer.write("greedy", slots[turned], greedy[turned])
             self.host_greedy[slots] = greedy
 
-    def append_blocks(self, appends: BlockAppends) -> None:
-        """Behind a slot's last block its table holds whatever an earlier owner left."""
-        if len(appends.slot):
-            _, slots, width = self.block_tables.shape
-            row = appends.group.astype(np.int64) * slots + appends.slot
-            self.arena.write(self.first["block_tables"], row * width + appends.index, appends.block)
-
     def flush(self) -> None:
-        """Send the writes; from here on everything launched sees them."""
-        self.arena.flush(self._kernels)
+        """Send the pending writes; everything launched from here on sees them."""
+        if self.buffer.pending:
+            self._kernels.scatter(self.buffer.words, upload(self.buffer.pending_writes().ravel(), self.device))
+            self.buffer.clear_pending()
 
     def history(self, need: Need) -> Tensor:
-        """The table behind a `Need`; counts and masks over the vocabulary are made when first asked for."""
-        shape = (self.limits.max_slots + 1, self.limits.vocab_size)
+        """The table of a `Need`, made if it is not there yet."""
         if need is Need.TOKEN_IDS:
             return self.token_ids
-        if need is Need.OUTPUT_COUNTS:
-            if self._output_counts is None:
-                self._output_counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
-                self._rebuild_all()
-            return self._output_counts
-        if self._prompt_mask is None:
-            self._prompt_mask = torch.zeros(shape, dtype=torch.bool, device=self.device)
-            self._rebuild_all()
-        return self._prompt_mask
-
-    def forget_history(self) -> None:
-        """Drop the tables over the vocabulary; they are made again for who asks."""
-        self._output_counts = self._prompt_mask = None
-
-    def _rebuild_history(self, new: NewSlots) -> None:
-        """Counts and prompt masks of new slots, from their tokens (again, after a preemption)."""
-        if self._output_counts is None and self._prompt_mask is None:
-            return
-        counts = np.diff(new.token_offsets)
-        rows, columns = _ragged_index(counts, new.token_offsets)
-        is_prompt = columns < new.prompt_lens[rows]
-        slots = new.slots.astype(np.int64)[rows]
-        self._fill_history(new.slots, slots, new.token_ids, is_prompt)
-
-    def _rebuild_all(self) -> None:
-        """For slots that were running before anyone asked: from the device's own tokens."""
-        columns = torch.arange(self.token_ids.shape[1], device=self.device)
-        known = columns < self.num_tokens[:, None]
-        prompt = columns < self.prompt_lens[:, None]
-        ids = self.token_ids.long()
-        if self._output_counts is not None:
-            self._output_counts.zero_().scatter_add_(1, ids, (known & ~prompt).int())
-        if self._prompt_mask is not None:
-            hits = torch.zeros_like(self._prompt_mask, dtype=torch.int32)
-            self._prompt_mask.copy_(hits.scatter_add_(1, ids, prompt.int()) > 0)
-
-    def _fill_history(
-        self,
-        new: npt.NDArray[np.int32],
-        slots: npt.NDArray[np.int64],
-        ids: npt.NDArray[np.int32],
-        is_prompt: npt.NDArray[np.bool_],
-    ) -> None:
-        fresh = self.put(new.astype(np.int64))
-        if self._output_counts is not None:
-            self._output_counts.index_fill_(0, fresh, 0)
-            where = self.put(slots[~is_prompt]), self.put(ids[~is_prompt].astype(np.int64))
-            one = torch.ones((), dtype=torch.int32, device=self.device)
-            self._output_counts.index_put_(where, one, accumulate=True)
-        if self._prompt_mask is not None:
-            self._prompt_mask.index_fill_(0, fresh, False)
-            where = self.put(slots[is_prompt]), self.put(ids[is_prompt].astype(np.int64))
-            self._prompt_mask.index_put_(where, torch.ones((), dtype=torch.bool, device=self.device))
+        if need not in self.vocab_history.tables:
+            columns = torch.arange(self.token_ids.shape[1], device=self.device)
+            wanted = is_prompt = columns < self.prompt_lens[:, None]
+            if need is Need.OUTPUT_COUNTS:
+                wanted = (columns < self.num_tokens[:, None]) & ~is_prompt
+            self.vocab_history.make(need, self.token_ids, wanted)
+        return self.vocab_history.tables[need]
 
     def record(self, slots: Tensor, positions: Tensor, token_ids: Tensor) -> None:
         """Write drawn tokens to their slots and count them: a step's last act. All int64 [S]."""
         self.token_ids[slots, positions] = token_ids.to(torch.int32)
         self.num_tokens[slots] = positions + 1
-        if self._output_counts is not None:
-            one = torch.ones((), dtype=torch.int32, device=self.device)
-            self._output_counts.index_put_((slots, token_ids), one, accumulate=True)
+        self.vocab_history.count(slots, token_ids)
 
     def advance(self, slots: Tensor, query_lens: Tensor) -> None:
+        """So many more tokens of these slots have their KV. Both int64 [B]."""
         self.num_computed.index_add_(0, slots, query_lens)
-
-
-_ALIGNMENT = 4  # words; kernels read pointers that are multiples of 16 bytes faster
-
-Ints = npt.NDArray[np.int64]
-
-
-def staged(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """A host array on the device, without waiting for what the device is at: a copy from pageable memory would."""
-    here = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cuda":
-        here = here.pin_memory()  # from torch's cache; kept until the copy is done
-    return here.to(device, non_blocking=True)
-
-
-class Arena:
-    """Tables of 4- and 8-byte elements over one int32 tensor, and the writes to them that wait to be sent.
-
-    `reserve` first, for each; then `make` and `view`; then `write` and `flush`. Writes take effect in their order, at
-    `flush`: what was written before something raised is sent by the next one.
-
-    All that the host writes to them in a step is one upload and one kernel.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.words = torch.empty(0, dtype=torch.int32, device=device)
-        self._size = 0
-        self._offsets: list[Ints] = []
-        self._values: list[npt.NDArray[np.int32]] = []
-        self._overlap = False
-
-    def reserve(self, count: int, itemsize: int) -> int:
-        """Room for a table of `count` elements; returns its first word. `ConfigError` for more than indices reach."""
-        assert itemsize in (4, 8), itemsize
-        first = -(-self._size // _ALIGNMENT) * _ALIGNMENT
-        self._size = first + count * itemsize // 4
-        if self._size >= 1 << 31:
-            raise ConfigError(
-                "the tables of so many slots take more than 8 GiB: lower engine.max_num_seqs, engine.spare_slots or "
-                "engine.max_model_len, or raise engine.block_size"
-            )
-        return first
-
-    def make(self) -> None:
-        """All tables, zeroed."""
-        self.words = torch.zeros(self._size, dtype=torch.int32, device=self.device)
-
-    def view(self, first: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The table that `reserve` made room for."""
-        count = int(np.prod(shape)) * dtype.itemsize // 4
-        return self.words[first : first + count].view(dtype).view(shape)
-
-    @property
-    def pending(self) -> bool:
-        return bool(self._offsets)
-
-    def write(self, first: int, index: Ints, values: npt.NDArray[Any]) -> None:
-        """table.flatten()[index] = values, of the table's own dtype."""
-        if values.dtype.itemsize == 8:
-            index = (2 * index[:, None] + np.arange(2)).ravel()
-        self._offsets.append(first + index)
-        self._values.append(np.ascontiguousarray(values).view(np.int32))
-
-    def will_overlap(self) -> None:
-        """What is pending and what comes until the next `flush` may go to the same places: the last one counts."""
-        self._overlap = True
-
-    def waiting(self) -> npt.NDArray[np.int32]:
-        """[2, K]: the words that wait to be written, each once, and their values."""
-        if not self._offsets:
-            return np.zeros((2, 0), dtype=np.int32)
-        offsets, values = np.concatenate(self._offsets), np.concatenate(self._values)
-        if self._overlap:
-            offsets, last = np.unique(offsets[::-1], return_index=True)
-            values = values[::-1][last]
-        return np.stack((offsets, values), dtype=np.int32, casting="unsafe")
-
-    def forget(self) -> None:
-        """They were sent."""
-        self._offsets, self._values, self._overlap = [], [], False
-
-    def flush(self, kernels: Any) -> None:
-        """Send what is pending. `kernels`: the module whose `scatter` does it."""
-        if self._offsets:
-            kernels.scatter(self.words, staged(self.waiting().ravel(), self.device))
-            self.forget()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nanoengine.api.attention import AttentionBackend, BatchLimits, StepInputs
 from nanoengine.api.plugin_calls import name_of, plugin_step
-from nanoengine.core.execution.slots import SlotTables
+from nanoengine.core.execution.slots import SlotTables, upload
 from nanoengine.core.step import Int32, StepPlan
 from nanoengine.kernels.step_inputs import StepInputBuffers
 
@@ -188,8 +188,7 @@ class StepBuffers:
         else:
             start_loc, logits_index = self.query_start_loc[: rows + 1], self.logits_index[: len(plan.logits_index)]
             packed = self._packed(plan, rows)
-        here = torch.from_numpy(packed)
-        self.sent[: len(packed)].copy_(here.pin_memory() if self.sent.is_cuda else here, non_blocking=True)
+        upload(packed, self.sent.device, self.sent)
         slots = self.slots[:rows]
         self.run_gather(tables, slots, start_loc, int(plan.query_lens.max()))
         return self.views(plan, slots, start_loc, logits_index, tokens)
@@ -248,12 +247,16 @@ class StepBuffers:
         np.cumsum(lens, out=start[1:])
         row_of_token = np.repeat(np.arange(rows, dtype=np.int64), lens)
         offsets = np.arange(tokens, dtype=np.int64) - start[:-1][row_of_token]
-        self.slots[:rows].copy_(tables.put(plan.slots.astype(np.int64)))
-        self.query_lens[:rows].copy_(tables.put(lens))
-        self.query_start_loc[: rows + 1].copy_(tables.put(start))
-        self.row_of_token[:tokens].copy_(tables.put(row_of_token))
-        self.offset_in_row[:tokens].copy_(tables.put(offsets))
-        self.logits_index[: len(plan.logits_index)].copy_(tables.put(plan.logits_index.astype(np.int64)))
+        sent = (
+            (self.slots, plan.slots.astype(np.int64)),
+            (self.query_lens, lens),
+            (self.query_start_loc, start),
+            (self.row_of_token, row_of_token),
+            (self.offset_in_row, offsets),
+            (self.logits_index, plan.logits_index.astype(np.int64)),
+        )
+        for buffer, values in sent:
+            upload(values, tables.device, buffer)
 
     def _group(self, group: int, plan: StepPlan, tables: SlotTables, token_slots: Tensor) -> StepInputs:
         rows, tokens, size = plan.num_rows, plan.num_tokens, self.limits.block_size
@@ -350,8 +353,8 @@ class GraphInputs:
 
     def send(self, plan: StepPlan, size: StepSize) -> None:
         """The rows of a padded plan and the pending writes, without waiting for the device."""
-        arena, rows = self._tables.arena, plan.num_rows
-        writes = arena.waiting()
+        buffer, rows = self._tables.buffer, plan.num_rows
+        writes = buffer.pending_writes()
         if writes.shape[1] > MAX_WRITES:
             self._tables.flush()
             writes = writes[:, :0]
@@ -367,15 +370,14 @@ class GraphInputs:
         for (at, words), each in zip(places, values, strict=True):
             packed[at : at + words] = each
         packed[first : first + count], packed[first + count :] = writes
-        here = torch.from_numpy(packed)
-        self.sent[: len(packed)].copy_(here.pin_memory() if self.sent.is_cuda else here, non_blocking=True)
-        arena.forget()
+        upload(packed, self.sent.device, self.sent)
+        buffer.clear_pending()
 
     def run(self, plan: StepPlan, size: StepSize) -> GatheredStep:
         """Write and gather, on the device alone: what a graph begins with. plan: any of that size."""
         buffers, tables, inputs = self._buffers, self._tables, self.rows(size)
         first, _ = self._places(size)[-1]
-        self._kernels.scatter_counted(tables.arena.words, self.sent, first, MAX_WRITES)
+        self._kernels.scatter_counted(tables.buffer.words, self.sent, first, MAX_WRITES)
         pad_tokens = size.tokens if size.prefill_tokens else 0
         buffers.run_gather(tables, inputs.slots, inputs.query_start_loc, size.longest, pad_tokens)
         return buffers.views(plan, inputs.slots, inputs.query_start_loc, inputs.logits_index, size.tokens)

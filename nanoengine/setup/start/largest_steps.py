@@ -125,5 +125,5 @@ def _history(tables: SlotTables, sampler: Sampler, rows: int) -> Iterator[None]:
     try:
         yield
     finally:
-        tables.forget_history()
+        tables.vocab_history.tables.clear()
         taken.clear()

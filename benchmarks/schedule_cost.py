@@ -2,10 +2,11 @@
 
     python benchmarks/schedule_cost.py [--steps 400] [--running 1 64 256] [--lengths 50 500 2000]
 
-The device is left out: results are made before the clock runs. Four figures each: the plain decode step of requests
-that are told at the end; of requests that are told each token; the first while requests end and enter (each output has
-64 tokens); and with a log-prob wanted at every token. Then, for as many streams: what an output costs the engine at so
-many tokens (there is no text), and what reading its `token_ids` costs. The clock is the thread's CPU time.
+The device is left out: results are made before the clock runs. Three figures each: the plain decode step; the same
+while requests end and enter (each output has 64 tokens); and with a log-prob wanted at every token. Then, for as many
+requests of which only the final output is wanted: what a step's updates cost the output processor, without text. Then,
+for as many streams: what an output costs the engine at so many tokens (there is no text), and what reading its
+`token_ids` costs. The clock is the thread's CPU time.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from nanoengine.core.outputs import OutputProcessor
+from nanoengine.core.outputs import OutputProcessor, RequestState
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.messages import ScheduledStep, SchedulerConfig, Update
@@ -30,9 +31,8 @@ from nanoengine.params.sampling_params import ResolvedParams
 PROMPT_LEN, BLOCK_SIZE = 128, 16
 CASES: dict[str, dict[str, Any]] = {
     "decode": {},
-    "decode, each token told": {"quiet": False},
     "churn": {"output_len": 64},
-    "decode, logprobs": {"logprobs": 0, "quiet": False},
+    "decode, logprobs": {"logprobs": 0},
 }
 
 
@@ -42,7 +42,7 @@ def make_scheduler(running: int, max_len: int) -> Scheduler:
     return Scheduler(config, BlockManager(1, num_blocks, BLOCK_SIZE, True))
 
 
-def add(scheduler: Scheduler, number: int, max_tokens: int, logprobs: int | None, quiet: bool) -> None:
+def add(scheduler: Scheduler, number: int, max_tokens: int, logprobs: int | None) -> None:
     rng = np.random.default_rng(number)
     scheduler.add(
         Request(
@@ -53,7 +53,6 @@ def add(scheduler: Scheduler, number: int, max_tokens: int, logprobs: int | None
             seed=0,
             sample_index=0,
             arrival=number,
-            quiet=quiet,
         )
     )
 
@@ -79,7 +78,7 @@ def result_of(step: ScheduledStep, logprobs: int | None) -> StepResult:
 
 
 def measure(
-    running: int, steps: int, output_len: int | None = None, logprobs: int | None = None, quiet: bool = True
+    running: int, steps: int, output_len: int | None = None, logprobs: int | None = None
 ) -> tuple[float, float]:
     """-> (mean microseconds of schedule(), of commit()) a step."""
     max_tokens = output_len or steps + 200
@@ -90,7 +89,7 @@ def measure(
         while len(scheduler.running) + len(scheduler.waiting) < running:
             # Staggered, so that churn is spread over the steps.
             length = 1 + added % max_tokens if output_len and added < running else max_tokens
-            add(scheduler, added, length, logprobs, quiet)
+            add(scheduler, added, length, logprobs)
             added += 1
         start = time.thread_time_ns()
         step = scheduler.schedule()
@@ -106,30 +105,47 @@ def measure(
     return schedule_ns / steps / 1e3, commit_ns / steps / 1e3
 
 
-def measure_outputs(streams: int, lengths: Sequence[int], around: int = 40) -> dict[int, tuple[float, float]]:
-    """-> length: (microseconds of making an output, the median of those before it; of reading its `token_ids`)."""
+def measure_final_only(running: int, steps: int = 300) -> float:
+    """-> mean microseconds of taking in a step's updates of requests that want only their final output."""
+    outputs, known, requests = make_states(running, final_only=True)
+    spent = 0
+    for step in range(steps):
+        updates = [Update(r, (1_000 + step * 31 + r.arrival,), None, None, None, None) for r in requests]
+        start = time.thread_time_ns()
+        outputs.apply(updates, known, 0.0)
+        spent += time.thread_time_ns() - start
+    return spent / steps / 1e3
+
+
+def make_states(count: int, final_only: bool = False) -> tuple[OutputProcessor, dict[str, RequestState], list[Request]]:
     outputs, params = OutputProcessor(None), ResolvedParams()
     known, requests = {}, []
-    for number in range(streams):
+    for number in range(count):
         name = str(number)
         request = Request(
             id=name, parent=name, prompt_token_ids=[0], params=params, seed=0, sample_index=0, arrival=number
         )
         given = CheckedRequest(request_id=name, prompt_token_ids=(0,), params=params)
-        known[name] = outputs.new_state(given, 0.0, final_only=False, sink=None)
+        known[name] = outputs.new_state(given, 0.0, final_only=final_only, sink=None)
         known[name].add_sample(request)
         requests.append(request)
+    return outputs, known, requests
+
+
+def measure_outputs(streams: int, lengths: Sequence[int], around: int = 40) -> dict[int, tuple[float, float]]:
+    """-> length: (microseconds of making an output, the median of those before it; of reading its `token_ids`)."""
+    outputs, known, requests = make_states(streams)
     cost, tokens = {}, 0
     for length in sorted(lengths):
-        made, told = [], []
+        made, outcome = [], []
         while tokens < length:
             updates = [Update(r, (1_000 + tokens * 31 + r.arrival,), None, None, None, None) for r in requests]
             start = time.thread_time_ns()
-            told, _, _ = outputs.apply(updates, known, 0.0)
+            outcome, _, _ = outputs.apply(updates, known, 0.0)
             made.append(time.thread_time_ns() - start)
             tokens += 1
         start = time.thread_time_ns()
-        for output in told:
+        for output in outcome:
             assert len(output.outputs[0].token_ids) == length
         cost[length] = (median(made[-around:]) / streams / 1e3, (time.thread_time_ns() - start) / streams / 1e3)
     return cost
@@ -146,6 +162,8 @@ def main() -> None:
         for case, options in CASES.items():
             schedule, commit = measure(running, args.steps, **options)
             print(f"{running:>8} {case:<28} {schedule:>9.1f} {commit:>9.1f} {schedule + commit:>9.1f}")
+    for running in args.running:
+        print(f"{running:>8} {'updates of final outputs':<28} {measure_final_only(running):>29.1f}")
     print(f"\n{'streams':>8} {'tokens':>8} {'made us':>9} {'read us':>9}")
     for running in args.running:
         for length, (made, read) in measure_outputs(running, args.lengths).items():

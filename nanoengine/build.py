@@ -407,7 +407,6 @@ def _scheduler(options: EngineOptions, memory: MemoryReport) -> Scheduler:
         max_model_len=options.max_model_len,
         enable_prefix_caching=options.enable_prefix_caching,
         policy=options.scheduling_policy,
-        steady_rows=options.steady_rows,
         spare_slots=options.spare_slots,
         admission_reserve=options.admission_reserve,
     )

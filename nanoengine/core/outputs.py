@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nanoengine.api.errors import RequestError, described, is_failure
 from nanoengine.core.request import Request, request_seed
-from nanoengine.core.scheduling.messages import Update, take_untold
+from nanoengine.core.scheduling.messages import Update
 from nanoengine.core.step import ROW_BAD_LOGITS, LogprobRows
 from nanoengine.params.input_processor import CheckedRequest
 from nanoengine.text import IncrementalDetokenizer, Tokenizer
@@ -109,33 +109,43 @@ class RequestOutput:
 
 Logprobs = dict[int, Logprob]
 
+TEXT_BLOCK = 32  # tokens whose text is decoded at once where only the final output is wanted
+
 
 @dataclass(slots=True)
 class SampleState:
-    """What was gathered of one sample. token_ids: those that were taken in: a stop string may end it amid the tokens of
-    one update. The request's own list is not up to date while it is a steady row."""
+    """What was gathered of one sample.
+
+    token_ids: those that count: a stop string may end it amid the tokens of one update. look_at: below so many tokens,
+    new ones are only kept; their text is decoded later.
+    """
 
     request: Request
     detokenizer: IncrementalDetokenizer | None
     logprobs: list[Logprobs] | None
     token_ids: list[int] = field(default_factory=list)
+    look_at: int = 0
     cumulative_logprob: float = 0.0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     ended: CompletionOutput | None = None
 
-    def take_untold(self) -> tuple[int, ...]:
-        """The tokens of a quiet request that ends between two updates, without their text; it has no stop strings."""
-        new = take_untold(self.request) if self.request.num_untold else ()
-        self.token_ids += new
-        return new
+    def decode(self) -> None:
+        """Decode the tokens that have no text yet. A stop string found there ends the sample."""
+        assert self.detokenizer is not None
+        ids, by_token = self.token_ids[self.detokenizer.num_tokens :], self.finish_reason == "stop"
+        matched = self.detokenizer.push(ids[:-1] if by_token else ids)
+        if matched is None and self.finish_reason is not None:
+            matched = self.detokenizer.finish(ids[-1] if by_token else None)
+        if matched is not None:
+            self.finish_reason, self.stop_reason = "stop", matched
+            del self.token_ids[self.detokenizer.num_tokens :]
 
     def abort(self) -> None:
         self.finish_reason = "abort"
-        new = self.take_untold()
         if self.detokenizer is not None:
-            self.detokenizer.push(new)
-            self.detokenizer.finish(None)
+            self.decode()
+        self.finish_reason, self.stop_reason = "abort", None
 
     def output(self, index: int) -> CompletionOutput:
         """As it stands, at a cost that does not grow with it; what has ended is put together once."""
@@ -195,7 +205,6 @@ class RequestState:
                 cache_key=self.cache_key,
                 prompt_bytes=self.prompt_bytes,
                 block_hashes=[*self.block_hashes],
-                quiet=self.final_only and not params.stop,
             )
 
     def add_sample(self, request: Request) -> None:
@@ -273,11 +282,18 @@ class OutputProcessor:
         failed: dict[str, RequestError] = {}
         touched: dict[str, RequestState] = {}
         for update in updates:
-            request_id = update.request.parent
+            request, new, finish_reason, _, drawn, prompt, row_failed, error = update
+            request_id = request.parent
             state = known.get(request_id)
             if state is None or request_id in failed:
                 continue
-            error = _row_error(update) if update.failed else update.error
+            sample = state.samples[request.sample_index]
+            tokens = sample.token_ids
+            if len(tokens) < sample.look_at and new and finish_reason is None and drawn is None and prompt is None:
+                tokens += new
+                continue
+            if row_failed:
+                error = _row_error(update)
             if error is None:
                 try:
                     reason = self._take(state, update, now)
@@ -291,7 +307,7 @@ class OutputProcessor:
                 continue
             touched[request_id] = state
             if reason is not None:
-                ended.append((update.request, reason))
+                ended.append((request, reason))
         return self._outputs(touched.values(), now), ended, failed
 
     def end(self, state: RequestState, error: RequestError | None, now: float) -> RequestOutput:
@@ -304,8 +320,6 @@ class OutputProcessor:
                     if not is_failure(raised):
                         raise
                     error = _text_failure(raised)
-            elif sample.finish_reason is None:
-                sample.take_untold()
         state.finished = now
         return state.output(error)
 
@@ -320,10 +334,11 @@ class OutputProcessor:
             state.first_token = now
         sample.finish_reason, sample.stop_reason = update.finish_reason, update.stop_reason
         before = len(sample.token_ids)
-        stopped = sample.detokenizer is not None and _push_text(sample, update)
         sample.token_ids += update.new_token_ids
-        if stopped and sample.detokenizer is not None:
-            del sample.token_ids[sample.detokenizer.num_tokens :]
+        if sample.detokenizer is not None:
+            sample.decode()
+        if state.final_only and not state.given.params.stop:
+            sample.look_at = len(sample.token_ids) + TEXT_BLOCK - 1
         if sample.logprobs is not None and update.sampled_logprobs is not None:
             kept = len(sample.token_ids) - before
             sample.logprobs += self._logprobs(update.sampled_logprobs)[:kept]
@@ -364,18 +379,6 @@ def _cache_key(salt: str) -> bytes:
     """What the prefix index hashes and compares with each block: at most 64 bytes, of whatever length the salt is."""
     key = salt.encode()
     return key if len(key) < 64 else hashlib.blake2b(key).digest()
-
-
-def _push_text(sample: SampleState, update: Update) -> bool:
-    """New tokens into text; whether a stop string found there ends the sample, whatever the tokens said."""
-    assert sample.detokenizer is not None
-    ids, by_token = update.new_token_ids, update.finish_reason == "stop"
-    matched = sample.detokenizer.push(ids[:-1] if by_token else ids)
-    if matched is None and update.finish_reason is not None:
-        matched = sample.detokenizer.finish(ids[-1] if by_token else None)
-    if matched is not None:
-        sample.finish_reason, sample.stop_reason = "stop", matched
-    return matched is not None
 
 
 def _text_failure(error: BaseException) -> RequestError:

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from nanoengine.core.scheduling.block_manager import Run
@@ -29,8 +29,9 @@ class Request:
     """One sample as the scheduler keeps it (a request with n samples is n of these). Mutable; not for plugins.
 
     The words: *known* tokens are on the host; a sampled token whose step was launched but not committed is *in
-    flight*; `num_computed` counts tokens whose KV is written by launched steps. Only the scheduler and the block
-    manager change a request. What their loops read at each step stands here as plain fields.
+    flight*; `length` counts both. `num_computed` counts tokens whose KV is written by launched steps: a request decodes
+    once that is all but the last one. Only the scheduler and the block manager change a request. What their loops read
+    for each row of each step are plain fields.
     """
 
     id: str
@@ -43,29 +44,28 @@ class Request:
     priority: int = 0
     max_len: int = 0  # tokens at which it ends by length
     cache_key: bytes = b""  # extra key of the prefix index: cache_salt, adapter, weights version
-    quiet: bool = False  # its tokens need not be told one by one, as they come
 
     status: Status = Status.WAITING
     output_token_ids: list[int] = field(default_factory=list)
     slot: int = -1
     generation: int = 0  # raised at each admission and release: tells a dead row from a live one
     num_computed: int = 0
-    num_in_flight: int = 0  # sampled tokens not yet committed
     num_cached: int | None = None  # prefix-cache hit of the first admission, in tokens
-    num_untold: int = 0  # the last ones of output_token_ids, which no update has told yet
 
     # Derived once.
     prompt_len: int = field(init=False)
-    num_tokens: int = field(init=False)  # known tokens; follows output_token_ids
     min_len: int = field(init=False)  # tokens before which no stop token counts; 0 without min_tokens
     stop_set: frozenset[int] = field(init=False)
     host_tokens: bool = field(init=False)
     prompt_bytes: bytes = b""  # int32, native order: what the prefix index hashes and compares; made where not given
 
     # The scheduler's.
+    length: int = field(init=False)  # tokens, those in flight included
+    pick_check_at: int = 0  # below this `length` its next row is one more token, and nothing else is to be done
+    commit_check_at: int = 0  # below so many output tokens a new one is appended, if it does not stop: likewise
     order: int = 0  # of add(): breaks ties of `arrival`
     admitted: int = 0  # of admissions: FCFS preempts the last one
-    last_step: int = -1  # the last launched step that holds a row of it
+    last_prefill: int = -1  # the last launched step that holds a prefill row of it
     length_reason: str | None = None  # stop_reason when it ends by length
     borrowed: int = 0  # tokens of its KV that other requests computed, of this admission
     void: int = -1  # the generation whose results do not count: its KV was not its own, and broke
@@ -80,7 +80,8 @@ class Request:
     found: list[Run] = field(default_factory=list)  # [group] the prefix hits that were found while it waits
 
     def __post_init__(self) -> None:
-        self.prompt_len = self.num_tokens = len(self.prompt_token_ids)
+        self.prompt_len = len(self.prompt_token_ids)
+        self.length = self.num_tokens
         self.min_len = self.prompt_len + self.params.min_tokens if self.params.min_tokens else 0
         self.stop_set = self.params.stop_set
         self.host_tokens = self.params.host_tokens
@@ -89,6 +90,44 @@ class Request:
     @property
     def token_ids(self) -> list[int]:
         return [*self.prompt_token_ids, *self.output_token_ids]
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens."""
+        return self.prompt_len + len(self.output_token_ids)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Sampled tokens not yet committed."""
+        return self.length - self.num_tokens
+
+    def unbook(self, start: int, sampled: bool) -> None:
+        """Takes its newest row back: the tokens from `start` on are not computed, and none is drawn where one was to be
+        `sampled`."""
+        self.num_computed, self.pick_check_at = start, 0
+        self.length -= sampled
+
+    def append(self, new: Sequence[int]) -> tuple[Sequence[int], Literal["stop", "length"] | None, int | str | None]:
+        """Appends the tokens that a row drew, of which `length` counts one, up to the one that ends the request.
+
+        A stop token counts before the length. The sampler masks stop tokens below `min_tokens`; should one come
+        nevertheless, it does not end the request. Returns the tokens that were kept, finish_reason and stop_reason.
+        """
+        num_tokens, stop_set, max_len = self.num_tokens, self.stop_set, self.max_len
+        stops = False
+        for i, token in enumerate(new, start=1):
+            num_tokens += 1
+            stops = token in stop_set and num_tokens > self.min_len
+            if stops or num_tokens >= max_len:
+                new = new[:i]
+                break
+        self.output_token_ids += new
+        self.length += len(new) - 1
+        if stops:
+            return new, "stop", None if token in self.params.eos_ids else token
+        if num_tokens >= max_len:
+            return new, "length", self.length_reason
+        return new, None, None
 
 
 _MASK = (1 << 64) - 1

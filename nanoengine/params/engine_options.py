@@ -22,7 +22,6 @@ _BOUNDS: Mapping[str, tuple[int, int]] = {
     "seed": (-_INT64 - 1, _INT64),
     "tensor_parallel_size": (1, 2**10),
     "spare_slots": (0, 2**16),
-    "steady_rows": (1, _INT32),
     "chat_template_memory": (2**20, 2**40),
 }
 """The least and the most of each: beyond, no device has the memory, or an index of a step no room for the number."""
@@ -60,7 +59,6 @@ class EngineOptions:
         graph_mixed_steps: steps that hold prompts too run as padded graphs; else those steps run eagerly.
         overlap: prepare step N+1 while step N runs.
         spare_slots: slots beyond max_num_seqs: a request whose last token is in flight leaves its place in the batch.
-        steady_rows: from so many decode rows on, the scheduler keeps those that ask for nothing but a token in columns.
         fuse_kernels: on a GPU, layers use fused Triton kernels.
         fuse_sampling: fuse the standard sampler operations (one sort for top-k, top-p and min-p).
         custom_all_reduce: between GPUs, small sums over ranks are read from each other's memory; else all are NCCL's.
@@ -92,7 +90,6 @@ class EngineOptions:
     graph_mixed_steps: bool = True
     overlap: bool = True
     spare_slots: int = 8
-    steady_rows: int = 48
     fuse_kernels: bool = True
     fuse_sampling: bool = True
     custom_all_reduce: bool = True

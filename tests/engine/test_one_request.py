@@ -23,7 +23,9 @@ from nanoengine.core.execution.executor import InProcessExecutor
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
 from nanoengine.core.scheduling import scheduler
 from nanoengine.core.scheduling.block_manager import BlockManager
+from nanoengine.core.scheduling.draft import Draft
 from nanoengine.core.scheduling.scheduler import Scheduler
+from nanoengine.core.step import StepPlan
 from nanoengine.testing.mock_model import MockAttention, MockModel
 from nanoengine.text import IncrementalDetokenizer
 
@@ -198,7 +200,7 @@ SEAMS: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     "finding its hits": (BlockManager, "match", lambda self, request: is_bad(request)),
     "claiming its blocks": (BlockManager, "claim", lambda self, request, *_: is_bad(request)),
     "giving it blocks": (BlockManager, "grow", lambda self, request, *_: is_bad(request)),
-    "building a plan with it": (scheduler, "build_plan", lambda step, picks, new, *_: any(map(is_bad, new))),
+    "building a plan with it": (scheduler, "build_plan", lambda draft: any(map(is_bad, draft.new))),
 }
 
 
@@ -226,21 +228,19 @@ def test_an_interrupt_is_no_failure_of_a_request(tmp_path: Path, monkeypatch: py
         assert tokens_of(llm.generate(GOOD["a"], GREEDY, use_tqdm=False)) == [greedy(GOOD["a"], 12)]
 
 
-@pytest.mark.parametrize("steady_rows", [1, 100])
 def test_without_a_plan_the_newest_request_fails_until_there_is_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steady_rows: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While rows of three requests are planned together, in steps of any kind."""
     original = scheduler.build_plan
 
-    def build_plan(step: int, picks: Any, new: Any, grown: Any, host: Any, steady: Any = None) -> Any:
-        rows = len(picks.decode) + len(picks.prefill) + (0 if steady is None else len(steady[0]))
-        if rows > 2 and step >= 8:
+    def build_plan(draft: Draft) -> StepPlan:
+        if len(draft.slots) + len(draft.prefill) > 2 and draft.step >= 8:
             raise OverflowError("no room for a third row")
-        return original(step, picks, new, grown, host, steady)
+        return original(draft)
 
     monkeypatch.setattr(scheduler, "build_plan", build_plan)
-    with mock_llm(tmp_path, steady_rows=steady_rows) as llm:
+    with mock_llm(tmp_path) as llm:
         found = llm.generate([[1, 2], [3, 4], [5, 6], [7, 8]], GREEDY.replace(max_tokens=20), use_tqdm=False)
         llm.engine.scheduler.check()
     assert [out.error and out.error.code for out in found] == [None, None, "engine_failed", "engine_failed"]

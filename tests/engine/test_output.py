@@ -45,7 +45,6 @@ def rows_of(token_ids: list[int], best: list[list[tuple[int, float]]] | None = N
 def step(request: Request, text: str, reason: Any = None) -> Update:
     ids = list(text.encode())
     request.output_token_ids += ids
-    request.num_tokens += len(ids)
     return Update(request, tuple(ids), reason, None, rows_of(ids), None)
 
 

@@ -34,12 +34,8 @@ def test_its_place_is_taken_a_step_earlier(tmp_path: Path) -> None:
     assert without[1] > steps
 
 
-def test_the_switches_of_the_scheduler_reach_it(tmp_path: Path) -> None:
-    with mock_llm(tmp_path, spare_slots=3, steady_rows=7) as llm:
-        config = llm.engine.scheduler.config
-    assert (config.spare_slots, config.steady_rows) == (3, 7)
-    with mock_llm(tmp_path) as llm:
-        assert llm.engine.scheduler.config.steady_rows == 1  # in these tests, so that small engines have some
-    for wrong, said in (({"spare_slots": -1}, "spare_slots must be 0 or more"), ({"steady_rows": 0}, "at least 1")):
-        with pytest.raises(ConfigError, match=said):
-            mock_llm(tmp_path, **wrong)
+def test_the_option_reaches_the_scheduler(tmp_path: Path) -> None:
+    with mock_llm(tmp_path, spare_slots=3) as llm:
+        assert llm.engine.scheduler.config.spare_slots == 3
+    with pytest.raises(ConfigError, match="spare_slots must be 0 or more"):
+        mock_llm(tmp_path, spare_slots=-1)

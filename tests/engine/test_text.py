@@ -15,6 +15,7 @@ from tokenizers import decoders
 
 from nanoengine import LLM, ParamsError, SamplingParams
 from nanoengine.api.errors import NanoEngineError, RequestError, UnsupportedError, WorkerError
+from nanoengine.core.outputs import SampleState
 from nanoengine.core.request import Status
 from nanoengine.core.scheduling.scheduler import Scheduler
 
@@ -167,13 +168,7 @@ def _never_finished(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _match_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanoengine.core import outputs as output
-
-    def push(sample: Any, update: Any) -> bool:
-        sample.detokenizer.push(update.new_token_ids)
-        return False
-
-    monkeypatch.setattr(output, "_push_text", push)
+    monkeypatch.setattr(SampleState, "decode", lambda self: None)
 
 
 def test_mutants_of_stopping_are_caught(tmp_path: Path) -> None:

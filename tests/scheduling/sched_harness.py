@@ -78,8 +78,8 @@ class Loop:
         overlap: bool = True,
         groups: int = 1,
         hash_fn: Callable[[bytes], bytes] | None = None,
-        steady: bool = True,
         reserve: int = 0,
+        request_class: type[Request] = Request,
         scheduler: type[Scheduler] = Scheduler,
         blocks: type[BlockManager] = BlockManager,
     ) -> None:
@@ -89,13 +89,13 @@ class Loop:
             max_model_len=max_model_len,
             enable_prefix_caching=caching,
             policy=policy,
-            steady_rows=1 if steady else max_num_seqs + 1,
             admission_reserve=reserve,
         )
         extra = {} if hash_fn is None else {"hash_fn": hash_fn}
         self.blocks = blocks(groups, num_blocks + 1, block_size, caching, **extra)
         self.strong, self.checks, self.pools = hash_fn is None, True, self.blocks._pools
         self.scheduler = scheduler(self.config, self.blocks)
+        self.request_class = request_class
         self.runner = MockRunner(
             groups=groups,
             num_blocks=num_blocks + 1,
@@ -125,7 +125,7 @@ class Loop:
         own = {"seed": 7, "sample_index": 0, "arrival": len(self.requests)} | own
         own["seed"] = params.seed if params.seed is not None else own["seed"]
         number = str(len(self.requests))
-        return Request(id=number, parent=number, prompt_token_ids=list(prompt), params=params, **own)
+        return self.request_class(id=number, parent=number, prompt_token_ids=list(prompt), params=params, **own)
 
     def add(self, prompt: Sequence[int], **kwargs: Any) -> Request:
         request = self.request(prompt, **kwargs)
@@ -134,6 +134,10 @@ class Loop:
         self.tokens[request] = []
         self.prompt_positions[request] = []
         return request
+
+    def set_budget(self, tokens: int) -> None:
+        """Of the steps from the next one on."""
+        self.config = self.scheduler.config = replace(self.config, max_num_batched_tokens=tokens)
 
     def abort(self, request: Request) -> None:
         self.scheduler.abort(request)
@@ -178,7 +182,6 @@ class Loop:
 
         Returns all of its blocks by group, those that others own too.
         """
-        self.scheduler._steady.leave_all()
         runs = self.blocks.match(replace_tokens(request, [*request.token_ids, 0]))
         tables = request.block_ids or [[] for _ in runs]
         for group, (pool, run, own) in enumerate(zip(self.pools, runs, tables, strict=True)):
@@ -401,8 +404,8 @@ Op = tuple[str, Any]
 
 
 def run_ops(loop: BreakingLoop, ops: Iterable[Op]) -> None:
-    """("add", prompt and its keywords), ("abort", index), ("bad", row of the next step), ("raise", where), ("step" |
-    "launch" | "break", None); then to the end."""
+    """("add", prompt and its keywords), ("abort", index), ("bad", row of the next step), ("raise", where), ("budget",
+    tokens), ("step" | "launch" | "break", None); then to the end."""
     for name, value in ops:
         if name == "add":
             with suppress(RequestError):
@@ -416,6 +419,8 @@ def run_ops(loop: BreakingLoop, ops: Iterable[Op]) -> None:
             loop.raising = value
         elif name == "bad":
             loop.bad_row = value
+        elif name == "budget":
+            loop.set_budget(value)
         elif name == "launch":
             if len(loop.in_flight) < (2 if loop.overlap else 1):
                 loop.launch()

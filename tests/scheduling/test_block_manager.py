@@ -248,7 +248,6 @@ def test_what_a_failed_request_read_or_wrote_is_barred_until_it_is_taken_anew():
     blocks.check([beside])
     assert not len(blocks.match(owner(None, prompt_of(9)))[0])
     beside.output_token_ids += [5] * 8
-    beside.num_tokens += 8
     assert blocks.grow(beside, beside.num_tokens)
     assert blocks.publish(beside, beside.num_tokens) == [], "behind blocks that are barred"
     blocks.check([beside])

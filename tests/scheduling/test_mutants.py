@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from sched_harness import BreakingLoop, random_ops, run_ops
 
-from nanoengine.core.request import Status
-from nanoengine.core.scheduling import plan_builder, scheduler
+from nanoengine.core.request import Request, Status
+from nanoengine.core.scheduling import plan_builder
 from nanoengine.core.scheduling.block_manager import BlockManager, Pool, Run
 from nanoengine.core.scheduling.draft import Draft
 from nanoengine.core.scheduling.scheduler import Scheduler
@@ -97,9 +97,9 @@ def hit_not_capped(patch: pytest.MonkeyPatch) -> None:
     match = BlockManager.match
 
     def broken(blocks, request):
-        request.num_tokens += 1
+        request.output_token_ids.append(0)
         hits = match(blocks, request)
-        request.num_tokens -= 1
+        request.output_token_ids.pop()
         return hits
 
     patch.setattr(BlockManager, "match", broken)
@@ -187,8 +187,8 @@ def flight_forgotten(patch: pytest.MonkeyPatch) -> None:
 
     def broken(self, request, *why):
         preempt(self, request, *why)
-        request.num_in_flight = 0
-        request.last_step = -1
+        request.length = request.num_tokens
+        request.last_prefill = -1
 
     patch.setattr(Scheduler, "_preempt", broken)
 
@@ -224,15 +224,7 @@ def stale_columns(patch: pytest.MonkeyPatch) -> None:
 
 def host_tokens_run_ahead(patch: pytest.MonkeyPatch) -> None:
     """The next draw is prepared while the token before it is in flight."""
-    advance = scheduler.advance
-
-    def broken(picks, step):
-        out = advance(picks, step)
-        for request in picks:
-            request.last_step = -1
-        return out
-
-    patch.setattr(scheduler, "advance", broken)
+    patch.setattr(Scheduler, "_is_in_flight", lambda self, request: False)
 
 
 def block_sent_to_the_wrong_place(patch: pytest.MonkeyPatch) -> None:
@@ -247,15 +239,15 @@ def block_sent_to_the_wrong_place(patch: pytest.MonkeyPatch) -> None:
 
 
 def ends_one_early(patch: pytest.MonkeyPatch) -> None:
-    append = scheduler.append_tokens
+    append = Request.append
 
-    def broken(request, *args):
+    def broken(request, new):
         request.max_len -= 1
-        update = append(request, *args)
+        kept = append(request, new)
         request.max_len += 1
-        return update
+        return kept
 
-    patch.setattr(scheduler, "append_tokens", broken)
+    patch.setattr(Request, "append", broken)
 
 
 def length_counts_known_tokens_only(patch: pytest.MonkeyPatch) -> None:
@@ -263,7 +255,7 @@ def length_counts_known_tokens_only(patch: pytest.MonkeyPatch) -> None:
     pick = Scheduler._pick_running
 
     def broken(self, draft):
-        full = [r for r in self.running if r.num_in_flight and r.num_tokens + r.num_in_flight >= r.max_len]
+        full = [r for r in self.running if r.num_in_flight and r.length >= r.max_len]
         for request in full:
             request.max_len += 1
         pick(self, draft)
@@ -274,10 +266,14 @@ def length_counts_known_tokens_only(patch: pytest.MonkeyPatch) -> None:
 
 
 def budget_ignored(patch: pytest.MonkeyPatch) -> None:
-    def broken(self, request, num_new, cached, blocks):
-        self.picks[request], self.new[request], self.grown[request] = num_new, cached, 0
+    book = Draft.book
 
-    patch.setattr(Draft, "admit", broken)
+    def broken(self, request, num_new):
+        before = self.budget
+        book(self, request, num_new)
+        self.budget = before
+
+    patch.setattr(Draft, "book", broken)
 
 
 def shared_for_ever(patch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from nanoengine.core.request import Request
-from nanoengine.core.scheduling.plan_builder import Picks, advance, build_plan
-from nanoengine.core.step import i32
+from nanoengine.core.scheduling.draft import Draft
+from nanoengine.core.scheduling.plan_builder import build_plan
 from nanoengine.params.sampling_params import ResolvedParams
 
 
@@ -14,21 +14,27 @@ def decoding(number: int, length: int) -> Request:
         seed=0, sample_index=0, arrival=number, slot=number,
     )  # fmt: skip
     request.output_token_ids.append(2)
-    request.num_tokens, request.num_computed = length, length - 1
+    request.length, request.num_computed = length, length - 1
     return request
 
 
 def test_the_longest_decode_rows_come_first_and_equals_by_slot() -> None:
-    requests = [decoding(i, length) for i, length in enumerate((5, 90, 30, 5, 31, 90))]
-    picks = advance(dict.fromkeys(reversed(requests), 1), 0)
-    plan = build_plan(0, picks, {}, {}, {})
+    draft = Draft(0, 100)
+    for i, length in reversed(list(enumerate((5, 90, 30, 5, 31, 90)))):
+        draft.book(decoding(i, length), 1)
+    plan = build_plan(draft)
     assert plan.slots.tolist() == [1, 5, 4, 2, 0, 3]
     assert plan.starts.tolist() == [89, 89, 30, 29, 4, 4]
+    assert plan.num_decode_rows == 6
 
 
-def test_steady_rows_and_others_are_one_order() -> None:
-    picks = Picks([decoding(7, 90), decoding(3, 31)], [89, 30], [])
-    plan = build_plan(0, picks, {}, {}, {}, (i32([1, 4, 2]), i32([89, 30, 29])))
-    assert plan.slots.tolist() == [1, 7, 3, 4, 2]
-    assert plan.starts.tolist() == [89, 89, 30, 30, 29]
-    assert plan.num_decode_rows == 5
+def test_prefill_rows_follow_as_they_were_picked() -> None:
+    draft, requests = Draft(0, 100), [decoding(i, length) for i, length in enumerate((5, 90, 30))]
+    requests[0].num_computed = requests[2].num_computed = 2
+    for request, num_new in zip(requests, (3, 1, 4), strict=True):
+        draft.book(request, num_new)
+    plan = build_plan(draft)
+    assert plan.slots.tolist() == [1, 0, 2]
+    assert plan.query_lens.tolist() == [1, 3, 4]
+    assert (plan.num_decode_rows, plan.sampled.tolist(), plan.logits_index.tolist()) == (1, [True, True], [0, 3])
+    assert draft.budget == 92

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sched_harness import VOCAB, BreakingLoop, prompt_of, random_ops, random_request, run_ops
 
-from nanoengine.core.scheduling import scheduler
+from nanoengine.core.request import Request
 from nanoengine.core.scheduling.draft import Draft
 from nanoengine.core.scheduling.scheduler import Scheduler
 
@@ -54,6 +54,7 @@ operations = st.lists(
         st.tuples(st.just("abort"), st.integers(0, 20)),
         st.tuples(st.just("break"), st.none()),
         st.tuples(st.just("bad"), st.integers(0, 5)),
+        st.tuples(st.just("budget"), st.sampled_from([1, 2, 5, 64])),
         st.tuples(st.just("raise"), st.sampled_from(["plan", "match", "grow", "claim", "admit", "pick"])),
     ),
     max_size=40,
@@ -119,7 +120,7 @@ def test_scheduling_that_raises_now_and_then(where):
 @pytest.mark.parametrize(
     ("where", "owner", "name"),
     [
-        ("plan", scheduler, "take_back"),
+        ("pick", Request, "unbook"),
         ("plan", Draft, "drop"),
         ("grow", Scheduler, "_preempt"),
         ("claim", Scheduler, "_remove"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -297,7 +296,7 @@ def spread_under_a_small_budget(overlap: bool, scheduler: type[Scheduler] = Sche
     for salt in range(5):
         loop.add(prompt_of(2, salt), max_tokens=30)
     loop.step()
-    loop.config = loop.scheduler.config = replace(loop.config, max_num_batched_tokens=2)
+    loop.set_budget(2)
     spread = 0
     while len(loop.scheduler.running) == 5:
         loop.step()
@@ -531,7 +530,7 @@ def test_what_a_broken_step_published_is_withdrawn():
     loop.finish_and_verify()
 
 
-def test_suspects_wait_for_room_while_the_innocent_run():
+def test_retry_alone_wait_for_room_while_the_innocent_run():
     """An innocent request that holds the blocks a suspect needs goes on, and frees them."""
     loop = BreakingLoop(True, overlap=False, num_blocks=8, max_num_seqs=3, budget=20)
     innocent = loop.add(prompt_of(18, 9), max_tokens=6)
@@ -547,7 +546,7 @@ def test_suspects_wait_for_room_while_the_innocent_run():
     kept = [i for i, (r, _) in enumerate(step.rows) if r is innocent]
     assert kept == [0]
     loop.scheduler.fail([step])
-    loop.scheduler._suspects.discard(innocent)
+    loop.scheduler._retry_alone.discard(innocent)
     loop.finish_and_verify()
 
 

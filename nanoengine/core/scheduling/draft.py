@@ -1,62 +1,121 @@
-"""The step that is being put together: who gets how many tokens. Nothing is booked before it is launched."""
+"""The step that is being put together: its rows, which are booked as they are picked and can be taken back."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy.typing as npt
 
 from nanoengine.api.errors import RequestError, described, is_failure, nearest
 from nanoengine.api.plugin_calls import place_and_fix
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import BlockManager
-from nanoengine.core.scheduling.plan_builder import ColumnValues
 from nanoengine.params.arguments import too_long
 from nanoengine.params.sampling_params import pack_column
+
+ColumnValues = dict[tuple[str, str], dict[int, npt.NDArray[Any]]]  # (processor, column) -> slot -> values
+
+
+class Prefill(NamedTuple):
+    """A prefill row: tokens [start, end); `sampled`: it reaches the request's last token."""
+
+    request: Request
+    start: int
+    end: int
+    sampled: bool
 
 
 @dataclass(slots=True)
 class Draft:
-    """picks: request -> tokens it gets. new: admitted request -> tokens that the prefix cache holds. grown: request
-    -> index of its first block that the device does not know. writers: hash of a prompt block that this step
-    completes -> the request that computes it. preempted: somebody had to yield. steady: all steady rows have a token,
-    too. ending: requests whose last token is in flight: they get no row, and leave their place to others.
+    """A step that is not launched yet.
+
+    Attributes:
+        step: its number. budget: tokens that it may still get.
+        slots, starts: of its decode rows, which continue a generated sequence: the only input of each is the last
+            token, at position `start`, which may still be in flight.
+        prefill: its other rows.
+        new: admitted request -> tokens that the prefix cache holds.
+        grown: request -> index of its first block that the device does not know.
+        writers: hash of a prompt block that this step completes -> the request that computes it.
+        host_values: columns that host-token processors computed.
+        preempted: a request had to give its blocks back.
+        ending: requests whose last token is in flight: they get no row, and leave their place to others.
     """
 
+    step: int
     budget: int
-    picks: dict[Request, int] = field(default_factory=dict)
+    slots: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    prefill: list[Prefill] = field(default_factory=list)
     new: dict[Request, int] = field(default_factory=dict)
     grown: dict[Request, int] = field(default_factory=dict)
     writers: dict[bytes, Request] = field(default_factory=dict)
     host_values: ColumnValues = field(default_factory=dict)
     preempted: bool = False
-    steady: bool = False
     ending: int = 0
 
-    def admit(self, request: Request, num_new: int, cached: int, blocks: BlockManager) -> None:
-        self.picks[request] = num_new
+    def book(self, request: Request, num_new: int) -> None:
+        """Adds a row of the request's next tokens, and books them as computed. `Scheduler._pick_running` does the same
+        for a request below its `pick_check_at`, which is set here."""
+        start = request.num_computed
+        request.num_computed = end = start + num_new
         self.budget -= num_new
-        self.new[request] = cached
-        self.grown[request] = 0
-        self._note_writer(request, cached, cached + num_new, blocks)
+        sampled = end == request.length
+        if sampled:
+            request.length += 1
+            request.pick_check_at = 0 if request.host_tokens else min(request.max_len, request.capacity + 1)
+        if num_new == 1 and sampled and end > request.prompt_len:
+            self.slots.append(request.slot)
+            self.starts.append(start)
+        else:
+            request.last_prefill = self.step
+            self.prefill.append(Prefill(request, start, end, sampled))
 
     def drop(self, request: Request) -> None:
-        """Takes a request out again, and its share of the budget back."""
-        self.budget += self.picks.pop(request, 0)
+        """Takes a request out again: its row is not booked any more, and its share of the budget is free."""
+        if request.slot in self.slots:
+            at = self.slots.index(request.slot)
+            del self.slots[at]
+            request.unbook(self.starts.pop(at), True)
+            self.budget += 1
+        for _, start, end, sampled in self._prefill_of(request):
+            request.unbook(start, sampled)
+            request.last_prefill = self.step - 1  # which may hold a row of it
+            self.budget += end - start
+        self.prefill = [row for row in self.prefill if row.request is not request]
         self.new.pop(request, None)
         self.grown.pop(request, None)
         kept = {key: {s: v for s, v in values.items() if s != request.slot} for key, values in self.host_values.items()}
         self.host_values = {key: values for key, values in kept.items() if values}
 
-    def only(self, request: Request) -> tuple[dict[Request, int], dict[Request, int], ColumnValues]:
-        """`new`, `grown` and `host_values` of one request."""
+    def only(self, request: Request) -> Draft:
+        """The same step with the row of one request."""
         slot = request.slot
-        new, grown = ({request: d[request]} if request in d else {} for d in (self.new, self.grown))
-        return new, grown, {key: {slot: values[slot]} for key, values in self.host_values.items() if slot in values}
+        return replace(
+            self,
+            slots=[each for each in self.slots if each == slot],
+            starts=[start for each, start in zip(self.slots, self.starts, strict=True) if each == slot],
+            prefill=self._prefill_of(request),
+            new={each: cached for each, cached in self.new.items() if each is request},
+            grown={each: first for each, first in self.grown.items() if each is request},
+            host_values={key: {slot: values[slot]} for key, values in self.host_values.items() if slot in values},
+        )
+
+    def _prefill_of(self, request: Request) -> list[Prefill]:
+        return [row for row in self.prefill if row.request is request]
+
+    def admit(self, request: Request, num_new: int, cached: int, blocks: BlockManager) -> None:
+        self.new[request] = cached
+        self.grown[request] = 0
+        self.book(request, num_new)
+        self._note_writer(request, cached, cached + num_new, blocks)
 
     def note_writers(self, blocks: BlockManager) -> None:
         """Prompt blocks that running requests complete in this step."""
-        for request, num_new in self.picks.items():
-            if request.num_computed < request.prompt_len:
-                self._note_writer(request, request.num_computed, request.num_computed + num_new, blocks)
+        for request, start, end, _ in self.prefill:
+            if start < request.prompt_len:
+                self._note_writer(request, start, end, blocks)
 
     def _note_writer(self, request: Request, start: int, end: int, blocks: BlockManager) -> None:
         if blocks.enable_prefix_caching:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 from nanoengine.api.errors import ConfigError, RequestError
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import Published
-from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, Int64, LogprobRows, StepPlan
+from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, LogprobRows, StepPlan, StepResult, offsets_of
 
 EndReason = Literal["stop", "length"]
 
@@ -20,9 +21,8 @@ EndReason = Literal["stop", "length"]
 class SchedulerConfig:
     """Limits of every step. `max_num_batched_tokens` may be below `max_num_seqs`: requests then take turns.
 
-    steady_rows: from so many decode rows a step they become columns (`steady.py`); the plans are the same. With fewer,
-    numpy's calls cost more than they save. spare_slots: see `num_slots`; the device's tables have as many.
-    admission_reserve: blocks that stay free for each running request when another one is admitted.
+    spare_slots: see `num_slots`; the device's tables have as many. admission_reserve: blocks that stay free for each
+    running request when another one is admitted.
 
     Raises `ConfigError` for a limit below 1, or a reserve below 0.
     """
@@ -32,12 +32,11 @@ class SchedulerConfig:
     max_model_len: int
     enable_prefix_caching: bool = True
     policy: str = "fcfs"
-    steady_rows: int = 48
     spare_slots: int = 8
     admission_reserve: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "steady_rows"):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more")
         if self.admission_reserve < 0:
@@ -68,13 +67,12 @@ class Preemption(NamedTuple):
 class ScheduledStep:
     """A plan, and whose rows it holds: (request, its generation then), in the plan's order.
 
-    generations: int64, those of `rows`. sampled: per row, whether a token is drawn. published: prompt blocks that the
-    prefix index got with it. admitted: in this step. preempted: since the step before.
+    sampled: per row, whether a token is drawn. published: prompt blocks that the prefix index got with it. admitted: in
+    this step. preempted: since the step before.
     """
 
     plan: StepPlan
     rows: tuple[tuple[Request, int], ...]
-    generations: Int64
     sampled: tuple[bool, ...]
     published: tuple[Published, ...] = ()
     admitted: tuple[Admission, ...] = ()
@@ -140,10 +138,9 @@ class EngineStats:
 
     def count_graphs(self, replayed: int) -> None:
         """`replayed`: as in `StepResult.graphs`."""
-        if replayed:
-            self.graph_steps += bool(replayed & GRAPH_DECODE)
-            self.mixed_graph_steps += bool(replayed & GRAPH_MIXED)
-            self.graph_tails += bool(replayed & GRAPH_TAIL)
+        self.graph_steps += bool(replayed & GRAPH_DECODE)
+        self.mixed_graph_steps += bool(replayed & GRAPH_MIXED)
+        self.graph_tails += bool(replayed & GRAPH_TAIL)
 
     def count_admission(self, request: Request, cached: int) -> None:
         """`cached`: tokens that the prefix cache holds. Also notes the first admission's in the request."""
@@ -155,8 +152,39 @@ class EngineStats:
             self.resumed_hit_tokens += cached
 
 
-def cut(entries: LogprobRows, num_rows: int) -> dict[int, LogprobRows]:
-    """A result's log-probs by plan row. The entries stand in row order, as the tokens do."""
+class RowResult(NamedTuple):
+    """One row's part of a `StepResult`. end: tokens of its request whose KV is written once the row has run. sampled:
+    whether it was to draw a token."""
+
+    end: int
+    sampled: bool
+    token_ids: Sequence[int]
+    failed: int = 0
+    sampled_logprobs: LogprobRows | None = None
+    prompt_logprobs: LogprobRows | None = None
+
+
+def row_results(step: ScheduledStep, result: StepResult, first: int) -> list[RowResult]:
+    """Of the rows from `first` on."""
+    plan, num_rows = step.plan, len(step.rows)
+    tokens, offsets = result.token_ids.tolist(), offsets_of(result.counts).tolist()
+    ends, failed = (plan.starts + plan.query_lens).tolist(), result.failed.tolist()
+    drawn, prompts = _cut(result.sampled_logprobs, num_rows), _cut(result.prompt_logprobs, num_rows)
+    return [
+        RowResult(
+            ends[row],
+            step.sampled[row],
+            tokens[offsets[row] : offsets[row + 1]],
+            failed[row],
+            drawn.get(row),
+            prompts.get(row),
+        )
+        for row in range(first, num_rows)
+    ]
+
+
+def _cut(entries: LogprobRows, num_rows: int) -> dict[int, LogprobRows]:
+    """A result's log-probs by plan row. The entries are in row order, as the tokens are."""
     if not len(entries.rows):
         return {}
     assert (np.diff(entries.rows) >= 0).all(), "log-probs are not in row order"
@@ -178,44 +206,3 @@ def cut(entries: LogprobRows, num_rows: int) -> dict[int, LogprobRows]:
             top_offsets=offsets - top if top else offsets,
         )
     return out
-
-
-def append_token(request: Request, token: int) -> Update:
-    """`append_tokens` of one token without log-probs: what nearly every row of every step brings."""
-    num_tokens = request.num_tokens + 1
-    if num_tokens >= request.max_len or token in request.stop_set or request.num_untold:
-        return append_tokens(request, [token], None, None)
-    request.output_token_ids.append(token)
-    request.num_tokens = num_tokens
-    return tuple.__new__(Update, (request, (token,), None, None, None, None, 0, None))  # its own __new__ is slower
-
-
-def append_tokens(request: Request, new: list[int], drawn: LogprobRows | None, prompt: LogprobRows | None) -> Update:
-    """Appends new tokens up to the one that ends the request, if one does; a stop token counts before the length.
-
-    The sampler masks stop tokens below `min_tokens`; should one come nevertheless, it does not end the request.
-    """
-    num_tokens, stop_set, max_len = request.num_tokens, request.stop_set, request.max_len
-    for i, token in enumerate(new, start=1):
-        num_tokens += 1
-        stops = token in stop_set and num_tokens > request.min_len
-        if stops or num_tokens >= max_len:
-            new = new[:i]
-            break
-    else:
-        stops = False
-    request.output_token_ids += new
-    request.num_tokens = num_tokens
-    told = take_untold(request, len(new)) if request.num_untold else tuple(new)
-    if stops:
-        return Update(request, told, "stop", None if token in request.params.eos_ids else token, drawn, prompt)
-    if num_tokens >= max_len:
-        return Update(request, told, "length", request.length_reason, drawn, prompt)
-    return Update(request, told, None, None, drawn, prompt)
-
-
-def take_untold(request: Request, num_new: int = 0) -> tuple[int, ...]:
-    """Its last `num_new` tokens and those before them that no update has told; they count as told from here on."""
-    first = len(request.output_token_ids) - num_new - request.num_untold
-    request.num_untold = 0
-    return tuple(request.output_token_ids[first:])

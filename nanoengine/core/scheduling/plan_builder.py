@@ -1,14 +1,13 @@
-"""Turns the scheduler's picks into the flat arrays of a `StepPlan`. Arrays are built once a step, from lists."""
+"""Turns a draft into the flat arrays of a `StepPlan`. Arrays are built once a step, from lists."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from nanoengine.core.request import Request
+from nanoengine.core.scheduling.draft import ColumnValues, Draft, Prefill
 from nanoengine.core.step import (
     BlockAppends,
     Bool,
@@ -22,93 +21,27 @@ from nanoengine.core.step import (
     offsets_of,
 )
 
-ColumnValues = dict[tuple[str, str], dict[int, npt.NDArray[Any]]]  # (processor, column) -> slot -> values
+_NO_SLOTS, _NO_APPENDS = NewSlots(), BlockAppends()  # most steps have none
 
 
-class Prefill(NamedTuple):
-    """A prefill row: tokens [start, end); `sampled`: it reaches the request's last token."""
-
-    request: Request
-    start: int
-    end: int
-    sampled: bool
-
-
-class Picks(NamedTuple):
-    """The rows of a step, those of steady requests aside. A decode row's start is its request's last token."""
-
-    decode: list[Request]
-    decode_starts: list[int]
-    prefill: list[Prefill]
-
-    def only(self, request: Request) -> Picks:
-        """The row of one request."""
-        rows = [(r, start) for r, start in zip(self.decode, self.decode_starts, strict=True) if r is request]
-        return Picks(
-            [r for r, _ in rows], [at for _, at in rows], [row for row in self.prefill if row.request is request]
-        )
-
-
-def advance(picks: Mapping[Request, int], step: int) -> Picks:
-    """Books the picked tokens as computed by `step`, and sorts decode rows from prefill rows.
-
-    A decode row continues a generated sequence: its only input is the last token, which may still be in flight.
-    """
-    decode: list[Request] = []
-    decode_starts: list[int] = []
-    prefill: list[Prefill] = []
-    for request, num_new in picks.items():
-        start = request.num_computed
-        request.num_computed = end = start + num_new
-        request.last_step = step
-        sampled = end == request.num_tokens + request.num_in_flight
-        if sampled:
-            request.num_in_flight += 1
-        if num_new == 1 and sampled and end > request.prompt_len:
-            decode.append(request)
-            decode_starts.append(start)
-        else:
-            prefill.append(Prefill(request, start, end, sampled))
-    return Picks(decode, decode_starts, prefill)
-
-
-def take_back(picks: Picks, last_step: int) -> None:
-    """Undoes `advance`: the step is not launched. `last_step`: the newest in flight, which may hold a row of each."""
-    rows = [(request, start, True) for request, start in zip(picks.decode, picks.decode_starts, strict=True)]
-    for request, start, sampled in rows + [(row.request, row.start, row.sampled) for row in picks.prefill]:
-        request.num_computed, request.last_step = start, last_step
-        request.num_in_flight -= sampled
-
-
-def build_plan(
-    step: int,
-    picks: Picks,
-    new: Mapping[Request, int],
-    grown: Mapping[Request, int],
-    host_values: ColumnValues,
-    steady: tuple[Int32, Int32] | None = None,
-) -> StepPlan:
-    """The plan of the rows `picks` and `steady`.
-
-    Args:
-        new: request that enters the device tables -> its tokens that the prefix cache holds.
-        grown: request -> index of its first block that the device's table lacks.
-        host_values: columns that host-token processors computed for this step.
-        steady: slots and starts of more decode rows, int32 each, in plan order.
-    """
-    slots, starts = _decode_rows(picks, steady)
+def build_plan(draft: Draft) -> StepPlan:
+    """Decode rows come first, the longest first, then by slot: a device that starts with what takes longest is not left
+    with one at the end. Prefill rows follow as they were picked."""
+    slots, starts = i32(draft.slots), i32(draft.starts)
+    order = np.lexsort((slots, -starts))
+    slots, starts = slots[order], starts[order]
     num_decode = len(slots)
     lens = np.ones(num_decode, dtype=np.int32)
-    if picks.prefill:
-        slots = np.concatenate([slots, i32([row.request.slot for row in picks.prefill])])
-        starts = np.concatenate([starts, i32([row.start for row in picks.prefill])])
-        lens = np.concatenate([lens, i32([row.end - row.start for row in picks.prefill])])
-    logits, rows, sampled, tops = _logits(num_decode, picks.prefill)
+    if draft.prefill:
+        slots = np.concatenate([slots, i32([row.request.slot for row in draft.prefill])])
+        starts = np.concatenate([starts, i32([row.start for row in draft.prefill])])
+        lens = np.concatenate([lens, i32([row.end - row.start for row in draft.prefill])])
+    logits, rows, sampled, tops = _logits(num_decode, draft.prefill)
     return StepPlan(
-        step=step,
-        new=_new_slots(new) if new else _NO_SLOTS,
-        columns=_processor_columns(new, host_values) if new or host_values else (),
-        appends=_appends(grown) if grown else _NO_APPENDS,
+        step=draft.step,
+        new=_new_slots(draft.new) if draft.new else _NO_SLOTS,
+        columns=_processor_columns(draft.new, draft.host_values) if draft.new or draft.host_values else (),
+        appends=_appends(draft.grown) if draft.grown else _NO_APPENDS,
         slots=slots,
         num_decode_rows=num_decode,
         query_lens=lens,
@@ -118,25 +51,6 @@ def build_plan(
         sampled=sampled,
         prompt_logprobs=tops,
     )
-
-
-_NO_SLOTS, _NO_APPENDS = NewSlots(), BlockAppends()  # most steps have none
-
-
-def _decode_rows(picks: Picks, steady: tuple[Int32, Int32] | None) -> tuple[Int32, Int32]:
-    """Slots and starts, int32 each: the longest first, then by slot."""
-    if steady is not None and not picks.decode:
-        return steady
-    slots, starts = i32([request.slot for request in picks.decode]), i32(picks.decode_starts)
-    if steady is not None:
-        slots, starts = np.concatenate([steady[0], slots]), np.concatenate([steady[1], starts])
-    order = longest_first(starts, slots)
-    return slots[order], starts[order]
-
-
-def longest_first(lengths: npt.NDArray[Any], slots: npt.NDArray[Any]) -> npt.NDArray[np.intp]:
-    """The order of decode rows: a device that starts with what takes longest is not left with one at the end."""
-    return np.argsort(slots - (lengths.astype(np.int64) << 32), kind="stable")
 
 
 def _logits(num_decode: int, prefill: Sequence[Prefill]) -> tuple[Int32, Int32, Bool, Int32]:

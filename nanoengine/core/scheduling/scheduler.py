@@ -22,19 +22,16 @@ from nanoengine.core.scheduling.messages import (
     Admission,
     EngineStats,
     Preemption,
+    RowResult,
     ScheduledStep,
     SchedulerConfig,
     Update,
-    append_token,
-    append_tokens,
-    cut,
-    take_untold,
+    row_results,
 )
-from nanoengine.core.scheduling.plan_builder import Picks, advance, build_plan, take_back
+from nanoengine.core.scheduling.plan_builder import build_plan
 from nanoengine.core.scheduling.policy import Policy, make_policy
 from nanoengine.core.scheduling.queues import Roster
-from nanoengine.core.scheduling.steady import Rows, SteadyRows, may_be_steady
-from nanoengine.core.step import ROW_BAD_LOGITS, StepResult, num_slots, offsets_of
+from nanoengine.core.step import ROW_BAD_LOGITS, StepPlan, StepResult, num_slots
 
 Verdict = Literal["admitted", "waits", "no room", "failed"]  # "waits": for a hit that this very step computes
 
@@ -52,13 +49,11 @@ class Scheduler:
         self.blocks = blocks
         self.policy = policy or make_policy(config.policy)
         self._stats = EngineStats()
-        slots = num_slots(config.max_num_seqs, config.spare_slots)
-        self._roster = Roster(slots, self.policy)
+        self._roster = Roster(num_slots(config.max_num_seqs, config.spare_slots), self.policy)
         self.waiting, self.running = self._roster.waiting, self._roster.running
-        self._steady = SteadyRows(slots)
         self._in_flight: dict[int, ScheduledStep] = {}  # by step number, oldest first
         self._resume: Request | None = None  # the first one that the last budget had nothing left for
-        self._suspects: set[Request] = set()
+        self._retry_alone: set[Request] = set()
         self._pending: list[Update] = []
         self._preempted: list[Preemption] = []  # since the last step
         self._num_host = 0  # live requests with host-token processors
@@ -113,65 +108,73 @@ class Scheduler:
         """
         assert len(self._in_flight) < 2, "at most one step in flight when the next is scheduled"
         while True:
-            draft = Draft(budget=self.config.max_num_batched_tokens)
+            draft = Draft(self._next_step, self.config.max_num_batched_tokens)
             try:
                 self._fill(draft)
                 break
             except BaseException as error:
                 if not is_failure(error) or not (self.running or self.waiting):
                     raise
-                self._start_without_newest(error)
-        while draft.picks or draft.steady:
+                self._start_without_newest(draft, error)
+        while draft.slots or draft.prefill:
             step = self._launch(draft)
             if step is not None:
                 return step
         return None
 
     def _fill(self, draft: Draft) -> None:
-        if self._suspects:
-            if self._in_flight:  # a lone step's verdict must not fall on another one
+        if self._retry_alone:
+            if self._in_flight:  # should it break, too, its cause is to be the retried request
                 return
-            self._pick_suspect(draft)
-        if not draft.picks:
+            self._pick_retried(draft)
+        if not (draft.slots or draft.prefill):
             self._pick_running(draft)
-            if not draft.preempted and not self._suspects:
+            if self.waiting and not draft.preempted and not self._retry_alone:
                 self._admit_waiting(draft)
         if self._num_host:
             self._ask_host_processors(draft)
 
     def _pick_running(self, draft: Draft) -> None:
-        picks, in_flight, suspects = draft.picks, self._in_flight, self._suspects
-        if self._resume is not None:
-            self._steady.leave_all()  # there is not enough for all at once
-        order = self._steady.pick(draft, self.running, self.blocks) if self._steady.size else None
-        if order is None:
-            order, self._resume = self._roster.service_order(self._resume), None
+        """A row for each running request, as far as the budget goes. Most need no more than one token more: below
+        `pick_check_at` such a row is booked right here, as `Draft.book` would."""
+        order = self.running.copy() if self._resume is None else self._roster.service_order(self._resume)
+        self._resume = None
+        slots, starts, budget = draft.slots, draft.starts, draft.budget
         for request in order:
-            if draft.steady and request in self._steady:
-                self._steady.grow(request, draft, self.blocks)
+            length = request.length
+            if length < request.pick_check_at and budget:
+                slots.append(request.slot)
+                starts.append(length - 1)
+                request.num_computed = length
+                request.length = length + 1
+                budget -= 1
                 continue
-            total = request.num_tokens + request.num_in_flight
-            if total >= request.max_len:  # ends by length once its token in flight is committed
-                draft.ending += 1
-                continue
-            if (
-                request.status is not _RUNNING  # preempted by one before it
-                or (request.host_tokens and request.last_step in in_flight)
-                or (suspects and request in suspects)
-            ):
-                continue
-            budget = draft.budget
-            if not budget:
+            draft.budget = budget
+            if request not in self._retry_alone and not self._pick(request, draft):
                 self._resume = request
                 return
-            num_new = total - request.num_computed
-            if num_new > budget:
-                num_new = budget
+            budget = draft.budget
+        draft.budget = budget
+
+    def _pick(self, request: Request, draft: Draft) -> bool:
+        """Gives a running request as many of its tokens as budget and blocks allow. False: there is no budget left."""
+        if request.length >= request.max_len:  # ends by length once its token in flight is committed
+            draft.ending += 1
+        elif (
+            request.status is _RUNNING  # and was not preempted by one before it
+            and not (request.host_tokens and self._is_in_flight(request))
+        ):
+            if not draft.budget:
+                return False
+            num_new = min(request.length - request.num_computed, draft.budget)
             end = request.num_computed + num_new
-            if end > request.capacity and not self._make_room(request, end, draft):
-                continue
-            picks[request] = num_new
-            draft.budget -= num_new
+            if end <= request.capacity or self._make_room(request, end, draft):
+                draft.book(request, num_new)
+        return True
+
+    def _is_in_flight(self, request: Request) -> bool:
+        """Whether a step in flight holds a row of it."""
+        return request.num_in_flight > 0 or request.last_prefill in self._in_flight
 
     def _make_room(self, request: Request, end: int, draft: Draft) -> bool:
         """Blocks for the request's first `end` tokens, by preemption if need be. False: it gets no row."""
@@ -191,12 +194,12 @@ class Scheduler:
         return True
 
     def _end_for_blocks(self, request: Request) -> None:
-        """Nobody is left to yield: it ends with the tokens it has, the one in flight included."""
+        """No other request can give blocks back: it ends with the tokens it has, the one in flight included."""
         request.length_reason = "kv_cache_full"
-        request.max_len = request.num_tokens + request.num_in_flight
+        request.max_len, request.commit_check_at = request.length, 0
         if not request.num_in_flight:
             self._remove(request)
-            self._pending.append(Update(request, take_untold(request), "length", request.length_reason))
+            self._pending.append(Update(request, (), "length", request.length_reason))
 
     def _preempt(self, victim: Request, why: str) -> None:
         """Its blocks and slot go; what it has in flight is appended at commit, and it waits for that."""
@@ -208,19 +211,17 @@ class Scheduler:
     # Admission
 
     def _admit_waiting(self, draft: Draft) -> None:
-        """In policy order, nobody overtaking but past requests that will hit what this very step computes.
-
-        Those are bounded: no more than `max_num_seqs` are looked at beyond the admitted ones.
-        """
+        """In policy order. A request is overtaken only while it waits for a hit that this very step computes: no more
+        than `max_num_seqs` are looked at beyond the admitted ones."""
         waiting, free_slots = self.waiting, self._roster.free_slots
         places = self.config.max_num_seqs - (len(self.running) - draft.ending)
-        if not (waiting and free_slots and draft.budget and places > 0):
+        if not (free_slots and draft.budget and places > 0):
             return
         draft.note_writers(self.blocks)
         at = 0
         while at < len(waiting) and at < self.config.max_num_seqs and free_slots and draft.budget and places > 0:
             request = waiting[at]
-            if request.num_in_flight or request.last_step in self._in_flight:
+            if self._is_in_flight(request):
                 return
             if self._ends_unadmitted(request):
                 continue
@@ -264,26 +265,24 @@ class Scheduler:
         draft.admit(request, num_new, cached, self.blocks)
         return True
 
-    def _pick_suspect(self, draft: Draft) -> None:
-        """One suspect alone. Where none can run, nothing is picked and the innocent go on, freeing blocks."""
+    def _pick_retried(self, draft: Draft) -> None:
+        """One request that is to be retried, alone. Where none can run, nothing is picked and the others go on, freeing
+        blocks."""
         for request in self.running:
-            if request in self._suspects:
-                num_new = min(request.num_tokens - request.num_computed, draft.budget)
-                end = request.num_computed + num_new
-                if end <= request.capacity or self._make_room(request, end, draft):
-                    draft.picks[request] = num_new
+            if request in self._retry_alone:
+                self._pick(request, draft)
                 return
-        request = next(r for r in self.waiting if r in self._suspects)
+        request = next(r for r in self.waiting if r in self._retry_alone)
         if self._roster.free_slots and not self._ends_unadmitted(request):
             self._consider(request, draft)
 
     def _ask_host_processors(self, draft: Draft) -> None:
-        for request, num_new in list(draft.picks.items()):
-            if not request.host_tokens or request.num_computed + num_new < request.num_tokens:
-                continue
-            error = ask_host_processors(request, draft.host_values)
-            if error is not None:
-                self._fail(request, draft, error)
+        rows = [*draft.slots, *(request.slot for request, *_, sampled in draft.prefill if sampled)]
+        for request in [self._roster.owners[slot][0] for slot in rows]:
+            if request.host_tokens:
+                error = ask_host_processors(request, draft.host_values)
+                if error is not None:
+                    self._fail(request, draft, error)
 
     def _fail(self, request: Request, draft: Draft, error: BaseException) -> None:
         """Over this request something raised, or its processor failed: it gets no row, and its update says why."""
@@ -292,181 +291,165 @@ class Scheduler:
         failure = error if isinstance(error, RequestError) else engine_failure(error)
         self._pending.append(Update(request, error=failure))
 
-    def _start_without_newest(self, error: BaseException) -> None:
-        """Something raised while rows were picked, so that blocks and the device's tables may not tell one story: all
-        that run are preempted, and the newest of them fails."""
+    def _start_without_newest(self, draft: Draft, error: BaseException) -> None:
+        """Something raised while rows were picked, so that blocks and the device's tables may not agree: all that run
+        are preempted, and the newest of them fails."""
         running = self.running.copy()
-        guilty = max(running, key=attrgetter("admitted")) if running else next(iter(self._suspects), self.waiting[0])
+        cause = max(running, key=attrgetter("admitted")) if running else next(iter(self._retry_alone), self.waiting[0])
         for request in running:
+            draft.drop(request)
             self._preempt(request, "scheduling raised")
-        self._fail(guilty, Draft(0), error)
+        self._fail(cause, draft, error)
 
     def _launch(self, draft: Draft) -> ScheduledStep | None:
         """None: no plan could be made, and one request less is in the draft."""
-        number = self._next_step
-        picks = advance(draft.picks, number)
-        steady = self._steady.advance() if draft.steady else None
         try:
-            plan = build_plan(number, picks, draft.new, draft.grown, draft.host_values, steady)
+            plan = build_plan(draft)
         except BaseException as error:
             if not is_failure(error):
                 raise
-            self._unplanned(number, picks, draft, error)
+            self._unplanned(draft, error)
             return None
         self._next_step += 1
         published = []
-        for request, _, end, _ in picks.prefill:  # one stream: who reads these blocks is launched later
+        for request, _, end, _ in draft.prefill:  # one stream: who reads these blocks is launched later
             published += self.blocks.publish(request, min(end, request.prompt_len))
         preempted, self._preempted = tuple(self._preempted), []
+        owners = self._roster.owners
         step = ScheduledStep(
             plan=plan,
-            rows=self._roster.owners(plan.slots.tolist()) if picks.decode or picks.prefill else self._steady.handles(),
-            generations=self._roster.generations[plan.slots],
-            sampled=(True,) * plan.num_decode_rows + tuple([row.sampled for row in picks.prefill]),
+            rows=tuple([owners[slot] for slot in plan.slots.tolist()]),
+            sampled=(True,) * plan.num_decode_rows + tuple([row.sampled for row in draft.prefill]),
             published=tuple(published),
             admitted=tuple(
                 [Admission(r.id, r.slot, r.num_tokens, cached, r.generation > 1) for r, cached in draft.new.items()]
             ),
             preempted=preempted,
         )
-        self._in_flight[number] = step
+        self._in_flight[plan.step] = step
         self._stats.steps += 1
         self._stats.chunks += len(step.sampled) - sum(step.sampled)
-        self._stats.mixed_steps += bool(plan.num_decode_rows and picks.prefill)
-        self._steady.step = number
-        if picks.decode and plan.num_decode_rows >= self.config.steady_rows and self._is_calm(draft):
-            for request in picks.decode:
-                if request not in draft.new and may_be_steady(request):
-                    self._steady.join(request)
+        self._stats.mixed_steps += bool(plan.num_decode_rows and draft.prefill)
         return step
 
-    def _unplanned(self, number: int, picks: Picks, draft: Draft, error: BaseException) -> None:
+    def _unplanned(self, draft: Draft, error: BaseException) -> None:
         """No plan holds these rows: the newest whose own row cannot be planned either fails, else the newest."""
-        take_back(picks, next(reversed(self._in_flight), -1))
-        rows = sorted([*draft.picks, *(self._steady.take_back() if draft.steady else ())], key=attrgetter("admitted"))
-        guilty = rows[-1]
+        slots = [*draft.slots, *(row.request.slot for row in draft.prefill)]
+        rows = sorted([self._roster.owners[slot][0] for slot in slots], key=attrgetter("admitted"))
+        cause = rows[-1]
         for request in reversed(rows):
             try:
-                build_plan(number, picks.only(request), *draft.only(request))
+                build_plan(draft.only(request))
             except BaseException as alone:
                 if not is_failure(alone):
                     raise
-                guilty, error = request, alone
+                cause, error = request, alone
                 break
-        self._fail(guilty, draft, error)
-        draft.steady = self._steady.size > 0
-
-    def _is_calm(self, draft: Draft) -> bool:
-        """Whether decode rows are likely to stay: who becomes steady and leaves at once costs more than it saves."""
-        short = self._suspects or draft.preempted or self._resume is not None
-        return not short and self.blocks.free_blocks >= len(self.running)
+        self._fail(cause, draft, error)
 
     # Results
 
     def commit(self, step: ScheduledStep, result: StepResult) -> list[Update]:
-        """Books the oldest step's result: appends tokens, ends requests, publishes blocks; dead rows are dropped."""
+        """Books the oldest step's result: appends tokens, ends requests, publishes blocks; dead rows are dropped.
+
+        Most decode rows bring one token and nothing else: below `commit_check_at` it is appended right here.
+        """
         plan = step.plan
         assert result.step == plan.step == next(iter(self._in_flight), None), "steps are committed in order"
         del self._in_flight[plan.step]
-        self._stats.count_graphs(result.graphs)
         self._stats.steps_split += result.parts > 1
-        updates, rows = self._steady.commit(step, result)
-        if rows.size:
-            self._commit_rows(step, result, rows, updates)
+        if result.graphs:
+            self._stats.count_graphs(result.graphs)
+        updates: list[Update] = []
+        plain, new = _num_plain(plan, result), tuple.__new__  # quicker than Update's own
+        for (request, generation), token in zip(step.rows, result.token_ids[:plain].tolist(), strict=False):
+            output = request.output_token_ids
+            if len(output) < request.commit_check_at and token not in request.stop_set:
+                output.append(token)
+                updates.append(new(Update, (request, (token,), None, None, None, None, 0, None)))
+            else:
+                self._commit_row(request, generation, RowResult(request.num_tokens, True, (token,)), updates)
+        if plain < len(step.rows):
+            for (request, generation), row in zip(step.rows[plain:], row_results(step, result, plain), strict=True):
+                self._commit_row(request, generation, row, updates)
         return updates
 
-    def _commit_rows(self, step: ScheduledStep, result: StepResult, which: Rows, updates: list[Update]) -> None:
-        plan, num_rows = step.plan, len(step.rows)
-        tokens = result.token_ids.tolist()
-        drawn, prompts = cut(result.sampled_logprobs, num_rows), cut(result.prompt_logprobs, num_rows)
-        plain = not (drawn or prompts)
-        each = zip(
-            which.tolist(),
-            offsets_of(result.counts)[which].tolist(),
-            result.counts[which].tolist(),
-            result.failed[which].tolist(),
-            (plan.starts[which] + plan.query_lens[which]).tolist(),
-            strict=True,
-        )
-        for row, first, count, failure, end in each:
-            request, generation = step.rows[row]
-            if request.status is _FINISHED:
-                continue
-            if step.sampled[row]:
-                request.num_in_flight -= 1
-            if generation == request.void:
-                continue
-            if failure:
-                if failure == ROW_BAD_LOGITS:  # nobody knows which of the blocks it read or wrote are bad
-                    self.blocks.bar(request)
-                    if request.borrowed and request.generation == generation:  # the fault may be another request's
-                        request.void = generation
-                        self._preempt(request, "its logits were not finite, over blocks that others had computed")
-                        continue
+    def _commit_row(self, request: Request, generation: int, row: RowResult, updates: list[Update]) -> None:
+        if request.status is _FINISHED:
+            return
+        if generation == request.void:
+            request.length -= row.sampled
+            return
+        if row.failed:
+            request.length -= row.sampled
+            self._fail_row(request, generation, row.failed, updates)
+            return
+        current = request.generation == generation
+        if current and row.end >= request.publish_at:
+            self.blocks.publish(request, row.end)
+        prompt = row.prompt_logprobs
+        if prompt is not None:
+            request.prompt_logprobs_done = int(prompt.positions[-1]) + 1
+        if row.token_ids:
+            new, finish_reason, stop_reason = request.append(row.token_ids)
+            updates.append(Update(request, tuple(new), finish_reason, stop_reason, row.sampled_logprobs, prompt))
+            if finish_reason is not None:
                 self._remove(request)
-                updates.append(Update(request, failed=failure))
-                continue
-            if end >= request.publish_at and request.generation == generation:
-                self.blocks.publish(request, end)
-            told = None if plain else prompts.get(row)
-            if told is not None:
-                request.prompt_logprobs_done = int(told.positions[-1]) + 1
-            if count:
-                if plain and count == 1:
-                    update = append_token(request, tokens[first])
-                else:
-                    update = append_tokens(request, tokens[first : first + count], drawn.get(row), told)
-                updates.append(update)
-                if update.finish_reason is not None:
-                    self._remove(request)
-                elif self._suspects:
-                    self._suspects.discard(request)  # it came past the point where its step broke
-            elif told is not None:
-                updates.append(Update(request, prompt_logprobs=told))
-            self._steady.close(request)
+                return
+            self._retry_alone.discard(request)  # it came past the point where its step broke
+            if current:
+                request.commit_check_at = min(request.publish_at, request.max_len - 1) - request.prompt_len
+        elif prompt is not None:
+            updates.append(Update(request, prompt_logprobs=prompt))
+
+    def _fail_row(self, request: Request, generation: int, failed: int, updates: list[Update]) -> None:
+        if failed == ROW_BAD_LOGITS:  # which of the blocks it read or wrote are bad, nothing says
+            self.blocks.bar(request)
+            if request.borrowed and request.generation == generation:  # the fault may be another request's
+                request.void = generation
+                self._preempt(request, "its logits were not finite, over blocks that others had computed")
+                return
+        self._remove(request)
+        updates.append(Update(request, failed=failed))
 
     def fail(self, steps: Sequence[ScheduledStep]) -> list[Request]:
         """Steps that were launched and broke, oldest first. Steps launched after the first of them break with it.
 
-        What they published is withdrawn, and their requests are preempted, to be recomputed: they are suspects, run one
-        a step and without run-ahead until each has drawn a token. Returns the request of the first step if it was
-        alone in it: its fault is shown, the prefix index knows none of its blocks, and the scheduler has let go of it.
+        What they published is withdrawn, and their requests are preempted, to be recomputed: each is retried alone, in
+        a step of its own and without run-ahead, until it has drawn a token. Returns the request of the first step if it
+        was alone in it: it is the cause, the prefix index knows none of its blocks, and the scheduler has let go of it.
         """
         self._stats.steps_broken += len(steps[0].rows) > 1
-        self._steady.leave_all()
         for step in steps:
             del self._in_flight[step.plan.step]
             self.blocks.withdraw(step.published)
-        guilty = [r for r, _ in steps[0].rows if len(steps[0].rows) == 1 and r.status is not _FINISHED]
-        for request in guilty:
+        failed = [r for r, _ in steps[0].rows if len(steps[0].rows) == 1 and r.status is not _FINISHED]
+        for request in failed:
             self.blocks.bar(request)
-        oldest = next(reversed(self._in_flight), -1)  # the newest that still runs
         for step in steps:
             for (request, _), sampled in zip(step.rows, step.sampled, strict=True):
                 if request.status is _FINISHED:
                     continue
-                request.num_in_flight -= sampled
-                request.last_step = oldest
-                self._suspects.add(request)
+                request.length -= sampled
+                self._retry_alone.add(request)
                 if request.status is _RUNNING:
                     self._preempt(request, f"step {step.plan.step} broke")
-        for request in guilty:
+        for request in failed:
             self._remove(request)
-        return guilty
+        return failed
 
     # Letting go
 
     def _release(self, request: Request) -> None:
         """It owns nothing from here on. Slot and blocks may be reused at once: one stream orders the writes."""
-        self._steady.leave(request)
         self.blocks.release(request)
         self._roster.drop(request)
-        request.num_computed = 0
+        request.num_computed = request.pick_check_at = request.commit_check_at = 0
 
     def _remove(self, request: Request) -> None:
         self._release(request)
         self._num_host -= request.host_tokens
-        self._suspects.discard(request)
+        self._retry_alone.discard(request)
 
     # Invariants
 
@@ -474,12 +457,21 @@ class Scheduler:
         """Asserts every invariant of the scheduler and its blocks."""
         self.blocks.check(self.running)
         self._roster.check()
-        self._steady.check(len(self._in_flight))
         for request in self.running:
-            if request in self._steady:
-                continue
-            total = request.num_tokens + request.num_in_flight
-            assert 0 <= request.num_computed <= total <= request.max_len
+            assert 0 <= request.num_computed <= request.length <= request.max_len
             assert request.num_in_flight in (0, 1, 2)[: len(self._in_flight) + 1]
+            if request.pick_check_at:
+                assert request.num_computed == request.length - 1 >= request.prompt_len and not request.host_tokens
+                assert request.pick_check_at <= min(request.max_len, request.capacity + 1)
+            if request.commit_check_at:
+                assert request.commit_check_at <= min(request.publish_at, request.max_len - 1) - request.prompt_len
+        for request in self.waiting:
+            assert request.pick_check_at == request.commit_check_at == 0
         assert self._num_host == sum(request.host_tokens for request in (*self.running, *self.waiting))
-        assert self._suspects <= {*self.running, *self.waiting}
+        assert self._retry_alone <= {*self.running, *self.waiting}
+
+
+def _num_plain(plan: StepPlan, result: StepResult) -> int:
+    """How many of the first rows brought one token each and nothing else: the decode rows, or none."""
+    rows = plan.num_decode_rows
+    return 0 if len(result.sampled_logprobs.rows) or (result.counts[:rows] != 1).any() else rows

@@ -65,8 +65,10 @@ DEFAULT_BATCHED_TOKENS: Mapping[str, int] = {"cpu": 2048, "cuda": 8192}
 class Assembly:
     """The plan, what loads its targets in this process, and what the scheduler and the API must know.
 
-    `skipped`: attention backends that `auto` asked before the one it took, each with its reasons.
-    `unread`: keys of config.json that the model did not read and of which nothing is known, each with its value.
+    Attributes:
+        skipped: attention backends that "auto" looked at before the one it took, each with its reasons.
+        unread: keys of config.json that the model did not read and that are not known to be harmless, with their
+            values.
     """
 
     plan: EnginePlan
@@ -76,17 +78,19 @@ class Assembly:
     skipped: Skipped
     unread: tuple[str, ...] = ()
 
-    def said(self) -> str:
-        """For people: "attention torch (auto passed over triton: runs on cuda, not on cpu)"."""
-        passed = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in self.skipped)
-        return f"attention {self.plan.attention_name}" + (f" (auto passed over {passed})" if passed else "")
+    def summary(self) -> str:
+        """For the log: "attention torch (auto skipped triton: runs on cuda, not on cpu)"."""
+        skipped = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in self.skipped)
+        return f"attention {self.plan.attention_name}" + (f" (auto skipped {skipped})" if skipped else "")
 
 
 @dataclass(frozen=True, slots=True)
 class Inspected:
-    """A model without memory. options: with device, dtype and lengths filled in. need: of an attention backend.
+    """A model that was built without memory.
 
-    unread: keys of config.json that the model did not read and of which nothing is known, each with its value.
+    Attributes:
+        options: with device, dtype and lengths filled in. need: what it asks of an attention backend.
+        unread: as in `Assembly`.
     """
 
     model: Registered[ModelSpec]
@@ -102,9 +106,10 @@ class Inspected:
 
 
 def find_model(source: str, registry: Registry, say: Any = None) -> Path:
-    """Folder of the model that `source` names, by the registered model sources.
+    """Folder of the model that `source` names, from the first registered model source that has it.
 
-    One that cannot be loaded or made is passed over, and told of only where no other has the model.
+    A source that cannot be loaded or made is skipped. Raises `ModelSourceError` where none has the model; the message
+    names the skipped ones, too.
     """
     loader = TargetLoader(registry.plugin_files)
     ctx = SourceContext(cache_root(), say) if say is not None else SourceContext(cache_root())
@@ -132,14 +137,14 @@ def assemble(
     registry: Registry,
     implementation: str | None = None,
 ) -> Assembly:
-    """`implementation`: name of the model plugin to take; default: the one that serves the architecture.
+    """Choose the parts. `implementation`: name of the model plugin to use; default: the one for the architecture.
 
     Raises `ModelError`, `PluginError`, `UnsupportedError` or `ConfigError`.
     """
     seen = inspect_model(model_path, options, registry, implementation)
     if seen.options.device == "cpu":
         check_host_holds(seen.weight_bytes * options.tensor_parallel_size)
-    name, target, local, passed = _attention(attention, seen.need, registry, TargetLoader(registry.plugin_files))
+    name, target, local, skipped = _attention(attention, seen.need, registry, TargetLoader(registry.plugin_files))
     loader = TargetLoader(registry.plugin_files, local)
     options = _fill_block_size(seen.options, load_checked(loader, target, AttentionBackend))
     plan = EnginePlan(
@@ -163,7 +168,7 @@ def assemble(
         loader=loader,
         model_path=model_path,
         vocab_size=seen.built.config.vocab_size,
-        skipped=passed,
+        skipped=skipped,
         unread=seen.unread,
     )
 
@@ -171,7 +176,7 @@ def assemble(
 def inspect_model(
     model_path: Path, options: EngineOptions, registry: Registry, implementation: str | None = None
 ) -> Inspected:
-    """What the model is and needs. Raises `ModelError`, `PluginError` or `ConfigError`."""
+    """What the model is and what it needs. Raises `ModelError`, `PluginError` or `ConfigError`."""
     hf_config = read_json(model_path / "config.json")
     with _naming(model_path):
         found = registry.model_for(_architectures(hf_config), implementation)
@@ -186,7 +191,7 @@ def inspect_model(
 
 @contextmanager
 def _naming(model_path: Path) -> Iterator[None]:
-    """Errors about a model say which folder they are about."""
+    """Within it, a `ModelError` gets the model's folder in front."""
     try:
         yield
     except ModelError as error:
@@ -213,10 +218,10 @@ def _inspect(loader: TargetLoader, target: str, hf_config: Mapping[str, Any], op
 def _attention(
     chosen: str | type[AttentionBackend], need: AttentionNeed, registry: Registry, loader: TargetLoader
 ) -> tuple[str, str, Mapping[str, type[Any]], Skipped]:
-    """Name, target, local classes and those passed over."""
+    """Name and target of the backend, classes that only this process has, and the backends that were skipped."""
     if isinstance(chosen, str):
-        found, passed = choose_attention(registry, need, chosen, loader)
-        return found.spec.name, found.spec.target, {}, passed
+        found, skipped = choose_attention(registry, need, chosen, loader)
+        return found.spec.name, found.spec.target, {}, skipped
     target, local = from_class(chosen, AttentionBackend)
     reasons = unsupported_reasons(chosen, need)
     if reasons:
@@ -225,7 +230,7 @@ def _attention(
 
 
 def attention_need(built: BuiltModel, options: EngineOptions) -> AttentionNeed:
-    """What the model's attention layers ask of a backend."""
+    """What the model's attention layers need from a backend."""
     features: set[AttentionFeature] = set()
     specs = [layer.spec for layer in built.attention_layers]
     if any(spec.window is not None for spec in specs):
@@ -294,10 +299,10 @@ class _ParamsContext:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltEngine:
-    """An engine and what the API needs beside it.
+    """An engine, with the parts that the API uses directly.
 
     Attributes:
-        tokenizer: tokenizer, or None. defaults: what the model's folder says of generation.
+        defaults: sampling parameters and end tokens that the model's folder sets.
         memory: what the KV cache and the weights take. start: how long the phases of the start took.
     """
 
@@ -315,7 +320,9 @@ class BuiltEngine:
 
     def model(self) -> nn.Module:
         if not isinstance(self.executor, InProcessExecutor):
-            raise NanoEngineError("the model is only at hand where it runs in this process: with one rank")
+            raise NanoEngineError(
+                "LLM.model needs tensor_parallel_size=1: only there does the model run in this process"
+            )
         return self.executor.running().model
 
     def close(self) -> None:
@@ -325,7 +332,10 @@ class BuiltEngine:
 
 
 def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> BuiltEngine:
-    """Raises what loading raises; nothing is left running then. `clock` gets the phases from here on."""
+    """Make and start the engine. `clock` gets the phases from here on.
+
+    Raises what loading the tokenizer and the model raises; then nothing is left running.
+    """
     plan, options = assembly.plan, assembly.plan.options
     if options.tensor_parallel_size == 1 and options.device.startswith("cuda"):
         threading.Thread(target=_wake, args=(options.device,), name="nanoengine-wake", daemon=True).start()
@@ -348,7 +358,7 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
         vocab_size=assembly.vocab_size,
         max_model_len=options.max_model_len,
     )
-    legal_fields(processors)  # a clash is found before the weights are loaded
+    legal_fields(processors)  # raises on a clash, before the weights are loaded
     executor = InProcessExecutor() if options.tensor_parallel_size == 1 else WorkersExecutor()
     try:
         if isinstance(executor, InProcessExecutor):
@@ -378,7 +388,7 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
         )
     except BaseException as error:
         executor.shutdown()
-        forget_locals(error)  # whoever keeps the error keeps no memory with it
+        forget_locals(error)  # keeping the error must not keep the model's memory
         raise
     clock.lap("engine")
     return BuiltEngine(
@@ -394,8 +404,8 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
 
 
 def _wake(device: str) -> None:
-    """Make the GPU's context, which takes a while and leaves the interpreter free, while the tokenizer loads."""
-    with suppress(Exception):  # the runner meets it again, and says so
+    """Make the GPU's context while the tokenizer loads: it takes a while, without the interpreter."""
+    with suppress(Exception):  # the runner gets the same error, and reports it
         torch.cuda.synchronize(device)
 
 

@@ -1,4 +1,4 @@
-"""The Python API: `LLM`. A client of the engine: it tokenises, waits, and puts outputs in order."""
+"""The Python API: `LLM`. A client of the engine: it adds requests, makes steps, and returns outputs in input order."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class LLM:
         model: a registered name, a folder, a .gguf file, a hub id.
         revision: branch, tag or commit of a hub id ("owner/name@revision" says the same).
         attention: name of an attention backend, "auto", or a backend class.
-        implementation: name of the model plugin to take where several serve the model's architecture.
+        implementation: name of the model plugin to use where several have the model's architecture.
         plugins: further plugins: paths of .py files, or modules or objects with hooks.
         options: any field of `EngineOptions`.
 
@@ -113,7 +113,7 @@ class LLM:
     ) -> Self:
         """An LLM as a composed configuration describes it.
 
-        `say` is given a line where fetching a model takes time. `clock` holds the phases of the start until here.
+        `say` is called with a line of text where fetching a model takes time. `clock`: the phases of the start so far.
         """
         self = cls.__new__(cls)
         model, backend = config.model, config.attention.backend
@@ -145,7 +145,7 @@ class LLM:
         assembly = assemble(path, attention, options, registry, implementation)
         clock.lap("choice")
         self._built: BuiltEngine = build_engine(assembly, registry, clock)
-        _log.info("%s: %s; %s", model, self.start_report.line(), assembly.said())
+        _log.info("%s: %s; %s", model, self.start_report.line(), assembly.summary())
         self.engine: Engine = self._built.engine
         self._ids = itertools.count()
         try:
@@ -157,7 +157,7 @@ class LLM:
             _log.warning("%s: config.json: the model does not read %s, and its meaning is not known", model, key)
 
     def _default_params(self, sampler: Mapping[str, Any] | None, path: Path) -> SamplingParams:
-        """Those of the configuration, else of generation_config.json; what that asks for in vain is logged."""
+        """Those of the configuration, else of generation_config.json; what of that is not supported is logged."""
         defaults = self._built.defaults
         try:
             params = SamplingParams(**(defaults.sampling if sampler is None else sampler))
@@ -191,9 +191,9 @@ class LLM:
             sampling_params: vLLM's name of `params`.
 
         Raises:
-            ParamsError, TokenizerMissing: before anything runs. A prompt that cannot be served is no exception: its
-            output has an `error`, and the others finish.
-            WorkerError: a rank failed; its `outputs` are the prompts', those finished by then whole.
+            ParamsError, TokenizerMissing: before anything runs. A prompt that cannot be run raises nothing: its output
+                has an `error`, and the others finish.
+            WorkerError: a rank failed. Its `outputs` are those of the prompts; the ones that had finished are complete.
         """
         return self._run(split_prompts(prompts), one_name(params, sampling_params), priority, use_tqdm)
 
@@ -210,9 +210,9 @@ class LLM:
 
         `options`: see `ChatOptions`. `sampling_params`: vLLM's name of `params`.
 
-        Which roles there are is the template's matter, as in vLLM; a message that it passes over for a role that is not
-        usual is refused, and so is content that is neither text nor text parts. A conversation that is refused comes
-        back in its place, with its `error`; the others finish.
+        The template decides which roles there are, as in vLLM. A message of an unusual role that the template skips is
+        refused, and so is content that is neither text nor text parts. The output of a refused conversation has an
+        `error`, in its place; the others finish.
         """
         if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
             raise ParamsError(f"messages must be a list of messages, or a list of such lists, not {messages!r}")
@@ -223,13 +223,13 @@ class LLM:
         return self._run(prompts, one_name(params, sampling_params), None, use_tqdm)
 
     def _render(self, messages: Any, options: Mapping[str, Any]) -> tuple[Any, str | None]:
-        """(token ids, text) of a conversation; one that cannot be rendered is refused in its place by the engine."""
+        """(token ids, text) of a conversation; (error, None) where it cannot be rendered: the engine refuses that."""
         tokenizer = self._built.need_tokenizer()
         try:
             return tokenizer.chat(messages, **options)
         except RequestError as error:
             return error, None
-        except BaseException as error:  # what stands for a message may be anyone's class
+        except BaseException as error:  # a message may be of a class that raises anything
             if isinstance(error, NanoEngineError) or not is_failure(error):
                 raise
             return RequestError("invalid_prompt", f"reading the messages raised {described(error)}"), None
@@ -244,7 +244,7 @@ class LLM:
 
     @property
     def sampling_names(self) -> frozenset[str]:
-        """The fields of `SamplingParams` that are legal here: the engine's own, and those of its logits processors."""
+        """The fields of `SamplingParams` that this engine knows: its own, and those of its logits processors."""
         return self._built.resolver.names
 
     @property
@@ -259,9 +259,9 @@ class LLM:
         priority: int | None = None,
         sampling_params: SamplingParams | None = None,
     ) -> Stream:
-        """Start a request; iterate over its cumulative outputs. Several may be open at once; closing one aborts it.
+        """Start a request and iterate over its cumulative outputs. Several streams may be open; closing one aborts it.
 
-        A request that is refused or fails raises its `RequestError` there, behind the outputs that it had given.
+        Iterating raises the `RequestError` of a request that is refused or fails, after the outputs that it had.
         `sampling_params`: vLLM's name of `params`.
         """
         given = one_name(params, sampling_params)
@@ -271,7 +271,7 @@ class LLM:
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def hidden_states(self, prompts: Prompt | Sequence[Prompt]) -> list[Tensor]:
-        """What the model returns for each token of each prompt, behind the last norm.
+        """What the model returns for each token of each prompt, after the last norm.
 
         Each [tokens, hidden_size], on the CPU. Raises as `tap` does.
         """
@@ -283,15 +283,15 @@ class LLM:
         Args:
             prompts: as of `generate`. They run one by one, eagerly, without reading the prefix cache.
             modules: dotted names as in `llm.model.named_modules()`, of modules that are called with a row a token:
-                layers, attention ("….attn": q, k and v as they are stored and compared), MLPs; "" is the model. With
-                several ranks what is divided over them is rank 0's share.
+                layers, attention ("….attn": q, k and v as they are stored and compared), MLPs; "" is the model. Of what
+                is divided over several ranks, rank 0's part.
 
         Returns:
-            For each prompt, name -> `Tap`: the tensors that the module was given, and that it returned.
+            For each prompt, name -> `Tap`: the tensors that the module got, and those that it returned.
 
         Raises:
             ParamsError: for a module that is not there, or that does not run by itself.
-            NanoEngineError: while requests are running. RequestError: for a prompt that cannot be served.
+            NanoEngineError: while requests are running. RequestError: for a prompt that cannot be run.
         """
         from nanoengine.observe.tapping import tap_prompt
 
@@ -351,11 +351,11 @@ class LLM:
             finally:
                 self._abort_all([i for i in ids if i not in done])
         outputs = [done[i] for i in ids]
-        self._say_failed(outputs)
+        self._log_failed(outputs)
         return outputs
 
-    def _say_failed(self, outputs: Sequence[RequestOutput]) -> None:
-        """Who reads `outputs[0].text` of each is told why there is none."""
+    def _log_failed(self, outputs: Sequence[RequestOutput]) -> None:
+        """Logs the first error: a program that reads `outputs[0].text` of each prompt finds no text, and no cause."""
         failed = [(index, output.error) for index, output in enumerate(outputs) if output.error is not None]
         if failed:
             index, error = failed[0]
@@ -374,9 +374,9 @@ class LLM:
 
     @contextmanager
     def observe(self, observer: Observer) -> Iterator[None]:
-        """Hand each step's `StepRecord` to `observer` within a `with`: a list's `append`, a `TraceFile`, any callable.
+        """Within a `with`, call `observer` with each step's `StepRecord`. A list's `append` is one, and a `TraceFile`.
 
-        It is called in the thread that makes the engine step. What it raises is raised there, after the step's outputs.
+        It is called in the thread that makes the step. What it raises is raised there, after the step's outputs.
         """
         self.engine.check_open()
         self.engine.change_watch(partial(add_observer, observer))
@@ -390,13 +390,13 @@ class LLM:
         return self._built.need_tokenizer().hf
 
     def stats(self) -> EngineStats:
-        """Counts since the start: see `EngineStats`. What was aborted before does not run any more."""
+        """Counts since the start: see `EngineStats`. Requests that were aborted before do not count as running."""
         self.engine.apply_inbox()
         return self.engine.scheduler.stats()
 
     @property
     def memory_report(self) -> MemoryReport:
-        """What stands on the device, and the limits of a batch that memory holds."""
+        """What weights and KV cache take on the device, and the limits of a batch that memory holds."""
         return self._built.memory
 
     @property
@@ -405,16 +405,16 @@ class LLM:
         return self._built.start
 
     def reset_prefix_cache(self) -> None:
-        """Forget what the prefix cache holds, as after a change of weights. Raises while requests are running."""
+        """Forget what the prefix cache holds: needed after a change of weights. Raises while requests are running."""
         self.engine.reset_prefix_cache()
 
     @property
     def model(self) -> nn.Module:
-        """The model itself, an ordinary `nn.Module`; only where it runs in this process."""
+        """The model itself, an ordinary `nn.Module`. Needs tensor_parallel_size=1: there it runs in this process."""
         return self._built.model()
 
     def close(self) -> None:
-        """Stop and give the memory back. Idempotent; whoever generates afterwards gets `EngineClosed`."""
+        """Stop and give the memory back. Idempotent. Afterwards `generate` and the like raise `EngineClosed`."""
         self._built.close()
 
     def __enter__(self) -> Self:

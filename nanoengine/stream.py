@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 
 class _Mailbox:
-    """What has come and was not given yet. The engine holds it, and not the stream, which so ends when it is dropped.
+    """Outputs that the stream has not returned yet. The engine refers to it and not to the stream: a stream that is
+    dropped is collected, and so aborts its request.
 
-    Outputs are cumulative: of those that come while others make the engine step, the latest is enough.
+    Outputs are cumulative: of several that come between two reads, the latest is enough.
     """
 
     def __init__(self) -> None:
@@ -27,14 +28,15 @@ class _Mailbox:
     def put(self, output: RequestOutput) -> None:
         if output.error is None:
             self.output = output
-        else:  # it has no tokens; those that came before are still to be given
+        else:  # it has no tokens: the output before it is still to be returned
             self.error = output.error
 
 
 class Stream(Iterator[RequestOutput]):
-    """Cumulative outputs of one request, as they come. `close()` (or the end of its `with`) aborts what is left.
+    """Iterates over one request's cumulative outputs, as they come. `close()`, or the end of its `with`, aborts it.
 
-    A request that fails, or is refused, raises its `RequestError` behind what it had given. Ctrl-C closes it.
+    The `RequestError` of a request that is refused or fails is raised after the outputs that it had. Ctrl-C closes the
+    stream.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Stream(Iterator[RequestOutput]):
         """Abort the request if it still runs. Idempotent."""
         if not self._ended:
             self._ended = True
-            self._box = _Mailbox()  # the engine may still fill the old one
+            self._box = _Mailbox()  # the engine may still put outputs into the old one
             self._engine.abort_request(self.request_id)
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""Files that grow while a run goes on: what stood there stays until the new one has something in its place."""
+"""Files that are written during a run: the old content stays until the new file replaces it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from nanoengine.api.errors import ConfigError, shown
 
 
 class GrowingFile:
-    """A file that is written piece by piece, each of them whole or not at all, by no other process meanwhile.
+    """A file that is written in pieces, each of them completely or not at all, and by one process at a time.
 
-    Where another content than `begin` is at `path`, it stays: the new file grows beside it (`.NAME.part`) and takes
-    its place at `settle`. A link stays a link. A pipe or device is written to as it is.
+    If `path` has a content other than `begin`, that stays for now: the new file is written next to it (`.NAME.part`)
+    and replaces it at `settle`. A link stays a link. A pipe or device is written to directly.
 
     Attributes:
         settled: what is written is at `path`. replaces: at first, another content was there.
 
-    Raises `OSError`, whose `strerror` says why: where it cannot be opened, or another process writes it; at a write
-    that fails; at `check` and `close` when the file is no longer at its place, or has changed. What was in it is kept
-    then, where possible.
+    Raises `OSError`, whose `strerror` gives the reason: where the file cannot be opened, or another process writes it;
+    at a write that fails; at `check` and `close` when the file is no longer there, or has changed. What was written is
+    kept then, where possible.
     """
 
     def __init__(self, path: str | Path, begin: bytes = b"") -> None:
@@ -34,7 +34,7 @@ class GrowingFile:
         self.size = len(begin)  # of the whole pieces, in bytes
         self._part = part_of(self.path)
         self._new: FileIO | None = None
-        self._gone = False  # which is raised once
+        self._gone = False  # the file was replaced, changed or removed, and that was raised
         self._file = FileIO(self.path, "a+" if not self.path.exists() or self.path.is_file() else "a")
         try:
             self.regular = S_ISREG(os.fstat(self._file.fileno()).st_mode)
@@ -48,14 +48,14 @@ class GrowingFile:
         return self._new is None
 
     def _open(self, begin: bytes) -> bool:
-        """Whether another content than `begin` is there; opens the file that will replace it."""
+        """Whether a content other than `begin` is there. If so, opens the file that will replace it."""
         lock(self._file)
         if not _is_at(self.path, self._file):  # it has just been replaced
             raise OSError(errno.EBUSY, "another process is writing it")
         if os.fstat(self._file.fileno()).st_size == len(begin) and _content(self._file) == begin:
             self._part.unlink(missing_ok=True)  # a killed run left one
             return False
-        self._new = FileIO(self._part, "a+")  # appended to, so that its size tells what others did
+        self._new = FileIO(self._part, "a+")  # for appending, so that its size shows what other programs write
         try:
             self._new.truncate(0)
             write_all(self._new, begin)
@@ -77,10 +77,10 @@ class GrowingFile:
         self.size += len(data)
 
     def settle(self) -> None:
-        """Puts the new file in its place. Without effect where it is there."""
+        """Puts the new file in the old one's place. No effect where that is done."""
         if self._new is None:
             return
-        if _is_at(self.path, self._file) is False:  # the old one's deletion harms nothing
+        if _is_at(self.path, self._file) is False:  # if it was only deleted, nothing is lost
             self._part.unlink(missing_ok=True)
             self._lose(errno.ESTALE, f"another file has taken its place{self._whereabouts(self._new)}")
         os.fsync(self._new.fileno())
@@ -106,7 +106,7 @@ class GrowingFile:
         raise OSError(number, why)
 
     def _whereabouts(self, file: FileIO) -> str:
-        """Where what was written is, for a message; a file without a name is written out anew."""
+        """Where the written data are now, for a message. Of a file that was deleted they are saved to a new one."""
         if not self.size:
             return ""
         if os.fstat(file.fileno()).st_nlink:
@@ -122,19 +122,19 @@ class GrowingFile:
         return "; what was in it is lost"
 
     def discard(self) -> None:
-        """Ends what has not settled: what was there stays. Idempotent."""
+        """Drops a new file that has not settled: the old one stays. Idempotent."""
         if self._new is not None:
             self._new.close()
             self._new = None
             self._part.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Idempotent. What has not settled is discarded."""
+        """Close the file; a new one that has not settled is discarded. Idempotent. Raises as `check` does."""
         if self._file.closed:
             return
         try:
             if self._new is None and self.regular:
-                os.fsync(self._file.fileno())  # a full disk, or a quota, may tell only now
+                os.fsync(self._file.fileno())  # a full disk or a quota may show only now
                 self.check()
         finally:
             self.discard()
@@ -142,7 +142,7 @@ class GrowingFile:
 
 
 def place_of(path: Path) -> Path:
-    """Where the file behind `path` is, or will be: links are followed.
+    """Where the file that `path` leads to is, or will be: links are followed.
 
     A pipe, a device or a socket is at `path` itself: a link in /proc/self/fd leads to no name.
     """
@@ -150,14 +150,14 @@ def place_of(path: Path) -> Path:
 
 
 def part_of(path: Path) -> Path:
-    """The file beside `path` (`place_of`) that grows until it takes its place."""
+    """The file next to `path` (`place_of`) that is written until it replaces it."""
     return path.with_name(f".{path.name}.part")
 
 
 def user_path(path: str | Path, what: str) -> Path:
-    """What a user wrote, `~` expanded; it need not exist.
+    """A path as a user wrote it, with `~` expanded. It need not exist.
 
-    Raises `ConfigError` naming `what` it is where no file can be called so: too long, a NUL, no such home folder.
+    Raises `ConfigError` with `what` it is where no file can have that name: too long, a NUL, no such home folder.
     """
     try:
         found = Path(path).expanduser()
@@ -170,7 +170,7 @@ def user_path(path: str | Path, what: str) -> Path:
 
 
 def decoded(data: bytes, name: str) -> str:
-    """Text of UTF-8, without the mark that it may begin with. Raises `ConfigError` naming the line that is none."""
+    """Decodes UTF-8, without a byte order mark. Raises `ConfigError` with the number of a line that is not UTF-8."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -182,14 +182,14 @@ def decoded(data: bytes, name: str) -> str:
 
 
 def write_all(file: FileIO, data: bytes) -> None:
-    """One write may take a part only. Raises `OSError`; how much of `data` is in the file is not known then."""
+    """Write until all is written. Raises `OSError`; how much of `data` is in the file is then unknown."""
     left = memoryview(data)
     while left:
         left = left[file.write(left) :]
 
 
 def lock(file: FileIO) -> None:
-    """Raises `OSError` where another process writes the file. Held until it is closed."""
+    """Lock the file until it is closed. Raises `OSError` where another process has locked it."""
     if sys.platform == "win32":
         return  # no advisory locks there
     import fcntl
@@ -199,11 +199,11 @@ def lock(file: FileIO) -> None:
     except BlockingIOError as error:
         raise OSError(errno.EBUSY, "another process is writing it") from error
     except OSError:
-        return  # a file system without locks
+        return  # the file system has no locks
 
 
 def _is_at(place: Path, file: FileIO) -> bool | None:
-    """Whether `place` names the open file; None where nothing is there. Raises `OSError`."""
+    """Whether the open file is at `place`; None where nothing is there. Raises `OSError`."""
     try:
         return os.path.samestat(os.stat(place), os.fstat(file.fileno()))
     except (FileNotFoundError, NotADirectoryError):

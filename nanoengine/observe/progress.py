@@ -1,4 +1,4 @@
-"""How far a long piece of work is: a bar on a terminal, now and then a plain line elsewhere."""
+"""Progress of long work: a bar on a terminal, a plain line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ LINE_SECONDS = 10.0  # between two plain lines
 
 
 class Progress:
-    """Of `total` pieces, to standard error. It raises nothing: where it cannot be written, it alone is lost.
+    """Progress over `total` pieces, on standard error. Where that cannot be written, nothing is raised.
 
-    A bar overwrites its line, which only a terminal can show; a log gets lines of their own, and none for what takes
-    less than `LINE_SECONDS`.
+    A terminal shows a bar, which overwrites its own line. A log gets plain lines, and none for work that takes less
+    than `LINE_SECONDS`.
     """
 
     def __init__(self, total: int, what: str, unit: str, *, done: int = 0, shown: bool = True) -> None:
         self._out = _Unbreakable(sys.stderr)
         self._what, self._total, self._unit, self._shown = what, total, unit, shown
         self._done, self._done_before, self._state = done, done, ""
-        self._began = self._said = time.monotonic()
+        self._began = self._shown_at = time.monotonic()
         self._bar: tqdm[Any] = tqdm(
             total=total,
             initial=done,
@@ -45,20 +45,20 @@ class Progress:
         return not self._bar.disable
 
     def update(self, count: int = 1) -> None:
-        """So many more pieces are done."""
+        """`count` more pieces are done."""
         self._done += count
         self._bar.update(count)
         self._line()
 
     def state(self, **values: object) -> None:
-        """What goes on meanwhile, behind the count."""
+        """Values to show after the count."""
         self._state = "".join(f", {name} {value}" for name, value in values.items())
         self._bar.set_postfix({name: str(value) for name, value in values.items()})
         self._line()
 
     @contextmanager
     def aside(self, file: Any) -> Iterator[None]:
-        """Within, lines may be written to `file`, which may be the bar's terminal."""
+        """Within a `with`, lines may be written to `file`, even if it is the bar's terminal."""
         with self._bar.external_write_mode(file=file):
             yield
 
@@ -75,9 +75,9 @@ class Progress:
 
     def _line(self) -> None:
         now = time.monotonic()
-        if self.is_bar or not self._shown or now - self._said < LINE_SECONDS:
+        if self.is_bar or not self._shown or now - self._shown_at < LINE_SECONDS:
             return
-        self._said, seconds = now, now - self._began
+        self._shown_at, seconds = now, now - self._began
         rate = (self._done - self._done_before) / seconds
         text = f"{self._what}: {self._done} of {self._total} after {seconds:.0f} s, {rate:.2f} {self._unit}s/s"
         self._out.write(f"{text}{self._state}\n")
@@ -85,14 +85,14 @@ class Progress:
 
 
 def note(text: str) -> None:
-    """A line on standard error, next to the program's own output; lost alone where that cannot be written."""
+    """Write a line to standard error. Where that cannot be written, nothing is raised."""
     out = _Unbreakable(sys.stderr)
     out.write(f"{text}\n")
     out.flush()
 
 
 def can_overwrite(stream: Any) -> bool:
-    """Whether a line that was written can be written over: on a terminal that is not as dumb as it says."""
+    """Whether a written line can be overwritten: on a terminal, unless TERM=dumb."""
     try:
         return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
     except ValueError:  # it is closed
@@ -100,10 +100,10 @@ def can_overwrite(stream: Any) -> bool:
 
 
 class _Unbreakable:
-    """A stream whose failures are no one's: a pipe whose reader has gone, a full disk, a closed or foreign object.
+    """A stream whose failures are ignored: a pipe without a reader, a full disk, a closed or foreign object.
 
-    `is_wrapped`: it equals the stream, for tqdm then clears a bar on it before other lines; but whoever makes a bar on
-    standard error sees tqdm flush that itself, which may raise.
+    `is_wrapped`: it compares equal to the stream, so that tqdm clears a bar on it before other lines. Not while the bar
+    is made: tqdm would then flush standard error itself, which may raise.
     """
 
     def __init__(self, stream: Any) -> None:

@@ -24,12 +24,12 @@ class Span(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A request's share of a step. "llm-3/0" is the first sample of the request "llm-3".
+    """What a step computes for one sample. "llm-3/0" is the first sample of the request "llm-3".
 
     Attributes:
         start, num_tokens: it computes the tokens at the positions [start, start + num_tokens).
-        sampled: a token is drawn; False: a chunk of a prompt, of which more is to come.
-        new_tokens: tokens the request got; 0 for a chunk, and for a row whose request had ended before.
+        sampled: a token is drawn; False: a part of a prompt that is not its last.
+        new_tokens: tokens that the sample got; 0 for such a part, and for a row whose request had ended before.
     """
 
     request: str
@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
 
 class Ending(NamedTuple):
-    """A request that ended. reason: "stop", "length", "abort", or the code of its error. at: seconds, as in `Span`."""
+    """A sample that ended. reason: "stop", "length", "abort", or the code of its error. at: seconds, as in `Span`."""
 
     request: str
     reason: str
@@ -50,16 +50,16 @@ class Ending(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
-    """One step, handed out once its result is booked.
+    """One step, made when its result is committed.
 
     Attributes:
         step: its number. Steps come in order.
-        schedule, launch, wait, commit: what the engine did for it. Between launch and wait stand the schedule and
-            launch of the next step, where the engine runs ahead.
-        execution: when the device had it: from its launch, or the arrival of the step before, to its own arrival.
+        schedule, launch, wait, commit: what the engine did for it. Where the engine runs ahead, it schedules and
+            launches the next step between this one's launch and wait.
+        execution: when the device ran it: from its launch, or the arrival of the step before, to its own arrival.
         rows: decode rows (`num_decode_rows` of them) first, then prefill rows.
         admitted: requests that got a slot. preempted: requests that lost theirs since the step before.
-        ended: requests that ended since the step before: by this result, by an abort, by an error.
+        ended: samples that ended since the step before: by this result, by an abort, by an error.
         graphs, parts: as in `StepResult`.
         blocks: KV blocks while the step ran. running, waiting: requests then.
         error: what the step raised; its requests are run again, one by one. None: it went well.
@@ -103,7 +103,7 @@ class StepRecord:
 
 
 Observer = Callable[[StepRecord], None]
-"""Called in the engine's thread, between steps. What it raises is raised by `step()`, once all outputs are out."""
+"""Called in the thread that makes the step, after it. What it raises is raised by `step()`, after all outputs."""
 
 
 class _Launched(NamedTuple):
@@ -153,8 +153,8 @@ class StepWatch:
         for step in steps:
             known = self._launched.pop(step.plan.step, None)
             if known is not None:
-                said, end, none = described(error), Span(now, now), [0] * len(step.rows)
-                out += self._deliver(self._record(step, known, end, end, none, 0, 1, said))
+                text, end, none = described(error), Span(now, now), [0] * len(step.rows)
+                out += self._deliver(self._record(step, known, end, end, none, 0, 1, text))
         return out
 
     def _deliver(self, record: StepRecord) -> list[Delivery]:

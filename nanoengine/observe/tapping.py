@@ -19,11 +19,13 @@ Generate = Callable[[SamplingParams], RequestOutput]
 
 
 def tap_prompt(engine: Engine, executor: Executor, generate: Generate, modules: Sequence[str], salt: str) -> Taps:
-    """See `LLM.tap`. `generate` runs the prompt; a salt of its own keeps the request from reading cached blocks, whose
-    tokens would not run."""
+    """What passed through `modules` while `generate` ran a prompt: `LLM.tap`, with its errors.
+
+    `salt` must be new: the request then reads no cached blocks, whose tokens would not run.
+    """
     if isinstance(modules, str):
         raise ParamsError(f"modules must be a list of names, not {modules!r}")
-    with engine.exclusive():  # the tokens of others would be captured too
+    with engine.exclusive():  # the tokens of other requests would be captured, too
         output, taps = _captured(executor, generate, modules, salt)
     if output.error is not None:
         raise output.error

@@ -1,4 +1,4 @@
-"""What modules of a model were given and gave, token by token: hidden states, queries and keys, as they ran."""
+"""Captures the inputs and outputs of a model's modules, token by token: hidden states, queries, keys."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Tap:
 
 
 def start_capture(runner: ModelRunner, modules: Sequence[str]) -> str:
-    """From here on copy what passes through these modules; in words, which of them the model does not have."""
+    """From here on, copy what passes through these modules. Returns an error text; "" if the model has all of them."""
     unknown = unknown_module(runner.model, modules)
     if not unknown:
         runner.capture, runner.eager = Capture(runner.model, modules), True
@@ -45,24 +45,24 @@ class Capture:
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         """`names`: dotted paths in the model, as in `named_modules`; "" is the model itself. Each must be there."""
-        self._heard: dict[str, list[Tap]] = defaultdict(list)
+        self._captured: dict[str, list[Tap]] = defaultdict(list)
         self._handles = [model.get_submodule(name).register_forward_hook(self._hook(name)) for name in names]
 
     def _hook(self, name: str) -> Any:
-        def hear(module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
-            self._heard[name].append(Tap(_copies(given), _copies(returned)))
+        def capture(module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
+            self._captured[name].append(Tap(_copies(given), _copies(returned)))
 
-        return hear
+        return capture
 
     def end(self) -> dict[str, Tap]:
-        """Steps joined to whole prompts. A module that did not run by itself is missing."""
+        """Remove the hooks. Returns each module's tensors of all steps, joined, without modules that did not run."""
         for handle in self._handles:
             handle.remove()
-        return {name: _joined(steps) for name, steps in self._heard.items()}
+        return {name: _joined(steps) for name, steps in self._captured.items()}
 
 
 def unknown_module(model: nn.Module, names: Sequence[str]) -> str:
-    """In words; "" if all are there."""
+    """An error text that names the first one that is missing; "" if the model has all of them."""
     known = dict(model.named_modules())
     for name in names:
         if name not in known:

@@ -7,7 +7,7 @@ killed process leaves behind opens too. Three groups of tracks:
 - *slots*: one track a slot of the device tables, with the request that owned it; within it its prefill, chunk by chunk,
   and its decoding.
 
-Every event stands on a line of its own.
+Each event is on a line of its own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Event = dict[str, Any]
 
 @dataclass(slots=True)
 class _Track:
-    """A slot's. request: who owns it, if anybody. last: until when something is drawn, in seconds."""
+    """A slot's track. request: its owner, if it has one. last: the time up to which events are drawn, in seconds."""
 
     request: str | None = None
     decoding: bool = False
@@ -48,11 +48,11 @@ class TraceFile:
     """An observer that writes each step's record to a file: `with TraceFile("out.json") as t, llm.observe(t): ...`.
 
     Args:
-        path: of the file, which is made afresh. What is there already stays until the first step.
-        about: what the reader of the trace should know of it: model, versions.
+        path: of the file. A file that is already there is replaced with the first step.
+        about: what the trace says about itself: model, versions.
 
-    Raises `OSError` where the file cannot be opened. A write that fails (a full disk) ends the trace with the last step
-    that is in it, and not the run; `close` then raises the `OSError`, as it does for a file that is no longer there.
+    Raises `OSError` where the file cannot be opened. A write that fails (a full disk) ends the trace after the last
+    complete step; the run goes on. `close` then raises the `OSError`, and so it does where the file is gone.
     """
 
     def __init__(self, path: str | Path, about: Mapping[str, Any] = MappingProxyType({})) -> None:
@@ -63,7 +63,7 @@ class TraceFile:
         self._origin = time.monotonic()  # the timeline's zero
         self._tracks: dict[int, _Track] = {}  # by slot
         self._seats: dict[str, int] = {}  # request -> its slot
-        self._gone: set[str] = set()  # requests that ended with the last step; the next may hold a row of theirs
+        self._gone: set[str] = set()  # requests that ended with the last step; the next one may have a row of them
         args = {"format": FORMAT, "clock": time.time(), **about}
         self._write("[\n", [_event("i", "trace", 0, _ENGINE, _HOST, s="g", args=args), *_names()])
 
@@ -97,12 +97,12 @@ class TraceFile:
         self.close()
 
     def _at(self, moment: float) -> int:
-        """Microseconds since the trace began. Whole ones: where a slice ends as the next begins, a reader that adds
-        start and duration must find the very same number, or it sees them cross."""
+        """Microseconds since the trace began. Whole ones: where one slice ends the next begins, and a reader that adds
+        start and duration must get exactly that number, or the slices would cross."""
         return math.floor(1e6 * (moment - self._origin))
 
     def _write(self, before: str, events: list[Event], after: str = ",\n") -> None:
-        """All of it, or nothing: half a step would say something that is not true."""
+        """All of it, or nothing: half a step would be wrong."""
         text = before + ",\n".join([json.dumps(event, separators=(",", ":")) for event in events]) + after
         try:
             self._file.write(text.encode())
@@ -140,7 +140,7 @@ class TraceFile:
     # -- the slots' tracks -------------------------------------------------------------------------------------------
 
     def _slots(self, record: StepRecord) -> list[Event]:
-        """In the order in which it happened; what one step's arrival overtakes is drawn when the arrival is."""
+        """Events of the slots, in the order of time; of what happened while the step ran, at the step's end."""
         events: list[Event] = []
         for lost in record.preempted:
             slot = self._seats.get(lost.request)
@@ -167,7 +167,7 @@ class TraceFile:
         return events
 
     def _row(self, row: Row, record: StepRecord, *, decode: bool) -> list[Event]:
-        if row.request in self._gone:  # it ended while this step was under way
+        if row.request in self._gone:  # it ended while this step ran
             return []
         events: list[Event] = []
         if self._seats.get(row.request) != row.slot:  # it ran before the trace began
@@ -226,7 +226,7 @@ def _names() -> list[Event]:
 
 
 def _name(kind: str, name: str, order: int, pid: int, tid: int = 0) -> list[Event]:
-    """Metadata: what a process or thread is called, and where it stands."""
+    """Metadata: the name of a process or thread, and its place in the order."""
     return [
         _event("M", f"{kind}_name", 0, pid, tid, args={"name": name}),
         _event("M", f"{kind}_sort_index", 0, pid, tid, args={"sort_index": order}),
@@ -242,7 +242,7 @@ def _title(record: StepRecord) -> str:
 
 
 def _facts(record: StepRecord) -> dict[str, Any]:
-    """A step's slice says everything of its record but the single rows, which stand on the slots' tracks."""
+    """Everything in a step's record except its rows, which the slots' tracks show."""
     prefill = record.prefill_rows
     return {
         "step": record.step,

@@ -68,7 +68,7 @@ def test_the_prefix_cache_is_not_read_and_not_spoilt(llm: LLM, folder: Path) -> 
     assert assert_same_until_a_tie(model, [before], [after], params) > 0
 
 
-def test_a_dead_row_that_still_runs_is_not_heard(llm: LLM) -> None:
+def test_a_dead_row_that_still_runs_is_not_captured(llm: LLM) -> None:
     """Behind a stop token the next step is already launched: it ends before anybody listens."""
     [output] = llm.generate([PROMPT], SamplingParams(max_tokens=8, temperature=0), use_tqdm=False)
     stop = SamplingParams(max_tokens=8, temperature=0, stop_token_ids=[output.outputs[0].token_ids[2]])

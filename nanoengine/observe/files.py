@@ -55,13 +55,15 @@ class GrowingFile:
         if os.fstat(self._file.fileno()).st_size == len(begin) and _content(self._file) == begin:
             self._part.unlink(missing_ok=True)  # a killed run left one
             return False
-        self._new = FileIO(self._part, "a+")  # for appending, so that its size shows what other programs write
         try:
+            self._new = FileIO(self._part, "a+")  # for appending, so that its size shows what other programs write
             self._new.truncate(0)
             write_all(self._new, begin)
             lock(self._new)
         except BaseException:
             self.discard()
+            with suppress(OSError):
+                self._part.unlink(missing_ok=True)  # an interrupt may come between the file and the assignment
             raise
         return True
 

@@ -150,7 +150,8 @@ def _refuse_grammar(text: str, raw: str, value: str) -> None:
     """What Hydra's override grammar reads otherwise than YAML does, and what YAML would cut off."""
     if call := _CALL.fullmatch(raw):
         raise ConfigError(
-            f"{_origin(text)}: Hydra's {call['name']}() is not supported; for a plain text, put it in quotes"
+            f"{_origin(text)}: Hydra's {call['name']}() is not supported: write the value itself, or several with "
+            "commas and --multirun (-m); a plain text goes in quotes"
         )
     if "," in raw and "${" not in raw:
         raise ConfigError(

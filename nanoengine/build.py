@@ -225,7 +225,7 @@ def _attention(
     target, local = from_class(chosen, AttentionBackend)
     reasons = unsupported_reasons(chosen, need)
     if reasons:
-        raise UnsupportedError(f"attention backend {target} cannot serve this model here", reasons)
+        raise UnsupportedError(f"attention backend {target} does not support this model here", reasons)
     return chosen.__name__, target, local, []
 
 

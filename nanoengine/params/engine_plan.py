@@ -1,4 +1,4 @@
-"""The choice of parts that an engine is started with: every rank imports its targets from it. Frozen and picklable."""
+"""`EnginePlan`: the parts that were chosen for an engine. Frozen and picklable; every rank imports its targets."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class ProcessorPlan:
     """A logits processor.
 
     Attributes:
-        name: of its spec. target: of its class. columns: the device columns its parameters declare.
-        origin: who registered it, for errors; "" if unknown.
+        name: name in its spec. target: target of its class. columns: the device columns that its parameters declare.
+        origin: the plugin that registered it, for messages; "" if unknown.
     """
 
     name: str
@@ -26,23 +26,23 @@ class ProcessorPlan:
 
     @property
     def where(self) -> str:
-        """Name and origin: "logits processor 'x' (Class of plugin file /some/x.py)"."""
+        """Name and origin, for messages: "logits processor 'x' (Class of plugin file /some/x.py)"."""
         known = f"{self.target.partition(':')[2]} of {self.origin}" if self.origin else self.target
         return f"logits processor {self.name!r} ({known})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnginePlan:
-    """The frozen choice of parts.
+    """The parts that were chosen for an engine, with its options.
 
     Attributes:
         model_path: folder with config.json (and, unless dummy, safetensors).
         hf_config: config.json, read once.
         model: target of the `Model` class. attention: name and target of the backend.
-        processors: every registered processor, in application order within its phase.
-        options: with every `None` that the choice of parts decides filled in (device, dtype, block_size,
-            max_model_len, max_num_batched_tokens).
-        plugin_files: modules that must be loaded from a file before a target of theirs can be imported.
+        processors: every registered processor, in the order in which they are applied in a phase.
+        options: engine options. Those that the user left open are set (device, dtype, block_size, max_model_len,
+            max_num_batched_tokens).
+        plugin_files: files that must be loaded before targets in them can be imported.
     """
 
     model_path: str

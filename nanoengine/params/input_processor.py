@@ -1,4 +1,4 @@
-"""From what a caller hands over to a request that the engine can run: `InputProcessor`."""
+"""`InputProcessor`: checks what a caller passes, and makes a request that the engine can run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from nanoengine.params.sampling_params import ParamsResolver, ResolvedParams, Sa
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckedRequest:
-    """A request whose parts are checked.
+    """A checked request.
 
     Attributes:
-        prompt: its text, where that is known. prompt_token_ids: empty where there is an error.
-        error: why the prompt cannot be run; None where it can.
+        prompt: its text, if it is known. prompt_token_ids: empty if there is an error.
+        error: why the prompt cannot be run; None if it can.
     """
 
     request_id: str
@@ -29,22 +29,22 @@ class CheckedRequest:
 
 
 class InputProcessor:
-    """Checks prompts and parameters for one engine, and makes token ids of text. Thread-safe."""
+    """Checks prompts and parameters for one engine, and encodes text. Thread-safe."""
 
     def __init__(
         self, resolver: ParamsResolver, encode: Callable[[str], list[int]], vocab_size: int, max_model_len: int
     ) -> None:
-        """`encode`: text to token ids; raises `TokenizerMissing` where there is no tokenizer."""
+        """`encode`: text -> token ids; raises `TokenizerMissing` if there is no tokenizer."""
         self._resolver, self._encode = resolver, encode
         self._vocab_size, self._max_model_len = vocab_size, max_model_len
 
     def process(
         self, request_id: str, prompt: Any, params: SamplingParams, priority: int | None, prompt_text: str | None
     ) -> CheckedRequest:
-        """The arguments of `Engine.add_request`, checked. `priority` None: the parameters' own.
+        """Checks the arguments of `Engine.add_request`. `priority` None: that of the parameters.
 
-        Raises `ParamsError`, `PluginError` or `TokenizerMissing`. What is wrong with the prompt is not raised: it is
-        the result's `error`.
+        Raises `ParamsError`, `PluginError` or `TokenizerMissing`. A wrong prompt is not raised: it is the `error` of
+        the result.
         """
         check_request_id(request_id)
         resolved = self._resolver.resolve(params)

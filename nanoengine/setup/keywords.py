@@ -1,4 +1,4 @@
-"""A keyword that a method of `LLM` does not have is refused with the place where it belongs."""
+"""Rejects keywords that a method of `LLM` does not have. The error says where the keyword belongs."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from nanoengine.setup.plugins.registry import Registry
 
 _T = TypeVar("_T", bound=type[Any])
 _BY_PLACE = inspect.Parameter.POSITIONAL_OR_KEYWORD
-_KEYS: Mapping[str, str] = {  # where a keyword of the constructor stands in a configuration
+_KEYS: Mapping[str, str] = {  # keyword of the constructor -> key of a configuration
     "model": "model",
     "attention": "attention",
     "revision": "model.revision",
     "implementation": "model.implementation",
 }
-_SHOWN = 60  # characters of a value in an example
+_SHOWN = 60  # most characters of a value in an example
 
 
 def names_keywords(cls: _T) -> _T:
-    """Class decorator: each public method raises `ParamsError` for a keyword that is not its own, and names its place.
+    """Class decorator: public methods raise `ParamsError` for an unknown keyword. The error says where it belongs.
 
-    An instance's `sampling_names` are the fields of `SamplingParams` that it knows.
+    The attribute `sampling_names` of an instance has the fields of `SamplingParams`.
     """
     methods = dict(_methods(cls))
     for name, method in methods.items():
@@ -43,7 +43,7 @@ def names_keywords(cls: _T) -> _T:
 
 
 def check_options(cls: type[Any], options: Mapping[str, Any], registry: Registry) -> None:
-    """Raises `ConfigError` for what is no engine option, with the place where it belongs."""
+    """Raises `ConfigError` for an unknown engine option. The error says where it belongs."""
     own = [*_own(cls.__init__), *(f.name for f in fields(EngineOptions))]
     for name, value in options.items():
         if name not in own and name not in OPTIONS_NOT_SUPPORTED:
@@ -52,12 +52,12 @@ def check_options(cls: type[Any], options: Mapping[str, Any], registry: Registry
 
 
 def sampling_names(registry: Registry) -> frozenset[str]:
-    """The engine's own fields of `SamplingParams`, and those of the registered processors, broken ones left out."""
+    """The fields of `SamplingParams`: the engine's own, and those of the registered processors that are not broken."""
     names = set(CORE_TYPES)
     for found in registry.samplers.values():
         try:
             names |= processor_types(found.spec.name, found.spec.params).keys()
-        except BaseException as error:  # it is reported where the processor is used
+        except BaseException as error:  # reported when the processor is used
             if not is_failure(error):
                 raise
     return frozenset(names)
@@ -71,7 +71,7 @@ def _methods(cls: type[Any]) -> Iterator[tuple[str, Callable[..., Any]]]:
 
 
 def _own(method: Callable[..., Any]) -> list[str]:
-    """Its keywords, `self` or `cls` left out; of `**options: Unpack[SomeDict]` the keys of that `TypedDict`."""
+    """The keywords of a method, without `self` and `cls`; for `Unpack[SomeDict]`, the keys of the `TypedDict`."""
     names = []
     for parameter in [*inspect.signature(method).parameters.values()][1:]:
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
@@ -99,7 +99,7 @@ def _checked(cls: type[Any], name: str, method: Callable[..., Any]) -> Callable[
 def _where(
     cls: type[Any], method: str, name: str, value: object, own: Collection[str], sampling: Collection[str]
 ) -> str:
-    """Where `name` belongs; else the likely meant one and its place, and the valid ones."""
+    """Where `name` belongs. If it is unknown: the name that was probably meant, its place, and all valid names."""
     places = {**_places(cls), **dict.fromkeys(sampling, "SamplingParams"), **dict.fromkeys(own, method)}
     if name in places:
         return _place(cls, method, name, places[name], value)
@@ -108,7 +108,7 @@ def _where(
     if method.startswith("chat") and name not in NOT_SUPPORTED:
         hint = "; a variable of the chat template goes into chat_template_kwargs"
     else:
-        hint = f"; vLLM's {name} is not supported: {NOT_SUPPORTED[name]}" if name in NOT_SUPPORTED else ""
+        hint = f"; vLLM's {name!r} is not supported: {NOT_SUPPORTED[name]}" if name in NOT_SUPPORTED else ""
     close = difflib.get_close_matches(name, sorted(places), n=1, cutoff=0.6)
     valid = f"Valid: {', '.join(own) or '(none)'}{hint}"
     if not close:
@@ -119,7 +119,7 @@ def _where(
 
 
 def _places(cls: type[Any]) -> dict[str, str]:
-    """Each keyword of the class's methods -> the first method that has it; engine options, and the start's own."""
+    """Each keyword of the class's methods, and each engine option -> the first method that has it."""
     found: dict[str, str] = {}
     for name, method in _methods(cls):
         if name != "from_run_config":
@@ -130,11 +130,11 @@ def _places(cls: type[Any]) -> dict[str, str]:
 
 
 def _call(cls: type[Any], method: str, name: str) -> str:
-    """How the method `name`, which was given as a keyword of `method`, is called."""
+    """How to call the method `name`, which was given as a keyword of `method`."""
     given = [each.name for each in inspect.signature(vars(cls)[name]).parameters.values() if each.kind is _BY_PLACE][1:]
     if method == "chat" and given[:1] == ["prompt"]:
         given[0] = f"{cls.__name__.lower()}.chat_prompt(messages)"
-    return f"{name} is a method of its own: {cls.__name__.lower()}.{name}({', '.join(given)})"
+    return f"{name} is a separate method: {cls.__name__.lower()}.{name}({', '.join(given)})"
 
 
 def _place(cls: type[Any], method: str, name: str, place: str, value: object) -> str:

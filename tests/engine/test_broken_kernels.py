@@ -55,11 +55,13 @@ def test_broken_packages(tmp_path: Path, how: str) -> None:
     assert auto.startswith("auto chose torch not triton: ")
     assert cause in auto
     assert "not flash_attn: ['flash_attn cannot be imported: OSError: flash_attn_2_cuda.so: undefined symbol']" in auto
-    assert triton.startswith("triton UnsupportedError attention backend 'triton' cannot serve this model here")
-    assert "attention=auto takes one that can" in triton
+    assert triton.startswith("triton UnsupportedError attention backend 'triton' does not support this model here")
+    assert "attention=auto takes one that does" in triton
     assert cause in triton
-    assert flash.startswith("flash_attn UnsupportedError attention backend 'flash_attn' cannot serve this model here")
-    assert "attention=auto takes one that can" in flash
+    assert flash.startswith(
+        "flash_attn UnsupportedError attention backend 'flash_attn' does not support this model here"
+    )
+    assert "attention=auto takes one that does" in flash
     assert "undefined symbol" in flash
 
 

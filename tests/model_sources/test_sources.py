@@ -85,20 +85,20 @@ def test_resolve_asks_in_order_and_names_the_nearest(tmp_path: Path, tiny: Path,
         resolve_model("smollm2", sources, ctx, names=["smollm2-135m"])
 
 
-def test_what_nobody_has_is_told_what_there_may_be(tmp_path: Path, ctx: SourceContext) -> None:
+def test_no_model_is_an_error_with_what_a_model_may_be(tmp_path: Path, ctx: SourceContext) -> None:
     sources = [("folder", FolderSource()), ("gguf", GGUFFileSource()), ("hub", HubSource())]
     with pytest.raises(
-        ModelSourceError, match=r"no folder .* no \.gguf file, no known name and no hub id as in owner/name"
+        ModelSourceError, match=r"not a folder .* a \.gguf file, a known name or a hub id such as owner/name"
     ):
         resolve_model("here", sources, ctx)
     for path in ("./here/there", "../here", "/here", "~/here", "here/or/there"):
         with pytest.raises(ModelSourceError) as caught:
             resolve_model(path, sources, ctx)
         assert str(caught.value) == f"no model {path!r}: no such folder: {Path(path).expanduser().absolute()}"
-    with pytest.raises(ModelSourceError, match="no known name and no hub id"):  # a plugin's, which is not there
+    with pytest.raises(ModelSourceError, match="a known name or a hub id"):  # a plugin's, which is not there
         resolve_model("s3://bucket/model", sources, ctx)
     (tmp_path / "model").mkdir()
-    with pytest.raises(ModelSourceError, match=r"model is there, but has no revisions: leave out @v1"):
+    with pytest.raises(ModelSourceError, match=r"model exists, but has no revisions: leave out @v1"):
         resolve_model(f"{tmp_path}/model@v1", sources, ctx)
     with pytest.raises(ModelSourceError, match=r"no such file: absent/tiny\.gguf"):
         resolve_model("absent/tiny.gguf", sources, ctx)

@@ -33,10 +33,10 @@ def test_inert_defaults_are_taken(op: str, dtype: str, default: float) -> None:
 @pytest.mark.parametrize(
     ("column", "words"),
     [
-        (ColumnSpec(dtype="float32", op=StandardOp.TOP_P), r"default is 0, which TOP_P does not leave .* use 1\.0"),
+        (ColumnSpec(dtype="float32", op=StandardOp.TOP_P), r"default is 0, which has an effect in TOP_P: .* use 1\.0"),
         (ColumnSpec(dtype="float32", op=StandardOp.TEMPERATURE, default=0.7), r"use 1\.0"),
-        (ColumnSpec(dtype="float32", op=StandardOp.TOP_K), "TOP_K takes one int32 a slot"),
-        (ColumnSpec(dtype="int32", op=StandardOp.TEMPERATURE, default=1), "TEMPERATURE takes one float32 a slot"),
+        (ColumnSpec(dtype="float32", op=StandardOp.TOP_K), "TOP_K needs one int32 per slot"),
+        (ColumnSpec(dtype="int32", op=StandardOp.TEMPERATURE, default=1), "TEMPERATURE needs one float32 per slot"),
         (ColumnSpec(dtype="float32", ragged=True, op=StandardOp.TEMPERATURE, default=1.0), "must be a scalar column"),
         (ColumnSpec(dtype="float32", op="temperature"), "must be a nanoengine.api.StandardOp"),  # type: ignore[arg-type]
         ("float32", "must be a ColumnSpec"),

@@ -172,7 +172,7 @@ def test_a_group_has_no_options_that_nanoengine_has_not(hello: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "attribute", "words"),
     [
-        ("greet", "helo", "nothing there is called 'helo'"),
+        ("greet", "helo", "it has no 'helo'"),
         ("greet", "number", "'hello_work:number' is 5, which is no function, typer app or click command"),
         ("greet", "Kind", "which is no function, typer app or click command"),
         ("greet", "odd", "'hello_work:odd' cannot be made a command by typer: "),
@@ -202,7 +202,10 @@ def test_a_target_that_is_no_command(hello: Any, name: str, attribute: str, word
         (command("greet", "x:y").replace("api=1", "api=7"), "it was written for plugin api 7"),
         (command("greet", "x:y").replace("Say hello.", ""), "help must be one line"),
         (command("greet", "x:y").replace("Say hello.", r"a\nb"), "help must be one line"),
-        *((command(name, "x:y"), "name must be words as typed") for name in ("", " a", "a  b", "-a", "a --b", "a\tb")),
+        *(
+            (command(name, "x:y"), "name must be words with one space")
+            for name in ("", " a", "a  b", "-a", "a --b", "a\tb")
+        ),
     ],
 )
 def test_a_broken_plugin_breaks_no_command(install: Any, code: str, cause: str) -> None:
@@ -223,8 +226,8 @@ def test_a_name_of_nanoengines_is_refused_with_both_owners(hello: Any, name: str
     hello(name, "hello")
     [failure] = discover().failures
     assert str(failure.origin) == "nanoengine-hello 1.0 (plugin 'plug')"
-    assert f"{name!r} is a command of nanoengine 0.1.0 (plugin 'builtin-" in failure.message
-    assert "already; rename yours" in failure.message
+    assert f"{name!r} is already a command of nanoengine 0.1.0 (plugin 'builtin-" in failure.message
+    assert "; rename yours" in failure.message
     assert failure.message in nanoengine("plugins", "list").stdout
     result = nanoengine(*name.split(), "--help")
     assert result.exit_code == 0
@@ -323,7 +326,7 @@ def test_a_plugin_file_that_fails_or_takes_a_name_is_an_error_at_once(plugin_py:
         result = nanoengine("--plugin", taken, *words)
         assert result.exit_code == 2
         assert (
-            f"plugin file {taken} failed at command 'run': PluginError: 'run' is a command of nanoengine"
+            f"plugin file {taken} failed at command 'run': PluginError: 'run' is already a command of nanoengine"
             in result.stderr
         )
         result = nanoengine("--plugin", broken, *words)
@@ -352,7 +355,7 @@ def test_every_command_of_nanoengines_own_loads_and_is_listed_with_its_origin() 
 
 
 @pytest.mark.parametrize(
-    ("attribute", "cause"), [("helo", "nothing there is called 'helo'"), ("odd", "cannot be made a command by typer: ")]
+    ("attribute", "cause"), [("helo", "it has no 'helo'"), ("odd", "cannot be made a command by typer: ")]
 )
 def test_the_doctor_loads_commands_too(hello: Any, attribute: str, cause: str) -> None:
     hello("greet", attribute)

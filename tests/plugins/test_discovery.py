@@ -172,7 +172,7 @@ def test_one_failing_hook_leaves_the_plugins_other_hooks(install: Any) -> None:
     assert failure_of(registry, "nanoengine-half").at == "register_configs"
 
 
-def test_an_optional_hook_of_a_later_engine_is_passed_over(install: Any) -> None:
+def test_an_optional_hook_of_a_later_engine_is_skipped(install: Any) -> None:
     install("nanoengine-z", model() + "\n@hookimpl(optionalhook=True)\ndef register_tomorrow(): return []\n")
     registry = discover()
     assert "zeta" in registry.models
@@ -201,7 +201,7 @@ def test_a_built_in_name_can_clash_too() -> None:
         registry.processors()
 
 
-def test_nobody_is_told_to_uninstall_the_engine(install: Any) -> None:
+def test_no_message_says_to_uninstall_the_engine(install: Any) -> None:
     found = discover()
     taken, served = next(iter(found.samplers.values())), next(iter(found.models.values()))
     parameter = next(iter(taken.spec.params.__dataclass_fields__))
@@ -220,7 +220,7 @@ def test_two_models_for_one_architecture_need_a_choice_by_name(install: Any) -> 
     with pytest.raises(PluginError, match=r"'one' of nanoengine-a.*'two' of nanoengine-b.*pip uninstall nanoengine-a"):
         registry.model_for(["SharedForCausalLM"])
     assert registry.model_for(["SharedForCausalLM"], name="two").spec.name == "two"
-    with pytest.raises(ModelError, match="serves SharedForCausalLM, not OtherForCausalLM"):
+    with pytest.raises(ModelError, match="supports SharedForCausalLM, not OtherForCausalLM"):
         registry.model_for(["OtherForCausalLM"], name="two")
 
 
@@ -234,7 +234,7 @@ def test_two_processors_may_not_share_a_parameter() -> None:
         return holder(register_samplers=lambda: [spec])
 
     registry = discover(extra=[("first", plugin("processor_a")), ("second", plugin("processor_b"))])
-    with pytest.raises(PluginError, match=r"'boost' is claimed by .*'processor_a'.*'first'.*'processor_b'.*'second'"):
+    with pytest.raises(PluginError, match=r"'boost' is defined by .*'processor_a'.*'first'.*'processor_b'.*'second'"):
         registry.processors()
 
 
@@ -363,5 +363,5 @@ def test_a_plugin_file_that_cannot_be_imported_again_names_its_path(plugin_py: A
 def test_a_plugin_file_changed_since_discovery_is_not_loaded_by_a_worker(plugin_py: Any) -> None:
     file = plugin_file(plugin_py(model("first")))
     plugin_py(model("other"))
-    with pytest.raises(PluginError, match=r"my-plugin\.py was changed after the engine read it"):
+    with pytest.raises(PluginError, match=r"my-plugin\.py has changed since the engine read it"):
         TargetLoader((file,)).load(f"{file.module}:X")

@@ -77,7 +77,7 @@ out = {
     assert out["demo"] == {}
     assert out["broken"] == {"import": "ModuleNotFoundError: No module named 'nanoengine_library_that_is_not_there'"}
     assert list(out["future"]) == ["attention backend 'future'"]
-    assert "api 99, this nanoengine speaks api 1; upgrade nanoengine" in out["future"]["attention backend 'future'"]
+    assert "api 99, this nanoengine supports api 1; upgrade nanoengine" in out["future"]["attention backend 'future'"]
     assert "nanoengine-clash 0.0.9" in out["clash"]
     assert "nanoengine-demo 0.3.1" in out["clash"]
     assert out["clash2"] == "0.0.9"

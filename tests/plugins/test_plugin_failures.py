@@ -349,8 +349,8 @@ def test_parameters_that_break_are_named(tmp_path: Path, case: str) -> None:
 SOURCE = {
     "raises": ("return 1 / 0", "failed in OtherSource.resolve: ZeroDivisionError"),
     "panics": ("raise PanicException('odd')", "failed in OtherSource.resolve: PanicException: odd"),
-    "gives text": ("return '/somewhere'", "OtherSource.resolve answered '/somewhere' of type str, not a pathlib.Path"),
-    "gives an empty folder": ("return Path(__file__).parent", "OtherSource.resolve answered .*holds no config.json"),
+    "gives text": ("return '/somewhere'", "OtherSource.resolve returned '/somewhere' of type str, not a pathlib.Path"),
+    "gives an empty folder": ("return Path(__file__).parent", "OtherSource.resolve returned .*has no config.json"),
 }
 
 

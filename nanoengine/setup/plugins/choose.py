@@ -1,4 +1,4 @@
-"""Choosing a part and checking the class behind it: what `auto` does, and a class handed over in Python."""
+"""Chooses attention backends (`auto`), and checks the classes of parts, also those that are passed in Python."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ Skipped = list[tuple[str, list[str]]]
 
 
 def load_checked(loader: TargetLoader, target: str, base: type[C]) -> type[C]:
-    """The class behind `target`. Raises `PluginError` if it cannot be imported or is no complete `base`."""
+    """Imports the class of `target`. Raises `PluginError` if that fails, or if it is not a complete `base`."""
     return check_class(loader.load(target), base, loader.describe(target))
 
 
 def check_class(found: Any, base: type[C], what: str) -> type[C]:
-    """`found`, if it is a subclass of `base` with nothing left to write; else `PluginError` naming what is missing."""
+    """Returns `found` if it is a complete subclass of `base`. Raises `PluginError` that names what is missing."""
     if not isinstance(found, type) or not issubclass(found, base):
         raise PluginError(f"{what} is {found!r}, not a class derived from nanoengine.api.{base.__name__}")
     methods = sorted(getattr(found, "__abstractmethods__", ()))
     if methods:
         raise PluginError(f"{what} does not implement {base.__name__}.{', '.join(methods)}")
-    # A base declares what a class must set as a ClassVar without a value.
+    # A ClassVar without a value in the base class must be set by the subclass.
     declared = [n for n, kind in inspect.get_annotations(base).items() if str(kind).startswith("ClassVar")]
     missing = [name for name in declared if not hasattr(found, name)]
     if missing:
@@ -52,9 +52,9 @@ def check_class(found: Any, base: type[C], what: str) -> type[C]:
 
 
 def from_class(cls: Any, base: type[C]) -> tuple[str, Mapping[str, type[C]]]:
-    """The target of a class handed over in Python, and the entry it needs in `TargetLoader.local`.
+    """The target of a class that is passed in Python, and the entry that it needs in `TargetLoader.local`.
 
-    The entry is empty where the class can be imported by its name, so that a spawned process finds it too. Raises
+    The entry is empty if the class can be imported by its name, so that another process can import it too. Raises
     `PluginError` as `load_checked` does.
     """
     name = f"{getattr(cls, '__module__', '?')}:{getattr(cls, '__qualname__', cls)}"
@@ -63,7 +63,7 @@ def from_class(cls: Any, base: type[C]) -> tuple[str, Mapping[str, type[C]]]:
 
 
 def _importable(cls: type[Any]) -> bool:
-    """Whether another process gets this very class by importing its name."""
+    """Whether another process gets the same class by importing its name."""
     if cls.__module__ == "__main__":
         return False
     found: Any = sys.modules.get(cls.__module__)
@@ -77,35 +77,35 @@ def _importable(cls: type[Any]) -> bool:
 def choose_attention(
     registry: Registry, need: AttentionNeed, name: str = "auto", loader: TargetLoader | None = None
 ) -> tuple[Registered[AttentionSpec], Skipped]:
-    """The backend called `name`, or for "auto" the one of the highest preference (then by name) that serves `need`.
+    """The backend `name`; for "auto" the supported backend of the highest preference (if equal, the first by name).
 
-    Returns it with those that "auto" passed over and why. Raises `UnsupportedError` with every reason if the named
-    one, or all, cannot serve; `PluginError` if the named one is not there or broken.
+    Returns it with the backends that "auto" skipped and the reasons. Raises `UnsupportedError` with every reason if the
+    named backend, or no backend, supports `need`; `PluginError` if the named one does not exist or is broken.
     """
     loader = loader or TargetLoader(registry.plugin_files)
     if name != "auto":
         found = registry.attention(name)
         reasons = attention_reasons(found.spec, need, loader)
         if reasons:
-            fix = "attention=auto takes one that can"
-            raise UnsupportedError(f"attention backend {name!r} cannot serve this model here ({fix})", reasons)
+            fix = "attention=auto takes one that does"
+            raise UnsupportedError(f"attention backend {name!r} does not support this model here ({fix})", reasons)
         return found, []
-    passed: Skipped = [(c.name, [str(c)]) for c in registry.conflicts if c.kind == "attention_backends"]
+    skipped: Skipped = [(c.name, [str(c)]) for c in registry.conflicts if c.kind == "attention_backends"]
     for candidate, reasons in ranked_backends(registry, need, loader):
         if not reasons:
-            return candidate, passed
-        passed.append((candidate.spec.name, reasons))
+            return candidate, skipped
+        skipped.append((candidate.spec.name, reasons))
     failed = [str(failure) for failure in registry.failures]
     raise UnsupportedError(
-        "no attention backend can serve this model here",
-        [f"{each}: {', '.join(why)}" for each, why in passed] + failed or ["none is installed"],
+        "no attention backend supports this model here",
+        [f"{each}: {', '.join(why)}" for each, why in skipped] + failed or ["none is installed"],
     )
 
 
 def ranked_backends(
     registry: Registry, need: AttentionNeed, loader: TargetLoader
 ) -> Iterator[tuple[Registered[AttentionSpec], list[str]]]:
-    """Each backend, in the order in which "auto" asks, with the reasons against it; each is loaded when it is asked."""
+    """Each backend with the reasons why it does not support `need`, in the order of "auto". Loads one at a time."""
     ranked = sorted(registry.attention_backends.values(), key=lambda each: (-each.spec.preference, each.spec.name))
     for candidate in ranked:
         try:
@@ -115,9 +115,9 @@ def ranked_backends(
 
 
 def attention_reasons(spec: AttentionSpec, need: AttentionNeed, loader: TargetLoader) -> list[str]:
-    """Why the backend cannot serve `need`; empty if it can. Its class is only imported if what it requires is there.
+    """The reasons why the backend does not support `need`; empty if it does.
 
-    Raises `PluginError` if the class is broken.
+    Its class is imported only if the required modules are installed. Raises `PluginError` if the class is broken.
     """
     missing = [module for module in spec.requires if not _is_there(module)]
     if missing:
@@ -126,7 +126,7 @@ def attention_reasons(spec: AttentionSpec, need: AttentionNeed, loader: TargetLo
 
 
 def unsupported_reasons(cls: type[AttentionBackend], need: AttentionNeed) -> list[str]:
-    """What `cls.unsupported` answers; raises `PluginError` if it raises, or answers no list of strings."""
+    """What `cls.unsupported` returns. Raises `PluginError` if it raises, or does not return a list of strings."""
     check_capabilities(cls)
     with plugin_call(f"{name_of(cls)}.unsupported failed", cls):
         reasons: object = cls.unsupported(need)
@@ -137,7 +137,7 @@ def unsupported_reasons(cls: type[AttentionBackend], need: AttentionNeed) -> lis
 
 
 def check_capabilities(cls: type[AttentionBackend]) -> None:
-    """Raises `PluginError` if what the backend declares is of another type than its contract says."""
+    """Raises `PluginError` if `cls.capabilities`, or a field of it, has a wrong type."""
     found: object = cls.capabilities
     if not isinstance(found, AttentionCapabilities):
         text = f"{name_of(cls)}.capabilities must be a nanoengine.api.AttentionCapabilities, not {shown(found)}"

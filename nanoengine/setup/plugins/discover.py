@@ -1,7 +1,7 @@
-"""Discovery: entry points, plugin files and objects -> `Registry`. Runs at start-up, once an engine; imports no torch.
+"""Discovery: entry points, plugin files and objects -> `Registry`. Runs once at start-up; imports no torch.
 
-Each plugin is imported, and each of its hook implementations called, by itself. One that was merely installed is
-recorded with its cause when it fails; one that the user named (a file, an object) is an error at once.
+Each plugin is imported separately, and each of its hooks is called separately. If an installed plugin fails, this is
+recorded with its cause. If a plugin fails that the user named (a file, an object), an error is raised.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ __all__ = [
 
 
 def discover(plugin_files: Sequence[str | Path] = (), *, extra: Sequence[tuple[str, object]] = ()) -> Registry:
-    """Every plugin that is installed, in `plugin_files` (`--plugin`), or in `extra` (name, object with hooks).
+    """Registers all plugins: installed ones, `plugin_files` (`--plugin`), and `extra` (name, object with hooks).
 
-    Raises `PluginError` for a file or an object that fails. Installed plugins never raise: see `Registry.failures`.
+    Raises `PluginError` if a file or an object fails. Failures of installed plugins are in `Registry.failures`.
     """
     search = _Search()
     for entry in _installed():
@@ -58,7 +58,7 @@ def discover(plugin_files: Sequence[str | Path] = (), *, extra: Sequence[tuple[s
 
 
 def _installed() -> list[EntryPoint]:
-    """nanoengine's own first, then by distribution and name: the order of processors must not hang on sys.path."""
+    """nanoengine's own first, then by distribution and name: the order of processors must not depend on sys.path."""
 
     def order(entry: EntryPoint) -> tuple[bool, str, str]:
         name = entry.dist.name if entry.dist else ""
@@ -69,7 +69,7 @@ def _installed() -> list[EntryPoint]:
 
 @dataclass
 class _Search:
-    """What one call of `discover` gathers."""
+    """What one call of `discover` has found so far."""
 
     manager: pluggy.PluginManager = field(default_factory=lambda: _manager())
     claims: dict[tuple[Kind, str], list[Registered[Any]]] = field(default_factory=dict)
@@ -108,7 +108,7 @@ class _Search:
         self.register(plugin, origin, fatal=True)
 
     def register(self, plugin: object, origin: Origin, *, fatal: bool) -> None:
-        """Takes all that one plugin provides. A failure is recorded, or raised if `fatal`."""
+        """Registers everything that one plugin provides. A failure is recorded, or raised if `fatal`."""
         before = len(self.failures)
         name = f"{origin.distribution or origin.file or 'object'}:{origin.plugin}"
         try:
@@ -123,7 +123,7 @@ class _Search:
             raise PluginError("\n".join(f"{f}\n{f.traceback}".rstrip() for f in self.failures[before:]))
 
     def _call(self, hook: str, implementation: pluggy.HookImpl, origin: Origin) -> None:
-        """One hook implementation of one plugin: its values are taken whole or, if one is no value at all, not."""
+        """Calls one hook implementation and registers its values. If one has a wrong type, none is registered."""
         try:
             values = checked_list(hook, implementation.function())
         except BaseException as error:  # noqa: BLE001 - `_fail` raises Ctrl-C again
@@ -142,10 +142,10 @@ class _Search:
                 self._fail(origin, f"{KIND_WORDS[kind]} {shown(spec.name)}", error, provides=(kind, spec.name))
 
     def _claim(self, kind: Kind, spec: Spec, origin: Origin) -> None:
-        """Raises `PluginError` for a command that nanoengine itself has: no plugin takes that away."""
+        """Records that a plugin registers `spec`. Raises `PluginError` for a command that nanoengine itself has."""
         claims = self.claims.setdefault((kind, spec.name), [])
         if kind == "commands" and claims and claims[0].origin.distribution == PROJECT:
-            raise PluginError(f"{spec.name!r} is a command of {claims[0].origin} already; rename yours")
+            raise PluginError(f"{spec.name!r} is already a command of {claims[0].origin}; rename yours")
         claims.append(Registered(spec, origin))
 
     def _config_root(self, root: str, origin: Origin) -> None:
@@ -157,10 +157,10 @@ class _Search:
             self.roots.append((root, origin))
 
     def _fail(self, origin: Origin, at: str, error: BaseException, *, provides: tuple[str, str] | None = None) -> None:
-        """Raises `error` again if it is no plugin's failure: Ctrl-C, say."""
+        """Records a failure of a plugin. Raises `error` again if it is not one (e.g. Ctrl-C)."""
         if not is_failure(error):
             raise error
-        own = isinstance(error, PluginError)  # a check of ours: the message says it all
+        own = isinstance(error, PluginError)  # raised by our checks: no traceback is needed
         self.failures.append(
             Failure(
                 origin=origin,
@@ -195,9 +195,9 @@ class _Search:
 
 
 def plugin_file(path: Path) -> PluginFile:
-    """A file, its digest, and the module name made of both: an edited file is another module, in every process alike.
+    """The file with its digest and a module name made of both, so an edited file is another module in every process.
 
-    Raises `PluginError` if it is no file, or cannot be read; `ConfigError` where no file can be called so.
+    Raises `PluginError` if it is not a file or cannot be read; `ConfigError` if it cannot be the name of a file.
     """
     resolved = user_path(path, "plugin file").resolve()
     if not resolved.is_file():
@@ -222,9 +222,10 @@ def _manager() -> pluggy.PluginManager:
 
 
 def _implementations(manager: pluggy.PluginManager, plugin: object, name: str) -> list[tuple[str, pluggy.HookImpl]]:
-    """Registers `plugin`, alone if it fails, and gives its hook implementations, by hook.
+    """Registers `plugin` and returns its hook implementations as (hook, implementation).
 
-    Raises `PluginError` for unknown hooks, for wrappers (hooks are called one by one) and for a plugin without hooks.
+    Raises `PluginError` for unknown hooks, for wrappers (hooks are called one by one) and for a plugin without hooks;
+    then the plugin is not registered.
     """
     if manager.get_name(plugin) is not None:
         raise PluginError(f"the same plugin object is registered already, as {manager.get_name(plugin)!r}")
@@ -251,7 +252,7 @@ def _own_hooks(manager: pluggy.PluginManager, plugin: object) -> list[tuple[str,
 
 
 def _tail(error: BaseException, frames: int = 3) -> str:
-    """The last frames of the plugin's own traceback, without ours and the import machinery's."""
+    """The last frames of the plugin's code in the traceback, without those of nanoengine and Python's import system."""
     return "".join(traceback.format_list(list(_own_frames(error))[-frames:])).rstrip()
 
 

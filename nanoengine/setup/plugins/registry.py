@@ -1,7 +1,6 @@
-"""What discovery found: the frozen `Registry`, where each part came from, what failed, and look-ups that explain.
+"""What discovery found: the frozen `Registry`, with the origin of each part and the failures.
 
-Nothing here is fatal until it is needed: a broken plugin or a clash of names is listed, and raised on the look-up
-that wants the name.
+A broken plugin or two parts with the same name are recorded. They become an error only when the name is looked up.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ KIND_WORDS: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Registered(Generic[S]):
-    """A spec and where it came from."""
+    """A spec and its origin."""
 
     spec: S
     origin: Origin
@@ -47,10 +46,10 @@ class Failure:
     """A plugin, or a part of one, that could not be registered.
 
     Attributes:
-        origin: whose fault it is.
-        at: what was being done: "import", "register", a hook's name, or a spec's kind and name.
-        error_type, message: the exception's. traceback: its last frames, as text; "" for a check of ours.
-        provides: (kind, name) of the part it stands for; None where that is not known.
+        origin: the plugin that failed.
+        at: what failed: "import", "register", the name of a hook, or the kind and name of a spec.
+        error_type, message: those of the exception. traceback: its last frames, as text; "" for our own checks.
+        provides: (kind, name) of the part that could not be registered; None if it is not known.
     """
 
     origin: Origin
@@ -70,7 +69,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conflict:
-    """One name that several plugins registered: none of them gets it."""
+    """A name that several plugins registered. None of their parts can be used."""
 
     kind: Kind
     name: str
@@ -88,10 +87,11 @@ class Registry:
 
     Attributes:
         models, samplers, attention_backends, model_sources, commands: in registration order: nanoengine's own,
-            then installed packages by name, then plugin files, then objects. Names in conflict are not among them.
-        config_roots: roots of config groups ("pkg://package.module") and who provides them.
-        plugins: those that were imported, each once. failures: what could not be registered. conflicts: see there.
-        plugin_files: what a worker process must load before it can import targets from them.
+            then installed packages by name, then plugin files, then objects. Names in conflict are left out.
+        config_roots: roots of config groups ("pkg://package.module") with their origins.
+        plugins: those that were imported, each once. failures: what could not be registered.
+        conflicts: names that several plugins registered.
+        plugin_files: files that a worker process must load before it can import targets from them.
     """
 
     models: Mapping[str, Registered[ModelSpec]]
@@ -106,7 +106,7 @@ class Registry:
     commands: Mapping[str, Registered[CommandSpec]] = field(default_factory=dict)
 
     def require(self, kind: Kind, name: str) -> Registered[Any]:
-        """The part of that name; raises `PluginError` saying who clashes, what failed, or that none is installed."""
+        """The part of this kind and name. Raises `PluginError` if it is in conflict, failed, or is not installed."""
         found: Mapping[str, Registered[Any]] = getattr(self, kind)
         if name in found:
             return found[name]
@@ -122,41 +122,42 @@ class Registry:
         )
 
     def attention(self, name: str) -> Registered[AttentionSpec]:
-        """The attention backend of that name, or `PluginError` as in `require`."""
+        """The attention backend of this name. Raises `PluginError` as `require` does."""
         return self.require("attention_backends", name)
 
     def model_for(self, architectures: Sequence[str], name: str | None = None) -> Registered[ModelSpec]:
-        """The model that serves the first served one of `architectures` (config.json), or the one called `name`.
+        """The model for the first supported one of `architectures` (of config.json), or the model called `name`.
 
-        Raises `ModelError` for an architecture nobody serves, `PluginError` where several plugins serve it.
+        Raises `ModelError` if no model supports them, `PluginError` if several plugins support the same one.
         """
         if name is not None:
             return self._model_by_name(architectures, name)
         everyone = [*self.models.values(), *(claim for c in self.conflicts if c.kind == "models" for claim in c.claims)]
         for architecture in architectures:
-            serving = [each for each in everyone if architecture in each.spec.architectures]
-            if len(serving) > 1:
-                raise PluginError(_several_serve(architecture, serving))
-            if serving:
-                return serving[0]
-        served = {architecture for each in everyone for architecture in each.spec.architectures}
+            supporting = [each for each in everyone if architecture in each.spec.architectures]
+            if len(supporting) > 1:
+                raise PluginError(_several_support(architecture, supporting))
+            if supporting:
+                return supporting[0]
+        supported = {architecture for each in everyone for architecture in each.spec.architectures}
         wanted = architectures[0] if architectures else ""
-        what = f"no installed model serves architecture {wanted!r}" if wanted else "config.json names no architecture"
-        raise ModelError(f"{what}; {nearest(wanted, served)}{_A_PLUGINS}{self.failure_hint('models')}")
+        what = f"no installed model supports architecture {wanted!r}" if wanted else "config.json names no architecture"
+        raise ModelError(f"{what}; {nearest(wanted, supported)}{_A_PLUGINS}{self.failure_hint('models')}")
 
     def _model_by_name(self, architectures: Sequence[str], name: str) -> Registered[ModelSpec]:
         found: Registered[ModelSpec] = self.require("models", name)
         if not set(architectures) & set(found.spec.architectures):
             raise ModelError(
-                f"model {name!r} ({found.origin}) serves {', '.join(found.spec.architectures)}, "
+                f"model {name!r} ({found.origin}) supports {', '.join(found.spec.architectures)}, "
                 f"not {', '.join(architectures) or 'a checkpoint without architectures'}"
             )
         return found
 
     def processors(self) -> tuple[Registered[SamplerSpec], ...]:
-        """Every logits processor: all of them are open to each request, so a clash among them is always fatal.
+        """Every logits processor.
 
-        Raises `PluginError` where two processors share a name or a parameter, naming both.
+        Raises `PluginError` that names both if two processors have the same name or parameter: every request can use
+        every processor, so this is an error for all requests.
         """
         self._refuse_conflicts("samplers")
         owners: dict[str, Registered[SamplerSpec]] = {}
@@ -168,12 +169,12 @@ class Registry:
         return tuple(self.samplers.values())
 
     def sources(self) -> tuple[Registered[ModelSourceSpec], ...]:
-        """Every model source in the order of asking; raises `PluginError` where two share a name."""
+        """Every model source, in the order in which they are asked. Raises `PluginError` if two have the same name."""
         self._refuse_conflicts("model_sources")
         return tuple(sorted(self.model_sources.values(), key=lambda found: (found.spec.order, found.spec.name)))
 
     def source_names(self) -> tuple[str, ...]:
-        """Model names that sources provide by themselves, for listings and did-you-mean."""
+        """Names of models that sources provide, for listings and did-you-mean."""
         return tuple(name for found in self.sources() for name in found.spec.models)
 
     def _refuse_conflicts(self, kind: Kind) -> None:
@@ -182,7 +183,7 @@ class Registry:
             raise PluginError("; ".join(map(str, found)))
 
     def failure_hint(self, kind: Kind | Literal["configs"]) -> str:
-        """Tail of a message on a missing part: the failures that might have provided it; "" if there are none."""
+        """The end of a message about a missing part: failures of plugins that may provide it; "" if there are none."""
         hook = f"register_{kind}"
         might = [
             failure
@@ -193,10 +194,10 @@ class Registry:
         return "".join(f". It may be missing because {failure}" for failure in might)
 
 
-def _several_serve(architecture: str, serving: Sequence[Registered[ModelSpec]]) -> str:
-    who = " and ".join(f"model {each.spec.name!r} of {each.origin}" for each in serving)
+def _several_support(architecture: str, supporting: Sequence[Registered[ModelSpec]]) -> str:
+    who = " and ".join(f"model {each.spec.name!r} of {each.origin}" for each in supporting)
     choose = "choose one by name (model.implementation in YAML, LLM(implementation=...))"
-    return f"architecture {architecture!r} is served by {who}; {choose}, or {_fixes(serving)}"
+    return f"architecture {architecture!r} is supported by {who}; {choose}, or {_fixes(supporting)}"
 
 
 def _fixes(claims: Sequence[Registered[Any]]) -> str:
@@ -204,11 +205,11 @@ def _fixes(claims: Sequence[Registered[Any]]) -> str:
 
 
 def _one_too_many(claims: Sequence[Registered[Any]]) -> str:
-    """What to do about several that claim one name."""
+    """What to do if several plugins register the same name."""
     stays = any(not claim.origin.fix for claim in claims)
     return f"rename yours, or {_fixes(claims)}" if stays else f"remove one of them: {_fixes(claims)}"
 
 
 def _both_claim(parameter: str, one: Registered[SamplerSpec], other: Registered[SamplerSpec]) -> str:
     who = " and ".join(f"logits processor {each.spec.name!r} of {each.origin}" for each in (one, other))
-    return f"sampling parameter {parameter!r} is claimed by {who}; {_one_too_many((one, other))}"
+    return f"sampling parameter {parameter!r} is defined by {who}; {_one_too_many((one, other))}"

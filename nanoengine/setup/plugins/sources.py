@@ -1,4 +1,4 @@
-"""Where a model is: asks the source plugins, in order."""
+"""Finds a model: asks the model sources, in order."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from nanoengine.api.sources import ModelSource, SourceContext
 
 
 def with_revision(source: str, revision: str | None) -> str:
-    """`source@revision`, the one form in which sources are asked for a revision; raises `ModelSourceError` for two."""
+    """`source@revision`, as model sources receive it. Raises `ModelSourceError` if a revision is given twice."""
     if revision is None:
         return source
     if "@" in source:
-        raise ModelSourceError(f"model {source!r} names a revision, and revision={revision!r} is given: leave out one")
+        raise ModelSourceError(f"model {source!r} has a revision, and revision={revision!r} is given: leave out one")
     return f"{source}@{revision}"
 
 
@@ -27,13 +27,13 @@ def resolve_model(
     names: Sequence[str] = (),
     broken: Sequence[str] = (),
 ) -> Path:
-    """The first source's answer.
+    """The folder of the model, from the first source that has it.
 
     Args:
-        sources: each with what to call it in an error; one that fails by other than our errors, or
-            gives no answer at all, is skipped.
-        names: known ones, of which the nearest is named where nobody has the model. broken: sources that are not
-            among `sources`, and why; told of then, too.
+        sources: (description for messages, source). A source is skipped if it raises an error that is not ours, or
+            returns something that is not a model folder.
+        names: known names of models; if no source has the model, the message suggests the nearest.
+        broken: sources that could not be made, with the cause; the message lists them if no source has the model.
 
     Raises `ModelSourceError`.
     """
@@ -48,22 +48,22 @@ def resolve_model(
             return path
     stem, _, revision = source.rpartition("@")
     there = stem and Path(os.path.expanduser(stem)).exists()
-    pinned = f"; {stem} is there, but has no revisions: leave out @{revision}" if there else ""
+    pinned = f"; {stem} exists, but has no revisions: leave out @{revision}" if there else ""
     path = Path(os.path.expanduser(source))
     if _looks_like_path(source) and not os.path.exists(path) and not there:
         kind = "file" if path.suffix.lower() == ".gguf" else "folder"
         why = f"no such {kind}: {path.absolute()}"
     else:
         why = (
-            "it is no folder with a config.json, no .gguf file, no known name and no hub id as in "
+            "it is not a folder with a config.json, a .gguf file, a known name or a hub id such as "
             f"owner/name or owner/name@revision{pinned}; {nearest(source, names)}"
         )
-    unasked = "".join(f". Not asked, or without an answer: {each}" for each in failed)
-    raise ModelSourceError(f"no model {source!r}: {why}{unasked}")
+    skipped = "".join(f". Skipped or failed source: {each}" for each in failed)
+    raise ModelSourceError(f"no model {source!r}: {why}{skipped}")
 
 
 def _answer(where: str, candidate: ModelSource, source: str, ctx: SourceContext) -> Path | None:
-    """Raises `_SourceBroken` for what is no answer, and for whatever `resolve` raises but our own errors."""
+    """What `resolve` returns. Raises `_SourceBroken` for a wrong value, and for errors that are not ours."""
     cls = type(candidate)
     with plugin_call(f"{where} failed in {cls.__qualname__}.resolve", cls, _SourceBroken):
         path: object = candidate.resolve(source, ctx)
@@ -71,20 +71,20 @@ def _answer(where: str, candidate: ModelSource, source: str, ctx: SourceContext)
         return None
     wrong = "" if isinstance(path, Path) else f"{shown(path)} of type {type(path).__name__}, not a pathlib.Path or None"
     if isinstance(path, Path) and not (path / "config.json").is_file():
-        wrong = f"{path}, which holds no config.json"
+        wrong = f"{path}, which has no config.json"
     if wrong:
-        text = f"{where}: {cls.__qualname__}.resolve answered {wrong}"
+        text = f"{where}: {cls.__qualname__}.resolve returned {wrong}"
         raise _SourceBroken(text + place_and_fix(None, cls.resolve, text))
     assert isinstance(path, Path)
     return path
 
 
 class _SourceBroken(ModelSourceError):
-    """This source, not the model."""
+    """The source is broken; this says nothing about the model."""
 
 
 def _looks_like_path(source: str) -> bool:
-    """Whether no hub id or name is written so."""
+    """Whether `source` can only be a path, not a name or a hub id."""
     if "://" in source:
         return False
     return source.startswith(("/", "./", "../", "~")) or source.count("/") > 1 or source.lower().endswith(".gguf")

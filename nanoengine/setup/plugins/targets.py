@@ -1,7 +1,4 @@
-"""`EnginePlan`: everything a worker process needs to build the engine's device side. Frozen and picklable.
-
-It holds "module:Class" targets, never classes, so that every rank imports the same plugins and just those.
-"""
+"""Imports the targets ("module:Class") of an engine's parts, and plugin files. Every rank imports the same code."""
 
 from __future__ import annotations
 
@@ -21,13 +18,13 @@ from nanoengine.api.specs import PluginFile
 
 @dataclass(frozen=True)
 class TargetLoader:
-    """Imports targets. `local` holds classes handed over in Python that no import could find again."""
+    """Imports targets. `local` has classes passed in Python that cannot be imported by name."""
 
     plugin_files: tuple[PluginFile, ...] = ()
     local: Mapping[str, type[Any]] = field(default_factory=dict)
 
     def load(self, target: str) -> Any:
-        """The object behind "package.module:Class"; raises `PluginError` naming target and cause."""
+        """Imports the object of "package.module:Class". Raises `PluginError` that names the target and the cause."""
         if target in self.local:
             return self.local[target]
         module_name, _, attribute = target.partition(":")
@@ -49,13 +46,13 @@ class TargetLoader:
                 here = vars(found) if hasattr(found, "__dict__") else {}
                 own = [n for n, c in here.items() if isinstance(c, type) and c.__module__ == module_name]
                 raise PluginError(
-                    f"cannot load {self.describe(target)}: {type(error).__name__}: nothing there is called {part!r}; "
+                    f"cannot load {self.describe(target)}: {type(error).__name__}: it has no {part!r}; "
                     f"{nearest(part, own)}"
                 ) from error
         return found
 
     def describe(self, target: str) -> str:
-        """`target` as its author knows it: with the path of a plugin file, not the module name made for it."""
+        """The target for messages: with the path of a plugin file instead of the module name that is made for it."""
         module_name, _, attribute = target.partition(":")
         file = self._file(module_name)
         return repr(target) if file is None else f"{attribute!r} of plugin file {file.path}"
@@ -69,7 +66,7 @@ class TargetLoader:
 
 
 class _ExactLoader(importlib.machinery.SourceFileLoader):
-    """Runs the content of one digest. No cached bytecode: that is told apart only by second and size."""
+    """Loads a plugin file if it has the digest. Cached bytecode is not used: Python checks it by time and size only."""
 
     def __init__(self, file: PluginFile) -> None:
         super().__init__(file.module, file.path)
@@ -78,16 +75,16 @@ class _ExactLoader(importlib.machinery.SourceFileLoader):
     def get_code(self, fullname: str) -> CodeType:
         source = self.get_data(self.path)
         if hashlib.sha256(source).hexdigest() != self._digest:
-            raise PluginError(f"plugin file {self.path} was changed after the engine read it; start the engine again")
+            raise PluginError(f"plugin file {self.path} has changed since the engine read it; start the engine again")
         code: CodeType = self.source_to_code(source, self.path)
         return code
 
 
 def load_plugin_file(file: PluginFile) -> Any:
-    """Import a plugin file under its module name, once a process.
+    """Imports a plugin file under its module name, once per process.
 
-    Raises whatever its code raises, `OSError` if it is gone, `PluginError` if it is no longer the content that
-    `file.digest` stands for.
+    Raises what its code raises, `OSError` if the file does not exist any more, `PluginError` if its content has changed
+    (`file.digest`).
     """
     if file.module in sys.modules:
         return sys.modules[file.module]

@@ -1,4 +1,4 @@
-"""What a hook may return: the checks of values and specs, before anything is imported by them."""
+"""Checks of the values and specs that hooks return, before their targets are imported."""
 
 from __future__ import annotations
 
@@ -34,26 +34,29 @@ SPEC_HOOKS: Mapping[str, tuple[Kind, type[Spec]]] = {
 HOOKS = (*SPEC_HOOKS, "register_configs")
 COLUMN_DTYPES = ("float32", "int32", "bool")
 _OPS: Mapping[StandardOp, tuple[str, tuple[float, ...]]] = {
-    StandardOp.TEMPERATURE: ("float32", (1.0, 0.0)),  # a row is greedy by what its request packs, not by the default
+    StandardOp.TEMPERATURE: (
+        "float32",
+        (1.0, 0.0),
+    ),  # the values of a request decide whether it is greedy, not the default
     StandardOp.TOP_K: ("int32", (0, -1)),
     StandardOp.TOP_P: ("float32", (1.0,)),
     StandardOp.MIN_P: ("float32", (0.0,)),
 }
-"""Dtype of a standard operation's column, and the values that change nothing."""
+"""Dtype of a standard operation's column, and the values without effect."""
 
-_MOST_ITEMS = 10_000  # of one hook: more is an iterator without end
+_MOST_ITEMS = 10_000  # of one hook: more means an endless iterator
 _TARGET = re.compile(r"[\w.]+:[\w.]+")
 _COMMAND = re.compile(r"\w[\w.-]*( \w[\w.-]*)*")
 
 
 def checked_list(hook: str, values: Any) -> list[Any]:
-    """The hook's return value as a list; raises `PluginError` if it, or one of its items, is not of the hook's type."""
+    """The hook's return value as a list. Raises `PluginError` if it, or an item of it, has a wrong type."""
     wanted: type[Any] = SPEC_HOOKS[hook][1] if hook in SPEC_HOOKS else str
     if isinstance(values, str) or not hasattr(values, "__iter__"):
         raise PluginError(f"{hook} returned {shown(values)}, not a list of {wanted.__name__}")
     items = list(islice(values, _MOST_ITEMS + 1))
     if len(items) > _MOST_ITEMS:
-        raise PluginError(f"{hook} returned more than {_MOST_ITEMS:,} items; it must return a list of what there is")
+        raise PluginError(f"{hook} returned more than {_MOST_ITEMS:,} items; it must return a list")
     for item in items:
         if not isinstance(item, wanted):
             raise PluginError(f"{hook} returned a list with {shown(item)}, which is not a {wanted.__name__}")
@@ -61,10 +64,10 @@ def checked_list(hook: str, values: Any) -> list[Any]:
 
 
 def check_spec(spec: Any) -> None:
-    """Raises `PluginError` naming the field of `spec` that is of another interface version, type or form."""
+    """Raises `PluginError` that names the field of `spec` with an unsupported interface version, type or format."""
     if spec.api != API_VERSION:
         raise PluginError(
-            f"it was written for plugin api {shown(spec.api)}, this nanoengine speaks api {API_VERSION}; "
+            f"it was written for plugin api {shown(spec.api)}, this nanoengine supports api {API_VERSION}; "
             f"{'upgrade nanoengine' if _newer(spec.api) else 'upgrade the plugin'}"
         )
     for field_ in dataclasses.fields(spec):
@@ -74,7 +77,7 @@ def check_spec(spec: Any) -> None:
         if not valid(value):
             raise PluginError(f"{type(spec).__name__}.{field_.name} must be {expected}, not {shown(value)}")
     if isinstance(spec, SamplerSpec):
-        legal_fields([(spec.name, spec.params)])  # refuses fields without default or type, or of the engine's own name
+        legal_fields([(spec.name, spec.params)])  # rejects fields without default or type, and the engine's own names
         _check_columns(spec.params)
 
 
@@ -93,7 +96,7 @@ def _check_columns(params: type[ProcessorParams]) -> None:
         where = f"{params.__qualname__}.columns[{name!r}]"
         if not _holds(column.dtype, column.default):
             raise PluginError(
-                f"{where}.default must be a number that {column.dtype} holds, not {shown(column.default)}"
+                f"{where}.default must be a number that fits in {column.dtype}, not {shown(column.default)}"
             )
         if column.op is not None and not isinstance(column.op, StandardOp):
             raise PluginError(f"{where}.op must be a nanoengine.api.StandardOp or None, not {shown(column.op)}")
@@ -102,14 +105,17 @@ def _check_columns(params: type[ProcessorParams]) -> None:
 
 
 def _check_op(where: str, column: ColumnSpec, op: StandardOp) -> None:
-    """The core computes standard operations for all rows of a batch at once, also those that do not want them."""
+    """Raises `PluginError` if the column of a standard operation is wrong.
+
+    The core computes these operations for all rows of a batch, so the default must have no effect.
+    """
     dtype, inert = _OPS[op]
     if column.ragged or column.dtype != dtype:
-        raise PluginError(f"{where}: {op.name} takes one {dtype} a slot, so it must be a scalar column of that dtype")
+        raise PluginError(f"{where}: {op.name} needs one {dtype} per slot, so it must be a scalar column of that dtype")
     if column.default not in inert:
         raise PluginError(
-            f"{where}.default is {column.default!r}, which {op.name} does not leave as it is: rows that do not want "
-            f"the processor hold it; use {inert[0]}"
+            f"{where}.default is {column.default!r}, which has an effect in {op.name}: rows that do not use the "
+            f"processor have the default; use {inert[0]}"
         )
 
 
@@ -151,7 +157,7 @@ _FIELD_CHECKS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
 }
 _COMMAND_CHECKS = {
     **_FIELD_CHECKS,
-    "name": ("words as typed, with one space between them", lambda v: _matches(_COMMAND, v)),
+    "name": ("words with one space between them", lambda v: _matches(_COMMAND, v)),
     "target": ("of the form 'package.module:attribute'", lambda v: _matches(_TARGET, v)),
     "help": ("one line of text", lambda v: isinstance(v, str) and len(v.strip().splitlines()) == 1),
 }

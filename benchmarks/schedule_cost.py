@@ -126,8 +126,8 @@ def make_states(count: int, final_only: bool = False) -> tuple[OutputProcessor, 
             id=name, parent=name, prompt_token_ids=[0], params=params, seed=0, sample_index=0, arrival=number
         )
         given = CheckedRequest(request_id=name, prompt_token_ids=(0,), params=params)
-        known[name] = outputs.new_state(given, 0.0, final_only=final_only, sink=None)
-        known[name].add_sample(request)
+        known[name] = RequestState(given, 0.0, final_only)
+        outputs.add_sample(known[name], request)
         requests.append(request)
     return outputs, known, requests
 

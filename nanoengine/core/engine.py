@@ -30,7 +30,6 @@ from nanoengine.core.delivery import OpenRequests, Watch
 from nanoengine.core.execution.executor import Executor, StepHandle
 from nanoengine.core.execution.results import LaunchedStep
 from nanoengine.core.outputs import OutputProcessor, RequestOutput, RequestState
-from nanoengine.core.request import int32_bytes
 from nanoengine.core.scheduling.messages import ScheduledStep, Update
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.core.step import StepResult
@@ -97,10 +96,9 @@ class Engine:
         """
         self.check_open()
         given = self._inputs.process(request_id, prompt, params, priority, prompt_text)
-        state = self._outputs.new_state(given, time.monotonic(), final_only=final_only, sink=sink)
-        if given.error is None:  # hashed here, on the caller's thread: a long prompt takes a while
-            state.prompt_bytes = int32_bytes(given.prompt_token_ids)
-            state.block_hashes = self.scheduler.blocks.hashes_of(state.prompt_bytes, state.cache_key)
+        state = RequestState(given, time.monotonic(), final_only, sink)
+        if given.error is None:
+            state.hash_prompt(self.scheduler.blocks.hashes_of)  # on the caller's thread: a long prompt takes a while
         with self._entry_lock:
             self._requests.add(state)
 
@@ -297,7 +295,7 @@ class Engine:
         for request in state.requests(self._seed):
             self.scheduler.add(request)
             try:
-                state.add_sample(request)
+                self._outputs.add_sample(state, request)
             except BaseException:  # a tokenizer's; `_end_request` does not see this sample
                 self.scheduler.abort(request)
                 raise

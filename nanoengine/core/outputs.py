@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from nanoengine.api.errors import RequestError, described, is_failure
-from nanoengine.core.request import Request, request_seed
+from nanoengine.core.request import Request, int32_bytes, request_seed
 from nanoengine.core.scheduling.messages import Update
 from nanoengine.core.step import ROW_BAD_LOGITS, LogprobRows
 from nanoengine.params.input_processor import CheckedRequest
@@ -54,15 +54,15 @@ class RequestMetrics:
 
 
 class _CopiedWhenRead:
-    """Base of a frozen dataclass whose `copy_when_read` fields are tuples that nobody may ever want."""
+    """Base of a frozen dataclass with fields that are copied when first read, as most never are: `copy_when_read`."""
 
     __slots__ = ("_growing",)
-    _growing: dict[str, tuple[list[Any], int]]  # field -> what to copy from, and how many entries
+    _growing: dict[str, tuple[list[Any], int]]  # field -> the list to copy, and how many of its entries
 
-    if not TYPE_CHECKING:  # a type checker is to know the fields, and no other name
+    if not TYPE_CHECKING:  # a type checker must see no names but the fields
 
         def __getattr__(self, name: str) -> Any:
-            """Python asks here for what it does not find: a slot that nothing was put into, too."""
+            """Python calls this for a name that it does not find, such as a slot without a value."""
             if name == "_growing" or name not in getattr(self, "_growing", ()):
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
             entries, count = self._growing[name]
@@ -72,8 +72,10 @@ class _CopiedWhenRead:
 
 
 def copy_when_read(output: _CopiedWhenRead, fields: Mapping[str, list[Any]]) -> None:
-    """Let each field be what its list holds now, copied when somebody first reads it. Of these entries none may change
-    or go; more may be appended."""
+    """Let each field be the tuple of its list's present entries, copied when the field is first read.
+
+    Until then more entries may be appended; those that are there must stay.
+    """
     for name in fields:
         object.__delattr__(output, name)
     object.__setattr__(output, "_growing", {name: (entries, len(entries)) for name, entries in fields.items()})
@@ -94,7 +96,7 @@ class CompletionOutput(_CopiedWhenRead):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
-    """A request's state: cumulative, not a delta. A refused or broken request has `outputs=[]` and `error`."""
+    """What a request has so far: cumulative, not a delta. If it was refused or failed: `error`, and no `outputs`."""
 
     request_id: str
     prompt: str | None
@@ -114,10 +116,12 @@ TEXT_BLOCK = 32  # tokens whose text is decoded at once where only the final out
 
 @dataclass(slots=True)
 class SampleState:
-    """What was gathered of one sample.
+    """What one sample has so far.
 
-    token_ids: those that count: a stop string may end it amid the tokens of one update. look_at: below so many tokens,
-    new ones are only kept; their text is decoded later.
+    Attributes:
+        token_ids: without those of an update that come after a stop string.
+        look_at: below so many tokens, new ones are only kept; their text is decoded later.
+        ended: the output of a sample that has ended.
     """
 
     request: Request
@@ -148,7 +152,7 @@ class SampleState:
         self.finish_reason, self.stop_reason = "abort", None
 
     def output(self, index: int) -> CompletionOutput:
-        """As it stands, at a cost that does not grow with it; what has ended is put together once."""
+        """The sample's output now, at a cost that does not grow with the sample."""
         if self.ended is not None:
             return self.ended
         output = CompletionOutput(
@@ -164,7 +168,7 @@ class SampleState:
             lists["logprobs"] = self.logprobs
         copy_when_read(output, lists)
         if self.finish_reason is not None:
-            self.ended = output = replace(output)  # whole, so that the lists can go
+            self.ended = output = replace(output)  # which reads all fields: it does not need the lists
         return output
 
 
@@ -173,24 +177,33 @@ class RequestState:
     """A request between `add_request` and its last output."""
 
     given: CheckedRequest
-    arrival: float
-    final_only: bool
-    sink: Callable[[RequestOutput], None] | None
-    new_detokenizer: Callable[[], IncrementalDetokenizer | None]
-    ordinal: int = 0  # of the request among all that the engine got
+    arrival: float  # seconds on the monotonic clock, as the other times
+    final_only: bool = False  # one output, at the end, instead of one a step
+    sink: Callable[[RequestOutput], None] | None = None
+    ordinal: int = 0  # its number among all requests of the engine
     samples: list[SampleState] = field(default_factory=list)
     prompt_logprobs: tuple[Logprobs | None, ...] | None = None
-    prompt_bytes: bytes = b""  # as in `Request`, and so block_hashes: made once, by the thread that adds the request
+    cache_key: bytes = b""  # this and the next two: as in `Request`
+    prompt_bytes: bytes = b""
     block_hashes: Sequence[bytes] = ()
-    cache_key: bytes = b""
     first_scheduled: float | None = None
     first_token: float | None = None
     finished: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.given.params.prompt_logprobs is not None:
+            self.prompt_logprobs = (None,)  # of the first token: there is no token before it
+
+    def hash_prompt(self, hashes_of: Callable[[bytes, bytes], Sequence[bytes]]) -> None:
+        """Hash the prompt's blocks for the prefix cache, once for all samples. `hashes_of`: `BlockManager`'s."""
+        self.cache_key = _cache_key(self.given.params.cache_salt or "")
+        self.prompt_bytes = int32_bytes(self.given.prompt_token_ids)
+        self.block_hashes = hashes_of(self.prompt_bytes, self.cache_key)
+
     def requests(self, engine_seed: int) -> Iterator[Request]:
-        """What the scheduler gets: one for each sample."""
+        """The scheduler's requests: one for each sample."""
         given, params, prompt = self.given, self.given.params, list(self.given.prompt_token_ids)
-        # One sample's prompt log-probs are all samples'.
+        # The prompt's log-probs are the same for all samples: only the first one asks for them.
         siblings = replace(params, prompt_logprobs=None) if params.n > 1 else params
         for index in range(params.n):
             yield Request(
@@ -207,67 +220,43 @@ class RequestState:
                 block_hashes=[*self.block_hashes],
             )
 
-    def add_sample(self, request: Request) -> None:
-        wants = self.given.params.logprobs is not None
-        self.samples.append(SampleState(request, self.new_detokenizer(), [] if wants else None))
-
     def unfinished(self) -> list[Request]:
         return [s.request for s in self.samples if s.finish_reason is None]
 
     def output(self, error: RequestError | None = None) -> RequestOutput:
+        lengths = [len(sample.token_ids) for sample in self.samples]
         return RequestOutput(
             request_id=self.given.request_id,
             prompt=self.given.prompt,
             prompt_token_ids=self.given.prompt_token_ids,
             outputs=[] if error else [sample.output(i) for i, sample in enumerate(self.samples)],
             finished=self.finished is not None,
-            metrics=self._metrics(),
+            metrics=RequestMetrics(
+                arrival=self.arrival,
+                first_scheduled=self.first_scheduled,
+                first_token=self.first_token,
+                finished=self.finished,
+                num_generated=sum(lengths),
+                longest=max(lengths, default=0),
+            ),
             prompt_logprobs=None if error else self.prompt_logprobs,
             num_cached_tokens=(self.samples[0].request.num_cached or 0) if self.samples else 0,
             error=error,
         )
 
-    def _metrics(self) -> RequestMetrics:
-        return RequestMetrics(
-            arrival=self.arrival,
-            first_scheduled=self.first_scheduled,
-            first_token=self.first_token,
-            finished=self.finished,
-            num_generated=sum(len(s.token_ids) for s in self.samples),
-            longest=max((len(s.token_ids) for s in self.samples), default=0),
-        )
-
 
 class OutputProcessor:
-    """Knows the tokenizer, if there is one, and builds the outputs."""
+    """Makes outputs of the scheduler's updates: text where there is a tokenizer, stop strings, log-probs, metrics."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer
 
-    def new_state(
-        self,
-        given: CheckedRequest,
-        arrival: float,
-        *,
-        final_only: bool,
-        sink: Callable[[RequestOutput], None] | None,
-    ) -> RequestState:
-        params = given.params
-
-        def new_detokenizer() -> IncrementalDetokenizer | None:
-            if self.tokenizer is None or not params.detokenize:
-                return None
-            return IncrementalDetokenizer.from_params(self.tokenizer, params)
-
-        return RequestState(
-            given,
-            arrival,
-            final_only,
-            sink,
-            new_detokenizer,
-            prompt_logprobs=None if params.prompt_logprobs is None else (None,),
-            cache_key=_cache_key(params.cache_salt or ""),
-        )
+    def add_sample(self, state: RequestState, request: Request) -> None:
+        """`request`: the next sample, as the scheduler has it."""
+        params, detokenizer = state.given.params, None
+        if self.tokenizer is not None and params.detokenize:
+            detokenizer = IncrementalDetokenizer.from_params(self.tokenizer, params)
+        state.samples.append(SampleState(request, detokenizer, None if params.logprobs is None else []))
 
     def apply(
         self, updates: Sequence[Update], known: Mapping[str, RequestState], now: float
@@ -275,8 +264,8 @@ class OutputProcessor:
         """Add a step's updates to the requests that are `known`, by request id.
 
         Returns:
-            outputs to publish; samples that ended, of which the scheduler does not know those that a stop string ended;
-            the error of each request that failed, by request id.
+            the outputs to publish; the samples that ended, of which the scheduler does not know those that a stop
+            string ended; the error of each request that failed, by request id.
         """
         ended: list[tuple[Request, FinishReason]] = []
         failed: dict[str, RequestError] = {}
@@ -330,7 +319,7 @@ class OutputProcessor:
             state.prompt_logprobs += tuple(self._logprobs(update.prompt_logprobs))
         if not update.new_token_ids and update.finish_reason is None:
             return None
-        if state.first_token is None and update.new_token_ids:  # an end for want of blocks brings none
+        if state.first_token is None and update.new_token_ids:  # a sample that ends without free blocks may get none
             state.first_token = now
         sample.finish_reason, sample.stop_reason = update.finish_reason, update.stop_reason
         before = len(sample.token_ids)
@@ -346,7 +335,7 @@ class OutputProcessor:
         return sample.finish_reason
 
     def _outputs(self, states: Iterable[RequestState], now: float) -> list[RequestOutput]:
-        """Of those that have ended, or whose client wants an output for each step."""
+        """Of the requests that have ended, and of those whose client wants an output for each step."""
         outputs = []
         for state in states:
             if all(sample.finish_reason is not None for sample in state.samples):
@@ -356,8 +345,10 @@ class OutputProcessor:
         return outputs
 
     def _logprobs(self, rows: LogprobRows) -> list[Logprobs]:
-        """One dict a position: the best ones first, then the token itself if it is not among them. Equals share the
-        lowest rank."""
+        """One dict for each position: the best tokens first, then the token itself if it is not one of them.
+
+        Of tokens with equal log-probs each has the lowest of their ranks.
+        """
         out: list[Logprobs] = []
         for i, (start, end) in enumerate(pairwise(rows.top_offsets.tolist())):
             ids, values = rows.top_ids[start:end].tolist(), rows.top_logprobs[start:end].tolist()
@@ -376,7 +367,7 @@ class OutputProcessor:
 
 
 def _cache_key(salt: str) -> bytes:
-    """What the prefix index hashes and compares with each block: at most 64 bytes, of whatever length the salt is."""
+    """What the prefix cache hashes and compares with each block: at most 64 bytes, however long the salt is."""
     key = salt.encode()
     return key if len(key) < 64 else hashlib.blake2b(key).digest()
 

@@ -35,12 +35,12 @@ STEPS = st.lists(st.tuples(st.integers(0, 1), TOKENS, st.integers(0, 7).map((7).
 def a_request(outputs: OutputProcessor, params: ResolvedParams) -> RequestState:
     """Of two samples."""
     given = CheckedRequest(request_id="r", prompt_token_ids=(1,), params=params)
-    state = outputs.new_state(given, 0.0, final_only=False, sink=None)
+    state = RequestState(given, 0.0)
     for i in range(2):
         request = Request(
             id=f"r/{i}", parent="r", prompt_token_ids=[1], params=params, seed=0, sample_index=i, arrival=0
         )
-        state.add_sample(request)
+        outputs.add_sample(state, request)
     return state
 
 

@@ -18,9 +18,9 @@ from nanoengine.text import Tokenizer
 
 def a_request(outputs: OutputProcessor, params: ResolvedParams) -> tuple[RequestState, Request]:
     given = CheckedRequest(request_id="r", prompt_token_ids=(1, 2), params=params)
-    state = outputs.new_state(given, 0.0, final_only=False, sink=None)
+    state = RequestState(given, 0.0)
     request = Request(id="r/0", parent="r", prompt_token_ids=[1, 2], params=params, seed=0, sample_index=0, arrival=0)
-    state.add_sample(request)
+    outputs.add_sample(state, request)
     return state, request
 
 

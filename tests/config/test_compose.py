@@ -63,7 +63,7 @@ CASES: list[tuple[str, dict[str, str], list[str], dict[str, Any]]] = [
     ("interpolation sees overrides", tree(config="a: 2\nb: ${a}\n"), ["a=5"], {"a": 5, "b": 5}),
     ("interpolation in an override", tree(config="a: 2\n"), ["+b=${a}"], {"a": 2, "b": 2}),
     ("escaped interpolation", tree(config="a: '\\${x}'\n"), [], {"a": "${x}"}),
-    ("??? in a list is a text", tree(config="l: ['???', a]\n"), [], {"l": ["???", "a"]}),
+    ("??? in a list is a text", tree(config="l: ['???', {a: '???'}]\n"), [], {"l": ["???", {"a": "???"}]}),
 ]
 
 

@@ -69,7 +69,7 @@ def refuse_keywords(value: Mapping[Any, Any], origin: Callable[[KeyPath], str]) 
                 f"{origin(path)}: {dotted(path)}: {path[-1]} is not supported: nothing in YAML is instantiated; "
                 "replaceable parts are plugins (see `nanoengine plugins list`)"
             )
-        if item == "???" and isinstance(path[-1], str):
+        if item == "???" and all(isinstance(part, str) for part in path):  # in a list, as of prompts, it is a text
             raise ConfigError(
                 f"{origin(path)}: {dotted(path)}: ??? (must be given) is not supported: leave the key out, or give its "
                 "value"

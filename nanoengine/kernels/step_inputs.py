@@ -78,30 +78,32 @@ def gather(
     *,
     block_size: int,
     max_query_len: int,
+    num_tokens: int | None = None,
     pad_tokens: int = 0,
 ) -> None:
     """Fill the fronts of the buffers for the B rows of `slots`.
 
     Args:
-        slots: int64 [B]; only the dummy may stand there twice. query_start_loc: int32 [B + 1], offsets of the rows'
-            tokens. max_query_len: upper bound of their lengths; not needed here, and the grid of the Triton kernel.
-        slots, query_start_loc may also be int32. pad_tokens: so many tokens have a place in the cache, those behind the
-            last row in the dummy block.
+        slots: int [B]; only the dummy may be in it twice. query_start_loc: int32 [B + 1], offsets of the rows' tokens.
+        max_query_len: upper bound of their lengths; the grid of the Triton kernel, not needed here.
+        num_tokens: their sum, so that nothing waits for the device; not needed by the Triton kernel.
+        pad_tokens: so many tokens have a place in the cache, those behind the last row in the dummy block.
     """
-    lens = query_start_loc.diff()
-    rows, row_of_token = len(slots), torch.repeat_interleave(lens)
+    slots, lens, rows = slots.long(), query_start_loc.diff(), len(slots)
+    row_of_token = torch.repeat_interleave(lens, output_size=num_tokens)
     tokens = len(row_of_token)
-    out.slot_mapping[:, tokens:pad_tokens] = 0
     computed = state.num_computed[slots]
-    offset = torch.arange(tokens, device=slots.device) - query_start_loc[row_of_token]
-    token_slots, positions = slots[row_of_token], computed[row_of_token] + offset
-    out.positions[:tokens] = positions
+    token_slots = slots[row_of_token]
+    before_first = (computed - query_start_loc[:-1])[row_of_token]
+    positions = torch.add(before_first, torch.arange(tokens, device=slots.device), out=out.positions[:tokens])
     out.input_ids[:tokens] = state.token_ids[token_slots, positions]
-    out.seq_lens[:rows] = (computed + lens).to(torch.int32)
-    used = torch.arange(state.block_tables.shape[2], device=slots.device) < -(-out.seq_lens[:rows, None] // block_size)
-    out.block_tables[:, :rows] = state.block_tables[:, slots] * used
+    out.seq_lens[:rows] = computed + lens
+    first_of_block = torch.arange(state.block_tables.shape[2], device=slots.device) * block_size
+    out.block_tables[:, :rows] = state.block_tables[:, slots] * (first_of_block < out.seq_lens[:rows, None])
     blocks = state.block_tables[:, token_slots, positions // block_size].long()
     out.slot_mapping[:, :tokens] = blocks * block_size + positions % block_size
+    if pad_tokens:
+        out.slot_mapping[:, tokens:pad_tokens] = 0
 
 
 def record(
@@ -113,15 +115,15 @@ def record(
         slots, query_start_loc: as for `gather`. tokens: int64 [N], drawn. token_of_row: int32 [B]; which of them is the
             row's, -1: none. None: the rows' own, in order.
     """
-    real = slots != len(state.num_tokens) - 1
-    lens = query_start_loc.diff()
-    state.num_computed[slots[real]] += lens[real]
-    if token_of_row is None:
-        token_of_row = torch.arange(len(slots), device=slots.device)
-    drawn = real & (token_of_row >= 0)
-    slots, new = slots[drawn], tokens[token_of_row[drawn].long()]
-    positions = state.num_computed[slots]
-    state.token_ids[slots, positions] = new.to(torch.int32)
-    state.num_tokens[slots] = positions + 1
+    slots, lens = slots.long(), query_start_loc.diff()
+    drawn = real = slots != len(state.num_tokens) - 1
+    state.num_computed.index_add_(0, slots, (lens * real).long())
+    if not len(tokens):
+        return
+    if token_of_row is not None:
+        drawn, tokens = real & (token_of_row >= 0), tokens[token_of_row.clamp(min=0)]
+    positions = state.num_computed[slots]  # rows without a token write what is there: no shape depends on data
+    state.token_ids[slots, positions] = torch.where(drawn, tokens.int(), state.token_ids[slots, positions])
+    state.num_tokens[slots] = torch.where(drawn, positions + 1, state.num_tokens[slots])
     if state.output_counts is not None:
-        state.output_counts[slots, new] += 1
+        state.output_counts.index_put_((slots, tokens), drawn.int(), accumulate=True)

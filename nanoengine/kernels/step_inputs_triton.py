@@ -130,6 +130,7 @@ def gather(
     *,
     block_size: int,
     max_query_len: int,
+    num_tokens: int | None = None,
     pad_tokens: int = 0,
 ) -> None:
     """`step_inputs.gather`. Its grid depends on B, `max_query_len` and the number of block-table columns."""

@@ -289,7 +289,7 @@ def test_close_gives_everything_back(tmp_path: Path) -> None:
     llm = LLM(tiny_llama(tmp_path / "llama"), max_num_seqs=4, num_gpu_blocks_override=64)
     llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, presence_penalty=0.5, logprobs=1), use_tqdm=False)
     its = the_runner(llm)
-    held = [weakref.ref(t) for t in (*its.model.parameters(), its.tables.token_ids, its.buffers.input_ids)]
+    held = [weakref.ref(t) for t in (*its.model.parameters(), its.tables.token_ids, its.buffers.out.input_ids)]
     held += [weakref.ref(t) for backend in its.backends for t in vars(backend).values() if isinstance(t, torch.Tensor)]
     assert len(held) > 10
     del its

@@ -168,13 +168,14 @@ def _stale_lists(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _token_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanoengine.core.execution.slots import SlotTables
+    from nanoengine.kernels import step_inputs
 
-    def record(self: SlotTables, slots: Any, positions: Any, token_ids: Any) -> None:
-        self.token_ids[slots, positions] = token_ids.roll(1).int()
-        self.num_tokens[slots] = positions + 1
+    original = step_inputs.record
 
-    monkeypatch.setattr(SlotTables, "record", record)
+    def record(state: Any, slots: Any, start_loc: Any, tokens: Any, token_of_row: Any) -> None:
+        original(state, slots, start_loc, tokens.roll(1), token_of_row)
+
+    monkeypatch.setattr(step_inputs, "record", record)
 
 
 def _hits_unwritten_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,14 +191,15 @@ def _hits_unwritten_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _one_position_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanoengine.core.execution.slots import SlotTables
+    from nanoengine.kernels import step_inputs
 
-    original = SlotTables.advance
+    original = step_inputs.record
 
-    def advance(self: SlotTables, slots: Any, lens: Any) -> None:
-        original(self, slots, lens - (lens > 1).long())
+    def record(state: Any, slots: Any, start_loc: Any, *drawn: Any) -> None:
+        original(state, slots, start_loc, *drawn)
+        state.num_computed[slots] -= (start_loc.diff() > 1).long()
 
-    monkeypatch.setattr(SlotTables, "advance", advance)
+    monkeypatch.setattr(step_inputs, "record", record)
 
 
 MUTANTS = [_stale_numbers, _stale_lists, _token_not_written, _hits_unwritten_blocks, _one_position_late]

@@ -111,8 +111,10 @@ def pointers(llm: LLM) -> dict[str, int]:
     """Addresses of every tensor that the runner's tables, buffers and backends hold, tables of columns included."""
     runner: Any = llm.engine._executor.runner  # type: ignore[attr-defined]
     found = {}
+    out = runner.buffers.out
+    gathered = {name: getattr(out, name) for name in out.__dataclass_fields__}
     for owner in (runner.tables, runner.buffers, *runner.backends):
-        for name, value in vars(owner).items():
+        for name, value in (vars(owner) | (gathered if owner is runner.buffers else {})).items():
             if isinstance(value, torch.Tensor):
                 found[f"{type(owner).__name__}.{name}"] = value.data_ptr()
     columns = {
@@ -173,8 +175,8 @@ def test_a_rebuilt_buffer_is_caught(an_llm: LLM, monkeypatch: pytest.MonkeyPatch
         self.values = self.values.clone()
 
     def gathered_anew(self: StepBuffers, *args: Any) -> Any:
-        kept.append(self.input_ids)
-        self.input_ids = self.input_ids.clone()
+        kept.append(self.sent)
+        self.sent = self.sent.clone()
         return gather(self, *args)
 
     if mutant == "table":
@@ -185,4 +187,4 @@ def test_a_rebuilt_buffer_is_caught(an_llm: LLM, monkeypatch: pytest.MonkeyPatch
         before, after = over_a_hundred_steps(llm)
     moved = {name for name in before if before[name] != after[name]}
     assert moved
-    assert moved <= ({n for n in before if f"{n}.counts" in before} if mutant == "table" else {"StepBuffers.input_ids"})
+    assert moved <= ({n for n in before if f"{n}.counts" in before} if mutant == "table" else {"StepBuffers.sent"})

@@ -43,8 +43,7 @@ class Watch:
 
     def _step(self, size: StepSize) -> Tensor:
         logits: Tensor = self._replay(size)
-        graphs: Any = self.runner.graphs
-        kept, real = logits.clone(), graphs.rows_of(size).slots != self.runner.tables.dummy_slot
+        kept, real = logits.clone(), self.runner.buffers.rows_of(size).slots != self.runner.tables.dummy_slot
         assert real.any()
         eager = self._again(size)
         self._note("mixed" if size.prefill_tokens else "decode", [kept[real]], [eager[real]])
@@ -53,16 +52,17 @@ class Watch:
     def _again(self, size: StepSize) -> Tensor:
         """What the graph was captured from, on what was sent to it."""
         graphs: Any = self.runner.graphs
-        if graphs._inputs is not None:
-            graphs._inputs.send = lambda plan, size: None
+        buffers: Any = self.runner.buffers
+        if graphs.sizes.inputs:
+            buffers.send = lambda plan, drawn: None
             try:
                 logits: Tensor = graphs._step(size)
             finally:
-                del graphs._inputs.send
+                del buffers.send
             return logits
-        buffers, model = self.runner.buffers, self.runner.model
+        out, model = buffers.out, self.runner.model
         batch = ForwardBatch(num_tokens=size.rows)
-        hidden = model(buffers.input_ids[: size.rows], buffers.positions[: size.rows], batch)
+        hidden = model(out.input_ids[: size.rows], out.positions[: size.rows], batch)
         logits = model.compute_logits(hidden)
         return logits
 
@@ -77,7 +77,7 @@ class Watch:
         for each, old in zip(state, before, strict=True):
             each.copy_(old)
         drawn.fill_(-1)
-        graphs._tail.run(graphs.rows_of(size), kind, graphs.logits[size])
+        graphs._tail.run(self.runner.buffers.rows_of(size), kind, graphs.logits[size])
         real = slice(0, tables.dummy_slot)
         self._note(
             "mixed tail" if size.prefill_tokens else "tail",

@@ -120,15 +120,15 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 def _buffer_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Harmless where each step reads what the buffers' owner holds; a graph reads what it was captured with."""
-    from nanoengine.core.execution.step_inputs import GraphInputs
+    from nanoengine.core.execution.step_inputs import StepBuffers
 
-    original = GraphInputs.send
+    original = StepBuffers.send
 
-    def send(self: GraphInputs, *args: Any, **named: Any) -> None:
+    def send(self: StepBuffers, *args: Any) -> Any:
         self.sent = self.sent.clone()
-        original(self, *args, **named)
+        return original(self, *args)
 
-    monkeypatch.setattr(GraphInputs, "send", send)
+    monkeypatch.setattr(StepBuffers, "send", send)
 
 
 def _one_replay_late(monkeypatch: pytest.MonkeyPatch) -> None:

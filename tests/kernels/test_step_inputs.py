@@ -1,4 +1,4 @@
-"""Step inputs and the record of a step: Triton, plain torch and the engine's own gathering make the same bits."""
+"""Step inputs and the record of a step: Triton and plain torch make the bits of a loop over rows and tokens."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from nanoengine.api.attention import BatchLimits
-from nanoengine.api.processors import Need
 from nanoengine.api.specs import ColumnSpec
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
 from nanoengine.core.execution.step_inputs import (
     GatheredStep,
-    GraphInputs,
     StepBuffers,
     StepSize,
     decode_plan,
@@ -44,13 +42,13 @@ BATCHES = {
 }
 
 
-def tables(device: torch.device, groups: int = 2) -> SlotTables:
+def tables(device: torch.device, groups: int = 2, *, fused: bool = False) -> SlotTables:
     """Every slot with random tokens, a random length, and its own blocks up to that length and 20 tokens more."""
     g = torch.Generator().manual_seed(groups)
     limits = SlotLimits(
         max_slots=SLOTS, max_model_len=LENGTH, vocab_size=VOCAB, num_groups=groups, max_blocks=LIMITS.max_blocks
     )
-    out = SlotTables(limits, (), device)
+    out = SlotTables(limits, (), device, fused=fused)
     out.token_ids.copy_(torch.randint(0, VOCAB, out.token_ids.shape, generator=g))
     out.num_computed[:SLOTS] = torch.randint(0, LENGTH - 40, (SLOTS,), generator=g).to(device)
     out.num_tokens.copy_(out.num_computed + 1)
@@ -96,38 +94,37 @@ def rows_of(batch: str, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor(slots, device=device), start
 
 
-def assert_gathered(batch: str, t: SlotTables, out: StepInputBuffers, device: torch.device) -> None:
-    """Against `StepBuffers.gather`, of which only what a layer may read counts; and nothing beyond it is written."""
+def assert_gathered(batch: str, t: SlotTables, out: StepInputBuffers) -> None:
+    """Token by token from the tables; nothing beyond them is written, and no row has a block behind its last."""
     slots, lens = BATCHES[batch]
-    groups = t.limits.num_groups
-    expected = StepBuffers(LIMITS, groups, device).gather(
-        StepPlan(slots=i32(slots), query_lens=i32(lens), starts=i32([0] * len(lens))), t
-    )
-    tokens, rows = sum(lens), len(slots)
-    assert torch.equal(out.input_ids[:tokens], expected.input_ids)
-    assert torch.equal(out.positions[:tokens], expected.positions)
-    assert torch.equal(out.seq_lens[:rows], expected.groups[0].seq_lens)
-    for g in range(groups):
-        assert torch.equal(out.slot_mapping[g, :tokens], expected.groups[g].slot_mapping)
-        for r, length in enumerate(expected.groups[g].seq_lens.tolist()):
-            used = -(-length // BLOCK)
-            assert torch.equal(out.block_tables[g, r, :used], expected.groups[g].block_tables[r, :used])
-            rest = out.block_tables[g, r, used:]
-            assert ((rest == 0) | (rest == expected.groups[g].block_tables[r, used:])).all()
-    for x in (out.input_ids[tokens:], out.positions[tokens:], out.seq_lens[rows:], out.slot_mapping[:, tokens:]):
+    ids, computed, blocks = t.token_ids.tolist(), t.num_computed.tolist(), t.block_tables.tolist()
+    at = 0
+    for row, (slot, length) in enumerate(zip(slots, lens, strict=True)):
+        positions = range(computed[slot], computed[slot] + length)
+        own = slice(at, at + length)
+        assert out.positions[own].tolist() == list(positions)
+        assert out.input_ids[own].tolist() == [ids[slot][p] for p in positions]
+        assert out.seq_lens[row] == computed[slot] + length
+        used = -(-(computed[slot] + length) // BLOCK)
+        for g, tables_of_group in enumerate(blocks):
+            table = tables_of_group[slot]
+            assert out.slot_mapping[g, own].tolist() == [table[p // BLOCK] * BLOCK + p % BLOCK for p in positions]
+            assert out.block_tables[g, row].tolist() == table[:used] + [0] * (LIMITS.max_blocks - used)
+        at += length
+    for x in (out.input_ids[at:], out.positions[at:], out.seq_lens[len(slots) :], out.slot_mapping[:, at:]):
         assert (x == -77).all()
-    assert (out.block_tables[:, rows:] == -77).all()
+    assert (out.block_tables[:, len(slots) :] == -77).all()
 
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("batch", BATCHES)
-def test_gather_is_the_engines(batch: str, groups: int, kernels: ModuleType, device: torch.device) -> None:
+def test_gather(batch: str, groups: int, kernels: ModuleType, device: torch.device) -> None:
     t, out = tables(device, groups), buffers(device, groups)
     slots, start = rows_of(batch, device)
     longest = max(BATCHES[batch][1])
     kernels.gather(state_of(t), slots, start, out, block_size=BLOCK, max_query_len=longest)
-    assert_gathered(batch, t, out, device)
+    assert_gathered(batch, t, out)
 
 
 @pytest.mark.parametrize(
@@ -145,32 +142,45 @@ def test_the_comparison_sees_a_wrong_gather(break_it: Callable[[SlotTables], obj
     break_it(broken)
     step_inputs_triton.gather(state_of(broken), *rows_of("ragged", device), out, block_size=BLOCK, max_query_len=17)
     with pytest.raises(AssertionError):
-        assert_gathered("ragged", t, out, device)
+        assert_gathered("ragged", t, out)
 
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("batch", BATCHES)
-def test_record_is_the_engines(batch: str, kernels: ModuleType, device: torch.device) -> None:
+def test_record(batch: str, kernels: ModuleType, device: torch.device) -> None:
     """Every other row drew a token, the rest are chunks of a prompt; padding leaves no trace."""
     t = tables(device)
-    counts = torch.zeros(SLOTS + 1, VOCAB, dtype=torch.int32, device=device)
-    state = copy_of(state_of(t, counts))
+    state = state_of(t, torch.zeros(SLOTS + 1, VOCAB, dtype=torch.int32, device=device))
     slots, start = rows_of(batch, device)
     drawn = torch.arange(len(slots), device=device) % 2 == 0
     token_of_row = torch.where(drawn, drawn.cumsum(0) - 1, -1).to(torch.int32)
     tokens = torch.arange(int(drawn.sum()), device=device) * 7 % VOCAB
-
-    real = slots != SLOTS
-    t.vocab_history.tables[Need.OUTPUT_COUNTS] = counts
-    where = slots[drawn & real]
-    t.record(where, (t.num_computed[slots] + start.diff())[drawn & real], tokens[token_of_row[drawn & real].long()])
-    t.advance(slots[real], start.diff()[real].long())
-
+    want = copy_of(state)
+    assert want.output_counts is not None
+    for row, (slot, length) in enumerate(zip(*BATCHES[batch], strict=True)):
+        if slot != SLOTS:
+            want.num_computed[slot] += length
+            if row % 2 == 0:
+                position, token = want.num_computed[slot], tokens[row // 2]
+                want.token_ids[slot, position] = token
+                want.num_tokens[slot] = position + 1
+                want.output_counts[slot, token] += 1
     kernels.record(state, slots, start, tokens, token_of_row)
-    expected = state_of(t, counts)
     for name in SlotState.__slots__:
-        assert torch.equal(getattr(state, name), getattr(expected, name)), name
-    assert int(counts.sum()) == len(where) > 0
+        assert torch.equal(getattr(state, name), getattr(want, name)), name
+    assert int(want.output_counts.sum()) > 0
+
+
+@IMPLEMENTATIONS
+def test_record_of_chunks_alone(kernels: ModuleType, device: torch.device) -> None:
+    state = state_of(tables(device))
+    before = copy_of(state)
+    slots, start = rows_of("ragged", device)
+    none = torch.full((len(slots),), -1, dtype=torch.int32, device=device)
+    kernels.record(state, slots, start, torch.zeros(0, dtype=torch.int64, device=device), none)
+    assert (state.num_computed - before.num_computed)[slots].tolist() == BATCHES["ragged"][1]
+    assert torch.equal(state.token_ids, before.token_ids)
+    assert torch.equal(state.num_tokens, before.num_tokens)
 
 
 @IMPLEMENTATIONS
@@ -277,7 +287,7 @@ def test_padding_has_a_place_in_the_dummy_block(device: torch.device) -> None:
         assert (out.slot_mapping[:, 24:40] == 0).all()
         assert (out.slot_mapping[:, 40:] == -77).all()
         out.slot_mapping[:, 24:40] = -77
-        assert_gathered("ragged", t, out, device)
+        assert_gathered("ragged", t, out)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -329,37 +339,42 @@ def test_scatter_of_a_number_that_the_device_knows(device: torch.device) -> None
         assert words[[5, 19, 0]].tolist() == [8, 9, 7]
 
 
-def in_a_graph(made: StepBuffers, t: SlotTables) -> GraphInputs:
-    for each in (made.input_ids, made.positions, made.seq_lens, made.slot_mapping, made.block_tables):
-        each.fill_(-77)
-    return GraphInputs(made, t)
+def poisoned(t: SlotTables) -> StepBuffers:
+    """What is not gathered shows."""
+    made = StepBuffers(LIMITS, t)
+    for name in StepInputBuffers.__slots__:
+        getattr(made.out, name).fill_(-77)
+    return made
 
 
-def test_a_decode_graph_writes_and_gathers_what_an_eager_step_does(device: torch.device) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_decode_graph_writes_and_gathers_what_an_eager_step_does(fused: bool, device: torch.device) -> None:
     appends = BlockAppends(group=i32([0, 1]), slot=i32([0, 0]), index=i32([3, 3]), block=i32([501, 502]))
     size = StepSize(6)
-    plan = pad(decode_plan(i32([3, 0, 5]), 0), size, SLOTS).plan
-    t = tables(device)
+    plan, _ = pad(decode_plan(i32([3, 0, 5]), 0), size, SLOTS)
+    t = tables(device, fused=fused)
     t.write(StepPlan(appends=appends))
-    t.flush()
-    want = StepBuffers(LIMITS, 2, device, fused=True).gather(plan, t)
+    want = StepBuffers(LIMITS, t).gather(plan)
+    assert not t.buffer.pending
+    assert t.block_tables[0, 0, 3] == 501
 
-    again = tables(device)
+    again = tables(device, fused=True)
     again.write(StepPlan(appends=appends))
-    inputs = in_a_graph(StepBuffers(LIMITS, 2, device, fused=True), again)
-    inputs.send(plan, size)
+    inputs = poisoned(again)
+    inputs.send(plan, np.flatnonzero(plan.sampled))
     assert not again.buffer.pending
-    got = inputs.run(plan, size)
+    got = inputs.gather_in_graph(plan, size)
     assert again.block_tables[0, 0, 3] == 501
     assert_same(got, want)
-    rows = inputs.rows(size)
+    rows = inputs.rows_of(size)
     assert rows.slots.tolist() == [3, 0, 5, SLOTS, SLOTS, SLOTS]
     assert rows.token_of_row is None
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("most", [4096, 2])
 def test_a_mixed_graph_writes_and_gathers_what_an_eager_step_does(
-    most: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    most: int, fused: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two decode rows, a prompt's end and a chunk, in a graph for 3 + 24; more writes than it holds go in front."""
     monkeypatch.setattr("nanoengine.core.execution.step_inputs.MAX_WRITES", most)
@@ -369,22 +384,23 @@ def test_a_mixed_graph_writes_and_gathers_what_an_eager_step_does(
         prompt_logprobs=i32([0] * 3),
     )  # fmt: skip
     size = StepSize(3, 24)
-    step = pad(plan, size, SLOTS)
-    t, again = tables(device), tables(device)
+    padded, own = pad(plan, size, SLOTS)
+    t, again = tables(device, fused=fused), tables(device, fused=True)
     for each in (t, again):
         appends = BlockAppends(group=i32([0] * 3), slot=i32([6] * 3), index=i32([0, 1, 2]), block=i32([9, 8, 7]))
         each.write(StepPlan(appends=appends))
-    t.flush()
-    want = StepBuffers(LIMITS, 2, device, fused=True).gather(step.plan, t)
-    inputs = in_a_graph(StepBuffers(LIMITS, 2, device, fused=True), again)
-    inputs.send(step.plan, size)
-    got = inputs.run(step.plan, size)
+    want = StepBuffers(LIMITS, t).gather(padded)
+    assert want.rows.token_of_row is not None
+    assert want.rows.token_of_row.tolist() == [0, 1, -1, 2, -1, -1, -1, -1, -1, -1, -1]  # of the drawn ones
+    inputs = poisoned(again)
+    inputs.send(padded, np.flatnonzero(padded.sampled))
+    got = inputs.gather_in_graph(padded, size)
     assert_same(got, want)
-    assert got.groups[1].slot_mapping[step.plan.num_tokens :].tolist() == [0] * (size.tokens - step.plan.num_tokens)
-    rows = inputs.rows(size)
+    assert got.groups[1].slot_mapping[padded.num_tokens :].tolist() == [0] * (size.tokens - padded.num_tokens)
+    rows = inputs.rows_of(size)
     assert rows.token_of_row is not None
     assert rows.token_of_row.tolist() == [0, 1, -1, 3, -1, -1, -1, -1, -1, -1, -1]
-    assert got.logits_index[step.logits_rows].tolist() == [0, 1, 17]  # behind a padded decode row
+    assert got.rows.logits_index[own].tolist() == [0, 1, 17]  # behind a padded decode row
     assert rows.query_start_loc.tolist() == [0, 1, 2, 3, 18, 23, 23, 23, 23, 23, 23, 23]
 
 
@@ -392,8 +408,8 @@ def assert_same(got: GatheredStep, want: GatheredStep) -> None:
     tokens = len(want.positions)
     assert torch.equal(got.input_ids[:tokens], want.input_ids)
     assert torch.equal(got.positions[:tokens], want.positions)
-    assert torch.equal(got.slots, want.slots)
-    assert torch.equal(got.logits_index[: len(want.logits_index)], want.logits_index)
+    assert torch.equal(got.rows.slots, want.rows.slots)
+    assert torch.equal(got.rows.logits_index, want.rows.logits_index)
     for a, b in zip(got.groups, want.groups, strict=True):
         assert torch.equal(a.block_tables, b.block_tables)
         assert torch.equal(a.seq_lens, b.seq_lens)
@@ -403,14 +419,13 @@ def assert_same(got: GatheredStep, want: GatheredStep) -> None:
 
 def test_blank_rows_leave_no_trace(device: torch.device) -> None:
     """Whatever the step before left: the end of a step is run once before it is captured."""
-    t = tables(device)
-    made = StepBuffers(LIMITS, 2, device, fused=True)
-    inputs = in_a_graph(made, t)
-    inputs.send(decode_plan(i32([2, 6, 1, 4]), 0), StepSize(4))
+    t = tables(device, fused=True)
+    inputs, plan = poisoned(t), decode_plan(i32([2, 6, 1, 4]), 0)
+    inputs.send(plan, np.flatnonzero(plan.sampled))
     before = copy_of(state_of(t))
 
     def record(size: StepSize) -> None:
-        rows = inputs.rows(size)
+        rows = inputs.rows_of(size)
         tokens = torch.zeros(size.rows, dtype=torch.int64, device=device)
         step_inputs_triton.record(state_of(t), rows.slots, rows.query_start_loc, tokens, rows.token_of_row)
 
@@ -422,6 +437,6 @@ def test_blank_rows_leave_no_trace(device: torch.device) -> None:
     record(StepSize(2, 24))
     record(StepSize(ROWS))
     assert left_no_trace()
-    inputs.send(decode_plan(i32([2, 6, 1, 4]), 0), StepSize(4))
+    inputs.send(plan, np.flatnonzero(plan.sampled))
     record(StepSize(ROWS))
     assert not left_no_trace()

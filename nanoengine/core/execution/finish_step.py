@@ -20,7 +20,7 @@ from nanoengine.core.execution.results import LaunchedStep, PendingLogprobs
 from nanoengine.core.execution.sampler import DrawColumns, DrawRows, Sampler, vocab_slice
 from nanoengine.core.execution.slots import Ints, Key, SlotTables, upload
 from nanoengine.core.execution.split import slots_move
-from nanoengine.core.execution.step_inputs import GatheredStep, RowInputs, StepBuffers, StepSize
+from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, StepRows, StepSize
 from nanoengine.core.step import StepPlan
 from nanoengine.kernels import all_reduce
 
@@ -31,11 +31,8 @@ class CapturedTail:
     """The rows' columns, the draw, and each token to its slot, over static buffers: what a graph captures."""
 
     def __init__(self, sampler: Sampler, tables: SlotTables, buffers: StepBuffers, tp: TensorParallelGroup) -> None:
-        from nanoengine.kernels import step_inputs_triton
-
-        self._kernels, self._sampler, self._tables, self._buffers, self._tp = (
-            step_inputs_triton, sampler, tables, buffers, tp,
-        )  # fmt: skip
+        self._sampler, self._tables, self._buffers, self._tp = sampler, tables, buffers, tp
+        self._kernels = tables.kernels
         self._drawn = torch.zeros(3 * buffers.max_rows, dtype=torch.int32, device=tables.device)
         buffer, standard = tables.buffer, sampler.standard_columns
         keys: list[Key] = ["greedy", "seeds", "sample_index", *standard.values()]
@@ -44,7 +41,7 @@ class CapturedTail:
         self._picked = torch.tensor(picked, dtype=torch.int32).to(tables.device)
         self._columns = torch.zeros(len(picked), 2 * buffers.max_rows, dtype=torch.int32, device=tables.device)
 
-    def run(self, inputs: RowInputs, kind: int, logits: Tensor) -> None:
+    def run(self, inputs: StepRows, kind: int, logits: Tensor) -> None:
         """One pass over `logits`, one row of them a row of the step. The rows' tables change."""
         tables, rows = self._tables, len(logits)
         drawn = self.drawn(rows)
@@ -54,7 +51,7 @@ class CapturedTail:
         columns = DrawColumns(
             greedy=greedy[:rows],
             seeds=seeds[: 2 * rows].view(torch.int64),
-            positions=self._buffers.seq_lens[:rows].long(),  # behind the last token
+            positions=self._buffers.out.seq_lens[:rows].long(),  # behind the last token
             sample_index=sample_index[: 2 * rows].view(torch.int64),
             ops={op: self._columns[at, :rows].view(dtype) for op, (at, dtype) in self._ops.items()},
         )
@@ -87,8 +84,14 @@ class Forwarded:
         if self.which is None or self.logits is None:
             return self
         which = upload(self.which, tables.device)
-        inputs = replace(self.inputs, logits_index=self.inputs.logits_index.index_select(0, which))
-        return replace(self, inputs=inputs, logits=self.logits.index_select(0, which))
+        token_of_row = np.full(len(self.logits), -1, dtype=np.int32)
+        token_of_row[self.which] = np.arange(len(self.which))
+        rows = replace(
+            self.inputs.rows,
+            token_of_row=upload(token_of_row, tables.device),
+            logits_index=self.inputs.rows.logits_index.index_select(0, which),
+        )
+        return replace(self, inputs=replace(self.inputs, rows=rows), logits=self.logits.index_select(0, which))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +130,9 @@ class FinishStep:
         positions = self._token_positions(step, which) + 1
         prompt_logprobs = self._prompt_logprobs(step)
         drawn = self._draw(step, which, positions)
-        every = upload(plan.slots.astype(np.int64), self.tables.device)
-        slots = every.index_select(0, upload(rows.astype(np.int64), self.tables.device))
-        query_lens = upload(plan.query_lens.astype(np.int64), self.tables.device)
+        at, tables = step.inputs.rows, self.tables
         with slots_move():
-            self.tables.record(slots, positions, drawn.token_ids)
-            self.tables.advance(every, query_lens)
+            tables.kernels.record(tables.state, at.slots, at.query_start_loc, drawn.token_ids, at.token_of_row)
             return LaunchedStep(
                 plan, rows, drawn.token_ids, drawn.failed, drawn.logprobs, prompt_logprobs, step.replayed
             )
@@ -148,7 +148,9 @@ class FinishStep:
 
     def _token_positions(self, step: Forwarded, which: Ints) -> Tensor:
         """Absolute positions of the tokens behind the given entries of `logits_index`, int64."""
-        index = step.inputs.logits_index.index_select(0, upload(which, self.tables.device))
+        index = step.inputs.rows.logits_index
+        if len(which) < len(index):
+            index = index.index_select(0, upload(which, self.tables.device))
         return step.inputs.positions.index_select(0, index)
 
     def _logits(self, step: Forwarded, which: Ints) -> Tensor:

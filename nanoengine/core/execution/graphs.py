@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,16 +28,7 @@ from nanoengine.api.model import ForwardBatch
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.core.execution.finish_step import CapturedTail
 from nanoengine.core.execution.sampler import Sampler
-from nanoengine.core.execution.step_inputs import (
-    PREFILL_ROWS,
-    GatheredStep,
-    GraphInputs,
-    RowInputs,
-    StepGather,
-    StepSize,
-    blank_plan,
-    plain_rows,
-)
+from nanoengine.core.execution.step_inputs import PREFILL_ROWS, GatheredStep, StepBuffers, StepSize, blank_plan
 from nanoengine.core.step import StepPlan
 from nanoengine.kernels.compile_ahead import compiling_ahead, is_compiling_ahead
 
@@ -104,27 +96,26 @@ class StepGraphs:
     """The graphs of one runner. Empty until captured, and for good where a capture fails: `failure` is why, in words.
 
     Attributes:
-        logits: of each captured size, [rows, V / tp], valid until its next replay.
+        gathered, logits: of each captured size the inputs and [rows, V / tp], valid until its next replay.
     """
 
     def __init__(
         self,
         sizes: CaptureSizes,
         model: CheckedModel,
-        gather: StepGather,
+        buffers: StepBuffers,
         sampler: Sampler,
         tp: TensorParallelGroup,
     ) -> None:
-        self.sizes, self._model, self._gather, self._sampler, self._tp = sizes, model, gather, sampler, tp
-        self._tables, self._buffers = gather.tables, gather.buffers
-        self._inputs = GraphInputs(self._buffers, self._tables) if sizes.inputs else None
+        self.sizes, self._model, self._buffers, self._sampler, self._tp = sizes, model, buffers, sampler, tp
+        self._tables = buffers.tables
         self._tail: CapturedTail | None = None
         self.failure = ""
         self._forget()
 
     def _forget(self) -> None:
         self._graphs: dict[tuple[StepSize, int | None], torch.cuda.CUDAGraph] = {}  # by size and kind of tail
-        self._gathered: dict[StepSize, GatheredStep] = {}
+        self.gathered: dict[StepSize, GatheredStep] = {}
         self.logits: dict[StepSize, Tensor] = {}
         self._decode_rows: dict[bool, list[int]] = {}  # captured ones, by whether prefill rows follow
         self._prefill: list[int] = []
@@ -142,13 +133,12 @@ class StepGraphs:
         size = StepSize(rows[at], self._prefill[p]) if p < len(self._prefill) else None
         return size if size in self.logits else None
 
-    def prepare(self, plan: StepPlan, size: StepSize) -> GatheredStep:
+    def prepare(self, plan: StepPlan, size: StepSize) -> None:
         """Give a padded plan, and the pending writes, to the graph of `size`, which is to be replayed next."""
-        if self._inputs is None:
-            self._tables.flush()
-            return self._gather(plan)
-        self._inputs.send(plan, size)
-        return self._gathered[size]
+        if self.sizes.inputs:
+            self._buffers.send(plan, np.flatnonzero(plan.sampled))
+        else:
+            self.gathered[size] = self._buffers.gather(plan)
 
     def replay(self, size: StepSize) -> Tensor:
         """Model and output layer; the logits, valid until the next replay."""
@@ -215,12 +205,11 @@ class StepGraphs:
             self._graphs[size, None], self.logits[size] = captured(partial(self._step, size), pool, self._tp.agree)
         if self.sizes.tail:
             self._tail = CapturedTail(self._sampler, self._tables, self._buffers, self._tp)
-            if self._inputs is not None:
-                self._inputs.blank()
+            self._buffers.blank()
             pool = torch.cuda.graph_pool_handle()
             for size in sizes:
                 for kind in self._sampler.tails:
-                    run = partial(self._tail.run, self.rows_of(size), kind, self.logits[size])
+                    run = partial(self._tail.run, self._buffers.rows_of(size), kind, self.logits[size])
                     self._graphs[size, kind], _ = captured(run, pool, self._tp.agree)
         self._decode_rows = {
             mixed: sorted({size.decode_rows for size in sizes if (size.prefill_tokens > 0) is mixed})
@@ -228,31 +217,14 @@ class StepGraphs:
         }
         self._prefill = sorted({size.prefill_tokens for size in sizes if size.prefill_tokens})
 
-    def rows_of(self, size: StepSize) -> RowInputs:
-        """Where a graph of that size finds its rows."""
-        if self._inputs is not None:
-            return self._inputs.rows(size)
-        assert size.plain, "graphs of mixed steps gather their own inputs"
-        return plain_rows(self._buffers, self._buffers.slots[: size.rows])
-
     def _step(self, size: StepSize) -> Tensor:
         """Inputs, forward pass and output layer over the static buffers, as a graph captures them; logits of each
-        row's last token."""
-        inputs = self._inputs_of(size)
-        batch = ForwardBatch(num_tokens=size.tokens)
-        hidden = self._model(inputs.input_ids, inputs.positions, batch)
-        return self._model.compute_logits(hidden if size.plain else hidden.index_select(0, inputs.logits_index))
-
-    def _inputs_of(self, size: StepSize) -> GatheredStep:
-        """The step's inputs: gathered in the graph, or else in front of it."""
-        in_front = not torch.cuda.is_current_stream_capturing()
+        row's last token. What the host sends, or gathers for the graph, is not captured."""
         plan = blank_plan(size, self._tables.dummy_slot, self._buffers.limits.max_model_len - 1)
-        if self._inputs is None:
-            if in_front:
-                self._gathered[size] = self._gather(plan)
-            return self._gathered[size]
-        if in_front:
-            self._inputs.send(plan, size)
-        self._gathered[size] = inputs = self._inputs.run(plan, size)
-        self._gather.fill(inputs)
-        return inputs
+        if not torch.cuda.is_current_stream_capturing():
+            self.prepare(plan, size)
+        if self.sizes.inputs:
+            self.gathered[size] = self._buffers.gather_in_graph(plan, size)
+        inputs = self.gathered[size]
+        hidden = self._model(inputs.input_ids, inputs.positions, ForwardBatch(num_tokens=size.tokens))
+        return self._model.compute_logits(hidden if size.plain else hidden.index_select(0, inputs.rows.logits_index))

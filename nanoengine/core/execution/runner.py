@@ -29,7 +29,7 @@ from nanoengine.core.execution.results import LaunchedStep, TailStep
 from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.execution.split import Handle, Splitter, slots_move
-from nanoengine.core.execution.step_inputs import StepBuffers, StepGather, pad
+from nanoengine.core.execution.step_inputs import StepBuffers, pad
 from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, StepPlan
 
 _log = logging.getLogger(__name__)
@@ -71,9 +71,8 @@ class ModelRunner:
         self.splits_steps = parts.tp.size == 1  # ranks could not agree on the parts
         self._splitter = Splitter(self.launch_whole, partial(empty_cache, self.device))
         self.checked_model = CheckedModel(parts.model, parts.config, parts.tp, type(parts.backends[0]))
-        self.gather = StepGather(parts.buffers, parts.tables, parts.backends)
         self.finish = FinishStep(self.checked_model, parts.tables, parts.sampler, parts.tp)
-        self.graphs = StepGraphs(parts.sizes, self.checked_model, self.gather, parts.sampler, parts.tp)
+        self.graphs = StepGraphs(parts.sizes, self.checked_model, parts.buffers, parts.sampler, parts.tp)
 
     def launch(self, plan: StepPlan) -> Handle:
         """The fused call: forward and sample; in parts, where memory does not hold the step whole."""
@@ -89,14 +88,14 @@ class ModelRunner:
         self.tables.write(plan)
         size = None if self.eager else self.graphs.size_for(plan)
         if size is not None:
-            step = pad(plan, size, self.tables.dummy_slot)
-            inputs, ran = self.graphs.prepare(step.plan, size), GRAPH_MIXED if size.prefill_tokens else GRAPH_DECODE
-            return Forwarded(plan, inputs, None, self.graphs.replay(size), size, ran, step.logits_rows)
-        self.tables.flush()
-        inputs = self.gather(plan)
+            padded, own = pad(plan, size, self.tables.dummy_slot)
+            self.graphs.prepare(padded, size)
+            logits, ran = self.graphs.replay(size), GRAPH_MIXED if size.prefill_tokens else GRAPH_DECODE
+            return Forwarded(plan, self.graphs.gathered[size], None, logits, size, ran, own)
+        inputs = self.buffers.gather(plan)
         batch = ForwardBatch(num_tokens=plan.num_tokens)
         hidden = self.checked_model(inputs.input_ids, inputs.positions, batch)
-        return Forwarded(plan, inputs, hidden.index_select(0, inputs.logits_index), None)
+        return Forwarded(plan, inputs, hidden.index_select(0, inputs.rows.logits_index), None)
 
     @torch.inference_mode()
     def sample(self, step: Forwarded) -> LaunchedStep:

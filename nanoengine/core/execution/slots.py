@@ -214,12 +214,6 @@ class VocabHistory:
             where = upload(slots[rows[those]], self._device), upload(ids[those], self._device)
             table.index_put_(where, table.new_ones(()), accumulate=need is Need.OUTPUT_COUNTS)
 
-    def count(self, slots: Tensor, token_ids: Tensor) -> None:
-        """Drawn tokens, one a slot; both int64 [S]."""
-        counts = self.tables.get(Need.OUTPUT_COUNTS)
-        if counts is not None:
-            counts.index_put_((slots, token_ids), counts.new_ones(()), accumulate=True)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotLimits:
@@ -249,13 +243,13 @@ class SlotTables:
     def __init__(
         self, limits: SlotLimits, processors: Sequence[ProcessorPlan], device: torch.device, *, fused: bool = False
     ) -> None:
-        """`fused`: write by a Triton kernel instead of torch operations."""
+        """`fused`: tables are written and read by Triton kernels instead of torch operations."""
         self.limits, self.device, self.dummy_slot = limits, device, limits.max_slots
-        self._kernels: Any = step_inputs
+        self.kernels: Any = step_inputs
         if fused:
             from nanoengine.kernels import step_inputs_triton
 
-            self._kernels = step_inputs_triton
+            self.kernels = step_inputs_triton
         n = limits.max_slots + 1
         specs = {(one.name, column): spec for one in processors for column, spec in one.columns.items()}
         self._make_tables(n, specs)
@@ -357,7 +351,7 @@ class SlotTables:
     def flush(self) -> None:
         """Send the pending writes; everything launched from here on sees them."""
         if self.buffer.pending:
-            self._kernels.scatter(self.buffer.words, upload(self.buffer.pending_writes().ravel(), self.device))
+            self.kernels.scatter(self.buffer.words, upload(self.buffer.pending_writes().ravel(), self.device))
             self.buffer.clear_pending()
 
     def history(self, need: Need) -> Tensor:
@@ -371,13 +365,3 @@ class SlotTables:
                 wanted = (columns < self.num_tokens[:, None]) & ~is_prompt
             self.vocab_history.make(need, self.token_ids, wanted)
         return self.vocab_history.tables[need]
-
-    def record(self, slots: Tensor, positions: Tensor, token_ids: Tensor) -> None:
-        """Write drawn tokens to their slots and count them: a step's last act. All int64 [S]."""
-        self.token_ids[slots, positions] = token_ids.to(torch.int32)
-        self.num_tokens[slots] = positions + 1
-        self.vocab_history.count(slots, token_ids)
-
-    def advance(self, slots: Tensor, query_lens: Tensor) -> None:
-        """So many more tokens of these slots have their KV. Both int64 [B]."""
-        self.num_computed.index_add_(0, slots, query_lens)

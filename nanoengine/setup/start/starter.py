@@ -158,7 +158,7 @@ class _Start:
         processors = build_processors(self.plan.processors, self.loader, ctx)
         self.failed_processors = processors.failed
         tables = SlotTables(slot_limits, [plan for plan, _ in processors.working], self.device, fused=self.fused)
-        buffers = StepBuffers(limits, len(self.layers), self.device, fused=self.fused)
+        buffers = StepBuffers(limits, tables, self.backends)
         kernels = self.fused and options.fuse_sampling
         sampler = Sampler(processors.working, vocab_size, fuse=options.fuse_sampling, kernels=kernels)
         supported = self.backend_class.capabilities.graphs

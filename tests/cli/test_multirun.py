@@ -277,7 +277,7 @@ def test_plugin_files_and_options_reach_every_combination(sweep: Run, tmp_path: 
     )
     result = sweep("sampler.sparkle=1,2", "--plugin", "mine.py", "--verbose")
     assert result.exit_code == 0, result.stderr
-    assert re.search(r"^in all +\d", next(tmp_path.glob("multirun/*/0_*/run.log")).read_text(), re.MULTILINE)
+    assert re.search(r"^total +\d", next(tmp_path.glob("multirun/*/0_*/run.log")).read_text(), re.MULTILINE)
     record = json.loads(next(tmp_path.glob("multirun/*/0_*/results.jsonl.run.json")).read_text())
     assert record["params"]["sparkle"] == 1.0
     assert [name for name in record["versions"] if name.endswith("mine.py")]

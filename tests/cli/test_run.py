@@ -74,7 +74,7 @@ def test_rows_answers_and_closing_line(fake: Any, nanoengine: Run, config: Any, 
 def test_verbose_prints_every_phase_of_the_start(fake: Any, nanoengine: Run, config: Any) -> None:
     result = nanoengine("run", config("model: a/b\nprompts: [hello]\n"), "--verbose")
     phases = re.findall(r"^(\w[\w ]+?) +\d+\.\d{3} s$", result.stderr, re.M)
-    assert phases == ["process", "import", "plugins", "weights", "in all"]
+    assert phases == ["process", "import", "plugins", "weights", "total"]
 
 
 def test_nothing_but_answers_on_standard_output(fake: Any, nanoengine: Run, config: Any) -> None:

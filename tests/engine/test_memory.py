@@ -1,4 +1,4 @@
-"""Memory that does not suffice at start: smaller batches, or an error with figures; and what is measured for it."""
+"""Too little memory at the start: smaller batches, or an error with figures; and what is measured for it."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_where_less_is_free_it_takes_what_is_free_and_says_so(
     assert share.kv_budget(1 << 20, step=GIB, graphs=0) == int(4.5 * GIB)
     (message,) = caplog.messages
     assert "8.00 GiB free of 80.00 GiB" in message
-    assert "gpu_memory_utilization=0.9 asks for 72.00 GiB: this engine takes at most 7.50 GiB" in message
+    assert "gpu_memory_utilization=0.9 is 72.00 GiB: this engine uses at most 7.50 GiB" in message
 
 
 def test_no_room_for_a_block_is_an_error_with_figures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ def test_no_room_for_a_block_is_an_error_with_figures(monkeypatch: pytest.Monkey
     with pytest.raises(DeviceMemoryError) as caught:
         share.kv_budget(1 << 20, step=0, graphs=0)
     assert type(caught.value) is DeviceMemoryError, "a smaller step would not help"
-    for text in ("of 80.00 GiB, 8.00 GiB were free", "4.00 GiB are this engine's", "take 7.60 GiB", "raise engine.gpu"):
+    for text in ("of 80.00 GiB, 8.00 GiB were free", "this engine may use 4.00 GiB", "take 7.60 GiB", "raise engine.gpu"):
         assert text in str(caught.value)
 
 
@@ -202,7 +202,7 @@ def test_fewer_tokens_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         gc.collect()
         assert [t() is not None for t in tables] == [False, False, False, True], "what a failed attempt made is kept"
     (message,) = caplog.messages
-    assert "memory does not hold max_num_batched_tokens=4000, max_num_seqs=32" in message
+    assert "memory is too small for max_num_batched_tokens=4000, max_num_seqs=32" in message
     assert "running with max_num_batched_tokens=500, max_num_seqs=32 (OutOfMemoryError: CUDA out of" in message
 
 
@@ -336,7 +336,7 @@ def test_graphs_give_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with mock_llm(tmp_path) as llm:
         assert tokens_of(llm.generate(asked, GREEDY, use_tqdm=False)) == [greedy(p, 10) for p in asked]
         assert llm.stats().graph_steps > 5
-        assert llm.memory_report.eager_because == ""
+        assert llm.memory_report.eager_reason == ""
 
 
 def test_a_failed_capture_is_said_once_and_every_step_is_eager(
@@ -351,7 +351,7 @@ def test_a_failed_capture_is_said_once_and_every_step_is_eager(
     with caplog.at_level(logging.WARNING), mock_llm(tmp_path) as llm:
         assert tokens_of(llm.generate(asked, GREEDY, use_tqdm=False)) == [greedy(p, 10) for p in asked]
         assert llm.stats().graph_steps == 0
-        assert llm.memory_report.eager_because.startswith("RuntimeError: operation not permitted")
+        assert llm.memory_report.eager_reason.startswith("RuntimeError: operation not permitted")
         assert llm.memory_report.max_num_batched_tokens == 2048
     (message,) = caplog.messages
     assert message.startswith("CUDA graph capture failed, running eagerly: RuntimeError: operation not permitted")
@@ -371,7 +371,7 @@ def test_a_capture_out_of_memory_is_tried_with_smaller_steps(tmp_path: Path, mon
     with mock_llm(tmp_path) as llm:
         assert_serves(llm, 512, 32)
         assert llm.stats().graph_steps > 0
-        assert llm.memory_report.eager_because == ""
+        assert llm.memory_report.eager_reason == ""
     assert list(tried) == [2048, 1024, 512]
 
 
@@ -385,6 +385,6 @@ def test_a_capture_that_never_fits_ends_eager_and_not_with_fewer_requests(
     with mock_llm(tmp_path) as llm:
         assert_serves(llm, 256, 32)
         assert llm.stats().graph_steps == 0
-        assert llm.memory_report.eager_because == "memory ran out while graphs were captured"
+        assert llm.memory_report.eager_reason == "memory ran out while graphs were captured"
     (message,) = caplog.messages
     assert "running with max_num_batched_tokens=256, max_num_seqs=32, no graphs (CaptureOutOfMemory" in message

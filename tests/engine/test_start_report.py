@@ -42,7 +42,7 @@ def test_line_and_table() -> None:
     report = StartReport((Phase("import", 1.84), Phase("plugins", 0.01), Phase("weights", 0.45)))
     assert report.line() == "ready in 2.3 s (import 1.8, weights 0.5)"
     assert report.table().splitlines() == [
-        "import          1.840 s", "plugins         0.010 s", "weights         0.450 s", "in all          2.300 s"
+        "import          1.840 s", "plugins         0.010 s", "weights         0.450 s", "total           2.300 s"
     ]  # fmt: skip
     assert StartReport(()).line() == "ready in 0.0 s"
 

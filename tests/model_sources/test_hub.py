@@ -238,7 +238,7 @@ def test_no_network(hub: Hub, fetch: Fetch, lines: list[str], monkeypatch: pytes
         (repo({"README.md": b""}), "org/tiny", ["no config.json", "it holds README.md"]),
         (repo({"config.json": b"{}", "a.bin": b""}), "org/tiny", [f"neither {SINGLE} nor {INDEX}", "pickle files"]),
         (repo({"adapter_config.json": b"{}"}), "org/tiny", ["no config.json", "an adapter, not a model"]),
-        (repo({**sharded(), INDEX: b"[]"}), "org/tiny", ["is no safetensors index"]),
+        (repo({**sharded(), INDEX: b"[]"}), "org/tiny", ["is not a safetensors index"]),
         (repo({**sharded(), INDEX: b'{"weight_map": {"a": "../x.safetensors"}}'}), "org/tiny", ["beside the index"]),
     ],
 )  # fmt: skip

@@ -115,7 +115,7 @@ def test_two_files_that_hold_different_tensors_of_one_name_are_refused_with_both
         assert_loads_as_whole(path, tmp_path)
         return
     with pytest.raises(
-        WeightsError, match=f"{SHARDS[0]} and {SHARDS[2]} in .* both hold {name}, with different values"
+        WeightsError, match=f"{SHARDS[0]} and {SHARDS[2]} in .* both have {name}, with different values"
     ):
         load(path)
 
@@ -151,7 +151,7 @@ def test_an_index_that_names_what_no_file_holds_is_called_stale(tmp_path: Path) 
     held = load_file(path / SHARDS[1])
     name, _ = held.popitem()
     save_file(held, path / SHARDS[1])
-    with pytest.raises(WeightsError, match=f"1 missing: {name}; {INDEX_FILE} names 1 that no file holds"):
+    with pytest.raises(WeightsError, match=f"1 missing: {name}; {INDEX_FILE} names 1 that are in no file"):
         load(path)
 
 
@@ -161,7 +161,7 @@ def test_files_that_an_index_names_and_that_are_absent_are_listed_beside_those_t
     with pytest.raises(WeightsError) as caught:
         load(path)
     assert "names new-00001-of-00003.safetensors, new-00002-of-00003.safetensors, new-0000" in str(caught.value)
-    assert f"are not there (3 of 3 files); the folder holds {', '.join(SHARDS)}" in str(caught.value)
+    assert f"are missing (3 of 3 files); the folder has {', '.join(SHARDS)}" in str(caught.value)
 
 
 def test_shards_without_an_index_are_named(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_shards_without_an_index_are_named(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_is_no_index_is_called_so(text: str, tmp_path: Path) -> None:
     (tmp_path / INDEX_FILE).write_text(text)
-    with pytest.raises(WeightsError, match="is no safetensors index"):
+    with pytest.raises(WeightsError, match="is not a safetensors index"):
         find_checkpoint(tmp_path)
 
 
@@ -283,7 +283,7 @@ def test_a_header_that_lies_is_an_error_that_names_the_file(data: bytes, tmp_pat
 def test_a_dtype_that_is_no_float_is_named(dtype: torch.dtype, tmp_path: Path) -> None:
     path = tiny_llama(tmp_path)
     rewrite(path, lambda held: held.update({"model.norm.weight": torch.ones(48).to(dtype)}))
-    with pytest.raises(WeightsError, match=r"model\.norm\.weight of dtype [A-Z0-9_]+, wanted one of F64, F32"):
+    with pytest.raises(WeightsError, match=r"model\.norm\.weight of dtype [A-Z0-9_]+, expected one of F64, F32"):
         load(path)
 
 

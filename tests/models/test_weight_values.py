@@ -199,5 +199,5 @@ def test_gemma_3_with_images_loads_under_each_prefix(above: str, tied: bool, tmp
 def test_one_name_under_two_prefixes_is_an_error(tmp_path: Path) -> None:
     path = tiny_llama(tmp_path)
     rewrite(path, lambda held: held.update({"norm.weight": torch.ones(48)}))
-    with pytest.raises(WeightsError, match=r"norm\.weight beside model\.norm\.weight, which both are model\.norm"):
+    with pytest.raises(WeightsError, match=r"norm\.weight in addition to model\.norm\.weight .both are model\.norm"):
         load(path)

@@ -79,7 +79,7 @@ def test_everything_wrong_is_named_at_once(tmp_path: Path) -> None:
     message = str(caught.value)
     assert "1 missing: model.layers.1.self_attn.k_proj.weight" in message
     assert "2 unexpected: model.layers.0.self_attn.q_proj.bias, model.layers.9.mlp.up_proj.weight" in message
-    assert "model.layers.2.mlp.up_proj.weight [3, 4], wanted [56, 48]" in message
+    assert "model.layers.2.mlp.up_proj.weight [3, 4], expected [56, 48]" in message
     assert "model.layers.0.input_layernorm.weight of dtype I32" in message
 
 
@@ -104,14 +104,14 @@ def damage(path: Path, how: str) -> str:
         return "no model.safetensors or model.safetensors.index.json"
     if how == "shard gone":
         file.unlink()
-        return "names model-00002-of-00003.safetensors, which is not there"
+        return "names model-00002-of-00003.safetensors, which is missing"
     if how == "shard lacks a tensor":
         held = load_file(file)
         del held[next(iter(held))]
         save_file(held, file)
         return "1 missing"
     (path / "model.safetensors.index.json").write_text("{}")
-    return "is no safetensors index"
+    return "is not a safetensors index"
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ def _shards(index: Path) -> list[str]:
         if not shards or not all(Path(shard).name == shard for shard in shards):
             raise ValueError("weight_map must name files beside the index")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelSourceError(f"{index} is no safetensors index: {error!r}") from error
+        raise ModelSourceError(f"{index} is not a safetensors index: {error!r}") from error
     return shards
 
 

@@ -1,4 +1,4 @@
-"""What an attention backend says and gives, held against its contract at start."""
+"""Checks of an attention backend at the start: the sizes that it returns, and a dry run of one token."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nanoengine.setup.start.largest_steps import one_token
 
 
 def kv_block_bytes(backend: type[AttentionBackend], spec: KVSpec, block_size: int) -> int:
-    """Its answer, if that is a size. Raises `PluginError`."""
+    """What `backend.kv_block_bytes` returns, if it is a number of bytes. Raises `PluginError`."""
     with plugin_call(f"{name_of(backend)}.kv_block_bytes failed", backend):
         found: object = backend.kv_block_bytes(spec, block_size)
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
@@ -35,7 +35,7 @@ def kv_block_bytes(backend: type[AttentionBackend], spec: KVSpec, block_size: in
 
 
 def dry_run(launch: Callable[[StepPlan], LaunchedStep], tables: SlotTables) -> None:
-    """One token in the dummy block: a model or backend that cannot be right is refused before the first request.
+    """Runs one token in the dummy block, so that a model or backend that cannot work fails before the first request.
 
     Raises `ModelError` or `PluginError`.
     """
@@ -44,7 +44,7 @@ def dry_run(launch: Callable[[StepPlan], LaunchedStep], tables: SlotTables) -> N
     except BaseException as error:
         if isinstance(error, NanoEngineError) or not is_failure(error):
             raise
-        if is_out_of_memory(error):  # no plugin's fault: steps say what became of it, and try smaller parts
+        if is_out_of_memory(error):  # not the plugin's fault; steps report it and try smaller steps
             forget_locals(error)
             return
         raise ModelError(f"a dry run of one token failed: {described(error)}") from error

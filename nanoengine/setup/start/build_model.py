@@ -1,4 +1,4 @@
-"""Builds a model: the `BuildContext` it asks for layers, and what comes out of it."""
+"""Builds a model, with the `BuildContext` that makes its layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nanoengine.layers.sharding import WeightLayer
 
 
 class Builder:
-    """The plain `BuildContext`. Attention layers are recorded in the order in which the model makes them."""
+    """The `BuildContext` that makes plain layers. It records attention layers in the order in which they are made."""
 
     def __init__(
         self, tp: TensorParallelGroup, dtype: torch.dtype, device: torch.device, ops: Ops | None = None
@@ -74,7 +74,7 @@ class Builder:
 
 @dataclass(frozen=True, slots=True)
 class BuiltModel:
-    """A model without weights yet, its config, and its attention layers in order."""
+    """A model whose weights are not loaded yet, its config, and its attention layers in order."""
 
     model: Model
     config: ModelConfig
@@ -90,10 +90,10 @@ def build_model(
     device: torch.device | str,
     ops: Ops | None = None,
 ) -> BuiltModel:
-    """Reads the config and makes the layers; `device="meta"` shows shapes and attention needs without memory.
+    """Reads the config and makes the layers. `device="meta"` gives shapes and attention needs without memory.
 
-    Raises `ModelError` for a config that is not served, heads that do not divide over the ranks, and, naming the
-    class, whatever else its `read_config` or `__init__` raises.
+    Raises `ModelError` for a config that is not supported, for heads that cannot be divided over the ranks, and for any
+    other error in the model's `read_config`, `weight_map` or `__init__`; the last names the class.
     """
     name = name_of(model_cls)
     with plugin_call(f"{name}.read_config failed", model_cls, ModelError):
@@ -105,14 +105,14 @@ def build_model(
     try:
         with plugin_call(f"{name}.__init__ failed", model_cls, ModelError):
             model = model_cls(config, builder).eval()
-    except ModelError as error:  # of a layer that cannot be as the model asks
+    except ModelError as error:  # of a layer that cannot be made as the model requires
         if name in str(error):
             raise
         raise ModelError(f"{error} (in {name}{place_and_fix(error, model_cls)})") from error
     if not builder.attention_layers:
         raise ModelError(
-            f"{name} made no attention layer; a model makes each by ctx.attention(name, spec), for the KV cache is "
-            f"theirs{place_and_fix(None, model_cls.__init__)}"
+            f"{name} made no attention layer; a model must make them by ctx.attention(name, spec), which have the KV "
+            f"cache{place_and_fix(None, model_cls.__init__)}"
         )
     return BuiltModel(model, config, tuple(builder.attention_layers))
 
@@ -124,12 +124,12 @@ def parameter_bytes(model: nn.Module) -> int:
 def weight_bytes(
     model_cls: type[Model], hf_config: Mapping[str, Any], tp: TensorParallelGroup, dtype: torch.dtype
 ) -> int:
-    """What a rank's parameters take, found without taking it."""
+    """Bytes of a rank's parameters, computed without allocating them."""
     return parameter_bytes(build_model(model_cls, hf_config, tp=tp, dtype=dtype, device="meta").model)
 
 
 def kv_groups(attention_layers: Sequence[Attention]) -> tuple[tuple[KVSpec, tuple[Attention, ...]], ...]:
-    """Layers with equal KV needs, together; groups and their layers in order of appearance."""
+    """The KV groups: layers with equal `KVSpec`. Groups and layers are in the order in which the layers were made."""
     groups: dict[KVSpec, list[Attention]] = {}
     for layer in attention_layers:
         groups.setdefault(layer.kv_spec, []).append(layer)

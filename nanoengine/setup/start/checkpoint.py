@@ -1,7 +1,7 @@
-"""A folder's safetensors files: which of them are the checkpoint, and which file each tensor is read from.
+"""The safetensors files of a folder: which of them are the checkpoint, and which file each tensor is read from.
 
-As in transformers, a whole model.safetensors goes before an index, and what the files hold goes before what an index
-says of them. Files that hold a tensor of the same name must hold the same one.
+As in transformers, model.safetensors is used instead of an index if both exist, and what the files contain counts, not
+what the index says. Files with tensors of the same name must have the same values.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from nanoengine.text.git_lfs import is_lfs_pointer, refuse_lfs_pointer
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_SHOWN = 5  # names listed of each kind of problem
+_SHOWN = 5  # most names in a message, for each kind of problem
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What is read of a folder.
+    """The tensors of a folder.
 
     Attributes:
         path: the folder. tensors: name -> file in the folder.
-        stale: tensors that the index names and none of its files holds.
+        stale: tensors that are in the index but in none of its files.
     """
 
     path: Path
@@ -39,7 +39,7 @@ class Checkpoint:
     stale: tuple[str, ...] = ()
 
     def slices(self, *names: str) -> Iterator[tuple[str, Any]]:
-        """(name, safetensors slice) of the named tensors, or of all, file by file."""
+        """(name, safetensors slice) of the named tensors, or of all, in the order of the files."""
         wanted = names or tuple(self.tensors)
         for file in sorted({self.tensors[name] for name in wanted}):
             with opened(self.path / file) as held:
@@ -49,10 +49,10 @@ class Checkpoint:
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """The weights of the folder; reads the headers of its files only.
+    """The checkpoint of the folder. Reads only the headers of the files.
 
-    Raises `WeightsError` naming the file that is absent, damaged, a git-lfs pointer or outside the folder, or the
-    tensor of which two files hold different values.
+    Raises `WeightsError` that names a file which is missing, damaged, a git-lfs pointer or outside the folder, or a
+    tensor that has different values in two files.
     """
     single, index = path / SINGLE_FILE, _read_index(path)
     whole = single.is_file() and not (index and is_lfs_pointer(single))
@@ -67,14 +67,14 @@ def find_checkpoint(path: Path) -> Checkpoint:
 
 
 def some(names: Sequence[str]) -> str:
-    """The first names in order, and how many there are besides."""
+    """The first names in order, and the number of the others."""
     rest = len(names) - _SHOWN
     return ", ".join(sorted(names)[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
-    """The opened safetensors file; raises `WeightsError` where it cannot be read, here or by what is done with it."""
+    """A context with the opened safetensors file. Raises `WeightsError` if it cannot be read, also in the context."""
     refuse_lfs_pointer(file, WeightsError)
     try:
         with safe_open(file, framework="pt", device="cpu") as held:
@@ -93,10 +93,10 @@ def _indexed(path: Path, index: Mapping[str, str]) -> Checkpoint:
     absent = [file for file in files if not (path / file).is_file()]
     if absent:
         there = sorted(found.name for found in path.glob("*.safetensors"))
-        beside = f"the folder holds {some(there)}" if there else "the folder holds no safetensors"
+        others = f"the folder has {some(there)}" if there else "the folder has no safetensors"
         raise WeightsError(
-            f"{path / INDEX_FILE} names {some(absent)}, which {'is' if len(absent) == 1 else 'are'} not there "
-            f"({len(absent)} of {len(files)} files); {beside}: fetch the missing files, or the index of these"
+            f"{path / INDEX_FILE} names {some(absent)}, which {'is' if len(absent) == 1 else 'are'} missing "
+            f"({len(absent)} of {len(files)} files); {others}: download the missing files, or the index of these"
         )
     tensors: dict[str, str] = {}
     for file in files:
@@ -104,13 +104,14 @@ def _indexed(path: Path, index: Mapping[str, str]) -> Checkpoint:
             first = tensors.setdefault(name, file)
             if first != file and not _same(path / first, path / file, name):
                 raise WeightsError(
-                    f"{first} and {file} in {path} both hold {name}, with different values: they are of two checkpoints"
+                    f"{first} and {file} in {path} both have {name}, with different values: they belong to different "
+                    "checkpoints"
                 )
     return Checkpoint(path, tensors, tuple(name for name in index if name not in tensors))
 
 
 def _same(one: Path, other: Path, name: str) -> bool:
-    """Whether two files hold the same tensor, bit for bit."""
+    """Whether the tensor is equal in two files, bit for bit."""
     with opened(one) as a, opened(other) as b:
         x, y = a.get_tensor(name), b.get_tensor(name)
         alike = x.shape == y.shape and x.dtype == y.dtype
@@ -118,7 +119,7 @@ def _same(one: Path, other: Path, name: str) -> bool:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Tensor -> file; {} without an index. Raises `WeightsError` for one that names a file outside the folder."""
+    """Tensor -> file; {} without an index. Raises `WeightsError` if it names a file outside the folder."""
     index = path / INDEX_FILE
     if not index.is_file():
         return {}
@@ -128,16 +129,16 @@ def _read_index(path: Path) -> dict[str, str]:
         if not found or not all(isinstance(file, str) for file in found.values()):
             raise ValueError("weight_map must name a file for each tensor")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{index} is no safetensors index: {error!r}") from error
+        raise WeightsError(f"{index} is not a safetensors index: {error!r}") from error
     for file in sorted(set(found.values())):
         if not _inside(path, file):
-            raise WeightsError(f"{index} names {file!r}, which is outside the folder; it may name files in it only")
+            raise WeightsError(f"{index} names {file!r}, which is outside the folder; only files in it are allowed")
     return dict(found)
 
 
 def _inside(path: Path, file: str) -> bool:
-    """Whether it is in the folder by its name. The file itself may be a link, as in the hub's cache; no folder may."""
-    parts = PureWindowsPath(file)  # knows the separators and roots of both systems
+    """Whether the path is in the folder. The file may be a link, as in the hub's cache; its folders may not."""
+    parts = PureWindowsPath(file)  # it handles the separators and roots of Windows and POSIX
     if parts.drive or parts.root or ".." in parts.parts or "\0" in file:
         return False
     return (path / file).parent.resolve().is_relative_to(path.resolve())

@@ -1,4 +1,4 @@
-"""How long a start took, phase by phase. Imports no torch: importing that is a phase."""
+"""Measures the phases of a start. Imports no torch, because importing torch is one of the phases."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 
 PHASES = ("process", "import", "plugins", "model source", "choice", "tokenizer", "device", "weights", "buffers",
           "profile", "kv cache", "capture", "workers", "engine")  # fmt: skip
-"""Every phase there may be, in order."""
+"""All phases, in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """One phase of a start. `name`: of `PHASES`. `seconds`: of wall clock."""
+    """One phase of a start. `name`: one of `PHASES`. `seconds`: wall-clock time."""
 
     name: str
     seconds: float
@@ -25,16 +25,17 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class StartReport:
-    """The phases of an engine's start, in order; together they are all of the time that was measured.
+    """The phases of an engine's start, in order. Together they are the whole time of the start.
 
-    process: from the operating system's start of the process to the first line that asks for the engine (interpreter,
+    process: from the start of the process by the operating system to the first line that needs the engine (interpreter,
     configuration). import: torch and the engine's own modules. plugins: discovery. model source: finding the model, or
-    fetching and converting it. choice: reading its config and choosing the parts. tokenizer: loading it. device: the
-    GPU's context. weights: model and weights. buffers: attention backends, slot tables, logits processors. profile: the
-    largest step, for its memory; compiles kernels. kv cache: allocating it. capture: CUDA graphs; compiles the rest.
-    workers: starting processes, where ranks have their own. engine: scheduler, outputs, defaults.
+    downloading and converting it. choice: reading its config and choosing the parts. tokenizer: loading it. device:
+    making the GPU's context. weights: making the model and loading weights. buffers: attention backends, slot tables,
+    logits processors. profile: measuring the memory of the largest step; compiles kernels. kv cache: allocating it.
+    capture: CUDA graphs; compiles the other kernels. workers: starting the processes of ranks. engine: scheduler,
+    outputs, defaults.
 
-    `process` and `import` are there where the caller measured them, as `nanoengine run` does.
+    `process` and `import` are included only if the caller measured them, as `nanoengine run` does.
     """
 
     phases: tuple[Phase, ...]
@@ -44,25 +45,25 @@ class StartReport:
         return sum(phase.seconds for phase in self.phases)
 
     def of(self, name: str) -> float:
-        """Seconds of a phase; 0 where it did not happen."""
+        """Seconds of a phase; 0 if the start did not have it."""
         return sum(phase.seconds for phase in self.phases if phase.name == name)
 
     def as_dict(self) -> dict[str, float]:
         return {phase.name: phase.seconds for phase in self.phases}
 
     def line(self) -> str:
-        """For people: "ready in 4.1 s (import 1.8, weights 0.9, capture 1.1)"; phases under 50 ms are left out."""
+        """A summary: "ready in 4.1 s (import 1.8, weights 0.9, capture 1.1)". Phases under 50 ms are left out."""
         shown = [f"{phase.name} {phase.seconds:.1f}" for phase in self.phases if phase.seconds >= 0.05]
         return f"ready in {self.seconds:.1f} s" + (f" ({', '.join(shown)})" if shown else "")
 
     def table(self) -> str:
-        """Each phase on a line of its own."""
-        rows = [*((phase.name, phase.seconds) for phase in self.phases), ("in all", self.seconds)]
+        """One line for each phase, and one for the total."""
+        rows = [*((phase.name, phase.seconds) for phase in self.phases), ("total", self.seconds)]
         return "\n".join(f"{name:<13}{seconds:8.3f} s" for name, seconds in rows)
 
 
 class StartClock:
-    """Measures phases: `lap(name)` gives a phase all the time since the lap before."""
+    """Measures phases: `lap(name)` ends a phase, which lasted from the previous lap until now."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
@@ -70,7 +71,7 @@ class StartClock:
 
     @classmethod
     def of_process(cls) -> StartClock:
-        """One whose first lap is "process": from the start of this process to this call."""
+        """A clock whose first phase is "process": from the start of this process until now."""
         clock = cls()
         clock.add(Phase("process", process_seconds()))
         return clock
@@ -81,13 +82,13 @@ class StartClock:
         self._since = now
 
     def add(self, *phases: Phase) -> None:
-        """What was measured elsewhere."""
+        """Adds phases that were measured elsewhere."""
         for phase in phases:
             assert phase.name in PHASES, phase.name
             self._seconds[phase.name] = self._seconds.get(phase.name, 0.0) + phase.seconds
 
     def lap_around(self, name: str, within: Sequence[Phase]) -> None:
-        """A lap that phases measured elsewhere were a part of: they are added, and `name` gets what they leave."""
+        """A lap that includes phases which were measured elsewhere. `name` gets the rest of the time."""
         now = time.perf_counter()
         rest = now - self._since - sum(phase.seconds for phase in within)
         self.add(*within, Phase(name, max(0.0, rest)))
@@ -99,11 +100,11 @@ class StartClock:
 
 @contextmanager
 def without_collections() -> Iterator[None]:
-    """No garbage collection inside, and what is alive at the end is never looked at again.
+    """A context without garbage collection. Objects that exist at its end are never examined again.
 
-    Importing torch and building an engine makes half a million objects that stay: each full collection meanwhile takes
-    50 ms or more, and each one later that much again, between two steps. For programs of ours; a library's caller
-    decides by itself.
+    Importing torch and making an engine creates half a million objects that stay alive. A full collection of them takes
+    50 ms or more, during the start and later between two steps. Used by our own programs; a user of the library decides
+    for the whole program.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -116,8 +117,10 @@ def without_collections() -> Iterator[None]:
 
 
 def process_seconds() -> float:
-    """Since the operating system started this process, to 10 ms; where that is not told, since its first CPU second
-    (which leaves out what it waited)."""
+    """Seconds since the operating system started this process, to 10 ms.
+
+    If the system does not report that, the CPU time of the process, which does not include waiting.
+    """
     try:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22, in ticks since boot; see proc(5)

@@ -1,4 +1,4 @@
-"""What a model folder says about generation: its end-of-sequence set and its sampling defaults."""
+"""Reads what a model folder says about generation: the ids that end the output, and sampling defaults."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ _DEFAULTS: Mapping[str, tuple[str, Any]] = {
 }
 _OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 _CORE = ("max_tokens", "min_tokens", "stop")
-_MAX_TOKENS = 16  # of SamplingParams, where nothing is given
+_MAX_TOKENS = 16  # the default of SamplingParams
 _LARGEST_FILE = 2**24
 _IDS: Any = list[int]
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """What a model folder recommends.
+    """What a model folder recommends for generation.
 
     Attributes:
         eos_ids: every id that ends the output. sampling: keywords of `SamplingParams`.
-        unsupported: what the model asks for and does not get, or gets where transformers would not, a line each.
+        unsupported: one line for each difference: a setting that has no effect here, or one that only has an effect
+            here.
     """
 
     eos_ids: frozenset[int]
@@ -47,16 +48,16 @@ class GenerationDefaults:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises `ModelError` naming the file for anything else, and for a key that is there twice."""
+    """The JSON object in a file. Raises `ModelError` that names the file if it is not one, or has a key twice."""
     refuse_lfs_pointer(path)
     try:
         if path.stat().st_size > _LARGEST_FILE:
-            raise ModelError(f"{path} is larger than {_LARGEST_FILE >> 20} MiB: it is no configuration")
+            raise ModelError(f"{path} is larger than {_LARGEST_FILE >> 20} MiB: it is not a configuration")
         found = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_twins)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot read {path}: {error}") from error
     if not isinstance(found, dict):
-        raise ModelError(f"{path} holds {type(found).__name__}, not an object")
+        raise ModelError(f"{path} contains {type(found).__name__}, not an object")
     return found
 
 
@@ -65,7 +66,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twin = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twin[:100]!r} is there more than once")
+        raise ValueError(f"it has the key {twin[:100]!r} more than once")
     return found
 
 
@@ -79,14 +80,14 @@ def read_generation_defaults(
     vocab_size: int | None = None,
     max_model_len: int | None = None,
 ) -> GenerationDefaults:
-    """generation_config.json if there is one, else config.json, and the tokenizer's own EOS.
+    """Reads generation_config.json if there is one, else config.json; and the tokenizer's own EOS.
 
     Args:
-        legal: the parameter names of the installed processors; a default for another processor is reported.
-        has_tokenizer: whether stop strings can be found. vocab_size, max_model_len: tokens and positions that there
-            are; None: not known.
+        legal: names of the parameters of the installed processors. A default of another parameter is reported.
+        has_tokenizer: whether stop strings can be found.
+        vocab_size, max_model_len: sizes of the model; None: not known.
 
-    Raises `ModelError` naming the file for what is not of the right type.
+    Raises `ModelError` that names the file if a value has a wrong type.
     """
     path = folder / "generation_config.json"
     given = {name: value for name, value in (read_json(path) if path.is_file() else {}).items() if value is not None}
@@ -95,29 +96,29 @@ def read_generation_defaults(
     ids = set(_ids(hf_config.get("eos_token_id") if eos is None else eos, where))
     if tokenizer_eos is not None:
         ids.add(tokenizer_eos)
-    served = {*legal, *_CORE} if has_tokenizer else {*legal, *_CORE} - {"stop"}
-    reading = _Reading(given, path, served)
+    supported = {*legal, *_CORE} if has_tokenizer else {*legal, *_CORE} - {"stop"}
+    reading = _Reading(given, path, supported)
     sampling = reading.sampling(ids, vocab_size)
     return GenerationDefaults(frozenset(ids), sampling, tuple(reading.unsupported(max_model_len)))
 
 
 class _Reading:
-    """generation_config.json without its nulls; `served` are the parameters that there are."""
+    """Reads generation_config.json. `given`: its values without nulls. `supported`: the valid parameters."""
 
-    def __init__(self, given: Mapping[str, Any], path: Path, served: Collection[str]) -> None:
-        self.given, self.path, self.served = given, path, served
+    def __init__(self, given: Mapping[str, Any], path: Path, supported: Collection[str]) -> None:
+        self.given, self.path, self.supported = given, path, supported
         self.read: set[str] = set()
 
     def sampling(self, eos_ids: Collection[int], vocab_size: int | None) -> dict[str, Any]:
         """Keywords of `SamplingParams`."""
         found: dict[str, Any] = {}
         for theirs, (ours, kind) in _DEFAULTS.items():
-            if theirs in self.given and ours in self.served:
+            if theirs in self.given and ours in self.supported:
                 found[ours] = self._value(theirs, kind)
-        if "do_sample" in self.given and not self._value("do_sample", bool) and "temperature" in self.served:
-            found["temperature"] = 0.0  # greedy, whatever else is said
+        if "do_sample" in self.given and not self._value("do_sample", bool) and "temperature" in self.supported:
+            found["temperature"] = 0.0  # greedy, for every other setting
         if found.get("min_tokens"):
-            # transformers keeps the end away up to max_new_tokens, and no further
+            # in transformers, min_new_tokens has no effect after max_new_tokens
             longest = found.setdefault("max_tokens", max(_MAX_TOKENS, found["min_tokens"]))
             found["min_tokens"] = min(longest, found["min_tokens"])
         banned = [i for i in self._banned(eos_ids) if i >= 0 and (vocab_size is None or i < vocab_size)]
@@ -126,8 +127,8 @@ class _Reading:
         return found
 
     def _banned(self, eos_ids: Collection[int]) -> list[int]:
-        """Ids that are never drawn: `suppress_tokens`, and the `bad_words_ids` of one token."""
-        if "logit_bias" not in self.served:
+        """Ids that are never drawn: `suppress_tokens`, and those `bad_words_ids` that have only one token."""
+        if "logit_bias" not in self.supported:
             return []
         banned = list(self._value("suppress_tokens", _IDS)) if "suppress_tokens" in self.given else []
         if "bad_words_ids" in self.given:
@@ -138,23 +139,23 @@ class _Reading:
         return sorted(set(banned))
 
     def unsupported(self, max_model_len: int | None) -> list[str]:
-        """A line for each key that was not read and may change the output, and one for sampling by default."""
+        """One line for each key that was not read and may change the output, and one if sampling is on by default."""
         lines = [*self._sampled()]
         for name, value in self.given.items():
             if name in self.read or _is_harmless(name, value, max_model_len):
                 continue
-            meaning = MEANING.get(name, "its meaning is not known")
+            meaning = MEANING.get(name, "the key is not known")
             lines.append(f"{self.path}: {name:.100} = {reprlib.repr(value)} has no effect here: {meaning}")
         return lines
 
     def _sampled(self) -> Iterator[str]:
-        """A line where the file does not say whether to sample, and transformers' own default is not to."""
+        """A line if the file does not say whether to sample: then transformers does not sample."""
         names = [n for n in _OF_SAMPLING if n in self.read and not _is_harmless(n, self.given[n], None)]
         if names and "do_sample" not in self.given:
             values = ", ".join(f"{name} = {reprlib.repr(self.given[name])}" for name in names)
             yield (
-                f"{self.path}: {values} without do_sample: requests are sampled with it, as in vLLM; transformers' "
-                "generate() would be greedy, which is temperature=0 here"
+                f"{self.path}: {values} without do_sample: requests are sampled with these values, as in vLLM; "
+                "transformers' generate() would be greedy, which is temperature=0 here"
             )
 
     def _value(self, name: str, kind: Any) -> Any:
@@ -167,7 +168,7 @@ class _Reading:
 
 def _is_harmless(name: str, value: Any, max_model_len: int | None) -> bool:
     if name == "max_length" and max_model_len is not None and isinstance(value, int) and value >= max_model_len:
-        return True  # what bounds every request already
+        return True  # every request has this limit already
     harmless = HARMLESS.get(name, ())
     return harmless is None or any(
         value == each and isinstance(value, bool) == isinstance(each, bool) for each in harmless

@@ -1,4 +1,4 @@
-"""Which steps are captured as CUDA graphs, and what the graphs will hold."""
+"""Which steps are captured as CUDA graphs, and how much memory the graphs need."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from nanoengine.core.execution.graphs import CaptureSizes
 from nanoengine.core.execution.step_inputs import StepSize
 from nanoengine.params.engine_options import EngineOptions
 
-GRAPH_RESERVE_BYTES = 256 << 20  # what graphs hold besides logits and activations
-_STEPS = ((8, 8), (64, 16), (256, 32), (1024, 128))  # up to so many rows, in steps of so many
+GRAPH_RESERVE_BYTES = 256 << 20  # memory of the graphs in addition to logits and activations
+_STEPS = ((8, 8), (64, 16), (256, 32), (1024, 128))  # (up to so many rows, in steps of so many)
 _DECODE_ROWS = (64, 128, 256)  # of mixed steps
 _PREFILL_TOKENS = (128, 256, 384, 480, 576, 672, 768, 864, 960, 1088, 1280, 1536, 2048)
 _MORE_PREFILL_TOKENS = (*range(128, 1089, 64), 1216, 1408, 1664, 2048)
@@ -26,9 +26,9 @@ def decode_sizes(max_rows: int) -> tuple[StepSize, ...]:
 
 
 def mixed_sizes(max_rows: int, max_tokens: int) -> tuple[StepSize, ...]:
-    """Mixed steps to capture."""
+    """The mixed steps to capture, up to `max_rows` and `max_tokens`."""
     decode = sorted({min(n, max_rows) for n in _DECODE_ROWS})
-    prefill = _PREFILL_TOKENS if len(decode) > 2 else _MORE_PREFILL_TOKENS  # about as many graphs
+    prefill = _PREFILL_TOKENS if len(decode) > 2 else _MORE_PREFILL_TOKENS  # about the same number of graphs
     sizes = (StepSize(d, p) for d in decode for p in prefill)
     return tuple(size for size in sizes if size.tokens <= max_tokens)
 
@@ -36,9 +36,9 @@ def mixed_sizes(max_rows: int, max_tokens: int) -> tuple[StepSize, ...]:
 def capture_sizes(
     options: EngineOptions, limits: BatchLimits, supported: GraphSupport, *, fused: bool, tail: bool
 ) -> CaptureSizes:
-    """Which steps are to be graphs, with these options and what the attention backend supports.
+    """The steps to capture, for these options and what the attention backend supports.
 
-    `fused`: inputs are gathered by kernels that can pad tokens. `tail`: sampling can be captured.
+    `fused`: inputs are gathered by kernels that can pad tokens. `tail`: sampling can be captured too.
     """
     if torch.device(options.device).type != "cuda" or options.enforce_eager or supported < GraphSupport.DECODE:
         return CaptureSizes()
@@ -48,9 +48,9 @@ def capture_sizes(
 
 
 def reserve_bytes(sizes: CaptureSizes, row_bytes: int, token_bytes: int) -> int:
-    """What the graphs will hold, where a row of logits takes `row_bytes` and the model `token_bytes` a token.
+    """Bytes that the graphs need, if a row of logits takes `row_bytes` and the model takes `token_bytes` per token.
 
-    Each graph keeps its logits; all share a memory pool, as large as the largest needs.
+    Each graph keeps its logits. All graphs share a memory pool of the size that the largest one needs.
     """
     tokens = max((size.tokens for size in sizes.sizes), default=0)
     held = sum(size.rows for size in sizes.sizes) * row_bytes + tokens * token_bytes

@@ -1,4 +1,4 @@
-"""The steps that take most memory, run at start in the dummy block, so that what they take can be measured."""
+"""The steps that need the most memory. They run at the start, in the dummy block, to measure this memory."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.execution.step_inputs import decode_plan
 from nanoengine.core.step import Int32, StepPlan
 
-LOGPROBS = 20  # asked for at each position; as many as other engines allow
-_PROCESSOR_COPIES = 2  # [rows, vocabulary] float32 that a logits processor may make beside the logits
+LOGPROBS = 20  # requested at each position; the limit of other engines
+_PROCESSOR_COPIES = 2  # copies of the logits, float32 [rows, vocabulary], that a logits processor may make
 
 
 def largest_prefill(limits: BatchLimits) -> StepPlan:
-    """Fills the token budget with prompts as long as they may be; a token is drawn for each."""
+    """A step that fills the token budget with prompts of the largest length, and draws a token for each."""
     longest = max(1, min(limits.max_model_len - 1, limits.max_tokens))
     count = min(limits.max_tokens // longest, limits.max_rows)
     lens = np.full(count, longest, dtype=np.int32)
@@ -33,7 +33,7 @@ def largest_prefill(limits: BatchLimits) -> StepPlan:
 
 
 def with_prompt_logprobs(prefill: StepPlan, count: int) -> StepPlan:
-    """The same, where the first prompt wants `count` log-probs of as many positions as are computed at once."""
+    """`prefill` with `count` log-probs for the first prompt, at as many positions as are computed at once."""
     asked = np.arange(min(PROMPT_LOGITS_ROWS, int(prefill.query_lens[0]) - 1), dtype=np.int32)
     none = np.zeros_like(asked)
     return replace(
@@ -53,14 +53,14 @@ def largest_steps(
     *,
     draws: bool,
 ) -> tuple[Callable[[], None], Callable[[], None]]:
-    """What to run: the largest prefill, and the most that sampling may ask for.
+    """Two functions to run: the largest prefill, and the largest sampling.
 
-    That is the largest prefill with prompt log-probs; and a draw with log-probs for every row, beside the history that
-    the sampler's processors may need and what they may make of it. No plugin's processor is run: a broken one must cost
-    only who uses it.
+    The largest sampling is the largest prefill with prompt log-probs, and a draw with log-probs for every row together
+    with the history that processors may need and their copies of the logits. Processors of plugins are not run: a
+    broken one must fail only the requests that use it.
 
     Args:
-        draws: rows use every standard operation, instead of taking the arg-max.
+        draws: rows use every standard operation instead of the arg-max.
     """
 
     run = partial(_run, launch, tables)
@@ -74,12 +74,12 @@ def largest_steps(
 
 
 def one_token(launch: Callable[[StepPlan], LaunchedStep], tables: SlotTables) -> None:
-    """The smallest step."""
+    """Runs a step of one token."""
     _run(launch, tables, decode_plan(_slots(1), 0))
 
 
 def _run(launch: Callable[[StepPlan], LaunchedStep], tables: SlotTables, plan: StepPlan) -> None:
-    """A step of slots that hold no request, which leaves none of its lengths behind."""
+    """Runs a step on slots that have no request, and resets the lengths in these slots."""
     launch(plan).wait()
     tables.num_computed.zero_()
     tables.num_tokens.zero_()
@@ -95,7 +95,7 @@ def _num_logprobs(tables: SlotTables) -> int:
 
 @contextmanager
 def _asking(tables: SlotTables, sampler: Sampler, *, draws: bool) -> Iterator[None]:
-    """Every slot wants log-probs and, if `draws`, each standard operation."""
+    """A context in which every slot requests log-probs and, with `draws`, each standard operation."""
     processors = {processor for processor, _ in sampler.standard_columns.values()} if draws else set()
 
     def ask(wanted: bool) -> None:
@@ -115,7 +115,7 @@ def _asking(tables: SlotTables, sampler: Sampler, *, draws: bool) -> Iterator[No
 
 @contextmanager
 def _history(tables: SlotTables, sampler: Sampler, rows: int) -> Iterator[None]:
-    """The tables that processors need, and the rows of them that a step takes out."""
+    """A context that holds the history tables that processors need, and a step's rows of them."""
     taken = [
         tables.history(need)[:rows].clone() for need in sorted(sampler.needs & {Need.OUTPUT_COUNTS, Need.PROMPT_MASK})
     ]

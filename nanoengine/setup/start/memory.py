@@ -1,4 +1,4 @@
-"""How much memory an engine may take, how many KV blocks fit, and what a start reports of both."""
+"""How much memory an engine may use, how many KV blocks fit, and the report of both."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ from nanoengine.setup.start.shortage import StepTooLarge
 
 _log = logging.getLogger(__name__)
 CPU_KV_CACHE_BYTES = 4 << 30
-SPARE_BYTES = 512 << 20  # what stays free on a GPU where less is free than the engine may take
+SPARE_BYTES = 512 << 20  # left free on a GPU, if less is free than the engine may use
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryReport:
-    """What an engine takes of its device after the start.
+    """Device memory of an engine after start-up.
 
     Attributes:
-        num_blocks: usable KV blocks of each group (the dummy block not counted). block_bytes: one block over all
-            layers of all groups. kv_cache_bytes: all of them. weight_bytes: parameters.
-        max_num_seqs, max_num_batched_tokens: those of the options, or lower ones where memory did not hold their steps.
-        step_bytes: what the largest step takes besides weights, tables and cache, log-probs of every row included.
-            graph_bytes: what is set aside for graphs. Both 0 where nothing is measured: on a CPU, or where the size of
-            the cache is given.
-        eager_because: why steps run eagerly although graphs were wanted; "": they do not, or none were wanted.
+        num_blocks: usable KV blocks of each group, without the dummy block.
+        block_bytes: bytes of one block in all layers of all groups. kv_cache_bytes: of all blocks.
+        weight_bytes: bytes of the parameters.
+        max_num_seqs, max_num_batched_tokens: those of the options, or lower ones if memory is too small for their
+            steps.
+        step_bytes: bytes of the largest step in addition to weights, tables and cache, with log-probs of every row.
+        graph_bytes: bytes that are reserved for graphs. step_bytes and graph_bytes are 0 if nothing is measured: on a
+            CPU, or if the size of the cache is given.
+        eager_reason: why steps run eagerly although graphs are enabled; "" if they do not, or if graphs are disabled.
         failed_processors: logits processors that could not be made: name -> cause.
-        phases: how long the runner took for each phase of its start.
+        phases: the phases of the runner's start.
     """
 
     num_blocks: int
@@ -47,13 +49,13 @@ class MemoryReport:
     max_num_batched_tokens: int
     step_bytes: int = 0
     graph_bytes: int = 0
-    eager_because: str = ""
+    eager_reason: str = ""
     failed_processors: Mapping[str, str] = field(default_factory=dict)
     phases: tuple[Phase, ...] = ()
 
 
 def batch_limits(options: EngineOptions) -> BatchLimits:
-    """The sizes of static buffers, from filled-in options."""
+    """The sizes of static buffers, from options that are all set."""
     assert options.max_model_len and options.max_num_batched_tokens and options.block_size
     return BatchLimits(
         max_rows=min(options.max_num_seqs, options.max_num_batched_tokens),
@@ -65,10 +67,12 @@ def batch_limits(options: EngineOptions) -> BatchLimits:
 
 @dataclass(frozen=True, slots=True)
 class GpuShare:
-    """What one engine may take of a GPU. total, free: bytes, before it took any. limit: bytes that are its own.
+    """The memory of a GPU that one engine may use.
 
-    That is `gpu_memory_utilization` of all there is, whatever other engines and processes hold: two engines of 0.45
-    fit one GPU. Where less is free it is what is free, and that is said.
+    Attributes:
+        total, free: bytes of the GPU before the engine used any.
+        limit: bytes that the engine may use: `gpu_memory_utilization` of the total, no matter what other engines and
+            processes use, so two engines of 0.45 fit on one GPU. If less is free, it is what is free; this is logged.
     """
 
     device: torch.device
@@ -84,28 +88,29 @@ class GpuShare:
         limit = min(wanted, free - SPARE_BYTES)
         if limit < wanted:
             _log.warning(
-                "%s has %s free of %s, and gpu_memory_utilization=%g asks for %s: this engine takes at most %s",
+                "%s has %s free of %s, and gpu_memory_utilization=%g is %s: this engine uses at most %s",
                 device, gib(free), gib(total), utilization, gib(wanted), gib(max(0, limit)),
             )  # fmt: skip
         return cls(device, total, free, limit)
 
     def left(self) -> int:
-        """Bytes of it that are not taken yet; below 0 where they are, by the engine or by others since its start."""
+        """Bytes of the limit that are not used yet; negative if the engine or other programs have used more."""
         torch.cuda.synchronize(self.device)
         empty_cache(self.device)
         return self.limit - (self.free - torch.cuda.mem_get_info(self.device)[0])
 
     def kv_budget(self, block_bytes: int, step: int, graphs: int) -> int:
-        """Bytes left for the KV cache where the largest step takes `step` and graphs will take `graphs`.
+        """Bytes left for the KV cache, if the largest step takes `step` bytes and graphs will take `graphs` bytes.
 
-        Raises `DeviceMemoryError` if that holds no block beside the dummy; `StepTooLarge` if a smaller step would help.
+        Raises `DeviceMemoryError` if not one block fits in addition to the dummy block, and its subclass `StepTooLarge`
+        if a smaller step would help.
         """
         left = self.left()
         if left - step - graphs >= 2 * block_bytes:
             return left - step - graphs
         text = (
             f"no KV block fits on {self.device}: of {gib(self.total)}, {gib(self.free)} were free and "
-            f"{gib(max(0, self.limit))} are this engine's; weights and tables take {gib(self.limit - left)}, the "
+            f"this engine may use {gib(max(0, self.limit))}; weights and tables take {gib(self.limit - left)}, the "
             f"largest step {gib(step)}, graphs {gib(graphs)}, and two blocks {gib(2 * block_bytes)}; free some of the "
             f"GPU's memory, raise engine.gpu_memory_utilization, or lower engine.max_num_seqs or max_num_batched_tokens"
         )
@@ -113,7 +118,7 @@ class GpuShare:
 
 
 def peak_bytes(device: torch.device, run: Callable[[], object]) -> int:
-    """What `run` allocates on a GPU at its height, above what stands before."""
+    """The peak of bytes that `run` allocates on a GPU, in addition to those that are allocated before."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -127,7 +132,7 @@ def gib(num_bytes: int) -> str:
 
 
 def memory_of(device: torch.device) -> str:
-    """In words: how much of the device's memory is free."""
+    """How much of the device's memory is free, as text."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
     else:
@@ -136,8 +141,10 @@ def memory_of(device: torch.device) -> str:
 
 
 def check_host_holds(num_bytes: int) -> None:
-    """Raises `DeviceMemoryError` for weights beyond the machine's memory: taken page by page they would raise nothing,
-    but end a process."""
+    """Raises `DeviceMemoryError` if weights are larger than the memory of the machine.
+
+    They would be allocated page by page without an error, until the system kills a process.
+    """
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if num_bytes > total:
         raise DeviceMemoryError(
@@ -147,7 +154,7 @@ def check_host_holds(num_bytes: int) -> None:
 
 
 def weights_misfit(num_bytes: int, device: torch.device, error: BaseException) -> DeviceMemoryError:
-    """What to tell a user whose model's parameters, `num_bytes` in all, the device did not hold."""
+    """The error for parameters of `num_bytes` bytes that do not fit in the device's memory."""
     return DeviceMemoryError(
         f"the model's weights take {gib(num_bytes)} and do not fit: {memory_of(device)}; take a smaller model or "
         f"dtype, a larger device, or free memory there ({type(error).__name__}: {error})"
@@ -155,8 +162,10 @@ def weights_misfit(num_bytes: int, device: torch.device, error: BaseException) -
 
 
 def count_blocks(options: EngineOptions, block_bytes: int, default_budget: Callable[[], int]) -> int:
-    """Usable blocks, by `num_gpu_blocks_override`, else `kv_cache_memory`, else what the device has room for; never
-    more than all slots at full length can use."""
+    """The number of usable blocks: `num_gpu_blocks_override`, else from `kv_cache_memory`, else as many as fit.
+
+    It is never more than all slots at full length can use.
+    """
     if options.num_gpu_blocks_override is not None:
         return options.num_gpu_blocks_override
     assert options.max_model_len is not None
@@ -173,7 +182,7 @@ def count_blocks(options: EngineOptions, block_bytes: int, default_budget: Calla
 
 
 def cannot_allocate(blocks: int, num_bytes: int, block_size: int, error: BaseException) -> DeviceMemoryError:
-    """What to tell a user whose KV cache of `blocks` blocks and the dummy the device refused."""
+    """The error for a KV cache of `blocks` blocks and the dummy block that could not be allocated."""
     return DeviceMemoryError(
         f"the KV cache of {blocks:,} blocks of {block_size} tokens takes {num_bytes:,} bytes, which cannot be "
         f"allocated; lower engine.num_gpu_blocks_override, engine.kv_cache_memory, engine.gpu_memory_utilization or "

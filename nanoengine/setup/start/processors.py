@@ -1,4 +1,4 @@
-"""Makes the logits processors, and tells apart those that cannot be made: they fail only the requests that use them."""
+"""Makes the logits processors. Those that cannot be made are recorded; they fail only the requests that use them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from nanoengine.setup.plugins.targets import TargetLoader
 
 @dataclass(frozen=True, slots=True)
 class BuiltProcessors:
-    """working: in the plan's order. failed: name -> cause, for the others."""
+    """The processors that were made. `working`: in the plan's order. `failed`: name -> cause of the others."""
 
     working: tuple[tuple[ProcessorPlan, LogitsProcessor], ...]
     failed: dict[str, str]
 
 
 def build_processors(plans: Sequence[ProcessorPlan], loader: TargetLoader, ctx: ProcessorContext) -> BuiltProcessors:
-    """Load, check and construct each processor."""
+    """Loads, checks and makes each processor."""
     working, failed = [], {}
     for plan in plans:
         try:

@@ -1,4 +1,4 @@
-"""When memory does not suffice: whose error says so, and what is asked for instead."""
+"""What an engine does at the start when memory is too small: it tries again with smaller batches."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from nanoengine.params.engine_options import EngineOptions
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-LEAST_BATCHED_TOKENS = 256  # a budget is not halved below it: smaller steps save hardly any memory
+LEAST_BATCHED_TOKENS = 256  # the budget is not halved below this, because smaller steps save almost no memory
 
 
 class StepTooLarge(DeviceMemoryError):
-    """The largest step leaves no room for the KV cache; a smaller one would."""
+    """The largest step leaves no memory for the KV cache, but a smaller one would."""
 
 
 def smaller_batch(options: EngineOptions, error: BaseException) -> EngineOptions | None:
-    """What to start with after `error`, which is out of memory; None where there is nothing left to lower.
+    """The options for the next attempt after the out-of-memory `error`; None if nothing can be reduced any more.
 
-    First half the tokens of a step, down to `LEAST_BATCHED_TOKENS`; then no graphs, if it was they that did not fit;
+    First half the tokens of a step, down to `LEAST_BATCHED_TOKENS`; then no graphs, if only the graphs did not fit;
     then half the requests.
     """
     tokens = options.max_num_batched_tokens
@@ -39,10 +39,10 @@ def smaller_batch(options: EngineOptions, error: BaseException) -> EngineOptions
 
 
 def with_less(options: EngineOptions, attempt: Callable[[EngineOptions], T], undo: Callable[[], None]) -> T:
-    """What `attempt` makes with `options`, or with smaller batches while memory does not suffice, which is said.
+    """The result of `attempt` with `options`, or with smaller batches if memory is too small, which is logged.
 
-    `undo` is called after each attempt that failed so. Raises `DeviceMemoryError` when nothing is left to lower, and
-    whatever else an attempt raises.
+    `undo` is called after each attempt that ran out of memory. Raises `DeviceMemoryError` if nothing can be reduced any
+    more, and other errors of an attempt.
     """
     now, cause = options, ""
     while True:
@@ -59,9 +59,9 @@ def with_less(options: EngineOptions, attempt: Callable[[EngineOptions], T], und
             cause = f"{type(error).__name__}: {error}"
         else:
             if cause:
-                _log.warning("memory does not hold %s: running with %s (%s)", _batch(options), _batch(now), cause)
+                _log.warning("memory is too small for %s: running with %s (%s)", _batch(options), _batch(now), cause)
             return made
-        undo()  # here, as the error's traceback holds what was made
+        undo()  # not in the except clause, where the error's traceback keeps what was made
         now = smaller
 
 
@@ -72,6 +72,6 @@ def _batch(options: EngineOptions) -> str:
 
 def _nothing_fits(options: EngineOptions, error: Exception) -> DeviceMemoryError:
     return DeviceMemoryError(
-        f"even with {_batch(options)} memory does not suffice beside the weights on {options.device}; lower "
+        f"even with {_batch(options)} memory is too small in addition to the weights on {options.device}; lower "
         f"engine.max_model_len, free memory there, or take a larger device ({type(error).__name__}: {error})"
     )

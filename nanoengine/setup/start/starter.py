@@ -1,4 +1,4 @@
-"""Starts a runner: model, weights, attention backends, tables, KV cache, graphs, each measured."""
+"""Starts a runner: model, weights, attention backends, tables, KV cache, graphs. Measures each phase."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ from nanoengine.setup.start.weights import dummy_weights, load_weights
 def start_runner(
     plan: EnginePlan, loader: TargetLoader, tp: TensorParallelGroup, clock: StartClock | None = None
 ) -> tuple[ModelRunner, MemoryReport]:
-    """A runner with model, weights, KV cache and tables, and what it takes. `clock` gets the phases.
+    """A runner with model, weights, KV cache and tables, and the report of its memory. `clock` measures the phases.
 
-    Where memory does not hold the steps that the options allow, the runner is made for smaller ones, and the report
-    has their numbers. Nothing stays allocated where this raises.
+    If memory is too small for the steps that the options allow, the runner is made for smaller ones, and the report has
+    their numbers. Nothing stays allocated if this raises an error.
 
     Raises `ModelError`, `WeightsError`, `PluginError`, `DeviceMemoryError`, `ConfigError`.
     """
@@ -66,7 +66,7 @@ def start_runner(
 
 
 class _Start:
-    """One start. `layers` and `backends` are those of the attempt that is being made."""
+    """One start of a runner. `layers` and `backends` are those of the current attempt."""
 
     def __init__(self, plan: EnginePlan, loader: TargetLoader, tp: TensorParallelGroup, clock: StartClock) -> None:
         self.plan, self.asked, self.loader, self.tp, self.clock = plan, plan.options, loader, tp, clock
@@ -81,7 +81,7 @@ class _Start:
         ops = ops_for(self.device, fuse=options.fuse_kernels)
         self.fused = ops.name == "triton"
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # makes the context
+            torch.cuda.synchronize(self.device)  # creates the context
             self.share = GpuShare.at_start(self.device, options.gpu_memory_utilization)
         self.clock.lap("device")
         try:
@@ -93,7 +93,7 @@ class _Start:
             raise weights_misfit(needed, self.device, error) from error
         self.clock.lap("weights")
         try:
-            if self.tp.size > 1:  # ranks could not agree on less
+            if self.tp.size > 1:  # ranks could choose different sizes
                 return self._make_state(built, options)
             return with_less(options, partial(self._make_state, built), self._undo)
         except BaseException:
@@ -114,7 +114,7 @@ class _Start:
         return built
 
     def _make_state(self, built: BuiltModel, options: EngineOptions) -> tuple[ModelRunner, MemoryReport]:
-        """Everything beside the model: what is sized by the limits of a batch."""
+        """Makes everything except the model: what depends on the limits of a batch."""
         self.plan = replace(self.plan, options=options)
         self._make_backends(built)
         runner = self._make_runner(built)
@@ -127,7 +127,7 @@ class _Start:
             dry_run(runner.launch_whole, runner.tables)
         given_up = options.enforce_eager and not self.asked.enforce_eager
         eager = "memory ran out while graphs were captured" if given_up else runner.graphs.failure
-        return runner, replace(report, eager_because=eager, phases=self.clock.report().phases)
+        return runner, replace(report, eager_reason=eager, phases=self.clock.report().phases)
 
     def _undo(self) -> None:
         release_caches(self.layers, self.backends)
@@ -135,7 +135,7 @@ class _Start:
         free_unused(self.device)
 
     def _make_backends(self, built: BuiltModel) -> None:
-        """One backend a KV group, bound to its layers; still without a cache."""
+        """Makes a backend for each KV group and binds it to its layers. The KV cache is made later."""
         self.backend_class: type[AttentionBackend] = load_checked(self.loader, self.plan.attention, AttentionBackend)
         groups, limits = kv_groups(built.attention_layers), batch_limits(self.plan.options)
         self.specs, self.layers = [spec for spec, _ in groups], [layers for _, layers in groups]
@@ -215,12 +215,12 @@ class _Start:
                 backend.allocate(len(layers), num_blocks)
 
     def _kv_budget(self, block_bytes: int, runner: ModelRunner) -> int:
-        """Bytes for the KV cache: on a GPU what the largest steps, which are run, and graphs leave of its share."""
+        """Bytes for the KV cache. On a GPU, runs the largest steps, and returns what they and graphs leave free."""
         if self.device.type != "cuda":
             return CPU_KV_CACHE_BYTES
         self._allocate(2)
         limits, options = batch_limits(self.plan.options), self.plan.options
-        draws = not (self.fused and options.fuse_sampling)  # the kernels need hardly any memory, and compile
+        draws = not (self.fused and options.fuse_sampling)  # the kernels need almost no memory, and would be compiled
         peaks = largest_steps(runner.launch_whole, runner.tables, runner.sampler, limits, draws=draws)
         prefill, sampling = (peak_bytes(self.device, run) for run in peaks)
         for backend in self.backends:

@@ -1,8 +1,8 @@
-"""Tensors from mapped files to a GPU, at the speed of the slower of disk and bus.
+"""Copies tensors from mapped files to a GPU, as fast as the disk or the bus allows.
 
-Copying to a GPU straight from a file's mapping stops at each page that is not in memory yet, and pageable memory is
-copied twice. Here threads fill a ring of pinned buffers, piece by piece, while earlier pieces are on their way to the
-device. Host memory stays at the ring's size, whatever the checkpoint's.
+A direct copy from a mapped file to a GPU waits for each page that is not in memory yet, and copies pageable memory
+twice. Here threads fill a ring of pinned buffers, piece by piece, while earlier pieces are copied to the device. The
+host memory is the size of the ring, for any size of the checkpoint.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 BUFFER_BYTES, NUM_BUFFERS = 4 << 20, 16
-_ON_THE_WAY = 3  # copies enqueued before the oldest is awaited
-_THREADS = 8  # a page cache gives a thread 2 to 4 GB/s
+_ON_THE_WAY = 3  # most copies that are enqueued at the same time
+_THREADS = 8  # one thread reads 2 to 4 GB/s from the page cache
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """`buffer` being filled with what goes to `into`; `then`: what is called once all of its tensor is enqueued."""
+    """A buffer that is being filled, for `into` on the device. `then`: called when the whole tensor is enqueued."""
 
     filled: Future[None]
     buffer: Tensor
@@ -35,9 +35,9 @@ class _Piece:
 
 
 class Uploads:
-    """Copies CPU tensors to `device`, in the order of `put`, on the current stream; `with` waits for the last.
+    """Copies CPU tensors to `device`, in the order of `put`, on the current stream. Leaving the context waits for all.
 
-    On a CPU device it works all the same, without pinned memory, which tests use.
+    It also works on a CPU device, without pinned memory; tests use this.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class Uploads:
         self._pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), thread_name_prefix="nanoengine-read")
 
     def put(self, values: Tensor, take: Callable[[Tensor], None]) -> None:
-        """`take` is given `values` on the device, of the same dtype, in stream order; later, or before this returns.
+        """Copies `values` to the device and calls `take` with the copy (same dtype), in stream order, now or later.
 
-        `values` must stay as they are until then; their last dimension must be dense.
+        `values` must not change until then, and their last dimension must be dense.
         """
         staged = torch.empty(values.shape, dtype=values.dtype, device=self._device)
         pieces = list(_pieces(values, staged, self._limit))
@@ -105,7 +105,7 @@ class Uploads:
 
 
 def _pieces(values: Tensor, into: Tensor, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Parts of both of at most `limit` bytes, cut between rows, or within rows that are longer."""
+    """Matching parts of both tensors, of at most `limit` bytes. Split between rows; longer rows are split too."""
     if not values.numel() or not values.dim():
         yield values.reshape(-1), into.view(-1)
         return
@@ -120,6 +120,6 @@ def _pieces(values: Tensor, into: Tensor, limit: int) -> Iterator[tuple[Tensor, 
 
 
 def _fill(buffer: Tensor, source: Tensor) -> None:
-    """numpy's copy, not torch's: it stays on this thread, and lets the others run."""
+    """Copies with numpy instead of torch: it uses only this thread, and other threads can run."""
     data = source.view(torch.uint8).numpy()
     np.copyto(buffer.numpy()[: data.size].reshape(data.shape), data)

@@ -1,4 +1,4 @@
-"""Weights into a model: from safetensors, each rank reading its own slices, complete or an error; or made up."""
+"""Loads the weights of a model from safetensors, each rank its own slices; or makes dummy weights."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from nanoengine.setup.start.upload import Uploads
 _log = logging.getLogger(__name__)
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-_COMPARED = 1 << 22  # elements of two tensors compared at a time
+_COMPARED = 1 << 22  # elements of two tensors that are compared at a time
 
 _Put = Callable[[Tensor, Callable[[Tensor], None]], None]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What was loaded: checkpoint tensors used and skipped, bytes read on this rank, seconds.
+    """What was loaded: numbers of used and skipped tensors, bytes read on this rank, seconds.
 
-    `untied`: parameters that the config ties to others and the checkpoint holds with values of their own.
+    `untied`: parameters that the config ties to others, but that have other values in the checkpoint.
     """
 
     num_tensors: int
@@ -47,7 +47,7 @@ class LoadReport:
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """Where one checkpoint tensor goes: `shard` of `parameter` in `layer`."""
+    """What a checkpoint tensor fills: `shard` of `parameter` in `layer`."""
 
     layer: WeightLayer
     parameter: str
@@ -56,7 +56,7 @@ class _Target:
 
 @dataclass(slots=True)
 class _Problems:
-    """Everything wrong with a checkpoint, reported at once. `stale`: what its index names and no file of it holds."""
+    """The problems of a checkpoint, reported together. `stale`: tensors in the index that are in no file."""
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -69,18 +69,18 @@ class _Problems:
         if not found:
             return
         if self.missing and self.stale:
-            found.append(f"{INDEX_FILE} names {len(self.stale)} that no file holds: it belongs to other files")
+            found.append(f"{INDEX_FILE} names {len(self.stale)} that are in no file: it belongs to other files")
         rank = f" (rank {tp.rank} of {tp.size})" if tp.size > 1 else ""
         raise WeightsError(f"the weights in {path} do not fit the model{rank}: " + "; ".join(found))
 
 
 def load_weights(model: Model, config: ModelConfig, path: str | Path, tp: TensorParallelGroup) -> LoadReport:
-    """Fills every parameter from `path`'s model.safetensors, or the files its index names.
+    """Fills every parameter from model.safetensors in `path`, or from the files in its index.
 
-    On a GPU a rank's slices travel through pinned buffers, and are converted to the parameter's dtype there.
+    For a GPU, the slices of a rank are copied through pinned buffers and converted to the parameter's dtype there.
 
-    Raises `WeightsError` if a file is absent or damaged, or naming all tensors that are missing, unexpected, misshapen
-    or of a dtype that is no float.
+    Raises `WeightsError` if a file is missing or damaged, or if tensors are missing, unexpected, of a wrong shape or
+    not of a float dtype; the error names them all.
     """
     began, rules, checkpoint = time.perf_counter(), model.weight_map(config), find_checkpoint(Path(path))
     problems, skipped, filled, num_bytes = _Problems(stale=checkpoint.stale), list[str](), set[str](), 0
@@ -108,7 +108,7 @@ def load_weights(model: Model, config: ModelConfig, path: str | Path, tp: Tensor
 
 
 def _sources(checkpoint: Checkpoint, rules: WeightMap, skipped: list[str], problems: _Problems) -> dict[str, str]:
-    """Name by the rules of `rename` -> name in the checkpoint, of all that is not to be skipped."""
+    """Name after the rules of `rename` -> name in the checkpoint, of all tensors that are not skipped."""
     sources: dict[str, str] = {}
     for name in checkpoint.tensors:
         if name.endswith(rules.skip) or name.startswith(rules.skip_prefixes):
@@ -117,7 +117,7 @@ def _sources(checkpoint: Checkpoint, rules: WeightMap, skipped: list[str], probl
         renamed = _renamed(name, rules.rename)
         other = sources.setdefault(renamed, name)
         if other != name:
-            problems.unexpected.append(f"{name} beside {other}, which both are {renamed}")
+            problems.unexpected.append(f"{name} in addition to {other} (both are {renamed})")
     return sources
 
 
@@ -129,10 +129,10 @@ def _renamed(name: str, rename: Mapping[str, str]) -> str:
 def _settled_ties(
     model: Model, rules: WeightMap, checkpoint: Checkpoint, sources: Mapping[str, str]
 ) -> Mapping[str, str]:
-    """The ties that hold for what the checkpoint has, as transformers decides it.
+    """The ties that are valid for this checkpoint, as in transformers.
 
-    Where it has both tensors and they differ, there is no tie, and a parameter that was shared gets its own memory.
-    Where it has only the tied one, the other is read from that.
+    If it has both tensors and they differ, they are not tied, and a parameter that was shared gets its own memory. If
+    it has only the tied one, the other is read from that.
     """
     ties = {}
     for tied, source in rules.ties.items():
@@ -158,8 +158,8 @@ def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
 
 
 def _give_own_parameter(model: Model, name: str) -> None:
-    """A parameter that shares another one's memory gets its own, zero."""
-    if name in dict(model.named_parameters()):  # which lists what is shared only under its first name
+    """Gives a parameter that shares the memory of another one its own memory, filled with zeros."""
+    if name in dict(model.named_parameters()):  # a shared parameter is listed only with its first name
         return
     owner, _, last = name.rpartition(".")
     layer = model.get_submodule(owner)
@@ -168,7 +168,7 @@ def _give_own_parameter(model: Model, name: str) -> None:
 
 
 def _targets(model: Model, rules: WeightMap, tp: TensorParallelGroup) -> dict[str, list[_Target]]:
-    """Renamed checkpoint name -> what it fills (more than one only where a tie has a parameter of its own)."""
+    """Renamed checkpoint name -> what it fills (several targets only if a tied parameter has its own memory)."""
     targets: dict[str, list[_Target]] = {}
     for name, layer, parameter, spec in weight_layers(model):
         for shard in spec.shards(tp.rank, tp.size):
@@ -178,7 +178,7 @@ def _targets(model: Model, rules: WeightMap, tp: TensorParallelGroup) -> dict[st
 
 
 def checkpoint_name(parameter: str, part: str, rules: WeightMap) -> str:
-    """The checkpoint's name of a parameter's part, after `WeightMap.rename`: the rules of `fuse`, read backwards."""
+    """The name of a parameter's part in the checkpoint, after `WeightMap.rename`: the inverse of `fuse`."""
     modules = parameter.split(".")
     if part:
         names = [old for old, new in rules.fuse.items() if len(modules) > 1 and new == (modules[-2], part)]
@@ -190,7 +190,7 @@ def checkpoint_name(parameter: str, part: str, rules: WeightMap) -> str:
 
 @contextmanager
 def _way_to(device: torch.device) -> Iterator[_Put]:
-    """How values reach their parameter: on a CPU from the mapped file, on a GPU by way of pinned buffers."""
+    """A context with the function that copies values: from the mapped file, for a GPU through pinned buffers."""
     if device.type == "cpu":
         yield lambda values, take: take(values)
         return
@@ -199,12 +199,12 @@ def _way_to(device: torch.device) -> Iterator[_Put]:
 
 
 def _fill(name: str, tensor: Any, target: _Target, problems: _Problems, put: _Put) -> int:
-    """Sends this rank's slice of `tensor` (a safetensors slice) to its place; returns its bytes."""
+    """Copies this rank's slice of `tensor` (a safetensors slice) to its target. Returns the number of bytes."""
     shard, shape = target.shard, tuple(tensor.get_shape())
     if shape != shard.shape:
-        problems.misshapen.append(f"{name} {list(shape)}, wanted {list(shard.shape)}")
+        problems.misshapen.append(f"{name} {list(shape)}, expected {list(shard.shape)}")
     elif tensor.get_dtype() not in FLOAT_DTYPES:
-        problems.misshapen.append(f"{name} of dtype {tensor.get_dtype()}, wanted one of {', '.join(FLOAT_DTYPES)}")
+        problems.misshapen.append(f"{name} of dtype {tensor.get_dtype()}, expected one of {', '.join(FLOAT_DTYPES)}")
     elif shard.length:
         values: Tensor = tensor[:] if shard.whole else tensor[shard.source]
         put(values, partial(target.layer.load_shard, target.parameter, shard))
@@ -213,18 +213,18 @@ def _fill(name: str, tensor: Any, target: _Target, problems: _Problems, put: _Pu
 
 
 _STD = 0.02
-# Elements hashed at a time: on a CPU they stay in a core's cache, and torch starts no threads for so few; elsewhere
-# what counts is the number of launches, ten or so each.
+# Elements that are hashed at a time. On a CPU they fit in a core's cache, and torch starts no threads for so few. On
+# other devices the number of launches counts, about ten each.
 _CPU_CHUNK, _CHUNK = 1 << 15, 1 << 24
 
 
 def dummy_weights(model: Model, seed: int, tp: TensorParallelGroup) -> None:
-    """Made-up weights: ones or zeros where a layer says so (norms), else uniform with standard deviation 0.02.
+    """Fills a model with dummy weights: ones or zeros if the layer says so (norms), else uniform with deviation 0.02.
 
-    A value is a hash of (seed, parameter, part, index in the whole tensor), so that the shards of any number of ranks
-    are slices of one and the same model.
+    A value is a hash of (seed, parameter, part, index in the whole tensor), so the shards are slices of the same model
+    for any number of ranks.
     """
-    scratch = torch.empty(0)  # one for all tensors: touching fresh memory costs more than the hash
+    scratch = torch.empty(0)  # shared by all tensors, because new memory costs more than the hash
     for name, layer, parameter, spec in weight_layers(model):
         for shard in spec.shards(tp.rank, tp.size):
             shape = tuple(shard.length if d == shard.dim else size for d, size in enumerate(shard.shape))
@@ -240,7 +240,7 @@ def dummy_weights(model: Model, seed: int, tp: TensorParallelGroup) -> None:
 
 
 def _hash_uniform(values: Tensor, shard: Shard, key: bytes) -> None:
-    """Fills float32 `values`, the shard's slice, with uniform numbers hashed from 32-bit indices into the whole."""
+    """Fills float32 `values`, the shard's slice, with uniform numbers: hashes of 32-bit indices in the whole tensor."""
     low, high = (int.from_bytes(key[i : i + 4], "little", signed=True) for i in (0, 4))
     starts = [shard.start if d == shard.dim else 0 for d in range(values.dim())]
     row = math.prod(shard.shape[1:])  # elements

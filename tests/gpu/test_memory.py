@@ -176,7 +176,8 @@ def test_too_little_memory_at_start_means_a_smaller_batch(tmp_path: Path, caplog
         assert runner_of(llm).tables.limits.max_slots == num_slots(report.max_num_seqs, 8)
         found = llm.generate(asked(20), GREEDY.replace(logprobs=2), use_tqdm=False)
     assert_same(found, wanted)
-    assert sum("memory is too small for max_num_batched_tokens=8192, max_num_seqs=256" in m for m in caplog.messages) == 1
+    words = "memory is too small for max_num_batched_tokens=8192, max_num_seqs=256"
+    assert sum(words in m for m in caplog.messages) == 1
 
 
 def assert_same(found: Sequence[RequestOutput], wanted: Sequence[RequestOutput]) -> None:

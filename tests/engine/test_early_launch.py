@@ -13,7 +13,7 @@ from .support import mock_llm
 
 
 def test_steps_start_while_requests_are_still_being_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full step's worth of prompts is launched before the last prompt is in; under "priority" nobody goes ahead."""
+    """A full step's worth of prompts is launched before the last prompt is in; under "priority" none is."""
     prompts = [[i + 1, 2, 3, 4, 5, 6] for i in range(12)]
     added: list[list[int]] = []
     original = Engine.keep_busy
@@ -23,14 +23,14 @@ def test_steps_start_while_requests_are_still_being_added(tmp_path: Path, monkey
         added[-1].append(len(self._requests.known))
 
     monkeypatch.setattr(Engine, "keep_busy", watched)
-    told = []
+    tokens = []
     for options in ({}, {"overlap": False}, {"scheduling_policy": "priority"}, {"max_num_batched_tokens": 512}):
         added.append([])
         with mock_llm(tmp_path, **{"max_num_batched_tokens": 24, **options}) as llm:
             outputs = llm.generate(prompts, SamplingParams(temperature=0.8, seed=3, max_tokens=5), use_tqdm=False)
-        told.append([output.outputs[0].token_ids for output in outputs])
+        tokens.append([output.outputs[0].token_ids for output in outputs])
     assert added == [[4, 8, 12], [4, 8, 12], [], []]
-    assert told[0] == told[1] == told[2] == told[3]
+    assert tokens[0] == tokens[1] == tokens[2] == tokens[3]
 
 
 def test_steps_that_have_arrived_make_room_for_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""One bad request harms nobody else: whatever it makes the model, a processor or a processor do."""
+"""A bad request harms no other request, whatever it makes the model or a logits processor do."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def test_an_interrupt_while_a_broken_step_is_dealt_with_leaves_the_engine_usable
             run()
         run()
         assert ended["bad"].error is not None
-        if place == "fail":  # in the middle of the books
+        if place == "fail":  # in the middle of an update
             assert ended["a"].error.code == "interrupted"
         else:
             assert tokens_of([ended["a"]]) == [greedy([1, 2], 10)]
@@ -332,7 +332,7 @@ def test_a_processor_that_cannot_be_made_is_named_to_who_asks_for_it(tmp_path: P
 
 
 @pytest.mark.parametrize("where", ["schedule", "commit", "add"])
-def test_an_interrupt_in_the_middle_of_the_books_costs_what_runs_and_no_more(
+def test_an_interrupt_in_the_middle_of_an_update_costs_what_runs_and_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     original, count = getattr(Scheduler, where), 0
@@ -370,7 +370,7 @@ def test_an_interrupt_while_the_prefix_cache_is_reset_costs_nothing(
 
     with mock_llm(tmp_path) as llm:
         with llm.stream([1, 2, 3], GREEDY) as stream:
-            next(stream)  # the engine runs ahead: a row that nobody wants any more is left
+            next(stream)  # the engine runs ahead: a row of an ended request is left
         monkeypatch.setattr(Scheduler, "commit", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.reset_prefix_cache()

@@ -1,4 +1,4 @@
-"""A fork of the engine's process has no threads of it, and no ranks of its own: it is told so, and ends nothing."""
+"""A fork of the engine's process has none of its threads and no ranks: its calls raise that, and it ends nothing."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ llm.close()
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_fork_is_told_and_ends_nothing(tmp_path: Path, ranks: int) -> None:
+def test_a_fork_gets_errors_and_ends_nothing(tmp_path: Path, ranks: int) -> None:
     folder = write_mock_checkpoint(tmp_path / "mock", vocab_size=VOCAB)
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, folder, str(ranks)],
@@ -68,8 +68,8 @@ def test_a_fork_is_told_and_ends_nothing(tmp_path: Path, ranks: int) -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode == 0, done.stderr
-    *told, ended, answer = done.stdout.splitlines()
-    assert len(told) == 6
-    assert all("and this is a fork of it; make an engine in each process" in line for line in told)
+    *errors, ended, answer = done.stdout.splitlines()
+    assert len(errors) == 6
+    assert all("and this is a fork of it; make an engine in each process" in line for line in errors)
     assert ended == "ended 0"
     assert answer.split() == ["parent:", *map(str, greedy([1, 2, 3], 6))]

@@ -139,7 +139,7 @@ def test_it_is_frozen_and_has_no_other_names() -> None:
     assert not hasattr(plain, "_growing")
 
 
-def test_outputs_that_nobody_reads_copy_no_tokens(tokenizer: Tokenizer) -> None:
+def test_outputs_that_are_not_read_copy_no_tokens(tokenizer: Tokenizer) -> None:
     """Two thousand outputs of a sample that grows to as many tokens: some hundred bytes each, not eight a token."""
     steps = [(0, b"x", False)] * 2000
     tracemalloc.start()

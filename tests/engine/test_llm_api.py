@@ -110,17 +110,17 @@ def test_a_prompt_larger_than_the_pool_is_refused_with_the_numbers(tmp_path: Pat
 def test_requests_that_outgrow_the_pool_keep_their_tokens(tmp_path: Path, overlap: bool, count: int) -> None:
     """Those that had yielded, and without overlap all, have no token in flight that tells of their end."""
     asked, params = prompts(count, longest=7), SamplingParams(temperature=0, max_tokens=50)
-    told: dict[str, RequestOutput] = {}
+    outputs: dict[str, RequestOutput] = {}
     with mock_llm(tmp_path, num_gpu_blocks_override=4, overlap=overlap) as llm:
         for i, prompt in enumerate(asked):
             llm.engine.add_request(
-                str(i), prompt, params, final_only=i == 1, sink=lambda o: told.__setitem__(o.request_id, o)
+                str(i), prompt, params, final_only=i == 1, sink=lambda o: outputs.__setitem__(o.request_id, o)
             )
         for _ in range(300):
             llm.engine.advance()
         assert not llm.engine.has_unfinished_requests()
     for i, prompt in enumerate(asked):
-        one = told[str(i)].outputs[0]
+        one = outputs[str(i)].outputs[0]
         assert (one.finish_reason, one.stop_reason) == ("length", "kv_cache_full")
         assert one.token_ids == greedy(prompt, 50)[: len(one.token_ids)]
         assert len(prompt) + len(one.token_ids) >= 13
@@ -278,7 +278,7 @@ def test_the_engine_under_it(llm: LLM) -> None:
     with pytest.raises(RequestError, match="'a' is still running"):
         engine.add_request("a", [1, 2], GREEDY)
     engine.add_request("bad", [], GREEDY)
-    engine.abort_request("nobody")
+    engine.abort_request("unknown")
     last = {}
     while engine.has_unfinished_requests():
         for output in engine.step():

@@ -1,4 +1,4 @@
-"""What observers are told: everything that happened, as the tokens and the counters say it, and nothing else."""
+"""What observers get: everything that happened, in agreement with the tokens and the counters, and nothing else."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_the_row_behind_a_stop_token_got_nothing(llm: LLM) -> None:
     assert drawn == [1] * expected + [0]
 
 
-def test_a_stop_string_an_abort_and_a_failure_are_told_by_their_names(
+def test_a_stop_string_an_abort_and_a_failure_are_reported_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward, poison = MockModel.forward, 96
@@ -146,7 +146,7 @@ def test_a_stop_string_an_abort_and_a_failure_are_told_by_their_names(
         engine.abort_request("aborted")
         while engine.has_unfinished_requests():
             engine.step()
-        llm.generate([[5, 6]], GREEDY, use_tqdm=False)  # an ending is told with the step that follows it
+        llm.generate([[5, 6]], GREEDY, use_tqdm=False)  # an ending is in the record of the step that follows it
     reasons = {end.request: end.reason for r in records for end in r.ended}
     assert reasons == {"stops/0": "stop", "aborted/0": "abort", "breaks/0": "step_failed", "llm-0/0": "length"}
     broke = [r for r in records if r.error is not None]
@@ -208,11 +208,11 @@ def test_graphs_have_names(llm: LLM) -> None:
     assert names == ["none", "decode", "mixed, tail"]
 
 
-def test_nobody_observes_nothing_is_gathered(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_observer_nothing_is_collected(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[StepRecord] = []
     with llm.observe(seen.append):
         llm.generate(ASKED[:2], GREEDY, use_tqdm=False)
-    monkeypatch.setattr(StepWatch, "__init__", lambda self: pytest.fail("somebody observes"))
+    monkeypatch.setattr(StepWatch, "__init__", lambda self: pytest.fail("there is an observer"))
     count = len(seen)
     llm.generate(ASKED[:2], GREEDY, use_tqdm=False)
     assert len(seen) == count > 0
@@ -221,7 +221,7 @@ def test_nobody_observes_nothing_is_gathered(llm: LLM, monkeypatch: pytest.Monke
 
 
 def test_several_observers_and_one_that_raises(llm: LLM) -> None:
-    """As with sinks: nobody else loses anything, and whoever steps is told."""
+    """As with sinks: the others lose nothing, and the thread that makes the step gets the error."""
     seen: list[StepRecord] = []
 
     def clumsy(record: StepRecord) -> None:

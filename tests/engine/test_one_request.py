@@ -258,7 +258,7 @@ def test_scheduling_that_raises_among_running_rows_fails_the_newest(
         calls.append(len(self.running))
         if calls.count(3) == 4:
             calls.append(3)
-            raise ValueError("books torn")
+            raise ValueError("half updated")
 
     monkeypatch.setattr(Scheduler, "_pick_running", pick)
     with mock_llm(tmp_path) as llm:

@@ -133,7 +133,7 @@ def test_a_closed_engine_says_so(folder: Path) -> None:
 
 
 def test_other_threads_make_no_step_meanwhile(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step of another thread's request would be heard as the prompt's own."""
+    """A step of another thread's request would be captured as the prompt's own."""
     call, others = InProcessExecutor.call, []
 
     def interfering(self: InProcessExecutor, name: str, *args: Any) -> Any:

@@ -22,7 +22,7 @@ from nanoengine.core.scheduling.scheduler import Scheduler
 from .pair_text import Ended, ids_of, masked_greedy, stopped, text_llm, text_of
 from .support import greedy, prompts, tokens_of
 
-LONG = 300  # tokens that nobody should come to generate
+LONG = 300  # more tokens than any request here should generate
 ASKED = prompts(10, shortest=5, longest=26, seed=11)
 
 
@@ -172,7 +172,7 @@ def _match_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_mutants_of_stopping_are_caught(tmp_path: Path) -> None:
-    """A scheduler that was not told goes on to `LONG`; text that is not heeded gives more tokens."""
+    """A scheduler that is not asked to abort goes on to `LONG`; a match that is ignored gives more tokens."""
     params, ends = asked_to_stop()
     expected, drawn = [end.token_ids for end in ends], sum(len(end.token_ids) for end in ends)
     for mutant, same_tokens in ((_never_finished, True), (_match_ignored, False)):

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nanoengine.core.scheduling.block_manager import Run
@@ -48,7 +48,7 @@ class Request:
     status: Status = Status.WAITING
     output_token_ids: list[int] = field(default_factory=list)
     slot: int = -1
-    generation: int = 0  # raised at each admission and release: tells a dead row from a live one
+    generation: int = 0  # raised at each admission and release: a row of an earlier one is not its own any more
     num_computed: int = 0
     num_cached: int | None = None  # prefix-cache hit of the first admission, in tokens
 
@@ -106,28 +106,6 @@ class Request:
         `sampled`."""
         self.num_computed, self.pick_check_at = start, 0
         self.length -= sampled
-
-    def append(self, new: Sequence[int]) -> tuple[Sequence[int], Literal["stop", "length"] | None, int | str | None]:
-        """Appends the tokens that a row drew, of which `length` counts one, up to the one that ends the request.
-
-        A stop token counts before the length. The sampler masks stop tokens below `min_tokens`; should one come
-        nevertheless, it does not end the request. Returns the tokens that were kept, finish_reason and stop_reason.
-        """
-        num_tokens, stop_set, max_len = self.num_tokens, self.stop_set, self.max_len
-        stops = False
-        for i, token in enumerate(new, start=1):
-            num_tokens += 1
-            stops = token in stop_set and num_tokens > self.min_len
-            if stops or num_tokens >= max_len:
-                new = new[:i]
-                break
-        self.output_token_ids += new
-        self.length += len(new) - 1
-        if stops:
-            return new, "stop", None if token in self.params.eos_ids else token
-        if num_tokens >= max_len:
-            return new, "length", self.length_reason
-        return new, None, None
 
 
 _MASK = (1 << 64) - 1

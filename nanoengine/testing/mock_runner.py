@@ -1,4 +1,4 @@
-"""A runner without a model, in numpy: what it samples tells whether the plan was right.
+"""A runner without a model, in numpy: what it samples shows whether the plan was right.
 
 It keeps what a device keeps: slot tables as the plan writes them and a KV cache addressed through the block tables.
 A token's KV entry depends on the token, its position and every KV entry before it *as read through the block table
@@ -76,7 +76,7 @@ def expected_tokens(
 ) -> list[int]:
     """The output of a request that runs alone in a right engine, the stop token that ends it included.
 
-    `bias(outputs so far)` stands for the sum of the request's processor columns. A greedy request has seed 0 and
+    `bias(outputs so far)` is the sum of the request's processor columns. A greedy request has seed 0 and
     sample index 0.
     """
     history, tokens = 0, list(prompt)
@@ -174,7 +174,7 @@ class MockRunner:
         assert len(set(plan.slots.tolist())) == plan.num_rows, "a slot twice in one step"
         assert (plan.query_lens[: plan.num_decode_rows] == 1).all()
         assert (plan.starts == self.computed[plan.slots]).all(), "a row does not begin where its KV ends"
-        assert (plan.starts + plan.query_lens <= self.lengths[plan.slots]).all(), "a row reads tokens nobody has"
+        assert (plan.starts + plan.query_lens <= self.lengths[plan.slots]).all(), "a row reads unknown tokens"
         assert (np.diff(plan.logits_index) > 0).all()
         written = self.written_slots(plan)
         assert (written >= self.block_size).all(), "a row writes into the dummy block"

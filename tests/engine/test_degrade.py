@@ -18,6 +18,7 @@ from nanoengine.core.execution import split
 from nanoengine.core.execution.split import Part
 from nanoengine.core.scheduling.messages import EngineStats
 from nanoengine.testing.checkpoints import tiny_llama
+from nanoengine.testing.invariants import check_scheduler
 from nanoengine.testing.mock_model import MockModel
 
 from .support import greedy, mock_llm, prompts, tokens_of
@@ -68,7 +69,7 @@ def run(tmp_path: Path, options: dict[str, Any], asked: Any, params: Any) -> tup
     with mock_llm(tmp_path, **options) as llm:
         outputs = llm.generate(asked, params, use_tqdm=False)
         stats = llm.stats()
-        llm.engine.scheduler.check()
+        check_scheduler(llm.engine.scheduler)
     assert stats.free_blocks == stats.num_blocks
     return told(outputs), stats
 
@@ -208,7 +209,7 @@ def test_only_a_request_that_cannot_fit_fails(tmp_path: Path, monkeypatch: Patch
         failed = outputs.pop(3)
         assert tokens_of(outputs) == [greedy(p, 10) for i, p in enumerate(asked) if i != 3]
         stats = llm.stats()
-        llm.engine.scheduler.check()
+        check_scheduler(llm.engine.scheduler)
     assert stats.free_blocks == stats.num_blocks
     assert failed.outputs == []
     assert failed.error is not None

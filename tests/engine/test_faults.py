@@ -15,6 +15,7 @@ from nanoengine.core import engine
 from nanoengine.core.execution.executor import Call
 from nanoengine.core.outputs import OutputProcessor
 from nanoengine.core.scheduling.scheduler import Scheduler
+from nanoengine.testing.invariants import check_scheduler
 from nanoengine.testing.mock_model import MockModel
 
 from .support import greedy, mock_llm, prompts, tokens_of
@@ -262,7 +263,7 @@ def test_an_interrupt_while_a_broken_step_is_dealt_with_leaves_the_engine_usable
         else:
             assert tokens_of([ended["a"]]) == [greedy([1, 2], 10)]
         assert tokens_of(llm.generate([[5, 6]], GREEDY, use_tqdm=False)) == [greedy([5, 6], 10)]
-        llm.engine.scheduler.check()
+        check_scheduler(llm.engine.scheduler)
         assert llm.stats().free_blocks == llm.stats().num_blocks
 
 

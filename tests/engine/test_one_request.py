@@ -26,6 +26,7 @@ from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.draft import Draft
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.core.step import StepPlan
+from nanoengine.testing.invariants import check_scheduler
 from nanoengine.testing.mock_model import MockAttention, MockModel
 from nanoengine.text import IncrementalDetokenizer
 
@@ -85,7 +86,7 @@ def beside(llm: LLM, params: SamplingParams, prompt: Any = None) -> RequestOutpu
     while llm.engine.has_unfinished_requests():
         step()
     assert tokens_of([ended[name] for name in GOOD]) == [greedy(GOOD[name], 12) for name in GOOD]
-    llm.engine.scheduler.check()
+    check_scheduler(llm.engine.scheduler)
     assert llm.stats().free_blocks == llm.stats().num_blocks
     assert llm.stats().running == llm.stats().waiting == 0
     return ended["bad"]
@@ -242,7 +243,7 @@ def test_without_a_plan_the_newest_request_fails_until_there_is_one(
     monkeypatch.setattr(scheduler, "build_plan", build_plan)
     with mock_llm(tmp_path) as llm:
         found = llm.generate([[1, 2], [3, 4], [5, 6], [7, 8]], GREEDY.replace(max_tokens=20), use_tqdm=False)
-        llm.engine.scheduler.check()
+        check_scheduler(llm.engine.scheduler)
     assert [out.error and out.error.code for out in found] == [None, None, "engine_failed", "engine_failed"]
     assert tokens_of(found[:2]) == [greedy([1, 2], 20), greedy([3, 4], 20)]
 
@@ -263,7 +264,7 @@ def test_scheduling_that_raises_among_running_rows_fails_the_newest(
     monkeypatch.setattr(Scheduler, "_pick_running", pick)
     with mock_llm(tmp_path) as llm:
         found = llm.generate([[1, 2], [3, 4], [5, 6]], GREEDY, use_tqdm=False)
-        llm.engine.scheduler.check()
+        check_scheduler(llm.engine.scheduler)
         assert llm.stats().preemptions == 3
     assert found[2].error is not None
     assert found[2].error.code == "engine_failed"

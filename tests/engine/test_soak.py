@@ -15,6 +15,7 @@ from nanoengine import LLM, SamplingParams
 from nanoengine.core.execution.slots import RaggedTable
 from nanoengine.core.execution.step_inputs import StepBuffers
 from nanoengine.testing.checkpoints import tiny_llama
+from nanoengine.testing.invariants import check_scheduler
 
 from .support import VOCAB, greedy, mock_llm
 
@@ -94,7 +95,7 @@ def test_two_thousand_requests(tmp_path: Path) -> None:
         second = drive(llm, REQUESTS // 2, rng, "second")
         after = measure()
         stats = llm.stats()
-        llm.engine.scheduler.check()
+        check_scheduler(llm.engine.scheduler)
     seen = {name: first[name] + second[name] for name in first}
     assert sum(seen[k] for k in ("finished", "aborted", "refused")) == REQUESTS
     assert all(seen[k] > 20 for k in seen), seen

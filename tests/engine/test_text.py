@@ -344,9 +344,9 @@ def test_min_tokens_after_a_preemption(tmp_path: Path) -> None:
 
 
 def test_min_tokens_lost_at_readmission_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanoengine.core.scheduling import plan_builder
+    from nanoengine.core.scheduling import draft
 
-    good, original, lost = preempted(tmp_path), plan_builder._new_slots, 0
+    good, original, lost = preempted(tmp_path), draft._new_slots, 0
 
     def new_slots(new: Any) -> Any:
         nonlocal lost
@@ -355,7 +355,7 @@ def test_min_tokens_lost_at_readmission_is_caught(tmp_path: Path, monkeypatch: p
         lost += int(again.sum())
         return replace(made, min_lens=np.where(again, 0, made.min_lens).astype(np.int32))
 
-    monkeypatch.setattr(plan_builder, "_new_slots", new_slots)
+    monkeypatch.setattr(draft, "_new_slots", new_slots)
     bad = preempted(tmp_path)
     assert lost > 2
     assert bad != good

@@ -17,6 +17,7 @@ from engine.support import greedy, mock_llm, prompts, tokens_of
 from nanoengine import LLM, RequestOutput, SamplingParams
 from nanoengine.api.errors import DeviceMemoryError
 from nanoengine.core.step import num_slots
+from nanoengine.testing.invariants import check_scheduler
 from nanoengine.testing.mock_model import MockModel
 
 from .support import need, runner_of, write_wide
@@ -242,7 +243,7 @@ def test_parts_are_bit_for_bit_on_the_mock(
         with room(200 * MIB):
             outputs = llm.generate(texts, GREEDY, use_tqdm=False)
         stats = llm.stats()
-        llm.engine.scheduler.check()
+        check_scheduler(llm.engine.scheduler)
     assert tokens_of(outputs) == [greedy(p, 12) for p in texts]
     assert stats.steps_split > 0
     assert stats.preemptions == 0, "no step broke"

@@ -11,6 +11,8 @@ import torch
 from engine.support import mock_llm
 from engine.test_soak import drive, measure
 
+from nanoengine.testing.invariants import check_scheduler
+
 pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 PARTS = (2000, 4000, 4000)  # in the first one bounded caches fill, and kernels are compiled
 REQUESTS = sum(PARTS)
@@ -36,7 +38,7 @@ def test_ten_thousand_requests(tmp_path: Path) -> None:
             host.append(measure())
             gpu.append(gpu_memory())
         stats = llm.stats()
-        llm.engine.scheduler.check()
+        check_scheduler(llm.engine.scheduler)
     seen = {name: sum(part[name] for part in parts) for name in parts[0]}
     print(f"\n{seen}\n{stats}\nGPU: {gpu}; host: {host}")
     assert sum(seen[k] for k in ("finished", "aborted", "refused")) == REQUESTS

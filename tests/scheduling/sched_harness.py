@@ -23,6 +23,7 @@ from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, StepPlan
 from nanoengine.distributed.wire import decode, encode
 from nanoengine.params.sampling_params import PackedProcessor, ResolvedParams
+from nanoengine.testing.invariants import check_blocks, check_scheduler
 from nanoengine.testing.mock_runner import MockRunner, expected_tokens, fake_logprob
 
 VOCAB = 97
@@ -139,14 +140,18 @@ class Loop:
         """Of the steps from the next one on."""
         self.config = self.scheduler.config = replace(self.config, max_num_batched_tokens=tokens)
 
+    def check(self) -> None:
+        if self.checks:
+            check_scheduler(self.scheduler)
+
     def abort(self, request: Request) -> None:
         self.scheduler.abort(request)
-        self.scheduler.check()
+        self.check()
 
     def launch(self) -> ScheduledStep | None:
         step = self.scheduler.schedule()
         self.book(self.scheduler.take_updates())
-        self.scheduler.check()
+        self.check()
         if step is not None:
             assert 0 < step.plan.num_tokens <= self.config.max_num_batched_tokens, "the budget is broken"
             if self.broke_at_launch(step):
@@ -166,7 +171,7 @@ class Loop:
         bad = [r for (r, _), failed in rows if failed == ROW_BAD_LOGITS and r.status is not Status.FINISHED]
         spoiled = [self.spoil_kv(request) for request in bad]
         updates = self.scheduler.commit(step, result)
-        self.scheduler.check()
+        self.check()
         self.bad += bad
         for pool, blocks in ((pool, blocks[group]) for blocks in spoiled for group, pool in enumerate(self.pools)):
             assert not self.checks or not pool.uids[blocks].any(), "the index holds blocks of a failed request"
@@ -206,7 +211,7 @@ class Loop:
     def book(self, updates: Iterable[Update]) -> None:
         for update in updates:
             request = update.request
-            assert request not in self.ended, f"news of {request.id} after its end"
+            assert request not in self.ended, f"an update of {request.id} after its end"
             self.tokens[request] += update.new_token_ids
             self._book_logprobs(update)
             if update.finish_reason or update.failed or update.error:
@@ -224,13 +229,13 @@ class Loop:
         else:
             assert request.params.logprobs is None or not update.new_token_ids
         if update.prompt_logprobs is not None:
-            told = update.prompt_logprobs
-            for i, position in enumerate(told.positions.tolist()):
+            given = update.prompt_logprobs
+            for i, position in enumerate(given.positions.tolist()):
                 token = request.prompt_token_ids[position]
-                assert told.token_ids[i] == token
-                assert told.logprobs[i] == np.float32(fake_logprob(token, position))
-                assert told.top_offsets[i + 1] - told.top_offsets[i] == request.params.prompt_logprobs
-            self.prompt_positions[request] += told.positions.tolist()
+                assert given.token_ids[i] == token
+                assert given.logprobs[i] == np.float32(fake_logprob(token, position))
+                assert given.top_offsets[i + 1] - given.top_offsets[i] == request.params.prompt_logprobs
+            self.prompt_positions[request] += given.positions.tolist()
 
     def run(self, limit: int = 5000) -> None:
         for _ in range(limit):
@@ -260,7 +265,7 @@ class Loop:
         assert self.blocks.grow(again, again.prompt_len)
         again.num_computed = again.prompt_len
         self.blocks.publish(again, again.prompt_len)
-        self.blocks.check([again])
+        check_blocks(self.blocks, [again])
         self.blocks.release(again)
         whole = again.prompt_len // self.blocks.block_size
         assert self.cached(again) == whole, "what was computed is not found"
@@ -313,7 +318,7 @@ class BreakingLoop(Loop):
             result = original(*args, **kwargs)
             if self.raised == before:
                 self.raised += 1
-                raise SystemExit("books torn")
+                raise SystemExit("broken by a test")
             return result
 
         with patch.object(owner, name, broken):
@@ -334,7 +339,7 @@ class BreakingLoop(Loop):
     def fail(self, steps):
         self.broken.append([[r for r, _ in step.rows] for step in steps])
         self.failed += self.scheduler.fail(steps)
-        self.scheduler.check()
+        self.check()
 
     def spoil(self):
         """All steps in flight break; what they wrote is garbage."""

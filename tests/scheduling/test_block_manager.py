@@ -12,6 +12,7 @@ from sched_harness import Loop, prompt_of
 
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import BlockManager, Pool
+from nanoengine.testing.invariants import check_blocks
 
 
 def owner(loop_or_none: Loop | None, prompt: list[int], **kwargs) -> Request:
@@ -25,7 +26,7 @@ def compute(blocks: BlockManager, request: Request, *others: Request) -> int:
     assert blocks.grow(request, request.num_tokens)
     request.num_computed = request.num_tokens
     blocks.publish(request, request.num_tokens)
-    blocks.check([request, *others])
+    check_blocks(blocks, [request, *others])
     return len(hits[0])
 
 
@@ -33,7 +34,7 @@ def pass_through(blocks: BlockManager, prompt: list[int]) -> int:
     request = owner(None, prompt)
     hits = compute(blocks, request)
     blocks.release(request)
-    blocks.check([])
+    check_blocks(blocks, [])
     return hits
 
 
@@ -96,7 +97,7 @@ def test_dummy_block_is_never_handed_out():
 
 
 def test_claim_takes_nothing_where_room_lacks_for_all():
-    """A hit block that nobody owns takes a free block, too."""
+    """A hit block that no request owns takes a free block, too."""
     blocks = BlockManager(1, 5, 4, True)
     pass_through(blocks, prompt_of(9))
     holder = owner(None, prompt_of(4, 1))
@@ -127,7 +128,7 @@ def test_equal_blocks_are_kept_apart_and_their_children_meet():
 
 
 def test_a_child_is_not_found_behind_another_parent():
-    """Equal hashes and equal tokens: the history differs, and the parent tells."""
+    """Equal hashes and equal tokens: the history differs, and the parent shows it."""
     blocks = BlockManager(1, 20, 4, True, hash_fn=lambda data: data[-4:])  # by the last token alone
     pass_through(blocks, [1, 1, 1, 1, 2, 2, 2, 2, 3])
     assert len(blocks.match(owner(None, [1, 1, 1, 1, 2, 2, 2, 2, 9]))[0]) == 2
@@ -148,7 +149,7 @@ def test_withdrawn_blocks_are_not_found_and_reused_ones_stay():
     other = owner(None, prompt_of(12, 1))
     compute(blocks, other)
     blocks.withdraw(published)
-    blocks.check([other])
+    check_blocks(blocks, [other])
     blocks.release(other)
     assert len(blocks.match(owner(None, [*prompt_of(12, 1), 0]))[0]) == 3, "not what was published since"
     again = owner(None, prompt_of(9))
@@ -201,7 +202,7 @@ def evict(blocks: BlockManager, prompt: list[int], count: int) -> None:
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("owned", [False, True])
 def test_a_chain_whose_head_was_evicted_is_published_again(groups, owned):
-    """Its tail stays behind in the index, where nobody finds it: it makes room, whether or not someone owns it."""
+    """Its tail stays behind in the index, where no request finds it: it makes room, owned or not."""
     blocks = BlockManager(groups, 40, 4, True)
     first = follower(blocks, prompt_of(16))
     blocks.publish(first, 16)
@@ -211,7 +212,7 @@ def test_a_chain_whose_head_was_evicted_is_published_again(groups, owned):
     evict(blocks, prompt_of(16), 1)
     again = follower(blocks, prompt_of(16))
     assert len(blocks.publish(again, 16)) == 4 * groups
-    blocks.check([*others, again])
+    check_blocks(blocks, [*others, again])
     blocks.release(again)
     hits = blocks.match(owner(None, [*prompt_of(16), 1]))
     assert [len(run) for run in hits] == [4] * groups
@@ -226,7 +227,7 @@ def test_a_request_whose_predecessor_is_gone_publishes_its_own_copies():
     blocks.release(first)
     evict(blocks, prompt_of(8), 2)
     assert [each.block for each in blocks.publish(second, 16)] == second.block_ids[0]
-    blocks.check([second])
+    check_blocks(blocks, [second])
     assert len(blocks.match(owner(None, [*prompt_of(16), 1]))[0]) == 4
 
 
@@ -240,21 +241,21 @@ def test_what_a_failed_request_read_or_wrote_is_barred_until_it_is_taken_anew():
     """Also blocks of others: nothing says whose values were bad. A co-owner does not bring them back."""
     blocks = BlockManager(1, 12, 4, True)
     pass_through(blocks, prompt_of(9))
-    bad, beside = owner(None, [*prompt_of(12), 1]), owner(None, [*prompt_of(12), 2])
+    bad, other = owner(None, [*prompt_of(12), 1]), owner(None, [*prompt_of(12), 2])
     assert compute(blocks, bad) == 2
-    assert compute(blocks, beside, bad) == 3
+    assert compute(blocks, other, bad) == 3
     blocks.bar(bad)
     blocks.release(bad)
-    blocks.check([beside])
+    check_blocks(blocks, [other])
     assert not len(blocks.match(owner(None, prompt_of(9)))[0])
-    beside.output_token_ids += [5] * 8
-    assert blocks.grow(beside, beside.num_tokens)
-    assert blocks.publish(beside, beside.num_tokens) == [], "behind blocks that are barred"
-    blocks.check([beside])
+    other.output_token_ids += [5] * 8
+    assert blocks.grow(other, other.num_tokens)
+    assert blocks.publish(other, other.num_tokens) == [], "behind blocks that are barred"
+    check_blocks(blocks, [other])
     again = owner(None, prompt_of(13))
-    assert compute(blocks, again, beside) == 0
+    assert compute(blocks, again, other) == 0
     blocks.release(again)
-    blocks.release(beside)
+    blocks.release(other)
     assert len(blocks.match(owner(None, prompt_of(13)))[0]) == 3
     for _ in range(3):  # every block has been taken anew
         pass_through(blocks, prompt_of(44, 3))
@@ -283,7 +284,7 @@ def test_what_was_found_while_waiting_is_what_a_fresh_request_finds(groups):
             found, wanted = blocks.match(request), blocks.match(fresh)
             assert [run.tolist() for run in found] == [run.tolist() for run in wanted]
             seen.add(len(found[0]))
-        blocks.check([])
+        check_blocks(blocks, [])
     assert len(seen) > 5
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import random
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import sched_harness
 from hypothesis import given, settings
 from sched_harness import BreakingLoop, prompt_of, random_ops, run_ops
 from test_properties import loops, operations
 
 from nanoengine.core.request import Request
+from nanoengine.core.scheduling import commit
 from nanoengine.core.scheduling.draft import Draft
 from nanoengine.core.scheduling.messages import Update
+from nanoengine.core.scheduling.queues import Roster
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.distributed.wire import encode
 
@@ -31,13 +35,17 @@ class WatchedLoop(BreakingLoop):
         super().__init__(False, request_class=request_class, **options)
         self.updates: list[list[tuple[Any, ...]]] = []
         self.general = {"booked": 0, "committed": 0}
-        commit_row, pick = self.scheduler._commit_row, self.scheduler._pick
-        self.scheduler._commit_row = lambda *args: self.count("committed", commit_row, args)
+        pick = self.scheduler._pick
         self.scheduler._pick = lambda *args: self.count("booked", pick, args)
 
     def count(self, what: str, call: Any, args: Any) -> Any:
         self.general[what] += 1
         return call(*args)
+
+    def commit(self):
+        commit_row = commit._commit_row
+        with patch.object(commit, "_commit_row", lambda *args: self.count("committed", commit_row, args)):
+            return super().commit()
 
     def book(self, updates):
         updates = list(updates)
@@ -154,7 +162,7 @@ def test_plain_rows_call_nothing(overlap):
 
 
 def test_a_row_that_was_picked_before_its_request_is_preempted_is_taken_back(monkeypatch):
-    """Requests take turns where the budget is too small for all: the newest one, which yields, may come first."""
+    """Requests take turns where the budget is too small for all: the newest one, which is preempted, may come first."""
     picked: list[bool] = []
     drop = Draft.drop
     monkeypatch.setattr(Draft, "drop", lambda self, r: (picked.append(r.slot in self.slots), drop(self, r))[1])
@@ -254,14 +262,14 @@ def drop_forgets_the_row(patch: pytest.MonkeyPatch) -> type[Request]:
 
 
 def release_forgets_the_checks(patch: pytest.MonkeyPatch) -> type[Request]:
-    release = Scheduler._release
+    release = Roster._release
 
     def broken(self, request):
         pick, commit = request.pick_check_at, request.commit_check_at
         release(self, request)
         request.pick_check_at, request.commit_check_at = pick, commit
 
-    patch.setattr(Scheduler, "_release", broken)
+    patch.setattr(Roster, "_release", broken)
     return Request
 
 
@@ -297,7 +305,7 @@ MUTANTS = [
 @pytest.mark.parametrize("checked", [True, False], ids=["", "by plans and updates alone"])
 def test_mutants_are_caught(mutant, checked, monkeypatch):
     if not checked:
-        monkeypatch.setattr(Scheduler, "check", lambda self: None)
+        monkeypatch.setattr(sched_harness, "check_scheduler", lambda scheduler: None)
     request_class = mutant(monkeypatch)
     with pytest.raises((AssertionError, KeyError, IndexError)):
         all_crowds(request_class)

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from sched_harness import BreakingLoop, random_ops, run_ops
 
-from nanoengine.core.request import Request, Status
-from nanoengine.core.scheduling import plan_builder
+from nanoengine.core.request import Status
+from nanoengine.core.scheduling import commit, draft
 from nanoengine.core.scheduling.block_manager import BlockManager, Pool, Run
 from nanoengine.core.scheduling.draft import Draft
+from nanoengine.core.scheduling.queues import Roster
 from nanoengine.core.scheduling.scheduler import Scheduler
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -30,7 +31,6 @@ def runs(seeds: range, check: bool = True, **options: Any) -> None:
             | options,
         )
         if not check:
-            loop.scheduler.check = lambda: None  # type: ignore[method-assign]
             loop.checks = False
         run_ops(loop, random_ops(rng, 40))
 
@@ -107,7 +107,7 @@ def hit_not_capped(patch: pytest.MonkeyPatch) -> None:
 
 def dead_row_kept(patch: pytest.MonkeyPatch) -> None:
     """Commit takes the row of a request that ended one step before."""
-    commit, remove = Scheduler.commit, Scheduler._remove
+    commit, remove = Scheduler.commit, Roster.remove
 
     def broken(self, step, result):
         dead = {r for r, _ in step.rows if r.status is Status.FINISHED}
@@ -121,7 +121,7 @@ def dead_row_kept(patch: pytest.MonkeyPatch) -> None:
                 request.status = Status.FINISHED
 
     patch.setattr(Scheduler, "commit", broken)
-    patch.setattr(Scheduler, "_remove", lambda self, r: r in (*self.running, *self.waiting) and remove(self, r))
+    patch.setattr(Roster, "remove", lambda self, r: r in (*self.running, *self.waiting) and remove(self, r))
 
 
 def published_before_written(patch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def failed_rows_stay_in_the_index(patch: pytest.MonkeyPatch) -> None:
 
 
 def only_the_own_blocks_of_a_failed_row_are_forgotten(patch: pytest.MonkeyPatch) -> None:
-    """Not those that it, or a request before it, published and let go of."""
+    """Not those that it, or a request before it, published before it ended."""
 
     def broken(blocks, request):
         for pool, table in zip(blocks._pools, request.block_ids, strict=False):
@@ -183,19 +183,19 @@ def token_of_a_victim_lost(patch: pytest.MonkeyPatch) -> None:
 
 def flight_forgotten(patch: pytest.MonkeyPatch) -> None:
     """A preempted request counts as having all its tokens, though one is in flight."""
-    preempt = Scheduler._preempt
+    preempt = Roster.preempt
 
     def broken(self, request, *why):
         preempt(self, request, *why)
         request.length = request.num_tokens
         request.last_prefill = -1
 
-    patch.setattr(Scheduler, "_preempt", broken)
+    patch.setattr(Roster, "preempt", broken)
 
 
 def outputs_not_sent_again(patch: pytest.MonkeyPatch) -> None:
     """A preempted request's slot gets the prompt only."""
-    new_slots = plan_builder._new_slots
+    new_slots = draft._new_slots
 
     def broken(new):
         kept = {request: request.output_token_ids for request in new}
@@ -206,12 +206,12 @@ def outputs_not_sent_again(patch: pytest.MonkeyPatch) -> None:
             request.output_token_ids = kept[request]
         return out
 
-    patch.setattr(plan_builder, "_new_slots", broken)
+    patch.setattr(draft, "_new_slots", broken)
 
 
 def stale_columns(patch: pytest.MonkeyPatch) -> None:
-    """Columns go to the slot beside."""
-    columns = plan_builder._processor_columns
+    """Columns go to the next slot."""
+    columns = draft._processor_columns
 
     def broken(new, host_values):
         out = columns(new, host_values)
@@ -219,7 +219,7 @@ def stale_columns(patch: pytest.MonkeyPatch) -> None:
             column.slots[:] = (column.slots + 1) % 4
         return out
 
-    patch.setattr(plan_builder, "_processor_columns", broken)
+    patch.setattr(draft, "_processor_columns", broken)
 
 
 def host_tokens_run_ahead(patch: pytest.MonkeyPatch) -> None:
@@ -228,18 +228,18 @@ def host_tokens_run_ahead(patch: pytest.MonkeyPatch) -> None:
 
 
 def block_sent_to_the_wrong_place(patch: pytest.MonkeyPatch) -> None:
-    appends = plan_builder._appends
+    appends = draft._appends
 
     def broken(grown):
         out = appends(grown)
         out.block[:] = out.block[::-1].copy()
         return out
 
-    patch.setattr(plan_builder, "_appends", broken)
+    patch.setattr(draft, "_appends", broken)
 
 
 def ends_one_early(patch: pytest.MonkeyPatch) -> None:
-    append = Request.append
+    append = commit._append
 
     def broken(request, new):
         request.max_len -= 1
@@ -247,11 +247,11 @@ def ends_one_early(patch: pytest.MonkeyPatch) -> None:
         request.max_len += 1
         return kept
 
-    patch.setattr(Request, "append", broken)
+    patch.setattr(commit, "_append", broken)
 
 
 def length_counts_known_tokens_only(patch: pytest.MonkeyPatch) -> None:
-    """A row is made although the token in flight ends the request: told by the dead row it leaves."""
+    """A row is made although the token in flight ends the request: shown by the dead row that it leaves."""
     pick = Scheduler._pick_running
 
     def broken(self, draft):
@@ -343,7 +343,7 @@ def test_mutants_are_caught(mutant, monkeypatch):
     "mutant", [freed_too_early, freed_while_running, published_before_written, not_withdrawn], ids=lambda m: m.__name__
 )
 def test_tokens_alone_catch_wrong_blocks(mutant, monkeypatch):
-    """Without the invariants' help: the mock's tokens tell."""
+    """Without the invariants' help: the mock's tokens show it."""
     mutant(monkeypatch)
     with pytest.raises(AssertionError, match=r"wrong tokens|two rows write one KV slot|is not published"):
         runs(range(60), check=False)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from nanoengine.core.request import Request
-from nanoengine.core.scheduling.draft import Draft
-from nanoengine.core.scheduling.plan_builder import build_plan
+from nanoengine.core.scheduling.draft import Draft, build_plan
 from nanoengine.params.sampling_params import ResolvedParams
 
 

@@ -12,7 +12,7 @@ from sched_harness import VOCAB, BreakingLoop, prompt_of, random_ops, random_req
 
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.draft import Draft
-from nanoengine.core.scheduling.scheduler import Scheduler
+from nanoengine.core.scheduling.queues import Roster
 
 RANDOM = st.randoms(use_true_random=False)
 
@@ -122,8 +122,8 @@ def test_scheduling_that_raises_now_and_then(where):
     [
         ("pick", Request, "unbook"),
         ("plan", Draft, "drop"),
-        ("grow", Scheduler, "_preempt"),
-        ("claim", Scheduler, "_remove"),
+        ("grow", Roster, "preempt"),
+        ("claim", Roster, "remove"),
     ],
 )
 def test_books_that_are_not_put_right_are_seen(monkeypatch, where, owner, name):

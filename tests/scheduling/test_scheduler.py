@@ -83,7 +83,7 @@ def test_generated_blocks_are_hit(overlap):
 
 @overlaps
 def test_hit_after_preemption(overlap):
-    """Two requests outgrow the pool: the later one yields, comes back, and finds its own blocks."""
+    """Two requests outgrow the pool: the later one is preempted, comes back, and finds its own blocks."""
     loop = Loop(overlap=overlap, num_blocks=9)
     for salt in (1, 2):
         loop.add(prompt_of(13, salt), max_tokens=14)
@@ -150,11 +150,11 @@ def test_eos_at_a_chunk_edge(overlap, budget):
     loop = Loop(overlap=overlap, budget=budget)
     eos = truth(loop.request(prompt_of(8)), 256)[0]
     request = loop.add(prompt_of(8), eos_ids=frozenset({eos}))
-    beside = loop.add(prompt_of(8, 1), max_tokens=12)
+    other = loop.add(prompt_of(8, 1), max_tokens=12)
     loop.finish_and_verify()
     assert loop.tokens[request] == [eos]
     assert loop.ended[request].stop_reason is None
-    assert len(loop.tokens[beside]) == 12
+    assert len(loop.tokens[other]) == 12
     dead = [step for step in loop.steps[1:] if request in [r for r, _ in step.rows]]
     assert bool([s for s in dead if s.plan.num_decode_rows]) == overlap, "run-ahead leaves a dead row, and only it does"
 
@@ -307,7 +307,7 @@ def spread_under_a_small_budget(overlap: bool, scheduler: type[Scheduler] = Sche
 
 
 @overlaps
-def test_budget_below_the_runners_starves_nobody(overlap):
+def test_budget_below_the_runners_starves_no_request(overlap):
     class InOrder(Scheduler):
         def _pick_running(self, draft):
             self._resume = None
@@ -349,7 +349,7 @@ def test_priority_orders_admission_and_names_the_victim():
     loop.finish_and_verify()
 
 
-def test_fcfs_preempts_the_last_admitted_who_returns_first():
+def test_fcfs_preempts_the_last_admitted_which_returns_first():
     loop = Loop(num_blocks=9, max_num_seqs=2, overlap=False)
     first, second, third = (loop.add(prompt_of(13, salt), max_tokens=14) for salt in range(3))
     while not loop.scheduler.stats().preemptions:
@@ -480,7 +480,7 @@ def test_failed_row_is_let_go(overlap):
 @overlaps
 @pytest.mark.parametrize("at_launch", [False, True])
 @pytest.mark.parametrize("from_token", [0, 9, 25])
-def test_broken_steps_single_out_the_guilty(overlap, at_launch, from_token):
+def test_broken_steps_find_the_request_that_is_the_cause(overlap, at_launch, from_token):
     loop = BreakingLoop(at_launch, overlap=overlap, budget=24)
     shared = prompt_of(13)
     good = [loop.add(shared, sample_index=i, max_tokens=20) for i in range(2)]
@@ -498,7 +498,7 @@ def test_broken_steps_single_out_the_guilty(overlap, at_launch, from_token):
 
 
 def test_one_broken_step_of_two_requests_recovers():
-    """A fault that passes: both are run alone once, then together, and nobody fails."""
+    """A fault that passes: both are run alone once, then together, and none fails."""
     loop = BreakingLoop(False, overlap=True)
     a, b = loop.add(prompt_of(9)), loop.add(prompt_of(9, 1))
     loop.poison(a)
@@ -530,10 +530,10 @@ def test_what_a_broken_step_published_is_withdrawn():
     loop.finish_and_verify()
 
 
-def test_retry_alone_wait_for_room_while_the_innocent_run():
-    """An innocent request that holds the blocks a suspect needs goes on, and frees them."""
+def test_retried_requests_wait_for_room_while_others_run():
+    """A request that holds the blocks which a retried one needs goes on, and frees them."""
     loop = BreakingLoop(True, overlap=False, num_blocks=8, max_num_seqs=3, budget=20)
-    innocent = loop.add(prompt_of(18, 9), max_tokens=6)
+    other = loop.add(prompt_of(18, 9), max_tokens=6)
     loop.launch()
     loop.commit()
     loop.add(prompt_of(6, 1), max_tokens=8)
@@ -541,16 +541,16 @@ def test_retry_alone_wait_for_room_while_the_innocent_run():
     step = loop.scheduler.schedule()
     assert step.plan.num_rows >= 2
     del loop.scheduler._in_flight[step.plan.step]
-    # As if the innocent one had not been in the step that broke: only the rest become suspects.
+    # As if the first one had not been in the step that broke: only the rest are retried.
     loop.scheduler._in_flight[step.plan.step] = step
-    kept = [i for i, (r, _) in enumerate(step.rows) if r is innocent]
+    kept = [i for i, (r, _) in enumerate(step.rows) if r is other]
     assert kept == [0]
     loop.scheduler.fail([step])
-    loop.scheduler._retry_alone.discard(innocent)
+    loop.scheduler._roster.retry_alone.discard(other)
     loop.finish_and_verify()
 
 
-def test_configuration_errors_name_the_mend():
+def test_configuration_errors_name_the_fix():
     with pytest.raises(ConfigError, match="did you mean 'fcfs'"):
         make_policy("fcsf")
     with pytest.raises(ConfigError, match="max_num_seqs=0"):
@@ -582,7 +582,7 @@ def test_many_requests_through_few_slots():
 
 @pytest.mark.parametrize("caching", [True, False])
 def test_a_reserve_at_admission_saves_preemptions(caching):
-    """Blocks that those who run will need are not given to one who would have to yield them at once."""
+    """Blocks that running requests will need are not given to one that would have to give them back at once."""
     preemptions, tokens = [], []
     for reserve in (0, 1, 3):
         loop = Loop(num_blocks=30, block_size=4, max_num_seqs=8, caching=caching, reserve=reserve)
@@ -600,7 +600,7 @@ def test_a_reserve_at_admission_saves_preemptions(caching):
     assert tokens[0] > tokens[-1]
 
 
-def test_a_reserve_holds_back_nobody_when_nothing_runs():
+def test_a_reserve_holds_back_no_request_when_nothing_runs():
     loop = Loop(num_blocks=10, block_size=4, reserve=100)
     for i in range(3):
         loop.add(prompt_of(30, i), max_tokens=4)

@@ -51,7 +51,7 @@ class BlockManager:
         enable_prefix_caching: without it nothing is published and nothing is found.
         hash_fn: bytes -> digest; only the speed of the index depends on it, never its truth.
 
-    Raises `ConfigError` where there is no block besides the dummy one.
+    Raises `ConfigError` if the dummy block is the only one.
     """
 
     def __init__(
@@ -69,8 +69,7 @@ class BlockManager:
             )
         assert groups > 0 and block_size > 0
         self.block_size = block_size
-        self.num_blocks = num_blocks - 1
-        """Blocks of each group that requests can own (the dummy block excluded)."""
+        self.num_blocks = num_blocks - 1  # of each group: those that requests can own
         self.enable_prefix_caching = enable_prefix_caching
         self._hash = hash_fn
         self._pools = [Pool(num_blocks) for _ in range(groups)]
@@ -78,7 +77,7 @@ class BlockManager:
 
     @property
     def free_blocks(self) -> int:
-        """Blocks nobody owns, in the group that has fewest."""
+        """Blocks that no request owns, in the group that has fewest."""
         return min(pool.num_free for pool in self._pools)
 
     def use(self) -> BlockUse:
@@ -140,9 +139,7 @@ class BlockManager:
 
     def prompt_hashes(self, request: Request, start: int, end: int) -> Sequence[bytes]:
         """Hashes of the full prompt blocks that computing tokens [start, end) completes."""
-        last = min(end, request.prompt_len) // self.block_size if self.enable_prefix_caching else 0
-        self._hash_blocks(request, last)
-        return request.block_hashes[start // self.block_size : last]
+        return request.block_hashes[start // self.block_size : min(end, request.prompt_len) // self.block_size]
 
     # Owning
 
@@ -170,7 +167,7 @@ class BlockManager:
 
     def grow(self, request: Request, num_tokens: int) -> bool:
         """Appends blocks until they hold `num_tokens`; False, and nothing taken, where a pool has too few."""
-        missing = self.blocks_for(num_tokens) - len(request.block_ids[0])
+        missing = -(-num_tokens // self.block_size) - len(request.block_ids[0])
         if missing <= 0:
             return True
         for pool in self._pools:
@@ -204,22 +201,20 @@ class BlockManager:
         while request.publish_at <= num_tokens:
             i = request.publish_at // self.block_size - 1
             tokens, hashes = self._tokens(request, i, i + 1), request.block_hashes
-            if len(hashes) == i and i:
-                hashes.append(self._hash(hashes[-1] + tokens + request.cache_key))
-            else:
-                self._hash_blocks(request, i + 1)
+            if len(hashes) == i:
+                hashes.append(self._hash((hashes[-1] if i else b"") + tokens + request.cache_key))
             request.publish_at += self.block_size
             for group, pool in enumerate(self._pools):
                 if i and request.chain[group] not in pool.live:
                     request.publish_at, request.chain = self.block_size, [request.cache_key] * len(self._pools)
                     break
-                if not self._publish_block(request, group, pool, i, tokens, out):
+                if not self._publish_block(request, group, i, tokens, out):
                     request.publish_at = sys.maxsize
         return out
 
-    def _publish_block(
-        self, request: Request, group: int, pool: Pool, i: int, tokens: bytes, out: list[Published]
-    ) -> bool:
+    def _publish_block(self, request: Request, group: int, i: int, tokens: bytes, out: list[Published]) -> bool:
+        """False: the request publishes no more."""
+        pool = self._pools[group]
         key, parent = request.block_hashes[i], request.chain[group]
         equal = pool.find(key, parent, tokens)
         if equal is not None:
@@ -237,13 +232,11 @@ class BlockManager:
         return True
 
     def bar(self, request: Request) -> None:
-        """Its KV may be wrong: forgets all that the index holds of its tokens, and of the blocks it owns, whoever
-        computed them; nobody else publishes them either. The next request with its prompt computes all of it anew."""
-        for pool, run in zip(self._pools, self._runs(request, request.num_tokens // self.block_size), strict=True):
-            for block in run.tolist():
-                pool.bar(block)
-        for pool, table in zip(self._pools, request.block_ids, strict=False):
-            for block in table:
+        """Its KV may be wrong: forgets all that the index holds of its tokens, and of the blocks it owns, no matter by
+        which request; no other one publishes them either. The next request with its prompt computes all of it anew."""
+        runs = self._runs(request, request.num_tokens // self.block_size)
+        for pool, run, table in zip(self._pools, runs, request.block_ids or [[]] * len(runs), strict=True):
+            for block in (*run.tolist(), *table):
                 pool.bar(block)
 
     def reset_prefix_cache(self) -> None:
@@ -255,10 +248,8 @@ class BlockManager:
     def withdraw(self, published: Iterable[Published]) -> None:
         """Takes back what a step published that then broke, unless the block has been reused since."""
         for group, block, uid in published:
-            pool = self._pools[group]
-            entry = pool.entries[block]
-            if entry is not None and entry.uid == uid:
-                pool.forget(block)
+            if self._pools[group].uids[block] == uid:
+                self._pools[group].forget(block)
 
     # Tokens and hashes
 
@@ -274,19 +265,8 @@ class BlockManager:
     def _hash_blocks(self, request: Request, num_blocks: int) -> None:
         hashes = request.block_hashes
         for i in range(len(hashes), num_blocks):
-            parent = hashes[i - 1] if i else b""
+            parent = hashes[-1] if i else b""
             hashes.append(self._hash(parent + self._tokens(request, i, i + 1) + request.cache_key))
-
-    # Invariants
-
-    def check(self, owners: Iterable[Request]) -> None:
-        """Asserts that the requests' tables, reference counts, free lists and indexes tell one story."""
-        owners = list(owners)
-        for request in owners:
-            assert all(len(t) * self.block_size == request.capacity for t in request.block_ids), "groups out of step"
-            assert request.capacity >= request.num_computed, f"{request.id} computed tokens that no block holds"
-        for group, pool in enumerate(self._pools):
-            pool.check([request.block_ids[group] for request in owners])
 
 
 class Entry(NamedTuple):
@@ -368,7 +348,7 @@ class Pool:
         self.refs[block] += 1
 
     def give_back(self, block: int) -> None:
-        """One owner less. Published blocks are reused last, those that nobody can hit at once."""
+        """One owner less. Published blocks are reused last, those that no request can hit at once."""
         assert self.refs[block] > 0, f"block {block} freed twice"
         self.refs[block] -= 1
         if self.refs[block] == 1:
@@ -409,8 +389,6 @@ class Pool:
 
     def still_there(self, run: Run) -> Run:
         """The beginning of the run that was not forgotten since."""
-        if not len(run.blocks):
-            return run
         there = self.uids[run.blocks] == run.uids
         if there.all():
             return run
@@ -419,11 +397,9 @@ class Pool:
 
     def find(self, key: bytes, parent: int | bytes, tokens: bytes) -> int | None:
         """The block published under `key`, if it is verified: same predecessor (hence same history), same tokens."""
-        block = self.index.get(key)
-        if block is None:
-            return None
-        entry = self.entry(block)
-        return block if entry.parent == parent and entry.tokens == tokens else None
+        block = self.index.get(key, 0)  # the dummy block has no entry
+        entry = self.entries[block]
+        return block if entry is not None and entry.parent == parent and entry.tokens == tokens else None
 
     def follow(self, keys: Sequence[bytes], parent: int | bytes, tokens: bytes) -> Run:
         """The blocks under these keys, one behind the other, as far as they are there and verified as in `find`.
@@ -435,7 +411,7 @@ class Pool:
         blocks: list[int] = []
         uids: list[int] = []
         for at, key in enumerate(keys):
-            block = index.get(key, 0)  # the dummy block has no entry
+            block = index.get(key, 0)
             entry = entries[block]
             if entry is None or entry.parent != parent or entry.tokens != tokens[at * size : at * size + size]:
                 break
@@ -443,30 +419,3 @@ class Pool:
             blocks.append(block)
             uids.append(entry.uid)
         return Run(np.array(blocks, dtype=np.int64), np.array(uids, dtype=np.int64)) if blocks else NO_RUN
-
-    def check(self, tables: Sequence[Sequence[int]]) -> None:
-        """Asserts that the owners' block tables, reference counts, free list and index tell one story."""
-        refs = [0] * len(self.refs)
-        for table in tables:
-            assert len(set(table)) == len(table), f"a request owns a block twice: {table}"
-            for block in table:
-                refs[block] += 1
-        assert refs == self.refs, f"reference counts {self.refs} are not those of the tables {refs}"
-        assert refs[0] == 0, "the dummy block is owned"
-        free, block = set(), self.next[0]
-        while block:
-            assert block not in free, f"free list loops at {block}"
-            assert self.next[self.prev[block]] == block == self.prev[self.next[block]], "free list is torn"
-            free.add(block)
-            block = self.next[block]
-        assert free == {b for b in range(1, len(refs)) if refs[b] == 0}, "the free list is not the unowned blocks"
-        assert len(free) == self.num_free
-        assert self.num_shared == sum(count > 1 for count in refs), "shared blocks are miscounted"
-        assert self.num_cached == sum(self.entries[b] is not None for b in free), "cached blocks are miscounted"
-        entries = {entry.key: b for b, entry in enumerate(self.entries) if entry}
-        assert entries == self.index, "index and blocks disagree"
-        uids = [entry.uid if entry else 0 for entry in self.entries]
-        assert uids == self.uids.tolist(), "uids are not those of the entries"
-        assert self.live == {uid for uid in uids if uid}, "live uids are not those of the entries"
-        assert self.unowned.tolist() == [count == 0 for count in refs], "owned and unowned blocks are mixed up"
-        assert not any(self.entries[block] for block in self.barred), "a barred block is in the index"

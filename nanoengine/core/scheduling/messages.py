@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal, NamedTuple
-
-import numpy as np
 
 from nanoengine.api.errors import ConfigError, RequestError
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import Published
-from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, LogprobRows, StepPlan, StepResult, offsets_of
+from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, LogprobRows, StepPlan
 
 EndReason = Literal["stop", "length"]
 
@@ -65,7 +61,7 @@ class Preemption(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduledStep:
-    """A plan, and whose rows it holds: (request, its generation then), in the plan's order.
+    """A plan, and the requests of its rows: (request, its generation then), in the plan's order.
 
     sampled: per row, whether a token is drawn. published: prompt blocks that the prefix index got with it. admitted: in
     this step. preempted: since the step before.
@@ -80,7 +76,7 @@ class ScheduledStep:
 
 
 class Update(NamedTuple):
-    """News of one request. With `finish_reason`, `failed` or `error` the scheduler has let go of it already.
+    """What is new of one request. With `finish_reason`, `failed` or `error` the scheduler has removed it already.
 
     Attributes:
         new_token_ids: all since its last update, a stop token included.
@@ -103,7 +99,7 @@ class Update(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class EngineStats:
-    """Counts since the engine started. The scheduler counts; who asks gets a copy.
+    """Counts since the engine started. The scheduler counts; `Scheduler.stats` gives a copy.
 
     Attributes:
         steps: steps launched. mixed_steps: of them, with decode and prefill rows. chunks: prefill rows that were only a
@@ -150,59 +146,3 @@ class EngineStats:
             self.prefix_hit_tokens += cached
         else:
             self.resumed_hit_tokens += cached
-
-
-class RowResult(NamedTuple):
-    """One row's part of a `StepResult`. end: tokens of its request whose KV is written once the row has run. sampled:
-    whether it was to draw a token."""
-
-    end: int
-    sampled: bool
-    token_ids: Sequence[int]
-    failed: int = 0
-    sampled_logprobs: LogprobRows | None = None
-    prompt_logprobs: LogprobRows | None = None
-
-
-def row_results(step: ScheduledStep, result: StepResult, first: int) -> list[RowResult]:
-    """Of the rows from `first` on."""
-    plan, num_rows = step.plan, len(step.rows)
-    tokens, offsets = result.token_ids.tolist(), offsets_of(result.counts).tolist()
-    ends, failed = (plan.starts + plan.query_lens).tolist(), result.failed.tolist()
-    drawn, prompts = _cut(result.sampled_logprobs, num_rows), _cut(result.prompt_logprobs, num_rows)
-    return [
-        RowResult(
-            ends[row],
-            step.sampled[row],
-            tokens[offsets[row] : offsets[row + 1]],
-            failed[row],
-            drawn.get(row),
-            prompts.get(row),
-        )
-        for row in range(first, num_rows)
-    ]
-
-
-def _cut(entries: LogprobRows, num_rows: int) -> dict[int, LogprobRows]:
-    """A result's log-probs by plan row. The entries are in row order, as the tokens are."""
-    if not len(entries.rows):
-        return {}
-    assert (np.diff(entries.rows) >= 0).all(), "log-probs are not in row order"
-    bounds = np.searchsorted(entries.rows, np.arange(num_rows + 1)).tolist()
-    tops = entries.top_offsets.tolist()
-    out: dict[int, LogprobRows] = {}
-    for row, (start, end) in enumerate(pairwise(bounds)):
-        if start == end:
-            continue
-        top, offsets = tops[start], entries.top_offsets[start : end + 1]
-        out[row] = LogprobRows(
-            rows=entries.rows[start:end],
-            positions=entries.positions[start:end],
-            token_ids=entries.token_ids[start:end],
-            logprobs=entries.logprobs[start:end],
-            ranks=entries.ranks[start:end],
-            top_ids=entries.top_ids[top : tops[end]],
-            top_logprobs=entries.top_logprobs[top : tops[end]],
-            top_offsets=offsets - top if top else offsets,
-        )
-    return out

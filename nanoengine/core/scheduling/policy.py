@@ -1,4 +1,4 @@
-"""Who goes first and who yields: order only, no resources."""
+"""Which request goes first, and which one is preempted: order only, no resources."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Policy(ABC):
         return 0
 
     def victim(self, running: Sequence[Request]) -> Request:
-        """Who gives its blocks back when they run out; `running` is sorted by `running_key`."""
+        """The request that is preempted when blocks run out; `running` is sorted by `running_key`."""
         return running[-1]
 
 
 class FCFS(Policy):
-    """First come, first served. The last admitted one yields."""
+    """First come, first served. The last admitted one is preempted."""
 
     def waiting_key(self, request: Request) -> tuple[int, ...]:
         return (request.arrival, request.order)
@@ -40,7 +40,7 @@ class FCFS(Policy):
 
 
 class PriorityPolicy(Policy):
-    """A lower value goes first, then the earlier arrival. The worst priority yields, then the latest arrival.
+    """A lower value goes first, then the earlier arrival. The worst priority is preempted, then the latest arrival.
 
     As in vLLM, priorities order the queue and choose the victim when a running request lacks blocks; a waiting request
     never drives out a running one just because its priority is better.

@@ -3,33 +3,58 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from itertools import pairwise
 
 from nanoengine.core.request import Request, Status
+from nanoengine.core.scheduling.block_manager import BlockManager
+from nanoengine.core.scheduling.messages import EngineStats, Preemption
 from nanoengine.core.scheduling.policy import Policy
 
 Handle = tuple[Request, int]  # a request and its generation when it got the slot
 
 
 class Roster:
-    """Live requests by status. It moves them, and sets status, slot and generation; it knows no tokens or blocks.
+    """The live requests. It moves them between two queues, gives them slots, and takes back what they own.
 
     Attributes:
         waiting, running: sorted by the policy's keys.
-        free_slots: a slot freed is the next to be used again.
-        owners: by slot that is not free.
+        free_slots: a slot freed is the next to be used again. owners: by slot that is not free.
+        retry_alone: requests whose step broke: each runs in a step of its own until it has drawn a token.
+        num_host: how many have host-token processors.
+        preempted: since the last step.
     """
 
-    def __init__(self, num_slots: int, policy: Policy) -> None:
-        self.policy = policy
+    def __init__(self, num_slots: int, policy: Policy, blocks: BlockManager, stats: EngineStats) -> None:
+        self.num_slots, self.policy, self.blocks = num_slots, policy, blocks
         self.waiting: list[Request] = []
         self.running: list[Request] = []
-        self.num_slots = num_slots
         self.free_slots = list(range(num_slots - 1, -1, -1))
         self.owners: dict[int, Handle] = {}
-        self._admissions = 0
+        self.retry_alone: set[Request] = set()
+        self.num_host = 0
+        self.preempted: list[Preemption] = []
+        self._stats = stats
+        self._added = self._admissions = 0
 
-    def enqueue(self, request: Request) -> None:
+    def add(self, request: Request) -> None:
+        request.order = self._added
+        self._added += 1
+        self.num_host += request.host_tokens
+        self._enqueue(request)
+
+    def preempt(self, victim: Request, why: str) -> None:
+        """Its blocks and slot go; what it has in flight is appended at commit, and it waits for that."""
+        self.preempted.append(Preemption(victim.id, victim.slot, victim.num_computed, why))
+        self._release(victim)
+        self._enqueue(victim)
+        self._stats.preemptions += 1
+
+    def remove(self, request: Request) -> None:
+        """It is live no more."""
+        self._release(request)
+        self.num_host -= request.host_tokens
+        self.retry_alone.discard(request)
+
+    def _enqueue(self, request: Request) -> None:
         request.status = Status.WAITING
         insort(self.waiting, request, key=self.policy.waiting_key)
 
@@ -44,8 +69,11 @@ class Roster:
         self.owners[request.slot] = (request, request.generation)
         insort(self.running, request, key=self.policy.running_key)
 
-    def drop(self, request: Request) -> None:
-        """Waiting or running -> in no queue, finished until it is enqueued again."""
+    def _release(self, request: Request) -> None:
+        """It owns nothing and is in no queue from here on. Slot and blocks may be reused at once: one stream orders the
+        writes."""
+        self.blocks.release(request)
+        request.num_computed = request.pick_check_at = request.commit_check_at = 0
         if request.status is Status.RUNNING:
             self.running.remove(request)
             del self.owners[request.slot]
@@ -69,19 +97,3 @@ class Roster:
         at = bisect_left(self.waiting, key(request), key=key)
         assert self.waiting[at] is request, f"request {request.id} is not in the queue"
         del self.waiting[at]
-
-    def check(self) -> None:
-        slots = [request.slot for request in self.running]
-        assert sorted(slots) == sorted(self.owners), "slots leaked or doubled"
-        assert sorted(slots + self.free_slots) == list(range(self.num_slots)), "slots leaked or doubled"
-        for name, queue, key in (
-            ("waiting", self.waiting, self.policy.waiting_key),
-            ("running", self.running, self.policy.running_key),
-        ):
-            assert all(key(a) < key(b) for a, b in pairwise(queue)), f"{name} is out of order"
-        for request in self.running:
-            assert request.status is Status.RUNNING
-            assert self.owners[request.slot] == (request, request.generation)
-        for request in self.waiting:
-            assert request.status is Status.WAITING and request.slot == -1
-            assert request.num_computed == 0 and not request.block_ids

@@ -1,10 +1,10 @@
-"""One token budget: which tokens of which requests run next, and what their results mean.
+"""One token budget: which tokens of which requests run next.
 
 There is no prefill phase and no decode phase: in each step every request's `num_computed` moves towards its length,
 counting tokens in flight, under `max_num_batched_tokens`; running requests first, then waiting ones. Scheduling never
-looks at token values, so the next step may be scheduled while one is in flight. What that brings: a victim of
-preemption gets its token in flight at commit and is re-admitted only with all its tokens known; a request that turns
-out to have ended leaves one dead row, which commit drops.
+looks at token values, so the next step may be scheduled while one is in flight. It follows that a preempted request
+gets its token in flight at commit, and is admitted again only when all its tokens are known; and that a request which
+has ended meanwhile leaves one row without an owner (a dead row), which commit drops.
 """
 
 from __future__ import annotations
@@ -17,21 +17,18 @@ from typing import Literal
 from nanoengine.api.errors import RequestError, engine_failure, is_failure
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.block_manager import BlockManager, Hits
-from nanoengine.core.scheduling.draft import Draft, ask_host_processors, may_read_cache, refuse_misfit
+from nanoengine.core.scheduling.commit import commit_rows
+from nanoengine.core.scheduling.draft import Draft, ask_host_processors, build_plan, may_read_cache, refuse_misfit
 from nanoengine.core.scheduling.messages import (
     Admission,
     EngineStats,
-    Preemption,
-    RowResult,
     ScheduledStep,
     SchedulerConfig,
     Update,
-    row_results,
 )
-from nanoengine.core.scheduling.plan_builder import build_plan
 from nanoengine.core.scheduling.policy import Policy, make_policy
 from nanoengine.core.scheduling.queues import Roster
-from nanoengine.core.step import ROW_BAD_LOGITS, StepPlan, StepResult, num_slots
+from nanoengine.core.step import StepPlan, StepResult, num_slots
 
 Verdict = Literal["admitted", "waits", "no room", "failed"]  # "waits": for a hit that this very step computes
 
@@ -49,17 +46,15 @@ class Scheduler:
         self.blocks = blocks
         self.policy = policy or make_policy(config.policy)
         self._stats = EngineStats()
-        self._roster = Roster(num_slots(config.max_num_seqs, config.spare_slots), self.policy)
+        slots = num_slots(config.max_num_seqs, config.spare_slots)
+        self._roster = Roster(slots, self.policy, blocks, self._stats)
         self.waiting, self.running = self._roster.waiting, self._roster.running
         self._in_flight: dict[int, ScheduledStep] = {}  # by step number, oldest first
         self._resume: Request | None = None  # the first one that the last budget had nothing left for
-        self._retry_alone: set[Request] = set()
         self._pending: list[Update] = []
-        self._preempted: list[Preemption] = []  # since the last step
-        self._num_host = 0  # live requests with host-token processors
-        self._next_step = self._added = 0
+        self._next_step = 0
 
-    # The outside's wishes
+    # What the engine calls
 
     def add(self, request: Request) -> None:
         """Queues a request, and sets its `max_len` and `min_len`. Raises `RequestError` where it could never run."""
@@ -67,17 +62,14 @@ class Scheduler:
         limit, max_tokens = self.config.max_model_len, request.params.max_tokens
         request.max_len = limit if max_tokens is None else min(limit, request.prompt_len + max_tokens)
         request.min_len = min(request.min_len, limit + 1)  # of what is never reached a plan's int32 need not hold more
-        self.blocks.prompt_hashes(request, 0, request.prompt_len)  # not amid a step
-        request.order = self._added
-        self._roster.enqueue(request)
-        self._added += 1
-        self._num_host += request.host_tokens
+        request.block_hashes = request.block_hashes or self.blocks.hashes_of(request.prompt_bytes, request.cache_key)
+        self._roster.add(request)
 
     def abort(self, request: Request) -> None:
-        """Lets go of a request at once, also of one that a stop string ended. Its rows in flight are dropped at commit.
+        """Removes a request at once, also one that a stop string ended. Its rows in flight are dropped at commit.
         Idempotent."""
         if request.status is not _FINISHED:
-            self._remove(request)
+            self._roster.remove(request)
 
     def stats(self) -> EngineStats:
         """A copy of the counters, with the blocks and the requests as they are now."""
@@ -111,27 +103,26 @@ class Scheduler:
             draft = Draft(self._next_step, self.config.max_num_batched_tokens)
             try:
                 self._fill(draft)
+                if not (draft.slots or draft.prefill):
+                    return None
+                plan = build_plan(draft)
                 break
             except BaseException as error:
                 if not is_failure(error) or not (self.running or self.waiting):
                     raise
-                self._start_without_newest(draft, error)
-        while draft.slots or draft.prefill:
-            step = self._launch(draft)
-            if step is not None:
-                return step
-        return None
+                self._start_without_one(draft, error)
+        return self._launch(draft, plan)
 
     def _fill(self, draft: Draft) -> None:
-        if self._retry_alone:
-            if self._in_flight:  # should it break, too, its cause is to be the retried request
+        if self._roster.retry_alone:
+            if self._in_flight:  # steps in flight break together: a retried request is to be alone
                 return
             self._pick_retried(draft)
         if not (draft.slots or draft.prefill):
             self._pick_running(draft)
-            if self.waiting and not draft.preempted and not self._retry_alone:
+            if self.waiting and not draft.preempted and not self._roster.retry_alone:
                 self._admit_waiting(draft)
-        if self._num_host:
+        if self._roster.num_host:
             self._ask_host_processors(draft)
 
     def _pick_running(self, draft: Draft) -> None:
@@ -150,7 +141,7 @@ class Scheduler:
                 budget -= 1
                 continue
             draft.budget = budget
-            if request not in self._retry_alone and not self._pick(request, draft):
+            if request not in self._roster.retry_alone and not self._pick(request, draft):
                 self._resume = request
                 return
             budget = draft.budget
@@ -186,8 +177,8 @@ class Scheduler:
             victim = self.policy.victim(self.running)
             draft.drop(victim)
             draft.preempted = True
-            missing = self.blocks.blocks_for(end) - len(request.block_ids[0])
-            self._preempt(victim, f"{request.id} needs {missing} more KV blocks and {self.blocks.free_blocks} are free")
+            missing, free = self.blocks.blocks_for(end) - len(request.block_ids[0]), self.blocks.free_blocks
+            self._roster.preempt(victim, f"{request.id} needs {missing} more KV blocks and {free} are free")
             if victim is request:
                 return False
         draft.grown[request] = first
@@ -198,15 +189,8 @@ class Scheduler:
         request.length_reason = "kv_cache_full"
         request.max_len, request.commit_check_at = request.length, 0
         if not request.num_in_flight:
-            self._remove(request)
+            self._roster.remove(request)
             self._pending.append(Update(request, (), "length", request.length_reason))
-
-    def _preempt(self, victim: Request, why: str) -> None:
-        """Its blocks and slot go; what it has in flight is appended at commit, and it waits for that."""
-        self._preempted.append(Preemption(victim.id, victim.slot, victim.num_computed, why))
-        self._release(victim)
-        self._roster.enqueue(victim)
-        self._stats.preemptions += 1
 
     # Admission
 
@@ -269,10 +253,10 @@ class Scheduler:
         """One request that is to be retried, alone. Where none can run, nothing is picked and the others go on, freeing
         blocks."""
         for request in self.running:
-            if request in self._retry_alone:
+            if request in self._roster.retry_alone:
                 self._pick(request, draft)
                 return
-        request = next(r for r in self.waiting if r in self._retry_alone)
+        request = next(r for r in self.waiting if r in self._roster.retry_alone)
         if self._roster.free_slots and not self._ends_unadmitted(request):
             self._consider(request, draft)
 
@@ -287,35 +271,35 @@ class Scheduler:
     def _fail(self, request: Request, draft: Draft, error: BaseException) -> None:
         """Over this request something raised, or its processor failed: it gets no row, and its update says why."""
         draft.drop(request)
-        self._remove(request)
+        self._roster.remove(request)
         failure = error if isinstance(error, RequestError) else engine_failure(error)
         self._pending.append(Update(request, error=failure))
 
-    def _start_without_newest(self, draft: Draft, error: BaseException) -> None:
-        """Something raised while rows were picked, so that blocks and the device's tables may not agree: all that run
-        are preempted, and the newest of them fails."""
-        running = self.running.copy()
-        cause = max(running, key=attrgetter("admitted")) if running else next(iter(self._retry_alone), self.waiting[0])
+    def _start_without_one(self, draft: Draft, error: BaseException) -> None:
+        """Something raised while rows were picked or planned, so that blocks and the device's tables may not agree: all
+        that run are preempted, and one fails: the newest whose row alone cannot be planned, else the newest."""
+        running = sorted(self.running, key=attrgetter("admitted"), reverse=True)
+        cause = running[0] if running else next(iter(self._roster.retry_alone), self.waiting[0])
+        for request in running:
+            try:
+                build_plan(draft.only(request))
+            except BaseException as alone:
+                if not is_failure(alone):
+                    raise
+                cause, error = request, alone
+                break
         for request in running:
             draft.drop(request)
-            self._preempt(request, "scheduling raised")
+            self._roster.preempt(request, "scheduling raised")
         self._fail(cause, draft, error)
 
-    def _launch(self, draft: Draft) -> ScheduledStep | None:
-        """None: no plan could be made, and one request less is in the draft."""
-        try:
-            plan = build_plan(draft)
-        except BaseException as error:
-            if not is_failure(error):
-                raise
-            self._unplanned(draft, error)
-            return None
+    def _launch(self, draft: Draft, plan: StepPlan) -> ScheduledStep:
         self._next_step += 1
         published = []
-        for request, _, end, _ in draft.prefill:  # one stream: who reads these blocks is launched later
+        for request, _, end, _ in draft.prefill:  # one stream: a step that reads these blocks is launched later
             published += self.blocks.publish(request, min(end, request.prompt_len))
-        preempted, self._preempted = tuple(self._preempted), []
-        owners = self._roster.owners
+        owners, preempted = self._roster.owners, tuple(self._roster.preempted)
+        self._roster.preempted.clear()
         step = ScheduledStep(
             plan=plan,
             rows=tuple([owners[slot] for slot in plan.slots.tolist()]),
@@ -332,92 +316,23 @@ class Scheduler:
         self._stats.mixed_steps += bool(plan.num_decode_rows and draft.prefill)
         return step
 
-    def _unplanned(self, draft: Draft, error: BaseException) -> None:
-        """No plan holds these rows: the newest whose own row cannot be planned either fails, else the newest."""
-        slots = [*draft.slots, *(row.request.slot for row in draft.prefill)]
-        rows = sorted([self._roster.owners[slot][0] for slot in slots], key=attrgetter("admitted"))
-        cause = rows[-1]
-        for request in reversed(rows):
-            try:
-                build_plan(draft.only(request))
-            except BaseException as alone:
-                if not is_failure(alone):
-                    raise
-                cause, error = request, alone
-                break
-        self._fail(cause, draft, error)
-
     # Results
 
     def commit(self, step: ScheduledStep, result: StepResult) -> list[Update]:
-        """Books the oldest step's result: appends tokens, ends requests, publishes blocks; dead rows are dropped.
-
-        Most decode rows bring one token and nothing else: below `commit_check_at` it is appended right here.
-        """
-        plan = step.plan
-        assert result.step == plan.step == next(iter(self._in_flight), None), "steps are committed in order"
-        del self._in_flight[plan.step]
+        """Books the oldest step's result: appends tokens, ends requests, publishes blocks; dead rows are dropped."""
+        assert result.step == step.plan.step == next(iter(self._in_flight), None), "steps are committed in order"
+        del self._in_flight[result.step]
         self._stats.steps_split += result.parts > 1
         if result.graphs:
             self._stats.count_graphs(result.graphs)
-        updates: list[Update] = []
-        plain, new = _num_plain(plan, result), tuple.__new__  # quicker than Update's own
-        for (request, generation), token in zip(step.rows, result.token_ids[:plain].tolist(), strict=False):
-            output = request.output_token_ids
-            if len(output) < request.commit_check_at and token not in request.stop_set:
-                output.append(token)
-                updates.append(new(Update, (request, (token,), None, None, None, None, 0, None)))
-            else:
-                self._commit_row(request, generation, RowResult(request.num_tokens, True, (token,)), updates)
-        if plain < len(step.rows):
-            for (request, generation), row in zip(step.rows[plain:], row_results(step, result, plain), strict=True):
-                self._commit_row(request, generation, row, updates)
-        return updates
-
-    def _commit_row(self, request: Request, generation: int, row: RowResult, updates: list[Update]) -> None:
-        if request.status is _FINISHED:
-            return
-        if generation == request.void:
-            request.length -= row.sampled
-            return
-        if row.failed:
-            request.length -= row.sampled
-            self._fail_row(request, generation, row.failed, updates)
-            return
-        current = request.generation == generation
-        if current and row.end >= request.publish_at:
-            self.blocks.publish(request, row.end)
-        prompt = row.prompt_logprobs
-        if prompt is not None:
-            request.prompt_logprobs_done = int(prompt.positions[-1]) + 1
-        if row.token_ids:
-            new, finish_reason, stop_reason = request.append(row.token_ids)
-            updates.append(Update(request, tuple(new), finish_reason, stop_reason, row.sampled_logprobs, prompt))
-            if finish_reason is not None:
-                self._remove(request)
-                return
-            self._retry_alone.discard(request)  # it came past the point where its step broke
-            if current:
-                request.commit_check_at = min(request.publish_at, request.max_len - 1) - request.prompt_len
-        elif prompt is not None:
-            updates.append(Update(request, prompt_logprobs=prompt))
-
-    def _fail_row(self, request: Request, generation: int, failed: int, updates: list[Update]) -> None:
-        if failed == ROW_BAD_LOGITS:  # which of the blocks it read or wrote are bad, nothing says
-            self.blocks.bar(request)
-            if request.borrowed and request.generation == generation:  # the fault may be another request's
-                request.void = generation
-                self._preempt(request, "its logits were not finite, over blocks that others had computed")
-                return
-        self._remove(request)
-        updates.append(Update(request, failed=failed))
+        return commit_rows(step, result, self._roster)
 
     def fail(self, steps: Sequence[ScheduledStep]) -> list[Request]:
         """Steps that were launched and broke, oldest first. Steps launched after the first of them break with it.
 
         What they published is withdrawn, and their requests are preempted, to be recomputed: each is retried alone, in
         a step of its own and without run-ahead, until it has drawn a token. Returns the request of the first step if it
-        was alone in it: it is the cause, the prefix index knows none of its blocks, and the scheduler has let go of it.
+        was alone in it: it is the cause; the prefix index holds none of its blocks, and the scheduler has removed it.
         """
         self._stats.steps_broken += len(steps[0].rows) > 1
         for step in steps:
@@ -431,47 +346,9 @@ class Scheduler:
                 if request.status is _FINISHED:
                     continue
                 request.length -= sampled
-                self._retry_alone.add(request)
+                self._roster.retry_alone.add(request)
                 if request.status is _RUNNING:
-                    self._preempt(request, f"step {step.plan.step} broke")
+                    self._roster.preempt(request, f"step {step.plan.step} broke")
         for request in failed:
-            self._remove(request)
+            self._roster.remove(request)
         return failed
-
-    # Letting go
-
-    def _release(self, request: Request) -> None:
-        """It owns nothing from here on. Slot and blocks may be reused at once: one stream orders the writes."""
-        self.blocks.release(request)
-        self._roster.drop(request)
-        request.num_computed = request.pick_check_at = request.commit_check_at = 0
-
-    def _remove(self, request: Request) -> None:
-        self._release(request)
-        self._num_host -= request.host_tokens
-        self._retry_alone.discard(request)
-
-    # Invariants
-
-    def check(self) -> None:
-        """Asserts every invariant of the scheduler and its blocks."""
-        self.blocks.check(self.running)
-        self._roster.check()
-        for request in self.running:
-            assert 0 <= request.num_computed <= request.length <= request.max_len
-            assert request.num_in_flight in (0, 1, 2)[: len(self._in_flight) + 1]
-            if request.pick_check_at:
-                assert request.num_computed == request.length - 1 >= request.prompt_len and not request.host_tokens
-                assert request.pick_check_at <= min(request.max_len, request.capacity + 1)
-            if request.commit_check_at:
-                assert request.commit_check_at <= min(request.publish_at, request.max_len - 1) - request.prompt_len
-        for request in self.waiting:
-            assert request.pick_check_at == request.commit_check_at == 0
-        assert self._num_host == sum(request.host_tokens for request in (*self.running, *self.waiting))
-        assert self._retry_alone <= {*self.running, *self.waiting}
-
-
-def _num_plain(plan: StepPlan, result: StepResult) -> int:
-    """How many of the first rows brought one token each and nothing else: the decode rows, or none."""
-    rows = plan.num_decode_rows
-    return 0 if len(result.sampled_logprobs.rows) or (result.counts[:rows] != 1).any() else rows

@@ -1,0 +1,150 @@
+"""What the result of a step means for its requests: tokens, log-probs, ends, blocks to publish."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from nanoengine.core.request import Request, Status
+from nanoengine.core.scheduling.messages import EndReason, ScheduledStep, Update
+from nanoengine.core.scheduling.queues import Roster
+from nanoengine.core.step import ROW_BAD_LOGITS, LogprobRows, StepResult, offsets_of
+
+
+def commit_rows(step: ScheduledStep, result: StepResult, roster: Roster) -> list[Update]:
+    """Most decode rows bring one token and nothing else: below `commit_check_at` it is appended right here."""
+    num_decode = step.plan.num_decode_rows
+    is_plain = not len(result.sampled_logprobs.rows) and (result.counts[:num_decode] == 1).all()
+    plain = num_decode if is_plain else 0
+    updates: list[Update] = []
+    new = tuple.__new__  # quicker than Update's own
+    for (request, generation), token in zip(step.rows, result.token_ids[:plain].tolist(), strict=False):
+        output = request.output_token_ids
+        if len(output) < request.commit_check_at and token not in request.stop_set:
+            output.append(token)
+            updates.append(new(Update, (request, (token,), None, None, None, None, 0, None)))
+        else:
+            _commit_row(
+                request, generation, RowResult(request.prompt_len + len(output), True, (token,)), roster, updates
+            )
+    if plain < len(step.rows):
+        for (request, generation), row in zip(step.rows[plain:], _row_results(step, result, plain), strict=True):
+            _commit_row(request, generation, row, roster, updates)
+    return updates
+
+
+class RowResult(NamedTuple):
+    """One row's part of a `StepResult`. end: tokens of its request whose KV is written once the row has run. sampled:
+    whether it was to draw a token."""
+
+    end: int
+    sampled: bool
+    token_ids: Sequence[int]
+    failed: int = 0
+    sampled_logprobs: LogprobRows | None = None
+    prompt_logprobs: LogprobRows | None = None
+
+
+def _commit_row(request: Request, generation: int, row: RowResult, roster: Roster, updates: list[Update]) -> None:
+    """`generation`: that of the request when the step was scheduled."""
+    if request.status is Status.FINISHED:
+        return
+    if row.failed or generation == request.void:
+        request.length -= row.sampled
+        if generation != request.void:
+            _fail_row(request, generation, row.failed, roster, updates)
+        return
+    current = request.generation == generation
+    if current and row.end >= request.publish_at:
+        roster.blocks.publish(request, row.end)
+    prompt = row.prompt_logprobs
+    if prompt is not None:
+        request.prompt_logprobs_done = int(prompt.positions[-1]) + 1
+    if row.token_ids:
+        new, finish_reason, stop_reason = _append(request, row.token_ids)
+        updates.append(Update(request, tuple(new), finish_reason, stop_reason, row.sampled_logprobs, prompt))
+        if finish_reason is not None:
+            roster.remove(request)
+            return
+        roster.retry_alone.discard(request)  # it came past the point where its step broke
+        if current:
+            request.commit_check_at = min(request.publish_at, request.max_len - 1) - request.prompt_len
+    elif prompt is not None:
+        updates.append(Update(request, prompt_logprobs=prompt))
+
+
+def _append(request: Request, new: Sequence[int]) -> tuple[Sequence[int], EndReason | None, int | str | None]:
+    """Appends the tokens that a row drew, of which `length` counts one, up to the one that ends the request.
+
+    A stop token counts before the length. The sampler masks stop tokens below `min_tokens`; should one come
+    nevertheless, it does not end the request. Returns the tokens that were kept, finish_reason and stop_reason.
+    """
+    num_tokens, stops = request.prompt_len + len(request.output_token_ids), False
+    for i, token in enumerate(new, start=1):
+        num_tokens += 1
+        stops = token in request.stop_set and num_tokens > request.min_len
+        if stops or num_tokens >= request.max_len:
+            new = new[:i]
+            break
+    request.output_token_ids += new
+    request.length += len(new) - 1
+    if stops:
+        return new, "stop", None if token in request.params.eos_ids else token
+    return (new, "length", request.length_reason) if num_tokens >= request.max_len else (new, None, None)
+
+
+def _fail_row(request: Request, generation: int, failed: int, roster: Roster, updates: list[Update]) -> None:
+    if failed == ROW_BAD_LOGITS:  # which of the blocks that it read or wrote are bad, nothing says
+        roster.blocks.bar(request)
+        if request.borrowed and request.generation == generation:  # the fault may be another request's
+            request.void = generation
+            roster.preempt(request, "its logits were not finite, over blocks that others had computed")
+            return
+    roster.remove(request)
+    updates.append(Update(request, failed=failed))
+
+
+def _row_results(step: ScheduledStep, result: StepResult, first: int) -> list[RowResult]:
+    """Of the rows from `first` on."""
+    plan, tokens, offsets = step.plan, result.token_ids.tolist(), offsets_of(result.counts).tolist()
+    drawn, prompts = _cut(result.sampled_logprobs, plan.num_rows), _cut(result.prompt_logprobs, plan.num_rows)
+    each = zip(
+        range(first, plan.num_rows),
+        (plan.starts + plan.query_lens)[first:].tolist(),
+        step.sampled[first:],
+        pairwise(offsets[first:]),
+        result.failed[first:].tolist(),
+        strict=True,
+    )
+    return [
+        RowResult(end, sampled, tokens[start:stop], failed, drawn.get(row), prompts.get(row))
+        for row, end, sampled, (start, stop), failed in each
+    ]
+
+
+def _cut(entries: LogprobRows, num_rows: int) -> dict[int, LogprobRows]:
+    """A result's log-probs by plan row. The entries are in row order, as the tokens are."""
+    if not len(entries.rows):
+        return {}
+    assert (np.diff(entries.rows) >= 0).all(), "log-probs are not in row order"
+    bounds = np.searchsorted(entries.rows, np.arange(num_rows + 1)).tolist()
+    tops = entries.top_offsets.tolist()
+    out: dict[int, LogprobRows] = {}
+    for row, (start, end) in enumerate(pairwise(bounds)):
+        if start == end:
+            continue
+        top, offsets = tops[start], entries.top_offsets[start : end + 1]
+        out[row] = LogprobRows(
+            rows=entries.rows[start:end],
+            positions=entries.positions[start:end],
+            token_ids=entries.token_ids[start:end],
+            logprobs=entries.logprobs[start:end],
+            ranks=entries.ranks[start:end],
+            top_ids=entries.top_ids[top : tops[end]],
+            top_logprobs=entries.top_logprobs[top : tops[end]],
+            top_offsets=offsets - top if top else offsets,
+        )
+    return out

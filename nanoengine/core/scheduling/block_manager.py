@@ -160,7 +160,7 @@ class BlockManager:
         if self.enable_prefix_caching:
             request.publish_at = request.capacity + self.block_size
             request.chain = [
-                pool.entry(table[-1]).uid if table else request.cache_key
+                int(pool.uids[table[-1]]) if table else request.cache_key
                 for pool, table in zip(self._pools, request.block_ids, strict=True)
             ]
         return True
@@ -218,10 +218,10 @@ class BlockManager:
         key, parent = request.block_hashes[i], request.chain[group]
         equal = pool.find(key, parent, tokens)
         if equal is not None:
-            request.chain[group] = pool.entry(equal).uid
+            request.chain[group] = int(pool.uids[equal])
             return True
         block, taken = request.block_ids[group][i], pool.index.get(key)
-        if block in pool.barred or (taken is not None and pool.reaches(pool.entry(taken).parent)):
+        if block in pool.barred or (taken is not None and pool.reaches(taken)):
             return False
         if taken is not None:
             pool.forget(taken)
@@ -359,11 +359,6 @@ class Pool:
             self.num_cached += published
             self._link_after(self.prev[0] if published else 0, block)
 
-    def entry(self, block: int) -> Entry:
-        entry = self.entries[block]
-        assert entry is not None, f"block {block} is not published"
-        return entry
-
     def enter(self, block: int, entry: Entry) -> None:
         """Puts an owned block into the index, where its key is free."""
         key, _, _, uid = entry
@@ -383,9 +378,10 @@ class Pool:
         self.forget(block)
         self.barred.add(block)
 
-    def reaches(self, parent: int | bytes) -> bool:
-        """Whether an entry with this parent can be found."""
-        return isinstance(parent, bytes) or parent in self.live
+    def reaches(self, block: int) -> bool:
+        """Whether a published block can be found: the block before it is still published, too."""
+        entry = self.entries[block]
+        return entry is not None and (isinstance(entry.parent, bytes) or entry.parent in self.live)
 
     def still_there(self, run: Run) -> Run:
         """The beginning of the run that was not forgotten since."""

@@ -1,7 +1,8 @@
-"""How an engine and one of its ranks speak: tiny frames over a Unix socket pair, and memory without a name.
+"""Communication between the engine and one rank: small frames over a Unix socket pair, and anonymous memory.
 
-A frame is a doorbell or a control word. What is larger goes as a *parcel*: anonymous memory whose descriptor travels
-with the frame, so that nobody ever waits for the other end to make room. The end of the file is the death of the other.
+A frame only wakes the other end up, or has a number. Larger data is sent as a *parcel*: anonymous memory whose
+descriptor is sent with the frame, so that no side waits for the other to make room. An end of file means that the other
+end is gone.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ _FRAME = struct.Struct("=iiq")
 
 
 class Kind(IntEnum):
-    """Of a frame. `number` means a step's number, or what is said here."""
+    """The kind of a frame. `number` is the number of a step, except where a comment says something else."""
 
     START = 1  # parcel: a pickled `StartMessage`
     PORT = 2  # number: the port of rank 0's rendezvous
     READY = 3  # parcel: a pickled `MemoryReport`
-    PLAN = 4  # plans up to this number are in the ring; a parcel, where this one did not fit in
-    RESULT = 5  # likewise, of results
+    PLAN = 4  # plans up to this number are in the ring; parcel: this plan, if it is too large for the ring
+    RESULT = 5  # the result of this step is in the ring; parcel: the result, if it is too large for the ring
     CALL = 6  # parcel: pickled (name, args)
-    ANSWER = 7  # parcel: the pickled answer
+    ANSWER = 7  # parcel: the pickled return value
     FAILED = 8  # parcel: a pickled `Report`
     STOP = 9
 
@@ -39,7 +40,7 @@ class Frame:
 
 
 class Parcel:
-    """Bytes in memory that has no name and ends with its last descriptor."""
+    """Bytes in memory without a name, which is freed when its last descriptor is closed."""
 
     def __init__(self, data: bytes) -> None:
         self.fd = anonymous_memory("nanoengine-parcel", len(data))
@@ -60,7 +61,7 @@ class Parcel:
 
 
 def anonymous_memory(label: str, size: int) -> int:
-    """A descriptor of `size` zero bytes that no name leads to. `label` shows in /proc only."""
+    """A descriptor of `size` zero bytes of memory without a name. `label` is visible only in /proc."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create(label)
     else:
@@ -71,7 +72,7 @@ def anonymous_memory(label: str, size: int) -> int:
 
 
 def read_all(fd: int) -> bytearray:
-    """All that the file holds, from its beginning, wherever its offset stands."""
+    """The whole content of the file. Its current offset is not used and not changed."""
     data = bytearray(os.fstat(fd).st_size)
     view, done = memoryview(data), 0
     while done < len(data):
@@ -83,14 +84,14 @@ def read_all(fd: int) -> bytearray:
 
 
 class Channel:
-    """One end. Sending from several threads at once needs a lock of theirs."""
+    """One end of the socket pair. Threads that send at the same time need a lock."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
 
     @classmethod
     def pair(cls) -> tuple[Channel, socket.socket]:
-        """The engine's end, and the socket of the other one, to be inherited."""
+        """The engine's end, and the socket of the other end, which the rank inherits."""
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         return cls(here), there
 
@@ -98,7 +99,7 @@ class Channel:
         return self._socket.fileno()
 
     def send(self, kind: Kind, number: int = 0, parcel: Parcel | None = None) -> None:
-        """Raises `OSError` (a `BrokenPipeError`, mostly) if the other end is gone."""
+        """Sends a frame. Raises `OSError` (usually `BrokenPipeError`) if the other end is gone."""
         frame = _FRAME.pack(kind, parcel is not None, number)
         fds = [] if parcel is None else [parcel.fd]
         sent = socket.send_fds(self._socket, [frame], fds) if fds else self._socket.send(frame)
@@ -106,7 +107,7 @@ class Channel:
             self._socket.sendall(frame[sent:])
 
     def receive(self) -> Frame | None:
-        """The next frame, waited for; None: the other end is gone."""
+        """Waits for the next frame. None: the other end is gone."""
         data, fds = b"", list[int]()
         while len(data) < _FRAME.size:
             try:

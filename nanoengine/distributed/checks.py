@@ -1,4 +1,4 @@
-"""What is refused before any rank is started."""
+"""Checks that run before any rank is started."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nanoengine.params.engine_plan import EnginePlan
 
 
 def check_devices(device: str, size: int) -> None:
-    """Raises `ConfigError` where `size` ranks find no device each. Makes no CUDA context."""
+    """Raises `ConfigError` if there are not enough devices for `size` ranks. Creates no CUDA context."""
     if size == 1 or device == "cpu":
         return
     if device != "cuda":
@@ -24,13 +24,13 @@ def check_devices(device: str, size: int) -> None:
     count = torch.cuda.device_count()
     if count < size:
         raise ConfigError(
-            f"engine.tensor_parallel_size is {size}, one GPU a rank, but this process sees {count}; lower it, or use "
+            f"engine.tensor_parallel_size is {size}, one GPU per rank, but this process sees {count}; lower it, or use "
             "device=cpu"
         )
 
 
 def check_importable(plan: EnginePlan, local: Mapping[str, type[Any]]) -> None:
-    """Raises `PluginError` for a part that is a class of this process alone: no rank could import it."""
+    """Raises `PluginError` for a part whose class exists only in this process, so that no rank can import it."""
     size = plan.options.tensor_parallel_size
     if size == 1:
         return
@@ -60,4 +60,4 @@ def _only_here(module: str, plan: EnginePlan) -> bool:
 
 
 def _place(module: str) -> str:
-    return "the program's main script or a notebook" if module == "__main__" else f"{module!r} of this process alone"
+    return "the program's main script or a notebook" if module == "__main__" else f"{module!r}, only in this process"

@@ -1,7 +1,7 @@
-"""Ranks in processes of their own, rank 0 too: this process holds no device, and recovery is ending the ranks.
+"""Runs every rank, also rank 0, in its own process. This process uses no device, and recovery means ending the ranks.
 
-A step is one encoding into shared memory and a frame to each rank; its result comes back likewise from rank 0. Every
-wait here has a deadline and hears of each rank's death at once.
+For a step, the plan is encoded once into shared memory and a frame is sent to each rank; the result comes back from
+rank 0 in the same way. Every wait has a deadline, and detects the end of a rank at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nanoengine.api.errors import EngineClosed, WorkerError
 from nanoengine.core.execution.executor import Executor, StepHandle
 from nanoengine.core.step import StepPlan, StepResult
 from nanoengine.distributed.channel import Kind, Parcel
-from nanoengine.distributed.faults import Report, blame, blame_late
+from nanoengine.distributed.faults import Report, first_error, late_error
 from nanoengine.distributed.process import RankProcess, end, environment, stacks
 from nanoengine.distributed.shared import RING, SLOT_BYTES, Layout, Shared, Word
 from nanoengine.distributed.wire import decode, encode
@@ -31,8 +31,8 @@ from nanoengine.distributed.worker import StartMessage
 from nanoengine.params.engine_plan import EnginePlan
 from nanoengine.setup.start.memory import MemoryReport
 
-_GRACE_SECONDS = 1.0  # after the first sign of a fault, for the rank that caused it to say so
-_SLICE_SECONDS = 1.0  # a wait looks at the ranks' progress so often, should a frame have been lost to an interrupt
+_GRACE_SECONDS = 1.0  # after the first sign of a fault, the rank that caused it has so long to report it
+_SLICE_SECONDS = 1.0  # how often a wait checks the ranks' progress, because an interrupt may lose a frame
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +45,20 @@ class _WorkerStep:
 
 
 class WorkersExecutor(Executor):
-    """`tensor_parallel_size` ranks on this host. Its calls raise `WorkerError` once a rank has failed."""
+    """Runs `tensor_parallel_size` ranks on this host. After a rank has failed, all calls raise `WorkerError`."""
 
     def __init__(self, slot_bytes: int = SLOT_BYTES) -> None:
-        """`slot_bytes`: of the rings; a plan or result that is larger travels by itself."""
+        """`slot_bytes`: bytes of a slot in the rings. A larger plan or result is sent as a parcel."""
         self._slot_bytes = slot_bytes
         self._ranks: list[RankProcess] = []
         self._shared: Shared | None = None
-        self._number = 0  # of the plan launched last
+        self._number = 0  # number of the last launched plan
         self._parcels: dict[int, Parcel] = {}  # plans too large for the ring, until all ranks have them
         self.parcels_sent = 0
-        self._results: dict[int, bytearray] = {}  # likewise, from rank 0
+        self._results: dict[int, bytearray] = {}  # results too large for the ring, from rank 0
         self._answers: dict[int, bytearray] = {}
         self._reports: dict[int, Report] = {}
-        self._gone: set[int] = set()  # ranks whose socket has ended
+        self._gone: set[int] = set()  # ranks whose socket is closed
         self._ready: dict[int, MemoryReport] = {}
         self._error: WorkerError | None = None
         self._poller = select.poll()
@@ -66,7 +66,10 @@ class WorkersExecutor(Executor):
         self._unattended = weakref.finalize(self, end, self._ranks, ask=False)
 
     def start(self, plan: EnginePlan) -> MemoryReport:
-        """Raises `WorkerError`; its `__cause__` is what the rank raised, where that is a `NanoEngineError`."""
+        """Starts the ranks and waits until all are ready.
+
+        Raises `WorkerError`. Its `__cause__` is the error that the rank raised, if that is a `NanoEngineError`.
+        """
         size, self._step_seconds = plan.options.tensor_parallel_size, plan.options.step_timeout
         layout = Layout(size, self._slot_bytes)
         self._shared = Shared.create(layout)
@@ -97,7 +100,7 @@ class WorkersExecutor(Executor):
     def launch(self, plan: StepPlan) -> StepHandle:
         self._hear(0.0)
         shared, number = self._open(), self._number + 1
-        if shared.least(Word.READ) < number - RING:  # ranks give no sign when they have read
+        if shared.least(Word.READ) < number - RING:  # ranks send no frame when they have read
             self._until(
                 lambda: shared.least(Word.READ) >= number - RING, self._step_seconds, "step_timeout", every=0.001
             )
@@ -109,14 +112,14 @@ class WorkersExecutor(Executor):
             self.parcels_sent += 1
         self._number = number
         for rank in self._ranks:
-            self._tell(rank)
+            self._announce(rank)
         return _WorkerStep(self, number)
 
-    def _tell(self, rank: RankProcess) -> None:
-        """Of the plans that it has not been told of. One that it was told of twice, after an interrupt, it ignores."""
-        for number in range(rank.told + 1, self._number + 1):
+    def _announce(self, rank: RankProcess) -> None:
+        """Sends a frame for each new plan. After an interrupt a plan may be announced twice; the rank ignores that."""
+        for number in range(rank.announced + 1, self._number + 1):
             rank.send(Kind.PLAN, number, self._parcels.get(number))
-            rank.told = number
+            rank.announced = number
 
     def call(self, name: str, *args: Any) -> list[Any]:
         self._hear(0.0)
@@ -128,7 +131,7 @@ class WorkersExecutor(Executor):
         return [pickle.loads(self._answers.pop(rank.rank)) for rank in self._ranks]
 
     def shutdown(self) -> None:
-        started = len(self._ready) == len(self._ranks)  # one that loads does not listen
+        started = len(self._ready) == len(self._ranks)  # a rank that is loading reads no frames
         self._end(ask=started and self._error is None)
 
     def _end(self, *, ask: bool) -> None:
@@ -140,16 +143,16 @@ class WorkersExecutor(Executor):
             parcel.close()
         self._parcels.clear()
         self._shared.close()
-        self._shared = None  # last: after an interrupt it is done again
+        self._shared = None  # last, so that after an interrupt all this is done again
 
     def _result(self, number: int) -> StepResult:
         shared = self._open()
         at = shared.layout.result_at(number)
 
-        def there() -> bool:
+        def arrived() -> bool:
             return shared.word(0, Word.FINISHED) >= number and (shared.holds(at) or number in self._results)
 
-        self._until(there, self._step_seconds, "step_timeout")
+        self._until(arrived, self._step_seconds, "step_timeout")
         data = shared.take(at)
         if data is None:
             data = self._results[number]
@@ -165,18 +168,18 @@ class WorkersExecutor(Executor):
         return self._shared
 
     def _until(self, done: Callable[[], bool], seconds: float, option: str, *, every: float = _SLICE_SECONDS) -> None:
-        """Waits. Raises `WorkerError` when a rank fails, or after `seconds`; all ranks are ended then."""
+        """Waits until `done`. If a rank fails, or after `seconds`, ends all ranks and raises `WorkerError`."""
         shared, deadline = self._open(), time.monotonic() + seconds
         while not done():
             left = deadline - time.monotonic()
             if left <= 0:
-                self._fail(blame_late(len(self._ranks), shared, stacks(self._ranks), seconds, option))
+                self._fail(late_error(len(self._ranks), shared, stacks(self._ranks), seconds, option))
             self._hear(min(left, every))
 
     def _hear(self, seconds: float) -> None:
-        """Takes in what the ranks have sent, waiting for the first of it. Raises `WorkerError` when one has failed."""
+        """Receives what the ranks have sent; waits at most `seconds`. Raises `WorkerError` if a rank has failed."""
         shared = self._open()
-        self._listen(seconds)
+        self._receive(seconds)
         if not self._reports and not self._gone:
             return
         deadline = time.monotonic() + _GRACE_SECONDS
@@ -184,16 +187,16 @@ class WorkersExecutor(Executor):
             left = deadline - time.monotonic()
             if left <= 0:
                 break
-            self._listen(left)
-        ended = {rank: (self._ranks[rank].status(), self._ranks[rank].last_words()) for rank in self._gone}
-        self._fail(blame(len(self._ranks), self._reports, ended, shared))
+            self._receive(left)
+        ended = {rank: (self._ranks[rank].status(), self._ranks[rank].written_stack()) for rank in self._gone}
+        self._fail(first_error(len(self._ranks), self._reports, ended, shared))
 
     def _fail(self, error: WorkerError) -> NoReturn:
         self._error = error
         self._end(ask=False)
         raise error
 
-    def _listen(self, seconds: float) -> None:
+    def _receive(self, seconds: float) -> None:
         ready = {fd for fd, _ in self._poller.poll(seconds * 1000)}
         for rank in self._ranks:
             if rank.rank not in self._gone and rank.channel.fileno() in ready:

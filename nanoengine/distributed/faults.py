@@ -1,4 +1,4 @@
-"""What became of a rank, in words: its own report, its exit status, or where it stands when all wait for it."""
+"""Errors of ranks: the rank's own report, its exit status, or what it is doing when the engine has waited too long."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from nanoengine.distributed.group import CollectiveFailed
 from nanoengine.distributed.shared import READY, Shared, Word
 from nanoengine.setup.start.clock import PHASES
 
-_SPAWN = "spawn"  # what `startup.PHASES` calls "process": nothing of ours runs yet
+_SPAWN = "spawn"  # the phase "process" of `clock.PHASES`: no code of nanoengine runs yet
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Why a rank gave up, as it says itself.
+    """The error that a rank reports before it ends.
 
     Attributes:
-        cause: the exception's type and text. trace: its traceback. when: by the host's monotonic clock.
-        follows: it broke in a collective, as all ranks do when another one ends.
-        error: the exception pickled, if it is one of ours.
+        cause: type and text of the exception. trace: its traceback. when: time of the host's monotonic clock.
+        follows: the exception was raised in a collective, as on all ranks when another rank ends.
+        error: the pickled exception, if it is a `NanoEngineError`.
     """
 
     phase: str
@@ -47,7 +47,7 @@ def report_of(error: BaseException, phase: str) -> Report:
 
 
 def memory_figures() -> str:
-    """Of this process's current GPU."""
+    """The memory of this process's current GPU, as text."""
     free, total = torch.cuda.mem_get_info()
     figures = (torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), free, total)
     used, held, left, everything = (f"{figure / 2**30:.2f} GiB" for figure in figures)
@@ -63,7 +63,7 @@ def _follows(error: BaseException | None) -> bool:
 
 
 def phase_of(shared: Shared, rank: int) -> str:
-    """Where the rank is, by what it noted last."""
+    """What the rank is doing, by its last line of progress: a phase of the start, "step N" or "idle"."""
     phase = shared.word(rank, Word.PHASE)
     if phase != READY:
         return PHASES[phase] if phase else _SPAWN
@@ -73,14 +73,14 @@ def phase_of(shared: Shared, rank: int) -> str:
     return f"step {finished + 1}" if launched > finished else "idle"
 
 
-def blame(
+def first_error(
     size: int, reports: Mapping[int, Report], ended: Mapping[int, tuple[int | None, str]], shared: Shared
 ) -> WorkerError:
-    """The rank that failed first: one that reported a fault of its own, else one that ended without a word, else the
-    first whose collective broke.
+    """The error of the rank that failed first.
 
-    `ended`: by rank, exit status as `subprocess` gives it (None: it has closed its socket, and still runs), and the
-    stack that it left.
+    That is a rank that reported its own error, else one that ended without a report, else the first whose collective
+    failed. `ended`: rank -> (exit status as in `subprocess`; None: it has closed its socket but still runs, stack that
+    it has written).
     """
     own = {rank: report for rank, report in reports.items() if not report.follows}
     silent = [rank for rank in ended if rank not in reports]
@@ -91,23 +91,23 @@ def blame(
     rank, report = min((own or reports).items(), key=lambda item: item[1].when)
     if report.error is None:
         return WorkerError(rank, size, report.phase, report.cause, report.trace)
-    error = WorkerError(rank, size, report.phase, report.cause)  # in our own words already
+    error = WorkerError(rank, size, report.phase, report.cause)  # the text is ours already
     error.traceback, error.__cause__ = report.trace, pickle.loads(report.error)
     return error
 
 
 def exit_words(status: int | None) -> str:
     if status is None:
-        return "it hung up"
+        return "it closed its connection"
     if status >= 0:
         return f"exit status {status}"
     name = signal.Signals(-status).name
-    hint = ", as the kernel does when the host's memory runs out" if name == "SIGKILL" else ""
+    hint = ", as the kernel does if the host runs out of memory" if name == "SIGKILL" else ""
     return f"killed by {name}{hint}"
 
 
-def blame_late(size: int, shared: Shared, stacks: Sequence[str], seconds: float, option: str) -> WorkerError:
-    """The rank that is furthest behind, with all ranks' stacks. `option`: the engine option that set the deadline."""
+def late_error(size: int, shared: Shared, stacks: Sequence[str], seconds: float, option: str) -> WorkerError:
+    """The error of the rank that is furthest behind, with the stacks of all ranks. `option`: sets the deadline."""
     order = (Word.FINISHED, Word.LAUNCHED, Word.READ, Word.COLLECTIVES)
 
     def done(rank: int) -> tuple[int, ...]:
@@ -115,6 +115,6 @@ def blame_late(size: int, shared: Shared, stacks: Sequence[str], seconds: float,
         return (len(PHASES) if phase == READY else phase, *(shared.word(rank, word) for word in order))
 
     late = min(range(size), key=done)
-    cause = f"no sign of life for {seconds:g} s: it hangs, or engine.{option} is too short"
-    told = "\n".join(f"rank {rank}, {phase_of(shared, rank)}:\n{stack}" for rank, stack in enumerate(stacks))
-    return WorkerError(late, size, phase_of(shared, late), cause, told)
+    cause = f"no progress for {seconds:g} s: it hangs, or engine.{option} is too short"
+    text = "\n".join(f"rank {rank}, {phase_of(shared, rank)}:\n{stack}" for rank, stack in enumerate(stacks))
+    return WorkerError(late, size, phase_of(shared, late), cause, text)

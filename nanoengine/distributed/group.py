@@ -1,4 +1,4 @@
-"""The tensor-parallel group of several processes, by torch.distributed: gloo between CPUs, NCCL between GPUs."""
+"""The tensor-parallel group of several processes, with torch.distributed: gloo between CPUs, NCCL between GPUs."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from nanoengine.distributed.symmetric import SymmetricMemory
 
 _log = logging.getLogger(__name__)
 
-_NEVER = timedelta(days=365)  # who waits too long is told by the engine, which knows which rank is late
+_NEVER = timedelta(days=365)  # no timeout here: the engine enforces it, and knows which rank is late
 LOOPBACK = "127.0.0.1"
 
 
 class CollectiveFailed(RuntimeError):
-    """A collective broke, as it does on all ranks when one of them ends."""
+    """A collective failed, as it does on all ranks when one of them ends."""
 
 
 def make_store(size: int) -> TCPStore:
-    """Rank 0's rendezvous, on a free port that only this host can reach."""
+    """The store of rank 0 for the rendezvous, on a free port that only this host can reach."""
     listener = socket.create_server((LOOPBACK, 0), backlog=max(16, size))
     port = listener.getsockname()[1]
     return TCPStore(
@@ -42,7 +42,7 @@ def join_store(port: int, size: int) -> TCPStore:
 
 
 class DistributedGroup(TensorParallelGroup):
-    """One rank of `size`; every rank makes one, and calls the same collectives in the same order."""
+    """One rank of `size`. Every rank makes one, and calls the same collectives in the same order."""
 
     def __init__(
         self,
@@ -53,10 +53,12 @@ class DistributedGroup(TensorParallelGroup):
         entered: Callable[[], None] = lambda: None,
         shared_rows: int = 0,
     ) -> None:
-        """`store`: of `make_store` or `join_store`. `entered` is called as each collective starts.
+        """Connects to the other ranks.
 
-        `shared_rows`: on GPUs small sums, and `highest` of up to so many keys, are read from each other's memory; 0:
-        all is NCCL's.
+        Args:
+            store: from `make_store` or `join_store`. entered: called when a collective starts.
+            shared_rows: on GPUs, small sums and `highest` of up to so many keys use shared memory instead of NCCL; 0:
+                everything uses NCCL.
         """
         self.rank, self.size, self._device, self._entered = rank, size, device, entered
         _stay_on_this_host()
@@ -72,7 +74,7 @@ class DistributedGroup(TensorParallelGroup):
         self._symmetric = self._share_memory(shared_rows) if on_gpu and shared_rows else None
 
     def _share_memory(self, rows: int) -> SymmetricMemory | None:
-        """None, said once, where a rank's GPU does not reach the others' memory."""
+        """The shared memory; None if a rank's GPU cannot access the memory of the others, which is logged once."""
         assert dist.group.WORLD is not None
         shared, why = None, "another rank's GPU cannot"
         try:
@@ -81,7 +83,7 @@ class DistributedGroup(TensorParallelGroup):
             why = f"{type(error).__name__}: {error}"
         if self.minimum(int(shared is not None)):
             return shared
-        _log.warning("GPUs do not reach each other's memory, sums over ranks are NCCL's: %s", why)
+        _log.warning("GPUs cannot access each other's memory, sums over ranks use NCCL: %s", why)
         return None
 
     def begin_forward(self) -> None:
@@ -138,7 +140,7 @@ class DistributedGroup(TensorParallelGroup):
 
 
 def _stay_on_this_host() -> None:
-    """The ranks' sockets bind to loopback, unless the user chose an interface."""
+    """Makes the ranks' sockets use the loopback interface, unless the user chose an interface."""
     names = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         if names:

@@ -1,4 +1,4 @@
-"""A rank as the engine sees it: its process, and the engine's end of its channel."""
+"""A rank in the engine's process: the rank's process, and the engine's end of its channel."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _ASK_SECONDS, _TERMINATE_SECONDS, _SETTLE_SECONDS, _STACK_SECONDS = 5.0, 2.0, 1.
 
 
 class RankProcess:
-    """Started when made. `close` frees what it holds here, once the process has ended."""
+    """The process of a rank. Making it starts the process; `close` waits for its end and frees resources."""
 
     def __init__(self, rank: int, memory_fd: int, environment: Mapping[str, str]) -> None:
-        """`environment`: of the process, in full. Raises `OSError` if it cannot be started."""
-        self.rank, self.told = rank, 0  # told: plans announced
+        """`environment`: the whole environment of the process. Raises `OSError` if it cannot be started."""
+        self.rank, self.announced = rank, 0  # announced: number of plans for which a frame was sent
         self.channel, theirs = Channel.pair()
         self._stack_fd, self._stack_start = anonymous_memory(f"nanoengine-stack-{rank}", 0), 0
         try:
@@ -29,10 +29,10 @@ class RankProcess:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", _MODULE, *map(str, inherited)],
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # standard error: what a plugin prints is no part of the program's output
+                stdout=2,  # standard error: what a plugin prints must not be in the program's output
                 pass_fds=inherited,
                 env=dict(environment),
-                process_group=0,  # a terminal's Ctrl-C reaches the engine alone
+                process_group=0,  # so that Ctrl-C in a terminal reaches only the engine
             )
         except BaseException:
             self._close_ends()
@@ -41,29 +41,29 @@ class RankProcess:
             theirs.close()
 
     def send(self, kind: Kind, number: int = 0, parcel: Parcel | None = None) -> None:
-        """To a rank that is gone nothing is sent: whoever waits for it learns of that."""
+        """Sends a frame. Errors are ignored: if the rank is gone, the next wait for it raises `WorkerError`."""
         with suppress(OSError):
             self.channel.send(kind, number, parcel)
 
     def ask_for_stack(self) -> None:
-        """To be read by `stack`: of all its threads, also of one that hangs in foreign code."""
+        """Makes the rank write the stacks of all its threads, also of one that hangs in foreign code; see `stack`."""
         self._stack_start = os.fstat(self._stack_fd).st_size
         self._signal(signal.SIGUSR1)
 
     def stack(self, deadline: float) -> str:
-        """What it answered, waited for until `deadline`."""
+        """The stacks after `ask_for_stack`; waits for them until `deadline`."""
         size = last = self._stack_start
         while (size == self._stack_start or size > last) and time.monotonic() < deadline:
             if self.process.poll() is not None:
                 break
             time.sleep(0.05)
             last, size = size, os.fstat(self._stack_fd).st_size
-        return self.last_words() or "(no stack: its Python does not run yet)"
+        return self.written_stack() or "(no stack: its Python does not run yet)"
 
-    def last_words(self) -> str:
-        """The stack that it was asked for last, or that it wrote when a signal such as SIGSEGV ended it."""
-        told = read_all(self._stack_fd)[self._stack_start :].decode(errors="replace")
-        threads = [thread for thread in told.split("\n\n") if thread.strip() and " in _watch\n" not in thread]
+    def written_stack(self) -> str:
+        """The stack of the last `ask_for_stack`, or the one that it wrote when a signal such as SIGSEGV ended it."""
+        text = read_all(self._stack_fd)[self._stack_start :].decode(errors="replace")
+        threads = [thread for thread in text.split("\n\n") if thread.strip() and " in _watch\n" not in thread]
         return "\n\n".join(threads)
 
     def _signal(self, number: signal.Signals) -> None:
@@ -74,14 +74,14 @@ class RankProcess:
         self._signal(signal.SIGKILL)
 
     def status(self) -> int | None:
-        """Its exit status, if it has ended, or ends within a moment."""
+        """Its exit status, if it has ended or ends in a moment; None if it still runs."""
         try:
             return self.process.wait(_SETTLE_SECONDS)
         except subprocess.TimeoutExpired:
             return None
 
     def close(self) -> None:
-        """Idempotent."""
+        """Waits for the process and closes the descriptors. Idempotent."""
         self.process.wait()
         self._close_ends()
 
@@ -93,7 +93,7 @@ class RankProcess:
 
 
 def stacks(ranks: Sequence[RankProcess]) -> list[str]:
-    """Where each rank is, as Python tracebacks."""
+    """The stacks of each rank, as Python tracebacks."""
     for rank in ranks:
         rank.ask_for_stack()
     deadline = time.monotonic() + _STACK_SECONDS
@@ -101,7 +101,10 @@ def stacks(ranks: Sequence[RankProcess]) -> list[str]:
 
 
 def end(ranks: Sequence[RankProcess], *, ask: bool) -> None:
-    """All processes, reaped: asked to stop (they finish the step they are in), then terminated, then killed."""
+    """Ends all processes and waits for them. With `ask`, they may finish their step first, and are then terminated.
+
+    Processes that are still running are killed.
+    """
     if ask:
         for rank in ranks:
             rank.send(Kind.STOP)
@@ -126,6 +129,6 @@ def _ended(ranks: Sequence[RankProcess], seconds: float) -> bool:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Of a rank: this process's, and where this process imports from."""
+    """The environment of a rank: that of this process, with this process's import path."""
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}

@@ -1,8 +1,8 @@
-"""The memory that an engine shares with its ranks: plans down, results up, and how far each rank is.
+"""The memory that an engine shares with its ranks: plans, results, and the progress of each rank.
 
-It has no name: the descriptor is inherited, and the memory ends with the last process that holds it. The engine alone
-writes plans, rank 0 alone results, each rank alone its line of progress; a word of 8 bytes is written at once, and the
-frame that follows it (`channel.py`) orders what was written before.
+It has no name: the descriptor is inherited, and the memory is freed when the last process that uses it ends. Only the
+engine writes plans, only rank 0 writes results, and each rank writes only its own line of progress. A word of 8 bytes
+is written at once; the frame that is sent after it (`channel.py`) orders the writes before it.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from enum import IntEnum
 from nanoengine.distributed.channel import anonymous_memory
 
 RING = 4
-"""Slots of a ring: two steps are in flight at most, and a slow rank may be a step behind."""
+"""Slots of a ring: at most two steps are in flight, and a slow rank may be one step behind."""
 SLOT_BYTES = 512 << 10
-"""A step of 256 decode rows takes 7 KB, admitting 64 prompts of 1,000 tokens 260 KB."""
-_WORDS = 8  # a line of progress: a cache line of its own
+"""A step of 256 decode rows takes 7 KB; one that admits 64 prompts of 1,000 tokens takes 260 KB."""
+_WORDS = 8  # of a line of progress, so that each has its own cache line
 
 
 class Word(IntEnum):
-    """Of a rank's line of progress; steps are counted from 1, so that a word is also how many there were."""
+    """The words of a rank's line of progress. Steps are numbered from 1, so a word is also a number of steps."""
 
-    READ = 0  # plans taken out of the ring
+    READ = 0  # plans read from the ring
     LAUNCHED = 1  # steps launched
-    FINISHED = 2  # steps whose result arrived
-    PHASE = 3  # of the start: an index into `startup.PHASES`; `READY` afterwards
+    FINISHED = 2  # steps whose result has arrived
+    PHASE = 3  # phase of the start: an index into `clock.PHASES`; `READY` afterwards
     COLLECTIVES = 4  # collectives entered
 
 
@@ -37,7 +37,7 @@ READY = -1
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Numbers of ranks, and of bytes in a slot of the plans' and results' rings."""
+    """The layout of the memory, from the number of ranks and the bytes of a slot in the rings."""
 
     size: int
     slot_bytes: int = SLOT_BYTES
@@ -52,7 +52,7 @@ class Layout:
 
     @property
     def _slot(self) -> int:
-        return 8 + self.slot_bytes  # its length goes before
+        return 8 + self.slot_bytes  # the length comes first
 
     def plan_at(self, number: int) -> int:
         return self.progress_bytes + number % RING * self._slot
@@ -62,10 +62,10 @@ class Layout:
 
 
 class Shared:
-    """A process's view."""
+    """One process's view of the shared memory."""
 
     def __init__(self, fd: int, layout: Layout) -> None:
-        """Takes `fd` over, and closes it at the latest when nobody holds this view any more."""
+        """Takes ownership of `fd`, which is closed when this object is deleted, or by `close`."""
         self.fd, self.layout = fd, layout
         self._descriptor = weakref.finalize(self, os.close, fd)
         self._map = mmap.mmap(fd, layout.total)
@@ -83,11 +83,11 @@ class Shared:
         self._words[rank * _WORDS + word] = value
 
     def least(self, word: Word) -> int:
-        """Of all ranks."""
+        """The minimum of `word` over all ranks."""
         return min(self._words[word::_WORDS])
 
     def put(self, at: int, data: bytes) -> bool:
-        """Into the slot at `at`; False, and the slot is marked so, if it is too large for it."""
+        """Writes `data` into the slot at `at`. If it is too large, marks the slot and returns False."""
         fits = len(data) <= self.layout.slot_bytes
         self._map[at : at + 8] = (len(data) if fits else 0).to_bytes(8, "little")
         if fits:
@@ -95,16 +95,16 @@ class Shared:
         return fits
 
     def holds(self, at: int) -> bool:
-        """False: what should be in the slot at `at` was too large for it."""
+        """Whether the slot at `at` has data; False: the data was too large for it."""
         return any(self._map[at : at + 8])
 
     def take(self, at: int) -> bytearray | None:
-        """A copy of what the slot at `at` holds; None: it was too large, and came as a parcel."""
+        """A copy of the data in the slot at `at`; None: it was too large, and was sent as a parcel."""
         size = int.from_bytes(self._map[at : at + 8], "little")
         return bytearray(self._bytes[at + 8 : at + 8 + size]) if size else None
 
     def close(self) -> None:
-        """Idempotent."""
+        """Closes the view and the descriptor. Idempotent."""
         self.fd = -1
         if self._descriptor.alive:
             self._words.release()

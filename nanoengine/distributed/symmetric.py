@@ -1,8 +1,8 @@
-"""Memory that the GPUs of one host read of each other, and the small collectives on it.
+"""Memory that the GPUs of a host can read of each other, and small collectives that use it.
 
-A product that is to be summed over ranks is written straight into a rank's buffer (`partial`), and one kernel on each
-rank reads all of them (`all_reduce_triton`). Larger sums are NCCL's. Needs GPUs that reach each other's memory (NVLink
-or PCIe peer access); no multicast.
+A product that is to be summed over ranks is written directly into the rank's buffer (`partial`), and one kernel on each
+rank reads the buffers of all ranks (`all_reduce_triton`). Larger sums use NCCL. The GPUs must be able to access each
+other's memory (NVLink or PCIe peer access); multicast is not used.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ _BUFFERS = 3
 _ALIGN = 256
 _CAPACITY = {2: 8 << 20}
 _CAPACITY_OF_MORE = 1 << 20
-"""Bytes up to which one shot beats NCCL's ring: with two ranks both move the same bytes, with more one shot reads
-size - 1 times as many."""
+"""Up to so many bytes, one kernel is faster than NCCL's ring. With two ranks both move the same number of bytes; with
+more, one kernel reads size - 1 times as many."""
 
 
 class SymmetricMemory:
-    """One rank's view. Made by all ranks together, used by all in the same order.
+    """One rank's view of the memory. All ranks make it together, and use it in the same order.
 
-    Three buffers take turns, so that nobody writes where another may still be reading: each sum meets the others once,
-    before it reads, and a buffer is written again only when its writer has met the others since. The first sum of a
-    forward pass has a buffer of its own and the rest alternate, whatever graph ran before.
+    There are three buffers, so that no rank writes where another rank may still read. Each sum synchronises the ranks
+    once, before it reads. A buffer is written again only after a later synchronisation. The first sum of a forward pass
+    uses the third buffer, and the others alternate, so this does not depend on the graph that ran before.
     """
 
     def __init__(self, group: ProcessGroup, device: torch.device, max_rows: int) -> None:
-        """`max_rows`: of `highest`. Raises whatever torch raises where the GPUs do not reach each other's memory."""
+        """`max_rows`: most keys of `highest`. Raises torch's errors if GPUs cannot access each other's memory."""
         import torch.distributed as dist
         import torch.distributed._symmetric_memory as symmetric
 
@@ -52,7 +52,7 @@ class SymmetricMemory:
         self._handle = symmetric.rendezvous(self._memory, group.group_name)
         every = [self._handle.get_buffer(peer, (starts[-1],), torch.uint8) for peer in range(size)]
         torch.cuda.synchronize(device)
-        dist.barrier(group)  # nobody signals before all signals are zero
+        dist.barrier(group)  # no rank may signal before all signals are zero
         addresses = torch.tensor([each.data_ptr() for each in every], dtype=torch.int64)
 
         def peers(data: int, signals: int) -> Any:
@@ -71,7 +71,7 @@ class SymmetricMemory:
         self._turn = 0
 
     def partial(self, rows: int, width: int, dtype: torch.dtype) -> Tensor | None:
-        """[rows, width] of the buffer whose turn it is; None where it is too large."""
+        """A tensor [rows, width] in the next buffer; None if it is too large."""
         size = rows * width * dtype.itemsize
         if not 0 < size <= self.capacity or (width * dtype.itemsize) % 16:
             return None
@@ -79,7 +79,7 @@ class SymmetricMemory:
         return self._memory[start : start + size].view(dtype).view(rows, width)
 
     def all_reduce_add(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
-        """The sum over ranks and the residual stream; None where x is too large. x need not come from `partial`."""
+        """The sum over ranks and the residual stream; None if x is too large. x need not be from `partial`."""
         buffer = self.partial(math.prod(x.shape[:-1]), x.shape[-1], x.dtype)
         if buffer is None:
             return None
@@ -91,10 +91,10 @@ class SymmetricMemory:
         return self._kernels.all_reduce_add(self._sums, offset, like, residual)
 
     def highest(self, keys: Tensor) -> Tensor:
-        """int64 [R] -> the highest of all ranks'."""
+        """int64 [R] -> int64 [R], the maximum over ranks, element by element."""
         return self._kernels.highest(self._keys, keys, self._half)
 
     @property
     def _buffer(self) -> int:
-        """2, then 0 and 1 by turns."""
+        """The index of the next buffer: 2 first, then 0 and 1 alternately."""
         return 2 if self._turn == 0 else (self._turn - 1) % 2

@@ -1,8 +1,8 @@
-"""Messages as bytes: dataclasses of flat arrays, ints and other such dataclasses, without pickle.
+"""Encodes messages as bytes, without pickle: dataclasses of flat arrays, ints and other such dataclasses.
 
-Layout (native byte order; both ends are on one host): the int64 numbers (int fields, then the length of each tuple
-field), one uint32 word an array (its length times 8, plus a code of its dtype), then the arrays' raw bytes, each padded
-to 8. Which fields there are is the class's; only a message of the same class can be read back.
+Layout (native byte order, because both ends are on one host): the int64 numbers (int fields, then the length of each
+tuple field), one uint32 word per array (its length times 8, plus a code of its dtype), then the raw bytes of the
+arrays, each padded to 8. The dataclass is the schema: decode with the class that was encoded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PADDING = tuple(bytes(n) for n in range(8))
 
 
 def encode(message: Any) -> bytes:
-    """Raises `TypeError` for an array that is not flat or of a dtype that has no code."""
+    """The message as bytes. Raises `TypeError` for an array that is not flat, or whose dtype has no code."""
     codec = _codec(type(message))
     numbers, arrays = codec.leaves(message)
     words, parts = [], [b""]
@@ -36,9 +36,9 @@ def encode(message: Any) -> bytes:
         try:
             words.append(size << 3 | _CODES[array.dtype])
         except KeyError:
-            raise TypeError(f"no message holds arrays of dtype {array.dtype}") from None
+            raise TypeError(f"a message cannot have arrays of dtype {array.dtype}") from None
         if array.ndim != 1:
-            raise TypeError(f"a message's arrays are flat, not of shape {array.shape}")
+            raise TypeError(f"arrays of a message must be flat, not of shape {array.shape}")
         if size:
             data = array.tobytes()
             parts += (data, _PADDING[-len(data) & 7])
@@ -47,12 +47,12 @@ def encode(message: Any) -> bytes:
 
 
 def decode(cls: type[T], data: bytes | bytearray | memoryview) -> T:
-    """The message of class `cls` in `data`. Arrays of a bytearray are views of it, to be written; bytes are copied."""
+    """The message of class `cls` in `data`. Arrays are writable views of a bytearray; bytes are copied."""
     return cast(T, _codec(cls).build(bytearray(data) if isinstance(data, bytes) else data))
 
 
 class _Codec:
-    """How one class is taken apart and put together."""
+    """Encodes and decodes one class."""
 
     def __init__(self, cls: Any) -> None:
         self.cls, self.fields = cls, _fields(cls)
@@ -73,7 +73,7 @@ class _Codec:
         for (_, kind), items in zip(self.tuples, tuples, strict=True):
             for item in items:
                 inner, more = _codec(kind).leaves(item)
-                assert not inner, "items of a tuple have no numbers of their own"
+                assert not inner, "items of a tuple must not have numbers"
                 arrays += more
         return numbers, arrays
 
@@ -114,7 +114,7 @@ def _codec_of(cls: Any) -> _Codec:
 
 @dataclass(frozen=True, slots=True)
 class _Field:
-    """kind: int, str, np.ndarray, or the class of a tuple's items. nested: the fields of a message within."""
+    """A field. `kind`: int, str, np.ndarray, or the class of a tuple's items. `nested`: fields of an inner message."""
 
     name: str
     path: str
@@ -136,7 +136,7 @@ def _fields(cls: Any, prefix: str = "") -> tuple[_Field, ...]:
 
 
 def _plain(hint: Any) -> Any:
-    """The class behind a hint. numpy's `NDArray` is an alias of its own kind from 2.5 on."""
+    """The class of a type hint. From numpy 2.5 on, `NDArray` is a special kind of alias."""
     kind = get_origin(hint) or hint
     return _plain(kind.__value__) if hasattr(kind, "__value__") else kind
 
@@ -154,7 +154,7 @@ def _make(cls: Any, found: tuple[_Field, ...], values: Mapping[str, Any]) -> Any
 
 
 def _getter(names: list[str]) -> Any:
-    """message -> tuple of what stands at the dotted paths."""
+    """A function: message -> tuple of the values at the dotted paths."""
     if len(names) > 1:
         return attrgetter(*names)
     return (lambda message, get=attrgetter(*names): (get(message),)) if names else lambda message: ()

@@ -1,7 +1,7 @@
-"""A rank's process: `python -m nanoengine.distributed.worker` with three inherited descriptors.
+"""The process of a rank: `python -m nanoengine.distributed.worker` with three inherited descriptors.
 
-It imports what its plan names and nothing of the program that started the engine. It ends when the engine tells it to,
-when the engine's end of the socket closes, whatever it is doing then, and after it has reported a fault.
+It imports the targets of its plan, and nothing of the program that started the engine. It ends when the engine requests
+it, when the engine's end of the socket closes (whatever it is doing then), and after it has reported an error.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _PARENT_CHECK_MS = 2000
 
 @dataclass(frozen=True, slots=True)
 class StartMessage:
-    """What a rank must know. engine: process id. threads: of torch on a CPU. log_level: of this rank's messages."""
+    """What a rank needs to start. `engine`: the process id of the engine. `threads`: torch's threads on a CPU."""
 
     plan: EnginePlan
     rank: int
@@ -49,7 +49,7 @@ class StartMessage:
 
 
 def main(socket_fd: int, memory_fd: int, stack_fd: int) -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the engine handles Ctrl-C
     faulthandler.enable(file=stack_fd)
     faulthandler.register(signal.SIGUSR1, file=stack_fd)
     channel = Channel(socket.socket(fileno=socket_fd))
@@ -64,11 +64,11 @@ def main(socket_fd: int, memory_fd: int, stack_fd: int) -> int:
 
 
 def _watch(fd: int, engine: int) -> None:
-    """Ends this process with the engine's, even while the main thread is in a collective."""
+    """Ends this process when the engine's process ends, even while the main thread is in a collective."""
     poller = select.poll()
-    poller.register(fd, 0)  # only a hang-up is told
+    poller.register(fd, 0)  # reports only that the other end is closed
     while not poller.poll(_PARENT_CHECK_MS) and os.getppid() == engine:
-        pass  # a process that forked off the engine's may hold the socket's other end
+        pass  # a fork of the engine's process may keep the other end of the socket open
     os._exit(1)
 
 
@@ -78,7 +78,7 @@ def _log_to_stderr(start: StartMessage) -> None:
 
 
 class PhaseClock(StartClock):
-    """Also notes, where the engine sees it, which phase runs."""
+    """A clock that also writes the current phase to the shared memory, for the engine."""
 
     def __init__(self, shared: Shared, rank: int) -> None:
         super().__init__()
@@ -93,17 +93,17 @@ class PhaseClock(StartClock):
 
 
 class Worker:
-    """Takes plans out of the ring, runs them in order; rank 0 gives the results."""
+    """Reads plans from the ring and runs them in order. Rank 0 writes the results."""
 
     def __init__(self, start: StartMessage, channel: Channel, shared: Shared) -> None:
         self._start, self._channel, self._shared, self._rank = start, channel, shared, start.rank
         self._sending = threading.Lock()
-        self._parcels: dict[int, bytearray] = {}  # of plans that were too large for the ring
+        self._parcels: dict[int, bytearray] = {}  # plans that were too large for the ring
         self._launched: SimpleQueue[tuple[int, StepHandle]] = SimpleQueue()
-        self._finished = threading.Semaphore(0)  # one for each launched step whose result is there
+        self._finished = threading.Semaphore(0)  # one for each launched step whose result has arrived
 
     def run(self) -> int:
-        """The exit status."""
+        """Runs until the engine ends it. Returns the exit status."""
         try:
             self._build()
             self._serve()
@@ -184,7 +184,7 @@ class Worker:
                 self._launched.put((number, handle))
 
     def _finish_launched(self) -> None:
-        """A thread's, where launching is enqueuing: it waits for the device beside the next launch."""
+        """Runs in a thread if a launch only enqueues work: waits for the device during the next launch."""
         try:
             while True:
                 self._finish(*self._launched.get())
@@ -205,7 +205,7 @@ class Worker:
             self._send(Kind.RESULT, number, parcel)
 
     def _call(self, frame: Frame) -> None:
-        """Of a function, with the runner, once the launched steps are done."""
+        """Calls a function of the runner after all launched steps, and sends its return value."""
         assert frame.parcel is not None
         name, args = pickle.loads(frame.parcel)
         while self._word(Word.FINISHED) < self._word(Word.LAUNCHED):
@@ -226,7 +226,7 @@ class Worker:
 
         try:
             self._send(Kind.FAILED, 0, pickle.dumps(report_of(error, phase_of(self._shared, self._rank))))
-        except OSError:  # nobody is left to hear it
+        except OSError:  # the engine does not exist any more
             logging.getLogger(__name__).error("the engine is gone; this rank ends", exc_info=error)
 
 
@@ -235,4 +235,4 @@ if __name__ == "__main__":
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # other threads (collectives, drivers) have nothing left to say
+    os._exit(status)  # without waiting for other threads (collectives, drivers)

@@ -49,7 +49,7 @@ def test_the_engines_process_holds_no_context(tmp_path: Path) -> None:
     ("token", "cause", "trace"),
     [
         (faulty.RAISES, "ArithmeticError: one rank alone", "in forward"),
-        (faulty.HANGS, "no sign of life for 20 s", "in stuck_here"),
+        (faulty.HANGS, "no progress for 20 s", "in stuck_here"),
         (faulty.DIES, "the process ended: killed by SIGKILL", ""),
         (faulty.RUNS_OUT, r"OutOfMemoryError: .* \[GPU 1: .* GiB in use by torch, .* GiB held by it, .* GiB free", ""),
     ],

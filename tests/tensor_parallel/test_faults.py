@@ -31,7 +31,7 @@ def gone(pid: int) -> bool:
     [
         (faulty.RAISES, 1, "ArithmeticError: one rank alone", 'raise ArithmeticError("one rank alone")'),
         (faulty.DIES, 1, "the process ended: killed by SIGKILL", ""),
-        (faulty.HANGS, 1, r"no sign of life for 2 s: it hangs, or engine.step_timeout", "in stuck_here"),
+        (faulty.HANGS, 1, r"no progress for 2 s: it hangs, or engine.step_timeout", "in stuck_here"),
         (faulty.RAISES_EVERYWHERE, None, r"ArithmeticError: on rank \d too", "in forward"),
     ],
 )
@@ -92,7 +92,7 @@ def test_killed_while_idle(tmp_path: Path) -> None:
         llm.generate([[1, 2]], PARAMS, use_tqdm=False)
     assert "Fatal Python error: Segmentation fault" in caught.value.traceback
     assert "in _serve" in caught.value.traceback
-    assert time.monotonic() - began < 10, "told by the socket, not by a deadline of 60 s"
+    assert time.monotonic() - began < 10, "detected by the socket, not by a deadline of 60 s"
 
 
 def test_an_exception_at_the_start(tmp_path: Path) -> None:

@@ -112,9 +112,9 @@ def test_a_call_reaches_all_ranks(two: tuple[LLM, LLM]) -> None:
 def test_ctrl_c_while_a_step_runs_leaves_the_engine_usable(
     two: tuple[LLM, LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At every place where the engine's process waits or rings: told twice, a rank runs a plan once."""
+    """At every place where the engine's process waits or sends: a rank runs a plan once, also if it is announced twice."""
     wide, calls = two[1], [0]
-    listen, tell = WorkersExecutor._listen, WorkersExecutor._tell
+    receive, announce = WorkersExecutor._receive, WorkersExecutor._announce
 
     def interrupted(original: Any, every: int, self: Any, *args: Any) -> Any:
         calls[0] += 1
@@ -122,7 +122,7 @@ def test_ctrl_c_while_a_step_runs_leaves_the_engine_usable(
             raise KeyboardInterrupt
         return original(self, *args)
 
-    for target, original, every in (("_listen", listen, 5), ("_tell", tell, 4)):
+    for target, original, every in (("_receive", receive, 5), ("_announce", announce, 4)):
         patched = partial(interrupted, original, every)
         monkeypatch.setattr(WorkersExecutor, target, lambda self, *args, patched=patched: patched(self, *args))
         with pytest.raises(KeyboardInterrupt):
@@ -241,8 +241,8 @@ def test_the_engine_is_killed(tmp_path: Path) -> None:
 
 
 def test_what_is_refused_before_any_rank_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(kind: type[Exception], told: str, folder: Path, **options: Any) -> None:
-        with pytest.raises(kind, match=told):
+    def refused(kind: type[Exception], message: str, folder: Path, **options: Any) -> None:
+        with pytest.raises(kind, match=message):
             LLM(folder, plugins=[mock_model], **{**SMALL, **options})
 
     def no_process(*_: object, **__: object) -> None:
@@ -260,14 +260,14 @@ def test_what_is_refused_before_any_rank_starts(tmp_path: Path, monkeypatch: pyt
         pass
 
     main: type[AttentionBackend] = type("InNotebook", (MockAttention,), {"__module__": "__main__"})
-    for cls, place in ((Here, "this process alone"), (main, "main script or a notebook")):
-        told = rf"attention backend .*{cls.__name__} is defined in .*{place}.* 2 worker processes .*--plugin"
-        refused(PluginError, told, mock, attention=cls, tensor_parallel_size=2)
+    for cls, place in ((Here, "only in this process"), (main, "main script or a notebook")):
+        message = rf"attention backend .*{cls.__name__} is defined in .*{place}.* 2 worker processes .*--plugin"
+        refused(PluginError, message, mock, attention=cls, tensor_parallel_size=2)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     gpus = {"attention": "mock", "tensor_parallel_size": 2}
-    refused(ConfigError, "tensor_parallel_size is 2, one GPU a rank, but .* sees 1", mock, device="cuda", **gpus)
+    refused(ConfigError, "tensor_parallel_size is 2, one GPU per rank, but .* sees 1", mock, device="cuda", **gpus)
     refused(ConfigError, "rank r runs on cuda:r", mock, device="cuda:1", **gpus)
 
 

@@ -1,5 +1,5 @@
 """The ends of the channel by themselves: frames and parcels, the ring, a worker where launching is only enqueuing, and
-who is to blame."""
+whose error it is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nanoengine.api.errors import ConfigError
 from nanoengine.core.step import StepPlan, StepResult, i32
 from nanoengine.distributed import worker as main
 from nanoengine.distributed.channel import Channel, Frame, Kind, Parcel
-from nanoengine.distributed.faults import blame, blame_late, exit_words, phase_of, report_of
+from nanoengine.distributed.faults import exit_words, first_error, late_error, phase_of, report_of
 from nanoengine.distributed.group import CollectiveFailed
 from nanoengine.distributed.shared import READY, RING, Layout, Shared, Word
 from nanoengine.distributed.wire import decode, encode
@@ -182,7 +182,7 @@ def test_a_worker_launches_while_results_are_awaited(monkeypatch: pytest.MonkeyP
     hosted = Hosted(monkeypatch, slot_bytes)
     hosted.plan(1, 101)
     hosted.plan(2, 102)
-    hosted.channel.send(Kind.PLAN, 2)  # told twice, after an interrupt
+    hosted.channel.send(Kind.PLAN, 2)  # announced twice, after an interrupt
     assert [hosted.runner.launched.get(timeout=5) for _ in range(2)] == [101, 102]
     with Parcel(pickle.dumps(("ask", (41,)))) as parcel:
         hosted.channel.send(Kind.CALL, 0, parcel)
@@ -219,13 +219,13 @@ def test_who_is_to_blame() -> None:
     own, later = report_of(ConfigError("of rank 2"), "step 4"), report_of(KeyError("x"), "step 4")
     assert broken.follows
     assert not own.follows
-    assert blame(3, {0: broken, 2: own, 1: later}, dict.fromkeys(range(3), (1, "")), shared).rank == 2
+    assert first_error(3, {0: broken, 2: own, 1: later}, dict.fromkeys(range(3), (1, "")), shared).rank == 2
     shared.note(1, Word.READ, 5)
-    died = blame(3, {0: broken}, {0: (1, ""), 1: (-11, "its stack")}, shared)
+    died = first_error(3, {0: broken}, {0: (1, ""), 1: (-11, "its stack")}, shared)
     assert (died.rank, died.phase, died.cause) == (1, "step 5", "the process ended: killed by SIGSEGV")
     assert died.traceback == "its stack"
-    assert blame(3, {2: broken}, {2: (1, "")}, shared).rank == 2
-    ours = blame(3, {2: own}, {}, shared)
+    assert first_error(3, {2: broken}, {2: (1, "")}, shared).rank == 2
+    ours = first_error(3, {2: own}, {}, shared)
     assert isinstance(ours.__cause__, ConfigError)
     assert "of rank 2" in ours.traceback
     assert "Traceback" not in str(ours), "in our own words already"
@@ -240,7 +240,7 @@ def test_where_a_rank_stands() -> None:
     shared.note(0, Word.PHASE, PHASES.index("capture"))
     shared.note(1, Word.PHASE, READY)
     assert (phase_of(shared, 0), phase_of(shared, 1)) == ("capture", "idle")
-    late = blame_late(2, shared, ["a stack", "another"], 3.5, "worker_start_timeout")
+    late = late_error(2, shared, ["a stack", "another"], 3.5, "worker_start_timeout")
     assert (late.rank, late.phase) == (0, "capture")
     shared.note(0, Word.PHASE, READY)
     for step, words in (("step 7", (7, 6, 5)), ("step 6", (7, 7, 5)), ("idle", (7, 7, 7))):  # launched while one runs
@@ -251,7 +251,7 @@ def test_where_a_rank_stands() -> None:
     for word, behind in ((Word.READ, 1), (Word.COLLECTIVES, 0)):
         shared.note(1 - behind, word, 9)
         shared.note(behind, word, 8)
-        assert blame_late(2, shared, ["a stack", "another"], 3.5, "step_timeout").rank == behind
+        assert late_error(2, shared, ["a stack", "another"], 3.5, "step_timeout").rank == behind
         shared.note(behind, word, 9)
     assert "rank 1, idle:\nanother" in late.traceback
     shared.close()
@@ -262,11 +262,11 @@ def test_figures_of_a_gpu_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**figures, "is_available": True, "current_device": 1}.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     report = report_of(torch.OutOfMemoryError("CUDA out of memory."), "step 3")
-    told = "GPU 1: 3.00 GiB in use by torch, 4.00 GiB held by it, 0.50 GiB of 8.00 GiB free"
-    assert report.cause == f"OutOfMemoryError: CUDA out of memory. [{told}]"
+    text = "GPU 1: 3.00 GiB in use by torch, 4.00 GiB held by it, 0.50 GiB of 8.00 GiB free"
+    assert report.cause == f"OutOfMemoryError: CUDA out of memory. [{text}]"
 
 
 def test_exit_words() -> None:
     assert exit_words(3) == "exit status 3"
     assert exit_words(-9).startswith("killed by SIGKILL, as the kernel")
-    assert exit_words(None) == "it hung up"
+    assert exit_words(None) == "it closed its connection"

@@ -112,7 +112,7 @@ def test_a_call_reaches_all_ranks(two: tuple[LLM, LLM]) -> None:
 def test_ctrl_c_while_a_step_runs_leaves_the_engine_usable(
     two: tuple[LLM, LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At every place where the engine's process waits or sends: a rank runs a plan once, also if it is announced twice."""
+    """Interrupts at every wait and send of the engine: a rank runs a plan once, also if it is announced twice."""
     wide, calls = two[1], [0]
     receive, announce = WorkersExecutor._receive, WorkersExecutor._announce
 

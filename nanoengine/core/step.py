@@ -174,6 +174,9 @@ class LogprobRows:
     top_offsets: Int32 = field(default_factory=lambda: i32([0]))
 
 
+NO_LOGPROBS = LogprobRows()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What one step produced. B rows as in its plan.
@@ -193,8 +196,8 @@ class StepResult:
     token_ids: Int32 = field(default_factory=i32)
     counts: Int32 = field(default_factory=i32)
     failed: Int32 = field(default_factory=i32)
-    sampled_logprobs: LogprobRows = LogprobRows()
-    prompt_logprobs: LogprobRows = LogprobRows()
+    sampled_logprobs: LogprobRows = NO_LOGPROBS
+    prompt_logprobs: LogprobRows = NO_LOGPROBS
     graphs: int = 0
     parts: int = 1
 

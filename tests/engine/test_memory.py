@@ -18,6 +18,7 @@ from nanoengine.core.execution.graphs import CaptureSizes
 from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.execution.step_inputs import StepBuffers, StepSize
 from nanoengine.core.step import num_slots
+from nanoengine.kernels import sampling
 from nanoengine.setup.start import memory, starter
 from nanoengine.setup.start.largest_steps import largest_steps
 from nanoengine.setup.start.memory import GpuShare
@@ -107,8 +108,7 @@ def test_the_largest_steps_fill_the_limits_and_leave_nothing_behind(tmp_path: Pa
     plugin = Path(__file__).parent / "processors_plugin.py"
     with mock_llm(tmp_path, plugins=[plugin], max_num_batched_tokens=700, max_num_seqs=8) as llm:
         seen: list[tuple[int, int]] = []
-        sampler = the_runner(llm).sampler
-        original = sampler.logprobs
+        original = sampling.token_logprobs
 
         def logprobs(raw: Any, token_ids: Any, k: int) -> Any:
             tables = the_runner(llm).tables
@@ -116,11 +116,11 @@ def test_the_largest_steps_fill_the_limits_and_leave_nothing_behind(tmp_path: Pa
             assert len(raw) == 128 or tables.vocab_history.tables
             return original(raw, token_ids, k)
 
-        sampler.logprobs = logprobs
-        sizes = run_largest(llm, draws=draws)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sampling, "token_logprobs", logprobs)
+            sizes = run_largest(llm, draws=draws)
         assert sizes == [511, 511, 8]
         assert seen == [(128, 20), (8, 20)]
-        sampler.logprobs = original
         asked = prompts(6)
         assert tokens_of(llm.generate(asked, GREEDY, use_tqdm=False)) == [greedy(p, 10) for p in asked]
 

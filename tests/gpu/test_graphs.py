@@ -77,7 +77,7 @@ class Watch:
         for each, old in zip(state, before, strict=True):
             each.copy_(old)
         drawn.fill_(-1)
-        graphs._tail.run(self.runner.buffers.rows_of(size), kind, graphs.logits[size])
+        graphs.tail.run(self.runner.buffers.rows_of(size), kind, graphs.logits[size])
         real = slice(0, tables.dummy_slot)
         self._note(
             "mixed tail" if size.prefill_tokens else "tail",
@@ -144,7 +144,7 @@ def test_weights_that_moved_are_caught(tmp_path: Path) -> None:
 def test_a_tail_that_reads_other_columns_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mutant: each row has its neighbour's parameters."""
     with make(tmp_path, "llama", "triton", "bfloat16") as llm:
-        tail: Any = runner_of(llm).graphs._tail
+        tail: Any = runner_of(llm).graphs.tail
         watch, kernels = Watch(runner_of(llm)), tail._kernels
 
         def pick_columns(words: Tensor, slots: Tensor, picked: Tensor, out: Tensor) -> None:

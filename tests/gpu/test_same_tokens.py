@@ -146,9 +146,11 @@ def _one_replay_late(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _wrong_tail(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanoengine.core.execution.sampler import Sampler
+    from nanoengine.core.execution.graphs import StepGraphs
+    from nanoengine.kernels.sampling_triton import Tail
 
-    monkeypatch.setattr(Sampler, "tail_of", lambda self, *args, **named: self._kernels.tail(random=True, cut=False))
+    original = StepGraphs.replay_tail
+    monkeypatch.setattr(StepGraphs, "replay_tail", lambda self, size, kind: original(self, size, int(Tail.TEMPERATURE)))
 
 
 def _rows_shifted(monkeypatch: pytest.MonkeyPatch) -> None:

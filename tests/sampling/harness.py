@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nanoengine.api.processors import LogitsProcessor, ProcessorContext, ProcessorRows, RaggedColumn
 from nanoengine.api.specs import SamplerSpec
-from nanoengine.core.execution.sampler import DrawRows, Sampler
+from nanoengine.core.execution.sampler import DrawPlan, DrawRows, Sampler
 from nanoengine.params.engine_plan import ProcessorPlan
 from nanoengine.params.sampling_params import ParamsResolver, ResolvedParams, SamplingParams
 from nanoengine.plugins.samplers import register_samplers
@@ -54,6 +54,23 @@ def plan_of(spec: SamplerSpec) -> ProcessorPlan:
 
 def make_sampler(vocab: int, *, fuse: bool, specs: Sequence[SamplerSpec] = tuple(BUILT_IN.values())) -> Sampler:
     return Sampler([(plan_of(spec), load_processor(spec, vocab)) for spec in specs], vocab, fuse=fuse)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch(DrawRows):
+    """Rows, and what of them want: as the runner's tables know it on the host."""
+
+    wanted: frozenset[str]
+    any_min_tokens: bool
+    any_random: bool
+
+    def plan(self, sampler: Sampler) -> DrawPlan:
+        return sampler.choose(self.wanted, random=self.any_random, min_tokens=self.any_min_tokens)
+
+
+def draw(sampler: Sampler, logits: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
+    """Token and failure of each row; the logits may be overwritten."""
+    return sampler.sample(logits, rows, rows.plan(sampler))
 
 
 @dataclass
@@ -111,15 +128,14 @@ class Tables:
         counts = [np.bincount(np.array(t, dtype=np.int64), minlength=self.vocab) for t in tokens]
         return torch.tensor(np.stack(counts), dtype=torch.int32)
 
-    def rows(self, slots: Sequence[int]) -> DrawRows:
+    def rows(self, slots: Sequence[int]) -> Batch:
         """What the runner would hand to the sampler for these slots, in this order."""
         tenants = [self.tenants[s] for s in slots]
-        wanted = {processor.name for t in tenants for processor in t.params.processors}
-        active = tuple(s.name for s in self.specs if s.name in wanted)
+        wanted = frozenset(processor.name for t in tenants for processor in t.params.processors)
         stop = self._ragged([np.array(sorted(t.params.stop_set), dtype=np.int64) for t in tenants])
         positions = [len(t.prompt) + len(t.output) for t in tenants]
         min_lens = [len(t.prompt) + t.params.min_tokens for t in tenants]
-        return DrawRows(
+        return Batch(
             slots=torch.tensor(slots),
             positions=torch.tensor(positions),
             prompt_lens=torch.tensor([len(t.prompt) for t in tenants]),
@@ -128,8 +144,8 @@ class Tables:
             greedy=torch.tensor([t.params.greedy for t in tenants]),
             min_lens=torch.tensor(min_lens),
             stop_ids=stop,
-            active=active,
-            columns={name: self.gather(name, slots) for name in active},
+            wanted=wanted,
+            columns={name: self.gather(name, slots) for name in wanted},
             any_min_tokens=any(t.params.min_tokens for t in tenants),
             any_random=not all(t.params.greedy for t in tenants),
             output_counts=self._counts([t.output for t in tenants]),
@@ -173,7 +189,7 @@ def tenant(
     return Tenant(resolver(vocab).resolve(SamplingParams(**params)), list(prompt), list(output), seed)
 
 
-def rows_of(vocab: int, tenants: Sequence[Tenant], specs: Sequence[SamplerSpec] = tuple(BUILT_IN.values())) -> DrawRows:
+def rows_of(vocab: int, tenants: Sequence[Tenant], specs: Sequence[SamplerSpec] = tuple(BUILT_IN.values())) -> Batch:
     """Tenants in slots of their own, in reverse, so that slot and row never agree by chance."""
     tables = Tables(vocab, specs, slots=len(tenants) + 1)
     slots = list(range(len(tenants), 0, -1))
@@ -182,7 +198,7 @@ def rows_of(vocab: int, tenants: Sequence[Tenant], specs: Sequence[SamplerSpec] 
     return tables.rows(slots)
 
 
-def subset(rows: DrawRows, index: Sequence[int]) -> DrawRows:
+def subset(rows: Batch, index: Sequence[int]) -> Batch:
     """Some of the rows, as a batch of their own."""
     pick = torch.tensor(index)
 

@@ -29,10 +29,12 @@ from nanoengine.params.sampling_params import SamplingParams
 
 from .harness import (
     BUILT_IN,
+    Batch,
     ShiftedTables,
     StaleTables,
     Tables,
     Tenant,
+    draw,
     load_processor,
     make_sampler,
     plan_of,
@@ -70,8 +72,8 @@ def mixed(seed: int = 0) -> tuple[torch.Tensor, list[Tenant]]:
     return logits, tenants
 
 
-def sample(sampler: Sampler, logits: torch.Tensor, rows: DrawRows) -> list[int]:
-    token_ids, failed = sampler.sample(logits.clone(), rows)
+def sample(sampler: Sampler, logits: torch.Tensor, rows: Batch) -> list[int]:
+    token_ids, failed = draw(sampler, logits.clone(), rows)
     assert token_ids.dtype == torch.int64
     assert failed.dtype == torch.int32
     assert not failed.any()
@@ -194,7 +196,7 @@ def test_temperature_is_not_ignored() -> None:
 # Stop set, failures ---------------------------------------------------------------------------------------------------
 
 
-def stopping(rows: DrawRows, stop: list[list[int]], min_lens: list[int]) -> DrawRows:
+def stopping(rows: Batch, stop: list[list[int]], min_lens: list[int]) -> Batch:
     width = max(map(len, stop)) + 1
     values = torch.tensor([s + [0] * (width - len(s)) for s in stop])  # padding: id 0, which must stay possible
     ragged = RaggedColumn(values, torch.tensor([len(s) for s in stop], dtype=torch.int32))
@@ -230,7 +232,7 @@ def test_a_broken_row_fails_alone(fuse: bool, host: bool, greedy: bool, monkeypa
     logits[3] = -torch.inf
     logits[4, 100:] = -torch.inf  # padding: legal
     rows = rows_of(200, [tenant(200, seed=r, **w) for r, w in enumerate(wants)])
-    tokens, failed = sampler.sample(logits, rows)
+    tokens, failed = draw(sampler, logits, rows)
     bad, none_left = ROW_BAD_LOGITS, ROW_NOTHING_LEFT
     assert failed.tolist() == [ROW_FINE, bad, bad, bad, ROW_FINE, none_left, ROW_FINE]
     assert tokens[failed != ROW_FINE].tolist() == [0] * 4
@@ -284,7 +286,7 @@ def test_fusion_goes_by_operation_not_by_name() -> None:
     specs = with_processor("nucleus", NucleusParams, Nucleus)
     logits, _ = mixed(1)
 
-    def rows(**params: Any) -> DrawRows:
+    def rows(**params: Any) -> Batch:
         made = [
             Tenant(resolver(VOCAB, specs).resolve(SamplingParams(temperature=0.9, **params)), seed=r) for r in range(12)
         ]
@@ -346,8 +348,10 @@ class Wordy(LogitsProcessor):
 def test_a_processor_that_breaks_is_named_with_its_origin(act: Any, error: type[Exception], words: str) -> None:
     plan = replace(plan_of(BUILT_IN["logit_bias"]), target="made_up:Wordy", origin="plugin file /some/x.py")
     with pytest.raises(error, match=words) as caught:
-        Sampler([(plan, Wordy(act))], 20, fuse=True).sample(
-            torch.zeros(1, 20), rows_of(20, [tenant(20, logit_bias={1: 1.0})])
+        draw(
+            Sampler([(plan, Wordy(act))], 20, fuse=True),
+            torch.zeros(1, 20),
+            rows_of(20, [tenant(20, logit_bias={1: 1.0})]),
         )
     whole = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
     assert "logits processor 'logit_bias' (Wordy of plugin file /some/x.py)" in whole
@@ -365,7 +369,7 @@ def test_misbehaving_processors_are_named() -> None:
     with pytest.raises(
         PluginError, match=r"'logit_bias' \(.*LogitBias\) returned .*\(1, 19\) instead of the .*\(1, 20\)"
     ):
-        Sampler([(plan, Narrow(None))], 20, fuse=True).sample(torch.zeros(1, 20), rows)  # type: ignore[arg-type]
+        draw(Sampler([(plan, Narrow(None))], 20, fuse=True), torch.zeros(1, 20), rows)  # type: ignore[arg-type]
     with pytest.raises(PluginError, match=r"'logit_bias'.* must set `phase`"):
         Sampler([(plan, Phaseless(None))], 20, fuse=True)  # type: ignore[arg-type]
 
@@ -373,9 +377,38 @@ def test_misbehaving_processors_are_named() -> None:
 def test_needs_are_declared() -> None:
     sampler = make_sampler(20, fuse=True)
     assert sampler.needs == {Need.OUTPUT_COUNTS, Need.PROMPT_MASK, Need.TOKEN_IDS}
-    assert sampler.needs_of("penalties") == {Need.OUTPUT_COUNTS, Need.PROMPT_MASK}
-    assert sampler.needs_of("top_k") == frozenset()
+    assert sampler.choose(frozenset({"penalties"}), random=True).needs == {Need.OUTPUT_COUNTS, Need.PROMPT_MASK}
+    assert sampler.choose(frozenset({"top_k"}), random=True).needs == frozenset()
     assert load_processor(BUILT_IN["penalties"], 20).phase == Phase.PENALTY
+
+
+@pytest.mark.parametrize(
+    ("wanted", "asked", "called", "ops", "captured", "sharded"),
+    [
+        ("", {"random": False}, "", "", True, True),
+        ("temperature", {"random": True}, "", "temperature", True, True),
+        ("temperature top_k", {"random": False}, "", "", True, True),  # an arg-max stays what it is
+        ("temperature top_k min_p", {"random": True}, "", "temperature top_k min_p", True, False),
+        ("temperature", {"random": True, "logprobs": True}, "", "temperature", False, False),
+        ("temperature", {"random": True, "min_tokens": True}, "", "temperature", False, False),
+        ("temperature penalties", {"random": True}, "penalties", "temperature", False, True),
+        ("logit_bias", {"random": False}, "logit_bias", "", False, False),
+    ],
+)
+def test_how_rows_are_drawn_is_chosen_by_what_they_want(
+    wanted: str, asked: dict[str, bool], called: str, ops: str, captured: bool, sharded: bool
+) -> None:
+    pytest.importorskip("triton")
+    specs = [(plan_of(spec), load_processor(spec, 50)) for spec in BUILT_IN.values()]
+    plan = Sampler(specs, 50, fuse=True, kernels=True).choose(frozenset(wanted.split()), **asked)
+    assert [p.name for p in plan.called] == called.split()
+    assert {op.value for op in plan.ops} == set(ops.split())
+    assert (plan.captured, plan.sharded) == (captured, sharded)
+    assert plan.reads_only == (not called and not plan.min_tokens)
+    assert plan.tail == (0 if not plan.random else 2 if "top_k" in ops else 1)
+    plain = Sampler(specs, 50, fuse=False).choose(frozenset(wanted.split()), **asked)
+    assert not plain.ops
+    assert (plain.tail, plain.captured) == (None, False)
 
 
 # Log-probs ------------------------------------------------------------------------------------------------------------
@@ -388,7 +421,7 @@ def test_logprobs_against_numpy(k: int) -> None:
     logits[0, :3] = (-0.0, 0.0, -np.inf)
     chosen = generator.integers(3, 40, 9)
     logprob, rank, ids, values = (
-        t.numpy() for t in Sampler.logprobs(torch.from_numpy(logits), torch.from_numpy(chosen), k)
+        t.numpy() for t in sampling.token_logprobs(torch.from_numpy(logits), torch.from_numpy(chosen), k)
     )
     exact = logits.astype(np.float64)
     exact -= np.log(np.exp(exact).sum(1, keepdims=True))
@@ -404,16 +437,16 @@ def test_logprobs_against_numpy(k: int) -> None:
 def test_logprobs_of_a_row_do_not_depend_on_its_batch() -> None:
     logits = torch.randn(17, 4097, generator=torch.Generator().manual_seed(3)) * 4
     chosen = torch.arange(17)
-    batch = Sampler.logprobs(logits, chosen, 3)
+    batch = sampling.token_logprobs(logits, chosen, 3)
     for r in range(17):
-        alone = Sampler.logprobs(logits[r : r + 1], chosen[r : r + 1], 3)
+        alone = sampling.token_logprobs(logits[r : r + 1], chosen[r : r + 1], 3)
         assert all(a[0].numpy().tobytes() == b[r].numpy().tobytes() for a, b in zip(alone, batch, strict=True))
 
 
 def test_ranks_are_those_of_the_log_probs() -> None:
     """Logits that differ may have one log-prob: a drawn token's rank is what it has when it is listed."""
     logits = torch.tensor([[30.0, 1.0000001, 1.0000002, 0.5]])
-    values, ranks, top_ids, top_values = Sampler.logprobs(logits, torch.tensor([1]), 3)
+    values, ranks, top_ids, top_values = sampling.token_logprobs(logits, torch.tensor([1]), 3)
     assert top_ids.tolist() == [[0, 2, 1]]
     assert top_values[0, 1] == top_values[0, 2] == values[0]
     assert ranks.tolist() == [2]

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from nanoengine.core.execution.sampler import DrawRows, Sampler
+from nanoengine.core.execution.sampler import Sampler
 from nanoengine.kernels import all_reduce
 from nanoengine.kernels.sampling import on_host
 
-from .harness import make_sampler, rows_of, tenant
+from .harness import Batch, draw, make_sampler, rows_of, tenant
 
 VOCAB = 301
 PLAIN: list[dict[str, Any]] = [
@@ -26,20 +26,22 @@ CUTS = [[150], [100, 200], [300], [301]]
 
 
 def over_slices(
-    sampler: Sampler, logits: torch.Tensor, rows: DrawRows, cuts: list[int], skew: int = 0
+    sampler: Sampler, logits: torch.Tensor, rows: Batch, cuts: list[int], skew: int = 0
 ) -> tuple[list[int], list[int]]:
     parts = zip([0, *cuts], [*cuts, VOCAB], strict=True)
-    keys = [sampler.best_keys(logits[:, a:b].clone(), rows, a + (skew if a else 0)) for a, b in parts]
+    keys = [
+        sampler.best_keys(logits[:, a:b].clone(), rows, rows.plan(sampler), a + (skew if a else 0)) for a, b in parts
+    ]
     token_ids, failed = all_reduce.answer(all_reduce.highest(keys))
     return token_ids.tolist(), failed.tolist()
 
 
-def whole(sampler: Sampler, logits: torch.Tensor, rows: DrawRows) -> tuple[list[int], list[int]]:
-    token_ids, failed = sampler.sample(logits.clone(), rows)
+def whole(sampler: Sampler, logits: torch.Tensor, rows: Batch) -> tuple[list[int], list[int]]:
+    token_ids, failed = draw(sampler, logits.clone(), rows)
     return token_ids.tolist(), failed.tolist()
 
 
-def batch(seed: int) -> tuple[torch.Tensor, DrawRows]:
+def batch(seed: int) -> tuple[torch.Tensor, Batch]:
     logits = torch.randn(len(PLAIN), VOCAB, generator=torch.Generator().manual_seed(seed)) * 3
     logits[0] = logits[0].round()  # ties
     tenants = [
@@ -59,7 +61,7 @@ def test_tokens_are_those_of_the_whole_row(
     sampler = make_sampler(VOCAB, fuse=fuse)
     for seed in range(4):
         logits, rows = batch(seed)
-        assert sampler.takes_shards(rows)
+        assert rows.plan(sampler).sharded
         assert over_slices(sampler, logits, rows, cuts) == whole(sampler, logits, rows)
 
 
@@ -92,4 +94,4 @@ def test_failures_are_those_of_the_whole_row() -> None:
 def test_what_needs_the_whole_row_gets_it(want: dict[str, Any]) -> None:
     for fuse in (True, False):
         rows = rows_of(VOCAB, [tenant(VOCAB, temperature=0.7), tenant(VOCAB, **want)])
-        assert not make_sampler(VOCAB, fuse=fuse).takes_shards(rows)
+        assert not rows.plan(make_sampler(VOCAB, fuse=fuse)).sharded

@@ -1,7 +1,7 @@
-"""The end of a step: logits, draw, log-probs, tokens to their slots.
+"""The end of a step, its tail: logits, draw, log-probs, tokens to their slots.
 
-`FinishStep.eager` serves whatever a row may ask, operation by operation. Rows that ask for nothing but standard
-operations end in a graph of `CapturedTail`, one a size of step and kind of tail: per-row parameters tell the rest.
+`FinishStep.eager` does whatever rows may ask, operation by operation. Rows that ask for nothing but standard operations
+end in a graph of `CapturedTail`, one for each size of step and kind of tail; what else differs is in their columns.
 """
 
 from __future__ import annotations
@@ -9,20 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from nanoengine.api.checks import CheckedModel
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.processors import Need
-from nanoengine.core.execution.results import LaunchedStep, PendingLogprobs
-from nanoengine.core.execution.sampler import DrawColumns, DrawRows, Sampler, vocab_slice
+from nanoengine.core.execution.results import Drawn, LaunchedStep, PendingLogprobs
+from nanoengine.core.execution.sampler import DrawColumns, DrawPlan, DrawRows, Sampler, vocab_slice
 from nanoengine.core.execution.slots import Ints, Key, SlotTables, upload
 from nanoengine.core.execution.split import slots_move
 from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, StepRows, StepSize
-from nanoengine.core.step import StepPlan
-from nanoengine.kernels import all_reduce
+from nanoengine.core.step import Int32, StepPlan
+from nanoengine.kernels import all_reduce, sampling
 
 PROMPT_LOGITS_ROWS = 128  # positions whose [rows, vocabulary] logits exist at once for prompt log-probs
 
@@ -55,7 +54,7 @@ class CapturedTail:
             sample_index=sample_index[: 2 * rows].view(torch.int64),
             ops={op: self._columns[at, :rows].view(dtype) for op, (at, dtype) in self._ops.items()},
         )
-        self._sampler.draw_sharded(kind, logits, columns, self._tp, tokens, failed)
+        self._sampler.draw(kind, logits, columns, self._tp, tokens, failed)
         self._kernels.record(tables.state, inputs.slots, inputs.query_start_loc, tokens, inputs.token_of_row)
 
     def drawn(self, rows: int) -> Tensor:
@@ -65,42 +64,36 @@ class CapturedTail:
 
 @dataclass(frozen=True, slots=True)
 class Forwarded:
-    """A step between its two calls.
+    """A step between its forward pass and its tail.
 
-    hidden: [L, H], the rows that need logits; or already logits: [R, V/tp], by the graph of that size; inputs are
-    the padded step's then. which: int64 [L], of a graph's logits those of the plan.
+    Attributes:
+        hidden: [L, H], the positions that need logits; None behind a graph.
+        logits: [R, V / tp], by the graph of `size`, one a row of the padded step; None of an eager step. inputs are
+            those of the padded step then, and own: int64 [L], which of its logits the plan's positions have.
+        replayed: graphs that ran, as in `StepResult.graphs`.
     """
 
     plan: StepPlan
     inputs: GatheredStep
-    hidden: Tensor | None
-    logits: Tensor | None
-    graph: StepSize | None = None
+    hidden: Tensor | None = None
+    logits: Tensor | None = None
+    size: StepSize | None = None
+    own: Ints | None = None
     replayed: int = 0
-    which: Ints | None = None
 
     def own_rows(self, tables: SlotTables) -> Forwarded:
         """Without the padding that is between a graph's rows."""
-        if self.which is None or self.logits is None:
+        if self.own is None or self.logits is None:
             return self
-        which = upload(self.which, tables.device)
+        which = upload(self.own, tables.device)
         token_of_row = np.full(len(self.logits), -1, dtype=np.int32)
-        token_of_row[self.which] = np.arange(len(self.which))
+        token_of_row[self.own] = np.arange(len(self.own))
         rows = replace(
             self.inputs.rows,
             token_of_row=upload(token_of_row, tables.device),
             logits_index=self.inputs.rows.logits_index.index_select(0, which),
         )
         return replace(self, inputs=replace(self.inputs, rows=rows), logits=self.logits.index_select(0, which))
-
-
-@dataclass(frozen=True, slots=True)
-class _Sampled:
-    """token_ids, failed: [S] on the device; logprobs of those rows that asked."""
-
-    token_ids: Tensor
-    failed: Tensor
-    logprobs: tuple[PendingLogprobs, ...] = ()
 
 
 class FinishStep:
@@ -110,51 +103,79 @@ class FinishStep:
         self.model, self.tables, self.sampler, self.tp = model, tables, sampler, tp
         self.vocab_size = tables.limits.vocab_size
 
-    def kind(self, slots: npt.NDArray[np.int32]) -> int | None:
-        """The tail that serves these rows, as a graph; None: the eager way.
+    def choose(self, slots: Int32) -> DrawPlan:
+        """How the tokens of rows in these slots are drawn. A processor that cannot change an arg-max is wanted by rows
+        that are not greedy alone.
 
-        Counts over the vocabulary, where there are any, are not kept up for rows without a processor that reads them:
-        who enters a slot has them made from its tokens.
+        A graph keeps no counts over the vocabulary: no row there has a processor that reads them, and they are made
+        again when another request enters the slot.
         """
-        tables = self.tables
-        if (tables.host_num_logprobs[slots] >= 0).any() or tables.host_min_tokens[slots].any():
-            return None
-        return self.sampler.tail_of(self.active(slots), random=not bool(tables.host_greedy[slots].all()))
-
-    def eager(self, step: Forwarded) -> LaunchedStep:
-        """Draw for each sampled row; writing the tokens to their slots is the last act."""
-        step = step.own_rows(self.tables)
-        plan = step.plan
-        which = np.flatnonzero(plan.sampled)
-        rows = plan.logits_rows[which]
-        positions = self._token_positions(step, which) + 1
-        prompt_logprobs = self._prompt_logprobs(step)
-        drawn = self._draw(step, which, positions)
-        at, tables = step.inputs.rows, self.tables
-        with slots_move():
-            tables.kernels.record(tables.state, at.slots, at.query_start_loc, drawn.token_ids, at.token_of_row)
-            return LaunchedStep(
-                plan, rows, drawn.token_ids, drawn.failed, drawn.logprobs, prompt_logprobs, step.replayed
-            )
-
-    def active(self, host_slots: npt.NDArray[np.int32]) -> frozenset[str]:
-        """Processors that some row wants, but those that cannot change what only greedy rows take."""
-        greedy, invariant = self.tables.host_greedy[host_slots], self.sampler.argmax_invariant
-        return frozenset(
+        tables, invariant = self.tables, self.sampler.argmax_invariant
+        greedy = tables.host_greedy[slots]
+        wanted = frozenset(
             name
-            for name, wants in self.tables.host_wants.items()
-            if wants.any() and (wants[host_slots] & ~(greedy & invariant[name])).any()
+            for name, wants in tables.host_wants.items()
+            if wants.any() and (wants[slots] & ~(greedy & invariant[name])).any()
+        )
+        return self.sampler.choose(
+            wanted,
+            random=not greedy.all(),
+            min_tokens=bool(tables.host_min_tokens[slots].any()),
+            logprobs=bool((tables.host_num_logprobs[slots] >= 0).any()),
         )
 
-    def _token_positions(self, step: Forwarded, which: Ints) -> Tensor:
-        """Absolute positions of the tokens behind the given entries of `logits_index`, int64."""
+    def eager(self, step: Forwarded, how: DrawPlan) -> LaunchedStep:
+        """Draw for each sampled position; writing the tokens to their slots is the last act."""
+        step, tables = step.own_rows(self.tables), self.tables
+        plan, rows = step.plan, step.inputs.rows
+        sampled = np.flatnonzero(plan.sampled)
+        prompt = self._prompt_logprobs(step) if len(sampled) < len(plan.sampled) else ()
+        drawn = self._draw(step, sampled, how)
+        with slots_move():
+            tables.kernels.record(tables.state, rows.slots, rows.query_start_loc, drawn.token_ids, rows.token_of_row)
+            return LaunchedStep(plan, plan.logits_rows[sampled], drawn, prompt, step.replayed)
+
+    def _draw(self, step: Forwarded, which: Ints, how: DrawPlan) -> Drawn:
+        """For these entries of `logits_index`."""
+        tables, rows = self.tables, step.plan.logits_rows[which]
+        if not len(rows):
+            none = torch.zeros(0, dtype=torch.int64, device=tables.device)
+            return Drawn(none, none.int())
+        host_slots, positions = step.plan.slots[rows], self._positions(step, which)
+        draw_rows = self._draw_rows(host_slots, positions, how)
+        logits = self._logits(step, which)
+        if self.tp.size > 1 and how.sharded:
+            return self._draw_from_shards(logits, draw_rows, how)
+        logits = self._whole(logits)
+        if how.logprobs or not how.reads_only:
+            logits = logits.float()
+        if not how.logprobs:
+            return Drawn(*self.sampler.sample(logits, draw_rows, how))
+        limits = tables.host_num_logprobs[host_slots]
+        asked = np.flatnonzero(limits >= 0)
+        put = upload(asked, tables.device)
+        raw = logits[put]  # a copy: the draw overwrites the logits
+        token_ids, failed = self.sampler.sample(logits, draw_rows, how)
+        return Drawn(token_ids, failed, _logprobs(raw, token_ids[put], positions[put], rows[asked], limits[asked]))
+
+    def _draw_from_shards(self, logits: Tensor, rows: DrawRows, how: DrawPlan) -> Drawn:
+        """Each rank's best of its slice, and of these the best: one number a row and rank is exchanged."""
+        start, stop = vocab_slice(self.vocab_size, self.tp)
+        logits = logits[:, : stop - start]
+        if not how.reads_only:
+            logits = logits.float()
+        keys = self.tp.highest(self.sampler.best_keys(logits, rows, how, start))
+        return Drawn(*all_reduce.answer(keys))
+
+    def _positions(self, step: Forwarded, which: Ints) -> Tensor:
+        """Absolute positions of the tokens behind these entries of `logits_index`, int64."""
         index = step.inputs.rows.logits_index
         if len(which) < len(index):
             index = index.index_select(0, upload(which, self.tables.device))
-        return step.inputs.positions.index_select(0, index)
+        return step.inputs.positions.index_select(0, index) + 1
 
     def _logits(self, step: Forwarded, which: Ints) -> Tensor:
-        """This rank's logits of entries of `logits_index`: [R, V/tp]."""
+        """This rank's logits of these entries of `logits_index`: [R, V / tp]."""
         if step.logits is not None:
             return step.logits
         assert step.hidden is not None
@@ -165,49 +186,12 @@ class FinishStep:
         """Gathered over ranks, without the padding columns: [R, V]."""
         return self.tp.all_gather(logits)[:, : self.vocab_size]
 
-    def _draw(self, step: Forwarded, which: Ints, positions: Tensor) -> _Sampled:
-        plan = step.plan
-        rows = plan.logits_rows[which].astype(np.int64)
-        if not len(rows):
-            none = torch.zeros(0, dtype=torch.int64, device=self.tables.device)
-            return _Sampled(none, none.int())
-        host_slots = plan.slots[rows]
-        logits = self._logits(step, which)
-        draw_rows = self._draw_rows(host_slots, positions)
-        asked = np.flatnonzero(self.tables.host_num_logprobs[host_slots] >= 0)
-        if self.tp.size > 1 and not len(asked) and self.sampler.takes_shards(draw_rows):
-            return self._draw_from_shards(logits, draw_rows)
-        logits = self._whole(logits)
-        if len(asked) or not self.sampler.takes_any_dtype(draw_rows):
-            logits = logits.float()
-        raw = logits[upload(asked, self.tables.device)] if len(asked) else None
-        token_ids, failed = self.sampler.sample(logits, draw_rows)
-        if raw is None:
-            return _Sampled(token_ids, failed)
-        put = upload(asked, self.tables.device)
-        limits = self.tables.host_num_logprobs[host_slots][asked]
-        logprobs = self._logprobs(raw, token_ids[put], positions[put], rows[asked], limits)
-        return _Sampled(token_ids, failed, (logprobs,))
-
-    def _draw_from_shards(self, logits: Tensor, rows: DrawRows) -> _Sampled:
-        """Each rank's best of its slice, and of these the best: one number a row and rank is exchanged."""
-        start, stop = vocab_slice(self.vocab_size, self.tp)
-        logits = logits[:, : stop - start]
-        if not self.sampler.takes_any_dtype(rows):
-            logits = logits.float()
-        keys = self.tp.highest(self.sampler.best_keys(logits, rows, start))
-        return _Sampled(*all_reduce.answer(keys))
-
-    def _draw_rows(self, host_slots: npt.NDArray[np.int32], positions: Tensor) -> DrawRows:
+    def _draw_rows(self, host_slots: Int32, positions: Tensor, how: DrawPlan) -> DrawRows:
         tables = self.tables
-        greedy = tables.host_greedy[host_slots]
-        active = tuple(sorted(self.active(host_slots)))
-        needs = frozenset().union(*(self.sampler.needs_of(name) for name in active))
         slots = upload(host_slots.astype(np.int64), tables.device)
-
-        def history(need: Need) -> Tensor | None:
-            return tables.history(need).index_select(0, slots) if need in needs else None
-
+        read = {processor.name for processor in how.called} | {processor for processor, _ in how.ops.values()}
+        history = {need: tables.history(need) for need in how.needs}
+        counts, prompt_mask = history.get(Need.OUTPUT_COUNTS), history.get(Need.PROMPT_MASK)
         return DrawRows(
             slots=slots,
             positions=positions,
@@ -215,34 +199,31 @@ class FinishStep:
             seeds=tables.seeds.index_select(0, slots),
             sample_index=tables.sample_index.index_select(0, slots),
             greedy=tables.greedy.index_select(0, slots) != 0,
-            min_lens=tables.min_lens.index_select(0, slots),
-            stop_ids=tables.stop_ids.gather(slots),
-            active=active,
-            columns={s: {c: t.gather(slots) for c, t in tables.columns[s].items()} for s in active},
-            any_min_tokens=bool(tables.host_min_tokens[host_slots].any()),
-            any_random=not bool(greedy.all()),
-            output_counts=history(Need.OUTPUT_COUNTS),
-            prompt_mask=history(Need.PROMPT_MASK),
-            token_ids=tables.token_ids if Need.TOKEN_IDS in needs else None,
+            columns={name: {c: t.gather(slots) for c, t in tables.columns[name].items()} for name in read},
+            min_lens=tables.min_lens.index_select(0, slots) if how.min_tokens else None,
+            stop_ids=tables.stop_ids.gather(slots) if how.min_tokens else None,
+            output_counts=None if counts is None else counts.index_select(0, slots),
+            prompt_mask=None if prompt_mask is None else prompt_mask.index_select(0, slots),
+            token_ids=history.get(Need.TOKEN_IDS),
         )
-
-    def _logprobs(
-        self, raw: Tensor, token_ids: Tensor, positions: Tensor, rows: Ints, limits: npt.NDArray[np.int32]
-    ) -> PendingLogprobs:
-        """`limits`: int32 [N], how many best ones each row asked for."""
-        values, ranks, top_ids, top_values = self.sampler.logprobs(raw, token_ids, int(limits.max()))
-        return PendingLogprobs(rows, limits, positions, token_ids, values, ranks, top_ids, top_values)
 
     def _prompt_logprobs(self, step: Forwarded) -> tuple[PendingLogprobs, ...]:
         """Log-probs of the next prompt token at each position that asked, a bounded number of rows at a time."""
-        plan, parts = step.plan, []
+        plan, parts = step.plan, list[PendingLogprobs]()
         asked = np.flatnonzero(~plan.sampled)
         for first in range(0, len(asked), PROMPT_LOGITS_ROWS):
             which = asked[first : first + PROMPT_LOGITS_ROWS]
-            rows = plan.logits_rows[which].astype(np.int64)
-            positions = self._token_positions(step, which) + 1
+            rows, positions = plan.logits_rows[which], self._positions(step, which)
             slots = upload(plan.slots[rows].astype(np.int64), self.tables.device)
             targets = self.tables.token_ids[slots, positions].long()
             raw = self._whole(self._logits(step, which)).float()
-            parts.append(self._logprobs(raw, targets, positions, rows, plan.prompt_logprobs[which]))
+            parts += _logprobs(raw, targets, positions, rows, plan.prompt_logprobs[which])
         return tuple(parts)
+
+
+def _logprobs(
+    raw: Tensor, token_ids: Tensor, positions: Tensor, rows: Int32, limits: Int32
+) -> tuple[PendingLogprobs, ...]:
+    """Under the raw logits [N, V], which are those before the processors. limits: how many best ones each row wants."""
+    values, ranks, top_ids, top_values = sampling.token_logprobs(raw, token_ids, int(limits.max()))
+    return (PendingLogprobs(rows, limits, positions, token_ids, values, ranks, top_ids, top_values),)

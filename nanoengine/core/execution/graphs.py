@@ -109,7 +109,7 @@ class StepGraphs:
     ) -> None:
         self.sizes, self._model, self._buffers, self._sampler, self._tp = sizes, model, buffers, sampler, tp
         self._tables = buffers.tables
-        self._tail: CapturedTail | None = None
+        self.tail: CapturedTail | None = None
         self.failure = ""
         self._forget()
 
@@ -145,14 +145,11 @@ class StepGraphs:
         self._graphs[size, None].replay()
         return self.logits[size]
 
-    def has_tail(self, size: StepSize) -> bool:
-        return self._tail is not None and size in self.logits
-
     def replay_tail(self, size: StepSize, kind: int) -> Tensor:
-        """Draw and record, from the logits of that size: `CapturedTail.drawn`."""
-        assert self._tail is not None
+        """Draw and record, from the logits of that size, by the graph of that kind of tail: `CapturedTail.drawn`."""
+        assert self.tail is not None
         self._graphs[size, kind].replay()
-        return self._tail.drawn(size.rows)
+        return self.tail.drawn(size.rows)
 
     def capture(self) -> None:
         """All of them, or none: a capture that fails leaves every step eager (logged once).
@@ -204,12 +201,12 @@ class StepGraphs:
         for size in sizes:
             self._graphs[size, None], self.logits[size] = captured(partial(self._step, size), pool, self._tp.agree)
         if self.sizes.tail:
-            self._tail = CapturedTail(self._sampler, self._tables, self._buffers, self._tp)
+            self.tail = CapturedTail(self._sampler, self._tables, self._buffers, self._tp)
             self._buffers.blank()
             pool = torch.cuda.graph_pool_handle()
             for size in sizes:
                 for kind in self._sampler.tails:
-                    run = partial(self._tail.run, self._buffers.rows_of(size), kind, self.logits[size])
+                    run = partial(self.tail.run, self._buffers.rows_of(size), kind, self.logits[size])
                     self._graphs[size, kind], _ = captured(run, pool, self._tp.agree)
         self._decode_rows = {
             mixed: sorted({size.decode_rows for size in sizes if (size.prefill_tokens > 0) is mixed})

@@ -10,19 +10,29 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, LogprobRows, StepPlan, StepResult, offsets_of
+from nanoengine.core.execution.slots import Ints
+from nanoengine.core.step import (
+    NO_LOGPROBS,
+    ROW_BAD_LOGITS,
+    ROW_FINE,
+    Int32,
+    LogprobRows,
+    StepPlan,
+    StepResult,
+    offsets_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class PendingLogprobs:
     """Log-probs of N positions, on the device.
 
-    rows: int64 [N]; limits: int32 [N], how many best ones each asked for (both on the host). positions, token_ids:
-    int64 [N]. values: float32 [N]. ranks: int32 [N]. top_ids: int32 [N, K]. top_values: float32 [N, K].
+    rows, limits: int32 [N], how many best ones each row wants (both on the host). positions, token_ids: int64 [N].
+    values: float32 [N]. ranks: int32 [N]. top_ids: int32 [N, K]. top_values: float32 [N, K].
     """
 
-    rows: npt.NDArray[np.int64]
-    limits: npt.NDArray[np.int32]
+    rows: Int32
+    limits: Int32
     positions: Tensor
     token_ids: Tensor
     values: Tensor
@@ -35,25 +45,28 @@ class PendingLogprobs:
         return (self.positions, self.token_ids, self.values, self.ranks, self.top_ids, self.top_values)
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """token_ids: int64 [S], failed: int32 [S], of S rows on the device; logprobs of those that want them."""
+
+    token_ids: Tensor
+    failed: Tensor
+    logprobs: tuple[PendingLogprobs, ...] = ()
+
+
 class LaunchedStep:
     """Starts the copies to the host when made; `wait` is the step's only wait for the device."""
 
     def __init__(
-        self,
-        plan: StepPlan,
-        rows: npt.NDArray[np.int32],
-        token_ids: Tensor,
-        failed: Tensor,
-        sampled: Sequence[PendingLogprobs],
-        prompt: Sequence[PendingLogprobs],
-        graphs: int = 0,
+        self, plan: StepPlan, rows: Int32, drawn: Drawn, prompt: Sequence[PendingLogprobs] = (), graphs: int = 0
     ) -> None:
-        """`graphs`: as in `StepResult`."""
-        self._plan, self._rows, self._sampled, self._prompt, self._graphs = plan, rows, sampled, prompt, graphs
-        sent = [token_ids, failed, *(t for part in (*sampled, *prompt) for t in part.tensors)]
-        self._arrived: torch.cuda.Event | None = None
+        """rows: [S], which each token belongs to. prompt: log-probs of prompt tokens. graphs: as in `StepResult`."""
+        self._plan, self._rows, self._graphs = plan, rows, graphs
+        self._sampled, self._prompt = drawn.logprobs, tuple(prompt)
+        sent = [drawn.token_ids, drawn.failed, *(t for part in self._sampled + self._prompt for t in part.tensors)]
         self._arrays = [_send(tensor) for tensor in sent]
-        if token_ids.is_cuda:
+        self._arrived: torch.cuda.Event | None = None
+        if drawn.token_ids.is_cuda:
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
 
@@ -62,10 +75,10 @@ class LaunchedStep:
         if self._arrived is not None:
             self._arrived.synchronize()
         arrays = iter([tensor.numpy() for tensor in self._arrays])
-        token_ids, row_failed = next(arrays), next(arrays)
+        token_ids, failed = next(arrays), next(arrays)
         sampled = join_logprobs([_logprob_rows(part, [next(arrays) for _ in part.tensors]) for part in self._sampled])
         prompt = join_logprobs([_logprob_rows(part, [next(arrays) for _ in part.tensors]) for part in self._prompt])
-        return _result(self._plan, self._rows, token_ids, row_failed, sampled, prompt, self._graphs)
+        return _result(self._plan, self._rows, token_ids, failed, sampled, prompt, self._graphs)
 
     def has_arrived(self) -> bool:
         arrived: bool = self._arrived is None or self._arrived.query()  # type: ignore[no-untyped-call]
@@ -73,11 +86,12 @@ class LaunchedStep:
 
 
 class TailStep(LaunchedStep):
-    """Of a step that ended in a graph: one copy, and no log-probs."""
+    """A step that ended in a graph: one copy, and no log-probs."""
 
-    def __init__(self, plan: StepPlan, drawn: Tensor, which: npt.NDArray[np.int64], graphs: int) -> None:
-        """drawn: int32 [3 R], R tokens of two words and R failures; which: int64 [L] of the R are the plan's logits."""
-        self._plan, self._which, self._graphs = plan, which, graphs
+    def __init__(self, plan: StepPlan, drawn: Tensor, own: Ints, graphs: int) -> None:
+        """drawn: int32 [3 R], tokens of two words and failures of the graph's R rows; own: int64 [L], those that are
+        the plan's."""
+        self._plan, self._own, self._graphs = plan, own, graphs
         self._drawn, self._arrived = _send(drawn), torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._arrived.record()
 
@@ -85,16 +99,15 @@ class TailStep(LaunchedStep):
         assert self._arrived is not None
         self._arrived.synchronize()
         drawn, count = self._drawn.numpy(), len(self._drawn) // 3
-        token_ids, failed = drawn[: 2 * count].view(np.int64)[self._which], drawn[2 * count :][self._which]
-        rows, none = self._plan.logits_rows, LogprobRows()
-        return _result(self._plan, rows, token_ids, failed, none, none, self._graphs)
+        token_ids, failed = drawn[: 2 * count].view(np.int64)[self._own], drawn[2 * count :][self._own]
+        return _result(self._plan, self._plan.logits_rows, token_ids, failed, NO_LOGPROBS, NO_LOGPROBS, self._graphs)
 
 
 def _result(
     plan: StepPlan,
-    rows: npt.NDArray[np.int32],
-    token_ids: npt.NDArray[np.int64],
-    row_failed: npt.NDArray[np.int32],
+    rows: Int32,
+    token_ids: Ints,
+    row_failed: Int32,
     sampled: LogprobRows,
     prompt: LogprobRows,
     graphs: int,
@@ -128,7 +141,7 @@ def _logprob_rows(part: PendingLogprobs, arrays: Sequence[npt.NDArray[np.generic
     positions, token_ids, values, ranks, top_ids, top_values = arrays
     wanted = np.arange(top_ids.shape[1]) < part.limits[:, None]
     return LogprobRows(
-        rows=part.rows.astype(np.int32),
+        rows=part.rows,
         positions=positions.astype(np.int32),
         token_ids=token_ids.astype(np.int32),
         logprobs=values.astype(np.float32, copy=False),
@@ -142,7 +155,7 @@ def _logprob_rows(part: PendingLogprobs, arrays: Sequence[npt.NDArray[np.generic
 def join_logprobs(parts: Sequence[LogprobRows]) -> LogprobRows:
     """All parts' entries, one part's after the other's."""
     if len(parts) <= 1:
-        return parts[0] if parts else LogprobRows()
+        return parts[0] if parts else NO_LOGPROBS
     joined = {
         name: np.concatenate([getattr(p, name) for p in parts])
         for name in ("rows", "positions", "token_ids", "logprobs", "ranks", "top_ids", "top_logprobs")

@@ -84,34 +84,31 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> Forwarded:
-        """Apply the plan's writes (a graph does so itself) and run the model, by replaying a graph where one fits."""
+        """Apply the plan's writes and run the model: by replaying a graph, which does both, where one fits."""
         self.tables.write(plan)
-        size = None if self.eager else self.graphs.size_for(plan)
+        size = None if self.eager or not self.graphs.logits else self.graphs.size_for(plan)
         if size is not None:
             padded, own = pad(plan, size, self.tables.dummy_slot)
             self.graphs.prepare(padded, size)
-            logits, ran = self.graphs.replay(size), GRAPH_MIXED if size.prefill_tokens else GRAPH_DECODE
-            return Forwarded(plan, self.graphs.gathered[size], None, logits, size, ran, own)
+            logits, inputs = self.graphs.replay(size), self.graphs.gathered[size]
+            replayed = GRAPH_MIXED if size.prefill_tokens else GRAPH_DECODE
+            return Forwarded(plan, inputs, logits=logits, size=size, own=own, replayed=replayed)
         inputs = self.buffers.gather(plan)
         batch = ForwardBatch(num_tokens=plan.num_tokens)
         hidden = self.checked_model(inputs.input_ids, inputs.positions, batch)
-        return Forwarded(plan, inputs, hidden.index_select(0, inputs.rows.logits_index), None)
+        return Forwarded(plan, inputs, hidden=hidden.index_select(0, inputs.rows.logits_index))
 
     @torch.inference_mode()
     def sample(self, step: Forwarded) -> LaunchedStep:
         """Draw a token for each sampled row, write it to its slot, and send the step's result to the host."""
-        return self._captured_tail(step) or self.finish.eager(step)
-
-    def _captured_tail(self, step: Forwarded) -> TailStep | None:
-        """The rest of a step as a graph, where its rows ask for nothing that the graph lacks."""
-        if step.graph is None or step.which is None or not self.graphs.has_tail(step.graph):
-            return None
-        kind = self.finish.kind(step.plan.slots)
-        if kind is None:
-            return None
+        plan = step.plan
+        how = self.finish.choose(plan.slots[plan.logits_rows[plan.sampled]])
+        if step.size is None or step.own is None or self.graphs.tail is None or not how.captured:
+            return self.finish.eager(step, how)
+        assert how.tail is not None
         with slots_move():
-            drawn = self.graphs.replay_tail(step.graph, kind)
-            return TailStep(step.plan, drawn, step.which, step.replayed | GRAPH_TAIL)
+            drawn = self.graphs.replay_tail(step.size, how.tail)
+            return TailStep(plan, drawn, step.own, step.replayed | GRAPH_TAIL)
 
     def call(self, target: str, *args: Any) -> Any:
         """Call a function "package.module:function" with this runner and the arguments: rare control, not steps."""

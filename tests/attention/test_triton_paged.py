@@ -89,7 +89,7 @@ def test_what_it_says_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     need = AttentionNeed(device="cpu", dtype="float16", head_sizes=frozenset({64, 96}), block_size=16)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert TritonPaged.unsupported(need) == []
-    assert "head size 264 is over 256" in TritonPaged.unsupported(replace(need, head_sizes=frozenset({264, 64})))
+    assert "head size 264 is larger than 256" in TritonPaged.unsupported(replace(need, head_sizes=frozenset({264, 64})))
     monkeypatch.delenv("TRITON_INTERPRET")
     assert "TRITON_INTERPRET=1" in TritonPaged.unsupported(need)[0]
     assert TritonPaged.capabilities.graphs is GraphSupport.ALWAYS

@@ -96,5 +96,5 @@ def test_a_special_token_may_be_a_bad_word(name: str) -> None:
 
 def test_a_word_that_has_no_token_is_refused() -> None:
     backend = Backend(models.BPE(vocab={"c": 0}, merges=[]))
-    with pytest.raises(ParamsError, match=r"makes no token of 'dog'"):
+    with pytest.raises(ParamsError, match=r"makes no tokens of 'dog'"):
         forbidden(backend, "dog")

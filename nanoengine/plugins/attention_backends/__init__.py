@@ -1,7 +1,7 @@
-"""Built-in attention backends, in the order in which `auto` asks them.
+"""Built-in attention backends, in the order of `auto`.
 
-triton: fastest where it was measured (benchmarks/README.md), any block size, every dtype. flash_attn: an alternative
-for bf16 and fp16 whose blocks must hold a multiple of 256 tokens. torch: runs everywhere; the reference.
+triton: the fastest in our benchmarks (benchmarks/README.md); any block size, every dtype. flash_attn: an alternative
+for bf16 and fp16 with block sizes that are multiples of 256. torch: runs everywhere; the reference.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attention by the flash-attn package, version 2: paged decode by its KV-cache call, the rest by its ragged one."""
+"""Attention with flash-attn, version 2: paged decode with its KV-cache call, prefill with its ragged one."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _MIN_COMPUTE_CAPABILITY = (8, 0)
 
 
 class FlashAttn(AttentionBackend):
-    """The cache of a layer is [num_blocks, block_size, kv_heads, head_size] each for K and V, the package's layout.
+    """The flash-attn backend. K and V of a layer are [num_blocks, block_size, kv_heads, head_size], as in the package.
 
-    What an earlier owner left behind a row's end stays there: version 2 sets the scores of such keys to -inf and reads
-    zeros for their values, so even NaN does no harm. Later versions of the package do not.
+    Values of other requests after a row's end are not cleared: version 2 of the package sets the scores of such keys to
+    -inf and uses zeros as their values, so even NaN has no effect. Later versions of the package do not do this.
     """
 
     capabilities = AttentionCapabilities(
@@ -49,7 +49,7 @@ class FlashAttn(AttentionBackend):
         missing = [name for name in ("flash_attn_with_kvcache", "flash_attn_varlen_func") if not hasattr(package, name)]
         if missing:
             version = getattr(package, "__version__", "of unknown version")
-            reasons.append(f"flash_attn {version} has no {' and no '.join(missing)}; version 2.6 or later of it has")
+            reasons.append(f"flash_attn {version} has no {' and no '.join(missing)}; version 2.6 or later is needed")
         if need.device == "cuda" and torch.cuda.is_available():
             found = torch.cuda.get_device_capability()
             if found < _MIN_COMPUTE_CAPABILITY:
@@ -65,7 +65,7 @@ class FlashAttn(AttentionBackend):
         self._package: ModuleType = importlib.import_module("flash_attn")
         self.spec, self.limits, self.device = spec, limits, device
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
-        # Of the rows behind the decode rows: where their queries and their keys begin, counted from the first of them.
+        # For the rows after the decode rows: where their queries and keys begin, counted from the first of these rows.
         self._query_starts = torch.zeros(limits.max_rows + 1, dtype=torch.int32, device=device)
         self._key_starts = torch.zeros(limits.max_rows + 1, dtype=torch.int32, device=device)
         self._kv = torch.empty(0)
@@ -88,7 +88,7 @@ class FlashAttn(AttentionBackend):
 
     def forward(self, layer: int, spec: AttentionLayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         inputs = self._inputs
-        assert inputs is not None, "fill comes first"
+        assert inputs is not None, "forward was called before fill"
         k_cache, v_cache = self._kv[layer].unbind()
         k_cache.flatten(0, 1).index_copy_(0, inputs.slot_mapping, k)
         v_cache.flatten(0, 1).index_copy_(0, inputs.slot_mapping, v)
@@ -98,14 +98,14 @@ class FlashAttn(AttentionBackend):
             parts.append(self._decode(spec, q[:rows], k_cache, v_cache, inputs))
         if rows < len(inputs.seq_lens):
             parts.append(self._prefill(spec, q[rows:used], k_cache, v_cache, inputs))
-        if used < len(q):  # padding behind the last row
+        if used < len(q):  # padding after the last row
             parts.append(torch.zeros_like(q[used:]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _decode(
         self, spec: AttentionLayerSpec, q: Tensor, k_cache: Tensor, v_cache: Tensor, inputs: StepInputs
     ) -> Tensor:
-        """[rows, heads, head_size], one query a row."""
+        """The result for decode rows, which have one query each: [rows, heads, head_size]."""
         rows = len(q)
         out: Tensor = self._package.flash_attn_with_kvcache(
             q.unsqueeze(1),
@@ -123,7 +123,7 @@ class FlashAttn(AttentionBackend):
     def _prefill(
         self, spec: AttentionLayerSpec, q: Tensor, k_cache: Tensor, v_cache: Tensor, inputs: StepInputs
     ) -> Tensor:
-        """[tokens of the rows behind the decode rows, heads, head_size]."""
+        """The result for the rows after the decode rows: [their tokens, heads, head_size]."""
         first, rows = inputs.num_decode_rows, len(inputs.seq_lens) - inputs.num_decode_rows
         out: Tensor = self._package.flash_attn_varlen_func(
             q,
@@ -143,5 +143,5 @@ class FlashAttn(AttentionBackend):
 
 
 def _window(spec: AttentionLayerSpec) -> tuple[int, int]:
-    """(tokens seen to the left, to the right), as the package counts: without the query itself."""
+    """The window as the package counts it, without the query itself: (tokens to the left, tokens to the right)."""
     return (-1, -1) if spec.window is None else (spec.window - 1, 0)

@@ -1,4 +1,4 @@
-"""How the rows of a step are put together into padded batches. Plain Python on lengths known to the host."""
+"""Groups the rows of a step into padded batches, in plain Python, from the lengths that the host knows."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from nanoengine.api import StepInputs
 
 DECODE_WASTE = 20  # padding blocks that cost as much as one more piece (40 us against 2 us a block, two CPU cores)
 PREFILL_WASTE = 4096  # query-key pairs that cost as much as one more piece
-LONG = 4 * PREFILL_WASTE  # query-key pairs from which a row gains nothing from company
+LONG = 4 * PREFILL_WASTE  # query-key pairs from which a row is not faster in a batch
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Query lengths, context lengths (this step's tokens included) and first token of each row."""
+    """Query lengths, context lengths (including this step's tokens) and first token of each row."""
 
     query_lens: tuple[int, ...]
     seq_lens: tuple[int, ...]
@@ -28,9 +28,9 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Rows to be attended to together, padded to `queries` queries and `blocks` blocks.
+    """Rows that are computed together, padded to `queries` queries and `blocks` blocks.
 
-    `exact`: the host's lengths are the truth, not upper bounds.
+    `exact`: the lengths on the host are exact, not upper bounds.
     """
 
     rows: tuple[int, ...]
@@ -40,10 +40,10 @@ class Group:
 
 
 def plan_pieces(rows: Rows, num_decode_rows: int, block_size: int, max_gather: int) -> list[Group]:
-    """Every row in one group; a group gathers at most `max_gather` tokens (a single row may take what it needs).
+    """Divides all rows into groups. A group gathers at most `max_gather` tokens; a single row may need more.
 
-    Rows with one query make batches sorted by length, cut where padding would cost more than another batch. Longer
-    rows do so too while they are short; a long one stands alone.
+    Rows with one query are sorted by length and divided where padding would cost more than another group. Short rows
+    with several queries are grouped in the same way; a long one is a group of its own.
     """
     blocks = [-(-length // block_size) for length in rows.seq_lens]
     single = [row for row, count in enumerate(rows.query_lens) if count == 1]
@@ -67,9 +67,9 @@ def plan_pieces(rows: Rows, num_decode_rows: int, block_size: int, max_gather: i
 def _batches(
     rows: Iterable[int], queries: tuple[int, ...] | list[int], blocks: list[int], most: int, allowed: int
 ) -> Iterator[list[int]]:
-    """Rows in ascending order where one batch holds them all, else batches of similar rows, the longest first.
+    """One batch of all rows in ascending order if they fit in it, else batches of similar rows, the longest first.
 
-    `allowed`: padding (in queries times blocks) that a batch may hold; `most`: blocks that it may gather.
+    `allowed`: most padding of a batch (queries times blocks). `most`: most blocks that a batch may gather.
     """
     batch: list[int] = []
     wide = deep = real = 0

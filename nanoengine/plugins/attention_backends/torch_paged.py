@@ -1,13 +1,13 @@
 """Paged attention in plain torch: any device, dtype and head size, ragged and mixed batches.
 
-KV layout: [layers, 2, blocks, KV heads, block size, head size]. A step's rows are cut into *pieces* (see `pieces`); per
-layer and piece, whole blocks are gathered into a scratch buffer as [rows, KV heads, tokens, head size], and attended to
-under a mask that all layers share. Head-major blocks make what is gathered contiguous a head, which batched products
-want: 15% faster in decode on a CPU than token-major ones.
+KV layout: [layers, 2, blocks, KV heads, block size, head size]. The rows of a step are divided into *pieces* (see
+`pieces`). For each layer and piece, whole blocks are gathered into a scratch buffer [rows, KV heads, tokens, head
+size], and the attention is computed with a mask that all layers share. With head-major blocks, the gathered values of a
+head are contiguous, as batched products need: decode on a CPU is 15% faster than with token-major blocks.
 
-Whole blocks are gathered, so values behind a row's end enter its products, with weight 0 or a score of -inf. That is
-nothing only while they are finite: 0 * inf is NaN. So `fill` clears each block of which a step writes the beginning and
-not all, and an index that would leave the row's own blocks repeats the last of them.
+Because whole blocks are gathered, values after a row's end are in its products, with a weight of 0 or a score of -inf.
+This has no effect only if they are finite: 0 * inf is NaN. So `fill` clears a block if a step writes its beginning but
+not all of it, and an index after the row's last block repeats that block.
 """
 
 from __future__ import annotations
@@ -33,27 +33,29 @@ from nanoengine.api import (
 )
 from nanoengine.plugins.attention_backends.pieces import Group, Rows, plan_pieces
 
-_SCRATCH_BYTES = 16 << 20  # of gathered K and V: small enough for a CPU's last-level cache
+_SCRATCH_BYTES = 16 << 20  # for gathered K and V: small enough for a CPU's last-level cache
 _BAND_ELEMENTS = 1 << 22
-_MAX_QUERIES = 128  # of a long row, attended to at a time
-_MANY_ROWS = 8  # single queries from which two batched products beat the fused kernel on a CPU: a third at 64
+_MAX_QUERIES = 128  # queries of a long row that are computed at a time
+_MANY_ROWS = 8  # from so many single queries, two batched products are faster than the fused kernel on a CPU
 _BLOCKED = float("-inf")
 
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Queries [first, last) of a piece, each row's, against its first `keys` gathered tokens."""
+    """Queries [first, last) of each row of a piece, and its first `keys` gathered tokens."""
 
     first: int
     last: int
     keys: int
-    mask: Tensor  # [rows or 1, 1, last - first, keys]; 0, or -inf where a query must not look
+    mask: Tensor  # [rows or 1, 1, last - first, keys]; 0, or -inf for keys that a query must not use
 
 
 @dataclass(frozen=True, slots=True)
 class _LayerViews:
-    """One layer's cache, made once: rows are [blocks * KV heads * block size, head size], blocks are
-    [blocks * KV heads, block size * head size]."""
+    """Views of one layer's cache, made once.
+
+    Rows are [blocks * KV heads * block size, head size], blocks are [blocks * KV heads, block size * head size].
+    """
 
     k_rows: Tensor
     v_rows: Tensor
@@ -63,16 +65,16 @@ class _LayerViews:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Rows that are attended to together, as filled for one step.
+    """Rows that are computed together in one step.
 
     Attributes:
         rows, queries, keys: sizes of the padded batch.
         index: int32 [rows * KV heads * blocks]; what to gather, in units of one block of one head.
-        chunks: one, unless the row is long.
-        start: tokens [start, start + rows * queries) are its queries, unless `tokens` says otherwise.
-        tokens: int64 [rows * queries]; the token of each query, the row's last one repeated in the padding.
-        real: int64 [N]; which of the padded queries are real; None: all.
-        written: int64 [N]; the tokens those are.
+        chunks: one, except for a long row.
+        start: the queries are the tokens [start, start + rows * queries), if `tokens` is None.
+        tokens: int64 [rows * queries]; the token of each query; padding repeats the row's last one.
+        real: int64 [N]; indices of the queries that are not padding; None: all.
+        written: int64 [N]; the tokens of these queries.
     """
 
     rows: int
@@ -87,7 +89,7 @@ class _Piece:
 
 
 class TorchPaged(AttentionBackend):
-    """The reference backend. Runs everywhere; the others must agree with it."""
+    """The reference backend. It runs everywhere, and the other backends must give the same results."""
 
     capabilities = AttentionCapabilities(
         devices=frozenset({"cpu", "cuda"}),
@@ -105,7 +107,7 @@ class TorchPaged(AttentionBackend):
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         longest = limits.max_blocks * limits.block_size
         token_bytes = self.kv_block_bytes(spec, 1)
-        self.max_gather = max(longest, _SCRATCH_BYTES // token_bytes)  # tokens in one piece
+        self.max_gather = max(longest, _SCRATCH_BYTES // token_bytes)  # most tokens of a piece
         heads, table = spec.num_kv_heads, limits.max_rows * limits.max_blocks
         self._scratch = torch.empty(2, self.max_gather * heads * spec.head_size, dtype=self.dtype, device=device)
         self._index = torch.empty(table * heads, dtype=torch.int32, device=device)
@@ -121,15 +123,17 @@ class TorchPaged(AttentionBackend):
         self._step_slots = self._slots[:0].view(-1)
 
     def _make_band(self, longest: int) -> Tensor:
-        """[queries, longest + queries + block]: the mask of query i against the key `column - longest` places after
-        the chunk's first query. Any chunk of any row has its mask in it, as a rectangle."""
+        """A mask that contains the mask of any chunk of any row as a rectangle: [queries, longest + queries + block].
+
+        Row i is query i of a chunk; column c is the key that is c - longest positions after the chunk's first query.
+        """
         columns = longest + self.chunk_queries + self.limits.block_size
         ahead = torch.arange(columns, device=self.device) - longest
         ahead = ahead - torch.arange(self.chunk_queries, device=self.device).unsqueeze(-1)
         return self._mask(ahead, torch.empty(ahead.shape, dtype=self.dtype, device=self.device))
 
     def _mask(self, ahead: Tensor, out: Tensor) -> Tensor:
-        """0 where a query may look at a key that stands `ahead` of it by so many positions, else -inf."""
+        """0 if a query may use a key that is `ahead` positions after it, else -inf."""
         blocked = ahead > 0
         if self.spec.window is not None:
             blocked |= ahead <= -self.spec.window
@@ -174,17 +178,17 @@ class TorchPaged(AttentionBackend):
                 self._pieces.append(self._padded_piece(inputs, rows, group, index))
 
     def _clear_tails(self, inputs: StepInputs) -> None:
-        """Zeros in each row's last block, if this step is the first to write there: others left values in it."""
+        """Fills each row's last block with zeros if this step is the first to write to it, so old values are gone."""
         size = self.limits.block_size
         ends = inputs.seq_lens - 1
         last = inputs.block_tables.gather(1, _block_of(ends, size).unsqueeze(1)).squeeze(1)
         fresh = ends.remainder(size) < inputs.query_start_loc.diff()
-        # A GPU clears the dummy block instead: to leave rows out would wait for it.
+        # On a GPU the dummy block is cleared for the other rows: selecting rows would wait for the device.
         blocks = last[fresh] if self.device.type == "cpu" else last.masked_fill(~fresh, 0)
         self._kv.index_fill_(2, blocks.long(), 0)
 
     def _fill_index(self, inputs: StepInputs, group: Group, used: int) -> Tensor:
-        """int32 [rows * KV heads * blocks] in the static buffer. Behind a row's last block that block is repeated."""
+        """The index to gather, int32 [rows * KV heads * blocks], in a static buffer. The last block is repeated."""
         heads = self.spec.num_kv_heads
         last = _block_of(_take(inputs.seq_lens, group.rows) - 1, self.limits.block_size)
         columns = torch.minimum(self._keys[: group.blocks], last.unsqueeze(1))
@@ -195,7 +199,7 @@ class TorchPaged(AttentionBackend):
         return out
 
     def _decode_piece(self, inputs: StepInputs, rows: Rows, group: Group, index: Tensor, used: int) -> _Piece:
-        """Rows with one query each."""
+        """The piece for rows with one query each."""
         count, keys = len(group.rows), group.blocks * self.limits.block_size
         firsts = [rows.starts[row] for row in group.rows]
         contiguous = firsts == list(range(firsts[0], firsts[0] + count))
@@ -207,7 +211,10 @@ class TorchPaged(AttentionBackend):
         return _Piece(count, 1, keys, index, (chunk,), start=firsts[0], tokens=tokens, written=tokens)
 
     def _long_piece(self, rows: Rows, group: Group, index: Tensor) -> _Piece:
-        """One row whose lengths the host knows exactly: no mask is made, and no query sees keys far behind it."""
+        """The piece for one long row whose lengths the host knows exactly.
+
+        Its masks are views, and its queries are divided into chunks, so that few keys are computed in vain.
+        """
         row, size, chunks = group.rows[0], self.limits.block_size, []
         before = rows.seq_lens[row] - group.queries  # tokens computed by earlier steps
         longest = len(self._keys)
@@ -217,15 +224,15 @@ class TorchPaged(AttentionBackend):
             left = longest - before - first
             mask = self._band[: last - first, left : left + keys]
             if self.device.type != "cpu":
-                mask = mask.contiguous()  # GPU kernels want aligned rows
+                mask = mask.contiguous()  # GPU kernels need aligned rows
             chunks.append(_Chunk(first, last, keys, mask.view(1, 1, last - first, keys)))
         return _Piece(1, group.queries, group.blocks * size, index, tuple(chunks), start=rows.starts[row])
 
     def _padded_piece(self, inputs: StepInputs, rows: Rows, group: Group, index: Tensor) -> _Piece:
-        """Short rows together. Padding repeats a row's last query, so that no row of the mask is blocked throughout."""
+        """The piece for short rows. Padding repeats a row's last query, so no row of the mask is -inf everywhere."""
         queries, keys = group.queries, group.blocks * self.limits.block_size
         tokens: list[int] = []
-        real: list[int] = []  # places in `tokens`
+        real: list[int] = []  # indices in `tokens`
         written: list[int] = []
         for row in group.rows:
             first, count = rows.starts[row], rows.query_lens[row]
@@ -262,17 +269,17 @@ class TorchPaged(AttentionBackend):
             else:
                 out.index_copy_(0, piece.written, result)
             done += len(result)
-        if done < len(q):  # padding behind the last row
+        if done < len(q):  # padding after the last row
             out[done:].zero_()
         return out
 
     def _covers(self, num_tokens: int) -> bool:
-        """Whether one piece is the whole step, in order: its result is the output."""
+        """Whether there is one piece with all tokens of the step in order, so that its result is the output."""
         first = self._pieces[0] if len(self._pieces) == 1 else None
         return first is not None and first.written is None and first.rows * first.queries == num_tokens
 
     def _attend_piece(self, layer: int, spec: AttentionLayerSpec, piece: _Piece, q: Tensor) -> Tensor:
-        """The piece's real tokens of the output, [N, H, D]."""
+        """The output for the piece's tokens without padding, [N, H, D]."""
         count, (heads, width) = piece.rows * piece.queries, q.shape[1:]
         keys, values = self._gather(layer, piece)
         span = slice(piece.start, piece.start + count)
@@ -296,33 +303,33 @@ class TorchPaged(AttentionBackend):
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on a CPU memory that the system hands out page by page when it is first written."""
+    """Zeros. On a CPU, the system allocates the memory page by page when it is first written."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def _block_of(positions: Tensor, block_size: int) -> Tensor:
-    """Which of its row's blocks holds each position, int64."""
+    """The index of the block, in its row, that has each position; int64."""
     return positions.long().div(block_size, rounding_mode="floor")
 
 
 def _take(table: Tensor, rows: tuple[int, ...]) -> Tensor:
-    """Rows of a table: a view where they follow each other."""
+    """Rows of a table: a view if they are consecutive, else a copy."""
     if rows == tuple(range(rows[0], rows[0] + len(rows))):
         return table[rows[0] : rows[0] + len(rows)]
     return table.index_select(0, _upload(rows, table.device))
 
 
 def _upload(values: Sequence[int], device: torch.device) -> Tensor:
-    """int64 on `device`, without waiting for it."""
+    """The values as an int64 tensor on `device`, without waiting for the device."""
     if device.type == "cpu":
         return torch.tensor(values)
     return torch.tensor(values, pin_memory=True).to(device, non_blocking=True)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, spec: AttentionLayerSpec) -> Tensor:
-    """q [n, queries, H, D], k and v [n, Hkv, keys, D], mask [n or 1, 1, queries, keys] -> [n, queries, H, D]."""
+    """Attention: q [n, queries, H, D], k and v [n, Hkv, keys, D], mask [n or 1, 1, queries, keys] -> shape of q."""
     batched_decode = q.shape[1] == 1 and len(q) >= _MANY_ROWS and q.dtype == torch.float32
     if spec.soft_cap is None and not batched_decode:
         grouped = spec.num_heads != spec.num_kv_heads
@@ -334,7 +341,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, spec: AttentionLayerS
 
 
 def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, spec: AttentionLayerSpec) -> Tensor:
-    """The same by two batched products, in float32: for a soft cap, and faster for many single float32 queries."""
+    """As `_attend`, by two batched products in float32: for a soft cap, and faster for many single float32 queries."""
     n, queries, heads, width = q.shape
     kv_heads, keys = k.shape[1:3]
     group = heads // kv_heads

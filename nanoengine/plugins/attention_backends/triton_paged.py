@@ -1,8 +1,8 @@
-"""Attention by our own Triton kernels: paged decode with split contexts, ragged paged prefill.
+"""Attention with our own Triton kernels: paged decode with split contexts, ragged paged prefill.
 
-Everything a kernel reads of a step lies in the step's own static buffers on the device, so `fill` has nothing to
-compute and nothing to wait for, and what is captured serves any later step of the same shape. How a launch is laid out
-follows from the numbers of rows and tokens and from `BatchLimits` alone.
+Kernels read everything about a step from its static buffers on the device. So `fill` computes nothing and waits for
+nothing, and a captured launch can be used for any later step of the same shape. The grid of a launch depends only on
+the numbers of rows and tokens and on `BatchLimits`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from nanoengine.kernels.paged_attention_triton import DecodePlanner
 
 _MIN_COMPUTE_CAPABILITY = (8, 0)  # asynchronous copies; bf16 in tensor cores
-_MAX_HEAD_SIZE = 256  # a query's accumulator lies in registers
-# Decode waits for memory and prefill for latency and arithmetic: in a mixed graph they run beside each other. What
-# comes behind two branches must be a plain kernel (see `pdl_triton`), as products of so many rows are.
+_MAX_HEAD_SIZE = 256  # because a query's accumulator is in registers
+# Decode is limited by memory, prefill by latency and arithmetic, so in a mixed graph they run at the same time. The
+# kernel after two branches must be a plain one (see `pdl_triton`); products of so many rows are.
 _BESIDE_TOKENS = 128
 
 
 class TritonPaged(AttentionBackend):
-    """On a CPU it runs in Triton's interpreter (TRITON_INTERPRET=1), which is good for tests alone."""
+    """The Triton backend. On a CPU it runs in Triton's interpreter (TRITON_INTERPRET=1), only for tests."""
 
     capabilities = AttentionCapabilities(
         devices=frozenset({"cuda", "cpu"}),
@@ -52,13 +52,13 @@ class TritonPaged(AttentionBackend):
     def unsupported(cls, need: AttentionNeed) -> list[str]:
         reasons = super().unsupported(need)
         if max(need.head_sizes, default=0) > _MAX_HEAD_SIZE:
-            reasons.append(f"head size {max(need.head_sizes)} is over {_MAX_HEAD_SIZE}")
+            reasons.append(f"head size {max(need.head_sizes)} is larger than {_MAX_HEAD_SIZE}")
         try:
             import nanoengine.kernels.paged_attention_triton  # noqa: F401 - is it there, does it import?
         except Exception as error:  # noqa: BLE001 - a broken package raises what it likes
             reasons.append(f"its kernels cannot be imported: {type(error).__name__}: {error}")
         if need.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            reasons.append("on a CPU it runs in Triton's interpreter only, for tests: set TRITON_INTERPRET=1")
+            reasons.append("on a CPU it runs only in Triton's interpreter, for tests: set TRITON_INTERPRET=1")
         if need.device == "cuda" and torch.cuda.is_available():
             found = torch.cuda.get_device_capability()
             if found < _MIN_COMPUTE_CAPABILITY:
@@ -82,11 +82,11 @@ class TritonPaged(AttentionBackend):
         self._side: torch.cuda.Stream | None = None
 
     def _longest(self) -> int:
-        """The most keys a query of this group may see."""
+        """The largest number of keys that a query of this group attends to."""
         return min(self.limits.max_model_len, self.spec.window or self.limits.max_model_len)
 
     def _planner(self, num_heads: int) -> DecodePlanner:
-        """Made at a group's first step, since only its layers tell the number of query heads."""
+        """The planner for layers with so many query heads. Made at the first step, because `spec` has only KV heads."""
         if num_heads not in self._planners:
             self._planners[num_heads] = self._kernels.DecodePlanner.make(
                 num_heads=num_heads, num_kv_heads=self.spec.num_kv_heads, head_size=self.spec.head_size,
@@ -106,20 +106,20 @@ class TritonPaged(AttentionBackend):
         self._inputs = inputs
 
     def kv_cache(self, layer: int) -> KVCacheView:
-        """The head-major cache, seen token-major."""
-        assert self._inputs is not None, "fill comes first"
+        """The head-major cache as a token-major view."""
+        assert self._inputs is not None, "kv_cache was called before fill"
         keys, values = self._kv[layer].unbind()
         return KVCacheView(keys.transpose(1, 2), values.transpose(1, 2), self._inputs.slot_mapping)
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """The first half of `forward`: K and V of all rows into the cache."""
-        assert self._inputs is not None, "fill comes first"
+        """The first half of `forward`: stores K and V of all rows in the cache."""
+        assert self._inputs is not None, "store was called before fill"
         self._kernels.store_kv(k, v, self._kv[layer, 0], self._kv[layer, 1], self._inputs.slot_mapping)
 
     def attend(self, layer: int, spec: AttentionLayerSpec, q: Tensor) -> Tensor:
-        """The second half of `forward`: every row attends over what is stored."""
+        """The second half of `forward`: the attention of every row over the stored K and V."""
         inputs = self._inputs
-        assert inputs is not None, "fill comes first"
+        assert inputs is not None, "attend was called before fill"
         k_cache, v_cache = self._kv[layer, 0], self._kv[layer, 1]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         rows, total = inputs.num_decode_rows, len(inputs.seq_lens)
@@ -145,7 +145,10 @@ class TritonPaged(AttentionBackend):
 
     @contextmanager
     def _side_branch(self) -> Iterator[None]:
-        """A branch of the graph being captured, behind what is captured so far; the caller must wait for its end."""
+        """A context for a branch of the graph that is being captured, after what is captured so far.
+
+        The caller must wait for the end of the branch.
+        """
         side = self._side_stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from nanoengine.api import API_VERSION, ModelSpec, hookimpl
 
 _MODELS = (
-    # name, architecture, module:class beside this file
+    # name, architecture, module:class in this folder
     ("gemma2", "Gemma2ForCausalLM", "gemma2:Gemma2"),
     ("gemma3", "Gemma3ForCausalLM", "gemma3:Gemma3"),
     ("gemma3-with-images", "Gemma3ForConditionalGeneration", "gemma3:Gemma3WithImages"),

@@ -1,4 +1,4 @@
-"""Gemma 2. Norms before and behind attention and MLP, soft caps on scores and logits, every other layer local."""
+"""Gemma 2. Norms before and after attention and MLP, soft caps on scores and logits, every second layer is local."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from nanoengine.layers.decoder import ACTIVATIONS, DecoderConfig, DecoderLM, read_decoder
 from nanoengine.layers.hf_config import Fields, layer_windows
 
-# What Gemma2Config and Gemma3TextConfig of transformers have for a field that the file leaves out.
+# The defaults of transformers' Gemma2Config and Gemma3TextConfig for fields that are missing in the file.
 FAMILY_DEFAULTS = {
     "hidden_size": 2304,
     "intermediate_size": 9216,
@@ -23,7 +23,7 @@ FAMILY_DEFAULTS = {
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
 }
-# null in a file means no cap.
+# A null in the file means that there is no cap.
 DEFAULTS = {
     **FAMILY_DEFAULTS,
     "vocab_size": 256000,
@@ -38,7 +38,7 @@ class Gemma2(DecoderLM):
     def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
         fields = Fields(hf, defaults=DEFAULTS)
         fields.refuse("model_type", "gemma2")
-        fields.unused("sliding_window_size")  # of the first files, beside sliding_window
+        fields.unused("sliding_window_size")  # the first files have it in addition to sliding_window
         layers = fields.int("num_hidden_layers")
         return read_decoder(
             fields,
@@ -49,7 +49,7 @@ class Gemma2(DecoderLM):
 
 
 def family_traits(fields: Fields) -> dict[str, Any]:
-    """What Gemma 2 and 3 have in common."""
+    """The attributes that Gemma 2 and 3 have in common."""
     fields.refuse("use_bidirectional_attention", False)
     fields.unused("hidden_act")  # an older name, which transformers does not read
     bias = fields.bool("attention_bias")

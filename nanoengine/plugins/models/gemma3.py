@@ -1,6 +1,6 @@
-"""Gemma 3, its text part. Five local layers to one global, with rotations of their own; queries and keys normalised.
+"""The text model of Gemma 3. Five of six layers are local and have their own rotation; queries and keys are normalised.
 
-A checkpoint with images nests the text model's fields and weights; the weights of the rest are passed over.
+In a checkpoint with images, the fields and weights of the text model are nested. The other weights are skipped.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from nanoengine.layers.hf_config import Fields, layer_windows
 from nanoengine.layers.rope import RopeConfig, check_agreement, rope_of
 from nanoengine.plugins.models.gemma2 import FAMILY_DEFAULTS, family_traits
 
-# What Gemma3TextConfig of transformers has for a field that the file leaves out, and those with images do.
+# The defaults of transformers' Gemma3TextConfig for fields that are missing in the file, as in files with images.
 DEFAULTS = {**FAMILY_DEFAULTS, "vocab_size": 262208, "max_position_embeddings": 131072}
 _THETA, _LOCAL_THETA = 1e6, 1e4
 _OTHER_PARTS = ("vision_tower.", "multi_modal_projector.")  # below "model." in files of transformers 5
-_PATTERN = 6  # the last of so many layers is global
+_PATTERN = 6  # every sixth layer is global
 _OF_IMAGES = ("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index",
               "boi_token_id", "eoi_token_id", "image_token_id")  # fmt: skip
 
@@ -30,7 +30,7 @@ class Gemma3(DecoderLM):
 
 
 class Gemma3WithImages(DecoderLM):
-    """Text in, text out."""
+    """The text model of a checkpoint with images. Images are not supported."""
 
     weights = replace(
         DECODER_WEIGHTS,
@@ -44,16 +44,16 @@ class Gemma3WithImages(DecoderLM):
         whole.refuse("quantization_config")
         whole.unused(*_OF_IMAGES)
         text = whole.nested("text_config", DEFAULTS)
-        text.refuse("final_logit_softcapping")  # which transformers ignores in this class
-        text.unused("tie_word_embeddings")  # the outer one counts, and transformers ties where it is absent
+        text.refuse("final_logit_softcapping")  # transformers ignores it in this class
+        text.unused("tie_word_embeddings")  # the outer field counts; without it, transformers ties
         return read_text_config(text, tied=whole.bool("tie_word_embeddings"))
 
 
 def read_text_config(fields: Fields, **traits: Any) -> DecoderConfig:
     fields.refuse("model_type", "gemma3_text")
-    fields.refuse("attn_logit_softcapping")  # null in every checkpoint, and ignored by transformers
+    fields.refuse("attn_logit_softcapping")  # it is null in every checkpoint, and transformers ignores it
     pattern = fields.int("sliding_window_pattern", _PATTERN)
-    fields.unused("_sliding_window_pattern")  # which transformers writes beside layer_types, and does not read
+    fields.unused("_sliding_window_pattern")  # transformers writes it with layer_types, but does not read it
     windows = layer_windows(
         fields, fields.int("num_hidden_layers"), fields.int("sliding_window"), lambda layer: (layer + 1) % pattern != 0
     )
@@ -64,23 +64,24 @@ def read_text_config(fields: Fields, **traits: Any) -> DecoderConfig:
 
 
 def _ropes(fields: Fields) -> tuple[RopeConfig, RopeConfig]:
-    """Of global and of local layers: each its own parameters (transformers 5), or two thetas and one scaling.
+    """The rotations of global and of local layers.
 
-    A scaling beside the parameters is one of the global layers.
+    Each has its own parameters (transformers 5), or there are two thetas and one scaling. A scaling in addition to the
+    parameters is that of the global layers.
     """
     kinds, scaling = fields.nested("rope_parameters"), fields.nested("rope_scaling")
     for name in kinds.data:
         if name not in ("full_attention", "sliding_attention"):
-            raise kinds.wrong(name, kinds.data[name], "left out: it holds full_attention and sliding_attention")
+            raise kinds.wrong(name, kinds.data[name], "left out: valid keys are full_attention and sliding_attention")
     full, local = kinds.nested("full_attention"), kinds.nested("sliding_attention")
     if not fields.has("rope_parameters") and scaling.get("rope_type") is None and scaling.get("type") != "default":
-        # transformers' object says rope_type default then, and it does not read the older name
+        # then transformers' object has rope_type default, and transformers does not read the older name
         scaling.refuse("type")
     both = {**full.data, **scaling.data}
     used = Fields(both, scaling.prefix if scaling.data else full.prefix)
     rope = rope_of(used, fields, "rope_theta", _THETA)
     check_agreement(full, scaling, both, rope.kind)
-    fields.unused("original_max_position_embeddings")  # which is not read beside the objects here
+    fields.unused("original_max_position_embeddings")  # it is not read if there are the objects
     return (
         rope,
         rope_of(local, fields, "rope_local_base_freq", _LOCAL_THETA),

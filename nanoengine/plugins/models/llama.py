@@ -8,7 +8,7 @@ from typing import Any
 from nanoengine.layers.decoder import DecoderConfig, DecoderLM, read_decoder
 from nanoengine.layers.hf_config import Fields
 
-# What transformers' LlamaConfig has for a field that the file leaves out.
+# The defaults of transformers' LlamaConfig for fields that are missing in the file.
 DEFAULTS = {
     "vocab_size": 32000,
     "hidden_size": 4096,

@@ -1,4 +1,4 @@
-"""Mistral 7B, Nemo, Small and others of their architecture. The first of them look back a window of tokens only."""
+"""Mistral 7B, Nemo, Small and others of this architecture. The first of them have a sliding window."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from nanoengine.layers.decoder import DecoderConfig, DecoderLM, read_decoder
 from nanoengine.layers.hf_config import Fields
 
-# What transformers' MistralConfig has for a field that the file leaves out. A window of null is none.
+# The defaults of transformers' MistralConfig for fields that are missing in the file. A window of null means no window.
 DEFAULTS = {
     "vocab_size": 32000,
     "hidden_size": 4096,

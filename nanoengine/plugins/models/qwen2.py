@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5, dense. Queries, keys and values have a bias, the attention's output has none."""
+"""Qwen2 and Qwen2.5, dense. Queries, keys and values have a bias; the output of the attention has none."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from nanoengine.layers.decoder import DecoderConfig, DecoderLM, read_decoder
 from nanoengine.layers.hf_config import Fields, layer_windows
 
-# What transformers' Qwen2Config has for a field that the file leaves out.
+# The defaults of transformers' Qwen2Config for fields that are missing in the file.
 DEFAULTS = {
     "vocab_size": 151936,
     "hidden_size": 4096,
@@ -35,9 +35,9 @@ class Qwen2(DecoderLM):
 
 
 def read_windows(fields: Fields) -> tuple[int | None, ...]:
-    """A window, if it is switched on and not null, in the layers from `max_window_layers` on."""
+    """The window of each layer: if it is enabled and not null, layers from `max_window_layers` on have it."""
     layers, first = fields.int("num_hidden_layers"), fields.int("max_window_layers", least=-(2**31))
-    fields.unused("sliding_window")  # where it is not switched on
+    fields.unused("sliding_window")  # it has no effect if it is not enabled
     used = fields.bool("use_sliding_window") and fields.has("sliding_window")
     window = fields.int("sliding_window") if used else None
     return layer_windows(fields, layers, window, lambda layer: layer >= first)

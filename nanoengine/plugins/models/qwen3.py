@@ -1,4 +1,4 @@
-"""Qwen3, dense. Queries and keys are normalised head by head; the head size stands by itself in the config."""
+"""Qwen3, dense. Queries and keys are normalised per head; the head size is a separate field of the config."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nanoengine.layers.decoder import DecoderConfig, DecoderLM, read_decoder
 from nanoengine.layers.hf_config import Fields
 from nanoengine.plugins.models import qwen2
 
-# What transformers' Qwen3Config has for a field that the file leaves out.
+# The defaults of transformers' Qwen3Config for fields that are missing in the file.
 DEFAULTS = {**qwen2.DEFAULTS, "head_dim": 128, "attention_bias": False}
 
 

@@ -1,4 +1,4 @@
-"""The built-in logits processors, one a file. This module is torch-free: processors are named by target."""
+"""The built-in logits processors, one per file. This module imports no torch: processors are named by target."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Only the listed tokens; a row without a list keeps all."""
+"""allowed_token_ids: removes all tokens that are not in the row's list. A row without a list keeps all tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class AllowedTokenIds(LogitsProcessor):
 
     def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:
         ids = rows.ragged("ids")
-        # Behind a list's end stands its first id again: allowing that twice changes nothing.
+        # A list is padded with its first id: allowing an id twice changes nothing.
         repeated = torch.where(filled(ids.counts, ids.values.shape[1]), ids.values, ids.values[:, :1])
         removed = (ids.counts > 0)[:, None].repeat(1, logits.shape[1])
         removed.scatter_(1, repeated.to(torch.int64), False)

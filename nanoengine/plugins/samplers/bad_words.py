@@ -1,4 +1,4 @@
-"""Removes a token where it would complete a bad word in the output."""
+"""bad_words: removes a token if it would complete a bad word in the output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class BadWords(LogitsProcessor):
     needs = frozenset({Need.TOKEN_IDS})
 
     def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:
-        """W entries a row: the tokens of all its sequences, one sequence behind the other."""
+        """A row has W entries: the tokens of all its sequences, one sequence after the other."""
         assert rows.token_ids is not None
         tokens, counts = rows.ragged("tokens").values, rows.ragged("tokens").counts
         following = rows.ragged("following").values.to(torch.int64)
@@ -22,7 +22,7 @@ class BadWords(LogitsProcessor):
         present = filled(counts, tokens.shape[1])
         final = present & (following == 0)
 
-        # The token with f following ones must stand f places before the one to be drawn, within the output.
+        # A token of a sequence with f tokens after it must be f positions before the drawn token, in the output.
         place = rows.positions[:, None] - following
         history = rows.token_ids[rows.slots[:, None], place.clamp(min=0)]
         differs = present & ~final & ((place < rows.prompt_lens[:, None]) | (history != tokens))

@@ -1,4 +1,4 @@
-"""A number added to the logits of chosen tokens."""
+"""logit_bias: adds a number to the logits of chosen tokens."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ class LogitBias(LogitsProcessor):
 
     def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:
         ids, bias = rows.ragged("ids"), rows.ragged("bias")
-        # -0.0 is the number whose sum with any other leaves that one's bits as they are.
+        # Adding -0.0 does not change the bits of any number.
         added = torch.where(filled(bias.counts, bias.values.shape[1]), bias.values, -0.0)
         return logits.scatter_add_(1, ids.values.to(torch.int64), added)

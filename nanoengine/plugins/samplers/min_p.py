@@ -1,4 +1,4 @@
-"""Tokens with at least min_p times the highest probability."""
+"""min_p: keeps tokens with at least min_p times the highest probability."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameters of the built-in processors: names, defaults and meaning as in vLLM. Torch-free."""
+"""Parameters of the built-in processors: names, defaults and meaning as in vLLM. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 from nanoengine.api import ColumnSpec, ParamsContext, ParamsError, ProcessorParams, StandardOp
 
 _GREEDY_BELOW = 1e-5
-"""A temperature under this is greedy, as in vLLM: logits divided by it would leave float32."""
+"""A temperature below this is greedy, as in vLLM: logits divided by it would not fit in float32."""
 _TOO_LARGE = 1e30
-"""What a column holds is below this: in float32 it is neither infinite, nor 0 where something is divided by it."""
+"""Values of columns must be below this, so that in float32 they are not infinite and their inverse is not 0."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class TopKParams(ProcessorParams):
 
 @dataclass(frozen=True)
 class TopPParams(ProcessorParams):
-    """top_p: only the likeliest tokens that together hold this share, the crossing one included; 1: all."""
+    """top_p: the likeliest tokens whose probabilities add up to this value, with the one that reaches it; 1: all."""
 
     top_p: float = 1.0
 
@@ -66,7 +66,7 @@ class TopPParams(ProcessorParams):
 
 @dataclass(frozen=True)
 class MinPParams(ProcessorParams):
-    """min_p: only tokens at least this likely in relation to the likeliest; 0: all."""
+    """min_p: only tokens with at least this share of the highest probability; 0: all."""
 
     min_p: float = 0.0
 
@@ -80,10 +80,11 @@ class MinPParams(ProcessorParams):
 
 @dataclass(frozen=True)
 class PenaltyParams(ProcessorParams):
-    """Penalties on tokens seen before.
+    """Penalties on tokens that occurred before.
 
-    repetition_penalty divides positive logits and multiplies negative ones, of tokens in prompt or output.
-    presence_penalty is taken off tokens in the output; frequency_penalty once for each time they stand there.
+    repetition_penalty: divides positive logits, and multiplies negative ones, of tokens in the prompt or output.
+    presence_penalty: subtracted from the logits of tokens in the output. frequency_penalty: the same, once for each
+    occurrence.
     """
 
     repetition_penalty: float = 1.0
@@ -106,7 +107,7 @@ class PenaltyParams(ProcessorParams):
 
 @dataclass(frozen=True)
 class LogitBiasParams(ProcessorParams):
-    """logit_bias: {token id: what is added to its logit}; -inf removes it."""
+    """logit_bias: {token id: number that is added to its logit}; -inf removes the token."""
 
     logit_bias: Mapping[int, float] | None = None
 
@@ -130,7 +131,7 @@ class LogitBiasParams(ProcessorParams):
 
 @dataclass(frozen=True)
 class AllowedTokenIdsParams(ProcessorParams):
-    """allowed_token_ids: no other token is ever drawn."""
+    """allowed_token_ids: no other tokens are drawn."""
 
     allowed_token_ids: tuple[int, ...] | None = None
 
@@ -148,16 +149,16 @@ class AllowedTokenIdsParams(ProcessorParams):
 
 @dataclass(frozen=True)
 class BadWordsParams(ProcessorParams):
-    """bad_words: words whose last token is not drawn where it would complete them in the output.
+    """bad_words: words that do not appear in the output: a token that would complete one is not drawn.
 
-    A word is looked for in each form that the tokenizer gives it: with a space before it and without, at the start of a
-    text and inside one, however many tokens each takes. Another split of its letters into tokens is not found.
+    A word is found in each form that the tokenizer gives it: with and without a space before it, at the start of a text
+    and inside it, with any number of tokens. Other ways to split its letters into tokens are not found.
     """
 
     bad_words: tuple[str, ...] | None = None
 
-    # All sequences of a row stand one behind the other: their tokens; how many tokens of the sequence follow each;
-    # and the number of the sequence each belongs to.
+    # The sequences of a row follow each other. The columns are: the tokens; for each token, how many tokens of its
+    # sequence come after it; and the number of its sequence.
     columns: ClassVar[Mapping[str, ColumnSpec]] = {
         "tokens": ColumnSpec(dtype="int32", ragged=True),
         "following": ColumnSpec(dtype="int32", ragged=True),
@@ -183,22 +184,22 @@ class BadWordsParams(ProcessorParams):
 
 
 def _spellings(word: str, ctx: ParamsContext) -> list[list[int]]:
-    """Token sequences of a bad word, without those that end with another one, as the shorter one forbids them too."""
+    """Token sequences of a bad word, without those that end with another of them: the shorter one removes both."""
     bare = word.lstrip()
     texts = (bare, f" {bare}")
     found = [ids for text in texts for ids in (ctx.encode(text), _inside(text, ctx)) if ids]
     if not found:
-        raise ParamsError(f"bad_words: the tokenizer makes no token of {word!r}")
+        raise ParamsError(f"bad_words: the tokenizer makes no tokens of {word!r}")
     different = list(dict.fromkeys(map(tuple, found)))
     return [list(ids) for ids in different if not any(ids != end and ids[-len(end) :] == end for end in different)]
 
 
 def _inside(text: str, ctx: ParamsContext) -> list[int]:
-    """Tokens of `text` behind another character, where the tokenizer adds no space; [] if none is kept apart."""
+    """Tokens of `text` after another character, where the tokenizer adds no space; [] if they cannot be separated."""
     for before in "\n1(":
         try:
             ids, first = ctx.encode(before + text), ctx.encode(before)
-        except ParamsError:  # some tokenizers have no token for it
+        except ParamsError:  # some tokenizers have no token for the character
             continue
         if ids[: len(first)] == first:
             return ids[len(first) :]

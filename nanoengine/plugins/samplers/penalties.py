@@ -1,4 +1,4 @@
-"""Repetition, presence and frequency penalties, in this order."""
+"""Applies repetition, presence and frequency penalties, in this order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Temperature: logits / temperature."""
+"""temperature: divides logits by the temperature."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The k likeliest tokens, with ties for the last place."""
+"""top_k: keeps the k likeliest tokens, and all that are as likely as the last of them."""
 
 from __future__ import annotations
 

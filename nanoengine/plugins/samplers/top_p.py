@@ -1,4 +1,4 @@
-"""The nucleus: the likeliest tokens up to the one whose probability crosses top_p, with its ties."""
+"""top_p: keeps the likeliest tokens until their probabilities reach top_p, and all as likely as the last one."""
 
 from __future__ import annotations
 

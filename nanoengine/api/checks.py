@@ -74,50 +74,40 @@ class CheckedModel:
     def __init__(
         self, model: Model, config: ModelConfig, tp: TensorParallelGroup, backend: type[AttentionBackend]
     ) -> None:
-        self._model, self._config, self._tp = model, config, tp
+        self._model, self._config, self._ranks = model, config, tp.size
         self._class, self._backend = type(model), backend
+        self._name = name_of(self._class)
+        self._logits_width = padded_length(config.vocab_size, tp.size)
 
     def __call__(self, input_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
-        """int [T], int64 [T] -> hidden states [T, hidden size]."""
-        with plugin_step(f"{name_of(self._class)}.forward", self._class, self._backend):
-            hidden = self._model(input_ids, positions, batch)
-        return check_hidden(hidden, batch.num_tokens, self._config.hidden_size, self._class)
+        """int [T], int64 [T] -> hidden states [T, hidden size]. Raises `ModelError` for a result that is not that."""
+        with plugin_step(f"{self._name}.forward", self._class, self._backend):
+            hidden: object = self._model(input_ids, positions, batch)
+        shape = (batch.num_tokens, self._config.hidden_size)
+        if isinstance(hidden, Tensor) and hidden.shape == shape and hidden.is_floating_point():
+            return hidden
+        raise self._wrong("forward", hidden, f"a float Tensor of [T, hidden size] = {shape}")
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """[R, hidden size] -> logits [R, V/tp], of one of `LOGITS_DTYPES`."""
-        with plugin_step(f"{name_of(self._class)}.compute_logits", self._class):
-            logits = self._model.compute_logits(hidden)
-        return check_logits(logits, len(hidden), self._config.vocab_size, self._tp.size, self._class)
+        """[R, hidden size] -> logits [R, V/tp], of one of `LOGITS_DTYPES`; one rank may have more columns.
 
+        Raises `ModelError` for a result that is not that.
+        """
+        with plugin_step(f"{self._name}.compute_logits", self._class):
+            logits: object = self._model.compute_logits(hidden)
+        rows, width = len(hidden), self._logits_width
+        if isinstance(logits, Tensor) and logits.dtype in LOGITS_DTYPES and logits.dim() == 2:
+            fits = logits.shape[1] == width if self._ranks > 1 else logits.shape[1] >= width
+            if fits and len(logits) == rows:
+                return logits
+        dtypes = "float32, bfloat16 or float16"
+        vocabulary = f"for a vocabulary of {self._config.vocab_size} on {self._ranks} rank(s)"
+        raise self._wrong("compute_logits", logits, f"{(rows, width)}, {dtypes}, {vocabulary}")
 
-def check_hidden(hidden: object, tokens: int, width: int, model: type[Any]) -> Tensor:
-    """Returns `hidden`, which `forward` returned, if it is [tokens, width]. Raises `ModelError` if not."""
-    if not isinstance(hidden, Tensor):
-        raise _wrong(model, "forward", hidden, f"a Tensor of [T, hidden size] = {(tokens, width)}")
-    if hidden.shape != (tokens, width) or not hidden.is_floating_point():
-        raise _wrong(model, "forward", hidden, f"floats of [T, hidden size] = {(tokens, width)}")
-    return hidden
-
-
-def check_logits(logits: object, rows: int, vocab_size: int, ranks: int, model: type[Any]) -> Tensor:
-    """Returns `logits`, which `compute_logits` returned, if they are [rows, V/ranks]; one rank may have more columns.
-
-    Raises `ModelError` if not.
-    """
-    width = padded_length(vocab_size, ranks)
-    wanted = f"{(rows, width)}, float32, bfloat16 or float16, for a vocabulary of {vocab_size} on {ranks} rank(s)"
-    if not isinstance(logits, Tensor) or logits.dtype not in LOGITS_DTYPES or logits.dim() != 2:
-        raise _wrong(model, "compute_logits", logits, wanted)
-    enough = logits.shape[1] == width if ranks > 1 else logits.shape[1] >= vocab_size
-    if len(logits) != rows or not enough:
-        raise _wrong(model, "compute_logits", logits, wanted)
-    return logits
-
-
-def _wrong(model: type[Any], method: str, found: object, wanted: str) -> ModelError:
-    got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
-    where = place_and_fix(None, getattr(model, method, model))
-    return ModelError(f"{name_of(model)}.{method} returned {got}, not {wanted}{where}")
+    def _wrong(self, method: str, found: object, wanted: str) -> ModelError:
+        got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        where = place_and_fix(None, getattr(self._class, method, self._class))
+        return ModelError(f"{self._name}.{method} returned {got}, not {wanted}{where}")
 
 
 def _is_count(value: object) -> bool:

@@ -160,15 +160,15 @@ MODEL = {
     ),
     "tuple": (
         "def forward(self, ids, positions, batch):  # HERE\n    return (super().forward(ids, positions, batch),)",
-        r"OtherModel.forward returned a tuple, not a Tensor of \[T, hidden size\] = \(1, 2\)",
+        r"OtherModel.forward returned a tuple, not a float Tensor of \[T, hidden size\] = \(1, 2\)",
     ),
     "hidden width": (
         "def forward(self, ids, positions, batch):  # HERE\n    return super().forward(ids, positions, batch)[:, :1]",
-        r"OtherModel.forward returned torch.float32 \(1, 1\), not floats of \[T, hidden size\] = \(1, 2\)",
+        r"OtherModel.forward returned torch.float32 \(1, 1\), not a float Tensor of \[T, hidden size\] = \(1, 2\)",
     ),
     "hidden integers": (
         "def forward(self, ids, positions, batch):  # HERE\n    return super().forward(ids, positions, batch).int()",
-        r"OtherModel.forward returned torch.int32 \(1, 2\), not floats",
+        r"OtherModel.forward returned torch.int32 \(1, 2\), not a float Tensor",
     ),
     "logits width": (
         "def compute_logits(self, hidden):  # HERE\n    return super().compute_logits(hidden)[:, :-1]",
@@ -272,7 +272,10 @@ LATER = {
     "raises": ("raise ValueError('odd')  # HERE", "ValueError: odd .*OtherModel.forward"),
     "exits": ("sys.exit('bye')  # HERE", r"OtherModel.forward called sys.exit\('bye'\)"),
     "panics": ("raise PanicException('odd')  # HERE", "OtherModel.forward raised PanicException: odd"),
-    "narrows": ("out = out[:, :1]  # HERE", r"OtherModel.forward returned torch.float32 \(\d, 1\), not floats of"),
+    "narrows": (
+        "out = out[:, :1]  # HERE",
+        r"OtherModel.forward returned torch.float32 \(\d, 1\), not a float Tensor of",
+    ),
 }
 
 

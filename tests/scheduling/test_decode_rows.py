@@ -20,6 +20,7 @@ from nanoengine.core.scheduling.messages import Update
 from nanoengine.core.scheduling.queues import Roster
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.distributed.wire import encode
+from nanoengine.testing.invariants import check_scheduler
 
 
 class General(Request):
@@ -86,7 +87,7 @@ def both(ops: list[Any], request_class: type[Request] = Request, **options: Any)
     return plain
 
 
-@settings(max_examples=80)
+@settings(max_examples=60)
 @given(loops, operations)
 def test_any_operations(options, ops):
     both(ops, **options)
@@ -302,10 +303,21 @@ MUTANTS = [
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda each: each.__name__)
-@pytest.mark.parametrize("checked", [True, False], ids=["", "by plans and updates alone"])
-def test_mutants_are_caught(mutant, checked, monkeypatch):
-    if not checked:
-        monkeypatch.setattr(sched_harness, "check_scheduler", lambda scheduler: None)
+def test_mutants_are_caught(mutant, monkeypatch):
+    """By plans and updates, without the invariants' help."""
+    monkeypatch.setattr(sched_harness, "check_scheduler", lambda scheduler: None)
     request_class = mutant(monkeypatch)
     with pytest.raises((AssertionError, KeyError, IndexError)):
         all_crowds(request_class)
+
+
+@pytest.mark.parametrize(("name", "by"), [("pick_check_at", 1), ("commit_check_at", 1), ("length", -1), ("length", 2)])
+def test_the_invariants_see_a_wrong_mark(name, by):
+    loop = WatchedLoop()
+    request = loop.add(prompt_of(6), max_tokens=20)
+    for _ in range(3):
+        loop.step()
+    check_scheduler(loop.scheduler)
+    setattr(request, name, getattr(request, name) + by)
+    with pytest.raises(AssertionError):
+        check_scheduler(loop.scheduler)

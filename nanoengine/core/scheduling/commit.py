@@ -14,28 +14,6 @@ from nanoengine.core.scheduling.queues import Roster
 from nanoengine.core.step import ROW_BAD_LOGITS, LogprobRows, StepResult, offsets_of
 
 
-def commit_rows(step: ScheduledStep, result: StepResult, roster: Roster) -> list[Update]:
-    """Most decode rows bring one token and nothing else: below `commit_check_at` it is appended right here."""
-    num_decode = step.plan.num_decode_rows
-    is_plain = not len(result.sampled_logprobs.rows) and (result.counts[:num_decode] == 1).all()
-    plain = num_decode if is_plain else 0
-    updates: list[Update] = []
-    new = tuple.__new__  # quicker than Update's own
-    for (request, generation), token in zip(step.rows, result.token_ids[:plain].tolist(), strict=False):
-        output = request.output_token_ids
-        if len(output) < request.commit_check_at and token not in request.stop_set:
-            output.append(token)
-            updates.append(new(Update, (request, (token,), None, None, None, None, 0, None)))
-        else:
-            _commit_row(
-                request, generation, RowResult(request.prompt_len + len(output), True, (token,)), roster, updates
-            )
-    if plain < len(step.rows):
-        for (request, generation), row in zip(step.rows[plain:], _row_results(step, result, plain), strict=True):
-            _commit_row(request, generation, row, roster, updates)
-    return updates
-
-
 class RowResult(NamedTuple):
     """One row's part of a `StepResult`. end: tokens of its request whose KV is written once the row has run. sampled:
     whether it was to draw a token."""
@@ -48,8 +26,32 @@ class RowResult(NamedTuple):
     prompt_logprobs: LogprobRows | None = None
 
 
+def commit_rows(step: ScheduledStep, result: StepResult, roster: Roster) -> list[Update]:
+    """Books a result, row by row in the plan's order. Returns an update for each live row that brought something.
+
+    Most decode rows bring one token and nothing else: below `commit_check_at` it is appended right here.
+    """
+    num_decode = step.plan.num_decode_rows
+    is_plain = not len(result.sampled_logprobs.rows) and (result.counts[:num_decode] == 1).all()
+    plain = num_decode if is_plain else 0
+    updates: list[Update] = []
+    new = tuple.__new__  # quicker than Update's own
+    for (request, generation), token in zip(step.rows, result.token_ids[:plain].tolist(), strict=False):
+        output = request.output_token_ids
+        if len(output) < request.commit_check_at and token not in request.stop_set:
+            output.append(token)
+            updates.append(new(Update, (request, (token,), None, None, None, None, 0, None)))
+        else:
+            row = RowResult(request.prompt_len + len(output), True, (token,))
+            _commit_row(request, generation, row, roster, updates)
+    if plain < len(step.rows):
+        for (request, generation), row in zip(step.rows[plain:], _row_results(step, result, plain), strict=True):
+            _commit_row(request, generation, row, roster, updates)
+    return updates
+
+
 def _commit_row(request: Request, generation: int, row: RowResult, roster: Roster, updates: list[Update]) -> None:
-    """`generation`: that of the request when the step was scheduled."""
+    """Books one row. `generation`: that of the request when the step was scheduled."""
     if request.status is Status.FINISHED:
         return
     if row.failed or generation == request.void:
@@ -108,7 +110,7 @@ def _fail_row(request: Request, generation: int, failed: int, roster: Roster, up
 
 
 def _row_results(step: ScheduledStep, result: StepResult, first: int) -> list[RowResult]:
-    """Of the rows from `first` on."""
+    """The parts of the rows from `first` on, in the plan's order."""
     plan, tokens, offsets = step.plan, result.token_ids.tolist(), offsets_of(result.counts).tolist()
     drawn, prompts = _cut(result.sampled_logprobs, plan.num_rows), _cut(result.prompt_logprobs, plan.num_rows)
     each = zip(

@@ -106,7 +106,7 @@ class Draft:
         self.host_values = {key: values for key, values in kept.items() if values}
 
     def only(self, request: Request) -> Draft:
-        """The same step with the row of one request."""
+        """The same step with the row of one request, to see whether it can be planned alone."""
         slot = request.slot
         return replace(
             self,
@@ -122,6 +122,7 @@ class Draft:
         return [row for row in self.prefill if row.request is request]
 
     def admit(self, request: Request, num_new: int, cached: int, blocks: BlockManager) -> None:
+        """Adds a request that enters the device tables, and the row of its next tokens."""
         self.new[request] = cached
         self.grown[request] = 0
         self.book(request, num_new)
@@ -130,8 +131,7 @@ class Draft:
     def note_writers(self, blocks: BlockManager) -> None:
         """Prompt blocks that running requests complete in this step."""
         for request, start, end, _ in self.prefill:
-            if start < request.prompt_len:
-                self._note_writer(request, start, end, blocks)
+            self._note_writer(request, start, end, blocks)
 
     def _note_writer(self, request: Request, start: int, end: int, blocks: BlockManager) -> None:
         for key in blocks.prompt_hashes(request, start, end):

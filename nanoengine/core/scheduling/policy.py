@@ -49,8 +49,7 @@ class PriorityPolicy(Policy):
     def waiting_key(self, request: Request) -> tuple[int, ...]:
         return (request.priority, request.arrival, request.order)
 
-    def running_key(self, request: Request) -> tuple[int, ...]:
-        return (request.priority, request.arrival, request.order)
+    running_key = waiting_key
 
     def tier(self, request: Request) -> int:
         return request.priority

@@ -32,8 +32,6 @@ from nanoengine.core.step import StepPlan, StepResult, num_slots
 
 Verdict = Literal["admitted", "waits", "no room", "failed"]  # "waits": for a hit that this very step computes
 
-_RUNNING, _FINISHED = Status.RUNNING, Status.FINISHED
-
 
 class Scheduler:
     """Owns the requests between `add` and their last `Update`, their slots and, through `blocks`, their KV blocks.
@@ -68,7 +66,7 @@ class Scheduler:
     def abort(self, request: Request) -> None:
         """Removes a request at once, also one that a stop string ended. Its rows in flight are dropped at commit.
         Idempotent."""
-        if request.status is not _FINISHED:
+        if request.status is not Status.FINISHED:
             self._roster.remove(request)
 
     def stats(self) -> EngineStats:
@@ -152,7 +150,7 @@ class Scheduler:
         if request.length >= request.max_len:  # ends by length once its token in flight is committed
             draft.ending += 1
         elif (
-            request.status is _RUNNING  # and was not preempted by one before it
+            request.status is Status.RUNNING  # and was not preempted by one before it
             and not (request.host_tokens and self._is_in_flight(request))
         ):
             if not draft.budget:
@@ -338,16 +336,16 @@ class Scheduler:
         for step in steps:
             del self._in_flight[step.plan.step]
             self.blocks.withdraw(step.published)
-        failed = [r for r, _ in steps[0].rows if len(steps[0].rows) == 1 and r.status is not _FINISHED]
+        failed = [r for r, _ in steps[0].rows if len(steps[0].rows) == 1 and r.status is not Status.FINISHED]
         for request in failed:
             self.blocks.bar(request)
         for step in steps:
             for (request, _), sampled in zip(step.rows, step.sampled, strict=True):
-                if request.status is _FINISHED:
+                if request.status is Status.FINISHED:
                     continue
                 request.length -= sampled
                 self._roster.retry_alone.add(request)
-                if request.status is _RUNNING:
+                if request.status is Status.RUNNING:
                     self._roster.preempt(request, f"step {step.plan.step} broke")
         for request in failed:
             self._roster.remove(request)

@@ -303,5 +303,5 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     for name, content in {"text": b"no model at all", "empty": b"", "head": whole[:900], "half": whole[:-5000]}.items():
         path = tmp_path / f"{name}.gguf"
         path.write_bytes(content)
-        with pytest.raises(ModelSourceError, match=f"{name}.gguf is damaged or no GGUF file"):
+        with pytest.raises(ModelSourceError, match=f"{name}.gguf is damaged or not a GGUF file"):
             convert(path, tmp_path, lambda text: None)

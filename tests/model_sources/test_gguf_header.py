@@ -52,7 +52,7 @@ WHOLE = file(key(b"n", 4, struct.pack("<I", 7)), tensor(), keys=1, tensors=1, da
 LIES: dict[str, tuple[bytes, str]] = {
     "magic": (file(magic=b"GGML"), "begins with b'GGML'"),
     "empty": (b"", "begins with b''"),
-    "only the magic": (b"GGUF", "within its header"),
+    "only the magic": (b"GGUF", "inside its header"),
     "version 1": (file(version=1), "version 1 is not supported"),
     "version 9": (file(version=9), "version 9 is not supported"),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
@@ -61,19 +61,19 @@ LIES: dict[str, tuple[bytes, str]] = {
     "keys": (file(keys=HUGE), f"claims {HUGE} keys"),
     "keys that fit no file": (file(bytes(1000), keys=60_000), "claims 60000 keys"),
     "a key's length": (file(text(b"n", HUGE), keys=1), "claims a text of 18446744073709551615 bytes"),
-    "a key beyond the file": (file(text(b"n", 1000), keys=1), "within its header"),
+    "a key beyond the file": (file(text(b"n", 1000), keys=1), "inside its header"),
     "a text's length": (file(key(b"n", 8, text(b"x", 1 << 60)), keys=1), "claims a text of 1152921504606846976"),
-    "a text that is no UTF-8": (file(key(b"n", 8, text(b"\xff\xfe")), keys=1), "no UTF-8"),
-    "a lone surrogate": (file(key(b"n", 8, text(b"\xed\xa0\x80")), keys=1), "no UTF-8"),
+    "a text that is no UTF-8": (file(key(b"n", 8, text(b"\xff\xfe")), keys=1), "not UTF-8"),
+    "a lone surrogate": (file(key(b"n", 8, text(b"\xed\xa0\x80")), keys=1), "not UTF-8"),
     "a type": (file(key(b"n", 77, bytes(8)), keys=1), "'n' is of type 77"),
     "an array's length": (file(key(b"n", 9, array(0, HUGE)), keys=1), f"claims {HUGE} items in key 'n'"),
     "an array beyond the file": (file(key(b"n", 9, array(10, 1000)), keys=1), "claims 1000 items"),
     "an array of texts": (file(key(b"n", 9, array(8, 1 << 40)), keys=1), "claims 1099511627776 items"),
     "an array of arrays": (file(key(b"n", 9, array(9, 1, array(0, 0))), keys=1), "array of type 9"),
     "an array of nothing known": (file(key(b"n", 9, array(55, 0)), keys=1), "array of type 55"),
-    "a key twice": (file(*[key(b"n", 0, b"1")] * 2, keys=2), "'n' is there twice"),
-    "an alignment of zero": (file(key(b"general.alignment", 4, bytes(4)), keys=1), "no power of two"),
-    "an odd alignment": (file(key(b"general.alignment", 4, struct.pack("<I", 33)), keys=1), "no power of two"),
+    "a key twice": (file(*[key(b"n", 0, b"1")] * 2, keys=2), "the key 'n' twice"),
+    "an alignment of zero": (file(key(b"general.alignment", 4, bytes(4)), keys=1), "not a power of two"),
+    "an odd alignment": (file(key(b"general.alignment", 4, struct.pack("<I", 33)), keys=1), "not a power of two"),
     "an alignment of another type": (file(key(b"general.alignment", 10, struct.pack("<Q", 32)), keys=1), "uint32"),
     "an alignment beyond the file": (
         file(key(b"general.alignment", 4, struct.pack("<I", 1 << 31)), tensor(), keys=1, tensors=1), "ends at byte"),
@@ -87,7 +87,7 @@ LIES: dict[str, tuple[bytes, str]] = {
     "an offset": (file(tensor(offset=HUGE), tensors=1), "where 0 is expected"),
     "an offset into another": (
         file(tensor(), tensor(b"b"), tensors=2, data=bytes(64)), "'b' is at offset 0, where 32 is expected"),
-    "a tensor twice": (file(tensor(), tensor(offset=32), tensors=2, data=bytes(64)), "'a' is there twice"),
+    "a tensor twice": (file(tensor(), tensor(offset=32), tensors=2, data=bytes(64)), "the tensor 'a' twice"),
     "a tensor beyond the file": (file(tensor(), tensors=1, data=bytes(15)), "ends at byte"),
 }  # fmt: skip
 
@@ -97,7 +97,7 @@ def test_a_header_that_lies_is_refused_without_memory_for_the_lie(data: bytes, w
     (tmp_path / "x.gguf").write_bytes(data)
     tracemalloc.start()
     try:
-        with pytest.raises(ModelSourceError, match=rf"x\.gguf is damaged or no GGUF file: .*{why}"):
+        with pytest.raises(ModelSourceError, match=rf"x\.gguf is damaged or not a GGUF file: .*{why}"):
             read_header(tmp_path / "x.gguf")
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:

@@ -157,7 +157,7 @@ def test_transformers_keeps_tokenizer_json_as_it_is(pre: str, tmp_path: Path) ->
     ("keys", "words"),
     [
         ({"tokenizer.ggml.token_type": [1]}, "269 tokens but 1 token types"),
-        ({"tokenizer.ggml.tokens": ["a", "a"], "tokenizer.ggml.token_type": [1, 1]}, "'a' stands twice"),
+        ({"tokenizer.ggml.tokens": ["a", "a"], "tokenizer.ggml.token_type": [1, 1]}, "'a' is twice in"),
         ({"tokenizer.ggml.tokens": ["a", "<0x0A>"], "tokenizer.ggml.token_type": [1, 6]}, "'<0x0A>' is of type 6"),
     ],
 )

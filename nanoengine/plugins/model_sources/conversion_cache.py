@@ -1,4 +1,7 @@
-"""Where converted models are kept: one folder per content, whole or absent, whoever else converts or was killed."""
+"""The cache of converted models: one folder for each content. A folder is complete or does not exist.
+
+This also holds if several processes convert at the same time, or if one is killed.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ MANIFEST = "nanoengine.json"
 
 @dataclass(frozen=True, slots=True)
 class ConvertedModel:
-    """The cache entry of one GGUF content under one version of the converter.
+    """The cache entry of one GGUF file's content, for one version of the converter.
 
     Attributes:
         sha256: hex digest of the .gguf file.
-        ctx: cache root and the line to the user.
+        ctx: the root of the cache, and the function that reports progress.
     """
 
     sha256: str
@@ -42,7 +45,7 @@ class ConvertedModel:
         return self.root / self.key
 
     def ready(self) -> bool:
-        """Whether the folder is there and whole. Sizes are compared, contents are not: this runs at every start."""
+        """Whether the folder exists and is complete. Only sizes are compared, because this runs at every start."""
         try:
             manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
             sizes = {name: (self.folder / name).stat().st_size for name in manifest["files"]}
@@ -51,25 +54,25 @@ class ConvertedModel:
         return bool(manifest.get("sha256") == self.sha256 and sizes == manifest["files"])
 
     def obtain(self, fetch: Callable[[Path], Path]) -> Path:
-        """The converted folder, made now if need be.
+        """The converted folder. It is made if it does not exist.
 
         Args:
-            fetch: given a scratch folder (removed afterwards), returns the path of the .gguf file. It is called at
-                most once, and by one process at a time.
+            fetch: a function that receives a scratch folder (removed afterwards) and returns the path of the .gguf
+                file. It is called at most once, and by only one process at a time.
 
-        Raises `ModelSourceError` if the file is refused or cannot be written; what `fetch` raises passes through.
+        Raises `ModelSourceError` if the file is not supported or the folder cannot be written, and what `fetch` raises.
         """
         if self.ready():
             return self.folder
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with self._lock():
-                if not self.ready():  # another process may have made it while this one waited
+                if not self.ready():  # else another process has made it while this one waited
                     self._build(fetch)
-        except (OSError, NotImplementedError) as error:  # the latter where a file system has no locks
+        except (OSError, NotImplementedError) as error:  # NotImplementedError: the file system has no locks
             raise ModelSourceError(
                 f"cannot make the converted model {self.folder}: {error}; the cache needs a writable folder with "
-                "enough room, NANOENGINE_CACHE names another one"
+                "enough space; set NANOENGINE_CACHE to use another one"
             ) from error
         return self.folder
 
@@ -77,9 +80,9 @@ class ConvertedModel:
         return _Lock(self.root / f".{self.key}.lock", self.ctx.say)
 
     def _build(self, fetch: Callable[[Path], Path]) -> None:
-        """Under the lock: make the folder beside its place, then rename it there."""
+        """Makes the folder under a temporary name, then renames it. Called with the lock."""
         prefix = f".{self.key}.tmp-"
-        for stale in self.root.glob(f"{prefix}*"):  # its owner held the lock, hence is dead
+        for stale in self.root.glob(f"{prefix}*"):  # its owner had the lock, so it has ended
             shutil.rmtree(stale)
         work = Path(tempfile.mkdtemp(prefix=prefix, dir=self.root))
         try:
@@ -100,7 +103,7 @@ class ConvertedModel:
 
 
 class _Lock:
-    """An inter-process lock that the system releases if its holder dies, and that says when it has to wait."""
+    """A lock between processes. The system releases it if its owner ends. Waiting for it is reported to the user."""
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
         from filelock import FileLock
@@ -128,9 +131,9 @@ def file_sha256(path: Path) -> str:
 
 
 def remembered_sha256(path: Path, ctx: SourceContext) -> str:
-    """`file_sha256`, remembered in the cache for as long as the file's size and modification time stay the same.
+    """`file_sha256`, kept in the cache as long as size and modification time of the file do not change.
 
-    Reading a file of several gigabytes at each start would take seconds.
+    Reading a file of several gigabytes at every start would take seconds.
     """
     path = path.resolve()
     note = ctx.cache / "gguf" / "digests" / hashlib.sha256(os.fsencode(path)).hexdigest()[:32]

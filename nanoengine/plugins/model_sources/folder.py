@@ -1,4 +1,4 @@
-"""A folder in Hugging Face form: config.json beside safetensors and tokenizer files."""
+"""Model folders in Hugging Face format: config.json, safetensors and tokenizer files."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from nanoengine.api import ModelSource, ModelSourceError, SourceContext
 
 
 class FolderSource(ModelSource):
-    """An existing folder with config.json is its own answer."""
+    """Paths of folders that have a config.json."""
 
     def resolve(self, source: str, ctx: SourceContext) -> Path | None:
-        """The folder as an absolute path; None if `source` is no folder.
+        """The folder as an absolute path; None if `source` is not a folder.
 
-        Raises `ModelSourceError` for a folder without config.json, naming what it holds instead.
+        Raises `ModelSourceError` for a folder without config.json; the message says what it has instead.
         """
         folder = Path(os.path.expanduser(source))
         if not folder.is_dir():
@@ -28,5 +28,5 @@ class FolderSource(ModelSource):
             inner = sorted(str(path.parent) for path in folder.glob("*/config.json"))
             fix = f"did you mean a folder inside it? {', '.join(inner[:4])}"
         else:
-            fix = "a model folder holds config.json, *.safetensors and the tokenizer's files"
-        raise ModelSourceError(f"folder {folder} is no model: it has no config.json; {fix}")
+            fix = "a model folder has config.json, *.safetensors and the tokenizer's files"
+        raise ModelSourceError(f"folder {folder} is not a model: it has no config.json; {fix}")

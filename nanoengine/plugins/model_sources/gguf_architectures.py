@@ -1,7 +1,7 @@
-"""The GGUF architectures that are supported, and what each has that the others have not.
+"""The supported GGUF architectures, and the differences between them.
 
-What no key says is taken as llama.cpp takes it (https://github.com/ggml-org/llama.cpp, src/models): Gemma's attention
-scale, by its number of layers; which of its layers are local; the base of their rotation.
+Values that the file does not have are those of llama.cpp (https://github.com/ggml-org/llama.cpp, src/models): Gemma's
+attention scale (from its number of layers), which of its layers are local, and the base of their rotation.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _gemma2(meta: Metadata, shape: Shape, rope: Mapping[str, Any]) -> dict[str, 
 
 def _gemma3(meta: Metadata, shape: Shape, rope: Mapping[str, Any]) -> dict[str, Any]:
     pattern = meta.positive_int("gemma3.attention.sliding_window_pattern", 6)
-    windowed = meta.get(f"gemma3.{_WINDOW}", 0) != 0  # without one, all layers see everything
+    windowed = meta.get(f"gemma3.{_WINDOW}", 0) != 0  # without a window, all layers attend to everything
     local = [windowed and (layer + 1) % pattern != 0 for layer in range(shape.layers)]
     cap = meta.real("gemma3.final_logit_softcapping", 0.0)
     near = {"rope_type": "default", "rope_theta": meta.real("gemma3.rope.freq_base_swa", 10000.0, positive=True)}
@@ -50,7 +50,10 @@ _GEMMA2_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 
 
 def _gemma(shape: Shape, local: list[bool], largest: int) -> dict[str, Any]:
-    """`largest`: layers of the family's largest model, whose scale goes by the width instead of the head size."""
+    """Fields that Gemma 2 and 3 share. `largest`: number of layers of the family's largest model.
+
+    The attention scale of the largest model depends on its width instead of the head size.
+    """
     return {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": shape.hidden // shape.heads if shape.layers == largest else shape.head_size,
@@ -60,17 +63,17 @@ def _gemma(shape: Shape, local: list[bool], largest: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What differs between the supported architectures.
+    """The differences between the supported architectures.
 
     Attributes:
         hf_class, model_type: their names in config.json.
-        details: what else stands there; it is given the `rope_parameters` that the file's keys make.
-        interleaved: rows of q and k lie in the order of interleaved rotary pairs, and must be put back into halves.
-        qk_norm: q and k have norms per head. post_norms: attention and MLP have norms behind them, too.
-        unit_offset: norm weights are stored whole, where checkpoints hold them less one.
-        biases: which attention projections have one. optional_biases: there may be none.
-        frequencies: its rotation is divided by rope_freqs.weight, if there is one.
-        keys: known below "<architecture>.", beyond those of all.
+        details: makes the other fields of config.json; its last argument are the `rope_parameters` of the file.
+        interleaved: rows of q and k are in the order of interleaved rotary pairs, and must be reordered into halves.
+        qk_norm: q and k have norms per head. post_norms: there are norms after attention and MLP too.
+        unit_offset: the file has whole norm weights, but checkpoints have them minus one.
+        biases: the attention projections that have a bias. optional_biases: the biases may be missing.
+        frequencies: the rotation is divided by rope_freqs.weight, if the file has it.
+        keys: keys below "<architecture>." that are known in addition to those of all architectures.
     """
 
     hf_class: str
@@ -103,7 +106,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
 }  # fmt: skip
 
-# Keys below "<architecture>." that are read, or that no supported architecture has a use for.
+# Keys below "<architecture>." that are read, or that no supported architecture uses.
 _KNOWN_KEYS = frozenset({
     "vocab_size", "context_length", "embedding_length", "block_count", "feed_forward_length", "tensor_data_layout",
     "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
@@ -111,7 +114,7 @@ _KNOWN_KEYS = frozenset({
     "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", "rope.scaling.original_context_length",
     "rope.scaling.finetuned",
 })  # fmt: skip
-# Those that would be another model, but not at these values; zero and false say that there is no such thing.
+# Keys that would change the model, except at these values; zero and false mean that the feature is not used.
 _NONE: tuple[Any, ...] = (0, False)
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys((
@@ -138,17 +141,20 @@ _READ_ELSEWHERE = frozenset({
         "add_eos_token", "add_sep_token", "add_space_prefix", "remove_extra_whitespaces", "precompiled_charsmap",
     )),
 })  # fmt: skip
-_QUANTISATION_VERSION = 2  # of llama.cpp since May 2023: the blocks of before are others
+_QUANTISATION_VERSION = 2  # of llama.cpp since May 2023; older blocks have another format
 
 
 def read_architecture(meta: Metadata) -> tuple[str, Architecture]:
-    """The file's architecture; raises `ModelSourceError` for one not supported, or a key that would change it."""
+    """Name and description of the file's architecture.
+
+    Raises `ModelSourceError` if it is not supported, or if a key changes it in a way that is not supported.
+    """
     if meta.get("general.type", "model") != "model":
-        raise meta.error(f"it holds a {meta.get('general.type')!r}, not a model")
+        raise meta.error(f"it contains a {meta.get('general.type')!r}, not a model")
     name = meta.require("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise meta.error(f"GGUF architecture {name!r} is not supported; valid: {', '.join(sorted(ARCHITECTURES))}")
-    parts = meta.get("split.count", 0)  # 0 and 1 are both written for a whole file
+    parts = meta.get("split.count", 0)  # for a single file, 0 and 1 are both used
     if parts not in (0, 1):
         raise meta.error(f"it is one of {parts} parts; merge them first (llama-gguf-split --merge)")
     version = meta.get("general.quantization_version", _QUANTISATION_VERSION)
@@ -168,9 +174,9 @@ def _harmless(name: str, key: str, value: Any) -> bool:
 
 
 def skipped_keys(meta: Metadata) -> list[str]:
-    """Keys that are not read and may matter: sampling defaults, tokenizer settings, other programs' own.
+    """Keys that are not read and may be important: sampling defaults, tokenizer settings, keys of other programs.
 
-    Left out are descriptions ("general.name", ...) and what no model here has a use for.
+    Descriptions ("general.name", ...) and keys that no model here uses are left out.
     """
     name = meta.get("general.architecture")
     return [
@@ -184,7 +190,7 @@ def skipped_keys(meta: Metadata) -> list[str]:
 
 
 def _unused_id(meta: Metadata, key: str, value: Any) -> bool:
-    """Whether it is a token's id, in the vocabulary: those that are read, and those of roles that are not used here."""
+    """Whether the key is a token id in the vocabulary: one that is read, or one of a role that is not used here."""
     if not (key.startswith("tokenizer.ggml.") and key.endswith("_token_id")):
         return False
     return isinstance(value, int) and 0 <= value < len(meta.strings("tokenizer.ggml.tokens"))

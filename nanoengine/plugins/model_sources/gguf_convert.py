@@ -1,7 +1,8 @@
-"""A GGUF file -> a folder in Hugging Face form: config.json, model.safetensors, tokenizer files, chat template.
+"""Converts a GGUF file to a folder in Hugging Face format: config.json, model.safetensors, tokenizer, chat template.
 
-Weights keep their exact values: F32, F16 and BF16 tensors are copied bit for bit, quantised ones become float32, since
-scale x integer + offset needs more bits than bf16 or fp16 have. It costs disk (4 bytes a weight) and no accuracy.
+Weights keep their exact values: F32, F16 and BF16 tensors are copied bit for bit. Quantised ones become float32,
+because scale x integer + offset needs more bits than bf16 or fp16 have. This costs disk space (4 bytes per weight), but
+no accuracy.
 """
 
 from __future__ import annotations
@@ -31,21 +32,21 @@ from nanoengine.plugins.model_sources.gguf_metadata import (
 from nanoengine.plugins.model_sources.gguf_tokenizer import write_tokenizer
 
 CONVERTER_VERSION = 2
-"""Part of the cache key: raise it whenever the same file would give another folder."""
+"""Part of the cache key. Increase it if the same file would give another folder."""
 
-_SHOWN = 20  # keys listed that are skipped
+_SHOWN = 20  # most skipped keys in a message
 
-# GGUF type -> (safetensors type, numpy type of the stored words, its name in config.json)
+# GGUF type -> (safetensors type, numpy type of the stored words, name in config.json)
 _COPIED = {"F32": ("F32", "<f4", "float32"), "F16": ("F16", "<f2", "float16"), "BF16": ("BF16", "<u2", "bfloat16")}
 
 
 @dataclass(frozen=True, slots=True)
 class TensorRule:
-    """What becomes of one tensor.
+    """How one tensor is converted.
 
     Attributes:
-        name, shape: afterwards. interleaved_heads: in how many heads its rows are interleaved. less_one: subtract 1,
-            in float32.
+        name, shape: after the conversion.
+        interleaved_heads: number of heads whose rows are interleaved; 0: none. less_one: subtract 1, in float32.
     """
 
     name: str
@@ -55,20 +56,20 @@ class TensorRule:
 
 
 def convert(source: Path, folder: Path, say: Callable[[str], None]) -> None:
-    """Convert the GGUF file `source` into the existing, empty `folder`.
+    """Converts the GGUF file `source` into the existing, empty `folder`.
 
-    Raises `ModelSourceError` naming what is not supported, and `OSError` when the folder cannot be written.
+    Raises `ModelSourceError` that names what is not supported, and `OSError` if the folder cannot be written.
     """
     header = read_header(source)
     meta, tensors = Metadata(source.name, header.values), dict(header.tensors)
     name, arch = read_architecture(meta)
     if not tensors:
-        raise meta.error("it holds no tensors: a vocabulary without weights, which is no model")
+        raise meta.error("it has no tensors: it is a vocabulary without weights, not a model")
     _check_types(meta, tensors.values())
     factors = tensors.pop("rope_freqs.weight", None) if arch.frequencies else None
     shape = read_shape(meta, name)
     if shape.layers > len(tensors):
-        raise meta.error(f"{name}.block_count is {shape.layers}, but it holds {len(tensors)} tensors")
+        raise meta.error(f"{name}.block_count is {shape.layers}, but it has {len(tensors)} tensors")
     rules = tensor_rules(meta, arch, shape, {key: tensor.shape for key, tensor in tensors.items()})
     divisors = None if factors is None else _float32(factors)
     rope = rope_parameters(meta, name, shape.head_size, divisors)
@@ -95,7 +96,7 @@ def tensor_rules(
     Args:
         present: the file's tensors with their shapes, outer dimension first.
 
-    Raises `ModelSourceError` naming tensors that are missing, unknown or misshapen.
+    Raises `ModelSourceError` that names tensors which are missing, unknown or of a wrong shape.
     """
     hidden, q, kv = shape.hidden, shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     vocab = present.get("token_embd.weight", (0,))[0]
@@ -134,7 +135,7 @@ def tensor_rules(
 
 
 def _norm_rules(arch: Architecture, shape: Shape) -> dict[str, TensorRule]:
-    """Of one layer. What stands in front of the MLP has another name where attention has a norm behind it, too."""
+    """The norms of one layer. The norm before the MLP has another name if there is also a norm after attention."""
     names = {"attn_norm": "input_layernorm"}
     if arch.post_norms:
         names |= {
@@ -168,21 +169,21 @@ def _check_tensors(meta: Metadata, rules: Mapping[str, TensorRule], present: Map
 
 
 def to_halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k from interleaved rotary pairs (x0 y0 x1 y1 ...) to halves (x0 x1 ... y0 y1 ...), head by head.
+    """Reorders rows of q or k, per head: interleaved rotary pairs (x0 y0 x1 y1 ...) to halves (x0 x1 ... y0 y1 ...).
 
-    [heads * D, ...] -> the same shape. Undoes what llama.cpp's converter does to Llama checkpoints.
+    [heads * D, ...] -> the same shape. This is the inverse of what llama.cpp's converter does with Llama checkpoints.
     """
     return weight.reshape(heads, -1, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def _compute_dtype(tensors: Iterable[Tensor]) -> str:
-    """config.json's dtype: that of the matrices if they are not quantised, else bfloat16, in which such models come."""
+    """The dtype in config.json: that of the matrices if they are not quantised, else bfloat16."""
     kinds = {tensor.tensor_type.name for tensor in tensors if len(tensor.shape) > 1}
     return _COPIED[kinds.pop()][2] if len(kinds) == 1 and kinds <= _COPIED.keys() else "bfloat16"
 
 
 def _check_types(meta: Metadata, tensors: Iterable[Tensor]) -> None:
-    """Raises `ModelSourceError` for a type that the gguf package cannot read, before anything is written."""
+    """Raises `ModelSourceError` for a type that the gguf package cannot read. Called before anything is written."""
     for kind, name in {tensor.tensor_type: tensor.name for tensor in tensors}.items():
         if not _readable(kind):
             valid = ", ".join(each.name for each in type(kind) if _readable(each))
@@ -207,7 +208,7 @@ def _float32(tensor: Tensor) -> np.ndarray:
 
 
 def _words(tensor: Tensor, rule: TensorRule) -> np.ndarray:
-    """The tensor as little-endian words of its type in the safetensors file, in its shape there."""
+    """The tensor for the safetensors file: little-endian words, in the shape after the conversion."""
     kind = tensor.tensor_type.name
     if rule.less_one:
         words = (_float32(tensor) - np.float32(1)).reshape(rule.shape)
@@ -225,7 +226,7 @@ def _write_tensors(
     rules: Mapping[str, TensorRule],
     say: Callable[[str], None],
 ) -> None:
-    """Write a safetensors file tensor by tensor, so that memory holds one at a time.
+    """Writes a safetensors file tensor by tensor, so that only one tensor is in memory.
 
     The format: header length (uint64), JSON header, data (https://github.com/huggingface/safetensors).
     """
@@ -244,7 +245,7 @@ def _write_tensors(
     if shutil.disk_usage(path.parent).free < offset:
         raise OSError(f"the converted weights take {offset / 1e6:.0f} MB, more than is free in {path.parent}")
     say(f"converting {meta.name}: {len(rules)} tensors, {offset / 1e6:.0f} MB, once")
-    hidden = os.environ.get("TERM") == "dumb" or None  # None: where standard error is no terminal
+    hidden = os.environ.get("TERM") == "dumb" or None  # None: hidden if standard error is not a terminal
     bar = tqdm(total=offset, unit="B", unit_scale=True, desc="converting", file=sys.stderr, leave=False, disable=hidden)
     with path.open("wb") as file, bar:
         file.write(len(encoded).to_bytes(8, "little") + encoded)

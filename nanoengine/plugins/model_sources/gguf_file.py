@@ -1,4 +1,4 @@
-"""A .gguf file on disk: converted once into a folder of the cache, then used from there."""
+"""A .gguf file on disk. It is converted once to a folder in the cache, which is then used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class GGUFFileSource(ModelSource):
     def resolve(self, source: str, ctx: SourceContext) -> Path | None:
         """The converted folder; None if `source` does not end in .gguf, or may be a file of a hub repository.
 
-        Raises `ModelSourceError` if there is no such file, or if it is one that is not supported.
+        Raises `ModelSourceError` if there is no such file, or if it is not supported.
         """
         if not source.lower().endswith(".gguf"):
             return None
@@ -24,11 +24,11 @@ class GGUFFileSource(ModelSource):
         if not path.is_file():
             if HUB_ID.fullmatch(source):
                 return None
-            raise ModelSourceError(f"no such file: {path} (looked from {Path.cwd()})")
+            raise ModelSourceError(f"no such file: {path} (working directory: {Path.cwd()})")
         try:
             digest = remembered_sha256(path, ctx)
         except OSError as error:
             raise ModelSourceError(
-                f"cannot read {path} or write the cache {ctx.cache} (NANOENGINE_CACHE names another one): {error}"
+                f"cannot read {path} or write the cache {ctx.cache} (set NANOENGINE_CACHE to use another one): {error}"
             ) from error
         return ConvertedModel(digest, ctx).obtain(lambda scratch: path)

@@ -1,7 +1,7 @@
-"""A GGUF file's header. Each count, length and offset is checked against the file's size before it is believed.
+"""Reads the header of a GGUF file. Each count, length and offset is checked against the size of the file.
 
-The format is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian. Where
-tensors must lie, and what llama.cpp refuses beyond the specification, is refused here too.
+The format is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian. The
+offsets of tensors are checked, and what llama.cpp rejects in addition to the specification is rejected here too.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from nanoengine.api import ModelSourceError
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
-# More than any model has, and little enough to read in a second or so.
+# More than any model has, and few enough to be read in about a second.
 MAX_KEYS = MAX_TENSORS = 1 << 16
-MAX_ITEMS = 1 << 21  # of all arrays together
+MAX_ITEMS = 1 << 21  # in all arrays together
 MAX_TEXT = 1 << 26  # bytes of all strings together
 _MAX_DIMS = 4
 _ALIGNMENT = 32
@@ -33,11 +33,11 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _UNSIGNED_32 = 4
 _LFS = b"version https://git-lfs.github.com/spec/"
-_FLOATS = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}  # which the gguf package takes as such; other types as bytes
+_FLOATS = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}  # passed to the gguf package unchanged, other types as bytes
 
 
 class BadHeader(Exception):
-    """What is wrong with the header."""
+    """The header is wrong; the message says what."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Tensor:
     """A tensor of the file.
 
     Attributes:
-        name: its name there. tensor_type: how its values are stored. shape: outer dimension first.
-        stored: its bytes, mapped from the file, not read.
+        name: its name in the file. tensor_type: how its values are stored. shape: outer dimension first.
+        stored: its bytes, mapped from the file, not read yet.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Tensor:
 
     @cached_property
     def data(self) -> np.ndarray:
-        """As `gguf.dequantize` takes it: floats in its shape; otherwise uint8, [..., bytes of a row]."""
+        """The data for `gguf.dequantize`: floats in the tensor's shape, or uint8 [..., bytes of a row]."""
         kind = _FLOATS.get(self.tensor_type.name)
         words = np.frombuffer(self.stored, kind or np.uint8)
         return words.reshape(self.shape if kind else (*self.shape[:-1], -1))
@@ -64,14 +64,14 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the file says of itself: key-value pairs as Python values, and its tensors by name."""
+    """The header: key-value pairs as Python values, and the tensors by name."""
 
     values: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
 
 
 def read_header(source: Path) -> Header:
-    """The header of `source`; raises `ModelSourceError` for a file that is damaged, lies, or is of another format."""
+    """Reads the header of `source`. Raises `ModelSourceError` if the file is damaged, inconsistent or not GGUF."""
     try:
         with source.open("rb") as file:
             start = file.read(len(_LFS))
@@ -85,7 +85,7 @@ def read_header(source: Path) -> Header:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return _Reader(memoryview(mapped)).header()
     except BadHeader as error:
-        raise ModelSourceError(f"{source} is damaged or no GGUF file: {error!s:.500}") from error
+        raise ModelSourceError(f"{source} is damaged or not a GGUF file: {error!s:.500}") from error
 
 
 class _Reader:
@@ -105,7 +105,7 @@ class _Reader:
         for _ in range(keys):
             key, kind = self._string(), self._scalar("I")
             if key in values:
-                raise BadHeader(f"key {key!r} is there twice")
+                raise BadHeader(f"it has the key {key!r} twice")
             values[key] = self._value(key, kind)
             if key == "general.alignment" and kind != _UNSIGNED_32:
                 raise BadHeader("general.alignment must be a uint32")
@@ -113,7 +113,7 @@ class _Reader:
 
     def _tensors(self, count: int, alignment: int) -> dict[str, Tensor]:
         if alignment < 1 or alignment & (alignment - 1):
-            raise BadHeader(f"general.alignment {alignment} is no power of two")
+            raise BadHeader(f"general.alignment {alignment} is not a power of two")
         infos = [self._tensor_info() for _ in range(count)]
         base = _padded(self._at, alignment)
         tensors: dict[str, Tensor] = {}
@@ -121,7 +121,7 @@ class _Reader:
         for name, kind, shape, offset in infos:
             size = _stored_bytes(name, kind, shape)
             if name in tensors:
-                raise BadHeader(f"tensor {name!r} is there twice")
+                raise BadHeader(f"it has the tensor {name!r} twice")
             if offset != expected:
                 raise BadHeader(f"tensor {name!r} is at offset {offset}, where {expected} is expected")
             if base + offset + size > len(self._data):
@@ -162,7 +162,7 @@ class _Reader:
 
     def _count(self, what: str, count: int, most: int, least_bytes: int) -> int:
         if count > most or count * least_bytes > len(self._data) - self._at:
-            raise BadHeader(f"it claims {count} {what}, which the {len(self._data)} bytes of the file cannot hold")
+            raise BadHeader(f"it claims {count} {what}, more than fit in the {len(self._data)} bytes of the file")
         return count
 
     def _string(self) -> str:
@@ -173,14 +173,14 @@ class _Reader:
         try:
             return str(self._take(length), "utf-8")
         except UnicodeDecodeError as error:
-            raise BadHeader(f"a text at byte {self._at - length} is no UTF-8") from error
+            raise BadHeader(f"a text at byte {self._at - length} is not UTF-8") from error
 
     def _scalar(self, code: str) -> Any:
         return struct.unpack(f"<{code}", self._take(struct.calcsize(f"<{code}")))[0]
 
     def _take(self, length: int) -> memoryview:
         if length > len(self._data) - self._at:
-            raise BadHeader(f"it ends at byte {len(self._data)}, within its header")
+            raise BadHeader(f"it ends at byte {len(self._data)}, inside its header")
         self._at += length
         return self._data[self._at - length : self._at]
 
@@ -194,5 +194,5 @@ def _stored_bytes(name: str, kind: GGMLQuantizationType, shape: tuple[int, ...])
 
     block, block_bytes = map(int, GGML_QUANT_SIZES[kind])
     if not math.prod(shape) or shape[-1] % block:
-        raise BadHeader(f"tensor {name!r} of type {kind.name} has shape {shape}: no rows of whole blocks of {block}")
+        raise BadHeader(f"tensor {name!r} of type {kind.name} has shape {shape}: rows must be whole blocks of {block}")
     return math.prod(shape) // block * block_bytes

@@ -1,4 +1,4 @@
-"""GGUF metadata -> config.json and generation_config.json, refusing by name whatever would change the computation.
+"""GGUF metadata -> config.json and generation_config.json. A value that is not supported raises an error that names it.
 
 Keys are those of the GGUF specification (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 """
@@ -25,7 +25,7 @@ _SAMPLING_KEYS = {
     "penalty_repeat": "repetition_penalty",
 }
 
-# our name -> that of the key tokenizer.ggml.NAME_token_id
+# our name -> NAME in the key tokenizer.ggml.NAME_token_id
 _TOKEN_KINDS = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 _SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}
 _CONTROL = 3  # token type
@@ -34,13 +34,13 @@ _END_TEXTS = frozenset({
     "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<eos>",
 })  # fmt: skip
 
-# The only schedule of frequencies that llama.cpp's converter writes as rope_freqs.weight, with the constants of every
-# published Llama 3 model; a file with other ones is refused.
+# The only frequencies that llama.cpp's converter writes as rope_freqs.weight, with the constants of every published
+# Llama 3 model. A file with other constants is rejected.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 class Metadata:
-    """A file's key-value pairs, with errors that name the file and the key."""
+    """The key-value pairs of a file. Its errors name the file and the key."""
 
     def __init__(self, name: str, values: Mapping[str, Any]) -> None:
         self.name = name
@@ -53,13 +53,13 @@ class Metadata:
         return self.values.get(key, default)
 
     def require(self, key: str) -> Any:
-        """Raises `ModelSourceError` if the file lacks the key."""
+        """The value of the key. Raises `ModelSourceError` if the file does not have it."""
         if key not in self.values:
-            raise self.error(f"key {key} is missing; without it the model is not known")
+            raise self.error(f"key {key} is missing; it is needed to identify the model")
         return self.values[key]
 
     def positive_int(self, key: str, default: int | None = None) -> int:
-        """Without a default, the key is required. A list with one value for all layers is that value.
+        """A positive integer, or a list with the same value for all layers. Without a default, the key is required.
 
         Raises `ModelSourceError` for anything else.
         """
@@ -71,7 +71,7 @@ class Metadata:
         return value
 
     def real(self, key: str, default: float | None = None, *, positive: bool = False) -> float:
-        """A float32 as the shortest decimal that gives it: 9.99999974e-06 is 1e-05 again."""
+        """A float32 as the shortest decimal that has this float32 value: 1e-05 instead of 9.99999974e-06."""
         value = self.require(key) if default is None else self.get(key, default)
         kind = "positive" if positive else "finite"
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(np.float32(value)):
@@ -81,29 +81,29 @@ class Metadata:
         return float(str(np.float32(value)))
 
     def text(self, key: str, default: str) -> str:
-        """Raises `ModelSourceError` for anything but a string."""
+        """A string. Raises `ModelSourceError` for anything else."""
         value = self.get(key, default)
         if not isinstance(value, str):
             raise self.error(f"key {key} must be a string, not {value!r:.200}")
         return value
 
     def flag(self, key: str, default: bool) -> bool:
-        """Raises `ModelSourceError` for anything but true or false."""
+        """True or false. Raises `ModelSourceError` for anything else."""
         value = self.get(key, default)
         if not isinstance(value, bool):
             raise self.error(f"key {key} must be true or false, not {value!r:.200}")
         return value
 
     def strings(self, key: str) -> list[str]:
-        """Raises `ModelSourceError` for anything but a list of strings."""
+        """A list of strings. Raises `ModelSourceError` for anything else."""
         return self._list(key, str, "strings")
 
     def integers(self, key: str) -> list[int]:
-        """Raises `ModelSourceError` for anything but a list of integers."""
+        """A list of integers. Raises `ModelSourceError` for anything else."""
         return self._list(key, int, "integers")
 
     def reals(self, key: str) -> list[float]:
-        """Raises `ModelSourceError` for anything but a list of finite numbers."""
+        """A list of finite numbers. Raises `ModelSourceError` for anything else."""
         values = self._list(key, float, "numbers")
         if not np.isfinite(values).all():
             raise self.error(f"key {key} must be a list of finite numbers")
@@ -129,7 +129,7 @@ class Shape:
 
 
 def read_shape(meta: Metadata, arch: str) -> Shape:
-    """Sizes, checked against each other."""
+    """Reads the sizes of the model. Raises `ModelSourceError` if they contradict each other."""
     hidden, heads = meta.positive_int(f"{arch}.embedding_length"), meta.positive_int(f"{arch}.attention.head_count")
     if f"{arch}.attention.key_length" not in meta.values and hidden % heads:
         raise meta.error(f"{heads} heads do not divide the width {hidden}, and {arch}.attention.key_length is missing")
@@ -149,15 +149,15 @@ def read_shape(meta: Metadata, arch: str) -> Shape:
 
 
 def rope_parameters(meta: Metadata, arch: str, head_size: int, factors: np.ndarray | None) -> dict[str, Any]:
-    """`rope_parameters` of config.json; what no key says is llama.cpp's default: base 10000, linear scaling by 1.
+    """`rope_parameters` of config.json. Defaults are those of llama.cpp: base 10000, linear scaling by 1.
 
     Args:
-        factors: float32 [head_size / 2], the file's rope_freqs.weight, by which frequencies are divided.
+        factors: float32 [head_size / 2], the file's rope_freqs.weight; frequencies are divided by it.
     """
     theta = meta.real(f"{arch}.rope.freq_base", 10000.0, positive=True)
     kind = meta.text(f"{arch}.rope.scaling.type", "linear")
     old_name = f"{arch}.rope.scale_linear"
-    factor = meta.real(f"{arch}.rope.scaling.factor", meta.real(old_name, 0.0)) or 1.0  # 0 is none
+    factor = meta.real(f"{arch}.rope.scaling.factor", meta.real(old_name, 0.0)) or 1.0  # 0 means no scaling
     if kind == "none":
         factor = 1.0
     if kind not in ("none", "linear"):
@@ -187,10 +187,10 @@ def _llama3(meta: Metadata, theta: float, head_size: int, factors: np.ndarray) -
 
 
 def token_ids(meta: Metadata) -> dict[str, int]:
-    """bos, eos, pad (and unk) ids, each a real token; keys "bos_token_id", ...
+    """The ids of bos, eos, pad (and unk) that are in the vocabulary; keys "bos_token_id", ...
 
-    A SentencePiece vocabulary that names none has those of the library: unk 0, bos 1, eos 2, as llama.cpp takes it. An
-    id outside the vocabulary is as good as none, unless answers end with it.
+    A SentencePiece vocabulary without these keys has the ids of the library: unk 0, bos 1, eos 2, as in llama.cpp. An
+    id outside the vocabulary is ignored, except eos, which is an error.
     """
     count = len(meta.strings("tokenizer.ggml.tokens"))
     ids = dict(_SENTENCEPIECE_IDS) if meta.get("tokenizer.ggml.model") == "llama" else {}
@@ -199,7 +199,7 @@ def token_ids(meta: Metadata) -> dict[str, int]:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int):
-            raise meta.error(f"key tokenizer.ggml.{theirs}_token_id must be a token's id, not {value!r:.200}")
+            raise meta.error(f"key tokenizer.ggml.{theirs}_token_id must be a token id, not {value!r:.200}")
         if 0 <= value < count:
             ids[ours] = value
             continue
@@ -210,7 +210,7 @@ def token_ids(meta: Metadata) -> dict[str, int]:
 
 
 def stop_ids(meta: Metadata) -> list[int]:
-    """Ids that end an answer: EOS, what ends turns and messages, and special tokens whose text llama.cpp knows."""
+    """Ids that end an answer: EOS, ends of turns and messages, and special tokens whose text llama.cpp knows."""
     tokens = meta.strings("tokenizer.ggml.tokens")
     named = [meta.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eot", "eom")]
     ids = [token_ids(meta).get("eos_token_id"), *named]
@@ -225,7 +225,7 @@ def stop_ids(meta: Metadata) -> list[int]:
 def model_config(
     meta: Metadata, arch: str, shape: Shape, *, tensors: Collection[str], vocab: int, dtype: str
 ) -> dict[str, Any]:
-    """What config.json says of every architecture. `tensors`: the file's names. `vocab`: rows of its embedding."""
+    """The fields of config.json that all architectures have. `tensors`: names in the file. `vocab`: embedding rows."""
     ids = {key: value for key, value in token_ids(meta).items() if key != "unk_token_id"}
     config = {
         "dtype": dtype,
@@ -245,7 +245,7 @@ def model_config(
 
 
 def generation_config(meta: Metadata) -> dict[str, Any]:
-    """generation_config.json: stop tokens (a list, where there are several) and sampling defaults."""
+    """generation_config.json: stop tokens (a list if there are several) and sampling defaults."""
     config: dict[str, Any] = {key: value for key, value in token_ids(meta).items() if key != "unk_token_id"}
     stops = stop_ids(meta)
     if stops:
@@ -255,9 +255,9 @@ def generation_config(meta: Metadata) -> dict[str, Any]:
         if key in meta.values:
             value = meta.real(key)
             config |= {"do_sample": True, ours: int(value) if ours == "top_k" else value}
-    if config.get("top_k", 0) < 0:  # the whole vocabulary
+    if config.get("top_k", 0) < 0:  # means the whole vocabulary
         config["top_k"] = 0
-    if config.get("temperature", 1.0) <= 0:  # the likeliest token
+    if config.get("temperature", 1.0) <= 0:  # means the likeliest token
         del config["temperature"]
         config["do_sample"] = False
     return config

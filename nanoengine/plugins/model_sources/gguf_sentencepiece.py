@@ -1,7 +1,8 @@
 """The vocabulary of a SentencePiece BPE model in a GGUF file (Llama 2, Mistral, Gemma) -> `tokenizers.Tokenizer`.
 
-SentencePiece merges the neighbours whose union has the highest score, whatever they were made of
-(https://github.com/google/sentencepiece). Here each way to make a token of two is a merge, in the order of scores.
+SentencePiece merges the two neighbours that make the token of the highest score
+(https://github.com/google/sentencepiece). Here each way to make a token of two tokens is a merge, in the order of
+scores.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from nanoengine.plugins.model_sources.gguf_vocabulary import TokenType, read_voc
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
-SPACE = "\u2581"  # what stands for a space in tokens
-_MOST_WORK = 1 << 28  # characters compared to find the merges; a vocabulary of 262,144 tokens takes a tenth of it
+SPACE = "\u2581"  # a space in tokens
+_MOST_WORK = 1 << 28  # most characters compared to find merges; a vocabulary of 262,144 tokens needs a tenth of it
 _LEGAL = (TokenType.NORMAL, TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.BYTE)
 
 
 def sentencepiece_tokenizer(meta: Metadata) -> Tokenizer:
-    """Without BOS and EOS around; raises `ModelSourceError` for a vocabulary that contradicts itself."""
+    """The tokenizer, without BOS and EOS. Raises `ModelSourceError` if the vocabulary is inconsistent."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     vocab, types = read_vocabulary(meta, "SentencePiece BPE", _LEGAL)
@@ -60,9 +61,9 @@ def _merges(meta: Metadata, vocab: Mapping[str, int], types: Mapping[str, TokenT
 
 
 def _added(types: Mapping[str, TokenType], prefixed: bool) -> list[AddedToken]:
-    """Tokens that are taken out of the text first; they stand in the vocabulary already, which fixes their ids.
+    """The added tokens, which are found in the text first. They are in the vocabulary already, which fixes their ids.
 
-    One with spaces must be looked for behind the normaliser, which must then not put a space in front of the token.
+    A token with spaces must be found after the normaliser, which then must not add a space before the token.
     """
     from tokenizers import AddedToken
 

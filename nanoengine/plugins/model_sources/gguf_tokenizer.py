@@ -1,7 +1,7 @@
 """GGUF vocabulary -> tokenizer.json, with the pre-tokenizer that the file names.
 
-Loaders that do not know the name fall back to GPT-2's splitting, which goes unnoticed: every round trip still passes,
-but white space and digits split into tokens that the model never saw. So an unknown name is refused here.
+Some loaders use GPT-2's splitting if they do not know the name. This is not noticed, because decoding still returns the
+text, but white space and digits become tokens that the model has never seen. So an unknown name is rejected here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nanoengine.plugins.model_sources.gguf_vocabulary import TokenType, read_voc
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# The published splitting expressions of Llama 3 and of Qwen 2 differ only in how many digits stay together.
+# The published splitting expressions of Llama 3 and Qwen 2 differ only in the number of digits that stay together.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -31,10 +31,10 @@ class PreTokenizer:
     """How a family splits text before BPE.
 
     Attributes:
-        pattern: splitting expression; None: every digit alone, then GPT-2's expression.
-        nfc: text is put into Unicode's normal form C first.
-        ignore_merges: a piece that is a token as it stands is taken whole.
-        add_bos: BOS goes in front where the file does not say.
+        pattern: splitting expression; None: each digit separately, then GPT-2's expression.
+        nfc: text is converted to Unicode's normal form C first.
+        ignore_merges: a piece that is a token is not split.
+        add_bos: whether BOS is added at the beginning, if the file does not say it.
     """
 
     pattern: str | None
@@ -54,15 +54,15 @@ _LEGAL = (TokenType.NORMAL, TokenType.UNKNOWN, TokenType.CONTROL, TokenType.USER
 
 
 def write_tokenizer(meta: Metadata, folder: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json and, where the file has one, chat_template.jinja.
+    """Writes tokenizer.json, tokenizer_config.json and, if the file has a chat template, chat_template.jinja.
 
-    Raises `ModelSourceError` for a tokenizer that is not supported, by name, or a vocabulary that contradicts itself.
+    Raises `ModelSourceError` that names a tokenizer which is not supported, or if the vocabulary is inconsistent.
     """
     tokenizer = build_tokenizer(meta)
     tokenizer.save(str(folder / "tokenizer.json"))
     tokens = meta.strings("tokenizer.ggml.tokens")
     config: dict[str, Any] = {
-        # This class keeps tokenizer.json as it is; those named after a model replace its pre-tokenizer.
+        # This class does not change tokenizer.json; classes named after a model replace its pre-tokenizer.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": meta.positive_int(f"{meta.require('general.architecture')}.context_length"),
@@ -75,13 +75,13 @@ def write_tokenizer(meta: Metadata, folder: Path) -> None:
 
 
 def build_tokenizer(meta: Metadata) -> Tokenizer:
-    """The `tokenizers.Tokenizer` of the file's vocabulary; raises `ModelSourceError` as `write_tokenizer` does."""
+    """The `tokenizers.Tokenizer` of the file's vocabulary. Raises `ModelSourceError` as `write_tokenizer` does."""
     model = meta.require("tokenizer.ggml.model")
     try:
         return _built(meta, model)
     except (KeyboardInterrupt, GeneratorExit, ModelSourceError):
         raise
-    except BaseException as error:  # the library's panics are no Exceptions
+    except BaseException as error:  # the library's panics are not an `Exception`
         raise meta.error(f"its tokenizer cannot be built: {type(error).__name__}: {error}") from error
 
 
@@ -109,7 +109,7 @@ def _byte_level(meta: Metadata, pre: PreTokenizer) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     if pre.nfc:
         tokenizer.normalizer = normalizers.NFC()
-    # All of them stand in the vocabulary already, which fixes their ids.
+    # All of them are in the vocabulary already, which fixes their ids.
     special = {TokenType.UNKNOWN: True, TokenType.CONTROL: True, TokenType.USER_DEFINED: False}
     tokenizer.add_tokens(
         [
@@ -124,8 +124,8 @@ def _byte_level(meta: Metadata, pre: PreTokenizer) -> Tokenizer:
 def _pre_tokenizer(meta: Metadata) -> PreTokenizer:
     pre = meta.text("tokenizer.ggml.pre", "")
     if pre not in PRE_TOKENIZERS:
-        said = f"pre-tokenizer {pre!r} is not supported" if pre else "it names no pre-tokenizer"
-        raise meta.error(f"{said}; valid: {', '.join(sorted(PRE_TOKENIZERS))}")
+        what = f"pre-tokenizer {pre!r} is not supported" if pre else "it names no pre-tokenizer"
+        raise meta.error(f"{what}; valid: {', '.join(sorted(PRE_TOKENIZERS))}")
     return PRE_TOKENIZERS[pre]
 
 
@@ -135,7 +135,7 @@ def _merges(meta: Metadata, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
         left, _, right = merge.partition(" ")
         for token in (left, right, left + right):
             if token not in vocab:
-                raise meta.error(f"merge {merge!r} needs the token {token!r}, which the vocabulary has not")
+                raise meta.error(f"merge {merge!r} needs the token {token!r}, which is not in the vocabulary")
         merges.append((left, right))
     return merges
 
@@ -152,7 +152,7 @@ def _splitter(pre: PreTokenizer) -> Any:
 
 
 def _add_template(meta: Metadata, tokenizer: Tokenizer, add_bos: bool) -> None:
-    """BOS in front and EOS behind, where the file (or the family, for BOS) wants them."""
+    """Adds BOS at the beginning and EOS at the end of texts, if the file (or the family, for BOS) requires them."""
     from tokenizers.processors import TemplateProcessing
 
     ids, tokens = token_ids(meta), meta.strings("tokenizer.ggml.tokens")
@@ -164,14 +164,14 @@ def _add_template(meta: Metadata, tokenizer: Tokenizer, add_bos: bool) -> None:
         key = f"{kind}_token_id"
         if key not in ids:
             raise meta.error(
-                f"it wants {kind} added to every text, but tokenizer.ggml.{key} is missing, or outside the vocabulary"
+                f"it requires {kind} in every text, but tokenizer.ggml.{key} is missing, or outside the vocabulary"
             )
         token = tokens[ids[key]]
         if tokenizer.token_to_id(token) != ids[key]:
-            raise meta.error(f"it wants {kind} added to every text, but {token!r} is a token of type unused")
+            raise meta.error(f"it requires {kind} in every text, but {token!r} is a token of type unused")
         around[kind] = [
             kind
-        ]  # a name of ours: a token's own text, such as "$A", could be read as a part of the template
+        ]  # our own name, because the text of a token, such as "$A", could be read as a part of the template
         special.append({"id": kind, "ids": [ids[key]], "tokens": [token]})
     if special:
         single, pair = ([*around["bos"], f"${part}", *around["eos"]] for part in "AB")

@@ -26,9 +26,9 @@ class TokenType(IntEnum):
 def read_vocabulary(
     meta: Metadata, kind: str, legal: Collection[TokenType]
 ) -> tuple[dict[str, int], dict[str, TokenType]]:
-    """Token -> id and token -> type. Unused ids, the padding of the embedding, are left out.
+    """Token -> id and token -> type. Unused ids, which are padding of the embedding, are left out.
 
-    Raises `ModelSourceError` for a token that stands twice, or is of a type that a tokenizer of this `kind` has not.
+    Raises `ModelSourceError` for a token that occurs twice, or whose type a tokenizer of this `kind` does not have.
     """
     tokens = meta.strings("tokenizer.ggml.tokens")
     types = meta.integers(_TYPES) if _TYPES in meta.values else _guessed_types(meta, tokens, legal)
@@ -39,20 +39,20 @@ def read_vocabulary(
     for index, (token, number) in enumerate(zip(tokens, types, strict=True)):
         if number == TokenType.UNUSED:
             continue
-        if not token:  # an empty one would be found everywhere
+        if not token:  # an empty token would be found everywhere
             token = f"[EMPTY_{index}]"
         if token in vocab:
-            raise meta.error(f"token {token!r} stands twice in the vocabulary, as {vocab[token]} and {index}")
+            raise meta.error(f"token {token!r} is twice in the vocabulary, as {vocab[token]} and {index}")
         if number not in legal:
-            raise meta.error(f"token {token!r} is of type {number}, which a {kind} has not")
+            raise meta.error(f"token {token!r} is of type {number}, which a {kind} does not have")
         vocab[token], kinds[token] = index, TokenType(number)
     return vocab, kinds
 
 
 def _guessed_types(meta: Metadata, tokens: Sequence[str], legal: Collection[TokenType]) -> list[int]:
-    """For a file without types: bytes by their texts, as llama.cpp finds them, and specials by the keys that name them.
+    """The types of tokens in a file without types: bytes by their texts, as in llama.cpp, special ones by their keys.
 
-    Without its bytes, a SentencePiece tokenizer loses whatever has no token, such as a line's end.
+    Without byte tokens, a SentencePiece tokenizer loses all text that has no token, such as the end of a line.
     """
     types = [TokenType.NORMAL] * len(tokens)
     if TokenType.BYTE in legal:

@@ -1,7 +1,7 @@
-"""A model of the Hugging Face hub by its id: fetched by the huggingface_hub library into its cache, used from there.
+"""A model of the Hugging Face hub, by its id. The huggingface_hub library downloads it into its cache.
 
-The cache is the one that transformers, vLLM and `hf download` fill. The library's variables hold: HF_ENDPOINT,
-HF_TOKEN, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE.
+The cache is that of transformers, vLLM and `hf download`. The library's environment variables have an effect:
+HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ HUB_ID = re.compile(
 
 
 class HubSource(ModelSource):
-    """`owner/name`, `owner/name@revision`, and `owner/name/path/in/it.gguf`, with a revision or without."""
+    """`owner/name`, `owner/name@revision`, and `owner/name/path/in/it.gguf`, with or without a revision."""
 
     def resolve(self, source: str, ctx: SourceContext) -> Path | None:
-        """The snapshot's folder, or the folder that the .gguf file was converted into; None for what is no hub id.
+        """The folder of the snapshot, or of the converted .gguf file; None if `source` is not a hub id.
 
-        Raises `ModelSourceError` telling what the hub said, and the fix.
+        Raises `ModelSourceError` with the hub's error and the fix.
         """
         match = HUB_ID.fullmatch(source)
         if match is None or Path(source).exists():

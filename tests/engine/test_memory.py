@@ -13,13 +13,12 @@ import torch
 
 from nanoengine import LLM, SamplingParams
 from nanoengine.api.errors import ConfigError, DeviceMemoryError
-from nanoengine.core.execution import graphs
 from nanoengine.core.execution.graphs import CaptureSizes
 from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.execution.step_inputs import StepBuffers, StepSize
 from nanoengine.core.step import num_slots
 from nanoengine.kernels import sampling
-from nanoengine.setup.start import memory, starter
+from nanoengine.setup.start import capture, memory, starter
 from nanoengine.setup.start.largest_steps import largest_steps
 from nanoengine.setup.start.memory import GpuShare
 from nanoengine.setup.start.shortage import StepTooLarge
@@ -327,7 +326,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch, captured: Any) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(starter, "capture_sizes", sizes)
-    monkeypatch.setattr(graphs, "captured", captured)
+    monkeypatch.setattr(capture, "captured", captured)
 
 
 def test_graphs_give_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +360,7 @@ def test_a_capture_out_of_memory_is_tried_with_smaller_steps(tmp_path: Path, mon
     tried: dict[int, None] = {}
 
     def captured(run: Any, *_: Any) -> Any:
-        tokens = run.func.__self__._buffers.limits.max_tokens
+        tokens = run.func.__self__.buffers.limits.max_tokens
         tried[tokens] = None
         if tokens > 600:
             raise OutOfMemory("CUDA out of memory")

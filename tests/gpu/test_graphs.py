@@ -33,7 +33,7 @@ class Watch:
     def __init__(self, runner: ModelRunner) -> None:
         self.runner, self.seen, self.wrong = runner, Counter[str](), Counter[str]()
         graphs: Any = runner.graphs
-        assert graphs.logits, graphs.failure
+        assert graphs.logits
         self._replay, self._replay_tail = graphs.replay, graphs.replay_tail
         graphs.replay, graphs.replay_tail = self._step, self._tail
 
@@ -56,7 +56,7 @@ class Watch:
         if graphs.sizes.inputs:
             buffers.send = lambda plan, drawn: None
             try:
-                logits: Tensor = graphs._step(size)
+                logits: Tensor = graphs.run(size)
             finally:
                 del buffers.send
             return logits
@@ -170,7 +170,7 @@ def test_an_older_engine_s_garbage_does_not_break_a_capture(tmp_path: Path) -> N
     gc.enable()
     try:
         with make(tmp_path / "two", "llama", "triton", "bfloat16") as llm:
-            assert runner_of(llm).graphs.logits, runner_of(llm).graphs.failure
+            assert runner_of(llm).graphs.logits, llm.memory_report.eager_reason
     finally:
         gc.set_threshold(*before)
     assert gc.isenabled()

@@ -72,7 +72,7 @@ class ModelRunner:
         self._splitter = Splitter(self.launch_whole, partial(empty_cache, self.device))
         self.checked_model = CheckedModel(parts.model, parts.config, parts.tp, type(parts.backends[0]))
         self.finish = FinishStep(self.checked_model, parts.tables, parts.sampler, parts.tp)
-        self.graphs = StepGraphs(parts.sizes, self.checked_model, parts.buffers, parts.sampler, parts.tp)
+        self.graphs = StepGraphs(parts.sizes, self.checked_model, parts.buffers)
 
     def launch(self, plan: StepPlan) -> Handle:
         """The fused call: forward and sample; in parts, where memory does not hold the step whole."""

@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import TypeVar
 
 from nanoengine.api.errors import DeviceMemoryError, is_out_of_memory
-from nanoengine.core.execution.graphs import CaptureOutOfMemory
 from nanoengine.params.engine_options import EngineOptions
+from nanoengine.setup.start.capture import CaptureOutOfMemory
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)

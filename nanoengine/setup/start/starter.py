@@ -33,6 +33,7 @@ from nanoengine.setup.plugins.choose import load_checked
 from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.start.backend_checks import dry_run, kv_block_bytes
 from nanoengine.setup.start.build_model import BuiltModel, build_model, kv_groups, parameter_bytes, weight_bytes
+from nanoengine.setup.start.capture import capture_graphs
 from nanoengine.setup.start.clock import StartClock
 from nanoengine.setup.start.graph_sizes import capture_sizes, reserve_bytes
 from nanoengine.setup.start.largest_steps import largest_steps
@@ -121,12 +122,12 @@ class _Start:
         self.clock.lap("buffers")
         report = self._make_kv_cache(built, runner)
         self.clock.lap("kv cache")
-        runner.graphs.capture()
+        failure = capture_graphs(runner)
         self.clock.lap("capture")
         if not runner.graphs.logits and self._measured == (0, 0):  # else the model has run
             dry_run(runner.launch_whole, runner.tables)
         given_up = options.enforce_eager and not self.asked.enforce_eager
-        eager = "memory ran out while graphs were captured" if given_up else runner.graphs.failure
+        eager = "memory ran out while graphs were captured" if given_up else failure
         return runner, replace(report, eager_reason=eager, phases=self.clock.report().phases)
 
     def _undo(self) -> None:

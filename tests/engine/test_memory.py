@@ -25,7 +25,7 @@ from nanoengine.setup.start.shortage import StepTooLarge
 from nanoengine.testing.checkpoints import tiny_llama
 from nanoengine.testing.mock_model import MockAttention, MockModel
 
-from .support import greedy, mock_llm, prompts, tokens_of
+from .support import VOCAB, greedy, mock_llm, prompts, tokens_of
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10)
 GIB = 1 << 30
@@ -36,7 +36,7 @@ def the_runner(llm: LLM) -> Any:
     return llm.engine._executor.runner  # type: ignore[attr-defined]
 
 
-def run_largest(llm: LLM, *, draws: bool) -> list[int]:
+def run_largest(llm: LLM, *, draws: bool, max_logprobs: int = 20) -> list[int]:
     """The steps that size a GPU's cache; returns their tokens. They leave nothing behind."""
     its, sizes = the_runner(llm), []
 
@@ -44,7 +44,8 @@ def run_largest(llm: LLM, *, draws: bool) -> list[int]:
         sizes.append(plan.num_tokens)
         return its.launch_whole(plan)
 
-    for run in largest_steps(launch, its.tables, its.sampler, its.buffers.limits, draws=draws):
+    limits = its.buffers.limits
+    for run in largest_steps(launch, its.tables, its.sampler, limits, draws=draws, max_logprobs=max_logprobs):
         run()
     tables = its.tables
     assert int(tables.num_tokens.abs().sum()) == int(tables.num_computed.abs().sum()) == 0
@@ -101,9 +102,12 @@ def test_a_model_of_one_position(tmp_path: Path) -> None:
 # -- what is measured --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("draws", [True, False])
-def test_the_largest_steps_fill_the_limits_and_leave_nothing_behind(tmp_path: Path, draws: bool) -> None:
-    """Log-probs of every row, those of a prompt, and histories; a plugin's processor that would raise is not called."""
+@pytest.mark.parametrize(("draws", "asked_for", "measured"), [(True, 20, 20), (False, 40, 40), (False, -1, VOCAB)])
+def test_the_largest_steps_fill_the_limits_and_leave_nothing_behind(
+    tmp_path: Path, draws: bool, asked_for: int, measured: int
+) -> None:
+    """As many log-probs as a request may ask for: of every row, and of a prompt; and histories. A plugin's processor
+    that would raise is not called."""
     plugin = Path(__file__).parent / "processors_plugin.py"
     with mock_llm(tmp_path, plugins=[plugin], max_num_batched_tokens=700, max_num_seqs=8) as llm:
         seen: list[tuple[int, int]] = []
@@ -117,9 +121,9 @@ def test_the_largest_steps_fill_the_limits_and_leave_nothing_behind(tmp_path: Pa
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sampling, "token_logprobs", logprobs)
-            sizes = run_largest(llm, draws=draws)
+            sizes = run_largest(llm, draws=draws, max_logprobs=asked_for)
         assert sizes == [511, 511, 8]
-        assert seen == [(128, 20), (8, 20)]
+        assert seen == [(128, measured), (8, measured)]
         asked = prompts(6)
         assert tokens_of(llm.generate(asked, GREEDY, use_tqdm=False)) == [greedy(p, 10) for p in asked]
 

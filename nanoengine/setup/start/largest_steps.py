@@ -19,7 +19,6 @@ from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.execution.step_inputs import decode_plan
 from nanoengine.core.step import Int32, StepPlan
 
-LOGPROBS = 20  # requested at each position; the limit of other engines
 _PROCESSOR_COPIES = 2  # copies of the logits, float32 [rows, vocabulary], that a logits processor may make
 
 
@@ -52,6 +51,7 @@ def largest_steps(
     limits: BatchLimits,
     *,
     draws: bool,
+    max_logprobs: int,
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """Two functions to run: the largest prefill, and the largest sampling.
 
@@ -61,13 +61,14 @@ def largest_steps(
 
     Args:
         draws: rows use every standard operation instead of the arg-max.
+        max_logprobs: the most log-probs that a request may ask for at a position; -1: those of the whole vocabulary.
     """
-
-    run = partial(_run, launch, tables)
+    vocab_size, run = tables.limits.vocab_size, partial(_run, launch, tables)
+    num_logprobs = vocab_size if max_logprobs < 0 else min(max_logprobs, vocab_size)
 
     def sampling() -> None:
-        run(with_prompt_logprobs(largest_prefill(limits), _num_logprobs(tables)))
-        with _asking(tables, sampler, draws=draws), _history(tables, sampler, limits.max_rows):
+        run(with_prompt_logprobs(largest_prefill(limits), num_logprobs))
+        with _asking(tables, sampler, num_logprobs, draws=draws), _history(tables, sampler, limits.max_rows):
             run(decode_plan(_slots(limits.max_rows), 0))
 
     return partial(run, largest_prefill(limits)), sampling
@@ -89,17 +90,13 @@ def _slots(count: int) -> Int32:
     return np.arange(count, dtype=np.int32)
 
 
-def _num_logprobs(tables: SlotTables) -> int:
-    return min(LOGPROBS, tables.limits.vocab_size)
-
-
 @contextmanager
-def _asking(tables: SlotTables, sampler: Sampler, *, draws: bool) -> Iterator[None]:
-    """A context in which every slot requests log-probs and, with `draws`, each standard operation."""
+def _asking(tables: SlotTables, sampler: Sampler, num_logprobs: int, *, draws: bool) -> Iterator[None]:
+    """A context in which every slot requests so many log-probs and, with `draws`, each standard operation."""
     processors = {processor for processor, _ in sampler.standard_columns.values()} if draws else set()
 
     def ask(wanted: bool) -> None:
-        tables.host_num_logprobs.fill(_num_logprobs(tables) if wanted else -1)
+        tables.host_num_logprobs.fill(num_logprobs if wanted else -1)
         if draws:
             tables.host_greedy.fill(not wanted)
             tables.greedy.fill_(not wanted)

@@ -222,7 +222,14 @@ class _Start:
         self._allocate(2)
         limits, options = batch_limits(self.plan.options), self.plan.options
         draws = not (self.fused and options.fuse_sampling)  # the kernels need almost no memory, and would be compiled
-        peaks = largest_steps(runner.launch_whole, runner.tables, runner.sampler, limits, draws=draws)
+        peaks = largest_steps(
+            runner.launch_whole,
+            runner.tables,
+            runner.sampler,
+            limits,
+            draws=draws,
+            max_logprobs=options.max_logprobs,
+        )
         prefill, sampling = (peak_bytes(self.device, run) for run in peaks)
         for backend in self.backends:
             release(backend)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,6 +57,11 @@ def tables(device: torch.device, groups: int = 2, *, fused: bool = False) -> Slo
     out.block_tables.copy_(blocks * used)
     out.block_tables[:, SLOTS] = 0
     return out
+
+
+def step_buffers(t: SlotTables) -> StepBuffers:
+    """With backends that need nothing."""
+    return StepBuffers(LIMITS, t, [SimpleNamespace(fill=lambda inputs: None)] * t.limits.num_groups)  # type: ignore[list-item]
 
 
 def state_of(t: SlotTables, counts: Tensor | None = None) -> SlotState:
@@ -341,7 +346,7 @@ def test_scatter_of_a_number_that_the_device_knows(device: torch.device) -> None
 
 def poisoned(t: SlotTables) -> StepBuffers:
     """What is not gathered shows."""
-    made = StepBuffers(LIMITS, t)
+    made = step_buffers(t)
     for name in StepInputBuffers.__slots__:
         getattr(made.out, name).fill_(-77)
     return made
@@ -354,7 +359,7 @@ def test_a_decode_graph_writes_and_gathers_what_an_eager_step_does(fused: bool, 
     plan, _ = pad(decode_plan(i32([3, 0, 5]), 0), size, SLOTS)
     t = tables(device, fused=fused)
     t.write(StepPlan(appends=appends))
-    want = StepBuffers(LIMITS, t).gather(plan)
+    want = step_buffers(t).gather(plan)
     assert not t.buffer.pending
     assert t.block_tables[0, 0, 3] == 501
 
@@ -389,7 +394,7 @@ def test_a_mixed_graph_writes_and_gathers_what_an_eager_step_does(
     for each in (t, again):
         appends = BlockAppends(group=i32([0] * 3), slot=i32([6] * 3), index=i32([0, 1, 2]), block=i32([9, 8, 7]))
         each.write(StepPlan(appends=appends))
-    want = StepBuffers(LIMITS, t).gather(padded)
+    want = step_buffers(t).gather(padded)
     assert want.rows.token_of_row is not None
     assert want.rows.token_of_row.tolist() == [0, 1, -1, 2, -1, -1, -1, -1, -1, -1, -1]  # of the drawn ones
     inputs = poisoned(again)

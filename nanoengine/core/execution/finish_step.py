@@ -17,10 +17,10 @@ from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.processors import Need
 from nanoengine.core.execution.results import Drawn, LaunchedStep, PendingLogprobs
 from nanoengine.core.execution.sampler import DrawColumns, DrawPlan, DrawRows, Sampler, vocab_slice
-from nanoengine.core.execution.slots import Ints, Key, SlotTables, upload
+from nanoengine.core.execution.slots import Key, SlotTables, upload
 from nanoengine.core.execution.split import slots_move
 from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, StepRows, StepSize
-from nanoengine.core.step import Int32, StepPlan
+from nanoengine.core.step import Int32, Int64, StepPlan
 from nanoengine.kernels import all_reduce, sampling
 
 PROMPT_LOGITS_ROWS = 128  # positions whose [rows, vocabulary] logits exist at once for prompt log-probs
@@ -78,7 +78,7 @@ class Forwarded:
     hidden: Tensor | None = None
     logits: Tensor | None = None
     size: StepSize | None = None
-    own: Ints | None = None
+    own: Int64 | None = None
     replayed: int = 0
 
     def own_rows(self, tables: SlotTables) -> Forwarded:
@@ -135,7 +135,7 @@ class FinishStep:
             tables.kernels.record(tables.state, rows.slots, rows.query_start_loc, drawn.token_ids, rows.token_of_row)
             return LaunchedStep(plan, plan.logits_rows[sampled], drawn, prompt, step.replayed)
 
-    def _draw(self, step: Forwarded, which: Ints, how: DrawPlan) -> Drawn:
+    def _draw(self, step: Forwarded, which: Int64, how: DrawPlan) -> Drawn:
         """For these entries of `logits_index`."""
         tables, rows = self.tables, step.plan.logits_rows[which]
         if not len(rows):
@@ -167,14 +167,14 @@ class FinishStep:
         keys = self.tp.highest(self.sampler.best_keys(logits, rows, how, start))
         return Drawn(*all_reduce.answer(keys))
 
-    def _positions(self, step: Forwarded, which: Ints) -> Tensor:
+    def _positions(self, step: Forwarded, which: Int64) -> Tensor:
         """Absolute positions of the tokens behind these entries of `logits_index`, int64."""
         index = step.inputs.rows.logits_index
         if len(which) < len(index):
             index = index.index_select(0, upload(which, self.tables.device))
         return step.inputs.positions.index_select(0, index) + 1
 
-    def _logits(self, step: Forwarded, which: Ints) -> Tensor:
+    def _logits(self, step: Forwarded, which: Int64) -> Tensor:
         """This rank's logits of these entries of `logits_index`: [R, V / tp]."""
         if step.logits is not None:
             return step.logits

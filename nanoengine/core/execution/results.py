@@ -10,12 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanoengine.core.execution.slots import Ints
 from nanoengine.core.step import (
     NO_LOGPROBS,
     ROW_BAD_LOGITS,
     ROW_FINE,
     Int32,
+    Int64,
     LogprobRows,
     StepPlan,
     StepResult,
@@ -88,7 +88,7 @@ class LaunchedStep:
 class TailStep(LaunchedStep):
     """A step that ended in a graph: one copy, and no log-probs."""
 
-    def __init__(self, plan: StepPlan, drawn: Tensor, own: Ints, graphs: int) -> None:
+    def __init__(self, plan: StepPlan, drawn: Tensor, own: Int64, graphs: int) -> None:
         """drawn: int32 [3 R], tokens of two words and failures of the graph's R rows; own: int64 [L], those that are
         the plan's."""
         self._plan, self._own, self._graphs = plan, own, graphs
@@ -106,7 +106,7 @@ class TailStep(LaunchedStep):
 def _result(
     plan: StepPlan,
     rows: Int32,
-    token_ids: Ints,
+    token_ids: Int64,
     row_failed: Int32,
     sampled: LogprobRows,
     prompt: LogprobRows,

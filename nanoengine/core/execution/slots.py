@@ -20,18 +20,17 @@ from torch import Tensor
 from nanoengine.api.errors import ConfigError
 from nanoengine.api.processors import Need, RaggedColumn
 from nanoengine.api.specs import ColumnSpec, StandardOp
-from nanoengine.core.step import NewSlots, ProcessorColumn, StepPlan
+from nanoengine.core.step import Int64, NewSlots, ProcessorColumn, StepPlan
 from nanoengine.kernels import step_inputs
 from nanoengine.kernels.step_inputs import SlotState
 from nanoengine.params.engine_plan import ProcessorPlan
 
-Ints = npt.NDArray[np.int64]
 Key = str | tuple[str, str]  # of a table: its name, or (processor, column)
 Shapes = dict[Key, tuple[tuple[int, ...], torch.dtype]]
 
 MIN_RAGGED_WIDTH = 8
 _LENGTHS = ("num_tokens", "num_computed", "prompt_lens", "min_lens", "seeds", "sample_index")  # int64 [slots]
-_ALIGNMENT = 4  # words; kernels read pointers that are multiples of 16 bytes faster
+ALIGNMENT = 4  # words; kernels read pointers that are multiples of 16 bytes faster
 
 
 def upload(array: npt.NDArray[Any], device: torch.device, into: Tensor | None = None) -> Tensor:
@@ -64,7 +63,7 @@ class TableBuffer:
         size = 0
         for key, (shape, dtype) in shapes.items():
             assert dtype.itemsize in (4, 8), dtype
-            self.first[key] = size = -(-size // _ALIGNMENT) * _ALIGNMENT
+            self.first[key] = size = -(-size // ALIGNMENT) * ALIGNMENT
             size += math.prod(shape) * dtype.itemsize // 4
         if size >= 1 << 31:
             raise ConfigError(
@@ -75,13 +74,13 @@ class TableBuffer:
         self.tables = {key: self._view(key, shape, dtype) for key, (shape, dtype) in shapes.items()}
         self._dtypes = {key: np.dtype(str(dtype).removeprefix("torch.")) for key, (_, dtype) in shapes.items()}
         self._overlap = False
-        self.pending: list[tuple[Ints, npt.NDArray[np.int32]]] = []
+        self.pending: list[tuple[Int64, npt.NDArray[np.int32]]] = []
 
     def _view(self, key: Key, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         count = math.prod(shape) * dtype.itemsize // 4
         return self.words[self.first[key] :][:count].view(dtype).view(shape)
 
-    def write(self, key: Key, index: Ints, values: npt.NDArray[Any]) -> None:
+    def write(self, key: Key, index: Int64, values: npt.NDArray[Any]) -> None:
         """table.flatten()[index] = values, converted to the table's dtype."""
         values = np.ascontiguousarray(values, dtype=self._dtypes[key])
         if values.itemsize == 8:
@@ -119,10 +118,10 @@ class ScalarTable:
         """Of the table of such a column."""
         return torch.float32 if spec.dtype == "float32" else torch.int32
 
-    def reset(self, slots: Ints) -> None:
+    def reset(self, slots: Int64) -> None:
         self._buffer.write(self.key, slots, np.full(len(slots), self._spec.default))
 
-    def write(self, slots: Ints, values: npt.NDArray[Any], offsets: npt.NDArray[np.int32]) -> None:
+    def write(self, slots: Int64, values: npt.NDArray[Any], offsets: npt.NDArray[np.int32]) -> None:
         self._buffer.write(self.key, slots, values)
 
     def gather(self, slots: Tensor) -> Tensor:
@@ -143,12 +142,12 @@ class RaggedTable:
         self.values = torch.full(shape, spec.default, dtype=getattr(torch, spec.dtype), device=device)
         self.counts = torch.zeros(num_slots, dtype=torch.int32, device=device)
 
-    def reset(self, host_slots: Ints) -> None:
+    def reset(self, host_slots: Int64) -> None:
         slots = upload(host_slots, self.values.device)
         self.values.index_fill_(0, slots, self.default)
         self.counts.index_fill_(0, slots, 0)
 
-    def write(self, host_slots: Ints, values: npt.NDArray[Any], offsets: npt.NDArray[np.int32]) -> None:
+    def write(self, host_slots: Int64, values: npt.NDArray[Any], offsets: npt.NDArray[np.int32]) -> None:
         counts, device = np.diff(offsets), self.values.device
         self._widen(int(counts.max(initial=0)))
         slots = upload(host_slots, device)
@@ -175,7 +174,7 @@ class RaggedTable:
 Table = ScalarTable | RaggedTable
 
 
-def ragged_places(offsets: npt.NDArray[np.int32]) -> tuple[Ints, Ints]:
+def ragged_places(offsets: npt.NDArray[np.int32]) -> tuple[Int64, Int64]:
     """For each flat value its row and its column in that row."""
     starts, counts = offsets[:-1].astype(np.int64), np.diff(offsets)
     rows = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
@@ -339,7 +338,7 @@ class SlotTables:
             self._zero_temperature[key][slots] = change.values == 0
             self._set_greedy(slots)
 
-    def _set_greedy(self, slots: Ints) -> None:
+    def _set_greedy(self, slots: Int64) -> None:
         """A row takes the arg-max from the step on that brings temperature 0, until one brings another."""
         greedy = np.logical_or.reduce([each[slots] for each in self._zero_temperature.values()])
         turned = greedy != self.host_greedy[slots]

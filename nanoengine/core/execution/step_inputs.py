@@ -15,13 +15,12 @@ from torch import Tensor
 
 from nanoengine.api.attention import AttentionBackend, BatchLimits, StepInputs
 from nanoengine.api.plugin_calls import name_of, plugin_step
-from nanoengine.core.execution.slots import Ints, SlotTables, upload
-from nanoengine.core.step import Int32, StepPlan, offsets_of
+from nanoengine.core.execution.slots import ALIGNMENT, SlotTables, upload
+from nanoengine.core.step import Int32, Int64, StepPlan, offsets_of
 from nanoengine.kernels.step_inputs import StepInputBuffers
 
 PREFILL_ROWS = 8  # a graph with prefill tokens has so many prefill rows
 MAX_WRITES = 4096  # words that a step writes to the slot tables; more are sent before it
-_ALIGNMENT = 4  # words; kernels read pointers that are multiples of 16 bytes faster
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -55,7 +54,7 @@ class StepSize:
         return self.tokens == self.decode_rows
 
 
-def pad(plan: StepPlan, size: StepSize, dummy_slot: int) -> tuple[StepPlan, Ints]:
+def pad(plan: StepPlan, size: StepSize, dummy_slot: int) -> tuple[StepPlan, Int64]:
     """`plan`, all of whose logits positions are sampled, in the form that a graph of `size` was captured for: decode
     rows of the dummy slot behind its decode rows, prefill rows without a token behind its prefill rows, and logits of
     each row's last token. With it int64 [L]: which of these logits are the plan's own."""
@@ -158,11 +157,12 @@ class StepBuffers:
         out: what is gathered.
     """
 
-    def __init__(self, limits: BatchLimits, tables: SlotTables, backends: Sequence[AttentionBackend] = ()) -> None:
+    def __init__(self, limits: BatchLimits, tables: SlotTables, backends: Sequence[AttentionBackend]) -> None:
+        """backends: one a KV group."""
         rows, tokens = limits.max_rows + PREFILL_ROWS, limits.max_tokens  # a mixed graph pads with further rows
         groups, device = tables.limits.num_groups, tables.device
         self.limits, self.max_rows, self.tables, self._backends = limits, rows, tables, backends
-        self._backend_class = type(backends[0]) if backends else AttentionBackend
+        self._backend_class = type(backends[0])
         self._fill_name = f"{name_of(self._backend_class)}.fill"
         words = _layout(rows, max(rows, tokens), plain=False).writes + 2 * MAX_WRITES
         self.sent = torch.zeros(words, dtype=torch.int32, device=device)
@@ -191,7 +191,7 @@ class StepBuffers:
         self.tables.kernels.scatter_counted(self.tables.buffer.words, self.sent, layout.writes, MAX_WRITES)
         return self._gather(plan, self._rows(layout), size.tokens, size.longest, padded=not size.plain)
 
-    def send(self, plan: StepPlan, drawn: Ints) -> tuple[_Layout, int]:
+    def send(self, plan: StepPlan, drawn: Int64) -> tuple[_Layout, int]:
         """Upload the plan's rows and the pending writes, without waiting; how many writes there are.
 
         `drawn`: int64 [S], for each sampled position which of the drawn tokens is its own.
@@ -263,15 +263,15 @@ class StepBuffers:
             for block_tables, slot_mapping in zip(out.block_tables, out.slot_mapping, strict=True)
         )
         with plugin_step(self._fill_name, self._backend_class):
-            for backend, group in zip(self._backends, groups, strict=False):
+            for backend, group in zip(self._backends, groups, strict=True):
                 backend.fill(group)
         return GatheredStep(rows, out.input_ids[:tokens], out.positions[:tokens], groups)
 
 
 def _layout(rows: int, logits: int, *, plain: bool) -> _Layout:
     """For so many rows, and positions that want logits. plain: one token a row, and logits of each."""
-    parts, at = [], _ALIGNMENT
+    parts, at = [], ALIGNMENT
     for count in (rows,) if plain else (rows, rows + 1, rows, logits):
         parts.append(slice(at, at + count))
-        at = -(-(at + count) // _ALIGNMENT) * _ALIGNMENT
+        at = -(-(at + count) // ALIGNMENT) * ALIGNMENT
     return _Layout(tuple(parts), at)

@@ -1,7 +1,7 @@
-"""The command line, one file a command. Torch is imported only by what runs a model, and is given its threads before.
+"""The command line, one file per command. Only commands that run a model import torch, after its threads are chosen.
 
-Exit status: 0; 1 if any request failed or results could not be written; 2 for a mistake of usage or configuration;
-130 when interrupted, 143 when terminated.
+Exit status: 0 for success; 1 if a request failed or results could not be written; 2 for a mistake in usage or
+configuration; 130 after Ctrl-C; 143 after SIGTERM.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from types import FrameType
 
 def main() -> None:
     """Entry point of `nanoengine`."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell started it deaf to Ctrl-C
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if the shell disabled Ctrl-C for it
         signal.signal(signal.SIGINT, _interrupt_once)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _interrupt_once)
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # each takes the lowest number that is free
-        if getattr(sys, name) is None:  # closed by the caller: what is said goes nowhere, results are written
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # each gets the lowest free descriptor
+        if getattr(sys, name) is None:  # closed by the caller: messages are lost, results are written
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives
     try:
         from nanoengine.cli.threads import Chooser
@@ -29,7 +29,7 @@ def main() -> None:
 
         chooser.settle(os.environ)
         app(prog_name="nanoengine")
-    except KeyboardInterrupt as interrupt:  # before a command had begun
+    except KeyboardInterrupt as interrupt:  # before a command has started
         from nanoengine.cli.common import ending
 
         sys.exit(ending(interrupt)[1])
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def _interrupt_once(number: int, frame: FrameType | None) -> None:
-    """The first Ctrl-C or SIGTERM ends the command; further ones must not break into its closing, which is short."""
+    """The first Ctrl-C or SIGTERM ends the command. Further ones are ignored, because the command is ending already."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if number == signal.SIGTERM:
         from nanoengine.cli.common import Terminated

@@ -1,4 +1,4 @@
-"""`nanoengine`: the commands that are registered, and what is common to all."""
+"""The app `nanoengine`: the registered commands, and the options that all have."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nanoengine.cli.commands import Commands
 
 app = typer.Typer(
     cls=Commands,
-    help="A small LLM inference engine whose every replaceable part is a plugin.",
+    help="A small LLM inference engine. Every part that you may want to replace is a plugin.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -38,4 +38,4 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Runs before every command."""
+    """The options before a command."""

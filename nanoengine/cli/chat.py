@@ -1,6 +1,6 @@
 """`nanoengine chat`: a conversation in the terminal, or with a script on standard input.
 
-Answers go to standard output; whatever else is said goes to standard error.
+Answers go to standard output, everything else goes to standard error.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ if TYPE_CHECKING:
     from nanoengine.params.sampling_params import SamplingParams
 
 COMMANDS = {
-    "/system": "TEXT sets the system prompt; alone it shows it, and with '' it removes it",
-    "/reset": "forgets the conversation; the system prompt stays",
-    "/stats": "shows what the conversation and the engine have done",
+    "/system": "TEXT sets the system prompt; without a text it shows it, and with '' it removes it",
+    "/reset": "clears the conversation; the system prompt stays",
+    "/stats": "shows statistics of the conversation and the engine",
     "/help": "shows this",
     "/exit": "leaves, as Ctrl-D does",
 }
 _HELP_TAIL = """\
-A line that ends with \\ goes on in the next one. A message that begins with / is written with //.
-Ctrl-C stops an answer; what was said of it stays in the conversation."""
+A line that ends with \\ continues in the next one. To begin a message with /, write //.
+Ctrl-C stops an answer; the part already shown stays in the conversation."""
 
 
 def chat(
@@ -57,7 +57,7 @@ def chat(
     plugin: PluginOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Talk with a model. The configuration is that of `nanoengine run`; its prompts and output are left alone."""
+    """Talk with a model. The configuration is that of `nanoengine run`; its prompts and output are ignored."""
     with user_errors(debug):
         clock = StartClock.of_process()
         registry = discover(plugin or ())
@@ -78,11 +78,11 @@ def chat(
 
 
 def _talk(llm: LLM, config: RunConfig) -> int:
-    """The number of messages that could not be answered."""
+    """Runs the conversation. Returns the number of messages that could not be answered."""
     from nanoengine.cli.conversation import Conversation
 
     if not llm.has_chat_template:
-        llm.get_tokenizer()  # a model without a tokenizer is another mistake
+        llm.get_tokenizer()  # raises another error if the model has no tokenizer
         raise ModelError(
             f"{config.model.source} has no chat template, so it cannot chat; take an instruct model, or complete texts "
             "with nanoengine run"
@@ -90,7 +90,7 @@ def _talk(llm: LLM, config: RunConfig) -> int:
     talk = Conversation(llm, chat_params(llm.default_params, config))
     if not sys.stdin.isatty():
         return _Session(talk, _NoInterrupts()).run()
-    with suppress(ImportError):  # where there is one, it gives input() editing and history
+    with suppress(ImportError):  # if it can be imported, input() has editing and history
         import readline  # noqa: F401
     _note(f"{config.model.source}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     with _Interrupts.taken() as interrupts:
@@ -98,18 +98,18 @@ def _talk(llm: LLM, config: RunConfig) -> int:
 
 
 def chat_params(params: SamplingParams, config: RunConfig) -> SamplingParams:
-    """As configured; but where `max_tokens` is not, an answer may be as long as the model goes."""
+    """The configured parameters. Without `max_tokens`, only max_model_len limits an answer."""
     if params.core.n != 1:
         where = config.provenance.get("sampler.n", "sampler")
         raise ConfigError(
-            f"{where}: sampler.n is {params.core.n}, but a conversation goes on from one answer; give n=1"
+            f"{where}: sampler.n is {params.core.n}, but a conversation continues from one answer; give n=1"
         )
     given = config.sampler is not None and "max_tokens" in config.sampler
     return params if given else params.replace(max_tokens=None)
 
 
 class _NoInterrupts:
-    """In a script, Ctrl-C ends the program."""
+    """The handling of Ctrl-C with a script: it ends the program."""
 
     stopped = False
 
@@ -119,13 +119,16 @@ class _NoInterrupts:
 
 
 class _Interrupts(_NoInterrupts):
-    """Ctrl-C: while a line is read it raises; else it sets `stopped`, so that no step of the engine is broken off."""
+    """The handling of Ctrl-C at a terminal.
+
+    While a line is read, it raises. Otherwise it sets `stopped`, so that no step of the engine is interrupted.
+    """
 
     _reading = False
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         if self._reading:
-            self._reading = False  # an impatient second one must not break into what follows
+            self._reading = False  # a second Ctrl-C must not interrupt what follows
             raise KeyboardInterrupt
         self.stopped = True
 
@@ -150,7 +153,7 @@ class _Interrupts(_NoInterrupts):
 
 @dataclass
 class _Session:
-    """Reads lines, answers them or does what they command."""
+    """Reads lines, and answers them or runs the commands in them."""
 
     talk: Conversation
     interrupts: _NoInterrupts
@@ -195,14 +198,14 @@ class _Session:
             self._system(rest)
         elif name == "/reset":
             self.talk.reset()
-            _note("the conversation begins anew" + (", with the system prompt" if self.talk.system else ""))
+            _note("a new conversation begins" + (", with the system prompt" if self.talk.system else ""))
         elif name == "/stats":
             _note(_stats(self.talk))
         elif name == "/help":
             _note("\n".join([*(f"{name:<9}{what}" for name, what in COMMANDS.items()), _HELP_TAIL]))
         else:
             self.failed += not sys.stdin.isatty()
-            _note(f"no command {name}; {nearest(name, COMMANDS)}. A message that begins with / is written with //")
+            _note(f"no command {name}; {nearest(name, COMMANDS)}. To begin a message with /, write //")
 
     def _system(self, text: str) -> None:
         if text:
@@ -211,14 +214,14 @@ class _Session:
 
 
 def _read() -> str | None:
-    """A message; None at the end of the input."""
+    """Reads a message. None at the end of the input."""
     lines: list[str] = []
     while True:
         try:
             line = _input("> " if not lines else ". ")
         except EOFError:
             if sys.stdin.isatty():
-                _note("")  # the shell's prompt begins a line
+                _note("")  # so that the shell's prompt is on a new line
             return "\n".join(lines) if lines else None
         if not line.endswith("\\"):
             return "\n".join([*lines, line])
@@ -230,7 +233,7 @@ def _input(prompt: str) -> str:
         return input()
     if sys.stdout.isatty():
         return input(prompt)
-    with suppress(OSError, ValueError):  # standard output holds answers alone; without the prompt it goes on as well
+    with suppress(OSError, ValueError):  # standard output is for answers; the prompt is not essential
         print(prompt, end="", file=sys.stderr, flush=True)
     return input()
 
@@ -240,7 +243,7 @@ def _show(text: str) -> None:
 
 
 def _note(text: str) -> None:
-    """Next to the answers, and dim where the terminal can and its user wants it (https://no-color.org)."""
+    """Writes a line to standard error. It is dim if the terminal supports it and the user allows it (no-color.org)."""
     say(text, style=_dim if can_overwrite(sys.stderr) and not os.environ.get("NO_COLOR") else None)
 
 
@@ -259,11 +262,11 @@ def _closing(answer: Answer, params: SamplingParams, seconds: float) -> str:
         f"{output.num_cached_tokens} of {len(output.prompt_token_ids)} prompt tokens from the prefix cache",
     ]
     if answer.stopped:
-        parts.insert(0, "stopped" if answer.text else "stopped before the first word, the message is taken back")
+        parts.insert(0, "stopped" if answer.text else "stopped before the first word, the message is removed")
     elif sample.finish_reason == "length":
         cut = params.core.max_tokens is not None and count >= params.core.max_tokens
         parts.insert(
-            0, f"cut at sampler.max_tokens={count}" if cut else "cut at the model's length; /reset begins anew"
+            0, f"cut at sampler.max_tokens={count}" if cut else "cut at max_model_len; /reset begins a new conversation"
         )
     return f"[{', '.join(parts)}]"
 
@@ -272,10 +275,10 @@ def _stats(talk: Conversation) -> str:
     stats = talk.llm.stats()
     return "\n".join(
         [
-            f"conversation: {len(talk.messages)} messages; in all {talk.answers} answers, {talk.generated} tokens, "
+            f"conversation: {len(talk.messages)} messages; in total {talk.answers} answers, {talk.generated} tokens, "
             f"{talk.cached_tokens} of {talk.prompt_tokens} prompt tokens from the prefix cache "
             f"({100 * talk.cached_tokens / (talk.prompt_tokens or 1):.1f}%)",
             f"engine: {stats.steps} steps, {stats.preemptions} preemptions, {stats.running} running, {stats.waiting} "
-            f"waiting, {stats.num_blocks - stats.free_blocks} of {stats.num_blocks} KV blocks held",
+            f"waiting, {stats.num_blocks - stats.free_blocks} of {stats.num_blocks} KV blocks used",
         ]
     )

@@ -1,4 +1,4 @@
-"""The commands that plugins registered, nanoengine's own among them: listed as they are, imported when called."""
+"""The commands that plugins register, including nanoengine's own. They are imported only when they are called."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from nanoengine.setup.plugins.discover import discover
 from nanoengine.setup.plugins.registry import Registry
 from nanoengine.setup.plugins.targets import TargetLoader
 
-_REGISTRY = "nanoengine.registry"  # of the command line that is read now
+_REGISTRY = "nanoengine.registry"  # key of the registry in the context of the current command line
 _COMPLETION = ("install_completion", "show_completion")
 
 
 def call(name: str, words: Sequence[str]) -> None:
-    """Calls a command as if these words had been typed behind its name. Raises `typer.Exit`, and what it raises."""
+    """Calls a command as if `words` were typed after its name. Raises `typer.Exit`, and what the command raises."""
     with Listed(discover(), name).make_context(f"nanoengine {name}", list(words)) as context:
         context.command.invoke(context)
 
 
 class Commands(TyperGroup):
-    """All that is behind `nanoengine`. What a plugin's command raises as a user's mistake is shown as one."""
+    """The group of all commands of `nanoengine`. Errors that a plugin's command raises are shown as for our own."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(dict.fromkeys(name.split()[0] for name in _registry(ctx).commands))
@@ -46,7 +46,7 @@ class Commands(TyperGroup):
 
 
 def _registry(context: Any) -> Registry:
-    """What is registered, the files of `nanoengine --plugin` included. Raises `PluginError` for a file that fails."""
+    """The registry, including the files of `nanoengine --plugin`. Raises `PluginError` for a file that fails."""
     root = context.find_root()
     if _REGISTRY not in root.meta:
         root.meta[_REGISTRY] = discover([Path(each) for each in root.params.get("plugin") or ()])
@@ -55,16 +55,16 @@ def _registry(context: Any) -> Registry:
 
 
 class Listed(TyperCommand):
-    """A name and a line of help. Called, it is the command of its target.
+    """A registered command: its name and line of help. A call imports the target and runs it.
 
-    Where the name is not available, the call raises `PluginError` with the cause, and a group does not list it.
+    If the name is not available, a call raises `PluginError` with the cause, and a group does not list it.
     """
 
     def __init__(self, registry: Registry, name: str) -> None:
         self._registry = registry
         self._inner = _inner(registry, name)
         found = registry.commands.get(name)
-        # A group that no plugin has is made of what is in it, but not where plugins contend for the group.
+        # A group that no plugin registers consists of its commands, but not if several plugins register the group.
         self._made = found is None and bool(self._inner) and name not in _not_available(registry)
         listed = found is not None or (self._made and any(n.startswith(f"{name} ") for n in registry.commands))
         self.owners = _owners(registry, name)
@@ -74,11 +74,11 @@ class Listed(TyperCommand):
         command = self._load()
         if parent is None or isinstance(parent, command.context_class):
             return command.make_context(info_name, args, parent, **extra)
-        command.main(args, prog_name=f"{parent.command_path} {info_name}")  # typer may bring a click of its own
-        raise AssertionError("click ends the process")
+        command.main(args, prog_name=f"{parent.command_path} {info_name}")  # typer may have its own version of click
+        raise AssertionError("click did not end the process")
 
     def _load(self) -> Any:
-        """The target as typer's or click's command, with what others registered for its group."""
+        """The target as a command of typer or click, with the commands that other plugins registered for its group."""
         name, registry = str(self.name), self._registry
         inner = {word: Listed(registry, f"{name} {word}") for word in self._inner}
         if self._made:
@@ -88,8 +88,8 @@ class Listed(TyperCommand):
         own = getattr(command, "commands", None)
         for word in [word for word in inner if own is None or word in own]:
             refused, here = inner.pop(word), registry.commands[name].origin
-            why = "which is no group" if own is None else "which has a command of that name"
-            say(f"command {refused.name!r} of {refused.owners} is refused: {name!r} is of {here}, {why}")
+            why = "which is not a group" if own is None else "which has a command of that name"
+            say(f"command {refused.name!r} of {refused.owners} is skipped: {name!r} is of {here}, {why}")
         if inner and own is not None:
             command = copy.copy(command)
             command.commands = {**own, **inner}
@@ -97,7 +97,7 @@ class Listed(TyperCommand):
 
 
 def _owners(registry: Registry, name: str) -> str:
-    """Who registered the command of that name, or commands of that group; also where that was refused."""
+    """The plugins that registered the command, or commands of the group, also those that were rejected."""
     claims = [
         *registry.commands.items(),
         *((c.name, each) for c in registry.conflicts if c.kind == "commands" for each in c.claims),
@@ -106,7 +106,7 @@ def _owners(registry: Registry, name: str) -> str:
 
 
 def _inner(registry: Registry, name: str) -> list[str]:
-    """The words that plugins registered for the group `name`; those too that are not available, to say why."""
+    """The names that plugins registered for the group `name`, also unavailable ones, whose call says why."""
     prefix = f"{name} "
     names = [each for each in (*registry.commands, *_not_available(registry)) if each.startswith(prefix)]
     return list(dict.fromkeys(each.removeprefix(prefix).split()[0] for each in names))
@@ -121,7 +121,7 @@ def _not_available(registry: Registry) -> list[str]:
 def load_command(registry: Registry, name: str) -> Any:
     """The click command of a registered name.
 
-    Raises `PluginError` where the name is not available, and for a target that cannot be loaded or is no command.
+    Raises `PluginError` if the name is not available, or if the target cannot be loaded or is not a command.
     """
     found = registry.require("commands", name)
     loader = TargetLoader(registry.plugin_files)
@@ -130,13 +130,13 @@ def load_command(registry: Registry, name: str) -> Any:
         return target
     described = f"command {name!r} of {found.origin}: {loader.describe(found.spec.target)}"
     if not isinstance(target, typer.Typer) and (isinstance(target, type) or not callable(target)):
-        raise PluginError(f"{described} is {shown(target)}, which is no function, typer app or click command")
-    with plugin_call(f"{described} cannot be made a command by typer", found.spec.target.partition(":")[0]):
+        raise PluginError(f"{described} is {shown(target)}, not a function, typer app or click command")
+    with plugin_call(f"{described} cannot be made a typer command", found.spec.target.partition(":")[0]):
         return _of_typer(target)
 
 
 def _of_typer(target: Any) -> Any:
-    """The click command of a typer app or of a function, without options that the rest of nanoengine lacks."""
+    """The click command of a typer app or of a function, without typer's options for shell completion."""
     app = target
     if not isinstance(target, typer.Typer):
         app = typer.Typer(rich_markup_mode=None)

@@ -1,4 +1,4 @@
-"""What the commands share: options, and how a user's mistake is shown."""
+"""What the commands share: options, and how errors are shown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import typer
 
 from nanoengine.api.errors import NanoEngineError
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model's answer must not drive the terminal
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model's answer must not control the terminal
 FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 ConfigArgument = Annotated[
@@ -33,7 +33,7 @@ OverridesArgument = Annotated[
 
 
 def _with_those_before(context: typer.Context, files: list[Path] | None) -> list[Path]:
-    """`nanoengine --plugin A COMMAND --plugin B` means both."""
+    """The files of `nanoengine --plugin A COMMAND --plugin B`: both."""
     return [Path(each) for each in (*(context.find_root().params.get("plugin") or ()), *(files or ()))]
 
 
@@ -50,18 +50,19 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: someone ends the process. It ends as with Ctrl-C, in words, with what had finished."""
+    """SIGTERM. The command ends as after Ctrl-C: with a message, and keeps what has finished."""
 
 
 class ResultsLost(NanoEngineError):
-    """Results could not be written while prompts ran: the disk is full, or the like."""
+    """Results could not be written while prompts ran, e.g. because the disk is full."""
 
 
 @contextmanager
 def user_errors(debug: bool) -> Iterator[None]:
-    """A user's mistake becomes one message and exit status 2, lost results 1, Ctrl-C 130, SIGTERM 143.
+    """A context that turns errors into one message and an exit status.
 
-    All else is a bug.
+    2 for a `NanoEngineError`, 1 for lost results, 130 for Ctrl-C, 143 for SIGTERM. Other exceptions are bugs and are
+    raised on.
     """
     try:
         yield
@@ -78,7 +79,7 @@ def user_errors(debug: bool) -> Iterator[None]:
 
 @contextmanager
 def shown_beside_bars(debug: bool) -> Iterator[None]:
-    """What the engine logs goes on lines of its own, above a progress bar; all of it with `debug`."""
+    """A context in which log messages of the engine are on separate lines above a progress bar; all with `debug`."""
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     logger = logging.getLogger("nanoengine")
@@ -93,29 +94,32 @@ def shown_beside_bars(debug: bool) -> Iterator[None]:
 
 
 def ending(interrupt: KeyboardInterrupt) -> tuple[str, int]:
-    """In a word, and as exit status."""
+    """A word for the interrupt, and the exit status."""
     return ("terminated", TERMINATED) if isinstance(interrupt, Terminated) else ("interrupted", INTERRUPTED)
 
 
 def say(text: str, file: TextIO | None = None, *, style: Callable[[str], str] | None = None) -> None:
-    """A line to the user, next to the answers (standard error) or as one; what cannot be shown is escaped.
+    """Writes a line to standard error, or to `file`. Characters that cannot be shown are escaped.
 
-    Where standard error cannot be written, what is said is lost and nothing else. Raises `OSError` for another `file`.
-    `style`: put around it, once it is escaped.
+    If standard error cannot be written, only the line is lost. Raises `OSError` for another `file`. `style`: applied to
+    the escaped text.
     """
     out = sys.stderr if file is None else file
     try:
         shown = printable(text, out)
         print(shown if style is None else style(shown), file=out, flush=True)
-    except (OSError, ValueError):  # its reader has gone, the disk is full; it was closed
+    except (OSError, ValueError):  # there is no reader, the disk is full, or it is closed
         abandon(out)
         if file is not None:
             raise
 
 
 def answer(text: str, end: str = "\n") -> None:
-    """What was asked for, to standard output. Raises `ResultsLost`, and `BrokenPipeError` where its reader has gone:
-    then the command ends without a word, as is usual."""
+    """Writes the result of a command to standard output.
+
+    Raises `ResultsLost`, and `BrokenPipeError` if there is no reader any more; then the command ends without a message,
+    as usual.
+    """
     try:
         print(printable(text, sys.stdout), end=end, flush=True)
     except (OSError, ValueError) as error:
@@ -127,13 +131,13 @@ def answer(text: str, end: str = "\n") -> None:
 
 
 def abandon(out: TextIO) -> None:
-    """Nothing goes there any more: neither what is buffered, at whose flush the interpreter would fail as it ends."""
+    """Discards everything that is written to `out`, also its buffer, which the interpreter would fail to flush."""
     with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), out.fileno())
 
 
 def printable(text: str, out: TextIO) -> str:
-    """What `out` can show: characters beyond its encoding are escaped, and control characters on a terminal."""
+    """The text with characters escaped that `out` cannot encode, and on a terminal also control characters."""
     encoding = out.encoding or "utf-8"
     text = text.encode(encoding, "backslashreplace").decode(encoding)
     return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text) if out.isatty() else text

@@ -1,4 +1,4 @@
-"""`nanoengine config`: list; and show: what is composed, as YAML that can be run, with the origin of each value."""
+"""`nanoengine config`: `show` prints the composed configuration as YAML, with the origin of each value; `list`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def show(
 
 
 def render(config: RunConfig) -> str:
-    """YAML that composes to `config` again, each line with its origin as a comment."""
+    """YAML that composes to the same configuration. Each line has its origin as a comment."""
     lines: list[str] = []
     for key, value in plain(config).items():
         if key in ("model", "attention", "engine", "sampler") and isinstance(value, Mapping) and value:
@@ -52,14 +52,14 @@ def render(config: RunConfig) -> str:
 
 
 def _origins(config: RunConfig, key: str) -> str:
-    """Who gave the value, then the overrides that changed a part of it."""
+    """The origin of the value, and the overrides that changed a part of it."""
     inside = [by for path, by in config.provenance.items() if path.startswith((f"{key}[", f"{key}."))]
     changed = [by for by in inside if by.startswith("override ")]
     return ", ".join(dict.fromkeys([config.provenance.get(key, "default"), *changed]))
 
 
 def plain(config: RunConfig) -> dict[str, Any]:
-    """Plain containers, as YAML has it; without the origins."""
+    """The configuration as plain containers, as in YAML, without the origins."""
     prompts: Any = config.prompts
     if isinstance(prompts, PromptFile):
         prompts = asdict(prompts)
@@ -87,7 +87,7 @@ def _one_line(text: str) -> str:
 
 
 def _escaped(value: Any) -> Any:
-    """Texts that hold `${` are written so that they stay texts when read again."""
+    """Escapes `${` in texts, so that they have the same value when the YAML is read."""
     if isinstance(value, str):
         return re.sub(r"(?<!\\)(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
     if isinstance(value, Mapping):
@@ -96,7 +96,7 @@ def _escaped(value: Any) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Texts of several lines in one line, in double quotes: a comment can follow."""
+    """Writes texts with several lines in one line, in double quotes, so that a comment can follow."""
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:

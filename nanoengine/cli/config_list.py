@@ -1,4 +1,4 @@
-"""`nanoengine config list`: every config group, its options, and who provides each."""
+"""`nanoengine config list`: every config group, its options, and the package of each."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from nanoengine.setup.plugins.registry import Registry
 
 RECIPES = "recipes"
 _OWN = "your own folder"
-_WIDTH = 72  # of what a file says
+_WIDTH = 72  # most characters of a description
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """What may be chosen.
+    """An option that can be chosen.
 
     Attributes:
         group: "model", "sampler" ..., or "recipes" for what `nanoengine run NAME` runs.
-        name: what to write behind `group=`. provider: whose it is.
-        file: of a group; None where a plugin's part is chosen by its own name.
-        says: the file's first comment, or what it sets. clash: another provider has the same, and neither is taken.
+        name: what to write after `group=`. provider: the package that has it.
+        file: the option's file; None if a plugin's part is chosen by its name.
+        says: the first comment of the file, or what it sets. clash: another provider has the same; neither can be used.
     """
 
     group: str
@@ -48,13 +48,15 @@ def list_options(
     ] = None,
     beside: Annotated[
         Path | None,
-        typer.Option(metavar="CONFIG", help="Also the groups beside this file, which go first.", show_default=False),
+        typer.Option(
+            metavar="CONFIG", help="Also the groups next to this file; they have priority.", show_default=False
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     plugin: PluginOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """List the config groups with their options, who provides each, and the recipes."""
+    """List the config groups with their options, the package of each, and the recipes."""
     with user_errors(debug):
         registry = discover(plugin or ())
         if beside is not None and not beside.is_file():
@@ -71,11 +73,11 @@ def list_options(
 
 
 def options_of(registry: Registry, own: Path | None = None) -> tuple[list[Option], list[str]]:
-    """Every option, and the clashes: files of `own` first, then of each provider, then parts by name."""
+    """All options, and messages about clashes. Order: files of `own`, files of each package, parts by name."""
     roots = {own: Root(own, str(own), _OWN)} if own else {}
     for root, origin in registry.config_roots:
         for each in package_root(root, str(origin)):
-            roots.setdefault(each.folder, each)  # one folder that is registered twice is there once
+            roots.setdefault(each.folder, each)  # a folder that is registered twice is listed once
     clashes, found = list[str](), dict[tuple[str, str], list[Option]]()
     for folder in roots.values():
         for option in _files(folder, recipes=folder.folder != own):
@@ -85,7 +87,7 @@ def options_of(registry: Registry, own: Path | None = None) -> tuple[list[Option
     options = list[Option]()
     for (group, name), claims in found.items():
         if claims[0].provider == _OWN:
-            claims = claims[:1]  # it shadows the others
+            claims = claims[:1]  # it is used instead of the others
         if len(claims) > 1:
             claims = [replace(claim, clash=True) for claim in claims]
             who = " and ".join(claim.provider for claim in claims)
@@ -95,14 +97,14 @@ def options_of(registry: Registry, own: Path | None = None) -> tuple[list[Option
 
 
 def _files(root: Root, *, recipes: bool) -> Iterator[Option]:
-    """The options of a folder's groups; with `recipes` also its own files, which in a user's folder may be anything."""
+    """The options in a folder's groups; with `recipes` also the files in the folder itself."""
     for file in sorted([*root.folder.glob("*/*.yaml"), *(root.folder.glob("*.yaml") if recipes else ())]):
         group = RECIPES if file.parent == root.folder else file.parent.name
         yield Option(group, file.stem, root.provider, str(file), _says(file))
 
 
 def _says(file: Path) -> str:
-    """Its first comment, without a full stop; else what it sets."""
+    """The description of a file: its first comment, else what it sets."""
     try:
         text, data = file.read_text("utf-8"), read_yaml(file, file.name).data
     except (NanoEngineError, OSError, UnicodeDecodeError) as error:
@@ -117,7 +119,7 @@ def _short(value: Any) -> str:
 
 
 def _parts(registry: Registry) -> Iterator[Option]:
-    """What `model=` and `attention=` take by name, without a file."""
+    """The options of `model=` and `attention=` that are chosen by name, without a file."""
     for source in registry.model_sources.values():
         for name in source.spec.models:
             yield Option("model", name, str(source.origin), says=f"found by the model source {source.spec.name}")
@@ -126,7 +128,7 @@ def _parts(registry: Registry) -> Iterator[Option]:
 
 
 def as_text(options: Sequence[Option], groups: Sequence[str], problems: Sequence[str]) -> str:
-    """A table a group."""
+    """A table for each group."""
     lines = list[str]()
     for group in groups:
         rows = [option for option in options if option.group == group]

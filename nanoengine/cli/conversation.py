@@ -1,4 +1,4 @@
-"""A conversation with a model: its messages, and one answer after the other, streamed."""
+"""A conversation with a model: its messages, and streamed answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """`text`: all that was shown. `stopped`: by the user. `output`: the last one that came."""
+    """An answer. `text`: what was shown. `stopped`: the user stopped it. `output`: the last output of the engine."""
 
     text: str
     stopped: bool
@@ -24,7 +24,7 @@ class Answer:
 
 @dataclass
 class Conversation:
-    """`messages`: in turn the user's and the model's, without the system prompt."""
+    """A conversation. `messages`: those of the user and the model in turn, without the system prompt."""
 
     llm: LLM
     params: SamplingParams
@@ -36,11 +36,11 @@ class Conversation:
     generated: int = 0
 
     def ask(self, text: str, show: Callable[[str], None], stopped: Callable[[], bool]) -> Answer:
-        """Streams the answer to `show`, piece by piece, until it ends or `stopped` says so.
+        """Streams the answer to `show`, piece by piece, until it ends or `stopped` returns true.
 
-        What was shown of a stopped answer stays in the conversation; a message that got no answer at all does not.
+        The part of a stopped answer that was shown stays in the conversation. A message without any answer is removed.
 
-        Raises `RequestError` for a message that cannot be answered; the conversation is then as before.
+        Raises `RequestError` for a message that cannot be answered; the conversation does not change then.
         """
         asked = {"role": "user", "content": text}
         system = [{"role": "system", "content": self.system}] if self.system else []
@@ -63,7 +63,7 @@ class Conversation:
                     return Answer(shown, False, output)
                 if stopped():
                     stream.close()
-                    self.llm.engine.apply_inbox()  # its blocks are free at once
+                    self.llm.engine.apply_inbox()  # frees its blocks now
                     return Answer(shown, True, output)
         raise AssertionError("a stream ends with a finished output")
 
@@ -74,5 +74,5 @@ class Conversation:
         self.generated += sum(len(sample.token_ids) for sample in output.outputs)
 
     def reset(self) -> None:
-        """Forgets the messages; the system prompt stays."""
+        """Removes all messages. The system prompt stays."""
         self.messages.clear()

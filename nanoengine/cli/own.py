@@ -1,4 +1,4 @@
-"""The commands of nanoengine's own that are no measurement: a plugin as any other."""
+"""The plugin that registers nanoengine's own commands (those of `lab` are registered there)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def register_commands() -> list[CommandSpec]:
         ("run", "run:run", "Answer the prompts of a configuration."),
         ("chat", "chat:chat", "Talk with a model."),
         ("config", "config:app", "Look at configurations."),
-        ("plugins", "plugins:app", "Look at plugins, and begin one."),
+        ("plugins", "plugins:app", "Look at plugins, or start a new one."),
     )
     return [
         CommandSpec(name=name, target=f"nanoengine.cli.{target}", help=text, api=1) for name, target, text in commands

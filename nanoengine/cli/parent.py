@@ -1,7 +1,7 @@
-"""A combination of a sweep ends with the sweep, however the sweep ends: also by SIGKILL, which it cannot pass on.
+"""Ends a combination of a sweep when the sweep ends, even by SIGKILL, which the sweep cannot pass on.
 
-The sweep holds one end of a pipe, and its death closes it. What is read from the other end is that death, as between an
-engine and its ranks.
+The sweep has one end of a pipe, which is closed when the sweep ends. The combination reads the other end, as the ranks
+of an engine do.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import IO, Any
 from nanoengine.cli.common import ending
 
 _PIPE = "NANOENGINE_SWEEP_PIPE"
-_PATIENCE = 60.0  # seconds that a combination has to end in words when the sweep is interrupted
-_ORPHANS_PATIENCE = 20.0  # the same where the sweep is gone
+_PATIENCE = 60.0  # seconds that a combination has to end normally when the sweep is interrupted
+_ORPHANS_PATIENCE = 20.0  # seconds that it has if the sweep has ended
 
 
 def run_child(command: Sequence[str], environment: Mapping[str, str], folder: Path, log: IO[Any]) -> int:
-    """Runs a process in `folder` to its end; its exit status, a negative one is a signal's number.
+    """Runs a process in `folder`. Returns its exit status; a negative one is the number of a signal.
 
-    It ends with this process. Ctrl-C and SIGTERM are passed on, and raised once it has ended.
+    The process ends when this process ends. Ctrl-C and SIGTERM are passed on to it, and raised when it has ended.
     """
     ours = theirs = -1
     if sys.platform != "win32":
@@ -55,8 +55,8 @@ def run_child(command: Sequence[str], environment: Mapping[str, str], folder: Pa
 
 
 def end_with_parent() -> None:
-    """In a combination of a sweep: ends this process when the sweep's is gone. Elsewhere it does nothing."""
-    number = int(os.environ.pop(_PIPE, "-1"))  # this process's own children do not get it
+    """Ends this process when the sweep that started it has ended. Does nothing if no sweep started it."""
+    number = int(os.environ.pop(_PIPE, "-1"))  # removed, so that the children of this process do not get it
     if number >= 0:
         os.set_inheritable(number, False)
         threading.Thread(target=_watch, args=(number,), name="nanoengine-sweep", daemon=True).start()
@@ -67,6 +67,6 @@ def _watch(pipe: int) -> None:
         pass
     main = threading.main_thread().ident
     assert main is not None
-    signal.pthread_kill(main, signal.SIGTERM)  # to end in words, with what had finished
+    signal.pthread_kill(main, signal.SIGTERM)  # it ends with a message, and keeps what has finished
     time.sleep(_ORPHANS_PATIENCE)
-    os.kill(os.getpid(), signal.SIGKILL)  # its ranks end with it
+    os.kill(os.getpid(), signal.SIGKILL)  # its ranks end too

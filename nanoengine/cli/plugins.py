@@ -1,4 +1,4 @@
-"""`nanoengine plugins`: list (what is registered, by whom, and what failed; imports no torch)."""
+"""`nanoengine plugins list`: what is registered and by which package, and what failed. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nanoengine.cli.common import DebugOption, PluginOption, answer, user_errors
 from nanoengine.setup.plugins.discover import discover
 from nanoengine.setup.plugins.registry import Registry
 
-app = typer.Typer(help="Look at plugins, and begin one.", invoke_without_command=True, rich_markup_mode=None)
+app = typer.Typer(help="Look at plugins, or start a new one.", invoke_without_command=True, rich_markup_mode=None)
 
 _COLUMNS = ("kind", "name", "distribution", "version", "origin", "api", "target")
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -22,21 +22,21 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 
 @app.callback()
 def _group(context: typer.Context) -> None:
-    """Look at plugins; without a command: list."""
+    """Look at plugins. Without a command: list."""
     if context.invoked_subcommand is None:
         list_plugins()
 
 
 @app.command(name="list")
 def list_plugins(as_json: JsonOption = False, plugin: PluginOption = None, debug: DebugOption = False) -> None:
-    """List every registered part with where it came from, and every plugin that failed with the cause."""
+    """List every registered part with its origin, and every plugin that failed with the cause."""
     with user_errors(debug):
         registry = discover(plugin or ())
         answer(json.dumps(as_dict(registry), indent=2) if as_json else as_text(registry))
 
 
 def as_dict(registry: Registry) -> dict[str, list[dict[str, Any]]]:
-    """Everything the registry knows, as JSON can hold it."""
+    """The whole registry as JSON values."""
     return {
         "plugins": list(_parts(registry)),
         "conflicts": [
@@ -83,7 +83,7 @@ def _row(kind: str, name: str, origin: Origin, api: int | None, target: str) -> 
 
 
 def as_text(registry: Registry) -> str:
-    """The same for people: a table, then what is wrong."""
+    """The registry as text: a table, then the problems."""
     found = as_dict(registry)
     rows = [list(_COLUMNS), *([_cell(row[column]) for column in _COLUMNS] for row in found["plugins"])]
     lines = _aligned(rows)

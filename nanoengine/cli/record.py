@@ -1,7 +1,6 @@
-"""The record beside a results file: from which configuration, parameters and versions it came, and what it came to.
+"""The record of a run, next to its results: configuration, parameters, versions and a summary.
 
-It lets a run go on where it stopped (`--resume`), and says later what the rows are. `results.jsonl` has
-`results.jsonl.run.json`.
+`--resume` uses it to continue a run. The record of `results.jsonl` is `results.jsonl.run.json`.
 """
 
 from __future__ import annotations
@@ -27,16 +26,17 @@ from nanoengine.setup.plugins.registry import Registry
 
 _FORMAT = 1
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "flash-attn")
-_FREE = ("output", "prompts")  # may change between a run and its resumption: each row has its own prompt's hash
+_FREE = ("output", "prompts")  # may differ when a run is resumed, because each row has the hash of its prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """Plain JSON values throughout.
+    """The record of a run. All values are plain JSON values.
 
     Attributes:
-        config: the composed configuration. params: the sampling parameters in force, the model's own defaults included.
-        versions: of what had a part in it. summary: `Tally.summary()`; None until the run has ended.
+        config: the composed configuration.
+        params: the sampling parameters that were used, including the model's own defaults.
+        versions: those of the packages that were used. summary: `Tally.summary()`; None until the run has ended.
     """
 
     config: Mapping[str, Any]
@@ -45,7 +45,7 @@ class Record:
     summary: Mapping[str, Any] | None = None
 
     def save(self, output: str) -> None:
-        """Writes it beside `output`, whole or not at all. Raises `OSError`."""
+        """Writes the record next to `output`, completely or not at all. Raises `OSError`."""
         write_whole(record_path(output), json.dumps({"format": _FORMAT, **asdict(self)}, indent=2) + "\n")
 
     def with_summary(self, summary: Mapping[str, Any]) -> Record:
@@ -62,7 +62,7 @@ def record_path(output: str | Path) -> Path:
 
 
 def read_record(output: str | Path) -> Record | None:
-    """The record beside a results file; None where there is none. Raises `ConfigError` for one that is broken."""
+    """The record of a results file; None if there is none. Raises `ConfigError` if it is broken."""
     path = record_path(output)
     try:
         found = json.loads(path.read_text("utf-8"))
@@ -72,35 +72,35 @@ def read_record(output: str | Path) -> Record | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}; without --resume it is written anew") from error
+        raise ConfigError(f"{path} cannot be read: {error}; without --resume a new one is written") from error
 
 
 def check_same_config(record: Record, config: RunConfig, output: str) -> None:
-    """Raises `ConfigError` naming the keys in which the run that wrote `output` was configured otherwise."""
+    """Raises `ConfigError` that names the keys which were different in the run that wrote `output`."""
     _refuse(_differences(record.config, _json(plain(config)), _FREE), output)
 
 
 def check_same_params(record: Record, params: SamplingParams, output: str) -> None:
-    """The same for the parameters in force: the model's own defaults may have changed."""
+    """Raises `ConfigError` if the used parameters are different: the model's own defaults may have changed."""
     _refuse([f"sampler.{each}" for each in _differences(record.params, plain_params(params))], output)
 
 
 def plain_params(params: SamplingParams) -> dict[str, Any]:
-    """Every parameter as JSON has it."""
+    """All parameters as JSON values."""
     found: dict[str, Any] = _json(asdict(params.core) | dict(params.processor_fields))
     return found
 
 
 def prompt_hash(prompt: Any, chat: bool, params: Mapping[str, Any]) -> str:
-    """Tells whether a row answers this prompt with these parameters (`plain_params`): 16 hexadecimal digits."""
+    """A hash of prompt and parameters (`plain_params`), 16 hexadecimal digits, to find the row of a prompt."""
     data = json.dumps([prompt, chat, params], sort_keys=True).encode()
     return hashlib.sha256(data).hexdigest()[:16]
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Replaces a file in one go: whoever reads it finds the old content or the new one. Raises `OSError`.
+    """Replaces a file atomically: a reader gets the old content or the new one. Raises `OSError`.
 
-    A link stays, and so does what is no file: a device or a pipe is written to.
+    The target of a link is replaced, not the link. A device or a pipe is written to.
     """
     data = content.encode() if isinstance(content, str) else content
     if path.exists() and not path.is_file():
@@ -120,13 +120,13 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def _refuse(differences: list[str], output: str) -> None:
     if differences:
         raise ConfigError(
-            f"{output} was made with another configuration, so its rows are not kept: {'; '.join(differences)}. "
-            "Go back to that configuration, give another output=, or leave out --resume to begin anew"
+            f"{output} was made with another configuration, so its rows cannot be kept: {'; '.join(differences)}. "
+            "Use that configuration, give another output=, or leave out --resume to start again"
         )
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], free: tuple[str, ...] = ()) -> list[str]:
-    """ "engine.seed (0 there, 7 here)" for each key that is not equal."""
+    """A text such as "engine.seed (0 there, 7 here)" for each key that differs."""
     there, here = dict(_flat(old, free)), dict(_flat(new, free))
     missing = "not given"
     return [
@@ -148,19 +148,19 @@ def _flat(value: Mapping[str, Any], free: tuple[str, ...] = (), prefix: str = ""
 
 
 def _json(value: Any) -> Any:
-    """As it comes back from JSON: keys are texts, tuples lists."""
+    """The value as it is read from JSON: keys are strings, tuples are lists."""
     return json.loads(json.dumps(value, default=repr))
 
 
 def _versions(registry: Registry) -> dict[str, str]:
-    """Of nanoengine, Python, what computes, and the plugins; the GPU's name where this process uses one."""
+    """Versions of nanoengine, Python, the used libraries and plugins; the GPU's name if this process uses one."""
     import torch
 
     found = {"nanoengine": __version__, "python": platform.python_version(), "platform": platform.platform()}
     for name in _PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-    # Where worker processes compute, this one takes no GPU memory only to ask.
+    # If worker processes compute, this process must not use GPU memory only to get the name.
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         found["gpu"] = torch.cuda.get_device_name()
     parts = (registry.models, registry.samplers, registry.attention_backends, registry.model_sources)

@@ -1,4 +1,4 @@
-"""The results of a run: JSONL rows, written as prompts finish."""
+"""The results of a run: JSONL rows, written when prompts finish."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ KEYS = (
     "index", "hash", "request_id", "prompt", "prompt_token_ids", "prompt_logprobs", "outputs", "num_cached_tokens",
     "metrics", "error",
 )  # fmt: skip
-"""Of a row; what else is in one came with its prompt."""
+"""The keys of a row. Other keys in a row were copied from its prompt."""
 
-_LOWEST = -9999.0  # JSON has no infinity; vLLM's server writes this number too
+_LOWEST = -9999.0  # instead of -infinity, which JSON does not have; vLLM's server does the same
 
 
 def result_row(index: int, row: PromptRow, hashed: str, output: RequestOutput) -> dict[str, Any]:
-    """One finished prompt as JSON can hold it, and what came with it. The ids are what was run.
+    """The row of a finished prompt as JSON values, with the other fields of the prompt. The ids are those that ran.
 
-    `hashed`: of prompt and parameters, see `prompt_hash`. Log-probs are there where the parameters ask for them.
+    `hashed`: the `prompt_hash` of prompt and parameters. There are log-probs if the parameters request them.
     """
     found: dict[str, Any] = {
         "index": index,
@@ -62,7 +62,7 @@ def _sample(sample: CompletionOutput) -> dict[str, Any]:
 
 
 def _logprobs(position: Mapping[int, Logprob]) -> dict[str, Any]:
-    """vLLM's shape: token id (a text, as JSON's keys are) -> logprob, rank, decoded_token."""
+    """Log-probs in vLLM's shape: token id (a string, as all keys in JSON) -> logprob, rank, decoded_token."""
     return {
         str(token): {"logprob": _number(each.logprob), "rank": each.rank, "decoded_token": each.decoded_token}
         for token, each in position.items()
@@ -74,7 +74,7 @@ def _number(value: float | None) -> float | None:
 
 
 def _metrics(metrics: RequestMetrics) -> dict[str, Any]:
-    """Seconds since the request was added; the clock's own zero means nothing outside the process."""
+    """The metrics in seconds since the request was added, because times of the clock have no meaning elsewhere."""
 
     def since(moment: float | None) -> float | None:
         return None if moment is None else moment - metrics.arrival
@@ -89,20 +89,20 @@ def _metrics(metrics: RequestMetrics) -> dict[str, Any]:
 
 
 class ResultsFile:
-    """A JSONL file of result rows, each row on disk before the next prompt finishes. No path: no file.
+    """A JSONL file of result rows. Each row is on disk before the next prompt finishes. Without a path: no file.
 
-    Made afresh, or with the rows to `keep` from a file that is there. What else is there stays, and its record with it,
-    until a prompt is answered. Nobody else may write it meanwhile.
+    The file begins empty, or with the rows to `keep` of an earlier run. The old file and its record stay until a prompt
+    is answered. No other process can write the file in that time.
 
     Attributes:
-        rows: whole ones in it.
+        rows: number of complete rows in it.
 
-    Raises `ConfigError` where it cannot be opened; `ResultsLost` where a row cannot be written, the file not be closed,
-    or it is not there any more. Whole rows are kept.
+    Raises `ConfigError` if it cannot be opened; `ResultsLost` if a row cannot be written, or the file cannot be closed
+    or does not exist any more. Complete rows are kept.
     """
 
     def __init__(self, path: str | None, keep: Sequence[bytes] = (), record: Record | None = None) -> None:
-        """`record`: saved beside the rows, from the first one on."""
+        """`record`: saved next to the rows, from the first row on."""
         self._path, self._record = path, record
         self.rows = len(keep)
         self._file = None if path is None else _opened(path, b"".join(keep))
@@ -111,11 +111,11 @@ class ResultsFile:
 
     @property
     def settled(self) -> bool:
-        """False while what an earlier run wrote is still there."""
+        """Whether the file has the rows of this run; False as long as it has those of an earlier run."""
         return self._file is None or self._file.settled
 
     def keep_record(self, record: Record | None) -> None:
-        """Saves the record beside a file that has settled; a device or pipe has none. Raises `ResultsLost`."""
+        """Saves the record if the file has settled. A device or pipe has no record. Raises `ResultsLost`."""
         self._record = record
         if self._path is None or self._file is None or record is None or not (self._file.regular and self.settled):
             return
@@ -127,7 +127,7 @@ class ResultsFile:
     def write(self, row: Mapping[str, Any]) -> None:
         if self._file is None:
             return
-        # Half a surrogate pair, which UTF-8 has no bytes for, becomes the very escape that JSON has for it.
+        # Half a surrogate pair cannot be encoded in UTF-8, so it is written as JSON's escape.
         data = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         try:
             self._file.write(data)
@@ -139,11 +139,11 @@ class ResultsFile:
             self.settle()
 
     def settle(self) -> None:
-        """Replaces what an earlier run wrote, rows and record. Raises `ResultsLost`."""
+        """Replaces the rows and the record of an earlier run. Raises `ResultsLost`."""
         if self._path is None or self._file is None or self._file.settled:
             return
         try:
-            # Never rows beside a record that is not theirs, whenever the process dies: `--resume` would keep them.
+            # Rows must never be next to another run's record, even if the process dies: `--resume` would keep them.
             if self._record is not None:
                 record_path(self._path).unlink(missing_ok=True)
             self._file.settle()
@@ -152,11 +152,11 @@ class ResultsFile:
         self.keep_record(self._record)
 
     def lost(self, error: OSError, what: str | None = None) -> ResultsLost:
-        """What to raise where results have nowhere to go any more. `what` could not be written; default: this file."""
+        """The error if results cannot be written any more. `what`: what could not be written; default: this file."""
         place = "there" if what is None else f"in {self._path}"
         kept = "" if self._path is None else f"; rows kept {place}: {self.rows}"
         if not self.settled:
-            kept = f"; {self._path} has the rows of the run before"
+            kept = f"; {self._path} has the rows of the earlier run"
         return ResultsLost(f"cannot write {what or f'output {self._path}'}: {error.strerror or error}{kept}")
 
     def __enter__(self) -> Self:
@@ -168,7 +168,7 @@ class ResultsFile:
         try:
             self.close()
         except ResultsLost:
-            if error is None:  # else what ended the run says more
+            if error is None:  # else the error that ended the run is more useful
                 raise
 
     def close(self) -> None:
@@ -189,19 +189,19 @@ def _opened(path: str, keep: bytes) -> GrowingFile:
 
 
 def check_output(path: str | None, inputs: Mapping[str, str | Path] = MappingProxyType({})) -> bool:
-    """Whether a file is there already. `inputs`: files that the run reads, by what to call them.
+    """Whether the file exists already. `inputs`: files that the run reads, by their description for messages.
 
-    Raises `ConfigError` where none can be written, or one of the inputs would be, before anything is loaded.
+    Called before a model is loaded. Raises `ConfigError` if the file cannot be written, or is one of the inputs.
     """
     if path is None:
         return False
     if path == "-":
-        raise ConfigError("output '-' is no file: answers are printed anyway; give a file, or leave output out")
+        raise ConfigError("output '-' is not a file: answers are always printed; give a file, or leave output out")
     try:
         there = check_writable(Path(path).expanduser())
         check_names(Path(path).expanduser(), record_path(path))
         check_unlocked(Path(path).expanduser())
-    except (OSError, ValueError, RuntimeError) as error:  # a bad name; a home folder that nobody has
+    except (OSError, ValueError, RuntimeError) as error:  # an invalid name; a user without a home folder
         why = (error.strerror if isinstance(error, OSError) else None) or error
         raise ConfigError(f"cannot write output {path}: {why}") from error
     for what, source in inputs.items():
@@ -212,7 +212,7 @@ def check_output(path: str | None, inputs: Mapping[str, str | Path] = MappingPro
 
 
 def check_replaceable(path: str) -> None:
-    """Raises `ConfigError` where more than rows would be lost. Pipes and devices hold nothing."""
+    """Raises `ConfigError` if the file has something else than results. Pipes and devices have no content."""
     target = Path(path).expanduser()
     if not target.is_file():
         return
@@ -220,35 +220,37 @@ def check_replaceable(path: str) -> None:
         with target.open("rb") as file:
             first = next((line for line in file if line.strip()), b"")
     except OSError as error:
-        raise ConfigError(f"cannot read output {path}, which is there already: {error.strerror or error}") from error
+        raise ConfigError(f"cannot read output {path}, which exists already: {error.strerror or error}") from error
     if first and not first.startswith(b'{"index":'):
-        raise ConfigError(f"output {path} is there and holds no results of a run; give another output=, or delete it")
+        raise ConfigError(f"output {path} exists and has no results of a run; give another output=, or delete it")
 
 
 def check_writable(target: Path) -> bool:
-    """Whether `target` is there. Raises `OSError` saying why it cannot be written, or replaced."""
+    """Whether `target` exists. Raises `OSError` that says why it cannot be written or replaced."""
     there, above = target.exists(), next(each for each in target.absolute().parents if each.exists())
     if target.is_dir():
-        raise IsADirectoryError(f"{target} is no file")
+        raise IsADirectoryError(f"{target} is not a file")
     if target.is_socket():
         raise OSError(f"{target} is a socket, which cannot be opened; give a file or a pipe")
     if not above.is_dir():
-        raise NotADirectoryError(f"{above} is no folder")
+        raise NotADirectoryError(f"{above} is not a folder")
     if there and not os.access(target, os.W_OK):
         raise PermissionError("no permission to write it")
     folder = Path(os.path.realpath(target)).parent if there else above
-    if (not there or target.is_file()) and not os.access(folder, os.W_OK):  # a new file takes the old one's place
+    if (not there or target.is_file()) and not os.access(folder, os.W_OK):  # a new file replaces the old one
         raise PermissionError(f"no permission to write in {folder}")
     return there
 
 
 def check_names(target: Path, *beside: Path) -> None:
-    """Raises `OSError` or `ValueError` where no file can be called `target`, or as what stands `beside` it, or as the
-    parts of these that grow until they are whole. Nothing stands beside a pipe or a device."""
+    """Raises `OSError` or `ValueError` if `target`, or a file next to it (`beside`), cannot be the name of a file.
+
+    The names of their temporary files are checked too. There is no file next to a pipe or a device.
+    """
     place = place_of(target)
     if place.exists() and not place.is_file():
         return
-    above = next(folder for folder in place.parents if folder.exists())  # the others are made
+    above = next(folder for folder in place.parents if folder.exists())  # the other folders will be made
     names = [each for path in (place, *beside) for each in (path, part_of(path))]
     for each in (target, *names, *(above / name.name for name in names)):
         with suppress(FileNotFoundError, NotADirectoryError):
@@ -256,7 +258,7 @@ def check_names(target: Path, *beside: Path) -> None:
 
 
 def check_unlocked(target: Path) -> None:
-    """Raises `OSError` where another process is writing it, which a run that loads first would hear of late."""
+    """Raises `OSError` if another process is writing the file. Called before a model is loaded."""
     if target.is_file():
         with FileIO(target, "a") as file:
             lock(file)

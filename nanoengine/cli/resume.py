@@ -1,4 +1,4 @@
-"""What an earlier run left in a results file, and which of its rows `--resume` keeps."""
+"""The rows of an earlier run in a results file, and which of them `--resume` keeps."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ from nanoengine.setup.config.prompts import PromptRow
 
 @dataclass(frozen=True, slots=True)
 class Earlier:
-    """`record`: of that run. `rows`: those to keep, as they stand in the file. `done`: indices of their prompts.
-    `dropped`: finished rows whose prompts are asked no more, or otherwise."""
+    """What is kept of an earlier run.
+
+    Attributes:
+        record: of that run. rows: rows to keep, as they are in the file. done: indices of their prompts.
+        dropped: number of finished rows whose prompts were removed or changed.
+    """
 
     record: Record
     rows: Sequence[bytes]
@@ -27,11 +31,12 @@ class Earlier:
 
 
 def earlier_run(config: RunConfig, prompts: Sequence[PromptRow]) -> Earlier | None:
-    """What to go on from; None where there is nothing yet.
+    """What is kept of the earlier run; None if there is none.
 
-    A row is kept if it is whole, has no error, and answers the prompt that is in its place now and has its fields.
+    A row is kept if it is complete, has no error, and answers the prompt that is now at its index, with the same
+    fields.
 
-    Raises `ConfigError` where there is no output, or it was made with another configuration.
+    Raises `ConfigError` if there is no output, or if it was made with another configuration.
     """
     if config.output is None:
         raise ConfigError("--resume needs the results of the earlier run: give output=results.jsonl")
@@ -39,14 +44,14 @@ def earlier_run(config: RunConfig, prompts: Sequence[PromptRow]) -> Earlier | No
     if not path.exists():
         return None
     if not path.is_file():
-        raise ConfigError(f"--resume: {config.output} is no plain file, so it holds no rows to go on from")
+        raise ConfigError(f"--resume: {config.output} is not a regular file, so it has no rows to keep")
     record = read_record(path)
     if record is None:
         if path.stat().st_size == 0:
             return None
         raise ConfigError(
-            f"--resume: {config.output} has no {record_path(path).name} beside it, so nobody can tell how it was "
-            "made; give another output=, or leave out --resume to begin anew"
+            f"--resume: there is no {record_path(path).name} next to {config.output}, so it is not known how it was "
+            "made; give another output=, or leave out --resume to start again"
         )
     check_same_config(record, config, config.output)
     kept: dict[int, bytes] = {}
@@ -67,7 +72,7 @@ def _finished(line: bytes) -> bool:
 
 
 def _answered(line: bytes, prompts: Sequence[PromptRow], chat: bool, record: Record) -> int | None:
-    """Index of the prompt that a row answers; None if it is torn, failed, or answers what is asked no more."""
+    """The index of the prompt that a row answers; None if the row is incomplete or failed, or the prompt changed."""
     try:
         row: Any = json.loads(line)
         index, hashed, error = row["index"], row["hash"], row["error"]
@@ -76,7 +81,9 @@ def _answered(line: bytes, prompts: Sequence[PromptRow], chat: bool, record: Rec
     if not line.endswith(b"\n") or error is not None or type(index) is not int or not 0 <= index < len(prompts):
         return None
     others = {key: value for key, value in row.items() if key not in KEYS}
-    same = _json(others) == _json(prompts[index].fields)  # as JSON: 1, 1.0 and true are equal to Python
+    same = _json(others) == _json(
+        prompts[index].fields
+    )  # compared as JSON, because 1, 1.0 and true are equal in Python
     return index if same and hashed == prompt_hash(prompts[index].prompt, chat, record.params) else None
 
 

@@ -1,4 +1,4 @@
-"""`nanoengine run`: every prompt of a configuration, batched; answers on standard output, results in a file."""
+"""`nanoengine run`: runs all prompts of a configuration in batches; prints answers, and writes results to a file."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from nanoengine.params.sampling_params import SamplingParams
     from nanoengine.setup.plugins.registry import Registry
 
-_STATE_SECONDS = 0.2  # how often the state of the engine is looked at for the bar
+_STATE_SECONDS = 0.2  # how often the progress bar reads the state of the engine
 
 
 def run(
@@ -61,7 +61,7 @@ def run(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Keep the rows that finished, run the rest. With a sweep's folder: go on with the sweep."
+            "--resume", help="Keep the finished rows, run the rest. With the folder of a sweep: continue the sweep."
         ),
     ] = False,
     trace: Annotated[
@@ -69,7 +69,7 @@ def run(
         typer.Option(
             "--trace",
             metavar="FILE",
-            help="Write every step as a timeline, which ui.perfetto.dev opens. Of a sweep: a name, for each folder.",
+            help="Write every step as a timeline for ui.perfetto.dev. In a sweep: a file name, used in each folder.",
         ),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print each phase of the start.")] = False,
@@ -113,10 +113,10 @@ def run_config(
     trace: Path | None = None,
     debug: bool = False,
 ) -> int:
-    """The exit status. `inputs`: files that `output` and `trace` must not overwrite, by what to call them.
+    """Runs a configuration. Returns the exit status.
 
-    Raises `NanoEngineError` for what stops it before the first prompt runs, `ResultsLost` for results that cannot be
-    written.
+    `inputs`: files that `output` and `trace` must not overwrite, by their description for messages. Raises
+    `NanoEngineError` for an error before the first prompt runs, `ResultsLost` if results cannot be written.
     """
     from nanoengine.cli.record import check_same_params, new_record
     from nanoengine.cli.results import ResultsFile
@@ -145,7 +145,7 @@ def run_config(
         record = new_record(config, llm.default_params, registry)
         with ResultsFile(config.output, earlier.rows if earlier else (), record) as results:
             if not results.settled and earlier is None:
-                say(f"{config.output} was there already, and is overwritten when the first prompt is answered")
+                say(f"{config.output} exists already, and is overwritten when the first prompt is answered")
             with _traced(llm, trace, record):
                 done = earlier.done if earlier else frozenset()
                 with shown_beside_bars(debug):
@@ -154,7 +154,7 @@ def run_config(
                     summary = {**summary, "trace": str(trace.expanduser().absolute())}
                 results.keep_record(record.with_summary(summary))
                 if not results.settled:
-                    say(f"no prompt was answered: {config.output} keeps the rows that were there")
+                    say(f"no prompt was answered: {config.output} keeps its old rows")
                 return status
 
 
@@ -167,7 +167,7 @@ def _traced(llm: LLM, trace: Path | None, record: Record) -> AbstractContextMana
 
 
 def _prompts_file(config: RunConfig) -> dict[str, str | Path]:
-    """By what to call it; none where the prompts stand in the configuration, or come on standard input."""
+    """The prompts file, by its description for messages; {} if there is none (a list, or standard input)."""
     if isinstance(config.prompts, PromptFile) and config.prompts.file != STDIN:
         return {"the prompts file": config.prompts.file}
     return {}
@@ -177,7 +177,7 @@ def _prompts(config: RunConfig) -> Sequence[PromptRow]:
     from nanoengine.cli.results import KEYS
 
     if isinstance(config.prompts, PromptFile) and config.prompts.file == STDIN and sys.stdin.isatty():
-        say("reading prompts from the terminal, one a line; Ctrl-D ends them")
+        say("reading prompts from the terminal, one per line; Ctrl-D ends them")
     prompts = read_prompts(config.prompts, taken=KEYS)
     if not prompts:
         raise ConfigError(
@@ -190,7 +190,7 @@ def _prompts(config: RunConfig) -> Sequence[PromptRow]:
 def _earlier(
     config: RunConfig, prompts: Sequence[PromptRow], inputs: Mapping[str, str | Path], resume: bool
 ) -> Earlier | None:
-    """What to go on from. Says what of it is kept."""
+    """What is kept of an earlier run. Reports how many rows that are."""
     from nanoengine.cli.results import check_output, check_replaceable
     from nanoengine.cli.resume import earlier_run
 
@@ -199,7 +199,7 @@ def _earlier(
     if found is not None:
         say(f"{config.output}: {len(found.done)} of {len(prompts)} prompts are answered and kept")
         if found.dropped:
-            say(f"{config.output}: {found.dropped} finished rows answer prompts that are no longer asked, and go")
+            say(f"{config.output}: {found.dropped} finished rows are dropped, because their prompts have changed")
     elif there and not resume:
         check_replaceable(config.output or "")
     return found
@@ -207,10 +207,10 @@ def _earlier(
 
 @dataclass
 class Batch:
-    """One run's prompts, through the engine and out as they finish.
+    """Runs the prompts of one run, and writes their results when they finish.
 
-    `params`: the sampling parameters as the record has them. `done`: indices of prompts that need not run.
-    `debug`: show the traceback of what ended a request.
+    `params`: the sampling parameters as in the record. `done`: indices of prompts that need not run. `debug`: show the
+    traceback of an error that ended a request.
     """
 
     llm: LLM
@@ -224,7 +224,7 @@ class Batch:
     not_shown: bool = False  # answers could not be written to standard output
 
     def run(self) -> tuple[int, Mapping[str, Any]]:
-        """Exit status, and the summary for the record."""
+        """Runs all prompts. Returns the exit status and the summary for the record."""
         from nanoengine.cli.tally import Tally
 
         tally, start = Tally(len(self.prompts), kept=len(self.done)), time.perf_counter()
@@ -242,7 +242,7 @@ class Batch:
                 say(f"error: {error}")
                 word, status = "the engine has ended", FAILED
         if status:
-            say(f"{word}; what had finished is kept")
+            say(f"{word}; finished results are kept")
         seconds = time.perf_counter() - start
         if tally.first_token is not None:
             age = process_seconds() - (time.monotonic() - tally.first_token)
@@ -250,12 +250,12 @@ class Batch:
         say(", ".join([tally.line(seconds), *([chosen.line()] if (chosen := CHOSEN.get()) is not None else [])]))
         broken = self.llm.stats().steps_broken
         if broken:
-            say(f"{broken} steps raised, and their requests ran again one by one: the warning above says why")
+            say(f"{broken} steps failed, and their requests ran again one by one: the warning above says why")
         status = status or (FAILED if tally.failed or self.not_shown else 0)
         return status, tally.summary(seconds, status)
 
     def _submit(self) -> list[RequestOutput]:
-        """Hands every prompt to the engine; gives outputs for those that cannot even become tokens."""
+        """Adds every prompt to the engine. Returns outputs for prompts that cannot be tokenized."""
         refused = []
         for index, row in enumerate(self.prompts):
             if index in self.done:
@@ -270,14 +270,14 @@ class Batch:
         return refused
 
     def _params(self, index: int) -> SamplingParams:
-        """The seed goes by the prompt's place: what ran before must not change what a resumed run draws."""
+        """The parameters of a prompt. The seed depends on its index, so a resumed run draws the same tokens."""
         params = self.llm.default_params
         if params.core.seed is not None:
             return params
         return params.replace(seed=request_seed(self.config.engine.seed, index))
 
     def _engine_prompt(self, prompt: Prompt) -> tuple[str | list[int], str | None]:
-        """What the engine is given, and the text it belongs to."""
+        """The prompt for the engine, and its text."""
         if isinstance(prompt, str) and not (self.config.chat and self.llm.has_chat_template):
             return prompt, prompt
         if isinstance(prompt, str):
@@ -317,15 +317,15 @@ class Batch:
     def _show(self, answer: str) -> None:
         try:
             say(answer, sys.stdout)
-        except OSError as error:  # a reader that has gone (`| head`), a full disk
+        except OSError as error:  # there is no reader any more (`| head`), or the disk is full
             if self.config.output is None:
                 raise self.results.lost(error, "answers to standard output") from error
-            say(f"cannot write answers to standard output: {error.strerror}; they go on into {self.config.output}")
-            self.not_shown = not isinstance(error, BrokenPipeError)  # a reader that has gone has what it wanted
+            say(f"cannot write answers to standard output: {error.strerror}; {self.config.output} still gets them")
+            self.not_shown = not isinstance(error, BrokenPipeError)  # without a reader this is not an error
 
 
 def _answer(index: int, prompt: Prompt, output: RequestOutput) -> str:
-    """A finished prompt as it is shown."""
+    """The text that is printed for a finished prompt."""
     asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     lines = [f"[{index}] {' '.join(asked.split())}"]
     if output.error is not None:

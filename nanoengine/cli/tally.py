@@ -1,4 +1,4 @@
-"""What a run's closing line and its record's summary count."""
+"""Counts of a run, for its last line and for the summary in its record."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nanoengine.core.outputs import RequestOutput
 
 @dataclass
 class Tally:
-    """What the closing line counts. `kept`: prompts that an earlier run had finished; the rest counts this one's."""
+    """The counts of a run. `kept`: prompts that an earlier run has finished; all other counts are those of this run."""
 
     total: int
     kept: int = 0
@@ -23,8 +23,8 @@ class Tally:
     generated: int = 0
     ttfts: list[float] = field(default_factory=list)
     itls: list[float] = field(default_factory=list)
-    first_token: float | None = None  # when the first token of all came, on the monotonic clock
-    first_step: float = 0.0  # seconds from scheduling it
+    first_token: float | None = None  # time of the very first token, on the monotonic clock
+    first_step: float = 0.0  # seconds from scheduling its request to this token
 
     def add(self, output: RequestOutput) -> None:
         self.finished += 1
@@ -46,7 +46,7 @@ class Tally:
         done = self.finished + self.kept
         parts: Sequence[str] = [
             f"{done} {noun}" if done == self.total else f"{done} of {self.total} {noun}",
-            *([f"{self.kept} kept from before"] if self.kept else []),
+            *([f"{self.kept} kept from an earlier run"] if self.kept else []),
             *([f"{self.failed} failed"] if self.failed else []),
             f"{self.prompt_tokens} prompt + {self.generated} generated tokens in {seconds:.1f} s",
             f"{self.generated / seconds if seconds else 0:.1f} tokens/s",
@@ -56,7 +56,7 @@ class Tally:
         return ", ".join(parts)
 
     def summary(self, seconds: float, status: int) -> dict[str, Any]:
-        """The same for programs. Seconds throughout; `status`: of the process."""
+        """The counts as JSON values. All times are in seconds. `status`: the exit status."""
         return {
             "status": status,
             "prompts": self.total,

@@ -1,9 +1,9 @@
-"""How many threads torch takes on a CPU, and how they wait: chosen by the command line, before torch is loaded.
+"""Chooses the number of torch's CPU threads and how they wait. The command line does this before torch is loaded.
 
-OpenMP's threads meet a few hundred times in each step. By default each spins for milliseconds at a meeting, and where
-another process holds a core, all spin until the scheduler gives that core back: a step takes 50 times as long. So as
-many threads are taken as there are cores that no other process keeps busy, and they spin briefly, then sleep: that
-bounds the loss where others come later. A library must not change its caller's environment: only `main` does.
+OpenMP's threads synchronise a few hundred times in each step. By default a waiting thread spins for milliseconds. If
+another process uses a core, all threads spin until the scheduler frees that core, and a step takes 50 times as long. So
+there is one thread for each core that no other process uses, and threads spin briefly and then sleep, which limits the
+effect of processes that start later. A library must not change the environment of its caller: only `main` does this.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SPIN_COUNT = 5000
-"""Of GNU's OpenMP, which torch's Linux builds ship: a look a spin, under 0.1 ms in all; then the thread sleeps.
+"""Number of spins before a thread sleeps, less than 0.1 ms. For GNU's OpenMP, which is part of torch's Linux builds.
 
-Measured with a small model on two cores, as shares of the speed alone with the default of 300,000: 0.98 alone, and 0.3
-next to a process that came later and holds a core (default: 0.01). With 2000: 0.94 and 0.45; with 0: 0.6 and 0.65.
+Measured with a small model on two cores, relative to the speed with the default of 300,000 and no other process: 0.98
+without another process, and 0.3 with one that started later and uses a core (default: 0.01). With 2000 spins: 0.94 and
+0.45; with 0: 0.6 and 0.65.
 """
-_OURS = "NANOENGINE_THREADS"  # which variables were chosen here, for a child that chooses again
+_OURS = "NANOENGINE_THREADS"  # lists the variables that were chosen here, so that a child process can choose again
 _COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _NUMBER = re.compile(r"\s*\+?0*([1-9][0-9]{0,8})\s*(?:,|$)")  # the first of "4,2", for each level of nesting
 _WAITS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-_WINDOW = 0.1  # seconds: the shortest look at who uses the CPUs, which the system counts in ticks of 10 ms
-_ROUNDING = 0.4  # of a CPU that others may use before a thread is left out for them
+_WINDOW = 0.1  # seconds: the shortest measurement of the CPUs' use, which the system counts in ticks of 10 ms
+_ROUNDING = 0.4  # so much of a CPU may be used by other processes before there is one thread less
 
 
 @dataclass(frozen=True, slots=True)
 class Threads:
-    """What was chosen. `why`: in words. `environment`: variables to set.
+    """The chosen number of threads. `why`: the reason, as text. `environment`: variables to set.
 
-    `ignored`: the user's variable that is no number of threads, "NAME=VALUE", or "".
+    `ignored`: a variable of the user that is not a number of threads, as "NAME=VALUE", or "".
     """
 
     number: int
@@ -44,11 +45,11 @@ class Threads:
     ignored: str = ""
 
     def line(self) -> str:
-        """For people: "2 CPU threads (2 cores)"."""
+        """A summary: "2 CPU threads (2 cores)"."""
         return f"{self.number} CPU thread{'' if self.number == 1 else 's'} ({self.why})"
 
     def described(self) -> str:
-        """The same, with how they wait."""
+        """The summary, and how the threads wait."""
         spins = self.environment.get("GOMP_SPINCOUNT")
         wait = "they wait as the environment says" if spins is None else f"waiting, they spin {spins} times, then sleep"
         return f"{self.line()}; {wait}"
@@ -56,7 +57,7 @@ class Threads:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The CPUs of this process. `cores`: physical ones. `quota`: in CPUs, of its cgroups; None: no limit."""
+    """The CPUs of this process. `cores`: number of physical cores. `quota`: of its cgroups, in CPUs; None: no limit."""
 
     cpus: frozenset[int]
     cores: int
@@ -65,21 +66,24 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Seconds so far: on the clock, of busy CPUs, of this process; each of them an ever growing count."""
+    """Counters in seconds: the clock, busy time of the CPUs, CPU time of this process."""
 
     clock: float
     busy: float
     own: float
 
     def others_since(self, start: Usage) -> float:
-        """How many CPUs other processes kept busy since `start`, on average."""
+        """The average number of CPUs that other processes have used since `start`."""
         seconds = self.clock - start.clock
         return max(0.0, (self.busy - start.busy) - (self.own - start.own)) / seconds if seconds > 0 else 0.0
 
 
 def choose(machine: Machine, others: float, environ: Mapping[str, str]) -> Threads:
-    """`others`: CPUs that other processes keep busy. What the user set in `environ` is left as it is, except what is
-    no number of threads: empty, 0 or a word, with which OpenMP takes all cores."""
+    """Chooses the threads. `others`: number of CPUs that other processes use.
+
+    Variables that the user set in `environ` are not changed, except if they are not a number of threads (empty, 0 or a
+    word), with which OpenMP would use all cores.
+    """
     wait = {} if any(name in environ for name in _WAITS) else {"GOMP_SPINCOUNT": str(SPIN_COUNT)}
     given = {name: environ[name] for name in _COUNTS if name in environ}
     for name, value in given.items():
@@ -91,23 +95,23 @@ def choose(machine: Machine, others: float, environ: Mapping[str, str]) -> Threa
         number, why = max(1, int(machine.quota)), f"the container's quota is {machine.quota:g} CPUs"
     free = max(1, int(len(machine.cpus) - others + _ROUNDING))
     if free < number:
-        number, why = free, f"other processes keep {others:.1f} of {len(machine.cpus)} CPUs busy"
+        number, why = free, f"other processes use {others:.1f} of {len(machine.cpus)} CPUs"
     return Threads(number, why, {"OMP_NUM_THREADS": str(number), **wait}, ignored)
 
 
 CHOSEN: ContextVar[Threads | None] = ContextVar("CHOSEN", default=None)
-"""What `main` chose; None where a command was called otherwise, and nothing was chosen."""
+"""What `main` chose; None if a command was called in another way, so that nothing was chosen."""
 
 
 class Chooser:
-    """Looks at the CPUs' use from when it is made until `settle`: the command line is imported meanwhile."""
+    """Measures the use of the CPUs from its creation until `settle`, while the command line is imported."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._root, self._machine = root, machine(root)
         self._start = usage(self._machine.cpus, root)
 
     def settle(self, environ: MutableMapping[str, str]) -> Threads:
-        """Chooses, and writes it into `environ`."""
+        """Chooses the threads, and sets the variables in `environ`."""
         forget(environ)
         found = choose(self._machine, self._others(), environ)
         environ.update(found.environment)
@@ -124,19 +128,21 @@ class Chooser:
 
 
 def forget(environ: MutableMapping[str, str]) -> None:
-    """Takes out what a parent process chose here: it is no wish of the user's, and others may be busy by now."""
+    """Removes variables that a parent process chose: the user did not set them, and the CPUs' use has changed."""
     for name in environ.pop(_OURS, "").split():
         environ.pop(name, None)
 
 
 def usage(cpus: frozenset[int], root: Path = Path("/")) -> Usage | None:
-    """None where the system does not report it. Time that a hypervisor took away counts as busy."""
+    """The counters now; None if the system does not report them. Time that a hypervisor took counts as busy."""
     busy = 0
     try:
         for line in (root / "proc/stat").read_text().splitlines():
             name, *ticks = line.split()
             if name.startswith("cpu") and name[3:].isdecimal() and int(name[3:]) in cpus:
-                user, nice, system, _idle, _iowait, *rest = map(int, ticks[:8])  # beyond: guests, counted in user
+                user, nice, system, _idle, _iowait, *rest = map(
+                    int, ticks[:8]
+                )  # the following ones are included in user
                 busy += user + nice + system + sum(rest)
         return Usage(time.monotonic(), busy / os.sysconf("SC_CLK_TCK"), time.process_time())
     except (OSError, ValueError, AttributeError):
@@ -144,15 +150,15 @@ def usage(cpus: frozenset[int], root: Path = Path("/")) -> Usage | None:
 
 
 def machine(root: Path = Path("/")) -> Machine:
-    """This process's, by its affinity and cgroups."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    """The CPUs of this process, from its affinity and cgroups."""
+    affinity = getattr(os, "sched_getaffinity", None)  # only Linux has it
     cpus = frozenset(affinity(0)) if affinity is not None else frozenset(range(os.cpu_count() or 1))
     quotas = list(_quotas(root))
     return Machine(cpus, _cores(cpus, root), min(quotas) if quotas else None)
 
 
 def _cores(cpus: frozenset[int], root: Path) -> int:
-    """Two threads of one core gain nothing in matrix products: torch takes one a core as well."""
+    """The number of physical cores. Two threads on one core are not faster in matrix products; torch uses one too."""
     found = set()
     for cpu in cpus:
         siblings = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
@@ -164,7 +170,7 @@ def _cores(cpus: frozenset[int], root: Path) -> int:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Each cgroup's from this process's up to the root, of version 1 and 2, in CPUs."""
+    """The quotas in CPUs of the cgroup of this process and of all its parents, for cgroups of version 1 and 2."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""`nanoengine run --trace FILE`: the run's steps as a timeline, beside its results."""
+"""`nanoengine run --trace FILE`: writes the steps of the run as a timeline."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ _BEGIN = b'[\n{"ph":"i","name":"trace"'
 
 
 def check_trace(path: Path, others: Mapping[str, str | Path | None]) -> None:
-    """`others`: files that the run reads or writes, by what to call them.
+    """Checks the trace file before a model is loaded. Missing folders are allowed: `traced` makes them.
 
-    Raises `ConfigError` where the trace cannot be written, or would overwrite one of them or what is no trace, before
-    anything is loaded.
-    As with `output`, folders that are missing are no mistake: `traced` makes them.
+    `others`: files that the run reads or writes, by their description for messages. Raises `ConfigError` if the trace
+    cannot be written, or would overwrite one of these or a file that is not a trace.
     """
     try:
         target = path.expanduser()
@@ -31,18 +30,18 @@ def check_trace(path: Path, others: Mapping[str, str | Path | None]) -> None:
         check_names(target)
         check_unlocked(target)
         begins = _beginning(target)
-    except (OSError, ValueError, RuntimeError) as error:  # a bad name; a home folder that nobody has
+    except (OSError, ValueError, RuntimeError) as error:  # an invalid name; a user without a home folder
         why = (error.strerror if isinstance(error, OSError) else None) or error
         raise ConfigError(f"cannot write trace {path}: {why}") from error
     for what, other in others.items():
         if other is not None and Path(other).expanduser().absolute() == target.absolute():
             raise ConfigError(f"--trace {path} is {what}, which it would overwrite; give another file")
     if begins not in (b"", _BEGIN):
-        raise ConfigError(f"--trace {path} is there and holds no trace; give another file, or delete it")
+        raise ConfigError(f"--trace {path} exists and is not a trace; give another file, or delete it")
 
 
 def _beginning(target: Path) -> bytes:
-    """Nothing of a file that is not there, of a pipe or of a device."""
+    """The first bytes of a file; nothing for a missing file, a pipe or a device."""
     if not target.is_file():
         return b""
     with target.open("rb") as file:
@@ -51,7 +50,7 @@ def _beginning(target: Path) -> bytes:
 
 @contextmanager
 def traced(llm: LLM, path: Path, about: Mapping[str, Any]) -> Iterator[None]:
-    """Raises `ConfigError` where the file cannot be opened; at the end `ResultsLost`, if it has not got every step."""
+    """A context that writes a trace. Raises `ConfigError` if it cannot be opened, `ResultsLost` if it is incomplete."""
     try:
         path.expanduser().parent.mkdir(parents=True, exist_ok=True)
         file = TraceFile(path, about)
@@ -61,11 +60,11 @@ def traced(llm: LLM, path: Path, about: Mapping[str, Any]) -> Iterator[None]:
         with llm.observe(file):
             yield
     except BaseException:
-        with suppress(OSError):  # what ended the run says more
+        with suppress(OSError):  # the error that ended the run is more useful
             file.close()
         raise
     try:
         file.close()
     except OSError as error:
-        said = f"cannot write trace {path}: {error.strerror or error}; it ends early, and the results are whole"
-        raise ResultsLost(said) from error
+        text = f"cannot write trace {path}: {error.strerror or error}; it is incomplete, but the results are complete"
+        raise ResultsLost(text) from error

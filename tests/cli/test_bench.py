@@ -219,7 +219,7 @@ def test_startup_shows_why_the_process_failed(nanoengine: Callable[..., Result])
         (["prefix", "--shape", "tiny", "bloc_size=16"], "did you mean 'block_size'"),
     ],
 )
-def test_mistakes_are_told(nanoengine: Callable[..., Result], arguments: list[str], told: str) -> None:
+def test_mistakes_are_reported(nanoengine: Callable[..., Result], arguments: list[str], told: str) -> None:
     result = nanoengine("bench", *arguments)
     assert result.exit_code == 2
     assert told in result.output

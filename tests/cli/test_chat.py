@@ -81,7 +81,9 @@ def test_prefix_cache_hits_are_shown(chat: Chat) -> None:
     assert int(first[0]) == 0
     assert int(second[0]) >= int(first[1]) // 16 * 16 - 16 > 100  # the first message's blocks
     total, share = int(first[1]) + int(second[1]), int(second[0])
-    assert f"4 messages; in all 2 answers, 24 tokens, {share} of {total} prompt tokens from the prefix" in result.stderr
+    assert (
+        f"4 messages; in total 2 answers, 24 tokens, {share} of {total} prompt tokens from the prefix" in result.stderr
+    )
     assert ", 0 running, 0 waiting, 0 of " in result.stderr
 
 
@@ -95,7 +97,7 @@ def test_commands(chat: Chat) -> None:
     assert prompts[:3] == [plain + len("<system\nbe brief>\n")] * 2 + [plain]
     for words in (
         "system prompt: be brief",
-        "begins anew, with the system prompt",
+        "a new conversation begins, with the system prompt",
         "no system prompt",
         "/stats   shows",
     ):
@@ -107,7 +109,7 @@ def test_an_unknown_command_is_no_message(chat: Chat) -> None:
     result = chat("/rset\n/stats\n")
     assert result.exit_code == 1  # a script with it has not done what it says; at a terminal it is 0
     assert "no command /rset; did you mean '/reset'? Valid: " in result.stderr
-    assert "0 messages; in all 0 answers" in result.stderr
+    assert "0 messages; in total 0 answers" in result.stderr
     assert result.stdout == ""
 
 
@@ -116,13 +118,13 @@ def test_a_message_that_is_refused_leaves_the_conversation_as_it_was(chat: Chat)
     assert result.exit_code == 1
     assert "no answer (too_long): " in result.stderr
     assert "/reset begins a new conversation" in result.stderr
-    assert "2 messages; in all 1 answers" in result.stderr
+    assert "2 messages; in total 1 answers" in result.stderr
     assert result.stderr.count("prompt tokens from the prefix cache]") == 2
 
 
 def test_without_max_tokens_an_answer_goes_as_far_as_the_model(chat: Chat) -> None:
     result = chat("hello\n", "~sampler.max_tokens", "+sampler.ignore_eos=true", "engine.max_model_len=64")
-    assert "[cut at the model's length; /reset begins anew, 40 tokens, " in result.stderr
+    assert "[cut at max_model_len; /reset begins a new conversation, 40 tokens, " in result.stderr
 
 
 def test_no_chat_template(chat: Chat, folder: Path, tmp_path: Path) -> None:
@@ -253,7 +255,7 @@ class Pty:
         while self.status is None and select.select([self.master], [], [], 0)[0]:
             try:
                 self.seen += os.read(self.master, 65536).decode("utf-8", "replace").replace("\r", "")
-            except OSError:  # nobody is left on the other side
+            except OSError:  # the other side is closed
                 self.status = os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
                 self.seen += f"\nleft with {self.status}"
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.seen)
@@ -289,7 +291,7 @@ def test_in_a_terminal(terminal: Terminal) -> None:
     terminal.type("\x03")
     wait_for(terminal, r"\[stopped, \d+ tokens")
     terminal.type("/stats\n")  # the program lives, and the partial answer is in the conversation
-    wait_for(terminal, "conversation: 2 messages; in all 1 answers")
+    wait_for(terminal, "conversation: 2 messages; in total 1 answers")
     wait_for(terminal, "0 running, 0 waiting, 0 of .*\n> ")
     terminal.type("half a line")
     wait_for(terminal, "> half a line")
@@ -300,7 +302,7 @@ def test_in_a_terminal(terminal: Terminal) -> None:
     terminal.type("\x03\x03")  # an impatient one
     wait_for(terminal, r"\[stopped, \d+ tokens", 2)
     terminal.type("/stats\n")
-    wait_for(terminal, "conversation: 4 messages; in all 2 answers.*\n.* KV blocks held\n> ")
+    wait_for(terminal, "conversation: 4 messages; in total 2 answers.*\n.* KV blocks used\n> ")
     terminal.type("\x04")  # at the prompt: what is typed ahead of it is no end of input
     wait_for(terminal, "\nleft with 0")
     assert "Traceback" not in terminal.screen()

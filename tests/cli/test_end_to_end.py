@@ -130,7 +130,7 @@ def register_samplers():
 
 
 @pytest.mark.parametrize("debug", [False, True])
-def test_a_processor_that_breaks_batches_is_not_passed_over(
+def test_a_processor_that_breaks_batches_is_not_ignored(
     nanoengine: Run, model: Path, tmp_path: Path, debug: bool
 ) -> None:
     """Every answer is there, one by one. What is said of it stands on lines of its own, beside a progress bar."""
@@ -142,7 +142,7 @@ def test_a_processor_that_breaks_batches_is_not_passed_over(
     lines = result.stderr.splitlines()
     [warning] = [line for line in lines if "run again one by one" in line]
     assert warning.startswith("a step raised IndexError: rows and columns")
-    assert any(line.endswith("steps raised, and their requests ran again one by one: the warning above says why")
+    assert any(line.endswith("steps failed, and their requests ran again one by one: the warning above says why")
                for line in lines)  # fmt: skip
     assert ('raise IndexError("rows and columns")' in result.stderr) == debug
     assert logging.getLogger("nanoengine").level == logging.NOTSET

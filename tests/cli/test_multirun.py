@@ -345,7 +345,7 @@ def test_an_interrupted_sweep_can_go_on(started: Any, tmp_path: Path, number: in
     assert f"go on with: nanoengine run --resume multirun/{root.name}" in errors
     kept = len(rows(root / "0_engine.seed=1"))
     assert 0 < kept < 30
-    assert f"{word}; what had finished is kept" in (root / "0_engine.seed=1" / "run.log").read_text()
+    assert f"{word}; finished results are kept" in (root / "0_engine.seed=1" / "run.log").read_text()
     assert [line.split("│")[3].strip() for line in out.splitlines() if "│ " in line] == [word, "not run"]
     process = started("0", "--resume", str(root))
     out, errors = process.communicate(timeout=60)
@@ -367,7 +367,7 @@ def test_a_sweep_that_is_killed_ends_its_combination(started: Any, tmp_path: Pat
     until = time.monotonic() + 30
     while "prompts, " not in log.read_text() and time.monotonic() < until:
         time.sleep(0.02)
-    assert "terminated; what had finished is kept" in log.read_text()
+    assert "terminated; finished results are kept" in log.read_text()
     with (root / "0_engine.seed=1" / "results.jsonl").open("a") as file:
         while not free(file) and time.monotonic() < until:
             time.sleep(0.02)

@@ -85,8 +85,18 @@ FAKE = [sys.executable, str(Path(__file__).parent / "fake_process.py")]
 @pytest.mark.parametrize(
     ("redirect", "output", "status", "words"),
     [
-        ("| head -1", "results.jsonl", 0, "cannot write answers to standard output: Broken pipe; they go on into"),
-        (">/dev/full", "results.jsonl", 1, "cannot write answers to standard output: No space left on device; they"),
+        (
+            "| head -1",
+            "results.jsonl",
+            0,
+            "cannot write answers to standard output: Broken pipe; results.jsonl still gets them",
+        ),
+        (
+            ">/dev/full",
+            "results.jsonl",
+            1,
+            "cannot write answers to standard output: No space left on device; results.jsonl",
+        ),
         ("| head -1", "null", 1, "error: cannot write answers to standard output: Broken pipe"),
         (">&-", "results.jsonl", 0, "6 prompts, "),
         ("2>/dev/full", "results.jsonl", 0, ""),

@@ -228,7 +228,7 @@ def test_the_page_of_a_sweep(report: Run) -> None:
         (["results", "-o", "run.yaml/x.html"], "cannot write run.yaml/x.html: "),
     ],
 )
-def test_mistakes_are_told(report: Run, arguments: list[str], said: str) -> None:
+def test_mistakes_are_reported(report: Run, arguments: list[str], said: str) -> None:
     result = report(*arguments)
     assert result.exit_code == 2
     assert said in result.stderr
@@ -282,7 +282,7 @@ def test_a_browser_shows_it(report: Run, tmp_path: Path) -> None:
     path = Path("results/report.html")
     made(report("results"), path)
     dom = browse(path, "--dump-dom")
-    assert "<title>nanoengine run: results</title>" in dom  # nobody owned it
+    assert "<title>nanoengine run: results</title>" in dom  # it has no owner
     assert dom.count("<svg") == 4
     shot = tmp_path / "page.png"
     browse(path, f"--screenshot={shot}", "--window-size=1200,3000")

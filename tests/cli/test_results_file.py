@@ -242,8 +242,8 @@ def test_a_rerun_that_answers_nothing_keeps_the_rows_that_were_there(
 
 def test_failures_alone_replace_nothing_and_it_is_said(fake: Any, nanoengine: Run, earlier: Any) -> None:
     result = nanoengine("run", "run.yaml", "prompts=[refuse me]")
-    assert "results.jsonl was there already, and is overwritten when the first prompt is answered" in result.stderr
-    assert result.stderr.splitlines()[-1] == "no prompt was answered: results.jsonl keeps the rows that were there"
+    assert "results.jsonl exists already, and is overwritten when the first prompt is answered" in result.stderr
+    assert result.stderr.splitlines()[-1] == "no prompt was answered: results.jsonl keeps its old rows"
     earlier()
 
 
@@ -304,7 +304,7 @@ def test_a_file_that_another_run_writes_is_refused_before_loading(
     earlier()
 
 
-def test_a_folder_without_room_for_a_new_file_is_told_before_loading(
+def test_a_folder_without_room_for_a_new_file_is_reported_before_loading(
     fake: Any, nanoengine: Run, tmp_path: Path, earlier: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: Path(path).name == "results.jsonl")
@@ -326,7 +326,7 @@ def test_a_full_disk_before_the_first_row_keeps_the_rows(
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == (
         "error: cannot write output results.jsonl: No space left on device; "
-        "results.jsonl has the rows of the run before"
+        "results.jsonl has the rows of the earlier run"
     )
     earlier()
 

@@ -60,7 +60,7 @@ def test_finished_rows_are_kept_and_the_rest_run(
     assert fake.made[-1].engine.seeds == {"0": request_seed(5, 0), "1": request_seed(5, 1)}
     assert "results.jsonl: 1 of 3 prompts are answered and kept" in result.stderr
     assert "overwritten" not in result.stderr
-    assert "3 prompts, 1 kept from before, 7 prompt + 4 generated tokens" in result.stderr
+    assert "3 prompts, 1 kept from an earlier run, 7 prompt + 4 generated tokens" in result.stderr
     assert (record(tmp_path)["summary"]["kept"], record(tmp_path)["summary"]["finished"]) == (1, 2)
 
 
@@ -140,7 +140,7 @@ def test_another_configuration_is_refused(
     result = nanoengine("run", config, "--resume", override)
     assert result.exit_code == 2
     assert words in result.stderr
-    assert "leave out --resume to begin anew" in result.stderr
+    assert "leave out --resume to start again" in result.stderr
     assert ((tmp_path / "results.jsonl").read_bytes(), len(fake.made)) == (before, made)
 
 
@@ -158,8 +158,8 @@ def test_the_model_s_own_parameters_count(fake: Any, nanoengine: Run, config: st
     ("prepare", "arguments", "words"),
     [
         ({}, ["output=null"], "--resume needs the results"),
-        ({}, ["output=/dev/null"], "/dev/null is no plain file"),
-        ({"results.jsonl": "{}\n"}, [], "has no results.jsonl.run.json beside it"),
+        ({}, ["output=/dev/null"], "/dev/null is not a regular file"),
+        ({"results.jsonl": "{}\n"}, [], "there is no results.jsonl.run.json next to results.jsonl"),
         ({"results.jsonl": "{}\n", "results.jsonl.run.json": "{"}, [], "results.jsonl.run.json cannot be read"),
         ({"results.jsonl": "{}\n", "results.jsonl.run.json": '{"format": 9}'}, [], "another version of nanoengine"),
         ({}, ["--multirun"], "--resume of a sweep takes the sweep's folder"),
@@ -272,11 +272,11 @@ def test_a_killed_process_leaves_whole_rows_and_can_go_on(
     kept = len(rows())
     assert 0 < kept < 40
     if number == signal.SIGTERM:
-        assert "terminated; what had finished is kept" in errors
+        assert "terminated; finished results are kept" in errors
         assert f"{kept} of 40 prompts, " in errors
     process = started("--resume", seconds=0)
     _, errors = process.communicate(timeout=60)
-    assert (process.returncode, f"40 prompts, {kept} kept from before" in errors) == (0, True), errors
+    assert (process.returncode, f"40 prompts, {kept} kept from an earlier run" in errors) == (0, True), errors
     assert sorted(row["index"] for row in rows()) == list(range(40))
 
 
@@ -287,7 +287,7 @@ def test_a_reader_that_goes_away_costs_no_results(started: Any, rows: Rows, tmp_
     errors = process.stderr.read()
     assert process.wait(60) == 0
     assert len(rows()) == 40
-    assert "cannot write answers to standard output: Broken pipe; they go on into results.jsonl" in errors
+    assert "cannot write answers to standard output: Broken pipe; results.jsonl still gets them" in errors
     assert "Traceback" not in errors
     assert "Exception ignored" not in errors
 
@@ -324,4 +324,4 @@ def test_rows_of_prompts_that_are_asked_no_more_go_and_it_is_said(nanoengine: Ru
     assert nanoengine("run", config).exit_code == 0
     result = nanoengine("run", config, "--resume", "prompts=[one]")
     assert "1 of 1 prompts are answered and kept" in result.stderr
-    assert "2 finished rows answer prompts that are no longer asked, and go" in result.stderr
+    assert "2 finished rows are dropped, because their prompts have changed" in result.stderr

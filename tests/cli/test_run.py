@@ -157,7 +157,7 @@ def test_results_are_written_afresh_and_it_is_said(
 ) -> None:
     (tmp_path / "results.jsonl").write_text('{"index": 7}\n')
     result = nanoengine("run", config(CONFIG))
-    assert "results.jsonl was there already, and is overwritten" in result.stderr
+    assert "results.jsonl exists already, and is overwritten" in result.stderr
     assert len(rows()) == 3
     assert "overwritten" not in nanoengine("run", config(CONFIG), "output=/dev/null").stderr
 
@@ -265,7 +265,7 @@ def test_output_that_would_overwrite_an_input(fake: Any, nanoengine: Run, config
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_output_without_permission_is_told_before_loading(
+def test_output_without_permission_is_reported_before_loading(
     fake: Any, nanoengine: Run, config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
 ) -> None:
     if there:
@@ -323,9 +323,9 @@ def test_what_holds_no_results_is_not_overwritten(nanoengine: Run, config: Any, 
     (tmp_path / "mine.py").write_text(text)
     result = nanoengine("run", config(CONFIG), "output=mine.py")
     assert result.exit_code == 2
-    assert "holds no results of a run" in result.stderr
+    assert "has no results of a run" in result.stderr
     assert (tmp_path / "mine.py").read_text() == text
-    assert "'-' is no file" in nanoengine("run", config(CONFIG), "output=-").stderr
+    assert "'-' is not a file" in nanoengine("run", config(CONFIG), "output=-").stderr
 
 
 def test_results_that_cannot_be_read_are_not_overwritten(
@@ -343,4 +343,4 @@ def test_results_that_cannot_be_read_are_not_overwritten(
     monkeypatch.setattr(Path, "open", opened)
     result = nanoengine("run", config(CONFIG), "output=mine.jsonl")
     assert result.exit_code == 2
-    assert "cannot read output mine.jsonl, which is there already: Permission denied" in result.stderr
+    assert "cannot read output mine.jsonl, which exists already: Permission denied" in result.stderr

@@ -32,10 +32,10 @@ def chosen() -> Iterator[Threads]:
     [
         (2, 2, None, 0.0, 2, "2 cores"),
         (2, 2, None, 0.3, 2, "2 cores"),  # what a machine does that does nothing
-        (2, 2, None, 0.9, 1, "other processes keep 0.9 of 2 CPUs busy"),
-        (2, 2, None, 2.0, 1, "other processes keep 2.0 of 2 CPUs busy"),
+        (2, 2, None, 0.9, 1, "other processes use 0.9 of 2 CPUs"),
+        (2, 2, None, 2.0, 1, "other processes use 2.0 of 2 CPUs"),
         (64, 32, None, 30.0, 32, "32 cores"),  # they have the other half
-        (64, 32, None, 40.0, 24, "other processes keep 40.0 of 64 CPUs busy"),
+        (64, 32, None, 40.0, 24, "other processes use 40.0 of 64 CPUs"),
         (64, 32, 4.0, 30.0, 4, "the container's quota is 4 CPUs"),
         (64, 32, 0.5, 0.0, 1, "the container's quota is 0.5 CPUs"),
         (8, 8, 7.9, 0.0, 7, "the container's quota is 7.9 CPUs"),
@@ -72,9 +72,7 @@ def test_what_the_user_set_wins(environ: dict[str, str], number: int, added: dic
 
 def test_lines_name_the_threads_and_where_the_choice_comes_from() -> None:
     assert choose(Machine(frozenset({0, 1}), 2), 0.0, {}).line() == "2 CPU threads (2 cores)"
-    assert choose(Machine(frozenset({0, 1}), 2), 1.0, {}).line() == (
-        "1 CPU thread (other processes keep 1.0 of 2 CPUs busy)"
-    )
+    assert choose(Machine(frozenset({0, 1}), 2), 1.0, {}).line() == ("1 CPU thread (other processes use 1.0 of 2 CPUs)")
     assert choose(Machine(frozenset({0, 1}), 2), 0.0, {"OMP_NUM_THREADS": "1"}).line() == (
         "1 CPU thread (OMP_NUM_THREADS=1 is set)"
     )

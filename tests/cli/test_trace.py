@@ -74,22 +74,22 @@ def test_the_answers_are_those_of_a_run_without(nanoengine: Run, config: str, ro
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "message"),
     [
         ("run.yaml", "--trace run.yaml is the configuration file, which it would overwrite"),
         ("results.jsonl", "--trace results.jsonl is the output, which it would overwrite"),
-        ("run.yaml/out.json", "cannot write trace run.yaml/out.json: {root}/run.yaml is no folder"),
-        (".", "cannot write trace .: . is no file"),
-        ("mine.json", "--trace mine.json is there and holds no trace; give another file, or delete it"),
+        ("run.yaml/out.json", "cannot write trace run.yaml/out.json: {root}/run.yaml is not a folder"),
+        (".", "cannot write trace .: . is not a file"),
+        ("mine.json", "--trace mine.json exists and is not a trace; give another file, or delete it"),
     ],
 )
 def test_a_trace_that_cannot_be_written_is_refused_first(
-    nanoengine: Run, config: str, tmp_path: Path, path: str, said: str
+    nanoengine: Run, config: str, tmp_path: Path, path: str, message: str
 ) -> None:
     (tmp_path / "mine.json").write_text("[1, 2]\n")
     result = nanoengine("run", config, "--trace", path)
     assert result.exit_code == 2
-    assert result.stderr.startswith(f"error: {said.format(root=tmp_path)}")
+    assert result.stderr.startswith(f"error: {message.format(root=tmp_path)}")
     assert "loading" not in result.stderr
 
 
@@ -114,8 +114,10 @@ def test_a_trace_without_room_costs_no_results(
     result = nanoengine("run", config, "--trace", "out.json")
     assert result.exit_code == 1
     assert len(rows()) == 6
-    said = "error: cannot write trace out.json: No space left on device; it ends early, and the results are whole"
-    assert result.stderr.splitlines()[-1] == said
+    message = (
+        "error: cannot write trace out.json: No space left on device; it is incomplete, but the results are complete"
+    )
+    assert result.stderr.splitlines()[-1] == message
 
 
 def test_a_killed_run_leaves_a_timeline(config: str, tmp_path: Path) -> None:

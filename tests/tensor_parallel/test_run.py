@@ -1,4 +1,4 @@
-"""`nanoengine run` over two ranks: what had finished is kept when one dies."""
+"""`nanoengine run` over two ranks: finished results are kept when one dies."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_what_had_finished_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert done.exit_code == 1, done.output
     assert "error: rank 1 of 2 failed (step " in done.stderr
     assert "killed by SIGKILL" in done.stderr
-    assert "what had finished is kept" in done.stderr
+    assert "finished results are kept" in done.stderr
     assert done.stdout.count("what a plugin prints") == 1, "by this process, which asks what attention the model needs"
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [(row["index"], row["error"] and row["error"]["code"]) for row in rows] == [

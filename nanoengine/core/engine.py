@@ -61,7 +61,7 @@ class Engine:
         self._in_flight: deque[InFlight] = deque()
         self._watch: Watch | None = None
         self._mid_update = False  # scheduler, steps in flight and `_known` do not agree at the moment
-        self._logged_errors: set[str] = set()  # types of errors that broke steps
+        self._logged_errors: set[type[BaseException]] = set()  # types of errors that broke steps
         self._closed, self._pid = False, os.getpid()
         self._ended_by: WorkerError | None = None
         # Re-entrant, and taken in this order.
@@ -230,24 +230,23 @@ class Engine:
         self._requests.publish([self._outputs.end(state, error, time.monotonic())])
 
     def _broken(self, steps: Sequence[ScheduledStep], error: BaseException) -> None:
-        """A step raised: its requests run again one by one, and one that raises alone fails alone."""
-        if len(steps[0].rows) > 1:
-            self._log_broken(error)
-        for request in self.scheduler.fail(steps):
-            cause = step_failure(error)
-            state = self._requests.known.get(request.parent)
-            if state is not None:
-                self._end_request(state, cause)
+        """A step raised: its requests run again, in smaller steps or one by one. One that raises alone fails alone."""
+        short = is_out_of_memory(error)
+        failed = self.scheduler.withdraw(steps) if short else self.scheduler.fail(steps)
+        if not failed:
+            self._log_broken(error, "in smaller steps" if short else "one by one")
+        for state in filter(None, [self._requests.known.get(request.parent) for request in failed]):
+            self._end_request(state, step_failure(error))
         if self._watch is not None:
             self._requests.put_records(self._watch.broken(steps, error))
+        forget_locals(error)
 
-    def _log_broken(self, error: BaseException) -> None:
-        """Each type of error once: where every request then succeeds alone, only this shows why the engine is slow."""
-        what = type(error).__name__
-        if what not in self._logged_errors:
-            self._logged_errors.add(what)
-            _log.warning("a step raised %s; its requests run again one by one", described(error))
-            _log.debug("where it was raised:", exc_info=error)
+    def _log_broken(self, error: BaseException, how: str) -> None:
+        """A warning for the first error of each type: where all requests end well, only this shows what is slow."""
+        level = logging.DEBUG if type(error) in self._logged_errors else logging.WARNING
+        self._logged_errors.add(type(error))
+        _log.log(level, "a step raised %s; its requests run again %s", described(error), how)
+        _log.debug("where it was raised:", exc_info=error)
 
     # Consistency
 
@@ -452,10 +451,9 @@ def step_failure(error: BaseException) -> RequestError:
     """The error of a request that raised `error` when it ran alone."""
     text = f"running this request raised {described(error)}"
     if is_out_of_memory(error):
-        fix = "no part of its step was small enough; leave more room: lower engine.kv_cache_memory or max_num_seqs"
-        cause = RequestError("out_of_memory", f"{text}; {fix}, on a GPU also gpu_memory_utilization")
+        fix = "leave more room: lower engine.kv_cache_memory or max_num_seqs, on a GPU also gpu_memory_utilization"
+        cause = RequestError("out_of_memory", f"{text}, in a step of a single token; {fix}")
     else:
         cause = RequestError("step_failed", text)
     cause.__cause__ = error
-    forget_locals(error)
     return cause

@@ -188,7 +188,6 @@ class StepResult:
             possible. A failed row has count 0.
         sampled_logprobs: one entry a new token whose slot asked for log-probs.
         prompt_logprobs: one entry a prompt position that asked.
-        parts: how many launches it took; more than one where memory did not hold the step whole.
         graphs: which parts ran as replayed CUDA graphs: a sum of `GRAPH_DECODE`, `GRAPH_MIXED`, `GRAPH_TAIL`.
     """
 
@@ -199,7 +198,6 @@ class StepResult:
     sampled_logprobs: LogprobRows = NO_LOGPROBS
     prompt_logprobs: LogprobRows = NO_LOGPROBS
     graphs: int = 0
-    parts: int = 1
 
 
 GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL = 1, 2, 4

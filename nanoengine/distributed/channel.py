@@ -30,6 +30,7 @@ class Kind(IntEnum):
     ANSWER = 7  # parcel: the pickled return value
     FAILED = 8  # parcel: a pickled `Report`
     STOP = 9
+    SHORT = 10  # parcel: UTF-8, why memory ran out in this step
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,8 @@ class WorkersExecutor(Executor):
         self._results: dict[int, bytearray] = {}  # results too large for the ring, from rank 0
         self._answers: dict[int, bytearray] = {}
         self._reports: dict[int, Report] = {}
+        self._shortage = ""  # where memory ran out last, and why
+        self._withdrawn = False  # the next step is the first since then
         self._gone: set[int] = set()  # ranks whose socket is closed
         self._ready: dict[int, MemoryReport] = {}
         self._error: WorkerError | None = None
@@ -110,7 +112,9 @@ class WorkersExecutor(Executor):
         if not shared.put(shared.layout.plan_at(number), data):
             self._parcels[number] = Parcel(data)
             self.parcels_sent += 1
-        self._number = number
+        if self._withdrawn:
+            shared.resume(number)
+        self._number, self._withdrawn = number, False
         for rank in self._ranks:
             self._announce(rank)
         return _WorkerStep(self, number)
@@ -150,9 +154,16 @@ class WorkersExecutor(Executor):
         at = shared.layout.result_at(number)
 
         def arrived() -> bool:
-            return shared.word(0, Word.FINISHED) >= number and (shared.holds(at) or number in self._results)
+            if shared.word(0, Word.FINISHED) < number:
+                return False
+            return shared.is_withdrawn(number) or shared.holds(at) or number in self._results
 
         self._until(arrived, self._step_seconds, "step_timeout")
+        if shared.is_withdrawn(number):
+            self._withdrawn = True
+            while self._receive(0.0):
+                pass  # the rank sent the cause before it noted the step
+            raise MemoryError(self._shortage)
         data = shared.take(at)
         if data is None:
             data = self._results[number]
@@ -196,11 +207,13 @@ class WorkersExecutor(Executor):
         self._end(ask=False)
         raise error
 
-    def _receive(self, seconds: float) -> None:
+    def _receive(self, seconds: float) -> bool:
+        """Whether a rank had sent something."""
         ready = {fd for fd, _ in self._poller.poll(seconds * 1000)}
         for rank in self._ranks:
             if rank.rank not in self._gone and rank.channel.fileno() in ready:
                 self._take(rank)
+        return bool(ready)
 
     def _take(self, rank: RankProcess) -> None:
         frame = rank.channel.receive()
@@ -215,6 +228,8 @@ class WorkersExecutor(Executor):
             return  # a result that is in the ring
         elif frame.kind is Kind.RESULT:
             self._results[frame.number] = frame.parcel
+        elif frame.kind is Kind.SHORT:
+            self._shortage = f"rank {rank.rank} of {len(self._ranks)}: {frame.parcel.decode()}"
         elif frame.kind is Kind.ANSWER:
             self._answers[rank.rank] = frame.parcel
         elif frame.kind is Kind.READY:

@@ -38,12 +38,16 @@ class Report:
 
 
 def report_of(error: BaseException, phase: str) -> Report:
-    cause = described(error)
-    if is_out_of_memory(error) and torch.cuda.is_available():
-        cause += f" [{memory_figures()}]"
+    cause = cause_of(error)
     ours = pickle.dumps(error) if isinstance(error, NanoEngineError) else None
     trace = "".join(traceback.format_exception(error))
     return Report(phase, cause, trace, time.monotonic(), _follows(error), ours)
+
+
+def cause_of(error: BaseException) -> str:
+    """Its type and text; out of memory on a GPU: with figures."""
+    figures = is_out_of_memory(error) and torch.cuda.is_available()
+    return described(error) + (f" [{memory_figures()}]" if figures else "")
 
 
 def memory_figures() -> str:

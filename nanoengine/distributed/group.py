@@ -56,7 +56,9 @@ class DistributedGroup(TensorParallelGroup):
         """Connects to the other ranks.
 
         Args:
-            store: from `make_store` or `join_store`. entered: called when a collective starts.
+            store: from `make_store` or `join_store`.
+            entered: called just before each collective and each forward pass. It may wait for the other ranks; if it
+                raises, it does so on all of them, and the collective does not start.
             shared_rows: on GPUs, small sums and `highest` of up to so many keys use shared memory instead of NCCL; 0:
                 everything uses NCCL.
         """
@@ -78,7 +80,7 @@ class DistributedGroup(TensorParallelGroup):
         assert dist.group.WORLD is not None
         shared, why = None, "another rank's GPU cannot"
         try:
-            shared = SymmetricMemory(dist.group.WORLD, self._device, rows)
+            shared = SymmetricMemory(dist.group.WORLD, self._device, rows, self._entered)
         except Exception as error:  # noqa: BLE001 - drivers and topologies say it in many ways; NCCL serves all the same
             why = f"{type(error).__name__}: {error}"
         if self.minimum(int(shared is not None)):
@@ -87,6 +89,7 @@ class DistributedGroup(TensorParallelGroup):
         return None
 
     def begin_forward(self) -> None:
+        self._entered()  # the collectives of a graph do not call this group
         if self._symmetric is not None:
             self._symmetric.begin_forward()
 

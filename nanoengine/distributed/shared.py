@@ -1,8 +1,8 @@
 """The memory that an engine shares with its ranks: plans, results, and the progress of each rank.
 
 It has no name: the descriptor is inherited, and the memory is freed when the last process that uses it ends. Only the
-engine writes plans, only rank 0 writes results, and each rank writes only its own line of progress. A word of 8 bytes
-is written at once; the frame that is sent after it (`channel.py`) orders the writes before it.
+engine writes plans, only rank 0 writes results, and each rank, and the engine, writes only its own line of progress. A
+word of 8 bytes is written at once; the frame that is sent after it (`channel.py`) orders the writes before it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class Word(IntEnum):
     LAUNCHED = 1  # steps launched
     FINISHED = 2  # steps whose result has arrived
     PHASE = 3  # phase of the start: an index into `clock.PHASES`; `READY` afterwards
-    COLLECTIVES = 4  # collectives entered
+    COLLECTIVES = 4  # collectives that the rank has reached
+    SHORT = 5  # the last step in which the rank ran out of memory
+    RESUMED = 6  # in the engine's line: the first step that it launched since then
 
 
 READY = -1
@@ -44,7 +46,7 @@ class Layout:
 
     @property
     def progress_bytes(self) -> int:
-        return self.size * _WORDS * 8
+        return (self.size + 1) * _WORDS * 8  # the last line is the engine's
 
     @property
     def total(self) -> int:
@@ -74,7 +76,9 @@ class Shared:
 
     @classmethod
     def create(cls, layout: Layout) -> Shared:
-        return cls(anonymous_memory("nanoengine-steps", layout.total), layout)
+        shared = cls(anonymous_memory("nanoengine-steps", layout.total), layout)
+        shared.resume(1)
+        return shared
 
     def word(self, rank: int, word: Word) -> int:
         return self._words[rank * _WORDS + word]
@@ -84,7 +88,16 @@ class Shared:
 
     def least(self, word: Word) -> int:
         """The minimum of `word` over all ranks."""
-        return min(self._words[word::_WORDS])
+        return min(self._words[word : self.layout.size * _WORDS : _WORDS])
+
+    def is_withdrawn(self, step: int) -> bool:
+        """Whether a rank ran out of memory in this step, or in the step before while this one was on its way."""
+        short = max(self._words[Word.SHORT : self.layout.size * _WORDS : _WORDS])
+        return self.word(self.layout.size, Word.RESUMED) <= short <= step
+
+    def resume(self, step: int) -> None:
+        """For the engine: this step and those behind it are to run."""
+        self.note(self.layout.size, Word.RESUMED, step)
 
     def put(self, at: int, data: bytes) -> bool:
         """Writes `data` into the slot at `at`. If it is too large, marks the slot and returns False."""

@@ -8,6 +8,7 @@ other's memory (NVLink or PCIe peer access); multicast is not used.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,14 +33,17 @@ class SymmetricMemory:
     uses the third buffer, and the others alternate, so this does not depend on the graph that ran before.
     """
 
-    def __init__(self, group: ProcessGroup, device: torch.device, max_rows: int) -> None:
-        """`max_rows`: most keys of `highest`. Raises torch's errors if GPUs cannot access each other's memory."""
+    def __init__(
+        self, group: ProcessGroup, device: torch.device, max_rows: int, entered: Callable[[], None] = lambda: None
+    ) -> None:
+        """`max_rows`: most keys of `highest`. `entered`: as in `DistributedGroup`. Raises torch's errors if GPUs cannot
+        access each other's memory."""
         import torch.distributed as dist
         import torch.distributed._symmetric_memory as symmetric
 
         from nanoengine.kernels import all_reduce_triton
 
-        self._kernels = all_reduce_triton
+        self._kernels, self._entered = all_reduce_triton, entered
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         self.capacity = _CAPACITY.get(size, _CAPACITY_OF_MORE)
         self._half = max_rows
@@ -86,13 +90,17 @@ class SymmetricMemory:
         if x.data_ptr() != buffer.data_ptr():
             buffer.copy_(x.view(buffer.shape))
         offset = self._buffer * self.capacity // x.element_size()
-        self._turn += 1
         like = buffer.view(x.shape)
-        return self._kernels.all_reduce_add(self._sums, offset, like, residual)
+        out = torch.empty_like(like)
+        self._entered()  # behind all that may run out of memory
+        self._turn += 1
+        return self._kernels.all_reduce_add(self._sums, offset, like, residual, out)
 
     def highest(self, keys: Tensor) -> Tensor:
         """int64 [R] -> int64 [R], the maximum over ranks, element by element."""
-        return self._kernels.highest(self._keys, keys, self._half)
+        out = torch.empty_like(keys)
+        self._entered()
+        return self._kernels.highest(self._keys, keys, self._half, out)
 
     @property
     def _buffer(self) -> int:

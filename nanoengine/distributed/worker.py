@@ -15,10 +15,14 @@ import signal
 import socket
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain, repeat
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from nanoengine.api.errors import forget_locals, is_out_of_memory
 from nanoengine.core.step import StepPlan
 from nanoengine.distributed.channel import Channel, Frame, Kind, Parcel
 from nanoengine.distributed.shared import READY, Layout, Shared, Word
@@ -99,7 +103,8 @@ class Worker:
         self._start, self._channel, self._shared, self._rank = start, channel, shared, start.rank
         self._sending = threading.Lock()
         self._parcels: dict[int, bytearray] = {}  # plans that were too large for the ring
-        self._launched: SimpleQueue[tuple[int, StepHandle]] = SimpleQueue()
+        self._step = 0  # the step that is being launched; 0: none
+        self._launched: SimpleQueue[tuple[int, StepHandle | None]] = SimpleQueue()
         self._finished = threading.Semaphore(0)  # one for each launched step whose result has arrived
 
     def run(self) -> int:
@@ -161,7 +166,17 @@ class Worker:
         self._shared.note(self._rank, word, value)
 
     def _entered(self) -> None:
-        self._note(Word.COLLECTIVES, self._word(Word.COLLECTIVES) + 1)
+        """Returns when all ranks have come to this collective. Raises `MemoryError` where one has run out of memory: so
+        all leave the step in front of the same collective, and none waits in it."""
+        number = self._word(Word.COLLECTIVES) + 1
+        self._note(Word.COLLECTIVES, number)
+        for seconds in _pauses():
+            if self._shared.least(Word.COLLECTIVES) >= number:
+                return
+            if self._shared.is_withdrawn(self._step):
+                self._note(Word.COLLECTIVES, number - 1)
+                raise MemoryError("another rank ran out of memory")
+            time.sleep(seconds)
 
     def _serve(self) -> None:
         while (frame := self._channel.receive()) is not None and frame.kind is not Kind.STOP:
@@ -176,12 +191,37 @@ class Worker:
         for number in range(self._word(Word.READ) + 1, frame.number + 1):
             data = self._shared.take(self._shared.layout.plan_at(number)) or self._parcels.pop(number)
             self._note(Word.READ, number)
-            handle = self._runner.launch(decode(StepPlan, data))
+            handle = self._launch(number, decode(StepPlan, data))
             self._note(Word.LAUNCHED, number)
             if self._in_order:
                 self._finish(number, handle)
             else:
                 self._launched.put((number, handle))
+
+    def _launch(self, number: int, plan: StepPlan) -> StepHandle | None:
+        """None: memory ran out, on whichever rank, in this step or the one before. The engine withdraws both."""
+        if self._shared.is_withdrawn(number):
+            return None
+        self._step = number
+        try:
+            return self._runner.launch(plan)
+        except BaseException as error:
+            if not is_out_of_memory(error):
+                raise
+            self._leave(number, error)
+            return None
+        finally:
+            self._step = 0
+
+    def _leave(self, number: int, error: BaseException) -> None:
+        from nanoengine.distributed.faults import cause_of
+
+        if not self._in_order:
+            sys.modules["torch"].cuda.synchronize()  # a peer may still be reading what the next step writes
+        if not self._shared.is_withdrawn(number):
+            self._send(Kind.SHORT, number, cause_of(error).encode())
+            self._note(Word.SHORT, number)
+        forget_locals(error)
 
     def _finish_launched(self) -> None:
         """Runs in a thread if a launch only enqueues work: waits for the device during the next launch."""
@@ -192,13 +232,18 @@ class Worker:
             self._report(error)
             os._exit(1)
 
-    def _finish(self, number: int, handle: StepHandle) -> None:
-        result = handle.wait()
-        parcel = None
+    def _finish(self, number: int, handle: StepHandle | None) -> None:
+        """Rank 0 gives a result only when no rank can run out of memory any more in this step."""
+        result, parcel = handle and handle.wait(), None
         if self._rank == 0:
-            data = encode(result)
-            if not self._shared.put(self._shared.layout.result_at(number), data):
-                parcel = data
+            for seconds in _pauses():
+                if self._shared.least(Word.LAUNCHED) >= number:
+                    break
+                time.sleep(seconds)
+            if result is not None:
+                data = encode(result)
+                if not self._shared.put(self._shared.layout.result_at(number), data):
+                    parcel = data
         self._note(Word.FINISHED, number)
         self._finished.release()
         if self._rank == 0:
@@ -228,6 +273,11 @@ class Worker:
             self._send(Kind.FAILED, 0, pickle.dumps(report_of(error, phase_of(self._shared, self._rank))))
         except OSError:  # the engine does not exist any more
             logging.getLogger(__name__).error("the engine is gone; this rank ends", exc_info=error)
+
+
+def _pauses() -> Iterator[float]:
+    """Seconds between two looks at the other ranks: none at first, as they mostly come within microseconds."""
+    return chain(repeat(0.0, 200), repeat(5e-5, 2000), repeat(1e-3))
 
 
 if __name__ == "__main__":

@@ -88,16 +88,19 @@ def _all_reduce_add_kernel(
         tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def all_reduce_add(peers: Peers, offset: int, like: Tensor, residual: Tensor | None) -> Tensor:
+def all_reduce_add(
+    peers: Peers, offset: int, like: Tensor, residual: Tensor | None, out: Tensor | None = None
+) -> Tensor:
     """As `all_reduce.all_reduce_add`. Every rank must call it, with the same shape and offset.
 
     Args:
         offset: elements of `like`'s dtype from each rank's buffer's start to its partial sum; a multiple of 16 bytes.
         like: [T, H], contiguous; its shape and dtype are the result's.
         residual: [T, H], contiguous.
+        out: as `like`; None: it is made.
     """
     assert like.is_contiguous() and (residual is None or residual.is_contiguous())
-    out = torch.empty_like(like)
+    out = torch.empty_like(like) if out is None else out
     count = like.numel()
     if count == 0:
         return out
@@ -131,13 +134,13 @@ def _highest_kernel(
     tl.store(out_ptr + i, keys, mask=mask)
 
 
-def highest(peers: Peers, keys: Tensor, half: int) -> Tensor:
+def highest(peers: Peers, keys: Tensor, half: int, out: Tensor | None = None) -> Tensor:
     """As `all_reduce.highest`, of this rank's keys int64 [R] and the other ranks'. Every rank must call it.
 
-    `peers.data`: address of each rank's int64 [2, half], R <= half.
+    `peers.data`: address of each rank's int64 [2, half], R <= half. `out`: int64 [R]; None: it is made.
     """
     assert len(keys) <= half
-    out = torch.empty_like(keys)
+    out = torch.empty_like(keys) if out is None else out
     _highest_kernel[(1,)](
         keys, peers.data, peers.signals, peers.turns, out, len(keys), half,
         RANK=peers.rank, SIZE=peers.size, PLACES=MAX_PROGRAMS, BLOCK=triton.next_power_of_2(max(len(keys), 1)),

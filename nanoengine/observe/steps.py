@@ -60,9 +60,10 @@ class StepRecord:
         rows: decode rows (`num_decode_rows` of them) first, then prefill rows.
         admitted: requests that got a slot. preempted: requests that lost theirs since the step before.
         ended: samples that ended since the step before: by this result, by an abort, by an error.
-        graphs, parts: as in `StepResult`.
+        graphs: as in `StepResult`.
         blocks: KV blocks while the step ran. running, waiting: requests then.
-        error: what the step raised; its requests are run again, one by one. None: it went well.
+        error: what the step raised; its rows run again, in smaller steps where memory ran out, else each request alone.
+            None: it went well.
     """
 
     step: int
@@ -77,7 +78,6 @@ class StepRecord:
     preempted: tuple[Preemption, ...]
     ended: tuple[Ending, ...]
     graphs: int
-    parts: int
     blocks: BlockUse
     running: int
     waiting: int
@@ -145,7 +145,7 @@ class StepWatch:
             return ()
         wait, commit = Span(self._wait_start, self._arrival), Span(self._arrival, time.monotonic())
         counts = [count if live else 0 for count, live in zip(result.counts.tolist(), self._live, strict=True)]
-        return self._deliver(self._record(step, known, wait, commit, counts, result.graphs, result.parts, None))
+        return self._deliver(self._record(step, known, wait, commit, counts, result.graphs, None))
 
     def broken(self, steps: Sequence[ScheduledStep], error: BaseException) -> Sequence[Delivery]:
         now, out = time.monotonic(), []
@@ -154,7 +154,7 @@ class StepWatch:
             known = self._launched.pop(step.plan.step, None)
             if known is not None:
                 text, end, none = described(error), Span(now, now), [0] * len(step.rows)
-                out += self._deliver(self._record(step, known, end, end, none, 0, 1, text))
+                out += self._deliver(self._record(step, known, end, end, none, 0, text))
         return out
 
     def _deliver(self, record: StepRecord) -> list[Delivery]:
@@ -168,7 +168,6 @@ class StepWatch:
         commit: Span,
         new_tokens: Sequence[int],
         graphs: int,
-        parts: int,
         error: str | None,
     ) -> StepRecord:
         ended, self._ended = tuple(self._ended), []
@@ -185,7 +184,6 @@ class StepWatch:
             preempted=step.preempted,
             ended=ended,
             graphs=graphs,
-            parts=parts,
             blocks=known.blocks,
             running=known.running,
             waiting=known.waiting,

@@ -252,7 +252,6 @@ def _facts(record: StepRecord) -> dict[str, Any]:
         "chunked": [row.request for row in prefill if not row.sampled],
         "new_tokens": record.new_tokens,
         "graph": record.graph,
-        "parts": record.parts,
         "admitted": [new._asdict() for new in record.admitted],
         "preempted": [lost._asdict() for lost in record.preempted],
         "ended": [{"request": gone.request, "reason": gone.reason} for gone in record.ended],

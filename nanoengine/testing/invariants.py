@@ -46,6 +46,7 @@ def check_roster(roster: Roster) -> None:
     live = {*roster.running, *roster.waiting}
     assert roster.num_host == sum(request.host_tokens for request in live)
     assert roster.retry_alone <= live
+    assert roster.unsent <= {*roster.running}
 
 
 def check_blocks(blocks: BlockManager, owners: Iterable[Request]) -> None:

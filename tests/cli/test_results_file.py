@@ -434,7 +434,7 @@ def llm_trace(tmp_path: Path) -> tuple[Path, Callable[..., None]]:
     path, span = tmp_path / "out.json", Span(0.0, 0.0)
     step = StepRecord(
         step=0, schedule=span, launch=span, wait=span, commit=span, execution=span, rows=(), num_decode_rows=0,
-        admitted=(), preempted=(), ended=(), graphs=0, parts=1, blocks=BlockUse(8, 0, 0, 0), running=0, waiting=0,
+        admitted=(), preempted=(), ended=(), graphs=0, blocks=BlockUse(8, 0, 0, 0), running=0, waiting=0,
     )  # fmt: skip
 
     def run(between: Callable[[], Any], steps: int = 2) -> None:

@@ -1,10 +1,10 @@
-"""Out of memory in a launch: the step runs in parts and gives the very same answers; what cannot run fails alone."""
+"""Out of memory in a launch: the step is withdrawn, its rows run in smaller steps and give the very same answers; a
+request that does not fit alone fails alone."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from parity.compare import assert_same_until_a_tie, compare
 from transformers import AutoModelForCausalLM
 
 from nanoengine import LLM, RequestOutput, SamplingParams
-from nanoengine.core.execution import split
-from nanoengine.core.execution.split import Part
+from nanoengine.api.processors import Need
+from nanoengine.core.execution.executor import InProcessExecutor
+from nanoengine.core.execution.slots import SlotTables, VocabHistory
 from nanoengine.core.scheduling.messages import EngineStats
+from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.testing.checkpoints import tiny_llama
 from nanoengine.testing.invariants import check_scheduler
 from nanoengine.testing.mock_model import MockModel
@@ -77,33 +79,65 @@ def run(tmp_path: Path, options: dict[str, Any], asked: Any, params: Any) -> tup
 @pytest.mark.parametrize(
     ("way", "tokens"), [*((way, 3) for way in WAYS), ("mixed", 1), ("cached", 10), ("chunked", 15)]
 )
-def test_the_answers_of_a_step_in_parts(tmp_path: Path, monkeypatch: Patch, way: str, tokens: int) -> None:
+def test_the_answers_of_smaller_steps(tmp_path: Path, monkeypatch: Patch, way: str, tokens: int) -> None:
     options, asked, _ = WAYS[way]
     params = mixed_params(len(asked))
     whole, plain = run(tmp_path, options, asked, params)
-    assert plain.steps_split == 0
+    assert plain.steps_withdrawn == 0
     sizes = little_memory(monkeypatch, tokens)
-    parts, stats = run(tmp_path, options, asked, params)
-    assert parts == whole
+    again, stats = run(tmp_path, options, asked, params)
+    assert again == whole
     fits = options.get("max_num_batched_tokens", 2048) <= tokens
-    assert (stats.steps_split > 0) == (not fits)
+    assert (stats.steps_withdrawn > 0) == (not fits)
     assert max(sizes) <= tokens
-    assert replace(stats, steps_split=0) == plain, "splitting a step must not change what the scheduler does"
+    assert stats.prompt_tokens == plain.prompt_tokens, "a prompt counts once"
+    assert stats.steps_broken == 0
+    if not plain.preemptions:
+        assert stats.preemptions == stats.resumed_hit_tokens == 0
 
 
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("error", SHORTAGES, ids=lambda error: type(error).__name__)
-def test_greedy_tokens_of_steps_in_parts(
+def test_greedy_tokens_of_smaller_steps(
     tmp_path: Path, monkeypatch: Patch, caplog: pytest.LogCaptureFixture, overlap: bool, error: Exception
 ) -> None:
     little_memory(monkeypatch, 5, error)
     asked = prompts(9)
     with caplog.at_level(logging.WARNING), mock_llm(tmp_path, overlap=overlap) as llm:
         found = tokens_of(llm.generate(asked, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False))
-        assert llm.stats().steps_split > 9
+        stats = llm.stats()
+    assert stats.steps_withdrawn > 6
+    assert stats.preemptions == 0
     assert found == [greedy(p, 12) for p in asked]
-    assert len(caplog.messages) == 1, "it is said once"
-    assert f"tokens in 9 rows ran out of memory and is run in parts: {type(error).__name__}" in caplog.messages[0]
+    assert len(caplog.messages) == 1, "it is logged once"
+    assert caplog.messages[0].startswith(f"a step raised {type(error).__name__}: ")
+    assert caplog.messages[0].endswith("; its requests run again in smaller steps")
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_decode_batch_that_does_not_fit(tmp_path: Path, monkeypatch: Patch, overlap: bool) -> None:
+    """256 rows where memory holds 200: their KV stays, nobody is preempted, and memory that is back is used."""
+    asked, count = prompts(256, shortest=2, longest=5), 24
+    with mock_llm(tmp_path, max_num_seqs=256, overlap=overlap, num_gpu_blocks_override=8192) as llm:
+        for i, prompt in enumerate(asked):
+            llm.engine.add_request(str(i), prompt, SamplingParams(temperature=0, max_tokens=count), final_only=True)
+        llm.engine.step()
+        llm.engine.step()
+        done = {}
+        with pytest.MonkeyPatch.context() as patch:
+            sizes = little_memory(patch, 200)
+            while llm.engine.has_unfinished_requests():
+                done |= {output.request_id: output for output in llm.engine.step()}
+        stats = llm.stats()
+        assert tokens_of([done[str(i)] for i in range(256)]) == [greedy(prompt, count) for prompt in asked]
+        assert (stats.preemptions, stats.steps_broken) == (0, 0)
+        assert 2 <= stats.steps_withdrawn <= 12
+        assert max(sizes) == 128
+        sizes = little_memory(monkeypatch, 1 << 30)
+        tokens = SamplingParams(temperature=0, max_tokens=60)
+        assert tokens_of(llm.generate(asked, tokens, use_tqdm=False)) == [greedy(prompt, 60) for prompt in asked]
+        assert llm.stats().steps_withdrawn == stats.steps_withdrawn
+        assert sizes.count(256) > 20
 
 
 def _in_logits(monkeypatch: Patch) -> None:
@@ -118,24 +152,27 @@ def _in_logits(monkeypatch: Patch) -> None:
     monkeypatch.setattr(MockModel, "compute_logits", small)
 
 
-def _in_every_third(owner: str, method: str, *, after: bool) -> Callable[[Patch], None]:
+def _in_every_third(owner: str, method: str, *, after: bool, every: int = 3) -> Callable[[Patch], None]:
     """Every third call of a method of the runner's parts raises, before or after it has done its work."""
 
     def patch(monkeypatch: Patch) -> None:
+        from nanoengine import kernels
         from nanoengine.core.execution import sampler, slots, step_inputs
 
         owners: dict[str, Any] = {
             "tables": slots.SlotTables,
+            "history": slots.VocabHistory,
             "buffers": step_inputs.StepBuffers,
             "sampler": sampler.Sampler,
+            "kernels": kernels.step_inputs,
         }
         original, calls = getattr(owners[owner], method), 0
 
-        def failing(self: Any, *args: Any) -> Any:
+        def failing(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls
             calls += 1
-            result = original(self, *args) if after or calls % 3 else None
-            if calls % 3 == 0:
+            result = original(*args, **kwargs) if after or calls % every else None
+            if calls % every == 0:
                 raise fresh(SHORTAGES[0])
             return result
 
@@ -147,48 +184,99 @@ def _in_every_third(owner: str, method: str, *, after: bool) -> Callable[[Patch]
 FAULTS: dict[str, Callable[[Patch], None]] = {
     "logits": _in_logits,
     "before the plan's writes": _in_every_third("tables", "write", after=False),
+    "after a slot's admission": _in_every_third("tables", "_admit", after=True),
+    "after a slot's column": _in_every_third("tables", "_set_column", after=True, every=11),
+    "after a slot's counts": _in_every_third("history", "enter", after=True),
     "after the plan's writes": _in_every_third("tables", "write", after=True),
     "before the writes are sent": _in_every_third("buffers", "send", after=False),
     "after the writes are sent": _in_every_third("buffers", "send", after=True),
     "after the gather": _in_every_third("buffers", "gather", after=True),
     "in the draw": _in_every_third("sampler", "sample", after=True),
+    "before the tokens are written": _in_every_third("kernels", "record", after=False),
+    "after the tokens are written": _in_every_third("kernels", "record", after=True),
 }
 
 
+@pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_wherever_memory_runs_out(tmp_path: Path, monkeypatch: Patch, fault: str) -> None:
-    """Before any slot has moved: a launch may be repeated, its writes too."""
+def test_wherever_memory_runs_out(tmp_path: Path, monkeypatch: Patch, fault: str, overlap: bool) -> None:
+    """Whatever the slots hold then: they are written anew, counts of tokens too."""
     asked = prompts(9, shortest=3, longest=20)
     params = mixed_params(9)
-    options = {"max_num_batched_tokens": 32, "max_num_seqs": 6}
+    options = {"max_num_batched_tokens": 32, "max_num_seqs": 6, "overlap": overlap}
     whole, _ = run(tmp_path, options, asked, params)
     FAULTS[fault](monkeypatch)
-    parts, stats = run(tmp_path, options, asked, params)
-    assert parts == whole
-    assert stats.steps_split > 3
-
-
-@pytest.mark.parametrize("overlap", [True, False])
-def test_memory_that_runs_out_while_slots_move(tmp_path: Path, monkeypatch: Patch, overlap: bool) -> None:
-    """Too late to launch again: its requests are computed again one by one, and give the same tokens."""
-    from nanoengine.kernels import step_inputs
-
-    asked, params = prompts(6), seeded(6)
-    whole, _ = run(tmp_path, {"overlap": overlap}, asked, params)
-    original, calls = step_inputs.record, 0
-
-    def failing(*args: Any) -> None:
-        nonlocal calls
-        calls += 1
-        original(*args)
-        if calls == 5:
-            raise fresh(SHORTAGES[0])
-
-    monkeypatch.setattr(step_inputs, "record", failing)
-    again, stats = run(tmp_path, {"overlap": overlap}, asked, params)
+    again, stats = run(tmp_path, options, asked, params)
     assert again == whole
-    assert stats.preemptions >= 6
-    assert stats.steps_split == 0
+    assert stats.steps_withdrawn > 1
+    assert stats.preemptions == stats.steps_broken == 0
+
+
+def test_memory_that_runs_out_while_counts_are_made(tmp_path: Path) -> None:
+    """A table over the vocabulary that could not be filled is made again; it is not used as it is."""
+    with mock_llm(tmp_path) as llm:
+        llm.engine.add_request("0", [3, 3, 5], SamplingParams(temperature=0, max_tokens=9))
+        for _ in range(4):
+            llm.engine.step()
+        tables: SlotTables = llm.engine._executor.runner.tables  # type: ignore[attr-defined]
+        for need, counted in ((Need.PROMPT_MASK, [3, 5]), (Need.OUTPUT_COUNTS, greedy([3, 3, 5], 4))):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.Tensor, "scatter_add_", lambda *_: (_ for _ in ()).throw(MemoryError("none left")))
+                with pytest.raises(MemoryError):
+                    tables.history(need)
+            (slot,) = tables.num_tokens.nonzero().flatten().tolist()
+            assert {*counted} <= {*tables.history(need)[slot].nonzero().flatten().tolist()}
+
+
+def test_the_step_behind_one_that_failed_does_not_run(tmp_path: Path, monkeypatch: Patch) -> None:
+    """Its slot was an earlier request's, and the failed step has not said whose it is now: the blocks that are written
+    down there belong to others."""
+    long, short, third = prompts(3, shortest=38, longest=40, seed=5)
+    asked = [long, short[:8], third]  # the token behind the short one is where its blocks end
+    ones = SamplingParams(temperature=0, max_tokens=1)
+    with mock_llm(tmp_path, max_num_seqs=1, spare_slots=0, max_num_batched_tokens=16) as llm:
+        assert tokens_of(llm.generate(asked[:2], ones, use_tqdm=False)) == [greedy(p, 1) for p in asked[:2]]
+        admit, failed = SlotTables._admit, []
+
+        def failing(self: SlotTables, new: Any) -> None:
+            if not failed:
+                failed.append(new)
+                raise fresh(SHORTAGES[1])
+            admit(self, new)
+
+        monkeypatch.setattr(SlotTables, "_admit", failing)
+        assert tokens_of(llm.generate(asked[2:], ones, use_tqdm=False)) == [greedy(third, 1)]
+        assert failed
+        assert tokens_of(llm.generate([long], ones, use_tqdm=False)) == [greedy(long, 1)]
+        stats = llm.stats()
+    assert stats.prefix_hit_tokens >= 36
+    assert stats.steps_withdrawn == 2
+
+
+def test_what_fails_otherwise_runs_nothing_behind_it(tmp_path: Path, monkeypatch: Patch) -> None:
+    """Of any error. A step that is launched once the failure is known runs."""
+    ran, launch = [], InProcessExecutor.launch
+    forward = MockModel.forward
+
+    def failing(self: MockModel, input_ids: Any, *args: Any) -> Any:
+        ran.append(len(input_ids))
+        if len(ran) == 3:
+            raise KeyError("odd")
+        return forward(self, input_ids, *args)
+
+    launched: list[int] = []
+
+    def recorded(self: InProcessExecutor, plan: Any) -> Any:
+        launched.append(plan.num_tokens)
+        return launch(self, plan)
+
+    with mock_llm(tmp_path) as llm:
+        monkeypatch.setattr(MockModel, "forward", failing)
+        monkeypatch.setattr(InProcessExecutor, "launch", recorded)
+        asked = prompts(3)
+        found = llm.generate(asked, SamplingParams(temperature=0, max_tokens=6), use_tqdm=False)
+    assert tokens_of(found) == [greedy(prompt, 6) for prompt in asked]
+    assert len(ran) == len(launched) - 1
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -211,10 +299,11 @@ def test_only_a_request_that_cannot_fit_fails(tmp_path: Path, monkeypatch: Patch
         stats = llm.stats()
         check_scheduler(llm.engine.scheduler)
     assert stats.free_blocks == stats.num_blocks
+    assert stats.preemptions == 0
     assert failed.outputs == []
     assert failed.error is not None
     assert failed.error.code == "out_of_memory"
-    for text in ("CUDA out of memory", "with a single token left of its step", "on a GPU also gpu_memory_utilization"):
+    for text in ("CUDA out of memory", "in a step of a single token", "on a GPU also gpu_memory_utilization"):
         assert text in str(failed.error)
 
 
@@ -238,23 +327,10 @@ def test_the_error_of_a_failed_request_holds_no_tensors(tmp_path: Path, monkeypa
     assert all(each() is None for each in held)
 
 
-def test_steps_of_several_ranks_are_not_split(tmp_path: Path, monkeypatch: Patch) -> None:
-    little_memory(monkeypatch, 2)
-    with mock_llm(tmp_path) as llm:
-        runner: Any = llm.engine._executor.runner  # type: ignore[attr-defined]
-        assert runner.splits_steps
-        runner.splits_steps = False
-        one, two = llm.generate([[1, 2, 3, 4], [5]], SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)
-        assert llm.stats().steps_split == 0
-    assert one.error is not None
-    assert one.error.code == "out_of_memory"
-    assert tokens_of([two]) == [greedy([5], 3)]
-
-
 # -- a real model, in the float32 class -------------------------------------------------------------------------------
 
 
-def test_a_real_model_in_parts(tmp_path: Path, monkeypatch: Patch) -> None:
+def test_a_real_model_in_smaller_steps(tmp_path: Path, monkeypatch: Patch) -> None:
     from nanoengine.plugins.models.llama import Llama
 
     folder = tiny_llama(tmp_path / "llama", std=0.2)
@@ -279,66 +355,53 @@ def test_a_real_model_in_parts(tmp_path: Path, monkeypatch: Patch) -> None:
         return forward(self, input_ids, *args)
 
     monkeypatch.setattr(Llama, "forward", small)
-    parts, stats = generate()
-    assert plain.steps_split == 0
-    assert stats.steps_split > 0
+    again, stats = generate()
+    assert plain.steps_withdrawn == 0
+    assert stats.steps_withdrawn > 0
+    assert stats.preemptions == 0
     assert stats.free_blocks == stats.num_blocks
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    report = compare(model, parts, params)
+    report = compare(model, again, params)
     assert report.positions == 8 * 16
     assert report.prompt_logprobs > 0
-    assert assert_same_until_a_tie(model, parts, whole, params) > 0.9 * report.positions
+    assert assert_same_until_a_tie(model, again, whole, params) > 0.9 * report.positions
 
 
 # -- mutants: each must give other answers ----------------------------------------------------------------------------
 
-_halves, _merged = split.halves, split.merged
+
+def _forgets_to_send(monkeypatch: Patch) -> None:
+    withdraw = Scheduler.withdraw
+
+    def broken(self: Scheduler, steps: Any) -> Any:
+        failed = withdraw(self, steps)
+        self._roster.unsent.clear()
+        return failed
+
+    monkeypatch.setattr(Scheduler, "withdraw", broken)
 
 
-def _forgets_admission(part: Part) -> tuple[Part, Part]:
-    """The front brings no columns: every request of the step samples by the defaults."""
-    front, rest = _halves(part)
-    return Part(replace(front.plan, columns=()), front.first_row), rest
-
-
-def _writes_twice(part: Part) -> tuple[Part, Part]:
-    front, rest = _halves(part)
-    return front, Part(replace(rest.plan, appends=part.plan.appends, new=part.plan.new), rest.first_row)
-
-
-def _repeats_a_row(part: Part) -> tuple[Part, Part]:
-    """The front's last row runs again behind, in place of the row that belongs there."""
-    front, rest = _halves(part)
-    slots = rest.plan.slots.copy()
-    if len(slots) > 1:
-        slots[-1] = front.plan.slots[-1]
-    return front, Part(replace(rest.plan, slots=slots), rest.first_row)
-
-
-def _swaps_results(plan: Any, results: Any) -> Any:
-    result = _merged(plan, results)
-    return replace(result, token_ids=result.token_ids[::-1].copy())
+def _counts_double(monkeypatch: Patch) -> None:
+    """The tables of counts go on from what the failed step has left."""
+    monkeypatch.setattr(VocabHistory, "enter", lambda self, new: None)
 
 
 @pytest.mark.parametrize(
-    ("name", "mutant"),
+    ("fault", "mutant"),
     [
-        ("halves", _forgets_admission),
-        ("halves", _writes_twice),
-        ("halves", _repeats_a_row),
-        ("merged", _swaps_results),
+        ("after the plan's writes", _forgets_to_send),
+        ("after the tokens are written", _forgets_to_send),
+        ("after the tokens are written", _counts_double),
     ],
 )
-def test_mutants_are_caught(tmp_path: Path, monkeypatch: Patch, name: str, mutant: Any) -> None:
-    """Whatever the mutant does, requests that end well end with other tokens than they should."""
+def test_mutants_are_caught(tmp_path: Path, monkeypatch: Patch, fault: str, mutant: Callable[[Patch], None]) -> None:
     asked, params = prompts(12, shortest=2, longest=20), seeded(12)
-    options = {"max_num_batched_tokens": 40}
+    options = {"max_num_batched_tokens": 40, "max_num_seqs": 6}
     with mock_llm(tmp_path, **options) as llm:
         good = tokens_of(llm.generate(asked, params, use_tqdm=False))
-    little_memory(monkeypatch, 8)
-    monkeypatch.setattr(split, name, mutant)
+    FAULTS[fault](monkeypatch)
+    mutant(monkeypatch)
     with mock_llm(tmp_path, **options) as llm:
         outputs = llm.generate(asked, params, use_tqdm=False)
-        assert llm.stats().steps_split > 0
-    well = [(o.outputs[0].token_ids, want) for o, want in zip(outputs, good, strict=True) if o.error is None]
-    assert any(found != want for found, want in well)
+        assert llm.stats().steps_withdrawn > 0
+    assert any(o.error or o.outputs[0].token_ids != want for o, want in zip(outputs, good, strict=True))

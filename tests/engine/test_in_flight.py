@@ -38,7 +38,7 @@ def test_a_handle_that_cannot_tell_has_not_arrived() -> None:
     ("error", "code", "said"),
     [
         (ValueError("odd shape"), "step_failed", "running this request raised ValueError: odd shape (in layer 3)"),
-        (MemoryError("no room"), "out_of_memory", "no part of its step was small enough"),
+        (MemoryError("no room"), "out_of_memory", "in a step of a single token"),
         (MemoryError("no room"), "out_of_memory", "on a GPU also gpu_memory_utilization"),
     ],
 )

@@ -42,7 +42,7 @@ def run_largest(llm: LLM, *, draws: bool, max_logprobs: int = 20) -> list[int]:
 
     def launch(plan: Any) -> Any:
         sizes.append(plan.num_tokens)
-        return its.launch_whole(plan)
+        return its.launch(plan)
 
     limits = its.buffers.limits
     for run in largest_steps(launch, its.tables, its.sampler, limits, draws=draws, max_logprobs=max_logprobs):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -202,7 +202,7 @@ def assert_same(found: Sequence[RequestOutput], wanted: Sequence[RequestOutput])
 
 
 @pytest.mark.parametrize("mode", ["triton eager", "triton"])
-def test_a_step_without_room_runs_in_parts(tmp_path: Path, mode: str) -> None:
+def test_a_step_without_room_runs_as_smaller_steps(tmp_path: Path, mode: str) -> None:
     """8,192 tokens in one step, whose activations take more than the room there is."""
     folder = write_wide("llama", tmp_path / "llama")
     params = [GREEDY.replace(logprobs=2, prompt_logprobs=1 if i % 2 else None) for i in range(12)]
@@ -210,44 +210,74 @@ def test_a_step_without_room_runs_in_parts(tmp_path: Path, mode: str) -> None:
     options = {**need(mode), "device": "cuda", "dtype": "float32", "num_gpu_blocks_override": 2048}
     with LLM(folder, **options, enable_prefix_caching=False) as llm:
         wanted = llm.generate(texts, params, use_tqdm=False)
-        assert llm.stats().steps_split == 0
+        assert llm.stats().steps_withdrawn == 0
         with room(64 * MIB):
             found = llm.generate(texts, params, use_tqdm=False)
         stats = llm.stats()
-        assert stats.steps_split > 0, stats
+        assert stats.steps_withdrawn > 0, stats
+        assert stats.preemptions == 0
         assert stats.free_blocks == stats.num_blocks
         again = llm.generate(texts, params, use_tqdm=False)
-        assert llm.stats().steps_split == stats.steps_split
+        assert llm.stats().steps_withdrawn == stats.steps_withdrawn
     assert_same(found, wanted)
     assert_same(again, wanted)
 
 
+def hungry_forward(monkeypatch: pytest.MonkeyPatch, size: Callable[[Any], int]) -> None:
+    """An eager forward pass takes `size(input_ids)` bytes of the allocator's beside its own."""
+    forward = MockModel.forward
+
+    def hungry(self: MockModel, input_ids: Any, positions: Any, batch: Any) -> Any:
+        taken = torch.empty(size(input_ids), dtype=torch.uint8, device="cuda")
+        hidden = forward(self, input_ids, positions, batch)
+        del taken
+        return hidden
+
+    monkeypatch.setattr(MockModel, "forward", hungry)
+
+
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("eager", [True, False])
-def test_parts_are_bit_for_bit_on_the_mock(
+def test_smaller_steps_are_bit_for_bit_on_the_mock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool, eager: bool
 ) -> None:
-    """Each eager token takes a MiB of the allocator's, of which there are some 200: steps beside graphs, and parts."""
+    """Each eager token takes a MiB of the allocator's, of which there are some 200: beside steps that are graphs."""
     texts = prompts(24, shortest=30, longest=90, shared=10)
     options: dict[str, Any] = {"device": "cuda", "max_num_batched_tokens": 1024, "num_gpu_blocks_override": 2048}
     with mock_llm(tmp_path, overlap=overlap, enforce_eager=eager, **options) as llm:
-        forward = MockModel.forward
-
-        def hungry(self: MockModel, input_ids: Any, positions: Any, batch: Any) -> Any:
-            taken = torch.empty(len(input_ids) * MIB, dtype=torch.uint8, device="cuda")
-            hidden = forward(self, input_ids, positions, batch)
-            del taken
-            return hidden
-
-        monkeypatch.setattr(MockModel, "forward", hungry)
+        hungry_forward(monkeypatch, lambda input_ids: len(input_ids) * MIB)
         with room(200 * MIB):
             outputs = llm.generate(texts, GREEDY, use_tqdm=False)
         stats = llm.stats()
         check_scheduler(llm.engine.scheduler)
     assert tokens_of(outputs) == [greedy(p, 12) for p in texts]
-    assert stats.steps_split > 0
-    assert stats.preemptions == 0, "no step broke"
+    assert stats.steps_withdrawn > 0
+    assert stats.preemptions == stats.steps_broken == 0
     assert stats.free_blocks == stats.num_blocks
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_decode_batch_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool) -> None:
+    """256 rows where memory holds fewer: none is preempted; once there is room again, all run in one step."""
+    texts = prompts(256, shortest=2, longest=5)
+    options: dict[str, Any] = {"device": "cuda", "max_num_seqs": 256, "num_gpu_blocks_override": 8192}
+    params = SamplingParams(temperature=0, max_tokens=24)
+    with mock_llm(tmp_path, overlap=overlap, enforce_eager=True, **options) as llm:
+        for i, text in enumerate(texts):
+            llm.engine.add_request(str(i), text, params, final_only=True)
+        for _ in range(3):
+            llm.engine.step()
+        hungry_forward(monkeypatch, lambda input_ids: len(input_ids) * MIB)
+        done = {}
+        with room(200 * MIB):
+            while llm.engine.has_unfinished_requests():
+                done |= {output.request_id: output for output in llm.engine.step()}
+        stats = llm.stats()
+        assert tokens_of([done[str(i)] for i in range(256)]) == [greedy(text, 24) for text in texts]
+        assert 0 < stats.steps_withdrawn < 12
+        assert stats.preemptions == stats.steps_broken == 0
+        assert tokens_of(llm.generate(texts, params, use_tqdm=False)) == [greedy(text, 24) for text in texts]
+        assert llm.stats().steps_withdrawn == stats.steps_withdrawn
 
 
 def test_a_request_that_has_no_room_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,16 +285,7 @@ def test_a_request_that_has_no_room_fails_alone(tmp_path: Path, monkeypatch: pyt
     texts = [p for p in prompts(40, seed=3, longest=14) if 96 not in [*p, *greedy(p, 12)]][:6]
     texts.insert(2, [1, 2, 96, 3])
     with mock_llm(tmp_path, device="cuda", enforce_eager=True) as llm:
-        forward = MockModel.forward
-
-        def hungry(self: MockModel, input_ids: Any, positions: Any, batch: Any) -> Any:
-            size = GIB if bool((input_ids == 96).any()) else MIB
-            taken = torch.empty(size, dtype=torch.uint8, device="cuda")
-            hidden = forward(self, input_ids, positions, batch)
-            del taken
-            return hidden
-
-        monkeypatch.setattr(MockModel, "forward", hungry)
+        hungry_forward(monkeypatch, lambda input_ids: GIB if bool((input_ids == 96).any()) else MIB)
         with room(200 * MIB):
             outputs = llm.generate(texts, GREEDY, use_tqdm=False)
         stats = llm.stats()

@@ -293,6 +293,7 @@ class BreakingLoop(Loop):
     def __init__(self, at_launch: bool, **kwargs):
         super().__init__(**kwargs)
         self.at_launch, self.poisoned, self.broken = at_launch, {}, []
+        self.limit = 1 << 30
         self.bad_row: int | None = None  # of the next step: it gets bad logits, if it draws a token
         self.runner.fail_row = self.fail_row
 
@@ -410,7 +411,7 @@ Op = tuple[str, Any]
 
 def run_ops(loop: BreakingLoop, ops: Iterable[Op]) -> None:
     """("add", prompt and its keywords), ("abort", index), ("bad", row of the next step), ("raise", where), ("budget",
-    tokens), ("step" | "launch" | "break", None); then to the end."""
+    tokens), ("limit", tokens that the device has memory for), ("step" | "launch" | "break", None); then to the end."""
     for name, value in ops:
         if name == "add":
             with suppress(RequestError):
@@ -426,6 +427,8 @@ def run_ops(loop: BreakingLoop, ops: Iterable[Op]) -> None:
             loop.bad_row = value
         elif name == "budget":
             loop.set_budget(value)
+        elif name == "limit":
+            loop.limit = value
         elif name == "launch":
             if len(loop.in_flight) < (2 if loop.overlap else 1):
                 loop.launch()

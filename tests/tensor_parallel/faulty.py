@@ -7,19 +7,39 @@ import json
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from nanoengine.api import API_VERSION, ForwardBatch, Model, ModelSpec, hookimpl
+from nanoengine.core.execution.slots import SlotTables
+from nanoengine.kernels import step_inputs
 from nanoengine.testing.mock_model import MockModel, write_mock_checkpoint
 
 HARMLESS = 97
 FAULTS = range(HARMLESS, HARMLESS + 5)
 RAISES, HANGS, DIES, RUNS_OUT, RAISES_EVERYWHERE = FAULTS
 """Tokens that are never drawn; only rank 1 minds the first four."""
+
+
+class Shortage(NamedTuple):
+    """On these ranks memory holds so many tokens in a part of each step. place: "writes", "first" (in front of the
+    collective of the forward pass), "forward" (behind it), "logits", or "tail" (behind all collectives)."""
+
+    ranks: tuple[int, ...] = ()
+    place: str = ""
+    limit: int = 0
+
+    def check(self, rank: int, place: str, count: int) -> None:
+        if rank in self.ranks and place == self.place and count > self.limit:
+            raise MemoryError(f"no memory for {count} on rank {rank}")
+
+
+def set_shortage(runner: Any, *shortage: Any) -> None:
+    """For `Executor.call`."""
+    runner.model.shortage = Shortage(*shortage)
 
 
 class Faulty(MockModel):
@@ -34,9 +54,24 @@ class Faulty(MockModel):
         super().__init__(config, ctx)
         if self.fault == "start" and ctx.tp.rank == 1:
             raise ValueError("no good start")
+        self.shortage = Shortage()
+        self._patch(SlotTables, "write", "writes", lambda tables, plan: plan.num_tokens)
+        self._patch(step_inputs, "record", "tail", lambda state, slots, *_: len(slots))
+
+    def _patch(self, owner: Any, name: str, place: str, count: Callable[..., int]) -> None:
+        original = getattr(owner, name)
+
+        def checked(*args: Any) -> Any:
+            self.shortage.check(self.tp.rank, place, count(*args))
+            return original(*args)
+
+        if self.tp.size > 1:  # in a process of its own
+            setattr(owner, name, checked)
 
     def forward(self, input_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
+        self.shortage.check(self.tp.rank, "first", len(input_ids))
         self.tp.all_reduce(input_ids.float())  # as a real model's ranks meet in each step
+        self.shortage.check(self.tp.rank, "forward", len(input_ids))
         if bool((input_ids == RAISES_EVERYWHERE).any()):
             raise ArithmeticError(f"on rank {self.tp.rank} too")
         if self.tp.rank == 1:
@@ -52,6 +87,7 @@ class Faulty(MockModel):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         logits = super().compute_logits(hidden)
+        self.shortage.check(self.tp.rank, "logits", len(hidden))
         logits[:, max(0, HARMLESS - self.tp.rank * logits.shape[1]) :] = float("-inf")
         return logits
 

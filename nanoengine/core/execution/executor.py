@@ -48,6 +48,7 @@ class InProcessExecutor(Executor):
 
     def __init__(self) -> None:
         self._thread = StepThread("nanoengine-step")
+        self._newest: Call | None = None  # step
         self.runner: ModelRunner | None = None
 
     def start(self, make: Callable[[], tuple[ModelRunner, T]]) -> T:
@@ -61,7 +62,15 @@ class InProcessExecutor(Executor):
         assert runner is not None
         if runner.device.type != "cpu":
             return runner.launch(plan)
-        return self._thread.submit(lambda: runner.launch(plan).wait())
+        before = None if self._newest is None or self._newest.awaited else self._newest
+
+        def run() -> StepResult:
+            if before is not None and before.failed:
+                raise RuntimeError("not run, as the step before it raised")  # its slots may be an earlier request's
+            return runner.launch(plan).wait()
+
+        self._newest = self._thread.submit(run)
+        return self._newest
 
     def call(self, target: str, *args: Any) -> list[Any]:
         return [self._thread.submit(partial(self.running().call, target, *args)).wait()]
@@ -83,9 +92,10 @@ _LOOK_SECONDS = 0.1  # an interrupted wait may have taken the gate with it
 
 
 class Call:
-    """A call that a `StepThread` makes."""
+    """A call that a `StepThread` makes. awaited: `wait` was called. failed: it raised."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
+        self.awaited = self.failed = False
         self._function: Callable[[], Any] | None = function
         self._outcome: tuple[Any, BaseException | None] | None = None
         self._gate = threading.Lock()
@@ -96,6 +106,7 @@ class Call:
 
         An interrupt is raised on the thread that it is for: what looks like one on another thread is a `PluginError`.
         """
+        self.awaited = True
         while self._outcome is None:
             self._gate.acquire(timeout=_LOOK_SECONDS)
         value, error = self._outcome
@@ -113,6 +124,7 @@ class Call:
         try:
             self._outcome = (function(), None)
         except BaseException as error:  # noqa: BLE001 - raised where the outcome is waited for
+            self.failed = True
             self._outcome = (None, error if is_failure(error) else _no_interrupt(error))
         finally:
             self._gate.release()

@@ -18,7 +18,6 @@ from nanoengine.api.processors import Need
 from nanoengine.core.execution.results import Drawn, LaunchedStep, PendingLogprobs
 from nanoengine.core.execution.sampler import DrawColumns, DrawPlan, DrawRows, Sampler, vocab_slice
 from nanoengine.core.execution.slots import Key, SlotTables, upload
-from nanoengine.core.execution.split import slots_move
 from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, StepRows, StepSize
 from nanoengine.core.step import Int32, Int64, StepPlan
 from nanoengine.kernels import all_reduce, sampling
@@ -131,9 +130,8 @@ class FinishStep:
         sampled = np.flatnonzero(plan.sampled)
         prompt = self._prompt_logprobs(step) if len(sampled) < len(plan.sampled) else ()
         drawn = self._draw(step, sampled, how)
-        with slots_move():
-            tables.kernels.record(tables.state, rows.slots, rows.query_start_loc, drawn.token_ids, rows.token_of_row)
-            return LaunchedStep(plan, plan.logits_rows[sampled], drawn, prompt, step.replayed)
+        tables.kernels.record(tables.state, rows.slots, rows.query_start_loc, drawn.token_ids, rows.token_of_row)
+        return LaunchedStep(plan, plan.logits_rows[sampled], drawn, prompt, step.replayed)
 
     def _draw(self, step: Forwarded, which: Int64, how: DrawPlan) -> Drawn:
         """For these entries of `logits_index`."""

@@ -1,7 +1,8 @@
 """One device's share of a step: inputs -> forward -> sample -> tokens to their slots.
 
-Slot and count writes are the last act of a step: one that raised can be run again. Nothing here waits
-for the device: results travel to the host beside the next step, and `LaunchedStep.wait` is where they are awaited.
+After a launch that raised, the slots of its rows hold whatever it came to write: each must enter anew to run again.
+Nothing here waits for the device: results travel to the host beside the next step, and `LaunchedStep.wait` is where
+they are awaited.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
 from nanoengine.api.attention import AttentionBackend
 from nanoengine.api.checks import CheckedModel
-from nanoengine.api.errors import described, is_failure
+from nanoengine.api.errors import described, is_failure, is_out_of_memory
 from nanoengine.api.model import Attention, ForwardBatch, Model, ModelConfig
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.plugin_calls import name_of, place_and_fix
@@ -28,7 +28,6 @@ from nanoengine.core.execution.graphs import CaptureSizes, StepGraphs
 from nanoengine.core.execution.results import LaunchedStep, TailStep
 from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.slots import SlotTables
-from nanoengine.core.execution.split import Handle, Splitter, slots_move
 from nanoengine.core.execution.step_inputs import StepBuffers, pad
 from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, StepPlan
 
@@ -68,19 +67,22 @@ class ModelRunner:
         self.layers, self.backends = parts.layers, parts.backends
         self.tables, self.buffers, self.sampler = parts.tables, parts.buffers, parts.sampler
         self.eager, self.capture = False, None  # type: bool, Any
-        self.splits_steps = parts.tp.size == 1  # ranks could not agree on the parts
-        self._splitter = Splitter(self.launch_whole, partial(empty_cache, self.device))
+        self._ran_out = False  # of memory, in the last launch
         self.checked_model = CheckedModel(parts.model, parts.config, parts.tp, type(parts.backends[0]))
         self.finish = FinishStep(self.checked_model, parts.tables, parts.sampler, parts.tp)
         self.graphs = StepGraphs(parts.sizes, self.checked_model, parts.buffers)
 
-    def launch(self, plan: StepPlan) -> Handle:
-        """The fused call: forward and sample; in parts, where memory does not hold the step whole."""
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Forward and sample. Behind a launch that ran out of memory the allocator first gives back what it keeps."""
         with on_device(self.device):
-            return self._splitter.launch(plan) if self.splits_steps else self.launch_whole(plan)
-
-    def launch_whole(self, plan: StepPlan) -> LaunchedStep:
-        return self.sample(self.forward(plan))
+            if self._ran_out:  # only now: the error's traceback held the step's tensors
+                empty_cache(self.device)
+            self._ran_out = False
+            try:
+                return self.sample(self.forward(plan))
+            except BaseException as error:
+                self._ran_out = is_out_of_memory(error)
+                raise
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan) -> Forwarded:
@@ -90,6 +92,7 @@ class ModelRunner:
         if size is not None:
             padded, own = pad(plan, size, self.tables.dummy_slot)
             self.graphs.prepare(padded, size)
+            self.tp.begin_forward()
             logits, inputs = self.graphs.replay(size), self.graphs.gathered[size]
             replayed = GRAPH_MIXED if size.prefill_tokens else GRAPH_DECODE
             return Forwarded(plan, inputs, logits=logits, size=size, own=own, replayed=replayed)
@@ -106,9 +109,8 @@ class ModelRunner:
         if step.size is None or step.own is None or self.graphs.tail is None or not how.captured:
             return self.finish.eager(step, how)
         assert how.tail is not None
-        with slots_move():
-            drawn = self.graphs.replay_tail(step.size, how.tail)
-            return TailStep(plan, drawn, step.own, step.replayed | GRAPH_TAIL)
+        drawn = self.graphs.replay_tail(step.size, how.tail)
+        return TailStep(plan, drawn, step.own, step.replayed | GRAPH_TAIL)
 
     def call(self, target: str, *args: Any) -> Any:
         """Call a function "package.module:function" with this runner and the arguments: rare control, not steps."""

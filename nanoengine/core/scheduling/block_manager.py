@@ -206,7 +206,7 @@ class BlockManager:
             request.publish_at += self.block_size
             for group, pool in enumerate(self._pools):
                 if i and request.chain[group] not in pool.live:
-                    request.publish_at, request.chain = self.block_size, [request.cache_key] * len(self._pools)
+                    self.publish_again(request)
                     break
                 if not self._publish_block(request, group, i, tokens, out):
                     request.publish_at = sys.maxsize
@@ -230,6 +230,11 @@ class BlockManager:
         request.chain[group] = uid
         out.append(Published(group, block, uid))
         return True
+
+    def publish_again(self, request: Request) -> None:
+        """The next `publish` begins with the request's first block."""
+        if self.enable_prefix_caching:
+            request.publish_at, request.chain = self.block_size, [request.cache_key] * len(self._pools)
 
     def bar(self, request: Request) -> None:
         """Its KV may be wrong: forgets all that the index holds of its tokens, and of the blocks it owns, no matter by

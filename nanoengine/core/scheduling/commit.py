@@ -50,6 +50,22 @@ def commit_rows(step: ScheduledStep, result: StepResult, roster: Roster) -> list
     return updates
 
 
+def take_back_rows(step: ScheduledStep, roster: Roster, *, unadmit: bool) -> None:
+    """Un-books the newest step. Its requests keep slots and blocks; with `unadmit` the admitted ones keep neither."""
+    roster.blocks.withdraw(step.published)
+    admitted = {each.slot for each in step.admitted}
+    for (request, generation), start, sampled in zip(step.rows, step.plan.starts.tolist(), step.sampled, strict=True):
+        if request.generation != generation:  # it has ended, or was preempted since
+            request.length -= sampled
+            continue
+        request.unbook(start, sampled)
+        roster.unsent.add(request)
+        if unadmit and request.slot in admitted:
+            roster.unseat(request)
+        elif start < request.prompt_len:
+            roster.blocks.publish_again(request)
+
+
 def _commit_row(request: Request, generation: int, row: RowResult, roster: Roster, updates: list[Update]) -> None:
     """Books one row. `generation`: that of the request when the step was scheduled."""
     if request.status is Status.FINISHED:

@@ -47,7 +47,7 @@ class Draft:
     """A step that is not launched yet.
 
     Attributes:
-        step: its number. budget: tokens that it may still get.
+        step: its number. budget: tokens that it may still get. first: as in `ScheduledStep`.
         slots, starts: of its decode rows, which continue a generated sequence: the only input of each is the last
             token, at position `start`, which may still be in flight.
         prefill: its other rows.
@@ -61,6 +61,7 @@ class Draft:
 
     step: int
     budget: int
+    first: Request | None = None
     slots: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     prefill: list[Prefill] = field(default_factory=list)
@@ -143,6 +144,43 @@ class Draft:
             return False
         writer = self.writers.get(request.block_hashes[num_hits])
         return writer is not None and blocks.same_block(writer, request, num_hits)
+
+
+class TokenBudget:
+    """How many tokens a step may have. Out of memory: half of what the step had. From then on it doubles after some
+    steps that went well, until it is full again.
+
+    Those are few at first, as memory that was short may be free again. They become twice as many each time that the
+    doubled budget is too much: a batch that never fits is tried ever more rarely.
+
+    Attributes:
+        now: the most tokens of the next step.
+    """
+
+    FEWEST, MOST = 4, 1024  # steps that must go well
+
+    def __init__(self, full: int) -> None:
+        self.full = self.now = full
+        self._wait, self._good, self._doubled, self._one_failed = self.FEWEST, 0, False, False
+
+    def halve(self, num_tokens: int) -> bool:
+        """A step of so many tokens ran out of memory. False: it had a single one, as the one before it that failed."""
+        again, self._one_failed = self._one_failed, num_tokens == 1
+        if self._doubled:
+            self._wait = min(2 * self._wait, self.MOST)
+        self.now, self._good, self._doubled = max(1, num_tokens // 2), 0, False
+        return not (again and self._one_failed)
+
+    def went_well(self) -> None:
+        """A step did."""
+        self._good, self._one_failed = self._good + 1, False
+        if self._good < self._wait:
+            return
+        self._good = 0
+        if self.now < self.full:
+            self.now, self._doubled = min(2 * self.now, self.full), True
+        else:
+            self._wait, self._doubled = self.FEWEST, False
 
 
 def build_plan(draft: Draft) -> StepPlan:

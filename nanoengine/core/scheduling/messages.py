@@ -64,7 +64,7 @@ class ScheduledStep:
     """A plan, and the requests of its rows: (request, its generation then), in the plan's order.
 
     sampled: per row, whether a token is drawn. published: prompt blocks that the prefix index got with it. admitted: in
-    this step. preempted: since the step before.
+    this step. preempted: since the step before. first: the running request whose turn it was; None: the policy's first.
     """
 
     plan: StepPlan
@@ -73,6 +73,7 @@ class ScheduledStep:
     published: tuple[Published, ...] = ()
     admitted: tuple[Admission, ...] = ()
     preempted: tuple[Preemption, ...] = ()
+    first: Request | None = None
 
 
 class Update(NamedTuple):
@@ -106,7 +107,8 @@ class EngineStats:
             part of what was left to compute.
         graph_steps, mixed_graph_steps, graph_tails: finished steps of which a CUDA graph was replayed: of a decode
             step's model, of a mixed step's model, of the sampling behind either.
-        steps_split: finished steps that memory did not hold whole, and that ran in parts.
+        steps_withdrawn: launched steps that were not booked, as memory ran out: their rows were scheduled again, fewer
+            tokens at once.
         steps_broken: steps of several requests that raised: each ran again by itself, which is slow.
         preemptions: requests that gave their blocks back and were computed again.
         prompt_tokens: tokens of admitted prompts. prefix_hit_tokens: of them, taken from the prefix cache.
@@ -121,7 +123,7 @@ class EngineStats:
     graph_steps: int = 0
     mixed_graph_steps: int = 0
     graph_tails: int = 0
-    steps_split: int = 0
+    steps_withdrawn: int = 0
     steps_broken: int = 0
     preemptions: int = 0
     prompt_tokens: int = 0
@@ -146,3 +148,12 @@ class EngineStats:
             self.prefix_hit_tokens += cached
         else:
             self.resumed_hit_tokens += cached
+
+    def uncount_admission(self, request: Request) -> None:
+        """Undoes `count_admission` of the newest one, which did not take place."""
+        if request.generation == 1:
+            request.num_cached = None
+            self.prompt_tokens -= request.prompt_len
+            self.prefix_hit_tokens -= request.borrowed
+        else:
+            self.resumed_hit_tokens -= request.borrowed

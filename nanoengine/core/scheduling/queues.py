@@ -19,6 +19,7 @@ class Roster:
         waiting, running: sorted by the policy's keys.
         free_slots: a slot freed is the next to be used again. owners: by slot that is not free.
         retry_alone: requests whose step broke: each runs in a step of its own until it has drawn a token.
+        unsent: running requests whose slot on the device must be written anew, whole.
         num_host: how many have host-token processors.
         preempted: since the last step.
     """
@@ -30,6 +31,7 @@ class Roster:
         self.free_slots = list(range(num_slots - 1, -1, -1))
         self.owners: dict[int, Handle] = {}
         self.retry_alone: set[Request] = set()
+        self.unsent: set[Request] = set()
         self.num_host = 0
         self.preempted: list[Preemption] = []
         self._stats = stats
@@ -47,6 +49,13 @@ class Roster:
         self._release(victim)
         self._enqueue(victim)
         self._stats.preemptions += 1
+
+    def unseat(self, request: Request) -> None:
+        """Back to its place in the queue, as if it had not been admitted."""
+        self._stats.uncount_admission(request)
+        self._release(request)
+        request.generation -= 2  # one of `seat`, one of `_release`: no step has rows of either
+        self._enqueue(request)
 
     def remove(self, request: Request) -> None:
         """It is live no more."""
@@ -73,6 +82,7 @@ class Roster:
         """It owns nothing and is in no queue from here on. Slot and blocks may be reused at once: one stream orders the
         writes."""
         self.blocks.release(request)
+        self.unsent.discard(request)
         request.num_computed = request.pick_check_at = request.commit_check_at = 0
         if request.status is Status.RUNNING:
             self.running.remove(request)

@@ -17,8 +17,15 @@ from typing import Literal
 from nanoengine.api.errors import RequestError, engine_failure, is_failure
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.block_manager import BlockManager, Hits
-from nanoengine.core.scheduling.commit import commit_rows
-from nanoengine.core.scheduling.draft import Draft, ask_host_processors, build_plan, may_read_cache, refuse_misfit
+from nanoengine.core.scheduling.commit import commit_rows, take_back_rows
+from nanoengine.core.scheduling.draft import (
+    Draft,
+    TokenBudget,
+    ask_host_processors,
+    build_plan,
+    may_read_cache,
+    refuse_misfit,
+)
 from nanoengine.core.scheduling.messages import (
     Admission,
     EngineStats,
@@ -49,6 +56,7 @@ class Scheduler:
         self.waiting, self.running = self._roster.waiting, self._roster.running
         self._in_flight: dict[int, ScheduledStep] = {}  # by step number, oldest first
         self._resume: Request | None = None  # the first one that the last budget had nothing left for
+        self._budget = TokenBudget(config.max_num_batched_tokens)
         self._pending: list[Update] = []
         self._next_step = 0
 
@@ -98,7 +106,8 @@ class Scheduler:
         """
         assert len(self._in_flight) < 2, "at most one step in flight when the next is scheduled"
         while True:
-            draft = Draft(self._next_step, self.config.max_num_batched_tokens)
+            budget = min(self._budget.now, self.config.max_num_batched_tokens)
+            draft = Draft(self._next_step, budget, first=self._resume)
             try:
                 self._fill(draft)
                 if not (draft.slots or draft.prefill):
@@ -158,6 +167,8 @@ class Scheduler:
             num_new = min(request.length - request.num_computed, draft.budget)
             end = request.num_computed + num_new
             if end <= request.capacity or self._make_room(request, end, draft):
+                if request in self._roster.unsent:
+                    draft.new[request], draft.grown[request] = request.num_computed, 0
                 draft.book(request, num_new)
         return True
 
@@ -304,10 +315,16 @@ class Scheduler:
             sampled=(True,) * plan.num_decode_rows + tuple([row.sampled for row in draft.prefill]),
             published=tuple(published),
             admitted=tuple(
-                [Admission(r.id, r.slot, r.num_tokens, cached, r.generation > 1) for r, cached in draft.new.items()]
+                [
+                    Admission(r.id, r.slot, r.num_tokens, cached, r.generation > 1)
+                    for r, cached in draft.new.items()
+                    if r not in self._roster.unsent
+                ]
             ),
             preempted=preempted,
+            first=draft.first,
         )
+        self._roster.unsent.difference_update(draft.new)
         self._in_flight[plan.step] = step
         self._stats.steps += 1
         self._stats.chunks += len(step.sampled) - sum(step.sampled)
@@ -320,7 +337,7 @@ class Scheduler:
         """Books the oldest step's result: appends tokens, ends requests, publishes blocks; dead rows are dropped."""
         assert result.step == step.plan.step == next(iter(self._in_flight), None), "steps are committed in order"
         del self._in_flight[result.step]
-        self._stats.steps_split += result.parts > 1
+        self._budget.went_well()
         if result.graphs:
             self._stats.count_graphs(result.graphs)
         return commit_rows(step, result, self._roster)
@@ -347,6 +364,27 @@ class Scheduler:
                 self._roster.retry_alone.add(request)
                 if request.status is Status.RUNNING:
                     self._roster.preempt(request, f"step {step.plan.step} broke")
+        for request in failed:
+            self._roster.remove(request)
+        return failed
+
+    def withdraw(self, steps: Sequence[ScheduledStep]) -> list[Request]:
+        """All steps in flight, oldest first, of which the oldest ran out of memory. None is booked any more: their rows
+        run again in steps of fewer tokens, and are sent whole, as it is not known what the device has done.
+
+        Requests keep slots, blocks and turns, but those admitted behind the oldest step go back to the queue: their
+        hits may be what it was to compute, their places those of requests that it was to end. Returns the request of
+        which memory does not hold a single token: the scheduler has removed it.
+        """
+        self._stats.steps_withdrawn += len(steps)
+        for step in reversed(steps):
+            del self._in_flight[step.plan.step]
+            take_back_rows(step, self._roster, unadmit=step is not steps[0])
+        assert not self._in_flight, "the steps behind one that ran out of memory are withdrawn with it"
+        self._resume = steps[0].first
+        if self._budget.halve(steps[0].plan.num_tokens):
+            return []
+        failed = [request for request, _ in steps[0].rows if request.status is not Status.FINISHED]
         for request in failed:
             self._roster.remove(request)
         return failed

@@ -125,7 +125,7 @@ class _Start:
         failure = capture_graphs(runner)
         self.clock.lap("capture")
         if not runner.graphs.logits and self._measured == (0, 0):  # else the model has run
-            dry_run(runner.launch_whole, runner.tables)
+            dry_run(runner.launch, runner.tables)
         given_up = options.enforce_eager and not self.asked.enforce_eager
         eager = "memory ran out while graphs were captured" if given_up else failure
         return runner, replace(report, eager_reason=eager, phases=self.clock.report().phases)
@@ -223,12 +223,7 @@ class _Start:
         limits, options = batch_limits(self.plan.options), self.plan.options
         draws = not (self.fused and options.fuse_sampling)  # the kernels need almost no memory, and would be compiled
         peaks = largest_steps(
-            runner.launch_whole,
-            runner.tables,
-            runner.sampler,
-            limits,
-            draws=draws,
-            max_logprobs=options.max_logprobs,
+            runner.launch, runner.tables, runner.sampler, limits, draws=draws, max_logprobs=options.max_logprobs
         )
         prefill, sampling = (peak_bytes(self.device, run) for run in peaks)
         for backend in self.backends:

@@ -2,7 +2,7 @@
 
 Both are flat numpy arrays and slot numbers, never a request: they cross a process boundary as bytes, and a test
 sends them through bytes and back. A *slot* is the stable row of the device tables that a running request owns; a *row*
-is one request's share of one step; a *group* is a KV group (layers with equal KV needs). Ragged data stand as flat
+is one request's share of one step; a *group* is a KV group (layers with equal KV needs). Ragged data are flat
 values with offsets: item i is `values[offsets[i]:offsets[i + 1]]`.
 """
 

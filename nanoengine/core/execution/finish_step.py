@@ -19,7 +19,7 @@ from nanoengine.core.execution.results import Drawn, LaunchedStep, PendingLogpro
 from nanoengine.core.execution.sampler import DrawColumns, DrawPlan, DrawRows, Sampler, vocab_slice
 from nanoengine.core.execution.slots import Key, SlotTables, upload
 from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, StepRows, StepSize
-from nanoengine.core.step import Int32, Int64, StepPlan
+from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, Int32, Int64, StepPlan
 from nanoengine.kernels import all_reduce, sampling
 
 PROMPT_LOGITS_ROWS = 128  # positions whose [rows, vocabulary] logits exist at once for prompt log-probs
@@ -62,37 +62,33 @@ class CapturedTail:
 
 
 @dataclass(frozen=True, slots=True)
+class Replayed:
+    """What a graph of `size` left: logits [R, V / tp], one a row of the padded step. own: int64 [L], which of them
+    belong to the plan's own positions."""
+
+    size: StepSize
+    logits: Tensor
+    own: Int64
+
+    @property
+    def graph(self) -> int:
+        """As in `StepResult.graphs`."""
+        return GRAPH_MIXED if self.size.prefill_tokens else GRAPH_DECODE
+
+
+@dataclass(frozen=True, slots=True)
 class Forwarded:
     """A step between its forward pass and its tail.
 
     Attributes:
-        hidden: [L, H], the positions that need logits; None behind a graph.
-        logits: [R, V / tp], by the graph of `size`, one a row of the padded step; None of an eager step. inputs are
-            those of the padded step then, and own: int64 [L], which of its logits the plan's positions have.
-        replayed: graphs that ran, as in `StepResult.graphs`.
+        inputs: of the padded step, where a graph ran.
+        hidden: [L, H], of the positions that need logits; or replayed: the logits themselves, by a graph.
     """
 
     plan: StepPlan
     inputs: GatheredStep
     hidden: Tensor | None = None
-    logits: Tensor | None = None
-    size: StepSize | None = None
-    own: Int64 | None = None
-    replayed: int = 0
-
-    def own_rows(self, tables: SlotTables) -> Forwarded:
-        """Without the padding that is between a graph's rows."""
-        if self.own is None or self.logits is None:
-            return self
-        which = upload(self.own, tables.device)
-        token_of_row = np.full(len(self.logits), -1, dtype=np.int32)
-        token_of_row[self.own] = np.arange(len(self.own))
-        rows = replace(
-            self.inputs.rows,
-            token_of_row=upload(token_of_row, tables.device),
-            logits_index=self.inputs.rows.logits_index.index_select(0, which),
-        )
-        return replace(self, inputs=replace(self.inputs, rows=rows), logits=self.logits.index_select(0, which))
+    replayed: Replayed | None = None
 
 
 class FinishStep:
@@ -125,13 +121,15 @@ class FinishStep:
 
     def eager(self, step: Forwarded, how: DrawPlan) -> LaunchedStep:
         """Draw for each sampled position; writing the tokens to their slots is the last act."""
-        step, tables = step.own_rows(self.tables), self.tables
-        plan, rows = step.plan, step.inputs.rows
+        if step.replayed is not None:
+            step = _without_padding(step, step.replayed, self.tables.device)
+        tables, plan, rows = self.tables, step.plan, step.inputs.rows
         sampled = np.flatnonzero(plan.sampled)
         prompt = self._prompt_logprobs(step) if len(sampled) < len(plan.sampled) else ()
         drawn = self._draw(step, sampled, how)
         tables.kernels.record(tables.state, rows.slots, rows.query_start_loc, drawn.token_ids, rows.token_of_row)
-        return LaunchedStep(plan, plan.logits_rows[sampled], drawn, prompt, step.replayed)
+        graphs = 0 if step.replayed is None else step.replayed.graph
+        return LaunchedStep(plan, plan.logits_rows[sampled], drawn, prompt, graphs)
 
     def _draw(self, step: Forwarded, which: Int64, how: DrawPlan) -> Drawn:
         """For these entries of `logits_index`."""
@@ -174,8 +172,8 @@ class FinishStep:
 
     def _logits(self, step: Forwarded, which: Int64) -> Tensor:
         """This rank's logits of these entries of `logits_index`: [R, V / tp]."""
-        if step.logits is not None:
-            return step.logits
+        if step.replayed is not None:
+            return step.replayed.logits
         assert step.hidden is not None
         every = len(which) == len(step.hidden)
         return self.model.compute_logits(step.hidden if every else step.hidden[upload(which, self.tables.device)])
@@ -217,6 +215,23 @@ class FinishStep:
             raw = self._whole(self._logits(step, which)).float()
             parts += _logprobs(raw, targets, positions, rows, plan.prompt_logprobs[which])
         return tuple(parts)
+
+
+def _without_padding(step: Forwarded, replayed: Replayed, device: torch.device) -> Forwarded:
+    """A replayed step with the logits of the plan's own positions alone, of which tokens are drawn in this order."""
+    own = upload(replayed.own, device)
+    token_of_row = np.full(len(replayed.logits), -1, dtype=np.int32)
+    token_of_row[replayed.own] = np.arange(len(replayed.own))
+    rows = replace(
+        step.inputs.rows,
+        token_of_row=upload(token_of_row, device),
+        logits_index=step.inputs.rows.logits_index.index_select(0, own),
+    )
+    return replace(
+        step,
+        inputs=replace(step.inputs, rows=rows),
+        replayed=replace(replayed, logits=replayed.logits.index_select(0, own)),
+    )
 
 
 def _logprobs(

@@ -12,7 +12,6 @@ import importlib
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,54 +22,47 @@ from nanoengine.api.errors import described, is_failure, is_out_of_memory
 from nanoengine.api.model import Attention, ForwardBatch, Model, ModelConfig
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.plugin_calls import name_of, place_and_fix
-from nanoengine.core.execution.finish_step import FinishStep, Forwarded
+from nanoengine.core.execution.finish_step import FinishStep, Forwarded, Replayed
 from nanoengine.core.execution.graphs import CaptureSizes, StepGraphs
 from nanoengine.core.execution.results import LaunchedStep, TailStep
 from nanoengine.core.execution.sampler import Sampler
-from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.execution.step_inputs import StepBuffers, pad
-from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, StepPlan
+from nanoengine.core.step import GRAPH_TAIL, StepPlan
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunnerParts:
-    """What a runner runs, made by whoever starts it.
-
-    Attributes:
-        model, config: with its weights. layers: its attention layers by KV group, bound to `backends`, one a group.
-        tables, buffers, sampler: for the same limits. sizes: steps that are to be graphs.
-    """
-
-    device: torch.device
-    tp: TensorParallelGroup
-    model: Model
-    config: ModelConfig
-    layers: Sequence[Sequence[Attention]]
-    backends: Sequence[AttentionBackend]
-    tables: SlotTables
-    buffers: StepBuffers
-    sampler: Sampler
-    sizes: CaptureSizes
-
-
 class ModelRunner:
-    """Runs step plans on one device.
+    """Runs step plans on one device, over the parts that it is given.
 
     Attributes:
-        eager: no step is a graph, so that each module is called. capture: a caller's own, while one captures.
+        layers: the model's attention layers by KV group, bound to `backends`, one a group.
+        eager: no step is a graph, so that each module is called. capture: of module outputs, while one is made
+            (`observe/taps.py`).
     """
 
-    def __init__(self, parts: RunnerParts) -> None:
-        self.device, self.tp, self.model = parts.device, parts.tp, parts.model
-        self.layers, self.backends = parts.layers, parts.backends
-        self.tables, self.buffers, self.sampler = parts.tables, parts.buffers, parts.sampler
-        self.eager, self.capture = False, None  # type: bool, Any
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        tp: TensorParallelGroup,
+        model: Model,
+        config: ModelConfig,
+        layers: Sequence[Sequence[Attention]],
+        backends: Sequence[AttentionBackend],
+        buffers: StepBuffers,
+        sampler: Sampler,
+        sizes: CaptureSizes,
+    ) -> None:
+        """sizes: of steps that are to have graphs."""
+        self.device, self.tp, self.model, self.layers, self.backends = device, tp, model, layers, backends
+        self.buffers, self.tables, self.sampler = buffers, buffers.tables, sampler
+        self.eager = False
+        self.capture: Any = None
         self._ran_out = False  # of memory, in the last launch
-        self.checked_model = CheckedModel(parts.model, parts.config, parts.tp, type(parts.backends[0]))
-        self.finish = FinishStep(self.checked_model, parts.tables, parts.sampler, parts.tp)
-        self.graphs = StepGraphs(parts.sizes, self.checked_model, parts.buffers)
+        self.checked_model = CheckedModel(model, config, tp, type(backends[0]))
+        self.finish = FinishStep(self.checked_model, self.tables, sampler, tp)
+        self.graphs = StepGraphs(sizes, self.checked_model, buffers)
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Forward and sample. Behind a launch that ran out of memory the allocator first gives back what it keeps."""
@@ -93,9 +85,8 @@ class ModelRunner:
             padded, own = pad(plan, size, self.tables.dummy_slot)
             self.graphs.prepare(padded, size)
             self.tp.begin_forward()
-            logits, inputs = self.graphs.replay(size), self.graphs.gathered[size]
-            replayed = GRAPH_MIXED if size.prefill_tokens else GRAPH_DECODE
-            return Forwarded(plan, inputs, logits=logits, size=size, own=own, replayed=replayed)
+            logits = self.graphs.replay(size)
+            return Forwarded(plan, self.graphs.gathered[size], replayed=Replayed(size, logits, own))
         inputs = self.buffers.gather(plan)
         batch = ForwardBatch(num_tokens=plan.num_tokens)
         hidden = self.checked_model(inputs.input_ids, inputs.positions, batch)
@@ -104,13 +95,13 @@ class ModelRunner:
     @torch.inference_mode()
     def sample(self, step: Forwarded) -> LaunchedStep:
         """Draw a token for each sampled row, write it to its slot, and send the step's result to the host."""
-        plan = step.plan
+        plan, replayed = step.plan, step.replayed
         how = self.finish.choose(plan.slots[plan.logits_rows[plan.sampled]])
-        if step.size is None or step.own is None or self.graphs.tail is None or not how.captured:
+        if replayed is None or self.graphs.tail is None or not how.captured:
             return self.finish.eager(step, how)
         assert how.tail is not None
-        drawn = self.graphs.replay_tail(step.size, how.tail)
-        return TailStep(plan, drawn, step.own, step.replayed | GRAPH_TAIL)
+        drawn = self.graphs.replay_tail(replayed.size, how.tail)
+        return TailStep(plan, drawn, replayed.own, replayed.graph | GRAPH_TAIL)
 
     def call(self, target: str, *args: Any) -> Any:
         """Call a function "package.module:function" with this runner and the arguments: rare control, not steps."""

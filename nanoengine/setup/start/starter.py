@@ -16,7 +16,6 @@ from nanoengine.api.plugin_calls import name_of, plugin_call
 from nanoengine.api.processors import ProcessorContext
 from nanoengine.core.execution.runner import (
     ModelRunner,
-    RunnerParts,
     free_unused,
     on_device,
     release,
@@ -165,18 +164,15 @@ class _Start:
         supported = self.backend_class.capabilities.graphs
         sizes = capture_sizes(options, limits, supported, fused=self.fused, tail=self.fused)
         return ModelRunner(
-            RunnerParts(
-                device=self.device,
-                tp=self.tp,
-                model=built.model,
-                config=built.config,
-                layers=self.layers,
-                backends=self.backends,
-                tables=tables,
-                buffers=buffers,
-                sampler=sampler,
-                sizes=sizes,
-            )
+            device=self.device,
+            tp=self.tp,
+            model=built.model,
+            config=built.config,
+            layers=self.layers,
+            backends=self.backends,
+            buffers=buffers,
+            sampler=sampler,
+            sizes=sizes,
         )
 
     def _make_kv_cache(self, built: BuiltModel, runner: ModelRunner) -> MemoryReport:

@@ -99,11 +99,11 @@ class FinishStep:
         self.vocab_size = tables.limits.vocab_size
 
     def choose(self, slots: Int32) -> DrawPlan:
-        """How the tokens of rows in these slots are drawn. A processor that cannot change an arg-max is wanted by rows
-        that are not greedy alone.
+        """How the tokens of rows in these slots are drawn. Greedy rows do not want a processor that cannot change an
+        arg-max.
 
-        A graph keeps no counts over the vocabulary: no row there has a processor that reads them, and they are made
-        again when another request enters the slot.
+        A captured tail does not count what it draws (`VocabHistory`): none of its rows has a processor that reads
+        counts, and they are made again when another request enters the slot.
         """
         tables, invariant = self.tables, self.sampler.argmax_invariant
         greedy = tables.host_greedy[slots]
@@ -120,7 +120,7 @@ class FinishStep:
         )
 
     def eager(self, step: Forwarded, how: DrawPlan) -> LaunchedStep:
-        """Draw for each sampled position; writing the tokens to their slots is the last act."""
+        """Draw a token for each sampled position, take log-probs, and write the tokens to their slots at last."""
         if step.replayed is not None:
             step = _without_padding(step, step.replayed, self.tables.device)
         tables, plan, rows = self.tables, step.plan, step.inputs.rows
@@ -132,7 +132,7 @@ class FinishStep:
         return LaunchedStep(plan, plan.logits_rows[sampled], drawn, prompt, graphs)
 
     def _draw(self, step: Forwarded, which: Int64, how: DrawPlan) -> Drawn:
-        """For these entries of `logits_index`."""
+        """Tokens and wanted log-probs of these entries of `logits_index`, int64 [S], which are all sampled."""
         tables, rows = self.tables, step.plan.logits_rows[which]
         if not len(rows):
             none = torch.zeros(0, dtype=torch.int64, device=tables.device)
@@ -152,10 +152,12 @@ class FinishStep:
         put = upload(asked, tables.device)
         raw = logits[put]  # a copy: the draw overwrites the logits
         token_ids, failed = self.sampler.sample(logits, draw_rows, how)
-        return Drawn(token_ids, failed, _logprobs(raw, token_ids[put], positions[put], rows[asked], limits[asked]))
+        logprobs = _logprobs(raw, token_ids[put], positions[put], rows[asked], limits[asked])
+        return Drawn(token_ids, failed, (logprobs,))
 
     def _draw_from_shards(self, logits: Tensor, rows: DrawRows, how: DrawPlan) -> Drawn:
-        """Each rank's best of its slice, and of these the best: one number a row and rank is exchanged."""
+        """Each rank takes the best of its slice of the vocabulary, [R, V / tp], and the best of these is drawn: one
+        number a row and rank is exchanged."""
         start, stop = vocab_slice(self.vocab_size, self.tp)
         logits = logits[:, : stop - start]
         if not how.reads_only:
@@ -164,7 +166,7 @@ class FinishStep:
         return Drawn(*all_reduce.answer(keys))
 
     def _positions(self, step: Forwarded, which: Int64) -> Tensor:
-        """Absolute positions of the tokens behind these entries of `logits_index`, int64."""
+        """Absolute positions of the tokens that follow these entries of `logits_index`, int64 [S]."""
         index = step.inputs.rows.logits_index
         if len(which) < len(index):
             index = index.index_select(0, upload(which, self.tables.device))
@@ -183,6 +185,7 @@ class FinishStep:
         return self.tp.all_gather(logits)[:, : self.vocab_size]
 
     def _draw_rows(self, host_slots: Int32, positions: Tensor, how: DrawPlan) -> DrawRows:
+        """What the draw reads of rows in these slots, from the tables. positions: int64 [R], of the tokens drawn."""
         tables = self.tables
         slots = upload(host_slots.astype(np.int64), tables.device)
         read = {processor.name for processor in how.called} | {processor for processor, _ in how.ops.values()}
@@ -213,12 +216,12 @@ class FinishStep:
             slots = upload(plan.slots[rows].astype(np.int64), self.tables.device)
             targets = self.tables.token_ids[slots, positions].long()
             raw = self._whole(self._logits(step, which)).float()
-            parts += _logprobs(raw, targets, positions, rows, plan.prompt_logprobs[which])
+            parts.append(_logprobs(raw, targets, positions, rows, plan.prompt_logprobs[which]))
         return tuple(parts)
 
 
 def _without_padding(step: Forwarded, replayed: Replayed, device: torch.device) -> Forwarded:
-    """A replayed step with the logits of the plan's own positions alone, of which tokens are drawn in this order."""
+    """A replayed step with the logits of the plan's own positions alone; a token is drawn of each, in their order."""
     own = upload(replayed.own, device)
     token_of_row = np.full(len(replayed.logits), -1, dtype=np.int32)
     token_of_row[replayed.own] = np.arange(len(replayed.own))
@@ -234,9 +237,7 @@ def _without_padding(step: Forwarded, replayed: Replayed, device: torch.device) 
     )
 
 
-def _logprobs(
-    raw: Tensor, token_ids: Tensor, positions: Tensor, rows: Int32, limits: Int32
-) -> tuple[PendingLogprobs, ...]:
-    """Under the raw logits [N, V], which are those before the processors. limits: how many best ones each row wants."""
+def _logprobs(raw: Tensor, token_ids: Tensor, positions: Tensor, rows: Int32, limits: Int32) -> PendingLogprobs:
+    """Log-probs under the raw logits, [N, V] before any processor. limits: how many best ones each row wants."""
     values, ranks, top_ids, top_values = sampling.token_logprobs(raw, token_ids, int(limits.max()))
-    return (PendingLogprobs(rows, limits, positions, token_ids, values, ranks, top_ids, top_values),)
+    return PendingLogprobs(rows, limits, positions, token_ids, values, ranks, top_ids, top_values)

@@ -1,4 +1,4 @@
-"""A launched step's results on their way to the host."""
+"""The results of a launched step: from tensors on the device to a `StepResult` on the host."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class PendingLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """token_ids: int64 [S], failed: int32 [S], of S rows on the device; logprobs of those that want them."""
+    """What a draw of S rows gave, on the device: token_ids int64 [S]; failed int32 [S]; logprobs that rows want."""
 
     token_ids: Tensor
     failed: Tensor
@@ -55,7 +55,7 @@ class Drawn:
 
 
 class LaunchedStep:
-    """Starts the copies to the host when made; `wait` is the step's only wait for the device."""
+    """A step whose work is enqueued. Its copies to the host start when it is made; `wait` is its only wait."""
 
     def __init__(
         self, plan: StepPlan, rows: Int32, drawn: Drawn, prompt: Sequence[PendingLogprobs] = (), graphs: int = 0
@@ -76,11 +76,12 @@ class LaunchedStep:
             self._arrived.synchronize()
         arrays = iter([tensor.numpy() for tensor in self._arrays])
         token_ids, failed = next(arrays), next(arrays)
-        sampled = join_logprobs([_logprob_rows(part, [next(arrays) for _ in part.tensors]) for part in self._sampled])
-        prompt = join_logprobs([_logprob_rows(part, [next(arrays) for _ in part.tensors]) for part in self._prompt])
+        sampled = _joined([_logprob_rows(part, [next(arrays) for _ in part.tensors]) for part in self._sampled])
+        prompt = _joined([_logprob_rows(part, [next(arrays) for _ in part.tensors]) for part in self._prompt])
         return _result(self._plan, self._rows, token_ids, failed, sampled, prompt, self._graphs)
 
     def has_arrived(self) -> bool:
+        """Whether `wait` would not wait."""
         arrived: bool = self._arrived is None or self._arrived.query()  # type: ignore[no-untyped-call]
         return arrived
 
@@ -131,7 +132,7 @@ def _result(
 
 
 def _send(tensor: Tensor) -> Tensor:
-    """Towards the host, without waiting."""
+    """A copy on the host, that has arrived when the device has come so far; a CPU's tensor as it is."""
     if not tensor.is_cuda:
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
@@ -152,7 +153,7 @@ def _logprob_rows(part: PendingLogprobs, arrays: Sequence[npt.NDArray[np.generic
     )
 
 
-def join_logprobs(parts: Sequence[LogprobRows]) -> LogprobRows:
+def _joined(parts: Sequence[LogprobRows]) -> LogprobRows:
     """All parts' entries, one part's after the other's."""
     if len(parts) <= 1:
         return parts[0] if parts else NO_LOGPROBS

@@ -133,7 +133,7 @@ class ScalarTable:
 class RaggedTable:
     """Several values a slot: [slots, width] with counts int32 [slots]. The width doubles when a longer row comes.
 
-    It is no part of the table buffer: what is written is uploaded at once.
+    It is not in the table buffer: what is written is uploaded at once.
     """
 
     def __init__(self, num_slots: int, spec: ColumnSpec, device: torch.device) -> None:
@@ -258,8 +258,8 @@ class SlotTables:
         self.host_num_logprobs = np.full(n, -1, dtype=np.int32)
         self.host_min_tokens = np.zeros(n, dtype=np.bool_)
         self.host_wants = {processor.name: np.zeros(n, dtype=np.bool_) for processor in processors}
-        heats = [key for key, spec in specs.items() if spec.op is StandardOp.TEMPERATURE]
-        self._zero_temperature = {key: np.zeros(n, dtype=np.bool_) for key in heats}
+        temperatures = [key for key, spec in specs.items() if spec.op is StandardOp.TEMPERATURE]
+        self._zero_temperature = {key: np.zeros(n, dtype=np.bool_) for key in temperatures}
 
     def _make_tables(self, n: int, specs: Mapping[tuple[str, str], ColumnSpec]) -> None:
         """specs: of each (processor, column)."""

@@ -117,9 +117,10 @@ def _append(request: Request, new: Sequence[int]) -> tuple[Sequence[int], EndRea
 def _fail_row(request: Request, generation: int, failed: int, roster: Roster, updates: list[Update]) -> None:
     if failed == ROW_BAD_LOGITS:  # which of the blocks that it read or wrote are bad, nothing says
         roster.blocks.bar(request)
-        if request.borrowed and request.generation == generation:  # the fault may be another request's
+        if request.borrowed:  # the fault may be another request's
             request.void = generation
-            roster.preempt(request, "its logits were not finite, over blocks that others had computed")
+            if request.generation == generation:  # else it was preempted since, and waits
+                roster.preempt(request, "its logits were not finite, over blocks that others had computed")
             return
     roster.remove(request)
     updates.append(Update(request, failed=failed))

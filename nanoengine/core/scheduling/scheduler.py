@@ -26,13 +26,7 @@ from nanoengine.core.scheduling.draft import (
     may_read_cache,
     refuse_misfit,
 )
-from nanoengine.core.scheduling.messages import (
-    Admission,
-    EngineStats,
-    ScheduledStep,
-    SchedulerConfig,
-    Update,
-)
+from nanoengine.core.scheduling.messages import Admission, EngineStats, ScheduledStep, SchedulerConfig, Update
 from nanoengine.core.scheduling.policy import Policy, make_policy
 from nanoengine.core.scheduling.queues import Roster
 from nanoengine.core.step import StepPlan, StepResult, num_slots

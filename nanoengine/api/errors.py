@@ -174,6 +174,25 @@ def engine_failure(error: BaseException) -> RequestError:
     return failure
 
 
+def text_failure(error: BaseException) -> RequestError:
+    """The error of a request for whose tokens the tokenizer raised `error`."""
+    failure = RequestError("text_failed", f"the tokenizer raised {described(error)} over this request's tokens")
+    failure.__cause__ = error
+    return failure
+
+
+def step_failure(error: BaseException) -> RequestError:
+    """The error of a request that raised `error` when it ran alone."""
+    text = f"running this request raised {described(error)}"
+    if is_out_of_memory(error):
+        fix = "leave more room: lower engine.kv_cache_memory or max_num_seqs, on a GPU also gpu_memory_utilization"
+        failure = RequestError("out_of_memory", f"{text}, in a step of a single token; {fix}")
+    else:
+        failure = RequestError("step_failed", text)
+    failure.__cause__ = error
+    return failure
+
+
 def shown(value: Any) -> str:
     """`repr(value)` for a message, shortened. If there is none, the type (e.g. for an integer of 5,000 digits)."""
     short = reprlib.Repr()

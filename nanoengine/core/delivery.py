@@ -29,6 +29,7 @@ class OpenRequests:
         known: by id.
         inbox: requests to start (False) or to abort (True), which the step loop takes.
         ready: outputs of requests without a sink.
+        entry_lock: while it is held, no other thread adds a request; `abort` does not wait for it.
     """
 
     def __init__(self) -> None:
@@ -37,13 +38,14 @@ class OpenRequests:
         self.ready: list[RequestOutput] = []
         self._undelivered: deque[tuple[Delivery, bool]] = deque()  # True: an output, False: a step record
         self._num_added = 0
-        # Guards `known` with the order of the inbox. Re-entrant: a stream may be collected, and so abort, meanwhile.
-        self._lock = threading.RLock()
+        # Re-entrant, and taken in this order. A stream may be collected, and so abort, while they are held.
+        self.entry_lock = threading.RLock()
+        self._lock = threading.RLock()  # guards `known` together with the order of the inbox
 
     def add(self, state: RequestState) -> None:
         """Raises `RequestError` where a request of its id has not ended."""
         request_id = state.given.request_id
-        with self._lock:
+        with self.entry_lock, self._lock:
             if request_id in self.known:
                 raise RequestError("duplicate_id", f"request {request_id!r} is still running; give another id")
             self.known[request_id] = state

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
@@ -25,18 +25,17 @@ from nanoengine.api.errors import (
     forget_locals,
     is_failure,
     is_out_of_memory,
+    step_failure,
 )
 from nanoengine.core.delivery import OpenRequests, Watch
-from nanoengine.core.execution.executor import Executor, StepHandle
-from nanoengine.core.execution.results import LaunchedStep
+from nanoengine.core.execution.executor import Executor
+from nanoengine.core.execution.results import NotLaunched, StepHandle, wait_out
 from nanoengine.core.outputs import OutputProcessor, RequestOutput, RequestState
 from nanoengine.core.scheduling.messages import ScheduledStep, Update
 from nanoengine.core.scheduling.scheduler import Scheduler
-from nanoengine.core.step import StepResult
 from nanoengine.params.input_processor import InputProcessor
 from nanoengine.params.sampling_params import SamplingParams
 
-Prompt = str | Sequence[int]
 _log = logging.getLogger(__name__)
 
 
@@ -60,18 +59,16 @@ class Engine:
         self._requests = OpenRequests()
         self._in_flight: deque[InFlight] = deque()
         self._watch: Watch | None = None
-        self._mid_update = False  # scheduler, steps in flight and `_known` do not agree at the moment
+        self._mid_update = False  # True while scheduler, steps in flight and open requests do not agree
         self._logged_errors: set[type[BaseException]] = set()  # types of errors that broke steps
         self._closed, self._pid = False, os.getpid()
         self._ended_by: WorkerError | None = None
-        # Re-entrant, and taken in this order.
-        self._step_lock = threading.RLock()  # one step at a time
-        self._entry_lock = threading.RLock()  # `exclusive` holds it: no request is added meanwhile
+        self._step_lock = threading.RLock()  # one step at a time; taken before the locks of _requests
 
     def add_request(
         self,
         request_id: str,
-        prompt: Prompt,
+        prompt: str | Sequence[int],
         params: SamplingParams,
         priority: int | None = None,
         *,
@@ -99,14 +96,12 @@ class Engine:
         state = RequestState(given, time.monotonic(), final_only, sink)
         if given.error is None:
             state.hash_prompt(self.scheduler.blocks.hashes_of)  # on the caller's thread: a long prompt takes a while
-        with self._entry_lock:
-            self._requests.add(state)
+        self._requests.add(state)
 
     def abort_request(self, request_id: str) -> None:
         """End a request; its last output has the tokens so far. No effect where the id is unknown or has ended."""
-        if self._is_fork:  # a fork drops its streams; the thread that held a lock may not exist there
-            return
-        self._requests.abort(request_id)
+        if not self._is_fork:  # a fork drops its streams; the thread that held a lock may not exist there
+            self._requests.abort(request_id)
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._requests.known or self._requests.ready)
@@ -139,7 +134,7 @@ class Engine:
             self._finish_oldest()
 
     def _launch_one(self) -> None:
-        if len(self._in_flight) == self._depth and self._in_flight[0].has_arrived():
+        if len(self._in_flight) == self._depth and self._in_flight[0].handle.has_arrived():
             self._finish_oldest()
         self._launch_ahead(min(self._depth, len(self._in_flight) + 1))
 
@@ -187,12 +182,7 @@ class Engine:
         except BaseException as error:  # as above
             if not is_failure(error):
                 raise
-            wait_out(self._in_flight)
-            self._mid_update = True
-            steps = [each.step for each in self._in_flight]
-            self._in_flight.clear()
-            self._broken(steps, error)
-            self._mid_update = False
+            self._broken(error)
             return
         if self._watch is not None:
             self._watch.arrived(oldest.step, waiting)
@@ -229,8 +219,15 @@ class Engine:
                 self._watch.ended(request, "abort" if error is None else error.code)
         self._requests.publish([self._outputs.end(state, error, time.monotonic())])
 
-    def _broken(self, steps: Sequence[ScheduledStep], error: BaseException) -> None:
-        """A step raised: its requests run again, in smaller steps or one by one. One that raises alone fails alone."""
+    def _broken(self, error: BaseException) -> None:
+        """The oldest step raised, and those behind it break with it: they read tokens that it did not write.
+
+        Their requests run again, in smaller steps or one by one. One that raises alone fails alone.
+        """
+        wait_out([each.handle for each in self._in_flight][1:])
+        self._mid_update = True
+        steps = [each.step for each in self._in_flight]
+        self._in_flight.clear()
         short = is_out_of_memory(error)
         failed = self.scheduler.withdraw(steps) if short else self.scheduler.fail(steps)
         if not failed:
@@ -240,6 +237,7 @@ class Engine:
         if self._watch is not None:
             self._requests.put_records(self._watch.broken(steps, error))
         forget_locals(error)
+        self._mid_update = False
 
     def _log_broken(self, error: BaseException, how: str) -> None:
         """A warning for the first error of each type: where all requests end well, only this shows what is slow."""
@@ -309,7 +307,7 @@ class Engine:
             self._end_request(state, error, scheduled=False)
         self._mid_update = False
 
-    # Between steps
+    # Between steps, and the end
 
     def apply_inbox(self) -> None:
         """Add and abort without making a step, so that counters show it. No sink is called.
@@ -329,7 +327,7 @@ class Engine:
         """Within it, only this thread adds requests and makes steps. Raises `NanoEngineError` while requests run."""
         with self._locked():
             self._run_and_deliver()
-            with self._entry_lock:
+            with self._requests.entry_lock:
                 if self._requests.known:
                     raise NanoEngineError("requests are running; finish or abort them first")
                 yield
@@ -346,26 +344,22 @@ class Engine:
 
     def change_watch(self, change: Callable[[Watch | None], Watch | None]) -> None:
         """Replace the watch by what `change` makes of it (None: no observer is there) from the next step on."""
-        if self._is_fork:
-            return
-        with self._step_lock:
-            self._watch = change(self._watch)
-
-    # The end of the engine
+        if not self._is_fork:
+            with self._step_lock:
+                self._watch = change(self._watch)
 
     def close(self) -> None:
         """Drop what runs and give the memory back. Idempotent. No effect in a fork of the engine's process."""
-        if self._is_fork:
+        if self._is_fork or self._closed:
             return
         with self._step_lock:
-            if not self._closed:
-                self._closed = True
-                for state in list(self._requests.known.values()):  # another thread may just be adding one
-                    for request in state.unfinished():
-                        self.scheduler.abort(request)
-                self._in_flight.clear()
-                self._requests.known.clear()
-                self._executor.shutdown()
+            self._closed = True
+            for state in list(self._requests.known.values()):  # another thread may just be adding one
+                for request in state.unfinished():
+                    self.scheduler.abort(request)
+            self._in_flight.clear()
+            self._requests.known.clear()
+            self._executor.shutdown()
 
     def _end(self, error: WorkerError) -> NoReturn:
         """A worker failed: all requests fail with that cause, and the engine is closed."""
@@ -410,50 +404,8 @@ class Engine:
 
 
 @dataclass(frozen=True, slots=True)
-class NotLaunched:
-    """Takes the place of the handle of a step whose launch raised `error`."""
-
-    error: BaseException
-
-    def wait(self) -> StepResult:
-        raise self.error
-
-
-@dataclass(frozen=True, slots=True)
 class InFlight:
     """A step that was launched and is not committed yet."""
 
     step: ScheduledStep
     handle: StepHandle
-
-    def has_arrived(self) -> bool:
-        """Whether `wait` returns at once. On a CPU always False, so that batches do not depend on how fast it is."""
-        try:
-            return isinstance(self.handle, LaunchedStep) and self.handle.has_arrived()
-        except BaseException as error:
-            if not is_failure(error):
-                raise
-            return True  # a device that is lost raises again in `wait`, where that is handled
-
-
-def wait_out(in_flight: Iterable[InFlight]) -> None:
-    """Wait for the steps behind the oldest one, which broke: they read tokens that it did not write."""
-    for each in list(in_flight)[1:]:
-        try:
-            each.handle.wait()
-        except BaseException as late:  # a consequence of the first error, which is reported
-            if not is_failure(late):
-                raise
-            forget_locals(late)
-
-
-def step_failure(error: BaseException) -> RequestError:
-    """The error of a request that raised `error` when it ran alone."""
-    text = f"running this request raised {described(error)}"
-    if is_out_of_memory(error):
-        fix = "leave more room: lower engine.kv_cache_memory or max_num_seqs, on a GPU also gpu_memory_utilization"
-        cause = RequestError("out_of_memory", f"{text}, in a step of a single token; {fix}")
-    else:
-        cause = RequestError("step_failed", text)
-    cause.__cause__ = error
-    return cause

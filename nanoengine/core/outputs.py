@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
-from nanoengine.api.errors import RequestError, described, is_failure
+from nanoengine.api.errors import RequestError, is_failure, text_failure
 from nanoengine.core.request import Request, int32_bytes, request_seed
 from nanoengine.core.scheduling.messages import Update
 from nanoengine.core.step import ROW_BAD_LOGITS, LogprobRows
@@ -289,7 +289,7 @@ class OutputProcessor:
                 except BaseException as raised:
                     if not is_failure(raised):
                         raise
-                    error = _text_failure(raised)
+                    error = text_failure(raised)
             if error is not None:
                 failed[request_id] = error
                 touched.pop(request_id, None)
@@ -308,7 +308,7 @@ class OutputProcessor:
                 except BaseException as raised:
                     if not is_failure(raised):
                         raise
-                    error = _text_failure(raised)
+                    error = text_failure(raised)
         state.finished = now
         return state.output(error)
 
@@ -370,12 +370,6 @@ def _cache_key(salt: str) -> bytes:
     """What the prefix cache hashes and compares with each block: at most 64 bytes, however long the salt is."""
     key = salt.encode()
     return key if len(key) < 64 else hashlib.blake2b(key).digest()
-
-
-def _text_failure(error: BaseException) -> RequestError:
-    failure = RequestError("text_failed", f"the tokenizer raised {described(error)} over this request's tokens")
-    failure.__cause__ = error
-    return failure
 
 
 def _row_error(update: Update) -> RequestError:

@@ -20,7 +20,8 @@ from typing import Any, NoReturn
 import torch
 
 from nanoengine.api.errors import EngineClosed, WorkerError
-from nanoengine.core.execution.executor import Executor, StepHandle
+from nanoengine.core.execution.executor import Executor
+from nanoengine.core.execution.results import StepHandle
 from nanoengine.core.step import StepPlan, StepResult
 from nanoengine.distributed.channel import Kind, Parcel
 from nanoengine.distributed.faults import Report, first_error, late_error
@@ -36,7 +37,7 @@ _SLICE_SECONDS = 1.0  # how often a wait checks the ranks' progress, because an 
 
 
 @dataclass(frozen=True, slots=True)
-class _WorkerStep:
+class _WorkerStep(StepHandle):
     executor: WorkersExecutor
     number: int
 

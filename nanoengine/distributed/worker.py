@@ -32,7 +32,7 @@ from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.start.clock import PHASES, StartClock
 
 if TYPE_CHECKING:
-    from nanoengine.core.execution.executor import StepHandle
+    from nanoengine.core.execution.results import StepHandle
     from nanoengine.core.execution.runner import ModelRunner
     from nanoengine.setup.start.memory import MemoryReport
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from nanoengine import SamplingParams
-from nanoengine.core.engine import Engine, InFlight
+from nanoengine.core.engine import Engine
+from nanoengine.core.execution.executor import Call
 
 from .support import mock_llm
 
@@ -53,7 +54,7 @@ def test_steps_that_have_arrived_make_room_for_more(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Engine, "_finish_oldest", watched)
     want = run()
     assert finished[0] == 40  # nothing before the last prompt is in
-    monkeypatch.setattr(InFlight, "has_arrived", lambda self: True)
+    monkeypatch.setattr(Call, "has_arrived", lambda self: True)
     assert run() == want
     assert finished[0] == 12  # two steps were launched, the third needs room
     assert len([n for n in finished if n < 40]) == 7

@@ -103,9 +103,7 @@ def test_no_step_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: st
     with make(tmp_path, mode) as llm:
         broken: list[str] = []
         original = llm.engine._broken
-        monkeypatch.setattr(
-            llm.engine, "_broken", lambda steps, error: (broken.append(f"{error}"), original(steps, error))
-        )
+        monkeypatch.setattr(llm.engine, "_broken", lambda error: (broken.append(f"{error}"), original(error)))
         outputs = twenty_steps(llm, plain=plain)
         stats = llm.stats()
     assert not broken

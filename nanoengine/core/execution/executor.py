@@ -9,21 +9,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from nanoengine.api.errors import EngineClosed, PluginError, described, is_failure, own_value
+from nanoengine.core.execution.results import StepHandle
 from nanoengine.core.execution.runner import ModelRunner
 from nanoengine.core.step import StepPlan, StepResult
 
 T = TypeVar("T")
-
-
-class StepHandle(Protocol):
-    """A launched step."""
-
-    def wait(self) -> StepResult:
-        """Its result, once it has arrived. Raises what the step raised."""
-        ...
 
 
 class Executor(ABC):
@@ -91,7 +84,7 @@ class InProcessExecutor(Executor):
 _LOOK_SECONDS = 0.1  # an interrupted wait may have taken the gate with it
 
 
-class Call:
+class Call(StepHandle):
     """A call that a `StepThread` makes. awaited: `wait` was called. failed: it raised."""
 
     def __init__(self, function: Callable[[], Any]) -> None:

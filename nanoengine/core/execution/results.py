@@ -1,8 +1,9 @@
-"""The results of a launched step: from tensors on the device to a `StepResult` on the host."""
+"""A launched step: its handle, and its results, from tensors on the device to a `StepResult` on the host."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from nanoengine.api.errors import forget_locals, is_failure
 from nanoengine.core.step import (
     NO_LOGPROBS,
     ROW_BAD_LOGITS,
@@ -21,6 +23,39 @@ from nanoengine.core.step import (
     StepResult,
     offsets_of,
 )
+
+
+class StepHandle(ABC):
+    """A launched step."""
+
+    @abstractmethod
+    def wait(self) -> StepResult:
+        """Its result, once it has arrived. Raises what the step raised."""
+
+    def has_arrived(self) -> bool:
+        """Whether `wait` returns at once. On a CPU it is False, so that batches do not depend on how fast steps are."""
+        return False
+
+
+@dataclass(frozen=True)
+class NotLaunched(StepHandle):
+    """Takes the place of the handle of a step whose launch raised `error`."""
+
+    error: BaseException
+
+    def wait(self) -> StepResult:
+        raise self.error
+
+
+def wait_out(handles: Iterable[StepHandle]) -> None:
+    """Wait for the steps behind one that raised. What they raise is a consequence of that, and ignored."""
+    for handle in handles:
+        try:
+            handle.wait()
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            forget_locals(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +89,7 @@ class Drawn:
     logprobs: tuple[PendingLogprobs, ...] = ()
 
 
-class LaunchedStep:
+class LaunchedStep(StepHandle):
     """A step whose work is enqueued. Its copies to the host start when it is made; `wait` is its only wait."""
 
     def __init__(
@@ -71,7 +106,6 @@ class LaunchedStep:
             self._arrived.record()
 
     def wait(self) -> StepResult:
-        """The result, once it has arrived. Raises what the device raised."""
         if self._arrived is not None:
             self._arrived.synchronize()
         arrays = iter([tensor.numpy() for tensor in self._arrays])
@@ -81,9 +115,12 @@ class LaunchedStep:
         return _result(self._plan, self._rows, token_ids, failed, sampled, prompt, self._graphs)
 
     def has_arrived(self) -> bool:
-        """Whether `wait` would not wait."""
-        arrived: bool = self._arrived is None or self._arrived.query()  # type: ignore[no-untyped-call]
-        return arrived
+        try:
+            return self._arrived is None or bool(self._arrived.query())  # type: ignore[no-untyped-call]
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            return True  # the device is lost: `wait` raises that
 
 
 class TailStep(LaunchedStep):

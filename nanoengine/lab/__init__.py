@@ -1,4 +1,4 @@
-"""What examines and measures an engine. It reaches the command line as any package's commands do."""
+"""Commands that examine and measure an engine. They are registered by the same hook as a package's commands."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from nanoengine.api.specs import CommandSpec
 
 @hookimpl
 def register_commands() -> list[CommandSpec]:
-    doctor = "Say whether it can run here: environment, GPU, plugins, attention backends."
+    doctor = "Check whether nanoengine can run here: environment, GPU, plugins, attention backends."
     commands = (
         ("bench", "bench:app", "Measure the engine."),
-        ("report", "report:report", "Make a page of what a run or a sweep came to."),
+        ("report", "report:report", "Make an HTML page of the results of a run or a sweep."),
         ("sweep", "sweep:sweep", "Run every combination of the overrides' values."),
         ("doctor", "doctor:doctor", doctor),
         ("plugins doctor", "doctor:doctor", doctor),

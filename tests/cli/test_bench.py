@@ -181,7 +181,7 @@ def test_attention_in_small(bench: Bench) -> None:
     with triton_interpreter.interpreted():
         found = bench("attention", "--shape", "tiny", "--scale", "0.02", "--only", "8 x 512", "--block-size", "16")
     decode, prefill = found["rows"][0], found["rows"][-1]
-    assert (decode["batch"], prefill["batch"]) == ("decode 8 x 512*0.02", "prefill 8 x 512 behind 4096*0.02")
+    assert (decode["batch"], prefill["batch"]) == ("decode 8 x 512*0.02", "prefill 8 x 512 after 4096*0.02")
     assert decode["gb_s"] > 0
     assert prefill["tflops"] > 0
     assert all(row["error"] < 1e-5 or torch.cuda.is_available() for row in found["rows"])

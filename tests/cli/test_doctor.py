@@ -68,12 +68,14 @@ def test_an_installation_that_works(nanoengine: Run) -> None:
     assert sections[:3] == ["environment", "gpu", "plugins"]
     assert f"  ok       torch: {version('torch')}" in result.stdout
     assert "  ok       llama: model, nanoengine 0.1.0 (plugin 'builtin-models')" in lines
-    assert any(line.startswith("  note     triton: refused: on a CPU it runs in Triton's interp") for line in lines)
-    assert any(line.startswith("  ok       torch: can serve (preference 0, ") for line in lines)
-    assert all(line.startswith("  warning  ") for line in repeated(result, "what was asked for works: 0 errors"))
+    assert any(
+        line.startswith("  note     triton: not supported: on a CPU it runs only in Triton's interp") for line in lines
+    )
+    assert any(line.startswith("  ok       torch: supported (preference 0, ") for line in lines)
+    assert all(line.startswith("  warning  ") for line in repeated(result, "this configuration works: 0 errors"))
     at = lines.index("attention=auto takes: torch")
     assert lines[at - 1 : at + 1] == [
-        "auto asks in this order, highest preference first: triton (20), flash_attn (10), torch (0)",
+        "auto tries these in order, highest preference first: triton (20), flash_attn (10), torch (0)",
         "attention=auto takes: torch",
     ]
 
@@ -136,7 +138,7 @@ def test_a_configuration_that_cannot_run(nanoengine: Run, model: Path, tmp_path:
     result = nanoengine("plugins", "doctor", "run.yaml")
     assert result.exit_code == 1
     assert words in result.stdout
-    [first, *_] = repeated(result, "what was asked for cannot work: 1 error, ")
+    [first, *_] = repeated(result, "this configuration cannot work: 1 error, ")
     assert first.startswith("  error    ")
     assert words in first
     assert "Traceback" not in result.output
@@ -183,7 +185,7 @@ def test_a_processor_that_cannot_load_is_an_error_for_a_configuration_that_uses_
         assert fix.startswith("correct SamplerSpec.target, now 'no_such_module:Spice'; or leave out --plugin")
         assert result.exit_code == code
         shown = nanoengine("plugins", "doctor", "run.yaml", *overrides, "--plugin", "spice.py")
-        lines = repeated(shown, "what was asked for ")
+        lines = repeated(shown, "this configuration ")
         [again] = [line for line in lines if line.startswith(f"  {level:<8} spice: logits processor")]
         assert again.endswith(f"; fix: {fix}")
         assert any(line.startswith("  warning  tokenizer: ") for line in lines)
@@ -224,7 +226,7 @@ def test_a_package_outside_its_bounds(nanoengine: Run, monkeypatch: pytest.Monke
     monkeypatch.setattr(metadata, "version", lambda name: {"pluggy": "0.1", "tqdm": None}.get(name, "") or real(name))
     _, findings = examined(nanoengine("plugins", "doctor", "--json"))
     assert findings["pluggy"]["level"] == "warning"
-    assert "0.1 is outside" in findings["pluggy"]["text"]
+    assert "0.1 is not in" in findings["pluggy"]["text"]
     assert findings["pluggy"]["fix"].startswith("pip install 'pluggy")
     assert findings["tqdm"]["level"] == "ok"
 

@@ -85,10 +85,10 @@ def test_folders_suit_file_systems() -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("~engine.seed=1,2", "a deletion cannot be swept over"),
+        ("~engine.seed=1,2", "a deletion cannot have several values"),
         ("output=a,b", "its own output"),
         ("engine.seed=1,,2", "a value of the sweep is empty"),
-        ("model=c,d", "model is swept over twice"),
+        ("model=c,d", "model has several values twice"),
     ],
 )
 def test_what_cannot_be_swept_over(override: str, words: str) -> None:
@@ -142,7 +142,7 @@ def test_each_combination_has_its_folder_and_a_broken_one_stops_no_other(sweep: 
         assert record["versions"]["nanoengine"]
         assert record["summary"]["finished"] == 2
     assert not (tmp_path / "mine.jsonl").exists()
-    assert result.stderr.count("failed: SIGSEGV: killed by SIGSEGV; its last words: fetching the model") == 2
+    assert result.stderr.count("failed: SIGSEGV: killed by SIGSEGV; last line of its log: fetching the model") == 2
     assert result.stdout.count("failed: SIGSEGV") == 2
     with (root / "table.csv").open() as file:
         table = list(csv.DictReader(file))
@@ -175,7 +175,7 @@ def test_the_command_sweep_is_what_run_calls(sweep: Run, nanoengine: Run, tmp_pa
     assert sweep("engine.seed=1,2").exit_code == 0
     [first] = (tmp_path / "multirun").iterdir()
     again = nanoengine("sweep", "--resume", str(first))
-    assert (again.exit_code, again.stderr.count("finished before")) == (0, 2)
+    assert (again.exit_code, again.stderr.count("finished already")) == (0, 2)
     direct = nanoengine("sweep", "run.yaml", "engine.seed=1,2", "--verbose")
     assert direct.exit_code == 0, direct.stderr
     [second] = set((tmp_path / "multirun").iterdir()) - {first}
@@ -232,7 +232,7 @@ def test_resume_runs_what_is_left(sweep: Run, nanoengine: Run, tmp_path: Path) -
     result = nanoengine("run", "-m", "--resume", str(root))
     assert result.exit_code == 0, result.stderr
     assert (root / "0_engine.seed=1" / "results.jsonl").stat().st_mtime_ns == done
-    assert "finished before" in result.stderr
+    assert "finished already" in result.stderr
     assert half.read_text().startswith(first)
     assert sorted(row["index"] for row in rows(half.parent)) == [0, 1]
     assert len(rows(root / "2_engine.seed=3")) == 2
@@ -287,12 +287,12 @@ def test_plugin_files_and_options_reach_every_combination(sweep: Run, tmp_path: 
     ("arguments", "words"),
     [
         (["run", "empty"], "no file and no recipe is called 'empty'"),
-        (["run", "broken"], "broken is a sweep's folder; to go on with it, give --resume broken"),
-        (["run", "--resume", "empty"], "empty holds no sweep.json"),
+        (["run", "broken"], "broken is the folder of a sweep; to continue it, give --resume broken"),
+        (["run", "--resume", "empty"], "empty has no sweep.json"),
         (["run", "--resume", "empty", "engine.seed=1"], "takes no overrides"),
         (["run", "--resume", "broken"], "broken/sweep.json cannot be read"),
         (["run", "--multirun", "--resume", "multirun/nope"], "; there is no multirun/nope (looked for /"),
-        (["run", "--resume", "gone"], "/no/such/folder, where the sweep was started, is no more"),
+        (["run", "--resume", "gone"], "/no/such/folder, where the sweep was started, does not exist any more"),
     ],
 )
 def test_what_is_no_sweep(nanoengine: Run, tmp_path: Path, arguments: list[str], words: str) -> None:
@@ -342,7 +342,7 @@ def test_an_interrupted_sweep_can_go_on(started: Any, tmp_path: Path, number: in
     assert process.returncode == status, errors
     assert "Traceback" not in errors
     root = only(list((tmp_path / "multirun").iterdir()))
-    assert f"go on with: nanoengine run --resume multirun/{root.name}" in errors
+    assert f"continue with: nanoengine run --resume multirun/{root.name}" in errors
     kept = len(rows(root / "0_engine.seed=1"))
     assert 0 < kept < 30
     assert f"{word}; finished results are kept" in (root / "0_engine.seed=1" / "run.log").read_text()
@@ -400,7 +400,9 @@ def test_a_disk_that_is_full_before_a_sweep_is_one_message(
     monkeypatch.setattr("nanoengine.lab.cli.multirun.write_whole", full)
     result = sweep("engine.seed=1,2")
     assert result.exit_code == 2
-    assert re.search(r"error: cannot write the sweep's folder multirun/\S+: No space left on device$", result.stderr)
+    assert re.search(
+        r"error: cannot write the folder of the sweep multirun/\S+: No space left on device$", result.stderr
+    )
 
 
 def free(file: Any) -> bool:

@@ -186,7 +186,7 @@ def test_a_trace_that_a_full_disk_left_empty_is_none(report: Run, folder: Path, 
     path.write_text(json.dumps(record))
     assert "No trace: " in made(report(place), place / "report.html")
     refused = report(place / "results.jsonl", "--trace", place / "trace.json")
-    assert (refused.exit_code, "is no trace" in refused.stderr) == (2, True)
+    assert (refused.exit_code, "is not a trace" in refused.stderr) == (2, True)
 
 
 def test_what_a_killed_run_left(report: Run, tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_what_a_killed_run_left(report: Run, tmp_path: Path) -> None:
     trace = Path("results/trace.json").read_text("utf-8")
     (tmp_path / "t.json").write_text(trace[: trace.rindex('"cat":"step"') + 60], "utf-8")
     page = Page(made(report(tmp_path / "results.jsonl", "--trace", tmp_path / "t.json"), tmp_path / "results.html"))
-    for said in ("did not end", "that are no whole row, and are left out: 1.", "The trace breaks off"):
+    for said in ("did not end", "which are left out: 1.", "The trace is incomplete"):
         assert said in page.text
     assert page.tags["svg"] == 4
 
@@ -220,10 +220,10 @@ def test_the_page_of_a_sweep(report: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nowhere"], "there is no nowhere: give a results file, or a folder that holds one"),
-        (["tiny"], "tiny holds no results: no results.jsonl with its results.jsonl.run.json, and no sweep.json"),
-        (["prompts.jsonl"], "prompts.jsonl, line 1: this is no row that `nanoengine run` wrote"),
-        (["results", "--trace", "run.yaml"], "run.yaml is no trace that `nanoengine run --trace` wrote"),
+        (["nowhere"], "there is no nowhere: give a results file, or a folder with one"),
+        (["tiny"], "tiny has no results: no results.jsonl with its results.jsonl.run.json, and no sweep.json"),
+        (["prompts.jsonl"], "prompts.jsonl, line 1: this is not a row of `nanoengine run`"),
+        (["results", "--trace", "run.yaml"], "run.yaml is not a trace of `nanoengine run --trace`"),
         (["results", "-o", "results/results.jsonl"], "results.jsonl is the results file, which it would overwrite"),
         (["results", "-o", "run.yaml/x.html"], "cannot write run.yaml/x.html: "),
     ],
@@ -299,13 +299,13 @@ def test_a_browser_shows_it(report: Run, tmp_path: Path) -> None:
 
 def test_what_is_no_result_gets_no_page_and_what_is_no_page_stays(nanoengine: Run, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("a\nb\n")
-    assert "holds no row" in nanoengine("report", "notes.txt").stderr
+    assert "has no row" in nanoengine("report", "notes.txt").stderr
     metrics = {**dict.fromkeys(("queued", "ttft", "itl", "latency")), "num_generated": 0}
     row = {"index": 0, "prompt": "a", "prompt_token_ids": [1], "outputs": [], "num_cached_tokens": 0,
            "metrics": metrics, "error": {"code": "x", "message": "y"}}  # fmt: skip
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "rows.html").write_text("<p>mine</p>")
-    assert "is there and is no report" in nanoengine("report", "rows.jsonl").stderr
+    assert "exists and is not a report" in nanoengine("report", "rows.jsonl").stderr
     assert (tmp_path / "rows.html").read_text() == "<p>mine</p>"
     (tmp_path / "rows.html").unlink()
     for _ in range(2):  # its own page it replaces

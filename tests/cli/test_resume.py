@@ -162,7 +162,7 @@ def test_the_model_s_own_parameters_count(fake: Any, nanoengine: Run, config: st
         ({"results.jsonl": "{}\n"}, [], "there is no results.jsonl.run.json next to results.jsonl"),
         ({"results.jsonl": "{}\n", "results.jsonl.run.json": "{"}, [], "results.jsonl.run.json cannot be read"),
         ({"results.jsonl": "{}\n", "results.jsonl.run.json": '{"format": 9}'}, [], "another version of nanoengine"),
-        ({}, ["--multirun"], "--resume of a sweep takes the sweep's folder"),
+        ({}, ["--multirun"], "--resume of a sweep needs the folder of the sweep"),
     ],
 )
 def test_what_cannot_be_resumed(

@@ -91,7 +91,7 @@ def test_what_is_no_number_of_threads_is_no_choice(
         lines = nanoengine("plugins", "doctor").stdout.splitlines()
     finally:
         CHOSEN.reset(token)
-    said = f"OMP_NUM_THREADS={value} is no number of threads, and is ignored"
+    said = f"OMP_NUM_THREADS={value} is not a number of threads, and is ignored"
     assert any(line.strip().startswith("warning  threads: 1 CPU thread") and said in line for line in lines), lines
 
 

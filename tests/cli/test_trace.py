@@ -142,4 +142,4 @@ def test_a_killed_run_leaves_a_timeline(config: str, tmp_path: Path) -> None:
 def test_a_sweep_takes_a_name_for_each_folder(nanoengine: Run, config: str) -> None:
     result = nanoengine("run", config, "--multirun", "engine.max_num_seqs=1,4", "--trace", "a/out.json")
     assert result.exit_code == 2
-    assert "of a sweep it is a name such as out.json" in result.stderr
+    assert "for a sweep, give a file name such as out.json" in result.stderr

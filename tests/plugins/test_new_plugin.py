@@ -143,7 +143,7 @@ def test_the_long_name_is_the_short_one(tmp_path: Path) -> None:
     assert (tmp_path / "nanoengine-soft-cap/nanoengine_soft_cap/params.py").read_text().count("soft_cap: float") == 1
     again = new("sampler", "soft-cap", "--into", tmp_path)
     assert again.exit_code == 2
-    assert "is there already" in again.stderr
+    assert "exists already" in again.stderr
 
 
 @pytest.mark.parametrize(
@@ -157,13 +157,13 @@ def test_the_long_name_is_the_short_one(tmp_path: Path) -> None:
         ("sampler", "class", "'class' is a keyword of Python"),
         ("sampler", "on", "YAML reads 'on' as True"),
         ("attention", "null", "YAML reads 'null' as None"),
-        ("model", "x" * 65, "it has 65 characters, and 64 are the most"),
+        ("model", "x" * 65, "it has 65 characters, but at most 64 are allowed"),
         ("sampler", "host-tokens", "'host_tokens' is a member of ProcessorParams already"),
-        ("sampler", "float", "'float' is a word of the code that is written already"),
+        ("sampler", "float", "'float' is a word in the generated code already"),
         ("sampler", "seed", "a field of SamplingParams already"),
         ("sampler", "presence-penalty", "a parameter of nanoengine"),
         ("sampler", "penalties", "a logits processor of nanoengine"),
-        ("sampler", "processor", "a class ProcessorParams, as nanoengine.api has one"),
+        ("sampler", "processor", "a class ProcessorParams, which nanoengine.api has too"),
         ("model", "llama", "registered by nanoengine"),
         ("model", "model", "a class ModelConfig"),
         ("attention", "triton", "registered by nanoengine"),
@@ -171,7 +171,7 @@ def test_the_long_name_is_the_short_one(tmp_path: Path) -> None:
         (
             "tokenizer",
             "mine",
-            "error: no package of kind 'tokenizer' can be begun; Valid: attention, command, model, sampler",
+            "error: there is no kind 'tokenizer' of packages; Valid: attention, command, model, sampler",
         ),
         ("sampling", "mine", "did you mean 'sampler'?"),
         ("soft-cap", "sampler", "error: the kind comes first: nanoengine plugins new sampler soft-cap"),

@@ -1,1 +1,1 @@
-"""The workloads of `nanoengine bench`, and how they are run and reported."""
+"""The workloads of `nanoengine bench`, and the code that runs and reports them."""

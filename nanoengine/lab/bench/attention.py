@@ -1,7 +1,7 @@
-"""Our paged attention kernels beside flash-attn's: microseconds, GB/s of KV (decode), TFLOP/s (prefill), L2 flushed.
+"""Our paged attention kernels compared with flash-attn: microseconds, GB/s of KV (decode), TFLOP/s (prefill).
 
-flash-attn is timed at KV blocks that are multiples of 256, which is what it takes; other block sizes of ours are
-compared with its figure of the same batch.
+The L2 cache is flushed before each call. flash-attn supports only block sizes that are multiples of 256; our other
+block sizes are compared with its time for the same batch.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Row:
     """One batch at one block size.
 
     Attributes:
-        kernel: "triton" or "flash-attn". us: median of a call.
-        gb_s: KV bytes over time, of a decode batch; tflops: of a prefill batch. limit: the device's, in the same unit.
-        of_flash_attn: its time over ours; None where it was not timed.
+        kernel: "triton" or "flash-attn". us: median microseconds of a call.
+        gb_s: KV bytes per time, for a decode batch. tflops: for a prefill batch. limit: of the device, in this unit.
+        of_flash_attn: time of flash-attn divided by ours; None if it was not measured.
         error: largest absolute difference from the reference.
     """
 
@@ -44,16 +44,13 @@ class Row:
 
 
 def run(setup: Setup, block_sizes: Sequence[int], *, only: str = "", scale: float = 1.0, quick: bool = False) -> Report:
-    """`only`: batches whose name holds this.
-
-    Raises `BenchmarkError` where the kernels cannot run.
-    """
+    """Measures all batches, or those whose name contains `only`. Raises `BenchmarkError` if the kernels cannot run."""
     device, notes = _device(), []
     from nanoengine.lab.bench.paged_batches import Batch, Heads, batches
 
     package, missing = flash_attn_package()
     if device.type != "cuda":
-        package, missing = None, "on a CPU the kernels run in Triton's interpreter: the times tell nothing"
+        package, missing = None, "on a CPU the kernels run in Triton's interpreter: the times have no meaning"
     notes += [missing] if missing else []
     shape, dtype = setup.shape, torch.bfloat16 if device.type == "cuda" else torch.float32
     heads = Heads(shape.heads, shape.kv_heads, shape.head_size)
@@ -63,7 +60,7 @@ def run(setup: Setup, block_sizes: Sequence[int], *, only: str = "", scale: floa
         if only not in lengths.name:
             continue
         theirs: float | None = None
-        for size in sorted(block_sizes, reverse=True):  # flash-attn has its figures at 256
+        for size in sorted(block_sizes, reverse=True):  # flash-attn is measured at 256
             batch = Batch(lengths.scaled(scale), size, heads, dtype, device)
             if package is not None and size % FLASH_BLOCK == 0:
                 theirs = _time_flash_attn(batch, package, timer, notes)
@@ -91,14 +88,14 @@ def _device() -> torch.device:
 
 
 def flash_attn_package() -> tuple[Any, str]:
-    """The package, or None and why."""
+    """The flash-attn package; or None, and the reason."""
     try:
         package = importlib.import_module("flash_attn")
     except (ImportError, OSError, RuntimeError) as error:
-        return None, f"no flash-attn beside it: {type(error).__name__}: {error}; pip install flash-attn"
+        return None, f"flash-attn is not measured: {type(error).__name__}: {error}; pip install flash-attn"
     for name in ("flash_attn_with_kvcache", "flash_attn_varlen_func"):
         if not hasattr(package, name):
-            return None, f"no flash-attn beside it: the one installed has no {name}; install version 2.6 or later"
+            return None, f"flash-attn is not measured: the installed one has no {name}; install version 2.6 or later"
     return package, ""
 
 
@@ -112,7 +109,7 @@ def _flushed_us(quick: bool) -> Callable[[Callable[[], Any]], float]:
 
 def _time_flash_attn(batch: Any, package: Any, timer: Callable[[Callable[[], Any]], float], notes: list[str]
                      ) -> float | None:  # fmt: skip
-    """None where it does not do this: a build of it may lack a head size."""
+    """The time of flash-attn; None if it fails: some builds do not have every head size."""
     call = batch.flash_attn(package)
     try:
         call()

@@ -1,8 +1,8 @@
-"""One fresh process: starts an engine, makes one token, prints the seconds of each phase as a line of JSON.
+"""A new process that starts an engine, generates one token, and prints the seconds of each phase as a line of JSON.
 
     python -m nanoengine.lab.bench.first_token '{"model": FOLDER, "attention": "auto", "options": {...}}'
 
-Torch is imported within the measured time, so nothing of this file may import it at the top.
+The import of torch is measured too, so this file must not import it at the top.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""When tokens arrive, as a streaming client sees them: TTFT, ITL and whole requests, in percentiles.
+"""Latencies as a streaming client sees them: percentiles of TTFT, ITL and whole requests.
 
-Closed: N requests of one size all come at once and run together. Open: requests come at random moments at a given
-mean rate (a Poisson process, seed 0), whether or not earlier ones have ended; times count from when a request was due.
+Closed: N requests of the same size come at the same time and run together. Open: requests come at random times with a
+given mean rate (a Poisson process, seed 0), whether or not earlier ones have ended. Times count from the moment at
+which a request was due.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from nanoengine.params.sampling_params import SamplingParams
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Percentiles:
-    """In milliseconds."""
+    """Percentiles in milliseconds."""
 
     p50: float
     p90: float
@@ -41,14 +42,14 @@ class Percentiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One batch size, or one arrival rate.
+    """The results of one batch size or one arrival rate.
 
     Attributes:
-        batch: requests at once; None under an arrival rate. rate: requests/s that came; None for a closed batch.
-        requests: of one pass. tokens_per_s: output, best pass and median of all.
-        ttft, itl, e2e: of the requests of all passes: to the first token, between tokens, to the last token.
-            No ITL where requests have one token only.
-        itl_limit_ms: a decode step of the whole batch at its mean context, by the roofline.
+        batch: requests at the same time; None with an arrival rate. rate: requests/s; None for a closed batch.
+        requests: number of requests in a pass. tokens_per_s: output tokens, best pass and median of all passes.
+        ttft, itl, e2e: times to the first token, between tokens, and to the last token, for the requests of all passes.
+            There is no ITL if requests have only one token.
+        itl_limit_ms: time of a decode step of the whole batch at its mean context, by the roofline.
     """
 
     batch: int | None
@@ -66,7 +67,7 @@ class Row:
 
 @dataclass(slots=True)
 class Timeline:
-    """When a request was due, and when each of its tokens came, in seconds of `time.perf_counter`."""
+    """The time at which a request was due, and of each of its tokens, in seconds of `time.perf_counter`."""
 
     due: float
     tokens: list[float] = field(default_factory=list)
@@ -79,7 +80,7 @@ class Timeline:
 
 def run(setup: Setup, batches: Sequence[int], rates: Sequence[float], prompt_len: int, output_len: int, requests: int
         ) -> Report:  # fmt: skip
-    """`requests`: of a pass under an arrival rate."""
+    """Measures all batch sizes and arrival rates. `requests`: number of requests in a pass with an arrival rate."""
     most = max(batches, default=1)
     places = {} if "max_num_seqs" in setup.options or most <= 256 else {"max_num_seqs": most}
     rows, limits = [], setup.engine_limits
@@ -98,7 +99,7 @@ def run(setup: Setup, batches: Sequence[int], rates: Sequence[float], prompt_len
 
 
 def arrivals(count: int, rate: float) -> list[float]:
-    """Seconds at which requests come: a Poisson process."""
+    """The times in seconds at which requests come: a Poisson process."""
     rng, now, found = Random(0), 0.0, []
     for _ in range(count):
         found.append(now)
@@ -139,7 +140,7 @@ def _row(
 
 
 def serve(llm: LLM, workload: Workload, due: Sequence[float]) -> list[Timeline]:
-    """Runs the requests, each added `due` seconds after the start; an empty prefix cache."""
+    """Runs the requests with an empty prefix cache. Each is added `due` seconds after the start."""
     llm.reset_prefix_cache()
     engine, begun = llm.engine, time.perf_counter()
     timelines: list[Timeline] = []

@@ -1,4 +1,4 @@
-"""Batches for paged attention by itself: rows whose caches lie at random in a pool of blocks. Needs Triton."""
+"""Batches for measuring paged attention alone. Blocks of a row are at random places in the pool. Needs Triton."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_MODEL_LEN = 4096
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """Query heads, KV heads, head size."""
+    """Numbers of query heads and KV heads, and the head size."""
 
     query: int
     kv: int
@@ -36,7 +36,7 @@ class Heads:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """A named batch: new tokens and all tokens of each row. A decode batch has one new token a row."""
+    """A named batch: new tokens and all tokens of each row. A decode batch has one new token per row."""
 
     name: str
     query: tuple[int, ...]
@@ -47,7 +47,7 @@ class Lengths:
         return max(self.query) > 1
 
     def scaled(self, factor: float) -> Lengths:
-        """In small: that share of the rows and of their tokens."""
+        """A smaller batch: this share of the rows and of their tokens."""
         if factor == 1:
             return self
         count = max(1, round(len(self.seq) * factor))
@@ -57,7 +57,7 @@ class Lengths:
 
 
 def batches() -> Iterator[Lengths]:
-    """Decode by rows x context, longest first as an engine has them; then prefill by rows x prompt."""
+    """Decode batches (rows x context), longest rows first as in an engine; then prefill batches (rows x prompt)."""
     rng = Random(0)
 
     def decode(name: str, lens: list[int]) -> Lengths:
@@ -72,7 +72,7 @@ def batches() -> Iterator[Lengths]:
         yield decode(f"{rows} x 100..2048", [rng.randint(100, 2048) for _ in range(rows)])
     for rows, length in [(8, 2048), (16, 1024), (1, 8192)]:
         yield prefill(f"{rows} x {length}", [length] * rows)
-    yield prefill("8 x 512 behind 4096", [512] * 8, 4096)
+    yield prefill("8 x 512 after 4096", [512] * 8, 4096)
     yield prefill("4 x 100..512", [rng.randint(100, 512) for _ in range(4)])
 
 
@@ -109,7 +109,7 @@ class Batch:
 
     @property
     def flops(self) -> int:
-        """Of the two products over the keys that the causal mask leaves."""
+        """FLOPs of the two products, for the keys that the causal mask allows."""
         seen = sum(q * n - q * (q - 1) // 2 for q, n in zip(self.lengths.query, self.lengths.seq, strict=True))
         return 4 * seen * self.heads.query * self.heads.size
 
@@ -120,13 +120,13 @@ class Batch:
         )
 
     def error(self, call: Callable[[], Any]) -> float:
-        """Largest absolute difference of what `call` leaves in `out` from the reference."""
+        """The largest absolute difference from the reference, of the result that `call` writes to `out`."""
         self.out.fill_(float("nan"))
         call()
         return float((self.out.float() - self.reference.float()).abs().nan_to_num(nan=float("inf")).max())
 
     def ours(self, config: DecodeConfig | PrefillConfig | None = None) -> Callable[[], None]:
-        """Our kernels, laid out as the engine does, or by `config`."""
+        """A call of our kernels, with the engine's configuration or with `config`."""
         if self.lengths.prefill:
             assert not isinstance(config, DecodeConfig)
             return lambda: attend_prefill(
@@ -153,7 +153,7 @@ class Batch:
         return planner.config(rows), planner.scratch
 
     def flash_attn(self, package: Any) -> Callable[[], Tensor]:
-        """The same by the flash-attn package, whose cache is token-major."""
+        """A call of the flash-attn package, whose cache is token-major."""
         k_cache, v_cache = (cache.transpose(1, 2).contiguous() for cache in (self.k_cache, self.v_cache))
         if self.lengths.prefill:
             ends = torch.nn.functional.pad(self.lens.cumsum(0, dtype=torch.int32), (1, 0))

@@ -12,7 +12,7 @@ from nanoengine.api.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Output tokens/s and milliseconds a token at one batch size. limit: tokens/s of the roofline, or None."""
+    """Output tokens/s and milliseconds per token at one batch size. `limit`: tokens/s of the roofline, or None."""
 
     batch: int
     tokens_per_s: float
@@ -27,7 +27,7 @@ def need_matplotlib() -> None:
 
 
 def draw(points: Sequence[Point], title: str, path: Path) -> None:
-    """Raises `ConfigError` where there is nothing to draw or no matplotlib."""
+    """Draws the points and saves the PNG. Raises `ConfigError` if there are no points, or no matplotlib."""
     need_matplotlib()
     if not points:
         raise ConfigError("--plot: no result has a batch size; run workloads such as d1 and d256")
@@ -45,7 +45,7 @@ def draw(points: Sequence[Point], title: str, path: Path) -> None:
     latency.plot(batches, [p.itl_ms for p in points], marker="o", label="ITL")
     if all(p.itl_p99_ms is not None for p in points):
         latency.plot(batches, [p.itl_p99_ms for p in points], marker=".", linestyle=":", label="ITL, 99th percentile")
-    for axes, label, scale in ((speed, "output tokens/s", "log"), (latency, "ms a token", "linear")):
+    for axes, label, scale in ((speed, "output tokens/s", "log"), (latency, "ms per token", "linear")):
         axes.set(xlabel="batch size", ylabel=label, xscale="log", yscale=scale)
         axes.set_xticks(batches, [str(b) for b in batches])
         axes.minorticks_off()

@@ -1,6 +1,6 @@
-"""A system prompt that many requests share: what the prefix cache saves, by KV block size, against no cache.
+"""A system prompt that many requests share: what the prefix cache saves for each KV block size.
 
-Each pass begins with an empty cache: the shared part is computed once, by whoever comes first.
+Each pass begins with an empty cache, so the shared part is computed once, by the first request.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Row:
     """One block size, with or without the cache.
 
     Attributes:
-        seconds: of a pass, best and median. hit_rate: prompt tokens taken from the cache, as a share of all;
-            best_possible: what a cache without blocks would give. limit: seconds of the roofline, the shared part
-            computed once where there is a cache.
+        best_seconds, median_seconds: of a pass. hit_rate: share of the prompt tokens that came from the cache.
+        best_possible: the share for a cache without blocks.
+        limit: seconds of the roofline; with the cache, the shared part is computed once.
     """
 
     block_size: int
@@ -38,7 +38,7 @@ class Row:
 
 
 def shared_prompt(requests: int, shared: int, own: int, output_len: int) -> Workload:
-    """`requests` prompts that begin with the same `shared` tokens and end with `own` of their own."""
+    """`requests` prompts that begin with the same `shared` tokens, followed by `own` different tokens each."""
     rng = Random(0)
     common = random_ids(rng, shared)
     prompts = tuple((*common, *random_ids(rng, own)) for _ in range(requests))

@@ -1,4 +1,4 @@
-"""What a benchmark found: rows of figures, as a table for people and as JSON with the environment they hold in."""
+"""The results of a benchmark: rows of figures, as a table and as JSON with the environment."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Cell = Callable[[Any], str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """rows: dataclasses of one kind. columns: heading -> cell of a row. notes: what is missing, in words."""
+    """Results. `rows`: dataclasses of one class. `columns`: heading -> cell of a row. `notes`: what is missing."""
 
     benchmark: str
     settings: Mapping[str, Any]
@@ -42,7 +42,7 @@ class Report:
         path.write_text(json.dumps(self.as_dict(), indent=2, default=str) + "\n")
 
     def table(self) -> str:
-        """The first column to the left, the others, numbers, to the right; notes under it."""
+        """The table as text. The first column is left-aligned, the others are right-aligned; notes follow."""
         lines = [list(self.columns), *([cell(row) for cell in self.columns.values()] for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
@@ -50,7 +50,7 @@ class Report:
 
 
 def environment() -> dict[str, Any]:
-    """What figures depend on besides the settings."""
+    """What the figures depend on, in addition to the settings."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -65,7 +65,7 @@ def environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "torch": torch.__version__,  # which names the CUDA of its build; the package's version may not
+        "torch": torch.__version__,  # it has the CUDA version of the build, which the package's version may not have
         **{name: _version(name) for name in ("triton", "flash-attn", "transformers")},
     }
 
@@ -82,5 +82,5 @@ def number(value: float | None, digits: int = 0) -> str:
 
 
 def share(value: float | None, whole: float | None) -> str:
-    """`value` as a part of `whole`, in per cent."""
+    """`value` as a share of `whole`, in per cent."""
     return "-" if value is None or not whole else f"{value / whole:.0%}"

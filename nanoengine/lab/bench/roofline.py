@@ -1,8 +1,8 @@
-"""The least time that a device can take: bytes read once at its bandwidth, products at its speed. Torch-free.
+"""The shortest time that a device can need: bytes read once at its bandwidth, products at its speed. Imports no torch.
 
-A decode step reads the KV of every running sequence once, and its matrix products take the longer of reading all
-weights once and of doing their FLOPs. Prefill does 2 FLOPs a weight (without embeddings) and token, and causal
-attention. Every output token counts as one decode step of its sequence, the first one too.
+A decode step reads the KV of every running sequence once. Its matrix products take the time to read all weights once,
+or the time of their FLOPs, whichever is longer. Prefill needs 2 FLOPs per weight (without embeddings) and token, and
+causal attention. Every output token counts as one decode step of its sequence, also the first one.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from dataclasses import dataclass, replace
 from nanoengine.lab.bench.shapes import Shape
 
 Lengths = tuple[int, int]
-"""Tokens of a request's prompt and of its output."""
+"""Numbers of prompt tokens and output tokens of a request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Measured ceilings of a device: bytes/s of reading, FLOP/s of matrix products; bytes of an element."""
+    """Measured limits of a device: bytes/s of reading, FLOP/s of matrix products; bytes of an element."""
 
     bandwidth: float
     flops: float
     itemsize: int = 2
 
     def of(self, devices: int) -> Limits:
-        """Of so many such devices together, were they to say nothing to each other."""
+        """The limits of so many devices together, ignoring communication."""
         return replace(self, bandwidth=self.bandwidth * devices, flops=self.flops * devices)
 
 
 def least_seconds(shape: Shape, limits: Limits, requests: Sequence[Lengths], places: int, cached: int = 0) -> float:
-    """Of requests that are all there from the start.
+    """The shortest time in seconds for requests that are all present from the start.
 
     Args:
-        places: how many run at once; with fewer than requests, rows are spread evenly over them.
-        cached: tokens of every prompt but the first that are taken from the prefix cache.
+        places: most requests that run at the same time. If there are more requests, they are distributed evenly.
+        cached: tokens that every prompt, except the first, takes from the prefix cache.
     """
     prefill = sum(
         prefill_seconds(shape, limits, prompt - (cached if i else 0), cached if i else 0)
@@ -46,7 +46,7 @@ def least_seconds(shape: Shape, limits: Limits, requests: Sequence[Lengths], pla
 
 
 def _rows(requests: Sequence[Lengths], places: int) -> Iterable[int]:
-    """Running rows of each decode step."""
+    """The number of rows in each decode step."""
     outputs = [output for _, output in requests]
     if len(outputs) <= places:
         return (sum(output > step for output in outputs) for step in range(max(outputs)))
@@ -56,19 +56,19 @@ def _rows(requests: Sequence[Lengths], places: int) -> Iterable[int]:
 
 
 def prefill_seconds(shape: Shape, limits: Limits, tokens: int, cached: int = 0) -> float:
-    """Computing `tokens` of a prompt behind `cached` ones."""
+    """Seconds to compute `tokens` of a prompt after `cached` ones."""
     attended = tokens * cached + tokens * tokens / 2
     products = 2 * shape.layers * shape.layer_weights * tokens
     return (products + 4 * shape.layers * shape.heads * shape.head_size * attended) / limits.flops
 
 
 def product_seconds(shape: Shape, limits: Limits, rows: int) -> float:
-    """Matrix products of a decode step."""
+    """Seconds for the matrix products of a decode step."""
     weights = shape.step_weights
     return max(weights * limits.itemsize / limits.bandwidth, 2 * weights * rows / limits.flops)
 
 
 def decode_seconds(shape: Shape, limits: Limits, rows: int, context: float) -> float:
-    """A decode step of rows that each see `context` tokens."""
+    """Seconds for a decode step of rows that each attend to `context` tokens."""
     read = rows * context * shape.kv_per_token * limits.itemsize
     return product_seconds(shape, limits, rows) + read / limits.bandwidth

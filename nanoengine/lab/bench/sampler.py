@@ -1,9 +1,9 @@
-"""Sampling over a whole vocabulary: microseconds a call by the number of rows, and what it costs a whole engine.
+"""Sampling over a whole vocabulary: microseconds per call for each number of rows, and its cost in a whole engine.
 
-On a GPU the calls run from a CUDA graph, as in the engine, on several logits buffers in turn, so that small batches are
-read from memory and not from the cache; the plain torch reference stands beside them, and must draw the same tokens.
-Elsewhere the reference is all there is. Logits are normal with a standard deviation of 2: flatter than a trained
-model's, so truncation without top-k keeps much of the vocabulary.
+On a GPU the calls run from a CUDA graph, as in the engine. They use several logits buffers in turn, so that small
+batches are read from memory and not from the cache. The plain torch reference is measured too, and must draw the same
+tokens. Without a GPU only the reference is measured. Logits are normal with a standard deviation of 2. This is flatter
+than a trained model's, so truncation without top-k keeps many tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nanoengine.lab.bench.workloads import uniform
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Parameters of every row; temperature 0: greedy."""
+    """The parameters of every row. Temperature 0 means greedy."""
 
     temperature: float = 0.6
     top_k: int = 0
@@ -40,7 +40,7 @@ class Case:
 
     @property
     def as_params(self) -> dict[str, float]:
-        """Keywords of `SamplingParams`."""
+        """The parameters as keywords of `SamplingParams`."""
         given = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
         return {name: value for name, value in given.items() if name == "temperature" or value != getattr(PLAIN, name)}
 
@@ -61,11 +61,11 @@ class Row:
     """One case at one number of rows.
 
     Attributes:
-        kernel: "triton" or "torch". us, best_us: a call, median and best. torch_us: the reference's, on a GPU.
-        limit_us: one read of the logits at the device's bandwidth. agrees: the kernel drew the reference's tokens.
-        step_us: a step of an engine at that many rows that samples so; None where no engine ran.
-        tokens_per_s, median_tokens_per_s: of that engine, best pass and median.
-        cost: share of its speed that is lost against plain temperature, by the medians.
+        kernel: "triton" or "torch". us, best_us: time of a call, median and best. torch_us: the reference's, on a GPU.
+        limit_us: time to read the logits once at the device's bandwidth. agrees: both drew the same tokens.
+        step_us: time of an engine's step with so many rows and this sampling; None if no engine ran.
+        tokens_per_s, median_tokens_per_s: those of that engine, best pass and median.
+        cost: share of the speed that is lost compared with plain temperature, by the medians.
     """
 
     case: str
@@ -87,7 +87,10 @@ class Row:
 def run(
     setup: Setup, cases: Mapping[str, Case], rows: Sequence[int], *, engine_rows: int | None, output_len: int = 512
 ) -> Report:
-    """`engine_rows`: also run an engine with that many requests of 128 tokens in and `output_len` out."""
+    """Measures all cases. `engine_rows`: also run an engine with so many requests of 128 prompt tokens.
+
+    `output_len`: output tokens of these requests.
+    """
     found = [_measure(setup, name, case, count) for count in rows for name, case in cases.items()]
     if engine_rows is not None:
         beside = _in_engine(setup, cases, engine_rows, output_len)
@@ -98,7 +101,7 @@ def run(
 
 @dataclass(frozen=True, slots=True)
 class _Columns:
-    """Per-row parameters of a draw, by the names that the kernels give them."""
+    """Parameters of a draw per row, with the names of the kernels' arguments."""
 
     greedy: Tensor
     temperature: Tensor
@@ -129,7 +132,7 @@ class _Columns:
 
 def _measure(setup: Setup, name: str, case: Case, rows: int) -> Row:
     device, vocab = best_device(setup.options.get("device", "auto")), setup.shape.vocab
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # as the engine's logits are
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # the dtype of the engine's logits
     columns = _Columns.of(case, rows, device)
     size = rows * vocab * dtype.itemsize
     generator = torch.Generator(device).manual_seed(rows)
@@ -177,7 +180,7 @@ def _kernel(case: Case, rows: int, columns: _Columns, device: torch.device) -> C
 
 
 def reference(logits: Tensor, case: Case, columns: _Columns) -> Tensor:
-    """What the engine does without the kernels: tokens int64 [R] of logits [R, V]."""
+    """The draw of the engine without kernels: logits [R, V] -> tokens int64 [R]."""
     if case.temperature == 0:
         return logits.float().argmax(-1)
     scaled = logits.float() if logits.dtype != torch.float32 else logits.clone()
@@ -189,11 +192,11 @@ def reference(logits: Tensor, case: Case, columns: _Columns) -> Tensor:
 
 
 def _in_engine(setup: Setup, cases: Mapping[str, Case], rows: int, output_len: int) -> dict[str, dict[str, Any]]:
-    """By case: the row's fields that only an engine can tell. Cases take turns, so that drift falls on all of them."""
+    """Case -> fields of its row that are measured in an engine. Cases take turns, so that drift affects all of them."""
     workload = uniform(rows, output_len=output_len)
     tried = {"temperature": PLAIN, **cases}
     seconds: dict[str, list[float]] = {name: [] for name in tried}
-    torch.cuda.empty_cache()  # what the calls above took is the engine's now
+    torch.cuda.empty_cache()  # so that the engine can use the memory of the calls before
     setup.say("in an engine: warming up")
     with setup.engine() as llm:
         for case in tried.values():

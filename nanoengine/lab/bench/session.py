@@ -1,4 +1,4 @@
-"""What all benchmarks of whole engines share: the settings, engines on made-up weights, and timed passes."""
+"""What all benchmarks of whole engines share: settings, engines with dummy weights, and measured passes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nanoengine.params.sampling_params import SamplingParams
 
 
 class BenchmarkError(NanoEngineError):
-    """A benchmark cannot be run here, or what it measured broke."""
+    """A benchmark cannot run here, or the measured code failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +27,9 @@ class Setup:
     """What is measured, and how often.
 
     Attributes:
-        passes: counted ones, after one to warm up. attention: a backend's name or "auto".
-        options: engine options. limits: one device's ceilings; None: no limit is told. say: told what begins now.
+        passes: number of measured passes, after one to warm up. attention: name of a backend, or "auto".
+        options: engine options. limits: limits of one device; None: no limits are reported.
+        say: reports what begins now.
     """
 
     shape: Shape
@@ -40,14 +41,14 @@ class Setup:
     say: Callable[[str], None] = field(default=lambda _: None, compare=False, repr=False)
 
     def counted(self, what: str) -> Iterator[int]:
-        """The numbers of the passes that count, from 1."""
+        """The numbers of the measured passes, from 1. Reports each."""
         for number in range(1, self.passes + 1):
             self.say(f"{what}: pass {number} of {self.passes}")
             yield number
 
     @property
     def engine_limits(self) -> Limits | None:
-        """Of all devices of an engine."""
+        """The limits of all devices of an engine."""
         return None if self.limits is None else self.limits.of(self.options.get("tensor_parallel_size", 1))
 
     def as_dict(self) -> dict[str, Any]:
@@ -57,7 +58,7 @@ class Setup:
 
     @contextmanager
     def engine(self, **options: Any) -> Iterator[LLM]:
-        """An engine of this shape; `options` win over the setup's own."""
+        """A context with an engine of this shape. `options` override those of the setup."""
         given = {"load_format": "dummy", "max_model_len": self.max_model_len, **self.options, **options}
         with tempfile.TemporaryDirectory() as folder:
             model = self.shape.write(Path(folder), given["max_model_len"])
@@ -66,17 +67,17 @@ class Setup:
 
 
 def backend_of(llm: LLM) -> str:
-    """Name of the attention backend that serves this engine."""
+    """The name of the engine's attention backend."""
     return llm._built.assembly.plan.attention_name
 
 
 def places_of(llm: LLM) -> int:
-    """How many requests run at once."""
+    """The largest number of requests that run at the same time."""
     return llm.engine.scheduler.config.max_num_seqs
 
 
 def one_pass(llm: LLM, workload: Workload, **sampling: Any) -> float:
-    """Seconds, from the first request to the last token, with an empty prefix cache."""
+    """Runs the workload with an empty prefix cache. Returns the seconds from the first request to the last token."""
     llm.reset_prefix_cache()
     given = {"temperature": 0.6, "ignore_eos": True, **sampling}
     params = [SamplingParams(max_tokens=n, **given) for n in workload.output_lens]

@@ -1,4 +1,4 @@
-"""Models by their shapes, for dummy weights, and what one step of them must read and compute at the least."""
+"""Shapes of models for dummy weights, and what a step of them must at least read and compute."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """A decoder's sizes, in elements; `architecture` is config.json's name for it."""
+    """The sizes of a decoder, in elements. `architecture`: its name in config.json."""
 
     name: str
     architecture: str
@@ -26,22 +26,22 @@ class Shape:
 
     @property
     def layer_weights(self) -> int:
-        """Elements of one layer's matrices."""
+        """Number of elements in the matrices of one layer."""
         qkv = self.hidden * (self.heads + 2 * self.kv_heads) * self.head_size
         return qkv + self.heads * self.head_size * self.hidden + 3 * self.hidden * self.intermediate
 
     @property
     def step_weights(self) -> int:
-        """Elements that a decode step reads: all layers and the output layer."""
+        """Number of elements that a decode step reads: all layers and the output layer."""
         return self.layers * self.layer_weights + self.vocab * self.hidden
 
     @property
     def kv_per_token(self) -> int:
-        """Elements of K and V of one token, all layers."""
+        """Number of elements of K and V of one token, in all layers."""
         return self.layers * 2 * self.kv_heads * self.head_size
 
     def write(self, folder: Path, max_model_len: int) -> Path:
-        """A folder with a config.json of this shape, for `load_format="dummy"`."""
+        """Writes a config.json of this shape for `load_format="dummy"`. Returns the folder."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(self.hf_config(max_model_len)))
         return folder

@@ -1,7 +1,7 @@
-"""From the start of a process to its first token, phase by phase: with Triton's cache empty, and with it warm.
+"""The phases from the start of a process to its first token, with an empty and with a warm cache of Triton.
 
-Each pass is a fresh process. The weights are random, but lie on disk as a checkpoint's would, with a byte tokenizer
-(`load_format=dummy` leaves both out). What the operating system has cached of files stays warm.
+Each pass is a new process. The weights are random, but are on disk as a checkpoint with a byte tokenizer
+(`load_format=dummy` leaves both out). The operating system's cache of files is not cleared.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Row:
 
     Attributes:
         triton_cache: "cold" or "warm". best, median: seconds from the start of the process to its first token.
-        each: of all passes. phases: seconds of the best pass, as in `StartReport`, and "first token".
+        each: seconds of all passes. phases: seconds of the best pass, as in `StartReport`, and "first token".
     """
 
     triton_cache: str
@@ -40,13 +40,13 @@ class Row:
 
 
 def run(setup: Setup, *, cold_passes: int) -> Report:
-    """`setup.passes` with a warm cache, `cold_passes` with an empty one."""
+    """Measures `setup.passes` passes with a warm cache, and `cold_passes` with an empty one."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = _checkpoint(setup, folder / "model")
         caches = [folder / f"triton-{i}" for i in range(max(1, cold_passes))]
         setup.say("Triton's cache cold: one process at a time")
-        cold = [_process(setup, model, cache) for cache in caches]  # the last one's cache is warm from here
+        cold = [_process(setup, model, cache) for cache in caches]  # the last cache is warm after this
         warm = [_process(setup, model, caches[-1]) for _ in setup.counted("warm")]
     rows = [*([_row("cold", cold)] if cold_passes else []), _row("warm", warm)]
     settings = {**setup.as_dict(), "weights": setup.options.get("load_format", "on disk")}
@@ -65,7 +65,7 @@ def _checkpoint(setup: Setup, folder: Path) -> Path:
 
 
 def _process(setup: Setup, model: Path, cache: Path) -> tuple[float, dict[str, float]]:
-    """(seconds in all, phases) of one process with this Triton cache."""
+    """Runs one process with this Triton cache. Returns (total seconds, phases)."""
     options = {"max_model_len": setup.max_model_len, **setup.options}
     given = json.dumps({"model": str(model), "attention": setup.attention, "options": options})
     environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}

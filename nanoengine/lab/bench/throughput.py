@@ -1,4 +1,4 @@
-"""Runs whole workloads on one engine and reports tokens a second beside the roofline."""
+"""Runs whole workloads on an engine, and reports tokens per second compared with the roofline."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Row:
     """One workload's result.
 
     Attributes:
-        counts: which tokens a second are given, "output" or "prompt". requests: how many.
-        best, median: tokens a second over the passes, each of which is in `each`. limit: the roofline's, or None.
-        best_seconds: of the best pass.
-        itl_ms: best pass over the tokens of its longest output; only where all outputs are equally long.
-        attention: the backend. steps, mixed_steps, preemptions: of one pass, on average.
-        engine: whose figures these are. start_seconds: of the start of another engine than this, imports left out.
+        counts: which tokens per second are given, "output" or "prompt". requests: number of requests.
+        best, median: tokens per second of the passes; `each` has all of them. limit: that of the roofline, or None.
+        best_seconds: seconds of the best pass.
+        itl_ms: the best pass divided by the tokens of an output; only if all outputs have the same length.
+        attention: the backend. steps, mixed_steps, preemptions: mean of a pass.
+        engine: the engine that was measured. start_seconds: start of an engine other than ours, without imports.
     """
 
     workload: str
@@ -47,7 +47,7 @@ class Row:
 
 
 def run(setup: Setup, workloads: Sequence[Workload]) -> Report:
-    """In the order given. An engine is made anew only where a workload bounds `max_num_seqs` otherwise."""
+    """Measures the workloads in the given order. A new engine is made only if `max_num_seqs` changes."""
     rows: list[Row] = []
     bound: int | None = None
     llm: LLM | None = None
@@ -63,7 +63,7 @@ def run(setup: Setup, workloads: Sequence[Workload]) -> Report:
 
 def _measure(llm: LLM, workload: Workload, setup: Setup) -> Row:
     setup.say(f"{workload.name}: warming up")
-    one_pass(llm, workload)  # compiles what is compiled on first use
+    one_pass(llm, workload)  # compiles kernels that are compiled on first use
     before = llm.stats()
     seconds = [one_pass(llm, workload) for _ in setup.counted(workload.name)]
     after = llm.stats()
@@ -80,7 +80,7 @@ def _measure(llm: LLM, workload: Workload, setup: Setup) -> Row:
 
 
 def row_of(workload: Workload, seconds: Sequence[float], setup: Setup, places: int, **more: Any) -> Row:
-    """Figures of passes that took `seconds`, with `places` requests running at once. `more`: the row's other fields."""
+    """The row for passes that took `seconds`. `places`: most requests at the same time. `more`: other fields."""
     speeds = [workload.counted / each for each in seconds]
     limit, limits = None, setup.engine_limits
     if limits is not None:

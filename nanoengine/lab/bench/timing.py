@@ -1,4 +1,4 @@
-"""Times of single calls: on a GPU from a graph of many of them, so that launching costs nothing; elsewhere by clock."""
+"""Measures single calls: on a GPU in a graph of many calls, so that launches cost nothing; on a CPU by the clock."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Call = Callable[[], Any]
 
 
 def best_device(asked: str = "auto") -> torch.device:
-    """A GPU where there is one, unless a CPU is `asked` for (the engine option)."""
+    """A GPU if there is one, except if the engine option (`asked`) is a CPU."""
     return torch.device("cuda" if torch.cuda.is_available() and asked != "cpu" else "cpu")
 
 
 def time_us(calls: Sequence[Call], device: torch.device, replays: int = 15) -> tuple[float, float]:
-    """(median, best) microseconds a call, of `calls` in order. On a GPU they must be capturable."""
+    """(median, best) microseconds per call, for `calls` in order. On a GPU it must be possible to capture them."""
     once = _captured(calls) if device.type == "cuda" else _in_turn(calls)
     times = [once() / len(calls) for _ in range(replays)]
     return statistics.median(times), min(times)
@@ -31,7 +31,7 @@ def _captured(calls: Sequence[Call]) -> Callable[[], float]:
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        calls[0]()  # compiles what is compiled on first use
+        calls[0]()  # compiles kernels that are compiled on first use
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
@@ -44,7 +44,7 @@ def _captured(calls: Sequence[Call]) -> Callable[[], float]:
         graph.replay()
         end.record()
         end.synchronize()
-        assert len(kept) == len(calls)  # the outputs live in the graph's memory
+        assert len(kept) == len(calls)  # the outputs are in the memory of the graph
         return float(start.elapsed_time(end)) * 1e3
 
     return once
@@ -63,7 +63,10 @@ def _in_turn(calls: Sequence[Call]) -> Callable[[], float]:
 
 
 def eager_us(call: Call, repeats: int = 7, calls: int = 3) -> float:
-    """Median microseconds of a call that cannot be captured, between events; launches hide where the GPU is busy."""
+    """Median microseconds of a call that cannot be captured, measured between events.
+
+    Launches cost nothing as long as the GPU is busy.
+    """
     times = []
     for _ in range(repeats):
         start, end = _event(), _event()
@@ -77,14 +80,14 @@ def eager_us(call: Call, repeats: int = 7, calls: int = 3) -> float:
 
 
 def copies(nbytes: int, device: torch.device) -> int:
-    """How many sets of `nbytes` to rotate over so that none is read from the cache: more than three times its size."""
+    """The number of sets of `nbytes` to use in turn, so that none is read from the cache: over three times its size."""
     if device.type != "cuda":
         return 2
     return max(2, 3 * int(torch.cuda.get_device_properties(device).L2_cache_size) // nbytes + 1)
 
 
 def calls_over(sets: Sequence[Any], call: Callable[[Any], Any], at_least: int = 24) -> list[Call]:
-    """Calls that take the sets in turn."""
+    """Calls of `call` with the sets in turn."""
 
     def bound(one: Any) -> Call:
         return lambda: call(one)
@@ -93,14 +96,14 @@ def calls_over(sets: Sequence[Any], call: Callable[[Any], Any], at_least: int = 
 
 
 def measured_limits(itemsize: int) -> Limits:
-    """The ceilings of this machine's current GPU, bf16: summing 4 GiB, and a product of 8192^3. Takes a second."""
+    """The limits of the current GPU, bf16: by a sum of 4 GiB and a product of 8192^3. Takes a second."""
     bandwidth, flops = read_bandwidth(), _flops()
     torch.cuda.empty_cache()
     return Limits(bandwidth, flops, itemsize)
 
 
 def read_bandwidth() -> float:
-    """Bytes/s of summing 4 GiB on the current GPU."""
+    """Bytes/s of a sum of 4 GiB on the current GPU."""
     x = torch.ones(1 << 30, device="cuda")
     return x.nbytes / time_us([x.sum] * 4, x.device)[0] * 1e6
 

@@ -1,4 +1,4 @@
-"""Workloads: random token ids, fixed seeds, every output run to its length. Torch-free."""
+"""Workloads: random token ids, fixed seeds, and a fixed length of every output. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ HIGHEST_ID = 10_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """prompts: token ids. output_lens: one each. max_num_seqs: most at once; None: the engine's default.
+    """A workload.
 
-    counts: "output" or "prompt": which tokens a second are quoted.
+    Attributes:
+        prompts: token ids. output_lens: one for each prompt.
+        max_num_seqs: most requests at the same time; None: the engine's default.
+        counts: "output" or "prompt": which tokens per second are reported.
     """
 
     name: str
@@ -29,11 +32,11 @@ class Workload:
 
     @property
     def lengths(self) -> list[tuple[int, int]]:
-        """Of each request: prompt and output tokens."""
+        """(prompt tokens, output tokens) of each request."""
         return [(len(prompt), output) for prompt, output in zip(self.prompts, self.output_lens, strict=True)]
 
     def scaled(self, factor: float) -> Workload:
-        """The same in small: that share of the requests, each with that share of its tokens. For a quick look."""
+        """A smaller workload for a quick look: this share of the requests, each with this share of its tokens."""
         if factor == 1:
             return self
         count = max(1, round(len(self.prompts) * factor))
@@ -56,7 +59,7 @@ def _ragged256() -> Workload:
 
 
 def uniform(count: int, prompt_len: int = 128, output_len: int = 512) -> Workload:
-    """`count` requests of one size."""
+    """`count` requests of the same size."""
     rng = Random(0)
     prompts = tuple(random_ids(rng, prompt_len) for _ in range(count))
     return Workload(name=f"d{count}", prompts=prompts, output_lens=(output_len,) * count)
@@ -70,7 +73,7 @@ def _churn() -> Workload:
 
 
 def prefill(count: int, length: int) -> Workload:
-    """`count` prompts of `length` tokens, one token out of each."""
+    """`count` prompts of `length` tokens, with one output token each."""
     return replace(uniform(count, length, 1), name=f"prefill{count}x{length}", counts="prompt")
 
 
@@ -82,5 +85,5 @@ WORKLOADS: Mapping[str, Callable[[], Workload]] = {
     "ragged256": _ragged256,
     **{f"d{n}": partial(uniform, n) for n in (1, 8, 64, 256)},
     "prefill64": _prefill64,
-    "churn": _churn,  # last: it takes an engine of its own
+    "churn": _churn,  # last, because it needs an engine of its own
 }

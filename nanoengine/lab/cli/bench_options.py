@@ -1,4 +1,4 @@
-"""The options that all commands of `nanoengine bench` take, and what they mean."""
+"""The options that all commands of `nanoengine bench` have."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Plot = Annotated[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Common:
-    """The options of every command; a field is an option."""
+    """The options of every command. Each field is an option."""
 
     given: Annotated[
         list[str] | None,
@@ -45,21 +45,21 @@ class Common:
     shape: Annotated[
         str, typer.Option("--shape", help="qwen3-0.6b, qwen3-8b, llama-3.2-1b, or tiny to try a command on a CPU.")
     ] = "qwen3-0.6b"
-    passes: Annotated[int, typer.Option(min=1, help="Counted passes, after one to warm up.")] = 5
+    passes: Annotated[int, typer.Option(min=1, help="Number of measured passes, after one to warm up.")] = 5
     attention: Annotated[str, typer.Option(help="Attention backend.")] = "auto"
-    max_model_len: Annotated[int, typer.Option(min=2, help="Longest prompt plus output.")] = 4096
+    max_model_len: Annotated[int, typer.Option(min=2, help="Most tokens of prompt and output together.")] = 4096
     bandwidth: Annotated[
         float | None,
         typer.Option(min=1, help="The device's read bandwidth in GB/s, for the limit. Default: measured on a GPU."),
     ] = None
     tflops: Annotated[
-        float | None, typer.Option(min=0.001, help="Its TFLOP/s of matrix products; with --bandwidth.")
+        float | None, typer.Option(min=0.001, help="The device's TFLOP/s of matrix products; with --bandwidth.")
     ] = None
     output: Annotated[Path | None, typer.Option("--json", help="Write rows, settings and environment here.")] = None
     debug: DebugOption = False
 
     def setup(self, *, quiet: bool = False) -> Setup:
-        """What to measure. `quiet`: without the device's limits, and nothing is printed meanwhile."""
+        """What to measure. `quiet`: without limits of the device and without messages."""
         from nanoengine.lab.bench.session import Setup
 
         chosen, options = shape_named(self.shape), engine_options(self.given)
@@ -67,14 +67,14 @@ class Common:
         if quiet:
             return Setup(shape=chosen, passes=self.passes, **engine)
         if self.shape != "tiny" and not _on_gpu(options):
-            say(f"{self.shape} on a CPU takes minutes, or hours; to try the command, --shape tiny and little of it")
+            say(f"{self.shape} on a CPU takes minutes or hours; to try the command, give --shape tiny and a small load")
         if (taken := CHOSEN.get()) is not None and not _on_gpu(options):
             say(taken.line())
         limits = limits_of(self.bandwidth, self.tflops, options)
         return Setup(shape=chosen, passes=self.passes, limits=limits, say=say, **engine)
 
     def finish(self, report: Report) -> None:
-        """The figures to the file, and then the table to standard output, which may have no reader any more."""
+        """Writes the file, then prints the table: standard output may have no reader any more."""
         if self.output is not None:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             report.write(self.output)
@@ -85,9 +85,9 @@ class Common:
 def command(
     app: typer.Typer, fixed: Mapping[str, Any] | None = None, **defaults: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes `function(common, own options)` a command of `app` that has its own options and those of `Common`.
+    """Makes `function(common, own options)` a command of `app` with its own options and those of `Common`.
 
-    `fixed`: values of those that it does not have. `defaults`: of those whose default is another one.
+    `fixed`: values of common options that the command does not have. `defaults`: defaults that differ from `Common`.
     """
     left = {} if fixed is None else fixed
 
@@ -125,18 +125,18 @@ def shape_named(name: str) -> Shape:
 
 
 def engine_options(given: Sequence[str] | None) -> dict[str, Any]:
-    """OPTION=VALUE arguments; values are YAML."""
+    """Engine options from OPTION=VALUE arguments. Values are YAML."""
     from nanoengine.setup.config.composer.yaml_file import load_yaml
 
     for each in given or ():
         if "=" not in each:
-            raise ConfigError(f"{each!r} is no engine option: write OPTION=VALUE, as in max_num_seqs=64")
+            raise ConfigError(f"{each!r} is not an engine option: write OPTION=VALUE, as in max_num_seqs=64")
     pairs = [each.partition("=") for each in given or ()]
     return {key: load_yaml(value, f"{key}={shown(value)}", lambda _: "the value") for key, _, value in pairs}
 
 
 def limits_of(bandwidth: float | None, tflops: float | None, options: dict[str, Any]) -> Limits | None:
-    """As given; else measured where there is a GPU."""
+    """The given limits; without them, measured ones if there is a GPU."""
     from nanoengine.lab.bench.roofline import Limits
     from nanoengine.lab.bench.timing import measured_limits
 
@@ -158,7 +158,7 @@ def _on_gpu(options: dict[str, Any]) -> bool:
 
 @contextmanager
 def plotting(path: Path | None, title: str) -> Iterator[list[Point]]:
-    """Collects points and draws them at the end. What drawing needs is asked for before anything is measured."""
+    """A context that collects points and draws them at its end. Checks first that they can be drawn and saved."""
     from nanoengine.lab.bench import plot
 
     if path is not None:

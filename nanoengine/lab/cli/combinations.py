@@ -1,7 +1,7 @@
-"""The combinations of a sweep: `model=a,b engine.seed=1,2` are four. Hydra's grammar for comma lists.
+"""The combinations of a sweep: `model=a,b engine.seed=1,2` are four. Lists with commas work as in Hydra.
 
-A comma separates values unless it stands in quotes, brackets, braces or parentheses, or behind a backslash. Hydra's
-functions (`choice()`, `range()`, `interval()`, `glob()`) are refused where the overrides are parsed, by name.
+A comma separates values, except in quotes, brackets, braces or parentheses, or after a backslash. Hydra's functions
+(`choice()`, `range()`, `interval()`, `glob()`) are rejected by name when overrides are parsed.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import PurePath
 from nanoengine.api.errors import ConfigError
 
 _CLOSING = {"[": "]", "{": "}", "(": ")"}
-_LONGEST_NAME = 100  # characters of a folder's name; file systems take 255 bytes
+_LONGEST_NAME = 100  # most characters of a folder's name; file systems allow 255 bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Combination:
-    """`overrides`: for the composer, one value each. `varied`: those of them that differ, key -> value as typed."""
+    """A combination. `overrides`: for the composer, with one value each. `varied`: key -> value of those that vary."""
 
     overrides: tuple[str, ...]
     varied: Mapping[str, str]
@@ -30,14 +30,14 @@ class Combination:
         return " ".join(f"{key}={value}" for key, value in self.varied.items())
 
     def folder(self, number: int) -> str:
-        """Name of its folder: number, then what varies, made safe for file systems."""
+        """The name of its folder: the number and the varied values, with characters that every file system allows."""
         parts = (f"{key}={_short(value)}" for key, value in self.varied.items())
         name = re.sub(r"[^\w.,=+-]+", "_", ",".join(parts))
         return f"{number}_{name}"[:_LONGEST_NAME].rstrip("_.,")
 
 
 def combinations(overrides: Sequence[str]) -> list[Combination]:
-    """Every combination, the last override varying fastest. Raises `ConfigError` naming the override."""
+    """All combinations; the last override varies fastest. Raises `ConfigError` that names the override."""
     axes: list[tuple[str, list[str]]] = []
     for text in overrides:
         key, equals, raw = text.partition("=")
@@ -46,13 +46,13 @@ def combinations(overrides: Sequence[str]) -> list[Combination]:
             axes.append(("", [text]))
             continue
         if key.startswith("~"):
-            raise ConfigError(f"override {text!r}: a deletion cannot be swept over; give one value, or none")
+            raise ConfigError(f"override {text!r}: a deletion cannot have several values")
         if key.lstrip("+") == "output":
             raise ConfigError(f"override {text!r}: a sweep gives each combination its own output")
         if "" in values:
             raise ConfigError(f"override {text!r}: a value of the sweep is empty; for an empty text write ''")
         if any(name == key for name, _ in axes):
-            raise ConfigError(f"override {text!r}: {key} is swept over twice")
+            raise ConfigError(f"override {text!r}: {key} has several values twice; give one list")
         axes.append((key, values))
     return [_combination(axes, choice) for choice in itertools.product(*(values for _, values in axes))]
 
@@ -64,9 +64,9 @@ def _combination(axes: Sequence[tuple[str, list[str]]], choice: Sequence[str]) -
 
 
 def split_values(raw: str) -> list[str]:
-    """The values of a comma list, blanks around them removed; one where there is no list.
+    """The values of a list with commas, without spaces around them; one value if there is no list.
 
-    Brackets or quotes that do not close make one value: the composer says what is wrong with it.
+    If a bracket or quote is not closed, there is one value, and the composer reports the error.
     """
     values, start, open_brackets, quote, before = [], 0, [], "", ","
     skip = False
@@ -76,11 +76,11 @@ def split_values(raw: str) -> list[str]:
         elif char == "\\" and quote != "'":
             skip = True
         elif quote and char == quote:
-            skip = quote == "'" and raw[place + 1 : place + 2] == "'"  # two of them are one within the text
+            skip = quote == "'" and raw[place + 1 : place + 2] == "'"  # two quotes mean one quote in the text
             quote = quote if skip else ""
         elif quote:
             pass
-        elif char in "'\"" and before in ",[{(:":  # elsewhere it is an apostrophe
+        elif char in "'\"" and before in ",[{(:":  # in other places it is an apostrophe
             quote = char
         elif char in _CLOSING:
             open_brackets.append(_CLOSING[char])
@@ -95,6 +95,6 @@ def split_values(raw: str) -> list[str]:
 
 
 def _short(value: str) -> str:
-    """Of a path, what it ends with."""
+    """The value for names of folders: of a path, its last part."""
     plain = value.strip("'\"")
     return PurePath(plain).name or plain

@@ -1,4 +1,4 @@
-"""`nanoengine plugins doctor`: what works here, what does not, why, and what to do about it."""
+"""`nanoengine doctor`: what works here and what does not, with causes and fixes."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 def doctor(
     config: Annotated[
         str | None,
-        typer.Argument(metavar="[CONFIG|RECIPE]", help="Whether this configuration can run here.", show_default=False),
+        typer.Argument(metavar="[CONFIG|RECIPE]", help="Check whether this can run here.", show_default=False),
     ] = None,
     overrides: OverridesArgument = None,
-    model: Annotated[str | None, typer.Option(help="Whether this model can run here, with the defaults.")] = None,
+    model: Annotated[str | None, typer.Option(help="Check whether this model can run here, with defaults.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plugin: PluginOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Examine environment, GPU, plugins and attention backends. Exit status 1: what was asked for cannot work."""
+    """Check environment, GPU, plugins and attention backends. Exit status 1: the configuration cannot work."""
     with user_errors(debug):
         from nanoengine.lab.doctor import Diagnosis, examine
 
@@ -49,7 +49,7 @@ def doctor(
 
 
 def _discovered(files: Sequence[Path]) -> tuple[Registry, list[Finding]]:
-    """What is registered; files that fail, and options that two provide, become findings."""
+    """The registry, and findings about files that fail and config options that two packages provide."""
     from nanoengine.lab.doctor import Finding
 
     good: list[Path] = []
@@ -68,7 +68,7 @@ def _discovered(files: Sequence[Path]) -> tuple[Registry, list[Finding]]:
 
 
 def _threads() -> list[Finding]:
-    """How many torch would take now, and why; the next command looks again."""
+    """The number of threads that a command would choose now, and the reason."""
     from nanoengine.lab.doctor import Finding
 
     chosen = CHOSEN.get()
@@ -77,7 +77,7 @@ def _threads() -> list[Finding]:
     if not chosen.ignored:
         return [Finding(section="environment", name="threads", text=chosen.described())]
     text, fix = (
-        f"{chosen.described()}; {chosen.ignored} is no number of threads, and is ignored",
+        f"{chosen.described()}; {chosen.ignored} is not a number of threads, and is ignored",
         "set a number, or unset it",
     )
     return [Finding(section="environment", name="threads", level="warning", text=text, fix=fix)]
@@ -86,7 +86,7 @@ def _threads() -> list[Finding]:
 def _asked(
     config: str | None, overrides: Sequence[str], model: str | None, registry: Registry
 ) -> tuple[Asked, list[Finding]]:
-    """What an engine would be made of; a configuration that is wrong becomes a finding."""
+    """What an engine would be made of. A wrong configuration becomes a finding."""
     from nanoengine.lab.doctor import Asked, Finding
 
     if config is None:
@@ -102,11 +102,11 @@ def _asked(
         options=composed.engine,
         sampler=frozenset(composed.sampler or ()),
     )
-    return asked, [Finding(section="configuration", name=config, text="composes, and every value is legal")]
+    return asked, [Finding(section="configuration", name=config, text="can be composed, and every value is valid")]
 
 
 def as_dict(found: Diagnosis) -> dict[str, Any]:
-    """Everything, as JSON can hold it."""
+    """The whole diagnosis as JSON values."""
     return {
         "nanoengine": __version__,
         "works": found.works,
@@ -117,7 +117,7 @@ def as_dict(found: Diagnosis) -> dict[str, Any]:
 
 
 def as_text(found: Diagnosis, attention: str) -> str:
-    """The same for people."""
+    """The diagnosis as text."""
     lines: list[str] = []
     for section, findings in found.sections():
         lines += [*([""] if lines else []), section]
@@ -138,12 +138,12 @@ def _closing(found: Diagnosis, attention: str) -> Iterator[str]:
 
     if found.backends:
         order = ", ".join(f"{verdict.name} ({verdict.preference})" for verdict in found.backends)
-        yield f"auto asks in this order, highest preference first: {order}"
+        yield f"auto tries these in order, highest preference first: {order}"
         yield f"attention={attention} takes: {found.backend or 'none'}"
     errors, warnings = count(found.findings, "error"), count(found.findings, "warning")
-    verdict = "what was asked for works" if found.works else "what was asked for cannot work"
+    verdict = "this configuration works" if found.works else "this configuration cannot work"
     yield f"{verdict}: {_number(errors, 'error')}, {_number(warnings, 'warning')}"
-    for level in ("error", "warning"):  # again, for they are buried among what is well
+    for level in ("error", "warning"):  # repeated, because they are easily missed between other findings
         for finding in found.findings:
             if finding.level == level:
                 text = finding.text.partition("\n")[0]

@@ -1,9 +1,8 @@
 """Sweeps: `nanoengine run CONFIG --multirun model=a,b sampler=greedy,top_p` runs every combination, one by one.
 
-Each combination is a process of its own, `nanoengine run` on its resolved configuration: one that crashes, is killed
-for its memory, or leaves a GPU in disorder loses nothing but itself, and each starts from the same clean state, which
-measurements need. The price is the start of an engine, which a combination with another model or engine option pays
-anyway.
+Each combination runs in its own process, `nanoengine run` with its resolved configuration. So a crash, an out-of-memory
+kill or a broken GPU state affects only one combination, and all start from the same clean state, which measurements
+need. The cost is the start of an engine, which a combination with another model or engine option needs anyway.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ SWEEP, _CONFIG, _RESULTS, _LOG = "sweep.json", "config.yaml", "results.jsonl", "
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A combination and its folder. `error`: why it cannot even be composed; "" if it can."""
+    """A combination and its folder. `error`: why it cannot be composed; "" if it can."""
 
     folder: Path
     combination: Combination
@@ -50,7 +49,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """`cwd`: what relative paths in the configurations start from. `plugins`: plugin files."""
+    """A sweep. `cwd`: relative paths in the configurations are relative to it. `plugins`: plugin files."""
 
     folder: Path
     cwd: Path
@@ -67,31 +66,31 @@ def sweep(
     options: Sequence[str] = (),
     trace: Path | None = None,
 ) -> int:
-    """The exit status: 0, 1 if a combination failed, 130 or 143 when interrupted or terminated.
+    """Runs a sweep. Returns the exit status: 0, 1 if a combination failed, 130 or 143 if interrupted or terminated.
 
-    `config`: with `resume`, the folder of a sweep. `options`: further ones of `nanoengine run`. `trace`: name of the
-    file in each combination's folder that gets its timeline.
+    `config`: with `resume`, the folder of a sweep. `options`: other options of `nanoengine run`. `trace`: file name for
+    the timeline in each combination's folder.
 
-    Raises `NanoEngineError` for what stops it before anything runs.
+    Raises `NanoEngineError` for an error before anything runs.
     """
     if trace is not None and trace.name != str(trace):
-        raise ConfigError(f"--trace {trace}: of a sweep it is a name such as {trace.name}, for each folder to get one")
+        raise ConfigError(f"--trace {trace}: for a sweep, give a file name such as {trace.name}; each folder gets one")
     if trace is not None:
         user_path(trace, "--trace")
     folder = user_path(config, "configuration")
     if folder.is_dir() and (resume or (folder / SWEEP).exists()):
         if not resume:
-            raise ConfigError(f"{config} is a sweep's folder; to go on with it, give --resume {config}")
+            raise ConfigError(f"{config} is the folder of a sweep; to continue it, give --resume {config}")
         if overrides or plugins:
             raise ConfigError("--resume of a sweep takes no overrides and no --plugin: the sweep has its own")
         todo = read_sweep(folder)
         if not todo.cwd.is_dir():
-            where = f"{todo.cwd}, where the sweep was started, is no more"
+            where = f"{todo.cwd}, where the sweep was started, does not exist any more"
             raise ConfigError(f"--resume: {where}; its relative paths need it")
     elif resume:
         absent = "" if folder.exists() else f"; there is no {config} (looked for {folder.absolute()})"
         raise ConfigError(
-            f"--resume of a sweep takes the sweep's folder: nanoengine run --resume multirun/DATE{absent}"
+            f"--resume of a sweep needs the folder of the sweep: nanoengine run --resume multirun/DATE{absent}"
         )
     else:
         todo = _prepare(config, combinations(overrides), plugins)
@@ -102,7 +101,7 @@ def sweep(
 
 
 def _prepare(config: str, wanted: Sequence[Combination], plugins: Sequence[Path]) -> Sweep:
-    """Composes every combination, and writes them into a new folder."""
+    """Composes all combinations, and writes them to a new folder."""
     registry = discover(plugins)
     composed: list[RunConfig | NanoEngineError] = []
     for combination in wanted:
@@ -119,14 +118,14 @@ def _prepare(config: str, wanted: Sequence[Combination], plugins: Sequence[Path]
         todo = Sweep(folder, Path.cwd(), tuple(str(path.absolute()) for path in plugins), jobs)
         write_whole(folder / SWEEP, json.dumps(_as_dict(todo), indent=2) + "\n")
     except OSError as error:
-        raise ConfigError(f"cannot write the sweep's folder {folder}: {error.strerror or error}") from error
+        raise ConfigError(f"cannot write the folder of the sweep {folder}: {error.strerror or error}") from error
     return todo
 
 
 def _write_jobs(
     folder: Path, wanted: Sequence[Combination], composed: Sequence[RunConfig | NanoEngineError]
 ) -> tuple[Job, ...]:
-    """A folder for each combination, with its configuration. Raises `OSError`."""
+    """Makes a folder for each combination, with its configuration. Raises `OSError`."""
     jobs: list[Job] = []
     piped: PromptFile | None = None
     for number, (combination, found) in enumerate(zip(wanted, composed, strict=True)):
@@ -153,12 +152,12 @@ def _new_folder() -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise ConfigError(f"cannot make the sweep's folder {folder}: {error}") from error
+            raise ConfigError(f"cannot make the folder of the sweep {folder}: {error}") from error
     raise ConfigError(f"there are too many folders called multirun/{day}")
 
 
 def _keep_stdin(prompts: PromptFile, folder: Path) -> PromptFile:
-    """Standard input can be read once, but every combination wants it, and so does a later --resume."""
+    """Saves standard input to a file: it can be read only once, but all combinations and a later --resume need it."""
     path = folder / f"prompts.{file_format(prompts)}"
     path.write_bytes(sys.stdin.buffer.read())
     return replace(prompts, file=str(path), format=file_format(prompts))
@@ -178,7 +177,7 @@ def _as_dict(todo: Sweep) -> dict[str, Any]:
 
 
 def read_sweep(folder: Path) -> Sweep:
-    """Raises `ConfigError` where the folder is no sweep's."""
+    """Reads the sweep in a folder. Raises `ConfigError` if the folder is not that of a sweep."""
     path = folder / SWEEP
     try:
         found = json.loads(path.read_text("utf-8"))
@@ -190,7 +189,7 @@ def read_sweep(folder: Path) -> Sweep:
         ]
         todo = Sweep(folder, Path(found["cwd"]), tuple(found["plugins"]), tuple(jobs))
     except FileNotFoundError as error:
-        raise ConfigError(f"--resume: {folder} holds no {SWEEP}, so it is no sweep's folder") from error
+        raise ConfigError(f"--resume: {folder} has no {SWEEP}, so it is not the folder of a sweep") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     return todo
@@ -214,20 +213,20 @@ def _run(todo: Sweep, options: Sequence[str], trace: Path | None) -> int:
             word, stopped = ending(interrupt)
             outcomes.append(_entry(number, job, word))
             break
-        except OSError as error:  # its folder has gone, the disk is full
+        except OSError as error:  # its folder was removed, or the disk is full
             status = f"failed: {error.strerror or error}"
             say(f"  {status}: {error.filename or job.folder}")
         outcomes.append(_entry(number, job, status))
     outcomes += [_entry(n, todo.jobs[n], "not run") for n in range(len(outcomes), len(todo.jobs))]
     reported = _report(outcomes, todo)
     if stopped:
-        say(f"go on with: nanoengine run --resume {todo.folder}")
+        say(f"continue with: nanoengine run --resume {todo.folder}")
         return stopped
     return FAILED if not reported or any(each.status != "ok" for each in outcomes) else 0
 
 
 def _say_not_composed(jobs: Sequence[Job]) -> None:
-    """At once: whoever mistyped a value should not learn of it hours later, when its turn comes."""
+    """Reports combinations that cannot be composed before the first one runs, and not hours later."""
     wrong = [(number, job) for number, job in enumerate(jobs, 1) if job.error]
     if wrong:
         say(f"{len(wrong)} of them cannot be composed, and will not run:")
@@ -241,19 +240,19 @@ def _entry(number: int, job: Job, status: str) -> Outcome:
 
 
 def _outcome(job: Job, todo: Sweep, options: Sequence[str]) -> str:
-    """Runs a combination, unless it has run; "ok", or what went wrong."""
+    """Runs a combination if it has not finished yet. Returns "ok", or what went wrong."""
     if job.error:
         say("  failed: it cannot be composed, see above")
         return "failed: not composed"
     record = read_record(job.output)
     if record is not None and record.summary is not None and record.summary["status"] == 0:
-        say("  finished before")
+        say("  finished already")
         return "ok"
     status = _in_a_process(job, todo, options)
     last = _last_line(job.folder / _LOG)
     if status < 0:
         name = signal.Signals(-status).name if -status in set(signal.Signals) else str(-status)
-        last, word = f"killed by {name}; its last words: {last}", f"failed: {name}"
+        last, word = f"killed by {name}; last line of its log: {last}", f"failed: {name}"
     else:
         word = "ok" if status == 0 else f"failed: exit {status}"
     say(f"  {last}" if status == 0 else f"  {word}: {last} (see {job.folder / _LOG})")
@@ -261,22 +260,22 @@ def _outcome(job: Job, todo: Sweep, options: Sequence[str]) -> str:
 
 
 def _in_a_process(job: Job, todo: Sweep, options: Sequence[str]) -> int:
-    """Exit status of `nanoengine run` on the job's configuration; a negative one is a signal's number."""
+    """Runs `nanoengine run` with the job's configuration. Returns the exit status; negative: the number of a signal."""
     command = [*_NANOENGINE, "run", str((job.folder / _CONFIG).absolute()), "--resume", *options]
     command += [f"output={json.dumps(str(job.output.absolute()))}"]
     command += [word for plugin in todo.plugins for word in ("--plugin", plugin)]
-    environment = {"TQDM_MININTERVAL": "5", **os.environ}  # the log is no terminal
+    environment = {"TQDM_MININTERVAL": "5", **os.environ}  # the log is not a terminal
     with (job.folder / _LOG).open("ab") as log:
         return run_child(command, environment, todo.cwd, log)
 
 
 def _last_line(log: Path) -> str:
     lines = log.read_text("utf-8", "replace").replace("\r", "\n").splitlines()
-    return next((line for line in reversed(lines) if line.strip()), "it said nothing")
+    return next((line for line in reversed(lines) if line.strip()), "its log is empty")
 
 
 def _report(outcomes: Sequence[Outcome], todo: Sweep) -> bool:
-    """Whether it could be written."""
+    """Writes and prints the report of the sweep. Returns whether it could be written."""
     written = True
     try:
         write_csv(outcomes, todo.folder / "table.csv")
@@ -289,5 +288,5 @@ def _report(outcomes: Sequence[Outcome], todo: Sweep) -> bool:
     except OSError as error:
         say(f"cannot write the report of the sweep: {error}")
         written = False
-    print_table(outcomes)  # last: standard output may have no reader any more
+    print_table(outcomes)  # last, because standard output may have no reader any more
     return written

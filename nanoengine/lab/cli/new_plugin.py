@@ -1,4 +1,4 @@
-"""`nanoengine plugins new`: writes a package with one part that works, and the tests that hold it."""
+"""`nanoengine plugins new`: writes a package with one working part and its tests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nanoengine.setup.plugins.discover import Registered, Registry, discover
 
 _NAME = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 _PREFIX = "nanoengine-"
-_LONGEST = 64  # characters of a name: file systems allow some 200 for all that is made of it
+_LONGEST = 64  # most characters of a name: file systems allow about 200 for the names that are made of it
 
 
 class PartKind(StrEnum):
@@ -49,11 +49,11 @@ _CLASSES = {
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What a plugin called `name` ("soft-cap") calls its parts.
+    """The names that are made of the name of a plugin ("soft-cap").
 
     Attributes:
-        word: an identifier, "soft_cap". package: of the distribution, "nanoengine-soft-cap". module:
-            "nanoengine_soft_cap". cls: what its classes begin with, "SoftCap".
+        word: an identifier, "soft_cap". package: name of the distribution, "nanoengine-soft-cap".
+        module: "nanoengine_soft_cap". cls: beginning of the names of classes, "SoftCap".
     """
 
     name: str
@@ -64,19 +64,19 @@ class Names:
 
     @classmethod
     def of(cls, name: str) -> Names:
-        """Raises `ConfigError` for what cannot be a package's and an identifier's name."""
+        """The names for `name`. Raises `ConfigError` if it cannot be the name of a package and an identifier."""
         short = name.removeprefix(_PREFIX)
         word = short.replace("-", "_")
         if not _NAME.fullmatch(short):
             raise ConfigError(
-                f"{name!r} cannot be the name of a plugin: small letters, digits, and single - or _ between them, "
-                f"beginning with a letter; for example {_example(short)}"
+                f"{name!r} cannot be the name of a plugin: use lower-case letters, digits, and single - or _ between "
+                f"them, beginning with a letter; for example {_example(short)}"
             )
         unfit = None
         if keyword.iskeyword(word):
             unfit = f"{word!r} is a keyword of Python"
         elif len(short) > _LONGEST:
-            unfit = f"it has {len(short)} characters, and {_LONGEST} are the most"
+            unfit = f"it has {len(short)} characters, but at most {_LONGEST} are allowed"
         elif yaml.safe_load(short) != short:
             unfit = f"YAML reads {short!r} as {yaml.safe_load(short)!r}"
         if unfit:
@@ -91,7 +91,7 @@ class Names:
 
 
 def _example(name: str) -> str:
-    """Something like it that would do."""
+    """A similar name that is valid."""
     words = re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).lower())
     return repr("-".join(words).lstrip("0123456789-") or "soft-cap")
 
@@ -103,11 +103,11 @@ def new(
             metavar="model|sampler|attention|command", help="What the package provides.", show_default=False
         ),
     ],
-    name: Annotated[str, typer.Argument(help="What it is called, for example soft-cap.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="Its name, for example soft-cap.", show_default=False)],
     into: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to put the package's folder.")] = Path("."),
     debug: DebugOption = False,
 ) -> None:
-    """Write a plugin package that installs, runs and passes its tests, to go on from."""
+    """Write a plugin package to start from. It installs, runs and passes its tests."""
     with user_errors(debug):
         part = _kind(kind, name)
         folder = write(part, name, into)
@@ -115,13 +115,13 @@ def new(
 
 
 def _kind(text: str, name: str) -> PartKind:
-    """Raises `ConfigError` for a word that is none, and where kind and name changed places."""
+    """The kind of the package. Raises `ConfigError` if it is unknown, or if kind and name are swapped."""
     kinds = [each.value for each in PartKind]
     if text in kinds:
         return PartKind(text)
     if name in kinds:
         raise ConfigError(f"the kind comes first: nanoengine plugins new {name} {text}")
-    raise ConfigError(f"no package of kind {text!r} can be begun; {nearest(text, kinds)}")
+    raise ConfigError(f"there is no kind {text!r} of packages; {nearest(text, kinds)}")
 
 
 def _next_steps(kind: PartKind, names: Names, folder: Path) -> str:
@@ -132,12 +132,12 @@ def _next_steps(kind: PartKind, names: Names, folder: Path) -> str:
 
 
 def write(kind: PartKind, name: str, into: Path) -> Path:
-    """Writes the package; gives its folder. Raises `ConfigError` if the name will not do or the folder is there."""
+    """Writes the package and returns its folder. Raises `ConfigError` if the name is wrong or the folder exists."""
     names = Names.of(name)
     _check_free(kind, names, discover())
     folder = into / names.package
     if folder.exists():
-        raise ConfigError(f"{folder} is there already; remove it, choose another name, or give --into")
+        raise ConfigError(f"{folder} exists already; remove it, choose another name, or give --into")
     rendered = dict(_render(kind, names))
     try:
         for path, text in rendered.items():
@@ -149,7 +149,7 @@ def write(kind: PartKind, name: str, into: Path) -> Path:
 
 
 def _check_free(kind: PartKind, names: Names, registry: Registry) -> None:
-    """Raises `ConfigError` if what the package would register, or define, is somebody else's."""
+    """Raises `ConfigError` if another package already has a name that this one would register or define."""
     taken: dict[str, str]
     if kind is PartKind.SAMPLER:
         params = [(found, each.name) for found in registry.samplers.values() for each in _fields(found.spec.params)]
@@ -157,7 +157,7 @@ def _check_free(kind: PartKind, names: Names, registry: Registry) -> None:
         taken |= {found.spec.name: f"a logits processor of {found.origin}" for found in registry.samplers.values()}
         taken |= dict.fromkeys(CORE_TYPES, "a field of SamplingParams")
         taken |= dict.fromkeys(PROCESSOR_MEMBERS, "a member of ProcessorParams")
-        taken |= dict.fromkeys(("float", "self"), "a word of the code that is written")
+        taken |= dict.fromkeys(("float", "self"), "a word in the generated code")
         wanted = names.word
     else:
         by_kind: dict[PartKind, Mapping[str, Registered[Any]]] = {
@@ -166,7 +166,7 @@ def _check_free(kind: PartKind, names: Names, registry: Registry) -> None:
             PartKind.COMMAND: registry.commands,
         }
         taken = {name: f"registered by {found.origin}" for name, found in by_kind[kind].items()}
-        taken |= {} if kind is PartKind.COMMAND else {"auto": "a word of YAML's"}
+        taken |= {} if kind is PartKind.COMMAND else {"auto": "a reserved word"}
         wanted = names.name
     if wanted in taken:
         raise ConfigError(f"{wanted!r} is {taken[wanted]} already; choose another name")
@@ -174,7 +174,7 @@ def _check_free(kind: PartKind, names: Names, registry: Registry) -> None:
 
     for suffix in _CLASSES[kind]:
         if names.cls + suffix in api.__all__:
-            raise ConfigError(f"{names.name!r} would make a class {names.cls + suffix}, as nanoengine.api has one; "
+            raise ConfigError(f"{names.name!r} would make a class {names.cls + suffix}, which nanoengine.api has too; "
                               "choose another name")  # fmt: skip
 
 
@@ -193,7 +193,7 @@ def _render(kind: PartKind, names: Names) -> Iterator[tuple[str, str]]:
     for part in ("common", kind.value):
         for path, template in _templates(templates / part):
             if kind is PartKind.COMMAND and path.startswith("MODULE/configs/"):
-                continue  # it has no options of config groups
+                continue  # a command has no config groups
             path = path.replace("MODULE", names.module).replace("NAME", names.name)
             yield path, environment.from_string(template.read_text("utf-8")).render(values)
 

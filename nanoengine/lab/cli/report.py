@@ -1,4 +1,4 @@
-"""`nanoengine report`: results as one HTML page that needs nothing else, neither network nor scripts."""
+"""`nanoengine report`: results as one HTML page that needs no network and no scripts."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ _MARK = '<meta name="generator" content="nanoengine report">'
 
 def report(
     results: Annotated[
-        Path, typer.Argument(metavar="RESULTS", help="A results file, a folder that holds one, or a sweep's folder.")
+        Path, typer.Argument(metavar="RESULTS", help="A results file, a folder with one, or the folder of a sweep.")
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="The page; default: beside the results.")
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="The page; default: next to the results.")
     ] = None,
     trace: Annotated[
-        Path | None, typer.Option("--trace", metavar="FILE", help="The run's trace; default: where the run wrote it.")
+        Path | None,
+        typer.Option("--trace", metavar="FILE", help="The trace of the run; default: the one that the run wrote."),
     ] = None,
     debug: DebugOption = False,
 ) -> None:
-    """Make a page of what a run or a sweep came to."""
+    """Make an HTML page of the results of a run or a sweep."""
     with user_errors(debug):
         from nanoengine.lab.cli.report_data import read_all
 
@@ -40,7 +41,7 @@ def report(
         if target.absolute() in {each.path.absolute() for each in runs}:
             raise ConfigError(f"--output {target} is the results file, which it would overwrite; give another file")
         if output is None and target.is_file() and _MARK not in target.read_text(errors="replace")[:2000]:
-            raise ConfigError(f"{target} is there and is no report; give another file by --output")
+            raise ConfigError(f"{target} exists and is not a report; give another file by --output")
         text = _page(path, runs)
         try:
             from nanoengine.cli.record import write_whole

@@ -1,4 +1,4 @@
-"""The pictures of a report: SVG texts to stand in a page. Needs matplotlib: the extra `plot`."""
+"""The pictures of a report, as SVG for an HTML page. Needs matplotlib: the extra `plot`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, GREEN, ORANGE, RED, GREY = "#4472b0", "#55a06a", "#dd8a3c", "#c44e52", "#8a8f98"
-_BINS = 400  # columns of a picture over time: a screen shows no more
+_BINS = 400  # most columns of a picture over time: a screen does not show more
 _WIDTH = 10.5  # inches
 _STYLE = {
     "font.size": 9,
@@ -32,14 +32,14 @@ _STYLE = {
     "axes.edgecolor": GREY,
     "axes.axisbelow": True,
     "legend.frameon": False,
-    "svg.fonttype": "none",  # texts stay texts
+    "svg.fonttype": "none",  # texts are kept as texts
     "savefig.transparent": True,
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """svg: an element that may stand beside others in one page. text: what it shows, for who cannot see it."""
+    """A picture. `svg`: an element for a page with other pictures. `text`: a description, for screen readers."""
 
     text: str
     svg: str
@@ -47,7 +47,7 @@ class Picture:
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Raises `ImportError` without matplotlib."""
+    """A context with the style of our pictures. Raises `ImportError` without matplotlib."""
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
@@ -55,7 +55,7 @@ def styled() -> Iterator[None]:
 
 
 def run_pictures(run: RunData) -> dict[str, Picture]:
-    """By name: those that the run has figures for."""
+    """Name -> picture, for all pictures for which the run has figures."""
     found: dict[str, Picture] = {}
     if len(run.metric("ttft")):
         found["latencies"] = _picture(_latencies(run), "distributions of time to first token and time between tokens")
@@ -68,13 +68,13 @@ def run_pictures(run: RunData) -> dict[str, Picture]:
 
 
 def comparison_pictures(runs: Sequence[RunData]) -> dict[str, Picture]:
-    """What several runs have beside each other: medians, and whole distributions."""
+    """Pictures that compare several runs: medians, and whole distributions."""
     drawn = [run for run in runs if run.outcome.tokens_per_second is not None]
     found: dict[str, Picture] = {}
     if drawn:
         found["bars"] = _picture(draw([run.outcome for run in drawn]), "throughput, TTFT and ITL of each combination")
     if any(len(run.metric("ttft")) > 1 for run in runs):
-        found["shares"] = _picture(_shares(runs), "share of the requests below each latency, a line a combination")
+        found["shares"] = _picture(_shares(runs), "share of the requests below each latency, one line per combination")
     return found
 
 
@@ -107,7 +107,7 @@ def _histogram(axes: Axes, values: Floats, title: str, counted: str) -> None:
 
 
 def _prefixes(run: RunData) -> Figure:
-    """Bars by prompt; where there are too many for bars to be seen, each stands for the mean of several."""
+    """One bar per prompt. If there are too many prompts, each bar is the mean of several."""
     rows = [row for row in run.rows if row["error"] is None]
     cached = np.array([row["num_cached_tokens"] for row in rows], dtype=float)
     whole = np.array([len(row["prompt_token_ids"]) for row in rows], dtype=float)
@@ -150,7 +150,7 @@ def _timeline(steps: Steps) -> Figure:
     ]
     _areas(blocks, edges, steps, layers)
     total = steps["total"][0]
-    if np.max(steps["used"] + steps["cached"]) > total / 10:  # else the line is all there would be to see
+    if np.max(steps["used"] + steps["cached"]) > total / 10:  # else only the line would be visible
         blocks.axhline(total, color=RED, linestyle="--", linewidth=1, label=f"all {total:,.0f}")
     if steps.preempted:
         at = [moment for moment, *_ in steps.preempted]
@@ -170,7 +170,7 @@ def _bins(steps: Steps) -> int:
 
 
 def _areas(axes: Axes, edges: Floats, steps: Steps, layers: Sequence[tuple[Floats, str, str]]) -> None:
-    """Stacked, from the bottom up; (values [steps], colour, label) each."""
+    """Draws stacked areas, from the bottom up. `layers`: (values [steps], colour, label) of each."""
     which = _largest(edges, steps, np.sum([values for values, *_ in layers], axis=0))
     below = np.zeros(len(which))
     for values, color, label in layers:
@@ -180,9 +180,12 @@ def _areas(axes: Axes, edges: Floats, steps: Steps, layers: Sequence[tuple[Float
 
 
 def _largest(edges: Floats, steps: Steps, values: Floats) -> npt.NDArray[np.int64]:
-    """[bins] a step for each bin: of those that ended in it the one with the largest value, else the one before."""
+    """[bins] the index of a step for each bin: of the steps that ended in it, the one with the largest value.
+
+    A bin without steps has the step of the bin before.
+    """
     bins = np.clip(np.searchsorted(edges, steps["end"], side="left") - 1, 0, len(edges) - 2)
-    order = np.lexsort((values, bins))  # the largest of each bin comes last
+    order = np.lexsort((values, bins))  # the largest value of each bin is last
     last = np.flatnonzero(np.diff(bins[order], append=len(edges)))
     found = np.zeros(len(edges) - 1, dtype=np.int64)
     found[bins[order[last]]] = last
@@ -214,7 +217,7 @@ def _step_times(steps: Steps) -> Figure:
         phases.annotate(text, (mean, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
     phases.set_xlim(0, 1.45 * max(means))
     phases.invert_yaxis()
-    phases.set_title("the engine, mean a step, ms")
+    phases.set_title("the engine, mean per step, ms")
     return figure
 
 
@@ -242,7 +245,7 @@ def _shares(runs: Sequence[RunData]) -> Figure:
 
 
 def milliseconds(value: float) -> str:
-    """For people, to three digits."""
+    """The number as text, with three digits."""
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
@@ -264,7 +267,7 @@ def _integers() -> Any:
 
 
 def _legend(axes: Axes) -> None:
-    """Beside the title, where it hides nothing."""
+    """Adds a legend next to the title, where it hides nothing."""
     axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=5, fontsize=8)
 
 
@@ -276,12 +279,12 @@ def _picture(figure: Figure, text: str) -> Picture:
 
 
 def page_ids(pictures: Sequence[Picture]) -> list[str]:
-    """Their SVG with ids that are unique in one page: each picture counts its own from the same names."""
+    """The SVG of pictures, with ids that are unique in a page: all pictures use the same names of ids."""
     return [_with_prefix(picture.svg, f"p{number}-") for number, picture in enumerate(pictures)]
 
 
 def _with_prefix(svg: str, prefix: str) -> str:
-    """Ids, and whatever refers to them."""
+    """The SVG with a prefix for all ids and references to them."""
     change: Callable[[re.Match[str]], str] = lambda found: f"{found[1]}{prefix}"  # noqa: E731
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     return re.sub(r'(\bid="|href="#|url\(#)', change, svg)

@@ -1,4 +1,4 @@
-"""What a report is made from: result rows, the record beside them, and the trace of the run, if there is one."""
+"""The data of a report: result rows, their record, and the trace of the run, if there is one."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _ROW_KEYS = {"index", "prompt", "prompt_token_ids", "outputs", "num_cached_token
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """A trace's steps, in order. `steps[name]` is float64 [steps]:
+    """The steps of a trace, in order. `steps[name]` is float64 [steps]:
 
-        start, end: seconds since the trace began; of the device's work. schedule, launch, wait, commit: seconds.
-        decode_rows, prefill_rows, prefill_tokens, new_tokens, running, waiting: counts a step.
+        start, end: of the device's work, seconds since the trace began. schedule, launch, wait, commit: seconds.
+        decode_rows, prefill_rows, prefill_tokens, new_tokens, running, waiting: counts per step.
         total, used, shared, cached: KV blocks.
 
     Attributes:
-        about: what the trace says of itself. whole: False: its process was killed, or its disk was full.
-        preempted: (seconds, request, why) of each.
+        about: the metadata of the trace. whole: False if its process was killed or the disk was full.
+        preempted: (seconds, request, reason) of each preemption.
     """
 
     about: Mapping[str, Any]
@@ -49,8 +49,12 @@ class Steps:
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """One run. rows: by index. torn: lines that are no whole row, as after a crash of the machine. error: why it could
-    not even be composed; "" if it could."""
+    """The data of one run.
+
+    Attributes:
+        rows: in the order of their indices. torn: number of incomplete lines, as after a crash of the machine.
+        error: why the configuration could not be composed; "" if it could.
+    """
 
     outcome: Outcome
     path: Path
@@ -65,15 +69,16 @@ class RunData:
         return [row for row in self.rows if row["error"] is not None]
 
     def metric(self, name: str) -> Floats:
-        """Milliseconds, of the rows that have it: "queued", "ttft", "itl" or "latency"."""
+        """Milliseconds of "queued", "ttft", "itl" or "latency", for the rows that have it."""
         found = [row["metrics"][name] for row in self.rows if row["error"] is None]
         return 1000 * np.array([value for value in found if value is not None], dtype=float)
 
 
 def read_all(path: Path, trace: Path | None) -> list[RunData]:
-    """Of a results file, a folder of results, or a sweep's folder. `trace`: of the one run; default: what it recorded.
+    """Reads a results file, a folder of results, or the folder of a sweep.
 
-    Raises `ConfigError` where there is nothing to report on, or it cannot be read.
+    `trace`: that of a single run; default: the one in its record. Raises `ConfigError` if there are no results, or if
+    they cannot be read.
     """
     if path.is_dir() and (path / SWEEP).exists():
         return _of_sweep(path, trace)
@@ -83,21 +88,21 @@ def read_all(path: Path, trace: Path | None) -> list[RunData]:
         if not found:
             sweeps = sorted((str(each.parent) for each in path.glob(f"*/{SWEEP}")), reverse=True)
             if sweeps:
-                raise ConfigError(f"{path} holds sweeps; give one of them, the newest first: {', '.join(sweeps[:8])}")
-            said = f"{path} holds no results: no results.jsonl with its results.jsonl{_RECORD}, and no {SWEEP}"
-            raise ConfigError(f"{said}; give the results file itself")
+                raise ConfigError(f"{path} has sweeps; give one of them, the newest first: {', '.join(sweeps[:8])}")
+            what = f"{path} has no results: no results.jsonl with its results.jsonl{_RECORD}, and no {SWEEP}"
+            raise ConfigError(f"{what}; give the results file")
     elif path.is_file():
         found = [path]
     else:
-        raise ConfigError(f"there is no {path}: give a results file, or a folder that holds one")
+        raise ConfigError(f"there is no {path}: give a results file, or a folder with one")
     if trace is not None and len(found) > 1:
-        raise ConfigError(f"--trace belongs to one run, and {path} holds {len(found)}: give its results file")
+        raise ConfigError(f"--trace belongs to one run, and {path} has {len(found)}: give its results file")
     return [_run(number, file, {"results": file.name}, trace) for number, file in enumerate(found)]
 
 
 def _of_sweep(folder: Path, trace: Path | None) -> list[RunData]:
     if trace is not None:
-        raise ConfigError(f"--trace belongs to one run, and {folder} is a sweep; its runs know their traces")
+        raise ConfigError(f"--trace belongs to one run, and {folder} is a sweep; leave it out: the traces are found")
     jobs = enumerate(read_sweep(folder).jobs)
     return [_run(number, job.output, job.combination.varied, None, job.error) for number, job in jobs]
 
@@ -122,8 +127,10 @@ def _status(record: Record | None, any_rows: bool) -> str:
 
 
 def _recorded_trace(path: Path, summary: Mapping[str, Any]) -> Path | None:
-    """Where the run wrote it, or beside the results if they were moved since; None where it is no more, or where a full
-    disk left nothing in it."""
+    """The trace that the run wrote, also if it was moved together with the results.
+
+    None if it does not exist any more, or if it is empty because the disk was full.
+    """
     if "trace" not in summary:
         return None
     written = Path(summary["trace"])
@@ -132,7 +139,7 @@ def _recorded_trace(path: Path, summary: Mapping[str, Any]) -> Path | None:
 
 
 def _rows(path: Path) -> tuple[list[Mapping[str, Any]], int]:
-    """By index, and how many lines are no whole row."""
+    """The rows in the order of their indices, and the number of incomplete lines."""
     rows: dict[int, Mapping[str, Any]] = {}
     torn = 0
     for number, line in enumerate(_lines(path), 1):
@@ -142,17 +149,15 @@ def _rows(path: Path) -> tuple[list[Mapping[str, Any]], int]:
             torn += 1
             continue
         if not isinstance(row, dict) or not row.keys() >= _ROW_KEYS:
-            raise ConfigError(f"{path}, line {number}: this is no row that `nanoengine run` wrote")
+            raise ConfigError(f"{path}, line {number}: this is not a row of `nanoengine run`")
         rows[row["index"]] = row
     if torn and not rows:
-        raise ConfigError(
-            f"{path} holds no row that `nanoengine run` wrote; a trace goes to --trace, beside its results"
-        )
+        raise ConfigError(f"{path} has no row of `nanoengine run`; give a trace by --trace, in addition to its results")
     return [rows[index] for index in sorted(rows)], torn
 
 
 def read_steps(path: Path) -> Steps:
-    """Of a trace; of one that breaks off, as far as it goes. Raises `ConfigError` where it is none."""
+    """Reads the steps of a trace, which may be incomplete. Raises `ConfigError` if the file is not a trace."""
     about, steps, whole = None, [], False
     for line in _lines(path):
         text = line.rstrip(",")
@@ -162,13 +167,13 @@ def read_steps(path: Path) -> Steps:
         try:
             event = json.loads(text)
         except ValueError:
-            break  # the last line, half written
+            break  # the last line is incomplete
         if event["name"] == "trace":
             about = event["args"]
         else:
             steps.append(event)
     if about is None:
-        raise ConfigError(f"{path} is no trace that `nanoengine run --trace` wrote")
+        raise ConfigError(f"{path} is not a trace of `nanoengine run --trace`")
     if about["format"] != FORMAT:
         raise ConfigError(f"{path} is a trace of another version of nanoengine")
     return Steps(about, whole, _arrays(steps), list(_preempted(steps)))

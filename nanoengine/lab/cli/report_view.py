@@ -1,4 +1,4 @@
-"""What stands on a report's page, in words and numbers: the template only lays it out."""
+"""The content of a report's page: texts and numbers, which the template arranges."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from nanoengine.lab.cli.report_charts import Picture, comparison_pictures, milli
 from nanoengine.lab.cli.report_data import RunData
 from nanoengine.lab.cli.sweep_report import table_of
 
-_SHOWN = 200  # rows of a table; more make a page that nobody reads
-_EXCERPT = 160  # characters of a prompt or an answer
+_SHOWN = 200  # most rows of a table, so that the page is readable
+_EXCERPT = 160  # most characters of a prompt or an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A heading with a picture, a table, or both. numbers: columns that hold numbers. folded: what opens the table."""
+    """A heading with a picture, a table, or both. `numbers`: columns of numbers. `folded`: the text to open it."""
 
     title: str
     text: str = ""
@@ -66,7 +66,7 @@ class Page:
 
 
 def page_of(path: Path, runs: Sequence[RunData]) -> Page:
-    """Raises `ImportError` without matplotlib."""
+    """The page of a report. Raises `ImportError` without matplotlib."""
     drawn = [run_pictures(run) for run in runs]
     several = comparison_pictures(runs) if len(runs) > 1 else {}
     every = [*several.values(), *(picture for pictures in drawn for picture in pictures.values())]
@@ -103,9 +103,9 @@ def _notes(run: RunData) -> Iterator[str]:
     if run.outcome.status != "ok" and not (run.outcome.status == "exit 1" and run.failed):
         yield f"This run: {run.outcome.status}{f'. {run.error}' if run.error else ''}."
     if run.torn:
-        yield f"Lines of {run.path.name} that are no whole row, and are left out: {run.torn}."
+        yield f"Incomplete lines of {run.path.name}, which are left out: {run.torn}."
     if run.steps is not None and not run.steps.whole:
-        yield "The trace breaks off: its process was killed, or its disk was full. It is shown as far as it goes."
+        yield "The trace is incomplete: its process was killed, or the disk was full. All of its steps are shown."
     if run.rows and run.steps is None:
         yield "No trace: nanoengine run … --trace FILE adds batch, KV blocks and step times over the run."
 
@@ -122,7 +122,7 @@ def _tiles(run: RunData) -> Iterator[Tile]:
     prompt = sum(len(row["prompt_token_ids"]) for row in answered)
     yield Tile("generated tokens", _count(generated), f"from {_count(prompt)} prompt tokens")
     if run.outcome.tokens_per_second is not None:
-        again = f" ({summary['kept']} rows kept from before)" if summary["kept"] else ""
+        again = f" ({summary['kept']} rows kept from an earlier run)" if summary["kept"] else ""
         yield Tile("tokens/s", f"{run.outcome.tokens_per_second:,.0f}", f"in {summary['seconds']:.1f} s{again}")
     for name, title in (("ttft", "TTFT, median"), ("itl", "ITL, median")):
         values = run.metric(name)
@@ -148,14 +148,14 @@ def _over_time(run: RunData, pictures: Mapping[str, Picture]) -> Iterator[Sectio
         return
     yield Section(
         "Over time",
-        "From the trace; a step counts when it ended. Shared blocks serve several requests; cached ones belong to "
-        "nobody and may still be hit.",
+        "From the trace; a step counts at the time of its end. Several requests use shared blocks; no request uses "
+        "cached blocks, but new requests can still find them.",
         pictures["timeline"],
     )
     yield Section(
         "Steps",
-        "The device has a step from its launch, or the end of the step before, until its result is on the host. "
-        "Waiting is the engine's spare time: the next step is launched by then.",
+        "A step is on the device from its launch, or the end of the step before, until its result is on the host. "
+        "While the engine waits, it has nothing to do: the next step is launched already.",
         pictures["steps"],
     )
     if run.steps.preempted:
@@ -165,9 +165,9 @@ def _over_time(run: RunData, pictures: Mapping[str, Picture]) -> Iterator[Sectio
 
 def _of_requests(run: RunData, pictures: Mapping[str, Picture]) -> Iterator[Section]:
     if "latencies" in pictures:
-        yield Section("Latencies", "Of the requests that were answered.", pictures["latencies"])
+        yield Section("Latencies", "Those of answered requests.", pictures["latencies"])
     if "prefixes" in pictures:
-        yield Section("Prefix sharing", "What each answered prompt found in the prefix cache.", pictures["prefixes"])
+        yield Section("Prefix sharing", "Tokens of each answered prompt from the prefix cache.", pictures["prefixes"])
 
 
 def _tables(run: RunData) -> Iterator[Section]:
@@ -179,11 +179,11 @@ def _tables(run: RunData) -> Iterator[Section]:
         more = f"The first {_SHOWN} of {_count(len(run.failed))}." if len(run.failed) > _SHOWN else ""
         yield Section("Failed", more, None, ["prompt", "code", "message", "text"], rows, (0,))
     if run.rows:
-        header = ["prompt", "text", "answer", "ended", "tokens", "cached", "TTFT ms", "ms in all"]
+        header = ["prompt", "text", "answer", "ended", "tokens", "cached", "TTFT ms", "total ms"]
         yield _folded("Answers", header, [_answer(row) for row in run.rows], (0, 4, 5, 6, 7))
     if run.record is not None:
         yield _folded("Configuration", ["key", "value"], list(_flat(run.record.config)))
-        yield _folded("Sampling parameters in force", ["key", "value"], list(_flat(run.record.params)))
+        yield _folded("Sampling parameters", ["key", "value"], list(_flat(run.record.params)))
         yield _folded("Versions", ["package", "version"], [list(pair) for pair in run.record.versions.items()])
 
 
@@ -206,7 +206,7 @@ def _answer(row: Mapping[str, Any]) -> list[str]:
 
 
 def _excerpt(prompt: Any) -> str:
-    """The beginning of a prompt; of a conversation, of its last message."""
+    """The beginning of a prompt; for a conversation, the beginning of its last message."""
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     return _cut(" ".join(str(text).split()))
 

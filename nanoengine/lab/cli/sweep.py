@@ -1,4 +1,4 @@
-"""`nanoengine sweep`: every combination of the overrides' values. `nanoengine run --multirun` calls it."""
+"""`nanoengine sweep`: runs every combination of the overrides' values. `nanoengine run --multirun` calls it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def sweep(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
     plugin: PluginOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a sweep: give its folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a sweep: give its folder.")] = False,
     trace: Annotated[
         Path | None,
-        typer.Option("--trace", metavar="NAME", help="Of a file in each combination's folder that gets its timeline."),
+        typer.Option("--trace", metavar="NAME", help="Name of a file for the timeline, in each combination's folder."),
     ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Print each phase of the starts, into each run.log.")

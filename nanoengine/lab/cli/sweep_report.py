@@ -1,4 +1,4 @@
-"""What a sweep came to: a table on the terminal, the same as CSV, and a plot."""
+"""The results of a sweep: a table on the terminal and as CSV, and a plot."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from nanoengine.cli.record import write_whole
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_WIDE = 250  # columns of a table that goes to no terminal
+_WIDE = 250  # width of a table that is not printed to a terminal
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One combination. `status`: "ok", or what went wrong. `summary`: of the run's record, if it wrote one."""
+    """One combination. `status`: "ok", or what went wrong. `summary`: that of the run's record, if there is one."""
 
     number: int
     varied: Mapping[str, str]
@@ -37,7 +37,7 @@ class Outcome:
         return found
 
     def milliseconds(self, name: str, which: str = "median") -> float | None:
-        """Of "ttft" or "itl"; None where nothing was generated."""
+        """Milliseconds of "ttft" or "itl"; None if nothing was generated."""
         spread = self.summary.get(name)
         return None if spread is None else 1000 * float(spread[which])
 
@@ -51,7 +51,7 @@ class Outcome:
 
 
 def print_table(outcomes: Sequence[Outcome], out: TextIO | None = None) -> None:
-    """A table of all combinations on `out`; default: standard output."""
+    """Prints a table of all combinations to `out`; default: standard output."""
     from rich.console import Console
     from rich.table import Table
 
@@ -66,7 +66,7 @@ def print_table(outcomes: Sequence[Outcome], out: TextIO | None = None) -> None:
 
 
 def write_csv(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Replaces the file in one go. Raises `OSError`."""
+    """Writes the table as CSV, replacing the file atomically. Raises `OSError`."""
     header, rows = table_of(outcomes)
     text = StringIO(newline="")
     csv.writer(text).writerows([header, *rows])
@@ -78,7 +78,7 @@ def _keys(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def table_of(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a line for each."""
+    """The headings, and a row for each combination."""
     keys = _keys(outcomes)
     header = ["#", *keys, "status", "prompts", "tokens/s", "TTFT ms", "TTFT p99 ms", "ITL ms", "ITL p99 ms"]
     rows = [
@@ -100,16 +100,16 @@ def _number(value: float | None) -> str:
 
 
 def plot(outcomes: Sequence[Outcome], path: Path) -> None:
-    """What `draw` draws, as a PNG; raises what it raises, and `OSError`."""
+    """Saves the figure of `draw` as a PNG. Raises the errors of `draw`, and `OSError`."""
     image = BytesIO()
     draw(outcomes).savefig(image, dpi=120, format="png")
     write_whole(path, image.getvalue())
 
 
 def draw(outcomes: Sequence[Outcome]) -> Figure:
-    """Bars of throughput, TTFT and ITL beside each other, a line a combination that generated anything.
+    """Bars of throughput, TTFT and ITL, for each combination that generated tokens.
 
-    Raises `ImportError` without matplotlib; `ValueError` where there is nothing to draw.
+    Raises `ImportError` without matplotlib; `ValueError` if no combination generated tokens.
     """
     from matplotlib.figure import Figure
 
@@ -137,6 +137,6 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
 
 
 def _spreads(drawn: Sequence[Outcome], name: str) -> tuple[list[float | None], list[float | None]]:
-    """Medians and 99th percentiles in milliseconds."""
+    """The medians and the 99th percentiles, in milliseconds."""
     medians, highs = ([each.milliseconds(name, which) for each in drawn] for which in ("median", "p99"))
     return medians, highs

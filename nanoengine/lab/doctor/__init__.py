@@ -1,6 +1,6 @@
-"""Examines an installation, and what a configuration would be made of, without starting an engine.
+"""Checks an installation, and the parts that a configuration needs, without starting an engine.
 
-Nothing found is fatal to the examination: a package, a driver or a plugin that raises becomes a finding.
+No error ends the check: a package, a driver or a plugin that raises an error becomes a finding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Asked", "Diagnosis", "Finding", "Level", "Verdict", "count", "examin
 
 
 def examine(registry: Registry, asked: Asked, say: Callable[[str], None]) -> Diagnosis:
-    """`say` is given a line where fetching a model takes time."""
+    """Runs all checks. `say`: reports progress when a model is downloaded."""
     findings = list(environment.environment())
     torch_works = environment.import_error("torch") is None
     if torch_works:

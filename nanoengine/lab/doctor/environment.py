@@ -1,4 +1,4 @@
-"""Python, packages against our bounds, torch, Triton, the GPUs. Everything is imported inside: it may be broken."""
+"""Checks Python, versions of packages, torch, Triton and the GPUs. Imports are in functions, because they may fail."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ _gpu = partial(Finding, section="gpu")
 
 
 def environment() -> Iterator[Finding]:
-    """Python, the machine, packages, environment variables, the cache folder."""
+    """Findings about Python, the machine, packages, environment variables and the cache folder."""
     yield _env(
         name="python", text=f"Python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPUs"
     )
     yield from _packages()
     yield from _imported("torch", "error", "reinstall torch: pip install --force-reinstall torch")
     if _is_installed("triton"):
-        yield from _imported("triton", "warning", "reinstall triton, in the version that torch asks for")
+        yield from _imported("triton", "warning", "reinstall triton, in the version that torch requires")
     found = [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
-    yield _env(name="variables", text=" ".join(found) or "none that matter are set")
+    yield _env(name="variables", text=" ".join(found) or "no relevant ones are set")
     yield _cache_folder()
 
 
 def _packages() -> Iterator[Finding]:
-    """Each requirement of ours, and of our extras where installed, against its bounds."""
+    """Findings about the versions of required packages, and of optional ones that are installed."""
     from packaging.requirements import Requirement
 
     try:
@@ -72,30 +72,30 @@ def _requirement(wanted: Any, required: bool) -> Finding:
         if not required and not _gpu_is_here():
             return _env(name=wanted.name, level="note", text="is not installed; it is for GPUs, and there is none here")
         level: Level = "error" if required else "warning"
-        what = "is not installed" if required else "is not installed, so no kernel of ours runs on the GPU"
+        what = "is not installed" if required else "is not installed, so our kernels cannot run on the GPU"
         return _env(name=wanted.name, level=level, text=what, fix=f"pip install '{wanted.name}{wanted.specifier}'")
     if wanted.specifier.contains(found, prereleases=True):
         return _env(name=wanted.name, text=f"{found} (wanted: {wanted.specifier})")
     return _env(
         name=wanted.name,
         level="warning",
-        text=f"{found} is outside {wanted.specifier}, with which nanoengine is tested",
+        text=f"{found} is not in {wanted.specifier}, the versions with which nanoengine is tested",
         fix=f"pip install '{wanted.name}{wanted.specifier}'",
     )
 
 
 def _imported(module: str, level: Level, fix: str) -> Iterator[Finding]:
-    """Nothing where the module can be imported."""
+    """A finding if the module cannot be imported; else nothing."""
     cause = import_error(module)
     if cause is not None:
         yield _env(name=f"import {module}", level=level, text=cause, fix=fix)
 
 
 def import_error(module: str) -> str | None:
-    """What importing the module raises, in words; None where it can be imported."""
+    """The error of importing the module, as text; None if it can be imported."""
     try:
         import_module(module)
-    except BaseException as error:  # what a broken installation raises is what we are after
+    except BaseException as error:  # a broken installation may raise anything
         if not is_failure(error):
             raise
         return described(error)
@@ -103,7 +103,7 @@ def import_error(module: str) -> str | None:
 
 
 def _gpu_is_here() -> bool:
-    """As the driver or torch tells."""
+    """Whether there is a GPU, according to the driver or torch."""
     if _driver() is not None:
         return True
     if import_error("torch") is not None:
@@ -130,13 +130,13 @@ def _cache_folder() -> Finding:
     return _env(
         name="cache",
         level="warning",
-        text=f"{root} cannot be written: models cannot be fetched or converted",
+        text=f"{root} cannot be written: models cannot be downloaded or converted",
         fix="set NANOENGINE_CACHE to a folder that you may write to",
     )
 
 
 def gpu() -> Iterator[Finding]:
-    """What the driver says, what torch sees, and whether Triton compiles. Call it where torch can be imported."""
+    """Findings about the driver, torch's GPUs, and whether Triton compiles. Call it only if torch can be imported."""
     import torch
 
     driver = _driver()
@@ -155,7 +155,7 @@ def gpu() -> Iterator[Finding]:
 
 
 def _driver() -> str | None:
-    """The driver's version and its GPUs, as nvidia-smi tells; None where there is none."""
+    """The version of the driver and its GPUs, from nvidia-smi; None if there is no driver."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return None
@@ -198,7 +198,7 @@ def _device(index: int) -> Finding:
 
 
 def _compiles() -> Finding:
-    """A small kernel of ours, compiled into an empty cache and run against its reference."""
+    """Compiles one of our kernels with an empty cache, runs it and compares it with its reference."""
     code = (
         "import torch\n"
         "from nanoengine.kernels import activation, activation_triton as fused\n"
@@ -212,7 +212,7 @@ def _compiles() -> Finding:
                 env={**os.environ, "TRITON_CACHE_DIR": cache}, cwd=Path.cwd(),
             )  # fmt: skip
         except (OSError, subprocess.SubprocessError) as error:
-            return _gpu(name="triton", level="error", text=f"no kernel could be tried: {error}")
+            return _gpu(name="triton", level="error", text=f"a kernel could not be tried: {error}")
     if done.returncode == 0:
         return _gpu(name="triton", text="compiles and runs a kernel")
     last = (done.stderr.strip().splitlines() or ["no output"])[-1]
@@ -221,6 +221,6 @@ def _compiles() -> Finding:
         level="error",
         text=f"cannot compile or run a kernel: {last}",
         fix="Triton needs a C compiler (gcc) and Python's headers (python3-dev) to build its launcher; "
-        "engine.fuse_kernels=false with attention=torch does without it",
+        "engine.fuse_kernels=false with attention=torch does not need Triton",
         detail=done.stderr[-3000:],
     )

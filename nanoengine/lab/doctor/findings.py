@@ -1,4 +1,4 @@
-"""What an examination says: findings, and what follows from them. Torch-free."""
+"""The results of a check: findings, and the diagnosis that follows from them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Level = Literal["ok", "note", "warning", "error"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        section: under which heading it stands. name: what was looked at.
-        level: "ok"; "note": it is not for this machine or model; "warning": it is broken, and nothing that was asked
-            for needs it; "error": what was asked for cannot work.
-        text: what was found. fix: what to do about it; "" where there is nothing. detail: the end of a traceback.
+        section: the heading for it. name: what was checked.
+        level: "ok"; "note": it is not for this machine or model; "warning": it is broken, but the configuration does
+            not need it; "error": the configuration cannot work.
+        text: what was found. fix: what to do about it; "" if nothing. detail: the end of a traceback.
     """
 
     section: str
@@ -30,7 +30,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """One attention backend. `reasons` against it; empty: it can serve. `preference`: auto asks the highest first."""
+    """One attention backend. `reasons`: why it is not supported; empty if it is. `preference`: that of its spec."""
 
     name: str
     origin: str
@@ -40,7 +40,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnosis:
-    """Everything found. `backends`: in the order in which "auto" asks; `backend`: the one an engine would take."""
+    """The whole result. `backends`: in the order of "auto". `backend`: the one that an engine would take."""
 
     findings: tuple[Finding, ...]
     backends: tuple[Verdict, ...] = ()

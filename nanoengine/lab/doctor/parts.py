@@ -1,4 +1,4 @@
-"""The plugins and what they register: whether each loads, and which attention backend an engine would take."""
+"""Checks plugins and their parts: whether each can be loaded, and which attention backend an engine would take."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from nanoengine.setup.plugins.targets import TargetLoader
 
 _plugin = partial(Finding, section="plugins")
 _model = partial(Finding, section="model")
-_ALWAYS_USED = ("samplers", "model_sources")  # a clash of names among them stops every engine
+_ALWAYS_USED = ("samplers", "model_sources")  # if two of these have the same name, no engine can start
 
 
 def plugins(registry: Registry, *, load: bool, sampler: frozenset[str] = frozenset()) -> Iterator[Finding]:
-    """Failures, clashes, and each part.
+    """Findings about failures, clashes and each part.
 
     Args:
-        load: import each part's class too, which takes torch.
-        sampler: parameters that are set; a processor that one of them belongs to must load.
+        load: import the class of each part too, which imports torch.
+        sampler: parameters that are set. A processor with one of these parameters must be loadable.
     """
     for failure in registry.failures:
         yield _plugin(
@@ -58,7 +58,7 @@ def plugins(registry: Registry, *, load: bool, sampler: frozenset[str] = frozens
 def _part(kind: Kind, found: Registered[Any], registry: Registry, *, load: bool, wanted: bool) -> Finding:
     name, text = found.spec.name, f"{KIND_WORDS[kind]}, {found.origin}"
     missing = [m for m in getattr(found.spec, "requires", ()) if importlib.util.find_spec(m.partition(".")[0]) is None]
-    if not load or missing:  # what a missing package means is said where backends are judged
+    if not load or missing:  # `attention` reports the effect of a missing package
         return _plugin(name=name, text=text + (" (not loaded)" if missing or not load else ""))
     loader = TargetLoader(registry.plugin_files)
     try:
@@ -75,7 +75,7 @@ def _part(kind: Kind, found: Registered[Any], registry: Registry, *, load: bool,
 
 
 def _fix(found: Registered[Any], error: NanoEngineError, loader: TargetLoader) -> str:
-    """A target that names nothing is to be corrected; whoever cannot do that leaves the plugin out."""
+    """The fix for a part that cannot be loaded: correct a wrong target, or remove the plugin."""
     module, _, attribute = found.spec.target.partition(":")
     cause = error.__cause__
     no_module = isinstance(cause, ModuleNotFoundError) and f"{module}.".startswith(f"{cause.name}.")
@@ -99,7 +99,7 @@ def _base(kind: Kind) -> type[Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What an engine is to be made of. `source`: None where no model was named. `sampler`: parameters that are set."""
+    """What an engine would be made of. `source`: None if no model is given. `sampler`: parameters that are set."""
 
     source: str | None = None
     implementation: str | None = None
@@ -109,7 +109,7 @@ class Asked:
 
 
 def plain_need(options: EngineOptions) -> AttentionNeed:
-    """What an ordinary model would ask here, where none was named: heads of 128, bfloat16 on a GPU."""
+    """What a typical model would need here, if no model is given: heads of 128, bfloat16 on a GPU."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -119,7 +119,7 @@ def plain_need(options: EngineOptions) -> AttentionNeed:
 
 
 def attention(need: AttentionNeed, registry: Registry, chosen: str) -> tuple[list[Verdict], list[Finding]]:
-    """Every backend's verdict, and what that means for the `chosen` one. Raises nothing."""
+    """The verdict on every backend, and findings about them and the `chosen` one. Raises nothing."""
     loader = TargetLoader(registry.plugin_files)
     verdicts = [
         Verdict(name=f.spec.name, origin=str(f.origin), preference=f.spec.preference, reasons=tuple(reasons))
@@ -129,7 +129,7 @@ def attention(need: AttentionNeed, registry: Registry, chosen: str) -> tuple[lis
     section = f"attention, for heads of {sizes} in {need.dtype} on {need.device}"
     findings = [_verdict(section, verdict, chosen) for verdict in verdicts]
     if chosen == "auto" and all(verdict.reasons for verdict in verdicts):
-        findings.append(Finding(section=section, name="auto", level="error", text="no backend can serve"))
+        findings.append(Finding(section=section, name="auto", level="error", text="no backend is supported"))
     if chosen != "auto" and chosen not in {verdict.name for verdict in verdicts}:
         findings.append(Finding(section=section, name=chosen, level="error", text=_unknown(registry, chosen)))
     return verdicts, findings
@@ -138,12 +138,12 @@ def attention(need: AttentionNeed, registry: Registry, chosen: str) -> tuple[lis
 def _verdict(section: str, verdict: Verdict, chosen: str) -> Finding:
     where = f"preference {verdict.preference}, {verdict.origin}"
     if not verdict.reasons:
-        return Finding(section=section, name=verdict.name, text=f"can serve ({where})")
+        return Finding(section=section, name=verdict.name, text=f"supported ({where})")
     return Finding(
         section=section,
         name=verdict.name,
         level="error" if chosen == verdict.name else "note",
-        text=f"refused: {'; '.join(verdict.reasons)} ({where})",
+        text=f"not supported: {'; '.join(verdict.reasons)} ({where})",
         fix="choose another one, or attention=auto" if chosen == verdict.name else "",
     )
 
@@ -153,11 +153,11 @@ def _unknown(registry: Registry, name: str) -> str:
         registry.attention(name)
     except NanoEngineError as error:
         return str(error)
-    return "is registered, but was not judged"
+    return "is registered, but was not checked"
 
 
 def model_findings(asked: Asked, path: Path, registry: Registry) -> tuple[list[Finding], AttentionNeed]:
-    """What is known of a model before its weights are read. Raises what `inspect_model` raises."""
+    """Findings about a model before its weights are read. Raises the errors of `inspect_model`."""
     from nanoengine.build import inspect_model
 
     seen = inspect_model(path, asked.options, registry, asked.implementation)
@@ -189,7 +189,7 @@ def _fits(weight_bytes: int, options: EngineOptions) -> Finding:
         return _model(name="weights", text=text)
     free, total = torch.cuda.mem_get_info(device)
     room = free - total * (1 - options.gpu_memory_utilization)
-    text += f"; {max(0.0, room) / 2**30:.1f} GiB may be taken of {options.device}"
+    text += f"; {max(0.0, room) / 2**30:.1f} GiB of {options.device} may be used"
     if weight_bytes < room:
         return _model(name="weights", text=text)
     fix = "free GPU memory, raise engine.gpu_memory_utilization, or take a smaller model or dtype"
@@ -203,7 +203,7 @@ def _tokenizer(path: Path, options: EngineOptions) -> Finding:
 
     try:
         found = load_tokenizer(path)
-    except BaseException as error:  # a broken transformers raises what it likes
+    except BaseException as error:  # a broken transformers may raise anything
         if not is_failure(error):
             raise
         return _model(name="tokenizer", level="error", text=described(error))

@@ -1,5 +1,5 @@
-"""What graphs capture, without a GPU: a stub stands for each graph and runs its pass again over the static buffers, and
-the kernels of inputs and sampling run in Triton's interpreter. Bit for bit on the mock model."""
+"""What graphs capture, without a GPU: a stub takes the place of each graph and runs its pass again over the static
+buffers, and the kernels of inputs and sampling run in Triton's interpreter. Bit for bit on the mock model."""
 
 from __future__ import annotations
 
@@ -92,7 +92,19 @@ def test_greedy_tokens_are_those_of_the_mock_model(tmp_path: Path, captured: Cou
     assert stats.graph_tails == captured["replay_tail decode"] + captured["replay_tail mixed"] > 5
 
 
-def test_seeded_draws_and_what_no_tail_serves(tmp_path: Path, captured: Counter[str]) -> None:
+def test_graphs_whose_inputs_are_gathered_in_front_of_them(
+    tmp_path: Path, captured: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decode steps of a backend that cannot fill its inputs in a graph; the tails are captured all the same."""
+    sizes = CaptureSizes(tuple(size for size in SIZES if not size.prefill_tokens), tail=True)
+    monkeypatch.setattr(starter, "capture_sizes", lambda *_, **__: sizes)
+    with mock_llm(tmp_path, max_num_seqs=4, max_num_batched_tokens=36) as llm:
+        assert tokens_of(llm.generate(ASKED, GREEDY, use_tqdm=False)) == [greedy(p, 6) for p in ASKED]
+    assert captured["replay decode"] == captured["replay_tail decode"] > 3
+    assert not captured["replay mixed"]
+
+
+def test_seeded_draws_and_what_no_tail_does(tmp_path: Path, captured: Counter[str]) -> None:
     """Rows with log-probs and penalties take the eager way behind a replayed step; the others a captured draw."""
     params = [
         SamplingParams(seed=1, max_tokens=6, temperature=0.8),

@@ -216,7 +216,7 @@ def test_decoding_goes_on_from_what_was_recorded(device: torch.device) -> None:
 
 @pytest.mark.gpu
 def test_in_a_graph_without_waiting() -> None:
-    """One graph, captured on padding: the rows and lengths of a replay are those that stand in the buffers then."""
+    """One graph, captured on padding: the rows and lengths of a replay are those that are in the buffers then."""
     device = torch.device("cuda")
     t, out = tables(device), buffers(device, 2)
     state = state_of(t)
@@ -297,7 +297,7 @@ def test_padding_has_a_place_in_the_dummy_block(device: torch.device) -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_what_the_host_writes_arrives_at_once_and_in_order(fused: bool, device: torch.device) -> None:
-    """Of admissions, columns and block appends nothing stands in the tables before `flush`; a column is reset for its
+    """Of admissions, columns and block appends nothing is in the tables before `flush`; a column is reset for its
     next owner and may be set for it in the same step."""
     limits = SlotLimits(max_slots=4, max_model_len=20, vocab_size=VOCAB, num_groups=2, max_blocks=5)
     columns = {"a": ColumnSpec(dtype="float32", default=1.0), "b": ColumnSpec(dtype="bool", default=False)}
@@ -420,6 +420,23 @@ def assert_same(got: GatheredStep, want: GatheredStep) -> None:
         assert torch.equal(a.seq_lens, b.seq_lens)
         assert torch.equal(a.slot_mapping[:tokens], b.slot_mapping)
         assert torch.equal(a.query_start_loc, b.query_start_loc)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("batch", ["decode", "ragged"])
+def test_rows_and_writes_are_one_upload(
+    batch: str, fused: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots, lens = BATCHES[batch]
+    decode = len(slots) if max(lens) == 1 else 0
+    t, sent = tables(device, fused=fused), list[int]()
+    made, original = step_buffers(t), torch.from_numpy
+    t.write(StepPlan(appends=BlockAppends(group=i32([1]), slot=i32([slots[0]]), index=i32([0]), block=i32([77]))))
+    monkeypatch.setattr(torch, "from_numpy", lambda array: (sent.append(len(array)), original(array))[1])
+    plan = StepPlan(slots=i32(slots), num_decode_rows=decode, query_lens=i32(lens), starts=i32([0] * len(slots)))
+    got = made.gather(plan)
+    assert len(sent) == 1
+    assert t.block_tables[1, slots[0], 0] == got.groups[1].block_tables[0, 0] == 77
 
 
 def test_blank_rows_leave_no_trace(device: torch.device) -> None:

@@ -170,7 +170,7 @@ def test_greedy_takes_the_lowest_of_the_likeliest_and_makes_no_noise(monkeypatch
     logits[1, [5, 6]] = 1.0
     rows = rows_of(VOCAB, [tenant(VOCAB, temperature=0, top_k=1), tenant(VOCAB, temperature=0, logit_bias={6: 0.5})])
     assert sample(sampler, logits, rows) == [30, 6]
-    assert called == ["logit_bias"]  # processors that cannot change the arg-max were passed over
+    assert called == ["logit_bias"]  # processors that cannot change the arg-max were skipped
 
 
 @pytest.mark.parametrize("fuse", [True, False])
@@ -209,7 +209,7 @@ def test_min_tokens_masks_the_stop_set_until_its_position() -> None:
     logits[:, 7] = 8.0
     logits[:, 0] = 7.0
     rows = rows_of(10, [tenant(10, prompt=[1, 1], output=[1], temperature=0) for _ in range(3)])
-    rows = stopping(rows, [[4, 7], [4, 7], []], [4, 3, 4])  # the token to be drawn stands at position 3
+    rows = stopping(rows, [[4, 7], [4, 7], []], [4, 3, 4])  # the token to be drawn is at position 3
     assert sample(make_sampler(10, fuse=True), logits, rows) == [0, 4, 4]
     off = replace(rows, any_min_tokens=False)
     assert sample(make_sampler(10, fuse=True), logits, off) == [4, 4, 4]

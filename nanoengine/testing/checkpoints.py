@@ -1,6 +1,6 @@
-"""Tiny random checkpoints as ordinary HF folders: config.json, model.safetensors, optionally a byte tokenizer.
+"""Tiny random checkpoints as Hugging Face folders: config.json, model.safetensors, optionally a byte tokenizer.
 
-Weights are spread widely enough that outputs vary: greedy tokens differ from prompt to prompt.
+The weights are large enough that greedy tokens depend on the prompt.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 SPECIAL_TOKENS = ("<|pad|>", "<|im_start|>", "<|im_end|>")
-"""Ids 256, 257, 258 of the byte tokenizer; the last one ends an answer."""
+"""Ids 256, 257 and 258 of the byte tokenizer. The last one ends an answer."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -23,7 +23,7 @@ CHAT_TEMPLATE = (
 )
 
 NULL: Any = object()
-"""An override that becomes a null in config.json."""
+"""As an override: a null in config.json."""
 
 _SMALL: Mapping[str, Any] = {
     "hidden_act": "silu",
@@ -86,8 +86,10 @@ def tiny_gemma2(path: str | Path, **options: Any) -> Path:
 
 
 def tiny_gemma3(path: str | Path, **options: Any) -> Path:
-    """A random `Gemma3ForCausalLM` in folder `path`, every second layer global and rotated more slowly by a factor of
-    8; options as in `write_checkpoint`. In the form of the published files."""
+    """A random `Gemma3ForCausalLM` in folder `path`, in the form of the published files.
+
+    Every second layer is global and has a rotation that is slower by a factor of 8. Options as in `write_checkpoint`.
+    """
     base = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "vocab_size": 139}
     ropes = {
         "rope_parameters": None,
@@ -113,9 +115,9 @@ def write_checkpoint(
 
     Args:
         config: config.json. overrides: fields to replace in it; None leaves a field out, `NULL` makes it null.
-        seed, std: of the random weights. dtype: of the tensors.
-        files: 1: model.safetensors; more: that many shards and their index.
-        with_tokenizer: also a byte-level tokenizer with a chat template; vocab_size is raised to hold its 259 ids.
+        seed, std: seed and standard deviation of the random weights. dtype: of the tensors.
+        files: 1: model.safetensors; more: so many shards, and their index.
+        with_tokenizer: also write a byte-level tokenizer with a chat template; vocab_size becomes at least 259.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -135,7 +137,7 @@ def write_checkpoint(
 
 
 def tensor_shapes(hf: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor that a checkpoint of a built-in model with this config.json holds."""
+    """Name -> shape of every tensor in a checkpoint of a built-in model with this config.json."""
     hidden, middle, heads = hf["hidden_size"], hf["intermediate_size"], hf["num_attention_heads"]
     size = hf.get("head_dim") or hidden // heads
     q, kv = heads * size, (hf.get("num_key_value_heads") or heads) * size
@@ -189,7 +191,7 @@ def _save(path: Path, tensors: Mapping[str, Tensor], files: int) -> None:
 
 
 def write_byte_tokenizer(path: Path) -> None:
-    """A tokenizer whose ids 0 to 255 are the bytes, followed by `SPECIAL_TOKENS`; no merges."""
+    """Writes a tokenizer without merges: ids 0 to 255 are the bytes, followed by `SPECIAL_TOKENS`."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.BPE(vocab=_byte_characters(), merges=[]))
@@ -210,7 +212,7 @@ def write_byte_tokenizer(path: Path) -> None:
 
 
 def _byte_characters() -> dict[str, int]:
-    """GPT-2's visible stand-in for each byte: itself if printable in Latin-1, else the next character from U+0100."""
+    """GPT-2's visible character for each byte: the byte if printable in Latin-1, else the next one from U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return {chr(byte if byte in printable else next(others)): byte for byte in range(256)}

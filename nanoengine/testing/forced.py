@@ -1,8 +1,8 @@
-"""A logits processor that dictates the output: forced decoding through the real decode path.
+"""A logits processor that forces the output: forced decoding through the real decode path.
 
-Two engines (or two dtypes) that sample freely part at the first near-tie, and nothing behind it can be compared. With
-`SamplingParams(forced=[...], temperature=0, logprobs=k)` every drawn token is the next forced one, while the reported
-log-probs, being those of the raw logits, stay the model's own: errors can be measured at each position.
+The free outputs of two engines (or two dtypes) differ after the first near-tie, and the rest cannot be compared. With
+`SamplingParams(forced=[...], temperature=0, logprobs=k)` every drawn token is the next forced one. The reported
+log-probs are those of the raw logits, so they are the model's own, and errors can be measured at each position.
 
     from nanoengine.testing import forced
     llm = LLM(folder, plugins=[forced])
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ForcedParams(ProcessorParams):
-    """forced: the output, token by token; behind its end sampling is free."""
+    """forced: the tokens of the output. After them, sampling is free."""
 
     forced: tuple[int, ...] | None = None
 
@@ -54,13 +54,13 @@ class ForcedParams(ProcessorParams):
 
 
 class Forced(LogitsProcessor):
-    """Leaves the next forced token alone possible. Runs as a mask, before biases and penalties."""
+    """Removes all tokens except the next forced one. Runs as a mask, before biases and penalties."""
 
     phase = Phase.MASK
 
     def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:
         column = rows.ragged("ids")
-        nth = rows.positions - rows.prompt_lens  # [R], of the output token to be drawn
+        nth = rows.positions - rows.prompt_lens  # [R], index of the output token to be drawn
         at = nth.clamp(max=column.values.shape[1] - 1)[:, None]
         token = column.values.gather(1, at).long()  # [R, 1]
         dictated = (nth < column.counts)[:, None]

@@ -1,9 +1,9 @@
 """A model without weights whose logits are an exact function of the whole history, read back from the KV cache.
 
-K holds (token id, position) of each token; the backend mixes all of a row's entries into an integer, and the logits are
-a hash of that integer and the vocabulary id. A wrong block, a stale slot, an unwritten position or a row mixed up with
-another one gives other tokens, and every correct way of running gives the same ones bit for bit. It is registered like
-any other plugin: this module has the hooks.
+K has (token id, position) of each token. The backend mixes all entries of a row into an integer, and the logits are a
+hash of this integer and the vocabulary id. A wrong block, an old slot, an unwritten position or a row that is confused
+with another one gives other tokens, and every correct way of running gives the same tokens bit for bit. It is
+registered like any other plugin: this module has the hooks.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from nanoengine.api import (
 
 ARCHITECTURE = "MockForCausalLM"
 _WORD = (1 << 32) - 1
-_HALF = 1 << 20  # hidden states carry 20 bits each: exact in float32
+_HALF = 1 << 20  # a hidden state has 20 bits, which are exact in float32
 
 
 def mix(x: Tensor) -> Tensor:
@@ -50,12 +50,12 @@ def mix(x: Tensor) -> Tensor:
 
 
 def mark(token_ids: Tensor, positions: Tensor) -> Tensor:
-    """What one token adds to the history's sum, int64."""
+    """The number that a token adds to the sum of the history, int64."""
     return mix((token_ids * 0x9E3779B1 + positions * 0x7F4A7C15 + 1) & _WORD)
 
 
 def logits_of(history: Tensor, vocab_size: int) -> Tensor:
-    """[R] sums of marks -> float32 [R, V] in [0, 16), exact multiples of 2^-12."""
+    """Sums of marks [R] -> logits float32 [R, V] in [0, 16), exact multiples of 2^-12."""
     ids = torch.arange(vocab_size, device=history.device)
     return (mix((mix(history & _WORD)[:, None] + ids * 0x27D4EB2F) & _WORD) >> 16).float() / 4096
 
@@ -68,9 +68,9 @@ def reference_logits(token_ids: Sequence[int], vocab_size: int) -> Tensor:
 
 
 class MockAttention(AttentionBackend):
-    """Output per token: the sum of the marks of its whole context, as two 20-bit halves.
+    """The attention of the mock model. A token's output is the sum of the marks of its context, in two 20-bit halves.
 
-    On a GPU nothing depends on the host's lengths, so any padded batch may be captured.
+    On a GPU nothing depends on the lengths on the host, so any padded batch may be captured.
     """
 
     capabilities = AttentionCapabilities(
@@ -102,7 +102,7 @@ class MockAttention(AttentionBackend):
         sums = marks.cumsum(1)  # [B, longest]: history up to and with each position
         ends = self.inputs.query_start_loc[1:]
         tokens = torch.arange(len(q), dtype=ends.dtype, device=self.device)
-        rows = torch.searchsorted(ends, tokens, right=True).clamp(max=len(ends) - 1)  # padding belongs to the last row
+        rows = torch.searchsorted(ends, tokens, right=True).clamp(max=len(ends) - 1)  # padding counts as the last row
         history = sums[rows, self.inputs.positions] % (_HALF * _HALF)
         return torch.stack((history // _HALF, history % _HALF), 1).float()[:, None, :]
 
@@ -129,7 +129,7 @@ class MockModel(Model):
     def compute_logits(self, hidden: Tensor) -> Tensor:
         halves = hidden.long()
         logits = logits_of(halves[:, 0] * _HALF + halves[:, 1], self.vocab_size)
-        width = -(-self.vocab_size // self.tp.size)  # each rank has all, and shows its slice
+        width = -(-self.vocab_size // self.tp.size)  # each rank computes all logits and returns its slice
         own = logits[:, self.tp.rank * width :][:, :width]
         return torch.nn.functional.pad(own, (0, width - own.shape[1]), value=float("-inf"))
 
@@ -141,7 +141,7 @@ def write_mock_checkpoint(
     max_position_embeddings: int = 512,
     eos_token_id: int | list[int] | None = None,
 ) -> Path:
-    """A folder with a mock model's config.json (and generation_config.json); load it with `load_format="dummy"`."""
+    """Writes a mock model's config.json (and generation_config.json) for `load_format="dummy"`. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "architectures": [ARCHITECTURE],

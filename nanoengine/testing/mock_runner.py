@@ -1,9 +1,10 @@
-"""A runner without a model, in numpy: what it samples shows whether the plan was right.
+"""A runner without a model, in numpy. The sampled tokens show whether the plans were correct.
 
-It keeps what a device keeps: slot tables as the plan writes them and a KV cache addressed through the block tables.
-A token's KV entry depends on the token, its position and every KV entry before it *as read through the block table
-when it is computed*; a sampled token depends on the entries of its whole history, read likewise. So a wrong block, a
-block reused too early, a stale slot or a dead row that was kept changes the tokens. `expected_tokens` is the truth.
+It has the state of a device: slot tables, which the plans write, and a KV cache with block tables. The KV entry of a
+token depends on the token, its position and every KV entry before it, *read through the block table when it is
+computed*. A sampled token depends on the entries of its whole history, read in the same way. So a wrong block, a block
+that is reused too early, an old slot or a row that should not run any more changes the tokens. `expected_tokens` gives
+the correct ones.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from nanoengine.core.step import (
 )
 
 _MASK = (1 << 64) - 1
-_WEIGHTS = np.arange(1, 1 << 16, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) | np.uint64(1)  # by position
+_WEIGHTS = np.arange(1, 1 << 16, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) | np.uint64(1)  # one per position
 
 
 def _mix(value: int) -> int:
-    """A 64-bit finaliser (splitmix64's): all bits of the result depend on all bits of the value."""
+    """The 64-bit finaliser of splitmix64: all bits of the result depend on all bits of the value."""
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)
 
 
 def _entry(history: int, token: int, position: int) -> int:
-    """KV entry of `token` at `position` after a history whose weighted sum is `history`."""
+    """The KV entry of `token` at `position`, after a history with the weighted sum `history`."""
     return _mix((history + 0x632BE59BD9B4E019 * (token + 1) + (position << 40)) & _MASK)
 
 
@@ -51,7 +52,7 @@ def _add(history: int, entry: int, position: int) -> int:
 def _choose(
     history: int, length: int, vocab: int, stop_ids: Collection[int], min_len: int, seed: int, index: int, bias: int
 ) -> int:
-    """The token at position `length`; stop ids are masked while `length` is below `min_len`."""
+    """The token at position `length`. Stop ids are masked if `length` is less than `min_len`."""
     token = (_mix(history ^ _mix((seed * 1000003 + index) & _MASK)) + bias) % vocab
     while length < min_len and token in stop_ids:
         token = (token + 1) % vocab
@@ -74,10 +75,10 @@ def expected_tokens(
     sample_index: int = 0,
     bias: Callable[[Sequence[int]], int] = lambda outputs: 0,
 ) -> list[int]:
-    """The output of a request that runs alone in a right engine, the stop token that ends it included.
+    """The output of a request that runs alone in a correct engine, including the stop token that ends it.
 
-    `bias(outputs so far)` is the sum of the request's processor columns. A greedy request has seed 0 and
-    sample index 0.
+    `bias(outputs so far)` is the sum of the request's processor columns. A greedy request has seed 0 and sample index
+    0.
     """
     history, tokens = 0, list(prompt)
     for position, token in enumerate(tokens):
@@ -96,10 +97,10 @@ def expected_tokens(
 
 
 class MockRunner:
-    """Executes plans in order. `launch` a step, then `wait` for the oldest: one step may be launched ahead.
+    """Runs plans in order: `launch` a step, then `wait` for the oldest one. One step may be launched ahead.
 
     Args:
-        groups, num_blocks, block_size: as of the block manager, the dummy block included.
+        groups, num_blocks, block_size: those of the block manager, including the dummy block.
         max_num_seqs, max_model_len, spare_slots: sizes of the slot tables.
         vocab: ids are 0 to vocab - 1.
     """
@@ -128,11 +129,11 @@ class MockRunner:
         self.slots: list[dict[str, Any]] = [{} for _ in range(slots)]
         self.columns: list[dict[tuple[str, str], int]] = [{} for _ in range(slots)]
         self.fail_row: Callable[[StepPlan, int], int] = lambda plan, row: ROW_FINE
-        """Test hook: the `failed` code of a row."""
+        """The `failed` code of a row; tests may override it."""
         self._results: deque[StepResult] = deque()
 
     def launch(self, plan: StepPlan) -> None:
-        """Runs the step on the device's state; its result stays hidden until `wait`."""
+        """Runs the step. Its result is available after `wait`."""
         self._enter(plan.new)
         for column in plan.columns:
             self._set_column(column)
@@ -142,11 +143,11 @@ class MockRunner:
         self._results.append(self._run(plan))
 
     def wait(self) -> StepResult:
-        """Result of the oldest launched step."""
+        """The result of the oldest launched step."""
         return self._results.popleft()
 
     def drop(self) -> None:
-        """Forgets the results of launched steps (they broke)."""
+        """Drops the results of launched steps, which have failed."""
         self._results.clear()
 
     def _enter(self, new: NewSlots) -> None:
@@ -169,7 +170,7 @@ class MockRunner:
             self.columns[slot][column.processor, column.column] = int(values.sum())
 
     def _check_plan(self, plan: StepPlan) -> None:
-        """What every device relies on. Decode rows read their token on the device: `starts` bounds them."""
+        """Checks what every device requires of a plan. Decode rows read their token on the device, at `starts`."""
         assert plan.num_rows and (plan.query_lens > 0).all()
         assert len(set(plan.slots.tolist())) == plan.num_rows, "a slot twice in one step"
         assert (plan.query_lens[: plan.num_decode_rows] == 1).all()
@@ -181,7 +182,7 @@ class MockRunner:
         assert len({tuple(each) for each in written.T.tolist()}) == plan.num_tokens, "two rows write one KV slot"
 
     def written_slots(self, plan: StepPlan) -> npt.NDArray[np.int64]:
-        """[groups, T]: block * block_size + offset of each token."""
+        """block * block_size + offset of each token, [groups, T]."""
         slots = np.repeat(plan.slots, plan.query_lens)
         positions = np.concatenate(
             [np.arange(s, s + n) for s, n in zip(plan.starts, plan.query_lens, strict=True)], dtype=np.int64
@@ -225,9 +226,9 @@ class MockRunner:
         )
 
     def _forward(self, slot: int, start: int, end: int) -> int:
-        """Writes the KV of tokens [start, end) -> the weighted sum over the whole history, read through the tables.
+        """Writes the KV of tokens [start, end). Returns the weighted sum of the whole history, read through the tables.
 
-        Groups hold equal entries; where one differs, the sum does.
+        All groups have equal entries; if one differs, the sum differs.
         """
         history = self._read(slot, start)
         for position in range(start, end):
@@ -267,7 +268,7 @@ class MockRunner:
 
 
 def _logprob_rows(entries: Sequence[tuple[int, int, int, int]]) -> LogprobRows:
-    """Made-up log-probs of (row, position, token, top) entries; the top ids are those that follow the token."""
+    """Log-probs of the mock for (row, position, token, top) entries. The top ids are those that follow the token."""
     tops = [(token + 1 + k, position) for _, position, token, top in entries for k in range(top)]
     return LogprobRows(
         rows=i32([row for row, _, _, _ in entries]),

@@ -1,8 +1,8 @@
-"""Conformance kits: what the engine relies on in a plugin's part, each in one call from the plugin's own tests.
+"""Conformance kits: tests of everything that the engine requires of a plugin's part, each as one call in a test.
 
     from nanoengine.testing.conformance import check_attention_backend, check_model, check_processor
 
-Each raises `ConformanceError`, an AssertionError that tells what was expected of which call; a CPU is enough.
+Each raises `ConformanceError`, an AssertionError that says what was expected of which call. They need no GPU.
 """
 
 from nanoengine.testing.conformance.attention import check_attention_backend

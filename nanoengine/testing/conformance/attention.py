@@ -1,4 +1,4 @@
-"""`check_attention_backend`: a backend against attention written out, over the steps that an engine makes."""
+"""`check_attention_backend`: compares a backend with plain attention, in the steps that an engine runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from nanoengine.setup.start.backend_checks import kv_block_bytes
 from nanoengine.testing.conformance.failure import during, require, require_close
 from nanoengine.testing.conformance.paging import Paging
 
-# Of outputs of about 1: rounding of products in float32; of probabilities and output in the others.
+# For outputs of about 1. float32: rounding of products. Other dtypes: rounding of probabilities and of the output.
 TOLERANCE: Mapping[str, float] = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
 _LAYERS = 2
 _LONGEST = 96
@@ -46,7 +46,7 @@ class _Case:
             num_heads=self.heads,
             num_kv_heads=self.kv_heads,
             head_size=self.head_size,
-            scale=1.3 * self.head_size**-0.5,  # not what a backend might have hard-wired
+            scale=1.3 * self.head_size**-0.5,  # different from the usual scale, which a backend may have hard-coded
             window=self.window,
             soft_cap=self.soft_cap,
         )
@@ -70,14 +70,17 @@ def check_attention_backend(
     head_sizes: Sequence[int] | None = None,
     block_sizes: Sequence[int] | None = None,
 ) -> None:
-    """Prompts whole and in chunks, decoding, mixed batches, shared and reused blocks, two layers; for every
-    head size, dtype, grouping of heads and feature that the backend declares. Blocks hold NaN and infinity before they
-    are used, and one row of most steps has nothing else.
+    """Tests an attention backend.
+
+    The steps have prompts, chunks, decode rows, mixed batches, shared and reused blocks, and two layers. They run for
+    every head size, dtype, grouping of heads and feature that the backend declares. Blocks have NaN and infinity before
+    they are used, and one row of most steps has nothing else.
 
     Args:
-        device: where it runs. dtypes, head_sizes, block_sizes: what to try; default: what it declares, or a choice.
+        device: where it runs.
+        dtypes, head_sizes, block_sizes: what to test. Default: what the backend declares, or a selection.
 
-    Raises `ConformanceError` saying what was wrong in which step.
+    Raises `ConformanceError` that says what was wrong in which step.
     """
     check_class(backend, AttentionBackend, backend.__qualname__)
     capabilities = backend.capabilities
@@ -88,8 +91,10 @@ def check_attention_backend(
 
 
 def _check_answers(backend: type[AttentionBackend], capabilities: AttentionCapabilities, device: str) -> None:
-    """What it says of itself agrees with what it declares."""
-    require(device in capabilities.devices, f"{backend.__name__}.capabilities.devices lacks {device!r}: nothing to try")
+    """Checks that `unsupported` agrees with `capabilities`."""
+    require(
+        device in capabilities.devices, f"{backend.__name__}.capabilities.devices lacks {device!r}: nothing to test"
+    )
     nowhere = AttentionNeed(device="nowhere", dtype="float32", head_sizes=frozenset({64}))
     require(
         bool(unsupported_reasons(backend, nowhere)), f"{backend.__name__}.unsupported accepts a device called 'nowhere'"
@@ -108,9 +113,9 @@ def _cases(
     head_sizes: Sequence[int] | None,
     block_sizes: Sequence[int] | None,
 ) -> Iterator[_Case]:
-    """One of all defaults, then each property changed by itself."""
+    """The default case, then one case for each changed property."""
     dtypes = dtypes or [d for d in TOLERANCE if capabilities.dtypes is None or d in capabilities.dtypes]
-    require(bool(dtypes), f"capabilities.dtypes holds none of {', '.join(TOLERANCE)}: give dtypes=")
+    require(bool(dtypes), f"capabilities.dtypes has none of {', '.join(TOLERANCE)}: give dtypes=")
     sizes = head_sizes or (sorted(capabilities.head_sizes) if capabilities.head_sizes else (16, 64, 20))
     multiple = capabilities.block_multiple
     blocks = block_sizes or ((4, 16, 1) if multiple == 1 else (multiple, 2 * multiple))
@@ -126,7 +131,7 @@ def _cases(
 
 
 class _Play:
-    """One backend instance through a fixed story of steps, beside the K and V of every sequence as they should be."""
+    """Runs a fixed list of steps on one backend instance, and keeps the correct K and V of every sequence."""
 
     def __init__(self, backend: type[AttentionBackend], case: _Case, device: torch.device) -> None:
         self.backend, self.case, self.device = backend, case, device
@@ -135,7 +140,7 @@ class _Play:
         blocks = 2 + 7 * self.limits.max_blocks
         self.paging = Paging(self.limits, blocks, device)
         self.random = torch.Generator().manual_seed(7)
-        self.broken = set[str]()  # sequences of NaN and infinity; their outputs are as they may be
+        self.broken = set[str]()  # sequences of NaN and infinity; their outputs are not checked
         self.kv: dict[str, list[Tensor]] = {}  # name -> float64 [layers, 2, tokens, KV heads, head size], in chunks
         need = AttentionNeed(
             device=device.type,
@@ -145,7 +150,7 @@ class _Play:
             features=case.features & backend.capabilities.features,
         )
         reasons = unsupported_reasons(backend, need)
-        require(not reasons, f"unsupported() refuses what capabilities declare: {'; '.join(reasons)}")
+        require(not reasons, f"unsupported() rejects what capabilities declare: {'; '.join(reasons)}")
         with during("kv_block_bytes()"):
             kv_block_bytes(backend, case.kv, case.block_size)
         with during("__init__() or allocate()"):
@@ -164,15 +169,17 @@ class _Play:
         self.step("a prompt that begins in shared blocks", {"b": 1, "shared": 6})
         self.step("large values", {"a": 30}, scale=64.0)
         self.drop("a")
-        self.step("blocks reused, old values behind their ends", {"b": 1, "late": 7, "later": 2})
-        for _ in range(min(6, self.case.block_size)):  # some row begins a block
-            self.step("decode there", {"late": 1, "later": 1, "shared": 1})
+        self.step("blocks reused, old values after their ends", {"b": 1, "late": 7, "later": 2})
+        for _ in range(min(6, self.case.block_size)):  # so that some row begins a block
+            self.step("decode in reused blocks", {"late": 1, "later": 1, "shared": 1})
         with during("release()"):
             self.made.release()
 
     def leave_nothing_finite(self) -> None:
-        """NaN and infinity, as a request whose numbers break leaves them: in the dummy block, and in the blocks that
-        the story will use. "ill" is such a request, and goes on beside the others."""
+        """Writes NaN and infinity to the dummy block and to the blocks that the steps will use.
+
+        A request with overflowing values leaves such values. The sequence "ill" is one, and runs with the others.
+        """
         self.paging.tables["dummy"] = [0] * self.limits.max_blocks
         for name, count in {"dummy": min(self.case.block_size, _LONGEST), "one": _LONGEST, "other": _LONGEST}.items():
             self.broken.add(name)
@@ -221,33 +228,33 @@ class _Play:
         want = {i: attend(queries[i], *self.keys_and_values(rows[i], layer), self.case.layer) for i in sound}
         scale = max([1.0, *(float(w.abs().max()) for w in want.values())])
         for i, expected in want.items():
-            what = f"row {rows[i]!r} ({len(expected)} new tokens, {self.paging.lens[rows[i]]} in all)"
+            what = f"row {rows[i]!r} ({len(expected)} new tokens, {self.paging.lens[rows[i]]} in total)"
             require(
                 bool(real[i].isfinite().all()),
-                f"{what}: not finite. Blocks hold NaN and infinity of other sequences behind a row's end, in the dummy "
-                "block and in blocks used before, and neither a weight of 0 nor a mask that is added keeps them out; "
-                "or the row's own K and V are not where slot_mapping says",
+                f"{what}: not finite. Blocks have NaN and infinity of other sequences after a row's end, in the dummy "
+                "block and in blocks used before; a weight of 0 or an added mask does not remove them. Or the row's "
+                "own K and V are not where slot_mapping says",
             )
             require_close(real[i], expected, TOLERANCE[self.case.dtype] * scale, what)
 
     def keys_and_values(self, name: str, layer: int) -> tuple[Tensor, Tensor]:
-        """float64 [tokens, KV heads, head size] each: all of a sequence."""
+        """K and V of a whole sequence, float64 [tokens, KV heads, head size] each."""
         keys, values = torch.cat(self.kv[name], dim=2)[layer]
         return keys, values
 
     def joined(self, parts: Sequence[Tensor], padded: int) -> Tensor:
-        """One behind the other; padding holds what must not matter."""
+        """The parts, one after the other, and padding with values that must have no effect."""
         rows = torch.cat(list(parts))
         return torch.cat([rows, rows.new_full((padded, *rows.shape[1:]), float("nan"))]).to(self.device, self.dtype)
 
     def normal(self, *shape: int) -> Tensor:
-        """float64, rounded as the backend will see it."""
+        """Random values as float64, rounded to the dtype of the backend."""
         values = torch.randn(*shape, self.case.head_size, generator=self.random, dtype=torch.float64)
         return values.to(self.dtype).double()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionLayerSpec) -> Tensor:
-    """Attention written out: q [Q, H, D] are the last queries over k and v [S, Hkv, D] -> [Q, H, D]."""
+    """Plain attention: q [Q, H, D], the last Q queries, and k and v [S, Hkv, D] -> [Q, H, D]."""
     groups = spec.num_heads // spec.num_kv_heads
     k, v = (x.repeat_interleave(groups, dim=1).transpose(0, 1) for x in (k, v))  # [H, S, D]
     scores = q.transpose(0, 1) @ k.mT * spec.scale  # [H, Q, S]

@@ -1,4 +1,4 @@
-"""How a kit says that a part does not keep its contract."""
+"""The error of the conformance kits, and helpers that raise it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nanoengine.api.errors import described, is_failure
 
 
 class ConformanceError(AssertionError):
-    """A plugin's part does not do what the engine relies on."""
+    """A plugin's part does not do what the engine requires."""
 
 
 def require(holds: bool, message: str) -> None:
@@ -20,12 +20,12 @@ def require(holds: bool, message: str) -> None:
 
 
 def require_close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
-    """Absolute error, in the wider of the two dtypes; infinities must stand in the same places."""
+    """Raises `ConformanceError` if the absolute error is too large, or infinities are at different places."""
     require(got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}")
     got, want = got.double(), want.double().to(got.device)
-    require(bool(got.isnan().logical_not().all()), f"{what}: holds NaN")
+    require(bool(got.isnan().logical_not().all()), f"{what}: has NaN")
     finite = want.isfinite()
-    require(bool((got.isfinite() == finite).all()), f"{what}: infinities in other places than expected")
+    require(bool((got.isfinite() == finite).all()), f"{what}: infinities at other places than expected")
     if finite.any():
         worst = float((got - want)[finite].abs().max())
         require(worst <= tolerance, f"{what}: off by {worst:.2g}, more than {tolerance:.2g}")
@@ -33,7 +33,7 @@ def require_close(got: Tensor, want: Tensor, tolerance: float, what: str) -> Non
 
 @contextmanager
 def during(what: str) -> Iterator[None]:
-    """Says during what an exception was raised by the part under test."""
+    """A context that turns exceptions of the tested part into `ConformanceError`; `what` says what was done."""
     try:
         yield
     except ConformanceError as error:

@@ -1,4 +1,4 @@
-"""`check_model`: a model against a reference, over ragged, chunked and shared steps, on one rank and on several."""
+"""`check_model`: compares a model with a reference, in ragged, chunked and shared steps, on one and several ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nanoengine.testing.conformance.ranks import Ranks
 
 _CPU = torch.device("cpu")
 _BLOCK_SIZE = 4
-_BLAND = 0.02  # standard deviation of log-probs below which two different models could look alike
+_BLAND = 0.02  # with a smaller standard deviation of log-probs, errors could not be detected
 
 Reference = Callable[[Tensor], Any]
 
@@ -39,13 +39,13 @@ def check_model(
     """Loads a checkpoint in float32 and compares log-probs at every position.
 
     Args:
-        checkpoint: a small one, as a folder with config.json and safetensors; at least 24 positions.
-        reference: token ids int64 [1, n] -> logits [n, V] or [1, n, V], or an object with such `logits`: what
-            transformers' models are.
-        ranks: tensor-parallel sizes to try, as threads.
-        tolerance: on log-probs.
+        checkpoint: a folder with config.json and safetensors of a small model with at least 24 positions.
+        reference: token ids int64 [1, n] -> logits [n, V] or [1, n, V], or an object with such `logits`, as
+            transformers' models return.
+        ranks: tensor-parallel sizes to test; ranks are threads.
+        tolerance: largest error of log-probs.
 
-    Raises `ConformanceError` saying what was wrong.
+    Raises `ConformanceError` that says what was wrong.
     """
     check_class(model, Model, model.__qualname__)
     path = Path(checkpoint)
@@ -58,7 +58,7 @@ def check_model(
 
 
 def _check_config(model: type[Model], hf: Mapping[str, Any]) -> None:
-    """A field that is missing, or of another type, is a `ModelError` and nothing else."""
+    """Checks that a missing field, or one with a wrong type, raises a `ModelError`."""
     for name, value in hf.items():
         without = {key: other for key, other in hf.items() if key != name}
         for broken in (without, {**without, name: 17 if isinstance(value, str) else "wrong"}):
@@ -72,19 +72,19 @@ def _check_config(model: type[Model], hf: Mapping[str, Any]) -> None:
                 how = f"with {name} = {broken[name]!r}" if name in broken else f"without {name!r}"
                 raise ConformanceError(
                     f"{model.__name__}.read_config {how} raised {described(error)}; "
-                    "a user's config.json must raise ModelError, naming the field"
+                    "a wrong config.json must raise a ModelError that names the field"
                 ) from error
 
 
 def _prompts(vocab_size: int, longest: int) -> dict[str, list[int]]:
-    """Ids of four sequences."""
+    """Name -> token ids of four sequences."""
     random = torch.Generator().manual_seed(5)
     lens = {"slow": 9, "one": 1, "short": 7, "long": min(longest, 45)}
     return {name: torch.randint(vocab_size, (n,), generator=random).tolist() for name, n in lens.items()}
 
 
 class _Served:
-    """The model on `size` ranks, with the reference backend and KV blocks of its own."""
+    """The model on `size` ranks, with the reference backend and its own KV blocks."""
 
     def __init__(self, model: type[Model], hf: Mapping[str, Any], path: Path, size: int) -> None:
         self.ranks = Ranks(size)
@@ -93,14 +93,14 @@ class _Served:
         config = self.built[0].config
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
         self.longest = min(config.max_model_len, 64)
-        require(self.longest >= 24, f"the checkpoint's {config.max_model_len} positions are too few: it takes 24")
+        require(self.longest >= 24, f"the checkpoint's {config.max_model_len} positions are too few: 24 are needed")
         self.limits = BatchLimits(max_rows=8, max_tokens=128, max_model_len=self.longest, block_size=_BLOCK_SIZE)
         self.paging = Paging(self.limits, 2 + 6 * self.limits.max_blocks, _CPU)
         self.backends = [self._bind(built) for built in self.built]
 
     def _load(self, model: type[Model], hf: Mapping[str, Any], path: Path, rank: int) -> BuiltModel:
         tp = self.ranks.groups[rank]
-        build_model(model, hf, tp=tp, dtype=torch.float32, device="meta")  # as the engine does first
+        build_model(model, hf, tp=tp, dtype=torch.float32, device="meta")  # the engine does this first
         built = build_model(model, hf, tp=tp, dtype=torch.float32, device=_CPU)
         load_weights(built.model, built.config, path, tp)
         return built
@@ -115,13 +115,13 @@ class _Served:
         return backends
 
     def compare(self, prompts: Mapping[str, list[int]], reference: Reference, tolerance: float) -> None:
-        """Each prompt at its own pace, then one that begins in blocks of another."""
+        """Compares prompts with different chunks, then one that begins in blocks of another prompt."""
         want = {name: _expected(reference, ids) for name, ids in prompts.items()}
         spread = float(want["long"].std(dim=0).mean())
         require(
             spread > _BLAND,
-            f"the reference's log-probs hardly depend on the input (standard deviation {spread:.1g} over positions): "
-            "spread the checkpoint's weights more widely, or errors could not be seen",
+            f"the reference's log-probs almost do not depend on the input (standard deviation {spread:.1g} over "
+            "positions): use larger weights in the checkpoint, so that errors can be detected",
         )
         pace = {"slow": 1, "one": 1, "short": 5, "long": 11}
         while chunks := {
@@ -169,10 +169,10 @@ class _Served:
         logits = self.ranks.each(forward)[0]
         require(
             logits.shape[0] == len(ids) and logits.shape[1] >= self.vocab_size,
-            f"compute_logits() returned shape {tuple(logits.shape)} in all, not [R, V] = {(len(ids), self.vocab_size)}",
+            f"compute_logits() returned shape {tuple(logits.shape)}, not [R, V] = {(len(ids), self.vocab_size)}",
         )
         padding = logits[:, self.vocab_size :]
-        require(bool((padding == float("-inf")).all()), "compute_logits(): columns behind the vocabulary must be -inf")
+        require(bool((padding == float("-inf")).all()), "compute_logits(): columns after the vocabulary must be -inf")
         got = logits[:, : self.vocab_size].log_softmax(-1)
         for name, part in zip(rows, torch.split(got, [chunks[name] for name in rows]), strict=True):
             first, last = spans[name]
@@ -182,7 +182,7 @@ class _Served:
 
 @torch.inference_mode()
 def _expected(reference: Reference, ids: Sequence[int]) -> Tensor:
-    """float32 [n, V] log-probs."""
+    """The reference's log-probs, float32 [n, V]."""
     if isinstance(reference, nn.Module):
         reference.eval()
     with during("the reference"):

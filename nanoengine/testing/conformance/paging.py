@@ -1,4 +1,4 @@
-"""Sequences in scattered KV blocks, and the `StepInputs` of any step over them, as the engine would make them."""
+"""Sequences in scattered KV blocks, and the `StepInputs` of steps with them, as the engine would make them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Paging:
     """Block tables of named sequences.
 
     Attributes:
-        limits: of every step. num_blocks: in all, the dummy block 0 included. device: of the step's tensors.
-        tables: a sequence's blocks. lens: its tokens so far.
+        limits: bounds of every step. num_blocks: of the pool, including the dummy block 0. device: of the tensors.
+        tables: name -> blocks of a sequence. lens: name -> number of its tokens so far.
     """
 
     limits: BatchLimits
@@ -28,32 +28,32 @@ class Paging:
     _free: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        # A stride that shares no factor with the number of blocks: neighbours in a sequence are none in memory.
+        # The stride has no common factor with the number of blocks, so consecutive blocks are not adjacent in memory.
         count = self.num_blocks - 1
         stride = next(s for s in range(7, 7 + count) if gcd(s, count) == 1)
         self._free = [1 + i * stride % count for i in range(count)]
 
     def share(self, new: str, old: str) -> int:
-        """Starts `new` on the whole blocks that `old` has filled; gives the number of tokens they hold."""
+        """Starts `new` with the full blocks of `old`. Returns the number of tokens in them."""
         whole = self.lens[old] // self.limits.block_size
         self.tables[new] = self.tables[old][:whole]
         self.lens[new] = whole * self.limits.block_size
         return self.lens[new]
 
     def drop(self, name: str) -> None:
-        """Frees the blocks of a sequence that shares none; the next one to need blocks gets them."""
+        """Frees the blocks of a sequence that shares none. They are the next ones to be used again."""
         self._free += self.tables.pop(name)
         del self.lens[name]
 
     def order(self, chunks: Mapping[str, int]) -> list[str]:
-        """The rows of a step: single tokens first."""
+        """The rows of a step in order: single tokens first."""
         return sorted(chunks, key=lambda name: chunks[name] > 1)
 
     def step(self, chunks: Mapping[str, int], *, padded_rows: int = 0, host_slack: int = 0) -> StepInputs:
-        """Appends so many tokens to each sequence, in one step.
+        """The inputs of a step that appends so many tokens to each sequence.
 
-        `padded_rows`: rows of one token on the dummy block, behind a step of single tokens. `host_slack`: by how much
-        the host overestimates the lengths of single-token rows.
+        `padded_rows`: rows of one token in the dummy block, after a step of single tokens. `host_slack`: how much the
+        host overestimates the lengths of single-token rows.
         """
         rows, size = self.order(chunks), self.limits.block_size
         tables = torch.zeros(len(rows) + padded_rows, self.limits.max_blocks, dtype=torch.int32)

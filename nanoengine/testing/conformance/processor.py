@@ -1,4 +1,4 @@
-"""`check_processor`: a logits processor by itself, in mixed batches, on a part of the vocabulary, and in the engine."""
+"""`check_processor`: tests a logits processor alone, in mixed batches, with a part of the vocabulary, in the engine."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from nanoengine.testing.conformance.failure import ConformanceError, during, req
 from nanoengine.testing.conformance.processor_rows import Batch, Row, columns_of
 
 _MAX_LEN = 32
-_SPLIT = 0.4  # where the vocabulary is cut for a sharded processor
+_SPLIT = 0.4  # where the vocabulary is split for a sharded processor
 _HISTORIES = ((3, 0), (6, 4), (9, 7))  # prompt and output lengths of the rows of each example
 
 
 class _Vocabulary:
-    """The context that parameters are checked against: a character is a token."""
+    """A context for the checks of parameters, in which each character is a token."""
 
     max_model_len = _MAX_LEN
 
@@ -46,14 +46,14 @@ class _Vocabulary:
 def check_processor(
     spec: SamplerSpec, *examples: Mapping[str, Any], refused: Sequence[Mapping[str, Any]] = (), vocab_size: int = 97
 ) -> None:
-    """What the engine relies on in a processor and its parameters.
+    """Tests a processor and its parameters.
 
     Args:
         spec: what the plugin's `register_samplers` returns.
-        examples: values of its fields, each of which must change the logits of some row: {"even_only": True}.
+        examples: values of its fields. Each example must change the logits of some row: {"even_only": True}.
         refused: values that must raise `ParamsError`.
 
-    Raises `ConformanceError` saying what was wrong.
+    Raises `ConformanceError` that says what was wrong.
     """
     require(
         bool(examples), f"give check_processor an example of {spec.name!r}: values of its fields that have an effect"
@@ -69,7 +69,7 @@ def check_processor(
         out = _check_apply(processor, batch, examples)
         _check_rows_alone(processor, batch, out)
         if processor.argmax_invariant:
-            for shift in range(4):  # the likeliest tokens close together, and each in turn another id
+            for shift in range(4):  # the likeliest tokens are close together, and each shift gives them other ids
                 each = replace(batch, logits=0.03 * batch.logits.roll(shift, -1))
                 same = torch.equal(_apply(processor, each).argmax(-1), each.logits.argmax(-1))
                 require(same, "argmax_invariant is set, but apply() changes which token is the likeliest")
@@ -80,22 +80,23 @@ def check_processor(
 
 
 def _check_imports(spec: SamplerSpec) -> None:
-    """Its parameters come without torch: they are read wherever plugins are listed."""
+    """Checks that the module of the parameters imports no torch, because it is imported to list plugins."""
     module = spec.params.__module__
     if module == "__main__" or importlib.util.find_spec(module) is None:
-        return  # a plugin file: there both may stand together
+        return  # in a plugin file, parameters and processor may be together
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     require(not done.stderr, f"importing {module} by itself failed: {done.stderr[-500:]}")
     require(
-        done.returncode == 0, f"{module}, which holds {spec.params.__name__}, imports torch: put it in one that not"
+        done.returncode == 0,
+        f"{module}, which has {spec.params.__name__}, imports torch: move it to a module that does not",
     )
 
 
 def _check_params(params: type[ProcessorParams], examples: Sequence[Mapping[str, Any]]) -> None:
     plain = params()
-    require(not plain.active(), f"{params.__name__}() is active: each field's default must be inert")
+    require(not plain.active(), f"{params.__name__}() is active: each field's default must have no effect")
     for example in examples:
         require(
             params(**example).active(), f"{params.__name__}({_shown(example)}) is not active: active() returned False"
@@ -108,7 +109,7 @@ def _check_refused(resolver: ParamsResolver, refused: Sequence[Mapping[str, Any]
             resolver.resolve(SamplingParams(**values))
         except ParamsError:
             continue
-        require(False, f"{_shown(values)} was not refused: raise ParamsError in __post_init__ or in pack()")
+        require(False, f"{_shown(values)} was not rejected: raise ParamsError in __post_init__ or in pack()")
 
 
 def _make(spec: SamplerSpec, vocab_size: int, device: str) -> LogitsProcessor:
@@ -123,7 +124,7 @@ def _make(spec: SamplerSpec, vocab_size: int, device: str) -> LogitsProcessor:
 def _batch(
     spec: SamplerSpec, resolver: ParamsResolver, examples: Sequence[Mapping[str, Any]], vocab_size: int
 ) -> Batch:
-    """Three rows of each example with histories of their own, and three that do not want the processor, shuffled."""
+    """Three rows of each example with different histories, and three that do not use the processor, shuffled."""
     random = torch.Generator().manual_seed(11)
 
     def tokens(count: int) -> list[int]:
@@ -146,7 +147,7 @@ def _check_apply(processor: LogitsProcessor, batch: Batch, examples: Sequence[Ma
     for row, number in enumerate(batch.examples):
         if number < 0:
             unchanged = torch.equal(out[row], batch.logits[row])
-            require(unchanged, "apply() changed a row that does not want the processor: its columns hold the defaults")
+            require(unchanged, "apply() changed a row that does not use the processor: its columns have the defaults")
     require(not bool((out == float("-inf")).all(-1).any()), "apply() removed every token of a row: none can be drawn")
     for number, example in enumerate(examples):
         mine = [row for row, each in enumerate(batch.examples) if each == number]
@@ -168,25 +169,25 @@ def _apply(processor: LogitsProcessor, batch: Batch) -> Tensor:
 
 
 def _check_rows_alone(processor: LogitsProcessor, batch: Batch, out: Tensor) -> None:
-    """A row comes out the same whoever else is in the batch, and wherever it stands."""
+    """Checks that the result of a row does not depend on the other rows in the batch, or on its place."""
     backwards = list(range(len(batch)))[::-1]
     same = torch.equal(_apply(processor, batch.pick(backwards)), out[backwards])
     require(same, "a row depends on its place in the batch")
     for row in range(len(batch)):
         alone = _apply(processor, batch.pick([row]))
-        require_close(alone[0], out[row], 1e-5, "a row alone, against the same row among others")
+        require_close(alone[0], out[row], 1e-5, "a row alone, compared with the same row in a batch")
 
 
 def _check_shards(processor: LogitsProcessor, batch: Batch, out: Tensor) -> None:
     cut = int(_SPLIT * out.shape[1])
     for first, last in ((0, cut), (cut, out.shape[1])):
         part = _apply(processor, batch.shard(first, last))
-        what = f"`sharded` is set, but ids {first} to {last - 1} by themselves come out otherwise than among all"
+        what = f"`sharded` is set, but the result for only the ids {first} to {last - 1} is different"
         require_close(part, out[:, first:last], 1e-5, what)
 
 
 def _check_no_waiting(processor: LogitsProcessor, batch: Batch) -> None:
-    """On tensors without values whatever would have to wait for the device fails."""
+    """Runs the processor on meta tensors, on which every operation that waits for the device fails."""
     on_meta = batch.to("meta")
     try:
         processor.apply(on_meta.logits, on_meta.rows_for(processor.needs))
@@ -201,7 +202,7 @@ def _check_no_waiting(processor: LogitsProcessor, batch: Batch) -> None:
 
 
 def _check_engine(spec: SamplerSpec, examples: Sequence[Mapping[str, Any]], vocab_size: int) -> None:
-    """Whole requests on the mock model: the same tokens alone and together, with the processor's users and without."""
+    """Runs requests on the mock model: tokens must be equal alone and together, with and without the processor."""
     from nanoengine import LLM
     from nanoengine.setup.plugins.discover import discover
     from nanoengine.testing import mock_model
@@ -225,7 +226,7 @@ def _check_engine(spec: SamplerSpec, examples: Sequence[Mapping[str, Any]], voca
     for output in (*together, *alone):
         require(output.error is None, f"the request failed: {output.error}")
     same = [o.outputs[0].token_ids for o in together] == [o.outputs[0].token_ids for o in alone]
-    require(same, "requests get other tokens together than alone")
+    require(same, "requests have different tokens together than alone")
 
 
 def _shown(values: Mapping[str, Any]) -> str:

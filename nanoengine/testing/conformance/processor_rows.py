@@ -1,4 +1,4 @@
-"""Rows of requests as a logits processor sees them, made from token lists."""
+"""Rows of requests for a logits processor, made from lists of tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nanoengine.params.sampling_params import PackedProcessor, pack_columns
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A request: its tokens, its packed columns (None: it does not want the processor), the number of its example."""
+    """A request: its tokens, packed columns (None: it does not use the processor) and the number of its example."""
 
     prompt: list[int]
     output: list[int]
@@ -27,7 +27,7 @@ class Row:
 def columns_of(
     params: type[ProcessorParams], processors: Sequence[PackedProcessor], prompt: Sequence[int], output: Sequence[int]
 ) -> Mapping[str, Any] | None:
-    """One request's columns before the next draw; None if it does not want the processor."""
+    """The columns of a request before the next draw; None if it does not use the processor."""
     if not processors:
         return None
     (processor,) = processors
@@ -39,7 +39,7 @@ def columns_of(
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """logits: float32 [R, V]. rows: all history included. examples: the example that each row is of, or -1."""
+    """A batch. `logits`: float32 [R, V]. `rows`: with all history. `examples`: number of each row's example, or -1."""
 
     logits: Tensor
     rows: ProcessorRows
@@ -74,7 +74,7 @@ class Batch:
         return len(self.examples)
 
     def rows_for(self, needs: Collection[Need]) -> ProcessorRows:
-        """As a processor with these needs gets them."""
+        """The rows with only the history that a processor with these needs gets."""
         return replace(
             self.rows,
             output_counts=self.rows.output_counts if Need.OUTPUT_COUNTS in needs else None,
@@ -98,7 +98,7 @@ class Batch:
         return Batch(self.logits[list(index)], rows, tuple(self.examples[i] for i in index))
 
     def shard(self, first: int, last: int) -> Batch:
-        """Ids [first, last) alone."""
+        """The batch with only the ids [first, last)."""
         assert self.rows.output_counts is not None
         assert self.rows.prompt_mask is not None
         counts, mask = self.rows.output_counts[:, first:last], self.rows.prompt_mask[:, first:last]
@@ -130,6 +130,6 @@ def _column(name: str, spec: ColumnSpec, rows: Sequence[Row]) -> Tensor | Ragged
 
 
 def _counts(tokens: Sequence[Sequence[int]], vocab: int) -> Tensor:
-    """int32 [R, V]."""
+    """How often each id occurs in each row, int32 [R, V]."""
     counts = [np.bincount(np.array(each, dtype=np.int64), minlength=vocab) for each in tokens]
     return torch.from_numpy(np.stack(counts)).to(torch.int32)

@@ -1,4 +1,4 @@
-"""Tensor-parallel ranks as threads of one process: what a model does when it is split, without processes or devices."""
+"""Tensor-parallel ranks as threads of one process, to test a split model without processes or devices."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from nanoengine.api import TensorParallelGroup
 
 T = TypeVar("T")
-_SECONDS = 60.0  # until ranks that wait for one that called no collective give up
+_SECONDS = 60.0  # so long ranks wait for one that does not call the collective
 
 
 class _Meeting:
-    """Where the ranks lay down their tensors and look at the others'."""
+    """Exchanges tensors between the ranks."""
 
     def __init__(self, size: int) -> None:
         self.barrier = Barrier(size)
@@ -27,12 +27,12 @@ class _Meeting:
         self.laid[rank] = x
         self.barrier.wait(_SECONDS)
         found = list(self.laid)
-        self.barrier.wait(_SECONDS)  # nobody lays down the next one before all have looked
+        self.barrier.wait(_SECONDS)  # no rank writes its next tensor before all have read this one
         return found
 
 
 class ThreadRank(TensorParallelGroup):
-    """One rank, a thread."""
+    """One rank, which is a thread."""
 
     def __init__(self, rank: int, size: int, meeting: _Meeting) -> None:
         self.rank, self.size, self._meeting = rank, size, meeting
@@ -51,14 +51,14 @@ class ThreadRank(TensorParallelGroup):
 
 
 class Ranks:
-    """`size` ranks that do the same thing at the same time."""
+    """`size` ranks that run the same function at the same time."""
 
     def __init__(self, size: int) -> None:
         self._meeting = _Meeting(size)
         self.groups = [ThreadRank(rank, size, self._meeting) for rank in range(size)]
 
     def each(self, do: Callable[[int], T]) -> Sequence[T]:
-        """`do(rank)` on every rank at once. Raises what the first of them raised; the others are let go."""
+        """Runs `do(rank)` on every rank at the same time. Raises the error of the first rank that failed."""
 
         def run(rank: int) -> T:
             try:

@@ -72,14 +72,15 @@ class ProcessorColumn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewSlots:
-    """Requests that enter (or re-enter, after preemption) the device tables with this step. N slots.
+    """Requests that enter the device tables with this step, or enter them again, whole: after a preemption, or in their
+    own slots after a step that ran out of memory. N slots.
 
     Attributes:
         slots: int32 [N].
         token_ids: int32, flat; all tokens known so far (prompt and, on re-admission, outputs).
         token_offsets: int32 [N + 1].
         prompt_lens: int32 [N]; tokens before it are prompt, the rest are outputs (counts are rebuilt from them).
-        num_computed: int32 [N]; tokens whose KV is there already (prefix-cache hits).
+        num_computed: int32 [N]; tokens whose KV is there already.
         seeds: int64 [N]; sample_index: int32 [N]; the draw's key, with the position.
         greedy: bool [N]; the row takes the arg-max: no noise is added.
         min_lens: int32 [N]; while a new token's position is below it, `stop_ids` are masked (`min_tokens`).

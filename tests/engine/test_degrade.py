@@ -4,6 +4,7 @@ request that does not fit alone fails alone."""
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from nanoengine import LLM, RequestOutput, SamplingParams
 from nanoengine.api.processors import Need
+from nanoengine.core.execution import runner as runner_module
 from nanoengine.core.execution.executor import InProcessExecutor
 from nanoengine.core.execution.slots import SlotTables, VocabHistory
 from nanoengine.core.scheduling.messages import EngineStats
@@ -309,8 +311,6 @@ def test_only_a_request_that_cannot_fit_fails(tmp_path: Path, monkeypatch: Patch
 
 def test_the_error_of_a_failed_request_holds_no_tensors(tmp_path: Path, monkeypatch: Patch) -> None:
     """A client may keep its outputs; the memory that was too little must not stay with them."""
-    import weakref
-
     held: list[weakref.ref[torch.Tensor]] = []
 
     def hungry(self: MockModel, input_ids: Any, positions: Any, batch: Any) -> Any:
@@ -325,6 +325,34 @@ def test_the_error_of_a_failed_request_holds_no_tensors(tmp_path: Path, monkeypa
     assert output.error.__cause__ is not None
     assert len(held) >= 2
     assert all(each() is None for each in held)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_allocator_gives_back_what_a_failed_step_held(tmp_path: Path, monkeypatch: Patch, overlap: bool) -> None:
+    """Before the next launch, once no traceback holds the step's tensors; and only then."""
+    held: list[weakref.ref[torch.Tensor]] = []
+    emptied: list[int] = []
+    forward = MockModel.forward
+
+    def hungry(self: MockModel, input_ids: Any, positions: Any, batch: Any) -> Any:
+        large = torch.zeros(1 << 10)
+        if len(input_ids) > 4:
+            held.append(weakref.ref(large))
+            raise fresh(SHORTAGES[0])
+        return forward(self, input_ids, positions, batch)
+
+    def empty_cache(device: torch.device) -> None:
+        assert all(tensor() is None for tensor in held)
+        emptied.append(len(held))
+
+    monkeypatch.setattr(MockModel, "forward", hungry)
+    with mock_llm(tmp_path, overlap=overlap) as llm:
+        monkeypatch.setattr(runner_module, "empty_cache", empty_cache)
+        asked = prompts(3)
+        found = llm.generate(asked, SamplingParams(temperature=0, max_tokens=6), use_tqdm=False)
+    assert tokens_of(found) == [greedy(prompt, 6) for prompt in asked]
+    assert emptied == [*range(1, len(held) + 1)]
+    assert len(held) > 2
 
 
 # -- a real model, in the float32 class -------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ class Draft:
         slots, starts: of its decode rows, which continue a generated sequence: the only input of each is the last
             token, at position `start`, which may still be in flight.
         prefill: its other rows.
-        new: admitted request -> tokens that the prefix cache holds.
+        new: admitted request, or one that is `unsent` -> its tokens whose KV is there.
         grown: request -> index of its first block that the device does not know.
         writers: hash of a prompt block that this step completes -> the request that computes it.
         host_values: columns that host-token processors computed.

@@ -72,8 +72,7 @@ class ProcessorColumn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewSlots:
-    """Requests that enter the device tables with this step, or enter them again, whole: after a preemption, or in their
-    own slots after a step that ran out of memory. N slots.
+    """Requests that enter the device tables with this step, or again: after a preemption or a withdrawn step. N slots.
 
     Attributes:
         slots: int32 [N].

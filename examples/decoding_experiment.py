@@ -1,11 +1,12 @@
-"""A decoding experiment: locally typical sampling, a processor written here and handed to the engine.
+"""A decoding experiment: locally typical sampling, with a processor that is defined here and passed to the engine.
 
     python examples/decoding_experiment.py [MODEL]
 
 Locally typical sampling (Meister, Pimentel, Wiher and Cotterell, 2023, "Locally Typical Sampling", TACL) keeps the
-tokens whose information content, -log p, is nearest to what the distribution carries on average, its entropy: neither
-the dullest nor the wildest, up to a total probability of `typical_p`. The experiment asks what that does to how likely
-the text is under the model, and to how often it repeats itself; greedy, plain and nucleus sampling stand beside it.
+tokens whose information content, -log p, is nearest to the mean of the distribution, its entropy, up to a total
+probability of `typical_p`. So it removes both the most and the least predictable tokens. The experiment measures how
+this changes the probability of the text under the model, and how often the text repeats itself. It compares with
+greedy, plain and nucleus sampling.
 """
 
 import argparse
@@ -39,17 +40,17 @@ class Typical(LogitsProcessor):
     def apply(self, logits: Tensor, rows: ProcessorRows) -> Tensor:  # [R, V] -> [R, V]
         share = rows.column("typical_p")[:, None]  # [R, 1]
         logprobs = logits.log_softmax(-1)
-        surprise = -logprobs  # +inf where an earlier processor removed the token
+        surprise = -logprobs  # +inf if an earlier processor removed the token
         entropy = torch.special.entr(logprobs.exp()).sum(-1, keepdim=True)
         order = (surprise - entropy).abs().argsort(-1)  # the most typical first
-        before = logprobs.exp().gather(-1, order).cumsum(-1).roll(1, -1)  # probability ahead of each
-        before[:, 0] = 0.0  # one always stays
+        before = logprobs.exp().gather(-1, order).cumsum(-1).roll(1, -1)  # total probability before each
+        before[:, 0] = 0.0  # the first token always stays
         dropped = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, order, before >= share)
         return logits.masked_fill_(dropped & (share < 1), float("-inf"))
 
 
 class Experiment:
-    """Any object with hooks is a plugin; a package would have this function in a module."""
+    """Any object with hooks is a plugin. In a package, this function is in a module."""
 
     @hookimpl
     def register_samplers(self) -> list[SamplerSpec]:
@@ -57,13 +58,13 @@ class Experiment:
 
 
 def distinct_pairs(ids: tuple[int, ...]) -> float:
-    """Share of the text's pairs of neighbours that are different ones: 1 if none comes twice."""
+    """The share of different pairs among the pairs of adjacent tokens: 1 if no pair occurs twice."""
     pairs = list(pairwise(ids))
     return len(set(pairs)) / len(pairs)
 
 
 def measure(llm: LLM, **decoding: float) -> tuple[float, float]:
-    """Mean log-probability of a drawn token under the model itself, and mean share of different pairs."""
+    """The mean log-probability of drawn tokens under the model, and the mean share of different pairs."""
     params = SamplingParams(n=SAMPLES, seed=0, max_tokens=TOKENS, ignore_eos=True, logprobs=0, **decoding)
     samples = [sample for output in llm.generate(PROMPTS, params, use_tqdm=False) for sample in output.outputs]
     logprob = sum(sample.cumulative_logprob or 0.0 for sample in samples) / (len(samples) * TOKENS)
@@ -73,7 +74,7 @@ def measure(llm: LLM, **decoding: float) -> tuple[float, float]:
 def main(model: str) -> None:
     with LLM(model, plugins=[Experiment()], max_model_len=256) as llm:
         print(f"{len(PROMPTS)} prompts, {SAMPLES} samples of {TOKENS} tokens each\n")
-        print(f"{'':>18}{'log-prob a token':>18}{'different pairs':>18}")
+        print(f"{'':>18}{'log-prob per token':>20}{'different pairs':>18}")
         for decoding in (
             {"temperature": 0.0},
             {"temperature": 1.0},
@@ -85,7 +86,7 @@ def main(model: str) -> None:
         ):
             logprob, distinct = measure(llm, **decoding)
             [(name, value)] = decoding.items()
-            print(f"{name:>12} {value:<5}{logprob:>18.2f}{distinct:>18.2f}")
+            print(f"{name:>12} {value:<5}{logprob:>20.2f}{distinct:>18.2f}")
 
 
 if __name__ == "__main__":

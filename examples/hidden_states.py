@@ -1,9 +1,9 @@
-"""The hidden states of a prompt: which sentences mean alike, and what the model would say if it stopped at layer i.
+"""Hidden states of prompts: which sentences have similar meanings, and what the model predicts after each layer.
 
     python examples/hidden_states.py [MODEL]
 
-`LLM.hidden_states` gives what the model returns for each token; `LLM.tap` gives what passes through any of its modules.
-Both are of this very engine (its kernels, its KV cache), not of a second implementation.
+`LLM.hidden_states` returns the model's output for each token; `LLM.tap` returns the inputs and outputs of any module.
+Both are captured in the engine, with its kernels and KV cache; there is no second implementation of the model.
 """
 
 import argparse
@@ -23,7 +23,7 @@ PROMPT = "The capital of France is"
 
 
 def similarities(llm: LLM) -> Tensor:
-    """[sentences, sentences]: cosine between mean hidden states, once what all have in common is taken away."""
+    """Cosine between the mean hidden states of sentences, without their common part: [sentences, sentences]."""
     means = torch.stack([states.float().mean(0) for states in llm.hidden_states(SENTENCES)])
     means = means - means.mean(0)
     means = means / means.norm(dim=-1, keepdim=True)
@@ -31,14 +31,14 @@ def similarities(llm: LLM) -> Tensor:
 
 
 def answers_by_layer(llm: LLM, prompt: str) -> list[str]:
-    """The likeliest next token, were the last norm and the output layer put behind each layer ("logit lens")."""
+    """The likeliest next token if the last norm and the output layer are applied after each layer ("logit lens")."""
     names = [name for name, _ in llm.model.named_modules() if name.removeprefix("model.layers.").isdigit()]
     [taps] = llm.tap(prompt, names)
     device = next(llm.model.parameters()).device
     tokenizer = llm.get_tokenizer()
     words = []
     for name in names:
-        stream = sum(taps[name].outputs)  # what is to be added to the residual stream, and the stream: [T, hidden]
+        stream = sum(taps[name].outputs)  # the layer's result plus the residual stream, [T, hidden]
         with torch.inference_mode():
             hidden = llm.model.get_submodule("model.norm")(stream[-1:].to(device))
             words.append(tokenizer.decode([int(llm.model.compute_logits(hidden).argmax())]))
@@ -53,7 +53,7 @@ def main(model: str) -> None:
         for sentence, row in zip(SENTENCES, similarities(llm), strict=True):
             print("".join(f"{value:6.2f}" for value in row.tolist()), "", sentence)
 
-        print(f"\n{PROMPT!r}, cut off behind each layer:")
+        print(f"\n{PROMPT!r}, predicted after each layer:")
         for layer, word in enumerate(answers_by_layer(llm, PROMPT)):
             print(f"{layer:>4}  {word!r}")
 

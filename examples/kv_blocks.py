@@ -1,4 +1,4 @@
-"""How many KV blocks fit, and why: the arithmetic by hand, then what the engine allocated and what requests took.
+"""How many KV blocks fit: the calculation by hand, what the engine allocates, and what requests use.
 
 python examples/kv_blocks.py [MODEL] [MEGABYTES]
 """
@@ -15,14 +15,14 @@ MAX_MODEL_LEN, MAX_NUM_SEQS = 512, 256
 
 
 def block_bytes(hf: dict, itemsize: int) -> int:
-    """One block: K and V of `BLOCK_SIZE` tokens, in every layer, for every KV head."""
+    """Bytes of one block: K and V of `BLOCK_SIZE` tokens, in every layer, for every KV head."""
     heads = hf["num_attention_heads"]
     head_size = hf.get("head_dim") or hf["hidden_size"] // heads
     return 2 * hf["num_hidden_layers"] * hf.get("num_key_value_heads", heads) * head_size * itemsize * BLOCK_SIZE
 
 
 def blocks_that_fit(hf: dict, itemsize: int, budget: int) -> int:
-    """What the budget holds, less the dummy block (padding writes there); never more than all requests could use."""
+    """Blocks in the budget, without the dummy block (padding writes there); at most as many as all requests can use."""
     return min(MAX_NUM_SEQS * blocks_of(MAX_MODEL_LEN), budget // block_bytes(hf, itemsize) - 1)
 
 
@@ -30,8 +30,8 @@ def blocks_of(tokens: int) -> int:
     return -(-tokens // BLOCK_SIZE)
 
 
-def most_blocks_held(llm: LLM, requests: int, prompt_len: int, max_tokens: int) -> tuple[int, int]:
-    """(most blocks held at once, preemptions) while so many equal requests with different prompts run to their end."""
+def most_blocks_used(llm: LLM, requests: int, prompt_len: int, max_tokens: int) -> tuple[int, int]:
+    """(most blocks used at the same time, preemptions) while so many requests of the same size run."""
     before = llm.stats().preemptions
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     for i in range(requests):
@@ -59,19 +59,19 @@ def main(model: str, megabytes: int) -> None:
         print(f"{'requests of full length at once':34}{fit // blocks_of(MAX_MODEL_LEN):>14,}\n")
 
         prompt_len, max_tokens = MAX_MODEL_LEN // 4, BLOCK_SIZE
-        each = blocks_of(prompt_len + max_tokens - 1)  # the last token is drawn, and never stored
+        each = blocks_of(prompt_len + max_tokens - 1)  # the last token is drawn, but its K and V are never stored
         few = min(4, fit // each)
         many = fit // blocks_of(prompt_len) + 1
-        print(f"requests of {prompt_len} + {max_tokens} tokens take {each} blocks each")
-        print(f"{'requests':>10}{'want':>8}{'most held':>12}{'preemptions':>14}")
+        print(f"requests of {prompt_len} + {max_tokens} tokens need {each} blocks each")
+        print(f"{'requests':>10}{'needed':>8}{'most used':>12}{'preemptions':>14}")
         for requests in (1, few, many):
-            held, preempted = most_blocks_held(llm, requests, prompt_len, max_tokens)
+            held, preempted = most_blocks_used(llm, requests, prompt_len, max_tokens)
             print(f"{requests:>10}{requests * each:>8}{held:>12}{preempted:>14}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="smollm2-135m")
-    parser.add_argument("megabytes", nargs="?", default=96, type=int, help="of KV cache (default: 96)")
+    parser.add_argument("megabytes", nargs="?", default=96, type=int, help="size of the KV cache (default: 96)")
     given = parser.parse_args()
     main(given.model, given.megabytes)

@@ -1,4 +1,4 @@
-"""An offline script as vLLM's users write it; only the import says nanoengine.
+"""An offline script as for vLLM; only the import is different.
 
 python examples/offline_inference.py [MODEL]
 """

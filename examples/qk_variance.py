@@ -1,11 +1,12 @@
-"""Why attention divides by sqrt(d): the variance of q·k against head size, for random vectors and a real model's.
+"""Why attention divides by sqrt(d): the variance of q·k by head size, for random vectors and for a real model.
 
     python examples/qk_variance.py [MODEL] [--plot qk_variance.png]
 
-If the d components of q and k are independent with mean 0 and variance 1, their dot product has variance d: scores
-spread like sqrt(d), and softmax puts all its weight on one token, with hardly a gradient left (Vaswani et al., 2017,
-section 3.2.1). Dividing by sqrt(d) makes the variance 1 whatever d is. Are a trained model's q and k like that? Here
-they are taken out of the running engine, as they are compared in attention: rotated, and behind the model's norms.
+If the d components of q and k are independent with mean 0 and variance 1, their dot product has the variance d. The
+scores then have a standard deviation of sqrt(d), and softmax puts all weight on one token, with almost no gradient
+(Vaswani et al., 2017, section 3.2.1). Dividing by sqrt(d) makes the variance 1 for every d. Are the q and k of a
+trained model like that? Here they are captured in the running engine, as they are used in attention: after norms and
+rotation.
 """
 
 import argparse
@@ -30,18 +31,18 @@ SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
 
 @dataclass(frozen=True)
 class Layer:
-    """q: [T, heads, d]. k: [T, KV heads, d]; each serves heads / KV heads heads."""
+    """q: [T, heads, d]. k: [T, KV heads, d]; each is used by heads / KV heads query heads."""
 
     q: Tensor
     k: Tensor
 
     def products(self) -> Tensor:
-        """[heads, T, T]: q·k, undivided."""
+        """q·k without the division, [heads, T, T]."""
         k = self.k.repeat_interleave(self.q.shape[1] // self.k.shape[1], dim=1)
         return torch.einsum("qhd,khd->hqk", self.q, k)
 
     def sample(self, dims: Tensor) -> Tensor:
-        """[heads, T, T]: q·k over some of the d components."""
+        """q·k over some of the d components, [heads, T, T]."""
         return Layer(self.q[..., dims], self.k[..., dims]).products()
 
 
@@ -52,13 +53,13 @@ def layers_of(llm: LLM) -> list[Layer]:
 
 
 def causal(scores: Tensor) -> Tensor:
-    """The scores of the tokens that each query sees, flat for each head: [heads, T (T + 1) / 2]."""
+    """The scores of the tokens that each query attends to, flat for each head: [heads, T (T + 1) / 2]."""
     rows, columns = torch.tril_indices(*scores.shape[-2:])
     return scores[:, rows, columns]
 
 
 def variance(scores: Tensor) -> float:
-    """Over queries and keys, mean of all heads."""
+    """The variance over queries and keys, mean of all heads."""
     return causal(scores).var(-1).mean().item()
 
 
@@ -69,13 +70,13 @@ def random_variance(size: int, samples: int = 20_000) -> float:
 
 
 def growth(layers: list[Layer], sizes: list[int]) -> list[float]:
-    """Variance of the products over the first `size` components of a random order of them, mean of all layers."""
+    """The variance of the products over `size` random components, mean of all layers."""
     order = torch.randperm(layers[0].q.shape[-1], generator=torch.Generator().manual_seed(0))
     return [sum(variance(layer.sample(order[:size])) for layer in layers) / len(layers) for size in sizes]
 
 
 def attended(scores: Tensor) -> float:
-    """How many tokens a query attends to in effect: exp(entropy of softmax), of the last half of the queries."""
+    """The effective number of tokens that a query attends to: exp(entropy of softmax), for the last half."""
     length = scores.shape[-1]
     hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)[:, length // 2 :]
@@ -93,7 +94,7 @@ def plot(path: str, sizes: list[int], grown: list[float], layers: list[Layer]) -
     left.loglog(SIZES, [random_variance(d) / d for d in SIZES], "o--", label="random q, k: q·k / sqrt(d)")
     left.loglog(sizes, grown, "s-", label="model: q·k over d of its components")
     left.loglog(sizes, [v / d for v, d in zip(grown, sizes, strict=True)], "s--", label="model: divided by sqrt(d)")
-    left.set(xlabel="head size d", ylabel="variance", title="Variance of q·k against head size")
+    left.set(xlabel="head size d", ylabel="variance", title="Variance of q·k by head size")
     left.legend(fontsize=8)
     size = layers[0].q.shape[-1]
     raw = [variance(layer.products()) for layer in layers]
@@ -111,11 +112,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--plot", default="qk_variance.png", metavar="FILE")
     given = parser.parse_args(arguments)
-    if find_spec("matplotlib") is None:  # at once, not after the work
+    if find_spec("matplotlib") is None:  # check this before the work
         parser.error("the plot needs matplotlib: pip install 'nanoengine[plot]'")
     if not Path(given.plot).absolute().parent.is_dir():
         parser.error(f"--plot {given.plot}: there is no folder {Path(given.plot).absolute().parent}")
-    with LLM(given.model, max_model_len=1024, fuse_kernels=False) as llm:  # fused kernels take q and k past the module
+    with LLM(
+        given.model, max_model_len=1024, fuse_kernels=False
+    ) as llm:  # with fused kernels, q and k do not pass through the module
         layers = layers_of(llm)
     size = layers[0].q.shape[-1]
     sizes = sorted({d for d in SIZES if d < size} | {size})
@@ -125,17 +128,17 @@ def main(arguments: list[str] | None = None) -> None:
     for d, model in zip(sizes, grown, strict=True):
         free = random_variance(d)
         print(f"{d:>5}{free:>14.2f}{free / d:>12.2f}{model:>14.2f}{model / d:>12.2f}")
-    print(f"\nlog-log slope of the model's: {slope(sizes, grown):.2f} (independent components: 1)")
+    print(f"\nlog-log slope of the model: {slope(sizes, grown):.2f} (independent components: 1)")
     whole = [layer.products() for layer in layers]
     before = sum(map(attended, whole)) / len(whole)
     after = sum(attended(scores / size**0.5) for scores in whole) / len(whole)
-    print(f"tokens attended to in effect: {before:.1f} without 1/sqrt(d), {after:.1f} with it")
+    print(f"effective number of attended tokens: {before:.1f} without 1/sqrt(d), {after:.1f} with it")
     plot(given.plot, sizes, grown, layers)
     print(f"plot: {given.plot}")
 
 
 def slope(sizes: list[int], values: list[float]) -> float:
-    """Least-squares slope of log value against log size."""
+    """The least-squares slope of log value by log size."""
     x = torch.tensor([log(d) for d in sizes])
     y = torch.tensor([log(v) for v in values])
     return (((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()).item()

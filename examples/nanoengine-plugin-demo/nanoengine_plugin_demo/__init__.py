@@ -1,4 +1,4 @@
-"""The hooks. Neither this module nor what it imports imports torch: it is read wherever plugins are listed."""
+"""The hooks. This module imports no torch, also not indirectly, because it is imported to list plugins."""
 
 from nanoengine.api import AttentionSpec, CommandSpec, ModelSourceSpec, ModelSpec, SamplerSpec, hookimpl
 from nanoengine_plugin_demo.params import TopNSigmaParams
@@ -30,7 +30,7 @@ def register_model_sources():
 @hookimpl
 def register_commands():
     target = "nanoengine_plugin_demo.command:write_opt"
-    return [CommandSpec(name="write-opt", target=target, help="Write a tiny OPT of random weights.", api=1)]
+    return [CommandSpec(name="write-opt", target=target, help="Write a tiny OPT with random weights.", api=1)]
 
 
 @hookimpl

@@ -1,4 +1,4 @@
-"""A tiny random OPT, in the form that transformers saves."""
+"""A tiny random OPT, in transformers' format."""
 
 import os
 import shutil
@@ -12,11 +12,11 @@ from nanoengine.testing.checkpoints import SPECIAL_TOKENS, write_byte_tokenizer
 
 
 def write(folder, **changes):
-    """Writes the whole folder or nothing; `changes`: fields of transformers' OPTConfig."""
-    pad, start, end = range(256, 256 + len(SPECIAL_TOKENS))  # behind the 256 bytes
+    """Writes the whole folder or nothing. `changes`: fields of transformers' OPTConfig."""
+    pad, start, end = range(256, 256 + len(SPECIAL_TOKENS))  # after the 256 bytes
     ids = {"vocab_size": end + 1, "pad_token_id": pad, "bos_token_id": start, "eos_token_id": end}
     sizes = {"hidden_size": 48, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    # Weights spread widely enough that answers differ from prompt to prompt.
+    # The weights are large enough that answers depend on the prompt.
     config = OPTConfig(
         **{**ids, **sizes, "word_embed_proj_dim": 48, "max_position_embeddings": 256, "init_std": 0.2, **changes}
     )

@@ -1,7 +1,7 @@
 """OPT (Zhang et al., 2022): LayerNorm, learned positions, ReLU. Its tensor names are those of transformers.
 
-What may be large comes from `ctx`, which splits it over tensor-parallel ranks; norms and positions are plain modules,
-whole on every rank.
+Layers that may be large are made by `ctx`, which splits them over tensor-parallel ranks. Norms and positions are plain
+modules, which are whole on every rank.
 """
 
 from dataclasses import dataclass
@@ -81,7 +81,7 @@ class OPT(Model):
         hidden, heads = fields.int("hidden_size"), fields.int("num_attention_heads")
         if hidden % heads:
             raise fields.wrong("hidden_size", hidden, f"a multiple of num_attention_heads, {heads}")
-        # The switches of OPT-350m and Galactica, which this model does not have.
+        # Options of OPT-350m and Galactica, which this model does not support.
         fields.refuse("word_embed_proj_dim", hidden)
         fields.refuse("do_layer_norm_before", True)
         fields.refuse("enable_bias", True)
@@ -106,7 +106,7 @@ class OPT(Model):
     def __init__(self, config, ctx):
         super().__init__(config, ctx)
         decoder = OPTDecoder(config, ctx)
-        self.model = nn.ModuleDict({"decoder": decoder})  # as the checkpoint nests it
+        self.model = nn.ModuleDict({"decoder": decoder})  # as it is nested in the checkpoint
         tied = decoder.embed_tokens if config.tied else None
         self.lm_head = ctx.lm_head("lm_head", config.hidden_size, config.vocab_size, tied=tied)
 

@@ -1,4 +1,4 @@
-"""The least that is right: one row after the other, by torch's own scaled_dot_product_attention."""
+"""A minimal correct backend: it computes one row after the other, with torch's scaled_dot_product_attention."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from nanoengine.api import AttentionBackend, AttentionCapabilities, AttentionFea
 
 
 class RowByRow(AttentionBackend):
-    # What is not declared here is never asked of it.
+    # The engine uses only what is declared here.
     capabilities = AttentionCapabilities(
         devices=frozenset({"cpu", "cuda"}),
         dtypes=frozenset({"float32", "bfloat16", "float16"}),
@@ -29,11 +29,11 @@ class RowByRow(AttentionBackend):
         self.cache = torch.empty(0)
 
     def fill(self, inputs):
-        """Once a step. A backend that is captured in CUDA graphs copies this into buffers of its own."""
+        """Called once per step. A backend that is captured in CUDA graphs must copy this to its own buffers."""
         self.inputs = inputs
 
     def forward(self, layer, spec, q, k, v):
-        """Stores the new keys and values of all rows, then lets each row look at its own."""
+        """Stores the new keys and values of all rows, then computes the attention of each row."""
         step, (keys, values) = self.inputs, self.cache[layer]  # [blocks, block_size, KV heads, head_size] each
         keys.flatten(0, 1)[step.slot_mapping] = k
         values.flatten(0, 1)[step.slot_mapping] = v
@@ -42,7 +42,7 @@ class RowByRow(AttentionBackend):
             span = slice(first, first + count)
             blocks = step.block_tables[row, : -(-step.seq_lens_host[row] // self.block_size)].long()
             own_keys, own_values = (x[blocks].flatten(0, 1).transpose(0, 1) for x in (keys, values))  # [KV heads, S, D]
-            # Behind a row's end lie other requests' values: 0 * NaN is NaN, so a mask alone does not keep them out.
+            # After a row's end there are values of other requests. 0 * NaN is NaN, so a mask is not enough.
             behind = torch.arange(own_keys.shape[1], device=q.device)[:, None] >= step.seq_lens[row]
             own_keys, own_values = (x.masked_fill(behind, 0.0) for x in (own_keys, own_values))
             mask = self.visible(step.positions[span], own_keys.shape[1], spec)
@@ -53,7 +53,7 @@ class RowByRow(AttentionBackend):
         return out
 
     def visible(self, positions, length, spec):
-        """bool [queries, length]: what each query may see. What lies behind a row's end is never in its past."""
+        """bool [queries, length]: the keys that each query attends to. Keys after a row's end are never among them."""
         key = torch.arange(length, device=positions.device)
         query = positions[:, None]
         seen = key <= query

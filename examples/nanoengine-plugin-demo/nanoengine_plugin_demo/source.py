@@ -1,4 +1,4 @@
-"""`model=opt-tiny`: a tiny OPT of random weights, written into the cache when it is first asked for."""
+"""`model=opt-tiny`: a tiny OPT with random weights. It is written to the cache when it is first requested."""
 
 from nanoengine.api import ModelSource
 

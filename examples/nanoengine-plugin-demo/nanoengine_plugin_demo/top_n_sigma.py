@@ -1,4 +1,4 @@
-"""Top-nσ sampling (Tang et al., 2024, arXiv:2411.07641): cuts by the spread of the logits, whatever the temperature."""
+"""Top-nσ sampling (Tang et al., 2024, arXiv:2411.07641): truncates by the standard deviation of the logits."""
 
 import torch
 
@@ -10,7 +10,7 @@ class TopNSigma(LogitsProcessor):
     argmax_invariant = True  # so greedy requests skip it
 
     def apply(self, logits, rows):
-        """[R, V] -> the same. Tokens that are removed already (-inf) have no part in the spread."""
+        """[R, V] -> [R, V]. Tokens that are removed already (-inf) do not count in the standard deviation."""
         n = rows.column("top_n_sigma")[:, None]  # [R, 1]
         there = logits > float("-inf")
         count = there.sum(1, keepdim=True)

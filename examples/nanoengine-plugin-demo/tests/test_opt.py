@@ -13,7 +13,7 @@ def test_it_agrees_with_transformers_on_one_rank_and_two(tied, tmp_path):
     check_model(OPT, folder, OPTForCausalLM.from_pretrained(folder), ranks=(1, 2))
 
 
-def test_what_it_does_not_serve_is_refused_by_name():
+def test_what_it_does_not_support_is_rejected_by_name():
     hf = {"vocab_size": 9, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "ffn_dim": 8}
     hf["max_position_embeddings"] = 32
     assert OPT.read_config(hf).max_model_len == 32

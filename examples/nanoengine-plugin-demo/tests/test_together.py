@@ -1,4 +1,4 @@
-"""All parts in one engine, found by their entry point."""
+"""All parts in one engine; they are found by the entry point."""
 
 from nanoengine_plugin_demo.checkpoint import write
 from transformers import OPTForCausalLM
@@ -27,5 +27,7 @@ def test_the_processor_narrows_what_is_drawn(tmp_path):
         outputs = llm.generate([PROMPTS[0]] * 2, [wide, wide.replace(top_n_sigma=0.01)], use_tqdm=False)
         greedy = llm.generate([PROMPTS[0]], wide.replace(temperature=0), use_tqdm=False)
     free, narrow = (output.outputs[0].token_ids for output in outputs)
-    assert narrow == greedy[0].outputs[0].token_ids  # within a hundredth of a deviation there is the likeliest alone
+    assert (
+        narrow == greedy[0].outputs[0].token_ids
+    )  # only the likeliest token is within a hundredth of the standard deviation
     assert free != narrow

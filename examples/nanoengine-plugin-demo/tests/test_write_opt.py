@@ -13,5 +13,5 @@ def test_the_command_writes_a_checkpoint_once(tmp_path, capsys):
     write_opt(tmp_path / "opt", layers=1)
     assert json.loads((tmp_path / "opt" / "config.json").read_text())["num_hidden_layers"] == 1
     assert capsys.readouterr().out == f"wrote {tmp_path / 'opt'}\n"
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         write_opt(tmp_path / "opt")

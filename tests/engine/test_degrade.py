@@ -214,6 +214,39 @@ def test_wherever_memory_runs_out(tmp_path: Path, monkeypatch: Patch, fault: str
     assert stats.preemptions == stats.steps_broken == 0
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+def test_host_processors_samples_and_aborts_in_smaller_steps(tmp_path: Path, monkeypatch: Patch, overlap: bool) -> None:
+    """Columns that Python computes from each token, several samples of a prompt, and a request that is aborted."""
+    plugin = Path(__file__).parent / "processors_plugin.py"
+    asked = prompts(6, shortest=9, longest=20)
+    params = [
+        SamplingParams(
+            max_tokens=14, seed=i, temperature=i % 2 * 0.9, n=1 + i % 3, **({"forbid_last": 3} if i % 2 else {})
+        )
+        for i in range(6)
+    ]
+
+    def answers(limit: int) -> tuple[list[Any], EngineStats]:
+        with pytest.MonkeyPatch.context() as patch, mock_llm(tmp_path, plugins=[plugin], overlap=overlap) as llm:
+            little_memory(patch, limit)
+            for i, (prompt, each) in enumerate(zip(asked, params, strict=True)):
+                llm.engine.add_request(f"gone {i}", prompt, each)
+            for _ in range(4):
+                llm.engine.step()
+            for i in range(6):
+                llm.engine.abort_request(f"gone {i}")
+            outputs = llm.generate(asked, params, use_tqdm=False)
+            check_scheduler(llm.engine.scheduler)
+            return told(outputs), llm.stats()
+
+    whole, plenty = answers(1 << 30)
+    again, stats = answers(6)
+    assert again == whole
+    assert (plenty.steps_withdrawn, stats.preemptions) == (0, 0)
+    assert stats.steps_withdrawn > 4
+    assert stats.free_blocks == stats.num_blocks
+
+
 def test_memory_that_runs_out_while_counts_are_made(tmp_path: Path) -> None:
     """A table over the vocabulary that could not be filled is made again; it is not used as it is."""
     with mock_llm(tmp_path) as llm:

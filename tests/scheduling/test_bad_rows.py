@@ -69,8 +69,6 @@ class NanLoop(BreakingLoop):
 
     def spoil_kv(self, request: Request) -> list[list[int]]:
         """Its blocks, which the index must not hold; the runner itself has made bad what is bad."""
-        if request.void >= 0:  # of a row behind the one that failed: others may have computed these tokens well since
-            return [[] for _ in self.pools]
         kv = self.runner.kv.copy()
         blocks = super().spoil_kv(request)
         self.runner.kv = kv

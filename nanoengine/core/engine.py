@@ -141,6 +141,8 @@ class Engine:
     def _launch_ahead(self, depth: int) -> None:
         """Schedule and launch until `depth` steps are in flight, or nothing can be scheduled."""
         while len(self._in_flight) < depth:
+            if self._in_flight and isinstance(self._in_flight[-1].handle, NotLaunched):
+                break  # nothing runs behind a step that was not launched
             scheduling = time.monotonic()
             self._mid_update = True
             step = self.scheduler.schedule()
@@ -154,10 +156,6 @@ class Engine:
             if self._watch is not None:
                 self._watch.launched(step, self.scheduler, scheduling, launching)
             self._mid_update = False
-            if isinstance(handle, NotLaunched):  # nothing runs behind it
-                while self._in_flight:
-                    self._finish_oldest()
-                break
             for request, _ in step.rows[step.plan.num_decode_rows :]:  # a request's first row is a prefill row
                 state = self._requests.known.get(request.parent)
                 if state is not None and state.first_scheduled is None:  # None: a sibling's processor just failed it

@@ -13,6 +13,7 @@ from nanoengine import EngineClosed, SamplingParams
 from nanoengine.api.errors import PluginError
 from nanoengine.core import engine
 from nanoengine.core.execution.executor import Call
+from nanoengine.core.execution.results import NotLaunched
 from nanoengine.core.outputs import OutputProcessor
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.testing.invariants import check_scheduler
@@ -228,7 +229,7 @@ def test_an_interrupt_while_a_broken_step_is_dealt_with_leaves_the_engine_usable
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     poisoned_forward(monkeypatch, [])
-    interrupt = KeyboardInterrupt()
+    interrupt, behind = KeyboardInterrupt(), list[Any]()
     with mock_llm(tmp_path) as llm:
         if place == "wait_out":
             monkeypatch.setattr(engine, "wait_out", once(engine.wait_out, interrupt))
@@ -239,6 +240,7 @@ def test_an_interrupt_while_a_broken_step_is_dealt_with_leaves_the_engine_usable
             launch, interrupted = executor.launch, once(Call.wait, interrupt)
 
             def launching(plan: Any) -> Any:
+                behind.extend(each for each in llm.engine._in_flight if isinstance(each.handle, NotLaunched))
                 if (plan.new.token_ids == POISON).any():
                     monkeypatch.setattr(Call, "wait", lambda handle: interrupted(handle))
                     raise RuntimeError("no launch")
@@ -258,6 +260,7 @@ def test_an_interrupt_while_a_broken_step_is_dealt_with_leaves_the_engine_usable
             run()
         run()
         assert ended["bad"].error is not None
+        assert not behind, "a step was launched behind one that was not"
         if place == "fail":  # in the middle of an update
             assert ended["a"].error.code == "interrupted"
         else:

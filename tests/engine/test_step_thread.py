@@ -9,11 +9,15 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from nanoengine import EngineClosed
-from nanoengine.core.execution.executor import StepThread
+from nanoengine.core.execution.executor import Call, InProcessExecutor, StepThread
+from nanoengine.core.step import StepPlan
 
 
 @pytest.fixture
@@ -100,3 +104,62 @@ time.sleep(0.05)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert (done.stdout, done.stderr) == ("whole\n", "")
+
+
+class Steps:
+    """A runner on a CPU whose step of that number raises, once the test lets it."""
+
+    def __init__(self, raises: int) -> None:
+        self.device, self.raises, self.ran, self.go = torch.device("cpu"), raises, list[int](), threading.Event()
+        self.executor = InProcessExecutor()
+        self.executor.start(lambda: (self, None))  # type: ignore[arg-type, return-value]
+
+    def launch(self, plan: StepPlan) -> Any:
+        if plan.step == self.raises:
+            assert self.go.wait(5)
+            raise ValueError(f"step {plan.step}")
+        self.ran.append(plan.step)
+        return SimpleNamespace(wait=lambda: plan.step)
+
+    def release(self) -> None:
+        pass
+
+
+@pytest.fixture
+def steps() -> Iterator[Steps]:
+    made = Steps(raises=1)
+    yield made
+    made.executor.shutdown()
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_no_step_runs_behind_one_that_raised(steps: Steps, monkeypatch: pytest.MonkeyPatch, interrupted: bool) -> None:
+    """Nor where Ctrl-C ended the wait for that one before it raised."""
+    assert steps.executor.launch(StepPlan(step=0)).wait() == 0
+    first = steps.executor.launch(StepPlan(step=1))
+    if interrupted:
+        assert isinstance(first, Call)
+
+        def interrupt(*args: Any, **options: Any) -> bool:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(first, "_gate", SimpleNamespace(acquire=interrupt, release=first._gate.release))
+            with pytest.raises(KeyboardInterrupt):
+                first.wait()
+    behind = steps.executor.launch(StepPlan(step=2))
+    steps.go.set()
+    with pytest.raises(RuntimeError, match="the step before it raised"):
+        behind.wait()
+    with pytest.raises(ValueError, match="step 1"):
+        first.wait()
+    assert steps.executor.launch(StepPlan(step=3)).wait() == 3
+    assert steps.ran == [0, 3]
+
+
+def test_the_first_step_of_a_fresh_scheduler_runs_behind_one_that_raised(steps: Steps) -> None:
+    """After an interrupt in the middle of an update no result of earlier steps is waited for."""
+    steps.executor.launch(StepPlan(step=1))
+    first = steps.executor.launch(StepPlan(step=0))
+    steps.go.set()
+    assert first.wait() == 0

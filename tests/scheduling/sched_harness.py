@@ -167,7 +167,8 @@ class Loop:
 
     def commit(self) -> list[Update]:
         step, result = self.in_flight.popleft(), self.runner.wait()
-        rows = [handle for handle, code in zip(step.rows, result.failed.tolist(), strict=True) if code == ROW_BAD_LOGITS]
+        codes = result.failed.tolist()
+        rows = [handle for handle, code in zip(step.rows, codes, strict=True) if code == ROW_BAD_LOGITS]
         bad = [r for r, generation in rows if r.status is not Status.FINISHED and generation != r.void]
         spoiled = [self.spoil_kv(request) for request in bad]
         updates = self.scheduler.commit(step, result)

@@ -41,7 +41,7 @@ class InProcessExecutor(Executor):
 
     def __init__(self) -> None:
         self._thread = StepThread("nanoengine-step")
-        self._newest: Call | None = None  # step
+        self._newest: Call | None = None  # the step launched last
         self.runner: ModelRunner | None = None
 
     def start(self, make: Callable[[], tuple[ModelRunner, T]]) -> T:
@@ -55,7 +55,9 @@ class InProcessExecutor(Executor):
         assert runner is not None
         if runner.device.type != "cpu":
             return runner.launch(plan)
-        before = None if self._newest is None or self._newest.awaited else self._newest
+        before = self._newest
+        if before is None or before.awaited or not plan.step:  # step 0 is a fresh scheduler's, which has dropped others
+            before = None
 
         def run() -> StepResult:
             if before is not None and before.failed:
@@ -85,7 +87,7 @@ _LOOK_SECONDS = 0.1  # an interrupted wait may have taken the gate with it
 
 
 class Call(StepHandle):
-    """A call that a `StepThread` makes. awaited: `wait` was called. failed: it raised."""
+    """A call that a `StepThread` makes. awaited: `wait` has given its outcome. failed: it raised."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self.awaited = self.failed = False
@@ -99,9 +101,9 @@ class Call(StepHandle):
 
         An interrupt is raised on the thread that it is for: what looks like one on another thread is a `PluginError`.
         """
-        self.awaited = True
         while self._outcome is None:
             self._gate.acquire(timeout=_LOOK_SECONDS)
+        self.awaited = True
         value, error = self._outcome
         if error is None:
             return value

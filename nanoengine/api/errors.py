@@ -176,7 +176,7 @@ def engine_failure(error: BaseException) -> RequestError:
 
 def text_failure(error: BaseException) -> RequestError:
     """The error of a request for whose tokens the tokenizer raised `error`."""
-    failure = RequestError("text_failed", f"the tokenizer raised {described(error)} over this request's tokens")
+    failure = RequestError("text_failed", f"the tokenizer raised {described(error)} for the tokens of this request")
     failure.__cause__ = error
     return failure
 

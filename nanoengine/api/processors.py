@@ -107,7 +107,7 @@ class LogitsProcessor(ABC):
     argmax_invariant: ClassVar[bool] = False
     sharded: ClassVar[bool] = False
 
-    def __init__(self, ctx: ProcessorContext) -> None:  # noqa: B027 - most processors keep nothing
+    def __init__(self, ctx: ProcessorContext) -> None:  # noqa: B027 - most processors need no buffers
         """Make buffers here, once, if the processor needs any."""
 
     @abstractmethod

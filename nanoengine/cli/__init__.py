@@ -20,7 +20,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, _interrupt_once)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # each gets the lowest free descriptor
         if getattr(sys, name) is None:  # closed by the caller: messages are lost, results are written
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process lives
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open until the process ends
     try:
         from nanoengine.cli.threads import Chooser
 

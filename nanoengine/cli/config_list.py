@@ -136,10 +136,10 @@ def as_text(options: Sequence[Option], groups: Sequence[str], problems: Sequence
             continue
         lines += [*([""] if lines else []), "recipes: nanoengine run NAME" if group == RECIPES else f"{group}="]
         providers = [row.provider.partition(" (plugin")[0] for row in rows]
-        width, whose = max(len(row.name) for row in rows), max(map(len, providers))
+        width, wide = max(len(row.name) for row in rows), max(map(len, providers))
         for row, provider in zip(rows, providers, strict=True):
             said = "CLASH" if row.clash else row.says
-            lines.append(f"  {row.name:<{width}}  {provider:<{whose}}  {said}".rstrip())
+            lines.append(f"  {row.name:<{width}}  {provider:<{wide}}  {said}".rstrip())
     if problems:
         lines += ["", "problems:", *(f"  {problem}" for problem in problems)]
     return "\n".join(lines)

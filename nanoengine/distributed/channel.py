@@ -30,7 +30,7 @@ class Kind(IntEnum):
     ANSWER = 7  # parcel: the pickled return value
     FAILED = 8  # parcel: a pickled `Report`
     STOP = 9
-    SHORT = 10  # parcel: UTF-8, why memory ran out in this step
+    SHORT = 10  # a rank ran out of memory in this step; parcel: the error as UTF-8
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,7 +101,7 @@ class WorkersExecutor(Executor):
         return replace(self._ready[0], failed_processors=failed)
 
     def launch(self, plan: StepPlan) -> StepHandle:
-        self._hear(0.0)
+        self._check_ranks(0.0)
         shared, number = self._open(), self._number + 1
         if shared.least(Word.READ) < number - RING:  # ranks send no frame when they have read
             self._until(
@@ -127,7 +127,7 @@ class WorkersExecutor(Executor):
             rank.announced = number
 
     def call(self, name: str, *args: Any) -> list[Any]:
-        self._hear(0.0)
+        self._check_ranks(0.0)
         self._answers.clear()
         with Parcel(pickle.dumps((name, args))) as parcel:
             for rank in self._ranks:
@@ -186,9 +186,9 @@ class WorkersExecutor(Executor):
             left = deadline - time.monotonic()
             if left <= 0:
                 self._fail(late_error(len(self._ranks), shared, stacks(self._ranks), seconds, option))
-            self._hear(min(left, every))
+            self._check_ranks(min(left, every))
 
-    def _hear(self, seconds: float) -> None:
+    def _check_ranks(self, seconds: float) -> None:
         """Receives what the ranks have sent; waits at most `seconds`. Raises `WorkerError` if a rank has failed."""
         shared = self._open()
         self._receive(seconds)

@@ -81,7 +81,7 @@ class DistributedGroup(TensorParallelGroup):
         shared, why = None, "another rank's GPU cannot"
         try:
             shared = SymmetricMemory(dist.group.WORLD, self._device, rows, self._entered)
-        except Exception as error:  # noqa: BLE001 - drivers and topologies say it in many ways; NCCL serves all the same
+        except Exception as error:  # noqa: BLE001 - drivers report this with many errors; NCCL works anyway
             why = f"{type(error).__name__}: {error}"
         if self.minimum(int(shared is not None)):
             return shared

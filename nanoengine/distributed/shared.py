@@ -31,7 +31,7 @@ class Word(IntEnum):
     PHASE = 3  # phase of the start: an index into `clock.PHASES`; `READY` afterwards
     COLLECTIVES = 4  # collectives that the rank has reached
     SHORT = 5  # the last step in which the rank ran out of memory
-    RESUMED = 6  # in the engine's line: the first step that it launched since then
+    RESUMED = 6  # in the engine's line: the first step that it launched after that
 
 
 READY = -1
@@ -91,12 +91,12 @@ class Shared:
         return min(self._words[word : self.layout.size * _WORDS : _WORDS])
 
     def is_withdrawn(self, step: int) -> bool:
-        """Whether a rank ran out of memory in this step, or in the step before while this one was on its way."""
+        """Whether a rank ran out of memory in this step, or in the step before if this one was launched already."""
         short = max(self._words[Word.SHORT : self.layout.size * _WORDS : _WORDS])
         return self.word(self.layout.size, Word.RESUMED) <= short <= step
 
     def resume(self, step: int) -> None:
-        """For the engine: this step and those behind it are to run."""
+        """Called by the engine: this step and those after it are not withdrawn."""
         self.note(self.layout.size, Word.RESUMED, step)
 
     def put(self, at: int, data: bytes) -> bool:

@@ -92,7 +92,7 @@ class SymmetricMemory:
         offset = self._buffer * self.capacity // x.element_size()
         like = buffer.view(x.shape)
         out = torch.empty_like(like)
-        self._entered()  # behind all that may run out of memory
+        self._entered()  # after everything that may run out of memory
         self._turn += 1
         return self._kernels.all_reduce_add(self._sums, offset, like, residual, out)
 

@@ -112,7 +112,7 @@ class Worker:
         try:
             self._build()
             self._serve()
-        except BaseException as error:  # noqa: BLE001 - a plugin may even call sys.exit(); the engine must hear of it
+        except BaseException as error:  # noqa: BLE001 - a plugin may even call sys.exit(); the engine must get the error
             self._report(error)
             return 1
         return 0
@@ -166,8 +166,11 @@ class Worker:
         self._shared.note(self._rank, word, value)
 
     def _entered(self) -> None:
-        """Returns when all ranks have come to this collective. Raises `MemoryError` where one has run out of memory: so
-        all leave the step in front of the same collective, and none waits in it."""
+        """Returns when all ranks have reached this collective.
+
+        Raises `MemoryError` if one has run out of memory. So all ranks leave the step before the same collective, and
+        none waits in it.
+        """
         number = self._word(Word.COLLECTIVES) + 1
         self._note(Word.COLLECTIVES, number)
         for seconds in _pauses():
@@ -199,7 +202,7 @@ class Worker:
                 self._launched.put((number, handle))
 
     def _launch(self, number: int, plan: StepPlan) -> StepHandle | None:
-        """None: memory ran out, on whichever rank, in this step or the one before. The engine withdraws both."""
+        """Launches a step. None: a rank ran out of memory in this step or the one before; the engine withdraws both."""
         if self._shared.is_withdrawn(number):
             return None
         self._step = number

@@ -24,47 +24,48 @@ _BOUNDS: Mapping[str, tuple[int, int]] = {
     "spare_slots": (0, 2**16),
     "chat_template_memory": (2**20, 2**40),
 }
-"""The least and the most of each: beyond, no device has the memory, or an index of a step no room for the number."""
+"""The lowest and the highest value of each option. Above, no device has the memory, or indices do not fit in int32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """How the engine runs. `None` means: chosen from the model and the device.
+    """How the engine runs. `None` means: chosen by the engine, from the model and the device.
 
     Attributes:
         dtype: "auto" (float32 on a CPU, the checkpoint's on a GPU), "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda" or "cuda:N".
-        max_model_len: longest prompt plus output, in tokens; default: what the model was made for.
-        max_num_seqs: most requests running at once (device slots).
-        max_num_batched_tokens: token budget of one step; default 2048 on a CPU, 8192 on a GPU.
+        max_model_len: most tokens of prompt and output together; default: what the model supports.
+        max_num_seqs: most requests that run at the same time.
+        max_num_batched_tokens: most tokens of a step; default 2048 on a CPU, 8192 on a GPU.
         block_size: tokens in a KV block; default 16, or what the attention backend needs.
-        gpu_memory_utilization: share of a GPU's memory that this engine may take in all, whatever others hold there;
-            where less is free, it takes that.
-        num_gpu_blocks_override: number of KV blocks, whatever the memory.
-        kv_cache_memory: bytes for the KV cache; CPU default: what max_num_seqs x max_model_len takes, at most 4 GiB.
+        gpu_memory_utilization: share of a GPU's total memory that this engine may use, no matter what other programs
+            use; if less is free, it uses what is free.
+        num_gpu_blocks_override: number of KV blocks, without regard to the memory.
+        kv_cache_memory: bytes for the KV cache; default on a CPU: enough for max_num_seqs requests of max_model_len
+            tokens, at most 4 GiB.
         enable_prefix_caching: reuse KV blocks of equal prefixes.
         scheduling_policy: "fcfs", or "priority" (lower value first, then arrival).
-        admission_reserve: KV blocks that stay free for each running request when another one is admitted: fewer
-            preemptions where blocks are short, and somewhat smaller batches.
-        load_format: "auto", or "dummy" for made-up weights.
-        max_n: most samples that a request may ask for (`n`).
-        max_logprobs: most log-probs a position that a request may ask for (`logprobs`, `prompt_logprobs`); -1: no
-            limit, and a request may ask for -1, the whole vocabulary.
-        seed: of requests that bring none, and of dummy weights.
-        tensor_parallel_size: ranks that share each layer, each in a process of its own: rank r on GPU r; on CPUs the
-            ranks share the threads.
-        worker_start_timeout: seconds until all ranks must be ready; loading and the first compile are within it.
-        step_timeout: seconds that a step may take before its rank counts as hanging.
+        admission_reserve: KV blocks that stay free for each running request when another one is admitted. It gives
+            fewer preemptions if blocks are short, and slightly smaller batches.
+        load_format: "auto", or "dummy" for random weights.
+        max_n: most samples that a request may request (`n`).
+        max_logprobs: most log-probs per position that a request may request (`logprobs`, `prompt_logprobs`); -1: no
+            limit, and a request may use -1, the whole vocabulary.
+        seed: of requests without a seed, and of dummy weights.
+        tensor_parallel_size: number of ranks that share each layer, each in its own process: rank r on GPU r; on CPUs
+            the ranks share the threads.
+        worker_start_timeout: seconds until all ranks must be ready, including loading and the first compilation.
+        step_timeout: seconds after which a step counts as hanging.
         enforce_eager: never capture graphs.
-        graph_mixed_steps: steps that hold prompts too run as padded graphs; else those steps run eagerly.
+        graph_mixed_steps: also run steps with prompt tokens as padded graphs; otherwise these run eagerly.
         overlap: prepare step N+1 while step N runs.
-        spare_slots: slots beyond max_num_seqs: a request whose last token is in flight leaves its place in the batch.
+        spare_slots: slots in addition to max_num_seqs: a request whose last token is in flight needs no row any more.
         fuse_kernels: on a GPU, layers use fused Triton kernels.
         fuse_sampling: fuse the standard sampler operations (one sort for top-k, top-p and min-p).
-        custom_all_reduce: between GPUs, small sums over ranks are read from each other's memory; else all are NCCL's.
-        skip_tokenizer_init: token ids in, token ids out.
+        custom_all_reduce: small sums over GPUs are read from the memory of the other GPUs; otherwise all use NCCL.
+        skip_tokenizer_init: load no tokenizer; requests and outputs have only token ids.
         chat_template_timeout: seconds that a chat template may take for one conversation.
-        chat_template_memory: bytes that the process of a chat template may take beyond what it takes idle.
+        chat_template_memory: bytes that the process of a chat template may use in addition to its idle size.
     """
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -1,4 +1,4 @@
-"""What is true of a scheduler and its blocks between any two calls. Each check asserts all of it."""
+"""Checks of a scheduler and its blocks. They assert everything that must be true between any two calls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nanoengine.core.scheduling.scheduler import Scheduler
 
 
 def check_scheduler(scheduler: Scheduler) -> None:
-    """Of requests, slots and blocks."""
+    """Checks requests, slots and blocks."""
     roster, in_flight = scheduler._roster, len(scheduler._in_flight)
     check_blocks(scheduler.blocks, roster.running)
     check_roster(roster)
@@ -28,7 +28,7 @@ def check_scheduler(scheduler: Scheduler) -> None:
 
 
 def check_roster(roster: Roster) -> None:
-    """Of queues and slots."""
+    """Checks queues and slots."""
     slots = [request.slot for request in roster.running]
     assert sorted(slots + roster.free_slots) == list(range(roster.num_slots)), "slots leaked or doubled"
     assert roster.owners == {r.slot: (r, r.generation) for r in roster.running}
@@ -50,7 +50,7 @@ def check_roster(roster: Roster) -> None:
 
 
 def check_blocks(blocks: BlockManager, owners: Iterable[Request]) -> None:
-    """That the requests' tables, reference counts, free lists and indexes agree. `owners`: all requests with blocks."""
+    """Checks that tables, reference counts, free lists and indexes agree. `owners`: all requests that have blocks."""
     owners = list(owners)
     for request in owners:
         assert all(len(t) * blocks.block_size == request.capacity for t in request.block_ids), "groups out of step"
@@ -60,7 +60,7 @@ def check_blocks(blocks: BlockManager, owners: Iterable[Request]) -> None:
 
 
 def check_pool(pool: Pool, tables: Sequence[Sequence[int]]) -> None:
-    """That the owners' block tables, reference counts, free list and index agree."""
+    """Checks that block tables, reference counts, free list and index of one group agree."""
     refs = [0] * len(pool.refs)
     for table in tables:
         assert len(set(table)) == len(table), f"a request owns a block twice: {table}"

@@ -37,7 +37,7 @@ _TEMPLATES = 32
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}...{% endgeneration %}` marks the assistant's text for training. Here it has no effect."""
 
-    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno

@@ -44,7 +44,7 @@ class FlashAttn(AttentionBackend):
         reasons = super().unsupported(need)
         try:
             package = importlib.import_module("flash_attn")
-        except Exception as error:  # noqa: BLE001 - a broken package raises what it likes
+        except Exception as error:  # noqa: BLE001 - a broken package may raise anything
             return [*reasons, f"flash_attn cannot be imported: {type(error).__name__}: {error}"]
         missing = [name for name in ("flash_attn_with_kvcache", "flash_attn_varlen_func") if not hasattr(package, name)]
         if missing:

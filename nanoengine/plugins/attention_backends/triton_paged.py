@@ -54,8 +54,8 @@ class TritonPaged(AttentionBackend):
         if max(need.head_sizes, default=0) > _MAX_HEAD_SIZE:
             reasons.append(f"head size {max(need.head_sizes)} is larger than {_MAX_HEAD_SIZE}")
         try:
-            import nanoengine.kernels.paged_attention_triton  # noqa: F401 - is it there, does it import?
-        except Exception as error:  # noqa: BLE001 - a broken package raises what it likes
+            import nanoengine.kernels.paged_attention_triton  # noqa: F401 - checks that it can be imported
+        except Exception as error:  # noqa: BLE001 - a broken package may raise anything
             reasons.append(f"its kernels cannot be imported: {type(error).__name__}: {error}")
         if need.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             reasons.append("on a CPU it runs only in Triton's interpreter, for tests: set TRITON_INTERPRET=1")

@@ -29,10 +29,10 @@ class CaptureOutOfMemory(MemoryError):
 
 
 def capture_graphs(runner: ModelRunner) -> str:
-    """The runner's graphs, of the sizes that it is to have. Returns why there are none, in words, where a capture fails
-    (which is logged); every step runs eagerly then.
+    """Captures the graphs of the runner, for all of its sizes.
 
-    Raises `CaptureOutOfMemory`: smaller steps may have graphs.
+    Returns "", or the reason (which is logged) if a capture fails; then every step runs eagerly. Raises
+    `CaptureOutOfMemory`, because graphs of smaller steps may fit.
     """
     graphs, tables = runner.graphs, runner.tables
     if not graphs.sizes.sizes:
@@ -42,9 +42,9 @@ def capture_graphs(runner: ModelRunner) -> str:
         with torch.inference_mode():
             _compile_ahead(graphs, runner.sampler, runner.tp)
             _capture(graphs, runner.sampler, runner.tp)
-    except ModelError:  # no step of such a model is right
+    except ModelError:  # the model is wrong, also in eager steps
         raise
-    except BaseException as error:  # a driver's or a compiler's; running eagerly is right all the same
+    except BaseException as error:  # an error of a driver or compiler; eager steps are correct
         if not is_failure(error):
             raise
         graphs.clear()
@@ -62,14 +62,14 @@ def capture_graphs(runner: ModelRunner) -> str:
 def _compile_ahead(graphs: StepGraphs, sampler: Sampler, tp: TensorParallelGroup) -> None:
     """A dry run of all captures, so that Triton compiles the kernels in parallel.
 
-    The static buffers keep what the kernels before wrote, so indices in them are legal.
+    The static buffers keep what kernels wrote before, so indices in them are valid.
     """
     if graphs.buffers.tables.device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return
     try:
         with compiling_ahead():
             _capture(graphs, sampler, tp)
-    except BaseException as error:  # a backend may need the results; then its kernels compile in turn
+    except BaseException as error:  # a backend may need results of kernels; then kernels are compiled one by one
         if not is_failure(error):
             raise
         _log.info("kernels are compiled one by one: %s", described(error))
@@ -78,7 +78,7 @@ def _compile_ahead(graphs: StepGraphs, sampler: Sampler, tp: TensorParallelGroup
 
 
 def _capture(graphs: StepGraphs, sampler: Sampler, tp: TensorParallelGroup) -> None:
-    """The largest first, in one memory pool; then the tails, whose rows must be the dummy slot's."""
+    """Captures the largest graphs first, in one memory pool; then those that finish a step, with dummy rows."""
     sizes = sorted(graphs.sizes.sizes, key=lambda size: (-size.tokens, size))
     pool = torch.cuda.graph_pool_handle()
     for size in sizes:
@@ -96,13 +96,13 @@ def _capture(graphs: StepGraphs, sampler: Sampler, tp: TensorParallelGroup) -> N
 
 
 def captured(run: Callable[[], T], pool: Any, agree: Callable[[bool], bool] = bool) -> tuple[torch.cuda.CUDAGraph, T]:
-    """A graph of `run` in the memory pool, and what `run` returned inside it.
+    """Captures `run` in the memory pool. Returns the graph and the return value of `run` in the capture.
 
-    It runs once before, so that what is compiled on first use is compiled outside the capture. Where kernels are only
-    compiled, the graph is empty.
+    `run` is called once before, so that kernels which are compiled on first use are compiled outside the capture. In a
+    dry run, where kernels are only compiled, the graph is empty.
 
-    `agree(went well)`: whether it did on all ranks. Raises what the capture raised, or `RuntimeError` if that was
-    another rank's: no rank replays what another has not.
+    `agree(success)`: whether all ranks had success. Raises the error of the capture, or `RuntimeError` if it failed on
+    another rank, because no rank may replay a graph that another rank does not have.
     """
     result = run()
     if is_compiling_ahead():
@@ -111,10 +111,10 @@ def captured(run: Callable[[], T], pool: Any, agree: Callable[[bool], bool] = bo
     graph = torch.cuda.CUDAGraph()
     failure: BaseException | None = None
     try:
-        # "thread_local": what other threads do (a collective's watchdog, pinned copies) breaks no capture
+        # "thread_local": other threads (the watchdog of collectives, pinned copies) do not break the capture
         with _no_collection(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             result = run()
-    except BaseException as error:  # raised below, once the others know
+    except BaseException as error:  # raised below, after the ranks have agreed
         if not is_failure(error):
             raise
         failure = error
@@ -125,7 +125,7 @@ def captured(run: Callable[[], T], pool: Any, agree: Callable[[bool], bool] = bo
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Garbage is not collected: graphs of an older engine that end inside a capture would break it."""
+    """A context without garbage collection: deleting graphs of an older engine would break a capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -53,8 +53,8 @@ def check_model(
     _check_config(model, hf)
     for size in ranks:
         with during(f"{model.__name__} on {size} rank{'s' * (size > 1)}"):
-            served = _Served(model, hf, path, size)
-            served.compare(_prompts(served.vocab_size, served.longest), reference, tolerance)
+            model_on_ranks = _ModelOnRanks(model, hf, path, size)
+            model_on_ranks.compare(_prompts(model_on_ranks.vocab_size, model_on_ranks.longest), reference, tolerance)
 
 
 def _check_config(model: type[Model], hf: Mapping[str, Any]) -> None:
@@ -83,7 +83,7 @@ def _prompts(vocab_size: int, longest: int) -> dict[str, list[int]]:
     return {name: torch.randint(vocab_size, (n,), generator=random).tolist() for name, n in lens.items()}
 
 
-class _Served:
+class _ModelOnRanks:
     """The model on `size` ranks, with the reference backend and its own KV blocks."""
 
     def __init__(self, model: type[Model], hf: Mapping[str, Any], path: Path, size: int) -> None:

@@ -164,7 +164,7 @@ class BuildContext(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """What a model may know about the batch, in addition to ids and positions. Attention gets metadata from its backend.
+    """What a model may know about the batch, in addition to ids and positions.
 
     Attributes:
         num_tokens: T, the tokens of this step.

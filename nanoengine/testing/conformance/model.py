@@ -53,8 +53,8 @@ def check_model(
     _check_config(model, hf)
     for size in ranks:
         with during(f"{model.__name__} on {size} rank{'s' * (size > 1)}"):
-            model_on_ranks = _ModelOnRanks(model, hf, path, size)
-            model_on_ranks.compare(_prompts(model_on_ranks.vocab_size, model_on_ranks.longest), reference, tolerance)
+            ranked = _ModelOnRanks(model, hf, path, size)
+            ranked.compare(_prompts(ranked.vocab_size, ranked.longest), reference, tolerance)
 
 
 def _check_config(model: type[Model], hf: Mapping[str, Any]) -> None:

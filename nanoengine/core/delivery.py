@@ -36,7 +36,7 @@ class OpenRequests:
         self.known: dict[str, RequestState] = {}
         self.inbox: deque[tuple[RequestState, bool]] = deque()
         self.ready: list[RequestOutput] = []
-        self._undelivered: deque[tuple[Delivery, bool]] = deque()  # True: an output, False: a step record
+        self._undelivered: deque[tuple[Delivery, RequestState | None]] = deque()  # None: a step record
         self._num_added = 0
         # Re-entrant, and taken in this order. A stream may be collected, and so abort, while they are held.
         self.entry_lock = threading.RLock()
@@ -68,17 +68,17 @@ class OpenRequests:
     def publish(self, outputs: Sequence[RequestOutput]) -> None:
         """Queue outputs for their clients. With its last output a request ends, and its id is free."""
         for output in outputs:
-            sink = self.known[output.request_id].sink
+            state = self.known[output.request_id]
             if output.finished:
                 with self._lock:
                     del self.known[output.request_id]
-            if sink is None:
+            if state.sink is None:
                 self.ready.append(output)
             else:
-                self._undelivered.append(((sink, output), True))
+                self._undelivered.append(((state.sink, output), state))
 
     def put_records(self, records: Sequence[Delivery]) -> None:
-        self._undelivered += [(record, False) for record in records]
+        self._undelivered += [(record, None) for record in records]
 
     def take_ready(self) -> list[RequestOutput]:
         ready, self.ready = self.ready, []
@@ -88,14 +88,16 @@ class OpenRequests:
         """Call every client, in order. Afterwards raises the first exception of an observer."""
         raised: list[BaseException] = []
         while self._undelivered:
-            (client, news), is_output = self._undelivered.popleft()
+            (client, news), state = self._undelivered.popleft()
+            if state is not None and state.sink is not client:  # it raised over an output before this one
+                continue
             try:
                 client(news)
             except BaseException as error:
                 if not is_failure(error):
                     raise
-                if is_output:
-                    self._sink_failed(news.request_id, error)
+                if state is not None:
+                    self._sink_failed(state, error)
                 else:
                     raised.append(error)
         if raised and isinstance(raised[0], StopIteration):  # a stream would end as if all its outputs had come
@@ -103,17 +105,12 @@ class OpenRequests:
         if raised:
             raise raised[0]
 
-    def _sink_failed(self, request_id: str, error: BaseException) -> None:
+    def _sink_failed(self, state: RequestState, error: BaseException) -> None:
+        request_id = state.given.request_id
         _log.warning("the sink of request %r raised %s; the request is aborted", request_id, described(error))
-        with self._lock:
-            state = self.known.get(request_id)
-            if state is not None:
-                state.sink = _discard
-                self.abort(request_id)
-
-
-def _discard(output: RequestOutput) -> None:
-    """The sink of a request whose own sink failed."""
+        state.sink = lambda output: None  # of its other outputs
+        if self.known.get(request_id) is state:  # else it has ended, and its id may be in use again
+            self.inbox.append((state, True))
 
 
 class Watch(Protocol):

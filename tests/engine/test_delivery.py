@@ -81,6 +81,37 @@ def test_a_sink_that_raises_keeps_nothing_from_the_others(requests: Requests, ca
     assert len(caplog.messages) == 2
 
 
+def test_a_sink_that_raises_over_the_last_output_harms_no_request_that_uses_its_id(requests: Requests) -> None:
+    """A client that goes on with a conversation under the same id, and then raises."""
+
+    def add_again(output: Any) -> None:
+        second.append(requests.start("a", got.sink))
+        raise ValueError
+
+    got, second = Got(), list[Any]()
+    requests.put("a", add_again)
+    requests.deliver()
+    assert (second[0], True) not in requests.inbox
+    requests.put("a", got.sink)
+    requests.deliver()
+    assert got == ["a"]
+
+
+def test_a_sink_that_raised_is_not_called_again(requests: Requests, caplog: pytest.LogCaptureFixture) -> None:
+    """Nor for an output that was there already: of several samples, two may end at different moments of one step."""
+    calls: list[bool] = []
+
+    def fail(output: Any) -> None:
+        calls.append(output.finished)
+        raise ValueError
+
+    requests.put("a", fail, finished=False)
+    requests.put("a", fail)
+    requests.deliver()
+    assert calls == [False]
+    assert len(caplog.messages) == 1
+
+
 def test_what_an_observer_raises_is_raised_after_all_deliveries(
     requests: Requests, caplog: pytest.LogCaptureFixture
 ) -> None:

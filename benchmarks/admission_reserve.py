@@ -1,4 +1,4 @@
-"""What a reserve at admission saves or costs where KV blocks are short: steps, computed tokens, preemptions. No model.
+"""What a reserve at admission saves or costs when KV blocks are short: steps, computed tokens, preemptions. No model.
 
     python benchmarks/admission_reserve.py [--reserves 0 1 2] [--seeds 1 2 3]
 
@@ -48,7 +48,7 @@ def loads(seed: int) -> dict[str, Load]:
 
 
 def run(load: Load, reserve: int, caching: bool) -> Outcome:
-    """1,200 blocks of 16 tokens, 64 requests at once, 2,048 tokens a step."""
+    """1,200 blocks of 16 tokens, at most 64 running requests, 2,048 tokens per step."""
     config = SchedulerConfig(
         max_num_seqs=64, max_num_batched_tokens=2048, max_model_len=8192, admission_reserve=reserve
     )

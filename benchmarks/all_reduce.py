@@ -1,4 +1,4 @@
-"""Microseconds of one sum over the ranks inside a CUDA graph, ours beside NCCL's and torch's symmetric memory's.
+"""Microseconds of one sum over the ranks inside a CUDA graph: ours, NCCL's, and those of torch's symmetric memory.
 
     python benchmarks/all_reduce.py --ranks 2                    # rows x 4096, bfloat16
     python benchmarks/all_reduce.py --ranks 4 --rows 1 64 --json figures.json
@@ -29,7 +29,7 @@ CALLS, REPLAYS, SERIES = 64, 20, 5
 
 
 def microseconds(run: Callable[[], object]) -> float:
-    """Of one `run`, as a graph of `CALLS` of them replays it."""
+    """Microseconds of one `run`, in a graph of `CALLS` of them."""
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -74,7 +74,7 @@ def candidates(memory: SymmetricMemory | None, x: Tensor, residual: Tensor) -> d
 
 
 def check(memory: SymmetricMemory | None, group: DistributedGroup, rows: int, hidden: int) -> None:
-    """Many sums of changing values, each against NCCL's of float32 and the same on all ranks."""
+    """Checks many sums of changing values: each must agree with NCCL's in float32, and be equal on all ranks."""
     generator = torch.Generator("cuda").manual_seed(group.rank)
     for _ in range(50):
         x = torch.randn(rows, hidden, device="cuda", generator=generator).bfloat16()

@@ -1,8 +1,8 @@
-"""Layouts of the attention kernels' launches, tried one by one: how the fixed ones were chosen. Needs a CUDA GPU.
+"""Tries layouts of the attention kernels one by one; the fixed ones were chosen in this way. Needs a CUDA GPU.
 
     python benchmarks/attention_layouts.py [--only 'decode 256'] [--block-size 16] [--shape qwen3-0.6b] [--json FILE]
 
-The kernels as the engine launches them, beside flash-attn, are timed by `nanoengine bench attention`.
+`nanoengine bench attention` measures the kernels as the engine launches them, and compares them with flash-attn.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def prefill_layouts() -> Iterator[PrefillConfig]:
 
 
 def sweep(batch: Batch) -> Iterator[dict[str, Any]]:
-    """Microseconds of each layout that fits, and its error; None: the one that the engine takes."""
+    """Microseconds and error of each layout that fits; None: the layout of the engine."""
     layouts = prefill_layouts() if batch.lengths.prefill else decode_layouts(batch)
     for config in (None, *layouts):
         try:
@@ -60,7 +60,7 @@ def sweep(batch: Batch) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="batches whose name holds this")
+    parser.add_argument("--only", default="", help="batches whose name contains this")
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--shape", choices=list(SHAPES), default="qwen3-0.6b")
     parser.add_argument("--json", type=Path)

@@ -1,4 +1,4 @@
-"""SmolLM2 on a CPU: the engine beside transformers, in one process, on the same token ids and threads.
+"""SmolLM2 on a CPU: compares the engine with transformers, in one process, with the same token ids and threads.
 
     python benchmarks/cpu.py                    # everything; several minutes
     python benchmarks/cpu.py --only batch1      # or: workload
@@ -36,7 +36,7 @@ SHORTEST, LONGEST = 16, 128
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request: its prompt, and how many tokens are wanted."""
+    """One request: its prompt, and the number of tokens to generate."""
 
     prompt: list[int]
     count: int
@@ -44,7 +44,7 @@ class Job:
 
 @dataclass(slots=True)
 class Result:
-    """Tokens wanted by the jobs, seconds of each run, and the tokens of the last one."""
+    """The number of tokens of all jobs, seconds of each run, and the tokens of the last run."""
 
     name: str
     tokens: int
@@ -61,7 +61,7 @@ Run = Callable[[Sequence[Job]], list[list[int]]]
 
 
 def make_jobs(count: int, seed: int, vocab_size: int) -> list[Job]:
-    """Random ids, lengths uniform from 16 to 128: prompts and outputs by themselves."""
+    """Jobs with random ids; lengths of prompts and outputs are uniform from 16 to 128."""
     rng = np.random.default_rng(seed)
     prompts, outputs = (rng.integers(SHORTEST, LONGEST + 1, count) for _ in range(2))
     return [Job(rng.integers(0, vocab_size, p).tolist(), int(n)) for p, n in zip(prompts, outputs, strict=True)]
@@ -99,7 +99,7 @@ def _generate(model: Any, jobs: Sequence[Job]) -> list[list[int]]:
 
 
 def measure(sides: Sequence[tuple[str, Run, Sequence[Job]]], repeats: int) -> list[Result]:
-    """Every side once a round, in turn, so that what else the machine does falls on all of them."""
+    """Runs every engine once per round, in turn, so that other load on the machine affects all of them."""
     results = [Result(name, sum(job.count for job in jobs)) for name, _, jobs in sides]
     for _ in range(repeats):
         for result, (_, run, jobs) in zip(results, sides, strict=True):
@@ -111,7 +111,7 @@ def measure(sides: Sequence[tuple[str, Run, Sequence[Job]]], repeats: int) -> li
 
 
 def agreement(ours: Result, theirs: Result) -> float:
-    """Share of tokens before the first difference of each answer."""
+    """The share of tokens before the first difference in each answer."""
     same = [
         next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(x))
         for x, y in zip(ours.answers, theirs.answers, strict=True)
@@ -143,7 +143,7 @@ def bench_batch1(llm: LLM, model: Any, args: argparse.Namespace) -> list[dict[st
     for _, run, _ in sides:
         run([Job(prompt, 8)])
     results = measure(sides, args.repeats)
-    print(f"  tokens alike up to the first difference: {agreement(*results):.0%}")
+    print(f"  equal tokens up to the first difference: {agreement(*results):.0%}")
     return show(f"One request, {args.tokens} tokens", results, [None, 1.0])
 
 
@@ -162,7 +162,7 @@ def bench_workload(llm: LLM, model: Any, args: argparse.Namespace) -> list[dict[
     results = measure(sides, args.workload_repeats)
     for result in results[1:]:
         if result.tokens == results[0].tokens:
-            print(f"  {result.name}: {agreement(results[0], result):.0%} alike up to the first difference")
+            print(f"  {result.name}: {agreement(results[0], result):.0%} equal up to the first difference")
     tokens = sum(len(job.prompt) for job in jobs), sum(job.count for job in jobs)
     title = f"{len(jobs)} requests, {tokens[0]:,} tokens in and {tokens[1]:,} out"
     return show(title, results, [None, *(rival[3] for rival in chosen)])

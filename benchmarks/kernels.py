@@ -1,4 +1,4 @@
-"""Times of the Triton kernels beside torch's, on one CUDA device.
+"""Times of the Triton kernels compared with torch, on one CUDA device.
 
     python benchmarks/kernels.py [--out DIR] [--tune MODEL]
 
@@ -51,7 +51,7 @@ SHAPES = [
 
 
 def us_of(calls: list[Callable[[], Any]], replays: int = 15) -> float:
-    """Median microseconds a call."""
+    """Median microseconds of a call."""
     return time_us(calls, CUDA, replays)[0]
 
 
@@ -69,7 +69,7 @@ GATES: tuple[Activation | None, ...] = (None, "silu")  # by `gated`
 
 
 def compile_products(shape: tuple[str, int, int, bool]) -> None:
-    """In a child process: fills Triton's cache with what `bench_products` runs."""
+    """Runs in a child process: fills Triton's cache with the kernels of `bench_products`."""
     _, n, k, gated = shape
     w = torch.empty(n, k, device="cuda", dtype=DTYPE)
     for rows in ROWS:
@@ -85,7 +85,7 @@ def in_children(function: Callable[[Any], None], parts: list[Any]) -> None:
 
 
 def bench_products(peak: float) -> Iterator[dict[str, Any]]:
-    """Plain and fused products against cuBLAS, and cuBLAS with what would follow or precede it."""
+    """Compares plain and fused products with cuBLAS, and with cuBLAS together with the kernels before or after it."""
     in_children(compile_products, SHAPES)
     for name, n, k, gated in SHAPES:
         weights = [rand(n, k) / 32 for _ in range(copies(n * k * DTYPE.itemsize, CUDA))]
@@ -116,7 +116,7 @@ def bench_products(peak: float) -> Iterator[dict[str, Any]]:
 
 
 def bench_small(peak: float) -> Iterator[dict[str, Any]]:
-    """Kernels without a weight matrix, from one token to a large prefill."""
+    """Measures kernels without a weight matrix, from one token to a large prefill."""
     for tokens in (1, 8, 64, 256, 16384):
         few = min(64, copies(tokens * 1024 * 4, CUDA))
         for hidden in (1024, 4096):
@@ -145,14 +145,14 @@ def bench_small(peak: float) -> Iterator[dict[str, Any]]:
 
 
 def torch_rope_us(sets: list[Tensor], store: Callable[[Any, Tensor], Tensor]) -> float:
-    """The reference cannot be captured (it picks slots by a mask), so it is timed launch by launch."""
+    """The reference cannot be captured (it selects slots by a mask), so its launches are measured one by one."""
     few = sets[:8]
     return eager_us(lambda: [store(rope.qk_norm_rope_store, s) for s in few], repeats=3, calls=1) / len(few)
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One tile size for one product, as a layer calls it: behind a norm (qkv, gate_up), before a sum (o, down)."""
+    """One tile size for one product, as a layer calls it: after a norm (qkv, gate_up), before a sum (o, down)."""
 
     shape: tuple[str, int, int, bool]
     rows: int
@@ -178,7 +178,7 @@ class Trial:
 
 
 def inputs(trial: Trial) -> tuple[Tensor, ...]:
-    """All that `Trial.run` takes behind the weight, and x."""
+    """The arguments of `Trial.run` after the weight, and x."""
     _, n, k, gated = trial.shape
     return rand(k), rand(trial.rows, n // 2 if gated else n), tickets_on(CUDA)
 
@@ -192,7 +192,7 @@ def trials(model: str) -> Iterator[Trial]:
 
 
 def tiles(rows: int, outputs: int, k: int, width: int) -> Iterator[Tile]:
-    """Those whose weights, tokens and programs a GPU can do something with."""
+    """The tiles whose weights, tokens and programs fit on a GPU."""
     for block_n, warps in product((1, 2, 4, 8), (2, 4, 8)):
         held_bytes = triton.next_power_of_2(k) * width * block_n * 2 // (32 * warps)  # a thread
         if rows <= 2 and 64 <= held_bytes <= 256:
@@ -211,12 +211,12 @@ def tiles(rows: int, outputs: int, k: int, width: int) -> Iterator[Tile]:
         useful = 60 <= programs <= 600 if outputs <= 8192 else block_n >= 64 and splits == 1
         if rows > 2 and useful and shared <= 220_000 and k // splits >= 2 * block_k and rows // 2 <= block_t <= rows:
             yield SkinnyTile(block_n // width, block_k, block_t, warps, stages, splits)
-    if rows > 2:  # what the others have to beat
+    if rows > 2:  # the others must be faster than this
         yield large_tile(rows, outputs, k, gated=width == 2, itemsize=DTYPE.itemsize)
 
 
 def compile_all(part: list[Trial]) -> None:
-    """In a child process: fills Triton's cache."""
+    """Runs in a child process: fills Triton's cache."""
     for trial in part:
         _, n, k, _ = trial.shape
         try:

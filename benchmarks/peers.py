@@ -1,4 +1,4 @@
-"""Other engines on the very same workloads: transformers, nano-vllm and vLLM, each where it is installed.
+"""Runs the same workloads on other engines: transformers, nano-vllm and vLLM, if they are installed.
 
     python benchmarks/peers.py --peer vllm --workload d1 --workload d256 --bandwidth 4190 --tflops 714 --json peers.json
 
@@ -40,7 +40,7 @@ TEMPERATURE = 0.6
 
 
 class Peer(ABC):
-    """An engine, started for one bound of requests at once.
+    """An engine, started with one limit of running requests.
 
     Attributes:
         package, distribution: what is imported, and what is installed. install: what pip takes.
@@ -58,7 +58,7 @@ class Peer(ABC):
 
     @abstractmethod
     def run(self, workload: Workload) -> list[int]:
-        """Runs it with an empty prefix cache; the number of tokens out of each request."""
+        """Runs the workload with an empty prefix cache. Returns the number of output tokens of each request."""
 
 
 class Transformers(Peer):
@@ -112,7 +112,7 @@ class NanoVllm(Peer):
         self.llm = package.LLM(str(folder), enforce_eager=False, max_model_len=options.max_model_len, **bound)
 
     def run(self, workload: Workload) -> list[int]:
-        self.llm.scheduler.block_manager.hash_to_block_id.clear()  # its prefix index; there is no call for it
+        self.llm.scheduler.block_manager.hash_to_block_id.clear()  # its prefix index, for which it has no method
         params = [self.params(temperature=TEMPERATURE, ignore_eos=True, max_tokens=n) for n in workload.output_lens]
         outputs = self.llm.generate([list(prompt) for prompt in workload.prompts], params, use_tqdm=False)
         return [len(output["token_ids"]) for output in outputs]
@@ -120,7 +120,7 @@ class NanoVllm(Peer):
 
 class Vllm(Peer):
     package = distribution = install = "vllm"
-    places = 256  # at the least; its default depends on the device
+    places = 256  # or more; its default depends on the device
 
     def __init__(self, folder: Path, options: argparse.Namespace, max_num_seqs: int | None) -> None:
         package = importlib.import_module(self.package)
@@ -164,7 +164,7 @@ PEERS: dict[str, type[Peer]] = {"transformers": Transformers, "nano-vllm": NanoV
 
 
 def measure(name: str, options: argparse.Namespace) -> list[Row]:
-    """In a process of its own: the workloads asked for, which share one bound of requests at once."""
+    """Runs in its own process: the given workloads, which have the same limit of running requests."""
     workloads = [WORKLOADS[w]().scaled(options.scale) for w in options.workload]
     bounds = {w.max_num_seqs for w in workloads}
     assert len(bounds) == 1, bounds
@@ -197,7 +197,7 @@ def _timed(peer: Peer, workload: Workload) -> float:
 
 
 def in_processes(name: str, options: argparse.Namespace) -> tuple[list[Row], list[str]]:
-    """Rows of one peer, in the order of the workloads, and what failed, in words."""
+    """The rows of one engine, in the order of the workloads, and a text about what failed."""
     bound = {w: WORKLOADS[w]().max_num_seqs for w in options.workload}
     ordered = sorted(options.workload, key=lambda w: bound[w] is not None)
     rows: list[Row] = []

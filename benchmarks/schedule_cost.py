@@ -58,7 +58,7 @@ def add(scheduler: Scheduler, number: int, max_tokens: int, logprobs: int | None
 
 
 def result_of(step: ScheduledStep, logprobs: int | None) -> StepResult:
-    """What a runner would say: some token for each sampled row."""
+    """A result like that of a runner: some token for each sampled row."""
     counts = np.asarray(step.sampled, dtype=np.int32)
     rows = np.flatnonzero(counts).astype(np.int32)
     n = len(rows)

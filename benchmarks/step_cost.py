@@ -4,8 +4,8 @@
 
 CPU: microseconds a step of `schedule`, of `launch` (staging and graph launches) and of `commit`, by the wall clock of
 the thread that does them; the wait for the device is in none of them. Blocks grow and stop tokens are looked for. GPU:
-the share of 30 steps' time in which nothing runs on it, from torch's profiler, whose tracing makes steps a little
-longer: between steps, and in all, with the launch of each kernel of a graph behind the one before it.
+the share of the time of 30 steps in which nothing runs on it, from torch's profiler, whose tracing makes steps a little
+longer. It is given for the gaps between steps, and in total, with the gaps between the kernels of a graph.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def timed(spent: Counter[str], name: str, call: Callable[..., Any]) -> Callable[
 
 
 def idle_share(engine: Any) -> tuple[float, float, float]:
-    """Of some steps: shares of the time in which nothing runs, between steps and in all; microseconds a step.
+    """Idle shares of the time of some steps, between steps and in total; microseconds per step.
 
-    Between steps stand copies: the result's to the host and the next step's to the device.
+    Between steps there are copies: of the result to the host, and of the next step's inputs to the device.
     """
     events: list[Any] = []
     plan = schedule(wait=0, warmup=WARMUP, active=PROFILED, repeat=1)  # the tracer's start makes steps longer
@@ -92,7 +92,7 @@ def run(llm: LLM, requests: int, steps: int) -> None:
     print(f"{requests} running, mean of {steps} steps of {wall / steps * 1e6:,.0f} us")
     print("CPU us a step: " + ", ".join(f"{name} {value:.0f}" for name, value in each.items()), end="; ")
     print(f"sum {sum(each.values()):.0f}")
-    print(f"GPU idle between steps {between:.1%}, in all {idle:.1%}, of {traced:,.0f} us a traced step")
+    print(f"GPU idle between steps {between:.1%}, in total {idle:.1%}, of {traced:,.0f} us per traced step")
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ def test_the_core_names_no_model_and_no_backend(source: Source) -> None:
 
 
 def mutable_globals(tree: ast.Module) -> Iterator[str]:
-    """Module-level containers that are neither declared read-only nor constants that nobody changes."""
+    """Module-level containers that are neither declared read-only nor constants that are never changed."""
     changed = set(changed_names(tree))
     for node in tree.body:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target] if _annotated(node) else []

@@ -63,8 +63,8 @@ def test_every_member_is_documented_with_its_type_default_and_meaning(name: str)
 def test_a_stale_document_would_be_noticed(old: str, new: str) -> None:
     assert TEXT.count(old) == 1
     stale = TEXT.replace(old, new)
-    told = {name: {m: kind for m, (kind, _) in documented(name, stale).items()} for name in CLASSES}
-    assert [name for name in CLASSES if told[name] != dict(rows_of(getattr(api, name)))] != []
+    found = {name: {m: kind for m, (kind, _) in documented(name, stale).items()} for name in CLASSES}
+    assert [name for name in CLASSES if found[name] != dict(rows_of(getattr(api, name)))] != []
 
 
 def test_every_hook_is_documented() -> None:

@@ -209,7 +209,7 @@ def test_startup_shows_why_the_process_failed(nanoengine: Callable[..., Result])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["throughput", "--shape", "qwen3-06b"], "did you mean 'qwen3-0.6b'"),
         (["throughput", "--workload", "d2"], "no workload 'd2'"),
@@ -219,10 +219,10 @@ def test_startup_shows_why_the_process_failed(nanoengine: Callable[..., Result])
         (["prefix", "--shape", "tiny", "bloc_size=16"], "did you mean 'block_size'"),
     ],
 )
-def test_mistakes_are_reported(nanoengine: Callable[..., Result], arguments: list[str], told: str) -> None:
+def test_mistakes_are_reported(nanoengine: Callable[..., Result], arguments: list[str], message: str) -> None:
     result = nanoengine("bench", *arguments)
     assert result.exit_code == 2
-    assert told in result.output
+    assert message in result.output
 
 
 def test_a_plot_without_matplotlib_stops_before_measuring(

@@ -181,7 +181,7 @@ def test_output_that_cannot_be(fake: Any, nanoengine: Run, config: Any, output: 
     result = nanoengine("run", config(CONFIG), f"output={output}")
     assert result.exit_code == 2
     assert f"cannot write output {output}" in result.stderr
-    assert not fake.made  # told before anything was loaded
+    assert not fake.made  # reported before anything was loaded
 
 
 MISTAKES = [

@@ -118,7 +118,7 @@ def test_greedy_tokens_of_smaller_steps(
 
 @pytest.mark.parametrize("overlap", [True, False])
 def test_a_decode_batch_that_does_not_fit(tmp_path: Path, monkeypatch: Patch, overlap: bool) -> None:
-    """256 rows where memory holds 200: their KV stays, nobody is preempted, and memory that is back is used."""
+    """256 rows where memory holds 200: no request is preempted, and memory that is free again is used."""
     asked, count = prompts(256, shortest=2, longest=5), 24
     with mock_llm(tmp_path, max_num_seqs=256, overlap=overlap, num_gpu_blocks_override=8192) as llm:
         for i, prompt in enumerate(asked):

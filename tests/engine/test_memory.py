@@ -90,7 +90,7 @@ def test_a_kv_cache_that_cannot_be_allocated(
 
 
 def test_a_model_of_one_position(tmp_path: Path) -> None:
-    """No room for output: each request is told so; the largest steps, which size a GPU's cache, still run."""
+    """No room for output: each request gets this error; the largest steps, which size a GPU's cache, still run."""
     with mock_llm(tmp_path, max_model_len=1) as llm:
         (output,) = llm.generate([[5]], SamplingParams(temperature=0, max_tokens=3), use_tqdm=False)
         assert output.error is not None
@@ -248,7 +248,7 @@ def test_nothing_left_to_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert text in str(caught.value)
     gc.collect()
     assert len(models) >= 2
-    assert all(model() is None for model in models), "whoever holds the error holds the model"
+    assert all(model() is None for model in models), "the error keeps the model alive"
 
 
 def test_weights_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

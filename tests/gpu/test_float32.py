@@ -113,7 +113,7 @@ def test_prompt_logprobs(pair: Callable[[str], Pair], mode: str) -> None:
 
 
 def test_tails_after_penalties(pair: Callable[[str], Pair]) -> None:
-    """Counts over the vocabulary, once made, keep nobody else from the captured tail; and are right for who comes."""
+    """Counts over the vocabulary, once made, do not keep other requests from the captured tail."""
     folder, model = pair("qwen3")
     asked = tiny.prompts(6, shortest=5, longest=40)
     penalised = SamplingParams(max_tokens=on_cpu.COUNT, ignore_eos=True, repetition_penalty=1.3, temperature=0)

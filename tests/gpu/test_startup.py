@@ -1,4 +1,4 @@
-"""What a start does on a GPU: weights arrive whole, kernels compile beside each other, and each phase is told."""
+"""What a start does on a GPU: weights are complete, kernels compile in parallel, and each phase is reported."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ if __name__ == "__main__":
 """
 
 
-# Without a profile run (blocks are given) nothing is launched before the rehearsal: no write of the host's may be lost.
+# Without a profile run (blocks are given) nothing is launched before the dry run: no write of the host's may be lost.
 @pytest.mark.parametrize("options", [{}, {"num_gpu_blocks_override": 200}])
 def test_a_cold_start_compiles_in_parallel_and_serves_what_an_eager_engine_serves(
     options: dict[str, int], tmp_path: Path

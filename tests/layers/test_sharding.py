@@ -71,7 +71,7 @@ def load_ranks(name: str, path: Path, size: int) -> list[BuiltModel]:
 
 
 def reassemble(ranks: list[BuiltModel]) -> dict[str, Tensor]:
-    """Checkpoint tensors from what the ranks hold; NaN where nobody holds anything."""
+    """Checkpoint tensors from what the ranks hold; NaN where no rank has anything."""
     whole: dict[str, Tensor] = {}
     for rank, built in enumerate(ranks):
         rules = built.model.weight_map(built.config)

@@ -292,7 +292,7 @@ def test_qwen2_without_biases_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("arch", "layers", "scalar"), [("gemma2", 46, 16), ("gemma3", 62, 16), ("gemma3", 46, 32)])
 def test_scale_of_the_largest_gemma(arch: str, layers: int, scalar: int) -> None:
-    """64 wide, 4 heads of 32: the 27B models are told by their number of layers, as llama.cpp does."""
+    """64 wide, 4 heads of 32: the 27B models are recognised by their number of layers, as llama.cpp does."""
     shape = Shape(hidden=64, ffn=96, layers=layers, heads=4, kv_heads=2, head_size=32)
     meta = Metadata("tiny.gguf", {**KEYS[arch]})
     assert ARCHITECTURES[arch].details(meta, shape, {})["query_pre_attn_scalar"] == scalar

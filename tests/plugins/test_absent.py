@@ -1,4 +1,4 @@
-"""A name that nobody knows: a slip of the pen gets the nearest one; else the error tells how a plugin is brought."""
+"""An unknown name: the error suggests the nearest one; if none is near, it says how to add a plugin."""
 
 from __future__ import annotations
 

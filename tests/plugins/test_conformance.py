@@ -85,7 +85,7 @@ class WritesToLogicalBlocks(TorchPaged):
 
 
 class ClaimsLess(TorchPaged):
-    """Serves a window nobody declared."""
+    """Applies a window that is not declared."""
 
     capabilities = AttentionCapabilities(devices=frozenset({"cpu"}))
 

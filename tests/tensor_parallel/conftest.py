@@ -13,7 +13,7 @@ import pytest
 
 
 def children() -> set[int]:
-    """Process ids of this process's children, ended ones that nobody has reaped included."""
+    """Process ids of this process's children, including ended ones that are not reaped."""
     found = set()
     for task in Path("/proc/self/task").iterdir():
         with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended

@@ -1,5 +1,5 @@
-# make demo | test | lint | clean.  Everything lives in .venv, made on first use and again when the pins change.
-# PYTHON=... picks the interpreter (3.11 or newer); PYTEST_ARGS=... goes to pytest.
+# make demo | test | lint | clean.  Everything is installed in .venv, which is made on first use and when the pins change.
+# PYTHON=... selects the interpreter (3.11 or newer); PYTEST_ARGS=... goes to pytest.
 
 SHELL := /bin/sh
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \

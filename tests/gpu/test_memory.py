@@ -131,7 +131,7 @@ def test_an_engine_starts_in_what_others_leave(tmp_path: Path, caplog: pytest.Lo
         assert tokens_of(llm.generate(prompts(8), GREEDY, use_tqdm=False)) == [greedy(p, 12) for p in prompts(8)]
         assert llm.memory_report.kv_cache_bytes < 6 * GIB
     del held
-    assert any("this engine takes at most 5." in message for message in caplog.messages), caplog.messages
+    assert any("this engine uses at most 5." in message for message in caplog.messages), caplog.messages
 
 
 def test_no_room_at_all_is_an_error_with_figures(tmp_path: Path) -> None:

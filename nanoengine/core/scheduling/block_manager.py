@@ -32,8 +32,7 @@ class Published(NamedTuple):
 
 
 class BlockUse(NamedTuple):
-    """Blocks of a pool. used: owned by requests, of which several own those that are `shared`. cached: owned by none,
-    but a prefix hit may still find them; they are reused where nothing else is free."""
+    """Blocks of a pool. used: owned by requests; shared: by several. cached: free, and a prefix hit may find them."""
 
     total: int
     used: int
@@ -192,10 +191,9 @@ class BlockManager:
     def publish(self, request: Request, num_tokens: int) -> list[Published]:
         """Enters the request's blocks that are full with its first `num_tokens` tokens into the index.
 
-        A block whose equal is there already stays out (the request keeps its own copy: tables only grow), and those
-        after it follow the indexed one; if that is forgotten meanwhile, the request publishes its own copies. What no
-        request can find any more, as its predecessor was forgotten, makes room. On a collision of hashes, and at a
-        block that a failed request had read, the request publishes no more.
+        A block whose equal is there already stays out (the request keeps its own copy), and those after it follow the
+        indexed one; if that is forgotten, the request publishes its own copies. On a collision of hashes with a block
+        that can be found, and at a block that a failed request had read, the request publishes no more.
         """
         out: list[Published] = []
         while request.publish_at <= num_tokens:

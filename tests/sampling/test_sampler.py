@@ -316,6 +316,67 @@ def test_another_truncation_processor_is_called_after_the_standard_ones(monkeypa
     assert {tokens[r] for r in (1, 5, 9)} <= {1, 2, 3}
 
 
+@dataclass(frozen=True)
+class LateTemperatureParams(ProcessorParams):
+    late: float = 1.0
+    columns: ClassVar = {"late": ColumnSpec(dtype="float32", default=1.0, op=StandardOp.TEMPERATURE)}
+
+
+class LateTemperature(LogitsProcessor):
+    """Temperature of what truncation leaves."""
+
+    phase = Phase.TRUNCATE
+    argmax_invariant = True
+
+    def apply(self, logits: torch.Tensor, rows: ProcessorRows) -> torch.Tensor:
+        return sampling.scale_by_temperature_(logits, rows.column("late"))
+
+
+@dataclass(frozen=True)
+class EndsParams(ProcessorParams):
+    most: int = 0
+    least: float = 0.0
+    columns: ClassVar = {
+        "least": ColumnSpec(dtype="float32", default=0.0, op=StandardOp.MIN_P),
+        "most": ColumnSpec(dtype="int32", default=0, op=StandardOp.TOP_K),
+    }
+
+
+class Ends(LogitsProcessor):
+    """Top-k and min-p in one, so that top-p comes behind min-p."""
+
+    phase = Phase.TRUNCATE
+    argmax_invariant = True
+
+    def apply(self, logits: torch.Tensor, rows: ProcessorRows) -> torch.Tensor:
+        cut = sampling.truncation_threshold(logits, top_k=rows.column("most"), min_p=rows.column("least"))
+        return sampling.truncate_(logits, cut)
+
+
+@pytest.mark.parametrize(
+    ("params", "processor", "wants", "together"),
+    [
+        (LateTemperatureParams, LateTemperature, {"late": 3.0}, {"late": 3.0, "top_p": 0.5}),
+        (EndsParams, Ends, {"most": 30, "least": 0.05, "temperature": 2.0}, {"least": 0.3, "top_p": 0.6}),
+    ],
+)
+def test_operations_in_another_order_than_the_fused_one_are_called_one_by_one(
+    params: type[ProcessorParams], processor: type[LogitsProcessor], wants: Any, together: Any
+) -> None:
+    """Else a row's token would depend on whether another row's processor keeps the batch from being fused."""
+    specs = with_processor("other", params, processor)
+    made = [
+        Tenant(resolver(VOCAB, specs).resolve(SamplingParams(**(together if r % 2 else wants))), seed=r)
+        for r in range(40)
+    ]
+    fused, called = (make_sampler(VOCAB, fuse=fuse, specs=specs) for fuse in (True, False))
+    logits = torch.randn(40, VOCAB, generator=torch.Generator().manual_seed(5)) * 2
+    for start, names in ((0, set()), (1, {"other", "top_p"})):
+        rows = rows_of(VOCAB, made[start::2], specs)
+        assert sample(fused, logits[:20], rows) == sample(called, logits[:20], rows)
+        assert {p.name for p in rows.plan(fused).called} == names
+
+
 class Narrow(LogitsProcessor):
     phase = Phase.BIAS
 

@@ -20,6 +20,7 @@ from nanoengine.kernels.philox import draw_keys
 from nanoengine.params.engine_plan import ProcessorPlan
 
 _TRUNCATION_ORDER = (StandardOp.TOP_K, StandardOp.TOP_P, StandardOp.MIN_P)
+_ORDER = (StandardOp.TEMPERATURE, *_TRUNCATION_ORDER)  # of the operations that are part of the draw
 _NEUTRAL: Mapping[StandardOp, tuple[float, torch.dtype]] = {
     StandardOp.TEMPERATURE: (1, torch.float32),
     StandardOp.TOP_K: (0, torch.int32),
@@ -170,7 +171,8 @@ class Sampler:
         active = [p for p in self._processors if p.name in wanted and (random or not p.processor.argmax_invariant)]
         late = [p for p in active if p.processor.phase >= Phase.TEMPERATURE]
         ops = {op: (p.name, column) for p in late for op, column in p.ops.items()}
-        fused = self._fuse and all(p.standard for p in late) and len(ops) == sum(len(p.ops) for p in late)
+        places = [place for p in late for place in sorted(map(_ORDER.index, p.ops))]
+        fused = self._fuse and all(p.standard for p in late) and places == sorted(set(places))
         if not fused:
             late, ops = [], {}
         called = tuple(active[: len(active) - len(late)])

@@ -348,10 +348,10 @@ class Engine:
 
     def close(self) -> None:
         """Drop what runs and give the memory back. Idempotent. No effect in a fork of the engine's process."""
-        if self._is_fork or self._closed:
+        if self._is_fork:
             return
         with self._step_lock:
-            self._closed = True
+            self._closed = True  # and all the rest again, which an interrupt may have cut short before
             for state in list(self._requests.known.values()):  # another thread may just be adding one
                 for request in state.unfinished():
                     self.scheduler.abort(request)

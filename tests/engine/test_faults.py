@@ -409,6 +409,19 @@ def test_who_enters_while_the_engine_starts_over_is_served(tmp_path: Path, monke
         assert llm.stats().running == llm.stats().waiting == 0
 
 
+def test_an_interrupted_close_is_finished_by_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = mock_llm(tmp_path)
+    executor = llm._built.executor
+    monkeypatch.setattr(type(executor), "shutdown", once(type(executor).shutdown, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        llm.close()
+    with pytest.raises(EngineClosed):
+        llm.generate([[1, 2]], GREEDY, use_tqdm=False)
+    assert executor.runner is not None
+    llm.close()
+    assert executor.runner is None
+
+
 def test_who_enters_while_the_engine_is_closed_does_not_keep_it_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

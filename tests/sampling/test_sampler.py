@@ -472,6 +472,23 @@ def test_how_rows_are_drawn_is_chosen_by_what_they_want(
     assert (plain.tail, plain.captured) == (None, False)
 
 
+def test_a_processor_that_reads_counts_is_called_for_greedy_rows_too() -> None:
+    """Whatever it does to an arg-max: a captured draw does not count, and a host processor may turn the row random."""
+
+    class Repeats(LogitsProcessor):
+        phase = Phase.TRUNCATE
+        argmax_invariant = True
+        needs = frozenset({Need.OUTPUT_COUNTS})
+
+        def apply(self, logits: torch.Tensor, rows: ProcessorRows) -> torch.Tensor:
+            return logits
+
+    plan = replace(plan_of(BUILT_IN["min_p"]), name="repeats", columns={"on": ColumnSpec(dtype="bool", default=False)})
+    sampler = Sampler([(plan, Repeats(None))], 50, fuse=True)  # type: ignore[arg-type]
+    assert not sampler.argmax_invariant["repeats"]
+    assert [p.name for p in sampler.choose(frozenset({"repeats"}), random=False).called] == ["repeats"]
+
+
 # Log-probs ------------------------------------------------------------------------------------------------------------
 
 

@@ -135,11 +135,12 @@ class Sampler:
 
     With `fuse`, processors of the last two phases whose columns are all standard operations are not called: one search
     finds the thresholds of top-k, top-p and min-p together, and noise is made for what survives. That yields the very
-    tokens of the processors called one by one, which happens without `fuse`, and where another processor of
-    these phases is active between them.
+    tokens of the processors called one by one, which happens without `fuse`, and where another processor of these
+    phases is active too, or the operations have another order.
 
     Attributes:
-        argmax_invariant: of each processor. needs: history that any of them reads.
+        argmax_invariant: of each processor, whether greedy rows do without it. Not where it reads counts, which must
+            go on for a row that turns random (`host_columns`). needs: history that any of them reads.
         standard_columns: operation -> (processor, column), of processors that are nothing but standard operations; {}
             where two claim one operation.
         tails: the kinds of tail that the kernels have.
@@ -158,7 +159,10 @@ class Sampler:
         self._vocab_size, self._fuse = vocab_size, fuse
         self._kernels = TritonDraw() if kernels else None
         self.tails = () if self._kernels is None else self._kernels.tails
-        self.argmax_invariant = {p.name: p.processor.argmax_invariant for p in self._processors}
+        self.argmax_invariant = {
+            p.name: p.processor.argmax_invariant and Need.OUTPUT_COUNTS not in p.processor.needs
+            for p in self._processors
+        }
         self.needs: frozenset[Need] = frozenset().union(*(p.processor.needs for p in self._processors))
         claims = [(op, (p.name, column)) for p in self._processors if p.standard for op, column in p.ops.items()]
         clash = not fuse or len({op for op, _ in claims}) < len(claims)
@@ -168,7 +172,7 @@ class Sampler:
         self, wanted: frozenset[str], *, random: bool, min_tokens: bool = False, logprobs: bool = False
     ) -> DrawPlan:
         """How to draw for rows that want these processors; the flags are as in `DrawPlan`."""
-        active = [p for p in self._processors if p.name in wanted and (random or not p.processor.argmax_invariant)]
+        active = [p for p in self._processors if p.name in wanted and (random or not self.argmax_invariant[p.name])]
         late = [p for p in active if p.processor.phase >= Phase.TEMPERATURE]
         ops = {op: (p.name, column) for p in late for op, column in p.ops.items()}
         places = [place for p in late for place in sorted(map(_ORDER.index, p.ops))]

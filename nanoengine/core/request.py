@@ -1,4 +1,4 @@
-"""A request as the engine keeps it: one `Request` for each of its samples."""
+"""A request as the scheduler has it: one `Request` for each of its samples. What a client gets is in `outputs.py`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Status(Enum):
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Request:
-    """One sample as the scheduler keeps it (a request with n samples is n of these). Mutable; not for plugins.
+    """One sample of a request (with n samples there are n of these). Mutable; not for plugins.
 
     The words: *known* tokens are on the host; a sampled token whose step was launched but not committed is *in
     flight*; `length` counts both. `num_computed` counts tokens whose KV is written by launched steps: a request decodes
@@ -35,12 +35,12 @@ class Request:
     """
 
     id: str
-    parent: str
+    parent: str  # id of the request that it is a sample of
     prompt_token_ids: Sequence[int]
     params: ResolvedParams
     seed: int
     sample_index: int
-    arrival: int
+    arrival: int  # running number of its request: lower came earlier
     priority: int = 0
     max_len: int = 0  # tokens at which it ends by length
     cache_key: bytes = b""  # extra key of the prefix index: cache_salt, adapter, weights version
@@ -63,12 +63,12 @@ class Request:
     length: int = field(init=False)  # tokens, those in flight included
     pick_check_at: int = 0  # below this `length` its next row is one more token, and nothing else is to be done
     commit_check_at: int = 0  # below so many output tokens a new one is appended, if it does not stop: likewise
-    order: int = 0  # of add(): breaks ties of `arrival`
-    admitted: int = 0  # of admissions: FCFS preempts the last one
+    order: int = 0  # running number of its add(): breaks ties of `arrival`
+    admission: int = 0  # running number of its last admission: FCFS preempts the highest
     last_prefill: int = -1  # the last launched step that holds a prefill row of it
     length_reason: str | None = None  # stop_reason when it ends by length
     borrowed: int = 0  # tokens of its KV that other requests computed, of this admission
-    void: int = -1  # the generation whose results do not count: its KV was not its own, and broke
+    void_generation: int = -1  # whose results do not count: it read KV of others, and its logits were not finite
     prompt_logprobs_done: int = 1  # prompt positions before it have their log-probs delivered
 
     # The block manager's.
@@ -100,6 +100,13 @@ class Request:
     def num_in_flight(self) -> int:
         """Sampled tokens not yet committed."""
         return self.length - self.num_tokens
+
+    @property
+    def may_read_cache(self) -> bool:
+        """Prompt log-probs need every prompt position computed, until all are delivered; and no request is broken twice
+        by what another one computed."""
+        all_delivered = self.params.prompt_logprobs is None or self.prompt_logprobs_done >= self.prompt_len
+        return all_delivered and self.void_generation < 0
 
     def unbook(self, start: int, sampled: bool) -> None:
         """Takes its newest row back: the tokens from `start` on are not computed, and none is drawn where one was to be

@@ -19,9 +19,13 @@ Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
 
+GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL = 1, 2, 4  # bits of `StepResult.graphs`
+ROW_FINE, ROW_BAD_LOGITS, ROW_NOTHING_LEFT = 0, 1, 2  # values of `StepResult.failed`
+
 
 def num_slots(max_num_seqs: int, spare_slots: int) -> int:
-    """Slots of the device tables: `spare_slots` more than a step may have rows, at most twice as many.
+    """Slots that the scheduler gives and the device's tables have: `spare_slots` more than a step may have rows, but at
+    most twice as many.
 
     A request whose last token is in flight has no row any more, but its slot until that token is committed; meanwhile
     another one takes its place in the batch.
@@ -121,8 +125,8 @@ class StepPlan:
         appends: block-table writes, applied before the forward pass.
         slots: int32 [B]. num_decode_rows: the first rows, which continue a generated sequence.
         query_lens: int32 [B], at least 1 each; T is their sum.
-        starts: int32 [B]; absolute position of each row's first token. An upper bound for decode rows: the
-            lengths on the device are the truth.
+        starts: int32 [B]; absolute position of each row's first token. For decode rows an upper bound: the device reads
+            its own lengths, which are smaller once a row brings fewer tokens than its step had room for.
         logits_index: int32 [L], ascending; which of the T tokens need logits.
         logits_rows: int32 [L]; the row each of them belongs to.
         sampled: bool [L]; True: a token is drawn there. False: only the log-probs of the next prompt token are
@@ -184,9 +188,9 @@ class StepResult:
     Attributes:
         step: the plan's number.
         token_ids: int32, flat, new tokens in row order; counts: int32 [B] (0 for a chunk that was not sampled).
-        failed: int32 [B]; 0: fine. 1: the row's raw logits were not finite. 2: the logits processors left no token
-            possible. A failed row has count 0.
-        sampled_logprobs: one entry a new token whose slot asked for log-probs.
+        failed: int32 [B]; `ROW_FINE`, `ROW_BAD_LOGITS` (its raw logits were not finite) or `ROW_NOTHING_LEFT` (after
+            the logits processors no token was possible). A failed row has count 0.
+        sampled_logprobs: one entry a drawn token whose slot asked for log-probs; that of a failed row means nothing.
         prompt_logprobs: one entry a prompt position that asked.
         graphs: which parts ran as replayed CUDA graphs: a sum of `GRAPH_DECODE`, `GRAPH_MIXED`, `GRAPH_TAIL`.
     """
@@ -198,7 +202,3 @@ class StepResult:
     sampled_logprobs: LogprobRows = NO_LOGPROBS
     prompt_logprobs: LogprobRows = NO_LOGPROBS
     graphs: int = 0
-
-
-GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL = 1, 2, 4
-ROW_FINE, ROW_BAD_LOGITS, ROW_NOTHING_LEFT = 0, 1, 2

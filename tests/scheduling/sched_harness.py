@@ -169,7 +169,7 @@ class Loop:
         step, result = self.in_flight.popleft(), self.runner.wait()
         codes = result.failed.tolist()
         rows = [handle for handle, code in zip(step.rows, codes, strict=True) if code == ROW_BAD_LOGITS]
-        bad = [r for r, generation in rows if r.status is not Status.FINISHED and generation != r.void]
+        bad = [r for r, generation in rows if r.status is not Status.FINISHED and generation != r.void_generation]
         spoiled = [self.spoil_kv(request) for request in bad]
         updates = self.scheduler.commit(step, result)
         self.check()

@@ -75,10 +75,10 @@ class NanLoop(BreakingLoop):
         return blocks
 
     def commit(self) -> list[Update]:
-        before = {request: (request.void, request.status) for request in self.requests}
+        before = {request: (request.void_generation, request.status) for request in self.requests}
         updates = super().commit()
         for request, (void, status) in before.items():
-            self.computed_again[status is Status.WAITING] += request.void != void
+            self.computed_again[status is Status.WAITING] += request.void_generation != void
         return updates
 
 
@@ -133,7 +133,7 @@ def bad_blocks_stay_in_the_index(patch: pytest.MonkeyPatch) -> None:
 
 
 def the_cache_is_read_again(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("nanoengine.core.scheduling.scheduler.may_read_cache", lambda request: True)
+    patch.setattr(Request, "may_read_cache", True)
 
 
 MUTANTS = [

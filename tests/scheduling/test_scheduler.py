@@ -310,7 +310,7 @@ def spread_under_a_small_budget(overlap: bool, scheduler: type[Scheduler] = Sche
 def test_budget_below_the_runners_starves_no_request(overlap):
     class InOrder(Scheduler):
         def _pick_running(self, draft):
-            self._resume = None
+            self._first = None
             super()._pick_running(draft)
 
     assert spread_under_a_small_budget(overlap) <= 2

@@ -1,8 +1,9 @@
 """State of the running requests on the device: each has one row ("slot") of every table, from admission to release.
 
-The host sends only what changed; a step gathers all it needs from these tables on the device. All tables are made once.
-The last row is the dummy slot, which padding uses. Of what it sent the host keeps only what lets a step skip work
-(`host_...`), never a value to compute with.
+The host sends only what changed; a step gathers all it needs from these tables on the device. Those in the table buffer
+are made once; ragged ones may become wider, and those over the vocabulary are made when a processor first needs them.
+The last row is the dummy slot, which padding uses. Of what it sent the host keeps what lets a step skip work
+(`host_...`), never a value that a token depends on.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Key = str | tuple[str, str]  # of a table: its name, or (processor, column)
 Shapes = dict[Key, tuple[tuple[int, ...], torch.dtype]]
 
 MIN_RAGGED_WIDTH = 8
-_LENGTHS = ("num_tokens", "num_computed", "prompt_lens", "min_lens", "seeds", "sample_index")  # int64 [slots]
+_PER_SLOT = ("num_tokens", "num_computed", "prompt_lens", "min_lens", "seeds", "sample_index")  # int64 [slots]
 ALIGNMENT = 4  # words; kernels read pointers that are multiples of 16 bytes faster
 
 
@@ -265,7 +266,7 @@ class SlotTables:
         """specs: of each (processor, column)."""
         width, groups, blocks = self.limits.max_model_len + 1, self.limits.num_groups, self.limits.max_blocks
         shapes: Shapes = {"token_ids": ((n, width), torch.int32), "block_tables": ((groups, n, blocks), torch.int32)}
-        shapes |= dict.fromkeys(_LENGTHS, ((n,), torch.int64))
+        shapes |= dict.fromkeys(_PER_SLOT, ((n,), torch.int64))
         shapes |= {"greedy": ((n,), torch.int32)}
         shapes |= {key: ((n,), ScalarTable.dtype(spec)) for key, spec in specs.items() if not spec.ragged}
         self.buffer = TableBuffer(shapes, self.device)
@@ -311,7 +312,7 @@ class SlotTables:
         lengths: list[npt.NDArray[Any]] = [
             counts, new.num_computed, new.prompt_lens, new.min_lens, new.seeds, new.sample_index
         ]  # fmt: skip
-        for name, values in zip(_LENGTHS, lengths, strict=True):
+        for name, values in zip(_PER_SLOT, lengths, strict=True):
             self.buffer.write(name, slots, values)
         self.buffer.write("greedy", slots, new.greedy)
         rows, columns = ragged_places(new.token_offsets)

@@ -59,16 +59,16 @@ def pad(plan: StepPlan, size: StepSize, dummy_slot: int) -> tuple[StepPlan, Int6
     rows of the dummy slot behind its decode rows, prefill rows without a token behind its prefill rows, and logits of
     each row's last token. With it int64 [L]: which of these logits are the plan's own."""
     decode, own = plan.num_decode_rows, plan.logits_rows.astype(np.int64)
-    ahead, behind = size.decode_rows - decode, size.rows - size.decode_rows - (plan.num_rows - decode)
-    if not ahead and size.plain:
+    more_decode, more_prefill = size.decode_rows - decode, size.rows - size.decode_rows - (plan.num_rows - decode)
+    if not more_decode and size.plain:
         return plan, own
 
-    def spread(values: Int32, between: int, last: int) -> Int32:
-        middle, end = np.full(ahead, between, np.int32), np.full(behind, last, np.int32)
+    def spread(values: Int32, of_decode: int, of_prefill: int) -> Int32:
+        middle, end = np.full(more_decode, of_decode, np.int32), np.full(more_prefill, of_prefill, np.int32)
         return np.concatenate((values[:decode], middle, values[decode:], end))
 
     lens = spread(plan.query_lens, size.query_len, 0)
-    own[own >= decode] += ahead
+    own[own >= decode] += more_decode
     sampled = np.zeros(size.rows, np.bool_)
     sampled[own] = True
     padded = replace(

@@ -212,8 +212,7 @@ class BlockManager:
 
     def _publish_block(self, request: Request, group: int, i: int, tokens: bytes, out: list[Published]) -> bool:
         """False: the request publishes no more."""
-        pool = self._pools[group]
-        key, parent = request.block_hashes[i], request.chain[group]
+        pool, key, parent = self._pools[group], request.block_hashes[i], request.chain[group]
         equal = pool.find(key, parent, tokens)
         if equal is not None:
             request.chain[group] = int(pool.uids[equal])
@@ -335,8 +334,7 @@ class Pool:
         self._unlink(block)
         if self.entries[block] is not None:
             self.forget(block)
-        elif self.barred:
-            self.barred.discard(block)
+        self.barred.discard(block)
         self.refs[block], self.unowned[block] = 1, False
         return block
 
@@ -405,10 +403,8 @@ class Pool:
 
         `tokens`: of all of them, one behind the other.
         """
-        index, entries = self.index, self.entries
-        size = len(tokens) // max(1, len(keys))
-        blocks: list[int] = []
-        uids: list[int] = []
+        index, entries, size = self.index, self.entries, len(tokens) // max(1, len(keys))
+        blocks, uids = list[int](), list[int]()
         for at, key in enumerate(keys):
             block = index.get(key, 0)
             entry = entries[block]

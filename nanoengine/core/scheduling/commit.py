@@ -31,12 +31,12 @@ def commit_rows(step: ScheduledStep, result: StepResult, roster: Roster) -> list
 
     Most decode rows bring one token and nothing else: below `commit_check_at` it is appended right here.
     """
-    num_decode = step.plan.num_decode_rows
-    is_plain = not len(result.sampled_logprobs.rows) and (result.counts[:num_decode] == 1).all()
-    plain = num_decode if is_plain else 0
+    num_plain = step.plan.num_decode_rows  # the first rows, each of which brings one token and no log-probs; else none
+    if len(result.sampled_logprobs.rows) or (result.counts[:num_plain] != 1).any():
+        num_plain = 0
     updates: list[Update] = []
-    new = tuple.__new__  # quicker than Update's own
-    for (request, generation), token in zip(step.rows, result.token_ids[:plain].tolist(), strict=False):
+    new = tuple.__new__  # quicker than Update's own; it takes all fields, in their order
+    for (request, generation), token in zip(step.rows, result.token_ids[:num_plain].tolist(), strict=False):
         output = request.output_token_ids
         if len(output) < request.commit_check_at and token not in request.stop_set:
             output.append(token)
@@ -44,8 +44,9 @@ def commit_rows(step: ScheduledStep, result: StepResult, roster: Roster) -> list
         else:
             row = RowResult(request.prompt_len + len(output), True, (token,))
             _commit_row(request, generation, row, roster, updates)
-    if plain < len(step.rows):
-        for (request, generation), row in zip(step.rows[plain:], _row_results(step, result, plain), strict=True):
+    if num_plain < len(step.rows):
+        results = _row_results(step, result, num_plain)
+        for (request, generation), row in zip(step.rows[num_plain:], results, strict=True):
             _commit_row(request, generation, row, roster, updates)
     return updates
 
@@ -70,9 +71,9 @@ def _commit_row(request: Request, generation: int, row: RowResult, roster: Roste
     """Books one row. `generation`: that of the request when the step was scheduled."""
     if request.status is Status.FINISHED:
         return
-    if row.failed or generation == request.void:
+    if row.failed or generation == request.void_generation:
         request.length -= row.sampled
-        if generation != request.void:
+        if generation != request.void_generation:
             _fail_row(request, generation, row.failed, roster, updates)
         return
     current = request.generation == generation
@@ -118,7 +119,7 @@ def _fail_row(request: Request, generation: int, failed: int, roster: Roster, up
     if failed == ROW_BAD_LOGITS:  # which of the blocks that it read or wrote are bad, nothing says
         roster.blocks.bar(request)
         if request.borrowed:  # the fault may be another request's
-            request.void = generation
+            request.void_generation = generation
             if request.generation == generation:  # else it was preempted since, and waits
                 roster.preempt(request, "its logits were not finite, over blocks that others had computed")
             return

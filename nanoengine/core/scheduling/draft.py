@@ -1,5 +1,5 @@
-"""The step that is being put together: its rows, which are booked as they are picked and can be taken back, and the
-`StepPlan` that is made of them. Its arrays are built once a step, from lists."""
+"""The step that is being put together: how many tokens it may have, its rows, which are booked as they are picked and
+can be taken back, and the `StepPlan` that is made of them. A plan's arrays are built once a step, from lists."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from nanoengine.core.step import (
     i64,
     offsets_of,
 )
-from nanoengine.params.arguments import too_long
 from nanoengine.params.sampling_params import pack_column
 
 ColumnValues = dict[tuple[str, str], dict[int, npt.NDArray[Any]]]  # (processor, column) -> slot -> values
@@ -318,27 +317,3 @@ def ask_host_processors(request: Request, into: ColumnValues) -> RequestError | 
     for key, value in values.items():
         into.setdefault(key, {}).update(value)
     return None
-
-
-def refuse_misfit(request: Request, max_model_len: int, blocks: BlockManager) -> None:
-    """Raises `RequestError`, with the numbers, where the request could never run."""
-    num_prompt = request.prompt_len
-    if num_prompt == 0:
-        raise RequestError("invalid_prompt", "the prompt is empty: it must have one token at least")
-    if num_prompt >= max_model_len:
-        raise too_long(num_prompt, max_model_len)
-    need, have = blocks.blocks_for(num_prompt), blocks.num_blocks
-    if need > have:
-        raise RequestError(
-            "does_not_fit",
-            f"the prompt's {num_prompt} tokens need {need} KV blocks of {blocks.block_size} and the cache has {have}: "
-            "shorten the prompt or give the KV cache more memory",
-        )
-
-
-def may_read_cache(request: Request) -> bool:
-    """Prompt log-probs need every prompt position computed, until all are delivered; and no request is broken twice by
-    what another one computed."""
-    return request.void < 0 and (
-        request.params.prompt_logprobs is None or request.prompt_logprobs_done >= request.prompt_len
-    )

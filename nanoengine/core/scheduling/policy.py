@@ -36,7 +36,7 @@ class FCFS(Policy):
         return (request.arrival, request.order)
 
     def running_key(self, request: Request) -> tuple[int, ...]:
-        return (request.admitted,)
+        return (request.admission,)
 
 
 class PriorityPolicy(Policy):

@@ -9,15 +9,14 @@ from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.messages import EngineStats, Preemption
 from nanoengine.core.scheduling.policy import Policy
 
-Handle = tuple[Request, int]  # a request and its generation when it got the slot
-
 
 class Roster:
     """The live requests. It moves them between two queues, gives them slots, and takes back what they own.
 
     Attributes:
         waiting, running: sorted by the policy's keys.
-        free_slots: a slot freed is the next to be used again. owners: by slot that is not free.
+        free_slots: a slot freed is the next to be used again. owners: by slot, of those that are not free: a
+            request and its generation in the slot.
         retry_alone: requests whose step broke: each runs in a step of its own until it has drawn a token.
         unsent: running requests whose slot on the device must be written anew, whole.
         num_host: how many have host-token processors.
@@ -29,7 +28,7 @@ class Roster:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.free_slots = list(range(num_slots - 1, -1, -1))
-        self.owners: dict[int, Handle] = {}
+        self.owners: dict[int, tuple[Request, int]] = {}
         self.retry_alone: set[Request] = set()
         self.unsent: set[Request] = set()
         self.num_host = 0
@@ -73,7 +72,7 @@ class Roster:
         request.status = Status.RUNNING
         request.slot = self.free_slots.pop()
         request.generation += 1
-        request.admitted = self._admissions
+        request.admission = self._admissions
         self._admissions += 1
         self.owners[request.slot] = (request, request.generation)
         insort(self.running, request, key=self.policy.running_key)

@@ -18,18 +18,12 @@ from nanoengine.api.errors import RequestError, engine_failure, is_failure
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.block_manager import BlockManager, Hits
 from nanoengine.core.scheduling.commit import commit_rows, take_back_rows
-from nanoengine.core.scheduling.draft import (
-    Draft,
-    TokenBudget,
-    ask_host_processors,
-    build_plan,
-    may_read_cache,
-    refuse_misfit,
-)
+from nanoengine.core.scheduling.draft import Draft, TokenBudget, ask_host_processors, build_plan
 from nanoengine.core.scheduling.messages import Admission, EngineStats, ScheduledStep, SchedulerConfig, Update
 from nanoengine.core.scheduling.policy import Policy, make_policy
 from nanoengine.core.scheduling.queues import Roster
 from nanoengine.core.step import StepPlan, StepResult, num_slots
+from nanoengine.params.arguments import too_long
 
 Verdict = Literal["admitted", "waits", "no room", "failed"]  # "waits": for a hit that this very step computes
 
@@ -49,7 +43,7 @@ class Scheduler:
         self._roster = Roster(slots, self.policy, blocks, self._stats)
         self.waiting, self.running = self._roster.waiting, self._roster.running
         self._in_flight: dict[int, ScheduledStep] = {}  # by step number, oldest first
-        self._resume: Request | None = None  # the first one that the last budget had nothing left for
+        self._first: Request | None = None  # whose turn it is: the last budget had nothing left for it
         self._budget = TokenBudget(config.max_num_batched_tokens)
         self._pending: list[Update] = []
         self._next_step = 0
@@ -58,7 +52,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a request, and sets its `max_len` and `min_len`. Raises `RequestError` where it could never run."""
-        refuse_misfit(request, self.config.max_model_len, self.blocks)
+        _refuse_misfit(request, self.config.max_model_len, self.blocks)
         limit, max_tokens = self.config.max_model_len, request.params.max_tokens
         request.max_len = limit if max_tokens is None else min(limit, request.prompt_len + max_tokens)
         request.min_len = min(request.min_len, limit + 1)  # of what is never reached a plan's int32 need not hold more
@@ -101,7 +95,7 @@ class Scheduler:
         assert len(self._in_flight) < 2, "at most one step in flight when the next is scheduled"
         while True:
             budget = min(self._budget.now, self.config.max_num_batched_tokens)
-            draft = Draft(self._next_step, budget, first=self._resume)
+            draft = Draft(self._next_step, budget, first=self._first)
             try:
                 self._fill(draft)
                 if not (draft.slots or draft.prefill):
@@ -111,7 +105,7 @@ class Scheduler:
             except BaseException as error:
                 if not is_failure(error) or not (self.running or self.waiting):
                     raise
-                self._start_without_one(draft, error)
+                self._fail_one(draft, error)
         return self._launch(draft, plan)
 
     def _fill(self, draft: Draft) -> None:
@@ -129,8 +123,8 @@ class Scheduler:
     def _pick_running(self, draft: Draft) -> None:
         """A row for each running request, as far as the budget goes. Most need no more than one token more: below
         `pick_check_at` such a row is booked right here, as `Draft.book` would."""
-        order = self.running.copy() if self._resume is None else self._roster.service_order(self._resume)
-        self._resume = None
+        order = self.running.copy() if self._first is None else self._roster.service_order(self._first)
+        self._first = None
         slots, starts, budget = draft.slots, draft.starts, draft.budget
         for request in order:
             length = request.length
@@ -143,7 +137,7 @@ class Scheduler:
                 continue
             draft.budget = budget
             if request not in self._roster.retry_alone and not self._pick(request, draft):
-                self._resume = request
+                self._first = request
                 return
             budget = draft.budget
         draft.budget = budget
@@ -210,7 +204,7 @@ class Scheduler:
             request = waiting[at]
             if self._is_in_flight(request):
                 return
-            if self._ends_unadmitted(request):
+            if self._end_if_outgrown(request):
                 continue
             verdict = self._consider(request, draft, self.config.admission_reserve * (len(self.running) - draft.ending))
             if verdict == "no room":
@@ -221,9 +215,8 @@ class Scheduler:
     def _consider(self, request: Request, draft: Draft, reserve: int = 0) -> Verdict:
         """Admits a waiting request, if there is room. Whatever that raises fails it."""
         try:
-            readable = may_read_cache(request)
-            hits = self.blocks.match(request) if readable else self.blocks.no_hits()
-            if readable and draft.writes_next_block(request, len(hits[0]), self.blocks):
+            hits = self.blocks.match(request) if request.may_read_cache else self.blocks.no_hits()
+            if request.may_read_cache and draft.writes_next_block(request, len(hits[0]), self.blocks):
                 return "waits"
             return "admitted" if self._admit(request, hits, draft, reserve) else "no room"
         except BaseException as error:
@@ -232,8 +225,8 @@ class Scheduler:
             self._fail(request, draft, error)
             return "failed"
 
-    def _ends_unadmitted(self, request: Request) -> bool:
-        """A preempted request whose known tokens alone have outgrown the pool ends here."""
+    def _end_if_outgrown(self, request: Request) -> bool:
+        """Whether it ended here, as a preempted request does whose known tokens alone have outgrown the pool."""
         if self.blocks.blocks_for(request.num_tokens) <= self.blocks.num_blocks:
             return False
         self._end_for_blocks(request)
@@ -260,7 +253,7 @@ class Scheduler:
                 self._pick(request, draft)
                 return
         request = next(r for r in self.waiting if r in self._roster.retry_alone)
-        if self._roster.free_slots and not self._ends_unadmitted(request):
+        if self._roster.free_slots and not self._end_if_outgrown(request):
             self._consider(request, draft)
 
     def _ask_host_processors(self, draft: Draft) -> None:
@@ -278,10 +271,10 @@ class Scheduler:
         failure = error if isinstance(error, RequestError) else engine_failure(error)
         self._pending.append(Update(request, error=failure))
 
-    def _start_without_one(self, draft: Draft, error: BaseException) -> None:
+    def _fail_one(self, draft: Draft, error: BaseException) -> None:
         """Something raised while rows were picked or planned, so that blocks and the device's tables may not agree: all
         that run are preempted, and one fails: the newest whose row alone cannot be planned, else the newest."""
-        running = sorted(self.running, key=attrgetter("admitted"), reverse=True)
+        running = sorted(self.running, key=attrgetter("admission"), reverse=True)
         cause = running[0] if running else next(iter(self._roster.retry_alone), self.waiting[0])
         for request in running:
             try:
@@ -375,10 +368,26 @@ class Scheduler:
             del self._in_flight[step.plan.step]
             take_back_rows(step, self._roster, unadmit=step is not steps[0])
         assert not self._in_flight, "the steps behind one that ran out of memory are withdrawn with it"
-        self._resume = steps[0].first
+        self._first = steps[0].first
         if self._budget.halve(steps[0].plan.num_tokens):
             return []
         failed = [request for request, _ in steps[0].rows if request.status is not Status.FINISHED]
         for request in failed:
             self._roster.remove(request)
         return failed
+
+
+def _refuse_misfit(request: Request, max_model_len: int, blocks: BlockManager) -> None:
+    """Raises `RequestError`, with the numbers, where the request could never run."""
+    num_prompt = request.prompt_len
+    if num_prompt == 0:
+        raise RequestError("invalid_prompt", "the prompt is empty: it must have one token at least")
+    if num_prompt >= max_model_len:
+        raise too_long(num_prompt, max_model_len)
+    need, have = blocks.blocks_for(num_prompt), blocks.num_blocks
+    if need > have:
+        raise RequestError(
+            "does_not_fit",
+            f"the prompt's {num_prompt} tokens need {need} KV blocks of {blocks.block_size} and the cache has {have}: "
+            "shorten the prompt or give the KV cache more memory",
+        )

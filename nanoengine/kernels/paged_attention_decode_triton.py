@@ -13,19 +13,14 @@ and takes a ticket; the last to come adds the parts up, in split order, so the r
 # ruff: noqa: N803, SIM102, SIM108 - constants of a kernel are in capitals, and its branches are taken when it is compiled
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanoengine.kernels.paged_attention_plan import DecodeConfig, DecodeScratch, keys_ahead, padded_head
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 
 LOG2E = tl.constexpr(1.4426950408889634)
-_MAX_SPLITS = 64
-_L2_BYTES = 24 << 20  # about half of a Hopper GPU's
 
 
 @triton.jit
@@ -200,67 +195,6 @@ def _decode(
             tl.store(tickets + pair, 0)  # for the next launch
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeConfig:
-    """How decode is laid out. `tile`: keys an iteration; `splits`: the most programs a (row, KV head); `min_tiles`: the
-    fewest tiles a split is worth; `stages`: tiles in flight, the one in use included."""
-
-    tile: int
-    splits: int
-    min_tiles: int
-    warps: int
-    stages: int
-
-
-def keys_ahead(programs: int, key_bytes: int) -> int:
-    """Keys that each program asks for before it waits: what all ask for shall find room in the L2 cache."""
-    most = _L2_BYTES // (programs * key_bytes)
-    return min(512, 1 << (most.bit_length() - 1)) if most >= 16 else 0
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeScratch:
-    """Parts of split rows: float32 [pairs * splits * group * head_size] and [pairs * splits * group], int32 tickets
-    [pairs], zero between launches. A pair is a (row, KV head). Launches that share it must follow each other in one
-    stream."""
-
-    part: Tensor
-    lse: Tensor
-    tickets: Tensor
-
-    @classmethod
-    def make(cls, parts: int, pairs: int, group: int, head_size: int, device: torch.device) -> DecodeScratch:
-        """For at most `parts` parts (pairs * splits of any one launch)."""
-        return cls(
-            torch.empty(parts * group * head_size, dtype=torch.float32, device=device),
-            torch.empty(parts * group, dtype=torch.float32, device=device),
-            torch.zeros(pairs, dtype=torch.int32, device=device),
-        )
-
-
-def decode_config(
-    rows: int, kv_heads: int, head_size: int, max_len: int, itemsize: int, multiprocessors: int
-) -> DecodeConfig:
-    """By host-known facts alone: batch, shapes and the longest context there may be."""
-    pairs, tile_bytes = rows * kv_heads, padded_head(head_size) * itemsize
-    # Measured at 128 x bf16: tiles of 128 keys read fastest, but three programs fill a multiprocessor; five with 64.
-    waves = [pairs / (programs * multiprocessors) for programs in (3, 5)]
-    filled = [each / math.ceil(each) for each in waves]
-    several = itemsize == 2 and multiprocessors // 3 < pairs <= multiprocessors
-    wide = several or (itemsize == 2 and pairs > multiprocessors and filled[0] >= filled[1])
-    tile = max(16, min(128, (32768 if wide else 16384) // tile_bytes))
-    # A short context is worth splitting while few programs run. A long one is, too, beside many short ones. Adding
-    # parts up takes as long as some hundred keys (64 pairs of 384 keys, H200: 8.1 us whole, 11.1 us in two parts).
-    keys_each = max(tile, 64, (8 if several else 4) * pairs)
-    # Programs that find nothing to do cost little, not nothing: no more of them than long contexts can be worth.
-    most = max(1, 2 * multiprocessors // pairs, min(4, 8 * multiprocessors // pairs), min(8, max_len // 16384))
-    splits = 1 << (min(most, -(-max_len // keys_each), _MAX_SPLITS).bit_length() - 1)
-    return DecodeConfig(
-        tile=tile, splits=splits, min_tiles=keys_each // tile, warps=4,
-        stages=3 if pairs > multiprocessors else 5,
-    )  # fmt: skip
-
-
 def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """Store [T, kv_heads, head_size] at `slot_mapping`, int64 [T], of caches [blocks, kv_heads, block_size, head_size]
     (block * block_size + offset)."""
@@ -311,11 +245,6 @@ def attend_decode(
         AHEAD=keys_ahead(rows * kv_heads * config.splits, 2 * width * q.element_size()),
         num_warps=config.warps, **pdl_options(q),
     )  # fmt: skip
-
-
-def padded_head(head_size: int) -> int:
-    """The columns a tile has for it: a power of two, and what a dot takes at least."""
-    return max(16, int(triton.next_power_of_2(head_size)))
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoengine.kernels.paged_attention_decode_triton import blocks_of, capped, padded_head, rows_of
+from nanoengine.kernels.paged_attention_decode_triton import blocks_of, capped, rows_of
+from nanoengine.kernels.paged_attention_plan import padded_head
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 
 _SHARED_FOR_LARGE_HEADS = 196_864  # bytes, as the compiler reports them

@@ -1,0 +1,124 @@
+"""How launches of paged decode are laid out (`paged_attention_decode_triton`): by host-known facts alone, so that a
+captured launch serves every length."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MAX_SPLITS = 64
+_L2_BYTES = 24 << 20  # about half of a Hopper GPU's
+_INTERPRETED_MULTIPROCESSORS = 4  # so that tests on a CPU see split rows and whole ones
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """How decode is laid out. `tile`: keys an iteration; `splits`: the most programs a (row, KV head); `min_tiles`: the
+    fewest tiles a split is worth; `stages`: tiles in flight, the one in use included."""
+
+    tile: int
+    splits: int
+    min_tiles: int
+    warps: int
+    stages: int
+
+
+def keys_ahead(programs: int, key_bytes: int) -> int:
+    """Keys that each program asks for before it waits: what all ask for shall find room in the L2 cache."""
+    most = _L2_BYTES // (programs * key_bytes)
+    return min(512, 1 << (most.bit_length() - 1)) if most >= 16 else 0
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeScratch:
+    """Parts of split rows: float32 [pairs * splits * group * head_size] and [pairs * splits * group], int32 tickets
+    [pairs], zero between launches. A pair is a (row, KV head). Launches that share it must follow each other in one
+    stream."""
+
+    part: Tensor
+    lse: Tensor
+    tickets: Tensor
+
+    @classmethod
+    def make(cls, parts: int, pairs: int, group: int, head_size: int, device: torch.device) -> DecodeScratch:
+        """For at most `parts` parts (pairs * splits of any one launch)."""
+        return cls(
+            torch.empty(parts * group * head_size, dtype=torch.float32, device=device),
+            torch.empty(parts * group, dtype=torch.float32, device=device),
+            torch.zeros(pairs, dtype=torch.int32, device=device),
+        )
+
+
+def decode_config(
+    rows: int, kv_heads: int, head_size: int, max_len: int, itemsize: int, multiprocessors: int
+) -> DecodeConfig:
+    """By host-known facts alone: batch, shapes and the longest context there may be."""
+    pairs, tile_bytes = rows * kv_heads, padded_head(head_size) * itemsize
+    # Measured at 128 x bf16: tiles of 128 keys read fastest, but three programs fill a multiprocessor; five with 64.
+    waves = [pairs / (programs * multiprocessors) for programs in (3, 5)]
+    filled = [each / math.ceil(each) for each in waves]
+    several = itemsize == 2 and multiprocessors // 3 < pairs <= multiprocessors
+    wide = several or (itemsize == 2 and pairs > multiprocessors and filled[0] >= filled[1])
+    tile = max(16, min(128, (32768 if wide else 16384) // tile_bytes))
+    # A short context is worth splitting while few programs run. A long one is, too, beside many short ones. Adding
+    # parts up takes as long as some hundred keys (64 pairs of 384 keys, H200: 8.1 us whole, 11.1 us in two parts).
+    keys_each = max(tile, 64, (8 if several else 4) * pairs)
+    # Programs that find nothing to do cost little, not nothing: no more of them than long contexts can be worth.
+    most = max(1, 2 * multiprocessors // pairs, min(4, 8 * multiprocessors // pairs), min(8, max_len // 16384))
+    splits = 1 << (min(most, -(-max_len // keys_each), _MAX_SPLITS).bit_length() - 1)
+    return DecodeConfig(
+        tile=tile, splits=splits, min_tiles=keys_each // tile, warps=4,
+        stages=3 if pairs > multiprocessors else 5,
+    )  # fmt: skip
+
+
+def padded_head(head_size: int) -> int:
+    """The columns a tile has for it: a power of two, and what a dot takes at least."""
+    return max(16, 1 << (head_size - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodePlanner:
+    """Lays decode launches of one KV group out, and owns the scratch memory that they share.
+
+    Attributes:
+        max_rows: the most rows of a launch. longest: the most keys a query may see.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    itemsize: int
+    longest: int
+    multiprocessors: int
+    scratch: DecodeScratch
+
+    @classmethod
+    def make(
+        cls,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        max_rows: int,
+        longest: int,
+        device: torch.device,
+    ) -> DecodePlanner:
+        if device.type == "cuda":
+            multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        else:
+            multiprocessors = _INTERPRETED_MULTIPROCESSORS
+        shape = (num_kv_heads, head_size, longest, dtype.itemsize, multiprocessors)
+        parts = max(rows * num_kv_heads * decode_config(rows, *shape).splits for rows in range(1, max_rows + 1))
+        scratch = DecodeScratch.make(parts, max_rows * num_kv_heads, num_heads // num_kv_heads, head_size, device)
+        return cls(
+            num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size, itemsize=dtype.itemsize,
+            longest=longest, multiprocessors=multiprocessors, scratch=scratch,
+        )  # fmt: skip
+
+    def config(self, rows: int) -> DecodeConfig:
+        return decode_config(rows, self.num_kv_heads, self.head_size, self.longest, self.itemsize, self.multiprocessors)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nanoengine.kernels import rope
+
 
 def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """Store [T, kv_heads, head_size] at `slot_mapping`, int64 [T]: block * block_size + offset."""
@@ -33,6 +35,31 @@ def attend_decode(
     return attend_prefill(
         q, k_cache, v_cache, block_tables, seq_lens, starts, scale=scale, window=window, soft_cap=soft_cap
     )
+
+
+def attend_decode_qkv(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    slots: Tensor,
+    inv_freq: Tensor,
+    *,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
+    """`attend_decode` of qkv [B, (heads + 2 kv_heads) * head_size], each row the last token of its own: normalised and
+    rotated, k and v *written to the caches*, as `rope.qk_norm_rope_store` does. Returns [B, heads, head_size]."""
+    caches = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+    q = rope.qk_norm_rope_store(
+        qkv, seq_lens.long() - 1, inv_freq, *caches, slots, q_weight=q_weight, k_weight=k_weight, eps=eps
+    )
+    return attend_decode(q, k_cache, v_cache, block_tables, seq_lens, scale=scale, window=window, soft_cap=soft_cap)
 
 
 def attend_prefill(

@@ -9,18 +9,20 @@ row's own length. A row that uses one writes its output at once. Otherwise each 
 and takes a ticket; the last to come adds the parts up, in split order, so the result does not depend on who was last.
 """
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
-# ruff: noqa: N803, SIM102, SIM108 - constants of a kernel are in capitals, and its branches are taken when it is compiled
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,assignment"
+# ruff: noqa: N803, RUF005, SIM102, SIM108 - constants of a kernel are in capitals, its branches are taken when it is
+# compiled, and Triton knows no starred tuple
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoengine.kernels.paged_attention_plan import DecodeConfig, DecodeScratch, keys_ahead, padded_head
+from nanoengine.kernels.paged_attention_plan import DecodeConfig, DecodeScratch, NewTokens, padded_head
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 
 LOG2E = tl.constexpr(1.4426950408889634)
+_AT_ONCE = tl.constexpr(8)  # parts whose loads are in flight together
 
 
 @triton.jit
@@ -78,50 +80,93 @@ def capped(scores, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
 
 @triton.jit
 def _combine(
-    part, lse, out, used,
-    GROUP: tl.constexpr, GROUP_P2: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, SPLITS_P2: tl.constexpr,
-    CHUNK: tl.constexpr,
+    part, lse, out, used, GROUP: tl.constexpr, GROUP_P2: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Sum of the `used` parts of one (row, KV head), each weighed by its share of the softmax's denominator."""
-    g = tl.arange(0, GROUP_P2)
-    d = tl.arange(0, D_PAD)
-    head = (g < GROUP)[:, None] & (d < D)[None, :]
-    split = tl.arange(0, SPLITS_P2)
-    near = tl.arange(0, CHUNK)
-    # .cg: other programs wrote all this; never from this multiprocessor's own L1. The first parts are asked for before
-    # anything is computed, so that their latency and that of the weights is paid once.
-    live = (near < used)[:, None, None] & head[None, :, :]
-    at = (near[:, None, None] * GROUP + g[None, :, None]) * D + d[None, None, :]
-    parts = tl.load(part + at, mask=live, other=0.0, cache_modifier=".cg")
-    there = (split < used)[:, None] & (g < GROUP)[None, :]
-    each = tl.load(lse + split[:, None] * GROUP + g[None, :], mask=there, other=float("-inf"), cache_modifier=".cg")
-    some = (near < used)[:, None] & (g < GROUP)[None, :]
-    mine = tl.load(lse + near[:, None] * GROUP + g[None, :], mask=some, other=float("-inf"), cache_modifier=".cg")
-    top = tl.where(g < GROUP, tl.max(each, 0), 0.0)
-    total = tl.where(g < GROUP, tl.sum(tl.exp2(each - top[None, :]), 0), 1.0)
-    acc = tl.sum(parts * tl.exp2(mine - top[None, :])[:, :, None], 0)
-    for first in range(CHUNK, used, CHUNK):
-        s = first + near
-        some = (s < used)[:, None] & (g < GROUP)[None, :]
-        mine = tl.load(lse + s[:, None] * GROUP + g[None, :], mask=some, other=float("-inf"), cache_modifier=".cg")
-        live = (s < used)[:, None, None] & head[None, :, :]
-        parts = tl.load(part + first * (GROUP * D) + at, mask=live, other=0.0, cache_modifier=".cg")
-        acc += tl.sum(parts * tl.exp2(mine - top[None, :])[:, :, None], 0)
-    to = g[:, None] * D + d[None, :]
-    tl.store(out + to, (acc / total[:, None]).to(out.dtype.element_ty), mask=head)
+    """Sum of the `used` parts of one (row, KV head), each weighed by its share of the softmax's denominator.
+
+    Each thread adds its own elements up, so there is nothing to exchange; and little code: at few rows a program runs
+    it once, and fetching instructions takes longer than executing them.
+    """
+    i = tl.arange(0, GROUP_P2 * D_PAD)
+    head, d = i // D_PAD, i % D_PAD
+    live = (head < GROUP) & (d < D)
+    head = tl.minimum(head, GROUP - 1)
+    top = tl.full([GROUP_P2 * D_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_P2 * D_PAD], tl.float32)
+    acc = tl.zeros([GROUP_P2 * D_PAD], tl.float32)
+    for first in range(0, used, _AT_ONCE):
+        # .cg: other programs wrote all this; never from this multiprocessor's own L1
+        marks, parts = (), ()
+        for near in tl.static_range(_AT_ONCE):
+            there = first + near < used
+            mark = lse + (first + near) * GROUP + head
+            marks = marks + (tl.load(mark, mask=there, other=float("-inf"), cache_modifier=".cg"),)
+            mixed = part + ((first + near) * GROUP + head) * D + d
+            parts = parts + (tl.load(mixed, mask=there & live, other=0.0, cache_modifier=".cg"),)
+        higher = top
+        for near in tl.static_range(_AT_ONCE):
+            higher = tl.maximum(higher, marks[near])
+        fade = tl.exp2(top - higher)
+        total *= fade
+        acc *= fade
+        for near in tl.static_range(_AT_ONCE):
+            share = tl.exp2(marks[near] - higher)
+            total += share
+            acc += share * parts[near]
+        top = higher
+    tl.store(out + head * D + d, (acc / total).to(out.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def _turned(raw, swapped, weight, swapped_weight, cos, sin, eps, D: tl.constexpr, NORM: tl.constexpr):
+    """Heads [G, D], normalised head by head where there is a norm, and rotated; rounded as
+    `rope.qk_norm_rope_store` does. `swapped`: each element's partner of the other half."""
+    a, b = raw.to(tl.float32), swapped.to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(a * a, axis=1, keep_dims=True) / D + eps)
+        a = (a * scale * weight).to(raw.dtype).to(tl.float32)
+        b = (b * scale * swapped_weight).to(raw.dtype).to(tl.float32)
+    return (a * cos + b * sin).to(raw.dtype)
+
+
+@triton.jit
+def _repeat(rows, COUNT: tl.constexpr, WANTED: tl.constexpr, D: tl.constexpr):
+    """[COUNT, D] -> [WANTED, D], the rows again and again: as many as a dot takes at the least."""
+    return tl.reshape(tl.broadcast_to(rows[None, :, :], (WANTED // COUNT, COUNT, D)), (WANTED, D))
+
+
+@triton.jit
+def _tile(query, key, value, seen, top, total, acc, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
+    """One tile of keys into the running softmax: (top, total, acc)."""
+    scores = capped(tl.dot(query, tl.trans(key), input_precision="ieee"), SCALE, SOFT_CAP)
+    scores = tl.where(seen[None, :], scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, 1))  # finite: a row's first tile has a key that is seen, or top is
+    fade = tl.exp2(top - higher)
+    p = tl.exp2(scores - higher[:, None])
+    total = total * fade + tl.sum(p, 1)
+    acc = tl.dot(p.to(value.dtype), value, acc * fade[:, None], input_precision="ieee")
+    return higher, total, acc
 
 
 @triton.jit
 def _decode(
     q, k_cache, v_cache, out, block_tables, seq_lens, part, lse, tickets, q_stride, table_stride,
+    slots, inv_freq, q_weight, k_weight, eps, FUSED: tl.constexpr, NORM: tl.constexpr, HELD: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     GROUP_P2: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
-    MIN_TILES: tl.constexpr, SPLITS_P2: tl.constexpr, CHUNK: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
+    MIN_TILES: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """FUSED: q is qkv; this kernel normalises and rotates q and the newest key, and stores that key and its value.
+
+    What the cache holds of earlier steps may then be read before the wait, and with HELD each program's first tile is:
+    it lies in registers when qkv comes.
+    """
     kv_head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)  # slowest, so that programs without work start behind those with
+    if FUSED:
+        release_dependents(PDL)
     # Lengths and tables are written before a step's first layer, and plain kernels stand in between (the embedding):
     # they may be read before the wait. So may what lies in the cache be asked for, but not used: the newest key is on
     # its way.
@@ -132,29 +177,79 @@ def _decode(
     tiles = tl.cdiv(length - first, TILE)
     tiles_each = tl.maximum(tl.cdiv(tiles, SPLITS), MIN_TILES)
     used = tl.cdiv(tiles, tiles_each)
-    begin = first + split * tiles_each * TILE
+    begin = first + tl.minimum(split, used) * tiles_each * TILE
     end = tl.minimum(begin + tiles_each * TILE, length)
+    newest = split == used - 1
+    if FUSED:
+        if newest:  # the newest key comes from qkv
+            end = begin if WINDOW == 1 else length - 1
     table = block_tables + row * table_stride
     if PDL and AHEAD > 0:
         if split < used:
             _prefetch_keys(k_cache, table, kv_head, begin, end, KV_HEADS, D, BLOCK_SIZE, AHEAD)
             _prefetch_keys(v_cache, table, kv_head, begin, end, KV_HEADS, D, BLOCK_SIZE, AHEAD)
-    wait_for_inputs(PDL)
-    release_dependents(PDL)
-    if split >= used:
-        return
-
     g = tl.arange(0, GROUP_PAD)
     d = tl.arange(0, D_PAD)
     near = tl.arange(0, TILE)
     rows_live = (g < GROUP)[:, None] & (d < D)[None, :]
-    own = row * q_stride + kv_head * (GROUP * D) + g[:, None] * D + d[None, :]
-    query = tl.load(q + own, mask=rows_live, other=0.0)
     head_size = BLOCK_SIZE * D
+    if FUSED:
+        # One layout for all of it, [heads of the group, D], so that nothing is exchanged behind the wait: angles, k and
+        # the weights again for each head.
+        h, e = tl.arange(0, GROUP_P2)[:, None], d[None, :]
+        each = h * 0 + e
+        one, swap = (h < GROUP) & (e < D), tl.where(each < D // 2, each + D // 2, each - D // 2)
+        slot = tl.load(slots + row)
+        angle = (length - 1).to(tl.float32) * tl.load(inv_freq + each % (D // 2), mask=one, other=0.0)
+        cos, sin = tl.cos(angle), tl.where(each < D // 2, -1.0, 1.0) * tl.sin(angle)
+        weight, swapped_weight, new_weight, new_swapped_weight = 0.0, 0.0, 0.0, 0.0
+        if NORM:
+            weight = tl.load(q_weight + each, mask=one, other=0.0).to(tl.float32)
+            swapped_weight = tl.load(q_weight + swap, mask=one, other=0.0).to(tl.float32)
+            new_weight = tl.load(k_weight + each, mask=one, other=0.0).to(tl.float32)
+            new_swapped_weight = tl.load(k_weight + swap, mask=one, other=0.0).to(tl.float32)
+    if HELD:
+        held_keys = begin + near
+        held_seen = held_keys < end
+        held_block = tl.load(table + held_keys // BLOCK_SIZE, mask=held_seen, other=0).to(tl.int64)
+        held_at = ((held_block * KV_HEADS + kv_head) * head_size + held_keys % BLOCK_SIZE * D)[:, None] + d[None, :]
+        held_key = tl.load(k_cache + held_at, mask=held_seen[:, None] & (d < D)[None, :], other=0.0)
+        held_value = tl.load(v_cache + held_at, mask=held_seen[:, None] & (d < D)[None, :], other=0.0)
+        if WINDOW > 0:
+            held_seen = held_seen & (held_keys >= length - WINDOW)
+        begin += TILE
+    wait_for_inputs(PDL)
+    if not FUSED:
+        release_dependents(PDL)
+    if split >= used:
+        return
 
     top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
     acc = tl.zeros([GROUP_PAD, D_PAD], tl.float32)
+    if FUSED:
+        heads = q + row * q_stride + (kv_head * GROUP + h) * D
+        last = q + row * q_stride + (KV_HEADS * GROUP + kv_head) * D
+        raw, swapped = tl.load(heads + e, mask=one, other=0.0), tl.load(heads + swap, mask=one, other=0.0)
+        new_raw = tl.load(last + each, mask=one & newest, other=0.0)
+        new_swapped = tl.load(last + swap, mask=one & newest, other=0.0)
+        new_value = tl.load(last + KV_HEADS * D + each, mask=one & newest, other=0.0)
+        query = _turned(raw, swapped, weight, swapped_weight, cos, sin, eps, D, NORM)
+        new_key = _turned(new_raw, new_swapped, new_weight, new_swapped_weight, cos, sin, eps, D, NORM)
+        new_at = ((slot // BLOCK_SIZE * KV_HEADS + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE) * D + each
+        tl.store(k_cache + new_at, new_key, mask=one & (h == 0) & newest & (slot >= 0))
+        tl.store(v_cache + new_at, new_value, mask=one & (h == 0) & newest & (slot >= 0))
+        score = capped(tl.sum(query.to(tl.float32) * new_key.to(tl.float32), 1), SCALE, SOFT_CAP)
+        score = tl.where(newest, score, float("-inf"))
+        top = _repeat(score[:, None], GROUP_P2, GROUP_PAD, 1).reshape(GROUP_PAD)
+        query = _repeat(query, GROUP_P2, GROUP_PAD, D_PAD)
+        total = tl.where(top > float("-inf"), 1.0, 0.0)
+        acc = _repeat(new_value.to(tl.float32), GROUP_P2, GROUP_PAD, D_PAD)  # 0 in programs without the newest key
+    else:
+        own = row * q_stride + kv_head * (GROUP * D) + g[:, None] * D + d[None, :]
+        query = tl.load(q + own, mask=rows_live, other=0.0)
+    if HELD:
+        top, total, acc = _tile(query, held_key, held_value, held_seen, top, total, acc, SCALE, SOFT_CAP)
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         keys = start + near
         live = keys < end
@@ -165,19 +260,12 @@ def _decode(
             key = tl.load(k_cache + at)
         else:
             key = tl.load(k_cache + at, mask=(d < D)[None, :], other=0.0)
-        scores = capped(tl.dot(query, tl.trans(key), input_precision="ieee"), SCALE, SOFT_CAP)
         seen = live
         if WINDOW > 0:
             seen = seen & (keys >= length - WINDOW)
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))  # finite: no tile is blocked throughout
-        fade = tl.exp2(top - higher)
-        p = tl.exp2(scores - higher[:, None])
-        total = total * fade + tl.sum(p, 1)
         # stale memory behind the row's end may hold anything, and 0 * inf is no zero
         value = tl.load(v_cache + at, mask=live[:, None] & (d < D)[None, :], other=0.0)
-        acc = tl.dot(p.to(value.dtype), value, acc * fade[:, None], input_precision="ieee")
-        top = higher
+        top, total, acc = _tile(query, key, value, seen, top, total, acc, SCALE, SOFT_CAP)
 
     mixed = acc / total[:, None]
     to = row * (KV_HEADS * GROUP * D) + kv_head * (GROUP * D)
@@ -191,7 +279,7 @@ def _decode(
         tl.store(lse + split * GROUP + g, top + tl.log2(total), mask=g < GROUP)
         tl.debug_barrier()  # every thread's part is written before one of them releases the ticket
         if tl.atomic_add(tickets + pair, 1, sem="acq_rel", scope="gpu") == used - 1:
-            _combine(part, lse, out + to, used, GROUP, GROUP_P2, D, D_PAD, SPLITS_P2, CHUNK)
+            _combine(part, lse, out + to, used, GROUP, GROUP_P2, D, D_PAD)
             tl.store(tickets + pair, 0)  # for the next launch
 
 
@@ -222,27 +310,35 @@ def attend_decode(
     soft_cap: float | None,
     config: DecodeConfig,
     scratch: DecodeScratch,
+    new: NewTokens | None = None,
 ) -> None:
     """One query a row: q [B, heads, head_size] into `out`, the same shape and contiguous.
 
+    With `new`, q is the rows' qkv [B, (heads + 2 kv_heads) * head_size], contiguous row by row: this kernel normalises
+    and rotates q and k, and stores k and v, as `rope.qk_norm_rope_store` does. `out` tells the heads.
+
     `block_tables` int32 [B, blocks], `seq_lens` int32 [B], of at least 1; both are read on the device alone.
     """
-    rows, heads, width = q.shape
+    rows, heads, width = out.shape
     kv_heads, block_size = k_cache.shape[1:3]
     if rows == 0:
         return
-    group, q = heads // kv_heads, rows_of(q)
-    d_pad, splits_p2, group_p2 = (
-        padded_head(width), triton.next_power_of_2(config.splits), triton.next_power_of_2(group),
-    )  # fmt: skip
+    group = heads // kv_heads
+    if new is None:
+        q = rows_of(q)
+    else:
+        assert q.stride(1) == 1 and q.shape[1] == (heads + 2 * kv_heads) * width, (q.shape, q.stride())
+    norms = new is not None and new.q_weight is not None
+    d_pad, group_p2 = padded_head(width), triton.next_power_of_2(group)
     _decode[(kv_heads, rows, config.splits)](
         q, k_cache, v_cache, out, block_tables, seq_lens, scratch.part, scratch.lse, scratch.tickets,
         q.stride(0), block_tables.stride(0),
+        *((q, q, q, q, 0.0) if new is None else new.arguments()), FUSED=new is not None, NORM=norms,
+        HELD=config.held and new is not None,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, group_p2), GROUP_P2=group_p2, D=width, D_PAD=d_pad,
         BLOCK_SIZE=block_size, TILE=config.tile, SPLITS=config.splits, MIN_TILES=config.min_tiles,
-        SPLITS_P2=splits_p2, CHUNK=min(splits_p2, max(1, 8192 // (group_p2 * d_pad))), SCALE=scale, WINDOW=window or 0,
-        SOFT_CAP=soft_cap or 0.0, STAGES=config.stages,
-        AHEAD=keys_ahead(rows * kv_heads * config.splits, 2 * width * q.element_size()),
+        SCALE=scale, WINDOW=window or 0, SOFT_CAP=soft_cap or 0.0, STAGES=config.stages,
+        AHEAD=config.ahead,
         num_warps=config.warps, **pdl_options(q),
     )  # fmt: skip
 

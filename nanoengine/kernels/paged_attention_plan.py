@@ -16,14 +16,21 @@ _INTERPRETED_MULTIPROCESSORS = 4  # so that tests on a CPU see split rows and wh
 
 @dataclass(frozen=True, slots=True)
 class DecodeConfig:
-    """How decode is laid out. `tile`: keys an iteration; `splits`: the most programs a (row, KV head); `min_tiles`: the
-    fewest tiles a split is worth; `stages`: tiles in flight, the one in use included."""
+    """How decode is laid out.
+
+    Attributes:
+        tile: keys an iteration. splits: the most programs a (row, KV head). min_tiles: the fewest tiles a split is
+        worth. stages: tiles in flight, the one in use included. ahead: keys that each program asks for before it waits,
+        to be in L2 soon. held: it also reads its first tile before; only where the newest keys come from qkv.
+    """
 
     tile: int
     splits: int
     min_tiles: int
     warps: int
     stages: int
+    ahead: int = 0
+    held: bool = False
 
 
 def keys_ahead(programs: int, key_bytes: int) -> int:
@@ -52,6 +59,29 @@ class DecodeScratch:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewTokens:
+    """What turns a row's qkv into its query and its newest key and value.
+
+    Attributes:
+        slots: int64 [B], where k and v go (block * block_size + offset); a negative one: nowhere. inv_freq: float32
+        [head_size / 2], of the rotation at a row's length less one. q_weight, k_weight: [head_size] of the head-wise
+        norms, both or none. eps: theirs.
+    """
+
+    slots: Tensor
+    inv_freq: Tensor
+    q_weight: Tensor | None = None
+    k_weight: Tensor | None = None
+    eps: float = 0.0
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+        """As the kernel takes them."""
+        q_weight = self.inv_freq if self.q_weight is None else self.q_weight
+        k_weight = self.inv_freq if self.k_weight is None else self.k_weight
+        return self.slots, self.inv_freq, q_weight, k_weight, self.eps
+
+
 def decode_config(
     rows: int, kv_heads: int, head_size: int, max_len: int, itemsize: int, multiprocessors: int
 ) -> DecodeConfig:
@@ -68,11 +98,46 @@ def decode_config(
     keys_each = max(tile, 64, (8 if several else 4) * pairs)
     # Programs that find nothing to do cost little, not nothing: no more of them than long contexts can be worth.
     most = max(1, 2 * multiprocessors // pairs, min(4, 8 * multiprocessors // pairs), min(8, max_len // 16384))
-    splits = 1 << (min(most, -(-max_len // keys_each), _MAX_SPLITS).bit_length() - 1)
+    if several and 2 * pairs <= multiprocessors:
+        most = multiprocessors // pairs  # that a multiprocessor holds only one program of
+    splits = _power_of_2(min(most, -(-max_len // keys_each), _MAX_SPLITS))
     return DecodeConfig(
-        tile=tile, splits=splits, min_tiles=keys_each // tile, warps=4,
-        stages=3 if pairs > multiprocessors else 5,
+        tile=tile, splits=splits, min_tiles=keys_each // tile, warps=4, stages=3 if pairs > multiprocessors else 5,
+        ahead=keys_ahead(pairs * splits, 2 * head_size * itemsize),
     )  # fmt: skip
+
+
+def fused_config(
+    rows: int, kv_heads: int, head_size: int, max_len: int, itemsize: int, multiprocessors: int
+) -> DecodeConfig | None:
+    """For attention that takes qkv; None where a kernel of its own for norm, rotation and store is faster.
+
+    That kernel costs little, since this one starts beside it: what is gained is the first tile, read before qkv comes,
+    and that it ends earlier. Microseconds a layer of Qwen3-0.6B in a chain of 28, 384 keys, fused and not (one H200,
+    2026-11-29):
+
+        rows         1     2     4     8    16    32    48    64    96   128
+        fused     15.6  17.4  18.4  21.4  27.5  41.1  46.8  53.0  77.7  89.9
+        not       17.1  18.7  21.1  21.1  28.3  42.4  49.1  55.5  77.9  90.1
+    """
+    pairs, tile_bytes = rows * kv_heads, padded_head(head_size) * itemsize
+    wide = max(16, min(128, 32768 // tile_bytes))
+    if 4 * pairs <= multiprocessors:  # a part for each multiprocessor
+        splits = _power_of_2(min(multiprocessors // pairs, -(-max_len // wide), _MAX_SPLITS))
+        ahead = keys_ahead(pairs * splits, 2 * head_size * itemsize)
+        return DecodeConfig(tile=wide, splits=splits, min_tiles=1, warps=4, stages=3, ahead=ahead, held=True)
+    if 8 * pairs < 7 * multiprocessors or pairs > 4 * multiprocessors:
+        return None
+    few, tile = pairs <= multiprocessors, wide if pairs <= 2 * multiprocessors else max(16, wide // 2)
+    splits = _power_of_2(max(1, min(8, max_len // 16384)))
+    ahead = keys_ahead(pairs * splits, 2 * head_size * itemsize) if few else 16
+    return DecodeConfig(
+        tile=tile, splits=splits, min_tiles=max(1, 4 * pairs // tile), warps=4, stages=5 if few else 3, ahead=ahead
+    )
+
+
+def _power_of_2(most: int) -> int:
+    return 1 << (most.bit_length() - 1)
 
 
 def padded_head(head_size: int) -> int:
@@ -113,7 +178,11 @@ class DecodePlanner:
         else:
             multiprocessors = _INTERPRETED_MULTIPROCESSORS
         shape = (num_kv_heads, head_size, longest, dtype.itemsize, multiprocessors)
-        parts = max(rows * num_kv_heads * decode_config(rows, *shape).splits for rows in range(1, max_rows + 1))
+        splits = [
+            max(config.splits for config in (decode_config(rows, *shape), fused_config(rows, *shape)) if config)
+            for rows in range(1, max_rows + 1)
+        ]
+        parts = max(rows * num_kv_heads * each for rows, each in enumerate(splits, 1))
         scratch = DecodeScratch.make(parts, max_rows * num_kv_heads, num_heads // num_kv_heads, head_size, device)
         return cls(
             num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size, itemsize=dtype.itemsize,
@@ -121,4 +190,13 @@ class DecodePlanner:
         )  # fmt: skip
 
     def config(self, rows: int) -> DecodeConfig:
-        return decode_config(rows, self.num_kv_heads, self.head_size, self.longest, self.itemsize, self.multiprocessors)
+        return decode_config(rows, *self._shape)
+
+    def fused(self, rows: int) -> DecodeConfig | None:
+        """For `attend_decode` of qkv; None where that is no faster, or was not measured: more query heads per KV head
+        make a longer kernel."""
+        return fused_config(rows, *self._shape) if self.num_heads <= 2 * self.num_kv_heads else None
+
+    @property
+    def _shape(self) -> tuple[int, int, int, int, int]:
+        return self.num_kv_heads, self.head_size, self.longest, self.itemsize, self.multiprocessors

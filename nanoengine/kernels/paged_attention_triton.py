@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from nanoengine.kernels.paged_attention_decode_triton import attend_decode, store_kv
-from nanoengine.kernels.paged_attention_plan import DecodeConfig, DecodePlanner, DecodeScratch, decode_config
+from nanoengine.kernels.paged_attention_plan import (
+    DecodeConfig,
+    DecodePlanner,
+    DecodeScratch,
+    NewTokens,
+    decode_config,
+    fused_config,
+)
 from nanoengine.kernels.paged_attention_prefill_triton import PrefillConfig, attend_prefill, prefill_config
 
 __all__ = [
     "DecodeConfig",
     "DecodePlanner",
     "DecodeScratch",
+    "NewTokens",
     "PrefillConfig",
     "attend_decode",
     "attend_prefill",
     "decode_config",
+    "fused_config",
     "prefill_config",
     "store_kv",
 ]

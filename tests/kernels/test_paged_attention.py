@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -14,7 +14,13 @@ from nanoengine.kernels import paged_attention as reference
 pytest.importorskip("triton")
 
 from nanoengine.kernels import paged_attention_triton as kernels
-from nanoengine.kernels.paged_attention_triton import DecodeConfig, DecodePlanner, DecodeScratch, PrefillConfig
+from nanoengine.kernels.paged_attention_triton import (
+    DecodeConfig,
+    DecodePlanner,
+    DecodeScratch,
+    NewTokens,
+    PrefillConfig,
+)
 
 # of values around 1: rounding of the output and of the probabilities
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -134,6 +140,50 @@ def test_decode(shape: Shape, splits: int, dtype: torch.dtype, device: torch.dev
     agree(batch.decode(small(splits)), batch.want())
 
 
+@pytest.mark.parametrize(
+    ("held", "splits", "norm"), [(True, 1, True), (False, 4, True), (True, 4, False), (False, 1, False)]
+)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(),
+        Shape(heads=6, head_size=24, block_size=8),
+        Shape(window=20, head_size=32, block_size=32),
+        Shape(window=1, head_size=32),
+        Shape(soft_cap=3.0, head_size=32, kv_heads=4),
+    ],
+    ids=str,
+)
+def test_decode_of_qkv(
+    shape: Shape, held: bool, splits: int, norm: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    """What norm, rotation and store, and then attention, give; nothing else of the cache is written."""
+    batch = Batch(shape, [(1, n) for n in (1, 17, 40)], dtype, device)
+    heads, size, generator = shape.heads + 2 * shape.kv_heads, shape.head_size, torch.Generator().manual_seed(3)
+    qkv = torch.randn(len(batch.rows), heads * size, generator=generator).to(dtype).to(device)
+    slots = batch.slots[batch.lens.long().cumsum(0) - 1]
+    block, offset = slots // shape.block_size, slots % shape.block_size
+    inv_freq = (10000.0 ** -(torch.arange(0, size, 2) / size)).to(device)
+    weights = [(torch.rand(size, generator=generator) + 0.5).to(dtype).to(device) if norm else None for _ in range(2)]
+    around = {"q_weight": weights[0], "k_weight": weights[1], "eps": 1e-6}
+    for cache in (batch.k_cache, batch.v_cache):  # what is to come is not there yet
+        cache[block, :, offset] = float("nan")
+    caches, tables = [cache.clone() for cache in (batch.k_cache, batch.v_cache)], (batch.tables, batch.lens)
+    want = reference.attend_decode_qkv(qkv, *caches, *tables, slots, inv_freq, **around, **shape.arguments)
+    for cache in caches:
+        cache[block[1], :, offset[1]] = float("nan")
+    slots[1] = -1  # attended to, and stored nowhere
+    pairs, out = len(batch.rows) * shape.kv_heads, torch.full_like(batch.q, float("nan"))
+    kernels.attend_decode(
+        qkv, batch.k_cache, batch.v_cache, out, *tables, config=replace(small(splits), held=held),
+        scratch=DecodeScratch.make(pairs * splits, pairs, shape.heads // shape.kv_heads, size, device),
+        new=NewTokens(slots=slots, inv_freq=inv_freq, **around), **shape.arguments,
+    )  # fmt: skip
+    agree(out, want)
+    for got, cache in zip((batch.k_cache, batch.v_cache), caches, strict=True):
+        torch.testing.assert_close(got, cache, equal_nan=True, atol=TOLERANCE[dtype], rtol=0)
+
+
 def test_splits_are_used_and_each_is_counted_once(device: torch.device) -> None:
     """With a part left out, or twice in, this would not agree: the parts differ much."""
     batch = Batch(Shape(), [(1, 64)], torch.float32, device)
@@ -186,7 +236,17 @@ def test_decode_layouts_fit_the_scratch() -> None:
         device=torch.device("cpu"),
     )  # fmt: skip
     for rows in range(1, 65):
-        assert rows * 8 * planner.config(rows).splits * 2 <= len(planner.scratch.lse)
+        for config in (planner.config(rows), planner.fused(rows)):
+            assert config is None or rows * 8 * config.splits * 2 <= len(planner.scratch.lse)
+
+
+def test_few_rows_take_qkv_in_parts_and_many_whole() -> None:
+    shape = (8, 128, 4096, 2, 132)
+    assert [(rows, config.splits) for rows in (1, 2, 4) if (config := kernels.fused_config(rows, *shape))] == [
+        (1, 16), (2, 8), (4, 4)
+    ]  # fmt: skip
+    assert [rows for rows in (8, 96, 256) if kernels.fused_config(rows, *shape)] == []
+    assert all(kernels.fused_config(rows, *shape) for rows in (16, 32, 48, 64))
 
 
 VARIANTS = [(None, None), (300, None), (None, 20.0), (37, 5.0)]

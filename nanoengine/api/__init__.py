@@ -16,8 +16,10 @@ from nanoengine.api.attention import (
     AttentionNeed,
     BatchLimits,
     GraphSupport,
+    HeadNorms,
     KVCacheView,
     KVSpec,
+    Rotation,
     StepInputs,
 )
 from nanoengine.api.errors import (
@@ -70,6 +72,7 @@ __all__ = [
     "ConfigError",
     "ForwardBatch",
     "GraphSupport",
+    "HeadNorms",
     "KVCacheView",
     "KVSpec",
     "LogitsProcessor",
@@ -90,6 +93,7 @@ __all__ = [
     "ProcessorParams",
     "ProcessorRows",
     "RaggedColumn",
+    "Rotation",
     "SamplerSpec",
     "SourceContext",
     "StandardOp",

@@ -144,6 +144,35 @@ class KVCacheView:
     slot_mapping: Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rotation:
+    """Rotary position embedding of q and k: pair i of a head is rotated by position * inv_freq[i] radians.
+
+    Attributes:
+        inv_freq: float32 [rotary_dim / 2]. If rotary_dim is less than the head size, the other elements are not
+            rotated.
+        interleaved: a pair is elements 2i and 2i + 1; otherwise elements i and i + rotary_dim / 2.
+        magnitude: factor of the rotated elements (YaRN's attention factor).
+    """
+
+    inv_freq: Tensor
+    interleaved: bool = False
+    magnitude: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadNorms:
+    """RMS norms of each head of q and k, before the rotation.
+
+    Attributes:
+        q, k: weights, [head_size]. eps: of both norms.
+    """
+
+    q: Tensor
+    k: Tensor
+    eps: float
+
+
 class AttentionBackend(ABC):
     """Base class of attention backends. There is one instance per KV group.
 
@@ -199,6 +228,24 @@ class AttentionBackend(ABC):
     def attend(self, layer: int, spec: AttentionLayerSpec, q: Tensor) -> Tensor:
         """Like `forward`, without storing K and V. Called only if `kv_cache` returns a view."""
         raise NotImplementedError(f"{type(self).__name__} has kv_cache() but no attend()")
+
+    def attend_qkv(
+        self, layer: int, spec: AttentionLayerSpec, qkv: Tensor, rotation: Rotation, norms: HeadNorms | None
+    ) -> Tensor | None:
+        """The whole of a step's attention, from the output of the qkv projection: normalise each head of q and k (if
+        `norms`), rotate both, store K and V of *all* rows, and compute the attention of every row.
+
+        Optional; it is called first, in every step. None: it does not do this step, this rotation or these norms, and
+        has stored nothing. Then `kv_cache` and `attend`, or `forward`, are called instead. Norms and rotation are
+        computed in float32, and the result of each is rounded to qkv's dtype.
+
+        Args:
+            qkv: [T, (num_heads + 2 num_kv_heads) * head_size]: all q heads, all k heads, all v heads.
+
+        Returns:
+            [T, num_heads, head_size], of qkv's dtype, or None.
+        """
+        return None
 
     def release(self) -> None:
         """Free the KV cache. The default does nothing: dropping the instance is enough."""

@@ -10,7 +10,14 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from nanoengine.api.attention import AttentionBackend, AttentionLayerSpec, KVCacheView, KVSpec
+from nanoengine.api.attention import (
+    AttentionBackend,
+    AttentionLayerSpec,
+    HeadNorms,
+    KVCacheView,
+    KVSpec,
+    Rotation,
+)
 from nanoengine.api.errors import PluginError
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.plugin_calls import name_of, place_and_fix
@@ -76,6 +83,16 @@ class Attention(nn.Module):
     def unbind(self) -> None:
         """Drop the backend and its memory on the device."""
         self._backend = None
+
+    def attend_qkv(self, qkv: Tensor, rotation: Rotation, norms: HeadNorms | None = None) -> Tensor | None:
+        """Norms, rotation, store and attention in one call: [T, (H + 2 Hkv) * D] -> [T, H, D]. None: the backend does
+        not do this step so, and nothing was stored."""
+        assert self._backend is not None, "attention layer used before it was bound"
+        out = self._backend.attend_qkv(self._layer, self.spec, qkv, rotation, norms)
+        if out is None:
+            return None
+        heads = qkv.view(len(qkv), -1, self.spec.head_size)[:, : self.spec.num_heads]
+        return self._checked("attend_qkv", heads, out)
 
     def kv_cache(self) -> KVCacheView | None:
         """Where a kernel may store this step's K and V itself, before `attend`. None: use `forward`."""

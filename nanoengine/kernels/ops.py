@@ -29,6 +29,8 @@ class Ops:
     name = "torch"
     stores_kv = False
     """Whether `qk_norm_rope_store` beats norm, rotation and the backend's own store."""
+    attends_qkv = False
+    """Whether layers call the attention backend's `attend_qkv` first."""
 
     def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return rms_norm.add_rms_norm(x, residual, weight, eps)
@@ -91,7 +93,7 @@ class TritonOps(Ops):
     name = "triton"
     stores_kv = True
 
-    def __init__(self) -> None:
+    def __init__(self, *, attends_qkv: bool = True) -> None:
         from nanoengine.kernels import activation_triton, matvec_triton, rms_norm_triton, rope_triton
         from nanoengine.kernels.matvec_skinny_triton import tickets_on
 
@@ -101,6 +103,7 @@ class TritonOps(Ops):
             rope_triton,
             matvec_triton,
         )
+        self.attends_qkv = attends_qkv
         self._make_tickets = tickets_on
         self._tickets: Tensor | None = None
 
@@ -175,7 +178,7 @@ class TritonOps(Ops):
         )
 
 
-def ops_for(device: torch.device, *, fuse: bool = True) -> Ops:
+def ops_for(device: torch.device, *, fuse: bool = True, attends_qkv: bool = True) -> Ops:
     """Triton's where it is installed and the device is a GPU, unless fusing is off.
 
     An installation that is broken costs speed, which is said, and nothing else.
@@ -187,7 +190,7 @@ def ops_for(device: torch.device, *, fuse: bool = True) -> Ops:
             return Ops()
         for name in _BESIDE_LAYERS:
             importlib.import_module(f"nanoengine.kernels.{name}")
-        return TritonOps()
+        return TritonOps(attends_qkv=attends_qkv)
     except Exception as error:  # noqa: BLE001 - a broken package raises what it likes
         _log.warning(
             "the fused kernels cannot be imported, layers and sampling run on plain torch: %s: %s; reinstall triton "

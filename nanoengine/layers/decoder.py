@@ -17,6 +17,7 @@ from nanoengine.api import (
     AttentionLayerSpec,
     BuildContext,
     ForwardBatch,
+    HeadNorms,
     KVCacheView,
     Model,
     ModelConfig,
@@ -219,9 +220,18 @@ class DecoderAttention(nn.Module):
         `post_norm` normalises the result before it is added.
         """
         qkv, residual = normed(self.qkv_proj, norm, x, residual)  # [T, (heads + 2 kv_heads) * head_size]
-        cache = self.attn.kv_cache() if self.ops.stores_kv else None
-        mixed = self._plainly(qkv, angles) if cache is None else self._fused(qkv, angles, cache)
+        mixed = None
+        if self.ops.attends_qkv:
+            mixed = self.attn.attend_qkv(qkv, angles.rotation, self._norms())
+        if mixed is None:
+            cache = self.attn.kv_cache() if self.ops.stores_kv else None
+            mixed = self._plainly(qkv, angles) if cache is None else self._fused(qkv, angles, cache)
         return added(self.o_proj, mixed.flatten(1), residual, post_norm)
+
+    def _norms(self) -> HeadNorms | None:
+        if not self.qk_norm:
+            return None
+        return HeadNorms(q=self.q_norm.weight, k=self.k_norm.weight, eps=self.q_norm.eps)
 
     def _fused(self, qkv: Tensor, angles: Angles, cache: KVCacheView) -> Tensor:
         """Normalises, rotates and stores in one kernel. The backend then only computes the attention."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanoengine.api import ModelError
+from nanoengine.api import ModelError, Rotation
 from nanoengine.layers.hf_config import Fields, shown
 
 _ORIGINAL = "original_max_position_embeddings"
@@ -192,6 +192,7 @@ class Angles:
 
     def __init__(self, positions: Tensor, inv_freq: Tensor) -> None:
         self.positions, self.inv_freq = positions, inv_freq
+        self.rotation = Rotation(inv_freq=inv_freq)
 
     @cached_property
     def tables(self) -> tuple[Tensor, Tensor]:

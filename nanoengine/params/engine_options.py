@@ -61,6 +61,7 @@ class EngineOptions:
         overlap: prepare step N+1 while step N runs.
         spare_slots: slots in addition to max_num_seqs: a request whose last token is in flight needs no row any more.
         fuse_kernels: on a GPU, layers use fused Triton kernels.
+        fuse_attention: with them, attention backends that can do so also normalise and rotate q and k, in one kernel.
         fuse_sampling: fuse the standard sampler operations (one sort for top-k, top-p and min-p).
         custom_all_reduce: small sums over GPUs are read from the memory of the other GPUs; otherwise all use NCCL.
         skip_tokenizer_init: load no tokenizer; requests and outputs have only token ids.
@@ -92,6 +93,7 @@ class EngineOptions:
     overlap: bool = True
     spare_slots: int = 8
     fuse_kernels: bool = True
+    fuse_attention: bool = True
     fuse_sampling: bool = True
     custom_all_reduce: bool = True
     skip_tokenizer_init: bool = False

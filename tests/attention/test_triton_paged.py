@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ import triton_interpreter
 from paged_case import Case, history, run
 from torch import Tensor
 
-from nanoengine.api import AttentionNeed, GraphSupport, KVSpec
+from nanoengine.api import AttentionLayerSpec, AttentionNeed, GraphSupport, HeadNorms, KVSpec, Rotation
+from nanoengine.kernels.rms_norm import rms_norm
+from nanoengine.layers.rope import Angles, apply_rope
 from nanoengine.plugins.attention_backends.triton_paged import TritonPaged
 
 triton_interpreter.import_kernels()
@@ -49,6 +52,69 @@ def error(tried: Case, backend: type[TritonPaged] = TritonPaged) -> float:
 )
 def test_agrees(tried: Case) -> None:
     assert error(tried) < TOLERANCE
+
+
+class Apart(TritonPaged):
+    """Norms and rotation by torch, and then `forward`."""
+
+    def attend_qkv(
+        self, layer: int, spec: AttentionLayerSpec, qkv: Tensor, rotation: Rotation, norms: HeadNorms | None
+    ) -> Tensor:
+        heads = qkv.view(len(qkv), -1, spec.head_size)
+        q, k, v = heads.split_with_sizes((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
+        if norms is not None:
+            q, k = rms_norm(q, norms.q, norms.eps), rms_norm(k, norms.k, norms.eps)
+        assert self._inputs is not None
+        cos, sin = Angles(self._inputs.positions, rotation.inv_freq).tables
+        return self.forward(layer, spec, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
+
+
+def of_qkv(tried: Case, backend_cls: type[TritonPaged], norm: bool = True, **rotation: Any) -> tuple[Tensor, Tensor]:
+    """What `attend_qkv` returns for the step's qkv (nothing: an empty tensor), and the cache behind it."""
+    backend = backend_cls(tried.kv_spec, tried.limits, torch.device(DEVICE))
+    backend.allocate(1, tried.num_blocks)
+    history(backend, tried, layer=0)
+    backend.fill(tried.inputs())
+    qkv = torch.cat(tried.step_qkv(), dim=1).flatten(1)
+    size = tried.head_size
+    weights = (1 + torch.arange(2 * size) / size).view(2, size).to(DEVICE)
+    turn = Rotation(inv_freq=(100.0 ** -(torch.arange(0, size, 2) / size)).to(DEVICE), **rotation)
+    norms = HeadNorms(q=weights[0], k=weights[1], eps=1e-6) if norm else None
+    out = backend.attend_qkv(0, tried.spec, qkv, turn, norms)
+    return torch.empty(0) if out is None else out, backend._kv[0, :, 1:]  # the dummy block holds whatever came last
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize(
+    "tried",
+    [
+        case([(1, 40)], heads=2, kv_heads=1),
+        case([(1, 30), (1, 3), (1, 17)], padded_rows=2),
+        case([(1, 33), (1, 9)], window=9),
+    ],
+    ids=["held", "padded", "window"],
+)
+def test_qkv_in_one_kernel(tried: Case, norm: bool) -> None:
+    (got, cache), (want, expected) = of_qkv(tried, TritonPaged, norm), of_qkv(tried, Apart, norm)
+    rows = len(tried.rows)
+    assert len(got) == rows + tried.padded_rows
+    torch.testing.assert_close(got[:rows], want[:rows], atol=2e-5, rtol=0)
+    torch.testing.assert_close(cache, expected, atol=2e-5, rtol=0)
+
+
+def test_qkv_that_it_leaves_to_others() -> None:
+    """Prefill tokens, rotations that are not whole halves; nothing is stored."""
+    decode, mixed = case([(1, 20), (1, 3)]), case([(1, 20), (5, 9)])
+    for tried, rotation in ((mixed, {}), (decode, {"interleaved": True}), (decode, {"magnitude": 1.2})):
+        got, cache = of_qkv(tried, TritonPaged, **rotation)
+        assert len(got) == 0
+        untouched = of_qkv(tried, LeavesAll)[1]
+        assert torch.equal(cache, untouched)
+
+
+class LeavesAll(TritonPaged):
+    def attend_qkv(self, *_: Any) -> None:
+        return None
 
 
 class LooksOneBack(TritonPaged):

@@ -74,7 +74,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     monkeypatch.setattr(results, "_send", lambda tensor: tensor.clone())
     monkeypatch.setattr(setup_capture, "captured", capture)
-    monkeypatch.setattr(starter, "ops_for", lambda device, fuse: KernelsBeside())
+    monkeypatch.setattr(starter, "ops_for", lambda device, **_: KernelsBeside())
     monkeypatch.setattr(starter, "capture_sizes", lambda *_, **__: CaptureSizes(SIZES, tail=True, inputs=True))
     for name in ("replay", "replay_tail"):
         monkeypatch.setattr(StepGraphs, name, counted(name))
@@ -120,7 +120,7 @@ def test_seeded_draws_and_what_no_tail_does(tmp_path: Path, captured: Counter[st
     assert steps.graph_tails < steps.graph_steps + steps.mixed_graph_steps
     assert captured["replay_tail decode"] > 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(starter, "ops_for", lambda device, fuse: Ops())
+        patch.setattr(starter, "ops_for", lambda device, **_: Ops())
         patch.setattr(starter, "capture_sizes", lambda *_, **__: CaptureSizes())
         with mock_llm(tmp_path / "eager", **options) as llm:
             assert [tokens_of(llm.generate(ASKED[:4], one, use_tqdm=False)) for one in params] == [

@@ -60,12 +60,16 @@ def test_coarse_queries_are_caught(pair: Callable[[str], Pair], monkeypatch: pyt
     """Mutant: queries keep 5 of their 8 bits on the way into attention."""
     from nanoengine.plugins.attention_backends.triton_paged import TritonPaged
 
-    original = TritonPaged.attend
+    attend, attend_qkv = TritonPaged.attend, TritonPaged.attend_qkv
 
-    def attend(self: TritonPaged, layer: int, spec: Any, q: torch.Tensor) -> torch.Tensor:
-        mantissa, exponent = torch.frexp(q.float())
-        return original(self, layer, spec, torch.ldexp((mantissa * 32).round() / 32, exponent).to(q.dtype))
+    def coarse(x: torch.Tensor) -> torch.Tensor:
+        mantissa, exponent = torch.frexp(x.float())
+        return torch.ldexp((mantissa * 32).round() / 32, exponent).to(x.dtype)
 
-    monkeypatch.setattr(TritonPaged, "attend", attend)
+    def of_qkv(self: TritonPaged, layer: int, spec: Any, qkv: torch.Tensor, *turn: Any) -> torch.Tensor | None:
+        return attend_qkv(self, layer, spec, coarse(qkv), *turn)
+
+    monkeypatch.setattr(TritonPaged, "attend", lambda self, layer, spec, q: attend(self, layer, spec, coarse(q)))
+    monkeypatch.setattr(TritonPaged, "attend_qkv", of_qkv)
     found = measure(pair("llama"), mode, "bfloat16")
     assert found.ours > 1.25 * found.theirs

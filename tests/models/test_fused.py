@@ -64,7 +64,14 @@ def fused(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
     from nanoengine.plugins.attention_backends.triton_paged import TritonPaged
 
     ops = Watched()
-    return log_probs(PagedModel(path, 16, 9, backend_cls=TritonPaged, ops=ops)), ops.calls
+
+    class Counted(TritonPaged):
+        def attend_qkv(self, *args: Any) -> Tensor | None:
+            out = super().attend_qkv(*args)
+            ops.calls["attend_qkv"] = ops.calls.get("attend_qkv", 0) + (out is not None)
+            return out
+
+    return log_probs(PagedModel(path, 16, 9, backend_cls=Counted, ops=ops)), ops.calls
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -72,6 +79,7 @@ def test_fused_kernels_agree(make: Any, tmp_path: Path) -> None:
     path = make(tmp_path, **SIZES)
     got, calls = fused(path)
     assert {"norm_linear", "qk_norm_rope_store"} <= calls.keys()
+    assert calls["attend_qkv"] == 2 * SIZES["num_hidden_layers"]  # the two decode steps, and not the prefill
     assert ("linear_add" in calls) == (make not in (tiny_gemma2, tiny_gemma3))  # a norm stands before the sum
     assert ("soft_cap" in calls) == (make is tiny_gemma2)
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()

@@ -16,6 +16,7 @@ from nanoengine.api import (
     AttentionCapabilities,
     AttentionNeed,
     ColumnSpec,
+    HeadNorms,
     LogitsProcessor,
     Need,
     ParamsError,
@@ -23,10 +24,13 @@ from nanoengine.api import (
     PluginError,
     ProcessorParams,
     ProcessorRows,
+    Rotation,
     SamplerSpec,
     StepInputs,
 )
+from nanoengine.kernels.rms_norm import rms_norm
 from nanoengine.layers.decoder import DECODER_WEIGHTS
+from nanoengine.layers.rope import Angles, apply_rope
 from nanoengine.plugins.attention_backends.flash_attn import FlashAttn
 from nanoengine.plugins.attention_backends.torch_paged import TorchPaged
 from nanoengine.plugins.attention_backends.triton_paged import TritonPaged
@@ -180,6 +184,66 @@ class GivesNothing(TorchPaged):
         super().forward(layer, spec, q, k, v)
 
 
+class TakesQkv(TorchPaged):
+    """Takes qkv in steps of single tokens, half-split and whole."""
+
+    def attend_qkv(self, layer: int, spec: Any, qkv: Tensor, rotation: Rotation, norms: HeadNorms | None) -> Any:
+        if max(self._lens) > 1 or not self.takes(rotation, spec):
+            return None
+        heads = qkv.view(len(qkv), -1, spec.head_size)
+        q, k, v = heads.split_with_sizes((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
+        if norms is not None:
+            q, k = rms_norm(q, norms.q, norms.eps), rms_norm(k, norms.k, norms.eps)
+        cos, sin = Angles(self._positions, rotation.inv_freq).tables
+        return self.forward(layer, spec, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
+
+    def takes(self, rotation: Rotation, spec: Any) -> bool:
+        whole = 2 * len(rotation.inv_freq) == spec.head_size
+        return whole and not rotation.interleaved and rotation.magnitude == 1
+
+    def fill(self, inputs: StepInputs) -> None:
+        self._lens, self._positions = inputs.query_lens_host, inputs.positions
+        super().fill(inputs)
+
+
+class TakesInterleaved(TakesQkv):
+    def takes(self, rotation: Rotation, spec: Any) -> bool:
+        return 2 * len(rotation.inv_freq) == spec.head_size and rotation.magnitude == 1
+
+
+class ForgetsMagnitude(TakesQkv):
+    def takes(self, rotation: Rotation, spec: Any) -> bool:
+        return 2 * len(rotation.inv_freq) == spec.head_size and not rotation.interleaved
+
+
+class ForgetsNorms(TakesQkv):
+    def attend_qkv(self, layer: int, spec: Any, qkv: Tensor, rotation: Rotation, norms: HeadNorms | None) -> Any:
+        return super().attend_qkv(layer, spec, qkv, rotation, None)
+
+
+class TurnsOneBack(TakesQkv):
+    def fill(self, inputs: StepInputs) -> None:
+        super().fill(inputs)
+        self._positions = inputs.positions - 1
+
+
+class StoresUnrotated(TakesQkv):
+    """Right in this step, and wrong in later ones."""
+
+    def attend_qkv(self, layer: int, spec: Any, qkv: Tensor, rotation: Rotation, norms: HeadNorms | None) -> Any:
+        out = super().attend_qkv(layer, spec, qkv, rotation, norms)
+        if out is not None:
+            heads = qkv.view(len(qkv), -1, spec.head_size)[:, spec.num_heads :]
+            super().forward(
+                layer, spec, torch.zeros_like(out), *heads.split_with_sizes((spec.num_kv_heads,) * 2, dim=1)
+            )
+        return out
+
+
+def test_a_backend_that_takes_qkv_conforms() -> None:
+    check_attention_backend(TakesQkv)
+
+
 class ExitsInFill(TorchPaged):
     def fill(self, inputs: StepInputs) -> None:
         raise SystemExit(3)
@@ -207,6 +271,11 @@ class ExitsInFill(TorchPaged):
         (ForgetsCap, r"soft_cap=2.0\): two whole prompts"),
         (OneLayerForAll, "one more token each, layer 0"),
         (WritesToLogicalBlocks, "Or the row's own K and V are not where slot_mapping says"),
+        (TakesInterleaved, "attend_qkv, row 'a' .* off by"),
+        (ForgetsMagnitude, "attend_qkv, row .* off by"),
+        (ForgetsNorms, "attend_qkv, row .* off by"),
+        (TurnsOneBack, "attend_qkv, row 'a' .* off by"),
+        (StoresUnrotated, "decode, chunk and a new prompt together, layer 0: row 'b' .* off by"),
         (ClaimsLess, "does not declare SOFT_CAP, yet unsupported"),
         (OtherDtype, "forward returned torch.float64 for queries of torch.float32"),
     ],

@@ -23,8 +23,10 @@ from nanoengine.api import (
     AttentionNeed,
     BatchLimits,
     GraphSupport,
+    HeadNorms,
     KVCacheView,
     KVSpec,
+    Rotation,
     StepInputs,
 )
 
@@ -141,6 +143,30 @@ class TritonPaged(AttentionBackend):
             )  # fmt: skip
         if beside:
             torch.cuda.current_stream().wait_stream(self._side_stream())
+        return out
+
+    def attend_qkv(
+        self, layer: int, spec: AttentionLayerSpec, qkv: Tensor, rotation: Rotation, norms: HeadNorms | None
+    ) -> Tensor | None:
+        """For steps of decode rows only, and for numbers of rows at which one kernel is faster than two."""
+        inputs = self._inputs
+        assert inputs is not None, "fill comes first"
+        rows, plain = len(qkv), not rotation.interleaved and rotation.magnitude == 1
+        if rows != inputs.num_decode_rows or not plain or 2 * len(rotation.inv_freq) != spec.head_size:
+            return None
+        planner = self._planner(spec.num_heads)
+        config = planner.fused(rows)
+        if config is None:
+            return None
+        out = torch.empty(rows, spec.num_heads, spec.head_size, dtype=qkv.dtype, device=qkv.device)
+        self._kernels.attend_decode(
+            qkv, self._kv[layer, 0], self._kv[layer, 1], out, inputs.block_tables, inputs.seq_lens,
+            scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap, config=config, scratch=planner.scratch,
+            new=self._kernels.NewTokens(
+                slots=inputs.slot_mapping, inv_freq=rotation.inv_freq, q_weight=norms.q if norms else None,
+                k_weight=norms.k if norms else None, eps=norms.eps if norms else 0.0,
+            ),
+        )  # fmt: skip
         return out
 
     @contextmanager

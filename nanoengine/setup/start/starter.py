@@ -78,7 +78,7 @@ class _Start:
     def run(self) -> tuple[ModelRunner, MemoryReport]:
         options = self.plan.options
         model_class: type[Model] = load_checked(self.loader, self.plan.model, Model)
-        ops = ops_for(self.device, fuse=options.fuse_kernels)
+        ops = ops_for(self.device, fuse=options.fuse_kernels, attends_qkv=options.fuse_attention)
         self.fused = ops.name == "triton"
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # creates the context

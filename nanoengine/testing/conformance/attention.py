@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,7 @@ from nanoengine.setup.plugins.choose import check_class, unsupported_reasons
 from nanoengine.setup.start.backend_checks import kv_block_bytes
 from nanoengine.testing.conformance.failure import during, require, require_close
 from nanoengine.testing.conformance.paging import Paging
+from nanoengine.testing.conformance.turns import Turn, turns
 
 # For outputs of about 1. float32: rounding of products. Other dtypes: rounding of probabilities and of the output.
 TOLERANCE: Mapping[str, float] = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
@@ -74,7 +76,8 @@ def check_attention_backend(
 
     The steps have prompts, chunks, decode rows, mixed batches, shared and reused blocks, and two layers. They run for
     every head size, dtype, grouping of heads and feature that the backend declares. Blocks have NaN and infinity before
-    they are used, and one row of most steps has nothing else.
+    they are used, and one row of most steps has nothing else. A backend with its own `attend_qkv` is called so in each
+    step, with and without norms, and with rotations of every kind: it must compute the right result, or return None.
 
     Args:
         device: where it runs.
@@ -153,6 +156,8 @@ class _Play:
         require(not reasons, f"unsupported() rejects what capabilities declare: {'; '.join(reasons)}")
         with during("kv_block_bytes()"):
             kv_block_bytes(backend, case.kv, case.block_size)
+        own = backend.attend_qkv is not AttentionBackend.attend_qkv and case.head_size % 2 == 0
+        self.turns = itertools.cycle(turns(case.head_size, self.dtype, device) if own else [None])
         with during("__init__() or allocate()"):
             self.made = backend(case.kv, self.limits, device)
             self.made.allocate(_LAYERS, blocks)
@@ -218,17 +223,24 @@ class _Play:
         self, layer: int, inputs: StepInputs, rows: Sequence[str], queries: Sequence[Tensor], padded: int
     ) -> None:
         new = [self.kv[name][-1][layer] for name in rows]
+        turn, out, method = next(self.turns), None, "attend_qkv"
+        if turn is not None:
+            qkv = self.joined([torch.cat([q, *kv], dim=1) for q, kv in zip(queries, new, strict=True)], padded)
+            queries = self.turned(turn, rows, queries, new)
+            out = self.made.attend_qkv(layer, self.case.layer, qkv.flatten(1), turn.rotation, turn.norms)
         q, k, v = (self.joined(parts, padded) for parts in (queries, [kv[0] for kv in new], [kv[1] for kv in new]))
-        out = self.made.forward(layer, self.case.layer, q, k, v)
-        require(isinstance(out, Tensor), f"forward returned a {type(out).__name__}, not a Tensor")
-        require(out.dtype == q.dtype, f"forward returned {out.dtype} for queries of {q.dtype}")
-        require(out.shape == q.shape, f"forward returned shape {tuple(out.shape)} for queries {tuple(q.shape)}")
+        if out is None:
+            out, method = self.made.forward(layer, self.case.layer, q, k, v), "forward"
+        require(isinstance(out, Tensor), f"{method} returned a {type(out).__name__}, not a Tensor")
+        require(out.dtype == q.dtype, f"{method} returned {out.dtype} for queries of {q.dtype}")
+        require(out.shape == q.shape, f"{method} returned shape {tuple(out.shape)} for queries {tuple(q.shape)}")
         real = torch.split(out[: len(out) - padded].cpu(), [len(query) for query in queries])
         sound = [i for i, name in enumerate(rows) if name not in self.broken]
         want = {i: attend(queries[i], *self.keys_and_values(rows[i], layer), self.case.layer) for i in sound}
         scale = max([1.0, *(float(w.abs().max()) for w in want.values())])
         for i, expected in want.items():
-            what = f"row {rows[i]!r} ({len(expected)} new tokens, {self.paging.lens[rows[i]]} in total)"
+            what = f"{method}, " if method != "forward" else ""
+            what += f"row {rows[i]!r} ({len(expected)} new tokens, {self.paging.lens[rows[i]]} in total)"
             require(
                 bool(real[i].isfinite().all()),
                 f"{what}: not finite. Blocks have NaN and infinity of other sequences after a row's end, in the dummy "
@@ -236,6 +248,15 @@ class _Play:
                 "own K and V are not where slot_mapping says",
             )
             require_close(real[i], expected, TOLERANCE[self.case.dtype] * scale, what)
+
+    def turned(self, turn: Turn, rows: Sequence[str], queries: Sequence[Tensor], new: Sequence[Tensor]) -> list[Tensor]:
+        """The queries, normalised and rotated; the new keys are, in place."""
+        done = list[Tensor]()
+        for name, q, (k, _) in zip(rows, queries, new, strict=True):
+            positions = torch.arange(self.paging.lens[name] - len(q), self.paging.lens[name])
+            k.copy_(turn.key(k, positions, self.dtype))
+            done.append(turn.query(q, positions, self.dtype))
+        return done
 
     def keys_and_values(self, name: str, layer: int) -> tuple[Tensor, Tensor]:
         """K and V of a whole sequence, float64 [tokens, KV heads, head size] each."""

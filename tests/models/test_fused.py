@@ -37,8 +37,8 @@ NEXT = {"a": [[7], [8]], "b": [[9], [2]]}
 class Watched(TritonOps):
     """Counts the calls of each fused operation."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **options: bool) -> None:
+        super().__init__(**options)
         self.calls: dict[str, int] = {}
 
     def __getattribute__(self, name: str) -> Any:
@@ -60,10 +60,10 @@ def log_probs(model: PagedModel) -> dict[str, Tensor]:
     return {name: torch.cat([step[name] for step in steps]).log_softmax(-1) for name in PROMPTS}
 
 
-def fused(path: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
+def fused(path: Path, **options: bool) -> tuple[dict[str, Tensor], dict[str, int]]:
     from nanoengine.plugins.attention_backends.triton_paged import TritonPaged
 
-    ops = Watched()
+    ops = Watched(**options)
 
     class Counted(TritonPaged):
         def attend_qkv(self, *args: Any) -> Tensor | None:
@@ -88,6 +88,16 @@ def test_fused_kernels_agree(make: Any, tmp_path: Path) -> None:
         with torch.inference_mode():
             want = reference(torch.tensor([ids])).logits[0].log_softmax(-1)
         torch.testing.assert_close(got[name], want, atol=5e-4, rtol=0)
+
+
+def test_attention_without_norms_and_rotation(tmp_path: Path) -> None:
+    """Switched off, no backend is asked; the result is the same."""
+    path = tiny_qwen3(tmp_path, **SIZES)
+    (want, asked), (got, calls) = fused(path), fused(path, attends_qkv=False)
+    assert asked["attend_qkv"] > 0
+    assert "attend_qkv" not in calls
+    for name in PROMPTS:
+        torch.testing.assert_close(got[name], want[name], atol=1e-4, rtol=0)
 
 
 def test_a_gate_of_another_kind_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
-"""nanoengine: a small LLM inference engine whose every replaceable part is a plugin.
+"""nanoengine: a small LLM inference engine. Every part that you may want to replace is a plugin.
 
-Names are imported when first used, so that `import nanoengine` and `nanoengine --help` load no torch.
+Names are imported when they are first used, so `import nanoengine` and `nanoengine --help` load no torch.
 """
 
 from __future__ import annotations

@@ -82,6 +82,22 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         yield seen
 
 
+@pytest.mark.parametrize("given", [{}, {"fuse_kernels": False}, {"fuse_attention": False}])
+def test_layers_get_the_operations_that_the_options_ask_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, bool]
+) -> None:
+    asked: dict[str, bool] = {}
+
+    def ops_for(device: torch.device, **options: bool) -> Ops:
+        asked.update(options)
+        return Ops()
+
+    monkeypatch.setattr(starter, "ops_for", ops_for)
+    with mock_llm(tmp_path, **given):
+        pass
+    assert asked == {"fuse": given.get("fuse_kernels", True), "attends_qkv": given.get("fuse_attention", True)}
+
+
 @pytest.mark.parametrize("overlap", [True, False])
 def test_greedy_tokens_are_those_of_the_mock_model(tmp_path: Path, captured: Counter[str], overlap: bool) -> None:
     with mock_llm(tmp_path, max_num_seqs=4, max_num_batched_tokens=36, overlap=overlap) as llm:

@@ -212,7 +212,8 @@ def _inspect(loader: TargetLoader, target: str, hf_config: Mapping[str, Any], op
     model_class: type[Model] = load_checked(loader, target, Model)
     dtype = getattr(torch, options.dtype)
     tp = SingleRank() if options.tensor_parallel_size == 1 else ShapesOnly(options.tensor_parallel_size)
-    return build_model(model_class, hf_config, tp=tp, dtype=dtype, device=torch.device("meta"))
+    device, longest = torch.device("meta"), options.max_model_len
+    return build_model(model_class, hf_config, tp=tp, dtype=dtype, device=device, max_model_len=longest)
 
 
 def _attention(

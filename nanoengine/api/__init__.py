@@ -6,6 +6,7 @@ imported when they are first used, so a module with hooks can import this one wi
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from nanoengine.api.attention import (
@@ -36,6 +37,7 @@ from nanoengine.api.errors import (
 from nanoengine.api.hooks import hookimpl
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.processors import LogitsProcessor, Need, ProcessorContext, ProcessorRows, RaggedColumn
+from nanoengine.api.sharding import Shard, ShardSpec
 from nanoengine.api.sources import ModelSource, SourceContext
 from nanoengine.api.specs import (
     API_VERSION,
@@ -50,11 +52,22 @@ from nanoengine.api.specs import (
     SamplerSpec,
     StandardOp,
 )
+from nanoengine.api.weights import WeightMap, WeightRule
 
 if TYPE_CHECKING:
-    from nanoengine.api.model import Attention, BuildContext, ForwardBatch, Model, ModelConfig, WeightMap
+    from nanoengine.api.layers import (
+        Layer,
+        LayerInfo,
+        Linear,
+        LinearMethod,
+        Norm,
+        WeightLayer,
+    )
+    from nanoengine.api.model import Attention, BuildContext, ForwardBatch, Model, ModelConfig
 
-_NEEDS_TORCH = ("Attention", "BuildContext", "ForwardBatch", "Model", "ModelConfig", "WeightMap")
+_MODEL = ("Attention", "BuildContext", "ForwardBatch", "Model", "ModelConfig")
+_LAYERS = ("Layer", "LayerInfo", "Linear", "LinearMethod", "Norm", "WeightLayer")
+_NEEDS_TORCH = {**dict.fromkeys(_MODEL, "model"), **dict.fromkeys(_LAYERS, "layers")}
 
 __all__ = [
     "API_VERSION",
@@ -75,6 +88,10 @@ __all__ = [
     "HeadNorms",
     "KVCacheView",
     "KVSpec",
+    "Layer",
+    "LayerInfo",
+    "Linear",
+    "LinearMethod",
     "LogitsProcessor",
     "Model",
     "ModelConfig",
@@ -85,6 +102,7 @@ __all__ = [
     "ModelSpec",
     "NanoEngineError",
     "Need",
+    "Norm",
     "ParamsContext",
     "ParamsError",
     "Phase",
@@ -95,13 +113,17 @@ __all__ = [
     "RaggedColumn",
     "Rotation",
     "SamplerSpec",
+    "Shard",
+    "ShardSpec",
     "SourceContext",
     "StandardOp",
     "StepInputs",
     "TensorParallelGroup",
     "TokenizerMissing",
     "UnsupportedError",
+    "WeightLayer",
     "WeightMap",
+    "WeightRule",
     "WeightsError",
     "hookimpl",
 ]
@@ -109,7 +131,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _NEEDS_TORCH:
-        from nanoengine.api import model
-
-        return getattr(model, name)
+        return getattr(import_module(f"nanoengine.api.{_NEEDS_TORCH[name]}"), name)
     raise AttributeError(f"module 'nanoengine.api' has no attribute {name!r}")

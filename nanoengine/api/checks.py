@@ -14,9 +14,10 @@ from torch import Tensor
 
 from nanoengine.api.attention import AttentionBackend, AttentionLayerSpec
 from nanoengine.api.errors import ModelError, shown
-from nanoengine.api.model import ForwardBatch, Model, ModelConfig, WeightMap
+from nanoengine.api.model import ForwardBatch, Model, ModelConfig
 from nanoengine.api.parallel import TensorParallelGroup, padded_length
 from nanoengine.api.plugin_calls import name_of, place_and_fix, plugin_step
+from nanoengine.api.weights import WeightMap, WeightRule
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,11 +41,24 @@ def check_weight_map(found: object, model: type[Any]) -> None:
     if not isinstance(found, WeightMap):
         text = f"{name_of(model)}.weight_map returned {shown(found)}, not a nanoengine.api.WeightMap"
         raise ModelError(text + place_and_fix(None, model.weight_map))
-    kinds = {"fuse": Mapping, "rename": Mapping, "ties": Mapping, "skip": tuple, "skip_prefixes": tuple}
+    kinds = {
+        "fuse": Mapping,
+        "rename": Mapping,
+        "ties": Mapping,
+        "rules": Mapping,
+        "skip": tuple,
+        "skip_prefixes": tuple,
+    }
     for name, kind in kinds.items():
         value = getattr(found, name)
         if not isinstance(value, kind):
             text = f"{name_of(model)}: WeightMap.{name} must be a {kind.__name__.lower()}, not {shown(value)}"
+            raise ModelError(text + place_and_fix(None, model.weight_map))
+    for pattern, rule in found.rules.items():
+        if not isinstance(pattern, str) or not isinstance(rule, WeightRule | str):
+            text = (
+                f"{name_of(model)}: WeightMap.rules: {shown(pattern)} must be a WeightRule or a name, not {shown(rule)}"
+            )
             raise ModelError(text + place_and_fix(None, model.weight_map))
 
 

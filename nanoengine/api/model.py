@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -19,8 +19,10 @@ from nanoengine.api.attention import (
     Rotation,
 )
 from nanoengine.api.errors import PluginError
+from nanoengine.api.layers import Layer, Linear
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.plugin_calls import name_of, place_and_fix
+from nanoengine.api.weights import WeightMap
 from nanoengine.kernels.ops import Ops
 
 
@@ -38,35 +40,12 @@ class ModelConfig:
     max_model_len: int
 
 
-@dataclass(frozen=True, slots=True)
-class WeightMap:
-    """How names in a checkpoint become names of parameters. A name that no rule changes is used unchanged.
-
-    Attributes:
-        fuse: last module name in the checkpoint -> (fused module's name, part), e.g. {"q_proj": ("qkv_proj", "q")}:
-            "model.layers.0.self_attn.q_proj.weight" fills part "q" of "model.layers.0.self_attn.qkv_proj.weight".
-        rename: old prefix -> new prefix. The longest prefix of a checkpoint name is replaced, before `fuse`.
-        skip: suffixes of names to skip, e.g. (".rotary_emb.inv_freq",), as they are in the file.
-        ties: parameter -> checkpoint name it is read from instead, e.g.
-            {"lm_head.weight": "model.embed_tokens.weight"}. If the checkpoint has both and they differ, they are not
-            tied.
-        skip_prefixes: prefixes of names to skip, e.g. ("vision_tower.",), as they are in the file: parts of a
-            checkpoint that are not supported.
-    """
-
-    fuse: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    rename: Mapping[str, str] = field(default_factory=dict)
-    skip: tuple[str, ...] = ()
-    ties: Mapping[str, str] = field(default_factory=dict)
-    skip_prefixes: tuple[str, ...] = ()
-
-
 class Attention(nn.Module):
     """One attention layer of a model. The core binds it to its group's backend before the first step."""
 
-    def __init__(self, spec: AttentionLayerSpec, dtype: torch.dtype) -> None:
+    def __init__(self, spec: AttentionLayerSpec, dtype: torch.dtype, name: str = "") -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.name = spec, name
         self.kv_spec = KVSpec(
             num_kv_heads=spec.num_kv_heads,
             head_size=spec.head_size,
@@ -126,17 +105,20 @@ Parallel = Literal["column", "row", "replicated"]
 
 
 class BuildContext(Protocol):
-    """Makes the layers of a model. Code that wraps layers (quantisation, LoRA, taps) is added here.
+    """Makes the layers of a model. The name of a layer is its dotted path in the model: the loader, taps, messages and
+    what chooses a layer's method go by it.
 
     Attributes:
         tp: the tensor-parallel group. dtype, device: of the parameters.
         ops: the operations that layers call: plain torch, or fused kernels.
+        max_model_len: the most tokens that a request of this engine may have; at most the config's.
     """
 
     tp: TensorParallelGroup
     dtype: torch.dtype
     device: torch.device
     ops: Ops
+    max_model_len: int
 
     def linear(
         self,
@@ -148,26 +130,28 @@ class BuildContext(Protocol):
         parallel: Parallel = "replicated",
         parts: Sequence[tuple[str, int]] | None = None,
         head_size: int | None = None,
-    ) -> nn.Module:
+        reduce: bool = True,
+    ) -> Linear:
         """A linear layer, [T, in/tp?] -> [T, out/tp?].
 
         Args:
-            name: dotted path of the layer in the model; code that wraps layers selects them by it.
+            name: dotted path of the layer in the model. No other layer may have it.
             parallel: "column" splits the outputs over ranks, "row" the inputs (and sums), "replicated" neither.
-            parts: fused outputs with their global sizes, e.g. [("q", 576), ("k", 192), ("v", 192)]. Each is split
-                separately.
-            head_size: outputs are split into whole heads of this size. Parts with fewer heads than ranks are
-                replicated.
+            parts: fused outputs with their global sizes, e.g. [("q", 576), ("k", 192), ("v", 192)]. "column" splits
+                each of them separately.
+            head_size: what is split, outputs or inputs, is split into whole heads of this size. Parts of a column layer
+                with fewer heads than ranks are replicated.
+            reduce: False: a row layer does not sum, each rank returns its own part of the sum.
         """
         ...
 
-    def embedding(self, name: str, num_embeddings: int, dim: int) -> nn.Module:
+    def embedding(self, name: str, num_embeddings: int, dim: int) -> Layer:
         """A vocabulary-parallel embedding, int [T] -> [T, dim]."""
         ...
 
     def lm_head(
         self, name: str, dim: int, vocab_size: int, *, bias: bool = False, tied: nn.Module | None = None
-    ) -> nn.Module:
+    ) -> Layer:
         """Vocabulary-parallel output layer, [R, dim] -> [R, V/tp], padding columns -inf.
 
         `tied`: the embedding whose weight it shares.

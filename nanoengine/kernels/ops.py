@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanoengine.kernels import activation as pointwise
 from nanoengine.kernels import rms_norm, rope
-from nanoengine.kernels.activation import Activation
+from nanoengine.kernels.activation import Activation as Activation
 from nanoengine.kernels.linear import linear
 from nanoengine.kernels.matvec import use_matvec
 

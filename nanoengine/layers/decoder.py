@@ -126,7 +126,6 @@ def read_decoder(fields: Fields, **traits: Any) -> DecoderConfig:
     `traits`: attributes that the family sets itself; they override what is read. `fields` has the family's defaults.
     Raises `ModelError` that names the field.
     """
-    fields.refuse("quantization_config")
     hidden, heads = fields.int("hidden_size"), fields.int("num_attention_heads")
     if not fields.has("head_dim") and hidden % heads:
         raise ModelError(

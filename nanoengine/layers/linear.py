@@ -1,58 +1,30 @@
-"""Parallel linear layers. A `LinearMethod` decides how a weight is stored and applied."""
+"""Parallel linear layers. How a weight is stored and applied is a `LinearMethod`'s business."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
+from nanoengine.api import (
+    LayerInfo,
+    Linear,
+    LinearMethod,
+    Norm,
+    Shard,
+    ShardSpec,
+    WeightLayer,
+)
+from nanoengine.api.layers import Placement
+from nanoengine.api.sharding import part_sizes
 from nanoengine.kernels.activation import Activation
-from nanoengine.layers.norm import RMSNorm
-from nanoengine.layers.sharding import Placement, Shard, ShardSpec, WeightLayer, part_sizes
 
-
-class LinearMethod(ABC):
-    """How a linear layer stores its weight, loads a slice of a checkpoint, and multiplies."""
-
-    @abstractmethod
-    def create(self, layer: WeightLayer, weight: ShardSpec) -> None:
-        """Register the parameters that store the [out, in] weight described by `weight`."""
-
-    @abstractmethod
-    def load(self, layer: WeightLayer, name: str, shard: Shard, values: Tensor) -> None:
-        """Load `values`, this rank's slice of a checkpoint tensor, into the parameter `name`."""
-
-    @abstractmethod
-    def apply(self, layer: WeightLayer, x: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
-        """[T, in on this rank] -> [T, out on this rank]. `out`: the tensor that receives the result."""
-
-    def apply_normed(
-        self,
-        layer: WeightLayer,
-        norm: RMSNorm,
-        x: Tensor,
-        residual: Tensor | None,
-        bias: Tensor | None,
-        gate: Activation | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Applies the norm, then the weight; returns (result, residual stream). x is added to the stream first.
-
-        With a `gate`, the result is gate(first half) * second half.
-        """
-        normed, total = layer.ops.add_rms_norm(x, residual, norm.weight, norm.eps)
-        y = self.apply(layer, normed, bias)
-        return (layer.ops.act_and_mul(y, gate) if gate else y), total
-
-    def apply_added(
-        self, layer: WeightLayer, x: Tensor, bias: Tensor | None, residual: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """The product, to be added to the residual stream: (product, residual), or (sum, None) if it was added."""
-        return self.apply(layer, x, bias), residual
+__all__ = ["ColumnParallelLinear", "ParallelLinear", "ReplicatedLinear", "RowParallelLinear", "Unquantised"]
 
 
 class Unquantised(LinearMethod):
-    """A weight that is not quantised: one parameter, `weight` [out, in], of the model's dtype."""
+    """One parameter, `weight` [out, in], of the model's dtype."""
 
     def create(self, layer: WeightLayer, weight: ShardSpec) -> None:
         layer.add_weight("weight", weight)
@@ -66,7 +38,7 @@ class Unquantised(LinearMethod):
     def apply_normed(
         self,
         layer: WeightLayer,
-        norm: RMSNorm,
+        norm: Norm,
         x: Tensor,
         residual: Tensor | None,
         bias: Tensor | None,
@@ -81,18 +53,24 @@ class Unquantised(LinearMethod):
         return layer.ops.linear_add(x, layer.get_parameter("weight"), bias, residual)
 
 
-class Linear(WeightLayer):
-    """A linear layer that is whole on every rank. Base class of the parallel ones."""
+class ParallelLinear(Linear, WeightLayer):
+    """Base class of the linear layers that have a weight.
+
+    Args:
+        info: name, shape and parts. weight, bias: how they are split. method: None: `Unquantised`.
+    """
 
     def __init__(
         self,
+        info: LayerInfo,
         weight: ShardSpec,
         bias: ShardSpec | None,
         *,
         place: Placement,
         method: LinearMethod | None = None,
     ) -> None:
-        super().__init__(place)
+        WeightLayer.__init__(self, place, info.name)
+        self.info = info
         self.method = method or Unquantised()
         self.method.create(self, weight)
         self.bias: Tensor | None
@@ -107,22 +85,25 @@ class Linear(WeightLayer):
         else:
             self.method.load(self, name, shard, values)
 
+    def finish(self) -> None:
+        self.method.finish(self)
+
     def forward(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
         return self.method.apply(self, x, self.bias)
 
     def normed(
-        self, norm: RMSNorm, x: Tensor, residual: Tensor | None, *, gate: Activation | None = None
+        self, norm: Norm, x: Tensor, residual: Tensor | None, *, gate: Activation | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The layer after a norm: see `LinearMethod.apply_normed`."""
-        return self.method.apply_normed(self, norm, x, residual, self.bias, gate)
+        if norm.rms:
+            return self.method.apply_normed(self, norm, x, residual, self.bias, gate)
+        return super().normed(norm, x, residual, gate=gate)
 
     def added(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The layer whose result is added to the residual stream: see `LinearMethod.apply_added`."""
         return self.method.apply_added(self, x, self.bias, residual)
 
 
-class ReplicatedLinear(Linear):
+class ReplicatedLinear(ParallelLinear):
     """[T, in] -> [T, out]. The weight is whole on every rank and may have fused parts."""
 
     def __init__(
@@ -135,14 +116,15 @@ class ReplicatedLinear(Linear):
         parts: Sequence[tuple[str, int]] = (),
         place: Placement,
         method: LinearMethod | None = None,
+        sources: tuple[str, ...] = (),
     ) -> None:
-        fused = part_sizes(parts, out_features, name)
-        weight = ShardSpec(shape=(out_features, in_features), parts=fused)
-        spec = ShardSpec(shape=(out_features,), parts=fused) if bias else None
-        super().__init__(weight, spec, place=place, method=method)
+        info = linear_info(name, in_features, out_features, parts, "replicated", sources)
+        weight = ShardSpec(shape=info.shape, parts=info.parts)
+        spec = ShardSpec(shape=(out_features,), parts=info.parts) if bias else None
+        super().__init__(info, weight, spec, place=place, method=method)
 
 
-class ColumnParallelLinear(Linear):
+class ColumnParallelLinear(ParallelLinear):
     """[T, in] -> [T, out / ranks]. Each rank has some of the outputs of every part (q, k, v; gate, up)."""
 
     def __init__(
@@ -156,23 +138,24 @@ class ColumnParallelLinear(Linear):
         head_size: int | None = None,
         place: Placement,
         method: LinearMethod | None = None,
+        sources: tuple[str, ...] = (),
     ) -> None:
-        fused = part_sizes(parts, out_features, name)
+        info = linear_info(name, in_features, out_features, parts, "column", sources)
 
         def spec(*shape: int) -> ShardSpec:
             unit, replicate = head_size or 1, head_size is not None
-            return ShardSpec(shape=shape, split="even", parts=fused, unit=unit, replicate=replicate)
+            return ShardSpec(shape=shape, split="even", parts=info.parts, unit=unit, replicate=replicate)
 
-        super().__init__(
-            spec(out_features, in_features),
-            spec(out_features) if bias else None,
-            place=place,
-            method=method,
-        )
+        bias_spec = spec(out_features) if bias else None
+        super().__init__(info, spec(*info.shape), bias_spec, place=place, method=method)
 
 
-class RowParallelLinear(Linear):
-    """[T, in / ranks] -> [T, out]. Each rank has some of the inputs; the products are summed over ranks."""
+class RowParallelLinear(ParallelLinear):
+    """[T, in / ranks] -> [T, out]. Each rank has some of the inputs; the products are summed over ranks.
+
+    reduce: False: the layer does not sum. Each rank returns its own part of the sum; the caller may add several of them
+    before it calls `tp.all_reduce`.
+    """
 
     def __init__(
         self,
@@ -181,44 +164,68 @@ class RowParallelLinear(Linear):
         out_features: int,
         *,
         bias: bool,
+        parts: Sequence[tuple[str, int]] = (),
         head_size: int | None = None,
+        reduce: bool = True,
         place: Placement,
         method: LinearMethod | None = None,
+        sources: tuple[str, ...] = (),
     ) -> None:
-        weight = ShardSpec(shape=(out_features, in_features), dim=1, split="even", unit=head_size or 1)
-        spec = ShardSpec(shape=(out_features,)) if bias else None
-        super().__init__(weight, spec, place=place, method=method)
-        self.out_features = out_features
+        info = linear_info(name, in_features, out_features, parts, "row", sources)
+        weight = ShardSpec(shape=info.shape, dim=1, join=0, split="even", parts=info.parts, unit=head_size or 1)
+        spec = ShardSpec(shape=(out_features,), parts=info.parts) if bias else None
+        super().__init__(info, weight, spec, place=place, method=method)
+        self.out_features, self.reduce = out_features, reduce
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.tp.all_reduce(self.method.apply(self, x, self._bias_once))
+        out = self.method.apply(self, x, self._bias_once)
+        return self.tp.all_reduce(out) if self.reduce else out
+
+    def normed(
+        self, norm: Norm, x: Tensor, residual: Tensor | None, *, gate: Activation | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if self.tp.size == 1:
+            return super().normed(norm, x, residual, gate=gate)
+        return Linear.normed(self, norm, x, residual, gate=gate)
 
     def added(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.tp.size == 1:
             return super().added(x, residual)
+        if not self.reduce:
+            return self(x), residual
         out = self.tp.partial_sum(len(x), self.out_features, x.dtype)
         return self.tp.all_reduce_add(self.method.apply(self, x, self._bias_once, out=out), residual)
 
     @property
     def _bias_once(self) -> Tensor | None:
-        """The bias on rank 0, None on the others, so that the sum over ranks has it once."""
+        """The bias, in one of the ranks' sums."""
         return self.bias if self.tp.rank == 0 else None
 
 
+def linear_info(
+    name: str,
+    in_features: int,
+    out_features: int,
+    parts: Sequence[tuple[str, int]],
+    parallel: str,
+    sources: tuple[str, ...] = (),
+) -> LayerInfo:
+    """The `LayerInfo` of a linear layer. Raises `ModelError` for parts that do not add up."""
+    fused = part_sizes(parts, out_features, name)
+    shape = (out_features, in_features)
+    return LayerInfo(name=name, kind="linear", shape=shape, parts=fused, parallel=parallel, sources=sources)
+
+
 def normed(
-    layer: nn.Module, norm: RMSNorm, x: Tensor, residual: Tensor | None, *, gate: Activation | None = None
+    layer: nn.Module, norm: Norm, x: Tensor, residual: Tensor | None, *, gate: Activation | None = None
 ) -> tuple[Tensor, Tensor]:
     """`Linear.normed`, also for a module with which a build context replaced the linear layer."""
     if isinstance(layer, Linear):
         return layer.normed(norm, x, residual, gate=gate)
-    hidden, total = norm.ops.add_rms_norm(x, residual, norm.weight, norm.eps)
-    y = layer(hidden)
-    return (norm.ops.act_and_mul(y, gate) if gate else y), total
+    return Linear.normed(cast(Linear, layer), norm, x, residual, gate=gate)
 
 
-def added(
-    layer: nn.Module, x: Tensor, residual: Tensor, post_norm: RMSNorm | None = None
-) -> tuple[Tensor, Tensor | None]:
+def added(layer: nn.Module, x: Tensor, residual: Tensor, post_norm: Norm | None = None) -> tuple[Tensor, Tensor | None]:
     """`Linear.added`, also for a module with which a build context replaced the linear layer.
 
     With a `post_norm`, the norm of the next layer adds: it adds and normalises in one pass.

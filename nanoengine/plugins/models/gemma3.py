@@ -41,7 +41,6 @@ class Gemma3WithImages(DecoderLM):
     def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
         whole = Fields(hf, defaults={"tie_word_embeddings": True})
         whole.refuse("model_type", "gemma3")
-        whole.refuse("quantization_config")
         whole.unused(*_OF_IMAGES)
         text = whole.nested("text_config", DEFAULTS)
         text.refuse("final_logit_softcapping")  # transformers ignores it in this class

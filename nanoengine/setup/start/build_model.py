@@ -1,37 +1,60 @@
-"""Builds a model, with the `BuildContext` that makes its layers."""
+"""Builds a model: the `BuildContext` it asks for layers, and what comes out of it."""
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from nanoengine.api.attention import AttentionLayerSpec, KVSpec
 from nanoengine.api.checks import check_attention, check_config, check_weight_map
-from nanoengine.api.errors import ModelError
+from nanoengine.api.errors import ModelError, nearest, shown
+from nanoengine.api.layers import ChooseMethod, Layer, LayerInfo, Linear, LinearMethod, WeightLayer
 from nanoengine.api.model import Attention, Model, ModelConfig, Parallel
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.plugin_calls import name_of, place_and_fix, plugin_call
+from nanoengine.api.weights import WeightMap
 from nanoengine.kernels.ops import Ops
-from nanoengine.layers.embedding import ParallelLMHead, VocabParallelEmbedding
-from nanoengine.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
-from nanoengine.layers.sharding import WeightLayer
+from nanoengine.layers.embedding import ParallelLMHead, VocabParallelEmbedding, head_info
+from nanoengine.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear, linear_info
+from nanoengine.setup.start.quantization import choose_methods
+from nanoengine.setup.start.weight_rules import Rules
+
+LayerType = TypeVar("LayerType", bound=nn.Module)
 
 
 class Builder:
-    """The `BuildContext` that makes plain layers. It records attention layers in the order in which they are made."""
+    """The `BuildContext` of the engine. It records layers by name, in the order in which they are made.
+
+    choose: returns the method of a linear layer or output layer. None: no layer has one of its own.
+    """
 
     def __init__(
-        self, tp: TensorParallelGroup, dtype: torch.dtype, device: torch.device, ops: Ops | None = None
+        self,
+        tp: TensorParallelGroup,
+        dtype: torch.dtype,
+        device: torch.device,
+        ops: Ops | None = None,
+        *,
+        max_model_len: int = 0,
+        weights: WeightMap | None = None,
+        choose: ChooseMethod | None = None,
     ) -> None:
         self.tp = tp
         self.ops = ops or Ops()
         self.dtype = dtype
         self.device = device
-        self.attention_layers: list[Attention] = []
+        self.max_model_len = max_model_len
+        self.layers: dict[str, nn.Module] = {}
+        self._rules, self._choose = Rules(weights or WeightMap()), choose
+
+    @property
+    def attention_layers(self) -> list[Attention]:
+        return [layer for layer in self.layers.values() if isinstance(layer, Attention)]
 
     def linear(
         self,
@@ -43,38 +66,63 @@ class Builder:
         parallel: Parallel = "replicated",
         parts: Sequence[tuple[str, int]] | None = None,
         head_size: int | None = None,
-    ) -> nn.Module:
+        reduce: bool = True,
+    ) -> Linear:
+        known = {"column": ColumnParallelLinear, "row": RowParallelLinear, "replicated": ReplicatedLinear}
+        if parallel not in known:
+            raise ModelError(f"{name}: there is no parallel={shown(parallel)}; {nearest(str(parallel), known)}")
+        if not reduce and parallel != "row":
+            raise ModelError(f"{name}: reduce=False is for parallel='row', where ranks hold parts of a sum")
+        sources = self._sources(name, [part for part, _ in parts or ()])
+        options: dict[str, Any] = {"bias": bias, "parts": parts or (), "place": self, "sources": sources}
+        options |= {} if parallel == "replicated" else {"head_size": head_size}
+        options |= {"reduce": reduce} if parallel == "row" else {}
         try:
-            if parallel == "column":
-                return ColumnParallelLinear(
-                    name, in_features, out_features, bias=bias, parts=parts or (), head_size=head_size, place=self
-                )
-            if parallel == "row":
-                return RowParallelLinear(name, in_features, out_features, bias=bias, head_size=head_size, place=self)
-            return ReplicatedLinear(name, in_features, out_features, bias=bias, parts=parts or (), place=self)
+            info = linear_info(name, in_features, out_features, parts or (), parallel, sources)
+            layer: Linear = known[parallel](name, in_features, out_features, method=self._method(info), **options)
         except ModelError as error:
             raise ModelError(f"{name}: {error}") from error
+        return self._named(name, layer)
 
-    def embedding(self, name: str, num_embeddings: int, dim: int) -> nn.Module:
-        return VocabParallelEmbedding(num_embeddings, dim, place=self)
+    def embedding(self, name: str, num_embeddings: int, dim: int) -> Layer:
+        made = VocabParallelEmbedding(num_embeddings, dim, place=self, name=name, sources=self._sources(name))
+        return self._named(name, made)
 
     def lm_head(
         self, name: str, dim: int, vocab_size: int, *, bias: bool = False, tied: nn.Module | None = None
-    ) -> nn.Module:
+    ) -> Layer:
         if tied is not None and not isinstance(tied, WeightLayer):
             raise ModelError(f"{name}: can be tied to an embedding made by this context, not to {type(tied).__name__}")
-        return ParallelLMHead(dim, vocab_size, bias=bias, tied=tied, place=self)
+        sources = self._sources(name)
+        method = None if tied is not None else self._method(head_info(name, dim, vocab_size, sources))
+        options: dict[str, Any] = {"bias": bias, "tied": tied, "method": method, "sources": sources}
+        return self._named(name, ParallelLMHead(dim, vocab_size, place=self, name=name, **options))
 
     def attention(self, name: str, spec: AttentionLayerSpec) -> Attention:
         check_attention(name, spec)
-        layer = Attention(spec, self.dtype)
-        self.attention_layers.append(layer)
+        return self._named(name, Attention(spec, self.dtype, name))
+
+    def _method(self, info: LayerInfo) -> LinearMethod | None:
+        """None: the plain one."""
+        return self._choose(info) if self._choose else None
+
+    def _named(self, name: str, layer: LayerType) -> LayerType:
+        if self.layers.setdefault(name, layer) is not layer:
+            raise ModelError(
+                f"two layers have the name {name!r}: the context's methods take each layer's own path in the model, "
+                "with its index where there are several"
+            )
         return layer
+
+    def _sources(self, name: str, parts: Sequence[str] = ()) -> tuple[str, ...]:
+        """Modules of the checkpoint that fill a layer."""
+        found = [self._rules.sources(f"{name}.weight", part)[0] for part in parts or ("",)]
+        return tuple(each.removesuffix(".weight") for each in found)
 
 
 @dataclass(frozen=True, slots=True)
 class BuiltModel:
-    """A model whose weights are not loaded yet, its config, and its attention layers in order."""
+    """A model without weights yet, its config, and its attention layers in order."""
 
     model: Model
     config: ModelConfig
@@ -89,32 +137,67 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device | str,
     ops: Ops | None = None,
+    max_model_len: int | None = None,
+    choose: ChooseMethod | None = None,
 ) -> BuiltModel:
     """Reads the config and makes the layers. `device="meta"` gives shapes and attention needs without memory.
 
-    Raises `ModelError` for a config that is not supported, for heads that cannot be divided over the ranks, and for any
-    other error in the model's `read_config`, `weight_map` or `__init__`; the last names the class.
+    Args:
+        max_model_len: that of the engine; None: that of the model.
+        choose: returns the method of a linear layer or output layer; None: `choose_methods` of config.json.
+
+    Raises `ModelError` for a config that is not supported, for heads that cannot be divided over the ranks, for layers
+    whose names are not their paths in the model, and for any other error in the model's `read_config`, `weight_map` or
+    `__init__`; the last names the class.
     """
     name = name_of(model_cls)
+    choose = choose or choose_methods(hf_config)
     with plugin_call(f"{name}.read_config failed", model_cls, ModelError):
         config = model_cls.read_config(hf_config)
         check_config(config, model_cls)
     with plugin_call(f"{name}.weight_map failed", model_cls, ModelError):
-        check_weight_map(model_cls.weight_map(config), model_cls)
-    builder = Builder(tp, dtype, torch.device(device), ops)
+        weights = model_cls.weight_map(config)
+        check_weight_map(weights, model_cls)
+    longest = min(max_model_len or config.max_model_len, config.max_model_len)
     try:
+        builder = Builder(tp, dtype, torch.device(device), ops, max_model_len=longest, weights=weights, choose=choose)
         with plugin_call(f"{name}.__init__ failed", model_cls, ModelError):
             model = model_cls(config, builder).eval()
+        name_layers(model, builder.layers)
     except ModelError as error:  # of a layer that cannot be made as the model requires
         if name in str(error):
             raise
         raise ModelError(f"{error} (in {name}{place_and_fix(error, model_cls)})") from error
     if not builder.attention_layers:
         raise ModelError(
-            f"{name} made no attention layer; a model must make them by ctx.attention(name, spec), which have the KV "
-            f"cache{place_and_fix(None, model_cls.__init__)}"
+            f"{name} made no attention layer; a model makes each by ctx.attention(name, spec), for the KV cache is "
+            f"theirs{place_and_fix(None, model_cls.__init__)}"
         )
     return BuiltModel(model, config, tuple(builder.attention_layers))
+
+
+def name_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Checks that each of `layers`, by name, is in the model under its name, and names the layers that have none.
+
+    What is wrapped is below its name. Raises `ModelError` naming the layer.
+    """
+    paths = defaultdict[int, list[str]](list)
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths[id(module)].append(path)
+        if isinstance(module, WeightLayer) and not module.name:
+            module.name = path
+    above = Counter(name.rsplit(".", count)[0] for name in layers for count in range(1, name.count(".") + 1))
+    for name, layer in layers.items():
+        found = paths[id(layer)]
+        if not found:
+            raise ModelError(
+                f"the layer {name!r} is no module of the model, so it would stay without weights: make it an attribute "
+                "of a module or an element of an nn.ModuleList, or do not make it"
+            )
+        if name not in found and (above[name] or not any(path.startswith(f"{name}.") for path in found)):
+            raise ModelError(
+                f"the layer {name!r} is {found[0]!r} in the model: give the context that name, by which it is loaded"
+            )
 
 
 def parameter_bytes(model: nn.Module) -> int:
@@ -124,12 +207,12 @@ def parameter_bytes(model: nn.Module) -> int:
 def weight_bytes(
     model_cls: type[Model], hf_config: Mapping[str, Any], tp: TensorParallelGroup, dtype: torch.dtype
 ) -> int:
-    """Bytes of a rank's parameters, computed without allocating them."""
+    """What a rank's parameters take, found without taking it."""
     return parameter_bytes(build_model(model_cls, hf_config, tp=tp, dtype=dtype, device="meta").model)
 
 
 def kv_groups(attention_layers: Sequence[Attention]) -> tuple[tuple[KVSpec, tuple[Attention, ...]], ...]:
-    """The KV groups: layers with equal `KVSpec`. Groups and layers are in the order in which the layers were made."""
+    """Layers with equal KV needs, together; groups and their layers in order of appearance."""
     groups: dict[KVSpec, list[Attention]] = {}
     for layer in attention_layers:
         groups.setdefault(layer.kv_spec, []).append(layer)

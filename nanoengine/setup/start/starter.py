@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -101,7 +102,9 @@ class _Start:
             raise
 
     def _make_model(self, model_class: type[Model], ops: Ops) -> BuiltModel:
-        built = build_model(model_class, self.plan.hf_config, tp=self.tp, dtype=self.dtype, device=self.device, ops=ops)
+        place: dict[str, Any] = {"tp": self.tp, "dtype": self.dtype, "device": self.device, "ops": ops}
+        longest = self.plan.options.max_model_len
+        built = build_model(model_class, self.plan.hf_config, max_model_len=longest, **place)
         what, passing = f"{name_of(model_class)}: loading its weights failed", (NanoEngineError, OSError)
         with plugin_call(what, model_class, ModelError, passing=passing):
             if self.plan.options.load_format == "dummy":

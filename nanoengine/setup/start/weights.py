@@ -1,41 +1,49 @@
-"""Loads the weights of a model from safetensors, each rank its own slices; or makes dummy weights."""
+"""Loads the weights of a model from safetensors or any other tensors, each rank its own slices."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanoengine.api.errors import WeightsError
-from nanoengine.api.model import Model, ModelConfig, WeightMap
+from nanoengine.api.layers import WeightLayer
+from nanoengine.api.model import Model, ModelConfig
 from nanoengine.api.parallel import TensorParallelGroup
-from nanoengine.layers.sharding import Shard, WeightLayer, weight_layers
-from nanoengine.setup.start.checkpoint import INDEX_FILE, Checkpoint, find_checkpoint, some
+from nanoengine.api.sharding import Shard, ShardSpec
+from nanoengine.layers.sharding import finish_layers, weight_layers
+from nanoengine.setup.start.checkpoint import INDEX_FILE, find_checkpoint, some
+from nanoengine.setup.start.dummy_weights import dummy_weights
 from nanoengine.setup.start.upload import Uploads
+from nanoengine.setup.start.weight_advice import advice
+from nanoengine.setup.start.weight_rules import NUMBER, Resolved, Rules, checkpoint_name, shown_rule
+from nanoengine.setup.start.weight_slices import TensorSlice, WholeTensor, misfit, reading, wanted_shape
+
+__all__ = ["FLOAT_DTYPES", "LoadReport", "NamedTensors", "checkpoint_name", "dummy_weights", "load_weights"]
 
 _log = logging.getLogger(__name__)
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 _COMPARED = 1 << 22  # elements of two tensors that are compared at a time
 
+NamedTensors = Iterable[tuple[str, Tensor | TensorSlice]]
 _Put = Callable[[Tensor, Callable[[Tensor], None]], None]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What was loaded: numbers of used and skipped tensors, bytes read on this rank, seconds.
+    """What was loaded: checkpoint tensors used and skipped, bytes read on this rank, seconds.
 
-    `untied`: parameters that the config ties to others, but that have other values in the checkpoint.
+    `untied`: parameters that the config ties to others and the checkpoint holds with values of their own.
     """
 
     num_tensors: int
@@ -45,219 +53,272 @@ class LoadReport:
     untied: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """What a checkpoint tensor fills: `shard` of `parameter` in `layer`."""
-
-    layer: WeightLayer
-    parameter: str
-    shard: Shard
-
-
 @dataclass(slots=True)
 class _Problems:
-    """The problems of a checkpoint, reported together. `stale`: tensors in the index that are in no file."""
+    """The problems of a checkpoint, reported together."""
 
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
-    stale: tuple[str, ...] = ()
+    misruled: list[str] = field(default_factory=list)
 
-    def raise_if_any(self, path: Path, tp: TensorParallelGroup) -> None:
-        kinds = (("missing", self.missing), ("unexpected", self.unexpected), ("misshapen", self.misshapen))
-        found = [f"{len(names)} {kind}: {some(names)}" for kind, names in kinds if names]
+    def raise_if_any(self, where: Path | None, tp: TensorParallelGroup, stale: tuple[str, ...], help_: str) -> None:
+        """`stale`: tensors in the index that are in no file. `help_`: the rules that may be missing."""
+        kinds = {
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "misshapen": self.misshapen,
+            "sent nowhere by the WeightMap": self.misruled,
+        }
+        found = [f"{len(names)} {kind}: {some(names)}" for kind, names in kinds.items() if names]
         if not found:
             return
-        if self.missing and self.stale:
-            found.append(f"{INDEX_FILE} names {len(self.stale)} that are in no file: it belongs to other files")
+        if self.missing and stale:
+            found.append(f"{INDEX_FILE} names {len(stale)} that are in no file: it belongs to other files")
+        if help_:
+            found.append(help_)
         rank = f" (rank {tp.rank} of {tp.size})" if tp.size > 1 else ""
-        raise WeightsError(f"the weights in {path} do not fit the model{rank}: " + "; ".join(found))
+        which = "the given weights" if where is None else f"the weights in {where}"
+        raise WeightsError(f"{which} do not fit the model{rank}: " + "; ".join(found))
 
 
-def load_weights(model: Model, config: ModelConfig, path: str | Path, tp: TensorParallelGroup) -> LoadReport:
-    """Fills every parameter from model.safetensors in `path`, or from the files in its index.
+def load_weights(
+    model: Model, config: ModelConfig, source: str | Path | NamedTensors, tp: TensorParallelGroup
+) -> LoadReport:
+    """Fills every parameter, then calls `finish` of every layer.
+
+    Args:
+        source: named tensors in any order; or the folder of a checkpoint: model.safetensors, or the files in its index.
 
     For a GPU, the slices of a rank are copied through pinned buffers and converted to the parameter's dtype there.
 
     Raises `WeightsError` if a file is missing or damaged, or if tensors are missing, unexpected, of a wrong shape or
-    not of a float dtype; the error names them all.
+    not of a float dtype; the error names them all, and the rules that the model's `WeightMap` may lack.
     """
-    began, rules, checkpoint = time.perf_counter(), model.weight_map(config), find_checkpoint(Path(path))
-    problems, skipped, filled, num_bytes = _Problems(stale=checkpoint.stale), list[str](), set[str](), 0
-    sources = _sources(checkpoint, rules, skipped, problems)
-    ties = _settled_ties(model, rules, checkpoint, sources)
-    targets, tied = _targets(model, replace(rules, ties=ties), tp), {checkpoint_name(name, "", rules) for name in ties}
-    known = {file_name: name for name, file_name in sources.items()}
-    with _way_to(next(model.parameters()).device) as put:
-        for file_name, tensor in checkpoint.slices():
-            name = known.get(file_name)
-            if name in targets:
-                filled.add(name)
-                for target in targets[name]:
-                    num_bytes += _fill(file_name, tensor, target, problems, put)
-            elif name in tied:
-                skipped.append(file_name)
-            elif name is not None:
-                problems.unexpected.append(file_name)
-    problems.missing += targets.keys() - filled
-    problems.raise_if_any(checkpoint.path, tp)
-    untied = tuple(sorted(rules.ties.keys() - ties.keys() - set(ties.values())))
+    began, stale, where = time.perf_counter(), tuple[str, ...](), None
+    if isinstance(source, str | Path):
+        checkpoint = find_checkpoint(Path(source))
+        source, stale, where = checkpoint.slices(), checkpoint.stale, checkpoint.path
+    loading = _Loading(model, Rules(model.weight_map(config)), tp)
+    with _way_to(next(model.parameters()).device) as loading.put:
+        for name, tensor in source:
+            loading.take(name, WholeTensor(tensor) if isinstance(tensor, Tensor) else tensor)
+        untied = loading.settle_ties()
+    loading.check(where, stale)
+    finish_layers(model)
     if untied and tp.rank == 0:
-        _log.warning("the config ties %s, but %s has values of its own for it, which are used", some(untied), path)
-    return LoadReport(len(filled), tuple(skipped), num_bytes, time.perf_counter() - began, untied)
+        held = "what was given" if where is None else where
+        _log.warning("the config ties %s, but %s has values of its own for it, which are used", some(untied), held)
+    return LoadReport(
+        len(loading.used), tuple(loading.skipped), loading.num_bytes, time.perf_counter() - began, tuple(sorted(untied))
+    )
 
 
-def _sources(checkpoint: Checkpoint, rules: WeightMap, skipped: list[str], problems: _Problems) -> dict[str, str]:
-    """Name after the rules of `rename` -> name in the checkpoint, of all tensors that are not skipped."""
-    sources: dict[str, str] = {}
-    for name in checkpoint.tensors:
-        if name.endswith(rules.skip) or name.startswith(rules.skip_prefixes):
-            skipped.append(name)
-            continue
-        renamed = _renamed(name, rules.rename)
-        other = sources.setdefault(renamed, name)
-        if other != name:
-            problems.unexpected.append(f"{name} in addition to {other} (both are {renamed})")
-    return sources
+@dataclass(slots=True)
+class _Parameter:
+    """A parameter of this rank, and what was filled: part -> indices in the stack; None is the whole part."""
+
+    layer: WeightLayer
+    name: str
+    spec: ShardSpec
+    shards: Mapping[str, Shard]
+    filled: dict[str, set[int | None]] = field(default_factory=dict)
+
+    def open(self) -> Iterator[tuple[str, int | None]]:
+        """(part, index) of what is still missing."""
+        for part in self.shards:
+            got = self.filled.get(part, set())
+            if not got:
+                yield part, None
+            elif None not in got:
+                yield from ((part, index) for index in range(self.spec.shape[0]) if index not in got)
 
 
-def _renamed(name: str, rename: Mapping[str, str]) -> str:
-    old = max((prefix for prefix in rename if name.startswith(prefix)), key=len, default=None)
-    return name if old is None else rename[old] + name.removeprefix(old)
+class _Loading:
+    """Fills one model from one stream of tensors."""
 
+    def __init__(self, model: Model, rules: Rules, tp: TensorParallelGroup) -> None:
+        self.rules, self._tp, self.problems = rules, tp, _Problems()
+        self.put: _Put = _at_once
+        self.skipped, self.used, self.num_bytes = list[str](), set[str](), 0
+        self._lost = list[tuple[str, tuple[int, ...]]]()  # unexpected: name behind `rename`, shape
+        self._by_name = {name: (layer, own) for name, layer, own, _ in weight_layers(model, shared=True)}
+        self._parameters = {
+            name: self._parameter(layer, own) for name, layer, own, spec in weight_layers(model) if not spec.made
+        }
+        ties = rules.weights.ties
+        self._held = dict[str, tuple[str, TensorSlice, Resolved]]()  # of parameters that may be tied: until all came
+        self._may_tie = {*ties, *ties.values()}
+        self._names = dict[str, str]()  # name behind `rename` -> in the checkpoint
 
-def _settled_ties(
-    model: Model, rules: WeightMap, checkpoint: Checkpoint, sources: Mapping[str, str]
-) -> Mapping[str, str]:
-    """The ties that are valid for this checkpoint, as in transformers.
+    def _parameter(self, layer: WeightLayer, name: str) -> _Parameter:
+        spec = layer.specs[name]
+        return _Parameter(layer, name, spec, {shard.part: shard for shard in self._shards(spec)})
 
-    If it has both tensors and they differ, they are not tied, and a parameter that was shared gets its own memory. If
-    it has only the tied one, the other is read from that.
-    """
-    ties = {}
-    for tied, source in rules.ties.items():
-        here, there = (sources.get(checkpoint_name(name, "", rules)) for name in (tied, source))
-        if here is None or (there is not None and _equal(checkpoint, here, there)):
-            ties[tied] = source
-        elif there is None:
-            ties[source] = tied
+    def _shards(self, spec: ShardSpec) -> tuple[Shard, ...]:
+        return spec.shards(self._tp.rank, self._tp.size)
+
+    def take(self, name: str, tensor: TensorSlice) -> None:
+        """Loads one tensor, or keeps it for `settle_ties`."""
+        if self.rules.skips(name):
+            self.skipped.append(name)
+            return
+        renamed = self.rules.renamed(name)
+        if (other := self._names.setdefault(renamed, name)) != name:
+            self.problems.unexpected.append(f"{name} in addition to {other} (both are {renamed})")
+            return
+        found = self.rules.resolve(name)
+        if found.parameter in self._may_tie:
+            whole: TensorSlice = tensor if isinstance(tensor, WholeTensor) else _held(tensor)
+            if (other := self._held.setdefault(found.parameter, (name, whole, found))[0]) != name:
+                self.problems.unexpected.append(f"{name} in addition to {other} (both are {found.parameter})")
         else:
-            _give_own_parameter(model, tied)
-    return ties
+            self._fill(name, tensor, found)
+
+    def settle_ties(self) -> list[str]:
+        """Fills the parameters that the map ties, and returns those that are not tied in this checkpoint.
+
+        As in transformers: if it has both tensors and they differ, they are not tied, and a parameter that was shared
+        gets its own memory. If it has only the tied one, the other is read from that.
+        """
+        held, untied, use, same = self._held, list[str](), dict[str, str](), set[str]()
+        for tied, source in self.rules.weights.ties.items():
+            if tied in held and source in held and not _equal(held[tied][1], held[source][1]):
+                untied.append(tied)
+                self._give_own_parameter(tied)
+            elif source in held:
+                use[tied] = source
+                same |= {tied} & held.keys()
+            elif tied in held:
+                use[source] = tied
+        for parameter in sorted(self._may_tie):
+            name, tensor, found = held.get(use.get(parameter, parameter), (None, None, None))
+            if name is not None and tensor is not None and found is not None and parameter in self._parameters:
+                self._fill(name, tensor, Resolved(parameter, found.index, found.rule, found.pattern))
+        self.skipped += [held[name][0] for name in same]
+        wanted = {use.get(parameter, parameter) for parameter in self._parameters.keys() & self._may_tie}
+        for parameter in held.keys() - wanted - same:
+            self._unexpected(held[parameter][0], held[parameter][1])
+        return untied
+
+    def _give_own_parameter(self, name: str) -> None:
+        """Gives a parameter that shares memory with another one its own memory, filled with zeros."""
+        if name in self._parameters or name not in self._by_name:
+            return
+        layer, own = self._by_name[name]
+        layer.register_parameter(own, nn.Parameter(torch.zeros_like(layer.get_parameter(own)), requires_grad=False))
+        self._parameters[name] = self._parameter(layer, own)
+
+    def _fill(self, name: str, tensor: TensorSlice, found: Resolved) -> None:
+        """Loads this rank's slices of a tensor into the parameter that it belongs to."""
+        target = self._parameters.get(found.parameter)
+        if target is None:
+            self._unexpected(name, tensor)
+            return
+        spec, stacked = target.spec, found.index is not None
+        sizes = dict(spec.parts)
+        wrong = self._misruled(found, target)
+        if wrong:
+            self.problems.misruled.append(f"{name} by the rule {shown_rule(found.pattern, found.rule)}: {wrong}")
+            return
+        parts = [(part, sizes[part]) for part in found.parts or sizes]
+        shape, wanted = list(tensor.get_shape()), wanted_shape(spec, parts, found.rule, stacked=stacked)
+        self.used.add(name)
+        for part in [part for part, _ in parts] or [""]:
+            got = target.filled.setdefault(part, set())
+            if found.index in got or (got and None in {*got, found.index}):
+                self.problems.unexpected.append(f"{name}, the second to fill {_shown(found.parameter, part)}")
+                return
+            got.add(found.index)
+        if shape != wanted:
+            self.problems.misshapen.append(f"{name} {shape}, expected {wanted}")
+        elif tensor.get_dtype() not in FLOAT_DTYPES:
+            dtypes = ", ".join(FLOAT_DTYPES)
+            self.problems.misshapen.append(f"{name} of dtype {tensor.get_dtype()}, expected one of {dtypes}")
+        else:
+            self._send(tensor, target, parts, found)
+
+    def _misruled(self, found: Resolved, target: _Parameter) -> str:
+        """The reason why a rule does not fit its parameter, or ""."""
+        spec, known = target.spec, [part for part, _ in target.spec.parts]
+        if unknown := [part for part in found.parts if part not in known]:
+            has = f"has the parts {', '.join(known)}" if known else "has no parts"
+            return f"{found.parameter} {has}, not {', '.join(unknown)}"
+        if found.index is not None and (len(spec.shape) < 2 or found.index >= spec.shape[0]):
+            return f"{found.parameter} {list(spec.shape)} has no index {found.index}"
+        return misfit(spec, [each for each in spec.parts if each[0] in (found.parts or known)], found.rule)
+
+    def _send(self, tensor: TensorSlice, target: _Parameter, parts: list[tuple[str, int]], found: Resolved) -> None:
+        """Copies this rank's slices. If several parts need the same slice, it is read once."""
+        takers = defaultdict[tuple[tuple[int, int], ...], list[Callable[[Tensor], None]]](list)
+        for part in [part for part, _ in parts] or [""]:
+            shard = target.shards[part] if found.index is None else target.shards[part].at(found.index)
+            if shard.size:
+                read = reading(target.spec, shard, parts, found.rule, stacked=found.index is not None)
+                load = partial(target.layer.load_shard, target.name, shard)
+                takers[tuple((each.start, each.stop) for each in read.index)].append(_then(read.then, load))
+        for index, takes in takers.items():
+            whole = all(at == (0, size) for at, size in zip(index, tensor.get_shape(), strict=True))
+            values = tensor[...] if whole else tensor[tuple(slice(*each) for each in index)]
+            self.num_bytes += values.nbytes
+            put = self.put if values.device.type == "cpu" else _at_once
+            put(values, partial(_all, takes))
+
+    def _unexpected(self, name: str, tensor: TensorSlice) -> None:
+        self.problems.unexpected.append(name)
+        self._lost.append((self.rules.renamed(name), tuple(tensor.get_shape())))
+
+    def check(self, where: Path | None, stale: tuple[str, ...]) -> None:
+        """Raises `WeightsError` that names everything that is wrong."""
+        open_ = [
+            (name, part, index, target) for name, target in self._parameters.items() for part, index in target.open()
+        ]
+        for name, part, index, target in open_:
+            source = self.rules.sources(name, part)[0]
+            source = source if index is None else source.replace(NUMBER, str(index))
+            if source not in self.problems.missing[-len(target.shards) :]:
+                self.problems.missing.append(source)
+        help_ = advice([(name, part, target.spec) for name, part, _, target in open_], self._lost)
+        self.problems.raise_if_any(where, self._tp, stale, help_)
 
 
-def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
-    """Whether two tensors of the checkpoint have the same shape and values."""
-    a, b = (tensor for name in (one, other) for _, tensor in checkpoint.slices(name))
-    shape = a.get_shape()
-    if not shape or shape != b.get_shape() or not {a.get_dtype(), b.get_dtype()} <= set(FLOAT_DTYPES):
+def _shown(parameter: str, part: str) -> str:
+    return f"part {part} of {parameter}" if part else parameter
+
+
+def _held(tensor: TensorSlice) -> TensorSlice:
+    """The mapped values of a slice: they can be read after the file is closed."""
+    return WholeTensor(tensor[...])
+
+
+def _equal(a: TensorSlice, b: TensorSlice) -> bool:
+    """Whether two tensors have the same shape and values."""
+    shape = tuple(a.get_shape())
+    if not shape or shape != tuple(b.get_shape()) or not {a.get_dtype(), b.get_dtype()} <= set(FLOAT_DTYPES):
         return False
     step = max(1, _COMPARED // max(1, math.prod(shape[1:])))  # rows
     pairs = ((a[i : i + step], b[i : i + step]) for i in range(0, shape[0], step))
     return all(torch.equal(x, y) if x.dtype == y.dtype else torch.equal(x.double(), y.double()) for x, y in pairs)
 
 
-def _give_own_parameter(model: Model, name: str) -> None:
-    """Gives a parameter that shares the memory of another one its own memory, filled with zeros."""
-    if name in dict(model.named_parameters()):  # a shared parameter is listed only with its first name
-        return
-    owner, _, last = name.rpartition(".")
-    layer = model.get_submodule(owner)
-    own = torch.zeros_like(layer.get_parameter(last))
-    layer.register_parameter(last, torch.nn.Parameter(own, requires_grad=False))
+def _all(takes: Sequence[Callable[[Tensor], None]], values: Tensor) -> None:
+    for take in takes:
+        take(values)
 
 
-def _targets(model: Model, rules: WeightMap, tp: TensorParallelGroup) -> dict[str, list[_Target]]:
-    """Renamed checkpoint name -> what it fills (several targets only if a tied parameter has its own memory)."""
-    targets: dict[str, list[_Target]] = {}
-    for name, layer, parameter, spec in weight_layers(model):
-        for shard in spec.shards(tp.rank, tp.size):
-            source = checkpoint_name(rules.ties.get(name, name), shard.part, rules)
-            targets.setdefault(source, []).append(_Target(layer, parameter, shard))
-    return targets
+def _then(first: Callable[[Tensor], Tensor], then: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    return lambda values: then(first(values))
 
 
-def checkpoint_name(parameter: str, part: str, rules: WeightMap) -> str:
-    """The name of a parameter's part in the checkpoint, after `WeightMap.rename`: the inverse of `fuse`."""
-    modules = parameter.split(".")
-    if part:
-        names = [old for old, new in rules.fuse.items() if len(modules) > 1 and new == (modules[-2], part)]
-        if len(names) != 1:
-            raise WeightsError(f"the model's WeightMap names {len(names)} sources for part {part!r} of {parameter}")
-        modules[-2] = names[0]
-    return ".".join(modules)
+def _at_once(values: Tensor, take: Callable[[Tensor], None]) -> None:
+    take(values)
 
 
 @contextmanager
 def _way_to(device: torch.device) -> Iterator[_Put]:
     """A context with the function that copies values: from the mapped file, for a GPU through pinned buffers."""
     if device.type == "cpu":
-        yield lambda values, take: take(values)
+        yield _at_once
         return
     with Uploads(device) as uploads:
         yield uploads.put
-
-
-def _fill(name: str, tensor: Any, target: _Target, problems: _Problems, put: _Put) -> int:
-    """Copies this rank's slice of `tensor` (a safetensors slice) to its target. Returns the number of bytes."""
-    shard, shape = target.shard, tuple(tensor.get_shape())
-    if shape != shard.shape:
-        problems.misshapen.append(f"{name} {list(shape)}, expected {list(shard.shape)}")
-    elif tensor.get_dtype() not in FLOAT_DTYPES:
-        problems.misshapen.append(f"{name} of dtype {tensor.get_dtype()}, expected one of {', '.join(FLOAT_DTYPES)}")
-    elif shard.length:
-        values: Tensor = tensor[:] if shard.whole else tensor[shard.source]
-        put(values, partial(target.layer.load_shard, target.parameter, shard))
-        return values.nbytes
-    return 0
-
-
-_STD = 0.02
-# Elements that are hashed at a time. On a CPU they fit in a core's cache, and torch starts no threads for so few. On
-# other devices the number of launches counts, about ten each.
-_CPU_CHUNK, _CHUNK = 1 << 15, 1 << 24
-
-
-def dummy_weights(model: Model, seed: int, tp: TensorParallelGroup) -> None:
-    """Fills a model with dummy weights: ones or zeros if the layer says so (norms), else uniform with deviation 0.02.
-
-    A value is a hash of (seed, parameter, part, index in the whole tensor), so the shards are slices of the same model
-    for any number of ranks.
-    """
-    scratch = torch.empty(0)  # shared by all tensors, because new memory costs more than the hash
-    for name, layer, parameter, spec in weight_layers(model):
-        for shard in spec.shards(tp.rank, tp.size):
-            shape = tuple(shard.length if d == shard.dim else size for d, size in enumerate(shard.shape))
-            device = layer.get_parameter(parameter).device
-            if scratch.numel() < math.prod(shape) or scratch.device != device:
-                scratch = torch.empty(math.prod(shape), device=device)
-            values = scratch[: math.prod(shape)].view(shape)
-            if spec.init != "random":
-                values.fill_(1.0 if spec.init == "ones" else 0.0)
-            elif shard.length:
-                _hash_uniform(values, shard, hashlib.sha256(f"{seed}/{name}/{shard.part}".encode()).digest())
-            layer.load_shard(parameter, shard, values)
-
-
-def _hash_uniform(values: Tensor, shard: Shard, key: bytes) -> None:
-    """Fills float32 `values`, the shard's slice, with uniform numbers: hashes of 32-bit indices in the whole tensor."""
-    low, high = (int.from_bytes(key[i : i + 4], "little", signed=True) for i in (0, 4))
-    starts = [shard.start if d == shard.dim else 0 for d in range(values.dim())]
-    row = math.prod(shard.shape[1:])  # elements
-    columns = torch.zeros((), dtype=torch.int64, device=values.device)
-    for d in range(1, values.dim()):
-        at = torch.arange(starts[d], starts[d] + values.shape[d], device=values.device)
-        columns = columns.unsqueeze(-1) + at * math.prod(shard.shape[d + 1 :])
-    rows = torch.arange(starts[0], starts[0] + len(values), device=values.device) * row
-    columns, rows = columns.to(torch.int32), rows.to(torch.int32).view(-1, *[1] * columns.dim())  # both wrap around
-    chunk = _CPU_CHUNK if values.device.type == "cpu" else _CHUNK
-    step = max(1, chunk // max(1, columns.numel()))
-    for i in range(0, len(values), step):
-        part = values[i : i + step]
-        part.copy_(_mix(columns + rows[i : i + step], low, high)).mul_(_STD * math.sqrt(3) / 2**31)
-
-
-def _mix(x: Tensor, low: int, high: int) -> Tensor:
-    """int32 -> int32, in place: two multiplications around a xorshift, in the manner of murmur3's finaliser."""
-    x.bitwise_xor_(low).mul_(0x7FEB352D)
-    return x.bitwise_xor_(x >> 15).add_(high).mul_(-0x7B935975)

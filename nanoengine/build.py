@@ -274,7 +274,7 @@ def _fill_lengths(options: EngineOptions, built: BuiltModel) -> EngineOptions:
     device = torch.device(options.device).type
     return replace(
         options,
-        max_model_len=options.max_model_len or longest,
+        max_model_len=options.max_model_len or built.config.default_max_model_len or longest,
         max_num_batched_tokens=options.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device],
     )
 

@@ -34,6 +34,12 @@ def check_config(config: object, model: type[Any]) -> None:
                 f"{name_of(model)}.read_config returned {name}={shown(value)}, which must be an integer of at least 1"
             )
             raise ModelError(text + place_and_fix(None, model.read_config))
+    usual = config.default_max_model_len
+    if usual is not None and not (_is_count(usual) and usual <= config.max_model_len):
+        text = (
+            f"{name_of(model)}.read_config returned default_max_model_len={shown(usual)}, which must be None or from 1"
+        )
+        raise ModelError(f"{text} to max_model_len, {config.max_model_len}{place_and_fix(None, model.read_config)}")
 
 
 def check_weight_map(found: object, model: type[Any]) -> None:

@@ -33,11 +33,13 @@ class ModelConfig:
     Attributes:
         vocab_size: ids 0 .. vocab_size - 1. hidden_size: width of what `forward` returns.
         max_model_len: number of positions that the model supports.
+        default_max_model_len: what an engine without `max_model_len` takes; None: all of them.
     """
 
     vocab_size: int
     hidden_size: int
     max_model_len: int
+    default_max_model_len: int | None = None
 
 
 class Attention(nn.Module):

@@ -81,10 +81,13 @@ class Ops:
         q_weight: Tensor | None = None,
         k_weight: Tensor | None = None,
         eps: float = 0.0,
+        magnitude: float = 1.0,
+        interleaved: bool = False,
     ) -> Tensor:
         return rope.qk_norm_rope_store(
-            qkv, positions, inv_freq, k_cache, v_cache, slot_mapping, q_weight=q_weight, k_weight=k_weight, eps=eps
-        )
+            qkv, positions, inv_freq, k_cache, v_cache, slot_mapping,
+            q_weight=q_weight, k_weight=k_weight, eps=eps, magnitude=magnitude, interleaved=interleaved,
+        )  # fmt: skip
 
 
 class TritonOps(Ops):
@@ -172,10 +175,13 @@ class TritonOps(Ops):
         q_weight: Tensor | None = None,
         k_weight: Tensor | None = None,
         eps: float = 0.0,
+        magnitude: float = 1.0,
+        interleaved: bool = False,
     ) -> Tensor:
         return self._rope.qk_norm_rope_store(
-            qkv, positions, inv_freq, k_cache, v_cache, slot_mapping, q_weight=q_weight, k_weight=k_weight, eps=eps
-        )
+            qkv, positions, inv_freq, k_cache, v_cache, slot_mapping,
+            q_weight=q_weight, k_weight=k_weight, eps=eps, magnitude=magnitude, interleaved=interleaved,
+        )  # fmt: skip
 
 
 def ops_for(device: torch.device, *, fuse: bool = True, attends_qkv: bool = True) -> Ops:

@@ -19,19 +19,23 @@ def qk_norm_rope_store(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 0.0,
+    magnitude: float = 1.0,
+    interleaved: bool = False,
 ) -> Tensor:
     """What stands between the qkv projection and attention.
 
     q and k are normalised head by head in float32 if they have weights, rounded to the model dtype (as a norm layer
-    would), and rotated in float32, half-split: (a, b) -> (a cos - b sin, b cos + a sin), angle = position * inv_freq.
+    would), and their first 2 * len(inv_freq) elements are rotated in float32: (a, b) -> (a cos - b sin, b cos + a sin),
+    angle = position * inv_freq.
 
     Args:
         qkv: [T, (Hq + 2 Hkv) * D]; all q heads, all k heads, all v heads.
-        positions: int64 [T]. inv_freq: float32 [D / 2], radians a position.
+        positions: int64 [T]. inv_freq: float32 [at most D / 2], radians a position.
         k_cache, v_cache: [blocks, block size, Hkv, D] of qkv's dtype, *written in place*; any strides but a contiguous
             D (pass a head-major cache transposed).
         slot_mapping: int64 [T]; block * block size + offset where a token's k and v go; negative: nowhere.
         q_weight, k_weight: [D] of qkv's dtype or float32, or None, both or neither. eps: of the norms.
+        magnitude: factor of what is rotated. interleaved: a and b are neighbours, else the halves of what is rotated.
 
     Returns:
         q [T, Hq, D].
@@ -42,16 +46,23 @@ def qk_norm_rope_store(
     if q_weight is not None and k_weight is not None:
         q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
     angles = (positions.float().unsqueeze(-1) * inv_freq).unsqueeze(1)  # [T, 1, D / 2]
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = angles.cos() * magnitude, angles.sin() * magnitude
     stored = slot_mapping >= 0
     slots = slot_mapping[stored]
     block, offset = slots // block_size, slots % block_size
-    k_cache[block, offset] = _rotate(k, cos, sin)[stored]
+    k_cache[block, offset] = _rotate(k, cos, sin, interleaved)[stored]
     v_cache[block, offset] = v[stored]
-    return _rotate(q, cos, sin)
+    return _rotate(q, cos, sin, interleaved)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """[T, heads, D], [T, 1, D / 2] twice -> [T, heads, D]."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """[T, heads, D], [T, 1, rotated / 2] twice -> [T, heads, D]."""
+    width = 2 * cos.shape[-1]
+    rotated, rest = x[..., :width].float(), x[..., width:]
+    if interleaved:
+        a, b = rotated[..., ::2], rotated[..., 1::2]
+        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    else:
+        a, b = rotated.chunk(2, dim=-1) if width else (rotated, rotated)
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((turned.to(x.dtype), rest), dim=-1)

@@ -18,32 +18,41 @@ _FEW_TOKENS = 128
 def _qk_norm_rope_store_kernel(
     qkv_ptr, positions_ptr, inv_freq_ptr, q_weight_ptr, k_weight_ptr, q_ptr, k_cache_ptr, v_cache_ptr, slots_ptr,
     qkv_stride, block_size, k_block_stride, k_offset_stride, k_head_stride,
-    v_block_stride, v_offset_stride, v_head_stride, eps,
-    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    v_block_stride, v_offset_stride, v_head_stride, eps, magnitude,
+    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, BLOCK_HEADS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]
-    i = tl.arange(0, HALF)[None, :]  # of each half of a head
+    i = tl.arange(0, HALF)[None, :]  # of the pairs in a head; those from PAIRS on are not rotated
+    if INTERLEAVED:
+        first, second = 2 * i, 2 * i + 1
+    elif PAIRS * 2 == D:
+        first, second = i, i + PAIRS
+    else:
+        first, second = tl.where(i < PAIRS, i, 2 * i), tl.where(i < PAIRS, i + PAIRS, 2 * i + 1)
     is_q = head < Q_HEADS
     is_k = (head >= Q_HEADS) & (head < Q_HEADS + KV_HEADS)
     is_v = (head >= Q_HEADS + KV_HEADS) & (head < Q_HEADS + 2 * KV_HEADS)
     in_half = i < D // 2
     if NORM:
-        weight_ptr = tl.where(is_q, q_weight_ptr, k_weight_ptr) + i
-        weight_a = tl.load(weight_ptr, mask=in_half & (is_q | is_k), other=0.0).to(tl.float32)
-        weight_b = tl.load(weight_ptr + D // 2, mask=in_half & (is_q | is_k), other=0.0).to(tl.float32)
-    inv_freq = tl.load(inv_freq_ptr + i, mask=in_half, other=0.0)
+        weight_ptr = tl.where(is_q, q_weight_ptr, k_weight_ptr)
+        weight_a = tl.load(weight_ptr + first, mask=in_half & (is_q | is_k), other=0.0).to(tl.float32)
+        weight_b = tl.load(weight_ptr + second, mask=in_half & (is_q | is_k), other=0.0).to(tl.float32)
+    inv_freq = tl.load(inv_freq_ptr + i, mask=i < PAIRS, other=0.0)
     release_dependents(PDL)
     wait_for_inputs(PDL)
 
-    source = qkv_ptr + token * qkv_stride + head * D + i
+    source = qkv_ptr + token * qkv_stride + head * D
     mask = in_half & (is_q | is_k | is_v)
-    raw_a = tl.load(source, mask=mask, other=0.0)
-    raw_b = tl.load(source + D // 2, mask=mask, other=0.0)
+    raw_a = tl.load(source + first, mask=mask, other=0.0)
+    raw_b = tl.load(source + second, mask=mask, other=0.0)
     angle = tl.load(positions_ptr + token).to(tl.float32) * inv_freq
     slot = tl.load(slots_ptr + token)
     cos, sin = tl.cos(angle), tl.sin(angle)
+    if SCALED:
+        scale_of = tl.where(i < PAIRS, magnitude, 1.0)
+        cos, sin = cos * scale_of, sin * scale_of
     a, b = raw_a.to(tl.float32), raw_b.to(tl.float32)
     if NORM:
         scale = tl.rsqrt(tl.sum(a * a + b * b, axis=1, keep_dims=True) / D + eps)
@@ -52,19 +61,19 @@ def _qk_norm_rope_store_kernel(
     turned_a = (a * cos - b * sin).to(raw_a.dtype)
     turned_b = (b * cos + a * sin).to(raw_a.dtype)
 
-    q_out = q_ptr + (token * Q_HEADS + head) * D + i
-    tl.store(q_out, turned_a, mask=in_half & is_q)
-    tl.store(q_out + D // 2, turned_b, mask=in_half & is_q)
+    q_out = q_ptr + (token * Q_HEADS + head) * D
+    tl.store(q_out + first, turned_a, mask=in_half & is_q)
+    tl.store(q_out + second, turned_b, mask=in_half & is_q)
     block, offset = slot // block_size, slot % block_size
-    k_out = k_cache_ptr + block * k_block_stride + offset * k_offset_stride + (head - Q_HEADS) * k_head_stride + i
+    k_out = k_cache_ptr + block * k_block_stride + offset * k_offset_stride + (head - Q_HEADS) * k_head_stride
     store_k = in_half & is_k & (slot >= 0)
-    tl.store(k_out, turned_a, mask=store_k)
-    tl.store(k_out + D // 2, turned_b, mask=store_k)
+    tl.store(k_out + first, turned_a, mask=store_k)
+    tl.store(k_out + second, turned_b, mask=store_k)
     v_head = head - Q_HEADS - KV_HEADS
-    v_out = v_cache_ptr + block * v_block_stride + offset * v_offset_stride + v_head * v_head_stride + i
+    v_out = v_cache_ptr + block * v_block_stride + offset * v_offset_stride + v_head * v_head_stride
     store_v = in_half & is_v & (slot >= 0)
-    tl.store(v_out, raw_a, mask=store_v)
-    tl.store(v_out + D // 2, raw_b, mask=store_v)
+    tl.store(v_out + first, raw_a, mask=store_v)
+    tl.store(v_out + second, raw_b, mask=store_v)
 
 
 def _block_heads(tokens: int, heads: int, size: int) -> int:
@@ -87,13 +96,15 @@ def qk_norm_rope_store(
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 0.0,
+    magnitude: float = 1.0,
+    interleaved: bool = False,
 ) -> Tensor:
     """As `rope.qk_norm_rope_store`. The norm's rounding and the rotation agree with the layers'; rows of qkv may be
     strided."""
     tokens, width = qkv.shape
     _, block_size, kv_heads, size = k_cache.shape
     q_heads = width // size - 2 * kv_heads
-    assert width == (q_heads + 2 * kv_heads) * size and len(inv_freq) * 2 == size, (qkv.shape, k_cache.shape)
+    assert width == (q_heads + 2 * kv_heads) * size and len(inv_freq) * 2 <= size, (qkv.shape, k_cache.shape)
     assert qkv.stride(1) == k_cache.stride(3) == v_cache.stride(3) == 1, (k_cache.stride(), v_cache.stride())
     assert (q_weight is None) == (k_weight is None), "norm weights come in pairs"
     q = torch.empty(tokens, q_heads, size, dtype=qkv.dtype, device=qkv.device)
@@ -106,8 +117,8 @@ def qk_norm_rope_store(
         qkv, positions, inv_freq,
         inv_freq if q_weight is None else q_weight, inv_freq if k_weight is None else k_weight,
         q, k_cache, v_cache, slot_mapping,
-        qkv.stride(0), block_size, *k_cache.stride()[:3], *v_cache.stride()[:3], eps,
-        Q_HEADS=q_heads, KV_HEADS=kv_heads, D=size, HALF=half, BLOCK_HEADS=block_heads,
-        NORM=q_weight is not None, num_warps=2, **pdl_options(qkv),
+        qkv.stride(0), block_size, *k_cache.stride()[:3], *v_cache.stride()[:3], eps, magnitude,
+        Q_HEADS=q_heads, KV_HEADS=kv_heads, D=size, PAIRS=len(inv_freq), HALF=half, INTERLEAVED=interleaved,
+        SCALED=magnitude != 1.0, BLOCK_HEADS=block_heads, NORM=q_weight is not None, num_warps=2, **pdl_options(qkv),
     )  # fmt: skip
     return q

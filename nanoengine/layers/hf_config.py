@@ -73,6 +73,13 @@ class Fields:
     def optional_float(self, name: str) -> builtins.float | None:
         return self.float(name) if self.has(name) else None
 
+    def floats(self, name: str) -> tuple[builtins.float, ...]:
+        """A list of positive numbers."""
+        value = self._get(name, _REQUIRED)
+        if not isinstance(value, list):
+            raise self.wrong(name, value, "a list of positive numbers")
+        return tuple(Fields({name: each}, self.prefix).float(name) for each in value)
+
     def bool(self, name: str, default: Any = _REQUIRED) -> bool:
         value = self._get(name, default)
         if not isinstance(value, bool):

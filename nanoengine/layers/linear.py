@@ -1,4 +1,4 @@
-"""Parallel linear layers. How a weight is stored and applied is a `LinearMethod`'s business."""
+"""Parallel linear layers. A `LinearMethod` decides how a weight is stored and applied."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["ColumnParallelLinear", "ParallelLinear", "ReplicatedLinear", "RowPar
 
 
 class Unquantised(LinearMethod):
-    """One parameter, `weight` [out, in], of the model's dtype."""
+    """A weight that is not quantised: one parameter, `weight` [out, in], of the model's dtype."""
 
     def create(self, layer: WeightLayer, weight: ShardSpec) -> None:
         layer.add_weight("weight", weight)
@@ -225,11 +225,6 @@ def normed(
     return Linear.normed(cast(Linear, layer), norm, x, residual, gate=gate)
 
 
-def added(layer: nn.Module, x: Tensor, residual: Tensor, post_norm: Norm | None = None) -> tuple[Tensor, Tensor | None]:
-    """`Linear.added`, also for a module with which a build context replaced the linear layer.
-
-    With a `post_norm`, the norm of the next layer adds: it adds and normalises in one pass.
-    """
-    if post_norm is not None:
-        return post_norm(layer(x)), residual
+def added(layer: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`Linear.added`, also for a module with which a build context replaced the linear layer."""
     return layer.added(x, residual) if isinstance(layer, Linear) else (layer(x), residual)

@@ -1,17 +1,25 @@
-"""The gated MLP of Llama and similar models: down(activation(gate(x)) * up(x)), gate and up in one product."""
+"""MLPs: the gated one of Llama and similar models, and the plain one of GPT-2."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
 
-from nanoengine.api import BuildContext
+from torch import Tensor
+from torch.nn import functional as F
+
+from nanoengine.api import BuildContext, Norm
 from nanoengine.kernels.activation import Activation
-from nanoengine.layers.linear import added, normed
-from nanoengine.layers.norm import RMSNorm
+from nanoengine.layers.block import After, Sublayer, finished
+from nanoengine.layers.linear import normed
+
+__all__ = ["MLP", "GatedMLP"]
 
 
-class GatedMLP(nn.Module):
-    """The MLP with the norm before it. `name` is its dotted path in the model."""
+class GatedMLP(Sublayer):
+    """down(activation(gate(x)) * up(x)), gate and up in one product. `name` is its dotted path in the model.
+
+    reduce: False: each rank returns its own part of the sum, see `BuildContext.linear`.
+    """
 
     def __init__(
         self,
@@ -22,9 +30,11 @@ class GatedMLP(nn.Module):
         *,
         bias: bool = False,
         activation: Activation = "silu",
+        reduce: bool = True,
     ) -> None:
         super().__init__()
         self.activation: Activation = activation
+        self.ops = ctx.ops
         self.gate_up_proj = ctx.linear(
             f"{name}.gate_up_proj",
             hidden,
@@ -33,15 +43,49 @@ class GatedMLP(nn.Module):
             parallel="column",
             parts=[("gate", intermediate), ("up", intermediate)],
         )
+        self.down_proj = ctx.linear(f"{name}.down_proj", intermediate, hidden, bias=bias, parallel="row", reduce=reduce)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[T, hidden] -> [T, hidden]."""
+        return self.down_proj(self.ops.act_and_mul(self.gate_up_proj(hidden), self.activation))
+
+    def joined(
+        self, norm: Norm | None, x: Tensor, residual: Tensor | None, *rest: Any, after: After | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        if norm is None:
+            return super().joined(norm, x, residual, after=after)
+        gated, stream = normed(self.gate_up_proj, norm, x, residual, gate=self.activation)  # [T, inter. / ranks]
+        return finished(self.down_proj, gated, stream, after)
+
+
+class MLP(Sublayer):
+    """down(activation(up(x))). `name` is its dotted path in the model."""
+
+    def __init__(
+        self,
+        name: str,
+        hidden: int,
+        intermediate: int,
+        ctx: BuildContext,
+        *,
+        bias: bool = False,
+        activation: Activation = "gelu_tanh",
+    ) -> None:
+        super().__init__()
+        self.activation: Activation = activation
+        self.up_proj = ctx.linear(f"{name}.up_proj", hidden, intermediate, bias=bias, parallel="column")
         self.down_proj = ctx.linear(f"{name}.down_proj", intermediate, hidden, bias=bias, parallel="row")
 
-    def forward(
-        self, norm: RMSNorm, x: Tensor, residual: Tensor | None, post_norm: RMSNorm | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """[T, hidden] -> [T, hidden]: (x, residual stream) -> (result, residual stream).
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[T, hidden] -> [T, hidden]."""
+        up = self.up_proj(hidden)  # [T, intermediate / ranks]
+        return self.down_proj(F.silu(up) if self.activation == "silu" else F.gelu(up, approximate="tanh"))
 
-        x and the result still have to be added to the residual stream; if the stream is None, x is the stream.
-        `post_norm` normalises the result before it is added.
-        """
-        gated, residual = normed(self.gate_up_proj, norm, x, residual, gate=self.activation)  # [T, inter. / ranks]
-        return added(self.down_proj, gated, residual, post_norm)
+    def joined(
+        self, norm: Norm | None, x: Tensor, residual: Tensor | None, *rest: Any, after: After | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        if norm is None:
+            return super().joined(norm, x, residual, after=after)
+        up, stream = normed(self.up_proj, norm, x, residual)
+        active = F.silu(up) if self.activation == "silu" else F.gelu(up, approximate="tanh")
+        return finished(self.down_proj, active, stream, after)

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 from nanoengine.kernels.rope import qk_norm_rope_store as reference
 from nanoengine.kernels.rope_triton import qk_norm_rope_store
-from nanoengine.layers.rope import RopeConfig, RotaryEmbedding, apply_rope
+from nanoengine.layers.rope import Rope, RopeConfig, RotaryEmbedding, apply_rope
 
 EPS = 1e-6
 BLOCK_SIZE = 16
@@ -22,11 +22,16 @@ def make_cache(heads: int, size: int, like: torch.Tensor, *, head_major: bool = 
     return cache.transpose(1, 2) if head_major else cache
 
 
-def run_both(rand, device, assert_close, *, tokens, heads, kv_heads, size, norm, head_major=False) -> None:
+def run_both(
+    rand, device, assert_close, *, tokens, heads, kv_heads, size, norm, head_major=False, rotated=None, **rope
+) -> None:
     qkv = rand(tokens, (heads + 2 * kv_heads) * size)
-    weights = {"q_weight": rand(size), "k_weight": rand(size), "eps": EPS} if norm else {}
+    options = {"q_weight": rand(size), "k_weight": rand(size), "eps": EPS} if norm else {}
+    options |= rope
     positions = (torch.arange(tokens, device=device) * 7919) % 40960
-    inv_freq = RotaryEmbedding(RopeConfig(theta=1e6), size, device).inv_freq
+    inv_freq = RotaryEmbedding(RopeConfig(theta=1e6), size, device).inv_freq[
+        : None if rotated is None else rotated // 2
+    ]
     # every slot at most once: what is written twice is undefined
     slots = torch.randperm((tokens // BLOCK_SIZE + 2) * BLOCK_SIZE, generator=torch.Generator().manual_seed(5))
     slots = slots[:tokens].to(device)
@@ -34,7 +39,7 @@ def run_both(rand, device, assert_close, *, tokens, heads, kv_heads, size, norm,
     outs = []
     for run in (reference, qk_norm_rope_store):
         k, v = (make_cache(kv_heads, size, qkv, head_major=head_major) for _ in range(2))
-        q = run(qkv, positions, inv_freq, k, v, slots, **weights)
+        q = run(qkv, positions, inv_freq, k, v, slots, **options)
         outs.append((q, k, v))
     (q, k, v), (got_q, got_k, got_v) = outs
     # two roundings beside each other where float32 differs in its last bit: norm, then rotation
@@ -51,6 +56,42 @@ def run_both(rand, device, assert_close, *, tokens, heads, kv_heads, size, norm,
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 128), (3, 1, 80), (9, 3, 64), (2, 2, 6)])
 def test_agrees(rand, device, assert_close, heads, kv_heads, size, norm) -> None:
     run_both(rand, device, assert_close, tokens=3, heads=heads, kv_heads=kv_heads, size=size, norm=norm)
+
+
+KINDS = [
+    {"rotated": 32},
+    {"interleaved": True},
+    {"magnitude": 1.3},
+    {"rotated": 20, "interleaved": True, "magnitude": 0.7},
+    {"rotated": 2, "magnitude": 2.0},
+    {"rotated": 0},
+]
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_each_kind_of_rotation_agrees(rand, device, assert_close, kind, norm) -> None:
+    run_both(rand, device, assert_close, tokens=3, heads=3, kv_heads=2, size=48, norm=norm, **kind)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_each_kind_agrees_with_the_layer(rand, device, dtype, assert_close, kind) -> None:
+    heads, kv_heads, size = 2, 1, 48
+    width = kind.get("rotated", size)
+    frequencies = RopeConfig(theta=1e4).rope(size).frequencies[: width // 2]
+    others = {name: value for name, value in kind.items() if name != "rotated"}
+    layer = RotaryEmbedding(Rope(frequencies=frequencies, **others), size, device)
+    qkv, positions = rand(5, (heads + 2 * kv_heads) * size), torch.tensor([0, 1, 7, 4095, 131071], device=device)
+    k, v = (make_cache(kv_heads, size, qkv) for _ in range(2))
+    slots = torch.arange(5, device=device)
+    q = qk_norm_rope_store(qkv, positions, layer.inv_freq, k, v, slots, **others)
+    expected = layer(positions).rotate(qkv.view(5, -1, size))
+    bound = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    assert_close(q, expected[:, :heads], bound)
+    assert_close(k[0, :5], expected[:, heads : heads + kv_heads], bound)
+    rest = qkv.view(5, -1, size)[:, :heads, width:]
+    assert torch.equal(q[..., width:], rest)  # beyond the rotated elements nothing happens
+    assert width == 0 or not torch.equal(q[1:, :, :width], qkv.view(5, -1, size)[1:, :heads, :width])
 
 
 def test_head_major_cache(rand, device, assert_close) -> None:

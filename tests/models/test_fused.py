@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton_interpreter
 from paged_harness import PagedModel
+from parity import families
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -98,6 +99,33 @@ def test_attention_without_norms_and_rotation(tmp_path: Path) -> None:
     assert "attend_qkv" not in calls
     for name in PROMPTS:
         torch.testing.assert_close(got[name], want[name], atol=1e-4, rtol=0)
+
+
+FAMILIES = {
+    "olmo2": {"norm_linear", "linear_add"},  # norms after the products, none before
+    "granite": {"linear_add"},  # a factor before the sum
+    "phi3, partly rotated": set[str](),
+    "cohere": {"norm_linear", "linear_add"},  # no RMS norm, and two results in one sum
+    "cohere, norms of heads": {"norm_linear", "linear_add"},
+    "llama, yarn with its numbers": set[str](),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_open_decoder_through_the_fused_kernels(family: str, tmp_path: Path) -> None:
+    """Rotations of each kind in the kernel that stores; what a family cannot fuse runs as its plain operations."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 97}
+    path = families.write(tmp_path, family, **sizes, num_hidden_layers=2)
+    got, calls = fused(path)
+    unfused = FAMILIES[family]
+    assert "qk_norm_rope_store" in calls
+    assert {"norm_linear", "linear_add"} - calls.keys() == unfused
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    for name, prompt in PROMPTS.items():
+        ids = prompt + [token for step in NEXT[name] for token in step]
+        with torch.inference_mode():
+            want = reference(torch.tensor([ids])).logits[0].log_softmax(-1)
+        torch.testing.assert_close(got[name], want, atol=5e-4, rtol=0)
 
 
 def test_a_gate_of_another_kind_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

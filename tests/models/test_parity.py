@@ -27,7 +27,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from nanoengine.layers import decoder
+from nanoengine.layers import rope
 from nanoengine.testing.checkpoints import (
     NULL,
     tiny_gemma2,
@@ -300,16 +300,16 @@ def test_the_text_part_of_a_checkpoint_with_images(tmp_path: Path) -> None:
 
 def test_a_mutant_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison can fail: angles one position off in the keys alone must show."""
-    right = decoder.apply_rope
+    right = rope.apply_rope
 
-    def mutant(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        out = right(x, cos, sin)
-        out[:, -1] = right(x, cos.roll(1, 0), sin.roll(1, 0))[:, -1]
+    def mutant(x: Tensor, cos: Tensor, sin: Tensor, **kind: bool) -> Tensor:
+        out = right(x, cos, sin, **kind)
+        out[:, -1] = right(x, cos.roll(1, 0), sin.roll(1, 0), **kind)[:, -1]
         return out
 
     path = tiny_llama(tmp_path)
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    monkeypatch.setattr(decoder, "apply_rope", mutant)
+    monkeypatch.setattr(rope, "apply_rope", mutant)
     sequences = prompts(131)
     got = log_probs(PagedModel(path).step(sequences)["d"])
     assert (got - expected(reference, sequences["d"])).abs().max() > 100 * TOLERANCE

@@ -125,7 +125,7 @@ def test_damaged_files(how: str, tmp_path: Path) -> None:
 
 
 BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type must be one of.*'yarn'"),
+    ({"rope_parameters": {"rope_type": "ntk", "rope_theta": 1e4}}, "rope_type must be one of.*'ntk'"),
     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "low_freq_factor"),
     ({"rope_theta": 5e5}, "contradicts"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
@@ -159,7 +159,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (tiny_gemma2, {"use_bidirectional_attention": True}, "use_bidirectional_attention = true is not supported"),
     (tiny_gemma2, {"final_logit_softcapping": -1.0}, "final_logit_softcapping must be a positive number"),
     (tiny_gemma3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported"),
-    (tiny_gemma3, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type must be one of"),
+    (tiny_gemma3, {"rope_scaling": {"rope_type": "ntk", "factor": 4.0}}, "rope_type must be one of"),
 ]
 
 

@@ -171,10 +171,10 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 def _rope(**changes: Any) -> Patch:
     def patch(monkeypatch: pytest.MonkeyPatch) -> None:
-        from nanoengine.layers import decoder, rope
+        from nanoengine.layers import decoder_config, rope
         from nanoengine.plugins.models import gemma3
 
-        monkeypatch.setattr(decoder, "read_rope", lambda hf: replace(rope.read_rope(hf), **changes))
+        monkeypatch.setattr(decoder_config, "read_rope", lambda hf: replace(rope.read_rope(hf), **changes))
         monkeypatch.setattr(gemma3, "rope_of", lambda *args: replace(rope.rope_of(*args), **changes))
 
     return patch
@@ -208,8 +208,8 @@ def _no_qk_norm(monkeypatch: pytest.MonkeyPatch) -> None:
 
     original = DecoderAttention.__init__
 
-    def init(self: DecoderAttention, *args: Any) -> None:
-        original(self, *args)
+    def init(self: DecoderAttention, *args: Any, **rest: Any) -> None:
+        original(self, *args, **rest)
         self.qk_norm = False
 
     monkeypatch.setattr(DecoderAttention, "__init__", init)
@@ -292,8 +292,8 @@ def _window(shift: int) -> Patch:
 
         original = decoder.DecoderAttention.__init__
 
-        def init(self: Any, name: str, config: Any, ctx: Any, window: int | None) -> None:
-            original(self, name, config, ctx, None if window is None else window + shift)
+        def init(self: Any, name: str, config: Any, ctx: Any, window: int | None, **rest: Any) -> None:
+            original(self, name, config, ctx, None if window is None else window + shift, **rest)
 
         monkeypatch.setattr(decoder.DecoderAttention, "__init__", init)
 
@@ -314,8 +314,8 @@ def _bias_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 def _no_post_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     from nanoengine.layers import mlp
 
-    original = mlp.added
-    monkeypatch.setattr(mlp, "added", lambda layer, x, residual, norm: original(layer, x, residual))
+    original = mlp.finished
+    monkeypatch.setattr(mlp, "finished", lambda layer, x, residual, after: original(layer, x, residual, None))
 
 
 def _ones_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nanoengine.layers.decoder import ACTIVATIONS, DecoderConfig, DecoderLM, read_decoder
+from nanoengine.layers.decoder import ACTIVATIONS, SANDWICH_NORMS, DecoderConfig, DecoderLM, DecoderTraits, read_decoder
 from nanoengine.layers.hf_config import Fields, layer_windows
 
 # The defaults of transformers' Gemma2Config and Gemma3TextConfig for fields that are missing in the file.
@@ -39,16 +39,14 @@ class Gemma2(DecoderLM):
         fields = Fields(hf, defaults=DEFAULTS)
         fields.refuse("model_type", "gemma2")
         fields.unused("sliding_window_size")  # the first files have it in addition to sliding_window
-        layers = fields.int("num_hidden_layers")
-        return read_decoder(
-            fields,
-            **family_traits(fields),
-            windows=layer_windows(fields, layers, fields.int("sliding_window"), lambda layer: layer % 2 == 0),
-            score_cap=fields.optional_float("attn_logit_softcapping"),
-        )
+        layers, window = fields.int("num_hidden_layers"), fields.int("sliding_window")
+        traits = family_traits(fields)
+        traits["windows"] = layer_windows(fields, layers, window, lambda layer: layer % 2 == 0)
+        traits["score_cap"] = fields.optional_float("attn_logit_softcapping")
+        return read_decoder(fields, **traits)
 
 
-def family_traits(fields: Fields) -> dict[str, Any]:
+def family_traits(fields: Fields) -> DecoderTraits:
     """The attributes that Gemma 2 and 3 have in common."""
     fields.refuse("use_bidirectional_attention", False)
     fields.unused("hidden_act")  # an older name, which transformers does not read
@@ -62,5 +60,5 @@ def family_traits(fields: Fields) -> dict[str, Any]:
         "embedding_scale": fields.int("hidden_size") ** 0.5,
         "activation": ACTIVATIONS[fields.choice("hidden_activation", tuple(ACTIVATIONS))],
         "unit_offset": True,
-        "post_norms": True,
+        "norms": SANDWICH_NORMS,
     }

@@ -48,7 +48,7 @@ class Gemma3WithImages(DecoderLM):
         return read_text_config(text, tied=whole.bool("tie_word_embeddings"))
 
 
-def read_text_config(fields: Fields, **traits: Any) -> DecoderConfig:
+def read_text_config(fields: Fields, tied: bool | None = None) -> DecoderConfig:
     fields.refuse("model_type", "gemma3_text")
     fields.refuse("attn_logit_softcapping")  # it is null in every checkpoint, and transformers ignores it
     pattern = fields.int("sliding_window_pattern", _PATTERN)
@@ -56,10 +56,12 @@ def read_text_config(fields: Fields, **traits: Any) -> DecoderConfig:
     windows = layer_windows(
         fields, fields.int("num_hidden_layers"), fields.int("sliding_window"), lambda layer: (layer + 1) % pattern != 0
     )
-    rope, local_rope = _ropes(fields)
-    return read_decoder(
-        fields, **{**family_traits(fields), **traits}, qk_norm=True, windows=windows, rope=rope, local_rope=local_rope
-    )
+    traits = family_traits(fields)
+    traits["qk_norm"], traits["windows"] = True, windows
+    traits["rope"], traits["local_rope"] = _ropes(fields)
+    if tied is not None:
+        traits["tied"] = tied
+    return read_decoder(fields, **traits)
 
 
 def _ropes(fields: Fields) -> tuple[RopeConfig, RopeConfig]:

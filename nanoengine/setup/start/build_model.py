@@ -158,7 +158,7 @@ def build_model(
     with plugin_call(f"{name}.weight_map failed", model_cls, ModelError):
         weights = model_cls.weight_map(config)
         check_weight_map(weights, model_cls)
-    longest = min(max_model_len or config.max_model_len, config.max_model_len)
+    longest = min(max_model_len or config.default_max_model_len or config.max_model_len, config.max_model_len)
     try:
         builder = Builder(tp, dtype, torch.device(device), ops, max_model_len=longest, weights=weights, choose=choose)
         with plugin_call(f"{name}.__init__ failed", model_cls, ModelError):

@@ -16,7 +16,7 @@ def choose_methods(hf_config: Mapping[str, Any]) -> ChooseMethod | None:
 
     Raises `ModelError` for a format that is not supported, which today is every one.
     """
-    whole = dict(dict.items(hf_config)) if isinstance(hf_config, dict) else dict(hf_config)  # noted as read by nobody
+    whole = dict(dict.items(hf_config)) if isinstance(hf_config, dict) else dict(hf_config)  # notes no key as read
     inner = {f"{name}.": dict(dict.items(each)) for name, each in whole.items() if isinstance(each, dict)}
     for prefix, fields in {"": whole, **inner}.items():
         for key in _KEYS:

@@ -1,0 +1,56 @@
+"""Command-R: attention and MLP side by side after one LayerNorm without bias, neighbours rotated, logits scaled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nanoengine.api import BuildContext, Norm
+from nanoengine.layers.decoder import DecoderConfig, DecoderLM, NormNames, read_decoder
+from nanoengine.layers.hf_config import Fields
+from nanoengine.layers.norm import LayerNorm
+from nanoengine.layers.rope import read_rope
+
+# Defaults of transformers' CohereConfig.
+DEFAULTS = {
+    "vocab_size": 256000,
+    "hidden_size": 8192,
+    "intermediate_size": 22528,
+    "logit_scale": 0.0625,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 64,
+    "hidden_act": "silu",
+    "max_position_embeddings": 8192,
+    "layer_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "use_qk_norm": False,
+}
+_THETA = 500000.0
+
+
+class Cohere(DecoderLM):
+    @classmethod
+    def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
+        fields = Fields(hf, defaults=DEFAULTS)
+        fields.refuse("model_type", "cohere")
+        bias = fields.bool("attention_bias")
+        return read_decoder(
+            fields,
+            eps=fields.float("layer_norm_eps"),
+            rope=read_rope(fields, _THETA, interleaved=True),
+            attention_bias=bias,
+            output_bias=bias,
+            qk_norm=fields.bool("use_qk_norm"),
+            norms=NormNames(before_attention="input_layernorm"),
+            parallel=True,
+            logit_scale=fields.float("logit_scale"),
+        )
+
+    def make_norm(self, size: int | tuple[int, int], config: DecoderConfig, ctx: BuildContext) -> Norm:
+        return LayerNorm(size, config.eps, place=ctx)
+
+    def make_qk_norms(self, config: DecoderConfig, ctx: BuildContext) -> tuple[Norm, Norm] | None:
+        """Each head has weights of its own."""
+        q, k = (self.make_norm((n, config.head_size), config, ctx) for n in (config.num_heads, config.num_kv_heads))
+        return (q, k) if config.qk_norm else None

@@ -1,0 +1,46 @@
+"""Granite 3 and later, dense: Llama with factors of the embedding, the scores, the residual stream and the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nanoengine.layers.decoder import DecoderConfig, DecoderLM, read_decoder
+from nanoengine.layers.hf_config import Fields
+
+# Defaults of transformers' GraniteConfig.
+DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "embedding_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+
+
+class Granite(DecoderLM):
+    @classmethod
+    def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
+        fields = Fields(hf, defaults=DEFAULTS)
+        fields.refuse("model_type", "granite")
+        bias = fields.bool("attention_bias")
+        return read_decoder(
+            fields,
+            attention_bias=bias,
+            output_bias=bias,
+            mlp_bias=fields.bool("mlp_bias"),
+            embedding_scale=fields.float("embedding_multiplier"),
+            score_scale=fields.float("attention_multiplier"),
+            residual_scale=fields.float("residual_multiplier"),
+            logit_scale=1 / fields.float("logits_scaling"),
+        )

@@ -1,0 +1,98 @@
+"""Tiny random checkpoints of families as transformers writes them, by config fields."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SIZES: Mapping[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+LONG = {
+    "rope_type": "longrope",
+    "original_max_position_embeddings": 32,
+    "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+    "long_factor": [1.0, 2.0, 3.5, 6.0, 9.0, 14.0],
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+# name -> (model type, fields, standard deviation of the weights)
+FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], float]] = {
+    "olmo2": ("olmo2", {}, 0.2),
+    "olmo2, one KV head, biases": ("olmo2", {"num_key_value_heads": 1, "attention_bias": True}, 0.25),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.35,
+            "residual_multiplier": 0.6,
+            "logits_scaling": 2.0,
+            "tie_word_embeddings": True,
+        },
+        0.15,
+    ),
+    "granite, biases": ("granite", {"mlp_bias": True, "attention_bias": True, "residual_multiplier": 1.4}, 0.2),
+    "phi3": ("phi3", {}, 0.2),
+    "phi3, a window, all heads": ("phi3", {"num_key_value_heads": 4, "sliding_window": 9}, 0.2),
+    "phi3, partly rotated": (
+        "phi3",
+        {"partial_rotary_factor": 0.5, "tie_word_embeddings": True, "num_attention_heads": 3, "num_key_value_heads": 1},
+        0.15,
+    ),
+    "cohere": ("cohere", {"logit_scale": 0.4, "tie_word_embeddings": False}, 0.2),
+    "cohere, norms of heads": (
+        "cohere",
+        {"logit_scale": 0.2, "use_qk_norm": True, "attention_bias": True},
+        0.2,
+    ),
+    "qwen3, yarn": ("qwen3", {"head_dim": 12, "rope_parameters": {**YARN, "rope_theta": 300.0}}, 0.2),
+    "llama, yarn with its numbers": (
+        "llama",
+        {
+            "rope_parameters": {
+                **YARN,
+                "rope_theta": 100.0,
+                "beta_fast": 6.0,
+                "beta_slow": 2.0,
+                "mscale": 0.7,
+                "mscale_all_dim": 1.5,
+                "truncate": False,
+            }
+        },
+        0.2,
+    ),
+}
+
+
+def write(folder: Path, family: str, **fields: Any) -> Path:
+    """The checkpoint of one of `FAMILIES`, with further fields."""
+    kind, given, std = FAMILIES[family]
+    return write_model(folder, kind, std=std, **{**given, **fields})
+
+
+def write_model(folder: Path, model_type: str, *, std: float = 0.2, **fields: Any) -> Path:
+    """A random model of transformers: config.json and safetensors. Weights of norms are near one."""
+    torch.manual_seed(len(model_type))
+    config = AutoConfig.for_model(model_type, **{**SIZES, **fields})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, mean=float("norm" in name), std=0.3 if "norm" in name else std)
+    model.save_pretrained(folder)
+    hf = json.loads((folder / "config.json").read_text())
+    assert hf["architectures"] == [type(model).__name__]
+    return folder

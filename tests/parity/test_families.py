@@ -1,0 +1,198 @@
+"""Families on the open decoder through the engine against transformers, float32: chunked, cached, on several ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from nanoengine import SamplingParams
+from nanoengine.layers.decoder import NormNames
+from nanoengine.setup.plugins.discover import discover
+from nanoengine.setup.plugins.targets import TargetLoader
+from nanoengine.testing.conformance import ConformanceError, check_model
+
+from . import families, tiny
+from .compare import Mismatch, compare
+from .test_tiny_models import assert_outputs_vary
+
+COUNT = 16
+GREEDY = SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True, logprobs=3)
+WITH_PROMPT = GREEDY.replace(prompt_logprobs=2)
+ASKED = tiny.prompts(8, shared=21, longest=24)
+Pair = tuple[Path, PreTrainedModel]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
+    """family -> folder of the checkpoint, and transformers' model of it, made once."""
+
+    @cache
+    def make(family: str) -> Pair:
+        folder = families.write(tmp_path_factory.mktemp("family"), family)
+        return folder, tiny.reference(folder)
+
+    return make
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_chunked_mixed_and_cached(pair: Callable[[str], Pair], family: str) -> None:
+    folder, model = pair(family)
+    with tiny.llm(folder, max_num_batched_tokens=24) as llm:
+        first = llm.generate(ASKED, WITH_PROMPT, use_tqdm=False)
+        chunks = llm.stats().chunks
+        again = llm.generate(ASKED, GREEDY, use_tqdm=False)
+        stats = llm.stats()
+    assert chunks > 4
+    assert stats.mixed_steps > 0
+    assert stats.prefix_hit_tokens > 20 * len(ASKED)
+    for outputs, params in ((first, WITH_PROMPT), (again, GREEDY)):
+        report = compare(model, outputs, params)
+        assert report.positions == COUNT * len(ASKED)
+        assert report.decided >= 0.97 * report.positions
+        assert_outputs_vary(outputs)
+
+
+def model_class(folder: Path) -> Any:
+    hf = json.loads((folder / "config.json").read_text())
+    registry = discover()
+    return TargetLoader(registry.plugin_files).load(registry.model_for(tuple(hf["architectures"])).spec.target)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_on_several_ranks(pair: Callable[[str], Pair], family: str) -> None:
+    """As threads, with the kit; 4 ranks hold fewer than one KV head each."""
+    folder, model = pair(family)
+    heads = model.config.num_attention_heads
+    ranks = [size for size in (1, 2, 4) if heads % size == 0]
+    check_model(model_class(folder), folder, model, ranks=ranks)
+
+
+def test_two_processes(pair: Callable[[str], Pair]) -> None:
+    """OLMo 2's norms of queries and keys are over a width that ranks share."""
+    folder, model = pair("olmo2")
+    with tiny.llm(folder, tensor_parallel_size=2, max_num_batched_tokens=24) as llm:
+        outputs = llm.generate(ASKED, GREEDY, use_tqdm=False)
+    assert compare(model, outputs, GREEDY).positions == COUNT * len(ASKED)
+
+
+# longrope chooses by the engine's longest request
+
+
+@pytest.mark.parametrize("name", ["longrope", "su"])
+def test_longrope_chooses_by_the_engines_longest_request(name: str, tmp_path: Path) -> None:
+    """transformers chooses by the length of each sequence, at 32 tokens."""
+    rope = {**families.LONG, "rope_type": name}
+    folder = families.write_model(
+        tmp_path, "phi3", rope_parameters=rope, original_max_position_embeddings=32, sliding_window=None
+    )
+    model, params = tiny.reference(folder), GREEDY.replace(max_tokens=8)
+    short, long = tiny.prompts(4, longest=23), tiny.prompts(4, shortest=40, longest=60)
+    with tiny.llm(folder, max_model_len=32) as llm:
+        compare(model, llm.generate(short, params, use_tqdm=False), params)
+    with tiny.llm(folder, max_model_len=96) as llm:
+        compare(model, llm.generate(long, params, use_tqdm=False), params)
+        outputs = llm.generate(short, params, use_tqdm=False)
+    with pytest.raises(Mismatch):  # what the choice changes shows
+        compare(model, outputs, params)
+
+
+def test_dynamic_is_unscaled_up_to_the_files_length_and_scaled_if_more_is_asked_for(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0}
+    folder = families.write_model(tmp_path, "llama", rope_parameters=rope, max_position_embeddings=48)
+    params = GREEDY.replace(max_tokens=6)
+    asked = tiny.prompts(3, shortest=20, longest=40)
+    with tiny.llm(folder, max_model_len=None) as llm:
+        plain = llm.model.model.rotary_emb.inv_freq
+        compare(tiny.reference(folder), llm.generate(asked, params, use_tqdm=False), params)
+    with tiny.llm(folder, max_model_len=192) as llm:
+        scaled = llm.model.model.rotary_emb.inv_freq
+        [output] = llm.generate([tiny.prompts(1, shortest=150, longest=150)[0]], params, use_tqdm=False)
+    assert output.error is None
+    assert scaled[0] == plain[0]
+    assert (scaled[1:] < plain[1:]).all()
+
+
+# Mutants: each breaks one thing that these families need
+
+
+def _own_mean_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank normalises by its own heads."""
+    from nanoengine.layers import attention
+
+    def norm_shared(norms: Any, values: Any) -> Any:
+        return [n.ops.add_rms_norm(x, None, n.weight, n.eps)[0] for n, x in zip(norms, values, strict=True)]
+
+    monkeypatch.setattr(attention, "norm_shared", norm_shared)
+
+
+def _config(**changes: Any) -> Callable[[pytest.MonkeyPatch], None]:
+    """The model is built with another trait than its config.json asks for."""
+    from nanoengine.layers import decoder
+
+    original = decoder.DecoderLM.__init__
+
+    def init(self: Any, config: Any, ctx: Any) -> None:
+        rope = {"rope": replace(config.rope, **changes["rope"])} if "rope" in changes else {}
+        original(self, replace(config, **{**changes, **rope}), ctx)
+
+    return lambda monkeypatch: monkeypatch.setattr(decoder.DecoderLM, "__init__", init)
+
+
+def _no_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nanoengine.layers.norm import LayerNorm
+
+    def add(self: Any, x: torch.Tensor, residual: torch.Tensor | None) -> Any:
+        total = x if residual is None else x + residual
+        return total * torch.rsqrt(total.square().mean(-1, keepdim=True) + self.eps) * self.weight, total
+
+    monkeypatch.setattr(LayerNorm, "add", add)
+
+
+def _one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The MLP reads what attention has added already."""
+    from nanoengine.layers import decoder
+
+    def forward(self: Any, x: torch.Tensor, residual: torch.Tensor | None, angles: Any) -> Any:
+        norm = self.input_layernorm
+        x, residual = decoder.joined(self.self_attn, norm, x, residual, angles)
+        return decoder.joined(self.mlp, norm, x, residual)
+
+    monkeypatch.setattr(decoder.DecoderLayer, "forward", forward)
+
+
+YARN_QWEN, YARN_LLAMA = "qwen3, yarn", "llama, yarn with its numbers"
+MUTANTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int]] = {
+    "each rank has a mean square of its own": ("olmo2", _own_mean_square, 2),
+    "no norm after the MLP": ("olmo2", _config(norms=NormNames(after_attention="post_attention_layernorm")), 1),
+    "residual not scaled": ("granite", _config(residual_scale=1.0), 1),
+    "logits not scaled": ("granite", _config(logit_scale=1.0), 1),
+    "scores scaled by head size": ("granite", _config(score_scale=None), 1),
+    "embedding not scaled": ("granite", _config(embedding_scale=1.0), 1),
+    "window one long": ("phi3, a window, all heads", _config(windows=(10, 10, 10)), 1),
+    "all of a head rotated": ("phi3, partly rotated", _config(rope={"partial": 1.0}), 1),
+    "halves rotated": ("cohere", _config(rope={"interleaved": False}), 1),
+    "no mean in the norm": ("cohere", _no_mean, 1),
+    "attention before MLP": ("cohere", _one_after_the_other, 1),
+    "yarn without its magnitude": (YARN_QWEN, _config(rope={"attention_factor": 1.0}), 1),
+    "yarn not scaled": (YARN_QWEN, _config(rope={"kind": "default"}), 1),
+    "yarn's borders rounded": (YARN_LLAMA, _config(rope={"truncate": True}), 1),
+    "yarn's scales swapped": (YARN_LLAMA, _config(rope={"mscale": 1.5, "mscale_all_dim": 0.7}), 1),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mutant_is_caught(mutant: str, pair: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    family, patch, ranks = MUTANTS[mutant]
+    folder, model = pair(family)
+    cls = model_class(folder)
+    patch(monkeypatch)
+    with pytest.raises(ConformanceError):
+        check_model(cls, folder, model, ranks=(ranks,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pytest
 import torch
 from loading import load, parameter, rewrite
 from paged_harness import PagedModel
+from parity import families
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from nanoengine.api import WeightsError
+from nanoengine.api.parallel import SingleRank
 from nanoengine.setup.start import weights
 from nanoengine.setup.start.checkpoint import SINGLE_FILE
 from nanoengine.testing.checkpoints import (
@@ -140,9 +143,32 @@ def test_a_head_of_another_shape_is_misshapen_and_not_skipped(wrong: Tensor, tmp
         load(path)
 
 
+@pytest.mark.parametrize("head", ["none", "the embedding's", "its own"])
+@pytest.mark.parametrize("first", [True, False])
+def test_ties_are_settled_for_tensors_that_are_given_in_any_order(head: str, first: bool, tmp_path: Path) -> None:
+    """From memory, each tensor seen once, before or after the one that it may be tied to."""
+    path = tiny_llama(tmp_path, tie_word_embeddings=True)
+    tensors = load_file(path / SINGLE_FILE)
+    values = {"none": None, "the embedding's": tensors[EMBEDDING].clone(), "its own": tensors[EMBEDDING] + 1}[head]
+    order = sorted(tensors, key=lambda name: (name == EMBEDDING) == first)
+    given = [] if values is None else [(HEAD, values)]
+    built, _ = load(path)
+    report = weights.load_weights(
+        built.model, built.config, iter([*given, *((name, tensors[name]) for name in order)]), SingleRank()
+    )
+    assert report.untied == ((HEAD,) if head == "its own" else ())
+    assert report.skipped == ((HEAD,) if head == "the embedding's" else ())
+    assert torch.equal(parameter(built, EMBEDDING), tensors[EMBEDDING])
+    assert torch.equal(parameter(built, HEAD), tensors[EMBEDDING] if values is None else values)
+
+
 # Names
 
-FAMILIES = [tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3, tiny_gemma2, tiny_gemma3]
+BUILT_IN = (tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3, tiny_gemma2, tiny_gemma3)
+FAMILIES: dict[str, Callable[[Path], Path]] = {
+    **{make.__name__: make for make in BUILT_IN},
+    **{name: partial(families.write, family=name) for name in ("olmo2", "granite", "phi3", "cohere")},
+}
 PREFIXES = {
     "the model without its head": lambda name: name.removeprefix("model."),
     "images, before transformers 5": lambda name: f"language_model.{name}",
@@ -158,9 +184,9 @@ def renamed(path: Path, rename: Callable[[str], str], **more: Tensor) -> dict[st
 
 
 @pytest.mark.parametrize("rename", PREFIXES.values(), ids=PREFIXES.keys())
-@pytest.mark.parametrize("make", FAMILIES, ids=lambda make: make.__name__)
-def test_each_family_loads_under_the_prefixes_in_use(make: Any, rename: Callable[[str], str], tmp_path: Path) -> None:
-    path = make(tmp_path)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_loads_under_the_prefixes_in_use(family: str, rename: Callable[[str], str], tmp_path: Path) -> None:
+    path = FAMILIES[family](tmp_path)
     want, _ = load(path)
     held = renamed(path, rename)
     assert "model.norm.weight" not in held

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from nanoengine.api.errors import ModelError
 from nanoengine.api.weights import WeightMap, WeightRule
@@ -48,13 +49,22 @@ class Rules:
     def __init__(self, weights: WeightMap) -> None:
         self.weights = weights
         self._lengths = sorted({len(prefix) for prefix in weights.rename}, reverse=True)
-        self._from, self._to = _Node(), _Node()
         fused = {pattern: WeightRule(to, part) for pattern, (to, part) in weights.fuse.items()}
-        for pattern, given in {**fused, **weights.rules}.items():
-            rule = WeightRule(given) if isinstance(given, str) else given
+        given = {
+            pattern: WeightRule(rule) if isinstance(rule, str) else rule for pattern, rule in weights.rules.items()
+        }
+        self._rules, self._from = {**fused, **given}, _Node()
+        for pattern, rule in self._rules.items():
             check_rule(pattern, rule)
             _node(self._from, pattern).here.append((pattern, rule))
-            _node(self._to, rule.to).here.append((pattern, rule))
+
+    @cached_property
+    def _to(self) -> _Node:
+        """The rules by what they lead to."""
+        root = _Node()
+        for pattern, rule in self._rules.items():
+            _node(root, rule.to).here.append((pattern, rule))
+        return root
 
     def skips(self, name: str) -> bool:
         return name.endswith(self.weights.skip) or name.startswith(self.weights.skip_prefixes)
@@ -104,9 +114,9 @@ def parts_of(rule: WeightRule) -> tuple[str, ...]:
 
 def check_rule(pattern: str, rule: WeightRule) -> None:
     """Raises `ModelError` for a rule that means nothing."""
-    spare = pattern.count(NUMBER) - rule.to.count(NUMBER)
+    spare, words = pattern.count(NUMBER) - rule.to.count(NUMBER), f".{pattern}.{rule.to}."
     wrong = None
-    if not all(pattern.split(".")) or not all(rule.to.split(".")):
+    if not pattern or not rule.to or ".." in words:
         wrong = "a name is words with dots between them"
     elif not 0 <= spare <= 1:
         wrong = "each {} of `to` is one of the pattern, which may have one more: the index"
@@ -142,7 +152,10 @@ class _Match:
 
 def _node(root: _Node, pattern: str) -> _Node:
     for word in reversed(pattern.split(".")):
-        root = root.words.setdefault(word, _Node())
+        node = root.words.get(word)
+        if node is None:
+            node = root.words[word] = _Node()
+        root = node
     return root
 
 

@@ -92,8 +92,9 @@ def norm_shared(norms: Sequence[SharedRMSNorm], values: Sequence[Tensor]) -> lis
     tp = norms[0].tp
     if tp.size == 1:
         return [norm.ops.add_rms_norm(x, None, norm.weight, norm.eps)[0] for norm, x in zip(norms, values, strict=True)]
-    # a head that several ranks hold is counted by each, and so is its width
+    # a head that several ranks have is counted by each of them, and so is its width
     squares = torch.stack([x.float().square().mean(-1) for x in values], dim=-1)  # [T, norms]
+    squares = F.pad(squares, (0, -len(norms) % 4))  # 16 bytes, the least that a group with shared memory sums by itself
     means = tp.all_reduce(squares) / tp.size
-    pairs = zip(norms, values, means.unsqueeze(1).unbind(-1), strict=True)
-    return [(x.float() * torch.rsqrt(mean + n.eps) * n.weight).to(x.dtype) for n, x, mean in pairs]
+    rows = zip(norms, values, means.unsqueeze(1).unbind(-1), strict=False)
+    return [(x.float() * torch.rsqrt(mean + n.eps) * n.weight).to(x.dtype) for n, x, mean in rows]

@@ -50,6 +50,7 @@ def test_chunked_mixed_and_cached(pair: Callable[[str], Pair], family: str) -> N
         chunks = llm.stats().chunks
         again = llm.generate(ASKED, GREEDY, use_tqdm=False)
         stats = llm.stats()
+        hidden = llm.hidden_states(ASKED[:3])
     assert chunks > 4
     assert stats.mixed_steps > 0
     assert stats.prefix_hit_tokens > 20 * len(ASKED)
@@ -58,6 +59,10 @@ def test_chunked_mixed_and_cached(pair: Callable[[str], Pair], family: str) -> N
         assert report.positions == COUNT * len(ASKED)
         assert report.decided >= 0.97 * report.positions
         assert_outputs_vary(outputs)
+    for prompt, got in zip(ASKED, hidden, strict=False):
+        with torch.inference_mode():
+            want = model.model(torch.tensor([prompt])).last_hidden_state[0]
+        assert (got - want).square().mean().sqrt() < 1e-5 * want.square().mean().sqrt()
 
 
 def model_class(folder: Path) -> Any:

@@ -3,7 +3,7 @@
 #
 #     sh benchmarks/all.sh OUT [BANDWIDTH TFLOPS]      GB/s and TFLOP/s of the device; measured where not given
 #
-# A command that fails is told of at the end, and the others still run.
+# A command that fails is named at the end, and the others still run.
 out=${1:?the folder for the results}
 limits=${3:+--bandwidth $2 --tflops $3}
 mkdir -p "$out"

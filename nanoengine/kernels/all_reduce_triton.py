@@ -1,10 +1,10 @@
 """Small all-reduces over the GPUs of one host, each a single kernel that reads the other ranks' memory.
 
-Every rank reads all partial sums and adds them in rank order ("one shot"), so all come to the very same result; the
-residual stream is added in passing. Ranks meet once, before reading: a kernel's program tells the program of the same
-number on each other rank that its rank is there, and waits to be told. What the product wrote before is then to be
-seen. There is no second meeting: whoever writes next into the memory that was read here must have met the others once
-more in between, which `core.execution.symmetric` sees to by taking turns over three buffers.
+Every rank reads all partial sums and adds them in rank order ("one shot"), so all ranks get the same bits. The residual
+stream is added in the same kernel. Ranks meet once, before they read: each program signals to the program of the same
+number on the other ranks that its partial sum is written, and waits for their signals. There is no second meeting after
+reading: before a rank writes into memory that others read here, all must have met once more. `distributed.symmetric`
+ensures this by using three buffers in turn.
 
 `turn` counts meetings, on the device, so that a captured graph goes on counting. It may wrap around.
 """

@@ -39,7 +39,7 @@ class Ops:
         return pointwise.act_and_mul(gate_up, activation)
 
     def soft_cap(self, logits: Tensor, cap: float) -> Tensor:
-        """Of logits that nobody else reads: it may be done in place."""
+        """Cap logits. The caller gives them up: they may be changed in place."""
         return pointwise.soft_cap(logits, cap)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:

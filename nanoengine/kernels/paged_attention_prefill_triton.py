@@ -105,7 +105,7 @@ def _prefill(
     token = first + m // GROUP
     head = kv_head * GROUP + m % GROUP
     own = token.to(tl.int64) * (KV_HEADS * GROUP * D) + head * D
-    if row == num_rows:  # padding: nobody reads it, but it must be finite
+    if row == num_rows:  # padding: never read, but it must be finite
         live = (token < num_tokens) & (m < BLOCK_Q * GROUP)
         nothing = tl.zeros([BLOCK_M, D_PAD], out.dtype.element_ty)
         tl.store(out + own[:, None] + d[None, :], nothing, mask=live[:, None] & (d < D)[None, :])

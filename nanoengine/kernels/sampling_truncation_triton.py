@@ -122,7 +122,7 @@ def pick_truncated(
     SOUND_GIVEN: tl.constexpr, MAX_K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     TILE_GROUPS: tl.constexpr, CAPACITY: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Rows whose token can be told now get it; the others a `state` and what `_finish` needs."""
+    """Rows whose token is known now get it; the others get a `state` and what `_finish` needs."""
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * stride
     random = tl.load(greedy + row) == 0

@@ -20,7 +20,7 @@ class SlotState:
         token_ids: int32 [S, max_model_len + 1]. num_tokens, num_computed: int64 [S]; known tokens, and how many of
             them have their KV.
         block_tables: int32 [G, S, M]; anything behind a slot's last block.
-        output_counts: int32 [S, V], how often a slot drew each token; None where nobody asks.
+        output_counts: int32 [S, V], how often a slot drew each token; None if no processor reads it.
     """
 
     token_ids: Tensor

@@ -25,9 +25,9 @@ HARMLESS: Mapping[str, tuple[Any, ...] | Any] = {
     "dtype": ANY, "torch_dtype": ANY, "eos_token_id": ANY,
     # training: dropout, losses, initialisation
     "activation_dropout": ANY, "attention_dropout": ANY, "attention_probs_dropout_prob": ANY, "attn_pdrop": ANY,
-    "dropout": ANY, "embd_pdrop": ANY, "gradient_checkpointing": ANY, "hidden_dropout": ANY,
+    "dropout": ANY, "embd_pdrop": ANY, "embedding_dropout": ANY, "gradient_checkpointing": ANY, "hidden_dropout": ANY,
     "hidden_dropout_prob": ANY, "init_std": ANY, "initializer_range": ANY, "layerdrop": ANY,
-    "output_router_logits": ANY, "resid_pdrop": ANY, "router_aux_loss_coef": ANY,
+    "output_router_logits": ANY, "resid_pdrop": ANY, "residual_dropout": ANY, "router_aux_loss_coef": ANY,
     # how transformers runs a model and what it returns
     "_attn_implementation": ANY, "_experts_implementation": ANY, "attn_implementation": ANY,
     "cache_implementation": ANY, "chunk_size_feed_forward": ANY, "experts_implementation": ANY, "is_decoder": ANY,
@@ -37,6 +37,8 @@ HARMLESS: Mapping[str, tuple[Any, ...] | Any] = {
     "bos_token_id": ANY, "decoder_start_token_id": ANY, "pad_token_id": ANY, "sep_token_id": ANY,
     # heads that are not the language model's
     "classifier_dropout": ANY, "id2label": ANY, "label2id": ANY, "num_labels": ANY, "problem_type": ANY,
+    "summary_activation": ANY, "summary_first_dropout": ANY, "summary_proj_to_labels": ANY, "summary_type": ANY,
+    "summary_use_proj": ANY,
     # generation: transformers reads these only from generation_config.json
     "bad_words_ids": ANY, "begin_suppress_tokens": ANY, "diversity_penalty": ANY, "do_sample": ANY,
     "early_stopping": ANY, "encoder_no_repeat_ngram_size": ANY, "exponential_decay_length_penalty": ANY,

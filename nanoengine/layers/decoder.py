@@ -25,8 +25,8 @@ from nanoengine.layers.decoder_config import (
     NormNames,
     read_decoder,
 )
-from nanoengine.layers.mlp import GatedMLP
-from nanoengine.layers.norm import RMSNorm
+from nanoengine.layers.mlp import MLP, GatedMLP
+from nanoengine.layers.norm import LayerNorm, RMSNorm
 from nanoengine.layers.rope import Angles, Rope, RopeConfig, RotaryEmbedding
 
 __all__ = [
@@ -175,11 +175,14 @@ class DecoderLM(Model):
 
     def make_mlp(self, name: str, index: int, config: Any, ctx: BuildContext) -> nn.Module:
         """The MLP: called with hidden states [T, hidden], returns [T, hidden]."""
-        bias, activation = config.mlp_bias, config.activation
-        return GatedMLP(name, config.hidden_size, config.intermediate_size, ctx, bias=bias, activation=activation)
+        kind = GatedMLP if config.gated else MLP
+        sizes = config.hidden_size, config.intermediate_size
+        return kind(name, *sizes, ctx, bias=config.mlp_bias, activation=config.activation)
 
     def make_norm(self, size: int, config: Any, ctx: BuildContext) -> Norm:
         """A norm over hidden states, and over heads (`make_qk_norms`)."""
+        if config.norm == "layer":
+            return LayerNorm(size, config.eps, place=ctx, bias=config.norm_bias)
         return RMSNorm(size, config.eps, place=ctx, unit_offset=config.unit_offset)
 
     def make_qk_norms(self, config: Any, ctx: BuildContext) -> tuple[Norm, Norm] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 from nanoengine.api import ModelConfig, ModelError
 from nanoengine.api.errors import nearest
@@ -23,6 +23,9 @@ __all__ = [
     "NormNames",
     "read_decoder",
 ]
+
+
+NormKind = Literal["rms", "layer"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +69,10 @@ class DecoderConfig(ModelConfig):
         logit_scale: factor of the logits, before their cap.
         embedding_scale: factor of the embedded tokens; it is rounded to the model's dtype first.
         residual_scale: factor of what attention and MLP add to the residual stream.
-        activation: the activation of the MLP's gate.
-        unit_offset: checkpoints store norm weights minus one.
+        activation: the activation of the MLP, of its gate if it has one.
+        gated: the MLP has a gate (`GatedMLP`); else it is `MLP`.
+        norm: "rms", `RMSNorm`, or "layer", `LayerNorm`. norm_bias: the latter has a bias.
+        unit_offset: checkpoints store norm weights minus one; with "rms".
         norms: which norms a layer has.
         parallel: attention and MLP read the same norm, `before_attention`, and are added together.
     """
@@ -94,6 +99,9 @@ class DecoderConfig(ModelConfig):
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     activation: Activation = "silu"
+    gated: bool = True
+    norm: NormKind = "rms"
+    norm_bias: bool = False
     unit_offset: bool = False
     norms: NormNames = PRE_NORMS
     parallel: bool = False
@@ -137,6 +145,9 @@ class DecoderTraits(TypedDict, total=False):
     embedding_scale: float
     residual_scale: float
     activation: Activation
+    gated: bool
+    norm: NormKind
+    norm_bias: bool
     unit_offset: bool
     norms: NormNames
     parallel: bool
@@ -178,9 +189,7 @@ def read_decoder(fields: Fields, into: type[Any] = DecoderConfig, **traits: Any)
 
     hidden, heads = read("hidden_size", fields.int, "hidden_size"), read("num_heads", fields.int, "num_attention_heads")
     if "head_size" not in found and not fields.has("head_dim") and hidden % heads:
-        raise ModelError(
-            f"config.json: {fields.prefix}hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
-        )
+        raise fields.wrong("hidden_size", hidden, f"a multiple of {fields.own_name('num_attention_heads')} {heads}")
     read("vocab_size", fields.int, "vocab_size")
     layers = read("num_layers", fields.int, "num_hidden_layers")
     read("intermediate_size", fields.int, "intermediate_size")

@@ -33,17 +33,39 @@ class Fields:
         data: the object. prefix: path of the object in config.json, for messages.
         defaults: values of fields that the file does not have. For a null in the file they are not used: then the
             default of the method is used, or an error is raised if it has none.
+        names: usual name -> the family's own, e.g. {"hidden_size": "n_embd"}: methods take both, the file may have
+            either, `defaults` and messages have the family's.
     """
 
-    def __init__(self, data: Any, prefix: str = "", defaults: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        data: Any,
+        prefix: str = "",
+        defaults: Mapping[str, Any] | None = None,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
         if not isinstance(data, Mapping):
             raise ModelError(f"config.json: {prefix.rstrip('.') or 'the file'} must be an object, not {shown(data)}")
         self.data: Mapping[str, Any] = data
         self.prefix = prefix
         self.defaults = defaults or {}
+        self.names = names or {}
+
+    def own_name(self, name: str) -> str:
+        """The name that the field has in the file. Raises `ModelError` for two names with different values."""
+        own = self.names.get(name, name)
+        if own == name or name not in self.data:
+            return own
+        if own in self.data and self.data[own] != self.data[name]:
+            raise ModelError(
+                f"config.json: {self.prefix}{own} {shown(self.data[own])} contradicts {self.prefix}{name} "
+                f"{shown(self.data[name])}: leave out one of them"
+            )
+        return own if own in self.data else name
 
     def get(self, name: str) -> Any:
         """The value in the file, else the default; None if there is neither."""
+        name = self.own_name(name)
         return self.data[name] if name in self.data else self.defaults.get(name)
 
     def has(self, name: str) -> bool:
@@ -97,7 +119,7 @@ class Fields:
         value = self.get(name)
         if value is not None and not among(value, harmless):
             raise ModelError(
-                f"config.json: {self.prefix}{name} = {shown(value)} is not supported by this model; "
+                f"config.json: {self.prefix}{self.own_name(name)} = {shown(value)} is not supported by this model; "
                 f"supported: {', '.join(['null', *map(shown, harmless)])}"
             )
 
@@ -112,13 +134,14 @@ class Fields:
             return value
         if default is not _REQUIRED:
             return default
+        name = self.own_name(name)
         if name in self.data:
             raise ModelError(f"config.json: {self.prefix}{name} must not be null")
         raise ModelError(f"config.json lacks {self.prefix}{name}")
 
     def wrong(self, name: str, value: Any, wanted: str) -> ModelError:
         """The error for a field with a wrong value."""
-        return ModelError(f"config.json: {self.prefix}{name} must be {wanted}, not {shown(value)}")
+        return ModelError(f"config.json: {self.prefix}{self.own_name(name)} must be {wanted}, not {shown(value)}")
 
 
 _LARGEST_FLOAT = 3e38

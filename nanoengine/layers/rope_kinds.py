@@ -75,7 +75,7 @@ class RopeConfig:
         """
         width = int(head_size * self.partial)
         if width % 2 or width < 2:
-            part = "" if width == head_size else f", of which {width} are rotated"
+            part = "" if width == head_size else f", of which {width} are rotated (head_dim, partial_rotary_factor)"
             raise ModelError(f"rotary embedding needs an even head size, not {head_size}{part}")
         try:
             frequencies, magnitude = KINDS[self.kind].frequencies(self, width, max_model_len)

@@ -107,6 +107,9 @@ FAMILIES = {
     "phi3, partly rotated": set[str](),
     "cohere": {"norm_linear", "linear_add"},  # no RMS norm, and two results in one sum
     "cohere, norms of heads": {"norm_linear", "linear_add"},
+    "starcoder2": {"norm_linear"},
+    "gpt2": {"norm_linear"},  # nothing is rotated
+    "glm4": {"linear_add"},
     "llama, yarn with its numbers": set[str](),
 }
 

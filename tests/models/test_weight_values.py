@@ -167,7 +167,10 @@ def test_ties_are_settled_for_tensors_that_are_given_in_any_order(head: str, fir
 BUILT_IN = (tiny_llama, tiny_mistral, tiny_qwen2, tiny_qwen3, tiny_gemma2, tiny_gemma3)
 FAMILIES: dict[str, Callable[[Path], Path]] = {
     **{make.__name__: make for make in BUILT_IN},
-    **{name: partial(families.write, family=name) for name in ("olmo2", "granite", "phi3", "cohere")},
+    **{
+        name: partial(families.write, family=name)
+        for name in ("olmo2", "granite", "phi3", "cohere", "starcoder2", "glm", "glm4")
+    },
 }
 PREFIXES = {
     "the model without its head": lambda name: name.removeprefix("model."),
@@ -193,6 +196,27 @@ def test_each_family_loads_under_the_prefixes_in_use(family: str, rename: Callab
     got, _ = load(path)
     for (name, a), b in zip(got.model.named_parameters(), want.model.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+GPT2_PREFIXES = {
+    "the hub's files": lambda name: name.removeprefix("transformer."),
+    "as transformers writes it": lambda name: name,
+}
+
+
+@pytest.mark.parametrize("head", ["gpt2", "gpt2, a head, narrow, unscaled"])
+@pytest.mark.parametrize("rename", GPT2_PREFIXES.values(), ids=GPT2_PREFIXES.keys())
+def test_gpt2_loads_with_and_without_its_prefix(head: str, rename: Callable[[str], str], tmp_path: Path) -> None:
+    """The hub's files also hold the causal mask of each layer."""
+    path = families.write(tmp_path, head)
+    want = reference(path)
+    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 8, 8).tril() for i in range(3)}
+    masks |= {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(3)}
+    held = renamed(path, rename, **{rename(name): mask for name, mask in masks.items()})
+    assert ("wte.weight" in held) == (rename("transformer.wte.weight") == "wte.weight")
+    _, report = load(path)
+    assert set(report.skipped) == {rename(name) for name in masks}
+    assert (log_probs(path) - want).abs().max() < 5e-4
 
 
 def with_images(path: Path) -> Path:

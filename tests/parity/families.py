@@ -60,6 +60,28 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], float]] = {
         {"logit_scale": 0.2, "use_qk_norm": True, "attention_bias": True},
         0.2,
     ),
+    "starcoder2": ("starcoder2", {"norm_epsilon": 1e-3}, 0.3),
+    "starcoder2, a window, no biases, a head": (
+        "starcoder2",
+        {"use_bias": False, "sliding_window": 9, "tie_word_embeddings": False, "num_key_value_heads": 1},
+        0.2,
+    ),
+    "glm": ("glm", {"head_dim": 16}, 0.2),
+    "glm4": ("glm4", {"head_dim": 16, "attention_bias": False}, 0.2),
+    "glm4, biases, a quarter rotated": (
+        "glm4",
+        {
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 90.0, "partial_rotary_factor": 0.25},
+        },
+        0.2,
+    ),
+    "gpt2": ("gpt2", {}, 0.15),
+    "gpt2, a head, narrow, unscaled": (
+        "gpt2",
+        {"n_inner": 40, "scale_attn_weights": False, "tie_word_embeddings": False, "activation_function": "gelu_new"},
+        0.1,
+    ),
     "qwen3, yarn": ("qwen3", {"head_dim": 12, "rope_parameters": {**YARN, "rope_theta": 300.0}}, 0.2),
     "llama, yarn with its numbers": (
         "llama",
@@ -79,6 +101,11 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], float]] = {
 }
 
 
+def is_norm(name: str) -> bool:
+    """Whether a parameter is the weight of a norm."""
+    return name.endswith("weight") and ("norm" in name or ".ln_" in name)
+
+
 def write(folder: Path, family: str, **fields: Any) -> Path:
     """The checkpoint of one of `FAMILIES`, with further fields."""
     kind, given, std = FAMILIES[family]
@@ -88,10 +115,12 @@ def write(folder: Path, family: str, **fields: Any) -> Path:
 def write_model(folder: Path, model_type: str, *, std: float = 0.2, **fields: Any) -> Path:
     """A random model of transformers: config.json and safetensors. Weights of norms are near one."""
     torch.manual_seed(len(model_type))
-    config = AutoConfig.for_model(model_type, **{**SIZES, **fields})
+    known = AutoConfig.for_model(model_type)
+    sizes = {name: value for name, value in SIZES.items() if hasattr(known, name)}
+    config = AutoConfig.for_model(model_type, **{**sizes, **fields})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
-        nn.init.normal_(parameter, mean=float("norm" in name), std=0.3 if "norm" in name else std)
+        nn.init.normal_(parameter, mean=float(is_norm(name)), std=0.3 if is_norm(name) else std)
     model.save_pretrained(folder)
     hf = json.loads((folder / "config.json").read_text())
     assert hf["architectures"] == [type(model).__name__]

@@ -61,7 +61,7 @@ def test_chunked_mixed_and_cached(pair: Callable[[str], Pair], family: str) -> N
         assert_outputs_vary(outputs)
     for prompt, got in zip(ASKED, hidden, strict=False):
         with torch.inference_mode():
-            want = model.model(torch.tensor([prompt])).last_hidden_state[0]
+            want = model.base_model(torch.tensor([prompt])).last_hidden_state[0]
         assert (got - want).square().mean().sqrt() < 1e-5 * want.square().mean().sqrt()
 
 
@@ -173,6 +173,28 @@ def _one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder.DecoderLayer, "forward", forward)
 
 
+def _no_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norm's bias is loaded, but not added."""
+    from nanoengine.layers.norm import LayerNorm
+
+    original = LayerNorm.add
+
+    def add(self: Any, x: torch.Tensor, residual: torch.Tensor | None) -> Any:
+        out, total = original(self, x, residual)
+        return out - self.bias, total
+
+    monkeypatch.setattr(LayerNorm, "add", add)
+
+
+def _positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learned positions are counted from one."""
+    from nanoengine.plugins.models.gpt2 import GPT2
+
+    original = GPT2.embed
+    monkeypatch.setattr(GPT2, "embed", lambda self, ids, positions: original(self, ids, positions + 1))
+
+
+GLM, UNSCALED = "glm4, biases, a quarter rotated", "gpt2, a head, narrow, unscaled"
 YARN_QWEN, YARN_LLAMA = "qwen3, yarn", "llama, yarn with its numbers"
 MUTANTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int]] = {
     "each rank has a mean square of its own": ("olmo2", _own_mean_square, 2),
@@ -186,6 +208,23 @@ MUTANTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int]] = {
     "halves rotated": ("cohere", _config(rope={"interleaved": False}), 1),
     "no mean in the norm": ("cohere", _no_mean, 1),
     "attention before MLP": ("cohere", _one_after_the_other, 1),
+    "no bias in the norm": ("starcoder2", _no_bias, 1),
+    "window one short": ("starcoder2, a window, no biases, a head", _config(windows=(8, 8, 8)), 1),
+    "positions one off": ("gpt2", _positions, 1),
+    "scores scaled": (UNSCALED, _config(score_scale=None), 1),
+    "halves of a part rotated": (GLM, _config(rope={"interleaved": False}), 1),
+    "half instead of a quarter rotated": (GLM, _config(rope={"partial": 0.5}), 1),
+    "no norm after attention": (
+        "glm4",
+        _config(
+            norms=NormNames(
+                before_attention="input_layernorm",
+                before_mlp="post_attention_layernorm",
+                after_mlp="post_mlp_layernorm",
+            )
+        ),
+        1,
+    ),
     "yarn without its magnitude": (YARN_QWEN, _config(rope={"attention_factor": 1.0}), 1),
     "yarn not scaled": (YARN_QWEN, _config(rope={"kind": "default"}), 1),
     "yarn's borders rounded": (YARN_LLAMA, _config(rope={"truncate": True}), 1),

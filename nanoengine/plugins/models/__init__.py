@@ -10,6 +10,9 @@ _MODELS = (
     ("gemma2", "Gemma2ForCausalLM", "gemma2:Gemma2"),
     ("gemma3", "Gemma3ForCausalLM", "gemma3:Gemma3"),
     ("gemma3-with-images", "Gemma3ForConditionalGeneration", "gemma3:Gemma3WithImages"),
+    ("glm", "GlmForCausalLM", "glm4:Glm"),
+    ("glm4", "Glm4ForCausalLM", "glm4:Glm4"),
+    ("gpt2", "GPT2LMHeadModel", "gpt2:GPT2"),
     ("granite", "GraniteForCausalLM", "granite:Granite"),
     ("llama", "LlamaForCausalLM", "llama:Llama"),
     ("mistral", "MistralForCausalLM", "mistral:Mistral"),
@@ -17,6 +20,7 @@ _MODELS = (
     ("phi3", "Phi3ForCausalLM", "phi3:Phi3"),
     ("qwen2", "Qwen2ForCausalLM", "qwen2:Qwen2"),
     ("qwen3", "Qwen3ForCausalLM", "qwen3:Qwen3"),
+    ("starcoder2", "Starcoder2ForCausalLM", "starcoder2:Starcoder2"),
 )
 
 

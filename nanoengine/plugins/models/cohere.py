@@ -32,25 +32,23 @@ _THETA = 500000.0
 class Cohere(DecoderLM):
     @classmethod
     def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
-        fields = Fields(hf, defaults=DEFAULTS)
+        fields = Fields(hf, defaults=DEFAULTS, names={"rms_norm_eps": "layer_norm_eps"})
         fields.refuse("model_type", "cohere")
         bias = fields.bool("attention_bias")
         return read_decoder(
             fields,
-            eps=fields.float("layer_norm_eps"),
             rope=read_rope(fields, _THETA, interleaved=True),
             attention_bias=bias,
             output_bias=bias,
             qk_norm=fields.bool("use_qk_norm"),
+            norm="layer",
             norms=NormNames(before_attention="input_layernorm"),
             parallel=True,
             logit_scale=fields.float("logit_scale"),
         )
 
-    def make_norm(self, size: int | tuple[int, int], config: DecoderConfig, ctx: BuildContext) -> Norm:
-        return LayerNorm(size, config.eps, place=ctx)
-
     def make_qk_norms(self, config: DecoderConfig, ctx: BuildContext) -> tuple[Norm, Norm] | None:
         """Each head has weights of its own."""
-        q, k = (self.make_norm((n, config.head_size), config, ctx) for n in (config.num_heads, config.num_kv_heads))
+        heads = config.num_heads, config.num_kv_heads
+        q, k = (LayerNorm((n, config.head_size), config.eps, place=ctx) for n in heads)
         return (q, k) if config.qk_norm else None

@@ -9,14 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from nanoengine.api.specs import Origin
+from nanoengine.api.specs import ModelSpec, Origin
 from nanoengine.cli.common import DebugOption, PluginOption, answer, user_errors
 from nanoengine.setup.plugins.discover import discover
 from nanoengine.setup.plugins.registry import Registry
 
 app = typer.Typer(help="Look at plugins, or start a new one.", invoke_without_command=True, rich_markup_mode=None)
 
-_COLUMNS = ("kind", "name", "distribution", "version", "origin", "api", "target")
+_COLUMNS = ("kind", "name", "distribution", "version", "origin", "api", "target", "architectures")
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -64,9 +64,9 @@ def as_dict(registry: Registry) -> dict[str, list[dict[str, Any]]]:
 def _parts(registry: Registry) -> Iterator[dict[str, Any]]:
     for kind in ("models", "samplers", "attention_backends", "model_sources", "commands"):
         for name, found in getattr(registry, kind).items():
-            yield _row(kind.removesuffix("s"), name, found.origin, found.spec.api, found.spec.target)
+            yield _row(kind.removesuffix("s"), name, found.origin, found.spec.api, found.spec.target) | _served(found.spec)
     for root, origin in registry.config_roots:
-        yield _row("configs", root, origin, None, root)
+        yield _row("configs", root, origin, None, root) | _served(None)
 
 
 def _row(kind: str, name: str, origin: Origin, api: int | None, target: str) -> dict[str, Any]:
@@ -79,7 +79,12 @@ def _row(kind: str, name: str, origin: Origin, api: int | None, target: str) -> 
         api,
         target,
     )
-    return dict(zip(_COLUMNS, values, strict=True))
+    return dict(zip(_COLUMNS, values, strict=False))
+
+
+def _served(spec: object) -> dict[str, Any]:
+    """The architectures of a model; None for other kinds."""
+    return {"architectures": list(spec.architectures) if isinstance(spec, ModelSpec) else None}
 
 
 def as_text(registry: Registry) -> str:
@@ -97,6 +102,8 @@ def as_text(registry: Registry) -> str:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value)
     return "-" if value is None else str(value)
 
 

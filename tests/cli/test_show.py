@@ -112,12 +112,26 @@ def test_list_as_json(nanoengine: Run, tmp_path: Path) -> None:
     assert found["conflicts"] == []
 
 
+def test_list_shows_the_architectures_of_models(nanoengine: Run, tmp_path: Path) -> None:
+    two = 'ModelSpec(name="pair", architectures=("OneForCausalLM", "TwoForCausalLM"), target="pair:Pair", api=1)'
+    hook = f"@hookimpl\ndef register_models():\n    return [{two}]\n"
+    (tmp_path / "pair.py").write_text(f"from nanoengine.api import ModelSpec, hookimpl\n\n{hook}")
+    lines = nanoengine("plugins", "list", "--plugin", "pair.py").stdout.splitlines()
+    assert ["pair:Pair", "OneForCausalLM,", "TwoForCausalLM"] in [line.split()[-3:] for line in lines]
+    rows = json.loads(nanoengine("plugins", "list", "--json", "--plugin", "pair.py").stdout)["plugins"]
+    shown = {(row["kind"], row["name"]): row["architectures"] for row in rows}
+    assert shown["model", "pair"] == ["OneForCausalLM", "TwoForCausalLM"]
+    assert shown["model", "gpt2"] == ["GPT2LMHeadModel"]
+    assert shown["sampler", "top_k"] is None
+    assert all((architectures is None) == (kind != "model") for (kind, _), architectures in shown.items())
+
+
 @pytest.mark.parametrize("arguments", [["plugins"], ["plugins", "list"]])
 def test_list_as_a_table(nanoengine: Run, arguments: list[str]) -> None:
     result = nanoengine(*arguments)
     assert result.exit_code == 0
     head, *lines = result.stdout.splitlines()
-    assert head.split() == ["kind", "name", "distribution", "version", "origin", "api", "target"]
+    assert head.split() == ["kind", "name", "distribution", "version", "origin", "api", "target", "architectures"]
     assert [line.split()[:4] for line in lines if " top_k " in line] == [["sampler", "top_k", "nanoengine", "0.1.0"]]
 
 

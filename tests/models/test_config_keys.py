@@ -367,3 +367,31 @@ def test_a_plugin_that_knows_nothing_of_it_is_served() -> None:
 def test_the_tables_do_not_overlap() -> None:
     assert not HARMLESS.keys() & REFUSED.keys()
     assert all(values is ANY or isinstance(values, tuple) for values in HARMLESS.values())
+
+
+YARN = {"factor": 4.0, OUTER: 32768}
+YARN_FORMS: dict[str, tuple[dict[str, Any], int]] = {
+    "as the cards of Qwen3 say": ({"rope_scaling": {"rope_type": "yarn", **YARN}}, 131072),
+    "as those of Qwen2.5 say": ({"rope_scaling": {"type": "yarn", **YARN}}, 131072),
+    "both names of the type": ({"rope_scaling": {"type": "yarn", "rope_type": "yarn", **YARN}}, 131072),
+    "transformers 5": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, **YARN}}, 131072),
+    "the original length beside it": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, OUTER: 32768}, 131072),
+    "its length in the file": (
+        {"rope_scaling": {"rope_type": "yarn", **YARN, "attention_factor": None}, "max_position_embeddings": 131072},
+        131072,
+    ),
+    "half as far": ({"rope_scaling": {"rope_type": "yarn", **YARN, "factor": 2.0}}, 65536),
+}
+
+
+@pytest.mark.parametrize("form", YARN_FORMS)
+def test_qwen3_with_yarn_in_the_forms_in_use(form: str) -> None:
+    """Qwen3-8B's own fields; the engine's longest request is what the rotation was scaled to."""
+    fields, longest = YARN_FORMS[form]
+    size = {"head_dim": 128, "max_position_embeddings": 40960}
+    base = {} if "rope_parameters" in fields else {"rope_theta": 1000000, "rope_scaling": None}
+    hf = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **size, **base, **fields}
+    assert read(hf)[0].max_model_len == longest
+    assert_rotations_are_transformers(hf)
+    rope = read(hf)[0].rope  # type: ignore[attr-defined]
+    assert (rope.kind, rope.original_max_position, rope.theta) == ("yarn", 32768, 1e6)

@@ -54,6 +54,19 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], float]] = {
         {"partial_rotary_factor": 0.5, "tie_word_embeddings": True, "num_attention_heads": 3, "num_key_value_heads": 1},
         0.15,
     ),
+    "phi3, as Phi-4-mini": (
+        "phi3",
+        {
+            "hidden_size": 64,
+            "rope_parameters": {**LONG, "original_max_position_embeddings": 128, "partial_rotary_factor": 0.75},
+            "max_position_embeddings": 512,
+            "sliding_window": 262144,
+            "tie_word_embeddings": True,
+            **{name: False for name in ("attention_bias", "lm_head_bias", "mlp_bias")},
+            **{name: 1 for name in ("full_attn_mod", "interpolate_factor")},
+        },
+        0.15,
+    ),
     "cohere": ("cohere", {"logit_scale": 0.4, "tie_word_embeddings": False}, 0.2),
     "cohere, norms of heads": (
         "cohere",

@@ -32,6 +32,8 @@ class Phi3(DecoderLM):
         fields.refuse("model_type", "phi3")
         for name in ("attention_bias", "mlp_bias", "lm_head_bias"):  # in files, but not in transformers' class
             fields.refuse(name, False)
+        for name in ("full_attn_mod", "interpolate_factor"):  # of Phi-4-mini's files
+            fields.refuse(name, 1)
         window = fields.int("sliding_window") if fields.has("sliding_window") else None
         return read_decoder(
             fields,

@@ -54,6 +54,8 @@ def test_from_an_empty_folder_to_a_run(tmp_path: Path) -> None:
     assert "nanoengine-skip-top" in outputs["nanoengine config list sampler"]
     assert "The second-best token, always" in outputs["nanoengine config list sampler"]
     assert re.search(r"\b2 passed", outputs["pytest nanoengine-skip-top"])
+    assert re.search(r"\b6 passed", outputs["pytest test_stablelm.py"])
+    assert "StableLmForCausalLM" in outputs["nanoengine plugins list --plugin stablelm.py"]
     assert any(line.startswith("nanoengine plugins new model") for line in outputs)
     record = json.loads((folder / "results.jsonl.run.json").read_text())
     assert record["config"]["attention"]["backend"] == "rows"

@@ -64,12 +64,16 @@ def as_dict(registry: Registry) -> dict[str, list[dict[str, Any]]]:
 def _parts(registry: Registry) -> Iterator[dict[str, Any]]:
     for kind in ("models", "samplers", "attention_backends", "model_sources", "commands"):
         for name, found in getattr(registry, kind).items():
-            yield _row(kind.removesuffix("s"), name, found.origin, found.spec.api, found.spec.target) | _served(found.spec)
+            spec = found.spec
+            served = list(spec.architectures) if isinstance(spec, ModelSpec) else None
+            yield _row(kind.removesuffix("s"), name, found.origin, spec.api, spec.target, served)
     for root, origin in registry.config_roots:
-        yield _row("configs", root, origin, None, root) | _served(None)
+        yield _row("configs", root, origin, None, root, None)
 
 
-def _row(kind: str, name: str, origin: Origin, api: int | None, target: str) -> dict[str, Any]:
+def _row(
+    kind: str, name: str, origin: Origin, api: int | None, target: str, architectures: list[str] | None
+) -> dict[str, Any]:
     values = (
         kind,
         name,
@@ -78,13 +82,9 @@ def _row(kind: str, name: str, origin: Origin, api: int | None, target: str) -> 
         origin.file or origin.module or origin.plugin,
         api,
         target,
+        architectures,
     )
-    return dict(zip(_COLUMNS, values, strict=False))
-
-
-def _served(spec: object) -> dict[str, Any]:
-    """The architectures of a model; None for other kinds."""
-    return {"architectures": list(spec.architectures) if isinstance(spec, ModelSpec) else None}
+    return dict(zip(_COLUMNS, values, strict=True))
 
 
 def as_text(registry: Registry) -> str:

@@ -4,6 +4,7 @@ that to a running engine (executor, tokenizer, parameters, scheduler, outputs)."
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanoengine.api.attention import AttentionBackend, AttentionFeature, AttentionNeed
+from nanoengine.api.attention import AttentionBackend, AttentionNeed
 from nanoengine.api.errors import (
     ConfigError,
     ModelError,
@@ -23,7 +24,6 @@ from nanoengine.api.errors import (
     ParamsError,
     RequestError,
     TokenizerMissing,
-    UnsupportedError,
     forget_locals,
 )
 from nanoengine.api.model import Model
@@ -46,7 +46,14 @@ from nanoengine.params.input_processor import InputProcessor
 from nanoengine.params.sampling_fields import legal_fields
 from nanoengine.params.sampling_params import ParamsResolver
 from nanoengine.setup.config.model_options import option_hint
-from nanoengine.setup.plugins.choose import Skipped, choose_attention, from_class, load_checked, unsupported_reasons
+from nanoengine.setup.plugins.choose import (
+    Skipped,
+    choose_attention,
+    from_class,
+    load_checked,
+    refused,
+    unsupported_reasons,
+)
 from nanoengine.setup.plugins.registry import Registered, Registry
 from nanoengine.setup.plugins.sources import resolve_model
 from nanoengine.setup.plugins.targets import TargetLoader
@@ -226,24 +233,23 @@ def _attention(
     target, local = from_class(chosen, AttentionBackend)
     reasons = unsupported_reasons(chosen, need)
     if reasons:
-        raise UnsupportedError(f"attention backend {target} does not support this model here", reasons)
+        raise refused(f"attention backend {target}", reasons, registry, need, loader)
     return chosen.__name__, target, local, []
 
 
 def attention_need(built: BuiltModel, options: EngineOptions) -> AttentionNeed:
     """What the model's attention layers need from a backend."""
-    features: set[AttentionFeature] = set()
-    specs = [layer.spec for layer in built.attention_layers]
-    if any(spec.window is not None for spec in specs):
-        features.add(AttentionFeature.SLIDING_WINDOW)
-    if any(spec.soft_cap is not None for spec in specs):
-        features.add(AttentionFeature.SOFT_CAP)
+    wanted = defaultdict[str, list[str]](list)
+    for layer in built.attention_layers:
+        for feature in sorted(layer.spec.features):
+            wanted[feature].append(layer.name)
     return AttentionNeed(
         device=torch.device(options.device).type,
         dtype=options.dtype,
-        head_sizes=frozenset(spec.head_size for spec in specs),
+        head_sizes=frozenset(layer.kv_spec.head_size for layer in built.attention_layers),
         block_size=options.block_size,
-        features=frozenset(features),
+        features=frozenset(wanted),
+        wanted_by={feature: tuple(names) for feature, names in wanted.items()},
     )
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from nanoengine.api.errors import nearest, shown
 
 if TYPE_CHECKING:
     import torch
@@ -25,27 +28,48 @@ class GraphSupport(IntEnum):
 
 
 class AttentionFeature(StrEnum):
-    """What a layer may need in addition to plain causal attention."""
+    """What a layer may need in addition to plain causal attention. The set is open: a feature is a text, and a plugin
+    has its own ones, named `"package.feature"`.
+    """
 
     SLIDING_WINDOW = "sliding window"
     SOFT_CAP = "logit soft cap"
+    SINKS = "attention sinks"
+    NON_CAUSAL = "non-causal attention"
+    SHARED_KV = "shared KV"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVSpec:
-    """What the layers of one KV group have in common. `num_kv_heads` is per rank; `dtype` is a torch dtype's name."""
+    """What the layers of one KV group have in common. `num_kv_heads` is per rank; `dtype` is a torch dtype's name.
+
+    `head_size`: of K and V; a narrower one of the two is padded with zeros. `window`, `causal`: as in
+    `AttentionLayerSpec`.
+    """
 
     num_kv_heads: int
     head_size: int
     dtype: str
     window: int | None = None
+    causal: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionLayerSpec:
-    """One causal attention layer. Heads are per rank; scores are `q @ k * scale`, capped if `soft_cap` is set.
+    """One attention layer. Heads are per rank; scores are `q @ k * scale`, capped if `soft_cap` is set.
 
-    `window`: a query at position p attends to positions > p - window. None: to all.
+    Attributes:
+        num_heads, num_kv_heads: of queries, of keys and values. head_size: width of a query and of a key.
+        window: a query at position p attends to positions > p - window; if not causal, also only to positions
+            < p + window. None: to all.
+        sinks: float [num_heads], a score of each head that takes part in the softmax and has no value; neither scaled
+            nor capped. It is usually a parameter of the model.
+        causal: False: a query attends to all tokens of its request that this step or an earlier one computes. Then each
+            prompt is computed in one step, without the prefix cache, and a request generates one token.
+        value_size: width of a value; None: head_size. A backend always gets equal widths: the layer pads the narrower
+            ones with zeros.
+        shares: name of an earlier layer whose K and V the layer reads. It stores none: the model calls `attend`.
+        extras: features of plugins that the layer needs, `"package.feature"`, and what the backend must know of each.
     """
 
     num_heads: int
@@ -54,6 +78,23 @@ class AttentionLayerSpec:
     scale: float
     window: int | None = None
     soft_cap: float | None = None
+    sinks: Tensor | None = field(default=None, compare=False)
+    causal: bool = True
+    value_size: int | None = None
+    shares: str | None = None
+    extras: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What the layer needs of a backend in addition to plain causal attention."""
+        asked = {
+            AttentionFeature.SLIDING_WINDOW: self.window is not None,
+            AttentionFeature.SOFT_CAP: self.soft_cap is not None,
+            AttentionFeature.SINKS: self.sinks is not None,
+            AttentionFeature.NON_CAUSAL: not self.causal,
+            AttentionFeature.SHARED_KV: self.shares is not None,
+        }
+        return frozenset(feature for feature, needed in asked.items() if needed) | self.extras.keys()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +107,8 @@ class AttentionCapabilities:
         head_sizes: supported ones.
         block_multiple: KV block sizes must be multiples of it.
         graphs: which batches may be captured in a CUDA graph.
-        features: what it supports in addition to plain causal attention.
+        features: what it supports in addition to plain causal attention: `AttentionFeature`s, and `"package.feature"`
+            of plugins.
     """
 
     devices: frozenset[str]
@@ -74,18 +116,22 @@ class AttentionCapabilities:
     head_sizes: frozenset[int] | None = None
     block_multiple: int = 1
     graphs: GraphSupport = GraphSupport.NEVER
-    features: frozenset[AttentionFeature] = frozenset()
+    features: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionNeed:
-    """What the engine needs from a backend. `block_size` is None if the engine may choose it."""
+    """What the engine needs from a backend. `block_size` is None if the engine may choose it.
+
+    `wanted_by`: the names of the layers that need each of the `features`, for messages.
+    """
 
     device: str
     dtype: str
     head_sizes: frozenset[int]
     block_size: int | None = None
-    features: frozenset[AttentionFeature] = frozenset()
+    features: frozenset[str] = frozenset()
+    wanted_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,8 +272,12 @@ class AttentionBackend(ABC):
         return None
 
     def attend(self, layer: int, spec: AttentionLayerSpec, q: Tensor) -> Tensor:
-        """Like `forward`, without storing K and V. Called only if `kv_cache` returns a view."""
-        raise NotImplementedError(f"{type(self).__name__} has kv_cache() but no attend()")
+        """Like `forward`, without storing K and V: the layer at `layer` has stored those of this step.
+
+        Called only if `kv_cache` returns a view, or `AttentionFeature.SHARED_KV` is declared; then also for layers that
+        share the K and V of `layer`, with their own `spec`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has kv_cache() or declares SHARED_KV, but has no attend()")
 
     def attend_qkv(
         self, layer: int, spec: AttentionLayerSpec, qkv: Tensor, rotation: Rotation, norms: HeadNorms | None
@@ -264,5 +314,26 @@ def default_reasons(cap: AttentionCapabilities, need: AttentionNeed) -> list[str
         reasons.append(f"head sizes {odd} are not among {sorted(cap.head_sizes)}")
     if need.block_size is not None and need.block_size % cap.block_multiple:
         reasons.append(f"block_size {need.block_size} is not a multiple of {cap.block_multiple}")
-    reasons += [f"does not support {feature.value}" for feature in sorted(need.features - cap.features)]
+    reasons += [f"does not support {_wanted(feature, need)}" for feature in sorted(need.features - cap.features)]
     return reasons
+
+
+def _wanted(feature: str, need: AttentionNeed) -> str:
+    """The feature, and the layers that need it: "attention sinks (for layers.0.attn and 23 more)"."""
+    first, *more = need.wanted_by.get(feature, ("",))
+    layers = f"{first} and {len(more)} more" if more else first
+    return f"{feature} (for {layers})" if layers else str(feature)
+
+
+def wrong_feature(name: object, *, built_in: bool = True) -> str:
+    """What is wrong with the name of an attention feature; "" if nothing is. `built_in`: nanoengine's own may be named.
+
+    Those of plugins are `"package.feature"`, so that two plugins never mean different things by one name.
+    """
+    known = [str(each) for each in AttentionFeature]
+    if isinstance(name, str) and (all(part.strip() for part in name.split(".")) and "." in name):
+        return ""
+    if isinstance(name, str) and name in known:
+        return "" if built_in else f"{name!r} is asked for by a field of AttentionLayerSpec, not by extras"
+    hint = f"{nearest(name, known)}; " if isinstance(name, str) and built_in else ""
+    return f"{shown(name)} is no attention feature: {hint}one of a plugin is named 'package.feature'"

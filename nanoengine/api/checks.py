@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanoengine.api.attention import AttentionBackend, AttentionLayerSpec
+from nanoengine.api.attention import AttentionBackend, AttentionLayerSpec, wrong_feature
 from nanoengine.api.errors import ModelError, shown
 from nanoengine.api.model import ForwardBatch, Model, ModelConfig
 from nanoengine.api.parallel import TensorParallelGroup, padded_length
@@ -77,8 +77,19 @@ def check_attention(name: str, spec: object) -> None:
             raise ModelError(f"{name}: {field} must be an integer of at least 1, not {shown(getattr(spec, field))}")
     if spec.num_heads % spec.num_kv_heads:
         raise ModelError(f"{name}: {spec.num_heads} heads cannot be divided equally over {spec.num_kv_heads} KV heads")
-    if spec.window is not None and not _is_count(spec.window):
-        raise ModelError(f"{name}: window must be None or an integer of at least 1, not {shown(spec.window)}")
+    for field in ("window", "value_size"):
+        value = getattr(spec, field)
+        if value is not None and not _is_count(value):
+            raise ModelError(f"{name}: {field} must be None or an integer of at least 1, not {shown(value)}")
+    check_sinks(name, spec)
+    if not isinstance(spec.causal, bool):
+        raise ModelError(f"{name}: causal must be True or False, not {shown(spec.causal)}")
+    if not isinstance(spec.extras, Mapping):
+        raise ModelError(f"{name}: extras must be a mapping of features, not {shown(spec.extras)}")
+    for feature in spec.extras:
+        wrong = wrong_feature(feature, built_in=False)
+        if wrong:
+            raise ModelError(f"{name}: extras: {wrong}")
     if not _is_number(spec.scale) or (
         spec.soft_cap is not None and not (_is_number(spec.soft_cap) and spec.soft_cap > 0)
     ):
@@ -86,6 +97,18 @@ def check_attention(name: str, spec: object) -> None:
             f"{name}: scale must be a finite number and soft_cap None or one above 0, not {shown(spec.scale)} and "
             f"{shown(spec.soft_cap)}"
         )
+
+
+def check_sinks(name: str, spec: AttentionLayerSpec) -> None:
+    """Check that the sinks are None or one floating-point number for each head. Raises `ModelError`."""
+    sinks: object = spec.sinks
+    if sinks is None:
+        return
+    if not isinstance(sinks, Tensor) or sinks.shape != (spec.num_heads,) or not sinks.is_floating_point():
+        got = f"{sinks.dtype} {tuple(sinks.shape)}" if isinstance(sinks, Tensor) else shown(sinks)
+        raise ModelError(f"{name}: sinks must be a float Tensor of [num_heads] = ({spec.num_heads},), not {got}")
+    if not sinks.is_contiguous():
+        raise ModelError(f"{name}: sinks must be contiguous")
 
 
 class CheckedModel:

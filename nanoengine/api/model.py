@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from nanoengine.api.attention import (
     KVSpec,
     Rotation,
 )
-from nanoengine.api.errors import PluginError
+from nanoengine.api.errors import ModelError, PluginError
 from nanoengine.api.layers import Layer, Linear
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.plugin_calls import name_of, place_and_fix
@@ -42,53 +42,96 @@ class ModelConfig:
     default_max_model_len: int | None = None
 
 
-class Attention(nn.Module):
-    """One attention layer of a model. The core binds it to its group's backend before the first step."""
+class _Place:
+    """Where the K and V of a layer are: its group's backend, and its index in the group. Layers that share K and V have
+    one place.
+    """
 
-    def __init__(self, spec: AttentionLayerSpec, dtype: torch.dtype, name: str = "") -> None:
+    def __init__(self) -> None:
+        self.backend: AttentionBackend | None = None
+        self.layer = -1
+
+
+class Attention(nn.Module):
+    """One attention layer of a model. The core binds it to its group's backend before the first step.
+
+    `stored`: the layer whose K and V it reads, if `spec.shares` names one.
+    """
+
+    def __init__(
+        self, spec: AttentionLayerSpec, dtype: torch.dtype, name: str = "", stored: Attention | None = None
+    ) -> None:
         super().__init__()
         self.spec, self.name = spec, name
+        self.value_size = spec.value_size or spec.head_size
+        self._uneven = self.value_size != spec.head_size
+        self._padded = replace(spec, head_size=max(spec.head_size, self.value_size), value_size=None)
         self.kv_spec = KVSpec(
             num_kv_heads=spec.num_kv_heads,
-            head_size=spec.head_size,
+            head_size=self._padded.head_size,
             dtype=str(dtype).removeprefix("torch."),
             window=spec.window,
+            causal=spec.causal,
         )
-        self._backend: AttentionBackend | None = None
-        self._layer = -1
+        self._place: _Place = _Place() if stored is None else stored._place
 
     def bind(self, backend: AttentionBackend, layer: int) -> None:
         """Set the backend of the layer's KV group, and the layer's index in the group."""
-        self._backend, self._layer = backend, layer
+        self._place.backend, self._place.layer = backend, layer
 
     def unbind(self) -> None:
         """Drop the backend and its memory on the device."""
-        self._backend = None
+        self._place.backend = None
 
     def attend_qkv(self, qkv: Tensor, rotation: Rotation, norms: HeadNorms | None = None) -> Tensor | None:
         """Norms, rotation, store and attention in one call: [T, (H + 2 Hkv) * D] -> [T, H, D]. None: the backend does
         not do this step so, and nothing was stored."""
-        assert self._backend is not None, "attention layer used before it was bound"
-        out = self._backend.attend_qkv(self._layer, self.spec, qkv, rotation, norms)
+        place = self._place
+        assert place.backend is not None, "attention layer used before it was bound"
+        if self._uneven or self.spec.shares is not None:
+            return None
+        out = place.backend.attend_qkv(place.layer, self.spec, qkv, rotation, norms)
         if out is None:
             return None
         heads = qkv.view(len(qkv), -1, self.spec.head_size)[:, : self.spec.num_heads]
         return self._checked("attend_qkv", heads, out)
 
     def kv_cache(self) -> KVCacheView | None:
-        """Where a kernel may store this step's K and V itself, before `attend`. None: use `forward`."""
-        assert self._backend is not None, "attention layer used before it was bound"
-        return self._backend.kv_cache(self._layer)
+        """Where a kernel may store this step's K and V itself, before `attend`. None: use `forward`.
+
+        Always None where the layer stores no K and V, or where their widths differ.
+        """
+        place = self._place
+        assert place.backend is not None, "attention layer used before it was bound"
+        return place.backend.kv_cache(place.layer) if self.spec.shares is None and not self._uneven else None
 
     def attend(self, q: Tensor) -> Tensor:
-        """Attention over K and V that are already stored: [T, H, D] -> [T, H, D]."""
-        assert self._backend is not None, "attention layer used before it was bound"
-        return self._checked("attend", q, self._backend.attend(self._layer, self.spec, q))
+        """Attention over K and V that are already stored: [T, H, D] -> [T, H, value_size]."""
+        place = self._place
+        assert place.backend is not None, "attention layer used before it was bound"
+        if self._uneven:
+            q = self._widened(q)
+        out = self._checked("attend", q, place.backend.attend(place.layer, self._padded, q))
+        return out[..., : self.value_size] if self._uneven else out
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store K and V, and compute the attention: q [T, H, D], k and v [T, Hkv, D] -> [T, H, D]."""
-        assert self._backend is not None, "attention layer used before it was bound"
-        return self._checked("forward", q, self._backend.forward(self._layer, self.spec, q, k, v))
+        """Store K and V, and compute the attention: q [T, H, D], k [T, Hkv, D], v [T, Hkv, value_size] ->
+        [T, H, value_size].
+
+        Raises `ModelError` if the layer shares the K and V of another.
+        """
+        place = self._place
+        assert place.backend is not None, "attention layer used before it was bound"
+        if self.spec.shares is not None:
+            raise ModelError(f"{self.name} reads the K and V of {self.spec.shares} and stores none: call attend(q)")
+        if self._uneven:
+            q, k, v = self._widened(q), self._widened(k), self._widened(v)
+        out = self._checked("forward", q, place.backend.forward(place.layer, self._padded, q, k, v))
+        return out[..., : self.value_size] if self._uneven else out
+
+    def _widened(self, x: Tensor) -> Tensor:
+        """x with zeros behind each head, as wide as the cache."""
+        return torch.nn.functional.pad(x, (0, self.kv_spec.head_size - x.shape[-1]))
 
     def _checked(self, method: str, q: Tensor, out: object) -> Tensor:
         """Returns `out`, which the backend returned, if it has q's shape, dtype and device. Raises `PluginError`."""
@@ -97,7 +140,7 @@ class Attention(nn.Module):
         got = f"a {type(out).__name__}"
         if isinstance(out, Tensor):
             got = f"{out.dtype} {tuple(out.shape)} on {out.device}"
-        cls, wanted = type(self._backend), f"{q.dtype} {tuple(q.shape)} on {q.device} like the queries"
+        cls, wanted = type(self._place.backend), f"{q.dtype} {tuple(q.shape)} on {q.device} like the queries"
         raise PluginError(
             f"{name_of(cls)}.{method} returned {got}, not {wanted}{place_and_fix(None, getattr(cls, method))}"
         )
@@ -161,7 +204,10 @@ class BuildContext(Protocol):
         ...
 
     def attention(self, name: str, spec: AttentionLayerSpec) -> Attention:
-        """An attention layer. The heads in `spec` are those of this rank."""
+        """An attention layer. The heads in `spec` are those of this rank.
+
+        Raises `ModelError` for a spec that cannot be, or that `shares` no earlier layer's K and V of the same kind.
+        """
         ...
 
 

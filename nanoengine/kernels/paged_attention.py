@@ -29,11 +29,12 @@ def attend_decode(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """One query a row: q [B, heads, head_size] at the end of seq_lens [B] tokens in block_tables [B, blocks]."""
     starts = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device)
     return attend_prefill(
-        q, k_cache, v_cache, block_tables, seq_lens, starts, scale=scale, window=window, soft_cap=soft_cap
+        q, k_cache, v_cache, block_tables, seq_lens, starts, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks
     )
 
 
@@ -73,8 +74,13 @@ def attend_prefill(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+    causal: bool = True,
 ) -> Tensor:
     """Row r's queries are q[query_start_loc[r] : query_start_loc[r + 1]], the last of its seq_lens[r] tokens.
+
+    `sinks`: float [heads], a score of each head that takes part in the softmax and has no value. `causal` False:
+    queries see all keys of their row; with a window, those that are less than `window` positions before or behind.
 
     Returns [T, heads, head_size] of q's dtype; tokens of no row are zeros.
     """
@@ -91,9 +97,12 @@ def attend_prefill(
             scores = soft_cap * torch.tanh(scores / soft_cap)
         key = torch.arange(length, device=q.device)
         position = torch.arange(length - (stop - first), length, device=q.device).unsqueeze(-1)
-        hidden = key > position
+        hidden = (key > position) & causal
         if window is not None:
-            hidden |= key <= position - window
-        weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
+            hidden |= (key <= position - window) | (key >= position + window)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat((scores, sinks.float().view(-1, 1, 1).expand(*scores.shape[:2], 1)), dim=-1)
+        weights = torch.softmax(scores, dim=-1)[..., :length]
         out[first:stop] = torch.einsum("hqk,khd->qhd", weights, values.repeat_interleave(group, 1)).to(q.dtype)
     return out

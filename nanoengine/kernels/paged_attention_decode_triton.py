@@ -150,12 +150,13 @@ def _tile(query, key, value, seen, top, total, acc, SCALE: tl.constexpr, SOFT_CA
 
 @triton.jit
 def _decode(
-    q, k_cache, v_cache, out, block_tables, seq_lens, part, lse, tickets, q_stride, table_stride,
+    q, k_cache, v_cache, out, block_tables, seq_lens, part, lse, tickets, q_stride, table_stride, sinks,
     slots, inv_freq, q_weight, k_weight, eps, FUSED: tl.constexpr, NORM: tl.constexpr, HELD: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     GROUP_P2: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
     MIN_TILES: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    SINKS: tl.constexpr,
 ):  # fmt: skip
     """FUSED: q is qkv; this kernel normalises and rotates q and the newest key, and stores that key and its value.
 
@@ -248,6 +249,14 @@ def _decode(
     else:
         own = row * q_stride + kv_head * (GROUP * D) + g[:, None] * D + d[None, :]
         query = tl.load(q + own, mask=rows_live, other=0.0)
+    if SINKS:
+        if split == 0:  # a key without a value, which the row's first program counts
+            sink = LOG2E * tl.load(sinks + kv_head * GROUP + g, mask=g < GROUP, other=0.0).to(tl.float32)
+            higher = tl.maximum(tl.maximum(top, sink), -1e30)
+            fade = tl.exp2(top - higher)
+            total = total * fade + tl.exp2(sink - higher)
+            acc *= fade[:, None]
+            top = higher
     if HELD:
         top, total, acc = _tile(query, held_key, held_value, held_seen, top, total, acc, SCALE, SOFT_CAP)
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
@@ -311,12 +320,14 @@ def attend_decode(
     config: DecodeConfig,
     scratch: DecodeScratch,
     new: NewTokens | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
     """One query a row: q [B, heads, head_size] into `out`, the same shape and contiguous.
 
     With `new`, q is the rows' qkv [B, (heads + 2 kv_heads) * head_size], contiguous row by row: this kernel normalises
     and rotates q and k, and stores k and v, as `rope.qk_norm_rope_store` does. `out` tells the heads.
 
+    `sinks`: float [heads], a score of each head that takes part in the softmax and has no value.
     `block_tables` int32 [B, blocks], `seq_lens` int32 [B], of at least 1; both are read on the device alone.
     """
     rows, heads, width = out.shape
@@ -332,14 +343,14 @@ def attend_decode(
     d_pad, group_p2 = padded_head(width), triton.next_power_of_2(group)
     _decode[(kv_heads, rows, config.splits)](
         q, k_cache, v_cache, out, block_tables, seq_lens, scratch.part, scratch.lse, scratch.tickets,
-        q.stride(0), block_tables.stride(0),
+        q.stride(0), block_tables.stride(0), q if sinks is None else sinks,
         *((q, q, q, q, 0.0) if new is None else new.arguments()), FUSED=new is not None, NORM=norms,
         HELD=config.held and new is not None,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, group_p2), GROUP_P2=group_p2, D=width, D_PAD=d_pad,
         BLOCK_SIZE=block_size, TILE=config.tile, SPLITS=config.splits, MIN_TILES=config.min_tiles,
         SCALE=scale, WINDOW=window or 0, SOFT_CAP=soft_cap or 0.0, STAGES=config.stages,
         AHEAD=config.ahead,
-        num_warps=config.warps, **pdl_options(q),
+        SINKS=sinks is not None, num_warps=config.warps, **pdl_options(q),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Triton: ragged causal attention of several queries a row over the paged cache.
+"""Triton: ragged attention, causal or not, of several queries a row over the paged cache.
 
 Queries stand at the end of their row's context, so chunked prompts, prompts behind a cached prefix and whole prompts
 are one case. A program takes a tile of queries with all heads of one KV head (they share its keys) and walks the keys:
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoengine.kernels.paged_attention_decode_triton import blocks_of, capped, rows_of
+from nanoengine.kernels.paged_attention_decode_triton import LOG2E, blocks_of, capped, rows_of
 from nanoengine.kernels.paged_attention_plan import padded_head
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 
@@ -49,6 +49,7 @@ def _walk(
     acc, top, total, query, positions, k_head, v_head, table, begin, end, length,
     BLOCK_STRIDE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
     SCALE: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys [begin, end), `begin` a multiple of TILE. Not MASKED: every query sees all of them."""
     near = tl.arange(0, TILE)
@@ -64,7 +65,12 @@ def _walk(
             key = tl.load(k_head + at, mask=(d < D)[None, :], other=0.0)
         scores = capped(tl.dot(query, tl.trans(key), input_precision="ieee"), SCALE, SOFT_CAP)
         if MASKED:
-            seen = keys[None, :] <= positions[:, None]
+            if CAUSAL:
+                seen = keys[None, :] <= positions[:, None]
+            elif WINDOW > 0:
+                seen = (keys < length)[None, :] & (keys[None, :] < positions[:, None] + WINDOW)
+            else:
+                seen = (keys < length)[None, :]
             if WINDOW > 0:
                 seen = seen & (keys[None, :] > positions[:, None] - WINDOW)
             scores = tl.where(seen, scores, float("-inf"))
@@ -89,9 +95,10 @@ def _walk(
 @triton.jit(do_not_specialize=["num_rows", "num_tokens"])
 def _prefill(
     q, k_cache, v_cache, out, block_tables, seq_lens, starts, q_stride, table_stride, num_rows, num_tokens,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    sinks, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, TILE: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    SINKS: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # a row's longest tiles first
     kv_head = tl.program_id(1)
@@ -125,25 +132,36 @@ def _prefill(
     stride: tl.constexpr = KV_HEADS * BLOCK_SIZE * D
     whole = (lowest + 1) // TILE * TILE  # keys in front of it are behind no query
     end = tl.minimum(lowest + BLOCK_Q, length)
+    if not CAUSAL:
+        whole = length // TILE * TILE
+        end = length
+        if WINDOW > 0:
+            end = tl.minimum(lowest + BLOCK_Q - 1 + WINDOW, length)
+            whole = tl.maximum(lowest - WINDOW + 1, 0) // TILE * TILE
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    if SINKS:  # a key without a value
+        top = LOG2E * tl.load(sinks + head).to(tl.float32)
+        total += 1.0
     acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
     begin = 0
-    if WINDOW > 0:
+    if WINDOW > 0 and not CAUSAL:  # few keys: all of them with a mask
+        begin = whole
+    elif WINDOW > 0:
         edge = tl.maximum(lowest - WINDOW + 1, 0) // TILE * TILE
         begin = tl.minimum(tl.cdiv(tl.maximum(end - WINDOW, 0), TILE) * TILE, whole)
         acc, top, total = _walk(
             acc, top, total, query, positions, k_head, v_head, table, edge, begin, length,
-            stride, D, D_PAD, BLOCK_SIZE, TILE, SCALE, WINDOW, SOFT_CAP, STAGES, True,
+            stride, D, D_PAD, BLOCK_SIZE, TILE, SCALE, WINDOW, SOFT_CAP, STAGES, True, CAUSAL,
         )  # fmt: skip
     acc, top, total = _walk(
         acc, top, total, query, positions, k_head, v_head, table, begin, whole, length,
-        stride, D, D_PAD, BLOCK_SIZE, TILE, SCALE, WINDOW, SOFT_CAP, STAGES, False,
+        stride, D, D_PAD, BLOCK_SIZE, TILE, SCALE, WINDOW, SOFT_CAP, STAGES, False, CAUSAL,
     )  # fmt: skip
     acc, top, total = _walk(
         acc, top, total, query, positions, k_head, v_head, table, whole, end, length,
-        stride, D, D_PAD, BLOCK_SIZE, TILE, SCALE, WINDOW, SOFT_CAP, STAGES, True,
+        stride, D, D_PAD, BLOCK_SIZE, TILE, SCALE, WINDOW, SOFT_CAP, STAGES, True, CAUSAL,
     )  # fmt: skip
     mixed = acc / total[:, None]
     tl.store(out + own[:, None] + d[None, :], mixed.to(out.dtype.element_ty), mask=live)
@@ -198,13 +216,16 @@ def attend_prefill(
     soft_cap: float | None,
     config: PrefillConfig | None = None,
     chained: bool = True,
+    sinks: Tensor | None = None,
+    causal: bool = True,
 ) -> None:
     """Queries q [T, heads, head_size] of R rows into `out`, the same shape and contiguous.
 
     Row r's are tokens query_start_loc[r] .. query_start_loc[r + 1] (int32 [R + 1], on the device, which may begin above
     0: earlier tokens are left alone), the last of its seq_lens[r] (int32 [R]) tokens; `block_tables` int32 [R, blocks].
     Tokens behind the last row come out as zeros. `chained`: launched as a link of a chain of kernels (`pdl_triton`);
-    not at the start of a branch of its own.
+    not at the start of a branch of its own. `sinks`: as in `attend_decode`. `causal` False: queries see all keys of
+    their row; with a window, those that are less than `window` positions before or behind.
     """
     tokens, heads, width = q.shape
     rows, (kv_heads, block_size) = len(seq_lens), k_cache.shape[1:3]
@@ -216,9 +237,10 @@ def attend_prefill(
     # An upper bound where query_start_loc begins above 0: which number that is, only the device need know.
     _prefill[(tokens // block_q + rows + 1, kv_heads)](
         q, k_cache, v_cache, out, block_tables, seq_lens, query_start_loc, q.stride(0), block_tables.stride(0), rows,
-        tokens,
+        tokens, q if sinks is None else sinks,
         KV_HEADS=kv_heads, GROUP=group, D=width, D_PAD=padded_head(width), BLOCK_SIZE=block_size,
         BLOCK_M=config.block_m, BLOCK_Q=block_q, TILE=config.tile, SCALE=scale, WINDOW=window or 0,
-        SOFT_CAP=soft_cap or 0.0, STAGES=config.stages, num_warps=config.warps,
+        SOFT_CAP=soft_cap or 0.0, STAGES=config.stages, SINKS=sinks is not None, CAUSAL=causal,
+        num_warps=config.warps,
         **(pdl_options(q) if chained else {"PDL": False}),
     )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nanoengine.api import AttentionLayerSpec, BuildContext, HeadNorms, KVCacheView, Norm
+from nanoengine.api import AttentionLayerSpec, BuildContext, HeadNorms, KVCacheView, Norm, ShardSpec, WeightLayer
 from nanoengine.layers.block import After, Sublayer, finished
 from nanoengine.layers.linear import normed
 from nanoengine.layers.norm import SharedRMSNorm, norm_shared
@@ -17,7 +17,20 @@ from nanoengine.layers.sharding import heads_per_rank
 if TYPE_CHECKING:
     from nanoengine.layers.decoder import DecoderConfig
 
-__all__ = ["DecoderAttention"]
+__all__ = ["AttentionSinks", "DecoderAttention"]
+
+
+class AttentionSinks(WeightLayer):
+    """A score of each head that takes part in the softmax and has no value.
+
+    weight: [heads of this rank]; checkpoints have it as `self_attn.sinks`.
+    """
+
+    weight: Tensor
+
+    def __init__(self, num_heads: int, place: BuildContext, name: str = "") -> None:
+        super().__init__(place, name)
+        self.add_weight("weight", ShardSpec(shape=(num_heads,), split="even"))
 
 
 class DecoderAttention(Sublayer):
@@ -55,6 +68,7 @@ class DecoderAttention(Sublayer):
         self.o_proj = ctx.linear(
             f"{name}.o_proj", q, config.hidden_size, bias=config.output_bias, parallel="row", head_size=size
         )
+        self.sinks = AttentionSinks(config.num_heads, ctx, f"{name}.sinks") if config.sinks else None
         self.attn = ctx.attention(f"{name}.attn", self.attention_spec(config, window))
         self.qk_norm, self.ops = norms is not None, ctx.ops
         if norms is not None:
@@ -69,6 +83,7 @@ class DecoderAttention(Sublayer):
             scale=self.head_size**-0.5 if config.score_scale is None else config.score_scale,
             window=window,
             soft_cap=config.score_cap,
+            sinks=None if self.sinks is None else self.sinks.weight,
         )
 
     def forward(self, hidden: Tensor, angles: Angles) -> Tensor:

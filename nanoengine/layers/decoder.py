@@ -64,6 +64,7 @@ DECODER_WEIGHTS = WeightMap(
         "model.language_model.": "model.",
         "language_model.": "model.",
     },
+    rules={"self_attn.sinks": "self_attn.sinks.weight"},
     # tables of the rotation in older files, with any prefix; the rotation is computed from config.json instead
     skip=("inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached"),
 )

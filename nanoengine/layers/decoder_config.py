@@ -66,6 +66,7 @@ class DecoderConfig(ModelConfig):
         local_rope: rotation in layers with a window, if it differs from `rope`.
         score_scale: factor of the attention scores; None: head_size ** -0.5.
         score_cap, logit_cap: soft caps on attention scores and on the logits.
+        sinks: each head has a score that takes part in the softmax and has no value (`AttentionSinks`).
         logit_scale: factor of the logits, before their cap.
         embedding_scale: factor of the embedded tokens; it is rounded to the model's dtype first.
         residual_scale: factor of what attention and MLP add to the residual stream.
@@ -95,6 +96,7 @@ class DecoderConfig(ModelConfig):
     score_scale: float | None = None
     score_cap: float | None = None
     logit_cap: float | None = None
+    sinks: bool = False
     logit_scale: float = 1.0
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
@@ -141,6 +143,7 @@ class DecoderTraits(TypedDict, total=False):
     score_scale: float | None
     score_cap: float | None
     logit_cap: float | None
+    sinks: bool
     logit_scale: float
     embedding_scale: float
     residual_scale: float

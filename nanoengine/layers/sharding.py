@@ -6,10 +6,20 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from nanoengine.api import ModelError, ShardSpec, WeightLayer
+from nanoengine.api import ModelError, Shard, ShardSpec, WeightLayer
+from nanoengine.api.layers import Placement
 from nanoengine.api.sharding import even_share
 
-__all__ = ["heads_per_rank"]
+__all__ = [
+    "Placement",
+    "Shard",
+    "ShardSpec",
+    "WeightLayer",
+    "even_share",
+    "finish_layers",
+    "heads_per_rank",
+    "weight_layers",
+]
 
 
 def heads_per_rank(heads: int, size: int, *, replicate: bool = False) -> int:

@@ -22,6 +22,8 @@ class Case:
     block_size: int = 4
     window: int | None = None
     soft_cap: float | None = None
+    with_sinks: bool = False
+    causal: bool = True
     dtype: torch.dtype = torch.float32
     seed: int = 0
     padded_rows: int = 0  # decode rows of length 1 on the dummy block, behind the others
@@ -47,6 +49,7 @@ class Case:
         self.queries = [
             2 * torch.randn(count, self.heads, self.head_size, dtype=torch.float64) for count, _ in self.rows
         ]
+        self.sinks = 2 * torch.randn(self.heads) + 1
         for part in (self.keys, self.values, self.queries):  # rounded as the backend will see them
             part[:] = [x.to(self.dtype).double() for x in part]
 
@@ -59,12 +62,15 @@ class Case:
             scale=self.head_size**-0.5,
             window=self.window,
             soft_cap=self.soft_cap,
+            sinks=self.sinks.to(self.device) if self.with_sinks else None,
+            causal=self.causal,
         )
 
     @property
     def kv_spec(self) -> KVSpec:
         name = str(self.dtype).removeprefix("torch.")
-        return KVSpec(num_kv_heads=self.kv_heads, head_size=self.head_size, dtype=name, window=self.window)
+        shape = {"num_kv_heads": self.kv_heads, "head_size": self.head_size}
+        return KVSpec(**shape, dtype=name, window=self.window, causal=self.causal)
 
     @property
     def limits(self) -> BatchLimits:
@@ -125,12 +131,16 @@ class Case:
             for i in range(count):
                 position = length - count + i
                 first = 0 if self.window is None else max(0, position - self.window + 1)
+                last = length if self.window is None else min(length, position + self.window)
+                seen = slice(first, position + 1 if self.causal else last)
                 for head in range(self.heads):
                     kv = head // (self.heads // self.kv_heads)
-                    scores = k[first : position + 1, kv] @ q[i, head] * self.head_size**-0.5
+                    scores = k[seen, kv] @ q[i, head] * self.head_size**-0.5
                     if self.soft_cap is not None:
                         scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
-                    out.append(torch.softmax(scores, 0) @ v[first : position + 1, kv])
+                    top = torch.exp(scores)
+                    sink = torch.exp(self.sinks[head].double()) if self.with_sinks else 0.0
+                    out.append((top / (top.sum() + sink)) @ v[seen, kv])
         return torch.stack(out).view(-1, self.heads, self.head_size)
 
 

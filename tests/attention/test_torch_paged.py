@@ -11,7 +11,7 @@ import torch
 from paged_case import Case, history, run
 from torch import Tensor
 
-from nanoengine.api import AttentionNeed, BatchLimits, KVSpec, StepInputs
+from nanoengine.api import AttentionLayerSpec, AttentionNeed, BatchLimits, KVSpec, StepInputs
 from nanoengine.plugins.attention_backends import pieces
 from nanoengine.plugins.attention_backends.pieces import Rows, plan_pieces
 from nanoengine.plugins.attention_backends.torch_paged import TorchPaged
@@ -43,6 +43,8 @@ def random_case(seed: int) -> Case:
         padded_rows=0 if prefill else rng.choice([0, 3]),
         tail=rng.choice([0, 5]),
         host_slack=rng.choice([0, 1]),
+        with_sinks=rng.choice([False, False, True]),
+        causal=rng.choice([True, True, False]),
     )
 
 
@@ -64,8 +66,18 @@ def test_random_batches(seed: int) -> None:
 @pytest.mark.parametrize("window", [None, 7])
 def test_every_path_in_one_mixed_step(dtype: torch.dtype, soft_cap: float | None, window: int | None) -> None:
     """Single queries in more than one batch, short rows padded together, a long row in chunks on a long context."""
+    mixed_step(soft_cap=soft_cap, window=window, dtype=dtype)
+
+
+@pytest.mark.parametrize("more", [{"with_sinks": True}, {"causal": False}, {"with_sinks": True, "causal": False}])
+@pytest.mark.parametrize("window", [None, 7])
+def test_sinks_and_attention_that_looks_ahead_in_every_path(window: int | None, more: dict[str, bool]) -> None:
+    mixed_step(window=window, **more)
+
+
+def mixed_step(*, dtype: torch.dtype = torch.float32, **more: Any) -> None:
     rows = [(1, 4), (1, 300), (1, 5), (3, 9), (7, 7), (200, 330), (1, 2)]
-    case = Case(rows=rows, head_size=12, soft_cap=soft_cap, window=window, dtype=dtype, tail=3)
+    case = Case(rows=rows, head_size=12, dtype=dtype, tail=3, **more)
     groups = plan_pieces(Rows.of(case.inputs()), 3, case.block_size, 10_000)
     assert [g.queries for g in groups] == [1, 1, 7, 200]
     assert error(case) < TOLERANCE[dtype]
@@ -74,13 +86,13 @@ def test_every_path_in_one_mixed_step(dtype: torch.dtype, soft_cap: float | None
 class SeesOneAhead(TorchPaged):
     """Causal mask off by one."""
 
-    def _mask(self, ahead: Tensor, out: Tensor) -> Tensor:
-        return super()._mask(ahead - 1, out)
+    def _mask(self, ahead: Tensor, out: Tensor, *most: Any) -> Tensor:
+        return super()._mask(ahead - 1, out, *most)
 
 
 class MissesItself(TorchPaged):
-    def _mask(self, ahead: Tensor, out: Tensor) -> Tensor:
-        return super()._mask(torch.where(ahead == 0, 1, ahead), out)
+    def _mask(self, ahead: Tensor, out: Tensor, *most: Any) -> Tensor:
+        return super()._mask(torch.where(ahead == 0, 1, ahead), out, *most)
 
 
 class ReadsTheNextBlock(TorchPaged):
@@ -97,6 +109,29 @@ class MixesHeads(TorchPaged):
     def _gather(self, layer: int, piece: Any) -> tuple[Tensor, Tensor]:
         keys, values = super()._gather(layer, piece)
         return keys, values.roll(1, dims=1)
+
+
+class IgnoresSinks(TorchPaged):
+    def attend(self, layer: int, spec: AttentionLayerSpec, q: Tensor) -> Tensor:
+        return super().attend(layer, replace(spec, sinks=None), q)
+
+
+class SinksOfOtherHeads(TorchPaged):
+    def attend(self, layer: int, spec: AttentionLayerSpec, q: Tensor) -> Tensor:
+        assert spec.sinks is not None
+        return super().attend(layer, replace(spec, sinks=spec.sinks.roll(1)), q)
+
+
+class LooksNotAhead(TorchPaged):
+    def __init__(self, spec: KVSpec, limits: BatchLimits, device: torch.device) -> None:
+        super().__init__(replace(spec, causal=True), limits, device)
+
+
+class SeesThePadding(TorchPaged):
+    """Looks ahead beyond the row's end, to the end of its last block."""
+
+    def _mask(self, ahead: Tensor, out: Tensor, *most: Any) -> Tensor:
+        return super()._mask(ahead, out, *(each + 1 for each in most))
 
 
 class LeavesOldValues(TorchPaged):
@@ -117,6 +152,14 @@ def test_mutants_are_caught(mutant: type[TorchPaged], rows: list[tuple[int, int]
     except AssertionError:  # a row that may look at nothing is not finite
         return
     assert wrong > 100 * TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("mutant", [IgnoresSinks, SinksOfOtherHeads, LooksNotAhead, SeesThePadding])
+@pytest.mark.parametrize("rows", [[(5, 9), (6, 6)], [(150, 201), (160, 161)]], ids=["short", "long"])
+def test_mutants_of_features_are_caught(mutant: type[TorchPaged], rows: list[tuple[int, int]]) -> None:
+    case = Case(rows=rows, with_sinks=True, causal=False)
+    assert error(case) < TOLERANCE[torch.float32]
+    assert error(case, mutant) > 100 * TOLERANCE[torch.float32]
 
 
 def test_block_ids_do_not_matter() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanoengine.api import AttentionLayerSpec, AttentionNeed, GraphSupport, HeadNorms, KVSpec, Rotation
 from nanoengine.kernels.rms_norm import rms_norm
-from nanoengine.layers.rope import Angles, apply_rope
+from nanoengine.layers.rope import Angles, Rope, apply_rope
 from nanoengine.plugins.attention_backends.triton_paged import TritonPaged
 
 triton_interpreter.import_kernels()
@@ -65,7 +65,8 @@ class Apart(TritonPaged):
         if norms is not None:
             q, k = rms_norm(q, norms.q, norms.eps), rms_norm(k, norms.k, norms.eps)
         assert self._inputs is not None
-        cos, sin = Angles(self._inputs.positions, rotation.inv_freq).tables
+        plain = Rope(frequencies=tuple(rotation.inv_freq.tolist()))
+        cos, sin = Angles(self._inputs.positions, rotation.inv_freq, plain).tables
         return self.forward(layer, spec, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
 
 
@@ -91,8 +92,9 @@ def of_qkv(tried: Case, backend_cls: type[TritonPaged], norm: bool = True, **rot
         case([(1, 40)], heads=2, kv_heads=1),
         case([(1, 30), (1, 3), (1, 17)], padded_rows=2),
         case([(1, 33), (1, 9)], window=9),
+        case([(1, 40), (1, 300)], with_sinks=True),
     ],
-    ids=["held", "padded", "window"],
+    ids=["held", "padded", "window", "sinks"],
 )
 def test_qkv_in_one_kernel(tried: Case, norm: bool) -> None:
     (got, cache), (want, expected) = of_qkv(tried, TritonPaged, norm), of_qkv(tried, Apart, norm)
@@ -115,6 +117,48 @@ def test_qkv_that_it_leaves_to_others() -> None:
 class LeavesAll(TritonPaged):
     def attend_qkv(self, *_: Any) -> None:
         return None
+
+
+ROWS = [(1, 300), (1, 3), (9, 9), (20, 45), (33, 90)]
+
+
+@pytest.mark.parametrize(
+    "tried",
+    [
+        case(ROWS, with_sinks=True, tail=5),
+        case(ROWS, with_sinks=True, window=10, soft_cap=2.0, heads=3, kv_heads=1),
+        case(ROWS, causal=False, tail=5),
+        case(ROWS, causal=False, window=10, with_sinks=True, head_size=20),
+    ],
+    ids=["sinks", "sinks-window-cap", "ahead", "ahead-window-sinks"],
+)
+def test_sinks_and_attention_that_looks_ahead_agree(tried: Case) -> None:
+    assert error(tried) < TOLERANCE
+
+
+def test_a_sink_counts_once_in_a_row_that_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, splits = case([(1, 300), (1, 70)], with_sinks=True), []
+    from nanoengine.kernels.paged_attention_triton import DecodePlanner
+
+    config = DecodePlanner.config
+    monkeypatch.setattr(DecodePlanner, "config", lambda self, rows: splits.append(made := config(self, rows)) or made)
+    assert error(tried) < TOLERANCE
+    assert splits[-1].splits > 1
+
+
+class IgnoresSinks(TritonPaged):
+    def attend(self, layer: int, spec: AttentionLayerSpec, q: Tensor) -> Tensor:
+        return super().attend(layer, replace(spec, sinks=None), q)
+
+
+class LooksNotAhead(TritonPaged):
+    def attend(self, layer: int, spec: AttentionLayerSpec, q: Tensor) -> Tensor:
+        return super().attend(layer, replace(spec, causal=True), q)
+
+
+@pytest.mark.parametrize("mutant", [IgnoresSinks, LooksNotAhead])
+def test_mutants_of_features_are_caught(mutant: type[TritonPaged]) -> None:
+    assert error(case([(1, 20), (5, 9)], with_sinks=True, causal=False), mutant) > 1e-2
 
 
 class LooksOneBack(TritonPaged):

@@ -30,7 +30,7 @@ from nanoengine.api import (
 )
 from nanoengine.kernels.rms_norm import rms_norm
 from nanoengine.layers.decoder import DECODER_WEIGHTS
-from nanoengine.layers.rope import Angles, apply_rope
+from nanoengine.layers.rope import Angles, Rope, apply_rope
 from nanoengine.plugins.attention_backends.flash_attn import FlashAttn
 from nanoengine.plugins.attention_backends.torch_paged import TorchPaged
 from nanoengine.plugins.attention_backends.triton_paged import TritonPaged
@@ -43,6 +43,7 @@ from nanoengine.plugins.models.qwen3 import Qwen3
 from nanoengine.plugins.samplers import register_samplers
 from nanoengine.testing import checkpoints, forced
 from nanoengine.testing.conformance import ConformanceError, check_attention_backend, check_model, check_processor
+from nanoengine.testing.conformance.attention import attend
 from nanoengine.testing.conformance.ranks import Ranks
 
 # --- attention backends
@@ -62,8 +63,8 @@ def test_the_backends_conform_on_a_gpu(backend: type[AttentionBackend]) -> None:
 
 
 class SeesOneAhead(TorchPaged):
-    def _mask(self, ahead: Tensor, out: Tensor) -> Tensor:
-        return super()._mask(ahead - 1, out)
+    def _mask(self, ahead: Tensor, out: Tensor, *most: Any) -> Tensor:
+        return super()._mask(ahead - 1, out, *most)
 
 
 class ForgetsScale(TorchPaged):
@@ -74,6 +75,44 @@ class ForgetsScale(TorchPaged):
 class ForgetsCap(TorchPaged):
     def forward(self, layer: int, spec: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return super().forward(layer, replace(spec, soft_cap=None), q, k, v)
+
+
+class ForgetsSinks(TorchPaged):
+    def attend(self, layer: int, spec: Any, q: Tensor) -> Tensor:
+        return super().attend(layer, replace(spec, sinks=None), q)
+
+
+class ScalesSinks(TorchPaged):
+    def attend(self, layer: int, spec: Any, q: Tensor) -> Tensor:
+        return super().attend(layer, replace(spec, sinks=None if spec.sinks is None else spec.sinks * spec.scale), q)
+
+
+class LooksNotAhead(TorchPaged):
+    def __init__(self, spec: Any, limits: Any, device: Any) -> None:
+        super().__init__(replace(spec, causal=True), limits, device)
+
+
+class LooksAheadInOwnWindow(TorchPaged):
+    """Sees all that follows, also beyond the window."""
+
+    def _mask(self, ahead: Tensor, out: Tensor, *most: Any) -> Tensor:
+        if not self.spec.causal and most:
+            ahead = torch.where((ahead > 0) & (ahead <= most[0]), 0, ahead)
+        return super()._mask(ahead, out, *most)
+
+
+class AttendsElsewhere(TorchPaged):
+    def attend(self, layer: int, spec: Any, q: Tensor) -> Tensor:
+        return super().attend(1 - layer if spec.shares else layer, spec, q)
+
+
+class NoAttend(TorchPaged):
+    def attend(self, layer: int, spec: Any, q: Tensor) -> Tensor:
+        return AttentionBackend.attend(self, layer, spec, q) if spec.shares else super().attend(layer, spec, q)
+
+
+class Undescribed(TorchPaged):
+    capabilities = replace(TorchPaged.capabilities, features=frozenset({"tests.bias"}))
 
 
 class OneLayerForAll(TorchPaged):
@@ -194,7 +233,9 @@ class TakesQkv(TorchPaged):
         q, k, v = heads.split_with_sizes((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
         if norms is not None:
             q, k = rms_norm(q, norms.q, norms.eps), rms_norm(k, norms.k, norms.eps)
-        cos, sin = Angles(self._positions, rotation.inv_freq).tables
+        cos, sin = Angles(
+            self._positions, rotation.inv_freq, Rope(frequencies=tuple(rotation.inv_freq.tolist()))
+        ).tables
         return self.forward(layer, spec, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
 
     def takes(self, rotation: Rotation, spec: Any) -> bool:
@@ -264,11 +305,11 @@ class ExitsInFill(TorchPaged):
         (ClearsForPrefillOnly, "one more token each, layer 0: row 'a' .* not finite"),
         (ClearsForDecodeOnly, "two whole prompts, layer 0: row 'b' .* not finite"),
         (ClearsWhereRowsAreAlike, "decode, chunk and a new prompt together, layer 0: .* not finite"),
-        (ClearsWithoutWindow, r"window=1, soft_cap=None\): two whole prompts, layer 0: .* not finite"),
+        (ClearsWithoutWindow, r"window=1, soft_cap=None, .*: two whole prompts, layer 0: .* not finite"),
         (ReadsTheDummyBlock, "two whole prompts, layer 0: row 'b' .* not finite"),
         (SeesOneAhead, "two whole prompts, layer 0: row 'a' .* off by"),
         (ForgetsScale, "off by"),
-        (ForgetsCap, r"soft_cap=2.0\): two whole prompts"),
+        (ForgetsCap, r"soft_cap=2.0, .*: two whole prompts"),
         (OneLayerForAll, "one more token each, layer 0"),
         (WritesToLogicalBlocks, "Or the row's own K and V are not where slot_mapping says"),
         (TakesInterleaved, "attend_qkv, row 'a' .* off by"),
@@ -276,7 +317,17 @@ class ExitsInFill(TorchPaged):
         (ForgetsNorms, "attend_qkv, row .* off by"),
         (TurnsOneBack, "attend_qkv, row 'a' .* off by"),
         (StoresUnrotated, "decode, chunk and a new prompt together, layer 0: row 'b' .* off by"),
-        (ClaimsLess, "does not declare SOFT_CAP, yet unsupported"),
+        (ClaimsLess, "does not declare SINKS, yet unsupported"),
+        (ForgetsSinks, r"sinks=True, .*: two whole prompts"),
+        (ScalesSinks, r"sinks=True, .*: two whole prompts"),
+        (LooksNotAhead, r"causal=False, .*: two whole prompts"),
+        (
+            LooksAheadInOwnWindow,
+            r"window=1, .*causal=False, .*: two whole prompts|window=9, .*causal=False, .*: two whole",
+        ),
+        (AttendsElsewhere, r"shared=True, .*attend\(\) of a layer that reads these K and V: attend, row"),
+        (NoAttend, r"shared=True, .*: attend\(\) of a layer that reads these K and V raised NotImplementedError"),
+        (Undescribed, r"capabilities.features has tests.bias: give check_attention_backend extras="),
         (OtherDtype, "forward returned torch.float64 for queries of torch.float32"),
     ],
 )
@@ -288,6 +339,45 @@ def test_a_wrong_backend_is_caught(mutant: type[TorchPaged], words: str) -> None
 def test_a_backend_that_declares_what_it_must_not_is_caught() -> None:
     with pytest.raises(PluginError, match=r"ListsDevices.capabilities.devices must be a frozenset .*not \['cpu'\]"):
         check_attention_backend(ListsDevices)
+
+
+class Biased(TorchPaged):
+    """A backend with a feature of its own: a factor of each head's scores."""
+
+    capabilities = replace(TorchPaged.capabilities, features=frozenset({"tests.temperature"}))
+
+    def attend(self, layer: int, spec: Any, q: Tensor) -> Tensor:
+        factor = spec.extras.get("tests.temperature")
+        return super().attend(layer, spec, q if factor is None else q * factor.view(1, -1, 1))
+
+
+class Unbiased(Biased):
+    def attend(self, layer: int, spec: Any, q: Tensor) -> Tensor:
+        return super().attend(layer, replace(spec, extras={}), q)
+
+
+def test_a_feature_of_a_plugin_is_tested_with_its_value_and_its_formula() -> None:
+    factor = torch.tensor([1.0, 0.5, 2.0, 3.0])
+
+    def reference(q: Tensor, k: Tensor, v: Tensor, spec: Any) -> Tensor:
+        value = spec.extras.get("tests.temperature")
+        return attend(q if value is None else q * value.double().view(1, -1, 1), k, v, spec)
+
+    given: dict[str, Any] = {"extras": {"tests.temperature": factor}, "reference": reference}
+    check_attention_backend(Biased, dtypes=["float32"], head_sizes=[16], block_sizes=[4], **given)
+    with pytest.raises(ConformanceError, match=r"tests.temperature.*two whole prompts, layer 0: .*off by"):
+        check_attention_backend(Unbiased, dtypes=["float32"], head_sizes=[16], block_sizes=[4], **given)
+    with pytest.raises(ConformanceError, match=r"extras has tests.temperature, which capabilities.features lacks"):
+        check_attention_backend(TorchPaged, dtypes=["float32"], head_sizes=[16], block_sizes=[4], **given)
+
+
+@pytest.mark.parametrize("feature", ["bias", "attention sink", ".bias", 3])
+def test_a_feature_without_a_package_in_its_name_is_refused(feature: Any) -> None:
+    class Odd(TorchPaged):
+        capabilities = replace(TorchPaged.capabilities, features=frozenset({feature}))
+
+    with pytest.raises(PluginError, match=r"one of a plugin is named 'package.feature'|texts 'package.feature'"):
+        check_attention_backend(Odd)
 
 
 # --- models

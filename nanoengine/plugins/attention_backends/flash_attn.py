@@ -36,7 +36,14 @@ class FlashAttn(AttentionBackend):
         head_sizes=frozenset(range(8, 257, 8)),
         block_multiple=256,
         graphs=GraphSupport.DECODE,
-        features=frozenset(AttentionFeature),
+        features=frozenset(
+            {
+                AttentionFeature.SLIDING_WINDOW,
+                AttentionFeature.SOFT_CAP,
+                AttentionFeature.NON_CAUSAL,
+                AttentionFeature.SHARED_KV,
+            }
+        ),
     )
 
     @classmethod
@@ -92,6 +99,12 @@ class FlashAttn(AttentionBackend):
         k_cache, v_cache = self._kv[layer].unbind()
         k_cache.flatten(0, 1).index_copy_(0, inputs.slot_mapping, k)
         v_cache.flatten(0, 1).index_copy_(0, inputs.slot_mapping, v)
+        return self.attend(layer, spec, q)
+
+    def attend(self, layer: int, spec: AttentionLayerSpec, q: Tensor) -> Tensor:
+        inputs = self._inputs
+        assert inputs is not None, "attend was called before fill"
+        k_cache, v_cache = self._kv[layer].unbind()
         rows, used = inputs.num_decode_rows, sum(inputs.query_lens_host)
         parts = []
         if rows:
@@ -134,7 +147,7 @@ class FlashAttn(AttentionBackend):
             max_seqlen_q=max(inputs.query_lens_host[first:]),
             max_seqlen_k=max(inputs.seq_lens_host[first:]),
             softmax_scale=spec.scale,
-            causal=True,
+            causal=spec.causal,
             window_size=_window(spec),
             softcap=spec.soft_cap or 0.0,
             block_table=inputs.block_tables[first:],
@@ -144,4 +157,4 @@ class FlashAttn(AttentionBackend):
 
 def _window(spec: AttentionLayerSpec) -> tuple[int, int]:
     """The window as the package counts it, without the query itself: (tokens to the left, tokens to the right)."""
-    return (-1, -1) if spec.window is None else (spec.window - 1, 0)
+    return (-1, -1) if spec.window is None else (spec.window - 1, 0 if spec.causal else spec.window - 1)

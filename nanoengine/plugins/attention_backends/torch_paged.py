@@ -132,11 +132,11 @@ class TorchPaged(AttentionBackend):
         ahead = ahead - torch.arange(self.chunk_queries, device=self.device).unsqueeze(-1)
         return self._mask(ahead, torch.empty(ahead.shape, dtype=self.dtype, device=self.device))
 
-    def _mask(self, ahead: Tensor, out: Tensor) -> Tensor:
-        """0 if a query may use a key that is `ahead` positions after it, else -inf."""
-        blocked = ahead > 0
+    def _mask(self, ahead: Tensor, out: Tensor, most: Tensor | int = 0) -> Tensor:
+        """0 if a query may use a key that is `ahead` positions after it, else -inf. `most`: how far it may look."""
+        blocked = ahead > most
         if self.spec.window is not None:
-            blocked |= ahead <= -self.spec.window
+            blocked |= ahead.abs() >= self.spec.window
         return out.zero_().masked_fill_(blocked, _BLOCKED)
 
     def allocate(self, num_layers: int, num_blocks: int) -> None:
@@ -218,6 +218,12 @@ class TorchPaged(AttentionBackend):
         row, size, chunks = group.rows[0], self.limits.block_size, []
         before = rows.seq_lens[row] - group.queries  # tokens computed by earlier steps
         longest = len(self._keys)
+        if not self.spec.causal:
+            chunks = [
+                self._open_chunk(first, before, group, rows.seq_lens[row])
+                for first in range(0, group.queries, self.chunk_queries)
+            ]
+            return _Piece(1, group.queries, group.blocks * size, index, tuple(chunks), start=rows.starts[row])
         for first in range(0, group.queries, self.chunk_queries):
             last = min(first + self.chunk_queries, group.queries)
             keys = min(-(-(before + last) // size), group.blocks) * size
@@ -227,6 +233,14 @@ class TorchPaged(AttentionBackend):
                 mask = mask.contiguous()  # GPU kernels need aligned rows
             chunks.append(_Chunk(first, last, keys, mask.view(1, 1, last - first, keys)))
         return _Piece(1, group.queries, group.blocks * size, index, tuple(chunks), start=rows.starts[row])
+
+    def _open_chunk(self, first: int, before: int, group: Group, length: int) -> _Chunk:
+        """Queries from `first` on of a long row of `length` tokens, which may look ahead to its end."""
+        last, keys = min(first + self.chunk_queries, group.queries), group.blocks * self.limits.block_size
+        at = torch.arange(before + first, before + last, device=self.device).unsqueeze(-1)
+        mask = torch.empty(last - first, keys, dtype=self.dtype, device=self.device)
+        self._mask(self._keys[:keys] - at, mask, length - 1 - at)
+        return _Chunk(first, last, keys, mask.view(1, 1, last - first, keys))
 
     def _padded_piece(self, inputs: StepInputs, rows: Rows, group: Group, index: Tensor) -> _Piece:
         """The piece for short rows. Padding repeats a row's last query, so no row of the mask is -inf everywhere."""
@@ -240,8 +254,12 @@ class TorchPaged(AttentionBackend):
             written += range(first, first + count)
             tokens += [*range(first, first + count), *[first + count - 1] * (queries - count)]
         at = _upload(tokens, self.device)
-        ahead = self._keys[:keys] - inputs.positions[at].unsqueeze(-1)
-        mask = self._mask(ahead, torch.empty(ahead.shape, dtype=self.dtype, device=self.device))
+        positions = inputs.positions[at].unsqueeze(-1)
+        ahead, most = (
+            self._keys[:keys] - positions,
+            0 if self.spec.causal else self._to_the_end(inputs, group) - positions,
+        )
+        mask = self._mask(ahead, torch.empty(ahead.shape, dtype=self.dtype, device=self.device), most)
         chunk = _Chunk(0, queries, keys, mask.view(len(group.rows), 1, queries, keys))
         return _Piece(
             len(group.rows),
@@ -254,10 +272,17 @@ class TorchPaged(AttentionBackend):
             written=_upload(written, self.device),
         )
 
+    def _to_the_end(self, inputs: StepInputs, group: Group) -> Tensor:
+        """The last position of the row of each query of a padded piece, [rows * queries, 1]."""
+        return (_take(inputs.seq_lens, group.rows) - 1).repeat_interleave(group.queries).unsqueeze(-1)
+
     def forward(self, layer: int, spec: AttentionLayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         width, cache = spec.head_size, self._layers[layer]
         cache.k_rows.index_copy_(0, self._step_slots, k.reshape(-1, width))
         cache.v_rows.index_copy_(0, self._step_slots, v.reshape(-1, width))
+        return self.attend(layer, spec, q)
+
+    def attend(self, layer: int, spec: AttentionLayerSpec, q: Tensor) -> Tensor:
         if self._covers(len(q)):
             return self._attend_piece(layer, spec, self._pieces[0], q)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -331,7 +356,7 @@ def _upload(values: Sequence[int], device: torch.device) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, spec: AttentionLayerSpec) -> Tensor:
     """Attention: q [n, queries, H, D], k and v [n, Hkv, keys, D], mask [n or 1, 1, queries, keys] -> shape of q."""
     batched_decode = q.shape[1] == 1 and len(q) >= _MANY_ROWS and q.dtype == torch.float32
-    if spec.soft_cap is None and not batched_decode:
+    if spec.soft_cap is None and spec.sinks is None and not batched_decode:
         grouped = spec.num_heads != spec.num_kv_heads
         mixed = F.scaled_dot_product_attention(
             q.transpose(1, 2), k, v, attn_mask=mask, scale=spec.scale, enable_gqa=grouped
@@ -341,7 +366,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, spec: AttentionLayerS
 
 
 def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, spec: AttentionLayerSpec) -> Tensor:
-    """As `_attend`, by two batched products in float32: for a soft cap, and faster for many single float32 queries."""
+    """As `_attend`, by two batched products in float32: for a soft cap or sinks, and faster for many single float32
+    queries."""
     n, queries, heads, width = q.shape
     kv_heads, keys = k.shape[1:3]
     group = heads // kv_heads
@@ -352,5 +378,10 @@ def _attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, spec: Attenti
     if spec.soft_cap is not None:
         scores.div_(spec.soft_cap).tanh_().mul_(spec.soft_cap)
     scores.view(n, kv_heads, queries, group, keys).add_(mask.unsqueeze(-2))
-    mixed = torch.bmm(torch.softmax(scores, dim=-1), flat_v).to(q.dtype)
+    mixed = torch.bmm(torch.softmax(scores, dim=-1), flat_v)
+    if spec.sinks is not None:  # what the keys keep of a softmax in which the sink takes part
+        total = torch.logsumexp(scores, dim=-1).view(n, kv_heads, queries, group)
+        kept = torch.sigmoid(total - spec.sinks.float().view(1, kv_heads, 1, group))
+        mixed *= kept.view(n * kv_heads, -1, 1)
+    mixed = mixed.to(q.dtype)
     return mixed.view(n, kv_heads, queries, group, width).transpose(1, 2).reshape(q.shape)

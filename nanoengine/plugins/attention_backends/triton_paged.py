@@ -132,14 +132,14 @@ class TritonPaged(AttentionBackend):
                 self._kernels.attend_prefill(
                     q, k_cache, v_cache, out, inputs.block_tables[rows:], inputs.seq_lens[rows:],
                     inputs.query_start_loc[rows:], scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap,
-                    chained=not beside,
+                    sinks=spec.sinks, causal=spec.causal, chained=not beside,
                 )  # fmt: skip
         if rows:
             planner = self._planner(spec.num_heads)
             self._kernels.attend_decode(
                 q[:rows], k_cache, v_cache, out[:rows], inputs.block_tables[:rows], inputs.seq_lens[:rows],
                 scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap, config=planner.config(rows),
-                scratch=planner.scratch,
+                scratch=planner.scratch, sinks=spec.sinks,
             )  # fmt: skip
         if beside:
             torch.cuda.current_stream().wait_stream(self._side_stream())
@@ -162,7 +162,7 @@ class TritonPaged(AttentionBackend):
         self._kernels.attend_decode(
             qkv, self._kv[layer, 0], self._kv[layer, 1], out, inputs.block_tables, inputs.seq_lens,
             scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap, config=config, scratch=planner.scratch,
-            new=self._kernels.NewTokens(
+            sinks=spec.sinks, new=self._kernels.NewTokens(
                 slots=inputs.slot_mapping, inv_freq=rotation.inv_freq, q_weight=norms.q if norms else None,
                 k_weight=norms.k if norms else None, eps=norms.eps if norms else 0.0,
             ),

@@ -8,13 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
-from nanoengine.api.attention import (
-    AttentionBackend,
-    AttentionCapabilities,
-    AttentionFeature,
-    AttentionNeed,
-    GraphSupport,
-)
+from nanoengine.api.attention import AttentionBackend, AttentionCapabilities, AttentionNeed, GraphSupport, wrong_feature
 from nanoengine.api.errors import PluginError, UnsupportedError, shown
 from nanoengine.api.plugin_calls import name_of, place_and_fix, plugin_call
 from nanoengine.api.specs import AttentionSpec
@@ -26,7 +20,7 @@ _CAPABILITIES: Mapping[str, tuple[str, type[Any]]] = {
     "devices": ("a frozenset of torch device types", str),
     "dtypes": ("None or a frozenset of torch dtype names", str),
     "head_sizes": ("None or a frozenset of integers", int),
-    "features": ("a frozenset of nanoengine.api.AttentionFeature", AttentionFeature),
+    "features": ("a frozenset of nanoengine.api.AttentionFeature and texts 'package.feature'", str),
 }
 Skipped = list[tuple[str, list[str]]]
 
@@ -87,8 +81,7 @@ def choose_attention(
         found = registry.attention(name)
         reasons = attention_reasons(found.spec, need, loader)
         if reasons:
-            fix = "attention=auto takes one that does"
-            raise UnsupportedError(f"attention backend {name!r} does not support this model here ({fix})", reasons)
+            raise refused(f"attention backend {name!r}", reasons, registry, need, loader)
         return found, []
     skipped: Skipped = [(c.name, [str(c)]) for c in registry.conflicts if c.kind == "attention_backends"]
     for candidate, reasons in ranked_backends(registry, need, loader):
@@ -100,6 +93,16 @@ def choose_attention(
         "no attention backend supports this model here",
         [f"{each}: {', '.join(why)}" for each, why in skipped] + failed or ["none is installed"],
     )
+
+
+def refused(
+    what: str, reasons: list[str], registry: Registry, need: AttentionNeed, loader: TargetLoader
+) -> UnsupportedError:
+    """The error of a chosen backend that does not support `need`. It names the backends that do."""
+    others = [each.spec.name for each, against in ranked_backends(registry, need, loader) if not against]
+    fix = f"attention=auto takes {others[0]!r}" if others else "no installed backend does"
+    fix += f"; {', '.join(others[1:])} would do too" if others[1:] else ""
+    return UnsupportedError(f"{what} does not support this model here ({fix})", reasons)
 
 
 def ranked_backends(
@@ -148,6 +151,11 @@ def check_capabilities(cls: type[AttentionBackend]) -> None:
             if value is None and name in ("dtypes", "head_sizes"):
                 continue
             text = f"{name_of(cls)}.capabilities.{name} must be {wanted}, not {shown(value)}"
+            raise PluginError(text + place_and_fix(None, cls, text))
+    for feature in found.features:
+        wrong = wrong_feature(feature)
+        if wrong:
+            text = f"{name_of(cls)}.capabilities.features: {wrong}"
             raise PluginError(text + place_and_fix(None, cls, text))
     multiple, graphs = found.block_multiple, found.graphs
     if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:

@@ -100,7 +100,21 @@ class Builder:
 
     def attention(self, name: str, spec: AttentionLayerSpec) -> Attention:
         check_attention(name, spec)
-        return self._named(name, Attention(spec, self.dtype, name))
+        stored = None if spec.shares is None else self._stored(name, spec.shares)
+        made = Attention(spec, self.dtype, name, stored)
+        if stored is not None and stored.kv_spec != made.kv_spec:
+            raise ModelError(f"{name} cannot share the K and V of {spec.shares}: {made.kv_spec} and {stored.kv_spec}")
+        return self._named(name, made)
+
+    def _stored(self, name: str, shares: object) -> Attention:
+        """The layer that stores the K and V that `name` reads. Raises `ModelError`."""
+        storing = {each.name: each for each in self.attention_layers if each.spec.shares is None}
+        if shares not in storing:
+            known = nearest(str(shares), storing) if storing else "there is none before it"
+            raise ModelError(
+                f"{name}: shares={shown(shares)} is no earlier attention layer that stores K and V; {known}"
+            )
+        return storing[str(shares)]
 
     def _method(self, info: LayerInfo) -> LinearMethod | None:
         """None: the plain one."""
@@ -212,8 +226,13 @@ def weight_bytes(
 
 
 def kv_groups(attention_layers: Sequence[Attention]) -> tuple[tuple[KVSpec, tuple[Attention, ...]], ...]:
-    """Layers with equal KV needs, together; groups and their layers in order of appearance."""
+    """Layers with equal KV needs, together; groups and their layers in order of appearance.
+
+    Layers that read the K and V of another one have no place of their own, and are in no group.
+    """
     groups: dict[KVSpec, list[Attention]] = {}
     for layer in attention_layers:
+        if layer.spec.shares is not None:
+            continue
         groups.setdefault(layer.kv_spec, []).append(layer)
     return tuple((spec, tuple(layers)) for spec, layers in groups.items())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from nanoengine.testing.conformance.turns import Turn, turns
 
 # For outputs of about 1. float32: rounding of products. Other dtypes: rounding of probabilities and of the output.
 TOLERANCE: Mapping[str, float] = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
+Reference = Callable[[Tensor, Tensor, Tensor, AttentionLayerSpec], Tensor]
 _LAYERS = 2
 _LONGEST = 96
 
@@ -41,6 +43,11 @@ class _Case:
     dtype: str
     window: int | None = None
     soft_cap: float | None = None
+    sinks: bool = False
+    causal: bool = True
+    shared: bool = False  # another layer reads the K and V that each layer stores
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    device: str = field(default="cpu", repr=False)
 
     @property
     def layer(self) -> AttentionLayerSpec:
@@ -51,17 +58,20 @@ class _Case:
             scale=1.3 * self.head_size**-0.5,  # different from the usual scale, which a backend may have hard-coded
             window=self.window,
             soft_cap=self.soft_cap,
+            # of the model's dtype, as a parameter is; one of them has more weight than all keys together
+            sinks=torch.linspace(-1, 6, self.heads).to(self.device, getattr(torch, self.dtype)) if self.sinks else None,
+            causal=self.causal,
+            extras=self.extras,
         )
 
     @property
     def kv(self) -> KVSpec:
-        return KVSpec(num_kv_heads=self.kv_heads, head_size=self.head_size, dtype=self.dtype, window=self.window)
+        shape = {"num_kv_heads": self.kv_heads, "head_size": self.head_size}
+        return KVSpec(**shape, dtype=self.dtype, window=self.window, causal=self.causal)
 
     @property
-    def features(self) -> frozenset[AttentionFeature]:
-        wanted = {AttentionFeature.SLIDING_WINDOW} if self.window is not None else set()
-        wanted |= {AttentionFeature.SOFT_CAP} if self.soft_cap is not None else set()
-        return frozenset(wanted)
+    def features(self) -> frozenset[str]:
+        return self.layer.features | ({AttentionFeature.SHARED_KV} if self.shared else set())
 
 
 def check_attention_backend(
@@ -71,6 +81,8 @@ def check_attention_backend(
     dtypes: Sequence[str] | None = None,
     head_sizes: Sequence[int] | None = None,
     block_sizes: Sequence[int] | None = None,
+    extras: Mapping[str, Any] | None = None,
+    reference: Reference | None = None,
 ) -> None:
     """Tests an attention backend.
 
@@ -82,15 +94,21 @@ def check_attention_backend(
     Args:
         device: where it runs.
         dtypes, head_sizes, block_sizes: what to test. Default: what the backend declares, or a selection.
+        extras: for each feature of a plugin that the backend declares, the value of `AttentionLayerSpec.extras` to test
+            it with; layers have 4 heads and 2 KV heads.
+        reference: the right result with these extras: (q, k, v, spec), float64, as `attend` has them -> that of q.
 
     Raises `ConformanceError` that says what was wrong in which step.
     """
     check_class(backend, AttentionBackend, backend.__qualname__)
     capabilities = backend.capabilities
     _check_answers(backend, capabilities, device)
-    for case in _cases(capabilities, dtypes, head_sizes, block_sizes):
+    for case in [
+        *_cases(capabilities, dtypes, head_sizes, block_sizes),
+        *_extra_cases(capabilities, extras, reference),
+    ]:
         with during(f"{backend.__name__} on {device}, {case}"):
-            _Play(backend, case, torch.device(device)).run()
+            _Play(backend, replace(case, device=device), reference or attend).run()
 
 
 def _check_answers(backend: type[AttentionBackend], capabilities: AttentionCapabilities, device: str) -> None:
@@ -131,13 +149,43 @@ def _cases(
     windows = (None, 1, 9) if AttentionFeature.SLIDING_WINDOW in capabilities.features else (None,)
     caps = (None, 2.0) if AttentionFeature.SOFT_CAP in capabilities.features else (None,)
     yield from (replace(first, window=w, soft_cap=c) for w in windows for c in caps if (w, c) != (None, None))
+    if AttentionFeature.SINKS in capabilities.features:
+        yield from (replace(first, window=w, sinks=True) for w in windows)
+    if AttentionFeature.NON_CAUSAL in capabilities.features:
+        yield from (replace(first, window=w, causal=False) for w in windows)
+    if AttentionFeature.SHARED_KV in capabilities.features:
+        yield replace(first, shared=True)
+
+
+def _extra_cases(
+    capabilities: AttentionCapabilities, extras: Mapping[str, Any] | None, reference: Reference | None
+) -> Iterator[_Case]:
+    """A case for each feature of a plugin."""
+    own = sorted(capabilities.features - frozenset(AttentionFeature))
+    given = extras or {}
+    lacking = [feature for feature in own if feature not in given]
+    require(
+        not lacking and (not own or reference is not None),
+        f"capabilities.features has {', '.join(own)}: give check_attention_backend extras= with a value for each, and "
+        "reference= with the right result",
+    )
+    unknown = [feature for feature in given if feature not in own]
+    require(not unknown, f"extras has {', '.join(unknown)}, which capabilities.features lacks")
+    dtype = next(d for d in TOLERANCE if capabilities.dtypes is None or d in capabilities.dtypes)
+    size = min(capabilities.head_sizes) if capabilities.head_sizes else 16
+    for feature in own:
+        block = max(4, capabilities.block_multiple)
+        yield _Case(
+            heads=4, kv_heads=2, head_size=size, block_size=block, dtype=dtype, extras={feature: given[feature]}
+        )
 
 
 class _Play:
     """Runs a fixed list of steps on one backend instance, and keeps the correct K and V of every sequence."""
 
-    def __init__(self, backend: type[AttentionBackend], case: _Case, device: torch.device) -> None:
-        self.backend, self.case, self.device = backend, case, device
+    def __init__(self, backend: type[AttentionBackend], case: _Case, reference: Reference) -> None:
+        self.backend, self.case, self.reference = backend, case, reference
+        self.device = device = torch.device(case.device)
         self.dtype: torch.dtype = getattr(torch, case.dtype)
         self.limits = BatchLimits(max_rows=8, max_tokens=128, max_model_len=_LONGEST, block_size=case.block_size)
         blocks = 2 + 7 * self.limits.max_blocks
@@ -231,12 +279,26 @@ class _Play:
         q, k, v = (self.joined(parts, padded) for parts in (queries, [kv[0] for kv in new], [kv[1] for kv in new]))
         if out is None:
             out, method = self.made.forward(layer, self.case.layer, q, k, v), "forward"
+        self.check_output(method, layer, rows, queries, out, padded)
+        if self.case.shared:
+            others = [query.flip(0) for query in queries]
+            with during("attend() of a layer that reads these K and V"):
+                spec = replace(self.case.layer, shares="the layer that stored them")
+                out = self.made.attend(layer, spec, self.joined(others, padded))
+                self.check_output("attend", layer, rows, others, out, padded)
+
+    def check_output(
+        self, method: str, layer: int, rows: Sequence[str], queries: Sequence[Tensor], out: object, padded: int
+    ) -> None:
+        """Compares what a method returned, row by row and without padding, with the reference."""
+        shape = (sum(map(len, queries)) + padded, *queries[0].shape[1:])
         require(isinstance(out, Tensor), f"{method} returned a {type(out).__name__}, not a Tensor")
-        require(out.dtype == q.dtype, f"{method} returned {out.dtype} for queries of {q.dtype}")
-        require(out.shape == q.shape, f"{method} returned shape {tuple(out.shape)} for queries {tuple(q.shape)}")
+        assert isinstance(out, Tensor)
+        require(out.dtype == self.dtype, f"{method} returned {out.dtype} for queries of {self.dtype}")
+        require(out.shape == shape, f"{method} returned shape {tuple(out.shape)} for queries {shape}")
         real = torch.split(out[: len(out) - padded].cpu(), [len(query) for query in queries])
         sound = [i for i, name in enumerate(rows) if name not in self.broken]
-        want = {i: attend(queries[i], *self.keys_and_values(rows[i], layer), self.case.layer) for i in sound}
+        want = {i: self.reference(queries[i], *self.keys_and_values(rows[i], layer), self.case.layer) for i in sound}
         scale = max([1.0, *(float(w.abs().max()) for w in want.values())])
         for i, expected in want.items():
             what = f"{method}, " if method != "forward" else ""
@@ -283,7 +345,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionLayerSpec) -> Tensor:
         scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
     key = torch.arange(k.shape[1])
     query = key[-len(q) :, None]
-    hidden = key > query
+    hidden = (key > query) & spec.causal
     if spec.window is not None:
-        hidden |= key <= query - spec.window
-    return (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(0, 1)
+        hidden |= (key - query).abs() >= spec.window
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if spec.sinks is not None:
+        sinks = spec.sinks.to("cpu", torch.float64)[:, None, None].expand(*scores.shape[:2], 1)
+        scores = torch.cat((scores, sinks), dim=-1)
+    return (scores.softmax(-1)[..., : k.shape[1]] @ v).transpose(0, 1)

@@ -107,6 +107,12 @@ class _ModelOnRanks:
 
     def _bind(self, built: BuiltModel) -> list[AttentionBackend]:
         backends = list[AttentionBackend]()
+        lacking = {
+            feature: layer.name
+            for layer in built.attention_layers
+            for feature in layer.spec.features - TorchPaged.capabilities.features
+        }
+        require(not lacking, f"the kit's backend lacks what layers need: {lacking}")
         for spec, layers in kv_groups(built.attention_layers):
             backends.append(TorchPaged(spec, self.limits, _CPU))
             backends[-1].allocate(len(layers), self.paging.num_blocks)

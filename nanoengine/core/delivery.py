@@ -28,7 +28,7 @@ class OpenRequests:
     Attributes:
         known: by id.
         inbox: requests to start (False) or to abort (True), which the step loop takes.
-        ready: outputs of requests without a sink.
+        ready: outputs of requests without a sink. undelivered: outputs with their requests, and step records.
         entry_lock: while it is held, no other thread adds a request; `abort` does not wait for it.
     """
 
@@ -36,7 +36,7 @@ class OpenRequests:
         self.known: dict[str, RequestState] = {}
         self.inbox: deque[tuple[RequestState, bool]] = deque()
         self.ready: list[RequestOutput] = []
-        self._undelivered: deque[tuple[Delivery, RequestState | None]] = deque()  # None: a step record
+        self.undelivered: deque[tuple[Delivery, RequestState | None]] = deque()
         self._num_added = 0
         # Re-entrant, and taken in this order. A stream may be collected, and so abort, while they are held.
         self.entry_lock = threading.RLock()
@@ -48,9 +48,13 @@ class OpenRequests:
         with self.entry_lock, self._lock:
             if request_id in self.known:
                 raise RequestError("duplicate_id", f"request {request_id!r} is still running; give another id")
-            self.known[request_id] = state
-            state.ordinal, self._num_added = self._num_added, self._num_added + 1
-            self.inbox.append((state, False))
+            try:
+                self.known[request_id] = state
+                state.ordinal, self._num_added = self._num_added, self._num_added + 1
+                self.inbox.append((state, False))
+            except BaseException:  # an interrupt: no request may be known that never starts
+                self.inbox.append((state, True))
+                raise
 
     def abort(self, request_id: str) -> None:
         """No effect where the id is unknown, or its request has ended."""
@@ -75,10 +79,10 @@ class OpenRequests:
             if state.sink is None:
                 self.ready.append(output)
             else:
-                self._undelivered.append(((state.sink, output), state))
+                self.undelivered.append(((state.sink, output), state))
 
     def put_records(self, records: Sequence[Delivery]) -> None:
-        self._undelivered += [(record, None) for record in records]
+        self.undelivered += [(record, None) for record in records]
 
     def take_ready(self) -> list[RequestOutput]:
         ready, self.ready = self.ready, []
@@ -87,8 +91,8 @@ class OpenRequests:
     def deliver(self) -> None:
         """Call every client, in order. Afterwards raises the first exception of an observer."""
         raised: list[BaseException] = []
-        while self._undelivered:
-            (client, news), state = self._undelivered.popleft()
+        while self.undelivered:
+            (client, news), state = self.undelivered.popleft()
             if state is not None and state.sink is not client:  # it raised over an output before this one
                 continue
             try:

@@ -104,7 +104,8 @@ class Engine:
             self._requests.abort(request_id)
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self._requests.known or self._requests.ready)
+        """Whether a request runs, or an output has not gone to its client yet."""
+        return bool(self._requests.known or self._requests.ready or self._requests.undelivered)
 
     # A step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -161,6 +162,20 @@ def test_an_id_is_free_after_the_last_output(requests: Requests) -> None:
     requests.abort("a")
     requests.abort("unknown")
     assert list(requests.inbox) == [(first, False), (second, False), (second, True)]
+
+
+def test_a_request_whose_adding_is_interrupted_is_not_known_for_ever(requests: Requests) -> None:
+    class Interrupted(deque[Any]):
+        def append(self, entry: Any) -> None:
+            super().append(entry)
+            if not entry[1]:
+                raise KeyboardInterrupt
+
+    requests.inbox = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        requests.start("a", None)
+    state = requests.known["a"]
+    assert list(requests.inbox) == [(state, False), (state, True)], "it is aborted when the inbox is read"
 
 
 def test_a_request_that_comes_while_the_inbox_is_cleared_is_kept(requests: Requests) -> None:

@@ -286,6 +286,21 @@ def test_a_second_interrupt_while_starting_over_loses_no_request(
         assert tokens_of(llm.generate([[5, 6]], GREEDY, use_tqdm=False)) == [greedy([5, 6], 10)]
 
 
+def test_outputs_that_an_interrupt_left_undelivered_count_as_unfinished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a loop over `has_unfinished_requests` goes on until each sink has had its last output."""
+    with mock_llm(tmp_path) as llm:
+        ended: list[str] = []
+        llm.engine.add_request("a", [1, 2], GREEDY, sink=lambda output: ended.append(output.error.code))
+        monkeypatch.setattr(Scheduler, "commit", once(Scheduler.commit, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            llm.engine.advance()
+        while llm.engine.has_unfinished_requests():
+            llm.engine.advance()
+        assert ended == ["interrupted"]
+
+
 BAD = """
 from dataclasses import dataclass
 from nanoengine.api import ColumnSpec, Phase, SamplerSpec, LogitsProcessor, ProcessorParams, hookimpl

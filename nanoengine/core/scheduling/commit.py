@@ -31,12 +31,12 @@ def commit_rows(step: ScheduledStep, result: StepResult, roster: Roster) -> list
 
     Most decode rows bring one token and nothing else: below `commit_check_at` it is appended right here.
     """
-    num_plain = step.plan.num_decode_rows  # the first rows, each of which brings one token and no log-probs; else none
-    if len(result.sampled_logprobs.rows) or (result.counts[:num_plain] != 1).any():
-        num_plain = 0
+    plain = step.plan.num_decode_rows  # the first rows, each of which brings one token and no log-probs; else none
+    if len(result.sampled_logprobs.rows) or (result.counts[:plain] != 1).any():
+        plain = 0
     updates: list[Update] = []
     new = tuple.__new__  # quicker than Update's own; it takes all fields, in their order
-    for (request, generation), token in zip(step.rows, result.token_ids[:num_plain].tolist(), strict=False):
+    for (request, generation), token in zip(step.rows, result.token_ids[:plain].tolist(), strict=False):
         output = request.output_token_ids
         if len(output) < request.commit_check_at and token not in request.stop_set:
             output.append(token)
@@ -44,9 +44,8 @@ def commit_rows(step: ScheduledStep, result: StepResult, roster: Roster) -> list
         else:
             row = RowResult(request.prompt_len + len(output), True, (token,))
             _commit_row(request, generation, row, roster, updates)
-    if num_plain < len(step.rows):
-        results = _row_results(step, result, num_plain)
-        for (request, generation), row in zip(step.rows[num_plain:], results, strict=True):
+    if plain < len(step.rows):
+        for (request, generation), row in zip(step.rows[plain:], _row_results(step, result, plain), strict=True):
             _commit_row(request, generation, row, roster, updates)
     return updates
 

@@ -12,6 +12,8 @@ from typing import Any
 from nanoengine.api import ModelError
 from nanoengine.layers.hf_config import among, shown
 
+__all__: list[str] = []  # the engine's
+
 ANY: Any = object()
 
 # Keys that change no result at these values, in any model. The value null never changes a result.

@@ -9,6 +9,8 @@ from typing import Any
 
 from nanoengine.api import ModelError
 
+__all__ = ["Fields", "layer_windows", "same_windows"]
+
 _REQUIRED: Any = object()
 _LOCAL = "sliding_attention"
 _LAYER_TYPES = ("full_attention", _LOCAL)
@@ -184,3 +186,8 @@ def layer_windows(
     if window is None and _LOCAL in kinds:
         raise ModelError(f"config.json: {fields.prefix}layer_types has {_LOCAL}, but there is no sliding_window")
     return tuple(window if kind == _LOCAL else None for kind in kinds)
+
+
+def same_windows(fields: Fields) -> tuple[int | None, ...]:
+    """`sliding_window` as the window of each layer; (): it is missing or null. Raises `ModelError`."""
+    return (fields.int("sliding_window"),) * fields.int("num_hidden_layers") if fields.has("sliding_window") else ()

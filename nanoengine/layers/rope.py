@@ -8,23 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from nanoengine.api import ModelError, Rotation
-from nanoengine.layers.rope_config import ROPE_TYPES, check_agreement, contradiction, read_rope, rope_of
-from nanoengine.layers.rope_kinds import KINDS, Rope, RopeConfig, inverse_frequencies
+from nanoengine.layers.rope_config import ROPE_TYPES, read_rope
+from nanoengine.layers.rope_kinds import Rope, RopeConfig
 
-__all__ = [
-    "KINDS",
-    "ROPE_TYPES",
-    "Angles",
-    "Rope",
-    "RopeConfig",
-    "RotaryEmbedding",
-    "apply_rope",
-    "check_agreement",
-    "contradiction",
-    "inverse_frequencies",
-    "read_rope",
-    "rope_of",
-]
+__all__ = ["ROPE_TYPES", "Angles", "Rope", "RopeConfig", "RotaryEmbedding", "apply_rope", "read_rope"]
 
 
 class RotaryEmbedding(nn.Module):

@@ -9,7 +9,7 @@ from nanoengine.api import ModelError
 from nanoengine.layers.hf_config import LARGEST, Fields, shown
 from nanoengine.layers.rope_kinds import KINDS, ORIGINAL, RopeConfig
 
-__all__ = ["ROPE_TYPES", "check_agreement", "contradiction", "read_rope", "rope_of"]
+__all__ = ["ROPE_TYPES", "read_rope"]
 
 ROPE_TYPES = tuple(KINDS)
 _OF_ALL = ("rope_type", "type", "rope_theta", "partial_rotary_factor")

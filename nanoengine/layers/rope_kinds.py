@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanoengine.api import ModelError
 
-__all__ = ["KINDS", "Rope", "RopeConfig", "inverse_frequencies"]
+__all__ = ["Rope", "RopeConfig"]
 
 ORIGINAL = "original_max_position_embeddings"
 

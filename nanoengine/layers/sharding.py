@@ -6,20 +6,10 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from nanoengine.api import ModelError, Shard, ShardSpec, WeightLayer
-from nanoengine.api.layers import Placement
+from nanoengine.api import ModelError, ShardSpec, WeightLayer
 from nanoengine.api.sharding import even_share
 
-__all__ = [
-    "Placement",
-    "Shard",
-    "ShardSpec",
-    "WeightLayer",
-    "even_share",
-    "finish_layers",
-    "heads_per_rank",
-    "weight_layers",
-]
+__all__ = ["heads_per_rank"]
 
 
 def heads_per_rank(heads: int, size: int, *, replicate: bool = False) -> int:

@@ -13,7 +13,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from nanoengine.api import ModelError
 from nanoengine.layers.decoder import read_decoder
 from nanoengine.layers.hf_config import Fields
-from nanoengine.layers.rope import KINDS, Rope, RopeConfig, RotaryEmbedding, read_rope
+from nanoengine.layers.rope import Rope, RopeConfig, RotaryEmbedding, read_rope
+from nanoengine.layers.rope_kinds import KINDS
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 256, "num_hidden_layers": 2}
 LONG = {"short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [1.0 + i for i in range(8)]}

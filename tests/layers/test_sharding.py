@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nanoengine.api import ModelError, TensorParallelGroup
+from nanoengine.api import ModelError, Shard, ShardSpec, TensorParallelGroup, WeightLayer
 from nanoengine.api.parallel import SingleRank
+from nanoengine.api.sharding import even_share
 from nanoengine.kernels.ops import Ops
 from nanoengine.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from nanoengine.layers.linear import ColumnParallelLinear, RowParallelLinear
 from nanoengine.layers.norm import RMSNorm
-from nanoengine.layers.sharding import Shard, ShardSpec, WeightLayer, even_share, heads_per_rank, weight_layers
+from nanoengine.layers.sharding import heads_per_rank, weight_layers
 from nanoengine.plugins.models.gemma3 import Gemma3
 from nanoengine.plugins.models.llama import Llama
 from nanoengine.plugins.models.qwen2 import Qwen2

@@ -38,7 +38,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from nanoengine.api import ModelConfig, ModelError
 from nanoengine.layers.config_keys import ANY, HARMLESS, REFUSED, Recorded, unread_keys
 from nanoengine.layers.hf_config import Fields
-from nanoengine.layers.rope import inverse_frequencies
+from nanoengine.layers.rope_kinds import inverse_frequencies
 from nanoengine.testing.checkpoints import (
     tiny_gemma2,
     tiny_gemma3,

@@ -319,8 +319,8 @@ def _no_post_norm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _ones_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nanoengine.api import WeightLayer
     from nanoengine.layers.norm import RMSNorm
-    from nanoengine.layers.sharding import WeightLayer
 
     monkeypatch.setattr(RMSNorm, "load_shard", WeightLayer.load_shard)
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from nanoengine.layers.decoder import DECODER_WEIGHTS, DecoderConfig, DecoderLM, read_decoder
 from nanoengine.layers.hf_config import Fields, layer_windows
-from nanoengine.layers.rope import RopeConfig, check_agreement, rope_of
+from nanoengine.layers.rope import RopeConfig
+from nanoengine.layers.rope_config import check_agreement, rope_of
 from nanoengine.plugins.models.gemma2 import FAMILY_DEFAULTS, family_traits
 
 # The defaults of transformers' Gemma3TextConfig for fields that are missing in the file, as in files with images.

@@ -33,11 +33,10 @@ class Granite(DecoderLM):
     def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
         fields = Fields(hf, defaults=DEFAULTS)
         fields.refuse("model_type", "granite")
-        bias = fields.bool("attention_bias")
         return read_decoder(
             fields,
-            attention_bias=bias,
-            output_bias=bias,
+            attention_bias=fields.bool("attention_bias"),
+            output_bias=fields.bool("attention_bias"),
             mlp_bias=fields.bool("mlp_bias"),
             embedding_scale=fields.float("embedding_multiplier"),
             score_scale=fields.float("attention_multiplier"),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nanoengine.layers.decoder import DecoderConfig, DecoderLM, read_decoder
-from nanoengine.layers.hf_config import Fields
+from nanoengine.layers.hf_config import Fields, same_windows
 
 # The defaults of transformers' MistralConfig for fields that are missing in the file. A window of null means no window.
 DEFAULTS = {
@@ -30,7 +30,4 @@ class Mistral(DecoderLM):
         fields = Fields(hf, defaults=DEFAULTS)
         fields.refuse("model_type", "mistral")
         fields.refuse("layer_types")
-        windows = (
-            (fields.int("sliding_window"),) * fields.int("num_hidden_layers") if fields.has("sliding_window") else ()
-        )
-        return read_decoder(fields, windows=windows)
+        return read_decoder(fields, windows=same_windows(fields))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nanoengine.layers.decoder import DecoderConfig, DecoderLM, read_decoder
-from nanoengine.layers.hf_config import Fields
+from nanoengine.layers.hf_config import Fields, same_windows
 from nanoengine.layers.rope import read_rope
 
 # Defaults of transformers' Phi3Config.
@@ -34,9 +34,8 @@ class Phi3(DecoderLM):
             fields.refuse(name, False)
         for name in ("full_attn_mod", "interpolate_factor"):  # of Phi-4-mini's files
             fields.refuse(name, 1)
-        window = fields.int("sliding_window") if fields.has("sliding_window") else None
         return read_decoder(
             fields,
-            windows=(window,) * fields.int("num_hidden_layers"),
+            windows=same_windows(fields),
             rope=read_rope(fields, partial=1.0, kinds=("default", "longrope"), aliases=_OLDER_NAMES),
         )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from nanoengine.layers.decoder import DECODER_WEIGHTS, DecoderConfig, DecoderLM, read_decoder
-from nanoengine.layers.hf_config import Fields
+from nanoengine.layers.hf_config import Fields, same_windows
 
 # Defaults of transformers' Starcoder2Config.
 DEFAULTS = {
@@ -35,7 +35,6 @@ class Starcoder2(DecoderLM):
         fields.refuse("mlp_type", "default")  # in files, but not in transformers' class
         fields.refuse("norm_type", "layer_norm")
         bias = fields.bool("use_bias")
-        window = fields.int("sliding_window") if fields.has("sliding_window") else None
         return read_decoder(
             fields,
             attention_bias=bias,
@@ -44,5 +43,5 @@ class Starcoder2(DecoderLM):
             gated=False,
             norm="layer",
             norm_bias=True,
-            windows=(window,) * fields.int("num_hidden_layers"),
+            windows=same_windows(fields),
         )

@@ -100,7 +100,8 @@ class DecoderLayer(nn.Module):
         before = self._norm(names.before_attention)
         if self.parallel:
             hidden, residual = read_stream(before, x, residual)
-            out: Tensor = self.self_attn(hidden, angles) + self.mlp(hidden)
+            second = self._norm(names.before_mlp)
+            out: Tensor = self.self_attn(hidden, angles) + self.mlp(hidden if second is None else second(residual))
             return (out if self.scale == 1.0 else out * self.scale), residual
         x, residual = joined(self.self_attn, before, x, residual, angles, after=self._after(names.after_attention))
         return joined(self.mlp, self._norm(names.before_mlp), x, residual, after=self._after(names.after_mlp))

@@ -9,12 +9,13 @@ from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 from nanoengine.api import ModelConfig, ModelError
 from nanoengine.api.errors import nearest
-from nanoengine.kernels.activation import Activation
 from nanoengine.layers.hf_config import Fields, layer_windows
+from nanoengine.layers.mlp import PlainActivation
 from nanoengine.layers.rope import Rope, RopeConfig, read_rope
 
 __all__ = [
     "ACTIVATIONS",
+    "PLAIN_ACTIVATIONS",
     "POST_NORMS",
     "PRE_NORMS",
     "SANDWICH_NORMS",
@@ -75,7 +76,8 @@ class DecoderConfig(ModelConfig):
         norm: "rms", `RMSNorm`, or "layer", `LayerNorm`. norm_bias: the latter has a bias.
         unit_offset: checkpoints store norm weights minus one; with "rms".
         norms: which norms a layer has.
-        parallel: attention and MLP read the same norm, `before_attention`, and are added together.
+        parallel: attention and MLP read the same stream, and are added together; the MLP by the norm `before_attention`
+            too, unless there is one `before_mlp`.
     """
 
     num_layers: int
@@ -100,7 +102,7 @@ class DecoderConfig(ModelConfig):
     logit_scale: float = 1.0
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
-    activation: Activation = "silu"
+    activation: PlainActivation = "silu"
     gated: bool = True
     norm: NormKind = "rms"
     norm_bias: bool = False
@@ -114,6 +116,8 @@ class DecoderConfig(ModelConfig):
                 f"{self.num_heads} attention heads cannot be divided equally over {self.num_kv_heads} KV heads "
                 "(num_key_value_heads)"
             )
+        if self.gated and self.activation not in ACTIVATIONS.values():
+            raise ModelError(f"activation {self.activation} is of MLPs without a gate; set gated=False")
         if self.windows and len(self.windows) != self.num_layers:
             raise ModelError(f"{len(self.windows)} attention windows for {self.num_layers} layers")
 
@@ -147,7 +151,7 @@ class DecoderTraits(TypedDict, total=False):
     logit_scale: float
     embedding_scale: float
     residual_scale: float
-    activation: Activation
+    activation: PlainActivation
     gated: bool
     norm: NormKind
     norm_bias: bool
@@ -156,13 +160,15 @@ class DecoderTraits(TypedDict, total=False):
     parallel: bool
 
 
-ACTIVATIONS: Mapping[str, Activation] = {
+ACTIVATIONS: Mapping[str, PlainActivation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
-"""Value of `hidden_act` -> name of the activation here."""
+"""Value of `hidden_act` -> name of the activation here, of gates too."""
+PLAIN_ACTIVATIONS: Mapping[str, PlainActivation] = {**ACTIVATIONS, "gelu": "gelu", "relu": "relu"}
+"""The same of MLPs without a gate."""
 
 _LARGEST_MODEL = 2**44  # parameters
 C = TypeVar("C", bound=DecoderConfig)
@@ -201,7 +207,8 @@ def read_decoder(fields: Fields, into: type[Any] = DecoderConfig, **traits: Any)
     read("eps", fields.float, "rms_norm_eps")
     read("tied", fields.bool, "tie_word_embeddings")
     if "activation" not in found:
-        found["activation"] = ACTIVATIONS[fields.choice("hidden_act", tuple(ACTIVATIONS))]
+        known_here = ACTIVATIONS if found.get("gated", True) else PLAIN_ACTIVATIONS
+        found["activation"] = known_here[fields.choice("hidden_act", tuple(known_here))]
     if "windows" not in found:
         _refuse_windows(fields, layers)
     read("rope", read_rope, fields.data)

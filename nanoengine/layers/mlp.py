@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,7 +14,17 @@ from nanoengine.kernels.activation import Activation
 from nanoengine.layers.block import After, Sublayer, finished
 from nanoengine.layers.linear import normed
 
-__all__ = ["MLP", "GatedMLP"]
+__all__ = ["MLP", "GatedMLP", "PlainActivation"]
+
+PlainActivation = Literal["silu", "gelu_tanh", "gelu", "relu"]
+"""The activation of an MLP without a gate; the first two are also of gates (`Activation`)."""
+
+_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
 
 
 class GatedMLP(Sublayer):
@@ -69,17 +81,17 @@ class MLP(Sublayer):
         ctx: BuildContext,
         *,
         bias: bool = False,
-        activation: Activation = "gelu_tanh",
+        activation: PlainActivation = "gelu_tanh",
     ) -> None:
         super().__init__()
-        self.activation: Activation = activation
+        self.activate = _FUNCTIONS[activation]
         self.up_proj = ctx.linear(f"{name}.up_proj", hidden, intermediate, bias=bias, parallel="column")
         self.down_proj = ctx.linear(f"{name}.down_proj", intermediate, hidden, bias=bias, parallel="row")
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
         up = self.up_proj(hidden)  # [T, intermediate / ranks]
-        return self.down_proj(F.silu(up) if self.activation == "silu" else F.gelu(up, approximate="tanh"))
+        return self.down_proj(self.activate(up))
 
     def joined(
         self, norm: Norm | None, x: Tensor, residual: Tensor | None, *rest: Any, after: After | None = None
@@ -87,5 +99,4 @@ class MLP(Sublayer):
         if norm is None:
             return super().joined(norm, x, residual, after=after)
         up, stream = normed(self.up_proj, norm, x, residual)
-        active = F.silu(up) if self.activation == "silu" else F.gelu(up, approximate="tanh")
-        return finished(self.down_proj, active, stream, after)
+        return finished(self.down_proj, self.activate(up), stream, after)

@@ -96,7 +96,7 @@ def rope_of(
     kind = _kind(used, kinds, aliases or {})
     for name, value in used.data.items():
         _check_key(used, name, value, kind)
-    if base in whole.data:
+    if whole.own_name(base) in whole.data:
         theta = whole.float(base)
         if used.has("rope_theta") and used.float("rope_theta") != theta:
             raise contradiction(whole, base, used, f"rope_theta {shown(used.get('rope_theta'))}")

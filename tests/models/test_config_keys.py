@@ -23,6 +23,7 @@ from transformers import (
     Glm4Config,
     GlmConfig,
     GPT2Config,
+    GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -62,6 +63,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], Any]] = {
             Glm4Config,
             GlmConfig,
             GPT2Config,
+            GPTNeoXConfig,
             GraniteConfig,
             Olmo2Config,
             Phi3Config,
@@ -395,3 +397,49 @@ def test_qwen3_with_yarn_in_the_forms_in_use(form: str) -> None:
     assert_rotations_are_transformers(hf)
     rope = read(hf)[0].rope  # type: ignore[attr-defined]
     assert (rope.kind, rope.original_max_position, rope.theta) == ("yarn", 32768, 1e6)
+
+
+def test_pythias_own_names_of_the_rotation_are_read() -> None:
+    """As in the hub's files, which say neither `rope_theta` nor `partial_rotary_factor`."""
+    hf = {
+        "architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "gelu",
+        "hidden_size": 512, "initializer_range": 0.02, "intermediate_size": 2048, "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 2048, "model_type": "gpt_neox", "num_attention_heads": 8, "num_hidden_layers": 6,
+        "rotary_emb_base": 20000, "rotary_pct": 0.5, "tie_word_embeddings": False, "torch_dtype": "float16",
+        "transformers_version": "4.24.0", "use_cache": True, "use_parallel_residual": True, "vocab_size": 50304,
+    }  # fmt: skip
+    config, reported = read(hf)
+    assert reported == []
+    assert (config.rope.theta, config.rope.partial, config.activation) == (20000, 0.5, "gelu")  # type: ignore[attr-defined]
+    assert_rotations_are_transformers(hf)
+    with pytest.raises(ModelError, match=r"rotary_pct 0\.5 contradicts partial_rotary_factor 0\.25"):
+        read({**hf, "partial_rotary_factor": 0.25})
+    with pytest.raises(ModelError, match="rotary_pct must be a positive number, not 'half'"):
+        read({**hf, "rotary_pct": "half"})
+
+
+def test_gpt2s_own_names_are_read_and_named() -> None:
+    """The keys of the hub's file."""
+    hf = {
+        "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
+        "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12,
+        "n_positions": 1024, "resid_pdrop": 0.1, "summary_activation": None, "summary_first_dropout": 0.1,
+        "summary_proj_to_labels": True, "summary_type": "cls_index", "summary_use_proj": True,
+        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}, "vocab_size": 50257,
+    }  # fmt: skip
+    config, reported = read(hf)
+    assert reported == []
+    assert (config.hidden_size, config.num_layers, config.intermediate_size) == (768, 12, 3072)  # type: ignore[attr-defined]
+    assert read({**hf, "hidden_size": 768})[0] == config  # transformers' name for it
+    assert read({**{k: v for k, v in hf.items() if k != "n_embd"}, "hidden_size": 96})[0].hidden_size == 96
+    for wrong, words in [
+        ({"hidden_size": 96}, "n_embd 768 contradicts hidden_size 96"),
+        ({"n_embd": 770}, "n_embd must be a multiple of n_head 12, not 770"),
+        ({"n_layer": 0}, "n_layer must be a positive integer, not 0"),
+        ({"n_layer": None}, "n_layer must not be null"),
+        ({"n_embd": 2**20 * 12}, "n_embd must be at most 262144"),
+        ({"activation_function": "gelu_10"}, "activation_function must be one of silu"),
+    ]:
+        with pytest.raises(ModelError, match=words):
+            read({**hf, **wrong})

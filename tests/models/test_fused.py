@@ -110,6 +110,7 @@ FAMILIES = {
     "starcoder2": {"norm_linear"},
     "gpt2": {"norm_linear"},  # nothing is rotated
     "glm4": {"linear_add"},
+    "gpt_neox": {"norm_linear", "linear_add"},
     "llama, yarn with its numbers": set[str](),
 }
 

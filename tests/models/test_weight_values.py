@@ -198,22 +198,30 @@ def test_each_family_loads_under_the_prefixes_in_use(family: str, rename: Callab
         assert torch.equal(a, b), name
 
 
-GPT2_PREFIXES = {
-    "the hub's files": lambda name: name.removeprefix("transformer."),
-    "as transformers writes it": lambda name: name,
+OWN_PREFIXES = {  # family -> its prefix, a layer's attention, a tensor's name without the prefix
+    "gpt2": ("transformer.", "h.{}.attn", "wte.weight"),
+    "gpt2, a head, narrow, unscaled": ("transformer.", "h.{}.attn", "wte.weight"),
+    "gpt_neox": ("gpt_neox.", "layers.{}.attention", "embed_in.weight"),
+    "gpt_neox, one after the other": ("gpt_neox.", "layers.{}.attention", "embed_in.weight"),
 }
 
 
-@pytest.mark.parametrize("head", ["gpt2", "gpt2, a head, narrow, unscaled"])
-@pytest.mark.parametrize("rename", GPT2_PREFIXES.values(), ids=GPT2_PREFIXES.keys())
-def test_gpt2_loads_with_and_without_its_prefix(head: str, rename: Callable[[str], str], tmp_path: Path) -> None:
-    """The hub's files also hold the causal mask of each layer."""
-    path = families.write(tmp_path, head)
+@pytest.mark.parametrize("bare", [True, False], ids=["without", "with"])
+@pytest.mark.parametrize("family", OWN_PREFIXES)
+def test_families_with_a_prefix_of_their_own_load_with_and_without_it(family: str, bare: bool, tmp_path: Path) -> None:
+    """The hub's files of GPT-2 lack it. Older files also hold the causal mask of each layer."""
+    path = families.write(tmp_path, family)
     want = reference(path)
-    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 8, 8).tril() for i in range(3)}
-    masks |= {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(3)}
+    prefix, attention, embedding = OWN_PREFIXES[family]
+
+    def rename(name: str) -> str:
+        return name.removeprefix(prefix) if bare else name
+
+    layers = [prefix + attention.format(i) for i in range(3)]
+    masks = {f"{layer}.bias": torch.ones(1, 1, 8, 8).tril() for layer in layers}
+    masks |= {f"{layer}.masked_bias": torch.tensor(-1e4) for layer in layers}
     held = renamed(path, rename, **{rename(name): mask for name, mask in masks.items()})
-    assert ("wte.weight" in held) == (rename("transformer.wte.weight") == "wte.weight")
+    assert (embedding in held) == bare
     _, report = load(path)
     assert set(report.skipped) == {rename(name) for name in masks}
     assert (log_probs(path) - want).abs().max() < 5e-4

@@ -95,6 +95,19 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], float]] = {
         {"n_inner": 40, "scale_attn_weights": False, "tie_word_embeddings": False, "activation_function": "gelu_new"},
         0.1,
     ),
+    "gpt_neox": ("gpt_neox", {"hidden_size": 64}, 0.15),
+    "gpt_neox, one after the other": (
+        "gpt_neox",
+        {
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "hidden_act": "relu",
+            "hidden_size": 64,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5},
+        },
+        0.2,
+    ),
     "qwen3, yarn": ("qwen3", {"head_dim": 12, "rope_parameters": {**YARN, "rope_theta": 300.0}}, 0.2),
     "llama, yarn with its numbers": (
         "llama",

@@ -208,6 +208,8 @@ MUTANTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int]] = {
     "halves rotated": ("cohere", _config(rope={"interleaved": False}), 1),
     "no mean in the norm": ("cohere", _no_mean, 1),
     "attention before MLP": ("cohere", _one_after_the_other, 1),
+    "one norm for both": ("gpt_neox", _config(norms=NormNames(before_attention="input_layernorm")), 1),
+    "GELU not exact": ("gpt_neox", _config(activation="gelu_tanh"), 1),
     "no bias in the norm": ("starcoder2", _no_bias, 1),
     "window one short": ("starcoder2, a window, no biases, a head", _config(windows=(8, 8, 8)), 1),
     "positions one off": ("gpt2", _positions, 1),

@@ -13,6 +13,7 @@ _MODELS = (
     ("glm", "GlmForCausalLM", "glm4:Glm"),
     ("glm4", "Glm4ForCausalLM", "glm4:Glm4"),
     ("gpt2", "GPT2LMHeadModel", "gpt2:GPT2"),
+    ("gpt-neox", "GPTNeoXForCausalLM", "gpt_neox:GPTNeoX"),
     ("granite", "GraniteForCausalLM", "granite:Granite"),
     ("llama", "LlamaForCausalLM", "llama:Llama"),
     ("mistral", "MistralForCausalLM", "mistral:Mistral"),

@@ -59,6 +59,7 @@ class GPT2(DecoderLM):
         fields.unused("reorder_and_upcast_attn", "n_ctx")
         return read_decoder(
             fields,
+            num_kv_heads=fields.int("num_attention_heads"),
             intermediate_size=fields.int("n_inner", 4 * fields.int("n_embd")),
             score_scale=None if fields.bool("scale_attn_weights") else 1.0,
             rope=None,

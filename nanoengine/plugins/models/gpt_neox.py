@@ -49,6 +49,7 @@ class GPTNeoX(DecoderLM):
         return read_decoder(
             fields,
             rope=read_rope(fields, partial=0.25),
+            num_kv_heads=fields.int("num_attention_heads"),
             attention_bias=bias,
             output_bias=bias,
             mlp_bias=True,

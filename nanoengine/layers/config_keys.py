@@ -73,11 +73,15 @@ class Recorded(dict[str, Any]):
     """config.json, or an object in it, which records the keys that were read. Objects in it are `Recorded` too.
 
     Copying it or iterating over its values counts as reading all keys.
+
+    Attributes:
+        read: keys that were read. unused: those of them that change no result, as the model says (`Fields.unused`).
     """
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         super().__init__({name: Recorded(each) if isinstance(each, dict) else each for name, each in data.items()})
         self.read: set[str] = set()
+        self.unused: set[str] = set()
 
     def __getitem__(self, name: str) -> Any:
         self.read.add(name)

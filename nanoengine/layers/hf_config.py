@@ -129,6 +129,9 @@ class Fields:
         """Marks fields as read that change no result, whatever their values are; nested fields too."""
         for name in names:
             _walk(self.get(name))
+        recorded: set[str] | None = getattr(self.data, "unused", None)  # a `Recorded` has it
+        if recorded is not None:
+            recorded.update(names)
 
     def _get(self, name: str, default: Any) -> Any:
         value = self.get(name)

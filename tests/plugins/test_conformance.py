@@ -1,15 +1,13 @@
-"""The conformance kits: the built-in parts pass them, and each kind of mistake is caught, in words."""
+"""The conformance kits of backends and processors: the built-in parts pass, each mistake is caught, in words."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from torch import Tensor
 
 from nanoengine.api import (
     AttentionBackend,
@@ -29,22 +27,14 @@ from nanoengine.api import (
     StepInputs,
 )
 from nanoengine.kernels.rms_norm import rms_norm
-from nanoengine.layers.decoder import DECODER_WEIGHTS
 from nanoengine.layers.rope import Angles, Rope, apply_rope
 from nanoengine.plugins.attention_backends.flash_attn import FlashAttn
 from nanoengine.plugins.attention_backends.torch_paged import TorchPaged
 from nanoengine.plugins.attention_backends.triton_paged import TritonPaged
-from nanoengine.plugins.models.gemma2 import Gemma2
-from nanoengine.plugins.models.gemma3 import Gemma3
-from nanoengine.plugins.models.llama import Llama
-from nanoengine.plugins.models.mistral import Mistral
-from nanoengine.plugins.models.qwen2 import Qwen2
-from nanoengine.plugins.models.qwen3 import Qwen3
 from nanoengine.plugins.samplers import register_samplers
-from nanoengine.testing import checkpoints, forced
-from nanoengine.testing.conformance import ConformanceError, check_attention_backend, check_model, check_processor
+from nanoengine.testing import forced
+from nanoengine.testing.conformance import ConformanceError, check_attention_backend, check_processor
 from nanoengine.testing.conformance.attention import attend
-from nanoengine.testing.conformance.ranks import Ranks
 
 # --- attention backends
 
@@ -378,137 +368,6 @@ def test_a_feature_without_a_package_in_its_name_is_refused(feature: Any) -> Non
 
     with pytest.raises(PluginError, match=r"one of a plugin is named 'package.feature'|texts 'package.feature'"):
         check_attention_backend(Odd)
-
-
-# --- models
-
-FAMILIES = {
-    "llama": (checkpoints.tiny_llama, Llama),
-    "qwen2": (checkpoints.tiny_qwen2, Qwen2),
-    "qwen3": (checkpoints.tiny_qwen3, Qwen3),
-    "mistral": (checkpoints.tiny_mistral, Mistral),
-    "gemma2": (checkpoints.tiny_gemma2, Gemma2),
-    "gemma3": (checkpoints.tiny_gemma3, Gemma3),
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_built_in_models_conform(family: str, tmp_path: Path) -> None:
-    write, model = FAMILIES[family]
-    path = write(tmp_path, std=0.05 if family == "gemma2" else 0.15)
-    check_model(model, path, AutoModelForCausalLM.from_pretrained(path))
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
-    path = checkpoints.tiny_llama(tmp_path_factory.mktemp("llama"))
-    return path, AutoModelForCausalLM.from_pretrained(path)
-
-
-class SwapsKeysAndValues(Llama):
-    weights = replace(DECODER_WEIGHTS, fuse={**DECODER_WEIGHTS.fuse, "k_proj": ("qkv_proj", "v"), "v_proj": ("qkv_proj", "k")})  # fmt: skip # noqa: E501
-
-
-class NeedsTheWholeVocabulary(Llama):
-    """Right on one rank only."""
-
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        logits = super().compute_logits(hidden)
-        return logits if logits.shape[1] == 131 else logits + 1.0 * (torch.arange(logits.shape[1]) % 7)
-
-
-class WrongRows(Llama):
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        return super().compute_logits(hidden[-1:])
-
-
-class KeyErrors(Llama):
-    @classmethod
-    def read_config(cls, hf: Any) -> Any:
-        return super().read_config({**hf, "hidden_size": hf["hidden_size"]})
-
-
-class ForgetsPositions(Llama):
-    def forward(self, input_ids: Tensor, positions: Tensor, batch: Any) -> Tensor:
-        return super().forward(input_ids, positions * 0, batch)
-
-
-class GivesATuple(Llama):
-    def forward(self, input_ids: Tensor, positions: Tensor, batch: Any) -> Any:
-        return (super().forward(input_ids, positions, batch),)
-
-
-class GivesHalfTheWidth(Llama):
-    def forward(self, input_ids: Tensor, positions: Tensor, batch: Any) -> Tensor:
-        return super().forward(input_ids, positions, batch)[:, ::2]
-
-
-class DoublesLogits(Llama):
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        return super().compute_logits(hidden).double()
-
-
-class CutsLogits(Llama):
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        return super().compute_logits(hidden)[:, :-1]
-
-
-class NoAttention(Llama):
-    def __init__(self, config: Any, ctx: Any) -> None:
-        nn.Module.__init__(self)
-
-
-class NoWeightMap(Llama):
-    @classmethod
-    def weight_map(cls, config: Any) -> Any:
-        return {}
-
-
-class Exits(Llama):
-    def forward(self, input_ids: Tensor, positions: Tensor, batch: Any) -> Tensor:
-        raise SystemExit(3)
-
-
-@pytest.mark.parametrize(
-    ("mutant", "words"),
-    [
-        (GivesATuple, r"forward\(\) returned a tuple, not a Tensor"),
-        (GivesHalfTheWidth, r"forward\(\) returned shape \(\d+, 24\), not \[T, hidden\]"),
-        (DoublesLogits, r"compute_logits\(\) returned torch.float64, none of torch.float32"),
-        (CutsLogits, r"compute_logits\(\) returned shape \(\d+, 130\), not"),
-        (NoAttention, "NoAttention made no attention layer"),
-        (NoWeightMap, "NoWeightMap.weight_map returned {}, not a nanoengine.api.WeightMap"),
-        (Exits, r"forward\(\) raised SystemExit: 3"),
-        (SwapsKeysAndValues, "on 1 rank: log-probs of sequence .* off by"),
-        (NeedsTheWholeVocabulary, "on 2 ranks: (log-probs of|compute_logits)"),
-        (WrongRows, "compute_logits.. returned shape"),
-        (KeyErrors, "read_config without 'hidden_size' raised KeyError"),
-        (ForgetsPositions, "off by"),
-    ],
-)
-def test_a_wrong_model_is_caught(mutant: Any, words: str, llama: tuple[Path, nn.Module]) -> None:
-    with pytest.raises(ConformanceError, match=words):
-        check_model(mutant, *llama)
-
-
-def test_a_checkpoint_that_could_hide_mistakes_is_refused(tmp_path: Path) -> None:
-    path = checkpoints.tiny_llama(tmp_path, std=0.001)
-    with pytest.raises(ConformanceError, match="use larger weights in the checkpoint"):
-        check_model(Llama, path, AutoModelForCausalLM.from_pretrained(path))
-
-
-def test_ranks_meet_and_one_that_fails_lets_the_others_go() -> None:
-    ranks = Ranks(3)
-    sums = ranks.each(lambda rank: ranks.groups[rank].all_reduce(torch.tensor([rank])))
-    assert [int(each) for each in sums] == [3, 3, 3]
-
-    def fails_on_one(rank: int) -> Tensor:
-        if rank == 1:
-            raise ValueError("rank 1 fails")
-        return ranks.groups[rank].all_gather(torch.zeros(2))
-
-    with pytest.raises(ValueError, match="rank 1 fails"):
-        ranks.each(fails_on_one)
 
 
 # --- logits processors

@@ -40,6 +40,11 @@ class Paging:
         self.lens[new] = whole * self.limits.block_size
         return self.lens[new]
 
+    def cut(self, name: str, blocks: int) -> None:
+        """Shortens a sequence to its first full blocks. The others stay in use."""
+        self.tables[name] = self.tables[name][:blocks]
+        self.lens[name] = blocks * self.limits.block_size
+
     def drop(self, name: str) -> None:
         """Frees the blocks of a sequence that shares none. They are the next ones to be used again."""
         self._free += self.tables.pop(name)

@@ -76,6 +76,7 @@ class Assembly:
         skipped: attention backends that "auto" looked at before the one it took, each with its reasons.
         unread: keys of config.json that the model did not read and that are not known to be harmless, with their
             values.
+        whole_prompts: as in `SchedulerConfig`.
     """
 
     plan: EnginePlan
@@ -84,6 +85,7 @@ class Assembly:
     vocab_size: int
     skipped: Skipped
     unread: tuple[str, ...] = ()
+    whole_prompts: bool = False
 
     def summary(self) -> str:
         """For the log: "attention torch (auto skipped triton: runs on cuda, not on cpu)"."""
@@ -177,6 +179,7 @@ def assemble(
         vocab_size=seen.built.config.vocab_size,
         skipped=skipped,
         unread=seen.unread,
+        whole_prompts=needs_whole_prompts(seen.built),
     )
 
 
@@ -274,15 +277,23 @@ def _known_dtype(name: str) -> Any:
 
 
 def _fill_lengths(options: EngineOptions, built: BuiltModel) -> EngineOptions:
-    longest = built.config.max_model_len
+    longest, whole = built.config.max_model_len, needs_whole_prompts(built)
     if options.max_model_len is not None and options.max_model_len > longest:
         raise ConfigError(f"engine.max_model_len is {options.max_model_len}, but the model was made for {longest}")
     device = torch.device(options.device).type
+    longest = options.max_model_len or built.config.default_max_model_len or longest
+    tokens = max(DEFAULT_BATCHED_TOKENS[device], longest if whole else 0)
     return replace(
         options,
-        max_model_len=options.max_model_len or built.config.default_max_model_len or longest,
-        max_num_batched_tokens=options.max_num_batched_tokens or DEFAULT_BATCHED_TOKENS[device],
+        max_model_len=longest,
+        max_num_batched_tokens=options.max_num_batched_tokens or tokens,
+        enable_prefix_caching=options.enable_prefix_caching and not whole,
     )
+
+
+def needs_whole_prompts(built: BuiltModel) -> bool:
+    """Whether some layer's attention looks ahead, so that a prompt is right only if one step computes all of it."""
+    return not all(layer.spec.causal for layer in built.attention_layers)
 
 
 def _fill_block_size(options: EngineOptions, backend: type[AttentionBackend]) -> EngineOptions:
@@ -384,7 +395,7 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
             engine_options=EngineOptions.__dataclass_fields__,
         )
         engine = Engine(
-            partial(_scheduler, options, memory),
+            partial(_scheduler, options, memory, assembly.whole_prompts),
             executor,
             InputProcessor(
                 resolver, lambda text: _need(tokenizer).encode(text), assembly.vocab_size, options.max_model_len
@@ -416,7 +427,7 @@ def _wake(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def _scheduler(options: EngineOptions, memory: MemoryReport) -> Scheduler:
+def _scheduler(options: EngineOptions, memory: MemoryReport, whole_prompts: bool) -> Scheduler:
     assert options.max_model_len is not None
     config = SchedulerConfig(
         max_num_seqs=memory.max_num_seqs,
@@ -426,6 +437,7 @@ def _scheduler(options: EngineOptions, memory: MemoryReport) -> Scheduler:
         policy=options.scheduling_policy,
         spare_slots=options.spare_slots,
         admission_reserve=options.admission_reserve,
+        whole_prompts=whole_prompts,
     )
     blocks = BlockManager(
         groups=memory.num_groups,

@@ -154,9 +154,9 @@ class RequestError(NanoEngineError):
 
     Attributes:
         code: a fixed word for programs: "too_long", "does_not_fit", "invalid_prompt", "duplicate_id",
-            "bad_logits", "nothing_left", "processor_failed", "step_failed", "out_of_memory", "interrupted",
-            "worker_failed", "text_failed" (its tokens could not be decoded), "engine_failed" (the engine's own code
-            raised an error, which is a bug of the engine).
+            "not_supported", "bad_logits", "nothing_left", "processor_failed", "step_failed", "out_of_memory",
+            "interrupted", "worker_failed", "text_failed" (its tokens could not be decoded), "engine_failed" (the
+            engine's own code raised an error, which is a bug of the engine).
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -186,7 +186,9 @@ def step_failure(error: BaseException) -> RequestError:
     text = f"running this request raised {described(error)}"
     if is_out_of_memory(error):
         fix = "leave more room: lower engine.kv_cache_memory or max_num_seqs, on a GPU also gpu_memory_utilization"
-        failure = RequestError("out_of_memory", f"{text}, in a step of a single token; {fix}")
+        failure = RequestError(
+            "out_of_memory", f"{text}, in a step of a single token or of one prompt that must be whole; {fix}"
+        )
     else:
         failure = RequestError("step_failed", text)
     failure.__cause__ = error

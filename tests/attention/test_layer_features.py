@@ -11,7 +11,7 @@ from typing import Any
 import feature_models
 import pytest
 import torch
-from feature_models import TEMPERATURE, Kinds, logits, write
+from feature_models import TEMPERATURE, Kinds, hidden_states, logits, write
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -114,6 +114,84 @@ def test_sinks_shared_layers_and_wide_values_through_the_engine_chunked_and_cach
             found = log_probs(llm, PROMPT)
             assert agrees(path, PROMPT, found)
     assert not agrees(path, PROMPT, found, sinks=False)
+
+
+def hidden(path: Path, prompts: list[list[int]], **options: Any) -> list[float]:
+    """How far the hidden states of each prompt are from the formula's."""
+    with engine(path, attention="torch", **options) as llm:
+        found = llm.hidden_states(prompts)
+    want = [hidden_states(path, torch.tensor(prompt)) for prompt in prompts]
+    return [float((got - right).abs().max()) for got, right in zip(found, want, strict=True)]
+
+
+def test_attention_that_looks_ahead_runs_whole_prompts(tmp_path: Path) -> None:
+    path = write(tmp_path, causal=False)
+    prompts = [PROMPT, [*PROMPT, 3], PROMPT[:20] * 3, [4]]
+    assert max(hidden(path, prompts)) < 1e-4
+    other = hidden_states(path, torch.tensor(PROMPT), causal=True)
+    assert (other - hidden_states(path, torch.tensor(PROMPT))).abs().max() > 1e-2
+
+
+def test_in_chunks_the_result_would_be_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanoengine.build.needs_whole_prompts", lambda built: False)
+    assert max(hidden(write(tmp_path, causal=False), [PROMPT], max_num_batched_tokens=16)) > 1e-2
+
+
+def first_log_probs(llm: LLM, prompts: list[list[int]], max_tokens: int | None = 1) -> list[Any]:
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=0)
+    return llm.generate(prompts, params, use_tqdm=False)
+
+
+def test_prompts_of_a_batch_are_not_divided_by_a_small_budget(tmp_path: Path) -> None:
+    """Eleven prompts, of which a step has one or two; a prefix that all share is computed by each."""
+    path = write(tmp_path, causal=False)
+    prompts = [PROMPT[: 10 + 2 * i] for i in range(11)]
+    with engine(path, attention="torch", max_num_batched_tokens=32) as llm:
+        outputs = first_log_probs(llm, [*prompts, PROMPT + PROMPT[:10]])
+        assert llm.stats().chunks == 0
+        assert llm.stats().steps > 5
+        assert outputs[-1].error.code == "does_not_fit"
+        assert "40 tokens must run in one step, which has 32: raise max_num_batched_tokens" in str(outputs[-1].error)
+        for prompt, output in zip(prompts, outputs, strict=False):
+            [sample] = output.outputs
+            want = logits(path, torch.tensor(prompt))[-1].log_softmax(-1)
+            [token] = sample.token_ids
+            assert abs(sample.logprobs[0][token].logprob - float(want[token])) < 5e-4
+
+
+def test_where_memory_runs_out_whole_prompts_run_alone_and_one_that_is_too_large_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, forward = [], Kinds.forward
+
+    def small(self: Kinds, input_ids: Tensor, *rest: Any) -> Tensor:
+        sizes.append(len(input_ids))
+        if len(input_ids) > 24:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, input_ids, *rest)
+
+    path, lengths = write(tmp_path, causal=False), [20, 22, 30, 18, 6, 30, 5, 24]
+    with engine(path, attention="torch") as llm:
+        monkeypatch.setattr(Kinds, "forward", small)
+        outputs = first_log_probs(llm, [PROMPT[:n] for n in lengths])
+    assert [output.error and output.error.code for output in outputs] == [
+        "out_of_memory" if n == 30 else None for n in lengths
+    ]
+    assert max(sizes) > 100  # memory did run out
+    for length, output in zip(lengths, outputs, strict=True):
+        if length < 30:
+            [sample] = output.outputs
+            want = logits(path, torch.tensor(PROMPT[:length]))[-1].log_softmax(-1)
+            assert abs(sample.logprobs[0][sample.token_ids[0]].logprob - float(want[sample.token_ids[0]])) < 5e-4
+
+
+@pytest.mark.parametrize("max_tokens", [2, None])
+def test_a_model_that_looks_ahead_generates_one_token(max_tokens: int | None, tmp_path: Path) -> None:
+    with engine(write(tmp_path, causal=False), attention="torch") as llm:
+        [output] = first_log_probs(llm, [PROMPT], max_tokens)
+        assert output.error.code == "not_supported"
+        assert f"looks ahead: a request needs max_tokens=1, not {max_tokens}" in str(output.error)
+        assert first_log_probs(llm, [PROMPT])[0].error is None
 
 
 def test_a_plugins_model_gets_its_feature_from_its_plugins_backend(tmp_path: Path) -> None:

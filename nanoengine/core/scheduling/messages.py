@@ -18,7 +18,8 @@ class SchedulerConfig:
     """Limits of every step. `max_num_batched_tokens` may be below `max_num_seqs`: requests then take turns.
 
     spare_slots: see `num_slots`; the device's tables have as many. admission_reserve: blocks that stay free for each
-    running request when another one is admitted.
+    running request when another one is admitted. whole_prompts: a prompt runs in one step, and a request generates one
+    token: for attention that looks ahead.
 
     Raises `ConfigError` for a limit below 1, or a reserve below 0.
     """
@@ -30,6 +31,7 @@ class SchedulerConfig:
     policy: str = "fcfs"
     spare_slots: int = 8
     admission_reserve: int = 0
+    whole_prompts: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):

@@ -52,7 +52,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a request, and sets its `max_len` and `min_len`. Raises `RequestError` where it could never run."""
-        _refuse_misfit(request, self.config.max_model_len, self.blocks)
+        _refuse_misfit(request, self.config, self.blocks)
         limit, max_tokens = self.config.max_model_len, request.params.max_tokens
         request.max_len = limit if max_tokens is None else min(limit, request.prompt_len + max_tokens)
         request.min_len = min(request.min_len, limit + 1)  # of what is never reached a plan's int32 need not hold more
@@ -152,6 +152,8 @@ class Scheduler:
         ):
             if not draft.budget:
                 return False
+            if self.config.whole_prompts and not self._fits_whole(request.length - request.num_computed, draft):
+                return False
             num_new = min(request.length - request.num_computed, draft.budget)
             end = request.num_computed + num_new
             if end <= request.capacity or self._make_room(request, end, draft):
@@ -159,6 +161,13 @@ class Scheduler:
                     draft.new[request], draft.grown[request] = request.num_computed, 0
                 draft.book(request, num_new)
         return True
+
+    def _fits_whole(self, num_tokens: int, draft: Draft) -> bool:
+        """Whether the step may have a whole prompt. One that is alone may be larger than what memory left of the
+        budget."""
+        if num_tokens > draft.budget and not (draft.slots or draft.prefill):
+            draft.budget = num_tokens
+        return num_tokens <= draft.budget
 
     def _is_in_flight(self, request: Request) -> bool:
         """Whether a step in flight holds a row of it."""
@@ -215,6 +224,8 @@ class Scheduler:
     def _consider(self, request: Request, draft: Draft, reserve: int = 0) -> Verdict:
         """Admits a waiting request, if there is room. Whatever that raises fails it."""
         try:
+            if self.config.whole_prompts and not self._fits_whole(request.num_tokens, draft):
+                return "no room"
             hits = self.blocks.match(request) if request.may_read_cache else self.blocks.no_hits()
             if request.may_read_cache and draft.writes_next_block(request, len(hits[0]), self.blocks):
                 return "waits"
@@ -361,7 +372,7 @@ class Scheduler:
 
         Requests keep slots, blocks and turns, but those admitted behind the oldest step go back to the queue: their
         hits may be what it was to compute, their places those of requests that it was to end. Returns the request of
-        which memory does not hold a single token: the scheduler has removed it.
+        which memory does not hold a single token, or the whole prompt: the scheduler has removed it.
         """
         self._stats.steps_withdrawn += len(steps)
         for step in reversed(steps):
@@ -369,7 +380,8 @@ class Scheduler:
             take_back_rows(step, self._roster, unadmit=step is not steps[0])
         assert not self._in_flight, "the steps behind one that ran out of memory are withdrawn with it"
         self._first = steps[0].first
-        if self._budget.halve(steps[0].plan.num_tokens):
+        alone = self.config.whole_prompts and len(steps[0].rows) == 1  # there is no smaller step
+        if self._budget.halve(steps[0].plan.num_tokens) and not alone:
             return []
         failed = [request for request, _ in steps[0].rows if request.status is not Status.FINISHED]
         for request in failed:
@@ -377,9 +389,15 @@ class Scheduler:
         return failed
 
 
-def _refuse_misfit(request: Request, max_model_len: int, blocks: BlockManager) -> None:
+def _refuse_misfit(request: Request, config: SchedulerConfig, blocks: BlockManager) -> None:
     """Raises `RequestError`, with the numbers, where the request could never run."""
-    num_prompt = request.prompt_len
+    num_prompt, max_model_len, most = request.prompt_len, config.max_model_len, config.max_num_batched_tokens
+    if config.whole_prompts and request.params.max_tokens != 1:
+        text = f"this model's attention looks ahead: a request needs max_tokens=1, not {request.params.max_tokens}"
+        raise RequestError("not_supported", text)
+    if config.whole_prompts and num_prompt > most:
+        text = f"the prompt's {num_prompt} tokens must run in one step, which has {most}: raise max_num_batched_tokens"
+        raise RequestError("does_not_fit", text)
     if num_prompt == 0:
         raise RequestError("invalid_prompt", "the prompt is empty: it must have one token at least")
     if num_prompt >= max_model_len:

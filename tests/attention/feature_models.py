@@ -61,7 +61,8 @@ class Kinds(Model):
         self.head = ctx.lm_head("head", WIDTH, VOCAB)
 
     def forward(self, input_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
-        x: Tensor = self.embed(input_ids) + positions.unsqueeze(-1) / LONGEST
+        x: Tensor = self.embed(input_ids)
+        x = x + (positions.unsqueeze(-1) / LONGEST).to(x.dtype)
         for layer in self.layers:
             x = x + layer(x)
         return x

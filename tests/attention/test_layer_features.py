@@ -44,6 +44,19 @@ def test_a_model_with_the_feature_equals_its_formula_in_chunks_and_on_two_ranks(
     check_model(Kinds, path, lambda ids: logits(path, ids[0]))
 
 
+@pytest.mark.parametrize(
+    ("kinds", "words"),
+    [
+        ({"causal": False}, r"\['layers\.1\.attn'\] look ahead, and the kit divides prompts"),
+        ({"temperature": 1.7}, r"lacks what layers need: \{'tests\.temperature': 'layers\.1\.attn'\}"),
+    ],
+)
+def test_the_model_kit_says_what_it_cannot_check(kinds: dict[str, Any], words: str, tmp_path: Path) -> None:
+    path = write(tmp_path, **kinds)
+    with pytest.raises(ConformanceError, match=words):
+        check_model(Kinds, path, lambda ids: logits(path, ids[0]))
+
+
 @pytest.mark.parametrize("name", ["sinks", "shares"])
 def test_without_the_feature_the_result_would_be_another(name: str, tmp_path: Path) -> None:
     path = write(tmp_path, sinks=True, shares=True)

@@ -90,6 +90,10 @@ class ModelOnRanks:
             for feature in layer.spec.features - TorchPaged.capabilities.features
         }
         require(not lacking, f"the kit's backend lacks what layers need: {lacking}")
+        ahead = [layer.name for layer in built.attention_layers if not layer.spec.causal]
+        require(
+            not ahead, f"{ahead} look ahead, and the kit divides prompts: compare LLM.hidden_states with a reference"
+        )
         for spec, layers in kv_groups(built.attention_layers):
             backends.append(TorchPaged(spec, self.limits, _CPU))
             backends[-1].allocate(len(layers), self.paging.num_blocks)

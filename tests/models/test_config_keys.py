@@ -20,6 +20,7 @@ from transformers import (
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
+    GemmaConfig,
     Glm4Config,
     GlmConfig,
     GPT2Config,
@@ -29,6 +30,7 @@ from transformers import (
     MistralConfig,
     Olmo2Config,
     Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -60,6 +62,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], Any]] = {
         cls.model_type: (cls, partial(families.write, family=cls.model_type))
         for cls in (
             CohereConfig,
+            GemmaConfig,
             Glm4Config,
             GlmConfig,
             GPT2Config,
@@ -67,6 +70,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], Any]] = {
             GraniteConfig,
             Olmo2Config,
             Phi3Config,
+            PhiConfig,
             Starcoder2Config,
         )
     },

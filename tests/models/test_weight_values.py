@@ -169,7 +169,7 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     **{make.__name__: make for make in BUILT_IN},
     **{
         name: partial(families.write, family=name)
-        for name in ("olmo2", "granite", "phi3", "cohere", "starcoder2", "glm", "glm4")
+        for name in ("olmo2", "granite", "phi3", "cohere", "starcoder2", "glm", "glm4", "gemma", "phi")
     },
 }
 PREFIXES = {

@@ -95,6 +95,13 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], float]] = {
         {"n_inner": 40, "scale_attn_weights": False, "tie_word_embeddings": False, "activation_function": "gelu_new"},
         0.1,
     ),
+    "gemma": ("gemma", {"head_dim": 16, "hidden_act": "gelu", "tie_word_embeddings": False}, 0.1),
+    "phi": ("phi", {"hidden_size": 64}, 0.15),
+    "phi, norms of heads": (
+        "phi",
+        {"hidden_size": 64, "num_key_value_heads": 1, "qk_layernorm": True, "hidden_act": "gelu"},
+        0.2,
+    ),
     "gpt_neox": ("gpt_neox", {"hidden_size": 64}, 0.15),
     "gpt_neox, one after the other": (
         "gpt_neox",

@@ -7,6 +7,7 @@ from nanoengine.api import API_VERSION, ModelSpec, hookimpl
 _MODELS = (
     # name, architecture, module:class in this folder
     ("cohere", "CohereForCausalLM", "cohere:Cohere"),
+    ("gemma", "GemmaForCausalLM", "gemma:Gemma"),
     ("gemma2", "Gemma2ForCausalLM", "gemma2:Gemma2"),
     ("gemma3", "Gemma3ForCausalLM", "gemma3:Gemma3"),
     ("gemma3-with-images", "Gemma3ForConditionalGeneration", "gemma3:Gemma3WithImages"),
@@ -18,6 +19,7 @@ _MODELS = (
     ("llama", "LlamaForCausalLM", "llama:Llama"),
     ("mistral", "MistralForCausalLM", "mistral:Mistral"),
     ("olmo2", "Olmo2ForCausalLM", "olmo2:Olmo2"),
+    ("phi", "PhiForCausalLM", "phi:Phi"),
     ("phi3", "Phi3ForCausalLM", "phi3:Phi3"),
     ("qwen2", "Qwen2ForCausalLM", "qwen2:Qwen2"),
     ("qwen3", "Qwen3ForCausalLM", "qwen3:Qwen3"),

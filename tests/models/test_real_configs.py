@@ -74,7 +74,8 @@ def checkpoint(config: dict[str, Any], folder: Path) -> Tensor:
         AutoConfig.from_pretrained(folder), dtype=torch.float32, attn_implementation="eager"
     ).eval()
     for name, parameter in reference.named_parameters():
-        nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.2)
+        bias = name.endswith("bias")  # of the output layer, a large one would say which token comes
+        nn.init.normal_(parameter, mean=float("norm" in name and not bias), std=0.05 if bias else 0.2)
     reference.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config))
     with torch.inference_mode():

@@ -145,6 +145,32 @@ def test_seeded_draws_and_what_no_tail_does(tmp_path: Path, captured: Counter[st
             assert tokens_of(llm.generate(ASKED[:4], params, use_tqdm=False)) == tokens_of(together)
 
 
+def test_what_was_sent_for_a_graph_that_did_not_run_is_sent_again(
+    tmp_path: Path, captured: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The columns of the slot's last owner are reset in a step whose graph is not replayed, as memory runs out."""
+    raised: list[int] = []
+
+    def run_out(group: Any) -> None:
+        if not raised:
+            raised.append(1)
+            raise MemoryError("another rank ran out of memory")
+
+    with mock_llm(tmp_path, max_num_seqs=4, max_num_batched_tokens=36) as llm:
+
+        def tokens() -> list[Any]:
+            return tokens_of(llm.generate([ASKED[1]], SamplingParams(seed=2, max_tokens=12), use_tqdm=False))
+
+        expected = tokens()
+        last_owner = SamplingParams(temperature=0.1, top_k=2, seed=1, max_tokens=3)
+        llm.generate([ASKED[0]], last_owner, use_tqdm=False)
+        monkeypatch.setattr(type(llm._built.executor.runner.tp), "begin_forward", run_out)
+        assert tokens() == expected
+        stats = llm.stats()
+    assert stats.steps_withdrawn
+    assert stats.graph_tails > 20
+
+
 def test_a_mutant_that_shifts_the_rows_of_mixed_steps_is_caught(
     tmp_path: Path, captured: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

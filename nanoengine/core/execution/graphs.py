@@ -96,6 +96,7 @@ class StepGraphs:
     def replay(self, size: StepSize) -> Tensor:
         """Model and output layer; the logits, valid until the next replay."""
         self.passes[size, None].replay()
+        self.buffers.tables.buffer.clear_pending()  # only now: a launch may raise between `prepare` and here
         return self.logits[size]
 
     def replay_tail(self, size: StepSize, kind: int) -> Tensor:

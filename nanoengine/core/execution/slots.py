@@ -50,8 +50,8 @@ def upload(array: npt.NDArray[Any], device: torch.device, into: Tensor | None = 
 class TableBuffer:
     """Tables of 4- and 8-byte elements in one int32 tensor, and the pending writes to them.
 
-    So all that the host writes in a step is one upload and one kernel. Writes take effect in their order, when they are
-    sent; those of a launch that failed before are sent with the next one's.
+    So all that the host writes in a step is one upload and one kernel. Writes take effect in their order; those of a
+    launch that raised before they did are sent with the next one's.
 
     Attributes:
         words: int32 [N], all tables. tables: zeroed views of it. first: the first word of each table.
@@ -103,7 +103,7 @@ class TableBuffer:
         return np.stack((words, values), dtype=np.int32, casting="unsafe")
 
     def clear_pending(self) -> None:
-        """The pending writes were sent."""
+        """The pending writes have taken effect, or will before whatever is launched from here on."""
         self.pending, self._overlap = [], False
 
 

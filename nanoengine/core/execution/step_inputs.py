@@ -183,6 +183,7 @@ class StepBuffers:
         if num_writes:
             writes = self.sent[layout.writes :][: 2 * num_writes]
             self.tables.kernels.scatter(self.tables.buffer.words, writes)
+        self.tables.buffer.clear_pending()
         return self._gather(plan, self._rows(layout), plan.num_tokens, int(plan.query_lens.max()))
 
     def gather_in_graph(self, plan: StepPlan, size: StepSize) -> GatheredStep:
@@ -192,12 +193,11 @@ class StepBuffers:
         return self._gather(plan, self._rows(layout), size.tokens, size.longest, padded=not size.plain)
 
     def send(self, plan: StepPlan, drawn: Int64) -> tuple[_Layout, int]:
-        """Upload the plan's rows and the pending writes, without waiting; how many writes there are.
+        """Upload the plan's rows and the pending writes, without waiting. Returns how many writes are to be applied.
 
         `drawn`: int64 [S], for each sampled position which of the drawn tokens is its own.
         """
-        buffer = self.tables.buffer
-        writes = buffer.pending_writes()
+        writes = self.tables.buffer.pending_writes()
         if writes.shape[1] > MAX_WRITES:
             self.tables.flush()
             writes = writes[:, :0]
@@ -214,7 +214,6 @@ class StepBuffers:
         for place, values in zip(layout.rows, rows, strict=True):
             packed[place] = values
         upload(packed, self.sent.device, self.sent)
-        buffer.clear_pending()
         return layout, writes.shape[1]
 
     def rows_of(self, size: StepSize) -> StepRows:

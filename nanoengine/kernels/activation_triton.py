@@ -16,7 +16,12 @@ from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_
 @triton.jit
 def act_mul(gate, up, ACTIVATION: tl.constexpr):
     """activation(gate) * up, float32 in and out."""
-    slope = gate
+    if ACTIVATION == "swiglu_clamped":  # by `where`, which keeps a NaN
+        gate = tl.where(gate > 7.0, 7.0, gate)
+        up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up)) + 1.0
+        slope = 1.702 * gate
+    else:
+        slope = gate
     if ACTIVATION == "gelu_tanh":
         # (1 + tanh(z)) / 2 is sigmoid(2 z), and 1.5957691 is 2 sqrt(2 / pi)
         slope = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)

@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanoengine.kernels import activation as pointwise
+from nanoengine.kernels import experts as mixture
 from nanoengine.kernels import rms_norm, rope
 from nanoengine.kernels.activation import Activation as Activation
+from nanoengine.kernels.experts import RealTokens as RealTokens
+from nanoengine.kernels.experts import Routing as Routing
 from nanoengine.kernels.linear import linear
 from nanoengine.kernels.matvec import use_matvec
 
@@ -89,6 +92,51 @@ class Ops:
             q_weight=q_weight, k_weight=k_weight, eps=eps, magnitude=magnitude, interleaved=interleaved,
         )  # fmt: skip
 
+    def norm_router(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`add_rms_norm`, and `router` of what it normalised -> (normalised, residual stream, float32 logits)."""
+        normed, total = self.add_rms_norm(x, residual, norm_weight, eps)
+        return normed, total, self.router(normed, weight, bias)
+
+    def router(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x @ weight.T + bias in float32, whatever their dtype: [T, H] -> [T, E]."""
+        return mixture.router_logits(x, weight, bias)
+
+    def route(
+        self, logits: Tensor, routing: Routing, correction: Tensor | None = None, real: RealTokens | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Each token's experts int32 [T, k], the best first, and their weights float32 [T, k]: `experts.route`."""
+        return mixture.route(logits, routing, correction, real)
+
+    def experts(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        *,
+        activation: Activation = "silu",
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        first: int = 0,
+        add: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The weighted sum of each token's experts: `experts.experts`. `out`, contiguous: where it goes."""
+        y = mixture.experts(
+            x, ids, weights, gate_up, down, activation=activation,
+            gate_up_bias=gate_up_bias, down_bias=down_bias, first=first, add=add,
+        )  # fmt: skip
+        return y if out is None else out.copy_(y)
+
 
 class TritonOps(Ops):
     """Fused kernels on a GPU; products of few rows by our own kernels, others by cuBLAS."""
@@ -97,7 +145,14 @@ class TritonOps(Ops):
     stores_kv = True
 
     def __init__(self, *, attends_qkv: bool = True) -> None:
-        from nanoengine.kernels import activation_triton, matvec_triton, rms_norm_triton, rope_triton
+        from nanoengine.kernels import (
+            activation_triton,
+            experts_triton,
+            matvec_triton,
+            rms_norm_triton,
+            rope_triton,
+            route_triton,
+        )
         from nanoengine.kernels.matvec_skinny_triton import tickets_on
 
         self._norm, self._pointwise, self._rope, self._matvec = (
@@ -107,6 +162,7 @@ class TritonOps(Ops):
             matvec_triton,
         )
         self.attends_qkv = attends_qkv
+        self._route, self._experts = route_triton, experts_triton
         self._make_tickets = tickets_on
         self._tickets: Tensor | None = None
 
@@ -181,6 +237,53 @@ class TritonOps(Ops):
         return self._rope.qk_norm_rope_store(
             qkv, positions, inv_freq, k_cache, v_cache, slot_mapping,
             q_weight=q_weight, k_weight=k_weight, eps=eps, magnitude=magnitude, interleaved=interleaved,
+        )  # fmt: skip
+
+    def norm_router(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if 0 < len(x) <= self._route.MAX_NORM_ROWS:
+            return self._route.norm_router(x, residual, norm_weight, eps, weight, bias)
+        return super().norm_router(x, residual, norm_weight, eps, weight, bias)
+
+    def router(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self._few(x, weight):
+            out = torch.empty(len(x), len(weight), dtype=torch.float32, device=x.device)
+            return self._matvec.matvec(x, weight, bias, out=out, tickets=self._tickets_on(x.device))
+        if not x.is_cuda or x.dtype == torch.float32:
+            return super().router(x, weight, bias)
+        logits = torch.mm(x, weight.t(), out_dtype=torch.float32)
+        return logits if bias is None else logits.add_(bias)
+
+    def route(
+        self, logits: Tensor, routing: Routing, correction: Tensor | None = None, real: RealTokens | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return self._route.route(logits, routing, correction, real)
+
+    def experts(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        *,
+        activation: Activation = "silu",
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        first: int = 0,
+        add: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        return self._experts.experts(
+            x, ids, weights, gate_up, down, activation=activation,
+            gate_up_bias=gate_up_bias, down_bias=down_bias, first=first, add=add, out=out,
         )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 from nanoengine.kernels import activation as reference
 from nanoengine.kernels.activation_triton import act_and_mul, soft_cap
 
-ACTIVATIONS = ["silu", "gelu_tanh"]
+ACTIVATIONS = ["silu", "gelu_tanh", "swiglu_clamped"]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -25,10 +25,22 @@ def test_activations_differ(rand, assert_close) -> None:
         assert_close(act_and_mul(gate_up, "gelu_tanh"), reference.act_and_mul(gate_up.float(), "silu"))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_large_values_saturate(rand, dtype, device, activation) -> None:
     gate_up = torch.tensor([[-200.0, 200.0, 1.5, 2.0]], dtype=dtype, device=device)
     assert torch.equal(act_and_mul(gate_up, activation), torch.tensor([[0.0, 400.0]], dtype=dtype, device=device))
+
+
+def test_clamps(dtype, device) -> None:
+    """Gates at 7, what they gate at 7 either way; a NaN in either is one behind them too."""
+    nan = float("nan")
+    gate_up = torch.tensor([[-200.0, 200.0, 200.0, nan, 1.0, 5.0, 9.0, -9.0, 2.0, nan]], dtype=dtype, device=device)
+    for kernel in (act_and_mul, reference.act_and_mul):
+        out = kernel(gate_up, "swiglu_clamped")[0].tolist()
+        assert out[0] == 0.0
+        assert out[1:3] == pytest.approx([56.0, -42.0], rel=1e-3)
+        assert out[3] != out[3]
+        assert out[4] != out[4]
 
 
 def test_rows_may_be_strided_or_absent(rand, assert_close) -> None:

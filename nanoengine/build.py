@@ -222,8 +222,15 @@ def _inspect(loader: TargetLoader, target: str, hf_config: Mapping[str, Any], op
     model_class: type[Model] = load_checked(loader, target, Model)
     dtype = getattr(torch, options.dtype)
     tp = SingleRank() if options.tensor_parallel_size == 1 else ShapesOnly(options.tensor_parallel_size)
-    device, longest = torch.device("meta"), options.max_model_len
-    return build_model(model_class, hf_config, tp=tp, dtype=dtype, device=device, max_model_len=longest)
+    return build_model(
+        model_class,
+        hf_config,
+        tp=tp,
+        dtype=dtype,
+        device=torch.device("meta"),
+        max_model_len=options.max_model_len,
+        expert_parallel=options.enable_expert_parallel,
+    )
 
 
 def _attention(

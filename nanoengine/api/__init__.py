@@ -55,6 +55,7 @@ from nanoengine.api.specs import (
 from nanoengine.api.weights import WeightMap, WeightRule
 
 if TYPE_CHECKING:
+    from nanoengine.api.experts import Experts, ExpertsInfo, ExpertsMethod, RunningStep
     from nanoengine.api.layers import (
         Layer,
         LayerInfo,
@@ -67,7 +68,12 @@ if TYPE_CHECKING:
 
 _MODEL = ("Attention", "BuildContext", "ForwardBatch", "Model", "ModelConfig")
 _LAYERS = ("Layer", "LayerInfo", "Linear", "LinearMethod", "Norm", "WeightLayer")
-_NEEDS_TORCH = {**dict.fromkeys(_MODEL, "model"), **dict.fromkeys(_LAYERS, "layers")}
+_EXPERTS = ("Experts", "ExpertsInfo", "ExpertsMethod", "RunningStep")
+_NEEDS_TORCH = {
+    **dict.fromkeys(_MODEL, "model"),
+    **dict.fromkeys(_LAYERS, "layers"),
+    **dict.fromkeys(_EXPERTS, "experts"),
+}
 
 __all__ = [
     "API_VERSION",
@@ -83,6 +89,9 @@ __all__ = [
     "ColumnSpec",
     "CommandSpec",
     "ConfigError",
+    "Experts",
+    "ExpertsInfo",
+    "ExpertsMethod",
     "ForwardBatch",
     "GraphSupport",
     "HeadNorms",
@@ -112,6 +121,7 @@ __all__ = [
     "ProcessorRows",
     "RaggedColumn",
     "Rotation",
+    "RunningStep",
     "SamplerSpec",
     "Shard",
     "ShardSpec",

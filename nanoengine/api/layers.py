@@ -14,6 +14,9 @@ from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.sharding import Shard, ShardSpec
 from nanoengine.kernels.ops import Activation, Ops
 
+if TYPE_CHECKING:
+    from nanoengine.api.experts import ExpertsMethod
+
 LayerKind = Literal["linear", "embedding", "head", "experts"]
 
 
@@ -24,9 +27,10 @@ class LayerInfo:
     Attributes:
         name: dotted path of the layer in the model.
         kind: what made it: `linear`, `embedding`, `lm_head` or `experts` of the build context.
-        shape: of the whole weight, all ranks together: [out, in]; [experts, out, in] of experts.
-        parts: (name, outputs) of what is fused; () where nothing is.
-        parallel: "column", "row", "replicated"; "vocabulary" of embeddings and heads.
+        shape: of the whole weight, all ranks together: [out, in]; of experts [experts, out, in] of gate and up.
+        parts: (name, outputs) of what is fused; () where nothing is. Of experts: "gate", "up" and "down".
+        parallel: "column", "row", "replicated"; "vocabulary" of embeddings and heads; of experts "width": each rank has
+            a part of every expert, or "experts": whole ones.
         sources: names of the checkpoint's modules that fill it by the model's `WeightMap`, behind its `rename`, one a
             part; `{}` stands for the index of an expert.
     """
@@ -188,5 +192,5 @@ class LinearMethod(ABC):
         return self.apply(layer, x, bias), residual
 
 
-ChooseMethod = Callable[[LayerInfo], LinearMethod | None]
-"""The method of a layer; None: the plain one, whose weight is one parameter of the model's dtype."""
+ChooseMethod = Callable[[LayerInfo], "LinearMethod | ExpertsMethod | None"]
+"""The method of a layer, of experts an `ExpertsMethod`; None: the plain one, whose weights are of the model's dtype."""

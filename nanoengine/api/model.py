@@ -19,6 +19,7 @@ from nanoengine.api.attention import (
     Rotation,
 )
 from nanoengine.api.errors import ModelError, PluginError
+from nanoengine.api.experts import Experts, ExpertsInfo, RunningStep
 from nanoengine.api.layers import Layer, Linear
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.plugin_calls import name_of, place_and_fix
@@ -157,6 +158,7 @@ class BuildContext(Protocol):
         tp: the tensor-parallel group. dtype, device: of the parameters.
         ops: the operations that layers call: plain torch, or fused kernels.
         max_model_len: the most tokens that a request of this engine may have; at most the config's.
+        step: the step that runs, for layers that must not see its padding.
     """
 
     tp: TensorParallelGroup
@@ -164,6 +166,7 @@ class BuildContext(Protocol):
     device: torch.device
     ops: Ops
     max_model_len: int
+    step: RunningStep
 
     def linear(
         self,
@@ -200,6 +203,13 @@ class BuildContext(Protocol):
         """Vocabulary-parallel output layer, [R, dim] -> [R, V/tp], padding columns -inf.
 
         `tied`: the embedding whose weight it shares.
+        """
+        ...
+
+    def experts(self, name: str, info: ExpertsInfo) -> Experts:
+        """The experts of a layer. Its stacked weights are `{name}.gate_up_proj` and `{name}.down_proj`.
+
+        Ranks have a part of the width of each expert, or whole experts (`enable_expert_parallel`).
         """
         ...
 

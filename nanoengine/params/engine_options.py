@@ -54,6 +54,7 @@ class EngineOptions:
         seed: of requests without a seed, and of dummy weights.
         tensor_parallel_size: number of ranks that share each layer, each in its own process: rank r on GPU r; on CPUs
             the ranks share the threads.
+        enable_expert_parallel: each rank has whole experts, instead of a part of the width of each expert.
         worker_start_timeout: seconds until all ranks must be ready, including loading and the first compilation.
         step_timeout: seconds after which a step counts as hanging.
         enforce_eager: never capture graphs.
@@ -86,6 +87,7 @@ class EngineOptions:
     max_logprobs: int = 20
     seed: int = 0
     tensor_parallel_size: int = 1
+    enable_expert_parallel: bool = False
     worker_start_timeout: float = 600.0
     step_timeout: float = 60.0
     enforce_eager: bool = False

@@ -13,6 +13,7 @@ from torch import nn
 from nanoengine.api.attention import AttentionLayerSpec, KVSpec
 from nanoengine.api.checks import check_attention, check_config, check_weight_map
 from nanoengine.api.errors import ModelError, nearest, shown
+from nanoengine.api.experts import Experts, ExpertsInfo, ExpertsMethod, RunningStep
 from nanoengine.api.layers import ChooseMethod, Layer, LayerInfo, Linear, LinearMethod, WeightLayer
 from nanoengine.api.model import Attention, Model, ModelConfig, Parallel
 from nanoengine.api.parallel import TensorParallelGroup
@@ -20,17 +21,20 @@ from nanoengine.api.plugin_calls import name_of, place_and_fix, plugin_call
 from nanoengine.api.weights import WeightMap
 from nanoengine.kernels.ops import Ops
 from nanoengine.layers.embedding import ParallelLMHead, VocabParallelEmbedding, head_info
+from nanoengine.layers.experts import ParallelExperts, experts_info
 from nanoengine.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear, linear_info
 from nanoengine.setup.start.quantization import choose_methods
 from nanoengine.setup.start.weight_rules import Rules
 
 LayerType = TypeVar("LayerType", bound=nn.Module)
+MethodType = TypeVar("MethodType", LinearMethod, ExpertsMethod)
 
 
 class Builder:
     """The `BuildContext` of the engine. It records layers by name, in the order in which they are made.
 
-    choose: returns the method of a linear layer or output layer. None: no layer has one of its own.
+    choose: returns the method of a linear layer, output layer or experts. None: no layer has one of its own.
+    expert_parallel: ranks have whole experts.
     """
 
     def __init__(
@@ -43,13 +47,16 @@ class Builder:
         max_model_len: int = 0,
         weights: WeightMap | None = None,
         choose: ChooseMethod | None = None,
+        expert_parallel: bool = False,
     ) -> None:
         self.tp = tp
         self.ops = ops or Ops()
         self.dtype = dtype
         self.device = device
         self.max_model_len = max_model_len
+        self.step = RunningStep()
         self.layers: dict[str, nn.Module] = {}
+        self._expert_parallel = expert_parallel
         self._rules, self._choose = Rules(weights or WeightMap()), choose
 
     @property
@@ -79,7 +86,9 @@ class Builder:
         options |= {"reduce": reduce} if parallel == "row" else {}
         try:
             info = linear_info(name, in_features, out_features, parts or (), parallel, sources)
-            layer: Linear = known[parallel](name, in_features, out_features, method=self._method(info), **options)
+            layer: Linear = known[parallel](
+                name, in_features, out_features, method=self._method(info, LinearMethod), **options
+            )
         except ModelError as error:
             raise ModelError(f"{name}: {error}") from error
         return self._named(name, layer)
@@ -94,9 +103,15 @@ class Builder:
         if tied is not None and not isinstance(tied, WeightLayer):
             raise ModelError(f"{name}: can be tied to an embedding made by this context, not to {type(tied).__name__}")
         sources = self._sources(name)
-        method = None if tied is not None else self._method(head_info(name, dim, vocab_size, sources))
+        method = None if tied is not None else self._method(head_info(name, dim, vocab_size, sources), LinearMethod)
         options: dict[str, Any] = {"bias": bias, "tied": tied, "method": method, "sources": sources}
         return self._named(name, ParallelLMHead(dim, vocab_size, place=self, name=name, **options))
+
+    def experts(self, name: str, info: ExpertsInfo) -> Experts:
+        sources = self._sources(f"{name}.gate_up_proj", ("gate", "up")) + self._sources(f"{name}.down_proj")
+        about = experts_info(name, info, self.tp.size, whole=self._expert_parallel, sources=sources)
+        method = self._method(about, ExpertsMethod)
+        return self._named(name, ParallelExperts(about, info, place=self, method=method))
 
     def attention(self, name: str, spec: AttentionLayerSpec) -> Attention:
         check_attention(name, spec)
@@ -116,9 +131,12 @@ class Builder:
             )
         return storing[str(shares)]
 
-    def _method(self, info: LayerInfo) -> LinearMethod | None:
-        """None: the plain one."""
-        return self._choose(info) if self._choose else None
+    def _method(self, info: LayerInfo, kind: type[MethodType]) -> MethodType | None:
+        """None: the plain one. Raises `ModelError` for a method of another kind of layer."""
+        method = self._choose(info) if self._choose else None
+        if method is None or isinstance(method, kind):
+            return method
+        raise ModelError(f"{info.name}: {name_of(type(method))} is not a nanoengine.api.{kind.__name__}")
 
     def _named(self, name: str, layer: LayerType) -> LayerType:
         if self.layers.setdefault(name, layer) is not layer:
@@ -136,11 +154,12 @@ class Builder:
 
 @dataclass(frozen=True, slots=True)
 class BuiltModel:
-    """A model without weights yet, its config, and its attention layers in order."""
+    """A model without weights yet, its config, its attention layers in order, and the step that its layers see."""
 
     model: Model
     config: ModelConfig
     attention_layers: tuple[Attention, ...]
+    step: RunningStep
 
 
 def build_model(
@@ -153,12 +172,14 @@ def build_model(
     ops: Ops | None = None,
     max_model_len: int | None = None,
     choose: ChooseMethod | None = None,
+    expert_parallel: bool = False,
 ) -> BuiltModel:
     """Reads the config and makes the layers. `device="meta"` gives shapes and attention needs without memory.
 
     Args:
         max_model_len: that of the engine; None: that of the model.
-        choose: returns the method of a linear layer or output layer; None: `choose_methods` of config.json.
+        choose: returns the method of a linear layer, output layer or experts; None: `choose_methods` of config.json.
+        expert_parallel: ranks have whole experts, not a part of the width of each.
 
     Raises `ModelError` for a config that is not supported, for heads that cannot be divided over the ranks, for layers
     whose names are not their paths in the model, and for any other error in the model's `read_config`, `weight_map` or
@@ -174,7 +195,10 @@ def build_model(
         check_weight_map(weights, model_cls)
     longest = min(max_model_len or config.default_max_model_len or config.max_model_len, config.max_model_len)
     try:
-        builder = Builder(tp, dtype, torch.device(device), ops, max_model_len=longest, weights=weights, choose=choose)
+        builder = Builder(
+            tp, dtype, torch.device(device), ops,
+            max_model_len=longest, weights=weights, choose=choose, expert_parallel=expert_parallel,
+        )  # fmt: skip
         with plugin_call(f"{name}.__init__ failed", model_cls, ModelError):
             model = model_cls(config, builder).eval()
         name_layers(model, builder.layers)
@@ -187,7 +211,7 @@ def build_model(
             f"{name} made no attention layer; a model makes each by ctx.attention(name, spec), for the KV cache is "
             f"theirs{place_and_fix(None, model_cls.__init__)}"
         )
-    return BuiltModel(model, config, tuple(builder.attention_layers))
+    return BuiltModel(model, config, tuple(builder.attention_layers), builder.step)
 
 
 def name_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
@@ -218,11 +242,9 @@ def parameter_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def weight_bytes(
-    model_cls: type[Model], hf_config: Mapping[str, Any], tp: TensorParallelGroup, dtype: torch.dtype
-) -> int:
-    """What a rank's parameters take, found without taking it."""
-    return parameter_bytes(build_model(model_cls, hf_config, tp=tp, dtype=dtype, device="meta").model)
+def weight_bytes(model_cls: type[Model], hf_config: Mapping[str, Any], **options: Any) -> int:
+    """What a rank's parameters take, found without taking it. options: those of `build_model`."""
+    return parameter_bytes(build_model(model_cls, hf_config, **{**options, "device": "meta"}).model)
 
 
 def kv_groups(attention_layers: Sequence[Attention]) -> tuple[tuple[KVSpec, tuple[Attention, ...]], ...]:

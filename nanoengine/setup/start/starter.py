@@ -26,7 +26,7 @@ from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.slots import SlotLimits, SlotTables
 from nanoengine.core.execution.step_inputs import StepBuffers
 from nanoengine.core.step import num_slots
-from nanoengine.kernels.ops import Ops, ops_for
+from nanoengine.kernels.ops import RealTokens, ops_for
 from nanoengine.params.engine_options import EngineOptions
 from nanoengine.params.engine_plan import EnginePlan
 from nanoengine.setup.plugins.choose import load_checked
@@ -85,12 +85,16 @@ class _Start:
             torch.cuda.synchronize(self.device)  # creates the context
             self.share = GpuShare.at_start(self.device, options.gpu_memory_utilization)
         self.clock.lap("device")
+        place: dict[str, Any] = {
+            "tp": self.tp, "dtype": self.dtype, "device": self.device, "ops": ops,
+            "max_model_len": options.max_model_len, "expert_parallel": options.enable_expert_parallel,
+        }  # fmt: skip
         try:
-            built = self._make_model(model_class, ops)
+            built = self._make_model(model_class, place)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            needed = weight_bytes(model_class, self.plan.hf_config, self.tp, self.dtype)
+            needed = weight_bytes(model_class, self.plan.hf_config, **place)
             raise weights_misfit(needed, self.device, error) from error
         self.clock.lap("weights")
         try:
@@ -101,10 +105,8 @@ class _Start:
             self._undo()
             raise
 
-    def _make_model(self, model_class: type[Model], ops: Ops) -> BuiltModel:
-        place: dict[str, Any] = {"tp": self.tp, "dtype": self.dtype, "device": self.device, "ops": ops}
-        longest = self.plan.options.max_model_len
-        built = build_model(model_class, self.plan.hf_config, max_model_len=longest, **place)
+    def _make_model(self, model_class: type[Model], place: dict[str, Any]) -> BuiltModel:
+        built = build_model(model_class, self.plan.hf_config, **place)
         what, passing = f"{name_of(model_class)}: loading its weights failed", (NanoEngineError, OSError)
         with plugin_call(what, model_class, ModelError, passing=passing):
             if self.plan.options.load_format == "dummy":
@@ -162,6 +164,7 @@ class _Start:
         self.failed_processors = processors.failed
         tables = SlotTables(slot_limits, [plan for plan, _ in processors.working], self.device, fused=self.fused)
         buffers = StepBuffers(limits, tables, self.backends)
+        built.step.real = RealTokens(buffers.out.slot_mapping[0], limits.block_size)
         kernels = self.fused and options.fuse_sampling
         sampler = Sampler(processors.working, vocab_size, fuse=options.fuse_sampling, kernels=kernels)
         supported = self.backend_class.capabilities.graphs

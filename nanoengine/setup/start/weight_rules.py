@@ -91,16 +91,18 @@ class Rules:
         return Resolved(parameter, rest[0] if rest else None, rule, pattern)
 
     def sources(self, parameter: str, part: str = "") -> list[str]:
-        """Names behind `rename` that fill a parameter, or one part of it; an index is `{}`. Without a rule its own."""
-        words = parameter.split(".")
+        """Names behind `rename` that fill a parameter, or one part of it, in the order of the rules; an index is `{}`.
+        Without a rule its own."""
+        words, order = parameter.split("."), {pattern: at for at, pattern in enumerate(self._rules)}
         found = []
         for end in (len(words), len(words) - 1):
             for match in _matches(self._to, words, end):
                 for pattern, rule in match.rules:
                     if not part or not rule.parts or part in parts_of(rule):
                         source = _filled(pattern, match.numbers)
-                        found.append(".".join((*words[: match.start], *source, *words[end:])))
-        return found or [parameter]
+                        name = ".".join((*words[: match.start], *source, *words[end:]))
+                        found.append((order[pattern], name))
+        return [name for _, name in sorted(found)] or [parameter]
 
 
 def checkpoint_name(parameter: str, part: str, weights: WeightMap) -> str:

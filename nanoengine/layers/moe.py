@@ -53,6 +53,8 @@ class Router(WeightLayer):
     """
 
     weight: Tensor
+    bias: Tensor | None
+    e_score_correction_bias: Tensor | None
 
     def __init__(
         self,
@@ -68,13 +70,15 @@ class Router(WeightLayer):
         check_routing(name, routing, sizes.num_experts)
         self.routing, self.step = routing, ctx.step
         self.add_weight("weight", ShardSpec(shape=(sizes.num_experts, sizes.hidden_size)))
-        self.bias: Tensor | None = None
-        self.e_score_correction_bias: Tensor | None = None
         if bias:
             self.add_weight("bias", ShardSpec(shape=(sizes.num_experts,), init="zeros"))
+        else:
+            self.register_parameter("bias", None)
         if correction:
             spec = ShardSpec(shape=(sizes.num_experts,), init="zeros")
             self.add_weight("e_score_correction_bias", spec, dtype=torch.float32)
+        else:
+            self.register_parameter("e_score_correction_bias", None)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """[T, hidden] -> experts int32 [T, k] and their weights float32 [T, k]: see `Ops.route`."""

@@ -3,6 +3,7 @@ buffers, and the kernels of inputs and sampling run in Triton's interpreter. Bit
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 import triton_interpreter
+from torch import Tensor
 
-from nanoengine import SamplingParams
-from nanoengine.core.execution import results
+from nanoengine import LLM, SamplingParams
+from nanoengine.core.execution import results, runner
 from nanoengine.core.execution.graphs import CaptureSizes, StepGraphs
 from nanoengine.core.execution.step_inputs import StepSize
 from nanoengine.kernels.ops import Ops
@@ -184,3 +186,60 @@ def test_a_mutant_that_shifts_the_rows_of_mixed_steps_is_caught(
     with mock_llm(tmp_path, max_num_seqs=4, max_num_batched_tokens=36) as llm:
         outputs = llm.generate(ASKED, GREEDY, use_tqdm=False)
     assert [o.outputs[0].token_ids if o.outputs else () for o in outputs] != [greedy(p, 6) for p in ASKED]
+
+
+class Routes(KernelsBeside):
+    """Plain torch, which notes the logits and the experts of each routing in a replay."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def route(self, logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        ids, weights = super().route(logits, *rest)
+        if torch.cuda.is_current_stream_capturing():
+            self.seen.append((logits.clone(), ids.clone()))
+        return ids, weights
+
+
+EXPERTS, LAYERS = 8, 2
+MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": 61, "hidden_size": 32,
+    "num_hidden_layers": LAYERS, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+    "moe_intermediate_size": 16, "num_experts": EXPERTS, "num_experts_per_tok": 2, "max_position_embeddings": 64,
+    "rope_theta": 100.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_padding_of_captured_steps_goes_to_no_expert(
+    tmp_path: Path, captured: Counter[str], monkeypatch: pytest.MonkeyPatch, masked: bool
+) -> None:
+    """Padding is token 0, whose hidden states are NaN here, and no prompt has it. Unmasked it would have experts."""
+    ops, steps = Routes(), list[tuple[int, int]]()
+    original = runner.pad
+
+    def pad(plan: Any, size: StepSize, dummy_slot: int) -> Any:
+        steps.append((plan.num_tokens, size.tokens))
+        return original(plan, size, dummy_slot)
+
+    monkeypatch.setattr(starter, "ops_for", lambda device, **_: ops)
+    monkeypatch.setattr(runner, "pad", pad)
+    if not masked:
+        monkeypatch.setattr(starter, "RealTokens", lambda *_: None)
+    (tmp_path / "config.json").write_text(json.dumps(MOE))
+    asked = [[1 + token % 60 for token in prompt] for prompt in ASKED[:5]]
+    options = {"max_num_seqs": 4, "max_num_batched_tokens": 36, "max_model_len": 40, "num_gpu_blocks_override": 64}
+    with LLM(tmp_path, attention="triton", load_format="dummy", enable_prefix_caching=False, **options) as llm:
+        llm.model.model.embed_tokens.weight.data[0] = float("nan")
+        llm.model.lm_head.weight.data[0] = 0.0  # never the highest
+        tokens_of(llm.generate(asked, GREEDY, use_tqdm=False))
+        stats = llm.stats()
+    assert stats.graph_steps > 3
+    assert stats.mixed_graph_steps > 1
+    assert any(real < size for real, size in steps)
+    assert any(logits.isnan().any() for logits, _ in ops.seen)
+    routed = [int((ids < EXPERTS).all(1).sum()) for _, ids in ops.seen]
+    wanted = [real for real, _ in steps for _ in range(LAYERS)]
+    assert (routed == wanted) is masked
+    nan = [ids[logits.isnan().any(1)] for logits, ids in ops.seen]
+    assert bool((torch.cat(nan) == EXPERTS).all()) is masked

@@ -29,6 +29,7 @@ LONG = {
     "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
     "long_factor": [1.0, 2.0, 3.5, 6.0, 9.0, 14.0],
 }
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
 # name -> (model type, fields, standard deviation of the weights)
@@ -115,6 +116,18 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], float]] = {
         },
         0.2,
     ),
+    "qwen3-moe, one layer dense": (
+        "qwen3_moe",
+        {**EXPERTS, "head_dim": 16, "norm_topk_prob": True, "mlp_only_layers": [1], "attention_bias": True},
+        0.25,
+    ),
+    "qwen3-moe, every second layer": (
+        "qwen3_moe",
+        {**EXPERTS, "decoder_sparse_step": 2, "num_experts_per_tok": 1},
+        0.25,
+    ),
+    "qwen2-moe": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 28}, 0.25),
+    "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 11}, 0.25),
     "qwen3, yarn": ("qwen3", {"head_dim": 12, "rope_parameters": {**YARN, "rope_theta": 300.0}}, 0.2),
     "llama, yarn with its numbers": (
         "llama",

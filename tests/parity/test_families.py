@@ -80,10 +80,16 @@ def test_on_several_ranks(pair: Callable[[str], Pair], family: str) -> None:
     check_model(model_class(folder), folder, model, ranks=ranks)
 
 
-def test_two_processes(pair: Callable[[str], Pair]) -> None:
-    """OLMo 2's norms of queries and keys are over a width that ranks share."""
-    folder, model = pair("olmo2")
-    with tiny.llm(folder, tensor_parallel_size=2, max_num_batched_tokens=24) as llm:
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("olmo2", {}),  # norms of queries and keys are over a width that ranks share
+        ("qwen3-moe, one layer dense", {"enable_expert_parallel": True}),
+    ],
+)
+def test_two_processes(pair: Callable[[str], Pair], family: str, options: dict[str, Any]) -> None:
+    folder, model = pair(family)
+    with tiny.llm(folder, tensor_parallel_size=2, max_num_batched_tokens=24, **options) as llm:
         outputs = llm.generate(ASKED, GREEDY, use_tqdm=False)
     assert compare(model, outputs, GREEDY).positions == COUNT * len(ASKED)
 
@@ -195,6 +201,40 @@ def _positions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 GLM, UNSCALED = "glm4, biases, a quarter rotated", "gpt2, a head, narrow, unscaled"
+
+
+def _routing(**changes: Any) -> Callable[[pytest.MonkeyPatch], None]:
+    """The router chooses or weighs otherwise."""
+    from nanoengine.layers import moe
+
+    original = moe.Router.__init__
+
+    def init(self: Any, name: str, sizes: Any, routing: Any, *args: Any, **options: Any) -> None:
+        original(self, name, sizes, replace(routing, **changes), *args, **options)
+
+    return lambda monkeypatch: monkeypatch.setattr(moe.Router, "__init__", init)
+
+
+def _ungated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the shared experts make is not scaled."""
+    from nanoengine.layers import moe
+
+    def shared(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.shared_expert(hidden)
+        return out
+
+    monkeypatch.setattr(moe.SparseMLP, "_shared", shared)
+
+
+def _first_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank takes its own part of the experts' width for all of it."""
+    from nanoengine.layers import moe
+
+    monkeypatch.setattr(moe.SparseMLP, "forward", lambda self, hidden: self.experts(hidden, *self.gate(hidden)))
+    monkeypatch.setattr(moe.SparseMLP, "joined", lambda self, *args, **rest: moe.Sublayer.joined(self, *args, **rest))
+
+
+QWEN_MOE = "qwen3-moe, one layer dense"
 YARN_QWEN, YARN_LLAMA = "qwen3, yarn", "llama, yarn with its numbers"
 MUTANTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int]] = {
     "each rank has a mean square of its own": ("olmo2", _own_mean_square, 2),
@@ -227,6 +267,13 @@ MUTANTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int]] = {
         ),
         1,
     ),
+    "weights not renormalised": (QWEN_MOE, _routing(renormalise=False), 1),
+    "one expert too few": (QWEN_MOE, _routing(top_k=2), 1),
+    "sigmoid for softmax": (QWEN_MOE, _routing(scoring="sigmoid", renormalise=True), 1),
+    "all layers have experts": (QWEN_MOE, _config(sparse=(True, True, True)), 1),
+    "parts of experts not summed": (QWEN_MOE, _first_experts, 2),
+    "shared expert not scaled": ("qwen2-moe", _ungated, 1),
+    "softmax over all experts": ("mixtral", _routing(scoring="softmax"), 1),
     "yarn without its magnitude": (YARN_QWEN, _config(rope={"attention_factor": 1.0}), 1),
     "yarn not scaled": (YARN_QWEN, _config(rope={"kind": "default"}), 1),
     "yarn's borders rounded": (YARN_LLAMA, _config(rope={"truncate": True}), 1),

@@ -91,8 +91,10 @@ class Rules:
         return Resolved(parameter, rest[0] if rest else None, rule, pattern)
 
     def sources(self, parameter: str, part: str = "") -> list[str]:
-        """Names behind `rename` that fill a parameter, or one part of it, in the order of the rules; an index is `{}`.
-        Without a rule its own."""
+        """Names behind `rename` that fill a parameter, or one part of it; an index is `{}`. Without a rule its own.
+
+        First those of the rule that has most words of the parameter, of several in the order of the rules.
+        """
         words, order = parameter.split("."), {pattern: at for at, pattern in enumerate(self._rules)}
         found = []
         for end in (len(words), len(words) - 1):
@@ -101,8 +103,8 @@ class Rules:
                     if not part or not rule.parts or part in parts_of(rule):
                         source = _filled(pattern, match.numbers)
                         name = ".".join((*words[: match.start], *source, *words[end:]))
-                        found.append((order[pattern], name))
-        return [name for _, name in sorted(found)] or [parameter]
+                        found.append((match.start, order[pattern], name))
+        return [name for _, _, name in sorted(found)] or [parameter]
 
 
 def checkpoint_name(parameter: str, part: str, weights: WeightMap) -> str:

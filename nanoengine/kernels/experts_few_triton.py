@@ -112,9 +112,9 @@ def gate_up_tile(k: int, itemsize: int) -> FewTile:
 
 
 def down_tile(k: int, top_k: int, itemsize: int) -> FewTile:
-    """Pieces of a row that waste no lane, where its length allows it; up to 384 bytes of weight a thread."""
-    whole = k & -k  # the largest power of two that divides k
-    block_k = min(whole, 2048) if whole >= 128 else min(2048, triton.next_power_of_2(k))
+    """The largest pieces of a row that waste no more than a tenth of the lanes; up to 384 bytes of weight a thread."""
+    fitting = (size for size in (2048, 1024, 512, 256) if 10 * triton.cdiv(k, size) * size <= 11 * k)
+    block_k = next(fitting, min(2048, triton.next_power_of_2(k)))
     block_n = max(1, 2048 // (block_k * itemsize))  # one load of 16 bytes a thread of 4 warps
     held = triton.cdiv(k, block_k) * block_k * top_k * block_n * itemsize
     return FewTile(block_n, block_k, warps=4 if held <= 32 * 4 * 384 else 8)

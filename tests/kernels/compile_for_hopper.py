@@ -1,0 +1,125 @@
+"""Compiles kernels for compute capability 9.0 on any machine, for sizes of Qwen3-30B-A3B in bfloat16, and prints what
+came out as JSON: registers, spilled bytes, shared memory, and instructions by name. Triton must not be interpreting."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from nanoengine.kernels import experts_few_triton as few
+from nanoengine.kernels import experts_grouped_triton as grouped
+from nanoengine.kernels import route_triton
+
+EXPERTS, TOP_K, HIDDEN, INNER = 128, 8, 2048, 768
+TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def kinds(**pointers: str) -> dict[str, str]:
+    """dtype -> names of pointers to it, without `_ptr`."""
+    return {f"{name}_ptr": f"*{dtype}" for dtype, names in pointers.items() for name in names.split()}
+
+
+def compiled(kernel: Any, given: dict[str, str], constants: dict[str, Any], warps: int = 4) -> dict[str, Any]:
+    """given: kinds of the arguments by name; integers of kind "stride" are multiples of 16."""
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else given[name].replace("stride", "i32") for name in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if name in given and (given[name].startswith("*") or given[name] == "stride")
+    }
+    places = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=aligned)
+    options = {"num_warps": warps, "launch_pdl": True}
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([TOOL, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    found = Counter(re.findall(r"\b(LDG\.E[.\w]*|LDGSTS[.\w]*|HGMMA)\b", code))
+    return {"shared": made.metadata.shared, "instructions": found, **numbers}
+
+
+def route() -> dict[str, Any]:
+    given = kinds(fp32="logits correction weights", i64="places", i32="ids")
+    constants = {
+        "E": EXPERTS, "GROUPS": 1, "BLOCK_G": 1, "BLOCK_S": EXPERTS, "TOP_GROUPS": 1, "GROUP_BEST": 1, "TOP_K": TOP_K,
+        "BLOCK_K": TOP_K, "SCORING": "softmax", "RENORMALISE": True, "HAS_CORRECTION": False, "HAS_PLACES": True,
+        "PDL": True,
+    }  # fmt: skip
+    return compiled(route_triton._route_kernel, {**given, "first_place": "stride", "scale": "fp32"}, constants, warps=1)
+
+
+def norm_router() -> dict[str, Any]:
+    given = kinds(bf16="x residual norm_weight weight bias normed total", fp32="logits")
+    constants = {
+        "E": EXPERTS, "K": HIDDEN, "BLOCK_N": 4, "BLOCK_K": HIDDEN, "HAS_RESIDUAL": True, "HAS_BIAS": False, "PDL": True
+    }  # fmt: skip
+    given |= {"x_stride": "stride", "residual_stride": "stride", "eps": "fp32"}
+    return compiled(route_triton._norm_router_kernel, given, constants)
+
+
+def few_gate_up() -> dict[str, Any]:
+    tile = few.gate_up_tile(HIDDEN, 2)
+    given = {**kinds(bf16="x weight bias inner", i32="ids"), "x_stride": "stride", "first": "stride"}
+    constants = {
+        "E": EXPERTS, "TOP_K": TOP_K, "N": INNER, "K": HIDDEN, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+        "ACTIVATION": "silu", "HAS_BIAS": False, "PDL": True,
+    }  # fmt: skip
+    return compiled(few._gate_up_kernel, given, constants, tile.warps)
+
+
+def few_down() -> dict[str, Any]:
+    tile = few.down_tile(INNER, TOP_K, 2)
+    given = kinds(bf16="inner weight bias add out", i32="ids", fp32="router")
+    constants = {
+        "E": EXPERTS, "TOP_K": TOP_K, "N": HIDDEN, "K": INNER, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+        "HAS_BIAS": False, "HAS_ADD": True, "PDL": True,
+    }  # fmt: skip
+    return compiled(few._down_kernel, {**given, "add_stride": "stride", "first": "stride"}, constants, tile.warps)
+
+
+def sort() -> dict[str, Any]:
+    given = {**kinds(i32="ids pair owner"), "pairs": "i32", "slots": "i32", "first": "i32"}
+    return compiled(grouped._sort_kernel, given, {"E": EXPERTS, "BLOCK": 512, "BLOCK_T": 16, "PDL": True})
+
+
+def product(rows: int, *, gated: bool) -> dict[str, Any]:
+    tiles = grouped.grouped_tiles(rows * TOP_K, EXPERTS, 2)
+    tile = tiles.gate_up if gated else tiles.down
+    n, k = (INNER, HIDDEN) if gated else (HIDDEN, INNER)
+    given = {**kinds(bf16="x weight bias", i32="pair owner"), "x_stride": "stride"}
+    given["out_ptr"] = "*bf16" if gated else "*fp32"
+    constants = {
+        "SHARE": TOP_K if gated else 1, "N": n, "K": k, "BLOCK_T": tiles.block_t,
+        "BLOCK_N": tile.width // 2 if gated else tile.width, "BLOCK_K": tile.block_k, "STAGES": tile.stages,
+        "GATED": gated, "ACTIVATION": "silu" if gated else None, "HAS_BIAS": False, "PDL": True,
+    }  # fmt: skip
+    return compiled(grouped._grouped_kernel, given, constants, tile.warps)
+
+
+def main() -> None:
+    found = {"route": route(), "norm_router": norm_router(), "few gate_up": few_gate_up(), "few down": few_down(),
+             "sort": sort()}  # fmt: skip
+    for rows in (64, 2048):
+        found[f"grouped gate_up x{rows}"] = product(rows, gated=True)
+        found[f"grouped down x{rows}"] = product(rows, gated=False)
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

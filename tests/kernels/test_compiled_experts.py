@@ -1,0 +1,53 @@
+"""The kernels of experts, compiled for a Hopper GPU without one: no register is spilled, and weights are read by 16
+bytes a thread. How fast they are only a GPU shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """In a process of its own: in this one Triton interprets."""
+    script = Path(__file__).with_name("compile_for_hopper.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    ran = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
+    assert ran.returncode == 0, ran.stderr
+    found: dict[str, dict[str, Any]] = json.loads(ran.stdout)
+    return found
+
+
+def test_nothing_is_spilled(kernels: dict[str, dict[str, Any]]) -> None:
+    assert len(kernels) == 9
+    for name, kernel in kernels.items():
+        assert kernel["STACK"] == kernel["LOCAL"] == 0, name
+        assert kernel["REG"] <= 168, name
+
+
+def test_programs_of_a_few_tokens_ask_for_their_weights_at_once(kernels: dict[str, dict[str, Any]]) -> None:
+    """128 threads, 16 bytes each: 2 rows of gate and of up, 8 KiB in all; of down 4 rows of 8 experts, 48 KiB."""
+    for name, loads in (("few gate_up", 8), ("few down", 24), ("norm_router", 8)):
+        assert kernels[name]["instructions"]["LDG.E.128"] >= loads, name
+
+
+@pytest.mark.parametrize("rows", [64, 2048])
+@pytest.mark.parametrize("name", ["gate_up", "down"])
+def test_tiles_of_weights_and_tokens_are_copied_ahead(kernels: dict[str, dict[str, Any]], name: str, rows: int) -> None:
+    """By 16 bytes, also of tokens that are gathered; two programs of a decode step fit a multiprocessor."""
+    kernel = kernels[f"grouped {name} x{rows}"]
+    copies = {op: n for op, n in kernel["instructions"].items() if op.startswith("LDGSTS")}
+    assert copies
+    assert all(op.endswith(".128") for op in copies)
+    assert not any(op.endswith((".U16", ".U8")) for op in kernel["instructions"])
+    assert kernel["instructions"]["HGMMA"] > 0
+    assert kernel["shared"] <= (113_000 if rows == 64 else 227_000)

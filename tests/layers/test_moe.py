@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,13 +31,18 @@ from nanoengine.api import (
     WeightsError,
 )
 from nanoengine.api.parallel import ShapesOnly, SingleRank, TensorParallelGroup
+from nanoengine.build import inspect_model
 from nanoengine.kernels.experts import RealTokens
 from nanoengine.layers.experts import UnquantisedExperts
 from nanoengine.layers.hf_config import Fields
 from nanoengine.layers.linear import Unquantised
 from nanoengine.layers.moe import Routing, SharedExperts, SparseMLP, moe_weights, read_experts_info, read_sparse_layers
 from nanoengine.layers.norm import LayerNorm, RMSNorm
-from nanoengine.setup.start.build_model import Builder
+from nanoengine.params.engine_options import EngineOptions
+from nanoengine.plugins.models.qwen2_moe import Qwen2MoE
+from nanoengine.plugins.models.qwen3_moe import Qwen3MoE
+from nanoengine.setup.plugins.discover import discover
+from nanoengine.setup.start.build_model import Builder, build_model
 from nanoengine.setup.start.weights import dummy_weights, load_weights
 from nanoengine.testing.conformance.ranks import Ranks
 
@@ -457,6 +464,39 @@ def test_a_method_of_another_kind_of_layer_is_refused() -> None:
 
 
 # config.json
+
+QWEN3_30B_A3B = {
+    "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
+    "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+    "initializer_range": 0.02, "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48,
+    "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": True,
+    "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48,
+    "num_key_value_heads": 4, "output_router_logits": False, "rms_norm_eps": 1e-06, "rope_scaling": None,
+    "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
+    "vocab_size": 151936,
+}  # fmt: skip
+QWEN15_MOE = {
+    "architectures": ["Qwen2MoeForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+    "decoder_sparse_step": 1, "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 2048,
+    "initializer_range": 0.02, "intermediate_size": 5632, "max_position_embeddings": 8192, "max_window_layers": 21,
+    "model_type": "qwen2_moe", "moe_intermediate_size": 1408, "norm_topk_prob": False, "num_attention_heads": 16,
+    "num_experts": 60, "num_experts_per_tok": 4, "num_hidden_layers": 24, "num_key_value_heads": 16,
+    "output_router_logits": False, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001,
+    "shared_expert_intermediate_size": 5632, "sliding_window": 32768, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "transformers_version": "4.39.0.dev0", "use_cache": True, "use_sliding_window": False,
+    "vocab_size": 151936,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "billions"), [(QWEN3_30B_A3B, 30.5), (QWEN15_MOE, 14.3)])
+def test_every_key_of_the_hubs_files_is_read(config: Mapping[str, Any], billions: float, tmp_path: Path) -> None:
+    """In their own sizes, which take no memory; the parameters are as many as the models' names and pages say."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert list(inspect_model(tmp_path, EngineOptions(device="cpu"), discover()).unread) == []
+    cls = {"qwen3_moe": Qwen3MoE, "qwen2_moe": Qwen2MoE}[config["model_type"]]
+    model = build_model(cls, config, tp=SingleRank(), dtype=torch.bfloat16, device="meta").model
+    assert sum(each.numel() for each in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.05)
 
 
 @pytest.mark.parametrize(

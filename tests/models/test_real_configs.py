@@ -129,6 +129,7 @@ MUTANTS: list[tuple[str, dict[str, Any]]] = [
     ("smollm2-135m", {"rope_parameters": None}),
     ("qwq-32b", {"use_sliding_window": True, "max_window_layers": 0}),
     ("qwen3-8b", {"rms_norm_eps": 0.1}),
+    ("mixtral-dolphin-2.5", {"num_experts_per_tok": 3}),
     ("gemma-2-9b-it", {"attn_logit_softcapping": 1.0}),
     ("gemma-2-9b-it", {"query_pre_attn_scalar": None}),
     ("gemma-2-2b-it", {"sliding_window": 8}),

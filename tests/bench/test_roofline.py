@@ -33,14 +33,14 @@ def test_the_workloads_are_those_described() -> None:
     assert all(max(max(prompt) for prompt in w.prompts) <= 10_000 for w in made.values())
 
 
-@pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen3-0.6b", "tiny"])
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen3-0.6b", "tiny", "qwen3-30b-a3b"])
 def test_step_by_step_by_hand(name: str) -> None:
     """One request after the other: each step reads all weights and its own context, and computes less than that."""
     shape, limits = SHAPES[name], Limits(2e12, 1e18)
     requests = [(5, 3), (7, 2)]
     kv_per_token = 2 * shape.layers * shape.kv_heads * shape.head_size * 2  # K and V, 2 bytes each
     steps = [5, 6, 7, 7, 8]  # contexts
-    read = 5 * shape.step_weights * 2 + sum(steps) * kv_per_token
+    read = 5 * shape.step_weights(1) * 2 + sum(steps) * kv_per_token
     assert least_seconds(shape, limits, requests, 1) == pytest.approx(read / 2e12, rel=1e-3)
 
 
@@ -72,7 +72,22 @@ def test_large_batches_compute_longer_than_they_read() -> None:
 def test_the_llama_shape_is_the_published_one() -> None:
     shape = SHAPES["llama-3.2-1b"]
     norms = (2 * shape.layers + 1) * shape.hidden
-    assert shape.step_weights + norms == 1_235_814_400  # parameters of the published checkpoint, embeddings tied
+    assert shape.step_weights(1) + norms == 1_235_814_400  # parameters of the published checkpoint, embeddings tied
+
+
+def test_the_shape_with_experts_is_the_published_one() -> None:
+    """30.5 billion parameters, 3.3 billion of them of a token; a step reads the experts that its rows hit."""
+    shape = SHAPES["qwen3-30b-a3b"]
+    everything = shape.step_weights(10**6) + shape.vocab * shape.hidden  # the embedding
+    assert everything / 1e9 == pytest.approx(30.53, abs=0.01)
+    active = shape.layers * shape.layer_weights + 2 * shape.vocab * shape.hidden
+    assert active / 1e9 == pytest.approx(3.35, abs=0.01)
+    hit = [shape.experts_hit(rows) for rows in (1, 2, 8, 64, 256)]
+    assert hit == pytest.approx([8.0, 15.5, 51.6, 126.0, 128.0], abs=0.1)
+    dense, one = Limits(1e12, 1e30), 2 * shape.step_weights(1)
+    assert decode_seconds(shape, dense, 1, 0) == pytest.approx(one / 1e12)
+    assert decode_seconds(shape, dense, 64, 0) == pytest.approx(59.5e9 / 1e12, rel=1e-3)
+    assert shape.hf_config(64)["moe_intermediate_size"] == 768
 
 
 def test_scaled_workloads_keep_their_form() -> None:

@@ -2,7 +2,8 @@
 
 A decode step reads the KV of every running sequence once. Its matrix products take the time to read all weights once,
 or the time of their FLOPs, whichever is longer. Prefill needs 2 FLOPs per weight (without embeddings) and token, and
-causal attention. Every output token counts as one decode step of its sequence, also the first one.
+causal attention. Every output token counts as one decode step of its sequence, also the first one. A token
+uses its own experts, and a step reads those that its rows use.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ def prefill_seconds(shape: Shape, limits: Limits, tokens: int, cached: int = 0) 
 
 def product_seconds(shape: Shape, limits: Limits, rows: int) -> float:
     """Seconds for the matrix products of a decode step."""
-    weights = shape.step_weights
-    return max(weights * limits.itemsize / limits.bandwidth, 2 * weights * rows / limits.flops)
+    used = shape.layers * shape.layer_weights + shape.vocab * shape.hidden
+    read = shape.step_weights(rows)
+    return max(read * limits.itemsize / limits.bandwidth, 2 * used * rows / limits.flops)
 
 
 def decode_seconds(shape: Shape, limits: Limits, rows: int, context: float) -> float:

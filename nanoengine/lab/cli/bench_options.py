@@ -43,7 +43,11 @@ class Common:
         typer.Argument(metavar="[OPTION=VALUE]...", help="Engine options, e.g. max_num_seqs=64 enforce_eager=true."),
     ] = None
     shape: Annotated[
-        str, typer.Option("--shape", help="qwen3-0.6b, qwen3-8b, llama-3.2-1b, or tiny to try a command on a CPU.")
+        str,
+        typer.Option(
+            "--shape",
+            help="qwen3-0.6b, qwen3-8b, llama-3.2-1b, qwen3-30b-a3b, or tiny and tiny-moe to try a command on a CPU.",
+        ),
     ] = "qwen3-0.6b"
     passes: Annotated[int, typer.Option(min=1, help="Number of measured passes, after one to warm up.")] = 5
     attention: Annotated[str, typer.Option(help="Attention backend.")] = "auto"
@@ -66,7 +70,7 @@ class Common:
         engine: dict[str, Any] = {"max_model_len": self.max_model_len, "attention": self.attention, "options": options}
         if quiet:
             return Setup(shape=chosen, passes=self.passes, **engine)
-        if self.shape != "tiny" and not _on_gpu(options):
+        if not self.shape.startswith("tiny") and not _on_gpu(options):
             say(f"{self.shape} on a CPU takes minutes or hours; to try the command, give --shape tiny and a small load")
         if (taken := CHOSEN.get()) is not None and not _on_gpu(options):
             say(taken.line())

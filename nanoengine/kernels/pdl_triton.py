@@ -7,6 +7,9 @@ The rule that keeps it right: every program of such a kernel calls `wait_for_inp
 may have written and before it writes anything. Then "my predecessor is complete" holds along the whole chain, however
 early each kernel lets the next one start. Kernels launched plainly (cuBLAS, torch) may stand anywhere in the chain:
 they start when everything before them is complete. What changes weights must be followed by at least one plain kernel.
+
+One exception: a kernel that lets the next one start behind its own wait thereby says that everything before itself is
+complete. The next one may read that before its wait, past this multiprocessor's cache (`.cg`).
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls

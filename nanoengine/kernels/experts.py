@@ -137,10 +137,16 @@ def experts(
     """
     local = ids.long() - first
     local = torch.where((local >= 0) & (local < len(down)), local, len(down))
-    multiply = _looped if x.device.type == "cpu" else _grouped
+    multiply = _grouped if x.is_cuda and can_group(gate_up, down) else _looped
     parts = multiply(x, local, gate_up, down, activation, gate_up_bias, down_bias)
     y = (parts.float() * weights.masked_fill(local == len(down), 0.0).unsqueeze(-1)).sum(1)
     return (y if add is None else y + add.float()).to(x.dtype)
+
+
+def can_group(gate_up: Tensor, down: Tensor) -> bool:
+    """Whether torch has a grouped product on a GPU that does not wait for it."""
+    aligned = all(size % 8 == 0 for size in (*gate_up.shape[1:], *down.shape[1:]))
+    return gate_up.dtype == torch.bfloat16 and aligned
 
 
 def _looped(
@@ -152,7 +158,8 @@ def _looped(
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
 ) -> Tensor:
-    """What each token's experts make of it, [T, k, H], zero where there is none; expert by expert. Waits for a GPU."""
+    """What each token's experts make of it, [T, k, H], zero where there is none; expert by expert. It waits for a GPU,
+    so no graph holds it."""
     order, counts = _sorted(local, len(down))
     parts = x.new_zeros(local.numel(), down.shape[1])
     for expert, pairs in enumerate(torch.split(order, counts.tolist())[: len(down)]):
@@ -171,7 +178,7 @@ def _grouped(
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
 ) -> Tensor:
-    """`_looped` by grouped products: nothing waits for the device in bfloat16, where torch has a kernel."""
+    """`_looped` by grouped products: nothing waits for the device where `can_group`."""
     order, counts = _sorted(local, len(down))
     owner = local.flatten()[order]
     ends = counts[:-1].cumsum(0).to(torch.int32)

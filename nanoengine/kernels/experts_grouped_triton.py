@@ -25,8 +25,6 @@ from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.matvec_parts_triton import finish, halves, load_if, pick_rows
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 
-_FLOAT_SUMS = 64 << 20  # bytes up to which what the experts make is kept in float32
-
 
 @triton.jit
 def _local(ids_ptr, at, pairs, first, E: tl.constexpr):
@@ -142,25 +140,24 @@ class GroupedTile:
 
 @dataclass(frozen=True, slots=True)
 class GroupedTiles:
-    """Pairs a tile, and the tiles of both products."""
+    """Pairs a tile, the tiles of both products, and whether what the experts make stays float32 until it is summed."""
 
     block_t: int
     gate_up: GroupedTile
     down: GroupedTile
+    float_parts: bool = True
 
 
-# Not measured yet: from the shared memory that a tile takes, so that two programs fit a multiprocessor up to 64 pairs.
+# Not measured yet: from the shared memory that a tile takes, so that two programs fit a multiprocessor up to 32 pairs.
+# Three kinds, which the steps that an engine starts with compile: decode steps, and the largest prefill.
 def grouped_tiles(pairs: int, experts: int, itemsize: int) -> GroupedTiles:
     """By the pairs that an expert has on average: few, and the experts' bytes are the time; many, and the products."""
     each = pairs / experts
     if each <= 32:
-        block_t = 16 if each <= 8 else 32
         tile = GroupedTile(64, 128, warps=4, stages=4) if itemsize == 2 else GroupedTile(64, 64, warps=4, stages=3)
-        return GroupedTiles(block_t, tile, tile)
-    block_t, warps = (64, 4) if each <= 96 else (128, 8)
-    width, block_k, stages = (128, 64, 4) if itemsize == 2 else (64, 32, 3)
-    tile = GroupedTile(width, block_k, warps, stages)
-    return GroupedTiles(block_t, tile, tile)
+        return GroupedTiles(16 if each <= 8 else 32, tile, tile)
+    tile = GroupedTile(128, 64, warps=8, stages=4) if itemsize == 2 else GroupedTile(64, 32, warps=8, stages=3)
+    return GroupedTiles(128, tile, tile, float_parts=False)
 
 
 def grouped(
@@ -178,14 +175,14 @@ def grouped(
     out: Tensor,
     tiles: GroupedTiles | None = None,
 ) -> Tensor:
-    """As `experts.experts`, into `out`. Beyond some MiB what the experts make is rounded to x's dtype."""
+    """As `experts.experts`, into `out`. With many tokens what an expert makes is rounded to x's dtype, as there."""
     (count, hidden, width), (rows, top_k) = down.shape, ids.shape
     pairs = rows * top_k
     tiles = tiles or grouped_tiles(pairs, count, x.element_size())
     pair, owner = by_expert(ids, count, first, tiles.block_t)
     inner = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
     _product(x, gate_up, gate_up_bias, inner, pair, owner, tiles.block_t, tiles.gate_up, share=top_k, gate=activation)
-    dtype = torch.float32 if 4 * pairs * hidden <= _FLOAT_SUMS else x.dtype
+    dtype = torch.float32 if tiles.float_parts else x.dtype
     parts = torch.empty(pairs, hidden, dtype=dtype, device=x.device)
     _product(inner, down, down_bias, parts, pair, owner, tiles.block_t, tiles.down)
     block_n = min(1024, triton.next_power_of_2(hidden))
@@ -203,7 +200,7 @@ def by_expert(ids: Tensor, experts: int, first: int, block_t: int) -> tuple[Tens
     slots = pairs // block_t + experts
     pair = torch.empty(slots * block_t, dtype=torch.int32, device=ids.device)
     owner = torch.empty(slots, dtype=torch.int32, device=ids.device)
-    block = min(4096, max(128, triton.next_power_of_2(pairs)))
+    block = 512 if pairs <= 512 else 4096
     _sort_kernel[(experts,)](
         ids, pair, owner, pairs, slots, first,
         E=experts, BLOCK=block, BLOCK_T=block_t, num_warps=4 if block <= 2048 else 8, **pdl_options(ids),

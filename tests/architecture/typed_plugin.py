@@ -7,7 +7,7 @@ from typing import assert_type
 
 from torch import Tensor
 
-from nanoengine.api import BuildContext, Layer, Linear
+from nanoengine.api import BuildContext, Experts, ExpertsInfo, Layer, Linear
 from nanoengine.layers.decoder import DecoderConfig, read_decoder
 from nanoengine.layers.hf_config import Fields
 
@@ -25,6 +25,8 @@ def build(ctx: BuildContext, input_ids: Tensor) -> None:
     assert_type(ctx.embedding("embed", 9, 4), Layer)
     assert_type(ctx.lm_head("head", 4, 9)(input_ids), Tensor)
     assert_type(ctx.max_model_len, int)
+    assert_type(ctx.experts("experts", ExpertsInfo(num_experts=4, hidden_size=8, intermediate_size=4)), Experts)
+    ctx.experts("experts", 4)  # type: ignore[arg-type]
     layer([1, 2])  # type: ignore[arg-type]
     ctx.linear("up", 4, 8, parallel="rows")  # type: ignore[arg-type]
     ctx.linear("up", 4, 8, reduces=False)  # type: ignore[call-arg]

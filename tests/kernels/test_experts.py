@@ -22,7 +22,9 @@ from nanoengine.kernels.experts_grouped_triton import GroupedTile, GroupedTiles,
 
 SIZES = [(4, 2, 24, 20), (9, 3, 40, 36), (8, 5, 40, 66)]  # experts, top k, hidden, inner: no multiples of tiles
 SMALL = GroupedTiles(16, GroupedTile(32, 32, warps=4, stages=2), GroupedTile(16, 16, warps=4, stages=2))
-LARGE = GroupedTiles(32, GroupedTile(64, 64, warps=4, stages=3), GroupedTile(128, 32, warps=4, stages=3))
+LARGE = GroupedTiles(
+    32, GroupedTile(64, 64, warps=4, stages=3), GroupedTile(128, 32, warps=4, stages=3), float_parts=False
+)
 ROUTES = {
     "few": few,
     "few, other tiles": partial(few, tiles=(FewTile(8, 128, 4), FewTile(16, 16, 4))),

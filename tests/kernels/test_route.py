@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 from nanoengine.kernels import experts as reference
 from nanoengine.kernels import route_triton
 from nanoengine.kernels.experts import RealTokens, Routing
+from nanoengine.kernels.ops import TritonOps
 from nanoengine.kernels.rms_norm import add_rms_norm
 
 ROUTES = [reference.route, route_triton.route]
@@ -118,6 +119,16 @@ def test_a_norm_in_front_of_the_router(rand, assert_close, rows, with_residual, 
     assert_close(normed, expected)
     assert logits.dtype == torch.float32
     assert_close(logits, reference.router_logits(normed, weight, bias))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9, 33, 70])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_logits_are_not_rounded(rand, rows, with_bias) -> None:
+    """By whichever kernel; sums of products that 16 bits do not hold."""
+    x, weight, bias = rand(rows, 40), rand(12, 40), rand(12) if with_bias else None
+    logits = TritonOps().router(x, weight, bias)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, reference.router_logits(x, weight, bias), rtol=2e-6, atol=2e-5)
 
 
 @pytest.mark.gpu

@@ -147,7 +147,7 @@ class SparseMLP(Sublayer):
         self.tp, self.ops, self.hidden_size = ctx.tp, ctx.ops, sizes.hidden_size
         self.gate = Router(f"{name}.gate", sizes, routing, ctx, bias=router_bias, correction=correction)
         self.experts = ctx.experts(f"{name}.experts", sizes)
-        self.shared, self._shared_name = shared, ""
+        self.shared = shared
         if shared is not None:
             made = GatedMLP(
                 f"{name}.{shared.name}", sizes.hidden_size, shared.width, ctx,

@@ -28,7 +28,6 @@ LARGE = GroupedTiles(
 ROUTES = {
     "few": few,
     "few, other tiles": partial(few, tiles=(FewTile(8, 128, 4), FewTile(16, 16, 4))),
-    "grouped": grouped,
     "grouped, 16 pairs a tile": partial(grouped, tiles=SMALL),
     "grouped, 32 pairs a tile": partial(grouped, tiles=LARGE),
 }

@@ -160,7 +160,7 @@ class DecoderTraits(TypedDict, total=False):
     parallel: bool
 
 
-ACTIVATIONS: Mapping[str, PlainActivation] = {
+ACTIVATIONS: Mapping[str, Literal["silu", "gelu_tanh"]] = {
     "silu": "silu",
     "swish": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",

@@ -9,7 +9,7 @@ from torch import Tensor
 from nanoengine.api import Experts, ExpertsInfo, ExpertsMethod, LayerInfo, ModelError, Shard, ShardSpec, WeightLayer
 from nanoengine.api.layers import Placement
 
-__all__ = ["ParallelExperts", "UnquantisedExperts", "experts_info"]
+__all__ = ["UnquantisedExperts"]
 
 
 class UnquantisedExperts(ExpertsMethod):

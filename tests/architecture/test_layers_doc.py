@@ -91,7 +91,7 @@ def test_every_parameter_and_method_is_in_the_table(name: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("| `make_mlp(name, index, config, ctx)` |", "| `make_mlp(name, config, ctx)` |"),
+        ("| `make_layer(name, index, config, ctx)` |", "| `make_layer(name, config, ctx)` |"),
         ("| `norm_bias` |", "| `norm_biases` |"),
         ("| `tolerance` |", "| `tolerances` |"),
     ],

@@ -40,8 +40,8 @@ def check_model(
         checkpoint: a folder with config.json and safetensors of a small model with at least 24 positions.
         reference: token ids int64 [1, n] -> logits [n, V] or [1, n, V], or an object with such `logits`, as
             transformers' models return.
-        ranks: tensor-parallel sizes to test; ranks are threads. None: 1, 2, and the first size above the number of KV
-            heads that divides the heads (4 for 2 KV heads), where ranks share a KV head; if the layers can be divided.
+        ranks: tensor-parallel sizes to test; ranks are threads. None: 1, 2 for an even number of heads, and the first
+            size where ranks share a KV head (4 for 2 KV heads), if the layers can be divided over so many.
         tolerance: largest error of log-probs in float32.
         longest: tokens of the longest sequence; a model with fewer positions gets as many as it has. It must be longer
             than every attention window that is reached.
@@ -86,11 +86,18 @@ def _check_windows(single: ModelOnRanks) -> None:
 
 
 def _default_ranks(single: ModelOnRanks, model: type[Model], hf: Mapping[str, Any]) -> list[int]:
-    """1, 2, and a size where ranks share a KV head."""
+    """1, 2, and a size where ranks share a KV head. At least one size above 1."""
     spec = single.attention_layers[0].spec
     more = range(spec.num_kv_heads + 1, min(spec.num_heads, _MOST_RANKS) + 1)
     shared = [size for size in more if size > 2 and size % spec.num_kv_heads == 0 and spec.num_heads % size == 0]
-    return [1, 2, *[size for size in shared if ModelOnRanks.divides(model, hf, size)][:1]]
+    shared = [size for size in shared if ModelOnRanks.divides(model, hf, size)][:1]
+    two = [2] if spec.num_heads % 2 == 0 else []
+    require(
+        bool(two or shared),
+        f"{spec.num_heads} heads cannot be divided over 2 to {_MOST_RANKS} ranks: write the checkpoint with an even "
+        "number, or give ranks=",
+    )
+    return [1, *two, *shared]
 
 
 def _check_spread(expected: Expected, prompts: Prompts) -> None:
@@ -117,8 +124,8 @@ def _compare(ranked: ModelOnRanks, prompts: Prompts, expected: Expected, toleran
     step({"shared": 7})
     step(prompts.full)  # as many tokens as a step may have
     step(dict.fromkeys(list(prompts.full)[:3], 1), padded=5)
-    for chunks in prompts.far(ranked.limits.max_tokens):
-        step(chunks)
+    for count in prompts.far(ranked.limits.max_tokens):
+        step({"far": count})
 
 
 __all__ = ["Reference", "check_model"]

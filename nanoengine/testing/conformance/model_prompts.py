@@ -43,7 +43,7 @@ class Prompts:
         ids |= {name: some(count + 1) for name, count in full.items()}
         # One token over and over: where experts are chosen by a token, all of these go to the same.
         ids["full 2"] = ids["full 2"][:1] * len(ids["full 2"])
-        ids["far"] = some(longest)
+        ids["far"], ids["far 2"] = some(longest), some(longest)
         return cls(ids, full)
 
     def ragged(self) -> Iterator[dict[str, int]]:
@@ -53,10 +53,10 @@ class Prompts:
             yield chunks
             left = {name: n - chunks.get(name, 0) for name, n in left.items()}
 
-    def far(self, most: int) -> Iterator[dict[str, int]]:
-        """The longest sequence, in chunks of at most `most` tokens."""
+    def far(self, most: int) -> Iterator[int]:
+        """Tokens of each step of a longest sequence, in chunks of at most `most`."""
         for start in range(0, len(self.ids["far"]), most):
-            yield {"far": min(most, len(self.ids["far"]) - start)}
+            yield min(most, len(self.ids["far"]) - start)
 
 
 class Expected:

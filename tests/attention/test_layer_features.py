@@ -22,6 +22,7 @@ from nanoengine.layers.decoder import DecoderConfig
 from nanoengine.plugins.attention_backends.flash_attn import FlashAttn
 from nanoengine.plugins.attention_backends.torch_paged import TorchPaged
 from nanoengine.plugins.models.llama import Llama
+from nanoengine.setup.plugins.discover import choose_attention, discover
 from nanoengine.setup.start.build_model import Builder, build_model, kv_groups
 from nanoengine.setup.start.weights import load_weights
 from nanoengine.testing.checkpoints import tiny_llama
@@ -224,6 +225,20 @@ def test_a_backend_that_lacks_the_feature_is_refused_with_the_layer_and_the_back
         engine(path, attention="torch")
     with pytest.raises(UnsupportedError, match=r"TorchPaged does not support .*auto takes 'tempered'.*layers\.1\.attn"):
         engine(path, attention=TorchPaged)
+
+
+def test_where_no_backend_does_each_says_why() -> None:
+    words = r"\(no installed backend does\): .*layers\.1\.attn.*; tempered: supports .*, not float64"
+    need = AttentionNeed(
+        device="cpu",
+        dtype="float64",
+        head_sizes=frozenset({8}),
+        features=frozenset({TEMPERATURE}),
+        wanted_by={TEMPERATURE: ("layers.1.attn",)},
+    )
+    registry = discover(extra=[("tests", feature_models)])
+    with pytest.raises(UnsupportedError, match=words):
+        choose_attention(registry, need, "torch")
 
 
 def test_layers_that_need_a_feature_are_counted() -> None:

@@ -56,12 +56,12 @@ def test_broken_packages(tmp_path: Path, how: str) -> None:
     assert cause in auto
     assert "not flash_attn: ['flash_attn cannot be imported: OSError: flash_attn_2_cuda.so: undefined symbol']" in auto
     assert triton.startswith("triton UnsupportedError attention backend 'triton' does not support this model here")
-    assert "attention=auto takes one that does" in triton
+    assert "attention=auto takes 'torch'" in triton
     assert cause in triton
     assert flash.startswith(
         "flash_attn UnsupportedError attention backend 'flash_attn' does not support this model here"
     )
-    assert "attention=auto takes one that does" in flash
+    assert "attention=auto takes 'torch'" in flash
     assert "undefined symbol" in flash
 
 

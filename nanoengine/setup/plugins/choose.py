@@ -98,8 +98,12 @@ def choose_attention(
 def refused(
     what: str, reasons: list[str], registry: Registry, need: AttentionNeed, loader: TargetLoader
 ) -> UnsupportedError:
-    """The error of a chosen backend that does not support `need`. It names the backends that do."""
-    others = [each.spec.name for each, against in ranked_backends(registry, need, loader) if not against]
+    """The error of a chosen backend that does not support `need`. It names the backends that do, or says of each why it
+    does not."""
+    ranked = [(each.spec.name, against) for each, against in ranked_backends(registry, need, loader)]
+    others = [name for name, against in ranked if not against]
+    if not others:
+        reasons = [*reasons, *(f"{name}: {', '.join(why)}" for name, why in ranked if why != reasons)]
     fix = f"attention=auto takes {others[0]!r}" if others else "no installed backend does"
     fix += f"; {', '.join(others[1:])} would do too" if others[1:] else ""
     return UnsupportedError(f"{what} does not support this model here ({fix})", reasons)

@@ -84,6 +84,7 @@ def test_on_several_ranks(pair: Callable[[str], Pair], family: str) -> None:
     ("family", "options"),
     [
         ("olmo2", {}),  # norms of queries and keys are over a width that ranks share
+        ("gpt2", {}),  # tensors are transposed and cut
         ("qwen3-moe, one layer dense", {"enable_expert_parallel": True}),
     ],
 )

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from nanoengine.api import Model
 from nanoengine.layers.decoder import DECODER_WEIGHTS
@@ -22,6 +22,7 @@ from nanoengine.plugins.models.gemma2 import Gemma2
 from nanoengine.plugins.models.gemma3 import Gemma3
 from nanoengine.plugins.models.llama import Llama
 from nanoengine.plugins.models.mistral import Mistral
+from nanoengine.plugins.models.mixtral import Mixtral
 from nanoengine.plugins.models.qwen2 import Qwen2
 from nanoengine.plugins.models.qwen3 import Qwen3
 from nanoengine.testing import checkpoints, randomise
@@ -302,7 +303,7 @@ class LooksAtPadding(Whole):
         (KeepsState, "llama, small", "off by"),
         (MixesRows, "llama, small", "off by"),
         (MixesLogits, "llama, small", "off by"),
-        (DropsWhatIsAlike, "llama, small", "sequence 'full 2' .* in a step of 128 tokens: off by"),
+        (DropsWhatIsAlike, "llama, small", "sequence 'same' .* in a step of 128 tokens: off by"),
         (LooksAtPadding, "llama, small", "in a step of 3 tokens and 5 of padding: off by"),
     ],
 )
@@ -317,6 +318,105 @@ def test_a_window_that_no_sequence_reaches_is_refused(pair: Any) -> None:
         ConformanceError, match=r"window \[60\] is not shorter than .* 50 tokens.*smaller sliding_window"
     ):
         check_model(Mistral, folder, model, ranks=(1,), longest=50)
+
+
+# Experts: what chooses them is changed in each layer
+
+
+class Chooses(Mixtral):
+    def make_mlp(self, name: str, index: int, config: Any, ctx: Any) -> Any:
+        mlp = super().make_mlp(name, index, config, ctx)
+        right = mlp.gate._choose
+        mlp.gate._choose = lambda logits: self.touch(logits, *right(logits))
+        return mlp
+
+    @staticmethod
+    def touch(logits: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """What the mistake makes of the experts and their weights, [T, k] each."""
+        raise NotImplementedError
+
+
+class HasRoomForOneAndAHalf(Chooses):
+    """Of tokens that go to one expert, those beyond 64 and 1.5 times the even share get nothing."""
+
+    @staticmethod
+    def touch(logits: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = ids.flatten()[:, None] == torch.arange(4, device=ids.device)
+        place = (chosen.cumsum(0) * chosen).sum(1).view(ids.shape)
+        return ids, weights * (place <= max(64, 1.5 * ids.numel() / 4))
+
+
+class LoopsOnTheHost(Chooses):
+    @staticmethod
+    def touch(logits: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return ids, weights if max(ids.flatten().tolist()) < 99 else weights + 1
+
+
+class OneExpertOnly(Chooses):
+    @staticmethod
+    def touch(logits: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return ids[:, :1].contiguous(), weights[:, :1].contiguous()
+
+
+class SwapsTheWeights(Chooses):
+    @staticmethod
+    def touch(logits: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return ids, weights.flip(1)
+
+
+class SharesWeightsOverAll(Mixtral):
+    @classmethod
+    def read_config(cls, hf: Any) -> Any:
+        found = super().read_config(hf)
+        return replace(found, routing=replace(found.routing, scoring="softmax"))
+
+
+class CountsPadding(Chooses):
+    """Each token has less where padding is: as if it shared the experts."""
+
+    @staticmethod
+    def touch(logits: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return ids, weights * (1 - 0.2 * (ids >= 4).float().mean())
+
+
+class RoutesInLowPrecision(Chooses):
+    @staticmethod
+    def touch(logits: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return ids, (weights * 8).round() / 8
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """A Mixtral of 4 experts, of which each token has 2."""
+    sizes = {"vocab_size": 131, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 160}
+    given: Any = {**sizes, **heads, "num_local_experts": 4, "num_experts_per_tok": 2, "bos_token_id": None}
+    config = MixtralConfig(**given, eos_token_id=None, sliding_window=None)
+    model = randomise(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), seed=1)
+    folder = tmp_path_factory.mktemp("experts")
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def test_a_model_with_experts_conforms(experts: Pair) -> None:
+    check_model(Mixtral, *experts)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "words"),
+    [
+        (HasRoomForOneAndAHalf, "on 1 rank: log-probs of sequence 'same' .* in a step of 128 tokens: off by"),
+        (LoopsOnTheHost, rf"forward\(\) {WAITS}"),
+        (OneExpertOnly, "on 1 rank: log-probs of sequence .* off by"),
+        (SwapsTheWeights, "on 1 rank: log-probs of sequence .* off by"),
+        (SharesWeightsOverAll, "on 1 rank: log-probs of sequence .* off by"),
+        (RoutesInLowPrecision, "on 1 rank: log-probs of sequence .* off by"),
+        (CountsPadding, "in a step of 3 tokens and 5 of padding: off by"),
+    ],
+)
+def test_wrong_experts_are_caught(mutant: Any, words: str, experts: Pair) -> None:
+    with pytest.raises(ConformanceError, match=words):
+        check_model(mutant, *experts, ranks=(1,))
 
 
 # bfloat16

@@ -123,6 +123,7 @@ def _compare(ranked: ModelOnRanks, prompts: Prompts, expected: Expected, toleran
     ranked.paging.share("shared", "long")
     step({"shared": 7})
     step(prompts.full)  # as many tokens as a step may have
+    step({"same": len(prompts.ids["same"])})
     step(dict.fromkeys(list(prompts.full)[:3], 1), padded=5)
     for count in prompts.far(ranked.limits.max_tokens):
         step({"far": count})

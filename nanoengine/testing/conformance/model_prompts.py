@@ -41,8 +41,8 @@ class Prompts:
         while left := FULL_STEP - sum(full.values()):
             full[f"full {len(full) + 1}"] = min(cap, left)
         ids |= {name: some(count + 1) for name, count in full.items()}
-        # One token over and over: where experts are chosen by a token, all of these go to the same.
-        ids["full 2"] = ids["full 2"][:1] * len(ids["full 2"])
+        # One token over and over: where experts are chosen by token, all of these go to the same.
+        ids["same"] = some(1) * min(longest, FULL_STEP)
         ids["far"], ids["far 2"] = some(longest), some(longest)
         return cls(ids, full)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from nanoengine.api import Attention, AttentionBackend, BatchLimits, ForwardBatch, Model, ModelError
 from nanoengine.api.checks import LOGITS_DTYPES
 from nanoengine.api.parallel import ShapesOnly
+from nanoengine.kernels.ops import RealTokens
 from nanoengine.plugins.attention_backends.torch_paged import TorchPaged
 from nanoengine.setup.start.build_model import BuiltModel, build_model, kv_groups
 from nanoengine.setup.start.weights import load_weights
@@ -136,6 +137,7 @@ class ModelOnRanks:
             for backend in self.backends[rank]:
                 backend.fill(inputs)
             model = self.built[rank].model
+            self.built[rank].step.real = RealTokens(inputs.slot_mapping, _BLOCK_SIZE)
             with during("forward()"):
                 hidden = model(ids, inputs.positions, batch)
             self._check_hidden(hidden, len(ids))

@@ -55,7 +55,7 @@ def test_an_unknown_model_names_the_nearest(tmp_path: Path) -> None:
     [
         ({"architectures": None}, "config.json names no architecture"),
         ({"architectures": ["NobodyForCausalLM"]}, "no installed model supports architecture 'NobodyForCausalLM'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "config.json: rope_parameters.rope_type must be"),
+        ({"rope_parameters": {"rope_type": "spiral"}}, "config.json: rope_parameters.rope_type must be"),
         ({"num_attention_heads": "many"}, "config.json: num_attention_heads must be"),
     ],
 )

@@ -132,7 +132,7 @@ BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"hidden_act": "gelu"}, "hidden_act must be one of silu"),
     ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
     ({"num_attention_heads": "six"}, "num_attention_heads must be a positive integer"),
-    ({"num_attention_heads": 7}, "not a multiple of num_attention_heads 7"),
+    ({"num_attention_heads": 7}, "must be a multiple of num_attention_heads 7"),
     ({"num_attention_heads": 5, "num_key_value_heads": 2, "head_dim": 8}, "5 attention heads"),
     ({"head_dim": 7}, "even head size"),
 ]

@@ -98,7 +98,8 @@ class LogitsProcessor(ABC):
     Class attributes:
         phase: when it runs.
         needs: the history that it reads.
-        argmax_invariant: True if it never changes which token is the likeliest; greedy rows then skip it.
+        argmax_invariant: True if it never changes which token is the likeliest. Greedy rows then skip it, unless a
+            processor behind it may change that.
         sharded: True if it works on a shard of the vocabulary; otherwise the core gathers the logits first.
     """
 

@@ -60,7 +60,7 @@ def make_sampler(vocab: int, *, fuse: bool, specs: Sequence[SamplerSpec] = tuple
 class Batch(DrawRows):
     """Rows, and what of them want: as the runner's tables know it on the host."""
 
-    wanted: frozenset[str]
+    wanted: Mapping[str, bool]
     any_min_tokens: bool
     any_random: bool
 
@@ -131,7 +131,10 @@ class Tables:
     def rows(self, slots: Sequence[int]) -> Batch:
         """What the runner would hand to the sampler for these slots, in this order."""
         tenants = [self.tenants[s] for s in slots]
-        wanted = frozenset(processor.name for t in tenants for processor in t.params.processors)
+        wanted: dict[str, bool] = {}
+        for t in tenants:
+            for processor in t.params.processors:
+                wanted[processor.name] = wanted.get(processor.name, False) or not t.params.greedy
         stop = self._ragged([np.array(sorted(t.params.stop_set), dtype=np.int64) for t in tenants])
         positions = [len(t.prompt) + len(t.output) for t in tenants]
         min_lens = [len(t.prompt) + t.params.min_tokens for t in tenants]

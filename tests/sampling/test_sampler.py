@@ -316,6 +316,23 @@ def test_another_truncation_processor_is_called_after_the_standard_ones(monkeypa
     assert {tokens[r] for r in (1, 5, 9)} <= {1, 2, 3}
 
 
+@pytest.mark.parametrize("fuse", [True, False])
+def test_a_greedy_row_is_drawn_as_alone_where_a_processor_behind_truncation_changes_the_arg_max(fuse: bool) -> None:
+    """Truncation changes no arg-max by itself, and may leave nothing that the processor behind it keeps."""
+    specs = with_processor("odd", OddParams, Odd)
+    wants = [{"temperature": 0, "top_k": k, "odd_only": True} for k in (1, 2, 50)] + [{"temperature": 0, "top_k": 1}]
+    made = [Tenant(resolver(VOCAB, specs).resolve(SamplingParams(**w))) for w in (*wants, {"top_p": 0.9})]
+    sampler, logits = make_sampler(VOCAB, fuse=fuse, specs=specs), torch.zeros(5, VOCAB)
+    logits[:, 4], logits[:, 7] = 9.0, 8.0
+    tokens, failed = draw(sampler, logits.clone(), rows_of(VOCAB, made, specs))
+    assert failed.tolist() == [ROW_NOTHING_LEFT, ROW_FINE, ROW_FINE, ROW_FINE, ROW_FINE]
+    assert tokens[1:4].tolist() == [7, 7, 4]
+    for row, one in enumerate(made):
+        alone = draw(sampler, logits[:1].clone(), rows_of(VOCAB, [one], specs))
+        assert (int(alone[0]), int(alone[1])) == (int(tokens[row]), int(failed[row]))
+    assert not rows_of(VOCAB, made[3:4], specs).plan(sampler).called, "where nothing comes behind it, it is skipped"
+
+
 @dataclass(frozen=True)
 class LateTemperatureParams(ProcessorParams):
     late: float = 1.0
@@ -438,8 +455,8 @@ def test_misbehaving_processors_are_named() -> None:
 def test_needs_are_declared() -> None:
     sampler = make_sampler(20, fuse=True)
     assert sampler.needs == {Need.OUTPUT_COUNTS, Need.PROMPT_MASK, Need.TOKEN_IDS}
-    assert sampler.choose(frozenset({"penalties"}), random=True).needs == {Need.OUTPUT_COUNTS, Need.PROMPT_MASK}
-    assert sampler.choose(frozenset({"top_k"}), random=True).needs == frozenset()
+    assert sampler.choose({"penalties": True}, random=True).needs == {Need.OUTPUT_COUNTS, Need.PROMPT_MASK}
+    assert sampler.choose({"top_k": True}, random=True).needs == frozenset()
     assert load_processor(BUILT_IN["penalties"], 20).phase == Phase.PENALTY
 
 
@@ -461,13 +478,14 @@ def test_how_rows_are_drawn_is_chosen_by_what_they_want(
 ) -> None:
     pytest.importorskip("triton")
     specs = [(plan_of(spec), load_processor(spec, 50)) for spec in BUILT_IN.values()]
-    plan = Sampler(specs, 50, fuse=True, kernels=True).choose(frozenset(wanted.split()), **asked)
+    of_rows = dict.fromkeys(wanted.split(), asked["random"])
+    plan = Sampler(specs, 50, fuse=True, kernels=True).choose(of_rows, **asked)
     assert [p.name for p in plan.called] == called.split()
     assert {op.value for op in plan.ops} == set(ops.split())
     assert (plan.captured, plan.sharded) == (captured, sharded)
     assert plan.reads_only == (not called and not plan.min_tokens)
     assert plan.tail == (0 if not plan.random else 2 if "top_k" in ops else 1)
-    plain = Sampler(specs, 50, fuse=False).choose(frozenset(wanted.split()), **asked)
+    plain = Sampler(specs, 50, fuse=False).choose(of_rows, **asked)
     assert not plain.ops
     assert (plain.tail, plain.captured) == (None, False)
 
@@ -485,8 +503,7 @@ def test_a_processor_that_reads_counts_is_called_for_greedy_rows_too() -> None:
 
     plan = replace(plan_of(BUILT_IN["min_p"]), name="repeats", columns={"on": ColumnSpec(dtype="bool", default=False)})
     sampler = Sampler([(plan, Repeats(None))], 50, fuse=True)  # type: ignore[arg-type]
-    assert not sampler.argmax_invariant["repeats"]
-    assert [p.name for p in sampler.choose(frozenset({"repeats"}), random=False).called] == ["repeats"]
+    assert [p.name for p in sampler.choose({"repeats": False}, random=False).called] == ["repeats"]
 
 
 # Log-probs ------------------------------------------------------------------------------------------------------------

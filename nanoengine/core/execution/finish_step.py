@@ -99,22 +99,20 @@ class FinishStep:
         self.vocab_size = tables.limits.vocab_size
 
     def choose(self, slots: Int32) -> DrawPlan:
-        """How the tokens of rows in these slots are drawn. Greedy rows do not want a processor that cannot change an
-        arg-max.
+        """How the tokens of rows in these slots are drawn.
 
         A captured tail does not count what it draws (`VocabHistory`): none of its rows has a processor that reads
         counts, and they are made again when another request enters the slot.
         """
-        tables, invariant = self.tables, self.sampler.argmax_invariant
-        greedy = tables.host_greedy[slots]
-        wanted = frozenset(
-            name
+        tables, random = self.tables, ~self.tables.host_greedy[slots]
+        wanted = {
+            name: bool((wants[slots] & random).any())
             for name, wants in tables.host_wants.items()
-            if wants.any() and (wants[slots] & ~(greedy & invariant[name])).any()
-        )
+            if wants.any() and wants[slots].any()
+        }
         return self.sampler.choose(
             wanted,
-            random=not greedy.all(),
+            random=bool(random.any()),
             min_tokens=bool(tables.host_min_tokens[slots].any()),
             logprobs=bool((tables.host_num_logprobs[slots] >= 0).any()),
         )

@@ -35,7 +35,8 @@ class _Processor:
 
     Attributes:
         where: its name and origin, for errors.
-        ops: columns with a standard operation. standard: it does nothing beyond those.
+        ops: columns with a standard operation. standard: it does nothing beyond those. only_random: greedy rows may do
+            without it. Not where it reads counts: a captured draw makes none, and `host_columns` may turn a row random.
     """
 
     name: str
@@ -43,6 +44,7 @@ class _Processor:
     processor: LogitsProcessor
     ops: Mapping[StandardOp, str]
     standard: bool
+    only_random: bool
 
     @classmethod
     def of(cls, plan: ProcessorPlan, processor: LogitsProcessor) -> _Processor:
@@ -50,7 +52,8 @@ class _Processor:
             raise PluginError(f"{plan.where} must set `phase` to a nanoengine.api.Phase")
         ops = {spec.op: name for name, spec in plan.columns.items() if spec.op is not None and not spec.ragged}
         standard = len(ops) == len(plan.columns) > 0 and processor.phase >= Phase.TEMPERATURE
-        return cls(plan.name, plan.where, processor, ops, standard)
+        only_random = processor.argmax_invariant and Need.OUTPUT_COUNTS not in processor.needs
+        return cls(plan.name, plan.where, processor, ops, standard, only_random)
 
     @property
     def order(self) -> tuple[int, int]:
@@ -139,8 +142,7 @@ class Sampler:
     phases is active too, or the operations have another order.
 
     Attributes:
-        argmax_invariant: of each processor, whether greedy rows do without it. Not where it reads counts, which must
-            go on for a row that turns random (`host_columns`). needs: history that any of them reads.
+        needs: history that any processor reads.
         standard_columns: operation -> (processor, column), of processors that are nothing but standard operations; {}
             where two claim one operation.
         tails: the kinds of tail that the kernels have.
@@ -159,20 +161,19 @@ class Sampler:
         self._vocab_size, self._fuse = vocab_size, fuse
         self._kernels = TritonDraw() if kernels else None
         self.tails = () if self._kernels is None else self._kernels.tails
-        self.argmax_invariant = {
-            p.name: p.processor.argmax_invariant and Need.OUTPUT_COUNTS not in p.processor.needs
-            for p in self._processors
-        }
         self.needs: frozenset[Need] = frozenset().union(*(p.processor.needs for p in self._processors))
         claims = [(op, (p.name, column)) for p in self._processors if p.standard for op, column in p.ops.items()]
         clash = not fuse or len({op for op, _ in claims}) < len(claims)
         self.standard_columns: Mapping[StandardOp, tuple[str, str]] = {} if clash else dict(claims)
 
     def choose(
-        self, wanted: frozenset[str], *, random: bool, min_tokens: bool = False, logprobs: bool = False
+        self, wanted: Mapping[str, bool], *, random: bool, min_tokens: bool = False, logprobs: bool = False
     ) -> DrawPlan:
-        """How to draw for rows that want these processors; the flags are as in `DrawPlan`."""
-        active = [p for p in self._processors if p.name in wanted and (random or not self.argmax_invariant[p.name])]
+        """How to draw for some rows. wanted: processor -> whether a row that is not greedy wants it. What cannot change
+        an arg-max is skipped where only greedy rows want it and nothing behind it can. The flags: as in `DrawPlan`."""
+        active = [p for p in self._processors if p.name in wanted]
+        last = max((at for at, p in enumerate(active) if not p.only_random), default=-1)
+        active = [p for at, p in enumerate(active) if at <= last or wanted[p.name]]
         late = [p for p in active if p.processor.phase >= Phase.TEMPERATURE]
         ops = {op: (p.name, column) for p in late for op, column in p.ops.items()}
         places = [place for p in late for place in sorted(map(_ORDER.index, p.ops))]

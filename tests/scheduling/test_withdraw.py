@@ -444,7 +444,7 @@ def counted_twice(patch: Patch) -> None:
 
 
 def the_same_step_again(patch: Patch) -> None:
-    patch.setattr(TokenBudget, "halve", lambda self, tokens: True)
+    patch.setattr(TokenBudget, "halve", lambda self, tokens, **options: True)
 
 
 MUTANTS = [

@@ -160,19 +160,20 @@ class TokenBudget:
 
     def __init__(self, full: int) -> None:
         self.full = self.now = full
-        self._wait, self._good, self._doubled, self._one_failed = self.FEWEST, 0, False, False
+        self._wait, self._good, self._doubled, self._least_failed = self.FEWEST, 0, False, False
 
-    def halve(self, num_tokens: int) -> bool:
-        """A step of so many tokens ran out of memory. False: it had a single one, as the one before it that failed."""
-        again, self._one_failed = self._one_failed, num_tokens == 1
+    def halve(self, num_tokens: int, *, least: bool = False) -> bool:
+        """A step of so many tokens ran out of memory. least: it cannot have fewer, as a single token cannot. False: nor
+        could the one before it that failed, and since then the allocator gave back what it kept."""
+        again, self._least_failed = self._least_failed, least or num_tokens == 1
         if self._doubled:
             self._wait = min(2 * self._wait, self.MOST)
         self.now, self._good, self._doubled = max(1, num_tokens // 2), 0, False
-        return not (again and self._one_failed)
+        return not (again and self._least_failed)
 
     def went_well(self) -> None:
         """A step did."""
-        self._good, self._one_failed = self._good + 1, False
+        self._good, self._least_failed = self._good + 1, False
         if self._good < self._wait:
             return
         self._good = 0

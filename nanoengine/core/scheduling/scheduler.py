@@ -163,8 +163,7 @@ class Scheduler:
         return True
 
     def _fits_whole(self, num_tokens: int, draft: Draft) -> bool:
-        """Whether the step may have a whole prompt. One that is alone may be larger than what memory left of the
-        budget."""
+        """Whether the step may have a whole prompt; one alone may be larger than what memory left of the budget."""
         if num_tokens > draft.budget and not (draft.slots or draft.prefill):
             draft.budget = num_tokens
         return num_tokens <= draft.budget
@@ -380,8 +379,8 @@ class Scheduler:
             take_back_rows(step, self._roster, unadmit=step is not steps[0])
         assert not self._in_flight, "the steps behind one that ran out of memory are withdrawn with it"
         self._first = steps[0].first
-        alone = self.config.whole_prompts and len(steps[0].rows) == 1  # there is no smaller step
-        if self._budget.halve(steps[0].plan.num_tokens) and not alone:
+        least = self.config.whole_prompts and len(steps[0].rows) == 1
+        if self._budget.halve(steps[0].plan.num_tokens, least=least):
             return []
         failed = [request for request, _ in steps[0].rows if request.status is not Status.FINISHED]
         for request in failed:

@@ -120,7 +120,7 @@ class SampleState:
 
     Attributes:
         token_ids: without those of an update that come after a stop string.
-        look_at: below so many tokens, new ones are only kept; their text is decoded later.
+        decode_at: below so many tokens, new ones are only kept; their text is decoded later.
         ended: the output of a sample that has ended.
     """
 
@@ -128,7 +128,7 @@ class SampleState:
     detokenizer: IncrementalDetokenizer | None
     logprobs: list[Logprobs] | None
     token_ids: list[int] = field(default_factory=list)
-    look_at: int = 0
+    decode_at: int = 0
     cumulative_logprob: float = 0.0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -278,7 +278,7 @@ class OutputProcessor:
                 continue
             sample = state.samples[request.sample_index]
             tokens = sample.token_ids
-            if len(tokens) < sample.look_at and new and finish_reason is None and drawn is None and prompt is None:
+            if len(tokens) < sample.decode_at and new and finish_reason is None and drawn is None and prompt is None:
                 tokens += new
                 continue
             if row_failed:
@@ -327,7 +327,7 @@ class OutputProcessor:
         if sample.detokenizer is not None:
             sample.decode()
         if state.final_only and not state.given.params.stop:
-            sample.look_at = len(sample.token_ids) + TEXT_BLOCK - 1
+            sample.decode_at = len(sample.token_ids) + TEXT_BLOCK - 1
         if sample.logprobs is not None and update.sampled_logprobs is not None:
             kept = len(sample.token_ids) - before
             sample.logprobs += self._logprobs(update.sampled_logprobs)[:kept]

@@ -228,14 +228,14 @@ def host_tokens_run_ahead(patch: pytest.MonkeyPatch) -> None:
 
 
 def block_sent_to_the_wrong_place(patch: pytest.MonkeyPatch) -> None:
-    appends = draft._appends
+    appends = draft._block_appends
 
     def broken(grown):
         out = appends(grown)
         out.block[:] = out.block[::-1].copy()
         return out
 
-    patch.setattr(draft, "_appends", broken)
+    patch.setattr(draft, "_block_appends", broken)
 
 
 def ends_one_early(patch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,7 @@ def _fail_row(request: Request, generation: int, failed: int, roster: Roster, up
 def _row_results(step: ScheduledStep, result: StepResult, first: int) -> list[RowResult]:
     """The parts of the rows from `first` on, in the plan's order."""
     plan, tokens, offsets = step.plan, result.token_ids.tolist(), offsets_of(result.counts).tolist()
-    drawn, prompts = _cut(result.sampled_logprobs, plan.num_rows), _cut(result.prompt_logprobs, plan.num_rows)
+    drawn, prompts = _by_row(result.sampled_logprobs, plan.num_rows), _by_row(result.prompt_logprobs, plan.num_rows)
     each = zip(
         range(first, plan.num_rows),
         (plan.starts + plan.query_lens)[first:].tolist(),
@@ -144,7 +144,7 @@ def _row_results(step: ScheduledStep, result: StepResult, first: int) -> list[Ro
     ]
 
 
-def _cut(entries: LogprobRows, num_rows: int) -> dict[int, LogprobRows]:
+def _by_row(entries: LogprobRows, num_rows: int) -> dict[int, LogprobRows]:
     """A result's log-probs by plan row. The entries are in row order, as the tokens are."""
     if not len(entries.rows):
         return {}

@@ -194,7 +194,7 @@ def build_plan(draft: Draft) -> StepPlan:
     logits = rows = np.arange(num_decode, dtype=np.int32)
     sampled, tops = np.ones(num_decode, dtype=np.bool_), np.zeros(num_decode, dtype=np.int32)
     if draft.prefill:
-        logits, rows, sampled, tops = _logits(num_decode, draft.prefill)
+        logits, rows, sampled, tops = _wanted_logits(num_decode, draft.prefill)
         slots = np.concatenate([slots, i32([row.request.slot for row in draft.prefill])])
         starts = np.concatenate([starts, i32([row.start for row in draft.prefill])])
         lens = np.concatenate([lens, i32([row.end - row.start for row in draft.prefill])])
@@ -202,7 +202,7 @@ def build_plan(draft: Draft) -> StepPlan:
         step=draft.step,
         new=_new_slots(draft.new) if draft.new else _NO_SLOTS,
         columns=_processor_columns(draft.new, draft.host_values) if draft.new or draft.host_values else (),
-        appends=_appends(draft.grown) if draft.grown else _NO_APPENDS,
+        appends=_block_appends(draft.grown) if draft.grown else _NO_APPENDS,
         slots=slots,
         num_decode_rows=num_decode,
         query_lens=lens,
@@ -214,7 +214,7 @@ def build_plan(draft: Draft) -> StepPlan:
     )
 
 
-def _logits(num_decode: int, prefill: Sequence[Prefill]) -> tuple[Int32, Int32, Bool, Int32]:
+def _wanted_logits(num_decode: int, prefill: Sequence[Prefill]) -> tuple[Int32, Int32, Bool, Int32]:
     """logits_index, logits_rows, sampled, prompt_logprobs: int32, int32, bool, int32, each [L]."""
     at = num_decode
     index, rows, drawn, tops = list(range(at)), list(range(at)), [True] * at, [0] * at
@@ -277,7 +277,7 @@ def _processor_columns(new: Iterable[Request], host_values: ColumnValues) -> tup
     )
 
 
-def _appends(grown: Mapping[Request, int]) -> BlockAppends:
+def _block_appends(grown: Mapping[Request, int]) -> BlockAppends:
     groups: list[int] = []
     slots: list[int] = []
     indices: list[int] = []

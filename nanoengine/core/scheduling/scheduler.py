@@ -106,7 +106,7 @@ class Scheduler:
                 if not is_failure(error) or not (self.running or self.waiting):
                     raise
                 self._fail_one(draft, error)
-        return self._launch(draft, plan)
+        return self._scheduled(draft, plan)
 
     def _fill(self, draft: Draft) -> None:
         if self._roster.retry_alone:
@@ -299,7 +299,8 @@ class Scheduler:
             self._roster.preempt(request, "scheduling raised")
         self._fail(cause, draft, error)
 
-    def _launch(self, draft: Draft, plan: StepPlan) -> ScheduledStep:
+    def _scheduled(self, draft: Draft, plan: StepPlan) -> ScheduledStep:
+        """The step counts as launched from here on, and the prompt blocks that it computes can be found."""
         self._next_step += 1
         published = []
         for request, _, end, _ in draft.prefill:  # one stream: a step that reads these blocks is launched later

@@ -223,3 +223,19 @@ def test_the_map_lists_exactly_the_folders_that_exist() -> None:
         if folder.is_dir() and any(folder.glob("*.py")) and len(folder.relative_to(PACKAGE).parts) <= 2
     }
     assert listed == there
+
+
+def test_the_reading_order_is_the_order_of_use() -> None:
+    """Each file of the core once, behind all that it uses."""
+    page = (ROOT / "docs" / "design.md").read_text()
+    order = re.findall(r"`(?:core/)?(\w+)\.py`", page.partition("A newcomer may read")[2].partition("`llm.py`")[0])
+    files = {source.path.stem: source for source in CORE}
+    assert sorted(order) == sorted(files)
+    read = [files[name].module for name in order]
+    early = [
+        f"{files[name].module} uses {used}"
+        for at, name in enumerate(order)
+        for used in read[at + 1 :]
+        if any(under(found.module, used) and not found.typing_only for found in files[name].imports)
+    ]
+    assert early == []

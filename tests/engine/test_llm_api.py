@@ -595,6 +595,7 @@ def test_after_closing_a_stream_nothing_runs(llm: LLM) -> None:
     with llm.stream([4], long), llm.stream([5], long) as kept:
         next(kept)
     assert (llm.stats().running, llm.stats().waiting) == (0, 0)
+    assert llm.engine.step() == []  # their last outputs go to the closed streams
     assert not llm.engine.has_unfinished_requests()
     assert len(llm.hidden_states([[1, 2]])) == 1  # needs an engine without requests
 

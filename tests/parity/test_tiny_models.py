@@ -171,11 +171,11 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 def _rope(**changes: Any) -> Patch:
     def patch(monkeypatch: pytest.MonkeyPatch) -> None:
-        from nanoengine.layers import decoder_config, rope
+        from nanoengine.layers import decoder_config, rope_config
         from nanoengine.plugins.models import gemma3
 
-        monkeypatch.setattr(decoder_config, "read_rope", lambda hf: replace(rope.read_rope(hf), **changes))
-        monkeypatch.setattr(gemma3, "rope_of", lambda *args: replace(rope.rope_of(*args), **changes))
+        monkeypatch.setattr(decoder_config, "read_rope", lambda hf: replace(rope_config.read_rope(hf), **changes))
+        monkeypatch.setattr(gemma3, "rope_of", lambda *args: replace(rope_config.rope_of(*args), **changes))
 
     return patch
 

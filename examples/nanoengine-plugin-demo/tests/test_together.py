@@ -24,10 +24,8 @@ def test_the_engine_gives_the_tokens_of_transformers(tmp_path):
 def test_the_processor_narrows_what_is_drawn(tmp_path):
     wide = SamplingParams(temperature=3.0, seed=1, max_tokens=48, ignore_eos=True)
     with LLM(write(tmp_path / "opt"), num_gpu_blocks_override=64, device="cpu") as llm:
-        outputs = llm.generate([PROMPTS[0]] * 2, [wide, wide.replace(top_n_sigma=0.01)], use_tqdm=False)
+        outputs = llm.generate([PROMPTS[0]] * 2, [wide, wide.replace(top_n_sigma=1e-4)], use_tqdm=False)
         greedy = llm.generate([PROMPTS[0]], wide.replace(temperature=0), use_tqdm=False)
     free, narrow = (output.outputs[0].token_ids for output in outputs)
-    assert (
-        narrow == greedy[0].outputs[0].token_ids
-    )  # only the likeliest token is within a hundredth of the standard deviation
+    assert narrow == greedy[0].outputs[0].token_ids  # only the likeliest token is so near the highest
     assert free != narrow

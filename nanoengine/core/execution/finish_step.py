@@ -106,9 +106,9 @@ class FinishStep:
         """
         tables, random = self.tables, ~self.tables.host_greedy[slots]
         wanted = {
-            name: bool((wants[slots] & random).any())
+            name: bool((rows & random).any())
             for name, wants in tables.host_wants.items()
-            if wants.any() and wants[slots].any()
+            if wants.any() and (rows := wants[slots]).any()
         }
         return self.sampler.choose(
             wanted,

@@ -7,20 +7,11 @@ from typing import Any
 
 from nanoengine.layers.decoder import DecoderConfig, DecoderLM, read_decoder
 from nanoengine.layers.hf_config import Fields
+from nanoengine.plugins.models import llama
 
-# Defaults of transformers' GraniteConfig.
+# Defaults of transformers' GraniteConfig: Llama's, and the factors.
 DEFAULTS = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
+    **llama.DEFAULTS,
     "embedding_multiplier": 1.0,
     "attention_multiplier": 1.0,
     "residual_multiplier": 1.0,

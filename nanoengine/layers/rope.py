@@ -49,7 +49,11 @@ class Angles:
 
     def __init__(self, positions: Tensor, inv_freq: Tensor, rope: Rope) -> None:
         self.positions, self.inv_freq, self.rope = positions, inv_freq, rope
-        self.rotation = Rotation(inv_freq=inv_freq, interleaved=rope.interleaved, magnitude=rope.magnitude)
+
+    @cached_property
+    def rotation(self) -> Rotation:
+        """The rotation as attention backends take it (`attend_qkv`)."""
+        return Rotation(inv_freq=self.inv_freq, interleaved=self.rope.interleaved, magnitude=self.rope.magnitude)
 
     @cached_property
     def tables(self) -> tuple[Tensor, Tensor]:

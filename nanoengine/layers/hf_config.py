@@ -9,7 +9,10 @@ from typing import Any
 
 from nanoengine.api import ModelError
 
-__all__ = ["Fields", "layer_windows", "same_windows"]
+__all__ = ["ConfigJSON", "Fields", "layer_windows", "same_windows"]
+
+ConfigJSON = Mapping[str, Any]
+"""config.json, as `Model.read_config` gets it."""
 
 _REQUIRED: Any = object()
 _LOCAL = "sliding_attention"
@@ -42,6 +45,7 @@ class Fields:
             default of the method is used, or an error is raised if it has none.
         names: usual name -> the family's own, e.g. {"hidden_size": "n_embd"}: methods take both, the file may have
             either, `defaults` and messages have the family's.
+        model_type: the family's; a file with another one is rejected.
     """
 
     def __init__(
@@ -50,6 +54,8 @@ class Fields:
         prefix: str = "",
         defaults: Mapping[str, Any] | None = None,
         names: Mapping[str, str] | None = None,
+        *,
+        model_type: str | None = None,
     ) -> None:
         if not isinstance(data, Mapping):
             raise ModelError(f"config.json: {prefix.rstrip('.') or 'the file'} must be an object, not {shown(data)}")
@@ -57,6 +63,8 @@ class Fields:
         self.prefix = prefix
         self.defaults = defaults or {}
         self.names = names or {}
+        if model_type is not None:
+            self.refuse("model_type", model_type)
 
     def own_name(self, name: str) -> str:
         """The name that the field has in the file. Raises `ModelError` for two names with different values."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from nanoengine.api import BuildContext, Norm
 from nanoengine.layers.decoder import DecoderConfig, DecoderLM, NormNames, read_decoder
-from nanoengine.layers.hf_config import Fields
+from nanoengine.layers.hf_config import ConfigJSON, Fields
 from nanoengine.layers.norm import LayerNorm
 from nanoengine.layers.rope import read_rope
 
@@ -31,9 +28,8 @@ _THETA = 500000.0
 
 class Cohere(DecoderLM):
     @classmethod
-    def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
-        fields = Fields(hf, defaults=DEFAULTS, names={"rms_norm_eps": "layer_norm_eps"})
-        fields.refuse("model_type", "cohere")
+    def read_config(cls, hf: ConfigJSON) -> DecoderConfig:
+        fields = Fields(hf, model_type="cohere", defaults=DEFAULTS, names={"rms_norm_eps": "layer_norm_eps"})
         bias = fields.bool("attention_bias")
         return read_decoder(
             fields,

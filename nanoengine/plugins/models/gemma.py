@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from nanoengine.layers.decoder import ACTIVATIONS, DecoderConfig, DecoderLM, read_decoder
-from nanoengine.layers.hf_config import Fields
+from nanoengine.layers.hf_config import ConfigJSON, Fields
 
 # Defaults of transformers' GemmaConfig.
 DEFAULTS = {
@@ -28,9 +25,8 @@ _ACTIVATIONS = {**ACTIVATIONS, "gelu": "gelu_tanh"}  # the first files say gelu,
 
 class Gemma(DecoderLM):
     @classmethod
-    def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
-        fields = Fields(hf, defaults=DEFAULTS)
-        fields.refuse("model_type", "gemma")
+    def read_config(cls, hf: ConfigJSON) -> DecoderConfig:
+        fields = Fields(hf, model_type="gemma", defaults=DEFAULTS)
         fields.refuse("use_bidirectional_attention", False)
         fields.unused("hidden_activation")  # an older name, which transformers does not read
         bias = fields.bool("attention_bias")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from nanoengine.layers.decoder import ACTIVATIONS, SANDWICH_NORMS, DecoderConfig, DecoderLM, DecoderTraits, read_decoder
-from nanoengine.layers.hf_config import Fields, layer_windows
+from nanoengine.layers.hf_config import ConfigJSON, Fields, layer_windows
 
 # The defaults of transformers' Gemma2Config and Gemma3TextConfig for fields that are missing in the file.
 FAMILY_DEFAULTS = {
@@ -35,9 +32,8 @@ DEFAULTS = {
 
 class Gemma2(DecoderLM):
     @classmethod
-    def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
-        fields = Fields(hf, defaults=DEFAULTS)
-        fields.refuse("model_type", "gemma2")
+    def read_config(cls, hf: ConfigJSON) -> DecoderConfig:
+        fields = Fields(hf, model_type="gemma2", defaults=DEFAULTS)
         fields.unused("sliding_window_size")  # the first files have it in addition to sliding_window
         layers, window = fields.int("num_hidden_layers"), fields.int("sliding_window")
         traits = family_traits(fields)

@@ -5,12 +5,10 @@ In a checkpoint with images, the fields and weights of the text model are nested
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from nanoengine.layers.decoder import DECODER_WEIGHTS, DecoderConfig, DecoderLM, read_decoder
-from nanoengine.layers.hf_config import Fields, layer_windows
+from nanoengine.layers.hf_config import ConfigJSON, Fields, layer_windows
 from nanoengine.layers.rope import RopeConfig
 from nanoengine.layers.rope_config import check_agreement, rope_of
 from nanoengine.plugins.models.gemma2 import FAMILY_DEFAULTS, family_traits
@@ -26,7 +24,7 @@ _OF_IMAGES = ("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_to
 
 class Gemma3(DecoderLM):
     @classmethod
-    def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
+    def read_config(cls, hf: ConfigJSON) -> DecoderConfig:
         return read_text_config(Fields(hf, defaults=DEFAULTS))
 
 
@@ -39,9 +37,8 @@ class Gemma3WithImages(DecoderLM):
     )
 
     @classmethod
-    def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
-        whole = Fields(hf, defaults={"tie_word_embeddings": True})
-        whole.refuse("model_type", "gemma3")
+    def read_config(cls, hf: ConfigJSON) -> DecoderConfig:
+        whole = Fields(hf, model_type="gemma3", defaults={"tie_word_embeddings": True})
         whole.unused(*_OF_IMAGES)
         text = whole.nested("text_config", DEFAULTS)
         text.refuse("final_logit_softcapping")  # transformers ignores it in this class

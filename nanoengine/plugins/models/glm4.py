@@ -1,13 +1,9 @@
-"""GLM-4: half of each head rotated, neighbours together; gate and up in one tensor of the files. GLM-4-0414 also
-normalises what attention and MLP return."""
+"""GLM-4: half of each head rotated, neighbours together. GLM-4-0414 also normalises what attention and MLP return."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
-
 from nanoengine.layers.decoder import PRE_NORMS, DecoderConfig, DecoderLM, NormNames, read_decoder
-from nanoengine.layers.hf_config import Fields
+from nanoengine.layers.hf_config import ConfigJSON, Fields
 from nanoengine.layers.rope import read_rope
 
 # Defaults of transformers' GlmConfig and Glm4Config.
@@ -28,13 +24,11 @@ DEFAULTS = {
 
 
 class Glm(DecoderLM):
-    model_type: ClassVar[str] = "glm"
-    norms: ClassVar[NormNames] = PRE_NORMS
+    model_type, norms = "glm", PRE_NORMS
 
     @classmethod
-    def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
-        fields = Fields(hf, defaults=DEFAULTS)
-        fields.refuse("model_type", cls.model_type)
+    def read_config(cls, hf: ConfigJSON) -> DecoderConfig:
+        fields = Fields(hf, model_type=cls.model_type, defaults=DEFAULTS)
         rope = read_rope(fields, partial=0.5, interleaved=True)
         return read_decoder(fields, rope=rope, attention_bias=fields.bool("attention_bias"), norms=cls.norms)
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import Tensor, nn
 
 from nanoengine.api import BuildContext, WeightMap, WeightRule
 from nanoengine.layers.decoder import DecoderConfig, DecoderLM, NormNames, read_decoder
-from nanoengine.layers.hf_config import Fields
+from nanoengine.layers.hf_config import ConfigJSON, Fields
 
 # Defaults of transformers' GPT2Config.
 DEFAULTS = {
@@ -52,9 +49,8 @@ class GPT2(DecoderLM):
     )
 
     @classmethod
-    def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
-        fields = Fields(hf, defaults=DEFAULTS, names=NAMES)
-        fields.refuse("model_type", "gpt2")
+    def read_config(cls, hf: ConfigJSON) -> DecoderConfig:
+        fields = Fields(hf, model_type="gpt2", defaults=DEFAULTS, names=NAMES)
         fields.refuse("scale_attn_by_inverse_layer_idx", False)
         fields.unused("reorder_and_upcast_attn", "n_ctx")
         return read_decoder(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from nanoengine.api import WeightMap, WeightRule
 from nanoengine.layers.decoder import DecoderConfig, DecoderLM, read_decoder
-from nanoengine.layers.hf_config import Fields
+from nanoengine.layers.hf_config import ConfigJSON, Fields
 from nanoengine.layers.rope import read_rope
 
 # Defaults of transformers' GPTNeoXConfig.
@@ -42,9 +40,8 @@ class GPTNeoX(DecoderLM):
     )
 
     @classmethod
-    def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
-        fields = Fields(hf, defaults=DEFAULTS, names=NAMES)
-        fields.refuse("model_type", "gpt_neox")
+    def read_config(cls, hf: ConfigJSON) -> DecoderConfig:
+        fields = Fields(hf, model_type="gpt_neox", defaults=DEFAULTS, names=NAMES)
         bias = fields.bool("attention_bias")
         return read_decoder(
             fields,

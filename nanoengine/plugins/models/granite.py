@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from nanoengine.layers.decoder import DecoderConfig, DecoderLM, read_decoder
-from nanoengine.layers.hf_config import Fields
+from nanoengine.layers.hf_config import ConfigJSON, Fields
 from nanoengine.plugins.models import llama
 
 # Defaults of transformers' GraniteConfig: Llama's, and the factors.
@@ -21,9 +18,8 @@ DEFAULTS = {
 
 class Granite(DecoderLM):
     @classmethod
-    def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
-        fields = Fields(hf, defaults=DEFAULTS)
-        fields.refuse("model_type", "granite")
+    def read_config(cls, hf: ConfigJSON) -> DecoderConfig:
+        fields = Fields(hf, model_type="granite", defaults=DEFAULTS)
         return read_decoder(
             fields,
             attention_bias=fields.bool("attention_bias"),

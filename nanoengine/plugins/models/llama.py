@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from nanoengine.layers.decoder import DecoderConfig, DecoderLM, read_decoder
-from nanoengine.layers.hf_config import Fields
+from nanoengine.layers.hf_config import ConfigJSON, Fields
 
 # The defaults of transformers' LlamaConfig for fields that are missing in the file.
 DEFAULTS = {
@@ -26,8 +23,7 @@ DEFAULTS = {
 
 class Llama(DecoderLM):
     @classmethod
-    def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
-        fields = Fields(hf, defaults=DEFAULTS)
-        fields.refuse("model_type", "llama")
+    def read_config(cls, hf: ConfigJSON) -> DecoderConfig:
+        fields = Fields(hf, model_type="llama", defaults=DEFAULTS)
         bias = fields.bool("attention_bias")
         return read_decoder(fields, attention_bias=bias, output_bias=bias, mlp_bias=fields.bool("mlp_bias"))

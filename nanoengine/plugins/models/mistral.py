@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from nanoengine.layers.decoder import DecoderConfig, DecoderLM, read_decoder
-from nanoengine.layers.hf_config import Fields, same_windows
+from nanoengine.layers.hf_config import ConfigJSON, Fields, same_windows
 
 # The defaults of transformers' MistralConfig for fields that are missing in the file. A window of null means no window.
 DEFAULTS = {
@@ -26,8 +23,7 @@ DEFAULTS = {
 
 class Mistral(DecoderLM):
     @classmethod
-    def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
-        fields = Fields(hf, defaults=DEFAULTS)
-        fields.refuse("model_type", "mistral")
+    def read_config(cls, hf: ConfigJSON) -> DecoderConfig:
+        fields = Fields(hf, model_type="mistral", defaults=DEFAULTS)
         fields.refuse("layer_types")
         return read_decoder(fields, windows=same_windows(fields))

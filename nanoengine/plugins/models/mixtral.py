@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from nanoengine.layers.decoder import read_decoder
-from nanoengine.layers.hf_config import Fields
+from nanoengine.layers.hf_config import ConfigJSON, Fields
 from nanoengine.layers.moe import MoEConfig, MoEDecoderLM, Routing, moe_weights, read_experts_info
 from nanoengine.plugins.models import mistral
 
@@ -24,9 +21,8 @@ class Mixtral(MoEDecoderLM):
     weights = moe_weights(block="block_sparse_moe", gate="w1", up="w3", down="w2")
 
     @classmethod
-    def read_config(cls, hf: Mapping[str, Any]) -> MoEConfig:
-        fields = Fields(hf, defaults=DEFAULTS)
-        fields.refuse("model_type", "mixtral")
+    def read_config(cls, hf: ConfigJSON) -> MoEConfig:
+        fields = Fields(hf, model_type="mixtral", defaults=DEFAULTS)
         fields.unused("router_jitter_noise")  # of training
         layers = fields.int("num_hidden_layers")
         window = fields.int("sliding_window") if fields.has("sliding_window") else None

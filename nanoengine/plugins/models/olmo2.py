@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from nanoengine.api import BuildContext
 from nanoengine.layers.decoder import POST_NORMS, DecoderConfig, DecoderLM, read_decoder
-from nanoengine.layers.hf_config import Fields
+from nanoengine.layers.hf_config import ConfigJSON, Fields
 from nanoengine.layers.norm import SharedRMSNorm
 
 # Defaults of transformers' Olmo2Config.
@@ -27,9 +24,8 @@ DEFAULTS = {
 
 class Olmo2(DecoderLM):
     @classmethod
-    def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
-        fields = Fields(hf, defaults=DEFAULTS)
-        fields.refuse("model_type", "olmo2")
+    def read_config(cls, hf: ConfigJSON) -> DecoderConfig:
+        fields = Fields(hf, model_type="olmo2", defaults=DEFAULTS)
         bias = fields.bool("attention_bias")
         return read_decoder(fields, attention_bias=bias, output_bias=bias, norms=POST_NORMS)
 

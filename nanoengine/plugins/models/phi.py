@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from nanoengine.layers.decoder import DECODER_WEIGHTS, DecoderConfig, DecoderLM, NormNames, read_decoder
-from nanoengine.layers.hf_config import Fields
+from nanoengine.layers.hf_config import ConfigJSON, Fields
 from nanoengine.layers.rope import read_rope
 
 # Defaults of transformers' PhiConfig.
@@ -39,9 +37,8 @@ class Phi(DecoderLM):
     )
 
     @classmethod
-    def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
-        fields = Fields(hf, defaults=DEFAULTS, names={"rms_norm_eps": "layer_norm_eps"})
-        fields.refuse("model_type", "phi")
+    def read_config(cls, hf: ConfigJSON) -> DecoderConfig:
+        fields = Fields(hf, model_type="phi", defaults=DEFAULTS, names={"rms_norm_eps": "layer_norm_eps"})
         fields.unused("attention_bias", "rotary_dim")  # in files, but not in transformers' class
         return read_decoder(
             fields,

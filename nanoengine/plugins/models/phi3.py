@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from nanoengine.layers.decoder import DecoderConfig, DecoderLM, read_decoder
-from nanoengine.layers.hf_config import Fields, same_windows
+from nanoengine.layers.hf_config import ConfigJSON, Fields, same_windows
 from nanoengine.layers.rope import read_rope
 
 # Defaults of transformers' Phi3Config.
@@ -27,9 +24,8 @@ _OLDER_NAMES = {"su": "longrope", "yarn": "longrope"}  # of the rope type
 
 class Phi3(DecoderLM):
     @classmethod
-    def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
-        fields = Fields(hf, defaults=DEFAULTS)
-        fields.refuse("model_type", "phi3")
+    def read_config(cls, hf: ConfigJSON) -> DecoderConfig:
+        fields = Fields(hf, model_type="phi3", defaults=DEFAULTS)
         for name in ("attention_bias", "mlp_bias", "lm_head_bias"):  # in files, but not in transformers' class
             fields.refuse(name, False)
         for name in ("full_attn_mod", "interpolate_factor"):  # of Phi-4-mini's files

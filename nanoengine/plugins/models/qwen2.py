@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from nanoengine.layers.decoder import DecoderConfig, DecoderLM, read_decoder
-from nanoengine.layers.hf_config import Fields, layer_windows
+from nanoengine.layers.hf_config import ConfigJSON, Fields, layer_windows
 
 # The defaults of transformers' Qwen2Config for fields that are missing in the file.
 DEFAULTS = {
@@ -28,9 +25,8 @@ DEFAULTS = {
 
 class Qwen2(DecoderLM):
     @classmethod
-    def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
-        fields = Fields(hf, defaults=DEFAULTS)
-        fields.refuse("model_type", "qwen2")
+    def read_config(cls, hf: ConfigJSON) -> DecoderConfig:
+        fields = Fields(hf, model_type="qwen2", defaults=DEFAULTS)
         return read_decoder(fields, attention_bias=True, windows=read_windows(fields))
 
 

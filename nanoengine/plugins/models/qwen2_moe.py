@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from nanoengine.layers.decoder import read_decoder
-from nanoengine.layers.hf_config import Fields, layer_windows
+from nanoengine.layers.hf_config import ConfigJSON, Fields, layer_windows
 from nanoengine.layers.moe import (
     MoEConfig,
     MoEDecoderLM,
@@ -37,9 +36,8 @@ DEFAULTS = {
 
 class Qwen2MoE(MoEDecoderLM):
     @classmethod
-    def read_config(cls, hf: Mapping[str, Any]) -> MoEConfig:
-        fields = Fields(hf, defaults=DEFAULTS)
-        fields.refuse("model_type", "qwen2_moe")
+    def read_config(cls, hf: ConfigJSON) -> MoEConfig:
+        fields = Fields(hf, model_type="qwen2_moe", defaults=DEFAULTS)
         width = fields.int("shared_expert_intermediate_size")
         return read_decoder(
             fields,

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from nanoengine.layers.decoder import read_decoder
-from nanoengine.layers.hf_config import Fields
+from nanoengine.layers.hf_config import ConfigJSON, Fields
 from nanoengine.layers.moe import MoEConfig, MoEDecoderLM
 from nanoengine.plugins.models import qwen2_moe
 
@@ -25,9 +22,8 @@ DEFAULTS = {
 
 class Qwen3MoE(MoEDecoderLM):
     @classmethod
-    def read_config(cls, hf: Mapping[str, Any]) -> MoEConfig:
-        fields = Fields(hf, defaults=DEFAULTS)
-        fields.refuse("model_type", "qwen3_moe")
+    def read_config(cls, hf: ConfigJSON) -> MoEConfig:
+        fields = Fields(hf, model_type="qwen3_moe", defaults=DEFAULTS)
         fields.unused("sliding_window", "max_window_layers")  # the second is not transformers' for this family
         bias, windowed = (
             fields.bool("attention_bias"),

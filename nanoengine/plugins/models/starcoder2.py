@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from nanoengine.layers.decoder import DECODER_WEIGHTS, DecoderConfig, DecoderLM, read_decoder
-from nanoengine.layers.hf_config import Fields, same_windows
+from nanoengine.layers.hf_config import ConfigJSON, Fields, same_windows
 
 # Defaults of transformers' Starcoder2Config.
 DEFAULTS = {
@@ -29,9 +27,8 @@ class Starcoder2(DecoderLM):
     weights = replace(DECODER_WEIGHTS, rules={"mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"})
 
     @classmethod
-    def read_config(cls, hf: Mapping[str, Any]) -> DecoderConfig:
-        fields = Fields(hf, defaults=DEFAULTS, names={"rms_norm_eps": "norm_epsilon"})
-        fields.refuse("model_type", "starcoder2")
+    def read_config(cls, hf: ConfigJSON) -> DecoderConfig:
+        fields = Fields(hf, model_type="starcoder2", defaults=DEFAULTS, names={"rms_norm_eps": "norm_epsilon"})
         fields.refuse("mlp_type", "default")  # in files, but not in transformers' class
         fields.refuse("norm_type", "layer_norm")
         bias = fields.bool("use_bias")

@@ -26,7 +26,7 @@ from nanoengine.layers.decoder_config import (
     read_decoder,
 )
 from nanoengine.layers.mlp import MLP, GatedMLP
-from nanoengine.layers.norm import LayerNorm, RMSNorm
+from nanoengine.layers.norm import LayerNorm, RMSNorm, SharedRMSNorm
 from nanoengine.layers.rope import Angles, Rope, RopeConfig, RotaryEmbedding
 
 __all__ = [
@@ -189,11 +189,22 @@ class DecoderLM(Model):
 
     def make_qk_norms(self, config: Any, ctx: BuildContext) -> tuple[Norm, Norm] | None:
         """The norms of q and of k before the rotation; None: there are none. See `DecoderAttention`."""
+        if not config.qk_norm:
+            return None
+        return self._qk_norm(config.num_heads, config, ctx), self._qk_norm(config.num_kv_heads, config, ctx)
+
+    def _qk_norm(self, heads: int, config: Any, ctx: BuildContext) -> Norm:
         size = config.head_size
-        return (self.make_norm(size, config, ctx), self.make_norm(size, config, ctx)) if config.qk_norm else None
+        if config.qk_norm_over == "all_heads":
+            return SharedRMSNorm(heads * size, config.eps, unit=size, place=ctx)
+        if config.qk_norm_over == "each_head":
+            return LayerNorm((heads, size), config.eps, place=ctx)
+        return self.make_norm(size, config, ctx)
 
     def layer_rope(self, index: int, config: Any) -> RopeConfig | Rope | None:
         """The rotation of a layer; None: there is none."""
+        if config.rotated and not config.rotated[index]:
+            return None
         local = config.local_rope is not None and bool(config.windows) and config.windows[index] is not None
         rope: RopeConfig | Rope | None = config.local_rope if local else config.rope
         return rope

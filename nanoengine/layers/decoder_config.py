@@ -27,6 +27,7 @@ __all__ = [
 
 
 NormKind = Literal["rms", "layer"]
+QKNormKind = Literal["head", "each_head", "all_heads"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +63,10 @@ class DecoderConfig(ModelConfig):
         tied: the output layer shares the embedding's weight.
         attention_bias: a bias on q, k and v. output_bias: on o. mlp_bias: on gate, up and down. head_bias: on the
             output layer.
-        qk_norm: q and k are normalised per head before the rotation.
+        qk_norm: q and k are normalised before the rotation.
+        qk_norm_over: "head": each head, all by the same weights. "each_head": each by its own, a `LayerNorm` without
+            bias. "all_heads": all heads together, by `SharedRMSNorm`.
+        rotated: for each layer whether q and k are rotated; (): all layers rotate them.
         windows: each layer's attention window; None: the layer attends to all positions. (): no layer has a window.
         local_rope: rotation in layers with a window, if it differs from `rope`.
         score_scale: factor of the attention scores; None: head_size ** -0.5.
@@ -93,6 +97,8 @@ class DecoderConfig(ModelConfig):
     mlp_bias: bool = False
     head_bias: bool = False
     qk_norm: bool = False
+    qk_norm_over: QKNormKind = "head"
+    rotated: tuple[bool, ...] = ()
     windows: tuple[int | None, ...] = ()
     local_rope: RopeConfig | Rope | None = None
     score_scale: float | None = None
@@ -120,6 +126,8 @@ class DecoderConfig(ModelConfig):
             raise ModelError(f"activation {self.activation} is of MLPs without a gate; set gated=False")
         if self.windows and len(self.windows) != self.num_layers:
             raise ModelError(f"{len(self.windows)} attention windows for {self.num_layers} layers")
+        if self.rotated and len(self.rotated) != self.num_layers:
+            raise ModelError(f"rotated says it of {len(self.rotated)} layers; there are {self.num_layers}")
 
 
 class DecoderTraits(TypedDict, total=False):
@@ -142,6 +150,8 @@ class DecoderTraits(TypedDict, total=False):
     mlp_bias: bool
     head_bias: bool
     qk_norm: bool
+    qk_norm_over: QKNormKind
+    rotated: tuple[bool, ...]
     windows: tuple[int | None, ...]
     local_rope: RopeConfig | Rope | None
     score_scale: float | None

@@ -9,7 +9,7 @@ from typing import Any
 
 from nanoengine.api import ModelError
 
-__all__ = ["ConfigJSON", "Fields", "layer_windows", "same_windows"]
+__all__ = ["ConfigJSON", "Fields", "layer_windows", "same_windows", "used_window"]
 
 ConfigJSON = Mapping[str, Any]
 """config.json, as `Model.read_config` gets it."""
@@ -117,6 +117,26 @@ class Fields:
             raise self.wrong(name, value, "a list of positive numbers")
         return tuple(Fields({name: each}, self.prefix).float(name) for each in value)
 
+    def ints(
+        self,
+        name: str,
+        default: Any = _REQUIRED,
+        *,
+        count: builtins.int = 0,
+        least: builtins.int = 0,
+        most: builtins.int = _INT32,
+    ) -> tuple[builtins.int, ...]:
+        """A list of integers from `least` to `most`, `count` of them or more."""
+        value = self._get(name, default)
+        if value is default:
+            return tuple(value)
+        known = isinstance(value, list) and all(isinstance(each, int) and not isinstance(each, bool) for each in value)
+        if not known or len(value) < count or not all(least <= each <= most for each in value):
+            number = f"{count} or more " if count else ""
+            values = f"of {least} or more" if most == _INT32 else f"from {least} to {most}"
+            raise self.wrong(name, value, f"a list of {number}integers {values}")
+        return tuple(value)
+
     def bool(self, name: str, default: Any = _REQUIRED) -> bool:
         value = self._get(name, default)
         if not isinstance(value, bool):
@@ -207,3 +227,11 @@ def layer_windows(
 def same_windows(fields: Fields) -> tuple[int | None, ...]:
     """`sliding_window` as the window of each layer; (): it is missing or null. Raises `ModelError`."""
     return (fields.int("sliding_window"),) * fields.int("num_hidden_layers") if fields.has("sliding_window") else ()
+
+
+def used_window(fields: Fields) -> int | None:
+    """`sliding_window`, if `use_sliding_window` is true; None: it is null, or not used. Raises `ModelError`."""
+    if fields.bool("use_sliding_window") and fields.has("sliding_window"):
+        return fields.int("sliding_window")
+    fields.unused("sliding_window")
+    return None

@@ -193,14 +193,14 @@ class MoEConfig(DecoderConfig):
     """A decoder with experts in place of the MLP of some layers, or of all.
 
     Attributes:
-        experts, routing: of each such layer. sparse: for each layer whether it has experts.
+        experts, routing: of each such layer. sparse: for each layer whether it has experts; (): all have.
         shared: experts that all tokens share; None: there are none.
         router_bias, correction: see `Router`.
     """
 
     experts: ExpertsInfo
     routing: Routing
-    sparse: tuple[bool, ...]
+    sparse: tuple[bool, ...] = ()
     shared: SharedExperts | None = None
     router_bias: bool = False
     correction: bool = False
@@ -212,7 +212,7 @@ class MoEDecoderLM(DecoderLM):
     weights = moe_weights()
 
     def make_mlp(self, name: str, index: int, config: Any, ctx: BuildContext) -> nn.Module:
-        if not config.sparse[index]:
+        if config.sparse and not config.sparse[index]:
             return super().make_mlp(name, index, config, ctx)
         return SparseMLP(
             name,
@@ -241,10 +241,5 @@ def read_experts_info(fields: Fields, intermediate_size: int) -> ExpertsInfo:
 
 def read_sparse_layers(fields: Fields) -> tuple[bool, ...]:
     """For each layer whether it has experts, by `decoder_sparse_step` and `mlp_only_layers` (Qwen)."""
-    step, dense = fields.int("decoder_sparse_step"), fields.get("mlp_only_layers")
-    dense = [] if dense is None else dense
-    if not isinstance(dense, list) or not all(
-        isinstance(layer, int) and not isinstance(layer, bool) for layer in dense
-    ):
-        raise fields.wrong("mlp_only_layers", dense, "a list of layer numbers")
+    step, dense = fields.int("decoder_sparse_step"), fields.ints("mlp_only_layers", ())
     return tuple(i not in dense and (i + 1) % step == 0 for i in range(fields.int("num_hidden_layers")))

@@ -536,5 +536,5 @@ def test_which_layers_have_experts() -> None:
     assert layers(decoder_sparse_step=2) == [1, 3, 5]
     assert layers(decoder_sparse_step=3, mlp_only_layers=[2]) == [5]
     for wrong in ("none", [1.0], [True]):
-        with pytest.raises(ModelError, match="mlp_only_layers must be a list of layer numbers"):
+        with pytest.raises(ModelError, match="mlp_only_layers must be a list of integers of 0 or more"):
             layers(mlp_only_layers=wrong)

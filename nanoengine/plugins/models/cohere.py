@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from nanoengine.api import BuildContext, Norm
 from nanoengine.layers.decoder import DecoderConfig, DecoderLM, NormNames, read_decoder
 from nanoengine.layers.hf_config import ConfigJSON, Fields
-from nanoengine.layers.norm import LayerNorm
 from nanoengine.layers.rope import read_rope
 
 # Defaults of transformers' CohereConfig.
@@ -37,14 +35,9 @@ class Cohere(DecoderLM):
             attention_bias=bias,
             output_bias=bias,
             qk_norm=fields.bool("use_qk_norm"),
+            qk_norm_over="each_head",
             norm="layer",
             norms=NormNames(before_attention="input_layernorm"),
             parallel=True,
             logit_scale=fields.float("logit_scale"),
         )
-
-    def make_qk_norms(self, config: DecoderConfig, ctx: BuildContext) -> tuple[Norm, Norm] | None:
-        """Each head has weights of its own."""
-        heads = config.num_heads, config.num_kv_heads
-        q, k = (LayerNorm((n, config.head_size), config.eps, place=ctx) for n in heads)
-        return (q, k) if config.qk_norm else None

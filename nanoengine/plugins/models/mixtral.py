@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nanoengine.layers.decoder import read_decoder
-from nanoengine.layers.hf_config import ConfigJSON, Fields
+from nanoengine.layers.hf_config import ConfigJSON, Fields, same_windows
 from nanoengine.layers.moe import MoEConfig, MoEDecoderLM, Routing, moe_weights, read_experts_info
 from nanoengine.plugins.models import mistral
 
@@ -24,13 +24,10 @@ class Mixtral(MoEDecoderLM):
     def read_config(cls, hf: ConfigJSON) -> MoEConfig:
         fields = Fields(hf, model_type="mixtral", defaults=DEFAULTS)
         fields.unused("router_jitter_noise")  # of training
-        layers = fields.int("num_hidden_layers")
-        window = fields.int("sliding_window") if fields.has("sliding_window") else None
         return read_decoder(
             fields,
             into=MoEConfig,
-            windows=(window,) * layers,
+            windows=same_windows(fields),
             experts=read_experts_info(fields, fields.int("intermediate_size")),
             routing=Routing(top_k=fields.int("num_experts_per_tok"), scoring="softmax_of_top"),
-            sparse=(True,) * layers,
         )

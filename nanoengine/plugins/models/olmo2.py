@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from nanoengine.api import BuildContext
 from nanoengine.layers.decoder import POST_NORMS, DecoderConfig, DecoderLM, read_decoder
 from nanoengine.layers.hf_config import ConfigJSON, Fields
-from nanoengine.layers.norm import SharedRMSNorm
 
 # Defaults of transformers' Olmo2Config.
 DEFAULTS = {
@@ -27,11 +25,6 @@ class Olmo2(DecoderLM):
     def read_config(cls, hf: ConfigJSON) -> DecoderConfig:
         fields = Fields(hf, model_type="olmo2", defaults=DEFAULTS)
         bias = fields.bool("attention_bias")
-        return read_decoder(fields, attention_bias=bias, output_bias=bias, norms=POST_NORMS)
-
-    def make_qk_norms(self, config: DecoderConfig, ctx: BuildContext) -> tuple[SharedRMSNorm, SharedRMSNorm]:
-        q, k = (
-            SharedRMSNorm(heads * config.head_size, config.eps, unit=config.head_size, place=ctx)
-            for heads in (config.num_heads, config.num_kv_heads)
+        return read_decoder(
+            fields, attention_bias=bias, output_bias=bias, norms=POST_NORMS, qk_norm=True, qk_norm_over="all_heads"
         )
-        return q, k

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nanoengine.layers.decoder import DecoderConfig, DecoderLM, read_decoder
-from nanoengine.layers.hf_config import ConfigJSON, Fields, layer_windows
+from nanoengine.layers.hf_config import ConfigJSON, Fields, layer_windows, used_window
 
 # The defaults of transformers' Qwen2Config for fields that are missing in the file.
 DEFAULTS = {
@@ -33,7 +33,4 @@ class Qwen2(DecoderLM):
 def read_windows(fields: Fields) -> tuple[int | None, ...]:
     """The window of each layer: if it is enabled and not null, layers from `max_window_layers` on have it."""
     layers, first = fields.int("num_hidden_layers"), fields.int("max_window_layers", least=-(2**31))
-    fields.unused("sliding_window")  # it has no effect if it is not enabled
-    used = fields.bool("use_sliding_window") and fields.has("sliding_window")
-    window = fields.int("sliding_window") if used else None
-    return layer_windows(fields, layers, window, lambda layer: layer >= first)
+    return layer_windows(fields, layers, used_window(fields), lambda layer: layer >= first)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nanoengine.layers.decoder import read_decoder
-from nanoengine.layers.hf_config import ConfigJSON, Fields
+from nanoengine.layers.hf_config import ConfigJSON, Fields, used_window
 from nanoengine.layers.moe import MoEConfig, MoEDecoderLM
 from nanoengine.plugins.models import qwen2_moe
 
@@ -24,12 +24,8 @@ class Qwen3MoE(MoEDecoderLM):
     @classmethod
     def read_config(cls, hf: ConfigJSON) -> MoEConfig:
         fields = Fields(hf, model_type="qwen3_moe", defaults=DEFAULTS)
-        fields.unused("sliding_window", "max_window_layers")  # the second is not transformers' for this family
-        bias, windowed = (
-            fields.bool("attention_bias"),
-            fields.bool("use_sliding_window") and fields.has("sliding_window"),
-        )
-        window = fields.int("sliding_window") if windowed else None
+        fields.unused("max_window_layers")  # it is not transformers' for this family
+        bias, window = fields.bool("attention_bias"), used_window(fields)
         return read_decoder(
             fields,
             into=MoEConfig,

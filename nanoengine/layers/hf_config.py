@@ -122,19 +122,19 @@ class Fields:
         name: str,
         default: Any = _REQUIRED,
         *,
-        count: builtins.int = 0,
+        layers: builtins.int = 0,
         least: builtins.int = 0,
         most: builtins.int = _INT32,
     ) -> tuple[builtins.int, ...]:
-        """A list of integers from `least` to `most`, `count` of them or more."""
+        """A list of integers from `least` to `most`; with `layers` one for each of so many layers, or more."""
         value = self._get(name, default)
         if value is default:
             return tuple(value)
         known = isinstance(value, list) and all(isinstance(each, int) and not isinstance(each, bool) for each in value)
-        if not known or len(value) < count or not all(least <= each <= most for each in value):
-            number = f"{count} or more " if count else ""
-            values = f"of {least} or more" if most == _INT32 else f"from {least} to {most}"
-            raise self.wrong(name, value, f"a list of {number}integers {values}")
+        if not known or len(value) < layers or not all(least <= each <= most for each in value):
+            wanted = f"of {least} or more" if most == _INT32 else f"from {least} to {most}"
+            each = f", one for each of {layers} layers (num_hidden_layers)" if layers else ""
+            raise self.wrong(name, value, f"a list of integers {wanted}{each}")
         return tuple(value)
 
     def bool(self, name: str, default: Any = _REQUIRED) -> bool:

@@ -29,11 +29,13 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    OlmoeConfig,
     Phi3Config,
     PhiConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
     Starcoder2Config,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -69,8 +71,10 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], Any]] = {
             GPTNeoXConfig,
             GraniteConfig,
             Olmo2Config,
+            OlmoeConfig,
             Phi3Config,
             PhiConfig,
+            SmolLM3Config,
             Starcoder2Config,
         )
     },

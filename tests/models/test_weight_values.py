@@ -169,7 +169,19 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
     **{make.__name__: make for make in BUILT_IN},
     **{
         name: partial(families.write, family=name)
-        for name in ("olmo2", "granite", "phi3", "cohere", "starcoder2", "glm", "glm4", "gemma", "phi")
+        for name in (
+            "olmo2",
+            "granite",
+            "phi3",
+            "cohere",
+            "starcoder2",
+            "glm",
+            "glm4",
+            "gemma",
+            "phi",
+            "olmoe",
+            "smollm3",
+        )
     },
 }
 PREFIXES = {

@@ -30,6 +30,7 @@ LONG = {
     "long_factor": [1.0, 2.0, 3.5, 6.0, 9.0, 14.0],
 }
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+OLMOE = {"num_experts": 8, "num_experts_per_tok": 3}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
 # name -> (model type, fields, standard deviation of the weights)
@@ -127,6 +128,21 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], float]] = {
         0.25,
     ),
     "qwen2-moe": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 28}, 0.25),
+    "olmoe": ("olmoe", {**OLMOE, "attention_bias": True}, 0.25),
+    "olmoe, renormalised, one KV head": ("olmoe", {**OLMOE, "norm_topk_prob": True, "num_key_value_heads": 1}, 0.25),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 2}, 0.2),
+    "smollm3, windows, biases": (
+        "smollm3",
+        {
+            "no_rope_layers": [0, 1, 0, 1],
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
+        },
+        0.2,
+    ),
     "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 11}, 0.25),
     "qwen3, yarn": ("qwen3", {"head_dim": 12, "rope_parameters": {**YARN, "rope_theta": 300.0}}, 0.2),
     "llama, yarn with its numbers": (

@@ -253,6 +253,8 @@ MUTANTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int]] = {
     "GELU not exact": ("gpt_neox", _config(activation="gelu_tanh"), 1),
     "no bias in the norm": ("starcoder2", _no_bias, 1),
     "window one short": ("starcoder2, a window, no biases, a head", _config(windows=(8, 8, 8)), 1),
+    "all layers rotated": ("smollm3", _config(rotated=()), 1),
+    "the other layers rotated": ("smollm3", _config(rotated=(False, True, False)), 1),
     "positions one off": ("gpt2", _positions, 1),
     "scores scaled": (UNSCALED, _config(score_scale=None), 1),
     "halves of a part rotated": (GLM, _config(rope={"interleaved": False}), 1),

@@ -20,12 +20,14 @@ _MODELS = (
     ("mistral", "MistralForCausalLM", "mistral:Mistral"),
     ("mixtral", "MixtralForCausalLM", "mixtral:Mixtral"),
     ("olmo2", "Olmo2ForCausalLM", "olmo2:Olmo2"),
+    ("olmoe", "OlmoeForCausalLM", "olmoe:Olmoe"),
     ("phi", "PhiForCausalLM", "phi:Phi"),
     ("phi3", "Phi3ForCausalLM", "phi3:Phi3"),
     ("qwen2", "Qwen2ForCausalLM", "qwen2:Qwen2"),
     ("qwen2-moe", "Qwen2MoeForCausalLM", "qwen2_moe:Qwen2MoE"),
     ("qwen3", "Qwen3ForCausalLM", "qwen3:Qwen3"),
     ("qwen3-moe", "Qwen3MoeForCausalLM", "qwen3_moe:Qwen3MoE"),
+    ("smollm3", "SmolLM3ForCausalLM", "smollm3:SmolLM3"),
     ("starcoder2", "Starcoder2ForCausalLM", "starcoder2:Starcoder2"),
 )
 

@@ -27,14 +27,16 @@ HARMLESS: Mapping[str, tuple[Any, ...] | Any] = {
     "dtype": ANY, "torch_dtype": ANY, "eos_token_id": ANY,
     # training: dropout, losses, initialisation
     "activation_dropout": ANY, "attention_dropout": ANY, "attention_probs_dropout_prob": ANY, "attn_pdrop": ANY,
-    "dropout": ANY, "embd_pdrop": ANY, "embedding_dropout": ANY, "gradient_checkpointing": ANY, "hidden_dropout": ANY,
-    "hidden_dropout_prob": ANY, "init_std": ANY, "initializer_range": ANY, "layerdrop": ANY,
-    "output_router_logits": ANY, "resid_pdrop": ANY, "residual_dropout": ANY, "router_aux_loss_coef": ANY,
-    # how transformers runs a model and what it returns
+    "aux_loss_alpha": ANY, "dropout": ANY, "embd_pdrop": ANY, "embedding_dropout": ANY,
+    "gradient_checkpointing": ANY, "hidden_dropout": ANY, "hidden_dropout_prob": ANY, "init_std": ANY,
+    "initializer_range": ANY, "layerdrop": ANY, "output_router_logits": ANY, "resid_pdrop": ANY,
+    "residual_dropout": ANY, "router_aux_loss_coef": ANY, "seq_aux": ANY,
+    # how a model is run and what it returns
     "_attn_implementation": ANY, "_experts_implementation": ANY, "attn_implementation": ANY,
-    "cache_implementation": ANY, "chunk_size_feed_forward": ANY, "experts_implementation": ANY, "is_decoder": ANY,
-    "output_attentions": ANY, "output_hidden_states": ANY, "pretraining_tp": ANY, "return_dict": ANY,
-    "tf_legacy_loss": ANY, "tie_last_hidden_states": ANY, "torchscript": ANY, "use_bfloat16": ANY, "use_cache": ANY,
+    "cache_implementation": ANY, "chunk_size_feed_forward": ANY, "ep_size": ANY, "experts_implementation": ANY,
+    "is_decoder": ANY, "output_attentions": ANY, "output_hidden_states": ANY, "pretraining_tp": ANY,
+    "return_dict": ANY, "tf_legacy_loss": ANY, "tie_last_hidden_states": ANY, "torchscript": ANY,
+    "use_bfloat16": ANY, "use_cache": ANY,
     # ids that a caller puts into prompts
     "bos_token_id": ANY, "decoder_start_token_id": ANY, "pad_token_id": ANY, "sep_token_id": ANY,
     # heads that are not the language model's

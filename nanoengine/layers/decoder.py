@@ -25,6 +25,7 @@ from nanoengine.layers.decoder_config import (
     NormNames,
     read_decoder,
 )
+from nanoengine.layers.latent import LatentAttention
 from nanoengine.layers.mlp import MLP, GatedMLP
 from nanoengine.layers.norm import LayerNorm, RMSNorm, SharedRMSNorm
 from nanoengine.layers.rope import Angles, Rope, RopeConfig, RotaryEmbedding
@@ -153,6 +154,7 @@ class DecoderLM(Model):
 
     def __init__(self, config: DecoderConfig, ctx: BuildContext) -> None:
         super().__init__(config, ctx)
+        self.config, self.ctx = config, ctx
         self.embedding_scale = torch.tensor(config.embedding_scale, dtype=ctx.dtype).item()
         self.logit_scale, self.logit_cap, self.ops = config.logit_scale, config.logit_cap, ctx.ops
         self.model = Decoder(config, ctx, self)
@@ -162,9 +164,12 @@ class DecoderLM(Model):
 
     @classmethod
     def weight_map(cls, config: DecoderConfig) -> WeightMap:
+        weights = cls.weights
+        if config.latent is not None:  # its queries are not fused with keys and values
+            weights = replace(weights, rules={"self_attn.q_proj": "self_attn.q_proj", **weights.rules})
         if not config.tied:
-            return cls.weights
-        return replace(cls.weights, ties={"lm_head.weight": "model.embed_tokens.weight"})
+            return weights
+        return replace(weights, ties={"lm_head.weight": "model.embed_tokens.weight"})
 
     def make_layer(self, name: str, index: int, config: Any, ctx: BuildContext) -> nn.Module:
         """A layer: called as `DecoderLayer` is."""
@@ -173,6 +178,8 @@ class DecoderLM(Model):
     def make_attention(self, name: str, index: int, config: Any, ctx: BuildContext) -> nn.Module:
         """Attention: called with hidden states [T, hidden] and `Angles`, returns [T, hidden]."""
         window = config.windows[index] if config.windows else None
+        if config.latent is not None:
+            return LatentAttention(name, config, ctx, window)
         return DecoderAttention(name, config, ctx, window, norms=self.make_qk_norms(config, ctx))
 
     def make_mlp(self, name: str, index: int, config: Any, ctx: BuildContext) -> nn.Module:

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 from nanoengine.api import ModelConfig, ModelError
 from nanoengine.api.errors import nearest
 from nanoengine.layers.hf_config import Fields, layer_windows
+from nanoengine.layers.latent import LatentSizes
 from nanoengine.layers.mlp import PlainActivation
 from nanoengine.layers.rope import Rope, RopeConfig, read_rope
 
@@ -72,6 +73,7 @@ class DecoderConfig(ModelConfig):
         score_scale: factor of the attention scores; None: head_size ** -0.5.
         score_cap, logit_cap: soft caps on attention scores and on the logits.
         sinks: each head has a score that takes part in the softmax and has no value (`AttentionSinks`).
+        latent: widths of latent attention (`LatentAttention`), which takes the place of `DecoderAttention`.
         logit_scale: factor of the logits, before their cap.
         embedding_scale: factor of the embedded tokens; it is rounded to the model's dtype first.
         residual_scale: factor of what attention and MLP add to the residual stream.
@@ -105,6 +107,7 @@ class DecoderConfig(ModelConfig):
     score_cap: float | None = None
     logit_cap: float | None = None
     sinks: bool = False
+    latent: LatentSizes | None = None
     logit_scale: float = 1.0
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
@@ -120,7 +123,12 @@ class DecoderConfig(ModelConfig):
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
                 f"{self.num_heads} attention heads cannot be divided equally over {self.num_kv_heads} KV heads "
-                "(num_key_value_heads)"
+                "(num_attention_heads, num_key_value_heads)"
+            )
+        if self.latent is not None and self.num_heads != self.num_kv_heads:
+            raise ModelError(
+                f"latent attention has a key and a value for each of {self.num_heads} heads, not {self.num_kv_heads} "
+                "(num_attention_heads, num_key_value_heads)"
             )
         if self.gated and self.activation not in ACTIVATIONS.values():
             raise ModelError(f"activation {self.activation} is of MLPs without a gate; set gated=False")
@@ -158,6 +166,7 @@ class DecoderTraits(TypedDict, total=False):
     score_cap: float | None
     logit_cap: float | None
     sinks: bool
+    latent: LatentSizes | None
     logit_scale: float
     embedding_scale: float
     residual_scale: float
@@ -206,6 +215,8 @@ def read_decoder(fields: Fields, into: type[Any] = DecoderConfig, **traits: Any)
     def read(name: str, how: Any, *args: Any) -> Any:
         return found[name] if name in found else found.setdefault(name, how(*args))
 
+    if (latent := found.get("latent")) is not None:
+        found.setdefault("head_size", latent.head_size)
     hidden, heads = read("hidden_size", fields.int, "hidden_size"), read("num_heads", fields.int, "num_attention_heads")
     if "head_size" not in found and not fields.has("head_dim") and hidden % heads:
         raise fields.wrong("hidden_size", hidden, f"a multiple of {fields.own_name('num_attention_heads')} {heads}")

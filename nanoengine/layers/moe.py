@@ -117,13 +117,14 @@ class SharedExperts:
     """A gated MLP that every token goes to, beside its experts.
 
     Attributes:
-        width: of its gate and up. name: of the module, as in checkpoints.
+        width: of its gate and up. name: of the module, as in checkpoints. bias: its products have one.
         gated: its result is multiplied by the sigmoid of a linear layer, `{name}_gate`.
     """
 
     width: int
     name: str = "shared_experts"
     gated: bool = False
+    bias: bool = False
 
 
 class SparseMLP(Sublayer):
@@ -151,7 +152,7 @@ class SparseMLP(Sublayer):
         if shared is not None:
             made = GatedMLP(
                 f"{name}.{shared.name}", sizes.hidden_size, shared.width, ctx,
-                activation=sizes.activation, bias=sizes.bias, reduce=False,
+                activation=sizes.activation, bias=shared.bias, reduce=False,
             )  # fmt: skip
             self.add_module(shared.name, made)
             if shared.gated:

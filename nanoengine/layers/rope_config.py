@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from nanoengine.api import ModelError
@@ -22,6 +23,7 @@ def read_rope(
     theta: float = 10000.0,
     *,
     partial: float | None = None,
+    width: int = 0,
     interleaved: bool = False,
     aliases: Mapping[str, str] | None = None,
     kinds: Sequence[str] = ROPE_TYPES,
@@ -36,6 +38,7 @@ def read_rope(
         theta: the default of the family's class.
         partial: default of `partial_rotary_factor`; None: the class knows no such field, and another value than 1 is an
             error.
+        width: how many elements are rotated, if the family says so instead of the share of a head.
         interleaved: neighbours are rotated together: the class's choice, no field says it.
         aliases: other names of rope types that the class knows. kinds: those that it knows, if not all.
 
@@ -45,7 +48,7 @@ def read_rope(
     parameters, scaling = whole.nested("rope_parameters"), whole.nested("rope_scaling")
     used = _with_outer(scaling if scaling.data else parameters, whole)
     options: dict[str, Any] = {"partial": partial, "interleaved": interleaved, "aliases": aliases, "kinds": kinds}
-    found = rope_of(used, whole, "rope_theta", theta, **options)
+    found = replace(rope_of(used, whole, "rope_theta", theta, **options), width=width)
     if scaling.data:
         check_agreement(parameters, scaling, {**used.data, "rope_theta": found.theta}, found.kind)
     return found

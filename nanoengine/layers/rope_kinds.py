@@ -44,7 +44,8 @@ class RopeConfig:
     Attributes:
         theta: base of the geometric series of wavelengths.
         kind: a key of `KINDS`.
-        partial: the share of a head that is rotated, its first elements. interleaved: as of `Rope`.
+        partial: the share of a head that is rotated, its first elements. width: their number instead, if not 0.
+        interleaved: as of `Rope`.
         max_position: `max_position_embeddings`, where the kind reads it.
         factor, low_freq_factor, high_freq_factor, original_max_position, attention_factor, beta_fast, beta_slow,
             mscale, mscale_all_dim, truncate, short_factor, long_factor: parameters of the kinds that read them.
@@ -53,6 +54,7 @@ class RopeConfig:
     theta: float
     kind: str = "default"
     partial: float = 1.0
+    width: int = 0
     interleaved: bool = False
     max_position: int = 0
     factor: float = 1.0
@@ -73,7 +75,7 @@ class RopeConfig:
 
         Raises `ModelError` for a size that cannot be rotated.
         """
-        width = int(head_size * self.partial)
+        width = self.width or int(head_size * self.partial)
         if width % 2 or width < 2:
             part = "" if width == head_size else f", of which {width} are rotated (head_dim, partial_rotary_factor)"
             raise ModelError(f"rotary embedding needs an even head size, not {head_size}{part}")
@@ -84,6 +86,12 @@ class RopeConfig:
         if not math.isfinite(magnitude) or not frequencies.isfinite().all():
             raise ModelError(f"config.json: the numbers of rope_type {self.kind} give rotations that are not finite")
         return Rope(frequencies=tuple(frequencies.tolist()), magnitude=magnitude, interleaved=self.interleaved)
+
+    @property
+    def score_factor(self) -> float:
+        """Factor of attention scores, beside that of the head size: the square of yarn's magnitude by `mscale_all_dim`.
+        DeepSeek's models have it (`LatentAttention`); others have the magnitude alone."""
+        return _grown(self.factor, self.mscale_all_dim) ** 2
 
     def limit(self, max_position: int) -> int:
         """The most positions that the scaled rotation is made for, of `max_position_embeddings` in the file."""
@@ -157,15 +165,17 @@ def _yarn(config: RopeConfig, width: int, max_model_len: int) -> tuple[Tensor, f
     return frequencies, _yarn_magnitude(config)
 
 
-def _yarn_magnitude(config: RopeConfig) -> float:
-    def grown(scale: float) -> float:
-        return 1.0 if config.factor <= 1 else 0.1 * scale * math.log(config.factor) + 1.0
+def _grown(factor: float, scale: float) -> float:
+    """Yarn's magnitude of a context that is `factor` times as long."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
+
+def _yarn_magnitude(config: RopeConfig) -> float:
     if config.attention_factor is not None:
         return config.attention_factor
     if config.mscale and config.mscale_all_dim:
-        return grown(config.mscale) / grown(config.mscale_all_dim)
-    return grown(1.0)
+        return _grown(config.factor, config.mscale) / _grown(config.factor, config.mscale_all_dim)
+    return _grown(config.factor, 1.0)
 
 
 def _longrope(config: RopeConfig, width: int, max_model_len: int) -> tuple[Tensor, float]:

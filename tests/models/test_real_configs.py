@@ -54,6 +54,11 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
         "num_key_value_heads": groups if groups in (None, 1) else 4 if groups == heads else 2,
         "head_dim": 8 if config.get("head_dim", 0) * heads == config["hidden_size"] else 12,
         "vocab_size": VOCABULARY,
+        "moe_intermediate_size": 20,
+        "kv_lora_rank": 24,
+        "qk_nope_head_dim": 10,
+        "qk_rope_head_dim": 6,
+        "v_head_dim": 12,
         "layer_types": config.get("layer_types", [])[:layers],
         "sliding_window": None if config.get("sliding_window") is None else 7,
     }
@@ -130,6 +135,8 @@ MUTANTS: list[tuple[str, dict[str, Any]]] = [
     ("qwq-32b", {"use_sliding_window": True, "max_window_layers": 0}),
     ("qwen3-8b", {"rms_norm_eps": 0.1}),
     ("mixtral-dolphin-2.5", {"num_experts_per_tok": 3}),
+    ("deepseek-v2-lite-chat", {"rope_scaling": None}),
+    ("deepseek-v2-lite-chat", {"routed_scaling_factor": 2.0}),
     ("gemma-2-9b-it", {"attn_logit_softcapping": 1.0}),
     ("gemma-2-9b-it", {"query_pre_attn_scalar": None}),
     ("gemma-2-2b-it", {"sliding_window": 8}),
@@ -143,6 +150,6 @@ def test_a_key_that_is_dropped_or_misread_shows(name: str, changes: dict[str, An
     """The comparison above can fail, by each of these keys."""
     config = shrunk(config_of(name))
     want = checkpoint(config, tmp_path)
-    config = {key: value for key, value in {**config, **changes}.items() if value is not None}
+    config = {key: value for key, value in {**config, **changes}.items() if key not in changes or value is not None}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert (served(tmp_path) - want).abs().max() > 4 * TOLERANCE

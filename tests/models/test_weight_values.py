@@ -181,6 +181,9 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
             "phi",
             "olmoe",
             "smollm3",
+            "deepseek-v2, as V2-Lite",
+            "deepseek-v2, as V2.5",
+            "deepseek-v3",
         )
     },
 }
@@ -237,6 +240,26 @@ def test_families_with_a_prefix_of_their_own_load_with_and_without_it(family: st
     _, report = load(path)
     assert set(report.skipped) == {rename(name) for name in masks}
     assert (log_probs(path) - want).abs().max() < 5e-4
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_layers_that_predict_further_tokens_are_skipped(prefix: str, tmp_path: Path) -> None:
+    """DeepSeek-V3's files have them behind the last layer."""
+    path = families.write(tmp_path, "deepseek-v3")
+    further = {f"{prefix}layers.3.{name}.weight": torch.ones(1) for name in ("eh_proj", "shared_head.head")}
+    renamed(path, lambda name: name if prefix else name.removeprefix("model."), **further)
+    _, report = load(path)
+    assert set(report.skipped) == further.keys()
+
+
+def test_a_rule_that_takes_what_the_model_has_itself_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama's map leads q_proj into a fused product, which this model does not have."""
+    path = families.write(tmp_path, "deepseek-v2, as V2-Lite")
+    built, _ = load(path)
+    monkeypatch.setattr(type(built.model), "weight_map", classmethod(lambda cls, config: cls.weights))
+    with pytest.raises(WeightsError) as caught:
+        load(path)
+    assert 'rules={"self_attn.q_proj": "self_attn.q_proj"}' in str(caught.value)
 
 
 def with_images(path: Path) -> Path:

@@ -32,6 +32,30 @@ LONG = {
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 OLMOE = {"num_experts": 8, "num_experts_per_tok": 3}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 12,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "rope_parameters": {**YARN, "rope_theta": 300.0, "mscale": 0.707, "mscale_all_dim": 0.707},
+}
+DEEPSEEK = {  # keys of the published files that change nothing there
+    "aux_loss_alpha": 0.001,
+    "ep_size": 1,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "norm_topk_prob": False,
+    "scoring_func": "softmax",
+    "seq_aux": True,
+    "topk_group": 1,
+    "topk_method": "greedy",
+}
 
 # name -> (model type, fields, standard deviation of the weights)
 FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], float]] = {
@@ -128,6 +152,44 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], float]] = {
         0.25,
     ),
     "qwen2-moe": ("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 28}, 0.25),
+    "deepseek-v2, as V2-Lite": ("deepseek_v2", {**LATENT, **DEEPSEEK, "q_lora_rank": None}, 0.25),
+    "deepseek-v2, as V2.5": (
+        "deepseek_v2",
+        {
+            **LATENT,
+            **DEEPSEEK,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 16.0,
+            "rope_parameters": {**YARN, "rope_theta": 300.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+        0.15,
+    ),
+    "deepseek-v2, biases, wide values": (
+        "deepseek_v2",
+        {
+            **LATENT,
+            "v_head_dim": 20,
+            "rms_norm_eps": 1e-3,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": {**YARN, "rope_theta": 300.0, "mscale": 0.7, "mscale_all_dim": 1.5},
+        },
+        0.15,
+    ),
+    "deepseek-v3": (
+        "deepseek_v3",
+        {**LATENT, "n_group": 4, "topk_group": 2, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+        0.2,
+    ),
+    "deepseek-v3, halves rotated": (
+        "deepseek_v3",
+        {**LATENT, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "q_lora_rank": None}
+        | {"rope_interleave": False, "rope_parameters": {"rope_type": "default", "rope_theta": 90.0}},
+        0.2,
+    ),
     "olmoe": ("olmoe", {**OLMOE, "attention_bias": True}, 0.25),
     "olmoe, renormalised, one KV head": ("olmoe", {**OLMOE, "norm_topk_prob": True, "num_key_value_heads": 1}, 0.25),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2}, 0.2),
@@ -181,8 +243,11 @@ def write_model(folder: Path, model_type: str, *, std: float = 0.2, **fields: An
     sizes = {name: value for name, value in SIZES.items() if hasattr(known, name)}
     config = AutoConfig.for_model(model_type, **{**sizes, **fields})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    corrections = [each for name, each in model.named_buffers() if name.endswith("e_score_correction_bias")]
     for name, parameter in model.named_parameters():
         nn.init.normal_(parameter, mean=float(is_norm(name)), std=0.3 if is_norm(name) else std)
+    for correction in corrections:
+        nn.init.normal_(correction, std=0.2)
     model.save_pretrained(folder)
     hf = json.loads((folder / "config.json").read_text())
     assert hf["architectures"] == [type(model).__name__]

@@ -86,6 +86,7 @@ def test_on_several_ranks(pair: Callable[[str], Pair], family: str) -> None:
         ("olmo2", {}),  # norms of queries and keys are over a width that ranks share
         ("gpt2", {}),  # tensors are transposed and cut
         ("qwen3-moe, one layer dense", {"enable_expert_parallel": True}),
+        ("deepseek-v2, as V2.5", {}),  # latent vectors are whole on each rank
     ],
 )
 def test_two_processes(pair: Callable[[str], Pair], family: str, options: dict[str, Any]) -> None:
@@ -235,6 +236,54 @@ def _first_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moe.SparseMLP, "joined", lambda self, *args, **rest: moe.Sublayer.joined(self, *args, **rest))
 
 
+def _no_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens go to their own experts only."""
+    from nanoengine.layers import moe
+
+    monkeypatch.setattr(moe.SparseMLP, "_shared", lambda self, hidden: None)
+
+
+def _shared_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank adds all of what the shared experts make, and then the ranks are summed."""
+    from nanoengine.layers import moe
+
+    original = moe.SparseMLP._shared
+    monkeypatch.setattr(moe.SparseMLP, "_shared", lambda self, hidden: self.tp.all_reduce(original(self, hidden)))
+
+
+def _correction(*, choice: bool, weights: bool) -> Callable[[pytest.MonkeyPatch], None]:
+    """The correction of scores goes elsewhere than into the choice alone."""
+    from nanoengine.kernels import experts
+    from nanoengine.kernels.ops import Ops
+
+    def route(self: Any, logits: Any, routing: Any, correction: Any, real: Any) -> Any:
+        ids, mass = experts.route(logits, routing, correction if choice else None, real)
+        chosen = (logits.sigmoid() + correction * weights).gather(1, ids.long())
+        return ids, mass if not weights else routing.scale * chosen / chosen.sum(-1, keepdim=True)
+
+    return lambda monkeypatch: monkeypatch.setattr(Ops, "route", route)
+
+
+def _key_not_rotated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part of the key that heads share stays as it is."""
+    from nanoengine.layers.rope import Angles
+
+    original = Angles.rotate
+    monkeypatch.setattr(Angles, "rotate", lambda self, x: x if x.shape[1] == 1 else original(self, x))
+
+
+def _latent(**changes: Any) -> Callable[[pytest.MonkeyPatch], None]:
+    from nanoengine.layers import latent
+
+    original = latent.read_latent
+
+    def read_latent(fields: Any) -> Any:
+        return replace(original(fields), **changes)
+
+    return lambda monkeypatch: monkeypatch.setattr("nanoengine.plugins.models.deepseek_v2.read_latent", read_latent)
+
+
+V2_LITE, V2, WIDE = "deepseek-v2, as V2-Lite", "deepseek-v2, as V2.5", "deepseek-v2, biases, wide values"
 QWEN_MOE = "qwen3-moe, one layer dense"
 YARN_QWEN, YARN_LLAMA = "qwen3, yarn", "llama, yarn with its numbers"
 MUTANTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int]] = {
@@ -276,6 +325,19 @@ MUTANTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int]] = {
     "all layers have experts": (QWEN_MOE, _config(sparse=(True, True, True)), 1),
     "parts of experts not summed": (QWEN_MOE, _first_experts, 2),
     "shared expert not scaled": ("qwen2-moe", _ungated, 1),
+    "groups ignored": (V2, _routing(groups=1, top_groups=1), 1),
+    "one group too many": (V2, _routing(top_groups=3), 1),
+    "groups by two scores": (V2, _routing(group_best=2), 1),
+    "groups by one score": ("deepseek-v3", _routing(group_best=1), 1),
+    "weights of experts not scaled": (V2, _routing(scale=1.0), 1),
+    "no shared experts": (V2_LITE, _no_shared, 1),
+    "shared experts summed twice": (V2_LITE, _shared_twice, 2),
+    "scores not corrected": ("deepseek-v3", _correction(choice=False, weights=False), 1),
+    "weights corrected too": ("deepseek-v3", _correction(choice=True, weights=True), 1),
+    "scores without yarn's factor": (V2_LITE, _config(score_scale=16**-0.5), 1),
+    "shared key not rotated": (V2_LITE, _key_not_rotated, 1),
+    "halves of the shared key rotated": (V2_LITE, _config(rope={"interleaved": False}), 1),
+    "latent norms with the model's eps": (WIDE, _latent(eps=1e-3), 1),
     "softmax over all experts": ("mixtral", _routing(scoring="softmax"), 1),
     "yarn without its magnitude": (YARN_QWEN, _config(rope={"attention_factor": 1.0}), 1),
     "yarn not scaled": (YARN_QWEN, _config(rope={"kind": "default"}), 1),

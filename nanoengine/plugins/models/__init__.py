@@ -7,6 +7,8 @@ from nanoengine.api import API_VERSION, ModelSpec, hookimpl
 _MODELS = (
     # name, architecture, module:class in this folder
     ("cohere", "CohereForCausalLM", "cohere:Cohere"),
+    ("deepseek-v2", "DeepseekV2ForCausalLM", "deepseek_v2:DeepseekV2"),
+    ("deepseek-v3", "DeepseekV3ForCausalLM", "deepseek_v3:DeepseekV3"),
     ("gemma", "GemmaForCausalLM", "gemma:Gemma"),
     ("gemma2", "Gemma2ForCausalLM", "gemma2:Gemma2"),
     ("gemma3", "Gemma3ForCausalLM", "gemma3:Gemma3"),

@@ -200,6 +200,8 @@ def plugin_file(path: Path) -> PluginFile:
     Raises `PluginError` if it is not a file or cannot be read; `ConfigError` if it cannot be the name of a file.
     """
     resolved = user_path(path, "plugin file").resolve()
+    if resolved.is_dir():
+        raise PluginError(f"plugin file {path} is a folder; install the package, or name its module file: __init__.py")
     if not resolved.is_file():
         raise PluginError(f"plugin file {path} does not exist (looked for {resolved})")
     if resolved.suffix != ".py":

@@ -24,12 +24,26 @@ def advice(missing: Missing, left: Left) -> str:
     """What to write into the map so that tensors left over fill what is missing; "" where nothing fits."""
     if not missing or not left:
         return ""
+    taken = {name for name, part, _ in missing if not part} & {name for name, _ in left}
+    if taken:
+        same = dict.fromkeys(shown_rule(_own(name), WeightRule(_own(name))) for name in sorted(taken))
+        return (
+            "another rule takes tensors that the model has under the names of the file: the WeightMap may lack "
+            f"rules={{{', '.join(list(same)[:_SHOWN])}}}"
+        )
     rename = _prefixes({name for name, _, _ in missing}, {name for name, _ in left})
     if rename:
         return f"the WeightMap may lack rename={{{rename}}}"
     rules = list(dict.fromkeys(_rules(_wanted(missing), left)))
     more = f" and {len(rules) - _SHOWN} more" if len(rules) > _SHOWN else ""
     return f"the WeightMap may lack rules={{{', '.join(rules[:_SHOWN])}}}{more}" if rules else ""
+
+
+def _own(name: str) -> str:
+    """A pattern for a parameter's module that fits before shorter ones: what is behind the last number, or all."""
+    module, _ = _split(name)
+    short = module.rpartition(f"{NUMBER}.")[2]
+    return short if "." in short else module
 
 
 def _prefixes(missing: Iterable[str], left: Iterable[str]) -> str:

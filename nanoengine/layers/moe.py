@@ -31,9 +31,11 @@ __all__ = [
 def moe_weights(
     *, block: str = "mlp", router: str = "gate", gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
 ) -> WeightMap:
-    """The map of a decoder with experts, by the names in its files of the block that has them, of its router and of the
-    products of each expert. Files may also hold the experts of a layer as one tensor for each parameter."""
+    """The map of a decoder with experts: `DECODER_WEIGHTS` with rules for the block that has the experts, by the names
+    in files of the block, of its router and of the products of each expert. Files may also hold the experts of a layer
+    as one tensor for each parameter."""
     rules: dict[str, WeightRule | str] = {
+        **DECODER_WEIGHTS.rules,
         f"{block}.experts.{{}}.{gate}": WeightRule("mlp.experts.gate_up_proj", "gate"),
         f"{block}.experts.{{}}.{up}": WeightRule("mlp.experts.gate_up_proj", "up"),
         f"{block}.experts.{{}}.{down}": WeightRule("mlp.experts.down_proj"),

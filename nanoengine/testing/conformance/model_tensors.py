@@ -90,6 +90,6 @@ def _hidden(tensors: Mapping[str, Tensor], score: _Score, least: float) -> list[
         if moves(tensor, tensor.flatten()[order].view_as(tensor)):
             continue
         large = torch.randn(tensor.shape, generator=random) * max(1.0, 10 * float(tensor.abs().max()))
-        if moves(tensor, tensor + large):
+        if moves(tensor, tensor + large) or moves(tensor, tensor - large):
             found.append(name)
     return found

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 class WeightRule:
     """Where tensors whose names fit a pattern go, and what is done to them on the way.
 
-    The steps are in this order: `transpose`, the cut into `parts` (with `groups`), `permute`, `scale`. A rank reads its
-    own slice of the tensor only, widened to what the steps need.
+    The steps are in this order: `transpose`, the cut into `parts` (with `groups` or `interleaved`), `permute`, `scale`.
+    A rank reads its own slice of the tensor only, widened to what the steps need.
 
     Attributes:
         to: what takes the pattern's place in the name. `{}` in it are the pattern's numbers, in order. One number more
@@ -22,6 +22,7 @@ class WeightRule:
         transpose: the tensor is [in, out]: its last two dimensions are exchanged. A bias has one, and stays.
         groups: the tensor is so many equal pieces along its outputs, and each holds a share of every part (heads of q,
             k and v in turn). 1: the parts lie one behind the other.
+        interleaved: the parts take turns, with one output each; they are equally large, and `groups` is 1.
         permute: order of the outputs, in groups of so many: output i of each is the tensor's output `permute[i]`.
         scale: factor of the values.
     """
@@ -30,6 +31,7 @@ class WeightRule:
     parts: str | tuple[str, ...] = ()
     transpose: bool = False
     groups: int = 1
+    interleaved: bool = False
     permute: tuple[int, ...] = ()
     scale: float = 1.0
 

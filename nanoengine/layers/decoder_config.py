@@ -232,7 +232,7 @@ def read_decoder(fields: Fields, into: type[Any] = DecoderConfig, **traits: Any)
         found["activation"] = known_here[fields.choice("hidden_act", tuple(known_here))]
     if "windows" not in found:
         _refuse_windows(fields, layers)
-    read("rope", read_rope, fields.data)
+    read("rope", read_rope, fields)
     if "max_model_len" not in found:
         found |= _lengths(fields, found["rope"])
     config = into(**found)

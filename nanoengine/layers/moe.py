@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nanoengine.api import BuildContext, ExpertsInfo, ModelError, Norm, ShardSpec, WeightLayer, WeightMap, WeightRule
+from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.experts import Routing
 from nanoengine.layers.block import After, Sublayer
 from nanoengine.layers.decoder import ACTIVATIONS, DECODER_WEIGHTS, DecoderConfig, DecoderLM
@@ -29,19 +30,33 @@ __all__ = [
 
 
 def moe_weights(
-    *, block: str = "mlp", router: str = "gate", gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+    *,
+    block: str = "mlp",
+    router: str = "gate",
+    gate: str = "gate_proj",
+    up: str = "up_proj",
+    down: str = "down_proj",
+    transposed: bool = False,
+    interleaved: bool = False,
 ) -> WeightMap:
-    """The map of a decoder with experts: `DECODER_WEIGHTS` with rules for the block that has the experts, by the names
-    in files of the block, of its router and of the products of each expert. Files may also hold the experts of a layer
-    as one tensor for each parameter."""
-    rules: dict[str, WeightRule | str] = {
-        **DECODER_WEIGHTS.rules,
-        f"{block}.experts.{{}}.{gate}": WeightRule("mlp.experts.gate_up_proj", "gate"),
-        f"{block}.experts.{{}}.{up}": WeightRule("mlp.experts.gate_up_proj", "up"),
-        f"{block}.experts.{{}}.{down}": WeightRule("mlp.experts.down_proj"),
-        "mlp.experts.gate_up_proj": "mlp.experts.gate_up_proj.weight",
-        "mlp.experts.down_proj": "mlp.experts.down_proj.weight",
-    }
+    """The map of a decoder with experts: `DECODER_WEIGHTS`, with rules for the block that has the experts.
+
+    Args:
+        block, router, gate, up, down: names in files: of the block, of its router, of the products of each expert.
+        transposed, interleaved: of files that stack the experts of a layer, as transformers 5 does: their weights are
+            [experts, in, out]; outputs of gate and up take turns.
+    """
+    rules = dict(DECODER_WEIGHTS.rules)
+    if not transposed and not interleaved:  # else files stack them
+        rules |= {
+            f"{block}.experts.{{}}.{gate}": WeightRule("mlp.experts.gate_up_proj", "gate"),
+            f"{block}.experts.{{}}.{up}": WeightRule("mlp.experts.gate_up_proj", "up"),
+            f"{block}.experts.{{}}.{down}": WeightRule("mlp.experts.down_proj"),
+        }
+    for name, turns in (("mlp.experts.gate_up_proj", interleaved), ("mlp.experts.down_proj", False)):
+        parts = ("gate", "up") if turns else ()
+        rules[name] = WeightRule(f"{name}.weight", parts, transpose=transposed, interleaved=turns)
+        rules[f"{name}_bias"] = WeightRule(f"{name}.bias", parts, interleaved=turns)
     if (found := f"{block}.{router}") != "mlp.gate":
         rules[found] = "mlp.gate"
     return replace(DECODER_WEIGHTS, rules=rules)
@@ -228,8 +243,15 @@ class MoEDecoderLM(DecoderLM):
         )
 
 
-def read_experts_info(fields: Fields, intermediate_size: int) -> ExpertsInfo:
-    """`ExpertsInfo` from config.json; files have `num_experts`, or `num_local_experts`, which transformers writes."""
+def read_experts_info(
+    fields: Fields, intermediate_size: int, *, activation: Activation | None = None, bias: bool = False
+) -> ExpertsInfo:
+    """`ExpertsInfo` from config.json; files have `num_experts`, or `num_local_experts`, which transformers writes.
+
+    Args:
+        intermediate_size: of an expert. activation: of gates; None: that of `hidden_act`. bias: gate, up and down have
+            one.
+    """
     given = {name: fields.int(name) for name in ("num_experts", "num_local_experts") if fields.has(name)}
     written = {name: value for name, value in given.items() if name in fields.data} or given
     if len(set(written.values())) > 1:
@@ -238,7 +260,8 @@ def read_experts_info(fields: Fields, intermediate_size: int) -> ExpertsInfo:
         num_experts=next(iter(written.values())) if written else fields.int("num_local_experts"),
         hidden_size=fields.int("hidden_size"),
         intermediate_size=intermediate_size,
-        activation=ACTIVATIONS[fields.choice("hidden_act", tuple(ACTIVATIONS))],
+        activation=activation or ACTIVATIONS[fields.choice("hidden_act", tuple(ACTIVATIONS))],
+        bias=bias,
     )
 
 

@@ -30,8 +30,9 @@ def read_rope(
 ) -> RopeConfig:
     """Reads `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (transformers 4).
 
-    As in transformers: if both objects are given, `rope_scaling` is used. If neither has the base, it is `rope_theta`,
-    else `theta`. `original_max_position_embeddings` may also be next to the object.
+    As in transformers: if both objects are given, `rope_scaling` is used; if the file has none, the default of
+    `rope_parameters`. If none has the base, it is `rope_theta`, else `theta`. `original_max_position_embeddings` may
+    also be next to the object.
 
     Args:
         hf: config.json, or its fields with the defaults of the family.
@@ -45,8 +46,12 @@ def read_rope(
     Raises `ModelError` as `rope_of` does, and if two places contradict each other.
     """
     whole = hf if isinstance(hf, Fields) else Fields(hf)
-    parameters, scaling = whole.nested("rope_parameters"), whole.nested("rope_scaling")
-    used = _with_outer(scaling if scaling.data else parameters, whole)
+    of_file = Fields(whole.data, whole.prefix, names=whole.names)
+    parameters, scaling = of_file.nested("rope_parameters"), of_file.nested("rope_scaling")
+    given = scaling if scaling.data else parameters
+    if not scaling.data and not of_file.has("rope_parameters"):
+        given = Fields(whole.defaults.get("rope_parameters", {}), parameters.prefix)
+    used = _with_outer(given, whole)
     options: dict[str, Any] = {"partial": partial, "interleaved": interleaved, "aliases": aliases, "kinds": kinds}
     found = replace(rope_of(used, whole, "rope_theta", theta, **options), width=width)
     if scaling.data:
@@ -91,7 +96,7 @@ def rope_of(
     Args:
         used: the object; may be empty. whole: config.json.
         base: name of the field in `whole` that has the base, if the object has none.
-        theta: the base if neither has one.
+        theta: the base if neither has one, nor the family's defaults.
         partial, interleaved, aliases, kinds: as of `read_rope`.
 
     Raises `ModelError` for a type that is not supported, a key that the type does not read, and two different bases.
@@ -99,10 +104,11 @@ def rope_of(
     kind = _kind(used, kinds, aliases or {})
     for name, value in used.data.items():
         _check_key(used, name, value, kind)
-    if whole.own_name(base) in whole.data:
+    own = whole.own_name(base)
+    if own in whole.data or own in whole.defaults:
         theta = whole.float(base)
-        if used.has("rope_theta") and used.float("rope_theta") != theta:
-            raise contradiction(whole, base, used, f"rope_theta {shown(used.get('rope_theta'))}")
+    if own in whole.data and used.has("rope_theta") and used.float("rope_theta") != theta:
+        raise contradiction(whole, base, used, f"rope_theta {shown(used.get('rope_theta'))}")
     share = used.float("partial_rotary_factor", whole.float("partial_rotary_factor", partial or 1.0))
     if share != 1.0 and partial is None:
         raise ModelError(f"config.json: {whole.prefix}partial_rotary_factor other than 1 is not supported")

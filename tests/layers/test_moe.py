@@ -86,15 +86,6 @@ class Family:
         return made
 
 
-GPT_OSS = moe_weights(router="router")
-GPT_OSS_RULES = {
-    "mlp.experts.gate_up_proj": WeightRule(
-        "mlp.experts.gate_up_proj.weight", ("gate", "up"), transpose=True, groups=WIDTH
-    ),
-    "mlp.experts.gate_up_proj_bias": WeightRule("mlp.experts.gate_up_proj.bias", ("gate", "up"), groups=WIDTH),
-    "mlp.experts.down_proj": WeightRule("mlp.experts.down_proj.weight", transpose=True),
-    "mlp.experts.down_proj_bias": "mlp.experts.down_proj.bias",
-}
 SIGMOID = {"scoring": "sigmoid", "groups": 4, "top_groups": 2, "group_best": 2, "scale": 2.5}
 FAMILIES = {
     "qwen3-moe": Family("qwen3_moe", "Qwen3MoeSparseMoeBlock", Routing(top_k=3), {"num_experts_per_tok": 3}),
@@ -158,7 +149,7 @@ FAMILIES = {
         {"num_experts_per_tok": 3},
         {"router_bias": True},
         {"activation": "swiglu_clamped", "bias": True},
-        WeightMap(rules={**GPT_OSS.rules, **GPT_OSS_RULES}),
+        moe_weights(router="router", transposed=True, interleaved=True),
     ),
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -187,3 +188,21 @@ def test_a_scaled_rotation_has_more_positions(rope: dict[str, Any], limit: int, 
     hf = {**SIZES, **fields, "tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e4, **rope}}
     config = read_decoder(Fields(hf))
     assert (config.max_model_len, config.default_max_model_len) == (limit, usual)
+
+
+def test_a_familys_own_rotation_is_that_of_files_without_one() -> None:
+    """As in transformers, a file's own takes its place as a whole; null is no rotation of the file's."""
+    defaults = {"rope_theta": 150000.0, "rope_parameters": {**YARN, "truncate": False}}
+
+    def read(**file: Any) -> RopeConfig:
+        return read_rope(Fields({**SIZES, **file}, defaults=defaults))
+
+    usual = read()
+    assert (usual.kind, usual.theta, usual.original_max_position, usual.truncate) == ("yarn", 150000.0, 64, False)
+    assert read(rope_scaling=None, rope_parameters=None) == usual
+    assert read(rope_theta=300.0) == replace(usual, theta=300.0)
+    assert read(rope_scaling={**YARN, "factor": 8.0}) == replace(usual, factor=8.0, truncate=True)
+    assert read(rope_parameters={"rope_type": "default"}) == RopeConfig(theta=150000.0)
+    whole = read_decoder(Fields({**SIZES, "vocab_size": 9, "intermediate_size": 8, "hidden_act": "silu",
+                                 "rms_norm_eps": 1e-5, "tie_word_embeddings": False}, defaults=defaults))  # fmt: skip
+    assert whole.rope == usual

@@ -163,6 +163,10 @@ CASES: dict[str, tuple[Callable[[str, Tensor], Mapping[str, Tensor]], WeightMap]
         gate_and_up_in_turn,
         WeightMap(rules={"w13": WeightRule("w13", ("gate", "up"), transpose=True, groups=8)}),
     ),
+    "interleaved, transposed, in a stack": (
+        gate_and_up_in_turn,
+        WeightMap(rules={"w13": WeightRule("w13", ("gate", "up"), transpose=True, interleaved=True)}),
+    ),
     "permute": (
         interleaved,
         WeightMap(

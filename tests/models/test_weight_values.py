@@ -184,6 +184,7 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
             "deepseek-v2, as V2-Lite",
             "deepseek-v2, as V2.5",
             "deepseek-v3",
+            "gpt_oss",
         )
     },
 }

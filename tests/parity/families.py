@@ -56,6 +56,12 @@ DEEPSEEK = {  # keys of the published files that change nothing there
     "topk_group": 1,
     "topk_method": "greedy",
 }
+GPT_OSS = {
+    "head_dim": 16,
+    "num_local_experts": 8,
+    "sliding_window": 9,
+    "rope_parameters": {**YARN, "rope_theta": 300.0, "truncate": False},
+}
 
 # name -> (model type, fields, standard deviation of the weights)
 FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], float]] = {
@@ -206,6 +212,18 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], float]] = {
         0.2,
     ),
     "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 11}, 0.25),
+    "gpt_oss": ("gpt_oss", {**GPT_OSS, "num_experts_per_tok": 3}, 0.3),
+    "gpt_oss, no biases, full attention first": (
+        "gpt_oss",
+        {
+            **GPT_OSS,
+            "num_experts_per_tok": 1,
+            "num_key_value_heads": 1,
+            "attention_bias": False,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+        0.25,
+    ),
     "qwen3, yarn": ("qwen3", {"head_dim": 12, "rope_parameters": {**YARN, "rope_theta": 300.0}}, 0.2),
     "llama, yarn with its numbers": (
         "llama",

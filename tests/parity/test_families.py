@@ -87,6 +87,7 @@ def test_on_several_ranks(pair: Callable[[str], Pair], family: str) -> None:
         ("gpt2", {}),  # tensors are transposed and cut
         ("qwen3-moe, one layer dense", {"enable_expert_parallel": True}),
         ("deepseek-v2, as V2.5", {}),  # latent vectors are whole on each rank
+        ("gpt_oss", {}),  # sinks are cut by heads
     ],
 )
 def test_two_processes(pair: Callable[[str], Pair], family: str, options: dict[str, Any]) -> None:
@@ -284,6 +285,25 @@ def _latent(**changes: Any) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 V2_LITE, V2, WIDE = "deepseek-v2, as V2-Lite", "deepseek-v2, as V2.5", "deepseek-v2, biases, wide values"
+
+
+def _no_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are loaded, but attention does not learn of them."""
+    from nanoengine.layers.attention import DecoderAttention
+
+    original = DecoderAttention.attention_spec
+    monkeypatch.setattr(
+        DecoderAttention, "attention_spec", lambda self, *args: replace(original(self, *args), sinks=None)
+    )
+
+
+def _gates_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are read as if all gates were before all ups."""
+    from nanoengine.plugins.models.gpt_oss import GptOss, moe_weights
+
+    monkeypatch.setattr(GptOss, "weights", moe_weights(router="router", transposed=True))
+
+
 QWEN_MOE = "qwen3-moe, one layer dense"
 YARN_QWEN, YARN_LLAMA = "qwen3, yarn", "llama, yarn with its numbers"
 MUTANTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int]] = {
@@ -339,6 +359,9 @@ MUTANTS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int]] = {
     "halves of the shared key rotated": (V2_LITE, _config(rope={"interleaved": False}), 1),
     "latent norms with the model's eps": (WIDE, _latent(eps=1e-3), 1),
     "softmax over all experts": ("mixtral", _routing(scoring="softmax"), 1),
+    "no sinks": ("gpt_oss", _no_sinks, 1),
+    "gates before ups": ("gpt_oss", _gates_first, 1),
+    "a window in every layer": ("gpt_oss", _config(windows=(9, 9, 9)), 1),
     "yarn without its magnitude": (YARN_QWEN, _config(rope={"attention_factor": 1.0}), 1),
     "yarn not scaled": (YARN_QWEN, _config(rope={"kind": "default"}), 1),
     "yarn's borders rounded": (YARN_LLAMA, _config(rope={"truncate": True}), 1),

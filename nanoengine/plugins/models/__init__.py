@@ -17,6 +17,7 @@ _MODELS = (
     ("glm4", "Glm4ForCausalLM", "glm4:Glm4"),
     ("gpt2", "GPT2LMHeadModel", "gpt2:GPT2"),
     ("gpt-neox", "GPTNeoXForCausalLM", "gpt_neox:GPTNeoX"),
+    ("gpt-oss", "GptOssForCausalLM", "gpt_oss:GptOss"),
     ("granite", "GraniteForCausalLM", "granite:Granite"),
     ("llama", "LlamaForCausalLM", "llama:Llama"),
     ("mistral", "MistralForCausalLM", "mistral:Mistral"),

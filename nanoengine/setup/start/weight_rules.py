@@ -128,6 +128,8 @@ def check_rule(pattern: str, rule: WeightRule) -> None:
         wrong = f"permute must be an order of 0 to {len(rule.permute) - 1}"
     elif rule.groups < 1:
         wrong = "groups must be at least 1"
+    elif rule.interleaved and rule.groups != 1:
+        wrong = "interleaved says how many groups there are"
     if wrong:
         raise ModelError(f"WeightMap: {shown_rule(pattern, rule)}: {wrong}")
 
@@ -138,7 +140,7 @@ def shown_rule(pattern: str, rule: WeightRule) -> str:
         return f'"{pattern}": "{rule.to}"'
     defaults = WeightRule("")
     given = [repr(rule.to)] + ([repr(rule.parts)] if rule.parts else [])
-    for name in ("transpose", "groups", "permute", "scale"):
+    for name in ("transpose", "groups", "interleaved", "permute", "scale"):
         if (value := getattr(rule, name)) != getattr(defaults, name):
             given.append(f"{name}={value!r}")
     return f'"{pattern}": WeightRule({", ".join(given)})'.replace("'", '"')

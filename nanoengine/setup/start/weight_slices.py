@@ -73,6 +73,8 @@ def wanted_shape(spec: ShardSpec, parts: Sequence[tuple[str, int]], rule: Weight
 
 def misfit(spec: ShardSpec, parts: Sequence[tuple[str, int]], rule: WeightRule) -> str:
     """Why a rule's numbers do not fit the parts it names; "" if they do."""
+    if rule.interleaved and len({size for _, size in parts}) != 1:
+        return "only parts of one size can be interleaved"
     for name, size in parts or (("", spec.shape[spec.joined]),):
         which = f"part {name} of {size}" if name else f"{size}"
         if size % rule.groups:
@@ -151,13 +153,14 @@ def _lanes(share: slice, size: int, part: str, parts: Sequence[tuple[str, int]],
         before += each
     total = sum(each for _, each in parts) or size
     step = len(rule.permute) or 1
-    if rule.groups == 1:
+    groups = size if rule.interleaved else rule.groups
+    if groups == 1:
         first, last = share.start // step * step, -(-share.stop // step) * step
         cut = slice(share.start - first, share.stop - first)
         return _Lanes(slice(before + first, before + last), 1, 0, 1, rule.permute, cut)
-    width, group = size // rule.groups, total // rule.groups
+    width, group = size // groups, total // groups
     unit = math.lcm(width, step)  # whole groups and whole permutations
     first, last = share.start // unit * unit, -(-share.stop // unit) * unit
     read = slice(first // width * group, last // width * group)
     cut = slice(share.start - first, share.stop - first)
-    return _Lanes(read, group, before // rule.groups, width, rule.permute, cut)
+    return _Lanes(read, group, before // groups, width, rule.permute, cut)

@@ -27,7 +27,6 @@ from nanoengine.api import (
     ShardSpec,
     WeightLayer,
     WeightMap,
-    WeightRule,
     WeightsError,
 )
 from nanoengine.api.parallel import ShapesOnly, SingleRank, TensorParallelGroup

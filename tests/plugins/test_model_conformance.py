@@ -27,6 +27,7 @@ from nanoengine.plugins.models.qwen2 import Qwen2
 from nanoengine.plugins.models.qwen3 import Qwen3
 from nanoengine.testing import checkpoints, randomise
 from nanoengine.testing.conformance import ConformanceError, check_model
+from nanoengine.testing.conformance.model_tensors import _hidden
 from nanoengine.testing.conformance.ranks import Ranks
 
 # 300 positions: those from 257 on are rounded in bfloat16.
@@ -669,6 +670,13 @@ def test_norms_of_ones_hide_that_they_are_not_used(pair: Any, tmp_path: Path) ->
         check_model(ForgetsANorm, *ones, ranks=(1,))
     with pytest.raises(ConformanceError, match="off by"):
         check_model(ForgetsANorm, *pair("llama, small"), ranks=(1,))
+
+
+def test_few_values_are_tried_in_another_order_too() -> None:
+    """Some of many pairs come back in their own order, such as the sinks of two heads."""
+    weights = torch.tensor([1.0, 2.0])
+    pairs = {f"sinks {i}": torch.tensor([0.3, -0.4]) for i in range(20)}
+    assert _hidden(pairs, lambda: torch.stack(list(pairs.values())) @ weights, 0.001) == []
 
 
 @pytest.mark.parametrize("callable_only", [False, True])

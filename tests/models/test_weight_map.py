@@ -291,6 +291,25 @@ def test_what_is_wrong_with_given_tensors_is_said_without_a_path() -> None:
         load(tensors.items())
 
 
+def test_a_transposed_tensor_is_recognised() -> None:
+    """And one that a rule turns without need."""
+    tensors = plain()
+    turned = {**tensors, "body.experts.w2": tensors["body.experts.w2"].mT}
+    with pytest.raises(WeightsError, match=r"w2 \[4, 8, 6\], expected \[4, 6, 8\] \(transpose=True would fit\)"):
+        load(turned.items())
+    rules = WeightMap(rules={"w2": WeightRule("w2", transpose=True)})
+    with pytest.raises(WeightsError, match=r"w2 .*\(transpose=False would fit\)"):
+        load(tensors.items(), rules)
+
+
+def test_parts_that_take_turns_are_equally_large() -> None:
+    rules = WeightMap(rules={"qkv": WeightRule("qkv", ("q", "k", "v"), interleaved=True)})
+    with pytest.raises(WeightsError, match="only parts of one size can be interleaved"):
+        load(plain().items(), rules)
+    with pytest.raises(ModelError, match="interleaved says how many groups there are"):
+        load(plain().items(), WeightMap(rules={"w13": WeightRule("w13", ("gate", "up"), groups=2, interleaved=True)}))
+
+
 def calls_of(count: int) -> int:
     """Python calls of reading `count` names with as many rules."""
     one = {f"layers.{i}.experts.{e}.w1": f"layers.{i}.mlp.{e}.w1" for i in range(count // 64) for e in range(64)}

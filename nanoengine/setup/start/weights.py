@@ -231,7 +231,8 @@ class _Loading:
                 return
             got.add(found.index)
         if shape != wanted:
-            self.problems.misshapen.append(f"{name} {shape}, expected {wanted}")
+            turned = "" if shape != _turned(wanted) else f" (transpose={not found.rule.transpose} would fit)"
+            self.problems.misshapen.append(f"{name} {shape}, expected {wanted}{turned}")
         elif tensor.get_dtype() not in FLOAT_DTYPES:
             dtypes = ", ".join(FLOAT_DTYPES)
             self.problems.misshapen.append(f"{name} of dtype {tensor.get_dtype()}, expected one of {dtypes}")
@@ -280,6 +281,11 @@ class _Loading:
                 self.problems.missing.append(source)
         help_ = advice([(name, part, target.spec) for name, part, _, target in open_], self._lost)
         self.problems.raise_if_any(where, self._tp, stale, help_)
+
+
+def _turned(shape: list[int]) -> list[int]:
+    """The shape of the transposed tensor."""
+    return [*shape[:-2], *reversed(shape[-2:])]
 
 
 def _shown(parameter: str, part: str) -> str:

@@ -8,6 +8,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from nanoengine.kernels import sampling
+from nanoengine.kernels.pdl_triton import release_dependents, wait_for_inputs
 from nanoengine.kernels.philox_triton import (
     HASTE,
     draw_key,
@@ -98,28 +99,44 @@ def true_score(x, ids, key0, key1, noisy, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def row_temperature(temperature, row):
-    t = tl.load(temperature + row)
+def entry_of(at, row):
+    """Where the row's values are in the columns, int64: `at` [R] if they are whole tables, else as the rows are."""
+    if at is None:
+        return row
+    else:
+        return tl.load(at + row, cache_modifier=".cg").to(tl.int64)
+
+
+@triton.jit
+def column(values, entry):
+    """A value of a column. `.cg`: before the wait this multiprocessor's own L1 may hold an old one."""
+    return tl.load(values + entry, cache_modifier=".cg")
+
+
+@triton.jit
+def row_temperature(temperature, entry):
+    t = column(temperature, entry)
     return tl.where(t > 0, t, 1.0)
 
 
 @triton.jit
-def row_top_k(top_k, row, vocab):
+def row_top_k(top_k, entry, vocab):
     """0: all."""
-    k = tl.load(top_k + row)
+    k = column(top_k, entry)
     return tl.where((k > 0) & (k < vocab), k, 0)
 
 
 @triton.jit
-def row_key(seeds, positions, sample_index, row):
-    return draw_key(tl.load(seeds + row), tl.load(positions + row), tl.load(sample_index + row))
+def row_key(seeds, positions, sample_index, row, entry):
+    """positions: by row, of any width."""
+    return draw_key(column(seeds, entry), column(positions, row).to(tl.int64), column(sample_index, entry))
 
 
 @triton.jit
 def scan(
-    logits, stride, vocab, groups, greedy, temperature, top_k, seeds, positions, sample_index, stat, peak,
+    logits, stride, vocab, groups, greedy, temperature, top_k, seeds, positions, sample_index, at, stat, peak,
     TAIL: tl.constexpr, MAX_K: tl.constexpr, GROUP: tl.constexpr, TILE_GROUPS: tl.constexpr, TILES: tl.constexpr,
-    NATIVE: tl.constexpr, START: tl.constexpr = 0,
+    NATIVE: tl.constexpr, PDL: tl.constexpr, START: tl.constexpr = 0,
 ):  # fmt: skip
     """stat [R, groups]: highest hasty score of each group, or highest logit where the row is greedy or `listed`.
 
@@ -127,13 +144,17 @@ def scan(
     """
     row = tl.program_id(1).to(tl.int64)
     base = logits + row * stride
+    release_dependents(PDL)
+    wait_for_inputs(PDL and at is None)
     if TAIL != GREEDY:
-        noisy = tl.load(greedy + row) == 0
+        entry = entry_of(at, row)
+        noisy = column(greedy, entry) == 0
         if TAIL == TRUNCATION:
-            k = row_top_k(top_k, row, vocab)
+            k = row_top_k(top_k, entry, vocab)
             noisy = noisy & ((k == 0) | (k > MAX_K))
-        key0, key1 = row_key(seeds, positions, sample_index, row)
-        per_ln2 = PER_LN2 / row_temperature(temperature, row)
+        key0, key1 = row_key(seeds, positions, sample_index, row, entry)
+        per_ln2 = PER_LN2 / row_temperature(temperature, entry)
+    wait_for_inputs(PDL and at is not None)
     for t in range(TILES):
         g = (tl.program_id(0) * TILES + t) * TILE_GROUPS + tl.arange(0, TILE_GROUPS)
         ids = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -195,7 +216,7 @@ def refine(
 
 @triton.jit
 def weigh(
-    logits, stride, vocab, groups, temperature, top_p, min_p, seeds, positions, sample_index,
+    logits, stride, vocab, groups, temperature, top_p, min_p, seeds, positions, sample_index, at,
     state, tops, pivots, stat, parts,
     GROUP: tl.constexpr, TILE_GROUPS: tl.constexpr, TILES: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
@@ -206,10 +227,11 @@ def weigh(
     row = tl.program_id(1).to(tl.int64)
     if tl.load(state + row) == WEIGH:
         base = logits + row * stride
-        t, top, pivot = row_temperature(temperature, row), tl.load(tops + row), tl.load(pivots + row)
-        floor = min_p_floor(top, tl.load(min_p + row), NATIVE)
-        key0, key1 = row_key(seeds, positions, sample_index, row)
-        weighed = tl.load(top_p + row) < 1
+        entry = entry_of(at, row)
+        t, top, pivot = row_temperature(temperature, entry), tl.load(tops + row), tl.load(pivots + row)
+        floor = min_p_floor(top, column(min_p, entry), NATIVE)
+        key0, key1 = row_key(seeds, positions, sample_index, row, entry)
+        weighed = column(top_p, entry) < 1
         every = tl.zeros([TILE_GROUPS], tl.float64)
         above = tl.zeros([TILE_GROUPS], tl.float64)
         for i in range(TILES):

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanoengine.kernels import all_reduce
+from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 from nanoengine.kernels.philox_triton import NATIVE
 from nanoengine.kernels.sampling_scan_triton import (
     BAD_LOGITS,
@@ -20,6 +21,8 @@ from nanoengine.kernels.sampling_scan_triton import (
     INF,
     NEG_INF,
     NOTHING_LEFT,
+    column,
+    entry_of,
     ordered,
     refine,
     row_key,
@@ -35,17 +38,22 @@ _LOW_WORD = tl.constexpr(0xFFFFFFFF)
 
 @triton.jit
 def _pick_key(
-    logits, stride, vocab, groups, greedy, temperature, seeds, positions, sample_index, stat, out_keys,
+    logits, stride, vocab, groups, greedy, temperature, seeds, positions, sample_index, at, stat, out_keys,
     GREEDY: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, NATIVE: tl.constexpr, START: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The key of each row's best; `_BAD_KEY` where the slice has NaN or +inf."""
     row = tl.program_id(0).to(tl.int64)
     noisy, key0, key1 = False, 0, 0
     t = 1.0
+    release_dependents(PDL)
+    wait_for_inputs(PDL and at is None)
     if not GREEDY:
-        noisy = tl.load(greedy + row) == 0
-        key0, key1 = row_key(seeds, positions, sample_index, row)
-        t = row_temperature(temperature, row)
+        entry = entry_of(at, row)
+        noisy = column(greedy, entry) == 0
+        key0, key1 = row_key(seeds, positions, sample_index, row, entry)
+        t = row_temperature(temperature, entry)
+    wait_for_inputs(PDL and at is not None)
     score, token, _, raw = refine(
         logits + row * stride, vocab, groups, stat + row * groups, noisy, t, key0, key1, NEG_INF,
         GROUP, GROUPS, NATIVE, START,
@@ -65,6 +73,7 @@ def best_keys(
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
     sample_index: Tensor | None = None,
+    at: Tensor | None = None,
     tuning: Tuning | None = None,
 ) -> Tensor:
     """int64 [R]: the key of each row's best, to be compared with the other ranks'.
@@ -84,8 +93,8 @@ def best_keys(
     programs = triton.cdiv(groups, sizes.tile_groups * sizes.tiles)
     stat = logits.new_empty((rows, groups), dtype=torch.float32)
     where = (logits, logits.stride(0), width, groups)
-    key = (seeds, positions, sample_index)
-    common = {"GROUP": sizes.group, "NATIVE": NATIVE, "START": start}
+    key = (seeds, positions, sample_index, at)
+    common = {"GROUP": sizes.group, "NATIVE": NATIVE, "START": start, **pdl_options(logits)}
     scan[(programs, rows)](
         *where, greedy, temperature, None, *key, stat, None,
         TAIL=int(tail), MAX_K=sizes.max_k, TILE_GROUPS=sizes.tile_groups, TILES=sizes.tiles, **common,

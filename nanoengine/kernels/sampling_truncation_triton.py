@@ -16,6 +16,8 @@ from nanoengine.kernels.sampling_scan_triton import (
     SLOW,
     WEIGH,
     answer,
+    column,
+    entry_of,
     hasty_score,
     load_logits,
     margin,
@@ -116,7 +118,7 @@ def _draw_collected(
 
 @triton.jit
 def pick_truncated(
-    logits, stride, vocab, groups, greedy, temperature, top_k, top_p, min_p, seeds, positions, sample_index,
+    logits, stride, vocab, groups, greedy, temperature, top_k, top_p, min_p, seeds, positions, sample_index, at,
     stat, peak, group_list, values, value_ids, state, tops, pivots, pivot_ids, pivot_scores,
     out_tokens, out_failed, sound,
     SOUND_GIVEN: tl.constexpr, MAX_K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
@@ -125,14 +127,15 @@ def pick_truncated(
     """Rows whose token is known now get it; the others get a `state` and what `_finish` needs."""
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * stride
-    random = tl.load(greedy + row) == 0
-    k, p = row_top_k(top_k, row, vocab), tl.load(top_p + row)
-    t = row_temperature(temperature, row)
-    key0, key1 = row_key(seeds, positions, sample_index, row)
+    entry = entry_of(at, row)
+    random = column(greedy, entry) == 0
+    k, p = row_top_k(top_k, entry, vocab), column(top_p, entry)
+    t = row_temperature(temperature, entry)
+    key0, key1 = row_key(seeds, positions, sample_index, row, entry)
     index = tl.arange(0, GROUPS)
     raw = tl.max(tl.load(peak + row * groups + index, index < groups, NEG_INF), 0)
     top = scaled(raw, t)
-    floor = min_p_floor(top, tl.load(min_p + row), NATIVE)
+    floor = min_p_floor(top, column(min_p, entry), NATIVE)
     todo = tl.full([], 0, tl.int32)
     token, score = tl.full([], 0, tl.int32), raw
     if random & (tl.abs(top) < INF):
@@ -219,7 +222,7 @@ def _rest_of_row(base, vocab, t, key0, key1, top, over, floor, TILE: tl.constexp
 
 @triton.jit
 def finish(
-    logits, stride, vocab, groups, programs, temperature, top_k, top_p, min_p, seeds, positions, sample_index,
+    logits, stride, vocab, groups, programs, temperature, top_k, top_p, min_p, seeds, positions, sample_index, at,
     stat, parts, state, tops, pivots, pivot_ids, pivot_scores, out_tokens, out_failed, sound,
     SOUND_GIVEN: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, PROGRAMS: tl.constexpr, TILE: tl.constexpr,
     LAST: tl.constexpr, NATIVE: tl.constexpr,
@@ -232,10 +235,11 @@ def finish(
     todo = tl.load(state + row)
     if (todo == WEIGH) | (LAST & (todo == SLOW)):
         base = logits + row * stride
-        k, p, top = row_top_k(top_k, row, vocab), tl.load(top_p + row), tl.load(tops + row)
-        t = row_temperature(temperature, row)
-        floor = min_p_floor(top, tl.load(min_p + row), NATIVE)
-        key0, key1 = row_key(seeds, positions, sample_index, row)
+        entry = entry_of(at, row)
+        k, p, top = row_top_k(top_k, entry, vocab), column(top_p, entry), tl.load(tops + row)
+        t = row_temperature(temperature, entry)
+        floor = min_p_floor(top, column(min_p, entry), NATIVE)
+        key0, key1 = row_key(seeds, positions, sample_index, row, entry)
         mass, searching = tl.full([], 0.0, tl.float64), todo != todo
         score, value = tl.full([], float("-inf"), tl.float32), tl.full([], float("-inf"), tl.float32)
         token = tl.full([], 0, tl.int32)

@@ -58,18 +58,6 @@ def scatter_counted(words: Tensor, sent: Tensor, first: int, most: int) -> None:
     scatter(words, sent[first : first + 2 * int(sent[0])])
 
 
-def pick_columns(words: Tensor, slots: Tensor, tables: Tensor, out: Tensor) -> None:
-    """Rows of several tables that lie in one tensor.
-
-    Args:
-        words: int32 [N], the tables. slots: int [R]. tables: int32 [C, 2], each one's first word and words an element
-            (1 or 2). out: int32 [C, W], contiguous, W at least 2 R: the elements of each, one behind the other.
-    """
-    for column, (first, width) in enumerate(tables.tolist()):
-        at = first + slots.long()[:, None] * width + torch.arange(width, device=slots.device)
-        out[column, : len(slots) * width] = words[at].flatten()
-
-
 def gather(
     state: SlotState,
     slots: Tensor,

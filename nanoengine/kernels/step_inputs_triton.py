@@ -1,6 +1,7 @@
 """`step_inputs` in Triton: one kernel for what the host writes, one before the model, one after the draw.
 
-None of them waits, nor knows a length.
+None of them waits for the host, nor knows a length. In a graph they are part of the chain of `pdl_triton`: what the
+inputs of a step are made of is complete before the first kernel of the model starts, so all others may read it early.
 """
 
 # ruff: noqa: N803
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 from nanoengine.kernels.step_inputs import SlotState, StepInputBuffers
 
 _MAX_BLOCK = 1024
@@ -23,35 +25,26 @@ def _scatter_kernel(words, packed, count, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["first"])
-def _scatter_counted_kernel(words, sent, first, BLOCK: tl.constexpr):
+def _scatter_counted_kernel(words, sent, first, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_for_inputs(PDL)
+    release_dependents(PDL)
     count = tl.load(sent)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = at < count
     tl.store(words + tl.load(sent + first + at, here, 0), tl.load(sent + first + count + at, here, 0), here)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _pick_columns_kernel(words, slots, tables, out, rows, stride, BLOCK: tl.constexpr):
-    """Program (column, part): `BLOCK` rows of a column of one or two words."""
-    column = tl.program_id(0)
-    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    here = row < rows
-    first, width = tl.load(tables + 2 * column), tl.load(tables + 2 * column + 1)
-    source = words + first + tl.load(slots + row, here, 0).to(tl.int64) * width
-    to = out + column * stride + row * width
-    tl.store(to, tl.load(source, here), here)
-    tl.store(to + 1, tl.load(source + 1, here & (width == 2)), here & (width == 2))
-
-
 @triton.jit(do_not_specialize=["rows", "pad_tokens"])
 def _gather_kernel(
     slots, query_start_loc, token_ids, token_ids_stride, num_computed, block_tables, tables_stride_g, columns,
     input_ids, positions, seq_lens, slot_mapping, mapping_stride, out_tables, out_tables_stride_g, rows, pad_tokens,
-    BLOCK_SIZE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (row, part): `BLOCK` of the row's tokens, and of its block table's columns in each group. Behind the last
     row: of the padding's place in the cache."""
     row, part = tl.program_id(0), tl.program_id(1)
+    wait_for_inputs(PDL)
+    release_dependents(PDL)
     if row == rows:
         beyond = tl.load(query_start_loc + rows) + part * BLOCK + tl.arange(0, BLOCK)
         for g in tl.static_range(GROUPS):
@@ -83,7 +76,9 @@ def _gather_kernel(
 def _record_kernel(
     slots, query_start_loc, tokens, token_of_row, rows, dummy,
     token_ids, token_ids_stride, num_tokens, num_computed, output_counts, vocab, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(PDL)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = row < rows
     slot = tl.load(slots + row, here, dummy).to(tl.int64)
@@ -112,14 +107,9 @@ def scatter(words: Tensor, packed: Tensor) -> None:
 
 def scatter_counted(words: Tensor, sent: Tensor, first: int, most: int) -> None:
     """`step_inputs.scatter_counted`. Its grid depends on `most` alone."""
-    _scatter_counted_kernel[(triton.cdiv(most, _MAX_BLOCK),)](words, sent, first, BLOCK=_MAX_BLOCK)
-
-
-def pick_columns(words: Tensor, slots: Tensor, tables: Tensor, out: Tensor) -> None:
-    """`step_inputs.pick_columns`."""
-    rows, (columns, stride) = len(slots), out.shape
-    if rows and columns:
-        _pick_columns_kernel[(columns, triton.cdiv(rows, 128))](words, slots, tables, out, rows, stride, BLOCK=128)
+    _scatter_counted_kernel[(triton.cdiv(most, _MAX_BLOCK),)](
+        words, sent, first, BLOCK=_MAX_BLOCK, **pdl_options(words)
+    )
 
 
 def gather(
@@ -146,7 +136,7 @@ def gather(
         state.block_tables, state.block_tables.stride(0), columns,
         out.input_ids, out.positions, out.seq_lens, out.slot_mapping, out.slot_mapping.stride(0),
         out.block_tables, out.block_tables.stride(0), rows, pad_tokens,
-        BLOCK_SIZE=block_size, GROUPS=groups, BLOCK=block,
+        BLOCK_SIZE=block_size, GROUPS=groups, BLOCK=block, **pdl_options(slots),
     )  # fmt: skip
 
 
@@ -160,5 +150,5 @@ def record(
     _record_kernel[(triton.cdiv(rows, 128),)](
         slots, query_start_loc, tokens, token_of_row, rows, len(state.num_tokens) - 1,
         state.token_ids, state.token_ids.stride(0), state.num_tokens, state.num_computed,
-        counts, 0 if counts is None else counts.stride(0), BLOCK=128,
+        counts, 0 if counts is None else counts.stride(0), BLOCK=128, **pdl_options(slots),
     )  # fmt: skip

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from torch import Tensor
 from nanoengine import LLM, SamplingParams
 from nanoengine.api.model import ForwardBatch
 from nanoengine.core.execution.runner import ModelRunner
+from nanoengine.core.execution.sampler import DrawColumns
 from nanoengine.core.execution.step_inputs import StepSize
 
 from .support import ON_GPU, need, runner_of, write_wide
@@ -144,13 +145,13 @@ def test_weights_that_moved_are_caught(tmp_path: Path) -> None:
 def test_a_tail_that_reads_other_columns_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mutant: each row has its neighbour's parameters."""
     with make(tmp_path, "llama", "triton", "bfloat16") as llm:
-        tail: Any = runner_of(llm).graphs.tail
-        watch, kernels = Watch(runner_of(llm)), tail._kernels
+        runner: Any = runner_of(llm)
+        watch, draw = Watch(runner), runner.sampler.draw
 
-        def pick_columns(words: Tensor, slots: Tensor, picked: Tensor, out: Tensor) -> None:
-            kernels.pick_columns(words, slots.roll(1, 0), picked, out)
+        def shifted(kind: int, logits: Tensor, c: DrawColumns, *rest: Any) -> None:
+            draw(kind, logits, replace(c, at=c.at.roll(1, 0)), *rest)
 
-        monkeypatch.setattr(tail, "_kernels", SimpleNamespace(record=kernels.record, pick_columns=pick_columns))
+        monkeypatch.setattr(runner.sampler, "draw", shifted)
         churn(llm)
     assert watch.wrong["tail"] > 0
     assert watch.wrong["mixed tail"] > 0

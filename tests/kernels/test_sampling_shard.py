@@ -7,7 +7,18 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from test_sampling_triton import CASES, INF, NAN, TINY, Columns, assert_same, columns, mixed_logits, reference
+from test_sampling_triton import (
+    CASES,
+    INF,
+    NAN,
+    TINY,
+    Columns,
+    assert_same,
+    by_slot,
+    columns,
+    mixed_logits,
+    reference,
+)
 
 from nanoengine.kernels import all_reduce
 from nanoengine.kernels.sampling_shard_triton import answer, best_keys
@@ -21,7 +32,7 @@ def sharded(
 ) -> tuple[Tensor, Tensor]:
     """The ranks one after the other. `skew` is added to where a rank thinks that it starts."""
     names = ("greedy", "temperature", "seeds", "positions", "sample_index")
-    given = {name: c[name] for name in names}
+    given = {name: c[name] for name in (*names, "at") if name in c}
     keys = [
         best_keys(logits[:, a:b], tail, a + (skew if a else 0), tuning=tuning, **given)
         for a, b in zip([0, *cuts], [*cuts, logits.shape[1]], strict=True)
@@ -42,6 +53,13 @@ def test_tokens_are_those_of_the_whole_row(case: str, cuts: list[int], device: t
     expected = reference(logits, tail, c)
     assert_same(sharded(logits, tail, c, cuts), expected)
     assert len({int(t) > cuts[0] for t in expected[0]}) == 2 or cuts == [409]  # both sides win somewhere
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_columns_in_tables_of_slots(case: str, device: torch.device) -> None:
+    tail, values = CASES[case]
+    logits, c = mixed_logits(6, 409).to(device), columns(6, device, **values)
+    assert_same(sharded(logits, tail, by_slot(c, [7, 2, 9, 0, 4, 5], 11), [205]), reference(logits, tail, c))
 
 
 def test_the_comparison_sees_noise_of_wrong_ids(device: torch.device) -> None:

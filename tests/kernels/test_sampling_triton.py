@@ -96,6 +96,17 @@ def mixed_logits(rows: int, vocab: int) -> Tensor:
     return x
 
 
+def by_slot(c: Columns, slots: list[int], count: int) -> Columns:
+    """The columns as tables of `count` slots, with other values where no row is; positions stay those of the rows."""
+    at = torch.tensor(slots, dtype=torch.int32, device=c["seeds"].device)
+    tables: Columns = {}
+    for name, column in c.items():
+        dtype = torch.int32 if name == "greedy" else column.dtype
+        tables[name] = torch.full((count,), 1, dtype=dtype, device=column.device)
+        tables[name][at.long()] = column.to(dtype)
+    return tables | {"positions": c["positions"].int(), "at": at}
+
+
 CASES: dict[str, tuple[Tail, dict[str, object]]] = {
     "greedy": (Tail.GREEDY, {}),
     "temperature": (Tail.TEMPERATURE, {"temperature": [0.7, 1.0, 0.01, 30.0]}),
@@ -204,6 +215,19 @@ def test_the_comparison_sees_a_wrong_parameter(change: dict[str, object], device
     logits = torch.randn(48, 257, generator=torch.Generator().manual_seed(5)).to(device)
     right = reference(logits, Tail.TRUNCATION, columns(48, device, **values))
     assert right[0].tolist() != reference(logits, Tail.TRUNCATION, columns(48, device, **(values | change)))[0].tolist()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_columns_in_tables_of_slots(case: str, device: torch.device) -> None:
+    """As a graph reads them: where the rows' slots say."""
+    tail, values = CASES[case]
+    logits, c = mixed_logits(6, 409).to(device), columns(6, device, **values)
+    expected = kernel(logits, tail, c, TINY)
+    assert_same(kernel(logits, tail, by_slot(c, [7, 2, 9, 0, 4, 5], 11), TINY), expected)
+    elsewhere = kernel(
+        logits, tail, by_slot(c, [2, 7, 9, 0, 4, 5], 11) | {"at": by_slot(c, [7, 2, 9, 0, 4, 5], 11)["at"]}
+    )
+    assert (elsewhere[0].tolist() == expected[0].tolist()) == (tail is Tail.GREEDY)
 
 
 @pytest.mark.parametrize("vocab", [11, 97, 409])

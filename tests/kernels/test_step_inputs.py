@@ -270,20 +270,6 @@ def test_scatter(kernels: ModuleType, device: torch.device) -> None:
     assert torch.equal(words, want)
 
 
-@IMPLEMENTATIONS
-def test_columns_of_one_and_two_words(kernels: ModuleType, device: torch.device) -> None:
-    long, short = torch.arange(9) * 2**33 - 5, torch.linspace(0, 1, 9)
-    words = torch.cat([torch.zeros(4, dtype=torch.int32), long.view(torch.int32), short.view(torch.int32)]).to(device)
-    tables = torch.tensor([[4, 2], [22, 1]], dtype=torch.int32, device=device)
-    slots = torch.tensor([8, 0, 3, 3], dtype=torch.int32, device=device)
-    out = torch.full((2, 12), -77, dtype=torch.int32, device=device)
-    kernels.pick_columns(words, slots, tables, out)
-    assert torch.equal(out[0, :8].view(torch.int64).cpu(), long[[8, 0, 3, 3]])
-    assert torch.equal(out[1, :4].view(torch.float32).cpu(), short[[8, 0, 3, 3]])
-    assert (out[0, 8:] == -77).all()
-    assert (out[1, 4:] == -77).all()
-
-
 def test_padding_has_a_place_in_the_dummy_block(device: torch.device) -> None:
     for kernels in (step_inputs, step_inputs_triton):
         t, out = tables(device), buffers(device, 2)

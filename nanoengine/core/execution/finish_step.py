@@ -17,7 +17,7 @@ from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.processors import Need
 from nanoengine.core.execution.results import Drawn, LaunchedStep, PendingLogprobs
 from nanoengine.core.execution.sampler import DrawColumns, DrawPlan, DrawRows, Sampler, vocab_slice
-from nanoengine.core.execution.slots import Key, SlotTables, upload
+from nanoengine.core.execution.slots import SlotTables, upload
 from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, StepRows, StepSize
 from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, Int32, Int64, StepPlan
 from nanoengine.kernels import all_reduce, sampling
@@ -26,35 +26,27 @@ PROMPT_LOGITS_ROWS = 128  # positions whose [rows, vocabulary] logits exist at o
 
 
 class CapturedTail:
-    """The rows' columns, the draw, and each token to its slot, over static buffers: what a graph captures."""
+    """The draw by the rows' columns, and each token to its slot, over static buffers: what a graph captures."""
 
     def __init__(self, sampler: Sampler, tables: SlotTables, buffers: StepBuffers, tp: TensorParallelGroup) -> None:
         self._sampler, self._tables, self._buffers, self._tp = sampler, tables, buffers, tp
-        self._kernels = tables.kernels
         self._drawn = torch.zeros(3 * buffers.max_rows, dtype=torch.int32, device=tables.device)
-        buffer, standard = tables.buffer, sampler.standard_columns
-        keys: list[Key] = ["greedy", "seeds", "sample_index", *standard.values()]
-        picked = [(buffer.first[key], buffer.tables[key].itemsize // 4) for key in keys]
-        self._ops = {op: (at, buffer.tables[key].dtype) for at, (op, key) in enumerate(standard.items(), 3)}
-        self._picked = torch.tensor(picked, dtype=torch.int32).to(tables.device)
-        self._columns = torch.zeros(len(picked), 2 * buffers.max_rows, dtype=torch.int32, device=tables.device)
 
     def run(self, inputs: StepRows, kind: int, logits: Tensor) -> None:
         """One pass over `logits`, one row of them a row of the step. The rows' tables change."""
         tables, rows = self._tables, len(logits)
         drawn = self.drawn(rows)
         tokens, failed = drawn[: 2 * rows].view(torch.int64), drawn[2 * rows :]
-        self._kernels.pick_columns(tables.buffer.words, inputs.slots, self._picked, self._columns)
-        greedy, seeds, sample_index = self._columns[:3]
         columns = DrawColumns(
-            greedy=greedy[:rows],
-            seeds=seeds[: 2 * rows].view(torch.int64),
-            positions=self._buffers.out.seq_lens[:rows].long(),  # behind the last token
-            sample_index=sample_index[: 2 * rows].view(torch.int64),
-            ops={op: self._columns[at, :rows].view(dtype) for op, (at, dtype) in self._ops.items()},
+            greedy=tables.greedy,
+            seeds=tables.seeds,
+            positions=self._buffers.out.seq_lens[:rows],  # behind the last token
+            sample_index=tables.sample_index,
+            ops={op: tables.buffer.tables[key] for op, key in self._sampler.standard_columns.items()},
+            at=inputs.slots,
         )
         self._sampler.draw(kind, logits, columns, self._tp, tokens, failed)
-        self._kernels.record(tables.state, inputs.slots, inputs.query_start_loc, tokens, inputs.token_of_row)
+        tables.kernels.record(tables.state, inputs.slots, inputs.query_start_loc, tokens, inputs.token_of_row)
 
     def drawn(self, rows: int) -> Tensor:
         """int32 [3 R]: tokens, two words each, then failures; valid until the next pass."""

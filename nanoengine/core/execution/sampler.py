@@ -90,11 +90,12 @@ class DrawPlan:
 
 @dataclass(frozen=True, slots=True)
 class DrawColumns:
-    """What a draw reads of R rows, on the device: fresh tensors in an eager tail, static views in a captured one.
+    """What a draw reads of R rows, on the device: fresh tensors in an eager tail, the slots' tables in a captured one.
 
     Attributes:
-        greedy: bool or int32 [R]. seeds, positions, sample_index: int64 [R], the draw's key.
+        greedy: bool or int32 [R]. seeds, positions, sample_index: int64 [R] (positions perhaps int32), the draw's key.
         ops: column of each standard operation that some row may want, [R].
+        at: int32 [R]; where a row's values are, if all but `positions` are tables of slots. None: by row.
     """
 
     greedy: Tensor
@@ -102,6 +103,7 @@ class DrawColumns:
     positions: Tensor
     sample_index: Tensor
     ops: Mapping[StandardOp, Tensor]
+    at: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,7 +327,7 @@ def _key(c: DrawColumns) -> dict[str, Tensor | None]:
     temperature = c.ops.get(StandardOp.TEMPERATURE)
     return {
         "greedy": c.greedy, "temperature": temperature,
-        "seeds": c.seeds, "positions": c.positions, "sample_index": c.sample_index,
+        "seeds": c.seeds, "positions": c.positions, "sample_index": c.sample_index, "at": c.at,
     }  # fmt: skip
 
 

@@ -53,6 +53,8 @@ HARMLESS: Mapping[str, tuple[Any, ...] | Any] = {
     "top_k": ANY, "top_p": ANY, "typical_p": ANY,
     # switches, at the value that turns them off
     "prefix": ("",), "rope_interleaved": (False,), "tie_encoder_decoder": (False,), "use_mrope": (False,),
+    # scores of every model are scaled, and their softmax is in float32
+    "attention_softmax_in_fp32": (True,), "scale_attention_softmax_in_fp32": (True,), "scale_attn_weights": (True,),
 }  # fmt: skip
 
 # Keys that change every model at other values than these. transformers implements them outside the model's class, so no

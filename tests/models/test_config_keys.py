@@ -433,6 +433,17 @@ def test_pythias_own_names_of_the_rotation_are_read() -> None:
         read({**hf, "rotary_pct": "half"})
 
 
+def test_keys_of_starcoder2s_files_that_its_class_lacks_are_silent_at_their_value() -> None:
+    same = {"attention_softmax_in_fp32": True, "scale_attention_softmax_in_fp32": True, "scale_attn_weights": True}
+    types = {"mlp_type": "default", "norm_type": "layer_norm"}
+    hf = {"architectures": ["Starcoder2ForCausalLM"], "model_type": "starcoder2"}
+    assert read({**hf, **same, **types, "layer_norm_epsilon": 0.1}) == (read(hf)[0], [])
+    assert read({**hf, **dict.fromkeys(same, False)})[1] == [f"{name} = false" for name in same]
+    for name in types:
+        with pytest.raises(ModelError, match=f"{name} = 'gated' is not supported"):
+            read({**hf, name: "gated"})
+
+
 def test_gpt2s_own_names_are_read_and_named() -> None:
     """The keys of the hub's file."""
     hf = {

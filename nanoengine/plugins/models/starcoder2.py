@@ -29,8 +29,9 @@ class Starcoder2(DecoderLM):
     @classmethod
     def read_config(cls, hf: ConfigJSON) -> DecoderConfig:
         fields = Fields(hf, model_type="starcoder2", defaults=DEFAULTS, names={"rms_norm_eps": "norm_epsilon"})
-        fields.refuse("mlp_type", "default")  # in files, but not in transformers' class
+        fields.refuse("mlp_type", "default")  # in files, but not in transformers' class, as the next two
         fields.refuse("norm_type", "layer_norm")
+        fields.unused("layer_norm_epsilon")
         bias = fields.bool("use_bias")
         return read_decoder(
             fields,

@@ -125,17 +125,31 @@ class DecoderConfig(ModelConfig):
                 f"{self.num_heads} attention heads cannot be divided equally over {self.num_kv_heads} KV heads "
                 "(num_attention_heads, num_key_value_heads)"
             )
-        if self.latent is not None and self.num_heads != self.num_kv_heads:
-            raise ModelError(
-                f"latent attention has a key and a value for each of {self.num_heads} heads, not {self.num_kv_heads} "
-                "(num_attention_heads, num_key_value_heads)"
-            )
+        if self.latent is not None:
+            self._check_latent(self.latent)
         if self.gated and self.activation not in ACTIVATIONS.values():
             raise ModelError(f"activation {self.activation} is of MLPs without a gate; set gated=False")
         if self.windows and len(self.windows) != self.num_layers:
             raise ModelError(f"{len(self.windows)} attention windows for {self.num_layers} layers")
         if self.rotated and len(self.rotated) != self.num_layers:
             raise ModelError(f"rotated says it of {len(self.rotated)} layers; there are {self.num_layers}")
+
+    def _check_latent(self, latent: LatentSizes) -> None:
+        if self.num_heads != self.num_kv_heads:
+            raise ModelError(
+                f"latent attention has a key and a value for each of {self.num_heads} heads, not {self.num_kv_heads} "
+                "(num_attention_heads, num_key_value_heads)"
+            )
+        if self.head_size != latent.head_size:
+            raise ModelError(f"head_size {self.head_size} is not that of `latent`, {latent.head_size}: leave it out")
+        for rope in (self.rope, self.local_rope):
+            if rope is not None and rope.width != latent.rotated:
+                raise ModelError(
+                    f"the rotation has the width {rope.width}; with these sizes of latent attention read_rope takes "
+                    f"width={latent.rotated} (LatentSizes.rotated)"
+                )
+        if self.sinks or self.qk_norm:
+            raise ModelError("LatentAttention has no sinks and no norms of heads; override make_attention")
 
 
 class DecoderTraits(TypedDict, total=False):

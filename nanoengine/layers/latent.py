@@ -51,15 +51,18 @@ class LatentSizes:
         return self.plain + self.rotated
 
 
-def read_latent(fields: Fields) -> LatentSizes:
-    """`LatentSizes` from config.json. transformers computes `head_dim` and `qk_head_dim` from the others."""
+def read_latent(fields: Fields, value: int | None = None) -> LatentSizes:
+    """`LatentSizes` from config.json. transformers computes `head_dim` and `qk_head_dim` from the others.
+
+    value: if the file has no `v_head_dim`.
+    """
     fields.unused("head_dim", "qk_head_dim")
     return LatentSizes(
         query_rank=fields.int("q_lora_rank") if fields.has("q_lora_rank") else None,
         kv_rank=fields.int("kv_lora_rank"),
         plain=fields.int("qk_nope_head_dim"),
         rotated=fields.int("qk_rope_head_dim"),
-        value=fields.int("v_head_dim"),
+        value=value if value and not fields.has("v_head_dim") else fields.int("v_head_dim"),
     )
 
 

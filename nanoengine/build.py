@@ -56,6 +56,7 @@ from nanoengine.setup.plugins.choose import (
 )
 from nanoengine.setup.plugins.registry import Registered, Registry
 from nanoengine.setup.plugins.sources import resolve_model
+from nanoengine.setup.plugins.speculation import choose_speculation
 from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.start.build_model import BuiltModel, build_model
 from nanoengine.setup.start.clock import StartClock, StartReport
@@ -169,6 +170,7 @@ def assemble(
             for s in registry.processors()
         ),
         options=options,
+        speculation=choose_speculation(registry, options.speculation),
         plugin_files=registry.plugin_files,
     )
     check_importable(plan, local)

@@ -154,9 +154,9 @@ class RequestError(NanoEngineError):
 
     Attributes:
         code: a fixed word for programs: "too_long", "does_not_fit", "invalid_prompt", "duplicate_id",
-            "not_supported", "bad_logits", "nothing_left", "processor_failed", "step_failed", "out_of_memory",
-            "interrupted", "worker_failed", "text_failed" (its tokens could not be decoded), "engine_failed" (the
-            engine's own code raised an error, which is a bug of the engine).
+            "not_supported", "bad_logits", "nothing_left", "processor_failed", "drafter_failed", "step_failed",
+            "out_of_memory", "interrupted", "worker_failed", "text_failed" (its tokens could not be decoded),
+            "engine_failed" (the engine's own code raised an error, which is a bug of the engine).
     """
 
     def __init__(self, code: str, message: str) -> None:

@@ -6,7 +6,15 @@ from collections.abc import Iterable
 
 import pluggy
 
-from nanoengine.api.specs import PROJECT, AttentionSpec, CommandSpec, ModelSourceSpec, ModelSpec, SamplerSpec
+from nanoengine.api.specs import (
+    PROJECT,
+    AttentionSpec,
+    CommandSpec,
+    DrafterSpec,
+    ModelSourceSpec,
+    ModelSpec,
+    SamplerSpec,
+)
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -30,6 +38,11 @@ def register_attention_backends() -> Iterable[AttentionSpec]:  # type: ignore[em
 @hookspec
 def register_model_sources() -> Iterable[ModelSourceSpec]:  # type: ignore[empty-body]
     """Sources of models."""
+
+
+@hookspec
+def register_drafters() -> Iterable[DrafterSpec]:  # type: ignore[empty-body]
+    """Drafters for speculation."""
 
 
 @hookspec

@@ -30,7 +30,7 @@ from nanoengine.api.errors import (
 from nanoengine.api.specs import PROJECT, Origin
 
 _ENGINE_ENDS = (WorkerError, EngineClosed)
-_FILE_MODULE = "nanoengine_plugin_"  # a plugin file's module name begins so: `setup.plugins.discover.plugin_file`
+FILE_MODULE = "nanoengine_plugin_"  # a plugin file's module name begins so: `setup.plugins.discover.plugin_file`
 
 
 @contextmanager
@@ -138,7 +138,7 @@ def name_of(owner: Any) -> str:
 def origin_of(owner: Any) -> Origin | None:
     """The plugin file or installed package that has the class or module. None: passed in Python, or unknown."""
     module = owner if isinstance(owner, str) else str(getattr(owner, "__module__", ""))
-    if module.startswith(_FILE_MODULE):
+    if module.startswith(FILE_MODULE):
         file = getattr(sys.modules.get(module), "__file__", None)
         return Origin(plugin=module, module=module, file=file)
     top = module.partition(".")[0]

@@ -195,7 +195,35 @@ class CommandSpec:
     api: int
 
 
-Spec = ModelSpec | SamplerSpec | AttentionSpec | ModelSourceSpec | CommandSpec
+@dataclass(frozen=True, slots=True)
+class DrafterParams:
+    """Base class of a drafter's parameters: `@dataclass(frozen=True)`, each field with a default.
+
+    The fields become valid keys of `speculation`. The engine checks types against the annotations; the dataclass checks
+    ranges in `__post_init__` and raises `ParamsError`.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrafterSpec:
+    """A drafter for speculation.
+
+    Attributes:
+        name: what `speculation: {method: ...}` selects, e.g. "ngram".
+        target: "package.module:Class" of a `nanoengine.api.HostDrafter`, or, with `device`, of a `DeviceDrafter`.
+        api: the interface version the plugin was written for.
+        params: its `DrafterParams` dataclass, in a module that imports no torch.
+        device: its drafts are made on the device.
+    """
+
+    name: str
+    target: str
+    api: int
+    params: type[DrafterParams] = DrafterParams
+    device: bool = False
+
+
+Spec = ModelSpec | SamplerSpec | AttentionSpec | ModelSourceSpec | CommandSpec | DrafterSpec
 
 
 PROJECT = "nanoengine"

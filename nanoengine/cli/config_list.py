@@ -119,12 +119,14 @@ def _short(value: Any) -> str:
 
 
 def _parts(registry: Registry) -> Iterator[Option]:
-    """The options of `model=` and `attention=` that are chosen by name, without a file."""
+    """The options of `model=`, `attention=` and `speculation=` that are chosen by name, without a file."""
     for source in registry.model_sources.values():
         for name in source.spec.models:
             yield Option("model", name, str(source.origin), says=f"found by the model source {source.spec.name}")
     for name, backend in registry.attention_backends.items():
         yield Option("attention", name, str(backend.origin), says="the backend of that name")
+    for name, drafter in registry.drafters.items():
+        yield Option("speculation", name, str(drafter.origin), says="the drafter of that name")
 
 
 def as_text(options: Sequence[Option], groups: Sequence[str], problems: Sequence[str]) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from nanoengine.api.specs import ModelSpec, Origin
 from nanoengine.cli.common import DebugOption, PluginOption, answer, user_errors
 from nanoengine.setup.plugins.discover import discover
-from nanoengine.setup.plugins.registry import Registry
+from nanoengine.setup.plugins.registry import Kind, Registry
 
 app = typer.Typer(help="Look at plugins, or start a new one.", invoke_without_command=True, rich_markup_mode=None)
 
@@ -62,7 +62,7 @@ def as_dict(registry: Registry) -> dict[str, list[dict[str, Any]]]:
 
 
 def _parts(registry: Registry) -> Iterator[dict[str, Any]]:
-    for kind in ("models", "samplers", "attention_backends", "model_sources", "commands"):
+    for kind in get_args(Kind):
         for name, found in getattr(registry, kind).items():
             spec = found.spec
             served = list(spec.architectures) if isinstance(spec, ModelSpec) else None

@@ -49,6 +49,9 @@ def _parts(plan: EnginePlan) -> Iterator[tuple[str, str]]:
     yield "attention backend", plan.attention
     for processor in plan.processors:
         yield f"logits processor {processor.name!r}", processor.target
+    if plan.speculation is not None and plan.speculation.device:  # a host drafter is made in this process alone
+        yield f"drafter {plan.speculation.method!r}", plan.speculation.target
+        yield f"parameters of drafter {plan.speculation.method!r}", plan.speculation.params_target
 
 
 def _only_here(module: str, plan: EnginePlan) -> bool:

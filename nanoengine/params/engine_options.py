@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from nanoengine.api.errors import ConfigError
 
@@ -59,6 +59,7 @@ class EngineOptions:
         step_timeout: seconds after which a step counts as hanging.
         enforce_eager: never capture graphs.
         graph_mixed_steps: also run steps with prompt tokens as padded graphs; otherwise these run eagerly.
+        speculation: the drafter and its keys, as {"method": "ngram", "tokens": 4}; None: off. See `SpeculationOptions`.
         overlap: prepare step N+1 while step N runs.
         spare_slots: slots in addition to max_num_seqs: a request whose last token is in flight needs no row any more.
         fuse_kernels: on a GPU, layers use fused Triton kernels.
@@ -92,6 +93,7 @@ class EngineOptions:
     step_timeout: float = 60.0
     enforce_eager: bool = False
     graph_mixed_steps: bool = True
+    speculation: Mapping[str, Any] | None = None
     overlap: bool = True
     spare_slots: int = 8
     fuse_kernels: bool = True

@@ -32,6 +32,32 @@ class ProcessorPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculationPlan:
+    """A drafter, and how far it drafts.
+
+    Attributes:
+        method: name in its spec. target: target of its class. params_target: of the dataclass of its parameters.
+        params: the parameters that were given, checked. device: it is a `DeviceDrafter`.
+        tokens, min_acceptance: as in `SpeculationOptions`.
+        origin: the plugin that registered it, for messages.
+    """
+
+    method: str
+    target: str
+    params_target: str
+    params: Mapping[str, Any]
+    device: bool
+    tokens: int
+    min_acceptance: float
+    origin: str
+
+    @property
+    def where(self) -> str:
+        """Name and origin, for messages: "drafter 'x' (Class of plugin file /some/x.py)"."""
+        return f"drafter {self.method!r} ({self.target.partition(':')[2]} of {self.origin})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EnginePlan:
     """The parts that were chosen for an engine, with its options.
 
@@ -42,6 +68,7 @@ class EnginePlan:
         processors: every registered processor, in the order in which they are applied in a phase.
         options: engine options. Those that the user left open are set (device, dtype, block_size, max_model_len,
             max_num_batched_tokens).
+        speculation: the drafter; None: speculation is off.
         plugin_files: files that must be loaded before targets in them can be imported.
     """
 
@@ -52,4 +79,5 @@ class EnginePlan:
     attention: str
     processors: tuple[ProcessorPlan, ...]
     options: EngineOptions
+    speculation: SpeculationPlan | None = None
     plugin_files: tuple[PluginFile, ...] = ()

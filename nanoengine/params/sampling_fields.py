@@ -71,6 +71,7 @@ class CoreFields:
         detokenize: decode the output to text. skip_special_tokens: leave special tokens out of the text.
         priority: requests with a lower value run first (scheduling_policy="priority").
         cache_salt: only requests with the same salt share prefixes.
+        speculate: False: no drafts, if the engine has speculation. The tokens are the same.
     """
 
     n: int = 1
@@ -87,6 +88,7 @@ class CoreFields:
     skip_special_tokens: bool = True
     priority: int = 0
     cache_salt: str | None = None
+    speculate: bool = True
 
     def __post_init__(self) -> None:
         self._check("n", self.n >= 1, "at least 1")
@@ -117,23 +119,30 @@ CORE_TYPES: Mapping[str, Any] = get_type_hints(CoreFields)
 
 def processor_types(name: str, params: type[ProcessorParams]) -> dict[str, Any]:
     """Field -> annotation of a processor's parameters. Raises `PluginError` if `params` is not a correct dataclass."""
-    if not dataclasses.is_dataclass(params):
-        raise PluginError(f"logits processor {name!r}: {params.__qualname__} must be a dataclass")
-    bare = [f.name for f in dataclasses.fields(params) if f.default is f.default_factory is dataclasses.MISSING]
-    if bare:
-        raise PluginError(f"logits processor {name!r}: parameters without a default: {', '.join(bare)}")
-    hiding = [f.name for f in dataclasses.fields(params) if f.name in PROCESSOR_MEMBERS]
+    found = plugin_fields(f"logits processor {name!r}", params)
+    hiding = [field for field in found if field in PROCESSOR_MEMBERS]
     if hiding:
         raise PluginError(
             f"logits processor {name!r}: fields with names of members of ProcessorParams: {', '.join(hiding)}; "
             "rename them, or annotate them as ClassVar if they are to override the members"
         )
+    return found
+
+
+def plugin_fields(where: str, params: type[Any]) -> dict[str, Any]:
+    """Field -> annotation of the parameters of the part `where`.
+
+    Raises `PluginError` if `params` is not a dataclass, or a field has no default or an unknown annotation.
+    """
+    if not dataclasses.is_dataclass(params):
+        raise PluginError(f"{where}: {params.__qualname__} must be a dataclass")
+    bare = [f.name for f in dataclasses.fields(params) if f.default is f.default_factory is dataclasses.MISSING]
+    if bare:
+        raise PluginError(f"{where}: parameters without a default: {', '.join(bare)}")
     try:
         hints = get_type_hints(params)
     except NameError as error:
-        raise PluginError(
-            f"logits processor {name!r}: {params.__qualname__} has an unknown annotation: {error}"
-        ) from error
+        raise PluginError(f"{where}: {params.__qualname__} has an unknown annotation: {error}") from error
     return {f.name: hints[f.name] for f in dataclasses.fields(params)}
 
 

@@ -49,8 +49,8 @@ class ResolvedParams:
 
     Attributes:
         n, max_tokens (None: up to max_model_len), min_tokens, seed (None: the engine's), priority, cache_salt,
-        logprobs, prompt_logprobs (None: not requested; -1 was replaced by the size of the vocabulary), detokenize,
-        skip_special_tokens, include_stop_str_in_output: as in `SamplingParams`.
+        speculate, logprobs, prompt_logprobs (None: not requested; -1 was replaced by the size of the vocabulary),
+        detokenize, skip_special_tokens, include_stop_str_in_output: as in `SamplingParams`.
         stop: stop strings. eos_ids: empty with ignore_eos. stop_token_ids: the user's own.
         processors: those that this request uses. greedy: the draw is the arg-max.
         host_tokens: a processor needs every token on the host before the next draw.
@@ -62,6 +62,7 @@ class ResolvedParams:
     seed: int | None = None
     priority: int = 0
     cache_salt: str | None = None
+    speculate: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     detokenize: bool = True
@@ -240,6 +241,7 @@ class ParamsResolver:
             seed=core.seed,
             priority=core.priority,
             cache_salt=core.cache_salt,
+            speculate=core.speculate,
             logprobs=self._num_logprobs("logprobs", core.logprobs),
             prompt_logprobs=self._num_logprobs("prompt_logprobs", core.prompt_logprobs),
             detokenize=core.detokenize,

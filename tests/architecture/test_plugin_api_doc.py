@@ -20,6 +20,7 @@ from nanoengine.setup.config.composer import package_root
 from nanoengine.setup.plugins.discover import discover, load_checked
 from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.start.build_model import build_model, kv_groups
+from nanoengine.testing.conformance import check_drafter
 
 TEXT = (ROOT / "docs" / "plugin-api.md").read_text()
 CLASSES = [name for name in api.__all__ if isinstance(getattr(api, name), type)]
@@ -195,6 +196,18 @@ def test_the_source_example(example: Any, tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "tiny" / "config.json").write_text("{}")
     assert source_class().resolve("shelf:tiny", ctx) == tmp_path / "tiny"
     assert said == [f"taking {tmp_path / 'tiny'}"]
+
+
+def test_the_drafter_example(example: Any) -> None:
+    spec, drafter_class = example("follower.py", "drafters", api.HostDrafter)
+    with pytest.raises(api.ParamsError, match="reach must be"):
+        spec.params(reach=0)
+    check_drafter(spec)
+    ctx = api.DrafterContext(tokens=4, vocab_size=10, max_model_len=100, max_slots=2, device="cpu")
+    state = drafter_class(ctx, spec.params()).start([1, 2, 3, 1], api.DraftSample(request="r", index=0, seed=0))
+    assert state.draft(2) == [2, 3]
+    state.feed([9])
+    assert state.draft(2) == []
 
 
 def test_the_command_example(tmp_path: Path) -> None:

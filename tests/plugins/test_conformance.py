@@ -504,7 +504,7 @@ def spice(
 def _params_are_taken_for_a_files(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """This module imports torch; whether a module does is tested below by itself."""
     if "imports" not in request.node.name:
-        monkeypatch.setattr("nanoengine.testing.conformance.processor._check_imports", lambda spec: None)
+        monkeypatch.setattr("nanoengine.testing.conformance.processor.check_imports", lambda spec: None)
 
 
 def test_a_processor_that_conforms() -> None:

@@ -49,7 +49,7 @@ def test_defaults_are_vllms() -> None:
         "n", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
         "logit_bias", "allowed_token_ids", "bad_words", "seed", "max_tokens", "min_tokens", "stop", "stop_token_ids",
         "include_stop_str_in_output", "ignore_eos", "logprobs", "prompt_logprobs", "detokenize",
-        "skip_special_tokens", "priority", "cache_salt",
+        "skip_special_tokens", "priority", "cache_salt", "speculate",
     }  # fmt: skip
     processor_defaults = {k: v for s in BUILT_IN.values() for k, v in vars(s.params()).items()}
     assert processor_defaults == {

@@ -115,6 +115,8 @@ class EngineStats:
         preemptions: requests that gave their blocks back and were computed again.
         prompt_tokens: tokens of admitted prompts. prefix_hit_tokens: of them, taken from the prefix cache.
         resumed_hit_tokens: taken from it by preempted requests that came back.
+        drafted_per_position, accepted_per_position: by position in the draft, how many drafts there were, and how many
+            of them were accepted; empty without speculation.
         num_blocks, free_blocks: KV blocks, all and not held by a request, of the KV group that has fewest free; the
             dummy block is not counted. running, waiting: samples now.
     """
@@ -131,10 +133,22 @@ class EngineStats:
     prompt_tokens: int = 0
     prefix_hit_tokens: int = 0
     resumed_hit_tokens: int = 0
+    drafted_per_position: tuple[int, ...] = ()
+    accepted_per_position: tuple[int, ...] = ()
     num_blocks: int = 0
     free_blocks: int = 0
     running: int = 0
     waiting: int = 0
+
+    @property
+    def drafted(self) -> int:
+        """All drafts."""
+        return sum(self.drafted_per_position)
+
+    @property
+    def accepted(self) -> int:
+        """All accepted drafts: each is a token that needed no step of its own."""
+        return sum(self.accepted_per_position)
 
     def count_graphs(self, replayed: int) -> None:
         """`replayed`: as in `StepResult.graphs`."""

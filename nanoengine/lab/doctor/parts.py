@@ -17,6 +17,7 @@ from nanoengine.lab.doctor.findings import Finding, Level, Verdict
 from nanoengine.params.engine_options import EngineOptions
 from nanoengine.setup.plugins.choose import load_checked, ranked_backends
 from nanoengine.setup.plugins.registry import KIND_WORDS, Kind, Registered, Registry
+from nanoengine.setup.plugins.speculation import drafter_base
 from nanoengine.setup.plugins.targets import TargetLoader
 
 _plugin = partial(Finding, section="plugins")
@@ -67,7 +68,7 @@ def _part(kind: Kind, found: Registered[Any], registry: Registry, *, load: bool,
 
             load_command(registry, name)
         else:
-            load_checked(loader, found.spec.target, _base(kind))
+            load_checked(loader, found.spec.target, _base(kind, found.spec))
     except NanoEngineError as error:
         level: Level = "error" if wanted else "warning"
         return _plugin(name=name, level=level, text=f"{text}: {error}", fix=_fix(found, error, loader))
@@ -85,9 +86,11 @@ def _fix(found: Registered[Any], error: NanoEngineError, loader: TargetLoader) -
     return found.origin.fix
 
 
-def _base(kind: Kind) -> type[Any]:
+def _base(kind: Kind, spec: Any) -> type[Any]:
     from nanoengine.api.model import Model
 
+    if kind == "drafters":
+        return drafter_base(spec.device)
     bases: dict[Kind, type[Any]] = {
         "models": Model,
         "samplers": LogitsProcessor,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +19,7 @@ from nanoengine.observe.files import user_path
 from nanoengine.params.engine_options import EngineOptions
 from nanoengine.params.field_types import conform
 from nanoengine.params.sampling_fields import NOT_SUPPORTED, legal_fields
+from nanoengine.params.speculation import NO_SPECULATION
 from nanoengine.setup.config.composer import Composed, Root, SearchPath, Shorthand, compose, package_root
 from nanoengine.setup.config.composer.yaml_file import ConfigFile, KeyPath, dotted, not_a_file
 from nanoengine.setup.config.engine_options import dtype_hint
@@ -27,6 +28,7 @@ from nanoengine.setup.config.sampler_section import Processors, check_sampler, l
 from nanoengine.setup.plugins.discover import discover
 from nanoengine.setup.plugins.registry import Kind, Registry
 from nanoengine.setup.plugins.sources import with_revision
+from nanoengine.setup.plugins.speculation import choose_speculation
 
 _YAML = (".yaml", ".yml")
 
@@ -84,7 +86,8 @@ class RunConfig:
 
 
 _SECTIONS: Mapping[str, type[Any]] = {"model": ModelSection, "attention": AttentionSection, "engine": EngineOptions}
-_KEYS = tuple(f.name for f in fields(RunConfig) if f.name != "provenance")
+_KEYS = (*(f.name for f in fields(RunConfig) if f.name != "provenance"), "speculation")
+_SPECULATION = ("engine", "speculation")  # where the section `speculation` goes
 
 
 def load_config(
@@ -105,9 +108,27 @@ def load_config(
     roots = [each for root, origin in registry.config_roots for each in package_root(root, str(origin))]
     primary, search = _primary(path_or_recipe, roots, registry.failure_hint("configs"))
     interpolable = {"attention": asdict(AttentionSection()), "engine": asdict(EngineOptions()), "chat": True}
-    plain = [key for key in _KEYS if key not in _SECTIONS and key != "sampler"]
+    plain = [key for key in _KEYS if key not in _SECTIONS and key not in ("sampler", "speculation")]
     composed = compose(primary, search, overrides, shorthands=_shorthands(registry), defaults=interpolable, plain=plain)
-    return _checked(composed, registry, primary.label)
+    return _checked(_with_speculation(composed), registry, primary.label)
+
+
+def _with_speculation(composed: Composed) -> Composed:
+    """The section `speculation`, which is short for `engine.speculation`, in its place there."""
+    if "speculation" not in composed.data:
+        return composed
+    data = {key: value for key, value in composed.data.items() if key != "speculation"}
+    given, engine = composed.data["speculation"], data.get("engine") or {}
+    if not isinstance(engine, Mapping):
+        return composed  # which is refused
+    if "speculation" in engine:
+        one, other = composed.origin(("speculation",)), composed.origin(_SPECULATION)
+        raise ConfigError(f"{one} and {other}: speculation is short for engine.speculation; leave out one of them")
+    if isinstance(given, str):  # from an interpolation: `speculation: ${oc.env:METHOD}`
+        given = {"method": given}
+    origins = {(*_SPECULATION, *p[1:]) if p[0] == "speculation" else p: by for p, by in composed.origins.items()}
+    known = [((*_SPECULATION, *p[1:]) if p[0] == "speculation" else p, by) for p, by in composed.given]
+    return replace(composed, data={**data, "engine": {**engine, "speculation": given}}, origins=origins, given=known)
 
 
 def _primary(path_or_recipe: str | Path, roots: Sequence[Root], failure_hint: str) -> tuple[ConfigFile, SearchPath]:
@@ -149,7 +170,7 @@ def _shorthands(registry: Registry) -> Mapping[str, Shorthand]:
     sources = [name for found in registry.model_sources.values() for name in found.spec.models]
     # A backend that clashes or failed is accepted: the error comes when it is looked up.
     troubled = {c.name for c in registry.conflicts} | {f.provides[1] for f in registry.failures if f.provides}
-    backends = [*registry.attention_backends, "auto"]
+    backends, drafters = [*registry.attention_backends, "auto"], [*registry.drafters, NO_SPECULATION]
     return {
         "model": Shorthand(
             "source",
@@ -161,6 +182,12 @@ def _shorthands(registry: Registry) -> Mapping[str, Shorthand]:
             "backend",
             lambda option: option in backends or option in troubled,
             backends,
+            "what a plugin brings: install its package, or give --plugin FILE, in Python plugins=[FILE]",
+        ),
+        "speculation": Shorthand(
+            "method",
+            lambda option: option in drafters or option in troubled,
+            drafters,
             "what a plugin brings: install its package, or give --plugin FILE, in Python plugins=[FILE]",
         ),
     }
@@ -208,6 +235,8 @@ def _check_whole(config: RunConfig, composed: Composed, registry: Registry) -> N
         raise ConfigError(f"{composed.origin(('output',))}: output: is empty; write a path, or null for no file")
     if config.attention.backend != "auto":
         _check_installed(composed, registry, ("attention", "backend"), "attention_backends", config.attention.backend)
+    if config.engine.speculation is not None:
+        choose_speculation(registry, config.engine.speculation, lambda key: f"{_of(composed, key)}: ")
     if config.model.implementation is not None:
         _check_installed(composed, registry, ("model", "implementation"), "models", config.model.implementation)
     if not config.chat and isinstance(config.prompts, tuple):
@@ -215,6 +244,11 @@ def _check_whole(config: RunConfig, composed: Composed, registry: Registry) -> N
             if not isinstance(prompt, str):
                 where = composed.origin(("prompts", index))
                 raise ConfigError(f"{where}: prompts[{index}] is a conversation, but chat is false; give its text")
+
+
+def _of(composed: Composed, key: str) -> str:
+    """Who gave the key of `speculation`, or the whole ("")."""
+    return composed.origin((*_SPECULATION, key) if key else _SPECULATION)
 
 
 def _check_installed(composed: Composed, registry: Registry, path: KeyPath, kind: Kind, name: str) -> None:

@@ -16,7 +16,7 @@ OPTIONS_NOT_SUPPORTED: Mapping[str, str] = {
     "tokenizer": "the tokenizer is the model folder's own",
     "enable_chunked_prefill": "prompts are always chunked under max_num_batched_tokens",
     "enable_lora": "adapters are not supported yet",
-    "speculative_config": "speculation is not supported yet",
+    "speculative_config": "write speculation={'method': 'ngram', 'tokens': 4}: see docs/speculation.md",
     "swap_space": "preempted requests are computed again, not swapped",
     "num_threads": "torch takes its CPU threads from the environment: OMP_NUM_THREADS",
 }

@@ -182,6 +182,7 @@ class _Search:
             attention_backends=of("attention_backends"),
             model_sources=of("model_sources"),
             commands=of("commands"),
+            drafters=of("drafters"),
             config_roots=tuple(self.roots),
             plugins=tuple(self.plugins),
             failures=tuple(self.failures),

@@ -13,6 +13,7 @@ from nanoengine.api.errors import _A_PLUGINS, ModelError, PluginError, nearest, 
 from nanoengine.api.specs import (
     AttentionSpec,
     CommandSpec,
+    DrafterSpec,
     ModelSourceSpec,
     ModelSpec,
     Origin,
@@ -21,7 +22,7 @@ from nanoengine.api.specs import (
     Spec,
 )
 
-Kind = Literal["models", "samplers", "attention_backends", "model_sources", "commands"]
+Kind = Literal["models", "samplers", "attention_backends", "model_sources", "drafters", "commands"]
 S = TypeVar("S", bound=Spec, covariant=True)
 
 KIND_WORDS: Mapping[str, str] = {
@@ -29,6 +30,7 @@ KIND_WORDS: Mapping[str, str] = {
     "samplers": "logits processor",
     "attention_backends": "attention backend",
     "model_sources": "model source",
+    "drafters": "drafter",
     "commands": "command",
 }
 
@@ -86,8 +88,8 @@ class Registry:
     """Every part that plugins registered, by kind and name. Frozen; made by `plugins.discover`.
 
     Attributes:
-        models, samplers, attention_backends, model_sources, commands: in registration order: nanoengine's own,
-            then installed packages by name, then plugin files, then objects. Names in conflict are left out.
+        models, samplers, attention_backends, model_sources, drafters, commands: in registration order: nanoengine's
+            own, then installed packages by name, then plugin files, then objects. Names in conflict are left out.
         config_roots: roots of config groups ("pkg://package.module") with their origins.
         plugins: those that were imported, each once. failures: what could not be registered.
         conflicts: names that several plugins registered.
@@ -104,6 +106,7 @@ class Registry:
     conflicts: tuple[Conflict, ...] = ()
     plugin_files: tuple[PluginFile, ...] = ()
     commands: Mapping[str, Registered[CommandSpec]] = field(default_factory=dict)
+    drafters: Mapping[str, Registered[DrafterSpec]] = field(default_factory=dict)
 
     def require(self, kind: Kind, name: str) -> Registered[Any]:
         """The part of this kind and name. Raises `PluginError` if it is in conflict, failed, or is not installed."""

@@ -14,6 +14,8 @@ from nanoengine.api.specs import (
     AttentionSpec,
     ColumnSpec,
     CommandSpec,
+    DrafterParams,
+    DrafterSpec,
     ModelSourceSpec,
     ModelSpec,
     ProcessorParams,
@@ -22,6 +24,7 @@ from nanoengine.api.specs import (
     StandardOp,
 )
 from nanoengine.params.sampling_fields import legal_fields
+from nanoengine.params.speculation import NO_SPECULATION, drafter_types
 from nanoengine.setup.plugins.registry import Kind
 
 SPEC_HOOKS: Mapping[str, tuple[Kind, type[Spec]]] = {
@@ -29,6 +32,7 @@ SPEC_HOOKS: Mapping[str, tuple[Kind, type[Spec]]] = {
     "register_samplers": ("samplers", SamplerSpec),
     "register_attention_backends": ("attention_backends", AttentionSpec),
     "register_model_sources": ("model_sources", ModelSourceSpec),
+    "register_drafters": ("drafters", DrafterSpec),
     "register_commands": ("commands", CommandSpec),
 }
 HOOKS = (*SPEC_HOOKS, "register_configs")
@@ -71,14 +75,15 @@ def check_spec(spec: Any) -> None:
             f"{'upgrade nanoengine' if _newer(spec.api) else 'upgrade the plugin'}"
         )
     for field_ in dataclasses.fields(spec):
-        checks = _COMMAND_CHECKS if isinstance(spec, CommandSpec) else _FIELD_CHECKS
-        expected, valid = checks[field_.name]
+        expected, valid = _SPEC_CHECKS.get(type(spec), _FIELD_CHECKS)[field_.name]
         value = getattr(spec, field_.name)
         if not valid(value):
             raise PluginError(f"{type(spec).__name__}.{field_.name} must be {expected}, not {shown(value)}")
     if isinstance(spec, SamplerSpec):
         legal_fields([(spec.name, spec.params)])  # rejects fields without default or type, and the engine's own names
         _check_columns(spec.params)
+    if isinstance(spec, DrafterSpec):
+        drafter_types(spec.name, spec.params)  # likewise
 
 
 def _check_columns(params: type[ProcessorParams]) -> None:
@@ -143,8 +148,12 @@ def _is_params(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, ProcessorParams) and dataclasses.is_dataclass(value)
 
 
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value.split() == [value]
+
+
 _FIELD_CHECKS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
-    "name": ("a name without white space", lambda v: isinstance(v, str) and v.split() == [v]),
+    "name": ("a name without white space", _is_name),
     "target": ("of the form 'package.module:Class'", lambda v: isinstance(v, str) and bool(_TARGET.fullmatch(v))),
     "api": ("an integer", _is_int),
     "architectures": ("a tuple of architecture names", lambda v: _is_names(v) and bool(v)),
@@ -160,6 +169,19 @@ _COMMAND_CHECKS = {
     "name": ("words with one space between them", lambda v: _matches(_COMMAND, v)),
     "target": ("of the form 'package.module:attribute'", lambda v: _matches(_TARGET, v)),
     "help": ("one line of text", lambda v: isinstance(v, str) and len(v.strip().splitlines()) == 1),
+}
+_DRAFTER_CHECKS = {
+    **_FIELD_CHECKS,
+    "name": (f"a name without white space, and not {NO_SPECULATION!r}", lambda v: _is_name(v) and v != NO_SPECULATION),
+    "params": (
+        "a dataclass derived from DrafterParams",
+        lambda v: isinstance(v, type) and issubclass(v, DrafterParams),
+    ),
+    "device": ("True or False", lambda v: isinstance(v, bool)),
+}
+_SPEC_CHECKS: Mapping[type[Any], Mapping[str, tuple[str, Callable[[Any], bool]]]] = {
+    CommandSpec: _COMMAND_CHECKS,
+    DrafterSpec: _DRAFTER_CHECKS,
 }
 
 

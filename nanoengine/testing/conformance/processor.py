@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nanoengine.api import LogitsProcessor, ParamsError, ProcessorContext, ProcessorParams, SamplerSpec, hookimpl
 from nanoengine.api.errors import described, is_failure
+from nanoengine.api.plugin_calls import FILE_MODULE
 from nanoengine.params.engine_plan import ProcessorPlan
 from nanoengine.params.sampling_params import ParamsResolver, SamplingParams
 from nanoengine.setup.plugins.targets import TargetLoader
@@ -60,7 +61,7 @@ def check_processor(
     )
     with during(f"logits processor {spec.name!r}"):
         check_spec(spec)
-        _check_imports(spec)
+        check_imports(spec.params)
         _check_params(spec.params, examples)
         resolver = ParamsResolver([(spec.name, spec.params)], _Vocabulary(vocab_size), frozenset())
         _check_refused(resolver, refused)
@@ -79,18 +80,19 @@ def check_processor(
         _check_engine(spec, examples, vocab_size)
 
 
-def _check_imports(spec: SamplerSpec) -> None:
+def check_imports(params: type[Any]) -> None:
     """Checks that the module of the parameters imports no torch, because it is imported to list plugins."""
-    module = spec.params.__module__
-    if module == "__main__" or importlib.util.find_spec(module) is None:
-        return  # in a plugin file, parameters and processor may be together
+    module = params.__module__
+    loaded_as_file = module == "__main__" or module.startswith(FILE_MODULE)
+    if loaded_as_file or importlib.util.find_spec(module) is None:
+        return  # in a plugin file, parameters and their part may be together
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     require(not done.stderr, f"importing {module} by itself failed: {done.stderr[-500:]}")
     require(
         done.returncode == 0,
-        f"{module}, which has {spec.params.__name__}, imports torch: move it to a module that does not",
+        f"{module}, which has {params.__name__}, imports torch: move it to a module that does not",
     )
 
 

@@ -1,0 +1,77 @@
+"""A host drafter as the scheduler calls it: drafts are checked, and its errors name the plugin. Imports no torch."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from nanoengine.api.drafters import DraftSample, DraftState, HostDrafter
+from nanoengine.api.errors import RequestError, described, is_failure, shown
+from nanoengine.api.plugin_calls import place_and_fix
+
+
+class CheckedDrafter:
+    """Starts checked states. `where`: the drafter's name and origin, for messages.
+
+    All methods raise `RequestError("drafter_failed")` if the drafter raises, or returns what is no draft.
+    """
+
+    def __init__(self, drafter: HostDrafter, where: str) -> None:
+        self._drafter, self._where = drafter, where
+
+    def start(self, prompt_token_ids: Sequence[int], sample: DraftSample) -> CheckedState:
+        with _failing("start", self._where, self._drafter):
+            state: object = self._drafter.start(prompt_token_ids, sample)
+            if not isinstance(state, DraftState):
+                raise TypeError(f"it returned {shown(state)}, not a nanoengine.api.DraftState")
+        return CheckedState(state, self._where, self._drafter.ctx.vocab_size)
+
+
+class CheckedState:
+    """A state of a drafter. num_fed: how many generated tokens it knows. failed: a method has failed."""
+
+    def __init__(self, state: DraftState, where: str, vocab_size: int) -> None:
+        self._state, self._where, self._vocab_size = state, where, vocab_size
+        self.num_fed, self.failed = 0, False
+
+    def feed(self, output_token_ids: Sequence[int]) -> None:
+        """Feeds the tokens of the whole output that it does not know yet."""
+        new = output_token_ids[self.num_fed :]
+        if new:
+            with self._calling("feed"):
+                self._state.feed(new)
+            self.num_fed = len(output_token_ids)
+
+    def draft(self, most: int) -> list[int]:
+        """At most `most` ids of the vocabulary."""
+        with self._calling("draft"):
+            ids = [operator.index(token) for token in self._state.draft(most)]
+            if len(ids) > most:
+                raise ValueError(f"it returned {len(ids)} ids, more than the {most} that were asked for")
+            for token in ids:
+                if not 0 <= token < self._vocab_size:
+                    raise ValueError(f"it returned the id {shown(token)}; ids are 0 to {self._vocab_size - 1}")
+        return ids
+
+    def end(self) -> None:
+        with self._calling("end"):
+            self._state.end()
+
+    @contextmanager
+    def _calling(self, method: str) -> Iterator[None]:
+        self.failed = True
+        with _failing(method, self._where, self._state):
+            yield
+        self.failed = False
+
+
+@contextmanager
+def _failing(method: str, where: str, owner: object) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        text = f"{method}() of {where} failed: {described(error)}"
+        raise RequestError("drafter_failed", text + place_and_fix(error, type(owner), text)) from error

@@ -1,0 +1,140 @@
+"""Which drafts the next row of a request has: what its drafter guesses, as far as its guesses were accepted so far."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from nanoengine.api.draft_checks import CheckedDrafter, CheckedState
+from nanoengine.api.drafters import DraftSample
+from nanoengine.api.errors import RequestError
+from nanoengine.core.request import Request
+
+_log = logging.getLogger(__name__)
+
+
+class Acceptance:
+    """How far to draft: while the measured acceptance of each position is at least `least`.
+
+    The acceptance of a position is the share of its drafts that were accepted, with all before them: first a plain
+    average, then an exponential one, in which the newest counts 1/`memory`. A position below `least` gets no drafts,
+    nor do those behind it. After some tokens it is tried again: if that is accepted, the position counts again and the
+    next one is tried; if not, the wait doubles. There is no clock, so a run can be repeated.
+
+    Attributes:
+        shares: the acceptance of each position.
+    """
+
+    FIRST_WAIT, LONGEST_WAIT = 16, 512  # tokens
+
+    def __init__(self, shares: Sequence[float], least: float, memory: int = 8) -> None:
+        self.shares, self._least, self._memory = list(shares), least, memory
+        self._seen, self._try_at, self._wait = 0, 0, self.FIRST_WAIT
+
+    def depth(self, num_tokens: int) -> int:
+        """How many positions the next row drafts. num_tokens: of the output so far."""
+        return min(self._good(len(self.shares)) + (num_tokens >= self._try_at), len(self.shares))
+
+    def observe(self, drafted: int, accepted: int) -> None:
+        """A row had `drafted` drafts, of which the first `accepted` were accepted."""
+        weight = max(1 / self._memory, 1 / (self._seen + 2))
+        self._seen += 1
+        for i in range(drafted):
+            self.shares[i] += weight * ((i < accepted) - self.shares[i])
+
+    def adapt(self, num_tokens: int, drafted: int, accepted: int) -> None:
+        """`observe`, for the depth of the rows that follow. num_tokens: of the output, with this row's."""
+        tried = self._good(drafted) < drafted  # its last position did not count
+        self.observe(drafted, accepted)
+        if tried and accepted == drafted:
+            self.shares[drafted - 1] = max(self.shares[drafted - 1], self._least)
+            self._wait = self.FIRST_WAIT
+        elif self._good(drafted) < drafted:
+            wait = self._wait if tried else self.FIRST_WAIT
+            self._try_at, self._wait = num_tokens + wait, min(2 * wait, self.LONGEST_WAIT)
+
+    def _good(self, most: int) -> int:
+        return next((i for i in range(most) if self.shares[i] < self._least), most)
+
+
+class Speculation:
+    """The drafts of a scheduler's requests, and what became of them.
+
+    Attributes:
+        drafted, accepted: by position in the draft, how many drafts committed rows had, and how many were accepted.
+    """
+
+    def __init__(self, drafter: CheckedDrafter, *, tokens: int, min_acceptance: float) -> None:
+        """tokens: the most drafts of a row. min_acceptance: the share below which a position is not drafted."""
+        self._drafter, self._least = drafter, min_acceptance
+        self._all = Acceptance([1.0] * tokens, min_acceptance, memory=32)  # a new request begins with what others had
+        self._acceptance: dict[Request, Acceptance] = {}
+        self._states: dict[Request, CheckedState] = {}
+        self._failed: dict[Request, RequestError] = {}  # what the drafter raised, until the request is picked
+        self._warned = False
+        self.drafted, self.accepted = [0] * tokens, [0] * tokens
+
+    def most(self, request: Request) -> int:
+        """How many drafts the next row of a request may have; 0: a plain row, which may run ahead.
+
+        With a token in flight the drafter is asked what may follow it, so the request waits only for a draft.
+        """
+        if not request.params.speculate or request.num_computed < request.length - 1:
+            return 0
+        found = self._acceptance.get(request)
+        if found is None:
+            found = self._acceptance[request] = Acceptance(self._all.shares, self._least)
+        depth = found.depth(len(request.output_token_ids))
+        if not depth or request.num_in_flight != 1:
+            return depth
+        try:
+            return depth if len(self._ask(request, 2)) == 2 else 0
+        except RequestError as error:
+            self._failed[request] = error
+            return depth
+
+    def propose(self, request: Request, most: int) -> list[int]:
+        """At most `most` drafts for the next row of a request of which nothing is in flight.
+
+        Raises `RequestError("drafter_failed")`.
+        """
+        if request in self._failed:
+            raise self._failed.pop(request)
+        return self._ask(request, most)
+
+    def _ask(self, request: Request, most: int) -> list[int]:
+        state = self._states.get(request)
+        if state is None:
+            sample = DraftSample(
+                request=request.parent, index=request.sample_index, seed=request.seed, cache_key=request.cache_key
+            )
+            state = self._states[request] = self._drafter.start(request.prompt_token_ids, sample)
+        state.feed(request.output_token_ids)
+        return state.draft(most)
+
+    def committed(self, request: Request, drafted: int, accepted: int) -> None:
+        """A row of it had `drafted` drafts, of which the first `accepted` counted; its output has them already."""
+        if not drafted:
+            return
+        for i in range(drafted):
+            self.drafted[i] += 1
+            self.accepted[i] += i < accepted
+        self._all.observe(drafted, accepted)
+        found = self._acceptance.get(request)
+        if found is not None:
+            found.adapt(len(request.output_token_ids), drafted, accepted)
+
+    def end(self, request: Request) -> None:
+        """The request has ended, or failed. What its drafter raises now fails no request, so it is logged, once."""
+        self._acceptance.pop(request, None)
+        self._failed.pop(request, None)
+        state = self._states.pop(request, None)
+        if state is None or state.failed:
+            return
+        try:
+            state.feed(request.output_token_ids)
+            state.end()
+        except RequestError as error:
+            if not self._warned:
+                _log.warning("speculation: %s", error)
+            self._warned = True

@@ -426,7 +426,7 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
         resolver=resolver,
         defaults=defaults,
         memory=memory,
-        start=clock.report(),
+        start=clock.report(memory.dequantised),
     )
 
 

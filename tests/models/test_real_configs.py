@@ -137,6 +137,8 @@ MUTANTS: list[tuple[str, dict[str, Any]]] = [
     ("mixtral-dolphin-2.5", {"num_experts_per_tok": 3}),
     ("deepseek-v2-lite-chat", {"rope_scaling": None}),
     ("deepseek-v2-lite-chat", {"routed_scaling_factor": 2.0}),
+    ("gpt-oss-120b", {"layer_types": ["full_attention"] * 2}),
+    ("gpt-oss-120b", {"rope_scaling": {"rope_type": "default"}}),
     ("gemma-2-9b-it", {"attn_logit_softcapping": 1.0}),
     ("gemma-2-9b-it", {"query_pre_attn_scalar": None}),
     ("gemma-2-2b-it", {"sliding_window": 8}),

@@ -87,7 +87,6 @@ def test_on_several_ranks(pair: Callable[[str], Pair], family: str) -> None:
         ("gpt2", {}),  # tensors are transposed and cut
         ("qwen3-moe, one layer dense", {"enable_expert_parallel": True}),
         ("deepseek-v2, as V2.5", {}),  # latent vectors are whole on each rank
-        ("gpt_oss", {}),  # sinks are cut by heads
     ],
 )
 def test_two_processes(pair: Callable[[str], Pair], family: str, options: dict[str, Any]) -> None:

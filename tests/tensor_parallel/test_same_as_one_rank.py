@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parity import tiny
+from parity import families, tiny
 from parity.compare import Mismatch, Report, assert_same_until_a_tie, compare
 from parity.test_tiny_models import COUNT, GREEDY, WITH_PROMPT, seeded
 from transformers import PreTrainedModel
@@ -21,8 +21,11 @@ KINDS = {
     "llama": "2 KV heads on 2 ranks, 131 ids",
     "qwen3 tied": "1 KV head on 2 ranks: held by both",
     "gemma2": "133 ids: padding stays -inf behind the cap on the logits",
+    "gpt_oss": "sinks of the rank's heads; windows; the width of experts is cut",
 }
-OFTEN = pytest.mark.parametrize("ranks", ["llama", "qwen3 tied"], indirect=True)  # the third differs in its layers only
+OFTEN = pytest.mark.parametrize(
+    "ranks", ["llama", "qwen3 tied"], indirect=True
+)  # the others differ in their layers only
 ASKED = tiny.prompts(10, shared=22, longest=10)
 
 
@@ -35,9 +38,13 @@ class Ranks:
     model: PreTrainedModel
 
 
+def written(kind: str, folder: Path) -> Path:
+    return tiny.write(kind, folder) if kind in tiny.KINDS else families.write(folder, kind)
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    folder = tiny.write(request.param, tmp_path_factory.mktemp("tiny"))
+    folder = written(request.param, tmp_path_factory.mktemp("tiny"))
     with tiny.llm(folder, **PRESSURE) as one, tiny.llm(folder, tensor_parallel_size=2, **PRESSURE) as two:
         yield Ranks(one, two, tiny.reference(folder))
 
@@ -86,30 +93,50 @@ def test_prompt_logprobs(ranks: Ranks) -> None:
     assert report.prompt_logprobs >= 2 * sum(len(p) - 1 for i, p in enumerate(ASKED) if i % 3)
 
 
-MUTANT = """
-from nanoengine.api import *
-from nanoengine.api import hookimpl
-from nanoengine.plugins.models.llama import Llama
+# Each is a plugin file with the model `Mutant`.
+MUTANTS = {
+    "a sum left out, of six": (
+        "llama",
+        "LlamaForCausalLM",
+        """
+from nanoengine.plugins.models.llama import Llama as Right
 
-
-class Apart(Llama):
+class Mutant(Right):
     def __init__(self, config, ctx):
         super().__init__(config, ctx)
         down = self.model.layers[1].mlp.down_proj
         down.tp = type("Alone", (), {"size": 1, "rank": down.tp.rank})()
+""",
+    ),
+    "sinks of the rank's heads in another order": (
+        "gpt_oss",
+        "GptOssForCausalLM",
+        """
+from nanoengine.plugins.models.gpt_oss import GptOss as Right
 
+class Mutant(Right):
+    def __init__(self, config, ctx):
+        super().__init__(config, ctx)
+        sinks = self.model.layers[1].self_attn.sinks
+        sinks.finish = lambda: sinks.weight.data.copy_(sinks.weight.flip(0))
+""",
+    ),
+}
+SPEC = """
+from nanoengine.api import ModelSpec, hookimpl
 
 @hookimpl
 def register_models():
-    return [ModelSpec(name="apart", architectures=("LlamaForCausalLM",), target=f"{__name__}:Apart", api=1)]
+    return [ModelSpec(name="mutant", architectures=("{}",), target=f"{{__name__}}:Mutant", api=1)]
 """
 
 
-def test_a_sum_left_out_is_caught(tmp_path: Path) -> None:
-    """The mutant, a plugin file, leaves out one all-reduce of six."""
-    folder = tiny.write("llama", tmp_path / "model")
-    (tmp_path / "apart.py").write_text(MUTANT)
-    options = {"tensor_parallel_size": 2, "plugins": [tmp_path / "apart.py"], "implementation": "apart"}
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mutant_on_two_ranks_is_caught(mutant: str, tmp_path: Path) -> None:
+    kind, architecture, code = MUTANTS[mutant]
+    folder = written(kind, tmp_path / "model")
+    (tmp_path / "mutant.py").write_text(code + SPEC.format(architecture))
+    options = {"tensor_parallel_size": 2, "plugins": [tmp_path / "mutant.py"], "implementation": "mutant"}
     with tiny.llm(folder, **options) as llm:
         outputs = llm.generate(tiny.prompts(3, shortest=5), GREEDY, use_tqdm=False)
     with pytest.raises(Mismatch):

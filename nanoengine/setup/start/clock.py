@@ -24,6 +24,31 @@ class Phase:
 
 
 @dataclass(frozen=True, slots=True)
+class Dequantised:
+    """Quantised tensors of a checkpoint that became plain ones while they were loaded.
+
+    Attributes:
+        method: `quant_method` of config.json. tensors: how many.
+        stored, made: their bytes in the files, and in the model's dtype; of all ranks together.
+    """
+
+    method: str
+    tensors: int
+    stored: int
+    made: int
+
+    @classmethod
+    def of(cls, method: str, each: Sequence[tuple[int, int]]) -> Dequantised:
+        """`each`: (stored, made) of a tensor."""
+        return cls(method, len(each), sum(stored for stored, _ in each), sum(made for _, made in each))
+
+    def line(self) -> str:
+        """A summary: "48 mxfp4 tensors dequantised, 11,860 MB in the files, 38,221 MB in the model"."""
+        before, after = (f"{size / 1e6:,.{1 if size < 1e7 else 0}f} MB" for size in (self.stored, self.made))
+        return f"{self.tensors} {self.method} tensors dequantised, {before} in the files, {after} in the model"
+
+
+@dataclass(frozen=True, slots=True)
 class StartReport:
     """The phases of an engine's start, in order. Together they are the whole time of the start.
 
@@ -36,9 +61,12 @@ class StartReport:
     outputs, defaults.
 
     `process` and `import` are included only if the caller measured them, as `nanoengine run` does.
+
+    dequantised: what was quantised in the checkpoint; None: nothing.
     """
 
     phases: tuple[Phase, ...]
+    dequantised: Dequantised | None = None
 
     @property
     def seconds(self) -> float:
@@ -54,12 +82,14 @@ class StartReport:
     def line(self) -> str:
         """A summary: "ready in 4.1 s (import 1.8, weights 0.9, capture 1.1)". Phases under 50 ms are left out."""
         shown = [f"{phase.name} {phase.seconds:.1f}" for phase in self.phases if phase.seconds >= 0.05]
-        return f"ready in {self.seconds:.1f} s" + (f" ({', '.join(shown)})" if shown else "")
+        more = "" if self.dequantised is None else f"; {self.dequantised.line()}"
+        return f"ready in {self.seconds:.1f} s" + (f" ({', '.join(shown)})" if shown else "") + more
 
     def table(self) -> str:
-        """One line for each phase, and one for the total."""
+        """One line for each phase, one for the total, and one for what was dequantised."""
         rows = [*((phase.name, phase.seconds) for phase in self.phases), ("total", self.seconds)]
-        return "\n".join(f"{name:<13}{seconds:8.3f} s" for name, seconds in rows)
+        more = [] if self.dequantised is None else [self.dequantised.line()]
+        return "\n".join([*(f"{name:<13}{seconds:8.3f} s" for name, seconds in rows), *more])
 
 
 class StartClock:
@@ -94,8 +124,9 @@ class StartClock:
         self.add(*within, Phase(name, max(0.0, rest)))
         self._since = now
 
-    def report(self) -> StartReport:
-        return StartReport(tuple(Phase(name, self._seconds[name]) for name in PHASES if name in self._seconds))
+    def report(self, dequantised: Dequantised | None = None) -> StartReport:
+        phases = tuple(Phase(name, self._seconds[name]) for name in PHASES if name in self._seconds)
+        return StartReport(phases, dequantised)
 
 
 @contextmanager

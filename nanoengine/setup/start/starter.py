@@ -34,7 +34,7 @@ from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.start.backend_checks import dry_run, kv_block_bytes
 from nanoengine.setup.start.build_model import BuiltModel, build_model, kv_groups, parameter_bytes, weight_bytes
 from nanoengine.setup.start.capture import capture_graphs
-from nanoengine.setup.start.clock import StartClock
+from nanoengine.setup.start.clock import Dequantised, StartClock
 from nanoengine.setup.start.graph_sizes import capture_sizes, reserve_bytes
 from nanoengine.setup.start.largest_steps import largest_steps
 from nanoengine.setup.start.memory import (
@@ -48,6 +48,7 @@ from nanoengine.setup.start.memory import (
     weights_misfit,
 )
 from nanoengine.setup.start.processors import build_processors
+from nanoengine.setup.start.quantization import packed_format
 from nanoengine.setup.start.shortage import with_less
 from nanoengine.setup.start.weights import dummy_weights, load_weights
 
@@ -73,6 +74,7 @@ class _Start:
         self.plan, self.asked, self.loader, self.tp, self.clock = plan, plan.options, loader, tp, clock
         self.device = torch.device(plan.options.device)
         self.dtype: torch.dtype = getattr(torch, plan.options.dtype)
+        self.dequantised: Dequantised | None = None
         self.layers: Sequence[Sequence[Attention]] = ()
         self.backends: Sequence[AttentionBackend] = ()
 
@@ -112,7 +114,9 @@ class _Start:
             if self.plan.options.load_format == "dummy":
                 dummy_weights(built.model, self.plan.options.seed, self.tp)
             else:
-                load_weights(built.model, built.config, self.plan.model_path, self.tp)
+                packed = packed_format(self.plan.hf_config)
+                loaded = load_weights(built.model, built.config, self.plan.model_path, self.tp, packed)
+                self.dequantised = loaded.dequantised
             built.model.eval()
         if self.tp.size > 1:
             built.model.register_forward_pre_hook(lambda *_: self.tp.begin_forward())
@@ -207,6 +211,7 @@ class _Start:
             step_bytes=self._measured[0],
             graph_bytes=self._measured[1],
             failed_processors=self.failed_processors,
+            dequantised=self.dequantised,
         )
 
     def _allocate(self, num_blocks: int) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,9 @@ from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.sharding import Shard, ShardSpec
 from nanoengine.layers.sharding import finish_layers, weight_layers
 from nanoengine.setup.start.checkpoint import INDEX_FILE, find_checkpoint, some
+from nanoengine.setup.start.clock import Dequantised
 from nanoengine.setup.start.dummy_weights import dummy_weights
+from nanoengine.setup.start.packed import PackedFormat, PackedTensor
 from nanoengine.setup.start.upload import Uploads
 from nanoengine.setup.start.weight_advice import advice
 from nanoengine.setup.start.weight_rules import NUMBER, Resolved, Rules, checkpoint_name, shown_rule
@@ -44,6 +47,7 @@ class LoadReport:
     """What was loaded: checkpoint tensors used and skipped, bytes read on this rank, seconds.
 
     `untied`: parameters that the config ties to others and the checkpoint holds with values of their own.
+    `dequantised`: the tensors that were packed, of all ranks together.
     """
 
     num_tensors: int
@@ -51,6 +55,7 @@ class LoadReport:
     num_bytes: int
     seconds: float
     untied: tuple[str, ...] = ()
+    dequantised: Dequantised | None = None
 
 
 @dataclass(slots=True)
@@ -83,12 +88,17 @@ class _Problems:
 
 
 def load_weights(
-    model: Model, config: ModelConfig, source: str | Path | NamedTensors, tp: TensorParallelGroup
+    model: Model,
+    config: ModelConfig,
+    source: str | Path | NamedTensors,
+    tp: TensorParallelGroup,
+    packed: PackedFormat | None = None,
 ) -> LoadReport:
     """Fills every parameter, then calls `finish` of every layer.
 
     Args:
         source: named tensors in any order; or the folder of a checkpoint: model.safetensors, or the files in its index.
+        packed: the format of tensors that are dequantised on the way; None: all are plain.
 
     For a GPU, the slices of a rank are copied through pinned buffers and converted to the parameter's dtype there.
 
@@ -100,9 +110,10 @@ def load_weights(
         checkpoint = find_checkpoint(Path(source))
         source, stale, where = checkpoint.slices(), checkpoint.stale, checkpoint.path
     loading = _Loading(model, Rules(model.weight_map(config)), tp)
+    slices = ((name, WholeTensor(each) if isinstance(each, Tensor) else each) for name, each in source)
     with _way_to(next(model.parameters()).device) as loading.put:
-        for name, tensor in source:
-            loading.take(name, WholeTensor(tensor) if isinstance(tensor, Tensor) else tensor)
+        for name, tensor in slices if packed is None else packed.unpacked(slices):
+            loading.take(name, tensor)
         untied = loading.settle_ties()
     loading.check(where, stale)
     finish_layers(model)
@@ -110,7 +121,12 @@ def load_weights(
         held = "what was given" if where is None else where
         _log.warning("the config ties %s, but %s has values of its own for it, which are used", some(untied), held)
     return LoadReport(
-        len(loading.used), tuple(loading.skipped), loading.num_bytes, time.perf_counter() - began, tuple(sorted(untied))
+        len(loading.used),
+        tuple(loading.skipped),
+        loading.num_bytes,
+        time.perf_counter() - began,
+        tuple(sorted(untied)),
+        Dequantised.of(packed.method, loading.unpacked) if packed is not None and loading.unpacked else None,
     )
 
 
@@ -141,6 +157,7 @@ class _Loading:
         self.rules, self._tp, self.problems = rules, tp, _Problems()
         self.put: _Put = _at_once
         self.skipped, self.used, self.num_bytes = list[str](), set[str](), 0
+        self.unpacked = list[tuple[int, int]]()  # of each packed tensor the bytes in files, and in the model's dtype
         self._lost = list[tuple[str, tuple[int, ...]]]()  # unexpected: name behind `rename`, shape
         self._by_name = {name: (layer, own) for name, layer, own, _ in weight_layers(model, shared=True)}
         self._parameters = {
@@ -237,6 +254,9 @@ class _Loading:
             dtypes = ", ".join(FLOAT_DTYPES)
             self.problems.misshapen.append(f"{name} of dtype {tensor.get_dtype()}, expected one of {dtypes}")
         else:
+            if isinstance(tensor, PackedTensor):
+                made = math.prod(shape) * target.layer.get_parameter(target.name).element_size()
+                self.unpacked.append((tensor.stored, made))
             self._send(tensor, target, parts, found)
 
     def _misruled(self, found: Resolved, target: _Parameter) -> str:
@@ -260,10 +280,19 @@ class _Loading:
                 takers[tuple((each.start, each.stop) for each in read.index)].append(_then(read.then, load))
         for index, takes in takers.items():
             whole = all(at == (0, size) for at, size in zip(index, tensor.get_shape(), strict=True))
-            values = tensor[...] if whole else tensor[tuple(slice(*each) for each in index)]
-            self.num_bytes += values.nbytes
-            put = self.put if values.device.type == "cpu" else _at_once
-            put(values, partial(_all, takes))
+            self._put(tensor, ... if whole else tuple(slice(*each) for each in index), takes)
+
+    def _put(self, tensor: TensorSlice, index: Any, takes: Sequence[Callable[[Tensor], None]]) -> None:
+        """Copies what is at `index` and gives it to `takes`. Pieces are copied one by one, and joined on the device."""
+        pieces, join = tensor.read(index) if isinstance(tensor, PackedTensor) else ([tensor[index]], None)
+        self.num_bytes += sum(each.nbytes for each in pieces)
+        copied = list[Tensor]()
+
+        def last(values: Tensor) -> None:
+            _all(takes, values if join is None else join([*copied, values]))
+
+        for each in pieces:
+            (self.put if each.device.type == "cpu" else _at_once)(each, last if each is pieces[-1] else copied.append)
 
     def _unexpected(self, name: str, tensor: TensorSlice) -> None:
         self.problems.unexpected.append(name)

@@ -16,6 +16,7 @@ from nanoengine.api.parallel import ShapesOnly
 from nanoengine.kernels.ops import RealTokens
 from nanoengine.plugins.attention_backends.torch_paged import TorchPaged
 from nanoengine.setup.start.build_model import BuiltModel, build_model, kv_groups
+from nanoengine.setup.start.quantization import packed_format
 from nanoengine.setup.start.weights import load_weights
 from nanoengine.testing.conformance.failure import during, require, require_close
 from nanoengine.testing.conformance.model_prompts import FULL_STEP
@@ -75,7 +76,7 @@ class ModelOnRanks:
         tp = self.ranks.groups[rank]
         build_model(model, hf, tp=tp, dtype=self.dtype, device="meta")  # the engine does this first
         built = build_model(model, hf, tp=tp, dtype=self.dtype, device=_CPU)
-        load_weights(built.model, built.config, path, tp)
+        load_weights(built.model, built.config, path, tp, packed_format(hf))
         return built
 
     def reset(self) -> None:

@@ -35,6 +35,10 @@ class Ops:
     attends_qkv = False
     """Whether layers call the attention backend's `attend_qkv` first."""
 
+    def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
+        """Rows of the weight: int [T], [V, D] -> [T, D]."""
+        return F.embedding(ids, weight)
+
     def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return rms_norm.add_rms_norm(x, residual, weight, eps)
 
@@ -147,6 +151,7 @@ class TritonOps(Ops):
     def __init__(self, *, attends_qkv: bool = True) -> None:
         from nanoengine.kernels import (
             activation_triton,
+            embedding_triton,
             experts_triton,
             matvec_triton,
             rms_norm_triton,
@@ -162,9 +167,13 @@ class TritonOps(Ops):
             matvec_triton,
         )
         self.attends_qkv = attends_qkv
+        self._embedding = embedding_triton.embedding
         self._route, self._experts = route_triton, experts_triton
         self._make_tickets = tickets_on
         self._tickets: Tensor | None = None
+
+    def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
+        return self._embedding(ids, weight) if ids.dim() == 1 else super().embedding(ids, weight)
 
     def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         if x.dim() == 2:

@@ -29,7 +29,7 @@ class VocabParallelEmbedding(Layer, WeightLayer):
     def forward(self, input_ids: Tensor) -> Tensor:
         weight = self.get_parameter("weight")
         if self.tp.size == 1:
-            return F.embedding(input_ids, weight)
+            return self.ops.embedding(input_ids, weight)
         local = input_ids - self.tp.rank * self.rows
         elsewhere = (local < 0) | (local >= self.rows)
         found = F.embedding(local.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)

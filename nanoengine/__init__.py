@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         WeightsError,
         WorkerError,
     )
+    from nanoengine.api.structured_outputs import StructuredOutputsParams
     from nanoengine.core.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from nanoengine.core.scheduling.messages import EngineStats
     from nanoengine.llm import LLM
@@ -52,6 +53,7 @@ _HOME = {
     "LLM": "nanoengine.llm",
     "EngineStats": "nanoengine.core.scheduling.messages",
     "Stream": "nanoengine.stream",
+    "StructuredOutputsParams": "nanoengine.api.structured_outputs",
     "StepRecord": "nanoengine.observe.steps",
     "TraceFile": "nanoengine.observe.trace",
     "SamplingParams": "nanoengine.params.sampling_params",
@@ -81,6 +83,7 @@ __all__ = [
     "SamplingParams",
     "StepRecord",
     "Stream",
+    "StructuredOutputsParams",
     "TokenizerMissing",
     "TraceFile",
     "UnsupportedError",

@@ -18,17 +18,20 @@ from torch import nn
 from nanoengine.api.attention import AttentionBackend, AttentionNeed
 from nanoengine.api.errors import (
     ConfigError,
+    GrammarError,
     ModelError,
     ModelSourceError,
     NanoEngineError,
     ParamsError,
     RequestError,
     TokenizerMissing,
+    UnsupportedError,
     forget_locals,
 )
+from nanoengine.api.grammars import Constraint, Grammar, GrammarBackend, GrammarContext
 from nanoengine.api.model import Model
 from nanoengine.api.parallel import ShapesOnly, SingleRank
-from nanoengine.api.plugin_calls import plugin_call
+from nanoengine.api.plugin_calls import name_of, plugin_call
 from nanoengine.api.sources import ModelSource, SourceContext, cache_root
 from nanoengine.api.specs import ModelSpec
 from nanoengine.core.engine import Engine
@@ -42,13 +45,16 @@ from nanoengine.distributed.executor import WorkersExecutor
 from nanoengine.layers.config_keys import Recorded, unread_keys
 from nanoengine.params.engine_options import EngineOptions
 from nanoengine.params.engine_plan import EnginePlan, ProcessorPlan
+from nanoengine.params.grammars import Grammars
 from nanoengine.params.input_processor import InputProcessor
+from nanoengine.params.preparation import Preparations
 from nanoengine.params.sampling_fields import legal_fields
 from nanoengine.params.sampling_params import ParamsResolver
 from nanoengine.setup.config.model_options import option_hint
 from nanoengine.setup.plugins.choose import (
     Skipped,
     choose_attention,
+    choose_grammars,
     from_class,
     load_checked,
     refused,
@@ -65,6 +71,7 @@ from nanoengine.setup.start.memory import MemoryReport, check_host_holds
 from nanoengine.setup.start.starter import start_runner
 from nanoengine.text import TemplateProcesses, Tokenizer, load_tokenizer
 
+_LOADING_SECONDS = 60.0  # in addition to what one constraint may take: the first one loads the grammar backend
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_BATCHED_TOKENS: Mapping[str, int] = {"cpu": 2048, "cuda": 8192}
 
@@ -315,6 +322,12 @@ class _ParamsContext:
     vocab_size: int
     max_model_len: int
     tokenizer: Tokenizer | None
+    end_ids: frozenset[int]
+    reasoning: str | int | None
+    grammars: Grammars
+
+    def grammar(self, constraint: Constraint) -> Grammar:
+        return self.grammars.get(constraint)
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -337,6 +350,8 @@ class BuiltEngine:
     executor: Executor
     assembly: Assembly
     tokenizer: Tokenizer | None
+    grammars: Grammars
+    preparations: Preparations
     resolver: ParamsResolver
     defaults: GenerationDefaults
     memory: MemoryReport
@@ -354,6 +369,7 @@ class BuiltEngine:
 
     def close(self) -> None:
         self.engine.close()
+        self.grammars.close()
         if self.tokenizer is not None:
             self.tokenizer.close()
 
@@ -373,7 +389,6 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
     clock.lap("tokenizer")
     processors = [(found.spec.name, found.spec.params) for found in registry.processors()]
     assert options.max_model_len is not None
-    ctx = _ParamsContext(assembly.vocab_size, options.max_model_len, tokenizer)
     legal = {name for _, params in processors for name in params.__dataclass_fields__}  # type: ignore[attr-defined]
     eos = tokenizer.eos_token_id if tokenizer is not None else None
     defaults = read_generation_defaults(
@@ -384,6 +399,18 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
         has_tokenizer=tokenizer is not None,
         vocab_size=assembly.vocab_size,
         max_model_len=options.max_model_len,
+    )
+    grammars = _grammars(assembly, registry, tokenizer, defaults.eos_ids)
+    ctx = _ParamsContext(
+        assembly.vocab_size,
+        options.max_model_len,
+        tokenizer,
+        defaults.eos_ids,
+        options.structured_outputs.reasoning,
+        grammars,
+    )
+    preparations = Preparations(
+        options.structured_outputs.workers, options.structured_outputs.timeout + _LOADING_SECONDS
     )
     legal_fields(processors)  # raises on a clash, before the weights are loaded
     executor = InProcessExecutor() if options.tensor_parallel_size == 1 else WorkersExecutor()
@@ -410,6 +437,7 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
                 resolver, lambda text: _need(tokenizer).encode(text), assembly.vocab_size, options.max_model_len
             ),
             OutputProcessor(tokenizer),
+            preparations,
             seed=options.seed,
             overlap=options.overlap,
         )
@@ -423,11 +451,36 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
         executor=executor,
         assembly=assembly,
         tokenizer=tokenizer,
+        grammars=grammars,
+        preparations=preparations,
         resolver=resolver,
         defaults=defaults,
         memory=memory,
         start=clock.report(memory.dequantised),
     )
+
+
+def _grammars(assembly: Assembly, registry: Registry, tokenizer: Tokenizer | None, eos_ids: frozenset[int]) -> Grammars:
+    """The engine's grammars. A backend that is chosen by name is looked up now, and "auto" when it is first needed."""
+    options = assembly.plan.options.structured_outputs
+    if options.backend != "auto":
+        choose_grammars(registry, options.backend, assembly.loader)
+
+    def make() -> GrammarBackend:
+        try:
+            backend = choose_grammars(registry, options.backend, assembly.loader)
+        except UnsupportedError as error:
+            raise RequestError("not_supported", str(error)) from error
+        ctx = GrammarContext(
+            tokenizer_json=_need(tokenizer).to_json(),
+            vocab_size=assembly.vocab_size,
+            end_ids=frozenset(i for i in eos_ids if 0 <= i < assembly.vocab_size),
+            timeout=options.timeout,
+        )
+        with plugin_call(f"grammar backend {name_of(backend)} failed in __init__", backend, GrammarError):
+            return backend(ctx)
+
+    return Grammars(make, options)
 
 
 def _wake(device: str) -> None:

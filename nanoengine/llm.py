@@ -392,7 +392,9 @@ class LLM:
     def stats(self) -> EngineStats:
         """Counts since the start: see `EngineStats`. Requests that were aborted before do not count as running."""
         self.engine.apply_inbox()
-        return self.engine.scheduler.stats()
+        stats = self.engine.scheduler.stats()
+        stats.preparing, stats.grammars = len(self._built.preparations.tasks), self._built.grammars.stats()
+        return stats
 
     @property
     def memory_report(self) -> MemoryReport:

@@ -33,6 +33,7 @@ from nanoengine.api.drafters import (
 )
 from nanoengine.api.errors import (
     ConfigError,
+    GrammarError,
     ModelError,
     ModelSourceError,
     NanoEngineError,
@@ -42,6 +43,7 @@ from nanoengine.api.errors import (
     UnsupportedError,
     WeightsError,
 )
+from nanoengine.api.grammars import Constraint, Grammar, GrammarBackend, GrammarContext, Matcher
 from nanoengine.api.hooks import hookimpl
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.processors import LogitsProcessor, Need, ProcessorContext, ProcessorRows, RaggedColumn
@@ -54,6 +56,7 @@ from nanoengine.api.specs import (
     CommandSpec,
     DrafterParams,
     DrafterSpec,
+    GrammarSpec,
     ModelSourceSpec,
     ModelSpec,
     ParamsContext,
@@ -99,6 +102,7 @@ __all__ = [
     "ColumnSpec",
     "CommandSpec",
     "ConfigError",
+    "Constraint",
     "DeviceDrafter",
     "DraftSample",
     "DraftState",
@@ -110,6 +114,11 @@ __all__ = [
     "ExpertsInfo",
     "ExpertsMethod",
     "ForwardBatch",
+    "Grammar",
+    "GrammarBackend",
+    "GrammarContext",
+    "GrammarError",
+    "GrammarSpec",
     "GraphSupport",
     "HeadNorms",
     "HostDrafter",
@@ -120,6 +129,7 @@ __all__ = [
     "Linear",
     "LinearMethod",
     "LogitsProcessor",
+    "Matcher",
     "Model",
     "ModelConfig",
     "ModelError",

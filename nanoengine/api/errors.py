@@ -156,15 +156,28 @@ class RequestError(NanoEngineError):
         code: a fixed word for programs: "too_long", "does_not_fit", "invalid_prompt", "duplicate_id",
             "not_supported", "bad_logits", "nothing_left", "processor_failed", "drafter_failed", "step_failed",
             "out_of_memory", "interrupted", "worker_failed", "text_failed" (its tokens could not be decoded),
-            "engine_failed" (the engine's own code raised an error, which is a bug of the engine).
+            "invalid_grammar" (a schema, regular expression or grammar that is wrong or not supported), "grammar_failed"
+            (the tokens and the grammar of the output do not fit), "prepare_failed" and "prepare_timeout" (the work
+            before the request can start), "engine_failed" (the engine's own code raised an error, which is a bug of the
+            engine).
     """
 
     def __init__(self, code: str, message: str) -> None:
         self.code = code
         super().__init__(message)
 
-    def __reduce__(self) -> tuple[type[RequestError], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type[RequestError], tuple[str, ...]]:
         return (RequestError, (self.code, str(self)))
+
+
+class GrammarError(RequestError):
+    """A constraint on the output is wrong, or has something that its backend does not support; the message names it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("invalid_grammar", message)
+
+    def __reduce__(self) -> tuple[type[RequestError], tuple[str, ...]]:
+        return (GrammarError, (str(self),))
 
 
 def engine_failure(error: BaseException) -> RequestError:

@@ -11,6 +11,7 @@ from nanoengine.api.specs import (
     AttentionSpec,
     CommandSpec,
     DrafterSpec,
+    GrammarSpec,
     ModelSourceSpec,
     ModelSpec,
     SamplerSpec,
@@ -43,6 +44,11 @@ def register_model_sources() -> Iterable[ModelSourceSpec]:  # type: ignore[empty
 @hookspec
 def register_drafters() -> Iterable[DrafterSpec]:  # type: ignore[empty-body]
     """Drafters for speculation."""
+
+
+@hookspec
+def register_grammars() -> Iterable[GrammarSpec]:  # type: ignore[empty-body]
+    """Grammar backends."""
 
 
 @hookspec

@@ -5,10 +5,13 @@ A spec names its implementation by a *target*, "package.module:Class", which is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from nanoengine.api.grammars import Constraint, Grammar
 
 API_VERSION = 1
 """The version of the plugin interface that this engine supports. Every spec gives the version it was written for."""
@@ -71,6 +74,24 @@ class ParamsContext(Protocol):
     @property
     def max_model_len(self) -> int: ...
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Ids that end an output (EOS), as the model's folder names them."""
+        ...
+
+    @property
+    def reasoning(self) -> str | int | None:
+        """Engine option `structured_outputs.reasoning`: the token after which constraints begin."""
+        ...
+
+    def grammar(self, constraint: Constraint) -> Grammar:
+        """The compiled constraint. It is compiled once, which may be slow: call it in `prepare` first.
+
+        Raises `GrammarError` for a constraint that is wrong or not supported, and `UnsupportedError` if there is no
+        grammar backend.
+        """
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` without special tokens. Raises `TokenizerMissing` if the model has no tokenizer."""
         ...
@@ -101,6 +122,15 @@ class ProcessorParams:
         Raises `ParamsError` for mistakes that need the context to be seen (a token id outside the vocabulary).
         """
         return {name: getattr(self, name) for name in self.columns}
+
+    def prepare(self, ctx: ParamsContext) -> Callable[[], Any] | None:
+        """Slow work that must be done before a request with these values can start. Default: None, nothing is to do.
+
+        The engine calls it when the request is added, and what it returns on a thread of its own, so no step waits. The
+        request starts when that has returned; what it raises fails only this request. Equal parameters of several
+        requests may be one object: keep the result in it, and return None once it is there.
+        """
+        return None
 
     def host_columns(self, prompt_token_ids: Sequence[int], output_token_ids: Sequence[int]) -> Mapping[str, Any]:
         """Column values that are computed before each draw, from all tokens so far. Used only with `host_tokens`.
@@ -195,6 +225,27 @@ class CommandSpec:
     api: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrammarSpec:
+    """A grammar backend.
+
+    Attributes:
+        name: what `structured_outputs.backend` selects, e.g. "llguidance".
+        target: "package.module:Class" of a `nanoengine.api.GrammarBackend`.
+        api: the interface version the plugin was written for.
+        preference: `auto` takes the installed backend with the highest preference; if equal, the first by name.
+        requires: modules that it imports. If one is missing, `auto` skips the backend and gives the reason.
+        install: the command to type if a required module is missing.
+    """
+
+    name: str
+    target: str
+    api: int
+    preference: int = 0
+    requires: tuple[str, ...] = ()
+    install: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class DrafterParams:
     """Base class of a drafter's parameters: `@dataclass(frozen=True)`, each field with a default.
@@ -223,7 +274,7 @@ class DrafterSpec:
     device: bool = False
 
 
-Spec = ModelSpec | SamplerSpec | AttentionSpec | ModelSourceSpec | CommandSpec | DrafterSpec
+Spec = ModelSpec | SamplerSpec | AttentionSpec | ModelSourceSpec | DrafterSpec | GrammarSpec | CommandSpec
 
 
 PROJECT = "nanoengine"

@@ -6,6 +6,8 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 from nanoengine.api.errors import RequestError, described, is_failure
@@ -14,10 +16,12 @@ from nanoengine.core.request import Request
 from nanoengine.core.scheduling.messages import ScheduledStep
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.core.step import StepResult
+from nanoengine.params.preparation import Preparations
 
 Delivery = tuple[Callable[[Any], None], Any]
 """A client's callable, and what it is to be called with."""
 _log = logging.getLogger(__name__)
+_IDLE_SECONDS = 0.05
 
 
 class OpenRequests:
@@ -32,7 +36,10 @@ class OpenRequests:
         entry_lock: while it is held, no other thread adds a request; `abort` does not wait for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, preparations: Preparations) -> None:
+        """`preparations`: does what must be done before a request starts."""
+        self.preparations = preparations
+        self._arrived = threading.Event()  # set when a request was put into the inbox to start
         self.known: dict[str, RequestState] = {}
         self.inbox: deque[tuple[RequestState, bool]] = deque()
         self.ready: list[RequestOutput] = []
@@ -42,8 +49,8 @@ class OpenRequests:
         self.entry_lock = threading.RLock()
         self._lock = threading.RLock()  # guards `known` together with the order of the inbox
 
-    def add(self, state: RequestState) -> None:
-        """Raises `RequestError` where a request of its id has not ended."""
+    def add(self, state: RequestState, jobs: Sequence[Callable[[], Any]] = ()) -> None:
+        """`jobs`: what must be done before it starts. Raises `RequestError` where a request of its id has not ended."""
         request_id = state.given.request_id
         with self.entry_lock, self._lock:
             if request_id in self.known:
@@ -51,7 +58,10 @@ class OpenRequests:
             try:
                 self.known[request_id] = state
                 state.ordinal, self._num_added = self._num_added, self._num_added + 1
-                self.inbox.append((state, False))
+                if jobs:
+                    state.task = self.preparations.submit(jobs, partial(self._start, state))
+                else:
+                    self._start(state)
             except BaseException:  # an interrupt: no request may be known that never starts
                 self.inbox.append((state, True))
                 raise
@@ -63,11 +73,28 @@ class OpenRequests:
             if state is not None:
                 self.inbox.append((state, True))
 
+    def _start(self, state: RequestState, error: RequestError | None = None) -> None:
+        """Any thread: the request can start, or (`error`) it never will."""
+        state.given = state.given if error is None else replace(state.given, error=error)
+        self.inbox.append((state, False))
+        self._arrived.set()
+
+    def wait(self) -> None:
+        """Wait a moment for a request that is being prepared, or for another one. No effect where none is."""
+        if self.preparations.tasks:
+            self._arrived.wait(_IDLE_SECONDS)
+            self._arrived.clear()
+
     def clear_inbox(self) -> list[RequestState]:
         """Returns the requests so far; one that is added from here on is both known and in the inbox."""
         with self._lock:
             self.inbox.clear()
             return list(self.known.values())
+
+    def close(self) -> None:
+        """Forget all requests."""
+        self.known.clear()
+        self.preparations.close()
 
     def publish(self, outputs: Sequence[RequestOutput]) -> None:
         """Queue outputs for their clients. With its last output a request ends, and its id is free."""
@@ -76,6 +103,8 @@ class OpenRequests:
             if output.finished:
                 with self._lock:
                     del self.known[output.request_id]
+                if state.task is not None:
+                    state.task.cancel()
             if state.sink is None:
                 self.ready.append(output)
             else:

@@ -34,6 +34,7 @@ from nanoengine.core.outputs import OutputProcessor, RequestOutput, RequestState
 from nanoengine.core.scheduling.messages import ScheduledStep, Update
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.params.input_processor import InputProcessor
+from nanoengine.params.preparation import Preparations
 from nanoengine.params.sampling_params import SamplingParams
 
 _log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class Engine:
         executor: Executor,
         inputs: InputProcessor,
         outputs: OutputProcessor,
+        preparations: Preparations,
         *,
         seed: int,
         overlap: bool,
@@ -56,7 +58,7 @@ class Engine:
         self.scheduler, self._make_scheduler = make_scheduler(), make_scheduler
         self._executor, self._inputs, self._outputs = executor, inputs, outputs
         self._seed, self._depth = seed, 2 if overlap else 1  # the most steps in flight
-        self._requests = OpenRequests()
+        self._requests = OpenRequests(preparations)
         self._in_flight: deque[InFlight] = deque()
         self._watch: Watch | None = None
         self._mid_update = False  # True while scheduler, steps in flight and open requests do not agree
@@ -96,7 +98,7 @@ class Engine:
         state = RequestState(given, time.monotonic(), final_only, sink)
         if given.error is None:
             state.hash_prompt(self.scheduler.blocks.hashes_of)  # on the caller's thread: a long prompt takes a while
-        self._requests.add(state)
+        self._requests.add(state, self._inputs.preparations(given))
 
     def abort_request(self, request_id: str) -> None:
         """End a request; its last output has the tokens so far. No effect where the id is unknown or has ended."""
@@ -133,6 +135,8 @@ class Engine:
         self._launch_ahead(self._depth)
         if self._in_flight:
             self._finish_oldest()
+        else:
+            self._requests.wait()
 
     def _launch_one(self) -> None:
         if len(self._in_flight) == self._depth and self._in_flight[0].handle.has_arrived():
@@ -270,14 +274,16 @@ class Engine:
 
     def _drain_inbox(self) -> None:
         """Add and abort. What that raises fails the request alone."""
+        if self._requests.preparations.tasks:
+            self._requests.preparations.expire()
         while self._requests.inbox:
             self._mid_update = True  # an interrupt must leave no request that is half in the scheduler
             state, aborted = self._requests.inbox.popleft()
             try:
+                if not state.samples and self._requests.known.get(state.given.request_id) is state:
+                    self._enter(state)  # also where it is aborted while it is prepared: its output has all samples
                 if aborted:
                     self._end_request(state)
-                else:
-                    self._enter(state)
             except BaseException as error:
                 if not is_failure(error):
                     raise
@@ -357,7 +363,7 @@ class Engine:
                 for request in state.unfinished():
                     self.scheduler.abort(request)
             self._in_flight.clear()
-            self._requests.known.clear()
+            self._requests.close()
             self._executor.shutdown()
 
     def _end(self, error: WorkerError) -> NoReturn:

@@ -13,6 +13,7 @@ from nanoengine.core.request import Request, int32_bytes, request_seed
 from nanoengine.core.scheduling.messages import Update
 from nanoengine.core.step import ROW_BAD_LOGITS, LogprobRows
 from nanoengine.params.input_processor import CheckedRequest
+from nanoengine.params.preparation import Task
 from nanoengine.text import IncrementalDetokenizer, Tokenizer
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -186,6 +187,7 @@ class RequestState:
     cache_key: bytes = b""  # this and the next two: as in `Request`
     prompt_bytes: bytes = b""
     block_hashes: Sequence[bytes] = ()
+    task: Task | None = None  # what must be done before it starts
     first_scheduled: float | None = None
     first_token: float | None = None
     finished: float | None = None

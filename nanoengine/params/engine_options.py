@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nanoengine.api.errors import ConfigError
@@ -25,6 +25,37 @@ _BOUNDS: Mapping[str, tuple[int, int]] = {
     "chat_template_memory": (2**20, 2**40),
 }
 """The lowest and the highest value of each option. Above, no device has the memory, or indices do not fit in int32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutputsOptions:
+    """How output is constrained.
+
+    Attributes:
+        backend: name of a grammar backend; "auto": the installed one of the highest preference.
+        timeout: seconds that compiling a constraint may take.
+        max_bytes: most bytes of a constraint: of a schema as JSON, of a grammar's text.
+        reasoning: text or id of the token after which constraints begin, as "</think>"; null: at once.
+        cache_size: most compiled constraints that are kept. workers: most threads that compile.
+    """
+
+    backend: str = "auto"
+    timeout: float = 10.0
+    max_bytes: int = 1 << 20
+    reasoning: str | int | None = None
+    cache_size: int = 128
+    workers: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout <= _YEAR:
+            raise ConfigError(
+                "engine.structured_outputs.timeout is in seconds and must be above 0, at most a year, not "
+                f"{self.timeout}"
+            )
+        for name in ("max_bytes", "cache_size", "workers"):
+            value = getattr(self, name)
+            if not 1 <= value <= _INT32:
+                raise ConfigError(f"engine.structured_outputs.{name} must be from 1 to {_INT32:,}, not {value:,}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +100,7 @@ class EngineOptions:
         skip_tokenizer_init: load no tokenizer; requests and outputs have only token ids.
         chat_template_timeout: seconds that a chat template may take for one conversation.
         chat_template_memory: bytes that the process of a chat template may use in addition to its idle size.
+        structured_outputs: how output is constrained to schemas and grammars: see `StructuredOutputsOptions`.
     """
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -103,6 +135,7 @@ class EngineOptions:
     skip_tokenizer_init: bool = False
     chat_template_timeout: float = 5.0
     chat_template_memory: int = 512 << 20
+    structured_outputs: StructuredOutputsOptions = field(default_factory=StructuredOutputsOptions)
 
     def __post_init__(self) -> None:
         for name, (low, high) in _BOUNDS.items():

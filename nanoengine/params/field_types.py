@@ -7,14 +7,15 @@ tuple is a list).
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from nanoengine.api.errors import ParamsError, described, is_failure, shown
+from nanoengine.api.errors import NanoEngineError, ParamsError, described, is_failure, nearest, shown
 
 _WORDS: dict[Any, str] = {
     bool: "True or False",
@@ -40,10 +41,13 @@ def conform(name: str, value: Any, annotation: Any) -> Any:
     """`value` converted to the type of `annotation`: integers become floats where needed, containers are copied.
 
     Numbers and strings of subclasses, such as `IntEnum`, become plain ones. Raises `ParamsError` that names the field,
-    what it must be, and the part that is wrong.
+    what it must be, and the part that is wrong. A dataclass is made of a mapping of its fields; what it raises itself
+    is raised unchanged.
     """
     try:
         return _fit(value, annotation)
+    except NanoEngineError:
+        raise
     except _Misfit as misfit:
         within = "" if misfit.part is value else f" (because of {shown(misfit.part)})"
         within += misfit.wrong and f": {misfit.wrong}"
@@ -65,6 +69,8 @@ def describe(annotation: Any) -> str:
         return f"a mapping from {_plural(args[0])} to {_plural(args[1])}"
     if origin in _LISTS:
         return f"a list of {_plural(args[0])}"
+    if dataclasses.is_dataclass(annotation):
+        return f"a mapping of {', '.join(field.name for field in dataclasses.fields(annotation))}"
     return _WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
@@ -126,6 +132,8 @@ def _fit_plain(value: Any, annotation: Any) -> Any:
         return value
     if annotation is None:
         annotation = type(None)
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type) and isinstance(value, Mapping):
+        return _fit_fields(value, annotation)
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(operator.index(value))
@@ -141,6 +149,15 @@ def _fit_plain(value: Any, annotation: Any) -> Any:
     if isinstance(value, str) and not is_unicode(value):
         raise _Misfit(value, "half of a surrogate pair is not valid Unicode")
     return value
+
+
+def _fit_fields(value: Mapping[Any, Any], cls: type[Any]) -> Any:
+    types_of = get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    unknown = [name for name in value if name not in names]
+    if unknown:
+        raise _Misfit(value, f"there is no key {shown(unknown[0])}; {nearest(str(unknown[0]), names)}")
+    return cls(**{name: _fit(each, types_of[name]) for name, each in value.items()})
 
 
 def is_unicode(text: str) -> bool:

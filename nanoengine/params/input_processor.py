@@ -38,6 +38,10 @@ class InputProcessor:
         self._resolver, self._encode = resolver, encode
         self._vocab_size, self._max_model_len = vocab_size, max_model_len
 
+    def preparations(self, request: CheckedRequest) -> list[Callable[[], Any]]:
+        """What must be done, on another thread, before the request can start."""
+        return [] if request.error is not None else self._resolver.preparations(request.params)
+
     def process(
         self, request_id: str, prompt: Any, params: SamplingParams, priority: int | None, prompt_text: str | None
     ) -> CheckedRequest:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 import types
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,6 +223,16 @@ class ParamsResolver:
                 self._cache = {}
             self._cache[key] = found
         return found
+
+    def preparations(self, params: ResolvedParams) -> list[Callable[[], Any]]:
+        """What must be done before a request with these parameters can start: `ProcessorParams.prepare` of each."""
+        jobs = []
+        for each in params.processors:
+            with plugin_call(f"logits processor {each.name!r}: prepare failed", type(each.params)):
+                job = each.params.prepare(self._ctx)
+            if job is not None:
+                jobs.append(job)
+        return jobs
 
     def _resolve(self, core: CoreFields, given: Mapping[str, Any]) -> ResolvedParams:
         self._check_names(given)

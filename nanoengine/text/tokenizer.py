@@ -150,6 +150,10 @@ class Tokenizer:
         eos: int | None = self._hf.eos_token_id
         return eos
 
+    def to_json(self) -> str:
+        """The content of a tokenizer.json, with all added tokens."""
+        return str(self._backend.to_str())
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Special tokens in the text become tokens. Raises `RequestError`."""
         self._check_text(text)

@@ -20,7 +20,7 @@ from nanoengine.setup.config.composer import package_root
 from nanoengine.setup.plugins.discover import discover, load_checked
 from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.start.build_model import build_model, kv_groups
-from nanoengine.testing.conformance import check_drafter
+from nanoengine.testing.conformance import check_drafter, check_grammar_backend
 
 TEXT = (ROOT / "docs" / "plugin-api.md").read_text()
 CLASSES = [name for name in api.__all__ if isinstance(getattr(api, name), type)]
@@ -112,6 +112,13 @@ def test_the_processor_example(example: Any) -> None:
     )
     out = processor.apply(torch.zeros(2, 3), rows)  # ids 3, 4, 5
     assert out.tolist() == [[float("-inf"), 2.0, float("-inf")], [0.0, 0.0, 0.0]]
+
+
+def test_the_grammar_example(example: Any) -> None:
+    _, backend = example("choices.py", "grammars", api.GrammarBackend)
+    choice = api.Constraint(kind="choice", text='["yes", "no", "nothing"]')
+    refused = [api.Constraint(kind="regex", text="a")]
+    check_grammar_backend(backend, (choice, ["yes", "no", "nothing"], ["ye", "yesno", "x"]), refused=refused)
 
 
 def plain_attention(example: Any, kv: api.KVSpec, block_size: int) -> Any:

@@ -10,6 +10,7 @@ import pytest
 
 from nanoengine.api.errors import RequestError
 from nanoengine.core.delivery import OpenRequests
+from nanoengine.params.preparation import Preparations
 
 Sink = Any
 
@@ -18,7 +19,7 @@ class Requests(OpenRequests):
     """Outputs are queued and delivered, never looked at: names stand for them."""
 
     def start(self, name: str, sink: Sink) -> Any:
-        state: Any = SimpleNamespace(given=SimpleNamespace(request_id=name), sink=sink)
+        state: Any = SimpleNamespace(given=SimpleNamespace(request_id=name), sink=sink, task=None)
         self.add(state)
         return state
 
@@ -32,7 +33,7 @@ class Requests(OpenRequests):
 
 @pytest.fixture
 def requests() -> Requests:
-    return Requests()
+    return Requests(Preparations(1, 1.0))
 
 
 class Got(list[str]):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from nanoengine.api.errors import ConfigError, RequestError
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import Published
 from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, LogprobRows, StepPlan
+from nanoengine.params.grammars import GrammarStats
 
 EndReason = Literal["stop", "length"]
 
@@ -118,7 +119,8 @@ class EngineStats:
         drafted_per_position, accepted_per_position: by position in the draft, how many drafts there were, and how many
             of them were accepted; empty without speculation.
         num_blocks, free_blocks: KV blocks, all and not held by a request, of the KV group that has fewest free; the
-            dummy block is not counted. running, waiting: samples now.
+            dummy block is not counted. running, waiting: samples now. preparing: requests that cannot start yet.
+        grammars: constraints on outputs that were compiled.
     """
 
     steps: int = 0
@@ -139,6 +141,8 @@ class EngineStats:
     free_blocks: int = 0
     running: int = 0
     waiting: int = 0
+    preparing: int = 0
+    grammars: GrammarStats = field(default_factory=GrammarStats)
 
     @property
     def drafted(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any, cast, get_args
 
 from nanoengine.api.attention import AttentionBackend, AttentionNeed
 from nanoengine.api.errors import NanoEngineError, described, is_failure
+from nanoengine.api.grammars import GrammarBackend
 from nanoengine.api.processors import LogitsProcessor
 from nanoengine.api.sources import ModelSource
 from nanoengine.lab.doctor.findings import Finding, Level, Verdict
@@ -96,6 +97,7 @@ def _base(kind: Kind, spec: Any) -> type[Any]:
         "samplers": LogitsProcessor,
         "attention_backends": AttentionBackend,
         "model_sources": ModelSource,
+        "grammars": GrammarBackend,
     }
     return bases[kind]
 

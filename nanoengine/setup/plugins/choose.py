@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 from nanoengine.api.attention import AttentionBackend, AttentionCapabilities, AttentionNeed, GraphSupport, wrong_feature
 from nanoengine.api.errors import PluginError, UnsupportedError, shown
+from nanoengine.api.grammars import GrammarBackend
 from nanoengine.api.plugin_calls import name_of, place_and_fix, plugin_call
-from nanoengine.api.specs import AttentionSpec
+from nanoengine.api.specs import AttentionSpec, GrammarSpec
 from nanoengine.setup.plugins.registry import Registered, Registry
 from nanoengine.setup.plugins.targets import TargetLoader
 
@@ -126,9 +127,9 @@ def attention_reasons(spec: AttentionSpec, need: AttentionNeed, loader: TargetLo
 
     Its class is imported only if the required modules are installed. Raises `PluginError` if the class is broken.
     """
-    missing = [module for module in spec.requires if not _is_there(module)]
+    missing = missing_modules(spec)
     if missing:
-        return [f"needs {', '.join(missing)}, not installed here" + (f" ({spec.install})" if spec.install else "")]
+        return [missing]
     return unsupported_reasons(load_checked(loader, spec.target, AttentionBackend), need)
 
 
@@ -168,6 +169,31 @@ def check_capabilities(cls: type[AttentionBackend]) -> None:
     if not isinstance(graphs, GraphSupport):
         text = f"{name_of(cls)}.capabilities.graphs must be a nanoengine.api.GraphSupport, not {shown(graphs)}"
         raise PluginError(text + place_and_fix(None, cls, text))
+
+
+def choose_grammars(registry: Registry, name: str, loader: TargetLoader) -> type[GrammarBackend]:
+    """The grammar backend `name`; for "auto" the installed one of the highest preference (if equal, the first by name).
+
+    Raises `UnsupportedError` with the command to type if what it needs is not installed; `PluginError` if it does not
+    exist or is broken.
+    """
+    ranked = sorted(registry.grammars.values(), key=lambda each: (-each.spec.preference, each.spec.name))
+    candidates = ranked if name == "auto" else [registry.require("grammars", name)]
+    reasons = []
+    for found in candidates:
+        missing = missing_modules(found.spec)
+        if not missing:
+            return load_checked(loader, found.spec.target, GrammarBackend)
+        reasons.append(f"{found.spec.name} {missing}")
+    what = "no grammar backend can be used, so output cannot be constrained"
+    raise UnsupportedError(what if name == "auto" else f"grammar backend {name!r}", reasons or ["none is installed"])
+
+
+def missing_modules(spec: AttentionSpec | GrammarSpec) -> str:
+    """ "needs x, not installed here (how to install it)"; "" if all that the part requires is installed."""
+    missing = [module for module in spec.requires if not _is_there(module)]
+    hint = f" ({spec.install})" if spec.install else ""
+    return f"needs {', '.join(missing)}, not installed here{hint}" if missing else ""
 
 
 def _is_there(module: str) -> bool:

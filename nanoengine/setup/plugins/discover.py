@@ -181,6 +181,7 @@ class _Search:
             samplers=of("samplers"),
             attention_backends=of("attention_backends"),
             model_sources=of("model_sources"),
+            grammars=of("grammars"),
             commands=of("commands"),
             drafters=of("drafters"),
             config_roots=tuple(self.roots),

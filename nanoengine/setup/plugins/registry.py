@@ -14,6 +14,7 @@ from nanoengine.api.specs import (
     AttentionSpec,
     CommandSpec,
     DrafterSpec,
+    GrammarSpec,
     ModelSourceSpec,
     ModelSpec,
     Origin,
@@ -22,7 +23,7 @@ from nanoengine.api.specs import (
     Spec,
 )
 
-Kind = Literal["models", "samplers", "attention_backends", "model_sources", "drafters", "commands"]
+Kind = Literal["models", "samplers", "attention_backends", "model_sources", "drafters", "grammars", "commands"]
 S = TypeVar("S", bound=Spec, covariant=True)
 
 KIND_WORDS: Mapping[str, str] = {
@@ -31,6 +32,7 @@ KIND_WORDS: Mapping[str, str] = {
     "attention_backends": "attention backend",
     "model_sources": "model source",
     "drafters": "drafter",
+    "grammars": "grammar backend",
     "commands": "command",
 }
 
@@ -88,8 +90,9 @@ class Registry:
     """Every part that plugins registered, by kind and name. Frozen; made by `plugins.discover`.
 
     Attributes:
-        models, samplers, attention_backends, model_sources, drafters, commands: in registration order: nanoengine's
-            own, then installed packages by name, then plugin files, then objects. Names in conflict are left out.
+        models, samplers, attention_backends, model_sources, drafters, grammars, commands: in registration order:
+            nanoengine's own, then installed packages by name, then plugin files, then objects. Names in conflict are
+            left out.
         config_roots: roots of config groups ("pkg://package.module") with their origins.
         plugins: those that were imported, each once. failures: what could not be registered.
         conflicts: names that several plugins registered.
@@ -105,6 +108,7 @@ class Registry:
     failures: tuple[Failure, ...] = ()
     conflicts: tuple[Conflict, ...] = ()
     plugin_files: tuple[PluginFile, ...] = ()
+    grammars: Mapping[str, Registered[GrammarSpec]] = field(default_factory=dict)
     commands: Mapping[str, Registered[CommandSpec]] = field(default_factory=dict)
     drafters: Mapping[str, Registered[DrafterSpec]] = field(default_factory=dict)
 

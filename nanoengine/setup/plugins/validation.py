@@ -16,6 +16,7 @@ from nanoengine.api.specs import (
     CommandSpec,
     DrafterParams,
     DrafterSpec,
+    GrammarSpec,
     ModelSourceSpec,
     ModelSpec,
     ProcessorParams,
@@ -33,6 +34,7 @@ SPEC_HOOKS: Mapping[str, tuple[Kind, type[Spec]]] = {
     "register_attention_backends": ("attention_backends", AttentionSpec),
     "register_model_sources": ("model_sources", ModelSourceSpec),
     "register_drafters": ("drafters", DrafterSpec),
+    "register_grammars": ("grammars", GrammarSpec),
     "register_commands": ("commands", CommandSpec),
 }
 HOOKS = (*SPEC_HOOKS, "register_configs")

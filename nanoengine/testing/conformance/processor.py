@@ -16,7 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanoengine.api import LogitsProcessor, ParamsError, ProcessorContext, ProcessorParams, SamplerSpec, hookimpl
+from nanoengine.api import (
+    Constraint,
+    Grammar,
+    LogitsProcessor,
+    ParamsError,
+    ProcessorContext,
+    ProcessorParams,
+    SamplerSpec,
+    UnsupportedError,
+    hookimpl,
+)
 from nanoengine.api.errors import described, is_failure
 from nanoengine.api.plugin_calls import FILE_MODULE
 from nanoengine.params.engine_plan import ProcessorPlan
@@ -36,9 +46,14 @@ class _Vocabulary:
     """A context for the checks of parameters, in which each character is a token."""
 
     max_model_len = _MAX_LEN
+    end_ids: frozenset[int] = frozenset()
+    reasoning = None
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
+
+    def grammar(self, constraint: Constraint) -> Grammar:
+        raise UnsupportedError("the kit", ["it has no grammar backend"])
 
     def encode(self, text: str) -> list[int]:
         return [ord(character) % self.vocab_size for character in text]

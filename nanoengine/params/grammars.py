@@ -1,0 +1,135 @@
+"""`Grammars`: the compiled constraints of an engine, each compiled once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from nanoengine.api.errors import GrammarError, PluginError, shown
+from nanoengine.api.grammars import Constraint, Grammar, GrammarBackend
+from nanoengine.api.plugin_calls import name_of, plugin_call
+from nanoengine.params.engine_options import StructuredOutputsOptions
+from nanoengine.params.preparation import THREAD
+
+_TIMES = 1024  # of the last compilations
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrammarStats:
+    """Counts since the engine started.
+
+    Attributes:
+        compiled: constraints that were compiled. refused: that the backend did not accept. cached: requests whose
+            constraint was there already.
+        compiled_in_steps: constraints that were compiled on no thread of `Preparations`, so that a step may have
+            waited: 0, unless a plugin does not prepare its grammar.
+        seconds: of the last 1,024 compilations, ascending.
+    """
+
+    compiled: int = 0
+    refused: int = 0
+    cached: int = 0
+    compiled_in_steps: int = 0
+    seconds: tuple[float, ...] = ()
+
+    def percentile(self, percent: float) -> float:
+        """Seconds that so many per cent of the last compilations took at most; 0 where there are none."""
+        last = len(self.seconds) - 1
+        return self.seconds[min(last, int(len(self.seconds) * percent / 100))] if self.seconds else 0.0
+
+
+class Grammars:
+    """Compiles constraints with a backend that is made when it is first needed. Thread-safe.
+
+    Refused constraints are kept too: who sends one again and again costs no time.
+    """
+
+    def __init__(self, make: Callable[[], GrammarBackend], options: StructuredOutputsOptions) -> None:
+        """`make`: may take seconds; raises what keeps grammars from being used at all."""
+        self._make, self._options = make, options
+        self._backend: GrammarBackend | None = None
+        self._known: OrderedDict[Constraint, Future[Grammar]] = OrderedDict()  # the least recently used one first
+        self._lock, self._making = threading.Lock(), threading.Lock()
+        self._seconds: deque[float] = deque(maxlen=_TIMES)
+        self._compiled = self._refused = self._cached = self._in_steps = 0
+
+    def check(self, constraint: Constraint) -> None:
+        """Raises `GrammarError` for a constraint that is too large."""
+        size = len(constraint.text.encode())
+        if size > self._options.max_bytes:
+            raise GrammarError(
+                f"the constraint has {size:,} bytes, and engine option structured_outputs.max_bytes is "
+                f"{self._options.max_bytes:,}: shorten it or raise max_bytes"
+            )
+
+    def get(self, constraint: Constraint) -> Grammar:
+        """The compiled constraint. One that another thread compiles is waited for.
+
+        Raises `GrammarError`, and what making the backend raises.
+        """
+        with self._lock:
+            found = self._known.get(constraint)
+            mine = found is None
+            if found is None:
+                found = self._known[constraint] = Future()
+                self._in_steps += threading.current_thread().name != THREAD
+                if len(self._known) > self._options.cache_size:
+                    self._known.popitem(last=False)
+            else:
+                self._known.move_to_end(constraint)
+                self._cached += 1
+        if mine:
+            self._compile(constraint, found)
+        error = found.exception()
+        if isinstance(error, GrammarError):  # a new one each time: each `raise` adds to an error's traceback
+            raise GrammarError(str(error)) from error.__cause__
+        return found.result()
+
+    def stats(self) -> GrammarStats:
+        with self._lock:
+            return GrammarStats(
+                compiled=self._compiled,
+                refused=self._refused,
+                cached=self._cached,
+                compiled_in_steps=self._in_steps,
+                seconds=tuple(sorted(self._seconds)),
+            )
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._backend is not None:
+            self._backend.close()
+
+    def _compile(self, constraint: Constraint, found: Future[Grammar]) -> None:
+        try:
+            self.check(constraint)
+            backend = self._loaded()
+            cls, start = type(backend), time.monotonic()
+            try:
+                with plugin_call(f"{name_of(cls)}.compile failed", cls, GrammarError):
+                    grammar: object = backend.compile(constraint)
+                if not isinstance(grammar, Grammar):
+                    raise PluginError(f"{name_of(cls)}.compile returned {shown(grammar)}, not a nanoengine.api.Grammar")
+            finally:
+                with self._lock:
+                    self._seconds.append(time.monotonic() - start)
+        except BaseException as error:  # noqa: BLE001 - `get` raises it, in this thread too
+            with self._lock:
+                self._refused += isinstance(error, GrammarError)
+                if not isinstance(error, GrammarError) and self._known.get(constraint) is found:
+                    del self._known[constraint]  # it may go well the next time
+            found.set_exception(error)
+        else:
+            with self._lock:
+                self._compiled += 1
+            found.set_result(grammar)
+
+    def _loaded(self) -> GrammarBackend:
+        with self._making:
+            if self._backend is None:
+                self._backend = self._make()
+            return self._backend

@@ -1,0 +1,141 @@
+"""Grammars by llguidance: JSON schemas, regular expressions, choices, Lark and EBNF grammars, structural tags.
+
+Its parser and lexer have limits of their own ("fuel"), so a constraint that is too complex is an error, not a hang.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from llguidance import LLMatcher, LLTokenizer, grammar_from
+
+from nanoengine.api import Constraint, Grammar, GrammarBackend, GrammarContext, GrammarError, Matcher
+from nanoengine.plugins.grammars.exact_schemas import exact
+from nanoengine.plugins.grammars.structural_tags import Tags, read_tags
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from llguidance._lib import JsonCompileOptions
+
+
+class LLGuidance(GrammarBackend):
+    def __init__(self, ctx: GrammarContext) -> None:
+        self._ends = sorted(ctx.end_ids) or None
+        try:
+            self._tokenizer = LLTokenizer(ctx.tokenizer_json, n_vocab=ctx.vocab_size, eos_token=self._ends)
+        except ValueError as error:
+            raise GrammarError(f"llguidance does not support this model's tokenizer: {error}") from error
+
+    def compile(self, constraint: Constraint) -> Grammar:
+        matcher = LLMatcher(self._tokenizer, self._source(constraint), log_level=0)
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # its lexer makes states when they are first needed: now, not in a step
+        if matcher.is_error():
+            raise GrammarError(_refusal(constraint, _first_part(matcher.get_error())))
+        return _Grammar(matcher)
+
+    def _source(self, constraint: Constraint) -> str:
+        try:
+            if constraint.kind == "json":
+                return LLMatcher.grammar_from_json_schema(_schema(constraint), overrides=_space(constraint))
+            if constraint.kind == "structural_tag":
+                return self._lark_of(read_tags(constraint.text, "llguidance"), constraint)
+            if constraint.kind == "regex":
+                return LLMatcher.grammar_from_regex(constraint.text)
+            return grammar_from(constraint.kind, constraint.text)
+        except (ValueError, RecursionError) as error:
+            raise GrammarError(_refusal(constraint, str(error))) from error
+
+    def _lark_of(self, tags: Tags, constraint: Constraint) -> str:
+        """Free text in which each trigger begins one of its tags."""
+        lines = ["%llguidance {}", "start: (" + " | ".join(f"tag_{i}" for i in range(len(tags.tags))) + ")* end_text"]
+        lines += ["end_text: TEXT", r"TEXT: /(.|\n)*/"]
+        for i, trigger in enumerate(tags.triggers):
+            special = self._special(trigger)
+            lines.append(f"trigger_{i}: TEXT {special}" if special else f"trigger_{i}[lazy]: TEXT {_quoted(trigger)}")
+        for i, tag in enumerate(tags.tags):
+            schema, options = exact(tag.schema), _space(constraint)
+            body = json.dumps({**schema, "x-guidance": options} if isinstance(schema, dict) else schema)
+            parts = [f"trigger_{tag.trigger}", _quoted(tag.rest), f"%json {body}", _quoted(tag.end)]
+            lines.append(f"tag_{i}: " + " ".join(part for part in parts if part))
+        return LLMatcher.grammar_from_lark("\n".join(lines) + "\n")
+
+    def _special(self, text: str) -> str:
+        """How Lark names the special token with this text; "" if it is no special token."""
+        ids = self._tokenizer.tokenize_str(text, parse_special=True)
+        return f"<[{ids[0]}]>" if len(ids) == 1 and self._tokenizer.is_special_token(ids[0]) else ""
+
+
+class _Grammar(Grammar):
+    def __init__(self, start: LLMatcher) -> None:
+        self._start, self._lock = start, threading.Lock()
+
+    def matcher(self) -> Matcher:
+        with self._lock:
+            return _Matcher(self._start.deep_copy())
+
+
+class _Matcher(Matcher):
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def consume(self, token_ids: Sequence[int]) -> int:
+        return int(self._matcher.try_consume_tokens(list(token_ids)))
+
+    def rollback(self, count: int) -> None:
+        if count:
+            self._matcher.rollback(count)
+            self._check()
+
+    def mask(self, out: npt.NDArray[np.int32]) -> None:
+        self._matcher.unsafe_compute_mask_ptr(out.ctypes.data, out.nbytes)
+        self._check()
+
+    @property
+    def is_accepting(self) -> bool:
+        return bool(self._matcher.is_accepting())
+
+    def forced(self, most: int, width: int) -> list[int]:
+        if not self._matcher.compute_ff_bytes():  # quicker than a mask, and without forced bytes no token is forced
+            return []
+        return super().forced(most, width)
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarError(f"llguidance: {_first_part(self._matcher.get_error())}")
+
+
+def _schema(constraint: Constraint) -> str:
+    schema = json.loads(constraint.text)
+    if schema is False:
+        raise ValueError("the schema false allows nothing")
+    return json.dumps(exact({} if schema is True else schema))
+
+
+def _space(constraint: Constraint) -> JsonCompileOptions:
+    """Options that a schema cannot change. It could ask in "x-guidance" to be read leniently, which is weaker."""
+    options: JsonCompileOptions = {"lenient": False, "coerce_one_of": False}
+    options["whitespace_flexible"] = constraint.any_whitespace
+    if constraint.whitespace_pattern is not None:
+        options["whitespace_pattern"] = constraint.whitespace_pattern
+    return options
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False) if text else ""
+
+
+def _first_part(message: str) -> str:
+    """llguidance's message without the dump of its state and of the grammar."""
+    text = message.partition("\n<state>")[0].strip()
+    advice = "Enable 'coerce_one_of' option to approximate oneOf with anyOf"
+    return text.replace(advice, "Use anyOf, or alternatives that exclude each other: by type, or by a const or enum")
+
+
+def _refusal(constraint: Constraint, why: str) -> str:
+    what = "the JSON schema" if constraint.kind == "json" else f"the {constraint.kind.replace('_', ' ')}"
+    return f"llguidance does not accept {what}: {why}"

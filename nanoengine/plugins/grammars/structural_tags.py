@@ -1,0 +1,99 @@
+"""Reads structural tags: free text in which some texts ("triggers") begin a tag whose content follows a JSON schema."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from nanoengine.api import GrammarError
+
+_OLD = frozenset(("type", "structures", "triggers"))
+_NEW = frozenset(("type", "triggers", "tags", "at_least_one", "stop_after_first"))
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """trigger: its number. rest: what of the tag's begin comes after the trigger. schema: of the content."""
+
+    trigger: int
+    rest: str
+    schema: Any
+    end: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tags:
+    triggers: tuple[str, ...]
+    tags: tuple[Tag, ...]
+
+
+def read_tags(text: str, backend: str) -> Tags:
+    """The triggers and tags of a structural tag, in the form with `structures` or with `format: triggered_tags`.
+
+    Raises `GrammarError` that names what is missing, unknown, or not supported by `backend`.
+    """
+    given = json.loads(text)
+    if given.get("type", "structural_tag") != "structural_tag":
+        raise GrammarError(f"structural_tag: type must be 'structural_tag', not {given['type']!r}")
+    if "format" in given:
+        found = given["format"]
+        kind = found.get("type") if isinstance(found, dict) else found
+        if kind != "triggered_tags":
+            raise GrammarError(f"structural_tag: {backend} supports the format triggered_tags, not {kind!r}")
+        _only("format", found, _NEW)
+        for name in ("at_least_one", "stop_after_first"):
+            if found.get(name):
+                raise GrammarError(f"structural_tag: {backend} does not support format.{name}")
+        tags = [_new(i, tag, backend) for i, tag in enumerate(_list("format.tags", found.get("tags")))]
+    else:
+        found = given
+        _only("structural_tag", given, _OLD)
+        structures = _list("structures", given.get("structures"))
+        tags = [_old(i, tag) for i, tag in enumerate(structures)]
+    triggers = tuple(_text(f"triggers[{i}]", each) for i, each in enumerate(_list("triggers", found.get("triggers"))))
+    return Tags(triggers, tuple(_tag(triggers, *each) for each in tags))
+
+
+def _tag(triggers: tuple[str, ...], begin: str, schema: Any, end: str) -> Tag:
+    for number, trigger in enumerate(triggers):
+        if begin.startswith(trigger):
+            return Tag(number, begin.removeprefix(trigger), schema, end)
+    raise GrammarError(f"structural_tag: the tag that begins with {begin!r} begins with no trigger: {list(triggers)}")
+
+
+def _old(i: int, tag: Any) -> tuple[str, Any, str]:
+    where = f"structures[{i}]"
+    _only(where, tag, frozenset(("begin", "schema", "end")))
+    return _text(f"{where}.begin", tag.get("begin")), tag.get("schema", {}), str(tag.get("end", ""))
+
+
+def _new(i: int, tag: Any, backend: str) -> tuple[str, Any, str]:
+    where = f"format.tags[{i}]"
+    _only(where, tag, frozenset(("type", "begin", "content", "end")))
+    content = tag.get("content")
+    kind = content.get("type") if isinstance(content, dict) else content
+    if not isinstance(content, dict) or kind != "json_schema":
+        raise GrammarError(f"structural_tag: {backend} supports a {where}.content of type json_schema, not {kind!r}")
+    _only(f"{where}.content", content, frozenset(("type", "json_schema")))
+    return _text(f"{where}.begin", tag.get("begin")), content.get("json_schema", {}), str(tag.get("end", ""))
+
+
+def _only(where: str, value: Any, known: frozenset[str]) -> None:
+    if not isinstance(value, dict):
+        raise GrammarError(f"structural_tag: {where} must be a JSON object, not {value!r:.80}")
+    unknown = sorted(value.keys() - known)
+    if unknown:
+        raise GrammarError(f"structural_tag: {where} has unknown keys {unknown}; valid: {sorted(known)}")
+
+
+def _list(where: str, value: Any) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise GrammarError(f"structural_tag: {where} must be a list that is not empty, not {value!r:.80}")
+    return value
+
+
+def _text(where: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise GrammarError(f"structural_tag: {where} must be a text that is not empty, not {value!r:.80}")
+    return value

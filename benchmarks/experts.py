@@ -179,11 +179,11 @@ class Trial:
 def trials(sizes: Sizes, rows: int) -> Iterator[Trial]:
     base = (gate_up_tile(sizes.hidden, DTYPE.itemsize), down_tile(sizes.inner, sizes.top_k, DTYPE.itemsize))
     if rows <= 8:
-        for block_n, warps in product((1, 2, 4, 8), (2, 4, 8)):
+        for block_n, warps in product((1, 2, 4, 8), (1, 2, 4, 8)):
             held = 2 * base[0].block_k * block_n * DTYPE.itemsize / (32 * warps)
             if 64 <= held <= 512:
                 yield Trial(rows, "few gate_up", (FewTile(block_n, base[0].block_k, warps), base[1]))
-        for block_n, block_k, warps in product((1, 2, 4, 8), (256, 512, 1024, 2048), (2, 4, 8)):
+        for block_n, block_k, warps in product((1, 2, 4, 8), (256, 512, 1024, 2048), (1, 2, 4, 8)):
             padded = -(-sizes.inner // block_k) * block_k
             held = padded * sizes.top_k * block_n * DTYPE.itemsize / (32 * warps)
             if 64 <= held <= 640 and padded <= 1.4 * sizes.inner:

@@ -104,20 +104,22 @@ class FewTile:
 
 
 def gate_up_tile(k: int, itemsize: int) -> FewTile:
-    """128 bytes of weight a thread, as `matvec_triton.gemv_tile` has it; 4 warps, 8 for long rows."""
+    """256 bytes of weight a thread, and one warp where that is a row of gate and one of up: no warp waits for another,
+    and the smallest programs leave the shortest rest at the end."""
     block_k = triton.next_power_of_2(k)
     row = 2 * block_k * itemsize
-    warps = 4 if row <= 16384 else 8
-    return FewTile(max(1, min(16, 32 * warps * 128 // row)), block_k, warps)
+    warps = min(8, max(1, row // 8192))
+    return FewTile(max(1, min(16, 8192 * warps // row)), block_k, warps)
 
 
 def down_tile(k: int, top_k: int, itemsize: int) -> FewTile:
-    """The largest pieces of a row that waste no more than a tenth of the lanes; up to 384 bytes of weight a thread."""
+    """The largest pieces of a row that waste no more than a tenth of the lanes; up to 384 bytes of weight a thread, by
+    one warp if that is enough."""
     fitting = (size for size in (2048, 1024, 512, 256) if 10 * triton.cdiv(k, size) * size <= 11 * k)
     block_k = next(fitting, min(2048, triton.next_power_of_2(k)))
-    block_n = max(1, 2048 // (block_k * itemsize))  # one load of 16 bytes a thread of 4 warps
+    block_n = max(1, 512 // (block_k * itemsize))  # one load of 16 bytes a thread of one warp
     held = triton.cdiv(k, block_k) * block_k * top_k * block_n * itemsize
-    return FewTile(block_n, block_k, warps=4 if held <= 32 * 4 * 384 else 8)
+    return FewTile(block_n, block_k, min(8, triton.next_power_of_2(triton.cdiv(held, 32 * 384))))
 
 
 def few(

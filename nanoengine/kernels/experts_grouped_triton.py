@@ -43,21 +43,21 @@ def _sort_kernel(
     wait_for_inputs(PDL)
     e = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
-    before, count = 0, 0
+    lower, mine = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
     for start in range(0, pairs, BLOCK):
         local = _local(ids_ptr, start + lane, pairs, first, E)
-        before += tl.sum((local < e).to(tl.int32), axis=0)
-        count += tl.sum((local == e).to(tl.int32), axis=0)
+        lower += (local < e).to(tl.int32)
+        mine += (local == e).to(tl.int32)
+    before, count = tl.sum(lower, axis=0), tl.sum(mine, axis=0)
     slot = before // BLOCK_T + e
     end = tl.where(e == E - 1, slots, (before + count) // BLOCK_T + e + 1)
     used = (count + BLOCK_T - 1) // BLOCK_T
     place = slot * BLOCK_T
     for start in range(0, pairs, BLOCK):
         at = start + lane
-        mine = _local(ids_ptr, at, pairs, first, E) == e
-        rank = tl.cumsum(mine.to(tl.int32), axis=0)
-        tl.store(pair_ptr + place + rank - 1, at, mask=mine)
-        place += tl.sum(mine.to(tl.int32), axis=0)
+        found = (_local(ids_ptr, at, pairs, first, E) == e).to(tl.int32)
+        tl.store(pair_ptr + place + tl.cumsum(found, axis=0) - 1, at, mask=found > 0)
+        place += tl.sum(found, axis=0)
     filler = tl.arange(0, BLOCK_T)
     tl.store(pair_ptr + place + filler, -1 + filler * 0, mask=filler < (slot + used) * BLOCK_T - place)
     for start in range(slot, end, BLOCK):
@@ -82,7 +82,7 @@ def _grouped_kernel(
     if e < 0:
         return
     pair = tl.load(pair_ptr + slot * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    t_mask = (pair >= 0)[None, :]
+    t_mask = (pair >= 0)[None, :]  # a filler that read row 0 would make it what every program waits for
     token = tl.where(pair >= 0, pair, 0) // SHARE
     row, source = pick_rows(tl.program_id(0), N, BLOCK_N, GATED)
     k = tl.arange(0, BLOCK_K)
@@ -148,16 +148,20 @@ class GroupedTiles:
     float_parts: bool = True
 
 
-# Not measured yet: from the shared memory that a tile takes, so that two programs fit a multiprocessor up to 32 pairs.
-# Three kinds, which the steps that an engine starts with compile: decode steps, and the largest prefill.
+# Three kinds, which the steps that an engine starts with compile: decode steps, and the largest prefill. Chosen on an
+# H200 by `benchmarks/experts.py --tune` at 4 to 8,192 tokens of Qwen3-30B-A3B. While the bytes are the time, tiles
+# of 64 to 128 rows differ by 1%; large prefill is bound by what tiles read from L2.
 def grouped_tiles(pairs: int, experts: int, itemsize: int) -> GroupedTiles:
     """By the pairs that an expert has on average: few, and the experts' bytes are the time; many, and the products."""
     each = pairs / experts
     if each <= 32:
         tile = GroupedTile(64, 128, warps=4, stages=4) if itemsize == 2 else GroupedTile(64, 64, warps=4, stages=3)
         return GroupedTiles(16 if each <= 8 else 32, tile, tile)
-    tile = GroupedTile(128, 64, warps=8, stages=4) if itemsize == 2 else GroupedTile(64, 32, warps=8, stages=3)
-    return GroupedTiles(128, tile, tile, float_parts=False)
+    if itemsize == 2:
+        gate_up, down = GroupedTile(128, 64, warps=8, stages=5), GroupedTile(128, 64, warps=8, stages=3)
+    else:
+        gate_up = down = GroupedTile(64, 32, warps=8, stages=3)
+    return GroupedTiles(128, gate_up, down, float_parts=False)
 
 
 def grouped(
@@ -200,10 +204,10 @@ def by_expert(ids: Tensor, experts: int, first: int, block_t: int) -> tuple[Tens
     slots = pairs // block_t + experts
     pair = torch.empty(slots * block_t, dtype=torch.int32, device=ids.device)
     owner = torch.empty(slots, dtype=torch.int32, device=ids.device)
-    block = 512 if pairs <= 512 else 4096
+    block, warps = (512, 4) if pairs <= 512 else (4096, 16) if pairs <= 4096 else (8192, 32)
     _sort_kernel[(experts,)](
         ids, pair, owner, pairs, slots, first,
-        E=experts, BLOCK=block, BLOCK_T=block_t, num_warps=4 if block <= 2048 else 8, **pdl_options(ids),
+        E=experts, BLOCK=block, BLOCK_T=block_t, num_warps=warps, **pdl_options(ids),
     )  # fmt: skip
     return pair, owner
 

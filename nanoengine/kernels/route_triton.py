@@ -20,10 +20,22 @@ _TINY = tl.constexpr(1e-20)
 
 
 @triton.jit
-def _take_best(values, lanes):
-    """(value, lane) of the highest of a vector, of equal ones the first; and the vector without it."""
-    best, lane = tl.max(values, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    return best, lane, tl.where(lanes == lane, float("-inf"), values)
+def _in_order(values):
+    """int32 that are in the order of float32 without NaN. A warp finds the highest of integers in one instruction."""
+    bits = tl.where(values == 0.0, 0.0, values).to(tl.int32, bitcast=True)  # -0.0 is as high as 0.0
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def _ranks(keys, lanes, COUNT: tl.constexpr):
+    """The place of each of the `COUNT` highest of a vector, of equal ones the first in front; COUNT for the others."""
+    ranks = tl.zeros_like(keys) + COUNT
+    for place in tl.static_range(COUNT):
+        best = tl.max(keys, axis=0)
+        taken = lanes == tl.min(tl.where(keys == best, lanes, 0x7FFFFFFF), axis=0)
+        ranks = tl.where(taken, place, ranks)
+        keys = tl.where(taken, -0x80000000, keys)  # below the key of -inf
+    return ranks
 
 
 @triton.jit
@@ -38,10 +50,7 @@ def _eligible(choice, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.c
         total += best
         rest = tl.where(inside == at[:, None], float("-inf"), rest)
     total = tl.where(group < GROUPS, tl.maximum(total, _LOWEST), float("-inf"))
-    kept = group < 0
-    for _ in tl.static_range(TOP):
-        _, at, total = _take_best(total, group)
-        kept = kept | (group == at)
+    kept = _ranks(_in_order(total), group, TOP) < TOP
     return tl.where(kept[:, None], choice, float("-inf"))
 
 
@@ -49,7 +58,7 @@ def _eligible(choice, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.c
 def _route_kernel(
     logits_ptr, correction_ptr, places_ptr, ids_ptr, weights_ptr, first_place, scale,
     E: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, TOP_GROUPS: tl.constexpr,
-    GROUP_BEST: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, SCORING: tl.constexpr,
+    GROUP_BEST: tl.constexpr, TOP_K: tl.constexpr, SCORING: tl.constexpr,
     RENORMALISE: tl.constexpr, HAS_CORRECTION: tl.constexpr, HAS_PLACES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
@@ -74,25 +83,23 @@ def _route_kernel(
     choice = tl.where(mask, choice, float("-inf"))
     if GROUPS > 1:
         choice = _eligible(choice, GROUPS, BLOCK_G, BLOCK_S, TOP_GROUPS, GROUP_BEST)
-    lanes, place = tl.arange(0, BLOCK_G * BLOCK_S), tl.arange(0, BLOCK_K)
-    choice, scores = tl.reshape(choice, (BLOCK_G * BLOCK_S,)), tl.reshape(scores, (BLOCK_G * BLOCK_S,))
-    ids, weights = tl.zeros((BLOCK_K,), tl.int32), tl.zeros((BLOCK_K,), tl.float32)
-    for j in tl.static_range(TOP_K):
-        _, lane, choice = _take_best(choice, lanes)
-        ids = tl.where(place == j, lane // BLOCK_S * size + lane % BLOCK_S, ids)
-        weights = tl.where(place == j, tl.sum(tl.where(lanes == lane, scores, 0.0), axis=0), weights)
+    lanes: tl.constexpr = BLOCK_G * BLOCK_S
+    choice, scores = tl.reshape(choice, (lanes,)), tl.reshape(scores, (lanes,))
+    place = _ranks(_in_order(choice), tl.arange(0, lanes), TOP_K)
+    chosen = place < TOP_K
+    weights = tl.where(chosen, scores, 0.0)
     if SCORING == "softmax_of_top":
-        weights = tl.where(place < TOP_K, weights, float("-inf"))
-        weights = tl.exp(weights - tl.max(weights, axis=0))
+        weights = tl.where(chosen, tl.exp(scores - tl.max(tl.where(chosen, scores, float("-inf")), axis=0)), 0.0)
         weights = weights / tl.sum(weights, axis=0)
     if RENORMALISE:
         weights = weights / (tl.sum(weights, axis=0) + _TINY)
     weights *= scale
+    ids = tl.reshape(expert, (lanes,))
     if HAS_PLACES:
         real = tl.load(places_ptr + t) >= first_place
         ids, weights = tl.where(real, ids, E), tl.where(real, weights, 0.0)
-    tl.store(ids_ptr + t * TOP_K + place, ids, mask=place < TOP_K)
-    tl.store(weights_ptr + t * TOP_K + place, weights, mask=place < TOP_K)
+    tl.store(ids_ptr + t * TOP_K + place, ids, mask=chosen)
+    tl.store(weights_ptr + t * TOP_K + place, weights, mask=chosen)
 
 
 def route(
@@ -111,9 +118,9 @@ def route(
         logits, logits if correction is None else correction, logits if real is None else real.places, ids, weights,
         0 if real is None else real.first, routing.scale,
         E=count, GROUPS=routing.groups, BLOCK_G=groups, BLOCK_S=size, TOP_GROUPS=routing.top_groups,
-        GROUP_BEST=routing.group_best, TOP_K=routing.top_k, BLOCK_K=triton.next_power_of_2(routing.top_k),
-        SCORING=routing.scoring, RENORMALISE=routing.renormalise, HAS_CORRECTION=correction is not None,
-        HAS_PLACES=real is not None, num_warps=1 if groups * size <= 256 else 4, **pdl_options(logits),
+        GROUP_BEST=routing.group_best, TOP_K=routing.top_k, SCORING=routing.scoring,
+        RENORMALISE=routing.renormalise, HAS_CORRECTION=correction is not None, HAS_PLACES=real is not None,
+        num_warps=1 if groups * size <= 256 else 4, **pdl_options(logits),
     )  # fmt: skip
     return ids, weights
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import torch
 
 from nanoengine import LLM, SamplingParams
 from nanoengine.api.errors import ConfigError, DeviceMemoryError
+from nanoengine.api.layers import WeightLayer
 from nanoengine.core.execution.graphs import CaptureSizes
 from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.execution.step_inputs import StepBuffers, StepSize
 from nanoengine.core.step import num_slots
 from nanoengine.kernels import sampling
-from nanoengine.setup.start import capture, memory, starter
+from nanoengine.setup.start import build_model, capture, memory, starter
 from nanoengine.setup.start.largest_steps import largest_steps
 from nanoengine.setup.start.memory import GpuShare
 from nanoengine.setup.start.shortage import StepTooLarge
@@ -286,6 +288,32 @@ def test_a_model_that_runs_out_while_it_is_built(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Llama, "__init__", init)
     with pytest.raises(DeviceMemoryError, match=r"the model's weights take \d.*CUDA out of memory"):
         LLM(tiny_llama(tmp_path / "llama"))
+
+
+@pytest.mark.parametrize("mutant", [False, True])
+def test_weights_of_layers_before_the_one_without_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: bool
+) -> None:
+    """The kept error's traceback has a generator expression of the model, which refers to it."""
+    made: list[weakref.ref[WeightLayer]] = []
+    add = WeightLayer.add_weight
+
+    def add_some(self: WeightLayer, *args: Any, **more: Any) -> None:
+        add(self, *args, **more)
+        if self._device.type != "meta":
+            made.append(weakref.ref(self))
+            if len(made) == 9:
+                raise OutOfMemory("CUDA out of memory")
+
+    monkeypatch.setattr(WeightLayer, "add_weight", add_some)
+    if mutant:
+        monkeypatch.setattr(build_model, "weights_freed_on_error", lambda modules: nullcontext())
+    with pytest.raises(DeviceMemoryError, match="CUDA out of memory") as caught:
+        LLM(tiny_llama(tmp_path / "llama"))
+    gc.collect()
+    left = sum(p.numel() for each in made if (layer := each()) is not None for p in layer.parameters())
+    assert (left > 0) == mutant
+    assert caught.value.__cause__ is not None
 
 
 def test_close_gives_everything_back(tmp_path: Path) -> None:

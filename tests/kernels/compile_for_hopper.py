@@ -58,7 +58,7 @@ def route() -> dict[str, Any]:
     given = kinds(fp32="logits correction weights", i64="places", i32="ids")
     constants = {
         "E": EXPERTS, "GROUPS": 1, "BLOCK_G": 1, "BLOCK_S": EXPERTS, "TOP_GROUPS": 1, "GROUP_BEST": 1, "TOP_K": TOP_K,
-        "BLOCK_K": TOP_K, "SCORING": "softmax", "RENORMALISE": True, "HAS_CORRECTION": False, "HAS_PLACES": True,
+        "SCORING": "softmax", "RENORMALISE": True, "HAS_CORRECTION": False, "HAS_PLACES": True,
         "PDL": True,
     }  # fmt: skip
     return compiled(route_triton._route_kernel, {**given, "first_place": "stride", "scale": "fp32"}, constants, warps=1)
@@ -93,9 +93,10 @@ def few_down() -> dict[str, Any]:
     return compiled(few._down_kernel, {**given, "add_stride": "stride", "first": "stride"}, constants, tile.warps)
 
 
-def sort() -> dict[str, Any]:
+def sort(block: int, warps: int) -> dict[str, Any]:
     given = {**kinds(i32="ids pair owner"), "pairs": "i32", "slots": "i32", "first": "i32"}
-    return compiled(grouped._sort_kernel, given, {"E": EXPERTS, "BLOCK": 512, "BLOCK_T": 16, "PDL": True})
+    constants = {"E": EXPERTS, "BLOCK": block, "BLOCK_T": 16, "PDL": True}
+    return compiled(grouped._sort_kernel, given, constants, warps)
 
 
 def product(rows: int, *, gated: bool) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def product(rows: int, *, gated: bool) -> dict[str, Any]:
 
 def main() -> None:
     found = {"route": route(), "norm_router": norm_router(), "few gate_up": few_gate_up(), "few down": few_down(),
-             "sort": sort()}  # fmt: skip
+             "sort": sort(512, 4), "sort of a large prefill": sort(8192, 32)}  # fmt: skip
     for rows in (64, 2048):
         found[f"grouped gate_up x{rows}"] = product(rows, gated=True)
         found[f"grouped down x{rows}"] = product(rows, gated=False)

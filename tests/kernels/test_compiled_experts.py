@@ -28,15 +28,18 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
 
 def test_nothing_is_spilled(kernels: dict[str, dict[str, Any]]) -> None:
-    assert len(kernels) == 9
+    """But six words of a kernel that holds 96 registers of weight a thread: measured, it is the fastest."""
+    assert len(kernels) == 10
     for name, kernel in kernels.items():
-        assert kernel["STACK"] == kernel["LOCAL"] == 0, name
+        assert kernel["STACK"] <= (24 if name == "few down" else 0), name
+        assert kernel["LOCAL"] == 0, name
         assert kernel["REG"] <= 168, name
 
 
 def test_programs_of_a_few_tokens_ask_for_their_weights_at_once(kernels: dict[str, dict[str, Any]]) -> None:
-    """128 threads, 16 bytes each: 2 rows of gate and of up, 8 KiB in all; of down 4 rows of 8 experts, 48 KiB."""
-    for name, loads in (("few gate_up", 8), ("few down", 24), ("norm_router", 8)):
+    """16 bytes a thread of one warp: a row of gate and one of up, 4 KiB each; of down a row of 8 experts, 12 KiB; of
+    the router 4 rows by four warps."""
+    for name, loads in (("few gate_up", 16), ("few down", 24), ("norm_router", 8)):
         assert kernels[name]["instructions"]["LDG.E.128"] >= loads, name
 
 

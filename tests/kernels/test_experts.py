@@ -181,7 +181,7 @@ def test_few_tokens_read_their_experts_one_by_one(device, monkeypatch) -> None:
         monkeypatch.setattr(
             experts_triton, name, lambda *a, _k=kernel, _n=name, **kw: (ran.append(_n), _k(*a, **kw))[1]
         )
-    for rows in (1, 4, 5):
+    for rows in (1, 2, 3):
         case = integers("spread", rows, SIZES[0], device, torch.float32)
         assert torch.equal(case.run(experts_triton.experts), case.run(reference.experts))
     assert ran == ["few", "few", "grouped"]
@@ -203,7 +203,7 @@ def test_rows_may_be_strided_or_absent_and_the_result_has_a_place(device) -> Non
     assert empty.run(experts_triton.experts).shape == (0, hidden)
 
 
-@pytest.mark.parametrize("pairs", [1, 300, 5000])  # the last in two blocks
+@pytest.mark.parametrize("pairs", [1, 300, 5000, 20000])  # the last two in two blocks
 @pytest.mark.parametrize("block_t", [16, 64])
 @pytest.mark.parametrize("kind", ["any", "one", "none"])
 def test_pairs_in_order_by_expert(device, pairs, block_t, kind) -> None:

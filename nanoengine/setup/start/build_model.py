@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -199,7 +200,10 @@ def build_model(
             tp, dtype, torch.device(device), ops,
             max_model_len=longest, weights=weights, choose=choose, expert_parallel=expert_parallel,
         )  # fmt: skip
-        with plugin_call(f"{name}.__init__ failed", model_cls, ModelError):
+        with (
+            weights_freed_on_error(builder.layers.values()),
+            plugin_call(f"{name}.__init__ failed", model_cls, ModelError),
+        ):
             model = model_cls(config, builder).eval()
         name_layers(model, builder.layers)
     except ModelError as error:  # of a layer that cannot be made as the model requires
@@ -236,6 +240,21 @@ def name_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
             raise ModelError(
                 f"the layer {name!r} is {found[0]!r} in the model: give the context that name, by which it is loaded"
             )
+
+
+@contextmanager
+def weights_freed_on_error(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """If its body fails, it frees the memory of the parameters of `modules`.
+
+    An error that is kept also keeps what the closures in its traceback refer to: a generator expression in a model's
+    `__init__` refers to the model or to its context.
+    """
+    try:
+        yield
+    except BaseException:
+        for parameter in (each for module in modules for each in module.parameters()):
+            parameter.data = parameter.data.new_empty(0)
+        raise
 
 
 def parameter_bytes(model: nn.Module) -> int:

@@ -32,7 +32,14 @@ from nanoengine.params.engine_plan import EnginePlan
 from nanoengine.setup.plugins.choose import load_checked
 from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.start.backend_checks import dry_run, kv_block_bytes
-from nanoengine.setup.start.build_model import BuiltModel, build_model, kv_groups, parameter_bytes, weight_bytes
+from nanoengine.setup.start.build_model import (
+    BuiltModel,
+    build_model,
+    kv_groups,
+    parameter_bytes,
+    weight_bytes,
+    weights_freed_on_error,
+)
 from nanoengine.setup.start.capture import capture_graphs
 from nanoengine.setup.start.clock import Dequantised, StartClock
 from nanoengine.setup.start.graph_sizes import capture_sizes, reserve_bytes
@@ -110,7 +117,7 @@ class _Start:
     def _make_model(self, model_class: type[Model], place: dict[str, Any]) -> BuiltModel:
         built = build_model(model_class, self.plan.hf_config, **place)
         what, passing = f"{name_of(model_class)}: loading its weights failed", (NanoEngineError, OSError)
-        with plugin_call(what, model_class, ModelError, passing=passing):
+        with weights_freed_on_error([built.model]), plugin_call(what, model_class, ModelError, passing=passing):
             if self.plan.options.load_format == "dummy":
                 dummy_weights(built.model, self.plan.options.seed, self.tp)
             else:

@@ -3,46 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 
 import pytest
 from parity import families, tiny
 from parity import test_tiny_models as on_cpu
 from parity.compare import compare
 
-from .support import ON_GPU, assert_graphs, need
-from .test_float32 import CHURN, Pair, _true_float32  # noqa: F401 - a fixture for all tests here
+from .float32 import RICHEST, Pair, greedy, pairs, true_float32  # noqa: F401 - a fixture for all tests here
+from .support import ON_GPU, need
 
 pytestmark = pytest.mark.gpu
 FAMILIES = ["qwen3-moe, one layer dense", "qwen2-moe", "mixtral"]
-WAYS = {"preempted, chunked, cached": on_cpu.WAYS["preempted, chunked, cached"], "churn": CHURN}
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
-    @cache
-    def make(family: str) -> Pair:
-        folder: Path = families.write(tmp_path_factory.mktemp("family"), family)
-        return folder, tiny.reference(folder)
-
-    return make
+    return pairs(lambda family, folder: families.write(folder, family), tmp_path_factory)
 
 
 @pytest.mark.parametrize("mode", ["torch", "triton eager", "triton"])
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", RICHEST)
 def test_greedy(pair: Callable[[str], Pair], way: str, family: str, mode: str) -> None:
-    folder, model = pair(family)
-    options, asked, happened = WAYS[way]
-    lens = [on_cpu.COUNT - i % 7 if way == "churn" else on_cpu.COUNT for i in range(len(asked))]
-    params = [on_cpu.GREEDY.replace(max_tokens=n) for n in lens]
-    outputs, stats = on_cpu.run(folder, {**ON_GPU, **need(mode), **options, "dtype": "float32"}, asked, params)
-    report = compare(model, outputs, params)
-    assert happened(stats), stats
-    assert report.positions == sum(lens)
-    assert report.decided >= 0.97 * report.positions
-    assert_graphs(stats, mode)
+    greedy(pair(family), way, mode)
 
 
 def test_padding_of_nan_reaches_no_request(pair: Callable[[str], Pair]) -> None:

@@ -6,48 +6,29 @@ The float32 class, in the two ways of running that have the most in them; `test_
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 
 import pytest
 from parity import test_tiny_models as on_cpu
 from parity import tiny
 from parity.compare import Mismatch, compare
 
-from .support import ON_GPU, assert_graphs, need
-from .test_float32 import CHURN, Pair, _true_float32  # noqa: F401 - a fixture for all tests here
+from .float32 import RICHEST, Pair, greedy, pairs, true_float32  # noqa: F401 - a fixture for all tests here
+from .support import ON_GPU, need
 
 pytestmark = pytest.mark.gpu
 KINDS = ["qwen2", "qwen2 tied, a window in the last layer", "mistral", "gemma2", "gemma3"]
-WAYS = {"preempted, chunked, cached": on_cpu.WAYS["preempted, chunked, cached"], "churn": CHURN}
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
-    @cache
-    def make(kind: str) -> Pair:
-        folder: Path = tiny.write(kind, tmp_path_factory.mktemp("tiny"))
-        return folder, tiny.reference(folder)
-
-    return make
+    return pairs(tiny.write, tmp_path_factory)
 
 
 @pytest.mark.parametrize("mode", ["torch", "triton eager", "triton"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", RICHEST)
 def test_greedy(pair: Callable[[str], Pair], way: str, kind: str, mode: str) -> None:
-    folder, model = pair(kind)
-    options, asked, happened = WAYS[way]
-    lens = [on_cpu.COUNT - i % 7 if way == "churn" else on_cpu.COUNT for i in range(len(asked))]
-    params = [on_cpu.GREEDY.replace(max_tokens=n) for n in lens]
-    outputs, stats = on_cpu.run(folder, {**ON_GPU, **need(mode), **options, "dtype": "float32"}, asked, params)
-    report = compare(model, outputs, params)
-    assert happened(stats), stats
-    assert stats.free_blocks == stats.num_blocks
-    assert report.positions == sum(lens)
-    assert report.decided >= 0.97 * report.positions
-    assert_graphs(stats, mode)
-    assert (stats.mixed_graph_steps > 0) >= (mode == "triton" and way == "churn"), stats
+    greedy(pair(kind), way, mode)
 
 
 MUTANTS = ["local window one long", "norm weights without their one", "gate is SiLU", "logits not capped"]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,63 +11,27 @@ import torch
 from parity import test_tiny_models as on_cpu
 from parity import tiny
 from parity.compare import Mismatch, compare
-from transformers import PreTrainedModel
 
 from nanoengine import SamplingParams
 
+from .float32 import WAYS, Pair, greedy, pairs, true_float32  # noqa: F401 - a fixture for all tests here
 from .support import ON_GPU, assert_graphs, need
 
 pytestmark = pytest.mark.gpu
-Pair = tuple[Path, PreTrainedModel]
 KINDS = ["llama3 tied", "qwen3"]
-CHURN: tuple[dict[str, Any], list[list[int]], on_cpu.Happened] = (
-    {"max_num_batched_tokens": 256, "max_num_seqs": 8},
-    tiny.prompts(40, shortest=5, longest=40),
-    lambda s: s.mixed_steps > 10,
-)
-WAYS = {**on_cpu.WAYS, "churn": CHURN}
 GREEDY = on_cpu.GREEDY
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
-    """kind -> folder of the checkpoint, and transformers' model of it on the CPU, made once."""
-
-    @cache
-    def make(kind: str) -> Pair:
-        folder = tiny.write(kind, tmp_path_factory.mktemp("tiny"))
-        return folder, tiny.reference(folder)
-
-    return make
-
-
-@pytest.fixture(autouse=True)
-def _true_float32() -> Iterator[None]:
-    """PyTorch's default, said aloud."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
+    return pairs(tiny.write, tmp_path_factory)
 
 
 @pytest.mark.parametrize("mode", ["torch", "triton eager", "triton"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
 def test_greedy(pair: Callable[[str], Pair], way: str, kind: str, mode: str) -> None:
-    folder, model = pair(kind)
-    options, asked, happened = WAYS[way]
-    overlap = {"overlap": kind == "qwen3"} | options
-    lens = [on_cpu.COUNT - i % 7 if way == "churn" else on_cpu.COUNT for i in range(len(asked))]
-    params = [GREEDY.replace(max_tokens=n) for n in lens]
-    outputs, stats = on_cpu.run(folder, {**ON_GPU, **need(mode), **overlap, "dtype": "float32"}, asked, params)
-    report = compare(model, outputs, params)
-    assert happened(stats), stats
-    assert stats.free_blocks == stats.num_blocks
-    assert report.positions == sum(lens)
-    assert report.decided >= 0.97 * report.positions
-    assert_graphs(stats, mode)
-    assert (stats.mixed_graph_steps > 0) >= (mode == "triton" and way == "churn"), stats
-    on_cpu.assert_outputs_vary(outputs)
+    on_cpu.assert_outputs_vary(greedy(pair(kind), way, mode, overlap=kind == "qwen3"))
 
 
 @pytest.mark.parametrize("mode", ["torch", "triton"])
@@ -147,7 +109,7 @@ def _one_key_short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _tf32(_: pytest.MonkeyPatch) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = True  # `_true_float32` restores it: monkeypatch would delete the attribute
+    torch.backends.cuda.matmul.allow_tf32 = True  # `true_float32` restores it: monkeypatch would delete the attribute
 
 
 @pytest.mark.parametrize("mutant", [_one_key_short, _tf32])

@@ -109,6 +109,8 @@ class AttentionCapabilities:
         graphs: which batches may be captured in a CUDA graph.
         features: what it supports in addition to plain causal attention: `AttentionFeature`s, and `"package.feature"`
             of plugins.
+        decode_queries: the most tokens that a decode row may have: one and its drafts. Rows of more are prefill rows to
+            the backend.
     """
 
     devices: frozenset[str]
@@ -117,6 +119,7 @@ class AttentionCapabilities:
     block_multiple: int = 1
     graphs: GraphSupport = GraphSupport.NEVER
     features: frozenset[str] = frozenset()
+    decode_queries: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +164,8 @@ class StepInputs:
         query_start_loc: int32 [B + 1] (cu_seqlens of the queries).
         slot_mapping: int64 [T]; block * block_size + offset where each token's K and V go.
         positions: int64 [T].
-        num_decode_rows: the first so many rows have the query length `decode_query_len` (1 today).
+        num_decode_rows: the first so many rows have at most `decode_query_len` tokens each, and one at least; in a CUDA
+            graph padding has none. It is 1 unless the backend's `decode_queries` are more.
         query_lens_host: query lengths, B ints.
         seq_lens_host: upper bounds of `seq_lens`, B ints: the host does not wait for the exact ones.
     """
@@ -174,6 +178,7 @@ class StepInputs:
     num_decode_rows: int
     query_lens_host: tuple[int, ...]
     seq_lens_host: tuple[int, ...]
+    decode_query_len: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,10 +28,11 @@ class Status(Enum):
 class Request:
     """One sample of a request (with n samples there are n of these). Mutable; not for plugins.
 
-    The words: *known* tokens are on the host; a sampled token whose step was launched but not committed is *in
-    flight*; `length` counts both. `num_computed` counts tokens whose KV is written by launched steps: a request decodes
-    once that is all but the last one. Only the scheduler and the block manager change a request. What their loops read
-    for each row of each step are plain fields.
+    The words: *known* tokens are on the host; a sampled token whose step was launched but not committed is *in flight*;
+    `length` counts both. `num_computed` counts tokens whose KV is written by launched steps: a request decodes once
+    that is all but the last one. While a row with drafts is in flight both are upper bounds, as if each draft were
+    right; commit takes back what was too much. Only the scheduler and the block manager change a request. What their
+    loops read for each row of each step are plain fields.
     """
 
     id: str
@@ -57,6 +58,7 @@ class Request:
     min_len: int = field(init=False)  # tokens before which no stop token counts; 0 without min_tokens
     stop_set: frozenset[int] = field(init=False)
     host_tokens: bool = field(init=False)
+    drafted: bool = False  # its rows may have drafts, which a drafter makes from all its tokens
     prompt_bytes: bytes = b""  # int32, native order: what the prefix index hashes and compares; made where not given
 
     # The scheduler's.
@@ -108,11 +110,11 @@ class Request:
         all_delivered = self.params.prompt_logprobs is None or self.prompt_logprobs_done >= self.prompt_len
         return all_delivered and self.void_generation < 0
 
-    def unbook(self, start: int, sampled: bool) -> None:
-        """Takes its newest row back: the tokens from `start` on are not computed, and none is drawn where one was to be
-        `sampled`."""
-        self.num_computed, self.pick_check_at = start, 0
-        self.length -= sampled
+    def unbook(self, num_tokens: int, drawn: int) -> None:
+        """Takes its newest row back: so many tokens are not computed, and so many that it might have drawn are not."""
+        self.num_computed -= num_tokens
+        self.length -= drawn
+        self.pick_check_at = 0
 
 
 _MASK = (1 << 64) - 1

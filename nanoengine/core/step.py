@@ -127,7 +127,10 @@ class StepPlan:
         query_lens: int32 [B], at least 1 each; T is their sum.
         starts: int32 [B]; absolute position of each row's first token. For decode rows an upper bound: the device reads
             its own lengths, which are smaller once a row brings fewer tokens than its step had room for.
-        logits_index: int32 [L], ascending; which of the T tokens need logits.
+        drafts: int32 [B], or [0] where no row has any; so many of a decode row's last tokens are drafts: guesses of
+            what is drawn before them. A draft counts if it is what was drawn.
+        draft_tokens: int32, flat, in row order: the drafts, if the host made them. Then `starts` are exact.
+        logits_index: int32 [L], ascending; which of the T tokens need logits. Of a row with drafts all do.
         logits_rows: int32 [L]; the row each of them belongs to.
         sampled: bool [L]; True: a token is drawn there. False: only the log-probs of the next prompt token are
             wanted (prompt_logprobs).
@@ -143,6 +146,8 @@ class StepPlan:
     num_decode_rows: int = 0
     query_lens: Int32 = field(default_factory=i32)
     starts: Int32 = field(default_factory=i32)
+    drafts: Int32 = field(default_factory=i32)
+    draft_tokens: Int32 = field(default_factory=i32)
     logits_index: Int32 = field(default_factory=i32)
     logits_rows: Int32 = field(default_factory=i32)
     sampled: Bool = field(default_factory=flags)
@@ -177,6 +182,21 @@ class LogprobRows:
     top_logprobs: Float32 = field(default_factory=f32)
     top_offsets: Int32 = field(default_factory=lambda: i32([0]))
 
+    def where(self, kept: Bool) -> LogprobRows:
+        """Some of the entries. kept: bool [N]."""
+        tops = np.diff(self.top_offsets)
+        best = np.repeat(kept, tops)
+        return LogprobRows(
+            rows=self.rows[kept],
+            positions=self.positions[kept],
+            token_ids=self.token_ids[kept],
+            logprobs=self.logprobs[kept],
+            ranks=self.ranks[kept],
+            top_ids=self.top_ids[best],
+            top_logprobs=self.top_logprobs[best],
+            top_offsets=offsets_of(tops[kept]),
+        )
+
 
 NO_LOGPROBS = LogprobRows()
 
@@ -187,9 +207,11 @@ class StepResult:
 
     Attributes:
         step: the plan's number.
-        token_ids: int32, flat, new tokens in row order; counts: int32 [B] (0 for a chunk that was not sampled).
+        token_ids: int32, flat, new tokens in row order; counts: int32 [B] (0 for a chunk that was not sampled, up to 1
+            + its drafts for a row that has some: the drafts that count, and the token drawn behind them).
         failed: int32 [B]; `ROW_FINE`, `ROW_BAD_LOGITS` (its raw logits were not finite) or `ROW_NOTHING_LEFT` (after
-            the logits processors no token was possible). A failed row has count 0.
+            the logits processors no token was possible). A failed row has count 0. A failure behind a draft cuts the
+            row before it: the next step shows it again.
         sampled_logprobs: one entry a drawn token whose slot asked for log-probs; that of a failed row means nothing.
         prompt_logprobs: one entry a prompt position that asked.
         graphs: which parts ran as replayed CUDA graphs: a sum of `GRAPH_DECODE`, `GRAPH_MIXED`, `GRAPH_TAIL`.

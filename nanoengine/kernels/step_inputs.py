@@ -94,24 +94,58 @@ def gather(
         out.slot_mapping[:, tokens:pad_tokens] = 0
 
 
-def record(
-    state: SlotState, slots: Tensor, query_start_loc: Tensor, tokens: Tensor, token_of_row: Tensor | None = None
+def settle(
+    state: SlotState,
+    slots: Tensor,
+    query_start_loc: Tensor,
+    tokens: Tensor,
+    token_of_row: Tensor | None = None,
+    drafts: Tensor | None = None,
+    failed: Tensor | None = None,
+    counts: Tensor | None = None,
+    *,
+    max_drafts: int = 0,
 ) -> None:
     """A step's last act: what was computed counts as computed, and drawn tokens are appended and counted.
 
+    The last `drafts` tokens of a row are guesses, in the token table behind its known tokens. Draft j is right if it is
+    token j - 1 of those drawn for the row; the row keeps what was drawn up to the first wrong draft, so at least one
+    token, and its lengths grow by what it keeps. A draw that failed is not kept behind a draft, and ends the row too.
+
     Args:
         slots, query_start_loc: as for `gather`. tokens: int64 [N], drawn. token_of_row: int32 [B]; which of them is the
-            row's, -1: none. None: the rows' own, in order.
+            row's first, -1: none. None: the rows' own, in order.
+        drafts: int32 [B], 0 where a row has none; at most `max_drafts`. failed: int32 [N], 0: fine. counts: int32 [B],
+            written: how many tokens a row keeps. All three where a row may have drafts.
     """
-    slots, lens = slots.long(), query_start_loc.diff()
+    slots, lens = slots.long(), query_start_loc.diff().long()
     drawn = real = slots != len(state.num_tokens) - 1
-    state.num_computed.index_add_(0, slots, (lens * real).long())
+    if drafts is not None:
+        lens = lens - drafts
+    known = state.num_computed[slots] + lens * real  # where the first drawn token goes
+    state.num_computed[slots] = known
     if not len(tokens):
         return
+    first = torch.arange(len(slots), device=slots.device)
     if token_of_row is not None:
-        drawn, tokens = real & (token_of_row >= 0), tokens[token_of_row.clamp(min=0)]
-    positions = state.num_computed[slots]  # rows without a token write what is there: no shape depends on data
-    state.token_ids[slots, positions] = torch.where(drawn, tokens.int(), state.token_ids[slots, positions])
-    state.num_tokens[slots] = torch.where(drawn, positions + 1, state.num_tokens[slots])
-    if state.output_counts is not None:
-        state.output_counts.index_put_((slots, tokens), drawn.int(), accumulate=True)
+        drawn, first = real & (token_of_row >= 0), token_of_row.clamp(min=0).long()
+    more = torch.zeros_like(first)  # drafts that are right
+    if drafts is not None:
+        assert failed is not None and counts is not None
+        going = drawn
+        for j in range(max_drafts):
+            here, ahead = first + j, (first + j + 1).clamp(max=len(tokens) - 1)
+            here = here.clamp(max=len(tokens) - 1)
+            draft = state.token_ids[slots, (known + j).clamp(max=state.token_ids.shape[1] - 1)]
+            right = (draft == tokens[here]) & (failed[here] == 0) & (failed[ahead] == 0)
+            going = going & (drafts > j) & right
+            more += going
+        counts.copy_(torch.where(drawn & (failed[first] == 0), more + 1, 0))
+    for j in range(max_drafts + 1):
+        kept, positions = drawn & (more >= j), (known + j).clamp(max=state.token_ids.shape[1] - 1)
+        token = tokens[(first + j).clamp(max=len(tokens) - 1)]  # rows without one write what is there: no shape depends
+        state.token_ids[slots, positions] = torch.where(kept, token.int(), state.token_ids[slots, positions])
+        if state.output_counts is not None:
+            state.output_counts.index_put_((slots, token), kept.int(), accumulate=True)
+    state.num_computed[slots] += more * real
+    state.num_tokens[slots] = torch.where(drawn, known + more + 1, state.num_tokens[slots])

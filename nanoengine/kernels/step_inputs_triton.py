@@ -73,29 +73,45 @@ def _gather_kernel(
 
 
 @triton.jit
-def _record_kernel(
-    slots, query_start_loc, tokens, token_of_row, rows, dummy,
-    token_ids, token_ids_stride, num_tokens, num_computed, output_counts, vocab, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+def _settle_kernel(
+    slots, query_start_loc, tokens, token_of_row, drafts, failed, counts, rows, dummy,
+    token_ids, token_ids_stride, num_tokens, num_computed, output_counts, vocab,
+    MAX_DRAFTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(PDL)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    here = row < rows
-    slot = tl.load(slots + row, here, dummy).to(tl.int64)
-    here = here & (slot != dummy)
+    inside = row < rows
+    slot = tl.load(slots + row, inside, dummy).to(tl.int64)
+    here = inside & (slot != dummy)
     start, end = tl.load(query_start_loc + row, here, 0), tl.load(query_start_loc + row + 1, here, 0)
-    position = tl.load(num_computed + slot, here, 0) + (end - start)
-    tl.store(num_computed + slot, position, here)
-    which = row
+    num_drafts = tl.zeros([BLOCK], tl.int32)
+    if drafts is not None:
+        num_drafts = tl.load(drafts + row, here, 0)
+    position = tl.load(num_computed + slot, here, 0) + (end - start - num_drafts)
+    first, drawn = row, here
     if token_of_row is not None:
-        which = tl.load(token_of_row + row, here, -1)
-        here = here & (which >= 0)
-    token = tl.load(tokens + which, here, 0)
-    tl.store(token_ids + slot * token_ids_stride + position, token.to(tl.int32), here)
-    tl.store(num_tokens + slot, position + 1, here)
-    if output_counts is not None:
-        count = output_counts + slot * vocab + token
-        tl.store(count, tl.load(count, here, 0) + 1, here)
+        first = tl.load(token_of_row + row, here, -1)
+        drawn = here & (first >= 0)
+    known = token_ids + slot * token_ids_stride + position
+    kept = tl.zeros([BLOCK], tl.int32)  # drafts that are right
+    if drafts is not None:
+        fine = tl.load(failed + first, drawn, 1) == 0
+        right = drawn & fine
+        for j in range(MAX_DRAFTS):
+            right = right & (j < num_drafts)
+            right = right & (tl.load(known + j, right, -1) == tl.load(tokens + first + j, right, -2))
+            right = right & (tl.load(failed + first + j + 1, right, 1) == 0)
+            kept += right.to(tl.int32)
+        tl.store(counts + row, tl.where(drawn & fine, kept + 1, 0), inside)
+    for j in range(MAX_DRAFTS + 1):
+        keeps = drawn & (j <= kept)
+        token = tl.load(tokens + first + j, keeps, 0)
+        tl.store(known + j, token.to(tl.int32), keeps)
+        if output_counts is not None:
+            count = output_counts + slot * vocab + token
+            tl.store(count, tl.load(count, keeps, 0) + 1, keeps)
+    tl.store(num_computed + slot, position + kept, here)
+    tl.store(num_tokens + slot, position + kept + 1, drawn)
 
 
 def scatter(words: Tensor, packed: Tensor) -> None:
@@ -140,15 +156,25 @@ def gather(
     )  # fmt: skip
 
 
-def record(
-    state: SlotState, slots: Tensor, query_start_loc: Tensor, tokens: Tensor, token_of_row: Tensor | None = None
+def settle(
+    state: SlotState,
+    slots: Tensor,
+    query_start_loc: Tensor,
+    tokens: Tensor,
+    token_of_row: Tensor | None = None,
+    drafts: Tensor | None = None,
+    failed: Tensor | None = None,
+    counts: Tensor | None = None,
+    *,
+    max_drafts: int = 0,
 ) -> None:
-    """`step_inputs.record`, in one program for every 128 rows."""
-    rows, counts = len(slots), state.output_counts
+    """`step_inputs.settle`, in one program for every 128 rows."""
+    rows, output_counts = len(slots), state.output_counts
     if rows == 0:
         return
-    _record_kernel[(triton.cdiv(rows, 128),)](
-        slots, query_start_loc, tokens, token_of_row, rows, len(state.num_tokens) - 1,
+    _settle_kernel[(triton.cdiv(rows, 128),)](
+        slots, query_start_loc, tokens, token_of_row, drafts, failed, counts, rows, len(state.num_tokens) - 1,
         state.token_ids, state.token_ids.stride(0), state.num_tokens, state.num_computed,
-        counts, 0 if counts is None else counts.stride(0), BLOCK=128, **pdl_options(slots),
+        output_counts, 0 if output_counts is None else output_counts.stride(0), MAX_DRAFTS=max_drafts, BLOCK=128,
+        **pdl_options(slots),
     )  # fmt: skip

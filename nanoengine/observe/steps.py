@@ -198,7 +198,7 @@ def _rows(step: ScheduledStep, new_tokens: Sequence[int]) -> tuple[Row, ...]:
         plan.slots.tolist(),
         plan.starts.tolist(),
         plan.query_lens.tolist(),
-        step.sampled,
+        map(bool, step.drawn),
         new_tokens,
         strict=True,
     )

@@ -173,9 +173,11 @@ class MockRunner:
         """Checks what every device requires of a plan. Decode rows read their token on the device, at `starts`."""
         assert plan.num_rows and (plan.query_lens > 0).all()
         assert len(set(plan.slots.tolist())) == plan.num_rows, "a slot twice in one step"
-        assert (plan.query_lens[: plan.num_decode_rows] == 1).all()
+        drafts = plan.drafts if len(plan.drafts) else np.zeros_like(plan.slots)
+        assert (plan.query_lens[: plan.num_decode_rows] == 1 + drafts[: plan.num_decode_rows]).all()
+        assert not drafts[plan.num_decode_rows :].any() and drafts.sum() == len(plan.draft_tokens)
         assert (plan.starts == self.computed[plan.slots]).all(), "a row does not begin where its KV ends"
-        assert (plan.starts + plan.query_lens <= self.lengths[plan.slots]).all(), "a row reads unknown tokens"
+        assert (plan.starts + plan.query_lens - drafts <= self.lengths[plan.slots]).all(), "a row reads unknown tokens"
         assert (np.diff(plan.logits_index) > 0).all()
         written = self.written_slots(plan)
         assert (written >= self.block_size).all(), "a row writes into the dummy block"
@@ -199,23 +201,32 @@ class MockRunner:
         wants: list[list[int]] = [[] for _ in range(plan.num_rows)]
         for i, row in enumerate(plan.logits_rows.tolist()):
             wants[row].append(i)
+        drafts = offsets_of(plan.drafts)
         for row, slot in enumerate(plan.slots.tolist()):
-            start, end = int(plan.starts[row]), int(plan.starts[row] + plan.query_lens[row])
-            history = self._forward(slot, start, end)
-            self.computed[slot] = end
+            at, end = int(plan.starts[row]), int(plan.starts[row] + plan.query_lens[row])
+            guesses = plan.draft_tokens[drafts[row] : drafts[row + 1]].tolist() if len(plan.drafts) else []
+            self.token_ids[slot, at + 1 : at + 1 + len(guesses)] = guesses
+            first, last, right = at - int(offsets[row]) + 1, end - len(guesses), True
             for i in wants[row]:
-                position = start + int(plan.logits_index[i] - offsets[row]) + 1
+                position = first + int(plan.logits_index[i])
                 if not plan.sampled[i]:
                     token = int(self.token_ids[slot, position])
                     prompt_entries.append((row, position, token, int(plan.prompt_logprobs[i])))
                     continue
+                history, at = self._forward(slot, at, position), position
+                if not right:
+                    continue
                 failed[row] = self.fail_row(plan, row)
-                token = self._sample(slot, history, position)
+                token, guess = self._sample(slot, history, position), guesses[counts[row] :][:1]
                 if failed[row] == ROW_FINE:
-                    counts[row] = 1
+                    counts[row] += 1
                     tokens.append(token)
                     if self.slots[slot]["num_logprobs"] >= 0:
                         sampled_entries.append((row, position, token, self.slots[slot]["num_logprobs"]))
+                right = guess == [token] and failed[row] == ROW_FINE
+            if at < end:
+                self._forward(slot, at, end)
+            self.computed[slot] = last + max(0, counts[row] - 1)
         return StepResult(
             step=plan.step,
             token_ids=i32(tokens),

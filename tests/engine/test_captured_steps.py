@@ -24,6 +24,7 @@ from nanoengine.setup.start import capture as setup_capture
 from nanoengine.setup.start import starter
 
 from .support import greedy, mock_llm, prompts, tokens_of
+from .test_drafts import with_drafts
 
 triton_interpreter.import_kernels()
 pytestmark = pytest.mark.skipif(not triton_interpreter.INSTALLED, reason="triton is not installed")
@@ -65,7 +66,8 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         original = getattr(StepGraphs, name)
 
         def replay(self: StepGraphs, size: StepSize, *args: Any) -> Any:
-            seen[f"{name} {'mixed' if size.prefill_tokens else 'decode'}"] += 1
+            kind = "mixed" if size.prefill_tokens else "drafts" if size.query_len > 1 else "decode"
+            seen[f"{name} {kind}"] += 1
             return original(self, size, *args)
 
         return replay
@@ -145,6 +147,30 @@ def test_seeded_draws_and_what_no_tail_does(tmp_path: Path, captured: Counter[st
                 tokens_of(outputs) for outputs in each
             ]
             assert tokens_of(llm.generate(ASKED[:4], params, use_tqdm=False)) == tokens_of(together)
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 0.6, 1.0])
+def test_rows_with_drafts(
+    tmp_path: Path, captured: Counter[str], monkeypatch: pytest.MonkeyPatch, accuracy: float
+) -> None:
+    """One graph holds rows of one to four tokens; what its captured tail does not do comes behind it, eagerly."""
+    sizes = CaptureSizes((*SIZES, StepSize(2, query_len=4), StepSize(4, query_len=4)), tail=True, inputs=True)
+    monkeypatch.setattr(starter, "capture_sizes", lambda *_, **__: sizes)
+    params = [
+        SamplingParams(seed=1, max_tokens=9, temperature=0.8),
+        SamplingParams(temperature=0, max_tokens=9),
+        SamplingParams(seed=2, max_tokens=9, temperature=1.2, top_p=0.8, top_k=20),
+        SamplingParams(seed=3, max_tokens=9, temperature=0.9, presence_penalty=0.5),
+    ]
+    with mock_llm(tmp_path, max_num_seqs=4, max_num_batched_tokens=36) as llm:
+        want = tokens_of(llm.generate(ASKED[:4], params, use_tqdm=False))
+        oracle = with_drafts(llm, ASKED[:4], want, tokens=3, accuracy=accuracy)
+        captured.clear()
+        for count in (1, 3, 4):
+            found = tokens_of(llm.generate(ASKED[:count], params[:count], use_tqdm=False))
+            assert found == want[:count]
+    assert captured["replay drafts"] > captured["replay_tail drafts"] > 3
+    assert (oracle.accepted > 0) is (accuracy > 0)
 
 
 def test_what_was_sent_for_a_graph_that_did_not_run_is_sent_again(

@@ -170,12 +170,12 @@ def _stale_lists(monkeypatch: pytest.MonkeyPatch) -> None:
 def _token_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     from nanoengine.kernels import step_inputs
 
-    original = step_inputs.record
+    original = step_inputs.settle
 
-    def record(state: Any, slots: Any, start_loc: Any, tokens: Any, token_of_row: Any) -> None:
-        original(state, slots, start_loc, tokens.roll(1), token_of_row)
+    def settle(state: Any, slots: Any, start_loc: Any, tokens: Any, *drawn: Any, **sizes: Any) -> None:
+        original(state, slots, start_loc, tokens.roll(1), *drawn, **sizes)
 
-    monkeypatch.setattr(step_inputs, "record", record)
+    monkeypatch.setattr(step_inputs, "settle", settle)
 
 
 def _hits_unwritten_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,13 +193,13 @@ def _hits_unwritten_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def _one_position_late(monkeypatch: pytest.MonkeyPatch) -> None:
     from nanoengine.kernels import step_inputs
 
-    original = step_inputs.record
+    original = step_inputs.settle
 
-    def record(state: Any, slots: Any, start_loc: Any, *drawn: Any) -> None:
-        original(state, slots, start_loc, *drawn)
+    def settle(state: Any, slots: Any, start_loc: Any, *drawn: Any, **sizes: Any) -> None:
+        original(state, slots, start_loc, *drawn, **sizes)
         state.num_computed[slots] -= (start_loc.diff() > 1).long()
 
-    monkeypatch.setattr(step_inputs, "record", record)
+    monkeypatch.setattr(step_inputs, "settle", settle)
 
 
 MUTANTS = [_stale_numbers, _stale_lists, _token_not_written, _hits_unwritten_blocks, _one_position_late]

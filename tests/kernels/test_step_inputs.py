@@ -152,7 +152,7 @@ def test_the_comparison_sees_a_wrong_gather(break_it: Callable[[SlotTables], obj
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("batch", BATCHES)
-def test_record(batch: str, kernels: ModuleType, device: torch.device) -> None:
+def test_settle(batch: str, kernels: ModuleType, device: torch.device) -> None:
     """Every other row drew a token, the rest are chunks of a prompt; padding leaves no trace."""
     t = tables(device)
     state = state_of(t, torch.zeros(SLOTS + 1, VOCAB, dtype=torch.int32, device=device))
@@ -170,31 +170,79 @@ def test_record(batch: str, kernels: ModuleType, device: torch.device) -> None:
                 want.token_ids[slot, position] = token
                 want.num_tokens[slot] = position + 1
                 want.output_counts[slot, token] += 1
-    kernels.record(state, slots, start, tokens, token_of_row)
+    kernels.settle(state, slots, start, tokens, token_of_row)
     for name in SlotState.__slots__:
         assert torch.equal(getattr(state, name), getattr(want, name)), name
     assert int(want.output_counts.sum()) > 0
 
 
 @IMPLEMENTATIONS
-def test_record_of_chunks_alone(kernels: ModuleType, device: torch.device) -> None:
+@pytest.mark.parametrize("seed", range(6))
+def test_settle_of_rows_with_drafts(seed: int, kernels: ModuleType, device: torch.device) -> None:
+    """Drafts that are right, wrong and both; draws that failed; a chunk, a row without drafts and padding beside
+    them."""
+    g = torch.Generator().manual_seed(seed)
+    t = tables(device)
+    state = state_of(t, torch.zeros(SLOTS + 1, VOCAB, dtype=torch.int32, device=device))
+    slots, drafts, draws = [3, 0, 5, 1, SLOTS, 7], [3, 0, 5, 2, 0, 0], [4, 1, 6, 3, 0, 0]
+    lens = [4, 1, 6, 3, 0, 9]
+    tokens = torch.randint(0, VOCAB, (sum(draws),), generator=g).to(device)
+    failed = (torch.rand(sum(draws), generator=g) < 0.1).int().to(device)
+    want = copy_of(state)
+    assert want.output_counts is not None
+    counts, at = [], 0
+    for slot, num_drafts, num_draws, length in zip(slots, drafts, draws, lens, strict=True):
+        if slot == SLOTS or not num_draws:
+            want.num_computed[slot] += length
+            counts.append(0)
+            continue
+        known = int(want.num_computed[slot]) + length - num_drafts
+        right = int(torch.randint(0, num_drafts + 1, (), generator=g))
+        own, fine = tokens[at : at + num_draws], (failed[at : at + num_draws] == 0).tolist()
+        for each in (state, want):
+            each.token_ids[slot, known : known + num_drafts] = own[:num_drafts]
+            if right < num_drafts:
+                each.token_ids[slot, known + right] = (own[right] + 1) % VOCAB
+        kept = 1
+        while kept <= right and fine[kept - 1] and fine[kept]:
+            kept += 1
+        want.token_ids[slot, known : known + kept] = own[:kept].int()
+        want.num_computed[slot], want.num_tokens[slot] = known + kept - 1, known + kept
+        want.output_counts[slot] += torch.bincount(own[:kept], minlength=VOCAB)
+        counts.append(kept * fine[0])
+        at += num_draws
+    start = torch.tensor([0, *np.cumsum(lens)], dtype=torch.int32, device=device)
+    first = [int(sum(draws[:row])) if draws[row] else -1 for row in range(6)]
+    got = torch.full((6,), -77, dtype=torch.int32, device=device)
+    kernels.settle(
+        state, torch.tensor(slots, device=device), start, tokens, torch.tensor(first, dtype=torch.int32, device=device),
+        torch.tensor(drafts, dtype=torch.int32, device=device), failed, got, max_drafts=5,
+    )  # fmt: skip
+    assert got.tolist() == counts
+    for name in SlotState.__slots__:
+        assert torch.equal(getattr(state, name), getattr(want, name)), name
+    assert seed or max(counts) > 1
+
+
+@IMPLEMENTATIONS
+def test_settle_of_chunks_alone(kernels: ModuleType, device: torch.device) -> None:
     state = state_of(tables(device))
     before = copy_of(state)
     slots, start = rows_of("ragged", device)
     none = torch.full((len(slots),), -1, dtype=torch.int32, device=device)
-    kernels.record(state, slots, start, torch.zeros(0, dtype=torch.int64, device=device), none)
+    kernels.settle(state, slots, start, torch.zeros(0, dtype=torch.int64, device=device), none)
     assert (state.num_computed - before.num_computed)[slots].tolist() == BATCHES["ragged"][1]
     assert torch.equal(state.token_ids, before.token_ids)
     assert torch.equal(state.num_tokens, before.num_tokens)
 
 
 @IMPLEMENTATIONS
-def test_record_without_counts_every_row_its_token(kernels: ModuleType, device: torch.device) -> None:
+def test_settle_without_counts_every_row_its_token(kernels: ModuleType, device: torch.device) -> None:
     state = state_of(tables(device))
     before = state.num_computed.clone()
     slots, start = rows_of("padded", device)
     tokens = torch.tensor([11, 12, 13, 14, 15], device=device)
-    kernels.record(state, slots, start, tokens)
+    kernels.settle(state, slots, start, tokens)
     for slot, token in ((3, 11), (0, 12)):
         assert state.token_ids[slot, before[slot] + 1] == token
         assert state.num_tokens[slot] == before[slot] + 2
@@ -207,7 +255,7 @@ def test_decoding_goes_on_from_what_was_recorded(device: torch.device) -> None:
     slots, start = rows_of("decode", device)
     positions = []
     for tokens in ([5, 6, 7], [8, 9, 10]):
-        step_inputs_triton.record(state, slots, start, torch.tensor(tokens, device=device))
+        step_inputs_triton.settle(state, slots, start, torch.tensor(tokens, device=device))
         step_inputs_triton.gather(state, slots, start, out, block_size=BLOCK, max_query_len=1)
         assert out.input_ids[:3].tolist() == tokens
         positions.append(out.positions[:3].clone())
@@ -227,7 +275,7 @@ def test_in_a_graph_without_waiting() -> None:
 
     def step() -> None:
         step_inputs_triton.gather(state, slots, start, out, block_size=BLOCK, max_query_len=1)
-        step_inputs_triton.record(state, slots, start, tokens)
+        step_inputs_triton.settle(state, slots, start, tokens)
 
     before = copy_of(state)
     step()
@@ -253,7 +301,7 @@ def test_replace_is_not_needed_for_an_empty_batch(device: torch.device) -> None:
     state, out = state_of(tables(device)), buffers(device, 2)
     empty = torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(1, dtype=torch.int32, device=device)
     step_inputs_triton.gather(replace(state), *empty, out, block_size=BLOCK, max_query_len=0)
-    step_inputs_triton.record(state, *empty, torch.zeros(0, dtype=torch.int64, device=device))
+    step_inputs_triton.settle(state, *empty, torch.zeros(0, dtype=torch.int64, device=device))
     assert (out.positions == -77).all()
 
 
@@ -435,7 +483,7 @@ def test_blank_rows_leave_no_trace(device: torch.device) -> None:
     def record(size: StepSize) -> None:
         rows = inputs.rows_of(size)
         tokens = torch.zeros(size.rows, dtype=torch.int64, device=device)
-        step_inputs_triton.record(state_of(t), rows.slots, rows.query_start_loc, tokens, rows.token_of_row)
+        step_inputs_triton.settle(state_of(t), rows.slots, rows.query_start_loc, tokens, rows.token_of_row)
 
     def left_no_trace() -> bool:
         names = ("token_ids", "num_tokens", "num_computed")

@@ -20,7 +20,7 @@ from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.draft import Draft
 from nanoengine.core.scheduling.messages import ScheduledStep, SchedulerConfig, Update
 from nanoengine.core.scheduling.scheduler import Scheduler
-from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, StepPlan
+from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, StepPlan, StepResult
 from nanoengine.distributed.wire import decode, encode
 from nanoengine.params.sampling_params import PackedProcessor, ResolvedParams
 from nanoengine.testing.invariants import check_blocks, check_scheduler
@@ -63,6 +63,31 @@ def grammar_processor(fail_at: int = -1) -> PackedProcessor:
     return PackedProcessor("grammar", GrammarParams(fail_at), {})
 
 
+class Guesses:
+    """Drafts of requests: each token is right with a probability, else any. Now and then a row has none."""
+
+    def __init__(self, tokens: int, accuracy: float, max_model_len: int) -> None:
+        self.tokens, self.accuracy, self.max_model_len = tokens, accuracy, max_model_len
+        self.drafted = self.accepted = 0
+
+    def _rng(self, request: Request) -> random.Random:
+        return random.Random(f"{request.id} {len(request.output_token_ids)}")
+
+    def most(self, request: Request) -> int:
+        return self._rng(request).randrange(self.tokens + 1)
+
+    def propose(self, request: Request, most: int) -> Sequence[int]:
+        rng, known = self._rng(request), len(request.output_token_ids)
+        right = truth(request, self.max_model_len)[known : known + most]
+        right += [rng.randrange(VOCAB) for _ in range(most - len(right))]
+        return [token if rng.random() < self.accuracy else rng.randrange(VOCAB) for token in right]
+
+    def committed(self, step: ScheduledStep, result: StepResult) -> None:
+        for drafted, count in zip(step.plan.drafts.tolist(), result.counts.tolist(), strict=True):
+            assert count <= drafted + 1
+            self.drafted, self.accepted = self.drafted + drafted, self.accepted + max(0, count - 1)
+
+
 class Loop:
     """Drives requests to their end. `overlap`: one step is launched ahead."""
 
@@ -80,6 +105,8 @@ class Loop:
         groups: int = 1,
         hash_fn: Callable[[bytes], bytes] | None = None,
         reserve: int = 0,
+        drafts: int = 0,
+        accuracy: float = 0.7,
         request_class: type[Request] = Request,
         scheduler: type[Scheduler] = Scheduler,
         blocks: type[BlockManager] = BlockManager,
@@ -95,7 +122,8 @@ class Loop:
         extra = {} if hash_fn is None else {"hash_fn": hash_fn}
         self.blocks = blocks(groups, num_blocks + 1, block_size, caching, **extra)
         self.strong, self.checks, self.pools = hash_fn is None, True, self.blocks._pools
-        self.scheduler = scheduler(self.config, self.blocks)
+        self.guesses = Guesses(drafts, accuracy, max_model_len)
+        self.scheduler = scheduler(self.config, self.blocks, None, self.guesses if drafts else None)
         self.request_class = request_class
         self.runner = MockRunner(
             groups=groups,
@@ -224,9 +252,10 @@ class Loop:
         if update.sampled_logprobs is not None:
             drawn = update.sampled_logprobs
             assert drawn.token_ids.tolist() == list(update.new_token_ids)
-            assert drawn.positions.tolist() == [request.prompt_len + len(self.tokens[request]) - 1]
-            assert drawn.top_offsets.tolist() == [0, request.params.logprobs]
-            assert len(drawn.top_ids) == request.params.logprobs
+            last, new, top = request.prompt_len + len(self.tokens[request]), len(drawn.rows), request.params.logprobs
+            assert drawn.positions.tolist() == list(range(last - new, last))
+            assert drawn.top_offsets.tolist() == [top * at for at in range(new + 1)]
+            assert len(drawn.top_ids) == top * new
         else:
             assert request.params.logprobs is None or not update.new_token_ids
         if update.prompt_logprobs is not None:

@@ -82,7 +82,7 @@ def both(ops: list[Any], request_class: type[Request] = Request, **options: Any)
     for a, b in zip(plain.steps, general.steps, strict=True):
         assert encode(a.plan) == encode(b.plan), f"step {a.plan.step} is another one"
         assert [(r.id, g) for r, g in a.rows] == [(r.id, g) for r, g in b.rows]
-        assert (a.sampled, a.published, a.admitted, a.preempted) == (b.sampled, b.published, b.admitted, b.preempted)
+        assert (a.drawn, a.published, a.admitted, a.preempted) == (b.drawn, b.published, b.admitted, b.preempted)
     assert plain.scheduler.stats() == general.scheduler.stats()
     return plain
 
@@ -243,8 +243,8 @@ def host_tokens_run_ahead(patch: pytest.MonkeyPatch) -> type[Request]:
 
 
 def undo_forgets_the_length(patch: pytest.MonkeyPatch) -> type[Request]:
-    def broken(self, start, sampled):
-        self.num_computed, self.pick_check_at = start, 0
+    def broken(self, num_tokens, drawn):
+        self.num_computed, self.pick_check_at = self.num_computed - num_tokens, 0
 
     patch.setattr(Request, "unbook", broken)
     return Request

@@ -300,6 +300,62 @@ def cached_for_ever(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Pool, "take", broken)
 
 
+def refused_drafts_count(patch: pytest.MonkeyPatch) -> None:
+    """A row's drafts count as computed, whatever was drawn."""
+    original = commit._commit_row
+
+    def broken(request, generation, row, roster, updates):
+        original(request, generation, row._replace(drawn=min(row.drawn, 1)), roster, updates)
+
+    patch.setattr(commit, "_commit_row", broken)
+
+
+def drafts_run_ahead(patch: pytest.MonkeyPatch) -> None:
+    """Drafts are made while the token before them is not known."""
+    original = Scheduler._is_in_flight
+    patch.setattr(Scheduler, "_is_in_flight", lambda self, r: original(self, r) and not r.drafted)
+
+
+def drafts_beyond_the_length(patch: pytest.MonkeyPatch) -> None:
+    original = Draft.room_for_drafts
+
+    def broken(step, request, num_new, most, blocks):
+        limit, request.max_len = request.max_len, request.max_len + 4
+        room = original(step, request, num_new, most, blocks)
+        request.max_len = limit
+        return room
+
+    patch.setattr(Draft, "room_for_drafts", broken)
+
+
+def drafts_without_blocks(patch: pytest.MonkeyPatch) -> None:
+    def broken(step, request, num_new, most, blocks):
+        end = request.num_computed + num_new
+        known = num_new == 1 and end == request.length > request.prompt_len
+        return max(0, min(most, step.budget - 1, request.max_len - 1 - end)) if known else 0
+
+    patch.setattr(Draft, "room_for_drafts", broken)
+
+
+def drafts_beyond_the_budget(patch: pytest.MonkeyPatch) -> None:
+    original = Draft.room_for_drafts
+
+    def broken(step, *asked):
+        step.budget += 4
+        room = original(step, *asked)
+        step.budget -= 4
+        return room
+
+    patch.setattr(Draft, "room_for_drafts", broken)
+
+
+DRAFT_MUTANTS: list[Patch] = [
+    refused_drafts_count,
+    drafts_run_ahead,
+    drafts_beyond_the_length,
+    drafts_without_blocks,
+    drafts_beyond_the_budget,
+]
 MUTANTS: list[Patch] = [
     freed_too_early,
     freed_while_running,
@@ -337,6 +393,17 @@ def test_mutants_are_caught(mutant, monkeypatch):
     mutant(monkeypatch)
     with pytest.raises(AssertionError):
         runs(SEEDS)
+
+
+def test_no_mutant_no_failure_with_drafts():
+    runs(SEEDS, drafts=6)
+
+
+@pytest.mark.parametrize("mutant", DRAFT_MUTANTS, ids=lambda each: each.__name__)
+def test_mutants_of_drafts_are_caught(mutant, monkeypatch):
+    mutant(monkeypatch)
+    with pytest.raises(AssertionError):
+        runs(SEEDS, drafts=6)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ loops = st.fixed_dictionaries(
         "overlap": st.booleans(),
         "groups": st.sampled_from([1, 2]),
         "reserve": st.sampled_from([0, 0, 1, 5]),
+        "drafts": st.sampled_from([0, 0, 1, 4, 8]),
+        "accuracy": st.sampled_from([0.0, 0.7, 1.0]),
         "hash_fn": st.sampled_from([None, None, None, lambda data: b"same", lambda data: bytes([len(data) % 3])]),
     }
 )
@@ -71,7 +73,7 @@ def test_crowded_runs_do_what_they_claim():
     """The same on longer random runs in small pools; and what shall be shown did happen."""
     totals: dict[str, int] = {}
     ends: set[str | None] = set()
-    broken = bad = 0
+    broken = bad = drafted = accepted = 0
     for seed in range(30):
         rng = random.Random(seed)
         loop = BreakingLoop(
@@ -83,8 +85,10 @@ def test_crowded_runs_do_what_they_claim():
             policy=rng.choice(("fcfs", "priority")),
             overlap=rng.random() < 0.7,
             groups=rng.choice((1, 2)),
+            drafts=seed % 3 * 3,
         )
         run_ops(loop, random_ops(rng, 60))
+        drafted, accepted = drafted + loop.guesses.drafted, accepted + loop.guesses.accepted
         for name, value in asdict(loop.scheduler.stats()).items():
             totals[name] = totals.get(name, 0) + value
         for end in loop.ended.values():
@@ -98,6 +102,7 @@ def test_crowded_runs_do_what_they_claim():
     assert ends >= {"stop", "length", "kv_cache_full", "processor_failed"}
     assert broken > 5
     assert bad > 5
+    assert drafted - accepted > 200 < accepted
 
 
 @pytest.mark.parametrize("where", ["plan", "match", "grow", "claim", "admit", "pick"])

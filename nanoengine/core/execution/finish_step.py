@@ -17,9 +17,9 @@ from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.processors import Need
 from nanoengine.core.execution.results import Drawn, LaunchedStep, PendingLogprobs
 from nanoengine.core.execution.sampler import DrawColumns, DrawPlan, DrawRows, Sampler, vocab_slice
-from nanoengine.core.execution.slots import SlotTables, upload
+from nanoengine.core.execution.slots import SlotTables, ragged_places, upload
 from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, StepRows, StepSize
-from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, Int32, Int64, StepPlan
+from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, Int32, Int64, StepPlan, offsets_of
 from nanoengine.kernels import all_reduce, sampling
 
 PROMPT_LOGITS_ROWS = 128  # positions whose [rows, vocabulary] logits exist at once for prompt log-probs
@@ -28,34 +28,47 @@ PROMPT_LOGITS_ROWS = 128  # positions whose [rows, vocabulary] logits exist at o
 class CapturedTail:
     """The draw by the rows' columns, and each token to its slot, over static buffers: what a graph captures."""
 
-    def __init__(self, sampler: Sampler, tables: SlotTables, buffers: StepBuffers, tp: TensorParallelGroup) -> None:
+    def __init__(
+        self, sampler: Sampler, tables: SlotTables, buffers: StepBuffers, tp: TensorParallelGroup, max_draws: int
+    ) -> None:
+        """max_draws: the most logits of a step."""
         self._sampler, self._tables, self._buffers, self._tp = sampler, tables, buffers, tp
-        self._drawn = torch.zeros(3 * buffers.max_rows, dtype=torch.int32, device=tables.device)
+        self._drawn = torch.zeros(3 * max_draws + buffers.max_rows, dtype=torch.int32, device=tables.device)
 
-    def run(self, inputs: StepRows, kind: int, logits: Tensor) -> None:
-        """One pass over `logits`, one row of them a row of the step. The rows' tables change."""
+    def run(self, inputs: StepRows, kind: int, logits: Tensor, max_drafts: int = 0) -> None:
+        """One pass over `logits`, one row of them a row of the step, or a token where rows have drafts. The rows'
+        tables change."""
         tables, rows = self._tables, len(logits)
-        drawn = self.drawn(rows)
-        tokens, failed = drawn[: 2 * rows].view(torch.int64), drawn[2 * rows :]
+        drawn = self.drawn(rows, len(inputs.slots))
+        tokens, failed, counts = drawn[: 2 * rows].view(torch.int64), drawn[2 * rows : 3 * rows], drawn[3 * rows :]
+        slots, positions = inputs.slots, self._buffers.out.seq_lens[:rows]  # behind the last token
+        if inputs.drafts is not None:
+            token = torch.arange(rows, dtype=torch.int32, device=tables.device)
+            row = torch.searchsorted(inputs.query_start_loc[1:], token, right=True).clamp(max=len(slots) - 1)
+            slots, positions = slots[row], (self._buffers.out.positions[:rows] + 1).int()
         columns = DrawColumns(
             greedy=tables.greedy,
             seeds=tables.seeds,
-            positions=self._buffers.out.seq_lens[:rows],  # behind the last token
+            positions=positions,
             sample_index=tables.sample_index,
             ops={op: tables.buffer.tables[key] for op, key in self._sampler.standard_columns.items()},
-            at=inputs.slots,
+            at=slots,
         )
         self._sampler.draw(kind, logits, columns, self._tp, tokens, failed)
-        tables.kernels.record(tables.state, inputs.slots, inputs.query_start_loc, tokens, inputs.token_of_row)
+        tables.kernels.settle(
+            tables.state, inputs.slots, inputs.query_start_loc, tokens, inputs.token_of_row, inputs.drafts, failed,
+            None if inputs.drafts is None else counts, max_drafts=max_drafts,
+        )  # fmt: skip
 
-    def drawn(self, rows: int) -> Tensor:
-        """int32 [3 R]: tokens, two words each, then failures; valid until the next pass."""
-        return self._drawn[: 3 * rows]
+    def drawn(self, draws: int, rows: int) -> Tensor:
+        """int32 [3 D + R]: tokens, two words each, then failures, then how many tokens each row keeps, where there are
+        drafts; valid until the next pass."""
+        return self._drawn[: 3 * draws + rows]
 
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """What a graph of `size` left: logits [R, V / tp], one a row of the padded step. own: int64 [L], which of them
+    """What a graph of `size` left: logits [`size.logits`, V / tp] of the padded step. own: int64 [L], which of them
     belong to the plan's own positions."""
 
     size: StepSize
@@ -117,7 +130,12 @@ class FinishStep:
         sampled = np.flatnonzero(plan.sampled)
         prompt = self._prompt_logprobs(step) if len(sampled) < len(plan.sampled) else ()
         drawn = self._draw(step, sampled, how)
-        tables.kernels.record(tables.state, rows.slots, rows.query_start_loc, drawn.token_ids, rows.token_of_row)
+        if rows.drafts is not None:
+            drawn = replace(drawn, counts=torch.zeros_like(rows.drafts))
+        tables.kernels.settle(
+            tables.state, rows.slots, rows.query_start_loc, drawn.token_ids, rows.token_of_row, rows.drafts,
+            drawn.failed, drawn.counts, max_drafts=int(plan.drafts.max(initial=0)),
+        )  # fmt: skip
         graphs = 0 if step.replayed is None else step.replayed.graph
         return LaunchedStep(plan, plan.logits_rows[sampled], drawn, prompt, graphs)
 
@@ -129,6 +147,8 @@ class FinishStep:
             return Drawn(none, none.int())
         host_slots, positions = step.plan.slots[rows], self._positions(step, which)
         draw_rows = self._draw_rows(host_slots, positions, how)
+        if draw_rows.output_counts is not None and len(step.plan.drafts):
+            self._count_drafts(draw_rows.output_counts, step, which)
         logits = self._logits(step, which)
         if self.tp.size > 1 and how.sharded:
             return self._draw_from_shards(logits, draw_rows, how)
@@ -144,6 +164,14 @@ class FinishStep:
         token_ids, failed = self.sampler.sample(logits, draw_rows, how)
         logprobs = _logprobs(raw, token_ids[put], positions[put], rows[asked], limits[asked])
         return Drawn(token_ids, failed, (logprobs,))
+
+    def _count_drafts(self, counts: Tensor, step: Forwarded, which: Int64) -> None:
+        """Add the drafts before each draw to its counts, int32 [S, V], in place: they are its history if it counts."""
+        plan, device = step.plan, self.tables.device
+        rows = plan.logits_rows[which]
+        draws, back = ragged_places(offsets_of(np.arange(len(rows)) - np.searchsorted(rows, rows)))
+        drafts = step.inputs.input_ids[upload(plan.logits_index[which][draws] - back, device)].long()
+        counts.index_put_((upload(draws, device), drafts), counts.new_ones(()), accumulate=True)
 
     def _draw_from_shards(self, logits: Tensor, rows: DrawRows, how: DrawPlan) -> Drawn:
         """Each rank takes the best of its slice of the vocabulary, [R, V / tp], and the best of these is drawn: one
@@ -212,14 +240,12 @@ class FinishStep:
 
 def _without_padding(step: Forwarded, replayed: Replayed, device: torch.device) -> Forwarded:
     """A replayed step with the logits of the plan's own positions alone; a token is drawn of each, in their order."""
-    own = upload(replayed.own, device)
-    token_of_row = np.full(len(replayed.logits), -1, dtype=np.int32)
-    token_of_row[replayed.own] = np.arange(len(replayed.own))
-    rows = replace(
-        step.inputs.rows,
-        token_of_row=upload(token_of_row, device),
-        logits_index=step.inputs.rows.logits_index.index_select(0, own),
-    )
+    own, rows = upload(replayed.own, device), step.inputs.rows
+    if rows.drafts is None:  # else the own ones are the first ones
+        token_of_row = np.full(len(replayed.logits), -1, dtype=np.int32)
+        token_of_row[replayed.own] = np.arange(len(replayed.own))
+        rows = replace(rows, token_of_row=upload(token_of_row, device))
+    rows = replace(rows, logits_index=rows.logits_index.index_select(0, own))
     return replace(
         step,
         inputs=replace(step.inputs, rows=rows),

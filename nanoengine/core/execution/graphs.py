@@ -56,26 +56,32 @@ class StepGraphs:
     def index(self) -> None:
         """From here on steps find the sizes that are captured now."""
         self._decode_rows = {
-            mixed: sorted({size.decode_rows for size in self.logits if (size.prefill_tokens > 0) is mixed})
+            mixed: sorted({s.decode_rows for s in self.logits if (s.prefill_tokens > 0) is mixed and s.query_len == 1})
             for mixed in (False, True)
         }
+        self._with_drafts = sorted((s for s in self.logits if s.query_len > 1), key=lambda s: (s.tokens, s))
         self._prefill = sorted({size.prefill_tokens for size in self.logits if size.prefill_tokens})
 
     def run(self, size: StepSize) -> Tensor:
         """Inputs, forward pass and output layer over the static buffers, as a graph captures them: logits of each row's
-        last token, [rows, V / tp]. What the host sends, or gathers for the graph, is not captured."""
-        plan = blank_plan(size, self.buffers.tables.dummy_slot, self.buffers.limits.max_model_len - 1)
+        last token, or of all, [size.logits, V / tp]. What the host sends, or gathers for the graph, is not captured."""
+        plan = blank_plan(size, self.buffers.tables.dummy_slot, self.buffers.limits.max_model_len - size.query_len)
         if not torch.cuda.is_current_stream_capturing():
             self.prepare(plan, size)
         if self.sizes.inputs:
             self.gathered[size] = self.buffers.gather_in_graph(plan, size)
         inputs = self.gathered[size]
         hidden = self._model(inputs.input_ids, inputs.positions, ForwardBatch(num_tokens=size.tokens))
-        return self._model.compute_logits(hidden if size.plain else hidden.index_select(0, inputs.rows.logits_index))
+        every = size.logits == size.tokens
+        return self._model.compute_logits(hidden if every else hidden.index_select(0, inputs.rows.logits_index))
 
     def size_for(self, plan: StepPlan) -> StepSize | None:
         """The smallest captured size that holds `plan`; None where there is none, or it wants prompt log-probs."""
         decode, prefill = plan.num_decode_rows, plan.num_tokens - plan.num_decode_rows
+        if len(plan.drafts):
+            longest = plan.query_lens.max()
+            fits = (s for s in self._with_drafts if s.decode_rows >= decode and s.query_len >= longest)
+            return next(fits, None) if decode == plan.num_rows else None
         rows = self._decode_rows[prefill > 0]
         at = bisect_left(rows, decode)
         if at == len(rows) or plan.num_rows - decode > PREFILL_ROWS or not plan.sampled.all():
@@ -100,7 +106,7 @@ class StepGraphs:
         return self.logits[size]
 
     def replay_tail(self, size: StepSize, kind: int) -> Tensor:
-        """Draw and record, from the logits of that size, by the graph of that kind of tail: `CapturedTail.drawn`."""
+        """Draw and settle, from the logits of that size, by the graph of that kind of tail: `CapturedTail.drawn`."""
         assert self.tail is not None
         self.passes[size, kind].replay()
-        return self.tail.drawn(size.rows)
+        return self.tail.drawn(size.logits, size.rows)

@@ -82,11 +82,13 @@ class PendingLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """What a draw of S rows gave, on the device: token_ids int64 [S]; failed int32 [S]; logprobs that rows want."""
+    """What S draws gave, on the device: token_ids int64 [S]; failed int32 [S]; logprobs that rows want; counts int32
+    [B], how many tokens each row keeps, where rows have drafts."""
 
     token_ids: Tensor
     failed: Tensor
     logprobs: tuple[PendingLogprobs, ...] = ()
+    counts: Tensor | None = None
 
 
 class LaunchedStep(StepHandle):
@@ -99,6 +101,7 @@ class LaunchedStep(StepHandle):
         self._plan, self._rows, self._graphs = plan, rows, graphs
         self._sampled, self._prompt = drawn.logprobs, tuple(prompt)
         sent = [drawn.token_ids, drawn.failed, *(t for part in self._sampled + self._prompt for t in part.tensors)]
+        sent += [] if drawn.counts is None else [drawn.counts]
         self._arrays = [_send(tensor) for tensor in sent]
         self._arrived: torch.cuda.Event | None = None
         if drawn.token_ids.is_cuda:
@@ -112,7 +115,7 @@ class LaunchedStep(StepHandle):
         token_ids, failed = next(arrays), next(arrays)
         sampled = _joined([_logprob_rows(part, [next(arrays) for _ in part.tensors]) for part in self._sampled])
         prompt = _joined([_logprob_rows(part, [next(arrays) for _ in part.tensors]) for part in self._prompt])
-        return _result(self._plan, self._rows, token_ids, failed, sampled, prompt, self._graphs)
+        return _result(self._plan, self._rows, token_ids, failed, sampled, prompt, self._graphs, next(arrays, None))
 
     def has_arrived(self) -> bool:
         try:
@@ -126,19 +129,19 @@ class LaunchedStep(StepHandle):
 class TailStep(LaunchedStep):
     """A step that ended in a graph: one copy, and no log-probs."""
 
-    def __init__(self, plan: StepPlan, drawn: Tensor, own: Int64, graphs: int) -> None:
-        """drawn: int32 [3 R], tokens of two words and failures of the graph's R rows; own: int64 [L], those that are
-        the plan's."""
-        self._plan, self._own, self._graphs = plan, own, graphs
+    def __init__(self, plan: StepPlan, drawn: Tensor, draws: int, own: Int64, graphs: int) -> None:
+        """drawn: `CapturedTail.drawn`, of so many draws. own: int64 [L], those that are the plan's."""
+        self._plan, self._draws, self._own, self._graphs = plan, draws, own, graphs
         self._drawn, self._arrived = _send(drawn), torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._arrived.record()
 
     def wait(self) -> StepResult:
         assert self._arrived is not None
         self._arrived.synchronize()
-        drawn, count = self._drawn.numpy(), len(self._drawn) // 3
-        token_ids, failed = drawn[: 2 * count].view(np.int64)[self._own], drawn[2 * count :][self._own]
-        return _result(self._plan, self._plan.logits_rows, token_ids, failed, NO_LOGPROBS, NO_LOGPROBS, self._graphs)
+        drawn, count, plan = self._drawn.numpy(), self._draws, self._plan
+        token_ids, failed = drawn[: 2 * count].view(np.int64)[self._own], drawn[2 * count : 3 * count][self._own]
+        counts = drawn[3 * count :][: plan.num_rows] if len(plan.drafts) else None
+        return _result(plan, plan.logits_rows, token_ids, failed, NO_LOGPROBS, NO_LOGPROBS, self._graphs, counts)
 
 
 def _result(
@@ -149,17 +152,26 @@ def _result(
     sampled: LogprobRows,
     prompt: LogprobRows,
     graphs: int,
+    counts: Int32 | None,
 ) -> StepResult:
-    """A failed row gives no token; a prompt log-prob that is not a number fails its row."""
+    """A failed row gives no token; a prompt log-prob that is not a number fails its row.
+
+    rows: int32 [S], ascending, of the draws. counts: int32 [B], of a step with drafts: the first draws of each row that
+    count.
+    """
+    at = np.arange(len(rows)) - np.searchsorted(rows, rows)  # entries of the same row before it
     failed = np.full(plan.num_rows, ROW_FINE, dtype=np.int32)
-    failed[rows] = row_failed
+    failed[rows[at == 0]] = row_failed[at == 0]
     failed[prompt.rows[np.isnan(prompt.logprobs)]] = ROW_BAD_LOGITS
-    fine = failed[rows] == ROW_FINE
-    counts = np.zeros(plan.num_rows, dtype=np.int32)
-    counts[rows[fine]] = 1
+    drawn = np.zeros(plan.num_rows, dtype=np.int32)
+    drawn[rows] = 1
+    counts = np.where(failed == ROW_FINE, drawn if counts is None else counts, 0).astype(np.int32)
+    if len(plan.drafts) and len(sampled.rows):  # of the draws that count, and one of a failed row
+        before = np.arange(len(sampled.rows)) - np.searchsorted(sampled.rows, sampled.rows)
+        sampled = sampled.where(before < np.maximum(counts, 1)[sampled.rows])
     return StepResult(
         step=plan.step,
-        token_ids=token_ids.astype(np.int32)[fine],
+        token_ids=token_ids.astype(np.int32)[at < counts[rows]],
         counts=counts,
         failed=failed,
         sampled_logprobs=sampled,

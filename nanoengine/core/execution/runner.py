@@ -101,7 +101,7 @@ class ModelRunner:
             return self.finish.eager(step, how)
         assert how.tail is not None
         drawn = self.graphs.replay_tail(replayed.size, how.tail)
-        return TailStep(plan, drawn, replayed.own, replayed.graph | GRAPH_TAIL)
+        return TailStep(plan, drawn, replayed.size.logits, replayed.own, replayed.graph | GRAPH_TAIL)
 
     def call(self, target: str, *args: Any) -> Any:
         """Call a function "package.module:function" with this runner and the arguments: rare control, not steps."""

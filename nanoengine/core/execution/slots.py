@@ -21,7 +21,7 @@ from torch import Tensor
 from nanoengine.api.errors import ConfigError
 from nanoengine.api.processors import Need, RaggedColumn
 from nanoengine.api.specs import ColumnSpec, StandardOp
-from nanoengine.core.step import Int64, NewSlots, ProcessorColumn, StepPlan
+from nanoengine.core.step import Int64, NewSlots, ProcessorColumn, StepPlan, offsets_of
 from nanoengine.kernels import step_inputs
 from nanoengine.kernels.step_inputs import SlotState
 from nanoengine.params.engine_plan import ProcessorPlan
@@ -300,6 +300,10 @@ class SlotTables:
             self._admit(plan.new)
         for change in plan.columns:
             self._set_column(change)
+        if len(plan.draft_tokens):
+            rows, behind = ragged_places(offsets_of(plan.drafts))
+            places = plan.slots[rows].astype(np.int64) * self.token_ids.shape[1] + plan.starts[rows] + 1 + behind
+            self.buffer.write("token_ids", places, plan.draft_tokens)
         appends = plan.appends
         if len(appends.slot):  # behind a slot's last block its table holds whatever an earlier owner left
             _, slots, width = self.block_tables.shape

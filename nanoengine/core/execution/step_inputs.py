@@ -27,8 +27,8 @@ MAX_WRITES = 4096  # words that a step writes to the slot tables; more are sent 
 class StepSize:
     """The padded shape of a step, which a graph is captured for.
 
-    decode_rows: rows of `query_len` tokens each. prefill_tokens: tokens of up to `PREFILL_ROWS` rows behind them; a
-    decode step has none.
+    decode_rows: rows of up to `query_len` tokens each: more than one where rows have drafts. prefill_tokens: tokens of
+    up to `PREFILL_ROWS` rows behind them; a decode step has none.
     """
 
     decode_rows: int
@@ -44,6 +44,11 @@ class StepSize:
         return self.decode_rows * self.query_len + self.prefill_tokens
 
     @property
+    def logits(self) -> int:
+        """How many tokens have logits: the last one of each row, or all where rows have drafts."""
+        return self.tokens if self.query_len > 1 else self.rows
+
+    @property
     def longest(self) -> int:
         """The most tokens that a row may have."""
         return max(self.query_len, self.prefill_tokens)
@@ -57,11 +62,13 @@ class StepSize:
 def pad(plan: StepPlan, size: StepSize, dummy_slot: int) -> tuple[StepPlan, Int64]:
     """`plan`, all of whose logits positions are sampled, in the form that a graph of `size` was captured for: decode
     rows of the dummy slot behind its decode rows, prefill rows without a token behind its prefill rows, and logits of
-    each row's last token. With it int64 [L]: which of these logits are the plan's own."""
+    each row's last token, or of all tokens. With it int64 [L]: which of these logits are the plan's own."""
     decode, own = plan.num_decode_rows, plan.logits_rows.astype(np.int64)
     more_decode, more_prefill = size.decode_rows - decode, size.rows - size.decode_rows - (plan.num_rows - decode)
     if not more_decode and size.plain:
         return plan, own
+    if size.query_len > 1:
+        return _pad_drafts(plan, size, dummy_slot), plan.logits_index.astype(np.int64)
 
     def spread(values: Int32, of_decode: int, of_prefill: int) -> Int32:
         middle, end = np.full(more_decode, of_decode, np.int32), np.full(more_prefill, of_prefill, np.int32)
@@ -82,6 +89,24 @@ def pad(plan: StepPlan, size: StepSize, dummy_slot: int) -> tuple[StepPlan, Int6
         sampled=sampled,
     )
     return padded, own
+
+
+def _pad_drafts(plan: StepPlan, size: StepSize, dummy_slot: int) -> StepPlan:
+    """Rows of the dummy slot, without a token, behind the decode rows; logits of all tokens, those behind the last row
+    too."""
+    more = (0, size.decode_rows - plan.num_rows)
+    behind = (0, size.tokens - len(plan.logits_rows))
+    return replace(
+        plan,
+        slots=np.pad(plan.slots, more, constant_values=dummy_slot),
+        query_lens=np.pad(plan.query_lens, more),
+        starts=np.pad(plan.starts, more),
+        drafts=np.pad(plan.drafts, more),
+        num_decode_rows=size.decode_rows,
+        logits_index=np.arange(size.tokens, dtype=np.int32),
+        logits_rows=np.pad(plan.logits_rows, behind),
+        sampled=np.pad(plan.sampled, behind),
+    )
 
 
 def decode_plan(slots: Int32, start: int) -> StepPlan:
@@ -106,6 +131,13 @@ def blank_plan(size: StepSize, dummy_slot: int, start: int) -> StepPlan:
     plan = decode_plan(np.full(size.rows, dummy_slot, dtype=np.int32), start)
     if size.plain:
         return plan
+    if size.query_len > 1:
+        drafts = np.full(size.rows, size.query_len - 1, dtype=np.int32)
+        rows = np.repeat(plan.logits_rows, size.query_len)
+        plan = replace(
+            plan, drafts=drafts, query_lens=drafts + 1, logits_rows=rows, sampled=np.ones_like(rows, np.bool_)
+        )
+        return _pad_drafts(plan, size, dummy_slot)
     lens = np.zeros(size.rows, np.int32)
     lens[: size.decode_rows] = size.query_len
     return replace(plan, num_decode_rows=size.decode_rows, query_lens=lens, logits_index=np.zeros_like(plan.slots))
@@ -117,14 +149,16 @@ class StepRows:
 
     Attributes:
         slots: [B]. query_start_loc: [B + 1], offsets of the rows' tokens.
-        token_of_row: [B]; which of the drawn tokens is the row's, -1: none. None: each row draws its own.
+        token_of_row: [B]; which of the drawn tokens is the row's first, -1: none. None: each row draws its own.
         logits_index: [L]; which tokens want logits.
+        drafts: [B]; how many drafts each row has. None: no row has any.
     """
 
     slots: Tensor
     query_start_loc: Tensor
     token_of_row: Tensor | None
     logits_index: Tensor
+    drafts: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +175,8 @@ class GatheredStep:
 class _Layout:
     """Where in `StepBuffers.sent` things are, each at a multiple of 16 bytes.
 
-    rows: slots and, unless rows are plain, offsets, token of each row and logits index. writes: the first word of them.
+    rows: slots and, unless rows are plain, offsets, token of each row, logits index, and drafts where there are some.
+    writes: the first word of them.
     """
 
     rows: tuple[slice, ...]
@@ -164,7 +199,7 @@ class StepBuffers:
         self.limits, self.max_rows, self.tables, self._backends = limits, rows, tables, backends
         self._backend_class = type(backends[0])
         self._fill_name = f"{name_of(self._backend_class)}.fill"
-        words = _layout(rows, max(rows, tokens), plain=False).writes + 2 * MAX_WRITES
+        words = _layout(rows, max(rows, tokens), plain=False, drafts=True).writes + 2 * MAX_WRITES
         self.sent = torch.zeros(words, dtype=torch.int32, device=device)
         self.out = StepInputBuffers(
             input_ids=torch.zeros(tokens, dtype=torch.int32, device=device),
@@ -188,29 +223,31 @@ class StepBuffers:
 
     def gather_in_graph(self, plan: StepPlan, size: StepSize) -> GatheredStep:
         """The same of what was sent for a padded plan, on the device alone. `plan`: any of that size."""
-        layout = _layout(size.rows, size.rows, plain=size.plain)
+        layout = self._layout_of(size)
         self.tables.kernels.scatter_counted(self.tables.buffer.words, self.sent, layout.writes, MAX_WRITES)
         return self._gather(plan, self._rows(layout), size.tokens, size.longest, padded=not size.plain)
 
     def send(self, plan: StepPlan, drawn: Int64) -> tuple[_Layout, int]:
         """Upload the plan's rows and the pending writes, without waiting. Returns how many writes are to be applied.
 
-        `drawn`: int64 [S], for each sampled position which of the drawn tokens is its own.
+        `drawn`: int64 [S], ascending, for each sampled position which of the drawn tokens is its own.
         """
         writes = self.tables.buffer.pending_writes()
         if writes.shape[1] > MAX_WRITES:
             self.tables.flush()
             writes = writes[:, :0]
-        plain = plan.num_decode_rows == plan.num_rows == plan.num_tokens
-        layout = _layout(plan.num_rows, len(plan.logits_index), plain=plain)
+        drafts = len(plan.drafts) > 0
+        plain = plan.num_decode_rows == plan.num_rows == plan.num_tokens and not drafts
+        layout = _layout(plan.num_rows, len(plan.logits_index), plain=plain, drafts=drafts)
         packed = np.zeros(layout.writes + writes.size, dtype=np.int32)
         packed[0] = writes.shape[1]
         packed[layout.writes :] = writes.ravel()
         rows: tuple[Int32, ...] = (plan.slots,)
         if not plain:
             token_of_row = np.full(plan.num_rows, -1, dtype=np.int32)
-            token_of_row[plan.logits_rows[plan.sampled]] = drawn
+            token_of_row[plan.logits_rows[plan.sampled][::-1]] = drawn[::-1]  # a row's first draw is written last
             rows = (plan.slots, offsets_of(plan.query_lens), token_of_row, plan.logits_index)
+            rows += (plan.drafts,) if drafts else ()
         for place, values in zip(layout.rows, rows, strict=True):
             packed[place] = values
         upload(packed, self.sent.device, self.sent)
@@ -218,7 +255,11 @@ class StepBuffers:
 
     def rows_of(self, size: StepSize) -> StepRows:
         """Where a graph of that size finds its rows."""
-        return self._rows(_layout(size.rows, size.rows, plain=size.plain))
+        return self._rows(self._layout_of(size))
+
+    @staticmethod
+    def _layout_of(size: StepSize) -> _Layout:
+        return _layout(size.rows, size.logits, plain=size.plain, drafts=size.query_len > 1)
 
     def blank(self) -> None:
         """Rows of the dummy slot, without a token, wherever a graph may look for them."""
@@ -247,6 +288,11 @@ class StepBuffers:
             num_tokens=None if padded else tokens,
             pad_tokens=tokens if padded else 0,
         )
+        decode, queries = plan.num_decode_rows, 1
+        if len(plan.drafts):
+            queries = int(plan.query_lens[:decode].max())
+            if queries > self._backend_class.capabilities.decode_queries:
+                decode, queries = 0, 1  # they are prefill rows to it
         lens, ends = tuple(plan.query_lens.tolist()), tuple((plan.starts + plan.query_lens).tolist())
         groups = tuple(
             StepInputs(
@@ -255,7 +301,8 @@ class StepBuffers:
                 query_start_loc=rows.query_start_loc,
                 slot_mapping=slot_mapping[:tokens],
                 positions=out.positions[:tokens],
-                num_decode_rows=plan.num_decode_rows,
+                num_decode_rows=decode,
+                decode_query_len=queries,
                 query_lens_host=lens,
                 seq_lens_host=ends,
             )
@@ -267,10 +314,11 @@ class StepBuffers:
         return GatheredStep(rows, out.input_ids[:tokens], out.positions[:tokens], groups)
 
 
-def _layout(rows: int, logits: int, *, plain: bool) -> _Layout:
-    """For so many rows, and positions that want logits. plain: one token a row, and logits of each."""
+def _layout(rows: int, logits: int, *, plain: bool, drafts: bool = False) -> _Layout:
+    """For so many rows, and positions that want logits. plain: one token a row, and logits of each. drafts: some rows
+    have drafts."""
     parts, at = [], ALIGNMENT
-    for count in (rows,) if plain else (rows, rows + 1, rows, logits):
+    for count in (rows,) if plain else (rows, rows + 1, rows, logits, *[rows] * drafts):
         parts.append(slice(at, at + count))
         at = -(-(at + count) // ALIGNMENT) * ALIGNMENT
     return _Layout(tuple(parts), at)

@@ -15,11 +15,11 @@ from nanoengine.core.step import ROW_BAD_LOGITS, LogprobRows, StepResult, offset
 
 
 class RowResult(NamedTuple):
-    """One row's part of a `StepResult`. end: tokens of its request whose KV is written once the row has run. sampled:
-    whether it was to draw a token."""
+    """One row's part of a `StepResult`. end: of a chunk: tokens of its request whose KV is written once it has run.
+    drawn: the most tokens that the row could bring."""
 
     end: int
-    sampled: bool
+    drawn: int
     token_ids: Sequence[int]
     failed: int = 0
     sampled_logprobs: LogprobRows | None = None
@@ -32,7 +32,7 @@ def commit_rows(step: ScheduledStep, result: StepResult, roster: Roster) -> list
     Most decode rows bring one token and nothing else: below `commit_check_at` it is appended right here.
     """
     plain = step.plan.num_decode_rows  # the first rows, each of which brings one token and no log-probs; else none
-    if len(result.sampled_logprobs.rows) or (result.counts[:plain] != 1).any():
+    if len(result.sampled_logprobs.rows) or len(step.plan.drafts) or (result.counts[:plain] != 1).any():
         plain = 0
     updates: list[Update] = []
     new = tuple.__new__  # quicker than Update's own; it takes all fields, in their order
@@ -42,7 +42,7 @@ def commit_rows(step: ScheduledStep, result: StepResult, roster: Roster) -> list
             output.append(token)
             updates.append(new(Update, (request, (token,), None, None, None, None, 0, None)))
         else:
-            row = RowResult(request.prompt_len + len(output), True, (token,))
+            row = RowResult(request.prompt_len + len(output), 1, (token,))
             _commit_row(request, generation, row, roster, updates)
     if plain < len(step.rows):
         for (request, generation), row in zip(step.rows[plain:], _row_results(step, result, plain), strict=True):
@@ -54,15 +54,15 @@ def take_back_rows(step: ScheduledStep, roster: Roster, *, unadmit: bool) -> Non
     """Un-books the newest step. Its requests keep slots and blocks; with `unadmit` the admitted ones keep neither."""
     roster.blocks.withdraw(step.published)
     admitted = {each.slot for each in step.admitted}
-    for (request, generation), start, sampled in zip(step.rows, step.plan.starts.tolist(), step.sampled, strict=True):
+    for (request, generation), size, drawn in zip(step.rows, step.plan.query_lens.tolist(), step.drawn, strict=True):
         if request.generation != generation:  # it has ended, or was preempted since
-            request.length -= sampled
+            request.length -= drawn
             continue
-        request.unbook(start, sampled)
+        request.unbook(size, drawn)
         roster.unsent.add(request)
         if unadmit and request.slot in admitted:
             roster.unseat(request)
-        elif start < request.prompt_len:
+        elif request.num_computed < request.prompt_len:
             roster.blocks.publish_again(request)
 
 
@@ -71,19 +71,26 @@ def _commit_row(request: Request, generation: int, row: RowResult, roster: Roste
     if request.status is Status.FINISHED:
         return
     if row.failed or generation == request.void_generation:
-        request.length -= row.sampled
+        request.length -= row.drawn
         if generation != request.void_generation:
             _fail_row(request, generation, row.failed, roster, updates)
         return
-    current = request.generation == generation
-    if current and row.end >= request.publish_at:
-        roster.blocks.publish(request, row.end)
-    prompt = row.prompt_logprobs
+    current, prompt, end = request.generation == generation, row.prompt_logprobs, row.end
     if prompt is not None:
         request.prompt_logprobs_done = int(prompt.positions[-1]) + 1
     if row.token_ids:
+        too_much = row.drawn - len(row.token_ids)
+        request.length -= too_much
+        request.num_computed -= too_much if current else 0
         new, finish_reason, stop_reason = _append(request, row.token_ids)
-        updates.append(Update(request, tuple(new), finish_reason, stop_reason, row.sampled_logprobs, prompt))
+        end = request.prompt_len + len(request.output_token_ids) - 1
+    if current and end >= request.publish_at:
+        roster.blocks.publish(request, end)
+    if row.token_ids:
+        logprobs = row.sampled_logprobs
+        if logprobs is not None and len(new) < len(row.token_ids):
+            logprobs = logprobs.where(np.arange(len(logprobs.rows)) < len(new))
+        updates.append(Update(request, tuple(new), finish_reason, stop_reason, logprobs, prompt))
         if finish_reason is not None:
             roster.remove(request)
             return
@@ -95,7 +102,7 @@ def _commit_row(request: Request, generation: int, row: RowResult, roster: Roste
 
 
 def _append(request: Request, new: Sequence[int]) -> tuple[Sequence[int], EndReason | None, int | str | None]:
-    """Appends the tokens that a row drew, of which `length` counts one, up to the one that ends the request.
+    """Appends the tokens that a row brought, which `length` counts, up to the one that ends the request.
 
     A stop token counts before the length. The sampler masks stop tokens below `min_tokens`; should one come
     nevertheless, it does not end the request. Returns the tokens that were kept, finish_reason and stop_reason.
@@ -105,10 +112,10 @@ def _append(request: Request, new: Sequence[int]) -> tuple[Sequence[int], EndRea
         num_tokens += 1
         stops = token in request.stop_set and num_tokens > request.min_len
         if stops or num_tokens >= request.max_len:
+            request.length -= len(new) - i
             new = new[:i]
             break
     request.output_token_ids += new
-    request.length += len(new) - 1
     if stops:
         return new, "stop", None if token in request.params.eos_ids else token
     return (new, "length", request.length_reason) if num_tokens >= request.max_len else (new, None, None)
@@ -133,14 +140,14 @@ def _row_results(step: ScheduledStep, result: StepResult, first: int) -> list[Ro
     each = zip(
         range(first, plan.num_rows),
         (plan.starts + plan.query_lens)[first:].tolist(),
-        step.sampled[first:],
+        step.drawn[first:],
         pairwise(offsets[first:]),
         result.failed[first:].tolist(),
         strict=True,
     )
     return [
-        RowResult(end, sampled, tokens[start:stop], failed, drawn.get(row), prompts.get(row))
-        for row, end, sampled, (start, stop), failed in each
+        RowResult(end, most, tokens[start:stop], failed, drawn.get(row), prompts.get(row))
+        for row, end, most, (start, stop), failed in each
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ from nanoengine.core.step import (
 from nanoengine.params.sampling_params import pack_column
 
 ColumnValues = dict[tuple[str, str], dict[int, npt.NDArray[Any]]]  # (processor, column) -> slot -> values
-_NO_SLOTS, _NO_APPENDS = NewSlots(), BlockAppends()  # most steps have none
+_NO_SLOTS, _NO_APPENDS, _NONE = NewSlots(), BlockAppends(), i32()  # most steps have none
 
 
 class Prefill(NamedTuple):
@@ -47,8 +48,8 @@ class Draft:
 
     Attributes:
         step: its number. budget: tokens that it may still get. first: as in `ScheduledStep`.
-        slots, starts: of its decode rows, which continue a generated sequence: the only input of each is the last
-            token, at position `start`, which may still be in flight.
+        slots, starts: of its decode rows, which continue a generated sequence: the first input of each is the last
+            token, at position `start`, which may still be in flight. drafts: slot -> tokens behind it that are guesses.
         prefill: its other rows.
         new: admitted request, or one that is `unsent` -> its tokens whose KV is there.
         grown: request -> index of its first block that the device does not know.
@@ -63,6 +64,7 @@ class Draft:
     first: Request | None = None
     slots: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
+    drafts: dict[int, Sequence[int]] = field(default_factory=dict)
     prefill: list[Prefill] = field(default_factory=list)
     new: dict[Request, int] = field(default_factory=dict)
     grown: dict[Request, int] = field(default_factory=dict)
@@ -71,32 +73,48 @@ class Draft:
     preempted: bool = False
     ending: int = 0
 
-    def book(self, request: Request, num_new: int) -> None:
-        """Adds a row of the request's next tokens, and books them as computed. `Scheduler._pick_running` does the same
-        for a request below its `pick_check_at`, which is set here."""
-        start = request.num_computed
-        request.num_computed = end = start + num_new
-        self.budget -= num_new
+    def book(self, request: Request, num_new: int, drafts: Sequence[int] = ()) -> None:
+        """Adds a row of the request's next tokens, and books them as computed. drafts: behind a last known token.
+        `Scheduler._pick_running` does the same for a request below its `pick_check_at`, which is set here."""
+        start, end = request.num_computed, request.num_computed + num_new
+        request.num_computed = end + len(drafts)
+        self.budget -= num_new + len(drafts)
         sampled = end == request.length
         if sampled:
-            request.length += 1
-            request.pick_check_at = 0 if request.host_tokens else min(request.max_len, request.capacity + 1)
+            request.length += 1 + len(drafts)
+            checked = request.host_tokens or request.drafted
+            request.pick_check_at = 0 if checked else min(request.max_len, request.capacity + 1)
         if num_new == 1 and sampled and end > request.prompt_len:
             self.slots.append(request.slot)
             self.starts.append(start)
+            if drafts:
+                self.drafts[request.slot] = drafts
         else:
             request.last_prefill = self.step
             self.prefill.append(Prefill(request, start, end, sampled))
+
+    def room_for_drafts(self, request: Request, num_new: int, most: int, blocks: BlockManager) -> int:
+        """How many of at most so many drafts a row of its next tokens may have: behind its last known token, within its
+        length and the budget, in blocks that are free."""
+        end = request.num_computed + num_new
+        if num_new > 1 or end < request.length or end == request.prompt_len:
+            return 0
+        most = min(most, self.budget - 1, request.max_len - 1 - end)
+        first = len(request.block_ids[0])
+        if end + most > request.capacity and blocks.grow(request, end + most):
+            self.grown.setdefault(request, first)
+        return max(0, min(most, request.capacity - end))
 
     def drop(self, request: Request) -> None:
         """Takes a request out again: its row is not booked any more, and its share of the budget is free."""
         if request.slot in self.slots:
             at = self.slots.index(request.slot)
-            del self.slots[at]
-            request.unbook(self.starts.pop(at), True)
-            self.budget += 1
+            del self.slots[at], self.starts[at]
+            num_tokens = 1 + len(self.drafts.pop(request.slot, ()))
+            request.unbook(num_tokens, num_tokens)
+            self.budget += num_tokens
         for _, start, end, sampled in self._prefill_of(request):
-            request.unbook(start, sampled)
+            request.unbook(end - start, sampled)
             request.last_prefill = self.step - 1  # which may hold a row of it
             self.budget += end - start
         self.prefill = [row for row in self.prefill if row.request is not request]
@@ -112,6 +130,7 @@ class Draft:
             self,
             slots=[each for each in self.slots if each == slot],
             starts=[start for each, start in zip(self.slots, self.starts, strict=True) if each == slot],
+            drafts={each: tokens for each, tokens in self.drafts.items() if each == slot},
             prefill=self._prefill_of(request),
             new={each: cached for each, cached in self.new.items() if each is request},
             grown={each: first for each, first in self.grown.items() if each is request},
@@ -190,11 +209,20 @@ def build_plan(draft: Draft) -> StepPlan:
     order = np.lexsort((slots, -starts))
     slots, starts = slots[order], starts[order]
     num_decode = len(slots)
-    lens = np.ones(num_decode, dtype=np.int32)
+    lens, drafts, draft_tokens = np.ones(num_decode, dtype=np.int32), _NONE, _NONE
     logits = rows = np.arange(num_decode, dtype=np.int32)
-    sampled, tops = np.ones(num_decode, dtype=np.bool_), np.zeros(num_decode, dtype=np.int32)
+    if draft.drafts:
+        each = [draft.drafts.get(slot, ()) for slot in slots.tolist()]
+        drafts, draft_tokens = i32([len(tokens) for tokens in each]), i32(list(chain.from_iterable(each)))
+        lens += drafts
+        logits, rows = np.arange(lens.sum(), dtype=np.int32), np.repeat(rows, lens)
+    sampled, tops = np.ones(len(rows), dtype=np.bool_), np.zeros(len(rows), dtype=np.int32)
     if draft.prefill:
-        logits, rows, sampled, tops = _wanted_logits(num_decode, draft.prefill)
+        index, of_row, drawn, best = _wanted_logits(num_decode, len(rows), draft.prefill)
+        logits, rows = np.concatenate([logits, index]), np.concatenate([rows, of_row])
+        sampled, tops = np.concatenate([sampled, drawn]), np.concatenate([tops, best])
+        if len(drafts):
+            drafts = np.concatenate([drafts, np.zeros(len(draft.prefill), dtype=np.int32)])
         slots = np.concatenate([slots, i32([row.request.slot for row in draft.prefill])])
         starts = np.concatenate([starts, i32([row.start for row in draft.prefill])])
         lens = np.concatenate([lens, i32([row.end - row.start for row in draft.prefill])])
@@ -207,6 +235,8 @@ def build_plan(draft: Draft) -> StepPlan:
         num_decode_rows=num_decode,
         query_lens=lens,
         starts=starts,
+        drafts=drafts,
+        draft_tokens=draft_tokens,
         logits_index=logits,
         logits_rows=rows,
         sampled=sampled,
@@ -214,11 +244,13 @@ def build_plan(draft: Draft) -> StepPlan:
     )
 
 
-def _wanted_logits(num_decode: int, prefill: Sequence[Prefill]) -> tuple[Int32, Int32, Bool, Int32]:
-    """logits_index, logits_rows, sampled, prompt_logprobs: int32, int32, bool, int32, each [L]."""
-    at = num_decode
-    index, rows, drawn, tops = list(range(at)), list(range(at)), [True] * at, [0] * at
-    for row, (request, start, end, sampled) in enumerate(prefill, start=at):
+def _wanted_logits(first: int, at: int, prefill: Sequence[Prefill]) -> tuple[Int32, Int32, Bool, Int32]:
+    """logits_index, logits_rows, sampled, prompt_logprobs of prefill rows: int32, int32, bool, int32, each [L].
+
+    first, at: number of the first one, and of its first token.
+    """
+    index, rows, drawn, tops = list[int](), list[int](), list[bool](), list[int]()
+    for row, (request, start, end, sampled) in enumerate(prefill, start=first):
         top = request.params.prompt_logprobs
         if top is not None:  # logits at j tell the log-prob of prompt token j + 1
             wanted = range(max(start, request.prompt_logprobs_done - 1), min(end, request.prompt_len - 1))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from nanoengine.api.errors import ConfigError, RequestError
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import Published
-from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, LogprobRows, StepPlan
+from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, LogprobRows, StepPlan, StepResult
 from nanoengine.params.grammars import GrammarStats
 
 EndReason = Literal["stop", "length"]
@@ -42,6 +43,22 @@ class SchedulerConfig:
             raise ConfigError(f"admission_reserve={self.admission_reserve} must be 0 or more")
 
 
+class Drafting(Protocol):
+    """Where the drafts of requests come from. A request gets some only while nothing of it is in flight."""
+
+    def most(self, request: Request) -> int:
+        """How many drafts the request's next row may have; 0 where it had better run ahead."""
+        ...
+
+    def propose(self, request: Request, most: int) -> Sequence[int]:
+        """At most so many guesses of the tokens behind the request's known ones. What it raises fails the request."""
+        ...
+
+    def committed(self, step: ScheduledStep, result: StepResult) -> None:
+        """A step with drafts: of a row with `plan.drafts` of them the first `counts` - 1 were right."""
+        ...
+
+
 class Admission(NamedTuple):
     """A request that got a slot. num_tokens: known ones. cached: of them, those whose KV the prefix cache held.
     resumed: it ran before, and was preempted."""
@@ -66,13 +83,14 @@ class Preemption(NamedTuple):
 class ScheduledStep:
     """A plan, and the requests of its rows: (request, its generation then), in the plan's order.
 
-    sampled: per row, whether a token is drawn. published: prompt blocks that the prefix index got with it. admitted: in
-    this step. preempted: since the step before. first: the running request whose turn it was; None: the policy's first.
+    drawn: per row, the most tokens it may bring: none for a chunk, else one and its drafts. published: prompt blocks
+    that the prefix index got with it. admitted: in this step. preempted: since the step before. first: the running
+    request whose turn it was; None: the policy's first.
     """
 
     plan: StepPlan
     rows: tuple[tuple[Request, int], ...]
-    sampled: tuple[bool, ...]
+    drawn: tuple[int, ...]
     published: tuple[Published, ...] = ()
     admitted: tuple[Admission, ...] = ()
     preempted: tuple[Preemption, ...] = ()

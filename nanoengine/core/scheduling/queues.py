@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 
+from nanoengine.api.errors import RequestError
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.block_manager import BlockManager
-from nanoengine.core.scheduling.messages import EngineStats, Preemption
+from nanoengine.core.scheduling.messages import EngineStats, Preemption, SchedulerConfig
 from nanoengine.core.scheduling.policy import Policy
+from nanoengine.params.arguments import too_long
 
 
 class Roster:
@@ -106,3 +108,25 @@ class Roster:
         at = bisect_left(self.waiting, key(request), key=key)
         assert self.waiting[at] is request, f"request {request.id} is not in the queue"
         del self.waiting[at]
+
+
+def refuse_misfit(request: Request, config: SchedulerConfig, blocks: BlockManager) -> None:
+    """Raises `RequestError`, with the numbers, where the request could never run."""
+    num_prompt, max_model_len, most = request.prompt_len, config.max_model_len, config.max_num_batched_tokens
+    if config.whole_prompts and request.params.max_tokens != 1:
+        text = f"this model's attention looks ahead: a request needs max_tokens=1, not {request.params.max_tokens}"
+        raise RequestError("not_supported", text)
+    if config.whole_prompts and num_prompt > most:
+        text = f"the prompt's {num_prompt} tokens must run in one step, which has {most}: raise max_num_batched_tokens"
+        raise RequestError("does_not_fit", text)
+    if num_prompt == 0:
+        raise RequestError("invalid_prompt", "the prompt is empty: it must have one token at least")
+    if num_prompt >= max_model_len:
+        raise too_long(num_prompt, max_model_len)
+    need, have = blocks.blocks_for(num_prompt), blocks.num_blocks
+    if need > have:
+        raise RequestError(
+            "does_not_fit",
+            f"the prompt's {num_prompt} tokens need {need} KV blocks of {blocks.block_size} and the cache has "
+            f"{have}: shorten the prompt or give the KV cache more memory",
+        )

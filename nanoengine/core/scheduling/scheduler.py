@@ -19,11 +19,17 @@ from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.block_manager import BlockManager, Hits
 from nanoengine.core.scheduling.commit import commit_rows, take_back_rows
 from nanoengine.core.scheduling.draft import Draft, TokenBudget, ask_host_processors, build_plan
-from nanoengine.core.scheduling.messages import Admission, EngineStats, ScheduledStep, SchedulerConfig, Update
+from nanoengine.core.scheduling.messages import (
+    Admission,
+    Drafting,
+    EngineStats,
+    ScheduledStep,
+    SchedulerConfig,
+    Update,
+)
 from nanoengine.core.scheduling.policy import Policy, make_policy
-from nanoengine.core.scheduling.queues import Roster
+from nanoengine.core.scheduling.queues import Roster, refuse_misfit
 from nanoengine.core.step import StepPlan, StepResult, num_slots
-from nanoengine.params.arguments import too_long
 
 Verdict = Literal["admitted", "waits", "no room", "failed"]  # "waits": for a hit that this very step computes
 
@@ -34,9 +40,16 @@ class Scheduler:
     Not thread-safe. At most one step may be in flight when `schedule` is called; steps are committed in order.
     """
 
-    def __init__(self, config: SchedulerConfig, blocks: BlockManager, policy: Policy | None = None) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        blocks: BlockManager,
+        policy: Policy | None = None,
+        speculation: Drafting | None = None,
+    ) -> None:
+        """speculation: gives the drafts of requests that may have some."""
         self.config = config
-        self.blocks = blocks
+        self.blocks, self._speculation = blocks, speculation
         self.policy = policy or make_policy(config.policy)
         self._stats = EngineStats()
         slots = num_slots(config.max_num_seqs, config.spare_slots)
@@ -52,10 +65,11 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a request, and sets its `max_len` and `min_len`. Raises `RequestError` where it could never run."""
-        _refuse_misfit(request, self.config, self.blocks)
+        refuse_misfit(request, self.config, self.blocks)
         limit, max_tokens = self.config.max_model_len, request.params.max_tokens
         request.max_len = limit if max_tokens is None else min(limit, request.prompt_len + max_tokens)
         request.min_len = min(request.min_len, limit + 1)  # of what is never reached a plan's int32 need not hold more
+        request.drafted = self._speculation is not None and request.params.speculate and not request.host_tokens
         request.block_hashes = request.block_hashes or self.blocks.hashes_of(request.prompt_bytes, request.cache_key)
         self._roster.add(request)
 
@@ -150,6 +164,9 @@ class Scheduler:
             request.status is Status.RUNNING  # and was not preempted by one before it
             and not (request.host_tokens and self._is_in_flight(request))
         ):
+            most = self._speculation.most(request) if self._speculation is not None and request.drafted else 0
+            if most and self._is_in_flight(request):  # drafts follow a known token
+                return True
             if not draft.budget:
                 return False
             if self.config.whole_prompts and not self._fits_whole(request.length - request.num_computed, draft):
@@ -159,8 +176,21 @@ class Scheduler:
             if end <= request.capacity or self._make_room(request, end, draft):
                 if request in self._roster.unsent:
                     draft.new[request], draft.grown[request] = request.num_computed, 0
-                draft.book(request, num_new)
+                drafts = self._drafts(request, num_new, most, draft) if most else ()
+                if drafts is not None:
+                    draft.book(request, num_new, drafts)
         return True
+
+    def _drafts(self, request: Request, num_new: int, most: int, draft: Draft) -> Sequence[int] | None:
+        """At most so many, for a row of its next tokens. None: the drafter raised, and the request failed."""
+        room = draft.room_for_drafts(request, num_new, most, self.blocks)
+        try:
+            return self._speculation.propose(request, room) if self._speculation is not None and room else ()
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            self._fail(request, draft, error)
+            return None
 
     def _fits_whole(self, num_tokens: int, draft: Draft) -> bool:
         """Whether the step may have a whole prompt; one alone may be larger than what memory left of the budget."""
@@ -310,7 +340,7 @@ class Scheduler:
         step = ScheduledStep(
             plan=plan,
             rows=tuple([owners[slot] for slot in plan.slots.tolist()]),
-            sampled=(True,) * plan.num_decode_rows + tuple([row.sampled for row in draft.prefill]),
+            drawn=tuple(plan.query_lens[: plan.num_decode_rows].tolist() + [int(row.sampled) for row in draft.prefill]),
             published=tuple(published),
             admitted=tuple(
                 [
@@ -325,7 +355,7 @@ class Scheduler:
         self._roster.unsent.difference_update(draft.new)
         self._in_flight[plan.step] = step
         self._stats.steps += 1
-        self._stats.chunks += len(step.sampled) - sum(step.sampled)
+        self._stats.chunks += step.drawn.count(0)
         self._stats.mixed_steps += bool(plan.num_decode_rows and draft.prefill)
         return step
 
@@ -338,7 +368,10 @@ class Scheduler:
         self._budget.went_well()
         if result.graphs:
             self._stats.count_graphs(result.graphs)
-        return commit_rows(step, result, self._roster)
+        updates = commit_rows(step, result, self._roster)
+        if self._speculation is not None and len(step.plan.drafts):
+            self._speculation.committed(step, result)
+        return updates
 
     def fail(self, steps: Sequence[ScheduledStep]) -> list[Request]:
         """Steps that were launched and broke, oldest first. Steps launched after the first of them break with it.
@@ -355,10 +388,10 @@ class Scheduler:
         for request in failed:
             self.blocks.bar(request)
         for step in steps:
-            for (request, _), sampled in zip(step.rows, step.sampled, strict=True):
+            for (request, _), drawn in zip(step.rows, step.drawn, strict=True):
                 if request.status is Status.FINISHED:
                     continue
-                request.length -= sampled
+                request.length -= drawn
                 self._roster.retry_alone.add(request)
                 if request.status is Status.RUNNING:
                     self._roster.preempt(request, f"step {step.plan.step} broke")
@@ -387,25 +420,3 @@ class Scheduler:
         for request in failed:
             self._roster.remove(request)
         return failed
-
-
-def _refuse_misfit(request: Request, config: SchedulerConfig, blocks: BlockManager) -> None:
-    """Raises `RequestError`, with the numbers, where the request could never run."""
-    num_prompt, max_model_len, most = request.prompt_len, config.max_model_len, config.max_num_batched_tokens
-    if config.whole_prompts and request.params.max_tokens != 1:
-        text = f"this model's attention looks ahead: a request needs max_tokens=1, not {request.params.max_tokens}"
-        raise RequestError("not_supported", text)
-    if config.whole_prompts and num_prompt > most:
-        text = f"the prompt's {num_prompt} tokens must run in one step, which has {most}: raise max_num_batched_tokens"
-        raise RequestError("does_not_fit", text)
-    if num_prompt == 0:
-        raise RequestError("invalid_prompt", "the prompt is empty: it must have one token at least")
-    if num_prompt >= max_model_len:
-        raise too_long(num_prompt, max_model_len)
-    need, have = blocks.blocks_for(num_prompt), blocks.num_blocks
-    if need > have:
-        raise RequestError(
-            "does_not_fit",
-            f"the prompt's {num_prompt} tokens need {need} KV blocks of {blocks.block_size} and the cache has {have}: "
-            "shorten the prompt or give the KV cache more memory",
-        )

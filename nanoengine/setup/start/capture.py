@@ -85,12 +85,12 @@ def _capture(graphs: StepGraphs, sampler: Sampler, tp: TensorParallelGroup) -> N
         graphs.passes[size, None], graphs.logits[size] = captured(partial(graphs.run, size), pool, tp.agree)
     if graphs.sizes.tail:
         buffers = graphs.buffers
-        graphs.tail = CapturedTail(sampler, buffers.tables, buffers, tp)
+        graphs.tail = CapturedTail(sampler, buffers.tables, buffers, tp, max(size.logits for size in sizes))
         buffers.blank()
         pool = torch.cuda.graph_pool_handle()
         for size in sizes:
             for kind in sampler.tails:
-                run = partial(graphs.tail.run, buffers.rows_of(size), kind, graphs.logits[size])
+                run = partial(graphs.tail.run, buffers.rows_of(size), kind, graphs.logits[size], size.query_len - 1)
                 graphs.passes[size, kind], _ = captured(run, pool, tp.agree)
     graphs.index()
 

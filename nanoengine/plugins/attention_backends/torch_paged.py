@@ -95,6 +95,7 @@ class TorchPaged(AttentionBackend):
         devices=frozenset({"cpu", "cuda"}),
         dtypes=frozenset({"float32", "bfloat16", "float16"}),
         features=frozenset(AttentionFeature),
+        decode_queries=16,
     )
 
     @classmethod

@@ -54,7 +54,6 @@ class ResolvedParams:
         stop: stop strings. eos_ids: empty with ignore_eos. stop_token_ids: the user's own.
         processors: those that this request uses. greedy: the draw is the arg-max.
         host_tokens: a processor needs every token on the host before the next draw.
-        speculate: its rows may have drafts, where the engine has a drafter.
     """
 
     n: int = 1
@@ -75,7 +74,6 @@ class ResolvedParams:
     processors: tuple[PackedProcessor, ...] = ()
     greedy: bool = False
     host_tokens: bool = False
-    speculate: bool = True
 
     @property
     def stop_set(self) -> frozenset[int]:

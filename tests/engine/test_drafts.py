@@ -12,8 +12,6 @@ import pytest
 from nanoengine import LLM, SamplingParams
 from nanoengine.core.execution.finish_step import FinishStep
 from nanoengine.core.request import Request
-from nanoengine.core.scheduling.messages import ScheduledStep
-from nanoengine.core.step import StepResult
 from nanoengine.kernels import step_inputs
 from nanoengine.testing.checkpoints import tiny_gemma3, tiny_llama
 
@@ -32,6 +30,7 @@ class Oracle:
     ) -> None:
         self.known, self.tokens, self.accuracy = known, tokens, accuracy
         self.drafted = self.accepted = 0
+        self.ended: set[Request] = set()
 
     def most(self, request: Request) -> int:
         return self.tokens
@@ -42,10 +41,13 @@ class Oracle:
         right += [0] * (most - len(right))
         return [t if rng.random() < self.accuracy else (t + rng.randrange(1, VOCAB)) % VOCAB for t in right]
 
-    def committed(self, step: ScheduledStep, result: StepResult) -> None:
-        for drafted, count in zip(step.plan.drafts.tolist(), result.counts.tolist(), strict=True):
-            assert count <= drafted + 1
-            self.drafted, self.accepted = self.drafted + drafted, self.accepted + max(0, count - 1)
+    def committed(self, request: Request, drafted: int, accepted: int) -> None:
+        assert 0 <= accepted <= drafted
+        self.drafted, self.accepted = self.drafted + drafted, self.accepted + accepted
+
+    def end(self, request: Request) -> None:
+        assert request not in self.ended
+        self.ended.add(request)
 
 
 def with_drafts(llm: LLM, asked: Sequence[Sequence[int]], want: Sequence[Sequence[int]], **how: Any) -> Oracle:

@@ -20,7 +20,7 @@ from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.draft import Draft
 from nanoengine.core.scheduling.messages import ScheduledStep, SchedulerConfig, Update
 from nanoengine.core.scheduling.scheduler import Scheduler
-from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, StepPlan, StepResult
+from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, StepPlan
 from nanoengine.distributed.wire import decode, encode
 from nanoengine.params.sampling_params import PackedProcessor, ResolvedParams
 from nanoengine.testing.invariants import check_blocks, check_scheduler
@@ -69,6 +69,7 @@ class Guesses:
     def __init__(self, tokens: int, accuracy: float, max_model_len: int) -> None:
         self.tokens, self.accuracy, self.max_model_len = tokens, accuracy, max_model_len
         self.drafted = self.accepted = 0
+        self.ended: set[Request] = set()
 
     def _rng(self, request: Request) -> random.Random:
         return random.Random(f"{request.id} {len(request.output_token_ids)}")
@@ -82,10 +83,13 @@ class Guesses:
         right += [rng.randrange(VOCAB) for _ in range(most - len(right))]
         return [token if rng.random() < self.accuracy else rng.randrange(VOCAB) for token in right]
 
-    def committed(self, step: ScheduledStep, result: StepResult) -> None:
-        for drafted, count in zip(step.plan.drafts.tolist(), result.counts.tolist(), strict=True):
-            assert count <= drafted + 1
-            self.drafted, self.accepted = self.drafted + drafted, self.accepted + max(0, count - 1)
+    def committed(self, request: Request, drafted: int, accepted: int) -> None:
+        assert 0 <= accepted <= drafted
+        self.drafted, self.accepted = self.drafted + drafted, self.accepted + accepted
+
+    def end(self, request: Request) -> None:
+        assert request not in self.ended
+        self.ended.add(request)
 
 
 class Loop:

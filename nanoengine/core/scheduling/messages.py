@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 from nanoengine.api.errors import ConfigError, RequestError
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import Published
-from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, LogprobRows, StepPlan, StepResult
+from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, LogprobRows, StepPlan
 from nanoengine.params.grammars import GrammarStats
 
 EndReason = Literal["stop", "length"]
@@ -54,8 +54,12 @@ class Drafting(Protocol):
         """At most so many guesses of the tokens behind the request's known ones. What it raises fails the request."""
         ...
 
-    def committed(self, step: ScheduledStep, result: StepResult) -> None:
-        """A step with drafts: of a row with `plan.drafts` of them the first `counts` - 1 were right."""
+    def committed(self, request: Request, drafted: int, accepted: int) -> None:
+        """A row of the request had so many drafts, of which the first so many were right. Its output has them."""
+        ...
+
+    def end(self, request: Request) -> None:
+        """The request is live no more. Raises nothing."""
         ...
 
 

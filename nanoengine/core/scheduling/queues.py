@@ -7,7 +7,7 @@ from bisect import bisect_left, insort
 from nanoengine.api.errors import RequestError
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.block_manager import BlockManager
-from nanoengine.core.scheduling.messages import EngineStats, Preemption, SchedulerConfig
+from nanoengine.core.scheduling.messages import Drafting, EngineStats, Preemption, SchedulerConfig
 from nanoengine.core.scheduling.policy import Policy
 from nanoengine.params.arguments import too_long
 
@@ -25,7 +25,14 @@ class Roster:
         preempted: since the last step.
     """
 
-    def __init__(self, num_slots: int, policy: Policy, blocks: BlockManager, stats: EngineStats) -> None:
+    def __init__(
+        self,
+        num_slots: int,
+        policy: Policy,
+        blocks: BlockManager,
+        stats: EngineStats,
+        drafting: Drafting | None = None,
+    ) -> None:
         self.num_slots, self.policy, self.blocks = num_slots, policy, blocks
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -35,7 +42,7 @@ class Roster:
         self.unsent: set[Request] = set()
         self.num_host = 0
         self.preempted: list[Preemption] = []
-        self._stats = stats
+        self._stats, self._drafting = stats, drafting
         self._added = self._admissions = 0
 
     def add(self, request: Request) -> None:
@@ -63,6 +70,8 @@ class Roster:
         self._release(request)
         self.num_host -= request.host_tokens
         self.retry_alone.discard(request)
+        if self._drafting is not None:
+            self._drafting.end(request)
 
     def _enqueue(self, request: Request) -> None:
         request.status = Status.WAITING

@@ -53,7 +53,7 @@ class Scheduler:
         self.policy = policy or make_policy(config.policy)
         self._stats = EngineStats()
         slots = num_slots(config.max_num_seqs, config.spare_slots)
-        self._roster = Roster(slots, self.policy, blocks, self._stats)
+        self._roster = Roster(slots, self.policy, blocks, self._stats, speculation)
         self.waiting, self.running = self._roster.waiting, self._roster.running
         self._in_flight: dict[int, ScheduledStep] = {}  # by step number, oldest first
         self._first: Request | None = None  # whose turn it is: the last budget had nothing left for it
@@ -370,7 +370,9 @@ class Scheduler:
             self._stats.count_graphs(result.graphs)
         updates = commit_rows(step, result, self._roster)
         if self._speculation is not None and len(step.plan.drafts):
-            self._speculation.committed(step, result)
+            drafts, counts = step.plan.drafts.tolist(), result.counts.tolist()
+            for (request, _), drafted, count in zip(step.rows, drafts, counts, strict=True):
+                self._speculation.committed(request, drafted, max(0, count - 1))
         return updates
 
     def fail(self, steps: Sequence[ScheduledStep]) -> list[Request]:

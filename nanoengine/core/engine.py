@@ -280,10 +280,10 @@ class Engine:
             self._mid_update = True  # an interrupt must leave no request that is half in the scheduler
             state, aborted = self._requests.inbox.popleft()
             try:
-                if not state.samples and self._requests.known.get(state.given.request_id) is state:
-                    self._enter(state)  # also where it is aborted while it is prepared: its output has all samples
                 if aborted:
                     self._end_request(state)
+                elif self._requests.known.get(state.given.request_id) is state:  # it may have ended before
+                    self._enter(state)
             except BaseException as error:
                 if not is_failure(error):
                     raise

@@ -303,6 +303,9 @@ class OutputProcessor:
 
     def end(self, state: RequestState, error: RequestError | None, now: float) -> RequestOutput:
         """The last output of a request that fails with `error` or (None) is aborted: then with what it has so far."""
+        if not state.samples and error is None:  # it is aborted before it could start: its output has all samples
+            for request in state.requests(0):
+                self.add_sample(state, request)
         for sample in state.samples:
             if sample.finish_reason is None and error is None:
                 try:

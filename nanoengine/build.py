@@ -326,6 +326,10 @@ class _ParamsContext:
     reasoning: str | int | None
     grammars: Grammars
 
+    @property
+    def num_tokens(self) -> int:
+        return self.vocab_size if self.tokenizer is None else self.tokenizer.num_ids
+
     def grammar(self, constraint: Constraint) -> Grammar:
         return self.grammars.get(constraint)
 

@@ -75,6 +75,11 @@ class ParamsContext(Protocol):
     def max_model_len(self) -> int: ...
 
     @property
+    def num_tokens(self) -> int:
+        """Ids from this one on have no token: a model's vocabulary is often padded to more."""
+        ...
+
+    @property
     def end_ids(self) -> frozenset[int]:
         """Ids that end an output (EOS), as the model's folder names them."""
         ...

@@ -261,6 +261,11 @@ class Tokenizer:
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
     @cached_property
+    def num_ids(self) -> int:
+        """One more than the largest id of a token."""
+        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    @cached_property
     def all_special_ids(self) -> frozenset[int]:
         """Ids that `skip_special_tokens` leaves out."""
         added = self._backend.get_added_tokens_decoder()

@@ -16,4 +16,12 @@ def register_grammars() -> list[GrammarSpec]:
             requires=("llguidance",),
             install="pip install 'nanoengine[grammars]'",
         ),
+        GrammarSpec(
+            name="xgrammar",
+            target=f"{__name__}.xgrammar:XGrammar",
+            api=1,
+            preference=50,
+            requires=("xgrammar",),
+            install="pip install 'nanoengine[xgrammar]'",
+        ),
     ]

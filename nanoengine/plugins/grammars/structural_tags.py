@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,19 @@ def read_tags(text: str, backend: str) -> Tags:
         tags = [_old(i, tag) for i, tag in enumerate(structures)]
     triggers = tuple(_text(f"triggers[{i}]", each) for i, each in enumerate(_list("triggers", found.get("triggers"))))
     return Tags(triggers, tuple(_tag(triggers, *each) for each in tags))
+
+
+def tag_schemas(value: Any) -> Iterator[Any]:
+    """The JSON schemas anywhere in a structural tag."""
+    if isinstance(value, list):
+        for each in value:
+            yield from tag_schemas(each)
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            if key in ("schema", "json_schema"):
+                yield each
+            else:
+                yield from tag_schemas(each)
 
 
 def _tag(triggers: tuple[str, ...], begin: str, schema: Any, end: str) -> Tag:

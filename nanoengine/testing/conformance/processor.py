@@ -50,7 +50,7 @@ class _Vocabulary:
     reasoning = None
 
     def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
+        self.vocab_size = self.num_tokens = vocab_size
 
     def grammar(self, constraint: Constraint) -> Grammar:
         raise UnsupportedError("the kit", ["it has no grammar backend"])

@@ -1,0 +1,79 @@
+"""Refuses what xgrammar would ignore, or take more widely than JSON Schema means it. Others it supports exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nanoengine.api import GrammarError
+from nanoengine.api.json_schema import map_schemas
+
+_NO_EFFECT = frozenset(
+    ("$schema", "$comment", "title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly",
+     "$defs", "definitions")
+)  # fmt: skip
+_OF_TYPE: Mapping[str, frozenset[str]] = {
+    "string": frozenset(("minLength", "maxLength", "pattern")),
+    "integer": frozenset(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")),
+    "number": frozenset(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")),
+    "object": frozenset(("properties", "required", "additionalProperties")),
+    "array": frozenset(("items", "prefixItems", "minItems", "maxItems")),
+    "boolean": frozenset(),
+    "null": frozenset(),
+}
+_ALONE = ("$ref", "const", "enum", "anyOf")
+_KNOWN = _NO_EFFECT.union({"type", *_ALONE}, *_OF_TYPE.values())
+
+
+def check_plain(schema: Any) -> None:
+    """Raises `GrammarError` that names the keyword, or the combination of keywords."""
+    map_schemas(schema, _check)
+
+
+def _check(schema: dict[str, Any]) -> dict[str, Any]:
+    unknown = sorted(schema.keys() - _KNOWN)
+    if unknown:
+        raise GrammarError(f"the JSON schema has {', '.join(unknown)}, which xgrammar does not support exactly{_FIX}")
+    if "$ref" in schema and not str(schema["$ref"]).startswith("#"):
+        raise GrammarError(f"the JSON schema has the $ref {schema['$ref']!r} to another document{_FIX}")
+    rules = sorted(schema.keys() - _NO_EFFECT)
+    alone = [name for name in _ALONE if name in schema]
+    if alone:
+        values = schema["enum"] if "enum" in schema else [schema.get("const")]
+        rest = [name for name in rules if name != alone[0]]
+        if rest == ["type"] and alone[0] in ("enum", "const") and all(_is(value, schema["type"]) for value in values):
+            rest = []
+        if rest:
+            raise GrammarError(
+                f"the JSON schema has {', '.join(rest)} next to {alone[0]}, which xgrammar ignores{_FIX}"
+            )
+        return schema
+    kind = schema.get("type")
+    if rules and not isinstance(kind, str):
+        raise GrammarError(f"the JSON schema has {', '.join(rules)} without one type, which xgrammar ignores{_FIX}")
+    if isinstance(kind, str):
+        if kind not in _OF_TYPE:
+            raise GrammarError(f"the JSON schema has an unknown type {kind!r}; valid: {', '.join(_OF_TYPE)}")
+        foreign = [name for name in rules if name != "type" and name not in _OF_TYPE[kind]]
+        if foreign:
+            raise GrammarError(f"the JSON schema has {', '.join(foreign)} for a {kind}, where it has no effect{_FIX}")
+    if "pattern" in schema and ("minLength" in schema or "maxLength" in schema):
+        raise GrammarError(f"the JSON schema has a length next to pattern, which xgrammar ignores{_FIX}")
+    unnamed = sorted(set(schema.get("required", ())) - set(schema.get("properties", ())))
+    if unnamed:
+        raise GrammarError(f"the JSON schema requires {unnamed[0]!r}, which is not in its properties{_FIX}")
+    return schema
+
+
+_FIX = ": leave it out, or use the backend llguidance"
+
+
+def _is(value: Any, kind: Any) -> bool:
+    kinds = kind if isinstance(kind, list) else [kind]
+    return any(
+        {"string": isinstance(value, str), "null": value is None, "boolean": isinstance(value, bool),
+         "integer": isinstance(value, int) and not isinstance(value, bool),
+         "number": isinstance(value, int | float) and not isinstance(value, bool),
+         "array": isinstance(value, list), "object": isinstance(value, dict)}.get(each, False)
+        for each in kinds
+    )  # fmt: skip

@@ -205,7 +205,8 @@ def plugin_file(path: Path) -> PluginFile:
     if resolved.is_dir():
         raise PluginError(f"plugin file {path} is a folder; install the package, or name its module file: __init__.py")
     if not resolved.is_file():
-        raise PluginError(f"plugin file {path} does not exist (looked for {resolved})")
+        hint = "" if resolved.suffix == ".py" else "; install a package instead, or name its module file"
+        raise PluginError(f"plugin file {path} does not exist (looked for {resolved}){hint}")
     if resolved.suffix != ".py":
         raise PluginError(f"plugin file {path} is not a .py file; install a package instead, or name its module file")
     try:

@@ -308,6 +308,8 @@ def test_a_plugin_file_that_fails_is_fatal(plugin_py: Any, code: str, text: str)
 def test_a_plugin_file_must_be_a_python_file(tmp_path: Path) -> None:
     with pytest.raises(PluginError, match="does not exist"):
         discover([tmp_path / "none.py"])
+    with pytest.raises(PluginError, match=r"does not exist .*; install a package instead, or name its module file"):
+        discover(["nanoengine_mine"])
     with pytest.raises(PluginError, match=r"is a folder; install the package, or name its module file: __init__\.py"):
         discover([tmp_path])
     (tmp_path / "plugin.txt").write_text("")

@@ -14,6 +14,7 @@ import torch
 from nanoengine.api.parallel import SingleRank
 from nanoengine.plugins.models.qwen3 import Qwen3
 from nanoengine.setup.start.build_model import build_model
+from nanoengine.setup.start.mxfp4 import dequantised
 from nanoengine.setup.start.weights import load_weights
 
 from .support import need, write_wide
@@ -34,6 +35,14 @@ def test_weights_on_the_gpu_are_those_of_the_file(dtype: torch.dtype, tmp_path: 
     for there, here in zip(loaded("cuda"), loaded("cpu"), strict=True):
         assert there.is_cuda
         assert torch.equal(there.cpu(), here)
+
+
+def test_mxfp4_is_dequantised_on_the_gpu_to_the_same_bits() -> None:
+    """Powers of two and numbers below the normal ones too; the last exponent is beyond bfloat16."""
+    blocks, scales = torch.arange(256).repeat(256, 1).to(torch.uint8), torch.arange(256).to(torch.uint8)
+    pieces = blocks.view(1, 256, 16, 16), scales.view(1, 256, 1).repeat(1, 1, 16)
+    here, there = dequantised(*pieces), dequantised(*(each.cuda() for each in pieces)).cpu()
+    assert torch.equal(there.view(torch.int16), here.view(torch.int16))
 
 
 PROGRAM = """

@@ -52,12 +52,14 @@ class Mxfp4Tensor(PackedTensor):
 
 def dequantised(blocks: Tensor, scales: Tensor) -> Tensor:
     """uint8 [E, out, groups, 16] and [E, out, groups] -> bfloat16 [E, out, 32 * groups]. No value is rounded."""
-    device, out = blocks.device, torch.empty(*scales.shape, _GROUP, dtype=torch.bfloat16, device=blocks.device)
-    # twice the values and half the factors, so that the largest factor is a float32
-    pairs = torch.tensor([(2 * _VALUES[byte & 15], 2 * _VALUES[byte >> 4]) for byte in range(256)], device=device)
-    factors = torch.tensor([2.0 ** (code - _BIAS - 1) for code in range(256)], device=device)
+    made: dict[str, Any] = {"dtype": torch.bfloat16, "device": blocks.device}
+    # Twice the values and half the factors: the largest factor would be infinite. A byte's two values are one int32.
+    pairs = torch.tensor([(2 * _VALUES[byte & 15], 2 * _VALUES[byte >> 4]) for byte in range(256)], **made)
+    factors = torch.tensor([2.0 ** (code - _BIAS - 1) for code in range(256)], **made)
+    table, out = pairs.view(torch.int32).flatten(), torch.empty(*scales.shape, _GROUP, **made)
     for into, codes, exponents in zip(out, blocks, scales, strict=True):  # an expert at a time: it needs less memory
-        into.copy_(pairs[codes.int()].flatten(-2) * factors[exponents.int()].unsqueeze(-1))
+        values = table[codes.int()].view(torch.bfloat16)
+        torch.mul(values, factors[exponents.int()].unsqueeze(-1), out=into)
     return out.flatten(-2)
 
 

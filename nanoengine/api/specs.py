@@ -5,6 +5,7 @@ A spec names its implementation by a *target*, "package.module:Class", which is 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
@@ -38,13 +39,15 @@ class StandardOp(StrEnum):
     """Operations that the core may fuse, no matter which plugin provides their column.
 
     TEMPERATURE: logits / value; 0 means greedy. TOP_K: keep the k highest; 0 means all. TOP_P: nucleus; 1 means all.
-    MIN_P: keep p >= value * max p; 0 means all.
+    MIN_P: keep p >= value * max p; 0 means all. BITMASK: only ids whose bit is set: bit i of word w allows id 32 w + i;
+    int32 words, ceil(vocabulary / 32) of them; -1 in each allows all. It is supplied by a `HostState` only.
     """
 
     TEMPERATURE = "temperature"
     TOP_K = "top_k"
     TOP_P = "top_p"
     MIN_P = "min_p"
+    BITMASK = "bitmask"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +57,7 @@ class ColumnSpec:
     Attributes:
         dtype: "float32", "int32" or "bool".
         ragged: several values per slot. The device table is then [slots, width]; its width grows when needed.
+        width: that many values in each slot; None: one, or with `ragged` any number.
         default: the value without effect. Slots that do not use the processor have it, and ragged rows are padded
             with it.
         op: the standard operation that uses this column, if there is one.
@@ -63,6 +67,7 @@ class ColumnSpec:
     ragged: bool = False
     default: float | int | bool = 0
     op: StandardOp | None = None
+    width: int | None = None
 
 
 class ParamsContext(Protocol):
@@ -102,6 +107,30 @@ class ParamsContext(Protocol):
         ...
 
 
+class HostState(ABC):
+    """What a processor knows on the host about one sample. `ProcessorParams.start` makes it, once.
+
+    The engine may ask for the columns of a draw more than once, and with drafts that are then refused: only `feed`
+    advances the state. What a method raises fails that request alone.
+    """
+
+    @abstractmethod
+    def feed(self, token_ids: Sequence[int]) -> None:
+        """The next tokens of the output, one or more, in order. Each token is fed once."""
+
+    @abstractmethod
+    def columns(self, drafts: Sequence[int]) -> Mapping[str, Any]:
+        """Values of columns for the next draw, and for the draw behind each of the drafts, if they were accepted.
+
+        For each column that is given: 1 + len(drafts) values; an array [1 + len(drafts), width] for one of fixed width
+        or a bit mask; as many sequences for a ragged one. A column that is not given keeps what `pack` returned.
+        """
+
+    def forced(self) -> Sequence[int]:
+        """Tokens that must come next, each the only one that is possible in its place. Default: none are known."""
+        return ()
+
+
 class ProcessorParams:
     """Base class of a processor's parameters: `@dataclass(frozen=True)`, each field with a default without effect.
 
@@ -110,23 +139,22 @@ class ProcessorParams:
 
     Class attributes:
         columns: the device columns that the processor reads, by name.
-        host_tokens: True if `host_columns` must get every token before the next one is drawn; such a request does not
-            run ahead.
     """
 
     columns: ClassVar[Mapping[str, ColumnSpec]] = {}
-    host_tokens: ClassVar[bool] = False
 
     def active(self) -> bool:
         """Whether a request with these values uses the processor. Default: if any field differs from its default."""
         return self != type(self)()
 
     def pack(self, ctx: ParamsContext) -> Mapping[str, Any]:
-        """Column values of one request: a scalar, or a sequence for a ragged column. Default: the fields of that name.
+        """Column values of one request: a scalar, or a sequence for a column with several values; no bit masks.
+
+        Default: the fields of that name.
 
         Raises `ParamsError` for mistakes that need the context to be seen (a token id outside the vocabulary).
         """
-        return {name: getattr(self, name) for name in self.columns}
+        return {name: getattr(self, name) for name, spec in self.columns.items() if spec.op is not StandardOp.BITMASK}
 
     def prepare(self, ctx: ParamsContext) -> Callable[[], Any] | None:
         """Slow work that must be done before a request with these values can start. Default: None, nothing is to do.
@@ -137,12 +165,12 @@ class ProcessorParams:
         """
         return None
 
-    def host_columns(self, prompt_token_ids: Sequence[int], output_token_ids: Sequence[int]) -> Mapping[str, Any]:
-        """Column values that are computed before each draw, from all tokens so far. Used only with `host_tokens`.
+    def start(self, prompt_token_ids: Sequence[int], ctx: ParamsContext) -> HostState | None:
+        """The state of one sample of a request with this prompt, if its columns depend on the tokens that it gets.
 
-        An exception raised here fails only that request.
+        Default: None, the columns are those of `pack`. An exception raised here fails only that request.
         """
-        return {}
+        return None
 
 
 class Phase(IntEnum):

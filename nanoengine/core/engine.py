@@ -30,6 +30,7 @@ from nanoengine.api.errors import (
 from nanoengine.core.delivery import OpenRequests, Watch
 from nanoengine.core.execution.executor import Executor
 from nanoengine.core.execution.results import NotLaunched, StepHandle, wait_out
+from nanoengine.core.host_states import start_states, supplied_columns
 from nanoengine.core.outputs import OutputProcessor, RequestOutput, RequestState
 from nanoengine.core.scheduling.messages import ScheduledStep, Update
 from nanoengine.core.scheduling.scheduler import Scheduler
@@ -145,7 +146,10 @@ class Engine:
 
     def _launch_ahead(self, depth: int) -> None:
         """Schedule and launch until `depth` steps are in flight, or nothing can be scheduled."""
-        while len(self._in_flight) < depth:
+        while True:
+            self._supply_oldest()
+            if len(self._in_flight) >= depth:
+                break
             if self._in_flight and isinstance(self._in_flight[-1].handle, NotLaunched):
                 break  # nothing runs behind a step that was not launched
             scheduling = time.monotonic()
@@ -176,7 +180,28 @@ class Engine:
                 raise
             return NotLaunched(error)
 
+    def _supply_oldest(self) -> None:
+        """The columns of the oldest step, if it waits for them: all tokens before its draws are known."""
+        if not self._in_flight or not self._in_flight[0].handle.late:
+            return
+        step, handle = self._in_flight[0].step, self._in_flight[0].handle
+        self._mid_update = True
+        columns, failed = supplied_columns(step, self._inputs.ctx.vocab_size)
+        try:
+            handle.supply(columns)
+        except WorkerError as error:
+            self._end(error)
+        except BaseException as error:  # as in `_launch`
+            if not is_failure(error):
+                raise
+            self._in_flight[0] = InFlight(step, NotLaunched(error))
+        for request, failure in failed:
+            if (state := self._requests.known.get(request.parent)) is not None:  # None: a sibling's has failed, too
+                self._end_request(state, failure)
+        self._mid_update = False
+
     def _finish_oldest(self) -> None:
+        self._supply_oldest()
         oldest, waiting = self._in_flight[0], time.monotonic()
         try:
             result = oldest.handle.wait()
@@ -193,6 +218,7 @@ class Engine:
         self._in_flight.popleft()
         self._process(self.scheduler.commit(oldest.step, result))
         self._mid_update = False
+        self._supply_oldest()
         if self._watch is not None:
             self._requests.put_records(self._watch.committed(oldest.step, result))
 
@@ -295,6 +321,7 @@ class Engine:
         if state.given.error is not None:
             raise state.given.error
         for request in state.requests(self._seed):
+            start_states(request, self._inputs.ctx)
             self.scheduler.add(request)
             try:
                 self._outputs.add_sample(state, request)

@@ -10,6 +10,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from nanoengine.core.host_states import BoundState
     from nanoengine.core.scheduling.block_manager import Run
     from nanoengine.params.sampling_params import ResolvedParams
 
@@ -57,9 +58,10 @@ class Request:
     prompt_len: int = field(init=False)
     min_len: int = field(init=False)  # tokens before which no stop token counts; 0 without min_tokens
     stop_set: frozenset[int] = field(init=False)
-    host_tokens: bool = field(init=False)
     drafted: bool = False  # its rows may have drafts, which a drafter makes from all its tokens
     prompt_bytes: bytes = b""  # int32, native order: what the prefix index hashes and compares; made where not given
+
+    host_states: list[BoundState] = field(default_factory=list)  # of its logits processors
 
     # The scheduler's.
     length: int = field(init=False)  # tokens, those in flight included
@@ -86,7 +88,6 @@ class Request:
         self.length = self.num_tokens
         self.min_len = self.prompt_len + self.params.min_tokens if self.params.min_tokens else 0
         self.stop_set = self.params.stop_set
-        self.host_tokens = self.params.host_tokens
         self.prompt_bytes = self.prompt_bytes or int32_bytes(self.prompt_token_ids)
 
     @property

@@ -58,7 +58,7 @@ def offsets_of(counts: Any) -> Int32:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessorColumn:
-    """Values of one column of one logits processor for some slots, in a new slot or changed in a running one.
+    """Values of one column of one logits processor for some new slots.
 
     Attributes:
         processor, column: which table of which processor they belong to.
@@ -70,6 +70,24 @@ class ProcessorColumn:
     processor: str
     column: str
     slots: Int32
+    values: npt.NDArray[Any]
+    offsets: Int32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuppliedColumn:
+    """Values of one column of one logits processor for some draws of one step, in place of those of their slots. They
+    follow the plan, as they depend on tokens of the step before it.
+
+    Attributes:
+        processor, column: which column of which processor.
+        draws: int32 [N]; entries of the plan's `logits_index`, which are sampled.
+        values: flat, of the column's dtype. offsets: int32 [N + 1] into `values`.
+    """
+
+    processor: str
+    column: str
+    draws: Int32
     values: npt.NDArray[Any]
     offsets: Int32
 
@@ -121,7 +139,7 @@ class StepPlan:
 
     Attributes:
         step: running number of the step.
-        new: slots that enter with this step; `columns`: their processors' values, and changed ones of running slots.
+        new: slots that enter with this step; `columns`: their processors' values.
         appends: block-table writes, applied before the forward pass.
         slots: int32 [B]. num_decode_rows: the first rows, which continue a generated sequence.
         query_lens: int32 [B], at least 1 each; T is their sum.
@@ -136,6 +154,7 @@ class StepPlan:
             wanted (prompt_logprobs).
         prompt_logprobs: int32 [L]; how many best log-probs to report at a position that is not sampled (0 for
             sampled ones, whose number comes from the slot).
+        late: nothing is drawn before `StepHandle.supply` has brought columns of some rows.
     """
 
     step: int = 0
@@ -152,6 +171,7 @@ class StepPlan:
     logits_rows: Int32 = field(default_factory=i32)
     sampled: Bool = field(default_factory=flags)
     prompt_logprobs: Int32 = field(default_factory=i32)
+    late: bool = False
 
     @property
     def num_rows(self) -> int:

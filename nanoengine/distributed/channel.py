@@ -31,6 +31,9 @@ class Kind(IntEnum):
     FAILED = 8  # parcel: a pickled `Report`
     STOP = 9
     SHORT = 10  # a rank ran out of memory in this step; parcel: the error as UTF-8
+    COLUMNS = (
+        11  # the columns of this late plan are in the ring; parcel: the columns, if they are too large for the ring
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,22 +13,23 @@ import select
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 
 from nanoengine.api.errors import EngineClosed, WorkerError
 from nanoengine.core.execution.executor import Executor
-from nanoengine.core.execution.results import StepHandle
-from nanoengine.core.step import StepPlan, StepResult
+from nanoengine.core.execution.results import LateStep, StepHandle
+from nanoengine.core.step import StepPlan, StepResult, SuppliedColumn
 from nanoengine.distributed.channel import Kind, Parcel
 from nanoengine.distributed.faults import Report, first_error, late_error
 from nanoengine.distributed.process import RankProcess, end, environment, stacks
 from nanoengine.distributed.shared import RING, SLOT_BYTES, Layout, Shared, Word
 from nanoengine.distributed.wire import decode, encode
-from nanoengine.distributed.worker import StartMessage
+from nanoengine.distributed.worker import StartMessage, SuppliedColumns
 from nanoengine.params.engine_plan import EnginePlan
 from nanoengine.setup.start.memory import MemoryReport
 
@@ -54,7 +55,9 @@ class WorkersExecutor(Executor):
         self._ranks: list[RankProcess] = []
         self._shared: Shared | None = None
         self._number = 0  # number of the last launched plan
+        self._supplied = 0  # number of the last plan whose columns were supplied
         self._parcels: dict[int, Parcel] = {}  # plans too large for the ring, until all ranks have them
+        self._columns: Parcel | None = None  # of `_supplied`, if they are too large for the ring
         self.parcels_sent = 0
         self._results: dict[int, bytearray] = {}  # results too large for the ring, from rank 0
         self._answers: dict[int, bytearray] = {}
@@ -118,13 +121,30 @@ class WorkersExecutor(Executor):
         self._number, self._withdrawn = number, False
         for rank in self._ranks:
             self._announce(rank)
+        return LateStep(partial(self._supply, number)) if plan.late else _WorkerStep(self, number)
+
+    def _supply(self, number: int, columns: Sequence[SuppliedColumn]) -> StepHandle:
+        self._check_ranks(0.0)
+        shared, data, old = self._open(), encode(SuppliedColumns(tuple(columns))), self._columns
+        fits = shared.put(shared.layout.columns_at(number), data)
+        self._columns = None if fits else Parcel(data)
+        self._supplied = number
+        if old is not None:  # all ranks have it: the plan behind it was launched
+            old.close()
+        for rank in self._ranks:
+            self._announce(rank)
         return _WorkerStep(self, number)
 
     def _announce(self, rank: RankProcess) -> None:
-        """Sends a frame for each new plan. After an interrupt a plan may be announced twice; the rank ignores that."""
-        for number in range(rank.announced + 1, self._number + 1):
-            rank.send(Kind.PLAN, number, self._parcels.get(number))
-            rank.announced = number
+        """Sends a frame for each new plan, and for its columns. After an interrupt either may be announced twice, which
+        the rank ignores; columns that not all ranks got go before the next plan, so that all ranks run the same."""
+        for number in range(rank.announced, self._number + 1):
+            if number > rank.announced:
+                rank.send(Kind.PLAN, number, self._parcels.get(number))
+                rank.announced = number
+            if number == self._supplied > rank.supplied:
+                rank.send(Kind.COLUMNS, number, self._columns)
+                rank.supplied = number
 
     def call(self, name: str, *args: Any) -> list[Any]:
         self._check_ranks(0.0)
@@ -144,7 +164,7 @@ class WorkersExecutor(Executor):
             return
         end(self._ranks, ask=ask)
         self._unattended.detach()
-        for parcel in self._parcels.values():
+        for parcel in filter(None, (*self._parcels.values(), self._columns)):
             parcel.close()
         self._parcels.clear()
         self._shared.close()

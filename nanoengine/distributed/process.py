@@ -21,7 +21,8 @@ class RankProcess:
 
     def __init__(self, rank: int, memory_fd: int, environment: Mapping[str, str]) -> None:
         """`environment`: the whole environment of the process. Raises `OSError` if it cannot be started."""
-        self.rank, self.announced = rank, 0  # announced: number of plans for which a frame was sent
+        self.rank = rank
+        self.announced = self.supplied = 0  # the last plan, and the last plan with columns, that a frame was sent for
         self.channel, theirs = Channel.pair()
         self._stack_fd, self._stack_start = anonymous_memory(f"nanoengine-stack-{rank}", 0), 0
         try:

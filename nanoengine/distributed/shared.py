@@ -1,8 +1,9 @@
-"""The memory that an engine shares with its ranks: plans, results, and the progress of each rank.
+"""The memory that an engine shares with its ranks: plans, their columns, results, and the progress of each rank.
 
 It has no name: the descriptor is inherited, and the memory is freed when the last process that uses it ends. Only the
-engine writes plans, only rank 0 writes results, and each rank, and the engine, writes only its own line of progress. A
-word of 8 bytes is written at once; the frame that is sent after it (`channel.py`) orders the writes before it.
+engine writes plans and columns, only rank 0 writes results, and each rank, and the engine, writes only its own line of
+progress. A word of 8 bytes is written at once; the frame that is sent after it (`channel.py`) orders the writes before
+it.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Layout:
 
     @property
     def total(self) -> int:
-        return self.progress_bytes + 2 * RING * self._slot
+        return self.progress_bytes + 3 * RING * self._slot
 
     @property
     def _slot(self) -> int:
@@ -61,6 +62,9 @@ class Layout:
 
     def result_at(self, number: int) -> int:
         return self.plan_at(number) + RING * self._slot
+
+    def columns_at(self, number: int) -> int:
+        return self.result_at(number) + RING * self._slot
 
 
 class Shared:

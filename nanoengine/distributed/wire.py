@@ -1,8 +1,8 @@
-"""Encodes messages as bytes, without pickle: dataclasses of flat arrays, ints and other such dataclasses.
+"""Encodes messages as bytes, without pickle: dataclasses of flat arrays, ints, bools and other such dataclasses.
 
-Layout (native byte order, because both ends are on one host): the int64 numbers (int fields, then the length of each
-tuple field), one uint32 word per array (its length times 8, plus a code of its dtype), then the raw bytes of the
-arrays, each padded to 8. The dataclass is the schema: decode with the class that was encoded.
+Layout (native byte order, because both ends are on one host): the int64 numbers (int and bool fields, then the length
+of each tuple field), one uint32 word per array (its length times 8, plus a code of its dtype), then the raw bytes of
+the arrays, each padded to 8. The dataclass is the schema: decode with the class that was encoded.
 """
 
 from __future__ import annotations
@@ -57,10 +57,11 @@ class _Codec:
     def __init__(self, cls: Any) -> None:
         self.cls, self.fields = cls, _fields(cls)
         found = list(_leaves(self.fields))
-        self.ints = [f.path for f in found if f.kind is int]
+        self.ints = [f.path for f in found if f.kind in (int, bool)]
+        self.bools = [f.path for f in found if f.kind is bool]
         self.arrays = [f.path for f in found if f.kind in (np.ndarray, str)]
         self.text = {f.path for f in found if f.kind is str}
-        self.tuples = [(f.path, f.kind) for f in found if f.kind not in (int, str, np.ndarray)]
+        self.tuples = [(f.path, f.kind) for f in found if f.kind not in (int, bool, str, np.ndarray)]
         self._get_ints, self._get_arrays = _getter(self.ints), _getter(self.arrays)
         self._get_tuples = _getter([name for name, _ in self.tuples])
 
@@ -87,6 +88,7 @@ class _Codec:
         words = struct.unpack_from(f"{total}I", data, count * 8)
         arrays = _arrays(data, words, count * 8 + (total + (total & 1)) * 4)
         values: dict[str, Any] = dict(zip(self.ints, numbers, strict=False))
+        values.update({name: bool(values[name]) for name in self.bools})
         self.take(values, arrays)
         for n, (name, kind) in zip(lengths, self.tuples, strict=True):
             values[name] = tuple(_codec(kind).item(arrays) for _ in range(n))
@@ -114,7 +116,7 @@ def _codec_of(cls: Any) -> _Codec:
 
 @dataclass(frozen=True, slots=True)
 class _Field:
-    """A field. `kind`: int, str, np.ndarray, or the class of a tuple's items. `nested`: fields of an inner message."""
+    """A field. `kind`: int, bool, str, np.ndarray, or the class of a tuple's items. `nested`: of an inner message."""
 
     name: str
     path: str

@@ -16,14 +16,15 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, repeat
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from nanoengine.api.errors import forget_locals, is_out_of_memory
-from nanoengine.core.step import StepPlan
+from nanoengine.core.step import StepPlan, SuppliedColumn
 from nanoengine.distributed.channel import Channel, Frame, Kind, Parcel
 from nanoengine.distributed.shared import READY, Layout, Shared, Word
 from nanoengine.distributed.wire import decode, encode
@@ -50,6 +51,13 @@ class StartMessage:
     engine: int
     threads: int
     log_level: int
+
+
+@dataclass(frozen=True, slots=True)
+class SuppliedColumns:
+    """The columns of a late plan, as a message."""
+
+    columns: tuple[SuppliedColumn, ...]
 
 
 def main(socket_fd: int, memory_fd: int, stack_fd: int) -> int:
@@ -104,6 +112,7 @@ class Worker:
         self._sending = threading.Lock()
         self._parcels: dict[int, bytearray] = {}  # plans that were too large for the ring
         self._step = 0  # the step that is being launched; 0: none
+        self._late: tuple[int, StepHandle | None] | None = None  # the newest step, which waits for columns
         self._launched: SimpleQueue[tuple[int, StepHandle | None]] = SimpleQueue()
         self._finished = threading.Semaphore(0)  # one for each launched step whose result has arrived
 
@@ -185,6 +194,8 @@ class Worker:
         while (frame := self._channel.receive()) is not None and frame.kind is not Kind.STOP:
             if frame.kind is Kind.PLAN:
                 self._plans(frame)
+            elif frame.kind is Kind.COLUMNS:
+                self._columns(frame)
             elif frame.kind is Kind.CALL:
                 self._call(frame)
 
@@ -194,20 +205,43 @@ class Worker:
         for number in range(self._word(Word.READ) + 1, frame.number + 1):
             data = self._shared.take(self._shared.layout.plan_at(number)) or self._parcels.pop(number)
             self._note(Word.READ, number)
-            handle = self._launch(number, decode(StepPlan, data))
-            self._note(Word.LAUNCHED, number)
-            if self._in_order:
-                self._finish(number, handle)
-            else:
-                self._launched.put((number, handle))
+            plan = decode(StepPlan, data)
+            handle = self._launch(number, partial(self._runner.launch, plan))
+            self._late = (number, handle) if plan.late else None  # an older one is dropped: the engine was interrupted
+            if not plan.late:
+                self._launched_whole(number, handle)
 
-    def _launch(self, number: int, plan: StepPlan) -> StepHandle | None:
-        """Launches a step. None: a rank ran out of memory in this step or the one before; the engine withdraws both."""
+    def _columns(self, frame: Frame) -> None:
+        """Launches the tail of the late step. No effect where the columns are announced twice."""
+        late, self._late = self._late, None
+        if late is None:
+            return
+        number, handle = late
+        assert number == frame.number, (number, frame.number)
+        data = frame.parcel or self._shared.take(self._shared.layout.columns_at(number))
+        assert data is not None, "columns are neither in the ring nor in a parcel"
+        columns = decode(SuppliedColumns, data).columns
+        if handle is not None:
+            handle = self._launch(number, partial(_supplied, handle, columns))
+        self._launched_whole(number, handle)
+
+    def _launched_whole(self, number: int, handle: StepHandle | None) -> None:
+        self._note(Word.LAUNCHED, number)
+        if self._in_order:
+            self._finish(number, handle)
+        else:
+            self._launched.put((number, handle))
+
+    def _launch(self, number: int, launch: Callable[[], StepHandle]) -> StepHandle | None:
+        """Launches a step, or the tail of a late one.
+
+        None: a rank ran out of memory in this step or the one before; the engine withdraws both.
+        """
         if self._shared.is_withdrawn(number):
             return None
         self._step = number
         try:
-            return self._runner.launch(plan)
+            return launch()
         except BaseException as error:
             if not is_out_of_memory(error):
                 raise
@@ -276,6 +310,11 @@ class Worker:
             self._send(Kind.FAILED, 0, pickle.dumps(report_of(error, phase_of(self._shared, self._rank))))
         except OSError:  # the engine does not exist any more
             logging.getLogger(__name__).error("the engine is gone; this rank ends", exc_info=error)
+
+
+def _supplied(handle: StepHandle, columns: tuple[SuppliedColumn, ...]) -> StepHandle:
+    handle.supply(columns)
+    return handle
 
 
 def _pauses() -> Iterator[float]:

@@ -29,13 +29,17 @@ class CheckedRequest:
 
 
 class InputProcessor:
-    """Checks prompts and parameters for one engine, and encodes text. Thread-safe."""
+    """Checks prompts and parameters for one engine, and encodes text. Thread-safe.
+
+    Attributes:
+        ctx: what parameters are checked against.
+    """
 
     def __init__(
         self, resolver: ParamsResolver, encode: Callable[[str], list[int]], vocab_size: int, max_model_len: int
     ) -> None:
         """`encode`: text -> token ids; raises `TokenizerMissing` if there is no tokenizer."""
-        self._resolver, self._encode = resolver, encode
+        self._resolver, self._encode, self.ctx = resolver, encode, resolver.ctx
         self._vocab_size, self._max_model_len = vocab_size, max_model_len
 
     def preparations(self, request: CheckedRequest) -> list[Callable[[], Any]]:

@@ -36,7 +36,7 @@ MAX_RAGGED = 16_384
 
 @dataclass(frozen=True, slots=True)
 class PackedProcessor:
-    """A processor that a request uses: its name, parameters and packed columns (numpy arrays, 0-d or 1-d)."""
+    """A processor that a request uses: its name, parameters and packed columns (numpy arrays, 0-d or 1-d; no masks)."""
 
     name: str
     params: ProcessorParams
@@ -53,7 +53,6 @@ class ResolvedParams:
         detokenize, skip_special_tokens, include_stop_str_in_output: as in `SamplingParams`.
         stop: stop strings. eos_ids: empty with ignore_eos. stop_token_ids: the user's own.
         processors: those that this request uses. greedy: the draw is the arg-max.
-        host_tokens: a processor needs every token on the host before the next draw.
     """
 
     n: int = 1
@@ -73,7 +72,6 @@ class ResolvedParams:
     stop_token_ids: frozenset[int] = frozenset()
     processors: tuple[PackedProcessor, ...] = ()
     greedy: bool = False
-    host_tokens: bool = False
 
     @property
     def stop_set(self) -> frozenset[int]:
@@ -194,7 +192,7 @@ class ParamsResolver:
         self._failed = dict(failed_processors or {})
         self._failure_hint = failure_hint
         self._engine_options = engine_options
-        self._ctx, self._max_n, self._max_logprobs = ctx, max_n, max_logprobs
+        self.ctx, self._max_n, self._max_logprobs = ctx, max_n, max_logprobs
         # Some checkpoints list end-of-text ids outside their vocabulary. These are never drawn and need no mask.
         self._eos_ids = frozenset(i for i in eos_ids if 0 <= i < ctx.vocab_size)
         self._cache: dict[Hashable, ResolvedParams] = {}
@@ -229,7 +227,7 @@ class ParamsResolver:
         jobs = []
         for each in params.processors:
             with plugin_call(f"logits processor {each.name!r}: prepare failed", type(each.params)):
-                job = each.params.prepare(self._ctx)
+                job = each.params.prepare(self.ctx)
             if job is not None:
                 jobs.append(job)
         return jobs
@@ -240,7 +238,7 @@ class ParamsResolver:
             s for name, params, kinds in self._processors if (s := self._processor(name, params, kinds, given))
         )
         if core.stop_strings:
-            self._ctx.encode(core.stop_strings[0])  # raises if there is no tokenizer
+            self.ctx.encode(core.stop_strings[0])  # raises if there is no tokenizer
         self._check_ids("stop_token_ids", core.stop_token_ids or ())
         if core.n > self._max_n:
             raise ParamsError(f"n is {core.n}, and engine option max_n is {self._max_n}: lower n or raise max_n")
@@ -262,7 +260,6 @@ class ParamsResolver:
             stop_token_ids=frozenset(core.stop_token_ids or ()),
             processors=processors,
             greedy=any(_is_greedy(processor) for processor in processors),
-            host_tokens=any(processor.params.host_tokens for processor in processors),
         )
 
     def _check_names(self, given: Mapping[str, Any]) -> None:
@@ -296,7 +293,7 @@ class ParamsResolver:
             processor = params(**values)
             if not processor.active():
                 return None
-            packed = processor.pack(self._ctx)
+            packed = processor.pack(self.ctx)
             try:
                 columns = pack_columns(name, params.columns, packed)
             except _TooWide as error:
@@ -304,24 +301,24 @@ class ParamsResolver:
         return PackedProcessor(name, processor, columns)
 
     def _check_ids(self, name: str, ids: Collection[int]) -> None:
-        outside = sorted({i for i in ids if not 0 <= i < self._ctx.vocab_size})
+        outside = sorted({i for i in ids if not 0 <= i < self.ctx.vocab_size})
         if outside:
-            raise ParamsError(f"{name}: no such token id: {shown(outside)}; ids are 0 to {self._ctx.vocab_size - 1}")
+            raise ParamsError(f"{name}: no such token id: {shown(outside)}; ids are 0 to {self.ctx.vocab_size - 1}")
         if len(set(ids)) > MAX_RAGGED:
             raise ParamsError(f"{name} has {len(set(ids))} ids, more than {MAX_RAGGED}: shorten it")
 
     def _num_logprobs(self, name: str, value: int | None) -> int | None:
         """The number of log-probs per position. It is limited, because it costs memory and time of other requests."""
-        if value is not None and value > self._ctx.vocab_size:
-            raise ParamsError(f"{name} must be at most the size of the vocabulary, {self._ctx.vocab_size}, not {value}")
+        if value is not None and value > self.ctx.vocab_size:
+            raise ParamsError(f"{name} must be at most the size of the vocabulary, {self.ctx.vocab_size}, not {value}")
         limit = self._max_logprobs
         if value is not None and limit != -1 and (value == -1 or value > limit):
-            wanted = f"-1 (all {self._ctx.vocab_size})" if value == -1 else value
+            wanted = f"-1 (all {self.ctx.vocab_size})" if value == -1 else value
             raise ParamsError(
                 f"{name} is {wanted}, and engine option max_logprobs is {limit}: ask for at most {limit}, or raise "
                 "max_logprobs (-1: no limit)"
             )
-        return self._ctx.vocab_size if value == -1 else value
+        return self.ctx.vocab_size if value == -1 else value
 
 
 class _TooWide(ParamsError):
@@ -331,35 +328,61 @@ class _TooWide(ParamsError):
 def pack_columns(processor: str, specs: Mapping[str, ColumnSpec], values: Mapping[str, Any]) -> dict[str, Any]:
     """A processor's column values as read-only arrays of the declared dtypes: 0-d, or 1-d for ragged columns.
 
-    `values`: what `ProcessorParams.pack` or `host_columns` returned. Raises `PluginError` that names the processor and
-    the column, and `ParamsError` for more than `MAX_RAGGED` values.
+    `values`: what `ProcessorParams.pack` returned. Raises `PluginError` that names the processor and the column, and
+    `ParamsError` for more than `MAX_RAGGED` values.
     """
     if not isinstance(values, Mapping):
         raise PluginError(
             f"logits processor {processor!r}: packed {values!r:.80}, not a mapping of its columns {sorted(specs)}"
         )
-    if set(values) != set(specs):
+    packed = {name: spec for name, spec in specs.items() if spec.op is not StandardOp.BITMASK}
+    if set(values) != set(packed):
         raise PluginError(
-            f"logits processor {processor!r}: packed {sorted(values, key=str)} for its columns {sorted(specs)}"
+            f"logits processor {processor!r}: packed {sorted(values, key=str)} for its columns {sorted(packed)}"
         )
-    return {name: pack_column(processor, name, spec, values[name]) for name, spec in specs.items()}
+    return {name: pack_column(processor, name, spec, values[name]) for name, spec in packed.items()}
 
 
-def pack_column(processor: str, name: str, spec: ColumnSpec, value: Any) -> npt.NDArray[Any]:
-    """The value of one column as a read-only array of the declared dtype. Raises the errors of `pack_columns`."""
+def pack_column(
+    processor: str, name: str, spec: ColumnSpec, value: Any, shape: tuple[int, ...] | None = None
+) -> npt.NDArray[Any]:
+    """The value of one column as a read-only array of the declared dtype. Raises the errors of `pack_columns`.
+
+    shape: what it must have; default: that of one slot, where a ragged column has any number of values.
+    """
     where = f"logits processor {processor!r}, column {name!r}"
     try:
         array = as_column(value, spec)
     except (TypeError, ValueError, OverflowError) as error:
         raise PluginError(f"{where}: no {spec.dtype}: {error}") from error
-    if array.size > MAX_RAGGED:
+    if spec.ragged and array.size > MAX_RAGGED:
         raise _TooWide(f"{where}: {array.size} values, more than {MAX_RAGGED}: give fewer")
-    if array.ndim != int(spec.ragged):
-        raise PluginError(f"{where}: {value!r:.80} is not {'a flat sequence' if spec.ragged else 'one number'}")
-    if spec.op is StandardOp.TEMPERATURE and not 0 <= array < np.inf:
+    if shape is None:
+        shape = array.shape[:1] if spec.ragged else () if spec.width is None else (spec.width,)
+    if array.shape != shape or (spec.ragged and array.ndim != 1):
+        wanted = "a flat sequence" if spec.ragged else f"of shape {shape}" if shape else "one number"
+        raise PluginError(f"{where}: {value!r:.80} is not {wanted}")
+    if spec.op is StandardOp.TEMPERATURE and not ((array >= 0) & (array < np.inf)).all():
         raise PluginError(f"{where}: a temperature must be a number from 0 (greedy) up, not {value!r:.80}")
     array.flags.writeable = False
     return array
+
+
+def pack_draws(
+    processor: str, name: str, spec: ColumnSpec, values: Any, draws: int, vocab_size: int
+) -> list[npt.NDArray[Any]]:
+    """The values of one column for so many draws, as `HostState.columns` returned them: one flat array a draw.
+
+    Raises the errors of `pack_columns`.
+    """
+    if spec.ragged:
+        if len(values) != draws:
+            where = f"logits processor {processor!r}, column {name!r}"
+            raise PluginError(f"{where}: {len(values)} sequences for {draws} draws")
+        return [pack_column(processor, name, spec, each) for each in values]
+    width = -(-vocab_size // 32) if spec.op is StandardOp.BITMASK else spec.width
+    packed = pack_column(processor, name, spec, values, (draws,) if width is None else (draws, width))
+    return list(packed.reshape(draws, -1))
 
 
 def as_column(value: Any, spec: ColumnSpec) -> np.ndarray[Any, Any]:
@@ -367,9 +390,11 @@ def as_column(value: Any, spec: ColumnSpec) -> np.ndarray[Any, Any]:
 
     Raises `ValueError` for a number that does not fit in int32, of which numpy would take the lower bits.
     """
+    if spec.op is StandardOp.BITMASK and isinstance(value, np.ndarray) and value.dtype == np.uint32:
+        value = value.view(np.int32)  # the same bits
     with np.errstate(over="ignore"):
         array = np.array(value, dtype=spec.dtype)
-    if spec.dtype == "int32" and not np.array_equal(array, value):
+    if spec.dtype == "int32" and getattr(value, "dtype", None) != np.int32 and not np.array_equal(array, value):
         raise ValueError(f"{shown(value)} does not fit in int32")
     return array
 

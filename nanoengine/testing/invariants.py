@@ -24,7 +24,7 @@ def check_scheduler(scheduler: Scheduler) -> None:
         if request.pick_check_at:
             assert request.num_computed == request.length - 1 >= request.prompt_len
             assert request.pick_check_at <= min(request.max_len, request.capacity + 1)
-            assert not request.host_tokens
+            assert not request.host_states
             assert not request.drafted
         if request.commit_check_at:
             assert request.commit_check_at <= min(request.publish_at, request.max_len - 1) - request.prompt_len
@@ -47,7 +47,6 @@ def check_roster(roster: Roster) -> None:
         assert request.num_computed == 0 and not request.block_ids
         assert request.pick_check_at == request.commit_check_at == 0
     live = {*roster.running, *roster.waiting}
-    assert roster.num_host == sum(request.host_tokens for request in live)
     assert roster.retry_alone <= live
     assert roster.unsent <= {*roster.running}
 

@@ -10,7 +10,7 @@ the correct ones.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from nanoengine.core.step import (
     ProcessorColumn,
     StepPlan,
     StepResult,
+    SuppliedColumn,
     f32,
     i32,
     num_slots,
@@ -130,17 +131,35 @@ class MockRunner:
         self.columns: list[dict[tuple[str, str], int]] = [{} for _ in range(slots)]
         self.fail_row: Callable[[StepPlan, int], int] = lambda plan, row: ROW_FINE
         """The `failed` code of a row; tests may override it."""
+        self._late: StepPlan | None = None  # the newest step, which waits for columns
+        self._supplied: dict[int, dict[tuple[str, str], int]] = {}  # its draws -> columns in place of the slot's
         self._results: deque[StepResult] = deque()
 
     def launch(self, plan: StepPlan) -> None:
-        """Runs the step. Its result is available after `wait`."""
+        """Runs the step. Its result is available after `wait`, of a late step after `supply`."""
+        assert self._late is None, "launched behind a step without its columns"
         self._enter(plan.new)
         for column in plan.columns:
             self._set_column(column)
         appends = plan.appends
         self.block_tables[appends.group, appends.slot, appends.index] = appends.block
         self._check_plan(plan)
+        if plan.late:
+            self._late = plan
+        else:
+            self._results.append(self._run(plan))
+
+    def supply(self, columns: Sequence[SuppliedColumn]) -> None:
+        """Runs the late step with these columns."""
+        plan, self._late = self._late, None
+        assert plan is not None
+        for column in columns:
+            for i, draw in enumerate(column.draws.tolist()):
+                assert plan.sampled[draw], "a column for a position that is not drawn"
+                values = column.values[column.offsets[i] : column.offsets[i + 1]]
+                self._supplied.setdefault(draw, {})[column.processor, column.column] = int(values.sum())
         self._results.append(self._run(plan))
+        self._supplied.clear()
 
     def wait(self) -> StepResult:
         """The result of the oldest launched step."""
@@ -149,6 +168,7 @@ class MockRunner:
     def drop(self) -> None:
         """Drops the results of launched steps, which have failed."""
         self._results.clear()
+        self._late = None
 
     def _enter(self, new: NewSlots) -> None:
         for i, slot in enumerate(new.slots.tolist()):
@@ -217,7 +237,8 @@ class MockRunner:
                 if not right:
                     continue
                 failed[row] = self.fail_row(plan, row)
-                token, guess = self._sample(slot, history, position), guesses[counts[row] :][:1]
+                columns = {**self.columns[slot], **self._supplied.get(i, {})}
+                token, guess = self._sample(slot, history, position, columns), guesses[counts[row] :][:1]
                 if failed[row] == ROW_FINE:
                     counts[row] += 1
                     tokens.append(token)
@@ -260,7 +281,7 @@ class MockRunner:
             first = first if other == sums[0] else _mix(first ^ int(other))
         return first
 
-    def _sample(self, slot: int, history: int, position: int) -> int:
+    def _sample(self, slot: int, history: int, position: int, columns: Mapping[tuple[str, str], int]) -> int:
         own = self.slots[slot]
         token = _choose(
             history,
@@ -270,7 +291,7 @@ class MockRunner:
             own["min_len"],
             own["seed"],
             own["index"],
-            sum(self.columns[slot].values()),
+            sum(columns.values()),
         )
         if position < self.token_ids.shape[1]:
             self.token_ids[slot, position] = token

@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from nanoengine.api import API_VERSION, ColumnSpec, LogitsProcessor, Phase, ProcessorParams, SamplerSpec, hookimpl
+from nanoengine.api import (
+    API_VERSION,
+    ColumnSpec,
+    HostState,
+    LogitsProcessor,
+    Phase,
+    ProcessorParams,
+    SamplerSpec,
+    hookimpl,
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,6 @@ class ForbidLastParams(ProcessorParams):
     """Forbids the last `forbid_last` tokens of the history, by a Python function that must see them."""
 
     columns: ClassVar[Mapping[str, ColumnSpec]] = {"forbidden": ColumnSpec(dtype="int32", ragged=True, default=0)}
-    host_tokens: ClassVar[bool] = True
 
     forbid_last: int = 0
     explode_at: int = 0  # raise when the history has this many tokens
@@ -38,12 +46,25 @@ class ForbidLastParams(ProcessorParams):
     def pack(self, ctx: Any) -> Mapping[str, Any]:
         return {"forbidden": []}
 
-    def host_columns(self, prompt_token_ids: Sequence[int], output_token_ids: Sequence[int]) -> Mapping[str, Any]:
-        if self.forbid_last < 0:
-            raise ValueError(f"cannot forbid {self.forbid_last} tokens")
-        if self.explode_at and len(prompt_token_ids) + len(output_token_ids) == self.explode_at:
+    def start(self, prompt_token_ids: Sequence[int], ctx: Any) -> HostState:
+        return LastTokens(self, list(prompt_token_ids))
+
+
+@dataclass
+class LastTokens(HostState):
+    params: ForbidLastParams
+    tokens: list[int]
+
+    def feed(self, token_ids: Sequence[int]) -> None:
+        self.tokens += token_ids
+
+    def columns(self, drafts: Sequence[int]) -> Mapping[str, Any]:
+        if self.params.forbid_last < 0:
+            raise ValueError(f"cannot forbid {self.params.forbid_last} tokens")
+        if self.params.explode_at and len(self.tokens) == self.params.explode_at:
             raise ValueError("exploded on the host")
-        return {"forbidden": [*prompt_token_ids, *output_token_ids][-self.forbid_last :]}
+        known = [self.tokens + list(drafts[:count]) for count in range(1 + len(drafts))]
+        return {"forbidden": [tokens[-self.params.forbid_last :] for tokens in known]}
 
 
 class ForbidLast(LogitsProcessor):

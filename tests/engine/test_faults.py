@@ -148,7 +148,7 @@ def test_a_processor_that_raises_fails_only_who_asked_for_it(tmp_path: Path) -> 
     assert "explode processor" in str(two.error)
 
 
-def test_a_processor_with_host_tokens_sees_them_all_and_is_not_run_ahead(tmp_path: Path) -> None:
+def test_a_processor_with_a_host_state_sees_every_token(tmp_path: Path) -> None:
     """A Python processor that forbids the last two tokens: it needs token N before N + 1 is drawn."""
     plugin = Path(__file__).parent / "processors_plugin.py"
     params = SamplingParams(temperature=0, max_tokens=12, forbid_last=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from nanoengine import LLM, SamplingParams
 from nanoengine.api import (
     API_VERSION,
     ColumnSpec,
+    HostState,
     LogitsProcessor,
     Phase,
     ProcessorParams,
@@ -22,7 +23,7 @@ from nanoengine.api import (
     StandardOp,
     hookimpl,
 )
-from nanoengine.core.execution.slots import SlotTables
+from nanoengine.core.execution.finish_step import FinishStep
 
 from .support import greedy, mock_llm, tokens_of
 
@@ -37,7 +38,6 @@ class CoolParams(ProcessorParams):
     columns: ClassVar[Mapping[str, ColumnSpec]] = {
         "heat": ColumnSpec(dtype="float32", default=1.0, op=StandardOp.TEMPERATURE)
     }
-    host_tokens: ClassVar[bool] = True
 
     cool: float = -1.0
     then: float = -1.0
@@ -46,8 +46,20 @@ class CoolParams(ProcessorParams):
     def pack(self, ctx: Any) -> Mapping[str, Any]:
         return {"heat": self.cool}
 
-    def host_columns(self, prompt_token_ids: Sequence[int], output_token_ids: Sequence[int]) -> Mapping[str, Any]:
-        return {"heat": self.cool if len(output_token_ids) < self.after else self.then}
+    def start(self, prompt_token_ids: Sequence[int], ctx: Any) -> HostState:
+        return Cooling(self)
+
+
+class Cooling(HostState):
+    def __init__(self, params: CoolParams) -> None:
+        self.params, self.fed = params, 0
+
+    def feed(self, token_ids: Sequence[int]) -> None:
+        self.fed += len(token_ids)
+
+    def columns(self, drafts: Sequence[int]) -> Mapping[str, Any]:
+        own, fed = self.params, self.fed
+        return {"heat": [own.cool if fed + at < own.after else own.then for at in range(1 + len(drafts))]}
 
 
 class Cool(LogitsProcessor):
@@ -122,7 +134,12 @@ def test_a_temperature_that_is_none_fails_its_request_alone(llm: LLM, heat: floa
 
 def test_it_is_the_change_of_the_column_that_counts(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mutant: greedy as it was at admission."""
-    monkeypatch.setattr(SlotTables, "_set_greedy", lambda *_: None)
+    original = FinishStep._overridden
+
+    def broken(self: FinishStep, rows: Any, supplied: Any) -> Any:
+        return replace(original(self, rows, supplied), greedy=rows.greedy)
+
+    monkeypatch.setattr(FinishStep, "_overridden", broken)
     out = tokens(llm, PROMPT, COUNT, cool=0.0, then=2.0, after=3, seed=1)
     assert out == greedy(PROMPT, COUNT)
 

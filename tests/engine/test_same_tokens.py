@@ -155,9 +155,9 @@ def test_any_engine_gives_the_same_tokens(tmp_path_factory: pytest.TempPathFacto
 
 def _stale_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slot keeps its last owner's columns of one value."""
-    from nanoengine.core.execution.slots import ScalarTable
+    from nanoengine.core.execution.slots import FixedTable
 
-    monkeypatch.setattr(ScalarTable, "reset", lambda self, slots: None)
+    monkeypatch.setattr(FixedTable, "reset", lambda self, slots: None)
 
 
 def _stale_lists(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -267,9 +267,9 @@ def _token_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _stale_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanoengine.core.execution.slots import ScalarTable
+    from nanoengine.core.execution.slots import FixedTable
 
-    monkeypatch.setattr(ScalarTable, "gather", lambda self, slots: self.values.index_select(0, slots).roll(1, 0))
+    monkeypatch.setattr(FixedTable, "gather", lambda self, slots: self.values.index_select(0, slots).roll(1, 0))
 
 
 def _config(**changes: Any) -> Patch:

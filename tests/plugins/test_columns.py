@@ -35,9 +35,24 @@ def test_inert_defaults_are_taken(op: str, dtype: str, default: float) -> None:
     [
         (ColumnSpec(dtype="float32", op=StandardOp.TOP_P), r"default is 0, which has an effect in TOP_P: .* use 1\.0"),
         (ColumnSpec(dtype="float32", op=StandardOp.TEMPERATURE, default=0.7), r"use 1\.0"),
-        (ColumnSpec(dtype="float32", op=StandardOp.TOP_K), "TOP_K needs one int32 per slot"),
-        (ColumnSpec(dtype="int32", op=StandardOp.TEMPERATURE, default=1), "TEMPERATURE needs one float32 per slot"),
-        (ColumnSpec(dtype="float32", ragged=True, op=StandardOp.TEMPERATURE, default=1.0), "must be a scalar column"),
+        (ColumnSpec(dtype="float32", op=StandardOp.TOP_K), "TOP_K needs a column of dtype int32"),
+        (
+            ColumnSpec(dtype="int32", op=StandardOp.TEMPERATURE, default=1),
+            "TEMPERATURE needs a column of dtype float32",
+        ),
+        (
+            ColumnSpec(dtype="float32", ragged=True, op=StandardOp.TEMPERATURE, default=1.0),
+            "that is neither ragged nor",
+        ),
+        (ColumnSpec(dtype="int32", width=2, op=StandardOp.TOP_K), "neither ragged nor has a width of its own"),
+        (ColumnSpec(dtype="int32", width=2, default=-1, op=StandardOp.BITMASK), "nor has a width of its own"),
+        (ColumnSpec(dtype="int32", op=StandardOp.BITMASK), "default is 0, which has an effect in BITMASK: .* use -1"),
+        (
+            ColumnSpec(dtype="int32", width=0),
+            "width must be None, or a positive integer of a column that is not ragged",
+        ),
+        (ColumnSpec(dtype="int32", width=True), "width must be None, or a positive integer"),  # type: ignore[arg-type]
+        (ColumnSpec(dtype="int32", width=2, ragged=True), "width must be None, or a positive integer"),
         (ColumnSpec(dtype="float32", op="temperature"), "must be a nanoengine.api.StandardOp"),  # type: ignore[arg-type]
         ("float32", "must be a ColumnSpec"),
     ],

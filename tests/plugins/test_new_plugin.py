@@ -158,7 +158,7 @@ def test_the_long_name_is_the_short_one(tmp_path: Path) -> None:
         ("sampler", "on", "YAML reads 'on' as True"),
         ("attention", "null", "YAML reads 'null' as None"),
         ("model", "x" * 65, "it has 65 characters, but at most 64 are allowed"),
-        ("sampler", "host-tokens", "'host_tokens' is a member of ProcessorParams already"),
+        ("sampler", "start", "'start' is a member of ProcessorParams already"),
         ("sampler", "float", "'float' is a word in the generated code already"),
         ("sampler", "seed", "a field of SamplingParams already"),
         ("sampler", "presence-penalty", "a parameter of nanoengine"),

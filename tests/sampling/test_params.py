@@ -439,7 +439,7 @@ class NoDataclass(ProcessorParams):
 @dataclass(frozen=True)
 class HidesMembers(ProcessorParams):
     strength: float = 0.0
-    host_tokens: bool = True  # type: ignore[misc]
+    start: bool = True  # type: ignore[assignment]
     pack: float = 0.0  # type: ignore[assignment]
 
 
@@ -451,7 +451,7 @@ class HidesMembers(ProcessorParams):
         (NeedsAValue, "'mine': parameters without a default: strength"),
         (Unknown, "'mine': Unknown has an unknown annotation: .*Nowhere"),
         (NoDataclass, "'mine': NoDataclass must be a dataclass"),
-        (HidesMembers, "'mine': fields with names of members of .*: host_tokens, pack; .* ClassVar"),
+        (HidesMembers, "'mine': fields with names of members of .*: start, pack; .* ClassVar"),
     ],
 )
 def test_unfit_processor_fields_are_named(params: type[ProcessorParams], words: str) -> None:
@@ -468,7 +468,6 @@ class Mine(ProcessorParams):
     heat: float = 1.0
     table: list[int] = field(default_factory=list)
     behave: Literal["well", "raise", "scalar", "text", "missing", "wide"] = "well"
-    host_tokens: ClassVar[bool] = True
     columns: ClassVar = {
         "heat": ColumnSpec(dtype="float32", default=1.0, op=StandardOp.TEMPERATURE),
         "table": ColumnSpec(dtype="int32", ragged=True),
@@ -489,8 +488,6 @@ def test_a_processor_of_another() -> None:
     resolved = made.resolve(SamplingParams(best_of=2, heat=0, table=[1, 2]))
     assert processors_of(resolved) == {"mine": {"heat": 0.0, "table": [1, 2]}}
     assert resolved.greedy
-    assert resolved.host_tokens
-    assert not made.resolve(SamplingParams()).host_tokens
     with pytest.raises(ParamsError, match=r"behave must be 'well' or 'raise' or .*, not 'badly'"):
         made.resolve(SamplingParams(behave="badly"))
     with pytest.raises(ParamsError, match="no field 'temperature'"):

@@ -13,7 +13,8 @@ from unittest.mock import patch
 import numpy as np
 
 from nanoengine.api.errors import RequestError
-from nanoengine.api.specs import ColumnSpec, ProcessorParams
+from nanoengine.api.specs import ColumnSpec, HostState, ProcessorParams
+from nanoengine.core.host_states import start_states, supplied_columns
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling import scheduler as scheduler_module
 from nanoengine.core.scheduling.block_manager import BlockManager
@@ -22,6 +23,7 @@ from nanoengine.core.scheduling.messages import ScheduledStep, SchedulerConfig, 
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, StepPlan
 from nanoengine.distributed.wire import decode, encode
+from nanoengine.distributed.worker import SuppliedColumns
 from nanoengine.params.sampling_params import PackedProcessor, ResolvedParams
 from nanoengine.testing.invariants import check_blocks, check_scheduler
 from nanoengine.testing.mock_runner import MockRunner, expected_tokens, fake_logprob
@@ -39,16 +41,28 @@ class ShiftParams(ProcessorParams):
 
 @dataclass(frozen=True)
 class GrammarParams(ProcessorParams):
-    """A host-token processor: its column depends on all tokens so far. Raises at `fail_at` outputs."""
+    """A processor with host state: its column depends on all tokens so far. Raises at `fail_at` outputs."""
 
     columns: ClassVar[Mapping[str, ColumnSpec]] = {"allowed": ColumnSpec(dtype="int32", ragged=True)}
-    host_tokens: ClassVar[bool] = True
     fail_at: int = -1
 
-    def host_columns(self, prompt_token_ids: Sequence[int], output_token_ids: Sequence[int]) -> Mapping[str, Any]:
-        if len(output_token_ids) == self.fail_at:
+    def start(self, prompt_token_ids: Sequence[int], ctx: Any) -> HostState:
+        return GrammarState(self.fail_at, list(prompt_token_ids))
+
+
+class GrammarState(HostState):
+    def __init__(self, fail_at: int, prompt: Sequence[int]) -> None:
+        self.fail_at, self.prompt, self.outputs = fail_at, prompt, list[int]()
+
+    def feed(self, token_ids: Sequence[int]) -> None:
+        assert token_ids, "fed nothing"
+        self.outputs += token_ids
+
+    def columns(self, drafts: Sequence[int]) -> Mapping[str, Any]:
+        if len(self.outputs) == self.fail_at:
             raise ValueError("the grammar is stuck")
-        return {"allowed": grammar(prompt_token_ids, output_token_ids)}
+        known = [self.outputs + list(drafts[:count]) for count in range(1 + len(drafts))]
+        return {"allowed": [grammar(self.prompt, outputs) for outputs in known]}
 
 
 def grammar(prompt: Sequence[int], outputs: Sequence[int]) -> list[int]:
@@ -90,6 +104,15 @@ class Guesses:
     def end(self, request: Request) -> None:
         assert request not in self.ended
         self.ended.add(request)
+
+
+class Limits:
+    """What parameters may look at."""
+
+    vocab_size, max_model_len = VOCAB, 256
+
+    def encode(self, text: str) -> list[int]:
+        raise AssertionError(text)
 
 
 class Loop:
@@ -148,17 +171,18 @@ class Loop:
         self.tokens: dict[Request, list[int]] = {}
         self.prompt_positions: dict[Request, list[int]] = {}
         self.idle = 0
+        self.unsupplied: ScheduledStep | None = None
 
     def request(self, prompt: Sequence[int], *, max_tokens: int = 8, **kwargs: Any) -> Request:
         names = set(ResolvedParams.__slots__)
         params = ResolvedParams(max_tokens=max_tokens, **{k: v for k, v in kwargs.items() if k in names})
-        if any(processor.params.host_tokens for processor in params.processors):
-            params = replace(params, host_tokens=True)
         own = {k: v for k, v in kwargs.items() if k not in names or k == "priority"}
         own = {"seed": 7, "sample_index": 0, "arrival": len(self.requests)} | own
         own["seed"] = params.seed if params.seed is not None else own["seed"]
         number = str(len(self.requests))
-        return self.request_class(id=number, parent=number, prompt_token_ids=list(prompt), params=params, **own)
+        request = self.request_class(id=number, parent=number, prompt_token_ids=list(prompt), params=params, **own)
+        start_states(request, Limits())
+        return request
 
     def add(self, prompt: Sequence[int], **kwargs: Any) -> Request:
         request = self.request(prompt, **kwargs)
@@ -192,7 +216,23 @@ class Loop:
             self.in_flight.append(step)
             self.steps.append(step)
             self.written[step.plan.step] = self.runner.written_slots(step.plan)
+            self.unsupplied = step if step.plan.late else None
+            self.supply_oldest()
         return step
+
+    def supply_oldest(self) -> None:
+        """As the engine's: the columns of a late step, once all before it is known."""
+        step = self.unsupplied
+        if step is None or step is not self.in_flight[0]:
+            return
+        self.unsupplied = None
+        columns, failed = supplied_columns(step, VOCAB)
+        message = decode(SuppliedColumns, encode(SuppliedColumns(tuple(columns))))
+        self.runner.supply(message.columns)
+        for request, error in failed:
+            self.scheduler.abort(request)
+            self.book([Update(request, error=error)])
+        self.check()
 
     def broke_at_launch(self, step: ScheduledStep) -> bool:
         return False
@@ -209,6 +249,7 @@ class Loop:
         for pool, blocks in ((pool, blocks[group]) for blocks in spoiled for group, pool in enumerate(self.pools)):
             assert not self.checks or not pool.uids[blocks].any(), "the index holds blocks of a failed request"
         self.book(updates)
+        self.supply_oldest()
         return updates
 
     def cached(self, request: Request) -> int:
@@ -381,6 +422,7 @@ class BreakingLoop(Loop):
         steps = list(self.in_flight)
         self.in_flight.clear()
         self.runner.drop()
+        self.unsupplied = None
         for step in steps:
             for cache, slots in zip(self.runner.kv, self.written[step.plan.step], strict=True):
                 cache.reshape(-1)[slots] = 12345
@@ -420,7 +462,7 @@ def truth(request: Request, max_model_len: int) -> list[int]:
     shift = sum(processor.params.shift for processor in params.processors if isinstance(processor.params, ShiftParams))
 
     def bias(outputs: Sequence[int]) -> int:
-        return shift + (sum(grammar(request.prompt_token_ids, outputs)) if params.host_tokens else 0)
+        return shift + (sum(grammar(request.prompt_token_ids, outputs)) if request.host_states else 0)
 
     return expected_tokens(
         request.prompt_token_ids,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from sched_harness import BreakingLoop, random_ops, run_ops
 
+from nanoengine.core import host_states
 from nanoengine.core.request import Status
 from nanoengine.core.scheduling import commit, draft
 from nanoengine.core.scheduling.block_manager import BlockManager, Pool, Run
@@ -213,8 +214,8 @@ def stale_columns(patch: pytest.MonkeyPatch) -> None:
     """Columns go to the next slot."""
     columns = draft._processor_columns
 
-    def broken(new, host_values):
-        out = columns(new, host_values)
+    def broken(new):
+        out = columns(new)
         for column in out:
             column.slots[:] = (column.slots + 1) % 4
         return out
@@ -222,9 +223,30 @@ def stale_columns(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(draft, "_processor_columns", broken)
 
 
-def host_tokens_run_ahead(patch: pytest.MonkeyPatch) -> None:
-    """The next draw is prepared while the token before it is in flight."""
-    patch.setattr(Scheduler, "_is_in_flight", lambda self, request: False)
+def columns_of_the_draw_before(patch: pytest.MonkeyPatch) -> None:
+    """A host state does not get the newest token."""
+    columns = host_states._next_columns
+
+    def broken(request, *rest):
+        newest = request.output_token_ids[-1:]
+        del request.output_token_ids[-1:]
+        try:
+            return columns(request, *rest)
+        finally:
+            request.output_token_ids += newest
+
+    patch.setattr(host_states, "_next_columns", broken)
+
+
+def states_fed_twice(patch: pytest.MonkeyPatch) -> None:
+    columns = host_states._next_columns
+
+    def broken(request, *rest):
+        for bound in request.host_states:
+            bound.fed = max(0, bound.fed - 1)
+        return columns(request, *rest)
+
+    patch.setattr(host_states, "_next_columns", broken)
 
 
 def block_sent_to_the_wrong_place(patch: pytest.MonkeyPatch) -> None:
@@ -375,7 +397,8 @@ MUTANTS: list[Patch] = [
     stale_columns,
     shared_for_ever,
     cached_for_ever,
-    host_tokens_run_ahead,
+    columns_of_the_draw_before,
+    states_fed_twice,
     block_sent_to_the_wrong_place,
     ends_one_early,
     length_counts_known_tokens_only,

@@ -74,7 +74,8 @@ def test_every_part_of_a_message_was_carried():
     loop.finish_and_verify()
     plans = [step.plan for step in loop.steps]
     assert any(len(plan.new.token_ids) > 13 for plan in plans), "outputs go again with a preempted request"
-    assert {column.processor for plan in plans for column in plan.columns} == {"shift", "grammar"}
+    assert {column.processor for plan in plans for column in plan.columns} == {"shift"}
+    assert {plan.late for plan in plans} == {True, False}
     assert any(len(plan.appends.block) for plan in plans)
     assert any(not plan.sampled.all() for plan in plans)
     assert any(plan.new.stop_ids.tolist() == [3, 5] for plan in plans)

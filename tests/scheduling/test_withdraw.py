@@ -21,7 +21,7 @@ from nanoengine.core.scheduling.draft import Draft, TokenBudget
 from nanoengine.core.scheduling.messages import EngineStats, ScheduledStep, Update
 from nanoengine.core.scheduling.queues import Roster
 from nanoengine.core.scheduling.scheduler import Scheduler
-from nanoengine.core.step import NewSlots, StepPlan
+from nanoengine.core.step import NewSlots, StepPlan, SuppliedColumn
 from nanoengine.testing.invariants import check_scheduler
 
 
@@ -40,6 +40,8 @@ class ShortLoop(BreakingLoop):
         self.short: list[int] = []  # numbers of the steps in flight, from the one that ran out of memory on
         self.run_step = self.runner.launch
         self.runner.launch = self.launch_plan  # type: ignore[method-assign]
+        self.finish_step = self.runner.supply
+        self.runner.supply = self.supply_plan  # type: ignore[method-assign]
 
     def launch(self) -> ScheduledStep | None:
         before = len(self.withdrawn)
@@ -64,6 +66,10 @@ class ShortLoop(BreakingLoop):
         if not self.short:  # what is behind it does not run
             self.leave_in_disorder(plan)
         self.short.append(plan.step)
+
+    def supply_plan(self, columns: Sequence[SuppliedColumn]) -> None:
+        if not self.short:
+            self.finish_step(columns)
 
     def fits(self, plan: StepPlan) -> bool:
         heavy = self.heavy is not None and self.heavy.status is Status.RUNNING and self.heavy.slot in plan.slots
@@ -101,6 +107,8 @@ class ShortLoop(BreakingLoop):
             self.commit()
         steps = list(self.in_flight)
         self.in_flight.clear()
+        self.runner.drop()
+        self.unsupplied = None
         self.short.clear()
         self.withdraw(steps)
 
@@ -362,8 +370,8 @@ def test_an_abort_before_a_withdrawn_row_runs_again(at_launch: bool) -> None:
     assert stays in loop.ended
 
 
-def test_prompt_logprobs_and_host_tokens_of_withdrawn_rows() -> None:
-    """Log-probs come once for each position, columns of host-token processors for the token that is drawn at last."""
+def test_prompt_logprobs_and_host_states_of_withdrawn_rows() -> None:
+    """Log-probs come once for each position, columns of host states for the token that is drawn at last."""
     loop = ShortLoop(7, at_launch=False, budget=30)
     for salt in range(6):
         processors = (grammar_processor(),) if salt % 2 else (shift_processor(salt),)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from engine import chain_plugin
+
 from nanoengine import LLM, SamplingParams
 from nanoengine.testing import mock_model
 from tensor_parallel import faulty
@@ -17,7 +19,7 @@ SMALL = {"max_num_seqs": 8, "block_size": 4, "num_gpu_blocks_override": 256, "lo
 def faulty_llm(folder: Path, fault: str = "", **options: Any) -> LLM:
     """`fault`: of the start; see `faulty.py` for those of steps."""
     path = faulty.write_faulty(folder, fault)
-    plugins = [mock_model, faulty.__file__]
+    plugins = [mock_model, faulty.__file__, chain_plugin.__file__]
     return LLM(path, attention="mock", plugins=plugins, **{**SMALL, "tensor_parallel_size": 2, **options})
 
 

@@ -20,6 +20,7 @@ MIXED = [
     PARAMS.replace(temperature=i % 3 * 0.7, seed=i, presence_penalty=i % 2 * 0.5, logprobs=1 if i == 2 else None)
     for i in range(len(ASKED))
 ]
+MIXED[4:6] = [each.replace(chain=60, allowed_token_ids=list(range(faulty.HARMLESS))) for each in MIXED[4:6]]
 Engine = tuple[LLM, list[tuple[int, ...]]]
 
 

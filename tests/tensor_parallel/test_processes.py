@@ -10,18 +10,21 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engine import processors_plugin
+from engine import chain_plugin, processors_plugin
 from engine.support import greedy
+from engine.test_host_states import chained
 
 from nanoengine import LLM, ConfigError, ModelError, NanoEngineError, PluginError, SamplingParams, WorkerError
 from nanoengine import build as build_engine
 from nanoengine.api import AttentionBackend
 from nanoengine.distributed.executor import WorkersExecutor
+from nanoengine.distributed.process import RankProcess
 from nanoengine.testing import mock_model
 from nanoengine.testing.checkpoints import tiny_llama
 from nanoengine.testing.mock_model import MockAttention, write_mock_checkpoint
@@ -36,7 +39,7 @@ ANSWERS = [greedy(prompt, 12) for prompt in PROMPTS]
 
 def mock_llm(folder: Path, **options: Any) -> LLM:
     path = write_mock_checkpoint(folder)
-    plugins = [mock_model, processors_plugin.__file__]
+    plugins = [mock_model, processors_plugin.__file__, chain_plugin.__file__]
     return LLM(path, attention="mock", plugins=plugins, **{**SMALL, "tensor_parallel_size": 2, **options})
 
 
@@ -85,6 +88,25 @@ def test_processors_of_a_plugin_file(two: tuple[LLM, LLM], tmp_path: Path) -> No
     assert expected != ANSWERS
 
 
+def test_host_states_live_in_the_engine(two: tuple[LLM, LLM]) -> None:
+    """Their columns reach the ranks behind the plan, through the ring or as a parcel."""
+    narrow, wide = two
+    params = [PARAMS.replace(chain=3), PARAMS, PARAMS.replace(chain=1), PARAMS.replace(chain=3, wrong="columns")]
+    before = executor(narrow).parcels_sent
+    for llm in two:
+        *fine, failed = llm.generate([*PROMPTS[:3], [7]], params, use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in fine] == [
+            chained(PROMPTS[0]),
+            ANSWERS[1],
+            chained(PROMPTS[2], chain=1),
+        ]
+        assert failed.error is not None
+        assert failed.error.code == "processor_failed"
+    generate(narrow, [PROMPTS[0]] * 16, PARAMS.replace(chain=3, prompt_logprobs=None))
+    assert executor(narrow).parcels_sent > before
+    assert executor(wide).parcels_sent == 0
+
+
 def test_idle_ranks_burn_no_core(two: tuple[LLM, LLM]) -> None:
     def cpu_seconds() -> float:
         ticks = 0
@@ -112,9 +134,10 @@ def test_a_call_reaches_all_ranks(two: tuple[LLM, LLM]) -> None:
 def test_ctrl_c_while_a_step_runs_leaves_the_engine_usable(
     two: tuple[LLM, LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupts at every wait and send of the engine: a rank runs a plan once, also if it is announced twice."""
+    """Interrupts at every wait and send of the engine: a rank runs a plan once, also if it is announced twice. Columns
+    that reached one rank alone before it reach the other; columns that reached none are missed by none."""
     wide, calls = two[1], [0]
-    receive, announce = WorkersExecutor._receive, WorkersExecutor._announce
+    receive, announce, send = WorkersExecutor._receive, WorkersExecutor._announce, RankProcess.send
 
     def interrupted(original: Any, every: int, self: Any, *args: Any) -> Any:
         calls[0] += 1
@@ -122,13 +145,18 @@ def test_ctrl_c_while_a_step_runs_leaves_the_engine_usable(
             raise KeyboardInterrupt
         return original(self, *args)
 
-    for target, original, every in (("_receive", receive, 5), ("_announce", announce, 4)):
+    places = [(WorkersExecutor, "_receive", receive), (WorkersExecutor, "_announce", announce)]
+    places += [(RankProcess, "send", send), (WorkersExecutor, "_supply", WorkersExecutor._supply)]
+    chain = PARAMS.replace(chain=3)
+    for (owner, target, original), every in product(places, (4, 5, 7)):
+        calls[0] = 0
         patched = partial(interrupted, original, every)
-        monkeypatch.setattr(WorkersExecutor, target, lambda self, *args, patched=patched: patched(self, *args))
+        monkeypatch.setattr(owner, target, lambda self, *args, patched=patched: patched(self, *args))
         with pytest.raises(KeyboardInterrupt):
-            wide.generate(PROMPTS, PARAMS, use_tqdm=False)
-        monkeypatch.setattr(WorkersExecutor, target, original)
+            wide.generate(PROMPTS, [PARAMS, PARAMS, chain, chain], use_tqdm=False)
+        monkeypatch.setattr(owner, target, original)
         assert generate(wide, PROMPTS) == ANSWERS
+        assert generate(wide, PROMPTS[:1], chain) == [chained(PROMPTS[0])]
 
 
 def test_twenty_starts_and_stops(tmp_path: Path) -> None:

@@ -6,15 +6,15 @@ import threading
 import traceback
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from nanoengine.api.errors import EngineClosed, PluginError, described, is_failure, own_value
-from nanoengine.core.execution.results import StepHandle
+from nanoengine.core.execution.results import LateStep, StepHandle
 from nanoengine.core.execution.runner import ModelRunner
-from nanoengine.core.step import StepPlan, StepResult
+from nanoengine.core.step import StepPlan, StepResult, SuppliedColumn
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ class Executor(ABC):
 
     @abstractmethod
     def launch(self, plan: StepPlan) -> StepHandle:
-        """Hand over a step; returns before it has run. Legal while one step is in flight."""
+        """Hand over a step; returns before it has run. Legal while one step is in flight, which must not be late."""
 
     @abstractmethod
     def call(self, target: str, *args: Any) -> list[Any]:
@@ -59,10 +59,20 @@ class InProcessExecutor(Executor):
         if before is None or before.awaited or not plan.step:  # step 0 is a fresh scheduler's, which has dropped others
             before = None
 
-        def run() -> StepResult:
+        def run() -> StepHandle | StepResult:
             if before is not None and before.failed:
                 raise RuntimeError("not run, as the step before it raised")  # its slots may be an earlier request's
-            return runner.launch(plan).wait()
+            handle = runner.launch(plan)
+            return handle if plan.late else handle.wait()
+
+        self._newest = self._thread.submit(run)
+        return LateStep(partial(self._finish, self._newest)) if plan.late else self._newest
+
+    def _finish(self, forward: Call, columns: Sequence[SuppliedColumn]) -> StepHandle:
+        def run() -> StepResult:
+            handle: StepHandle = forward.wait()  # it has run
+            handle.supply(columns)
+            return handle.wait()
 
         self._newest = self._thread.submit(run)
         return self._newest

@@ -6,6 +6,7 @@ end in a graph of `CapturedTail`, one for each size of step and kind of tail; wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,11 +16,12 @@ from torch import Tensor
 from nanoengine.api.checks import CheckedModel
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.processors import Need
+from nanoengine.api.specs import StandardOp
 from nanoengine.core.execution.results import Drawn, LaunchedStep, PendingLogprobs
 from nanoengine.core.execution.sampler import DrawColumns, DrawPlan, DrawRows, Sampler, vocab_slice
-from nanoengine.core.execution.slots import SlotTables, ragged_places, upload
+from nanoengine.core.execution.slots import SlotTables, overridden, ragged_places, upload
 from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, StepRows, StepSize
-from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, Int32, Int64, StepPlan, offsets_of
+from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, Int32, Int64, StepPlan, SuppliedColumn, offsets_of
 from nanoengine.kernels import all_reduce, sampling
 
 PROMPT_LOGITS_ROWS = 128  # positions whose [rows, vocabulary] logits exist at once for prompt log-probs
@@ -103,33 +105,32 @@ class FinishStep:
         self.model, self.tables, self.sampler, self.tp = model, tables, sampler, tp
         self.vocab_size = tables.limits.vocab_size
 
-    def choose(self, slots: Int32) -> DrawPlan:
-        """How the tokens of rows in these slots are drawn.
+    def choose(self, slots: Int32, supplied: Sequence[SuppliedColumn] = ()) -> DrawPlan:
+        """How the tokens of rows in these slots are drawn. supplied: as `of_draws` gives it.
 
         A captured tail does not count what it draws (`VocabHistory`): none of its rows has a processor that reads
         counts, and they are made again when another request enters the slot.
         """
         tables, random = self.tables, ~self.tables.host_greedy[slots]
-        wanted = {
-            name: bool((rows & random).any())
-            for name, wants in tables.host_wants.items()
-            if wants.any() and (rows := wants[slots]).any()
-        }
+        wants = {name: of_slots[slots] for name, of_slots in tables.host_wants.items() if of_slots.any()}
+        for column in supplied:
+            wants.setdefault(column.processor, np.zeros(len(slots), np.bool_))[column.draws] = True
+            random[column.draws] |= tables.specs[column.processor, column.column].op is StandardOp.TEMPERATURE
         return self.sampler.choose(
-            wanted,
+            {name: bool((rows & random).any()) for name, rows in wants.items() if rows.any()},
             random=bool(random.any()),
             min_tokens=bool(tables.host_min_tokens[slots].any()),
             logprobs=bool((tables.host_num_logprobs[slots] >= 0).any()),
         )
 
-    def eager(self, step: Forwarded, how: DrawPlan) -> LaunchedStep:
+    def eager(self, step: Forwarded, how: DrawPlan, supplied: Sequence[SuppliedColumn] = ()) -> LaunchedStep:
         """Draw a token for each sampled position, take log-probs, and write the tokens to their slots at last."""
         if step.replayed is not None:
             step = _without_padding(step, step.replayed, self.tables.device)
         tables, plan, rows = self.tables, step.plan, step.inputs.rows
         sampled = np.flatnonzero(plan.sampled)
         prompt = self._prompt_logprobs(step) if len(sampled) < len(plan.sampled) else ()
-        drawn = self._draw(step, sampled, how)
+        drawn = self._draw(step, sampled, how, supplied)
         if rows.drafts is not None:
             drawn = replace(drawn, counts=torch.zeros_like(rows.drafts))
         tables.kernels.settle(
@@ -139,7 +140,7 @@ class FinishStep:
         graphs = 0 if step.replayed is None else step.replayed.graph
         return LaunchedStep(plan, plan.logits_rows[sampled], drawn, prompt, graphs)
 
-    def _draw(self, step: Forwarded, which: Int64, how: DrawPlan) -> Drawn:
+    def _draw(self, step: Forwarded, which: Int64, how: DrawPlan, supplied: Sequence[SuppliedColumn]) -> Drawn:
         """Tokens and wanted log-probs of these entries of `logits_index`, int64 [S], which are all sampled."""
         tables, rows = self.tables, step.plan.logits_rows[which]
         if not len(rows):
@@ -149,6 +150,8 @@ class FinishStep:
         draw_rows = self._draw_rows(host_slots, positions, how)
         if draw_rows.output_counts is not None and len(step.plan.drafts):
             self._count_drafts(draw_rows.output_counts, step, which)
+        if supplied:
+            draw_rows = self._overridden(draw_rows, supplied)
         logits = self._logits(step, which)
         if self.tp.size > 1 and how.sharded:
             return self._draw_from_shards(logits, draw_rows, how)
@@ -224,6 +227,21 @@ class FinishStep:
             token_ids=history.get(Need.TOKEN_IDS),
         )
 
+    def _overridden(self, rows: DrawRows, supplied: Sequence[SuppliedColumn]) -> DrawRows:
+        """With the supplied columns in place of those of the rows' slots. A temperature of 0 makes a draw greedy."""
+        specs, columns = self.tables.specs, {name: dict(each) for name, each in rows.columns.items()}
+        heated = np.zeros(len(rows.slots), dtype=np.bool_)
+        for each in supplied:
+            spec = specs[each.processor, each.column]
+            if own := columns.get(each.processor):  # else nothing that it does counts
+                own[each.column] = overridden(own[each.column], each, spec.default)
+            heated[each.draws] |= spec.op is StandardOp.TEMPERATURE
+        if not heated.any():
+            return replace(rows, columns=columns)
+        heats = [key for key, spec in specs.items() if spec.op is StandardOp.TEMPERATURE and key[0] in columns]
+        cold = torch.stack([torch.as_tensor(columns[name][column] == 0) for name, column in heats]).any(0)
+        return replace(rows, columns=columns, greedy=torch.where(upload(heated, cold.device), cold, rows.greedy))
+
     def _prompt_logprobs(self, step: Forwarded) -> tuple[PendingLogprobs, ...]:
         """Log-probs of the next prompt token at each position that asked, a bounded number of rows at a time."""
         plan, parts = step.plan, list[PendingLogprobs]()
@@ -236,6 +254,12 @@ class FinishStep:
             raw = self._whole(self._logits(step, which)).float()
             parts.append(_logprobs(raw, targets, positions, rows, plan.prompt_logprobs[which]))
         return tuple(parts)
+
+
+def of_draws(plan: StepPlan, supplied: Sequence[SuppliedColumn]) -> list[SuppliedColumn]:
+    """The same columns, with their `draws` counted among the plan's sampled positions."""
+    place = np.cumsum(plan.sampled, dtype=np.int32) - 1
+    return [replace(column, draws=place[column.draws]) for column in supplied]
 
 
 def _without_padding(step: Forwarded, replayed: Replayed, device: torch.device) -> Forwarded:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,12 +21,22 @@ from nanoengine.core.step import (
     LogprobRows,
     StepPlan,
     StepResult,
+    SuppliedColumn,
     offsets_of,
 )
 
 
 class StepHandle(ABC):
-    """A launched step."""
+    """A launched step.
+
+    Attributes:
+        late: its tail is not launched yet, as it waits for columns (`StepPlan.late`).
+    """
+
+    late: bool = False
+
+    def supply(self, columns: Sequence[SuppliedColumn]) -> None:  # noqa: B027 - most steps are not late
+        """Launch the tail of a late step, with these columns: before the next launch. No effect on any other step."""
 
     @abstractmethod
     def wait(self) -> StepResult:
@@ -47,10 +57,33 @@ class NotLaunched(StepHandle):
         raise self.error
 
 
+class LateStep(StepHandle):
+    """A step whose forward pass is launched, and whose tail waits for columns."""
+
+    def __init__(self, finish: Callable[[Sequence[SuppliedColumn]], StepHandle]) -> None:
+        """finish: launches the tail, and returns its handle."""
+        self.late, self._finish = True, finish
+        self._tail: StepHandle | None = None
+
+    def supply(self, columns: Sequence[SuppliedColumn]) -> None:
+        if self.late:
+            self.late = False
+            self._tail = self._finish(columns)
+            del self._finish  # it holds the tensors of the forward pass
+
+    def wait(self) -> StepResult:
+        assert self._tail is not None, "waited for a step without its columns"
+        return self._tail.wait()
+
+    def has_arrived(self) -> bool:
+        return self._tail is not None and self._tail.has_arrived()
+
+
 def wait_out(handles: Iterable[StepHandle]) -> None:
     """Wait for the steps behind one that raised. What they raise is a consequence of that, and ignored."""
     for handle in handles:
         try:
+            handle.supply(())
             handle.wait()
         except BaseException as error:
             if not is_failure(error):

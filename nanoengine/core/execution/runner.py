@@ -10,8 +10,9 @@ from __future__ import annotations
 import gc
 import importlib
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,12 +23,12 @@ from nanoengine.api.errors import described, is_failure, is_out_of_memory
 from nanoengine.api.model import Attention, ForwardBatch, Model, ModelConfig
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.plugin_calls import name_of, place_and_fix
-from nanoengine.core.execution.finish_step import FinishStep, Forwarded, Replayed
+from nanoengine.core.execution.finish_step import FinishStep, Forwarded, Replayed, of_draws
 from nanoengine.core.execution.graphs import CaptureSizes, StepGraphs
-from nanoengine.core.execution.results import LaunchedStep, TailStep
+from nanoengine.core.execution.results import LateStep, LaunchedStep, StepHandle, TailStep
 from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.step_inputs import StepBuffers, pad
-from nanoengine.core.step import GRAPH_TAIL, StepPlan
+from nanoengine.core.step import GRAPH_TAIL, StepPlan, SuppliedColumn
 
 _log = logging.getLogger(__name__)
 
@@ -64,14 +65,25 @@ class ModelRunner:
         self.finish = FinishStep(self.checked_model, self.tables, sampler, tp)
         self.graphs = StepGraphs(sizes, self.checked_model, buffers)
 
-    def launch(self, plan: StepPlan) -> LaunchedStep:
-        """Forward and sample. Behind a launch that ran out of memory the allocator first gives back what it keeps."""
+    def launch(self, plan: StepPlan) -> StepHandle:
+        """Forward, and sample: of a late step only when its columns are supplied."""
+        with self._launching():
+            step = self.forward(plan)
+            return LateStep(partial(self._supply, step)) if plan.late else self.sample(step)
+
+    def _supply(self, step: Forwarded, columns: Sequence[SuppliedColumn]) -> StepHandle:
+        with self._launching():
+            return self.sample(step, columns)
+
+    @contextmanager
+    def _launching(self) -> Iterator[None]:
+        """Behind a launch that ran out of memory the allocator first gives back what it keeps."""
         with on_device(self.device):
             if self._ran_out:  # only now: the error's traceback held the step's tensors
                 empty_cache(self.device)
             self._ran_out = False
             try:
-                return self.sample(self.forward(plan))
+                yield
             except BaseException as error:
                 self._ran_out = is_out_of_memory(error)
                 raise
@@ -93,12 +105,13 @@ class ModelRunner:
         return Forwarded(plan, inputs, hidden=hidden.index_select(0, inputs.rows.logits_index))
 
     @torch.inference_mode()
-    def sample(self, step: Forwarded) -> LaunchedStep:
+    def sample(self, step: Forwarded, supplied: Sequence[SuppliedColumn] = ()) -> LaunchedStep:
         """Draw a token for each sampled row, write it to its slot, and send the step's result to the host."""
         plan, replayed = step.plan, step.replayed
-        how = self.finish.choose(plan.slots[plan.logits_rows[plan.sampled]])
-        if replayed is None or self.graphs.tail is None or not how.captured:
-            return self.finish.eager(step, how)
+        columns = of_draws(plan, supplied) if supplied else ()
+        how = self.finish.choose(plan.slots[plan.logits_rows[plan.sampled]], columns)
+        if replayed is None or self.graphs.tail is None or columns or not how.captured:
+            return self.finish.eager(step, how, columns)
         assert how.tail is not None
         drawn = self.graphs.replay_tail(replayed.size, how.tail)
         return TailStep(plan, drawn, replayed.size.logits, replayed.own, replayed.graph | GRAPH_TAIL)

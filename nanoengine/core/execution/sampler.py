@@ -15,7 +15,7 @@ from nanoengine.api.plugin_calls import place_and_fix, plugin_step
 from nanoengine.api.processors import LogitsProcessor, Need, ProcessorRows, RaggedColumn
 from nanoengine.api.specs import Phase, StandardOp
 from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, ROW_NOTHING_LEFT
-from nanoengine.kernels import all_reduce, sampling
+from nanoengine.kernels import all_reduce, bitmask, sampling
 from nanoengine.kernels.philox import draw_keys
 from nanoengine.params.engine_plan import ProcessorPlan
 
@@ -35,8 +35,10 @@ class _Processor:
 
     Attributes:
         where: its name and origin, for errors.
-        ops: columns with a standard operation. standard: it does nothing beyond those. only_random: greedy rows may do
-            without it. Not where it reads counts: a captured draw makes none, and `host_columns` may turn a row random.
+        ops: columns with a standard operation of the draw. standard: it does nothing beyond those.
+        mask: its column, if it does nothing but apply a bit mask.
+        only_random: greedy rows may do without it. Not where it reads counts: a captured draw makes none, and a host
+            state may turn a row random.
     """
 
     name: str
@@ -44,6 +46,7 @@ class _Processor:
     processor: LogitsProcessor
     ops: Mapping[StandardOp, str]
     standard: bool
+    mask: str | None
     only_random: bool
 
     @classmethod
@@ -51,9 +54,11 @@ class _Processor:
         if not isinstance(getattr(processor, "phase", None), Phase):
             raise PluginError(f"{plan.where} must set `phase` to a nanoengine.api.Phase")
         ops = {spec.op: name for name, spec in plan.columns.items() if spec.op is not None and not spec.ragged}
+        mask = ops.pop(StandardOp.BITMASK, None)
         standard = len(ops) == len(plan.columns) > 0 and processor.phase >= Phase.TEMPERATURE
         only_random = processor.argmax_invariant and Need.OUTPUT_COUNTS not in processor.needs
-        return cls(plan.name, plan.where, processor, ops, standard, only_random)
+        mask = mask if len(plan.columns) == 1 else None
+        return cls(plan.name, plan.where, processor, ops, standard, mask, only_random)
 
     @property
     def order(self) -> tuple[int, int]:
@@ -162,6 +167,7 @@ class Sampler:
         self._processors = sorted((_Processor.of(*each) for each in processors), key=lambda p: p.order)
         self._vocab_size, self._fuse = vocab_size, fuse
         self._kernels = TritonDraw() if kernels else None
+        self._mask: Any = bitmask.mask_bits_ if self._kernels is None else self._kernels.mask_bits_
         self.tails = () if self._kernels is None else self._kernels.tails
         self.needs: frozenset[Need] = frozenset().union(*(p.processor.needs for p in self._processors))
         claims = [(op, (p.name, column)) for p in self._processors if p.standard for op, column in p.ops.items()]
@@ -197,7 +203,8 @@ class Sampler:
             tail=tail,
             reads_only=reads_only,
             captured=reads_only and standard and not logprobs,
-            sharded=not (cut or min_tokens or logprobs) and all(p.processor.sharded for p in called),
+            sharded=not (cut or min_tokens or logprobs)
+            and all((self._fuse and p.mask) or p.processor.sharded for p in called),
         )
 
     def sample(self, logits: Tensor, rows: DrawRows, plan: DrawPlan) -> tuple[Tensor, Tensor]:
@@ -265,6 +272,11 @@ class Sampler:
 
     def _apply(self, p: _Processor, logits: Tensor, rows: DrawRows, start: int = 0) -> Tensor:
         """The logits of ids `start`, `start` + 1, …, as the processor leaves them. `PluginError` for anything else."""
+        if self._fuse and p.mask is not None:
+            words = rows.columns[p.name][p.mask]
+            assert isinstance(words, Tensor)
+            masked: Tensor = self._mask(logits, words, start)
+            return masked
         needs, own = p.processor.needs, slice(start, start + logits.shape[1])
         view = ProcessorRows(
             slots=rows.slots,
@@ -297,8 +309,9 @@ class TritonDraw:
     """The Triton kernels of a draw, which eager and captured tails share."""
 
     def __init__(self) -> None:
-        from nanoengine.kernels import sampling_shard_triton, sampling_triton
+        from nanoengine.kernels import bitmask_triton, sampling_shard_triton, sampling_triton
 
+        self.mask_bits_ = bitmask_triton.mask_bits_
         self._whole: Any = sampling_triton
         self._shards: Any = sampling_shard_triton
         self.tails: tuple[int, ...] = tuple(sampling_triton.Tail)

@@ -9,7 +9,7 @@ The last row is the dummy slot, which padding uses. Of what it sent the host kee
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from nanoengine.api.errors import ConfigError
 from nanoengine.api.processors import Need, RaggedColumn
 from nanoengine.api.specs import ColumnSpec, StandardOp
-from nanoengine.core.step import Int64, NewSlots, ProcessorColumn, StepPlan, offsets_of
+from nanoengine.core.step import Int64, NewSlots, ProcessorColumn, StepPlan, SuppliedColumn, offsets_of
 from nanoengine.kernels import step_inputs
 from nanoengine.kernels.step_inputs import SlotState
 from nanoengine.params.engine_plan import ProcessorPlan
@@ -107,8 +107,8 @@ class TableBuffer:
         self.pending, self._overlap = [], False
 
 
-class ScalarTable:
-    """One value a slot: int32 or float32 [slots] in the table buffer (a bool is int32 0 or 1)."""
+class FixedTable:
+    """One value a slot, or `width` values: int32 or float32 in the table buffer (a bool is int32 0 or 1)."""
 
     def __init__(self, buffer: TableBuffer, key: Key, spec: ColumnSpec) -> None:
         self._buffer, self.key, self._spec = buffer, key, spec
@@ -120,15 +120,34 @@ class ScalarTable:
         return torch.float32 if spec.dtype == "float32" else torch.int32
 
     def reset(self, slots: Int64) -> None:
-        self._buffer.write(self.key, slots, np.full(len(slots), self._spec.default))
+        places = self._places(slots)
+        self._buffer.write(self.key, places, np.full(len(places), self._spec.default))
 
     def write(self, slots: Int64, values: npt.NDArray[Any], offsets: npt.NDArray[np.int32]) -> None:
-        self._buffer.write(self.key, slots, values)
+        self._buffer.write(self.key, self._places(slots), values)
+
+    def _places(self, slots: Int64) -> Int64:
+        width = self._spec.width
+        return slots if width is None else (slots[:, None] * width + np.arange(width)).ravel()
 
     def gather(self, slots: Tensor) -> Tensor:
-        """The column of rows in these slots, [R], of the dtype of its spec."""
+        """The column of rows in these slots, [R] or [R, width], of the dtype of its spec."""
         values = self.values.index_select(0, slots)
         return values != 0 if self._spec.dtype == "bool" else values
+
+
+class MaskTable:
+    """Bit masks have no table: a row's allows all, until a host state supplies another one for its draw."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._words = -(-vocab_size // 32)
+
+    def reset(self, slots: Int64) -> None:
+        pass
+
+    def gather(self, slots: Tensor) -> Tensor:
+        """int32 [R, words]."""
+        return torch.full((len(slots), self._words), -1, dtype=torch.int32, device=slots.device)
 
 
 class RaggedTable:
@@ -172,7 +191,23 @@ class RaggedTable:
         return RaggedColumn(self.values.index_select(0, slots), self.counts.index_select(0, slots))
 
 
-Table = ScalarTable | RaggedTable
+Table = FixedTable | MaskTable | RaggedTable
+
+
+def overridden(column: Tensor | RaggedColumn, supplied: SuppliedColumn, default: float) -> Tensor | RaggedColumn:
+    """A gathered column, with the supplied values in place of those of their rows (`draws`). May write in place."""
+    if isinstance(column, Tensor):
+        rows = upload(supplied.draws.astype(np.int64), column.device)
+        column[rows] = upload(supplied.values, column.device).view(len(rows), *column.shape[1:])
+        return column
+    device, counts = column.counts.device, np.diff(supplied.offsets)
+    rows, width = upload(supplied.draws.astype(np.int64), device), column.values.shape[1]
+    wider = max(width, int(counts.max(initial=0)))
+    own = np.full((len(counts), wider), default, dtype=supplied.values.dtype)
+    own[ragged_places(supplied.offsets)] = supplied.values
+    values = torch.nn.functional.pad(column.values, (0, wider - width), value=default)
+    values[rows], column.counts[rows] = upload(own, device), upload(counts.astype(np.int32), device)
+    return RaggedColumn(values, column.counts)
 
 
 def ragged_places(offsets: npt.NDArray[np.int32]) -> tuple[Int64, Int64]:
@@ -236,6 +271,7 @@ class SlotTables:
         num_tokens, num_computed: int64 [slots]; known tokens, and how many of them have their KV. The lengths that
             count: the host's are upper bounds.
         prompt_lens, min_lens, seeds, sample_index: int64 [slots]. greedy: int32 [slots], 0 or 1.
+        specs: of each (processor, column).
         host_greedy, host_min_tokens: bool [slots]. host_num_logprobs: int32 [slots], -1: none. host_wants: processor ->
             bool [slots]; False: its columns hold their defaults.
     """
@@ -251,28 +287,29 @@ class SlotTables:
 
             self.kernels = step_inputs_triton
         n = limits.max_slots + 1
-        specs = {(one.name, column): spec for one in processors for column, spec in one.columns.items()}
-        self._make_tables(n, specs)
+        self.specs = {(one.name, column): spec for one in processors for column, spec in one.columns.items()}
+        self._make_tables(n)
         self.stop_ids = RaggedTable(n, ColumnSpec(dtype="int64", ragged=True), device)
         self.vocab_history = VocabHistory(n, limits.vocab_size, device)
         self.host_greedy = np.ones(n, dtype=np.bool_)
         self.host_num_logprobs = np.full(n, -1, dtype=np.int32)
         self.host_min_tokens = np.zeros(n, dtype=np.bool_)
         self.host_wants = {processor.name: np.zeros(n, dtype=np.bool_) for processor in processors}
-        temperatures = [key for key, spec in specs.items() if spec.op is StandardOp.TEMPERATURE]
-        self._zero_temperature = {key: np.zeros(n, dtype=np.bool_) for key in temperatures}
 
-    def _make_tables(self, n: int, specs: Mapping[tuple[str, str], ColumnSpec]) -> None:
-        """specs: of each (processor, column)."""
+    def _make_tables(self, n: int) -> None:
         width, groups, blocks = self.limits.max_model_len + 1, self.limits.num_groups, self.limits.max_blocks
         shapes: Shapes = {"token_ids": ((n, width), torch.int32), "block_tables": ((groups, n, blocks), torch.int32)}
         shapes |= dict.fromkeys(_PER_SLOT, ((n,), torch.int64))
         shapes |= {"greedy": ((n,), torch.int32)}
-        shapes |= {key: ((n,), ScalarTable.dtype(spec)) for key, spec in specs.items() if not spec.ragged}
+        for key, spec in self.specs.items():
+            if not (spec.ragged or spec.op is StandardOp.BITMASK):
+                shapes[key] = (n,) if spec.width is None else (n, spec.width), FixedTable.dtype(spec)
         self.buffer = TableBuffer(shapes, self.device)
         self.columns: dict[str, dict[str, Table]] = {}
-        for key, spec in specs.items():
-            table = RaggedTable(n, spec, self.device) if spec.ragged else ScalarTable(self.buffer, key, spec)
+        for key, spec in self.specs.items():
+            table: Table = MaskTable(self.limits.vocab_size)
+            if spec.ragged or key in shapes:
+                table = RaggedTable(n, spec, self.device) if spec.ragged else FixedTable(self.buffer, key, spec)
             self.columns.setdefault(key[0], {})[key[1]] = table
         made = self.buffer.tables
         self.token_ids, self.block_tables = made["token_ids"], made["block_tables"]
@@ -293,13 +330,13 @@ class SlotTables:
         )
 
     def write(self, plan: StepPlan) -> None:
-        """What the plan brings: new slots, columns that change, and blocks that are appended."""
+        """What the plan brings: new slots, their columns, and blocks that are appended."""
         if self.buffer.pending:  # of a launch that failed before they were sent
             self.buffer.will_overlap()
         if len(plan.new.slots):
             self._admit(plan.new)
-        for change in plan.columns:
-            self._set_column(change)
+        for column in plan.columns:
+            self._set_column(column)
         if len(plan.draft_tokens):
             rows, behind = ragged_places(offsets_of(plan.drafts))
             places = plan.slots[rows].astype(np.int64) * self.token_ids.shape[1] + plan.starts[rows] + 1 + behind
@@ -331,26 +368,15 @@ class SlotTables:
                     table.reset(slots)
         self.host_greedy[slots], self.host_num_logprobs[slots] = new.greedy, new.num_logprobs
         self.host_min_tokens[slots] = min_tokens
-        for of_slots in (*self.host_wants.values(), *self._zero_temperature.values()):
-            of_slots[slots] = False
+        for wants in self.host_wants.values():
+            wants[slots] = False
         self.vocab_history.enter(new)
 
-    def _set_column(self, change: ProcessorColumn) -> None:
-        self.host_wants[change.processor][change.slots] = True  # first: False means that it holds defaults
-        slots, key = change.slots.astype(np.int64), (change.processor, change.column)
-        self.columns[change.processor][change.column].write(slots, change.values, change.offsets)
-        if key in self._zero_temperature:
-            self._zero_temperature[key][slots] = change.values == 0
-            self._set_greedy(slots)
-
-    def _set_greedy(self, slots: Int64) -> None:
-        """A row takes the arg-max from the step on that brings temperature 0, until one brings another."""
-        greedy = np.logical_or.reduce([each[slots] for each in self._zero_temperature.values()])
-        turned = greedy != self.host_greedy[slots]
-        if turned.any():
-            self.buffer.will_overlap()
-            self.buffer.write("greedy", slots[turned], greedy[turned])
-            self.host_greedy[slots] = greedy
+    def _set_column(self, column: ProcessorColumn) -> None:
+        self.host_wants[column.processor][column.slots] = True  # first: False means that it holds defaults
+        table = self.columns[column.processor][column.column]
+        assert not isinstance(table, MaskTable), "a mask is supplied, not packed"
+        table.write(column.slots.astype(np.int64), column.values, column.offsets)
 
     def flush(self) -> None:
         """Send the pending writes; everything launched from here on sees them."""

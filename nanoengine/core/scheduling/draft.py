@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from nanoengine.api.errors import RequestError, described, is_failure, nearest
-from nanoengine.api.plugin_calls import place_and_fix
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.step import (
@@ -27,9 +25,7 @@ from nanoengine.core.step import (
     i64,
     offsets_of,
 )
-from nanoengine.params.sampling_params import pack_column
 
-ColumnValues = dict[tuple[str, str], dict[int, npt.NDArray[Any]]]  # (processor, column) -> slot -> values
 _NO_SLOTS, _NO_APPENDS, _NONE = NewSlots(), BlockAppends(), i32()  # most steps have none
 
 
@@ -54,7 +50,7 @@ class Draft:
         new: admitted request, or one that is `unsent` -> its tokens whose KV is there.
         grown: request -> index of its first block that the device does not know.
         writers: hash of a prompt block that this step completes -> the request that computes it.
-        host_values: columns that host-token processors computed.
+        late: a row draws with host state.
         preempted: a request had to give its blocks back.
         ending: requests whose last token is in flight: they get no row, and leave their place to others.
     """
@@ -69,7 +65,7 @@ class Draft:
     new: dict[Request, int] = field(default_factory=dict)
     grown: dict[Request, int] = field(default_factory=dict)
     writers: dict[bytes, Request] = field(default_factory=dict)
-    host_values: ColumnValues = field(default_factory=dict)
+    late: bool = False
     preempted: bool = False
     ending: int = 0
 
@@ -82,7 +78,8 @@ class Draft:
         sampled = end == request.length
         if sampled:
             request.length += 1 + len(drafts)
-            checked = request.host_tokens or request.drafted
+            self.late |= bool(request.host_states)
+            checked = request.host_states or request.drafted
             request.pick_check_at = 0 if checked else min(request.max_len, request.capacity + 1)
         if num_new == 1 and sampled and end > request.prompt_len:
             self.slots.append(request.slot)
@@ -120,8 +117,6 @@ class Draft:
         self.prefill = [row for row in self.prefill if row.request is not request]
         self.new.pop(request, None)
         self.grown.pop(request, None)
-        kept = {key: {s: v for s, v in values.items() if s != request.slot} for key, values in self.host_values.items()}
-        self.host_values = {key: values for key, values in kept.items() if values}
 
     def only(self, request: Request) -> Draft:
         """The same step with the row of one request, to see whether it can be planned alone."""
@@ -134,7 +129,6 @@ class Draft:
             prefill=self._prefill_of(request),
             new={each: cached for each, cached in self.new.items() if each is request},
             grown={each: first for each, first in self.grown.items() if each is request},
-            host_values={key: {slot: values[slot]} for key, values in self.host_values.items() if slot in values},
         )
 
     def _prefill_of(self, request: Request) -> list[Prefill]:
@@ -207,8 +201,7 @@ def build_plan(draft: Draft) -> StepPlan:
     with one at the end. Prefill rows follow as they were picked."""
     slots, starts = i32(draft.slots), i32(draft.starts)
     order = np.lexsort((slots, -starts))
-    slots, starts = slots[order], starts[order]
-    num_decode = len(slots)
+    slots, starts, num_decode = slots[order], starts[order], len(order)
     lens, drafts, draft_tokens = np.ones(num_decode, dtype=np.int32), _NONE, _NONE
     logits = rows = np.arange(num_decode, dtype=np.int32)
     if draft.drafts:
@@ -229,7 +222,7 @@ def build_plan(draft: Draft) -> StepPlan:
     return StepPlan(
         step=draft.step,
         new=_new_slots(draft.new) if draft.new else _NO_SLOTS,
-        columns=_processor_columns(draft.new, draft.host_values) if draft.new or draft.host_values else (),
+        columns=_processor_columns(draft.new) if draft.new else (),
         appends=_block_appends(draft.grown) if draft.grown else _NO_APPENDS,
         slots=slots,
         num_decode_rows=num_decode,
@@ -241,6 +234,7 @@ def build_plan(draft: Draft) -> StepPlan:
         logits_rows=rows,
         sampled=sampled,
         prompt_logprobs=tops,
+        late=draft.late,
     )
 
 
@@ -288,15 +282,13 @@ def _new_slots(new: Mapping[Request, int]) -> NewSlots:
     )
 
 
-def _processor_columns(new: Iterable[Request], host_values: ColumnValues) -> tuple[ProcessorColumn, ...]:
-    """One message a column: the packed values of new slots, and over them what host-token processors computed."""
-    table: ColumnValues = {}
+def _processor_columns(new: Iterable[Request]) -> tuple[ProcessorColumn, ...]:
+    """One message a column: the packed values of new slots."""
+    table: dict[tuple[str, str], dict[int, npt.NDArray[Any]]] = {}  # (processor, column) -> slot -> values
     for request in new:
         for processor in request.params.processors:
             for column, value in processor.columns.items():
                 table.setdefault((processor.name, column), {})[request.slot] = value
-    for key, values in host_values.items():
-        table.setdefault(key, {}).update(values)
     return tuple(
         ProcessorColumn(
             processor=processor,
@@ -322,31 +314,3 @@ def _block_appends(grown: Mapping[Request, int]) -> BlockAppends:
             indices += range(first, len(table))
             blocks += added
     return BlockAppends(group=i32(groups), slot=i32(slots), index=i32(indices), block=i32(blocks))
-
-
-def ask_host_processors(request: Request, into: ColumnValues) -> RequestError | None:
-    """Fills in the columns of the request's host-token processors for the token to be drawn; returns what they raise.
-
-    A processor is a plugin: whatever goes wrong in it fails this request alone.
-    """
-    values: ColumnValues = {}
-    for processor in request.params.processors:
-        if not processor.params.host_tokens:
-            continue
-        try:
-            columns = processor.params.host_columns(request.prompt_token_ids, tuple(request.output_token_ids))
-            for column, value in columns.items():
-                if column not in processor.params.columns:
-                    raise KeyError(f"no column {column!r}: {nearest(column, processor.params.columns)}")
-                array = pack_column(processor.name, column, processor.params.columns[column], value)
-                values[processor.name, column] = {request.slot: array}
-        except BaseException as error:
-            if not is_failure(error):
-                raise
-            text = f"host_columns() of logits processor {processor.name!r} raised {described(error)}"
-            failure = RequestError("processor_failed", text + place_and_fix(error, type(processor.params), text))
-            failure.__cause__ = error
-            return failure
-    for key, value in values.items():
-        into.setdefault(key, {}).update(value)
-    return None

@@ -21,7 +21,6 @@ class Roster:
             request and its generation in the slot.
         retry_alone: requests whose step broke: each runs in a step of its own until it has drawn a token.
         unsent: running requests whose slot on the device must be written anew, whole.
-        num_host: how many have host-token processors.
         preempted: since the last step.
     """
 
@@ -40,7 +39,6 @@ class Roster:
         self.owners: dict[int, tuple[Request, int]] = {}
         self.retry_alone: set[Request] = set()
         self.unsent: set[Request] = set()
-        self.num_host = 0
         self.preempted: list[Preemption] = []
         self._stats, self._drafting = stats, drafting
         self._added = self._admissions = 0
@@ -48,7 +46,6 @@ class Roster:
     def add(self, request: Request) -> None:
         request.order = self._added
         self._added += 1
-        self.num_host += request.host_tokens
         self._enqueue(request)
 
     def preempt(self, victim: Request, why: str) -> None:
@@ -68,7 +65,6 @@ class Roster:
     def remove(self, request: Request) -> None:
         """It is live no more."""
         self._release(request)
-        self.num_host -= request.host_tokens
         self.retry_alone.discard(request)
         if self._drafting is not None:
             self._drafting.end(request)

@@ -18,7 +18,7 @@ from nanoengine.api.errors import RequestError, engine_failure, is_failure
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.block_manager import BlockManager, Hits
 from nanoengine.core.scheduling.commit import commit_rows, take_back_rows
-from nanoengine.core.scheduling.draft import Draft, TokenBudget, ask_host_processors, build_plan
+from nanoengine.core.scheduling.draft import Draft, TokenBudget, build_plan
 from nanoengine.core.scheduling.messages import (
     Admission,
     Drafting,
@@ -69,7 +69,7 @@ class Scheduler:
         limit, max_tokens = self.config.max_model_len, request.params.max_tokens
         request.max_len = limit if max_tokens is None else min(limit, request.prompt_len + max_tokens)
         request.min_len = min(request.min_len, limit + 1)  # of what is never reached a plan's int32 need not hold more
-        request.drafted = self._speculation is not None and request.params.speculate and not request.host_tokens
+        request.drafted = self._speculation is not None and request.params.speculate
         request.block_hashes = request.block_hashes or self.blocks.hashes_of(request.prompt_bytes, request.cache_key)
         self._roster.add(request)
 
@@ -92,8 +92,8 @@ class Scheduler:
     def take_updates(self) -> list[Update]:
         """What happened to requests outside of any step's result; to be read after each `schedule`, None or not.
 
-        A request that ended because the cache is full with nothing in flight, failed host-token processors, and those
-        over which `schedule` itself raised.
+        A request that ended because the cache is full with nothing in flight, and those over which `schedule` itself
+        raised.
         """
         updates, self._pending = self._pending, []
         return updates
@@ -131,8 +131,6 @@ class Scheduler:
             self._pick_running(draft)
             if self.waiting and not draft.preempted and not self._roster.retry_alone:
                 self._admit_waiting(draft)
-        if self._roster.num_host:
-            self._ask_host_processors(draft)
 
     def _pick_running(self, draft: Draft) -> None:
         """A row for each running request, as far as the budget goes. Most need no more than one token more: below
@@ -160,10 +158,7 @@ class Scheduler:
         """Gives a running request as many of its tokens as budget and blocks allow. False: there is no budget left."""
         if request.length >= request.max_len:  # ends by length once its token in flight is committed
             draft.ending += 1
-        elif (
-            request.status is Status.RUNNING  # and was not preempted by one before it
-            and not (request.host_tokens and self._is_in_flight(request))
-        ):
+        elif request.status is Status.RUNNING:  # and was not preempted by one before it
             most = self._speculation.most(request) if self._speculation is not None and request.drafted else 0
             if most and self._is_in_flight(request):  # drafts follow a known token
                 return True
@@ -296,16 +291,8 @@ class Scheduler:
         if self._roster.free_slots and not self._end_if_outgrown(request):
             self._consider(request, draft)
 
-    def _ask_host_processors(self, draft: Draft) -> None:
-        rows = [*draft.slots, *(request.slot for request, *_, sampled in draft.prefill if sampled)]
-        for request in [self._roster.owners[slot][0] for slot in rows]:
-            if request.host_tokens:
-                error = ask_host_processors(request, draft.host_values)
-                if error is not None:
-                    self._fail(request, draft, error)
-
     def _fail(self, request: Request, draft: Draft, error: BaseException) -> None:
-        """Over this request something raised, or its processor failed: it gets no row, and its update says why."""
+        """Over this request something raised: it gets no row, and its update says why."""
         draft.drop(request)
         self._roster.remove(request)
         failure = error if isinstance(error, RequestError) else engine_failure(error)

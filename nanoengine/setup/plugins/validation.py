@@ -47,6 +47,7 @@ _OPS: Mapping[StandardOp, tuple[str, tuple[float, ...]]] = {
     StandardOp.TOP_K: ("int32", (0, -1)),
     StandardOp.TOP_P: ("float32", (1.0,)),
     StandardOp.MIN_P: ("float32", (0.0,)),
+    StandardOp.BITMASK: ("int32", (-1,)),
 }
 """Dtype of a standard operation's column, and the values without effect."""
 
@@ -92,8 +93,6 @@ def _check_columns(params: type[ProcessorParams]) -> None:
     columns: object = params.columns
     if not isinstance(columns, Mapping) or not all(isinstance(name, str) for name in columns):
         raise PluginError(f"{params.__qualname__}.columns must map names to ColumnSpecs, not be {shown(columns)}")
-    if not isinstance(params.host_tokens, bool):
-        raise PluginError(f"{params.__qualname__}.host_tokens must be True or False, not {shown(params.host_tokens)}")
     for name, column in columns.items():
         if not isinstance(column, ColumnSpec) or column.dtype not in COLUMN_DTYPES:
             raise PluginError(
@@ -104,6 +103,11 @@ def _check_columns(params: type[ProcessorParams]) -> None:
         if not _holds(column.dtype, column.default):
             raise PluginError(
                 f"{where}.default must be a number that fits in {column.dtype}, not {shown(column.default)}"
+            )
+        if column.width is not None and (column.ragged or not _is_int(column.width) or column.width < 1):
+            raise PluginError(
+                f"{where}.width must be None, or a positive integer of a column that is not ragged, not "
+                f"{shown(column.width)}"
             )
         if column.op is not None and not isinstance(column.op, StandardOp):
             raise PluginError(f"{where}.op must be a nanoengine.api.StandardOp or None, not {shown(column.op)}")
@@ -117,8 +121,10 @@ def _check_op(where: str, column: ColumnSpec, op: StandardOp) -> None:
     The core computes these operations for all rows of a batch, so the default must have no effect.
     """
     dtype, inert = _OPS[op]
-    if column.ragged or column.dtype != dtype:
-        raise PluginError(f"{where}: {op.name} needs one {dtype} per slot, so it must be a scalar column of that dtype")
+    if column.ragged or column.width is not None or column.dtype != dtype:
+        raise PluginError(
+            f"{where}: {op.name} needs a column of dtype {dtype} that is neither ragged nor has a width of its own"
+        )
     if column.default not in inert:
         raise PluginError(
             f"{where}.default is {column.default!r}, which has an effect in {op.name}: rows that do not use the "

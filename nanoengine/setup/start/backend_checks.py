@@ -16,7 +16,7 @@ from nanoengine.api.errors import (
     shown,
 )
 from nanoengine.api.plugin_calls import name_of, place_and_fix, plugin_call
-from nanoengine.core.execution.results import LaunchedStep
+from nanoengine.core.execution.results import StepHandle
 from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.step import StepPlan
 from nanoengine.setup.start.largest_steps import one_token
@@ -34,7 +34,7 @@ def kv_block_bytes(backend: type[AttentionBackend], spec: KVSpec, block_size: in
     return found
 
 
-def dry_run(launch: Callable[[StepPlan], LaunchedStep], tables: SlotTables) -> None:
+def dry_run(launch: Callable[[StepPlan], StepHandle], tables: SlotTables) -> None:
     """Runs one token in the dummy block, so that a model or backend that cannot work fails before the first request.
 
     Raises `ModelError` or `PluginError`.

@@ -13,7 +13,7 @@ import torch
 from nanoengine.api.attention import BatchLimits
 from nanoengine.api.processors import Need
 from nanoengine.core.execution.finish_step import PROMPT_LOGITS_ROWS
-from nanoengine.core.execution.results import LaunchedStep
+from nanoengine.core.execution.results import StepHandle
 from nanoengine.core.execution.sampler import Sampler
 from nanoengine.core.execution.slots import SlotTables
 from nanoengine.core.execution.step_inputs import decode_plan
@@ -45,7 +45,7 @@ def with_prompt_logprobs(prefill: StepPlan, count: int) -> StepPlan:
 
 
 def largest_steps(
-    launch: Callable[[StepPlan], LaunchedStep],
+    launch: Callable[[StepPlan], StepHandle],
     tables: SlotTables,
     sampler: Sampler,
     limits: BatchLimits,
@@ -74,12 +74,12 @@ def largest_steps(
     return partial(run, largest_prefill(limits)), sampling
 
 
-def one_token(launch: Callable[[StepPlan], LaunchedStep], tables: SlotTables) -> None:
+def one_token(launch: Callable[[StepPlan], StepHandle], tables: SlotTables) -> None:
     """Runs a step of one token."""
     _run(launch, tables, decode_plan(_slots(1), 0))
 
 
-def _run(launch: Callable[[StepPlan], LaunchedStep], tables: SlotTables, plan: StepPlan) -> None:
+def _run(launch: Callable[[StepPlan], StepHandle], tables: SlotTables, plan: StepPlan) -> None:
     """Runs a step on slots that have no request, and resets the lengths in these slots."""
     launch(plan).wait()
     tables.num_computed.zero_()

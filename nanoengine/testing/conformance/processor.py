@@ -152,7 +152,7 @@ def _batch(
         resolved = resolver.resolve(SamplingParams(**example))
         for prompt, output in _HISTORIES:
             history = tokens(prompt), tokens(output)
-            packed = columns_of(spec.params, resolved.processors, *history)
+            packed = columns_of(resolved.processors, *history, resolver.ctx)
             rows.append(Row(*history, packed, number if example else -1))
     order = torch.randperm(len(rows), generator=random).tolist()
     logits = 3 * torch.randn(len(rows), vocab_size, generator=random)

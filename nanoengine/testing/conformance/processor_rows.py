@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanoengine.api import ColumnSpec, Need, ProcessorParams, ProcessorRows, RaggedColumn
-from nanoengine.params.sampling_params import PackedProcessor, pack_columns
+from nanoengine.api import ColumnSpec, Need, ParamsContext, ProcessorRows, RaggedColumn, StandardOp
+from nanoengine.params.sampling_params import PackedProcessor, pack_draws
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +25,29 @@ class Row:
 
 
 def columns_of(
-    params: type[ProcessorParams], processors: Sequence[PackedProcessor], prompt: Sequence[int], output: Sequence[int]
+    processors: Sequence[PackedProcessor], prompt: Sequence[int], output: Sequence[int], ctx: ParamsContext
 ) -> Mapping[str, Any] | None:
     """The columns of a request before the next draw; None if it does not use the processor."""
     if not processors:
         return None
     (processor,) = processors
-    if not params.host_tokens:
+    state = processor.params.start(prompt, ctx)
+    if state is None:
         return processor.columns
-    fresh = processor.params.host_columns(prompt, output)
-    return {**processor.columns, **pack_columns(processor.name, {name: params.columns[name] for name in fresh}, fresh)}
+    if output:
+        state.feed(output)
+    specs, name = processor.params.columns, processor.name
+    fresh = {
+        column: pack_draws(name, column, specs[column], values, 1, ctx.vocab_size)[0]
+        for column, values in state.columns(()).items()
+    }
+    scalars = {column for column in fresh if not (specs[column].ragged or is_wide(specs[column]))}
+    return {**processor.columns, **fresh, **{column: fresh[column][0] for column in scalars}}
+
+
+def is_wide(spec: ColumnSpec) -> bool:
+    """Whether a row of the column has a fixed number of values."""
+    return spec.width is not None or spec.op is StandardOp.BITMASK
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +75,7 @@ class Batch:
                 prompt_lens=torch.tensor([len(row.prompt) for row in rows]),
                 vocab_start=0,
                 vocab_size=vocab,
-                columns={name: _column(name, spec, rows) for name, spec in specs.items()},
+                columns={name: _column(name, spec, rows, vocab) for name, spec in specs.items()},
                 output_counts=_counts([row.output for row in rows], vocab),
                 prompt_mask=_counts([row.prompt for row in rows], vocab) > 0,
                 token_ids=table,
@@ -117,9 +130,11 @@ class Batch:
         return Batch(self.logits.to(device), replace(self.rows, **moved, columns=columns), self.examples)
 
 
-def _column(name: str, spec: ColumnSpec, rows: Sequence[Row]) -> Tensor | RaggedColumn:
+def _column(name: str, spec: ColumnSpec, rows: Sequence[Row], vocab: int) -> Tensor | RaggedColumn:
     inert = np.zeros(0, dtype=spec.dtype) if spec.ragged else np.asarray(spec.default, dtype=spec.dtype)
-    values = [inert if row.columns is None else row.columns[name] for row in rows]
+    if is_wide(spec):
+        inert = np.full(spec.width or -(-vocab // 32), spec.default, dtype=spec.dtype)
+    values = [inert if row.columns is None else row.columns.get(name, inert) for row in rows]
     if not spec.ragged:
         return torch.from_numpy(np.stack(values))
     table = np.full((len(rows), max(1, *map(len, values)) + 1), spec.default, dtype=spec.dtype)

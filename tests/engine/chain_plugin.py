@@ -1,0 +1,107 @@
+"""A one-file plugin whose processor allows only ids that all tokens so far decide: a token that a state missed, got
+twice or got late changes every one behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from nanoengine.api import (
+    API_VERSION,
+    ColumnSpec,
+    HostState,
+    LogitsProcessor,
+    Phase,
+    ProcessorParams,
+    SamplerSpec,
+    StandardOp,
+    hookimpl,
+)
+
+
+def hashed(tokens: Sequence[int], start: int = 7) -> int:
+    for token in tokens:
+        start = (start * 31 + token + 1) % 1_000_003
+    return start
+
+
+def allowed(history: int, count: int, vocab_size: int) -> list[int]:
+    """So many ids (fewer where some are equal) after a history with this hash."""
+    return sorted({(history * (2 * i + 3) + i) % vocab_size for i in range(count)})
+
+
+def bits(ids: Sequence[int], vocab_size: int) -> np.ndarray[Any, Any]:
+    flags = np.zeros(-(-vocab_size // 32) * 32, dtype=np.uint8)
+    flags[list(ids)] = 1
+    return np.packbits(flags, bitorder="little").view(np.int32)
+
+
+@dataclass(frozen=True)
+class ChainParams(ProcessorParams):
+    """chain: how many ids are possible. wrong: what goes wrong once `wrong_at` tokens were generated."""
+
+    columns: ClassVar[Mapping[str, ColumnSpec]] = {"mask": ColumnSpec(dtype="int32", default=-1, op=StandardOp.BITMASK)}
+
+    chain: int = 0
+    wrong: str = ""
+    wrong_at: int = 0
+
+    def start(self, prompt_token_ids: Sequence[int], ctx: Any) -> Any:
+        if self.wrong == "start":
+            raise ValueError("wrong in start")
+        if self.wrong == "state":
+            return "no state"
+        return Chain(self, prompt_token_ids, ctx.vocab_size)
+
+
+class Chain(HostState):
+    def __init__(self, params: ChainParams, prompt: Sequence[int], vocab_size: int) -> None:
+        self.params, self.vocab_size = params, vocab_size
+        self.history, self.length = hashed(prompt), 0
+
+    def feed(self, token_ids: Sequence[int]) -> None:
+        assert token_ids, "fed nothing"
+        self.history = hashed(token_ids, self.history)
+        self.length += len(token_ids)
+        if self.params.wrong == "feed" and self.length >= self.params.wrong_at:
+            raise ValueError("wrong in feed")
+
+    def columns(self, drafts: Sequence[int]) -> Any:
+        histories = [hashed(drafts[:count], self.history) for count in range(1 + len(drafts))]
+        masks = np.stack([bits(allowed(h, self.params.chain, self.vocab_size), self.vocab_size) for h in histories])
+        if self.params.wrong not in ("", "feed") and self.length >= self.params.wrong_at:
+            return self.wrong(masks)
+        return {"mask": masks}
+
+    def wrong(self, masks: np.ndarray[Any, Any]) -> Any:
+        wrong: Mapping[str, Any] = {
+            "shape": {"mask": masks[:, :-1]},
+            "more": {"mask": np.concatenate([masks, masks])},
+            "flat": {"mask": masks[0]},
+            "dtype": {"mask": [[0.5] * masks.shape[1]] * len(masks)},
+            "large": {"mask": masks.astype(np.int64) + (1 << 40)},
+            "column": {"msak": masks},
+            "mapping": masks,
+            "nothing": {"mask": np.zeros_like(masks)},
+        }
+        if self.params.wrong not in wrong:
+            raise ValueError(f"wrong in {self.params.wrong}")
+        return wrong[self.params.wrong]
+
+
+class MaskProcessor(LogitsProcessor):
+    phase = Phase.MASK
+    sharded = True
+
+    def apply(self, logits: Any, rows: Any) -> Any:
+        from nanoengine.kernels.bitmask import mask_bits_
+
+        return mask_bits_(logits, rows.column("mask"), rows.vocab_start)
+
+
+@hookimpl
+def register_samplers() -> list[SamplerSpec]:
+    return [SamplerSpec(name="chain", params=ChainParams, target=f"{__name__}:MaskProcessor", api=API_VERSION)]

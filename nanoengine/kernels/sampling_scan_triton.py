@@ -136,16 +136,17 @@ def row_key(seeds, positions, sample_index, row, entry):
 def scan(
     logits, stride, vocab, groups, greedy, temperature, top_k, seeds, positions, sample_index, at, stat, peak,
     TAIL: tl.constexpr, MAX_K: tl.constexpr, GROUP: tl.constexpr, TILE_GROUPS: tl.constexpr, TILES: tl.constexpr,
-    NATIVE: tl.constexpr, PDL: tl.constexpr, START: tl.constexpr = 0,
+    NATIVE: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr, START: tl.constexpr = 0,
 ):  # fmt: skip
     """stat [R, groups]: highest hasty score of each group, or highest logit where the row is greedy or `listed`.
 
-    peak [R, groups] (truncation only): highest logit. inf if the group has a NaN. START: the first column's id.
+    peak [R, groups] (truncation only): highest logit. inf if the group has a NaN. START: the first column's id. EARLY:
+    all but the logits is read before the wait.
     """
     row = tl.program_id(1).to(tl.int64)
     base = logits + row * stride
     release_dependents(PDL)
-    wait_for_inputs(PDL and at is None)
+    wait_for_inputs(PDL and not EARLY)
     if TAIL != GREEDY:
         entry = entry_of(at, row)
         noisy = column(greedy, entry) == 0
@@ -154,7 +155,7 @@ def scan(
             noisy = noisy & ((k == 0) | (k > MAX_K))
         key0, key1 = row_key(seeds, positions, sample_index, row, entry)
         per_ln2 = PER_LN2 / row_temperature(temperature, entry)
-    wait_for_inputs(PDL and at is not None)
+    wait_for_inputs(PDL and EARLY)
     for t in range(TILES):
         g = (tl.program_id(0) * TILES + t) * TILE_GROUPS + tl.arange(0, TILE_GROUPS)
         ids = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]

@@ -40,20 +40,20 @@ _LOW_WORD = tl.constexpr(0xFFFFFFFF)
 def _pick_key(
     logits, stride, vocab, groups, greedy, temperature, seeds, positions, sample_index, at, stat, out_keys,
     GREEDY: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, NATIVE: tl.constexpr, START: tl.constexpr,
-    PDL: tl.constexpr,
+    EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The key of each row's best; `_BAD_KEY` where the slice has NaN or +inf."""
     row = tl.program_id(0).to(tl.int64)
     noisy, key0, key1 = False, 0, 0
     t = 1.0
     release_dependents(PDL)
-    wait_for_inputs(PDL and at is None)
+    wait_for_inputs(PDL and not EARLY)
     if not GREEDY:
         entry = entry_of(at, row)
         noisy = column(greedy, entry) == 0
         key0, key1 = row_key(seeds, positions, sample_index, row, entry)
         t = row_temperature(temperature, entry)
-    wait_for_inputs(PDL and at is not None)
+    wait_for_inputs(PDL and EARLY)
     score, token, _, raw = refine(
         logits + row * stride, vocab, groups, stat + row * groups, noisy, t, key0, key1, NEG_INF,
         GROUP, GROUPS, NATIVE, START,
@@ -74,6 +74,7 @@ def best_keys(
     positions: Tensor | None = None,
     sample_index: Tensor | None = None,
     at: Tensor | None = None,
+    early: bool = False,
     tuning: Tuning | None = None,
 ) -> Tensor:
     """int64 [R]: the key of each row's best, to be compared with the other ranks'.
@@ -94,7 +95,7 @@ def best_keys(
     stat = logits.new_empty((rows, groups), dtype=torch.float32)
     where = (logits, logits.stride(0), width, groups)
     key = (seeds, positions, sample_index, at)
-    common = {"GROUP": sizes.group, "NATIVE": NATIVE, "START": start, **pdl_options(logits)}
+    common = {"GROUP": sizes.group, "NATIVE": NATIVE, "START": start, "EARLY": early, **pdl_options(logits)}
     scan[(programs, rows)](
         *where, greedy, temperature, None, *key, stat, None,
         TAIL=int(tail), MAX_K=sizes.max_k, TILE_GROUPS=sizes.tile_groups, TILES=sizes.tiles, **common,

@@ -93,20 +93,20 @@ def _pick(
     logits, stride, vocab, groups, greedy, temperature, seeds, positions, sample_index, at, stat,
     out_tokens, out_failed, sound,
     GREEDY: tl.constexpr, SOUND_GIVEN: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, NATIVE: tl.constexpr,
-    PDL: tl.constexpr,
+    EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The token of each row without truncation."""
     row = tl.program_id(0).to(tl.int64)
     noisy, key0, key1 = False, 0, 0
     t = 1.0
     release_dependents(PDL)
-    wait_for_inputs(PDL and at is None)
+    wait_for_inputs(PDL and not EARLY)
     if not GREEDY:
         entry = entry_of(at, row)
         noisy = column(greedy, entry) == 0
         key0, key1 = row_key(seeds, positions, sample_index, row, entry)
         t = row_temperature(temperature, entry)
-    wait_for_inputs(PDL and at is not None)
+    wait_for_inputs(PDL and EARLY)
     score, token, _, raw = refine(
         logits + row * stride, vocab, groups, stat + row * groups, noisy, t, key0, key1, NEG_INF, GROUP, GROUPS, NATIVE
     )
@@ -131,6 +131,7 @@ def sample(
     positions: Tensor | None = None,
     sample_index: Tensor | None = None,
     at: Tensor | None = None,
+    early: bool = False,
     sound: Tensor | None = None,
     tuning: Tuning | None = None,
 ) -> None:
@@ -143,8 +144,8 @@ def sample(
         temperature: float32 [R]; up to 0 counts as 1.
         top_k: int32 [R]; 0: all. top_p: float32 [R]; 1: all. min_p: float32 [R]; 0: all.
         seeds, positions, sample_index: int64 [R], the draw's key. Positions may be int32.
-        at: int32 [R]; where in the other columns a row's values are: then these are tables of any length, which
-            changed last before some kernel that lets none start ahead of its inputs (`pdl_triton`). None: by row.
+        at: int32 [R]; where in the other columns a row's values are: then these are tables of any length. None: by row.
+        early: columns, positions and `at` are complete even where kernels start ahead of their inputs (`pdl_triton`).
         sound: bool [R]; whether the raw logits were, where stages have changed them since. None: these are the raw
             ones. A row that is not sound fails with `BAD_LOGITS`, another without a possible token with
             `NOTHING_LEFT`; either has token 0.
@@ -163,15 +164,15 @@ def sample(
     tile = common | {"TILE_GROUPS": sizes.tile_groups, "TILES": sizes.tiles}
     where = (logits, logits.stride(0), vocab, groups)
     key = (seeds, positions, sample_index, at)
-    pdl = pdl_options(logits)
+    start = {"EARLY": early, **pdl_options(logits)}
     peak = torch.empty_like(stat) if tail is Tail.TRUNCATION else None
     scan[(programs, rows)](
-        *where, greedy, temperature, top_k, *key, stat, peak, TAIL=int(tail), MAX_K=sizes.max_k, **tile, **pdl
+        *where, greedy, temperature, top_k, *key, stat, peak, TAIL=int(tail), MAX_K=sizes.max_k, **tile, **start
     )
     out = (out_tokens, out_failed, sound)
     given = common | {"SOUND_GIVEN": sound is not None, "GROUPS": block}
     if tail is not Tail.TRUNCATION:
-        _pick[(rows,)](*where, greedy, temperature, *key, stat, *out, GREEDY=tail is Tail.GREEDY, **given, **pdl)
+        _pick[(rows,)](*where, greedy, temperature, *key, stat, *out, GREEDY=tail is Tail.GREEDY, **given, **start)
         return
     assert peak is not None
     _truncated(sizes, programs, where, (greedy, temperature, top_k, top_p, min_p, *key), stat, peak, out, given, tile)

@@ -47,6 +47,20 @@ class StepInputBuffers:
     block_tables: Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """Where the host reads what a step drew.
+
+    Attributes:
+        host: int32 [TURNS, 3, W], of an `AnswerRing`: tokens and failures of the draws, and how many each row keeps,
+            where there are drafts.
+        sent: int32; its second word is the step's turn.
+    """
+
+    host: Tensor
+    sent: Tensor
+
+
 def scatter(words: Tensor, packed: Tensor) -> None:
     """words[offsets] = values. words, packed: int32 [N] and [2 K], K different offsets and then K values."""
     offsets, values = packed.chunk(2)
@@ -103,6 +117,7 @@ def settle(
     drafts: Tensor | None = None,
     failed: Tensor | None = None,
     counts: Tensor | None = None,
+    answer: Answer | None = None,
     *,
     max_drafts: int = 0,
 ) -> None:
@@ -117,6 +132,7 @@ def settle(
             row's first, -1: none. None: the rows' own, in order.
         drafts: int32 [B], 0 where a row has none; at most `max_drafts`. failed: int32 [N], 0: fine. counts: int32 [B],
             written: how many tokens a row keeps. All three where a row may have drafts.
+        answer: what was drawn is written there, too; then there must be `failed`.
     """
     slots, lens = slots.long(), query_start_loc.diff().long()
     drawn = real = slots != len(state.num_tokens) - 1
@@ -141,6 +157,12 @@ def settle(
             going = going & (drafts > j) & right
             more += going
         counts.copy_(torch.where(drawn & (failed[first] == 0), more + 1, 0))
+    if answer is not None:
+        assert failed is not None
+        host = answer.host[int(answer.sent[1]) % len(answer.host)]
+        host[0, : len(tokens)], host[1, : len(tokens)] = tokens, failed
+        if counts is not None:
+            host[2, : len(counts)] = counts
     for j in range(max_drafts + 1):
         kept, positions = drawn & (more >= j), (known + j).clamp(max=state.token_ids.shape[1] - 1)
         token = tokens[(first + j).clamp(max=len(tokens) - 1)]  # rows without one write what is there: no shape depends

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanoengine.kernels.host_ring import TURNS
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
-from nanoengine.kernels.step_inputs import SlotState, StepInputBuffers
+from nanoengine.kernels.step_inputs import Answer, SlotState, StepInputBuffers
 
 _MAX_BLOCK = 1024
 
@@ -75,12 +76,18 @@ def _gather_kernel(
 @triton.jit
 def _settle_kernel(
     slots, query_start_loc, tokens, token_of_row, drafts, failed, counts, rows, dummy,
-    token_ids, token_ids_stride, num_tokens, num_computed, output_counts, vocab,
-    MAX_DRAFTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    token_ids, token_ids_stride, num_tokens, num_computed, output_counts, vocab, host, width, sent, draws,
+    MAX_DRAFTS: tl.constexpr, TURNS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(PDL)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
+    mine = host
+    if host is not None:
+        mine = host + (tl.load(sent + 1) & (TURNS - 1)) * (3 * width)
+        for i in range(0, draws, tl.num_programs(0) * BLOCK):
+            tl.store(mine + i + row, tl.load(tokens + i + row, i + row < draws, 0).to(tl.int32), i + row < draws)
+            tl.store(mine + width + i + row, tl.load(failed + i + row, i + row < draws, 0), i + row < draws)
     slot = tl.load(slots + row, inside, dummy).to(tl.int64)
     here = inside & (slot != dummy)
     start, end = tl.load(query_start_loc + row, here, 0), tl.load(query_start_loc + row + 1, here, 0)
@@ -103,6 +110,8 @@ def _settle_kernel(
             right = right & (tl.load(failed + first + j + 1, right, 1) == 0)
             kept += right.to(tl.int32)
         tl.store(counts + row, tl.where(drawn & fine, kept + 1, 0), inside)
+        if host is not None:
+            tl.store(mine + 2 * width + row, tl.where(drawn & fine, kept + 1, 0), inside)
     for j in range(MAX_DRAFTS + 1):
         keeps = drawn & (j <= kept)
         token = tl.load(tokens + first + j, keeps, 0)
@@ -165,6 +174,7 @@ def settle(
     drafts: Tensor | None = None,
     failed: Tensor | None = None,
     counts: Tensor | None = None,
+    answer: Answer | None = None,
     *,
     max_drafts: int = 0,
 ) -> None:
@@ -172,9 +182,10 @@ def settle(
     rows, output_counts = len(slots), state.output_counts
     if rows == 0:
         return
+    host = (None, 0, None, 0) if answer is None else (answer.host, answer.host.shape[2], answer.sent, len(tokens))
     _settle_kernel[(triton.cdiv(rows, 128),)](
         slots, query_start_loc, tokens, token_of_row, drafts, failed, counts, rows, len(state.num_tokens) - 1,
         state.token_ids, state.token_ids.stride(0), state.num_tokens, state.num_computed,
-        output_counts, 0 if output_counts is None else output_counts.stride(0), MAX_DRAFTS=max_drafts, BLOCK=128,
-        **pdl_options(slots),
+        output_counts, 0 if output_counts is None else output_counts.stride(0), *host,
+        MAX_DRAFTS=max_drafts, TURNS=TURNS, BLOCK=128, **pdl_options(slots),
     )  # fmt: skip

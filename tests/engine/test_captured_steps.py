@@ -62,15 +62,13 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         graph = Replayed(run)
         return graph, graph.out
 
-    def counted(name: str) -> Any:
-        original = getattr(StepGraphs, name)
+    original = StepGraphs.replay
 
-        def replay(self: StepGraphs, size: StepSize, *args: Any) -> Any:
-            kind = "mixed" if size.prefill_tokens else "drafts" if size.query_len > 1 else "decode"
-            seen[f"{name} {kind}"] += 1
-            return original(self, size, *args)
-
-        return replay
+    def replay(self: StepGraphs, size: StepSize, tail: int | None = None) -> Any:
+        kind = "mixed" if size.prefill_tokens else "drafts" if size.query_len > 1 else "decode"
+        seen[f"replay {kind}"] += 1
+        seen[f"tail {kind}"] += tail is not None
+        return original(self, size, tail)
 
     event = SimpleNamespace(record=lambda: None, synchronize=lambda: None, query=lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -80,8 +78,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     monkeypatch.setattr(setup_capture, "captured", capture)
     monkeypatch.setattr(starter, "ops_for", lambda device, **_: KernelsBeside())
     monkeypatch.setattr(starter, "capture_sizes", lambda *_, **__: CaptureSizes(SIZES, tail=True, inputs=True))
-    for name in ("replay", "replay_tail"):
-        monkeypatch.setattr(StepGraphs, name, counted(name))
+    monkeypatch.setattr(StepGraphs, "replay", replay)
     with triton_interpreter.interpreted():
         yield seen
 
@@ -109,7 +106,7 @@ def test_greedy_tokens_are_those_of_the_mock_model(tmp_path: Path, captured: Cou
         stats = llm.stats()
     assert stats.graph_steps == captured["replay decode"] > 3
     assert stats.mixed_graph_steps == captured["replay mixed"] > 1
-    assert stats.graph_tails == captured["replay_tail decode"] + captured["replay_tail mixed"] > 5
+    assert stats.graph_tails == captured["tail decode"] + captured["tail mixed"] > 5
 
 
 def test_graphs_whose_inputs_are_gathered_in_front_of_them(
@@ -120,7 +117,7 @@ def test_graphs_whose_inputs_are_gathered_in_front_of_them(
     monkeypatch.setattr(starter, "capture_sizes", lambda *_, **__: sizes)
     with mock_llm(tmp_path, max_num_seqs=4, max_num_batched_tokens=36) as llm:
         assert tokens_of(llm.generate(ASKED, GREEDY, use_tqdm=False)) == [greedy(p, 6) for p in ASKED]
-    assert captured["replay decode"] == captured["replay_tail decode"] > 3
+    assert captured["replay decode"] == captured["tail decode"] > 3
     assert not captured["replay mixed"]
 
 
@@ -138,7 +135,7 @@ def test_seeded_draws_and_what_no_tail_does(tmp_path: Path, captured: Counter[st
         together = llm.generate(ASKED[:4], params, use_tqdm=False)
         steps = llm.stats()
     assert steps.graph_tails < steps.graph_steps + steps.mixed_graph_steps
-    assert captured["replay_tail decode"] > 0
+    assert captured["tail decode"] > 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(starter, "ops_for", lambda device, **_: Ops())
         patch.setattr(starter, "capture_sizes", lambda *_, **__: CaptureSizes())
@@ -169,7 +166,7 @@ def test_rows_with_drafts(
         for count in (1, 3, 4):
             found = tokens_of(llm.generate(ASKED[:count], params[:count], use_tqdm=False))
             assert found == want[:count]
-    assert captured["replay drafts"] > captured["replay_tail drafts"] > 3
+    assert captured["replay drafts"] > captured["tail drafts"] > 3
     assert (oracle.accepted > 0) is (accuracy > 0)
 
 

@@ -35,57 +35,70 @@ class Watch:
         self.runner, self.seen, self.wrong = runner, Counter[str](), Counter[str]()
         graphs: Any = runner.graphs
         assert graphs.logits
-        self._replay, self._replay_tail = graphs.replay, graphs.replay_tail
-        graphs.replay, graphs.replay_tail = self._step, self._tail
+        self._replay = graphs.replay
+        graphs.replay = self._step
 
     def _note(self, name: str, graph: list[Tensor], eager: list[Tensor]) -> None:
         self.seen[name] += 1
         self.wrong[name] += not all(torch.equal(a, b) for a, b in zip(graph, eager, strict=True))
 
-    def _step(self, size: StepSize) -> Tensor:
-        logits: Tensor = self._replay(size)
-        kept, real = logits.clone(), self.runner.buffers.rows_of(size).slots != self.runner.tables.dummy_slot
+    def _step(self, size: StepSize, tail: int | None = None) -> Tensor:
+        """The step up to its logits, and then whole."""
+        state = self._state(0)
+        before = [each.clone() for each in state]
+        kept = self._replay(size).clone()
+        real = self.runner.graphs.gathered[size].rows.slots != self.runner.tables.dummy_slot
         assert real.any()
         eager = self._again(size)
         self._note("mixed" if size.prefill_tokens else "decode", [kept[real]], [eager[real]])
+        if tail is not None:
+            self._tail(size, tail, before)
         return kept
 
-    def _again(self, size: StepSize) -> Tensor:
+    def _again(self, size: StepSize, tail: int | None = None) -> Any:
         """What the graph was captured from, on what was sent to it."""
         graphs: Any = self.runner.graphs
         buffers: Any = self.runner.buffers
-        if graphs.sizes.inputs:
+        if graphs.sizes.inputs or tail is not None:
             buffers.send = lambda plan, drawn: None
             try:
-                logits: Tensor = graphs.run(size)
+                return graphs.run(size) if tail is None else graphs.run_tail(size, tail)
             finally:
                 del buffers.send
-            return logits
         out, model = buffers.out, self.runner.model
         batch = ForwardBatch(num_tokens=size.rows)
         hidden = model(out.input_ids[: size.rows], out.positions[: size.rows], batch)
-        logits = model.compute_logits(hidden)
-        return logits
+        return model.compute_logits(hidden)
 
-    def _tail(self, size: StepSize, kind: int) -> Tensor:
-        """The drawn tokens, and the tables of all real slots behind them."""
-        graphs: Any = self.runner.graphs
-        tables = self.runner.tables
-        state = (tables.token_ids, tables.num_tokens, tables.num_computed)
-        before = [each.clone() for each in state]
-        drawn: Tensor = self._replay_tail(size, kind)
-        graph = [each.clone() for each in (*state, drawn)]
-        for each, old in zip(state, before, strict=True):
-            each.copy_(old)
-        drawn.fill_(-1)
-        graphs.tail.run(self.runner.buffers.rows_of(size), kind, graphs.logits[size])
-        real = slice(0, tables.dummy_slot)
-        self._note(
-            "mixed tail" if size.prefill_tokens else "tail",
-            [*(each[real] for each in graph[:3]), graph[3]],
-            [*(each[real] for each in state), drawn],
-        )
-        return drawn
+    def _state(self, rows: int) -> list[Tensor]:
+        tables, tail = self.runner.tables, self.runner.graphs.tail
+        state = [tables.token_ids, tables.num_tokens, tables.num_computed]
+        return state if tail is None or not rows else [*state, tail._tokens[:rows], tail._failed[:rows]]
+
+    def _tail(self, size: StepSize, kind: int, before: list[Tensor]) -> None:
+        """The tables of all real slots, and what was drawn."""
+
+        def outcome() -> list[Tensor]:
+            return [each.clone() for each in self._state(size.rows)]
+
+        def put_back() -> None:
+            for each, old in zip(self._state(0), before, strict=True):
+                each.copy_(old)
+
+        put_back()
+        self._replay(size, kind)
+        graph = outcome()
+        put_back()
+        for each in self._state(size.rows)[3:]:
+            each.fill_(-1)
+        if size.prefill_tokens:  # the tail alone, from the graph's logits
+            self._replay(size)
+        self._again(size, kind)
+        eager = outcome()
+        real = slice(0, self.runner.tables.dummy_slot)
+        for tables in (graph, eager):
+            tables[:3] = [each[real] for each in tables[:3]]
+        self._note("mixed tail" if size.prefill_tokens else "tail", graph, eager)
 
 
 def churn(llm: LLM) -> None:

@@ -131,16 +131,22 @@ def _buffer_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StepBuffers, "send", send)
 
 
+def _drawn_from(graphs: Any, size: Any, logits: Any, tail: int | None) -> Any:
+    """The tail, step by step, of logits that a mutant has changed."""
+    if tail is not None:
+        graphs.tail.run(graphs.gathered[size].rows, tail, logits)
+    return logits
+
+
 def _one_replay_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an earlier replay of this size left is taken for this one's logits."""
     from nanoengine.core.execution.graphs import StepGraphs
 
     original = StepGraphs.replay
 
-    def replay(self: StepGraphs, size: Any) -> Any:
+    def replay(self: StepGraphs, size: Any, tail: int | None = None) -> Any:
         left = self.logits[size].nan_to_num(0, 0, 0)
-        original(self, size)
-        return self.logits[size].copy_(left)
+        return _drawn_from(self, size, original(self, size).copy_(left), tail)
 
     monkeypatch.setattr(StepGraphs, "replay", replay)
 
@@ -149,8 +155,10 @@ def _wrong_tail(monkeypatch: pytest.MonkeyPatch) -> None:
     from nanoengine.core.execution.graphs import StepGraphs
     from nanoengine.kernels.sampling_triton import Tail
 
-    original = StepGraphs.replay_tail
-    monkeypatch.setattr(StepGraphs, "replay_tail", lambda self, size, kind: original(self, size, int(Tail.TEMPERATURE)))
+    original, plain = StepGraphs.replay, int(Tail.TEMPERATURE)
+    monkeypatch.setattr(
+        StepGraphs, "replay", lambda self, size, tail=None: original(self, size, None if tail is None else plain)
+    )
 
 
 def _rows_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,9 +167,11 @@ def _rows_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     original = StepGraphs.replay
 
-    def replay(self: StepGraphs, size: Any) -> Any:
+    def replay(self: StepGraphs, size: Any, tail: int | None = None) -> Any:
+        if not size.prefill_tokens:
+            return original(self, size, tail)
         logits = original(self, size)
-        return logits.copy_(logits.roll(1, 0)) if size.prefill_tokens else logits
+        return _drawn_from(self, size, logits.copy_(logits.roll(1, 0)), tail)
 
     monkeypatch.setattr(StepGraphs, "replay", replay)
 

@@ -18,12 +18,14 @@ from nanoengine.core.execution.step_inputs import (
     GatheredStep,
     StepBuffers,
     StepSize,
+    _layout,
     decode_plan,
     pad,
 )
 from nanoengine.core.step import BlockAppends, NewSlots, ProcessorColumn, StepPlan, flags, i32, i64
 from nanoengine.kernels import step_inputs
-from nanoengine.kernels.step_inputs import SlotState, StepInputBuffers
+from nanoengine.kernels.host_ring import TURNS, HostRing
+from nanoengine.kernels.step_inputs import Answer, SlotState, StepInputBuffers
 from nanoengine.params.engine_plan import ProcessorPlan
 
 pytest.importorskip("triton")
@@ -318,6 +320,46 @@ def test_scatter(kernels: ModuleType, device: torch.device) -> None:
     assert torch.equal(words, want)
 
 
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("drafts", [False, True])
+def test_what_was_drawn_is_left_for_the_host(kernels: ModuleType, drafts: bool, device: torch.device) -> None:
+    """In the turn that the step was sent with, of all draws, those of padding and those that failed included; with
+    drafts also how many tokens each row keeps."""
+    t, (slots, start) = tables(device), rows_of("padded", device)
+    host = torch.full((TURNS, 3, 12), -7, dtype=torch.int32, device=device)
+    sent = torch.tensor([0, TURNS + 3], dtype=torch.int32, device=device)  # a blank step's: taken modulo
+    failed = torch.tensor([0, 1, 0, 0, 2, 0, 0, 0, 0, 1], dtype=torch.int32, device=device)
+    tokens = torch.tensor([5, 0, 49, 0, 7, 1, 2, 3, 4, 0], device=device)
+    each, more = {}, None
+    if drafts:  # two draws a row; the first row's draft is right, but what follows it failed; the second's is right
+        of_row = torch.arange(0, 10, 2, dtype=torch.int32, device=device)
+        start = torch.arange(0, 12, 2, dtype=torch.int32, device=device)
+        more = torch.ones(5, dtype=torch.int32, device=device)
+        counts = torch.full((5,), -7, dtype=torch.int32, device=device)
+        for slot, token in ((3, 5), (0, 49)):
+            t.token_ids[slot, t.num_computed[slot] + 1] = token
+        each = {"drafts": more, "counts": counts, "token_of_row": of_row, "max_drafts": 1}
+    else:
+        tokens, failed = tokens[:5], failed[:5]
+    answer = Answer(host=host, sent=sent)
+    kernels.settle(state_of(t), slots, start, tokens, failed=failed, answer=answer, **each)
+    assert host[3, 0].tolist() == tokens.tolist() + [-7] * (12 - len(tokens))
+    assert host[3, 1].tolist() == failed.tolist() + [-7] * (12 - len(tokens))
+    assert host[3, 2].tolist() == ([1, 2, 0, 0, 0] if drafts else [-7] * 5) + [-7] * 7
+    assert (host[torch.arange(TURNS) != 3] == -7).all()
+
+
+def test_turns_are_taken_one_after_the_other(device: torch.device) -> None:
+    ring, into = HostRing((3,), device), torch.zeros(3, dtype=torch.int32, device=device)
+    for turn in [*range(1, TURNS), 0] * 2:
+        ring.next()[:] = turn
+        assert ring.turn == turn
+    assert [view.tolist() for view in ring.views] == [[turn] * 3 for turn in range(TURNS)]
+    ring.next()[:] = 4, 5, 6
+    ring.send(2, into)
+    assert into.tolist() == [4, 5, 0]
+
+
 def test_padding_has_a_place_in_the_dummy_block(device: torch.device) -> None:
     for kernels in (step_inputs, step_inputs_triton):
         t, out = tables(device), buffers(device, 2)
@@ -405,7 +447,7 @@ def test_a_decode_graph_writes_and_gathers_what_an_eager_step_does(fused: bool, 
     got = inputs.gather_in_graph(plan, size)
     assert again.block_tables[0, 0, 3] == 501
     assert_same(got, want)
-    rows = inputs.rows_of(size)
+    rows = got.rows
     assert rows.slots.tolist() == [3, 0, 5, SLOTS, SLOTS, SLOTS]
     assert rows.token_of_row is None
 
@@ -436,7 +478,7 @@ def test_a_mixed_graph_writes_and_gathers_what_an_eager_step_does(
     got = inputs.gather_in_graph(padded, size)
     assert_same(got, want)
     assert got.groups[1].slot_mapping[padded.num_tokens :].tolist() == [0] * (size.tokens - padded.num_tokens)
-    rows = inputs.rows_of(size)
+    rows = got.rows
     assert rows.token_of_row is not None
     assert rows.token_of_row.tolist() == [0, 1, -1, 3, -1, -1, -1, -1, -1, -1, -1]
     assert got.rows.logits_index[own].tolist() == [0, 1, 17]  # behind a padded decode row
@@ -464,9 +506,10 @@ def test_rows_and_writes_are_one_upload(
     slots, lens = BATCHES[batch]
     decode = len(slots) if max(lens) == 1 else 0
     t, sent = tables(device, fused=fused), list[int]()
-    made, original = step_buffers(t), torch.from_numpy
+    made, original = step_buffers(t), HostRing.send
     t.write(StepPlan(appends=BlockAppends(group=i32([1]), slot=i32([slots[0]]), index=i32([0]), block=i32([77]))))
-    monkeypatch.setattr(torch, "from_numpy", lambda array: (sent.append(len(array)), original(array))[1])
+    monkeypatch.setattr(HostRing, "send", lambda self, count, into: (sent.append(count), original(self, count, into)))
+    monkeypatch.delattr(torch, "from_numpy")  # nothing else is sent
     plan = StepPlan(slots=i32(slots), num_decode_rows=decode, query_lens=i32(lens), starts=i32([0] * len(slots)))
     got = made.gather(plan)
     assert len(sent) == 1
@@ -481,7 +524,7 @@ def test_blank_rows_leave_no_trace(device: torch.device) -> None:
     before = copy_of(state_of(t))
 
     def record(size: StepSize) -> None:
-        rows = inputs.rows_of(size)
+        rows = inputs._rows(_layout(size.rows, size.rows, plain=size.plain))
         tokens = torch.zeros(size.rows, dtype=torch.int64, device=device)
         step_inputs_triton.settle(state_of(t), rows.slots, rows.query_start_loc, tokens, rows.token_of_row)
 
@@ -489,7 +532,7 @@ def test_blank_rows_leave_no_trace(device: torch.device) -> None:
         names = ("token_ids", "num_tokens", "num_computed")
         return all(torch.equal(getattr(before, name), getattr(t, name)) for name in names)
 
-    inputs.blank()
+    inputs.sent.fill_(SLOTS)  # as `setup/start/capture.py` does
     record(StepSize(2, 24))
     record(StepSize(ROWS))
     assert left_no_trace()

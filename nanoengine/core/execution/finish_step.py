@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -23,6 +24,8 @@ from nanoengine.core.execution.slots import SlotTables, overridden, ragged_place
 from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, StepRows, StepSize
 from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, Int32, Int64, StepPlan, SuppliedColumn, offsets_of
 from nanoengine.kernels import all_reduce, sampling
+from nanoengine.kernels.host_ring import AnswerRing
+from nanoengine.kernels.step_inputs import Answer
 
 PROMPT_LOGITS_ROWS = 128  # positions whose [rows, vocabulary] logits exist at once for prompt log-probs
 
@@ -35,47 +38,46 @@ class CapturedTail:
     ) -> None:
         """max_draws: the most logits of a step."""
         self._sampler, self._tables, self._buffers, self._tp = sampler, tables, buffers, tp
-        self._drawn = torch.zeros(3 * max_draws + buffers.max_rows, dtype=torch.int32, device=tables.device)
+        self._tokens = torch.zeros(max_draws, dtype=torch.int64, device=tables.device)
+        self._failed = torch.zeros(max_draws, dtype=torch.int32, device=tables.device)
+        self._counts = torch.zeros(buffers.max_rows, dtype=torch.int32, device=tables.device)
+        self._answers = AnswerRing(max(max_draws, buffers.max_rows), tables.device)
 
     def run(self, inputs: StepRows, kind: int, logits: Tensor, max_drafts: int = 0) -> None:
         """One pass over `logits`, one row of them a row of the step, or a token where rows have drafts. The rows'
         tables change."""
         tables, rows = self._tables, len(logits)
-        drawn = self.drawn(rows, len(inputs.slots))
-        tokens, failed, counts = drawn[: 2 * rows].view(torch.int64), drawn[2 * rows : 3 * rows], drawn[3 * rows :]
+        tokens, failed = self._tokens[:rows], self._failed[:rows]
         slots, positions = inputs.slots, self._buffers.out.seq_lens[:rows]  # behind the last token
         if inputs.drafts is not None:
             token = torch.arange(rows, dtype=torch.int32, device=tables.device)
             row = torch.searchsorted(inputs.query_start_loc[1:], token, right=True).clamp(max=len(slots) - 1)
             slots, positions = slots[row], (self._buffers.out.positions[:rows] + 1).int()
+        ops = {op: tables.buffer.tables[key] for op, key in self._sampler.standard_columns.items()}
         columns = DrawColumns(
-            greedy=tables.greedy,
-            seeds=tables.seeds,
-            positions=positions,
-            sample_index=tables.sample_index,
-            ops={op: tables.buffer.tables[key] for op, key in self._sampler.standard_columns.items()},
-            at=slots,
+            tables.greedy, tables.seeds, positions, tables.sample_index, ops, at=slots, early=inputs.drafts is None
         )
         self._sampler.draw(kind, logits, columns, self._tp, tokens, failed)
         tables.kernels.settle(
             tables.state, inputs.slots, inputs.query_start_loc, tokens, inputs.token_of_row, inputs.drafts, failed,
-            None if inputs.drafts is None else counts, max_drafts=max_drafts,
+            None if inputs.drafts is None else self._counts[: len(inputs.slots)],
+            Answer(host=self._answers.values, sent=self._buffers.sent), max_drafts=max_drafts,
         )  # fmt: skip
 
-    def drawn(self, draws: int, rows: int) -> Tensor:
-        """int32 [3 D + R]: tokens, two words each, then failures, then how many tokens each row keeps, where there are
-        drafts; valid until the next pass."""
-        return self._drawn[: 3 * draws + rows]
+    def answer(self) -> tuple[npt.NDArray[np.int32], torch.cuda.Event]:
+        """What the pass launched last draws, as in `Answer.host`, there behind the event, and for `TURNS` steps."""
+        return self._answers.launched(self._buffers.outgoing.turn)
 
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
     """What a graph of `size` left: logits [`size.logits`, V / tp] of the padded step. own: int64 [L], which of them
-    belong to the plan's own positions."""
+    belong to the plan's own positions. tail: the kind that was replayed too; then the logits may be older."""
 
     size: StepSize
     logits: Tensor
     own: Int64
+    tail: int | None
 
     @property
     def graph(self) -> int:
@@ -104,11 +106,19 @@ class FinishStep:
     def __init__(self, model: CheckedModel, tables: SlotTables, sampler: Sampler, tp: TensorParallelGroup) -> None:
         self.model, self.tables, self.sampler, self.tp = model, tables, sampler, tp
         self.vocab_size = tables.limits.vocab_size
+        self._chosen: tuple[tuple[int, bytes] | None, DrawPlan] | None = None
 
-    def choose(self, slots: Int32, supplied: Sequence[SuppliedColumn] = ()) -> DrawPlan:
-        """How the tokens of rows in these slots are drawn. supplied: as `of_draws` gives it.
+    def choose(self, plan: StepPlan, supplied: Sequence[SuppliedColumn] = ()) -> DrawPlan:
+        """How the plan's tokens are drawn: as last time, if its rows are the same and ask for the same. supplied: as
+        `of_draws` gives it."""
+        slots = plan.slots[plan.logits_rows[plan.sampled]]
+        key = None if supplied else (self.tables.changes, slots.tobytes())
+        if key is None or self._chosen is None or self._chosen[0] != key:
+            self._chosen = key, self._choose(slots, supplied)
+        return self._chosen[1]
 
-        A captured tail does not count what it draws (`VocabHistory`): none of its rows has a processor that reads
+    def _choose(self, slots: Int32, supplied: Sequence[SuppliedColumn]) -> DrawPlan:
+        """A captured tail does not count what it draws (`VocabHistory`): none of its rows has a processor that reads
         counts, and they are made again when another request enters the slot.
         """
         tables, random = self.tables, ~self.tables.host_greedy[slots]

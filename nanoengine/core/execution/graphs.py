@@ -1,9 +1,9 @@
 """CUDA graphs of steps: what one runs, which of them fits a step, and its replay. `setup/start/capture.py` makes them.
 
-A graph is one pass: the step's inputs, model and output layer; then another one over its logits draws and records
-(`finish_step.py`). All input is in static buffers, which eager steps use too. What is padded: decode rows of the dummy
-slot, prefill rows without a token, and tokens behind the last row, whose K and V go to the dummy block. Larger mixed
-steps run eagerly: there the GPU is the slower one.
+A decode step is one graph, tail included (`finish_step.py`); mixed steps, and those with drafts, have a second one for
+it. Where no captured tail serves the rows, a graph ends at the logits. All input is in static buffers, which eager
+steps use too. What is padded: decode rows of the dummy slot, prefill rows without a token, and tokens behind the last
+row, whose K and V go to the dummy block. Larger mixed steps run eagerly: there the GPU is the slower one.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class StepGraphs:
     """The graphs of one runner. Empty where every step runs eagerly.
 
     Attributes:
-        sizes: steps that are to have graphs. passes: size and kind of tail -> graph; None: inputs, model and output
-            layer. tail: what the graphs of tails run; None: they were not captured.
+        sizes: steps that are to have graphs. passes: size and kind of tail -> graph; None: without the tail.
+        tail: what the graphs of tails run; None: they were not captured.
         gathered, logits: of each captured size the inputs and [rows, V / tp], valid until its next replay.
     """
 
@@ -75,6 +75,12 @@ class StepGraphs:
         every = size.logits == size.tokens
         return self._model.compute_logits(hidden if every else hidden.index_select(0, inputs.rows.logits_index))
 
+    def run_tail(self, size: StepSize, tail: int) -> None:
+        """What the graph of that kind of tail captures: a whole decode step, or the tail of another."""
+        assert self.tail is not None
+        logits = self.run(size) if size.plain and self.sizes.inputs else self.logits[size]
+        self.tail.run(self.gathered[size].rows, tail, logits, size.query_len - 1)
+
     def size_for(self, plan: StepPlan) -> StepSize | None:
         """The smallest captured size that holds `plan`; None where there is none, or it wants prompt log-probs."""
         decode, prefill = plan.num_decode_rows, plan.num_tokens - plan.num_decode_rows
@@ -99,14 +105,11 @@ class StepGraphs:
         else:
             self.gathered[size] = self.buffers.gather(plan)
 
-    def replay(self, size: StepSize) -> Tensor:
-        """Model and output layer; the logits, valid until the next replay."""
-        self.passes[size, None].replay()
+    def replay(self, size: StepSize, tail: int | None = None) -> Tensor:
+        """The step, and perhaps its tail; without one the logits, valid until the next replay."""
+        first = tail if size.plain and self.sizes.inputs else None
+        self.passes[size, first].replay()
         self.buffers.tables.buffer.clear_pending()  # only now: a launch may raise between `prepare` and here
+        if first != tail:
+            self.passes[size, tail].replay()
         return self.logits[size]
-
-    def replay_tail(self, size: StepSize, kind: int) -> Tensor:
-        """Draw and settle, from the logits of that size, by the graph of that kind of tail: `CapturedTail.drawn`."""
-        assert self.tail is not None
-        self.passes[size, kind].replay()
-        return self.tail.drawn(size.logits, size.rows)

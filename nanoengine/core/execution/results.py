@@ -160,27 +160,26 @@ class LaunchedStep(StepHandle):
 
 
 class TailStep(LaunchedStep):
-    """A step that ended in a graph: one copy, and no log-probs."""
+    """A step that ended in a graph, which wrote what it drew to the host; no log-probs."""
 
-    def __init__(self, plan: StepPlan, drawn: Tensor, draws: int, own: Int64, graphs: int) -> None:
-        """drawn: `CapturedTail.drawn`, of so many draws. own: int64 [L], those that are the plan's."""
-        self._plan, self._draws, self._own, self._graphs = plan, draws, own, graphs
-        self._drawn, self._arrived = _send(drawn), torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._arrived.record()
+    def __init__(
+        self, plan: StepPlan, drawn: npt.NDArray[np.int32], arrived: torch.cuda.Event, own: Int64, graphs: int
+    ) -> None:
+        """drawn, arrived: `CapturedTail.answer`. own: int64 [L], which of the draws are the plan's."""
+        self._plan, self._drawn, self._arrived, self._own, self._graphs = plan, drawn, arrived, own, graphs
 
     def wait(self) -> StepResult:
         assert self._arrived is not None
         self._arrived.synchronize()
-        drawn, count, plan = self._drawn.numpy(), self._draws, self._plan
-        token_ids, failed = drawn[: 2 * count].view(np.int64)[self._own], drawn[2 * count : 3 * count][self._own]
-        counts = drawn[3 * count :][: plan.num_rows] if len(plan.drafts) else None
+        plan, (token_ids, failed) = self._plan, self._drawn[:2, self._own]
+        counts = self._drawn[2, : plan.num_rows] if len(plan.drafts) else None
         return _result(plan, plan.logits_rows, token_ids, failed, NO_LOGPROBS, NO_LOGPROBS, self._graphs, counts)
 
 
 def _result(
     plan: StepPlan,
     rows: Int32,
-    token_ids: Int64,
+    token_ids: Int32 | Int64,
     row_failed: Int32,
     sampled: LogprobRows,
     prompt: LogprobRows,

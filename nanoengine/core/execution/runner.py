@@ -65,12 +65,14 @@ class ModelRunner:
         self.finish = FinishStep(self.checked_model, self.tables, sampler, tp)
         self.graphs = StepGraphs(sizes, self.checked_model, buffers)
 
+    @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepHandle:
         """Forward, and sample: of a late step only when its columns are supplied."""
         with self._launching():
             step = self.forward(plan)
             return LateStep(partial(self._supply, step)) if plan.late else self.sample(step)
 
+    @torch.inference_mode()
     def _supply(self, step: Forwarded, columns: Sequence[SuppliedColumn]) -> StepHandle:
         with self._launching():
             return self.sample(step, columns)
@@ -88,7 +90,6 @@ class ModelRunner:
                 self._ran_out = is_out_of_memory(error)
                 raise
 
-    @torch.inference_mode()
     def forward(self, plan: StepPlan) -> Forwarded:
         """Apply the plan's writes and run the model: by replaying a graph, which does both, where one fits."""
         self.tables.write(plan)
@@ -97,24 +98,22 @@ class ModelRunner:
             padded, own = pad(plan, size, self.tables.dummy_slot)
             self.graphs.prepare(padded, size)
             self.tp.begin_forward()
-            logits = self.graphs.replay(size)
-            return Forwarded(plan, self.graphs.gathered[size], replayed=Replayed(size, logits, own))
+            tail = None if plan.late or self.graphs.tail is None else self.finish.choose(plan).captured
+            logits = self.graphs.replay(size, tail)
+            return Forwarded(plan, self.graphs.gathered[size], replayed=Replayed(size, logits, own, tail))
         inputs = self.buffers.gather(plan)
         batch = ForwardBatch(num_tokens=plan.num_tokens)
         hidden = self.checked_model(inputs.input_ids, inputs.positions, batch)
         return Forwarded(plan, inputs, hidden=hidden.index_select(0, inputs.rows.logits_index))
 
-    @torch.inference_mode()
     def sample(self, step: Forwarded, supplied: Sequence[SuppliedColumn] = ()) -> LaunchedStep:
         """Draw a token for each sampled row, write it to its slot, and send the step's result to the host."""
         plan, replayed = step.plan, step.replayed
-        columns = of_draws(plan, supplied) if supplied else ()
-        how = self.finish.choose(plan.slots[plan.logits_rows[plan.sampled]], columns)
-        if replayed is None or self.graphs.tail is None or columns or not how.captured:
-            return self.finish.eager(step, how, columns)
-        assert how.tail is not None
-        drawn = self.graphs.replay_tail(replayed.size, how.tail)
-        return TailStep(plan, drawn, replayed.size.logits, replayed.own, replayed.graph | GRAPH_TAIL)
+        if replayed is None or replayed.tail is None:
+            columns = of_draws(plan, supplied) if supplied else ()
+            return self.finish.eager(step, self.finish.choose(plan, columns), columns)
+        assert self.graphs.tail is not None
+        return TailStep(plan, *self.graphs.tail.answer(), replayed.own, replayed.graph | GRAPH_TAIL)
 
     def call(self, target: str, *args: Any) -> Any:
         """Call a function "package.module:function" with this runner and the arguments: rare control, not steps."""

@@ -78,7 +78,7 @@ class DrawPlan:
             log-probs.
         tail: the kernels that draw (`sampling_triton.Tail`); None: plain torch.
         reads_only: the kernels do it all: logits of any dtype, which stay as they are.
-        captured: graphs of this tail do the same. sharded: each rank can draw from its slice of the vocabulary.
+        captured: the tail whose graphs do the same; None: none do. sharded: each rank can draw from its own slice.
     """
 
     called: tuple[_Processor, ...]
@@ -89,7 +89,7 @@ class DrawPlan:
     logprobs: bool
     tail: int | None
     reads_only: bool
-    captured: bool
+    captured: int | None
     sharded: bool
 
 
@@ -101,6 +101,7 @@ class DrawColumns:
         greedy: bool or int32 [R]. seeds, positions, sample_index: int64 [R] (positions perhaps int32), the draw's key.
         ops: column of each standard operation that some row may want, [R].
         at: int32 [R]; where a row's values are, if all but `positions` are tables of slots. None: by row.
+        early: all this was complete before the model's first layer.
     """
 
     greedy: Tensor
@@ -109,6 +110,7 @@ class DrawColumns:
     sample_index: Tensor
     ops: Mapping[StandardOp, Tensor]
     at: Tensor | None = None
+    early: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,7 +204,7 @@ class Sampler:
             logprobs=logprobs,
             tail=tail,
             reads_only=reads_only,
-            captured=reads_only and standard and not logprobs,
+            captured=tail if reads_only and standard and not logprobs else None,
             sharded=not (cut or min_tokens or logprobs)
             and all((self._fuse and p.mask) or p.processor.sharded for p in called),
         )
@@ -336,11 +338,11 @@ class TritonDraw:
         return keys
 
 
-def _key(c: DrawColumns) -> dict[str, Tensor | None]:
+def _key(c: DrawColumns) -> dict[str, Any]:
     temperature = c.ops.get(StandardOp.TEMPERATURE)
     return {
         "greedy": c.greedy, "temperature": temperature,
-        "seeds": c.seeds, "positions": c.positions, "sample_index": c.sample_index, "at": c.at,
+        "seeds": c.seeds, "positions": c.positions, "sample_index": c.sample_index, "at": c.at, "early": c.early,
     }  # fmt: skip
 
 

@@ -34,17 +34,12 @@ _PER_SLOT = ("num_tokens", "num_computed", "prompt_lens", "min_lens", "seeds", "
 ALIGNMENT = 4  # words; kernels read pointers that are multiples of 16 bytes faster
 
 
-def upload(array: npt.NDArray[Any], device: torch.device, into: Tensor | None = None) -> Tensor:
-    """A host array on the device: a tensor of its own, or the front of `into`, whose dtype it must have.
-
-    Does not wait for the device, as a copy from memory that is not pinned would.
-    """
+def upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """A host array on the device. Does not wait for the device, as a copy from memory that is not pinned would."""
     host = torch.from_numpy(np.ascontiguousarray(array))
     if device.type == "cuda":
         host = host.pin_memory()  # from torch's cache; kept until the copy is done
-    if into is None:
-        return host.to(device, non_blocking=True)
-    return into[: len(host)].copy_(host, non_blocking=True)
+    return host.to(device, non_blocking=True)
 
 
 class TableBuffer:
@@ -273,7 +268,7 @@ class SlotTables:
         prompt_lens, min_lens, seeds, sample_index: int64 [slots]. greedy: int32 [slots], 0 or 1.
         specs: of each (processor, column).
         host_greedy, host_min_tokens: bool [slots]. host_num_logprobs: int32 [slots], -1: none. host_wants: processor ->
-            bool [slots]; False: its columns hold their defaults.
+            bool [slots]; False: its columns hold their defaults. changes: how often one of these four has changed.
     """
 
     def __init__(
@@ -291,6 +286,7 @@ class SlotTables:
         self._make_tables(n)
         self.stop_ids = RaggedTable(n, ColumnSpec(dtype="int64", ragged=True), device)
         self.vocab_history = VocabHistory(n, limits.vocab_size, device)
+        self.changes = 0
         self.host_greedy = np.ones(n, dtype=np.bool_)
         self.host_num_logprobs = np.full(n, -1, dtype=np.int32)
         self.host_min_tokens = np.zeros(n, dtype=np.bool_)
@@ -333,6 +329,7 @@ class SlotTables:
         """What the plan brings: new slots, their columns, and blocks that are appended."""
         if self.buffer.pending:  # of a launch that failed before they were sent
             self.buffer.will_overlap()
+        self.changes += len(plan.new.slots) + len(plan.columns)
         if len(plan.new.slots):
             self._admit(plan.new)
         for column in plan.columns:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from nanoengine.api.attention import AttentionBackend, BatchLimits, StepInputs
 from nanoengine.api.plugin_calls import name_of, plugin_step
-from nanoengine.core.execution.slots import ALIGNMENT, SlotTables, upload
+from nanoengine.core.execution.slots import ALIGNMENT, SlotTables
 from nanoengine.core.step import Int32, Int64, StepPlan, offsets_of
+from nanoengine.kernels.host_ring import HostRing
 from nanoengine.kernels.step_inputs import StepInputBuffers
 
 PREFILL_ROWS = 8  # a graph with prefill tokens has so many prefill rows
@@ -188,7 +189,7 @@ class StepBuffers:
     takes views of their fronts.
 
     Attributes:
-        sent: int32; what the host sends in a step: the number of writes to the tables, the rows, and the writes.
+        sent: int32; what the host sends in a step: the number of writes to the tables, its turn, the rows, the writes.
         out: what is gathered.
     """
 
@@ -200,6 +201,7 @@ class StepBuffers:
         self._backend_class = type(backends[0])
         self._fill_name = f"{name_of(self._backend_class)}.fill"
         words = _layout(rows, max(rows, tokens), plain=False, drafts=True).writes + 2 * MAX_WRITES
+        self.outgoing = HostRing((words,), device)
         self.sent = torch.zeros(words, dtype=torch.int32, device=device)
         self.out = StepInputBuffers(
             input_ids=torch.zeros(tokens, dtype=torch.int32, device=device),
@@ -223,7 +225,7 @@ class StepBuffers:
 
     def gather_in_graph(self, plan: StepPlan, size: StepSize) -> GatheredStep:
         """The same of what was sent for a padded plan, on the device alone. `plan`: any of that size."""
-        layout = self._layout_of(size)
+        layout = _layout(size.rows, size.logits, plain=size.plain, drafts=size.query_len > 1)
         self.tables.kernels.scatter_counted(self.tables.buffer.words, self.sent, layout.writes, MAX_WRITES)
         return self._gather(plan, self._rows(layout), size.tokens, size.longest, padded=not size.plain)
 
@@ -239,9 +241,9 @@ class StepBuffers:
         drafts = len(plan.drafts) > 0
         plain = plan.num_decode_rows == plan.num_rows == plan.num_tokens and not drafts
         layout = _layout(plan.num_rows, len(plan.logits_index), plain=plain, drafts=drafts)
-        packed = np.zeros(layout.writes + writes.size, dtype=np.int32)
-        packed[0] = writes.shape[1]
-        packed[layout.writes :] = writes.ravel()
+        packed, end = self.outgoing.next(), layout.writes + writes.size
+        packed[:2] = writes.shape[1], self.outgoing.turn
+        packed[layout.writes : end] = writes.ravel()
         rows: tuple[Int32, ...] = (plan.slots,)
         if not plain:
             token_of_row = np.full(plan.num_rows, -1, dtype=np.int32)
@@ -250,20 +252,8 @@ class StepBuffers:
             rows += (plan.drafts,) if drafts else ()
         for place, values in zip(layout.rows, rows, strict=True):
             packed[place] = values
-        upload(packed, self.sent.device, self.sent)
+        self.outgoing.send(end, self.sent)
         return layout, writes.shape[1]
-
-    def rows_of(self, size: StepSize) -> StepRows:
-        """Where a graph of that size finds its rows."""
-        return self._rows(self._layout_of(size))
-
-    @staticmethod
-    def _layout_of(size: StepSize) -> _Layout:
-        return _layout(size.rows, size.logits, plain=size.plain, drafts=size.query_len > 1)
-
-    def blank(self) -> None:
-        """Rows of the dummy slot, without a token, wherever a graph may look for them."""
-        self.sent.fill_(self.tables.dummy_slot)
 
     def _rows(self, layout: _Layout) -> StepRows:
         views = [self.sent[part] for part in layout.rows]

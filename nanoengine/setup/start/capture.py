@@ -78,7 +78,7 @@ def _compile_ahead(graphs: StepGraphs, sampler: Sampler, tp: TensorParallelGroup
 
 
 def _capture(graphs: StepGraphs, sampler: Sampler, tp: TensorParallelGroup) -> None:
-    """Captures the largest graphs first, in one memory pool; then those that finish a step, with dummy rows."""
+    """Captures the largest graphs first, in one memory pool; then those with tails, with dummy rows."""
     sizes = sorted(graphs.sizes.sizes, key=lambda size: (-size.tokens, size))
     pool = torch.cuda.graph_pool_handle()
     for size in sizes:
@@ -86,12 +86,10 @@ def _capture(graphs: StepGraphs, sampler: Sampler, tp: TensorParallelGroup) -> N
     if graphs.sizes.tail:
         buffers = graphs.buffers
         graphs.tail = CapturedTail(sampler, buffers.tables, buffers, tp, max(size.logits for size in sizes))
-        buffers.blank()
-        pool = torch.cuda.graph_pool_handle()
+        buffers.sent.fill_(buffers.tables.dummy_slot)  # wherever a tail may look for its rows
         for size in sizes:
             for kind in sampler.tails:
-                run = partial(graphs.tail.run, buffers.rows_of(size), kind, graphs.logits[size], size.query_len - 1)
-                graphs.passes[size, kind], _ = captured(run, pool, tp.agree)
+                graphs.passes[size, kind], _ = captured(partial(graphs.run_tail, size, kind), pool, tp.agree)
     graphs.index()
 
 

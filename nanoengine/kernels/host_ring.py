@@ -1,0 +1,50 @@
+"""Host memory that a GPU reads and writes in place, with a turn for each of the last steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+TURNS = 8  # a power of two: kernels take a turn modulo it
+
+
+class HostRing:
+    """Turns of int32 memory, pinned for a GPU, taken by steps one after the other.
+
+    A turn is taken again `TURNS` steps later. At most two steps are in flight, so its last owner is done by then, and
+    nothing is allocated, or waited for.
+
+    Attributes:
+        values: int32 [TURNS, ...]. views: the same as numpy arrays, one a turn. turn: the one that was taken last.
+    """
+
+    def __init__(self, shape: Sequence[int], device: torch.device) -> None:
+        self.values = torch.zeros((TURNS, *shape), dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.views: list[npt.NDArray[np.int32]] = list(self.values.numpy())
+        self.turn = 0
+
+    def next(self) -> npt.NDArray[np.int32]:
+        """Take a turn."""
+        self.turn = (self.turn + 1) % TURNS
+        return self.views[self.turn]
+
+    def send(self, count: int, into: Tensor) -> None:
+        """Copy the first `count` words of the turn into the front of a tensor on the device, without waiting."""
+        into[:count].copy_(self.values[self.turn, :count], non_blocking=True)
+
+
+class AnswerRing(HostRing):
+    """What the last steps drew, by their turns of another ring: int32 [TURNS, 3, W], as `step_inputs.Answer` says."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__((3, width), device)
+        self._arrived = [torch.cuda.Event() for _ in self.views]  # type: ignore[no-untyped-call]
+
+    def launched(self, turn: int) -> tuple[npt.NDArray[np.int32], torch.cuda.Event]:
+        """[3, W] of the step that is launched by now, and the event behind which it is there."""
+        self._arrived[turn].record()
+        return self.views[turn], self._arrived[turn]

@@ -103,6 +103,8 @@ def _next_columns(
 def _calling(processor: PackedProcessor, method: str) -> Iterator[None]:
     try:
         yield
+    except RequestError:
+        raise
     except BaseException as error:
         if not is_failure(error):
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nanoengine.api import ProcessorParams, SamplerSpec, hookimpl
-from nanoengine.plugins.samplers import params
+from nanoengine.plugins.samplers import grammar_state, params
 
 
 @hookimpl
@@ -11,6 +11,7 @@ def register_samplers() -> list[SamplerSpec]:
     return [
         _spec("allowed_token_ids", params.AllowedTokenIdsParams, "AllowedTokenIds"),
         _spec("bad_words", params.BadWordsParams, "BadWords"),
+        _spec("structured_outputs", grammar_state.GrammarParams, "StructuredOutputs"),
         _spec("logit_bias", params.LogitBiasParams, "LogitBias"),
         _spec("penalties", params.PenaltyParams, "Penalties"),
         _spec("temperature", params.TemperatureParams, "Temperature"),

@@ -1,0 +1,170 @@
+"""structured_outputs: parameters, and what a sample's grammar allows after its tokens. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from nanoengine.api import (
+    ColumnSpec,
+    Grammar,
+    HostState,
+    Matcher,
+    ParamsContext,
+    ParamsError,
+    ProcessorParams,
+    StandardOp,
+)
+from nanoengine.api.errors import RequestError
+from nanoengine.api.structured_outputs import StructuredOutputsParams
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+_MOST_FORCED = 16  # tokens that are looked for at once
+
+
+@dataclass(frozen=True)
+class GrammarParams(ProcessorParams):
+    """structured_outputs: what the output must match. At its end only the model's end tokens are allowed."""
+
+    structured_outputs: StructuredOutputsParams | None = None
+
+    columns: ClassVar[Mapping[str, ColumnSpec]] = {
+        "allowed": ColumnSpec(dtype="int32", default=-1, op=StandardOp.BITMASK)
+    }
+    _grammar: ClassVar[Grammar | None] = None  # an instance's own, once it is prepared
+
+    def pack(self, ctx: ParamsContext) -> Mapping[str, Any]:
+        if not ctx.end_ids:
+            raise ParamsError(
+                "structured_outputs: this model has no end token, so an output could not end: give it an eos_token_id "
+                "in generation_config.json"
+            )
+        ctx.encode("a")  # raises if there is no tokenizer
+        if self._reasoning(ctx) is not None:
+            _ = ctx.num_tokens  # takes a while the first time: not in a step
+        return super().pack(ctx)
+
+    def prepare(self, ctx: ParamsContext) -> Callable[[], Any] | None:
+        if self._grammar is not None:
+            return None
+        given = self.structured_outputs
+        assert given is not None
+        constraint = given.constraint()
+        return lambda: object.__setattr__(self, "_grammar", ctx.grammar(constraint))
+
+    def start(self, prompt_token_ids: Sequence[int], ctx: ParamsContext) -> HostState:
+        given = self.structured_outputs
+        assert given is not None
+        grammar = self._grammar or ctx.grammar(given.constraint())
+        token = self._reasoning(ctx)
+        begun = token is None or _ended(prompt_token_ids, token, self._opening(ctx), ctx.end_ids)
+        return GrammarState(grammar.matcher(), ctx, None if begun else token)
+
+    def _reasoning(self, ctx: ParamsContext) -> int | None:
+        """The id of the token after which the grammar begins."""
+        given = self.structured_outputs
+        wanted = given.reasoning if given is not None and given.reasoning is not None else ctx.reasoning
+        if wanted is None or isinstance(wanted, int):
+            if wanted is not None and not 0 <= wanted < ctx.vocab_size:
+                raise ParamsError(f"structured_outputs.reasoning: no such token id: {wanted}")
+            return wanted
+        ids = ctx.encode(wanted)
+        if len(ids) != 1:
+            raise ParamsError(
+                f"structured_outputs.reasoning must be one token of the model, and {wanted!r} is {len(ids)}: {ids}"
+            )
+        return ids[0]
+
+    def _opening(self, ctx: ParamsContext) -> int | None:
+        """The id of "<think>" for "</think>", if it is one token: a prompt that ends inside of it has not closed it."""
+        given = self.structured_outputs
+        wanted = given.reasoning if given is not None and given.reasoning is not None else ctx.reasoning
+        if not isinstance(wanted, str) or "/" not in wanted:
+            return None
+        ids = ctx.encode(wanted.replace("/", "", 1))
+        return ids[0] if len(ids) == 1 else None
+
+
+def _ended(prompt: Sequence[int], token: int, opening: int | None, end_ids: Collection[int]) -> bool:
+    """Whether the prompt's last turn has the end of its reasoning: what begins after the last end token."""
+    for each in reversed(prompt):
+        if each == token:
+            return True
+        if each == opening or each in end_ids:
+            return False
+    return False
+
+
+class GrammarState(HostState):
+    """One sample's matcher. Before the end of its reasoning all tokens are allowed but those that end the output."""
+
+    def __init__(self, matcher: Matcher, ctx: ParamsContext, reasoning: int | None) -> None:
+        """`reasoning`: the token after which the grammar begins; None: it has begun."""
+        self._matcher, self._reasoning, self._ended = matcher, reasoning, False
+        self._ends, self._width = ctx.end_ids, -(-ctx.vocab_size // 32)
+        self._num_ids = 0 if reasoning is None else min(ctx.num_tokens, ctx.vocab_size)
+        self._num_fed = 0
+
+    def feed(self, token_ids: Sequence[int]) -> None:
+        for token in token_ids:
+            if not self._take(token):
+                raise RequestError(
+                    "grammar_failed", f"token {self._num_fed} of the output, id {token}, is not allowed by the grammar"
+                )
+            self._num_fed += 1
+
+    def columns(self, drafts: Sequence[int]) -> Mapping[str, Any]:
+        import numpy as np
+
+        out = np.zeros((1 + len(drafts), self._width), np.int32)
+        before, taken = (self._reasoning, self._ended), 0
+        try:
+            self._mask(out[0])
+            for i, draft in enumerate(drafts):
+                in_matcher = self._reasoning is None and not self._ended and draft not in self._ends
+                if not out[i, draft // 32] >> draft % 32 & 1 or not self._take(draft):
+                    out[i + 1 :] = out[0]  # of draws that cannot count
+                    break
+                taken += in_matcher
+                self._mask(out[i + 1])
+        finally:
+            self._matcher.rollback(taken)
+            self._reasoning, self._ended = before
+        return {"allowed": out}
+
+    def forced(self) -> Sequence[int]:
+        if self._reasoning is not None or self._ended:
+            return ()
+        return self._matcher.forced(_MOST_FORCED, self._width)
+
+    def _take(self, token: int) -> bool:
+        """Advance over a token. Returns whether it is allowed."""
+        if self._reasoning is not None:
+            self._reasoning = None if token == self._reasoning else self._reasoning
+            return True
+        if token in self._ends:
+            self._ended = self._ended or self._matcher.is_accepting
+            return self._ended
+        return not self._ended and self._matcher.consume([token]) == 1
+
+    def _mask(self, out: npt.NDArray[np.int32]) -> None:
+        """Write what may come next into zeros."""
+        words = out.view("uint32")
+        if self._reasoning is not None:
+            words[: self._num_ids // 32] = 0xFFFFFFFF
+            if self._num_ids % 32:
+                words[self._num_ids // 32] = (1 << self._num_ids % 32) - 1
+        elif not self._ended:
+            self._matcher.mask(out)
+        may_end = self._reasoning is None and (self._ended or self._matcher.is_accepting)
+        for end in self._ends:
+            bit = 1 << end % 32
+            words[end // 32] = int(words[end // 32]) | bit if may_end else int(words[end // 32]) & ~bit
+        if not out.any():
+            raise RequestError(
+                "grammar_failed", "the grammar allows no token of the model here, and no end of the output"
+            )

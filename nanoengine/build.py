@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from nanoengine.api.attention import AttentionBackend, AttentionNeed
+from nanoengine.api.draft_checks import CheckedDrafter
+from nanoengine.api.drafters import DrafterContext, HostDrafter
 from nanoengine.api.errors import (
     ConfigError,
     GrammarError,
@@ -40,6 +42,8 @@ from nanoengine.core.outputs import OutputProcessor
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.messages import SchedulerConfig
 from nanoengine.core.scheduling.scheduler import Scheduler
+from nanoengine.core.scheduling.speculation import Speculation
+from nanoengine.core.step import num_slots
 from nanoengine.distributed.checks import check_devices, check_importable
 from nanoengine.distributed.executor import WorkersExecutor
 from nanoengine.layers.config_keys import Recorded, unread_keys
@@ -62,7 +66,7 @@ from nanoengine.setup.plugins.choose import (
 )
 from nanoengine.setup.plugins.registry import Registered, Registry
 from nanoengine.setup.plugins.sources import resolve_model
-from nanoengine.setup.plugins.speculation import choose_speculation
+from nanoengine.setup.plugins.speculation import choose_speculation, make_drafter
 from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.start.build_model import BuiltModel, build_model
 from nanoengine.setup.start.clock import StartClock, StartReport
@@ -435,7 +439,7 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
             engine_options=EngineOptions.__dataclass_fields__,
         )
         engine = Engine(
-            partial(_scheduler, options, memory, assembly.whole_prompts),
+            partial(_scheduler, assembly, memory),
             executor,
             InputProcessor(
                 resolver, lambda text: _need(tokenizer).encode(text), assembly.vocab_size, options.max_model_len
@@ -493,7 +497,8 @@ def _wake(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def _scheduler(options: EngineOptions, memory: MemoryReport, whole_prompts: bool) -> Scheduler:
+def _scheduler(assembly: Assembly, memory: MemoryReport) -> Scheduler:
+    options = assembly.plan.options
     assert options.max_model_len is not None
     config = SchedulerConfig(
         max_num_seqs=memory.max_num_seqs,
@@ -503,7 +508,7 @@ def _scheduler(options: EngineOptions, memory: MemoryReport, whole_prompts: bool
         policy=options.scheduling_policy,
         spare_slots=options.spare_slots,
         admission_reserve=options.admission_reserve,
-        whole_prompts=whole_prompts,
+        whole_prompts=assembly.whole_prompts,
     )
     blocks = BlockManager(
         groups=memory.num_groups,
@@ -511,7 +516,24 @@ def _scheduler(options: EngineOptions, memory: MemoryReport, whole_prompts: bool
         block_size=memory.block_size,
         enable_prefix_caching=options.enable_prefix_caching,
     )
-    return Scheduler(config, blocks)
+    return Scheduler(config, blocks, speculation=_speculation(assembly, config))
+
+
+def _speculation(assembly: Assembly, config: SchedulerConfig) -> Speculation | None:
+    plan = assembly.plan.speculation
+    if plan is None:
+        return None
+    ctx = DrafterContext(
+        tokens=plan.tokens,
+        vocab_size=assembly.vocab_size,
+        max_model_len=config.max_model_len,
+        max_slots=num_slots(config.max_num_seqs, config.spare_slots),
+        device=assembly.plan.options.device,
+    )
+    drafter = make_drafter(plan, assembly.loader, ctx)
+    if not isinstance(drafter, HostDrafter):
+        raise UnsupportedError(plan.where, ["drafters on the device are not supported yet"])
+    return Speculation(CheckedDrafter(drafter, plan.where), tokens=plan.tokens, min_acceptance=plan.min_acceptance)
 
 
 def _need(tokenizer: Tokenizer | None) -> Tokenizer:

@@ -273,12 +273,13 @@ def _closing(answer: Answer, params: SamplingParams, seconds: float) -> str:
 
 def _stats(talk: Conversation) -> str:
     stats = talk.llm.stats()
+    drafts = f"; {stats.accepted} of {stats.drafted} drafts accepted" if stats.drafted else ""
     return "\n".join(
         [
             f"conversation: {len(talk.messages)} messages; in total {talk.answers} answers, {talk.generated} tokens, "
             f"{talk.cached_tokens} of {talk.prompt_tokens} prompt tokens from the prefix cache "
             f"({100 * talk.cached_tokens / (talk.prompt_tokens or 1):.1f}%)",
             f"engine: {stats.steps} steps, {stats.preemptions} preemptions, {stats.running} running, {stats.waiting} "
-            f"waiting, {stats.num_blocks - stats.free_blocks} of {stats.num_blocks} KV blocks used",
+            f"waiting, {stats.num_blocks - stats.free_blocks} of {stats.num_blocks} KV blocks used{drafts}",
         ]
     )

@@ -247,10 +247,12 @@ class Batch:
         if tally.first_token is not None:
             age = process_seconds() - (time.monotonic() - tally.first_token)
             say(f"first token {age:.1f} s after the process started; its step took {tally.first_step:.2f} s")
+        stats = self.llm.stats()
+        tally.drafted, tally.accepted = stats.drafted_per_position, stats.accepted_per_position
         say(", ".join([tally.line(seconds), *([chosen.line()] if (chosen := CHOSEN.get()) is not None else [])]))
-        broken = self.llm.stats().steps_broken
-        if broken:
-            say(f"{broken} steps failed, and their requests ran again one by one: the warning above says why")
+        if stats.steps_broken:
+            text = "steps failed, and their requests ran again one by one: the warning above says why"
+            say(f"{stats.steps_broken} {text}")
         status = status or (FAILED if tally.failed or self.not_shown else 0)
         return status, tally.summary(seconds, status)
 

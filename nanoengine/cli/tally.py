@@ -12,7 +12,8 @@ from nanoengine.core.outputs import RequestOutput
 
 @dataclass
 class Tally:
-    """The counts of a run. `kept`: prompts that an earlier run has finished; all other counts are those of this run."""
+    """The counts of a run. `kept`: prompts that an earlier run has finished; all other counts are those of this run.
+    drafted, accepted: by position in the draft, as in `EngineStats`."""
 
     total: int
     kept: int = 0
@@ -25,6 +26,8 @@ class Tally:
     itls: list[float] = field(default_factory=list)
     first_token: float | None = None  # time of the very first token, on the monotonic clock
     first_step: float = 0.0  # seconds from scheduling its request to this token
+    drafted: Sequence[int] = ()
+    accepted: Sequence[int] = ()
 
     def add(self, output: RequestOutput) -> None:
         self.finished += 1
@@ -52,6 +55,7 @@ class Tally:
             f"{self.generated / seconds if seconds else 0:.1f} tokens/s",
             f"TTFT median {median(self.ttfts) * 1000:.0f} ms" if self.ttfts else "TTFT median -",
             f"prefix-cache hit rate {100 * self.cached_tokens / (self.prompt_tokens or 1):.1f}%",
+            *([f"{sum(self.accepted)} of {sum(self.drafted)} drafts accepted"] if self.drafted else []),
         ]
         return ", ".join(parts)
 
@@ -70,6 +74,8 @@ class Tally:
             "tokens_per_second": self.generated / seconds if seconds and self.generated else None,
             "ttft": _spread(self.ttfts),
             "itl": _spread(self.itls),
+            "drafted_per_position": list(self.drafted),
+            "accepted_per_position": list(self.accepted),
         }
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from nanoengine.api.errors import described
 from nanoengine.core.delivery import Delivery, Watch
-from nanoengine.core.request import Request, Status
+from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import BlockUse
 from nanoengine.core.scheduling.messages import Admission, Preemption, ScheduledStep
 from nanoengine.core.scheduling.scheduler import Scheduler
@@ -30,6 +30,8 @@ class Row(NamedTuple):
         start, num_tokens: it computes the tokens at the positions [start, start + num_tokens).
         sampled: a token is drawn; False: a part of a prompt that is not its last.
         new_tokens: tokens that the sample got; 0 for such a part, and for a row whose request had ended before.
+        drafted: of its tokens, the last so many were drafts. accepted: of them, the first so many were what was drawn;
+            a sample that ended inside them got fewer tokens.
     """
 
     request: str
@@ -38,6 +40,15 @@ class Row(NamedTuple):
     num_tokens: int
     sampled: bool
     new_tokens: int
+    drafted: int = 0
+    accepted: int = 0
+
+
+class Drafts(NamedTuple):
+    """By position in the draft: how many drafts the rows of a step had, and how many of them were accepted."""
+
+    drafted: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()
 
 
 class Ending(NamedTuple):
@@ -96,6 +107,13 @@ class StepRecord:
         return sum(row.new_tokens for row in self.rows)
 
     @property
+    def drafts(self) -> Drafts:
+        rows = [row for row in self.decode_rows if row.drafted]
+        longest = range(max((row.drafted for row in rows), default=0))
+        counts = [(sum(row.drafted > i for row in rows), sum(row.accepted > i for row in rows)) for i in longest]
+        return Drafts(*zip(*counts, strict=True)) if counts else Drafts()
+
+    @property
     def graph(self) -> str:
         """Which parts ran as replayed CUDA graphs: "none", "decode", "mixed", "decode, tail" and so on."""
         names = ((GRAPH_DECODE, "decode"), (GRAPH_MIXED, "mixed"), (GRAPH_TAIL, "tail"))
@@ -123,7 +141,7 @@ class StepWatch:
         self.observers: list[Observer] = []
         self._launched: dict[int, _Launched] = {}  # by step number
         self._ended: list[Ending] = []  # since the last record
-        self._live: list[bool] = []  # by row of the step being committed: its request had not ended before
+        self._said: list[int] = []  # by row of the step being committed: output tokens before it
         self._wait_start = self._arrival = self._last_arrival = 0.0
 
     def launched(self, step: ScheduledStep, scheduler: Scheduler, scheduling: float, launching: float) -> None:
@@ -134,7 +152,7 @@ class StepWatch:
 
     def arrived(self, step: ScheduledStep, waiting: float) -> None:
         self._last_arrival, self._arrival, self._wait_start = self._arrival, time.monotonic(), waiting
-        self._live = [request.status is not Status.FINISHED for request, _ in step.rows]
+        self._said = [len(request.output_token_ids) for request, _ in step.rows]
 
     def ended(self, request: Request, reason: str) -> None:
         self._ended.append(Ending(request.id, reason, time.monotonic()))
@@ -144,8 +162,9 @@ class StepWatch:
         if known is None:  # it was launched before it was observed
             return ()
         wait, commit = Span(self._wait_start, self._arrival), Span(self._arrival, time.monotonic())
-        counts = [count if live else 0 for count, live in zip(result.counts.tolist(), self._live, strict=True)]
-        return self._deliver(self._record(step, known, wait, commit, counts, result.graphs, None))
+        new = [len(request.output_token_ids) - n for (request, _), n in zip(step.rows, self._said, strict=True)]
+        rows = _rows(step, new, result.counts.tolist())
+        return self._deliver(self._record(step, known, wait, commit, rows, result.graphs, None))
 
     def broken(self, steps: Sequence[ScheduledStep], error: BaseException) -> Sequence[Delivery]:
         now, out = time.monotonic(), []
@@ -154,7 +173,7 @@ class StepWatch:
             known = self._launched.pop(step.plan.step, None)
             if known is not None:
                 text, end, none = described(error), Span(now, now), [0] * len(step.rows)
-                out += self._deliver(self._record(step, known, end, end, none, 0, text))
+                out += self._deliver(self._record(step, known, end, end, _rows(step, none, none), 0, text))
         return out
 
     def _deliver(self, record: StepRecord) -> list[Delivery]:
@@ -166,7 +185,7 @@ class StepWatch:
         known: _Launched,
         wait: Span,
         commit: Span,
-        new_tokens: Sequence[int],
+        rows: tuple[Row, ...],
         graphs: int,
         error: str | None,
     ) -> StepRecord:
@@ -178,7 +197,7 @@ class StepWatch:
             wait=wait,
             commit=commit,
             execution=Span(min(max(known.launch.start, self._last_arrival), self._arrival), self._arrival),
-            rows=_rows(step, new_tokens),
+            rows=rows,
             num_decode_rows=step.plan.num_decode_rows,
             admitted=step.admitted,
             preempted=step.preempted,
@@ -191,8 +210,10 @@ class StepWatch:
         )
 
 
-def _rows(step: ScheduledStep, new_tokens: Sequence[int]) -> tuple[Row, ...]:
+def _rows(step: ScheduledStep, new_tokens: Sequence[int], counts: Sequence[int]) -> tuple[Row, ...]:
+    """counts: as in `StepResult`."""
     plan = step.plan
+    drafted = plan.drafts.tolist() or [0] * len(step.rows)
     each = zip(
         step.rows,
         plan.slots.tolist(),
@@ -200,6 +221,8 @@ def _rows(step: ScheduledStep, new_tokens: Sequence[int]) -> tuple[Row, ...]:
         plan.query_lens.tolist(),
         map(bool, step.drawn),
         new_tokens,
+        drafted,
+        [min(of, max(0, count - 1)) for of, count in zip(drafted, counts, strict=True)],
         strict=True,
     )
     return tuple([Row(request.id, *facts) for (request, _), *facts in each])

@@ -129,6 +129,9 @@ class TraceFile:
             "rows": {"decode": len(record.decode_rows), "prefill": len(record.prefill_rows)},
             "tokens": {"computed": sum(row.num_tokens for row in record.rows), "new": record.new_tokens},
         }
+        drafted, accepted = record.drafts
+        if drafted:
+            counters["drafts"] = {"accepted": sum(accepted), "rejected": sum(drafted) - sum(accepted)}
         return [_event("C", name, at, _ENGINE, _HOST, args=values) for name, values in counters.items()]
 
     def _slice(
@@ -251,6 +254,7 @@ def _facts(record: StepRecord) -> dict[str, Any]:
         "prefill_tokens": sum(row.num_tokens for row in prefill),
         "chunked": [row.request for row in prefill if not row.sampled],
         "new_tokens": record.new_tokens,
+        "drafts": record.drafts._asdict(),
         "graph": record.graph,
         "admitted": [new._asdict() for new in record.admitted],
         "preempted": [lost._asdict() for lost in record.preempted],

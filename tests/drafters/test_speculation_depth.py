@@ -15,6 +15,7 @@ from nanoengine.api import DrafterContext, DraftSample, DraftState, HostDrafter
 from nanoengine.api.draft_checks import CheckedDrafter
 from nanoengine.api.errors import RequestError
 from nanoengine.core.request import Request
+from nanoengine.core.scheduling.messages import EngineStats
 from nanoengine.core.scheduling.speculation import Acceptance, Speculation
 from nanoengine.params.sampling_params import ResolvedParams
 
@@ -145,11 +146,12 @@ def test_depth_is_in_range_and_repeatable(rows: list[tuple[int, int]], least: fl
 
 
 def test_statistics_are_by_position() -> None:
-    found = speculation()
-    for drafted, accepted in [(4, 4), (4, 2), (3, 0), (1, 1), (0, 0)]:
-        found.committed(request(), drafted, accepted)
-    assert found.drafted == [4, 3, 3, 2]
-    assert found.accepted == [3, 2, 1, 1]
+    stats = EngineStats()
+    for drafted, accepted in [(3, 3), (4, 2), (3, 0), (1, 1), (0, 0), (2, -1)]:  # the last one failed
+        stats.count_drafts(drafted, accepted)
+    assert stats.drafted_per_position == [5, 4, 3, 1]
+    assert stats.accepted_per_position == [3, 2, 1, 0]
+    assert (stats.drafted, stats.accepted) == (13, 6)
 
 
 # -- what the drafter sees --------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from .test_same_tokens import COUNT, WAYS, seeded
 class Oracle:
     """Drafts from what the requests will say: each token is right with a probability.
 
-    `known`: (prompt, sample) -> tokens. Otherwise as `Drafting`.
+    `known`: (prompt, sample) -> tokens. Otherwise as `Speculation`.
     """
 
     def __init__(

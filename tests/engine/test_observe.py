@@ -161,6 +161,8 @@ def test_a_rank_s_failure_is_the_last_record(llm: LLM, monkeypatch: pytest.Monke
     launch, count = llm.engine._executor.launch, iter(range(100))
 
     class Fails:
+        late = False
+
         def wait(self) -> Any:
             raise WorkerError(1, 2, "step 5", "it was killed")
 

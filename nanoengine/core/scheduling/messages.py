@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 from nanoengine.api.errors import ConfigError, RequestError
 from nanoengine.core.request import Request
@@ -41,26 +40,6 @@ class SchedulerConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more")
         if self.admission_reserve < 0:
             raise ConfigError(f"admission_reserve={self.admission_reserve} must be 0 or more")
-
-
-class Drafting(Protocol):
-    """Where the drafts of requests come from. A request gets some only while nothing of it is in flight."""
-
-    def most(self, request: Request) -> int:
-        """How many drafts the request's next row may have; 0 where it had better run ahead."""
-        ...
-
-    def propose(self, request: Request, most: int) -> Sequence[int]:
-        """At most so many guesses of the tokens behind the request's known ones. What it raises fails the request."""
-        ...
-
-    def committed(self, request: Request, drafted: int, accepted: int) -> None:
-        """A row of the request had so many drafts, of which the first so many were right. Its output has them."""
-        ...
-
-    def end(self, request: Request) -> None:
-        """The request is live no more. Raises nothing."""
-        ...
 
 
 class Admission(NamedTuple):
@@ -157,8 +136,8 @@ class EngineStats:
     prompt_tokens: int = 0
     prefix_hit_tokens: int = 0
     resumed_hit_tokens: int = 0
-    drafted_per_position: tuple[int, ...] = ()
-    accepted_per_position: tuple[int, ...] = ()
+    drafted_per_position: list[int] = field(default_factory=list)
+    accepted_per_position: list[int] = field(default_factory=list)
     num_blocks: int = 0
     free_blocks: int = 0
     running: int = 0
@@ -181,6 +160,15 @@ class EngineStats:
         self.graph_steps += bool(replayed & GRAPH_DECODE)
         self.mixed_graph_steps += bool(replayed & GRAPH_MIXED)
         self.graph_tails += bool(replayed & GRAPH_TAIL)
+
+    def count_drafts(self, drafted: int, accepted: int) -> None:
+        """A row had `drafted` drafts, of which the first `accepted` were accepted."""
+        more = [0] * (drafted - len(self.drafted_per_position))
+        self.drafted_per_position += more
+        self.accepted_per_position += more
+        for i in range(drafted):
+            self.drafted_per_position[i] += 1
+            self.accepted_per_position[i] += i < accepted
 
     def count_admission(self, request: Request, cached: int) -> None:
         """`cached`: tokens that the prefix cache holds. Also notes the first admission's in the request."""

@@ -7,8 +7,9 @@ from bisect import bisect_left, insort
 from nanoengine.api.errors import RequestError
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.block_manager import BlockManager
-from nanoengine.core.scheduling.messages import Drafting, EngineStats, Preemption, SchedulerConfig
+from nanoengine.core.scheduling.messages import EngineStats, Preemption, SchedulerConfig
 from nanoengine.core.scheduling.policy import Policy
+from nanoengine.core.scheduling.speculation import Speculation
 from nanoengine.params.arguments import too_long
 
 
@@ -30,7 +31,7 @@ class Roster:
         policy: Policy,
         blocks: BlockManager,
         stats: EngineStats,
-        drafting: Drafting | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self.num_slots, self.policy, self.blocks = num_slots, policy, blocks
         self.waiting: list[Request] = []
@@ -40,7 +41,7 @@ class Roster:
         self.retry_alone: set[Request] = set()
         self.unsent: set[Request] = set()
         self.preempted: list[Preemption] = []
-        self._stats, self._drafting = stats, drafting
+        self._stats, self._speculation = stats, speculation
         self._added = self._admissions = 0
 
     def add(self, request: Request) -> None:
@@ -66,8 +67,8 @@ class Roster:
         """It is live no more."""
         self._release(request)
         self.retry_alone.discard(request)
-        if self._drafting is not None:
-            self._drafting.end(request)
+        if self._speculation is not None:
+            self._speculation.end(request)
 
     def _enqueue(self, request: Request) -> None:
         request.status = Status.WAITING

@@ -21,7 +21,6 @@ from nanoengine.core.scheduling.commit import commit_rows, take_back_rows
 from nanoengine.core.scheduling.draft import Draft, TokenBudget, build_plan
 from nanoengine.core.scheduling.messages import (
     Admission,
-    Drafting,
     EngineStats,
     ScheduledStep,
     SchedulerConfig,
@@ -29,6 +28,7 @@ from nanoengine.core.scheduling.messages import (
 )
 from nanoengine.core.scheduling.policy import Policy, make_policy
 from nanoengine.core.scheduling.queues import Roster, refuse_misfit
+from nanoengine.core.scheduling.speculation import Speculation
 from nanoengine.core.step import StepPlan, StepResult, num_slots
 
 Verdict = Literal["admitted", "waits", "no room", "failed"]  # "waits": for a hit that this very step computes
@@ -45,9 +45,8 @@ class Scheduler:
         config: SchedulerConfig,
         blocks: BlockManager,
         policy: Policy | None = None,
-        speculation: Drafting | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
-        """speculation: gives the drafts of requests that may have some."""
         self.config = config
         self.blocks, self._speculation = blocks, speculation
         self.policy = policy or make_policy(config.policy)
@@ -87,6 +86,8 @@ class Scheduler:
             free_blocks=self.blocks.free_blocks,
             running=len(self.running),
             waiting=len(self.waiting),
+            drafted_per_position=self._stats.drafted_per_position.copy(),
+            accepted_per_position=self._stats.accepted_per_position.copy(),
         )
 
     def take_updates(self) -> list[Update]:
@@ -360,6 +361,7 @@ class Scheduler:
             drafts, counts = step.plan.drafts.tolist(), result.counts.tolist()
             for (request, _), drafted, count in zip(step.rows, drafts, counts, strict=True):
                 self._speculation.committed(request, drafted, max(0, count - 1))
+                self._stats.count_drafts(drafted, count - 1)
         return updates
 
     def fail(self, steps: Sequence[ScheduledStep]) -> list[Request]:

@@ -58,11 +58,7 @@ class Acceptance:
 
 
 class Speculation:
-    """The drafts of a scheduler's requests, and what became of them.
-
-    Attributes:
-        drafted, accepted: by position in the draft, how many drafts committed rows had, and how many were accepted.
-    """
+    """The drafts of a scheduler's requests, by one drafter."""
 
     def __init__(self, drafter: CheckedDrafter, *, tokens: int, min_acceptance: float) -> None:
         """tokens: the most drafts of a row. min_acceptance: the share below which a position is not drafted."""
@@ -72,7 +68,6 @@ class Speculation:
         self._states: dict[Request, CheckedState] = {}
         self._failed: dict[Request, RequestError] = {}  # what the drafter raised, until the request is picked
         self._warned = False
-        self.drafted, self.accepted = [0] * tokens, [0] * tokens
 
     def most(self, request: Request) -> int:
         """How many drafts the next row of a request may have; 0: a plain row, which may run ahead.
@@ -116,9 +111,6 @@ class Speculation:
         """A row of it had `drafted` drafts, of which the first `accepted` counted; its output has them already."""
         if not drafted:
             return
-        for i in range(drafted):
-            self.drafted[i] += 1
-            self.accepted[i] += i < accepted
         self._all.observe(drafted, accepted)
         found = self._acceptance.get(request)
         if found is not None:

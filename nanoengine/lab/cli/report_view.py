@@ -131,6 +131,9 @@ def _tiles(run: RunData) -> Iterator[Tile]:
     cached = sum(row["num_cached_tokens"] for row in answered)
     if prompt:
         yield Tile("prefix-cache hits", f"{cached / prompt:.1%}", f"{_count(cached)} prompt tokens")
+    if summary.get("drafted_per_position"):
+        drafted, accepted = sum(summary["drafted_per_position"]), sum(summary["accepted_per_position"])
+        yield Tile("accepted drafts", f"{accepted / drafted:.1%}", f"{_count(accepted)} of {_count(drafted)}")
     if run.steps is not None and len(run.steps):
         steps, total = run.steps, run.steps["total"][0]
         yield Tile("steps", _count(len(steps)), f"{len(steps.preempted)} preemptions")
@@ -171,6 +174,12 @@ def _of_requests(run: RunData, pictures: Mapping[str, Picture]) -> Iterator[Sect
 
 
 def _tables(run: RunData) -> Iterator[Section]:
+    drafts = zip(
+        *(run.outcome.summary.get(f"{what}_per_position", ()) for what in ("drafted", "accepted")), strict=True
+    )
+    if shares := [[str(i), _count(n), _count(hits), f"{hits / n:.1%}"] for i, (n, hits) in enumerate(drafts, 1)]:
+        text = "A draft counts if it, and all before it, are the tokens that the model drew."
+        yield Section("Speculation", text, None, ["position", "drafts", "accepted", "share"], shares, (0, 1, 2, 3))
     if run.failed:
         rows = [
             [str(row["index"]), row["error"]["code"], row["error"]["message"], _excerpt(row["prompt"])]

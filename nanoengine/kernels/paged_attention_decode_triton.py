@@ -54,7 +54,7 @@ def blocks_of(table, start, end, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
-def _prefetch_keys(
+def prefetch_keys(
     cache, table, kv_head, begin, end,
     KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
@@ -187,8 +187,8 @@ def _decode(
     table = block_tables + row * table_stride
     if PDL and AHEAD > 0:
         if split < used:
-            _prefetch_keys(k_cache, table, kv_head, begin, end, KV_HEADS, D, BLOCK_SIZE, AHEAD)
-            _prefetch_keys(v_cache, table, kv_head, begin, end, KV_HEADS, D, BLOCK_SIZE, AHEAD)
+            prefetch_keys(k_cache, table, kv_head, begin, end, KV_HEADS, D, BLOCK_SIZE, AHEAD)
+            prefetch_keys(v_cache, table, kv_head, begin, end, KV_HEADS, D, BLOCK_SIZE, AHEAD)
     g = tl.arange(0, GROUP_PAD)
     d = tl.arange(0, D_PAD)
     near = tl.arange(0, TILE)

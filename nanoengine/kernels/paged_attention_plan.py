@@ -4,13 +4,15 @@ captured launch serves every length."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+MAX_QUERIES = 16  # of a row in decode
 _MAX_SPLITS = 64
 _L2_BYTES = 24 << 20  # about half of a Hopper GPU's
+_SCRATCH_BYTES = 64 << 20  # most that the parts of rows with several queries take
 _INTERPRETED_MULTIPROCESSORS = 4  # so that tests on a CPU see split rows and whole ones
 
 
@@ -42,8 +44,8 @@ def keys_ahead(programs: int, key_bytes: int) -> int:
 @dataclass(frozen=True, slots=True)
 class DecodeScratch:
     """Parts of split rows: float32 [pairs * splits * group * head_size] and [pairs * splits * group], int32 tickets
-    [pairs], zero between launches. A pair is a (row, KV head). Launches that share it must follow each other in one
-    stream."""
+    [pairs or more], zero between launches. A pair is a (row, KV head). Launches that share it must follow each other in
+    one stream."""
 
     part: Tensor
     lse: Tensor
@@ -51,7 +53,7 @@ class DecodeScratch:
 
     @classmethod
     def make(cls, parts: int, pairs: int, group: int, head_size: int, device: torch.device) -> DecodeScratch:
-        """For at most `parts` parts (pairs * splits of any one launch)."""
+        """For at most `parts` parts (pairs * splits of any one launch) and `pairs` tickets."""
         return cls(
             torch.empty(parts * group * head_size, dtype=torch.float32, device=device),
             torch.empty(parts * group, dtype=torch.float32, device=device),
@@ -136,6 +138,38 @@ def fused_config(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class SeveralConfig:
+    """How decode of several queries a row is laid out. block_m: (query, head) pairs of a tile. keys: how the keys are
+    read, as in decode of one query."""
+
+    block_m: int
+    keys: DecodeConfig
+
+    def programs(self, kv_heads: int, group: int, queries: int) -> int:
+        """How many programs a row has in each split: one for each KV head and tile of its queries."""
+        return kv_heads * -(-queries // (self.block_m // group))
+
+
+def several_config(
+    rows: int, queries: int, group: int, kv_heads: int, head_size: int, max_len: int, itemsize: int,
+    multiprocessors: int,
+) -> SeveralConfig:  # fmt: skip
+    """For rows of up to `queries` queries. A row's keys are read once for 128 (query, head) pairs at the most, so the
+    layout is that of one query; larger tiles leave room for fewer keys in flight."""
+    width, least = padded_head(head_size), max(16, 1 << (group - 1).bit_length())
+    most = 32 if itemsize == 4 else 128 if width <= 128 else 64
+    block_m = max(least, min(most, 1 << (queries * group - 1).bit_length()))
+    tiles = -(-queries // (block_m // group))
+    keys = decode_config(rows * tiles, kv_heads, head_size, max_len, itemsize, multiprocessors)
+    if block_m > 32:
+        tile = max(16, min(64, 16384 // (width * itemsize)))
+        min_tiles = max(1, keys.min_tiles * keys.tile // tile)
+        keys = replace(keys, tile=tile, min_tiles=min_tiles, stages=3, warps=8 if block_m > 64 else 4)
+    part = rows * kv_heads * tiles * block_m * head_size * 4
+    return SeveralConfig(block_m, replace(keys, splits=_power_of_2(max(1, min(keys.splits, _SCRATCH_BYTES // part)))))
+
+
 def _power_of_2(most: int) -> int:
     return 1 << (most.bit_length() - 1)
 
@@ -183,7 +217,10 @@ class DecodePlanner:
             for rows in range(1, max_rows + 1)
         ]
         parts = max(rows * num_kv_heads * each for rows, each in enumerate(splits, 1))
-        scratch = DecodeScratch.make(parts, max_rows * num_kv_heads, num_heads // num_kv_heads, head_size, device)
+        group = num_heads // num_kv_heads
+        most = several_config(max_rows, MAX_QUERIES, group, *shape)
+        tickets = max_rows * most.programs(num_kv_heads, group, MAX_QUERIES)
+        scratch = DecodeScratch.make(parts, tickets, group, head_size, device)
         return cls(
             num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size, itemsize=dtype.itemsize,
             longest=longest, multiprocessors=multiprocessors, scratch=scratch,
@@ -196,6 +233,10 @@ class DecodePlanner:
         """For `attend_decode` of qkv; None where that is no faster, or was not measured: more query heads per KV head
         make a longer kernel."""
         return fused_config(rows, *self._shape) if self.num_heads <= 2 * self.num_kv_heads else None
+
+    def several(self, rows: int, queries: int) -> SeveralConfig:
+        """For `attend_several`; of the scratch memory it takes the tickets. queries: at most `MAX_QUERIES`."""
+        return several_config(rows, queries, self.num_heads // self.num_kv_heads, *self._shape)
 
     @property
     def _shape(self) -> tuple[int, int, int, int, int]:

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 from nanoengine.kernels.paged_attention_decode_triton import attend_decode, store_kv
 from nanoengine.kernels.paged_attention_plan import (
+    MAX_QUERIES,
     DecodeConfig,
     DecodePlanner,
     DecodeScratch,
     NewTokens,
+    SeveralConfig,
     decode_config,
     fused_config,
+    several_config,
 )
 from nanoengine.kernels.paged_attention_prefill_triton import PrefillConfig, attend_prefill, prefill_config
+from nanoengine.kernels.paged_attention_several_triton import attend_several
 
 __all__ = [
+    "MAX_QUERIES",
     "DecodeConfig",
     "DecodePlanner",
     "DecodeScratch",
     "NewTokens",
     "PrefillConfig",
+    "SeveralConfig",
     "attend_decode",
     "attend_prefill",
+    "attend_several",
     "decode_config",
     "fused_config",
     "prefill_config",
+    "several_config",
     "store_kv",
 ]

@@ -13,7 +13,10 @@ from nanoengine.api import AttentionBackend, AttentionLayerSpec, BatchLimits, KV
 
 @dataclass(kw_only=True)
 class Case:
-    """A step: rows of (query length, context length with this step's tokens), decode rows first."""
+    """A step: rows of (query length, context length with this step's tokens), decode rows first.
+
+    `decode_queries`: more than 1: rows of up to so many tokens are decode rows too, and rows of padding have no token.
+    """
 
     rows: list[tuple[int, int]]
     heads: int = 4
@@ -29,6 +32,7 @@ class Case:
     padded_rows: int = 0  # decode rows of length 1 on the dummy block, behind the others
     tail: int = 0  # tokens behind the last row
     host_slack: int = 0  # by how much the host overestimates decode rows
+    decode_queries: int = 1
     max_model_len: int = 0
     device: str = "cpu"
     blocks: list[list[int]] = field(init=False)
@@ -74,13 +78,18 @@ class Case:
 
     @property
     def limits(self) -> BatchLimits:
-        tokens = sum(count for count, _ in self.rows) + self.padded_rows + self.tail
+        tokens = sum(count for count, _ in self.rows) + self.padding
         return BatchLimits(
             max_rows=len(self.rows) + self.padded_rows,
             max_tokens=tokens,
             max_model_len=self.max_model_len,
             block_size=self.block_size,
         )
+
+    @property
+    def padding(self) -> int:
+        """Tokens behind the last one of a row that has an output."""
+        return self.tail + (self.padded_rows if self.decode_queries == 1 else 0)
 
     def slots(self, row: int) -> list[int]:
         """Slot of every position of a row."""
@@ -97,19 +106,20 @@ class Case:
             tables[row, : len(self.blocks[row])] = torch.tensor(self.blocks[row], dtype=torch.int32)
             slots += self.slots(row)[length - count :]
             positions += range(length - count, length)
-        empty = self.padded_rows + self.tail
-        lens = [length for _, length in self.rows] + [1] * self.padded_rows
-        counts = [count for count, _ in self.rows] + [1] * self.padded_rows
-        decode = next((i for i, count in enumerate(counts) if count > 1), len(counts))
+        one = int(self.decode_queries == 1)
+        lens = [length for _, length in self.rows] + [one] * self.padded_rows
+        counts = [count for count, _ in self.rows] + [one] * self.padded_rows
+        decode = next((i for i, count in enumerate(counts) if count > self.decode_queries), len(counts))
         at = torch.device(self.device)
         slack = [self.host_slack if i < min(decode, len(self.rows)) else 0 for i in range(len(lens))]
         return StepInputs(
             block_tables=tables.to(at),
             seq_lens=torch.tensor(lens, dtype=torch.int32, device=at),
             query_start_loc=torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32, device=at),
-            slot_mapping=torch.tensor(slots + [0] * empty, device=at),
-            positions=torch.tensor(positions + [0] * empty, device=at),
+            slot_mapping=torch.tensor(slots + [0] * self.padding, device=at),
+            positions=torch.tensor(positions + [0] * self.padding, device=at),
             num_decode_rows=decode,
+            decode_query_len=self.decode_queries,
             query_lens_host=tuple(counts),
             seq_lens_host=tuple(n + extra for n, extra in zip(lens, slack, strict=True)),
         )
@@ -119,7 +129,7 @@ class Case:
 
         def join(parts: list[Tensor]) -> Tensor:
             rows = torch.cat([x[len(x) - count :] for x, (count, _) in zip(parts, self.rows, strict=True)])
-            filler = torch.full((self.padded_rows + self.tail, *rows.shape[1:]), 7.0)
+            filler = torch.full((self.padding, *rows.shape[1:]), 7.0)
             return torch.cat([rows, filler]).to(self.dtype).to(self.device)
 
         return join(self.queries), join(self.keys), join(self.values)

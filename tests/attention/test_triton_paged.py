@@ -54,6 +54,28 @@ def test_agrees(tried: Case) -> None:
     assert error(tried) < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    "tried",
+    [
+        case([(5, 30), (1, 3), (3, 17)], decode_queries=5, padded_rows=2, tail=16),
+        case([(2, 30), (1, 17), (9, 9), (20, 45)], decode_queries=2, tail=30),
+        case([(4, 40), (16, 50)], decode_queries=16, window=10, soft_cap=2.0, heads=3, kv_heads=1, with_sinks=True),
+        case([(4, 40), (3, 50)], decode_queries=4, causal=False),
+        case([(2, 20)], decode_queries=2, tail=25),
+    ],
+    ids=["padded", "mixed", "window-cap-sinks", "ahead", "more-padding-than-rows-have"],
+)
+def test_rows_of_several_queries_agree(tried: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode rows of a token and its drafts have a kernel of their own, if their layer does not look ahead."""
+    calls = []
+    import nanoengine.kernels.paged_attention_triton as kernels
+
+    several = kernels.attend_several
+    monkeypatch.setattr(kernels, "attend_several", lambda *args, **more: calls.append(more) or several(*args, **more))
+    assert error(tried) < TOLERANCE
+    assert len(calls) == int(tried.causal)
+
+
 class Apart(TritonPaged):
     """Norms and rotation by torch, and then `forward`."""
 
@@ -105,9 +127,10 @@ def test_qkv_in_one_kernel(tried: Case, norm: bool) -> None:
 
 
 def test_qkv_that_it_leaves_to_others() -> None:
-    """Prefill tokens, rotations that are not whole halves; nothing is stored."""
+    """Prefill tokens, rows of several, rotations that are not whole halves; nothing is stored."""
     decode, mixed = case([(1, 20), (1, 3)]), case([(1, 20), (5, 9)])
-    for tried, rotation in ((mixed, {}), (decode, {"interleaved": True}), (decode, {"magnitude": 1.2})):
+    several = case([(2, 20), (0, 3)], decode_queries=2)  # as many tokens as rows
+    for tried, rotation in ((mixed, {}), (several, {}), (decode, {"interleaved": True}), (decode, {"magnitude": 1.2})):
         got, cache = of_qkv(tried, TritonPaged, **rotation)
         assert len(got) == 0
         untouched = of_qkv(tried, LeavesAll)[1]

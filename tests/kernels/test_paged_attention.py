@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import random
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from nanoengine.kernels import paged_attention as reference
 
 pytest.importorskip("triton")
 
+from nanoengine.kernels import paged_attention_several_triton as several
 from nanoengine.kernels import paged_attention_triton as kernels
 from nanoengine.kernels.paged_attention_triton import (
     DecodeConfig,
@@ -20,6 +24,7 @@ from nanoengine.kernels.paged_attention_triton import (
     DecodeScratch,
     NewTokens,
     PrefillConfig,
+    SeveralConfig,
 )
 
 # of values around 1: rounding of the output and of the probabilities
@@ -34,6 +39,7 @@ class Shape:
     block_size: int = 16
     window: int | None = None
     soft_cap: float | None = None
+    with_sinks: bool = False
 
     @property
     def arguments(self) -> dict[str, float | int | None]:
@@ -68,11 +74,12 @@ class Batch:
         self.tables, self.lens = tables.to(device), torch.tensor([n for _, n in rows], dtype=torch.int32, device=device)
         starts = torch.tensor([0] + [q for q, _ in rows]).cumsum(0)
         self.starts = starts.to(torch.int32).to(device)
+        self.sinks = torch.linspace(-1, 4, shape.heads).to(dtype).to(device) if shape.with_sinks else None
         kernels.store_kv(self.k, self.v, self.k_cache, self.v_cache, self.slots)
 
     def want(self) -> Tensor:
         args = (self.q, self.k_cache, self.v_cache, self.tables, self.lens, self.starts)
-        return reference.attend_prefill(*args, **self.shape.arguments)
+        return reference.attend_prefill(*args, **self.shape.arguments, sinks=self.sinks)
 
     def decode(self, config: DecodeConfig | None = None, scratch: DecodeScratch | None = None) -> Tensor:
         shape, pairs = self.shape, len(self.rows) * self.shape.kv_heads
@@ -92,6 +99,26 @@ class Batch:
         )  # fmt: skip
         assert not scratch.tickets.any()  # ready for the next launch
         return out
+
+    def several(self, queries: int, config: SeveralConfig | None = None, extra: int = 0) -> Tensor:
+        """What rows of up to `queries` queries come out as; behind them `extra` tokens of padding, and one more."""
+        shape = self.shape
+        planner = DecodePlanner.make(
+            num_heads=shape.heads, num_kv_heads=shape.kv_heads, head_size=shape.head_size, dtype=self.q.dtype,
+            max_rows=len(self.rows), longest=max(n for _, n in self.rows), device=self.q.device,
+        )  # fmt: skip
+        q = torch.cat([self.q, torch.full_like(self.q[:1], float("nan")).expand(extra + 1, -1, -1)])
+        config = config or planner.several(len(self.rows), queries)
+        programs = len(self.rows) * config.programs(shape.kv_heads, shape.heads // shape.kv_heads, queries)
+        out, tickets = torch.full_like(q, float("nan")), torch.zeros(programs, dtype=torch.int32, device=q.device)
+        kernels.attend_several(
+            q, self.k_cache, self.v_cache, out, self.tables, self.lens, self.starts, queries=queries,
+            config=config, tickets=tickets, pad_tokens=len(self.q) + extra, sinks=self.sinks, **shape.arguments,
+        )  # fmt: skip
+        assert not tickets.any()  # ready for the next launch
+        assert out[-1].isnan().all()
+        assert (out[len(self.q) : -1] == 0).all()
+        return out[: len(self.q)]
 
     def prefill(self, config: PrefillConfig | None = None) -> Tensor:
         out = torch.full_like(self.q, float("nan"))
@@ -184,6 +211,74 @@ def test_decode_of_qkv(
         torch.testing.assert_close(got, cache, equal_nan=True, atol=TOLERANCE[dtype], rtol=0)
 
 
+# Queries and tokens of a context: padding in a graph has none of either; a step begins with its row, or goes on.
+RAGGED = [(5, 70), (1, 1), (0, 0), (3, 3), (4, 33), (5, 17), (1, 48), (0, 0)]
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize(
+    ("shape", "block_m"),
+    [
+        (Shape(), 16),
+        (Shape(heads=3, kv_heads=1, head_size=80, soft_cap=3.0, with_sinks=True), 16),
+        (Shape(window=20, head_size=24, block_size=32), 16),
+        (Shape(window=2, head_size=16, with_sinks=True), 32),
+        (Shape(heads=12, kv_heads=1, block_size=12, head_size=10), 16),  # each query has a tile of its own
+    ],
+    ids=str,
+)
+def test_decode_of_several_queries(
+    shape: Shape, block_m: int, splits: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    batch = Batch(shape, RAGGED, dtype, device)
+    spare = len(RAGGED) * 5 - len(batch.q)
+    assert spare > len(RAGGED)
+    out = batch.several(5, SeveralConfig(block_m, small(splits)), spare)
+    agree(out, batch.want())
+
+
+@pytest.mark.parametrize("queries", [2, 7, 16])
+def test_the_layout_that_is_chosen_fits_any_number_of_queries(queries: int, device: torch.device) -> None:
+    rows = [(queries, 130), (1, 130), (queries - 1, 40)]
+    batch = Batch(Shape(heads=6, head_size=32), rows, torch.float32, device)
+    agree(batch.several(queries), batch.want())
+
+
+@pytest.mark.parametrize(
+    ("line", "mutant"),
+    [
+        ("keys[None, :] <= position[:, None]", "keys[None, :] <= position[:, None] + 1"),
+        ("keys[None, :] <= position[:, None]", "keys[None, :] < position[:, None]"),
+        ("keys[None, :] > position[:, None] - WINDOW", "keys[None, :] > position[:, None] - WINDOW - 1"),
+        ("keys[None, :] > position[:, None] - WINDOW", "keys[None, :] > position[:, None] - WINDOW + 1"),
+        ("lowest - WINDOW + 1, 0)", "lowest - WINDOW + 1 + TILE, 0)"),
+        ("stop - tile * BLOCK_Q, BLOCK_Q)", "stop - tile * BLOCK_Q - 1, BLOCK_Q)"),
+        ("row.to(tl.int32) * queries - start", "row.to(tl.int32) * queries - stop"),
+        ("pad_tokens - padding)", "pad_tokens - padding + 1)"),
+        ("pairs = tl.minimum(stop - first, BLOCK_Q) * GROUP", "pairs = BLOCK_Q * GROUP"),
+        ("if split == 0:  # a key", "if True:  # a key"),
+    ],
+    ids=[
+        "sees-one-ahead", "misses-itself", "window-wide", "window-narrow", "window-begins-late", "padding-unwritten",
+        "padding-of-other-rows", "padding-beyond", "queries-of-the-next-row", "a-sink-a-part",
+    ],
+)  # fmt: skip
+def test_mutants_of_several_queries_are_caught(
+    line: str, mutant: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = Batch(Shape(window=20, with_sinks=True), [(4, 60), (0, 0), (3, 40), (2, 9)], torch.float32, device)
+    want, config = batch.want(), SeveralConfig(16, small(2))
+    agree(batch.several(4, config, 6), want)  # of 7 tokens of padding
+    source = Path(several.__file__).read_text()
+    assert source.count(line) == 1
+    (tmp_path / "mutant_triton.py").write_text(source.replace(line, mutant))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mutant_triton", raising=False)
+    monkeypatch.setattr(kernels, "attend_several", importlib.import_module("mutant_triton").attend_several)
+    with pytest.raises(AssertionError):
+        agree(batch.several(4, config, 6), want)
+
+
 def test_splits_are_used_and_each_is_counted_once(device: torch.device) -> None:
     """With a part left out, or twice in, this would not agree: the parts differ much."""
     batch = Batch(Shape(), [(1, 64)], torch.float32, device)
@@ -238,6 +333,22 @@ def test_decode_layouts_fit_the_scratch() -> None:
     for rows in range(1, 65):
         for config in (planner.config(rows), planner.fused(rows)):
             assert config is None or rows * 8 * config.splits * 2 <= len(planner.scratch.lse)
+
+
+def test_layouts_of_several_queries_fit_the_scratch() -> None:
+    """One tile reads the keys of a row once, up to 128 (query, head) pairs; the parts stay small beside long tables."""
+    for group, queries in ((1, 16), (2, 5), (8, 16), (20, 7), (64, 16)):
+        planner = DecodePlanner.make(
+            num_heads=8 * group, num_kv_heads=8, head_size=128, dtype=torch.bfloat16, max_rows=256, longest=131072,
+            device=torch.device("cpu"),
+        )  # fmt: skip
+        for rows in (1, 7, 64, 256):
+            config = planner.several(rows, queries)
+            programs = rows * config.programs(8, group, queries)
+            assert programs <= len(planner.scratch.tickets)
+            assert (programs == rows * 8) is (group * queries <= 128)
+            assert programs * config.keys.splits * config.block_m * 128 * 4 <= 64 << 20 or config.keys.splits == 1
+    assert planner.several(1, 5).keys.splits > 1
 
 
 def test_few_rows_take_qkv_in_parts_and_many_whole() -> None:

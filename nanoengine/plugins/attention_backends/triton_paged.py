@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from nanoengine.kernels.paged_attention_triton import DecodePlanner
 
 _MIN_COMPUTE_CAPABILITY = (8, 0)  # asynchronous copies; bf16 in tensor cores
+_DECODE_QUERIES = 16  # more are prefill rows, whose keys are not split over programs
 _MAX_HEAD_SIZE = 256  # because a query's accumulator is in registers
 # Decode is limited by memory, prefill by latency and arithmetic, so in a mixed graph they run at the same time. The
 # kernel after two branches must be a plain one (see `pdl_triton`); products of so many rows are.
@@ -48,6 +49,7 @@ class TritonPaged(AttentionBackend):
         dtypes=frozenset({"float32", "bfloat16", "float16"}),
         graphs=GraphSupport.ALWAYS,
         features=frozenset(AttentionFeature),
+        decode_queries=_DECODE_QUERIES,
     )
 
     @classmethod
@@ -124,8 +126,9 @@ class TritonPaged(AttentionBackend):
         assert inputs is not None, "attend was called before fill"
         k_cache, v_cache = self._kv[layer, 0], self._kv[layer, 1]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        rows, total = inputs.num_decode_rows, len(inputs.seq_lens)
-        prefills = rows < total or len(q) > total
+        total, queries = len(inputs.seq_lens), inputs.decode_query_len
+        rows = inputs.num_decode_rows if queries == 1 or spec.causal else 0
+        prefills = rows < total or len(q) > total * queries
         beside = rows > 0 and prefills and len(q) >= _BESIDE_TOKENS and _capturing(q)
         if prefills:
             with self._side_branch() if beside else nullcontext():
@@ -135,23 +138,42 @@ class TritonPaged(AttentionBackend):
                     sinks=spec.sinks, causal=spec.causal, chained=not beside,
                 )  # fmt: skip
         if rows:
-            planner = self._planner(spec.num_heads)
-            self._kernels.attend_decode(
-                q[:rows], k_cache, v_cache, out[:rows], inputs.block_tables[:rows], inputs.seq_lens[:rows],
-                scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap, config=planner.config(rows),
-                scratch=planner.scratch, sinks=spec.sinks,
-            )  # fmt: skip
+            self._decode(layer, spec, q, out, rows, pad_tokens=0 if prefills else len(q))
         if beside:
             torch.cuda.current_stream().wait_stream(self._side_stream())
         return out
 
+    def _decode(
+        self, layer: int, spec: AttentionLayerSpec, q: Tensor, out: Tensor, rows: int, *, pad_tokens: int
+    ) -> None:
+        """The attention of the first `rows` rows, into `out`. pad_tokens: tokens behind the last row of a step that has
+        only such rows come out as zeros, up to this one."""
+        inputs, planner = self._inputs, self._planner(spec.num_heads)
+        assert inputs is not None
+        tables, seq_lens = inputs.block_tables[:rows], inputs.seq_lens[:rows]
+        if inputs.decode_query_len == 1:
+            self._kernels.attend_decode(
+                q[:rows], self._kv[layer, 0], self._kv[layer, 1], out[:rows], tables, seq_lens, scale=spec.scale,
+                window=spec.window, soft_cap=spec.soft_cap, config=planner.config(rows), scratch=planner.scratch,
+                sinks=spec.sinks,
+            )  # fmt: skip
+        else:
+            queries = inputs.decode_query_len
+            self._kernels.attend_several(
+                q, self._kv[layer, 0], self._kv[layer, 1], out, tables, seq_lens, inputs.query_start_loc[: rows + 1],
+                queries=queries, scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap,
+                config=planner.several(rows, queries), tickets=planner.scratch.tickets, pad_tokens=pad_tokens,
+                sinks=spec.sinks,
+            )  # fmt: skip
+
     def attend_qkv(
         self, layer: int, spec: AttentionLayerSpec, qkv: Tensor, rotation: Rotation, norms: HeadNorms | None
     ) -> Tensor | None:
-        """For steps of decode rows only, and for numbers of rows at which one kernel is faster than two."""
+        """For steps of single tokens only, and for numbers of rows at which one kernel is faster than two."""
         inputs = self._inputs
         assert inputs is not None, "fill comes first"
         rows, plain = len(qkv), not rotation.interleaved and rotation.magnitude == 1
+        plain = plain and inputs.decode_query_len == 1
         if rows != inputs.num_decode_rows or not plain or 2 * len(rotation.inv_freq) != spec.head_size:
             return None
         planner = self._planner(spec.num_heads)

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from nanoengine.api.errors import RequestError, described, is_failure, nearest
+from nanoengine.api.errors import RequestError, described, is_failure, nearest, shown
 from nanoengine.api.plugin_calls import place_and_fix
 from nanoengine.api.specs import HostState, ParamsContext
 from nanoengine.core.request import Request, Status
@@ -82,14 +83,20 @@ def _message(processor: str, column: str, draws: list[int], parts: list[npt.NDAr
 def _next_columns(
     request: Request, drafts: Sequence[int], vocab_size: int
 ) -> list[tuple[tuple[str, str], list[npt.NDArray[Any]]]]:
-    """Feeds what is new; then (processor, column) and the values of 1 + len(drafts) draws, of each column."""
-    out = []
+    """Feeds what is new; then (processor, column) and the values of 1 + len(drafts) draws, of each column. Also notes
+    in the request what is forced behind these draws."""
+    out, request.forced = [], ()
     for bound in request.host_states:
         name, specs = bound.processor.name, bound.processor.params.columns
         if new := request.output_token_ids[bound.fed :]:
             with _calling(bound.processor, "feed"):
                 bound.state.feed(new)
             bound.fed += len(new)
+        with _calling(bound.processor, "forced"):
+            forced = [index(token) for token in bound.state.forced()]
+            if not all(0 <= token < vocab_size for token in forced):
+                raise ValueError(f"returned {shown(forced)}; ids are 0 to {vocab_size - 1}")
+            request.forced = request.forced or forced[1 + len(drafts) :]
         with _calling(bound.processor, "columns"):
             for column, values in bound.state.columns(drafts).items():
                 if column not in specs:

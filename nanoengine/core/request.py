@@ -61,7 +61,10 @@ class Request:
     drafted: bool = False  # its rows may have drafts, which a drafter makes from all its tokens
     prompt_bytes: bytes = b""  # int32, native order: what the prefix index hashes and compares; made where not given
 
-    host_states: list[BoundState] = field(default_factory=list)  # of its logits processors
+    # Of its logits processors.
+    host_states: list[BoundState] = field(default_factory=list)
+    forced: Sequence[int] = ()  # what must follow the newest row that draws: the drafts of the next one
+    jumps: bool = False  # the drafts of its newest row are forced ones
 
     # The scheduler's.
     length: int = field(init=False)  # tokens, those in flight included

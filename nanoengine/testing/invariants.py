@@ -20,7 +20,7 @@ def check_scheduler(scheduler: Scheduler) -> None:
     check_roster(roster)
     for request in roster.running:
         assert 0 <= request.num_computed <= request.length <= request.max_len
-        assert 0 <= request.num_in_flight <= (in_flight if not request.drafted else MOST_IN_FLIGHT * in_flight)
+        assert 0 <= request.num_in_flight <= in_flight * (MOST_IN_FLIGHT if request.drafted or request.jumps else 1)
         if request.pick_check_at:
             assert request.num_computed == request.length - 1 >= request.prompt_len
             assert request.pick_check_at <= min(request.max_len, request.capacity + 1)

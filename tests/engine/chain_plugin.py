@@ -33,6 +33,11 @@ def allowed(history: int, count: int, vocab_size: int) -> list[int]:
     return sorted({(history * (2 * i + 3) + i) % vocab_size for i in range(count)})
 
 
+def chain_at(history: int, chain: int) -> int:
+    """How many ids are possible; with a negative number one of them in five of six places."""
+    return chain if chain >= 0 else 1 if history % 6 else -chain
+
+
 def bits(ids: Sequence[int], vocab_size: int) -> np.ndarray[Any, Any]:
     flags = np.zeros(-(-vocab_size // 32) * 32, dtype=np.uint8)
     flags[list(ids)] = 1
@@ -41,11 +46,13 @@ def bits(ids: Sequence[int], vocab_size: int) -> np.ndarray[Any, Any]:
 
 @dataclass(frozen=True)
 class ChainParams(ProcessorParams):
-    """chain: how many ids are possible. wrong: what goes wrong once `wrong_at` tokens were generated."""
+    """chain: how many ids are possible. ahead: how many tokens the state looks ahead for forced ones. wrong: what goes
+    wrong once `wrong_at` tokens were generated."""
 
     columns: ClassVar[Mapping[str, ColumnSpec]] = {"mask": ColumnSpec(dtype="int32", default=-1, op=StandardOp.BITMASK)}
 
     chain: int = 0
+    ahead: int = 0
     wrong: str = ""
     wrong_at: int = 0
 
@@ -71,10 +78,26 @@ class Chain(HostState):
 
     def columns(self, drafts: Sequence[int]) -> Any:
         histories = [hashed(drafts[:count], self.history) for count in range(1 + len(drafts))]
-        masks = np.stack([bits(allowed(h, self.params.chain, self.vocab_size), self.vocab_size) for h in histories])
-        if self.params.wrong not in ("", "feed") and self.length >= self.params.wrong_at:
+        counts = [chain_at(h, self.params.chain) for h in histories]
+        masks = np.stack(
+            [bits(allowed(*each, self.vocab_size), self.vocab_size) for each in zip(histories, counts, strict=True)]
+        )
+        if self.params.wrong not in ("", "feed", "forced", "lies", "outside") and self.length >= self.params.wrong_at:
             return self.wrong(masks)
         return {"mask": masks}
+
+    def forced(self) -> Sequence[int]:
+        wrong = self.params.wrong if self.length >= self.params.wrong_at else ""
+        if wrong == "forced":
+            raise ValueError("wrong in forced")
+        found, history = list[int](), self.history
+        while len(found) < self.params.ahead:
+            ids = allowed(history, chain_at(history, self.params.chain), self.vocab_size)
+            if len(ids) > 1:
+                break
+            found += [(ids[0] + (wrong == "lies")) % self.vocab_size]
+            history = hashed(ids, history)
+        return [self.vocab_size] * len(found) if wrong == "outside" else found
 
     def wrong(self, masks: np.ndarray[Any, Any]) -> Any:
         wrong: Mapping[str, Any] = {

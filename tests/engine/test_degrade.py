@@ -194,8 +194,8 @@ FAULTS: dict[str, Callable[[Patch], None]] = {
     "after the writes are sent": _in_every_third("buffers", "send", after=True),
     "after the gather": _in_every_third("buffers", "gather", after=True),
     "in the draw": _in_every_third("sampler", "sample", after=True),
-    "before the tokens are written": _in_every_third("kernels", "record", after=False),
-    "after the tokens are written": _in_every_third("kernels", "record", after=True),
+    "before the tokens are written": _in_every_third("kernels", "settle", after=False),
+    "after the tokens are written": _in_every_third("kernels", "settle", after=True),
 }
 
 

@@ -21,8 +21,9 @@ from nanoengine.testing.invariants import check_scheduler
 from nanoengine.testing.mock_model import reference_logits
 
 from . import chain_plugin
-from .chain_plugin import allowed, hashed
+from .chain_plugin import allowed, chain_at, hashed
 from .support import VOCAB, greedy, mock_llm, prompts, tokens_of
+from .test_drafts import with_drafts
 from .test_same_tokens import WAYS
 
 COUNT = 12
@@ -34,7 +35,7 @@ def chained(prompt: Sequence[int], count: int = COUNT, chain: int = 3) -> tuple[
     """The likeliest of the ids that the history allows, token by token."""
     tokens = list(prompt)
     for _ in range(count):
-        ids = allowed(hashed(tokens), chain, VOCAB)
+        ids = allowed(hashed(tokens), chain_at(hashed(tokens), chain), VOCAB)
         tokens.append(ids[int(reference_logits(tokens, VOCAB)[torch.tensor(ids)].argmax())])
     return tuple(tokens[len(prompt) :])
 
@@ -42,7 +43,7 @@ def chained(prompt: Sequence[int], count: int = COUNT, chain: int = 3) -> tuple[
 def follows(prompt: Sequence[int], output: Sequence[int], chain: int = 3) -> bool:
     tokens = list(prompt)
     for token in output:
-        if token not in allowed(hashed(tokens), chain, VOCAB):
+        if token not in allowed(hashed(tokens), chain_at(hashed(tokens), chain), VOCAB):
             return False
         tokens.append(token)
     return True
@@ -188,6 +189,55 @@ def test_stops_min_tokens_and_log_probs_go_with_it(tmp_path: Path) -> None:
     assert first[0][0][best] == first[1][0][best], "log-probs are those of the raw logits"
 
 
+# Forced tokens, and drafts
+
+JUMPS = CHAIN.replace(chain=-5, ahead=9, max_tokens=24)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("name", WAYS)
+def test_forced_tokens_come_in_one_row(tmp_path: Path, name: str, overlap: bool) -> None:
+    options, asked, happened = WAYS[name]
+    with chain_llm(tmp_path, **{"overlap": overlap, **options}) as llm:
+        plain = tokens_of(llm.generate(asked, JUMPS.replace(ahead=0), use_tqdm=False))
+        steps = llm.stats().steps
+        llm.reset_prefix_cache()
+        found = tokens_of(llm.generate(asked, JUMPS, use_tqdm=False))
+        stats = llm.stats()
+    assert found == plain == [chained(prompt, 24, -5) for prompt in asked]
+    assert happened(stats) or name == "batch 1", stats
+    assert stats.free_blocks == stats.num_blocks
+    if name in ("plain", "no overlap", "batch 1"):
+        assert stats.steps - steps < (0.8 if name == "batch 1" and not overlap else 1) * steps
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_forced_tokens_that_are_not_change_nothing(tmp_path: Path, n: int) -> None:
+    """A state that is wrong about them is asked for columns behind its guesses, and these are refused."""
+    asked = prompts(4, seed=3)
+    params = JUMPS.replace(temperature=1.0, seed=4, n=n)
+    found = []
+    with chain_llm(tmp_path) as llm:
+        for each in (params.replace(ahead=0), params, params.replace(wrong="lies"), params.replace(wrong="lies")):
+            outputs = llm.generate(asked, each, use_tqdm=False)
+            found.append([[sample.token_ids for sample in output.outputs] for output in outputs])
+    assert found[0] == found[1] == found[2] == found[3]
+
+
+@pytest.mark.parametrize("ahead", [0, 6])
+@pytest.mark.parametrize("accuracy", [0.0, 0.7, 1.0])
+def test_states_see_no_draft_that_is_refused(tmp_path: Path, accuracy: float, ahead: int) -> None:
+    asked = prompts(6, seed=4)
+    params = JUMPS.replace(ahead=ahead)
+    want = [chained(prompt, 24, -5) for prompt in asked]
+    with chain_llm(tmp_path) as llm:
+        oracle = with_drafts(llm, asked, want, tokens=4, accuracy=accuracy)
+        found = tokens_of(llm.generate(asked, params, use_tqdm=False))
+    assert found == want
+    assert oracle.drafted > 0
+    assert (oracle.accepted > 0) is (accuracy > 0), "forced tokens are no drafter's"
+
+
 # What goes wrong in a state
 
 
@@ -203,6 +253,8 @@ WRONG = {
     "large": "does not fit in int32",
     "column": "no column 'msak': did you mean 'mask'",
     "mapping": "raised AttributeError",
+    "forced": "forced() of logits processor 'chain' raised ValueError: wrong in forced",
+    "outside": "forced() of logits processor 'chain' raised ValueError: returned [97, ",
 }
 
 
@@ -213,7 +265,7 @@ def test_what_goes_wrong_in_a_state_ends_its_request_alone(
     tmp_path: Path, wrong: str, wrong_at: int, overlap: bool
 ) -> None:
     asked = prompts(3, seed=2)
-    bad = CHAIN.replace(wrong=wrong, wrong_at=wrong_at)
+    bad = CHAIN.replace(wrong=wrong, wrong_at=wrong_at, chain=1, ahead=3)
     with chain_llm(tmp_path, overlap=overlap) as llm:
         one, two, three = llm.generate(asked, [CHAIN, bad, SamplingParams(temperature=0, max_tokens=9)], use_tqdm=False)
         several = llm.generate([asked[1]], bad.replace(n=2, temperature=1.0), use_tqdm=False)[0]

@@ -294,7 +294,7 @@ def test_in_a_graph_without_waiting() -> None:
     slots.copy_(live)
     graph.replay()
     assert out.positions[:2].tolist() == before.num_computed[live[:2]].tolist()
-    step_inputs.record(before, live, start, tokens)
+    step_inputs.settle(before, live, start, tokens)
     for name in ("token_ids", "num_tokens", "num_computed"):
         assert torch.equal(getattr(state, name), getattr(before, name)), name
 

@@ -64,6 +64,10 @@ class GrammarState(HostState):
         known = [self.outputs + list(drafts[:count]) for count in range(1 + len(drafts))]
         return {"allowed": [grammar(self.prompt, outputs) for outputs in known]}
 
+    def forced(self) -> Sequence[int]:
+        """Mostly wrong: then its drafts are refused."""
+        return [(sum(self.outputs) + i) % VOCAB for i in range(len(self.outputs) % 5)]
+
 
 def grammar(prompt: Sequence[int], outputs: Sequence[int]) -> list[int]:
     return [sum(outputs) % 11, len(outputs), len(prompt)][: 1 + len(outputs) % 3]

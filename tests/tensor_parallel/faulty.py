@@ -56,14 +56,14 @@ class Faulty(MockModel):
             raise ValueError("no good start")
         self.shortage = Shortage()
         self._patch(SlotTables, "write", "writes", lambda tables, plan: plan.num_tokens)
-        self._patch(step_inputs, "record", "tail", lambda state, slots, *_: len(slots))
+        self._patch(step_inputs, "settle", "tail", lambda state, slots, *_, **__: len(slots))
 
     def _patch(self, owner: Any, name: str, place: str, count: Callable[..., int]) -> None:
         original = getattr(owner, name)
 
-        def checked(*args: Any) -> Any:
-            self.shortage.check(self.tp.rank, place, count(*args))
-            return original(*args)
+        def checked(*args: Any, **options: Any) -> Any:
+            self.shortage.check(self.tp.rank, place, count(*args, **options))
+            return original(*args, **options)
 
         if self.tp.size > 1:  # in a process of its own
             setattr(owner, name, checked)

@@ -30,7 +30,9 @@ from nanoengine.core.scheduling.policy import Policy, make_policy
 from nanoengine.core.scheduling.queues import Roster, refuse_misfit
 from nanoengine.core.scheduling.speculation import Speculation
 from nanoengine.core.step import StepPlan, StepResult, num_slots
+from nanoengine.params.speculation import MAX_DRAFTS
 
+LEAST_FORCED = 3  # tokens: for fewer it is not worth that a request misses a step before and behind their row
 Verdict = Literal["admitted", "waits", "no room", "failed"]  # "waits": for a hit that this very step computes
 
 
@@ -160,7 +162,7 @@ class Scheduler:
         if request.length >= request.max_len:  # ends by length once its token in flight is committed
             draft.ending += 1
         elif request.status is Status.RUNNING:  # and was not preempted by one before it
-            most = self._speculation.most(request) if self._speculation is not None and request.drafted else 0
+            most = self._most_drafts(request) if request.drafted or request.host_states else 0
             if most and self._is_in_flight(request):  # drafts follow a known token
                 return True
             if not draft.budget:
@@ -177,9 +179,21 @@ class Scheduler:
                     draft.book(request, num_new, drafts)
         return True
 
+    def _most_drafts(self, request: Request) -> int:
+        """How many drafts its next row may have: what its host states force, else what its drafter guesses. Not 0
+        behind a row in flight with drafts that were forced: the next row begins where that one ends."""
+        if request.jumps and request.num_in_flight > 1:
+            return 1
+        if len(request.forced) >= LEAST_FORCED and request.num_computed == request.length - 1:
+            return min(len(request.forced), MAX_DRAFTS)
+        return self._speculation.most(request) if self._speculation is not None and request.drafted else 0
+
     def _drafts(self, request: Request, num_new: int, most: int, draft: Draft) -> Sequence[int] | None:
         """At most so many, for a row of its next tokens. None: the drafter raised, and the request failed."""
         room = draft.room_for_drafts(request, num_new, most, self.blocks)
+        request.jumps = len(request.forced) >= LEAST_FORCED
+        if request.jumps:
+            return request.forced[:room]
         try:
             return self._speculation.propose(request, room) if self._speculation is not None and room else ()
         except BaseException as error:
@@ -360,8 +374,9 @@ class Scheduler:
         if self._speculation is not None and len(step.plan.drafts):
             drafts, counts = step.plan.drafts.tolist(), result.counts.tolist()
             for (request, _), drafted, count in zip(step.rows, drafts, counts, strict=True):
-                self._speculation.committed(request, drafted, max(0, count - 1))
-                self._stats.count_drafts(drafted, count - 1)
+                if not request.jumps:
+                    self._speculation.committed(request, drafted, max(0, count - 1))
+                    self._stats.count_drafts(drafted, count - 1)
         return updates
 
     def fail(self, steps: Sequence[ScheduledStep]) -> list[Request]:

@@ -74,7 +74,10 @@ class MockAttention(AttentionBackend):
     """
 
     capabilities = AttentionCapabilities(
-        devices=frozenset({"cpu", "cuda"}), dtypes=frozenset({"float32"}), graphs=GraphSupport.ALWAYS
+        devices=frozenset({"cpu", "cuda"}),
+        dtypes=frozenset({"float32"}),
+        graphs=GraphSupport.ALWAYS,
+        decode_queries=16,
     )
 
     @classmethod

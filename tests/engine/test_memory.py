@@ -38,7 +38,7 @@ def the_runner(llm: LLM) -> Any:
     return llm.engine._executor.runner  # type: ignore[attr-defined]
 
 
-def run_largest(llm: LLM, *, draws: bool, max_logprobs: int = 20) -> list[int]:
+def run_largest(llm: LLM, *, draws: bool, max_logprobs: int = 20, drafts: int = 0) -> list[int]:
     """The steps that size a GPU's cache; returns their tokens. They leave nothing behind."""
     its, sizes = the_runner(llm), []
 
@@ -46,8 +46,8 @@ def run_largest(llm: LLM, *, draws: bool, max_logprobs: int = 20) -> list[int]:
         sizes.append(plan.num_tokens)
         return its.launch(plan)
 
-    limits = its.buffers.limits
-    for run in largest_steps(launch, its.tables, its.sampler, limits, draws=draws, max_logprobs=max_logprobs):
+    limits, given = its.buffers.limits, {"draws": draws, "max_logprobs": max_logprobs, "drafts": drafts}
+    for run in largest_steps(launch, its.tables, its.sampler, limits, **given):
         run()
     tables = its.tables
     assert int(tables.num_tokens.abs().sum()) == int(tables.num_computed.abs().sum()) == 0
@@ -104,12 +104,15 @@ def test_a_model_of_one_position(tmp_path: Path) -> None:
 # -- what is measured --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("draws", "asked_for", "measured"), [(True, 20, 20), (False, 40, 40), (False, -1, VOCAB)])
+@pytest.mark.parametrize(
+    ("draws", "asked_for", "measured", "drafts"),
+    [(True, 20, 20, 0), (False, 40, 40, 0), (False, -1, VOCAB, 0), (True, 20, 20, 4), (False, 20, 20, 99)],
+)
 def test_the_largest_steps_fill_the_limits_and_leave_nothing_behind(
-    tmp_path: Path, draws: bool, asked_for: int, measured: int
+    tmp_path: Path, draws: bool, asked_for: int, measured: int, drafts: int
 ) -> None:
-    """As many log-probs as a request may ask for: of every row, and of a prompt; and histories. A plugin's processor
-    that would raise is not called."""
+    """As many log-probs as a request may ask for: of every row and draft, and of a prompt; and histories. A plugin's
+    processor that would raise is not called."""
     plugin = Path(__file__).parent / "processors_plugin.py"
     with mock_llm(tmp_path, plugins=[plugin], max_num_batched_tokens=700, max_num_seqs=8) as llm:
         seen: list[tuple[int, int]] = []
@@ -123,9 +126,10 @@ def test_the_largest_steps_fill_the_limits_and_leave_nothing_behind(
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sampling, "token_logprobs", logprobs)
-            sizes = run_largest(llm, draws=draws, max_logprobs=asked_for)
-        assert sizes == [511, 511, 8]
-        assert seen == [(128, measured), (8, measured)]
+            sizes = run_largest(llm, draws=draws, max_logprobs=asked_for, drafts=drafts)
+        drawn = {0: 8, 4: 40, 99: 700}[drafts]  # of 8 rows, within the budget of 700 tokens
+        assert sizes == [511, 511, drawn]
+        assert seen == [(128, measured), (drawn, measured)]
         asked = prompts(6)
         assert tokens_of(llm.generate(asked, GREEDY, use_tqdm=False)) == [greedy(p, 10) for p in asked]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from nanoengine.api.attention import BatchLimits, GraphSupport
+from nanoengine.api.attention import AttentionCapabilities, BatchLimits, GraphSupport
 from nanoengine.core.execution.graphs import CaptureSizes
 from nanoengine.core.execution.step_inputs import StepSize
 from nanoengine.params.engine_options import EngineOptions
@@ -33,18 +35,35 @@ def mixed_sizes(max_rows: int, max_tokens: int) -> tuple[StepSize, ...]:
     return tuple(size for size in sizes if size.tokens <= max_tokens)
 
 
+def draft_sizes(max_rows: int, max_tokens: int, drafts: int) -> tuple[StepSize, ...]:
+    """The steps of rows with up to `drafts` drafts each to capture: of so many rows as decode steps, up to
+    `max_tokens`. None without drafts."""
+    sizes = (replace(size, query_len=1 + drafts) for size in decode_sizes(max_rows) if drafts)
+    return tuple(size for size in sizes if size.tokens <= max_tokens)
+
+
 def capture_sizes(
-    options: EngineOptions, limits: BatchLimits, supported: GraphSupport, *, fused: bool, tail: bool
+    options: EngineOptions,
+    limits: BatchLimits,
+    backend: AttentionCapabilities,
+    *,
+    fused: bool,
+    tail: bool,
+    drafts: int = 0,
 ) -> CaptureSizes:
     """The steps to capture, for these options and what the attention backend supports.
 
-    `fused`: inputs are gathered by kernels that can pad tokens. `tail`: sampling can be captured too.
+    `fused`: inputs are gathered by kernels that can pad tokens. `tail`: sampling can be captured too. `drafts`: the
+    most that speculation gives a row; 0: it is off.
     """
-    if torch.device(options.device).type != "cuda" or options.enforce_eager or supported < GraphSupport.DECODE:
+    if torch.device(options.device).type != "cuda" or options.enforce_eager or backend.graphs < GraphSupport.DECODE:
         return CaptureSizes()
-    inputs = fused and supported >= GraphSupport.ALWAYS
-    mixed = mixed_sizes(limits.max_rows, limits.max_tokens) if inputs and options.graph_mixed_steps else ()
-    return CaptureSizes(decode_sizes(limits.max_rows) + mixed, inputs=inputs, tail=tail and options.fuse_sampling)
+    sizes, inputs = decode_sizes(limits.max_rows), fused and backend.graphs >= GraphSupport.ALWAYS
+    if inputs and drafts < backend.decode_queries:
+        sizes += draft_sizes(limits.max_rows, limits.max_tokens, drafts)
+    if inputs and options.graph_mixed_steps:
+        sizes += mixed_sizes(limits.max_rows, limits.max_tokens)
+    return CaptureSizes(sizes, inputs=inputs, tail=tail and options.fuse_sampling)
 
 
 def reserve_bytes(sizes: CaptureSizes, row_bytes: int, token_bytes: int) -> int:
@@ -53,5 +72,5 @@ def reserve_bytes(sizes: CaptureSizes, row_bytes: int, token_bytes: int) -> int:
     Each graph keeps its logits. All graphs share a memory pool of the size that the largest one needs.
     """
     tokens = max((size.tokens for size in sizes.sizes), default=0)
-    held = sum(size.rows for size in sizes.sizes) * row_bytes + tokens * token_bytes
+    held = sum(size.logits for size in sizes.sizes) * row_bytes + tokens * token_bytes
     return held + GRAPH_RESERVE_BYTES if sizes.sizes else 0

@@ -44,6 +44,26 @@ def with_prompt_logprobs(prefill: StepPlan, count: int) -> StepPlan:
     )
 
 
+def largest_draw(limits: BatchLimits, drafts: int) -> StepPlan:
+    """A decode step with the most draws: a token of each row and, behind it, so many drafts, as far as tokens go."""
+    drafts = min(drafts, limits.max_model_len - 1, limits.max_tokens - 1)
+    rows = min(limits.max_rows, limits.max_tokens // (1 + drafts))
+    plan = decode_plan(_slots(rows), 0)
+    if not drafts:
+        return plan
+    each = np.full(rows, drafts, dtype=np.int32)
+    draws = np.arange(rows * (1 + drafts), dtype=np.int32)
+    return replace(
+        plan,
+        query_lens=1 + each,
+        drafts=each,
+        logits_index=draws,
+        logits_rows=draws // np.int32(1 + drafts),
+        sampled=np.ones_like(draws, dtype=np.bool_),
+        prompt_logprobs=np.zeros_like(draws),
+    )
+
+
 def largest_steps(
     launch: Callable[[StepPlan], StepHandle],
     tables: SlotTables,
@@ -52,24 +72,27 @@ def largest_steps(
     *,
     draws: bool,
     max_logprobs: int,
+    drafts: int = 0,
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """Two functions to run: the largest prefill, and the largest sampling.
 
-    The largest sampling is the largest prefill with prompt log-probs, and a draw with log-probs for every row together
-    with the history that processors may need and their copies of the logits. Processors of plugins are not run: a
-    broken one must fail only the requests that use it.
+    The largest sampling is the largest prefill with prompt log-probs, and all draws of a decode step with log-probs
+    together with the history that processors may need and their copies of the logits. Processors of plugins are not
+    run: a broken one must fail only the requests that use it.
 
     Args:
         draws: rows use every standard operation instead of the arg-max.
         max_logprobs: the most log-probs that a request may ask for at a position; -1: those of the whole vocabulary.
+        drafts: the most that speculation gives a row; 0: it is off.
     """
     vocab_size, run = tables.limits.vocab_size, partial(_run, launch, tables)
     num_logprobs = vocab_size if max_logprobs < 0 else min(max_logprobs, vocab_size)
 
     def sampling() -> None:
         run(with_prompt_logprobs(largest_prefill(limits), num_logprobs))
-        with _asking(tables, sampler, num_logprobs, draws=draws), _history(tables, sampler, limits.max_rows):
-            run(decode_plan(_slots(limits.max_rows), 0))
+        plan = largest_draw(limits, drafts)
+        with _asking(tables, sampler, num_logprobs, draws=draws), _history(tables, sampler, len(plan.sampled)):
+            run(plan)
 
     return partial(run, largest_prefill(limits)), sampling
 
@@ -112,10 +135,10 @@ def _asking(tables: SlotTables, sampler: Sampler, num_logprobs: int, *, draws: b
 
 @contextmanager
 def _history(tables: SlotTables, sampler: Sampler, rows: int) -> Iterator[None]:
-    """A context that holds the history tables that processors need, and a step's rows of them."""
-    taken = [
-        tables.history(need)[:rows].clone() for need in sorted(sampler.needs & {Need.OUTPUT_COUNTS, Need.PROMPT_MASK})
-    ]
+    """A context that holds the history tables that processors need, and a step's draws, of so many rows."""
+    needs = sorted(sampler.needs & {Need.OUTPUT_COUNTS, Need.PROMPT_MASK})
+    slots = torch.arange(rows, device=tables.device) % tables.limits.max_slots
+    taken = [tables.history(need).index_select(0, slots) for need in needs]
     if sampler.needs:
         shape = (rows, tables.limits.vocab_size)
         taken += [torch.empty(shape, device=tables.device) for _ in range(_PROCESSOR_COPIES)]

@@ -81,6 +81,7 @@ class _Start:
         self.plan, self.asked, self.loader, self.tp, self.clock = plan, plan.options, loader, tp, clock
         self.device = torch.device(plan.options.device)
         self.dtype: torch.dtype = getattr(torch, plan.options.dtype)
+        self.drafts = plan.speculation.tokens if plan.speculation else 0  # of a row, at the most
         self.dequantised: Dequantised | None = None
         self.layers: Sequence[Sequence[Attention]] = ()
         self.backends: Sequence[AttentionBackend] = ()
@@ -178,8 +179,8 @@ class _Start:
         built.step.real = RealTokens(buffers.out.slot_mapping[0], limits.block_size)
         kernels = self.fused and options.fuse_sampling
         sampler = Sampler(processors.working, vocab_size, fuse=options.fuse_sampling, kernels=kernels)
-        supported = self.backend_class.capabilities.graphs
-        sizes = capture_sizes(options, limits, supported, fused=self.fused, tail=self.fused)
+        capabilities, fused = self.backend_class.capabilities, self.fused
+        sizes = capture_sizes(options, limits, capabilities, fused=fused, tail=fused, drafts=self.drafts)
         return ModelRunner(
             device=self.device,
             tp=self.tp,
@@ -237,8 +238,9 @@ class _Start:
         limits, options = batch_limits(self.plan.options), self.plan.options
         draws = not (self.fused and options.fuse_sampling)  # the kernels need almost no memory, and would be compiled
         peaks = largest_steps(
-            runner.launch, runner.tables, runner.sampler, limits, draws=draws, max_logprobs=options.max_logprobs
-        )
+            runner.launch, runner.tables, runner.sampler, limits, draws=draws, max_logprobs=options.max_logprobs,
+            drafts=self.drafts,
+        )  # fmt: skip
         prefill, sampling = (peak_bytes(self.device, run) for run in peaks)
         for backend in self.backends:
             release(backend)

@@ -156,6 +156,8 @@ def skinny_tile(rows: int, outputs: int, k: int, *, gated: bool, itemsize: int) 
             return SkinnyTile(64, 256, 32, warps=8, stages=3, splits=splits)
         if splits > 1:
             return SkinnyTile(64, 128, 32, warps=4, stages=5, splits=splits)
+    if k <= _SMALL_K and outputs > 1 << 16 and (rows <= 8 or rows > 32):  # an output layer: many waves of programs
+        return SkinnyTile(32, 128, 8, warps=2, stages=7) if rows <= 8 else SkinnyTile(128, 64, 64, warps=4, stages=3)
     stages = 7 if rows <= 32 else 5  # as many as shared memory holds
     return SkinnyTile(64, 128, max(16, block_t), warps=4, stages=stages, splits=_parts(tiles, k))
 

@@ -61,7 +61,7 @@ def prefetch_keys(
     """Asks for K or V of AHEAD keys from `begin` on, one request a 128-byte line, to be in L2 soon."""
     line: tl.constexpr = 128 // (cache.dtype.element_ty.primitive_bitwidth // 8)
     keys = begin + tl.arange(0, AHEAD)
-    block = tl.load(table + keys // BLOCK_SIZE, mask=keys < end, other=0, cache_modifier=".cg").to(tl.int64)
+    block = tl.load(table + keys // BLOCK_SIZE, mask=keys < end, other=0).to(tl.int64)
     at = ((block * KV_HEADS + kv_head) * BLOCK_SIZE + keys % BLOCK_SIZE) * D
     for first in tl.static_range(0, D, line):
         ptrs = (cache + at + first).to(tl.int64)
@@ -168,10 +168,11 @@ def _decode(
     split = tl.program_id(2)  # slowest, so that programs without work start behind those with
     if FUSED:
         release_dependents(PDL)
-    # Lengths and tables are complete before a step's first layer starts (`embedding_triton`): they may be read before
-    # the wait, past this multiprocessor's own L1 (.cg). So may what lies in the cache be asked for, but not used: the
-    # newest key is on its way.
-    length = tl.load(seq_lens + row, cache_modifier=".cg")
+    # Lengths and tables are complete before a step's first layer starts (`embedding_triton`), and every multiprocessor
+    # has waited since it read those of the step before: they may be read before the wait, L1 included (past L1 a layer
+    # took 0.5 us longer at 8 rows). So may what lies in the cache be asked for, but not used: the newest key is on its
+    # way.
+    length = tl.load(seq_lens + row)
     first = 0
     if WINDOW > 0:
         first = tl.maximum(length - WINDOW, 0) // TILE * TILE
@@ -200,7 +201,7 @@ def _decode(
         h, e = tl.arange(0, GROUP_P2)[:, None], d[None, :]
         each = h * 0 + e
         one, swap = (h < GROUP) & (e < D), tl.where(each < D // 2, each + D // 2, each - D // 2)
-        slot = tl.load(slots + row, cache_modifier=".cg")
+        slot = tl.load(slots + row)
         angle = (length - 1).to(tl.float32) * tl.load(inv_freq + each % (D // 2), mask=one, other=0.0)
         cos, sin = tl.cos(angle), tl.where(each < D // 2, -1.0, 1.0) * tl.sin(angle)
         weight, swapped_weight, new_weight, new_swapped_weight = 0.0, 0.0, 0.0, 0.0
@@ -212,9 +213,7 @@ def _decode(
     if HELD:
         held_keys = begin + near
         held_seen = held_keys < end
-        held_block = tl.load(table + held_keys // BLOCK_SIZE, mask=held_seen, other=0, cache_modifier=".cg").to(
-            tl.int64
-        )
+        held_block = tl.load(table + held_keys // BLOCK_SIZE, mask=held_seen, other=0).to(tl.int64)
         held_at = ((held_block.to(tl.int64) * KV_HEADS + kv_head) * head_size + held_keys % BLOCK_SIZE * D)[
             :, None
         ] + d[None, :]

@@ -9,8 +9,9 @@ early each kernel lets the next one start. Kernels launched plainly (cuBLAS, tor
 they start when everything before them is complete. What changes weights must be followed by at least one plain kernel.
 
 One exception: a kernel that lets the next one start behind its own wait thereby says that everything before itself is
-complete. All that follow may read that before their waits, past this multiprocessor's cache (`.cg`). So do the kernels
-of a step's inputs and the embedding: what the host sends, and what is gathered, is complete before the first layer.
+complete. All that follow may read that before their waits, past this multiprocessor's cache (`.cg`) if an older value
+was read a kernel or two ago. So do the kernels of a step's inputs and the embedding: what the host sends, and what is
+gathered, is complete before the first layer.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls

@@ -76,10 +76,15 @@ class Watch:
         return state if tail is None or not rows else [*state, tail._tokens[:rows], tail._failed[:rows]]
 
     def _tail(self, size: StepSize, kind: int, before: list[Tensor]) -> None:
-        """The tables of all real slots, and what was drawn."""
+        """The tables of all real slots, and what was drawn for real rows."""
+        real = self.runner.graphs.gathered[size].rows.slots != self.runner.tables.dummy_slot
 
         def outcome() -> list[Tensor]:
-            return [each.clone() for each in self._state(size.rows)]
+            state = self._state(size.rows)
+            return [
+                *(each[: self.runner.tables.dummy_slot].clone() for each in state[:3]),
+                *(e[real] for e in state[3:]),
+            ]
 
         def put_back() -> None:
             for each, old in zip(self._state(0), before, strict=True):
@@ -94,11 +99,7 @@ class Watch:
         if size.prefill_tokens:  # the tail alone, from the graph's logits
             self._replay(size)
         self._again(size, kind)
-        eager = outcome()
-        real = slice(0, self.runner.tables.dummy_slot)
-        for tables in (graph, eager):
-            tables[:3] = [each[real] for each in tables[:3]]
-        self._note("mixed tail" if size.prefill_tokens else "tail", graph, eager)
+        self._note("mixed tail" if size.prefill_tokens else "tail", graph, outcome())
 
 
 def churn(llm: LLM) -> None:

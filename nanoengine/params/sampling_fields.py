@@ -28,7 +28,6 @@ NOT_SUPPORTED: Mapping[str, str] = {
     "use_beam_search": "there is no beam search",
     "length_penalty": "there is no beam search",
     "early_stopping": "there is no beam search",
-    "structured_outputs": "the logits processor of that name is not installed",
     "guided_decoding": "use structured_outputs=StructuredOutputsParams(...)",
     "logits_processors": "write a logits processor plugin (docs/plugin-api.md)",
     "extra_args": "give the parameters of a logits processor as keywords",

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import operator
 import random
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from nanoengine.api import DrafterContext, DrafterSpec, DraftSample, DraftState, HostDrafter
+from nanoengine.api import DrafterContext, DrafterSpec, DraftSample, DraftState, HostDrafter, hookimpl
 from nanoengine.api.specs import Origin
-from nanoengine.setup.plugins.discover import Registered, Registry
+from nanoengine.setup.plugins.discover import Registered, Registry, discover
 from nanoengine.setup.plugins.speculation import choose_speculation, make_drafter
 from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.plugins.validation import check_spec
@@ -47,6 +50,7 @@ def check_drafter(
             kit.check_drafts()
             kit.check_feeding()
             kit.check_samples()
+            _check_engine(spec, values, vocab_size)
 
 
 def _texts(vocab_size: int) -> Iterator[Text]:
@@ -68,6 +72,32 @@ def _make(spec: DrafterSpec, values: Mapping[str, Any], vocab_size: int, device:
     loader = TargetLoader(local={plan.params_target: spec.params})
     ctx = DrafterContext(tokens=_TOKENS, vocab_size=vocab_size, max_model_len=256, max_slots=8, device=device)
     return make_drafter(plan, loader, ctx)
+
+
+def _check_engine(spec: DrafterSpec, values: Mapping[str, Any], vocab_size: int) -> None:
+    """Runs requests on the mock model, with and without drafts: tokens must be equal."""
+    from nanoengine import LLM, SamplingParams
+    from nanoengine.testing import mock_model
+
+    found = discover().drafters.get(spec.name)
+    own = [] if found and found.spec == spec else [SimpleNamespace(register_drafters=hookimpl(lambda: [spec]))]
+    prompts = [[7 + i, 1, 2 + i] for i in range(4)]
+    params = [
+        SamplingParams(max_tokens=24, seed=i, temperature=i % 2, ignore_eos=True, allowed_token_ids=[1, 2, 3])
+        for i in range(4)
+    ]
+    options: dict[str, Any] = {"load_format": "dummy", "num_gpu_blocks_override": 64, "device": "cpu"}
+    said = []
+    with tempfile.TemporaryDirectory() as folder, during("in the engine"):
+        path = mock_model.write_mock_checkpoint(Path(folder), vocab_size=vocab_size, max_position_embeddings=64)
+        for speculation in (None, {"method": spec.name, "tokens": _TOKENS, "min_acceptance": 0.0, **values}):
+            plugins = [mock_model, *own]
+            with LLM(path, attention="mock", plugins=plugins, speculation=speculation, **options) as llm:
+                outputs = llm.generate([*prompts, *prompts], [*params, *params], use_tqdm=False)
+            for output in outputs:
+                require(output.error is None, f"the request failed: {output.error}")
+            said.append([output.outputs[0].token_ids for output in outputs])
+    require(said[0] == said[1], "tokens are different with drafts: the engine's mistake, please report it")
 
 
 @dataclass

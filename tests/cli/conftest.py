@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -16,6 +15,7 @@ from typer.testing import CliRunner, Result
 from nanoengine.api.errors import RequestError
 from nanoengine.cli.app import app
 from nanoengine.core.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from nanoengine.core.scheduling.messages import EngineStats
 from nanoengine.params.sampling_params import SamplingParams
 from nanoengine.setup.config.config import RunConfig
 from nanoengine.setup.start.clock import StartClock, StartReport
@@ -100,7 +100,7 @@ class FakeLLM:
         return [1, *range(10, 10 + sum(len(m["content"].split()) for m in messages)), 2]
 
     def stats(self) -> Any:
-        return SimpleNamespace(running=1, waiting=len(self.engine.waiting), steps=self.engine.steps, steps_broken=0)
+        return EngineStats(running=1, waiting=len(self.engine.waiting), steps=self.engine.steps)
 
     def __enter__(self) -> FakeLLM:
         return self

@@ -221,7 +221,7 @@ def test_a_file_that_may_grow_no_more_keeps_whole_rows(
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     many = f"prompts=[{', '.join('word ' * n for n in range(1, 19))}]"
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))  # the record fits
         result = nanoengine("run", config, many)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

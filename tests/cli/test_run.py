@@ -16,6 +16,7 @@ from typer.testing import Result
 from nanoengine.api.errors import ModelSourceError
 from nanoengine.cli.common import ResultsLost
 from nanoengine.cli.results import ResultsFile
+from nanoengine.core.scheduling.messages import EngineStats
 
 Run = Callable[..., Result]
 Rows = Callable[[], list[dict[str, Any]]]
@@ -144,7 +145,7 @@ def test_each_row_is_on_disk_before_the_next_prompt(
 
     def stats(self: Any) -> Any:  # asked between steps
         seen.append(len(rows()))
-        return type("S", (), {"running": 0, "waiting": 0, "steps": 0, "steps_broken": 0})
+        return EngineStats()
 
     monkeypatch.setattr(fake, "stats", stats)
     monkeypatch.setattr("nanoengine.cli.run._STATE_SECONDS", -1.0)

@@ -125,6 +125,49 @@ class MaskProcessor(LogitsProcessor):
         return mask_bits_(logits, rows.column("mask"), rows.vocab_start)
 
 
+@dataclass(frozen=True)
+class PairParams(ProcessorParams):
+    """Forbids two ids: `pair`, or with `pair_walks` those behind the newest token."""
+
+    columns: ClassVar[Mapping[str, ColumnSpec]] = {"ids": ColumnSpec(dtype="int32", default=-1, width=2)}
+
+    pair: tuple[int, int] = (-1, -1)
+    pair_walks: bool = False
+
+    def pack(self, ctx: Any) -> Mapping[str, Any]:
+        return {"ids": self.pair}
+
+    def start(self, prompt_token_ids: Sequence[int], ctx: Any) -> HostState | None:
+        return PairState(prompt_token_ids[-1], ctx.vocab_size) if self.pair_walks else None
+
+
+class PairState(HostState):
+    def __init__(self, newest: int, vocab_size: int) -> None:
+        self.newest, self.vocab_size = newest, vocab_size
+
+    def feed(self, token_ids: Sequence[int]) -> None:
+        self.newest = token_ids[-1]
+
+    def columns(self, drafts: Sequence[int]) -> Mapping[str, Any]:
+        return {"ids": [pair_behind(token, self.vocab_size) for token in (self.newest, *drafts)]}
+
+
+def pair_behind(token: int, vocab_size: int) -> tuple[int, int]:
+    return (token + 1) % vocab_size, (token * 3) % vocab_size
+
+
+class Pair(LogitsProcessor):
+    phase = Phase.MASK
+
+    def apply(self, logits: Any, rows: Any) -> Any:
+        ids = rows.column("ids")
+        kept = logits.gather(1, ids.clamp(min=0).long())
+        return logits.scatter(1, ids.clamp(min=0).long(), kept.masked_fill(ids >= 0, float("-inf")))
+
+
 @hookimpl
 def register_samplers() -> list[SamplerSpec]:
-    return [SamplerSpec(name="chain", params=ChainParams, target=f"{__name__}:MaskProcessor", api=API_VERSION)]
+    return [
+        SamplerSpec(name="chain", params=ChainParams, target=f"{__name__}:MaskProcessor", api=API_VERSION),
+        SamplerSpec(name="pair", params=PairParams, target=f"{__name__}:Pair", api=API_VERSION),
+    ]

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +36,7 @@ from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.plugins.validation import check_spec
 from nanoengine.setup.start.processors import build_processors
 from nanoengine.testing.conformance.failure import ConformanceError, during, require, require_close
+from nanoengine.testing.conformance.host_state import check_state
 from nanoengine.testing.conformance.processor_rows import Batch, Row, columns_of
 
 _MAX_LEN = 32
@@ -80,6 +82,7 @@ def check_processor(
         _check_params(spec.params, examples)
         resolver = ParamsResolver([(spec.name, spec.params)], _Vocabulary(vocab_size), frozenset())
         _check_refused(resolver, refused)
+        _check_states(resolver, examples, vocab_size)
         processor = _make(spec, vocab_size, "cpu")
         batch = _batch(spec, resolver, examples, vocab_size)
         out = _check_apply(processor, batch, examples)
@@ -127,6 +130,14 @@ def _check_refused(resolver: ParamsResolver, refused: Sequence[Mapping[str, Any]
         except ParamsError:
             continue
         require(False, f"{_shown(values)} was not rejected: raise ParamsError in __post_init__ or in pack()")
+
+
+def _check_states(resolver: ParamsResolver, examples: Sequence[Mapping[str, Any]], vocab_size: int) -> None:
+    for example in examples:
+        (processor,) = resolver.resolve(SamplingParams(**example)).processors
+        make: Any = partial(processor.params.start, [3, 1, 4, 1, 5], resolver.ctx)
+        if make() is not None:
+            check_state(processor, make, vocab_size)
 
 
 def _make(spec: SamplerSpec, vocab_size: int, device: str) -> LogitsProcessor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engine.test_drafts import Oracle
 
 from nanoengine import LLM, ParamsError, RequestOutput, SamplingParams, StructuredOutputsParams, TokenizerMissing
 from nanoengine.api import Constraint, Grammar, GrammarSpec, Matcher, hookimpl
@@ -105,6 +106,46 @@ def test_the_same_tokens_in_every_way_of_running(
         if "overlap" in options:
             assert llm.stats().prefix_hit_tokens > 0
         assert llm.stats().grammars.compiled_in_steps == 0
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_same_tokens_with_drafts(
+    tmp_path: Path, expected: list[list[tuple[int, ...]]], accuracy: float, overlap: bool
+) -> None:
+    """Right and wrong drafts, some of which the grammar refuses: none changes a token."""
+    with grammar_llm(tmp_path, positions=200, overlap=overlap) as llm:
+        known = {
+            ((*[7] * 9, i), sample): tokens
+            for i, samples in enumerate(expected)
+            for sample, tokens in enumerate(samples)
+        }
+        oracle = Oracle(known, 4, accuracy)
+        llm.engine.scheduler._speculation = oracle  # type: ignore[assignment]
+        assert mixed(llm) == expected
+        assert oracle.drafted > 100
+        assert (oracle.accepted > 20) == (accuracy > 0.5)
+
+
+@pytest.mark.parametrize("method", ["ngram", "suffix"])
+def test_the_same_tokens_with_a_drafter(tmp_path: Path, expected: list[list[tuple[int, ...]]], method: str) -> None:
+    with grammar_llm(tmp_path, positions=200, speculation={"method": method, "tokens": 3}) as llm:
+        assert mixed(llm) == expected
+
+
+def test_tokens_that_are_the_only_possible_ones_take_no_step(llm: LLM) -> None:
+    """The text of this constant is longer than the steps that it takes, and still the likeliest allowed tokens."""
+    schema = {"const": {"kind": "ping", "to": ["a", "b"], "text": "all of this is forced"}}
+    before = llm.stats().steps
+    given = params({"json": schema, "disable_any_whitespace": True})
+    (output,) = llm.generate([[1, 2]], given)
+    sample = output.outputs[0]
+    assert json.loads(sample.text) == schema["const"]
+    assert sample.finish_reason == "stop"
+    steps = llm.stats().steps - before
+    assert steps < len(sample.token_ids) / 2
+    grammar = backend().compile(Constraint(kind="json", text=json.dumps(schema), any_whitespace=False))
+    assert sample.token_ids == greedy([1, 2], grammar, END_ID, 300)
 
 
 @pytest.mark.slow

@@ -438,13 +438,18 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
             max_logprobs=options.max_logprobs,
             engine_options=EngineOptions.__dataclass_fields__,
         )
+        outputs = OutputProcessor(tokenizer)
         engine = Engine(
             partial(_scheduler, assembly, memory),
             executor,
             InputProcessor(
-                resolver, lambda text: _need(tokenizer).encode(text), assembly.vocab_size, options.max_model_len
+                resolver,
+                lambda text: _need(tokenizer).encode(text),
+                outputs.detokenizer,
+                assembly.vocab_size,
+                options.max_model_len,
             ),
-            OutputProcessor(tokenizer),
+            outputs,
             preparations,
             seed=options.seed,
             overlap=options.overlap,

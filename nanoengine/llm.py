@@ -27,6 +27,7 @@ from nanoengine.observe.progress import Progress, note
 from nanoengine.observe.steps import Observer, add_observer, remove_observer
 from nanoengine.params.arguments import (
     ChatOptions,
+    GivenPrompt,
     Prompt,
     check_params,
     check_priority,
@@ -185,7 +186,9 @@ class LLM:
         """Generate for each prompt; outputs in input order.
 
         Args:
-            prompts: one or several of: text, token ids, {"prompt": text}, {"prompt_token_ids": ids}.
+            prompts: one or several of: text, token ids, {"prompt": text}, {"prompt_token_ids": ids}. With
+                "generated_token_ids" in a dict the request goes on behind these tokens of its output (of each sample,
+                where n > 1), as `generated` of `Engine.add_request` says.
             params: for all, or one each; None: the model's generation_config, or the configuration's `sampler`.
             priority: for all, or one each; lower runs first. It takes effect with scheduling_policy "priority".
             sampling_params: vLLM's name of `params`.
@@ -222,17 +225,17 @@ class LLM:
         prompts = [self._render(c, variables) for c in conversations]
         return self._run(prompts, one_name(params, sampling_params), None, use_tqdm)
 
-    def _render(self, messages: Any, options: Mapping[str, Any]) -> tuple[Any, str | None]:
-        """(token ids, text) of a conversation; (error, None) where it cannot be rendered: the engine refuses that."""
+    def _render(self, messages: Any, options: Mapping[str, Any]) -> GivenPrompt:
+        """Token ids and text of a conversation; an error where it cannot be rendered: the engine refuses that."""
         tokenizer = self._built.need_tokenizer()
         try:
-            return tokenizer.chat(messages, **options)
+            return GivenPrompt(*tokenizer.chat(messages, **options))
         except RequestError as error:
-            return error, None
+            return GivenPrompt(error)
         except BaseException as error:  # a message may be of a class that raises anything
             if isinstance(error, NanoEngineError) or not is_failure(error):
                 raise
-            return RequestError("invalid_prompt", f"reading the messages raised {described(error)}"), None
+            return GivenPrompt(RequestError("invalid_prompt", f"reading the messages raised {described(error)}"))
 
     def chat_prompt(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> list[int]:
         """Token ids of a conversation under the model's chat template. `options`: see `ChatOptions`.
@@ -306,9 +309,7 @@ class LLM:
             for prompt in each
         ]
 
-    def _run(
-        self, prompts: Sequence[tuple[Any, str | None]], params: Any, priority: Any, use_tqdm: bool
-    ) -> list[RequestOutput]:
+    def _run(self, prompts: Sequence[GivenPrompt], params: Any, priority: Any, use_tqdm: bool) -> list[RequestOutput]:
         each_params = one_each(self.default_params if params is None else params, len(prompts), "params")
         each_priority = one_each(priority, len(prompts), "priority")
         for given, level in zip(each_params, each_priority, strict=True):
@@ -322,7 +323,7 @@ class LLM:
                 if len(first_use) == 1:
                     raise
                 raise ParamsError(f"params[{index}]: {error}") from error
-        if any(type(prompt) is str for prompt, _ in prompts):
+        if any(type(each.prompt) is str for each in prompts):
             self._built.need_tokenizer()
         done: dict[str, RequestOutput] = {}
         ids = [self._next_id() for _ in prompts]
@@ -335,10 +336,11 @@ class LLM:
                 bar.update()
 
             try:
-                for i, (prompt, text) in enumerate(prompts):
+                for i, (prompt, text, generated) in enumerate(prompts):
                     self.engine.add_request(
-                        ids[i], prompt, each_params[i], each_priority[i], prompt_text=text, final_only=True, sink=sink
-                    )
+                        ids[i], prompt, each_params[i], each_priority[i], prompt_text=text, generated=generated,
+                        final_only=True, sink=sink,
+                    )  # fmt: skip
                     tokens += len(prompt) if type(prompt) in (list, tuple) else 0
                     if tokens >= config.max_num_batched_tokens and config.policy == "fcfs":
                         self.engine.keep_busy()  # a full step; adding some thousand requests takes a while

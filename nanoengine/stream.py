@@ -45,8 +45,10 @@ class Stream(Iterator[RequestOutput]):
         self._engine, self._box = engine, _Mailbox()
         self._ended = False
         self.request_id = request_id
-        given, text = split_prompt(prompt)
-        engine.add_request(request_id, given, params, priority, prompt_text=text, sink=self._box.put)
+        given, text, generated = split_prompt(prompt)
+        engine.add_request(
+            request_id, given, params, priority, prompt_text=text, generated=generated, sink=self._box.put
+        )
 
     def __next__(self) -> RequestOutput:
         try:

@@ -153,13 +153,13 @@ class RequestError(NanoEngineError):
     `generate` does not raise it: it is the `RequestOutput.error` of that request.
 
     Attributes:
-        code: a fixed word for programs: "too_long", "does_not_fit", "invalid_prompt", "duplicate_id",
-            "not_supported", "bad_logits", "nothing_left", "processor_failed", "drafter_failed", "step_failed",
-            "out_of_memory", "interrupted", "worker_failed", "text_failed" (its tokens could not be decoded),
-            "invalid_grammar" (a schema, regular expression or grammar that is wrong or not supported), "grammar_failed"
-            (the tokens and the grammar of the output do not fit), "prepare_failed" and "prepare_timeout" (the work
-            before the request can start), "engine_failed" (the engine's own code raised an error, which is a bug of the
-            engine).
+        code: a fixed word for programs: "too_long", "does_not_fit", "invalid_prompt", "invalid_generated" (the output
+            tokens that it begins with), "already_ended" (they end it), "duplicate_id", "not_supported", "bad_logits",
+            "nothing_left", "processor_failed", "drafter_failed", "step_failed", "out_of_memory", "interrupted",
+            "worker_failed", "text_failed" (its tokens could not be decoded), "invalid_grammar" (a schema, regular
+            expression or grammar that is wrong or not supported), "grammar_failed" (the tokens and the grammar of the
+            output do not fit), "prepare_failed" and "prepare_timeout" (the work before the request can start),
+            "engine_failed" (the engine's own code raised an error, which is a bug of the engine).
     """
 
     def __init__(self, code: str, message: str) -> None:

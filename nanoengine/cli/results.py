@@ -57,7 +57,7 @@ def _sample(sample: CompletionOutput) -> dict[str, Any]:
     }
     if sample.logprobs is not None:
         found["cumulative_logprob"] = _number(sample.cumulative_logprob)
-        found["logprobs"] = [_logprobs(each) for each in sample.logprobs]
+        found["logprobs"] = [None if each is None else _logprobs(each) for each in sample.logprobs]
     return found
 
 

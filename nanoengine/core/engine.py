@@ -34,6 +34,7 @@ from nanoengine.core.host_states import start_states, supplied_columns
 from nanoengine.core.outputs import OutputProcessor, RequestOutput, RequestState
 from nanoengine.core.scheduling.messages import ScheduledStep, Update
 from nanoengine.core.scheduling.scheduler import Scheduler
+from nanoengine.params.generated import Generated
 from nanoengine.params.input_processor import InputProcessor
 from nanoengine.params.preparation import Preparations
 from nanoengine.params.sampling_params import SamplingParams
@@ -76,6 +77,7 @@ class Engine:
         priority: int | None = None,
         *,
         prompt_text: str | None = None,
+        generated: Generated = (),
         final_only: bool = False,
         sink: Callable[[RequestOutput], None] | None = None,
     ) -> None:
@@ -86,17 +88,19 @@ class Engine:
             prompt: text, or token ids.
             priority: lower runs first (scheduling_policy "priority"); default: that of the parameters.
             prompt_text: what `RequestOutput.prompt` shows when ids are given; valid Unicode.
+            generated: output tokens of an earlier run that this one continues; with n > 1 a list for each sample. Its
+                parameters must be the same, with the seed of the earlier `RequestOutput`.
             final_only: one output, at the end, instead of one a step.
             sink: is called with this request's outputs, which `step()` then does not return. If it raises, that is
                 logged and this request is aborted; nothing else is affected.
 
         Raises:
             ParamsError, TokenizerMissing, EngineClosed, RequestError("duplicate_id"). A prompt that cannot be run
-            raises nothing: its output has an error.
+            raises nothing: its output has an error; so if its generated tokens end it already.
         """
         self.check_open()
-        given = self._inputs.process(request_id, prompt, params, priority, prompt_text)
-        state = RequestState(given, time.monotonic(), final_only, sink)
+        given = self._inputs.process(request_id, prompt, params, priority, prompt_text, generated)
+        state = RequestState(given, time.monotonic(), final_only, sink, self._seed)
         if given.error is None:
             state.hash_prompt(self.scheduler.blocks.hashes_of)  # on the caller's thread: a long prompt takes a while
         self._requests.add(state, self._inputs.preparations(given))
@@ -165,7 +169,7 @@ class Engine:
             if self._watch is not None:
                 self._watch.launched(step, self.scheduler, scheduling, launching)
             self._mid_update = False
-            for request, _ in step.rows[step.plan.num_decode_rows :]:  # a request's first row is a prefill row
+            for request, _ in step.rows if step.admitted else ():
                 state = self._requests.known.get(request.parent)
                 if state is not None and state.first_scheduled is None:  # None: a sibling's processor just failed it
                     state.first_scheduled = launching
@@ -320,14 +324,12 @@ class Engine:
         """Give the request's samples to the scheduler. Raises what is wrong with the request."""
         if state.given.error is not None:
             raise state.given.error
-        for request in state.requests(self._seed):
-            start_states(request, self._inputs.ctx)
-            self.scheduler.add(request)
-            try:
-                self._outputs.add_sample(state, request)
-            except BaseException:  # a tokenizer's; `_end_request` does not see this sample
-                self.scheduler.abort(request)
-                raise
+        for request, begun in state.requests():
+            sample = self._outputs.make_sample(request, begun)
+            if begun.finish_reason is None:
+                start_states(request, self._inputs.ctx)
+                self.scheduler.add(request)
+            state.samples.append(sample)  # which `_end_request` takes from the scheduler
 
     def _start_over(self) -> None:
         """After an interrupt in the middle of an update: a fresh scheduler. All requests so far fail."""

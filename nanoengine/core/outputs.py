@@ -12,8 +12,10 @@ from nanoengine.api.errors import RequestError, is_failure, text_failure
 from nanoengine.core.request import Request, int32_bytes, request_seed
 from nanoengine.core.scheduling.messages import Update
 from nanoengine.core.step import ROW_BAD_LOGITS, LogprobRows
+from nanoengine.params.generated import NOTHING, Beginning
 from nanoengine.params.input_processor import CheckedRequest
 from nanoengine.params.preparation import Task
+from nanoengine.params.sampling_params import ResolvedParams
 from nanoengine.text import IncrementalDetokenizer, Tokenizer
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -32,7 +34,7 @@ class Logprob:
 class RequestMetrics:
     """Seconds on the monotonic clock. `arrival`: when added; others None until they happen.
 
-    num_generated: tokens of all samples. longest: of the sample that has the most.
+    num_generated: tokens of all samples, without those that they began with. longest: of the sample that has the most.
     ttft: arrival to first token. itl: mean time between the tokens of that longest sample.
     """
 
@@ -84,7 +86,14 @@ def copy_when_read(output: _CopiedWhenRead, fields: Mapping[str, list[Any]]) -> 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionOutput(_CopiedWhenRead):
-    """One sample of a request. `stop_reason`: the stop string or stop token id that ended it; None for EOS."""
+    """One sample of a request.
+
+    Attributes:
+        text, token_ids: all so far. They begin with `num_given_chars` characters and `num_given_tokens` tokens that the
+            request began with (`generated`).
+        stop_reason: the stop string or stop token id that ended it; None for EOS.
+        logprobs: of each token; None for a given one. cumulative_logprob: of the others.
+    """
 
     index: int
     text: str
@@ -92,12 +101,17 @@ class CompletionOutput(_CopiedWhenRead):
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     cumulative_logprob: float | None = None
-    logprobs: tuple[dict[int, Logprob], ...] | None = None
+    logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
+    num_given_tokens: int = 0
+    num_given_chars: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
-    """What a request has so far: cumulative, not a delta. If it was refused or failed: `error`, and no `outputs`."""
+    """What a request has so far: cumulative, not a delta. If it was refused or failed: `error`, and no `outputs`.
+
+    `seed`: of its draws; that of the parameters, or else one that the engine made. None if it was refused.
+    """
 
     request_id: str
     prompt: str | None
@@ -107,6 +121,7 @@ class RequestOutput:
     metrics: RequestMetrics
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
     num_cached_tokens: int = 0
+    seed: int | None = None
     error: RequestError | None = None
 
 
@@ -121,14 +136,17 @@ class SampleState:
 
     Attributes:
         token_ids: without those of an update that come after a stop string.
+        num_given, given_chars: tokens that it began with, and characters of their text.
         decode_at: below so many tokens, new ones are only kept; their text is decoded later.
         ended: the output of a sample that has ended.
     """
 
     request: Request
     detokenizer: IncrementalDetokenizer | None
-    logprobs: list[Logprobs] | None
+    logprobs: list[Logprobs | None] | None
     token_ids: list[int] = field(default_factory=list)
+    num_given: int = 0
+    given_chars: int = 0
     decode_at: int = 0
     cumulative_logprob: float = 0.0
     finish_reason: FinishReason | None = None
@@ -138,13 +156,10 @@ class SampleState:
     def decode(self) -> None:
         """Decode the tokens that have no text yet. A stop string found there ends the sample."""
         assert self.detokenizer is not None
-        ids, by_token = self.token_ids[self.detokenizer.num_tokens :], self.finish_reason == "stop"
-        matched = self.detokenizer.push(ids[:-1] if by_token else ids)
-        if matched is None and self.finish_reason is not None:
-            matched = self.detokenizer.finish(ids[-1] if by_token else None)
+        matched = self.detokenizer.read(self.token_ids[self.detokenizer.num_tokens :], self.finish_reason)
         if matched is not None:
-            self.finish_reason, self.stop_reason = "stop", matched
-            del self.token_ids[self.detokenizer.num_tokens :]
+            self.finish_reason, self.stop_reason, end = "stop", matched, self.detokenizer.num_tokens
+            del self.token_ids[end:], self.request.output_token_ids[end:]
 
     def abort(self) -> None:
         self.finish_reason = "abort"
@@ -163,6 +178,8 @@ class SampleState:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             cumulative_logprob=None if self.logprobs is None else self.cumulative_logprob,
+            num_given_tokens=self.num_given,
+            num_given_chars=self.given_chars,
         )
         lists: dict[str, list[Any]] = {"token_ids": self.token_ids}
         if self.logprobs is not None:
@@ -181,6 +198,7 @@ class RequestState:
     arrival: float  # seconds on the monotonic clock, as the other times
     final_only: bool = False  # one output, at the end, instead of one a step
     sink: Callable[[RequestOutput], None] | None = None
+    engine_seed: int = 0  # of which its own is made where its parameters have none
     ordinal: int = 0  # its number among all requests of the engine
     samples: list[SampleState] = field(default_factory=list)
     prompt_logprobs: tuple[Logprobs | None, ...] | None = None
@@ -202,31 +220,33 @@ class RequestState:
         self.prompt_bytes = int32_bytes(self.given.prompt_token_ids)
         self.block_hashes = hashes_of(self.prompt_bytes, self.cache_key)
 
-    def requests(self, engine_seed: int) -> Iterator[Request]:
-        """The scheduler's requests: one for each sample."""
+    def requests(self) -> Iterator[tuple[Request, Beginning]]:
+        """The scheduler's requests, one for each sample, and what it begins with."""
         given, params, prompt = self.given, self.given.params, list(self.given.prompt_token_ids)
         # The prompt's log-probs are the same for all samples: only the first one asks for them.
         siblings = replace(params, prompt_logprobs=None) if params.n > 1 else params
-        for index in range(params.n):
-            yield Request(
+        for index, begun in enumerate(given.begun or [NOTHING] * params.n):
+            request = Request(
                 id=f"{given.request_id}/{index}",
                 parent=given.request_id,
                 prompt_token_ids=prompt,
                 params=params if index == 0 else siblings,
-                seed=request_seed(engine_seed, self.ordinal) if params.seed is None else params.seed,
+                seed=request_seed(self.engine_seed, self.ordinal) if params.seed is None else params.seed,
                 sample_index=index,
                 arrival=self.ordinal,
                 priority=given.priority,
                 cache_key=self.cache_key,
                 prompt_bytes=self.prompt_bytes,
                 block_hashes=[*self.block_hashes],
+                output_token_ids=[*begun.token_ids],
             )
+            yield request, begun
 
     def unfinished(self) -> list[Request]:
         return [s.request for s in self.samples if s.finish_reason is None]
 
     def output(self, error: RequestError | None = None) -> RequestOutput:
-        lengths = [len(sample.token_ids) for sample in self.samples]
+        lengths = [len(sample.token_ids) - sample.num_given for sample in self.samples]
         return RequestOutput(
             request_id=self.given.request_id,
             prompt=self.given.prompt,
@@ -243,6 +263,7 @@ class RequestState:
             ),
             prompt_logprobs=None if error else self.prompt_logprobs,
             num_cached_tokens=(self.samples[0].request.num_cached or 0) if self.samples else 0,
+            seed=self.samples[0].request.seed if self.samples else None,
             error=error,
         )
 
@@ -253,12 +274,25 @@ class OutputProcessor:
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer
 
-    def add_sample(self, state: RequestState, request: Request) -> None:
-        """`request`: the next sample, as the scheduler has it."""
-        params, detokenizer = state.given.params, None
-        if self.tokenizer is not None and params.detokenize:
-            detokenizer = IncrementalDetokenizer.from_params(self.tokenizer, params)
-        state.samples.append(SampleState(request, detokenizer, None if params.logprobs is None else []))
+    def detokenizer(self, params: ResolvedParams) -> IncrementalDetokenizer | None:
+        """For a sample with these parameters; None if it has no text."""
+        if self.tokenizer is None or not params.detokenize:
+            return None
+        return IncrementalDetokenizer.from_params(self.tokenizer, params)
+
+    def make_sample(self, request: Request, begun: Beginning = NOTHING) -> SampleState:
+        """`request`: as the scheduler has it. `begun`: what it begins with."""
+        given = len(begun.token_ids)
+        return SampleState(
+            request,
+            begun.reader if given else self.detokenizer(request.params),
+            None if request.params.logprobs is None else [None] * given,
+            [*begun.token_ids],
+            num_given=given,
+            given_chars=len(begun.reader.text) if begun.reader is not None else 0,
+            finish_reason=begun.finish_reason,
+            stop_reason=begun.stop_reason,
+        )
 
     def apply(
         self, updates: Sequence[Update], known: Mapping[str, RequestState], now: float
@@ -304,8 +338,8 @@ class OutputProcessor:
     def end(self, state: RequestState, error: RequestError | None, now: float) -> RequestOutput:
         """The last output of a request that fails with `error` or (None) is aborted: then with what it has so far."""
         if not state.samples and error is None:  # it is aborted before it could start: its output has all samples
-            for request in state.requests(0):
-                self.add_sample(state, request)
+            for request, begun in state.requests():
+                state.samples.append(self.make_sample(request, begun))
         for sample in state.samples:
             if sample.finish_reason is None and error is None:
                 try:
@@ -336,7 +370,8 @@ class OutputProcessor:
         if sample.logprobs is not None and update.sampled_logprobs is not None:
             kept = len(sample.token_ids) - before
             sample.logprobs += self._logprobs(update.sampled_logprobs)[:kept]
-            sample.cumulative_logprob += float(update.sampled_logprobs.logprobs[:kept].sum())
+            for value in update.sampled_logprobs.logprobs[:kept].tolist():  # one by one, to round as in steps of one
+                sample.cumulative_logprob += value
         return sample.finish_reason
 
     def _outputs(self, states: Iterable[RequestState], now: float) -> list[RequestOutput]:

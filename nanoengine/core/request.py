@@ -32,8 +32,8 @@ class Request:
     The words: *known* tokens are on the host; a sampled token whose step was launched but not committed is *in flight*;
     `length` counts both. `num_computed` counts tokens whose KV is written by launched steps: a request decodes once
     that is all but the last one. While a row with drafts is in flight both are upper bounds, as if each draft were
-    right; commit takes back what was too much. Only the scheduler and the block manager change a request. What their
-    loops read for each row of each step are plain fields.
+    right; commit takes back what was too much. Only the scheduler and the block manager change a request, and a stop
+    string, which cuts its tokens. What their loops read for each row of each step are plain fields.
     """
 
     id: str

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from numbers import Integral
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from nanoengine.api.errors import ParamsError, RequestError, TokenizerMissing, described, is_failure, shown
 from nanoengine.params.field_types import conform, is_unicode
@@ -14,6 +14,14 @@ from nanoengine.params.sampling_fields import INT64
 from nanoengine.params.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
+
+
+class GivenPrompt(NamedTuple):
+    """Not checked. prompt: text or ids. text: what is shown with ids. generated: tokens of the output."""
+
+    prompt: Any
+    text: str | None = None
+    generated: Any = ()
 
 
 _SWITCHES: Mapping[str, Any] = {
@@ -73,7 +81,7 @@ def _is_integer(value: Any) -> bool:
         return False
 
 
-def split_prompts(prompts: Any) -> list[tuple[Any, str | None]]:
+def split_prompts(prompts: Any) -> list[GivenPrompt]:
     """`split_prompt` for one prompt or for each in a list. Raises `ParamsError` if it is neither."""
     try:
         return [split_prompt(prompt) for prompt in ([prompts] if is_one(prompts) else prompts)]
@@ -83,20 +91,21 @@ def split_prompts(prompts: Any) -> list[tuple[Any, str | None]]:
         raise ParamsError(f"reading the prompts raised {described(error)}") from error
 
 
-def split_prompt(prompt: Prompt) -> tuple[Any, str | None]:
-    """(text or ids, text to show). A wrong prompt is returned unchanged; the engine rejects it without the others."""
+def split_prompt(prompt: Prompt) -> GivenPrompt:
+    """The parts of a prompt. A wrong one is returned unchanged; the engine rejects it without the others."""
     try:
         if not isinstance(prompt, Mapping):
-            return prompt, None
-        unknown = set(prompt) - {"prompt", "prompt_token_ids"}
-        if unknown or not prompt:
-            return prompt, None
-        ids = prompt.get("prompt_token_ids")
-        return (prompt.get("prompt"), None) if ids is None else (ids, prompt.get("prompt"))
+            return GivenPrompt(prompt)
+        unknown = set(prompt) - {"prompt", "prompt_token_ids", "generated_token_ids"}
+        if unknown or not {"prompt", "prompt_token_ids"} & set(prompt):
+            return GivenPrompt(prompt)
+        ids, generated = prompt.get("prompt_token_ids"), prompt.get("generated_token_ids")
+        given, text = (prompt.get("prompt"), None) if ids is None else (ids, prompt.get("prompt"))
+        return GivenPrompt(given, text, () if generated is None else generated)
     except BaseException as error:  # the prompt's class may be any code
         if not is_failure(error):
             raise
-        return _unreadable(error), None
+        return GivenPrompt(_unreadable(error))
 
 
 def one_each(value: Any, count: int, name: str) -> list[Any]:
@@ -124,7 +133,7 @@ def check_priority(priority: object) -> int | None:
     if priority is None:
         return None
     try:
-        level = _as_int(priority)
+        level = as_int(priority)
     except BaseException as error:
         if not is_failure(error):
             raise
@@ -213,29 +222,35 @@ def _checked(token_ids: Any, vocab_size: int, max_model_len: int) -> tuple[int, 
     if is_ids and (given is None or len(given) == max_model_len):
         return too_long(max(size, max_model_len), max_model_len, "" if given is None else "at least ")
     if given is None:
-        valid = "text, token ids, {'prompt': text} or {'prompt_token_ids': ids}"
-        return RequestError("invalid_prompt", f"a prompt is {valid}, not {_shown(token_ids)}")
+        valid = (
+            "text, token ids, {'prompt': text} or {'prompt_token_ids': ids}, to either of which 'generated_token_ids'"
+        )
+        return RequestError("invalid_prompt", f"a prompt is {valid} may be added, not {kind_of(token_ids)}")
     if not given:
         return RequestError("invalid_prompt", "the prompt is empty: at least one token is needed")
-    if set(map(type, given)) == {int} and min(given) >= 0 and max(given) < vocab_size:
-        return tuple(given)
+    return in_vocabulary(given, vocab_size, "prompt", "invalid_prompt")
+
+
+def in_vocabulary(token_ids: Sequence[Any], vocab_size: int, name: str, code: str) -> tuple[int, ...] | RequestError:
+    """Plain ints. Or an error with this `code` for the first one that is no id; `name`: what the message calls them."""
+    if not token_ids or (set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        return tuple(token_ids)
     ids = []
-    for i, token in enumerate(given):
-        number = _as_int(token)
+    for i, token in enumerate(token_ids):
+        number = as_int(token)
         if number is None:
-            return RequestError("invalid_prompt", f"prompt[{i}] is {shown(token)}, not a token id")
+            return RequestError(code, f"{name}[{i}] is {shown(token)}, not a token id")
         if not 0 <= number < vocab_size:
-            outside = f"prompt[{i}] is {shown(number)}, outside the vocabulary 0..{vocab_size - 1}"
-            return RequestError("invalid_prompt", outside)
+            return RequestError(code, f"{name}[{i}] is {shown(number)}, outside the vocabulary 0..{vocab_size - 1}")
         ids.append(number)
     return tuple(ids)
 
 
-def _shown(value: object) -> str:
+def kind_of(value: object) -> str:
     return f"a dict with {list(value)}" if isinstance(value, Mapping) else type(value).__name__
 
 
-def _as_int(value: Any) -> int | None:
+def as_int(value: Any) -> int | None:
     """The int of an integer (also numpy's, or an element of a tensor); None for a bool and everything else."""
     if type(value) is int:
         return value

@@ -15,6 +15,8 @@ INT64 = range(-(2**63), 2**63)
 # Keywords that are not sampling parameters -> the methods that have them.
 KEYWORDS_OF_CALLS: Mapping[str, str] = {
     "use_tqdm": "LLM.generate and LLM.chat",
+    "generated": "LLM's prompts, as 'generated_token_ids', and of Engine.add_request",
+    "generated_token_ids": "LLM's prompts: {'prompt': text, 'generated_token_ids': ids}",
     **dict.fromkeys(
         ("add_generation_prompt", "continue_final_message", "tools", "documents", "chat_template",
          "chat_template_kwargs", "sanitize_control_tokens"),

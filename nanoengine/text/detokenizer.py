@@ -179,6 +179,15 @@ class IncrementalDetokenizer:
                 return stop
         return None
 
+    def read(self, token_ids: Sequence[int], reason: str | None) -> str | None:
+        """Appends tokens, and ends the sample if there is a finish_reason; with "stop" the last one is the EOS or stop
+        token. Returns the stop string that ended the sample, or None."""
+        by_token = reason == "stop"
+        matched = self.push(token_ids[:-1] if by_token else token_ids)
+        if matched is None and reason is not None:
+            matched = self.finish(token_ids[-1] if by_token else None)
+        return matched
+
     def finish(self, stop_token: int | None = None) -> str | None:
         """Ends the sample and shows the text that was held back. Returns a stop string that is found now, or None.
 

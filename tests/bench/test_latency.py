@@ -26,6 +26,16 @@ def test_a_timeline_counts_tokens_not_outputs() -> None:
         timeline.take(output(generated))
     assert len(timeline.tokens) == 4
     assert timeline.tokens[1] == timeline.tokens[3] > timeline.tokens[0]
+    gap = timeline.tokens[1] - timeline.tokens[0]
+    assert timeline.gaps == pytest.approx([gap / 3] * 3), "tokens of one step share the time that it took"
+
+
+def test_tokens_that_come_first_together_have_no_time_between_them() -> None:
+    timeline = Timeline(due=0.0)
+    timeline.take(output(2))
+    assert timeline.gaps == []
+    timeline.take(output(3))
+    assert len(timeline.gaps) == 1
 
 
 def test_a_broken_request_breaks_the_measurement() -> None:

@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from nanoengine import ParamsError, RequestError, SamplingParams
-from nanoengine.params.arguments import check_priority, checked_ids, is_one, one_each, one_name, split_prompt
+from nanoengine.params.arguments import (
+    GivenPrompt,
+    check_priority,
+    checked_ids,
+    is_one,
+    one_each,
+    one_name,
+    split_prompt,
+)
 
 
 @pytest.mark.parametrize(
@@ -47,12 +55,16 @@ def test_what_is_neither(prompts: Any) -> None:
         ({"prompt": "text"}, ("text", None)),
         ({"prompt_token_ids": [1]}, ([1], None)),
         ({"prompt": "text", "prompt_token_ids": [1]}, ([1], "text")),
+        ({"prompt": "text", "generated_token_ids": [4]}, ("text", None, [4])),
+        ({"prompt": "text", "prompt_token_ids": [1], "generated_token_ids": [[4], []]}, ([1], "text", [[4], []])),
+        ({"prompt": "text", "generated_token_ids": None}, ("text", None, ())),
         ({"promt": "text"}, ({"promt": "text"}, None)),  # for the engine to refuse
+        ({"generated_token_ids": [4]}, ({"generated_token_ids": [4]}, None)),
         ({}, ({}, None)),
     ],
 )
 def test_ids_and_text_of_a_prompt(prompt: Any, expected: Any) -> None:
-    assert split_prompt(prompt) == expected
+    assert split_prompt(prompt) == GivenPrompt(*expected)
 
 
 @pytest.mark.parametrize("given", [[3, 1, 9], (3, 1, 9), np.array([3, 1, 9]), torch.tensor([3, 1, 9]), iter([3, 1, 9])])

@@ -40,7 +40,7 @@ def a_request(outputs: OutputProcessor, params: ResolvedParams) -> RequestState:
         request = Request(
             id=f"r/{i}", parent="r", prompt_token_ids=[1], params=params, seed=0, sample_index=i, arrival=0
         )
-        outputs.add_sample(state, request)
+        state.samples.append(outputs.make_sample(request))
     return state
 
 

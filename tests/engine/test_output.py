@@ -20,7 +20,7 @@ def a_request(outputs: OutputProcessor, params: ResolvedParams) -> tuple[Request
     given = CheckedRequest(request_id="r", prompt_token_ids=(1, 2), params=params)
     state = RequestState(given, 0.0)
     request = Request(id="r/0", parent="r", prompt_token_ids=[1, 2], params=params, seed=0, sample_index=0, arrival=0)
-    outputs.add_sample(state, request)
+    state.samples.append(outputs.make_sample(request))
     return state, request
 
 

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from nanoengine.core.request import Request, Status
-from nanoengine.core.scheduling.messages import EndReason, ScheduledStep, Update
+from nanoengine.core.scheduling.messages import ScheduledStep, Update
 from nanoengine.core.scheduling.queues import Roster
 from nanoengine.core.step import ROW_BAD_LOGITS, LogprobRows, StepResult, offsets_of
+from nanoengine.params.generated import EndReason, first_end
 
 
 class RowResult(NamedTuple):
@@ -104,21 +105,15 @@ def _commit_row(request: Request, generation: int, row: RowResult, roster: Roste
 def _append(request: Request, new: Sequence[int]) -> tuple[Sequence[int], EndReason | None, int | str | None]:
     """Appends the tokens that a row brought, which `length` counts, up to the one that ends the request.
 
-    A stop token counts before the length. The sampler masks stop tokens below `min_tokens`; should one come
-    nevertheless, it does not end the request. Returns the tokens that were kept, finish_reason and stop_reason.
+    Returns the tokens that were kept, finish_reason and stop_reason.
     """
-    num_tokens, stops = request.prompt_len + len(request.output_token_ids), False
-    for i, token in enumerate(new, start=1):
-        num_tokens += 1
-        stops = token in request.stop_set and num_tokens > request.min_len
-        if stops or num_tokens >= request.max_len:
-            request.length -= len(new) - i
-            new = new[:i]
-            break
-    request.output_token_ids += new
-    if stops:
-        return new, "stop", None if token in request.params.eos_ids else token
-    return (new, "length", request.length_reason) if num_tokens >= request.max_len else (new, None, None)
+    length = request.prompt_len + len(request.output_token_ids)
+    kept, reason = first_end(new, length, request.stop_set, request.min_len, request.max_len)
+    request.length -= len(new) - kept
+    request.output_token_ids += new[:kept]
+    if reason == "stop":
+        return new[:kept], reason, None if new[kept - 1] in request.params.eos_ids else new[kept - 1]
+    return new[:kept], reason, request.length_reason if reason else None
 
 
 def _fail_row(request: Request, generation: int, failed: int, roster: Roster, updates: list[Update]) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from nanoengine.api.errors import ConfigError, RequestError
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import Published
 from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, LogprobRows, StepPlan
+from nanoengine.params.generated import EndReason
 from nanoengine.params.grammars import GrammarStats
-
-EndReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +114,8 @@ class EngineStats:
             tokens at once.
         steps_broken: steps of several requests that raised: each ran again by itself, which is slow.
         preemptions: requests that gave their blocks back and were computed again.
-        prompt_tokens: tokens of admitted prompts. prefix_hit_tokens: of them, taken from the prefix cache.
+        prompt_tokens: tokens of admitted prompts, and generated ones that requests begin with. prefix_hit_tokens: of
+            them, taken from the prefix cache.
         resumed_hit_tokens: taken from it by preempted requests that came back.
         drafted_per_position, accepted_per_position: by position in the draft, how many drafts there were, and how many
             of them were accepted; empty without speculation.
@@ -174,7 +174,7 @@ class EngineStats:
         """`cached`: tokens that the prefix cache holds. Also notes the first admission's in the request."""
         if request.num_cached is None:
             request.num_cached = cached
-            self.prompt_tokens += request.prompt_len
+            self.prompt_tokens += request.num_tokens
             self.prefix_hit_tokens += cached
         else:
             self.resumed_hit_tokens += cached
@@ -183,7 +183,7 @@ class EngineStats:
         """Undoes `count_admission` of the newest one, which did not take place."""
         if request.generation == 1:
             request.num_cached = None
-            self.prompt_tokens -= request.prompt_len
+            self.prompt_tokens -= request.num_tokens
             self.prefix_hit_tokens -= request.borrowed
         else:
             self.resumed_hit_tokens -= request.borrowed

@@ -129,10 +129,11 @@ def refuse_misfit(request: Request, config: SchedulerConfig, blocks: BlockManage
         raise RequestError("invalid_prompt", "the prompt is empty: it must have one token at least")
     if num_prompt >= max_model_len:
         raise too_long(num_prompt, max_model_len)
-    need, have = blocks.blocks_for(num_prompt), blocks.num_blocks
+    need, have = blocks.blocks_for(request.num_tokens), blocks.num_blocks
     if need > have:
+        more = f" and the {request.num_tokens - num_prompt} generated ones" if request.output_token_ids else ""
         raise RequestError(
             "does_not_fit",
-            f"the prompt's {num_prompt} tokens need {need} KV blocks of {blocks.block_size} and the cache has "
+            f"the prompt's {num_prompt} tokens{more} need {need} KV blocks of {blocks.block_size} and the cache has "
             f"{have}: shorten the prompt or give the KV cache more memory",
         )

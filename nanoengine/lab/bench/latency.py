@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from random import Random
 
 import numpy as np
@@ -47,8 +46,8 @@ class Row:
     Attributes:
         batch: requests at the same time; None with an arrival rate. rate: requests/s; None for a closed batch.
         requests: number of requests in a pass. tokens_per_s: output tokens, best pass and median of all passes.
-        ttft, itl, e2e: times to the first token, between tokens, and to the last token, for the requests of all passes.
-            There is no ITL if requests have only one token.
+        ttft, itl, e2e: times to the first token, between tokens (of several in one step, equal shares), and to the last
+            token, for the requests of all passes. There is no ITL if requests have only one token.
         itl_limit_ms: time of a decode step of the whole batch at its mean context, by the roofline.
     """
 
@@ -67,15 +66,22 @@ class Row:
 
 @dataclass(slots=True)
 class Timeline:
-    """The time at which a request was due, and of each of its tokens, in seconds of `time.perf_counter`."""
+    """The time at which a request was due, and of each of its tokens, in seconds of `time.perf_counter`.
+
+    `gaps`: seconds between tokens. Tokens that come together share the time since those before them.
+    """
 
     due: float
     tokens: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
 
     def take(self, output: RequestOutput) -> None:
         if output.error is not None:
             raise output.error
-        self.tokens += [time.perf_counter()] * (output.metrics.num_generated - len(self.tokens))
+        now, new = time.perf_counter(), output.metrics.num_generated - len(self.tokens)
+        if self.tokens and new:
+            self.gaps += [(now - self.tokens[-1]) / new] * new
+        self.tokens += [now] * new
 
 
 def run(setup: Setup, batches: Sequence[int], rates: Sequence[float], prompt_len: int, output_len: int, requests: int
@@ -123,7 +129,7 @@ def _row(
     passes = [serve(llm, workload, due) for _ in setup.counted(what)]
     speeds = [workload.counted / (max(t.tokens[-1] for t in one) - min(t.due for t in one)) for one in passes]
     every = [timeline for one in passes for timeline in one]
-    gaps = [after - before for t in every for before, after in pairwise(t.tokens)]
+    gaps = [gap for timeline in every for gap in timeline.gaps]
     return Row(
         batch=batch,
         rate=rate,

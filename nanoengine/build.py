@@ -535,10 +535,9 @@ def _speculation(assembly: Assembly, config: SchedulerConfig) -> Speculation | N
         max_slots=num_slots(config.max_num_seqs, config.spare_slots),
         device=assembly.plan.options.device,
     )
-    drafter = make_drafter(plan, assembly.loader, ctx)
-    if not isinstance(drafter, HostDrafter):
-        raise UnsupportedError(plan.where, ["drafters on the device are not supported yet"])
-    return Speculation(CheckedDrafter(drafter, plan.where), tokens=plan.tokens, min_acceptance=plan.min_acceptance)
+    drafter = None if plan.device else make_drafter(plan, assembly.loader, ctx)  # the device's are the ranks'
+    checked = CheckedDrafter(drafter, plan.where) if isinstance(drafter, HostDrafter) else None
+    return Speculation(checked, tokens=plan.tokens, min_acceptance=plan.min_acceptance)
 
 
 def _need(tokenizer: Tokenizer | None) -> Tokenizer:

@@ -104,6 +104,7 @@ class MockRunner:
         groups, num_blocks, block_size: those of the block manager, including the dummy block.
         max_num_seqs, max_model_len, spare_slots: sizes of the slot tables.
         vocab: ids are 0 to vocab - 1.
+        guess: the device makes drafts itself, each right with this probability. None: the host does.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class MockRunner:
         max_model_len: int,
         vocab: int,
         spare_slots: int = 8,
+        guess: float | None = None,
     ) -> None:
         assert max_model_len < len(_WEIGHTS)
         garbage = np.random.default_rng(0)
@@ -133,6 +135,7 @@ class MockRunner:
         """The `failed` code of a row; tests may override it."""
         self._late: StepPlan | None = None  # the newest step, which waits for columns
         self._supplied: dict[int, dict[tuple[str, str], int]] = {}  # its draws -> columns in place of the slot's
+        self._guess, self._random = guess, np.random.default_rng(1)
         self._results: deque[StepResult] = deque()
 
     def launch(self, plan: StepPlan) -> None:
@@ -195,9 +198,12 @@ class MockRunner:
         assert len(set(plan.slots.tolist())) == plan.num_rows, "a slot twice in one step"
         drafts = plan.drafts if len(plan.drafts) else np.zeros_like(plan.slots)
         assert (plan.query_lens[: plan.num_decode_rows] == 1 + drafts[: plan.num_decode_rows]).all()
-        assert not drafts[plan.num_decode_rows :].any() and drafts.sum() == len(plan.draft_tokens)
-        assert (plan.starts == self.computed[plan.slots]).all(), "a row does not begin where its KV ends"
-        assert (plan.starts + plan.query_lens - drafts <= self.lengths[plan.slots]).all(), "a row reads unknown tokens"
+        assert not drafts[plan.num_decode_rows :].any()
+        assert len(plan.draft_tokens) == (0 if self._guess is not None else drafts.sum())
+        starts = self.computed[plan.slots]
+        exact = self._guess is None or (np.arange(plan.num_rows) >= plan.num_decode_rows)
+        assert np.where(exact, plan.starts == starts, plan.starts >= starts).all(), "a row does not begin where KV ends"
+        assert (starts + plan.query_lens - drafts <= self.lengths[plan.slots]).all(), "a row reads unknown tokens"
         assert (np.diff(plan.logits_index) > 0).all()
         written = self.written_slots(plan)
         assert (written >= self.block_size).all(), "a row writes into the dummy block"
@@ -206,8 +212,9 @@ class MockRunner:
     def written_slots(self, plan: StepPlan) -> npt.NDArray[np.int64]:
         """block * block_size + offset of each token, [groups, T]."""
         slots = np.repeat(plan.slots, plan.query_lens)
+        starts = np.minimum(plan.starts, self.computed[plan.slots])  # the host's may be too high
         positions = np.concatenate(
-            [np.arange(s, s + n) for s, n in zip(plan.starts, plan.query_lens, strict=True)], dtype=np.int64
+            [np.arange(s, s + n) for s, n in zip(starts, plan.query_lens, strict=True)], dtype=np.int64
         )
         blocks = self.block_tables[:, slots, positions // self.block_size].astype(np.int64)
         return blocks * self.block_size + positions % self.block_size
@@ -223,8 +230,9 @@ class MockRunner:
             wants[row].append(i)
         drafts = offsets_of(plan.drafts)
         for row, slot in enumerate(plan.slots.tolist()):
-            at, end = int(plan.starts[row]), int(plan.starts[row] + plan.query_lens[row])
-            guesses = plan.draft_tokens[drafts[row] : drafts[row + 1]].tolist() if len(plan.drafts) else []
+            at = int(self.computed[slot])
+            end = at + int(plan.query_lens[row])
+            guesses = self._guesses(plan, row, slot, drafts) if len(plan.drafts) else []
             self.token_ids[slot, at + 1 : at + 1 + len(guesses)] = guesses
             first, last, right = at - int(offsets[row]) + 1, end - len(guesses), True
             for i in wants[row]:
@@ -257,6 +265,21 @@ class MockRunner:
             prompt_logprobs=_logprob_rows(prompt_entries),
         )
 
+    def _guesses(self, plan: StepPlan, row: int, slot: int, offsets: npt.NDArray[np.int32]) -> list[int]:
+        """The row's drafts: the host's, or what the model would draw, now and then another token."""
+        if self._guess is None:
+            out: list[int] = plan.draft_tokens[offsets[row] : offsets[row + 1]].tolist()
+            return out
+        out, at = [], int(self.computed[slot])
+        history, token = self._read(slot, at), int(self.token_ids[slot, at])
+        for position in range(at, at + int(plan.drafts[row])):
+            history = _add(history, _entry(history, token, position), position)
+            token = self._draw(slot, history, position + 1, self.columns[slot])
+            if self._random.random() >= self._guess:
+                token = (token + 1) % self.vocab
+            out.append(token)
+        return out
+
     def _forward(self, slot: int, start: int, end: int) -> int:
         """Writes the KV of tokens [start, end). Returns the weighted sum of the whole history, read through the tables.
 
@@ -281,9 +304,9 @@ class MockRunner:
             first = first if other == sums[0] else _mix(first ^ int(other))
         return first
 
-    def _sample(self, slot: int, history: int, position: int, columns: Mapping[tuple[str, str], int]) -> int:
+    def _draw(self, slot: int, history: int, position: int, columns: Mapping[tuple[str, str], int]) -> int:
         own = self.slots[slot]
-        token = _choose(
+        return _choose(
             history,
             position,
             self.vocab,
@@ -293,6 +316,9 @@ class MockRunner:
             own["index"],
             sum(columns.values()),
         )
+
+    def _sample(self, slot: int, history: int, position: int, columns: Mapping[tuple[str, str], int]) -> int:
+        token = self._draw(slot, history, position, columns)
         if position < self.token_ids.shape[1]:
             self.token_ids[slot, position] = token
         self.lengths[slot] = position + 1

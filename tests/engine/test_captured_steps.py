@@ -24,7 +24,7 @@ from nanoengine.setup.start import capture as setup_capture
 from nanoengine.setup.start import starter
 
 from .support import greedy, mock_llm, prompts, tokens_of
-from .test_drafts import with_drafts
+from .test_drafts import with_device_drafts, with_drafts
 
 triton_interpreter.import_kernels()
 pytestmark = pytest.mark.skipif(not triton_interpreter.INSTALLED, reason="triton is not installed")
@@ -146,9 +146,10 @@ def test_seeded_draws_and_what_no_tail_does(tmp_path: Path, captured: Counter[st
             assert tokens_of(llm.generate(ASKED[:4], params, use_tqdm=False)) == tokens_of(together)
 
 
+@pytest.mark.parametrize("drafting", [with_drafts, with_device_drafts], ids=["host", "device"])
 @pytest.mark.parametrize("accuracy", [0.0, 0.6, 1.0])
 def test_rows_with_drafts(
-    tmp_path: Path, captured: Counter[str], monkeypatch: pytest.MonkeyPatch, accuracy: float
+    tmp_path: Path, captured: Counter[str], monkeypatch: pytest.MonkeyPatch, accuracy: float, drafting: Any
 ) -> None:
     """One graph holds rows of one to four tokens; what its captured tail does not do comes behind it, eagerly."""
     sizes = CaptureSizes((*SIZES, StepSize(2, query_len=4), StepSize(4, query_len=4)), tail=True, inputs=True)
@@ -161,7 +162,7 @@ def test_rows_with_drafts(
     ]
     with mock_llm(tmp_path, max_num_seqs=4, max_num_batched_tokens=36) as llm:
         want = tokens_of(llm.generate(ASKED[:4], params, use_tqdm=False))
-        oracle = with_drafts(llm, ASKED[:4], want, tokens=3, accuracy=accuracy)
+        oracle = drafting(llm, ASKED[:4], want, tokens=3, accuracy=accuracy)
         captured.clear()
         for count in (1, 3, 4):
             found = tokens_of(llm.generate(ASKED[:count], params[:count], use_tqdm=False))

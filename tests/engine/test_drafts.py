@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from nanoengine import LLM, SamplingParams
+from nanoengine.api.drafters import DeviceDrafter, DrafterContext, DraftStep
 from nanoengine.core.execution.finish_step import FinishStep
 from nanoengine.core.request import Request
 from nanoengine.kernels import step_inputs
@@ -25,6 +28,8 @@ class Oracle:
     `known`: (prompt, sample) -> tokens. Otherwise as `Speculation`.
     """
 
+    on_device = False
+
     def __init__(
         self, known: Mapping[tuple[tuple[int, ...], int], Sequence[int]], tokens: int, accuracy: float
     ) -> None:
@@ -36,6 +41,8 @@ class Oracle:
         return self.tokens
 
     def propose(self, request: Request, most: int) -> Sequence[int]:
+        if self.on_device:
+            return [-1] * most
         rng, done = random.Random(f"{request.id} {len(request.output_token_ids)}"), len(request.output_token_ids)
         right = list(self.known[tuple(request.prompt_token_ids), request.sample_index][done : done + most])
         right += [0] * (most - len(right))
@@ -50,6 +57,35 @@ class Oracle:
         self.ended.add(request)
 
 
+class TableDrafter(DeviceDrafter):
+    """Finds what follows in a table, by the first token of the prompt; other positions are wrong."""
+
+    def __init__(self, ctx: DrafterContext, table: Tensor) -> None:
+        super().__init__(ctx, None)
+        self.table = table
+
+    def draft(self, step: DraftStep) -> Tensor:
+        first = step.token_ids[step.slots, 0].long()
+        places = step.num_tokens[:, None] + torch.arange(self.ctx.tokens)
+        return self.table[first[:, None] % len(self.table), places.clamp(max=self.table.shape[1] - 1)]
+
+
+def with_device_drafts(
+    llm: LLM, asked: Sequence[Sequence[int]], want: Sequence[Sequence[int]], tokens: int, accuracy: float
+) -> Oracle:
+    """From here on the engine's requests have drafts that the device makes."""
+    rng, table = random.Random(0), torch.full((VOCAB, 512), -1, dtype=torch.int32)
+    for prompt, output in zip(asked, want, strict=True):
+        for at, token in enumerate(output, start=len(prompt)):
+            table[prompt[0], at] = token if rng.random() < accuracy else (token + 1) % VOCAB
+    ctx = DrafterContext(tokens=tokens, vocab_size=VOCAB, max_model_len=512, max_slots=32, device="cpu")
+    runner: Any = llm.engine._executor.runner  # type: ignore[attr-defined]
+    runner.finish.drafter = TableDrafter(ctx, table)
+    oracle = with_drafts(llm, asked, want, tokens=tokens, accuracy=accuracy)
+    oracle.on_device = llm.engine.scheduler._runs_ahead = True
+    return oracle
+
+
 def with_drafts(llm: LLM, asked: Sequence[Sequence[int]], want: Sequence[Sequence[int]], **how: Any) -> Oracle:
     """From here on the engine's requests have drafts."""
     oracle = Oracle({(tuple(p), 0): tokens for p, tokens in zip(asked, want, strict=True)}, **how)
@@ -57,9 +93,10 @@ def with_drafts(llm: LLM, asked: Sequence[Sequence[int]], want: Sequence[Sequenc
     return oracle
 
 
+@pytest.mark.parametrize("drafting", [with_drafts, with_device_drafts], ids=["host", "device"])
 @pytest.mark.parametrize("accuracy", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("name", WAYS)
-def test_drafts_change_no_token(tmp_path: Path, name: str, accuracy: float) -> None:
+def test_drafts_change_no_token(tmp_path: Path, name: str, accuracy: float, drafting: Callable[..., Oracle]) -> None:
     """Greedy and random rows, penalties that count drafts, in each way of running."""
     options, asked, _ = WAYS[name]
     asked = [[i, *prompt] for i, prompt in enumerate(asked)]  # each its own tokens
@@ -68,7 +105,7 @@ def test_drafts_change_no_token(tmp_path: Path, name: str, accuracy: float) -> N
         want = tokens_of(llm.generate(asked, params, use_tqdm=False))
         steps = llm.stats().steps
         llm.reset_prefix_cache()
-        oracle = with_drafts(llm, asked, want, tokens=5, accuracy=accuracy)
+        oracle = drafting(llm, asked, want, tokens=5, accuracy=accuracy)
         assert tokens_of(llm.generate(asked, params, use_tqdm=False)) == want
         stats = llm.stats()
     assert oracle.drafted > 0
@@ -150,11 +187,18 @@ def advance_by_drafted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(step_inputs, "settle", settle)
 
 
+@pytest.mark.parametrize("drafting", [with_drafts, with_device_drafts], ids=["host", "device"])
 @pytest.mark.parametrize("mutant", [off_by_one, stale_counts, advance_by_drafted])
-def test_mutants_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: Callable[..., None]) -> None:
+def test_mutants_are_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: Callable[..., None], drafting: Callable[..., Oracle]
+) -> None:
+    def runs() -> None:
+        for name in ("plain", "batch 32", "cached"):
+            test_drafts_change_no_token(tmp_path, name, 0.7, drafting)
+
     mutant(monkeypatch)
     with pytest.raises(AssertionError):
-        test_drafts_change_no_token(tmp_path, "plain", 0.7)
+        runs()
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gemma3], ids=lambda make: make.__name__)

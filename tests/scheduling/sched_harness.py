@@ -84,8 +84,9 @@ def grammar_processor(fail_at: int = -1) -> PackedProcessor:
 class Guesses:
     """Drafts of requests: each token is right with a probability, else any. Now and then a row has none."""
 
-    def __init__(self, tokens: int, accuracy: float, max_model_len: int) -> None:
+    def __init__(self, tokens: int, accuracy: float, max_model_len: int, on_device: bool = False) -> None:
         self.tokens, self.accuracy, self.max_model_len = tokens, accuracy, max_model_len
+        self.on_device = on_device  # the mock device has guesses of its own
         self.drafted = self.accepted = 0
         self.ended: set[Request] = set()
 
@@ -96,6 +97,8 @@ class Guesses:
         return self._rng(request).randrange(self.tokens + 1)
 
     def propose(self, request: Request, most: int) -> Sequence[int]:
+        if self.on_device:
+            return [-1] * most
         rng, known = self._rng(request), len(request.output_token_ids)
         right = truth(request, self.max_model_len)[known : known + most]
         right += [rng.randrange(VOCAB) for _ in range(most - len(right))]
@@ -138,6 +141,7 @@ class Loop:
         reserve: int = 0,
         drafts: int = 0,
         accuracy: float = 0.7,
+        on_device: bool = False,
         request_class: type[Request] = Request,
         scheduler: type[Scheduler] = Scheduler,
         blocks: type[BlockManager] = BlockManager,
@@ -153,7 +157,7 @@ class Loop:
         extra = {} if hash_fn is None else {"hash_fn": hash_fn}
         self.blocks = blocks(groups, num_blocks + 1, block_size, caching, **extra)
         self.strong, self.checks, self.pools = hash_fn is None, True, self.blocks._pools
-        self.guesses = Guesses(drafts, accuracy, max_model_len)
+        self.guesses = Guesses(drafts, accuracy, max_model_len, on_device)
         self.scheduler = scheduler(self.config, self.blocks, None, self.guesses if drafts else None)
         self.request_class = request_class
         self.runner = MockRunner(
@@ -163,6 +167,7 @@ class Loop:
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             vocab=VOCAB,
+            guess=accuracy if on_device else None,
         )
         self.overlap = overlap
         self.in_flight: deque[ScheduledStep] = deque()

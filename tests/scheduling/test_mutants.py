@@ -418,8 +418,9 @@ def test_mutants_are_caught(mutant, monkeypatch):
         runs(SEEDS)
 
 
-def test_no_mutant_no_failure_with_drafts():
-    runs(SEEDS, drafts=6)
+@pytest.mark.parametrize("on_device", [False, True])
+def test_no_mutant_no_failure_with_drafts(on_device):
+    runs(SEEDS, drafts=6, on_device=on_device)
 
 
 @pytest.mark.parametrize("mutant", DRAFT_MUTANTS, ids=lambda each: each.__name__)
@@ -427,6 +428,12 @@ def test_mutants_of_drafts_are_caught(mutant, monkeypatch):
     mutant(monkeypatch)
     with pytest.raises(AssertionError):
         runs(SEEDS, drafts=6)
+
+
+def test_refused_drafts_of_the_device_that_count_are_seen(monkeypatch):
+    refused_drafts_count(monkeypatch)
+    with pytest.raises(AssertionError):
+        runs(SEEDS, drafts=6, on_device=True)
 
 
 @pytest.mark.parametrize(

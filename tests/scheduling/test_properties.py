@@ -30,6 +30,7 @@ loops = st.fixed_dictionaries(
         "reserve": st.sampled_from([0, 0, 1, 5]),
         "drafts": st.sampled_from([0, 0, 1, 4, 8]),
         "accuracy": st.sampled_from([0.0, 0.7, 1.0]),
+        "on_device": st.booleans(),
         "hash_fn": st.sampled_from([None, None, None, lambda data: b"same", lambda data: bytes([len(data) % 3])]),
     }
 )
@@ -86,6 +87,7 @@ def test_crowded_runs_do_what_they_claim():
             overlap=rng.random() < 0.7,
             groups=rng.choice((1, 2)),
             drafts=seed % 3 * 3,
+            on_device=seed % 2 == 0,
         )
         run_ops(loop, random_ops(rng, 60))
         drafted, accepted = drafted + loop.guesses.drafted, accepted + loop.guesses.accepted

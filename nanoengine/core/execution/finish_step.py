@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from nanoengine.api.checks import CheckedModel
+from nanoengine.api.drafters import DeviceDrafter, DraftStep
+from nanoengine.api.errors import PluginError, shown
 from nanoengine.api.parallel import TensorParallelGroup
+from nanoengine.api.plugin_calls import name_of, plugin_step
 from nanoengine.api.processors import Need
 from nanoengine.api.specs import StandardOp
 from nanoengine.core.execution.results import Drawn, LaunchedStep, PendingLogprobs
@@ -33,15 +36,14 @@ PROMPT_LOGITS_ROWS = 128  # positions whose [rows, vocabulary] logits exist at o
 class CapturedTail:
     """The draw by the rows' columns, and each token to its slot, over static buffers: what a graph captures."""
 
-    def __init__(
-        self, sampler: Sampler, tables: SlotTables, buffers: StepBuffers, tp: TensorParallelGroup, max_draws: int
-    ) -> None:
+    def __init__(self, finish: FinishStep, buffers: StepBuffers, max_draws: int) -> None:
         """max_draws: the most logits of a step."""
-        self._sampler, self._tables, self._buffers, self._tp = sampler, tables, buffers, tp
-        self._tokens = torch.zeros(max_draws, dtype=torch.int64, device=tables.device)
-        self._failed = torch.zeros(max_draws, dtype=torch.int32, device=tables.device)
-        self._counts = torch.zeros(buffers.max_rows, dtype=torch.int32, device=tables.device)
-        self._answers = AnswerRing(max(max_draws, buffers.max_rows), tables.device)
+        self._sampler, self._tables, self._buffers, self._tp = finish.sampler, finish.tables, buffers, finish.tp
+        self._finish, device = finish, finish.tables.device
+        self._tokens = torch.zeros(max_draws, dtype=torch.int64, device=device)
+        self._failed = torch.zeros(max_draws, dtype=torch.int32, device=device)
+        self._counts = torch.zeros(buffers.max_rows, dtype=torch.int32, device=device)
+        self._answers = AnswerRing(max(max_draws, buffers.max_rows), device)
 
     def run(self, inputs: StepRows, kind: int, logits: Tensor, max_drafts: int = 0) -> None:
         """One pass over `logits`, one row of them a row of the step, or a token where rows have drafts. The rows'
@@ -63,6 +65,8 @@ class CapturedTail:
             None if inputs.drafts is None else self._counts[: len(inputs.slots)],
             Answer(host=self._answers.values, sent=self._buffers.sent), max_drafts=max_drafts,
         )  # fmt: skip
+        if self._finish.drafter is not None:
+            self._finish.propose(self._finish.drafter, inputs.slots)
 
     def answer(self) -> tuple[npt.NDArray[np.int32], torch.cuda.Event]:
         """What the pass launched last draws, as in `Answer.host`, there behind the event, and for `TURNS` steps."""
@@ -103,8 +107,16 @@ class Forwarded:
 class FinishStep:
     """Ends steps of one model over its slot tables."""
 
-    def __init__(self, model: CheckedModel, tables: SlotTables, sampler: Sampler, tp: TensorParallelGroup) -> None:
+    def __init__(
+        self,
+        model: CheckedModel,
+        tables: SlotTables,
+        sampler: Sampler,
+        tp: TensorParallelGroup,
+        drafter: DeviceDrafter | None = None,
+    ) -> None:
         self.model, self.tables, self.sampler, self.tp = model, tables, sampler, tp
+        self.drafter = drafter
         self.vocab_size = tables.limits.vocab_size
         self._chosen: tuple[tuple[int, bytes] | None, DrawPlan] | None = None
 
@@ -147,8 +159,33 @@ class FinishStep:
             tables.state, rows.slots, rows.query_start_loc, drawn.token_ids, rows.token_of_row, rows.drafts,
             drawn.failed, drawn.counts, max_drafts=int(plan.drafts.max(initial=0)),
         )  # fmt: skip
+        if self.drafter is not None:
+            self.propose(self.drafter, rows.slots)
         graphs = 0 if step.replayed is None else step.replayed.graph
         return LaunchedStep(plan, plan.logits_rows[sampled], drawn, prompt, graphs)
+
+    def propose(self, drafter: DeviceDrafter, slots: Tensor) -> None:
+        """Write the drafter's guesses behind the tokens of these slots, int [R], into the token table."""
+        tables, slots = self.tables, slots.long()
+        num_tokens = tables.num_tokens.index_select(0, slots)
+        step = DraftStep(
+            slots=slots,
+            num_tokens=num_tokens,
+            token_ids=tables.token_ids,
+            seeds=tables.seeds.index_select(0, slots),
+            sample_index=tables.sample_index.index_select(0, slots),
+        )
+        where = f"drafter {name_of(type(drafter))}"
+        with plugin_step(where, type(drafter)):
+            drafts: object = drafter.draft(step)
+        want, rows, width = drafter.ctx.tokens, len(slots), tables.token_ids.shape[1]
+        if not isinstance(drafts, Tensor) or (drafts.shape, drafts.dtype) != ((rows, want), torch.int32):
+            raise PluginError(f"{where} returned {shown(drafts):.80}, not an int32 tensor of shape [{rows}, {want}]")
+        column = torch.arange(want, device=slots.device)
+        places, slots = num_tokens[:, None] + column, slots[:, None]
+        kept = (drafts >= 0) & (drafts < self.vocab_size) & (places < width) & (slots != tables.dummy_slot)
+        ids = torch.where(kept, drafts, 0)  # what is not kept goes to the dummy slot
+        tables.token_ids[torch.where(kept, slots, tables.dummy_slot), torch.where(kept, places, column)] = ids
 
     def _draw(self, step: Forwarded, which: Int64, how: DrawPlan, supplied: Sequence[SuppliedColumn]) -> Drawn:
         """Tokens and wanted log-probs of these entries of `logits_index`, int64 [S], which are all sampled."""

@@ -19,6 +19,7 @@ import torch
 
 from nanoengine.api.attention import AttentionBackend
 from nanoengine.api.checks import CheckedModel
+from nanoengine.api.drafters import DeviceDrafter
 from nanoengine.api.errors import described, is_failure, is_out_of_memory
 from nanoengine.api.model import Attention, ForwardBatch, Model, ModelConfig
 from nanoengine.api.parallel import TensorParallelGroup
@@ -54,15 +55,16 @@ class ModelRunner:
         buffers: StepBuffers,
         sampler: Sampler,
         sizes: CaptureSizes,
+        drafter: DeviceDrafter | None = None,
     ) -> None:
-        """sizes: of steps that are to have graphs."""
+        """sizes: of steps that are to have graphs. drafter: guesses the tokens behind each draw."""
         self.device, self.tp, self.model, self.layers, self.backends = device, tp, model, layers, backends
         self.buffers, self.tables, self.sampler = buffers, buffers.tables, sampler
         self.eager = False
         self.capture: Any = None
         self._ran_out = False  # of memory, in the last launch
         self.checked_model = CheckedModel(model, config, tp, type(backends[0]))
-        self.finish = FinishStep(self.checked_model, self.tables, sampler, tp)
+        self.finish = FinishStep(self.checked_model, self.tables, sampler, tp, drafter)
         self.graphs = StepGraphs(sizes, self.checked_model, buffers)
 
     @torch.inference_mode()

@@ -206,7 +206,8 @@ def build_plan(draft: Draft) -> StepPlan:
     logits = rows = np.arange(num_decode, dtype=np.int32)
     if draft.drafts:
         each = [draft.drafts.get(slot, ()) for slot in slots.tolist()]
-        drafts, draft_tokens = i32([len(tokens) for tokens in each]), i32(list(chain.from_iterable(each)))
+        drafts = i32([len(tokens) for tokens in each])
+        draft_tokens = i32([token for token in chain.from_iterable(each) if token >= 0])  # the device has the others
         lens += drafts
         logits, rows = np.arange(lens.sum(), dtype=np.int32), np.repeat(rows, lens)
     sampled, tops = np.ones(len(rows), dtype=np.bool_), np.zeros(len(rows), dtype=np.int32)

@@ -51,6 +51,7 @@ class Scheduler:
     ) -> None:
         self.config = config
         self.blocks, self._speculation = blocks, speculation
+        self._runs_ahead = speculation is not None and speculation.on_device  # with drafts
         self.policy = policy or make_policy(config.policy)
         self._stats = EngineStats()
         slots = num_slots(config.max_num_seqs, config.spare_slots)
@@ -70,7 +71,8 @@ class Scheduler:
         limit, max_tokens = self.config.max_model_len, request.params.max_tokens
         request.max_len = limit if max_tokens is None else min(limit, request.prompt_len + max_tokens)
         request.min_len = min(request.min_len, limit + 1)  # of what is never reached a plan's int32 need not hold more
-        request.drafted = self._speculation is not None and request.params.speculate
+        unseen = self._runs_ahead and request.host_states  # what a state gives depends on drafts
+        request.drafted = self._speculation is not None and request.params.speculate and not unseen
         request.block_hashes = request.block_hashes or self.blocks.hashes_of(request.prompt_bytes, request.cache_key)
         self._roster.add(request)
 
@@ -160,10 +162,11 @@ class Scheduler:
     def _pick(self, request: Request, draft: Draft) -> bool:
         """Gives a running request as many of its tokens as budget and blocks allow. False: there is no budget left."""
         if request.length >= request.max_len:  # ends by length once its token in flight is committed
-            draft.ending += 1
+            draft.ending += not self._runs_ahead  # else its row in flight may bring less
         elif request.status is Status.RUNNING:  # and was not preempted by one before it
             most = self._most_drafts(request) if request.drafted or request.host_states else 0
-            if most and self._is_in_flight(request):  # drafts follow a known token
+            ahead = request.drafted and self._runs_ahead
+            if most and not ahead and self._is_in_flight(request):  # its drafts follow its last token
                 return True
             if not draft.budget:
                 return False

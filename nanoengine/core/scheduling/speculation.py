@@ -58,10 +58,16 @@ class Acceptance:
 
 
 class Speculation:
-    """The drafts of a scheduler's requests, by one drafter."""
+    """The drafts of a scheduler's requests, by one drafter.
 
-    def __init__(self, drafter: CheckedDrafter, *, tokens: int, min_acceptance: float) -> None:
-        """tokens: the most drafts of a row. min_acceptance: the share below which a position is not drafted."""
+    on_device: the device makes them, behind each draw. So rows with drafts run ahead; else a request has some only while
+    nothing of it is in flight.
+    """
+
+    def __init__(self, drafter: CheckedDrafter | None, *, tokens: int, min_acceptance: float) -> None:
+        """drafter: None: the device's. tokens: the most drafts of a row. min_acceptance: the share below which a
+        position is not drafted."""
+        self.on_device = drafter is None
         self._drafter, self._least = drafter, min_acceptance
         self._all = Acceptance([1.0] * tokens, min_acceptance, memory=32)  # a new request begins with what others had
         self._acceptance: dict[Request, Acceptance] = {}
@@ -80,7 +86,7 @@ class Speculation:
         if found is None:
             found = self._acceptance[request] = Acceptance(self._all.shares, self._least)
         depth = found.depth(len(request.output_token_ids))
-        if not depth or request.num_in_flight != 1:
+        if self.on_device or not depth or request.num_in_flight != 1:
             return depth
         try:
             return depth if len(self._ask(request, 2)) == 2 else 0
@@ -89,15 +95,18 @@ class Speculation:
             return depth
 
     def propose(self, request: Request, most: int) -> list[int]:
-        """At most `most` drafts for the next row of a request of which nothing is in flight.
+        """At most `most` drafts for the next row of a request; -1: one that the device has.
 
         Raises `RequestError("drafter_failed")`.
         """
+        if self._drafter is None:
+            return [-1] * most
         if request in self._failed:
             raise self._failed.pop(request)
         return self._ask(request, most)
 
     def _ask(self, request: Request, most: int) -> list[int]:
+        assert self._drafter is not None
         state = self._states.get(request)
         if state is None:
             sample = DraftSample(

@@ -13,11 +13,9 @@ from typing import Any, TypeVar
 import torch
 
 from nanoengine.api.errors import ModelError, described, is_failure, is_out_of_memory
-from nanoengine.api.parallel import TensorParallelGroup
-from nanoengine.core.execution.finish_step import CapturedTail
+from nanoengine.core.execution.finish_step import CapturedTail, FinishStep
 from nanoengine.core.execution.graphs import StepGraphs
 from nanoengine.core.execution.runner import ModelRunner
-from nanoengine.core.execution.sampler import Sampler
 from nanoengine.kernels.compile_ahead import compiling_ahead, is_compiling_ahead
 
 _log = logging.getLogger(__name__)
@@ -40,8 +38,8 @@ def capture_graphs(runner: ModelRunner) -> str:
     failure = ""
     try:
         with torch.inference_mode():
-            _compile_ahead(graphs, runner.sampler, runner.tp)
-            _capture(graphs, runner.sampler, runner.tp)
+            _compile_ahead(graphs, runner.finish)
+            _capture(graphs, runner.finish)
     except ModelError:  # the model is wrong, also in eager steps
         raise
     except BaseException as error:  # an error of a driver or compiler; eager steps are correct
@@ -59,7 +57,7 @@ def capture_graphs(runner: ModelRunner) -> str:
     return failure
 
 
-def _compile_ahead(graphs: StepGraphs, sampler: Sampler, tp: TensorParallelGroup) -> None:
+def _compile_ahead(graphs: StepGraphs, finish: FinishStep) -> None:
     """A dry run of all captures, so that Triton compiles the kernels in parallel.
 
     The static buffers keep what kernels wrote before, so indices in them are valid.
@@ -68,7 +66,7 @@ def _compile_ahead(graphs: StepGraphs, sampler: Sampler, tp: TensorParallelGroup
         return
     try:
         with compiling_ahead():
-            _capture(graphs, sampler, tp)
+            _capture(graphs, finish)
     except BaseException as error:  # a backend may need results of kernels; then kernels are compiled one by one
         if not is_failure(error):
             raise
@@ -77,19 +75,19 @@ def _compile_ahead(graphs: StepGraphs, sampler: Sampler, tp: TensorParallelGroup
     torch.cuda.empty_cache()
 
 
-def _capture(graphs: StepGraphs, sampler: Sampler, tp: TensorParallelGroup) -> None:
+def _capture(graphs: StepGraphs, finish: FinishStep) -> None:
     """Captures the largest graphs first, in one memory pool; then those with tails, with dummy rows."""
     sizes = sorted(graphs.sizes.sizes, key=lambda size: (-size.tokens, size))
     pool = torch.cuda.graph_pool_handle()
     for size in sizes:
-        graphs.passes[size, None], graphs.logits[size] = captured(partial(graphs.run, size), pool, tp.agree)
+        graphs.passes[size, None], graphs.logits[size] = captured(partial(graphs.run, size), pool, finish.tp.agree)
     if graphs.sizes.tail:
         buffers = graphs.buffers
-        graphs.tail = CapturedTail(sampler, buffers.tables, buffers, tp, max(size.logits for size in sizes))
+        graphs.tail = CapturedTail(finish, buffers, max(size.logits for size in sizes))
         buffers.sent.fill_(buffers.tables.dummy_slot)  # wherever a tail may look for its rows
         for size in sizes:
-            for kind in sampler.tails:
-                graphs.passes[size, kind], _ = captured(partial(graphs.run_tail, size, kind), pool, tp.agree)
+            for kind in finish.sampler.tails:
+                graphs.passes[size, kind], _ = captured(partial(graphs.run_tail, size, kind), pool, finish.tp.agree)
     graphs.index()
 
 

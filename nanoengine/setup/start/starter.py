@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from nanoengine.api.attention import AttentionBackend
+from nanoengine.api.drafters import DeviceDrafter, DrafterContext
 from nanoengine.api.errors import ModelError, NanoEngineError, is_out_of_memory
 from nanoengine.api.model import Attention, Model
 from nanoengine.api.parallel import TensorParallelGroup
@@ -30,6 +31,7 @@ from nanoengine.kernels.ops import RealTokens, ops_for
 from nanoengine.params.engine_options import EngineOptions
 from nanoengine.params.engine_plan import EnginePlan
 from nanoengine.setup.plugins.choose import load_checked
+from nanoengine.setup.plugins.speculation import make_drafter
 from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.start.backend_checks import dry_run, kv_block_bytes
 from nanoengine.setup.start.build_model import (
@@ -191,7 +193,24 @@ class _Start:
             buffers=buffers,
             sampler=sampler,
             sizes=sizes,
+            drafter=self._make_drafter(slot_limits),
         )
+
+    def _make_drafter(self, limits: SlotLimits) -> DeviceDrafter | None:
+        """Each rank's own; a host drafter is the scheduler's."""
+        plan = self.plan.speculation
+        if plan is None or not plan.device:
+            return None
+        ctx = DrafterContext(
+            tokens=plan.tokens,
+            vocab_size=limits.vocab_size,
+            max_model_len=limits.max_model_len,
+            max_slots=limits.max_slots,
+            device=str(self.device),
+        )
+        made = make_drafter(plan, self.loader, ctx)
+        assert isinstance(made, DeviceDrafter)
+        return made
 
     def _make_kv_cache(self, built: BuiltModel, runner: ModelRunner) -> MemoryReport:
         options, limits = self.plan.options, batch_limits(self.plan.options)

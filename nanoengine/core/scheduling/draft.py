@@ -215,8 +215,7 @@ def build_plan(draft: Draft) -> StepPlan:
         index, of_row, drawn, best = _wanted_logits(num_decode, len(rows), draft.prefill)
         logits, rows = np.concatenate([logits, index]), np.concatenate([rows, of_row])
         sampled, tops = np.concatenate([sampled, drawn]), np.concatenate([tops, best])
-        if len(drafts):
-            drafts = np.concatenate([drafts, np.zeros(len(draft.prefill), dtype=np.int32)])
+        drafts = np.pad(drafts, (0, len(draft.prefill))) if len(drafts) else drafts
         slots = np.concatenate([slots, i32([row.request.slot for row in draft.prefill])])
         starts = np.concatenate([starts, i32([row.start for row in draft.prefill])])
         lens = np.concatenate([lens, i32([row.end - row.start for row in draft.prefill])])

@@ -60,7 +60,7 @@ class Acceptance:
 class Speculation:
     """The drafts of a scheduler's requests, by one drafter.
 
-    on_device: the device makes them, behind each draw. So rows with drafts run ahead; else a request has some only while
+    on_device: the device makes them, behind each draw: rows with drafts run ahead. Else a request has some only while
     nothing of it is in flight.
     """
 

@@ -147,7 +147,8 @@ class StepPlan:
             its own lengths, which are smaller once a row brings fewer tokens than its step had room for.
         drafts: int32 [B], or [0] where no row has any; so many of a decode row's last tokens are drafts: guesses of
             what is drawn before them. A draft counts if it is what was drawn.
-        draft_tokens: int32, flat, in row order: the drafts, if the host made them. Then `starts` are exact.
+        draft_tokens: int32, flat, in row order: the drafts of rows whose `starts` are exact; -1: one that the device
+            made behind the draw before it.
         logits_index: int32 [L], ascending; which of the T tokens need logits. Of a row with drafts all do.
         logits_rows: int32 [L]; the row each of them belongs to.
         sampled: bool [L]; True: a token is drawn there. False: only the log-probs of the next prompt token are

@@ -199,7 +199,8 @@ class MockRunner:
         drafts = plan.drafts if len(plan.drafts) else np.zeros_like(plan.slots)
         assert (plan.query_lens[: plan.num_decode_rows] == 1 + drafts[: plan.num_decode_rows]).all()
         assert not drafts[plan.num_decode_rows :].any()
-        assert len(plan.draft_tokens) == (0 if self._guess is not None else drafts.sum())
+        assert len(plan.draft_tokens) == drafts.sum()
+        assert self._guess is not None or (plan.draft_tokens >= 0).all()
         starts = self.computed[plan.slots]
         exact = self._guess is None or (np.arange(plan.num_rows) >= plan.num_decode_rows)
         assert np.where(exact, plan.starts == starts, plan.starts >= starts).all(), "a row does not begin where KV ends"
@@ -267,10 +268,10 @@ class MockRunner:
 
     def _guesses(self, plan: StepPlan, row: int, slot: int, offsets: npt.NDArray[np.int32]) -> list[int]:
         """The row's drafts: the host's, or what the model would draw, now and then another token."""
-        if self._guess is None:
-            out: list[int] = plan.draft_tokens[offsets[row] : offsets[row + 1]].tolist()
-            return out
-        out, at = [], int(self.computed[slot])
+        given: list[int] = plan.draft_tokens[offsets[row] : offsets[row + 1]].tolist()
+        if self._guess is None or -1 not in given:
+            return given
+        out, at = list[int](), int(self.computed[slot])
         history, token = self._read(slot, at), int(self.token_ids[slot, at])
         for position in range(at, at + int(plan.drafts[row])):
             history = _add(history, _entry(history, token, position), position)

@@ -337,7 +337,8 @@ class SlotTables:
         if len(plan.draft_tokens):
             rows, behind = ragged_places(offsets_of(plan.drafts))
             places = plan.slots[rows].astype(np.int64) * self.token_ids.shape[1] + plan.starts[rows] + 1 + behind
-            self.buffer.write("token_ids", places, plan.draft_tokens)
+            of_host = plan.draft_tokens >= 0
+            self.buffer.write("token_ids", places[of_host], plan.draft_tokens[of_host])
         appends = plan.appends
         if len(appends.slot):  # behind a slot's last block its table holds whatever an earlier owner left
             _, slots, width = self.block_tables.shape

@@ -207,7 +207,7 @@ def build_plan(draft: Draft) -> StepPlan:
     if draft.drafts:
         each = [draft.drafts.get(slot, ()) for slot in slots.tolist()]
         drafts = i32([len(tokens) for tokens in each])
-        draft_tokens = i32([token for token in chain.from_iterable(each) if token >= 0])  # the device has the others
+        draft_tokens = i32(list(chain.from_iterable(each)))
         lens += drafts
         logits, rows = np.arange(lens.sum(), dtype=np.int32), np.repeat(rows, lens)
     sampled, tops = np.ones(len(rows), dtype=np.bool_), np.zeros(len(rows), dtype=np.int32)

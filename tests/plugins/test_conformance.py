@@ -14,6 +14,7 @@ from nanoengine.api import (
     AttentionCapabilities,
     AttentionNeed,
     ColumnSpec,
+    GraphSupport,
     HeadNorms,
     LogitsProcessor,
     Need,
@@ -275,6 +276,112 @@ def test_a_backend_that_takes_qkv_conforms() -> None:
     check_attention_backend(TakesQkv)
 
 
+class SeesItsDrafts(TorchPaged):
+    """A decode row's queries all see as far as its last one."""
+
+    def fill(self, inputs: StepInputs) -> None:
+        positions = inputs.positions.clone()
+        for row in range(inputs.num_decode_rows):
+            first, stop = inputs.query_start_loc[row : row + 2].tolist()
+            positions[first:stop] = positions[stop - 1]
+        super().fill(replace(inputs, positions=positions))
+
+
+class DraftsAtHostLengths(TorchPaged):
+    """Takes the host's lengths for exact where rows have drafts."""
+
+    def fill(self, inputs: StepInputs) -> None:
+        if inputs.decode_query_len > 1:
+            ends = torch.tensor(inputs.seq_lens_host)
+            behind = torch.repeat_interleave(ends - inputs.seq_lens, inputs.query_start_loc.diff())
+            inputs = replace(inputs, positions=inputs.positions + behind)
+        super().fill(inputs)
+
+
+class OneTokenADecodeRow(TorchPaged):
+    """Computes the first token of each decode row only."""
+
+    def fill(self, inputs: StepInputs) -> None:
+        self._inputs = inputs
+        super().fill(inputs)
+
+    def attend(self, layer: int, spec: Any, q: Tensor) -> Tensor:
+        out, starts = super().attend(layer, spec, q), self._inputs.query_start_loc.tolist()
+        for row in range(self._inputs.num_decode_rows):
+            out[starts[row] + 1 : starts[row + 1]] = 0
+        return out
+
+
+class FewDrafts(TorchPaged):
+    """Declares more queries than it computes."""
+
+    def _padded_piece(self, inputs: StepInputs, rows: Any, group: Any, index: Tensor) -> Any:
+        assert inputs.decode_query_len <= 8, "too many queries"
+        return super()._padded_piece(inputs, rows, group, index)
+
+
+class OnTheDevice(AttentionBackend):
+    """All at once, each query over all that its row's table has: for any padded step, from tensors alone."""
+
+    capabilities = AttentionCapabilities(
+        devices=frozenset({"cpu"}), dtypes=frozenset({"float32"}), graphs=GraphSupport.ALWAYS, decode_queries=6
+    )
+
+    @classmethod
+    def kv_block_bytes(cls, spec: Any, block_size: int) -> int:
+        return 2 * block_size * int(spec.num_kv_heads) * int(spec.head_size) * 4
+
+    def __init__(self, spec: Any, limits: Any, device: Any) -> None:
+        self.spec, self.limits = spec, limits
+
+    def allocate(self, num_layers: int, num_blocks: int) -> None:
+        shape = (num_layers, 2, num_blocks * self.limits.block_size, self.spec.num_kv_heads, self.spec.head_size)
+        self._kv = torch.zeros(shape)
+
+    def fill(self, inputs: StepInputs) -> None:
+        self._inputs = inputs
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """The row of each token; those behind the last row have its."""
+        ends = self._inputs.query_start_loc[1:]
+        return torch.searchsorted(ends, tokens, right=True).clamp(max=len(ends) - 1)
+
+    def forward(self, layer: int, spec: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        step, size = self._inputs, self.limits.block_size
+        for cache, new in zip(self._kv[layer], (k, v), strict=True):
+            cache[step.slot_mapping] = new
+        at = torch.arange(step.block_tables.shape[1] * size)
+        tables = step.block_tables[self.rows(torch.arange(len(q), dtype=torch.int32))]
+        slots = tables[:, at // size] * size + at % size  # [T, keys]
+        hidden = (at > step.positions[:, None])[:, :, None, None]
+        group = spec.num_heads // spec.num_kv_heads
+        keys, values = (c[slots].masked_fill(hidden, 0).repeat_interleave(group, 2) for c in self._kv[layer])
+        scores = torch.einsum("thd,tkhd->thk", q, keys) * spec.scale
+        weights = scores.masked_fill(hidden[:, None, :, 0, 0], float("-inf")).softmax(-1)
+        return torch.einsum("thk,tkhd->thd", weights, values)
+
+
+class PadsWithTokens(OnTheDevice):
+    """Each decode row has all the tokens that there may be."""
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        every = self._inputs.decode_query_len
+        whole = len(tokens) == every * len(self._inputs.seq_lens)
+        return tokens // every if whole else super().rows(tokens)
+
+
+class HostTokens(OnTheDevice):
+    """Right as long as `fill` is not captured."""
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        ends = torch.tensor(self._inputs.query_lens_host, dtype=torch.int32).cumsum(0)
+        return torch.searchsorted(ends, tokens, right=True).clamp(max=len(ends) - 1)
+
+
+def test_a_backend_that_computes_rows_with_drafts_in_padded_steps_conforms() -> None:
+    check_attention_backend(OnTheDevice, head_sizes=[16])
+
+
 class ExitsInFill(TorchPaged):
     def fill(self, inputs: StepInputs) -> None:
         raise SystemExit(3)
@@ -307,6 +414,12 @@ class ExitsInFill(TorchPaged):
         (ForgetsNorms, "attend_qkv, row .* off by"),
         (TurnsOneBack, "attend_qkv, row 'a' .* off by"),
         (StoresUnrotated, "decode, chunk and a new prompt together, layer 0: row 'b' .* off by"),
+        (SeesItsDrafts, r"rows with drafts, lengths overestimated on the host, layer 0: row 'd' \(4 new .* off by"),
+        (DraftsAtHostLengths, r"rows with drafts, lengths overestimated on the host, layer 0: row 'b' .* off by"),
+        (OneTokenADecodeRow, r"rows with drafts, lengths overestimated on the host, layer 0: row 'd' .* off by"),
+        (FewDrafts, r"rows with as many drafts as it takes: fill\(\) raised AssertionError: too many queries"),
+        (PadsWithTokens, "rows with drafts in a padded step, layer 0: row"),
+        (HostTokens, "rows with drafts in a padded step, layer 0: row"),
         (ClaimsLess, "does not declare SINKS, yet unsupported"),
         (ForgetsSinks, r"sinks=True, .*: two whole prompts"),
         (ScalesSinks, r"sinks=True, .*: two whole prompts"),
@@ -321,7 +434,7 @@ class ExitsInFill(TorchPaged):
         (OtherDtype, "forward returned torch.float64 for queries of torch.float32"),
     ],
 )
-def test_a_wrong_backend_is_caught(mutant: type[TorchPaged], words: str) -> None:
+def test_a_wrong_backend_is_caught(mutant: type[AttentionBackend], words: str) -> None:
     with pytest.raises(ConformanceError, match=words):
         check_attention_backend(mutant)
 

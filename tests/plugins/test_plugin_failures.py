@@ -217,6 +217,10 @@ BACKEND = {
         "capabilities = replace(MockAttention.capabilities, block_multiple=0)",
         "OtherBackend.capabilities.block_multiple must be an integer of at least 1, not 0",
     ),
+    "decode queries": (
+        "capabilities = replace(MockAttention.capabilities, decode_queries=True)",
+        "OtherBackend.capabilities.decode_queries must be an integer of at least 1, not True",
+    ),
     "unsupported raises": (
         "@classmethod\ndef unsupported(cls, need):\n    raise PanicException('driver')  # HERE",
         "OtherBackend.unsupported failed: PanicException: driver",

@@ -1,4 +1,8 @@
-"""Attention with flash-attn, version 2: paged decode with its KV-cache call, prefill with its ragged one."""
+"""Attention with flash-attn, version 2: paged decode with its KV-cache call, prefill with its ragged one.
+
+The KV-cache call wants as many queries in each row, so rows with drafts are prefill rows: the ragged call reads their
+lengths on the device, and upper bounds of them on the host.
+"""
 
 from __future__ import annotations
 

@@ -162,12 +162,13 @@ def check_capabilities(cls: type[AttentionBackend]) -> None:
         if wrong:
             text = f"{name_of(cls)}.capabilities.features: {wrong}"
             raise PluginError(text + place_and_fix(None, cls, text))
-    multiple, graphs = found.block_multiple, found.graphs
-    if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
-        text = f"{name_of(cls)}.capabilities.block_multiple must be an integer of at least 1, not {shown(multiple)}"
-        raise PluginError(text + place_and_fix(None, cls, text))
-    if not isinstance(graphs, GraphSupport):
-        text = f"{name_of(cls)}.capabilities.graphs must be a nanoengine.api.GraphSupport, not {shown(graphs)}"
+    for name in ("block_multiple", "decode_queries"):
+        number = getattr(found, name)
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            text = f"{name_of(cls)}.capabilities.{name} must be an integer of at least 1, not {shown(number)}"
+            raise PluginError(text + place_and_fix(None, cls, text))
+    if not isinstance(found.graphs, GraphSupport):
+        text = f"{name_of(cls)}.capabilities.graphs must be a nanoengine.api.GraphSupport, not {shown(found.graphs)}"
         raise PluginError(text + place_and_fix(None, cls, text))
 
 

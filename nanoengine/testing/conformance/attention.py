@@ -86,8 +86,9 @@ def check_attention_backend(
 ) -> None:
     """Tests an attention backend.
 
-    The steps have prompts, chunks, decode rows, mixed batches, shared and reused blocks, and two layers. They run for
-    every head size, dtype, grouping of heads and feature that the backend declares. Blocks have NaN and infinity before
+    The steps have prompts, chunks, decode rows, rows with drafts (as many as `decode_queries` says, and padded for a
+    graph), mixed batches, shared and reused blocks, and two layers. They run for every head size, dtype, grouping of
+    heads and feature that the backend declares. Blocks have NaN and infinity before
     they are used, and one row of most steps has nothing else. A backend with its own `attend_qkv` is called so in each
     step, with and without norms, and with rotations of every kind: it must compute the right result, or return None.
 
@@ -225,8 +226,29 @@ class _Play:
         self.step("blocks reused, old values after their ends", {"b": 1, "late": 7, "later": 2})
         for _ in range(min(6, self.case.block_size)):  # so that some row begins a block
             self.step("decode in reused blocks", {"late": 1, "later": 1, "shared": 1})
+        if self.case.causal:
+            self.rows_with_drafts(min(self.made.capabilities.decode_queries, 16))
         with during("release()"):
             self.made.release()
+
+    def rows_with_drafts(self, most: int) -> None:
+        """Rows of a token and its drafts, of which some are wrong and overwritten. They are decode rows of up to `most`
+        queries, or prefill rows to a backend that takes one."""
+        few = min(most, 4) if most > 1 else 4
+        what = "rows with drafts, lengths overestimated on the host"
+        self.step(what, {"b": 1, "d": few, "ill": few}, queries=few if most > 1 else 0, slack=7)
+        self.take_back("d", few - 1)
+        if most == 1:
+            return
+        self.step("rows with drafts and a chunk", {"d": few, "late": 2, "b": 1, "later": most + 4}, queries=few)
+        if self.made.capabilities.graphs is GraphSupport.ALWAYS:
+            self.step("rows with drafts in a padded step", {"b": 2, "ill": 1, "d": few}, queries=few, padded=2)
+        self.take_back("d", 1)
+        self.step("rows with as many drafts as it takes", {"late": 1, "d": most}, queries=most)
+
+    def take_back(self, name: str, tokens: int) -> None:
+        self.paging.take_back(name, tokens)
+        self.kv[name] = self.known(name, self.paging.lens[name])
 
     def leave_nothing_finite(self) -> None:
         """Writes NaN and infinity to the dummy block and to the blocks that the steps will use.
@@ -250,11 +272,19 @@ class _Play:
         return [torch.cat(self.kv[name], dim=2)[:, :, :tokens]]
 
     def step(
-        self, what: str, chunks: Mapping[str, int], *, padded: int = 0, slack: int = 0, scale: float = 1.0
+        self,
+        what: str,
+        chunks: Mapping[str, int],
+        *,
+        queries: int = 1,
+        padded: int = 0,
+        slack: int = 0,
+        scale: float = 1.0,
     ) -> None:
-        inputs = self.paging.step(chunks, padded_rows=padded, host_slack=slack)
-        rows = self.paging.order(chunks)
-        queries = [self.normal(_LAYERS, chunks[name], self.case.heads) * 2 for name in rows]
+        """`queries`, `padded`, `slack`: as in `Paging.step`."""
+        inputs = self.paging.step(chunks, padded_rows=padded, host_slack=slack, queries=queries)
+        rows, padded = self.paging.order(chunks, queries), len(inputs.slot_mapping) - sum(chunks.values())
+        each = [self.normal(_LAYERS, chunks[name], self.case.heads) * 2 for name in rows]
         for name in rows:
             new = self.normal(_LAYERS, 2, chunks[name], self.case.kv_heads)
             new[:, 1] *= scale
@@ -265,7 +295,7 @@ class _Play:
             self.made.fill(inputs)
         for layer in range(_LAYERS):
             with during(f"{what}, layer {layer}"):
-                self.check_layer(layer, inputs, rows, [q[layer] for q in queries], padded)
+                self.check_layer(layer, inputs, rows, [q[layer] for q in each], padded)
 
     def check_layer(
         self, layer: int, inputs: StepInputs, rows: Sequence[str], queries: Sequence[Tensor], padded: int

@@ -50,17 +50,25 @@ class Paging:
         self._free += self.tables.pop(name)
         del self.lens[name]
 
-    def order(self, chunks: Mapping[str, int]) -> list[str]:
-        """The rows of a step in order: single tokens first."""
-        return sorted(chunks, key=lambda name: chunks[name] > 1)
+    def take_back(self, name: str, tokens: int) -> None:
+        """Forgets the last tokens of a sequence: drafts that were wrong. Their K and V stay where they are."""
+        self.lens[name] -= tokens
 
-    def step(self, chunks: Mapping[str, int], *, padded_rows: int = 0, host_slack: int = 0) -> StepInputs:
+    def order(self, chunks: Mapping[str, int], queries: int = 1) -> list[str]:
+        """The rows of a step in order: decode rows, which have up to `queries` tokens, first."""
+        return sorted(chunks, key=lambda name: chunks[name] > queries)
+
+    def step(
+        self, chunks: Mapping[str, int], *, padded_rows: int = 0, host_slack: int = 0, queries: int = 1
+    ) -> StepInputs:
         """The inputs of a step that appends so many tokens to each sequence.
 
-        `padded_rows`: rows of one token in the dummy block, after a step of single tokens. `host_slack`: how much the
-        host overestimates the lengths of single-token rows.
+        `queries`: the most tokens of a decode row; 0: all rows are prefill rows. `padded_rows`: rows in the dummy
+        block, after a step of decode rows: of one token each; with more `queries`, of none, and the step has tokens for
+        that many in each row, while the host knows what a captured `fill` does: upper bounds. `host_slack`: how much
+        the host overestimates the lengths of decode rows, or of all rows if none is one.
         """
-        rows, size = self.order(chunks), self.limits.block_size
+        rows, size = self.order(chunks, queries), self.limits.block_size
         tables = torch.zeros(len(rows) + padded_rows, self.limits.max_blocks, dtype=torch.int32)
         slots, positions = list[int](), list[int]()
         for row, name in enumerate(rows):
@@ -68,18 +76,25 @@ class Paging:
             after = self.lens[name] = before + chunks[name]
             while len(table) * size < after:
                 table.append(self._free.pop())
-            tables[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
+            used = table[: -(-after // size)]
+            tables[row, : len(used)] = torch.tensor(used, dtype=torch.int32)
             slots += [table[p // size] * size + p % size for p in range(before, after)]
             positions += range(before, after)
-        counts = [chunks[name] for name in rows] + [1] * padded_rows
-        lens = [self.lens[name] for name in rows] + [1] * padded_rows
+        captured = queries > 1 and padded_rows > 0
+        counts = [chunks[name] for name in rows] + [int(not captured)] * padded_rows
+        lens = [self.lens[name] for name in rows] + [int(not captured)] * padded_rows
+        padding = [0] * ((len(counts) * queries if captured else sum(counts)) - len(slots))
+        decode = [count <= queries for count in counts]
+        most = self.limits.max_model_len
+        bounds = [min(n + host_slack * (each or not queries), most) for n, each in zip(lens, decode, strict=True)]
         return StepInputs(
             block_tables=tables.to(self.device),
             seq_lens=torch.tensor(lens, dtype=torch.int32, device=self.device),
             query_start_loc=torch.tensor([0, *counts]).cumsum(0).to(self.device, torch.int32),
-            slot_mapping=torch.tensor(slots + [0] * padded_rows, device=self.device),
-            positions=torch.tensor(positions + [0] * padded_rows, device=self.device),
-            num_decode_rows=sum(count == 1 for count in counts),
-            query_lens_host=tuple(counts),
-            seq_lens_host=tuple(n + host_slack * (c == 1) for n, c in zip(lens, counts, strict=True)),
+            slot_mapping=torch.tensor(slots + padding, device=self.device),
+            positions=torch.tensor(positions + padding, device=self.device),
+            num_decode_rows=sum(decode),
+            query_lens_host=(queries,) * len(counts) if captured else tuple(counts),
+            seq_lens_host=(most,) * len(counts) if captured else tuple(bounds),
+            decode_query_len=max(1, queries),
         )

@@ -325,6 +325,7 @@ def _fill_block_size(options: EngineOptions, backend: type[AttentionBackend]) ->
 class _ParamsContext:
     vocab_size: int
     max_model_len: int
+    in_process: bool
     tokenizer: Tokenizer | None
     end_ids: frozenset[int]
     reasoning: str | int | None
@@ -412,6 +413,7 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
     ctx = _ParamsContext(
         assembly.vocab_size,
         options.max_model_len,
+        options.tensor_parallel_size == 1,
         tokenizer,
         defaults.eos_ids,
         options.structured_outputs.reasoning,

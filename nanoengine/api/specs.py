@@ -80,6 +80,11 @@ class ParamsContext(Protocol):
     def max_model_len(self) -> int: ...
 
     @property
+    def in_process(self) -> bool:
+        """Whether logits processors run in this process: not with several ranks."""
+        ...
+
+    @property
     def num_tokens(self) -> int:
         """Ids from this one on have no token: a model's vocabulary is often padded to more."""
         ...

@@ -24,6 +24,7 @@ _WORDS: dict[Any, str] = {
     str: "a string",
     type(None): "None",
     Any: "a value",
+    Callable: "a function",
 }
 # Converts a value of a subclass to the plain type, so that methods which the subclass overrides are not called.
 _PLAIN: dict[Any, Callable[[Any], Any]] = {int: operator.index, float: float.__float__, str: str.__str__}

@@ -31,7 +31,6 @@ NOT_SUPPORTED: Mapping[str, str] = {
     "length_penalty": "there is no beam search",
     "early_stopping": "there is no beam search",
     "guided_decoding": "use structured_outputs=StructuredOutputsParams(...)",
-    "logits_processors": "write a logits processor plugin (docs/plugin-api.md)",
     "extra_args": "give the parameters of a logits processor as keywords",
     "bad_words_token_ids": "give the words as bad_words",
     "spaces_between_special_tokens": "special tokens are decoded as the tokenizer does",

@@ -409,7 +409,8 @@ def _is_greedy(processor: PackedProcessor) -> bool:
 def _own(name: str, value: Any) -> Any:
     """A copy that the caller cannot change. Raises `ParamsError` if it cannot be copied: a lock, a recursive list."""
     try:
-        found = copy.deepcopy(value)
+        parts = value if isinstance(value, list | tuple) else [value]
+        found = copy.deepcopy(value, {id(each): each for each in parts if callable(each)})  # which may have a state
         hash(_frozen(found))
     except BaseException as error:
         if not is_failure(error):

@@ -110,6 +110,34 @@ def test_decoding_experiment(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert logprob["typical_p", "0.2"] != logprob["temperature", "1.0"]
 
 
+# guidance.py
+
+
+def test_guidance(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Scale 1 is the text behind the one prompt, scale 0 that behind the other; more is neither."""
+    names = run("guidance.py", tiny, "--scale", "6", monkeypatch=monkeypatch)
+    texts = [part.partition(": ")[2].strip() for part in re.split(r"^scale ", capsys.readouterr().out, flags=re.M)[1:]]
+    prompts = [names["BEGIN"], names["TOPIC"] + names["BEGIN"]]
+    with LLM(tiny, max_model_len=512) as llm:
+        plain = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=40), use_tqdm=False)
+        guided = [names["guided_text"](llm, scale) for scale in (0.0, 1.0, 6.0)]
+    assert guided[:2] == [output.outputs[0].text for output in plain]
+    assert len(set(guided)) == 3
+    assert texts == [(names["BEGIN"] + text).strip() for text in guided]
+
+
+def test_guidance_says_where_a_row_is_alone(tiny: Path) -> None:
+    example = load("guidance.py")
+    guidance = example.Guidance(2.0)
+    guidance.pairs.append(([1], [2]))
+    with pytest.raises(RuntimeError, match="runs without the other"):
+        guidance([[1]], [[5]], torch.zeros(1, 9))
+    logits = torch.randn(2, 9)
+    want = 2 * logits[0].log_softmax(-1) - logits[1].log_softmax(-1)
+    found = guidance([[1], [2]], [[5], [5]], logits)
+    assert torch.allclose(found, want.expand(2, -1))
+
+
 # hidden_states.py
 
 

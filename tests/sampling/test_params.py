@@ -49,13 +49,14 @@ def test_defaults_are_vllms() -> None:
         "n", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
         "logit_bias", "allowed_token_ids", "bad_words", "seed", "max_tokens", "min_tokens", "stop", "stop_token_ids",
         "include_stop_str_in_output", "ignore_eos", "logprobs", "prompt_logprobs", "detokenize",
-        "skip_special_tokens", "priority", "cache_salt", "speculate", "structured_outputs",
+        "skip_special_tokens", "priority", "cache_salt", "speculate", "structured_outputs", "logits_processors",
+        "batch_logits_processor",
     }  # fmt: skip
     processor_defaults = {k: v for s in BUILT_IN.values() for k, v in vars(s.params()).items()}
     assert processor_defaults == {
         "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
         "frequency_penalty": 0.0, "logit_bias": None, "allowed_token_ids": None, "bad_words": None,
-        "structured_outputs": None,
+        "structured_outputs": None, "logits_processors": None, "batch_logits_processor": None,
     }  # fmt: skip
     inert = {k: v for k, v in processor_defaults.items() if v is not None} | {
         "top_k": -1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nanoengine.api import ProcessorParams, SamplerSpec, hookimpl
-from nanoengine.plugins.samplers import grammar_state, params
+from nanoengine.plugins.samplers import function_state, grammar_state, params
 
 
 @hookimpl
@@ -12,6 +12,7 @@ def register_samplers() -> list[SamplerSpec]:
         _spec("allowed_token_ids", params.AllowedTokenIdsParams, "AllowedTokenIds"),
         _spec("bad_words", params.BadWordsParams, "BadWords"),
         _spec("structured_outputs", grammar_state.GrammarParams, "StructuredOutputs"),
+        _spec("functions", function_state.FunctionParams, "Functions"),
         _spec("logit_bias", params.LogitBiasParams, "LogitBias"),
         _spec("penalties", params.PenaltyParams, "Penalties"),
         _spec("temperature", params.TemperatureParams, "Temperature"),

@@ -48,6 +48,7 @@ class _Vocabulary:
     """A context for the checks of parameters, in which each character is a token."""
 
     max_model_len = _MAX_LEN
+    in_process = True
     end_ids: frozenset[int] = frozenset()
     reasoning = None
 

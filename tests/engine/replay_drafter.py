@@ -7,7 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nanoengine.api import DrafterParams, DrafterSpec, DraftSample, DraftState, HostDrafter, hookimpl
+import torch
+from torch import Tensor
+
+from nanoengine.api import (
+    DeviceDrafter,
+    DrafterParams,
+    DrafterSpec,
+    DraftSample,
+    DraftState,
+    DraftStep,
+    HostDrafter,
+    hookimpl,
+)
 
 Key = tuple[tuple[int, ...], int, int]
 
@@ -67,9 +79,23 @@ class FailingState(DraftState):
         return [7] * most
 
 
+class Follow(DeviceDrafter):
+    """What followed the newest token when it was last there, on the device."""
+
+    def draft(self, step: DraftStep) -> Tensor:
+        tokens, known = step.token_ids[step.slots], step.num_tokens[:, None]  # [R, width], [R, 1]
+        place = torch.arange(tokens.shape[1], device=tokens.device)
+        newest = tokens.gather(1, known - 1)
+        found = ((tokens == newest) & (place < known - 1)).long() * (place + 1)
+        behind = found.amax(1, keepdim=True) + place[: self.ctx.tokens]  # 0, where it was not there
+        good = (found.amax(1, keepdim=True) > 0) & (behind < known)
+        return torch.where(good, tokens.gather(1, behind.clamp(max=tokens.shape[1] - 1)), -1).int()
+
+
 @hookimpl
 def register_drafters() -> list[DrafterSpec]:
     return [
         DrafterSpec(name="replay", params=ReplayParams, target=f"{__name__}:Replay", api=1),
         DrafterSpec(name="failing", target=f"{__name__}:Failing", api=1),
+        DrafterSpec(name="follow_on_device", target=f"{__name__}:Follow", api=1, device=True),
     ]

@@ -35,6 +35,7 @@ DRAFTERS: Mapping[str, dict[str, Any]] = {
     "wrong": replay(0.0),
     "ngram": {"method": "ngram", "tokens": 3, "min_acceptance": 0.0},
     "suffix": {"method": "suffix", "tokens": 6},
+    "on the device": {"method": "follow_on_device", "tokens": 2, "min_acceptance": 0.0},
 }
 
 
@@ -374,7 +375,7 @@ def test_step_records_have_the_drafts_of_each_row(tmp_path: Path) -> None:
 # -- real models ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("drafter", ["ngram", "suffix", "mixed"])
+@pytest.mark.parametrize("drafter", ["ngram", "suffix", "mixed", "on the device"])
 def test_a_real_model_says_the_same(tmp_path: Path, drafter: str) -> None:
     """In float32: rows of several tokens round otherwise than one; no near tie lies in these tokens."""
     asked = prompts(5, shortest=4, longest=30)

@@ -45,11 +45,11 @@ def check_drafter(
         for values in examples or ({},):
             if spec.device:
                 check_device_drafter(partial(_make, spec, values, vocab_size), _TOKENS, vocab_size)
-                continue
-            kit = _Kit(spec, values, vocab_size, list(texts) or list(_texts(vocab_size)))
-            kit.check_drafts()
-            kit.check_feeding()
-            kit.check_samples()
+            else:
+                kit = _Kit(spec, values, vocab_size, list(texts) or list(_texts(vocab_size)))
+                kit.check_drafts()
+                kit.check_feeding()
+                kit.check_samples()
             _check_engine(spec, values, vocab_size)
 
 

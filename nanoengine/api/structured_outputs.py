@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_module
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from nanoengine.api.errors import ParamsError, shown
 from nanoengine.api.grammars import Constraint
@@ -43,6 +43,8 @@ class StructuredOutputsParams:
     whitespace_pattern: str | None = None
     reasoning: str | int | None = None
 
+    _constraint: ClassVar[Constraint]  # an instance's own
+
     def __post_init__(self) -> None:
         given = [name for name in KINDS if getattr(self, name) is not None and getattr(self, name) is not False]
         if len(given) != 1:
@@ -60,13 +62,17 @@ class StructuredOutputsParams:
             raise ParamsError("structured_outputs.choice must be a list with at least one text, not an empty one")
         if self.grammar is not None and not self.grammar.strip():
             raise ParamsError("structured_outputs.grammar is empty: give a grammar in Lark's or EBNF notation")
-        self.constraint()
+        object.__setattr__(self, "_constraint", self._made())  # once: a schema may be large
 
     def __hash__(self) -> int:
         return hash((self.constraint(), self.reasoning))
 
     def constraint(self) -> Constraint:
-        """The constraint for a grammar backend. Raises `ParamsError` for JSON that is none, or is no schema."""
+        """The constraint for a grammar backend."""
+        return self._constraint
+
+    def _made(self) -> Constraint:
+        """Raises `ParamsError` for JSON that is none, or is no schema."""
         if self.regex is not None:
             return Constraint(kind="regex", text=self.regex)
         if self.choice is not None:

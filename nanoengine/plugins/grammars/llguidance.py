@@ -92,7 +92,7 @@ class _Matcher(Matcher):
             self._check()
 
     def mask(self, out: npt.NDArray[np.int32]) -> None:
-        self._matcher.unsafe_compute_mask_ptr(out.ctypes.data, out.nbytes)
+        self._matcher.unsafe_compute_mask_ptr(out.__array_interface__["data"][0], out.nbytes)  # quicker than out.ctypes
         self._check()
 
     @property

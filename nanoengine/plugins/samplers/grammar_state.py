@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
 
 from nanoengine.api import (
     ColumnSpec,
     Grammar,
+    GrammarError,
     HostState,
     Matcher,
     ParamsContext,
@@ -18,10 +22,6 @@ from nanoengine.api import (
 )
 from nanoengine.api.errors import RequestError
 from nanoengine.api.structured_outputs import StructuredOutputsParams
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
 
 _MOST_FORCED = 16  # tokens that are looked for at once
 
@@ -106,6 +106,7 @@ class GrammarState(HostState):
         """`reasoning`: the token after which the grammar begins; None: it has begun."""
         self._matcher, self._reasoning, self._ended = matcher, reasoning, False
         self._ends, self._width = ctx.end_ids, -(-ctx.vocab_size // 32)
+        self._end_bits = [(end // 32, np.uint32(1 << end % 32)) for end in ctx.end_ids]
         self._num_ids = 0 if reasoning is None else min(ctx.num_tokens, ctx.vocab_size)
         self._num_fed = 0
 
@@ -118,12 +119,12 @@ class GrammarState(HostState):
             self._num_fed += 1
 
     def columns(self, drafts: Sequence[int]) -> Mapping[str, Any]:
-        import numpy as np
-
-        out = np.zeros((1 + len(drafts), self._width), np.int32)
+        out = np.zeros((1 + len(drafts), self._width), np.uint32)
+        self._mask(out[0])
+        if not drafts:  # most often
+            return {"allowed": out.view(np.int32)}
         before, taken = (self._reasoning, self._ended), 0
         try:
-            self._mask(out[0])
             for i, draft in enumerate(drafts):
                 in_matcher = self._reasoning is None and not self._ended and draft not in self._ends
                 if not out[i, draft // 32] >> draft % 32 & 1 or not self._take(draft):
@@ -134,7 +135,7 @@ class GrammarState(HostState):
         finally:
             self._matcher.rollback(taken)
             self._reasoning, self._ended = before
-        return {"allowed": out}
+        return {"allowed": out.view(np.int32)}
 
     def forced(self) -> Sequence[int]:
         if self._reasoning is not None or self._ended:
@@ -151,20 +152,18 @@ class GrammarState(HostState):
             return self._ended
         return not self._ended and self._matcher.consume([token]) == 1
 
-    def _mask(self, out: npt.NDArray[np.int32]) -> None:
+    def _mask(self, row: npt.NDArray[np.uint32]) -> None:
         """Write what may come next into zeros."""
-        words = out.view("uint32")
+        may_end = self._ended
         if self._reasoning is not None:
-            words[: self._num_ids // 32] = 0xFFFFFFFF
+            row[: self._num_ids // 32] = 0xFFFFFFFF
             if self._num_ids % 32:
-                words[self._num_ids // 32] = (1 << self._num_ids % 32) - 1
-        elif not self._ended:
-            self._matcher.mask(out)
-        may_end = self._reasoning is None and (self._ended or self._matcher.is_accepting)
-        for end in self._ends:
-            bit = 1 << end % 32
-            words[end // 32] = int(words[end // 32]) | bit if may_end else int(words[end // 32]) & ~bit
-        if not out.any():
-            raise RequestError(
-                "grammar_failed", "the grammar allows no token of the model here, and no end of the output"
-            )
+                row[self._num_ids // 32] = (1 << self._num_ids % 32) - 1
+        elif not may_end:
+            try:
+                self._matcher.mask(row.view(np.int32))
+            except GrammarError as error:  # it compiled, and is too complex at this position
+                raise RequestError("grammar_failed", str(error)) from error
+            may_end = self._matcher.is_accepting
+        for word, bit in self._end_bits:
+            row[word] = row[word] | bit if may_end else row[word] & ~bit

@@ -277,7 +277,7 @@ def test_in_every_way_of_running(tmp_path: Path, name: str, drafts: bool) -> Non
     with mock_llm(tmp_path, **options) as llm:
         oracle = Oracle({(tuple(p), 0): ids for p, ids in zip(asked, whole, strict=True)}, tokens=4, accuracy=0.8)
         if drafts:
-            llm.engine.scheduler._roster._drafting = llm.engine.scheduler._speculation = oracle
+            llm.engine.scheduler._roster._speculation = llm.engine.scheduler._speculation = oracle
         assert tokens_of(llm.generate(begun, params, use_tqdm=False)) == whole
         stats = llm.stats()
     assert drafts or CONTINUED[name](stats), stats

@@ -374,3 +374,34 @@ def test_more_constraints_than_the_cache_holds(tmp_path: Path) -> None:
 
 def test_ids_of_the_mock_model_fit_the_tokenizer() -> None:
     assert TOKENIZER.get_vocab_size() < VOCAB - 32
+
+
+def test_outputs_go_on_behind_generated_tokens(llm: LLM) -> None:
+    """A grammar's matcher gets them all, wherever the output was cut, in strings, numbers and between."""
+    schemas = [SAMPLE[i] for i in range(0, len(SAMPLE), 3)]
+    asked = [schema_params(schema, temperature=2, seed=i, max_tokens=120) for i, schema in enumerate(schemas)]
+    prompts = [[1 + i, 2] for i in range(len(schemas))]
+    whole = llm.generate(prompts, asked, use_tqdm=False)
+    check(schemas, whole)
+    for cut in (1, 5, 14, -1):
+        given = [output.outputs[0].token_ids[:cut] for output in whole]
+        begun = [{"prompt_token_ids": p, "generated_token_ids": ids} for p, ids in zip(prompts, given, strict=True)]
+        rest = llm.generate(begun, asked, use_tqdm=False)
+        for one, other, ids in zip(whole, rest, given, strict=True):
+            a = one.outputs[0]
+            if ids == a.token_ids:
+                assert other.error is not None
+                assert other.error.code == "already_ended"
+                continue
+            assert other.error is None, other.error
+            b = other.outputs[0]
+            assert (a.token_ids, a.text, a.finish_reason) == (b.token_ids, b.text, b.finish_reason)
+
+
+def test_generated_tokens_against_the_grammar_are_refused(llm: LLM) -> None:
+    begun = {"prompt_token_ids": [1], "generated_token_ids": list(b'{"name" 5')}
+    wrong, fine = llm.generate([begun, [1]], schema_params(PERSON), use_tqdm=False)
+    assert wrong.error is not None
+    assert wrong.error.code == "grammar_failed"
+    assert "is not allowed by the grammar" in str(wrong.error)
+    assert fine.error is None

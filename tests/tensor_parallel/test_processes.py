@@ -88,6 +88,23 @@ def test_processors_of_a_plugin_file(two: tuple[LLM, LLM], tmp_path: Path) -> No
     assert expected != ANSWERS
 
 
+def test_requests_begin_with_generated_tokens(two: tuple[LLM, LLM]) -> None:
+    """Of another engine: in one step, or in chunks."""
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0, "presence_penalty": 1.5},
+        {"temperature": 1.3, "frequency_penalty": 0.7},
+        {"temperature": 1.5, "top_p": 0.8},
+        {"temperature": 1.1, "chain": 4},
+    ]
+    params = [SamplingParams(max_tokens=12, seed=i, ignore_eos=True, **kind) for i, kind in enumerate(kinds)]
+    whole = generate(two[0], PROMPTS, params)
+    given = [{"prompt_token_ids": p, "generated_token_ids": ids[:9]} for p, ids in zip(PROMPTS, whole, strict=True)]
+    for llm in two:
+        outputs = llm.generate(given, params, use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in outputs] == whole
+        assert [output.metrics.num_generated for output in outputs] == [3] * 4
+
+
 def test_host_states_live_in_the_engine(two: tuple[LLM, LLM]) -> None:
     """Their columns reach the ranks behind the plan, through the ring or as a parcel."""
     narrow, wide = two

@@ -45,18 +45,26 @@ def error(out: Tensor, case: Case) -> float:
 @pytest.mark.parametrize("seed", range(12))
 def test_random_batches(backend_cls: type[AttentionBackend], seed: int) -> None:
     rng = random.Random(seed)
-    decode = [(1, rng.randint(1, 700)) for _ in range(rng.randint(0, 7))]
+    queries = min(rng.choice([1, 5, 16]), backend_cls.capabilities.decode_queries)
+    decode = [(min(rng.randint(1, queries), n), n) for n in (rng.randint(1, 700) for _ in range(rng.randint(0, 7)))]
     counts = (rng.choice([1, 2, 17, rng.randint(30, 300)]) for _ in range(rng.randint(0, 4)))
     prefill = [(count, count + rng.choice([0, rng.randint(0, 400)])) for count in counts]
     taken = backend_cls.capabilities.dtypes
     dtype = rng.choice([d for d in DTYPES if taken is None or str(d).removeprefix("torch.") in taken])
     more = {"soft_cap": rng.choice([None, 5.0]), "window": rng.choice([None, 50]), "dtype": dtype, "seed": seed}
+    more["decode_queries"] = queries
     if backend_cls is not FlashAttn:
         more["block_size"] = rng.choice([16, 64, 256])
     case = gpu_case(
         backend_cls, decode + prefill or [(1, 1)], **more, tail=rng.choice([0, 70]), head_size=rng.choice([64, 128])
     )
     assert error(run(backend_cls, case), case) < TOLERANCE[dtype]
+
+
+def padded(rows: list[tuple[int, int]], queries: int = 5, padded_rows: int = 2) -> dict[str, int]:
+    """A graph of rows of up to `queries` tokens: with rows of padding, and tokens for as many in each row."""
+    tokens = (len(rows) + padded_rows) * queries
+    return {"decode_queries": queries, "padded_rows": padded_rows, "tail": tokens - sum(n for n, _ in rows)}
 
 
 def into(static: StepInputs, new: StepInputs) -> None:
@@ -76,17 +84,21 @@ def no_waiting() -> Iterator[None]:
 
 DECODE = ([(1, 30), (1, 500), (1, 1), (1, 64)], [(1, 700), (1, 3), (1, 65), (1, 256)])
 MIXED = ([(1, 30), (1, 500), (40, 90), (24, 100)], [(1, 400), (1, 3), (10, 60), (54, 670)])
+DRAFTS = ([(5, 30), (1, 500), (3, 64)], [(2, 700), (5, 9), (1, 300)])
 
 
-@pytest.mark.parametrize("rows", [DECODE, MIXED], ids=["decode", "mixed"])
+@pytest.mark.parametrize("rows", [DECODE, MIXED, DRAFTS], ids=["decode", "mixed", "drafts"])
 def test_a_captured_step_serves_other_lengths(
     backend_cls: type[AttentionBackend], rows: tuple[list[tuple[int, int]], ...]
 ) -> None:
     """Captured at one step's lengths, replayed at another's: the bits of the eager step, which is right."""
-    wanted = GraphSupport.ALWAYS if rows is MIXED else GraphSupport.DECODE
+    wanted = GraphSupport.DECODE if rows is DECODE else GraphSupport.ALWAYS
     if backend_cls.capabilities.graphs < wanted:
         pytest.skip("not what the backend promises")
-    one, other = (gpu_case(backend_cls, each, max_model_len=1000, seed=i) for i, each in enumerate(rows))
+    one, other = (
+        gpu_case(backend_cls, each, max_model_len=1000, seed=i, **(padded(each) if rows is DRAFTS else {}))
+        for i, each in enumerate(rows)
+    )
     backend = backend_cls(one.kv_spec, one.limits, torch.device("cuda"))
     backend.allocate(1, max(one.num_blocks, other.num_blocks))
     static, qkv = one.inputs(), one.step_qkv()
@@ -116,9 +128,10 @@ def test_a_captured_step_serves_other_lengths(
     assert error(captured, other) < TOLERANCE[other.dtype]
 
 
-@pytest.mark.parametrize("rows", [DECODE[0], MIXED[0]], ids=["decode", "mixed"])
+@pytest.mark.parametrize("rows", [DECODE[0], MIXED[0], DRAFTS[0]], ids=["decode", "mixed", "drafts"])
 def test_nothing_waits(backend_cls: type[AttentionBackend], rows: list[tuple[int, int]]) -> None:
-    case = gpu_case(backend_cls, rows)
+    several = rows is DRAFTS[0] and backend_cls.capabilities.decode_queries > 1
+    case = gpu_case(backend_cls, rows, decode_queries=5 if several else 1)
     backend = backend_cls(case.kv_spec, case.limits, torch.device("cuda"))
     backend.allocate(1, case.num_blocks)
     inputs, qkv = case.inputs(), case.step_qkv()

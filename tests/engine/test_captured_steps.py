@@ -22,11 +22,13 @@ from nanoengine.core.execution.step_inputs import StepSize
 from nanoengine.kernels.ops import Ops
 from nanoengine.setup.start import capture as setup_capture
 from nanoengine.setup.start import starter
+from nanoengine.testing.checkpoints import tiny_qwen3
 
 from .support import greedy, mock_llm, prompts, tokens_of
 from .test_drafts import with_device_drafts, with_drafts
 
 triton_interpreter.import_kernels()
+paged_attention_triton: Any = pytest.importorskip("nanoengine.kernels.paged_attention_triton")
 pytestmark = pytest.mark.skipif(not triton_interpreter.INSTALLED, reason="triton is not installed")
 SIZES = (*map(StepSize, (1, 2, 4)), StepSize(4, 32))
 ASKED = prompts(7, shortest=2, longest=24)
@@ -169,6 +171,36 @@ def test_rows_with_drafts(
             assert found == want[:count]
     assert captured["replay drafts"] > captured["tail drafts"] > 3
     assert (oracle.accepted > 0) is (accuracy > 0)
+
+
+def test_rows_with_drafts_on_attention_kernels(
+    tmp_path: Path, captured: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real model on the Triton backend: a graph for four rows of four tokens each has three, of one to four."""
+    sizes = CaptureSizes((StepSize(4), StepSize(4, query_len=4)), tail=True, inputs=True)
+    monkeypatch.setattr(starter, "capture_sizes", lambda *_, **__: sizes)
+    several, seen = paged_attention_triton.attend_several, list[tuple[int, int]]()
+
+    def attend(q: Tensor, *args: Any, **options: Any) -> None:
+        starts, pad = args[5], options["pad_tokens"]
+        seen.append((int(starts[-1]), pad))
+        several(q, *args, **options)
+        assert not args[2][starts[-1] :].any()
+
+    monkeypatch.setattr(paged_attention_triton, "attend_several", attend)
+    folder = tiny_qwen3(tmp_path, seed=1, std=0.2, num_key_value_heads=2, num_attention_heads=4, head_dim=16)
+    params = [SamplingParams(temperature=t, seed=3, max_tokens=8, ignore_eos=True) for t in (0, 1.1, 0)]
+    asked = [[5, 6, 7, 8, 9], [3, 1, 4], [*range(20, 41)]]
+    options = {"max_num_seqs": 4, "max_num_batched_tokens": 36, "max_model_len": 40, "num_gpu_blocks_override": 32}
+    with LLM(folder, attention="triton", device="cpu", dtype="float32", block_size=16, **options) as llm:
+        want = tokens_of(llm.generate(asked, params, use_tqdm=False))
+        oracle = with_drafts(llm, asked, want, tokens=3, accuracy=0.8)
+        captured.clear()
+        assert tokens_of(llm.generate(asked, params, use_tqdm=False)) == want
+    assert 0 < oracle.accepted < oracle.drafted
+    assert captured["tail drafts"] > 1
+    assert {pad for _, pad in seen} == {16}
+    assert min(real for real, _ in seen) < 12
 
 
 def test_what_was_sent_for_a_graph_that_did_not_run_is_sent_again(

@@ -405,3 +405,17 @@ def test_head_groups_and_batch_sizes(device: torch.device, heads: int, kv_heads:
         shape, [(q, q + rng.randint(0, 50)) for q in (rng.randint(1, 90) for _ in range(rows))], dtype, device
     )
     agree(prefill.prefill(), prefill.want())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "kv_heads"), [(16, 8), (9, 3), (32, 4), (64, 1)])
+@pytest.mark.parametrize("queries", [2, 5, 16])
+@pytest.mark.parametrize("rows", [1, 7, 200])
+def test_several_queries_of_any_group(device: torch.device, heads: int, kv_heads: int, queries: int, rows: int) -> None:
+    rng = random.Random(rows)
+    shape = Shape(heads, kv_heads, 128, 16, *VARIANTS[(queries + rows) % 4])
+    counts = [(n, n + rng.randint(0, 900)) for n in (rng.randint(0, queries) for _ in range(rows))]
+    batch = Batch(
+        shape, [(queries, 700), *((n, length if n else 0) for n, length in counts[1:])], torch.bfloat16, device
+    )
+    agree(batch.several(queries, extra=rows * queries - len(batch.q)), batch.want())

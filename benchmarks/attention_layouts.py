@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import triton
 
-from nanoengine.kernels.paged_attention_triton import DecodeConfig, PrefillConfig
+from nanoengine.kernels.paged_attention_triton import DecodeConfig, PrefillConfig, SeveralConfig
 from nanoengine.lab.bench.paged_batches import Batch, Heads, batches
 from nanoengine.lab.bench.report import environment
 from nanoengine.lab.bench.shapes import SHAPES
@@ -45,10 +45,23 @@ def prefill_layouts() -> Iterator[PrefillConfig]:
         yield PrefillConfig(block_m=block_m, tile=tile, warps=warps, stages=stages)
 
 
+def several_layouts(batch: Batch) -> Iterator[SeveralConfig]:
+    group, queries = batch.heads.query // batch.heads.kv, max(batch.lengths.query)
+    pairs = max(16, triton.next_power_of_2(group * queries))
+    for block_m, keys in itertools.product({min(pairs, most) for most in (64, 128)}, decode_layouts(batch)):
+        if block_m >= group:
+            yield SeveralConfig(block_m, keys)
+
+
+def layouts_of(batch: Batch) -> Iterator[Any]:
+    if batch.lengths.drafts:
+        return several_layouts(batch)
+    return prefill_layouts() if batch.lengths.prefill else decode_layouts(batch)
+
+
 def sweep(batch: Batch) -> Iterator[dict[str, Any]]:
     """Microseconds and error of each layout that fits; None: the layout of the engine."""
-    layouts = prefill_layouts() if batch.lengths.prefill else decode_layouts(batch)
-    for config in (None, *layouts):
+    for config in (None, *layouts_of(batch)):
         try:
             call = batch.ours(config)
             us = 1e3 * triton.testing.do_bench(call, warmup=10, rep=40, return_mode="median")

@@ -44,11 +44,14 @@ def test_decode_rows_stand_as_in_an_engine() -> None:
 def with_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, *, cache_seqlens: Tensor, block_table: Tensor, causal: bool
 ) -> Tensor:
-    """As flash-attn documents it: q [rows, 1, heads, size], caches [blocks, 256, KV heads, size]."""
+    """As flash-attn documents it: q [rows, queries, heads, size], caches [blocks, 256, KV heads, size]."""
     assert causal
     caches = (cache.transpose(1, 2) for cache in (k_cache, v_cache))
-    out = paged_attention.attend_decode(q[:, 0], *caches, block_table, cache_seqlens, scale=q.shape[-1] ** -0.5)
-    return out[:, None]
+    starts = torch.arange(len(q) + 1) * q.shape[1]
+    scale = q.shape[-1] ** -0.5
+    return paged_attention.attend_prefill(
+        q.flatten(0, 1), *caches, block_table, cache_seqlens, starts, scale=scale
+    ).view(q.shape)
 
 
 def varlen(

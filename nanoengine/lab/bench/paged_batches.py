@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from random import Random
 from typing import Any
@@ -18,8 +18,10 @@ from nanoengine.kernels.paged_attention_triton import (
     DecodePlanner,
     DecodeScratch,
     PrefillConfig,
+    SeveralConfig,
     attend_decode,
     attend_prefill,
+    attend_several,
 )
 
 MAX_MODEL_LEN = 4096
@@ -36,28 +38,31 @@ class Heads:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """A named batch: new tokens and all tokens of each row. A decode batch has one new token per row."""
+    """A named batch: new tokens and all tokens of each row. A decode batch has one new token per row; with `drafts` it
+    has several."""
 
     name: str
     query: tuple[int, ...]
     seq: tuple[int, ...]
+    drafts: bool = False
 
     @property
     def prefill(self) -> bool:
-        return max(self.query) > 1
+        return max(self.query) > 1 and not self.drafts
 
     def scaled(self, factor: float) -> Lengths:
         """A smaller batch: this share of the rows and of their tokens."""
         if factor == 1:
             return self
         count = max(1, round(len(self.seq) * factor))
-        query = tuple(n if n == 1 else max(2, round(n * factor)) for n in self.query[:count])
+        query = tuple(n if n == 1 or self.drafts else max(2, round(n * factor)) for n in self.query[:count])
         seq = tuple(max(q, round(n * factor)) for q, n in zip(query, self.seq[:count], strict=True))
-        return Lengths(f"{self.name}*{factor:g}", query, seq)
+        return replace(self, name=f"{self.name}*{factor:g}", query=query, seq=seq)
 
 
 def batches() -> Iterator[Lengths]:
-    """Decode batches (rows x context), longest rows first as in an engine; then prefill batches (rows x prompt)."""
+    """Decode batches (rows x context), longest rows first as in an engine, and some of rows with drafts; then prefill
+    batches (rows x prompt)."""
     rng = Random(0)
 
     def decode(name: str, lens: list[int]) -> Lengths:
@@ -70,6 +75,8 @@ def batches() -> Iterator[Lengths]:
         yield decode(f"{rows} x {length}", [length] * rows)
     for rows in (256, 32):
         yield decode(f"{rows} x 100..2048", [rng.randint(100, 2048) for _ in range(rows)])
+    for rows, queries in itertools.product((1, 8, 64), (5, 16)):
+        yield Lengths(f"drafts {rows} x 1024, {queries} each", (queries,) * rows, (1024,) * rows, drafts=True)
     for rows, length in [(8, 2048), (16, 1024), (1, 8192)]:
         yield prefill(f"{rows} x {length}", [length] * rows)
     yield prefill("8 x 512 after 4096", [512] * 8, 4096)
@@ -125,32 +132,49 @@ class Batch:
         call()
         return float((self.out.float() - self.reference.float()).abs().nan_to_num(nan=float("inf")).max())
 
-    def ours(self, config: DecodeConfig | PrefillConfig | None = None) -> Callable[[], None]:
+    def ours(self, config: DecodeConfig | PrefillConfig | SeveralConfig | None = None) -> Callable[[], None]:
         """A call of our kernels, with the engine's configuration or with `config`."""
+        if self.lengths.drafts:
+            assert config is None or isinstance(config, SeveralConfig)
+            return self._ours_of_several(config)
         if self.lengths.prefill:
-            assert not isinstance(config, DecodeConfig)
+            assert config is None or isinstance(config, PrefillConfig)
             return lambda: attend_prefill(
                 self.q, self.k_cache, self.v_cache, self.out, self.tables, self.lens, self.starts, config=config,
                 scale=self.heads.size**-0.5, window=None, soft_cap=None,
             )  # fmt: skip
-        assert not isinstance(config, PrefillConfig)
+        assert config is None or isinstance(config, DecodeConfig)
         layout, scratch = self._decode_layout(config)
         return lambda: attend_decode(
             self.q, self.k_cache, self.v_cache, self.out, self.tables, self.lens, config=layout, scratch=scratch,
             scale=self.heads.size**-0.5, window=None, soft_cap=None,
         )  # fmt: skip
 
-    def _decode_layout(self, config: DecodeConfig | None) -> tuple[Any, DecodeScratch]:
+    def _ours_of_several(self, config: SeveralConfig | None) -> Callable[[], None]:
+        rows, queries, group = len(self.lens), max(self.lengths.query), self.heads.query // self.heads.kv
+        layout = config or self._planner().several(rows, queries)
+        programs = rows * layout.programs(self.heads.kv, group, queries)
+        tickets = torch.zeros(programs, dtype=torch.int32, device=self.device)
+        return lambda: attend_several(
+            self.q, self.k_cache, self.v_cache, self.out, self.tables, self.lens, self.starts, queries=queries,
+            config=layout, tickets=tickets, scale=self.heads.size**-0.5, window=None, soft_cap=None,
+        )  # fmt: skip
+
+    def _decode_layout(self, config: DecodeConfig | None) -> tuple[DecodeConfig, DecodeScratch]:
         heads, rows = self.heads, len(self.lens)
         if config is not None:
             pairs = rows * heads.kv
             group = heads.query // heads.kv
             return config, DecodeScratch.make(pairs * config.splits, pairs, group, heads.size, self.device)
-        planner = DecodePlanner.make(
-            num_heads=heads.query, num_kv_heads=heads.kv, head_size=heads.size, dtype=self.dtype, max_rows=rows,
-            longest=max(MAX_MODEL_LEN, *self.lengths.seq), device=self.device,
-        )  # fmt: skip
+        planner = self._planner()
         return planner.config(rows), planner.scratch
+
+    def _planner(self) -> DecodePlanner:
+        heads = self.heads
+        return DecodePlanner.make(
+            num_heads=heads.query, num_kv_heads=heads.kv, head_size=heads.size, dtype=self.dtype,
+            max_rows=len(self.lens), longest=max(MAX_MODEL_LEN, *self.lengths.seq), device=self.device,
+        )  # fmt: skip
 
     def flash_attn(self, package: Any) -> Callable[[], Tensor]:
         """A call of the flash-attn package, whose cache is token-major."""
@@ -161,7 +185,7 @@ class Batch:
             return lambda: package.flash_attn_varlen_func(
                 self.q, k_cache, v_cache, self.starts, ends, *longest, causal=True, block_table=self.tables
             )
-        q = self.q.unsqueeze(1)
+        q = self.q.view(len(self.lens), -1, self.heads.query, self.heads.size)  # of drafts all rows have as many
         return lambda: package.flash_attn_with_kvcache(
             q, k_cache, v_cache, cache_seqlens=self.lens, block_table=self.tables, causal=True
         )

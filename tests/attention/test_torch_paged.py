@@ -12,9 +12,12 @@ from paged_case import Case, history, run
 from torch import Tensor
 
 from nanoengine.api import AttentionLayerSpec, AttentionNeed, BatchLimits, KVSpec, StepInputs
+from nanoengine.params.speculation import MAX_DRAFTS
 from nanoengine.plugins.attention_backends import pieces
 from nanoengine.plugins.attention_backends.pieces import Rows, plan_pieces
 from nanoengine.plugins.attention_backends.torch_paged import TorchPaged
+from nanoengine.plugins.attention_backends.triton_paged import TritonPaged
+from nanoengine.testing.mock_model import MockAttention
 
 # float32: rounding only. The others: rounding of the output (2**-9, 2**-12 relative) and of the probabilities.
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -78,9 +81,38 @@ def test_sinks_and_attention_that_looks_ahead_in_every_path(window: int | None, 
 def mixed_step(*, dtype: torch.dtype = torch.float32, **more: Any) -> None:
     rows = [(1, 4), (1, 300), (1, 5), (3, 9), (7, 7), (200, 330), (1, 2)]
     case = Case(rows=rows, head_size=12, dtype=dtype, tail=3, **more)
-    groups = plan_pieces(Rows.of(case.inputs()), 3, case.block_size, 10_000)
+    groups = plan_pieces(Rows.of(case.inputs()), case.block_size, 10_000)
     assert [g.queries for g in groups] == [1, 1, 7, 200]
     assert error(case) < TOLERANCE[dtype]
+
+
+class Overestimated(Case):
+    """The host knows upper bounds only, of any row."""
+
+    def inputs(self) -> StepInputs:
+        made = super().inputs()
+        return replace(made, seq_lens_host=tuple(n + 7 for n in made.seq_lens_host))
+
+
+@pytest.mark.parametrize("decode_queries", [1, 16])
+def test_rows_that_may_have_drafts_need_no_exact_lengths(decode_queries: int) -> None:
+    """On a context so long that a row without drafts would be computed from the host's lengths."""
+    rows = [(16, 1200), (3, 40), (1, 9), (16, 50)]
+    assert pieces.LONG < 16 * 1200
+    case = Overestimated(rows=rows, decode_queries=decode_queries, max_model_len=1300)
+    assert error(case) < TOLERANCE[case.dtype]
+
+
+def test_backends_take_as_many_queries_as_speculation_may_bring() -> None:
+    most = 1 + MAX_DRAFTS
+    assert most == pieces.DRAFT_QUERIES
+    assert min(cls.capabilities.decode_queries for cls in (TorchPaged, TritonPaged, MockAttention)) >= most
+
+
+def test_a_mutant_that_takes_the_lengths_of_drafts_for_exact_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "DRAFT_QUERIES", 15)
+    case = Overestimated(rows=[(16, 1200), (3, 40)], max_model_len=1300)
+    assert error(case) > 1e-2
 
 
 class SeesOneAhead(TorchPaged):
@@ -221,7 +253,7 @@ def test_plan_holds_every_row_once_within_bounds() -> None:
         size = rng.choice([1, 16])
         rows = Rows(tuple(counts), tuple(lens), tuple(sum(counts[:i]) for i in range(len(counts) + 1)))
         most = max([-(-n // size) * size for n in lens], default=size)
-        groups = plan_pieces(rows, rng.randint(0, len(counts)), size, most)
+        groups = plan_pieces(rows, size, most)
         assert sorted(row for group in groups for row in group.rows) == list(range(len(counts)))
         for group in groups:
             assert len(group.rows) * group.blocks * size <= most

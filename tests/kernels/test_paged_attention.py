@@ -26,6 +26,7 @@ from nanoengine.kernels.paged_attention_triton import (
     PrefillConfig,
     SeveralConfig,
 )
+from nanoengine.plugins.attention_backends.triton_paged import TritonPaged
 
 # of values around 1: rounding of the output and of the probabilities
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -337,6 +338,7 @@ def test_decode_layouts_fit_the_scratch() -> None:
 
 def test_layouts_of_several_queries_fit_the_scratch() -> None:
     """One tile reads the keys of a row once, up to 128 (query, head) pairs; the parts stay small beside long tables."""
+    assert TritonPaged.capabilities.decode_queries == kernels.MAX_QUERIES
     for group, queries in ((1, 16), (2, 5), (8, 16), (20, 7), (64, 16)):
         planner = DecodePlanner.make(
             num_heads=8 * group, num_kv_heads=8, head_size=128, dtype=torch.bfloat16, max_rows=256, longest=131072,

@@ -11,6 +11,7 @@ from nanoengine.api import StepInputs
 DECODE_WASTE = 20  # padding blocks that cost as much as one more piece (40 us against 2 us a block, two CPU cores)
 PREFILL_WASTE = 4096  # query-key pairs that cost as much as one more piece
 LONG = 4 * PREFILL_WASTE  # query-key pairs from which a row is not faster in a batch
+DRAFT_QUERIES = 16  # rows of more tokens have no drafts, so the host knows their exact lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +40,11 @@ class Group:
     exact: bool
 
 
-def plan_pieces(rows: Rows, num_decode_rows: int, block_size: int, max_gather: int) -> list[Group]:
+def plan_pieces(rows: Rows, block_size: int, max_gather: int) -> list[Group]:
     """Divides all rows into groups. A group gathers at most `max_gather` tokens; a single row may need more.
 
     Rows with one query are sorted by length and divided where padding would cost more than another group. Short rows
-    with several queries are grouped in the same way; a long one is a group of its own.
+    with several queries are grouped in the same way; a long one is a group of its own, unless it may have drafts.
     """
     blocks = [-(-length // block_size) for length in rows.seq_lens]
     single = [row for row, count in enumerate(rows.query_lens) if count == 1]
@@ -53,13 +54,12 @@ def plan_pieces(rows: Rows, num_decode_rows: int, block_size: int, max_gather: i
         Group(tuple(batch), 1, max(blocks[row] for row in batch), False)
         for batch in _batches(single, [1] * len(blocks), blocks, most, DECODE_WASTE)
     ]
-    alone = {
-        row for row in several if row >= num_decode_rows and rows.query_lens[row] * blocks[row] * block_size > LONG
-    }
+    exact = {row for row in several if rows.query_lens[row] > DRAFT_QUERIES}
+    alone = {row for row in exact if rows.query_lens[row] * blocks[row] * block_size > LONG}
     short = [row for row in several if row not in alone]
     for batch in _batches(short, rows.query_lens, blocks, most, PREFILL_WASTE // block_size):
         queries = max(rows.query_lens[row] for row in batch)
-        groups.append(Group(tuple(batch), queries, max(blocks[row] for row in batch), batch[0] >= num_decode_rows))
+        groups.append(Group(tuple(batch), queries, max(blocks[row] for row in batch), exact.issuperset(batch)))
     groups += [Group((row,), rows.query_lens[row], blocks[row], True) for row in sorted(alone)]
     return groups
 

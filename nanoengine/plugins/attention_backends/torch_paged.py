@@ -165,7 +165,7 @@ class TorchPaged(AttentionBackend):
         torch.add((block * heads + self._heads) * size, slots.remainder(size), out=self._slots[: len(slots)])
         self._clear_tails(inputs)
         rows = Rows.of(inputs)
-        groups = plan_pieces(rows, inputs.num_decode_rows, size, self.max_gather)
+        groups = plan_pieces(rows, size, self.max_gather)
         self._pieces, index_used, mask_used = [], 0, 0
         for group in groups:
             index = self._fill_index(inputs, group, index_used)

@@ -25,7 +25,7 @@ class NgramDrafter(HostDrafter):
 class _Lookup(DraftState):
     """A dictionary from each n-gram to the place behind its newest occurrence, for all n in the range.
 
-    A token costs one entry for each n, about 120 bytes and 0.2 us. A draft costs one look-up for each n.
+    A token costs one entry for each n, about 140 bytes. A draft costs one look-up for each n.
     """
 
     def __init__(self, prompt_token_ids: Sequence[int], params: NgramParams) -> None:
@@ -40,10 +40,8 @@ class _Lookup(DraftState):
         tokens, old = self._tokens, len(self._tokens)
         tokens += token_ids
         for n in self._sizes:
-            first = max(old, n)  # the first new token with n tokens before it
-            if first < len(tokens):
-                grams = zip(*(tokens[first - n + i : len(tokens) - n + i] for i in range(n)), strict=True)
-                self._behind.update(zip(grams, range(first, len(tokens)), strict=True))
+            for place in range(max(old, n), len(tokens)):
+                self._behind[tuple(tokens[place - n : place])] = place
 
     def draft(self, most: int) -> Sequence[int]:
         for n in self._sizes:

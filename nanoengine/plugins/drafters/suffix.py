@@ -28,7 +28,7 @@ class Guess(NamedTuple):
 class History:
     """Tokens of samples, one after the other, and the places behind each run of `min_match` tokens.
 
-    A token takes about 300 bytes. A place is the number of a token since the first one ever, so that it stays valid
+    A token takes about 220 bytes. A place is the number of a token since the first one ever, so that it stays valid
     when the oldest tokens are dropped.
     """
 

@@ -106,10 +106,7 @@ class WorkersExecutor(Executor):
     def launch(self, plan: StepPlan) -> StepHandle:
         self._check_ranks(0.0)
         shared, number = self._open(), self._number + 1
-        if shared.least(Word.READ) < number - RING:  # ranks send no frame when they have read
-            self._until(
-                lambda: shared.least(Word.READ) >= number - RING, self._step_seconds, "step_timeout", every=0.001
-            )
+        self._until_read(number - RING)
         for old in [n for n in self._parcels if n <= shared.least(Word.READ)]:
             self._parcels.pop(old).close()
         data = encode(plan)
@@ -125,6 +122,7 @@ class WorkersExecutor(Executor):
 
     def _supply(self, number: int, columns: Sequence[SuppliedColumn]) -> StepHandle:
         self._check_ranks(0.0)
+        self._until_read(number - RING + 1)  # so all have the columns of the plan before that, which were in this slot
         shared, data, old = self._open(), encode(SuppliedColumns(tuple(columns))), self._columns
         fits = shared.put(shared.layout.columns_at(number), data)
         self._columns = None if fits else Parcel(data)
@@ -134,6 +132,12 @@ class WorkersExecutor(Executor):
         for rank in self._ranks:
             self._announce(rank)
         return _WorkerStep(self, number)
+
+    def _until_read(self, number: int) -> None:
+        """Waits until all ranks have read the plan of this number. They send no frame when they have."""
+        shared = self._open()
+        if shared.least(Word.READ) < number:
+            self._until(lambda: shared.least(Word.READ) >= number, self._step_seconds, "step_timeout", every=0.001)
 
     def _announce(self, rank: RankProcess) -> None:
         """Sends a frame for each new plan, and for its columns. After an interrupt either may be announced twice, which

@@ -8,7 +8,7 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
@@ -17,14 +17,15 @@ import pytest
 import torch
 
 from nanoengine.api.errors import ConfigError
-from nanoengine.core.step import StepPlan, StepResult, i32
+from nanoengine.core.execution.results import LateStep
+from nanoengine.core.step import StepPlan, StepResult, SuppliedColumn, i32
 from nanoengine.distributed import worker as main
 from nanoengine.distributed.channel import Channel, Frame, Kind, Parcel
 from nanoengine.distributed.faults import exit_words, first_error, late_error, phase_of, report_of
 from nanoengine.distributed.group import CollectiveFailed
 from nanoengine.distributed.shared import READY, RING, Layout, Shared, Word
 from nanoengine.distributed.wire import decode, encode
-from nanoengine.distributed.worker import Worker
+from nanoengine.distributed.worker import SuppliedColumns, Worker
 from nanoengine.setup.start.clock import PHASES
 
 
@@ -117,8 +118,12 @@ class Device:
     def __init__(self) -> None:
         self.gate, self.launched = threading.Event(), SimpleQueue[int]()
 
-    def launch(self, plan: StepPlan) -> Step:
+    def launch(self, plan: StepPlan) -> Any:
         self.launched.put(plan.step)
+        return LateStep(lambda columns: self.finish(plan, columns)) if plan.late else Step(plan, self.gate)
+
+    def finish(self, plan: StepPlan, columns: Sequence[SuppliedColumn]) -> Any:
+        self.launched.put(-sum(int(column.values.sum()) for column in columns))
         return Step(plan, self.gate)
 
     def call(self, target: str, *args: Any) -> Any:
@@ -154,13 +159,23 @@ class Hosted:
         assert frame.kind is kind
         return frame
 
-    def plan(self, number: int, step: int) -> None:
-        data = encode(StepPlan(step=step, slots=i32(range(40))))
-        if self.shared.put(self.layout.plan_at(number), data):
-            self.channel.send(Kind.PLAN, number)
+    def plan(self, number: int, step: int, *, late: bool = False) -> None:
+        plan = StepPlan(step=step, slots=i32(range(40)), late=late)
+        self.send(Kind.PLAN, number, self.layout.plan_at(number), encode(plan))
+
+    def columns(self, number: int, *values: int) -> None:
+        made = [
+            SuppliedColumn(processor="p", column="c", draws=i32([0]), values=i32([value]), offsets=i32([0, 1]))
+            for value in values
+        ]
+        self.send(Kind.COLUMNS, number, self.layout.columns_at(number), encode(SuppliedColumns(tuple(made))))
+
+    def send(self, kind: Kind, number: int, at: int, data: bytes) -> None:
+        if self.shared.put(at, data):
+            self.channel.send(kind, number)
         else:
             with Parcel(data) as parcel:
-                self.channel.send(Kind.PLAN, number, parcel)
+                self.channel.send(kind, number, parcel)
 
     def result(self, number: int) -> int:
         frame = self.hear(Kind.RESULT)
@@ -191,6 +206,29 @@ def test_a_worker_launches_while_results_are_awaited(monkeypatch: pytest.MonkeyP
     assert [hosted.result(1), hosted.result(2)] == [101, 102]
     assert pickle.loads(hosted.hear(Kind.ANSWER).parcel or b"") == 42
     assert hosted.runner.launched.empty()
+    hosted.channel.send(Kind.STOP)
+    assert hosted.exited.get(timeout=5) == 0
+    hosted.close()
+
+
+@pytest.mark.parametrize("slot_bytes", [4096, 64])
+def test_a_worker_finishes_a_late_step_when_its_columns_come(monkeypatch: pytest.MonkeyPatch, slot_bytes: int) -> None:
+    """And a late step without columns, after an interrupt, is dropped when the next one comes."""
+    hosted = Hosted(monkeypatch, slot_bytes)
+    hosted.runner.gate.set()
+    hosted.plan(1, 101, late=True)
+    assert hosted.runner.launched.get(timeout=5) == 101
+    assert hosted.shared.word(0, Word.LAUNCHED) == 0
+    hosted.columns(1, 40, 2)
+    assert hosted.runner.launched.get(timeout=5) == -42
+    assert hosted.result(1) == 101
+    hosted.channel.send(Kind.COLUMNS, 1)  # announced twice, after an interrupt
+    hosted.plan(2, 102, late=True)
+    hosted.plan(3, 103, late=True)
+    hosted.columns(3)
+    hosted.plan(4, 104)
+    assert [hosted.runner.launched.get(timeout=5) for _ in range(4)] == [102, 103, 0, 104]
+    assert [hosted.result(3), hosted.result(4)] == [103, 104]
     hosted.channel.send(Kind.STOP)
     assert hosted.exited.get(timeout=5) == 0
     hosted.close()

@@ -44,6 +44,7 @@ class OpenRequests:
         self.inbox: deque[tuple[RequestState, bool]] = deque()
         self.ready: list[RequestOutput] = []
         self.undelivered: deque[tuple[Delivery, RequestState | None]] = deque()
+        self._interrupted: object = None  # the entry of `undelivered` whose client an interrupt came into
         self._num_added = 0
         # Re-entrant, and taken in this order. A stream may be collected, and so abort, while they are held.
         self.entry_lock = threading.RLock()
@@ -100,15 +101,15 @@ class OpenRequests:
         """Queue outputs for their clients. With its last output a request ends, and its id is free."""
         for output in outputs:
             state = self.known[output.request_id]
-            if output.finished:
-                with self._lock:
-                    del self.known[output.request_id]
-                if state.task is not None:
-                    state.task.cancel()
             if state.sink is None:
                 self.ready.append(output)
             else:
                 self.undelivered.append(((state.sink, output), state))
+            if output.finished:  # an interrupt before this costs a second last output, not the only one
+                with self._lock:
+                    del self.known[output.request_id]
+                if state.task is not None:
+                    state.task.cancel()
 
     def put_records(self, records: Sequence[Delivery]) -> None:
         self.undelivered += [(record, None) for record in records]
@@ -118,16 +119,23 @@ class OpenRequests:
         return ready
 
     def deliver(self) -> None:
-        """Call every client, in order. Afterwards raises the first exception of an observer."""
+        """Call every client, in order. Afterwards raises the first exception of an observer.
+
+        A client that Ctrl-C comes into is called with the same news the next time, once: it may not have taken them.
+        """
         raised: list[BaseException] = []
         while self.undelivered:
-            (client, news), state = self.undelivered.popleft()
-            if state is not None and state.sink is not client:  # it raised over an output before this one
-                continue
+            entry = self.undelivered[0]
+            (client, news), state = entry
             try:
-                client(news)
+                self.undelivered.popleft()
+                if state is None or state.sink is client:  # else it raised over an output before this one
+                    client(news)
             except BaseException as error:
                 if not is_failure(error):
+                    if entry is not self._interrupted and entry is not next(iter(self.undelivered), None):
+                        self.undelivered.appendleft(entry)
+                    self._interrupted = entry
                     raise
                 if state is not None:
                     self._sink_failed(state, error)

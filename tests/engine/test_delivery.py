@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections import deque
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,6 +42,9 @@ def requests() -> Requests:
 class Got(list[str]):
     def sink(self, output: Any) -> None:
         self.append(output.request_id)
+
+    def take(self, record: str) -> None:
+        self.append(record)
 
 
 def test_outputs_and_records_come_in_order_and_once(requests: Requests) -> None:
@@ -131,18 +137,102 @@ def test_what_an_observer_raises_is_raised_after_all_deliveries(
 
 
 def test_an_interrupt_leaves_the_rest_for_the_next_time(requests: Requests) -> None:
-    got = Got()
+    """A client that it comes into is called again, once."""
+    calls, got = [], Got()
 
     def interrupted(output: Any) -> None:
+        calls.append(output)
         raise KeyboardInterrupt
 
     requests.put("a", interrupted)
+    requests.put_records([(interrupted, "record")])
     requests.put("b", got.sink)
-    with pytest.raises(KeyboardInterrupt):
-        requests.deliver()
-    assert got == []
+    for _ in range(4):
+        with pytest.raises(KeyboardInterrupt):
+            requests.deliver()
+        assert got == []
     requests.deliver()
+    assert [getattr(each, "request_id", each) for each in calls] == ["a", "a", "record", "record"]
     assert got == ["b"]
+
+
+def interrupts(work: Callable[[], None], function: Callable[..., Any]) -> Iterator[int]:
+    """Do `work` again and again, with Ctrl-C at the first, the second ... line of `function` that it comes to. Yields
+    the line where that was; ends when `work` comes to an end."""
+    for at in itertools.count():
+        lines, hit = itertools.count(), None
+
+        def trace(frame: Any, event: str, _: Any, at: int = at, lines: Iterator[int] = lines) -> Any:
+            nonlocal hit
+            if frame.f_code is not function.__code__:
+                return None
+            if event == "line" and next(lines) == at:
+                hit = frame.f_lineno
+                raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            work()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        if hit is None:
+            return
+        yield hit
+
+
+def test_ctrl_c_at_any_line_of_deliver_loses_no_output() -> None:
+    """Also between taking an output and calling its sink."""
+    made, places = list[tuple[Requests, Got]](), set[int]()
+
+    def work() -> None:
+        requests, got = Requests(Preparations(1, 1.0)), Got()
+        made.append((requests, got))
+        requests.put("a", got.sink)
+        requests.put_records([(got.take, "record")])
+        requests.put("b", got.sink)
+        requests.deliver()
+
+    for line in interrupts(work, OpenRequests.deliver):
+        places.add(line)
+        requests, got = made[-1]
+        requests.deliver()
+        assert got == ["a", "record", "b"]
+    assert len(places) >= 7
+
+
+def test_ctrl_c_at_any_line_of_publish_loses_no_output() -> None:
+    """The engine ends what is known after an interrupt: a request may get two last outputs, but never none."""
+    made = list[tuple[Requests, Got]]()
+
+    def work() -> None:
+        requests, got = Requests(Preparations(1, 1.0)), Got()
+        made.append((requests, got))
+        requests.put("a", got.sink)
+
+    for _ in interrupts(work, OpenRequests.publish):
+        requests, got = made[-1]
+        requests.publish([SimpleNamespace(request_id=name, finished=True) for name in [*requests.known]])
+        requests.deliver()
+        assert got in (["a"], ["a", "a"])
+        assert not requests.known
+
+
+def test_a_sink_may_deliver_itself(requests: Requests) -> None:
+    """As one does that makes a step: what it is called with is not delivered again."""
+    got = Got()
+
+    def nested(output: Any) -> None:
+        requests.deliver()
+        got.sink(output)
+
+    requests.put("a", nested)
+    requests.put("b", got.sink)
+    requests.deliver()
+    assert got == ["b", "a"]
 
 
 def test_what_a_sink_brings_about_is_delivered_too(requests: Requests) -> None:

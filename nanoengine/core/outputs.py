@@ -223,14 +223,15 @@ class RequestState:
     def requests(self) -> Iterator[tuple[Request, Beginning]]:
         """The scheduler's requests, one for each sample, and what it begins with."""
         given, params, prompt = self.given, self.given.params, list(self.given.prompt_token_ids)
-        # The prompt's log-probs are the same for all samples: only the first one asks for them.
+        # The prompt's log-probs are the same for all samples: only the first one that runs asks for them.
         siblings = replace(params, prompt_logprobs=None) if params.n > 1 else params
+        first = next((i for i, begun in enumerate(given.begun) if begun.finish_reason is None), 0)
         for index, begun in enumerate(given.begun or [NOTHING] * params.n):
             request = Request(
                 id=f"{given.request_id}/{index}",
                 parent=given.request_id,
                 prompt_token_ids=prompt,
-                params=params if index == 0 else siblings,
+                params=params if index == first else siblings,
                 seed=request_seed(self.engine_seed, self.ordinal) if params.seed is None else params.seed,
                 sample_index=index,
                 arrival=self.ordinal,

@@ -38,7 +38,7 @@ PLUGINS = [Path(chain_plugin.__file__)]
 
 
 class Engines(NamedTuple):
-    """The second one has another seed, chunks, and no run-ahead."""
+    """The second one has another seed, chunks, drafts, and no run-ahead."""
 
     first: LLM
     second: LLM
@@ -50,7 +50,12 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     with (
         text_llm(tmp_path_factory.mktemp("first"), **options) as first,
         text_llm(
-            tmp_path_factory.mktemp("second"), seed=7, overlap=False, max_num_batched_tokens=11, **options
+            tmp_path_factory.mktemp("second"),
+            seed=7,
+            overlap=False,
+            max_num_batched_tokens=11,
+            speculation={"method": "ngram", "tokens": 3, "min_n": 1, "min_acceptance": 0.0},
+            **options,
         ) as second,
     ):
         yield Engines(first, second)
@@ -342,16 +347,24 @@ def test_a_stream_starts_behind_the_given_tokens(tmp_path: Path, decoder: Any) -
 
 def test_a_sample_that_has_ended_stays_as_it_is(tmp_path: Path) -> None:
     """With n > 1 the others go on; its log-probs are not known again."""
-    params = SamplingParams(temperature=1.5, n=3, max_tokens=40, seed=2, logprobs=0)
+    params = SamplingParams(temperature=1.5, n=3, max_tokens=40, seed=4, logprobs=0, prompt_logprobs=1)
     with mock_llm(tmp_path, eos=list(range(20))) as llm:
-        whole = run(llm, [5], params)
+        whole = run(llm, [5, 6, 7], params)
         lengths = [len(sample.token_ids) for sample in whole.outputs]
-        assert len(set(lengths)) == 3
-        generated = [sample.token_ids[: sorted(lengths)[1]] for sample in whole.outputs]
-        rest = run(llm, [5], params, generated)
+        for cut in lengths:
+            generated = [sample.token_ids[:cut] for sample in whole.outputs]
+            ended = [len(ids) == n for ids, n in zip(generated, lengths, strict=True)]
+            rest = run(llm, [5, 6, 7], params, generated)
+            if all(ended):
+                assert rest.error is not None
+                continue
+            check_same(whole, rest, generated)
+            assert any(ended)
+            assert rest.prompt_logprobs is not None
+            assert len(rest.prompt_logprobs) == 3, "the first sample that runs asks for them"
         check_scheduler(llm.engine.scheduler)
-    check_same(whole, rest, generated)
-    assert sorted(len(ids) == n for ids, n in zip(generated, lengths, strict=True)) == [False, True, True]
+    assert len(set(lengths)) == 3
+    assert max(lengths) != lengths[0]
 
 
 def test_an_abort_keeps_the_given_tokens(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nanoengine import LLM, RequestOutput, SamplingParams
 from nanoengine.core.scheduling.messages import EngineStats
@@ -17,7 +19,7 @@ from nanoengine.testing.checkpoints import tiny_llama
 
 from . import replay_drafter
 from .pair_text import stopped, text_llm, text_of
-from .support import greedy, mock_llm, prompts, tokens_of
+from .support import VOCAB, greedy, mock_llm, prompts, tokens_of
 from .test_drafts import advance_by_drafted, off_by_one, stale_counts
 from .test_same_tokens import COUNT, WAYS, seeded
 
@@ -108,6 +110,53 @@ def test_any_number_of_drafts(tmp_path: Path, tokens: int, overlap: bool) -> Non
     assert len(after.drafted_per_position) == tokens
     rows = -(-(COUNT - 1) // (tokens + 1))  # after the prompt's own token
     assert after.steps - before.steps == 1 + rows
+
+
+@given(data=st.data())
+@settings(max_examples=8)
+def test_any_engine_gives_the_same_tokens(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    draw = data.draw
+    asked = prompts(
+        draw(st.integers(1, 8)),
+        seed=draw(st.integers(0, 99)),
+        longest=draw(st.integers(1, 30)),
+        shared=draw(st.integers(0, 12)),
+    )
+    params = [
+        each.replace(
+            allowed_token_ids=draw(st.sampled_from([FEW, list(range(VOCAB))])),
+            n=draw(st.integers(1, 2)),
+            stop_token_ids=draw(st.lists(st.integers(0, VOCAB - 1), max_size=4)),
+            min_tokens=draw(st.integers(0, 6)),
+            speculate=draw(st.integers(0, 4)) > 0,
+        )
+        for each in seeded(len(asked))
+    ]
+    options: dict[str, Any] = {
+        "max_num_seqs": draw(st.integers(1, 6)),
+        "max_num_batched_tokens": draw(st.integers(1, 40)),
+        "block_size": draw(st.sampled_from([1, 2, 4, 8])),
+        "num_gpu_blocks_override": draw(st.integers(66, 120)),
+        "enable_prefix_caching": draw(st.booleans()),
+        "overlap": draw(st.booleans()),
+        "spare_slots": draw(st.integers(0, 2)),
+    }
+    chosen = DRAFTERS[draw(st.sampled_from(sorted(DRAFTERS)))]
+    speculation = {**chosen, "tokens": draw(st.integers(1, 8)), "min_acceptance": draw(st.sampled_from([0.0, 0.3]))}
+    folder = tmp_path_factory.mktemp("any")
+
+    def said(llm: LLM) -> list[list[tuple[int, ...]]]:
+        outputs = run(llm, asked, params)
+        assert [output.error for output in outputs] == [None] * len(asked)
+        return [[sample.token_ids for sample in output.outputs] for output in outputs]
+
+    with speculating(folder, None, overlap=False, enable_prefix_caching=False) as llm:
+        want = said(llm)
+    with speculating(folder, speculation, **options) as llm:
+        for _ in range(2):
+            assert said(llm) == want
+        stats = llm.stats()
+    assert stats.free_blocks == stats.num_blocks
 
 
 # -- ends -------------------------------------------------------------------------------------------------------------

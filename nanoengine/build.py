@@ -78,6 +78,7 @@ from nanoengine.text import TemplateProcesses, Tokenizer, load_tokenizer
 _LOADING_SECONDS = 60.0  # in addition to what one constraint may take: the first one loads the grammar backend
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_BATCHED_TOKENS: Mapping[str, int] = {"cpu": 2048, "cuda": 8192}
+DEFAULT_STEP_TOKENS: Mapping[str, int] = {"cpu": 32, "cuda": 256}  # with drafts; measured in docs/speculation.md
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -539,7 +540,12 @@ def _speculation(assembly: Assembly, config: SchedulerConfig) -> Speculation | N
     )
     drafter = None if plan.device else make_drafter(plan, assembly.loader, ctx)  # the device's are the ranks'
     checked = CheckedDrafter(drafter, plan.where) if isinstance(drafter, HostDrafter) else None
-    return Speculation(checked, tokens=plan.tokens, min_acceptance=plan.min_acceptance)
+    return Speculation(
+        checked,
+        tokens=plan.tokens,
+        min_acceptance=plan.min_acceptance,
+        step_tokens=plan.step_tokens or DEFAULT_STEP_TOKENS[torch.device(ctx.device).type],
+    )
 
 
 def _need(tokenizer: Tokenizer | None) -> Tokenizer:

@@ -38,7 +38,7 @@ class SpeculationPlan:
     Attributes:
         method: name in its spec. target: target of its class. params_target: of the dataclass of its parameters.
         params: the parameters that were given, checked. device: it is a `DeviceDrafter`.
-        tokens, min_acceptance: as in `SpeculationOptions`.
+        tokens, min_acceptance, step_tokens: as in `SpeculationOptions`.
         origin: the plugin that registered it, for messages.
     """
 
@@ -49,6 +49,7 @@ class SpeculationPlan:
     device: bool
     tokens: int
     min_acceptance: float
+    step_tokens: int | None
     origin: str
 
     @property

@@ -26,18 +26,24 @@ class SpeculationOptions:
         tokens: most drafts of a row; 0: none.
         min_acceptance: a position of the draft is used only while at least this share of its drafts is accepted. A
             draft pays if the share is above the cost of one more token of a row, as a part of the cost of a step: a few
-            percent on a GPU with few rows, a quarter to a third on a CPU.
+            percent on a GPU with few rows, a tenth on a CPU.
+        step_tokens: rows with drafts get fewer of them, or none, where all requests with as many would make a step of
+            more tokens: beyond this size arithmetic takes the time, and a draft costs as much as it may save. Default:
+            32 on a CPU, 256 on a GPU.
     """
 
     method: str
     tokens: int = 4
     min_acceptance: float = 0.3
+    step_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.tokens <= MAX_DRAFTS:
             raise ParamsError(f"tokens must be from 0 to {MAX_DRAFTS}, not {self.tokens}")
         if not 0 <= self.min_acceptance <= 1:
             raise ParamsError(f"min_acceptance is a share and must be from 0 to 1, not {self.min_acceptance}")
+        if self.step_tokens is not None and self.step_tokens < 1:
+            raise ParamsError(f"step_tokens must be at least 1, not {self.step_tokens}")
 
 
 OWN_KEYS: Mapping[str, Any] = get_type_hints(SpeculationOptions)

@@ -64,7 +64,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"method": "ngram", "token": 4}, "'ngram' has no key 'token'; did you mean 'tokens'"),
     (
         {"method": "ngram", "depth": 4},
-        "'ngram' has no key 'depth'; Valid: max_n, method, min_acceptance, min_n, tokens",
+        "'ngram' has no key 'depth'; Valid: max_n, method, min_acceptance, min_n, step_tokens, tokens",
     ),
     ({"method": "ngram", "num_speculative_tokens": 4}, "here it is called 'tokens'"),
     ({"method": "ngram", "prompt_lookup_max": 4}, "here it is called 'max_n'"),
@@ -73,6 +73,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"method": "ngram", "tokens": 16}, r"speculation\.tokens must be from 0 to 15, not 16"),
     ({"method": "ngram", "tokens": -1}, r"speculation\.tokens must be from 0"),
     ({"method": "ngram", "min_acceptance": 30}, r"speculation\.min_acceptance is a share and must be from 0 to 1"),
+    ({"method": "ngram", "step_tokens": 0}, r"speculation\.step_tokens must be at least 1, not 0"),
     ({"method": "ngram", "max_n": 1}, r"speculation\.max_n must be from min_n \(2\)"),
     ({"method": "mine", "depth": 0}, r"speculation\.depth must be at least 1, not 0"),
     ({"method": "mine", "share": "x"}, r"speculation\.share must be a number"),

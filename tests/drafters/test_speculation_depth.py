@@ -68,8 +68,9 @@ def grow(sample: Request, tokens: Sequence[int]) -> None:
     sample.num_computed = sample.length - 1
 
 
-def speculation(drafter: HostDrafter | None = None, *, least: float = 0.3) -> Speculation:
-    return Speculation(CheckedDrafter(drafter or Scripted(), "drafter 'x' (X of y)"), tokens=K, min_acceptance=least)
+def speculation(drafter: HostDrafter | None = None, *, least: float = 0.3, step_tokens: int = 1000) -> Speculation:
+    checked = CheckedDrafter(drafter or Scripted(), "drafter 'x' (X of y)")
+    return Speculation(checked, tokens=K, min_acceptance=least, step_tokens=step_tokens)
 
 
 def run(found: Speculation, sample: Request, right: Callable[[int], int], rows: int) -> list[int]:
@@ -124,6 +125,22 @@ def test_it_does_not_stop_for_a_few_misses() -> None:
 def test_min_acceptance_zero_never_stops_and_one_stops_at_the_first_miss() -> None:
     assert run(speculation(least=0.0), request(), lambda row: 0, 100) == [K] * 100
     assert run(speculation(least=1.0), request(), lambda row: 0 if row == 3 else K, 10) == [K] * 4 + [0] * 6
+
+
+def test_many_requests_share_the_tokens_of_a_step() -> None:
+    found = speculation(step_tokens=9)
+    one, two, three = request(), request(), request()
+    assert found.most(one) == K
+    assert [found.most(two), found.most(one)] == [3, 3]
+    assert [found.most(three), found.most(two), found.most(one)] == [2, 2, 2]
+    more = [request() for _ in range(6)]
+    assert {found.most(each) for each in more[:1]} == {1}
+    for each in more:
+        found.most(each)
+    assert found.most(one) == 0  # nine requests: a token each
+    for each in more:
+        found.end(each)
+    assert found.most(one) == 2
 
 
 def test_a_new_request_begins_with_what_others_had() -> None:

@@ -25,19 +25,20 @@ from .test_same_tokens import COUNT, WAYS, seeded
 
 GREEDY = SamplingParams(temperature=0, seed=1, max_tokens=COUNT)  # with a seed, for `replay` to know the sample by
 FEW = [5, 9, 17]  # a sample that may say only these comes back to what it has said
+ALWAYS = {"min_acceptance": 0.0, "step_tokens": 1000}
 
 
 def replay(accuracy: float, tokens: int = 5) -> dict[str, Any]:
-    return {"method": "replay", "accuracy": accuracy, "tokens": tokens, "min_acceptance": 0.0}
+    return {"method": "replay", "accuracy": accuracy, "tokens": tokens, **ALWAYS}
 
 
 DRAFTERS: Mapping[str, dict[str, Any]] = {
     "right": replay(1.0),
     "mixed": replay(0.7),
     "wrong": replay(0.0),
-    "ngram": {"method": "ngram", "tokens": 3, "min_acceptance": 0.0},
-    "suffix": {"method": "suffix", "tokens": 6},
-    "on the device": {"method": "follow_on_device", "tokens": 2, "min_acceptance": 0.0},
+    "ngram": {"method": "ngram", "tokens": 3, **ALWAYS},
+    "suffix": {"method": "suffix", "tokens": 6, "step_tokens": 1000},
+    "on the device": {"method": "follow_on_device", "tokens": 2, **ALWAYS},
 }
 
 

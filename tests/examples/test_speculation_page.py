@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nanoengine.api import HostDrafter
+from nanoengine.build import DEFAULT_STEP_TOKENS
 from nanoengine.cli.app import app
 from nanoengine.core.scheduling.speculation import Acceptance
 from nanoengine.params.speculation import MAX_DRAFTS, SpeculationOptions
@@ -66,6 +67,7 @@ def test_tables_have_every_key_and_default(heading: str, options: Any) -> None:
 
 
 def test_numbers_in_the_text() -> None:
+    assert "Default: {cpu} on a CPU, {cuda} on a GPU.".format(**DEFAULT_STEP_TOKENS) in PAGE
     assert f"at most {MAX_DRAFTS}." in PAGE
     assert f"after {Acceptance.FIRST_WAIT} tokens" in PAGE
     assert f"{2 * Acceptance.FIRST_WAIT}, and so on to {Acceptance.LONGEST_WAIT}" in PAGE

@@ -64,11 +64,10 @@ class Speculation:
     nothing of it is in flight.
     """
 
-    def __init__(self, drafter: CheckedDrafter | None, *, tokens: int, min_acceptance: float) -> None:
-        """drafter: None: the device's. tokens: the most drafts of a row. min_acceptance: the share below which a
-        position is not drafted."""
+    def __init__(self, drafter: CheckedDrafter | None, *, tokens: int, min_acceptance: float, step_tokens: int) -> None:
+        """drafter: None: the device's. The others are as in `SpeculationOptions`."""
         self.on_device = drafter is None
-        self._drafter, self._least = drafter, min_acceptance
+        self._drafter, self._least, self._step_tokens = drafter, min_acceptance, step_tokens
         self._all = Acceptance([1.0] * tokens, min_acceptance, memory=32)  # a new request begins with what others had
         self._acceptance: dict[Request, Acceptance] = {}
         self._states: dict[Request, CheckedState] = {}
@@ -85,7 +84,8 @@ class Speculation:
         found = self._acceptance.get(request)
         if found is None:
             found = self._acceptance[request] = Acceptance(self._all.shares, self._least)
-        depth = found.depth(len(request.output_token_ids))
+        fair = self._step_tokens // len(self._acceptance) - 1
+        depth = max(0, min(fair, found.depth(len(request.output_token_ids))))
         if self.on_device or not depth or request.num_in_flight != 1:
             return depth
         try:

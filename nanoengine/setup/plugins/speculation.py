@@ -64,6 +64,7 @@ def choose_speculation(
         device=spec.device,
         tokens=options.tokens,
         min_acceptance=options.min_acceptance,
+        step_tokens=options.step_tokens,
         origin=str(found.origin),
     )
 

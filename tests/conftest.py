@@ -32,9 +32,12 @@ def forget_modules(tmp_path: Path) -> Iterator[None]:
             del sys.modules[name]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     devices = torch.cuda.device_count()
+    corpora = "corpus" in config.option.markexpr
     for item in items:
+        if item.get_closest_marker("corpus") and not corpora:
+            item.add_marker(pytest.mark.skip(reason="needs -m corpus: it downloads schemas"))
         if item.get_closest_marker("gpu") and devices < 1:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("multi_gpu") and devices < 2:

@@ -16,10 +16,11 @@ import pytest
 from nanoengine.api import Constraint, GrammarContext, GrammarError
 from nanoengine.api.errors import RequestError
 from nanoengine.plugins.grammars import register_grammars
-from nanoengine.plugins.grammars.plain_schemas import check_plain
+from nanoengine.plugins.grammars.plain_schemas import plain
 from nanoengine.testing.byte_tokenizer import END, byte_tokenizer
 from nanoengine.testing.conformance import check_grammar_backend
 
+from .support import grammar_llm, params
 from .test_backends import EXAMPLES, PERSON
 
 TOKENIZER = byte_tokenizer()
@@ -45,14 +46,30 @@ TOKENIZER = byte_tokenizer()
 )
 def test_what_xgrammar_would_ignore_is_refused_by_name(schema: Any, named: str) -> None:
     with pytest.raises(GrammarError, match=named):
-        check_plain(schema)
+        plain(schema)
 
 
 def test_what_it_supports_exactly_is_not_refused() -> None:
-    check_plain(PERSON)
-    check_plain({"$defs": {"n": {"type": "object", "properties": {"n": {"$ref": "#/$defs/n"}}}}, "$ref": "#/$defs/n"})
-    check_plain({"title": "T", "type": "string", "enum": ["a", "b"], "default": "a"})
-    check_plain({"anyOf": [{"type": "integer", "minimum": 1}, {"const": {"not": 1}}, True]})
+    plain(PERSON)
+    plain({"$defs": {"n": {"type": "object", "properties": {"n": {"$ref": "#/$defs/n"}}}}, "$ref": "#/$defs/n"})
+    plain({"title": "T", "type": "string", "enum": ["a", "b"], "default": "a"})
+    plain({"anyOf": [{"type": "integer", "minimum": 1}, {"const": {"not": 1}}, True]})
+
+
+def test_a_length_is_written_as_a_pattern_without_control_characters(backend: Any) -> None:
+    for schema in ({"type": "string", "maxLength": 3}, {"type": "string", "minLength": 1}):
+        grammar = backend.compile(Constraint(kind="json", text=json.dumps(schema)))
+        taken = {}
+        for text in ('"é"', '"ab"', '"\x01"', '"\t"', '"\n"', '"\\"', '"a"b"', '"abcd"'):
+            ids, matcher = TOKENIZER.encode(text).ids, grammar.matcher()
+            taken[text] = matcher.consume(ids) == len(ids) and matcher.is_accepting
+        for raw in (b'"\xed\xa0\x80"', b'"\xf0\x80\x80\x80"', b'"\xe0\x80\x80"'):  # no UTF-8
+            assert grammar.matcher().consume(list(raw)) < len(raw)
+        assert [text for text, accepted in taken.items() if accepted] == [
+            '"é"',
+            '"ab"',
+            *['"abcd"'] * ("minLength" in schema),
+        ]
 
 
 def test_it_is_the_second_choice() -> None:
@@ -154,3 +171,19 @@ def test_close_ends_its_processes(backend: Any) -> None:
     with pytest.raises(GrammarError, match="closed"):
         made.compile(Constraint(kind="regex", text="a"))
     assert all(isinstance(child, subprocess.Popen) for child in children)
+
+
+def test_the_engine_uses_it_where_it_is_chosen(tmp_path: Any) -> None:
+    pytest.importorskip("xgrammar")
+    with grammar_llm(tmp_path, structured_outputs={"backend": "xgrammar"}) as llm:
+        wrong, *fine = llm.generate(
+            [[1], [2], [3]],
+            [params({"json": {"not": {}}}),
+             params({"json": PERSON, "disable_any_whitespace": True}, temperature=2, seed=1),
+             params({"choice": ["yes", "no"]}, n=3, temperature=2)],
+        )  # fmt: skip
+        assert wrong.error is not None
+        assert "not" in str(wrong.error)
+        assert json.loads(fine[0].outputs[0].text).keys() == {"name", "age"}
+        assert {sample.text for sample in fine[1].outputs} <= {"yes", "no"}
+        assert llm.stats().grammars.compiled_in_steps == 0

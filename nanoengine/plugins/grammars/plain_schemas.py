@@ -1,4 +1,8 @@
-"""Refuses what xgrammar would ignore, or take more widely than JSON Schema means it. Others it supports exactly."""
+"""Refuses what xgrammar would ignore, or take more widely than JSON Schema means it. What is left it supports exactly.
+
+A string with a length could have control characters, which JSON has not, and bytes that are no UTF-8: it is written as
+a pattern.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +25,25 @@ _OF_TYPE: Mapping[str, frozenset[str]] = {
     "boolean": frozenset(),
     "null": frozenset(),
 }
+_CHARACTER = "[ !#-\\[\\]-~\u00a0-\ud7ff\ue000-\U0010ffff]"  # that JSON has as it is
 _ALONE = ("$ref", "const", "enum", "anyOf")
 _KNOWN = _NO_EFFECT.union({"type", *_ALONE}, *_OF_TYPE.values())
 
 
-def check_plain(schema: Any) -> None:
-    """Raises `GrammarError` that names the keyword, or the combination of keywords."""
-    map_schemas(schema, _check)
+def plain(schema: Any) -> Any:
+    """The schema for xgrammar. Raises `GrammarError` that names the keyword, or the combination of keywords."""
+    return map_schemas(schema, _plain)
 
 
-def _check(schema: dict[str, Any]) -> dict[str, Any]:
+def _plain(schema: dict[str, Any]) -> dict[str, Any]:
+    _check(schema)
+    if "minLength" not in schema and "maxLength" not in schema:
+        return schema
+    low, high = schema.pop("minLength", 0), schema.pop("maxLength", "")
+    return {**schema, "pattern": f"^{_CHARACTER}{{{low},{high}}}$"}
+
+
+def _check(schema: dict[str, Any]) -> None:
     unknown = sorted(schema.keys() - _KNOWN)
     if unknown:
         raise GrammarError(f"the JSON schema has {', '.join(unknown)}, which xgrammar does not support exactly{_FIX}")
@@ -47,7 +60,7 @@ def _check(schema: dict[str, Any]) -> dict[str, Any]:
             raise GrammarError(
                 f"the JSON schema has {', '.join(rest)} next to {alone[0]}, which xgrammar ignores{_FIX}"
             )
-        return schema
+        return
     kind = schema.get("type")
     if rules and not isinstance(kind, str):
         raise GrammarError(f"the JSON schema has {', '.join(rules)} without one type, which xgrammar ignores{_FIX}")
@@ -62,7 +75,6 @@ def _check(schema: dict[str, Any]) -> dict[str, Any]:
     unnamed = sorted(set(schema.get("required", ())) - set(schema.get("properties", ())))
     if unnamed:
         raise GrammarError(f"the JSON schema requires {unnamed[0]!r}, which is not in its properties{_FIX}")
-    return schema
 
 
 _FIX = ": leave it out, or use the backend llguidance"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,17 +56,14 @@ def read_tags(text: str, backend: str) -> Tags:
     return Tags(triggers, tuple(_tag(triggers, *each) for each in tags))
 
 
-def tag_schemas(value: Any) -> Iterator[Any]:
-    """The JSON schemas anywhere in a structural tag."""
+def map_tag_schemas(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A copy of a structural tag in which `change` replaced each JSON schema."""
     if isinstance(value, list):
-        for each in value:
-            yield from tag_schemas(each)
-    elif isinstance(value, dict):
-        for key, each in value.items():
-            if key in ("schema", "json_schema"):
-                yield each
-            else:
-                yield from tag_schemas(each)
+        return [map_tag_schemas(each, change) for each in value]
+    if not isinstance(value, dict):
+        return value
+    schemas = ("schema", "json_schema")
+    return {k: change(each) if k in schemas else map_tag_schemas(each, change) for k, each in value.items()}
 
 
 def _tag(triggers: tuple[str, ...], begin: str, schema: Any, end: str) -> Tag:

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from nanoengine.api import Constraint, Grammar, GrammarBackend, GrammarContext, GrammarError, Matcher
 from nanoengine.api.errors import RequestError
-from nanoengine.plugins.grammars.plain_schemas import check_plain
-from nanoengine.plugins.grammars.structural_tags import tag_schemas
+from nanoengine.plugins.grammars.plain_schemas import plain
+from nanoengine.plugins.grammars.structural_tags import map_tag_schemas
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,14 +91,11 @@ def _call(constraint: Constraint) -> tuple[str, list[Any], dict[str, Any]]:
         raise GrammarError("xgrammar does not support whitespace_pattern: leave it out, or use the backend llguidance")
     text = constraint.text
     if constraint.kind == "json":
-        check_plain(json.loads(text))
+        text = json.dumps(plain(json.loads(text)))
         compact = {} if constraint.any_whitespace else {"separators": (",", ":")}
         return "compile_json_schema", [text], {"any_whitespace": constraint.any_whitespace, **compact}
     if constraint.kind == "structural_tag":
-        tag = json.loads(text)
-        for schema in tag_schemas(tag):
-            check_plain(schema)
-        return "compile_structural_tag", [_as_format(tag)], {}
+        return "compile_structural_tag", [_as_format(map_tag_schemas(json.loads(text), plain))], {}
     if constraint.kind == "regex":
         return "compile_regex", [text], {}
     if constraint.kind == "choice":

@@ -17,6 +17,9 @@ OPTIONS_NOT_SUPPORTED: Mapping[str, str] = {
     "enable_chunked_prefill": "prompts are always chunked under max_num_batched_tokens",
     "enable_lora": "adapters are not supported yet",
     "speculative_config": "write speculation={'method': 'ngram', 'tokens': 4}: see docs/speculation.md",
+    "structured_outputs_config": "give structured_outputs={'backend': ...}",
+    "guided_decoding_backend": "give structured_outputs={'backend': ...}",
+    "reasoning_parser": "give structured_outputs={'reasoning': '</think>'}: constraints begin after that token",
     "swap_space": "preempted requests are computed again, not swapped",
     "num_threads": "torch takes its CPU threads from the environment: OMP_NUM_THREADS",
 }

@@ -1,0 +1,97 @@
+"""The state of one sample: looking ahead over drafts gives what feeding them gives, and leaves no trace."""
+
+from __future__ import annotations
+
+import json
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nanoengine.api import Constraint
+from nanoengine.api.errors import RequestError
+from nanoengine.plugins.samplers.grammar_state import GrammarState
+from nanoengine.testing.byte_tokenizer import END, END_REASONING, byte_tokenizer
+
+from .test_backends import EXAMPLES, PERSON, backend
+
+TOKENIZER = byte_tokenizer()
+END_ID, CLOSE = TOKENIZER.token_to_id(END), TOKENIZER.token_to_id(END_REASONING)
+SIZE, VOCAB = TOKENIZER.get_vocab_size(), 320
+CTX: Any = SimpleNamespace(vocab_size=VOCAB, num_tokens=SIZE, end_ids=frozenset([END_ID]), reasoning=None)
+CONSTRAINTS = [constraint for constraint, _, _ in EXAMPLES]
+
+
+def state(constraint: Constraint, reasoning: int | None = None) -> GrammarState:
+    return GrammarState(backend().compile(constraint).matcher(), CTX, reasoning)
+
+
+def allowed(row: Any) -> list[int]:
+    ids: list[int] = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist()
+    return ids
+
+
+def after(constraint: Constraint, reasoning: int | None, tokens: list[int]) -> list[int]:
+    made = state(constraint, reasoning)
+    made.feed(tokens)
+    return allowed(made.columns([])["allowed"][0])
+
+
+@pytest.mark.parametrize("reasoning", [None, CLOSE])
+@pytest.mark.parametrize("number", range(len(CONSTRAINTS)))
+def test_looking_ahead_is_feeding(number: int, reasoning: int | None) -> None:
+    """Drafts are mostly allowed ones, some cross the end of the reasoning or of the output, some are refused."""
+    rng, constraint = random.Random(number), CONSTRAINTS[number]
+    looked, fed = state(constraint, reasoning), list[int]()
+    for _ in range(14):
+        here = after(constraint, reasoning, fed)
+        drafts, known = list[int](), here
+        for _ in range(rng.randrange(5)):
+            token = rng.choice(known) if rng.random() < 0.8 else rng.randrange(SIZE)
+            token = CLOSE if reasoning is not None and rng.random() < 0.3 else token
+            drafts.append(token)
+            if token not in known:
+                break
+            known = after(constraint, reasoning, fed + drafts)
+        masks = looked.columns(drafts)["allowed"]
+        assert masks.shape == (1 + len(drafts), VOCAB // 32)
+        for count in range(len(drafts) + 1):
+            if count and drafts[count - 1] not in allowed(masks[count - 1]):
+                break
+            assert allowed(masks[count]) == after(constraint, reasoning, fed + drafts[:count]), (fed, drafts, count)
+        assert max(here) < SIZE
+        looked.forced()
+        token = rng.choice(here)
+        looked.feed([token])
+        fed.append(token)
+
+
+def test_the_end_follows_the_grammar() -> None:
+    made = state(Constraint(kind="choice", text='["a", "ab"]'))
+    assert allowed(made.columns([])["allowed"][0]) == [ord("a")]
+    made.feed([ord("a")])
+    assert allowed(made.columns([])["allowed"][0]) == [ord("b"), END_ID]
+    masks = made.columns([ord("b"), END_ID, END_ID])["allowed"]
+    assert [allowed(row) for row in masks[1:]] == [[END_ID]] * 3
+    made.feed([END_ID, END_ID])
+    assert allowed(made.columns([])["allowed"][0]) == [END_ID]
+    assert list(made.forced()) == []
+
+
+@pytest.mark.parametrize("tokens", [[ord("x")], [END_ID], [ord("a"), END_ID, ord("a")]])
+def test_a_token_that_is_not_allowed_is_an_error(tokens: list[int]) -> None:
+    made = state(Constraint(kind="choice", text='["a"]'))
+    with pytest.raises(RequestError, match=f"token {len(tokens) - 1} of the output, id {tokens[-1]}") as caught:
+        made.feed(tokens)
+    assert caught.value.code == "grammar_failed"
+
+
+def test_before_the_end_of_the_reasoning_all_tokens_are_allowed_but_the_end() -> None:
+    made = state(Constraint(kind="json", text=json.dumps(PERSON)), CLOSE)
+    assert allowed(made.columns([])["allowed"][0]) == [i for i in range(SIZE) if i != END_ID]
+    assert list(made.forced()) == []
+    made.feed([5, 6, CLOSE])
+    assert set(allowed(made.columns([])["allowed"][0])) <= {*b'{ \n\r\t', TOKENIZER.token_to_id('{"'),
+                                                            TOKENIZER.token_to_id("  ")}  # fmt: skip

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 from nanoengine.api.errors import (
@@ -164,7 +165,7 @@ class Engine:
                 self._mid_update = False
                 break
             launching = time.monotonic()
-            handle = self._launch(step)
+            handle = self._launched(partial(self._executor.launch, step.plan))
             self._in_flight.append(InFlight(step, handle))
             if self._watch is not None:
                 self._watch.launched(step, self.scheduler, scheduling, launching)
@@ -174,9 +175,9 @@ class Engine:
                 if state is not None and state.first_scheduled is None:  # None: a sibling's processor just failed it
                     state.first_scheduled = launching
 
-    def _launch(self, step: ScheduledStep) -> StepHandle:
+    def _launched(self, launch: Callable[[], StepHandle]) -> StepHandle:
         try:
-            return self._executor.launch(step.plan)
+            return launch()
         except WorkerError as error:
             self._end(error)
         except BaseException as error:  # whatever a kernel or plugin raises ends this step alone
@@ -188,17 +189,9 @@ class Engine:
         """The columns of the oldest step, if it waits for them: all tokens before its draws are known."""
         if not self._in_flight or not self._in_flight[0].handle.late:
             return
-        step, handle = self._in_flight[0].step, self._in_flight[0].handle
-        self._mid_update = True
-        columns, failed = supplied_columns(step, self._inputs.ctx.vocab_size)
-        try:
-            handle.supply(columns)
-        except WorkerError as error:
-            self._end(error)
-        except BaseException as error:  # as in `_launch`
-            if not is_failure(error):
-                raise
-            self._in_flight[0] = InFlight(step, NotLaunched(error))
+        oldest, self._mid_update = self._in_flight[0], True
+        columns, failed = supplied_columns(oldest.step, self._inputs.ctx.vocab_size)
+        self._in_flight[0] = InFlight(oldest.step, self._launched(partial(oldest.handle.supply, columns)))
         for request, failure in failed:
             if (state := self._requests.known.get(request.parent)) is not None:  # None: a sibling's has failed, too
                 self._end_request(state, failure)

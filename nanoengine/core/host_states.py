@@ -6,8 +6,7 @@ A state is a plugin's: whatever goes wrong in it fails its request alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import Any
@@ -36,13 +35,14 @@ class BoundState:
 def start_states(request: Request, ctx: ParamsContext) -> None:
     """Makes the states of a new request. Raises `RequestError("processor_failed")`."""
     for processor in request.params.processors:
-        with _calling(processor, "start"):
+        try:
             state = processor.params.start(request.prompt_token_ids, ctx)
-            if state is None:
-                continue
-            if not isinstance(state, HostState):
+            if not isinstance(state, HostState | None):
                 raise TypeError(f"returned {type(state).__qualname__}, not a HostState")
-        request.host_states.append(BoundState(processor, state))
+        except BaseException as error:  # noqa: BLE001 - it is raised
+            raise _failure(error, processor, "start")  # noqa: B904 - its cause is set
+        if state is not None:
+            request.host_states.append(BoundState(processor, state))
 
 
 def supplied_columns(
@@ -87,33 +87,32 @@ def _next_columns(
     in the request what is forced behind these draws."""
     out, request.forced = [], ()
     for bound in request.host_states:
-        name, specs = bound.processor.name, bound.processor.params.columns
-        if new := request.output_token_ids[bound.fed :]:
-            with _calling(bound.processor, "feed"):
+        name, specs, method = bound.processor.name, bound.processor.params.columns, "feed"
+        try:
+            if new := request.output_token_ids[bound.fed :]:
                 bound.state.feed(new)
-            bound.fed += len(new)
-        with _calling(bound.processor, "forced"):
+                bound.fed += len(new)
+            method = "forced"
             forced = [index(token) for token in bound.state.forced()]
             if not all(0 <= token < vocab_size for token in forced):
                 raise ValueError(f"returned {shown(forced)}; ids are 0 to {vocab_size - 1}")
             request.forced = request.forced or forced[1 + len(drafts) :]
-        with _calling(bound.processor, "columns"):
+            method = "columns"
             for column, values in bound.state.columns(drafts).items():
                 if column not in specs:
                     raise KeyError(f"no column {column!r}: {nearest(column, specs)}")
                 packed = pack_draws(name, column, specs[column], values, 1 + len(drafts), vocab_size)
                 out.append(((name, column), packed))
+        except BaseException as error:  # noqa: BLE001 - it is raised
+            raise _failure(error, bound.processor, method)  # noqa: B904 - its cause is set
     return out
 
 
-@contextmanager
-def _calling(processor: PackedProcessor, method: str) -> Iterator[None]:
-    try:
-        yield
-    except RequestError:
-        raise
-    except BaseException as error:
-        if not is_failure(error):
-            raise
-        text = f"{method}() of logits processor {processor.name!r} raised {described(error)}"
-        raise RequestError("processor_failed", text + place_and_fix(error, type(processor.params), text)) from error
+def _failure(error: BaseException, processor: PackedProcessor, method: str) -> BaseException:
+    """What this method raised, as the error of its request. An error of a request, and what is no failure, stays."""
+    if isinstance(error, RequestError) or not is_failure(error):
+        return error
+    text = f"{method}() of logits processor {processor.name!r} raised {described(error)}"
+    failure = RequestError("processor_failed", text + place_and_fix(error, type(processor.params), text))
+    failure.__cause__ = error
+    return failure

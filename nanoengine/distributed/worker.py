@@ -222,7 +222,7 @@ class Worker:
         assert data is not None, "columns are neither in the ring nor in a parcel"
         columns = decode(SuppliedColumns, data).columns
         if handle is not None:
-            handle = self._launch(number, partial(_supplied, handle, columns))
+            handle = self._launch(number, partial(handle.supply, columns))
         self._launched_whole(number, handle)
 
     def _launched_whole(self, number: int, handle: StepHandle | None) -> None:
@@ -310,11 +310,6 @@ class Worker:
             self._send(Kind.FAILED, 0, pickle.dumps(report_of(error, phase_of(self._shared, self._rank))))
         except OSError:  # the engine does not exist any more
             logging.getLogger(__name__).error("the engine is gone; this rank ends", exc_info=error)
-
-
-def _supplied(handle: StepHandle, columns: tuple[SuppliedColumn, ...]) -> StepHandle:
-    handle.supply(columns)
-    return handle
 
 
 def _pauses() -> Iterator[float]:

@@ -93,18 +93,22 @@ def watched(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     def launching(plan: Any) -> Any:
         events.append(("launch", plan.step))
         handle = launch(plan)
-        supply, wait = handle.supply, handle.wait
+        supply = handle.supply
         if handle.late:
 
-            def supplying(columns: Any) -> None:
-                if handle.late:
-                    events.append(("supply", plan.step))
-                supply(columns)
+            def supplying(columns: Any) -> Any:
+                events.append(("supply", plan.step))
+                return awaited(supply(columns), plan.step)
 
             monkeypatch.setattr(handle, "supply", supplying)
+            return handle
+        return awaited(handle, plan.step)
+
+    def awaited(handle: Any, number: int) -> Any:
+        wait = handle.wait
 
         def waiting() -> Any:
-            events.append(("wait", plan.step))
+            events.append(("wait", number))
             return wait()
 
         monkeypatch.setattr(handle, "wait", waiting)
@@ -187,6 +191,15 @@ def test_stops_min_tokens_and_log_probs_go_with_it(tmp_path: Path) -> None:
     assert first[1] is not None
     best = plain.outputs[0].token_ids[0]
     assert first[0][0][best] == first[1][0][best], "log-probs are those of the raw logits"
+
+
+@pytest.mark.parametrize("known", [1, 5, COUNT - 1])
+def test_a_state_gets_the_tokens_that_a_request_begins_with(tmp_path: Path, known: int) -> None:
+    prompt = [4, 5, 6]
+    whole = chained(prompt)
+    begun: Any = {"prompt_token_ids": prompt, "generated_token_ids": whole[:known]}
+    with chain_llm(tmp_path) as llm:
+        assert tokens_of(llm.generate([begun], CHAIN, use_tqdm=False)) == [whole]
 
 
 # Forced tokens, and drafts
@@ -413,12 +426,12 @@ def fed_twice(patch: pytest.MonkeyPatch) -> None:
 def shared_by_samples(patch: pytest.MonkeyPatch) -> None:
     requests = RequestState.requests
 
-    def broken(self: RequestState, engine_seed: int) -> Iterator[Request]:
+    def broken(self: RequestState) -> Iterator[Any]:
         first: Request | None = None
-        for request in requests(self, engine_seed):
+        for request, begun in requests(self):
             first = first or request
             request.host_states = first.host_states
-            yield request
+            yield request, begun
 
     patch.setattr(RequestState, "requests", broken)
 

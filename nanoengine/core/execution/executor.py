@@ -71,8 +71,7 @@ class InProcessExecutor(Executor):
     def _finish(self, forward: Call, columns: Sequence[SuppliedColumn]) -> StepHandle:
         def run() -> StepResult:
             handle: StepHandle = forward.wait()  # it has run
-            handle.supply(columns)
-            return handle.wait()
+            return handle.supply(columns).wait()
 
         self._newest = self._thread.submit(run)
         return self._newest

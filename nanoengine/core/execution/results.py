@@ -35,8 +35,10 @@ class StepHandle(ABC):
 
     late: bool = False
 
-    def supply(self, columns: Sequence[SuppliedColumn]) -> None:  # noqa: B027 - most steps are not late
-        """Launch the tail of a late step, with these columns: before the next launch. No effect on any other step."""
+    def supply(self, columns: Sequence[SuppliedColumn]) -> StepHandle:
+        """Launch the tail of a late step, with these columns: before the next launch. Returns the step, which is not
+        late any more. Any other step is returned as it is."""
+        return self
 
     @abstractmethod
     def wait(self) -> StepResult:
@@ -60,31 +62,24 @@ class NotLaunched(StepHandle):
 class LateStep(StepHandle):
     """A step whose forward pass is launched, and whose tail waits for columns."""
 
+    late = True
+
     def __init__(self, finish: Callable[[Sequence[SuppliedColumn]], StepHandle]) -> None:
         """finish: launches the tail, and returns its handle."""
-        self.late, self._finish = True, finish
-        self._tail: StepHandle | None = None
+        self._finish = finish
 
-    def supply(self, columns: Sequence[SuppliedColumn]) -> None:
-        if self.late:
-            self.late = False
-            self._tail = self._finish(columns)
-            del self._finish  # it holds the tensors of the forward pass
+    def supply(self, columns: Sequence[SuppliedColumn]) -> StepHandle:
+        return self._finish(columns)
 
     def wait(self) -> StepResult:
-        assert self._tail is not None, "waited for a step without its columns"
-        return self._tail.wait()
-
-    def has_arrived(self) -> bool:
-        return self._tail is not None and self._tail.has_arrived()
+        raise AssertionError("waited for a step without its columns")
 
 
 def wait_out(handles: Iterable[StepHandle]) -> None:
     """Wait for the steps behind one that raised. What they raise is a consequence of that, and ignored."""
     for handle in handles:
         try:
-            handle.supply(())
-            handle.wait()
+            handle.supply(()).wait()
         except BaseException as error:
             if not is_failure(error):
                 raise

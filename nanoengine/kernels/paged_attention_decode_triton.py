@@ -179,6 +179,8 @@ def _decode(
     tiles = tl.cdiv(length - first, TILE)
     tiles_each = tl.maximum(tl.cdiv(tiles, SPLITS), MIN_TILES)
     used = tl.cdiv(tiles, tiles_each)
+    if SPLITS > 1:
+        tiles_each = tl.cdiv(tiles, used)  # as few as so many parts allow: the longest is waited for
     begin = first + tl.minimum(split, used) * tiles_each * TILE
     end = tl.minimum(begin + tiles_each * TILE, length)
     newest = split == used - 1

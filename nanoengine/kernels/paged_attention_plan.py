@@ -97,10 +97,13 @@ def decode_config(
     tile = max(16, min(128, (32768 if wide else 16384) // tile_bytes))
     # A short context is worth splitting while few programs run. A long one is, too, beside many short ones. Adding
     # parts up takes as long as some hundred keys (64 pairs of 384 keys, H200: 8.1 us whole, 11.1 us in two parts).
-    keys_each = max(tile, 64, (8 if several else 4) * pairs)
+    # From steps of 8 rows of Qwen3-0.6B at 230, 384 and 538 keys (624, 690 and 768 us, one H200, 2026-11-29): a tile of
+    # 128 keys takes 1.6 us a layer, adding two parts up 1.9. So there four tiles are two parts, and three are one.
+    paired = several and 2 * pairs <= multiprocessors
+    keys_each = max(tile, 64, 3 * tile if paired else (8 if several else 4) * pairs)
     # Programs that find nothing to do cost little, not nothing: no more of them than long contexts can be worth.
     most = max(1, 2 * multiprocessors // pairs, min(4, 8 * multiprocessors // pairs), min(8, max_len // 16384))
-    if several and 2 * pairs <= multiprocessors:
+    if paired:
         most = multiprocessors // pairs  # that a multiprocessor holds only one program of
     splits = _power_of_2(min(most, -(-max_len // keys_each), _MAX_SPLITS))
     return DecodeConfig(

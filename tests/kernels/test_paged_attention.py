@@ -293,6 +293,18 @@ def test_splits_are_used_and_each_is_counted_once(device: torch.device) -> None:
     assert scratch.lse.isnan().all()
 
 
+@pytest.mark.parametrize(("length", "parts"), [(64, []), (80, [48, 32]), (90, [48, 42]), (128, [64, 64])])
+def test_parts_of_a_row_are_even(length: int, parts: list[int], device: torch.device) -> None:
+    """Two of at least four tiles of 16 keys at the most; a part of a query of zeros weighs as many as it has keys."""
+    batch = Batch(Shape(), [(1, length)], torch.float32, device)
+    batch.q.zero_()
+    scratch = DecodeScratch.make(4, 2, 2, 64, device)
+    scratch.lse.fill_(float("nan"))
+    agree(batch.decode(replace(small(2), min_tiles=4), scratch), batch.want())
+    keys = scratch.lse[:8].view(2, 2, 2).exp2().round()  # KV head, part, head
+    assert keys.isnan().all() if not parts else keys[:, :, 0].tolist() == [parts] * 2
+
+
 @pytest.mark.parametrize(
     "shape",
     [

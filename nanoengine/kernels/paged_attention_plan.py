@@ -143,11 +143,16 @@ def fused_config(
 
 @dataclass(frozen=True, slots=True)
 class SeveralConfig:
-    """How decode of several queries a row is laid out. block_m: (query, head) pairs of a tile. keys: how the keys are
-    read, as in decode of one query."""
+    """How decode of several queries a row is laid out.
+
+    Attributes:
+        block_m: (query, head) pairs of a tile. keys: how the keys are read, as in decode of one query. registers: the
+        most that a thread takes, so that as many programs share a multiprocessor as with one query; 0: any number.
+    """
 
     block_m: int
     keys: DecodeConfig
+    registers: int = 0
 
     def programs(self, kv_heads: int, group: int, queries: int) -> int:
         """How many programs a row has in each split: one for each KV head and tile of its queries."""
@@ -170,7 +175,10 @@ def several_config(
         min_tiles = max(1, keys.min_tiles * keys.tile // tile)
         keys = replace(keys, tile=tile, min_tiles=min_tiles, stages=3, warps=8 if block_m > 64 else 4)
     part = rows * kv_heads * tiles * block_m * head_size * 4
-    return SeveralConfig(block_m, replace(keys, splits=_power_of_2(max(1, min(keys.splits, _SCRATCH_BYTES // part)))))
+    splits = _power_of_2(max(1, min(keys.splits, _SCRATCH_BYTES // part)))
+    # Five and four programs a multiprocessor, without a spill in the loop (compiled for compute capability 9.0).
+    registers = {16: 96, 32: 104}.get(block_m, 0) if itemsize == 2 and width <= 128 else 0
+    return SeveralConfig(block_m, replace(keys, splits=splits), registers)
 
 
 def _power_of_2(most: int) -> int:

@@ -41,7 +41,7 @@ def _combine(
 ):  # fmt: skip
     """Sum of the `used` parts of the first so many (query, head) pairs of a tile, each weighed by its share of the
     softmax's denominator; so many pairs at a time that a thread has a few elements. A part may have seen no key."""
-    step: tl.constexpr = 1 if D_PAD >= 1024 else 1024 // D_PAD
+    step: tl.constexpr = 1 if D_PAD >= 512 else 512 // D_PAD
     i = tl.arange(0, step * D_PAD)
     for first_pair in range(0, pairs, step):
         pair, d = first_pair + i // D_PAD, i % D_PAD
@@ -218,6 +218,7 @@ def attend_several(
     group, q, layout = heads // kv_heads, rows_of(q), config.keys
     block_q = config.block_m // group
     parts = rows * config.programs(kv_heads, group, queries) * layout.splits * block_q * group
+    limit = {"maxnreg": config.registers} if config.registers and q.is_cuda else {}
     scratch = torch.empty(parts * (width + 1) if layout.splits > 1 else 0, dtype=torch.float32, device=q.device)
     _decode_several[(config.programs(kv_heads, group, queries), rows, layout.splits)](
         q, k_cache, v_cache, out, block_tables, seq_lens, query_start_loc, scratch, scratch[parts * width :], tickets,
@@ -225,5 +226,5 @@ def attend_several(
         KV_HEADS=kv_heads, GROUP=group, D=width, D_PAD=padded_head(width), BLOCK_SIZE=block_size,
         BLOCK_M=config.block_m, BLOCK_Q=block_q, TILE=layout.tile, SPLITS=layout.splits, MIN_TILES=layout.min_tiles,
         SCALE=scale, WINDOW=window or 0, SOFT_CAP=soft_cap or 0.0, STAGES=layout.stages, AHEAD=layout.ahead,
-        SINKS=sinks is not None, num_warps=layout.warps, **pdl_options(q),
+        SINKS=sinks is not None, num_warps=layout.warps, **limit, **pdl_options(q),
     )  # fmt: skip

@@ -1,5 +1,6 @@
-"""Compiles kernels for compute capability 9.0 on any machine, for sizes of Qwen3-30B-A3B in bfloat16, and prints what
-came out as JSON: registers, spilled bytes, shared memory, and instructions by name. Triton must not be interpreting."""
+"""Compiles kernels for compute capability 9.0 on any machine, for sizes of Qwen3-30B-A3B in bfloat16 (attention for
+those of Qwen3-0.6B too), and prints what came out as JSON: registers, spilled bytes, shared memory, and instructions by
+name. Triton must not be interpreting."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ from triton.compiler import ASTSource
 
 from nanoengine.kernels import experts_few_triton as few
 from nanoengine.kernels import experts_grouped_triton as grouped
+from nanoengine.kernels import paged_attention_several_triton as several
 from nanoengine.kernels import route_triton
+from nanoengine.kernels.paged_attention_plan import several_config
 
 EXPERTS, TOP_K, HIDDEN, INNER = 128, 8, 2048, 768
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -29,7 +32,9 @@ def kinds(**pointers: str) -> dict[str, str]:
     return {f"{name}_ptr": f"*{dtype}" for dtype, names in pointers.items() for name in names.split()}
 
 
-def compiled(kernel: Any, given: dict[str, str], constants: dict[str, Any], warps: int = 4) -> dict[str, Any]:
+def compiled(
+    kernel: Any, given: dict[str, str], constants: dict[str, Any], warps: int = 4, registers: int = 0
+) -> dict[str, Any]:
     """given: kinds of the arguments by name; integers of kind "stride" are multiples of 16."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else given[name].replace("stride", "i32") for name in names}
@@ -40,7 +45,7 @@ def compiled(kernel: Any, given: dict[str, str], constants: dict[str, Any], warp
     }
     places = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=aligned)
-    options = {"num_warps": warps, "launch_pdl": True}
+    options = {"num_warps": warps, "launch_pdl": True, **({"maxnreg": registers} if registers else {})}
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
@@ -113,12 +118,37 @@ def product(rows: int, *, gated: bool) -> dict[str, Any]:
     return compiled(grouped._grouped_kernel, given, constants, tile.warps)
 
 
+def drafts(rows: int, queries: int, heads: int, kv_heads: int) -> dict[str, Any]:
+    """Attention of rows with drafts, head size 128."""
+    group, config = heads // kv_heads, several_config(rows, queries, heads // kv_heads, kv_heads, 128, 4096, 2, 132)
+    given = {f"{name}": "*bf16" for name in ["q", "k_cache", "v_cache", "out", "sinks"]}
+    given |= {f"{name}": "*i32" for name in ["block_tables", "seq_lens", "starts", "tickets"]}
+    given |= {"part": "*fp32", "lse": "*fp32", "q_stride": "stride", "table_stride": "stride"}
+    keys = config.keys
+    constants = {
+        "KV_HEADS": kv_heads, "GROUP": group, "D": 128, "D_PAD": 128, "BLOCK_SIZE": 16, "BLOCK_M": config.block_m,
+        "BLOCK_Q": config.block_m // group, "TILE": keys.tile, "SPLITS": keys.splits, "MIN_TILES": keys.min_tiles,
+        "SCALE": 0.1, "WINDOW": 0, "SOFT_CAP": 0.0, "STAGES": keys.stages, "AHEAD": keys.ahead, "PDL": True,
+        "SINKS": False,
+    }  # fmt: skip
+    given |= {"queries": "i32", "pad_tokens": "i32"}
+    return compiled(several._decode_several, given, constants, keys.warps, config.registers)
+
+
 def main() -> None:
     found = {"route": route(), "norm_router": norm_router(), "few gate_up": few_gate_up(), "few down": few_down(),
              "sort": sort(512, 4), "sort of a large prefill": sort(8192, 32)}  # fmt: skip
     for rows in (64, 2048):
         found[f"grouped gate_up x{rows}"] = product(rows, gated=True)
         found[f"grouped down x{rows}"] = product(rows, gated=False)
+    for rows, queries, heads, kv_heads in (
+        (1, 5, 16, 8),
+        (64, 5, 16, 8),
+        (64, 16, 16, 8),
+        (64, 5, 32, 4),
+        (64, 16, 32, 4),
+    ):
+        found[f"drafts {rows} x {queries}, {heads} heads"] = drafts(rows, queries, heads, kv_heads)
     json.dump(found, sys.stdout)
 
 

@@ -196,7 +196,7 @@ def is_bad(request: Any) -> bool:
 
 SEAMS: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     "making its samples": (output.RequestState, "requests", lambda state, *_: is_bad(state.given)),
-    "its detokenizer": (output.OutputProcessor, "add_sample", lambda self, state, request: is_bad(request)),
+    "its detokenizer": (output.OutputProcessor, "make_sample", lambda self, request, begun: is_bad(request)),
     "queueing it": (Scheduler, "add", lambda self, request: is_bad(request)),
     "finding its hits": (BlockManager, "match", lambda self, request: is_bad(request)),
     "claiming its blocks": (BlockManager, "claim", lambda self, request, *_: is_bad(request)),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nanoengine import LLM, SamplingParams
-from nanoengine.core.execution.slots import RaggedTable
+from nanoengine.core.execution.slots import MaskTable, RaggedTable
 from nanoengine.core.execution.step_inputs import StepBuffers
 from nanoengine.testing.checkpoints import tiny_llama
 from nanoengine.testing.invariants import check_scheduler
@@ -119,7 +119,10 @@ def pointers(llm: LLM) -> dict[str, int]:
             if isinstance(value, torch.Tensor):
                 found[f"{type(owner).__name__}.{name}"] = value.data_ptr()
     columns = {
-        f"{processor}.{name}": t for processor, tables in runner.tables.columns.items() for name, t in tables.items()
+        f"{processor}.{name}": t
+        for processor, tables in runner.tables.columns.items()
+        for name, t in tables.items()
+        if not isinstance(t, MaskTable)  # which has no buffer
     }
     for name, table in {"stop_ids": runner.tables.stop_ids, **columns}.items():
         found[name] = table.values.data_ptr()

@@ -117,7 +117,12 @@ class HostState(ABC):
 
     The engine may ask for the columns of a draw more than once, and with drafts that are then refused: only `feed`
     advances the state. What a method raises fails that request alone.
+
+    Attributes:
+        stop_ids: the request's own stop tokens (`stop_token_ids`). The engine sets it after `start`.
     """
+
+    stop_ids: frozenset[int] = frozenset()
 
     @abstractmethod
     def feed(self, token_ids: Sequence[int]) -> None:

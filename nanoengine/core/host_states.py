@@ -42,6 +42,7 @@ def start_states(request: Request, ctx: ParamsContext) -> None:
         except BaseException as error:  # noqa: BLE001 - it is raised
             raise _failure(error, processor, "start")  # noqa: B904 - its cause is set
         if state is not None:
+            state.stop_ids = request.params.stop_token_ids
             request.host_states.append(BoundState(processor, state))
 
 

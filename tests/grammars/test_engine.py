@@ -165,6 +165,15 @@ def test_only_the_end_is_allowed_when_it_is_complete(llm: LLM) -> None:
     assert output.outputs[0].text == "yes", "behind the end come end tokens only, which are no text"
 
 
+def test_the_requests_own_stop_tokens_end_it_at_the_end(llm: LLM) -> None:
+    stop = ord("!")
+    given = params({"regex": "[a-z]{3}"}, stop_token_ids=[stop], logit_bias={stop: 50.0}, temperature=1, seed=2)
+    (output,) = llm.generate([[1]], given)
+    sample = output.outputs[0]
+    assert (sample.finish_reason, sample.stop_reason, sample.token_ids[-1]) == ("stop", stop, stop)
+    assert len(TOKENIZER.decode(list(sample.token_ids[:-1]))) == 3
+
+
 def test_all_kinds_of_constraints(llm: LLM) -> None:
     kinds: list[Any] = [
         {"json_object": True, "disable_any_whitespace": True},
@@ -349,6 +358,15 @@ def test_a_backend_that_is_not_installed_is_named_with_the_command(tmp_path: Pat
         grammar_llm(tmp_path, plugins=[Plugin()], structured_outputs={"backend": "absent"})
     with pytest.raises(PluginError, match="no grammar backend 'llguidence' is installed; did you mean 'llguidance'"):
         grammar_llm(tmp_path, structured_outputs={"backend": "llguidence"})
+
+
+def test_without_any_backend_the_error_says_what_to_install(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanoengine.setup.plugins.choose._is_there", lambda module: False)
+    monkeypatch.setattr(llm._built.grammars, "_backend", None)
+    (output,) = llm.generate([[1]], params({"regex": "never seen before"}))
+    assert output.error is not None
+    assert output.error.code == "not_supported"
+    assert "llguidance needs llguidance, not installed here (pip install 'nanoengine[grammars]')" in str(output.error)
 
 
 # --- compiling

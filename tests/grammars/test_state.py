@@ -80,6 +80,21 @@ def test_the_end_follows_the_grammar() -> None:
     assert list(made.forced()) == []
 
 
+def test_the_requests_own_stop_tokens_are_allowed_at_the_end() -> None:
+    """One that is a token of the grammar, too, is that until the end."""
+    made = state(Constraint(kind="regex", text="ab?"))
+    made.stop_ids = frozenset([ord("b"), ord("!")])
+    assert allowed(made.columns([])["allowed"][0]) == [ord("a")]
+    masks = made.columns([ord("a"), ord("b"), ord("!"), END_ID])["allowed"]
+    assert [allowed(row) for row in masks] == [
+        [ord("a")], sorted([ord("b"), ord("!"), END_ID]), *[sorted([ord("b"), ord("!"), END_ID])] * 3
+    ]  # fmt: skip
+    assert allowed(made.columns([])["allowed"][0]) == [ord("a")]
+    made.feed([ord("a"), ord("!")])
+    with pytest.raises(RequestError):
+        made.feed([ord("x")])
+
+
 @pytest.mark.parametrize("tokens", [[ord("x")], [END_ID], [ord("a"), END_ID, ord("a")]])
 def test_a_token_that_is_not_allowed_is_an_error(tokens: list[int]) -> None:
     made = state(Constraint(kind="choice", text='["a"]'))

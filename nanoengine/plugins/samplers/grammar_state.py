@@ -108,7 +108,7 @@ class GrammarState(HostState):
         self._ends, self._width = ctx.end_ids, -(-ctx.vocab_size // 32)
         self._end_bits = [(end // 32, np.uint32(1 << end % 32)) for end in ctx.end_ids]
         self._num_ids = 0 if reasoning is None else min(ctx.num_tokens, ctx.vocab_size)
-        self._num_fed = 0
+        self._num_fed = self._consumed = 0
 
     def feed(self, token_ids: Sequence[int]) -> None:
         for token in token_ids:
@@ -123,18 +123,16 @@ class GrammarState(HostState):
         self._mask(out[0])
         if not drafts:  # most often
             return {"allowed": out.view(np.int32)}
-        before, taken = (self._reasoning, self._ended), 0
+        before = self._reasoning, self._ended, self._consumed
         try:
             for i, draft in enumerate(drafts):
-                in_matcher = self._reasoning is None and not self._ended and draft not in self._ends
                 if not out[i, draft // 32] >> draft % 32 & 1 or not self._take(draft):
                     out[i + 1 :] = out[0]  # of draws that cannot count
                     break
-                taken += in_matcher
                 self._mask(out[i + 1])
         finally:
-            self._matcher.rollback(taken)
-            self._reasoning, self._ended = before
+            self._matcher.rollback(self._consumed - before[2])
+            self._reasoning, self._ended, self._consumed = before
         return {"allowed": out.view(np.int32)}
 
     def forced(self) -> Sequence[int]:
@@ -150,7 +148,11 @@ class GrammarState(HostState):
         if token in self._ends:
             self._ended = self._ended or self._matcher.is_accepting
             return self._ended
-        return not self._ended and self._matcher.consume([token]) == 1
+        if not self._ended and self._matcher.consume([token]) == 1:
+            self._consumed += 1
+            return True
+        self._ended = self._ended or (token in self.stop_ids and self._matcher.is_accepting)
+        return self._ended and token in self.stop_ids
 
     def _mask(self, row: npt.NDArray[np.uint32]) -> None:
         """Write what may come next into zeros."""
@@ -167,3 +169,6 @@ class GrammarState(HostState):
             may_end = self._matcher.is_accepting
         for word, bit in self._end_bits:
             row[word] = row[word] | bit if may_end else row[word] & ~bit
+        if may_end:
+            for stop in self.stop_ids:
+                row[stop // 32] |= np.uint32(1 << stop % 32)

@@ -246,7 +246,11 @@ class DecodePlanner:
         return fused_config(rows, *self._shape) if self.num_heads <= 2 * self.num_kv_heads else None
 
     def several(self, rows: int, queries: int) -> SeveralConfig:
-        """For `attend_several`; of the scratch memory it takes the tickets. queries: at most `MAX_QUERIES`."""
+        """For `attend_several`; of the scratch memory it takes the tickets. queries: at most `MAX_QUERIES`.
+
+        Of the next power of two of rows: mixed steps with drafts run eagerly, and each layout is compiled by itself.
+        """
+        rows = 1 << (rows - 1).bit_length()
         return several_config(rows, queries, self.num_heads // self.num_kv_heads, *self._shape)
 
     @property

@@ -75,12 +75,12 @@ def _combine(
         tl.store(out + to, (acc / total).to(out.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["queries", "pad_tokens"])
+@triton.jit(do_not_specialize=["queries", "pad_tokens", "min_tiles"])
 def _decode_several(
     q, k_cache, v_cache, out, block_tables, seq_lens, starts, part, lse, tickets, sinks, q_stride, table_stride,
-    queries, pad_tokens,
+    queries, pad_tokens, min_tiles,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, MIN_TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
     SCALE: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
     PDL: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +100,7 @@ def _decode_several(
     if WINDOW > 0:
         edge = tl.maximum(lowest - WINDOW + 1, 0) // TILE * TILE
     tiles = tl.where(first < stop, tl.cdiv(last - edge, TILE), 0)
-    tiles_each = tl.maximum(tl.cdiv(tiles, SPLITS), MIN_TILES)
+    tiles_each = tl.maximum(tl.cdiv(tiles, SPLITS), min_tiles)
     used = tl.cdiv(tiles, tiles_each)
     begin = edge + tl.minimum(split, used) * tiles_each * TILE
     end = tl.minimum(begin + tiles_each * TILE, last)
@@ -223,8 +223,8 @@ def attend_several(
     _decode_several[(config.programs(kv_heads, group, queries), rows, layout.splits)](
         q, k_cache, v_cache, out, block_tables, seq_lens, query_start_loc, scratch, scratch[parts * width :], tickets,
         q if sinks is None else sinks, q.stride(0), block_tables.stride(0), queries, pad_tokens,
-        KV_HEADS=kv_heads, GROUP=group, D=width, D_PAD=padded_head(width), BLOCK_SIZE=block_size,
-        BLOCK_M=config.block_m, BLOCK_Q=block_q, TILE=layout.tile, SPLITS=layout.splits, MIN_TILES=layout.min_tiles,
+        layout.min_tiles, KV_HEADS=kv_heads, GROUP=group, D=width, D_PAD=padded_head(width), BLOCK_SIZE=block_size,
+        BLOCK_M=config.block_m, BLOCK_Q=block_q, TILE=layout.tile, SPLITS=layout.splits,
         SCALE=scale, WINDOW=window or 0, SOFT_CAP=soft_cap or 0.0, STAGES=layout.stages, AHEAD=layout.ahead,
         SINKS=sinks is not None, num_warps=layout.warps, **limit, **pdl_options(q),
     )  # fmt: skip

@@ -76,6 +76,30 @@ def test_rows_of_several_queries_agree(tried: Case, monkeypatch: pytest.MonkeyPa
     assert len(calls) == int(tried.causal)
 
 
+def test_steps_with_drafts_have_few_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is compiled by itself, perhaps while requests wait: those of captured steps hold the eager ones too."""
+    import nanoengine.kernels.paged_attention_triton as kernels
+
+    seen: list[Any] = []
+    monkeypatch.setattr(kernels, "attend_several", lambda *args, config, **more: seen.append(config))
+    tried = case([(1, 300)] * 64, decode_queries=5, head_size=128)
+    backend = TritonPaged(tried.kv_spec, tried.limits, torch.device(DEVICE))
+    backend.allocate(1, tried.num_blocks)
+    inputs, q = tried.inputs(), torch.zeros(64, tried.heads, 128, device=DEVICE)
+
+    def step(rows: int, queries: int) -> None:
+        part = {"block_tables": inputs.block_tables[:rows], "seq_lens": inputs.seq_lens[:rows]}
+        backend.fill(replace(inputs, num_decode_rows=rows, decode_query_len=queries, **part))
+        backend.attend(0, tried.spec, q[:rows])
+
+    for rows in (1, 2, 4, 8, 16, 32, 64):
+        step(rows, 5)
+    captured = len(seen)
+    for rows in range(1, 65):
+        step(rows, 2 + rows % 4)
+    assert set(seen[captured:]) <= set(seen[:captured])
+
+
 class Apart(TritonPaged):
     """Norms and rotation by torch, and then `forward`."""
 

@@ -127,11 +127,11 @@ def drafts(rows: int, queries: int, heads: int, kv_heads: int) -> dict[str, Any]
     keys = config.keys
     constants = {
         "KV_HEADS": kv_heads, "GROUP": group, "D": 128, "D_PAD": 128, "BLOCK_SIZE": 16, "BLOCK_M": config.block_m,
-        "BLOCK_Q": config.block_m // group, "TILE": keys.tile, "SPLITS": keys.splits, "MIN_TILES": keys.min_tiles,
+        "BLOCK_Q": config.block_m // group, "TILE": keys.tile, "SPLITS": keys.splits,
         "SCALE": 0.1, "WINDOW": 0, "SOFT_CAP": 0.0, "STAGES": keys.stages, "AHEAD": keys.ahead, "PDL": True,
         "SINKS": False,
     }  # fmt: skip
-    given |= {"queries": "i32", "pad_tokens": "i32"}
+    given |= {"queries": "i32", "pad_tokens": "i32", "min_tiles": "i32"}
     return compiled(several._decode_several, given, constants, keys.warps, config.registers)
 
 

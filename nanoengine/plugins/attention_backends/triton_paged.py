@@ -83,6 +83,7 @@ class TritonPaged(AttentionBackend):
         self._planners: dict[int, DecodePlanner] = {}  # by number of query heads
         self._kv = torch.empty(0)
         self._inputs: StepInputs | None = None
+        self._most_queries = 1  # of a decode row of any step so far
         self._side: torch.cuda.Stream | None = None
 
     def _longest(self) -> int:
@@ -159,11 +160,13 @@ class TritonPaged(AttentionBackend):
             )  # fmt: skip
         else:
             queries = inputs.decode_query_len
+            # Tiles that hold the most drafts: steps with fewer, which may be eager, find their kernel compiled.
+            self._most_queries = max(self._most_queries, queries)
             self._kernels.attend_several(
                 q, self._kv[layer, 0], self._kv[layer, 1], out, tables, seq_lens, inputs.query_start_loc[: rows + 1],
                 queries=queries, scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap,
-                config=planner.several(rows, queries), tickets=planner.scratch.tickets, pad_tokens=pad_tokens,
-                sinks=spec.sinks,
+                config=planner.several(rows, self._most_queries), tickets=planner.scratch.tickets,
+                pad_tokens=pad_tokens, sinks=spec.sinks,
             )  # fmt: skip
 
     def attend_qkv(

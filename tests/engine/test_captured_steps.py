@@ -149,28 +149,28 @@ def test_seeded_draws_and_what_no_tail_does(tmp_path: Path, captured: Counter[st
 
 
 @pytest.mark.parametrize("drafting", [with_drafts, with_device_drafts], ids=["host", "device"])
-@pytest.mark.parametrize("accuracy", [0.0, 0.6, 1.0])
 def test_rows_with_drafts(
-    tmp_path: Path, captured: Counter[str], monkeypatch: pytest.MonkeyPatch, accuracy: float, drafting: Any
+    tmp_path: Path, captured: Counter[str], monkeypatch: pytest.MonkeyPatch, drafting: Any
 ) -> None:
     """One graph holds rows of one to four tokens; what its captured tail does not do comes behind it, eagerly."""
     sizes = CaptureSizes((*SIZES, StepSize(2, query_len=4), StepSize(4, query_len=4)), tail=True, inputs=True)
     monkeypatch.setattr(starter, "capture_sizes", lambda *_, **__: sizes)
     params = [
-        SamplingParams(seed=1, max_tokens=9, temperature=0.8),
-        SamplingParams(temperature=0, max_tokens=9),
-        SamplingParams(seed=2, max_tokens=9, temperature=1.2, top_p=0.8, top_k=20),
-        SamplingParams(seed=3, max_tokens=9, temperature=0.9, presence_penalty=0.5),
+        SamplingParams(seed=1, max_tokens=6, temperature=0.8),
+        SamplingParams(temperature=0, max_tokens=6),
+        SamplingParams(seed=2, max_tokens=6, temperature=1.2, top_p=0.8, top_k=20),
+        SamplingParams(seed=3, max_tokens=6, temperature=0.9, presence_penalty=0.5),
     ]
     with mock_llm(tmp_path, max_num_seqs=4, max_num_batched_tokens=36) as llm:
         want = tokens_of(llm.generate(ASKED[:4], params, use_tqdm=False))
-        oracle = drafting(llm, ASKED[:4], want, tokens=3, accuracy=accuracy)
+        oracle = drafting(llm, ASKED[:4], want, tokens=3, accuracy=0.7)
         captured.clear()
-        for count in (1, 3, 4):
+        for count in (1, 4):
             found = tokens_of(llm.generate(ASKED[:count], params[:count], use_tqdm=False))
             assert found == want[:count]
-    assert captured["replay drafts"] > captured["tail drafts"] > 3
-    assert (oracle.accepted > 0) is (accuracy > 0)
+        assert llm.stats().steps_broken == 0
+    assert captured["replay drafts"] > captured["tail drafts"] > 0
+    assert 0 < oracle.accepted < oracle.drafted
 
 
 def test_rows_with_drafts_on_attention_kernels(

@@ -108,6 +108,7 @@ def test_drafts_change_no_token(tmp_path: Path, name: str, accuracy: float, draf
         oracle = drafting(llm, asked, want, tokens=5, accuracy=accuracy)
         assert tokens_of(llm.generate(asked, params, use_tqdm=False)) == want
         stats = llm.stats()
+    assert stats.steps_broken == 0
     assert oracle.drafted > 0
     assert (oracle.accepted > 0) is (accuracy > 0)
     if accuracy == 1 and name in ("plain", "batch 1", "no overlap"):

@@ -50,6 +50,7 @@ def test_greedy_tokens_are_those_of_the_history(tmp_path: Path, name: str, overl
         stats = llm.stats()
     assert found == [greedy(p, COUNT) for p in asked]
     assert happened(stats), stats
+    assert stats.steps_broken == 0
     assert stats.free_blocks == stats.num_blocks
 
 
@@ -79,6 +80,7 @@ def test_seeded_tokens_do_not_depend_on_the_way(tmp_path: Path, name: str) -> No
     with mock_llm(tmp_path, **options) as llm:
         together = tokens_of(llm.generate(asked, params, use_tqdm=False))
         assert happened(llm.stats()), llm.stats()
+        assert llm.stats().steps_broken == 0
     assert together == alone
     assert len(set(alone)) > len(alone) // 2
 

@@ -192,7 +192,8 @@ def _result(
     failed[prompt.rows[np.isnan(prompt.logprobs)]] = ROW_BAD_LOGITS
     drawn = np.zeros(plan.num_rows, dtype=np.int32)
     drawn[rows] = 1
-    counts = np.where(failed == ROW_FINE, drawn if counts is None else counts, 0).astype(np.int32)
+    counts = drawn if counts is None else counts[: plan.num_rows]  # behind them are a graph's padding rows
+    counts = np.where(failed == ROW_FINE, counts, 0).astype(np.int32)
     if len(plan.drafts) and len(sampled.rows):  # of the draws that count, and one of a failed row
         before = np.arange(len(sampled.rows)) - np.searchsorted(sampled.rows, sampled.rows)
         sampled = sampled.where(before < np.maximum(counts, 1)[sampled.rows])

@@ -1,14 +1,18 @@
-"""A host drafter as the scheduler calls it: drafts are checked, and its errors name the plugin. Imports no torch."""
+"""Drafters as the core calls them: drafts are checked, and errors name the plugin. Imports no torch."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from nanoengine.api.drafters import DraftSample, DraftState, HostDrafter
-from nanoengine.api.errors import RequestError, described, is_failure, shown
-from nanoengine.api.plugin_calls import place_and_fix
+from nanoengine.api.drafters import DeviceDrafter, DraftSample, DraftState, DraftStep, HostDrafter
+from nanoengine.api.errors import PluginError, RequestError, described, is_failure, shown
+from nanoengine.api.plugin_calls import name_of, place_and_fix, plugin_step
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class CheckedDrafter:
@@ -75,3 +79,14 @@ def _failing(method: str, where: str, owner: object) -> Iterator[None]:
             raise
         text = f"{method}() of {where} failed: {described(error)}"
         raise RequestError("drafter_failed", text + place_and_fix(error, type(owner), text)) from error
+
+
+def checked_drafts(drafter: DeviceDrafter, step: DraftStep) -> Tensor:
+    """Its drafts: int32 [R, tokens]. Raises `PluginError` if it returns anything else."""
+    where = f"drafter {name_of(type(drafter))}"
+    with plugin_step(where, type(drafter)):
+        drafts: Any = drafter.draft(step)
+    want = (len(step.slots), drafter.ctx.tokens)
+    if tuple(getattr(drafts, "shape", ())) != want or str(getattr(drafts, "dtype", "")) != "torch.int32":
+        raise PluginError(f"{where} returned {shown(drafts):.80}, not an int32 tensor of shape {list(want)}")
+    return drafts  # type: ignore[no-any-return]

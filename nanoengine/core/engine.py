@@ -31,11 +31,12 @@ from nanoengine.api.errors import (
 from nanoengine.core.delivery import OpenRequests, Watch
 from nanoengine.core.execution.executor import Executor
 from nanoengine.core.execution.results import NotLaunched, StepHandle, wait_out
-from nanoengine.core.host_states import start_states, supplied_columns
+from nanoengine.core.host_states import supplied_columns
 from nanoengine.core.outputs import OutputProcessor, RequestOutput, RequestState
 from nanoengine.core.scheduling.messages import ScheduledStep, Update
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.params.generated import Generated
+from nanoengine.params.host_states import start_states
 from nanoengine.params.input_processor import InputProcessor
 from nanoengine.params.preparation import Preparations
 from nanoengine.params.sampling_params import SamplingParams
@@ -198,7 +199,6 @@ class Engine:
         self._mid_update = False
 
     def _finish_oldest(self) -> None:
-        self._supply_oldest()
         oldest, waiting = self._in_flight[0], time.monotonic()
         try:
             result = oldest.handle.wait()
@@ -320,7 +320,7 @@ class Engine:
         for request, begun in state.requests():
             sample = self._outputs.make_sample(request, begun)
             if begun.finish_reason is None:
-                start_states(request, self._inputs.ctx)
+                request.host_states = start_states(request.params, request.prompt_token_ids, self._inputs.ctx)
                 self.scheduler.add(request)
             state.samples.append(sample)  # which `_end_request` takes from the scheduler
 

@@ -10,8 +10,8 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nanoengine.core.host_states import BoundState
     from nanoengine.core.scheduling.block_manager import Run
+    from nanoengine.params.host_states import BoundState
     from nanoengine.params.sampling_params import ResolvedParams
 
 

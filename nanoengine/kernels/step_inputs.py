@@ -171,3 +171,17 @@ def settle(
             state.output_counts.index_put_((slots, token), kept.int(), accumulate=True)
     state.num_computed[slots] += more * real
     state.num_tokens[slots] = torch.where(drawn, known + more + 1, state.num_tokens[slots])
+
+
+def write_drafts(token_ids: Tensor, slots: Tensor, num_tokens: Tensor, drafts: Tensor, vocab_size: int) -> None:
+    """Puts drafts behind the known tokens of their slots.
+
+    Args:
+        token_ids: int32 [S, W], the table; its last row is the dummy, which gets what is no id, or has no place.
+        slots, num_tokens: int64 [R]. drafts: int32 [R, K].
+    """
+    dummy, width, column = len(token_ids) - 1, token_ids.shape[1], torch.arange(drafts.shape[1], device=slots.device)
+    slots, places = slots[:, None], num_tokens[:, None] + column
+    kept = (drafts >= 0) & (drafts < vocab_size) & (places < width) & (slots != dummy)
+    to = torch.where(kept, slots, dummy), torch.where(kept, places, column)
+    token_ids[to] = torch.where(kept, drafts, 0)

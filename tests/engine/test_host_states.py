@@ -3,7 +3,7 @@ ahead as others. Bit for bit on the mock model, against tokens computed from the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from nanoengine.core import host_states
 from nanoengine.core.engine import Engine
 from nanoengine.core.execution.executor import Call, InProcessExecutor
 from nanoengine.core.execution.runner import ModelRunner
-from nanoengine.core.outputs import RequestState
 from nanoengine.core.request import Request
 from nanoengine.testing.invariants import check_scheduler
 from nanoengine.testing.mock_model import reference_logits
@@ -424,16 +423,15 @@ def fed_twice(patch: pytest.MonkeyPatch) -> None:
 
 
 def shared_by_samples(patch: pytest.MonkeyPatch) -> None:
-    requests = RequestState.requests
+    made, original = dict[tuple[int, ...], Any](), engine.start_states
 
-    def broken(self: RequestState) -> Iterator[Any]:
-        first: Request | None = None
-        for request, begun in requests(self):
-            first = first or request
-            request.host_states = first.host_states
-            yield request, begun
+    def broken(params: Any, prompt_token_ids: Any, ctx: Any) -> Any:
+        key = tuple(prompt_token_ids)
+        if key not in made:
+            made[key] = original(params, prompt_token_ids, ctx)
+        return made[key]
 
-    patch.setattr(RequestState, "requests", broken)
+    patch.setattr(engine, "start_states", broken)
 
 
 def supplied_to_another_row(patch: pytest.MonkeyPatch) -> None:

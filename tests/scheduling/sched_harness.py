@@ -14,7 +14,7 @@ import numpy as np
 
 from nanoengine.api.errors import RequestError
 from nanoengine.api.specs import ColumnSpec, HostState, ProcessorParams
-from nanoengine.core.host_states import start_states, supplied_columns
+from nanoengine.core.host_states import supplied_columns
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling import scheduler as scheduler_module
 from nanoengine.core.scheduling.block_manager import BlockManager
@@ -24,6 +24,7 @@ from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, StepPlan
 from nanoengine.distributed.wire import decode, encode
 from nanoengine.distributed.worker import SuppliedColumns
+from nanoengine.params.host_states import start_states
 from nanoengine.params.sampling_params import PackedProcessor, ResolvedParams
 from nanoengine.testing.invariants import check_blocks, check_scheduler
 from nanoengine.testing.mock_runner import MockRunner, expected_tokens, fake_logprob
@@ -190,7 +191,7 @@ class Loop:
         own["seed"] = params.seed if params.seed is not None else own["seed"]
         number = str(len(self.requests))
         request = self.request_class(id=number, parent=number, prompt_token_ids=list(prompt), params=params, **own)
-        start_states(request, Limits())
+        request.host_states = start_states(request.params, request.prompt_token_ids, Limits())
         return request
 
     def add(self, prompt: Sequence[int], **kwargs: Any) -> Request:

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from nanoengine.api.checks import CheckedModel
+from nanoengine.api.draft_checks import checked_drafts
 from nanoengine.api.drafters import DeviceDrafter, DraftStep
-from nanoengine.api.errors import PluginError, shown
 from nanoengine.api.parallel import TensorParallelGroup
-from nanoengine.api.plugin_calls import name_of, plugin_step
 from nanoengine.api.processors import Need
 from nanoengine.api.specs import StandardOp
 from nanoengine.core.execution.results import Drawn, LaunchedStep, PendingLogprobs
@@ -28,7 +27,7 @@ from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, Ste
 from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, Int32, Int64, StepPlan, SuppliedColumn, offsets_of
 from nanoengine.kernels import all_reduce, sampling
 from nanoengine.kernels.host_ring import AnswerRing
-from nanoengine.kernels.step_inputs import Answer
+from nanoengine.kernels.step_inputs import Answer, write_drafts
 
 PROMPT_LOGITS_ROWS = 128  # positions whose [rows, vocabulary] logits exist at once for prompt log-probs
 
@@ -175,17 +174,7 @@ class FinishStep:
             seeds=tables.seeds.index_select(0, slots),
             sample_index=tables.sample_index.index_select(0, slots),
         )
-        where = f"drafter {name_of(type(drafter))}"
-        with plugin_step(where, type(drafter)):
-            drafts: object = drafter.draft(step)
-        want, rows, width = drafter.ctx.tokens, len(slots), tables.token_ids.shape[1]
-        if not isinstance(drafts, Tensor) or (drafts.shape, drafts.dtype) != ((rows, want), torch.int32):
-            raise PluginError(f"{where} returned {shown(drafts):.80}, not an int32 tensor of shape [{rows}, {want}]")
-        column = torch.arange(want, device=slots.device)
-        places, slots = num_tokens[:, None] + column, slots[:, None]
-        kept = (drafts >= 0) & (drafts < self.vocab_size) & (places < width) & (slots != tables.dummy_slot)
-        ids = torch.where(kept, drafts, 0)  # what is not kept goes to the dummy slot
-        tables.token_ids[torch.where(kept, slots, tables.dummy_slot), torch.where(kept, places, column)] = ids
+        write_drafts(tables.token_ids, slots, num_tokens, checked_drafts(drafter, step), self.vocab_size)
 
     def _draw(self, step: Forwarded, which: Int64, how: DrawPlan, supplied: Sequence[SuppliedColumn]) -> Drawn:
         """Tokens and wanted log-probs of these entries of `logits_index`, int64 [S], which are all sampled."""

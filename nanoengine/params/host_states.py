@@ -34,7 +34,7 @@ class BoundState:
     def look(
         self, output_token_ids: Sequence[int], drafts: Sequence[int], vocab_size: int
     ) -> tuple[list[int], dict[str, list[npt.NDArray[Any]]]]:
-        """Feeds what is new of the whole output. Returns what is forced behind 1 + len(drafts) draws, and of each column
+        """Feeds what is new of the output. Returns what is forced behind 1 + len(drafts) draws, and of each column
         their values."""
         specs, method = self.processor.params.columns, "feed"
         columns: dict[str, list[npt.NDArray[Any]]] = {}

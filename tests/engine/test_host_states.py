@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nanoengine import LLM, RequestOutput, SamplingParams
-from nanoengine.core import host_states
+from nanoengine.core import engine, host_states
 from nanoengine.core.engine import Engine
 from nanoengine.core.execution.executor import Call, InProcessExecutor
 from nanoengine.core.execution.runner import ModelRunner

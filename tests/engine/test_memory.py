@@ -134,6 +134,18 @@ def test_the_largest_steps_fill_the_limits_and_leave_nothing_behind(
         assert tokens_of(llm.generate(asked, GREEDY, use_tqdm=False)) == [greedy(p, 10) for p in asked]
 
 
+def test_a_prefill_of_the_same_rows_does_not_hide_what_the_largest_draw_asks_for(tmp_path: Path) -> None:
+    """How rows are drawn is kept between steps of the same rows: not here, where they ask for more."""
+    with mock_llm(tmp_path, max_num_seqs=1) as llm, pytest.MonkeyPatch.context() as patch:
+        seen, original = list[int](), sampling.token_logprobs
+        patch.setattr(sampling, "token_logprobs", lambda raw, *rest: (seen.append(len(raw)), original(raw, *rest))[1])
+        run_largest(llm, draws=True, max_logprobs=5)
+        assert seen == [128, 1]  # of the prompt, and of the draw
+        seen.clear()
+        assert tokens_of(llm.generate(prompts(2), GREEDY, use_tqdm=False)) == [greedy(p, 10) for p in prompts(2)]
+        assert not seen
+
+
 def fake_gpu(monkeypatch: pytest.MonkeyPatch, free: list[float], total: float = 80) -> torch.device:
     """`mem_get_info` answers with the next of `free`, in GiB."""
     left = iter(free)

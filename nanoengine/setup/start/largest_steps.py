@@ -119,6 +119,7 @@ def _asking(tables: SlotTables, sampler: Sampler, num_logprobs: int, *, draws: b
     processors = {processor for processor, _ in sampler.standard_columns.values()} if draws else set()
 
     def ask(wanted: bool) -> None:
+        tables.changes += 1
         tables.host_num_logprobs.fill(num_logprobs if wanted else -1)
         if draws:
             tables.host_greedy.fill(not wanted)

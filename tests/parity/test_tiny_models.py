@@ -185,7 +185,7 @@ def _mask(shift: int) -> Patch:
         from nanoengine.plugins.attention_backends.torch_paged import TorchPaged
 
         original = TorchPaged._mask
-        monkeypatch.setattr(TorchPaged, "_mask", lambda self, ahead, out: original(self, ahead + shift, out))
+        monkeypatch.setattr(TorchPaged, "_mask", lambda self, ahead, *rest: original(self, ahead + shift, *rest))
 
     return patch
 

@@ -16,8 +16,9 @@ from nanoengine.api.draft_checks import CheckedDrafter
 from nanoengine.api.errors import RequestError
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.messages import EngineStats
-from nanoengine.core.scheduling.speculation import Acceptance, Speculation
+from nanoengine.core.scheduling.speculation import Speculation
 from nanoengine.params.sampling_params import ResolvedParams
+from nanoengine.params.speculation import Acceptance
 
 K = 4
 CTX = DrafterContext(tokens=K, vocab_size=100, max_model_len=10**6, max_slots=4, device="cpu")

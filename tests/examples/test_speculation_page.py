@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 from nanoengine.api import HostDrafter
 from nanoengine.build import DEFAULT_STEP_TOKENS
 from nanoengine.cli.app import app
-from nanoengine.core.scheduling.speculation import Acceptance
-from nanoengine.params.speculation import MAX_DRAFTS, SpeculationOptions
+from nanoengine.params.speculation import MAX_DRAFTS, Acceptance, SpeculationOptions
 from nanoengine.plugins.drafters.params import NgramParams, SuffixParams
 from nanoengine.setup.config.composer.yaml_file import read_yaml
 from nanoengine.setup.plugins.discover import discover, load_checked

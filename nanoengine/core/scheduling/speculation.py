@@ -3,58 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 from nanoengine.api.draft_checks import CheckedDrafter, CheckedState
 from nanoengine.api.drafters import DraftSample
 from nanoengine.api.errors import RequestError
 from nanoengine.core.request import Request
+from nanoengine.params.speculation import Acceptance
 
 _log = logging.getLogger(__name__)
-
-
-class Acceptance:
-    """How far to draft: while the measured acceptance of each position is at least `least`.
-
-    The acceptance of a position is the share of its drafts that were accepted, with all before them: first a plain
-    average, then an exponential one, in which the newest counts 1/`memory`. A position below `least` gets no drafts,
-    nor do those behind it. After some tokens it is tried again: if that is accepted, the position counts again and the
-    next one is tried; if not, the wait doubles. There is no clock, so a run can be repeated.
-
-    Attributes:
-        shares: the acceptance of each position.
-    """
-
-    FIRST_WAIT, LONGEST_WAIT = 16, 512  # tokens
-
-    def __init__(self, shares: Sequence[float], least: float, memory: int = 8) -> None:
-        self.shares, self._least, self._memory = list(shares), least, memory
-        self._seen, self._try_at, self._wait = 0, 0, self.FIRST_WAIT
-
-    def depth(self, num_tokens: int) -> int:
-        """How many positions the next row drafts. num_tokens: of the output so far."""
-        return min(self._good(len(self.shares)) + (num_tokens >= self._try_at), len(self.shares))
-
-    def observe(self, drafted: int, accepted: int) -> None:
-        """A row had `drafted` drafts, of which the first `accepted` were accepted."""
-        weight = max(1 / self._memory, 1 / (self._seen + 2))
-        self._seen += 1
-        for i in range(drafted):
-            self.shares[i] += weight * ((i < accepted) - self.shares[i])
-
-    def adapt(self, num_tokens: int, drafted: int, accepted: int) -> None:
-        """`observe`, for the depth of the rows that follow. num_tokens: of the output, with this row's."""
-        tried = self._good(drafted) < drafted  # its last position did not count
-        self.observe(drafted, accepted)
-        if tried and accepted == drafted:
-            self.shares[drafted - 1] = max(self.shares[drafted - 1], self._least)
-            self._wait = self.FIRST_WAIT
-        elif self._good(drafted) < drafted:
-            wait = self._wait if tried else self.FIRST_WAIT
-            self._try_at, self._wait = num_tokens + wait, min(2 * wait, self.LONGEST_WAIT)
-
-    def _good(self, most: int) -> int:
-        return next((i for i in range(most) if self.shares[i] < self._least), most)
 
 
 class Speculation:

@@ -194,6 +194,17 @@ def text_failure(error: BaseException) -> RequestError:
     return failure
 
 
+def draw_failure(*, finite: bool) -> RequestError:
+    """The error of a request for which no token can be drawn. finite: its logits were, before the processors."""
+    if not finite:
+        return RequestError("bad_logits", "the model gave logits that are not finite for this request")
+    return RequestError(
+        "nothing_left",
+        "the logits processors left no token that can be drawn: every one is masked, or a processor returned NaN or "
+        "+inf; loosen the mask, bias or bad words",
+    )
+
+
 def step_failure(error: BaseException) -> RequestError:
     """The error of a request that raised `error` when it ran alone."""
     text = f"running this request raised {described(error)}"

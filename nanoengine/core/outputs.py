@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from nanoengine.api.errors import RequestError, is_failure, text_failure
 from nanoengine.core.request import Request, int32_bytes, request_seed
 from nanoengine.core.scheduling.messages import Update
-from nanoengine.core.step import ROW_BAD_LOGITS, LogprobRows
+from nanoengine.core.step import LogprobRows
 from nanoengine.params.generated import NOTHING, Beginning
 from nanoengine.params.input_processor import CheckedRequest
 from nanoengine.params.preparation import Task
@@ -308,7 +308,7 @@ class OutputProcessor:
         failed: dict[str, RequestError] = {}
         touched: dict[str, RequestState] = {}
         for update in updates:
-            request, new, finish_reason, _, drawn, prompt, row_failed, error = update
+            request, new, finish_reason, _, drawn, prompt, error = update
             request_id = request.parent
             state = known.get(request_id)
             if state is None or request_id in failed:
@@ -318,8 +318,6 @@ class OutputProcessor:
             if len(tokens) < sample.decode_at and new and finish_reason is None and drawn is None and prompt is None:
                 tokens += new
                 continue
-            if row_failed:
-                error = _row_error(update)
             if error is None:
                 try:
                     reason = self._take(state, update, now)
@@ -411,13 +409,3 @@ def _cache_key(salt: str) -> bytes:
     """What the prefix cache hashes and compares with each block: at most 64 bytes, however long the salt is."""
     key = salt.encode()
     return key if len(key) < 64 else hashlib.blake2b(key).digest()
-
-
-def _row_error(update: Update) -> RequestError:
-    if update.failed == ROW_BAD_LOGITS:
-        return RequestError("bad_logits", "the model gave logits that are not finite for this request")
-    return RequestError(
-        "nothing_left",
-        "the logits processors left no token that can be drawn: every one is masked, or a processor returned NaN or "
-        "+inf; loosen the mask, bias or bad words",
-    )

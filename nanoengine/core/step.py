@@ -203,19 +203,19 @@ class LogprobRows:
     top_logprobs: Float32 = field(default_factory=f32)
     top_offsets: Int32 = field(default_factory=lambda: i32([0]))
 
-    def where(self, kept: Bool) -> LogprobRows:
-        """Some of the entries. kept: bool [N]."""
-        tops = np.diff(self.top_offsets)
-        best = np.repeat(kept, tops)
+    def part(self, start: int, end: int) -> LogprobRows:
+        """The entries [start, end)."""
+        offsets, these = self.top_offsets[start : end + 1], slice(start, end)
+        tops = slice(offsets[0], offsets[-1])
         return LogprobRows(
-            rows=self.rows[kept],
-            positions=self.positions[kept],
-            token_ids=self.token_ids[kept],
-            logprobs=self.logprobs[kept],
-            ranks=self.ranks[kept],
-            top_ids=self.top_ids[best],
-            top_logprobs=self.top_logprobs[best],
-            top_offsets=offsets_of(tops[kept]),
+            rows=self.rows[these],
+            positions=self.positions[these],
+            token_ids=self.token_ids[these],
+            logprobs=self.logprobs[these],
+            ranks=self.ranks[these],
+            top_ids=self.top_ids[tops],
+            top_logprobs=self.top_logprobs[tops],
+            top_offsets=offsets - offsets[0],
         )
 
 
@@ -233,7 +233,8 @@ class StepResult:
         failed: int32 [B]; `ROW_FINE`, `ROW_BAD_LOGITS` (its raw logits were not finite) or `ROW_NOTHING_LEFT` (after
             the logits processors no token was possible). A failed row has count 0. A failure behind a draft cuts the
             row before it: the next step shows it again.
-        sampled_logprobs: one entry a drawn token whose slot asked for log-probs; that of a failed row means nothing.
+        sampled_logprobs: one entry a draw whose slot asked for log-probs: in each row first those that count. Those of
+            a failed row mean nothing.
         prompt_logprobs: one entry a prompt position that asked.
         graphs: which parts ran as replayed CUDA graphs: a sum of `GRAPH_DECODE`, `GRAPH_MIXED`, `GRAPH_TAIL`.
     """

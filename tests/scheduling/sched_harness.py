@@ -46,14 +46,15 @@ class GrammarParams(ProcessorParams):
 
     columns: ClassVar[Mapping[str, ColumnSpec]] = {"allowed": ColumnSpec(dtype="int32", ragged=True)}
     fail_at: int = -1
+    forces: bool = True
 
     def start(self, prompt_token_ids: Sequence[int], ctx: Any) -> HostState:
-        return GrammarState(self.fail_at, list(prompt_token_ids))
+        return GrammarState(self.fail_at, list(prompt_token_ids), self.forces)
 
 
 class GrammarState(HostState):
-    def __init__(self, fail_at: int, prompt: Sequence[int]) -> None:
-        self.fail_at, self.prompt, self.outputs = fail_at, prompt, list[int]()
+    def __init__(self, fail_at: int, prompt: Sequence[int], forces: bool = True) -> None:
+        self.fail_at, self.prompt, self.forces, self.outputs = fail_at, prompt, forces, list[int]()
 
     def feed(self, token_ids: Sequence[int]) -> None:
         assert token_ids, "fed nothing"
@@ -67,7 +68,7 @@ class GrammarState(HostState):
 
     def forced(self) -> Sequence[int]:
         """Mostly wrong: then its drafts are refused."""
-        return [(sum(self.outputs) + i) % VOCAB for i in range(len(self.outputs) % 5)]
+        return [(sum(self.outputs) + i) % VOCAB for i in range(len(self.outputs) % 5 * self.forces)]
 
 
 def grammar(prompt: Sequence[int], outputs: Sequence[int]) -> list[int]:
@@ -78,8 +79,8 @@ def shift_processor(shift: int) -> PackedProcessor:
     return PackedProcessor("shift", ShiftParams(shift), {"shift": np.asarray(shift, dtype=np.int32)})
 
 
-def grammar_processor(fail_at: int = -1) -> PackedProcessor:
-    return PackedProcessor("grammar", GrammarParams(fail_at), {})
+def grammar_processor(fail_at: int = -1, forces: bool = True) -> PackedProcessor:
+    return PackedProcessor("grammar", GrammarParams(fail_at, forces), {})
 
 
 class Guesses:
@@ -298,7 +299,7 @@ class Loop:
             assert request not in self.ended, f"an update of {request.id} after its end"
             self.tokens[request] += update.new_token_ids
             self._book_logprobs(update)
-            if update.finish_reason or update.failed or update.error:
+            if update.finish_reason or update.error:
                 self.ended[request] = update
                 assert request.status is Status.FINISHED
 
@@ -359,7 +360,7 @@ class Loop:
         got, want = self.tokens[request], truth(request, self.config.max_model_len)
         assert got == request.output_token_ids
         end = self.ended.get(request)
-        if end is None or end.failed or end.error or end.stop_reason == "kv_cache_full":  # ended early
+        if end is None or end.error or end.stop_reason == "kv_cache_full":  # ended early
             assert request.status is Status.FINISHED, f"request {request.id} never ended"
             assert got == want[: len(got)], f"request {request.id}: wrong tokens"
             return
@@ -500,8 +501,9 @@ def run_ops(loop: BreakingLoop, ops: Iterable[Op]) -> None:
     tokens), ("limit", tokens that the device has memory for), ("step" | "launch" | "break", None); then to the end."""
     for name, value in ops:
         if name == "add":
-            with suppress(RequestError):
-                loop.add(**value)
+            if 0 < len(value["prompt"]) < loop.config.max_model_len:  # others do not get past the input processor
+                with suppress(RequestError):
+                    loop.add(**value)
         elif name == "abort":
             if loop.requests:
                 loop.abort(loop.requests[value % len(loop.requests)])

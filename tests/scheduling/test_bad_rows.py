@@ -101,7 +101,8 @@ def crowd(seed: int) -> NanLoop:
     for request, end in loop.ended.items():
         if end.stop_reason != "kv_cache_full" and request not in loop.failed:
             holds_bad = BAD in request.prompt_token_ids
-            assert end.failed == (ROW_BAD_LOGITS if holds_bad else ROW_FINE), f"seed {seed}, request {request.id}"
+            code = None if end.error is None else end.error.code
+            assert code == ("bad_logits" if holds_bad else None), f"seed {seed}, request {request.id}"
     return loop
 
 

@@ -67,7 +67,6 @@ def contents(update: Update) -> tuple[Any, ...]:
         update.stop_reason,
         None if drawn is None else (*drawn.positions.tolist(), *drawn.token_ids.tolist(), *drawn.top_ids.tolist()),
         None if prompt is None else (*prompt.positions.tolist(), *prompt.logprobs.tolist()),
-        update.failed,
         update.error and update.error.code,
     )
 

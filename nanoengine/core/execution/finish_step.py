@@ -161,7 +161,7 @@ class FinishStep:
         if self.drafter is not None:
             self.propose(self.drafter, rows.slots)
         graphs = 0 if step.replayed is None else step.replayed.graph
-        return LaunchedStep(plan, plan.logits_rows[sampled], drawn, prompt, graphs)
+        return LaunchedStep(plan, drawn, prompt, graphs)
 
     def propose(self, drafter: DeviceDrafter, slots: Tensor) -> None:
         """Write the drafter's guesses behind the tokens of these slots, int [R], into the token table."""

@@ -122,11 +122,9 @@ class Drawn:
 class LaunchedStep(StepHandle):
     """A step whose work is enqueued. Its copies to the host start when it is made; `wait` is its only wait."""
 
-    def __init__(
-        self, plan: StepPlan, rows: Int32, drawn: Drawn, prompt: Sequence[PendingLogprobs] = (), graphs: int = 0
-    ) -> None:
-        """rows: [S], which each token belongs to. prompt: log-probs of prompt tokens. graphs: as in `StepResult`."""
-        self._plan, self._rows, self._graphs = plan, rows, graphs
+    def __init__(self, plan: StepPlan, drawn: Drawn, prompt: Sequence[PendingLogprobs] = (), graphs: int = 0) -> None:
+        """prompt: log-probs of prompt tokens. graphs: as in `StepResult`."""
+        self._plan, self._graphs = plan, graphs
         self._sampled, self._prompt = drawn.logprobs, tuple(prompt)
         sent = [drawn.token_ids, drawn.failed, *(t for part in self._sampled + self._prompt for t in part.tensors)]
         sent += [] if drawn.counts is None else [drawn.counts]
@@ -143,7 +141,7 @@ class LaunchedStep(StepHandle):
         token_ids, failed = next(arrays), next(arrays)
         sampled = _joined([_logprob_rows(part, [next(arrays) for _ in part.tensors]) for part in self._sampled])
         prompt = _joined([_logprob_rows(part, [next(arrays) for _ in part.tensors]) for part in self._prompt])
-        return _result(self._plan, self._rows, token_ids, failed, sampled, prompt, self._graphs, next(arrays, None))
+        return _result(self._plan, token_ids, failed, next(arrays, None), self._graphs, sampled, prompt)
 
     def has_arrived(self) -> bool:
         try:
@@ -166,26 +164,25 @@ class TailStep(LaunchedStep):
     def wait(self) -> StepResult:
         assert self._arrived is not None
         self._arrived.synchronize()
-        plan, (token_ids, failed) = self._plan, self._drawn[:2, self._own]
-        counts = self._drawn[2, : plan.num_rows] if len(plan.drafts) else None
-        return _result(plan, plan.logits_rows, token_ids, failed, NO_LOGPROBS, NO_LOGPROBS, self._graphs, counts)
+        token_ids, failed = self._drawn[:2, self._own]
+        return _result(self._plan, token_ids, failed, self._drawn[2] if len(self._plan.drafts) else None, self._graphs)
 
 
 def _result(
     plan: StepPlan,
-    rows: Int32,
     token_ids: Int32 | Int64,
     row_failed: Int32,
-    sampled: LogprobRows,
-    prompt: LogprobRows,
-    graphs: int,
     counts: Int32 | None,
+    graphs: int,
+    sampled: LogprobRows = NO_LOGPROBS,
+    prompt: LogprobRows = NO_LOGPROBS,
 ) -> StepResult:
     """A failed row gives no token; a prompt log-prob that is not a number fails its row.
 
-    rows: int32 [S], ascending, of the draws. counts: int32 [B], of a step with drafts: the first draws of each row that
-    count.
+    token_ids, row_failed: [S], of the plan's draws. counts: int32 [B], of a step with drafts: the first draws of each
+    row that count.
     """
+    rows = plan.logits_rows[plan.sampled]
     at = np.arange(len(rows)) - np.searchsorted(rows, rows)  # entries of the same row before it
     failed = np.full(plan.num_rows, ROW_FINE, dtype=np.int32)
     failed[rows[at == 0]] = row_failed[at == 0]
@@ -194,9 +191,6 @@ def _result(
     drawn[rows] = 1
     counts = drawn if counts is None else counts[: plan.num_rows]  # behind them are a graph's padding rows
     counts = np.where(failed == ROW_FINE, counts, 0).astype(np.int32)
-    if len(plan.drafts) and len(sampled.rows):  # of the draws that count, and one of a failed row
-        before = np.arange(len(sampled.rows)) - np.searchsorted(sampled.rows, sampled.rows)
-        sampled = sampled.where(before < np.maximum(counts, 1)[sampled.rows])
     return StepResult(
         step=plan.step,
         token_ids=token_ids.astype(np.int32)[at < counts[rows]],

@@ -62,52 +62,40 @@ class StepSize:
 
 def pad(plan: StepPlan, size: StepSize, dummy_slot: int) -> tuple[StepPlan, Int64]:
     """`plan`, all of whose logits positions are sampled, in the form that a graph of `size` was captured for: decode
-    rows of the dummy slot behind its decode rows, prefill rows without a token behind its prefill rows, and logits of
-    each row's last token, or of all tokens. With it int64 [L]: which of these logits are the plan's own."""
+    rows of the dummy slot behind its decode rows, without a token where rows have drafts; prefill rows without a token
+    behind its prefill rows; logits of each row's last token, or of all tokens, those behind the last row too. With it
+    int64 [L]: which of these logits are the plan's own."""
     decode, own = plan.num_decode_rows, plan.logits_rows.astype(np.int64)
     more_decode, more_prefill = size.decode_rows - decode, size.rows - size.decode_rows - (plan.num_rows - decode)
     if not more_decode and size.plain:
         return plan, own
-    if size.query_len > 1:
-        return _pad_drafts(plan, size, dummy_slot), plan.logits_index.astype(np.int64)
+    drafts = size.query_len > 1
 
-    def spread(values: Int32, of_decode: int, of_prefill: int) -> Int32:
+    def spread(values: Int32, of_decode: int = 0, of_prefill: int = 0) -> Int32:
         middle, end = np.full(more_decode, of_decode, np.int32), np.full(more_prefill, of_prefill, np.int32)
         return np.concatenate((values[:decode], middle, values[decode:], end))
 
-    lens = spread(plan.query_lens, size.query_len, 0)
-    own[own >= decode] += more_decode
-    sampled = np.zeros(size.rows, np.bool_)
+    lens = spread(plan.query_lens, of_decode=not drafts)
+    if drafts:
+        own, index = plan.logits_index.astype(np.int64), np.arange(size.tokens, dtype=np.int32)
+        rows = np.pad(plan.logits_rows, (0, size.tokens - len(own)))
+    else:
+        own[own >= decode] += more_decode
+        index, rows = np.maximum(np.cumsum(lens, dtype=np.int32) - 1, 0), np.arange(size.rows, dtype=np.int32)
+    sampled = np.zeros(size.logits, np.bool_)
     sampled[own] = True
     padded = replace(
         plan,
         slots=spread(plan.slots, dummy_slot, dummy_slot),
         query_lens=lens,
-        starts=spread(plan.starts, 0, 0),
+        starts=spread(plan.starts),
+        drafts=spread(plan.drafts) if drafts else plan.drafts,
         num_decode_rows=size.decode_rows,
-        logits_index=np.maximum(np.cumsum(lens, dtype=np.int32) - 1, 0),
-        logits_rows=np.arange(size.rows, dtype=np.int32),
+        logits_index=index,
+        logits_rows=rows,
         sampled=sampled,
     )
     return padded, own
-
-
-def _pad_drafts(plan: StepPlan, size: StepSize, dummy_slot: int) -> StepPlan:
-    """Rows of the dummy slot, without a token, behind the decode rows; logits of all tokens, those behind the last row
-    too."""
-    more = (0, size.decode_rows - plan.num_rows)
-    behind = (0, size.tokens - len(plan.logits_rows))
-    return replace(
-        plan,
-        slots=np.pad(plan.slots, more, constant_values=dummy_slot),
-        query_lens=np.pad(plan.query_lens, more),
-        starts=np.pad(plan.starts, more),
-        drafts=np.pad(plan.drafts, more),
-        num_decode_rows=size.decode_rows,
-        logits_index=np.arange(size.tokens, dtype=np.int32),
-        logits_rows=np.pad(plan.logits_rows, behind),
-        sampled=np.pad(plan.sampled, behind),
-    )
 
 
 def decode_plan(slots: Int32, start: int) -> StepPlan:
@@ -133,14 +121,11 @@ def blank_plan(size: StepSize, dummy_slot: int, start: int) -> StepPlan:
     if size.plain:
         return plan
     if size.query_len > 1:
-        drafts = np.full(size.rows, size.query_len - 1, dtype=np.int32)
-        rows = np.repeat(plan.logits_rows, size.query_len)
-        plan = replace(
-            plan, drafts=drafts, query_lens=drafts + 1, logits_rows=rows, sampled=np.ones_like(rows, np.bool_)
-        )
-        return _pad_drafts(plan, size, dummy_slot)
-    lens = np.zeros(size.rows, np.int32)
-    lens[: size.decode_rows] = size.query_len
+        index = np.arange(size.tokens, dtype=np.int32)
+        lens, rows = np.full(size.rows, size.query_len, np.int32), index // size.query_len
+        sampled = np.ones_like(index, np.bool_)
+        return replace(plan, drafts=lens - 1, query_lens=lens, logits_index=index, logits_rows=rows, sampled=sampled)
+    lens = (plan.logits_rows < size.decode_rows).astype(np.int32)
     return replace(plan, num_decode_rows=size.decode_rows, query_lens=lens, logits_index=np.zeros_like(plan.slots))
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nanoengine.api.errors import draw_failure
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.messages import ScheduledStep, Update
 from nanoengine.core.scheduling.queues import Roster
@@ -41,7 +42,7 @@ def commit_rows(step: ScheduledStep, result: StepResult, roster: Roster) -> list
         output = request.output_token_ids
         if len(output) < request.commit_check_at and token not in request.stop_set:
             output.append(token)
-            updates.append(new(Update, (request, (token,), None, None, None, None, 0, None)))
+            updates.append(new(Update, (request, (token,), None, None, None, None, None)))
         else:
             row = RowResult(request.prompt_len + len(output), 1, (token,))
             _commit_row(request, generation, row, roster, updates)
@@ -88,9 +89,7 @@ def _commit_row(request: Request, generation: int, row: RowResult, roster: Roste
     if current and end >= request.publish_at:
         roster.blocks.publish(request, end)
     if row.token_ids:
-        logprobs = row.sampled_logprobs
-        if logprobs is not None and len(new) < len(row.token_ids):
-            logprobs = logprobs.where(np.arange(len(logprobs.rows)) < len(new))
+        logprobs = None if row.sampled_logprobs is None else row.sampled_logprobs.part(0, len(new))
         updates.append(Update(request, tuple(new), finish_reason, stop_reason, logprobs, prompt))
         if finish_reason is not None:
             roster.remove(request)
@@ -125,7 +124,7 @@ def _fail_row(request: Request, generation: int, failed: int, roster: Roster, up
                 roster.preempt(request, "its logits were not finite, over blocks that others had computed")
             return
     roster.remove(request)
-    updates.append(Update(request, failed=failed))
+    updates.append(Update(request, error=draw_failure(finite=failed != ROW_BAD_LOGITS)))
 
 
 def _row_results(step: ScheduledStep, result: StepResult, first: int) -> list[RowResult]:
@@ -152,20 +151,4 @@ def _by_row(entries: LogprobRows, num_rows: int) -> dict[int, LogprobRows]:
         return {}
     assert (np.diff(entries.rows) >= 0).all(), "log-probs are not in row order"
     bounds = np.searchsorted(entries.rows, np.arange(num_rows + 1)).tolist()
-    tops = entries.top_offsets.tolist()
-    out: dict[int, LogprobRows] = {}
-    for row, (start, end) in enumerate(pairwise(bounds)):
-        if start == end:
-            continue
-        top, offsets = tops[start], entries.top_offsets[start : end + 1]
-        out[row] = LogprobRows(
-            rows=entries.rows[start:end],
-            positions=entries.positions[start:end],
-            token_ids=entries.token_ids[start:end],
-            logprobs=entries.logprobs[start:end],
-            ranks=entries.ranks[start:end],
-            top_ids=entries.top_ids[top : tops[end]],
-            top_logprobs=entries.top_logprobs[top : tops[end]],
-            top_offsets=offsets - top if top else offsets,
-        )
-    return out
+    return {row: entries.part(start, end) for row, (start, end) in enumerate(pairwise(bounds)) if start < end}

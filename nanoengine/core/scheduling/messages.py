@@ -80,15 +80,14 @@ class ScheduledStep:
 
 
 class Update(NamedTuple):
-    """What is new of one request. With `finish_reason`, `failed` or `error` the scheduler has removed it already.
+    """What is new of one request. With `finish_reason` or `error` the scheduler has removed it already.
 
     Attributes:
         new_token_ids: all since its last update, a stop token included.
         finish_reason, stop_reason: stop_reason is the id of a `stop_token_ids` hit, None for EOS, and "kv_cache_full"
             with "length" where a lone request outgrew the cache.
         sampled_logprobs, prompt_logprobs: this request's part of the result; None where there is none.
-        failed: the row's code in `StepResult.failed`; 0: fine.
-        error: why it failed while it was being scheduled.
+        error: why it failed.
     """
 
     request: Request
@@ -97,7 +96,6 @@ class Update(NamedTuple):
     stop_reason: int | str | None = None
     sampled_logprobs: LogprobRows | None = None
     prompt_logprobs: LogprobRows | None = None
-    failed: int = 0
     error: RequestError | None = None
 
 

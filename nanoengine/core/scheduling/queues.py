@@ -10,7 +10,6 @@ from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.messages import EngineStats, Preemption, SchedulerConfig
 from nanoengine.core.scheduling.policy import Policy
 from nanoengine.core.scheduling.speculation import Speculation
-from nanoengine.params.arguments import too_long
 
 
 class Roster:
@@ -118,17 +117,14 @@ class Roster:
 
 def refuse_misfit(request: Request, config: SchedulerConfig, blocks: BlockManager) -> None:
     """Raises `RequestError`, with the numbers, where the request could never run."""
-    num_prompt, max_model_len, most = request.prompt_len, config.max_model_len, config.max_num_batched_tokens
+    num_prompt, most = request.prompt_len, config.max_num_batched_tokens
+    assert 0 < num_prompt < config.max_model_len, "the input processor refuses such a prompt"
     if config.whole_prompts and request.params.max_tokens != 1:
         text = f"this model's attention looks ahead: a request needs max_tokens=1, not {request.params.max_tokens}"
         raise RequestError("not_supported", text)
     if config.whole_prompts and num_prompt > most:
         text = f"the prompt's {num_prompt} tokens must run in one step, which has {most}: raise max_num_batched_tokens"
         raise RequestError("does_not_fit", text)
-    if num_prompt == 0:
-        raise RequestError("invalid_prompt", "the prompt is empty: it must have one token at least")
-    if num_prompt >= max_model_len:
-        raise too_long(num_prompt, max_model_len)
     need, have = blocks.blocks_for(request.num_tokens), blocks.num_blocks
     if need > have:
         more = f" and the {request.num_tokens - num_prompt} generated ones" if request.output_token_ids else ""

@@ -34,8 +34,8 @@ class BoundState:
     def look(
         self, output_token_ids: Sequence[int], drafts: Sequence[int], vocab_size: int
     ) -> tuple[list[int], dict[str, list[npt.NDArray[Any]]]]:
-        """Feeds what is new of the output. Returns what is forced behind 1 + len(drafts) draws, and of each column
-        their values."""
+        """Feeds what is new of the output. Returns what is forced behind the draws that count (up to the one behind
+        the right drafts), and of each column the values of 1 + len(drafts) draws."""
         specs, method = self.processor.params.columns, "feed"
         columns: dict[str, list[npt.NDArray[Any]]] = {}
         try:
@@ -53,7 +53,8 @@ class BoundState:
                 columns[name] = pack_draws(self.name, name, specs[name], values, 1 + len(drafts), vocab_size)
         except BaseException as error:  # noqa: BLE001 - it is raised
             raise _failure(error, self.processor, method)  # noqa: B904 - its cause is set
-        return forced[1 + len(drafts) :], columns
+        right = next((i for i, pair in enumerate(zip(forced, drafts, strict=False)) if pair[0] != pair[1]), len(drafts))
+        return forced[1 + right :], columns
 
 
 def start_states(params: ResolvedParams, prompt_token_ids: Sequence[int], ctx: ParamsContext) -> list[BoundState]:

@@ -16,6 +16,7 @@ from nanoengine.core.engine import Engine
 from nanoengine.core.execution.executor import Call, InProcessExecutor
 from nanoengine.core.execution.runner import ModelRunner
 from nanoengine.core.request import Request
+from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.testing.invariants import check_scheduler
 from nanoengine.testing.mock_model import reference_logits
 
@@ -248,6 +249,30 @@ def test_states_see_no_draft_that_is_refused(tmp_path: Path, accuracy: float, ah
     assert found == want
     assert oracle.drafted > 0
     assert (oracle.accepted > 0) is (accuracy > 0), "forced tokens are no drafter's"
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 0.5])
+def test_what_is_forced_behind_a_refused_draft_is_not_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accuracy: float
+) -> None:
+    """A drafter was wrong where the state forces many tokens: the row behind has these, from the right one on."""
+    asked, params = prompts(5), JUMPS.replace(chain=-2, ahead=40, max_tokens=60)
+    jumped, commit = list[tuple[int, int]](), Scheduler.commit
+
+    def committing(self: Scheduler, step: Any, result: Any) -> Any:
+        for (request, _), drafts, count in zip(step.rows, step.plan.drafts, result.counts, strict=False):
+            if request.jumps and drafts:
+                jumped.append((1 + drafts, count))
+        return commit(self, step, result)
+
+    monkeypatch.setattr(Scheduler, "commit", committing)
+    want = [chained(prompt, 60, -2) for prompt in asked]
+    with chain_llm(tmp_path) as llm:
+        oracle = with_drafts(llm, asked, want, tokens=4, accuracy=accuracy)
+        assert tokens_of(llm.generate(asked, params, use_tqdm=False)) == want
+    assert oracle.accepted < oracle.drafted
+    assert len(jumped) > 3
+    assert all(most == count for most, count in jumped), jumped
 
 
 # What goes wrong in a state

@@ -162,7 +162,7 @@ class Scheduler:
     def _pick(self, request: Request, draft: Draft) -> bool:
         """Gives a running request as many of its tokens as budget and blocks allow. False: there is no budget left."""
         if request.length >= request.max_len:  # ends by length once its token in flight is committed
-            draft.ending += not self._runs_ahead  # else its row in flight may bring less
+            draft.ending += request.num_in_flight == 1  # else its row in flight has drafts, and may bring less
         elif request.status is Status.RUNNING:  # and was not preempted by one before it
             most = self._most_drafts(request) if request.drafted or request.host_states else 0
             ahead = request.drafted and self._runs_ahead

@@ -12,6 +12,21 @@ from nanoengine.api.grammars import Constraint
 from nanoengine.api.json_schema import close_objects
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "json": (
+        (str, Mapping, bool),
+        "a JSON schema: a mapping or JSON text; of a pydantic model Model.model_json_schema()",
+    ),
+    "regex": ((str,), "a string"),
+    "choice": ((Sequence,), "a list of strings"),
+    "grammar": ((str,), "a string"),
+    "json_object": ((bool,), "True or False"),
+    "structural_tag": ((str, Mapping), "a mapping or JSON text"),
+    "disable_any_whitespace": ((bool,), "True or False"),
+    "disable_additional_properties": ((bool,), "True or False"),
+    "whitespace_pattern": ((str,), "a string"),
+    "reasoning": ((str, int), "a token's text or its id"),
+}
 _OF_JSON = ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
 
 
@@ -29,7 +44,7 @@ class StructuredOutputsParams:
         reasoning: a token (its text, as "</think>", or its id): the constraint begins after it. None: at once, or the
             engine's option.
 
-    Raises `ParamsError` where none or more than one is given, or one that cannot be right.
+    Raises `ParamsError` where none or more than one is given, one of a wrong type, or one that cannot be right.
     """
 
     json: str | Mapping[str, Any] | None = None
@@ -46,6 +61,7 @@ class StructuredOutputsParams:
     _constraint: ClassVar[Constraint]  # an instance's own
 
     def __post_init__(self) -> None:
+        self._check_types()
         given = [name for name in KINDS if getattr(self, name) is not None and getattr(self, name) is not False]
         if len(given) != 1:
             what = f"{' and '.join(given)} are given" if given else "none is given"
@@ -63,6 +79,15 @@ class StructuredOutputsParams:
         if self.grammar is not None and not self.grammar.strip():
             raise ParamsError("structured_outputs.grammar is empty: give a grammar in Lark's or EBNF notation")
         object.__setattr__(self, "_constraint", self._made())  # once: a schema may be large
+
+    def _check_types(self) -> None:
+        for name, (kinds, words) in _TYPES.items():
+            value = getattr(self, name)
+            right = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+            if right and name == "choice":
+                right = not isinstance(value, str | bytes) and all(isinstance(text, str) for text in value)
+            if value is not None and not right:
+                raise ParamsError(f"structured_outputs.{name} must be {words}, not {shown(value)}")
 
     def __hash__(self) -> int:
         return hash((self.constraint(), self.reasoning))

@@ -90,7 +90,8 @@ class EngineOptions:
         step_timeout: seconds after which a step counts as hanging.
         enforce_eager: never capture graphs.
         graph_mixed_steps: also run steps with prompt tokens as padded graphs; otherwise these run eagerly.
-        speculation: the drafter and its keys, as {"method": "ngram", "tokens": 4}; None: off. See `SpeculationOptions`.
+        speculation: the drafter and its keys, as {"method": "ngram", "tokens": 4}, or its name alone;
+            None: off. See `SpeculationOptions`.
         overlap: prepare step N+1 while step N runs.
         spare_slots: slots in addition to max_num_seqs: a request whose last token is in flight needs no row any more.
         fuse_kernels: on a GPU, layers use fused Triton kernels.

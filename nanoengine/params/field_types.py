@@ -38,6 +38,14 @@ class _Misfit(Exception):
         self.part, self.wrong = part, wrong
 
 
+class _WrongField(_Misfit):
+    """A field of a dataclass, or a key that is none of its fields (`misfit` is then the end of the message)."""
+
+    def __init__(self, key: Any, value: Any, annotation: Any, misfit: _Misfit | str) -> None:
+        super().__init__(value, "a field")
+        self.key, self.annotation, self.misfit = key, annotation, misfit
+
+
 def conform(name: str, value: Any, annotation: Any) -> Any:
     """`value` converted to the type of `annotation`: integers become floats where needed, containers are copied.
 
@@ -50,13 +58,21 @@ def conform(name: str, value: Any, annotation: Any) -> Any:
     except NanoEngineError:
         raise
     except _Misfit as misfit:
-        within = "" if misfit.part is value else f" (because of {shown(misfit.part)})"
-        within += misfit.wrong and f": {misfit.wrong}"
-        raise ParamsError(f"{name} must be {describe(annotation)}, not {shown(value)}{within}") from None
+        raise ParamsError(_explained(name, value, annotation, misfit)) from None
     except BaseException as error:  # the value's class may be any code
         if not is_failure(error):
             raise
         raise ParamsError(f"{name} must be {describe(annotation)}; reading it raised {described(error)}") from error
+
+
+def _explained(name: str, value: Any, annotation: Any, misfit: _Misfit) -> str:
+    if isinstance(misfit, _WrongField):
+        if isinstance(misfit.misfit, str):
+            return f"{name} has no key {shown(misfit.key)}; {misfit.misfit}"
+        return _explained(f"{name}.{misfit.key}", misfit.part, misfit.annotation, misfit.misfit)
+    within = "" if misfit.part is value else f" (because of {shown(misfit.part)})"
+    within += misfit.wrong and f": {misfit.wrong}"
+    return f"{name} must be {describe(annotation)}, not {shown(value)}{within}"
 
 
 def describe(annotation: Any) -> str:
@@ -157,8 +173,15 @@ def _fit_fields(value: Mapping[Any, Any], cls: type[Any]) -> Any:
     names = [field.name for field in dataclasses.fields(cls)]
     unknown = [name for name in value if name not in names]
     if unknown:
-        raise _Misfit(value, f"there is no key {shown(unknown[0])}; {nearest(str(unknown[0]), names)}")
-    return cls(**{name: _fit(each, types_of[name]) for name, each in value.items()})
+        raise _WrongField(unknown[0], value, cls, nearest(str(unknown[0]), names))
+    return cls(**{name: _fit_field(name, each, types_of[name]) for name, each in value.items()})
+
+
+def _fit_field(name: str, value: Any, annotation: Any) -> Any:
+    try:
+        return _fit(value, annotation)
+    except _Misfit as misfit:
+        raise _WrongField(name, value, annotation, misfit) from None
 
 
 def is_unicode(text: str) -> bool:

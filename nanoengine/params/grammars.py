@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nanoengine.api.errors import GrammarError, PluginError, shown
 from nanoengine.api.grammars import Constraint, Grammar, GrammarBackend
@@ -34,7 +34,7 @@ class GrammarStats:
     refused: int = 0
     cached: int = 0
     compiled_in_steps: int = 0
-    seconds: tuple[float, ...] = ()
+    seconds: tuple[float, ...] = field(default=(), repr=False)
 
     def percentile(self, percent: float) -> float:
         """Seconds that so many per cent of the last compilations took at most; 0 where there are none."""

@@ -88,6 +88,13 @@ def test_every_parameter_and_method_is_in_the_table(name: str) -> None:
     assert documented(sections(TEXT)[name]) == members(NAMES[name]), f"docs/layers.md, ### `{name}`"
 
 
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_no_table_has_a_row_twice(page: str) -> None:
+    for table in re.findall(r"(?:^\|.*\n)+", (ROOT / "docs" / page).read_text("utf-8"), flags=re.MULTILINE):
+        names = re.findall(r"^\| (`.+?`) \|", table, flags=re.MULTILINE)
+        assert sorted(set(names)) == sorted(names)
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [

@@ -80,6 +80,28 @@ def test_an_installation_that_works(nanoengine: Run) -> None:
     ]
 
 
+def test_structured_outputs_need_a_grammar_backend(
+    nanoengine: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is an error only for a configuration that constrains outputs, or names a backend."""
+    plain, asks = tmp_path / "plain.yaml", tmp_path / "asks.yaml"
+    plain.write_text(f"model: {model}\nprompts: [hello]\n")
+    asks.write_text(f"model: {model}\nprompts: [hello]\nsampler: {{structured_outputs: {{regex: a}}}}\n")
+    _, findings = examined(nanoengine("plugins", "doctor", str(asks), "--json"))
+    assert findings["grammar backend"] | {"level": "ok", "text": "auto takes LLGuidance"} == findings["grammar backend"]
+    monkeypatch.setattr("nanoengine.setup.plugins.choose._is_there", lambda module: False)
+    for config, overrides, level in (
+        (plain, [], "note"),
+        (asks, [], "error"),
+        (plain, ["engine.structured_outputs.backend=xgrammar"], "error"),
+    ):
+        result = nanoengine("plugins", "doctor", str(config), *overrides, "--json")
+        found = examined(result)[1]["grammar backend"]
+        assert found["level"] == level
+        assert "pip install 'nanoengine[" in found["text"]
+        assert result.exit_code == (level == "error")
+
+
 def test_json_says_the_same(nanoengine: Run) -> None:
     found, findings = examined(nanoengine("plugins", "doctor", "--json"))
     assert found["works"] is True

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from typer.testing import Result
 from nanoengine.api.errors import ConfigError
 from nanoengine.cli import parent
 from nanoengine.lab.cli.combinations import combinations, split_values
-from nanoengine.lab.cli.sweep_report import Outcome, plot, print_table
+from nanoengine.lab.cli.sweep_report import Outcome, plot, print_table, table_of
 from nanoengine.testing.checkpoints import tiny_llama
 
 Run = Callable[..., Result]
@@ -463,6 +464,17 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
         ["1", "", "ok", "1/2", "-", "-", "-", "-", "-"],
         ["2", "z", "not run", "-", "-", "-", "-", "-", "-"],
     ]
+
+
+def test_the_table_has_drafts_if_a_combination_had_any() -> None:
+    plain = outcome(0, 10.0, speculation="none")
+    found = outcome(2, 20.0, speculation="ngram")
+    drafts = {"drafted_per_position": [5, 4], "accepted_per_position": [5, 2]}
+    drafted = replace(found, summary={**found.summary, **drafts})
+    header, rows = table_of([plain, drafted])
+    assert header[-1] == "drafts"
+    assert [row[-1] for row in rows] == ["-", "7/9"]
+    assert "drafts" not in table_of([plain])[0]
 
 
 def test_plot_of_what_there_is(tmp_path: Path) -> None:

@@ -57,6 +57,12 @@ def test_speculation_is_off(registry: Registry, given: Any) -> None:
     assert choose_speculation(registry, given) is None
 
 
+def test_a_name_alone_is_the_method() -> None:
+    assert engine_options({"speculation": "ngram"}).speculation == {"method": "ngram"}
+    with pytest.raises(ConfigError, match="speculation must be a mapping from strings to values, or None, not 5"):
+        engine_options({"speculation": 5})
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({}, r"needs a method, as in \{method: ngram, tokens: 4\}\. Valid: mine, ngram, none, suffix"),
     ({"tokens": 4}, "needs a method"),

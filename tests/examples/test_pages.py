@@ -93,6 +93,15 @@ def test_links_and_files(page: str) -> None:
     assert [file for file in files if not (ROOT / file).is_file()] == []
 
 
+def test_every_page_is_listed() -> None:
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert (
+        set(re.findall(r"^(?:- |\| \d \| ).*?\]\((\w[\w-]*\.md)\)", TEXTS["README"], re.MULTILINE))
+        | set(re.findall(r"\. \[\S+\]\((\S+\.md)\):", TEXTS["README"]))
+        == pages
+    )
+
+
 def test_order_of_reading() -> None:
     assert re.findall(r"\| \d \| \[.*?\]\((.*?)\.md\)", TEXTS["README"]) == list(ORDER)
     for page, after in pairwise(ORDER):

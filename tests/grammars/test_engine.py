@@ -300,7 +300,7 @@ def test_a_model_without_a_tokenizer_or_an_end_cannot_be_constrained(tmp_path: P
     with LLM(folder, **given) as llm, pytest.raises(ParamsError, match="no end token"):
         llm.generate([[1]], params({"choice": ["a"]}))
     write_mock_checkpoint(folder, vocab_size=97, eos_token_id=3)
-    with LLM(folder, **given) as llm, pytest.raises(TokenizerMissing):
+    with LLM(folder, **given) as llm, pytest.raises(TokenizerMissing, match="structured_outputs needs"):
         llm.generate([[1]], params({"choice": ["a"]}))
 
 
@@ -379,6 +379,7 @@ def test_equal_constraints_are_compiled_once(tmp_path: Path) -> None:
         assert (stats.compiled, stats.refused, stats.compiled_in_steps) == (1, 0, 0)
         assert stats.cached == 19
         assert len(stats.seconds) == 1
+        assert "seconds" not in repr(stats)  # up to 1,024 of them
         assert stats.percentile(50) == stats.seconds[0] > 0
 
 

@@ -21,7 +21,7 @@ from nanoengine.setup.config.engine_options import engine_options
         ({"json": {}, "regex": "a"}, "json and regex are given"),
         ({"json_object": False}, "none is given"),
         ({"json": "{"}, "json is no JSON"),
-        ({"json": [1]}, "must be a JSON schema: an object"),
+        ({"json": [1]}, "must be a JSON schema: a mapping"),
         ({"json": "12"}, "must be a JSON schema: an object"),
         ({"json": {"const": {1, 2}}}, "pydantic"),
         ({"json": {"const": float("nan")}}, "json is no JSON"),
@@ -100,19 +100,52 @@ def test_a_mapping_becomes_the_parameters() -> None:
     kind = StructuredOutputsParams | None
     given = {"json": {"type": "object"}, "disable_any_whitespace": True}
     assert conform("structured_outputs", given, kind) == StructuredOutputsParams(**given)
-    with pytest.raises(ParamsError, match="there is no key 'jsn'; did you mean 'json'"):
+    with pytest.raises(ParamsError, match=r"^structured_outputs has no key 'jsn'; did you mean 'json'"):
         conform("structured_outputs", {"jsn": {}}, kind)
-    with pytest.raises(ParamsError, match=r"structured_outputs.*a mapping of json, regex.*because of 3"):
+    with pytest.raises(ParamsError, match=r"^structured_outputs\.regex must be a string, or None, not 3$"):
         conform("structured_outputs", {"regex": 3}, kind)
     with pytest.raises(ParamsError, match="json and regex are given"):
         conform("structured_outputs", {"json": {}, "regex": "a"}, kind)
+
+
+WRONG_TYPES: list[dict[str, Any]] = [
+    {"choice": "yes"},  # three texts, if it were taken as a list
+    {"choice": [1, 2]},
+    {"choice": {"a": 1}},
+    {"choice": 5},
+    {"regex": 3},
+    {"grammar": b"start: x"},
+    {"json": [1]},
+    {"json": StructuredOutputsParams},
+    {"json_object": "yes"},
+    {"json_object": 1},
+    {"structural_tag": 3},
+    {"reasoning": True, "regex": "a"},
+    {"whitespace_pattern": 3, "json": {}},
+    {"disable_any_whitespace": "no", "json": {}},
+    {"disable_additional_properties": "no", "json": {}},
+]
+
+
+@pytest.mark.parametrize("given", WRONG_TYPES)
+def test_a_wrong_type_is_an_error_in_an_object_as_in_a_mapping(given: dict[str, Any]) -> None:
+    message = rf"^structured_outputs\.{next(iter(given))} must be "
+    with pytest.raises(ParamsError, match=message):
+        StructuredOutputsParams(**given)
+    with pytest.raises(ParamsError, match=message):
+        conform("structured_outputs", given, StructuredOutputsParams | None)
+
+
+def test_a_pydantic_class_is_answered_with_what_to_give() -> None:
+    with pytest.raises(ParamsError, match=r"Model\.model_json_schema\(\)"):
+        StructuredOutputsParams(json=type("City", (), {}))  # type: ignore[arg-type]
 
 
 def test_the_options_of_the_engine() -> None:
     options = engine_options({"structured_outputs": {"backend": "llguidance", "timeout": 3}})
     assert options.structured_outputs == StructuredOutputsOptions(backend="llguidance", timeout=3.0)
     for wrong, message in (
-        ({"backnd": "x"}, "there is no key 'backnd'; did you mean 'backend'"),
+        ({"backnd": "x"}, "structured_outputs has no key 'backnd'; did you mean 'backend'"),
         ({"timeout": 0}, "structured_outputs.timeout is in seconds and must be above 0"),
         ({"max_bytes": 0}, "structured_outputs.max_bytes must be from 1"),
         ("xgrammar", "a mapping of backend, timeout"),

@@ -42,6 +42,12 @@ class Outcome:
         return None if spread is None else 1000 * float(spread[which])
 
     @property
+    def drafts(self) -> str:
+        """Accepted drafts of all; "" if there were none."""
+        drafted, accepted = (sum(self.summary.get(f"{what}_per_position", ())) for what in ("drafted", "accepted"))
+        return f"{accepted}/{drafted}" if drafted else ""
+
+    @property
     def prompts(self) -> str:
         if not self.summary:
             return "-"
@@ -78,9 +84,11 @@ def _keys(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def table_of(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
-    """The headings, and a row for each combination."""
+    """The headings, and a row for each combination; with a column of drafts if one had any."""
     keys = _keys(outcomes)
+    drafted = any(each.drafts for each in outcomes)
     header = ["#", *keys, "status", "prompts", "tokens/s", "TTFT ms", "TTFT p99 ms", "ITL ms", "ITL p99 ms"]
+    header += ["drafts"] if drafted else []
     rows = [
         [
             str(each.number),
@@ -89,6 +97,7 @@ def table_of(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
             each.prompts,
             _number(each.tokens_per_second),
             *(_number(each.milliseconds(name, which)) for name in ("ttft", "itl") for which in ("median", "p99")),
+            *([each.drafts or "-"] if drafted else []),
         ]
         for each in outcomes
     ]

@@ -26,6 +26,7 @@ def examine(registry: Registry, asked: Asked, say: Callable[[str], None]) -> Dia
     findings += parts.plugins(registry, load=torch_works, sampler=asked.sampler)
     if not torch_works:
         return Diagnosis(findings=tuple(findings))
+    findings.append(parts.grammars(registry, asked.options, asked.sampler))
     need = parts.plain_need(asked.options)
     if asked.source is not None:
         try:

@@ -16,7 +16,7 @@ from nanoengine.api.processors import LogitsProcessor
 from nanoengine.api.sources import ModelSource
 from nanoengine.lab.doctor.findings import Finding, Level, Verdict
 from nanoengine.params.engine_options import EngineOptions
-from nanoengine.setup.plugins.choose import load_checked, ranked_backends
+from nanoengine.setup.plugins.choose import choose_grammars, load_checked, ranked_backends
 from nanoengine.setup.plugins.registry import KIND_WORDS, Kind, Registered, Registry
 from nanoengine.setup.plugins.speculation import drafter_base
 from nanoengine.setup.plugins.targets import TargetLoader
@@ -121,6 +121,18 @@ def plain_need(options: EngineOptions) -> AttentionNeed:
     device = torch.device(options.device).type if options.device != "auto" else device
     dtype = options.dtype if options.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
     return AttentionNeed(device=device, dtype=dtype, head_sizes=frozenset({128}), block_size=options.block_size)
+
+
+def grammars(registry: Registry, options: EngineOptions, sampler: frozenset[str]) -> Finding:
+    """Whether outputs can be constrained: an error only if the configuration does so, or names a backend."""
+    chosen = options.structured_outputs.backend
+    wanted = "structured_outputs" in sampler or chosen != "auto"
+    try:
+        backend = choose_grammars(registry, chosen, TargetLoader(registry.plugin_files))
+    except NanoEngineError as error:
+        level: Level = "error" if wanted else "note"
+        return Finding(section="structured outputs", name="grammar backend", level=level, text=str(error))
+    return Finding(section="structured outputs", name="grammar backend", text=f"{chosen} takes {backend.__name__}")
 
 
 def attention(need: AttentionNeed, registry: Registry, chosen: str) -> tuple[list[Verdict], list[Finding]]:

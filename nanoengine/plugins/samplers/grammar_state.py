@@ -19,6 +19,7 @@ from nanoengine.api import (
     ParamsError,
     ProcessorParams,
     StandardOp,
+    TokenizerMissing,
 )
 from nanoengine.api.errors import RequestError
 from nanoengine.api.structured_outputs import StructuredOutputsParams
@@ -43,7 +44,7 @@ class GrammarParams(ProcessorParams):
                 "structured_outputs: this model has no end token, so an output could not end: give it an eos_token_id "
                 "in generation_config.json"
             )
-        ctx.encode("a")  # raises if there is no tokenizer
+        _need_tokenizer(ctx)
         if self._reasoning(ctx) is not None:
             _ = ctx.num_tokens  # takes a while the first time: not in a step
         return super().pack(ctx)
@@ -87,6 +88,16 @@ class GrammarParams(ProcessorParams):
             return None
         ids = ctx.encode(wanted.replace("/", "", 1))
         return ids[0] if len(ids) == 1 else None
+
+
+def _need_tokenizer(ctx: ParamsContext) -> None:
+    try:
+        ctx.encode("a")
+    except TokenizerMissing:
+        raise TokenizerMissing(
+            "structured_outputs needs the texts of the tokens, and this engine has no tokenizer: give a model folder "
+            "with tokenizer.json, without skip_tokenizer_init"
+        ) from None
 
 
 def _ended(prompt: Sequence[int], token: int, opening: int | None, end_ids: Collection[int]) -> bool:

@@ -36,6 +36,8 @@ def engine_options(options: Mapping[str, Any]) -> EngineOptions:
         if name not in types:
             raise ConfigError(f"unknown engine option {name!r}; {nearest(name, types)}")
         plain = str(value).removeprefix("torch.") if name in ("dtype", "device") else value  # torch's own are fine
+        if name == "speculation" and isinstance(value, str):
+            plain = {"method": value}
         try:
             given[name] = conform(name, plain, types[name])
         except ParamsError as error:

@@ -73,7 +73,7 @@ from nanoengine.setup.start.clock import StartClock, StartReport
 from nanoengine.setup.start.generation import GenerationDefaults, read_generation_defaults, read_json
 from nanoengine.setup.start.memory import MemoryReport, check_host_holds
 from nanoengine.setup.start.starter import start_runner
-from nanoengine.text import TemplateProcesses, Tokenizer, load_tokenizer
+from nanoengine.text import IncrementalDetokenizer, TemplateProcesses, Tokenizer, load_tokenizer
 
 _LOADING_SECONDS = 60.0  # in addition to what one constraint may take: the first one loads the grammar backend
 DEFAULT_BLOCK_SIZE = 16
@@ -441,18 +441,17 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
             max_logprobs=options.max_logprobs,
             engine_options=EngineOptions.__dataclass_fields__,
         )
-        outputs = OutputProcessor(tokenizer)
         engine = Engine(
             partial(_scheduler, assembly, memory),
             executor,
             InputProcessor(
                 resolver,
                 lambda text: _need(tokenizer).encode(text),
-                outputs.detokenizer,
+                lambda params: IncrementalDetokenizer.from_params(tokenizer, params),
                 assembly.vocab_size,
                 options.max_model_len,
             ),
-            outputs,
+            OutputProcessor(tokenizer),
             preparations,
             seed=options.seed,
             overlap=options.overlap,

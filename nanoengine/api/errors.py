@@ -181,7 +181,10 @@ class GrammarError(RequestError):
 
 
 def engine_failure(error: BaseException) -> RequestError:
-    """The error of a request for which the engine's own code raised `error`. Other requests continue."""
+    """The error of a request for which the engine's own code raised `error`. Other requests continue. An error of a
+    request stays as it is."""
+    if isinstance(error, RequestError):
+        return error
     failure = RequestError("engine_failed", f"the engine raised {described(error)} in this request; please report it")
     failure.__cause__ = error
     return failure

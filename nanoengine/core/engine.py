@@ -193,9 +193,7 @@ class Engine:
         oldest, self._mid_update = self._in_flight[0], True
         columns, failed = supplied_columns(oldest.step, self._inputs.ctx.vocab_size)
         self._in_flight[0] = InFlight(oldest.step, self._launched(partial(oldest.handle.supply, columns)))
-        for request, failure in failed:
-            if (state := self._requests.known.get(request.parent)) is not None:  # None: a sibling's has failed, too
-                self._end_request(state, failure)
+        self._process(failed)
         self._mid_update = False
 
     def _finish_oldest(self) -> None:
@@ -258,8 +256,7 @@ class Engine:
         failed = self.scheduler.withdraw(steps) if short else self.scheduler.fail(steps)
         if not failed:
             self._log_broken(error, "in smaller steps" if short else "one by one")
-        for state in filter(None, [self._requests.known.get(request.parent) for request in failed]):
-            self._end_request(state, step_failure(error))
+        self._process([Update(request, error=step_failure(error)) for request in failed])
         if self._watch is not None:
             self._requests.put_records(self._watch.broken(steps, error))
         forget_locals(error)
@@ -310,7 +307,7 @@ class Engine:
             except BaseException as error:
                 if not is_failure(error):
                     raise
-                self._end_request(state, error if isinstance(error, RequestError) else engine_failure(error))
+                self._end_request(state, engine_failure(error))
             self._mid_update = False
 
     def _enter(self, state: RequestState) -> None:

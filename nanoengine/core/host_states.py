@@ -11,18 +11,17 @@ import numpy.typing as npt
 
 from nanoengine.api.errors import RequestError
 from nanoengine.core.request import Request, Status
-from nanoengine.core.scheduling.messages import ScheduledStep
+from nanoengine.core.scheduling.messages import ScheduledStep, Update
 from nanoengine.core.step import SuppliedColumn, i32, offsets_of
 
 
-def supplied_columns(
-    step: ScheduledStep, vocab_size: int
-) -> tuple[list[SuppliedColumn], list[tuple[Request, RequestError]]]:
-    """The columns of a late step, all steps before which are committed; and the requests whose states failed.
+def supplied_columns(step: ScheduledStep, vocab_size: int) -> tuple[list[SuppliedColumn], list[Update]]:
+    """The columns of a late step, all steps before which are committed; and updates of requests whose states failed,
+    which the scheduler still has.
 
     A row whose request has ended gets none: nothing will look at what it draws.
     """
-    plan, failed = step.plan, list[tuple[Request, RequestError]]()
+    plan, failed = step.plan, list[Update]()
     table: dict[tuple[str, str], tuple[list[int], list[npt.NDArray[Any]]]] = {}
     draws = np.flatnonzero(plan.sampled)
     of_row = np.searchsorted(plan.logits_rows[draws], np.arange(plan.num_rows + 1)).tolist()
@@ -35,7 +34,7 @@ def supplied_columns(
             try:
                 columns = _next_columns(request, guesses, vocab_size)
             except RequestError as error:
-                failed.append((request, error))
+                failed.append(Update(request, error=error))
                 continue
             for key, values in columns:
                 at, parts = table.setdefault(key, ([], []))

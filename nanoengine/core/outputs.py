@@ -15,7 +15,6 @@ from nanoengine.core.step import LogprobRows
 from nanoengine.params.generated import NOTHING, Beginning
 from nanoengine.params.input_processor import CheckedRequest
 from nanoengine.params.preparation import Task
-from nanoengine.params.sampling_params import ResolvedParams
 from nanoengine.text import IncrementalDetokenizer, Tokenizer
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -275,18 +274,12 @@ class OutputProcessor:
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer
 
-    def detokenizer(self, params: ResolvedParams) -> IncrementalDetokenizer | None:
-        """For a sample with these parameters; None if it has no text."""
-        if self.tokenizer is None or not params.detokenize:
-            return None
-        return IncrementalDetokenizer.from_params(self.tokenizer, params)
-
     def make_sample(self, request: Request, begun: Beginning = NOTHING) -> SampleState:
         """`request`: as the scheduler has it. `begun`: what it begins with."""
         given = len(begun.token_ids)
         return SampleState(
             request,
-            begun.reader if given else self.detokenizer(request.params),
+            begun.reader if given else IncrementalDetokenizer.from_params(self.tokenizer, request.params),
             None if request.params.logprobs is None else [None] * given,
             [*begun.token_ids],
             num_given=given,

@@ -141,8 +141,10 @@ class IncrementalDetokenizer:
         self._shown = 0  # number of its characters that can be shown
 
     @classmethod
-    def from_params(cls, tokenizer: Tokenizer, params: ResolvedParams) -> IncrementalDetokenizer:
-        """A detokenizer for a request's parameters. With `detokenize=False` the caller makes none."""
+    def from_params(cls, tokenizer: Tokenizer | None, params: ResolvedParams) -> IncrementalDetokenizer | None:
+        """A detokenizer for a sample with these parameters; None if it has no text."""
+        if tokenizer is None or not params.detokenize:
+            return None
         return cls(
             tokenizer,
             stop=params.stop,

@@ -436,11 +436,6 @@ def test_a_processor_that_breaks_is_named_with_its_origin(act: Any, error: type[
     assert len(str(caught.value)) < 250
 
 
-class Phaseless(LogitsProcessor):
-    def apply(self, logits: torch.Tensor, rows: ProcessorRows) -> torch.Tensor:
-        return logits
-
-
 def test_misbehaving_processors_are_named() -> None:
     plan = plan_of(BUILT_IN["logit_bias"])
     rows = rows_of(20, [tenant(20, logit_bias={1: 1.0})])
@@ -448,8 +443,6 @@ def test_misbehaving_processors_are_named() -> None:
         PluginError, match=r"'logit_bias' \(.*LogitBias\) returned .*\(1, 19\) instead of the .*\(1, 20\)"
     ):
         draw(Sampler([(plan, Narrow(None))], 20, fuse=True), torch.zeros(1, 20), rows)  # type: ignore[arg-type]
-    with pytest.raises(PluginError, match=r"'logit_bias'.* must set `phase`"):
-        Sampler([(plan, Phaseless(None))], 20, fuse=True)  # type: ignore[arg-type]
 
 
 def test_needs_are_declared() -> None:
@@ -482,12 +475,12 @@ def test_how_rows_are_drawn_is_chosen_by_what_they_want(
     plan = Sampler(specs, 50, fuse=True, kernels=True).choose(of_rows, **asked)
     assert [p.name for p in plan.called] == called.split()
     assert {op.value for op in plan.ops} == set(ops.split())
-    assert (plan.captured, plan.sharded) == (captured, sharded)
+    assert (plan.captured, plan.sharded) == (plan.tail if captured else None, sharded)
     assert plan.reads_only == (not called and not plan.min_tokens)
     assert plan.tail == (0 if not plan.random else 2 if "top_k" in ops else 1)
     plain = Sampler(specs, 50, fuse=False).choose(of_rows, **asked)
     assert not plain.ops
-    assert (plain.tail, plain.captured) == (None, False)
+    assert (plain.tail, plain.captured) == (None, None)
 
 
 def test_a_processor_that_reads_counts_is_called_for_greedy_rows_too() -> None:

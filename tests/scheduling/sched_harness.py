@@ -240,9 +240,9 @@ class Loop:
         columns, failed = supplied_columns(step, VOCAB)
         message = decode(SuppliedColumns, encode(SuppliedColumns(tuple(columns))))
         self.runner.supply(message.columns)
-        for request, error in failed:
-            self.scheduler.abort(request)
-            self.book([Update(request, error=error)])
+        for update in failed:
+            self.scheduler.abort(update.request)
+        self.book(failed)
         self.check()
 
     def broke_at_launch(self, step: ScheduledStep) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -254,9 +255,12 @@ def test_text_of_the_stop_token(skip: bool, include: bool, token: str, text: str
 def test_made_from_resolved_parameters() -> None:
     params = ResolvedParams(stop=("b",), min_tokens=3, include_stop_str_in_output=True, skip_special_tokens=False)
     detokenizer = IncrementalDetokenizer.from_params(BYTES, params)
+    assert detokenizer is not None
     eos = BYTES.hf.eos_token_id
     assert detokenizer.push([ord("b"), ord("a"), eos, ord("a"), ord("b"), ord("a")]) == "b"
     assert detokenizer.text == "ba</s>ab"
+    assert IncrementalDetokenizer.from_params(BYTES, replace(params, detokenize=False)) is None
+    assert IncrementalDetokenizer.from_params(None, params) is None
 
 
 @given(st.text("ab", max_size=40), st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=3), st.data())

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanoengine.api.errors import PluginError, shown
 from nanoengine.api.parallel import TensorParallelGroup, padded_length
-from nanoengine.api.plugin_calls import place_and_fix, plugin_step
+from nanoengine.api.processor_checks import checked_logits
 from nanoengine.api.processors import LogitsProcessor, Need, ProcessorRows, RaggedColumn
 from nanoengine.api.specs import Phase, StandardOp
 from nanoengine.core.step import ROW_BAD_LOGITS, ROW_FINE, ROW_NOTHING_LEFT
@@ -51,8 +50,6 @@ class _Processor:
 
     @classmethod
     def of(cls, plan: ProcessorPlan, processor: LogitsProcessor) -> _Processor:
-        if not isinstance(getattr(processor, "phase", None), Phase):
-            raise PluginError(f"{plan.where} must set `phase` to a nanoengine.api.Phase")
         ops = {spec.op: name for name, spec in plan.columns.items() if spec.op is not None and not spec.ragged}
         mask = ops.pop(StandardOp.BITMASK, None)
         standard = len(ops) == len(plan.columns) > 0 and processor.phase >= Phase.TEMPERATURE
@@ -273,7 +270,7 @@ class Sampler:
         return tokens, failed
 
     def _apply(self, p: _Processor, logits: Tensor, rows: DrawRows, start: int = 0) -> Tensor:
-        """The logits of ids `start`, `start` + 1, …, as the processor leaves them. `PluginError` for anything else."""
+        """The logits of ids `start`, `start` + 1, …, as the processor leaves them."""
         if self._fuse and p.mask is not None:
             words = rows.columns[p.name][p.mask]
             assert isinstance(words, Tensor)
@@ -291,20 +288,7 @@ class Sampler:
             prompt_mask=_part(rows.prompt_mask, own) if Need.PROMPT_MASK in needs else None,
             token_ids=rows.token_ids if Need.TOKEN_IDS in needs else None,
         )
-        given = (logits.shape, logits.dtype, logits.device)  # the processor may change the tensor itself
-        with plugin_step(p.where, type(p.processor)):
-            out: object = p.processor.apply(logits, view)
-        if isinstance(out, Tensor) and (out.shape, out.dtype, out.device) == given:
-            return out
-        shape, dtype, device = given
-        if not isinstance(out, Tensor):
-            text = f"{shown(out):.80} of type {type(out).__name__}, not the logits, a Tensor"
-        else:
-            got = f"{out.dtype} {tuple(out.shape)}" + (f" on {out.device}" if out.device != device else "")
-            text = f"{got} instead of the {dtype} {tuple(shape)} it was given"
-        error = PluginError(f"{p.where} returned {text}")
-        error.add_note(place_and_fix(None, type(p.processor).apply, p.where).removeprefix(", "))
-        raise error
+        return checked_logits(p.processor, p.where, logits, view)
 
 
 class TritonDraw:

@@ -90,6 +90,12 @@ class Draft:
             request.last_prefill = self.step
             self.prefill.append(Prefill(request, start, end, sampled))
 
+    def fits_whole(self, num_tokens: int) -> bool:
+        """Whether the step may have a whole prompt; one alone may be larger than what memory left of the budget."""
+        if num_tokens > self.budget and not (self.slots or self.prefill):
+            self.budget = num_tokens
+        return num_tokens <= self.budget
+
     def room_for_drafts(self, request: Request, num_new: int, most: int, blocks: BlockManager) -> int:
         """How many of at most so many drafts a row of its next tokens may have: behind its last known token, within its
         length and the budget, in blocks that are free."""

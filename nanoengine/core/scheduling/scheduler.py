@@ -14,18 +14,12 @@ from dataclasses import replace
 from operator import attrgetter
 from typing import Literal
 
-from nanoengine.api.errors import RequestError, engine_failure, is_failure
+from nanoengine.api.errors import engine_failure, is_failure
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.block_manager import BlockManager, Hits
 from nanoengine.core.scheduling.commit import commit_rows, take_back_rows
 from nanoengine.core.scheduling.draft import Draft, TokenBudget, build_plan
-from nanoengine.core.scheduling.messages import (
-    Admission,
-    EngineStats,
-    ScheduledStep,
-    SchedulerConfig,
-    Update,
-)
+from nanoengine.core.scheduling.messages import Admission, EngineStats, ScheduledStep, SchedulerConfig, Update
 from nanoengine.core.scheduling.policy import Policy, make_policy
 from nanoengine.core.scheduling.queues import Roster, refuse_misfit
 from nanoengine.core.scheduling.speculation import Speculation
@@ -170,7 +164,7 @@ class Scheduler:
                 return True
             if not draft.budget:
                 return False
-            if self.config.whole_prompts and not self._fits_whole(request.length - request.num_computed, draft):
+            if self.config.whole_prompts and not draft.fits_whole(request.length - request.num_computed):
                 return False
             num_new = min(request.length - request.num_computed, draft.budget)
             end = request.num_computed + num_new
@@ -204,12 +198,6 @@ class Scheduler:
                 raise
             self._fail(request, draft, error)
             return None
-
-    def _fits_whole(self, num_tokens: int, draft: Draft) -> bool:
-        """Whether the step may have a whole prompt; one alone may be larger than what memory left of the budget."""
-        if num_tokens > draft.budget and not (draft.slots or draft.prefill):
-            draft.budget = num_tokens
-        return num_tokens <= draft.budget
 
     def _is_in_flight(self, request: Request) -> bool:
         """Whether a step in flight holds a row of it."""
@@ -266,7 +254,7 @@ class Scheduler:
     def _consider(self, request: Request, draft: Draft, reserve: int = 0) -> Verdict:
         """Admits a waiting request, if there is room. Whatever that raises fails it."""
         try:
-            if self.config.whole_prompts and not self._fits_whole(request.num_tokens, draft):
+            if self.config.whole_prompts and not draft.fits_whole(request.num_tokens):
                 return "no room"
             hits = self.blocks.match(request) if request.may_read_cache else self.blocks.no_hits()
             if request.may_read_cache and draft.writes_next_block(request, len(hits[0]), self.blocks):
@@ -313,8 +301,7 @@ class Scheduler:
         """Over this request something raised: it gets no row, and its update says why."""
         draft.drop(request)
         self._roster.remove(request)
-        failure = error if isinstance(error, RequestError) else engine_failure(error)
-        self._pending.append(Update(request, error=failure))
+        self._pending.append(Update(request, error=engine_failure(error)))
 
     def _fail_one(self, draft: Draft, error: BaseException) -> None:
         """Something raised while rows were picked or planned, so that blocks and the device's tables may not agree: all
@@ -348,11 +335,9 @@ class Scheduler:
             drawn=tuple(plan.query_lens[: plan.num_decode_rows].tolist() + [int(row.sampled) for row in draft.prefill]),
             published=tuple(published),
             admitted=tuple(
-                [
-                    Admission(r.id, r.slot, r.num_tokens, cached, r.generation > 1)
-                    for r, cached in draft.new.items()
-                    if r not in self._roster.unsent
-                ]
+                Admission(r.id, r.slot, r.num_tokens, cached, r.generation > 1)
+                for r, cached in draft.new.items()
+                if r not in self._roster.unsent
             ),
             preempted=preempted,
             first=draft.first,

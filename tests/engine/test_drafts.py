@@ -151,6 +151,20 @@ def test_the_end_falls_inside_accepted_drafts(tmp_path: Path) -> None:
             assert [e.logprob for e in x.values()] == pytest.approx([e.logprob for e in y.values()], abs=1e-5)
 
 
+def test_what_is_drafted_behind_an_end_does_not_count(tmp_path: Path) -> None:
+    """Rows that ran ahead of a stop token bring nothing, though all their drafts are right."""
+    asked = [[i, *prompt] for i, prompt in enumerate(prompts(6, longest=6))]
+    whole = [greedy(prompt, COUNT) for prompt in asked]
+    one, *others = [SamplingParams(temperature=0, max_tokens=COUNT, stop_token_ids=[tokens[4]]) for tokens in whole]
+    params = [one.replace(stop_token_ids=None), *others]  # the first one goes on, so that all steps are committed
+    want = [whole[0], *(tokens[: tokens.index(tokens[4]) + 1] for tokens in whole[1:])]
+    with mock_llm(tmp_path) as llm:
+        oracle = with_device_drafts(llm, asked, whole, tokens=4, accuracy=1.0)
+        assert tokens_of(llm.generate(asked, params, use_tqdm=False)) == want
+        stats = llm.stats()
+    assert 0 < oracle.accepted == stats.accepted <= sum(map(len, want)) - len(want)
+
+
 def off_by_one(patch: pytest.MonkeyPatch) -> None:
     """The first wrong draft is accepted, too."""
     original = step_inputs.settle

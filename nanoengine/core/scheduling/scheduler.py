@@ -358,13 +358,13 @@ class Scheduler:
         self._budget.went_well()
         if result.graphs:
             self._stats.count_graphs(result.graphs)
+        rows = zip(step.rows, step.plan.drafts.tolist(), result.counts.tolist(), strict=False)  # without drafts: none
+        drafted = [(r, most, max(0, n - 1)) for (r, _), most, n in rows if not (r.jumps or r.status is Status.FINISHED)]
         updates = commit_rows(step, result, self._roster)
-        if self._speculation is not None and len(step.plan.drafts):
-            drafts, counts = step.plan.drafts.tolist(), result.counts.tolist()
-            for (request, _), drafted, count in zip(step.rows, drafts, counts, strict=True):
-                if not request.jumps:
-                    self._speculation.committed(request, drafted, max(0, count - 1))
-                    self._stats.count_drafts(drafted, count - 1)
+        if self._speculation is not None:
+            for request, most, accepted in drafted:
+                self._speculation.committed(request, most, accepted)
+                self._stats.count_drafts(most, accepted)
         return updates
 
     def fail(self, steps: Sequence[ScheduledStep]) -> list[Request]:

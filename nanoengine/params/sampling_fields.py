@@ -31,6 +31,11 @@ NOT_SUPPORTED: Mapping[str, str] = {
     "length_penalty": "there is no beam search",
     "early_stopping": "there is no beam search",
     "guided_decoding": "use structured_outputs=StructuredOutputsParams(...)",
+    **{
+        f"guided_{kind}": f"use structured_outputs=StructuredOutputsParams({kind}=...)"
+        for kind in ("json", "regex", "choice", "grammar")
+    },
+    "response_format": "use structured_outputs=StructuredOutputsParams(json=...), or json_object=True",
     "extra_args": "give the parameters of a logits processor as keywords",
     "bad_words_token_ids": "give the words as bad_words",
     "spaces_between_special_tokens": "special tokens are decoded as the tokenizer does",

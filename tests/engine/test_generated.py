@@ -103,7 +103,12 @@ def check_cut(
 ) -> None:
     """Run in the first engine; continue behind so many tokens of each sample in the second one."""
     whole = run(engines.first, prompt, params)
-    assert whole.error is None, whole.error
+    if whole.error is not None:  # `chain` may allow only tokens that min_tokens or bad words forbid
+        rest = run(engines.second, prompt, params.replace(seed=whole.seed))
+        assert rest.error is not None
+        assert (whole.error.code, rest.error.code) == ("nothing_left", "nothing_left"), whole.error
+        assert "chain" in params.processor_fields
+        return
     generated = [sample.token_ids[:cut] for sample, cut in zip(whole.outputs, cuts, strict=False)]
     asked = params.replace(seed=whole.seed)
     with pytest.MonkeyPatch.context() as patch:
@@ -153,6 +158,14 @@ def test_any_run_cut_anywhere_goes_on_the_same(
     engines: Engines, prompt: list[int], params: SamplingParams, cuts: list[int]
 ) -> None:
     check_cut(engines, prompt, params, cuts)
+
+
+def test_a_run_with_nothing_left_to_draw_fails_in_both(engines: Engines) -> None:
+    """After 93 and 61 the chain allows 3 and 40, which end the output; min_tokens forbids them."""
+    params = SamplingParams(max_tokens=6, min_tokens=3, chain=2, temperature=0, logit_bias={93: 90.0, 61: 90.0})
+    assert chain_plugin.allowed(chain_plugin.hashed([7, 93, 61]), 2, VOCAB) == [3, 40]
+    assert run(engines.first, [7], params).error is not None
+    check_cut(engines, [7], params, [0])
 
 
 # Mutants: what a continuation could forget

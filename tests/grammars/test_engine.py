@@ -288,8 +288,9 @@ def test_what_can_be_seen_at_once_raises_before_anything_runs(llm: LLM, outputs:
 
 
 def test_old_names_are_refused_with_the_new_one(llm: LLM) -> None:
-    with pytest.raises(ParamsError, match=r"structured_outputs=StructuredOutputsParams"):
-        llm.generate([[1]], SamplingParams(guided_decoding={"json": {}}))
+    for name in ("guided_decoding", "guided_json", "guided_choice", "response_format"):
+        with pytest.raises(ParamsError, match=rf"{name}.*structured_outputs=StructuredOutputsParams"):
+            llm.generate([[1]], SamplingParams(**{name: {}}))
 
 
 def test_a_model_without_a_tokenizer_or_an_end_cannot_be_constrained(tmp_path: Path) -> None:

@@ -117,32 +117,32 @@ class FinishStep:
         self.model, self.tables, self.sampler, self.tp = model, tables, sampler, tp
         self.drafter = drafter
         self.vocab_size = tables.limits.vocab_size
-        self._chosen: tuple[tuple[int, bytes] | None, DrawPlan] | None = None
+        self._chosen: tuple[tuple[int, bytes], DrawPlan] | None = None
 
     def choose(self, plan: StepPlan, supplied: Sequence[SuppliedColumn] = ()) -> DrawPlan:
         """How the plan's tokens are drawn: as last time, if its rows are the same and ask for the same. supplied: as
-        `of_draws` gives it."""
-        slots = plan.slots[plan.logits_rows[plan.sampled]]
-        key = None if supplied else (self.tables.changes, slots.tobytes())
-        if key is None or self._chosen is None or self._chosen[0] != key:
-            self._chosen = key, self._choose(slots, supplied)
-        return self._chosen[1]
+        `of_draws` gives it.
 
-    def _choose(self, slots: Int32, supplied: Sequence[SuppliedColumn]) -> DrawPlan:
-        """A captured tail does not count what it draws (`VocabHistory`): none of its rows has a processor that reads
+        A captured tail does not count what it draws (`VocabHistory`): none of its rows has a processor that reads
         counts, and they are made again when another request enters the slot.
         """
-        tables, random = self.tables, ~self.tables.host_greedy[slots]
+        tables, slots = self.tables, plan.slots[plan.logits_rows[plan.sampled]]
+        key = tables.changes, slots.tobytes()
+        if self._chosen is not None and self._chosen[0] == key and not supplied:
+            return self._chosen[1]
+        random = ~tables.host_greedy[slots]
         wants = {name: of_slots[slots] for name, of_slots in tables.host_wants.items() if of_slots.any()}
         for column in supplied:
             wants.setdefault(column.processor, np.zeros(len(slots), np.bool_))[column.draws] = True
             random[column.draws] |= tables.specs[column.processor, column.column].op is StandardOp.TEMPERATURE
-        return self.sampler.choose(
+        how = self.sampler.choose(
             {name: bool((rows & random).any()) for name, rows in wants.items() if rows.any()},
             random=bool(random.any()),
             min_tokens=bool(tables.host_min_tokens[slots].any()),
             logprobs=bool((tables.host_num_logprobs[slots] >= 0).any()),
         )
+        self._chosen = None if supplied else (key, how)
+        return how
 
     def eager(self, step: Forwarded, how: DrawPlan, supplied: Sequence[SuppliedColumn] = ()) -> LaunchedStep:
         """Draw a token for each sampled position, take log-probs, and write the tokens to their slots at last."""

@@ -14,7 +14,7 @@ from dataclasses import replace
 from operator import attrgetter
 from typing import Literal
 
-from nanoengine.api.errors import engine_failure, is_failure
+from nanoengine.api.errors import RequestError, engine_failure, is_failure
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.block_manager import BlockManager, Hits
 from nanoengine.core.scheduling.commit import commit_rows, take_back_rows
@@ -193,9 +193,7 @@ class Scheduler:
             return request.forced[:room]
         try:
             return self._speculation.propose(request, room) if self._speculation is not None and room else ()
-        except BaseException as error:
-            if not is_failure(error):
-                raise
+        except RequestError as error:
             self._fail(request, draft, error)
             return None
 

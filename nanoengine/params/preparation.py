@@ -96,10 +96,10 @@ class Preparations:
 
     def _add_thread(self) -> None:
         if self._idle < len(self._queue) and len(self._running) + self._idle < self._workers and not self._closed:
-            self._idle += 1
             thread = threading.Thread(target=self._work, name=THREAD, daemon=True)
+            thread.start()  # it waits for the lock; one that the system refuses is not counted
             self._threads.add(thread)
-            thread.start()
+            self._idle += 1
 
     def _work(self) -> None:
         while (task := self._next()) is not None:

@@ -252,3 +252,22 @@ def test_a_cancelled_task_that_waits_is_never_begun() -> None:
         time.sleep(0.001)
     assert began == ["last"]
     made.close()
+
+
+def test_a_thread_that_cannot_be_started_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, done, refused = Preparations(1, SECONDS), threading.Event(), list[str]()
+    start = threading.Thread.start
+
+    def starting(thread: threading.Thread) -> None:
+        if not refused:
+            refused.append(thread.name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", starting)
+    with pytest.raises(RuntimeError, match="new thread"):
+        made.submit([lambda: None], lambda error: None)
+    made.submit([lambda: None], lambda error: done.set())
+    assert done.wait(SECONDS)
+    made.close()
+    assert refused == ["nanoengine-prepare"]

@@ -166,12 +166,13 @@ def test_a_broken_drafter_is_named_at_the_start(target: str, text: str) -> None:
 # -- in Python --------------------------------------------------------------------------------------------------------
 
 
-def test_the_engine_option_is_a_mapping() -> None:
+def test_the_engine_option_is_a_mapping_or_a_name() -> None:
     given = {"method": "ngram", "tokens": 2}
     assert engine_options({"speculation": given}).speculation == given
     assert engine_options({}).speculation is None
-    with pytest.raises(ConfigError, match="speculation must be a mapping from strings to values, or None, not 'ngram'"):
-        engine_options({"speculation": "ngram"})
+    assert engine_options({"speculation": "ngram"}).speculation == {"method": "ngram"}
+    with pytest.raises(ConfigError, match="speculation must be a mapping from strings to values, or None, not 3"):
+        engine_options({"speculation": 3})
     with pytest.raises(
         ConfigError, match=r"'speculative_config': write speculation=\{'method': 'ngram', 'tokens': 4\}"
     ):

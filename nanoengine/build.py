@@ -17,7 +17,7 @@ from torch import nn
 
 from nanoengine.api.attention import AttentionBackend, AttentionNeed
 from nanoengine.api.draft_checks import CheckedDrafter
-from nanoengine.api.drafters import DrafterContext, HostDrafter
+from nanoengine.api.drafters import HostDrafter
 from nanoengine.api.errors import (
     ConfigError,
     GrammarError,
@@ -530,20 +530,23 @@ def _speculation(assembly: Assembly, config: SchedulerConfig) -> Speculation | N
     plan = assembly.plan.speculation
     if plan is None:
         return None
-    ctx = DrafterContext(
-        tokens=plan.tokens,
-        vocab_size=assembly.vocab_size,
-        max_model_len=config.max_model_len,
-        max_slots=num_slots(config.max_num_seqs, config.spare_slots),
-        device=assembly.plan.options.device,
-    )
-    drafter = None if plan.device else make_drafter(plan, assembly.loader, ctx)  # the device's are the ranks'
-    checked = CheckedDrafter(drafter, plan.where) if isinstance(drafter, HostDrafter) else None
+    device, checked = assembly.plan.options.device, None
+    if not plan.device:  # the device's are the ranks'
+        drafter = make_drafter(
+            plan,
+            assembly.loader,
+            vocab_size=assembly.vocab_size,
+            max_model_len=config.max_model_len,
+            max_slots=num_slots(config.max_num_seqs, config.spare_slots),
+            device=device,
+        )
+        assert isinstance(drafter, HostDrafter)
+        checked = CheckedDrafter(drafter, plan.where)
     return Speculation(
         checked,
         tokens=plan.tokens,
         min_acceptance=plan.min_acceptance,
-        step_tokens=plan.step_tokens or DEFAULT_STEP_TOKENS[torch.device(ctx.device).type],
+        step_tokens=plan.step_tokens or DEFAULT_STEP_TOKENS[torch.device(device).type],
     )
 
 

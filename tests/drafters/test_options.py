@@ -158,9 +158,8 @@ def test_a_broken_drafter_is_named_at_the_start(target: str, text: str) -> None:
     registry = discover(extra=[("x", holder(DrafterSpec(name="x", target=target, api=1)))])
     plan = choose_speculation(registry, {"method": "x"})
     assert plan is not None
-    ctx = DrafterContext(tokens=4, vocab_size=9, max_model_len=9, max_slots=2, device="cpu")
     with pytest.raises(PluginError, match=text):
-        make_drafter(plan, TargetLoader(), ctx)
+        make_drafter(plan, TargetLoader(), vocab_size=9, max_model_len=9, max_slots=2, device="cpu")
 
 
 # -- in Python --------------------------------------------------------------------------------------------------------

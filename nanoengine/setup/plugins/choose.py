@@ -114,8 +114,7 @@ def ranked_backends(
     registry: Registry, need: AttentionNeed, loader: TargetLoader
 ) -> Iterator[tuple[Registered[AttentionSpec], list[str]]]:
     """Each backend with the reasons why it does not support `need`, in the order of "auto". Loads one at a time."""
-    ranked = sorted(registry.attention_backends.values(), key=lambda each: (-each.spec.preference, each.spec.name))
-    for candidate in ranked:
+    for candidate in sorted(registry.attention_backends.values(), key=_preference):
         try:
             yield candidate, attention_reasons(candidate.spec, need, loader)
         except PluginError as error:
@@ -178,7 +177,7 @@ def choose_grammars(registry: Registry, name: str, loader: TargetLoader) -> type
     Raises `UnsupportedError` with the command to type if what it needs is not installed; `PluginError` if it does not
     exist or is broken.
     """
-    ranked = sorted(registry.grammars.values(), key=lambda each: (-each.spec.preference, each.spec.name))
+    ranked = sorted(registry.grammars.values(), key=_preference)
     candidates = ranked if name == "auto" else [registry.require("grammars", name)]
     reasons = []
     for found in candidates:
@@ -188,6 +187,11 @@ def choose_grammars(registry: Registry, name: str, loader: TargetLoader) -> type
         reasons.append(f"{found.spec.name} {missing}")
     what = "no grammar backend can be used, so output cannot be constrained"
     raise UnsupportedError(what if name == "auto" else f"grammar backend {name!r}", reasons or ["none is installed"])
+
+
+def _preference(found: Registered[Any]) -> tuple[int, str]:
+    """What "auto" sorts candidates by: the highest preference first; if equal, the first by name."""
+    return -found.spec.preference, found.spec.name
 
 
 def missing_modules(spec: AttentionSpec | GrammarSpec) -> str:

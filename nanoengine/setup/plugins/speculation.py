@@ -87,8 +87,18 @@ def drafter_base(device: bool) -> type[Any]:
     return DeviceDrafter if device else HostDrafter
 
 
-def make_drafter(plan: SpeculationPlan, loader: TargetLoader, ctx: DrafterContext) -> HostDrafter | DeviceDrafter:
-    """The plan's drafter. Raises `PluginError` if its class cannot be loaded, or fails."""
+def make_drafter(
+    plan: SpeculationPlan, loader: TargetLoader, *, vocab_size: int, max_model_len: int, max_slots: int, device: str
+) -> HostDrafter | DeviceDrafter:
+    """The plan's drafter; the sizes are those of `DrafterContext`. Raises `PluginError` if its class cannot be loaded,
+    or fails."""
+    ctx = DrafterContext(
+        tokens=plan.tokens,
+        vocab_size=vocab_size,
+        max_model_len=max_model_len,
+        max_slots=max_slots,
+        device=device,
+    )
     drafter_class = load_checked(loader, plan.target, drafter_base(plan.device))
     params = loader.load(plan.params_target)(**plan.params)
     with plugin_call(f"{plan.where} failed in __init__", drafter_class):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nanoengine.api.attention import AttentionBackend
-from nanoengine.api.drafters import DeviceDrafter, DrafterContext
+from nanoengine.api.drafters import DeviceDrafter
 from nanoengine.api.errors import ModelError, NanoEngineError, is_out_of_memory
 from nanoengine.api.model import Attention, Model
 from nanoengine.api.parallel import TensorParallelGroup
@@ -201,14 +201,14 @@ class _Start:
         plan = self.plan.speculation
         if plan is None or not plan.device:
             return None
-        ctx = DrafterContext(
-            tokens=plan.tokens,
+        made = make_drafter(
+            plan,
+            self.loader,
             vocab_size=limits.vocab_size,
             max_model_len=limits.max_model_len,
             max_slots=limits.max_slots,
             device=str(self.device),
         )
-        made = make_drafter(plan, self.loader, ctx)
         assert isinstance(made, DeviceDrafter)
         return made
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from nanoengine.api import DrafterContext, DrafterSpec, DraftSample, DraftState, HostDrafter, hookimpl
+from nanoengine.api import DrafterSpec, DraftSample, DraftState, HostDrafter, hookimpl
 from nanoengine.api.specs import Origin
 from nanoengine.setup.plugins.discover import Registered, Registry, discover
 from nanoengine.setup.plugins.speculation import choose_speculation, make_drafter
@@ -70,8 +70,7 @@ def _make(spec: DrafterSpec, values: Mapping[str, Any], vocab_size: int, device:
     plan = choose_speculation(registry, {"method": spec.name, "tokens": _TOKENS, **values})
     assert plan is not None
     loader = TargetLoader(local={plan.params_target: spec.params})
-    ctx = DrafterContext(tokens=_TOKENS, vocab_size=vocab_size, max_model_len=256, max_slots=8, device=device)
-    return make_drafter(plan, loader, ctx)
+    return make_drafter(plan, loader, vocab_size=vocab_size, max_model_len=256, max_slots=8, device=device)
 
 
 def _check_engine(spec: DrafterSpec, values: Mapping[str, Any], vocab_size: int) -> None:

@@ -107,8 +107,7 @@ class WorkersExecutor(Executor):
         self._check_ranks(0.0)
         shared, number = self._open(), self._number + 1
         self._until_read(number - RING)
-        for old in [n for n in self._parcels if n <= shared.least(Word.READ)]:
-            self._parcels.pop(old).close()
+        self._close_read()
         data = encode(plan)
         if not shared.put(shared.layout.plan_at(number), data):
             self._parcels[number] = Parcel(data)
@@ -132,6 +131,15 @@ class WorkersExecutor(Executor):
         for rank in self._ranks:
             self._announce(rank)
         return _WorkerStep(self, number)
+
+    def _close_read(self) -> None:
+        """Closes the parcels that all ranks have read. A rank reads a plan's columns before the plan behind it."""
+        read = self._open().least(Word.READ)
+        for old in [n for n in self._parcels if n <= read]:
+            self._parcels.pop(old).close()
+        if self._columns is not None and self._supplied < read:
+            self._columns.close()
+            self._columns = None
 
     def _until_read(self, number: int) -> None:
         """Waits until all ranks have read the plan of this number. They send no frame when they have."""

@@ -122,6 +122,7 @@ def test_host_states_live_in_the_engine(two: tuple[LLM, LLM]) -> None:
     generate(narrow, [PROMPTS[0]] * 16, PARAMS.replace(chain=3, prompt_logprobs=None))
     assert executor(narrow).parcels_sent > before
     assert executor(wide).parcels_sent == 0
+    generate(narrow, PROMPTS)  # plans that fit: the engine closes the parcels that the ranks have read
 
 
 def test_idle_ranks_burn_no_core(two: tuple[LLM, LLM]) -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
+from nanoengine.api.deltas import LogprobRows
 from nanoengine.api.errors import RequestError, is_failure, text_failure
 from nanoengine.core.request import Request, int32_bytes, request_seed
 from nanoengine.core.scheduling.messages import Update
-from nanoengine.core.step import LogprobRows
 from nanoengine.params.generated import NOTHING, Beginning
 from nanoengine.params.input_processor import CheckedRequest
 from nanoengine.params.preparation import Task

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nanoengine.api.deltas import LogprobRows
+
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
@@ -181,42 +183,6 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return int(self.query_lens.sum())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogprobRows:
-    """Log-probs at N positions, of the raw logits (before any logits processor).
-
-    Attributes:
-        rows: int32 [N]; the plan's row each belongs to. positions: int32 [N]; absolute position of the token whose
-            log-prob this is.
-        token_ids: int32 [N]; that token. logprobs: float32 [N]. ranks: int32 [N]; 1 + tokens strictly likelier.
-        top_ids: int32, flat, best first; top_logprobs: float32, flat; top_offsets: int32 [N + 1].
-    """
-
-    rows: Int32 = field(default_factory=i32)
-    positions: Int32 = field(default_factory=i32)
-    token_ids: Int32 = field(default_factory=i32)
-    logprobs: Float32 = field(default_factory=f32)
-    ranks: Int32 = field(default_factory=i32)
-    top_ids: Int32 = field(default_factory=i32)
-    top_logprobs: Float32 = field(default_factory=f32)
-    top_offsets: Int32 = field(default_factory=lambda: i32([0]))
-
-    def part(self, start: int, end: int) -> LogprobRows:
-        """The entries [start, end)."""
-        offsets, these = self.top_offsets[start : end + 1], slice(start, end)
-        tops = slice(offsets[0], offsets[-1])
-        return LogprobRows(
-            rows=self.rows[these],
-            positions=self.positions[these],
-            token_ids=self.token_ids[these],
-            logprobs=self.logprobs[these],
-            ranks=self.ranks[these],
-            top_ids=self.top_ids[tops],
-            top_logprobs=self.top_logprobs[tops],
-            top_offsets=offsets - offsets[0],
-        )
 
 
 NO_LOGPROBS = LogprobRows()

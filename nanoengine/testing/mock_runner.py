@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nanoengine.api.deltas import LogprobRows
 from nanoengine.core.step import (
     ROW_FINE,
-    LogprobRows,
     NewSlots,
     ProcessorColumn,
     StepPlan,

@@ -23,7 +23,10 @@ ORDER = (
     ("build_engine",),
     ("stream",),
     ("llm",),
+    ("service",),
+    ("async_llm",),
     ("cli",),
+    ("server",),
     ("lab",),
 )
 RANK = {f"nanoengine.{name}": rank for rank, names in enumerate(ORDER) for name in names}

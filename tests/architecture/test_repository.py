@@ -33,8 +33,12 @@ def pins() -> dict[str, str]:
 
 
 def requirements(project: dict[str, Any], *extras: str) -> list[Requirement]:
+    """Those of the project and of its extras; an extra may name others, as "nanoengine[server]" does."""
     named = project["project"]["optional-dependencies"]
-    return [Requirement(r) for r in (*project["project"]["dependencies"], *(r for e in extras for r in named[e]))]
+    found = [Requirement(r) for r in (*project["project"]["dependencies"], *(r for e in extras for r in named[e]))]
+    inner = {extra for r in found if r.name == "nanoengine" for extra in r.extras}
+    others = requirements(project, *inner) if inner else []
+    return [r for r in (*found, *others) if r.name != "nanoengine"]
 
 
 def test_torch_is_pinned_without_a_label(pins: dict[str, str]) -> None:

@@ -17,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoengine import LLM, CompletionOutput, RequestOutput, SamplingParams
+from nanoengine.api.deltas import LogprobRows
 from nanoengine.core import outputs as output_module
 from nanoengine.core.outputs import OutputProcessor, RequestState, copy_when_read
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.messages import Update
-from nanoengine.core.step import LogprobRows, f32, i32
+from nanoengine.core.step import f32, i32
 from nanoengine.params.input_processor import CheckedRequest
 from nanoengine.params.sampling_params import ResolvedParams
 from nanoengine.text import Tokenizer

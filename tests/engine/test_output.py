@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from nanoengine.api.deltas import LogprobRows
 from nanoengine.core.outputs import OutputProcessor, RequestState
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.messages import Update
-from nanoengine.core.step import LogprobRows, f32, i32
+from nanoengine.core.step import f32, i32
 from nanoengine.params.input_processor import CheckedRequest
 from nanoengine.params.sampling_params import ResolvedParams
 from nanoengine.text import Tokenizer

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from nanoengine.api.deltas import LogprobRows
 from nanoengine.api.errors import forget_locals, is_failure
 from nanoengine.core.step import (
     NO_LOGPROBS,
@@ -18,7 +19,6 @@ from nanoengine.core.step import (
     ROW_FINE,
     Int32,
     Int64,
-    LogprobRows,
     StepPlan,
     StepResult,
     SuppliedColumn,

@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nanoengine.api.deltas import LogprobRows
 from nanoengine.api.errors import draw_failure
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.messages import ScheduledStep, Update
 from nanoengine.core.scheduling.queues import Roster
-from nanoengine.core.step import ROW_BAD_LOGITS, LogprobRows, StepResult, offsets_of
+from nanoengine.core.step import ROW_BAD_LOGITS, StepResult, offsets_of
 from nanoengine.params.generated import EndReason, first_end
 
 

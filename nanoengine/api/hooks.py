@@ -15,6 +15,7 @@ from nanoengine.api.specs import (
     ModelSourceSpec,
     ModelSpec,
     SamplerSpec,
+    ToolParserSpec,
 )
 
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -49,6 +50,11 @@ def register_drafters() -> Iterable[DrafterSpec]:  # type: ignore[empty-body]
 @hookspec
 def register_grammars() -> Iterable[GrammarSpec]:  # type: ignore[empty-body]
     """Grammar backends."""
+
+
+@hookspec
+def register_tool_parsers() -> Iterable[ToolParserSpec]:  # type: ignore[empty-body]
+    """Tool parsers."""
 
 
 @hookspec

@@ -317,7 +317,27 @@ class DrafterSpec:
     device: bool = False
 
 
-Spec = ModelSpec | SamplerSpec | AttentionSpec | ModelSourceSpec | DrafterSpec | GrammarSpec | CommandSpec
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolParserSpec:
+    """A tool parser.
+
+    Attributes:
+        name: what `tool_parser` selects, e.g. "hermes".
+        target: "package.module:Class" of a `nanoengine.api.ToolParser`, in a module that imports no torch.
+        api: the interface version the plugin was written for.
+        preference: `auto` takes the parser with the highest preference of those that match the chat template; if equal,
+            the first by name.
+    """
+
+    name: str
+    target: str
+    api: int
+    preference: int = 0
+
+
+Spec = (
+    ModelSpec | SamplerSpec | AttentionSpec | ModelSourceSpec | DrafterSpec | GrammarSpec | CommandSpec | ToolParserSpec
+)
 
 
 PROJECT = "nanoengine"

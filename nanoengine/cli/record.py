@@ -163,7 +163,7 @@ def _versions(registry: Registry) -> dict[str, str]:
     # If worker processes compute, this process must not use GPU memory only to get the name.
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         found["gpu"] = torch.cuda.get_device_name()
-    kinds = ("models", "samplers", "attention_backends", "model_sources", "drafters", "grammars")
+    kinds = ("models", "samplers", "attention_backends", "model_sources", "drafters", "grammars", "tool_parsers")
     for origin in (each.origin for kind in kinds for each in getattr(registry, kind).values()):
         if origin.file is not None:
             found[f"plugin file {origin.file}"] = hashlib.sha256(Path(origin.file).read_bytes()).hexdigest()[:16]

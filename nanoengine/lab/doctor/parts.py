@@ -14,6 +14,7 @@ from nanoengine.api.errors import NanoEngineError, described, is_failure
 from nanoengine.api.grammars import GrammarBackend
 from nanoengine.api.processors import LogitsProcessor
 from nanoengine.api.sources import ModelSource
+from nanoengine.api.tool_parsers import ToolParser
 from nanoengine.lab.doctor.findings import Finding, Level, Verdict
 from nanoengine.params.engine_options import EngineOptions
 from nanoengine.setup.plugins.choose import choose_grammars, load_checked, ranked_backends
@@ -98,6 +99,7 @@ def _base(kind: Kind, spec: Any) -> type[Any]:
         "attention_backends": AttentionBackend,
         "model_sources": ModelSource,
         "grammars": GrammarBackend,
+        "tool_parsers": ToolParser,
     }
     return bases[kind]
 

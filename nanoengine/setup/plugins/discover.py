@@ -184,6 +184,7 @@ class _Search:
             grammars=of("grammars"),
             commands=of("commands"),
             drafters=of("drafters"),
+            tool_parsers=of("tool_parsers"),
             config_roots=tuple(self.roots),
             plugins=tuple(self.plugins),
             failures=tuple(self.failures),

@@ -23,6 +23,7 @@ from nanoengine.api.specs import (
     SamplerSpec,
     Spec,
     StandardOp,
+    ToolParserSpec,
 )
 from nanoengine.params.sampling_fields import legal_fields
 from nanoengine.params.speculation import NO_SPECULATION, drafter_types
@@ -35,6 +36,7 @@ SPEC_HOOKS: Mapping[str, tuple[Kind, type[Spec]]] = {
     "register_model_sources": ("model_sources", ModelSourceSpec),
     "register_drafters": ("drafters", DrafterSpec),
     "register_grammars": ("grammars", GrammarSpec),
+    "register_tool_parsers": ("tool_parsers", ToolParserSpec),
     "register_commands": ("commands", CommandSpec),
 }
 HOOKS = (*SPEC_HOOKS, "register_configs")

@@ -159,15 +159,27 @@ class RequestError(NanoEngineError):
             "worker_failed", "text_failed" (its tokens could not be decoded), "invalid_grammar" (a schema, regular
             expression or grammar that is wrong or not supported), "grammar_failed" (the tokens and the grammar of the
             output do not fit), "prepare_failed" and "prepare_timeout" (the work before the request can start),
-            "engine_failed" (the engine's own code raised an error, which is a bug of the engine).
+            "engine_failed" (the engine's own code raised an error, which is a bug of the engine). Of an engine that is
+            a service also "overloaded" (its queue is full), "deadline" (it had not started in time) and "unavailable".
+        retry_after: seconds after which to ask again; None: nothing is known about that.
     """
 
-    def __init__(self, code: str, message: str) -> None:
-        self.code = code
+    def __init__(self, code: str, message: str, retry_after: float | None = None) -> None:
+        self.code, self.retry_after = code, retry_after
         super().__init__(message)
 
-    def __reduce__(self) -> tuple[type[RequestError], tuple[str, ...]]:
-        return (RequestError, (self.code, str(self)))
+    def __reduce__(self) -> tuple[type[RequestError], tuple[Any, ...]]:
+        return (RequestError, (self.code, str(self), self.retry_after))
+
+
+class EngineUnavailable(RequestError):
+    """There is no engine that takes the request: it has ended, is being restarted, or is draining."""
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__("unavailable", message, retry_after)
+
+    def __reduce__(self) -> tuple[type[RequestError], tuple[Any, ...]]:
+        return (EngineUnavailable, (str(self), self.retry_after))
 
 
 class GrammarError(RequestError):
@@ -176,7 +188,7 @@ class GrammarError(RequestError):
     def __init__(self, message: str) -> None:
         super().__init__("invalid_grammar", message)
 
-    def __reduce__(self) -> tuple[type[RequestError], tuple[str, ...]]:
+    def __reduce__(self) -> tuple[type[RequestError], tuple[Any, ...]]:
         return (GrammarError, (str(self),))
 
 

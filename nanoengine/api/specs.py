@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -260,12 +260,15 @@ class CommandSpec:
             group. Imported when the command is called.
         help: one line for listings, which do not import the target.
         api: the interface version the plugin was written for.
+        sections: sections of a configuration that the command reads: key -> "package.module:Class" of a frozen
+            dataclass, in a module that imports no torch, whose fields are the section's keys. All have defaults.
     """
 
     name: str
     target: str
     help: str
     api: int
+    sections: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

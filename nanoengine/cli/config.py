@@ -41,8 +41,9 @@ def show(
 def render(config: RunConfig) -> str:
     """YAML that composes to the same configuration. Each line has its origin as a comment."""
     lines: list[str] = []
-    for key, value in plain(config).items():
-        if key in ("model", "attention", "engine", "sampler") and isinstance(value, Mapping) and value:
+    sections = {name: asdict(section) for name, section in config.sections.items()}
+    for key, value in (plain(config) | sections).items():
+        if key in ("model", "attention", "engine", "sampler", *sections) and isinstance(value, Mapping) and value:
             lines.append(f"{key}:")
             for name, item in value.items():
                 lines += [f"  {line}" for line in _lines(name, item, _origins(config, f"{key}.{name}"))]
@@ -59,7 +60,7 @@ def _origins(config: RunConfig, key: str) -> str:
 
 
 def plain(config: RunConfig) -> dict[str, Any]:
-    """The configuration as plain containers, as in YAML, without the origins."""
+    """The configuration as plain containers, as in YAML, without the origins and without the sections of commands."""
     prompts: Any = config.prompts
     if isinstance(prompts, PromptFile):
         prompts = asdict(prompts)

@@ -16,7 +16,7 @@ from nanoengine.cli.app import app
 from nanoengine.cli.commands import load_command
 from nanoengine.setup.plugins.discover import discover
 
-OWN = ["run", "chat", "config", "plugins", "bench", "report", "sweep", "doctor"]
+OWN = ["run", "chat", "config", "plugins", "bench", "report", "sweep", "doctor", "serve"]
 COMMAND = """
 @hookimpl
 def register_commands():

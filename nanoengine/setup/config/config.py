@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from nanoengine.api.errors import ConfigError, ParamsError, PluginError, nearest, nearest_part
+from nanoengine.api.plugin_calls import plugin_call
 from nanoengine.observe.files import user_path
 from nanoengine.params.engine_options import EngineOptions
 from nanoengine.params.field_types import conform
@@ -25,10 +26,12 @@ from nanoengine.setup.config.composer.yaml_file import ConfigFile, KeyPath, dott
 from nanoengine.setup.config.engine_options import dtype_hint
 from nanoengine.setup.config.prompts import PromptFile, Prompts, check_prompts
 from nanoengine.setup.config.sampler_section import Processors, check_sampler, logits_processors
+from nanoengine.setup.config.sections import section_class, section_keys, section_names
 from nanoengine.setup.plugins.discover import discover
 from nanoengine.setup.plugins.registry import Kind, Registry
 from nanoengine.setup.plugins.sources import with_revision
 from nanoengine.setup.plugins.speculation import choose_speculation
+from nanoengine.setup.plugins.validation import RUN_KEYS
 
 _YAML = (".yaml", ".yml")
 
@@ -72,6 +75,7 @@ class RunConfig:
         prompts: texts or conversations, or the file that holds them; None: none were given.
         output: path of the results, relative to the working directory; None: no file is written.
         chat: prompts become chat messages where the model has a chat template.
+        sections: what commands read, such as "server": the dataclass of each section that was given.
         provenance: dotted key -> "file:line" or "override '...'", for the keys that were given.
     """
 
@@ -82,11 +86,11 @@ class RunConfig:
     prompts: Prompts | None = None
     output: str | None = None
     chat: bool = True
+    sections: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
 
 _SECTIONS: Mapping[str, type[Any]] = {"model": ModelSection, "attention": AttentionSection, "engine": EngineOptions}
-_KEYS = (*(f.name for f in fields(RunConfig) if f.name != "provenance"), "speculation")
 _SPECULATION = ("engine", "speculation")  # where the section `speculation` goes
 
 
@@ -108,7 +112,7 @@ def load_config(
     roots = [each for root, origin in registry.config_roots for each in package_root(root, str(origin))]
     primary, search = _primary(path_or_recipe, roots, registry.failure_hint("configs"))
     interpolable = {"attention": asdict(AttentionSection()), "engine": asdict(EngineOptions()), "chat": True}
-    plain = [key for key in _KEYS if key not in _SECTIONS and key not in ("sampler", "speculation")]
+    plain = [key for key in RUN_KEYS if key not in _SECTIONS and key not in ("sampler", "speculation")]
     composed = compose(primary, search, overrides, shorthands=_shorthands(registry), defaults=interpolable, plain=plain)
     return _checked(_with_speculation(composed), registry, primary.label)
 
@@ -195,9 +199,10 @@ def _shorthands(registry: Registry) -> Mapping[str, Shorthand]:
 
 def _checked(composed: Composed, registry: Registry, label: str) -> RunConfig:
     processors = logits_processors(registry)
-    _check_keys(composed, list(legal_fields(processors)), registry.failure_hint("samplers"))
+    _check_keys(composed, list(legal_fields(processors)), registry)
     data = composed.data
-    for name in ("engine", "sampler"):
+    own = [name for name in section_names(registry) if name in data]
+    for name in ("engine", "sampler", *own):
         if isinstance(data.get(name), str):
             raise ConfigError(
                 f"{composed.origin((name,))}: {name} must be a mapping, not {data[name]!r}; a file of the config group "
@@ -209,13 +214,14 @@ def _checked(composed: Composed, registry: Registry, label: str) -> RunConfig:
             f"{label}: no model is chosen; write 'model: NAME-OR-PATH', or give model=NAME-OR-PATH. Known: {known}"
         )
     config = RunConfig(
-        model=_section(composed, "model"),
-        attention=_section(composed, "attention"),
-        engine=_section(composed, "engine"),
+        model=_section(composed, "model", ModelSection),
+        attention=_section(composed, "attention", AttentionSection),
+        engine=_section(composed, "engine", EngineOptions),
         sampler=_sampler(composed, processors),
         prompts=check_prompts(data.get("prompts"), lambda path: composed.origin(("prompts", *path))),
         output=_value(composed, ("output",), str | None, data.get("output")),
         chat=_value(composed, ("chat",), bool, data.get("chat", True)),
+        sections={name: _section(composed, name, section_class(registry, name)) for name in own},
         provenance=MappingProxyType({dotted(path): by for path, by in composed.origins.items()}),
     )
     _check_whole(config, composed, registry)
@@ -258,14 +264,20 @@ def _check_installed(composed: Composed, registry: Registry, path: KeyPath, kind
         raise PluginError(f"{composed.origin(path)}: {dotted(path)}: {error}") from error
 
 
-def _check_keys(composed: Composed, sampling: Sequence[str], failure_hint: str) -> None:
-    """Raises `ConfigError` for an unknown key. `failure_hint`: the plugins that failed, which may have had it."""
+def _check_keys(composed: Composed, sampling: Sequence[str], registry: Registry) -> None:
+    """Raises `ConfigError` for an unknown key."""
+    commands = section_names(registry)
     choices: dict[str, Sequence[str]] = {name: [f.name for f in fields(cls)] for name, cls in _SECTIONS.items()}
     choices |= {"sampler": sampling, "prompts": [f.name for f in fields(PromptFile)]}
+    choices |= {
+        name: section_keys(registry, name) for name in commands if (name,) in {path[:1] for path, _ in composed.given}
+    }
     for path, origin in composed.given:
-        if path[0] not in _KEYS:
+        if path[0] not in RUN_KEYS and path[0] not in commands:
+            choices |= {name: section_keys(registry, name) for name in commands if name not in choices}
             inside = next((f"did you mean '{name}.{path[0]}'? " for name in choices if path[0] in choices[name]), "")
-            raise ConfigError(f"{origin}: unknown key {dotted(path)!r}; {inside}{nearest(str(path[0]), _KEYS)}")
+            known = f"{nearest(str(path[0]), (*RUN_KEYS, *commands))}{registry.failure_hint('commands')}"
+            raise ConfigError(f"{origin}: unknown key {dotted(path)!r}; {inside}{known}")
         if len(path) != 2 or path[0] not in choices:
             continue
         if isinstance(path[1], int) and (path[0] == "prompts" or not isinstance(composed.data.get(path[0]), Mapping)):
@@ -274,14 +286,13 @@ def _check_keys(composed: Composed, sampling: Sequence[str], failure_hint: str) 
             key, valid = str(path[1]), choices[str(path[0])]
             why = nearest(key, valid)
             if path[0] == "sampler":
-                known = NOT_SUPPORTED.get(key)
-                why = f"not supported: {known}" if known else nearest_part(key, valid) + failure_hint
+                failed, unsupported = registry.failure_hint("samplers"), NOT_SUPPORTED.get(key)
+                why = f"not supported: {unsupported}" if unsupported else nearest_part(key, valid) + failed
             raise ConfigError(f"{origin}: unknown key {dotted(path)!r}; {why}")
 
 
-def _section(composed: Composed, name: str) -> Any:
+def _section(composed: Composed, name: str, cls: type[Any]) -> Any:
     """A section as its dataclass; one that is empty or absent has its defaults."""
-    cls = _SECTIONS[name]
     given = composed.data.get(name)
     if given is None:
         given = {}
@@ -295,7 +306,8 @@ def _section(composed: Composed, name: str) -> Any:
     if name == "model" and not values.get("source"):
         raise ConfigError(f"{composed.origin((name,))}: model.source must be given: a registered name or a path")
     try:
-        return cls(**values)
+        with plugin_call(f"{cls.__qualname__} failed", cls):
+            return cls(**values)
     except ConfigError as error:  # out of range; it begins with the option's name, "engine.seed"
         key = str(error).split(maxsplit=1)[0].removeprefix(f"{name}.")
         raise ConfigError(f"{composed.origin((name, key))}: {error}") from error
@@ -307,3 +319,11 @@ def _value(composed: Composed, path: KeyPath, annotation: Any, value: Any) -> An
     except ParamsError as error:
         hint = dtype_hint(value) if path == ("engine", "dtype") else ""
         raise ConfigError(f"{composed.origin(path)}: {error}{hint}") from error
+    except ConfigError as error:  # of a dataclass within the section; it begins with the key, too
+        raise ConfigError(f"{composed.origin(_path(str(error), path))}: {error}") from error
+
+
+def _path(message: str, path: KeyPath) -> KeyPath:
+    """The key that the message begins with, if it is in `path`."""
+    named = tuple(message.split(maxsplit=1)[0].split("."))
+    return named if named[: len(path)] == path else path

@@ -40,6 +40,8 @@ SPEC_HOOKS: Mapping[str, tuple[Kind, type[Spec]]] = {
     "register_commands": ("commands", CommandSpec),
 }
 HOOKS = (*SPEC_HOOKS, "register_configs")
+RUN_KEYS = ("model", "sampler", "attention", "engine", "prompts", "output", "chat", "speculation")
+"""The keys of a configuration that are nanoengine's own: no command may have a section of such a name."""
 COLUMN_DTYPES = ("float32", "int32", "bool")
 _OPS: Mapping[StandardOp, tuple[str, tuple[float, ...]]] = {
     StandardOp.TEMPERATURE: (
@@ -179,6 +181,10 @@ _COMMAND_CHECKS = {
     "name": ("words with one space between them", lambda v: _matches(_COMMAND, v)),
     "target": ("of the form 'package.module:attribute'", lambda v: _matches(_TARGET, v)),
     "help": ("one line of text", lambda v: isinstance(v, str) and len(v.strip().splitlines()) == 1),
+    "sections": (
+        f"a mapping from names, none of {', '.join(RUN_KEYS)}, to targets 'package.module:Class'",
+        lambda v: isinstance(v, Mapping) and all(_is_section(name, target) for name, target in v.items()),
+    ),
 }
 _DRAFTER_CHECKS = {
     **_FIELD_CHECKS,
@@ -193,6 +199,10 @@ _SPEC_CHECKS: Mapping[type[Any], Mapping[str, tuple[str, Callable[[Any], bool]]]
     CommandSpec: _COMMAND_CHECKS,
     DrafterSpec: _DRAFTER_CHECKS,
 }
+
+
+def _is_section(name: object, target: object) -> bool:
+    return isinstance(name, str) and name.isidentifier() and name not in RUN_KEYS and _matches(_TARGET, target)
 
 
 def _matches(pattern: re.Pattern[str], value: object) -> bool:

@@ -47,6 +47,19 @@ class ServerConfig:
         restart: what happens when the engine's process ends by itself: see `RestartOptions`.
         log_format: "text", or "json" for one object per line.
         log_level: the lowest level that is logged.
+        served_model_name: names by which clients may ask for the model; answers say the first. (): the model's own.
+        api_keys: "NAME:sha256:HEX" or "sha256:HEX" of each. api_keys_file: a file with a key in each line, in these
+            forms or as it is, "NAME:KEY" or "KEY". Keys of the environment variable NANOENGINE_API_KEYS, as they are,
+            with commas between them, are added. Without any key everyone may ask.
+        cors_origins: origins whose pages may ask, as "https://chat.example"; ("*",): all.
+        max_body_bytes: most bytes of a request.
+        ping_seconds: a stream gets a comment line when nothing came for so long; 0: never.
+        tool_parser, reasoning_parser: names of plugins; "auto": by the chat template; None: the text stays as it is.
+        max_n: most samples of a prompt; None: as many as the engine allows. max_prompts: most of one request.
+        max_logprobs: most log-probs at a position that a client may ask for; the engine's own limit holds too.
+        special_tokens_in_content: what control tokens in the content of messages are.
+        request_timeout: seconds until a request must have started, if it does not say so itself; None: no limit.
+        threads: of each HTTP process, that tokenize and render.
     """
 
     host: str = "127.0.0.1"
@@ -58,6 +71,20 @@ class ServerConfig:
     restart: RestartOptions = field(default_factory=RestartOptions)
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    served_model_name: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = ()
+    api_keys_file: str | None = None
+    cors_origins: tuple[str, ...] = ()
+    max_body_bytes: int = 8 << 20
+    ping_seconds: float = 15.0
+    tool_parser: str | None = "auto"
+    reasoning_parser: str | None = "auto"
+    max_n: int | None = None
+    max_prompts: int = 1024
+    max_logprobs: int = 20
+    special_tokens_in_content: Literal["text", "tokens"] = "text"
+    request_timeout: float | None = None
+    threads: int = 4
 
     def __post_init__(self) -> None:
         if not self.host or self.host.strip() != self.host:
@@ -70,6 +97,13 @@ class ServerConfig:
             startup_timeout=(1.0, _DAY),
             health_deadline=(1.0, _DAY),
             drain_timeout=(0.0, _DAY),
+            max_body_bytes=(1024, 1 << 30),
+            ping_seconds=(0.0, _DAY),
+            max_n=(1, 1 << 16),
+            max_prompts=(1, 1 << 16),
+            max_logprobs=(0, 1 << 20),
+            request_timeout=(0.001, _DAY),
+            threads=(1, 256),
         )
 
 

@@ -119,7 +119,7 @@ class IncrementalDetokenizer:
         min_tokens: tokens before which no stop string counts.
     """
 
-    __slots__ = ("_include", "_min_tokens", "_num_tokens", "_parts", "_shown", "_specials", "_stops", "_text")
+    __slots__ = ("_include", "_min_tokens", "_num_tokens", "_parts", "_shown", "_specials", "_stops", "_taken", "_text")
 
     def __init__(
         self,
@@ -137,8 +137,9 @@ class IncrementalDetokenizer:
         self._include = include_stop_str_in_output
         self._min_tokens = min_tokens
         self._num_tokens = 0
-        self._parts: list[str] = []  # the certain text, joined when it is read
-        self._shown = 0  # number of its characters that can be shown
+        self._parts: list[str] = []  # the certain text that was not taken, joined when it is read
+        self._taken = 0  # number of characters before it
+        self._shown = 0  # number of characters that can be shown, with those that were taken
 
     @classmethod
     def from_params(cls, tokenizer: Tokenizer | None, params: ResolvedParams) -> IncrementalDetokenizer | None:
@@ -155,10 +156,18 @@ class IncrementalDetokenizer:
 
     @property
     def text(self) -> str:
-        """The text that can be shown so far."""
+        """The text that can be shown so far, without what was taken."""
         if len(self._parts) > 1:
             self._parts = ["".join(self._parts)]
-        return self._parts[0][: self._shown] if self._parts else ""
+        return self._parts[0][: self._shown - self._taken] if self._parts else ""
+
+    def take(self) -> str:
+        """Returns `text` and forgets it, so the cost does not grow with the sample."""
+        text, parts = self.text, self._parts
+        if text:
+            parts[0] = parts[0][len(text) :]
+            self._taken += len(text)
+        return text
 
     @property
     def num_tokens(self) -> int:
@@ -237,4 +246,4 @@ class IncrementalDetokenizer:
         self._specials.text.rest()
         text = text[: len(text) - self._specials.behind(special.start)]
         self._parts = [text + special.stop if self._include else text]
-        self._shown = len(self._parts[0])
+        self._shown = self._taken + len(self._parts[0])

@@ -78,9 +78,9 @@ class Generation:
 
 
 class SampleUpdate(NamedTuple):
-    """What is new of one sample. token_ids, logprobs: of the new tokens; those of a held-back text are here already."""
+    """What is new of the sample `number`. token_ids, logprobs: of the new tokens; those of a held-back text are here already."""
 
-    index: int
+    number: int
     events: Sequence[Event]
     token_ids: Sequence[int] = ()
     logprobs: LogprobRows | None = None
@@ -167,7 +167,7 @@ class _Sample:
 class _Trim:
     """Leaves out white space around calls. called: whether there was a call."""
 
-    __slots__ = ("_held", "_behind", "called")
+    __slots__ = ("_behind", "_held", "called")
 
     def __init__(self) -> None:
         self._held = ""  # white space at the end of the content so far

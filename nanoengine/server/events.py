@@ -78,7 +78,7 @@ class Generation:
 
 
 class SampleUpdate(NamedTuple):
-    """What is new of the sample `number`. token_ids, logprobs: of the new tokens; those of a held-back text are here already."""
+    """What is new of the sample `number`. token_ids, logprobs: also of those whose text is held back."""
 
     number: int
     events: Sequence[Event]

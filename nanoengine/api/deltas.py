@@ -13,6 +13,8 @@ from nanoengine.api.errors import RequestError
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
 FinishReason = Literal["stop", "length", "abort"]
+Pooling = Literal["mean", "last"]
+"""Of the hidden states of a prompt's tokens, after the model's last norm: their mean, or the last one."""
 
 
 def _i32(values: Any = ()) -> Int32:

@@ -301,7 +301,7 @@ class OutputProcessor:
         failed: dict[str, RequestError] = {}
         touched: dict[str, RequestState] = {}
         for update in updates:
-            request, new, finish_reason, _, drawn, prompt, error = update
+            request, new, finish_reason, _, drawn, prompt, error, _ = update
             request_id = request.parent
             state = known.get(request_id)
             if state is None or request_id in failed:

@@ -10,6 +10,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from nanoengine.api.deltas import Float32
     from nanoengine.core.scheduling.block_manager import Run
     from nanoengine.params.host_states import BoundState
     from nanoengine.params.sampling_params import ResolvedParams
@@ -77,6 +78,7 @@ class Request:
     borrowed: int = 0  # tokens of its KV that other requests computed, of this admission
     void_generation: int = -1  # whose results do not count: it read KV of others, and its logits were not finite
     prompt_logprobs_done: int = 1  # prompt positions before it have their log-probs delivered
+    pooled: Float32 | None = None  # of its committed chunks, the sum of the hidden states, if it pools
 
     # The block manager's.
     block_ids: list[list[int]] = field(default_factory=list)  # [group][block]; empty while it owns none
@@ -109,10 +111,10 @@ class Request:
 
     @property
     def may_read_cache(self) -> bool:
-        """Prompt log-probs need every prompt position computed, until all are delivered; and no request is broken twice
-        by what another one computed."""
+        """Prompt log-probs need every prompt position computed, until all are delivered, and so does a mean of hidden
+        states; and no request is broken twice by what another one computed."""
         all_delivered = self.params.prompt_logprobs is None or self.prompt_logprobs_done >= self.prompt_len
-        return all_delivered and self.void_generation < 0
+        return all_delivered and self.params.pooling != "mean" and self.void_generation < 0
 
     def unbook(self, num_tokens: int, drawn: int) -> None:
         """Takes its newest row back: so many tokens are not computed, and so many that it might have drawn are not."""

@@ -22,6 +22,7 @@ Float32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
 
 GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL = 1, 2, 4  # bits of `StepResult.graphs`
+POOL_LAST, POOL_ALL = 1, 2  # values of `StepPlan.pooled`
 ROW_FINE, ROW_BAD_LOGITS, ROW_NOTHING_LEFT = 0, 1, 2  # values of `StepResult.failed`
 
 
@@ -157,6 +158,8 @@ class StepPlan:
             wanted (prompt_logprobs).
         prompt_logprobs: int32 [L]; how many best log-probs to report at a position that is not sampled (0 for
             sampled ones, whose number comes from the slot).
+        pooled: int32 [B], or [0] where no row pools; of which of the row's tokens the hidden states are summed: 0 (of
+            none), `POOL_LAST` or `POOL_ALL`. Rows that pool are prefill rows.
         late: nothing is drawn before `StepHandle.supply` has brought columns of some rows.
     """
 
@@ -174,6 +177,7 @@ class StepPlan:
     logits_rows: Int32 = field(default_factory=i32)
     sampled: Bool = field(default_factory=flags)
     prompt_logprobs: Int32 = field(default_factory=i32)
+    pooled: Int32 = field(default_factory=i32)
     late: bool = False
 
     @property
@@ -196,12 +200,13 @@ class StepResult:
         step: the plan's number.
         token_ids: int32, flat, new tokens in row order; counts: int32 [B] (0 for a chunk that was not sampled, up to 1
             + its drafts for a row that has some: the drafts that count, and the token drawn behind them).
-        failed: int32 [B]; `ROW_FINE`, `ROW_BAD_LOGITS` (its raw logits were not finite) or `ROW_NOTHING_LEFT` (after
-            the logits processors no token was possible). A failed row has count 0. A failure behind a draft cuts the
-            row before it: the next step shows it again.
+        failed: int32 [B]; `ROW_FINE`, `ROW_BAD_LOGITS` (its raw logits, or its sum of hidden states, were not finite)
+            or `ROW_NOTHING_LEFT` (after the logits processors no token was possible). A failed row has count 0. A
+            failure behind a draft cuts the row before it: the next step shows it again.
         sampled_logprobs: one entry a draw whose slot asked for log-probs: in each row first those that count. Those of
             a failed row mean nothing.
         prompt_logprobs: one entry a prompt position that asked.
+        pooled: float32, flat; the sum of each row that pools, [P, hidden size].
         graphs: which parts ran as replayed CUDA graphs: a sum of `GRAPH_DECODE`, `GRAPH_MIXED`, `GRAPH_TAIL`.
     """
 
@@ -211,4 +216,5 @@ class StepResult:
     failed: Int32 = field(default_factory=i32)
     sampled_logprobs: LogprobRows = NO_LOGPROBS
     prompt_logprobs: LogprobRows = NO_LOGPROBS
+    pooled: Float32 = field(default_factory=f32)
     graphs: int = 0

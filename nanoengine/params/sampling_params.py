@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nanoengine.api.deltas import Pooling
 from nanoengine.api.errors import ParamsError, PluginError, described, is_failure, nearest_part, shown
 from nanoengine.api.plugin_calls import plugin_call
 from nanoengine.api.specs import ColumnSpec, ParamsContext, ProcessorParams, StandardOp
@@ -53,6 +54,7 @@ class ResolvedParams:
         detokenize, skip_special_tokens, include_stop_str_in_output: as in `SamplingParams`.
         stop: stop strings. eos_ids: empty with ignore_eos. stop_token_ids: the user's own.
         processors: those that this request uses. greedy: the draw is the arg-max.
+        pooling: a request that pools: its vector is the mean of the hidden states, or the last one; it draws no token.
     """
 
     n: int = 1
@@ -72,6 +74,7 @@ class ResolvedParams:
     stop_token_ids: frozenset[int] = frozenset()
     processors: tuple[PackedProcessor, ...] = ()
     greedy: bool = False
+    pooling: Pooling | None = None
 
     @property
     def stop_set(self) -> frozenset[int]:

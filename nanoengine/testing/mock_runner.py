@@ -4,7 +4,7 @@ It has the state of a device: slot tables, which the plans write, and a KV cache
 token depends on the token, its position and every KV entry before it, *read through the block table when it is
 computed*. A sampled token depends on the entries of its whole history, read in the same way. So a wrong block, a block
 that is reused too early, an old slot or a row that should not run any more changes the tokens. `expected_tokens` gives
-the correct ones.
+the correct ones, and `expected_vector` that of a request that pools.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from nanoengine.api.deltas import LogprobRows
 from nanoengine.core.step import (
+    POOL_ALL,
     ROW_FINE,
     NewSlots,
     ProcessorColumn,
@@ -63,6 +64,21 @@ def _choose(
 def fake_logprob(token: int, position: int) -> float:
     """The log-prob that the mock reports for a token at a position."""
     return -float((token * 31 + position * 7) % 101) / 16
+
+
+def _hidden(entries: npt.NDArray[np.uint64]) -> npt.NDArray[np.float32]:
+    """Hidden states [N, 2] of tokens with these KV entries: small integers, whose sums are exact in float32."""
+    return np.stack((entries & np.uint64(1023), entries >> np.uint64(54)), axis=1).astype(np.float32)
+
+
+def expected_vector(prompt: Sequence[int], pooling: str) -> npt.NDArray[np.float32]:
+    """float32 [2]: what a request that pools gets if it runs alone in a correct engine."""
+    history, entries = 0, []
+    for position, token in enumerate(prompt):
+        entries.append(_entry(history, token, position))
+        history = _add(history, entries[-1], position)
+    hidden = _hidden(np.array(entries, dtype=np.uint64))
+    return f32(hidden.sum(axis=0) / np.float32(len(prompt)) if pooling == "mean" else hidden[-1])
 
 
 def expected_tokens(
@@ -257,6 +273,8 @@ class MockRunner:
             if at < end:
                 self._forward(slot, at, end)
             self.computed[slot] = last + max(0, counts[row] - 1)
+        for row in np.flatnonzero(plan.pooled).tolist():
+            failed[row] = self.fail_row(plan, row)
         return StepResult(
             step=plan.step,
             token_ids=i32(tokens),
@@ -264,7 +282,18 @@ class MockRunner:
             failed=i32(failed),
             sampled_logprobs=_logprob_rows(sampled_entries),
             prompt_logprobs=_logprob_rows(prompt_entries),
+            pooled=self._sums(plan),
         )
+
+    def _sums(self, plan: StepPlan) -> npt.NDArray[np.float32]:
+        """Of the rows that pool, the sums of hidden states, flat. Read from the cache, behind the step."""
+        out = [f32()]
+        for row in np.flatnonzero(plan.pooled).tolist():
+            slot, start, end = int(plan.slots[row]), int(plan.starts[row]), int(plan.starts[row] + plan.query_lens[row])
+            positions = np.arange(start if plan.pooled[row] == POOL_ALL else end - 1, end)
+            entries = self.kv[0, self.block_tables[0, slot, positions // self.block_size], positions % self.block_size]
+            out.append(_hidden(entries).sum(axis=0))
+        return np.concatenate(out)
 
     def _guesses(self, plan: StepPlan, row: int, slot: int, offsets: npt.NDArray[np.int32]) -> list[int]:
         """The row's drafts: the host's, or what the model would draw, now and then another token."""

@@ -17,7 +17,7 @@ from nanoengine.api.specs import ColumnSpec, HostState, ProcessorParams
 from nanoengine.core.host_states import supplied_columns
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling import scheduler as scheduler_module
-from nanoengine.core.scheduling.block_manager import BlockManager
+from nanoengine.core.scheduling.block_manager import BlockManager, Pool
 from nanoengine.core.scheduling.draft import Draft
 from nanoengine.core.scheduling.messages import ScheduledStep, SchedulerConfig, Update
 from nanoengine.core.scheduling.scheduler import Scheduler
@@ -27,7 +27,7 @@ from nanoengine.distributed.worker import SuppliedColumns
 from nanoengine.params.host_states import start_states
 from nanoengine.params.sampling_params import PackedProcessor, ResolvedParams
 from nanoengine.testing.invariants import check_blocks, check_scheduler
-from nanoengine.testing.mock_runner import MockRunner, expected_tokens, fake_logprob
+from nanoengine.testing.mock_runner import MockRunner, expected_tokens, expected_vector, fake_logprob
 
 VOCAB = 97
 
@@ -258,7 +258,9 @@ class Loop:
         self.check()
         self.bad += bad
         for pool, blocks in ((pool, blocks[group]) for blocks in spoiled for group, pool in enumerate(self.pools)):
-            assert not self.checks or not pool.uids[blocks].any(), "the index holds blocks of a failed request"
+            assert not self.checks or not any(can_be_found(pool, block) for block in blocks), (
+                "the index holds blocks of a failed request"
+            )
         self.book(updates)
         self.supply_oldest()
         return updates
@@ -357,6 +359,9 @@ class Loop:
         assert self.cached(again) == whole, "what was computed is not found"
 
     def verify(self, request: Request) -> None:
+        if request.params.pooling is not None:
+            self.verify_vector(request)
+            return
         got, want = self.tokens[request], truth(request, self.config.max_model_len)
         assert got == request.output_token_ids
         end = self.ended.get(request)
@@ -371,6 +376,19 @@ class Loop:
         assert end.stop_reason == (last if stops and last not in params.eos_ids else None)
         if params.prompt_logprobs is not None:
             assert self.prompt_positions[request] == list(range(1, request.prompt_len))
+
+    def verify_vector(self, request: Request) -> None:
+        assert request.status is Status.FINISHED
+        assert not self.tokens[request]
+        assert not request.output_token_ids
+        end = self.ended.get(request)
+        if end is None:  # aborted
+            return
+        assert (end.pooled is None) is (end.error is not None), "an end without a vector"
+        if end.pooled is not None:
+            want = expected_vector(request.prompt_token_ids, request.params.pooling)
+            assert end.pooled.dtype == np.float32
+            assert end.pooled.tolist() == want.tolist(), f"request {request.id}: wrong vector"
 
 
 class BreakingLoop(Loop):
@@ -454,6 +472,14 @@ class BreakingLoop(Loop):
         return super().commit()
 
 
+def can_be_found(pool: Pool, block: int) -> bool:
+    """Whether the index holds this block and all before it."""
+    entry, places = pool.entries[block], {uid: place for place, uid in enumerate(pool.uids.tolist()) if uid}
+    while entry is not None and not isinstance(entry.parent, bytes):
+        entry = pool.entries[places[entry.parent]] if entry.parent in places else None
+    return entry is not None
+
+
 def replace_tokens(request: Request, tokens: Sequence[int]) -> Request:
     """Another request with these prompt tokens, and the same cache key."""
     return Request(
@@ -501,7 +527,8 @@ def run_ops(loop: BreakingLoop, ops: Iterable[Op]) -> None:
     tokens), ("limit", tokens that the device has memory for), ("step" | "launch" | "break", None); then to the end."""
     for name, value in ops:
         if name == "add":
-            if 0 < len(value["prompt"]) < loop.config.max_model_len:  # others do not get past the input processor
+            longest = loop.config.max_model_len - (not value.get("pooling"))
+            if 0 < len(value["prompt"]) <= longest:  # others do not get past the input processor
                 with suppress(RequestError):
                     loop.add(**value)
         elif name == "abort":
@@ -525,20 +552,37 @@ def run_ops(loop: BreakingLoop, ops: Iterable[Op]) -> None:
     loop.finish_and_verify()
 
 
-def random_ops(rng: random.Random, count: int, *, host: bool = True, breaks: bool = True) -> list[Op]:
+def random_ops(
+    rng: random.Random, count: int, *, host: bool = True, breaks: bool = True, pooling: float = 0.0
+) -> list[Op]:
+    """pooling: the share of requests that pool."""
     ops: list[Op] = []
     for _ in range(count):
         kinds = ["add", "step", "launch", "abort", "break", "bad"]
         kind = rng.choices(kinds, [5, 8, 3, 0.5, 0.6 * breaks, 0.5 * breaks])[0]
-        ops.append((kind, random_request(rng, host) if kind == "add" else rng.randrange(100)))
+        ops.append((kind, random_request(rng, host, pooling) if kind == "add" else rng.randrange(100)))
     return ops
 
 
-def random_request(rng: random.Random, host: bool = True) -> dict[str, Any]:
+def pooling_request(prompt: Sequence[int], pooling: str, priority: int = 0, cache_key: bytes = b"") -> dict[str, Any]:
+    """As the input processor makes one."""
+    return {
+        "prompt": prompt,
+        "pooling": pooling,
+        "max_tokens": 1,
+        "speculate": False,
+        "priority": priority,
+        "cache_key": cache_key,
+    }
+
+
+def random_request(rng: random.Random, host: bool = True, pooling: float = 0.0) -> dict[str, Any]:
     """Prompts share prefixes; a few ids stop, so that ends come at any place."""
     length = rng.randrange(1, 30)
     shared = min(length, rng.choice((0, 4, 8, 11, 16, 24)))
     prompt = prompt_of(shared) + prompt_of(length - shared, rng.randrange(3))
+    if pooling and rng.random() < pooling:
+        return pooling_request(prompt, rng.choice(("mean", "last")), rng.randrange(3), rng.choice((b"", b"", b"salt")))
     processors = (shift_processor(rng.randrange(5)),) if rng.random() < 0.3 else ()
     if host and rng.random() < 0.2:
         processors += (grammar_processor(fail_at=rng.choice((-1, -1, -1, 0, 4))),)

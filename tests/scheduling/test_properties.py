@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sched_harness import VOCAB, BreakingLoop, prompt_of, random_ops, random_request, run_ops
+from sched_harness import VOCAB, BreakingLoop, pooling_request, prompt_of, random_ops, random_request, run_ops
 
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.draft import Draft
@@ -49,9 +49,17 @@ requests = st.builds(
         }
     ),
 )
+pooling_requests = st.builds(
+    lambda shared, own, salt, pooling: pooling_request(prompt_of(shared) + prompt_of(own, salt), pooling),
+    st.sampled_from([0, 4, 8, 12, 16]),
+    st.integers(1, 14),
+    st.integers(0, 2),
+    st.sampled_from(["mean", "last"]),
+)
 operations = st.lists(
     st.one_of(
         st.tuples(st.just("add"), requests),
+        st.tuples(st.just("add"), pooling_requests),
         st.tuples(st.just("add"), st.integers(0, 1 << 30).map(lambda seed: random_request(random.Random(seed)))),
         st.tuples(st.sampled_from(["step", "step", "launch"]), st.none()),
         st.tuples(st.just("abort"), st.integers(0, 20)),

@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sched_harness import BreakingLoop, grammar_processor, prompt_of, random_ops, run_ops, shift_processor
+from sched_harness import (
+    BreakingLoop,
+    grammar_processor,
+    pooling_request,
+    prompt_of,
+    random_ops,
+    run_ops,
+    shift_processor,
+)
 
 from nanoengine.core.step import StepPlan, StepResult
 from nanoengine.distributed.wire import decode, encode
@@ -56,7 +64,7 @@ class WireLoop(BreakingLoop):
 @pytest.mark.parametrize("seed", range(4))
 def test_random_runs_through_bytes(seed):
     loop = WireLoop(num_blocks=14, budget=9, groups=1 + seed % 2)
-    run_ops(loop, random_ops(random.Random(seed), 40))
+    run_ops(loop, random_ops(random.Random(seed), 40, pooling=0.2))
     assert len(loop.results) > 10
 
 
@@ -71,8 +79,11 @@ def test_every_part_of_a_message_was_carried():
         prompt_logprobs=1,
     )
     loop.add(prompt_of(13, 2), max_tokens=14, stop_token_ids=frozenset({5, 3}), min_tokens=2)
+    loop.add(**pooling_request(prompt_of(13, 3), "mean"))
     loop.finish_and_verify()
     plans = [step.plan for step in loop.steps]
+    assert any(len(plan.pooled) for plan in plans)
+    assert any(len(result.pooled) == 2 for result in loop.results)
     assert any(len(plan.new.token_ids) > 13 for plan in plans), "outputs go again with a preempted request"
     assert {column.processor for plan in plans for column in plan.columns} == {"shift"}
     assert {plan.late for plan in plans} == {True, False}

@@ -24,9 +24,19 @@ from nanoengine.core.execution.results import Drawn, LaunchedStep, PendingLogpro
 from nanoengine.core.execution.sampler import DrawColumns, DrawPlan, DrawRows, Sampler, vocab_slice
 from nanoengine.core.execution.slots import SlotTables, overridden, ragged_places, upload
 from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, StepRows, StepSize
-from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, Int32, Int64, StepPlan, SuppliedColumn, offsets_of
+from nanoengine.core.step import (
+    GRAPH_DECODE,
+    GRAPH_MIXED,
+    POOL_ALL,
+    Int32,
+    Int64,
+    StepPlan,
+    SuppliedColumn,
+    offsets_of,
+)
 from nanoengine.kernels import all_reduce, sampling
 from nanoengine.kernels.host_ring import AnswerRing
+from nanoengine.kernels.pooling import span_sums
 from nanoengine.kernels.step_inputs import Answer, write_drafts
 
 PROMPT_LOGITS_ROWS = 128  # positions whose [rows, vocabulary] logits exist at once for prompt log-probs
@@ -95,12 +105,14 @@ class Forwarded:
     Attributes:
         inputs: of the padded step, where a graph ran.
         hidden: [L, H], of the positions that need logits; or replayed: the logits themselves, by a graph.
+        pooled: float32 [P, H], of a step that pools, which no graph runs.
     """
 
     plan: StepPlan
     inputs: GatheredStep
     hidden: Tensor | None = None
     replayed: Replayed | None = None
+    pooled: Tensor | None = None
 
 
 class FinishStep:
@@ -161,7 +173,7 @@ class FinishStep:
         if self.drafter is not None:
             self.propose(self.drafter, rows.slots)
         graphs = 0 if step.replayed is None else step.replayed.graph
-        return LaunchedStep(plan, drawn, prompt, graphs)
+        return LaunchedStep(plan, drawn, prompt, graphs, step.pooled)
 
     def propose(self, drafter: DeviceDrafter, slots: Tensor) -> None:
         """Write the drafter's guesses behind the tokens of these slots, int [R], into the token table."""
@@ -290,6 +302,14 @@ class FinishStep:
             raw = self._whole(self._logits(step, which)).float()
             parts.append(_logprobs(raw, targets, positions, rows, plan.prompt_logprobs[which]))
         return tuple(parts)
+
+
+def pool(plan: StepPlan, hidden: Tensor) -> Tensor:
+    """The plan's sums of hidden states, [T, H] -> float32 [P, H]."""
+    starts, rows = offsets_of(plan.query_lens), np.flatnonzero(plan.pooled)
+    last = starts[rows + 1].astype(np.int64) - 1
+    first = np.where(plan.pooled[rows] == POOL_ALL, starts[rows], last)
+    return span_sums(hidden, upload(last, hidden.device), list(zip(first.tolist(), last.tolist(), strict=True)))
 
 
 def of_draws(plan: StepPlan, supplied: Sequence[SuppliedColumn]) -> list[SuppliedColumn]:

@@ -82,7 +82,8 @@ class StepGraphs:
         self.tail.run(self.gathered[size].rows, tail, logits, size.query_len - 1)
 
     def size_for(self, plan: StepPlan) -> StepSize | None:
-        """The smallest captured size that holds `plan`; None where there is none, or it wants prompt log-probs."""
+        """The smallest captured size that holds `plan`; None where there is none, or it wants prompt log-probs, or
+        sums of hidden states."""
         decode, prefill = plan.num_decode_rows, plan.num_tokens - plan.num_decode_rows
         if len(plan.drafts):
             longest = plan.query_lens.max()
@@ -94,6 +95,8 @@ class StepGraphs:
             return None
         if not prefill:
             return StepSize(rows[at])
+        if len(plan.pooled):
+            return None
         p = bisect_left(self._prefill, prefill)
         size = StepSize(rows[at], self._prefill[p]) if p < len(self._prefill) else None
         return size if size in self.logits else None

@@ -17,13 +17,17 @@ from nanoengine.core.step import (
     NO_LOGPROBS,
     ROW_BAD_LOGITS,
     ROW_FINE,
+    Float32,
     Int32,
     Int64,
     StepPlan,
     StepResult,
     SuppliedColumn,
+    f32,
     offsets_of,
 )
+
+NO_SUMS = f32()  # of a step that pools nothing
 
 
 class StepHandle(ABC):
@@ -122,12 +126,19 @@ class Drawn:
 class LaunchedStep(StepHandle):
     """A step whose work is enqueued. Its copies to the host start when it is made; `wait` is its only wait."""
 
-    def __init__(self, plan: StepPlan, drawn: Drawn, prompt: Sequence[PendingLogprobs] = (), graphs: int = 0) -> None:
-        """prompt: log-probs of prompt tokens. graphs: as in `StepResult`."""
+    def __init__(
+        self,
+        plan: StepPlan,
+        drawn: Drawn,
+        prompt: Sequence[PendingLogprobs] = (),
+        graphs: int = 0,
+        pooled: Tensor | None = None,
+    ) -> None:
+        """prompt: log-probs of prompt tokens. graphs: as in `StepResult`. pooled: as in `Forwarded`."""
         self._plan, self._graphs = plan, graphs
         self._sampled, self._prompt = drawn.logprobs, tuple(prompt)
         sent = [drawn.token_ids, drawn.failed, *(t for part in self._sampled + self._prompt for t in part.tensors)]
-        sent += [] if drawn.counts is None else [drawn.counts]
+        sent += [t for t in (drawn.counts, pooled) if t is not None]
         self._arrays = [_send(tensor) for tensor in sent]
         self._arrived: torch.cuda.Event | None = None
         if drawn.token_ids.is_cuda:
@@ -141,7 +152,9 @@ class LaunchedStep(StepHandle):
         token_ids, failed = next(arrays), next(arrays)
         sampled = _joined([_logprob_rows(part, [next(arrays) for _ in part.tensors]) for part in self._sampled])
         prompt = _joined([_logprob_rows(part, [next(arrays) for _ in part.tensors]) for part in self._prompt])
-        return _result(self._plan, token_ids, failed, next(arrays, None), self._graphs, sampled, prompt)
+        counts = next(arrays) if len(self._plan.drafts) else None
+        pooled = next(arrays, NO_SUMS)
+        return _result(self._plan, token_ids, failed, counts, self._graphs, sampled, prompt, pooled)
 
     def has_arrived(self) -> bool:
         try:
@@ -176,8 +189,9 @@ def _result(
     graphs: int,
     sampled: LogprobRows = NO_LOGPROBS,
     prompt: LogprobRows = NO_LOGPROBS,
+    pooled: Float32 = NO_SUMS,
 ) -> StepResult:
-    """A failed row gives no token; a prompt log-prob that is not a number fails its row.
+    """A failed row gives no token; a prompt log-prob that is not a number, or a sum that is not finite, fails its row.
 
     token_ids, row_failed: [S], of the plan's draws. counts: int32 [B], of a step with drafts: the first draws of each
     row that count.
@@ -187,6 +201,8 @@ def _result(
     failed = np.full(plan.num_rows, ROW_FINE, dtype=np.int32)
     failed[rows[at == 0]] = row_failed[at == 0]
     failed[prompt.rows[np.isnan(prompt.logprobs)]] = ROW_BAD_LOGITS
+    if len(pooled):
+        failed[np.flatnonzero(plan.pooled)[~np.isfinite(pooled).all(1)]] = ROW_BAD_LOGITS
     drawn = np.zeros(plan.num_rows, dtype=np.int32)
     drawn[rows] = 1
     counts = drawn if counts is None else counts[: plan.num_rows]  # behind them are a graph's padding rows
@@ -198,6 +214,7 @@ def _result(
         failed=failed,
         sampled_logprobs=sampled,
         prompt_logprobs=prompt,
+        pooled=pooled.ravel(),
         graphs=graphs,
     )
 

@@ -24,7 +24,7 @@ from nanoengine.api.errors import described, is_failure, is_out_of_memory
 from nanoengine.api.model import Attention, ForwardBatch, Model, ModelConfig
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.plugin_calls import name_of, place_and_fix
-from nanoengine.core.execution.finish_step import FinishStep, Forwarded, Replayed, of_draws
+from nanoengine.core.execution.finish_step import FinishStep, Forwarded, Replayed, of_draws, pool
 from nanoengine.core.execution.graphs import CaptureSizes, StepGraphs
 from nanoengine.core.execution.results import LateStep, LaunchedStep, StepHandle, TailStep
 from nanoengine.core.execution.sampler import Sampler
@@ -106,7 +106,8 @@ class ModelRunner:
         inputs = self.buffers.gather(plan)
         batch = ForwardBatch(num_tokens=plan.num_tokens)
         hidden = self.checked_model(inputs.input_ids, inputs.positions, batch)
-        return Forwarded(plan, inputs, hidden=hidden.index_select(0, inputs.rows.logits_index))
+        pooled = pool(plan, hidden) if len(plan.pooled) else None
+        return Forwarded(plan, inputs, hidden=hidden.index_select(0, inputs.rows.logits_index), pooled=pooled)
 
     def sample(self, step: Forwarded, supplied: Sequence[SuppliedColumn] = ()) -> LaunchedStep:
         """Draw a token for each sampled row, write it to its slot, and send the step's result to the host."""

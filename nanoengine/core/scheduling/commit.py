@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanoengine.api.deltas import LogprobRows
+from nanoengine.api.deltas import Float32, LogprobRows
 from nanoengine.api.errors import draw_failure
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.messages import ScheduledStep, Update
@@ -18,15 +18,17 @@ from nanoengine.params.generated import EndReason, first_end
 
 
 class RowResult(NamedTuple):
-    """One row's part of a `StepResult`. end: of a chunk: tokens of its request whose KV is written once it has run.
-    drawn: the most tokens that the row could bring."""
+    """One row's part of a `StepResult`. start, end: of a chunk: tokens of its request whose KV is written before and
+    once it has run. drawn: the most tokens that the row could bring; a vector is one."""
 
+    start: int
     end: int
     drawn: int
     token_ids: Sequence[int]
     failed: int = 0
     sampled_logprobs: LogprobRows | None = None
     prompt_logprobs: LogprobRows | None = None
+    pooled: Float32 | None = None
 
 
 def commit_rows(step: ScheduledStep, result: StepResult, roster: Roster) -> list[Update]:
@@ -43,9 +45,10 @@ def commit_rows(step: ScheduledStep, result: StepResult, roster: Roster) -> list
         output = request.output_token_ids
         if len(output) < request.commit_check_at and token not in request.stop_set:
             output.append(token)
-            updates.append(new(Update, (request, (token,), None, None, None, None, None)))
+            updates.append(new(Update, (request, (token,), None, None, None, None, None, None)))
         else:
-            row = RowResult(request.prompt_len + len(output), 1, (token,))
+            end = request.prompt_len + len(output)
+            row = RowResult(end - 1, end, 1, (token,))
             _commit_row(request, generation, row, roster, updates)
     if plain < len(step.rows):
         for (request, generation), row in zip(step.rows[plain:], _row_results(step, result, plain), strict=True):
@@ -100,6 +103,19 @@ def _commit_row(request: Request, generation: int, row: RowResult, roster: Roste
             request.commit_check_at = min(request.publish_at, request.max_len - 1) - request.prompt_len
     elif prompt is not None:
         updates.append(Update(request, prompt_logprobs=prompt))
+    elif row.pooled is not None:
+        _pool(request, row, row.pooled, roster, updates)
+
+
+def _pool(request: Request, row: RowResult, pooled: Float32, roster: Roster, updates: list[Update]) -> None:
+    """Adds a chunk's sum of hidden states; the last chunk's ends the request. The first one's starts anew: what came
+    before it was of an earlier admission."""
+    request.pooled = request.pooled + pooled if row.start and request.pooled is not None else pooled.copy()
+    if row.drawn:
+        count = np.float32(request.prompt_len if request.params.pooling == "mean" else 1)
+        vector = request.pooled / count
+        updates.append(Update(request, finish_reason="stop", pooled=vector))
+        roster.remove(request)
 
 
 def _append(request: Request, new: Sequence[int]) -> tuple[Sequence[int], EndReason | None, int | str | None]:
@@ -132,8 +148,11 @@ def _row_results(step: ScheduledStep, result: StepResult, first: int) -> list[Ro
     """The parts of the rows from `first` on, in the plan's order."""
     plan, tokens, offsets = step.plan, result.token_ids.tolist(), offsets_of(result.counts).tolist()
     drawn, prompts = _by_row(result.sampled_logprobs, plan.num_rows), _by_row(result.prompt_logprobs, plan.num_rows)
+    pool = np.flatnonzero(plan.pooled).tolist()
+    sums = dict(zip(pool, result.pooled.reshape(max(1, len(pool)), -1), strict=False))
     each = zip(
         range(first, plan.num_rows),
+        plan.starts[first:].tolist(),
         (plan.starts + plan.query_lens)[first:].tolist(),
         step.drawn[first:],
         pairwise(offsets[first:]),
@@ -141,8 +160,8 @@ def _row_results(step: ScheduledStep, result: StepResult, first: int) -> list[Ro
         strict=True,
     )
     return [
-        RowResult(end, most, tokens[start:stop], failed, drawn.get(row), prompts.get(row))
-        for row, end, most, (start, stop), failed in each
+        RowResult(start, end, most, tokens[at:stop], failed, drawn.get(row), prompts.get(row), sums.get(row))
+        for row, start, end, most, (at, stop), failed in each
     ]
 
 

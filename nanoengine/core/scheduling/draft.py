@@ -14,6 +14,8 @@ import numpy.typing as npt
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.step import (
+    POOL_ALL,
+    POOL_LAST,
     BlockAppends,
     Bool,
     Int32,
@@ -30,7 +32,8 @@ _NO_SLOTS, _NO_APPENDS, _NONE = NewSlots(), BlockAppends(), i32()  # most steps 
 
 
 class Prefill(NamedTuple):
-    """A prefill row: tokens [start, end); `sampled`: it reaches the request's last token."""
+    """A prefill row: tokens [start, end); `sampled`: it reaches the request's last token, and draws: a request that
+    pools gets its vector then."""
 
     request: Request
     start: int
@@ -222,9 +225,8 @@ def build_plan(draft: Draft) -> StepPlan:
         logits, rows = np.concatenate([logits, index]), np.concatenate([rows, of_row])
         sampled, tops = np.concatenate([sampled, drawn]), np.concatenate([tops, best])
         drafts = np.pad(drafts, (0, len(draft.prefill))) if len(drafts) else drafts
-        slots = np.concatenate([slots, i32([row.request.slot for row in draft.prefill])])
-        starts = np.concatenate([starts, i32([row.start for row in draft.prefill])])
-        lens = np.concatenate([lens, i32([row.end - row.start for row in draft.prefill])])
+        more = i32([(row.request.slot, row.start, row.end - row.start) for row in draft.prefill]).T
+        slots, starts, lens = map(np.concatenate, zip((slots, starts, lens), more, strict=True))
     return StepPlan(
         step=draft.step,
         new=_new_slots(draft.new) if draft.new else _NO_SLOTS,
@@ -240,6 +242,7 @@ def build_plan(draft: Draft) -> StepPlan:
         logits_rows=rows,
         sampled=sampled,
         prompt_logprobs=tops,
+        pooled=_pooled(num_decode, draft.prefill) if draft.prefill else _NONE,
         late=draft.late,
     )
 
@@ -259,12 +262,19 @@ def _wanted_logits(first: int, at: int, prefill: Sequence[Prefill]) -> tuple[Int
             drawn += [False] * len(wanted)
             tops += [top] * len(wanted)
         at += end - start
-        if sampled:
+        if sampled and request.params.pooling is None:
             index.append(at - 1)
             rows.append(row)
             drawn.append(True)
             tops.append(0)
     return i32(index), i32(rows), flags(drawn), i32(tops)
+
+
+def _pooled(num_decode: int, prefill: Sequence[Prefill]) -> Int32:
+    """As in `StepPlan`."""
+    each = [(row.request.params.pooling, row.sampled) for row in prefill]
+    pooled = [POOL_ALL if pooling == "mean" else POOL_LAST if pooling and sampled else 0 for pooling, sampled in each]
+    return i32([0] * num_decode + pooled) if any(pooled) else _NONE
 
 
 def _new_slots(new: Mapping[Request, int]) -> NewSlots:

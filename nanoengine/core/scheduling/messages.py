@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from nanoengine.api.deltas import LogprobRows
+from nanoengine.api.deltas import Float32, LogprobRows
 from nanoengine.api.errors import ConfigError, RequestError
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import Published
@@ -89,6 +89,7 @@ class Update(NamedTuple):
             with "length" where a lone request outgrew the cache.
         sampled_logprobs, prompt_logprobs: this request's part of the result; None where there is none.
         error: why it failed.
+        pooled: float32 [hidden size], the vector of a request that pools, with its end.
     """
 
     request: Request
@@ -98,6 +99,7 @@ class Update(NamedTuple):
     sampled_logprobs: LogprobRows | None = None
     prompt_logprobs: LogprobRows | None = None
     error: RequestError | None = None
+    pooled: Float32 | None = None
 
 
 @dataclass(slots=True, kw_only=True)

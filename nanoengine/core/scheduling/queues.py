@@ -118,7 +118,8 @@ class Roster:
 def refuse_misfit(request: Request, config: SchedulerConfig, blocks: BlockManager) -> None:
     """Raises `RequestError`, with the numbers, where the request could never run."""
     num_prompt, most = request.prompt_len, config.max_num_batched_tokens
-    assert 0 < num_prompt < config.max_model_len, "the input processor refuses such a prompt"
+    longest = config.max_model_len - (request.params.pooling is None)
+    assert 0 < num_prompt <= longest, "the input processor refuses such a prompt"
     if config.whole_prompts and request.params.max_tokens != 1:
         text = f"this model's attention looks ahead: a request needs max_tokens=1, not {request.params.max_tokens}"
         raise RequestError("not_supported", text)

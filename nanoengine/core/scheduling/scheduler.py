@@ -62,8 +62,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queues a request, and sets its `max_len` and `min_len`. Raises `RequestError` where it could never run."""
         refuse_misfit(request, self.config, self.blocks)
-        limit, max_tokens = self.config.max_model_len, request.params.max_tokens
-        request.max_len = limit if max_tokens is None else min(limit, request.prompt_len + max_tokens)
+        limit = self.config.max_model_len + (request.params.pooling is not None)  # a vector takes no place
+        request.max_len = min(limit, request.prompt_len + (request.params.max_tokens or limit))
         request.min_len = min(request.min_len, limit + 1)  # of what is never reached a plan's int32 need not hold more
         unseen = self._runs_ahead and request.host_states  # what a state gives depends on drafts
         request.drafted = self._speculation is not None and request.params.speculate and not unseen

@@ -23,8 +23,8 @@ HARMLESS: Mapping[str, tuple[Any, ...] | Any] = {
     "auto_map": ANY, "custom_pipelines": ANY, "finetuning_task": ANY, "internal_version": ANY, "is_llama_config": ANY,
     "model_name": ANY, "model_type": ANY, "name_or_path": ANY, "tokenizer_class": ANY, "transformers.js_config": ANY,
     "transformers_version": ANY, "unsloth_fixed": ANY, "unsloth_version": ANY,
-    # read by the engine: dtype of the weights, ids that end the output
-    "dtype": ANY, "torch_dtype": ANY, "eos_token_id": ANY,
+    # read by the engine: dtype of the weights, ids that end the output, sizes of embeddings
+    "dtype": ANY, "torch_dtype": ANY, "eos_token_id": ANY, "is_matryoshka": ANY, "matryoshka_dimensions": ANY,
     # training: dropout, losses, initialisation
     "activation_dropout": ANY, "attention_dropout": ANY, "attention_probs_dropout_prob": ANY, "attn_pdrop": ANY,
     "aux_loss_alpha": ANY, "dropout": ANY, "embd_pdrop": ANY, "embedding_dropout": ANY,

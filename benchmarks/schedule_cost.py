@@ -4,7 +4,7 @@
 
 The device is left out: results are made before the clock runs. Three figures each: the plain decode step; the same
 while requests end and enter (each output has 64 tokens); and with a log-prob wanted at every token. Then, for as many
-requests of which only the final output is wanted: what a step's updates cost the output processor, without text. Then,
+requests that are reported at their end: what a step's updates cost the engine. Then,
 for as many streams: what an output costs the engine at so many tokens (there is no text), and what reading its
 `token_ids` costs. The clock is the thread's CPU time.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from nanoengine.core.outputs import OutputProcessor, RequestState
+from nanoengine.core.outputs import RequestState, deltas_of
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.messages import ScheduledStep, SchedulerConfig, Update
@@ -27,6 +27,7 @@ from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.core.step import LogprobRows, StepResult, f32, i32
 from nanoengine.params.input_processor import CheckedRequest
 from nanoengine.params.sampling_params import ResolvedParams
+from nanoengine.text.outputs import OutputAssembler
 
 PROMPT_LEN, BLOCK_SIZE = 128, 16
 CASES: dict[str, dict[str, Any]] = {
@@ -59,7 +60,7 @@ def add(scheduler: Scheduler, number: int, max_tokens: int, logprobs: int | None
 
 def result_of(step: ScheduledStep, logprobs: int | None) -> StepResult:
     """A result like that of a runner: some token for each sampled row."""
-    counts = np.asarray(step.sampled, dtype=np.int32)
+    counts = np.asarray(step.drawn, dtype=np.int32)
     rows = np.flatnonzero(counts).astype(np.int32)
     n = len(rows)
     drawn = LogprobRows()
@@ -105,20 +106,30 @@ def measure(
     return schedule_ns / steps / 1e3, commit_ns / steps / 1e3
 
 
-def measure_final_only(running: int, steps: int = 300) -> float:
-    """-> mean microseconds of taking in a step's updates of requests that want only their final output."""
-    outputs, known, requests = make_states(running, final_only=True)
+def measure_quiet(running: int, steps: int = 300) -> float:
+    """-> mean microseconds of taking in a step's updates of requests that are reported at their end."""
+    known, requests = make_states(running, every=steps + 1)
     spent = 0
     for step in range(steps):
-        updates = [Update(r, (1_000 + step * 31 + r.arrival,), None, None, None, None) for r in requests]
+        updates = updates_of(requests, step)
         start = time.thread_time_ns()
-        outputs.apply(updates, known, 0.0)
+        deltas_of(updates, known)
         spent += time.thread_time_ns() - start
     return spent / steps / 1e3
 
 
-def make_states(count: int, final_only: bool = False) -> tuple[OutputProcessor, dict[str, RequestState], list[Request]]:
-    outputs, params = OutputProcessor(None), ResolvedParams()
+def updates_of(requests: Sequence[Request], step: int) -> list[Update]:
+    """One more token of each request."""
+    updates = []
+    for request in requests:
+        token = 1_000 + step * 31 + request.arrival
+        request.output_token_ids.append(token)
+        updates.append(Update(request, (token,), None, None, None, None))
+    return updates
+
+
+def make_states(count: int, every: int = 1) -> tuple[dict[str, RequestState], list[Request]]:
+    params = ResolvedParams()
     known, requests = {}, []
     for number in range(count):
         name = str(number)
@@ -126,22 +137,29 @@ def make_states(count: int, final_only: bool = False) -> tuple[OutputProcessor, 
             id=name, parent=name, prompt_token_ids=[0], params=params, seed=0, sample_index=0, arrival=number
         )
         given = CheckedRequest(request_id=name, prompt_token_ids=(0,), params=params)
-        known[name] = RequestState(given, 0.0, final_only)
-        outputs.add_sample(known[name], request)
+        known[name] = RequestState(given, every)
+        known[name].add_sample(request)
         requests.append(request)
-    return outputs, known, requests
+    return known, requests
 
 
 def measure_outputs(streams: int, lengths: Sequence[int], around: int = 40) -> dict[int, tuple[float, float]]:
-    """-> length: (microseconds of making an output, the median of those before it; of reading its `token_ids`)."""
-    outputs, known, requests = make_states(streams)
+    """-> length: (microseconds of making a delta and an output, the median of those before it; of reading `token_ids`).
+
+    The delta is made by the engine, the output by its client.
+    """
+    known, requests = make_states(streams)
+    clients = {name: OutputAssembler(state.given, None) for name, state in known.items()}
     cost, tokens = {}, 0
     for length in sorted(lengths):
         made, outcome = [], []
         while tokens < length:
-            updates = [Update(r, (1_000 + tokens * 31 + r.arrival,), None, None, None, None) for r in requests]
+            updates = updates_of(requests, tokens)
             start = time.thread_time_ns()
-            outcome, _, _ = outputs.apply(updates, known, 0.0)
+            outcome = []
+            for delta in deltas_of(updates, known)[0]:
+                clients[delta.request_id].take(delta)
+                outcome.append(clients[delta.request_id].output())
             made.append(time.thread_time_ns() - start)
             tokens += 1
         start = time.thread_time_ns()
@@ -163,7 +181,7 @@ def main() -> None:
             schedule, commit = measure(running, args.steps, **options)
             print(f"{running:>8} {case:<28} {schedule:>9.1f} {commit:>9.1f} {schedule + commit:>9.1f}")
     for running in args.running:
-        print(f"{running:>8} {'updates of final outputs':<28} {measure_final_only(running):>29.1f}")
+        print(f"{running:>8} {'updates, reported at the end':<28} {measure_quiet(running):>29.1f}")
     print(f"\n{'streams':>8} {'tokens':>8} {'made us':>9} {'read us':>9}")
     for running in args.running:
         for length, (made, read) in measure_outputs(running, args.lengths).items():

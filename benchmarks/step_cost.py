@@ -76,7 +76,7 @@ def run(llm: LLM, requests: int, steps: int) -> None:
         temperature=0.6, ignore_eos=True, max_tokens=512, stop_token_ids=[SHAPES["qwen3-0.6b"].vocab - 1]
     )
     for i, prompt in enumerate(workload.prompts):
-        engine.add_request(str(i), prompt, params, final_only=True)
+        engine.add_request(str(i), prompt, params, every=512)
     while engine.scheduler.waiting or any(r.num_tokens == r.prompt_len for r in engine.scheduler.running):
         engine.advance()
     between, idle, traced = idle_share(engine)

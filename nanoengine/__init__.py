@@ -23,8 +23,8 @@ if TYPE_CHECKING:
         WeightsError,
         WorkerError,
     )
+    from nanoengine.api.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from nanoengine.api.structured_outputs import StructuredOutputsParams
-    from nanoengine.core.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from nanoengine.core.scheduling.messages import EngineStats
     from nanoengine.llm import LLM
     from nanoengine.observe.steps import StepRecord
@@ -57,10 +57,10 @@ _HOME = {
     "StepRecord": "nanoengine.observe.steps",
     "TraceFile": "nanoengine.observe.trace",
     "SamplingParams": "nanoengine.params.sampling_params",
-    "CompletionOutput": "nanoengine.core.outputs",
-    "Logprob": "nanoengine.core.outputs",
-    "RequestMetrics": "nanoengine.core.outputs",
-    "RequestOutput": "nanoengine.core.outputs",
+    "CompletionOutput": "nanoengine.api.outputs",
+    "Logprob": "nanoengine.api.outputs",
+    "RequestMetrics": "nanoengine.api.outputs",
+    "RequestOutput": "nanoengine.api.outputs",
     **dict.fromkeys(_ERRORS, "nanoengine.api.errors"),
     "load_config": "nanoengine.setup.config.config",
 }

@@ -38,7 +38,6 @@ from nanoengine.api.sources import ModelSource, SourceContext, cache_root
 from nanoengine.api.specs import ModelSpec
 from nanoengine.core.engine import Engine
 from nanoengine.core.execution.executor import Executor, InProcessExecutor
-from nanoengine.core.outputs import OutputProcessor
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.messages import SchedulerConfig
 from nanoengine.core.scheduling.scheduler import Scheduler
@@ -73,7 +72,7 @@ from nanoengine.setup.start.clock import StartClock, StartReport
 from nanoengine.setup.start.generation import GenerationDefaults, read_generation_defaults, read_json
 from nanoengine.setup.start.memory import MemoryReport, check_host_holds
 from nanoengine.setup.start.starter import start_runner
-from nanoengine.text import IncrementalDetokenizer, TemplateProcesses, Tokenizer, load_tokenizer
+from nanoengine.text import TemplateProcesses, Tokenizer, load_tokenizer
 
 _LOADING_SECONDS = 60.0  # in addition to what one constraint may take: the first one loads the grammar backend
 DEFAULT_BLOCK_SIZE = 16
@@ -352,11 +351,13 @@ class BuiltEngine:
     """An engine, with the parts that the API uses directly.
 
     Attributes:
+        inputs: checks requests for the engine.
         defaults: sampling parameters and end tokens that the model's folder sets.
         memory: what the KV cache and the weights take. start: how long the phases of the start took.
     """
 
     engine: Engine
+    inputs: InputProcessor
     executor: Executor
     assembly: Assembly
     tokenizer: Tokenizer | None
@@ -441,17 +442,11 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
             max_logprobs=options.max_logprobs,
             engine_options=EngineOptions.__dataclass_fields__,
         )
+        inputs = InputProcessor(resolver, assembly.vocab_size, options.max_model_len)
         engine = Engine(
             partial(_scheduler, assembly, memory),
             executor,
-            InputProcessor(
-                resolver,
-                lambda text: _need(tokenizer).encode(text),
-                lambda params: IncrementalDetokenizer.from_params(tokenizer, params),
-                assembly.vocab_size,
-                options.max_model_len,
-            ),
-            OutputProcessor(tokenizer),
+            inputs,
             preparations,
             seed=options.seed,
             overlap=options.overlap,
@@ -463,6 +458,7 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
     clock.lap("engine")
     return BuiltEngine(
         engine=engine,
+        inputs=inputs,
         executor=executor,
         assembly=assembly,
         tokenizer=tokenizer,

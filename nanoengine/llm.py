@@ -20,8 +20,8 @@ from nanoengine.api.errors import (
     described,
     is_failure,
 )
+from nanoengine.api.outputs import RequestOutput
 from nanoengine.build import BuiltEngine, assemble, build_engine, find_model
-from nanoengine.core.outputs import RequestOutput
 from nanoengine.core.scheduling.messages import EngineStats
 from nanoengine.observe.progress import Progress, note
 from nanoengine.observe.steps import Observer, add_observer, remove_observer
@@ -46,6 +46,7 @@ from nanoengine.setup.plugins.registry import Registry
 from nanoengine.setup.plugins.sources import with_revision
 from nanoengine.setup.start.clock import StartClock, StartReport
 from nanoengine.stream import Stream
+from nanoengine.text_engine import TextEngine
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -148,6 +149,7 @@ class LLM:
         self._built: BuiltEngine = build_engine(assembly, registry, clock)
         _log.info("%s: %s; %s", model, self.start_report.line(), assembly.summary())
         self.engine: Engine = self._built.engine
+        self.text_engine = TextEngine(self._built)
         self._ids = itertools.count()
         try:
             self.default_params = self._default_params(sampler, path)
@@ -269,7 +271,7 @@ class LLM:
         """
         given = one_name(params, sampling_params)
         checked = check_params(self.default_params if given is None else given)
-        return Stream(self.engine, self._next_id(), prompt, checked, priority)
+        return Stream(self.text_engine, self._next_id(), prompt, checked, priority)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -337,7 +339,7 @@ class LLM:
 
             try:
                 for i, (prompt, text, generated) in enumerate(prompts):
-                    self.engine.add_request(
+                    self.text_engine.add_request(
                         ids[i], prompt, each_params[i], each_priority[i], prompt_text=text, generated=generated,
                         final_only=True, sink=sink,
                     )  # fmt: skip

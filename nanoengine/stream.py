@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Self
 
 from nanoengine.api.errors import RequestError
-from nanoengine.core.outputs import RequestOutput
+from nanoengine.api.outputs import RequestOutput
 from nanoengine.params.arguments import Prompt, split_prompt
 from nanoengine.params.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from nanoengine.core.engine import Engine
+    from nanoengine.text_engine import TextEngine
 
 
 class _Mailbox:
@@ -40,9 +40,9 @@ class Stream(Iterator[RequestOutput]):
     """
 
     def __init__(
-        self, engine: Engine, request_id: str, prompt: Prompt, params: SamplingParams, priority: int | None
+        self, engine: TextEngine, request_id: str, prompt: Prompt, params: SamplingParams, priority: int | None
     ) -> None:
-        self._engine, self._box = engine, _Mailbox()
+        self._engine, self._box = engine.engine, _Mailbox()
         self._ended = False
         self.request_id = request_id
         given, text, generated = split_prompt(prompt)

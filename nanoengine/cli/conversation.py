@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from nanoengine.core.outputs import RequestOutput
+from nanoengine.api.outputs import RequestOutput
 
 if TYPE_CHECKING:
     from nanoengine.llm import LLM

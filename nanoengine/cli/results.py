@@ -12,9 +12,9 @@ from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 from nanoengine.api.errors import ConfigError
+from nanoengine.api.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanoengine.cli.common import ResultsLost
 from nanoengine.cli.record import Record, record_path
-from nanoengine.core.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanoengine.observe.files import GrowingFile, lock, part_of, place_of
 from nanoengine.setup.config.prompts import PromptRow
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nanoengine.api.errors import ConfigError, RequestError, WorkerError
+from nanoengine.api.outputs import RequestMetrics, RequestOutput
 from nanoengine.cli.common import (
     FAILED,
     ConfigArgument,
@@ -27,7 +28,6 @@ from nanoengine.cli.common import (
 )
 from nanoengine.cli.parent import end_with_parent
 from nanoengine.cli.threads import CHOSEN
-from nanoengine.core.outputs import RequestMetrics, RequestOutput
 from nanoengine.core.request import request_seed
 from nanoengine.observe.files import user_path
 from nanoengine.observe.progress import Progress
@@ -266,7 +266,8 @@ class Batch:
             self.pending[request_id] = index
             try:
                 tokens, text = self._engine_prompt(row.prompt)
-                self.llm.engine.add_request(request_id, tokens, self._params(index), prompt_text=text, final_only=True)
+                params = self._params(index)
+                self.llm.text_engine.add_request(request_id, tokens, params, prompt_text=text, final_only=True)
             except RequestError as error:
                 refused.append(_refused(request_id, error))
         return refused
@@ -290,8 +291,8 @@ class Batch:
 
     def _drain(self, tally: Tally, bar: Progress) -> None:
         shown = time.monotonic()
-        while self.llm.engine.has_unfinished_requests():
-            for output in self.llm.engine.step():
+        while self.llm.text_engine.has_unfinished_requests():
+            for output in self.llm.text_engine.step():
                 if output.finished:
                     self._finish(output, tally, bar)
             if time.monotonic() - shown > _STATE_SECONDS:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from statistics import median, quantiles
 from typing import Any
 
-from nanoengine.core.outputs import RequestOutput
+from nanoengine.api.outputs import RequestOutput
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Between the engine and its clients: requests that come in, outputs and step records that go out."""
+"""Between the engine and its clients: requests that come in, deltas and step records that go out."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
-from nanoengine.api.errors import RequestError, described, is_failure
-from nanoengine.core.outputs import RequestOutput, RequestState
+from nanoengine.api.deltas import RequestDelta
+from nanoengine.api.errors import ParamsError, RequestError, described, is_failure
+from nanoengine.core.outputs import ALL, RequestState
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.messages import ScheduledStep
 from nanoengine.core.scheduling.scheduler import Scheduler
@@ -22,17 +23,18 @@ Delivery = tuple[Callable[[Any], None], Any]
 """A client's callable, and what it is to be called with."""
 _log = logging.getLogger(__name__)
 _IDLE_SECONDS = 0.05
+START = -1
 
 
 class OpenRequests:
-    """The requests from `add` to their last output. No client is called but by `deliver`: it may do anything.
+    """The requests from `add` to their last delta. No client is called but by `deliver`: it may do anything.
 
     `add` and `abort` may be called by any thread; all else by the one that makes steps.
 
     Attributes:
         known: by id.
-        inbox: requests to start (False) or to abort (True), which the step loop takes.
-        ready: outputs of requests without a sink. undelivered: outputs with their requests, and step records.
+        inbox: requests with what the step loop is to do: START it, abort ALL of it, or its sample of this index.
+        ready: deltas of requests without a sink. undelivered: deltas with their requests, and step records.
         entry_lock: while it is held, no other thread adds a request; `abort` does not wait for it.
     """
 
@@ -41,8 +43,8 @@ class OpenRequests:
         self.preparations = preparations
         self._arrived = threading.Event()  # set when a request was put into the inbox to start
         self.known: dict[str, RequestState] = {}
-        self.inbox: deque[tuple[RequestState, bool]] = deque()
-        self.ready: list[RequestOutput] = []
+        self.inbox: deque[tuple[RequestState, int]] = deque()
+        self.ready: list[RequestDelta] = []
         self.undelivered: deque[tuple[Delivery, RequestState | None]] = deque()
         self._interrupted: object = None  # the entry of `undelivered` whose client an interrupt came into
         self._num_added = 0
@@ -64,20 +66,22 @@ class OpenRequests:
                 else:
                     self._start(state)
             except BaseException:  # an interrupt: no request may be known that never starts
-                self.inbox.append((state, True))
+                self.inbox.append((state, ALL))
                 raise
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, sample_index: int | None = None) -> None:
         """No effect where the id is unknown, or its request has ended."""
         with self._lock:
             state = self.known.get(request_id)
+            if state is not None and sample_index is not None and not 0 <= sample_index < state.given.params.n:
+                raise ParamsError(f"request {request_id!r} has no sample {sample_index!r}; n is {state.given.params.n}")
             if state is not None:
-                self.inbox.append((state, True))
+                self.inbox.append((state, ALL if sample_index is None else sample_index))
 
     def _start(self, state: RequestState, error: RequestError | None = None) -> None:
         """Any thread: the request can start, or (`error`) it never will."""
         state.given = state.given if error is None else replace(state.given, error=error)
-        self.inbox.append((state, False))
+        self.inbox.append((state, START))
         self._arrived.set()
 
     def wait(self) -> None:
@@ -97,24 +101,24 @@ class OpenRequests:
         self.known.clear()
         self.preparations.close()
 
-    def publish(self, outputs: Sequence[RequestOutput]) -> None:
-        """Queue outputs for their clients. With its last output a request ends, and its id is free."""
-        for output in outputs:
-            state = self.known[output.request_id]
+    def publish(self, deltas: Sequence[RequestDelta]) -> None:
+        """Queue deltas for their clients. With its last delta a request ends, and its id is free."""
+        for delta in deltas:
+            state = self.known[delta.request_id]
             if state.sink is None:
-                self.ready.append(output)
+                self.ready.append(delta)
             else:
-                self.undelivered.append(((state.sink, output), state))
-            if output.finished:  # an interrupt before this costs a second last output, not the only one
+                self.undelivered.append(((state.sink, delta), state))
+            if delta.finished:  # an interrupt before this costs a second last delta, not the only one
                 with self._lock:
-                    del self.known[output.request_id]
+                    del self.known[delta.request_id]
                 if state.task is not None:
                     state.task.cancel()
 
     def put_records(self, records: Sequence[Delivery]) -> None:
         self.undelivered += [(record, None) for record in records]
 
-    def take_ready(self) -> list[RequestOutput]:
+    def take_ready(self) -> list[RequestDelta]:
         ready, self.ready = self.ready, []
         return ready
 
@@ -122,6 +126,7 @@ class OpenRequests:
         """Call every client, in order. Afterwards raises the first exception of an observer.
 
         A client that Ctrl-C comes into is called with the same news the next time, once: it may not have taken them.
+        If Ctrl-C comes again, these news are lost, and their request is aborted.
         """
         raised: list[BaseException] = []
         while self.undelivered:
@@ -129,12 +134,14 @@ class OpenRequests:
             (client, news), state = entry
             try:
                 self.undelivered.popleft()
-                if state is None or state.sink is client:  # else it raised over an output before this one
+                if state is None or state.sink is client:  # else it raised over a delta before this one
                     client(news)
             except BaseException as error:
                 if not is_failure(error):
                     if entry is not self._interrupted and entry is not next(iter(self.undelivered), None):
                         self.undelivered.appendleft(entry)
+                    elif state is not None:
+                        self._drop(state)
                     self._interrupted = entry
                     raise
                 if state is not None:
@@ -149,9 +156,12 @@ class OpenRequests:
     def _sink_failed(self, state: RequestState, error: BaseException) -> None:
         request_id = state.given.request_id
         _log.warning("the sink of request %r raised %s; the request is aborted", request_id, described(error))
-        state.sink = lambda output: None  # of its other outputs
-        if self.known.get(request_id) is state:  # else it has ended, and its id may be in use again
-            self.inbox.append((state, True))
+        state.sink = lambda delta: None  # of its other deltas
+        self._drop(state)
+
+    def _drop(self, state: RequestState) -> None:
+        if self.known.get(state.given.request_id) is state:  # else it has ended, and its id may be in use again
+            self.inbox.append((state, ALL))
 
 
 class Watch(Protocol):

@@ -1,6 +1,6 @@
-"""The step loop: takes requests from any thread, keeps one step ahead of the device, and publishes outputs.
+"""The step loop: takes requests from any thread, keeps one step ahead of the device, and publishes deltas.
 
-`LLM`, its streams and any server are clients of it. It handles token ids; the output processor makes text of them.
+`LLM`, its streams and any server are clients. They encode prompts and make text: the engine knows token ids only.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn
 
+from nanoengine.api.deltas import RequestDelta
 from nanoengine.api.errors import (
     EngineClosed,
     NanoEngineError,
@@ -28,16 +29,16 @@ from nanoengine.api.errors import (
     is_out_of_memory,
     step_failure,
 )
-from nanoengine.core.delivery import OpenRequests, Watch
+from nanoengine.core.delivery import START, OpenRequests, Watch
 from nanoengine.core.execution.executor import Executor
 from nanoengine.core.execution.results import NotLaunched, StepHandle, wait_out
 from nanoengine.core.host_states import supplied_columns
-from nanoengine.core.outputs import OutputProcessor, RequestOutput, RequestState
+from nanoengine.core.outputs import ALL, RequestState, Sink, deltas_of
 from nanoengine.core.scheduling.messages import ScheduledStep, Update
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.params.generated import Generated
 from nanoengine.params.host_states import start_states
-from nanoengine.params.input_processor import InputProcessor
+from nanoengine.params.input_processor import CheckedRequest, InputProcessor
 from nanoengine.params.preparation import Preparations
 from nanoengine.params.sampling_params import SamplingParams
 
@@ -52,7 +53,6 @@ class Engine:
         make_scheduler: Callable[[], Scheduler],
         executor: Executor,
         inputs: InputProcessor,
-        outputs: OutputProcessor,
         preparations: Preparations,
         *,
         seed: int,
@@ -60,7 +60,7 @@ class Engine:
     ) -> None:
         """`seed`: of requests without one. `overlap`: launch a step while the step before it runs."""
         self.scheduler, self._make_scheduler = make_scheduler(), make_scheduler
-        self._executor, self._inputs, self._outputs = executor, inputs, outputs
+        self._executor, self._inputs = executor, inputs
         self._seed, self._depth = seed, 2 if overlap else 1  # the most steps in flight
         self._requests = OpenRequests(preparations)
         self._in_flight: deque[InFlight] = deque()
@@ -74,55 +74,52 @@ class Engine:
     def add_request(
         self,
         request_id: str,
-        prompt: str | Sequence[int],
+        prompt_token_ids: Sequence[int],
         params: SamplingParams,
         priority: int | None = None,
         *,
-        prompt_text: str | None = None,
         generated: Generated = (),
-        final_only: bool = False,
-        sink: Callable[[RequestOutput], None] | None = None,
+        every: int = 1,
+        sink: Sink | None = None,
     ) -> None:
         """Add a request; it starts with the next `step()`.
 
         Args:
             request_id: unique among the unfinished requests.
-            prompt: text, or token ids.
             priority: lower runs first (scheduling_policy "priority"); default: that of the parameters.
-            prompt_text: what `RequestOutput.prompt` shows when ids are given; valid Unicode.
             generated: output tokens of an earlier run that this one continues; with n > 1 a list for each sample. Its
-                parameters must be the same, with the seed of the earlier `RequestOutput`.
-            final_only: one output, at the end, instead of one a step.
-            sink: is called with this request's outputs, which `step()` then does not return. If it raises, that is
-                logged and this request is aborted; nothing else is affected.
+                parameters must be the same, with the seed of the earlier run.
+            every: a sample is reported with its first new token, then with each so many (log-probs in each step), and
+                with its end.
+            sink: is called with the deltas, which `step()` then does not return. If it raises, that is logged and this
+                request is aborted; nothing else is affected.
 
-        Raises:
-            ParamsError, TokenizerMissing, EngineClosed, RequestError("duplicate_id"). A prompt that cannot be run
-            raises nothing: its output has an error; so if its generated tokens end it already.
+        Raises ParamsError, EngineClosed, RequestError("duplicate_id"). A prompt that cannot be run raises nothing: its
+        delta has an error; so if its generated tokens end it already.
         """
+        self.add_checked(self._inputs.process(request_id, prompt_token_ids, params, priority, generated), every, sink)
+
+    def add_checked(self, given: CheckedRequest, every: int = 1, sink: Sink | None = None) -> None:
+        """`add_request` with what this engine's `InputProcessor` made of the other arguments."""
         self.check_open()
-        given = self._inputs.process(request_id, prompt, params, priority, prompt_text, generated)
-        state = RequestState(given, time.monotonic(), final_only, sink, self._seed)
+        state = RequestState(given, every, sink, self._seed)
         if given.error is None:
             state.hash_prompt(self.scheduler.blocks.hashes_of)  # on the caller's thread: a long prompt takes a while
         self._requests.add(state, self._inputs.preparations(given))
 
-    def abort_request(self, request_id: str) -> None:
-        """End a request; its last output has the tokens so far. No effect where the id is unknown or has ended."""
+    def abort_request(self, request_id: str, sample_index: int | None = None) -> None:
+        """End a request or one of its samples; the last delta has the tokens so far. No effect where it has ended."""
         if not self._is_fork:  # a fork drops its streams; the thread that held a lock may not exist there
-            self._requests.abort(request_id)
+            self._requests.abort(request_id, sample_index)
 
     def has_unfinished_requests(self) -> bool:
-        """Whether a request runs, or an output has not gone to its client yet."""
+        """Whether a request runs, or a delta has not gone to its client yet."""
         return bool(self._requests.known or self._requests.ready or self._requests.undelivered)
 
     # A step
 
-    def step(self) -> list[RequestOutput]:
-        """`advance`, and return the outputs of requests without a sink. Outputs are cumulative.
-
-        An empty list does not mean that the engine is done: see `has_unfinished_requests`.
-        """
+    def step(self) -> list[RequestDelta]:
+        """`advance`, and return the deltas of requests without a sink: maybe none, though some are unfinished."""
         with self._locked():
             self.advance()
             return self._requests.take_ready()
@@ -130,13 +127,14 @@ class Engine:
     def advance(self) -> None:
         """Launch what can be launched, wait for the oldest step, and call the sinks.
 
-        An exception that an observer raises is raised here, after all outputs are delivered.
+        An exception that an observer raises is raised here, after all deltas are delivered.
         """
         self._run_and_deliver(self._launch_and_wait)
 
     def keep_busy(self) -> None:
         """`advance` by at most one step, without waiting for a result: for the time while requests are being added."""
-        self._run_and_deliver(self._launch_one)
+        self._run_and_deliver(self._finish_arrived)  # whose deltas may abort requests
+        self._run_and_deliver(lambda: self._launch_ahead(min(self._depth, len(self._in_flight) + 1)))
 
     def _launch_and_wait(self) -> None:
         self._launch_ahead(self._depth)
@@ -145,10 +143,9 @@ class Engine:
         else:
             self._requests.wait()
 
-    def _launch_one(self) -> None:
+    def _finish_arrived(self) -> None:
         if len(self._in_flight) == self._depth and self._in_flight[0].handle.has_arrived():
             self._finish_oldest()
-        self._launch_ahead(min(self._depth, len(self._in_flight) + 1))
 
     def _launch_ahead(self, depth: int) -> None:
         """Schedule and launch until `depth` steps are in flight, or nothing can be scheduled."""
@@ -218,30 +215,32 @@ class Engine:
             self._requests.put_records(self._watch.committed(oldest.step, result))
 
     def _process(self, updates: Sequence[Update]) -> None:
-        """Make outputs of the scheduler's updates."""
+        """Publish what the scheduler's updates bring."""
         if not updates:
             return
-        outputs, ended, failed = self._outputs.apply(updates, self._requests.known, time.monotonic())
-        for request, reason in ended:
-            self.scheduler.abort(request)  # it may have ended by a stop string, which the scheduler does not see
-            if self._watch is not None:
+        deltas, ended, failed = deltas_of(updates, self._requests.known)
+        if self._watch is not None:
+            for request, reason in ended:
                 self._watch.ended(request, reason)
+        self._requests.publish(deltas)
         for request_id, error in failed.items():
             self._end_request(self._requests.known[request_id], error)
-        self._requests.publish(outputs)
 
     # The end of a request
 
-    def _end_request(self, state: RequestState, error: RequestError | None = None, *, scheduled: bool = True) -> None:
-        """End a request with an error, or (None) abort it. `scheduled`: the scheduler may still have its samples."""
+    def _end_request(
+        self, state: RequestState, error: RequestError | None = None, which: int = ALL, *, scheduled: bool = True
+    ) -> None:
+        """End a request with an error, or (None) abort it. `which`: of its samples; one that has not started ends when
+        it does. `scheduled`: the scheduler may still have them."""
         if self._requests.known.get(state.given.request_id) is not state:  # it has ended; the id may be in use again
             return
-        for request in state.unfinished():
+        for request in state.unfinished(which):
             if scheduled:
                 self.scheduler.abort(request)
             if self._watch is not None:
                 self._watch.ended(request, "abort" if error is None else error.code)
-        self._requests.publish([self._outputs.end(state, error, time.monotonic())])
+        self._requests.publish(state.last_deltas(error, which))
 
     def _broken(self, error: BaseException) -> None:
         """The oldest step raised, and those behind it break with it: they read tokens that it did not write.
@@ -298,10 +297,10 @@ class Engine:
             self._requests.preparations.expire()
         while self._requests.inbox:
             self._mid_update = True  # an interrupt must leave no request that is half in the scheduler
-            state, aborted = self._requests.inbox.popleft()
+            state, what = self._requests.inbox.popleft()
             try:
-                if aborted:
-                    self._end_request(state)
+                if what != START:
+                    self._end_request(state, which=what)
                 elif self._requests.known.get(state.given.request_id) is state:  # it may have ended before
                     self._enter(state)
             except BaseException as error:
@@ -315,11 +314,12 @@ class Engine:
         if state.given.error is not None:
             raise state.given.error
         for request, begun in state.requests():
-            sample = self._outputs.make_sample(request, begun)
             if begun.finish_reason is None:
                 request.host_states = start_states(request.params, request.prompt_token_ids, self._inputs.ctx)
                 self.scheduler.add(request)
-            state.samples.append(sample)  # which `_end_request` takes from the scheduler
+            state.add_sample(request, begun)  # which `_end_request` takes from the scheduler
+        for index in state.aborted:
+            self._end_request(state, which=index)
 
     def _start_over(self) -> None:
         """After an interrupt in the middle of an update: a fresh scheduler. All requests so far fail."""

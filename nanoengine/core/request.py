@@ -33,8 +33,8 @@ class Request:
     The words: *known* tokens are on the host; a sampled token whose step was launched but not committed is *in flight*;
     `length` counts both. `num_computed` counts tokens whose KV is written by launched steps: a request decodes once
     that is all but the last one. While a row with drafts is in flight both are upper bounds, as if each draft were
-    right; commit takes back what was too much. Only the scheduler and the block manager change a request, and a stop
-    string, which cuts its tokens. What their loops read for each row of each step are plain fields.
+    right; commit takes back what was too much. Only the scheduler and the block manager change a request. What their
+    loops read for each row of each step are plain fields.
     """
 
     id: str
@@ -71,6 +71,7 @@ class Request:
     length: int = field(init=False)  # tokens, those in flight included
     pick_check_at: int = 0  # below this `length` its next row is one more token, and nothing else is to be done
     commit_check_at: int = 0  # below so many output tokens a new one is appended, if it does not stop: likewise
+    report_at: int = 0  # below so many output tokens a new one is not reported to the client yet
     order: int = 0  # running number of its add(): breaks ties of `arrival`
     admission: int = 0  # running number of its last admission: FCFS preempts the highest
     last_prefill: int = -1  # the last launched step that holds a prefill row of it

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from nanoengine.api.errors import ParamsError
+from nanoengine.api.outputs import RequestOutput
 from nanoengine.core.engine import Engine
 from nanoengine.core.execution.executor import Executor
-from nanoengine.core.outputs import RequestOutput
 from nanoengine.observe.taps import Tap
 from nanoengine.params.sampling_params import SamplingParams
 

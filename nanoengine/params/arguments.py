@@ -148,30 +148,27 @@ def check_request_id(request_id: object) -> None:
         raise ParamsError(f"request_id must be a string of valid Unicode, not {shown(request_id)}")
 
 
-def checked_prompt(
-    prompt: Any, prompt_text: object, encode: Callable[[str], list[int]], vocab_size: int, max_model_len: int
-) -> tuple[tuple[int, ...] | RequestError, str | None]:
-    """(token ids, or the error that rejects the prompt; text to show). `prompt_text`: shown if `prompt` is ids.
+def encoded_prompt(
+    prompt: Any, prompt_text: object, encode: Callable[[str], list[int]]
+) -> tuple[Any, str | None, RequestError | None]:
+    """Token ids that are not checked, or the error that rejects the prompt; text to show; what is wrong with that text.
 
-    Raises `TokenizerMissing` if `encode` does.
+    `prompt_text`: shown if `prompt` is ids. Raises `TokenizerMissing` if `encode` does.
     """
     try:
         if isinstance(prompt, str):
             prompt = prompt_text = str.__str__(prompt)  # a plain string: a subclass may be any code
             prompt = _encoded(prompt, encode)
-        ids = checked_ids(prompt, vocab_size, max_model_len)
         if prompt_text is None:
-            return ids, None
+            return prompt, None, None
         if isinstance(prompt_text, str) and is_unicode(prompt_text):
-            return ids, str.__str__(prompt_text)
-        if isinstance(ids, RequestError):
-            return ids, None
+            return prompt, str.__str__(prompt_text), None
         words = f"a prompt's text, given with its ids, must be valid Unicode, not {shown(prompt_text)}"
-        return RequestError("invalid_prompt", words), None
+        return prompt, None, RequestError("invalid_prompt", words)
     except BaseException as error:
         if isinstance(error, TokenizerMissing) or not is_failure(error):
             raise
-        return _unreadable(error), None
+        return _unreadable(error), None, None
 
 
 def _encoded(text: str, encode: Callable[[str], list[int]]) -> list[int] | RequestError:

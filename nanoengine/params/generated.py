@@ -63,7 +63,7 @@ def begin(
     params: ResolvedParams,
     vocab_size: int,
     max_model_len: int,
-    make_reader: Callable[[ResolvedParams], TextReader | None],
+    make_reader: Callable[[ResolvedParams], TextReader | None] | None,
 ) -> tuple[Beginning, ...] | RequestError:
     """What each sample begins with; () where no sample has tokens. Or the error that rejects the request."""
     try:
@@ -107,14 +107,14 @@ def _begun(
     prompt_len: int,
     params: ResolvedParams,
     limit: int,
-    make_reader: Callable[[ResolvedParams], TextReader | None],
+    make_reader: Callable[[ResolvedParams], TextReader | None] | None,
 ) -> tuple[Beginning, ...] | RequestError:
     """`limit`: tokens at which a sample ends by length."""
     found, min_len = list[Beginning](), prompt_len + params.min_tokens if params.min_tokens else 0
     for index, ids in enumerate(given):
         kept, reason = first_end(ids, prompt_len, params.stop_set, min_len, limit)
         ended_by: int | str | None = ids[kept - 1] if reason == "stop" and ids[kept - 1] not in params.eos_ids else None
-        reader = make_reader(params)
+        reader = make_reader(params) if make_reader is not None else None
         matched = None if reader is None else reader.read(ids[:kept], reason)
         if reader is not None and matched is not None:
             kept, reason, ended_by = reader.num_tokens, "stop", matched

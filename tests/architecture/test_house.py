@@ -161,10 +161,10 @@ def decode_step(tmp_path: Path) -> set[tuple[str, str]]:
         before = llm.stats()
         trace.on = True
         llm.engine.step()
-        outputs = llm.engine.step()  # twice: a step's device side runs on a thread, from one call into the next
+        deltas = llm.engine.step()  # twice: a step's device side runs on a thread, from one call into the next
         trace.on = False
         after = llm.stats()
-        assert len(outputs) == 4
+        assert len(deltas) == 4
         assert (after.steps - before.steps, after.running, after.graph_steps) == (2, 4, 0)
     return trace.entered
 

@@ -21,6 +21,7 @@ ORDER = (
     ("distributed",),
     ("build",),
     ("build_engine",),
+    ("text_engine",),
     ("stream",),
     ("llm",),
     ("service",),
@@ -39,7 +40,7 @@ ONLY = {
     "nanoengine.plugins": ("nanoengine.api", "nanoengine.layers", "nanoengine.kernels"),
 }
 NEVER = {
-    "nanoengine.core": ("nanoengine.layers", "nanoengine.plugins"),
+    "nanoengine.core": ("nanoengine.layers", "nanoengine.plugins", "nanoengine.text"),
     "nanoengine.core.scheduling": ("nanoengine.core.execution", "nanoengine.kernels", "torch", "transformers"),
     "nanoengine.core.execution": ("nanoengine.core.scheduling",),
     "nanoengine.setup": ("nanoengine.core.scheduling",),
@@ -94,6 +95,7 @@ def test_imports_run_one_way(source: Source) -> None:
         ("nanoengine.core.scheduling.scheduler", "from nanoengine.core.execution.runner import Runner"),
         ("nanoengine.core.scheduling.scheduler", "def f():\n    import torch"),
         ("nanoengine.core.engine", "from . import request"),
+        ("nanoengine.core.outputs", "from nanoengine.text import Tokenizer"),
         ("nanoengine.core.engine", "from nanoengine.setup.config import config"),
         ("nanoengine.setup.start.weights", "from nanoengine.distributed.wire import encode"),
         ("nanoengine.cli.run", "from nanoengine.lab.bench import roofline"),

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from nanoengine.api.errors import RequestError
-from nanoengine.core.outputs import RequestMetrics, RequestOutput
+from nanoengine.api.outputs import RequestMetrics, RequestOutput
 from nanoengine.lab.bench.latency import Percentiles, Timeline, arrivals
 from nanoengine.lab.bench.report import Report, number, share
 

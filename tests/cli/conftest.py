@@ -13,8 +13,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from nanoengine.api.errors import RequestError
+from nanoengine.api.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from nanoengine.cli.app import app
-from nanoengine.core.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from nanoengine.core.scheduling.messages import EngineStats
 from nanoengine.params.sampling_params import SamplingParams
 from nanoengine.setup.config.config import RunConfig
@@ -79,7 +79,7 @@ class FakeLLM:
     failure: ClassVar[BaseException | None] = None
 
     def __init__(self, config: RunConfig) -> None:
-        self.config, self.engine, self.closed = config, FakeEngine(type(self).interrupt_after), False
+        self.config, self.text_engine, self.closed = config, FakeEngine(type(self).interrupt_after), False
         self.start_report = StartReport(())
         self.default_params = SamplingParams(**(config.sampler or type(self).defaults))
         self.has_chat_template = type(self).template
@@ -100,7 +100,7 @@ class FakeLLM:
         return [1, *range(10, 10 + sum(len(m["content"].split()) for m in messages)), 2]
 
     def stats(self) -> Any:
-        return EngineStats(running=1, waiting=len(self.engine.waiting), steps=self.engine.steps)
+        return EngineStats(running=1, waiting=len(self.text_engine.waiting), steps=self.text_engine.steps)
 
     def __enter__(self) -> FakeLLM:
         return self

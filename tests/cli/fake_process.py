@@ -29,7 +29,7 @@ class ProcessLLM(FakeLLM):
         if config.model.source.startswith("crash"):
             os.kill(os.getpid(), signal.SIGSEGV)
         super().__init__(config)
-        self.engine = SlowEngine()
+        self.text_engine = SlowEngine()
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ import pytest
 from typer.testing import Result
 
 from nanoengine.api.errors import ModelSourceError
+from nanoengine.api.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanoengine.cli import results as results_file
 from nanoengine.cli.results import KEYS, result_row
-from nanoengine.core.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanoengine.core.scheduling.block_manager import BlockUse
 from nanoengine.observe.files import GrowingFile
 from nanoengine.observe.steps import Span, StepRecord
@@ -368,7 +368,7 @@ def test_results_that_vanish_are_an_error_and_the_rows_are_kept(
         return step(self)
 
     def ending(self: Any) -> Any:
-        if at == self.engine.steps == 2 and (folder / "results.jsonl").exists():
+        if at == self.text_engine.steps == 2 and (folder / "results.jsonl").exists():
             act(folder / "results.jsonl")
         return stats(self)
 

@@ -57,7 +57,7 @@ def test_finished_rows_are_kept_and_the_rest_run(
     assert (tmp_path / "results.jsonl").read_bytes().startswith(first)
     assert [row["index"] for row in rows()] == [2, 1, 0]
     # as the engine would have given them had all three run at once
-    assert fake.made[-1].engine.seeds == {"0": request_seed(5, 0), "1": request_seed(5, 1)}
+    assert fake.made[-1].text_engine.seeds == {"0": request_seed(5, 0), "1": request_seed(5, 1)}
     assert "results.jsonl: 1 of 3 prompts are answered and kept" in result.stderr
     assert "overwritten" not in result.stderr
     assert "3 prompts, 1 kept from an earlier run, 7 prompt + 4 generated tokens" in result.stderr
@@ -77,7 +77,7 @@ def test_rows_that_are_torn_failed_or_answer_another_prompt_run_again(
     path.write_text(failed + moved + "[]\n" + whole + beyond + whole + whole[:40])
     result = nanoengine("run", config, "--resume")
     assert result.exit_code == 0, result.stderr
-    assert sorted(fake.made[-1].engine.seeds) == ["0", "1"]
+    assert sorted(fake.made[-1].text_engine.seeds) == ["0", "1"]
     assert path.read_text().startswith(whole)
     assert [(found["index"], found["error"]) for found in rows()] == [(2, None), (1, None), (0, None)]
     assert list(tmp_path.glob(".*.part")) == []
@@ -192,7 +192,7 @@ def test_the_record_tells_how_the_rows_were_made(fake: Any, nanoengine: Run, con
     found = record(tmp_path)
     assert found["config"]["model"]["source"] == "a/b"
     assert (found["params"]["top_p"], found["params"]["seed"]) == (0.5, 3)
-    assert fake.made[-1].engine.seeds == {"0": 3}  # given: it holds for all
+    assert fake.made[-1].text_engine.seeds == {"0": 3}  # given: it holds for all
     assert {"nanoengine", "python", "torch", "transformers", "numpy"} <= set(found["versions"])
     summary = found["summary"]
     counts = {key: summary[key] for key in ("status", "prompts", "kept", "finished", "failed", "generated_tokens")}
@@ -233,7 +233,7 @@ def test_a_file_that_may_grow_no_more_keeps_whole_rows(
     result = nanoengine("run", config, many, "--resume")
     assert result.exit_code == 0, result.stderr
     assert sorted(row["index"] for row in rows()) == list(range(18))
-    assert sum(len(made.engine.seeds) for made in fake.made[-1:]) == 18 - len(kept)
+    assert sum(len(made.text_engine.seeds) for made in fake.made[-1:]) == 18 - len(kept)
 
 
 # -- as a process ----------------------------------------------------------------------------------------------------

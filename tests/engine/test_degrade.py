@@ -122,14 +122,16 @@ def test_a_decode_batch_that_does_not_fit(tmp_path: Path, monkeypatch: Patch, ov
     asked, count = prompts(256, shortest=2, longest=5), 24
     with mock_llm(tmp_path, max_num_seqs=256, overlap=overlap, num_gpu_blocks_override=8192) as llm:
         for i, prompt in enumerate(asked):
-            llm.engine.add_request(str(i), prompt, SamplingParams(temperature=0, max_tokens=count), final_only=True)
-        llm.engine.step()
-        llm.engine.step()
+            llm.text_engine.add_request(
+                str(i), prompt, SamplingParams(temperature=0, max_tokens=count), final_only=True
+            )
+        llm.text_engine.step()
+        llm.text_engine.step()
         done = {}
         with pytest.MonkeyPatch.context() as patch:
             sizes = little_memory(patch, 200)
             while llm.engine.has_unfinished_requests():
-                done |= {output.request_id: output for output in llm.engine.step()}
+                done |= {output.request_id: output for output in llm.text_engine.step()}
         stats = llm.stats()
         assert tokens_of([done[str(i)] for i in range(256)]) == [greedy(prompt, count) for prompt in asked]
         assert (stats.preemptions, stats.steps_broken) == (0, 0)
@@ -230,9 +232,9 @@ def test_host_processors_samples_and_aborts_in_smaller_steps(tmp_path: Path, mon
         with pytest.MonkeyPatch.context() as patch, mock_llm(tmp_path, plugins=[plugin], overlap=overlap) as llm:
             little_memory(patch, limit)
             for i, (prompt, each) in enumerate(zip(asked, params, strict=True)):
-                llm.engine.add_request(f"gone {i}", prompt, each)
+                llm.text_engine.add_request(f"gone {i}", prompt, each)
             for _ in range(4):
-                llm.engine.step()
+                llm.text_engine.step()
             for i in range(6):
                 llm.engine.abort_request(f"gone {i}")
             outputs = llm.generate(asked, params, use_tqdm=False)
@@ -250,9 +252,9 @@ def test_host_processors_samples_and_aborts_in_smaller_steps(tmp_path: Path, mon
 def test_memory_that_runs_out_while_counts_are_made(tmp_path: Path) -> None:
     """A table over the vocabulary that could not be filled is made again; it is not used as it is."""
     with mock_llm(tmp_path) as llm:
-        llm.engine.add_request("0", [3, 3, 5], SamplingParams(temperature=0, max_tokens=9))
+        llm.text_engine.add_request("0", [3, 3, 5], SamplingParams(temperature=0, max_tokens=9))
         for _ in range(4):
-            llm.engine.step()
+            llm.text_engine.step()
         tables: SlotTables = llm.engine._executor.runner.tables  # type: ignore[attr-defined]
         for need, counted in ((Need.PROMPT_MASK, [3, 5]), (Need.OUTPUT_COUNTS, greedy([3, 3, 5], 4))):
             with pytest.MonkeyPatch.context() as patch:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from nanoengine.api.errors import RequestError
-from nanoengine.core.delivery import OpenRequests
+from nanoengine.core.delivery import START, OpenRequests
+from nanoengine.core.outputs import ALL
 from nanoengine.params.preparation import Preparations
 
 Sink = Any
@@ -82,8 +83,8 @@ def test_a_sink_that_raises_keeps_nothing_from_the_others(requests: Requests, ca
         f"the sink of request {name!r} raised ValueError: {name}" for name in "ac"
     ]
     entries = list(requests.inbox)
-    assert entries[-1] == (state, True)  # the one that goes on is aborted
-    assert (state, True) not in entries[:-1]
+    assert entries[-1] == (state, ALL)  # the one that goes on is aborted
+    assert (state, ALL) not in entries[:-1]
     requests.put("a", fail)  # its last output: the sink is not called again
     requests.deliver()
     assert len(caplog.messages) == 2
@@ -99,7 +100,7 @@ def test_a_sink_that_raises_over_the_last_output_harms_no_request_that_uses_its_
     got, second = Got(), list[Any]()
     requests.put("a", add_again)
     requests.deliver()
-    assert (second[0], True) not in requests.inbox
+    assert (second[0], ALL) not in requests.inbox
     requests.put("a", got.sink)
     requests.deliver()
     assert got == ["a"]
@@ -252,26 +253,26 @@ def test_an_id_is_free_after_the_last_output(requests: Requests) -> None:
     assert (first.ordinal, second.ordinal) == (0, 1)
     requests.abort("a")
     requests.abort("unknown")
-    assert list(requests.inbox) == [(first, False), (second, False), (second, True)]
+    assert list(requests.inbox) == [(first, START), (second, START), (second, ALL)]
 
 
 def test_a_request_whose_adding_is_interrupted_is_not_known_for_ever(requests: Requests) -> None:
     class Interrupted(deque[Any]):
         def append(self, entry: Any) -> None:
             super().append(entry)
-            if not entry[1]:
+            if entry[1] == START:
                 raise KeyboardInterrupt
 
     requests.inbox = Interrupted()
     with pytest.raises(KeyboardInterrupt):
         requests.start("a", None)
     state = requests.known["a"]
-    assert list(requests.inbox) == [(state, False), (state, True)], "it is aborted when the inbox is read"
+    assert list(requests.inbox) == [(state, START), (state, ALL)], "it is aborted when the inbox is read"
 
 
 def test_a_request_that_comes_while_the_inbox_is_cleared_is_kept(requests: Requests) -> None:
     early = requests.start("a", None)
     assert requests.clear_inbox() == [early]
     late = requests.start("b", None)
-    assert list(requests.inbox) == [(late, False)]
+    assert list(requests.inbox) == [(late, START)]
     assert requests.known == {"a": early, "b": late}

@@ -14,7 +14,7 @@ from nanoengine.api.errors import PluginError
 from nanoengine.core import engine
 from nanoengine.core.execution.executor import Call
 from nanoengine.core.execution.results import NotLaunched
-from nanoengine.core.outputs import OutputProcessor
+from nanoengine.core.outputs import RequestState
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.testing.invariants import check_scheduler
 from nanoengine.testing.mock_model import MockModel
@@ -207,7 +207,7 @@ def test_an_interrupt_leaves_the_engine_usable(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(KeyboardInterrupt):
             llm.generate(prompts(4), GREEDY, use_tqdm=False)
         assert tokens_of(llm.generate([[5, 6]], GREEDY, use_tqdm=False)) == [greedy([5, 6], 10)]
-        assert not llm.engine.has_unfinished_requests()
+        assert not llm.text_engine.has_unfinished_requests()
         assert llm.stats().free_blocks == llm.stats().num_blocks
 
 
@@ -247,14 +247,14 @@ def test_an_interrupt_while_a_broken_step_is_dealt_with_leaves_the_engine_usable
                 return launch(plan)
 
             monkeypatch.setattr(executor, "launch", launching)
-        llm.engine.add_request("a", [1, 2], GREEDY)
-        llm.engine.step()
-        llm.engine.add_request("bad", [1, POISON], GREEDY)
+        llm.text_engine.add_request("a", [1, 2], GREEDY)
+        llm.text_engine.step()
+        llm.text_engine.add_request("bad", [1, POISON], GREEDY)
         ended: dict[str, Any] = {}
 
         def run() -> None:
-            while llm.engine.has_unfinished_requests():
-                ended.update({out.request_id: out for out in llm.engine.step()})
+            while llm.text_engine.has_unfinished_requests():
+                ended.update({out.request_id: out for out in llm.text_engine.step()})
 
         with pytest.raises(KeyboardInterrupt):
             run()
@@ -275,14 +275,14 @@ def test_a_second_interrupt_while_starting_over_loses_no_request(
 ) -> None:
     with mock_llm(tmp_path) as llm:
         for name in "abc":
-            llm.engine.add_request(name, [1, 2], GREEDY)
+            llm.text_engine.add_request(name, [1, 2], GREEDY)
         monkeypatch.setattr(Scheduler, "commit", once(Scheduler.commit, KeyboardInterrupt()))
-        monkeypatch.setattr(OutputProcessor, "end", once(OutputProcessor.end, KeyboardInterrupt()))
+        monkeypatch.setattr(RequestState, "last_deltas", once(RequestState.last_deltas, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
-            llm.engine.step()
-        outputs = llm.engine.step()
+            llm.text_engine.step()
+        outputs = llm.text_engine.step()
         assert [out.error and out.error.code for out in outputs] == ["interrupted"] * 3
-        assert not llm.engine.has_unfinished_requests()
+        assert not llm.text_engine.has_unfinished_requests()
         assert tokens_of(llm.generate([[5, 6]], GREEDY, use_tqdm=False)) == [greedy([5, 6], 10)]
 
 
@@ -292,11 +292,11 @@ def test_outputs_that_an_interrupt_left_undelivered_count_as_unfinished(
     """So a loop over `has_unfinished_requests` goes on until each sink has had its last output."""
     with mock_llm(tmp_path) as llm:
         ended: list[str] = []
-        llm.engine.add_request("a", [1, 2], GREEDY, sink=lambda output: ended.append(output.error.code))
+        llm.text_engine.add_request("a", [1, 2], GREEDY, sink=lambda output: ended.append(output.error.code))
         monkeypatch.setattr(Scheduler, "commit", once(Scheduler.commit, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             llm.engine.advance()
-        while llm.engine.has_unfinished_requests():
+        while llm.text_engine.has_unfinished_requests():
             llm.engine.advance()
         assert ended == ["interrupted"]
 
@@ -365,17 +365,17 @@ def test_an_interrupt_in_the_middle_of_an_update_costs_what_runs_and_no_more(
         return found
 
     with mock_llm(tmp_path) as llm:
-        llm.engine.add_request("beside", [1, 2, 3], SamplingParams(temperature=0, max_tokens=50))
+        llm.text_engine.add_request("beside", [1, 2, 3], SamplingParams(temperature=0, max_tokens=50))
         monkeypatch.setattr(Scheduler, where, interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate(prompts(4), GREEDY, use_tqdm=False)
         assert count >= 5
-        *_, beside = llm.engine.step()
+        *_, beside = llm.text_engine.step()
         assert beside.request_id == "beside"
         assert beside.error is not None
         assert beside.error.code == "interrupted"
         assert tokens_of(llm.generate([[5, 6]], GREEDY, use_tqdm=False)) == [greedy([5, 6], 10)]
-        assert not llm.engine.has_unfinished_requests()
+        assert not llm.text_engine.has_unfinished_requests()
         assert llm.stats().free_blocks == llm.stats().num_blocks
         assert llm.stats().running == llm.stats().waiting == 0
 
@@ -404,12 +404,12 @@ def test_who_enters_while_the_engine_starts_over_is_served(tmp_path: Path, monke
 
     late: list[Any] = []
     with mock_llm(tmp_path) as llm:
-        engine = llm.engine
+        engine, text_engine = llm.engine, llm.text_engine
         engine.add_request("early", [1, 2, 3], GREEDY, sink=lambda _: None)
         make = engine._make_scheduler
 
         def make_scheduler() -> Scheduler:  # in the middle of starting over
-            adding = Thread(target=engine.add_request, args=("late", [5, 6], GREEDY), kwargs={"sink": late.append})
+            adding = Thread(target=text_engine.add_request, args=("late", [5, 6], GREEDY), kwargs={"sink": late.append})
             adding.start()
             adding.join()
             return make()
@@ -466,12 +466,12 @@ def test_a_sink_that_raises_ends_its_own_request_alone(tmp_path: Path, caplog: p
         raise ValueError("a client's own mistake")
 
     with mock_llm(tmp_path) as llm:
-        llm.engine.add_request("bad", [1, 2], GREEDY, sink=bad)
-        llm.engine.add_request("good", [1, 2], GREEDY, final_only=True)
+        llm.text_engine.add_request("bad", [1, 2], GREEDY, sink=bad)
+        llm.text_engine.add_request("good", [1, 2], GREEDY, final_only=True)
         assert tokens_of(llm.generate([[3, 4]], GREEDY, use_tqdm=False)) == [greedy([3, 4], 10)]
         found: list[Any] = []
-        while llm.engine.has_unfinished_requests():
-            found += llm.engine.step()
+        while llm.text_engine.has_unfinished_requests():
+            found += llm.text_engine.step()
         assert [o.outputs[0].token_ids for o in found] == [greedy([1, 2], 10)]
         assert llm.stats().running == llm.stats().waiting == 0
     assert len(called) == 1
@@ -481,19 +481,19 @@ def test_a_sink_that_raises_ends_its_own_request_alone(tmp_path: Path, caplog: p
 
 def test_clients_do_not_take_each_others_outputs(tmp_path: Path) -> None:
     with mock_llm(tmp_path) as llm:
-        llm.engine.add_request("a", [1, 2], GREEDY, final_only=True)
+        llm.text_engine.add_request("a", [1, 2], GREEDY, final_only=True)
         assert tokens_of(llm.generate([[3, 4]], GREEDY, use_tqdm=False)) == [greedy([3, 4], 10)]
         with llm.stream([5, 6], GREEDY) as stream:
             assert list(stream)[-1].outputs[0].token_ids == greedy([5, 6], 10)
         found: list[Any] = []
-        while llm.engine.has_unfinished_requests():
-            found += llm.engine.step()
+        while llm.text_engine.has_unfinished_requests():
+            found += llm.text_engine.step()
         assert [o.outputs[0].token_ids for o in found] == [greedy([1, 2], 10)]
 
 
 def test_an_old_abort_does_not_end_a_new_request_of_the_same_id(tmp_path: Path) -> None:
     with mock_llm(tmp_path) as llm:
-        llm.engine.add_request("x", [1], SamplingParams(temperature=0, max_tokens=1))
+        llm.text_engine.add_request("x", [1], SamplingParams(temperature=0, max_tokens=1))
         outputs: list[Any] = []
         real = llm.engine._drain_inbox
 
@@ -504,11 +504,11 @@ def test_an_old_abort_does_not_end_a_new_request_of_the_same_id(tmp_path: Path) 
         real()
         while not outputs:
             llm.engine.abort_request("x")
-            outputs = [o for o in llm.engine.step() if o.finished]
-        llm.engine.add_request("x", [1, 2], GREEDY)
+            outputs = [o for o in llm.text_engine.step() if o.finished]
+        llm.text_engine.add_request("x", [1, 2], GREEDY)
         llm.engine._drain_inbox = real  # type: ignore[method-assign]
-        while not (last := llm.engine.step()) or not last[-1].finished:
+        while not (last := llm.text_engine.step()) or not last[-1].finished:
             pass
         assert last[-1].outputs[0].token_ids == greedy([1, 2], 10)
-        assert not llm.engine.has_unfinished_requests()
+        assert not llm.text_engine.has_unfinished_requests()
         assert llm.stats().running == 0

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from nanoengine import LLM, SamplingParams
-from nanoengine.core.outputs import TEXT_BLOCK
 from nanoengine.testing.checkpoints import write_byte_tokenizer
 from nanoengine.text import IncrementalDetokenizer
+from nanoengine.text_engine import TEXT_BLOCK
 from tests.engine.support import greedy, mock_llm, prompts, tokens_of
 
 ASKED = prompts(6, shortest=5, longest=20)
@@ -94,13 +94,13 @@ def test_its_metrics_know_the_first_token_when_it_comes(tmp_path: Path, pushed: 
 def test_an_abort_keeps_the_tokens_that_came(tmp_path: Path, pushed: list[int], steps: int) -> None:
     """As many as a request with the same steps that gets an output for each, and their text."""
     with bytes_llm(tmp_path) as llm:
-        llm.engine.add_request("final", ASKED[1], LONG, final_only=True)
-        llm.engine.add_request("stream", ASKED[2], LONG)
+        llm.text_engine.add_request("final", ASKED[1], LONG, final_only=True)
+        llm.text_engine.add_request("stream", ASKED[2], LONG)
         for _ in range(steps):
-            assert all(output.request_id == "stream" for output in llm.engine.step())
+            assert all(output.request_id == "stream" for output in llm.text_engine.step())
         for name in ("final", "stream"):
             llm.engine.abort_request(name)
-        final, stream = sorted(llm.engine.step(), key=lambda output: output.request_id)
+        final, stream = sorted(llm.text_engine.step(), key=lambda output: output.request_id)
     assert final.outputs[0].finish_reason == "abort"
     assert len(final.outputs[0].token_ids) == final.metrics.num_generated >= steps - 1
     for output, prompt in ((final, ASKED[1]), (stream, ASKED[2])):

@@ -20,12 +20,12 @@ from nanoengine.api.errors import RequestError
 from nanoengine.core import host_states
 from nanoengine.core.execution.finish_step import FinishStep
 from nanoengine.core.execution.slots import VocabHistory
-from nanoengine.core.outputs import OutputProcessor
 from nanoengine.core.scheduling.messages import EngineStats
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.testing.checkpoints import tiny_llama
 from nanoengine.testing.invariants import check_scheduler
 from nanoengine.text import IncrementalDetokenizer
+from nanoengine.text.outputs import SampleOutput
 from nanoengine.text.stops import StopMatcher
 
 from . import chain_plugin
@@ -187,16 +187,16 @@ def position_off_by_one(patch: pytest.MonkeyPatch) -> None:
 
 
 def match_lost_at_the_seam(patch: pytest.MonkeyPatch) -> None:
-    make_sample = OutputProcessor.make_sample
+    begin = SampleOutput.begin
 
-    def broken(self: OutputProcessor, request: Any, begun: Any) -> Any:
-        sample = make_sample(self, request, begun)
+    def broken(*args: Any) -> Any:
+        sample = begin(*args)
         text: Any = sample.detokenizer
         fresh, fresh._position = StopMatcher(text._text._matcher._stops), text._text._matcher._position
         text._text._matcher = fresh
         return sample
 
-    patch.setattr(OutputProcessor, "make_sample", broken)
+    patch.setattr(SampleOutput, "begin", broken)
 
 
 def length_from_the_seam(patch: pytest.MonkeyPatch) -> None:
@@ -402,15 +402,15 @@ def test_an_abort_keeps_the_given_tokens(tmp_path: Path) -> None:
     got = list[RequestOutput]()
     params = SamplingParams(temperature=0, n=2, max_tokens=12)
     with text_llm(tmp_path) as llm:
-        llm.engine.add_request("a", [5], params, generated=[[7, 8], [9]], sink=got.append)
+        llm.text_engine.add_request("a", [5], params, generated=[[7, 8], [9]], sink=got.append)
         llm.engine.abort_request("a")
-        llm.engine.step()
+        llm.text_engine.step()
         state: Any = llm.engine._requests
         state.preparations.submit = lambda jobs, finish: state.preparations.tasks.clear()
         llm.engine._inputs.preparations = lambda given: [lambda: None]  # type: ignore[method-assign]
-        llm.engine.add_request("b", [5], params, generated=[[7, 8], [9]], sink=got.append)
+        llm.text_engine.add_request("b", [5], params, generated=[[7, 8], [9]], sink=got.append)
         llm.engine.abort_request("b")
-        llm.engine.step()
+        llm.text_engine.step()
     assert len(got) == 2
     for output in got:
         assert [sample.token_ids for sample in output.outputs] == [(7, 8), (9,)]

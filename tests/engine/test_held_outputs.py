@@ -17,32 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoengine import LLM, CompletionOutput, RequestOutput, SamplingParams
-from nanoengine.api.deltas import LogprobRows
-from nanoengine.core import outputs as output_module
-from nanoengine.core.outputs import OutputProcessor, RequestState, copy_when_read
-from nanoengine.core.request import Request
-from nanoengine.core.scheduling.messages import Update
+from nanoengine.api.deltas import LogprobRows, RequestDelta, SampleDelta
+from nanoengine.api.outputs import RequestMetrics, copy_when_read
 from nanoengine.core.step import f32, i32
 from nanoengine.params.input_processor import CheckedRequest
 from nanoengine.params.sampling_params import ResolvedParams
 from nanoengine.text import Tokenizer
+from nanoengine.text import outputs as output_module
+from nanoengine.text.outputs import OutputAssembler
 from tests.engine.support import greedy, mock_llm
 
 Step = tuple[int, bytes, bool]  # which sample, its new tokens, whether its length ends it
 TOKENS = st.text("abc", min_size=1, max_size=4).map(str.encode)
 STEPS = st.lists(st.tuples(st.integers(0, 1), TOKENS, st.integers(0, 7).map((7).__eq__)), max_size=12)
-
-
-def a_request(outputs: OutputProcessor, params: ResolvedParams) -> RequestState:
-    """Of two samples."""
-    given = CheckedRequest(request_id="r", prompt_token_ids=(1,), params=params)
-    state = RequestState(given, 0.0)
-    for i in range(2):
-        request = Request(
-            id=f"r/{i}", parent="r", prompt_token_ids=[1], params=params, seed=0, sample_index=i, arrival=0
-        )
-        state.samples.append(outputs.make_sample(request))
-    return state
 
 
 def drawn(token_ids: bytes) -> LogprobRows:
@@ -59,13 +46,16 @@ def drawn(token_ids: bytes) -> LogprobRows:
 
 def streamed(tokenizer: Tokenizer, steps: list[Step], params: ResolvedParams) -> list[RequestOutput]:
     """One output a step that a sample had a part in; none of them is read."""
-    outputs = OutputProcessor(tokenizer)
-    state, made = a_request(outputs, params), []
+    given = CheckedRequest(request_id="r", prompt_token_ids=(1,), params=params)
+    assembler, made, gone = OutputAssembler(given, tokenizer), list[RequestOutput](), set[int]()
     for index, token_ids, ends in steps:
-        sample = state.samples[index]
-        if sample.finish_reason is None:
-            update = Update(sample.request, tuple(token_ids), "length" if ends else None, None, drawn(token_ids))
-            made += outputs.apply([update], {"r": state}, 1.0)[0]
+        if index not in gone:
+            reason: Any = "length" if ends else None
+            new = SampleDelta(index, tuple(token_ids), drawn(token_ids), reason)
+            gone |= {*assembler.take(RequestDelta("r", (new,))), *([index] if ends else [])}
+            output = assembler.output()
+            counted = RequestMetrics(arrival=0.0, num_generated=output.metrics.num_generated)  # without its times
+            made.append(dataclasses.replace(output, metrics=counted))
     return made
 
 

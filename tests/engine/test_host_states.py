@@ -156,14 +156,14 @@ def test_staggered_arrival_and_aborts_in_flight(tmp_path: Path, overlap: bool, b
     asked, aborted, done = prompts(14, shared=5, longest=20), [2, 5, 9], dict[str, RequestOutput]()
     with chain_llm(tmp_path, overlap=overlap, num_gpu_blocks_override=blocks) as llm:
         step = arrived = 0
-        while arrived < len(asked) or llm.engine.has_unfinished_requests():
+        while arrived < len(asked) or llm.text_engine.has_unfinished_requests():
             if step % 3 == 0 and arrived < len(asked):
-                llm.engine.add_request(str(arrived), asked[arrived], CHAIN.replace(max_tokens=24))
+                llm.text_engine.add_request(str(arrived), asked[arrived], CHAIN.replace(max_tokens=24))
                 arrived += 1
             for i in aborted:
                 if step == 3 * i + 4:
                     llm.engine.abort_request(str(i))
-            done |= {output.request_id: output for output in llm.engine.step() if output.finished}
+            done |= {output.request_id: output for output in llm.text_engine.step() if output.finished}
             step += 1
         stats = llm.stats()
     for i, prompt in enumerate(asked):
@@ -364,8 +364,8 @@ def test_steps_that_break_are_run_again(
 
 
 def run(llm: LLM, ended: dict[str, RequestOutput]) -> None:
-    while llm.engine.has_unfinished_requests():
-        ended.update({output.request_id: output for output in llm.engine.step()})
+    while llm.text_engine.has_unfinished_requests():
+        ended.update({output.request_id: output for output in llm.text_engine.step()})
 
 
 @pytest.mark.parametrize("at", [0, 1, 5])
@@ -382,8 +382,8 @@ def test_an_interrupt_between_launch_and_supply(
     ended: dict[str, RequestOutput] = {}
     with mock_llm(tmp_path, plugins=[chain_plugin]) as llm:
         monkeypatch.setattr(*where, Breaks(getattr(*where), KeyboardInterrupt(), (at,)))
-        llm.engine.add_request("a", [1, 2], CHAIN)
-        llm.engine.add_request("b", [3], SamplingParams(temperature=0, max_tokens=COUNT))
+        llm.text_engine.add_request("a", [1, 2], CHAIN)
+        llm.text_engine.add_request("b", [3], SamplingParams(temperature=0, max_tokens=COUNT))
         with pytest.raises(KeyboardInterrupt):
             run(llm, ended)
         run(llm, ended)
@@ -410,7 +410,7 @@ def test_the_cache_can_be_reset_behind_an_interrupt(tmp_path: Path, monkeypatch:
             original(self)
 
         monkeypatch.setattr(Engine, "_supply_oldest", interrupted)
-        llm.engine.add_request("a", prompt, CHAIN.replace(stop_token_ids=[stop]))
+        llm.text_engine.add_request("a", prompt, CHAIN.replace(stop_token_ids=[stop]))
         with pytest.raises(KeyboardInterrupt):
             run(llm, {})
         assert llm.engine._in_flight

@@ -113,12 +113,12 @@ def test_requests_that_outgrow_the_pool_keep_their_tokens(tmp_path: Path, overla
     outputs: dict[str, RequestOutput] = {}
     with mock_llm(tmp_path, num_gpu_blocks_override=4, overlap=overlap) as llm:
         for i, prompt in enumerate(asked):
-            llm.engine.add_request(
+            llm.text_engine.add_request(
                 str(i), prompt, params, final_only=i == 1, sink=lambda o: outputs.__setitem__(o.request_id, o)
             )
         for _ in range(300):
             llm.engine.advance()
-        assert not llm.engine.has_unfinished_requests()
+        assert not llm.text_engine.has_unfinished_requests()
     for i, prompt in enumerate(asked):
         one = outputs[str(i)].outputs[0]
         assert (one.finish_reason, one.stop_reason) == ("length", "kv_cache_full")
@@ -130,7 +130,7 @@ def test_invalid_params_raise_before_anything_runs(llm: LLM) -> None:
     with pytest.raises(ParamsError, match=r"temprature.*temperature"):
         llm.generate([[1], [2]], [GREEDY, SamplingParams(temprature=1)], use_tqdm=False)
     assert llm.stats().steps == 0
-    assert not llm.engine.has_unfinished_requests()
+    assert not llm.text_engine.has_unfinished_requests()
 
 
 def test_text_needs_a_tokenizer(llm: LLM) -> None:
@@ -145,7 +145,7 @@ def test_text_needs_a_tokenizer(llm: LLM) -> None:
     ):
         with pytest.raises(TokenizerMissing):
             call()
-    assert not llm.engine.has_unfinished_requests()
+    assert not llm.text_engine.has_unfinished_requests()
 
 
 def test_stop_tokens_and_eos(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_streams_run_beside_each_other_and_closing_one_aborts_it(llm: LLM) -> No
     assert rest[-1].outputs[0].token_ids == greedy([1, 2], 12)
     assert rest[-1].finished
     assert list(second) == []
-    assert not llm.engine.has_unfinished_requests()
+    assert not llm.text_engine.has_unfinished_requests()
     assert llm.stats().free_blocks == llm.stats().num_blocks
 
 
@@ -253,7 +253,7 @@ def test_a_dropped_stream_gives_its_blocks_back(llm: LLM) -> None:
     del stream
     gc.collect()
     llm.generate([[4]], GREEDY, use_tqdm=False)
-    assert not llm.engine.has_unfinished_requests()
+    assert not llm.text_engine.has_unfinished_requests()
 
 
 def test_streams_from_several_threads(llm: LLM) -> None:
@@ -273,7 +273,7 @@ def test_streams_from_several_threads(llm: LLM) -> None:
 
 
 def test_the_engine_under_it(llm: LLM) -> None:
-    engine = llm.engine
+    engine = llm.text_engine
     engine.add_request("a", [1, 2], GREEDY)
     with pytest.raises(RequestError, match="'a' is still running"):
         engine.add_request("a", [1, 2], GREEDY)
@@ -298,10 +298,10 @@ def test_the_engine_under_it(llm: LLM) -> None:
 def test_priority_goes_first(tmp_path: Path) -> None:
     with mock_llm(tmp_path, max_num_seqs=1, scheduling_policy="priority") as llm:
         for name, priority in (("low", 5), ("high", -1), ("mid", 0)):
-            llm.engine.add_request(name, [1, 2], GREEDY, priority)
+            llm.text_engine.add_request(name, [1, 2], GREEDY, priority)
         order = []
-        while llm.engine.has_unfinished_requests():
-            order += [o.request_id for o in llm.engine.step() if o.finished]
+        while llm.text_engine.has_unfinished_requests():
+            order += [o.request_id for o in llm.text_engine.step() if o.finished]
     assert order == ["high", "mid", "low"]
 
 
@@ -392,7 +392,7 @@ def test_misused_arguments_are_named(llm: LLM) -> None:
         with pytest.raises(ParamsError, match=text):
             call()  # type: ignore[no-untyped-call]
     assert llm.stats().steps == 0
-    assert not llm.engine.has_unfinished_requests()
+    assert not llm.text_engine.has_unfinished_requests()
     (output,) = llm.generate([1, 2], sampling_params=GREEDY, use_tqdm=False)
     assert output.outputs[0].token_ids == greedy([1, 2], 6)
 
@@ -499,7 +499,7 @@ def test_a_keyword_that_a_method_lacks_is_named_with_its_place(llm: LLM, call: A
     with pytest.raises(ParamsError, match=message):
         call(llm)
     assert llm.stats().steps == 0
-    assert not llm.engine.has_unfinished_requests()
+    assert not llm.text_engine.has_unfinished_requests()
 
 
 def test_every_public_method_names_keywords_that_it_lacks(llm: LLM) -> None:
@@ -595,8 +595,8 @@ def test_after_closing_a_stream_nothing_runs(llm: LLM) -> None:
     with llm.stream([4], long), llm.stream([5], long) as kept:
         next(kept)
     assert (llm.stats().running, llm.stats().waiting) == (0, 0)
-    assert llm.engine.step() == []  # their last outputs go to the closed streams
-    assert not llm.engine.has_unfinished_requests()
+    assert llm.text_engine.step() == []  # their last outputs go to the closed streams
+    assert not llm.text_engine.has_unfinished_requests()
     assert len(llm.hidden_states([[1, 2]])) == 1  # needs an engine without requests
 
 

@@ -67,7 +67,7 @@ def error(request: pytest.FixtureRequest) -> BaseException:
 
 
 def run(llm: LLM) -> None:
-    while llm.engine.has_unfinished_requests():
+    while llm.text_engine.has_unfinished_requests():
         llm.engine.advance()
 
 
@@ -76,14 +76,14 @@ def beside(llm: LLM, params: SamplingParams, prompt: Any = None) -> RequestOutpu
     ended: dict[str, RequestOutput] = {}
 
     def step() -> None:
-        ended.update({out.request_id: out for out in llm.engine.step() if out.finished})
+        ended.update({out.request_id: out for out in llm.text_engine.step() if out.finished})
 
-    llm.engine.add_request("a", GOOD["a"], GREEDY)
+    llm.text_engine.add_request("a", GOOD["a"], GREEDY)
     step()
-    llm.engine.add_request("b", GOOD["b"], GREEDY, final_only=True)
-    llm.engine.add_request("bad", BAD if prompt is None else prompt, params)
-    llm.engine.add_request("c", GOOD["c"], GREEDY)
-    while llm.engine.has_unfinished_requests():
+    llm.text_engine.add_request("b", GOOD["b"], GREEDY, final_only=True)
+    llm.text_engine.add_request("bad", BAD if prompt is None else prompt, params)
+    llm.text_engine.add_request("c", GOOD["c"], GREEDY)
+    while llm.text_engine.has_unfinished_requests():
         step()
     assert tokens_of([ended[name] for name in GOOD]) == [greedy(GOOD[name], 12) for name in GOOD]
     check_scheduler(llm.engine.scheduler)
@@ -140,8 +140,8 @@ def test_the_utmost_values_of_each_field(tmp_path: Path, fields: dict[str, Any])
 def test_what_add_request_refuses_is_not_kept(tmp_path: Path, given: dict[str, Any], words: str) -> None:
     with mock_llm(tmp_path) as llm:
         with pytest.raises(ParamsError, match=words):
-            llm.engine.add_request(**{"request_id": "x", "prompt": BAD, "params": GREEDY, **given})
-        assert not llm.engine.has_unfinished_requests()
+            llm.text_engine.add_request(**{"request_id": "x", "prompt": BAD, "params": GREEDY, **given})
+        assert not llm.text_engine.has_unfinished_requests()
 
 
 class Ids:
@@ -170,7 +170,7 @@ def test_a_text_over_which_the_tokenizer_raises(
         raise error
 
     with text_llm(tmp_path) as llm:
-        monkeypatch.setattr(llm.engine._inputs, "_encode", encode)
+        monkeypatch.setattr(llm.text_engine, "_encode", encode)
         found = beside(llm, GREEDY, "A0B1")
     assert found.error is not None
     assert found.error.code == "invalid_prompt"
@@ -196,7 +196,7 @@ def is_bad(request: Any) -> bool:
 
 SEAMS: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     "making its samples": (output.RequestState, "requests", lambda state, *_: is_bad(state.given)),
-    "its detokenizer": (output.OutputProcessor, "make_sample", lambda self, request, begun: is_bad(request)),
+    "its first state": (output.RequestState, "add_sample", lambda state, *_: is_bad(state.given)),
     "queueing it": (Scheduler, "add", lambda self, request: is_bad(request)),
     "finding its hits": (BlockManager, "match", lambda self, request: is_bad(request)),
     "claiming its blocks": (BlockManager, "claim", lambda self, request, *_: is_bad(request)),
@@ -222,9 +222,9 @@ def test_what_the_engine_raises_over_a_request_fails_it_alone(
 def test_an_interrupt_is_no_failure_of_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seam: str) -> None:
     over_bad(monkeypatch, *SEAMS[seam][:2], KeyboardInterrupt(), SEAMS[seam][2])
     with mock_llm(tmp_path) as llm:
-        llm.engine.add_request("bad", BAD, GREEDY)
+        llm.text_engine.add_request("bad", BAD, GREEDY)
         with pytest.raises(KeyboardInterrupt):
-            llm.engine.step()
+            llm.text_engine.step()
         monkeypatch.undo()
         assert tokens_of(llm.generate(GOOD["a"], GREEDY, use_tqdm=False)) == [greedy(GOOD["a"], 12)]
 
@@ -288,12 +288,12 @@ def test_tokens_that_cannot_be_made_text_fail_their_request_alone(
         found = beside(llm, GREEDY)
         assert found.error is not None
         assert found.error.code == "text_failed"
-        llm.engine.add_request("again", BAD, GREEDY, final_only=final_only)
-        llm.engine.step()
+        llm.text_engine.add_request("again", BAD, GREEDY, final_only=final_only)
+        llm.text_engine.step()
         bad[2] = bad[-1]
         llm.engine.abort_request("again")
-        while llm.engine.has_unfinished_requests():
-            out = llm.engine.step()
+        while llm.text_engine.has_unfinished_requests():
+            out = llm.text_engine.step()
         assert [each.error and each.error.code for each in out] == ["text_failed"]
 
 
@@ -481,8 +481,8 @@ def test_a_sink_that_raises_loses_only_its_output(tmp_path: Path, error: BaseExc
 
     kept: list[RequestOutput] = []
     with mock_llm(tmp_path) as llm:
-        llm.engine.add_request("bad", BAD, GREEDY, final_only=True, sink=sink)
-        llm.engine.add_request("a", GOOD["a"], GREEDY, final_only=True, sink=kept.append)
+        llm.text_engine.add_request("bad", BAD, GREEDY, final_only=True, sink=sink)
+        llm.text_engine.add_request("a", GOOD["a"], GREEDY, final_only=True, sink=kept.append)
         run(llm)
         assert tokens_of(kept) == [greedy(GOOD["a"], 12)]
 
@@ -514,9 +514,9 @@ def test_a_long_salt_costs_each_block_no_more_than_a_short_one(tmp_path: Path) -
     salts = ["a" * 10**6, "a" * 10**6 + "b", "a" * 63, "a" * 64]
     with mock_llm(tmp_path) as llm:
         for salt in [*salts, *salts]:
-            llm.engine.add_request("x", LONG, GREEDY.replace(cache_salt=salt))
-            while llm.engine.has_unfinished_requests():
-                (*_, last) = llm.engine.step() or [None]
+            llm.text_engine.add_request("x", LONG, GREEDY.replace(cache_salt=salt))
+            while llm.text_engine.has_unfinished_requests():
+                (*_, last) = llm.text_engine.step() or [None]
             assert last is not None
             salts.append(str(last.num_cached_tokens))
         keys = {entry.parent for entry in llm.engine.scheduler.blocks._pools[0].entries if entry}

@@ -1,4 +1,4 @@
-"""The output processor alone: what becomes of several tokens a step, and ranks among equals."""
+"""Outputs made of deltas: what becomes of several tokens a step, and ranks among equals."""
 
 from __future__ import annotations
 
@@ -7,22 +7,16 @@ from typing import Any
 
 import pytest
 
-from nanoengine.api.deltas import LogprobRows
-from nanoengine.core.outputs import OutputProcessor, RequestState
-from nanoengine.core.request import Request
-from nanoengine.core.scheduling.messages import Update
+from nanoengine.api.deltas import LogprobRows, RequestDelta, SampleDelta
 from nanoengine.core.step import f32, i32
 from nanoengine.params.input_processor import CheckedRequest
 from nanoengine.params.sampling_params import ResolvedParams
 from nanoengine.text import Tokenizer
+from nanoengine.text.outputs import OutputAssembler
 
 
-def a_request(outputs: OutputProcessor, params: ResolvedParams) -> tuple[RequestState, Request]:
-    given = CheckedRequest(request_id="r", prompt_token_ids=(1, 2), params=params)
-    state = RequestState(given, 0.0)
-    request = Request(id="r/0", parent="r", prompt_token_ids=[1, 2], params=params, seed=0, sample_index=0, arrival=0)
-    state.samples.append(outputs.make_sample(request))
-    return state, request
+def assembler(tokenizer: Tokenizer | None, params: ResolvedParams) -> OutputAssembler:
+    return OutputAssembler(CheckedRequest(request_id="r", prompt_token_ids=(1, 2), params=params), tokenizer)
 
 
 def rows_of(token_ids: list[int], best: list[list[tuple[int, float]]] | None = None) -> LogprobRows:
@@ -43,24 +37,20 @@ def rows_of(token_ids: list[int], best: list[list[tuple[int, float]]] | None = N
     )
 
 
-def step(request: Request, text: str, reason: Any = None) -> Update:
+def delta(text: str, reason: Any = None) -> RequestDelta:
     ids = list(text.encode())
-    request.output_token_ids += ids
-    return Update(request, tuple(ids), reason, None, rows_of(ids), None)
+    return RequestDelta("r", (SampleDelta(0, tuple(ids), rows_of(ids), reason),), reason is not None)
 
 
 @pytest.mark.parametrize("reason", [None, "length"])
 @pytest.mark.parametrize("include", [False, True])
 def test_a_stop_string_amid_a_steps_tokens_cuts_them(tokenizer: Tokenizer, include: bool, reason: Any) -> None:
-    outputs = OutputProcessor(tokenizer)
-    params = ResolvedParams(stop=("cd",), include_stop_str_in_output=include, logprobs=0)
-    state, request = a_request(outputs, params)
-    (first,), ended, _ = outputs.apply([step(request, "ab")], {"r": state}, 1.0)
-    assert not ended
-    assert first.outputs[0].token_ids == tuple(b"ab")
-    (last,), ended, _ = outputs.apply([step(request, "xcdyz", reason)], {"r": state}, 2.0)
+    made = assembler(tokenizer, ResolvedParams(stop=("cd",), include_stop_str_in_output=include, logprobs=0))
+    assert made.take(delta("ab")) == []
+    assert made.output().outputs[0].token_ids == tuple(b"ab")
+    assert made.take(delta("xcdyz", reason)) == ([0] if reason is None else [])
+    last = made.output()
     sample = last.outputs[0]
-    assert ended == [(request, "stop")]
     assert (sample.finish_reason, sample.stop_reason) == ("stop", "cd")
     assert sample.token_ids == tuple(b"abxcd")
     assert sample.text == ("abxcd" if include else "abx")
@@ -72,9 +62,9 @@ def test_a_stop_string_amid_a_steps_tokens_cuts_them(tokenizer: Tokenizer, inclu
 
 
 def test_without_a_match_every_token_of_a_step_counts(tokenizer: Tokenizer) -> None:
-    outputs = OutputProcessor(tokenizer)
-    state, request = a_request(outputs, ResolvedParams(stop=("zz",), logprobs=0))
-    (last,), _, _ = outputs.apply([step(request, "xcdyz", "length")], {"r": state}, 2.0)
+    made = assembler(tokenizer, ResolvedParams(stop=("zz",), logprobs=0))
+    made.take(delta("xcdyz", "length"))
+    last = made.output()
     assert last.outputs[0].token_ids == tuple(b"xcdyz")
     assert last.outputs[0].text == "xcdyz"
     assert last.outputs[0].logprobs is not None
@@ -82,13 +72,12 @@ def test_without_a_match_every_token_of_a_step_counts(tokenizer: Tokenizer) -> N
 
 
 def test_equals_share_the_lowest_rank() -> None:
-    outputs = OutputProcessor(None)
-    state, request = a_request(outputs, ResolvedParams(logprobs=5))
+    made = assembler(None, ResolvedParams(logprobs=5))
     best = [(7, -0.5), (3, -1.0), (9, -1.0), (4, -1.0), (8, -2.0)]
     rows = rows_of([11], [best])
-    request.output_token_ids.append(11)
     rows.ranks[0] = 6
-    (output,), _, _ = outputs.apply([Update(request, (11,), None, None, rows, None)], {"r": state}, 1.0)
+    made.take(RequestDelta("r", (SampleDelta(0, (11,), rows),)))
+    output = made.output()
     assert output.outputs[0].logprobs is not None
     (row,) = output.outputs[0].logprobs
     assert {token: each.rank for token, each in row.items()} == {7: 1, 3: 2, 9: 2, 4: 2, 8: 5, 11: 6}

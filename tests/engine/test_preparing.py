@@ -98,7 +98,7 @@ def params(name: str | None = None, **fields: Any) -> SamplingParams:
 
 def add(llm: LLM, name: str, **fields: Any) -> list[RequestOutput]:
     found: list[RequestOutput] = []
-    llm.engine.add_request(name, [1, 2, 3], params(name, **fields), sink=found.append, final_only=True)
+    llm.text_engine.add_request(name, [1, 2, 3], params(name, **fields), sink=found.append, final_only=True)
     return found
 
 
@@ -113,7 +113,7 @@ def until(llm: LLM, holds: Callable[[], Any]) -> None:
 def test_others_run_while_one_is_prepared(tmp_path: Path, work: Work, overlap: bool) -> None:
     with made(tmp_path, overlap=overlap) as llm:
         slow = add(llm, "slow")
-        assert llm.engine.has_unfinished_requests()
+        assert llm.text_engine.has_unfinished_requests()
         assert tokens_of(llm.generate([[1, 2, 3], [5]], params())) == [greedy([1, 2, 3], 6), greedy([5], 6)]
         assert slow == []
         assert llm.stats().preparing == 1
@@ -121,7 +121,7 @@ def test_others_run_while_one_is_prepared(tmp_path: Path, work: Work, overlap: b
         until(llm, lambda: slow)
         assert tokens_of(slow) == [greedy([1, 2, 3], 6)]
         assert work.began == [("slow", "nanoengine-prepare")]
-        assert not llm.engine.has_unfinished_requests()
+        assert not llm.text_engine.has_unfinished_requests()
         assert llm.stats().preparing == 0
 
 
@@ -163,7 +163,7 @@ def test_a_failure_is_the_error_of_that_request_alone(tmp_path: Path) -> None:
         assert tokens_of([fine]) == [greedy([5], 6)]
         with pytest.raises(ParamsError, match="must not be 'cannot'"):
             llm.generate([[1]], params("cannot"))
-        assert not llm.engine.has_unfinished_requests()
+        assert not llm.text_engine.has_unfinished_requests()
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -173,7 +173,7 @@ def test_abort_while_it_is_prepared(tmp_path: Path, work: Work, n: int) -> None:
         llm.engine.abort_request("slow")
         until(llm, lambda: slow)
         assert [each.finish_reason for each in slow[0].outputs] == ["abort"] * n
-        assert not llm.engine.has_unfinished_requests()
+        assert not llm.text_engine.has_unfinished_requests()
         again = add(llm, "slow")  # the id is free, though the first one's work still runs
         work.gate("slow").set()
         until(llm, lambda: again)

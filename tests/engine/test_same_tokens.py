@@ -91,14 +91,14 @@ def run_staggered(
     """Requests arrive every few steps; those in `abort` are aborted four steps later."""
     done: dict[str, tuple[int, ...]] = {}
     step = arrived = 0
-    while arrived < len(asked) or llm.engine.has_unfinished_requests():
+    while arrived < len(asked) or llm.text_engine.has_unfinished_requests():
         if step % every == 0 and arrived < len(asked):
-            llm.engine.add_request(str(arrived), asked[arrived], GREEDY)
+            llm.text_engine.add_request(str(arrived), asked[arrived], GREEDY)
             arrived += 1
         for i in abort:
             if step == i * every + 4:
                 llm.engine.abort_request(str(i))
-        for output in llm.engine.step():
+        for output in llm.text_engine.step():
             if output.finished:
                 done[output.request_id] = output.outputs[0].token_ids
                 assert output.outputs[0].finish_reason == ("abort" if int(output.request_id) in abort else "length")

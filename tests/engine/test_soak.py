@@ -47,20 +47,20 @@ def drive(llm: LLM, count: int, rng: random.Random, tag: str) -> dict[str, int]:
     seen = {"finished": 0, "aborted": 0, "refused": 0, "checked": 0}
     expected: dict[str, tuple[int, ...]] = {}
     added = 0
-    while added < count or llm.engine.has_unfinished_requests():
+    while added < count or llm.text_engine.has_unfinished_requests():
         for _ in range(rng.randint(0, 6)):
             if added == count:
                 break
             prompt, fields, bad = request(rng, shared)
             name = f"{tag}{added}"
-            llm.engine.add_request(name, prompt, SamplingParams(**fields), rng.randint(0, 2))
+            llm.text_engine.add_request(name, prompt, SamplingParams(**fields), rng.randint(0, 2))
             if not bad and fields["temperature"] == 0 and "logprobs" not in fields and added % 10 == 0:
                 expected[name] = greedy(prompt, fields["max_tokens"])
             live.append(name)
             added += 1
         if live and rng.random() < 0.15:
             llm.engine.abort_request(rng.choice(live))
-        for output in llm.engine.step():
+        for output in llm.text_engine.step():
             if not output.finished:
                 continue
             assert output.request_id not in ended
@@ -140,14 +140,14 @@ EVERYTHING = SamplingParams(
 def over_a_hundred_steps(llm: LLM) -> tuple[dict[str, int], dict[str, int]]:
     """Addresses before and after, with requests that come while others run."""
     for i in range(4):
-        llm.engine.add_request(str(i), [i + 1, 2, 3], EVERYTHING)
-    llm.engine.step()
-    llm.engine.step()
+        llm.text_engine.add_request(str(i), [i + 1, 2, 3], EVERYTHING)
+    llm.text_engine.step()
+    llm.text_engine.step()
     before, steps = pointers(llm), llm.stats().steps
     for i in range(100):
         if i % 20 == 0:
-            llm.engine.add_request(f"late {i}", [i + 1, 2, 3, 4], EVERYTHING)
-        llm.engine.step()
+            llm.text_engine.add_request(f"late {i}", [i + 1, 2, 3, 4], EVERYTHING)
+        llm.text_engine.step()
     assert llm.stats().steps >= steps + 99
     return before, pointers(llm)
 

@@ -182,8 +182,8 @@ def test_stop_strings_inside_accepted_drafts(tmp_path: Path, overlap: bool, accu
     rows = [row for record in records for row in record.rows]
     said = [sum(row.new_tokens for row in rows if row.request == f"{output.request_id}/0") for output in found]
     shown = [len(output.outputs[0].token_ids) for output in found]
-    assert said == shown
-    assert any(0 < row.new_tokens < 1 + row.accepted for row in rows)  # a row brought more, behind the stop
+    assert all(drawn >= count for drawn, count in zip(said, shown, strict=True))
+    assert said != shown  # a row brought more, behind the stop
     for output, end in zip(found, ends, strict=True):
         sample = output.outputs[0]
         assert end.stop is not None
@@ -306,15 +306,15 @@ def test_aborted_requests_leave_nothing(tmp_path: Path) -> None:
     with speculating(tmp_path, replay(1.0)) as llm:
         run(llm, asked, params)
         for i, prompt in enumerate(asked):
-            llm.engine.add_request(str(i), prompt, params)
+            llm.text_engine.add_request(str(i), prompt, params)
         done: dict[str, RequestOutput] = {}
         for step in itertools.count():
-            for output in llm.engine.step():
+            for output in llm.text_engine.step():
                 if output.finished:
                     done[output.request_id] = output
             if step < 3:
                 llm.engine.abort_request(str(step))
-            if not llm.engine.has_unfinished_requests():
+            if not llm.text_engine.has_unfinished_requests():
                 break
         speculation: Any = llm.engine.scheduler._speculation
         stats = llm.stats()

@@ -139,7 +139,7 @@ def test_other_threads_make_no_step_meanwhile(llm: LLM, monkeypatch: pytest.Monk
     def interfering(self: InProcessExecutor, name: str, *args: Any) -> Any:
         found = call(self, name, *args)
         if name.endswith(":start_capture"):
-            llm.engine.add_request("other", [3, 4], SamplingParams(max_tokens=2), sink=others.append)
+            llm.text_engine.add_request("other", [3, 4], SamplingParams(max_tokens=2), sink=others.append)
             stepping = Thread(target=llm.engine.step)
             stepping.start()
             stepping.join(0.2)

@@ -15,9 +15,9 @@ from tokenizers import decoders
 
 from nanoengine import LLM, ParamsError, SamplingParams
 from nanoengine.api.errors import NanoEngineError, RequestError, UnsupportedError, WorkerError
-from nanoengine.core.outputs import SampleState
 from nanoengine.core.request import Status
 from nanoengine.core.scheduling.scheduler import Scheduler
+from nanoengine.text.outputs import SampleOutput
 
 from .pair_text import Ended, ids_of, masked_greedy, stopped, text_llm, text_of
 from .support import greedy, prompts, tokens_of
@@ -168,7 +168,7 @@ def _never_finished(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _match_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SampleState, "decode", lambda self: None)
+    monkeypatch.setattr(SampleOutput, "decode", lambda self: None)
 
 
 def test_mutants_of_stopping_are_caught(tmp_path: Path) -> None:

@@ -89,9 +89,9 @@ def test_close_in_the_middle_of_steps_gives_everything_back(tmp_path: Path) -> N
     for _ in range(2):
         llm = LLM(folder, **need("triton"), device="cuda", num_gpu_blocks_override=LARGE_CACHE)
         for i, prompt in enumerate(asked(8)):
-            llm.engine.add_request(str(i), prompt, SamplingParams(max_tokens=500, ignore_eos=True))
+            llm.text_engine.add_request(str(i), prompt, SamplingParams(max_tokens=500, ignore_eos=True))
         for _ in range(5):
-            llm.engine.step()
+            llm.text_engine.step()
         llm.close()
         seen.append(memory())
     assert seen[0][1] <= 64 * MIB
@@ -106,14 +106,14 @@ def test_two_engines_at_once(tmp_path: Path) -> None:
     with LLM(folder, **options) as alone:
         wanted = tokens_of(alone.generate(asked(6), GREEDY, use_tqdm=False))
     one, two = LLM(folder, **options), LLM(folder, **options)
-    for engine, tag in ((one.engine, "a"), (two.engine, "b")):
+    for engine, tag in ((one.text_engine, "a"), (two.text_engine, "b")):
         for i, prompt in enumerate(asked(6)):
             engine.add_request(f"{tag}{i}", prompt, GREEDY, final_only=True)
     found: dict[str, tuple[int, ...]] = {}
-    while one.engine.has_unfinished_requests() or two.engine.has_unfinished_requests():
+    while one.text_engine.has_unfinished_requests() or two.text_engine.has_unfinished_requests():
         for llm in (one, two):
-            if llm.engine.has_unfinished_requests():
-                found |= {o.request_id: o.outputs[0].token_ids for o in llm.engine.step()}
+            if llm.text_engine.has_unfinished_requests():
+                found |= {o.request_id: o.outputs[0].token_ids for o in llm.text_engine.step()}
     assert [found[f"a{i}"] for i in range(6)] == wanted
     assert [found[f"b{i}"] for i in range(6)] == wanted
     assert two.stats().graph_steps > 0
@@ -264,14 +264,14 @@ def test_a_decode_batch_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.Mo
     params = SamplingParams(temperature=0, max_tokens=24)
     with mock_llm(tmp_path, overlap=overlap, enforce_eager=True, **options) as llm:
         for i, text in enumerate(texts):
-            llm.engine.add_request(str(i), text, params, final_only=True)
+            llm.text_engine.add_request(str(i), text, params, final_only=True)
         for _ in range(3):
-            llm.engine.step()
+            llm.text_engine.step()
         hungry_forward(monkeypatch, lambda input_ids: len(input_ids) * MIB)
         done = {}
         with room(200 * MIB):
-            while llm.engine.has_unfinished_requests():
-                done |= {output.request_id: output for output in llm.engine.step()}
+            while llm.text_engine.has_unfinished_requests():
+                done |= {output.request_id: output for output in llm.text_engine.step()}
         stats = llm.stats()
         assert tokens_of([done[str(i)] for i in range(256)]) == [greedy(text, 24) for text in texts]
         assert 0 < stats.steps_withdrawn < 12

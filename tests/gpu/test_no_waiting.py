@@ -68,18 +68,18 @@ def twenty_steps(llm: LLM, *, plain: bool) -> list[RequestOutput]:
 
     def round_of(tag: str, guard: Callable[[], Any]) -> None:
         for i in range(8):
-            llm.engine.add_request(f"{tag}{i}", prompt(i), params(i, plain))
+            llm.text_engine.add_request(f"{tag}{i}", prompt(i), params(i, plain))
         for _ in range(8):
-            done.extend(o for o in llm.engine.step() if o.finished)
+            done.extend(o for o in llm.text_engine.step() if o.finished)
         with guard():
             for i in range(20):
                 if i % 3 == 0:
-                    llm.engine.add_request(f"{tag}late {i}", prompt(i), params(i // 3, plain))
+                    llm.text_engine.add_request(f"{tag}late {i}", prompt(i), params(i // 3, plain))
                 if i == 10:
                     llm.engine.abort_request(f"{tag}2")
-                done.extend(o for o in llm.engine.step() if o.finished)
-        while llm.engine.has_unfinished_requests():
-            done.extend(o for o in llm.engine.step() if o.finished)
+                done.extend(o for o in llm.text_engine.step() if o.finished)
+        while llm.text_engine.has_unfinished_requests():
+            done.extend(o for o in llm.text_engine.step() if o.finished)
 
     @contextmanager
     def nothing() -> Iterator[None]:

@@ -147,14 +147,14 @@ def test_staggered_arrival_and_aborts_beside(pair: Callable[[str], Pair], overla
     done: dict[str, RequestOutput] = {}
     with tiny.llm(folder, overlap=overlap, num_gpu_blocks_override=blocks) as llm:
         step = 0
-        while step < every * len(asked) or llm.engine.has_unfinished_requests():
+        while step < every * len(asked) or llm.text_engine.has_unfinished_requests():
             number, rest = divmod(step, every)
             if rest == 0 and number < len(asked):
-                llm.engine.add_request(str(number), asked[number], GREEDY)
+                llm.text_engine.add_request(str(number), asked[number], GREEDY)
             for i in abort:
                 if step == i * every + 4:
                     llm.engine.abort_request(str(i))
-            done |= {o.request_id: o for o in llm.engine.step() if o.finished}
+            done |= {o.request_id: o for o in llm.text_engine.step() if o.finished}
             step += 1
         stats = llm.stats()
     report = compare(model, list(done.values()), GREEDY)

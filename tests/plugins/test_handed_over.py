@@ -186,7 +186,7 @@ def test_a_broken_processor_fails_only_who_uses_it(tiny: Path, target: str, word
             PluginError, match=rf"logits processor 'lift', which lift needs, cannot run: .*{words}.*fix"
         ):
             llm.generate(PROMPTS, [GREEDY, GREEDY.replace(lift=7)], use_tqdm=False)
-        assert not llm.engine.has_unfinished_requests()
+        assert not llm.text_engine.has_unfinished_requests()
         outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
         assert [list(output.outputs[0].token_ids) for output in outputs] == expected
         random = GREEDY.replace(temperature=0.7, top_k=5, presence_penalty=0.3)

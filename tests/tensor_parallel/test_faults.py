@@ -62,13 +62,13 @@ def test_killed_mid_run_and_streams(tmp_path: Path) -> None:
     llm = faulty_llm(tmp_path)
     stream = llm.stream([5, 6], LONG)
     next(stream)
-    llm.engine.add_request("mine", [1, 2, 3], LONG)
-    llm.engine.step()
+    llm.text_engine.add_request("mine", [1, 2, 3], LONG)
+    llm.text_engine.step()
     os.kill(pids(llm)[0], signal.SIGKILL)
 
     def steps() -> None:
         for _ in range(500):
-            llm.engine.step()
+            llm.text_engine.step()
 
     with pytest.raises(WorkerError, match=r"rank 0 of 2 failed .*killed by SIGKILL") as caught:
         steps()
@@ -78,7 +78,7 @@ def test_killed_mid_run_and_streams(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="rank 0 of 2 failed") as ended:
         list(stream)
     assert ended.value.code == "worker_failed"
-    assert not llm.engine.has_unfinished_requests()
+    assert not llm.text_engine.has_unfinished_requests()
 
 
 def test_killed_while_idle(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ class RowResult(NamedTuple):
 
 
 def commit_rows(step: ScheduledStep, result: StepResult, roster: Roster) -> list[Update]:
-    """Books a result, row by row in the plan's order. Returns an update for each live row that brought something.
+    """Books a result, row by row in the plan's order. Returns an update for each live row that has something to report.
 
     Most decode rows bring one token and nothing else: below `commit_check_at` it is appended right here.
     """
@@ -45,7 +45,8 @@ def commit_rows(step: ScheduledStep, result: StepResult, roster: Roster) -> list
         output = request.output_token_ids
         if len(output) < request.commit_check_at and token not in request.stop_set:
             output.append(token)
-            updates.append(new(Update, (request, (token,), None, None, None, None, None, None)))
+            if len(output) >= request.report_at:
+                updates.append(new(Update, (request, (token,), None, None, None, None, None, None)))
         else:
             end = request.prompt_len + len(output)
             row = RowResult(end - 1, end, 1, (token,))

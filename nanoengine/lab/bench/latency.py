@@ -14,7 +14,7 @@ from random import Random
 
 import numpy as np
 
-from nanoengine.core.outputs import RequestOutput
+from nanoengine.api.deltas import RequestDelta
 from nanoengine.lab.bench.report import Report, number, share
 from nanoengine.lab.bench.roofline import decode_seconds
 from nanoengine.lab.bench.session import Setup, backend_of
@@ -75,10 +75,10 @@ class Timeline:
     tokens: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
 
-    def take(self, output: RequestOutput) -> None:
-        if output.error is not None:
-            raise output.error
-        now, new = time.perf_counter(), output.metrics.num_generated - len(self.tokens)
+    def take(self, delta: RequestDelta) -> None:
+        if delta.error is not None:
+            raise delta.error
+        now, new = time.perf_counter(), sum(len(sample.token_ids) for sample in delta.samples)
         if self.tokens and new:
             self.gaps += [(now - self.tokens[-1]) / new] * new
         self.tokens += [now] * new

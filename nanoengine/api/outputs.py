@@ -1,0 +1,114 @@
+"""What a user gets of a request: its text, tokens, log-probs and times so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nanoengine.api.deltas import FinishReason
+from nanoengine.api.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Natural-log probability of a token under the raw logits; rank 1 is the likeliest; the token's own text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestMetrics:
+    """Seconds on the monotonic clock. `arrival`: when added; others None until they happen.
+
+    num_generated: tokens of all samples, without those that they began with. longest: of the sample that has the most.
+    ttft: arrival to first token. itl: mean time between the tokens of that longest sample.
+    """
+
+    arrival: float
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+    num_generated: int = 0
+    longest: int = 0
+
+    @property
+    def ttft(self) -> float | None:
+        return None if self.first_token is None else self.first_token - self.arrival
+
+    @property
+    def itl(self) -> float | None:
+        if self.first_token is None or self.finished is None or self.longest < 2:
+            return None
+        return (self.finished - self.first_token) / (self.longest - 1)
+
+
+class _CopiedWhenRead:
+    """Base of a frozen dataclass with fields that are copied when first read, as most never are: `copy_when_read`."""
+
+    __slots__ = ("_growing",)
+    _growing: dict[str, tuple[list[Any], int]]  # field -> the list to copy, and how many of its entries
+
+    if not TYPE_CHECKING:  # a type checker must see no names but the fields
+
+        def __getattr__(self, name: str) -> Any:
+            """Python calls this for a name that it does not find, such as a slot without a value."""
+            if name == "_growing" or name not in getattr(self, "_growing", ()):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+            entries, count = self._growing[name]
+            value = tuple(entries[:count])
+            object.__setattr__(self, name, value)
+            return value
+
+
+def copy_when_read(output: _CopiedWhenRead, fields: Mapping[str, list[Any]]) -> None:
+    """Let each field be the tuple of its list's present entries, copied when the field is first read.
+
+    Until then more entries may be appended; those that are there must stay.
+    """
+    for name in fields:
+        object.__delattr__(output, name)
+    object.__setattr__(output, "_growing", {name: (entries, len(entries)) for name, entries in fields.items()})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionOutput(_CopiedWhenRead):
+    """One sample of a request.
+
+    Attributes:
+        text, token_ids: all so far. They begin with `num_given_chars` characters and `num_given_tokens` tokens that the
+            request began with (`generated`).
+        stop_reason: the stop string or stop token id that ended it; None for EOS.
+        logprobs: of each token; None for a given one. cumulative_logprob: of the others.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    cumulative_logprob: float | None = None
+    logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
+    num_given_tokens: int = 0
+    num_given_chars: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutput:
+    """What a request has so far: cumulative, not a delta. If it was refused or failed: `error`, and no `outputs`.
+
+    `seed`: of its draws; that of the parameters, or else one that the engine made. None if it was refused.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
+    num_cached_tokens: int = 0
+    seed: int | None = None
+    error: RequestError | None = None

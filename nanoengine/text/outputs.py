@@ -1,0 +1,231 @@
+"""From a request's deltas to what a user gets: text, stop strings, log-probs, metrics. On the caller's side.
+
+A stop string is found here, and not by the engine: `OutputAssembler.take` says which samples are to be aborted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+from nanoengine.api.deltas import FinishReason, LogprobRows, RequestDelta, SampleDelta
+from nanoengine.api.errors import RequestError, is_failure, text_failure
+from nanoengine.api.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, copy_when_read
+from nanoengine.params.generated import NOTHING, Beginning
+from nanoengine.params.input_processor import CheckedRequest
+from nanoengine.params.sampling_params import ResolvedParams
+from nanoengine.text.detokenizer import IncrementalDetokenizer
+from nanoengine.text.tokenizer import Tokenizer
+
+Logprobs = dict[int, Logprob]
+
+
+@dataclass(slots=True)
+class SampleOutput:
+    """What one sample has so far.
+
+    Attributes:
+        token_ids: without those that come after a stop string.
+        num_given, given_chars: tokens that it began with, and characters of their text.
+        ended: the output of a sample that has ended.
+    """
+
+    index: int
+    detokenizer: IncrementalDetokenizer | None
+    logprobs: list[Logprobs | None] | None
+    token_ids: list[int] = field(default_factory=list)
+    num_given: int = 0
+    given_chars: int = 0
+    cumulative_logprob: float = 0.0
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    ended: CompletionOutput | None = None
+
+    @classmethod
+    def begin(cls, index: int, params: ResolvedParams, tokenizer: Tokenizer | None, begun: Beginning) -> SampleOutput:
+        """A sample that begins so. Tokens that no reader has read yet are read here; a stop string cuts them."""
+        given = begun.reader is not None
+        sample = cls(
+            index,
+            begun.reader if given else IncrementalDetokenizer.from_params(tokenizer, params),
+            None if params.logprobs is None else [],
+            [*begun.token_ids],
+            finish_reason=begun.finish_reason,
+            stop_reason=begun.stop_reason,
+        )
+        if sample.token_ids and not given:
+            sample.decode()
+        sample.num_given = len(sample.token_ids)
+        sample.given_chars = len(sample.detokenizer.text) if sample.detokenizer is not None else 0
+        if sample.logprobs is not None:
+            sample.logprobs += [None] * sample.num_given
+        return sample
+
+    def take(self, delta: SampleDelta, logprobs: Sequence[Logprobs]) -> None:
+        """Add what is new. `logprobs`: those of the delta."""
+        before = len(self.token_ids)
+        self.token_ids += delta.token_ids
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+        self.decode()
+        if self.logprobs is not None and delta.logprobs is not None:
+            kept = len(self.token_ids) - before
+            self.logprobs += logprobs[:kept]
+            for value in delta.logprobs.logprobs[:kept].tolist():  # one by one, to round as in steps of one
+                self.cumulative_logprob += value
+
+    def decode(self) -> None:
+        """Decode the tokens that have no text yet. A stop string found there ends the sample, and cuts them."""
+        reader = self.detokenizer
+        if reader is None:
+            return
+        matched = reader.read(self.token_ids[reader.num_tokens :], self.finish_reason)
+        if matched is not None:
+            self.finish_reason, self.stop_reason = "stop", matched
+            del self.token_ids[reader.num_tokens :]
+
+    def output(self) -> CompletionOutput:
+        """The sample's output now, at a cost that does not grow with the sample."""
+        if self.ended is not None:
+            return self.ended
+        output = CompletionOutput(
+            index=self.index,
+            text=self.detokenizer.text if self.detokenizer is not None else "",
+            token_ids=(),
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            cumulative_logprob=None if self.logprobs is None else self.cumulative_logprob,
+            num_given_tokens=self.num_given,
+            num_given_chars=self.given_chars,
+        )
+        lists: dict[str, list[Any]] = {"token_ids": self.token_ids}
+        if self.logprobs is not None:
+            lists["logprobs"] = self.logprobs
+        copy_when_read(output, lists)
+        if self.finish_reason is not None:
+            self.ended = output = replace(output)  # which reads all fields: it does not need the lists
+        return output
+
+
+class OutputAssembler:
+    """Makes one request's cumulative outputs of its deltas.
+
+    Attributes:
+        finished: its last output is there. If the delta that brought it is not the request's last one, the request must
+            be aborted: its samples have ended by stop strings, or the tokenizer failed.
+        error: why it was refused or failed.
+    """
+
+    def __init__(self, given: CheckedRequest, tokenizer: Tokenizer | None, prompt: str | None = None) -> None:
+        """`tokenizer`: None: there is no text. `prompt`: its text, if it is known.
+
+        Raises what the tokenizer raises over tokens that the request begins with.
+        """
+        self._given, self._tokenizer, self._prompt = given, tokenizer, prompt
+        self._arrival = time.monotonic()
+        self._first_token: float | None = None
+        self._finished: float | None = None
+        self._taking: RequestDelta | None = None
+        self._newest = RequestDelta(given.request_id)  # the last one that was taken whole
+        self._prompt_logprobs: tuple[Logprobs | None, ...] | None = None
+        if given.params.prompt_logprobs is not None:
+            self._prompt_logprobs = (None,)  # of the first token: there is no token before it
+        self.error: RequestError | None = None
+        begun = given.begun or (NOTHING,) * given.params.n
+        self._samples: list[SampleOutput] = []
+        if given.error is None:
+            self._samples = [SampleOutput.begin(i, given.params, tokenizer, each) for i, each in enumerate(begun)]
+
+    @property
+    def finished(self) -> bool:
+        return self._finished is not None
+
+    def take(self, delta: RequestDelta) -> list[int]:
+        """Add a delta. Returns the samples to abort: a stop string ended them, and the engine does not know it.
+
+        A delta that comes again, because Ctrl-C came while it was delivered, is not added again. If it came in the
+        middle of `take`, the request fails ("interrupted"). What the tokenizer raises fails it, too ("text_failed").
+        """
+        if self.finished or delta is self._newest:
+            return []
+        if self._taking is not None and self._taking is not self._newest:
+            self._fail(RequestError("interrupted", "the text of this request was interrupted while it was made"))
+            return []
+        self._taking = delta
+        stopped: list[int] = []
+        try:
+            for new in delta.samples:
+                if self._take(new):
+                    stopped.append(new.sample_index)
+            if delta.prompt_logprobs is not None and self._prompt_logprobs is not None:
+                self._prompt_logprobs += tuple(self._logprobs(delta.prompt_logprobs))
+        except BaseException as raised:
+            if not is_failure(raised):
+                raise
+            self._fail(text_failure(raised))
+            return []
+        self._newest = delta
+        if self._samples and all(sample.finish_reason is not None for sample in self._samples):
+            self._finished = time.monotonic()
+        elif delta.error is not None:
+            self._fail(delta.error)
+        return stopped
+
+    def output(self) -> RequestOutput:
+        """What the request has so far."""
+        lengths = [len(sample.token_ids) - sample.num_given for sample in self._samples]
+        return RequestOutput(
+            request_id=self._given.request_id,
+            prompt=self._prompt,
+            prompt_token_ids=self._given.prompt_token_ids,
+            outputs=[] if self.error else [sample.output() for sample in self._samples],
+            finished=self.finished,
+            metrics=RequestMetrics(
+                arrival=self._arrival,
+                first_scheduled=self._newest.first_scheduled,
+                first_token=self._first_token,
+                finished=self._finished,
+                num_generated=sum(lengths),
+                longest=max(lengths, default=0),
+            ),
+            prompt_logprobs=None if self.error else self._prompt_logprobs,
+            num_cached_tokens=self._newest.num_cached_tokens,
+            seed=self._newest.seed,
+            error=self.error,
+        )
+
+    def _take(self, new: SampleDelta) -> bool:
+        """Whether a stop string ends the sample."""
+        sample = self._samples[new.sample_index]
+        if sample.finish_reason is not None:
+            return False
+        if self._first_token is None and new.token_ids:  # a sample that ends without free blocks may get none
+            self._first_token = time.monotonic()
+        sample.take(new, self._logprobs(new.logprobs) if new.logprobs is not None else ())
+        return new.finish_reason is None and sample.finish_reason is not None
+
+    def _fail(self, error: RequestError) -> None:
+        self.error, self._finished = error, time.monotonic()
+
+    def _logprobs(self, rows: LogprobRows) -> list[Logprobs]:
+        """One dict for each position: the best tokens first, then the token itself if it is not one of them.
+
+        Of tokens with equal log-probs each has the lowest of their ranks.
+        """
+        out: list[Logprobs] = []
+        for i, (start, end) in enumerate(pairwise(rows.top_offsets.tolist())):
+            ids, values = rows.top_ids[start:end].tolist(), rows.top_logprobs[start:end].tolist()
+            best: Logprobs = {}
+            rank = 1
+            for at, (token_id, value) in enumerate(zip(ids, values, strict=True)):
+                rank = at + 1 if at and value < values[at - 1] else rank
+                best[token_id] = Logprob(value, rank, self._token_text(token_id))
+            chosen = int(rows.token_ids[i])
+            best[chosen] = Logprob(float(rows.logprobs[i]), int(rows.ranks[i]), self._token_text(chosen))
+            out.append(best)
+        return out
+
+    def _token_text(self, token_id: int) -> str | None:
+        return None if self._tokenizer is None else self._tokenizer.token_text(token_id)

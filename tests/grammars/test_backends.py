@@ -98,7 +98,7 @@ def accepts(grammar: Grammar, text: str) -> bool:
         ("structural_tag", {"structures": [{"begin": "<", "scheme": {}}], "triggers": ["<"]}, "scheme"),
         ("structural_tag", {"structures": [{"begin": "<", "schema": {"not": {}}}], "triggers": ["<"]}, "not"),
         ("structural_tag", {"format": {"type": "any_text"}}, "any_text"),
-        ("structural_tag", {"format": {"type": "triggered_tags", "triggers": ["<"], "at_least_one": True,
+        ("structural_tag", {"format": {"type": "triggered_tags", "triggers": ["<"], "at_least_one": 1,
           "tags": [{"begin": "<", "content": {"type": "json_schema", "json_schema": {}}, "end": ""}]}}, "at_least_one"),
     ],
 )  # fmt: skip

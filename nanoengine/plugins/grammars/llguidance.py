@@ -52,22 +52,38 @@ class LLGuidance(GrammarBackend):
 
     def _lark_of(self, tags: Tags, constraint: Constraint) -> str:
         """Free text in which each trigger begins one of its tags."""
-        lines = ["%llguidance {}", "start: (" + " | ".join(f"tag_{i}" for i in range(len(tags.tags))) + ")* end_text"]
-        lines += ["end_text: TEXT", r"TEXT: /(.|\n)*/"]
+        some, first = ("(" + " | ".join(f"{n}_{i}" for i in range(len(tags.tags))) + ")" for n in ("tag", "first"))
+        start = {
+            (False, False): f"{some}* end_text",
+            (False, True): f"{some} | end_text",
+            (True, False): f"{first} {some}* end_text",
+            (True, True): first,
+        }[tags.begins, tags.ends]
+        lines = ["%llguidance {}", f"start: {start}", "end_text: TEXT", r"TEXT: /(.|\n)*/"]
         for i, trigger in enumerate(tags.triggers):
-            special = self._special(trigger)
-            lines.append(f"trigger_{i}: TEXT {special}" if special else f"trigger_{i}[lazy]: TEXT {_quoted(trigger)}")
+            lazy = "" if any(map(self._tokenizer.is_special_token, self._ids(trigger))) else "[lazy]"
+            lines.append(f"trigger_{i}{lazy}: TEXT {self._literal(trigger)}")
         for i, tag in enumerate(tags.tags):
             schema, options = exact(tag.schema), _space(constraint)
             body = json.dumps({**schema, "x-guidance": options} if isinstance(schema, dict) else schema)
-            parts = [f"trigger_{tag.trigger}", _quoted(tag.rest), f"%json {body}", _quoted(tag.end)]
-            lines.append(f"tag_{i}: " + " ".join(part for part in parts if part))
+            lines.append(f"content_{i}: {self._literal(tag.rest)} %json {body} {self._literal(tag.end)}")
+            lines.append(f"first_{i}: {self._literal(tags.triggers[tag.trigger])} content_{i}")
+            lines.append(f"tag_{i}: trigger_{tag.trigger} content_{i}")
         return LLMatcher.grammar_from_lark("\n".join(lines) + "\n")
 
-    def _special(self, text: str) -> str:
-        """How Lark names the special token with this text; "" if it is no special token."""
-        ids = self._tokenizer.tokenize_str(text, parse_special=True)
-        return f"<[{ids[0]}]>" if len(ids) == 1 and self._tokenizer.is_special_token(ids[0]) else ""
+    def _literal(self, text: str) -> str:
+        """The text in Lark: special tokens as their ids, other text quoted."""
+        parts, plain = [], b""
+        for token in self._ids(text):
+            if not self._tokenizer.is_special_token(token):
+                plain += self._tokenizer.decode_bytes([token])
+                continue
+            parts += [_quoted(plain.decode()), f"<[{token}]>"]
+            plain = b""
+        return " ".join(part for part in [*parts, _quoted(plain.decode())] if part)
+
+    def _ids(self, text: str) -> list[int]:
+        return self._tokenizer.tokenize_str(text, parse_special=True)
 
 
 class _Grammar(Grammar):

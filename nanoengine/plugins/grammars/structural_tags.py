@@ -10,7 +10,8 @@ from typing import Any
 from nanoengine.api import GrammarError
 
 _OLD = frozenset(("type", "structures", "triggers"))
-_NEW = frozenset(("type", "triggers", "tags", "at_least_one", "stop_after_first"))
+_FLAGS = ("at_least_one", "stop_after_first")
+_NEW = frozenset(("type", "triggers", "tags", *_FLAGS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +26,12 @@ class Tag:
 
 @dataclass(frozen=True, slots=True)
 class Tags:
+    """begins: the text begins with a tag, not with free text. ends: it ends with its first tag."""
+
     triggers: tuple[str, ...]
     tags: tuple[Tag, ...]
+    begins: bool = False
+    ends: bool = False
 
 
 def read_tags(text: str, backend: str) -> Tags:
@@ -43,9 +48,9 @@ def read_tags(text: str, backend: str) -> Tags:
         if kind != "triggered_tags":
             raise GrammarError(f"structural_tag: {backend} supports the format triggered_tags, not {kind!r}")
         _only("format", found, _NEW)
-        for name in ("at_least_one", "stop_after_first"):
-            if found.get(name):
-                raise GrammarError(f"structural_tag: {backend} does not support format.{name}")
+        for name in _FLAGS:
+            if not isinstance(found.get(name, False), bool):
+                raise GrammarError(f"structural_tag: format.{name} must be true or false, not {found[name]!r:.80}")
         tags = [_new(i, tag, backend) for i, tag in enumerate(_list("format.tags", found.get("tags")))]
     else:
         found = given
@@ -53,7 +58,8 @@ def read_tags(text: str, backend: str) -> Tags:
         structures = _list("structures", given.get("structures"))
         tags = [_old(i, tag) for i, tag in enumerate(structures)]
     triggers = tuple(_text(f"triggers[{i}]", each) for i, each in enumerate(_list("triggers", found.get("triggers"))))
-    return Tags(triggers, tuple(_tag(triggers, *each) for each in tags))
+    flags = (bool(found.get(name)) for name in _FLAGS)
+    return Tags(triggers, tuple(_tag(triggers, *each) for each in tags), *flags)
 
 
 def map_tag_schemas(value: Any, change: Callable[[Any], Any]) -> Any:

@@ -1,0 +1,131 @@
+"""Calls as a list in Python's notation, of Llama 4 and others: [get_weather(city="Paris"), get_time()].
+
+It is at the beginning of the output, or after <|python_start|>.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nanoengine.api import Tool
+from nanoengine.plugins.tool_parsers.constraints import python_calls, quoted
+from nanoengine.plugins.tool_parsers.python_values import PythonText, as_json
+from nanoengine.plugins.tool_parsers.scanning import ScanningParser, Steps
+
+BEGIN, END = "<|python_start|>", "<|python_end|>"
+
+
+class Pythonic(ScanningParser):
+    """Arguments have names, and are literals of Python or JSON. They are reported one by one."""
+
+    special_tokens = (BEGIN, END)
+
+    @classmethod
+    def matches(cls, template: str) -> bool:
+        return BEGIN in template or "[func_name1(" in template
+
+    @classmethod
+    def constraint(cls, tools: Sequence[Tool], *, required: bool, parallel: bool) -> Mapping[str, Any] | None:
+        return {"grammar": python_calls(tools, parallel=parallel)} if required and all(map(_has_names, tools)) else None
+
+    def _read(self) -> Steps[None]:
+        yield from self._space()
+        if not (yield from self._list()):
+            self._back()
+        while (yield from self._until(BEGIN)):
+            yield from self._space()
+            if not (yield from self._list()):
+                self._reject(len(BEGIN))
+                continue
+            yield from self._space()
+            if (yield from self._literal(END)):
+                self._keep()
+            else:
+                self._back()
+
+    def _list(self) -> Steps[bool]:
+        """Reads a list of calls and reports them. Returns False, with the text held, if it begins with none.
+
+        What follows the last call, or the last argument of a malformed one, is held.
+        """
+        first = self._calls
+        if not (yield from self._literal("[")):
+            return False
+        while (yield from self._call()):
+            yield from self._space()
+            separator = yield from self._literal(",", "]")
+            if separator == "]":
+                self._keep()
+            if separator != ",":
+                break
+        if self._calls > first:
+            self._back()
+        return self._calls > first
+
+    def _call(self) -> Steps[bool]:
+        """Reads one call and reports it. Returns whether it is complete."""
+        yield from self._space()
+        name = yield from self._while(_of_name)
+        if not name or not (yield from self._literal("(")):
+            return False
+        if (yield from self._space()) == ")":
+            self._pos += 1
+            self._begin(name)
+            self._arguments("{}")
+            return True
+        return (yield from self._named_arguments(name))
+
+    def _named_arguments(self, name: str) -> Steps[bool]:
+        """Reads the arguments of a call, up to its ")", and reports the call with them."""
+        opening, char = "{", ""
+        while char != ")":
+            before = self._pos - self._start
+            key = yield from self._while(_of_name)
+            yield from self._space()
+            if not key.isidentifier() or not (yield from self._literal("=")):
+                return False
+            char = yield from self._space()
+            if opening == "{":
+                if not char or char not in _BEGINS_LITERAL:
+                    return False
+                self._begin(name, before)
+            value = yield from self._value()
+            if not value:
+                return False
+            self._arguments(f"{opening}{quoted(key)}: {value}")
+            opening = ", "
+            yield from self._space()
+            if (yield from self._literal(",")):
+                char = yield from self._space()
+            elif (yield from self._peek()) != ")":
+                return False
+            else:
+                char = ")"
+        self._pos += 1
+        self._arguments("}")
+        return True
+
+    def _value(self) -> Steps[str]:
+        """Reads the literal before a "," or ")". Returns its JSON text; "" if it is none."""
+        literal, parts = PythonText(), []
+        while not literal.done:
+            self._pos, text = literal.feed(self._text, self._pos)
+            parts.append(text)
+            if self._ended and not literal.done:
+                return ""
+            if not literal.done:
+                yield
+        return as_json("".join(parts))
+
+
+def _has_names(tool: Tool) -> bool:
+    """Whether the parser can read the tool's name and those of its arguments."""
+    return all(map(_of_name, tool.name)) and all(map(str.isidentifier, tool.parameters.get("properties", {})))
+
+
+def _of_name(char: str) -> bool:
+    return char.isalnum() or char in "_-."
+
+
+_BEGINS_LITERAL = frozenset("\"'[({-+.0123456789TFNtfnrbuRBU")

@@ -27,7 +27,7 @@ def merge_all(deltas: Sequence[RequestDelta]) -> RequestDelta:
         request_id=last.request_id,
         samples=tuple(_sample(each) for each in samples.values()),
         finished=any(delta.finished for delta in deltas),
-        prompt_logprobs=_rows([d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None]),
+        prompt_logprobs=join_rows([d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None]),
         num_cached_tokens=max(delta.num_cached_tokens for delta in deltas),
         num_computed_tokens=max(delta.num_computed_tokens for delta in deltas),
         seed=next((d.seed for d in reversed(deltas) if d.seed is not None), None),
@@ -44,13 +44,13 @@ def _sample(parts: Sequence[SampleDelta]) -> SampleDelta:
     return SampleDelta(
         parts[0].sample_index,
         tuple(token for part in parts for token in part.token_ids),
-        _rows([part.logprobs for part in parts if part.logprobs is not None]),
+        join_rows([part.logprobs for part in parts if part.logprobs is not None]),
         ended.finish_reason,
         ended.stop_reason,
     )
 
 
-def _rows(parts: Sequence[LogprobRows]) -> LogprobRows | None:
+def join_rows(parts: Sequence[LogprobRows]) -> LogprobRows | None:
     """The entries of all parts, one behind the other."""
     if len(parts) < 2:
         return parts[0] if parts else None

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from tokenizers import Tokenizer as Backend
 
 from nanoengine.api.errors import is_failure
 
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -79,6 +81,16 @@ class TokenTable:
         if self.guard is None or not _is_local(self.decoder_parts):
             return self.decode([token_id])
         return self.decode([self.guard, token_id])[len(self.decode([self.guard])) :]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of a token that is not the first; those of its text where the decoder knows no bytes."""
+        token = self.token(token_id, skip_special_tokens=False)
+        if token is None:
+            return b""
+        if [part["type"] for part in self.decoder_parts] == ["ByteLevel"]:
+            return self._bytes[False][token_id]
+        byte = _BYTE_TOKEN.fullmatch(token) if self.has_byte_tokens else None
+        return bytes.fromhex(byte[1]) if byte else self.text(token_id).encode()
 
     def decode(self, token_ids: list[int]) -> str:
         text: str = self.backend.decode(token_ids, skip_special_tokens=False)

@@ -23,6 +23,7 @@ _READ_ALWAYS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 _CLASS = re.compile(r"(?!Auto)\w*(Tokenizer|TokenizerFast|Backend)")
+_SHORT = 2_000  # characters that are tokenized in less than a millisecond
 _UNREADABLE = ("tekken.json", "tiktoken.model", "tokenizer_config.json")
 
 
@@ -150,6 +151,20 @@ class Tokenizer:
         eos: int | None = self._hf.eos_token_id
         return eos
 
+    def description(self) -> dict[str, Any]:
+        """Its class, chat templates and special tokens (bos_token, eos_token, pad_token ...), as transformers names
+        them. Plain data."""
+        hf = self._hf
+        names = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+        texts = {name: getattr(hf, name, None) for name in names}
+        return {
+            "tokenizer_class": type(hf).__name__,
+            "chat_template": hf.chat_template,
+            **{name: None if text is None else str(text) for name, text in texts.items()},
+            "additional_special_tokens": sorted(self._table.special - {*map(str, texts.values())}),
+            "vocab_size": self.vocab_size,
+        }
+
     def to_json(self) -> str:
         """The content of a tokenizer.json, with all added tokens."""
         return str(self._backend.to_str())
@@ -158,8 +173,14 @@ class Tokenizer:
         """Token ids of a text. Special tokens in the text become tokens. Raises `RequestError`."""
         self._check_text(text)
         with _failures():
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+            return self._ids(text, add_special_tokens)
+
+    def _ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        if len(text) < _SHORT:
+            found: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        else:  # a batch lets other threads of Python run meanwhile
+            found = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return found
 
     def _check_text(self, text: str) -> None:
         if not isinstance(text, str):
@@ -170,13 +191,27 @@ class Tokenizer:
             raise RequestError("invalid_prompt", f"the prompt is not valid Unicode: {error}") from error
         # Tokenizing a text that is far too long takes minutes and gigabytes.
         if self._max_tokens is not None and len(text) > 8 * self._max_tokens:
-            most = self._max_tokens * self._longest_token
-            if len(text) > most:
-                raise RequestError(
-                    "too_long",
-                    f"the text has {len(text)} characters, but at most {most} fit in {self._max_tokens} tokens "
-                    f"(max_model_len): the longest token has {self._longest_token}",
-                )
+            self._check_size(text, self._max_tokens)
+
+    def _check_size(self, text: str, max_tokens: int) -> None:
+        most = max_tokens * self._longest_token
+        if len(text) > most:
+            raise RequestError(
+                "too_long",
+                f"the text has {len(text)} characters, but at most {most} fit in {max_tokens} tokens "
+                f"(max_model_len): the longest token has {self._longest_token}",
+            )
+        if len(text) <= 16 * max_tokens + _SHORT:
+            return
+        # Its beginning may have too many already. Where it is cut, other tokens come than in the whole text.
+        with _failures():
+            begins = len(self._ids(text[: 8 * max_tokens]))
+        if begins > max_tokens + max_tokens // 4 + 64:
+            raise RequestError(
+                "too_long",
+                f"the first {8 * max_tokens} of the text's {len(text)} characters have {begins} tokens, and "
+                f"max_model_len is {max_tokens}: shorten the text or raise max_model_len",
+            )
 
     @cached_property
     def _longest_token(self) -> int:
@@ -206,6 +241,10 @@ class Tokenizer:
         if text is None:
             text = self._texts[token_id] = self._table.text(token_id)
         return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token, also of a part of a character, with its leading space."""
+        return self._table.token_bytes(token_id)
 
     @property
     def has_chat_template(self) -> bool:

@@ -1,0 +1,110 @@
+"""The HTTP application: what serves an `EngineClient` by OpenAI's API."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+from fastapi import APIRouter, FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from nanoengine.api.errors import NanoEngineError
+from nanoengine.server.auth import Keys, configured_keys
+from nanoengine.server.config import ServerConfig
+from nanoengine.server.context import Context
+from nanoengine.server.errors import ApiError, api_error, error_body
+from nanoengine.server.gate import Gate
+from nanoengine.server.parsing import Parsers
+from nanoengine.server.protocol.chat import ChatRequest
+from nanoengine.server.protocol.completions import CompletionRequest
+from nanoengine.server.protocol.generate import with_sampling
+from nanoengine.server.protocol.tokens import (
+    AbortRequest,
+    DetokenizeRequest,
+    DrainRequest,
+    TokenizeRequest,
+    TraceRequest,
+)
+from nanoengine.server.requests import with_schemas
+from nanoengine.server.routes.admin import admin_router
+from nanoengine.server.routes.chat import chat_router
+from nanoengine.server.routes.completions import completions_router
+from nanoengine.server.routes.health import health_router
+from nanoengine.server.routes.models import models_router
+from nanoengine.server.routes.tokens import tokens_router
+from nanoengine.service.client import EngineClient
+from nanoengine.text import Tokenizer
+
+
+def create_app(
+    client: EngineClient,
+    config: ServerConfig,
+    tokenizer: Tokenizer | None,
+    *,
+    parsers: Parsers | None = None,
+    keys: Keys | None = None,
+) -> Gate:
+    """The ASGI application.
+
+    Args:
+        client: must be connected, as its `info` decides which fields requests may have.
+        tokenizer: of the model; None: only token ids work.
+        parsers: of tools and reasoning; None: none. keys: None: those of `config` and the environment.
+
+    Raises `ConfigError` for keys that cannot be read.
+    """
+    context = Context(
+        client=client,
+        config=config,
+        tokenizer=tokenizer,
+        parsers=parsers or Parsers(),
+        pool=ThreadPoolExecutor(config.threads, thread_name_prefix="nanoengine-http"),
+    )
+    return Gate(fastapi_app(context), config, configured_keys(config) if keys is None else keys)
+
+
+def fastapi_app(context: Context) -> FastAPI:
+    """The routes, without what `Gate` does."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        context.pool.shutdown(wait=False, cancel_futures=True)
+
+    app = FastAPI(title="nanoengine", lifespan=lifespan, description="An engine behind OpenAI's API.")
+    app.state.context = context
+    names = context.client.info.sampling_names
+    chat, completion = with_sampling(ChatRequest, names), with_sampling(CompletionRequest, names)
+    for router in _routers(context, chat, completion):
+        app.include_router(router)
+    with_schemas(app, [chat, completion, TokenizeRequest, DetokenizeRequest, AbortRequest, DrainRequest, TraceRequest])
+    app.add_exception_handler(Exception, _failed)
+    app.add_exception_handler(HTTPException, _failed)
+    app.add_exception_handler(ApiError, _failed)
+    app.add_exception_handler(NanoEngineError, _failed)
+    return app
+
+
+def _routers(context: Context, chat: type[ChatRequest], completion: type[CompletionRequest]) -> Sequence[APIRouter]:
+    return (
+        completions_router(context, completion),
+        chat_router(context, chat),
+        models_router(context),
+        tokens_router(context),
+        health_router(context),
+        admin_router(context),
+    )
+
+
+async def _failed(_: Request, raised: Exception) -> Response:
+    error = _of_http(raised) if isinstance(raised, HTTPException) else api_error(raised)
+    return Response(error_body(error), error.status, error.headers, media_type="application/json")
+
+
+def _of_http(raised: HTTPException) -> ApiError:
+    """What the framework itself refuses: an unknown path, a wrong method."""
+    codes = {404: "not_found", 405: "method_not_allowed"}
+    status, headers = raised.status_code, dict(raised.headers or {})
+    return ApiError(status, str(raised.detail), codes.get(status), headers=headers)

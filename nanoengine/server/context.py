@@ -1,0 +1,100 @@
+"""What all routes of one application share."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+
+from nanoengine.api.errors import TokenizerMissing
+from nanoengine.server.auth import Caller
+from nanoengine.server.config import ServerConfig
+from nanoengine.server.errors import ApiError, invalid
+from nanoengine.server.events import Running
+from nanoengine.server.gate import REQUEST_ID
+from nanoengine.server.parsing import Parsers
+from nanoengine.server.protocol.base import Model, parsed
+from nanoengine.service.client import EngineClient
+from nanoengine.text import Tokenizer
+
+Result = TypeVar("Result")
+_INLINE = 1 << 16  # bytes of a body that are parsed at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """
+    Attributes:
+        client: the engine. tokenizer: None: only token ids work. parsers: of tools and reasoning.
+        pool: threads for what would stop the event loop: tokenizing, templates, long answers.
+        running: the open requests of this process, by the id that the client knows, for /admin/abort.
+        started: seconds since the epoch.
+    """
+
+    client: EngineClient
+    config: ServerConfig
+    tokenizer: Tokenizer | None
+    parsers: Parsers
+    pool: ThreadPoolExecutor
+    running: dict[str, list[Running]] = field(default_factory=dict)
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the model; answers say the first."""
+        return self.config.served_model_name or (self.client.info.model,)
+
+    def check_model(self, name: str | None) -> None:
+        """Raises `ApiError` 404."""
+        if name is not None and name not in self.names:
+            known = ", ".join(self.names)
+            raise ApiError(
+                404, f"there is no model {name!r} here; this server has: {known}", "model_not_found", "model"
+            )
+
+    def need_tokenizer(self) -> Tokenizer:
+        """Raises `TokenizerMissing`."""
+        if self.tokenizer is None:
+            raise TokenizerMissing("this model has no tokenizer here: give prompts as token ids")
+        return self.tokenizer
+
+    async def in_thread(self, function: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self.pool, function)
+
+    async def read(self, request: Request, model: type[Model]) -> Model:
+        """The body as a model. Raises `ApiError`."""
+        body = bytearray()
+        try:
+            async for chunk in request.stream():
+                body += chunk
+        except ClientDisconnect:
+            raise ApiError(499, "the client closed the connection", "disconnected") from None
+        if len(body) < _INLINE:
+            return parsed(model, bytes(body))
+        return await self.in_thread(lambda: parsed(model, bytes(body)))
+
+
+def caller_of(request: Request) -> Caller:
+    found: Caller = request.scope["nanoengine.caller"]
+    return found
+
+
+def request_id_of(request: Request, given: str | None = None) -> str:
+    """The id that the client knows: its header, else its field, else one of ours."""
+    if given is not None and "x-request-id" not in request.headers:
+        if REQUEST_ID.fullmatch(given) is None:
+            raise invalid("request_id must have 1 to 200 visible ASCII characters", "request_id")
+        request.scope["nanoengine.request_id"] = given
+    own: str = request.scope["nanoengine.request_id"]
+    return own
+
+
+def context_of(request: Request) -> Context:
+    found: Any = request.app.state.context
+    assert isinstance(found, Context)
+    return found

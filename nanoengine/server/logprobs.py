@@ -1,0 +1,105 @@
+"""Log-probs in the shapes of OpenAI's two APIs and of vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+from nanoengine.api.deltas import LogprobRows
+from nanoengine.text import Tokenizer
+
+_LEAST = -9999.0  # what OpenAI answers for -inf, which JSON cannot say
+Pair = tuple[int, float]
+
+
+class TokenTexts:
+    """How tokens are shown: their text, or "token_id:ID"."""
+
+    def __init__(self, tokenizer: Tokenizer | None, as_ids: bool = False) -> None:
+        self._tokenizer, self._as_ids = tokenizer, as_ids or tokenizer is None
+
+    def text(self, token_id: int) -> str:
+        if self._as_ids or self._tokenizer is None:
+            return f"token_id:{token_id}"
+        return self._tokenizer.token_text(token_id)
+
+    def raw(self, token_id: int) -> list[int]:
+        """The token's bytes, which for a part of a character are not those of its text."""
+        if self._tokenizer is None:
+            return list(self.text(token_id).encode())
+        return list(self._tokenizer.token_bytes(token_id))
+
+
+def _positions(rows: LogprobRows) -> Iterator[tuple[int, float, int, list[Pair]]]:
+    """Of each position: the token, its log-prob, its rank, and the likeliest tokens, best first."""
+    ids, values = rows.top_ids.tolist(), [max(value, _LEAST) for value in rows.top_logprobs.tolist()]
+    tokens, own, ranks = rows.token_ids.tolist(), rows.logprobs.tolist(), rows.ranks.tolist()
+    for i, (start, end) in enumerate(pairwise(rows.top_offsets.tolist())):
+        best = list(zip(ids[start:end], values[start:end], strict=True))
+        yield tokens[i], max(own[i], _LEAST), ranks[i], best
+
+
+def chat_logprobs(rows: LogprobRows, texts: TokenTexts) -> list[dict[str, Any]]:
+    """One entry a token, as `logprobs.content` of a chat completion has them."""
+
+    def entry(token: int, value: float) -> dict[str, Any]:
+        return {"token": texts.text(token), "logprob": value, "bytes": texts.raw(token)}
+
+    return [
+        {**entry(token, value), "top_logprobs": [entry(*pair) for pair in best]}
+        for token, value, _, best in _positions(rows)
+    ]
+
+
+class CompletionLogprobs:
+    """`logprobs` of completions, which counts the characters before each token. One for each sample.
+
+    Args:
+        wanted: how many of the likeliest tokens; 0: no `top_logprobs`.
+    """
+
+    def __init__(self, texts: TokenTexts, wanted: int, offset: int = 0) -> None:
+        self._texts, self._wanted, self._offset = texts, wanted, offset
+
+    def of(self, rows: LogprobRows | None, first: int | None = None) -> dict[str, Any]:
+        """`first`: a token without a log-prob in front, as the first one of a prompt."""
+        tokens, values, tops, offsets = list[str](), list[float | None](), list[dict[str, float] | None](), list[int]()
+
+        def add(token: int, value: float | None, best: Sequence[Pair] | None) -> None:
+            text = self._texts.text(token)
+            tokens.append(text)
+            values.append(value)
+            offsets.append(self._offset)
+            self._offset += len(text)
+            if best is None or value is None:
+                tops.append(None)
+                return
+            shown = dict[str, float]()
+            for each, likely in (*best, (token, value)):
+                shown.setdefault(self._texts.text(each), likely)
+            tops.append(shown)
+
+        if first is not None:
+            add(first, None, None)
+        for token, value, _, best in () if rows is None else _positions(rows):
+            add(token, value, best)
+        return {
+            "tokens": tokens,
+            "token_logprobs": values,
+            "top_logprobs": tops if self._wanted else None,
+            "text_offset": offsets,
+        }
+
+
+def prompt_logprobs(rows: LogprobRows, texts: TokenTexts) -> list[dict[str, Any]]:
+    """vLLM's `prompt_logprobs`: of each position {id: {logprob, rank, decoded_token}}, without the first token's."""
+    found = []
+    for token, value, rank, best in _positions(rows):
+        entries, at = dict[str, Any](), 1
+        for number, (each, likely) in enumerate(best):
+            at = number + 1 if number and likely < best[number - 1][1] else at
+            entries[str(each)] = {"logprob": likely, "rank": at, "decoded_token": texts.text(each)}
+        entries[str(token)] = {"logprob": value, "rank": rank, "decoded_token": texts.text(token)}
+        found.append(entries)
+    return found

@@ -1,0 +1,112 @@
+"""From the bytes of a request to its model, with errors that name the field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
+from pydantic_core import ErrorDetails
+
+from nanoengine.api.errors import nearest
+from nanoengine.server.errors import ApiError, invalid, shortened
+
+Model = TypeVar("Model", bound="RequestModel")
+
+
+class _FailFast(FailFast):
+    __hash__ = object.__hash__  # so that it may be in a union
+
+
+FIRST_ERROR = _FailFast()
+"""Of a list: its check ends at the first wrong entry, and not with an error for each of a million."""
+
+
+class RequestModel(BaseModel):
+    """Base of all request models: an unknown field is an error, and a value is not converted.
+
+    Class attributes:
+        not_supported: fields that other servers have, and what to do instead.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True, protected_namespaces=())
+
+    not_supported: ClassVar[Mapping[str, str]] = {}
+
+    def given(self, name: str) -> bool:
+        """Whether the client sent this field with a value; null is no value."""
+        return name in self.model_fields_set and getattr(self, name) is not None
+
+
+def parsed(model: type[Model], body: bytes) -> Model:
+    """Raises `ApiError` that names the first wrong field."""
+    try:
+        data = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise invalid(f"the body is not JSON: {shortened(str(error), 300)}", code="invalid_json") from None
+    if not isinstance(data, dict):
+        raise invalid(f"the body must be a JSON object, not {type(data).__name__}", code="invalid_json")
+    _refuse_unknown(model, data)
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise _explained(model, error.errors(include_url=False, include_input=False)[0]) from None
+
+
+def _refuse_unknown(model: type[RequestModel], data: Mapping[str, Any]) -> None:
+    """Before pydantic would list all of them."""
+    for name in data:
+        if name not in model.model_fields:  # fields at the top have no aliases
+            raise _unknown(model, name, name)
+
+
+def _unknown(model: type[RequestModel] | None, name: str, where: str) -> ApiError:
+    known = [] if model is None else [field.alias or key for key, field in model.model_fields.items()]
+    advice = model.not_supported.get(name) if model is not None else None
+    hint = f"it is not supported: {advice}" if advice is not None else nearest(name, known)
+    return invalid(f"unknown field {shortened(where, 200)!r}: {hint}", param=where, code="unknown_field")
+
+
+def _explained(model: type[RequestModel], error: ErrorDetails) -> ApiError:
+    where = _path(error["loc"])
+    if error["type"] == "extra_forbidden":
+        return _unknown(_model_at(model, error["loc"][:-1]), str(error["loc"][-1]), where)
+    context = error.get("ctx", {})
+    cause = context.get("error")
+    if isinstance(cause, ApiError):
+        return cause
+    message = str(cause) if cause is not None else error["msg"]
+    return invalid(f"{where}: {message}" if where else message, param=where or None)
+
+
+def _path(loc: Sequence[int | str]) -> str:
+    """ "messages[3].content" of pydantic's ("messages", 3, "content"); names of a union's parts are left out."""
+    text = ""
+    for part in loc:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif part.isidentifier() or not text:
+            text += f".{part}" if text else part
+    return text
+
+
+def _model_at(model: type[RequestModel], loc: Sequence[int | str]) -> type[RequestModel] | None:
+    """The model of a nested field, to name its fields."""
+    found: Any = model
+    for part in loc:
+        if isinstance(part, int) or found is None:
+            continue
+        field = getattr(found, "model_fields", {}).get(part)
+        if field is not None:
+            found = _model_in(field.annotation)
+    return found if isinstance(found, type) and issubclass(found, RequestModel) else None
+
+
+def _model_in(annotation: Any) -> Any:
+    if isinstance(annotation, type):
+        return annotation
+    parts = getattr(annotation, "__args__", ())
+    return next(
+        (found for part in parts if isinstance(found := _model_in(part), type) and issubclass(found, BaseModel)), None
+    )

@@ -1,0 +1,106 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from nanoengine.server.answers import Account, Answer
+from nanoengine.server.context import Context, caller_of, request_id_of
+from nanoengine.server.errors import invalid
+from nanoengine.server.events import Generation
+from nanoengine.server.logprobs import TokenTexts
+from nanoengine.server.parameters import checked_logprobs, checked_priority, sampling_params
+from nanoengine.server.parsing import Parsing, parsing_of, tools_of
+from nanoengine.server.prompts import chat_prompt, template_options
+from nanoengine.server.protocol.chat import ChatRequest, NamedTool
+from nanoengine.server.protocol.generate import constraint_of
+from nanoengine.server.render_chat import ChatBody, ChatStream, ChatStyle
+from nanoengine.server.requests import body_schema, run_fields
+
+
+def chat_router(context: Context, model: type[ChatRequest]) -> APIRouter:
+    router = APIRouter(tags=["generate"])
+
+    @router.post("/v1/chat/completions", openapi_extra=body_schema(model))
+    async def chat_completions(request: Request) -> Response:
+        """Answer a conversation."""
+        account = Account(context, caller_of(request).name, "/v1/chat/completions")
+        body = await context.read(request, model)
+        return await _answer(context, request, body, account)
+
+    return router
+
+
+async def _answer(context: Context, request: Request, body: ChatRequest, account: Account) -> Response:
+    context.check_model(body.model)
+    info = context.client.info
+    parsing, tools = _parsing(context, body)
+    own = _own(body, context, parsing)
+    params = sampling_params(body, info, context.config, caller_of(request).secret, own)
+    run = run_fields(context, request, body)
+    options = template_options(
+        kwargs=body.chat_template_kwargs,
+        tools=tools,
+        documents=body.documents,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        reasoning_effort=body.reasoning_effort,
+    )
+    prompt = await chat_prompt(context, body.messages, options)
+    request_id = request_id_of(request, body.request_id)
+    generation = Generation(
+        request_id=f"{request_id}-{uuid.uuid4().hex[:12]}",
+        prompt_token_ids=prompt.token_ids,
+        params=params,
+        parser=parsing.make,
+        one_call=parsing.one_call,
+        priority=checked_priority(body, info),
+        **run,
+    )
+    style = ChatStyle(
+        id=f"chatcmpl-{request_id}",
+        created=account.created,
+        model=context.names[0],
+        request=body,
+        texts=TokenTexts(context.tokenizer, bool(body.return_tokens_as_token_ids)),
+    )
+    renderer = ChatStream(style) if body.stream else ChatBody(style)
+    return Answer(context, account, request_id, [generation], renderer, bool(body.stream))
+
+
+def _parsing(context: Context, body: ChatRequest) -> tuple[Parsing, list[dict[str, Any]]]:
+    """How the output is parsed, and the tools that the template gets."""
+    definitions = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
+    named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
+    choice = None if isinstance(body.tool_choice, NamedTool) else body.tool_choice
+    if body.parallel_tool_calls is not None and not definitions:
+        raise invalid("parallel_tool_calls is for tools, and there are none: leave it out", "parallel_tool_calls")
+    if body.tool_choice not in (None, "none", "auto") and not definitions:
+        raise invalid("tool_choice needs tools, and there are none", "tool_choice")
+    parallel = body.parallel_tool_calls is not False
+    parsing = parsing_of(context.parsers, context.tokenizer, tools_of(definitions), choice, named, parallel)
+    return parsing, [] if choice == "none" else definitions
+
+
+def _own(body: ChatRequest, context: Context, parsing: Parsing) -> dict[str, Any]:
+    own: dict[str, Any] = {}
+    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
+        raise invalid("max_tokens and max_completion_tokens are two names for one thing: give one", "max_tokens")
+    most = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+    if most is not None or "max_tokens" not in context.client.info.default_sampling:
+        own["max_tokens"] = most
+    if body.logprobs:
+        own["logprobs"] = checked_logprobs("top_logprobs", body.top_logprobs or 0, context.client.info, context.config)
+    elif body.top_logprobs is not None:
+        raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
+    if parsing.constraint is not None:
+        if constraint_of(body) is not None:
+            raise invalid("a tool must be called, so nothing else can say what the output is", "tool_choice")
+        own["structured_outputs"] = parsing.constraint
+    if parsing.keep_special:
+        own["skip_special_tokens"] = False
+    return own

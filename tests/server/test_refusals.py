@@ -1,0 +1,247 @@
+"""What the server refuses, by name and small: unknown fields, values beyond limits, bodies that are no requests."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+
+from nanoengine.api.errors import EngineUnavailable, ParamsError, RequestError
+from nanoengine.service.client import ClientRequest
+from nanoengine.testing.fake_engine import Answer
+from server.support import Server, error_of, events
+
+
+@pytest.fixture(scope="module")
+def server() -> Server:
+    return Server()
+
+
+PATHS = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/admin/abort", "/admin/drain"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_unknown_field_is_refused_by_name_with_the_nearest(server: Server, path: str) -> None:
+    near = {"/v1/completions": ("temperture", "temperature"), "/v1/chat/completions": ("mesages", "messages"),
+            "/tokenize": ("promt", "prompt"), "/detokenize": ("token", "tokens"), "/admin/drain": ("second", "seconds"),
+            "/admin/abort": ("request", "request_id")}  # fmt: skip
+    wrong, right = near[path]
+    error = error_of(server.post(path, {wrong: 1}))
+    assert (error["param"], error["code"]) == (wrong, "unknown_field")
+    assert f"did you mean '{right}'" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": {"shema": {}}}},
+         "response_format.json_schema.shema"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "params": {}}}]}, "tools[0].function.params"),
+        ({"structured_outputs": {"regx": "a"}}, "structured_outputs.regx"),
+        ({"stream": "yes"}, "stream"),
+        ({"n": "2"}, "n"),
+        ({"n": True}, "n"),
+        ({"seed": 1.5}, "seed"),
+        ({"stop": [1]}, "stop"),
+        ({"stop_token_ids": ["1"]}, "stop_token_ids"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"tool_choice": "sometimes"}, "tool_choice"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"n": 0}, "n"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"timeout": 0}, "timeout"),
+        ({"return_progress": True}, "return_progress"),
+        ({"store": True}, "store"),
+        ({"request_id": "a\nb"}, "request_id"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_refused_by_name(server: Server, fields: dict[str, Any], param: str) -> None:
+    before = len(server.engine.added)
+    error = error_of(server.chat(**fields))
+    assert (error["param"] or "").startswith(param), error
+    assert param.split(".")[-1].split("[")[0] in error["message"]
+    assert len(server.engine.added) == before
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "advice"),
+    [
+        ("chat", "use_beam_search", "no beam search"),
+        ("chat", "functions", "tools"),
+        ("chat", "function_call", "tool_choice"),
+        ("chat", "chat_template", "chat_template_kwargs"),
+        ("chat", "logits_processors", "plugin"),
+        ("chat", "prompt", "/v1/completions"),
+        ("complete", "suffix", "continues"),
+        ("complete", "messages", "/v1/chat/completions"),
+        ("complete", "max_completion_tokens", "max_tokens"),
+    ],
+)
+def test_a_field_of_other_servers_is_refused_with_advice(server: Server, path: str, field: str, advice: str) -> None:
+    error = error_of(getattr(server, path)(**{field: 1}))
+    assert error["param"] == field
+    assert "not supported" in error["message"]
+    assert advice in error["message"]
+
+
+def test_null_is_no_value(server: Server) -> None:
+    nothing = dict.fromkeys(
+        ("stop", "tools", "n", "seed", "temperature", "response_format", "logit_bias", "tool_choice")
+    )
+    assert server.chat(**nothing).status_code == 200
+    assert "temperature" not in server.last.params.processor_fields
+
+
+@pytest.mark.parametrize("key", ["a", "1.5", "", "９", "1" * 30, "--1"])
+def test_a12_a_key_of_logit_bias_that_is_no_id_is_named(server: Server, key: str) -> None:
+    error = error_of(server.chat(logit_bias={key: 1}))
+    assert error["param"] == "logit_bias"
+    assert key in error["message"] or len(key) > 20
+
+
+HUGE: list[Any] = [
+    {"messages": [{"role": "user", "content": "x" * 100_000}], "x" * 50_000: 1},
+    {"messages": [{"role": "x" * 100_000, "content": [{"type": "y" * 100_000}]}]},
+    {"messages": [{"role": 1}] * 5_000},
+    {"messages": [1] * 50_000},
+    {"messages": [], "stop": [1] * 50_000},
+    {"messages": [], "stop": "\U0001f600\\\"" * 30_000, "n": "\U0001f600" * 30_000},
+    {"messages": [], "tools": [{"a": 1}] * 5_000},
+    {"messages": [], "tool_choice": {"x" * 9000: {}}},
+    {"messages": [], "structured_outputs": {"x" * 9000: {}}},
+    {"messages": [], "logit_bias": {"x" * 9000: 1}},
+    {"messages": [], "model": "x" * 100_000},
+    {"messages": [], "chat_template_kwargs": {"x " * 9000: 1}},
+    {"messages": [], "guided_regex": "(" * 9000, "guided_choice": ["a"]},
+    {"prompt": ["a"] * 5_000},
+    {"prompt": [1] * 4_000 + ["\x00\x1f" * 9_000]},
+    {"prompt": [{}] * 50_000},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(HUGE)))
+def test_a14_error_bodies_are_small(server: Server, number: int) -> None:
+    body = HUGE[number]
+    for path in PATHS:
+        response = server.post(path, body)
+        assert response.status_code in (400, 404), response.text[:300]
+        error_of(response, response.status_code)
+
+
+def test_a14_error_bodies_of_random_requests_are_small(server: Server) -> None:
+    rng = random.Random(14)
+    values = [None, True, -1, 10**30, 1.5, "x" * 5000, [], {}, [{}] * 99, {"type": "y" * 5000}, [["\x01" * 999]]]
+    names = ["messages", "prompt", "n", "stop", "tools", "response_format", "stream", "logprobs", "timeout", "user"]
+    for _ in range(150):
+        body = {name: rng.choice(values) for name in rng.sample(names, 4)}
+        response = server.post(rng.choice(PATHS[:2]), body)
+        if response.status_code != 200:
+            error_of(response, response.status_code)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"[]", b'"a"', b"\xff{}", b'{"n": NaN}', b"[" * 100_000, b'{"a":' * 50_000, b'{"stop": "\\ud800"}'],
+)
+def test_what_is_no_json_object_is_refused(server: Server, body: bytes) -> None:
+    error_of(server.request("POST", "/v1/completions", content=body))
+
+
+def test_an_unknown_path_or_method_has_the_same_shape(server: Server) -> None:
+    assert error_of(server.request("GET", "/v1/nothing"), 404)["code"] == "not_found"
+    assert error_of(server.request("GET", "/v1/completions"), 405)["code"] == "method_not_allowed"
+    assert "no model 'gpt'" in error_of(server.chat(model="gpt"), 404)["message"]
+
+
+def test_a34_n_has_a_limit_and_best_of_is_n() -> None:
+    server = Server(info={"max_n": 4}, config={"max_n": 3})
+    assert "from 1 to 3" in error_of(server.chat(n=4))["message"]
+    assert "from 1 to 3" in error_of(server.complete(n=512))["message"]
+    assert server.complete(n=2, best_of=2).status_code == 200
+    assert error_of(server.complete(n=2, best_of=3))["param"] == "best_of"
+    assert error_of(server.complete(best_of=2))["param"] == "best_of"
+    assert "max_prompts" in error_of(Server(config={"max_prompts": 2}).complete(["a"] * 3))["message"]
+
+
+@pytest.mark.parametrize("value", [-1, 21, 10**9, -(10**9)])
+def test_a43_log_probs_have_a_cap_and_no_word_for_all(server: Server, value: int) -> None:
+    for response in (
+        server.complete(logprobs=value),
+        server.chat(logprobs=True, top_logprobs=value),
+        server.chat(prompt_logprobs=value),
+        server.complete(prompt_logprobs=value),
+    ):
+        assert "from 0 to 20" in error_of(response)["message"]
+    wide = Server(info={"max_logprobs": -1}, config={"max_logprobs": 30})
+    assert wide.complete(logprobs=30).status_code == 200
+    error_of(wide.complete(logprobs=31))
+
+
+def test_priority_that_has_no_effect_is_refused(server: Server) -> None:
+    assert "scheduling_policy" in error_of(server.chat(priority=1))["message"]
+    assert server.chat(priority=0).status_code == 200
+    other = Server(info={"scheduling_policy": "priority"})
+    assert other.chat(priority=-3).status_code == 200
+    assert other.last.priority == -3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (RequestError("overloaded", "256 requests wait", 2.2), 429, "rate_limit_exceeded"),
+        (RequestError("deadline", "it waited 3 s"), 408, "deadline"),
+        (RequestError("too_long", "9 tokens"), 400, "context_length_exceeded"),
+        (RequestError("step_failed", "boom"), 500, "step_failed"),
+        (RequestError("bad_logits", "nan"), 500, "bad_logits"),
+        (EngineUnavailable("it is draining"), 503, "unavailable"),
+        (ParamsError("top_p must be above 0, not 7"), 400, "invalid_value"),
+    ],
+)
+def test_a29_what_the_engine_refuses_has_its_status_streamed_or_not(
+    error: Exception, status: int, code: str, stream: bool
+) -> None:
+    def refuse(request: ClientRequest) -> Answer:
+        raise error
+
+    server = Server(refuse)
+    response = server.chat(stream=stream)
+    found = error_of(response, status)
+    assert (found["code"], found["message"]) == (code, str(error))
+    assert response.headers.get("retry-after") == {429: "3", 503: "1"}.get(status)
+    assert [usage.status for usage in server.engine.usages] == [status]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_before_the_first_token_has_its_status_and_a_later_one_an_event(stream: bool) -> None:
+    error = RequestError("deadline", "it waited too long")
+    early = Server("", error=error, chunk=9)
+    error_of(early.chat(stream=stream), 408)
+    late = Server("Hello", error=error)
+    response = late.chat(stream=stream)
+    if not stream:
+        error_of(response, 408)
+        return
+    *chunks, last = events(response)
+    assert last["error"]["code"] == "deadline"
+    assert "finish_reason" not in str(last)
+    assert all(choice["finish_reason"] is None for chunk in chunks for choice in chunk["choices"])
+    assert late.engine.usages[-1].status == 408
+
+
+def test_an_error_of_the_server_says_nothing_of_its_cause() -> None:
+    def broken(request: ClientRequest) -> Answer:
+        raise ZeroDivisionError("secret")
+
+    server = Server(broken)
+
+    async def use(_: Any) -> Any:
+        async with server.client(raise_app_exceptions=False) as client:
+            body = {"messages": [{"role": "user", "content": "a"}]}
+            return await client.post("/v1/chat/completions", content=json.dumps(body))
+
+    error = error_of(server.run(use), 500)
+    assert error["code"] == "internal_error"
+    assert "secret" not in error["message"]

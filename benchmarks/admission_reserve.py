@@ -21,6 +21,7 @@ from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.messages import SchedulerConfig
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.params.sampling_params import ResolvedParams
+from nanoengine.testing.policies import named_policy
 
 Load = list[tuple[list[int], int]]  # prompts, output lengths
 
@@ -52,7 +53,7 @@ def run(load: Load, reserve: int, caching: bool) -> Outcome:
     config = SchedulerConfig(
         max_num_seqs=64, max_num_batched_tokens=2048, max_model_len=8192, admission_reserve=reserve
     )
-    scheduler = Scheduler(config, BlockManager(1, 1201, 16, caching))
+    scheduler = Scheduler(config, BlockManager(1, 1201, 16, caching), named_policy("fcfs"))
     for number, (prompt, length) in enumerate(load):
         params = ResolvedParams(max_tokens=length)
         name = str(number)

@@ -27,6 +27,7 @@ from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.core.step import LogprobRows, StepResult, f32, i32
 from nanoengine.params.input_processor import CheckedRequest
 from nanoengine.params.sampling_params import ResolvedParams
+from nanoengine.testing.policies import named_policy
 from nanoengine.text.outputs import OutputAssembler
 
 PROMPT_LEN, BLOCK_SIZE = 128, 16
@@ -40,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
 def make_scheduler(running: int, max_len: int) -> Scheduler:
     config = SchedulerConfig(max_num_seqs=running, max_num_batched_tokens=8192, max_model_len=max_len)
     num_blocks = 2 + running * (-(-max_len // BLOCK_SIZE) + 1)
-    return Scheduler(config, BlockManager(1, num_blocks, BLOCK_SIZE, True))
+    return Scheduler(config, BlockManager(1, num_blocks, BLOCK_SIZE, True), named_policy("fcfs"))
 
 
 def add(scheduler: Scheduler, number: int, max_tokens: int, logprobs: int | None) -> None:

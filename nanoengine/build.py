@@ -63,6 +63,7 @@ from nanoengine.setup.plugins.choose import (
     refused,
     unsupported_reasons,
 )
+from nanoengine.setup.plugins.policies import choose_policy, make_policy
 from nanoengine.setup.plugins.registry import Registered, Registry
 from nanoengine.setup.plugins.sources import resolve_model
 from nanoengine.setup.plugins.speculation import choose_speculation, make_drafter
@@ -181,6 +182,7 @@ def assemble(
             for s in registry.processors()
         ),
         options=options,
+        policy=choose_policy(registry, options.scheduling_policy, options.policy_options),
         speculation=choose_speculation(registry, options.speculation),
         plugin_files=registry.plugin_files,
     )
@@ -508,7 +510,6 @@ def _scheduler(assembly: Assembly, memory: MemoryReport) -> Scheduler:
         max_num_batched_tokens=memory.max_num_batched_tokens,
         max_model_len=options.max_model_len,
         enable_prefix_caching=options.enable_prefix_caching,
-        policy=options.scheduling_policy,
         spare_slots=options.spare_slots,
         admission_reserve=options.admission_reserve,
         whole_prompts=assembly.whole_prompts,
@@ -519,7 +520,8 @@ def _scheduler(assembly: Assembly, memory: MemoryReport) -> Scheduler:
         block_size=memory.block_size,
         enable_prefix_caching=options.enable_prefix_caching,
     )
-    return Scheduler(config, blocks, speculation=_speculation(assembly, config))
+    policy = make_policy(assembly.plan.policy, assembly.loader)
+    return Scheduler(config, blocks, policy, _speculation(assembly, config))
 
 
 def _speculation(assembly: Assembly, config: SchedulerConfig) -> Speculation | None:

@@ -344,7 +344,7 @@ class LLM:
                         final_only=True, sink=sink,
                     )  # fmt: skip
                     tokens += len(prompt) if type(prompt) in (list, tuple) else 0
-                    if tokens >= config.max_num_batched_tokens and config.policy == "fcfs":
+                    if tokens >= config.max_num_batched_tokens and self.engine.scheduler.policy.by_arrival:
                         self.engine.keep_busy()  # a full step; adding some thousand requests takes a while
                         tokens = 0
                 while len(done) < len(ids):

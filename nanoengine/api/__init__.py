@@ -46,6 +46,7 @@ from nanoengine.api.errors import (
 from nanoengine.api.grammars import Constraint, Grammar, GrammarBackend, GrammarContext, Matcher
 from nanoengine.api.hooks import hookimpl
 from nanoengine.api.parallel import TensorParallelGroup
+from nanoengine.api.policies import Policy, QueuedRequest
 from nanoengine.api.processors import LogitsProcessor, Need, ProcessorContext, ProcessorRows, RaggedColumn
 from nanoengine.api.sharding import Shard, ShardSpec
 from nanoengine.api.sources import ModelSource, SourceContext
@@ -62,6 +63,8 @@ from nanoengine.api.specs import (
     ModelSpec,
     ParamsContext,
     Phase,
+    PolicyParams,
+    PolicySpec,
     ProcessorParams,
     SamplerSpec,
     StandardOp,
@@ -158,9 +161,13 @@ __all__ = [
     "ParserEvent",
     "Phase",
     "PluginError",
+    "Policy",
+    "PolicyParams",
+    "PolicySpec",
     "ProcessorContext",
     "ProcessorParams",
     "ProcessorRows",
+    "QueuedRequest",
     "RaggedColumn",
     "Reasoning",
     "Rotation",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from nanoengine.api.drafters import DeviceDrafter, DraftSample, DraftState, DraftStep, HostDrafter
-from nanoengine.api.errors import PluginError, RequestError, described, is_failure, shown
-from nanoengine.api.plugin_calls import name_of, place_and_fix, plugin_step
+from nanoengine.api.errors import PluginError, shown
+from nanoengine.api.plugin_calls import failing_request, name_of, plugin_step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,15 +70,8 @@ class CheckedState:
         self.failed = False
 
 
-@contextmanager
-def _failing(method: str, where: str, owner: object) -> Iterator[None]:
-    try:
-        yield
-    except BaseException as error:
-        if not is_failure(error):
-            raise
-        text = f"{method}() of {where} failed: {described(error)}"
-        raise RequestError("drafter_failed", text + place_and_fix(error, type(owner), text)) from error
+def _failing(method: str, where: str, owner: object) -> AbstractContextManager[None]:
+    return failing_request("drafter_failed", f"{method}() of {where}", type(owner))
 
 
 def checked_drafts(drafter: DeviceDrafter, step: DraftStep) -> Tensor:

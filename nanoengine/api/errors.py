@@ -155,12 +155,13 @@ class RequestError(NanoEngineError):
     Attributes:
         code: a fixed word for programs: "too_long", "does_not_fit", "invalid_prompt", "invalid_generated" (the output
             tokens that it begins with), "already_ended" (they end it), "duplicate_id", "not_supported", "bad_logits",
-            "nothing_left", "processor_failed", "drafter_failed", "step_failed", "out_of_memory", "interrupted",
-            "worker_failed", "text_failed" (its tokens could not be decoded), "invalid_grammar" (a schema, regular
-            expression or grammar that is wrong or not supported), "grammar_failed" (the tokens and the grammar of the
-            output do not fit), "prepare_failed" and "prepare_timeout" (the work before the request can start),
-            "engine_failed" (the engine's own code raised an error, which is a bug of the engine). Of an engine that is
-            a service also "overloaded" (its queue is full), "deadline" (it had not started in time) and "unavailable".
+            "nothing_left", "processor_failed", "drafter_failed", "policy_failed", "step_failed", "out_of_memory",
+            "interrupted", "worker_failed", "text_failed" (its tokens could not be decoded), "invalid_grammar" (a
+            schema, regular expression or grammar that is wrong or not supported), "grammar_failed" (the tokens and the
+            grammar of the output do not fit), "prepare_failed" and "prepare_timeout" (the work before the request can
+            start), "engine_failed" (the engine's own code raised an error, which is a bug of the engine). Of an engine
+            that is a service also "overloaded" (its queue is full), "deadline" (it had not started in time) and
+            "unavailable".
         retry_after: seconds after which to ask again; None: nothing is known about that.
     """
 

@@ -14,6 +14,7 @@ from nanoengine.api.specs import (
     GrammarSpec,
     ModelSourceSpec,
     ModelSpec,
+    PolicySpec,
     SamplerSpec,
     ToolParserSpec,
 )
@@ -55,6 +56,11 @@ def register_grammars() -> Iterable[GrammarSpec]:  # type: ignore[empty-body]
 @hookspec
 def register_tool_parsers() -> Iterable[ToolParserSpec]:  # type: ignore[empty-body]
     """Tool parsers."""
+
+
+@hookspec
+def register_policies() -> Iterable[PolicySpec]:  # type: ignore[empty-body]
+    """Scheduling policies."""
 
 
 @hookspec

@@ -20,6 +20,7 @@ from nanoengine.api.errors import (
     EngineClosed,
     NanoEngineError,
     PluginError,
+    RequestError,
     WorkerError,
     described,
     is_failure,
@@ -55,6 +56,21 @@ def plugin_call(
         if passes or not is_failure(error) or is_out_of_memory(error):
             raise
         raise raises(f"{what}: {described(error)}{place_and_fix(error, owner, what)}") from error
+
+
+@contextmanager
+def failing_request(code: str, what: str, owner: Any) -> Iterator[None]:
+    """A context for a call of a plugin's code that fails one request, whatever it raises: `RequestError(code)`.
+
+    what: the begin of the message, as in "draft() of drafter 'x'". owner: the class that is called.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        text = f"{what} failed: {described(error)}"
+        raise RequestError(code, text + place_and_fix(error, owner, text)) from error
 
 
 @contextmanager

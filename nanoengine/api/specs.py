@@ -338,8 +338,44 @@ class ToolParserSpec:
     preference: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class PolicyParams:
+    """Base class of a scheduling policy's parameters: `@dataclass(frozen=True)`, each field with a default.
+
+    The fields become valid keys of `engine.policy_options`. The engine checks types against the annotations; the
+    dataclass checks ranges in `__post_init__` and raises `ParamsError`.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicySpec:
+    """A scheduling policy.
+
+    Attributes:
+        name: what `engine.scheduling_policy` selects, e.g. "fcfs".
+        target: "package.module:Class" of a `nanoengine.api.Policy`.
+        help: one line for listings.
+        api: the interface version the plugin was written for.
+        params: its `PolicyParams` dataclass, in a module that imports no torch.
+    """
+
+    name: str
+    target: str
+    help: str
+    api: int
+    params: type[PolicyParams] = PolicyParams
+
+
 Spec = (
-    ModelSpec | SamplerSpec | AttentionSpec | ModelSourceSpec | DrafterSpec | GrammarSpec | CommandSpec | ToolParserSpec
+    ModelSpec
+    | SamplerSpec
+    | AttentionSpec
+    | ModelSourceSpec
+    | DrafterSpec
+    | GrammarSpec
+    | PolicySpec
+    | ToolParserSpec
+    | CommandSpec
 )
 
 

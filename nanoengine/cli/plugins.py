@@ -41,7 +41,7 @@ def as_dict(registry: Registry) -> dict[str, list[dict[str, Any]]]:
         "plugins": list(_parts(registry)),
         "conflicts": [
             {
-                "kind": c.kind.removesuffix("s"),
+                "kind": _singular(c.kind),
                 "name": c.name,
                 "origins": [str(each.origin) for each in c.claims],
                 "cause": str(c),
@@ -66,9 +66,13 @@ def _parts(registry: Registry) -> Iterator[dict[str, Any]]:
         for name, found in getattr(registry, kind).items():
             spec = found.spec
             served = list(spec.architectures) if isinstance(spec, ModelSpec) else None
-            yield _row(kind.removesuffix("s"), name, found.origin, spec.api, spec.target, served)
+            yield _row(_singular(kind), name, found.origin, spec.api, spec.target, served)
     for root, origin in registry.config_roots:
         yield _row("configs", root, origin, None, root, None)
+
+
+def _singular(kind: str) -> str:
+    return kind.removesuffix("ies") + "y" if kind.endswith("ies") else kind.removesuffix("s")
 
 
 def _row(

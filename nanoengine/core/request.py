@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nanoengine.api.deltas import Float32
+    from nanoengine.api.policies import Key, QueuedRequest
     from nanoengine.core.scheduling.block_manager import Run
     from nanoengine.params.host_states import BoundState
     from nanoengine.params.sampling_params import ResolvedParams
@@ -45,6 +46,7 @@ class Request:
     sample_index: int
     arrival: int  # running number of its request: lower came earlier
     priority: int = 0
+    client: str = ""
     max_len: int = 0  # tokens at which it ends by length
     cache_key: bytes = b""  # extra key of the prefix index: cache_salt, adapter, weights version
 
@@ -73,7 +75,11 @@ class Request:
     commit_check_at: int = 0  # below so many output tokens a new one is appended, if it does not stop: likewise
     report_at: int = 0  # below so many output tokens a new one is not reported to the client yet
     order: int = 0  # running number of its add(): breaks ties of `arrival`
-    admission: int = 0  # running number of its last admission: FCFS preempts the highest
+    admission: int = 0  # running number of its last admission
+    queued: QueuedRequest = field(init=False)  # what the policy sees of it
+    place: Key = ()  # in the queue, for as long as it lives
+    rank: Key = ()  # among the running requests, of this admission
+    billed: bool = False  # the policy knows that its prompt was computed
     last_prefill: int = -1  # the last launched step that holds a prefill row of it
     length_reason: str | None = None  # stop_reason when it ends by length
     borrowed: int = 0  # tokens of its KV that other requests computed, of this admission

@@ -75,7 +75,9 @@ class EngineOptions:
         kv_cache_memory: bytes for the KV cache; default on a CPU: enough for max_num_seqs requests of max_model_len
             tokens, at most 4 GiB.
         enable_prefix_caching: reuse KV blocks of equal prefixes.
-        scheduling_policy: "fcfs", or "priority" (lower value first, then arrival).
+        scheduling_policy: name of a policy: "fcfs", "priority" (lower value first, then arrival), "fair" (clients get
+            tokens by their weights), or that of a plugin.
+        policy_options: the policy's own options, as {"weights": {"acme": 2}}.
         admission_reserve: KV blocks that stay free for each running request when another one is admitted. It gives
             fewer preemptions if blocks are short, and slightly smaller batches.
         load_format: "auto", or "dummy" for random weights.
@@ -114,7 +116,8 @@ class EngineOptions:
     num_gpu_blocks_override: int | None = None
     kv_cache_memory: int | None = None
     enable_prefix_caching: bool = True
-    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    scheduling_policy: str = "fcfs"
+    policy_options: Mapping[str, Any] = field(default_factory=dict)
     admission_reserve: int = 0
     load_format: Literal["auto", "dummy"] = "auto"
     max_n: int = 64

@@ -59,6 +59,27 @@ class SpeculationPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyPlan:
+    """A scheduling policy.
+
+    Attributes:
+        name: name in its spec. target: target of its class. params_target: of the dataclass of its parameters.
+        params: the parameters that were given, checked. origin: the plugin that registered it, for messages.
+    """
+
+    name: str
+    target: str
+    params_target: str
+    params: Mapping[str, Any]
+    origin: str
+
+    @property
+    def where(self) -> str:
+        """Name and origin, for messages: "scheduling policy 'x' (Class of plugin file /some/x.py)"."""
+        return f"scheduling policy {self.name!r} ({self.target.partition(':')[2]} of {self.origin})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EnginePlan:
     """The parts that were chosen for an engine, with its options.
 
@@ -69,6 +90,7 @@ class EnginePlan:
         processors: every registered processor, in the order in which they are applied in a phase.
         options: engine options. Those that the user left open are set (device, dtype, block_size, max_model_len,
             max_num_batched_tokens).
+        policy: the scheduling policy.
         speculation: the drafter; None: speculation is off.
         plugin_files: files that must be loaded before targets in them can be imported.
     """
@@ -80,5 +102,6 @@ class EnginePlan:
     attention: str
     processors: tuple[ProcessorPlan, ...]
     options: EngineOptions
+    policy: PolicyPlan
     speculation: SpeculationPlan | None = None
     plugin_files: tuple[PluginFile, ...] = ()

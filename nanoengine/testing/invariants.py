@@ -35,11 +35,8 @@ def check_roster(roster: Roster) -> None:
     slots = [request.slot for request in roster.running]
     assert sorted(slots + roster.free_slots) == list(range(roster.num_slots)), "slots leaked or doubled"
     assert roster.owners == {r.slot: (r, r.generation) for r in roster.running}
-    for name, queue, key in (
-        ("waiting", roster.waiting, roster.policy.waiting_key),
-        ("running", roster.running, roster.policy.running_key),
-    ):
-        assert all(key(a) < key(b) for a, b in pairwise(queue)), f"{name} is out of order"
+    for name, places in (("waiting", [r.place for r in roster.waiting]), ("running", [r.rank for r in roster.running])):
+        assert all(a < b for a, b in pairwise(places)), f"{name} is out of order"
     for request in roster.running:
         assert request.status is Status.RUNNING
     for request in roster.waiting:

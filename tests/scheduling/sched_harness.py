@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import numpy as np
 
+from nanoengine.api import Policy, PolicyParams
 from nanoengine.api.errors import RequestError
 from nanoengine.api.specs import ColumnSpec, HostState, ProcessorParams
 from nanoengine.core.host_states import supplied_columns
@@ -26,10 +27,20 @@ from nanoengine.distributed.wire import decode, encode
 from nanoengine.distributed.worker import SuppliedColumns
 from nanoengine.params.host_states import start_states
 from nanoengine.params.sampling_params import PackedProcessor, ResolvedParams
+from nanoengine.plugins.policies.fair import Fair
+from nanoengine.plugins.policies.fcfs import FCFS
+from nanoengine.plugins.policies.params import FairParams
+from nanoengine.plugins.policies.priority import Priority
 from nanoengine.testing.invariants import check_blocks, check_scheduler
 from nanoengine.testing.mock_runner import MockRunner, expected_tokens, expected_vector, fake_logprob
+from nanoengine.testing.policies import checked_policy
 
 VOCAB = 97
+POLICIES: Mapping[str, Callable[[], Policy]] = {
+    "fcfs": lambda: FCFS(PolicyParams()),
+    "priority": lambda: Priority(PolicyParams()),
+    "fair": lambda: Fair(FairParams(weights={"a": 2.0})),
+}
 
 
 @dataclass(frozen=True)
@@ -136,7 +147,7 @@ class Loop:
         budget: int = 64,
         max_model_len: int = 256,
         caching: bool = True,
-        policy: str = "fcfs",
+        policy: str | Policy = "fcfs",
         overlap: bool = True,
         groups: int = 1,
         hash_fn: Callable[[bytes], bytes] | None = None,
@@ -153,14 +164,14 @@ class Loop:
             max_num_batched_tokens=budget,
             max_model_len=max_model_len,
             enable_prefix_caching=caching,
-            policy=policy,
             admission_reserve=reserve,
         )
         extra = {} if hash_fn is None else {"hash_fn": hash_fn}
         self.blocks = blocks(groups, num_blocks + 1, block_size, caching, **extra)
         self.strong, self.checks, self.pools = hash_fn is None, True, self.blocks._pools
         self.guesses = Guesses(drafts, accuracy, max_model_len, on_device)
-        self.scheduler = scheduler(self.config, self.blocks, None, self.guesses if drafts else None)
+        self.policy = checked_policy(POLICIES[policy]() if isinstance(policy, str) else policy)
+        self.scheduler = scheduler(self.config, self.blocks, self.policy, self.guesses if drafts else None)
         self.request_class = request_class
         self.runner = MockRunner(
             groups=groups,
@@ -595,6 +606,7 @@ def random_request(rng: random.Random, host: bool = True, pooling: float = 0.0) 
         "greedy": rng.random() < 0.3,
         "sample_index": rng.randrange(3),
         "priority": rng.randrange(3),
+        "client": ("", "a", "b")[length % 3],
         "cache_key": rng.choice((b"", b"", b"salt")),
         "processors": processors,
         "logprobs": rng.choice((None, None, 0, 2)),

@@ -12,7 +12,6 @@ from nanoengine.api.errors import ConfigError, RequestError
 from nanoengine.core.request import Status
 from nanoengine.core.scheduling.block_manager import Pool
 from nanoengine.core.scheduling.messages import SchedulerConfig
-from nanoengine.core.scheduling.policy import FCFS, make_policy
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.core.step import ROW_BAD_LOGITS
 
@@ -313,7 +312,7 @@ def test_budget_below_the_runners_starves_no_request(overlap):
 
 
 @overlaps
-@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+@pytest.mark.parametrize("policy", ["fcfs", "priority", "fair"])
 @pytest.mark.parametrize("budget", [1, 2, 3])
 def test_budget_below_max_num_seqs(overlap, policy, budget):
     loop = Loop(overlap=overlap, budget=budget, max_num_seqs=5, policy=policy)
@@ -549,25 +548,10 @@ def test_retried_requests_wait_for_room_while_others_run():
 
 
 def test_configuration_errors_name_the_fix():
-    with pytest.raises(ConfigError, match="did you mean 'fcfs'"):
-        make_policy("fcsf")
     with pytest.raises(ConfigError, match="max_num_seqs=0"):
         SchedulerConfig(max_num_seqs=0, max_num_batched_tokens=1, max_model_len=1)
     with pytest.raises(ConfigError, match="num_gpu_blocks_override"):
         Loop(num_blocks=0)
-
-
-def test_a_custom_policy_is_used():
-    class ShortestFirst(FCFS):
-        def waiting_key(self, request):
-            return (request.prompt_len, request.order)
-
-    loop = Loop(max_num_seqs=1)
-    loop.scheduler = Scheduler(loop.config, loop.blocks, ShortestFirst())
-    for length in (9, 5, 7):
-        loop.add(prompt_of(length, length))
-    loop.finish_and_verify()
-    assert [r.prompt_len for r in loop.ended] == [5, 7, 9]
 
 
 def test_many_requests_through_few_slots():

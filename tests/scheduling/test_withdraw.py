@@ -162,7 +162,7 @@ LOOPS = st.fixed_dictionaries(
         "budget": st.sampled_from([3, 8, 40, 64]),
         "max_num_seqs": st.sampled_from([2, 3, 8]),
         "caching": st.booleans(),
-        "policy": st.sampled_from(["fcfs", "priority"]),
+        "policy": st.sampled_from(["fcfs", "priority", "fair"]),
         "overlap": st.booleans(),
         "groups": st.sampled_from([1, 2]),
         "at_launch": st.booleans(),

@@ -54,6 +54,9 @@ def commit_rows(step: ScheduledStep, result: StepResult, roster: Roster) -> list
     if plain < len(step.rows):
         for (request, generation), row in zip(step.rows[plain:], _row_results(step, result, plain), strict=True):
             _commit_row(request, generation, row, roster, updates)
+    if roster.policy.counts:
+        for update in updates:
+            roster.tell(roster.policy.served, update.request, 0, len(update.new_token_ids))
     return updates
 
 

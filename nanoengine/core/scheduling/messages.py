@@ -29,7 +29,6 @@ class SchedulerConfig:
     max_num_batched_tokens: int
     max_model_len: int
     enable_prefix_caching: bool = True
-    policy: str = "fcfs"
     spare_slots: int = 8
     admission_reserve: int = 0
     whole_prompts: bool = False

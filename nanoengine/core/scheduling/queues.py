@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
 
 from nanoengine.api.errors import RequestError
+from nanoengine.api.policies import QueuedRequest
+from nanoengine.api.policy_checks import CheckedPolicy
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.messages import EngineStats, Preemption, SchedulerConfig
-from nanoengine.core.scheduling.policy import Policy
 from nanoengine.core.scheduling.speculation import Speculation
+
+_PLACE, _RANK = attrgetter("place"), attrgetter("rank")
 
 
 class Roster:
     """The live requests. It moves them between two queues, gives them slots, and takes back what they own.
 
     Attributes:
-        waiting, running: sorted by the policy's keys.
+        waiting, running: sorted by the policy's keys, which are asked for once and kept in the requests.
         free_slots: a slot freed is the next to be used again. owners: by slot, of those that are not free: a
             request and its generation in the slot.
         retry_alone: requests whose step broke: each runs in a step of its own until it has drawn a token.
         unsent: running requests whose slot on the device must be written anew, whole.
-        preempted: since the last step.
+        preempted: since the last step. failed: what the policy raised about live requests, until the next step.
     """
 
     def __init__(
         self,
         num_slots: int,
-        policy: Policy,
+        policy: CheckedPolicy,
         blocks: BlockManager,
         stats: EngineStats,
         speculation: Speculation | None = None,
@@ -40,19 +46,48 @@ class Roster:
         self.retry_alone: set[Request] = set()
         self.unsent: set[Request] = set()
         self.preempted: list[Preemption] = []
+        self.failed: dict[Request, RequestError] = {}
         self._stats, self._speculation = stats, speculation
         self._added = self._admissions = 0
 
     def add(self, request: Request) -> None:
+        """Raises `RequestError` where the policy does."""
         request.order = self._added
         self._added += 1
+        request.queued = QueuedRequest(
+            id=request.id,
+            client=request.client,
+            priority=request.priority,
+            arrival=request.arrival,
+            num_prompt_tokens=request.prompt_len,
+            max_tokens=request.max_len - request.prompt_len,
+        )
+        request.place = (*self.policy.waiting_key(request.queued), request.arrival, request.order)
         self._enqueue(request)
+
+    def next(self) -> int:
+        """Where in the queue the policy goes on admitting."""
+        try:
+            key = self.policy.next_key() if self.policy.picks and self.waiting else ()
+        except RequestError as error:
+            self.failed[self.waiting[0]] = error
+            return 0
+        at = bisect_left(self.waiting, key, key=_PLACE)
+        return at if at < len(self.waiting) else 0
+
+    def tell(self, event: Callable[..., None], request: Request, *about: Any) -> None:
+        """An event of the policy. What it raises fails the request, at the next step: here nothing may be raised."""
+        try:
+            event(request.queued, *about)
+        except RequestError as error:
+            if request.status is not Status.FINISHED:
+                self.failed[request] = error
 
     def preempt(self, victim: Request, why: str) -> None:
         """Its blocks and slot go; what it has in flight is appended at commit, and it waits for that."""
         self.preempted.append(Preemption(victim.id, victim.slot, victim.num_computed, why))
         self._release(victim)
-        self._enqueue(victim)
+        self._enqueue(victim, returned=True)
         self._stats.preemptions += 1
 
     def unseat(self, request: Request) -> None:
@@ -60,21 +95,24 @@ class Roster:
         self._stats.uncount_admission(request)
         self._release(request)
         request.generation -= 2  # one of `seat`, one of `_release`: no step has rows of either
-        self._enqueue(request)
+        self._enqueue(request, returned=True)
 
     def remove(self, request: Request) -> None:
         """It is live no more."""
         self._release(request)
+        self.failed.pop(request, None)
         self.retry_alone.discard(request)
         if self._speculation is not None:
             self._speculation.end(request)
 
-    def _enqueue(self, request: Request) -> None:
+    def _enqueue(self, request: Request, *, returned: bool = False) -> None:
         request.status = Status.WAITING
-        insort(self.waiting, request, key=self.policy.waiting_key)
+        insort(self.waiting, request, key=_PLACE)
+        self.tell(self.policy.queued, request, returned)
 
     def seat(self, request: Request) -> None:
-        """Waiting -> running in a slot."""
+        """Waiting -> running in a slot. Raises `RequestError` where the policy does."""
+        request.rank = (*self.policy.running_key(request.queued), self._admissions)
         self._dequeue(request)
         request.status = Status.RUNNING
         request.slot = self.free_slots.pop()
@@ -82,7 +120,10 @@ class Roster:
         request.admission = self._admissions
         self._admissions += 1
         self.owners[request.slot] = (request, request.generation)
-        insort(self.running, request, key=self.policy.running_key)
+        insort(self.running, request, key=_RANK)
+        if self.policy.counts and not request.billed:
+            request.billed = True
+            self.tell(self.policy.served, request, request.num_tokens - request.capacity, 0)
 
     def _release(self, request: Request) -> None:
         """It owns nothing and is in no queue from here on. Slot and blocks may be reused at once: one stream orders the
@@ -101,18 +142,18 @@ class Roster:
         request.status = Status.FINISHED
 
     def service_order(self, first: Request) -> list[Request]:
-        """The running requests in policy order, except that `first`'s tier begins with it and goes round."""
+        """The running requests in policy order, except that `first`'s tier (those with the same first item of the rank)
+        begins with it and goes round."""
         if first.status is not Status.RUNNING:
             return self.running.copy()
-        tier, at = self.policy.tier(first), self.running.index(first)
-        turned = self.running[at:] + self.running[:at]
-        return sorted(turned, key=lambda r: (self.policy.tier(r) > tier) - (self.policy.tier(r) < tier))
+        at = self.running.index(first)
+        return sorted(self.running[at:] + self.running[:at], key=lambda r: r.rank[0])
 
     def _dequeue(self, request: Request) -> None:
-        key = self.policy.waiting_key
-        at = bisect_left(self.waiting, key(request), key=key)
+        at = bisect_left(self.waiting, request.place, key=_PLACE)
         assert self.waiting[at] is request, f"request {request.id} is not in the queue"
         del self.waiting[at]
+        self.tell(self.policy.left, request)
 
 
 def refuse_misfit(request: Request, config: SchedulerConfig, blocks: BlockManager) -> None:

@@ -15,12 +15,12 @@ from operator import attrgetter
 from typing import Literal
 
 from nanoengine.api.errors import RequestError, engine_failure, is_failure
+from nanoengine.api.policy_checks import CheckedPolicy
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.block_manager import BlockManager, Hits
 from nanoengine.core.scheduling.commit import commit_rows, take_back_rows
 from nanoengine.core.scheduling.draft import Draft, TokenBudget, build_plan
 from nanoengine.core.scheduling.messages import Admission, EngineStats, ScheduledStep, SchedulerConfig, Update
-from nanoengine.core.scheduling.policy import Policy, make_policy
 from nanoengine.core.scheduling.queues import Roster, refuse_misfit
 from nanoengine.core.scheduling.speculation import Speculation
 from nanoengine.core.step import StepPlan, StepResult, num_slots
@@ -40,13 +40,11 @@ class Scheduler:
         self,
         config: SchedulerConfig,
         blocks: BlockManager,
-        policy: Policy | None = None,
+        policy: CheckedPolicy,
         speculation: Speculation | None = None,
     ) -> None:
-        self.config = config
-        self.blocks, self._speculation = blocks, speculation
+        self.config, self.blocks, self.policy, self._speculation = config, blocks, policy, speculation
         self._runs_ahead = speculation is not None and speculation.on_device  # with drafts
-        self.policy = policy or make_policy(config.policy)
         self._stats = EngineStats()
         slots = num_slots(config.max_num_seqs, config.spare_slots)
         self._roster = Roster(slots, self.policy, blocks, self._stats, speculation)
@@ -122,6 +120,8 @@ class Scheduler:
         return self._scheduled(draft, plan)
 
     def _fill(self, draft: Draft) -> None:
+        while self._roster.failed:
+            self._fail(draft, *self._roster.failed.popitem())
         if self._roster.retry_alone:
             if self._in_flight:  # steps in flight break together: a retried request is to be alone
                 return
@@ -194,7 +194,7 @@ class Scheduler:
         try:
             return self._speculation.propose(request, room) if self._speculation is not None and room else ()
         except RequestError as error:
-            self._fail(request, draft, error)
+            self._fail(draft, request, error)
             return None
 
     def _is_in_flight(self, request: Request) -> bool:
@@ -208,7 +208,7 @@ class Scheduler:
             if len(self.running) == 1:
                 self._end_for_blocks(request)
                 return False
-            victim = self.policy.victim(self.running)
+            victim = self.running[-1]
             draft.drop(victim)
             draft.preempted = True
             missing, free = self.blocks.blocks_for(end) - len(request.block_ids[0]), self.blocks.free_blocks
@@ -236,17 +236,17 @@ class Scheduler:
         if not (free_slots and draft.budget and places > 0):
             return
         draft.note_writers(self.blocks)
-        at = 0
-        while at < len(waiting) and at < self.config.max_num_seqs and free_slots and draft.budget and places > 0:
-            request = waiting[at]
-            if self._is_in_flight(request):
+        at = waits = 0
+        while waits < self.config.max_num_seqs and free_slots and draft.budget and places > 0:
+            at = at if waits else self._roster.next()
+            if at == len(waiting) or self._is_in_flight(request := waiting[at]):
                 return
             if self._end_if_outgrown(request):
                 continue
             verdict = self._consider(request, draft, self.config.admission_reserve * (len(self.running) - draft.ending))
             if verdict == "no room":
                 return
-            at += verdict == "waits"
+            at, waits = at + (verdict == "waits"), waits + (verdict == "waits")
             places -= verdict == "admitted"
 
     def _consider(self, request: Request, draft: Draft, reserve: int = 0) -> Verdict:
@@ -261,7 +261,7 @@ class Scheduler:
         except BaseException as error:
             if not is_failure(error):
                 raise
-            self._fail(request, draft, error)
+            self._fail(draft, request, error)
             return "failed"
 
     def _end_if_outgrown(self, request: Request) -> bool:
@@ -295,7 +295,7 @@ class Scheduler:
         if self._roster.free_slots and not self._end_if_outgrown(request):
             self._consider(request, draft)
 
-    def _fail(self, request: Request, draft: Draft, error: BaseException) -> None:
+    def _fail(self, draft: Draft, request: Request, error: BaseException) -> None:
         """Over this request something raised: it gets no row, and its update says why."""
         draft.drop(request)
         self._roster.remove(request)
@@ -317,7 +317,7 @@ class Scheduler:
         for request in running:
             draft.drop(request)
             self._roster.preempt(request, "scheduling raised")
-        self._fail(cause, draft, error)
+        self._fail(draft, cause, error)
 
     def _scheduled(self, draft: Draft, plan: StepPlan) -> ScheduledStep:
         """The step counts as launched from here on, and the prompt blocks that it computes can be found."""

@@ -12,6 +12,7 @@ from typing import Any, cast, get_args
 from nanoengine.api.attention import AttentionBackend, AttentionNeed
 from nanoengine.api.errors import NanoEngineError, described, is_failure
 from nanoengine.api.grammars import GrammarBackend
+from nanoengine.api.policies import Policy
 from nanoengine.api.processors import LogitsProcessor
 from nanoengine.api.sources import ModelSource
 from nanoengine.api.tool_parsers import ToolParser
@@ -100,6 +101,7 @@ def _base(kind: Kind, spec: Any) -> type[Any]:
         "model_sources": ModelSource,
         "grammars": GrammarBackend,
         "tool_parsers": ToolParser,
+        "policies": Policy,
     }
     return bases[kind]
 

@@ -28,6 +28,7 @@ from nanoengine.setup.config.prompts import PromptFile, Prompts, check_prompts
 from nanoengine.setup.config.sampler_section import Processors, check_sampler, logits_processors
 from nanoengine.setup.config.sections import section_class, section_keys, section_names
 from nanoengine.setup.plugins.discover import discover
+from nanoengine.setup.plugins.policies import NAME, OPTIONS, choose_policy
 from nanoengine.setup.plugins.registry import Kind, Registry
 from nanoengine.setup.plugins.sources import with_revision
 from nanoengine.setup.plugins.speculation import choose_speculation
@@ -243,6 +244,8 @@ def _check_whole(config: RunConfig, composed: Composed, registry: Registry) -> N
         _check_installed(composed, registry, ("attention", "backend"), "attention_backends", config.attention.backend)
     if config.engine.speculation is not None:
         choose_speculation(registry, config.engine.speculation, lambda key: f"{_of(composed, key)}: ")
+    policy = config.engine.scheduling_policy
+    choose_policy(registry, policy, config.engine.policy_options, lambda key: f"{_of_policy(composed, key)}: ")
     if config.model.implementation is not None:
         _check_installed(composed, registry, ("model", "implementation"), "models", config.model.implementation)
     if not config.chat and isinstance(config.prompts, tuple):
@@ -255,6 +258,11 @@ def _check_whole(config: RunConfig, composed: Composed, registry: Registry) -> N
 def _of(composed: Composed, key: str) -> str:
     """Who gave the key of `speculation`, or the whole ("")."""
     return composed.origin((*_SPECULATION, key) if key else _SPECULATION)
+
+
+def _of_policy(composed: Composed, key: str) -> str:
+    """Who gave the option of the scheduling policy, or ("") its name."""
+    return composed.origin(("engine", OPTIONS, key) if key else ("engine", NAME))
 
 
 def _check_installed(composed: Composed, registry: Registry, path: KeyPath, kind: Kind, name: str) -> None:

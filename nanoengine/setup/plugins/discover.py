@@ -185,6 +185,7 @@ class _Search:
             commands=of("commands"),
             drafters=of("drafters"),
             tool_parsers=of("tool_parsers"),
+            policies=of("policies"),
             config_roots=tuple(self.roots),
             plugins=tuple(self.plugins),
             failures=tuple(self.failures),

@@ -19,13 +19,22 @@ from nanoengine.api.specs import (
     ModelSpec,
     Origin,
     PluginFile,
+    PolicySpec,
     SamplerSpec,
     Spec,
     ToolParserSpec,
 )
 
 Kind = Literal[
-    "models", "samplers", "attention_backends", "model_sources", "drafters", "grammars", "tool_parsers", "commands"
+    "models",
+    "samplers",
+    "attention_backends",
+    "model_sources",
+    "drafters",
+    "grammars",
+    "policies",
+    "tool_parsers",
+    "commands",
 ]
 S = TypeVar("S", bound=Spec, covariant=True)
 
@@ -37,6 +46,7 @@ KIND_WORDS: Mapping[str, str] = {
     "drafters": "drafter",
     "grammars": "grammar backend",
     "tool_parsers": "tool parser",
+    "policies": "scheduling policy",
     "commands": "command",
 }
 
@@ -94,9 +104,9 @@ class Registry:
     """Every part that plugins registered, by kind and name. Frozen; made by `plugins.discover`.
 
     Attributes:
-        models, samplers, attention_backends, model_sources, drafters, grammars, tool_parsers, commands: in registration
-            order: nanoengine's own, then installed packages by name, then plugin files, then objects. Names in conflict
-            are left out.
+        models, samplers, attention_backends, model_sources, drafters, grammars, policies, tool_parsers, commands: in
+            registration order: nanoengine's own, then installed packages by name, then plugin files, then objects.
+            Names in conflict are left out.
         config_roots: roots of config groups ("pkg://package.module") with their origins.
         plugins: those that were imported, each once. failures: what could not be registered.
         conflicts: names that several plugins registered.
@@ -116,6 +126,7 @@ class Registry:
     commands: Mapping[str, Registered[CommandSpec]] = field(default_factory=dict)
     drafters: Mapping[str, Registered[DrafterSpec]] = field(default_factory=dict)
     tool_parsers: Mapping[str, Registered[ToolParserSpec]] = field(default_factory=dict)
+    policies: Mapping[str, Registered[PolicySpec]] = field(default_factory=dict)
 
     def require(self, kind: Kind, name: str) -> Registered[Any]:
         """The part of this kind and name. Raises `PluginError` if it is in conflict, failed, or is not installed."""

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nanoengine.api.drafters import DeviceDrafter, DrafterContext, HostDrafter
-from nanoengine.api.errors import ConfigError, ParamsError, PluginError, nearest
+from nanoengine.api.errors import ConfigError, PluginError, nearest
 from nanoengine.api.plugin_calls import plugin_call
 from nanoengine.api.specs import DrafterSpec
 from nanoengine.params.engine_plan import SpeculationPlan
-from nanoengine.params.field_types import conform
 from nanoengine.params.speculation import NO_SPECULATION, OWN_KEYS, SpeculationOptions, drafter_types
 from nanoengine.setup.plugins.choose import load_checked
+from nanoengine.setup.plugins.part_options import PartOptions, target_of
 from nanoengine.setup.plugins.registry import Registered, Registry
 from nanoengine.setup.plugins.targets import TargetLoader
 
@@ -39,7 +39,8 @@ def choose_speculation(
     if given.get("method") is None:
         names = nearest("", [*registry.drafters, NO_SPECULATION])
         raise ConfigError(f"{origin('')}speculation needs a method, as in {{method: ngram, tokens: 4}}. {names}")
-    method = _conformed("method", given["method"], str, origin)
+    checked = PartOptions("speculation", origin)
+    method = checked.conformed("method", given["method"], str)
     try:
         found: Registered[DrafterSpec] = registry.require("drafters", method)
     except PluginError as error:
@@ -51,15 +52,14 @@ def choose_speculation(
             ours = _VLLM_KEYS.get(key)
             why = f"here it is called {ours!r}" if ours in legal else nearest(str(key), legal)
             raise ConfigError(f"{origin(key)}speculation with method {method!r} has no key {key!r}; {why}")
-    values = {key: _conformed(key, value, legal[key], origin) for key, value in given.items()}
-    options = _made(SpeculationOptions, {k: v for k, v in values.items() if k in OWN_KEYS}, origin)
+    values = {key: checked.conformed(key, value, legal[key]) for key, value in given.items()}
+    options = checked.made(SpeculationOptions, {k: v for k, v in values.items() if k in OWN_KEYS})
     own = {key: value for key, value in values.items() if key not in OWN_KEYS}
-    with plugin_call(f"drafter {method!r}: {spec.params.__qualname__} failed", spec.params):
-        _made(spec.params, own, origin)
+    checked.made_of_plugin(f"drafter {method!r}", spec.params, own)
     return SpeculationPlan(
         method=method,
         target=spec.target,
-        params_target=f"{spec.params.__module__}:{spec.params.__qualname__}",
+        params_target=target_of(spec.params),
         params=own,
         device=spec.device,
         tokens=options.tokens,
@@ -67,20 +67,6 @@ def choose_speculation(
         step_tokens=options.step_tokens,
         origin=str(found.origin),
     )
-
-
-def _conformed(key: str, value: Any, annotation: Any, origin: Callable[[str], str]) -> Any:
-    try:
-        return conform(f"speculation.{key}", value, annotation)
-    except ParamsError as error:
-        raise ConfigError(f"{origin(key)}{error}") from error
-
-
-def _made(cls: type[Any], values: Mapping[str, Any], origin: Callable[[str], str]) -> Any:
-    try:
-        return cls(**values)
-    except ParamsError as error:  # out of range; it begins with the key's name
-        raise ConfigError(f"{origin(str(error).split(maxsplit=1)[0])}speculation.{error}") from error
 
 
 def drafter_base(device: bool) -> type[Any]:

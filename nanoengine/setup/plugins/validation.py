@@ -19,13 +19,15 @@ from nanoengine.api.specs import (
     GrammarSpec,
     ModelSourceSpec,
     ModelSpec,
+    PolicyParams,
+    PolicySpec,
     ProcessorParams,
     SamplerSpec,
     Spec,
     StandardOp,
     ToolParserSpec,
 )
-from nanoengine.params.sampling_fields import legal_fields
+from nanoengine.params.sampling_fields import legal_fields, plugin_fields
 from nanoengine.params.speculation import NO_SPECULATION, drafter_types
 from nanoengine.setup.plugins.registry import Kind
 
@@ -37,6 +39,7 @@ SPEC_HOOKS: Mapping[str, tuple[Kind, type[Spec]]] = {
     "register_drafters": ("drafters", DrafterSpec),
     "register_grammars": ("grammars", GrammarSpec),
     "register_tool_parsers": ("tool_parsers", ToolParserSpec),
+    "register_policies": ("policies", PolicySpec),
     "register_commands": ("commands", CommandSpec),
 }
 HOOKS = (*SPEC_HOOKS, "register_configs")
@@ -91,6 +94,8 @@ def check_spec(spec: Any) -> None:
         _check_columns(spec.params)
     if isinstance(spec, DrafterSpec):
         drafter_types(spec.name, spec.params)  # likewise
+    if isinstance(spec, PolicySpec):
+        plugin_fields(f"scheduling policy {spec.name!r}", spec.params)
 
 
 def _check_columns(params: type[ProcessorParams]) -> None:
@@ -195,9 +200,18 @@ _DRAFTER_CHECKS = {
     ),
     "device": ("True or False", lambda v: isinstance(v, bool)),
 }
+_POLICY_CHECKS = {
+    **_FIELD_CHECKS,
+    "help": _COMMAND_CHECKS["help"],
+    "params": (
+        "a dataclass derived from PolicyParams",
+        lambda v: isinstance(v, type) and issubclass(v, PolicyParams),
+    ),
+}
 _SPEC_CHECKS: Mapping[type[Any], Mapping[str, tuple[str, Callable[[Any], bool]]]] = {
     CommandSpec: _COMMAND_CHECKS,
     DrafterSpec: _DRAFTER_CHECKS,
+    PolicySpec: _POLICY_CHECKS,
 }
 
 

@@ -20,7 +20,12 @@ from nanoengine.setup.config.composer import package_root
 from nanoengine.setup.plugins.discover import discover, load_checked
 from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.start.build_model import build_model, kv_groups
-from nanoengine.testing.conformance import check_drafter, check_grammar_backend
+from nanoengine.testing.conformance import (
+    ParserExample,
+    check_drafter,
+    check_grammar_backend,
+    check_tool_parser,
+)
 
 TEXT = (ROOT / "docs" / "plugin-api.md").read_text()
 CLASSES = [name for name in api.__all__ if isinstance(getattr(api, name), type)]
@@ -119,6 +124,16 @@ def test_the_grammar_example(example: Any) -> None:
     choice = api.Constraint(kind="choice", text='["yes", "no", "nothing"]')
     refused = [api.Constraint(kind="regex", text="a")]
     check_grammar_backend(backend, (choice, ["yes", "no", "nothing"], ["ye", "yesno", "x"]), refused=refused)
+
+
+def test_the_tool_parser_example(example: Any) -> None:
+    _, parser = example("arrows.py", "tool_parsers", api.ToolParser)
+    check_tool_parser(
+        parser,
+        ParserExample(text='Now:\n-> f {"a": 1}\n-> g {}', calls=[("f", {"a": 1}), ("g", {})], content="Now:\n"),
+        ParserExample(text="-> f {\na -> g {}\n", content="-> f {\na -> g {}\n"),
+        templates=['-> name {"argument": 1}'],
+    )
 
 
 def plain_attention(example: Any, kv: api.KVSpec, block_size: int) -> Any:

@@ -1,5 +1,5 @@
 # make demo | test | lint | clean.  Everything is installed in .venv, which is made on first use and when the pins change.
-# PYTHON=... selects the interpreter (3.11 or newer); PYTEST_ARGS=... goes to pytest.
+# PYTHON=... selects the interpreter (3.11 or newer); PYTEST_ARGS=... goes to pytest ("-n 0": all tests in one process).
 
 SHELL := /bin/sh
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -10,6 +10,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 PINS := pyproject.toml constraints.txt
 RECIPE ?= quickstart
 PYTEST_ARGS ?=
+# A process for each core, up to four (tests/beside.py); each takes a file at a time, the longest first.
+WORKERS := -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:
@@ -18,7 +20,7 @@ demo: $(VENV)/.demo-ready
 	$(BIN)/nanoengine run $(RECIPE)
 
 test: $(VENV)/.test-ready
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.test-ready
 	$(BIN)/ruff check .

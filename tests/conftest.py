@@ -1,15 +1,20 @@
-"""Test-wide settings: one thread (small matrices get slower with two), no network-hub look-ups."""
+"""Test-wide settings: one thread (small matrices get slower with two), no network-hub look-ups, how workers share."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # "pytest &" in a script; what tests start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import beside
 import pytest
 import torch
 from fixtures_models import smollm2_gguf, smollm2_path  # noqa: F401 - fixtures
@@ -18,7 +23,8 @@ from triton_interpreter import import_triton
 
 import_triton()
 torch.set_num_threads(1)
-settings.register_profile("ci", deadline=None, max_examples=60, print_blob=True)
+settings.register_profile("ci", deadline=None, max_examples=60, print_blob=True, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile("ci")
 
 
@@ -32,7 +38,18 @@ def forget_modules(tmp_path: Path) -> Iterator[None]:
             del sys.modules[name]
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    return beside.number_of_workers()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        config.pluginmanager.register(beside.Turns(Path(config.option.basetemp).parent))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        beside.longest_first(items)
     devices = torch.cuda.device_count()
     corpora = "corpus" in config.option.markexpr
     for item in items:

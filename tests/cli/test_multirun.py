@@ -312,7 +312,8 @@ def test_what_is_no_sweep(nanoengine: Run, tmp_path: Path, arguments: list[str],
 def started(sweep: Run, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     """`nanoengine run ARGUMENTS` as a process, of 30 prompts; `seconds`: how long a step takes."""
     (tmp_path / "sweep.py").write_text(
-        "import sys\nfrom nanoengine.cli import main\nfrom nanoengine.lab.cli import multirun\n"
+        "import signal, sys\nfrom nanoengine.cli import main\nfrom nanoengine.lab.cli import multirun\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup pytest ignores it\n"
         f"multirun._NANOENGINE = {FAKE!r}\nmain()\n"
     )
     (tmp_path / "p.txt").write_text("".join(f"prompt {n}\n" for n in range(30)))

@@ -1,0 +1,73 @@
+"""How the suite runs in several processes: what is marked alone has no test beside it, and every worker goes on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import beside
+import pytest
+
+
+class Loose(beside.Turns):
+    """A mutant: no test waits for another."""
+
+    def pytest_runtest_protocol(self, item: Any) -> Any:
+        return (yield)
+
+
+def worst_company(kind: Callable[[Path], beside.Turns], folder: Path) -> tuple[int, int]:
+    """Three workers of 20 tests each. The most tests that ran at once: where none is marked alone, and where one is."""
+    running: list[bool] = []
+    seen: list[tuple[bool, ...]] = []
+
+    def worker(number: int) -> None:
+        turns = kind(folder)
+        for test in range(20):
+            alone = test % 5 == number
+            wrapper = turns.pytest_runtest_protocol(
+                SimpleNamespace(get_closest_marker=lambda name, alone=alone: name == "alone" and alone)  # type: ignore[arg-type]
+            )
+            next(wrapper)
+            running.append(alone)
+            time.sleep(0.001)
+            seen.append(tuple(running))
+            running.remove(alone)
+            with pytest.raises(StopIteration):
+                next(wrapper)
+
+    workers = [threading.Thread(target=worker, args=(n,)) for n in range(3)]
+    for thread in workers:
+        thread.start()
+    for thread in workers:
+        thread.join()
+    assert len(seen) == 60
+    return max(len(at) for at in seen if True not in at), max(len(at) for at in seen if True in at)
+
+
+def test_a_test_marked_alone_has_none_beside_it(tmp_path: Path) -> None:
+    others, alone = worst_company(beside.Turns, tmp_path)
+    assert alone == 1
+    assert others > 1, "others run beside each other"
+    assert worst_company(Loose, tmp_path)[1] > 1
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 0), (2, 2), (3, 3), (64, 4)])
+def test_a_worker_for_each_core(cores: int, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
+    assert beside.number_of_workers() == workers
+
+
+def test_long_files_come_first_and_their_tests_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beside, "LONGEST", ("cli/test_run.py", "cli/test_chat.py"))
+    names = ["cli/test_bench.py", "cli/test_chat.py", "cli/test_chat.py", "cli/test_run.py", "cli/test_show.py"]
+    items: Any = [SimpleNamespace(path=beside.TESTS / name, place=n) for n, name in enumerate(names)]
+    beside.longest_first(items)
+    assert [item.place for item in items] == [3, 1, 2, 0, 4]
+    monkeypatch.setattr(beside, "LONGEST", ("cli/test_gone.py",))
+    with pytest.raises(pytest.UsageError, match=r"LONGEST names files that are not there: cli/test_gone\.py"):
+        beside.longest_first(items)

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nanoengine.api.embeddings import EmbeddingOutput, ScoreOutput
     from nanoengine.api.errors import (
         ConfigError,
         EngineClosed,
@@ -58,6 +59,8 @@ _HOME = {
     "TraceFile": "nanoengine.observe.trace",
     "SamplingParams": "nanoengine.params.sampling_params",
     "CompletionOutput": "nanoengine.api.outputs",
+    "EmbeddingOutput": "nanoengine.api.embeddings",
+    "ScoreOutput": "nanoengine.api.embeddings",
     "Logprob": "nanoengine.api.outputs",
     "RequestMetrics": "nanoengine.api.outputs",
     "RequestOutput": "nanoengine.api.outputs",
@@ -69,6 +72,7 @@ __all__ = [
     "LLM",
     "CompletionOutput",
     "ConfigError",
+    "EmbeddingOutput",
     "EngineClosed",
     "EngineStats",
     "Logprob",
@@ -81,6 +85,7 @@ __all__ = [
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "ScoreOutput",
     "StepRecord",
     "Stream",
     "StructuredOutputsParams",

@@ -50,6 +50,7 @@ from nanoengine.params.engine_options import EngineOptions
 from nanoengine.params.engine_plan import EnginePlan, ProcessorPlan
 from nanoengine.params.grammars import Grammars
 from nanoengine.params.input_processor import InputProcessor
+from nanoengine.params.pooling import PoolingDefaults
 from nanoengine.params.preparation import Preparations
 from nanoengine.params.sampling_fields import legal_fields
 from nanoengine.params.sampling_params import ParamsResolver
@@ -72,6 +73,7 @@ from nanoengine.setup.start.build_model import BuiltModel, build_model
 from nanoengine.setup.start.clock import StartClock, StartReport
 from nanoengine.setup.start.generation import GenerationDefaults, read_generation_defaults, read_json
 from nanoengine.setup.start.memory import MemoryReport, check_host_holds
+from nanoengine.setup.start.pooling import read_pooling_defaults
 from nanoengine.setup.start.starter import start_runner
 from nanoengine.text import TemplateProcesses, Tokenizer, load_tokenizer
 
@@ -90,6 +92,7 @@ class Assembly:
         unread: keys of config.json that the model did not read and that are not known to be harmless, with their
             values.
         whole_prompts: as in `SchedulerConfig`.
+        pooling: how the model makes embeddings.
     """
 
     plan: EnginePlan
@@ -97,6 +100,7 @@ class Assembly:
     model_path: Path
     vocab_size: int
     skipped: Skipped
+    pooling: PoolingDefaults
     unread: tuple[str, ...] = ()
     whole_prompts: bool = False
 
@@ -193,6 +197,7 @@ def assemble(
         model_path=model_path,
         vocab_size=seen.built.config.vocab_size,
         skipped=skipped,
+        pooling=read_pooling_defaults(model_path, seen.hf_config, seen.built.config.hidden_size),
         unread=seen.unread,
         whole_prompts=needs_whole_prompts(seen.built),
     )

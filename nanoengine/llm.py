@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
+from nanoengine.api.embeddings import EmbeddingOutput, ScoreOutput, scored
 from nanoengine.api.errors import (
     ModelError,
     NanoEngineError,
@@ -38,6 +39,7 @@ from nanoengine.params.arguments import (
     template_variables,
 )
 from nanoengine.params.engine_options import EngineOptions
+from nanoengine.params.pooling import PoolingChoice, choose_pooling, pairs
 from nanoengine.params.sampling_params import SamplingParams
 from nanoengine.setup.config.engine_options import engine_options
 from nanoengine.setup.keywords import check_options, names_keywords
@@ -52,12 +54,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from nanoengine.api.attention import AttentionBackend
+    from nanoengine.api.deltas import Pooling
     from nanoengine.core.engine import Engine
     from nanoengine.observe.taps import Tap
     from nanoengine.setup.config.config import RunConfig
     from nanoengine.setup.start.memory import MemoryReport
 
 Message = Mapping[str, Any]
+Output = TypeVar("Output", RequestOutput, EmbeddingOutput)
 _log = logging.getLogger("nanoengine")
 
 
@@ -273,6 +277,67 @@ class LLM:
         checked = check_params(self.default_params if given is None else given)
         return Stream(self.text_engine, self._next_id(), prompt, checked, priority)
 
+    # -- embeddings ------------------------------------------------------------------------------------------------
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling: Pooling | None = None,
+        normalize: bool | None = None,
+        *,
+        dimensions: int | None = None,
+        priority: int | Sequence[int] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingOutput]:
+        """A vector for each prompt, of the hidden states of its tokens; outputs in input order.
+
+        Args:
+            prompts: as of `generate`, each of at most `max_model_len` tokens.
+            pooling: "mean" of all tokens, or "last". None: as the model's sentence-transformers files say, else "last".
+            normalize: scale vectors to length 1. None: as these files say, else True.
+            dimensions: keep so many values of each vector; for models that were trained for it.
+            priority: as of `generate`.
+
+        Raises:
+            ParamsError, TokenizerMissing: before anything runs. A prompt that cannot be run raises nothing: its output
+                has an `error`, and the others finish.
+        """
+        choice = choose_pooling(self._built.assembly.pooling, pooling, normalize, dimensions)
+        return self._embed(split_prompts(prompts), choice, priority, use_tqdm)
+
+    def _embed(
+        self, prompts: Sequence[GivenPrompt], choice: PoolingChoice, priority: Any, use_tqdm: bool
+    ) -> list[EmbeddingOutput]:
+        if any(len(each.generated) for each in prompts):
+            raise ParamsError("generated_token_ids have no meaning for an embedding: leave them out")
+        each_priority = one_each(priority, len(prompts), "priority")
+        for level in each_priority:
+            check_priority(level)
+
+        def add(index: int, request_id: str, sink: Callable[[EmbeddingOutput], None]) -> None:
+            prompt, text, _ = prompts[index]
+            self.text_engine.add_embedding(
+                request_id, prompt, choice, each_priority[index], prompt_text=text, sink=sink
+            )
+
+        return self._finish_all(prompts, add, use_tqdm)
+
+    def score(
+        self,
+        first: Prompt | Sequence[Prompt],
+        second: Prompt | Sequence[Prompt],
+        pooling: Pooling | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[ScoreOutput]:
+        """How similar prompts are: the cosine of the embeddings of one prompt and each of several, or of each and its
+        own. `pooling` and errors: as of `embed`."""
+        names, choice = ("first", "second"), choose_pooling(self._built.assembly.pooling, pooling, normalize=False)
+        a, b = split_prompts(first), split_prompts(second)
+        pairs(a, b, names)  # raises before anything runs
+        found = self._embed(a + b, choice, None, use_tqdm)
+        return [scored(*pair) for pair in pairs(found[: len(a)], found[len(a) :], names)]
+
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def hidden_states(self, prompts: Prompt | Sequence[Prompt]) -> list[Tensor]:
@@ -325,24 +390,39 @@ class LLM:
                 if len(first_use) == 1:
                     raise
                 raise ParamsError(f"params[{index}]: {error}") from error
+
+        def add(index: int, request_id: str, sink: Callable[[RequestOutput], None]) -> None:
+            prompt, text, generated = prompts[index]
+            self.text_engine.add_request(
+                request_id, prompt, each_params[index], each_priority[index], prompt_text=text, generated=generated,
+                final_only=True, sink=sink,
+            )  # fmt: skip
+
+        return self._finish_all(prompts, add, use_tqdm)
+
+    def _finish_all(
+        self,
+        prompts: Sequence[GivenPrompt],
+        add: Callable[[int, str, Callable[[Output], None]], None],
+        use_tqdm: bool,
+    ) -> list[Output]:
+        """Adds all prompts, and makes steps until each has its output. `add`: adds the one of this index, under an id,
+        with a sink for its one output."""
         if any(type(each.prompt) is str for each in prompts):
             self._built.need_tokenizer()
-        done: dict[str, RequestOutput] = {}
+        done: dict[str, Output] = {}
         ids = [self._next_id() for _ in prompts]
         config = self.engine.scheduler.config
         tokens = 0  # added since the last launch
         with Progress(len(ids), "prompts", "prompt", shown=use_tqdm) as bar:
 
-            def sink(output: RequestOutput) -> None:
+            def sink(output: Output) -> None:
                 done[output.request_id] = output
                 bar.update()
 
             try:
-                for i, (prompt, text, generated) in enumerate(prompts):
-                    self.text_engine.add_request(
-                        ids[i], prompt, each_params[i], each_priority[i], prompt_text=text, generated=generated,
-                        final_only=True, sink=sink,
-                    )  # fmt: skip
+                for i, (prompt, *_) in enumerate(prompts):
+                    add(i, ids[i], sink)
                     tokens += len(prompt) if type(prompt) in (list, tuple) else 0
                     if tokens >= config.max_num_batched_tokens and self.engine.scheduler.policy.by_arrival:
                         self.engine.keep_busy()  # a full step; adding some thousand requests takes a while
@@ -350,7 +430,7 @@ class LLM:
                 while len(done) < len(ids):
                     self.engine.advance()
             except WorkerError as error:
-                error.outputs = [done[i] for i in ids if i in done]
+                error.outputs = [each for i in ids if isinstance(each := done.get(i), RequestOutput)]
                 raise
             finally:
                 self._abort_all([i for i in ids if i not in done])
@@ -358,7 +438,7 @@ class LLM:
         self._log_failed(outputs)
         return outputs
 
-    def _log_failed(self, outputs: Sequence[RequestOutput]) -> None:
+    def _log_failed(self, outputs: Sequence[RequestOutput | EmbeddingOutput]) -> None:
         """Logs the first error: a program that reads `outputs[0].text` of each prompt finds no text, and no cause."""
         failed = [(index, output.error) for index, output in enumerate(outputs) if output.error is not None]
         if failed:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from nanoengine.api.deltas import RequestDelta
+from nanoengine.api.embeddings import EmbeddingOutput
 from nanoengine.api.errors import WorkerError, is_failure, text_failure
 from nanoengine.api.outputs import RequestOutput
 from nanoengine.build import BuiltEngine
@@ -16,12 +17,15 @@ from nanoengine.core.engine import Engine
 from nanoengine.params.arguments import encoded_prompt
 from nanoengine.params.generated import Generated
 from nanoengine.params.input_processor import CheckedRequest
+from nanoengine.params.pooling import PoolingChoice
 from nanoengine.params.sampling_params import ResolvedParams, SamplingParams
 from nanoengine.text.detokenizer import IncrementalDetokenizer
 from nanoengine.text.outputs import OutputAssembler
 
 TEXT_BLOCK = 32  # tokens whose text is decoded at once where only the final output is wanted
 OutputSink = Callable[[RequestOutput], None]
+EmbeddingSink = Callable[[EmbeddingOutput], None]
+_NO_TOKENS = SamplingParams()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,38 @@ class TextEngine:
         given, assembler = self._assembler(given, text)
         client = _Client(self.engine, assembler, final_only, self._ready.append if sink is None else sink)
         self.engine.add_checked(given, self._every(given.params) if final_only else 1, client.put)
+
+    def add_embedding(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        choice: PoolingChoice,
+        priority: int | None = None,
+        *,
+        prompt_text: str | None = None,
+        sink: EmbeddingSink,
+    ) -> None:
+        """Add a request that pools. `sink` is called once, with its embedding. The rest is as in `add_request`."""
+        self.engine.check_open()
+        ids, text, wrong = encoded_prompt(prompt, prompt_text, self._encode)
+        given = self._built.inputs.process(request_id, ids, _NO_TOKENS, priority, pooling=choice.pooling)
+        if wrong is not None and given.error is None:
+            given = replace(given, error=wrong)
+
+        def put(delta: RequestDelta) -> None:
+            if delta.finished:
+                sink(
+                    EmbeddingOutput(
+                        request_id=request_id,
+                        prompt=text,
+                        prompt_token_ids=given.prompt_token_ids,
+                        embedding=None if delta.pooled is None else choice.finish(delta.pooled),
+                        num_cached_tokens=delta.num_cached_tokens,
+                        error=delta.error,
+                    )
+                )
+
+        self.engine.add_checked(given, sink=put)
 
     def abort_request(self, request_id: str) -> None:
         """End a request; its last output has the tokens so far. No effect where the id is unknown or has ended."""

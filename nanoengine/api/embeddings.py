@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from nanoengine.api.deltas import Float32
 from nanoengine.api.errors import RequestError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddingOutput:
-    """The embedding of one prompt. If the request was refused or failed: `error`, and no `embedding`.
+    """The embedding of one prompt. If the request was refused or failed: `error`, and no `embedding`; nor has one that
+    was aborted.
 
     Attributes:
         prompt: its text, if it is known.
@@ -38,3 +41,19 @@ class ScoreOutput:
     score: float | None
     prompt_token_ids: tuple[tuple[int, ...], tuple[int, ...]]
     error: RequestError | None = None
+
+
+def scored(first: EmbeddingOutput, second: EmbeddingOutput) -> ScoreOutput:
+    """The score of two embeddings; the error of the first one that has one."""
+    vectors, error = (first.embedding, second.embedding), first.error or second.error
+    return ScoreOutput(
+        score=None if vectors[0] is None or vectors[1] is None else cosine(vectors[0], vectors[1]),
+        prompt_token_ids=(first.prompt_token_ids, second.prompt_token_ids),
+        error=error,
+    )
+
+
+def cosine(a: Float32, b: Float32) -> float:
+    """Of the angle between two vectors, float32 [hidden size] each; 0 where one of them is zero."""
+    norms = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
+    return float(np.dot(a.astype(np.float64), b.astype(np.float64))) / norms if norms else 0.0

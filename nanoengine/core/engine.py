@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn
 
-from nanoengine.api.deltas import RequestDelta
+from nanoengine.api.deltas import Pooling, RequestDelta
 from nanoengine.api.errors import (
     EngineClosed,
     NanoEngineError,
@@ -80,6 +80,7 @@ class Engine:
         *,
         generated: Generated = (),
         every: int = 1,
+        pooling: Pooling | None = None,
         sink: Sink | None = None,
     ) -> None:
         """Add a request; it starts with the next `step()`.
@@ -89,15 +90,14 @@ class Engine:
             priority: lower runs first (scheduling_policy "priority"); default: that of the parameters.
             generated: output tokens of an earlier run that this one continues; with n > 1 a list for each sample. Its
                 parameters must be the same, with the seed of the earlier run.
-            every: a sample is reported with its first new token, then with each so many (log-probs in each step), and
-                with its end.
-            sink: is called with the deltas, which `step()` then does not return. If it raises, that is logged and this
-                request is aborted; nothing else is affected.
+            every: a sample is reported with its first new token, each so many, and its end; log-probs with each step.
+            pooling: it wants a vector and no token. Of the parameters it takes only cache_salt and priority.
+            sink: gets the deltas, which `step()` then does not return. What it raises is logged and aborts the request.
 
-        Raises ParamsError, EngineClosed, RequestError("duplicate_id"). A prompt that cannot be run raises nothing: its
-        delta has an error; so if its generated tokens end it already.
+        Raises ParamsError, EngineClosed, RequestError("duplicate_id"). What else cannot run has an error in its delta.
         """
-        self.add_checked(self._inputs.process(request_id, prompt_token_ids, params, priority, generated), every, sink)
+        given = self._inputs.process(request_id, prompt_token_ids, params, priority, generated, pooling=pooling)
+        self.add_checked(given, every, sink)
 
     def add_checked(self, given: CheckedRequest, every: int = 1, sink: Sink | None = None) -> None:
         """`add_request` with what this engine's `InputProcessor` made of the other arguments."""

@@ -182,12 +182,15 @@ def _encoded(text: str, encode: Callable[[str], list[int]]) -> list[int] | Reque
         return RequestError("invalid_prompt", f"the tokenizer raised {described(error)}")
 
 
-def checked_ids(token_ids: Any, vocab_size: int, max_model_len: int) -> tuple[int, ...] | RequestError:
-    """Plain ints in the vocabulary, fewer than `max_model_len`; or the error that rejects the prompt."""
+def checked_ids(
+    token_ids: Any, vocab_size: int, max_model_len: int, new_tokens: int = 1
+) -> tuple[int, ...] | RequestError:
+    """Plain ints in the vocabulary, that leave room for `new_tokens` (0 or 1) in `max_model_len`; or the error that
+    rejects the prompt."""
     if isinstance(token_ids, RequestError):  # the caller has found an error already
         return token_ids
     try:
-        return _checked(token_ids, vocab_size, max_model_len)
+        return _checked(token_ids, vocab_size, max_model_len, new_tokens)
     except BaseException as error:  # the class of a list or an id may be any code
         if not is_failure(error):
             raise
@@ -199,25 +202,27 @@ def _unreadable(error: BaseException) -> RequestError:
     return RequestError("invalid_prompt", f"reading the prompt raised {described(error)}")
 
 
-def too_long(tokens: int, max_model_len: int, least: str = "") -> RequestError:
+def too_long(tokens: int, max_model_len: int, least: str = "", new_tokens: int = 1) -> RequestError:
     """The error of a prompt with too many `tokens`. `least`: "at least " if not all of them were counted."""
+    room = ", which must leave room for one new token" if new_tokens else ""
     return RequestError(
         "too_long",
-        f"the prompt has {least}{tokens} tokens and max_model_len is {max_model_len}, which must leave room for one "
-        f"new token: shorten the prompt to {max_model_len - 1} tokens or raise max_model_len",
+        f"the prompt has {least}{tokens} tokens and max_model_len is {max_model_len}{room}: shorten the prompt to "
+        f"{max_model_len - new_tokens} tokens or raise max_model_len",
     )
 
 
-def _checked(token_ids: Any, vocab_size: int, max_model_len: int) -> tuple[int, ...] | RequestError:
-    """As `checked_ids`, but raises what reading raises. At most `max_model_len` ids of a prompt are read."""
+def _checked(token_ids: Any, vocab_size: int, max_model_len: int, new_tokens: int) -> tuple[int, ...] | RequestError:
+    """As `checked_ids`, but raises what reading raises. At most one id too many is read."""
+    above = max_model_len - new_tokens + 1
     try:
         size = len(token_ids) if hasattr(type(token_ids), "__len__") else 0
         is_ids = not isinstance(token_ids, bytes | Mapping)
-        given = list(islice(token_ids, max_model_len)) if is_ids and size < max_model_len else None
+        given = list(islice(token_ids, above)) if is_ids and size < above else None
     except TypeError:
         size, is_ids, given = 0, False, None
-    if is_ids and (given is None or len(given) == max_model_len):
-        return too_long(max(size, max_model_len), max_model_len, "" if given is None else "at least ")
+    if is_ids and (given is None or len(given) == above):
+        return too_long(max(size, above), max_model_len, "" if given is None else "at least ", new_tokens)
     if given is None:
         valid = (
             "text, token ids, {'prompt': text} or {'prompt_token_ids': ids}, to either of which 'generated_token_ids'"

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from nanoengine.api.deltas import Pooling
 from nanoengine.api.errors import RequestError
 from nanoengine.params.arguments import check_priority, check_request_id, checked_ids
 from nanoengine.params.generated import Beginning, TextReader, begin
+from nanoengine.params.pooling import pooled_params
 from nanoengine.params.sampling_params import ParamsResolver, ResolvedParams, SamplingParams
 
 
@@ -53,6 +55,7 @@ class InputProcessor:
         priority: int | None,
         generated: Any = (),
         make_reader: Callable[[ResolvedParams], TextReader | None] | None = None,
+        pooling: Pooling | None = None,
     ) -> CheckedRequest:
         """Checks the arguments of `Engine.add_request`.
 
@@ -61,6 +64,8 @@ class InputProcessor:
             priority: None: that of the parameters.
             make_reader: makes what reads the text of a sample (None: it has no text): a stop string in generated tokens
                 counts then.
+            pooling: the request wants a vector. Then its prompt may have as many tokens as `max_model_len`, and of the
+                parameters only cache_salt and priority may be given.
 
         Raises:
             ParamsError, PluginError. Wrong tokens are not raised: they are the `error` of the result.
@@ -68,9 +73,11 @@ class InputProcessor:
         check_request_id(request_id)
         resolved = self._resolver.resolve(params)
         level = check_priority(priority)
-        ids = checked_ids(prompt_token_ids, self._vocab_size, self._max_model_len)
+        if pooling is not None:
+            resolved = pooled_params(resolved, params, pooling, generated)
+        ids = checked_ids(prompt_token_ids, self._vocab_size, self._max_model_len, new_tokens=pooling is None)
         begun: tuple[Beginning, ...] | RequestError = ()
-        if not isinstance(ids, RequestError):
+        if not isinstance(ids, RequestError) and pooling is None:
             begun = begin(generated, len(ids), resolved, self._vocab_size, self._max_model_len, make_reader)
         error = next((found for found in (ids, begun) if isinstance(found, RequestError)), None)
         return CheckedRequest(

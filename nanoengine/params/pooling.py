@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, get_args
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from nanoengine.api.deltas import Float32, Pooling
 from nanoengine.api.errors import ParamsError
 from nanoengine.params.field_types import conform
+from nanoengine.params.sampling_params import ResolvedParams, SamplingParams
 
 T = TypeVar("T")
 
@@ -64,6 +65,25 @@ def choose_pooling(
     )
 
 
+def pooled_params(resolved: ResolvedParams, params: SamplingParams, pooling: Any, generated: Any) -> ResolvedParams:
+    """Those of a request that pools: the vector is the one thing that it draws. `resolved`: of `params`.
+
+    Raises `ParamsError` for an unknown pooling, and where something is given that only a request for tokens has.
+    """
+    plain = SamplingParams(cache_salt=params.cache_salt, priority=params.priority)
+    if params != plain or len(generated):
+        given = "generated tokens" if params == plain else str(params)
+        raise ParamsError(f"a request that pools draws no tokens: it takes cache_salt and priority only, not {given}")
+    return replace(
+        resolved,
+        pooling=conform("pooling", pooling, Pooling),
+        max_tokens=1,
+        speculate=False,
+        detokenize=False,
+        processors=(),
+    )
+
+
 def _checked_dimensions(defaults: PoolingDefaults, given: Any) -> int:
     dimensions: int = conform("dimensions", given, int)
     if dimensions == defaults.size:
@@ -93,9 +113,3 @@ def pairs(first: Sequence[T], second: Sequence[T], names: tuple[str, str]) -> li
             f"{names[0]} has {len(first)} entries and {names[1]} has {len(second)}: give one and any number, or as many"
         )
     return list(zip(list(first) * (len(second) if len(first) == 1 else 1), second, strict=True))
-
-
-def cosine(a: Float32, b: Float32) -> float:
-    """Of the angle between two vectors, [hidden size] each; 0 where one is zero."""
-    norms = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
-    return float(np.dot(a.astype(np.float64), b.astype(np.float64))) / norms if norms else 0.0

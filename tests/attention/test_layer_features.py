@@ -173,6 +173,22 @@ def test_prompts_of_a_batch_are_not_divided_by_a_small_budget(tmp_path: Path) ->
             assert abs(sample.logprobs[0][token].logprob - float(want[token])) < 5e-4
 
 
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_vectors_of_attention_that_looks_ahead_are_of_whole_prompts(pooling: Any, tmp_path: Path) -> None:
+    path = write(tmp_path, causal=False)
+    prompts = [PROMPT[: 10 + 2 * i] for i in range(11)]
+    with engine(path, attention="torch", max_num_batched_tokens=32) as llm:
+        *outputs, refused = llm.embed([*prompts, PROMPT + PROMPT[:10]], pooling, normalize=False, use_tqdm=False)
+        assert llm.stats().chunks == 0
+    assert refused.error is not None
+    assert "40 tokens must run in one step, which has 32: raise max_num_batched_tokens" in str(refused.error)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        hidden = hidden_states(path, torch.tensor(prompt))
+        want = hidden.mean(0) if pooling == "mean" else hidden[-1]
+        assert output.embedding is not None
+        assert float((torch.tensor(output.embedding) - want).abs().max()) < 1e-4
+
+
 def test_where_memory_runs_out_whole_prompts_run_alone_and_one_that_is_too_large_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nanoengine.api.embeddings import cosine
 from nanoengine.api.errors import ParamsError
-from nanoengine.params.pooling import PoolingChoice, PoolingDefaults, choose_pooling, cosine, pairs
+from nanoengine.params.pooling import PoolingChoice, PoolingDefaults, choose_pooling, pairs
 from nanoengine.setup.start.pooling import read_pooling_defaults
 
 SIZE = 8

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from parity import families, tiny
 from parity.compare import Mismatch, Report, assert_same_until_a_tie, compare
 from parity.test_tiny_models import COUNT, GREEDY, WITH_PROMPT, seeded
@@ -68,6 +69,19 @@ def test_greedy(ranks: Ranks) -> None:
     assert report.positions == COUNT * len(ASKED)
     assert report.decided >= 0.97 * report.positions
     assert report.logprobs >= 3 * report.positions
+
+
+@OFTEN
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_pooled(ranks: Ranks, pooling: Any) -> None:
+    """The vectors of all hidden states, which each rank has; in chunks."""
+    outputs = ranks.two.embed(ASKED, pooling, normalize=False, use_tqdm=False)
+    for output, prompt in zip(outputs, ASKED, strict=True):
+        assert output.embedding is not None
+        with torch.no_grad():
+            hidden = ranks.model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1][0]
+        want = hidden.mean(0) if pooling == "mean" else hidden[-1]
+        assert float((torch.tensor(output.embedding) - want).abs().max() / want.abs().max()) < 1e-5
 
 
 @OFTEN

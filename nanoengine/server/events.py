@@ -36,8 +36,10 @@ Event = ParserEvent | Ended
 
 
 class OutputParser(Protocol):
-    """Splits the text of one sample into events: a `ToolParser`, or one for reasoning in front of it."""
+    """Splits the text of one sample into events: a `SampleParser`. ended: the sample can end, its rest is unwanted."""
 
+    @property
+    def ended(self) -> bool: ...
     def feed(self, text: str) -> list[ParserEvent]: ...
     def finish(self) -> list[ParserEvent]: ...
 
@@ -50,7 +52,6 @@ class Generation:
         request_id: unique; the engine's. prompt_token_ids: in the vocabulary. params: with all defaults filled in.
         prompt: its text, for `echo`; None: it was given as ids, or rendered.
         parser: makes the parser of one sample's text; None: all text is content.
-        one_call: a sample ends before its second call of a tool.
         nothing_new: only the prompt is wanted (max_tokens 0): the engine makes one token, which is left out.
         priority, client, timeout, progress: as in `ClientRequest`.
     """
@@ -60,7 +61,6 @@ class Generation:
     params: SamplingParams
     prompt: str | None = None
     parser: Callable[[], OutputParser] | None = None
-    one_call: bool = False
     nothing_new: bool = False
     priority: int | None = None
     client: str = ""
@@ -115,7 +115,7 @@ class TokenUsage:
 class _Sample:
     """The text of one sample, and its events."""
 
-    __slots__ = ("_detokenizer", "_nothing_new", "_one_call", "_parser", "_trim", "finish_reason")
+    __slots__ = ("_detokenizer", "_nothing_new", "_parser", "_trim", "finish_reason")
 
     def __init__(self, tokenizer: Tokenizer | None, generation: Generation) -> None:
         core = generation.params.core
@@ -130,7 +130,7 @@ class _Sample:
             )
         self._parser = generation.parser() if generation.parser is not None else None
         self._trim = _Trim()
-        self._nothing_new, self._one_call = generation.nothing_new, generation.one_call
+        self._nothing_new = generation.nothing_new
         self.finish_reason: str | None = None
 
     def take(self, delta: SampleDelta) -> SampleUpdate:
@@ -159,10 +159,8 @@ class _Sample:
         else:
             found = self._parser.feed(text) if text else []
             found = found if reason is None else [*found, *self._parser.finish()]
-            if self._one_call:
-                second = next((i for i, e in enumerate(found) if isinstance(e, ToolCallBegin) and e.index > 0), None)
-                if second is not None:
-                    found, reason, stop_reason = found[:second], "stop", None
+            if self._parser.ended and reason is None:
+                reason, stop_reason = "stop", None
             events += self._trim.trimmed(found, ended=reason is not None)
         if reason is not None:
             self.finish_reason = "tool_calls" if self._trim.called and reason == "stop" else reason

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from nanoengine.api.errors import ParamsError, shown
+from nanoengine.api.structured_outputs import StructuredOutputsParams
 from nanoengine.params.sampling_params import SamplingParams
 from nanoengine.server.config import ServerConfig
 from nanoengine.server.errors import invalid
-from nanoengine.server.protocol.generate import GenerateRequest, constraint_of
+from nanoengine.server.protocol.generate import GenerateRequest
 from nanoengine.service.client import EngineInfo
 
 # Fields of the request that are the engine's under the same name, but need a conversion or a check.
@@ -20,11 +21,17 @@ _OWN = frozenset({"n", "max_tokens", "logprobs", "prompt_logprobs", "logit_bias"
 
 
 def sampling_params(
-    request: GenerateRequest, info: EngineInfo, config: ServerConfig, secret: bytes | None, own: Mapping[str, Any]
+    request: GenerateRequest,
+    info: EngineInfo,
+    config: ServerConfig,
+    secret: bytes | None,
+    constraint: StructuredOutputsParams | None,
+    own: Mapping[str, Any],
 ) -> SamplingParams:
     """The parameters, over the defaults of the model or the configuration.
 
     Args:
+        constraint: what the output must match: `constraint_of` the request, or what its tools demand.
         secret: of the caller's key, of which the cache salt is made; None: keys are not asked for.
         own: what the endpoint itself sets: max_tokens, logprobs and so on; it wins.
 
@@ -40,7 +47,6 @@ def sampling_params(
         fields["logit_bias"] = {_token_id(key): bias for key, bias in request.logit_bias.items()}
     if request.prompt_logprobs is not None:
         fields["prompt_logprobs"] = checked_logprobs("prompt_logprobs", request.prompt_logprobs, info, config)
-    constraint = constraint_of(request)
     if constraint is not None:
         fields["structured_outputs"] = constraint
     salt = cache_salt(request.cache_salt, secret)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nanoengine.api.structured_outputs import StructuredOutputsParams
 from nanoengine.api.tool_parsers import Tool, ToolParser
+from nanoengine.server.config import ServerConfig
 from nanoengine.server.errors import invalid
-from nanoengine.server.events import OutputParser
+from nanoengine.setup.plugins.registry import Registry
+from nanoengine.setup.plugins.tool_parsers import choose_tool_parser
 from nanoengine.text import Tokenizer
+from nanoengine.text.sample_parser import ReasoningTags, SampleParser, reasoning_tags
 
-ReasoningFactory = Callable[[OutputParser | None], OutputParser]
-"""Makes what separates the reasoning of one sample; the rest goes to the given parser, or is content."""
+_FALLBACK = "json"  # the parser for calls that must come, where the model's own form is not known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,14 +25,25 @@ class Parsers:
     Attributes:
         tool: of the model's own form of calls; None: it is not known. fallback: for calls that must come, where the
             model's form is not known or cannot be demanded.
-        reasoning: None: all text is content.
-        special: texts of special tokens that the reasoning parser looks for.
+        tags: those of the reasoning; None: all text is content.
     """
 
     tool: type[ToolParser] | None = None
     fallback: type[ToolParser] | None = None
-    reasoning: ReasoningFactory | None = None
-    special: tuple[str, ...] = ()
+    tags: ReasoningTags | None = None
+
+
+def load_parsers(registry: Registry, config: ServerConfig, tokenizer: Tokenizer | None) -> Parsers:
+    """The parsers that the configuration names, or the model's chat template shows.
+
+    Raises `PluginError` or `ConfigError` for a name that does not exist.
+    """
+    template = "" if tokenizer is None else tokenizer.template_text
+    return Parsers(
+        tool=choose_tool_parser(registry, config.tool_parser, template),
+        fallback=choose_tool_parser(registry, _FALLBACK if _FALLBACK in registry.tool_parsers else None, template),
+        tags=reasoning_tags(config.reasoning_parser, template),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,14 +51,39 @@ class Parsing:
     """How one request is parsed.
 
     Attributes:
-        make: the parser of a sample; None: all text is content. constraint: what the output must match; None: anything.
-        keep_special: special tokens must be in the text. one_call: a sample ends before its second call.
+        tool: makes the parser of its calls; None: they are not looked for. parallel: several calls may come.
+        tags: of the reasoning. hidden: special tokens that the text has for the parsers, and an answer has not.
+        constraint: what the output must match because of its tools; None: anything.
     """
 
-    make: Callable[[], OutputParser] | None = None
+    tool: Callable[[], ToolParser] | None = None
+    parallel: bool = True
+    tags: ReasoningTags | None = None
+    hidden: Collection[str] = ()
     constraint: StructuredOutputsParams | None = None
-    keep_special: bool = False
-    one_call: bool = False
+
+    def opened(self, prompt: str, continued: bool) -> bool:
+        """Whether the prompt has begun the reasoning, with which the output then goes on."""
+        return self.tags is not None and self.tags.opened(prompt, continued=continued)
+
+    def parser(self, opened: bool, show_special: bool) -> Callable[[], SampleParser] | None:
+        """Makes the parser of a sample; None: all text is content."""
+        if self.tool is None and self.tags is None:
+            return None
+        tool, hidden = self.tool, () if show_special else self.hidden
+        return lambda: SampleParser(
+            tags=self.tags,
+            opened=opened,
+            tool_parser=None if tool is None else tool(),
+            parallel=self.parallel,
+            hidden=hidden,
+        )
+
+    def behind_reasoning(self, constraint: StructuredOutputsParams, opened: bool) -> StructuredOutputsParams:
+        """The constraint; it begins behind the reasoning if the prompt has begun that."""
+        if self.tags is None or not opened or constraint.reasoning is not None:
+            return constraint
+        return replace(constraint, reasoning=self.tags.end)
 
 
 def parsing_of(
@@ -71,7 +109,7 @@ def parsing_of(
     if choice == "required" and not tools:
         raise invalid("tool_choice is 'required', and there are no tools: give some", "tool_choice")
     if not tools or choice == "none":
-        return _parsing(parsers, tokenizer, None)
+        return _parsing(parsers, tokenizer)
     if choice != "required":
         if parsers.tool is None:
             raise invalid(
@@ -80,39 +118,31 @@ def parsing_of(
                 "tool_choice",
                 "not_supported",
             )
-        return _parsing(parsers, tokenizer, _maker(parsers.tool, tools), parsers.tool.special_tokens, one=not parallel)
+        return _parsing(parsers, tokenizer, parsers.tool, tools, parallel)
     for parser in (parsers.tool, parsers.fallback):
         demanded = None if parser is None else parser.constraint(tools, required=True, parallel=parallel)
-        if parser is not None and demanded is not None:
-            made = _maker(parser, tools)
+        if demanded is not None:
             constraint = StructuredOutputsParams(**demanded)
-            return _parsing(parsers, tokenizer, made, parser.special_tokens, constraint, one=not parallel)
+            return replace(_parsing(parsers, tokenizer, parser, tools, parallel), constraint=constraint)
     raise invalid("this server has no tool parser that can demand a call", "tool_choice", "not_supported")
-
-
-def _maker(parser: type[ToolParser], tools: Sequence[Tool]) -> Callable[[], ToolParser]:
-    return lambda: parser(tools)
 
 
 def _parsing(
     parsers: Parsers,
     tokenizer: Tokenizer | None,
-    tool: Callable[[], ToolParser] | None,
-    special: Sequence[str] = (),
-    constraint: StructuredOutputsParams | None = None,
-    one: bool = False,
+    tool: type[ToolParser] | None = None,
+    tools: Sequence[Tool] = (),
+    parallel: bool = True,
 ) -> Parsing:
-    make: Callable[[], OutputParser] | None = tool
-    reasoning = parsers.reasoning
-    if reasoning is not None:
-        special = (*special, *parsers.special)
-
-        def both() -> OutputParser:
-            return reasoning(None if tool is None else tool())
-
-        make = both
-    keep = tokenizer is not None and any(tokenizer.has_special(text) for text in special)
-    return Parsing(make=make, constraint=constraint, keep_special=keep, one_call=one)
+    tags = parsers.tags
+    wanted = [*(tool.special_tokens if tool else ()), *((tags.begin, tags.end) if tags else ())]
+    special = tokenizer is not None and any(map(tokenizer.has_special, wanted))
+    return Parsing(
+        tool=None if tool is None else lambda: tool(tools),
+        parallel=parallel,
+        tags=tags,
+        hidden=tokenizer.special_texts if tokenizer is not None and special else (),
+    )
 
 
 def tools_of(definitions: Sequence[Mapping[str, Any]] | None) -> list[Tool]:

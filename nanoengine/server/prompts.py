@@ -22,7 +22,7 @@ _NO_VARIABLES = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """token_ids: in the vocabulary. text: None where the client gave ids, or a conversation."""
+    """token_ids: in the vocabulary. text: None where the client gave ids."""
 
     token_ids: tuple[int, ...]
     text: str | None = None
@@ -67,16 +67,19 @@ def checked_prompt(context: Context, ids: Sequence[int]) -> tuple[int, ...]:
 
 async def chat_prompt(context: Context, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Prompt:
     """The prompt of a conversation. `options`: see `template_options`. Raises `ApiError` or `RequestError`."""
-    return Prompt(checked_prompt(context, await chat_ids(context, messages, options)))
+    ids, text = await rendered(context, messages, options)
+    return Prompt(checked_prompt(context, ids), text)
 
 
-async def chat_ids(context: Context, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> list[int]:
-    """Its token ids, however many."""
+async def rendered(
+    context: Context, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+) -> tuple[list[int], str]:
+    """Token ids, however many, and the text of a conversation."""
     tokenizer = context.need_tokenizer()
     sanitize = context.config.special_tokens_in_content == "text"
     plain = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
-    return await context.in_thread(lambda: tokenizer.chat(plain, sanitize_control_tokens=sanitize, **options)[0])
+    return await context.in_thread(lambda: tokenizer.chat(plain, sanitize_control_tokens=sanitize, **options))
 
 
 def template_options(

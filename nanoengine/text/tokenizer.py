@@ -227,6 +227,17 @@ class Tokenizer:
         """A stream that decodes one sequence token by token, to exactly the text that `decode` returns."""
         return self._table.stream(skip_special_tokens)
 
+    @property
+    def special_texts(self) -> frozenset[str]:
+        """Texts of all special tokens."""
+        return frozenset(self._table.special)
+
+    @property
+    def template_text(self) -> str:
+        """The source of the chat template; of several, all of them. "": there is none."""
+        found = self._hf.chat_template
+        return "\n".join(found.values()) if isinstance(found, dict) else found or ""
+
     def has_special(self, text: str) -> bool:
         """Whether the text contains a special token."""
         return any(special and special in text for special in self._table.special)

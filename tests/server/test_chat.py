@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from nanoengine.server.parsing import Parsers
+from nanoengine.text.sample_parser import REASONING_TAGS
 from server.support import Server, choices, error_of, events, joined
 
 
@@ -170,26 +171,9 @@ def test_max_completion_tokens_is_max_tokens(server: Server) -> None:
         error_of(path(**{name: -1}))
 
 
-class Thinking:
-    """What is before "|" is reasoning."""
-
-    def __init__(self, rest: Any) -> None:
-        self._text = ""
-
-    def feed(self, text: str) -> list[Any]:
-        self._text += text
-        return []
-
-    def finish(self) -> list[Any]:
-        from nanoengine.server.events import Content, Reasoning
-
-        before, _, behind = self._text.partition("|")
-        return [Reasoning(before), Content(behind)]
-
-
 @pytest.mark.parametrize("shown", [None, True, False])
 def test_reasoning_has_both_names(shown: bool | None) -> None:
-    server = Server("why|so", parsers=Parsers(reasoning=Thinking))
+    server = Server("<think>why</think>so", parsers=Parsers(tags=REASONING_TAGS["think"]))
     message = server.chat(include_reasoning=shown).json()["choices"][0]["message"]
     chunks = events(server.chat(stream=True, include_reasoning=shown))
     assert message["content"] == "so" == joined(chunks)

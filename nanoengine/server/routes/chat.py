@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from nanoengine.api.structured_outputs import StructuredOutputsParams
 from nanoengine.server.answers import Account, Answer
 from nanoengine.server.context import Context, caller_of, request_id_of
 from nanoengine.server.errors import invalid
@@ -39,8 +40,7 @@ async def _answer(context: Context, request: Request, body: ChatRequest, account
     context.check_model(body.model)
     info = context.client.info
     parsing, tools = _parsing(context, body)
-    own = _own(body, context, parsing)
-    params = sampling_params(body, info, context.config, caller_of(request).secret, own)
+    own, constraint = _own(body, context, parsing), _constraint(body, parsing)
     run = run_fields(context, request, body)
     options = template_options(
         kwargs=body.chat_template_kwargs,
@@ -51,13 +51,16 @@ async def _answer(context: Context, request: Request, body: ChatRequest, account
         reasoning_effort=body.reasoning_effort,
     )
     prompt = await chat_prompt(context, body.messages, options)
+    opened = parsing.opened(prompt.text or "", bool(body.continue_final_message))
+    if constraint is not None:
+        constraint = parsing.behind_reasoning(constraint, opened)
+    params = sampling_params(body, info, context.config, caller_of(request).secret, constraint, own)
     request_id = request_id_of(request, body.request_id)
     generation = Generation(
         request_id=f"{request_id}-{uuid.uuid4().hex[:12]}",
         prompt_token_ids=prompt.token_ids,
         params=params,
-        parser=parsing.make,
-        one_call=parsing.one_call,
+        parser=parsing.parser(opened, show_special=body.skip_special_tokens is False),
         priority=checked_priority(body, info),
         **run,
     )
@@ -97,10 +100,13 @@ def _own(body: ChatRequest, context: Context, parsing: Parsing) -> dict[str, Any
         own["logprobs"] = checked_logprobs("top_logprobs", body.top_logprobs or 0, context.client.info, context.config)
     elif body.top_logprobs is not None:
         raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
-    if parsing.constraint is not None:
-        if constraint_of(body) is not None:
-            raise invalid("a tool must be called, so nothing else can say what the output is", "tool_choice")
-        own["structured_outputs"] = parsing.constraint
-    if parsing.keep_special:
+    if parsing.hidden:
         own["skip_special_tokens"] = False
     return own
+
+
+def _constraint(body: ChatRequest, parsing: Parsing) -> StructuredOutputsParams | None:
+    asked = constraint_of(body)
+    if asked is not None and parsing.constraint is not None:
+        raise invalid("a tool must be called, so nothing else can say what the output is", "tool_choice")
+    return asked or parsing.constraint

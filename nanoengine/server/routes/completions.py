@@ -16,6 +16,7 @@ from nanoengine.server.logprobs import TokenTexts
 from nanoengine.server.parameters import checked_logprobs, checked_priority, sampling_params
 from nanoengine.server.prompts import Prompt, completion_prompts
 from nanoengine.server.protocol.completions import CompletionRequest
+from nanoengine.server.protocol.generate import constraint_of
 from nanoengine.server.render_completions import CompletionBody, CompletionStream, CompletionStyle
 from nanoengine.server.requests import body_schema, run_fields
 
@@ -40,7 +41,7 @@ async def _answer(context: Context, request: Request, body: CompletionRequest, a
     nothing_new = body.max_tokens == 0
     if nothing_new:
         own["max_tokens"], own["min_tokens"] = 1, 0
-    params = sampling_params(body, info, config, caller.secret, own)
+    params = sampling_params(body, info, config, caller.secret, constraint_of(body), own)
     run = run_fields(context, request, body)
     prompts = await completion_prompts(context, body.prompt, body.add_special_tokens is not False)
     request_id = request_id_of(request, body.request_id)

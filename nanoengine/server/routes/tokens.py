@@ -13,7 +13,7 @@ from nanoengine.params.arguments import in_vocabulary
 from nanoengine.server.chunks import encode
 from nanoengine.server.context import Context
 from nanoengine.server.errors import invalid
-from nanoengine.server.prompts import chat_ids, template_options
+from nanoengine.server.prompts import rendered, template_options
 from nanoengine.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from nanoengine.server.requests import body_schema
 
@@ -75,4 +75,5 @@ async def _ids(context: Context, body: TokenizeRequest) -> Sequence[int]:
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
     )
-    return await chat_ids(context, body.messages, options)
+    ids, _ = await rendered(context, body.messages, options)
+    return ids

@@ -88,7 +88,7 @@ class Gate:
     def _bounded(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
         """A `receive` that raises `ApiError` 413 before more than the limit is kept. Raises it for Content-Length."""
         size = headers.get(b"content-length", b"0")
-        if not size.isdigit() or int(size) > self._limit:
+        if not size.isdigit() or len(size) > 18 or int(size) > self._limit:
             raise self._too_large()
         count = 0
 

@@ -123,6 +123,11 @@ class SamplingParams:
         _keywords_only("replace", by_place)
         return SamplingParams(**{**self._fields(), **changes})
 
+    def given_fields(self) -> dict[str, Any]:
+        """The core fields that differ from their defaults, and the fields of logits processors that were given."""
+        plain = CoreFields()
+        return {k: v for k, v in self._fields().items() if k in self._processor or v != getattr(plain, k)}
+
     def _fields(self) -> dict[str, Any]:
         return {name: getattr(self._core, name) for name in CORE_TYPES} | self._processor
 
@@ -142,9 +147,7 @@ class SamplingParams:
         return self._fields() == other._fields() if isinstance(other, SamplingParams) else NotImplemented
 
     def __repr__(self) -> str:
-        plain = CoreFields()
-        shown = {k: v for k, v in self._fields().items() if k in self._processor or v != getattr(plain, k)}
-        return f"SamplingParams({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
+        return f"SamplingParams({', '.join(f'{k}={v!r}' for k, v in self.given_fields().items())})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild, (self._fields(),))

@@ -118,18 +118,18 @@ class Control:
         self._drop()
 
 
-def inherit(number: int) -> Control:
+def inherit(number: int, *, tied: bool = True) -> Control:
     """The process's end, from the descriptor that it was started with.
 
     The process is prepared to live under the supervisor: Ctrl-C and SIGTERM are the supervisor's to handle, also where
-    they are sent to all processes of a terminal or of a service; and the kernel kills the process when the supervisor
-    ends, even if it is stopped.
+    they are sent to all processes of a terminal or of a service; and with `tied` the kernel kills the process when the
+    thread that started it ends, even if the process is stopped.
     """
     parent = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.set_inheritable(number, False)
-    if sys.platform == "linux":
+    if tied and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:  # it ended before the line above
             os.kill(os.getpid(), signal.SIGKILL)

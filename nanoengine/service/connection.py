@@ -1,0 +1,247 @@
+"""The engine's end of a client's socket: frames in, one frame of deltas a step out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+from nanoengine.api.errors import NanoEngineError, RequestError, described, is_failure, shown
+from nanoengine.service.frames import (
+    FrameReader,
+    Kind,
+    ProtocolError,
+    deltas_frame,
+    error_to_json,
+    info_to_json,
+    json_frame,
+    read_add,
+    read_json,
+    read_key,
+    read_usage,
+)
+from nanoengine.service.local import merged
+from nanoengine.service.loop import Batch, EngineService
+from nanoengine.service.tracing import traced
+
+_MERGE_AT = 4096  # deltas that could not be sent
+_MOST_UNSENT = 64 << 20  # bytes of answers that could not be sent
+_STUCK_SECONDS = 60.0  # without a byte taken, after which a client counts as dead
+_READ = 1 << 18
+_log = logging.getLogger(__name__)
+
+
+class Connection:
+    """One client in another process. Made and closed in the event loop; the step loop's thread calls the `Output`
+    methods, and never waits for the client: what its socket does not take is merged and sent later."""
+
+    def __init__(self, service: EngineService, sock: socket.socket, on_end: Callable[[Connection], None]) -> None:
+        sock.setblocking(False)
+        self._service, self._socket, self._on_end = service, sock, on_end
+        self._loop = asyncio.get_running_loop()
+        self._reader = FrameReader()
+        self._lock = threading.Lock()  # guards what follows
+        self._rest = memoryview(b"")  # of the frame that is being sent
+        self._answers = deque[bytes]()
+        self._unsent = 0  # bytes of the answers
+        self._deltas: Batch = []
+        self._took_at = time.monotonic()
+        self._closed = False
+        self._tasks = set[asyncio.Task[None]]()
+        self._loop.add_reader(sock.fileno(), self._readable)
+        self._send(json_frame(Kind.HELLO, **info_to_json(service.info)))
+        self._member = service.join(self)
+
+    # The step loop's thread
+
+    def deliver(self, batch: Batch) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            if self._rest or self._answers:
+                self._deltas += batch
+                if len(self._deltas) >= _MERGE_AT:
+                    self._deltas = merged(self._deltas)
+                return
+            self._write(deltas_frame(batch))
+
+    def beat(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            if self._rest:
+                if time.monotonic() - self._took_at > _STUCK_SECONDS:
+                    self._loop.call_soon_threadsafe(self.close, f"it took nothing for {_STUCK_SECONDS:g} seconds")
+                return
+            self._write(json_frame(Kind.BEAT, draining=self._service.is_draining))
+
+    def ended(self, cause: BaseException | None, batch: Batch) -> None:
+        """Requests that a worker's failure ended are not reported: the client continues them in another engine."""
+        news = [
+            (key, d) for key, d in batch if not isinstance(d.error, RequestError) or d.error.code != "worker_failed"
+        ]
+        if news:
+            self.deliver(news)
+        self._send(json_frame(Kind.ENDED, cause=str(self._service.unavailable())))
+
+    # Any thread
+
+    def _send(self, data: bytes) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            if not self._rest and not self._answers:
+                self._write(data)
+                return
+            self._answers.append(data)
+            self._unsent += len(data)
+            if self._unsent > _MOST_UNSENT:
+                self._loop.call_soon_threadsafe(self.close, f"it has not taken {self._unsent} bytes of answers")
+
+    def _write(self, data: bytes | memoryview) -> None:
+        """Send what the socket takes; the event loop sends the rest. With the lock held."""
+        try:
+            sent = self._socket.send(data)
+            self._took_at = time.monotonic()
+        except (BlockingIOError, InterruptedError):
+            sent = 0
+        except OSError:  # the client is gone; what is left of the frame goes nowhere
+            self._loop.call_soon_threadsafe(self.close, None)
+            return
+        self._rest = memoryview(data)[sent:]
+        if self._rest:
+            self._loop.call_soon_threadsafe(self._wait_for_room)
+
+    # The event loop
+
+    def _wait_for_room(self) -> None:
+        if not self._closed:
+            self._loop.add_writer(self._socket.fileno(), self._writable)
+
+    def _writable(self) -> None:
+        with self._lock:
+            self._loop.remove_writer(self._socket.fileno())
+            if self._rest:
+                self._write(self._rest)
+            while not self._rest and (self._answers or self._deltas):
+                if self._answers:
+                    data = self._answers.popleft()
+                    self._unsent -= len(data)
+                else:
+                    batch, self._deltas = merged(self._deltas), []
+                    data = deltas_frame(batch)
+                self._write(data)
+
+    def _readable(self) -> None:
+        try:
+            data = self._socket.recv(_READ)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close(None)
+            return
+        try:
+            for kind, content in self._reader.feed(data):
+                self._take(kind, content)
+        except ProtocolError as error:
+            self.close(f"it sent {error}")
+
+    def _take(self, kind: Kind, content: bytes) -> None:
+        if kind is Kind.ADD:
+            self._add(content)
+            return
+        found = read_json(content)
+        if kind is Kind.ABORT:
+            sample = found.get("sample")
+            if sample is not None and type(sample) is not int:
+                raise ProtocolError(f"a sample that is {shown(sample)}")
+            with suppress(NanoEngineError):  # a sample that the request does not have
+                self._member.abort(read_key(found), sample)
+        elif kind is Kind.COUNT:
+            self._service.count(read_usage(found))
+        elif kind is Kind.ASK:
+            task = self._loop.create_task(self._answer(found))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        else:
+            raise ProtocolError(f"a frame of kind {kind.name}, which clients do not send")
+
+    def _add(self, content: bytes) -> None:
+        added = read_add(content)
+        try:
+            if added.wrong is not None or added.request is None:
+                raise added.wrong or ProtocolError("a request without content")
+            self._member.add(added.key, added.request, resumed=added.resumed)
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            if not isinstance(error, NanoEngineError):
+                _log.exception("adding a request raised %s", described(error))
+            self._send(json_frame(Kind.TAKEN, key=added.key, error=error_to_json(error)))
+        else:
+            self._send(json_frame(Kind.TAKEN, key=added.key, error=None))
+
+    async def _answer(self, found: Mapping[str, Any]) -> None:
+        number, value, error = found.get("id"), None, None
+        try:
+            value = await self._asked(found.get("what"), found.get("of"))
+        except NanoEngineError as raised:
+            error = raised
+        self._send(json_frame(Kind.ANSWER, id=number, value=value, error=error_to_json(error)))
+
+    async def _asked(self, what: object, of: object) -> Any:
+        """Raises what `EngineClient` raises, and `RequestError` for what is not known."""
+        if what == "stats":
+            return asdict(self._service.stats())
+        if what == "metrics":
+            return (await asyncio.to_thread(self._service.metrics)).decode()
+        if what == "abort" and isinstance(of, str):
+            return self._service.abort(of)
+        if what == "trace" and isinstance(of, int | float):
+            return (await asyncio.to_thread(traced, self._service, of)).decode()
+        if what == "drain" and isinstance(of, int | float):
+            return await drained(self._service, of)
+        raise RequestError("not_supported", f"the engine is asked for {shown(what)} of {shown(of)}")
+
+    def close(self, why: str | None) -> None:
+        """The client is gone, or (`why`) is sent away: its requests are aborted. Idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._answers.clear()
+            self._deltas, self._rest = [], memoryview(b"")
+        if why is not None:
+            _log.warning("the connection to a client is closed: %s", why)
+        self._loop.remove_reader(self._socket.fileno())
+        self._loop.remove_writer(self._socket.fileno())
+        self._socket.close()
+        self._member.leave()
+        self._on_end(self)
+
+
+async def drained(service: EngineService, seconds: float) -> bool:
+    """Refuse new requests and wait for the open ones. True: all have ended; False: not in so many seconds."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def set_done() -> None:
+        if not done.done():
+            done.set_result(None)
+
+    def then() -> None:
+        with suppress(RuntimeError):  # the event loop has ended
+            loop.call_soon_threadsafe(set_done)
+
+    service.drain(then)
+    ended, _ = await asyncio.wait([done], timeout=seconds)
+    return bool(ended)

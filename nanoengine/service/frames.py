@@ -1,0 +1,463 @@
+"""What a client and an engine in another process send each other: frames, without pickle.
+
+A frame is two numbers (its kind, its length in bytes) and its content: JSON, or flat arrays behind it. Frames come in
+order. Deltas, which go out with every step, are arrays of numbers alone. What comes from a client is checked here as a
+user's input is; what comes from the engine is trusted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from enum import IntEnum
+from itertools import accumulate, chain, pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nanoengine.api.deltas import FinishReason, Float32, Int32, LogprobRows, RequestDelta, SampleDelta
+from nanoengine.api.errors import EngineUnavailable, GrammarError, NanoEngineError, ParamsError, RequestError, shown
+from nanoengine.api.structured_outputs import StructuredOutputsParams
+from nanoengine.distributed.wire import decode, encode
+from nanoengine.params.sampling_params import SamplingParams
+from nanoengine.service.client import ClientRequest, EngineInfo, ServiceStats, Usage
+from nanoengine.service.merge import join_rows
+
+_HEAD = struct.Struct("=II")
+MOST_BYTES = 256 << 20  # of a frame
+Keyed = tuple[int, RequestDelta]
+
+
+class Kind(IntEnum):
+    """The kind of a frame. A key is the number of a request among those of its connection."""
+
+    # from the client
+    ADD = 1  # JSON of a request, and its token ids
+    ABORT = 2  # JSON: key, and a sample or null
+    COUNT = 3  # JSON of a usage
+    ASK = 4  # JSON: id, what, arguments
+    # from the engine
+    HELLO = 10  # JSON of the engine's info: the first frame
+    DELTAS = 11  # arrays: see `DeltaArrays`
+    TAKEN = 12  # JSON: key, and an error or null
+    ANSWER = 13  # JSON: id, and a value or an error
+    BEAT = 14  # JSON: whether it is draining
+    ENDED = 15  # JSON: why the engine has ended
+
+
+class ProtocolError(NanoEngineError):
+    """The other end sent something that is no frame."""
+
+
+def frame(kind: Kind, content: bytes) -> bytes:
+    return _HEAD.pack(kind, len(content)) + content
+
+
+def json_frame(kind: Kind, **values: Any) -> bytes:
+    return frame(kind, json.dumps(values, separators=(",", ":")).encode())
+
+
+class FrameReader:
+    """Cuts a stream of bytes into frames."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[tuple[Kind, bytes]]:
+        """The frames that are complete now. Raises `ProtocolError`."""
+        self._data += data
+        at = 0
+        while len(self._data) - at >= _HEAD.size:
+            kind, length = _HEAD.unpack_from(self._data, at)
+            if length > MOST_BYTES:
+                raise ProtocolError(f"a frame of {length} bytes; the most is {MOST_BYTES}")
+            if kind not in _KINDS:
+                raise ProtocolError(f"a frame of kind {kind}")
+            end = at + _HEAD.size + length
+            if len(self._data) < end:
+                break
+            yield Kind(kind), bytes(memoryview(self._data)[at + _HEAD.size : end])
+            at = end
+        del self._data[:at]
+
+
+_KINDS = frozenset(Kind)
+
+
+def read_json(content: bytes) -> dict[str, Any]:
+    """Raises `ProtocolError` where it is no JSON object."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"a frame that is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ProtocolError("a frame that is no JSON object")
+    return found
+
+
+# Values of sampling parameters
+
+
+def to_json(name: str, value: Any) -> Any:
+    """A value of a sampling parameter as JSON that `from_json` reads. Raises `ParamsError` where it has none."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+            return {key: to_json(name, each) for key, each in value.items()}
+        return {"$items": [[to_json(name, key), to_json(name, each)] for key, each in value.items()]}
+    if isinstance(value, list):
+        return [to_json(name, each) for each in value]
+    if isinstance(value, tuple | set | frozenset):
+        kind = "$tuple" if isinstance(value, tuple) else "$set"
+        return {kind: [to_json(name, each) for each in value]}
+    if type(value) is StructuredOutputsParams:
+        given = {f.name: getattr(value, f.name) for f in fields(value)}
+        return {"$structured_outputs": {key: to_json(name, each) for key, each in given.items()}}
+    raise ParamsError(f"{name}: {shown(value)} cannot be sent to an engine in another process")
+
+
+def from_json(value: Any) -> Any:
+    """What `to_json` was given. Raises `ParamsError`."""
+    if isinstance(value, list):
+        return [from_json(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    inner: Any
+    tag, inner = next(iter(value.items()), ("", None)) if len(value) < 2 else ("", None)
+    try:
+        if tag == "$items":
+            return {from_json(key): from_json(each) for key, each in inner}
+        if tag == "$tuple":
+            return tuple(map(from_json, inner))
+        if tag == "$set":
+            return set(map(from_json, inner))
+        if tag == "$structured_outputs":
+            return StructuredOutputsParams(**{key: from_json(each) for key, each in inner.items()})
+    except (TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, ParamsError):
+            raise
+        raise ParamsError(f"{shown(value)} is no value of a parameter: {error}") from error
+    return {key: from_json(each) for key, each in value.items()}
+
+
+def params_to_json(params: SamplingParams) -> dict[str, Any]:
+    return {name: to_json(name, value) for name, value in params.given_fields().items()}
+
+
+# Requests
+
+
+def add_frame(key: int, request: ClientRequest, *, resumed: bool = False) -> bytes:
+    """Raises `ParamsError` for a parameter that cannot be sent."""
+    ids = [request.prompt_token_ids, *request.generated]
+    head = json.dumps(
+        {
+            "key": key,
+            "id": request.request_id,
+            "params": params_to_json(request.params),
+            "priority": request.priority,
+            "every": request.every,
+            "client": request.client,
+            "timeout": request.timeout,
+            "progress": request.progress,
+            "lengths": [len(each) for each in ids],
+            "resumed": resumed,
+        },
+        separators=(",", ":"),
+    ).encode()
+    try:
+        tokens = np.fromiter(chain.from_iterable(ids), np.int32)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise RequestError("invalid_prompt", f"a prompt is made of token ids: {error}") from error
+    return frame(Kind.ADD, struct.pack("=I", len(head)) + head + tokens.tobytes())
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """A request from a client. wrong: why it is refused already."""
+
+    key: int
+    request: ClientRequest | None
+    resumed: bool = False
+    wrong: NanoEngineError | None = None
+
+
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "id": (str,),
+    "params": (dict,),
+    "priority": (int, type(None)),
+    "every": (int,),
+    "client": (str,),
+    "timeout": (int, float, type(None)),
+    "progress": (bool,),
+    "lengths": (list,),
+    "resumed": (bool,),
+}
+
+
+def read_add(content: bytes) -> Added:
+    """Raises `ProtocolError` where it is no request at all."""
+    try:
+        (size,) = struct.unpack_from("=I", content)
+        head = read_json(content[4 : 4 + size])
+        tokens = np.frombuffer(content, np.int32, offset=4 + size) if len(content) > 4 + size else np.zeros(0, np.int32)
+    except (struct.error, ValueError) as error:
+        raise ProtocolError(f"a frame that is no request: {error}") from error
+    key = read_key(head)
+    for name, kinds in _TYPES.items():
+        value = head.get(name)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise ProtocolError(f"a request whose {name} is {shown(value)}")
+    lengths = head["lengths"]
+    if not lengths or any(type(n) is not int or n < 0 for n in lengths) or sum(lengths) != len(tokens):
+        raise ProtocolError(f"a request with {len(tokens)} token ids, of lengths {shown(lengths)}")
+    timeout = head["timeout"]
+    if timeout is not None and not (math.isfinite(timeout) and timeout > 0):
+        return Added(key, None, wrong=ParamsError(f"timeout must be a number of seconds above 0, not {shown(timeout)}"))
+    every = tokens.tolist()
+    ends = [0, *accumulate(lengths)]
+    parts = [tuple(every[start:end]) for start, end in pairwise(ends)]
+    try:
+        params = SamplingParams(**{name: from_json(value) for name, value in head["params"].items()})
+    except ParamsError as error:
+        return Added(key, None, wrong=error)
+    request = ClientRequest(
+        request_id=head["id"],
+        prompt_token_ids=parts[0],
+        params=params,
+        priority=head["priority"],
+        generated=tuple(parts[1:]),
+        every=head["every"],
+        client=head["client"],
+        timeout=timeout,
+        progress=head["progress"],
+    )
+    return Added(key, request, head["resumed"])
+
+
+def read_key(found: Mapping[str, Any]) -> int:
+    """Raises `ProtocolError`."""
+    key = found.get("key")
+    if type(key) is not int or not 0 <= key < 2**31:
+        raise ProtocolError(f"a key that is {shown(key)}")
+    return key
+
+
+def read_usage(found: Mapping[str, Any]) -> Usage:
+    """Raises `ProtocolError`."""
+    try:
+        usage = Usage(**{**found, "finish_reasons": tuple(map(str, found["finish_reasons"]))})
+        counts = (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens, usage.status)
+        texts = (usage.client, usage.endpoint)
+        times = [time for time in (usage.ttft, usage.duration) if time is not None]
+        right = (
+            all(type(n) is int and 0 <= n < 2**53 for n in counts)
+            and all(isinstance(text, str) for text in texts)
+            and all(isinstance(time, int | float) and math.isfinite(time) for time in times)
+        )
+    except (TypeError, KeyError) as error:
+        raise ProtocolError(f"a usage that is {shown(found)}") from error
+    if not right:
+        raise ProtocolError(f"a usage that is {shown(found)}")
+    return usage
+
+
+def usage_frame(usage: Usage) -> bytes:
+    return json_frame(Kind.COUNT, **asdict(usage))
+
+
+# Errors, infos, stats
+
+
+def error_to_json(error: BaseException | None) -> Any:
+    if error is None:
+        return None
+    code = error.code if isinstance(error, RequestError) else "params" if isinstance(error, ParamsError) else None
+    return [code, str(error), getattr(error, "retry_after", None)]
+
+
+def error_from_json(found: Any) -> NanoEngineError | None:
+    if found is None:
+        return None
+    code, message, retry_after = found
+    if code is None:
+        return NanoEngineError(message)
+    if code == "params":
+        return ParamsError(message)
+    return request_error(code, message, retry_after)
+
+
+def request_error(code: str, message: str, retry_after: float | None = None) -> RequestError:
+    if code == "unavailable":
+        return EngineUnavailable(message, retry_after)
+    return GrammarError(message) if code == "invalid_grammar" else RequestError(code, message, retry_after)
+
+
+def info_to_json(info: EngineInfo) -> dict[str, Any]:
+    found = {f.name: getattr(info, f.name) for f in fields(info)}
+    sampling = {name: to_json(name, value) for name, value in info.default_sampling.items()}
+    names, ends = sorted(info.sampling_names), sorted(info.end_ids)
+    return {**found, "sampling_names": names, "end_ids": ends, "default_sampling": sampling}
+
+
+def info_from_json(found: Mapping[str, Any]) -> EngineInfo:
+    sampling = {name: from_json(value) for name, value in found["default_sampling"].items()}
+    sets = {name: frozenset(found[name]) for name in ("sampling_names", "end_ids")}
+    unsupported = tuple(found["default_unsupported"])
+    return EngineInfo(**{**found, **sets, "default_sampling": sampling, "default_unsupported": unsupported})
+
+
+def stats_from_json(found: Mapping[str, Any]) -> ServiceStats:
+    return ServiceStats(**found)
+
+
+# Deltas
+
+_FINISHED, _SEED, _PROMPT, _POOLED, _ERROR = 1, 2, 4, 8, 16
+_REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length", "abort")
+_CODES: Mapping[FinishReason | None, int] = {reason: code for code, reason in enumerate(_REASONS)}
+_ID, _TEXT, _LOGPROBS = 4, 8, 16
+
+
+def _none(dtype: Any) -> Any:
+    return np.zeros(0, dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaArrays:
+    """R deltas with S samples together, as flat arrays.
+
+    Attributes:
+        keys, flags (_FINISHED ...), cached, computed, seeds, scheduled (NaN: not yet), samples (how many): [R].
+        index, counts (tokens), ends (reason, and _ID ...): [S]. token_ids: flat. stop_ids: of samples with _ID.
+        logprobs: of the deltas' prompts and then of the samples, one behind the other, each of `rows_of` rows.
+        pooled: flat, each of `pooled_of` numbers. texts: UTF-8 of JSON: stop strings, and errors.
+    """
+
+    keys: Int32
+    flags: npt.NDArray[np.uint8]
+    cached: Int32
+    computed: Int32
+    seeds: npt.NDArray[np.int64]
+    scheduled: npt.NDArray[np.float64]
+    samples: Int32
+    index: Int32
+    counts: Int32
+    ends: npt.NDArray[np.uint8]
+    token_ids: Int32
+    stop_ids: Int32
+    rows_of: Int32
+    logprobs: LogprobRows
+    pooled_of: Int32
+    pooled: Float32
+    texts: npt.NDArray[np.uint8]
+
+
+_NO_ROWS = LogprobRows()
+
+
+def deltas_frame(batch: Sequence[Keyed]) -> bytes:
+    deltas = [delta for _, delta in batch]
+    samples = [sample for delta in deltas for sample in delta.samples]
+    prompts = [delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs is not None]
+    rows = prompts + [sample.logprobs for sample in samples if sample.logprobs is not None]
+    pooled = [delta.pooled for delta in deltas if delta.pooled is not None]
+    errors = [error_to_json(delta.error) for delta in deltas if delta.error is not None]
+    stops = [s.stop_reason for s in samples if s.stop_reason is not None]
+    texts: Any = [[stop for stop in stops if isinstance(stop, str)], errors]
+    arrays = DeltaArrays(
+        keys=np.array([key for key, _ in batch], np.int32),
+        flags=np.array([_flags(delta) for delta in deltas], np.uint8),
+        cached=np.array([delta.num_cached_tokens for delta in deltas], np.int32),
+        computed=np.array([delta.num_computed_tokens for delta in deltas], np.int32),
+        seeds=np.array([delta.seed or 0 for delta in deltas], np.int64),
+        scheduled=np.array([math.nan if d.first_scheduled is None else d.first_scheduled for d in deltas], np.float64),
+        samples=np.array([len(delta.samples) for delta in deltas], np.int32),
+        index=np.array([sample.sample_index for sample in samples], np.int32),
+        counts=np.array([len(sample.token_ids) for sample in samples], np.int32),
+        ends=np.array([_end(sample) for sample in samples], np.uint8),
+        token_ids=np.array([token for sample in samples for token in sample.token_ids], np.int32),
+        stop_ids=np.array([stop for stop in stops if not isinstance(stop, str)], np.int32),
+        rows_of=np.array([len(each.rows) for each in rows], np.int32),
+        logprobs=join_rows(rows) or _NO_ROWS,
+        pooled_of=np.array([len(each) for each in pooled], np.int32),
+        pooled=np.concatenate(pooled, dtype=np.float32) if pooled else _none(np.float32),
+        texts=np.frombuffer(json.dumps(texts).encode(), np.uint8) if errors or texts[0] else _none(np.uint8),
+    )
+    return frame(Kind.DELTAS, encode(arrays))
+
+
+def _flags(delta: RequestDelta) -> int:
+    return (
+        (_FINISHED if delta.finished else 0)
+        | (_SEED if delta.seed is not None else 0)
+        | (_PROMPT if delta.prompt_logprobs is not None else 0)
+        | (_POOLED if delta.pooled is not None else 0)
+        | (_ERROR if delta.error is not None else 0)
+    )
+
+
+def _end(sample: SampleDelta) -> int:
+    stop = sample.stop_reason
+    named = 0 if stop is None else _TEXT if isinstance(stop, str) else _ID
+    return _CODES[sample.finish_reason] | named | (_LOGPROBS if sample.logprobs is not None else 0)
+
+
+def read_deltas(content: bytes, ids: Mapping[int, str]) -> list[Keyed]:
+    """`ids`: the request of each key. Deltas of a key that has none are left out: it was closed."""
+    found = decode(DeltaArrays, content)
+    stops, errors = json.loads(found.texts.tobytes()) if len(found.texts) else ((), ())
+    prompts = int(np.count_nonzero(found.flags & _PROMPT))
+    rows = iter(_cut(found.logprobs, found.rows_of))
+    of_prompts = iter([next(rows) for _ in range(prompts)])
+    samples = _samples(found, rows, iter(stops))
+    pooled = iter(np.split(found.pooled, np.cumsum(found.pooled_of)[:-1]) if len(found.pooled_of) else ())
+    failed = iter(errors)
+    batch = list[Keyed]()
+    columns = (found.keys, found.flags, found.cached, found.computed, found.seeds, found.scheduled, found.samples)
+    at = 0
+    for key, flags, cached, computed, seed, scheduled, count in zip(*(c.tolist() for c in columns), strict=True):
+        delta = RequestDelta(
+            ids.get(key, ""),
+            tuple(samples[at : at + count]),
+            bool(flags & _FINISHED),
+            next(of_prompts) if flags & _PROMPT else None,
+            cached,
+            computed,
+            seed if flags & _SEED else None,
+            None if scheduled != scheduled else scheduled,
+            next(pooled) if flags & _POOLED else None,
+            request_error(*next(failed)) if flags & _ERROR else None,
+        )
+        at += count
+        if key in ids:
+            batch.append((key, delta))
+    return batch
+
+
+def _samples(found: DeltaArrays, rows: Iterator[LogprobRows], stops: Iterator[str]) -> list[SampleDelta]:
+    tokens, stop_ids, at = found.token_ids.tolist(), iter(found.stop_ids.tolist()), 0
+    samples = []
+    for index, count, end in zip(found.index.tolist(), found.counts.tolist(), found.ends.tolist(), strict=True):
+        new = tuple(tokens[at : at + count])
+        at += count
+        if not end:
+            samples.append(SampleDelta(index, new))
+            continue
+        stop = next(stops) if end & _TEXT else next(stop_ids) if end & _ID else None
+        samples.append(SampleDelta(index, new, next(rows) if end & _LOGPROBS else None, _REASONS[end & 3], stop))
+    return samples
+
+
+def _cut(rows: LogprobRows, lengths: Int32) -> Iterator[LogprobRows]:
+    start = 0
+    for length in lengths.tolist():
+        yield rows.part(start, start + length)
+        start += length

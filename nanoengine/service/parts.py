@@ -1,0 +1,55 @@
+"""A service from an `LLM`: what clients must know of it, and its counters."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from nanoengine.service.client import EngineInfo
+from nanoengine.service.loop import EngineService, Limits, Meter
+
+if TYPE_CHECKING:
+    from nanoengine.core.scheduling.messages import EngineStats
+    from nanoengine.llm import LLM
+
+
+def service_of(llm: LLM, *, limits: Limits | None = None, meter: Meter | None = None) -> EngineService:
+    """A service of this engine, not started yet. From its start on only the service makes the engine's steps."""
+    return EngineService(llm.engine, llm._built.inputs, info_of(llm), lambda: _stats(llm), limits=limits, meter=meter)
+
+
+def _stats(llm: LLM) -> EngineStats:
+    """Read while the engine may make a step: every count is one that was right at some moment."""
+    built = llm._built
+    return replace(built.engine.scheduler.stats(), preparing=len(built.preparations.tasks))
+
+
+def info_of(llm: LLM) -> EngineInfo:
+    """What clients must know of this engine."""
+    built = llm._built
+    assembly, memory = built.assembly, built.memory
+    options = assembly.plan.options
+    assert options.max_model_len is not None
+    return EngineInfo(
+        model=str(assembly.model_path),
+        tokenizer=None if built.tokenizer is None else str(assembly.model_path),
+        vocab_size=assembly.vocab_size,
+        max_model_len=options.max_model_len,
+        max_n=options.max_n,
+        max_logprobs=options.max_logprobs,
+        sampling_names=llm.sampling_names,
+        default_sampling=llm.default_params.given_fields(),
+        default_unsupported=built.defaults.unsupported,
+        end_ids=built.defaults.eos_ids,
+        reasoning=options.structured_outputs.reasoning,
+        no_pooling="this engine has no pooling",
+        scheduling_policy=options.scheduling_policy,
+        chat_template_timeout=options.chat_template_timeout,
+        chat_template_memory=options.chat_template_memory,
+        block_size=memory.block_size,
+        num_blocks=memory.num_blocks,
+        max_num_seqs=memory.max_num_seqs,
+        max_num_batched_tokens=memory.max_num_batched_tokens,
+        pid=os.getpid(),
+    )

@@ -1,0 +1,438 @@
+"""The step loop and its clients, in this process and over a socket: aborts, deadlines, limits, drain, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+
+from nanoengine import LLM
+from nanoengine.api.errors import EngineUnavailable, ParamsError, RequestError, WorkerError
+from nanoengine.service.client import ClientRequest, ServiceStats, Usage
+from nanoengine.service.loop import EngineService, Limits, Meter
+from nanoengine.service.parts import service_of
+from nanoengine.testing import mock_model
+from nanoengine.testing.mock_model import write_mock_checkpoint
+from tests.engine.support import VOCAB, greedy, prompts
+from tests.service.support import connected, request, tokens, until, whole
+
+BOTH = pytest.mark.parametrize("kind", ["local", "remote"])
+BUSY = 2000  # tokens of a request that runs as long as a test needs it
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    folder = write_mock_checkpoint(tmp_path_factory.mktemp("mock"), vocab_size=VOCAB, max_position_embeddings=4096)
+    options: dict[str, Any] = {
+        "max_num_seqs": 8,
+        "block_size": 4,
+        "num_gpu_blocks_override": 2048,
+        "max_num_batched_tokens": 64,
+    }
+    with LLM(folder, attention="mock", load_format="dummy", plugins=[mock_model], **options) as made:
+        yield made
+
+
+class Unclosed(EngineService):
+    """Leaves its engine open, for the next test."""
+
+
+def on(
+    llm: LLM,
+    kind: str,
+    main: Callable[[Any, EngineService], Awaitable[None]],
+    *,
+    limits: Limits | None = None,
+    meter: Meter | None = None,
+) -> None:
+    """Run `main` with a client of a new service of this engine, which is then ready for the next one."""
+    service = service_of(llm, limits=limits, meter=meter)
+
+    async def run() -> None:
+        service.start()
+        try:
+            async with connected(service, kind) as client:
+                await asyncio.wait_for(main(client, service), 60)
+        finally:
+            service.stop()
+
+    asyncio.run(run())
+    while llm.engine.has_unfinished_requests():
+        llm.engine.advance()
+    assert llm.stats().free_blocks == llm.stats().num_blocks
+
+
+@BOTH
+def test_requests_from_one_loop_get_their_tokens(llm: LLM, kind: str) -> None:
+    async def main(client: Any, service: EngineService) -> None:
+        given = prompts(20)
+        found = await asyncio.gather(*(tokens(client, request(f"r{i}", p, max_tokens=9)) for i, p in enumerate(given)))
+        assert found == [greedy(p, 9) for p in given]
+        stats = await client.stats()
+        assert (stats.requests, stats.queued_requests, stats.queued_tokens, stats.queued_by_client) == (0, 0, 0, {})
+        assert stats.free_blocks == stats.num_blocks > 0
+        assert client.info.vocab_size == VOCAB
+        assert "temperature" in client.info.sampling_names
+        assert client.health.ready
+
+    on(llm, kind, main)
+
+
+@BOTH
+def test_what_is_wrong_with_a_request_is_raised_by_add(llm: LLM, kind: str) -> None:
+    async def main(client: Any, service: EngineService) -> None:
+        stream = await client.add(request("a", [1], max_tokens=BUSY))
+        for asked, code in (
+            (request("b", []), "invalid_prompt"),
+            (request("b", [VOCAB]), "invalid_prompt"),
+            (request("b", [1] * 100_000), "too_long"),
+            (request("a", [1]), "duplicate_id"),
+            (request("b", [1, 2], max_tokens=4, generated=(greedy([1, 2], 4),)), "already_ended"),
+        ):
+            with pytest.raises(RequestError) as caught:
+                await client.add(asked)
+            assert caught.value.code == code
+        for wrong in ({"temprature": 1}, {"temperature": -1}, {"stop_token_ids": [VOCAB]}, {"logit_bias": {VOCAB: 1}}):
+            with pytest.raises(ParamsError, match=next(iter(wrong)).partition("_")[0]):
+                await client.add(request("b", [1], **wrong))
+        stream.close()
+
+    on(llm, kind, main)
+
+
+@BOTH
+def test_a_request_that_fails_later_has_its_error_as_its_last_delta(llm: LLM, kind: str) -> None:
+    async def main(client: Any, service: EngineService) -> None:
+        masked = {"min_tokens": 2, "stop_token_ids": list(range(VOCAB))}  # no token is left
+        found = await whole(await client.add(request("r", [1, 2], max_tokens=4, **masked)))
+        assert found.finished
+        assert found.error is not None
+        assert found.error.code == "nothing_left"
+        assert "masked" in str(found.error)
+
+    on(llm, kind, main)
+
+
+@BOTH
+@pytest.mark.parametrize("when", ["queued", "prefill", "running"])
+def test_a1_an_abort_frees_blocks_within_two_steps(llm: LLM, kind: str, when: str) -> None:
+    """Closed at the first token, while it waits, and while its prompt is computed."""
+
+    async def main(client: Any, service: EngineService) -> None:
+        others = [
+            await client.add(request(f"o{i}", [i + 1], max_tokens=BUSY)) for i in range(8 if when == "queued" else 1)
+        ]
+        for other in others:
+            await anext(other)
+        long = prompts(1, shortest=600, longest=600)[0] if when == "prefill" else [7, 8, 9]
+        stream = await client.add(request("r", long, max_tokens=BUSY, progress=when == "prefill"))
+        if when == "queued":
+            await until(lambda: len(llm.engine.scheduler.waiting) == 1)
+        else:
+            delta = await anext(stream)
+            assert bool(delta.samples) == (when == "running")
+            assert delta.num_computed_tokens < 600
+        at, gone = await freed_after(service, stream.close, "r")
+        assert gone - at <= 2
+        await until(lambda: service.stats().requests == len(others))
+        for other in others:
+            assert (await anext(other)).samples  # they go on
+            other.close()
+
+    on(llm, kind, main)
+
+
+async def freed_after(service: EngineService, close: Callable[[], None], request_id: str) -> tuple[int, int]:
+    """How many steps there were when the engine learned of the abort, and when the scheduler had nothing of it left."""
+    engine, scheduler = service.engine, service.engine.scheduler
+    advance, abort = engine.advance, engine.abort_request
+    aborted, free = list[int](), list[int]()
+
+    def watched() -> None:
+        advance()
+        if aborted and not any(r.parent == request_id for r in [*scheduler.waiting, *scheduler.running]):
+            free.append(scheduler.stats().steps)
+
+    def noted(*given: Any, **named: Any) -> None:
+        abort(*given, **named)
+        aborted.append(scheduler.stats().steps)
+
+    engine.advance, engine.abort_request = watched, noted  # type: ignore[method-assign]
+    try:
+        close()
+        await until(lambda: bool(free))
+    finally:
+        del engine.advance, engine.abort_request
+    return aborted[0], free[0]
+
+
+@BOTH
+@pytest.mark.parametrize("queued", [True, False])
+def test_a2_cancelling_one_of_many_changes_no_token_of_the_others(llm: LLM, kind: str, queued: bool) -> None:
+    """100 requests, of which 8 run at a time: one that waits is cancelled, or one that runs."""
+
+    async def main(client: Any, service: EngineService) -> None:
+        given = prompts(100, longest=12)
+        streams = [await client.add(request(f"r{i}", p, max_tokens=6)) for i, p in enumerate(given)]
+        cancelled = 99 if queued else 0
+        streams[cancelled].close()
+        rest = [i for i in range(100) if i != cancelled]
+        found = await asyncio.gather(*(whole(streams[i]) for i in rest))
+        assert [delta.samples[0].token_ids for delta in found] == [greedy(given[i], 6) for i in rest]
+        assert [delta async for delta in streams[cancelled]] == []
+
+    on(llm, kind, main)
+
+
+@BOTH
+def test_a3_a_thousand_random_disconnects_leave_no_block_and_no_request(llm: LLM, kind: str) -> None:
+    """While queued, in prefill and in decoding; by closing, by dropping the stream and by leaving with all of them."""
+    rng = random.Random(3)
+
+    async def one(client: Any, name: str) -> None:
+        prompt = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 5, 200]))]
+        stream = await client.add(request(name, prompt, max_tokens=rng.choice([1, 50]), n=rng.choice([1, 1, 2])))
+        for _ in range(rng.choice([0, 0, 1, 3])):
+            if await anext(stream, None) is None:
+                break
+        if rng.random() < 0.5:
+            stream.close()
+
+    async def main(client: Any, service: EngineService) -> None:
+        for wave in range(10):
+            async with connected(service, kind) as leaving:
+                kept = [await leaving.add(request(f"k{wave}-{i}", [i], max_tokens=BUSY)) for i in range(4)]
+                await asyncio.gather(*(one(client, f"w{wave}-{i}") for i in range(96)))
+                await anext(kept[0])
+        await until(lambda: not service.stats().requests, "the end of all requests")
+        stats = await client.stats()
+        assert stats.free_blocks == stats.num_blocks
+        assert (stats.running, stats.waiting, stats.queued_tokens) == (0, 0, 0)
+        assert await tokens(client, request("after", [1, 2, 3], max_tokens=5)) == greedy([1, 2, 3], 5)
+
+    on(llm, kind, main)
+
+
+@BOTH
+def test_a30_a_deadline_ends_a_request_that_waits_and_no_other(llm: LLM, kind: str) -> None:
+    async def main(client: Any, service: EngineService) -> None:
+        busy = [await client.add(request(f"b{i}", [i], max_tokens=BUSY, timeout=0.2)) for i in range(8)]
+        for stream in busy:
+            await anext(stream)
+        late = await client.add(request("late", [1, 2, 3], timeout=0.05))
+        patient = await client.add(request("patient", [1, 2], max_tokens=3, timeout=60))
+        computed = service.stats().prompt_tokens
+        found = await whole(late)
+        assert found.error is not None
+        assert found.error.code == "deadline"
+        assert "0.05" in str(found.error)
+        assert service.stats().prompt_tokens == computed  # before any of it was computed
+        for stream in busy:
+            assert (await anext(stream)).error is None  # they had started
+            stream.close()
+        assert (await whole(patient)).samples[0].token_ids == greedy([1, 2], 3)
+
+    on(llm, kind, main)
+
+
+class AtMost:
+    def __init__(self, requests: int) -> None:
+        self.requests = requests
+        self.seen: list[ServiceStats] = []
+
+    def check(self, request: ClientRequest, stats: ServiceStats) -> None:
+        self.seen.append(stats)
+        if stats.queued_requests >= self.requests:
+            raise RequestError("overloaded", f"{self.requests} requests wait", 3.0)
+
+
+@BOTH
+def test_limits_see_what_waits_and_refuse_with_a_time_to_come_back(llm: LLM, kind: str) -> None:
+    limits = AtMost(3)
+
+    async def main(client: Any, service: EngineService) -> None:
+        busy = []
+        for i in range(8):
+            busy.append(await client.add(request(f"b{i}", [i], max_tokens=BUSY)))
+            await anext(busy[-1])
+        await until(lambda: not service.stats().queued_requests)
+        waiting = [await client.add(request(f"w{i}", [1, 2], client="ann")) for i in range(3)]
+        with pytest.raises(RequestError) as caught:
+            await client.add(request("x", [1], client="bob"))
+        assert (caught.value.code, caught.value.retry_after) == ("overloaded", 3.0)
+        last = limits.seen[-1]
+        assert (last.queued_requests, last.queued_tokens, last.queued_by_client) == (3, 6, {"ann": 3})
+        assert last.requests == 11
+        for stream in busy + waiting:
+            stream.close()
+
+    on(llm, kind, main, limits=limits)
+
+
+@BOTH
+def test_progress_of_a_long_prompt_is_reported_to_who_wants_it(llm: LLM, kind: str) -> None:
+    async def main(client: Any, service: EngineService) -> None:
+        prompt = prompts(1, shortest=640, longest=640)[0]
+        for wanted in (True, False):
+            stream = await client.add(request("r", prompt, max_tokens=1, progress=wanted))
+            deltas = [delta async for delta in stream]
+            before = [delta.num_computed_tokens for delta in deltas if not delta.samples]
+            assert before == sorted(set(before))
+            assert bool(before) == wanted
+            assert deltas[-1].samples[0].token_ids == greedy(prompt, 1)
+            llm.reset_prefix_cache() if not service.stats().requests else None
+
+    on(llm, kind, main)
+
+
+@BOTH
+def test_drain_refuses_new_requests_and_waits_for_the_open_ones(llm: LLM, kind: str) -> None:
+    async def main(client: Any, service: EngineService) -> None:
+        stream = await client.add(request("r", [1, 2], max_tokens=30))
+        endless = await client.add(request("endless", [1], max_tokens=BUSY))
+        assert not await client.drain(0.01)
+        await until(lambda: bool(client.health.draining))
+        assert not client.health.ready
+        with pytest.raises(EngineUnavailable, match="draining"):
+            await client.add(request("new", [1]))
+        assert (await whole(stream)).samples[0].token_ids == greedy([1, 2], 30)
+        endless.close()
+        assert await client.drain(30)
+
+    on(llm, kind, main)
+
+
+@BOTH
+def test_abort_by_id_counts_and_a_trace(llm: LLM, kind: str) -> None:
+    usages: list[Usage] = []
+
+    class Counting:
+        def count(self, usage: Usage) -> None:
+            usages.append(usage)
+
+        def render(self, stats: ServiceStats) -> bytes:
+            return f"usages {len(usages)} requests {stats.requests}\n".encode()
+
+    async def main(client: Any, service: EngineService) -> None:
+        stream = await client.add(request("r", [1], max_tokens=BUSY))
+        usage = Usage(client="ann", prompt_tokens=3, finish_reasons=("stop", "length"), ttft=0.5)
+        await client.count(usage)
+        trace = json.loads(await client.trace(0.05))
+        assert any(event["name"] == "launch" for event in trace)
+        assert await client.metrics() == b"usages 1 requests 1\n"
+        assert usages == [usage]
+        assert await client.abort("r")
+        found = await whole(stream)
+        assert found.samples[0].finish_reason == "abort"
+        assert not await client.abort("r")
+        with pytest.raises(RequestError, match="60"):
+            await client.trace(1e9)
+
+    on(llm, kind, main, meter=Counting())
+
+
+@BOTH
+def test_a_worker_failure_ends_the_service_with_its_cause(llm: LLM, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main(client: Any, service: EngineService) -> None:
+        stream = await client.add(request("r", [1], max_tokens=BUSY))
+        await anext(stream)
+
+        def fail() -> None:
+            raise WorkerError(1, 2, "step 3", "it was killed")
+
+        monkeypatch.setattr(llm.engine, "advance", fail)
+        if kind == "local":
+            found = await whole(stream)
+            assert found.error is not None
+            assert "it was killed" in str(found.error)
+        await until(lambda: not client.health.alive)
+        assert "it was killed" in str(client.health.reason)
+        with pytest.raises(EngineUnavailable, match="it was killed"):
+            await client.add(request("s", [1]))
+        assert isinstance(service.cause, WorkerError)
+        monkeypatch.undo()
+        stream.close()
+        llm.engine.abort_request("r")
+
+    on(llm, kind, main)
+
+
+def test_an_error_of_the_step_loop_is_logged_and_it_goes_on(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    async def main(client: Any, service: EngineService) -> None:
+        def fail() -> None:
+            raise ZeroDivisionError("once")
+
+        service.between_steps(fail)
+        assert await tokens(client, request("r", [1, 2], max_tokens=3)) == greedy([1, 2], 3)
+        assert client.health.ready
+
+    on(llm, "local", main)
+    assert "ZeroDivisionError: once" in caplog.text
+
+
+def test_a_client_whose_output_raises_loses_its_requests_alone(llm: LLM) -> None:
+    class Broken:
+        def deliver(self, batch: Any) -> None:
+            raise OSError("no more")
+
+        def beat(self) -> None: ...
+        def ended(self, cause: Any, batch: Any) -> None: ...
+
+    async def main(client: Any, service: EngineService) -> None:
+        member = service.join(Broken())
+        member.add(0, request("broken", [1], max_tokens=BUSY))
+        assert await tokens(client, request("r", [1, 2], max_tokens=30)) == greedy([1, 2], 30)
+        await until(lambda: not service.stats().requests)
+
+    on(llm, "local", main)
+
+
+def test_a_remote_client_that_does_not_read_never_blocks_the_others(llm: LLM) -> None:
+    """Its deltas are merged while its socket is full; when it reads again it has all tokens."""
+
+    async def main(client: Any, service: EngineService) -> None:
+        async with connected(service, "remote") as slow:
+            given = prompts(6)
+            streams = [await slow.add(request(f"s{i}", p, max_tokens=400, logprobs=2)) for i, p in enumerate(given)]
+            asyncio.get_running_loop().remove_reader(slow._socket.fileno())
+            found = await tokens(client, request("r", [1, 2], max_tokens=300))
+            assert found == greedy([1, 2], 300)
+            await until(lambda: not service.stats().requests)
+            asyncio.get_running_loop().add_reader(slow._socket.fileno(), slow._readable)
+            for stream, prompt in zip(streams, given, strict=True):
+                assert (await whole(stream)).samples[0].token_ids == greedy(prompt, 400)
+
+    on(llm, "local", main)
+
+
+def test_a_service_that_is_stopped_reports_no_engine(llm: LLM) -> None:
+    service = service_of(llm)
+    service.start()
+    service.stop()
+    with pytest.raises(EngineUnavailable, match="closed"):
+        service.check_takes()
+
+
+def test_health_is_the_age_of_the_last_sign(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that hangs: the step loop gives no sign, and health says so at the deadline."""
+    held = threading.Event()
+
+    async def main(client: Any, service: EngineService) -> None:
+        client._deadline = 0.6
+        advance = llm.engine.advance
+        monkeypatch.setattr(llm.engine, "advance", lambda: (held.wait(30), advance()))
+        stream = await client.add(request("r", [1], max_tokens=3))
+        await until(lambda: not client.health.alive)
+        assert "no progress" in str(client.health.reason)
+        assert client.health.since_progress > 0.6
+        held.set()
+        await whole(stream)
+        await until(lambda: bool(client.health.ready))
+        monkeypatch.undo()
+
+    on(llm, "remote", main)

@@ -88,7 +88,7 @@ class TextEngine:
         """
         self.engine.check_open()
         ids, text, wrong = encoded_prompt(prompt, prompt_text, self._encode)
-        given = self._built.inputs.process(request_id, ids, params, priority, generated, self._make_reader)
+        given = self._built.inputs.process(request_id, ids, params, priority, generated, make_reader=self._make_reader)
         if wrong is not None and given.error is None:
             given = replace(given, error=wrong)
         given, assembler = self._assembler(given, text)

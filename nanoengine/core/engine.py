@@ -82,12 +82,12 @@ class Engine:
         every: int = 1,
         pooling: Pooling | None = None,
         sink: Sink | None = None,
+        client: str = "",
     ) -> None:
         """Add a request; it starts with the next `step()`.
 
         Args:
-            request_id: unique among the unfinished requests.
-            priority: lower runs first (scheduling_policy "priority"); default: that of the parameters.
+            request_id: unique among unfinished ones. priority: lower first; None: the parameters'. client: who asks.
             generated: output tokens of an earlier run that this one continues; with n > 1 a list for each sample. Its
                 parameters must be the same, with the seed of the earlier run.
             every: a sample is reported with its first new token, each so many, and its end; log-probs with each step.
@@ -96,7 +96,7 @@ class Engine:
 
         Raises ParamsError, EngineClosed, RequestError("duplicate_id"). What else cannot run has an error in its delta.
         """
-        given = self._inputs.process(request_id, prompt_token_ids, params, priority, generated, pooling=pooling)
+        given = self._inputs.process(request_id, prompt_token_ids, params, priority, generated, pooling, client)
         self.add_checked(given, every, sink)
 
     def add_checked(self, given: CheckedRequest, every: int = 1, sink: Sink | None = None) -> None:

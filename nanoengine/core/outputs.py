@@ -83,6 +83,7 @@ class RequestState:
                 sample_index=index,
                 arrival=self.ordinal,
                 priority=given.priority,
+                client=given.client,
                 cache_key=self.cache_key,
                 prompt_bytes=self.prompt_bytes,
                 block_hashes=[*self.block_hashes],

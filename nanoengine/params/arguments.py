@@ -143,9 +143,11 @@ def check_priority(priority: object) -> int | None:
     return level
 
 
-def check_request_id(request_id: object) -> None:
-    if not isinstance(request_id, str) or not is_unicode(request_id):
-        raise ParamsError(f"request_id must be a string of valid Unicode, not {shown(request_id)}")
+def checked_name(what: str, name: object) -> str:
+    """The name as a plain string. Raises `ParamsError`."""
+    if not isinstance(name, str) or not is_unicode(name):
+        raise ParamsError(f"{what} must be a string of valid Unicode, not {shown(name)}")
+    return str.__str__(name)
 
 
 def encoded_prompt(

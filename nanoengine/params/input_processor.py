@@ -8,7 +8,7 @@ from typing import Any
 
 from nanoengine.api.deltas import Pooling
 from nanoengine.api.errors import RequestError
-from nanoengine.params.arguments import check_priority, check_request_id, checked_ids
+from nanoengine.params.arguments import check_priority, checked_ids, checked_name
 from nanoengine.params.generated import Beginning, TextReader, begin
 from nanoengine.params.pooling import pooled_params
 from nanoengine.params.sampling_params import ParamsResolver, ResolvedParams, SamplingParams
@@ -29,6 +29,7 @@ class CheckedRequest:
     params: ResolvedParams
     begun: tuple[Beginning, ...] = ()
     priority: int = 0
+    client: str = ""
     error: RequestError | None = None
 
 
@@ -54,23 +55,24 @@ class InputProcessor:
         params: SamplingParams,
         priority: int | None,
         generated: Any = (),
-        make_reader: Callable[[ResolvedParams], TextReader | None] | None = None,
         pooling: Pooling | None = None,
+        client: str = "",
+        make_reader: Callable[[ResolvedParams], TextReader | None] | None = None,
     ) -> CheckedRequest:
         """Checks the arguments of `Engine.add_request`.
 
         Args:
             prompt_token_ids: or the `RequestError` for which the caller refuses the prompt.
-            priority: None: that of the parameters.
-            make_reader: makes what reads the text of a sample (None: it has no text): a stop string in generated tokens
-                counts then.
+            priority: None: that of the parameters. client: who asks.
             pooling: the request wants a vector. Then its prompt may have as many tokens as `max_model_len`, and of the
                 parameters only cache_salt and priority may be given.
+            make_reader: makes what reads the text of a sample (None: it has no text): a stop string in generated tokens
+                counts then.
 
         Raises:
             ParamsError, PluginError. Wrong tokens are not raised: they are the `error` of the result.
         """
-        check_request_id(request_id)
+        checked_name("request_id", request_id)
         resolved = self._resolver.resolve(params)
         level = check_priority(priority)
         if pooling is not None:
@@ -86,5 +88,6 @@ class InputProcessor:
             begun=() if isinstance(begun, RequestError) else begun,
             params=resolved,
             priority=resolved.priority if level is None else level,
+            client=checked_name("client", client),
             error=error,
         )

@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 
 from nanoengine import LLM, SamplingParams
-from nanoengine.api import ConfigError, PluginError, Policy, PolicyParams, PolicySpec, QueuedRequest, hookimpl
+from nanoengine.api import (
+    ConfigError,
+    ParamsError,
+    PluginError,
+    Policy,
+    PolicyParams,
+    PolicySpec,
+    QueuedRequest,
+    hookimpl,
+)
 from nanoengine.plugins.policies import register_policies
 from nanoengine.plugins.policies.params import FairParams
 from nanoengine.setup.config.config import load_config
@@ -231,3 +240,25 @@ def test_a_wrong_spec_is_refused(field: str) -> None:
     wrong = dataclasses.replace(spec_of(Policy), **{field: 7})
     with pytest.raises(PluginError, match=f"PolicySpec.{field} must be"):
         discover(extra=[("p", holder(wrong))])
+
+
+# -- who asks ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_fair_engine_does_not_let_one_client_wait_behind_another(tmp_path: Path) -> None:
+    path = mock_model.write_mock_checkpoint(tmp_path, vocab_size=97, max_position_embeddings=64)
+    with LLM(
+        path, attention="mock", plugins=[mock_model], load_format="dummy", scheduling_policy="fair", max_num_seqs=1,
+        device="cpu", num_gpu_blocks_override=32,
+    ) as llm:  # fmt: skip
+        params = SamplingParams(max_tokens=4, ignore_eos=True)
+        for i in range(6):
+            llm.engine.add_request(f"many {i}", [1, 2, 3 + i], params, client="many")
+        llm.engine.add_request("few", [9, 9, 9], params, client="few")
+        order = []
+        while llm.engine.has_unfinished_requests():
+            order += [delta.request_id for delta in llm.engine.step() if delta.finished]
+        assert order.index("few") <= 1
+        for wrong in (7, None, "half \ud800"):
+            with pytest.raises(ParamsError, match="client must be a string of valid Unicode"):
+                llm.engine.add_request("x", [1], params, client=wrong)  # type: ignore[arg-type]

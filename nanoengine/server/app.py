@@ -17,9 +17,11 @@ from nanoengine.server.context import Context
 from nanoengine.server.errors import ApiError, api_error, error_body
 from nanoengine.server.gate import Gate
 from nanoengine.server.parsing import Parsers
+from nanoengine.server.protocol.base import RequestModel
 from nanoengine.server.protocol.chat import ChatRequest
 from nanoengine.server.protocol.completions import CompletionRequest
 from nanoengine.server.protocol.generate import with_sampling
+from nanoengine.server.protocol.pooling import EmbeddingRequest, ScoreRequest
 from nanoengine.server.protocol.tokens import (
     AbortRequest,
     DetokenizeRequest,
@@ -33,6 +35,7 @@ from nanoengine.server.routes.chat import chat_router
 from nanoengine.server.routes.completions import completions_router
 from nanoengine.server.routes.health import health_router
 from nanoengine.server.routes.models import models_router
+from nanoengine.server.routes.pooling import pooling_router
 from nanoengine.server.routes.tokens import tokens_router
 from nanoengine.service.client import EngineClient
 from nanoengine.text import Tokenizer
@@ -79,7 +82,8 @@ def fastapi_app(context: Context) -> FastAPI:
     chat, completion = with_sampling(ChatRequest, names), with_sampling(CompletionRequest, names)
     for router in _routers(context, chat, completion):
         app.include_router(router)
-    with_schemas(app, [chat, completion, TokenizeRequest, DetokenizeRequest, AbortRequest, DrainRequest, TraceRequest])
+    plain: list[type[RequestModel]] = [EmbeddingRequest, ScoreRequest, TokenizeRequest, DetokenizeRequest]
+    with_schemas(app, [chat, completion, *plain, AbortRequest, DrainRequest, TraceRequest])
     app.add_exception_handler(Exception, _failed)
     app.add_exception_handler(HTTPException, _failed)
     app.add_exception_handler(ApiError, _failed)
@@ -91,6 +95,7 @@ def _routers(context: Context, chat: type[ChatRequest], completion: type[Complet
     return (
         completions_router(context, completion),
         chat_router(context, chat),
+        pooling_router(context),
         models_router(context),
         tokens_router(context),
         health_router(context),

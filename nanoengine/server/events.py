@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from nanoengine.api.deltas import LogprobRows, SampleDelta
+from nanoengine.api.deltas import Float32, LogprobRows, Pooling, SampleDelta
 from nanoengine.api.errors import NanoEngineError, is_failure, text_failure
 from nanoengine.api.tool_parsers import Content, ParserEvent, Reasoning, ToolCallArguments, ToolCallBegin
 from nanoengine.params.sampling_params import SamplingParams
@@ -53,7 +53,7 @@ class Generation:
         prompt: its text, for `echo`; None: it was given as ids, or rendered.
         parser: makes the parser of one sample's text; None: all text is content.
         nothing_new: only the prompt is wanted (max_tokens 0): the engine makes one token, which is left out.
-        priority, client, timeout, progress: as in `ClientRequest`.
+        priority, pooling, client, timeout, progress: as in `ClientRequest`.
     """
 
     request_id: str
@@ -63,6 +63,7 @@ class Generation:
     parser: Callable[[], OutputParser] | None = None
     nothing_new: bool = False
     priority: int | None = None
+    pooling: Pooling | None = None
     client: str = ""
     timeout: float | None = None
     progress: bool = False
@@ -73,6 +74,7 @@ class Generation:
             prompt_token_ids=self.prompt_token_ids,
             params=self.params,
             priority=self.priority,
+            pooling=self.pooling,
             client=self.client,
             timeout=self.timeout,
             progress=self.progress,
@@ -120,7 +122,7 @@ class _Sample:
     def __init__(self, tokenizer: Tokenizer | None, generation: Generation) -> None:
         core = generation.params.core
         self._detokenizer = None
-        if tokenizer is not None and core.detokenize:
+        if tokenizer is not None and core.detokenize and generation.pooling is None:
             self._detokenizer = IncrementalDetokenizer(
                 tokenizer,
                 stop=core.stop_strings,
@@ -205,12 +207,14 @@ class Running:
 
     Attributes:
         generation: what runs. usage: its tokens so far. seed: of its draws, once the engine said it.
+        pooled: the vector of a request that pools, once it has ended.
     """
 
     def __init__(self, generation: Generation, stream: RequestStream, tokenizer: Tokenizer | None) -> None:
         self.generation, self._stream = generation, stream
         self.usage = TokenUsage(prompt_tokens=len(generation.prompt_token_ids))
         self.seed: int | None = None
+        self.pooled: Float32 | None = None
         self._samples = [_Sample(tokenizer, generation) for _ in range(generation.params.core.n)]
 
     @classmethod
@@ -235,7 +239,7 @@ class Running:
         if delta.error is not None:
             raise delta.error
         usage = self.usage
-        usage.cached_tokens, self.seed = delta.num_cached_tokens, delta.seed
+        usage.cached_tokens, self.seed, self.pooled = delta.num_cached_tokens, delta.seed, delta.pooled
         updates = []
         for each in delta.samples:
             sample = self._samples[each.sample_index]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from nanoengine.api.errors import ParamsError, shown
 from nanoengine.api.structured_outputs import StructuredOutputsParams
@@ -73,7 +73,11 @@ def checked_logprobs(name: str, count: int, info: EngineInfo, config: ServerConf
     return count
 
 
-def checked_priority(request: GenerateRequest, info: EngineInfo) -> int | None:
+class _Prioritised(Protocol):
+    priority: int | None
+
+
+def checked_priority(request: _Prioritised, info: EngineInfo) -> int | None:
     if request.priority and info.scheduling_policy == "fcfs":
         raise invalid(
             "priority has no effect, because the engine's scheduling_policy is 'fcfs': leave it out, or start the "

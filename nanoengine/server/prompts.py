@@ -28,38 +28,46 @@ class Prompt:
     text: str | None = None
 
 
-async def completion_prompts(context: Context, given: Any, add_special_tokens: bool) -> list[Prompt]:
-    """The prompts of /v1/completions: text, token ids, or a list of these. Raises `ApiError` or `RequestError`."""
-    parts = _parts(given, context.config.max_prompts)
-    if sum(len(part) for part in parts if isinstance(part, str)) <= _INLINE:
-        return [_prompt(context, part, add_special_tokens) for part in parts]
-    return await context.in_thread(lambda: [_prompt(context, part, add_special_tokens) for part in parts])
+async def completion_prompts(
+    context: Context, given: Any, add_special_tokens: bool, *, name: str = "prompt", new_tokens: int = 1
+) -> list[Prompt]:
+    """The prompts in the field `name`: text, token ids, or a list of these. Raises `ApiError` or `RequestError`.
+
+    new_tokens: that each must leave room for, 0 or 1.
+    """
+    parts = _parts(given, context.config.max_prompts, name)
+
+    def prompts() -> list[Prompt]:
+        return [_prompt(context, part, add_special_tokens, new_tokens) for part in parts]
+
+    short = sum(len(part) for part in parts if isinstance(part, str)) <= _INLINE
+    return prompts() if short else await context.in_thread(prompts)
 
 
-def _parts(given: Any, most: int) -> list[Any]:
+def _parts(given: Any, most: int, name: str) -> list[Any]:
     """One entry for each prompt."""
     if given is None:
-        raise invalid("prompt is missing: give text, token ids, or a list of these", "prompt", "missing_field")
+        raise invalid(f"{name} is missing: give text, token ids, or a list of these", name, "missing_field")
     if isinstance(given, str) or (isinstance(given, list) and given and type(given[0]) is int):
         return [given]
     if not isinstance(given, list) or not all(isinstance(part, str | list) for part in given):
-        raise invalid(f"prompt must be text, token ids, or a list of these, not {shown(given)}", "prompt")
+        raise invalid(f"{name} must be text, token ids, or a list of these, not {shown(given)}", name)
     if not 1 <= len(given) <= most:
-        raise invalid(f"prompt has {len(given)} entries, and must have 1 to {most} (server.max_prompts)", "prompt")
+        raise invalid(f"{name} has {len(given)} entries, and must have 1 to {most} (server.max_prompts)", name)
     return given
 
 
-def _prompt(context: Context, part: str | list[Any], add_special_tokens: bool) -> Prompt:
+def _prompt(context: Context, part: str | list[Any], add_special_tokens: bool, new_tokens: int) -> Prompt:
     text = part if isinstance(part, str) else None
     if isinstance(part, str):
         part = context.need_tokenizer().encode(part, add_special_tokens=add_special_tokens)
-    return Prompt(checked_prompt(context, part), text)
+    return Prompt(checked_prompt(context, part, new_tokens), text)
 
 
-def checked_prompt(context: Context, ids: Sequence[int]) -> tuple[int, ...]:
+def checked_prompt(context: Context, ids: Sequence[int], new_tokens: int = 1) -> tuple[int, ...]:
     """Raises `RequestError` for an id outside the vocabulary, and for too many of them."""
     info = context.client.info
-    found = checked_ids(ids, info.vocab_size, info.max_model_len)
+    found = checked_ids(ids, info.vocab_size, info.max_model_len, new_tokens)
     if isinstance(found, RequestError):
         raise found
     return found

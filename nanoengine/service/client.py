@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
-from nanoengine.api.deltas import RequestDelta
+from nanoengine.api.deltas import Pooling, RequestDelta
+from nanoengine.params.pooling import PoolingDefaults
 from nanoengine.params.sampling_params import SamplingParams
 from nanoengine.service.merge import merge_all
 
@@ -21,6 +22,7 @@ class ClientRequest:
     Attributes:
         request_id: unique among the engine's unfinished requests, of all its clients.
         priority: lower runs first; None: that of the parameters.
+        pooling: it wants a vector and no token; of `params` it takes only cache_salt and priority.
         generated: output tokens that it goes on behind, for each sample; () for none.
         every: a delta as soon as a sample has so many new tokens.
         client: who asks, for a fair policy, the limits and the counters.
@@ -32,6 +34,7 @@ class ClientRequest:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     priority: int | None = None
+    pooling: Pooling | None = None
     generated: tuple[tuple[int, ...], ...] = ()
     every: int = 1
     client: str = ""
@@ -51,7 +54,7 @@ class EngineInfo:
         sampling_names: the valid fields of `SamplingParams`. default_sampling: those that the model or the
             configuration sets. default_unsupported: what generation_config.json sets and the engine does not have.
         end_ids: end-of-text tokens. reasoning: as in `StructuredOutputsOptions`.
-        no_pooling: why the engine cannot pool; None: it can.
+        pooling: how the model makes embeddings; None: the engine cannot pool, `no_pooling` says why.
         block_size, num_blocks: of the KV cache. max_num_seqs, max_num_batched_tokens: most requests and tokens a step.
         pid: the process that the engine runs in.
     """
@@ -67,6 +70,7 @@ class EngineInfo:
     default_unsupported: tuple[str, ...] = ()
     end_ids: frozenset[int] = frozenset()
     reasoning: str | int | None = None
+    pooling: PoolingDefaults | None = None
     no_pooling: str | None = None
     scheduling_policy: str = "fcfs"
     chat_template_timeout: float = 5.0

@@ -54,7 +54,7 @@ class EngineInfo:
         sampling_names: the valid fields of `SamplingParams`. default_sampling: those that the model or the
             configuration sets. default_unsupported: what generation_config.json sets and the engine does not have.
         end_ids: end-of-text tokens. reasoning: as in `StructuredOutputsOptions`.
-        pooling: how the model makes embeddings; None: the engine cannot pool, `no_pooling` says why.
+        pooling: how the model makes embeddings; None: the engine makes none.
         block_size, num_blocks: of the KV cache. max_num_seqs, max_num_batched_tokens: most requests and tokens a step.
         pid: the process that the engine runs in.
     """
@@ -71,7 +71,6 @@ class EngineInfo:
     end_ids: frozenset[int] = frozenset()
     reasoning: str | int | None = None
     pooling: PoolingDefaults | None = None
-    no_pooling: str | None = None
     scheduling_policy: str = "fcfs"
     chat_template_timeout: float = 5.0
     chat_template_memory: int = 512 << 20

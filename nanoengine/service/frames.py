@@ -23,6 +23,7 @@ from nanoengine.api.deltas import FinishReason, Float32, Int32, LogprobRows, Req
 from nanoengine.api.errors import EngineUnavailable, GrammarError, NanoEngineError, ParamsError, RequestError, shown
 from nanoengine.api.structured_outputs import StructuredOutputsParams
 from nanoengine.distributed.wire import decode, encode
+from nanoengine.params.pooling import PoolingDefaults
 from nanoengine.params.sampling_params import SamplingParams
 from nanoengine.service.client import ClientRequest, EngineInfo, ServiceStats, Usage
 from nanoengine.service.merge import join_rows
@@ -163,6 +164,7 @@ def add_frame(key: int, request: ClientRequest, *, resumed: bool = False) -> byt
             "id": request.request_id,
             "params": params_to_json(request.params),
             "priority": request.priority,
+            "pooling": request.pooling,
             "every": request.every,
             "client": request.client,
             "timeout": request.timeout,
@@ -193,6 +195,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "id": (str,),
     "params": (dict,),
     "priority": (int, type(None)),
+    "pooling": (str, type(None)),
     "every": (int,),
     "client": (str,),
     "timeout": (int, float, type(None)),
@@ -233,6 +236,7 @@ def read_add(content: bytes) -> Added:
         prompt_token_ids=parts[0],
         params=params,
         priority=head["priority"],
+        pooling=head["pooling"],
         generated=tuple(parts[1:]),
         every=head["every"],
         client=head["client"],
@@ -303,15 +307,22 @@ def request_error(code: str, message: str, retry_after: float | None = None) -> 
 def info_to_json(info: EngineInfo) -> dict[str, Any]:
     found = {f.name: getattr(info, f.name) for f in fields(info)}
     sampling = {name: to_json(name, value) for name, value in info.default_sampling.items()}
-    names, ends = sorted(info.sampling_names), sorted(info.end_ids)
-    return {**found, "sampling_names": names, "end_ids": ends, "default_sampling": sampling}
+    names, ends, pooling = sorted(info.sampling_names), sorted(info.end_ids), info.pooling and asdict(info.pooling)
+    return {**found, "sampling_names": names, "end_ids": ends, "default_sampling": sampling, "pooling": pooling}
 
 
 def info_from_json(found: Mapping[str, Any]) -> EngineInfo:
     sampling = {name: from_json(value) for name, value in found["default_sampling"].items()}
     sets = {name: frozenset(found[name]) for name in ("sampling_names", "end_ids")}
-    unsupported = tuple(found["default_unsupported"])
-    return EngineInfo(**{**found, **sets, "default_sampling": sampling, "default_unsupported": unsupported})
+    tuples = {"default_unsupported": tuple(found["default_unsupported"]), "pooling": _pooling(found["pooling"])}
+    return EngineInfo(**{**found, **sets, **tuples, "default_sampling": sampling})
+
+
+def _pooling(found: Mapping[str, Any] | None) -> PoolingDefaults | None:
+    if found is None:
+        return None
+    dimensions = found["dimensions"]
+    return PoolingDefaults(**{**found, "dimensions": None if dimensions is None else tuple(dimensions)})
 
 
 def stats_from_json(found: Mapping[str, Any]) -> ServiceStats:

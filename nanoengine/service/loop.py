@@ -212,7 +212,12 @@ class EngineService:
     def add(self, member: Member, key: int, request: ClientRequest, *, resumed: bool) -> None:
         """As `Member.add`."""
         given = self._inputs.process(
-            request.request_id, request.prompt_token_ids, request.params, request.priority, request.generated
+            request.request_id,
+            request.prompt_token_ids,
+            request.params,
+            request.priority,
+            request.generated,
+            pooling=request.pooling,
         )
         if given.error is not None:
             raise given.error

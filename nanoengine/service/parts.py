@@ -43,7 +43,7 @@ def info_of(llm: LLM) -> EngineInfo:
         default_unsupported=built.defaults.unsupported,
         end_ids=built.defaults.eos_ids,
         reasoning=options.structured_outputs.reasoning,
-        no_pooling="this engine has no pooling",
+        pooling=assembly.pooling,
         scheduling_policy=options.scheduling_policy,
         chat_template_timeout=options.chat_template_timeout,
         chat_template_memory=options.chat_template_memory,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 from nanoengine.api.embeddings import cosine
 from nanoengine.api.errors import ParamsError
 from nanoengine.params.pooling import PoolingChoice, PoolingDefaults, choose_pooling, pairs
+from nanoengine.service.client import EngineInfo
+from nanoengine.service.frames import info_from_json, info_to_json
 from nanoengine.setup.start.pooling import read_pooling_defaults
 
 SIZE = 8
@@ -182,3 +185,12 @@ def test_the_cosine_is_that_of_the_angle() -> None:
     a, b = np.array([2, 0], np.float32), np.array([3, 3], np.float32)
     assert cosine(a, b) == pytest.approx(2**-0.5)
     assert cosine(a, -a) == -1
+
+
+@pytest.mark.parametrize("dimensions", [None, (), (2, 4)])
+def test_the_defaults_go_to_another_process(dimensions: Any) -> None:
+    pooling = PoolingDefaults(size=SIZE, pooling="mean", dimensions=dimensions, unsupported="the module Dense")
+    info = EngineInfo(model="m", tokenizer=None, vocab_size=8, max_model_len=16, pooling=pooling)
+    assert info_from_json(json.loads(json.dumps(info_to_json(info)))) == info
+    none = replace(info, pooling=None)
+    assert info_from_json(json.loads(json.dumps(info_to_json(none)))) == none

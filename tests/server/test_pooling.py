@@ -178,9 +178,9 @@ def test_what_the_models_files_ask_for_and_is_not_supported_must_be_named() -> N
 
 
 def test_an_engine_that_cannot_pool_says_so() -> None:
-    server = Server(says, info={"no_pooling": "this model has no hidden states"})
+    server = Server(says)
     error = error_of(embed(server, "a"))
-    assert (error["code"], error["message"]) == ("not_supported", "this model has no hidden states")
+    assert (error["code"], error["message"]) == ("not_supported", "this engine makes no embeddings")
 
 
 def test_a_failed_input_fails_the_request_and_aborts_the_others() -> None:

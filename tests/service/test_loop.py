@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nanoengine import LLM
+from nanoengine import LLM, SamplingParams
 from nanoengine.api.errors import EngineUnavailable, ParamsError, RequestError, WorkerError
 from nanoengine.service.client import ClientRequest, ServiceStats, Usage
 from nanoengine.service.loop import EngineService, Limits, Meter
@@ -79,6 +79,42 @@ def test_requests_from_one_loop_get_their_tokens(llm: LLM, kind: str) -> None:
         assert client.info.vocab_size == VOCAB
         assert "temperature" in client.info.sampling_names
         assert client.health.ready
+
+    on(llm, kind, main)
+
+
+@BOTH
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_requests_that_pool_get_their_vectors_beside_others(llm: LLM, kind: str, pooling: Any) -> None:
+    given = [*prompts(10), [i % VOCAB for i in range(300)]]
+    wanted = llm.embed(given, pooling, normalize=False, use_tqdm=False)
+
+    def pooled(request_id: str, prompt: list[int], **fields: Any) -> ClientRequest:
+        ids = {"prompt_token_ids": tuple(prompt), **fields}
+        return ClientRequest(**{"request_id": request_id, "params": SamplingParams(), "pooling": pooling, **ids})
+
+    async def main(client: Any, service: EngineService) -> None:
+        assert client.info.pooling == llm._built.assembly.pooling
+        streams = [await client.add(pooled(f"v{i}", prompt)) for i, prompt in enumerate(given)]
+        texts = [tokens(client, request(f"t{i}", prompt, max_tokens=9)) for i, prompt in enumerate(given)]
+        assert await asyncio.gather(*texts) == [greedy(prompt, 9) for prompt in given]
+        for stream, want in zip(streams, wanted, strict=True):
+            delta = await whole(stream)
+            assert delta.finished
+            assert delta.pooled is not None
+            assert want.embedding is not None
+            assert delta.pooled.tolist() == pytest.approx(want.embedding.tolist(), rel=1e-5)
+        wrong: list[tuple[dict[str, Any], str]] = [
+            ({"pooling": "cls"}, "pooling must be 'mean' or 'last', not 'cls'"),
+            ({"params": SamplingParams(temperature=0)}, "takes cache_salt and priority only"),
+            ({"generated": ((1,),)}, "takes cache_salt and priority only"),
+        ]
+        for fields, said in wrong:
+            with pytest.raises(ParamsError, match=said):
+                await client.add(pooled("wrong", [1], **fields))
+        with pytest.raises(RequestError, match="4097 tokens and max_model_len is 4096: shorten the prompt to 4096"):
+            await client.add(pooled("long", [1] * 4097))
+        assert (await whole(await client.add(pooled("longest", [1] * 4096)))).pooled is not None
 
     on(llm, kind, main)
 

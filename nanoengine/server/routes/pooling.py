@@ -72,7 +72,7 @@ def _choice(context: Context, body: PoolingRequest, **given: Any) -> PoolingChoi
     context.check_model(body.model)
     info = context.client.info
     if info.pooling is None:
-        raise invalid(info.no_pooling or "this engine makes no embeddings", code="not_supported")
+        raise invalid("this engine makes no embeddings", code="not_supported")
     return choose_pooling(info.pooling, body.pooling, **given)
 
 

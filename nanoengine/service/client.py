@@ -87,8 +87,10 @@ class ServiceStats:
 
     Attributes:
         running, waiting: samples. preparing: requests whose constraint is being compiled.
-        requests: open requests. queued_requests, queued_tokens: of them, those that have not started, and the tokens of
-            their prompts. queued_by_client: queued requests of each client.
+        requests: open requests.
+        queued_requests, queued_tokens: of them, those that have not started, and the tokens of their prompts. A request
+            with n samples counts as n, and its prompt n times. queued_by_client: queued requests of each client.
+        started_requests, started_tokens: what has left the queue since the start, counted in the same way.
         num_blocks, free_blocks: of the KV cache.
         steps, preemptions, prompt_tokens, prefix_hit_tokens, drafted, accepted: since the start.
         draining: it takes no new requests. uptime: seconds.
@@ -101,6 +103,8 @@ class ServiceStats:
     queued_requests: int = 0
     queued_tokens: int = 0
     queued_by_client: Mapping[str, int] = field(default_factory=dict)
+    started_requests: int = 0
+    started_tokens: int = 0
     num_blocks: int = 0
     free_blocks: int = 0
     steps: int = 0

@@ -134,9 +134,11 @@ class EngineService:
                 waiting=found.waiting,
                 preparing=found.preparing,
                 requests=len(self._open),
-                queued_requests=len(self._queue),
+                queued_requests=self._queue.requests,
                 queued_tokens=self._queue.tokens,
                 queued_by_client=dict(self._queue.by_client),
+                started_requests=self._queue.started_requests,
+                started_tokens=self._queue.started_tokens,
                 num_blocks=found.num_blocks,
                 free_blocks=found.free_blocks,
                 steps=found.steps,
@@ -212,13 +214,9 @@ class EngineService:
     def add(self, member: Member, key: int, request: ClientRequest, *, resumed: bool) -> None:
         """As `Member.add`."""
         given = self._inputs.process(
-            request.request_id,
-            request.prompt_token_ids,
-            request.params,
-            request.priority,
-            request.generated,
-            pooling=request.pooling,
-        )
+            request.request_id, request.prompt_token_ids, request.params, request.priority, request.generated,
+            request.pooling, request.client,
+        )  # fmt: skip
         if given.error is not None:
             raise given.error
         entry = OpenRequest(member, key, request)

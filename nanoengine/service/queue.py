@@ -40,18 +40,16 @@ class Queue:
     """Requests from `add` until they start. Its owner guards it with a lock.
 
     Attributes:
-        tokens: of their prompts. by_client: how many of each.
+        requests, tokens: how many, and the tokens of their prompts: one with n samples counts n times, its prompt too.
+        by_client: how many of each. started_requests, started_tokens: what was taken out since the start.
     """
 
     def __init__(self) -> None:
         self._entries: dict[str, OpenRequest] = {}
         self._deadlines: list[tuple[float, int, OpenRequest]] = []
         self._prefilling: dict[str, tuple[OpenRequest, int]] = {}  # those that want progress, and the last one
-        self.tokens = 0
+        self.requests = self.tokens = self.started_requests = self.started_tokens = 0
         self.by_client: dict[str, int] = {}
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
     @property
     def is_followed(self) -> bool:
@@ -61,8 +59,10 @@ class Queue:
     def add(self, entry: OpenRequest) -> None:
         request = entry.request
         self._entries[request.request_id] = entry
-        self.tokens += len(request.prompt_token_ids)
-        self.by_client[request.client] = self.by_client.get(request.client, 0) + 1
+        count = request.params.n
+        self.requests += count
+        self.tokens += count * len(request.prompt_token_ids)
+        self.by_client[request.client] = self.by_client.get(request.client, 0) + count
         if request.timeout is not None:
             heapq.heappush(self._deadlines, (time.monotonic() + request.timeout, id(entry), entry))
 
@@ -72,8 +72,11 @@ class Queue:
         if self._entries.get(request.request_id) is not entry:
             return
         del self._entries[request.request_id]
-        self.tokens -= len(request.prompt_token_ids)
-        self.by_client[request.client] -= 1
+        count = request.params.n
+        tokens = count * len(request.prompt_token_ids)
+        self.requests, self.tokens = self.requests - count, self.tokens - tokens
+        self.started_requests, self.started_tokens = self.started_requests + count, self.started_tokens + tokens
+        self.by_client[request.client] -= count
         if not self.by_client[request.client]:
             del self.by_client[request.client]
 

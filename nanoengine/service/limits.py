@@ -1,0 +1,104 @@
+"""How much may wait: a request that would make the queue too long is refused, with the time to ask again."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from nanoengine.api.errors import ConfigError, RequestError
+from nanoengine.service.client import ClientRequest, ServiceStats
+
+_MOST = 2**31 - 1
+_WINDOW = 60.0  # seconds over which the speed of the queue is measured
+_STEP = 0.25  # seconds between two measurements
+_LEAST_WAIT, _MOST_WAIT = 1.0, 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitOptions:
+    """How much may wait: requests that have not started, those whose constraint is being compiled included.
+
+    A request with n samples counts as n requests, and its prompt n times. One that finds the queue empty is taken,
+    whatever its size.
+
+    Attributes:
+        max_queued_requests: most requests; None: no limit.
+        max_queued_tokens: most tokens of their prompts; None: no limit.
+        max_queued_per_client: most requests of one client; None: no limit.
+    """
+
+    max_queued_requests: int | None = 4096
+    max_queued_tokens: int | None = 4 << 20
+    max_queued_per_client: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_queued_requests", "max_queued_tokens", "max_queued_per_client"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= _MOST:
+                raise ConfigError(f"server.limits.{name} must be from 1 to {_MOST:,}, not {value:,}")
+
+
+class _Measured(NamedTuple):
+    """How much had left the queue at some time."""
+
+    at: float
+    requests: int
+    tokens: int
+
+
+class QueueLimits:
+    """Refuses what would make the queue too long. Its caller guards it with a lock."""
+
+    def __init__(self, options: LimitOptions, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock`: seconds."""
+        self._options, self._clock = options, clock
+        self._measured: deque[_Measured] = deque()
+
+    def check(self, request: ClientRequest, stats: ServiceStats) -> None:
+        """Raises `RequestError("overloaded")` with `retry_after`, where the queue is full. `stats` do not count it."""
+        self._measure(stats)
+        count, tokens = request.params.n, request.params.n * len(request.prompt_token_ids)
+        theirs, options = stats.queued_by_client.get(request.client, 0), self._options
+        over = {
+            "requests": _excess(stats.queued_requests, count, options.max_queued_requests),
+            "tokens of prompts": _excess(stats.queued_tokens, tokens, options.max_queued_tokens),
+            "requests of this client": _excess(theirs, count, options.max_queued_per_client),
+        }
+        if not any(over.values()):
+            return
+        seconds = max(
+            self._seconds(over["requests"], "requests"),
+            self._seconds(over["tokens of prompts"], "tokens"),
+            self._seconds(over["requests of this client"] * stats.queued_requests / max(1, theirs), "requests"),
+        )
+        full = ", ".join(f"{excess:,} {what}" for what, excess in over.items() if excess)
+        raise RequestError(
+            "overloaded",
+            f"too much is waiting: with this request of {count:,} x {len(request.prompt_token_ids):,} tokens the queue "
+            f"would be over its limit by {full}; try again in {seconds:.0f} seconds",
+            retry_after=seconds,
+        )
+
+    def _measure(self, stats: ServiceStats) -> None:
+        now, measured = self._clock(), self._measured
+        if not measured or now - measured[-1].at >= _STEP:
+            measured.append(_Measured(now, stats.started_requests, stats.started_tokens))
+        while now - measured[0].at > _WINDOW:
+            measured.popleft()
+
+    def _seconds(self, excess: float, what: str) -> float:
+        """Until so much more has left the queue, if it goes on as in the last minute."""
+        if not excess:
+            return 0.0
+        first, last = self._measured[0], self._measured[-1]
+        passed, left = last.at - first.at, getattr(last, what) - getattr(first, what)
+        seconds = excess * passed / left if left > 0 else passed  # nothing left it: at least as long again
+        return min(max(seconds, _LEAST_WAIT), _MOST_WAIT)
+
+
+def _excess(queued: int, more: int, most: int | None) -> int:
+    """By how much the queue would be too long. An empty queue takes anything."""
+    return max(0, queued + more - most) if most is not None and queued else 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import signal
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from nanoengine.api.errors import NanoEngineError, WorkerError, described, is_out_of_memory
+from nanoengine.distributed.exits import exit_words
 from nanoengine.distributed.group import CollectiveFailed
 from nanoengine.distributed.shared import READY, Shared, Word
 from nanoengine.setup.start.clock import PHASES
@@ -98,16 +98,6 @@ def first_error(
     error = WorkerError(rank, size, report.phase, report.cause)  # the text is ours already
     error.traceback, error.__cause__ = report.trace, pickle.loads(report.error)
     return error
-
-
-def exit_words(status: int | None) -> str:
-    if status is None:
-        return "it closed its connection"
-    if status >= 0:
-        return f"exit status {status}"
-    name = signal.Signals(-status).name
-    hint = ", as the kernel does if the host runs out of memory" if name == "SIGKILL" else ""
-    return f"killed by {name}{hint}"
 
 
 def late_error(size: int, shared: Shared, stacks: Sequence[str], seconds: float, option: str) -> WorkerError:

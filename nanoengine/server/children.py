@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from nanoengine.service.control import Control, Message
+from nanoengine.service.engine_process import environment
 
 _KILL_SECONDS = 5.0
 
@@ -76,14 +75,3 @@ class Child:
     async def status(self) -> int:
         """Its exit status, once it has closed its control socket; it is killed if it does not end."""
         return await self.end(_KILL_SECONDS)
-
-
-def python(module: str) -> list[str]:
-    """The command of a module of nanoengine."""
-    return [sys.executable, "-P", "-m", module]
-
-
-def environment() -> dict[str, str]:
-    """The environment of a process: that of this one, with this one's import path."""
-    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-    return {**os.environ, "PYTHONPATH": path}

@@ -22,15 +22,25 @@ class RestartOptions:
         max_restarts: most restarts within `window` seconds; one more failure ends the server.
         window: seconds, see `max_restarts`.
         backoff: seconds before the first restart; each further one within the window waits twice as long, at most 60 s.
+        hang_timeout: an engine that makes no progress for so many seconds beyond `health_deadline` is killed, and then
+            the policy holds. null: it is left alone, and /health says 503.
     """
 
     policy: Literal["always", "never", "on-failure"] = "on-failure"
     max_restarts: int = 5
     window: float = 600.0
     backoff: float = 0.5
+    hang_timeout: float | None = 300.0
 
     def __post_init__(self) -> None:
-        check_ranges("server.restart", self, max_restarts=(0, 1000), window=(1.0, _DAY), backoff=(0.0, 60.0))
+        check_ranges(
+            "server.restart",
+            self,
+            max_restarts=(0, 1000),
+            window=(1.0, _DAY),
+            backoff=(0.0, 60.0),
+            hang_timeout=(1.0, _DAY),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,12 +1,26 @@
-"""`nanoengine serve`: serves a model over HTTP."""
+"""`nanoengine serve`: serves a model over HTTP. This process becomes the supervisor; it imports no torch."""
 
 from __future__ import annotations
 
+import asyncio
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import typer
+
 from nanoengine.api.errors import ConfigError
-from nanoengine.cli.common import ConfigArgument, DebugOption, OverridesArgument, PluginOption, user_errors
-from nanoengine.server.config import server_config
-from nanoengine.setup.config.config import load_config
+from nanoengine.cli.common import FAILED, ConfigArgument, DebugOption, OverridesArgument, PluginOption, say, user_errors
+from nanoengine.observe.logs import configure_logs
+from nanoengine.server.config import ServerConfig, server_config
+from nanoengine.server.listening import listen, url
+from nanoengine.server.supervisor import Launch, ServerFailed, Supervisor
+from nanoengine.service.source import EngineSource
+from nanoengine.setup.config.config import RunConfig, load_config
 from nanoengine.setup.plugins.discover import discover
+
+_NEEDED = ("fastapi", "uvicorn", "httptools", "msgspec", "prometheus_client")
 
 
 def serve(
@@ -15,8 +29,49 @@ def serve(
     plugin: PluginOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Serve a model over HTTP."""
+    """Serve a model over HTTP, by OpenAI's and Anthropic's APIs.
+
+    Ctrl-C or SIGTERM lets running requests end; a second one ends at once.
+    """
     with user_errors(debug):
-        composed = load_config(config, overrides or (), registry=discover(plugin or ()))
+        files = [path.absolute() for path in plugin or ()]
+        composed = load_config(config, overrides or (), registry=discover(files))
         options = server_config(composed.sections)
-        raise ConfigError(f"cannot serve at {options.host}:{options.port}: the supervisor is not in this version yet")
+        _check_installed()
+        try:
+            status = run_server(composed, options, files)
+        except ServerFailed as error:
+            say(f"error: {error}")
+            raise typer.Exit(FAILED) from error
+        if status:
+            raise typer.Exit(status)
+
+
+def run_server(config: RunConfig, options: ServerConfig, plugin_files: Sequence[Path] = ()) -> int:
+    """Runs the server until it is asked to end. The exit status.
+
+    Raises `ConfigError` if the address cannot be bound, and what `Supervisor.run` raises.
+    """
+    source = EngineSource.of_config(config, plugin_files)
+    named = replace(options, served_model_name=options.served_model_name or (config.model.source,))
+    with listen(options.host, options.port) as listener:
+        configure_logs(options.log_format, options.log_level, "supervisor")
+        launch = Launch(
+            listener=listener,
+            address=url(listener),
+            model=named.served_model_name[0],
+            engine={"source": source.to_json(), "log_format": options.log_format, "log_level": options.log_level},
+            http={"config": asdict(named), "plugin_files": [str(path) for path in plugin_files]},
+        )
+        return asyncio.run(_run(options, launch))
+
+
+async def _run(options: ServerConfig, launch: Launch) -> int:
+    return await Supervisor(options, launch).run()
+
+
+def _check_installed() -> None:
+    """Raises `ConfigError` for a library of the extra that is not there."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"serve needs {', '.join(missing)}: pip install 'nanoengine[server]'")

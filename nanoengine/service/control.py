@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+BEAT_SECONDS = 1.0
+"""How often a process says that it lives, where it is asked to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class Control:
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._socket, self._data, self._fds = sock, b"", list[int]()
+        self._waiter: asyncio.Future[None] | None = None  # of `receive`
         self._unsent = deque[tuple[bytes, int | None]]()  # (rest of a line, its descriptor)
 
     @classmethod
@@ -84,6 +87,8 @@ class Control:
         """The next message. None: the other end is gone."""
         while b"\n" not in self._data:
             await self._readable()
+            if self._socket.fileno() < 0:
+                return None
             try:
                 data, fds, _, _ = socket.recv_fds(self._socket, 1 << 16, 16)
             except ConnectionResetError:
@@ -100,21 +105,30 @@ class Control:
         return Message(found["kind"], found["fields"], self._fds.pop(0) if found["fd"] else None)
 
     async def _readable(self) -> None:
-        loop = asyncio.get_running_loop()
-        ready, number = loop.create_future(), self._socket.fileno()
+        loop, number = asyncio.get_running_loop(), self._socket.fileno()
         if number < 0:
             raise ConnectionResetError("the control socket is closed")
-        loop.add_reader(number, lambda: None if ready.done() else ready.set_result(None))
+        self._waiter = loop.create_future()
+        loop.add_reader(number, self._wake)
         try:
-            await ready
+            await self._waiter
         finally:
-            loop.remove_reader(number)
+            self._waiter = None
+            if self._socket.fileno() >= 0:
+                loop.remove_reader(number)
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def close(self) -> None:
-        """Idempotent. The other end reads an end of file."""
-        if self._unsent and self._socket.fileno() >= 0:
-            asyncio.get_running_loop().remove_writer(self._socket.fileno())
+        """Idempotent. The other end reads an end of file; a `receive` that waits returns None."""
+        if self._socket.fileno() >= 0 and (self._unsent or self._waiter is not None):
+            loop = asyncio.get_running_loop()
+            loop.remove_writer(self._socket.fileno())
+            loop.remove_reader(self._socket.fileno())
         self._socket.close()
+        self._wake()
         self._drop()
 
 

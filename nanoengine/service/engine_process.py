@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from contextlib import suppress
 
 from nanoengine.api import errors
 from nanoengine.api.errors import EngineUnavailable, NanoEngineError
+from nanoengine.distributed.exits import exit_words
 from nanoengine.service.client import EngineInfo
 from nanoengine.service.control import Control, Message
 from nanoengine.service.frames import info_from_json
@@ -62,7 +62,7 @@ class EngineProcess:
                 return info_from_json(message.fields["info"])
             if message.kind == "failed":
                 raise start_error(message)
-        raise EngineUnavailable(f"the engine's process ended before it was ready, {how_it_ended(await self.status())}")
+        raise EngineUnavailable(f"the engine's process ended before it was ready: {exit_words(await self.status())}")
 
     def connect(self) -> socket.socket:
         """A new client's socket, for `RemoteClient.connect`. Raises `OSError` where the process has ended."""
@@ -99,14 +99,6 @@ def start_error(message: Message) -> NanoEngineError:
             return kind(text)
         return NanoEngineError(text)
     return NanoEngineError(f"the engine could not start: {text}\n{message.fields['traceback']}".rstrip())
-
-
-def how_it_ended(status: int) -> str:
-    if status >= 0:
-        return f"with status {status}"
-    with suppress(ValueError):
-        return f"killed by {signal.Signals(-status).name}"
-    return f"killed by signal {-status}"
 
 
 def python(module: str) -> list[str]:

@@ -4,12 +4,13 @@ What it and its starter send each other (`service/control.py`):
 
 | to the process | fields | |
 |---|---|---|
-| `start` | `source`: `EngineSource.to_json()`, `log_level`: a name | the first message |
+| `start` | `source`: `EngineSource.to_json()`; `log_level`, `log_format`: of `observe/logs.py` | the first message |
 | `client` | a descriptor | a socket of a client, which is connected as soon as the engine is ready |
 | `drain` | `seconds` | take no new requests; answered by `drained` when all have ended, or after so many seconds |
 
 | from the process | fields | |
 |---|---|---|
+| `phase` | `phase`: what it does | until it is ready |
 | `ready` | `info`: of `EngineInfo`, as JSON | requests can be added |
 | `failed` | `error`: the class's name, `message`, `traceback` | it could not start; it ends with status 1 |
 | `ended` | `cause` | the engine has ended: open requests can go on in another one; the process ends with status 3 |
@@ -31,9 +32,11 @@ import sys
 import threading
 import traceback
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nanoengine.api.errors import NanoEngineError, described
+from nanoengine.observe.logs import configure_logs
 from nanoengine.service.control import Control, Message, inherit
 from nanoengine.service.source import EngineSource
 
@@ -63,7 +66,7 @@ class EngineHost:
         first = await self._control.receive()
         if first is None:
             return 0
-        logging.basicConfig(level=first.fields.get("log_level", "INFO").upper(), stream=sys.stderr)
+        configure_logs(first.fields.get("log_format", "text"), first.fields.get("log_level", "info"), "engine")
         self._spawn(self._read())
         self._spawn(self._start(EngineSource.from_json(first.fields["source"])))
         return await self._status
@@ -87,7 +90,7 @@ class EngineHost:
         from nanoengine.service.parts import service_of
 
         try:
-            llm = await asyncio.to_thread(source.build)
+            llm = await asyncio.to_thread(source.build, self._phase)
         except BaseException as error:
             text = str(error) if isinstance(error, NanoEngineError) else described(error)
             trace = "".join(traceback.format_exception(error))
@@ -107,6 +110,10 @@ class EngineHost:
         waiting, self._waiting = self._waiting, []
         for sock in waiting:
             self._connect(sock)
+
+    def _phase(self, phase: str) -> None:
+        """Of the start. Any thread may call it."""
+        self._loop.call_soon_threadsafe(partial(self._say, "phase", phase=phase))
 
     async def _read(self) -> None:
         while (message := await self._control.receive()) is not None:

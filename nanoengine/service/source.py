@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from nanoengine.setup.config.config import AttentionSection, ModelSection, RunCo
 from nanoengine.setup.config.engine_options import engine_options
 from nanoengine.setup.plugins.discover import discover
 from nanoengine.setup.plugins.registry import Registry
+from nanoengine.setup.start.clock import PHASES, Phase, StartClock, without_collections
 
 if TYPE_CHECKING:
     from nanoengine.llm import LLM
@@ -97,11 +98,33 @@ class EngineSource:
             sampler=self.sampler,
         )
 
-    def build(self) -> LLM:
-        """Make and start the engine, in this process. Raises what `LLM` raises."""
-        from nanoengine.llm import LLM
+    def build(self, phase: Callable[[str], None] | None = None) -> LLM:
+        """Make and start the engine, in this process. Raises what `LLM` raises.
 
-        return LLM.from_run_config(self.config(), registry=self.registry())
+        `phase` is called with what is done next: a name of `clock.PHASES`, or a line of text.
+        """
+        clock = StartClock.of_process() if phase is None else _ReportingClock(phase)
+        with without_collections():
+            from nanoengine.llm import LLM
+
+            clock.lap("import")
+            registry = self.registry()
+            clock.lap("plugins")
+            return LLM.from_run_config(self.config(), registry=registry, say=phase, clock=clock)
+
+
+class _ReportingClock(StartClock):
+    """Reports which phase comes next when one has ended."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        super().__init__()
+        self._report = report
+        report(PHASES[0])
+
+    def add(self, *phases: Phase) -> None:
+        super().add(*phases)
+        for phase in phases[-1:]:
+            self._report(next(iter(PHASES[PHASES.index(phase.name) + 1 :]), phase.name))
 
 
 def _module(plugin: Any) -> str:

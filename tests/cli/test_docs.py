@@ -18,7 +18,7 @@ from nanoengine.testing.checkpoints import tiny_llama
 
 ROOT = Path(__file__).parents[2]
 PAGES = {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "docs/cli.md")}
-NOT_HERE = ("nanoengine bench",)  # takes minutes
+NOT_HERE = ("nanoengine bench", "nanoengine serve")  # takes minutes; runs until it is ended: tests/server
 DATE = "2026-11-21_10-30-00"
 
 

@@ -1,0 +1,54 @@
+"""The engine as an HTTP process serves it: the client, the tokenizer with its templates, the application."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from nanoengine.server.app import create_app
+from nanoengine.server.auth import configured_keys
+from nanoengine.server.config import ServerConfig
+from nanoengine.server.lifecycle import App
+from nanoengine.server.parsing import load_parsers
+from nanoengine.service.client import EngineInfo
+from nanoengine.service.remote import RemoteClient
+from nanoengine.setup.plugins.discover import discover
+from nanoengine.text import TemplateProcesses, Tokenizer, load_tokenizer
+
+
+class ServedEngine:
+    """See `http_process.Served`."""
+
+    def __init__(self, config: ServerConfig, plugin_files: Sequence[str]) -> None:
+        self._config = config
+        self._keys = configured_keys(config)
+        self._registry = discover(plugin_files)
+        self._client = RemoteClient(health_deadline=config.health_deadline)
+
+    @property
+    def hanging(self) -> bool:
+        return not self._client.health.alive
+
+    def prepare(self) -> None:
+        import transformers  # noqa: F401 - takes a while, and the tokenizer needs it
+
+    def connect(self, sock: socket.socket) -> None:
+        self._client.connect(sock)
+
+    async def app(self) -> App:
+        info = await self._client.ready()
+        tokenizer = await asyncio.to_thread(_tokenizer, info)
+        parsers = load_parsers(self._registry, self._config, tokenizer)
+        return create_app(self._client, self._config, tokenizer, parsers=parsers, keys=self._keys)
+
+    async def close(self) -> None:
+        await self._client.close()
+
+
+def _tokenizer(info: EngineInfo) -> Tokenizer | None:
+    if info.tokenizer is None:
+        return None
+    processes = TemplateProcesses(info.chat_template_timeout, info.chat_template_memory)
+    return load_tokenizer(Path(info.tokenizer), max_tokens=info.max_model_len, processes=processes)

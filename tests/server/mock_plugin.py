@@ -1,0 +1,39 @@
+"""A plugin file with the mock model, which only the engine imports, and one whose every step takes a while."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from nanoengine.api import AttentionSpec, ModelSpec, hookimpl
+
+_MOCK = "nanoengine.testing.mock_model"
+
+
+def __getattr__(name: str) -> Any:
+    if name != "SlowMock":
+        raise AttributeError(name)
+    from nanoengine.testing.mock_model import MockModel
+
+    class SlowMock(MockModel):
+        """The mock model; a step takes SLOW_MOCK_SECONDS longer."""
+
+        def forward(self, *arguments: Any) -> Any:
+            time.sleep(float(os.environ.get("SLOW_MOCK_SECONDS", "0")))
+            return super().forward(*arguments)
+
+    return SlowMock
+
+
+@hookimpl
+def register_models() -> list[ModelSpec]:
+    return [
+        ModelSpec(name="mock", architectures=("MockForCausalLM",), target=f"{_MOCK}:MockModel", api=1),
+        ModelSpec(name="slow-mock", architectures=("SlowMockForCausalLM",), target=f"{__name__}:SlowMock", api=1),
+    ]
+
+
+@hookimpl
+def register_attention_backends() -> list[AttentionSpec]:
+    return [AttentionSpec(name="mock", target=f"{_MOCK}:MockAttention", api=1, preference=-100)]

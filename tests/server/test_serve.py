@@ -1,0 +1,194 @@
+"""`nanoengine serve` with real processes on the mock model: health, restarts, drain, several HTTP processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server.mock_server import engine_of, events, https_of, mock_server
+from tests.server.running import Running, alive, until
+
+DEADLINE = 2.0  # health_deadline of the servers here
+PROMPT = "Once upon a time"
+SCHEMA = {
+    "type": "object",
+    "properties": {"numbers": {"type": "array", "items": {"enum": [1, 22, 333]}, "minItems": 30, "maxItems": 30}},
+    "required": ["numbers"],
+    "additionalProperties": False,
+}
+FORM = {"type": "json_schema", "json_schema": {"name": "numbers", "schema": SCHEMA, "strict": True}}
+STREAMS: Sequence[tuple[str, dict[str, Any]]] = (
+    ("/v1/completions", {"prompt": PROMPT, "temperature": 0}),
+    ("/v1/completions", {"prompt": f"2 {PROMPT}", "temperature": 1.5, "seed": 7, "n": 2}),
+    ("/v1/completions", {"prompt": f"3 {PROMPT}", "temperature": 1.0, "seed": 8, "presence_penalty": 0.5}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": PROMPT}], "temperature": 1.0, "seed": 9}),
+    (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": PROMPT}], "response_format": FORM, "max_tokens": 4000},
+    ),
+)
+"""Requests whose bytes must be the same if their engine dies in the middle of them."""
+
+
+def start(folder: Path, workers: int) -> Running:
+    return mock_server(
+        folder, f"server.workers={workers}", f"server.health_deadline={DEADLINE}", "server.restart.backoff=0.1",
+        "server.drain_timeout=0.5",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with start(tmp_path_factory.mktemp("three"), 3) as running:
+        yield running.until_ready()
+
+
+def stream(
+    server: Running, path: str, body: Any, at: int = 0, act: Callable[[], Any] | None = None
+) -> list[dict[str, Any]]:
+    """The events of a stream without what differs between two equal requests. After `at` of them, `act` is called."""
+    whole = {"max_tokens": 400, "ignore_eos": "response_format" not in body, "stream": True} | body
+    found = []
+    with server.opened(path, whole | {"stream_options": {"include_usage": True}}) as response:
+        assert response.status == 200, response.read()
+        for number, event in enumerate(events(response)):
+            assert "error" not in event, event
+            found.append({key: value for key, value in event.items() if key not in ("id", "created")})
+            if act is not None and number == at:
+                act()
+    return found
+
+
+def answers(found: Sequence[dict[str, Any]]) -> dict[int, tuple[str, str | None]]:
+    """(text, finish reason) of each sample."""
+    texts, reasons = dict[int, str](), dict[int, str | None]()
+    for choice in (choice for event in found for choice in event["choices"]):
+        text = choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+        texts[choice["index"]] = texts.get(choice["index"], "") + text
+        reasons[choice["index"]] = choice["finish_reason"] or reasons.get(choice["index"])
+    return {index: (text, reasons[index]) for index, text in texts.items()}
+
+
+def streams_over_a_death(server: Running) -> None:
+    """A4, A6, A45: the engine is killed while streams of all kinds run; they go on, and health says what happens."""
+    plain = [answers(stream(server, path, body)) for path, body in STREAMS]
+    found = dict[int, list[dict[str, Any]]]()
+    running = threading.Barrier(len(STREAMS) + 1)
+
+    def run(number: int) -> None:
+        path, body = STREAMS[number]
+        found[number] = stream(server, path, body, at=5, act=running.wait)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(STREAMS))]
+    for thread in threads:
+        thread.start()
+    running.wait()
+    pid = engine_of(server)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: server.get("/health") == 503, lambda: server.log, 1.0)
+    assert (server.get("/live"), server.get("/ready")) == (200, 503)
+    status, headers, body = server.ask("/v1/completions", {"prompt": PROMPT, "max_tokens": 4})
+    assert (status, json.loads(body)["error"]["code"]) == (503, "unavailable")
+    assert int(headers["retry-after"]) >= 1
+    for thread in threads:
+        thread.join()
+    server.until_ready()
+    assert engine_of(server) != pid
+    assert "the engine has ended: killed by SIGKILL" in server.log
+    assert [answers(found[number]) for number in range(len(STREAMS))] == plain
+    assert len(json.loads(plain[-1][0][0])["numbers"]) == 30
+    for number in range(len(STREAMS) - 1):
+        assert found[number][-1]["usage"]["completion_tokens"] == 400 * len(plain[number])
+
+
+def test_a4_a45_streams_go_on_when_the_engine_dies_with_several_processes(server: Running) -> None:
+    streams_over_a_death(server)
+
+
+def test_a4_health_is_503_within_the_deadline_of_a_stopped_engine(server: Running) -> None:
+    assert [server.get(path) for path in ("/live", "/ready", "/health")] == [200, 200, 200]
+    pid = engine_of(server)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        until(lambda: server.get("/health") == 503, lambda: server.log, DEADLINE + 1.0)
+        assert (server.get("/live"), server.get("/ready")) == (200, 503)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    server.until_ready()
+    assert engine_of(server) == pid
+
+
+def test_an_http_process_that_dies_frees_its_requests(server: Running) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 100_000, "ignore_eos": True, "stream": True}
+    with server.opened("/v1/completions", body) as response:
+        response.readline()
+        assert json.loads(server.ask("/load")[2])["requests"] == 1
+        victims = https_of(server)
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        until(lambda: len(set(https_of(server)) - set(victims)) == len(victims), lambda: server.log)
+        server.until_ready()
+    until(lambda: json.loads(server.ask("/load")[2])["requests"] == 0, lambda: server.ask("/load")[2])
+
+
+def test_one_process_survives_its_engine_and_a7_aborts_what_does_not_end_in_time(tmp_path: Path) -> None:
+    with start(tmp_path, 1) as server:
+        streams_over_a_death(server.until_ready())
+        children = server.children()
+        body = {"prompt": PROMPT, "max_tokens": 100_000, "ignore_eos": True, "stream": True}
+        with server.opened("/v1/completions", body) as response:
+            response.readline()
+            server.signal(signal.SIGTERM)
+            rest = response.read()
+        assert b'"error"' in rest or b'"finish_reason":"abort"' in rest
+        assert server.status() == 0
+        assert "requests still run after 0.5 s (server.drain_timeout) and are aborted" in server.log
+        assert not any(map(alive, children))
+
+
+def test_a5_a_long_prefill_is_healthy_and_a7_sigterm_drains(tmp_path: Path) -> None:
+    slow = {"SLOW_MOCK_SECONDS": "0.03"}
+    with mock_server(tmp_path, "server.health_deadline=1", "server.workers=2", slow=True, env=slow) as server:
+        server.until_ready()
+        children, seen = server.children(), list[int]()
+        prompt = [1 + n % 200 for n in range(100_000)]
+        answered = list[int]()
+        thread = threading.Thread(
+            target=lambda: answered.append(server.ask("/v1/completions", {"prompt": prompt, "max_tokens": 1})[0])
+        )
+        began = time.monotonic()
+        thread.start()
+        while thread.is_alive():
+            seen.append(server.get("/health"))
+        thread.join()
+        assert time.monotonic() - began > 1.4  # 49 steps without an output, longer than the deadline
+        assert (answered, set(seen)) == ([200], {200})
+
+        def drain() -> None:
+            server.signal(signal.SIGTERM)
+            until(lambda: server.get("/ready") == 503, lambda: server.log)
+            status, headers, _ = server.ask("/v1/completions", {"prompt": PROMPT, "max_tokens": 4})
+            assert status == 503
+            assert "retry-after" in headers
+            assert server.get("/health") == 200
+
+        found = stream(server, "/v1/completions", {"prompt": PROMPT, "max_tokens": 60}, at=3, act=drain)
+        assert found[-1]["usage"]["completion_tokens"] == 60
+        assert server.status() == 0
+        assert not any(map(alive, children))
+
+
+def test_a_model_that_is_not_there_ends_the_command_with_status_2(tmp_path: Path) -> None:
+    with mock_server(tmp_path, f"model={tmp_path}/nothing") as server:
+        assert server.status() == 2
+        last = server.log.splitlines()[-1]
+        assert last.startswith("error: ")
+        assert "nothing" in last

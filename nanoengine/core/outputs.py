@@ -16,6 +16,7 @@ from nanoengine.params.preparation import Task
 
 Sink = Callable[[RequestDelta], None]
 ALL = -2  # samples of a request
+_new = tuple.__new__  # quicker than the constructor of a named tuple; it takes all fields, in their order
 
 
 @dataclass(slots=True)
@@ -34,10 +35,11 @@ class SampleState:
         logprobs: LogprobRows | None = None,
     ) -> SampleDelta:
         """All that its client does not have yet. `logprobs`: of these tokens."""
-        tokens, self.finish_reason = self.request.output_token_ids, finish_reason
-        new, self.reported = tuple(tokens[self.reported :]), len(tokens)
-        self.request.report_at = self.reported + self.every
-        return SampleDelta(self.request.sample_index, new, logprobs, finish_reason, stop_reason)
+        request, self.finish_reason = self.request, finish_reason
+        new = tuple(request.output_token_ids[self.reported :])
+        self.reported += len(new)
+        request.report_at = self.reported + self.every
+        return _new(SampleDelta, (request.sample_index, new, logprobs, finish_reason, stop_reason))
 
 
 @dataclass(slots=True)
@@ -108,19 +110,18 @@ class RequestState:
         pooled: Float32 | None = None,
         error: RequestError | None = None,
     ) -> RequestDelta:
-        first = self.samples[0].request if self.samples else None
-        return RequestDelta(
-            self.given.request_id,
-            samples,
-            error is not None or all(sample.finish_reason is not None for sample in self.samples),
-            prompt_logprobs,
-            first.num_cached or 0 if first is not None else 0,
-            min(first.num_computed, first.prompt_len) if first is not None else 0,
-            first.seed if first is not None else None,
-            self.first_scheduled,
-            pooled,
-            error,
-        )
+        finished, cached, computed, seed = True, 0, 0, None
+        if self.samples:
+            request = self.samples[0].request
+            cached, computed, seed = request.num_cached or 0, request.prompt_done, request.seed
+            finished = error is not None or None not in [sample.finish_reason for sample in self.samples]
+        return _new(
+            RequestDelta,
+            (
+                self.given.request_id, samples, finished, prompt_logprobs, cached, computed, seed, self.first_scheduled,
+                pooled, error,
+            ),
+        )  # fmt: skip
 
     def last_deltas(self, error: RequestError | None, which: int = ALL) -> list[RequestDelta]:
         """The last one of a request that fails with `error` or (None) is aborted, or of this sample: with the tokens so

@@ -74,6 +74,7 @@ class Request:
     pick_check_at: int = 0  # below this `length` its next row is one more token, and nothing else is to be done
     commit_check_at: int = 0  # below so many output tokens a new one is appended, if it does not stop: likewise
     report_at: int = 0  # below so many output tokens a new one is not reported to the client yet
+    prompt_done: int = 0  # prompt tokens whose KV committed steps have written
     order: int = 0  # running number of its add(): breaks ties of `arrival`
     admission: int = 0  # running number of its last admission
     queued: QueuedRequest = field(init=False)  # what the policy sees of it

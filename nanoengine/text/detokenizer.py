@@ -193,9 +193,11 @@ class IncrementalDetokenizer:
     def read(self, token_ids: Sequence[int], reason: str | None) -> str | None:
         """Appends tokens, and ends the sample if there is a finish_reason; with "stop" the last one is the EOS or stop
         token. Returns the stop string that ended the sample, or None; None for what an "abort" shows at the end."""
+        if reason is None:
+            return self.push(token_ids)
         by_token = reason == "stop"
         matched = self.push(token_ids[:-1] if by_token else token_ids)
-        if matched is None and reason is not None:
+        if matched is None:
             matched = self.finish(token_ids[-1] if by_token else None)
             return None if reason == "abort" else matched  # that it would have ended here is not said
         return matched

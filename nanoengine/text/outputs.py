@@ -56,8 +56,8 @@ class SampleOutput:
             finish_reason=begun.finish_reason,
             stop_reason=begun.stop_reason,
         )
-        if sample.token_ids and not given:
-            sample.decode()
+        if sample.token_ids and not given and sample.detokenizer is not None:
+            sample.decode(begun.token_ids)
         sample.num_given = len(sample.token_ids)
         sample.given_chars = len(sample.detokenizer.text) if sample.detokenizer is not None else 0
         if sample.logprobs is not None:
@@ -66,25 +66,24 @@ class SampleOutput:
 
     def take(self, delta: SampleDelta, logprobs: Sequence[Logprobs]) -> None:
         """Add what is new. `logprobs`: those of the delta."""
+        _, token_ids, _, self.finish_reason, self.stop_reason = delta
         before = len(self.token_ids)
-        self.token_ids += delta.token_ids
-        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
-        self.decode()
+        self.token_ids += token_ids
+        if self.detokenizer is not None:
+            self.decode(token_ids)
         if self.logprobs is not None and delta.logprobs is not None:
             kept = len(self.token_ids) - before
             self.logprobs += logprobs[:kept]
             for value in delta.logprobs.logprobs[:kept].tolist():  # one by one, to round as in steps of one
                 self.cumulative_logprob += value
 
-    def decode(self) -> None:
-        """Decode the tokens that have no text yet. A stop string found there ends the sample, and cuts them."""
-        reader = self.detokenizer
-        if reader is None:
-            return
-        matched = reader.read(self.token_ids[reader.num_tokens :], self.finish_reason)
+    def decode(self, new: Sequence[int]) -> None:
+        """Decode the newest tokens. A stop string found there ends the sample, and cuts them."""
+        assert self.detokenizer is not None
+        matched = self.detokenizer.read(new, self.finish_reason)
         if matched is not None:
             self.finish_reason, self.stop_reason = "stop", matched
-            del self.token_ids[reader.num_tokens :]
+            del self.token_ids[self.detokenizer.num_tokens :]
 
     def output(self) -> CompletionOutput:
         """The sample's output now, at a cost that does not grow with the sample."""
@@ -126,49 +125,52 @@ class OutputAssembler:
         self._given, self._tokenizer, self._prompt = given, tokenizer, prompt
         self._arrival = time.monotonic()
         self._first_token: float | None = None
-        self._finished: float | None = None
-        self._taking: RequestDelta | None = None
-        self._newest = RequestDelta(given.request_id)  # the last one that was taken whole
+        self._ended: float | None = None
+        self._taking = self._newest = RequestDelta(given.request_id)  # _newest: the last one that was taken whole
         self._prompt_logprobs: tuple[Logprobs | None, ...] | None = None
         if given.params.prompt_logprobs is not None:
             self._prompt_logprobs = (None,)  # of the first token: there is no token before it
+        self.finished = False
         self.error: RequestError | None = None
         begun = given.begun or (NOTHING,) * given.params.n
         self._samples: list[SampleOutput] = []
         if given.error is None:
             self._samples = [SampleOutput.begin(i, given.params, tokenizer, each) for i, each in enumerate(begun)]
+        self._open = sum(sample.finish_reason is None for sample in self._samples)  # that have not ended
 
-    @property
-    def finished(self) -> bool:
-        return self._finished is not None
-
-    def take(self, delta: RequestDelta) -> list[int]:
+    def take(self, delta: RequestDelta) -> Sequence[int]:
         """Add a delta. Returns the samples to abort: a stop string ended them, and the engine does not know it.
 
         A delta that comes again, because Ctrl-C came while it was delivered, is not added again. If it came in the
         middle of `take`, the request fails ("interrupted"). What the tokenizer raises fails it, too ("text_failed").
         """
         if self.finished or delta is self._newest:
-            return []
-        if self._taking is not None and self._taking is not self._newest:
+            return ()
+        if self._taking is not self._newest:
             self._fail(RequestError("interrupted", "the text of this request was interrupted while it was made"))
-            return []
+            return ()
         self._taking = delta
-        stopped: list[int] = []
+        stopped: tuple[int, ...] = ()
         try:
             for new in delta.samples:
-                if self._take(new):
-                    stopped.append(new.sample_index)
+                sample = self._samples[new[0]]
+                if sample.finish_reason is None:  # else a stop string has ended it: the rest is dropped
+                    if self._first_token is None and new.token_ids:
+                        self._first_token = time.monotonic()
+                    sample.take(new, () if new.logprobs is None else self._logprobs(new.logprobs))
+                    if sample.finish_reason is not None:
+                        self._open -= 1
+                        stopped += (sample.index,) if new.finish_reason is None else ()
             if delta.prompt_logprobs is not None and self._prompt_logprobs is not None:
                 self._prompt_logprobs += tuple(self._logprobs(delta.prompt_logprobs))
         except BaseException as raised:
             if not is_failure(raised):
                 raise
             self._fail(text_failure(raised))
-            return []
+            return ()
         self._newest = delta
-        if self._samples and all(sample.finish_reason is not None for sample in self._samples):
-            self._finished = time.monotonic()
+        if self._samples and not self._open:
+            self.finished, self._ended = True, time.monotonic()
         elif delta.error is not None:
             self._fail(delta.error)
         return stopped
@@ -186,7 +188,7 @@ class OutputAssembler:
                 arrival=self._arrival,
                 first_scheduled=self._newest.first_scheduled,
                 first_token=self._first_token,
-                finished=self._finished,
+                finished=self._ended,
                 num_generated=sum(lengths),
                 longest=max(lengths, default=0),
             ),
@@ -196,18 +198,8 @@ class OutputAssembler:
             error=self.error,
         )
 
-    def _take(self, new: SampleDelta) -> bool:
-        """Whether a stop string ends the sample."""
-        sample = self._samples[new.sample_index]
-        if sample.finish_reason is not None:
-            return False
-        if self._first_token is None and new.token_ids:  # a sample that ends without free blocks may get none
-            self._first_token = time.monotonic()
-        sample.take(new, self._logprobs(new.logprobs) if new.logprobs is not None else ())
-        return new.finish_reason is None and sample.finish_reason is not None
-
     def _fail(self, error: RequestError) -> None:
-        self.error, self._finished = error, time.monotonic()
+        self.error, self.finished, self._ended = error, True, time.monotonic()
 
     def _logprobs(self, rows: LogprobRows) -> list[Logprobs]:
         """One dict for each position: the best tokens first, then the token itself if it is not one of them.

@@ -7,23 +7,20 @@ from itertools import pairwise
 
 import pytest
 
+from nanoengine.api.deltas import RequestDelta, SampleDelta
 from nanoengine.api.errors import RequestError
-from nanoengine.api.outputs import RequestMetrics, RequestOutput
 from nanoengine.lab.bench.latency import Percentiles, Timeline, arrivals
 from nanoengine.lab.bench.report import Report, number, share
 
 
-def output(generated: int, error: RequestError | None = None) -> RequestOutput:
-    metrics = RequestMetrics(arrival=0, first_scheduled=0, first_token=0, finished=None, num_generated=generated)
-    return RequestOutput(
-        request_id="a", prompt=None, prompt_token_ids=(1,), outputs=[], finished=False, metrics=metrics, error=error
-    )
+def delta(new: int, error: RequestError | None = None) -> RequestDelta:
+    return RequestDelta("a", (SampleDelta(0, (7,) * new),) if new else (), error=error)
 
 
-def test_a_timeline_counts_tokens_not_outputs() -> None:
+def test_a_timeline_counts_tokens_not_deltas() -> None:
     timeline = Timeline(due=0.0)
-    for generated in (1, 1, 4):
-        timeline.take(output(generated))
+    for new in (1, 0, 3):
+        timeline.take(delta(new))
     assert len(timeline.tokens) == 4
     assert timeline.tokens[1] == timeline.tokens[3] > timeline.tokens[0]
     gap = timeline.tokens[1] - timeline.tokens[0]
@@ -32,15 +29,15 @@ def test_a_timeline_counts_tokens_not_outputs() -> None:
 
 def test_tokens_that_come_first_together_have_no_time_between_them() -> None:
     timeline = Timeline(due=0.0)
-    timeline.take(output(2))
+    timeline.take(delta(2))
     assert timeline.gaps == []
-    timeline.take(output(3))
+    timeline.take(delta(1))
     assert len(timeline.gaps) == 1
 
 
 def test_a_broken_request_breaks_the_measurement() -> None:
     with pytest.raises(RequestError, match="no room"):
-        Timeline(due=0.0).take(output(0, RequestError("does_not_fit", "no room")))
+        Timeline(due=0.0).take(delta(0, RequestError("does_not_fit", "no room")))
 
 
 def test_arrivals_come_at_the_given_rate_and_not_evenly() -> None:

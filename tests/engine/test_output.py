@@ -46,9 +46,9 @@ def delta(text: str, reason: Any = None) -> RequestDelta:
 @pytest.mark.parametrize("include", [False, True])
 def test_a_stop_string_amid_a_steps_tokens_cuts_them(tokenizer: Tokenizer, include: bool, reason: Any) -> None:
     made = assembler(tokenizer, ResolvedParams(stop=("cd",), include_stop_str_in_output=include, logprobs=0))
-    assert made.take(delta("ab")) == []
+    assert made.take(delta("ab")) == ()
     assert made.output().outputs[0].token_ids == tuple(b"ab")
-    assert made.take(delta("xcdyz", reason)) == ([0] if reason is None else [])
+    assert made.take(delta("xcdyz", reason)) == ((0,) if reason is None else ())
     last = made.output()
     sample = last.outputs[0]
     assert (sample.finish_reason, sample.stop_reason) == ("stop", "cd")

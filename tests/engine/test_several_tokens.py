@@ -116,9 +116,9 @@ def test_the_plain_run_ends_where_plain_search_says(tmp_path: Path) -> None:
 def the_whole_row_is_kept(patch: pytest.MonkeyPatch) -> None:
     decode = SampleOutput.decode
 
-    def broken(self: SampleOutput) -> None:
+    def broken(self: SampleOutput, new: Sequence[int]) -> None:
         before = [*self.token_ids]
-        decode(self)
+        decode(self, new)
         self.token_ids[:] = before
 
     patch.setattr(SampleOutput, "decode", broken)

@@ -168,7 +168,7 @@ def _never_finished(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _match_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SampleOutput, "decode", lambda self: None)
+    monkeypatch.setattr(SampleOutput, "decode", lambda self, new: None)
 
 
 def test_mutants_of_stopping_are_caught(tmp_path: Path) -> None:

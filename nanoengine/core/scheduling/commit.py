@@ -86,6 +86,7 @@ def _commit_row(request: Request, generation: int, row: RowResult, roster: Roste
             _fail_row(request, generation, row.failed, roster, updates)
         return
     current, prompt, end = request.generation == generation, row.prompt_logprobs, row.end
+    request.prompt_done = min(end, request.prompt_len)
     if prompt is not None:
         request.prompt_logprobs_done = int(prompt.positions[-1]) + 1
     if row.token_ids:

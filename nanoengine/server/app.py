@@ -21,7 +21,9 @@ from nanoengine.server.protocol.base import RequestModel
 from nanoengine.server.protocol.chat import ChatRequest
 from nanoengine.server.protocol.completions import CompletionRequest
 from nanoengine.server.protocol.generate import with_sampling
+from nanoengine.server.protocol.messages import CountRequest, MessagesRequest
 from nanoengine.server.protocol.pooling import EmbeddingRequest, ScoreRequest
+from nanoengine.server.protocol.responses import ResponsesRequest
 from nanoengine.server.protocol.tokens import (
     AbortRequest,
     DetokenizeRequest,
@@ -29,13 +31,16 @@ from nanoengine.server.protocol.tokens import (
     TokenizeRequest,
     TraceRequest,
 )
+from nanoengine.server.render_messages import message_error
 from nanoengine.server.requests import with_schemas
 from nanoengine.server.routes.admin import admin_router
 from nanoengine.server.routes.chat import chat_router
 from nanoengine.server.routes.completions import completions_router
 from nanoengine.server.routes.health import health_router
+from nanoengine.server.routes.messages import messages_router
 from nanoengine.server.routes.models import models_router
 from nanoengine.server.routes.pooling import pooling_router
+from nanoengine.server.routes.responses import responses_router
 from nanoengine.server.routes.tokens import tokens_router
 from nanoengine.service.client import EngineClient
 from nanoengine.text import Tokenizer
@@ -65,7 +70,7 @@ def create_app(
         parsers=parsers or Parsers(),
         pool=ThreadPoolExecutor(config.threads, thread_name_prefix="nanoengine-http"),
     )
-    return Gate(fastapi_app(context), config, configured_keys(config) if keys is None else keys)
+    return Gate(fastapi_app(context), config, configured_keys(config) if keys is None else keys, error_of)
 
 
 def fastapi_app(context: Context) -> FastAPI:
@@ -83,7 +88,8 @@ def fastapi_app(context: Context) -> FastAPI:
     for router in _routers(context, chat, completion):
         app.include_router(router)
     plain: list[type[RequestModel]] = [EmbeddingRequest, ScoreRequest, TokenizeRequest, DetokenizeRequest]
-    with_schemas(app, [chat, completion, *plain, AbortRequest, DrainRequest, TraceRequest])
+    plain += [MessagesRequest, CountRequest, ResponsesRequest, AbortRequest, DrainRequest, TraceRequest]
+    with_schemas(app, [chat, completion, *plain])
     app.add_exception_handler(Exception, _failed)
     app.add_exception_handler(HTTPException, _failed)
     app.add_exception_handler(ApiError, _failed)
@@ -96,6 +102,8 @@ def _routers(context: Context, chat: type[ChatRequest], completion: type[Complet
         completions_router(context, completion),
         chat_router(context, chat),
         pooling_router(context),
+        messages_router(context, chat),
+        responses_router(context, chat),
         models_router(context),
         tokens_router(context),
         health_router(context),
@@ -103,9 +111,14 @@ def _routers(context: Context, chat: type[ChatRequest], completion: type[Complet
     )
 
 
-async def _failed(_: Request, raised: Exception) -> Response:
+def error_of(path: str, error: ApiError) -> bytes:
+    """The body of an error, in the shape that clients of this path know."""
+    return message_error(error) if path.startswith("/v1/messages") else error_body(error)
+
+
+async def _failed(request: Request, raised: Exception) -> Response:
     error = _of_http(raised) if isinstance(raised, HTTPException) else api_error(raised)
-    return Response(error_body(error), error.status, error.headers, media_type="application/json")
+    return Response(error_of(request.url.path, error), error.status, error.headers, media_type="application/json")
 
 
 def _of_http(raised: HTTPException) -> ApiError:

@@ -20,12 +20,15 @@ def event(data: bytes) -> bytes:
 
 def usage_fields(usage: TokenUsage) -> dict[str, Any]:
     """OpenAI's `usage`. cached_tokens is always there."""
-    return {
+    found: dict[str, Any] = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
+    if usage.reasoning_tokens:
+        found["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_tokens}
+    return found
 
 
 class Chunks:

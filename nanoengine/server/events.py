@@ -8,7 +8,7 @@ strings and the parsing of tools and reasoning happen here, so that no endpoint 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -36,10 +36,14 @@ Event = ParserEvent | Ended
 
 
 class OutputParser(Protocol):
-    """Splits the text of one sample into events: a `SampleParser`. ended: the sample can end, its rest is unwanted."""
+    """Splits the text of one sample into events: a `SampleParser`, which says what these mean."""
 
     @property
     def ended(self) -> bool: ...
+    @property
+    def reasons(self) -> bool: ...
+    @property
+    def may_reason(self) -> bool: ...
     def feed(self, text: str) -> list[ParserEvent]: ...
     def finish(self) -> list[ParserEvent]: ...
 
@@ -100,24 +104,26 @@ class Update(NamedTuple):
 
 @dataclass(slots=True)
 class TokenUsage:
-    """Tokens of a request so far. completion_tokens: of all samples."""
+    """Tokens of a request so far. completion_tokens: of all samples; reasoning_tokens: those of them that reason."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
 
     def __add__(self, other: TokenUsage) -> TokenUsage:
         return TokenUsage(
             self.prompt_tokens + other.prompt_tokens,
             self.cached_tokens + other.cached_tokens,
             self.completion_tokens + other.completion_tokens,
+            self.reasoning_tokens + other.reasoning_tokens,
         )
 
 
 class _Sample:
     """The text of one sample, and its events."""
 
-    __slots__ = ("_detokenizer", "_nothing_new", "_parser", "_trim", "finish_reason")
+    __slots__ = ("_detokenizer", "_nothing_new", "_parser", "_trim", "finish_reason", "reasoning_tokens")
 
     def __init__(self, tokenizer: Tokenizer | None, generation: Generation) -> None:
         core = generation.params.core
@@ -134,9 +140,25 @@ class _Sample:
         self._trim = _Trim()
         self._nothing_new = generation.nothing_new
         self.finish_reason: str | None = None
+        self.reasoning_tokens = 0
 
     def take(self, delta: SampleDelta) -> SampleUpdate:
         """Raises what a tokenizer or a parser raises."""
+        if self._parser is None or not self._parser.may_reason:
+            return self._take(delta)
+        events, ids = list[Event](), list[int]()
+        for one in _singles(delta):  # which shows which tokens are the reasoning's
+            before = self._parser.reasons
+            update = self._take(one)
+            events += update.events
+            ids += update.token_ids
+            self.reasoning_tokens += len(update.token_ids) if before or self._parser.reasons else 0
+            if self.finish_reason is not None:
+                break
+        logprobs = None if delta.logprobs is None else delta.logprobs.part(0, len(ids))
+        return SampleUpdate(delta.sample_index, joined(events), tuple(ids), logprobs)
+
+    def _take(self, delta: SampleDelta) -> SampleUpdate:
         index, ids, logprobs, reason, stop_reason = delta
         if self._nothing_new:
             self.finish_reason = "length"
@@ -168,6 +190,27 @@ class _Sample:
             self.finish_reason = "tool_calls" if self._trim.called and reason == "stop" else reason
             events.append(Ended(self.finish_reason, stop_reason))
         return events
+
+
+def _singles(delta: SampleDelta) -> Iterator[SampleDelta]:
+    """The delta as one for each token, without log-probs."""
+    for token in delta.token_ids[:-1]:
+        yield SampleDelta(delta.sample_index, (token,))
+    yield delta._replace(token_ids=delta.token_ids[-1:], logprobs=None)
+
+
+def joined(events: Sequence[Event]) -> list[Event]:
+    """The events, in which neighbours of one kind are one."""
+    found = list[Event]()
+    for event in events:
+        last = found[-1] if found else None
+        if isinstance(event, Content | Reasoning) and type(last) is type(event):
+            found[-1] = type(event)(last.text + event.text)
+        elif isinstance(event, ToolCallArguments) and isinstance(last, ToolCallArguments) and last.index == event.index:
+            found[-1] = ToolCallArguments(event.index, last.text + event.text)
+        else:
+            found.append(event)
+    return found
 
 
 class _Trim:
@@ -253,6 +296,7 @@ class Running:
                     raise
                 raise text_failure(error) from error
             usage.completion_tokens += len(update.token_ids)
+            usage.reasoning_tokens = sum(each.reasoning_tokens for each in self._samples)
             updates.append(update)
             if sample.finish_reason is not None and each.finish_reason is None:
                 self._stream.abort_sample(each.sample_index)

@@ -89,6 +89,16 @@ class SampleParser:
         self._input = Without([text for text in hidden if text not in needed])
         self._content = Without([text for text in hidden if text in needed])
 
+    @property
+    def reasons(self) -> bool:
+        """Whether the next piece of text belongs to the reasoning."""
+        return self._reasoning is not None and self._reasoning.begun and not self._reasoning.over
+
+    @property
+    def may_reason(self) -> bool:
+        """Whether reasoning may still come, or goes on."""
+        return self._reasoning is not None and not self._reasoning.over
+
     def feed(self, text: str) -> list[ParserEvent]:
         """The events that the next piece of text makes certain. Raises `PluginError` if the tool parser fails."""
         return [] if self.ended else self._read(self._input.feed(text))
@@ -148,26 +158,26 @@ class _Reasoning:
 
     def __init__(self, tags: ReasoningTags, opened: bool) -> None:
         self._begin, self._marker = tags.begin, Marker(tags.end)
-        self._held, self._begun, self._over = "", opened, False
+        self._held, self.begun, self.over = "", opened, False
 
     def feed(self, text: str) -> tuple[str, str]:
         """The next pieces of the reasoning and of what follows it."""
-        if self._over:
+        if self.over:
             return "", text
-        if not self._begun:
+        if not self.begun:
             text = self._held + text
             rest = text.lstrip()
-            if self._begin.startswith(rest):
+            if self._begin.startswith(rest) and rest != self._begin:
                 self._held = text
                 return "", ""
-            self._held, self._begun = "", True
+            self._held, self.begun = "", True
             if not rest.startswith(self._begin):
-                self._over = True
+                self.over = True
                 return "", text
             text = rest.removeprefix(self._begin)
-        thought, self._over, text = self._marker.feed(text)
+        thought, self.over, text = self._marker.feed(text)
         return thought, text
 
     def finish(self) -> tuple[str, str]:
         """The rest of both, when the text has ended."""
-        return ("", self._held) if not self._begun else ("" if self._over else self._marker.finish(), "")
+        return ("", self._held) if not self.begun else ("" if self.over else self._marker.finish(), "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -37,33 +38,8 @@ def chat_router(context: Context, model: type[ChatRequest]) -> APIRouter:
 
 
 async def _answer(context: Context, request: Request, body: ChatRequest, account: Account) -> Response:
-    context.check_model(body.model)
-    info = context.client.info
-    parsing, tools = _parsing(context, body)
-    own, constraint = _own(body, context, parsing), _constraint(body, parsing)
-    run = run_fields(context, request, body)
-    options = template_options(
-        kwargs=body.chat_template_kwargs,
-        tools=tools,
-        documents=body.documents,
-        add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=body.continue_final_message,
-        reasoning_effort=body.reasoning_effort,
-    )
-    prompt = await chat_prompt(context, body.messages, options)
-    opened = parsing.opened(prompt.text or "", bool(body.continue_final_message))
-    if constraint is not None:
-        constraint = parsing.behind_reasoning(constraint, opened)
-    params = sampling_params(body, info, context.config, caller_of(request).secret, constraint, own)
-    request_id = request_id_of(request, body.request_id)
-    generation = Generation(
-        request_id=f"{request_id}-{uuid.uuid4().hex[:12]}",
-        prompt_token_ids=prompt.token_ids,
-        params=params,
-        parser=parsing.parser(opened, show_special=body.skip_special_tokens is False),
-        priority=checked_priority(body, info),
-        **run,
-    )
+    generation = await chat_generation(context, request, body)
+    request_id = request_id_of(request)
     style = ChatStyle(
         id=f"chatcmpl-{request_id}",
         created=account.created,
@@ -73,6 +49,49 @@ async def _answer(context: Context, request: Request, body: ChatRequest, account
     )
     renderer = ChatStream(style) if body.stream else ChatBody(style)
     return Answer(context, account, request_id, [generation], renderer, bool(body.stream))
+
+
+async def chat_generation(context: Context, request: Request, body: ChatRequest) -> Generation:
+    """What is to run for a conversation; other shapes of conversations are converted to this one first.
+
+    Raises `ApiError`, `ParamsError` or `RequestError`.
+    """
+    context.check_model(body.model)
+    info = context.client.info
+    parsing, tools = _parsing(context, body)
+    own, constraint = _own(body, context, parsing), _constraint(body, parsing)
+    run = run_fields(context, request, body)
+    prompt = await chat_prompt(context, body.messages, chat_options(body, tools))
+    opened = parsing.opened(prompt.text or "", bool(body.continue_final_message))
+    if constraint is not None:
+        constraint = parsing.behind_reasoning(constraint, opened)
+    params = sampling_params(body, info, context.config, caller_of(request).secret, constraint, own)
+    request_id = request_id_of(request, body.request_id)
+    return Generation(
+        request_id=f"{request_id}-{uuid.uuid4().hex[:12]}",
+        prompt_token_ids=prompt.token_ids,
+        params=params,
+        parser=parsing.parser(opened, show_special=body.skip_special_tokens is False),
+        priority=checked_priority(body, info),
+        **run,
+    )
+
+
+def chat_options(body: ChatRequest, tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Variables of the template. tools: those that it gets."""
+    return template_options(
+        kwargs=body.chat_template_kwargs,
+        tools=tools,
+        documents=body.documents,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        reasoning_effort=body.reasoning_effort,
+    )
+
+
+def template_tools(body: ChatRequest) -> list[dict[str, Any]]:
+    """The tools that the template gets."""
+    return [] if body.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
 
 
 def _parsing(context: Context, body: ChatRequest) -> tuple[Parsing, list[dict[str, Any]]]:
@@ -86,7 +105,7 @@ def _parsing(context: Context, body: ChatRequest) -> tuple[Parsing, list[dict[st
         raise invalid("tool_choice needs tools, and there are none", "tool_choice")
     parallel = body.parallel_tool_calls is not False
     parsing = parsing_of(context.parsers, context.tokenizer, tools_of(definitions), choice, named, parallel)
-    return parsing, [] if choice == "none" else definitions
+    return parsing, template_tools(body)
 
 
 def _own(body: ChatRequest, context: Context, parsing: Parsing) -> dict[str, Any]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nanoengine.api.errors import (
         ConfigError,
         EngineClosed,
+        EngineUnavailable,
         ModelError,
         ModelSourceError,
         NanoEngineError,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     )
     from nanoengine.api.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from nanoengine.api.structured_outputs import StructuredOutputsParams
+    from nanoengine.async_llm import AsyncLLM
     from nanoengine.core.scheduling.messages import EngineStats
     from nanoengine.llm import LLM
     from nanoengine.observe.steps import StepRecord
@@ -39,6 +41,7 @@ __version__ = "0.1.0"
 _ERRORS = (
     "ConfigError",
     "EngineClosed",
+    "EngineUnavailable",
     "ModelError",
     "ModelSourceError",
     "NanoEngineError",
@@ -52,6 +55,7 @@ _ERRORS = (
 )
 _HOME = {
     "LLM": "nanoengine.llm",
+    "AsyncLLM": "nanoengine.async_llm",
     "EngineStats": "nanoengine.core.scheduling.messages",
     "Stream": "nanoengine.stream",
     "StructuredOutputsParams": "nanoengine.api.structured_outputs",
@@ -70,11 +74,13 @@ _HOME = {
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "ConfigError",
     "EmbeddingOutput",
     "EngineClosed",
     "EngineStats",
+    "EngineUnavailable",
     "Logprob",
     "ModelError",
     "ModelSourceError",

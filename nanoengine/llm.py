@@ -14,12 +14,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 from nanoengine.api.embeddings import EmbeddingOutput, ScoreOutput, scored
 from nanoengine.api.errors import (
     ModelError,
-    NanoEngineError,
     ParamsError,
-    RequestError,
     WorkerError,
-    described,
-    is_failure,
 )
 from nanoengine.api.outputs import RequestOutput
 from nanoengine.build import BuiltEngine, assemble, build_engine, find_model
@@ -43,7 +39,7 @@ from nanoengine.params.pooling import PoolingChoice, choose_pooling, pairs
 from nanoengine.params.sampling_params import SamplingParams
 from nanoengine.setup.config.engine_options import engine_options
 from nanoengine.setup.keywords import check_options, names_keywords
-from nanoengine.setup.plugins.discover import discover
+from nanoengine.setup.plugins.discover import discover_given
 from nanoengine.setup.plugins.registry import Registry
 from nanoengine.setup.plugins.sources import with_revision
 from nanoengine.setup.start.clock import StartClock, StartReport
@@ -92,7 +88,7 @@ class LLM:
         plugins: Sequence[Any] = (),
         **options: Any,
     ) -> None:
-        clock, registry = StartClock(), _discover(plugins)
+        clock, registry = StartClock(), discover_given(plugins)
         clock.lap("plugins")
         check_options(LLM, options, registry)
         model, checked = with_revision(str(model), revision), engine_options(options)
@@ -103,7 +99,7 @@ class LLM:
         """An LLM as a YAML file describes it, with overrides as on the command line ("sampler.top_p=0.9")."""
         from nanoengine.setup.config.config import load_config
 
-        clock, registry = StartClock(), _discover(plugins)
+        clock, registry = StartClock(), discover_given(plugins)
         config = load_config(path, overrides, registry=registry)
         clock.lap("plugins")
         return cls.from_run_config(config, registry=registry, clock=clock)
@@ -228,20 +224,9 @@ class LLM:
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = [messages] if one else messages
         variables = template_variables(options)
-        prompts = [self._render(c, variables) for c in conversations]
-        return self._run(prompts, one_name(params, sampling_params), None, use_tqdm)
-
-    def _render(self, messages: Any, options: Mapping[str, Any]) -> GivenPrompt:
-        """Token ids and text of a conversation; an error where it cannot be rendered: the engine refuses that."""
         tokenizer = self._built.need_tokenizer()
-        try:
-            return GivenPrompt(*tokenizer.chat(messages, **options))
-        except RequestError as error:
-            return GivenPrompt(error)
-        except BaseException as error:  # a message may be of a class that raises anything
-            if isinstance(error, NanoEngineError) or not is_failure(error):
-                raise
-            return GivenPrompt(RequestError("invalid_prompt", f"reading the messages raised {described(error)}"))
+        prompts = [tokenizer.rendered(c, variables) for c in conversations]
+        return self._run(prompts, one_name(params, sampling_params), None, use_tqdm)
 
     def chat_prompt(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> list[int]:
         """Token ids of a conversation under the model's chat template. `options`: see `ChatOptions`.
@@ -510,12 +495,3 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _discover(plugins: Any) -> Registry:
-    if isinstance(plugins, str | Path):
-        plugins = [plugins]
-    plugins = plugins or ()
-    files = [p for p in plugins if isinstance(p, str | Path)]
-    extra = [(getattr(p, "__name__", type(p).__name__), p) for p in plugins if not isinstance(p, str | Path)]
-    return discover(files, extra=extra)

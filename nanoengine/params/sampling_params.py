@@ -10,7 +10,7 @@ import copy
 import sys
 import types
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -248,25 +248,10 @@ class ParamsResolver:
         self._check_ids("stop_token_ids", core.stop_token_ids or ())
         if core.n > self._max_n:
             raise ParamsError(f"n is {core.n}, and engine option max_n is {self._max_n}: lower n or raise max_n")
-        return ResolvedParams(
-            n=core.n,
-            max_tokens=core.max_tokens,
-            min_tokens=core.min_tokens,
-            seed=core.seed,
-            priority=core.priority,
-            cache_salt=core.cache_salt,
-            speculate=core.speculate,
-            logprobs=self._num_logprobs("logprobs", core.logprobs),
-            prompt_logprobs=self._num_logprobs("prompt_logprobs", core.prompt_logprobs),
-            detokenize=core.detokenize,
-            skip_special_tokens=core.skip_special_tokens,
-            include_stop_str_in_output=core.include_stop_str_in_output,
-            stop=core.stop_strings,
-            eos_ids=frozenset() if core.ignore_eos else self._eos_ids,
-            stop_token_ids=frozenset(core.stop_token_ids or ()),
-            processors=processors,
-            greedy=any(_is_greedy(processor) for processor in processors),
-        )
+        self._check_num_logprobs("logprobs", core.logprobs)
+        self._check_num_logprobs("prompt_logprobs", core.prompt_logprobs)
+        plain = unchecked_params(core, self.ctx.vocab_size, self._eos_ids)
+        return replace(plain, processors=processors, greedy=any(_is_greedy(processor) for processor in processors))
 
     def _check_names(self, given: Mapping[str, Any]) -> None:
         for name in given:
@@ -313,8 +298,8 @@ class ParamsResolver:
         if len(set(ids)) > MAX_RAGGED:
             raise ParamsError(f"{name} has {len(set(ids))} ids, more than {MAX_RAGGED}: shorten it")
 
-    def _num_logprobs(self, name: str, value: int | None) -> int | None:
-        """The number of log-probs per position. It is limited, because it costs memory and time of other requests."""
+    def _check_num_logprobs(self, name: str, value: int | None) -> None:
+        """The number of log-probs per position is limited, because it costs memory and time of other requests."""
         if value is not None and value > self.ctx.vocab_size:
             raise ParamsError(f"{name} must be at most the size of the vocabulary, {self.ctx.vocab_size}, not {value}")
         limit = self._max_logprobs
@@ -324,7 +309,28 @@ class ParamsResolver:
                 f"{name} is {wanted}, and engine option max_logprobs is {limit}: ask for at most {limit}, or raise "
                 "max_logprobs (-1: no limit)"
             )
-        return self.ctx.vocab_size if value == -1 else value
+
+
+def unchecked_params(core: CoreFields, vocab_size: int, eos_ids: frozenset[int]) -> ResolvedParams:
+    """What the core fields say, without logits processors: all that makes text and outputs of a request's tokens."""
+    logprobs, prompt_logprobs = (vocab_size if n == -1 else n for n in (core.logprobs, core.prompt_logprobs))
+    return ResolvedParams(
+        n=core.n,
+        max_tokens=core.max_tokens,
+        min_tokens=core.min_tokens,
+        seed=core.seed,
+        priority=core.priority,
+        cache_salt=core.cache_salt,
+        speculate=core.speculate,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        detokenize=core.detokenize,
+        skip_special_tokens=core.skip_special_tokens,
+        include_stop_str_in_output=core.include_stop_str_in_output,
+        stop=core.stop_strings,
+        eos_ids=frozenset() if core.ignore_eos else eos_ids,
+        stop_token_ids=frozenset(core.stop_token_ids or ()),
+    )
 
 
 class _TooWide(ParamsError):

@@ -30,6 +30,7 @@ class SampleOutput:
     Attributes:
         token_ids: without those that come after a stop string.
         num_given, given_chars: tokens that it began with, and characters of their text.
+        reported: tokens that `new_output` has returned, with those that it began with.
         ended: the output of a sample that has ended.
     """
 
@@ -39,6 +40,7 @@ class SampleOutput:
     token_ids: list[int] = field(default_factory=list)
     num_given: int = 0
     given_chars: int = 0
+    reported: int = 0
     cumulative_logprob: float = 0.0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -85,6 +87,29 @@ class SampleOutput:
             self.finish_reason, self.stop_reason = "stop", matched
             del self.token_ids[self.detokenizer.num_tokens :]
 
+    def new_output(self) -> CompletionOutput | None:
+        """What is new since the last one; None: nothing is. Its cost does not grow with the sample."""
+        start, ends = max(self.reported, self.num_given), self.finish_reason is not None and self.ended is None
+        text = self.detokenizer.take() if self.detokenizer is not None else ""
+        if start > self.reported:  # the first time: without what was given
+            text = text[self.given_chars :]
+        tokens = tuple(self.token_ids[start:])
+        self.reported = start + len(tokens)
+        if not (text or tokens or ends):
+            return None
+        output = CompletionOutput(
+            index=self.index,
+            text=text,
+            token_ids=tokens,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            cumulative_logprob=None if self.logprobs is None else self.cumulative_logprob,
+            logprobs=None if self.logprobs is None else tuple(self.logprobs[start:]),
+        )
+        if ends:
+            self.ended = output
+        return output
+
     def output(self) -> CompletionOutput:
         """The sample's output now, at a cost that does not grow with the sample."""
         if self.ended is not None:
@@ -128,6 +153,7 @@ class OutputAssembler:
         self._ended: float | None = None
         self._taking = self._newest = RequestDelta(given.request_id)  # _newest: the last one that was taken whole
         self._prompt_logprobs: tuple[Logprobs | None, ...] | None = None
+        self._reported = 0  # of them, those that `new_output` has returned
         if given.params.prompt_logprobs is not None:
             self._prompt_logprobs = (None,)  # of the first token: there is no token before it
         self.finished = False
@@ -177,12 +203,27 @@ class OutputAssembler:
 
     def output(self) -> RequestOutput:
         """What the request has so far."""
+        prompt_logprobs = None if self.error else self._prompt_logprobs
+        return self._output([] if self.error else [sample.output() for sample in self._samples], prompt_logprobs)
+
+    def new_output(self) -> RequestOutput:
+        """What is new since the last one: of the samples that have something new, and of the prompt's log-probs. Not
+        to be used beside `output`."""
+        found = [] if self.error else [sample.new_output() for sample in self._samples]
+        logprobs, start = self._prompt_logprobs, self._reported
+        if logprobs is not None:
+            self._reported, logprobs = len(logprobs), logprobs[start:] or None
+        return self._output([each for each in found if each is not None], logprobs)
+
+    def _output(
+        self, outputs: list[CompletionOutput], prompt_logprobs: tuple[Logprobs | None, ...] | None
+    ) -> RequestOutput:
         lengths = [len(sample.token_ids) - sample.num_given for sample in self._samples]
         return RequestOutput(
             request_id=self._given.request_id,
             prompt=self._prompt,
             prompt_token_ids=self._given.prompt_token_ids,
-            outputs=[] if self.error else [sample.output() for sample in self._samples],
+            outputs=outputs,
             finished=self.finished,
             metrics=RequestMetrics(
                 arrival=self._arrival,
@@ -192,7 +233,7 @@ class OutputAssembler:
                 num_generated=sum(lengths),
                 longest=max(lengths, default=0),
             ),
-            prompt_logprobs=None if self.error else self._prompt_logprobs,
+            prompt_logprobs=prompt_logprobs,
             num_cached_tokens=self._newest.num_cached_tokens,
             seed=self._newest.seed,
             error=self.error,

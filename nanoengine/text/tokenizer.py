@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from nanoengine.api.errors import ModelError, NanoEngineError, RequestError, described, is_failure
+from nanoengine.params.arguments import GivenPrompt
 from nanoengine.text.chat import prepare
 from nanoengine.text.control_tokens import ControlTokens, control_tokens
 from nanoengine.text.decoding import TokenStream, TokenTable
@@ -296,6 +297,17 @@ class Tokenizer:
             self._control = chat.template, control
         with _failures():
             return control.encode(chat, text), text
+
+    def rendered(self, messages: Any, options: Mapping[str, Any]) -> GivenPrompt:
+        """What `chat` returns, as a prompt; in place of the ids the error where the messages cannot be rendered."""
+        try:
+            return GivenPrompt(*self.chat(messages, **options))
+        except RequestError as error:
+            return GivenPrompt(error)
+        except BaseException as error:  # a message may be of a class that raises anything
+            if isinstance(error, NanoEngineError) or not is_failure(error):
+                raise
+            return GivenPrompt(RequestError("invalid_prompt", f"reading the messages raised {described(error)}"))
 
     def apply_chat_template(self, messages: Any, /, **options: Any) -> list[int]:
         """Token ids of a conversation. Arguments and errors are those of `chat`."""

@@ -15,6 +15,7 @@ from nanoengine import SamplingParams
 from nanoengine.api.deltas import RequestDelta, SampleDelta
 from nanoengine.api.errors import EngineUnavailable, GrammarError, ParamsError, RequestError
 from nanoengine.api.structured_outputs import StructuredOutputsParams
+from nanoengine.params.pooling import PoolingDefaults
 from nanoengine.service.client import ClientRequest, EngineInfo, Usage
 from nanoengine.service.frames import (
     FrameReader,
@@ -107,6 +108,7 @@ def test_values_of_parameters_are_the_same_on_the_other_side(value: Any) -> None
         client="ann",
         timeout=1.5,
         progress=True,
+        pooling="mean",
     )
     added = read_add(content(add_frame(7, given_request, resumed=True)))
     assert (added.key, added.resumed, added.wrong) == (7, True, None)
@@ -135,6 +137,7 @@ def test_info_and_usage_are_the_same_on_the_other_side() -> None:
         default_sampling={"temperature": 0.5, "logit_bias": {3: 1.0}, "stop": ["x"]},
         default_unsupported=("line",),
         end_ids=frozenset({1}),
+        pooling=PoolingDefaults(size=4, pooling="mean", dimensions=(2, 4)),
     )
     assert info_from_json(json.loads(json.dumps(info_to_json(info)))) == info
     usage = Usage(client="ann", endpoint="/v1", prompt_tokens=3, finish_reasons=("stop",), ttft=0.25)
@@ -164,7 +167,8 @@ def request_head(**changes: Any) -> bytes:
     "changes",
     [
         {"key": -1}, {"key": True}, {"key": 2**40}, {"id": 3}, {"params": []}, {"priority": "high"}, {"every": 1.5},
-        {"every": True}, {"client": None}, {"timeout": "1"}, {"progress": 1}, {"lengths": []}, {"lengths": [3]},
+        {"every": True}, {"client": None}, {"timeout": "1"}, {"progress": 1}, {"pooling": 1}, {"lengths": []},
+        {"lengths": [3]},
         {"lengths": [-1, 3]}, {"lengths": [True, 1]}, {"resumed": None}, {"id": "missing"}, {"lengths": "missing"},
     ],
     ids=str,

@@ -36,6 +36,7 @@ __all__ = [
     "Registry",
     "choose_attention",
     "discover",
+    "discover_given",
     "from_class",
     "load_checked",
     "plugin_file",
@@ -55,6 +56,16 @@ def discover(plugin_files: Sequence[str | Path] = (), *, extra: Sequence[tuple[s
     for name, plugin in extra:
         search.register(plugin, Origin(plugin=name), fatal=True)
     return search.registry()
+
+
+def discover_given(plugins: Any) -> Registry:
+    """`discover` with what `LLM(plugins=...)` takes: one or several of: a path, an object with hooks."""
+    if isinstance(plugins, str | Path):
+        plugins = [plugins]
+    plugins = plugins or ()
+    files = [p for p in plugins if isinstance(p, str | Path)]
+    extra = [(getattr(p, "__name__", type(p).__name__), p) for p in plugins if not isinstance(p, str | Path)]
+    return discover(files, extra=extra)
 
 
 def _installed() -> list[EntryPoint]:

@@ -1,0 +1,440 @@
+"""`AsyncLLM`: the engine for asyncio. It runs on a thread of this process, or in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, Unpack
+
+from nanoengine.api.deltas import RequestDelta
+from nanoengine.api.errors import EngineClosed, ParamsError, RequestError, TokenizerMissing
+from nanoengine.api.outputs import RequestOutput
+from nanoengine.params.arguments import (
+    ChatOptions,
+    GivenPrompt,
+    Prompt,
+    check_params,
+    check_priority,
+    checked_name,
+    encoded_prompt,
+    one_name,
+    split_prompt,
+    template_variables,
+)
+from nanoengine.params.sampling_params import SamplingParams
+from nanoengine.service.client import ClientRequest, EngineClient, EngineInfo, Health, RequestStream, ServiceStats
+from nanoengine.service.engine_process import EngineProcess
+from nanoengine.service.source import EngineSource
+from nanoengine.service.text import checked_on_this_side, tokenizer_of
+from nanoengine.setup.config.engine_options import engine_options
+from nanoengine.setup.keywords import check_options, names_keywords
+from nanoengine.setup.plugins.discover import discover_given
+from nanoengine.setup.plugins.sources import with_revision
+from nanoengine.text.outputs import OutputAssembler
+
+if TYPE_CHECKING:
+    from nanoengine.api.attention import AttentionBackend
+    from nanoengine.text import Tokenizer
+
+Message = Mapping[str, Any]
+_LONG_TEXT = 20_000  # characters: encoding more would hold the event loop up
+
+
+@names_keywords
+class AsyncLLM:
+    """A model, ready to generate, for asyncio.
+
+    Making it takes as long as making an `LLM`, and holds the event loop up; use it as an async context manager, or
+    `close` it. Any number of requests may be open; several event loops may use it.
+
+    Args:
+        process: run the engine in a process of its own: the event loop and the engine then share no interpreter.
+        log_level: of that process.
+        The others: as of `LLM`. With `process`, attention must be a name, and plugins paths or modules.
+
+    Raises what `LLM` raises.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        attention: str | type[AttentionBackend] = "auto",
+        implementation: str | None = None,
+        plugins: Sequence[Any] = (),
+        process: bool = False,
+        log_level: str = "WARNING",
+        **options: Any,
+    ) -> None:
+        if not process:
+            from nanoengine.llm import LLM
+
+            self._start_here(
+                lambda: LLM(
+                    model, revision=revision, attention=attention, implementation=implementation, plugins=plugins,
+                    **options,
+                )
+            )  # fmt: skip
+            return
+        check_options(AsyncLLM, options, discover_given(plugins))
+        named, checked = with_revision(str(model), revision), engine_options(options)
+        source = EngineSource.of_parts(named, attention, implementation, checked, None, _several(plugins))
+        self._start_process(source, log_level)
+
+    @classmethod
+    def from_config(
+        cls,
+        path: str | Path,
+        overrides: Sequence[str] = (),
+        *,
+        plugins: Sequence[Any] = (),
+        process: bool = False,
+        log_level: str = "WARNING",
+    ) -> Self:
+        """An AsyncLLM as a YAML file describes it, with overrides as on the command line ("sampler.top_p=0.9")."""
+        self = cls.__new__(cls)
+        if not process:
+            from nanoengine.llm import LLM
+
+            self._start_here(lambda: LLM.from_config(path, overrides, plugins=plugins))
+            return self
+        from nanoengine.setup.config.config import load_config
+
+        config = load_config(path, overrides, registry=discover_given(plugins))
+        self._start_process(EngineSource.of_config(config, _several(plugins)), log_level)
+        return self
+
+    def _start_here(self, make: Callable[[], Any]) -> None:
+        from nanoengine.service.local import LocalClient
+        from nanoengine.service.parts import service_of
+
+        llm = make()
+        service = service_of(llm)
+        service.start()
+
+        def end() -> None:
+            service.stop()
+            llm.close()
+
+        async def connect() -> EngineClient:
+            return LocalClient(service)
+
+        self._begin(connect, end, service.info, llm._built.tokenizer)
+
+    def _start_process(self, source: EngineSource, log_level: str) -> None:
+        from nanoengine.service.remote import RemoteClient
+
+        process = self._process = EngineProcess.start(source, log_level=log_level)
+        try:
+            info = _run(process.wait_ready())
+            tokenizer = tokenizer_of(info)
+        except BaseException:
+            process.close()
+            raise
+
+        def end() -> None:
+            process.close()
+            if tokenizer is not None:
+                tokenizer.close()
+
+        async def connect() -> EngineClient:
+            client = RemoteClient(resume_seconds=0.0)
+            with suppress(OSError):  # the process has ended: adding a request says so
+                client.connect(process.connect())
+                await client.ready()
+            return client
+
+        self._begin(connect, end, info, tokenizer)
+
+    def _begin(
+        self,
+        connect: Callable[[], Awaitable[EngineClient]],
+        end: Callable[[], None],
+        info: EngineInfo,
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        self._connect, self._end, self.info, self._tokenizer = connect, end, info, tokenizer
+        self._clients: dict[asyncio.AbstractEventLoop, asyncio.Task[EngineClient]] = {}
+        self._ids = itertools.count()
+        self._closed = False
+        self.default_params = SamplingParams(**info.default_sampling)
+
+    # -- generation ------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        delta: bool = False,
+        priority: int | None = None,
+        sampling_params: SamplingParams | None = None,
+    ) -> OutputStream:
+        """Generate for a prompt: `async for output in llm.generate(...)`. Leaving the loop aborts the request.
+
+        Args:
+            prompt: as of `LLM.generate`, one of them.
+            params: None: the model's generation_config, or the configuration's `sampler`.
+            request_id: unique among the open requests; None: one is made.
+            delta: outputs have only what is new since the one before: of the samples that have something new, the new
+                text, token ids and log-probs. Otherwise each output has all so far.
+            priority: lower runs first. It takes effect with scheduling_policy "priority".
+            sampling_params: vLLM's name of `params`.
+
+        Raises:
+            ParamsError: for what is wrong with the arguments: here, or by the first iteration. Iterating also raises
+                `TokenizerMissing`, and the `RequestError` of a request that is refused or fails, after its outputs.
+        """
+        given = one_name(params, sampling_params)
+        parts = split_prompt(prompt)
+
+        async def made() -> GivenPrompt:
+            return parts
+
+        return self._stream(made, given, request_id, priority, delta)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        delta: bool = False,
+        priority: int | None = None,
+        sampling_params: SamplingParams | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> OutputStream:
+        """Generate the next message of a conversation. `options`: see `ChatOptions`. The rest is as of `generate`."""
+        if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+            raise ParamsError(f"messages must be a list of messages, not {messages!r}")
+        variables = template_variables(options)
+
+        async def rendered() -> GivenPrompt:
+            return await asyncio.to_thread(self._need_tokenizer().rendered, messages, variables)
+
+        return self._stream(rendered, one_name(params, sampling_params), request_id, priority, delta)
+
+    def _stream(
+        self,
+        prompt: Callable[[], Awaitable[GivenPrompt]],
+        params: Any,
+        request_id: str | None,
+        priority: int | None,
+        delta: bool,
+    ) -> OutputStream:
+        checked = check_params(self.default_params if params is None else params)
+        check_priority(priority)
+        name = f"async-{next(self._ids)}" if request_id is None else request_id
+        checked_name("request_id", name)
+        return OutputStream(name, partial(self._add, name, prompt, checked, priority), delta=delta)
+
+    async def _add(
+        self,
+        request_id: str,
+        prompt: Callable[[], Awaitable[GivenPrompt]],
+        params: SamplingParams,
+        priority: int | None,
+    ) -> tuple[OutputAssembler, RequestStream]:
+        client = await self._client()
+        ids, text, generated, wrong = await self._encoded(await prompt())
+        given = checked_on_this_side(request_id, ids, params, generated, self.info, self._tokenizer)
+        error = given.error or wrong
+        if error is not None:
+            raise error
+        assembler = OutputAssembler(given, self._tokenizer, text)
+        request = ClientRequest(
+            request_id=request_id,
+            prompt_token_ids=given.prompt_token_ids,
+            params=params,
+            priority=priority,
+            generated=tuple(begun.token_ids for begun in given.begun),
+        )
+        return assembler, await client.add(request)
+
+    async def _encoded(self, given: GivenPrompt) -> tuple[Any, str | None, Any, RequestError | None]:
+        """Token ids; text; generated tokens; what is wrong with the text. None of it is checked."""
+
+        def encode(text: str) -> list[int]:
+            return self._need_tokenizer().encode(text)
+
+        if isinstance(given.prompt, str) and len(given.prompt) > _LONG_TEXT:
+            ids, text, wrong = await asyncio.to_thread(encoded_prompt, given.prompt, given.text, encode)
+        else:
+            ids, text, wrong = encoded_prompt(given.prompt, given.text, encode)
+        return ids, text, given.generated, wrong
+
+    async def abort(self, request_id: str) -> None:
+        """End a request: its last output has what it has so far. No effect where none of this id is open."""
+        await (await self._client()).abort(request_id)
+
+    # -- around it -------------------------------------------------------------------------------------------------
+
+    @property
+    def sampling_names(self) -> frozenset[str]:
+        """The fields of `SamplingParams` that this engine knows: its own, and those of its logits processors."""
+        return self.info.sampling_names
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._tokenizer is not None and self._tokenizer.has_chat_template
+
+    def get_tokenizer(self) -> Any:
+        """The transformers tokenizer; raises `TokenizerMissing` where there is none."""
+        return self._need_tokenizer().hf
+
+    async def client(self) -> EngineClient:
+        """The engine's client of this event loop: requests and deltas of token ids, as a server uses them."""
+        return await self._client()
+
+    async def health(self) -> Health:
+        """Whether the engine makes progress, and takes requests."""
+        return (await self._client()).health
+
+    async def stats(self) -> ServiceStats:
+        """Counts, now and since the start."""
+        return await (await self._client()).stats()
+
+    async def drain(self, seconds: float) -> bool:
+        """Take no new requests, and wait for the open ones. True: all have ended within so many seconds."""
+        return await (await self._client()).drain(seconds)
+
+    async def close(self) -> None:
+        """Drop what runs and give the memory back. Idempotent. Afterwards `generate` and the like raise
+        `EngineClosed`."""
+        self._closed = True
+        mine = self._clients.pop(asyncio.get_running_loop(), None)
+        if mine is not None:
+            with suppress(asyncio.CancelledError):
+                await (await mine).close()
+        await asyncio.to_thread(self.shutdown)
+
+    def shutdown(self) -> None:
+        """`close`, outside of an event loop. Waits for the step that runs."""
+        self._closed = True
+        self._clients.clear()
+        self._end()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _client(self) -> EngineClient:
+        if self._closed:
+            raise EngineClosed
+        loop = asyncio.get_running_loop()
+        if loop not in self._clients:
+            self._clients = {each: task for each, task in self._clients.items() if not each.is_closed()}
+            self._clients[loop] = loop.create_task(self._made())
+        return await asyncio.shield(self._clients[loop])
+
+    async def _made(self) -> EngineClient:
+        return await self._connect()
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise TokenizerMissing("this engine has no tokenizer; give token ids, or a folder with tokenizer.json")
+        return self._tokenizer
+
+
+class OutputStream(AsyncIterator[RequestOutput]):
+    """The outputs of one request, as they come; several that a slow reader did not take are one. The request begins
+    with the first iteration. Dropping the stream or closing it aborts the request."""
+
+    def __init__(
+        self,
+        request_id: str,
+        add: Callable[[], Awaitable[tuple[OutputAssembler, RequestStream]]],
+        *,
+        delta: bool,
+    ) -> None:
+        self.request_id, self._add, self._delta = request_id, add, delta
+        self._stream: RequestStream | None = None
+        self._assembler: OutputAssembler | None = None
+        self._error: RequestError | None = None  # that is raised next
+        self._ended = False
+
+    async def __anext__(self) -> RequestOutput:
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            if self._stream is None:
+                self._assembler, self._stream = await self._add()
+            return await self._next(self._stream)
+        except asyncio.CancelledError:
+            raise  # the stream can be read on
+        except BaseException:
+            self.close()
+            raise
+
+    async def _next(self, stream: RequestStream) -> RequestOutput:
+        assembler = self._assembler
+        assert assembler is not None
+        while self._error is None:
+            delta = await anext(stream)
+            if delta.error is not None:
+                self._error = delta.error
+                if not delta.samples:
+                    break
+                delta = delta._replace(error=None, finished=False)
+            self._take(stream, assembler, delta)
+            if assembler.error is not None:
+                self._error = assembler.error
+                break
+            output = assembler.new_output() if self._delta else assembler.output()
+            if assembler.finished:
+                self.close()
+                return output
+            if output.outputs or not self._delta:
+                return output
+        raise self._error
+
+    def _take(self, stream: RequestStream, assembler: OutputAssembler, delta: RequestDelta) -> None:
+        stopped = assembler.take(delta)
+        if not assembler.finished:
+            for index in stopped:
+                stream.abort_sample(index)
+
+    def close(self) -> None:
+        """Abort the request if it still runs; the stream ends. Idempotent."""
+        self._ended = True
+        if self._stream is not None:
+            self._stream.close()
+
+    async def aclose(self) -> None:
+        """`close`, for `contextlib.aclosing`."""
+        self.close()
+
+
+def _several(plugins: Any) -> Sequence[Any]:
+    return [plugins] if isinstance(plugins, str | Path) else list(plugins or ())
+
+
+def _run(work: Any) -> Any:
+    """The result of a coroutine, also where an event loop runs in this thread."""
+    found: list[Any] = []
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(asyncio.run(work))
+        except BaseException as error:  # noqa: BLE001 - it is raised below
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="nanoengine-start")
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
+    return found[0]

@@ -1,0 +1,331 @@
+"""`AsyncLLM` gives what `LLM` gives, with its engine in this process and in another one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+from collections.abc import Coroutine, Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nanoengine
+from nanoengine import LLM, AsyncLLM, RequestOutput, SamplingParams
+from nanoengine.api.errors import (
+    ConfigError,
+    EngineClosed,
+    EngineUnavailable,
+    ModelSourceError,
+    ParamsError,
+    RequestError,
+    TokenizerMissing,
+)
+from nanoengine.testing import mock_model
+from nanoengine.testing.byte_tokenizer import END, write_byte_tokenizer
+from nanoengine.testing.mock_model import write_mock_checkpoint
+from tests.engine.support import greedy, prompts
+
+VOCAB = 320
+OPTIONS: dict[str, Any] = {
+    "attention": "mock",
+    "load_format": "dummy",
+    "block_size": 4,
+    "num_gpu_blocks_override": 2048,
+    "max_num_seqs": 8,
+    "plugins": [mock_model],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("mock")
+    end = write_byte_tokenizer(made).token_to_id(END)
+    write_mock_checkpoint(made, vocab_size=VOCAB, max_position_embeddings=4096, eos_token_id=end)
+    (made / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    return made
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["thread", "process"])
+def llm(request: pytest.FixtureRequest, folder: Path) -> Iterator[AsyncLLM]:
+    """Used by many event loops, one after the other."""
+    made = AsyncLLM(folder, process=request.param, **OPTIONS)
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> Iterator[LLM]:
+    with LLM(folder, **OPTIONS) as made:
+        yield made
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    async def limited() -> Any:
+        return await asyncio.wait_for(work, 60)
+
+    return asyncio.run(limited())
+
+
+async def last(stream: Any) -> RequestOutput:
+    found = [output async for output in stream]
+    assert found[-1].finished
+    return found[-1]
+
+
+def same(output: RequestOutput) -> Any:
+    """Without what differs from run to run."""
+    return replace(output, request_id="", metrics=None, num_cached_tokens=0, seed=None)  # type: ignore[arg-type]
+
+
+_PARAMS: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 1.0, "seed": 3, "n": 3},
+    {"temperature": 1.0, "seed": 3, "logprobs": 3, "prompt_logprobs": 2},
+    {"temperature": 1.0, "seed": 3, "n": 2, "logprobs": 0},
+    {"temperature": 1.0, "seed": 5, "stop": ["a", "e"]},
+    {"temperature": 1.0, "seed": 6, "n": 3, "stop": ["a", "e"], "include_stop_str_in_output": True, "logprobs": 1},
+    {"temperature": 1.0, "seed": 7, "min_tokens": 10, "stop_token_ids": list(range(0, VOCAB, 3))},
+    {"temperature": 1.0, "seed": 8, "detokenize": False},
+    {"temperature": 1.0, "seed": 9, "max_tokens": 1},
+    {"temperature": 0, "structured_outputs": {"choice": ["yes", "no way"]}},
+]
+
+
+@pytest.mark.parametrize("fields", _PARAMS, ids=str)
+def test_outputs_are_those_of_llm(llm: AsyncLLM, plain: LLM, fields: dict[str, Any]) -> None:
+    """Also by deltas, put together."""
+    given: list[Any] = ["hello", {"prompt_token_ids": [1, 2, 3], "prompt": "shown"}, *prompts(3, seed=1)]
+    params = SamplingParams(**{"max_tokens": 30, **fields})
+    expected = [same(output) for output in plain.generate(given, params, use_tqdm=False)]
+    assert any(output.outputs for output in expected)
+
+    async def main() -> list[list[RequestOutput]]:
+        whole = await asyncio.gather(*(last(llm.generate(prompt, params)) for prompt in given))
+        parts = await asyncio.gather(*(joined(llm.generate(prompt, params, delta=True)) for prompt in given))
+        return [list(whole), list(parts)]
+
+    for found in run(main()):
+        assert [same(output) for output in found] == expected
+
+
+async def joined(stream: Any) -> RequestOutput:
+    """The whole output of its deltas."""
+    found = [output async for output in stream]
+    samples: dict[int, Any] = {}
+    prompt_logprobs: Any = None
+    for output in found:
+        assert output.outputs
+        if output.prompt_logprobs is not None:
+            prompt_logprobs = (prompt_logprobs or ()) + output.prompt_logprobs
+        for new in output.outputs:
+            old = samples.get(new.index)
+            if old is not None:
+                assert old.finish_reason is None
+                logprobs = None if new.logprobs is None else old.logprobs + new.logprobs
+                tokens = old.token_ids + new.token_ids
+                new = replace(new, text=old.text + new.text, token_ids=tokens, logprobs=logprobs)
+            samples[new.index] = new
+    outputs = [samples[i] for i in sorted(samples)]
+    return replace(found[-1], outputs=outputs, prompt_logprobs=prompt_logprobs)
+
+
+def test_a_request_goes_on_behind_generated_tokens(llm: AsyncLLM, plain: LLM) -> None:
+    params = SamplingParams(temperature=1.0, seed=3, n=2, max_tokens=20, logprobs=1)
+    (whole,) = plain.generate(["hello"], params, use_tqdm=False)
+    begun = [list(whole.outputs[0].token_ids[:5]), list(whole.outputs[1].token_ids[:7])]
+    prompt = {"prompt": "hello", "generated_token_ids": begun}
+    (expected,) = plain.generate([prompt], params, use_tqdm=False)
+
+    async def main() -> None:
+        assert same(await last(llm.generate(prompt, params))) == same(expected)
+        deltas = await joined(llm.generate(prompt, params, delta=True))
+        for got, wanted, given in zip(deltas.outputs, expected.outputs, begun, strict=True):
+            assert got.token_ids == wanted.token_ids[len(given) :]
+            assert got.text == wanted.text[wanted.num_given_chars :]
+        ended = {"prompt": "hello", "generated_token_ids": [[97], [98]]}
+        with pytest.raises(RequestError, match="stop string"):
+            await anext(llm.generate(ended, params.replace(stop=["a", "b"])))
+
+    run(main())
+
+
+def test_streams_are_cumulative_and_grow(llm: AsyncLLM) -> None:
+    async def main() -> None:
+        prompt, found = prompts(1)[0], list[tuple[int, ...]]()
+        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+        async for output in llm.generate(prompt, params, "mine"):
+            assert output.request_id == "mine"
+            found.append(output.outputs[0].token_ids)
+        assert all(one == other[: len(one)] for one, other in pairwise(found))
+        assert len(found[-1]) == 12
+
+    run(main())
+
+
+@pytest.mark.parametrize("how", ["break", "aclosing", "cancel", "drop", "abort"])
+def test_leaving_a_stream_aborts_its_request(llm: AsyncLLM, how: str) -> None:
+    params = SamplingParams(temperature=0, max_tokens=3000, ignore_eos=True)
+
+    async def read(stream: Any) -> None:
+        async for _ in stream:
+            pass
+
+    async def main() -> None:
+        if how == "break":
+            async for _ in llm.generate([1], params):
+                break
+        elif how == "aclosing":
+            async with contextlib.aclosing(llm.generate([1], params)) as stream:
+                await anext(stream)
+        elif how == "cancel":
+            task = asyncio.create_task(read(llm.generate([1], params)))
+            while not (await llm.stats()).requests:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            await asyncio.wait([task])
+            assert task.cancelled()
+            del task
+        elif how == "abort":
+            stream = llm.generate([1], params, "mine")
+            await anext(stream)
+            await llm.abort("mine")
+            assert (await last(stream)).outputs[0].finish_reason == "abort"
+        else:
+            await anext(llm.generate([1], params))
+        gc.collect()
+        while (await llm.stats()).requests:
+            await asyncio.sleep(0.01)
+        stats = await llm.stats()
+        assert stats.free_blocks == stats.num_blocks
+
+    run(main())
+
+
+def test_chat_renders_the_template(llm: AsyncLLM, plain: LLM) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    params = SamplingParams(temperature=0, max_tokens=5)
+    (expected,) = plain.chat(messages, params, use_tqdm=False)
+
+    async def main() -> None:
+        assert same(await last(llm.chat(messages, params))) == same(expected)
+        with pytest.raises(RequestError, match="messages"):
+            await anext(llm.chat([{"role": "user", "content": 3}], params))
+        with pytest.raises(ParamsError, match="list of messages"):
+            llm.chat("hello", params)  # type: ignore[arg-type]
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fields", "error", "words"),
+    [
+        ([], {}, RequestError, "empty"),
+        ([VOCAB], {}, RequestError, "vocabulary"),
+        ([1] * 5000, {}, RequestError, "4096"),
+        (3, {}, RequestError, "prompt"),
+        ("\ud800", {}, RequestError, "Unicode"),
+        ([1], {"temprature": 1}, ParamsError, "temperature"),
+        ([1], {"n": 1000}, ParamsError, "max_n"),
+        ([1], {"logit_bias": {VOCAB: 1}}, ParamsError, "logit_bias"),
+        ([1], {"structured_outputs": {"regex": "("}}, RequestError, "regex"),
+    ],
+)
+def test_errors_are_those_of_llms_streams(
+    llm: AsyncLLM, plain: LLM, prompt: Any, fields: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    params = SamplingParams(**fields)
+    with pytest.raises(error) as wanted:
+        list(plain.stream(prompt, params))
+
+    async def main() -> None:
+        with pytest.raises(error, match=words) as got:
+            await last(llm.generate(prompt, params))
+        assert type(got.value) is type(wanted.value)
+        assert str(got.value) == str(wanted.value)
+        assert (await last(llm.generate([1], SamplingParams(max_tokens=2)))).outputs[0].token_ids
+
+    run(main())
+
+
+def test_wrong_arguments_are_refused_at_once(llm: AsyncLLM) -> None:
+    for wrong in ({"params": 3}, {"priority": "high"}, {"request_id": 3}, {"temperature": 1}):
+        with pytest.raises(ParamsError):
+            llm.generate("x", **wrong)
+
+
+def test_defaults_info_and_tokenizer_are_those_of_llm(llm: AsyncLLM, plain: LLM) -> None:
+    assert llm.default_params == plain.default_params
+    assert llm.sampling_names == plain.sampling_names
+    assert llm.get_tokenizer().get_vocab() == plain.get_tokenizer().get_vocab()
+    assert llm.has_chat_template
+    assert llm.info.max_model_len == 4096
+
+
+def test_two_event_loops_share_an_engine(llm: AsyncLLM) -> None:
+    async def one(token: int) -> Any:
+        params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+        return (await last(llm.generate([token], params))).outputs[0].token_ids
+
+    async def main() -> None:
+        found = await asyncio.gather(*(asyncio.to_thread(run, one(i)) for i in range(3)), one(3))
+        assert len(set(found)) == 4
+
+    run(main())
+
+
+@pytest.mark.parametrize("process", [False, True])
+def test_a_drained_and_a_closed_engine_take_nothing(tmp_path: Path, process: bool) -> None:
+    path = tmp_path / "run.yaml"
+    folder = write_mock_checkpoint(tmp_path / "mock", vocab_size=97)
+    path.write_text(f"model: {folder}\nattention: mock\nengine: {{load_format: dummy}}\nsampler: {{max_tokens: 3}}\n")
+
+    async def main() -> None:
+        async with AsyncLLM.from_config(path, ["sampler.temperature=0"], plugins=[mock_model], process=process) as llm:
+            assert (await last(llm.generate([1, 2]))).outputs[0].token_ids == greedy([1, 2], 3)
+            assert (await llm.health()).ready
+            with pytest.raises(TokenizerMissing):
+                await anext(llm.generate("text"))
+            assert await llm.drain(5)
+            with pytest.raises(EngineUnavailable, match="draining"):
+                await anext(llm.generate([1]))
+        with pytest.raises(EngineClosed):
+            await anext(llm.generate([1]))
+        await llm.close()
+
+    run(main())
+
+
+def test_an_engine_process_that_dies_fails_its_streams(folder: Path) -> None:
+    async def main() -> None:
+        llm = AsyncLLM(folder, process=True, **OPTIONS)
+        stream = llm.generate([1], SamplingParams(max_tokens=3000, ignore_eos=True))
+        await anext(stream)
+        llm._process.process.kill()
+        with pytest.raises(EngineUnavailable, match="ended"):
+            async for _ in stream:
+                pass
+        assert not (await llm.health()).alive
+        with pytest.raises(EngineUnavailable):
+            await anext(llm.generate([1]))
+        await llm.close()
+
+    run(main())
+
+
+def test_what_cannot_be_made_is_refused_as_by_llm(tmp_path: Path, folder: Path) -> None:
+    for process in (False, True):
+        with pytest.raises(ModelSourceError, match="none"):
+            AsyncLLM(tmp_path / "none", process=process)
+        with pytest.raises(ConfigError, match="max_num_seqs"):
+            AsyncLLM(folder, process=process, max_num_sqs=3)
+    with pytest.raises(ConfigError, match="process=False"):
+        AsyncLLM(folder, process=True, attention=object)  # type: ignore[arg-type]
+
+
+def test_it_is_a_name_of_the_package() -> None:
+    assert nanoengine.AsyncLLM is AsyncLLM
+    assert "AsyncLLM" in nanoengine.__all__

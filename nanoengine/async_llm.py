@@ -70,7 +70,7 @@ class AsyncLLM:
         implementation: str | None = None,
         plugins: Sequence[Any] = (),
         process: bool = False,
-        log_level: str = "WARNING",
+        log_level: str = "warning",
         **options: Any,
     ) -> None:
         if not process:
@@ -96,7 +96,7 @@ class AsyncLLM:
         *,
         plugins: Sequence[Any] = (),
         process: bool = False,
-        log_level: str = "WARNING",
+        log_level: str = "warning",
     ) -> Self:
         """An AsyncLLM as a YAML file describes it, with overrides as on the command line ("sampler.top_p=0.9")."""
         self = cls.__new__(cls)

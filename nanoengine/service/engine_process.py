@@ -31,7 +31,7 @@ class EngineProcess:
         self.process, self.control = process, control
 
     @classmethod
-    def start(cls, source: EngineSource, *, log_level: str = "WARNING") -> EngineProcess:
+    def start(cls, source: EngineSource, *, log_level: str = "warning") -> EngineProcess:
         """Starts the process; see `wait_ready`. Raises `OSError`."""
         control, theirs = Control.pair()
         try:

@@ -19,6 +19,7 @@ from nanoengine.plugins.model_sources.gguf_architectures import _NEUTRAL
 from nanoengine.plugins.model_sources.gguf_convert import convert
 from nanoengine.plugins.model_sources.gguf_metadata import Metadata
 from nanoengine.plugins.model_sources.gguf_tokenizer import build_tokenizer
+from nanoengine.setup.start.pooling import read_pooling_defaults
 
 NOWHERE = 2**32 - 1  # what some converters write for a token that the model has not
 
@@ -127,7 +128,7 @@ REFUSED: dict[str, Any] = {
     "expert_count": [8],
     "nextn_predict_layers": [1],
     "use_parallel_residual": [True],
-    "pooling_type": [1],
+    "pooling_type": [5, "mean", [1]],
     "made_up": [0, 1, "x"],
     "block_count": [10**9, 0, [2, 3]],
     "embedding_length": [65, 2**31],
@@ -371,3 +372,14 @@ def test_harmless_keys_are_keys_of_the_format_and_are_not_read() -> None:
     }
     assert ours._NEUTRAL.keys() - {"attention.clamp_kqv", "rope.scaling.alpha"} <= names
     assert not ours._NEUTRAL.keys() & ours._KNOWN_KEYS
+
+
+@pytest.mark.parametrize(("number", "want"), [(0, "last"), (1, "mean"), (2, None), (3, "last"), (4, None)])
+def test_how_it_pools_is_what_llama_cpp_does(number: int, want: str | None, tmp_path: Path) -> None:
+    converted(changed("qwen3", pooling_type=number), tmp_path)
+    found = read_pooling_defaults(tmp_path / "folder", {}, 8)
+    assert found.normalize
+    if want is None:
+        assert "is not supported" in str(found.unsupported)
+    else:
+        assert (found.pooling, found.unsupported) == (want, None)

@@ -20,6 +20,7 @@ from nanoengine.api import ModelSourceError, SourceContext
 from nanoengine.plugins.model_sources.gguf_convert import convert
 from nanoengine.plugins.model_sources.hub import HubSource
 from nanoengine.plugins.model_sources.hub_repository import INDEX, SINGLE
+from nanoengine.setup.start.pooling import read_pooling_defaults
 
 Fetch = Callable[[str], Path]
 EXTRAS: Commit = {
@@ -108,6 +109,17 @@ def test_all_chat_templates_of_a_model_with_several_are_fetched(hub: Hub, fetch:
     hub.repos["acme/tiny"] = repo({**single(), **templates, **others})
     folder = fetch("acme/tiny")
     assert {name: (folder / name).read_bytes() for name in templates} == templates
+    assert not any((folder / name).exists() for name in others)
+
+
+def test_the_files_that_say_how_embeddings_are_made_are_fetched(hub: Hub, fetch: Fetch) -> None:
+    modules = [{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
+    files: Commit = {"modules.json": json.dumps(modules).encode(), "1_Pooling/config.json": b'{"pooling_mode": "mean"}'}
+    others: Commit = {"2_Dense/config.json": b"{}", "2_Dense/model.safetensors": b"d", "1_Pooling/notes.md": b"n"}
+    hub.repos["acme/tiny"] = repo({**single(), **files, **others})
+    folder = fetch("acme/tiny")
+    found = read_pooling_defaults(folder, {}, 8)
+    assert (found.pooling, found.normalize, found.unsupported) == ("mean", False, None)
     assert not any((folder / name).exists() for name in others)
 
 

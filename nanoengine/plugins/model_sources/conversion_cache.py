@@ -91,7 +91,9 @@ class ConvertedModel:
             made = work / "model"
             made.mkdir()
             convert(gguf, made, self.ctx.say)
-            files = {path.name: path.stat().st_size for path in made.iterdir()}
+            files = {
+                path.relative_to(made).as_posix(): path.stat().st_size for path in made.rglob("*") if path.is_file()
+            }
             manifest = {"sha256": self.sha256, "converter": CONVERTER_VERSION, "files": files}
             (made / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             if self.folder.exists():

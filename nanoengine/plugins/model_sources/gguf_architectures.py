@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nanoengine.plugins.model_sources.gguf_metadata import Metadata, Shape
+from nanoengine.plugins.model_sources.gguf_metadata import POOLING, Metadata, Shape
 
 _WINDOW = "attention.sliding_window"
 
@@ -121,13 +121,14 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
         "expert_count", "expert_used_count", "expert_shared_count", "expert_group_count", "expert_group_used_count",
         "expert_feed_forward_length", "expert_shared_feed_forward_length", "expert_weights_scale",
         "expert_weights_norm", "expert_gating_func", "leading_dense_block_count", "nextn_predict_layers",
-        "interleave_moe_layer_step", "use_parallel_residual", "pooling_type", "swin_norm", "attn_logit_softcapping",
+        "interleave_moe_layer_step", "use_parallel_residual", "swin_norm", "attn_logit_softcapping",
         "final_logit_softcapping", "router_logit_softcapping", "n_deepstack_layers", "attention.max_alibi_bias",
         "attention.clamp_kqv", "attention.scale", "attention.sliding_window", "attention.shared_kv_layers",
         "attention.q_lora_rank", "attention.kv_lora_rank", "rope.scaling.alpha",
     ), _NONE),
     **dict.fromkeys(("logit_scale", "residual_scale", "embedding_scale"), (*_NONE, 1)),
     "attention.causal": (True,),
+    "pooling_type": (*_NONE, *POOLING),
     "rope.scaling.attn_factor": (1,),
     "rope.scaling.yarn_attn_factor": (1,),
 }  # fmt: skip

@@ -25,6 +25,7 @@ from nanoengine.plugins.model_sources.gguf_metadata import (
     Shape,
     generation_config,
     model_config,
+    pooling_config,
     read_shape,
     rope_parameters,
     write_json,
@@ -80,6 +81,10 @@ def convert(source: Path, folder: Path, say: Callable[[str], None]) -> None:
     write_tokenizer(meta, folder)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation_config(meta))
+    pooling = pooling_config(meta, name)
+    if pooling is not None:
+        (folder / "1_Pooling").mkdir()
+        write_json(folder / "1_Pooling" / "config.json", pooling)
     skipped = skipped_keys(meta)
     if skipped:
         shown = [key if key.isprintable() else repr(key) for key in skipped[:_SHOWN]]

@@ -17,6 +17,9 @@ from nanoengine.api import ModelSourceError
 
 T = TypeVar("T")
 
+POOLING: Mapping[int, str] = {1: "mean", 2: "cls", 3: "lasttoken", 4: "rank"}
+"""llama.cpp's numbers -> sentence-transformers' names, or the name of what it does not have."""
+
 _SAMPLING_KEYS = {
     "top_k": "top_k",
     "top_p": "top_p",
@@ -242,6 +245,12 @@ def model_config(
         "tie_word_embeddings": "output.weight" not in tensors,
     }
     return config | ids
+
+
+def pooling_config(meta: Metadata, name: str) -> dict[str, Any] | None:
+    """config.json of sentence-transformers' Pooling module; None: the file says nothing about embeddings."""
+    mode = POOLING.get(meta.get(f"{name}.pooling_type", 0))
+    return None if mode is None else {"pooling_mode": mode}
 
 
 def generation_config(meta: Metadata) -> dict[str, Any]:

@@ -25,10 +25,13 @@ SINGLE = "model.safetensors"
 SMALL_FILES = (
     "config.json", "generation_config.json", INDEX, "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-    "chat_template.json",
+    "chat_template.json", "modules.json",
 )  # fmt: skip
 """The files that are read in addition to the weights. Repositories may have many gigabytes of other formats."""
-TEMPLATES = "additional_chat_templates/*.jinja"  # of a model with several templates, e.g. for tools
+PATTERNS = (
+    "additional_chat_templates/*.jinja",  # of a model with several templates, e.g. for tools
+    "[0-9]_Pooling/config.json",  # of sentence-transformers: how embeddings are made
+)
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 _TIMEOUT = 10.0  # seconds for the hub to answer
@@ -73,7 +76,7 @@ class HubRepository:
             return self._said(cached)
         listing = self._ask(cached)
         there = sorted(listing.sizes) if listing is not None else []
-        wanted = [name for name in there if name in SMALL_FILES or fnmatchcase(name, TEMPLATES)]
+        wanted = [name for name in there if name in SMALL_FILES or any(fnmatchcase(name, each) for each in PATTERNS)]
         current = listing is None or (cached is not None and cached.name == listing.commit)
         if cached is not None and current and not _absent(cached, wanted):
             return self._said(cached)
@@ -173,7 +176,7 @@ class HubRepository:
         try:
             folder = Path(
                 snapshot_download(
-                    self.repo, revision=self.revision, local_files_only=True, allow_patterns=[*SMALL_FILES, TEMPLATES]
+                    self.repo, revision=self.revision, local_files_only=True, allow_patterns=[*SMALL_FILES, *PATTERNS]
                 )
             )
         except (LocalEntryNotFoundError, ValueError):  # ValueError: an invalid id, for which the hub gives the message

@@ -12,7 +12,7 @@ import pydantic_core
 from nanoengine.server.answers import usage_of
 from nanoengine.server.chunks import encode
 from nanoengine.server.errors import ApiError, error_fields
-from nanoengine.server.events import Ended, Running, TokenUsage, Update
+from nanoengine.server.events import Running, TokenUsage, Update
 from nanoengine.server.items import Item, Items
 
 # An escape in JSON; half: half of a surrogate pair, which no text can have.
@@ -22,6 +22,8 @@ _DELTAS = {
     "reasoning": ("thinking_delta", "thinking"),
     "call": ("input_json_delta", "partial_json"),
 }
+# An answer that the server gave up (`abort`) is one that the client may send back, to go on.
+_STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "abort": "pause_turn"}
 _TYPES = frozenset({
     "invalid_request_error", "authentication_error", "permission_error", "not_found_error", "request_too_large",
     "rate_limit_error", "overloaded_error", "timeout_error",
@@ -41,10 +43,11 @@ def event(kind: str, fields: dict[str, Any]) -> bytes:
 
 @dataclass(slots=True)
 class MessageRenderer:
-    """What streams and bodies have in common. reasoning: whether it is shown."""
+    """What streams and bodies have in common. max_tokens: as the client asked. reasoning: whether it is shown."""
 
     id: str
     model: str
+    max_tokens: int
     reasoning: bool = True
     items: Items = field(init=False)
 
@@ -58,12 +61,20 @@ class MessageRenderer:
             "role": "assistant",
             "model": self.model,
             "content": content,
-            **self.stop(),
+            **self.stop(usage),
             "usage": self.usage(usage),
         }
 
-    def stop(self) -> dict[str, Any]:
-        return stop_fields(self.items.ended)
+    def stop(self, usage: TokenUsage) -> dict[str, Any]:
+        """stop_reason and stop_sequence."""
+        ended = self.items.ended
+        if ended is None:
+            return {"stop_reason": None, "stop_sequence": None}
+        if ended.finish_reason == "stop" and isinstance(ended.stop_reason, str):
+            return {"stop_reason": "stop_sequence", "stop_sequence": ended.stop_reason}
+        if ended.finish_reason == "length" and usage.completion_tokens < self.max_tokens:
+            return {"stop_reason": "model_context_window_exceeded", "stop_sequence": None}
+        return {"stop_reason": _STOP_REASONS[ended.finish_reason], "stop_sequence": None}
 
     def usage(self, usage: TokenUsage) -> dict[str, Any]:
         """In Anthropic's words, where `input_tokens` are those that were not in the cache."""
@@ -74,16 +85,6 @@ class MessageRenderer:
             "output_tokens": usage.completion_tokens,
             "output_tokens_details": {"thinking_tokens": usage.reasoning_tokens},
         }
-
-
-def stop_fields(ended: Ended | None) -> dict[str, Any]:
-    """stop_reason and stop_sequence; a stop string that the client asked for has a reason of its own."""
-    if ended is None:
-        return {"stop_reason": None, "stop_sequence": None}
-    if ended.finish_reason == "stop" and isinstance(ended.stop_reason, str):
-        return {"stop_reason": "stop_sequence", "stop_sequence": ended.stop_reason}
-    reasons = {"length": "max_tokens", "tool_calls": "tool_use"}
-    return {"stop_reason": reasons.get(ended.finish_reason, "end_turn"), "stop_sequence": None}
 
 
 class MessageStream(MessageRenderer):
@@ -115,8 +116,9 @@ class MessageStream(MessageRenderer):
 
     def end(self, runs: Sequence[Running]) -> bytes:
         last = self._close(self.items.found[-1]) if self.items.found else b""
-        usage = self.usage(usage_of(runs))
-        return last + event("message_delta", {"delta": self.stop(), "usage": usage}) + event("message_stop", {})
+        usage = usage_of(runs)
+        fields = {"delta": self.stop(usage), "usage": self.usage(usage)}
+        return last + event("message_delta", fields) + event("message_stop", {})
 
     def failed(self, error: ApiError) -> bytes:
         return b"event: error\ndata: " + message_error(error) + b"\n\n"

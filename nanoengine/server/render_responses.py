@@ -41,7 +41,7 @@ class ResponseRenderer:
             "status": status,
             "background": False,
             "error": None,
-            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "incomplete_details": {"reason": self._why_cut()} if status == "incomplete" else None,
             **{name: dumped.get(name) for name in _ECHOED},
             "max_tool_calls": None,
             "model": self.model,
@@ -68,6 +68,11 @@ class ResponseRenderer:
         """Whether the answer was cut off."""
         ended = self.items.ended
         return ended is None or ended.finish_reason not in ("stop", "tool_calls")
+
+    def _why_cut(self) -> str | None:
+        """In OpenAI's words, which have none for an answer that the server gave up."""
+        ended = self.items.ended
+        return "max_output_tokens" if ended is not None and ended.finish_reason == "length" else None
 
     def _status(self, item: Item) -> str:
         return "incomplete" if self.cut and item is self.items.found[-1] else "completed"

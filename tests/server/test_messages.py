@@ -129,6 +129,12 @@ def test_why_it_stopped(text: str, fields: dict[str, Any], stop: tuple[str, str 
     assert stop[0] == "tool_use" or message["content"] == [{"type": "text", "text": shown}]
 
 
+def test_a_context_that_is_full_and_an_answer_that_is_given_up_have_reasons_of_their_own() -> None:
+    full = said(Server("Hello", finish_reason="length"), max_tokens=50)
+    assert full["stop_reason"] == "model_context_window_exceeded"
+    assert said(Server("Hello", finish_reason="abort"))["stop_reason"] == "pause_turn"
+
+
 def test_an_answer_without_text_has_no_content() -> None:
     assert said(Server(""))["content"] == []
 

@@ -155,6 +155,11 @@ def test_an_answer_that_is_cut_off_is_incomplete() -> None:
     assert said(Server("Hello"), max_output_tokens=2)["output"][0]["content"][0]["text"] == "He"
 
 
+def test_an_answer_that_is_given_up_is_incomplete_for_no_reason_of_the_clients() -> None:
+    response = said(Server("Hello", finish_reason="abort"))
+    assert (response["status"], response["incomplete_details"]) == ("incomplete", {"reason": None})
+
+
 def test_an_empty_answer_has_no_items() -> None:
     assert said(Server(""))["output"] == []
 

@@ -30,7 +30,7 @@ def every_cut(text: str) -> list[list[str]]:
 
 
 @each_golden
-def test_every_split_gives_the_same(golden: Golden) -> None:
+def test_a20_every_split_of_every_golden_output_gives_the_same_call(golden: Golden) -> None:
     whole = parsed(golden.parser, [golden.text], TOOLS)
     for pieces in every_cut(golden.text):
         assert parsed(golden.parser, pieces, TOOLS) == whole, pieces

@@ -6,12 +6,41 @@ and then it is content (`_reject`). What was used or reported is no longer held 
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar
 
 from nanoengine.api import Content, ParserEvent, Tool, ToolCallArguments, ToolCallBegin, ToolParser
 from nanoengine.plugins.tool_parsers.json_text import JsonText
+
+
+@dataclass(frozen=True, slots=True)
+class _Sought:
+    """Markers that are looked for. beginnings: what a text may end with that can become one; most: their length."""
+
+    pattern: re.Pattern[str]
+    beginnings: frozenset[str]
+    most: int
+
+    def begun(self, text: str, start: int) -> int:
+        """How many characters at the end of `text[start:]` may be the beginning of a marker."""
+        for at in range(max(start, len(text) - self.most), len(text)):
+            if text[at] in self.beginnings and text[at:] in self.beginnings:  # one character is a beginning, too
+                return len(text) - at
+        return 0
+
+
+@cache
+def _sought(markers: tuple[str, ...]) -> _Sought:
+    """Of places that are equal, the longest marker counts."""
+    longest_first = sorted(markers, key=len, reverse=True)
+    beginnings = frozenset(marker[:end] for marker in markers for end in range(1, len(marker)))
+    pattern = re.compile("|".join(map(re.escape, longest_first)))
+    return _Sought(pattern, beginnings, max(map(len, beginnings), default=0))
+
 
 T = TypeVar("T")
 Steps = Generator[None, None, T]  # it yields where it needs more text
@@ -131,30 +160,23 @@ class ScanningParser(ToolParser):
 
         Returns the marker, which has been read and is held; "" if the text ends before one.
         """
-        give = piece or self._content
+        give, sought = piece or self._content, _sought(markers)
         while True:
-            places = [(at, -len(m), m) for m in markers if (at := self._text.find(m, self._pos)) >= 0]
-            at = min(places)[0] if places else len(self._text) - self._begun(markers)
-            give(self._text[self._pos : at])
-            self._pos = at
-            self._keep()
-            if places:
-                self._pos += len(min(places)[2])
-                return min(places)[2]
+            found = sought.pattern.search(self._text, self._pos)
+            at = (
+                found.start()
+                if found
+                else len(self._text) - (0 if self._ended else sought.begun(self._text, self._pos))
+            )
+            if at > self._pos:
+                give(self._text[self._pos : at])
+            self._pos = self._start = at
+            if found:
+                self._pos = found.end()
+                return found[0]
             if self._ended:
-                give(self._text[at:])
-                self._pos = len(self._text)
-                self._keep()
                 return ""
             yield
-
-    def _begun(self, markers: Sequence[str]) -> int:
-        """How many characters at the end of the text may be the beginning of a marker."""
-        rest = self._text[self._pos :][1 - max(map(len, markers)) :] if max(map(len, markers)) > 1 else ""
-        for at in range(len(rest)):
-            if any(m.startswith(rest[at:]) for m in markers):
-                return len(rest) - at
-        return 0
 
     def _json(self, piece: Callable[[str], None]) -> Steps[bool]:
         """Gives the text of a JSON value to `piece`, as it comes. Returns whether it is complete, and right."""

@@ -30,7 +30,7 @@ def messages_router(context: Context, model: type[ChatRequest]) -> APIRouter:
         generation = await chat_generation(context, request, chat)
         request_id = request_id_of(request)
         kind = MessageStream if body.stream else MessageBody
-        renderer = kind(f"msg_{request_id}", context.names[0], chat.include_reasoning is not False)
+        renderer = kind(f"msg_{request_id}", context.names[0], body.max_tokens, chat.include_reasoning is not False)
         return Answer(context, account, request_id, [generation], renderer, bool(body.stream))
 
     @router.post("/v1/messages/count_tokens", openapi_extra=body_schema(CountRequest))

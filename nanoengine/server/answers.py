@@ -129,6 +129,8 @@ class Answer(Response):
             run = await Running.start(self._context.client, generation, self._context.tokenizer)
             self._runs.append(run)
             known.append(run)
+            if self._gone:  # meanwhile
+                run.close()
 
     def _leave(self) -> None:
         self._gone = True

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nanoengine.api.errors import ConfigError, shown
+from nanoengine.service.options import LimitOptions, MetricOptions, ServiceOptions
 
 _DAY = 86_400.0
 
@@ -55,6 +56,8 @@ class ServerConfig:
         health_deadline: seconds without progress of the engine after which it counts as hanging.
         drain_timeout: seconds that running requests have to end after SIGTERM; then they are aborted.
         restart: what happens when the engine's process ends by itself: see `RestartOptions`.
+        limits: how much may wait: see `LimitOptions`.
+        metrics: what /metrics has: see `MetricOptions`.
         log_format: "text", or "json" for one object per line.
         log_level: the lowest level that is logged.
         served_model_name: names by which clients may ask for the model; answers say the first. (): the model's own.
@@ -79,6 +82,8 @@ class ServerConfig:
     health_deadline: float = 10.0
     drain_timeout: float = 25.0
     restart: RestartOptions = field(default_factory=RestartOptions)
+    limits: LimitOptions = field(default_factory=LimitOptions)
+    metrics: MetricOptions = field(default_factory=MetricOptions)
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     served_model_name: tuple[str, ...] = ()
@@ -123,6 +128,12 @@ def check_ranges(section: str, options: Any, **ranges: tuple[float, float]) -> N
         value = getattr(options, name)
         if value is not None and not (math.isfinite(value) and low <= value <= high):
             raise ConfigError(f"{section}.{name} must be from {low:,g} to {high:,g}, not {value:,g}")
+
+
+def service_options(config: ServerConfig, model: str) -> ServiceOptions:
+    """What the engine's process refuses and counts. `model`: its name where clients have none of theirs."""
+    name = (*config.served_model_name, model)[0]
+    return ServiceOptions(limits=config.limits, metrics=config.metrics, model_name=name)
 
 
 def server_config(sections: Mapping[str, Any]) -> ServerConfig:

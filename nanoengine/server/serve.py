@@ -13,7 +13,7 @@ import typer
 from nanoengine.api.errors import ConfigError
 from nanoengine.cli.common import FAILED, ConfigArgument, DebugOption, OverridesArgument, PluginOption, say, user_errors
 from nanoengine.observe.logs import configure_logs
-from nanoengine.server.config import ServerConfig, server_config
+from nanoengine.server.config import ServerConfig, server_config, service_options
 from nanoengine.server.listening import listen, url
 from nanoengine.server.supervisor import Launch, ServerFailed, Supervisor
 from nanoengine.service.source import EngineSource
@@ -52,7 +52,8 @@ def run_server(config: RunConfig, options: ServerConfig, plugin_files: Sequence[
 
     Raises `ConfigError` if the address cannot be bound, and what `Supervisor.run` raises.
     """
-    source = EngineSource.of_config(config, plugin_files)
+    service = service_options(options, config.model.source).to_json()
+    source = replace(EngineSource.of_config(config, plugin_files), service=service)
     named = replace(options, served_model_name=options.served_model_name or (config.model.source,))
     with listen(options.host, options.port) as listener:
         configure_logs(options.log_format, options.log_level, "supervisor")

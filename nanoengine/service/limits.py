@@ -5,40 +5,15 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
-from nanoengine.api.errors import ConfigError, RequestError
+from nanoengine.api.errors import RequestError
 from nanoengine.service.client import ClientRequest, ServiceStats
+from nanoengine.service.options import LimitOptions
 
-_MOST = 2**31 - 1
 _WINDOW = 60.0  # seconds over which the speed of the queue is measured
 _STEP = 0.25  # seconds between two measurements
 _LEAST_WAIT, _MOST_WAIT = 1.0, 300.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LimitOptions:
-    """How much may wait: requests that have not started, those whose constraint is being compiled included.
-
-    A request with n samples counts as n requests, and its prompt n times. One that finds the queue empty is taken,
-    whatever its size.
-
-    Attributes:
-        max_queued_requests: most requests; None: no limit.
-        max_queued_tokens: most tokens of their prompts; None: no limit.
-        max_queued_per_client: most requests of one client; None: no limit.
-    """
-
-    max_queued_requests: int | None = 4096
-    max_queued_tokens: int | None = 4 << 20
-    max_queued_per_client: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_queued_requests", "max_queued_tokens", "max_queued_per_client"):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= _MOST:
-                raise ConfigError(f"server.limits.{name} must be from 1 to {_MOST:,}, not {value:,}")
 
 
 class _Measured(NamedTuple):

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -60,6 +60,10 @@ class Meter(Protocol):
 
     def count(self, usage: Usage) -> None: ...
 
+    def step(self, seconds: float, gaps: Mapping[float, int], queued: Sequence[float]) -> None:
+        """A turn of the step loop. gaps: seconds since requests had tokens before -> how many; queued: seconds that
+        requests waited which have tokens for the first time."""
+
     def render(self, stats: ServiceStats) -> bytes:
         """All counters, as Prometheus reads them."""
         ...
@@ -94,6 +98,8 @@ class EngineService:
         self._wake = threading.Event()
         self._calls: deque[Callable[[], None]] = deque()  # to be made by the loop's thread, between steps
         self._touched: list[Member] = []  # the loop's own: those with a batch
+        self._fed: list[OpenRequest] = []  # likewise, where there is a meter: those that a step gave tokens
+        self._queued: list[float] = []  # seconds that those waited which have tokens for the first time
         self._began = self.progress_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="nanoengine-steps", daemon=True)
 
@@ -275,6 +281,10 @@ class EngineService:
     def took(self, entry: OpenRequest, delta: RequestDelta) -> None:
         """A delta from the engine, on the step loop's thread."""
         last = delta.finished or delta.error is not None
+        if self.meter is not None and delta.samples:
+            self._fed.append(entry)
+            if not entry.fed_at and delta.first_scheduled is not None:
+                self._queued.append(delta.first_scheduled - entry.added)
         if last:
             if entry.failure is not None and delta.error is None:  # it was aborted, for this reason
                 delta = delta._replace(samples=(), error=entry.failure)
@@ -304,7 +314,10 @@ class EngineService:
     def _turn(self) -> None:
         """One step, or a wait for something to do."""
         if self.engine.has_unfinished_requests():
+            began, busy = time.monotonic(), bool(self.engine.scheduler.running)
             self.engine.advance()
+            if self.meter is not None and (busy or self._fed):
+                self._measure(self.meter, began, time.monotonic())
         else:
             self._wake.wait(BEAT_SECONDS)
         self._wake.clear()
@@ -316,6 +329,15 @@ class EngineService:
         self._flush()
         if now - self.progress_at >= BEAT_SECONDS or not self._open:
             self._beat(now)
+
+    def _measure(self, meter: Meter, began: float, now: float) -> None:
+        gaps: dict[float, int] = {}
+        for entry in self._fed:
+            if entry.fed_at:  # most had their last tokens in the same turn
+                gaps[entry.fed_at] = gaps.get(entry.fed_at, 0) + 1
+            entry.fed_at = now
+        meter.step(now - began, {now - before: count for before, count in gaps.items()}, self._queued)
+        self._fed, self._queued = [], []
 
     def _beat(self, now: float) -> None:
         self.progress_at = now

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanoengine.service.client import EngineInfo
+from nanoengine.service.limits import QueueLimits
 from nanoengine.service.loop import EngineService, Limits, Meter
+from nanoengine.service.options import ServiceOptions
 
 if TYPE_CHECKING:
     from nanoengine.core.scheduling.messages import EngineStats
@@ -17,6 +19,19 @@ if TYPE_CHECKING:
 def service_of(llm: LLM, *, limits: Limits | None = None, meter: Meter | None = None) -> EngineService:
     """A service of this engine, not started yet. From its start on only the service makes the engine's steps."""
     return EngineService(llm.engine, llm._built.inputs, info_of(llm), lambda: _stats(llm), limits=limits, meter=meter)
+
+
+def parts_of(options: ServiceOptions) -> dict[str, Any]:
+    """What `service_of` takes: what the service refuses and counts. Raises `ImportError` if prometheus-client is needed
+    and not installed."""
+    parts: dict[str, Any] = {}
+    if options.limits is not None:
+        parts["limits"] = QueueLimits(options.limits)
+    if options.metrics is not None:
+        from nanoengine.service.metrics import Metrics
+
+        parts["meter"] = Metrics(options.metrics, options.model_name)
+    return parts
 
 
 def _stats(llm: LLM) -> EngineStats:

@@ -4,7 +4,7 @@ What it and its starter send each other (`service/control.py`):
 
 | to the process | fields | |
 |---|---|---|
-| `start` | `source`: of `EngineSource`; `limits`: of `LimitOptions` or null; `log_level`, `log_format`: of logs.py | |
+| `start` | `source`: `EngineSource.to_json()`; `log_level`, `log_format`: of `observe/logs.py` | the first message |
 | `client` | a descriptor | a socket of a client, which is connected as soon as the engine is ready |
 | `drain` | `seconds` | take no new requests; answered by `drained` when all have ended, or after so many seconds |
 
@@ -31,7 +31,6 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -69,7 +68,7 @@ class EngineHost:
             return 0
         configure_logs(first.fields.get("log_format", "text"), first.fields.get("log_level", "info"), "engine")
         self._spawn(self._read())
-        self._spawn(self._start(EngineSource.from_json(first.fields["source"]), first.fields.get("limits")))
+        self._spawn(self._start(EngineSource.from_json(first.fields["source"])))
         return await self._status
 
     def _spawn(self, work: object) -> None:
@@ -87,11 +86,12 @@ class EngineHost:
         if not self._status.done():
             self._status.set_result(status)
 
-    async def _start(self, source: EngineSource, limits: Mapping[str, Any] | None) -> None:
-        from nanoengine.service.limits import LimitOptions, QueueLimits
-        from nanoengine.service.parts import service_of
+    async def _start(self, source: EngineSource) -> None:
+        from nanoengine.service.options import ServiceOptions
+        from nanoengine.service.parts import parts_of, service_of
 
         try:
+            parts = parts_of(ServiceOptions.from_json(source.service))
             llm = await asyncio.to_thread(source.build, self._phase)
         except BaseException as error:
             text = str(error) if isinstance(error, NanoEngineError) else described(error)
@@ -101,9 +101,7 @@ class EngineHost:
             if not isinstance(error, Exception):
                 raise
             return
-        service = self._service = service_of(
-            llm, limits=None if limits is None else QueueLimits(LimitOptions(**limits))
-        )
+        service = self._service = service_of(llm, **parts)
         gc.collect()
         gc.freeze()  # the model's objects live as long as the process: collections need not look at them
         service.start()

@@ -21,14 +21,16 @@ class OpenRequest:
 
     Attributes:
         failure: why it was aborted, if the service did that. gone: its client has left. answered: it has tokens.
+        added: when it came; fed_at: when a step last gave it tokens, for the meter; 0: never. Monotonic seconds.
     """
 
-    __slots__ = ("answered", "failure", "gone", "key", "member", "request")
+    __slots__ = ("added", "answered", "failure", "fed_at", "gone", "key", "member", "request")
 
     def __init__(self, member: Member, key: int, request: ClientRequest) -> None:
         self.member, self.key, self.request = member, key, request
         self.failure: RequestError | None = None
         self.gone = self.answered = False
+        self.added, self.fed_at = time.monotonic(), 0.0
 
     def put(self, delta: RequestDelta) -> None:
         """The engine's sink."""

@@ -31,6 +31,7 @@ class EngineSource:
         model: with its revision; a path is absolute. implementation, attention: names of parts.
         options: fields of `EngineOptions`. sampler: default sampling parameters; None: the model's own.
         plugin_files: paths. plugin_modules: names of modules with hooks.
+        service: fields of `ServiceOptions`.
     """
 
     model: str
@@ -40,6 +41,7 @@ class EngineSource:
     sampler: Mapping[str, Any] | None = None
     plugin_files: tuple[str, ...] = ()
     plugin_modules: tuple[str, ...] = ()
+    service: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of_config(cls, config: RunConfig, plugins: Sequence[Any] = ()) -> EngineSource:

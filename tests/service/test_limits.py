@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from nanoengine import LLM
 from nanoengine.api.errors import ConfigError, RequestError
 from nanoengine.service.client import ClientRequest, ServiceStats
-from nanoengine.service.limits import LimitOptions, QueueLimits
+from nanoengine.service.limits import QueueLimits
 from nanoengine.service.local import LocalClient
+from nanoengine.service.options import LimitOptions
 from nanoengine.service.parts import service_of
 from nanoengine.testing import mock_model
 from tests.service.support import request, until

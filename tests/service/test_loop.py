@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -350,6 +350,9 @@ def test_abort_by_id_counts_and_a_trace(llm: LLM, kind: str) -> None:
     class Counting:
         def count(self, usage: Usage) -> None:
             usages.append(usage)
+
+        def step(self, seconds: float, gaps: Mapping[float, int], queued: Sequence[float]) -> None:
+            """Another test has it."""
 
         def render(self, stats: ServiceStats) -> bytes:
             return f"usages {len(usages)} requests {stats.requests}\n".encode()

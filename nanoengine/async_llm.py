@@ -7,12 +7,14 @@ import itertools
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from nanoengine.api.deltas import RequestDelta
+from nanoengine.api.deltas import Pooling, RequestDelta
+from nanoengine.api.embeddings import EmbeddingOutput
 from nanoengine.api.errors import EngineClosed, ParamsError, RequestError, TokenizerMissing
 from nanoengine.api.outputs import RequestOutput
 from nanoengine.params.arguments import (
@@ -21,12 +23,14 @@ from nanoengine.params.arguments import (
     Prompt,
     check_params,
     check_priority,
+    checked_ids,
     checked_name,
     encoded_prompt,
     one_name,
     split_prompt,
     template_variables,
 )
+from nanoengine.params.pooling import PoolingChoice, choose_pooling, split_to_pool
 from nanoengine.params.sampling_params import SamplingParams
 from nanoengine.service.client import ClientRequest, EngineClient, EngineInfo, Health, RequestStream, ServiceStats
 from nanoengine.service.engine_process import EngineProcess
@@ -270,6 +274,49 @@ class AsyncLLM:
         else:
             ids, text, wrong = encoded_prompt(given.prompt, given.text, encode)
         return ids, text, given.generated, wrong
+
+    async def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling: Pooling | None = None,
+        normalize: bool | None = None,
+        *,
+        dimensions: int | None = None,
+        priority: int | None = None,
+    ) -> list[EmbeddingOutput]:
+        """A vector for each prompt, in input order; all as of `LLM.embed`. Cancelling it aborts what has not ended."""
+        assert self.info.pooling is not None, "every engine makes embeddings"
+        choice, level = choose_pooling(self.info.pooling, pooling, normalize, dimensions), check_priority(priority)
+        tasks = [asyncio.create_task(self._embedded(given, choice, level)) for given in split_to_pool(prompts)]
+        try:
+            return [await task for task in tasks]
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _embedded(self, given: GivenPrompt, choice: PoolingChoice, priority: int | None) -> EmbeddingOutput:
+        name = f"async-{next(self._ids)}"
+        ids, text, _, wrong = await self._encoded(given)
+        checked = checked_ids(ids, self.info.vocab_size, self.info.max_model_len, new_tokens=0)
+        output = EmbeddingOutput(
+            request_id=name, prompt=text, prompt_token_ids=() if isinstance(checked, RequestError) else checked
+        )
+        try:
+            if isinstance(checked, RequestError):
+                raise checked
+            if wrong is not None:
+                raise wrong
+            request = ClientRequest(
+                request_id=name,
+                prompt_token_ids=checked,
+                params=SamplingParams(),
+                priority=priority,
+                pooling=choice.pooling,
+            )
+            with await (await self._client()).add(request) as stream:
+                return output.ended([delta async for delta in stream][-1], choice.finish)
+        except RequestError as error:
+            return replace(output, error=error)
 
     async def abort(self, request_id: str) -> None:
         """End a request: its last output has what it has so far. No effect where none of this id is open."""

@@ -35,7 +35,7 @@ from nanoengine.params.arguments import (
     template_variables,
 )
 from nanoengine.params.engine_options import EngineOptions
-from nanoengine.params.pooling import PoolingChoice, choose_pooling, pairs
+from nanoengine.params.pooling import PoolingChoice, choose_pooling, pairs, split_to_pool
 from nanoengine.params.sampling_params import SamplingParams
 from nanoengine.setup.config.engine_options import engine_options
 from nanoengine.setup.keywords import check_options, names_keywords
@@ -288,13 +288,11 @@ class LLM:
                 has an `error`, and the others finish.
         """
         choice = choose_pooling(self._built.assembly.pooling, pooling, normalize, dimensions)
-        return self._embed(split_prompts(prompts), choice, priority, use_tqdm)
+        return self._embed(split_to_pool(prompts), choice, priority, use_tqdm)
 
     def _embed(
         self, prompts: Sequence[GivenPrompt], choice: PoolingChoice, priority: Any, use_tqdm: bool
     ) -> list[EmbeddingOutput]:
-        if any(len(each.generated) for each in prompts):
-            raise ParamsError("generated_token_ids have no meaning for an embedding: leave them out")
         each_priority = one_each(priority, len(prompts), "priority")
         for level in each_priority:
             check_priority(level)
@@ -318,7 +316,7 @@ class LLM:
         """How similar prompts are: the cosine of the embeddings of one prompt and each of several, or of each and its
         own. `pooling` and errors: as of `embed`."""
         names, choice = ("first", "second"), choose_pooling(self._built.assembly.pooling, pooling, normalize=False)
-        a, b = split_prompts(first), split_prompts(second)
+        a, b = split_to_pool(first), split_to_pool(second)
         pairs(a, b, names)  # raises before anything runs
         found = self._embed(a + b, choice, None, use_tqdm)
         return [scored(*pair) for pair in pairs(found[: len(a)], found[len(a) :], names)]

@@ -112,18 +112,11 @@ class TextEngine:
         if wrong is not None and given.error is None:
             given = replace(given, error=wrong)
 
+        output = EmbeddingOutput(request_id=request_id, prompt=text, prompt_token_ids=given.prompt_token_ids)
+
         def put(delta: RequestDelta) -> None:
             if delta.finished:
-                sink(
-                    EmbeddingOutput(
-                        request_id=request_id,
-                        prompt=text,
-                        prompt_token_ids=given.prompt_token_ids,
-                        embedding=None if delta.pooled is None else choice.finish(delta.pooled),
-                        num_cached_tokens=delta.num_cached_tokens,
-                        error=delta.error,
-                    )
-                )
+                sink(output.ended(delta, choice.finish))
 
         self.engine.add_checked(given, sink=put)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nanoengine.api.deltas import Float32
+from nanoengine.api.deltas import Float32, RequestDelta
 from nanoengine.api.errors import RequestError
 
 
@@ -27,6 +28,15 @@ class EmbeddingOutput:
     embedding: Float32 | None = None
     num_cached_tokens: int = 0
     error: RequestError | None = None
+
+    def ended(self, last: RequestDelta, finish: Callable[[Float32], Float32]) -> EmbeddingOutput:
+        """With what the request's last delta has. `finish`: makes the embedding of the pooled vector."""
+        return replace(
+            self,
+            embedding=None if last.pooled is None else finish(last.pooled),
+            num_cached_tokens=last.num_cached_tokens,
+            error=last.error,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from nanoengine.api.deltas import Float32, Pooling
 from nanoengine.api.errors import ParamsError
+from nanoengine.params.arguments import GivenPrompt, split_prompts
 from nanoengine.params.field_types import conform
 from nanoengine.params.sampling_params import ResolvedParams, SamplingParams
 
@@ -63,6 +64,14 @@ def choose_pooling(
         defaults.normalize if normalize is None else conform("normalize", normalize, bool),
         None if dimensions is None else _checked_dimensions(defaults, dimensions),
     )
+
+
+def split_to_pool(prompts: Any) -> list[GivenPrompt]:
+    """As `split_prompts`. Also raises `ParamsError` for a prompt with generated tokens."""
+    given = split_prompts(prompts)
+    if any(len(each.generated) for each in given):
+        raise ParamsError("generated_token_ids have no meaning for an embedding: leave them out")
+    return given
 
 
 def pooled_params(resolved: ResolvedParams, params: SamplingParams, pooling: Any, generated: Any) -> ResolvedParams:

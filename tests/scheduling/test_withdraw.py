@@ -170,11 +170,11 @@ LOOPS = st.fixed_dictionaries(
 )
 
 
-def run_short(seed: int, loop: ShortLoop, *, breaks: bool = False, count: int = 40) -> ShortLoop:
+def run_short(seed: int, loop: ShortLoop, *, breaks: bool = False, count: int = 40, pooling: float = 0.0) -> ShortLoop:
     """Random operations, while the limit changes."""
     rng = random.Random(seed)
     ops: list[Op] = []
-    for op in random_ops(rng, count, breaks=breaks):
+    for op in random_ops(rng, count, breaks=breaks, pooling=pooling):
         if rng.random() < 0.2:
             ops.append(("limit", rng.choice((1, 2, 3, 5, 8, 20, 64))))
         ops.append(op)
@@ -183,9 +183,11 @@ def run_short(seed: int, loop: ShortLoop, *, breaks: bool = False, count: int = 
 
 
 @settings(max_examples=40)
-@given(st.integers(0, 1 << 20), st.integers(1, 20), st.booleans(), LOOPS)
-def test_any_operations_while_memory_is_short(seed: int, limit: int, breaks: bool, options: dict[str, Any]) -> None:
-    loop = run_short(seed, ShortLoop(limit, **options), breaks=breaks)
+@given(st.integers(0, 1 << 20), st.integers(1, 20), st.booleans(), st.sampled_from([0.0, 0.4]), LOOPS)
+def test_any_operations_while_memory_is_short(
+    seed: int, limit: int, breaks: bool, pooling: float, options: dict[str, Any]
+) -> None:
+    loop = run_short(seed, ShortLoop(limit, **options), breaks=breaks, pooling=pooling)
     assert breaks or not loop.failed, "each token fits"
 
 

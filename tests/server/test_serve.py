@@ -11,8 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from nanoengine.testing.mock_model import mark
 from tests.server.mock_server import engine_of, events, https_of, mock_server
 from tests.server.running import Running, alive, until
 
@@ -192,3 +195,25 @@ def test_a_model_that_is_not_there_ends_the_command_with_status_2(tmp_path: Path
         last = server.log.splitlines()[-1]
         assert last.startswith("error: ")
         assert "nothing" in last
+
+
+def test_embeddings_and_scores_are_those_of_the_models_hidden_states(server: Running) -> None:
+    """In each of the HTTP processes, in steps beside streams."""
+
+    def hidden(ids: Sequence[int]) -> list[int]:
+        """Of the last token: see `MockModel`."""
+        history = int(mark(torch.tensor(ids), torch.arange(len(ids))).sum()) % (1 << 40)
+        return [history >> 20, history % (1 << 20)]
+
+    given = [[1, 2, 3], [4, 5], [6] * 3000]
+    for _ in range(6):
+        status, _, data = server.ask("/v1/embeddings", {"input": given, "normalize": False})
+        assert status == 200, data
+        found = json.loads(data)
+        assert [each["embedding"] for each in found["data"]] == [hidden(ids) for ids in given]
+        assert found["usage"]["prompt_tokens"] == 3005
+    status, _, data = server.ask("/v1/score", {"text_1": given[0], "text_2": given[1:]})
+    assert status == 200, data
+    a, *others = (np.array(hidden(ids), np.float64) for ids in given)
+    want = [float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)) for b in others]
+    assert [each["score"] for each in json.loads(data)["data"]] == pytest.approx(want, abs=1e-6)

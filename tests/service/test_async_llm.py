@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import nanoengine
-from nanoengine import LLM, AsyncLLM, RequestOutput, SamplingParams
+from nanoengine import LLM, AsyncLLM, EmbeddingOutput, RequestOutput, SamplingParams
 from nanoengine.api.errors import (
     ConfigError,
     EngineClosed,
@@ -329,3 +329,51 @@ def test_what_cannot_be_made_is_refused_as_by_llm(tmp_path: Path, folder: Path) 
 def test_it_is_a_name_of_the_package() -> None:
     assert nanoengine.AsyncLLM is AsyncLLM
     assert "AsyncLLM" in nanoengine.__all__
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", None])
+def test_embeddings_are_those_of_llm(llm: AsyncLLM, plain: LLM, pooling: Any) -> None:
+    given: list[Any] = ["hello", {"prompt_token_ids": [1, 2, 3], "prompt": "shown"}, [], [VOCAB], [1] * 4097]
+    want = plain.embed(given, pooling, use_tqdm=False)
+
+    async def main() -> list[EmbeddingOutput]:
+        return await llm.embed(given, pooling)
+
+    for output, expected in zip(run(main()), want, strict=True):
+        assert (output.prompt, output.prompt_token_ids) == (expected.prompt, expected.prompt_token_ids)
+        assert str(output.error) == str(expected.error)
+        assert (output.embedding is None) is (expected.embedding is None)
+        if output.embedding is not None:
+            assert output.embedding.tolist() == pytest.approx(expected.embedding.tolist(), rel=1e-6)
+    assert [output.error is None for output in want] == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"pooling": "cls"}, "pooling must be 'mean' or 'last'"),
+        ({"dimensions": 1}, "dimensions is 1"),
+        ({"priority": "high"}, "priority must be a whole number"),
+        ({"prompts": {"prompt_token_ids": [1], "generated_token_ids": [2]}}, "generated_token_ids have no meaning"),
+    ],
+)
+def test_wrong_arguments_of_an_embedding_are_raised(llm: AsyncLLM, fields: dict[str, Any], said: str) -> None:
+    async def main() -> None:
+        with pytest.raises(ParamsError, match=said):
+            await llm.embed(**{"prompts": [1, 2], **fields})
+
+    run(main())
+
+
+def test_cancelling_an_embedding_aborts_its_requests(llm: AsyncLLM) -> None:
+    async def main() -> None:
+        work = asyncio.create_task(llm.embed([[1] * 4000] * 20, "mean"))
+        while not (await llm.stats()).requests:
+            await asyncio.sleep(0.001)
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+        while (await llm.stats()).requests:
+            await asyncio.sleep(0.001)
+
+    run(main())

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import socket
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -14,11 +13,11 @@ from dataclasses import asdict
 from typing import Any
 
 from nanoengine.api.errors import NanoEngineError, RequestError, described, is_failure, shown
+from nanoengine.service.delta_frames import deltas_frame
 from nanoengine.service.frames import (
     FrameReader,
     Kind,
     ProtocolError,
-    deltas_frame,
     error_to_json,
     info_to_json,
     json_frame,
@@ -33,7 +32,6 @@ from nanoengine.service.tracing import traced
 
 _MERGE_AT = 4096  # deltas that could not be sent
 _MOST_UNSENT = 64 << 20  # bytes of answers that could not be sent
-_STUCK_SECONDS = 60.0  # without a byte taken, after which a client counts as dead
 _READ = 1 << 18
 _log = logging.getLogger(__name__)
 
@@ -52,7 +50,6 @@ class Connection:
         self._answers = deque[bytes]()
         self._unsent = 0  # bytes of the answers
         self._deltas: Batch = []
-        self._took_at = time.monotonic()
         self._closed = False
         self._tasks = set[asyncio.Task[None]]()
         self._loop.add_reader(sock.fileno(), self._readable)
@@ -74,13 +71,8 @@ class Connection:
 
     def beat(self) -> None:
         with self._lock:
-            if self._closed:
-                return
-            if self._rest:
-                if time.monotonic() - self._took_at > _STUCK_SECONDS:
-                    self._loop.call_soon_threadsafe(self.close, f"it took nothing for {_STUCK_SECONDS:g} seconds")
-                return
-            self._write(json_frame(Kind.BEAT, draining=self._service.is_draining))
+            if not self._closed and not self._rest and not self._answers:
+                self._write(json_frame(Kind.BEAT, draining=self._service.is_draining))
 
     def ended(self, cause: BaseException | None, batch: Batch) -> None:
         """Requests that a worker's failure ended are not reported: the client continues them in another engine."""
@@ -109,7 +101,6 @@ class Connection:
         """Send what the socket takes; the event loop sends the rest. With the lock held."""
         try:
             sent = self._socket.send(data)
-            self._took_at = time.monotonic()
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError:  # the client is gone; what is left of the frame goes nowhere

@@ -10,27 +10,22 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
 from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from nanoengine.api.deltas import FinishReason, Float32, Int32, LogprobRows, RequestDelta, SampleDelta
 from nanoengine.api.errors import EngineUnavailable, GrammarError, NanoEngineError, ParamsError, RequestError, shown
 from nanoengine.api.structured_outputs import StructuredOutputsParams
-from nanoengine.distributed.wire import decode, encode
 from nanoengine.params.pooling import PoolingDefaults
 from nanoengine.params.sampling_params import SamplingParams
 from nanoengine.service.client import ClientRequest, EngineInfo, ServiceStats, Usage
-from nanoengine.service.merge import join_rows
 
 _HEAD = struct.Struct("=II")
 MOST_BYTES = 256 << 20  # of a frame
-Keyed = tuple[int, RequestDelta]
 
 
 class Kind(IntEnum):
@@ -43,7 +38,7 @@ class Kind(IntEnum):
     ASK = 4  # JSON: id, what, arguments
     # from the engine
     HELLO = 10  # JSON of the engine's info: the first frame
-    DELTAS = 11  # arrays: see `DeltaArrays`
+    DELTAS = 11  # arrays: see `delta_frames.py`
     TAKEN = 12  # JSON: key, and an error or null
     ANSWER = 13  # JSON: id, and a value or an error
     BEAT = 14  # JSON: whether it is draining
@@ -327,148 +322,3 @@ def _pooling(found: Mapping[str, Any] | None) -> PoolingDefaults | None:
 
 def stats_from_json(found: Mapping[str, Any]) -> ServiceStats:
     return ServiceStats(**found)
-
-
-# Deltas
-
-_FINISHED, _SEED, _PROMPT, _POOLED, _ERROR = 1, 2, 4, 8, 16
-_REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length", "abort")
-_CODES: Mapping[FinishReason | None, int] = {reason: code for code, reason in enumerate(_REASONS)}
-_ID, _TEXT, _LOGPROBS = 4, 8, 16
-
-
-def _none(dtype: Any) -> Any:
-    return np.zeros(0, dtype)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeltaArrays:
-    """R deltas with S samples together, as flat arrays.
-
-    Attributes:
-        keys, flags (_FINISHED ...), cached, computed, seeds, scheduled (NaN: not yet), samples (how many): [R].
-        index, counts (tokens), ends (reason, and _ID ...): [S]. token_ids: flat. stop_ids: of samples with _ID.
-        logprobs: of the deltas' prompts and then of the samples, one behind the other, each of `rows_of` rows.
-        pooled: flat, each of `pooled_of` numbers. texts: UTF-8 of JSON: stop strings, and errors.
-    """
-
-    keys: Int32
-    flags: npt.NDArray[np.uint8]
-    cached: Int32
-    computed: Int32
-    seeds: npt.NDArray[np.int64]
-    scheduled: npt.NDArray[np.float64]
-    samples: Int32
-    index: Int32
-    counts: Int32
-    ends: npt.NDArray[np.uint8]
-    token_ids: Int32
-    stop_ids: Int32
-    rows_of: Int32
-    logprobs: LogprobRows
-    pooled_of: Int32
-    pooled: Float32
-    texts: npt.NDArray[np.uint8]
-
-
-_NO_ROWS = LogprobRows()
-
-
-def deltas_frame(batch: Sequence[Keyed]) -> bytes:
-    deltas = [delta for _, delta in batch]
-    samples = [sample for delta in deltas for sample in delta.samples]
-    prompts = [delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs is not None]
-    rows = prompts + [sample.logprobs for sample in samples if sample.logprobs is not None]
-    pooled = [delta.pooled for delta in deltas if delta.pooled is not None]
-    errors = [error_to_json(delta.error) for delta in deltas if delta.error is not None]
-    stops = [s.stop_reason for s in samples if s.stop_reason is not None]
-    texts: Any = [[stop for stop in stops if isinstance(stop, str)], errors]
-    arrays = DeltaArrays(
-        keys=np.array([key for key, _ in batch], np.int32),
-        flags=np.array([_flags(delta) for delta in deltas], np.uint8),
-        cached=np.array([delta.num_cached_tokens for delta in deltas], np.int32),
-        computed=np.array([delta.num_computed_tokens for delta in deltas], np.int32),
-        seeds=np.array([delta.seed or 0 for delta in deltas], np.int64),
-        scheduled=np.array([math.nan if d.first_scheduled is None else d.first_scheduled for d in deltas], np.float64),
-        samples=np.array([len(delta.samples) for delta in deltas], np.int32),
-        index=np.array([sample.sample_index for sample in samples], np.int32),
-        counts=np.array([len(sample.token_ids) for sample in samples], np.int32),
-        ends=np.array([_end(sample) for sample in samples], np.uint8),
-        token_ids=np.array([token for sample in samples for token in sample.token_ids], np.int32),
-        stop_ids=np.array([stop for stop in stops if not isinstance(stop, str)], np.int32),
-        rows_of=np.array([len(each.rows) for each in rows], np.int32),
-        logprobs=join_rows(rows) or _NO_ROWS,
-        pooled_of=np.array([len(each) for each in pooled], np.int32),
-        pooled=np.concatenate(pooled, dtype=np.float32) if pooled else _none(np.float32),
-        texts=np.frombuffer(json.dumps(texts).encode(), np.uint8) if errors or texts[0] else _none(np.uint8),
-    )
-    return frame(Kind.DELTAS, encode(arrays))
-
-
-def _flags(delta: RequestDelta) -> int:
-    return (
-        (_FINISHED if delta.finished else 0)
-        | (_SEED if delta.seed is not None else 0)
-        | (_PROMPT if delta.prompt_logprobs is not None else 0)
-        | (_POOLED if delta.pooled is not None else 0)
-        | (_ERROR if delta.error is not None else 0)
-    )
-
-
-def _end(sample: SampleDelta) -> int:
-    stop = sample.stop_reason
-    named = 0 if stop is None else _TEXT if isinstance(stop, str) else _ID
-    return _CODES[sample.finish_reason] | named | (_LOGPROBS if sample.logprobs is not None else 0)
-
-
-def read_deltas(content: bytes, ids: Mapping[int, str]) -> list[Keyed]:
-    """`ids`: the request of each key. Deltas of a key that has none are left out: it was closed."""
-    found = decode(DeltaArrays, content)
-    stops, errors = json.loads(found.texts.tobytes()) if len(found.texts) else ((), ())
-    prompts = int(np.count_nonzero(found.flags & _PROMPT))
-    rows = iter(_cut(found.logprobs, found.rows_of))
-    of_prompts = iter([next(rows) for _ in range(prompts)])
-    samples = _samples(found, rows, iter(stops))
-    pooled = iter(np.split(found.pooled, np.cumsum(found.pooled_of)[:-1]) if len(found.pooled_of) else ())
-    failed = iter(errors)
-    batch = list[Keyed]()
-    columns = (found.keys, found.flags, found.cached, found.computed, found.seeds, found.scheduled, found.samples)
-    at = 0
-    for key, flags, cached, computed, seed, scheduled, count in zip(*(c.tolist() for c in columns), strict=True):
-        delta = RequestDelta(
-            ids.get(key, ""),
-            tuple(samples[at : at + count]),
-            bool(flags & _FINISHED),
-            next(of_prompts) if flags & _PROMPT else None,
-            cached,
-            computed,
-            seed if flags & _SEED else None,
-            None if scheduled != scheduled else scheduled,
-            next(pooled) if flags & _POOLED else None,
-            request_error(*next(failed)) if flags & _ERROR else None,
-        )
-        at += count
-        if key in ids:
-            batch.append((key, delta))
-    return batch
-
-
-def _samples(found: DeltaArrays, rows: Iterator[LogprobRows], stops: Iterator[str]) -> list[SampleDelta]:
-    tokens, stop_ids, at = found.token_ids.tolist(), iter(found.stop_ids.tolist()), 0
-    samples = []
-    for index, count, end in zip(found.index.tolist(), found.counts.tolist(), found.ends.tolist(), strict=True):
-        new = tuple(tokens[at : at + count])
-        at += count
-        if not end:
-            samples.append(SampleDelta(index, new))
-            continue
-        stop = next(stops) if end & _TEXT else next(stop_ids) if end & _ID else None
-        samples.append(SampleDelta(index, new, next(rows) if end & _LOGPROBS else None, _REASONS[end & 3], stop))
-    return samples
-
-
-def _cut(rows: LogprobRows, lengths: Int32) -> Iterator[LogprobRows]:
-    start = 0
-    for length in lengths.tolist():
-        yield rows.part(start, start + length)
-        start += length

@@ -12,6 +12,7 @@ from typing import Any
 
 from nanoengine.api.errors import EngineUnavailable, NanoEngineError, RequestError
 from nanoengine.service.client import ClientRequest, EngineInfo, Health, RequestStream, ServiceStats, Usage
+from nanoengine.service.delta_frames import read_deltas
 from nanoengine.service.frames import (
     FrameReader,
     Kind,
@@ -20,7 +21,6 @@ from nanoengine.service.frames import (
     error_from_json,
     info_from_json,
     json_frame,
-    read_deltas,
     read_json,
     stats_from_json,
     usage_frame,

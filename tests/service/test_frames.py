@@ -17,12 +17,12 @@ from nanoengine.api.errors import EngineUnavailable, GrammarError, ParamsError, 
 from nanoengine.api.structured_outputs import StructuredOutputsParams
 from nanoengine.params.pooling import PoolingDefaults
 from nanoengine.service.client import ClientRequest, EngineInfo, Usage
+from nanoengine.service.delta_frames import deltas_frame, read_deltas
 from nanoengine.service.frames import (
     FrameReader,
     Kind,
     ProtocolError,
     add_frame,
-    deltas_frame,
     error_from_json,
     error_to_json,
     frame,
@@ -30,7 +30,6 @@ from nanoengine.service.frames import (
     info_to_json,
     json_frame,
     read_add,
-    read_deltas,
     read_json,
     read_usage,
     usage_frame,

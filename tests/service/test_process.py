@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import time
 from pathlib import Path
@@ -13,14 +14,16 @@ import pytest
 from nanoengine.api.errors import ConfigError, EngineUnavailable, ModelSourceError
 from nanoengine.params.engine_options import EngineOptions
 from nanoengine.service.engine_process import EngineProcess
+from nanoengine.service.merge import merge_all
 from nanoengine.service.remote import RemoteClient
 from nanoengine.service.source import EngineSource
 from nanoengine.setup.config.config import load_config
 from nanoengine.setup.plugins.discover import discover
 from nanoengine.testing import mock_model
+from nanoengine.testing.byte_tokenizer import END, write_byte_tokenizer
 from nanoengine.testing.mock_model import write_mock_checkpoint
 from tests.engine.support import VOCAB, greedy, prompts
-from tests.service.support import request, tokens, until
+from tests.service.support import request, tokens, until, whole
 
 
 def source(tmp_path: Path, **options: Any) -> EngineSource:
@@ -104,3 +107,65 @@ def test_what_only_this_process_has_is_refused_with_the_way_out(wrong: dict[str,
     given: dict[str, Any] = {"attention": "auto", "plugins": [], **wrong}
     with pytest.raises(ConfigError, match="process=False"):
         EngineSource.of_parts("m", given["attention"], None, EngineOptions(), None, given["plugins"])
+
+
+_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 20, "maxLength": 25},
+        "tags": {"type": "array", "items": {"enum": ["red", "green"]}, "minItems": 5, "maxItems": 6},
+        "inner": {"type": "object", "properties": {"n": {"enum": [1, 22]}}, "required": ["n"]},
+    },
+    "required": ["name", "tags", "inner"],
+    "additionalProperties": False,
+}
+
+
+def test_a45_an_engine_killed_in_mid_json_leaves_bytes_that_equal_an_undisturbed_run(tmp_path: Path) -> None:
+    """Two engines, one after the other, each a process. The grammar's state goes on with the tokens."""
+    made = source(tmp_path)
+    folder = Path(made.model)
+    tokenizer = write_byte_tokenizer(folder)
+    end = tokenizer.token_to_id(END)
+    write_mock_checkpoint(folder, vocab_size=320, max_position_embeddings=4096, eos_token_id=end)
+    outputs = {"json": _SCHEMA, "whitespace_pattern": "[ ]?"}
+    asked = [
+        request(
+            f"r{i}", [i + 1], max_tokens=900, ignore_eos=False, temperature=1.0, seed=i, n=1 + i % 2,
+            structured_outputs=outputs,
+        )
+        for i in range(4)
+    ]  # fmt: skip
+
+    async def main() -> None:
+        engines = [EngineProcess.start(made), EngineProcess.start(made)]
+        await asyncio.gather(*(engine.wait_ready() for engine in engines))
+        client = RemoteClient()
+        client.connect(engines[0].connect())
+        await client.ready()
+        streams = [await client.add(each) for each in asked]
+        begun = [[await anext(stream)] for stream in streams]
+        for stream, deltas in zip(streams, begun, strict=True):
+            while sum(len(s.token_ids) for d in deltas for s in d.samples) < 15:
+                deltas.append(await anext(stream))
+        engines[0].process.send_signal(signal.SIGSTOP)
+        engines[0].process.kill()
+        await until(lambda: not client.health.alive)
+        assert len(client._open) == len(asked)
+        client.connect(engines[1].connect())
+        for stream, deltas in zip(streams, begun, strict=True):
+            deltas += [delta async for delta in stream]
+        for each, deltas in zip(asked, begun, strict=True):
+            got, wanted = merge_all(deltas), await whole(await client.add(each))
+            assert got.error is None
+            for i in range(each.params.n):
+                mine, other = (next(s for s in d.samples if s.sample_index == i) for d in (got, wanted))
+                assert mine == other
+                assert mine.finish_reason == "stop"
+                found = json.loads(tokenizer.decode(mine.token_ids))
+                assert set(found) == {"name", "tags", "inner"}
+        await client.close()
+        for engine in engines:
+            engine.close()
+
+    asyncio.run(main())

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from engine import chain_plugin
 from parity import tiny
 from transformers import PreTrainedModel
 
@@ -86,13 +87,15 @@ def plain(llm: LLM, prompts: Any, pooling: Pooling) -> list[EmbeddingOutput]:
     return llm.embed(prompts, pooling, normalize=False, use_tqdm=False)
 
 
-def embed_beside_others(llm: LLM, prompts: Sequence[Sequence[int]], pooling: Pooling) -> list[EmbeddingOutput]:
+def embed_beside_others(
+    llm: LLM, prompts: Sequence[Sequence[int]], pooling: Pooling, params: SamplingParams = GREEDY
+) -> list[EmbeddingOutput]:
     """While as many prompts generate: their tokens are those that they have without company."""
-    alone = [output.outputs[0].token_ids for output in llm.generate(list(prompts), GREEDY, use_tqdm=False)]
+    alone = [output.outputs[0].token_ids for output in llm.generate(list(prompts), params, use_tqdm=False)]
     found: dict[str, tuple[int, ...]] = {}
     for i, prompt in enumerate(prompts):
         llm.text_engine.add_request(
-            f"text {i}", prompt, GREEDY, final_only=True,
+            f"text {i}", prompt, params, final_only=True,
             sink=lambda output: found.update({output.request_id: output.outputs[0].token_ids}),
         )  # fmt: skip
     outputs = plain(llm, prompts, pooling)
@@ -107,6 +110,17 @@ def test_beside_requests_that_generate(folder: Path, model: PreTrainedModel) -> 
         for pooling in POOLINGS:
             assert worst(model, embed_beside_others(llm, LONG, pooling), pooling) < 1e-5
         assert llm.stats().mixed_steps > 3
+
+
+def test_in_steps_that_wait_for_columns(folder: Path, model: PreTrainedModel) -> None:
+    """A grammar's, say: their forward pass is launched long before their draws."""
+    with tiny.llm(folder, max_num_batched_tokens=24, plugins=[chain_plugin.__file__]) as llm:
+        steps, schedule = [], llm.engine.scheduler.schedule
+        llm.engine.scheduler.schedule = lambda: steps.append(schedule()) or steps[-1]  # type: ignore
+        for pooling in POOLINGS:
+            outputs = embed_beside_others(llm, LONG, pooling, GREEDY.replace(chain=3))
+            assert worst(model, outputs, pooling) < 1e-5
+        assert sum(step is not None and step.plan.late and len(step.plan.pooled) > 0 for step in steps) > 3
 
 
 def test_from_the_prefix_cache(folder: Path, model: PreTrainedModel) -> None:

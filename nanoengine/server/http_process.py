@@ -28,6 +28,7 @@ import asyncio
 import gc
 import logging
 import os
+import resource
 import socket
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
@@ -48,6 +49,7 @@ _CONNECT_SECONDS = 10.0  # that a request waits for the application once the eng
 _CLOSE_SECONDS = 1.0  # that answers have to be sent when the process is asked to end
 _KEEP_ALIVE_SECONDS = 75  # longer than a proxy keeps its connections (60 s is usual): so the proxy closes them
 _BACKLOG = 2048
+_FILES = 1 << 16
 
 
 class Served(Protocol):
@@ -199,9 +201,18 @@ def server_config_of(found: Mapping[str, Any]) -> ServerConfig:
     return ServerConfig(**{name: conform(f"server.{name}", value, types[name]) for name, value in found.items()})
 
 
+def raise_file_limit() -> None:
+    """Every connection is a file: the usual limit of 1,024 is not enough for a thousand streams."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 async def _run(make: MakeServed) -> int:
     control, listener = inherit(int(sys.argv[1])), socket.socket(fileno=int(sys.argv[2]))
     os.set_inheritable(listener.fileno(), False)
+    raise_file_limit()
     return await HttpProcess(control, listener, make).run()
 
 

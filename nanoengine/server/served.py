@@ -34,6 +34,8 @@ class ServedEngine:
     def prepare(self) -> None:
         import transformers  # noqa: F401 - takes a while, and the tokenizer needs it
 
+        load_parsers(self._registry, self._config, None)  # a name that does not exist is an error at once
+
     def connect(self, sock: socket.socket) -> None:
         self._client.connect(sock)
 

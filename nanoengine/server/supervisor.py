@@ -134,7 +134,8 @@ class Supervisor:
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._signals.put_nowait, number)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # a shell disables Ctrl-C for a command behind `&`
+                loop.add_signal_handler(number, self._signals.put_nowait, number)
         _log.info("listening at %s", self._launch.address, extra=fields(workers=self._options.workers))
         asked = loop.create_task(self._signals.get())
         keepers = [loop.create_task(self._keep_engine()), loop.create_task(self._watch())]

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from nanoengine.testing.mock_model import mark
-from tests.server.mock_server import engine_of, events, https_of, mock_server
+from tests.server.mock_server import engine_of, events, https_of, metric, mock_server
 from tests.server.running import Running, alive, until
 
 DEADLINE = 2.0  # health_deadline of the servers here
@@ -42,10 +42,8 @@ STREAMS: Sequence[tuple[str, dict[str, Any]]] = (
 
 
 def start(folder: Path, workers: int) -> Running:
-    return mock_server(
-        folder, f"server.workers={workers}", f"server.health_deadline={DEADLINE}", "server.restart.backoff=0.1",
-        "server.drain_timeout=0.5",
-    )  # fmt: skip
+    options = (f"workers={workers}", f"health_deadline={DEADLINE}", "restart.backoff=0.1", "drain_timeout=0.5")
+    return mock_server(folder, *(f"server.{each}" for each in options))
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +76,12 @@ def answers(found: Sequence[dict[str, Any]]) -> dict[int, tuple[str, str | None]
         texts[choice["index"]] = texts.get(choice["index"], "") + text
         reasons[choice["index"]] = choice["finish_reason"] or reasons.get(choice["index"])
     return {index: (text, reasons[index]) for index, text in texts.items()}
+
+
+def completion(server: Running, **body: Any) -> Any:
+    status, _, text = server.ask("/v1/completions", {"prompt": PROMPT, "max_tokens": 16, "ignore_eos": True, **body})
+    assert status == 200, text
+    return json.loads(text)
 
 
 def streams_over_a_death(server: Running) -> None:
@@ -127,6 +131,19 @@ def test_a4_health_is_503_within_the_deadline_of_a_stopped_engine(server: Runnin
         os.kill(pid, signal.SIGCONT)
     server.until_ready()
     assert engine_of(server) == pid
+
+
+def test_a35_metrics_of_any_process_are_the_whole(server: Running) -> None:
+    def counted() -> float:
+        status, _, body = server.ask("/metrics")
+        assert status == 200
+        return metric(body.decode(), "nanoengine_generation_tokens_total")
+
+    before = counted()
+    for _ in range(6):  # each with a connection of its own: they spread over the processes
+        completion(server, max_tokens=5)
+    until(lambda: counted() == before + 30, lambda: f"{before} {counted()}")
+    assert {counted() for _ in range(9)} == {before + 30}
 
 
 def test_an_http_process_that_dies_frees_its_requests(server: Running) -> None:

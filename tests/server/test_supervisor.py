@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -254,3 +255,16 @@ def test_restarts_wait_longer_each_time_and_are_forgiven_after_the_window() -> N
     assert [restarts.delay(1, now) for now in (0.0, 1.0, 2.0, 3.0)] == [1.0, 2.0, 4.0, None]
     assert restarts.delay(1, 101.5) == 2.0  # that of 2.0 still counts
     assert restarts.delay(0, 300.0) is None  # on-failure
+
+
+def test_an_http_process_may_have_more_files_than_the_usual_limit() -> None:
+    code = (
+        "import resource\n"
+        "from nanoengine.server.http_process import raise_file_limit\n"
+        "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))\n"
+        "raise_file_limit()\n"
+        "soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]\n"
+        "assert soft == (65536 if hard == resource.RLIM_INFINITY else min(65536, hard)), soft\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,108 @@
+"""The commands of README.md and docs/serving.md: they run on the mock model, and the request answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import http.client
+import json
+import re
+import shlex
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from typer.testing import CliRunner
+
+from nanoengine.cli.app import app
+from nanoengine.server.config import ServerConfig, server_config
+from nanoengine.setup.config.config import load_config
+from tests.server.mock_server import PLUGIN, mock_folder
+from tests.server.running import Running
+
+ROOT = Path(__file__).parents[2]
+SERVING = (ROOT / "docs/serving.md").read_text("utf-8")
+PAGES = {"README.md": (ROOT / "README.md").read_text("utf-8"), "docs/serving.md": SERVING}
+MOCK = ("attention=mock", "engine.load_format=dummy", "engine.kv_cache_memory=8388608", "server.port=0")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL)
+
+
+def lines(page: str, command: str) -> list[list[str]]:
+    """The words of each line that begins with the command."""
+    text = "".join(blocks(page, "sh")).replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith(command)]
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    model = mock_folder(tmp_path_factory.mktemp("docs") / "mock")
+    [words] = lines("README.md", "nanoengine serve")
+    command = [sys.executable, "-m", *words, f"model={model}", *MOCK, "--plugin", str(PLUGIN)]
+    with Running(command) as server:
+        yield server.until_ready()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_server_of_the_page_answers_its_curl(page: str, quickstart: Running) -> None:
+    assert lines(page, "nanoengine serve") == lines("README.md", "nanoengine serve")
+    for curl in lines(page, "curl"):
+        url, headers, data = parsed(curl)
+        assert (url.hostname, url.port) == (ServerConfig().host, ServerConfig().port)
+        connection = http.client.HTTPConnection("127.0.0.1", quickstart.port, timeout=60)
+        connection.request("GET" if data is None else "POST", url.path, data, headers)
+        response = connection.getresponse()
+        answer = json.loads(response.read())
+        assert response.status == 200, answer
+        assert answer["choices"][0]["message"]["role"] == "assistant"
+        connection.close()
+
+
+def parsed(curl: list[str]) -> tuple[Any, dict[str, str], str | None]:
+    """(URL, headers, body) of a command line of curl with -H and -d alone."""
+    headers, data, rest = dict[str, str](), None, iter(curl[1:])
+    url = ""
+    for word in rest:
+        if word == "-H":
+            name, _, value = next(rest).partition(": ")
+            headers[name] = value
+        elif word == "-d":
+            data = next(rest)
+        else:
+            assert word.startswith("http"), word
+            url = word
+    return urlsplit(url), headers, data
+
+
+def test_the_configuration_of_the_page_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    [text] = [text for text in blocks("docs/serving.md", "yaml") if text.startswith("# file: serve.yaml")]
+    Path("serve.yaml").write_text(text, "utf-8")
+    assert server_config(load_config("serve.yaml").sections).workers == 2
+    for words in lines("docs/serving.md", "nanoengine config"):
+        result = CliRunner().invoke(app, words[1:])
+        assert result.exit_code == 0, result.stderr
+        assert "server" in result.stdout
+
+
+def keys(options: type[Any], prefix: str = "") -> Iterator[str]:
+    hints = typing.get_type_hints(options)
+    for field in dataclasses.fields(options):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from keys(typing.cast(Any, hints[field.name]), f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+def test_the_page_has_every_key_of_the_section() -> None:
+    documented = [
+        key
+        for row in re.findall(r"^\| ((?:`[a-z_.]+`(?:, )?)+) \|", SERVING, re.MULTILINE)
+        for key in re.findall("`([a-z_.]+)`", row)
+    ]
+    assert sorted(documented) == sorted(keys(ServerConfig))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from nanoengine.api.plugin_calls import name_of, plugin_call
 from nanoengine.api.structured_outputs import StructuredOutputsParams
 from nanoengine.api.tool_parsers import Tool, ToolParser
 from nanoengine.server.config import ServerConfig
@@ -105,7 +106,7 @@ def parsing_of(
         if named not in [tool.name for tool in tools]:
             names = ", ".join(tool.name for tool in tools) or "(none)"
             raise invalid(f"tool_choice names the function {named!r}; tools has: {names}", "tool_choice")
-        tools, choice = [tool for tool in tools if tool.name == named], "required"
+        tools, choice, parallel = [tool for tool in tools if tool.name == named], "required", False
     if choice == "required" and not tools:
         raise invalid("tool_choice is 'required', and there are no tools: give some", "tool_choice")
     if not tools or choice == "none":
@@ -120,11 +121,21 @@ def parsing_of(
             )
         return _parsing(parsers, tokenizer, parsers.tool, tools, parallel)
     for parser in (parsers.tool, parsers.fallback):
-        demanded = None if parser is None else parser.constraint(tools, required=True, parallel=parallel)
-        if demanded is not None:
-            constraint = StructuredOutputsParams(**demanded)
+        constraint = None if parser is None else _demanded(parser, tools, parallel)
+        if constraint is not None:
             return replace(_parsing(parsers, tokenizer, parser, tools, parallel), constraint=constraint)
     raise invalid("this server has no tool parser that can demand a call", "tool_choice", "not_supported")
+
+
+def _demanded(parser: type[ToolParser], tools: Sequence[Tool], parallel: bool) -> StructuredOutputsParams | None:
+    with plugin_call(f"{name_of(parser)}.constraint failed", parser):
+        found = parser.constraint(tools, required=True, parallel=parallel)
+        return None if found is None else StructuredOutputsParams(**found)
+
+
+def _made(parser: type[ToolParser], tools: Sequence[Tool]) -> ToolParser:
+    with plugin_call(f"{name_of(parser)} failed", parser):
+        return parser(tools)
 
 
 def _parsing(
@@ -138,7 +149,7 @@ def _parsing(
     wanted = [*(tool.special_tokens if tool else ()), *((tags.begin, tags.end) if tags else ())]
     special = tokenizer is not None and any(map(tokenizer.has_special, wanted))
     return Parsing(
-        tool=None if tool is None else lambda: tool(tools),
+        tool=None if tool is None else lambda: _made(tool, tools),
         parallel=parallel,
         tags=tags,
         hidden=tokenizer.special_texts if tokenizer is not None and special else (),

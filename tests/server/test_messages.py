@@ -164,7 +164,7 @@ def test_each_beginning_of_arguments_is_an_object() -> None:
         ({"type": "auto"}, False, True),
         ({"type": "auto", "disable_parallel_tool_use": True}, False, False),
         ({"type": "any"}, True, True),
-        ({"type": "tool", "name": "weather"}, True, True),
+        ({"type": "tool", "name": "weather"}, True, False),
     ],
 )
 def test_tool_choice(choice: dict[str, Any], required: bool, parallel: bool) -> None:
@@ -297,6 +297,20 @@ def test_blocks_that_are_not_supported_are_refused_by_name(name: str) -> None:
 )
 def test_fields_are_refused_by_name(fields: dict[str, Any], words: str) -> None:
     assert words in error_of(ask(Server(parsers=PARSERS), **fields), 400, "invalid_request_error")
+
+
+def test_a_body_that_is_nested_too_deeply_is_refused() -> None:
+    def schema(depth: int) -> str:
+        return '{"items":' * depth + "{}" + "}" * depth
+
+    def ask_with(depth: int) -> httpx.Response:
+        tools = f'[{{"name": "f", "input_schema": {schema(depth)}}}]'
+        body = f'{{"max_tokens": 5, "messages": [{{"role": "user", "content": "x"}}], "tools": {tools}}}'
+        return Server(parsers=PARSERS).request("POST", "/v1/messages", content=body.encode())
+
+    assert ask_with(100).status_code == 200
+    for depth in (130, 400, 100_000):
+        assert ("nested" if depth < 400 else "") in error_of(ask_with(depth), 400, "invalid_request_error")
 
 
 def test_errors_have_anthropics_shape_on_every_way() -> None:

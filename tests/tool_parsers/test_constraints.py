@@ -125,3 +125,22 @@ def test_forms_without_a_trigger_leave_free_text_alone(parser: str) -> None:
 def accepts(grammar: Grammar, tokenizer: Tokenizer, text: str) -> bool:
     ids, matcher = tokenizer.encode(text).ids, grammar.matcher()
     return matcher.consume(ids) == len(ids) and matcher.is_accepting
+
+
+ODD: list[Any] = [
+    *({"properties": value} for value in (5, None, [], {"city": 5}, {"a b": {}}, {"city": True})),
+    *({"properties": {"city": {key: 5}}} for key in ("type", "anyOf", "enum", "properties", "$ref")),
+    *({"required": value} for value in (5, ["other"], [[1]])),
+    {"properties": {"city": {"anyOf": [5, {"type": 3}], "type": ["string", 5], "enum": [{}]}}},
+    {"$defs": 3, "type": 7},
+]
+
+
+@pytest.mark.parametrize("parser", sorted(PARSERS))
+@pytest.mark.parametrize("schema", ODD, ids=str)
+def test_a_schema_that_is_none_is_left_to_the_grammar_backend(parser: str, schema: Any) -> None:
+    tools = [Tool(name="get_weather", parameters=schema)]
+    for required in (True, False):
+        PARSERS[parser].constraint(tools, required=required, parallel=True)
+    text = "<function=get_weather><parameter=city>x</parameter></function>"
+    assert content_of(parsed(parser, [text], tools)) == ("" if parser == "qwen3_coder" else text)

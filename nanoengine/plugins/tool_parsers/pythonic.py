@@ -27,7 +27,8 @@ class Pythonic(ScanningParser):
 
     @classmethod
     def constraint(cls, tools: Sequence[Tool], *, required: bool, parallel: bool) -> Mapping[str, Any] | None:
-        return {"grammar": python_calls(tools, parallel=parallel)} if required and all(map(_has_names, tools)) else None
+        fits = required and all(map(_is_readable, tools))
+        return {"grammar": python_calls(tools, parallel=parallel)} if fits else None
 
     def _read(self) -> Steps[None]:
         yield from self._space()
@@ -119,9 +120,13 @@ class Pythonic(ScanningParser):
         return as_json("".join(parts))
 
 
-def _has_names(tool: Tool) -> bool:
-    """Whether the parser can read the tool's name and those of its arguments."""
-    return all(map(_of_name, tool.name)) and all(map(str.isidentifier, tool.parameters.get("properties", {})))
+def _is_readable(tool: Tool) -> bool:
+    """Whether the parser can read the tool's name and those of its arguments, as far as the schema is one."""
+    properties, required = tool.parameters.get("properties", {}), tool.parameters.get("required", [])
+    if not isinstance(properties, Mapping) or not isinstance(required, list):
+        return False
+    known = all(isinstance(name, str) and name in properties for name in required)
+    return known and all(map(_of_name, tool.name)) and all(map(str.isidentifier, properties))
 
 
 def _of_name(char: str) -> bool:

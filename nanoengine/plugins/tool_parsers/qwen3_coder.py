@@ -137,12 +137,16 @@ def types_of(schema: Any) -> frozenset[str]:
     """The JSON types that a schema names, with those of its alternatives and values; empty if it names none."""
     if not isinstance(schema, Mapping):
         return frozenset()
-    named = schema.get("type", ())
-    found = {named} if isinstance(named, str) else {each for each in named if isinstance(each, str)}
+    named = schema.get("type")
+    found = {each for each in ([named] if isinstance(named, str) else _list(named)) if isinstance(each, str)}
     for union in _UNIONS:
-        found |= {kind for each in schema.get(union, ()) for kind in types_of(each)}
-    values = [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else ())]
+        found |= {kind for each in _list(schema.get(union)) for kind in types_of(each)}
+    values = [*_list(schema.get("enum")), *([schema["const"]] if "const" in schema else ())]
     return frozenset(found or {kind for value in values for kind in _type_names(value)})
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _type_names(value: Any) -> frozenset[str]:

@@ -13,6 +13,7 @@ from nanoengine.api.errors import nearest
 from nanoengine.server.errors import ApiError, invalid, shortened
 
 Model = TypeVar("Model", bound="RequestModel")
+_MOST_DEPTH = 128
 
 
 class _FailFast(FailFast):
@@ -47,11 +48,27 @@ def parsed(model: type[Model], body: bytes) -> Model:
         raise invalid(f"the body is not JSON: {shortened(str(error), 300)}", code="invalid_json") from None
     if not isinstance(data, dict):
         raise invalid(f"the body must be a JSON object, not {type(data).__name__}", code="invalid_json")
+    _refuse_deep(data)
     _refuse_unknown(model, data)
     try:
         return model.model_validate(data)
     except ValidationError as error:
         raise _explained(model, error.errors(include_url=False, include_input=False)[0]) from None
+
+
+def _refuse_deep(data: Any) -> None:
+    """So that what reads it may recurse: templates, schemas, grammars."""
+    level = [data]
+    for _ in range(_MOST_DEPTH):
+        level = [
+            child
+            for each in level
+            for child in (each.values() if isinstance(each, dict) else each)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return
+    raise invalid(f"the body is nested more than {_MOST_DEPTH} levels deep", code="invalid_json")
 
 
 def _refuse_unknown(model: type[RequestModel], data: Mapping[str, Any]) -> None:

@@ -184,7 +184,7 @@ def test_sinks_and_attention_that_looks_ahead_agree(tried: Case) -> None:
 
 
 def test_a_sink_counts_once_in_a_row_that_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried, splits = case([(1, 300), (1, 70)], with_sinks=True), []
+    tried, splits = case([(1, 300), (1, 3)], with_sinks=True, heads=2, kv_heads=1), []
     from nanoengine.kernels.paged_attention_triton import DecodePlanner
 
     config = DecodePlanner.config

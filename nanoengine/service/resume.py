@@ -39,6 +39,8 @@ class OpenStream:
 
     def take(self, delta: RequestDelta) -> bool:
         """Give the reader what is new to it. Returns whether that was the last of it."""
+        if not self.taken.done():  # the step loop's thread may be faster than the answer to `add`
+            self.taken.set_result(None)
         if self._is_resumed:
             delta = self._new(delta)
         for sample in delta.samples:

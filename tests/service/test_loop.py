@@ -14,6 +14,8 @@ import pytest
 from nanoengine import LLM, SamplingParams
 from nanoengine.api.errors import EngineUnavailable, ParamsError, RequestError, WorkerError
 from nanoengine.service.client import ClientRequest, ServiceStats, Usage
+from nanoengine.service.connection import Connection
+from nanoengine.service.frames import Kind
 from nanoengine.service.loop import EngineService, Limits, Meter
 from nanoengine.service.parts import service_of
 from nanoengine.testing import mock_model
@@ -117,6 +119,32 @@ def test_requests_that_pool_get_their_vectors_beside_others(llm: LLM, kind: str,
         assert (await whole(await client.add(pooled("longest", [1] * 4096)))).pooled is not None
 
     on(llm, kind, main)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_request_may_end_before_its_client_knows_that_it_was_taken(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """The step loop's thread writes deltas, the event loop's the answer to `add`: either may be the first."""
+    send, held = Connection._send, list[bytes]()
+
+    def hold(self: Connection, data: bytes) -> None:
+        if late and data[0] == Kind.TAKEN:
+            held.append(data)
+            self._loop.call_later(0.2, send, self, data)
+        else:
+            send(self, data)
+
+    monkeypatch.setattr(Connection, "_send", hold)
+
+    async def main(client: Any, service: EngineService) -> None:
+        stream = await client.add(request("r", [1, 2, 3], max_tokens=1))
+        assert (await whole(stream)).samples[0].token_ids == greedy([1, 2, 3], 1)
+        await asyncio.sleep(0.3 * late)
+        assert await tokens(client, request("next", [1, 2, 3], max_tokens=1)) == greedy([1, 2, 3], 1)
+
+    on(llm, "remote", main)
+    assert len(held) == 2 * late
 
 
 @BOTH

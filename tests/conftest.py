@@ -26,6 +26,7 @@ torch.set_num_threads(1)
 settings.register_profile("ci", deadline=None, max_examples=60, print_blob=True, derandomize=True)
 settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
 settings.load_profile("ci")
+OWN_RUNS = ("corpus", "load", "clients")  # marks of tests that download or take minutes: run only if -m names them
 
 
 @pytest.fixture
@@ -51,10 +52,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):
         beside.longest_first(items)
     devices = torch.cuda.device_count()
-    corpora = "corpus" in config.option.markexpr
+    left_out = [mark for mark in OWN_RUNS if mark not in config.option.markexpr]
     for item in items:
-        if item.get_closest_marker("corpus") and not corpora:
-            item.add_marker(pytest.mark.skip(reason="needs -m corpus: it downloads schemas"))
+        for mark in left_out:
+            if item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=f"needs -m {mark}"))
         if item.get_closest_marker("gpu") and devices < 1:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("multi_gpu") and devices < 2:

@@ -151,7 +151,7 @@ class Answer(Response):
     async def _pump(self, number: int, writer: Writer) -> None:
         run, take, write, account = self._runs[number], self._renderer.take, writer.write, self._account
         while (update := await run.update()) is not None:
-            if account.first_token is None and update.samples:
+            if account.first_token is None and update.samples and run.pooled is None:
                 account.first_token = time.monotonic()
             data = take(number, run, update)
             if data:

@@ -87,6 +87,8 @@ def test_the_engine_counts_what_the_answer_says(server: Server) -> None:
     [usage] = server.engine.usages
     assert (usage.endpoint, usage.status) == ("/v1/embeddings", 200)
     assert (usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens) == (5, 2, 0)
+    assert usage.ttft is None, "a vector is no first token"
+    assert usage.duration is not None
 
 
 def test_base64_is_of_little_endian_float32(server: Server) -> None:

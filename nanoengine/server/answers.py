@@ -16,6 +16,7 @@ from nanoengine.server.context import Context
 from nanoengine.server.errors import ApiError, api_error
 from nanoengine.server.events import Generation, Running, TokenUsage, Update
 from nanoengine.server.gate import Receive, Scope, Send
+from nanoengine.server.record import RECORD, Record
 from nanoengine.server.sse import Writer, watch
 from nanoengine.service.client import Usage
 
@@ -50,21 +51,26 @@ class Account:
     first_token: float | None = None
     status: int = 200
 
-    async def close(self, runs: Sequence[Running]) -> None:
-        usage, now = usage_of(runs), time.monotonic()
-        await self.context.client.count(
-            Usage(
-                client=self.client,
-                endpoint=self.endpoint,
-                status=self.status,
-                prompt_tokens=usage.prompt_tokens,
-                cached_tokens=usage.cached_tokens,
-                completion_tokens=usage.completion_tokens,
-                finish_reasons=tuple(reason or "abort" for run in runs for reason in run.finish_reasons),
-                ttft=None if self.first_token is None else self.first_token - self.arrival,
-                duration=now - self.arrival,
-            )
+    async def close(self, runs: Sequence[Running], record: Record | None) -> None:
+        """`record`: gets the same, and what a span of the request shows."""
+        tokens, now = usage_of(runs), time.monotonic()
+        usage = Usage(
+            client=self.client,
+            endpoint=self.endpoint,
+            status=self.status,
+            prompt_tokens=tokens.prompt_tokens,
+            cached_tokens=tokens.cached_tokens,
+            completion_tokens=tokens.completion_tokens,
+            finish_reasons=tuple(reason or "abort" for run in runs for reason in run.finish_reasons),
+            ttft=None if self.first_token is None else self.first_token - self.arrival,
+            duration=now - self.arrival,
         )
+        if record is not None:
+            record.usage, record.model, record.first_token = usage, self.context.names[0], self.first_token
+            if runs:
+                record.params = runs[0].generation.params.given_fields()
+                record.first_scheduled = runs[0].first_scheduled
+        await self.context.client.count(usage)
 
 
 def usage_of(runs: Sequence[Running]) -> TokenUsage:
@@ -119,7 +125,7 @@ class Answer(Response):
                 known.remove(run)
             if not known:
                 self._context.running.pop(self._id, None)
-            await self._account.close(self._runs)
+            await self._account.close(self._runs, scope.get(RECORD))
 
     async def _start(self, known: list[Running]) -> None:
         """All of them, before anything is sent: what the engine refuses has its own HTTP status."""

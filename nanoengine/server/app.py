@@ -31,6 +31,7 @@ from nanoengine.server.protocol.tokens import (
     TokenizeRequest,
     TraceRequest,
 )
+from nanoengine.server.record import Observer, Tracer
 from nanoengine.server.render_messages import message_error
 from nanoengine.server.requests import with_schemas
 from nanoengine.server.routes.admin import admin_router
@@ -53,6 +54,7 @@ def create_app(
     *,
     parsers: Parsers | None = None,
     keys: Keys | None = None,
+    tracer: Tracer | None = None,
 ) -> Gate:
     """The ASGI application.
 
@@ -60,6 +62,7 @@ def create_app(
         client: must be connected, as its `info` decides which fields requests may have.
         tokenizer: of the model; None: only token ids work.
         parsers: of tools and reasoning; None: none. keys: None: those of `config` and the environment.
+        tracer: makes spans of requests; None: nothing does.
 
     Raises `ConfigError` for keys that cannot be read.
     """
@@ -70,7 +73,9 @@ def create_app(
         parsers=parsers or Parsers(),
         pool=ThreadPoolExecutor(config.threads, thread_name_prefix="nanoengine-http"),
     )
-    return Gate(fastapi_app(context), config, configured_keys(config) if keys is None else keys, error_of)
+    app = fastapi_app(context)
+    known = configured_keys(config) if keys is None else keys
+    return Gate(app, config, known, error_of, Observer(client, tracer))
 
 
 def fastapi_app(context: Context) -> FastAPI:

@@ -45,6 +45,27 @@ class RestartOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TraceOptions:
+    """Spans of requests, for OpenTelemetry.
+
+    Attributes:
+        endpoint: where they are sent, by OTLP over HTTP, as "http://collector:4318/v1/traces"; None: there are none.
+            Headers for it, and what part is sampled, are in the variables of OpenTelemetry: OTEL_EXPORTER_OTLP_HEADERS,
+            OTEL_TRACES_SAMPLER.
+        service_name: who sends them.
+    """
+
+    endpoint: str | None = None
+    service_name: str = "nanoengine"
+
+    def __post_init__(self) -> None:
+        if self.endpoint is not None and not self.endpoint.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"server.traces.endpoint must begin with http:// or https://, not be {shown(self.endpoint)}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """How the server runs.
 
@@ -58,6 +79,7 @@ class ServerConfig:
         restart: what happens when the engine's process ends by itself: see `RestartOptions`.
         limits: how much may wait: see `LimitOptions`.
         metrics: what /metrics has: see `MetricOptions`.
+        traces: spans of requests: see `TraceOptions`.
         log_format: "text", or "json" for one object per line.
         log_level: the lowest level that is logged.
         served_model_name: names by which clients may ask for the model; answers say the first. (): the model's own.
@@ -84,6 +106,7 @@ class ServerConfig:
     restart: RestartOptions = field(default_factory=RestartOptions)
     limits: LimitOptions = field(default_factory=LimitOptions)
     metrics: MetricOptions = field(default_factory=MetricOptions)
+    traces: TraceOptions = field(default_factory=TraceOptions)
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     served_model_name: tuple[str, ...] = ()

@@ -250,6 +250,7 @@ class Running:
 
     Attributes:
         generation: what runs. usage: its tokens so far. seed: of its draws, once the engine said it.
+        first_scheduled: when it first ran, monotonic seconds; None: it has not.
         pooled: the vector of a request that pools, once it has ended.
     """
 
@@ -257,6 +258,7 @@ class Running:
         self.generation, self._stream = generation, stream
         self.usage = TokenUsage(prompt_tokens=len(generation.prompt_token_ids))
         self.seed: int | None = None
+        self.first_scheduled: float | None = None
         self.pooled: Float32 | None = None
         self._samples = [_Sample(tokenizer, generation) for _ in range(generation.params.core.n)]
 
@@ -283,6 +285,7 @@ class Running:
             raise delta.error
         usage = self.usage
         usage.cached_tokens, self.seed, self.pooled = delta.num_cached_tokens, delta.seed, delta.pooled
+        self.first_scheduled = self.first_scheduled or delta.first_scheduled
         updates = []
         for each in delta.samples:
             sample = self._samples[each.sample_index]

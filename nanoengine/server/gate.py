@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from nanoengine.server.auth import Caller, Keys
 from nanoengine.server.config import ServerConfig
 from nanoengine.server.errors import ApiError, error_body
+from nanoengine.server.record import RECORD, Observer, Record
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -27,7 +28,7 @@ class Gate:
     the server's own `send`, by which a stream writes its chunks without the layers between.
 
     Args:
-        app: what is behind it. error_of: the body of an error, by the path.
+        app: what is behind it. error_of: the body of an error, by the path. observer: sees each request that has ended.
     """
 
     def __init__(
@@ -36,7 +37,9 @@ class Gate:
         config: ServerConfig,
         keys: Keys,
         error_of: Callable[[str, ApiError], bytes] = lambda path, error: error_body(error),
+        observer: Observer | None = None,
     ) -> None:
+        self._observer = observer
         self._app, self._keys, self._limit, self._error_of = app, keys, config.max_body_bytes, error_of
         self._origins = frozenset(origin.encode() for origin in config.cors_origins)
 
@@ -47,7 +50,21 @@ class Gate:
                 return
             await self._app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
+        path = scope.get("raw_path") or scope["path"].encode()
+        record = Record(method=scope["method"], path=path.decode("latin-1"), headers=dict(scope["headers"]))
+        scope[RECORD] = record
+        try:
+            await self._request(record, scope, receive, send)
+        finally:
+            record.request_id, record.client = scope["nanoengine.request_id"], scope["nanoengine.caller"].name
+            record.route = getattr(scope.get("route"), "path", record.route)
+            if record.usage is not None:
+                record.status = record.usage.status
+            if self._observer is not None:
+                await self._observer.ended(record)
+
+    async def _request(self, record: Record, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = record.headers
         given = headers.get(b"x-request-id")
         request_id = uuid.uuid4().hex if given is None else given.decode("latin-1")
         valid = REQUEST_ID.fullmatch(request_id) is not None
@@ -57,6 +74,7 @@ class Gate:
         async def start(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 own = (b"x-request-id", scope["nanoengine.request_id"].encode())  # a field of the body may set it
+                record.status = message["status"]
                 message["headers"] = [*message.get("headers", ()), own, *added]
             await send(message)
 
@@ -85,7 +103,7 @@ class Gate:
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    def _bounded(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
+    def _bounded(self, headers: Mapping[bytes, bytes], receive: Receive) -> Receive:
         """A `receive` that raises `ApiError` 413 before more than the limit is kept. Raises it for Content-Length."""
         size = headers.get(b"content-length", b"0")
         if not size.isdigit() or len(size) > 18 or int(size) > self._limit:
@@ -107,11 +125,11 @@ class Gate:
         words = f"the body has more than {self._limit} bytes (server.max_body_bytes)"
         return ApiError(413, words, "body_too_large", headers=headers or {})
 
-    def _is_preflight(self, scope: Scope, headers: dict[bytes, bytes]) -> bool:
+    def _is_preflight(self, scope: Scope, headers: Mapping[bytes, bytes]) -> bool:
         asked = scope["method"] == "OPTIONS" and b"access-control-request-method" in headers
         return asked and (b"*" in self._origins or headers.get(b"origin") in self._origins)
 
-    def _cors(self, headers: dict[bytes, bytes]) -> Headers:
+    def _cors(self, headers: Mapping[bytes, bytes]) -> Headers:
         """Headers for a page of a listed origin; on every answer, so that errors and streams can be read too."""
         origin = headers.get(b"origin")
         if not self._origins or origin is None:
@@ -125,7 +143,7 @@ class Gate:
             (b"vary", b"Origin"),
         ]
 
-    def _preflight(self, headers: dict[bytes, bytes]) -> Headers:
+    def _preflight(self, headers: Mapping[bytes, bytes]) -> Headers:
         asked = headers.get(b"access-control-request-headers", b"")
         return [
             (b"access-control-allow-methods", b"GET, POST, OPTIONS"),

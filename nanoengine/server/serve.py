@@ -37,7 +37,7 @@ def serve(
         files = [path.absolute() for path in plugin or ()]
         composed = load_config(config, overrides or (), registry=discover(files))
         options = server_config(composed.sections)
-        _check_installed()
+        _check_installed(options)
         try:
             status = run_server(composed, options, files)
         except ServerFailed as error:
@@ -71,8 +71,10 @@ async def _run(options: ServerConfig, launch: Launch) -> int:
     return await Supervisor(options, launch).run()
 
 
-def _check_installed() -> None:
-    """Raises `ConfigError` for a library of the extra that is not there."""
+def _check_installed(options: ServerConfig) -> None:
+    """Raises `ConfigError` for a library of an extra that is not there."""
+    if options.traces.endpoint is not None and importlib.util.find_spec("opentelemetry") is None:
+        raise ConfigError("server.traces.endpoint needs opentelemetry: pip install 'nanoengine[otel]'")
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"serve needs {', '.join(missing)}: pip install 'nanoengine[server]'")

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nanoengine.server.app import create_app
 from nanoengine.server.auth import configured_keys
-from nanoengine.server.config import ServerConfig
+from nanoengine.server.config import ServerConfig, TraceOptions
 from nanoengine.server.lifecycle import App
 from nanoengine.server.parsing import load_parsers
 from nanoengine.service.client import EngineInfo
 from nanoengine.service.remote import RemoteClient
 from nanoengine.setup.plugins.discover import discover
 from nanoengine.text import TemplateProcesses, Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from nanoengine.server.traces import Traces
+
+_SEND_SECONDS = 3.0  # that a collector of spans has to take the last ones
 
 
 class ServedEngine:
@@ -25,6 +32,7 @@ class ServedEngine:
         self._config = config
         self._keys = configured_keys(config)
         self._registry = discover(plugin_files)
+        self._traces = _traces(config.traces)
         self._client = RemoteClient(health_deadline=config.health_deadline)
 
     @property
@@ -43,10 +51,23 @@ class ServedEngine:
         info = await self._client.ready()
         tokenizer = await asyncio.to_thread(_tokenizer, info)
         parsers = load_parsers(self._registry, self._config, tokenizer)
-        return create_app(self._client, self._config, tokenizer, parsers=parsers, keys=self._keys)
+        return create_app(self._client, self._config, tokenizer, parsers=parsers, keys=self._keys, tracer=self._traces)
 
     async def close(self) -> None:
         await self._client.close()
+        if self._traces is not None:
+            closing = threading.Thread(target=self._traces.close, daemon=True)
+            closing.start()
+            await asyncio.to_thread(closing.join, _SEND_SECONDS)
+
+
+def _traces(options: TraceOptions) -> Traces | None:
+    """What makes spans; None: they are not wanted."""
+    if options.endpoint is None:
+        return None
+    from nanoengine.server.traces import Traces
+
+    return Traces(options)
 
 
 def _tokenizer(info: EngineInfo) -> Tokenizer | None:

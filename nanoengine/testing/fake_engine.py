@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -155,6 +156,7 @@ class _Run:
 
     async def _go(self) -> None:
         answer, prompt, n = self._answer, self._request.prompt_token_ids, self._request.params.core.n
+        began = time.monotonic()
         plans = {i: self._plan(answer.samples[min(i, len(answer.samples) - 1)]) for i in range(n)}
         done, first = dict.fromkeys(plans, 0), True
         while True:
@@ -181,7 +183,7 @@ class _Run:
                     answer.cached,
                     len(prompt),
                     answer.seed,
-                    0.0,
+                    began,
                     None if answer.pooled is None or not finished else np.asarray(answer.pooled, np.float32),
                     error,
                 )

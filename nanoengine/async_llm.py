@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -13,10 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from nanoengine.api.deltas import Pooling, RequestDelta
+from nanoengine.api.deltas import Pooling
 from nanoengine.api.embeddings import EmbeddingOutput
 from nanoengine.api.errors import EngineClosed, ParamsError, RequestError, TokenizerMissing
-from nanoengine.api.outputs import RequestOutput
 from nanoengine.params.arguments import (
     ChatOptions,
     GivenPrompt,
@@ -34,6 +33,7 @@ from nanoengine.params.pooling import PoolingChoice, choose_pooling, split_to_po
 from nanoengine.params.sampling_params import SamplingParams
 from nanoengine.service.client import ClientRequest, EngineClient, EngineInfo, Health, RequestStream, ServiceStats
 from nanoengine.service.engine_process import EngineProcess
+from nanoengine.service.output_stream import OutputStream
 from nanoengine.service.source import EngineSource
 from nanoengine.service.text import checked_on_this_side, tokenizer_of
 from nanoengine.setup.config.engine_options import engine_options
@@ -236,9 +236,11 @@ class AsyncLLM:
     ) -> OutputStream:
         checked = check_params(self.default_params if params is None else params)
         check_priority(priority)
-        name = f"async-{next(self._ids)}" if request_id is None else request_id
-        checked_name("request_id", name)
+        name = self._name(request_id)
         return OutputStream(name, partial(self._add, name, prompt, checked, priority), delta=delta)
+
+    def _name(self, request_id: str | None) -> str:
+        return f"async-{next(self._ids)}" if request_id is None else checked_name("request_id", request_id)
 
     async def _add(
         self,
@@ -393,75 +395,6 @@ class AsyncLLM:
         if self._tokenizer is None:
             raise TokenizerMissing("this engine has no tokenizer; give token ids, or a folder with tokenizer.json")
         return self._tokenizer
-
-
-class OutputStream(AsyncIterator[RequestOutput]):
-    """The outputs of one request, as they come; several that a slow reader did not take are one. The request begins
-    with the first iteration. Dropping the stream or closing it aborts the request."""
-
-    def __init__(
-        self,
-        request_id: str,
-        add: Callable[[], Awaitable[tuple[OutputAssembler, RequestStream]]],
-        *,
-        delta: bool,
-    ) -> None:
-        self.request_id, self._add, self._delta = request_id, add, delta
-        self._stream: RequestStream | None = None
-        self._assembler: OutputAssembler | None = None
-        self._error: RequestError | None = None  # that is raised next
-        self._ended = False
-
-    async def __anext__(self) -> RequestOutput:
-        if self._ended:
-            raise StopAsyncIteration
-        try:
-            if self._stream is None:
-                self._assembler, self._stream = await self._add()
-            return await self._next(self._stream)
-        except asyncio.CancelledError:
-            raise  # the stream can be read on
-        except BaseException:
-            self.close()
-            raise
-
-    async def _next(self, stream: RequestStream) -> RequestOutput:
-        assembler = self._assembler
-        assert assembler is not None
-        while self._error is None:
-            delta = await anext(stream)
-            if delta.error is not None:
-                self._error = delta.error
-                if not delta.samples:
-                    break
-                delta = delta._replace(error=None, finished=False)
-            self._take(stream, assembler, delta)
-            if assembler.error is not None:
-                self._error = assembler.error
-                break
-            output = assembler.new_output() if self._delta else assembler.output()
-            if assembler.finished:
-                self.close()
-                return output
-            if output.outputs or not self._delta:
-                return output
-        raise self._error
-
-    def _take(self, stream: RequestStream, assembler: OutputAssembler, delta: RequestDelta) -> None:
-        stopped = assembler.take(delta)
-        if not assembler.finished:
-            for index in stopped:
-                stream.abort_sample(index)
-
-    def close(self) -> None:
-        """Abort the request if it still runs; the stream ends. Idempotent."""
-        self._ended = True
-        if self._stream is not None:
-            self._stream.close()
-
-    async def aclose(self) -> None:
-        """`close`, for `contextlib.aclosing`."""
-        self.close()
 
 
 def _several(plugins: Any) -> Sequence[Any]:

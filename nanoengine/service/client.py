@@ -47,7 +47,7 @@ class EngineInfo:
     """What a client must know of the engine to make prompts and parameters for it.
 
     Attributes:
-        model: the name that was asked for. tokenizer: the folder of its tokenizer; None: there is none.
+        model: its folder or file. tokenizer: the folder of its tokenizer; None: there is none.
         vocab_size: ids are below it. max_model_len: most tokens of prompt and output.
         max_n, max_logprobs, scheduling_policy, chat_template_timeout (seconds), chat_template_memory (bytes): as in
             `EngineOptions`.

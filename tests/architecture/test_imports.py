@@ -119,6 +119,7 @@ def test_the_rules_would_notice(module: str, statement: str) -> None:
         "import nanoengine.api",
         "import nanoengine.core.scheduling.scheduler",
         "from nanoengine import SamplingParams, load_config; SamplingParams()",
+        "import nanoengine.service.remote, nanoengine.service.engine_process, nanoengine.service.text",
         "import sys; from nanoengine.cli import main; sys.argv[1:] = ['--help']; quietly(main)",
         "import sys; from nanoengine.cli import main; sys.argv[1:] = ['plugins', 'list']; quietly(main)",
     ],

@@ -278,9 +278,9 @@ def test_two_event_loops_share_an_engine(llm: AsyncLLM) -> None:
 
 
 @pytest.mark.parametrize("process", [False, True])
-def test_a_drained_and_a_closed_engine_take_nothing(tmp_path: Path, process: bool) -> None:
+def test_a_drained_a_dead_and_a_closed_engine_take_nothing(tmp_path: Path, process: bool) -> None:
     path = tmp_path / "run.yaml"
-    folder = write_mock_checkpoint(tmp_path / "mock", vocab_size=97)
+    folder = write_mock_checkpoint(tmp_path / "mock", vocab_size=97, max_position_embeddings=4096)
     path.write_text(f"model: {folder}\nattention: mock\nengine: {{load_format: dummy}}\nsampler: {{max_tokens: 3}}\n")
 
     async def main() -> None:
@@ -289,9 +289,19 @@ def test_a_drained_and_a_closed_engine_take_nothing(tmp_path: Path, process: boo
             assert (await llm.health()).ready
             with pytest.raises(TokenizerMissing):
                 await anext(llm.generate("text"))
-            assert await llm.drain(5)
+            stream = llm.generate([1], SamplingParams(max_tokens=3000))
+            await anext(stream)
+            assert not await llm.drain(0.01)
             with pytest.raises(EngineUnavailable, match="draining"):
                 await anext(llm.generate([1]))
+            if process:
+                llm._process.process.kill()
+                with pytest.raises(EngineUnavailable, match="ended"):
+                    await last(stream)
+                assert not (await llm.health()).alive
+                with pytest.raises(EngineUnavailable):
+                    await anext(llm.generate([1]))
+            stream.close()
         with pytest.raises(EngineClosed):
             await anext(llm.generate([1]))
         await llm.close()
@@ -299,27 +309,11 @@ def test_a_drained_and_a_closed_engine_take_nothing(tmp_path: Path, process: boo
     run(main())
 
 
-def test_an_engine_process_that_dies_fails_its_streams(folder: Path) -> None:
-    async def main() -> None:
-        llm = AsyncLLM(folder, process=True, **OPTIONS)
-        stream = llm.generate([1], SamplingParams(max_tokens=3000, ignore_eos=True))
-        await anext(stream)
-        llm._process.process.kill()
-        with pytest.raises(EngineUnavailable, match="ended"):
-            async for _ in stream:
-                pass
-        assert not (await llm.health()).alive
-        with pytest.raises(EngineUnavailable):
-            await anext(llm.generate([1]))
-        await llm.close()
-
-    run(main())
-
-
 def test_what_cannot_be_made_is_refused_as_by_llm(tmp_path: Path, folder: Path) -> None:
+    """What the process itself finds is in test_process.py."""
+    with pytest.raises(ModelSourceError, match="none"):
+        AsyncLLM(tmp_path / "none")
     for process in (False, True):
-        with pytest.raises(ModelSourceError, match="none"):
-            AsyncLLM(tmp_path / "none", process=process)
         with pytest.raises(ConfigError, match="max_num_seqs"):
             AsyncLLM(folder, process=process, max_num_sqs=3)
     with pytest.raises(ConfigError, match="process=False"):

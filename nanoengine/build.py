@@ -73,7 +73,7 @@ from nanoengine.setup.start.build_model import BuiltModel, build_model
 from nanoengine.setup.start.clock import StartClock, StartReport
 from nanoengine.setup.start.generation import GenerationDefaults, read_generation_defaults, read_json
 from nanoengine.setup.start.memory import MemoryReport, check_host_holds
-from nanoengine.setup.start.pooling import read_pooling_defaults
+from nanoengine.setup.start.pooling import read_pooling_defaults, with_output_layer
 from nanoengine.setup.start.starter import start_runner
 from nanoengine.text import TemplateProcesses, Tokenizer, load_tokenizer
 
@@ -92,7 +92,7 @@ class Assembly:
         unread: keys of config.json that the model did not read and that are not known to be harmless, with their
             values.
         whole_prompts: as in `SchedulerConfig`.
-        pooling: how the model makes embeddings.
+        pooling: how the model makes embeddings. generates: it has an output layer.
     """
 
     plan: EnginePlan
@@ -103,6 +103,7 @@ class Assembly:
     pooling: PoolingDefaults
     unread: tuple[str, ...] = ()
     whole_prompts: bool = False
+    generates: bool = True
 
     def summary(self) -> str:
         """For the log: "attention torch (auto skipped triton: runs on cuda, not on cpu)"."""
@@ -116,7 +117,7 @@ class Inspected:
 
     Attributes:
         options: with device, dtype and lengths filled in. need: what it asks of an attention backend.
-        unread: as in `Assembly`.
+        unread, generates: as in `Assembly`.
     """
 
     model: Registered[ModelSpec]
@@ -125,6 +126,7 @@ class Inspected:
     options: EngineOptions
     need: AttentionNeed
     unread: tuple[str, ...]
+    generates: bool = True
 
     @property
     def weight_bytes(self) -> int:
@@ -200,6 +202,7 @@ def assemble(
         pooling=read_pooling_defaults(model_path, seen.hf_config, seen.built.config.hidden_size),
         unread=seen.unread,
         whole_prompts=needs_whole_prompts(seen.built),
+        generates=seen.generates,
     )
 
 
@@ -207,8 +210,10 @@ def inspect_model(
     model_path: Path, options: EngineOptions, registry: Registry, implementation: str | None = None
 ) -> Inspected:
     """What the model is and what it needs. Raises `ModelError`, `PluginError` or `ConfigError`."""
-    hf_config = read_json(model_path / "config.json")
+    given = read_json(model_path / "config.json")
     with _naming(model_path):
+        whole = with_output_layer(given, _architectures(given), lambda name: bool(registry.supporting(name)))
+        hf_config = given if whole is None else whole
         found = registry.model_for(_architectures(hf_config), implementation)
     options = _fill_device(options, hf_config)
     recorded = Recorded(hf_config)
@@ -216,7 +221,7 @@ def inspect_model(
         built = _inspect(TargetLoader(registry.plugin_files), found.spec.target, recorded, options)
         unread = tuple(unread_keys(recorded))
     options = _fill_lengths(options, built)
-    return Inspected(found, hf_config, built, options, attention_need(built, options), unread)
+    return Inspected(found, hf_config, built, options, attention_need(built, options), unread, whole is None)
 
 
 @contextmanager
@@ -449,7 +454,7 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
             max_logprobs=options.max_logprobs,
             engine_options=EngineOptions.__dataclass_fields__,
         )
-        inputs = InputProcessor(resolver, assembly.vocab_size, options.max_model_len)
+        inputs = InputProcessor(resolver, assembly.vocab_size, options.max_model_len, assembly.generates)
         engine = Engine(
             partial(_scheduler, assembly, memory),
             executor,

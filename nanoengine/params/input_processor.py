@@ -40,7 +40,9 @@ class InputProcessor:
         ctx: what parameters are checked against.
     """
 
-    def __init__(self, resolver: ParamsResolver, vocab_size: int, max_model_len: int) -> None:
+    def __init__(self, resolver: ParamsResolver, vocab_size: int, max_model_len: int, generates: bool = True) -> None:
+        """generates: the model has an output layer; else requests must pool."""
+        self._generates = generates
         self._resolver, self.ctx = resolver, resolver.ctx
         self._vocab_size, self._max_model_len = vocab_size, max_model_len
 
@@ -82,6 +84,9 @@ class InputProcessor:
         if not isinstance(ids, RequestError) and pooling is None:
             begun = begin(generated, len(ids), resolved, self._vocab_size, self._max_model_len, make_reader)
         error = next((found for found in (ids, begun) if isinstance(found, RequestError)), None)
+        if pooling is None and not self._generates:
+            text = "this model has no output layer, and so generates no tokens: it makes embeddings"
+            error = RequestError("not_supported", text)
         return CheckedRequest(
             request_id=request_id,
             prompt_token_ids=() if isinstance(ids, RequestError) else ids,

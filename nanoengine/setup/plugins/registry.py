@@ -155,17 +155,24 @@ class Registry:
         """
         if name is not None:
             return self._model_by_name(architectures, name)
-        everyone = [*self.models.values(), *(claim for c in self.conflicts if c.kind == "models" for claim in c.claims)]
         for architecture in architectures:
-            supporting = [each for each in everyone if architecture in each.spec.architectures]
+            supporting = self.supporting(architecture)
             if len(supporting) > 1:
                 raise PluginError(_several_support(architecture, supporting))
             if supporting:
                 return supporting[0]
-        supported = {architecture for each in everyone for architecture in each.spec.architectures}
+        supported = {architecture for each in self._claims() for architecture in each.spec.architectures}
         wanted = architectures[0] if architectures else ""
         what = f"no installed model supports architecture {wanted!r}" if wanted else "config.json names no architecture"
         raise ModelError(f"{what}; {nearest(wanted, supported)}{_A_PLUGINS}{self.failure_hint('models')}")
+
+    def supporting(self, architecture: str) -> list[Registered[ModelSpec]]:
+        """The models that support it. More than one is a conflict."""
+        return [each for each in self._claims() if architecture in each.spec.architectures]
+
+    def _claims(self) -> list[Registered[ModelSpec]]:
+        """All models, those of plugins in conflict too."""
+        return [*self.models.values(), *(claim for c in self.conflicts if c.kind == "models" for claim in c.claims)]
 
     def _model_by_name(self, architectures: Sequence[str], name: str) -> Registered[ModelSpec]:
         found: Registered[ModelSpec] = self.require("models", name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,19 @@ def read_pooling_defaults(folder: Path, hf_config: Mapping[str, Any], size: int)
         return PoolingDefaults(size=size, pooling=pooling, normalize="Normalize" in kinds, dimensions=dimensions)
     except ModelError as error:
         return PoolingDefaults(size=size, unsupported=str(error))
+
+
+def with_output_layer(
+    hf_config: Mapping[str, Any], architectures: Sequence[str], supported: Callable[[str], bool]
+) -> Mapping[str, Any] | None:
+    """config.json of a model for embeddings that has no output layer ("SomeModel"), as the language model that it is a
+    part of ("SomeForCausalLM"): its output layer is the embedding, which nothing may draw from. None: it is no such
+    model, or its own architecture is supported.
+    """
+    whole = [name.removesuffix("Model") + "ForCausalLM" for name in architectures if name.endswith("Model")]
+    if any(map(supported, architectures)) or not any(map(supported, whole)):
+        return None
+    return {**hf_config, "architectures": whole, "tie_word_embeddings": True}
 
 
 def _modules(folder: Path) -> list[tuple[str, str]] | None:

@@ -47,12 +47,12 @@ def wrong_kind(kind: str, where: str, kinds: Sequence[str]) -> ApiError:
 
 
 def only(value: Mapping[str, Any], where: str, required: Mapping[str, type], optional: Sequence[str] = ()) -> None:
-    """Raises `ApiError` for a key that is missing, of another type, or not known."""
+    """Raises `ApiError` for a key that is missing, of another type, or not known. None is no value."""
     for key, kind in required.items():
         if not isinstance(value.get(key), kind):
             raise invalid(f"{where} needs {key!r}: {'a string' if kind is str else 'an object'}", f"{where}.{key}")
     known = ["type", *required, *optional]
-    unknown = next((key for key in value if key not in known), None)
+    unknown = next((key for key in value if key not in known and value[key] is not None), None)
     if unknown is not None:
         hint = nearest(unknown, known)
         raise ApiError(400, f"unknown field {shortened(f'{where}.{unknown}', 200)!r}: {hint}", "unknown_field", where)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from nanoengine.core.outputs import RequestState, deltas_of
+from nanoengine.core.outputs import Report, RequestState
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.block_manager import BlockManager
 from nanoengine.core.scheduling.messages import ScheduledStep, SchedulerConfig, Update
@@ -114,7 +114,7 @@ def measure_quiet(running: int, steps: int = 300) -> float:
     for step in range(steps):
         updates = updates_of(requests, step)
         start = time.thread_time_ns()
-        deltas_of(updates, known)
+        Report.of(updates, known)
         spent += time.thread_time_ns() - start
     return spent / steps / 1e3
 
@@ -158,7 +158,7 @@ def measure_outputs(streams: int, lengths: Sequence[int], around: int = 40) -> d
             updates = updates_of(requests, tokens)
             start = time.thread_time_ns()
             outcome = []
-            for delta in deltas_of(updates, known)[0]:
+            for delta in Report.of(updates, known).deltas:
                 clients[delta.request_id].take(delta)
                 outcome.append(clients[delta.request_id].output())
             made.append(time.thread_time_ns() - start)

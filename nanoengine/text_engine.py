@@ -42,10 +42,11 @@ class _Client:
         if assembler.finished:  # by a stop string: the rest is of no use
             return
         stopped = assembler.take(delta)
-        if assembler.finished and not delta.finished:
-            self.engine.abort_request(delta.request_id)
-            self.engine.apply_inbox()  # now, so that its id is free when its last output is there
-        else:
+        if assembler.finished:
+            if not delta.finished:
+                self.engine.abort_request(delta.request_id)
+                self.engine.apply_inbox()  # now, so that its id is free when its last output is there
+        elif stopped:
             for index in stopped:
                 self.engine.abort_request(delta.request_id, index)
         if assembler.finished or not self.final_only:
@@ -147,8 +148,8 @@ class TextEngine:
         return self._built.need_tokenizer().encode(text)
 
     def _every(self, params: ResolvedParams) -> int:
-        """Text is decoded in blocks, while the device works. A stop string must be found where it comes."""
-        if self._tokenizer is None or not params.detokenize:
+        """Text and log-probs are made in blocks, while the device works. A stop string must be found where it comes."""
+        if (self._tokenizer is None or not params.detokenize) and params.logprobs is None:
             return sys.maxsize
         return 1 if params.stop else TEXT_BLOCK
 

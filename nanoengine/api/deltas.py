@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -47,6 +48,8 @@ class LogprobRows:
 
     def part(self, start: int, end: int) -> LogprobRows:
         """The entries [start, end)."""
+        if start == 0 and end == len(self.rows):
+            return self
         offsets, these = self.top_offsets[start : end + 1], slice(start, end)
         tops = slice(offsets[0], offsets[-1])
         return LogprobRows(
@@ -59,6 +62,18 @@ class LogprobRows:
             top_logprobs=self.top_logprobs[tops],
             top_offsets=offsets - offsets[0],
         )
+
+
+def join_rows(parts: Sequence[LogprobRows]) -> LogprobRows | None:
+    """The entries of all parts, one behind the other; None of no parts."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    counts = np.concatenate([np.diff(part.top_offsets) for part in parts])
+    offsets = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts, out=offsets[1:])
+    names = ("rows", "positions", "token_ids", "logprobs", "ranks", "top_ids", "top_logprobs")
+    whole = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return LogprobRows(**whole, top_offsets=offsets)
 
 
 class SampleDelta(NamedTuple):

@@ -129,17 +129,18 @@ class OpenRequests:
         If Ctrl-C comes again, these news are lost, and their request is aborted.
         """
         raised: list[BaseException] = []
-        while self.undelivered:
-            entry = self.undelivered[0]
+        undelivered = self.undelivered
+        while undelivered:
+            entry = undelivered[0]
             (client, news), state = entry
             try:
-                self.undelivered.popleft()
+                undelivered.popleft()
                 if state is None or state.sink is client:  # else it raised over a delta before this one
                     client(news)
             except BaseException as error:
                 if not is_failure(error):
-                    if entry is not self._interrupted and entry is not next(iter(self.undelivered), None):
-                        self.undelivered.appendleft(entry)
+                    if entry is not self._interrupted and entry is not next(iter(undelivered), None):
+                        undelivered.appendleft(entry)
                     elif state is not None:
                         self._drop(state)
                     self._interrupted = entry

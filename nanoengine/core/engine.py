@@ -33,7 +33,7 @@ from nanoengine.core.delivery import START, OpenRequests, Watch
 from nanoengine.core.execution.executor import Executor
 from nanoengine.core.execution.results import NotLaunched, StepHandle, wait_out
 from nanoengine.core.host_states import supplied_columns
-from nanoengine.core.outputs import ALL, RequestState, Sink, deltas_of
+from nanoengine.core.outputs import ALL, Report, RequestState, Sink
 from nanoengine.core.scheduling.messages import ScheduledStep, Update
 from nanoengine.core.scheduling.scheduler import Scheduler
 from nanoengine.params.generated import Generated
@@ -90,7 +90,7 @@ class Engine:
             request_id: unique among unfinished ones. priority: lower first; None: the parameters'. client: who asks.
             generated: output tokens of an earlier run that this one continues; with n > 1 a list for each sample. Its
                 parameters must be the same, with the seed of the earlier run.
-            every: a sample is reported with its first new token, each so many, and its end; log-probs with each step.
+            every: a sample is reported with its first new token, each so many, and its end.
             pooling: it wants a vector and no token. Of the parameters it takes only cache_salt and priority.
             sink: gets the deltas, which `step()` then does not return. What it raises is logged and aborts the request.
 
@@ -218,12 +218,12 @@ class Engine:
         """Publish what the scheduler's updates bring."""
         if not updates:
             return
-        deltas, ended, failed = deltas_of(updates, self._requests.known)
+        report = Report.of(updates, self._requests.known)
         if self._watch is not None:
-            for request, reason in ended:
+            for request, reason in report.ended:
                 self._watch.ended(request, reason)
-        self._requests.publish(deltas)
-        for request_id, error in failed.items():
+        self._requests.publish(report.deltas)
+        for request_id, error in report.failed.items():
             self._end_request(self._requests.known[request_id], error)
 
     # The end of a request

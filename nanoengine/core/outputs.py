@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from nanoengine.api.deltas import FinishReason, Float32, LogprobRows, RequestDelta, SampleDelta
+from nanoengine.api.deltas import FinishReason, Float32, LogprobRows, RequestDelta, SampleDelta, join_rows
 from nanoengine.api.errors import ParamsError, RequestError
 from nanoengine.core.request import Request, int32_bytes, request_seed
 from nanoengine.core.scheduling.messages import Update
@@ -21,21 +21,23 @@ _new = tuple.__new__  # quicker than the constructor of a named tuple; it takes 
 
 @dataclass(slots=True)
 class SampleState:
-    """One sample of a request. every: as in `Engine.add_request`. reported: output tokens that its client has."""
+    """One sample of a request. every: as in `Engine.add_request`. reported: output tokens that its client has.
+    logprobs: of those that it does not have yet."""
 
     request: Request
     every: int
     reported: int = 0
     finish_reason: FinishReason | None = None
+    logprobs: list[LogprobRows] = field(default_factory=list)
 
     def delta(
         self,
         finish_reason: FinishReason | None = None,
         stop_reason: int | str | None = None,
-        logprobs: LogprobRows | None = None,
     ) -> SampleDelta:
-        """All that its client does not have yet. `logprobs`: of these tokens."""
+        """All that its client does not have yet."""
         request, self.finish_reason = self.request, finish_reason
+        logprobs, self.logprobs = join_rows(self.logprobs), []
         new = tuple(request.output_token_ids[self.reported :])
         self.reported += len(new)
         request.report_at = self.reported + self.every
@@ -115,13 +117,8 @@ class RequestState:
             request = self.samples[0].request
             cached, computed, seed = request.num_cached or 0, request.prompt_done, request.seed
             finished = error is not None or None not in [sample.finish_reason for sample in self.samples]
-        return _new(
-            RequestDelta,
-            (
-                self.given.request_id, samples, finished, prompt_logprobs, cached, computed, seed, self.first_scheduled,
-                pooled, error,
-            ),
-        )  # fmt: skip
+        name, begun = self.given.request_id, self.first_scheduled
+        return RequestDelta(name, samples, finished, prompt_logprobs, cached, computed, seed, begun, pooled, error)
 
     def last_deltas(self, error: RequestError | None, which: int = ALL) -> list[RequestDelta]:
         """The last one of a request that fails with `error` or (None) is aborted, or of this sample: with the tokens so
@@ -136,46 +133,66 @@ class RequestState:
         return [self.delta(left, error=error)] if left or which == ALL else []
 
 
-Ended = tuple[Request, FinishReason]
+_Several = dict[str, tuple[RequestState, list[SampleDelta], list[LogprobRows]]]
 
 
-def deltas_of(
-    updates: Sequence[Update], known: Mapping[str, RequestState]
-) -> tuple[list[RequestDelta], list[Ended], dict[str, RequestError]]:
-    """What a step's updates mean for the requests that are `known`, by request id.
+@dataclass(slots=True)
+class Report:
+    """What a step's updates mean for clients. deltas: those that are due, one a request. ended: samples, and why.
+    failed: request id -> error."""
 
-    Returns the deltas that are due, one a request; the samples that ended; the error of each request that failed, by
-    request id.
-    """
-    ended: list[Ended] = []
-    failed: dict[str, RequestError] = {}
-    several: dict[str, tuple[RequestState, list[SampleDelta], list[LogprobRows]]] = {}
-    deltas: list[RequestDelta] = []
-    for request, new, finish_reason, stop_reason, drawn, prompt, error, pooled in updates:
-        plain = finish_reason is None and drawn is None and prompt is None and error is None
-        if plain and len(request.output_token_ids) < request.report_at:
-            continue
-        state = known.get(request.parent)
-        if state is None:
-            continue
+    deltas: list[RequestDelta] = field(default_factory=list)
+    ended: list[tuple[Request, FinishReason]] = field(default_factory=list)
+    failed: dict[str, RequestError] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, updates: Sequence[Update], known: Mapping[str, RequestState]) -> Report:
+        """Of the requests that are `known`, by request id."""
+        report, several = cls(), _Several()
+        for update in updates:
+            request, new, finish_reason, _, drawn, prompt, error, _ = update
+            count = len(request.output_token_ids)
+            goes_on = finish_reason is None and prompt is None and error is None
+            if goes_on and drawn is None and count < request.report_at:
+                continue
+            state = known.get(request.parent)
+            if state is None:
+                continue
+            if not goes_on or drawn is not None or len(state.samples) > 1:
+                report._add(state, update, several)
+                continue
+            sample = state.samples[0]  # most deltas of streams are made right here
+            if sample.reported + len(new) != count:
+                new = tuple(request.output_token_ids[sample.reported :])
+            sample.reported, request.report_at = count, count + sample.every
+            samples, cached = (_new(SampleDelta, (0, new, None, None, None)),), request.num_cached or 0
+            computed, begun = request.prompt_done, state.first_scheduled
+            fields = (request.parent, samples, False, None, cached, computed, request.seed, begun, None, None)
+            report.deltas.append(_new(RequestDelta, fields))
+        for state, each, prompts in several.values():
+            report.deltas.append(state.delta(tuple(each), prompts[0] if prompts else None))
+        return report
+
+    def _add(self, state: RequestState, update: Update, several: _Several) -> None:
+        """Any update. `several`: what is new of requests of several samples."""
+        request, new, finish_reason, stop_reason, drawn, prompt, error, pooled = update
         if error is not None:
-            failed.setdefault(request.parent, error)
-            continue
-        sample: tuple[SampleDelta, ...] = ()
-        if new or finish_reason is not None:
-            sample = (state.samples[request.sample_index].delta(finish_reason, stop_reason, drawn),)
+            self.failed.setdefault(request.parent, error)
+            return
+        sample = state.samples[request.sample_index]
+        sample.logprobs += [] if drawn is None else [drawn]
         if finish_reason is not None:
-            ended.append((request, finish_reason))
+            self.ended.append((request, finish_reason))
+        due = finish_reason is not None or (new and len(request.output_token_ids) >= request.report_at)
+        made = (sample.delta(finish_reason, stop_reason),) if due else ()
+        if not due and prompt is None:
+            return
         if len(state.samples) == 1:
-            deltas.append(state.delta(sample, prompt, pooled))
-            continue
-        _, samples, prompts = several.setdefault(request.parent, (state, [], []))
-        samples += sample
-        if prompt is not None:  # of one sample only
-            prompts.append(prompt)
-    for state, samples, prompts in several.values():
-        deltas.append(state.delta(tuple(samples), prompts[0] if prompts else None))
-    return deltas, ended, failed
+            self.deltas.append(state.delta(made, prompt, pooled))
+        else:
+            _, samples, prompts = several.setdefault(request.parent, (state, [], []))
+            samples += made
+            prompts += [] if prompt is None else [prompt]  # of one sample only
 
 
 def _cache_key(salt: str) -> bytes:

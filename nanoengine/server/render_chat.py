@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanoengine.api.deltas import LogprobRows
+from nanoengine.api.deltas import LogprobRows, join_rows
 from nanoengine.server.answers import usage_of
 from nanoengine.server.chunks import Chunks, encode, ids_json, progress_fields, usage_fields
 from nanoengine.server.errors import ApiError
@@ -24,7 +24,6 @@ from nanoengine.server.events import (
 )
 from nanoengine.server.logprobs import TokenTexts, chat_logprobs, prompt_logprobs
 from nanoengine.server.protocol.chat import ChatRequest
-from nanoengine.service.merge import join_rows
 
 _OPEN = b'"finish_reason":null,"stop_reason":null'
 

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanoengine.api.deltas import LogprobRows
+from nanoengine.api.deltas import LogprobRows, join_rows
 from nanoengine.server.answers import usage_of
 from nanoengine.server.chunks import Chunks, encode, ids_json, progress_fields, usage_fields
 from nanoengine.server.errors import ApiError
 from nanoengine.server.events import Content, Ended, Event, Running, SampleUpdate, Update
 from nanoengine.server.logprobs import CompletionLogprobs, TokenTexts, prompt_logprobs
 from nanoengine.server.protocol.completions import CompletionRequest
-from nanoengine.service.merge import join_rows
 
 
 @dataclass(slots=True, kw_only=True)

@@ -10,10 +10,9 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from nanoengine.api.deltas import FinishReason, Float32, Int32, LogprobRows, RequestDelta, SampleDelta
+from nanoengine.api.deltas import FinishReason, Float32, Int32, LogprobRows, RequestDelta, SampleDelta, join_rows
 from nanoengine.distributed.wire import decode, encode
 from nanoengine.service.frames import Kind, error_to_json, frame, request_error
-from nanoengine.service.merge import join_rows
 
 Bytes = npt.NDArray[np.uint8]
 Keyed = tuple[int, RequestDelta]

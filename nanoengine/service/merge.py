@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from nanoengine.api.deltas import LogprobRows, RequestDelta, SampleDelta
+from nanoengine.api.deltas import RequestDelta, SampleDelta, join_rows
 
 
 def merge(older: RequestDelta, newer: RequestDelta) -> RequestDelta:
@@ -48,15 +46,3 @@ def _sample(parts: Sequence[SampleDelta]) -> SampleDelta:
         ended.finish_reason,
         ended.stop_reason,
     )
-
-
-def join_rows(parts: Sequence[LogprobRows]) -> LogprobRows | None:
-    """The entries of all parts, one behind the other."""
-    if len(parts) < 2:
-        return parts[0] if parts else None
-    counts = np.concatenate([np.diff(part.top_offsets) for part in parts])
-    offsets = np.zeros(len(counts) + 1, np.int32)
-    np.cumsum(counts, out=offsets[1:])
-    names = ("rows", "positions", "token_ids", "logprobs", "ranks", "top_ids", "top_logprobs")
-    whole = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-    return LogprobRows(**whole, top_offsets=offsets)

@@ -42,8 +42,14 @@ class _Text:
 
     def push(self, token_id: int, early: bool) -> tuple[str, StopMatch | None]:
         """The text that became certain, and the first stop string in it or in the tail. `early`: none counts."""
-        new = self._stream.push(token_id)
-        return new, self._feed(new, self._stream.tail() if self._matcher is not None else "", early)
+        stream, matcher = self._stream, self._matcher
+        new = stream.push(token_id)
+        if matcher is None or early:
+            return new, self._feed(new, "" if matcher is None else stream.tail(), early)
+        tail = stream.tail()  # the rest is `_feed`, without its call
+        self.length, self.tail = self.length + len(new), tail
+        match = matcher.feed(new, self._min_end)
+        return new, matcher.peek(tail, self._min_end) if tail and match is None else match
 
     def finish(self, stop_token: int | None = None, early: bool = False) -> tuple[str, StopMatch | None]:
         """The rest of the text, including that of `stop_token`, and the first stop string in it."""

@@ -82,10 +82,11 @@ class SampleOutput:
     def decode(self, new: Sequence[int]) -> None:
         """Decode the newest tokens. A stop string found there ends the sample, and cuts them."""
         assert self.detokenizer is not None
-        matched = self.detokenizer.read(new, self.finish_reason)
+        reader, reason = self.detokenizer, self.finish_reason
+        matched = reader.push(new) if reason is None else reader.read(new, reason)
         if matched is not None:
             self.finish_reason, self.stop_reason = "stop", matched
-            del self.token_ids[self.detokenizer.num_tokens :]
+            del self.token_ids[reader.num_tokens :]
 
     def new_output(self) -> CompletionOutput | None:
         """What is new since the last one; None: nothing is. Its cost does not grow with the sample."""
@@ -176,29 +177,30 @@ class OutputAssembler:
             self._fail(RequestError("interrupted", "the text of this request was interrupted while it was made"))
             return ()
         self._taking = delta
+        _, samples, _, prompt_logprobs, _, _, _, _, _, error = delta
         stopped: tuple[int, ...] = ()
         try:
-            for new in delta.samples:
+            for new in samples:
                 sample = self._samples[new[0]]
                 if sample.finish_reason is None:  # else a stop string has ended it: the rest is dropped
-                    if self._first_token is None and new.token_ids:
+                    if self._first_token is None and new[1]:
                         self._first_token = time.monotonic()
-                    sample.take(new, () if new.logprobs is None else self._logprobs(new.logprobs))
+                    sample.take(new, () if new[2] is None else self._logprobs(new[2]))
                     if sample.finish_reason is not None:
                         self._open -= 1
-                        stopped += (sample.index,) if new.finish_reason is None else ()
-            if delta.prompt_logprobs is not None and self._prompt_logprobs is not None:
-                self._prompt_logprobs += tuple(self._logprobs(delta.prompt_logprobs))
+                        stopped += (sample.index,) if new[3] is None else ()
+            if prompt_logprobs is not None and self._prompt_logprobs is not None:
+                self._prompt_logprobs += tuple(self._logprobs(prompt_logprobs))
         except BaseException as raised:
             if not is_failure(raised):
                 raise
             self._fail(text_failure(raised))
             return ()
         self._newest = delta
-        if self._samples and not self._open:
+        if not self._open and self._samples:
             self.finished, self._ended = True, time.monotonic()
-        elif delta.error is not None:
-            self._fail(delta.error)
+        elif error is not None:
+            self._fail(error)
         return stopped
 
     def output(self) -> RequestOutput:
@@ -218,7 +220,10 @@ class OutputAssembler:
     def _output(
         self, outputs: list[CompletionOutput], prompt_logprobs: tuple[Logprobs | None, ...] | None
     ) -> RequestOutput:
-        lengths = [len(sample.token_ids) - sample.num_given for sample in self._samples]
+        generated = longest = 0
+        for sample in self._samples:
+            length = len(sample.token_ids) - sample.num_given
+            generated, longest = generated + length, length if length > longest else longest
         return RequestOutput(
             request_id=self._given.request_id,
             prompt=self._prompt,
@@ -230,8 +235,8 @@ class OutputAssembler:
                 first_scheduled=self._newest.first_scheduled,
                 first_token=self._first_token,
                 finished=self._ended,
-                num_generated=sum(lengths),
-                longest=max(lengths, default=0),
+                num_generated=generated,
+                longest=longest,
             ),
             prompt_logprobs=prompt_logprobs,
             num_cached_tokens=self._newest.num_cached_tokens,
@@ -248,15 +253,15 @@ class OutputAssembler:
         Of tokens with equal log-probs each has the lowest of their ranks.
         """
         out: list[Logprobs] = []
-        for i, (start, end) in enumerate(pairwise(rows.top_offsets.tolist())):
-            ids, values = rows.top_ids[start:end].tolist(), rows.top_logprobs[start:end].tolist()
+        ids, values = rows.top_ids.tolist(), rows.top_logprobs.tolist()
+        own = zip(rows.token_ids.tolist(), rows.logprobs.tolist(), rows.ranks.tolist(), strict=True)
+        for (start, end), (chosen, value, place) in zip(pairwise(rows.top_offsets.tolist()), own, strict=True):
             best: Logprobs = {}
             rank = 1
-            for at, (token_id, value) in enumerate(zip(ids, values, strict=True)):
-                rank = at + 1 if at and value < values[at - 1] else rank
-                best[token_id] = Logprob(value, rank, self._token_text(token_id))
-            chosen = int(rows.token_ids[i])
-            best[chosen] = Logprob(float(rows.logprobs[i]), int(rows.ranks[i]), self._token_text(chosen))
+            for at in range(start, end):
+                rank = at - start + 1 if at > start and values[at] < values[at - 1] else rank
+                best[ids[at]] = Logprob(values[at], rank, self._token_text(ids[at]))
+            best[chosen] = Logprob(value, place, self._token_text(chosen))
             out.append(best)
         return out
 

@@ -24,9 +24,12 @@ class StopMatcher:
 
     The match that is *complete* first is returned. If several are complete at the same character, it is the first in
     `stops` (as in vLLM).
+
+    Attributes:
+        held: length of the longest end of the text that is a proper prefix of a stop string.
     """
 
-    __slots__ = ("_failures", "_first_chars", "_position", "_states", "_stops")
+    __slots__ = ("_failures", "_first_chars", "_position", "_states", "_stops", "held")
 
     def __init__(self, stops: Sequence[str]) -> None:
         assert all(stops), "an empty stop string is rejected when the parameters are resolved"
@@ -34,12 +37,7 @@ class StopMatcher:
         self._failures = [_failure_table(stop) for stop in stops]
         self._first_chars = frozenset(stop[0] for stop in stops)
         self._states = [0] * len(self._stops)
-        self._position = 0
-
-    @property
-    def held(self) -> int:
-        """Length of the longest end of the text that is a proper prefix of a stop string."""
-        return max(self._states, default=0)
+        self._position = self.held = 0
 
     def feed(self, text: str, min_end: int = 0) -> StopMatch | None:
         """Appends `text`; returns the first match that ends after character `min_end`, or None.
@@ -48,7 +46,7 @@ class StopMatcher:
         """
         states, start = self._states, self._position
         self._position += len(text)
-        if not any(states) and self._first_chars.isdisjoint(text):
+        if not self.held and self._first_chars.isdisjoint(text):
             return None
         for end, char in enumerate(text, start + 1):
             for i, stop in enumerate(self._stops):
@@ -58,13 +56,14 @@ class StopMatcher:
                         return StopMatch(stop, end - len(stop), end)
                     state = self._failures[i][state - 1]
                 states[i] = state
+        self.held = max(states)
         return None
 
     def peek(self, text: str, min_end: int = 0) -> StopMatch | None:
         """What `feed` would return. The matcher does not change."""
-        states, position = list(self._states), self._position
+        states, position, held = list(self._states), self._position, self.held
         match = self.feed(text, min_end)
-        self._states, self._position = states, position
+        self._states, self._position, self.held = states, position, held
         return match
 
 

@@ -147,7 +147,7 @@ def test_an_interrupt_while_text_is_made_fails_that_request(
     def interrupt(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(IncrementalDetokenizer, "read", interrupt)
+    monkeypatch.setattr(IncrementalDetokenizer, "push", interrupt)
     with pytest.raises(KeyboardInterrupt):
         made.take(delta)
     monkeypatch.undo()
@@ -381,3 +381,31 @@ def test_the_engine_knows_no_text(tmp_path: Path) -> None:
     assert sum(got.tokens(), ()) == greedy(PROMPT, LENGTH)
     assert wrong[0].error is not None
     assert wrong[0].error.code == "invalid_prompt"
+
+
+# Log-probs
+
+
+@pytest.mark.parametrize("every", [1, 7, 1000])
+def test_a_delta_has_the_log_probs_of_its_tokens(tmp_path: Path, every: int) -> None:
+    """Of several samples, too, and of one that is aborted before they are due."""
+    got, aborted = Deltas(), Deltas()
+    with mock_llm(tmp_path) as llm:
+        llm.engine.add_request("r", PROMPT, ENDLESS.replace(n=2, logprobs=2), every=every, sink=got.append)
+        llm.engine.add_request("a", PROMPT, ENDLESS.replace(logprobs=2), every=every, sink=aborted.append)
+        for _ in range(12):
+            llm.engine.advance()
+        llm.engine.abort_request("a")
+        run(llm.engine)
+    for deltas, index in ((got, 0), (got, 1), (aborted, 0)):
+        place = len(PROMPT)
+        for new in (new for delta in deltas for new in delta.samples if new.sample_index == index and new.token_ids):
+            assert new.logprobs is not None
+            assert new.logprobs.token_ids.tolist() == list(new.token_ids)
+            assert new.logprobs.positions.tolist() == list(range(place, place + len(new.token_ids)))
+            assert len(new.logprobs.top_ids) == new.logprobs.top_offsets[-1] == 2 * len(new.token_ids)
+            place += len(new.token_ids)
+        assert place - len(PROMPT) == len(sum(deltas.tokens(index), ())) > 5
+    assert all(delta.samples for delta in got), "a delta without news"
+    assert got.reasons == ["length", "length"]
+    assert aborted.reasons == ["abort"]

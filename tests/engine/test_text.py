@@ -210,9 +210,9 @@ def test_a_stream_never_shows_a_part_of_a_stop_string(tmp_path: Path, overlap: b
 
 
 def test_a_stream_that_holds_nothing_back_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanoengine.text.stops import StopMatcher
+    from nanoengine.text import detokenizer
 
-    monkeypatch.setattr(StopMatcher, "held", 0)
+    monkeypatch.setattr(detokenizer._Text, "held", 0)
     with text_llm(tmp_path) as llm:
         texts = shown(llm, ASKED[0], a_long_stop(ASKED[0]))
     assert any(not texts[-1].startswith(text) for text in texts)

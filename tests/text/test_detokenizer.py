@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from text_zoo import REPLACEMENT, TOKENIZERS, WORDS, ZOO
 
 from nanoengine.params.sampling_params import ResolvedParams
-from nanoengine.text import IncrementalDetokenizer, Tokenizer
+from nanoengine.text import IncrementalDetokenizer, Tokenizer, detokenizer
 from nanoengine.text.decoding import ByteLevelStream, TokenTable
 from nanoengine.text.stops import StopMatcher
 
@@ -419,7 +419,7 @@ def test_a_stream_that_shows_broken_characters_is_caught(monkeypatch: pytest.Mon
 
 
 def test_a_detokenizer_that_holds_nothing_back_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StopMatcher, "held", property(lambda self: 0))
+    monkeypatch.setattr(detokenizer._Text, "held", 0)
     shown, stop = run(BYTES, list(b"a stop"), stop=["stop"])
     assert stop == "stop"
     with pytest.raises(AssertionError, match="taken back"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nanoengine.api.deltas import LogprobRows
+from nanoengine.api.deltas import LogprobRows, join_rows
 from nanoengine.api.errors import forget_locals, is_failure
 from nanoengine.core.step import (
     NO_LOGPROBS,
@@ -150,8 +150,7 @@ class LaunchedStep(StepHandle):
             self._arrived.synchronize()
         arrays = iter([tensor.numpy() for tensor in self._arrays])
         token_ids, failed = next(arrays), next(arrays)
-        sampled = _joined([_logprob_rows(part, [next(arrays) for _ in part.tensors]) for part in self._sampled])
-        prompt = _joined([_logprob_rows(part, [next(arrays) for _ in part.tensors]) for part in self._prompt])
+        sampled, prompt = _rows_of(self._sampled, arrays), _rows_of(self._prompt, arrays)
         counts = next(arrays) if len(self._plan.drafts) else None
         pooled = next(arrays, NO_SUMS)
         return _result(self._plan, token_ids, failed, counts, self._graphs, sampled, prompt, pooled)
@@ -226,6 +225,11 @@ def _send(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
+def _rows_of(parts: Sequence[PendingLogprobs], arrays: Iterator[npt.NDArray[np.generic]]) -> LogprobRows:
+    rows = [_logprob_rows(part, [next(arrays) for _ in part.tensors]) for part in parts]
+    return (join_rows(rows) if rows else None) or NO_LOGPROBS
+
+
 def _logprob_rows(part: PendingLogprobs, arrays: Sequence[npt.NDArray[np.generic]]) -> LogprobRows:
     positions, token_ids, values, ranks, top_ids, top_values = arrays
     wanted = np.arange(top_ids.shape[1]) < part.limits[:, None]
@@ -239,15 +243,3 @@ def _logprob_rows(part: PendingLogprobs, arrays: Sequence[npt.NDArray[np.generic
         top_logprobs=top_values.astype(np.float32, copy=False)[wanted],
         top_offsets=offsets_of(wanted.sum(axis=1)),
     )
-
-
-def _joined(parts: Sequence[LogprobRows]) -> LogprobRows:
-    """All parts' entries, one part's after the other's."""
-    if len(parts) <= 1:
-        return parts[0] if parts else NO_LOGPROBS
-    joined = {
-        name: np.concatenate([getattr(p, name) for p in parts])
-        for name in ("rows", "positions", "token_ids", "logprobs", "ranks", "top_ids", "top_logprobs")
-    }
-    counts = np.concatenate([np.diff(p.top_offsets) for p in parts])
-    return LogprobRows(**joined, top_offsets=offsets_of(counts))

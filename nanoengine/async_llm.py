@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -164,7 +165,8 @@ class AsyncLLM:
         info: EngineInfo,
         tokenizer: Tokenizer | None,
     ) -> None:
-        self._connect, self._end, self.info, self._tokenizer = connect, end, info, tokenizer
+        self._connect, self.info, self._tokenizer = connect, info, tokenizer
+        self._end = weakref.finalize(self, end)  # also when it is dropped, and when the interpreter ends
         self._clients: dict[asyncio.AbstractEventLoop, asyncio.Task[EngineClient]] = {}
         self._ids = itertools.count()
         self._closed = False

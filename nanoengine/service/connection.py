@@ -168,6 +168,8 @@ class Connection:
 
     def _add(self, content: bytes) -> None:
         added = read_add(content)
+        if added.key in self._member.open:
+            raise ProtocolError(f"a request with the key {added.key} of another one")
         try:
             if added.wrong is not None or added.request is None:
                 raise added.wrong or ProtocolError("a request without content")

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -357,6 +358,8 @@ class EngineService:
         except Exception as error:  # noqa: BLE001 - whatever it is, the other clients go on
             _log.exception("a client's output raised %s; its requests are aborted", described(error))
             self.quit(member)
+            with suppress(Exception):  # it is broken, and was logged
+                member.output.ended(error, [])
 
     def _follow(self, now: float) -> None:
         """What started, what is too late, and how far prompts are that someone asked about."""

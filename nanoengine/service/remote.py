@@ -6,7 +6,9 @@ import asyncio
 import itertools
 import logging
 import socket
+import threading
 import time
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -45,7 +47,7 @@ class RemoteClient:
         """`health_deadline`: seconds without a sign of the engine after which it counts as hanging. `resume_seconds`:
         after which streams fail whose engine has ended and that no other has taken over; 0: at once."""
         self._deadline, self._resume_seconds = health_deadline, resume_seconds
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
         self._socket: socket.socket | None = None
         self._reader = FrameReader()
         self._unsent = bytearray()
@@ -96,7 +98,16 @@ class RemoteClient:
         age = time.monotonic() - self._heard
         if not self._ready.is_set():
             return Health(alive=False, ready=False, draining=self._draining, since_progress=age, reason=self._why)
+        if age > self._deadline and self._has_data():  # this event loop was held up, not the engine
+            age = 0.0
         return health_of(age, self._deadline, draining=self._draining)
+
+    def _has_data(self) -> bool:
+        """Whether the engine has sent something that is not read yet."""
+        assert self._socket is not None
+        with suppress(OSError):
+            return bool(self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        return False
 
     def _unavailable(self) -> EngineUnavailable:
         return EngineUnavailable(self._why, retry_after=None if self._closed else 2.0)
@@ -161,6 +172,12 @@ class RemoteClient:
         return RequestStream(request.request_id, entry.box, partial(self._abort, key))
 
     def _abort(self, key: int, sample: int | None) -> None:
+        if self._loop.is_closed():  # the engine sees the end of the socket
+            return
+        if threading.get_ident() != self._thread:  # a stream that was dropped may be collected by any thread
+            with suppress(RuntimeError):  # it was closed just now
+                self._loop.call_soon_threadsafe(self._abort, key, sample)
+            return
         entry = self._open.get(key)
         if entry is None:
             return
@@ -198,23 +215,26 @@ class RemoteClient:
         return str(await self._ask("metrics")).encode()
 
     async def trace(self, seconds: float) -> bytes:
-        return str(await self._ask("trace", seconds)).encode()
+        return str(await self._ask("trace", seconds, wait=seconds)).encode()
 
     async def drain(self, seconds: float) -> bool:
-        return bool(await self._ask("drain", seconds))
+        return bool(await self._ask("drain", seconds, wait=seconds))
 
     async def count(self, usage: Usage) -> None:
         if self._socket is not None:
             self._send(usage_frame(usage))
 
-    async def _ask(self, what: str, of: Any = None) -> Any:
+    async def _ask(self, what: str, of: Any = None, *, wait: float = 0.0) -> Any:
+        """The answer. `wait`: seconds that it takes. Raises `EngineUnavailable` where it does not come in time."""
         if not self._ready.is_set():
             raise self._unavailable()
         number = next(self._numbers)
         future = self._asked[number] = self._loop.create_future()
         try:
             self._send(json_frame(Kind.ASK, id=number, what=what, of=of))
-            return await future
+            return await asyncio.wait_for(future, wait + self._deadline)
+        except TimeoutError:
+            raise EngineUnavailable(f"the engine did not answer within {self._deadline:g} seconds", 5.0) from None
         finally:
             self._asked.pop(number, None)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import subprocess
+import sys
 from collections.abc import Coroutine, Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -318,6 +320,29 @@ def test_what_cannot_be_made_is_refused_as_by_llm(tmp_path: Path, folder: Path) 
             AsyncLLM(folder, process=process, max_num_sqs=3)
     with pytest.raises(ConfigError, match="process=False"):
         AsyncLLM(folder, process=True, attention=object)  # type: ignore[arg-type]
+
+
+_UNCLOSED = """
+import asyncio, sys
+from nanoengine import AsyncLLM, SamplingParams
+from nanoengine.testing import mock_model
+options = dict(attention="mock", load_format="dummy", plugins=[mock_model])
+llm = AsyncLLM(sys.argv[1], process=sys.argv[2] == "process", **options)
+async def main():
+    global stream
+    stream = llm.generate([1], SamplingParams(max_tokens=3000, ignore_eos=True))
+    await anext(stream)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["thread", "process"])
+def test_a_program_that_closes_nothing_ends_well(folder: Path, where: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _UNCLOSED, str(folder), where], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_it_is_a_name_of_the_package() -> None:

@@ -15,7 +15,7 @@ from nanoengine import LLM, SamplingParams
 from nanoengine.api.errors import EngineUnavailable, ParamsError, RequestError, WorkerError
 from nanoengine.service.client import ClientRequest, ServiceStats, Usage
 from nanoengine.service.connection import Connection
-from nanoengine.service.frames import Kind
+from nanoengine.service.frames import Kind, add_frame, frame
 from nanoengine.service.loop import EngineService, Limits, Meter
 from nanoengine.service.parts import service_of
 from nanoengine.testing import mock_model
@@ -473,6 +473,58 @@ def test_a_remote_client_that_does_not_read_never_blocks_the_others(llm: LLM) ->
             asyncio.get_running_loop().add_reader(slow._socket.fileno(), slow._readable)
             for stream, prompt in zip(streams, given, strict=True):
                 assert (await whole(stream)).samples[0].token_ids == greedy(prompt, 400)
+
+    on(llm, "local", main)
+
+
+@BOTH
+def test_a_stream_may_be_dropped_by_any_thread(llm: LLM, kind: str) -> None:
+    """As the garbage collector does, which runs in whatever thread allocates."""
+
+    async def main(client: Any, service: EngineService) -> None:
+        streams = [await client.add(request(f"r{i}", [i], max_tokens=BUSY)) for i in range(20)]
+        kept = await client.add(request("kept", [1, 2], max_tokens=40))
+
+        def drop() -> None:
+            while streams:
+                streams.pop()
+
+        await asyncio.gather(*(asyncio.to_thread(drop) for _ in range(4)))
+        assert (await whole(kept)).samples[0].token_ids == greedy([1, 2], 40)
+        await until(lambda: not service.stats().requests)
+
+    on(llm, kind, main)
+
+
+def test_a_hanging_engine_is_not_waited_for_and_a_slow_event_loop_is_no_hanging_engine(llm: LLM) -> None:
+    async def main(client: Any, service: EngineService) -> None:
+        await client.stats()
+        client._deadline = 0.3
+        client._heard -= 1
+        if not client._has_data():
+            await asyncio.sleep(0)
+            threading.Event().wait(0.4)  # the event loop is held up, while the engine beats
+        assert client.health.ready
+        connection = next(member.output for member in service._members)
+        asyncio.get_running_loop().remove_reader(connection._socket.fileno())  # it reads nothing any more
+        for ask in (client.stats(), client.abort("x"), client.metrics(), client.drain(0.1), client.trace(0.1)):
+            with pytest.raises(EngineUnavailable, match="did not answer"):
+                await ask
+
+    on(llm, "remote", main)
+
+
+@pytest.mark.parametrize("wrong", [b"\xff" * 8, frame(Kind.HELLO, b"{}"), frame(Kind.ABORT, b"[]"), "twice"])
+def test_a_client_that_sends_nonsense_is_sent_away_alone(llm: LLM, wrong: Any) -> None:
+    async def main(client: Any, service: EngineService) -> None:
+        async with connected(service, "remote") as other:
+            stream = await other.add(request("other", [1], max_tokens=BUSY))
+            sent = add_frame(0, request("again", [1])) if wrong == "twice" else wrong
+            other._socket.send(sent)
+            await until(lambda: not other.health.alive)
+            assert await tokens(client, request("r", [1, 2], max_tokens=3)) == greedy([1, 2], 3)
+            await until(lambda: not service.stats().requests)
+            stream.close()
 
     on(llm, "local", main)
 

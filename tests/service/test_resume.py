@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanoengine import LLM
+from nanoengine import LLM, SamplingParams
 from nanoengine.api.deltas import RequestDelta
 from nanoengine.api.errors import EngineUnavailable
 from nanoengine.service.client import ClientRequest
@@ -105,6 +105,22 @@ def disturbed(llm: LLM, asked: list[ClientRequest], kills: int, seed: int = 0) -
         return found, continued
 
     return asyncio.run(main())
+
+
+def test_requests_that_pool_begin_again_in_another_engine(llm: LLM) -> None:
+    """Most wait or are in their prompts when an engine dies: there is nothing that they could go on behind."""
+    asked = [
+        ClientRequest(request_id=f"v{i}", prompt_token_ids=tuple([i] * 4000), params=SamplingParams(), pooling="last")
+        for i in range(1, 33)
+    ]
+    wanted = [delta.pooled for delta in undisturbed(llm, asked)]
+    found, continued = disturbed(llm, asked, kills=2)
+    assert continued >= 4
+    for delta, want in zip(found, wanted, strict=True):
+        assert delta.error is None
+        assert delta.pooled is not None
+        assert want is not None
+        assert delta.pooled.tolist() == want.tolist()
 
 
 _PARAMS: list[dict[str, Any]] = [

@@ -20,6 +20,7 @@ from nanoengine.server.record import RECORD, Record
 from nanoengine.server.sse import Writer, watch
 from nanoengine.service.client import Usage
 
+_INLINE = 256  # positions whose log-probs are written at once; more would stop the event loop for long
 _log = logging.getLogger("nanoengine.server")
 
 
@@ -148,7 +149,7 @@ class Answer(Response):
 
     async def _run(self, writer: Writer) -> None:
         if len(self._runs) == 1:
-            await self._pump(0, writer)
+            await asyncio.create_task(self._pump(0, writer))
         else:
             async with asyncio.TaskGroup() as group:
                 for number in range(len(self._runs)):
@@ -156,10 +157,17 @@ class Answer(Response):
 
     async def _pump(self, number: int, writer: Writer) -> None:
         run, take, write, account = self._runs[number], self._renderer.take, writer.write, self._account
+        positions = 0  # of the prompt, whose log-probs wait for the first tokens
         while (update := await run.update()) is not None:
             if account.first_token is None and update.samples and run.pooled is None:
                 account.first_token = time.monotonic()
-            data = take(number, run, update)
+            if update.prompt_logprobs is not None:
+                positions += len(update.prompt_logprobs.token_ids)
+            if positions > _INLINE and update.samples:
+                positions, found = 0, update
+                data = await self._context.in_thread(lambda found=found: take(number, run, found))  # type: ignore[misc]
+            else:
+                data = take(number, run, update)
             if data:
                 await write(data)
 

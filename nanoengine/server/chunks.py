@@ -45,6 +45,11 @@ class Chunks:
         self.usage_wanted = options is not None and bool(options.include_usage)
         self._tail = b'],"usage":null}\n\n' if self.usage_wanted else b"]}\n\n"
 
+    def around(self, before: bytes, behind: bytes) -> tuple[bytes, bytes]:
+        """What comes before and behind a value in a choice, where chunks differ in that value only: without
+        `continuous`."""
+        return self._head + before, behind + self._tail
+
     def chunk(self, choice: bytes, usage: TokenUsage) -> bytes:
         """A chunk with this choice."""
         if self.continuous:

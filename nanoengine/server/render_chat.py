@@ -60,6 +60,7 @@ class ChatStream:
         self._logprobs, self._ids = bool(request.logprobs), bool(request.return_token_ids)
         self._more = self._logprobs or self._ids
         self._first: set[int] = set()
+        self._around: dict[int, tuple[bytes, bytes]] = {}  # of the content in a plain chunk, by sample
         self._prompt: list[LogprobRows] = []
 
     def take(self, number: int, run: Running, update: Update) -> bytes:
@@ -72,10 +73,16 @@ class ChatStream:
         return b"".join([self._sample(run, sample) for sample in update.samples])
 
     def _sample(self, run: Running, update: SampleUpdate) -> bytes:
+        around = self._around.get(update.number)
+        if around is not None and len(update.events) == 1 and type(first := update.events[0]) is Content:
+            return around[0] + encode(first.text) + around[1]  # most chunks
         index, parts, chunk = update.number, list[bytes](), self._chunks.chunk
         if index not in self._first:
             self._first.add(index)
             parts.append(self._opening(index, run))
+            if not self._more and not self._chunks.continuous:
+                before, behind = b'{"index":%d,"delta":{"content":' % index, b'},"logprobs":null,%s}' % _OPEN
+                self._around[index] = self._chunks.around(before, behind)
         more = self._of_tokens(update) if self._more and update.token_ids else b'"logprobs":null'
         said, usage = False, run.usage
         for each in update.events:

@@ -14,6 +14,8 @@ from nanoengine.server.events import Content, Ended, Event, Running, SampleUpdat
 from nanoengine.server.logprobs import CompletionLogprobs, TokenTexts, prompt_logprobs
 from nanoengine.server.protocol.completions import CompletionRequest
 
+_OPEN = b'"finish_reason":null,"stop_reason":null'
+
 
 @dataclass(slots=True, kw_only=True)
 class CompletionStyle:
@@ -52,6 +54,7 @@ class CompletionStream:
         self._first: set[int] = set()
         self._prompts: dict[int, list[LogprobRows]] = {}
         self._plain = self._wanted is None and not self._ids
+        self._around: dict[int, tuple[bytes, bytes]] = {}  # of the text in a plain chunk, by sample
 
     def take(self, number: int, run: Running, update: Update) -> bytes:
         if update.prompt_logprobs is not None:
@@ -63,12 +66,19 @@ class CompletionStream:
         return b"".join([self._sample(number, run, sample) for sample in update.samples])
 
     def _sample(self, number: int, run: Running, update: SampleUpdate) -> bytes:
-        index = number * run.generation.params.core.n + update.number
-        text, ended = _read(update.events)
+        index, events = number * run.generation.params.core.n + update.number, update.events
+        around = self._around.get(index)
+        if around is not None and len(events) == 1 and type(first := events[0]) is Content:
+            return around[0] + encode(first.text) + around[1]  # most chunks
+        text, ended = _read(events)
         data = b""
         if index not in self._first:
             self._first.add(index)
             data = self._opening(number, index, run)
+            if self._plain and not self._chunks.continuous:
+                self._around[index] = self._chunks.around(
+                    b'{"index":%d,"text":' % index, b',"logprobs":null,%s}' % _OPEN
+                )
         if text or (update.token_ids and not self._plain):
             logprobs = b"null"
             if self._wanted is not None and update.logprobs is not None:
@@ -97,7 +107,7 @@ class CompletionStream:
 
     def _chunk(
         self, run: Running, index: int, text: str, logprobs: bytes, more: bytes,
-        reason: bytes = b'"finish_reason":null,"stop_reason":null',
+        reason: bytes = _OPEN,
     ) -> bytes:  # fmt: skip
         choice = b'{"index":%d,"text":%s,"logprobs":%s,%s%s}' % (index, encode(text), logprobs, reason, more)
         return self._chunks.chunk(choice, run.usage)

@@ -146,7 +146,8 @@ def test_a36_the_usage_that_is_counted_is_the_one_that_is_answered() -> None:
     server.chat(n=3)
     server.complete(["a", "bc"], stream=True)
     server.chat(temprature=1)
-    first, second = server.engine.usages
+    first, second, refused = server.engine.usages
+    assert (refused.status, refused.prompt_tokens, refused.finish_reasons) == (400, 0, ())
     assert (first.endpoint, first.status, first.completion_tokens) == ("/v1/chat/completions", 200, 18)
     assert (second.prompt_tokens, second.cached_tokens, second.completion_tokens) == (3, 2, 12)
     assert second.finish_reasons == ("stop", "stop")

@@ -183,7 +183,7 @@ PYTHONIC = {
     "text": Golden("pythonic", "[see (this)](http://x) [f(a=1)]", content="[see (this)](http://x) [f(a=1)]"),
     "no name of an argument": Golden("pythonic", "[f(1)]", content="[f(1)]"),
     "expression": Golden("pythonic", "[f(a=1, b=1+1, c=2)] x", (("f", '{"a": 1'),), ", b=1+1, c=2)] x"),
-    "cut": Golden("pythonic", "[f(a='x', b='y", (("f", '{"a": "x"'),), ", b='y"),
+    "cut": Golden("pythonic", "[f(a='x', b='y", (("f", '{"a": "x", "b": "y'),)),
     "lone surrogate": Golden("pythonic", "[f(a='é\\ud800')]", (("f", {"a": "é\ud800"}),)),
     "infinite": Golden("pythonic", "[f(a=(1e999,))]", (("f", ""),), "a=(1e999,))]"),
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import json
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -48,6 +51,7 @@ FRAGMENTS = sorted({
     *("<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_start|>"),
     *("<function=", "<parameter=a>", "</parameter>", "</function>", '"a": ', "[f(a=", ")]"),
     '{"name": "f", "arguments": {',
+    *("\\x4", "\\u26", "\\N{SNOW", "MAN}", "\\12", "\\'", "'''", "r'"),
     *'{}[]()<>|"\\,:;= \nfa1-.t', "true", "null", '"x"', "'", '"""', "{}", "\\u00e9", "☃", "name", '"parameters"',
 })  # fmt: skip
 
@@ -92,12 +96,48 @@ def test_arguments_are_reported_as_they_come(parser: str) -> None:
         assert calls_of(events) == [("get_weather", H[:end])]
 
 
-def test_arguments_of_other_forms_are_reported_one_by_one() -> None:
+def test_arguments_of_other_forms_are_reported_one_by_one_and_strings_as_they_come() -> None:
     pythonic, coder = PARSERS["pythonic"](TOOLS), PARSERS["qwen3_coder"](TOOLS)
-    events = pythonic.feed("[get_weather(city='Paris', days=")
+    events = pythonic.feed("[get_weather(city='Pa")
+    assert calls_of(events) == [("get_weather", '{"city": "Pa')]
+    events += pythonic.feed("ris', days=")
     assert calls_of(events) == [("get_weather", '{"city": "Paris"')]
     events = coder.feed("<tool_call><function=get_weather><parameter=days>3</parameter><parameter=city>\nNew\nYo")
     assert calls_of(events) == [("get_weather", '{"days": 3, "city": "New\\nYo')]
+
+
+@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=20), st.sampled_from(["'", '"', "'''", '"""', "repr"]))
+def test_a_string_of_python_has_its_value(value: str, quote: str) -> None:
+    inside = value.replace("\\", "\\\\").replace(quote[0], f"\\{quote[0]}")
+    literal = repr(value) if quote == "repr" else f"{quote}{inside}{quote}"
+    for pieces in ([f"[f(a={literal})]"], list(f"[f(a={literal})]")):
+        assert [json.loads(arguments) for _, arguments in calls_of(parsed("pythonic", pieces))] == [{"a": value}]
+
+
+ESCAPES = (
+    "\\x41", "\\u00e9", "\\ud83d\\ude00", "\\U0001F600", "\\N{SNOWMAN}", "\\0", "\\12", "\\123", "\\1234", "\\a", "\\v",
+    "\\z", "\\/", "\\\n", "\\\\", "\\'", '\\"', "\\n",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("escape", ESCAPES)
+@pytest.mark.parametrize("quote", ["'", '"', '"""'])
+def test_escapes_of_python_strings(escape: str, quote: str) -> None:
+    text = f"[f(a={quote}x{escape}y{escape}{quote})]"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        value = ast.literal_eval(text[5:-2]).encode("utf-16", "surrogatepass").decode("utf-16")
+    if escape == "\\/" and quote[0] == '"':
+        value = "x/y/"  # as in JSON
+    for pieces in ([text], list(text)):
+        assert [json.loads(arguments) for _, arguments in calls_of(parsed("pythonic", pieces))] == [{"a": value}]
+
+
+@pytest.mark.parametrize("wrong", ["\\x4", "\\xg", "\\u12", "\\U00110000", "\\N{NO SUCH NAME}", "\\N{"])
+def test_a_wrong_escape_is_content_from_there_on(wrong: str) -> None:
+    events = parsed("pythonic", [f"[f(a='x{wrong}')] b"])
+    assert calls_of(events) == [("f", '{"a": "x')]
+    assert content_of(events) == f"{wrong}')] b"
 
 
 # -- a parser that loses text at a split is noticed --------------------------------------------------------------------

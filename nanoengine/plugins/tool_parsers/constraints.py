@@ -23,12 +23,13 @@ def any_object(schema: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def tagged(trigger: str, tags: Sequence[Tag], *, required: bool, parallel: bool) -> Mapping[str, Any]:
     """Free text in which `trigger` begins one of the tags. `required`: it begins with one."""
+    contents = [{"type": "json_schema", "json_schema": any_object(schema)} for _, schema, _ in tags]
     found = {
         "type": "triggered_tags",
         "triggers": [trigger],
         "tags": [
-            {"begin": begin, "content": {"type": "json_schema", "json_schema": any_object(schema)}, "end": end}
-            for begin, schema, end in tags
+            {"type": "tag", "begin": begin, "content": content, "end": end}
+            for (begin, _, end), content in zip(tags, contents, strict=True)
         ],
         "at_least_one": required,
         "stop_after_first": not parallel,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import warnings
 from typing import Any
 
@@ -77,6 +78,89 @@ class PythonText:
                 self._quote = self._closing = ""
             return
         self._closing = ""
+
+
+class PythonString:
+    """The text of one string without a prefix, as JSON. In double quotes, "\\/" is the escape that JSON has.
+
+    Attributes:
+        done: its end has come. failed: what follows what was taken is no escape.
+    """
+
+    __slots__ = ("_quote", "done", "failed")
+
+    def __init__(self) -> None:
+        self._quote = ""  # the marks around it
+        self.done = self.failed = False
+
+    def feed(self, text: str, start: int = 0) -> tuple[int, str]:
+        """Takes `text[start:]` as far as it is certain. Returns where that ends, and its JSON text.
+
+        What was not taken must be given again, with more text.
+        """
+        parts: list[str] = []
+        while start < len(text) and not self.done and not self.failed:
+            end, taken = self._take(text, start) if self._quote else self._open(text, start)
+            if end == start:
+                break
+            parts.append(taken)
+            start = end
+        return start, "".join(parts)
+
+    def _open(self, text: str, at: int) -> tuple[int, str]:
+        """One, two (an empty string) or three marks."""
+        mark = text[at]
+        count = len(text[at : at + 3]) - len(text[at : at + 3].lstrip(mark))
+        if count < 3 and at + count == len(text):
+            return at, ""
+        self.done = count == 2
+        self._quote = mark * (3 if count == 3 else 1)
+        return at + count, '""' if self.done else '"'
+
+    def _take(self, text: str, at: int) -> tuple[int, str]:
+        plain = _PLAIN.match(text, at)
+        if plain:
+            return plain.end(), plain[0]
+        char = text[at]
+        if char == "\\":
+            return self._escape(text, at)
+        if char != self._quote[0]:
+            return at + 1, _inside(char)
+        if text.startswith(self._quote, at):
+            self.done = True
+            return at + len(self._quote), '"'
+        if self._quote.startswith(text[at:]):
+            return at, ""  # three marks may come
+        return at + 1, _inside(char)
+
+    def _escape(self, text: str, at: int) -> tuple[int, str]:
+        found = _ESCAPE.match(text, at)
+        if found is None or (found["octal"] and len(found["octal"]) < 3 and found.end() == len(text)):
+            self.failed = found is None and _ESCAPE_BEGUN.fullmatch(text, at) is None
+            return at, ""
+        if found["char"] == "/" and self._quote[0] == '"':
+            return found.end(), "/"
+        try:
+            with warnings.catch_warnings():  # of escapes that Python does not know
+                warnings.simplefilter("ignore")
+                value = str(ast.literal_eval(f'"{found[0]}"'))
+        except SyntaxError:  # there is no such character
+            self.failed = True
+            return at, ""
+        return found.end(), _inside(value)
+
+
+_PLAIN = re.compile(r"""[^\\'"\x00-\x1f]+""")
+_ESCAPE = re.compile(
+    r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|N\{[^}\n]{1,99}\}|(?P<octal>[0-7]{1,3})|(?P<char>[^xuUN0-7]))",
+    re.DOTALL,
+)
+_ESCAPE_BEGUN = re.compile(r"\\(?:x[0-9a-fA-F]?|u[0-9a-fA-F]{0,3}|U[0-9a-fA-F]{0,7}|N(?:\{[^}\n]{0,99})?)?")
+
+
+def _inside(text: str) -> str:
+    """The text in a JSON string."""
+    return json.dumps(text, ensure_ascii=_has_surrogates(text))[1:-1]
 
 
 def as_json(text: str) -> str:

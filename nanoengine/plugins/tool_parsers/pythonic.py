@@ -10,14 +10,14 @@ from typing import Any
 
 from nanoengine.api import Tool
 from nanoengine.plugins.tool_parsers.constraints import python_calls, quoted
-from nanoengine.plugins.tool_parsers.python_values import PythonText, as_json
+from nanoengine.plugins.tool_parsers.python_values import PythonString, PythonText, as_json
 from nanoengine.plugins.tool_parsers.scanning import ScanningParser, Steps
 
 BEGIN, END = "<|python_start|>", "<|python_end|>"
 
 
 class Pythonic(ScanningParser):
-    """Arguments have names, and are literals of Python or JSON. They are reported one by one."""
+    """Arguments have names, and are literals of Python or JSON. Strings are reported as they come, others whole."""
 
     special_tokens = (BEGIN, END)
 
@@ -91,10 +91,9 @@ class Pythonic(ScanningParser):
                 if not char or char not in _BEGINS_LITERAL:
                     return False
                 self._begin(name, before)
-            value = yield from self._value()
-            if not value:
+            lead = f"{opening}{quoted(key)}: "
+            if not (yield from (self._string(lead) if char in ("'", '"') else self._value(lead))):
                 return False
-            self._arguments(f"{opening}{quoted(key)}: {value}")
             opening = ", "
             yield from self._space()
             if (yield from self._literal(",")):
@@ -107,17 +106,32 @@ class Pythonic(ScanningParser):
         self._arguments("}")
         return True
 
-    def _value(self) -> Steps[str]:
-        """Reads the literal before a "," or ")". Returns its JSON text; "" if it is none."""
-        literal, parts = PythonText(), []
+    def _string(self, lead: str) -> Steps[bool]:
+        """Reads a string and reports it with what leads to it, as it comes. Returns whether it is complete."""
+        string = PythonString()
+        while True:
+            self._pos, text = string.feed(self._text, self._pos)
+            if text:
+                self._arguments(lead + text)
+                lead = ""
+            if string.done or string.failed or self._ended:
+                return string.done
+            yield
+
+    def _value(self, lead: str) -> Steps[bool]:
+        """Reads another literal, up to a "," or ")", and reports it and what leads to it. Returns whether it is one."""
+        literal, parts = PythonText(), list[str]()
         while not literal.done:
             self._pos, text = literal.feed(self._text, self._pos)
             parts.append(text)
-            if self._ended and not literal.done:
-                return ""
             if not literal.done:
+                if self._ended:
+                    return False
                 yield
-        return as_json("".join(parts))
+        value = as_json("".join(parts))
+        if value:
+            self._arguments(lead + value)
+        return bool(value)
 
 
 def _is_readable(tool: Tool) -> bool:

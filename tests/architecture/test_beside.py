@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,6 +55,13 @@ def test_a_test_marked_alone_has_none_beside_it(tmp_path: Path) -> None:
     assert alone == 1
     assert others > 1, "others run beside each other"
     assert worst_company(Loose, tmp_path)[1] > 1
+
+
+def test_no_two_modules_of_tests_have_the_same_name() -> None:
+    """In folders without `__init__.py` a module's name is its file's: of two pytest collects none."""
+    loose = [path for path in beside.TESTS.rglob("*.py") if not (path.parent / "__init__.py").exists()]
+    names = Counter(path.name for path in loose if path.name != "conftest.py" and "packages" not in path.parts)
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 @pytest.mark.parametrize(("cores", "workers"), [(1, 0), (2, 2), (3, 3), (64, 4)])

@@ -14,10 +14,10 @@ from typer.testing import Result
 
 from nanoengine.cli.config import render
 from nanoengine.setup.config.config import ModelSection, RunConfig, load_config
-from nanoengine.setup.plugins.registry import Registry
+from nanoengine.setup.plugins.discover import discover
 
 Run = Callable[..., Result]
-NO_PLUGINS = Registry(models={}, samplers={}, attention_backends={}, model_sources={})
+REGISTRY = discover()
 
 ODD = """\
 model: a/b
@@ -47,7 +47,7 @@ def test_show_composes_to_the_same_configuration(tmp_path: Path) -> None:
 def test_any_text_survives_show(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     path = tmp_path_factory.getbasetemp() / "shown.yaml"
     path.write_text(render(RunConfig(model=ModelSection(source="a/b"), prompts=tuple(texts))), "utf-8", newline="\n")
-    assert load_config(path, registry=NO_PLUGINS).prompts == tuple(texts)
+    assert load_config(path, registry=REGISTRY).prompts == tuple(texts)
 
 
 def test_show_names_the_origin_of_each_value(nanoengine: Run, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from nanoengine.api.parallel import SingleRank
 from nanoengine.params.engine_options import EngineOptions
 from nanoengine.params.engine_plan import EnginePlan, ProcessorPlan
 from nanoengine.setup.plugins.discover import Registry, discover, load_checked
+from nanoengine.setup.plugins.policies import choose_policy
 from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.start.build_model import build_model
 
@@ -93,6 +94,7 @@ def plan_of(registry: Registry, architecture: str) -> EnginePlan:
             ProcessorPlan(name=s.spec.name, target=s.spec.target, columns=dict(s.spec.params.columns))
             for s in registry.processors()
         ),
+        policy=choose_policy(registry, "fcfs", {}),
         options=EngineOptions(device="cpu", dtype="float32"),
         plugin_files=registry.plugin_files,
     )

@@ -10,7 +10,7 @@ from common import KEY, MESSAGES, MODEL, URL, answer
 from pydantic import BaseModel, Field
 
 
-class City(BaseModel):
+class City(BaseModel, extra="forbid"):
     """A city."""
 
     name: str = Field(max_length=20)

@@ -11,7 +11,7 @@ from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 from pydantic import BaseModel, Field
 
 
-class City(BaseModel):
+class City(BaseModel, extra="forbid"):
     """A city."""
 
     name: str = Field(max_length=20)

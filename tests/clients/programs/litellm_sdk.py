@@ -22,7 +22,7 @@ vectors = litellm.embedding(
     model=f"openai/{MODEL}", api_base=URL, api_key=KEY, input=["Paris"], encoding_format="float"
 )
 try:
-    litellm.completion(messages=MESSAGES, **{**given, "max_tokens": 100_000})
+    litellm.completion(messages=MESSAGES, **{**given, "temperature": -1})
 except litellm.exceptions.BadRequestError as error:
     refused = type(error).__name__
 else:

@@ -10,7 +10,7 @@ from common import KEY, MESSAGES, MODEL, URL, WEATHER, answer
 from pydantic import BaseModel, Field
 
 
-class City(BaseModel):
+class City(BaseModel, extra="forbid"):
     name: str = Field(max_length=20)
     size: Literal["small", "large"]
 

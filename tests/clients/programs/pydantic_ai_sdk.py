@@ -12,7 +12,7 @@ from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 
-class City(BaseModel):
+class City(BaseModel, extra="forbid"):
     """A city."""
 
     name: str = Field(max_length=20)

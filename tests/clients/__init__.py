@@ -1,0 +1,1 @@
+"""Clients of other projects against a real server of a small real model. They run only with `-m clients`."""

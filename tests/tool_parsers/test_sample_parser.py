@@ -126,8 +126,24 @@ def test_auto_takes_the_parser_of_the_template(name: str) -> None:
     assert choose_tool_parser(discover(), "auto", TEMPLATES[name]) is PARSERS[name]
 
 
+OTHERS = (
+    "{{ messages }}",
+    "<tool_call>{name}<arg_key>k</arg_key><arg_value>v</arg_value></tool_call>",
+    "<|start_header_id|> <TOOLCALL>[{'name': n, \"parameters\": p}]</TOOLCALL>",
+)
+
+
+@pytest.mark.parametrize("template", OTHERS)
+def test_auto_takes_no_parser_of_another_form(template: str) -> None:
+    assert choose_tool_parser(discover(), "auto", template) is None
+
+
+def test_a_template_of_llama_may_ask_for_pythons_notation() -> None:
+    template = "<|start_header_id|> <|python_tag|> [func_name1(params_name1=params_value1)]"
+    assert choose_tool_parser(discover(), "auto", template) is PARSERS["pythonic"]
+
+
 def test_none_and_names() -> None:
-    assert choose_tool_parser(discover(), "auto", "{{ messages }}") is None
     assert choose_tool_parser(discover(), None, TEMPLATES["hermes"]) is None
     assert choose_tool_parser(discover(), "json", TEMPLATES["hermes"]) is PARSERS["json"]
     with pytest.raises(PluginError, match="no tool parser 'herms' is installed; did you mean 'hermes'"):

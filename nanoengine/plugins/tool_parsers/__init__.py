@@ -14,12 +14,8 @@ _TARGETS = {
     "pythonic": "pythonic:Pythonic",
     "qwen3_coder": "qwen3_coder:Qwen3Coder",
 }
-_PREFERENCES = {"qwen3_coder": 1}  # its template has hermes' tags, too
 
 
 @hookimpl
 def register_tool_parsers() -> list[ToolParserSpec]:
-    return [
-        ToolParserSpec(name=name, target=f"{_HERE}.{target}", api=API_VERSION, preference=_PREFERENCES.get(name, 0))
-        for name, target in _TARGETS.items()
-    ]
+    return [ToolParserSpec(name=name, target=f"{_HERE}.{target}", api=API_VERSION) for name, target in _TARGETS.items()]

@@ -25,7 +25,8 @@ class Hermes(JsonCallsParser):
 
     @classmethod
     def matches(cls, template: str) -> bool:
-        return BEGIN in template
+        others = ("<function=", "<arg_key>")  # other forms between the same tags
+        return BEGIN in template and not any(mark in template for mark in others)
 
     @classmethod
     def constraint(cls, tools: Sequence[Tool], *, required: bool, parallel: bool) -> Mapping[str, Any] | None:

@@ -22,7 +22,9 @@ class Llama3(JsonCallsParser):
 
     @classmethod
     def matches(cls, template: str) -> bool:
-        return "<|start_header_id|>" in template and ('"parameters": ' in template or TAG in template)
+        others = ("<tool_call>", "<TOOLCALL>", "[func_name1(")  # models made of Llama with a form of their own
+        marked = TAG in template or '"parameters": ' in template
+        return "<|start_header_id|>" in template and marked and not any(mark in template for mark in others)
 
     @classmethod
     def constraint(cls, tools: Sequence[Tool], *, required: bool, parallel: bool) -> Mapping[str, Any] | None:

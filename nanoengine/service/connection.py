@@ -7,23 +7,25 @@ import logging
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from nanoengine.api.errors import NanoEngineError, RequestError, described, is_failure, shown
+from nanoengine.api.errors import NanoEngineError, RequestError, described, is_failure
 from nanoengine.service.delta_frames import deltas_frame
 from nanoengine.service.frames import (
+    Asked,
     FrameReader,
     Kind,
     ProtocolError,
     error_to_json,
     info_to_json,
     json_frame,
+    read_abort,
     read_add,
+    read_ask,
     read_json,
-    read_key,
     read_usage,
 )
 from nanoengine.service.local import merged
@@ -145,22 +147,23 @@ class Connection:
                 self._take(kind, content)
         except ProtocolError as error:
             self.close(f"it sent {error}")
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            _log.exception("reading a frame raised %s", described(error))
+            self.close(f"its frame raised {described(error)}")
 
     def _take(self, kind: Kind, content: bytes) -> None:
         if kind is Kind.ADD:
             self._add(content)
-            return
-        found = read_json(content)
-        if kind is Kind.ABORT:
-            sample = found.get("sample")
-            if sample is not None and type(sample) is not int:
-                raise ProtocolError(f"a sample that is {shown(sample)}")
+        elif kind is Kind.ABORT:
+            key, sample = read_abort(read_json(content))
             with suppress(NanoEngineError):  # a sample that the request does not have
-                self._member.abort(read_key(found), sample)
+                self._member.abort(key, sample)
         elif kind is Kind.COUNT:
-            self._service.count(read_usage(found))
+            self._service.count(read_usage(read_json(content)))
         elif kind is Kind.ASK:
-            task = self._loop.create_task(self._answer(found))
+            task = self._loop.create_task(self._answer(read_ask(read_json(content))))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         else:
@@ -183,27 +186,29 @@ class Connection:
         else:
             self._send(json_frame(Kind.TAKEN, key=added.key, error=None))
 
-    async def _answer(self, found: Mapping[str, Any]) -> None:
-        number, value, error = found.get("id"), None, None
+    async def _answer(self, asked: Asked) -> None:
+        value, error = None, None
         try:
-            value = await self._asked(found.get("what"), found.get("of"))
-        except NanoEngineError as raised:
+            value = await self._value(asked)
+        except BaseException as raised:
+            if not is_failure(raised):
+                raise
+            if not isinstance(raised, NanoEngineError):
+                _log.exception("answering a client raised %s", described(raised))
             error = raised
-        self._send(json_frame(Kind.ANSWER, id=number, value=value, error=error_to_json(error)))
+        self._send(json_frame(Kind.ANSWER, id=asked.number, value=value, error=error_to_json(error)))
 
-    async def _asked(self, what: object, of: object) -> Any:
-        """Raises what `EngineClient` raises, and `RequestError` for what is not known."""
-        if what == "stats":
+    async def _value(self, asked: Asked) -> Any:
+        """Raises what `EngineClient` raises."""
+        if asked.what == "stats":
             return asdict(self._service.stats())
-        if what == "metrics":
+        if asked.what == "metrics":
             return (await asyncio.to_thread(self._service.metrics)).decode()
-        if what == "abort" and isinstance(of, str):
-            return self._service.abort(of)
-        if what == "trace" and isinstance(of, int | float):
-            return (await asyncio.to_thread(traced, self._service, of)).decode()
-        if what == "drain" and isinstance(of, int | float):
-            return await drained(self._service, of)
-        raise RequestError("not_supported", f"the engine is asked for {shown(what)} of {shown(of)}")
+        if asked.what == "abort":
+            return self._service.abort(asked.of)
+        if asked.what == "trace":
+            return (await asyncio.to_thread(traced, self._service, asked.of)).decode()
+        return await drained(self._service, asked.of)
 
     def close(self, why: str | None) -> None:
         """The client is gone, or (`why`) is sent away: its requests are aborted. Idempotent."""

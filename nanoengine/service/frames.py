@@ -8,7 +8,6 @@ user's input is; what comes from the engine is trusted.
 from __future__ import annotations
 
 import json
-import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -18,13 +17,23 @@ from typing import Any
 
 import numpy as np
 
-from nanoengine.api.errors import EngineUnavailable, GrammarError, NanoEngineError, ParamsError, RequestError, shown
+from nanoengine.api.errors import (
+    EngineUnavailable,
+    GrammarError,
+    NanoEngineError,
+    ParamsError,
+    RequestError,
+    described,
+    is_failure,
+    shown,
+)
 from nanoengine.api.structured_outputs import StructuredOutputsParams
 from nanoengine.params.pooling import PoolingDefaults
 from nanoengine.params.sampling_params import SamplingParams
 from nanoengine.service.client import ClientRequest, EngineInfo, ServiceStats, Usage
 
 _HEAD = struct.Struct("=II")
+_LONGEST = 1e9  # seconds
 MOST_BYTES = 256 << 20  # of a frame
 
 
@@ -217,15 +226,18 @@ def read_add(content: bytes) -> Added:
     if not lengths or any(type(n) is not int or n < 0 for n in lengths) or sum(lengths) != len(tokens):
         raise ProtocolError(f"a request with {len(tokens)} token ids, of lengths {shown(lengths)}")
     timeout = head["timeout"]
-    if timeout is not None and not (math.isfinite(timeout) and timeout > 0):
+    if timeout is not None and not 0 < timeout < _LONGEST:
         return Added(key, None, wrong=ParamsError(f"timeout must be a number of seconds above 0, not {shown(timeout)}"))
     every = tokens.tolist()
     ends = [0, *accumulate(lengths)]
     parts = [tuple(every[start:end]) for start, end in pairwise(ends)]
     try:
         params = SamplingParams(**{name: from_json(value) for name, value in head["params"].items()})
-    except ParamsError as error:
-        return Added(key, None, wrong=error)
+    except BaseException as error:  # values nested too deep, for example
+        if not is_failure(error):
+            raise
+        wrong = error if isinstance(error, ParamsError) else ParamsError(f"parameters that raised {described(error)}")
+        return Added(key, None, wrong=wrong)
     request = ClientRequest(
         request_id=head["id"],
         prompt_token_ids=parts[0],
@@ -249,6 +261,43 @@ def read_key(found: Mapping[str, Any]) -> int:
     return key
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a client wants to know. of: a number of seconds, or a request's id."""
+
+    number: int
+    what: str
+    of: Any
+
+
+_ASKED: Mapping[str, tuple[type, ...]] = {
+    "stats": (type(None),),
+    "metrics": (type(None),),
+    "abort": (str,),
+    "trace": (int, float),
+    "drain": (int, float),
+}
+
+
+def read_ask(found: Mapping[str, Any]) -> Asked:
+    """Raises `ProtocolError`."""
+    number, what, of = found.get("id"), found.get("what"), found.get("of")
+    kinds = _ASKED.get(what) if isinstance(what, str) else None
+    if type(number) is not int or kinds is None or not isinstance(of, kinds) or isinstance(of, bool):
+        raise ProtocolError(f"a question that is {shown(found)}")
+    if isinstance(of, int | float):
+        of = float(max(-1, min(of, _LONGEST)))
+    return Asked(number, str(what), of)
+
+
+def read_abort(found: Mapping[str, Any]) -> tuple[int, int | None]:
+    """Key and sample. Raises `ProtocolError`."""
+    sample = found.get("sample")
+    if sample is not None and type(sample) is not int:
+        raise ProtocolError(f"a sample that is {shown(sample)}")
+    return read_key(found), sample
+
+
 def read_usage(found: Mapping[str, Any]) -> Usage:
     """Raises `ProtocolError`."""
     try:
@@ -259,7 +308,7 @@ def read_usage(found: Mapping[str, Any]) -> Usage:
         right = (
             all(type(n) is int and 0 <= n < 2**53 for n in counts)
             and all(isinstance(text, str) for text in texts)
-            and all(isinstance(time, int | float) and math.isfinite(time) for time in times)
+            and all(isinstance(time, int | float) and 0 <= time < _LONGEST for time in times)
         )
     except (TypeError, KeyError) as error:
         raise ProtocolError(f"a usage that is {shown(found)}") from error

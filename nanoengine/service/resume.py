@@ -32,6 +32,7 @@ class OpenStream:
         self._prompt_rows = 0  # prompt log-probs that the reader has
         self._skip_rows = 0  # of them, those that this engine has still to repeat
         self._cached: int | None = None
+        self._computed = 0
         self._first_scheduled: float | None = None
         self._began = time.monotonic()
         self._resumes = 0  # since the last token
@@ -49,6 +50,7 @@ class OpenStream:
                 self.ended.add(sample.sample_index)
                 self._finished.add(sample.sample_index)
             self._resumes = 0
+        self._computed = delta.num_computed_tokens
         if delta.prompt_logprobs is not None:
             self._prompt_rows += len(delta.prompt_logprobs.rows)
         if delta.seed is not None:
@@ -64,6 +66,7 @@ class OpenStream:
             samples=tuple(s for s in delta.samples if self._is_new(s)),
             prompt_logprobs=self._new_rows(delta.prompt_logprobs),
             num_cached_tokens=delta.num_cached_tokens if self._cached is None else self._cached,
+            num_computed_tokens=max(self._computed, delta.num_computed_tokens),
             first_scheduled=self._first_scheduled or delta.first_scheduled,
         )
 

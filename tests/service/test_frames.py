@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,9 @@ from nanoengine.service.frames import (
     info_from_json,
     info_to_json,
     json_frame,
+    read_abort,
     read_add,
+    read_ask,
     read_json,
     read_usage,
     usage_frame,
@@ -209,6 +213,45 @@ def test_bytes_that_are_no_frame_end_their_connection(data: bytes) -> None:
 def test_content_that_is_no_json_object_ends_its_connection(data: bytes) -> None:
     with pytest.raises(ProtocolError):
         read_json(data)
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.sampled_from([10**400, -(10**400)]) | st.floats()
+    | st.text(max_size=4) | st.sampled_from(["$set", "$items", "$tuple", "$structured_outputs", "stats", "trace"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.text(max_size=3) | st.sampled_from(["$set", "$items", "$tuple", "$structured_outputs", "json", "n", "seed"]),
+        inner, max_size=3,
+    ),
+    max_leaves=6,
+)  # fmt: skip
+_FIELDS = ["key", "id", "params", "priority", "pooling", "every", "client", "timeout", "progress", "lengths", "resumed"]
+
+
+@given(
+    st.dictionaries(st.sampled_from(_FIELDS), _JSON, max_size=2),
+    st.dictionaries(st.text(max_size=5), _JSON, max_size=2),
+)
+def test_whatever_json_a_client_sends_is_a_request_or_an_error_of_ours(changes: Any, params: Any) -> None:
+    for head in (changes, {"params": params}):
+        try:
+            added = read_add(request_head(**head))
+        except ProtocolError:
+            continue
+        assert (added.request is None) == isinstance(added.wrong, ParamsError)
+
+
+@given(st.dictionaries(st.sampled_from(["id", "what", "of", "key", "sample", "status", "ttft", "client"]), _JSON))
+def test_whatever_json_a_client_asks_counts_and_aborts_is_checked(found: Any) -> None:
+    for read in (read_ask, read_abort, lambda changes: read_usage(asdict(Usage()) | changes)):
+        with contextlib.suppress(ProtocolError):
+            read(found)
+
+
+def test_values_that_are_nested_too_deep_are_refused_with_their_request() -> None:
+    deep: Any = 1
+    for _ in range(400):
+        deep = {"a": [deep]}
+    assert isinstance(read_add(request_head(params={"x": deep})).wrong, ParamsError)
 
 
 @pytest.mark.parametrize(

@@ -6,22 +6,29 @@ import asyncio
 import random
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from nanoengine import LLM, SamplingParams
+from nanoengine import LLM, RequestOutput, SamplingParams
 from nanoengine.api.deltas import RequestDelta
 from nanoengine.api.errors import EngineUnavailable
-from nanoengine.service.client import ClientRequest
+from nanoengine.service.client import ClientRequest, RequestStream
 from nanoengine.service.connection import Connection
 from nanoengine.service.loop import EngineService
 from nanoengine.service.merge import merge_all
+from nanoengine.service.output_stream import OutputStream
 from nanoengine.service.parts import service_of
 from nanoengine.service.remote import RemoteClient
+from nanoengine.service.resume import OpenStream
+from nanoengine.service.text import checked_on_this_side
 from nanoengine.testing import mock_model
+from nanoengine.testing.byte_tokenizer import END, write_byte_tokenizer
 from nanoengine.testing.mock_model import write_mock_checkpoint
+from nanoengine.text.outputs import OutputAssembler
 from tests.engine.support import VOCAB, greedy, prompts
 from tests.service.support import request, until, whole
 from tests.service.test_client import plain
@@ -145,6 +152,27 @@ def test_a_stream_goes_on_unbroken_in_another_engine(llm: LLM, fields: dict[str,
         assert same(got) == same(wanted)
 
 
+@pytest.mark.parametrize("mutant", [{"generated": ()}, {"seed": 1}, {}], ids=["no tokens", "another seed", "none"])
+def test_the_comparison_sees_a_stream_that_does_not_go_on(
+    llm: LLM, mutant: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resumed = OpenStream.resumed
+
+    def wrong(stream: OpenStream, now: float) -> ClientRequest | None:
+        asked = resumed(stream, now)
+        assert asked is not None
+        if "seed" in mutant:
+            return replace(asked, params=asked.params.replace(seed=99))
+        return replace(asked, **mutant)
+
+    monkeypatch.setattr(OpenStream, "resumed", wrong)
+    asked = [request(f"r{i}", [i + 1, 5], max_tokens=60, temperature=1.0, seed=5) for i in range(4)]
+    found, continued = disturbed(llm, asked, kills=1)
+    assert continued
+    is_equal = [same(got) for got in found] == [same(wanted) for wanted in undisturbed(llm, asked)]
+    assert is_equal == (not mutant)
+
+
 def same(delta: RequestDelta) -> Any:
     """Without what says when it ran, and in which row of a step."""
     found = plain(delta._replace(first_scheduled=None, num_computed_tokens=0, num_cached_tokens=0))
@@ -225,6 +253,57 @@ def test_a_request_that_is_queued_or_not_taken_yet_goes_on_too(llm: LLM) -> None
         await engines.kill()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_text_and_stop_strings_go_on_over_the_end_of_an_engine(tmp_path: Path, delta: bool) -> None:
+    """A stop string that begins in one engine and ends in another; what `AsyncLLM` gives is what `LLM` gives."""
+    folder = tmp_path / "mock"
+    folder.mkdir()
+    end = write_byte_tokenizer(folder).token_to_id(END)
+    write_mock_checkpoint(folder, vocab_size=320, max_position_embeddings=4096, eos_token_id=end)
+    options: dict[str, Any] = {"max_num_seqs": 8, "block_size": 4, "num_gpu_blocks_override": 2048}
+    made = LLM(folder, attention="mock", load_format="dummy", plugins=[mock_model], **options)
+    tokenizer = made._built.need_tokenizer()
+    plain_params = SamplingParams(temperature=1.0, seed=3, n=2, max_tokens=80, logprobs=1, logit_bias={end: -100})
+    (unstopped,) = made.generate(["hello"], plain_params, use_tqdm=False)
+    stop = tokenizer.hf.decode(unstopped.outputs[0].token_ids[30:34])
+    assert unstopped.outputs[0].text.count(stop) == 1
+    assert stop not in unstopped.outputs[1].text
+    params = plain_params.replace(stop=[stop])
+    (expected,) = made.generate(["hello"], params, use_tqdm=False)
+    assert expected.outputs[0].stop_reason == stop
+
+    async def main() -> list[RequestOutput]:
+        client = RemoteClient()
+        engines = Engines(made, client)
+        engines.start()
+        info = await client.ready()
+
+        async def add() -> tuple[OutputAssembler, RequestStream]:
+            ids = tokenizer.encode("hello")
+            given = checked_on_this_side("r", ids, params, (), info, tokenizer)
+            asked = ClientRequest(request_id="r", prompt_token_ids=tuple(ids), params=params)
+            return OutputAssembler(given, tokenizer, "hello"), await client.add(asked)
+
+        found = list[RequestOutput]()
+        async for output in OutputStream("r", add, delta=delta):
+            found.append(output)
+            if not output.finished and engines.started < 40:
+                await engines.kill()  # an engine for each token or two, also within the stop string
+                engines.start()
+        await client.close()
+        await engines.kill()
+        assert engines.started > 20
+        return found
+
+    found = asyncio.run(main())
+    texts = ["".join(s.text for o in found for s in o.outputs if s.index == i) for i in range(2)]
+    if not delta:
+        texts = [sample.text for sample in found[-1].outputs]
+        assert [sample.logprobs for sample in found[-1].outputs] == [sample.logprobs for sample in expected.outputs]
+    assert texts == [sample.text for sample in expected.outputs]
+    made.close()
 
 
 @pytest.mark.parametrize("how", ["never", "too late", "again and again"])

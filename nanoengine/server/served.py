@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import threading
 from collections.abc import Sequence
@@ -67,6 +68,8 @@ def _traces(options: TraceOptions) -> Traces | None:
         return None
     from nanoengine.server.traces import Traces
 
+    theirs = logging.getLogger("opentelemetry")  # what it says about a collector goes where our own lines go
+    theirs.handlers, theirs.propagate = logging.getLogger("nanoengine").handlers, False
     return Traces(options)
 
 

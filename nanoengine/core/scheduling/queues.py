@@ -78,7 +78,8 @@ class Roster:
     def tell(self, event: Callable[..., None], request: Request, *about: Any) -> None:
         """An event of the policy. What it raises fails the request, at the next step: here nothing may be raised."""
         try:
-            event(request.queued, *about)
+            if self.policy.hears:
+                event(request.queued, *about)
         except RequestError as error:
             if request.status is not Status.FINISHED:
                 self.failed[request] = error

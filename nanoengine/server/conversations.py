@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,3 +58,32 @@ def only(value: Mapping[str, Any], where: str, required: Mapping[str, type], opt
     if unknown is not None:
         hint = nearest(unknown, known)
         raise ApiError(400, f"unknown field {shortened(f'{where}.{unknown}', 200)!r}: {hint}", "unknown_field", where)
+
+
+_ID_LENGTH = re.compile(r"id\s*\|\s*length\s*!=\s*([1-9]|[1-5][0-9])\b")
+
+
+def fit_call_ids(messages: Sequence[dict[str, Any]], template: str) -> None:
+    """Gives calls of tools ids of the only length that the template takes (Mistral's: 9 letters and digits).
+
+    A client sends back the ids that it got, from here or elsewhere. Equal ids stay equal.
+    """
+    found = _ID_LENGTH.search(template)
+    if found is None:
+        return
+    length = int(found[1])
+
+    def fitted(given: Any) -> Any:
+        if not isinstance(given, str) or (len(given) == length and given.isalnum()):
+            return given
+        return hashlib.sha256(given.encode("utf-8", "surrogatepass")).hexdigest()[:length]
+
+    for message in messages:
+        calls = message.get("tool_calls")
+        if isinstance(calls, list):
+            message["tool_calls"] = [
+                {**call, "id": fitted(call["id"])} if isinstance(call, dict) and "id" in call else call
+                for call in calls
+            ]
+        if "tool_call_id" in message:
+            message["tool_call_id"] = fitted(message["tool_call_id"])

@@ -9,6 +9,7 @@ from typing import Any
 from nanoengine.api.errors import RequestError, nearest, shown
 from nanoengine.params.arguments import checked_ids
 from nanoengine.server.context import Context
+from nanoengine.server.conversations import fit_call_ids
 from nanoengine.server.errors import ApiError, invalid, shortened
 
 _INLINE = 2_000  # characters that are tokenized at once; more go to a thread
@@ -86,6 +87,7 @@ async def rendered(
     tokenizer = context.need_tokenizer()
     sanitize = context.config.special_tokens_in_content == "text"
     plain = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    fit_call_ids(plain, tokenizer.template_text)
 
     return await context.in_thread(lambda: tokenizer.chat(plain, sanitize_control_tokens=sanitize, **options))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -202,3 +203,27 @@ def test_parsers_are_chosen_by_the_template(template: str, tool: str | None, tag
     assert (found.tool and found.tool.__name__, found.fallback) == (tool, JsonCalls)
     assert found.tags == (None if tags is None else REASONING_TAGS[tags])
     assert load_parsers(discover(), ServerConfig(tool_parser=None, reasoning_parser=None), None).tool is None
+
+
+STRICT_IDS = (
+    "{% for m in messages %}{% for c in m.tool_calls or [] %}"
+    "{% if c.id is not defined or c.id|length != 9 %}{{ raise_exception('ids have 9 characters') }}{% endif %}"
+    "<{{ c.id }}>{% endfor %}{% if m.role == 'tool' %}<{{ m.tool_call_id }}>{% endif %}{{ m.content }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("call", ["call_0123456789abcdef01234567", "toolu_01", "short", "a b c d e", "abcdef123"])
+def test_ids_of_calls_have_the_length_that_a_template_demands(call: str) -> None:
+    server = Server("ok", tokenizer=make_tokenizer(template=STRICT_IDS), parsers=PARSERS)
+    made = {"id": call, "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "", "tool_calls": [made, {**made, "id": "another"}]},
+        {"role": "tool", "tool_call_id": call, "content": "done"},
+    ]
+    response = server.post("/v1/chat/completions", {"messages": messages})
+    assert response.status_code == 200, response.text
+    prompt = server.tokenizer.decode(list(server.last.prompt_token_ids), skip_special_tokens=False)
+    [first, second, result] = re.findall("<([a-z0-9]{9})>", prompt)
+    assert first == result != second
+    assert first == call or call != "abcdef123"

@@ -28,7 +28,7 @@ class RestartOptions:
     """
 
     policy: Literal["always", "never", "on-failure"] = "on-failure"
-    max_restarts: int = 5
+    max_restarts: int = 10
     window: float = 600.0
     backoff: float = 0.5
     hang_timeout: float | None = 300.0

@@ -29,6 +29,7 @@ from nanoengine.service.frames import (
 )
 from nanoengine.service.local import HEALTH_DEADLINE, health_of
 from nanoengine.service.resume import OpenStream
+from nanoengine.service.trials import Trials
 
 RESUME_SECONDS = 300.0
 _MOST_UNSENT = 256 << 20
@@ -61,6 +62,7 @@ class RemoteClient:
         self._keys, self._numbers = itertools.count(), itertools.count()
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._giving_up: asyncio.TimerHandle | None = None
+        self._trials = Trials(self._go_on, self._settled)
 
     # The connection
 
@@ -115,6 +117,7 @@ class RemoteClient:
     def _leave(self, why: str) -> None:
         """The connection is over."""
         self._why = why
+        self._trials.stop()
         self._ready.clear()
         if self._socket is None:
             return
@@ -190,18 +193,28 @@ class RemoteClient:
 
     def _resume(self) -> None:
         """Add the open requests to the engine that has just come."""
-        for key, entry in list(self._open.items()):
-            try:
-                request = entry.resumed(time.monotonic())
-                if request is None:
-                    self._forget(key)
-                    continue
-                self._send(add_frame(key, request, resumed=True))
-            except RequestError as error:
-                self._fail(key, error)
-                continue
-            for sample in sorted(entry.ended):
-                self._send(json_frame(Kind.ABORT, key=key, sample=sample))
+        doubtful = {key for key, entry in self._open.items() if entry.is_doubtful}
+        for key in [key for key in self._open if key not in doubtful]:
+            self._go_on(key)
+        self._trials.begin(doubtful)
+
+    def _go_on(self, key: int) -> None:
+        """Add an open request to another engine than it was in."""
+        entry = self._open[key]
+        try:
+            request = entry.resumed(time.monotonic())
+            if request is None:
+                self._forget(key)
+                return
+            self._send(add_frame(key, request, resumed=True))
+        except RequestError as error:
+            self._fail(key, error)
+            return
+        for sample in sorted(entry.ended):
+            self._send(json_frame(Kind.ABORT, key=key, sample=sample))
+
+    def _settled(self, key: int) -> bool:
+        return key not in self._open or not self._open[key].is_doubtful
 
     # What is asked for
 
@@ -297,6 +310,7 @@ class RemoteClient:
                 self._take(kind, content)
                 if self._socket is not sock:
                     return
+            self._trials.check()
         except ProtocolError as error:
             self._lost(f"the engine sent {error}")
 

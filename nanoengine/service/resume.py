@@ -38,6 +38,11 @@ class OpenStream:
         self._resumes = 0  # since the last token
         self._is_resumed = False
 
+    @property
+    def is_doubtful(self) -> bool:
+        """It was in two engines that ended, and has got no token since."""
+        return self._resumes >= 1
+
     def take(self, delta: RequestDelta) -> bool:
         """Give the reader what is new to it. Returns whether that was the last of it."""
         if not self.taken.done():  # the step loop's thread may be faster than the answer to `add`

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from typing import Any
 
 from nanoengine.api import AttentionSpec, ModelSpec, hookimpl
 
+DIES, HANGS = 7, 8  # a prompt that begins with this token ends the process, or holds the step up
 _MOCK = "nanoengine.testing.mock_model"
 
 
@@ -17,11 +19,16 @@ def __getattr__(name: str) -> Any:
     from nanoengine.testing.mock_model import MockModel
 
     class SlowMock(MockModel):
-        """The mock model; a step takes SLOW_MOCK_SECONDS longer."""
+        """The mock model; a step takes SLOW_MOCK_SECONDS longer, and a prompt may begin with DIES or HANGS."""
 
-        def forward(self, *arguments: Any) -> Any:
+        def forward(self, input_ids: Any, positions: Any, batch: Any) -> Any:
             time.sleep(float(os.environ.get("SLOW_MOCK_SECONDS", "0")))
-            return super().forward(*arguments)
+            first = set(input_ids[positions == 0].tolist())
+            if DIES in first:
+                os.kill(os.getpid(), signal.SIGSEGV)
+            if HANGS in first:
+                time.sleep(1000)
+            return super().forward(input_ids, positions, batch)
 
     return SlowMock
 

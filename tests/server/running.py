@@ -62,14 +62,21 @@ class Running:
 
     @contextlib.contextmanager
     def opened(
-        self, path: str, body: Any = None, headers: Mapping[str, str] | None = None, timeout: float = SECONDS
+        self,
+        path: str,
+        body: Any = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float = SECONDS,
+        *,
+        wait: bool = True,
     ) -> Iterator[http.client.HTTPResponse]:
+        """A request, closed at the end; without `wait`, its answer is not waited for."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
             given = {"content-type": "application/json", **(headers or {})}
             text = None if body is None else json.dumps(body)
             connection.request("GET" if body is None else "POST", path, text, given)
-            yield connection.getresponse()
+            yield connection.getresponse() if wait else http.client.HTTPResponse(connection.sock)
         finally:
             connection.close()
 

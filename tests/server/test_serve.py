@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from nanoengine.testing.mock_model import mark
+from tests.server.mock_plugin import DIES, HANGS
 from tests.server.mock_server import engine_of, events, https_of, metric, mock_server
 from tests.server.running import Running, alive, until
 
@@ -204,6 +205,33 @@ def test_a5_a_long_prefill_is_healthy_and_a7_sigterm_drains(tmp_path: Path) -> N
         assert found[-1]["usage"]["completion_tokens"] == 60
         assert server.status() == 0
         assert not any(map(alive, children))
+
+
+@pytest.mark.slow
+def test_a_request_that_ends_or_hangs_its_engine_fails_alone(tmp_path: Path) -> None:
+    options = ("health_deadline=1", "restart.hang_timeout=1", "restart.backoff=0.01", "workers=2")
+    slow = {"SLOW_MOCK_SECONDS": "0.005"}
+    with mock_server(tmp_path, *(f"server.{each}" for each in options), slow=True, env=slow) as server:
+        path, body = STREAMS[1]
+        plain = answers(stream(server.until_ready(), path, body))
+        found = list[dict[str, Any]]()
+        thread = threading.Thread(target=lambda: found.extend(stream(server, path, body)))
+        thread.start()
+        status, _, text = server.ask("/v1/completions", {"prompt": [DIES, 1, 2], "max_tokens": 4})
+        assert (status, json.loads(text)["error"]["code"]) == (503, "unavailable")
+        assert "engines have ended while this request ran" in json.loads(text)["error"]["message"]
+        thread.join()
+        assert answers(found) == plain
+        assert server.log.count("the engine has ended: killed by SIGSEGV") == 4
+
+        server.until_ready()
+        pid = engine_of(server)
+        with server.opened("/v1/completions", {"prompt": [HANGS, 1], "stream": True}, wait=False):
+            until(lambda: server.get("/health") == 503, lambda: server.log, 10.0)
+            assert server.get("/live") == 200
+        until(lambda: not alive(pid), lambda: server.log)  # the client is gone: its request is not tried again
+        assert completion(server.until_ready(), prompt=[1, 2, 3])
+        assert "it made no progress for 1 s (server.restart.hang_timeout)" in server.log
 
 
 def test_a_model_that_is_not_there_ends_the_command_with_status_2(tmp_path: Path) -> None:

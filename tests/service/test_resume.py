@@ -16,6 +16,7 @@ import pytest
 from nanoengine import LLM, RequestOutput, SamplingParams
 from nanoengine.api.deltas import RequestDelta
 from nanoengine.api.errors import EngineUnavailable
+from nanoengine.service import trials
 from nanoengine.service.client import ClientRequest, RequestStream
 from nanoengine.service.connection import Connection
 from nanoengine.service.loop import EngineService
@@ -32,6 +33,12 @@ from nanoengine.text.outputs import OutputAssembler
 from tests.engine.support import VOCAB, greedy, prompts
 from tests.service.support import request, until, whole
 from tests.service.test_client import plain
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is one client: what it tries alone need not wait for others."""
+    monkeypatch.setattr(trials, "_APART_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")

@@ -176,7 +176,11 @@ class Answer(Response):
             await writer.write(self._renderer.end(self._runs))
             await writer.end()
             return
-        body = await self._context.in_thread(lambda: self._renderer.end(self._runs))
+        core = self._generations[0].params.core
+        if core.logprobs is None and core.prompt_logprobs is None:
+            body = self._renderer.end(self._runs)
+        else:
+            body = await self._context.in_thread(lambda: self._renderer.end(self._runs))
         head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": head})
         await send({"type": "http.response.body", "body": body})

@@ -72,6 +72,7 @@ def create_app(
         tokenizer=tokenizer,
         parsers=parsers or Parsers(),
         pool=ThreadPoolExecutor(config.threads, thread_name_prefix="nanoengine-http"),
+        long_pool=ThreadPoolExecutor(2, thread_name_prefix="nanoengine-http-long"),
     )
     app = fastapi_app(context)
     known = configured_keys(config) if keys is None else keys
@@ -84,7 +85,8 @@ def fastapi_app(context: Context) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        context.pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (context.pool, context.long_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(title="nanoengine", lifespan=lifespan, description="An engine behind OpenAI's API.")
     app.state.context = context

@@ -23,7 +23,8 @@ from nanoengine.service.client import EngineClient
 from nanoengine.text import Tokenizer
 
 Result = TypeVar("Result")
-_INLINE = 1 << 16  # bytes of a body that are parsed at once
+_INLINE = 1 << 15  # bytes of a body that are parsed at once
+_LONG = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,8 @@ class Context:
     """
     Attributes:
         client: the engine. tokenizer: None: only token ids work. parsers: of tools and reasoning.
-        pool: threads for what would stop the event loop: tokenizing, templates, long answers.
+        pool, long_pool: threads for what would stop the event loop: tokenizing, templates, long answers. Few of them
+            do long work, because in parts of it they keep the event loop from running.
         running: the open requests of this process, by the id that the client knows, for /admin/abort.
         started: seconds since the epoch.
     """
@@ -41,6 +43,7 @@ class Context:
     tokenizer: Tokenizer | None
     parsers: Parsers
     pool: ThreadPoolExecutor
+    long_pool: ThreadPoolExecutor
     running: dict[str, list[Running]] = field(default_factory=dict)
     started: int = field(default_factory=lambda: int(time.time()))
 
@@ -63,8 +66,10 @@ class Context:
             raise TokenizerMissing("this model has no tokenizer here: give prompts as token ids")
         return self.tokenizer
 
-    async def in_thread(self, function: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self.pool, function)
+    async def in_thread(self, function: Callable[[], Result], size: int = 0) -> Result:
+        """`size`: characters of what it works on. Long ones wait for each other, and short ones not for them."""
+        pool = self.pool if size < _LONG else self.long_pool
+        return await asyncio.get_running_loop().run_in_executor(pool, function)
 
     async def read(self, request: Request, model: type[Model]) -> Model:
         """The body as a model. Raises `ApiError`."""
@@ -76,7 +81,7 @@ class Context:
             raise ApiError(499, "the client closed the connection", "disconnected") from None
         if len(body) < _INLINE:
             return parsed(model, bytes(body))
-        return await self.in_thread(lambda: parsed(model, bytes(body)))
+        return await self.in_thread(lambda: parsed(model, bytes(body)), len(body))
 
 
 def caller_of(request: Request) -> Caller:

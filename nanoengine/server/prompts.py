@@ -41,8 +41,8 @@ async def completion_prompts(
     def prompts() -> list[Prompt]:
         return [_prompt(context, part, add_special_tokens, new_tokens) for part in parts]
 
-    short = sum(len(part) for part in parts if isinstance(part, str)) <= _INLINE
-    return prompts() if short else await context.in_thread(prompts)
+    size = sum(len(part) for part in parts)
+    return prompts() if size <= _INLINE else await context.in_thread(prompts, size)
 
 
 def _parts(given: Any, most: int, name: str) -> list[Any]:
@@ -89,7 +89,8 @@ async def rendered(
     plain = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
     fit_call_ids(plain, tokenizer.template_text)
 
-    return await context.in_thread(lambda: tokenizer.chat(plain, sanitize_control_tokens=sanitize, **options))
+    size = len(str(plain))
+    return await context.in_thread(lambda: tokenizer.chat(plain, sanitize_control_tokens=sanitize, **options), size)
 
 
 def template_options(

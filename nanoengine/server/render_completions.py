@@ -54,7 +54,7 @@ class CompletionStream:
         self._first: set[int] = set()
         self._prompts: dict[int, list[LogprobRows]] = {}
         self._plain = self._wanted is None and not self._ids
-        self._around: dict[int, tuple[bytes, bytes]] = {}  # of the text in a plain chunk, by sample
+        self._around: dict[int, tuple[bytes, bytes]] = {}  # of most chunks, by sample
 
     def take(self, number: int, run: Running, update: Update) -> bytes:
         if update.prompt_logprobs is not None:
@@ -68,17 +68,16 @@ class CompletionStream:
     def _sample(self, number: int, run: Running, update: SampleUpdate) -> bytes:
         index, events = number * run.generation.params.core.n + update.number, update.events
         around = self._around.get(index)
-        if around is not None and len(events) == 1 and type(first := events[0]) is Content:
+        if around is not None and self._plain and len(events) == 1 and type(first := events[0]) is Content:
             return around[0] + encode(first.text) + around[1]  # most chunks
+        if around is not None and self._ids and not events and update.token_ids:
+            return around[0] + encode(update.token_ids) + around[1]
         text, ended = _read(events)
         data = b""
         if index not in self._first:
             self._first.add(index)
             data = self._opening(number, index, run)
-            if self._plain and not self._chunks.continuous:
-                self._around[index] = self._chunks.around(
-                    b'{"index":%d,"text":' % index, b',"logprobs":null,%s}' % _OPEN
-                )
+            self._note_around(index)
         if text or (update.token_ids and not self._plain):
             logprobs = b"null"
             if self._wanted is not None and update.logprobs is not None:
@@ -89,6 +88,16 @@ class CompletionStream:
             reason = b'"finish_reason":%s,"stop_reason":%s' % (encode(ended.finish_reason), encode(ended.stop_reason))
             data += self._chunk(run, index, "", b"null", b"", reason)
         return data
+
+    def _note_around(self, index: int) -> None:
+        """Of chunks that differ in one value: the text, or, without text, the ids."""
+        if self._chunks.continuous or self._wanted is not None:
+            return
+        if self._plain:
+            around = b'{"index":%d,"text":' % index, b',"logprobs":null,%s}' % _OPEN
+        else:
+            around = b'{"index":%d,"text":"","logprobs":null,%s,"token_ids":' % (index, _OPEN), b"}"
+        self._around[index] = self._chunks.around(*around)
 
     def _opening(self, number: int, index: int, run: Running) -> bytes:
         """The prompt, as far as it is wanted, in front of a sample's first tokens."""

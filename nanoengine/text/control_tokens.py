@@ -30,6 +30,7 @@ from tokenizers import Tokenizer as Backend
 
 from nanoengine.api.errors import RequestError
 from nanoengine.text.chat import Chat
+from nanoengine.text.encoding import encoded
 from nanoengine.text.messages import REASONING, invalid
 
 _NAMES, _ALIASES, _WITHIN = (
@@ -134,11 +135,11 @@ class ControlTokens:
         return self._pattern.sub(lambda found: self._names[found.group()], text)
 
     def _plainly(self, text: str) -> list[int]:
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        return encoded(self._backend, text)
 
     def _named_ids(self, text: str) -> list[int]:
         copy, id_of = self._copy
-        return [id_of.get(i, i) for i in copy.encode(text, add_special_tokens=False).ids]
+        return [id_of.get(i, i) for i in encoded(copy, text)]
 
     @cached_property
     def _copy(self) -> tuple[Backend, dict[int, int]]:

@@ -16,6 +16,7 @@ from nanoengine.params.arguments import GivenPrompt
 from nanoengine.text.chat import prepare
 from nanoengine.text.control_tokens import ControlTokens, control_tokens
 from nanoengine.text.decoding import TokenStream, TokenTable
+from nanoengine.text.encoding import encoded
 from nanoengine.text.git_lfs import refuse_lfs_pointer
 from nanoengine.text.templates import TemplateProcesses
 
@@ -24,7 +25,6 @@ _READ_ALWAYS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 _CLASS = re.compile(r"(?!Auto)\w*(Tokenizer|TokenizerFast|Backend)")
-_SHORT = 2_000  # characters that are tokenized in less than a millisecond
 _UNREADABLE = ("tekken.json", "tiktoken.model", "tokenizer_config.json")
 
 
@@ -174,14 +174,7 @@ class Tokenizer:
         """Token ids of a text. Special tokens in the text become tokens. Raises `RequestError`."""
         self._check_text(text)
         with _failures():
-            return self._ids(text, add_special_tokens)
-
-    def _ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        if len(text) < _SHORT:
-            found: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        else:  # a batch lets other threads of Python run meanwhile
-            found = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-        return found
+            return encoded(self._backend, text, add_special_tokens)
 
     def _check_text(self, text: str) -> None:
         if not isinstance(text, str):
@@ -202,11 +195,11 @@ class Tokenizer:
                 f"the text has {len(text)} characters, but at most {most} fit in {max_tokens} tokens "
                 f"(max_model_len): the longest token has {self._longest_token}",
             )
-        if len(text) <= 16 * max_tokens + _SHORT:
+        if len(text) <= 16 * max_tokens:
             return
         # Its beginning may have too many already. Where it is cut, other tokens come than in the whole text.
         with _failures():
-            begins = len(self._ids(text[: 8 * max_tokens]))
+            begins = len(encoded(self._backend, text[: 8 * max_tokens]))
         if begins > max_tokens + max_tokens // 4 + 64:
             raise RequestError(
                 "too_long",

@@ -7,11 +7,15 @@ import threading
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from nanoengine.api.errors import RequestError
 from nanoengine.server import render_completions
 from nanoengine.server.prompts import _INLINE
+from nanoengine.testing.byte_tokenizer import END, byte_tokenizer
 from nanoengine.testing.fake_engine import Answer
+from nanoengine.text import Tokenizer
+from nanoengine.text import tokenizer as tokenizing
 from server.asgi import Connection
 from server.support import Server, error_of, events, make_tokenizer
 
@@ -75,45 +79,45 @@ def test_a_short_text_is_tokenized_at_once() -> None:
     assert threading.main_thread() in slow.threads
 
 
-@pytest.mark.parametrize("limit", [100, 1000])
-def test_a15_a_text_that_is_too_long_is_refused_before_all_of_it_is_tokenized(limit: int) -> None:
-    tokenizer = make_tokenizer(limit)
-    tokenized: list[int] = []
-    ids = tokenizer._ids
-    tokenizer._ids = lambda text, *more: tokenized.append(len(text)) or ids(text, *more)  # type: ignore[assignment, func-returns-value, method-assign]
-    text = "abcdefg hijkl " * (10 * limit)
-    with pytest.raises(RequestError, match="max_model_len") as raised:
-        tokenizer.encode(text)
-    assert raised.value.code == "too_long"
-    assert sum(tokenized) <= 8 * limit
-    for path, body in (
-        ("/v1/completions", {"prompt": text}),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
-    ):
-        tokenized.clear()
-        error = error_of(Server(tokenizer=tokenizer).post(path, body))
-        assert error["code"] == "context_length_exceeded"
-        assert sum(tokenized) <= 8 * limit
+WIDE = "abcdefghijklmnopqrstuvwxyz0123456789ABCD"
 
 
-def test_a_text_of_long_tokens_is_not_refused_for_its_length() -> None:
-    tokenizer = make_tokenizer(3000)
-    text = "false" * 2900  # a token each
-    assert len(text) < 8 * 3000
-    assert len(tokenizer.encode(text)) == 2900
-    with_limit = make_tokenizer(500)
-    assert len(make_tokenizer().encode("false" * 450)) == 450
-    assert len(with_limit.encode("false" * 450)) == 450
+def wide_tokenizer(limit: int) -> Tokenizer:
+    """One of its tokens has 40 characters."""
+    hf = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer((WIDE,)), eos_token=END)
+    hf.chat_template = "{{ messages[0].content }}"
+    return Tokenizer(hf, max_tokens=limit)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize(("chars", "tokenized"), [(30, 8), (50, 0)])
+def test_a15_a_text_that_is_too_long_is_refused_before_all_of_it_is_tokenized(
+    path: str, chars: int, tokenized: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, seen, plain = 500, list[int](), tokenizing.encoded
+    monkeypatch.setattr(
+        tokenizing, "encoded", lambda backend, text, *more: seen.append(len(text)) or plain(backend, text)
+    )
+    text = "zy" * (chars * limit // 2)
+    fields = {"prompt": text} if path == "/v1/completions" else {"messages": [{"role": "user", "content": text}]}
+    error = error_of(Server(tokenizer=wide_tokenizer(limit)).post(path, fields))
+    assert error["code"] == "context_length_exceeded"
+    assert "max_model_len" in error["message"]
+    assert sum(seen) == tokenized * limit
+
+
+def test_a_text_of_long_tokens_is_not_refused_for_its_characters() -> None:
+    assert len(wide_tokenizer(500).encode(WIDE * 490)) == 490
+    with pytest.raises(RequestError, match="max_model_len"):
+        wide_tokenizer(500).encode(WIDE * 501)
 
 
 @pytest.mark.parametrize("text", ["", "a", LONG, "Grüße 😀 <end> " * 400])
 def test_long_texts_have_the_tokens_of_short_ones(text: str) -> None:
     tokenizer = make_tokenizer(None)
-    assert tokenizer.encode(text) == tokenizer._backend.encode(text).ids
-    assert (
-        tokenizer.encode(text, add_special_tokens=False)
-        == tokenizer._backend.encode(text, add_special_tokens=False).ids
-    )
+    plain = tokenizer._backend.encode
+    assert tokenizer.encode(text) == plain(text).ids
+    assert tokenizer.encode(text, add_special_tokens=False) == plain(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -110,7 +110,7 @@ Request = TypeVar("Request", bound=GenerateRequest)
 
 def with_sampling(model: type[Request], names: Iterable[str]) -> type[Request]:
     """The model with a field for each sampling parameter of the engine; the engine checks their values."""
-    hidden = {"detokenize", "logits_processors", "batch_logits_processor"}
+    hidden = {"logits_processors", "batch_logits_processor"}
     more: dict[str, Any] = {
         name: (Any, None) for name in sorted(names) if name not in model.model_fields and name not in hidden
     }

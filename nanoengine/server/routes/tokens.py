@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -16,6 +17,8 @@ from nanoengine.server.errors import invalid
 from nanoengine.server.prompts import rendered, template_options
 from nanoengine.server.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from nanoengine.server.requests import body_schema
+
+_PART = 10_000
 
 
 def tokens_router(context: Context) -> APIRouter:
@@ -31,9 +34,12 @@ def tokens_router(context: Context) -> APIRouter:
 
         def answer() -> bytes:
             strings = [tokenizer.token_text(token) for token in ids] if body.return_token_strs else None
-            return encode({"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": strings})
+            head = encode({"count": len(ids), "max_model_len": most, "token_strs": strings})[:-1]
+            # In parts, so that the event loop can run between them.
+            parts = [encode(ids[start : start + _PART])[1:-1] for start in range(0, len(ids), _PART)]
+            return head + b',"tokens":[' + b",".join(parts) + b"]}"
 
-        return Response(await context.in_thread(answer), media_type="application/json")
+        return Response(await context.in_thread(answer, len(ids)), media_type="application/json")
 
     @router.post("/detokenize", openapi_extra=body_schema(DetokenizeRequest))
     async def detokenize(request: Request) -> dict[str, str]:
@@ -45,7 +51,8 @@ def tokens_router(context: Context) -> APIRouter:
         if isinstance(found, RequestError):
             raise found
         skip = bool(body.skip_special_tokens)
-        return {"prompt": await context.in_thread(lambda: tokenizer.decode(body.tokens, skip_special_tokens=skip))}
+        work = partial(tokenizer.decode, body.tokens, skip_special_tokens=skip)
+        return {"prompt": await context.in_thread(work, len(body.tokens))}
 
     @router.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
@@ -65,7 +72,7 @@ async def _ids(context: Context, body: TokenizeRequest) -> Sequence[int]:
         wrong = next((name for name in chat if body.given(name)), None)
         if wrong is not None:
             raise invalid(f"{wrong} is for messages; leave it out", wrong)
-        return await context.in_thread(lambda: tokenizer.encode(text, add_special_tokens=special))
+        return await context.in_thread(lambda: tokenizer.encode(text, add_special_tokens=special), len(text))
     if body.add_special_tokens:
         raise invalid("the template writes the special tokens: leave add_special_tokens out", "add_special_tokens")
     options = template_options(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import threading
 import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -32,11 +31,11 @@ from nanoengine.params.arguments import (
 )
 from nanoengine.params.pooling import PoolingChoice, choose_pooling, split_to_pool
 from nanoengine.params.sampling_params import SamplingParams
-from nanoengine.service.client import ClientRequest, EngineClient, EngineInfo, Health, RequestStream, ServiceStats
-from nanoengine.service.engine_process import EngineProcess
+from nanoengine.service.client import ClientRequest, EngineClient, Health, RequestStream, ServiceStats
 from nanoengine.service.output_stream import OutputStream
 from nanoengine.service.source import EngineSource
-from nanoengine.service.text import checked_on_this_side, tokenizer_of
+from nanoengine.service.started import StartedEngine, start_here, start_process
+from nanoengine.service.text import checked_on_this_side
 from nanoengine.setup.config.engine_options import engine_options
 from nanoengine.setup.keywords import check_options, names_keywords
 from nanoengine.setup.plugins.discover import discover_given
@@ -81,17 +80,15 @@ class AsyncLLM:
         if not process:
             from nanoengine.llm import LLM
 
-            self._start_here(
-                lambda: LLM(
-                    model, revision=revision, attention=attention, implementation=implementation, plugins=plugins,
-                    **options,
-                )
-            )  # fmt: skip
+            llm = LLM(
+                model, revision=revision, attention=attention, implementation=implementation, plugins=plugins, **options
+            )
+            self._begin(start_here(llm))
             return
         check_options(AsyncLLM, options, discover_given(plugins))
         named, checked = with_revision(str(model), revision), engine_options(options)
         source = EngineSource.of_parts(named, attention, implementation, checked, None, _several(plugins))
-        self._start_process(source, log_level)
+        self._begin(start_process(source, log_level))
 
     @classmethod
     def from_config(
@@ -108,69 +105,21 @@ class AsyncLLM:
         if not process:
             from nanoengine.llm import LLM
 
-            self._start_here(lambda: LLM.from_config(path, overrides, plugins=plugins))
+            self._begin(start_here(LLM.from_config(path, overrides, plugins=plugins)))
             return self
         from nanoengine.setup.config.config import load_config
 
         config = load_config(path, overrides, registry=discover_given(plugins))
-        self._start_process(EngineSource.of_config(config, _several(plugins)), log_level)
+        self._begin(start_process(EngineSource.of_config(config, _several(plugins)), log_level))
         return self
 
-    def _start_here(self, make: Callable[[], Any]) -> None:
-        from nanoengine.service.local import LocalClient
-        from nanoengine.service.parts import service_of
-
-        llm = make()
-        service = service_of(llm)
-        service.start()
-
-        def end() -> None:
-            service.stop()
-            llm.close()
-
-        async def connect() -> EngineClient:
-            return LocalClient(service)
-
-        self._begin(connect, end, service.info, llm._built.tokenizer)
-
-    def _start_process(self, source: EngineSource, log_level: str) -> None:
-        from nanoengine.service.remote import RemoteClient
-
-        process = self._process = EngineProcess.start(source, log_level=log_level)
-        try:
-            info = _run(process.wait_ready())
-            tokenizer = tokenizer_of(info)
-        except BaseException:
-            process.close()
-            raise
-
-        def end() -> None:
-            process.close()
-            if tokenizer is not None:
-                tokenizer.close()
-
-        async def connect() -> EngineClient:
-            client = RemoteClient(resume_seconds=0.0)
-            with suppress(OSError):  # the process has ended: adding a request says so
-                client.connect(process.connect())
-                await client.ready()
-            return client
-
-        self._begin(connect, end, info, tokenizer)
-
-    def _begin(
-        self,
-        connect: Callable[[], Awaitable[EngineClient]],
-        end: Callable[[], None],
-        info: EngineInfo,
-        tokenizer: Tokenizer | None,
-    ) -> None:
-        self._connect, self.info, self._tokenizer = connect, info, tokenizer
-        self._end = weakref.finalize(self, end)  # also when it is dropped, and when the interpreter ends
+    def _begin(self, engine: StartedEngine) -> None:
+        self._engine, self.info, self._tokenizer = engine, engine.info, engine.tokenizer
+        self._end = weakref.finalize(self, engine.end)  # also when it is dropped, and when the interpreter ends
         self._clients: dict[asyncio.AbstractEventLoop, asyncio.Task[EngineClient]] = {}
         self._ids = itertools.count()
         self._closed = False
-        self.default_params = SamplingParams(**info.default_sampling)
+        self.default_params = SamplingParams(**engine.info.default_sampling)
 
     # -- generation ------------------------------------------------------------------------------------------------
 
@@ -387,11 +336,8 @@ class AsyncLLM:
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
             self._clients = {each: task for each, task in self._clients.items() if not each.is_closed()}
-            self._clients[loop] = loop.create_task(self._made())
+            self._clients[loop] = loop.create_task(self._engine.connect())
         return await asyncio.shield(self._clients[loop])
-
-    async def _made(self) -> EngineClient:
-        return await self._connect()
 
     def _need_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
@@ -401,22 +347,3 @@ class AsyncLLM:
 
 def _several(plugins: Any) -> Sequence[Any]:
     return [plugins] if isinstance(plugins, str | Path) else list(plugins or ())
-
-
-def _run(work: Any) -> Any:
-    """The result of a coroutine, also where an event loop runs in this thread."""
-    found: list[Any] = []
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            found.append(asyncio.run(work))
-        except BaseException as error:  # noqa: BLE001 - it is raised below
-            raised.append(error)
-
-    thread = threading.Thread(target=run, name="nanoengine-start")
-    thread.start()
-    thread.join()
-    if raised:
-        raise raised[0]
-    return found[0]

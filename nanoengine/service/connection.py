@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nanoengine.api.errors import NanoEngineError, RequestError, described, is_failure
+from nanoengine.service.contracts import Batch
 from nanoengine.service.delta_frames import deltas_frame
 from nanoengine.service.frames import (
     Asked,
@@ -29,7 +30,7 @@ from nanoengine.service.frames import (
     read_usage,
 )
 from nanoengine.service.local import merged
-from nanoengine.service.loop import Batch, EngineService
+from nanoengine.service.loop import EngineService
 from nanoengine.service.tracing import traced
 
 _MERGE_AT = 4096  # deltas that could not be sent

@@ -52,7 +52,11 @@ class Control:
         line = json.dumps({"kind": kind, "fd": fd is not None, "fields": fields}).encode() + b"\n"
         self._unsent.append((line, None if fd is None else os.dup(fd)))
         if len(self._unsent) == 1:
-            self._flush()
+            try:
+                self._flush()
+            except OSError:
+                self._drop_unsent()
+                raise
 
     def _flush(self) -> None:
         """Raises `OSError` if the other end is gone."""
@@ -77,11 +81,16 @@ class Control:
             self._drop()  # `receive` says that the other end is gone
 
     def _drop(self) -> None:
-        fds = [*self._fds, *(fd for _, fd in self._unsent if fd is not None)]
-        self._fds.clear()
-        self._unsent.clear()
+        fds, self._fds = self._fds, []
         for each in fds:
             os.close(each)
+        self._drop_unsent()
+
+    def _drop_unsent(self) -> None:
+        while self._unsent:
+            fd = self._unsent.popleft()[1]
+            if fd is not None:
+                os.close(fd)
 
     async def receive(self) -> Message | None:
         """The next message. None: the other end is gone."""

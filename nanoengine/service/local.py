@@ -19,7 +19,8 @@ from nanoengine.service.client import (
     ServiceStats,
     Usage,
 )
-from nanoengine.service.loop import Batch, EngineService
+from nanoengine.service.contracts import Batch
+from nanoengine.service.loop import EngineService
 from nanoengine.service.merge import merge_all
 from nanoengine.service.tracing import traced
 

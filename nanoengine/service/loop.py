@@ -6,10 +6,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from nanoengine.api.deltas import RequestDelta
 from nanoengine.api.errors import (
@@ -22,6 +22,8 @@ from nanoengine.api.errors import (
     is_failure,
 )
 from nanoengine.service.client import ClientRequest, EngineInfo, ServiceStats, Usage
+from nanoengine.service.contracts import BEAT_SECONDS, Limits, Meter, Output
+from nanoengine.service.member import Member
 from nanoengine.service.queue import OpenRequest, Queue
 
 if TYPE_CHECKING:
@@ -29,45 +31,8 @@ if TYPE_CHECKING:
     from nanoengine.core.scheduling.messages import EngineStats
     from nanoengine.params.input_processor import CheckedRequest, InputProcessor
 
-BEAT_SECONDS = 0.25
 _MOST_FAILURES = 3  # that the step loop may have one after the other, before it ends
 _log = logging.getLogger(__name__)
-
-Batch = list[tuple[int, RequestDelta]]
-"""A client's key of a request, and what is new of it."""
-
-
-class Output(Protocol):
-    """What takes deltas to one client. The step loop calls it and waits for it: no method may block."""
-
-    def deliver(self, batch: Batch) -> None:
-        """What a step gave for this client's requests."""
-
-    def beat(self) -> None:
-        """The step loop makes progress, or has nothing to do. Called about every `BEAT_SECONDS`."""
-
-    def ended(self, cause: BaseException | None, batch: Batch) -> None:
-        """The service has ended: by `cause`, or (None) because it was closed. `batch`: its last deltas, of which those
-        with the error "worker_failed" only say so, too. Nothing is called after this."""
-
-
-class Limits(Protocol):
-    def check(self, request: ClientRequest, stats: ServiceStats) -> None:
-        """Raises the `RequestError` with which a new request is refused. `stats` do not count it."""
-
-
-class Meter(Protocol):
-    """The service's counters. Any thread calls it."""
-
-    def count(self, usage: Usage) -> None: ...
-
-    def step(self, seconds: float, gaps: Mapping[float, int], queued: Sequence[float]) -> None:
-        """A turn of the step loop. gaps: seconds since requests had tokens before -> how many; queued: seconds that
-        requests waited which have tokens for the first time."""
-
-    def render(self, stats: ServiceStats) -> bytes:
-        """All counters, as Prometheus reads them."""
-        ...
 
 
 class EngineService:
@@ -386,32 +351,6 @@ class EngineService:
             self._call(member, partial(member.output.ended, self._cause, member.batch))
         for then in called:
             then()
-
-
-class Member:
-    """One client of the service, as the service knows it: its open requests, by keys that the client chooses."""
-
-    def __init__(self, service: EngineService, output: Output) -> None:
-        self.service, self.output = service, output
-        self.open: dict[int, OpenRequest] = {}
-        self.batch: Batch = []  # the step loop's own
-
-    def add(self, key: int, request: ClientRequest, *, resumed: bool = False) -> None:
-        """Add a request. Its deltas carry `key`, which no other open request of this client has.
-
-        `resumed`: it ran in an engine before, so no limit refuses it. Raises as `EngineClient.add` does.
-        """
-        self.service.add(self, key, request, resumed=resumed)
-
-    def abort(self, key: int, sample: int | None = None) -> None:
-        """End a request, or one of its samples. No effect where it has ended."""
-        entry = self.open.get(key)
-        if entry is not None:
-            self.service.end(entry, sample)
-
-    def leave(self) -> None:
-        """The client is gone: all its requests are aborted, and its output is not called again. Idempotent."""
-        self.service.quit(self)
 
 
 def _why(cause: BaseException) -> str:

@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nanoengine.service.client import EngineInfo
+from nanoengine.service.contracts import Limits, Meter
 from nanoengine.service.limits import QueueLimits
-from nanoengine.service.loop import EngineService, Limits, Meter
+from nanoengine.service.loop import EngineService
 from nanoengine.service.options import ServiceOptions
 
 if TYPE_CHECKING:

@@ -42,7 +42,8 @@ from nanoengine.service.source import EngineSource
 
 if TYPE_CHECKING:
     from nanoengine.service.connection import Connection
-    from nanoengine.service.loop import Batch, EngineService
+    from nanoengine.service.contracts import Batch
+    from nanoengine.service.loop import EngineService
 
 FAILED, ENDED = 1, 3
 _CLOSE_SECONDS = 5.0

@@ -13,7 +13,7 @@ from nanoengine.service.client import ClientRequest
 
 if TYPE_CHECKING:
     from nanoengine.core.request import Request
-    from nanoengine.service.loop import Member
+    from nanoengine.service.member import Member
 
 
 class OpenRequest:

@@ -54,6 +54,7 @@ class RemoteClient:
         self._unsent = bytearray()
         self._info: EngineInfo | None = None
         self._ready = asyncio.Event()  # there is an engine, and its info
+        self._ready_or_never = asyncio.Event()
         self._heard = time.monotonic()
         self._draining = self._closed = False
         self._why = "the engine has not started yet"
@@ -79,14 +80,17 @@ class RemoteClient:
         self._loop.add_reader(sock.fileno(), self._readable)
 
     async def ready(self) -> EngineInfo:
-        """Waits until an engine is there."""
-        await self._ready.wait()
+        """Waits until an engine is there. Raises `EngineUnavailable` where none will come."""
+        await self._ready_or_never.wait()
+        if not self._ready.is_set():
+            raise self._unavailable()
         return self.info
 
     def fail(self, why: str) -> None:
         """There will be no other engine: all open streams fail, and so does what is asked for from now on."""
         self._leave(why)
         self._give_up()
+        self._ready_or_never.set()
 
     @property
     def info(self) -> EngineInfo:
@@ -119,6 +123,7 @@ class RemoteClient:
         self._why = why
         self._trials.stop()
         self._ready.clear()
+        self._ready_or_never.clear()
         if self._socket is None:
             return
         self._loop.remove_reader(self._socket.fileno())
@@ -139,6 +144,7 @@ class RemoteClient:
             self._giving_up = self._loop.call_later(self._resume_seconds, self._give_up)
         else:
             self._give_up()
+            self._ready_or_never.set()
 
     def _stop_giving_up(self) -> None:
         if self._giving_up is not None:
@@ -332,6 +338,7 @@ class RemoteClient:
         elif kind is Kind.HELLO:
             self._info = info_from_json(found)
             self._ready.set()
+            self._ready_or_never.set()
             self._resume()
         elif kind is Kind.ENDED:
             self._lost(found["cause"])

@@ -297,12 +297,15 @@ def test_a_drained_a_dead_and_a_closed_engine_take_nothing(tmp_path: Path, proce
             with pytest.raises(EngineUnavailable, match="draining"):
                 await anext(llm.generate([1]))
             if process:
-                llm._process.process.kill()
+                assert llm._engine.process is not None
+                llm._engine.process.process.kill()
                 with pytest.raises(EngineUnavailable, match="ended"):
                     await last(stream)
                 assert not (await llm.health()).alive
                 with pytest.raises(EngineUnavailable):
                     await anext(llm.generate([1]))
+                with pytest.raises(EngineUnavailable, match="has ended"):  # of another event loop, too
+                    await asyncio.to_thread(run, last(llm.generate([1])))
             stream.close()
         with pytest.raises(EngineClosed):
             await anext(llm.generate([1]))

@@ -15,8 +15,9 @@ from nanoengine import LLM, SamplingParams
 from nanoengine.api.errors import EngineUnavailable, ParamsError, RequestError, WorkerError
 from nanoengine.service.client import ClientRequest, ServiceStats, Usage
 from nanoengine.service.connection import Connection
+from nanoengine.service.contracts import Limits, Meter
 from nanoengine.service.frames import Kind, add_frame, frame
-from nanoengine.service.loop import EngineService, Limits, Meter
+from nanoengine.service.loop import EngineService
 from nanoengine.service.parts import service_of
 from nanoengine.testing import mock_model
 from nanoengine.testing.mock_model import write_mock_checkpoint

@@ -37,19 +37,24 @@ def tagged(trigger: str, tags: Sequence[Tag], *, required: bool, parallel: bool)
     return {"structural_tag": {"type": "structural_tag", "format": found}}
 
 
-def list_of_calls(tools: Sequence[Tool], key: str, *, path: str = "#/items", parallel: bool = True) -> dict[str, Any]:
-    """JSON schema of a list of calls.
-
-    Args:
-        key: of a call's arguments. path: JSON pointer to the schema of an item, for references in the tools' schemas.
-        parallel: the list may have more than one call.
-    """
-    items = []
+def one_call(tools: Sequence[Tool], key: str) -> dict[str, Any]:
+    """JSON schema of a call. key: of its arguments."""
+    calls, schemas = [], {}
     for number, tool in enumerate(tools):
-        here = f"{path}/anyOf/{number}/properties/{key}"
-        call = {"name": {"const": tool.name}, key: _moved(any_object(tool.parameters), here)}
-        items.append({"type": "object", "properties": call, "required": ["name", key], "additionalProperties": False})
-    return {"type": "array", "items": {"anyOf": items}, "minItems": 1, **({} if parallel else {"maxItems": 1})}
+        place = f"tool_{number}"
+        schemas[place] = _moved(any_object(tool.parameters), f"#/$defs/{place}")
+        members = {"name": {"const": tool.name}, key: {"$ref": f"#/$defs/{place}"}}
+        calls.append(
+            {"type": "object", "properties": members, "required": ["name", key], "additionalProperties": False}
+        )
+    return {"anyOf": calls, "$defs": schemas}
+
+
+def list_of_calls(tools: Sequence[Tool], key: str, *, parallel: bool) -> dict[str, Any]:
+    """JSON schema of a list of calls. key: of a call's arguments. parallel: it may have more than one."""
+    call = one_call(tools, key)
+    found = {"type": "array", "items": {"anyOf": call["anyOf"]}, "minItems": 1, "$defs": call["$defs"]}
+    return found if parallel else {**found, "maxItems": 1}
 
 
 def _moved(schema: Any, path: str) -> Any:

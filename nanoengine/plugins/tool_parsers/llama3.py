@@ -9,7 +9,7 @@ from typing import Any
 
 from nanoengine.api import Tool
 from nanoengine.plugins.tool_parsers.calls import JsonCallsParser
-from nanoengine.plugins.tool_parsers.constraints import list_of_calls
+from nanoengine.plugins.tool_parsers.constraints import one_call
 from nanoengine.plugins.tool_parsers.scanning import Steps
 
 TAG = "<|python_tag|>"
@@ -28,7 +28,7 @@ class Llama3(JsonCallsParser):
 
     @classmethod
     def constraint(cls, tools: Sequence[Tool], *, required: bool, parallel: bool) -> Mapping[str, Any] | None:
-        return {"json": list_of_calls(tools, "parameters", path="#")["items"]} if required else None
+        return {"json": one_call(tools, "parameters")} if required else None
 
     def _read(self) -> Steps[None]:
         yield from self._space()

@@ -60,7 +60,11 @@ class Matcher(ABC):
 
     @abstractmethod
     def consume(self, token_ids: Sequence[int]) -> int:
-        """Advance over tokens until the grammar refuses one. Returns how many it took; a refusal changes nothing."""
+        """Advance over tokens until the grammar refuses one. Returns how many it took; a refusal changes nothing.
+
+        Raises `GrammarError` if what comes behind a token is beyond the backend's limits; then the matcher is not used
+        any more.
+        """
 
     @abstractmethod
     def rollback(self, count: int) -> None:

@@ -46,6 +46,8 @@ class LLGuidance(GrammarBackend):
                 return self._lark_of(read_tags(constraint.text, "llguidance"), constraint)
             if constraint.kind == "regex":
                 return LLMatcher.grammar_from_regex(constraint.text)
+            if constraint.kind == "choice":
+                return LLMatcher.grammar_from_lark(_lark_of_choice(json.loads(constraint.text)))
             return grammar_from(constraint.kind, constraint.text)
         except (ValueError, RecursionError) as error:
             raise GrammarError(_refusal(constraint, str(error))) from error
@@ -100,7 +102,10 @@ class _Matcher(Matcher):
         self._matcher = matcher
 
     def consume(self, token_ids: Sequence[int]) -> int:
-        return int(self._matcher.try_consume_tokens(list(token_ids)))
+        taken = int(self._matcher.try_consume_tokens(list(token_ids)))
+        if taken < len(token_ids):
+            self._check()  # the token may be allowed, and the state behind it too large
+        return taken
 
     def rollback(self, count: int) -> None:
         if count:
@@ -132,6 +137,13 @@ def _schema(constraint: Constraint) -> str:
     return json.dumps(exact({} if schema is True else schema))
 
 
+def _lark_of_choice(texts: Sequence[str]) -> str:
+    """One token of the lexer. As alternatives of the parser, more than about 2,000 would be too many for it."""
+    some = [_quoted(text) for text in texts if text]
+    start = " | ".join(["CHOICE"] * bool(some) + ['""'] * ("" in texts))
+    return f"%llguidance {{}}\nstart: {start}\n" + (f"CHOICE: {' | '.join(some)}\n" if some else "")
+
+
 def _space(constraint: Constraint) -> JsonCompileOptions:
     """Options that a schema cannot change. It could ask in "x-guidance" to be read leniently, which is weaker."""
     options: JsonCompileOptions = {"lenient": False, "coerce_one_of": False}
@@ -142,7 +154,8 @@ def _space(constraint: Constraint) -> JsonCompileOptions:
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False) if text else ""
+    """Empty for an empty text. JSON may have DEL as it is, and Lark not."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f") if text else ""
 
 
 def _first_part(message: str) -> str:

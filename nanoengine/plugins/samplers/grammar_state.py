@@ -12,7 +12,6 @@ import numpy.typing as npt
 from nanoengine.api import (
     ColumnSpec,
     Grammar,
-    GrammarError,
     HostState,
     Matcher,
     ParamsContext,
@@ -173,10 +172,7 @@ class GrammarState(HostState):
             if self._num_ids % 32:
                 row[self._num_ids // 32] = (1 << self._num_ids % 32) - 1
         elif not may_end:
-            try:
-                self._matcher.mask(row.view(np.int32))
-            except GrammarError as error:  # it compiled, and is too complex at this position
-                raise RequestError("grammar_failed", str(error)) from error
+            self._matcher.mask(row.view(np.int32))
             may_end = self._matcher.is_accepting
         for word, bit in self._end_bits:
             row[word] = row[word] | bit if may_end else row[word] & ~bit

@@ -6,7 +6,7 @@ import anthropic
 from common import KEY, MESSAGES, MODEL, ROOT, WEATHER, answer
 
 client = anthropic.Anthropic(base_url=ROOT, api_key=KEY, max_retries=0)
-short = {"model": MODEL, "max_tokens": 12, "temperature": 0, "messages": MESSAGES}
+short = {"model": MODEL, "max_tokens": 12, "messages": MESSAGES, "extra_body": {"temperature": 0}}
 function = WEATHER["function"]
 tool = {"name": function["name"], "description": function["description"], "input_schema": function["parameters"]}
 forced = {**short, "max_tokens": 60, "tools": [tool], "tool_choice": {"type": "any"}}
@@ -20,6 +20,7 @@ with client.messages.stream(**forced) as stream:
     kinds = [event.type for event in stream]
     streamed = stream.get_final_message()
 [call] = [block for block in used.content if block.type == "tool_use"]
+[streamed_call] = [block for block in streamed.content if block.type == "tool_use"]
 second = client.messages.create(
     **{
         **short,
@@ -40,11 +41,11 @@ except anthropic.NotFoundError as error:
 answer(
     text=whole.content[0].text,
     reason=whole.stop_reason,
-    usage=[whole.usage.input_tokens, whole.usage.output_tokens],
+    usage=whole.usage.model_dump(exclude_none=True),
     streamed="".join(parts),
-    streamed_usage=[last.usage.input_tokens, last.usage.output_tokens],
+    streamed_usage=last.usage.model_dump(exclude_none=True),
     call=[call.name, call.input, used.stop_reason],
-    streamed_call=[streamed.content[-1].name, streamed.content[-1].input],
+    streamed_call=[streamed_call.name, streamed_call.input],
     kinds=sorted(set(kinds)),
     second=bool(second.content),
     counted=client.messages.count_tokens(model=MODEL, messages=MESSAGES).input_tokens,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -35,10 +37,21 @@ async def together(port: int, count: int, leaving: int = 0) -> list[Streamed]:
     return await asyncio.gather(*work)
 
 
+def counters(server: Running) -> Counter[str]:
+    """Metrics, summed over their labels; requests those of streams alone."""
+    found: Counter[str] = Counter()
+    for name, labels, value in re.findall(
+        r"^nanoengine_(\w+)({[^}]*})? (\S+)$", server.ask("/metrics")[2].decode(), re.M
+    ):
+        if name != "requests_total" or "completions" in labels:
+            found[name] += float(value)
+    return found
+
+
 @pytest.mark.load
 @pytest.mark.timeout(1200)
 def test_1000_streams_are_all_accounted_for(server: Running) -> None:
-    load = json.loads(server.ask("/load")[2])
+    load, counted = json.loads(server.ask("/load")[2]), counters(server)
     alone = run(together(server.port, 50))  # each kind of request once
     found = run(together(server.port, STREAMS, leaving=10))
     whole = [one for n, one in enumerate(found) if n % 10]
@@ -62,4 +75,16 @@ def test_1000_streams_are_all_accounted_for(server: Running) -> None:
         return all(now[name] == load[name] for name in ("running", "waiting", "free_blocks"))
 
     until(idle, lambda: f"{server.ask('/load')[2]!r} was {load}")
+
+    def increase() -> Counter[str]:
+        return counters(server) - counted
+
+    until(lambda: increase()["requests_total"] == STREAMS + 50, lambda: str(increase()))
+    sums = {name: sum(one.usage[name] for one in (*alone, *whole)) for name in ("prompt_tokens", "completion_tokens")}
+    left = sum(len(one.texts) for one in found) - sum(len(one.texts) for one in whole)
+    assert left > 0
+    assert increase()["samples_total"] >= sum(len(one.reasons) for one in (*alone, *whole)) + left
+    assert increase()["prompt_tokens_total"] >= sums["prompt_tokens"]
+    assert sums["completion_tokens"] < increase()["generation_tokens_total"]
+    assert increase()["generation_tokens_total"] <= sums["completion_tokens"] + 2 * TOKENS * (STREAMS // 10)
     assert server.get("/health") == 200

@@ -16,13 +16,13 @@ from tests.server.running import Running
 pytestmark = [pytest.mark.load, pytest.mark.alone, pytest.mark.timeout(1200)]
 
 
-@pytest.mark.parametrize("server", [1], indirect=True)
-@pytest.mark.parametrize(("parts", "most"), [("ids", 15e-6), ("text", 25e-6)])
+@pytest.mark.parametrize(("server", "parts", "most"), [("ids", "ids", 15e-6), (1, "text", 25e-6)], indirect=["server"])
 def test_http_cpu_a_chunk(server: Running, parts: str, most: float) -> None:
-    """`ids`: token ids without text; `text`: chat, detokenised and parsed. The best of three, as others use the CPU."""
+    """`ids`: of a model without a tokenizer; `text`: chat, detokenised and parsed. The best of three, as others use the
+    CPU."""
     body: dict[str, Any] = {"max_tokens": 1000, "ignore_eos": True, "temperature": 0}
     if parts == "ids":
-        path, body = "/v1/completions", body | {"prompt": [104, 105], "return_token_ids": True, "detokenize": False}
+        path, body = "/v1/completions", body | {"prompt": [104, 105], "return_token_ids": True}
     else:
         path, body = "/v1/chat/completions", body | {"messages": [{"role": "user", "content": "hi"}]}
     [pid] = https_of(server)

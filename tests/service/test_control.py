@@ -104,3 +104,16 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_a_message_to_an_end_that_is_gone_raises_and_leaves_nothing() -> None:
+    """Outside of an event loop, too; the descriptor that was to go with it is closed."""
+    before = set(os.listdir("/proc/self/fd"))
+    control, theirs = Control.pair()
+    theirs.close()
+    for _ in range(2):
+        with open(os.devnull) as file, pytest.raises(BrokenPipeError):
+            control.send("client", file.fileno())
+    control.close()
+    control.close()
+    assert set(os.listdir("/proc/self/fd")) == before

@@ -88,7 +88,12 @@ def fastapi_app(context: Context) -> FastAPI:
         for pool in (context.pool, context.long_pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    app = FastAPI(title="nanoengine", lifespan=lifespan, description="An engine behind OpenAI's API.")
+    app = FastAPI(
+        title="nanoengine",
+        lifespan=lifespan,
+        description="An engine behind OpenAI's API.",
+        redirect_slashes=False,  # a redirect would name the host and the scheme that a client, or a proxy, made up
+    )
     app.state.context = context
     names = context.client.info.sampling_names
     chat, completion = with_sampling(ChatRequest, names), with_sampling(CompletionRequest, names)

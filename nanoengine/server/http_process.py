@@ -41,6 +41,7 @@ from nanoengine.api.errors import NanoEngineError, described
 from nanoengine.observe.logs import configure_logs
 from nanoengine.params.field_types import conform
 from nanoengine.server.config import ServerConfig
+from nanoengine.server.http_connection import HttpConnection
 from nanoengine.server.lifecycle import App, Lifecycle
 from nanoengine.service.control import BEAT_SECONDS, Control, inherit
 
@@ -138,7 +139,7 @@ class HttpProcess:
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         return uvicorn.Config(
             self._lifecycle,
-            loop="none", http="httptools", ws="none", lifespan="off", interface="asgi3",
+            loop="none", http=HttpConnection, ws="none", lifespan="off", interface="asgi3",
             log_config=None, access_log=False, server_header=False, proxy_headers=False, backlog=_BACKLOG,
             timeout_keep_alive=_KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=1,
         )  # fmt: skip

@@ -151,6 +151,7 @@ def test_what_is_no_json_object_is_refused(server: Server, body: bytes) -> None:
 
 def test_an_unknown_path_or_method_has_the_same_shape(server: Server) -> None:
     assert error_of(server.request("GET", "/v1/nothing"), 404)["code"] == "not_found"
+    assert error_of(server.request("POST", "/v1/completions/"), 404)["code"] == "not_found"  # and no redirect
     assert error_of(server.request("GET", "/v1/completions"), 405)["code"] == "method_not_allowed"
     assert "no model 'gpt'" in error_of(server.chat(model="gpt"), 404)["message"]
 

@@ -27,6 +27,7 @@ from nanoengine.server.children import Child
 from nanoengine.server.config import RestartOptions, ServerConfig
 from nanoengine.service.control import BEAT_SECONDS, Message
 from nanoengine.service.engine_process import MODULE, python, start_error
+from nanoengine.setup.start.clock import PHASES
 
 _log = logging.getLogger(__name__)
 _STOP_SECONDS = 5.0  # that a process has to end when it is asked to; then it is killed
@@ -137,6 +138,7 @@ class Supervisor:
             if signal.getsignal(number) is not signal.SIG_IGN:  # a shell disables Ctrl-C for a command behind `&`
                 loop.add_signal_handler(number, self._signals.put_nowait, number)
         _log.info("listening at %s", self._launch.address, extra=fields(workers=self._options.workers))
+        _log.info("loading %s", self._launch.model)
         asked = loop.create_task(self._signals.get())
         keepers = [loop.create_task(self._keep_engine()), loop.create_task(self._watch())]
         keepers += [loop.create_task(self._keep_http(number)) for number in range(self._options.workers)]
@@ -240,7 +242,9 @@ class Supervisor:
                 async with asyncio.timeout(limit) as deadline:
                     while (message := await child.receive()) is not None:
                         if message.kind == "phase":
-                            self._set_phase(message.fields["phase"])
+                            phase = message.fields["phase"]
+                            _log.log(logging.DEBUG if phase in PHASES else logging.INFO, "the engine: %s", phase)
+                            self._set_phase(phase)
                         elif message.kind == "failed":
                             self._engine_failure = str(start_error(message))
                         elif message.kind == "ended":
@@ -339,8 +343,9 @@ class Supervisor:
             await asyncio.sleep(BEAT_SECONDS)
             for http in self._all_http.values():
                 http.silent += 1
-                if http.silent > self._silence:
-                    http.failure = f"it did nothing for {self._silence} s"
+                silence = self._silence if http.up else max(self._silence, SILENCE)
+                if http.silent > silence:
+                    http.failure = f"it did nothing for {silence} s"
                     http.child.kill()
             hanging = min((http.hanging for http in self._http), default=0)
             if self._engine is not None and limit is not None and hanging * BEAT_SECONDS > limit:

@@ -45,7 +45,7 @@ def server(given: dict[str, Any]) -> int:
             )
 
             async def run() -> int:
-                return await Supervisor(options, launch, silence=3).run()
+                return await Supervisor(options, launch, silence=given["silence"]).run()
 
             return asyncio.run(run())
     except (ConfigError, StartFailed) as error:

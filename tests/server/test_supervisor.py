@@ -26,11 +26,12 @@ class Stubs:
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.folder, self.stack = folder, stack
 
-    def __call__(self, *, plugin_files: Any = (), engine: Any = (), **server: Any) -> Running:
+    def __call__(self, *, plugin_files: Any = (), engine: Any = (), silence: int = 60, **server: Any) -> Running:
         given = {
             "server": {"port": 0, "drain_timeout": 30.0, **server},
             "engine": {"folder": str(self.folder), **dict(engine)},
             "plugin_files": list(plugin_files),
+            "silence": silence,
         }
         return self.stack.enter_context(Running([sys.executable, str(STUBS), "server", json.dumps(given)]))
 
@@ -63,6 +64,7 @@ def test_probes_answer_while_the_engine_starts(stubs: Stubs) -> None:
     assert "starting" in json.loads(body)["error"]["message"]
     server.until_ready()
     assert server.ask("/count")[0] == 200
+    assert "INFO supervisor: the engine: stub weights" in server.log
     assert server.logged(r"stub is served at http://127\.0\.0\.1:\d+ seconds=[\d.]+")
 
 
@@ -224,7 +226,7 @@ def test_an_engine_that_hangs_is_killed_and_started_again(stubs: Stubs) -> None:
 
 
 def test_an_http_process_that_hangs_is_killed_and_started_again(stubs: Stubs) -> None:
-    server = stubs(workers=2).until_ready()
+    server = stubs(workers=2, silence=3).until_ready()
     first = https(server)
     os.kill(first[0], signal.SIGSTOP)
     server.logged("HTTP process . has ended: it did nothing for 3 s")

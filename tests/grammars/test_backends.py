@@ -27,6 +27,20 @@ TAGS = {
                    {"begin": "<f=b>", "schema": PERSON, "end": "</f>"}],
     "triggers": ["<f="],
 }  # fmt: skip
+
+
+def separated(**flags: bool) -> Any:
+    contents = {n: {"type": "json_schema", "json_schema": {"const": n}} for n in (1, 2)}
+    tags = [{"begin": f"<{n}>", "content": content, "end": "."} for n, content in contents.items()]
+    return {"format": {"type": "tags_with_separator", "tags": tags, "separator": "; ", **flags}}
+
+
+SEPARATED: list[Any] = [
+    ({}, (["", "<1>1.", "<1>1.; <2>2."], ["<1>1.<2>2.", "<1>1.; ", "a", "<1>2."])),
+    ({"at_least_one": True}, (["<1>1.", "<1>1.; <2>2."], ["", "a<1>1."])),
+    ({"stop_after_first": True}, (["", "<1>1."], ["<1>1.; <2>2."])),
+    ({"at_least_one": True, "stop_after_first": True}, (["<2>2."], ["", "<1>1.; <2>2."])),
+]
 EXAMPLES = [
     (Constraint(kind="json", text=json.dumps(PERSON)), ['{"name": "Al", "age": 12}', '{"name":"","age":0}'],
      ['{"name": "Al"}', '{"name": "Al", "age": -1}', '{"name": "Al", "age": 1, "x": 1}', "[]", '{"name": "ninelette"']),
@@ -38,6 +52,7 @@ EXAMPLES = [
      ["ye", "maybe", "yes "]),
     (Constraint(kind="grammar", text='start: "a" start "b" | "c"'), ["c", "acb", "aacbb"], ["ab", "acbb"]),
     (Constraint(kind="grammar", text='root ::= "yes" | "no" [0-9]+'), ["yes", "no1", "no12"], ["no", "yes1"]),
+    *((Constraint(kind="structural_tag", text=json.dumps(separated(**flags))), *texts) for flags, texts in SEPARATED),
     (Constraint(kind="structural_tag", text=json.dumps(TAGS)),
      ["free text", "", 'so <f=a>12</f> and <f=b>{"name":"","age":1}</f>!', "a < b"],
      ["so <f=a>x</f>", "so <f=c>1</f>", "so <f=a>1", "<f="]),
@@ -100,6 +115,9 @@ def accepts(grammar: Grammar, text: str) -> bool:
         ("structural_tag", {"format": {"type": "any_text"}}, "any_text"),
         ("structural_tag", {"format": {"type": "triggered_tags", "triggers": ["<"], "at_least_one": 1,
           "tags": [{"begin": "<", "content": {"type": "json_schema", "json_schema": {}}, "end": ""}]}}, "at_least_one"),
+        ("structural_tag", {"format": {"type": "tags_with_separator",
+          "tags": [{"begin": "<", "content": {"type": "json_schema", "json_schema": {}}, "end": ""}]}}, "separator"),
+        ("structural_tag", {"format": {"type": ["triggered_tags"]}}, "triggered_tags"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_or_not_supported_is_refused_by_name(kind: str, text: Any, named: str) -> None:

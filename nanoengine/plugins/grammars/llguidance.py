@@ -53,15 +53,8 @@ class LLGuidance(GrammarBackend):
             raise GrammarError(_refusal(constraint, str(error))) from error
 
     def _lark_of(self, tags: Tags, constraint: Constraint) -> str:
-        """Free text in which each trigger begins one of its tags."""
-        some, first = ("(" + " | ".join(f"{n}_{i}" for i in range(len(tags.tags))) + ")" for n in ("tag", "first"))
-        start = {
-            (False, False): f"{some}* end_text",
-            (False, True): f"{some} | end_text",
-            (True, False): f"{first} {some}* end_text",
-            (True, True): first,
-        }[tags.begins, tags.ends]
-        lines = ["%llguidance {}", f"start: {start}", "end_text: TEXT", r"TEXT: /(.|\n)*/"]
+        """Free text in which each trigger begins one of its tags; or tags with a separator between them."""
+        lines = ["%llguidance {}", f"start: {self._start(tags)}", "end_text: TEXT", r"TEXT: /(.|\n)*/"]
         for i, trigger in enumerate(tags.triggers):
             lazy = "" if any(map(self._tokenizer.is_special_token, self._ids(trigger))) else "[lazy]"
             lines.append(f"trigger_{i}{lazy}: TEXT {self._literal(trigger)}")
@@ -69,9 +62,22 @@ class LLGuidance(GrammarBackend):
             schema, options = exact(tag.schema), _space(constraint)
             body = json.dumps({**schema, "x-guidance": options} if isinstance(schema, dict) else schema)
             lines.append(f"content_{i}: {self._literal(tag.rest)} %json {body} {self._literal(tag.end)}")
-            lines.append(f"first_{i}: {self._literal(tags.triggers[tag.trigger])} content_{i}")
-            lines.append(f"tag_{i}: trigger_{tag.trigger} content_{i}")
+            trigger = "" if tags.separator is not None else self._literal(tags.triggers[tag.trigger])
+            lines.append(f"first_{i}: {trigger} content_{i}")
+            lines += [f"tag_{i}: trigger_{tag.trigger} content_{i}"] if trigger else []
         return LLMatcher.grammar_from_lark("\n".join(lines) + "\n")
+
+    def _start(self, tags: Tags) -> str:
+        some, first = ("(" + " | ".join(f"{n}_{i}" for i in range(len(tags.tags))) + ")" for n in ("tag", "first"))
+        if tags.separator is not None:
+            several = first if tags.ends else f"{first} ({self._literal(tags.separator)} {first})*"
+            return several if tags.begins else f'{several} | ""'
+        return {
+            (False, False): f"{some}* end_text",
+            (False, True): f"{some} | end_text",
+            (True, False): f"{first} {some}* end_text",
+            (True, True): first,
+        }[tags.begins, tags.ends]
 
     def _literal(self, text: str) -> str:
         """The text in Lark: special tokens as their ids, other text quoted."""

@@ -1,4 +1,7 @@
-"""Reads structural tags: free text in which some texts ("triggers") begin a tag whose content follows a JSON schema."""
+"""Reads structural tags: free text in which some texts ("triggers") begin a tag whose content follows a JSON schema.
+
+Or, with a separator, nothing but such tags.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,15 @@ from nanoengine.api import GrammarError
 
 _OLD = frozenset(("type", "structures", "triggers"))
 _FLAGS = ("at_least_one", "stop_after_first")
-_NEW = frozenset(("type", "triggers", "tags", *_FLAGS))
+_FORMATS = {
+    "triggered_tags": frozenset(("type", "triggers", "tags", *_FLAGS)),
+    "tags_with_separator": frozenset(("type", "tags", "separator", *_FLAGS)),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Tag:
-    """trigger: its number. rest: what of the tag's begin comes after the trigger. schema: of the content."""
+    """trigger: its number; -1: there is none. rest: of the tag's begin, behind the trigger. schema: of the content."""
 
     trigger: int
     rest: str
@@ -26,16 +32,20 @@ class Tag:
 
 @dataclass(frozen=True, slots=True)
 class Tags:
-    """begins: the text begins with a tag, not with free text. ends: it ends with its first tag."""
+    """begins: the text begins with a tag, not with free text. ends: it ends with its first tag.
+
+    separator: comes between the tags, and there is no free text and no trigger; None: there is.
+    """
 
     triggers: tuple[str, ...]
     tags: tuple[Tag, ...]
     begins: bool = False
     ends: bool = False
+    separator: str | None = None
 
 
 def read_tags(text: str, backend: str) -> Tags:
-    """The triggers and tags of a structural tag, in the form with `structures` or with `format: triggered_tags`.
+    """The triggers and tags of a structural tag, in the form with `structures` or with a `format` of `_FORMATS`.
 
     Raises `GrammarError` that names what is missing, unknown, or not supported by `backend`.
     """
@@ -45,9 +55,9 @@ def read_tags(text: str, backend: str) -> Tags:
     if "format" in given:
         found = given["format"]
         kind = found.get("type") if isinstance(found, dict) else found
-        if kind != "triggered_tags":
-            raise GrammarError(f"structural_tag: {backend} supports the format triggered_tags, not {kind!r}")
-        _only("format", found, _NEW)
+        if kind not in tuple(_FORMATS):  # it may be a value that has no hash
+            raise GrammarError(f"structural_tag: {backend} supports the formats {', '.join(_FORMATS)}, not {kind!r}")
+        _only("format", found, _FORMATS[kind])
         for name in _FLAGS:
             if not isinstance(found.get(name, False), bool):
                 raise GrammarError(f"structural_tag: format.{name} must be true or false, not {found[name]!r:.80}")
@@ -57,9 +67,14 @@ def read_tags(text: str, backend: str) -> Tags:
         _only("structural_tag", given, _OLD)
         structures = _list("structures", given.get("structures"))
         tags = [_old(i, tag) for i, tag in enumerate(structures)]
+    begins, ends = (bool(found.get(name)) for name in _FLAGS)
+    if found.get("type") == "tags_with_separator":
+        separator = found.get("separator")
+        if not isinstance(separator, str):
+            raise GrammarError(f"structural_tag: format.separator must be a text, not {separator!r:.80}")
+        return Tags((), tuple(Tag(-1, *tag) for tag in tags), begins, ends, separator)
     triggers = tuple(_text(f"triggers[{i}]", each) for i, each in enumerate(_list("triggers", found.get("triggers"))))
-    flags = (bool(found.get(name)) for name in _FLAGS)
-    return Tags(triggers, tuple(_tag(triggers, *each) for each in tags), *flags)
+    return Tags(triggers, tuple(_tag(triggers, *each) for each in tags), begins, ends)
 
 
 def map_tag_schemas(value: Any, change: Callable[[Any], Any]) -> Any:

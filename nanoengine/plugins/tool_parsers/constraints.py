@@ -21,18 +21,20 @@ def any_object(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     return schema if "type" in schema else {"type": "object", **schema}
 
 
-def tagged(trigger: str, tags: Sequence[Tag], *, required: bool, parallel: bool) -> Mapping[str, Any]:
-    """Free text in which `trigger` begins one of the tags. `required`: it begins with one."""
+def tagged(
+    trigger: str, tags: Sequence[Tag], *, required: bool, parallel: bool, separator: str = ""
+) -> Mapping[str, Any]:
+    """Free text in which `trigger` begins one of the tags; if `required`, tags alone, with `separator` between them."""
     contents = [{"type": "json_schema", "json_schema": any_object(schema)} for _, schema, _ in tags]
     found = {
-        "type": "triggered_tags",
-        "triggers": [trigger],
+        "type": "tags_with_separator" if required else "triggered_tags",
         "tags": [
             {"type": "tag", "begin": begin, "content": content, "end": end}
             for (begin, _, end), content in zip(tags, contents, strict=True)
         ],
         "at_least_one": required,
         "stop_after_first": not parallel,
+        **({"separator": separator} if required else {"triggers": [trigger]}),
     }
     return {"structural_tag": {"type": "structural_tag", "format": found}}
 

@@ -31,7 +31,7 @@ class Hermes(JsonCallsParser):
     @classmethod
     def constraint(cls, tools: Sequence[Tool], *, required: bool, parallel: bool) -> Mapping[str, Any] | None:
         tags = [(f'{BEGIN}\n{{"name": {quoted(t.name)}, "arguments": ', t.parameters, f"}}\n{END}") for t in tools]
-        return tagged(BEGIN, tags, required=required, parallel=parallel)
+        return tagged(BEGIN, tags, required=required, parallel=parallel, separator="\n")
 
     def _read(self) -> Steps[None]:
         while (yield from self._until(BEGIN)):

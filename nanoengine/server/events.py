@@ -299,7 +299,8 @@ class Running:
                     raise
                 raise text_failure(error) from error
             usage.completion_tokens += len(update.token_ids)
-            usage.reasoning_tokens = sum(each.reasoning_tokens for each in self._samples)
+            if sample.reasoning_tokens:
+                usage.reasoning_tokens = sum(each.reasoning_tokens for each in self._samples)
             updates.append(update)
             if sample.finish_reason is not None and each.finish_reason is None:
                 self._stream.abort_sample(each.sample_index)

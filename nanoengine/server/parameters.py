@@ -19,6 +19,9 @@ from nanoengine.service.client import EngineInfo
 _OWN = frozenset({"n", "max_tokens", "logprobs", "prompt_logprobs", "logit_bias", "structured_outputs", "cache_salt",
                   "priority"})  # fmt: skip
 
+_MOST = 16_384  # entries of a list of parameters; the engine has no room for more
+_MOST_ENTRIES = {"bad_words": 1024}  # each is tokenized several times
+
 
 def sampling_params(
     request: GenerateRequest,
@@ -40,6 +43,8 @@ def sampling_params(
     fields = dict(info.default_sampling)
     for name in request.model_fields_set & info.sampling_names - _OWN:
         value = getattr(request, name)
+        if isinstance(value, list | dict) and len(value) > (most := _MOST_ENTRIES.get(name, _MOST)):
+            raise invalid(f"{name} must have at most {most} entries, not {len(value)}", name)
         if value is not None:
             fields[name] = value
     fields["n"] = checked_n(request, info, config)

@@ -158,10 +158,11 @@ def _parsing(
 
 def tools_of(definitions: Sequence[Mapping[str, Any]] | None) -> list[Tool]:
     """The functions of `tools`, in OpenAI's shape. Raises `ApiError` for two of one name."""
-    tools = list[Tool]()
+    tools, names = list[Tool](), set[str]()
     for index, each in enumerate(definitions or ()):
         function = each["function"]
-        if any(tool.name == function["name"] for tool in tools):
+        if function["name"] in names:
             raise invalid(f"tools[{index}]: there are two functions {function['name']!r}", f"tools[{index}]")
+        names.add(function["name"])
         tools.append(Tool(name=function["name"], parameters=function.get("parameters") or {}))
     return tools

@@ -86,11 +86,20 @@ async def rendered(
     """Token ids, however many, and the text of a conversation."""
     tokenizer = context.need_tokenizer()
     sanitize = context.config.special_tokens_in_content == "text"
-    plain = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-    fit_call_ids(plain, tokenizer.template_text)
 
-    size = len(str(plain))
-    return await context.in_thread(lambda: tokenizer.chat(plain, sanitize_control_tokens=sanitize, **options), size)
+    def chat() -> tuple[list[int], str]:
+        plain = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+        fit_call_ids(plain, tokenizer.template_text)
+        return tokenizer.chat(plain, sanitize_control_tokens=sanitize, **options)
+
+    return await context.in_thread(chat, _size(messages))
+
+
+def _size(messages: Sequence[Mapping[str, Any]]) -> int:
+    """About how many characters they have."""
+    if len(messages) > 1000:
+        return len(messages) * 100
+    return sum(len(str(message.get("content"))) for message in messages)
 
 
 def template_options(

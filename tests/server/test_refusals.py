@@ -246,3 +246,38 @@ def test_an_error_of_the_server_says_nothing_of_its_cause() -> None:
     error = error_of(server.run(use), 500)
     assert error["code"] == "internal_error"
     assert "secret" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"stop": ["ab"] * 65}, "stop"),
+        ({"stop": "a" * 4097}, "stop"),
+        ({"stop": ["a" * 4097]}, "stop"),
+        ({"stop_token_ids": [1] * 4097}, "stop_token_ids"),
+        ({"logit_bias": {str(i): 1 for i in range(16_385)}}, "logit_bias"),
+        ({"bad_words": ["a"] * 1025}, "bad_words"),
+        ({"allowed_token_ids": [1] * 16_385}, "allowed_token_ids"),
+        ({"user": "u" * 257}, "user"),
+        ({"tools": [{"function": {"name": f"f{i}"}} for i in range(1025)]}, "tools"),
+    ],
+)
+def test_a43_what_costs_time_for_each_entry_has_a_cap(server: Server, fields: dict[str, Any], name: str) -> None:
+    for path in (server.chat,) if name == "tools" else (server.chat, server.complete):
+        before = len(server.engine.added)
+        error = error_of(path(**fields))
+        assert (error["param"] or "").startswith(name)
+        assert len(server.engine.added) == before
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/health", "/v1/models", "/live"])
+def test_head_is_get_without_a_body(server: Server, path: str) -> None:
+    found, whole = server.request("HEAD", path), server.request("GET", path)
+    assert (found.status_code, found.content) == (200, b"")
+    assert found.headers["content-type"] == whole.headers["content-type"]
+    assert found.headers.get("content-length") == whole.headers.get("content-length")
+
+
+def test_no_path_answers_with_a_redirect(server: Server) -> None:
+    for path in ("/v1/completions/", "/health/", "//health"):
+        error_of(server.request("POST" if "v1" in path else "GET", path), 404)

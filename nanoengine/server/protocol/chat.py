@@ -60,7 +60,7 @@ class ChatRequest(GenerateRequest):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: Annotated[list[ToolDefinition], FIRST_ERROR] | None = None
+    tools: Annotated[list[ToolDefinition], FIRST_ERROR, Field(max_length=1024)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None

@@ -14,6 +14,8 @@ from nanoengine.server.protocol.base import FIRST_ERROR, RequestModel
 
 Ints = Annotated[list[int], FIRST_ERROR]
 Strings = Annotated[list[str], FIRST_ERROR]
+# Each is looked for at every character, on the event loop.
+Stops = Annotated[list[Annotated[str, Field(max_length=4096)]], FIRST_ERROR, Field(max_length=64)]
 GUIDED = ("json", "regex", "choice", "grammar")
 """Old names, as `guided_json`."""
 
@@ -82,13 +84,13 @@ class GenerateRequest(RequestModel):
     max_tokens: int | None = None
     min_tokens: int | None = None
     seed: int | None = None
-    stop: str | Strings | None = None
-    stop_token_ids: Ints | None = None
+    stop: Annotated[str, Field(max_length=4096)] | Stops | None = None
+    stop_token_ids: Annotated[Ints, Field(max_length=4096)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=16_384)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
@@ -97,7 +99,7 @@ class GenerateRequest(RequestModel):
     guided_grammar: str | None = None
     priority: int | None = None
     cache_salt: str | None = None
-    user: str | None = None
+    user: Annotated[str, Field(max_length=256)] | None = None
     request_id: str | None = None
     timeout: float | None = None
     return_token_ids: bool | None = None

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from nanoengine.server.protocol.base import FIRST_ERROR, RequestModel
 from nanoengine.server.protocol.chat import Objects
-from nanoengine.server.protocol.generate import Strings
+from nanoengine.server.protocol.generate import Stops
 
 
 class CacheControl(RequestModel):
@@ -89,7 +89,7 @@ class CountRequest(RequestModel):
     model: str | None = None
     messages: Objects
     system: str | Objects | None = None
-    tools: Annotated[list[MessageTool], FIRST_ERROR] | None = None
+    tools: Annotated[list[MessageTool], FIRST_ERROR, Field(max_length=1024)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -102,7 +102,7 @@ class MessagesRequest(CountRequest):
 
     max_tokens: int
     stream: bool | None = None
-    stop_sequences: Strings | None = None
+    stop_sequences: Stops | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None

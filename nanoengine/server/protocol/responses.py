@@ -87,7 +87,7 @@ class ResponsesRequest(RequestModel):
     max_output_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
-    tools: Annotated[list[ResponseTool], FIRST_ERROR] | None = None
+    tools: Annotated[list[ResponseTool], FIRST_ERROR, Field(max_length=1024)] | None = None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None

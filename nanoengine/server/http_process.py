@@ -9,7 +9,7 @@ What it and the supervisor send each other (`service/control.py`):
 | `engine` | a descriptor | a socket to the engine; a new one after each start of the engine |
 | `open` | | all HTTP processes have the engine: /ready may say so |
 | `drain` | | take no new requests; answered by `idle` when none is open any more |
-| `stop` | | abort what is open, and end |
+| `stop` | `why`: the error that open requests end with | abort what is open, and end |
 
 | from the process | fields | |
 |---|---|---|
@@ -73,8 +73,8 @@ class Served(Protocol):
         """The application; waits for the first engine. Raises `NanoEngineError` for a wrong configuration."""
         ...
 
-    async def close(self) -> None:
-        """Abort what is running."""
+    async def close(self, why: str) -> None:
+        """Abort what is running, which ends with the error `why`."""
         ...
 
 
@@ -104,7 +104,7 @@ class HttpProcess:
     def __init__(self, control: Control, listener: socket.socket, make: MakeServed) -> None:
         self._control, self._listener, self._make = control, listener, make
         self._lifecycle = Lifecycle(_CONNECT_SECONDS)
-        self._end: asyncio.Future[tuple[int, bool]] = asyncio.get_running_loop().create_future()
+        self._end: asyncio.Future[tuple[int, str | None]] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> int:
         """The exit status."""
@@ -124,12 +124,12 @@ class HttpProcess:
         tasks = [asyncio.create_task(each) for each in work]
         for task in tasks:
             task.add_done_callback(self._check)
-        status, asked = await self._end
-        if asked:  # what is open gets its end
+        status, why = await self._end
+        if why is not None:  # what is open gets its end
             self._lifecycle.drain(lambda: None)
-            await served.close()
+            await served.close(why)
             await self._lifecycle.wait_idle(_CLOSE_SECONDS)
-        server.should_exit, server.force_exit = True, not asked
+        server.should_exit, server.force_exit = True, why is None
         for task in tasks[1:]:
             task.cancel()
         await tasks[0]
@@ -153,11 +153,12 @@ class HttpProcess:
             self._send("failed", message=str(error))
         else:
             _log.error("the process ends: %s", described(error), exc_info=error)
-        self._finish(1, asked=isinstance(error, NanoEngineError))
+        self._finish(1, why=str(error) if isinstance(error, NanoEngineError) else None)
 
-    def _finish(self, status: int, *, asked: bool) -> None:
+    def _finish(self, status: int, *, why: str | None) -> None:
+        """`why`: what open requests end with; None: their connections are closed."""
         if not self._end.done():
-            self._end.set_result((status, asked))
+            self._end.set_result((status, why))
 
     async def _obey(self, served: Served) -> None:
         while (message := await self._control.receive()) is not None:
@@ -174,10 +175,10 @@ class HttpProcess:
                 case "drain":
                     self._lifecycle.drain(lambda: self._send("idle"))
                 case "stop":
-                    self._finish(0, asked=True)
+                    self._finish(0, why=message.fields["why"])
                 case other:
                     raise RuntimeError(f"the supervisor sent {other!r}")
-        self._finish(0, asked=False)
+        self._finish(0, why=None)
 
     async def _install(self, served: Served) -> None:
         await asyncio.to_thread(served.prepare)

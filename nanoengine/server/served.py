@@ -54,8 +54,8 @@ class ServedEngine:
         parsers = load_parsers(self._registry, self._config, tokenizer)
         return create_app(self._client, self._config, tokenizer, parsers=parsers, keys=self._keys, tracer=self._traces)
 
-    async def close(self) -> None:
-        await self._client.close()
+    async def close(self, why: str) -> None:
+        await self._client.close(why)
         if self._traces is not None:
             closing = threading.Thread(target=self._traces.close, daemon=True)
             closing.start()

@@ -148,9 +148,9 @@ class Supervisor:
                 if keeper.done():
                     keeper.result()  # raises: a keeper ends only by its error
             return await self._end(asked.result(), keepers)
-        except ServerFailed:
+        except ServerFailed as error:
             self._stopping = True
-            await self._stop_http()
+            await self._stop_http(str(error))
             raise
         finally:
             self._stopping = True
@@ -198,16 +198,16 @@ class Supervisor:
         if left:
             _log.warning("requests still run after %g s (server.drain_timeout) and are aborted", seconds)
         self._stopping = True
-        await self._stop_http()
+        await self._stop_http("the server is shutting down")
         if self._engine is not None:
             await self._engine.end(_STOP_SECONDS)
         _log.info("ended")
 
-    async def _stop_http(self) -> None:
-        """HTTP processes end what is open with an error, and then themselves."""
+    async def _stop_http(self, why: str) -> None:
+        """HTTP processes end what is open with the error `why`, and then themselves."""
         children = [http.child for http in self._http]
         for child in children:
-            child.send("stop")
+            child.send("stop", why=why)
         with suppress(TimeoutError):
             async with asyncio.timeout(_STOP_SECONDS):
                 await asyncio.gather(*(child.process.wait() for child in children))

@@ -257,10 +257,10 @@ class RemoteClient:
         finally:
             self._asked.pop(number, None)
 
-    async def close(self) -> None:
-        """Leave the engine, which aborts this client's requests."""
+    async def close(self, why: str = "the client was closed") -> None:
+        """Leave the engine, which aborts this client's requests. `why`: what they end with."""
         self._closed = True
-        self.fail("the client was closed")
+        self.fail(why)
 
     # Frames
 

@@ -117,7 +117,7 @@ def http() -> None:
             await reader.read()
             self.alive = False
 
-        async def close(self) -> None:
+        async def close(self, why: str) -> None:
             self.closed.set()
 
         async def answer(self, scope: Any, receive: Any, send: Any) -> None:

@@ -117,7 +117,7 @@ def streams_over_a_death(server: Running) -> None:
         assert found[number][-1]["usage"]["completion_tokens"] == 400 * len(plain[number])
 
 
-def test_a4_a45_streams_go_on_when_the_engine_dies_with_several_processes(server: Running) -> None:
+def test_a4_a6_a45_streams_go_on_when_the_engine_dies_with_several_processes(server: Running) -> None:
     streams_over_a_death(server)
 
 
@@ -169,9 +169,25 @@ def test_one_process_survives_its_engine_and_a7_aborts_what_does_not_end_in_time
             response.readline()
             server.signal(signal.SIGTERM)
             rest = response.read()
-        assert b'"error"' in rest or b'"finish_reason":"abort"' in rest
+        assert b'"error":{"message":"the server is shutting down"' in rest
         assert server.status() == 0
         assert "requests still run after 0.5 s (server.drain_timeout) and are aborted" in server.log
+        assert not any(map(alive, children))
+
+
+def test_a6_an_engine_that_dies_and_is_not_started_again_ends_the_server_and_its_streams(tmp_path: Path) -> None:
+    with mock_server(tmp_path, "server.restart.policy=never") as server:
+        server.until_ready()
+        children = server.children()
+        body = {"prompt": PROMPT, "max_tokens": 100_000, "ignore_eos": True, "stream": True}
+        with server.opened("/v1/completions", body) as response:
+            response.readline()
+            os.kill(engine_of(server), signal.SIGKILL)
+            rest = response.read()
+        assert b'"error":{"message":"the engine has ended, and is not started again' in rest
+        assert b"killed by SIGKILL" in rest
+        assert server.status() == 1
+        assert server.logged(r"error: the engine has ended, and is not started again.*killed by SIGKILL")
         assert not any(map(alive, children))
 
 

@@ -68,7 +68,7 @@ def test_probes_answer_while_the_engine_starts(stubs: Stubs) -> None:
     assert server.logged(r"stub is served at http://127\.0\.0\.1:\d+ seconds=[\d.]+")
 
 
-def test_sigterm_drains_and_ends_with_status_0(stubs: Stubs) -> None:
+def test_a7_sigterm_drains_and_ends_with_status_0(stubs: Stubs) -> None:
     server = stubs(workers=3).until_ready()
     with server.opened("/count?40") as running:
         running.readline()
@@ -86,7 +86,7 @@ def test_sigterm_drains_and_ends_with_status_0(stubs: Stubs) -> None:
     assert not any(map(alive, children))
 
 
-def test_a_drain_that_takes_too_long_aborts(stubs: Stubs) -> None:
+def test_a7_a_drain_that_takes_too_long_aborts(stubs: Stubs) -> None:
     server = stubs(drain_timeout=0.3).until_ready()
     with server.opened("/count?100000") as running:
         running.readline()
@@ -97,7 +97,7 @@ def test_a_drain_that_takes_too_long_aborts(stubs: Stubs) -> None:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_second_signal_ends_at_once(stubs: Stubs, number: signal.Signals, status: int) -> None:
+def test_a7_a_second_signal_ends_at_once(stubs: Stubs, number: signal.Signals, status: int) -> None:
     server = stubs(drain_timeout=1000.0).until_ready()
     children = server.children()
     with server.opened("/count?100000") as running:
@@ -139,7 +139,7 @@ def test_an_http_process_that_dies_is_started_again(stubs: Stubs) -> None:
     assert len(stubs.engines()) == 1
 
 
-def test_an_engine_that_is_killed_is_started_again(stubs: Stubs) -> None:
+def test_a6_an_engine_that_is_killed_is_started_again(stubs: Stubs) -> None:
     server = stubs(workers=3, restart={"backoff": 0.1}).until_ready()
     before = https(server)
     with server.opened("/count?100") as running:
@@ -169,7 +169,7 @@ def test_an_engine_that_is_killed_is_started_again(stubs: Stubs) -> None:
         ({"policy": "always", "max_restarts": 0}, 0, [0], 1, "at most 0"),
     ],
 )
-def test_an_engine_that_is_not_started_again_ends_the_server_with_status_1(
+def test_a6_an_engine_that_is_not_started_again_ends_the_server_with_status_1(
     stubs: Stubs, restart: Any, die: int, runs: list[int], starts: int, says: str
 ) -> None:
     server = stubs(restart=restart, engine={"die": die, "runs": runs})
@@ -216,7 +216,7 @@ def test_a_configuration_that_the_http_process_cannot_serve_ends_the_server(
     assert server.log.endswith(f"error: the stub cannot serve this{model}\n")
 
 
-def test_an_engine_that_hangs_is_killed_and_started_again(stubs: Stubs) -> None:
+def test_a6_an_engine_that_hangs_is_killed_and_started_again(stubs: Stubs) -> None:
     server = stubs(
         workers=2, plugin_files=["hanging"], restart={"hang_timeout": 2.0, "max_restarts": 1, "backoff": 0.1}
     )

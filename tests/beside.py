@@ -25,6 +25,7 @@ LONGEST = (
     "kernels/test_paged_attention.py",
     "tensor_parallel/test_same_as_one_rank.py",
     "tensor_parallel/test_faults.py",
+    "server/test_serve.py",
 )
 
 

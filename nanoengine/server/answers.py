@@ -104,9 +104,8 @@ class Answer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writer = Writer(scope, send)
         helpers = [asyncio.create_task(watch(receive, self._leave))]
-        known = self._context.running.setdefault(self._id, [])
         try:
-            await self._start(known)
+            await self._start()
             seconds = self._context.config.ping_seconds if self._stream else 0
             helpers += [asyncio.create_task(writer.ping(seconds))] if seconds else []
             await self._run(writer)
@@ -122,20 +121,15 @@ class Answer(Response):
             for helper in helpers:
                 helper.cancel()
             self.close()
-            for run in self._runs:
-                known.remove(run)
-            if not known:
-                self._context.running.pop(self._id, None)
             await self._account.close(self._runs, scope.get(RECORD))
 
-    async def _start(self, known: list[Running]) -> None:
+    async def _start(self) -> None:
         """All of them, before anything is sent: what the engine refuses has its own HTTP status."""
         for generation in self._generations:
             if self._gone:
                 return
             run = await Running.start(self._context.client, generation, self._context.tokenizer)
             self._runs.append(run)
-            known.append(run)
             if self._gone:  # meanwhile
                 run.close()
 

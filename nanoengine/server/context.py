@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,7 +16,6 @@ from nanoengine.api.errors import TokenizerMissing
 from nanoengine.server.auth import Caller
 from nanoengine.server.config import ServerConfig
 from nanoengine.server.errors import ApiError, invalid
-from nanoengine.server.events import Running
 from nanoengine.server.gate import REQUEST_ID
 from nanoengine.server.parsing import Parsers
 from nanoengine.server.protocol.base import Model, parsed
@@ -34,7 +34,6 @@ class Context:
         client: the engine. tokenizer: None: only token ids work. parsers: of tools and reasoning.
         pool, long_pool: threads for what would stop the event loop: tokenizing, templates, long answers. Few of them
             do long work, because in parts of it they keep the event loop from running.
-        running: the open requests of this process, by the id that the client knows, for /admin/abort.
         started: seconds since the epoch.
     """
 
@@ -44,7 +43,6 @@ class Context:
     parsers: Parsers
     pool: ThreadPoolExecutor
     long_pool: ThreadPoolExecutor
-    running: dict[str, list[Running]] = field(default_factory=dict)
     started: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -97,6 +95,11 @@ def request_id_of(request: Request, given: str | None = None) -> str:
         request.scope["nanoengine.request_id"] = given
     own: str = request.scope["nanoengine.request_id"]
     return own
+
+
+def engine_id(request_id: str) -> str:
+    """A new id for the engine, of what the client calls `request_id`; `EngineClient.abort` finds it by that."""
+    return f"{request_id} {uuid.uuid4().hex[:12]}"
 
 
 def context_of(request: Request) -> Context:

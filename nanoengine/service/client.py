@@ -20,7 +20,7 @@ class ClientRequest:
     """A request, as a client adds it.
 
     Attributes:
-        request_id: unique among the engine's unfinished requests, of all its clients.
+        request_id: unique among the engine's unfinished requests, of all its clients. See also `of_id`.
         priority: lower runs first; None: that of the parameters.
         pooling: it wants a vector and no token; of `params` it takes only cache_salt and priority.
         generated: output tokens that it goes on behind, for each sample; () for none.
@@ -239,6 +239,11 @@ class RequestStream(AsyncIterator[RequestDelta]):
             self.close()
 
 
+def of_id(request_id: str, name: str) -> bool:
+    """Whether a request belongs to what its caller calls `name`: its id is that, or that, a space and more."""
+    return request_id == name or request_id.startswith(f"{name} ")
+
+
 class EngineClient(Protocol):
     """The engine, as one event loop uses it."""
 
@@ -257,8 +262,8 @@ class EngineClient(Protocol):
         """
         ...
 
-    async def abort(self, request_id: str) -> bool:
-        """End a request of any client. False: there is none of this id."""
+    async def abort(self, request_id: str) -> int:
+        """End the requests of any client that are `of_id`. Returns how many there were."""
         ...
 
     async def stats(self) -> ServiceStats: ...

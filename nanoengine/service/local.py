@@ -87,7 +87,7 @@ class LocalClient:
             self._boxes.pop(key, None)
         self._member.abort(key, sample)
 
-    async def abort(self, request_id: str) -> bool:
+    async def abort(self, request_id: str) -> int:
         return self._service.abort(request_id)
 
     async def stats(self) -> ServiceStats:

@@ -21,7 +21,7 @@ from nanoengine.api.errors import (
     described,
     is_failure,
 )
-from nanoengine.service.client import ClientRequest, EngineInfo, ServiceStats, Usage
+from nanoengine.service.client import ClientRequest, EngineInfo, ServiceStats, Usage, of_id
 from nanoengine.service.contracts import BEAT_SECONDS, Limits, Meter, Output
 from nanoengine.service.member import Member
 from nanoengine.service.queue import OpenRequest, Queue
@@ -131,14 +131,13 @@ class EngineService:
         """What Prometheus reads; nothing where the service has no meter."""
         return b"" if self.meter is None else self.meter.render(self.stats())
 
-    def abort(self, request_id: str) -> bool:
-        """End a request of any client. False: there is none of this id."""
+    def abort(self, request_id: str) -> int:
+        """End all requests `of_id`. Returns how many."""
         with self._lock:
-            found = self._open.get(request_id)
-            if found is None:
-                return False
-            found.member.abort(found.key)
-        return True
+            found = [each for name, each in self._open.items() if of_id(name, request_id)]
+            for each in found:
+                each.member.abort(each.key)
+        return len(found)
 
     # The end
 

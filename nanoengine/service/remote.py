@@ -224,8 +224,8 @@ class RemoteClient:
 
     # What is asked for
 
-    async def abort(self, request_id: str) -> bool:
-        return bool(await self._ask("abort", request_id))
+    async def abort(self, request_id: str) -> int:
+        return int(await self._ask("abort", request_id))
 
     async def stats(self) -> ServiceStats:
         return stats_from_json(await self._ask("stats"))

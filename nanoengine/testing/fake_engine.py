@@ -20,6 +20,7 @@ from nanoengine.service.client import (
     RequestStream,
     ServiceStats,
     Usage,
+    of_id,
 )
 
 
@@ -97,12 +98,12 @@ class FakeEngine:
 
         return RequestStream(request.request_id, run.box, abort)
 
-    async def abort(self, request_id: str) -> bool:
+    async def abort(self, request_id: str) -> int:
         self.aborted.append((request_id, None))
-        run = self._open.get(request_id)
-        if run is not None:
+        found = [run for name, run in self._open.items() if of_id(name, request_id)]
+        for run in found:
             run.abort(None)
-        return run is not None
+        return len(found)
 
     async def stats(self) -> ServiceStats:
         return replace(self.service_stats, requests=len(self._open), draining=self._draining)

@@ -229,7 +229,7 @@ def test_ids_of_requests_are_echoed_on_every_answer() -> None:
             assert response.headers["x-request-id"] == found
             first = events(response)[0] if stream else response.json()
             assert first["id"] == f"cmpl-{found}"
-            assert server.last.request_id.startswith(f"{found}-")
+            assert server.last.request_id.startswith(f"{found} ")
         assert error_of(server.post("/v1/completions", {"promt": 1, **body}, headers=headers))
     assert server.request("GET", "/nothing", headers={"x-request-id": "z"}).headers["x-request-id"] == "z"
     made = {server.request("GET", "/live").headers["x-request-id"] for _ in range(3)}

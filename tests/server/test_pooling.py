@@ -104,7 +104,7 @@ def test_fields_go_to_the_engine(server: Server) -> None:
     assert (request.pooling, request.params, request.timeout, request.client) == (
         "mean", SamplingParams(cache_salt="own"), 3.0, "me",
     )  # fmt: skip
-    assert request.request_id.startswith("mine-")
+    assert request.request_id.startswith("mine ")
 
 
 def test_without_normalising_it_is_the_vector_itself(server: Server) -> None:

@@ -156,6 +156,12 @@ def test_an_unknown_path_or_method_has_the_same_shape(server: Server) -> None:
     assert "no model 'gpt'" in error_of(server.chat(model="gpt"), 404)["message"]
 
 
+@pytest.mark.parametrize("path", ["/live", "/ready", "/health", "/load", "/metrics", "/v1/models"])
+def test_head_is_answered_as_get_is(server: Server, path: str) -> None:
+    assert server.request("HEAD", path).status_code == server.request("GET", path).status_code == 200
+    assert error_of(server.request("GET", "/v1/completions"), 405)["code"] == "method_not_allowed"
+
+
 def test_a34_n_has_a_limit_and_best_of_is_n() -> None:
     server = Server(info={"max_n": 4}, config={"max_n": 3})
     assert "from 1 to 3" in error_of(server.chat(n=4))["message"]

@@ -387,14 +387,14 @@ def test_abort_by_id_counts_and_a_trace(llm: LLM, kind: str) -> None:
             return f"usages {len(usages)} requests {stats.requests}\n".encode()
 
     async def main(client: Any, service: EngineService) -> None:
-        stream = await client.add(request("r", [1], max_tokens=BUSY))
+        stream = await client.add(request("r 1", [1], max_tokens=BUSY))
         usage = Usage(client="ann", prompt_tokens=3, finish_reasons=("stop", "length"), ttft=0.5)
         await client.count(usage)
         trace = json.loads(await client.trace(0.05))
         assert any(event["name"] == "launch" for event in trace)
         assert await client.metrics() == b"usages 1 requests 1\n"
         assert usages == [usage]
-        assert await client.abort("r")
+        assert await client.abort("r") == 1
         found = await whole(stream)
         assert found.samples[0].finish_reason == "abort"
         assert not await client.abort("r")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -23,14 +21,13 @@ def admin_router(context: Context) -> APIRouter:
         return {"drained": await context.client.drain(body.seconds)}
 
     @router.post("/abort", openapi_extra=body_schema(AbortRequest))
-    async def abort(request: Request) -> dict[str, Any]:
-        """End the requests of this id. Their clients get what there is, with the reason "abort"."""
+    async def abort(request: Request) -> dict[str, int]:
+        """End all requests of this id. Their clients get what there is, with the reason "abort"."""
         body = await context.read(request, AbortRequest)
-        found = [run.generation.request_id for run in context.running.get(body.request_id, ())]
-        aborted = [engine_id for engine_id in found or [body.request_id] if await context.client.abort(engine_id)]
+        aborted = await context.client.abort(body.request_id)
         if not aborted:
             raise ApiError(404, f"no request of the id {body.request_id!r} is running", "not_found", "request_id")
-        return {"aborted": len(aborted)}
+        return {"aborted": aborted}
 
     @router.post("/trace", openapi_extra=body_schema(TraceRequest))
     async def trace(request: Request) -> Response:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from starlette.responses import Response
 
 from nanoengine.api.structured_outputs import StructuredOutputsParams
 from nanoengine.server.answers import Account, Answer
-from nanoengine.server.context import Context, caller_of, request_id_of
+from nanoengine.server.context import Context, caller_of, engine_id, request_id_of
 from nanoengine.server.errors import invalid
 from nanoengine.server.events import Generation
 from nanoengine.server.logprobs import TokenTexts
@@ -68,7 +67,7 @@ async def chat_generation(context: Context, request: Request, body: ChatRequest)
     params = sampling_params(body, info, context.config, caller_of(request).secret, constraint, own)
     request_id = request_id_of(request, body.request_id)
     return Generation(
-        request_id=f"{request_id}-{uuid.uuid4().hex[:12]}",
+        request_id=engine_id(request_id),
         prompt_token_ids=prompt.token_ids,
         params=params,
         parser=parsing.parser(opened, show_special=body.skip_special_tokens is False),

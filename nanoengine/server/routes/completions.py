@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import uuid
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from nanoengine.server.answers import Account, Answer
-from nanoengine.server.context import Context, caller_of, request_id_of
+from nanoengine.server.context import Context, caller_of, engine_id, request_id_of
 from nanoengine.server.errors import invalid
 from nanoengine.server.events import Generation
 from nanoengine.server.logprobs import TokenTexts
@@ -45,10 +44,9 @@ async def _answer(context: Context, request: Request, body: CompletionRequest, a
     run = run_fields(context, request, body)
     prompts = await completion_prompts(context, body.prompt, body.add_special_tokens is not False)
     request_id = request_id_of(request, body.request_id)
-    unique = f"{request_id}-{uuid.uuid4().hex[:12]}"
     generations = [
         Generation(
-            request_id=f"{unique}-{number}",
+            request_id=engine_id(request_id),
             prompt_token_ids=prompt.token_ids,
             params=params,
             prompt=prompt.text,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from nanoengine.params.pooling import PoolingChoice, choose_pooling, pairs
 from nanoengine.params.sampling_params import SamplingParams
 from nanoengine.server.answers import Account, Answer, usage_of
 from nanoengine.server.chunks import encode
-from nanoengine.server.context import Context, caller_of, request_id_of
+from nanoengine.server.context import Context, caller_of, engine_id, request_id_of
 from nanoengine.server.errors import ApiError, invalid
 from nanoengine.server.events import Generation, Running, Update
 from nanoengine.server.parameters import cache_salt, checked_priority
@@ -104,10 +103,9 @@ def _answer(
 ) -> Response:
     caller, request_id = caller_of(request), request_id_of(request, body.request_id)
     params = SamplingParams(cache_salt=cache_salt(body.cache_salt, caller.secret))
-    unique = f"{request_id}-{uuid.uuid4().hex[:12]}"
     generations = [
         Generation(
-            request_id=f"{unique}-{number}",
+            request_id=engine_id(request_id),
             prompt_token_ids=prompt.token_ids,
             params=params,
             priority=checked_priority(body, context.client.info),

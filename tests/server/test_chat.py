@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import pytest
@@ -139,6 +140,37 @@ def test_a9_no_url_is_ever_fetched(server: Server, kind: str) -> None:
     assert kind in error["message"]
     assert "fetched" in error["message"]
     assert error["param"] == "messages[0].content[1]"
+
+
+URL = "http://169.254.169.254/latest"
+USER = {"role": "user"}
+PARTS: dict[str, Any] = {
+    "/v1/chat/completions": [{"type": "image_url", "image_url": {"url": URL}}, {"type": "text", "text": URL}],
+    "/tokenize": [{"type": "input_audio", "input_audio": {"url": URL}}, {"type": "text", "text": URL}],
+    "/v1/responses": [{"type": "input_file", "file_url": URL}, {"type": "input_text", "text": URL}],
+    "/v1/messages": [{"type": "image", "source": {"type": "url", "url": URL}}, {"type": "text", "text": URL}],
+    "/v1/messages/count_tokens": [{"type": "document", "source": {"type": "url", "url": URL}},
+                                  {"type": "text", "text": URL}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PARTS)
+def test_a9_no_endpoint_opens_a_connection(server: Server, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+
+    def refuse(*args: Any, **more: Any) -> Any:
+        opened.append(args)
+        raise OSError("a connection is opened")
+
+    for owner, name in ((socket.socket, "connect"), (socket.socket, "connect_ex"), (socket, "getaddrinfo")):
+        monkeypatch.setattr(owner, name, refuse)
+    for part, status in zip(PARTS[path], (400, 200), strict=True):
+        name = "input" if path == "/v1/responses" else "messages"
+        body = {name: [{**USER, "content": [part]}], **({"max_tokens": 3} if path == "/v1/messages" else {})}
+        response = server.post(path, body)
+        assert response.status_code == status, response.text
+        assert (status == 200) or "fetched" in response.json()["error"]["message"]
+    assert opened == []
 
 
 @pytest.mark.parametrize("name", ["chat_template", "tokenize", "return_dict", "messages", "tools", "padding", "a b"])

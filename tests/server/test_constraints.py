@@ -243,6 +243,35 @@ def test_a26_ids_behind_the_tokenizers_are_never_drawn(llm: LLM, fields: dict[st
     run(llm, use)
 
 
+@pytest.mark.parametrize(
+    ("fields", "wrong"),
+    [
+        ({"logit_bias": {"320": 1}}, "320"),
+        ({"logit_bias": {"3": 1, "4294967299": 1}}, "4294967299"),
+        ({"logit_bias": {"-1": 1}}, "-1"),
+        ({"stop_token_ids": [5, 320]}, "320"),
+        ({"stop_token_ids": [-1]}, "-1"),
+        ({"allowed_token_ids": [320]}, "320"),
+        ({"allowed_token_ids": [1, -7]}, "-7"),
+        ({"prompt": [1, 320]}, "320"),
+        ({"prompt": [[1], [-7]]}, "-7"),
+        ({"structured_outputs": {"regex": "a", "reasoning": 4000}}, "4000"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a12_a13_an_id_outside_the_vocabulary_is_400_with_its_name_in_every_field(
+    llm: LLM, fields: dict[str, Any], wrong: str, stream: bool
+) -> None:
+    async def use(http: httpx.AsyncClient) -> None:
+        good = asyncio.create_task(text_of(post(http, prompt=[3, 4])))
+        error = error_of(await post(http, stream=stream, **fields))
+        assert wrong in error["message"]
+        assert await good == await text_of(post(http, prompt=[3, 4]))
+
+    run(llm, use)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a16_long_prompts_with_all_their_log_probs_harm_no_other_request(llm: LLM, stream: bool) -> None:
     long = [[(7 * i + j) % 250 for j in range(1000)] for i in range(3)]

@@ -12,6 +12,7 @@ from nanoengine.api.errors import EngineUnavailable, ParamsError, RequestError
 from nanoengine.service.client import ClientRequest
 from nanoengine.testing.fake_engine import Answer
 from server.support import Server, error_of, events
+from server.test_gate import routes
 
 
 @pytest.fixture(scope="module")
@@ -121,13 +122,33 @@ HUGE: list[Any] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(len(HUGE)))
-def test_a14_error_bodies_are_small(server: Server, number: int) -> None:
-    body = HUGE[number]
-    for path in PATHS:
-        response = server.post(path, body)
-        assert response.status_code in (400, 404), response.text[:300]
-        error_of(response, response.status_code)
+ANY = [
+    {"input": [{"role": "y" * 9000, "content": [{"type": "z" * 9000}]}], "x" * 9000: 1},
+    {"input": [{"type": "y" * 9000}] * 300, "tools": [{"type": "x" * 9000}] * 300},
+    {"input": "a", "model": "x" * 100_000, "max_tokens": 3, "messages": [{"role": "user", "content": "a"}],
+     "text_1": "a", "text_2": "b", "tokens": [1]},
+    {"max_tokens": 3, "messages": [{"role": "user", "content": [{"type": "y" * 9000, "text": 3}]}] * 300},
+    {"max_tokens": 3, "messages": [{"role": "user", "content": "a"}], "tools": [{"name": "x" * 9000}] * 300},
+    {"text_1": ["a"] * 900, "text_2": [{"b": "x" * 9000}] * 99, "tokens": ["x" * 9000] * 99, "seconds": "x" * 9000},
+    {"input": [{"x" * 9000: 1}] * 300, "encoding_format": "y" * 9000, "dimensions": "z" * 9000, "prompt": ["x"] * 900},
+]  # fmt: skip
+
+
+def posts(server: Server) -> list[str]:
+    return sorted({path for method, path in routes(server) if method == "POST"})
+
+
+@pytest.mark.parametrize("number", range(len(HUGE) + len(ANY)))
+def test_a14_error_bodies_are_small_on_every_route(server: Server, number: int) -> None:
+    paths = posts(server)
+    assert {*PATHS, "/v1/messages", "/v1/responses", "/v1/embeddings", "/v1/score", "/admin/trace"} <= {*paths}
+    for path in paths:
+        response = server.post(path, [*HUGE, *ANY][number])
+        assert response.status_code in (400, 404), (path, response.text[:300])
+        assert len(response.content) <= 4096
+        assert response.json()["error"]["message"]
+        if path in PATHS:
+            error_of(response, response.status_code)
 
 
 def test_a14_error_bodies_of_random_requests_are_small(server: Server) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -128,6 +129,25 @@ def test_a4_health_is_503_within_the_deadline_of_a_stopped_engine(server: Runnin
         os.kill(pid, signal.SIGCONT)
     server.until_ready()
     assert engine_of(server) == pid
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a1_a_closed_connection_ends_its_request_in_the_engine(server: Running, path: str, stream: bool) -> None:
+    def load() -> tuple[int, bool]:
+        found = json.loads(server.ask("/load")[2])
+        return found["requests"], found["free_blocks"] == found["num_blocks"]
+
+    given = {"prompt": PROMPT} if path == "/v1/completions" else {"messages": [{"role": "user", "content": PROMPT}]}
+    body = {**given, "max_tokens": 100_000, "ignore_eos": True, "stream": stream}
+    text = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(text)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), 60) as connection:
+        connection.sendall(head.encode() + text)
+        if stream:
+            assert b" 200 " in connection.recv(4096)
+        until(lambda: load()[0] == 1, lambda: f"{load()} {server.log}")
+    until(lambda: load() == (0, True), lambda: f"{load()} {server.log}")
 
 
 def test_a35_metrics_of_any_process_are_the_whole(server: Running) -> None:

@@ -89,7 +89,7 @@ def test_a_template_that_takes_too_much_memory_fails_alone(processes: TemplatePr
     ],
     ids=["loops", "macros", "one operation"],
 )
-def test_a_template_that_takes_too_long_is_killed(template: str) -> None:
+def test_a10_a_template_that_takes_too_long_is_killed(template: str) -> None:
     made = TemplateProcesses(seconds=0.3, memory=1 << 30)
     assert made.render("", {}) == ""
     (first,) = children(made)

@@ -32,7 +32,7 @@ async def main(kind: str) -> None:
     whole = await agents.Runner.run(plain, QUESTION)
     streamed = agents.Runner.run_streamed(plain, QUESTION)
     events = [event.type async for event in streamed.stream_events()]
-    forced = agents.ModelSettings(temperature=0.0, max_tokens=60, tool_choice="required")
+    forced = agents.ModelSettings(temperature=0.0, max_tokens=60, tool_choice="required", parallel_tool_calls=False)
     working = agents.Agent(name="working", model=model, model_settings=forced, tools=[weather])
     done = await agents.Runner.run(working, QUESTION, max_turns=3)
     answer(

@@ -9,7 +9,7 @@ client = anthropic.Anthropic(base_url=ROOT, api_key=KEY, max_retries=0)
 short = {"model": MODEL, "max_tokens": 12, "messages": MESSAGES, "extra_body": {"temperature": 0}}
 function = WEATHER["function"]
 tool = {"name": function["name"], "description": function["description"], "input_schema": function["parameters"]}
-forced = {**short, "max_tokens": 60, "tools": [tool], "tool_choice": {"type": "any"}}
+forced = {**short, "max_tokens": 60, "tools": [tool], "tool_choice": {"type": "any", "disable_parallel_tool_use": True}}
 
 whole = client.messages.create(**short)
 with client.messages.stream(**short) as stream:

@@ -13,7 +13,9 @@ given = {"model": f"openai/{MODEL}", "api_base": URL, "api_key": KEY, "temperatu
 whole = litellm.completion(messages=MESSAGES, **given)
 chunks = list(litellm.completion(messages=MESSAGES, stream=True, stream_options={"include_usage": True}, **given))
 rebuilt = litellm.stream_chunk_builder(chunks, messages=MESSAGES)
-tools = litellm.completion(messages=MESSAGES, tools=[WEATHER], tool_choice="required", **{**given, "max_tokens": 60})
+tools = litellm.completion(
+    messages=MESSAGES, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False, **{**given, "max_tokens": 60}
+)
 call = tools.choices[0].message.tool_calls[0]
 text = litellm.text_completion(
     model=f"text-completion-openai/{MODEL}", api_base=URL, api_key=KEY, prompt="One, two,", max_tokens=3, temperature=0

@@ -34,7 +34,7 @@ named = client.chat.completions.create(
 call = named.choices[0].message.tool_calls[0]
 with client.chat.completions.create(
     model=MODEL, messages=MESSAGES, temperature=0, max_completion_tokens=60, tools=[WEATHER], tool_choice="required",
-    stream=True,
+    parallel_tool_calls=False, stream=True,
 ) as stream:  # fmt: skip
     deltas = [choice.delta for chunk in stream for choice in chunk.choices]
 streamed = [call for delta in deltas for call in delta.tool_calls or ()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from nanoengine.api.deltas import RequestDelta
@@ -14,7 +13,7 @@ from nanoengine.text.outputs import OutputAssembler
 
 class OutputStream(AsyncIterator[RequestOutput]):
     """The outputs of one request, as they come; several that a slow reader did not take are one. The request begins
-    with the first iteration. Dropping the stream or closing it aborts the request."""
+    with the first iteration. Dropping the stream, closing it, or cancelling an iteration aborts the request."""
 
     def __init__(
         self,
@@ -36,9 +35,7 @@ class OutputStream(AsyncIterator[RequestOutput]):
             if self._stream is None:
                 self._assembler, self._stream = await self._add()
             return await self._next(self._stream)
-        except asyncio.CancelledError:
-            raise  # the stream can be read on
-        except BaseException:
+        except BaseException:  # also cancellation: a task that is kept would keep its frames, and so this stream
             self.close()
             raise
 

@@ -149,6 +149,8 @@ class AsyncLLM:
                 `TokenizerMissing`, and the `RequestError` of a request that is refused or fails, after its outputs.
         """
         given = one_name(params, sampling_params)
+        if isinstance(prompt, list) and any(isinstance(each, str | Mapping | list) for each in prompt):
+            raise ParamsError("prompt must be one prompt, not a list of prompts: call generate once for each of them")
         parts = split_prompt(prompt)
 
         async def made() -> GivenPrompt:

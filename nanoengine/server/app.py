@@ -1,4 +1,4 @@
-"""The HTTP application: what serves an `EngineClient` by OpenAI's API."""
+"""The HTTP application: what serves an `EngineClient` by OpenAI's and Anthropic's APIs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from contextlib import asynccontextmanager
 from fastapi import APIRouter, FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Route
 
-from nanoengine.api.errors import NanoEngineError
+from nanoengine.api.errors import NanoEngineError, nearest
 from nanoengine.server.auth import Keys, configured_keys
 from nanoengine.server.config import ServerConfig
 from nanoengine.server.context import Context
-from nanoengine.server.errors import ApiError, api_error, error_body
+from nanoengine.server.errors import ApiError, api_error, body_of, shortened
 from nanoengine.server.gate import Gate
 from nanoengine.server.parsing import Parsers
 from nanoengine.server.protocol.base import RequestModel
@@ -32,7 +33,6 @@ from nanoengine.server.protocol.tokens import (
     TraceRequest,
 )
 from nanoengine.server.record import Observer, Tracer
-from nanoengine.server.render_messages import message_error
 from nanoengine.server.requests import with_schemas
 from nanoengine.server.routes.admin import admin_router
 from nanoengine.server.routes.chat import chat_router
@@ -76,7 +76,7 @@ def create_app(
     )
     app = fastapi_app(context)
     known = configured_keys(config) if keys is None else keys
-    return Gate(app, config, known, error_of, Observer(client, tracer))
+    return Gate(app, config, known, Observer(client, tracer))
 
 
 def fastapi_app(context: Context) -> FastAPI:
@@ -91,14 +91,16 @@ def fastapi_app(context: Context) -> FastAPI:
     app = FastAPI(
         title="nanoengine",
         lifespan=lifespan,
-        description="An engine behind OpenAI's API.",
+        description="An engine behind OpenAI's and Anthropic's APIs.",
         redirect_slashes=False,  # a redirect would name the host and the scheme that a client, or a proxy, made up
     )
     app.state.context = context
     names = context.client.info.sampling_names
     chat, completion = with_sampling(ChatRequest, names), with_sampling(CompletionRequest, names)
-    for router in _routers(context, chat, completion):
+    routers = _routers(context, chat, completion)
+    for router in routers:
         app.include_router(router)
+    app.state.paths = [route.path for router in routers for route in router.routes if isinstance(route, Route)]
     plain: list[type[RequestModel]] = [EmbeddingRequest, ScoreRequest, TokenizeRequest, DetokenizeRequest]
     plain += [MessagesRequest, CountRequest, ResponsesRequest, AbortRequest, DrainRequest, TraceRequest]
     with_schemas(app, [chat, completion, *plain])
@@ -123,18 +125,19 @@ def _routers(context: Context, chat: type[ChatRequest], completion: type[Complet
     )
 
 
-def error_of(path: str, error: ApiError) -> bytes:
-    """The body of an error, in the shape that clients of this path know."""
-    return message_error(error) if path.startswith("/v1/messages") else error_body(error)
-
-
 async def _failed(request: Request, raised: Exception) -> Response:
-    error = _of_http(raised) if isinstance(raised, HTTPException) else api_error(raised)
-    return Response(error_of(request.url.path, error), error.status, error.headers, media_type="application/json")
+    error = _of_http(request, raised) if isinstance(raised, HTTPException) else api_error(raised)
+    return Response(body_of(request.url.path, error), error.status, error.headers, media_type="application/json")
 
 
-def _of_http(raised: HTTPException) -> ApiError:
+def _of_http(request: Request, raised: HTTPException) -> ApiError:
     """What the framework itself refuses: an unknown path, a wrong method."""
-    codes = {404: "not_found", 405: "method_not_allowed"}
-    status, headers = raised.status_code, dict(raised.headers or {})
-    return ApiError(status, str(raised.detail), codes.get(status), headers=headers)
+    status, headers, path = raised.status_code, dict(raised.headers or {}), request.url.path
+    if status == 404:
+        return ApiError(
+            404, f"no path {shortened(path, 200)!r} here: {nearest(path, request.app.state.paths)}", "not_found"
+        )
+    if status == 405:
+        words = f"{path} does not take {shortened(request.method, 20)}, but {headers.get('Allow', 'another method')}"
+        return ApiError(405, words, "method_not_allowed", headers=headers)
+    return ApiError(status, str(raised.detail), headers=headers)

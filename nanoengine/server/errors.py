@@ -33,9 +33,13 @@ _TYPES: Mapping[int, str] = {
     409: "conflict_error",
     413: "request_too_large",
     429: "rate_limit_error",
-    501: "not_supported_error",
     503: "overloaded_error",
 }
+# Those that Anthropic has too.
+_MESSAGE_TYPES = frozenset({
+    "invalid_request_error", "authentication_error", "permission_error", "not_found_error", "request_too_large",
+    "rate_limit_error", "overloaded_error", "timeout_error",
+})  # fmt: skip
 # Codes that clients know by OpenAI's name.
 _CODES: Mapping[str, str] = {"too_long": "context_length_exceeded", "overloaded": "rate_limit_exceeded"}
 
@@ -89,6 +93,18 @@ def api_error(error: BaseException) -> ApiError:
 def error_body(error: ApiError) -> bytes:
     """JSON in OpenAI's shape, of at most `MAX_BODY` bytes."""
     return msgspec.json.encode({"error": error_fields(error)})
+
+
+def message_error(error: ApiError) -> bytes:
+    """JSON in Anthropic's shape."""
+    kind = error.type if error.type in _MESSAGE_TYPES else "api_error" if error.status >= 500 else _TYPES[400]
+    fields = {"type": kind, "message": error_fields(error)["message"]}
+    return msgspec.json.encode({"type": "error", "error": fields})
+
+
+def body_of(path: str, error: ApiError) -> bytes:
+    """The body of an error, in the shape that clients of this path know."""
+    return message_error(error) if path.startswith("/v1/messages") else error_body(error)
 
 
 def error_fields(error: ApiError) -> dict[str, str | int | None]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from nanoengine.server.auth import Caller, Keys
 from nanoengine.server.config import ServerConfig
-from nanoengine.server.errors import ApiError, error_body
+from nanoengine.server.errors import ApiError, body_of
 from nanoengine.server.record import RECORD, Observer, Record
 
 Scope = MutableMapping[str, Any]
@@ -28,7 +28,7 @@ class Gate:
     the server's own `send`, by which a stream writes its chunks without the layers between.
 
     Args:
-        app: what is behind it. error_of: the body of an error, by the path. observer: sees each request that has ended.
+        app: what is behind it. observer: sees each request that has ended.
     """
 
     def __init__(
@@ -36,11 +36,10 @@ class Gate:
         app: App,
         config: ServerConfig,
         keys: Keys,
-        error_of: Callable[[str, ApiError], bytes] = lambda path, error: error_body(error),
         observer: Observer | None = None,
     ) -> None:
         self._observer = observer
-        self._app, self._keys, self._limit, self._error_of = app, keys, config.max_body_bytes, error_of
+        self._app, self._keys, self._limit = app, keys, config.max_body_bytes
         self._origins = frozenset(origin.encode() for origin in config.cors_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,7 +95,7 @@ class Gate:
 
     async def refuse(self, scope: Scope, send: Send, error: ApiError) -> None:
         headers = [(name.encode(), value.encode()) for name, value in error.headers.items()]
-        await self._answer(send, error.status, self._error_of(scope["path"], error), headers)
+        await self._answer(send, error.status, body_of(scope["path"], error), headers)
 
     async def _answer(self, send: Send, status: int, body: bytes, headers: Headers) -> None:
         if body:

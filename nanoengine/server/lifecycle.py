@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from nanoengine.server.errors import ApiError, error_body
+from nanoengine.server.errors import ApiError, body_of
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -78,14 +78,14 @@ class Lifecycle:
         elif path in PROBES:
             await self._probe(scope, receive, send)
         elif self._draining:
-            await self._refuse(send, "draining", "the server is shutting down")
+            await self._refuse(path, send, "draining", "the server is shutting down")
         else:
             self._open += 1
             try:
                 if self._app is None and self._expected:
                     await self._wait_for_app()
                 if self._app is None:
-                    await self._refuse(send, "starting", f"the server is starting: {self.phase}")
+                    await self._refuse(path, send, "starting", f"the server is starting: {self.phase}")
                 else:
                     await self._app(scope, receive, send)
             finally:
@@ -106,10 +106,10 @@ class Lifecycle:
         else:
             await self._app(scope, receive, send)
 
-    async def _refuse(self, send: Send, why: str, message: str) -> None:
+    async def _refuse(self, path: str, send: Send, why: str, message: str) -> None:
         headers = {"retry-after": _RETRY_SECONDS[why], "connection": "close"}
         error = ApiError(503, message, "unavailable")
-        await _answer(send, 503, error_body(error), headers)
+        await _answer(send, 503, body_of(path, error), headers)
 
 
 async def _json(send: Send, status: int, body: Any, headers: dict[str, str] | None = None) -> None:

@@ -11,7 +11,7 @@ import pydantic_core
 
 from nanoengine.server.answers import usage_of
 from nanoengine.server.chunks import encode
-from nanoengine.server.errors import ApiError, error_fields
+from nanoengine.server.errors import ApiError, message_error
 from nanoengine.server.events import Running, TokenUsage, Update
 from nanoengine.server.items import Item, Items
 
@@ -24,17 +24,6 @@ _DELTAS = {
 }
 # An answer that the server gave up (`abort`) is one that the client may send back, to go on.
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "abort": "pause_turn"}
-_TYPES = frozenset({
-    "invalid_request_error", "authentication_error", "permission_error", "not_found_error", "request_too_large",
-    "rate_limit_error", "overloaded_error", "timeout_error",
-})  # fmt: skip
-
-
-def message_error(error: ApiError) -> bytes:
-    """JSON in Anthropic's shape."""
-    fields = error_fields(error)
-    kind = error.type if error.type in _TYPES else "api_error" if error.status >= 500 else "invalid_request_error"
-    return encode({"type": "error", "error": {"type": kind, "message": fields["message"]}})
 
 
 def event(kind: str, fields: dict[str, Any]) -> bytes:

@@ -7,7 +7,6 @@ import logging
 import socket
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanoengine.server.app import create_app
@@ -15,10 +14,9 @@ from nanoengine.server.auth import configured_keys
 from nanoengine.server.config import ServerConfig, TraceOptions
 from nanoengine.server.lifecycle import App
 from nanoengine.server.parsing import load_parsers
-from nanoengine.service.client import EngineInfo
 from nanoengine.service.remote import RemoteClient
+from nanoengine.service.text import tokenizer_of
 from nanoengine.setup.plugins.discover import discover
-from nanoengine.text import TemplateProcesses, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from nanoengine.server.traces import Traces
@@ -50,7 +48,7 @@ class ServedEngine:
 
     async def app(self) -> App:
         info = await self._client.ready()
-        tokenizer = await asyncio.to_thread(_tokenizer, info)
+        tokenizer = await asyncio.to_thread(tokenizer_of, info)
         parsers = load_parsers(self._registry, self._config, tokenizer)
         return create_app(self._client, self._config, tokenizer, parsers=parsers, keys=self._keys, tracer=self._traces)
 
@@ -71,10 +69,3 @@ def _traces(options: TraceOptions) -> Traces | None:
     theirs = logging.getLogger("opentelemetry")  # what it says about a collector goes where our own lines go
     theirs.handlers, theirs.propagate = logging.getLogger("nanoengine").handlers, False
     return Traces(options)
-
-
-def _tokenizer(info: EngineInfo) -> Tokenizer | None:
-    if info.tokenizer is None:
-        return None
-    processes = TemplateProcesses(info.chat_template_timeout, info.chat_template_memory)
-    return load_tokenizer(Path(info.tokenizer), max_tokens=info.max_model_len, processes=processes)

@@ -29,7 +29,7 @@ from nanoengine.service.frames import (
     read_json,
     read_usage,
 )
-from nanoengine.service.local import merged
+from nanoengine.service.local import drained, merged
 from nanoengine.service.loop import EngineService
 from nanoengine.service.tracing import traced
 
@@ -226,21 +226,3 @@ class Connection:
         self._socket.close()
         self._member.leave()
         self._on_end(self)
-
-
-async def drained(service: EngineService, seconds: float) -> bool:
-    """Refuse new requests and wait for the open ones. True: all have ended; False: not in so many seconds."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
-
-    def set_done() -> None:
-        if not done.done():
-            done.set_result(None)
-
-    def then() -> None:
-        with suppress(RuntimeError):  # the event loop has ended
-            loop.call_soon_threadsafe(set_done)
-
-    service.drain(then)
-    ended, _ = await asyncio.wait([done], timeout=seconds)
-    return bool(ended)

@@ -6,6 +6,8 @@ import asyncio
 import itertools
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 from nanoengine.api.deltas import RequestDelta
@@ -103,10 +105,7 @@ class LocalClient:
         return await asyncio.to_thread(traced, self._service, seconds)
 
     async def drain(self, seconds: float) -> bool:
-        drained: asyncio.Future[None] = self._loop.create_future()
-        self._service.drain(lambda: self._call(lambda: None if drained.done() else drained.set_result(None)))
-        done, _ = await asyncio.wait([drained], timeout=seconds)
-        return bool(done)
+        return await drained(self._service, seconds)
 
     async def close(self) -> None:
         """Abort this client's requests. The service goes on."""
@@ -133,9 +132,9 @@ class LocalClient:
         self.deliver(batch)
         self._call(lambda: self._fail_all(self._service.unavailable()))
 
-    def _call(self, call: partial[None] | object) -> None:
+    def _call(self, call: Callable[[], None]) -> None:
         try:
-            self._loop.call_soon_threadsafe(call)  # type: ignore[arg-type]
+            self._loop.call_soon_threadsafe(call)
         except RuntimeError:  # the event loop is closed: no one reads any more
             self._member.leave()
 
@@ -173,3 +172,21 @@ def merged(batch: Batch) -> Batch:
     for key, delta in batch:
         parts.setdefault(key, []).append(delta)
     return [(key, merge_all(deltas)) for key, deltas in parts.items()]
+
+
+async def drained(service: EngineService, seconds: float) -> bool:
+    """Refuse new requests and wait for the open ones. True: all have ended; False: not in so many seconds."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def set_done() -> None:
+        if not done.done():
+            done.set_result(None)
+
+    def then() -> None:
+        with suppress(RuntimeError):  # the event loop has ended
+            loop.call_soon_threadsafe(set_done)
+
+    service.drain(then)
+    ended, _ = await asyncio.wait([done], timeout=seconds)
+    return bool(ended)

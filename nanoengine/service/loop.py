@@ -343,7 +343,7 @@ class EngineService:
             for request_id in self._open:
                 self.engine.abort_request(request_id)
             self._open.clear()
-            self._queue.clear()
+            self._queue = Queue()
         if self._cause is not None:
             _log.error("the engine has ended: %s", _why(self._cause))
         for member in members:

@@ -6,7 +6,6 @@ What it and its starter send each other (`service/control.py`):
 |---|---|---|
 | `start` | `source`: `EngineSource.to_json()`; `log_level`, `log_format`: of `observe/logs.py` | the first message |
 | `client` | a descriptor | a socket of a client, which is connected as soon as the engine is ready |
-| `drain` | `seconds` | take no new requests; answered by `drained` when all have ended, or after so many seconds |
 
 | from the process | fields | |
 |---|---|---|
@@ -14,7 +13,6 @@ What it and its starter send each other (`service/control.py`):
 | `ready` | `info`: of `EngineInfo`, as JSON | requests can be added |
 | `failed` | `error`: the class's name, `message`, `traceback` | it could not start; it ends with status 1 |
 | `ended` | `cause` | the engine has ended: open requests can go on in another one; the process ends with status 3 |
-| `drained` | `all`: whether all requests have ended | |
 
 The process ends with status 0 when its control socket closes; its open requests are dropped. SIGINT and SIGTERM are
 ignored: they are its starter's to handle. Unless it is "untied", it is killed when its starter's thread ends.
@@ -127,8 +125,6 @@ class EngineHost:
         if message.kind == "client":
             assert message.fd is not None
             self._connect(socket.socket(fileno=message.fd))
-        elif message.kind == "drain":
-            self._spawn(self._drain(float(message.fields["seconds"])))
         else:
             _log.error("a message %r, which the engine's process does not know", message.kind)
 
@@ -139,12 +135,6 @@ class EngineHost:
         from nanoengine.service.connection import Connection
 
         self._connections.add(Connection(self._service, sock, self._connections.discard))
-
-    async def _drain(self, seconds: float) -> None:
-        from nanoengine.service.connection import drained
-
-        everything = self._service is None or await drained(self._service, seconds)
-        self._say("drained", all=everything)
 
     def _say(self, kind: str, **fields: Any) -> None:
         with suppress(OSError):  # its starter is gone: `_read` ends the process

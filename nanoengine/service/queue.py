@@ -82,9 +82,6 @@ class Queue:
         if not self.by_client[request.client]:
             del self.by_client[request.client]
 
-    def clear(self) -> None:
-        self.__init__()  # type: ignore[misc]
-
     def late(self, now: float) -> Iterator[OpenRequest]:
         """Those whose time is over, each once; with the failure that they end with."""
         while self._deadlines and (self._deadlines[0][0] <= now or not self._waits(self._deadlines[0][2])):

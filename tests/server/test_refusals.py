@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
+from collections.abc import MutableMapping
 from typing import Any
 
 import pytest
 
 from nanoengine.api.errors import EngineUnavailable, ParamsError, RequestError
+from nanoengine.server.lifecycle import Lifecycle
 from nanoengine.service.client import ClientRequest
 from nanoengine.testing.fake_engine import Answer
 from server.support import Server, error_of, events
@@ -181,6 +184,41 @@ def test_an_unknown_path_or_method_has_the_same_shape(server: Server) -> None:
 def test_head_is_answered_as_get_is(server: Server, path: str) -> None:
     assert server.request("HEAD", path).status_code == server.request("GET", path).status_code == 200
     assert error_of(server.request("GET", "/v1/completions"), 405)["code"] == "method_not_allowed"
+
+
+def test_an_unknown_path_or_method_is_answered_with_the_right_one() -> None:
+    server = Server()
+    without_v1 = error_of(server.post("/chat/completions", {}), 404)["message"]
+    assert "no path '/chat/completions' here: did you mean '/v1/chat/completions'? Valid: /admin/abort," in without_v1
+    assert "/openapi.json" not in without_v1
+    wrong = error_of(server.request("GET", "/v1/completions"), 405)["message"]
+    assert wrong == "/v1/completions does not take GET, but POST"
+
+
+@pytest.mark.parametrize(
+    ("path", "shape"),
+    [("/v1/chat/completions", {"message", "type", "param", "code"}), ("/v1/messages", {"message", "type"})],
+)
+@pytest.mark.parametrize("draining", [False, True])
+def test_a_server_that_starts_or_ends_refuses_in_the_shape_of_the_path(
+    path: str, shape: set[str], draining: bool
+) -> None:
+    lifecycle, sent = Lifecycle(0.0), list[MutableMapping[str, Any]]()
+    if draining:
+        lifecycle.drain(lambda: None)
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    asyncio.run(lifecycle({"type": "http", "path": path}, receive=anything, send=send))
+    assert sent[0]["status"] == 503
+    error = json.loads(sent[1]["body"])["error"]
+    assert set(error) == shape
+    assert error["type"] == "overloaded_error"
+
+
+async def anything() -> dict[str, Any]:
+    raise AssertionError("the body is not read")
 
 
 def test_a34_n_has_a_limit_and_best_of_is_n() -> None:

@@ -131,16 +131,6 @@ def test_drain_and_trace() -> None:
     error_of(server.post("/admin/trace", {"seconds": 0}))
 
 
-def test_a_trace_that_the_client_does_not_offer_is_501() -> None:
-    server = Server()
-
-    async def trace(seconds: float) -> bytes:
-        raise NotImplementedError
-
-    server.engine.trace = trace  # type: ignore[method-assign]
-    assert error_of(server.post("/admin/trace", {}), 501)["code"] == "not_supported"
-
-
 def test_a36_the_usage_that_is_counted_is_the_one_that_is_answered() -> None:
     server = Server("Hello", cached=1)
     server.chat(n=3)

@@ -252,6 +252,12 @@ def test_errors_are_those_of_llms_streams(
     run(main())
 
 
+@pytest.mark.parametrize("prompts", [["a", "b"], [[1, 2], [3]], [{"prompt": "a"}]])
+def test_a_list_of_prompts_is_refused_with_the_remedy(llm: AsyncLLM, prompts: Any) -> None:
+    with pytest.raises(ParamsError, match="one prompt, not a list of prompts: call generate once for each"):
+        llm.generate(prompts)
+
+
 def test_wrong_arguments_are_refused_at_once(llm: AsyncLLM) -> None:
     for wrong in ({"params": 3}, {"priority": "high"}, {"request_id": 3}, {"temperature": 1}):
         with pytest.raises(ParamsError):

@@ -20,7 +20,7 @@ def health_router(context: Context) -> APIRouter:
     @router.get("/live")
     async def live() -> dict[str, str]:
         """This process answers."""
-        return {"status": "live"}
+        return {"status": "alive"}
 
     @router.get("/ready")
     async def ready() -> Response:

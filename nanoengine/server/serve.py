@@ -31,6 +31,9 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, by OpenAI's and Anthropic's APIs.
 
+    Its settings are the section `server`, for example server.port=8001 server.workers=2.
+    `nanoengine config show CONFIG server=default` lists them.
+
     Ctrl-C or SIGTERM lets running requests end; a second one ends at once.
     """
     with user_errors(debug):

@@ -181,7 +181,9 @@ class RemoteClient:
         return RequestStream(request.request_id, entry.box, partial(self._abort, key))
 
     def _abort(self, key: int, sample: int | None) -> None:
-        if self._loop.is_closed():  # the engine sees the end of the socket
+        if self._loop.is_closed():
+            if self._socket is not None:
+                self._socket.close()  # by which the engine sees that all of this client's readers are gone
             return
         if threading.get_ident() != self._thread:  # a stream that was dropped may be collected by any thread
             with suppress(RuntimeError):  # it was closed just now

@@ -284,6 +284,25 @@ def test_two_event_loops_share_an_engine(llm: AsyncLLM) -> None:
     run(main())
 
 
+def test_streams_of_an_event_loop_that_has_ended_are_aborted_when_they_are_dropped(llm: AsyncLLM) -> None:
+    kept, most = list[Any](), 4000
+
+    async def begin() -> None:
+        kept.append(llm.generate([1], SamplingParams(temperature=0, max_tokens=most, ignore_eos=True)))
+        await anext(kept[0])
+
+    async def main() -> None:
+        before = (await llm.stats()).steps
+        await asyncio.to_thread(run, begin())
+        kept.clear()
+        gc.collect()
+        while (await llm.stats()).requests:
+            await asyncio.sleep(0.01)
+        assert (await llm.stats()).steps - before < most  # it did not run to its end
+
+    run(main())
+
+
 @pytest.mark.parametrize("process", [False, True])
 def test_a_drained_a_dead_and_a_closed_engine_take_nothing(tmp_path: Path, process: bool) -> None:
     path = tmp_path / "run.yaml"

@@ -126,6 +126,8 @@ HUGE: list[Any] = [
 
 
 ANY = [
+    *({"max_tokens": 3, "messages": [], char * 3000: 1, "model": char * 3000, "input": [{"type": char * 3000}],
+       "prompt": [char * 3000, {}], "tokens": [char * 3000], "text_1": char * 3000} for char in "\U0001f600\x01\\"),
     {"input": [{"role": "y" * 9000, "content": [{"type": "z" * 9000}]}], "x" * 9000: 1},
     {"input": [{"type": "y" * 9000}] * 300, "tools": [{"type": "x" * 9000}] * 300},
     {"input": "a", "model": "x" * 100_000, "max_tokens": 3, "messages": [{"role": "user", "content": "a"}],
@@ -229,6 +231,18 @@ def test_a34_n_has_a_limit_and_best_of_is_n() -> None:
     assert error_of(server.complete(n=2, best_of=3))["param"] == "best_of"
     assert error_of(server.complete(best_of=2))["param"] == "best_of"
     assert "max_prompts" in error_of(Server(config={"max_prompts": 2}).complete(["a"] * 3))["message"]
+
+
+@pytest.mark.parametrize("char", ["a", "\x01", "\\", "\U0001f600", "\ud800"])
+def test_a14_a_message_of_any_characters_fits(char: str) -> None:
+    def refuse(request: ClientRequest) -> Answer:
+        raise RequestError("invalid_grammar", f"begin {char * 100_000} end")
+
+    for stream in (False, True):
+        message = error_of(Server(refuse).chat(stream=stream))["message"]
+        assert message.startswith("begin ")
+        assert message.endswith(" end")
+        assert len(message) > 300
 
 
 @pytest.mark.parametrize("value", [-1, 21, 10**9, -(10**9)])

@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 
 from nanoengine.api.errors import EngineUnavailable, ParamsError, RequestError
+from nanoengine.server.errors import ApiError
 from nanoengine.server.lifecycle import Lifecycle
+from nanoengine.server.protocol.base import checked
+from nanoengine.server.protocol.chat import ChatRequest
 from nanoengine.service.client import ClientRequest
 from nanoengine.testing.fake_engine import Answer
 from server.support import Server, error_of, events
@@ -195,6 +198,37 @@ def test_an_unknown_path_or_method_is_answered_with_the_right_one() -> None:
     assert "/openapi.json" not in without_v1
     wrong = error_of(server.request("GET", "/v1/completions"), 405)["message"]
     assert wrong == "/v1/completions does not take GET, but POST"
+
+
+LONG = "u" * 257
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "where"),
+    [
+        ("/v1/completions", {"prompt": "x", "user": LONG}, "user"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "user": LONG}, "user"),
+        ("/v1/responses", {"input": "x", "user": LONG}, "user"),
+        ("/v1/embeddings", {"input": "x", "user": LONG}, "user"),
+    ],
+)
+def test_who_asks_has_a_length_on_every_endpoint(server: Server, path: str, body: dict[str, Any], where: str) -> None:
+    error = error_of(server.post(path, body))
+    assert error["param"] == where
+    assert "at most 256 characters" in error["message"]
+
+
+def test_a_name_of_a_message_has_a_length_too(server: Server) -> None:
+    body = {"max_tokens": 1, "messages": [{"role": "user", "content": "x"}], "metadata": {"user_id": LONG}}
+    response = server.post("/v1/messages", body)
+    assert response.status_code == 400
+    assert "metadata.user_id: String should have at most 256" in response.json()["error"]["message"]
+
+
+def test_what_a_converted_request_may_not_have_is_refused_and_no_failure_of_the_server() -> None:
+    with pytest.raises(ApiError, match="user: String should have at most 256 characters") as raised:
+        checked(ChatRequest, {"messages": [], "user": LONG})
+    assert raised.value.status == 400
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from nanoengine.api.errors import nearest
@@ -22,6 +22,10 @@ class _FailFast(FailFast):
 
 FIRST_ERROR = _FailFast()
 """Of a list: its check ends at the first wrong entry, and not with an error for each of a million."""
+
+
+Name = Annotated[str, Field(max_length=256)]
+"""Who asks, which limits and counters keep."""
 
 
 class RequestModel(BaseModel):
@@ -50,8 +54,13 @@ def parsed(model: type[Model], body: bytes) -> Model:
         raise invalid(f"the body must be a JSON object, not {type(data).__name__}", code="invalid_json")
     _refuse_deep(data)
     _refuse_unknown(model, data)
+    return checked(model, data)
+
+
+def checked(model: type[Model], fields: Mapping[str, Any]) -> Model:
+    """The model of these fields, also of those that a request of another shape became. Raises `ApiError`."""
     try:
-        return model.model_validate(data)
+        return model.model_validate(fields)
     except ValidationError as error:
         raise _explained(model, error.errors(include_url=False, include_input=False)[0]) from None
 

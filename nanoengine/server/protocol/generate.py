@@ -10,7 +10,7 @@ from pydantic import Field, create_model
 from nanoengine.api.errors import ParamsError
 from nanoengine.api.structured_outputs import StructuredOutputsParams
 from nanoengine.params.sampling_fields import NOT_SUPPORTED
-from nanoengine.server.protocol.base import FIRST_ERROR, RequestModel
+from nanoengine.server.protocol.base import FIRST_ERROR, Name, RequestModel
 
 Ints = Annotated[list[int], FIRST_ERROR]
 Strings = Annotated[list[str], FIRST_ERROR]
@@ -99,7 +99,7 @@ class GenerateRequest(RequestModel):
     guided_grammar: str | None = None
     priority: int | None = None
     cache_salt: str | None = None
-    user: Annotated[str, Field(max_length=256)] | None = None
+    user: Name | None = None
     request_id: str | None = None
     timeout: float | None = None
     return_token_ids: bool | None = None

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from nanoengine.server.protocol.base import FIRST_ERROR, RequestModel
+from nanoengine.server.protocol.base import FIRST_ERROR, Name, RequestModel
 from nanoengine.server.protocol.chat import Objects
 from nanoengine.server.protocol.generate import Stops
 
@@ -68,7 +68,7 @@ class OutputConfig(RequestModel):
 class Metadata(RequestModel):
     """Who asks."""
 
-    user_id: str | None = None
+    user_id: Name | None = None
 
 
 class CountRequest(RequestModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from nanoengine.server.protocol.base import RequestModel
+from nanoengine.server.protocol.base import Name, RequestModel
 
 PAIRS = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
 """The fields that hold what is scored: one pair of them."""
@@ -26,7 +26,7 @@ class PoolingRequest(RequestModel):
     }
 
     model: str | None = None
-    user: str | None = None
+    user: Name | None = None
     pooling: Literal["mean", "last"] | None = None
     add_special_tokens: bool | None = None
     priority: int | None = None

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from nanoengine.server.protocol.base import FIRST_ERROR, RequestModel
+from nanoengine.server.protocol.base import FIRST_ERROR, Name, RequestModel
 from nanoengine.server.protocol.chat import Objects
 
 Includable = Literal["reasoning.encrypted_content"]
@@ -102,7 +102,7 @@ class ResponsesRequest(RequestModel):
     max_tool_calls: int | None = None
     top_logprobs: int | None = None
     metadata: dict[str, str] | None = None
-    user: str | None = None
+    user: Name | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None

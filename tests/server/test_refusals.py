@@ -200,6 +200,26 @@ def test_an_unknown_path_or_method_is_answered_with_the_right_one() -> None:
     assert wrong == "/v1/completions does not take GET, but POST"
 
 
+@pytest.mark.parametrize(
+    ("path", "name", "value", "param", "said"),
+    [
+        ("/v1/chat/completions", "stop", ["a"] * 65, "stop", "at most 64 items"),
+        ("/v1/chat/completions", "stop", ["a" * 5000], "stop[0]", "at most 4096 characters"),
+        ("/v1/chat/completions", "stop", [1], "stop[0]", "valid string"),
+        ("/v1/chat/completions", "tool_choice", "maybe", "tool_choice", "'none', 'auto' or 'required'"),
+        ("/v1/chat/completions", "tool_choice", {"type": "function"}, "tool_choice.function", "required"),
+        ("/v1/responses", "input", 5, "input", "valid string"),
+        ("/v1/responses", "input", [5], "input[0]", "valid dictionary"),
+    ],
+)
+def test_a_value_that_fits_no_type_of_its_field_is_named_by_what_is_wrong_with_it(
+    server: Server, path: str, name: str, value: Any, param: str, said: str
+) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}]} if "chat" in path else {"input": "x"}
+    error = error_of(server.post(path, {**body, name: value}))
+    assert (error["param"], said in error["message"]) == (param, True), error
+
+
 LONG = "u" * 257
 
 

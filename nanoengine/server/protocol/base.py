@@ -14,6 +14,7 @@ from nanoengine.server.errors import ApiError, invalid, shortened
 
 Model = TypeVar("Model", bound="RequestModel")
 _MOST_DEPTH = 128
+_TYPES = frozenset({"str", "int", "float", "bool"})  # parts of a union, in the path of an error; models' are upper-case
 
 
 class _FailFast(FailFast):
@@ -62,7 +63,13 @@ def checked(model: type[Model], fields: Mapping[str, Any]) -> Model:
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        raise _explained(model, error.errors(include_url=False, include_input=False)[0]) from None
+        raise _explained(model, _clearest(error.errors(include_url=False, include_input=False))) from None
+
+
+def _clearest(errors: Sequence[ErrorDetails]) -> ErrorDetails:
+    """That of the first wrong field which says most: a field of several types has an error for each of them."""
+    of_field = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
+    return max(of_field, key=lambda error: (not error["type"].endswith("_type"), len(error["loc"])))
 
 
 def _refuse_deep(data: Any) -> None:
@@ -112,7 +119,7 @@ def _path(loc: Sequence[int | str]) -> str:
     for part in loc:
         if isinstance(part, int):
             text += f"[{part}]"
-        elif part.isidentifier() or not text:
+        elif not text or (part.isidentifier() and part not in _TYPES and not part[0].isupper()):
             text += f".{part}" if text else part
     return text
 

@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -314,8 +313,9 @@ class AsyncLLM:
         self._closed = True
         mine = self._clients.pop(asyncio.get_running_loop(), None)
         if mine is not None:
-            with suppress(asyncio.CancelledError):
-                await (await mine).close()
+            await asyncio.wait([mine])
+            if not mine.cancelled():
+                await mine.result().close()
         await asyncio.to_thread(self.shutdown)
 
     def shutdown(self) -> None:

@@ -17,6 +17,9 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 PROBES = frozenset({"/live", "/ready", "/health", "/metrics", "/load"})
 """Paths that are answered while the server drains, and do not keep it from ending."""
+DRAINING = "nanoengine.draining"
+"""Key of the scope of a request: True if this process takes no new ones. Probes are answered."""
+SHUTTING_DOWN = "the server is shutting down"
 _RETRY_SECONDS = {"starting": "5", "draining": "1"}
 
 
@@ -77,8 +80,10 @@ class Lifecycle:
             await _json(send, 200, {"status": "alive"})
         elif path in PROBES:
             await self._probe(scope, receive, send)
+        elif self._draining and self._app is not None:  # which refuses it, with headers and a line in the log
+            await self._app({**scope, DRAINING: True}, receive, send)
         elif self._draining:
-            await self._refuse(path, send, "draining", "the server is shutting down")
+            await self._refuse(path, send, "draining", SHUTTING_DOWN)
         else:
             self._open += 1
             try:
@@ -104,7 +109,7 @@ class Lifecycle:
             status = {"status": "starting", "phase": self.phase}
             await _json(send, 503, status, {"retry-after": _RETRY_SECONDS["starting"]})
         else:
-            await self._app(scope, receive, send)
+            await self._app({**scope, DRAINING: self._draining}, receive, send)
 
     async def _refuse(self, path: str, send: Send, why: str, message: str) -> None:
         headers = {"retry-after": _RETRY_SECONDS[why], "connection": "close"}

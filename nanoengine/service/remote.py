@@ -76,7 +76,6 @@ class RemoteClient:
             return
         sock.setblocking(False)
         self._socket, self._reader, self._heard = sock, FrameReader(), time.monotonic()
-        self._draining = False
         self._loop.add_reader(sock.fileno(), self._readable)
 
     async def ready(self) -> EngineInfo:
@@ -239,6 +238,7 @@ class RemoteClient:
         return str(await self._ask("trace", seconds, wait=seconds)).encode()
 
     async def drain(self, seconds: float) -> bool:
+        self._draining |= self._ready.is_set()
         return bool(await self._ask("drain", seconds, wait=seconds))
 
     async def count(self, usage: Usage) -> None:
@@ -332,7 +332,7 @@ class RemoteClient:
             return
         found = read_json(content)
         if kind is Kind.BEAT:
-            self._draining = found["draining"]
+            self._draining |= found["draining"]
         elif kind is Kind.TAKEN:
             self._taken(found)
         elif kind is Kind.ANSWER:
@@ -341,6 +341,8 @@ class RemoteClient:
             self._info = info_from_json(found)
             self._ready.set()
             self._ready_or_never.set()
+            if self._draining:  # what was asked of the engine before holds for this one
+                self._send(json_frame(Kind.ASK, id=next(self._numbers), what="drain", of=0.0))
             self._resume()
         elif kind is Kind.ENDED:
             self._lost(found["cause"])

@@ -8,6 +8,7 @@ import random
 from collections.abc import MutableMapping
 from typing import Any
 
+import httpx
 import pytest
 
 from nanoengine.api.errors import EngineUnavailable, ParamsError, RequestError
@@ -271,6 +272,28 @@ def test_a_server_that_starts_or_ends_refuses_in_the_shape_of_the_path(
     error = json.loads(sent[1]["body"])["error"]
     assert set(error) == shape
     assert error["type"] == "overloaded_error"
+
+
+def test_a_server_that_ends_says_so_with_all_headers_and_its_probes_are_true() -> None:
+    server = Server(config={"cors_origins": ("https://chat.example",)})
+    lifecycle = Lifecycle(0.0)
+    lifecycle.install(server.app)
+    lifecycle.ready()
+    lifecycle.drain(lambda: None)
+    headers = {"origin": "https://chat.example", "x-request-id": "mine"}
+
+    async def ask() -> tuple[httpx.Response, httpx.Response, httpx.Response]:
+        transport = httpx.ASGITransport(lifecycle)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            refused = await client.post("/v1/completions", json={"prompt": "a"}, headers=headers)
+            return refused, await client.get("/health"), await client.get("/ready")
+
+    refused, health, ready = asyncio.run(ask())
+    assert (refused.status_code, refused.headers["retry-after"], refused.headers["connection"]) == (503, "1", "close")
+    assert refused.headers["x-request-id"] == "mine"
+    assert refused.headers["access-control-allow-origin"] == "https://chat.example"
+    assert (health.status_code, ready.status_code) == (200, 503)
+    assert (health.json()["status"], health.json()["ready"], health.json()["draining"]) == ("draining", False, True)
 
 
 async def anything() -> dict[str, Any]:

@@ -121,6 +121,31 @@ def disturbed(llm: LLM, asked: list[ClientRequest], kills: int, seed: int = 0) -
     return asyncio.run(main())
 
 
+def test_an_engine_in_the_place_of_one_that_drained_takes_nothing_new(llm: LLM) -> None:
+    async def main() -> None:
+        client = RemoteClient()
+        engines = Engines(llm, client)
+        engines.start()
+        await client.ready()
+        asked = request("open", [1, 2, 3], max_tokens=2000, ignore_eos=True)
+        stream = await client.add(asked)
+        assert not await client.drain(0.01)
+        await engines.kill()
+        await until(lambda: not client.health.alive)
+        engines.start()
+        await client.ready()
+        assert engines.service is not None
+        await until(lambda: engines.service is not None and engines.service.is_draining)
+        assert client.health.draining
+        with pytest.raises(EngineUnavailable, match="draining"):
+            await client.add(request("new", [1]))
+        assert (await whole(stream)).finished, "what was open goes on"
+        await client.close()
+        await engines.kill()
+
+    asyncio.run(main())
+
+
 def test_requests_that_pool_begin_again_in_another_engine(llm: LLM) -> None:
     """Most wait or are in their prompts when an engine dies: there is nothing that they could go on behind."""
     asked = [

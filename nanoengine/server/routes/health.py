@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from nanoengine.server.context import Context
 from nanoengine.server.errors import ApiError
+from nanoengine.server.lifecycle import DRAINING, SHUTTING_DOWN
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -31,11 +32,13 @@ def health_router(context: Context) -> APIRouter:
         return JSONResponse({"status": "ready"})
 
     @router.get("/health")
-    async def health() -> Response:
+    async def health(request: Request) -> Response:
         """200: the engine makes progress, also while it drains or a long prompt is computed. 503: it does not."""
         found = context.client.health
         if not found.alive:
             raise _unavailable(found.reason or "the engine makes no progress")
+        if request.scope.get(DRAINING):
+            found = dataclasses.replace(found, ready=False, draining=True, reason=SHUTTING_DOWN)
         return JSONResponse({"status": "draining" if found.draining else "ok"} | dataclasses.asdict(found))
 
     @router.get("/load")

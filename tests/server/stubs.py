@@ -83,6 +83,8 @@ async def engine() -> None:
 
 
 def http() -> None:
+    from nanoengine.server.auth import Keys
+    from nanoengine.server.gate import Gate
     from nanoengine.server.http_process import run_process
 
     class Stub:
@@ -105,7 +107,7 @@ def http() -> None:
             await self.connected.wait()
             if "unfit later" in self.plugin_files:
                 raise ConfigError("the stub cannot serve this model")
-            return self.answer
+            return Gate(self.answer, self.config, Keys({}))
 
         def connect(self, sock: socket.socket) -> None:
             self.watch = asyncio.create_task(self._watch(sock))

@@ -14,7 +14,6 @@ import logging
 import signal
 import socket
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,13 +24,13 @@ from nanoengine.distributed.exits import exit_words
 from nanoengine.observe.logs import fields
 from nanoengine.server.children import Child
 from nanoengine.server.config import RestartOptions, ServerConfig
+from nanoengine.server.restarts import Restarts, rule_of
 from nanoengine.service.control import BEAT_SECONDS, Message
 from nanoengine.service.engine_process import MODULE, python, start_error
 from nanoengine.setup.start.clock import PHASES
 
 _log = logging.getLogger(__name__)
 _STOP_SECONDS = 5.0  # that a process has to end when it is asked to; then it is killed
-_LONGEST_BACKOFF = 60.0
 _HTTP_RESTARTS = RestartOptions(policy="always", max_restarts=8, window=60.0, backoff=0.05)
 SILENCE = 60
 READY = "ready"  # the phase of an engine that has started
@@ -71,25 +70,6 @@ class Launch:
     http: Mapping[str, Any]
     engine_command: Sequence[str] = field(default_factory=lambda: python(MODULE))
     http_command: Sequence[str] = field(default_factory=lambda: python("nanoengine.server.http_process"))
-
-
-class Restarts:
-    """When a process may be started again."""
-
-    def __init__(self, options: RestartOptions) -> None:
-        self._options, self._times = options, deque[float]()
-
-    def delay(self, status: int, now: float) -> float | None:
-        """Seconds to wait before the next start of a process that ended with `status`; None: it is not started."""
-        policy = self._options.policy
-        if policy == "never" or (policy == "on-failure" and status == 0):
-            return None
-        while self._times and now - self._times[0] > self._options.window:
-            self._times.popleft()
-        if len(self._times) >= self._options.max_restarts:
-            return None
-        self._times.append(now)
-        return min(_LONGEST_BACKOFF, self._options.backoff * 2.0 ** (len(self._times) - 1))
 
 
 @dataclass
@@ -229,7 +209,7 @@ class Supervisor:
             delay = restarts.delay(ended.status, time.monotonic())
             if delay is None:
                 policy = self._options.restart
-                raise ServerFailed(f"the engine has ended, and is not started again ({_rule(policy)}): {ended.cause}")
+                raise ServerFailed(f"the engine has ended, and is not started again ({rule_of(policy)}): {ended.cause}")
             _log.error("the engine has ended: %s; starting it again in %g s", ended.cause, delay)
             await asyncio.sleep(delay)
 
@@ -393,7 +373,3 @@ class Supervisor:
         status = await child.status()
         self._children.discard(child)
         return Ended(status, failure or exit_words(status))
-
-
-def _rule(options: RestartOptions) -> str:
-    return f"server.restart: policy {options.policy}, at most {options.max_restarts} in {options.window:g} s"

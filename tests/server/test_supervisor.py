@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from nanoengine.server.config import RestartOptions
-from nanoengine.server.supervisor import Restarts
+from nanoengine.server.restarts import Restarts
 from tests.server.running import Running, alive, command_of, until
 
 STUBS = Path(__file__).with_name("stubs.py")

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from nanoengine.service.control import Control, Message
-from nanoengine.service.engine_process import environment
+from nanoengine.service.engine_process import process_options
 
 _KILL_SECONDS = 5.0
 
@@ -31,14 +31,7 @@ class Child:
         control, theirs = Control.pair()
         try:
             process = await asyncio.create_subprocess_exec(
-                *command,
-                str(theirs.fileno()),
-                *arguments,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=2,  # standard error: nothing that a plugin prints may be in the command's output
-                pass_fds=(theirs.fileno(), *fds),
-                env=environment(),
-                process_group=0,  # so that Ctrl-C in a terminal reaches only the supervisor
+                *command, str(theirs.fileno()), *arguments, **process_options(theirs.fileno(), *fds)
             )
         except BaseException:
             control.close()

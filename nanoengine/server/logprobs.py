@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
-from nanoengine.api.deltas import LogprobRows
+from nanoengine.api.deltas import LogprobRows, join_rows
+from nanoengine.api.outputs import Logprob
 from nanoengine.text import Tokenizer
+from nanoengine.text.outputs import logprobs_by_id
 
 _LEAST = -9999.0  # what OpenAI answers for -inf, which JSON cannot say
 Pair = tuple[int, float]
@@ -31,13 +33,13 @@ class TokenTexts:
         return list(self._tokenizer.token_bytes(token_id))
 
 
-def _positions(rows: LogprobRows) -> Iterator[tuple[int, float, int, list[Pair]]]:
-    """Of each position: the token, its log-prob, its rank, and the likeliest tokens, best first."""
+def _positions(rows: LogprobRows) -> Iterator[tuple[int, float, list[Pair]]]:
+    """Of each position: the token, its log-prob, and the likeliest tokens, best first."""
     ids, values = rows.top_ids.tolist(), [max(value, _LEAST) for value in rows.top_logprobs.tolist()]
-    tokens, own, ranks = rows.token_ids.tolist(), rows.logprobs.tolist(), rows.ranks.tolist()
+    tokens, own = rows.token_ids.tolist(), rows.logprobs.tolist()
     for i, (start, end) in enumerate(pairwise(rows.top_offsets.tolist())):
         best = list(zip(ids[start:end], values[start:end], strict=True))
-        yield tokens[i], max(own[i], _LEAST), ranks[i], best
+        yield tokens[i], max(own[i], _LEAST), best
 
 
 def chat_logprobs(rows: LogprobRows, texts: TokenTexts) -> list[dict[str, Any]]:
@@ -48,7 +50,7 @@ def chat_logprobs(rows: LogprobRows, texts: TokenTexts) -> list[dict[str, Any]]:
 
     return [
         {**entry(token, value), "top_logprobs": [entry(*pair) for pair in best]}
-        for token, value, _, best in _positions(rows)
+        for token, value, best in _positions(rows)
     ]
 
 
@@ -82,7 +84,7 @@ class CompletionLogprobs:
 
         if first is not None:
             add(first, None, None)
-        for token, value, _, best in () if rows is None else _positions(rows):
+        for token, value, best in () if rows is None else _positions(rows):
             add(token, value, best)
         return {
             "tokens": tokens,
@@ -92,14 +94,17 @@ class CompletionLogprobs:
         }
 
 
-def prompt_logprobs(rows: LogprobRows, texts: TokenTexts) -> list[dict[str, Any]]:
-    """vLLM's `prompt_logprobs`: of each position {id: {logprob, rank, decoded_token}}, without the first token's."""
-    found = []
-    for token, value, rank, best in _positions(rows):
-        entries, at = dict[str, Any](), 1
-        for number, (each, likely) in enumerate(best):
-            at = number + 1 if number and likely < best[number - 1][1] else at
-            entries[str(each)] = {"logprob": likely, "rank": at, "decoded_token": texts.text(each)}
-        entries[str(token)] = {"logprob": value, "rank": rank, "decoded_token": texts.text(token)}
-        found.append(entries)
-    return found
+def prompt_logprobs(parts: Sequence[LogprobRows], texts: TokenTexts) -> list[dict[str, Any] | None] | None:
+    """vLLM's `prompt_logprobs`: of each position {id: {logprob, rank, decoded_token}}, None for the first token.
+
+    None of no parts.
+    """
+    rows = join_rows(parts)
+    if rows is None:
+        return None
+
+    def shown(each: Logprob) -> dict[str, Any]:
+        return {"logprob": max(each.logprob, _LEAST), "rank": each.rank, "decoded_token": each.decoded_token}
+
+    found = logprobs_by_id(rows, texts.text)
+    return [None, *({str(token): shown(each) for token, each in entries.items()} for entries in found)]

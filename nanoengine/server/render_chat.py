@@ -129,8 +129,7 @@ class ChatStream:
         if self._ids:
             fields["prompt_token_ids"] = run.generation.prompt_token_ids
         if self._style.request.prompt_logprobs is not None:
-            rows = join_rows(self._prompt)
-            fields["prompt_logprobs"] = None if rows is None else [None, *prompt_logprobs(rows, self._style.texts)]
+            fields["prompt_logprobs"] = prompt_logprobs(self._prompt, self._style.texts)
         more = encode(fields)[1:-1] + b"," if fields else b""
         fixed = b'"delta":{"role":"assistant","content":""},%s"logprobs":null' % more
         return self._chunks.chunk(b'{"index":%d,%s,%s}' % (index, fixed, _OPEN), run.usage)
@@ -190,8 +189,7 @@ class ChatBody:
         found["choices"] = [self._choice(*each) for each in sorted(self._messages.items())]
         found["usage"] = usage_fields(usage_of(runs))
         if request.prompt_logprobs is not None:
-            rows = join_rows(self._prompt)
-            found["prompt_logprobs"] = None if rows is None else [None, *prompt_logprobs(rows, style.texts)]
+            found["prompt_logprobs"] = prompt_logprobs(self._prompt, style.texts)
         if request.return_token_ids:
             found["prompt_token_ids"] = runs[0].generation.prompt_token_ids
         return encode(found)

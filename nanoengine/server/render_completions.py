@@ -102,16 +102,15 @@ class CompletionStream:
     def _opening(self, number: int, index: int, run: Running) -> bytes:
         """The prompt, as far as it is wanted, in front of a sample's first tokens."""
         style, echo = self._style, self._style.echo
-        texts, prompt, rows = style.texts, run.generation.prompt_token_ids, join_rows(self._prompts.get(number, []))
+        texts, prompt, parts = style.texts, run.generation.prompt_token_ids, self._prompts.get(number, [])
         text = echo[number] if echo else ""
         self._logprobs[index] = own = CompletionLogprobs(texts, self._wanted or 0, 0)
         logprobs = b"null"
         if echo and self._wanted is not None:
-            logprobs = encode(own.of(rows, prompt[0]))
+            logprobs = encode(own.of(join_rows(parts), prompt[0]))
         more = b',"prompt_token_ids":' + ids_json(prompt) if self._ids else b""
         if style.request.prompt_logprobs is not None:
-            shown = None if rows is None else [None, *prompt_logprobs(rows, texts)]
-            more += b',"prompt_logprobs":' + encode(shown)
+            more += b',"prompt_logprobs":' + encode(prompt_logprobs(parts, texts))
         return self._chunk(run, index, text, logprobs, more) if text or more or logprobs != b"null" else b""
 
     def _chunk(
@@ -166,11 +165,11 @@ class CompletionBody:
 
     def _choice(self, index: int, choice: _Choice, number: int, run: Running) -> dict[str, Any]:
         style, request, prompt = self._style, self._style.request, run.generation.prompt_token_ids
-        rows, own = join_rows(self._prompts.get(number, [])), join_rows(choice.rows)
+        parts, own = self._prompts.get(number, []), join_rows(choice.rows)
         logprobs = None
         if request.logprobs is not None:
             form = CompletionLogprobs(style.texts, request.logprobs)
-            logprobs = form.of(rows, prompt[0]) if style.echo else form.of(own)
+            logprobs = form.of(join_rows(parts), prompt[0]) if style.echo else form.of(own)
             if style.echo:
                 more = form.of(own)
                 for key, values in logprobs.items():
@@ -184,7 +183,7 @@ class CompletionBody:
             "stop_reason": None if ended is None else ended.stop_reason,
         }
         if request.prompt_logprobs is not None:
-            found["prompt_logprobs"] = None if rows is None else [None, *prompt_logprobs(rows, style.texts)]
+            found["prompt_logprobs"] = prompt_logprobs(parts, style.texts)
         if request.return_token_ids:
             found |= {"prompt_token_ids": list(prompt), "token_ids": choice.token_ids}
         return found

@@ -28,6 +28,7 @@ from nanoengine.service.frames import (
     read_ask,
     read_json,
     read_usage,
+    sent,
 )
 from nanoengine.service.local import drained, merged
 from nanoengine.service.loop import EngineService
@@ -103,13 +104,11 @@ class Connection:
     def _write(self, data: bytes | memoryview) -> None:
         """Send what the socket takes; the event loop sends the rest. With the lock held."""
         try:
-            sent = self._socket.send(data)
-        except (BlockingIOError, InterruptedError):
-            sent = 0
+            count = sent(self._socket, data)
         except OSError:  # the client is gone; what is left of the frame goes nowhere
             self._loop.call_soon_threadsafe(self.close, None)
             return
-        self._rest = memoryview(data)[sent:]
+        self._rest = memoryview(data)[count:]
         if self._rest:
             self._loop.call_soon_threadsafe(self._wait_for_room)
 

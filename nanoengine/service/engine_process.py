@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
+from typing import Any
 
 from nanoengine.api import errors
 from nanoengine.api.errors import EngineUnavailable, NanoEngineError
@@ -36,12 +37,7 @@ class EngineProcess:
         control, theirs = Control.pair()
         try:
             process = subprocess.Popen(
-                [*python(MODULE), str(theirs.fileno()), "untied"],
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # standard error: what a plugin prints must not be in the program's output
-                pass_fds=(theirs.fileno(),),
-                env=environment(),
-                process_group=0,  # so that Ctrl-C in a terminal reaches only this process
+                [*python(MODULE), str(theirs.fileno()), "untied"], **process_options(theirs.fileno())
             )
         except BaseException:
             control.close()
@@ -106,7 +102,13 @@ def python(module: str) -> list[str]:
     return [sys.executable, "-P", "-m", module]
 
 
-def environment() -> dict[str, str]:
-    """The environment of a process: that of this one, with this one's import path."""
+def process_options(*fds: int) -> dict[str, Any]:
+    """Arguments of `subprocess.Popen` for a process that inherits `fds` and this one's import path."""
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
-    return {**os.environ, "PYTHONPATH": path}
+    return {
+        "stdin": subprocess.DEVNULL,
+        "stdout": 2,  # standard error: what a plugin prints must not be in the program's output
+        "pass_fds": fds,
+        "env": {**os.environ, "PYTHONPATH": path},
+        "process_group": 0,  # so that Ctrl-C in a terminal reaches only this process
+    }

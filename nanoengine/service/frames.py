@@ -8,6 +8,7 @@ user's input is; what comes from the engine is trusted.
 from __future__ import annotations
 
 import json
+import socket
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -60,6 +61,14 @@ class ProtocolError(NanoEngineError):
 
 def frame(kind: Kind, content: bytes) -> bytes:
     return _HEAD.pack(kind, len(content)) + content
+
+
+def sent(sock: socket.socket, data: bytes | bytearray | memoryview) -> int:
+    """How many bytes of it the socket took: 0 while it is full. Raises `OSError`."""
+    try:
+        return sock.send(data)
+    except (BlockingIOError, InterruptedError):
+        return 0
 
 
 def json_frame(kind: Kind, **values: Any) -> bytes:

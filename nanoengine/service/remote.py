@@ -24,6 +24,7 @@ from nanoengine.service.frames import (
     info_from_json,
     json_frame,
     read_json,
+    sent,
     stats_from_json,
     usage_frame,
 )
@@ -274,9 +275,7 @@ class RemoteClient:
             raise EngineUnavailable("the engine does not read what it is sent", retry_after=5.0)
         if not self._unsent:
             try:
-                data = data[self._socket.send(data) :]
-            except (BlockingIOError, InterruptedError):
-                pass
+                data = data[sent(self._socket, data) :]
             except OSError as error:
                 self._loop.call_soon(self._check_end, self._socket, str(error))
                 return
@@ -291,9 +290,7 @@ class RemoteClient:
     def _writable(self) -> None:
         assert self._socket is not None
         try:
-            del self._unsent[: self._socket.send(self._unsent)]
-        except (BlockingIOError, InterruptedError):
-            return
+            del self._unsent[: sent(self._socket, self._unsent)]
         except OSError as error:
             self._lost(f"the connection to the engine broke: {error}")
             return

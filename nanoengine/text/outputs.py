@@ -6,7 +6,7 @@ A stop string is found here, and not by the engine: `OutputAssembler.take` says 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -185,12 +185,12 @@ class OutputAssembler:
                 if sample.finish_reason is None:  # else a stop string has ended it: the rest is dropped
                     if self._first_token is None and new[1]:
                         self._first_token = time.monotonic()
-                    sample.take(new, () if new[2] is None else self._logprobs(new[2]))
+                    sample.take(new, () if new[2] is None else logprobs_by_id(new[2], self._token_text))
                     if sample.finish_reason is not None:
                         self._open -= 1
                         stopped += (sample.index,) if new[3] is None else ()
             if prompt_logprobs is not None and self._prompt_logprobs is not None:
-                self._prompt_logprobs += tuple(self._logprobs(prompt_logprobs))
+                self._prompt_logprobs += tuple(logprobs_by_id(prompt_logprobs, self._token_text))
         except BaseException as raised:
             if not is_failure(raised):
                 raise
@@ -247,23 +247,24 @@ class OutputAssembler:
     def _fail(self, error: RequestError) -> None:
         self.error, self.finished, self._ended = error, True, time.monotonic()
 
-    def _logprobs(self, rows: LogprobRows) -> list[Logprobs]:
-        """One dict for each position: the best tokens first, then the token itself if it is not one of them.
-
-        Of tokens with equal log-probs each has the lowest of their ranks.
-        """
-        out: list[Logprobs] = []
-        ids, values = rows.top_ids.tolist(), rows.top_logprobs.tolist()
-        own = zip(rows.token_ids.tolist(), rows.logprobs.tolist(), rows.ranks.tolist(), strict=True)
-        for (start, end), (chosen, value, place) in zip(pairwise(rows.top_offsets.tolist()), own, strict=True):
-            best: Logprobs = {}
-            rank = 1
-            for at in range(start, end):
-                rank = at - start + 1 if at > start and values[at] < values[at - 1] else rank
-                best[ids[at]] = Logprob(values[at], rank, self._token_text(ids[at]))
-            best[chosen] = Logprob(value, place, self._token_text(chosen))
-            out.append(best)
-        return out
-
     def _token_text(self, token_id: int) -> str | None:
         return None if self._tokenizer is None else self._tokenizer.token_text(token_id)
+
+
+def logprobs_by_id(rows: LogprobRows, text: Callable[[int], str | None]) -> list[Logprobs]:
+    """One dict for each position: the best tokens first, then the token itself if it is not one of them.
+
+    Of tokens with equal log-probs each has the lowest of their ranks. `text`: of a token.
+    """
+    out: list[Logprobs] = []
+    ids, values = rows.top_ids.tolist(), rows.top_logprobs.tolist()
+    own = zip(rows.token_ids.tolist(), rows.logprobs.tolist(), rows.ranks.tolist(), strict=True)
+    for (start, end), (chosen, value, place) in zip(pairwise(rows.top_offsets.tolist()), own, strict=True):
+        best: Logprobs = {}
+        rank = 1
+        for at in range(start, end):
+            rank = at - start + 1 if at > start and values[at] < values[at - 1] else rank
+            best[ids[at]] = Logprob(values[at], rank, text(ids[at]))
+        best[chosen] = Logprob(value, place, text(chosen))
+        out.append(best)
+    return out

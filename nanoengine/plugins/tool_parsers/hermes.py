@@ -34,13 +34,4 @@ class Hermes(JsonCallsParser):
         return tagged(BEGIN, tags, required=required, parallel=parallel, separator="\n")
 
     def _read(self) -> Steps[None]:
-        while (yield from self._until(BEGIN)):
-            yield from self._space()
-            if not (yield from self._calls_in()):
-                self._reject(len(BEGIN))
-                continue
-            yield from self._space()
-            if (yield from self._literal(END)):
-                self._keep()
-            else:
-                self._back()
+        yield from self._between(BEGIN, END, self._calls_in)

@@ -34,16 +34,7 @@ class Pythonic(ScanningParser):
         yield from self._space()
         if not (yield from self._list()):
             self._back()
-        while (yield from self._until(BEGIN)):
-            yield from self._space()
-            if not (yield from self._list()):
-                self._reject(len(BEGIN))
-                continue
-            yield from self._space()
-            if (yield from self._literal(END)):
-                self._keep()
-            else:
-                self._back()
+        yield from self._between(BEGIN, END, self._list)
 
     def _list(self) -> Steps[bool]:
         """Reads a list of calls and reports them. Returns False, with the text held, if it begins with none.

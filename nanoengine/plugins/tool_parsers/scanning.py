@@ -192,3 +192,19 @@ class ScanningParser(ToolParser):
         """Reads a JSON value. Returns its text; "" if it is malformed."""
         parts: list[str] = []
         return "".join(parts) if (yield from self._json(parts.append)) else ""
+
+    def _between(self, begin: str, end: str, read: Callable[[], Steps[bool]]) -> Steps[None]:
+        """Reads what comes behind each `begin` by `read`, up to the end of the text. `end` may be missing.
+
+        If `read` returns False, with the text held, the marker is content.
+        """
+        while (yield from self._until(begin)):
+            yield from self._space()
+            if not (yield from read()):
+                self._reject(len(begin))
+                continue
+            yield from self._space()
+            if (yield from self._literal(end)):
+                self._keep()
+            else:
+                self._back()

@@ -85,6 +85,14 @@ class Running:
         assert self.process.poll() is None, self.log
         return self
 
+    def until_draining(self, path: str, body: Any = None) -> tuple[int, Mapping[str, str], bytes]:
+        """The first 503 that such a request is answered with: one HTTP process may be told to drain before another."""
+        until(lambda: self.get("/ready") == 503, lambda: self.log)
+        answer: tuple[int, Mapping[str, str], bytes] = until(
+            lambda: refused if (refused := self.ask(path, body))[0] == 503 else None, lambda: self.log
+        )
+        return answer
+
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 

@@ -227,9 +227,7 @@ def test_a5_a_long_prefill_is_healthy_and_a7_sigterm_drains(tmp_path: Path) -> N
 
         def drain() -> None:
             server.signal(signal.SIGTERM)
-            until(lambda: server.get("/ready") == 503, lambda: server.log)
-            status, headers, _ = server.ask("/v1/completions", {"prompt": PROMPT, "max_tokens": 4})
-            assert status == 503
+            _, headers, _ = server.until_draining("/v1/completions", {"prompt": PROMPT, "max_tokens": 4})
             assert "retry-after" in headers
             assert server.get("/health") == 200
 

@@ -74,9 +74,8 @@ def test_a7_sigterm_drains_and_ends_with_status_0(stubs: Stubs) -> None:
         running.readline()
         for pid in (*server.children(), server.process.pid):  # as a service manager does
             os.kill(pid, signal.SIGTERM)
-        until(lambda: server.get("/ready") == 503, lambda: server.log)
-        status, headers, body = server.ask("/count")
-        assert (status, headers["retry-after"], headers["connection"]) == (503, "1", "close")
+        _, headers, body = server.until_draining("/count")
+        assert (headers["retry-after"], headers["connection"]) == ("1", "close")
         assert "shutting down" in json.loads(body)["error"]["message"]
         assert server.get("/live") == 200
         assert server.get("/health") == 200

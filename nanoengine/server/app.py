@@ -12,11 +12,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from nanoengine.api.errors import NanoEngineError, nearest
-from nanoengine.server.auth import Keys, configured_keys
 from nanoengine.server.config import ServerConfig
 from nanoengine.server.context import Context
 from nanoengine.server.errors import ApiError, api_error, body_of, shortened
-from nanoengine.server.gate import Gate
 from nanoengine.server.parsing import Parsers
 from nanoengine.server.protocol.base import RequestModel
 from nanoengine.server.protocol.chat import ChatRequest
@@ -32,7 +30,6 @@ from nanoengine.server.protocol.tokens import (
     TokenizeRequest,
     TraceRequest,
 )
-from nanoengine.server.record import Observer, Tracer
 from nanoengine.server.requests import with_schemas
 from nanoengine.server.routes.admin import admin_router
 from nanoengine.server.routes.chat import chat_router
@@ -48,23 +45,14 @@ from nanoengine.text import Tokenizer
 
 
 def create_app(
-    client: EngineClient,
-    config: ServerConfig,
-    tokenizer: Tokenizer | None,
-    *,
-    parsers: Parsers | None = None,
-    keys: Keys | None = None,
-    tracer: Tracer | None = None,
-) -> Gate:
-    """The ASGI application.
+    client: EngineClient, config: ServerConfig, tokenizer: Tokenizer | None, parsers: Parsers | None = None
+) -> FastAPI:
+    """The routes. What every request passes before them is `Gate`.
 
     Args:
         client: must be connected, as its `info` decides which fields requests may have.
         tokenizer: of the model; None: only token ids work.
-        parsers: of tools and reasoning; None: none. keys: None: those of `config` and the environment.
-        tracer: makes spans of requests; None: nothing does.
-
-    Raises `ConfigError` for keys that cannot be read.
+        parsers: of tools and reasoning; None: none.
     """
     context = Context(
         client=client,
@@ -74,13 +62,6 @@ def create_app(
         pool=ThreadPoolExecutor(config.threads, thread_name_prefix="nanoengine-http"),
         long_pool=ThreadPoolExecutor(2, thread_name_prefix="nanoengine-http-long"),
     )
-    app = fastapi_app(context)
-    known = configured_keys(config) if keys is None else keys
-    return Gate(app, config, known, Observer(client, tracer))
-
-
-def fastapi_app(context: Context) -> FastAPI:
-    """The routes, without what `Gate` does."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

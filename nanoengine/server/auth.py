@@ -39,6 +39,11 @@ class Keys:
     def __len__(self) -> int:
         return len(self._hashes)
 
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """Each as in `ServerConfig.api_keys`."""
+        return tuple(f"{name}:sha256:{digest.hex()}" for digest, name in self._hashes.items())
+
     def caller(self, headers: Mapping[bytes, bytes]) -> Caller:
         """The owner of the key in `Authorization: Bearer KEY` or `x-api-key: KEY`. Raises `ApiError` 401."""
         if not self._hashes:

@@ -10,7 +10,6 @@ from typing import Any
 from nanoengine.server.auth import Caller, Keys
 from nanoengine.server.config import ServerConfig
 from nanoengine.server.errors import ApiError, body_of
-from nanoengine.server.lifecycle import DRAINING, PROBES, SHUTTING_DOWN
 from nanoengine.server.record import RECORD, Observer, Record
 
 Scope = MutableMapping[str, Any]
@@ -90,9 +89,6 @@ class Gate:
                 return
             if scope["path"] not in WITHOUT_KEY:
                 scope["nanoengine.caller"] = self._keys.caller(headers)
-            if scope.get(DRAINING) and scope["path"] not in PROBES:
-                closing = {"retry-after": "1", "connection": "close"}
-                raise ApiError(503, SHUTTING_DOWN, "unavailable", headers=closing)
             await self._app(scope, self._bounded(headers, receive), start)
         except ApiError as error:
             await self.refuse(scope, start, error)

@@ -73,6 +73,10 @@ class Served(Protocol):
         """The application; waits for the first engine. Raises `NanoEngineError` for a wrong configuration."""
         ...
 
+    def gate(self, inside: App) -> App:
+        """What every request passes before `inside`, from the start of the process to its end."""
+        ...
+
     async def close(self, why: str) -> None:
         """Abort what is running, which ends with the error `why`."""
         ...
@@ -119,7 +123,7 @@ class HttpProcess:
         except NanoEngineError as error:
             self._send("failed", message=str(error))
             return 1
-        server = _Server(self._options(), lambda: self._send("up"))
+        server = _Server(self._options(served), lambda: self._send("up"))
         work = [server.serve([self._listener]), self._obey(served), self._install(served), self._beat(served)]
         tasks = [asyncio.create_task(each) for each in work]
         for task in tasks:
@@ -135,10 +139,10 @@ class HttpProcess:
         await tasks[0]
         return status
 
-    def _options(self) -> uvicorn.Config:
+    def _options(self, served: Served) -> uvicorn.Config:
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         return uvicorn.Config(
-            self._lifecycle,
+            served.gate(self._lifecycle),
             loop="none", http=HttpConnection, ws="none", lifespan="off", interface="asgi3",
             log_config=None, access_log=False, server_header=False, proxy_headers=False, backlog=_BACKLOG,
             timeout_keep_alive=_KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=1,

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from nanoengine.server.errors import ApiError, body_of
+from nanoengine.server.errors import ApiError
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -18,13 +18,13 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 PROBES = frozenset({"/live", "/ready", "/health", "/metrics", "/load"})
 """Paths that are answered while the server drains, and do not keep it from ending."""
 DRAINING = "nanoengine.draining"
-"""Key of the scope of a request: True if this process takes no new ones. Probes are answered."""
+"""Key of the scope of a probe: True if this process takes no new requests."""
 SHUTTING_DOWN = "the server is shutting down"
 _RETRY_SECONDS = {"starting": "5", "draining": "1"}
 
 
 class Lifecycle:
-    """An ASGI application around the one that `install` gives it.
+    """An ASGI application around the one that `install` gives it; the `Gate` before it answers what it raises.
 
     Attributes:
         phase: what the engine does until there is an application, for people.
@@ -80,19 +80,16 @@ class Lifecycle:
             await _json(send, 200, {"status": "alive"})
         elif path in PROBES:
             await self._probe(scope, receive, send)
-        elif self._draining and self._app is not None:  # which refuses it, with headers and a line in the log
-            await self._app({**scope, DRAINING: True}, receive, send)
         elif self._draining:
-            await self._refuse(path, send, "draining", SHUTTING_DOWN)
+            raise _refusal("draining", SHUTTING_DOWN)
         else:
             self._open += 1
             try:
                 if self._app is None and self._expected:
                     await self._wait_for_app()
                 if self._app is None:
-                    await self._refuse(path, send, "starting", f"the server is starting: {self.phase}")
-                else:
-                    await self._app(scope, receive, send)
+                    raise _refusal("starting", f"the server is starting: {self.phase}")
+                await self._app(scope, receive, send)
             finally:
                 self._open -= 1
                 self._report_idle()
@@ -111,22 +108,19 @@ class Lifecycle:
         else:
             await self._app({**scope, DRAINING: self._draining}, receive, send)
 
-    async def _refuse(self, path: str, send: Send, why: str, message: str) -> None:
-        headers = {"retry-after": _RETRY_SECONDS[why], "connection": "close"}
-        error = ApiError(503, message, "unavailable")
-        await _answer(send, 503, body_of(path, error), headers)
+
+def _refusal(why: str, message: str) -> ApiError:
+    headers = {"retry-after": _RETRY_SECONDS[why], "connection": "close"}
+    return ApiError(503, message, "unavailable", headers=headers)
 
 
-async def _json(send: Send, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
-    await _answer(send, status, msgspec.json.encode(body), headers or {})
-
-
-async def _answer(send: Send, status: int, body: bytes, headers: dict[str, str]) -> None:
+async def _json(send: Send, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
+    body = msgspec.json.encode(content)
     given = {
         "content-type": "application/json",
         "content-length": str(len(body)),
         "cache-control": "no-store",
-        **headers,
+        **(headers or {}),
     }
     raw = [(name.encode(), value.encode()) for name, value in given.items()]
     await send({"type": "http.response.start", "status": status, "headers": raw})

@@ -63,7 +63,7 @@ class Observer:
 
     async def ended(self, record: Record) -> None:
         record.ended = time.monotonic()
-        if record.path in _QUIET and record.status < 500:
+        if record.path in _QUIET and record.status in (200, 503):  # 503 is an answer that a probe wants
             return
         self._write(record)
         if record.usage is None:

@@ -13,12 +13,15 @@ import typer
 from nanoengine.api.errors import ConfigError
 from nanoengine.cli.common import FAILED, ConfigArgument, DebugOption, OverridesArgument, PluginOption, say, user_errors
 from nanoengine.observe.logs import configure_logs
+from nanoengine.server.auth import configured_keys
 from nanoengine.server.config import ServerConfig, server_config, service_options
 from nanoengine.server.listening import listen, url
 from nanoengine.server.supervisor import Launch, ServerFailed, Supervisor
 from nanoengine.service.source import EngineSource
 from nanoengine.setup.config.config import RunConfig, load_config
 from nanoengine.setup.plugins.discover import discover
+from nanoengine.setup.plugins.registry import Registry
+from nanoengine.text.sample_parser import reasoning_tags
 
 _NEEDED = ("fastapi", "uvicorn", "httptools", "msgspec", "prometheus_client")
 
@@ -38,9 +41,11 @@ def serve(
     """
     with user_errors(debug):
         files = [path.absolute() for path in plugin or ()]
-        composed = load_config(config, overrides or (), registry=discover(files))
+        registry = discover(files)
+        composed = load_config(config, overrides or (), registry=registry)
         options = server_config(composed.sections)
         _check_installed(options)
+        options = _checked(options, registry)
         try:
             status = run_server(composed, options, files)
         except ServerFailed as error:
@@ -72,6 +77,17 @@ def run_server(config: RunConfig, options: ServerConfig, plugin_files: Sequence[
 
 async def _run(options: ServerConfig, launch: Launch) -> int:
     return await Supervisor(options, launch).run()
+
+
+def _checked(options: ServerConfig, registry: Registry) -> ServerConfig:
+    """The options, with all keys as hashes: every HTTP process has those of the start, whatever the file becomes.
+
+    Raises `ConfigError` or `PluginError` for what would be wrong only in processes that start later.
+    """
+    if options.tool_parser not in (None, "auto"):
+        registry.require("tool_parsers", options.tool_parser)
+    reasoning_tags(options.reasoning_parser, template="")
+    return replace(options, api_keys=configured_keys(options).entries, api_keys_file=None)
 
 
 def _check_installed(options: ServerConfig) -> None:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 from nanoengine.server.app import create_app
 from nanoengine.server.auth import configured_keys
 from nanoengine.server.config import ServerConfig, TraceOptions
+from nanoengine.server.gate import Gate
 from nanoengine.server.lifecycle import App
 from nanoengine.server.parsing import load_parsers
+from nanoengine.server.record import Observer
 from nanoengine.service.remote import RemoteClient
 from nanoengine.service.text import tokenizer_of
 from nanoengine.setup.plugins.discover import discover
@@ -50,7 +52,10 @@ class ServedEngine:
         info = await self._client.ready()
         tokenizer = await asyncio.to_thread(tokenizer_of, info)
         parsers = load_parsers(self._registry, self._config, tokenizer)
-        return create_app(self._client, self._config, tokenizer, parsers=parsers, keys=self._keys, tracer=self._traces)
+        return create_app(self._client, self._config, tokenizer, parsers)
+
+    def gate(self, inside: App) -> App:
+        return Gate(inside, self._config, self._keys, Observer(self._client, self._traces))
 
     async def close(self, why: str) -> None:
         await self._client.close(why)

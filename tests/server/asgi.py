@@ -6,7 +6,17 @@ import asyncio
 import json
 from typing import Any
 
+from nanoengine.server.auth import Keys
+from nanoengine.server.config import ServerConfig
+from nanoengine.server.gate import App, Gate
+from nanoengine.server.record import Observer
+from nanoengine.service.client import EngineClient
 from server.support import Server
+
+
+def gated(app: App, client: EngineClient, config: ServerConfig | None = None, keys: Keys | None = None) -> Gate:
+    """The application behind what every request passes."""
+    return Gate(app, config or ServerConfig(), keys or Keys({}), Observer(client))
 
 
 class Connection:

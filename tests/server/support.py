@@ -16,8 +16,9 @@ from nanoengine.params.sampling_fields import CORE_TYPES
 from nanoengine.server.app import create_app
 from nanoengine.server.auth import Keys
 from nanoengine.server.config import ServerConfig
-from nanoengine.server.gate import Gate
+from nanoengine.server.gate import App, Gate
 from nanoengine.server.parsing import Parsers
+from nanoengine.server.record import Observer
 from nanoengine.service.client import ClientRequest, EngineInfo
 from nanoengine.testing.byte_tokenizer import END, byte_tokenizer
 from nanoengine.testing.fake_engine import Answer, FakeEngine
@@ -66,9 +67,12 @@ class Server:
         self.info = EngineInfo(model="fake", tokenizer=None, vocab_size=size, max_model_len=4096, **own)
         self.says, self._answer = says, answer
         self.engine = FakeEngine(self._answered, self.info)
-        self.app: Gate = create_app(
-            self.engine, ServerConfig(**(config or {})), self.tokenizer, parsers=parsers, keys=keys or Keys({})
-        )
+        options = ServerConfig(**(config or {}))
+        self.routes = create_app(self.engine, options, self.tokenizer, parsers)
+        self.app = self.gate(self.routes, options, keys)
+
+    def gate(self, inside: App, options: ServerConfig, keys: Keys | None = None) -> Gate:
+        return Gate(inside, options, keys or Keys({}), Observer(self.engine))
 
     def _answered(self, request: ClientRequest) -> Answer:
         if callable(self.says):

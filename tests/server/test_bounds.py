@@ -18,6 +18,7 @@ from nanoengine.service.loop import EngineService
 from nanoengine.service.options import LimitOptions, MetricOptions
 from nanoengine.service.parts import parts_of, service_of
 from nanoengine.testing import mock_model
+from tests.server.asgi import gated
 from tests.server.support import error_of
 from tests.service.support import until
 from tests.service.test_metrics import read, total
@@ -52,7 +53,7 @@ def served(llm: LLM, use: Any) -> None:
         service = service_of(llm, **parts_of(service_options(CONFIG, "mock")))
         service.start()
         client = LocalClient(service)
-        app = create_app(client, CONFIG, None, keys=KEYS)
+        app = gated(create_app(client, CONFIG, None), client, CONFIG, KEYS)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as http:
             await asyncio.wait_for(use(http, service), 60)
         await client.close()

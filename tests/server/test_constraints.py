@@ -16,13 +16,13 @@ import pytest
 from nanoengine import LLM
 from nanoengine.api import Constraint, Grammar, GrammarSpec, hookimpl
 from nanoengine.server.app import create_app
-from nanoengine.server.auth import Keys
 from nanoengine.server.config import ServerConfig
 from nanoengine.service.local import LocalClient
 from nanoengine.service.parts import service_of
 from tests.grammars.support import VOCAB, grammar_llm
 from tests.grammars.test_engine import Careless
 from tests.grammars.test_robust import HEAVY, TEXTS, spoiled
+from tests.server.asgi import gated
 from tests.server.support import error_of
 from tests.service.support import until
 
@@ -58,7 +58,7 @@ async def served(llm: LLM) -> AsyncIterator[httpx.AsyncClient]:
     service = service_of(llm)
     service.start()
     client = LocalClient(service)
-    app = create_app(client, ServerConfig(), llm._built.tokenizer, keys=Keys({}))
+    app = gated(create_app(client, ServerConfig(), llm._built.tokenizer), client)
     try:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as http:
             yield http

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 from starlette.routing import BaseRoute
 
 from nanoengine.api.errors import ConfigError
@@ -29,9 +28,7 @@ def keys() -> Keys:
 
 def routes(server: Server) -> Iterator[tuple[str, str]]:
     """(method, path) of everything that the application answers, documentation pages too."""
-    app: Any = server.app._app
-    assert isinstance(app, FastAPI)
-    todo: list[BaseRoute] = [*app.routes]
+    todo: list[BaseRoute] = [*server.routes.routes]
     while todo:
         route: Any = todo.pop()
         inner = getattr(getattr(route, "original_router", route), "routes", None)  # of an included router

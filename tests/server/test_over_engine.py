@@ -12,12 +12,11 @@ import pytest
 
 from nanoengine import LLM, SamplingParams
 from nanoengine.server.app import create_app
-from nanoengine.server.auth import Keys
 from nanoengine.server.config import ServerConfig
 from nanoengine.service.local import LocalClient
 from nanoengine.service.parts import service_of
 from nanoengine.testing import mock_model
-from tests.server.asgi import Connection
+from tests.server.asgi import Connection, gated
 from tests.server.support import choices, error_of, events
 
 VOCABULARY = 97
@@ -42,7 +41,7 @@ def served(llm: LLM, use: Any) -> None:
         service = service_of(llm)
         service.start()
         client = LocalClient(service)
-        app = create_app(client, ServerConfig(), None, keys=Keys({}))
+        app = gated(create_app(client, ServerConfig(), None), client)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as http:
             await asyncio.wait_for(use(http, app, client), 60)
         await client.close()

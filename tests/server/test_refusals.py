@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
-from collections.abc import MutableMapping
 from typing import Any
 
 import httpx
 import pytest
 
 from nanoengine.api.errors import EngineUnavailable, ParamsError, RequestError
+from nanoengine.server.auth import VARIABLE, configured_keys
+from nanoengine.server.config import ServerConfig
 from nanoengine.server.errors import ApiError
 from nanoengine.server.lifecycle import Lifecycle
 from nanoengine.server.protocol.base import checked
@@ -256,48 +258,49 @@ def test_what_a_converted_request_may_not_have_is_refused_and_no_failure_of_the_
     ("path", "shape"),
     [("/v1/chat/completions", {"message", "type", "param", "code"}), ("/v1/messages", {"message", "type"})],
 )
-@pytest.mark.parametrize("draining", [False, True])
-def test_a_server_that_starts_or_ends_refuses_in_the_shape_of_the_path(
-    path: str, shape: set[str], draining: bool
+@pytest.mark.parametrize("phase", ["starting", "draining before it served", "draining"])
+def test_a_server_that_starts_or_ends_refuses_as_one_that_serves(
+    phase: str, path: str, shape: set[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    lifecycle, sent = Lifecycle(0.0), list[MutableMapping[str, Any]]()
-    if draining:
+    """With the shape of the path, all headers, the question for a key, and a line in the log; and probes are true."""
+    options = ServerConfig(cors_origins=("https://chat.example",))
+    server, lifecycle = Server(config={"cors_origins": options.cors_origins}), Lifecycle(0.0)
+    if phase == "draining":
+        lifecycle.install(server.routes)
+        lifecycle.ready()
+    if phase != "starting":
         lifecycle.drain(lambda: None)
+    headers = {"origin": "https://chat.example", "x-request-id": "mine", "x-api-key": "sk-alice-123456"}
+    keys = configured_keys(ServerConfig(), {VARIABLE: "alice:sk-alice-123456"})
 
-    async def send(message: MutableMapping[str, Any]) -> None:
-        sent.append(message)
-
-    asyncio.run(lifecycle({"type": "http", "path": path}, receive=anything, send=send))
-    assert sent[0]["status"] == 503
-    error = json.loads(sent[1]["body"])["error"]
-    assert set(error) == shape
-    assert error["type"] == "overloaded_error"
-
-
-def test_a_server_that_ends_says_so_with_all_headers_and_its_probes_are_true() -> None:
-    server = Server(config={"cors_origins": ("https://chat.example",)})
-    lifecycle = Lifecycle(0.0)
-    lifecycle.install(server.app)
-    lifecycle.ready()
-    lifecycle.drain(lambda: None)
-    headers = {"origin": "https://chat.example", "x-request-id": "mine"}
-
-    async def ask() -> tuple[httpx.Response, httpx.Response, httpx.Response]:
-        transport = httpx.ASGITransport(lifecycle)
+    async def ask() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(server.gate(lifecycle, options, keys))
         async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            refused = await client.post("/v1/completions", json={"prompt": "a"}, headers=headers)
-            return refused, await client.get("/health"), await client.get("/ready")
+            found = [await client.post(path, json={"prompt": "a"}, headers=headers)]
+            found.append(await client.post(path, json={"prompt": "a"}))
+            return [*found, *[await client.get(each, headers=headers) for each in ("/live", "/ready", "/health")]]
 
-    refused, health, ready = asyncio.run(ask())
-    assert (refused.status_code, refused.headers["retry-after"], refused.headers["connection"]) == (503, "1", "close")
+    with caplog.at_level(logging.INFO, "nanoengine.access"):
+        refused, unknown, live, ready, health = asyncio.run(ask())
+    assert refused.status_code == 503
+    assert refused.headers["connection"] == "close"
+    assert refused.headers["retry-after"] == ("5" if phase == "starting" else "1")
     assert refused.headers["x-request-id"] == "mine"
     assert refused.headers["access-control-allow-origin"] == "https://chat.example"
-    assert (health.status_code, ready.status_code) == (200, 503)
-    assert (health.json()["status"], health.json()["ready"], health.json()["draining"]) == ("draining", False, True)
-
-
-async def anything() -> dict[str, Any]:
-    raise AssertionError("the body is not read")
+    assert set(refused.json()["error"]) == shape
+    assert refused.json()["error"]["type"] == "overloaded_error"
+    assert unknown.status_code == 401
+    lines = [record for record in caplog.records if record.name == "nanoengine.access"]
+    assert [record.getMessage() for record in lines] == [f"POST {path} 503", f"POST {path} 401"]
+    assert lines[0].fields["request_id"] == "mine"
+    assert lines[0].fields["client"] == "alice"
+    assert (live.status_code, ready.status_code) == (200, 503)
+    assert ready.json()["status"] == phase.split()[0]
+    if phase == "draining":
+        found = health.json()
+        assert (health.status_code, found["status"], found["ready"], found["draining"]) == (200, phase, False, True)
+    else:
+        assert (health.status_code, health.json()["status"]) == (503, "starting")
 
 
 def test_a34_n_has_a_limit_and_best_of_is_n() -> None:

@@ -1,0 +1,123 @@
+"""Products with weights of eight bits, FP8 (e4m3) or INT8, in plain torch: the reference of `eight_bit_triton`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nanoengine.kernels.activation import Activation, act_and_mul
+from nanoengine.kernels.linear import linear
+from nanoengine.kernels.rms_norm import add_rms_norm
+
+Inputs = Literal["plain", "token", "group", "tensor"]
+
+LEAST = 1e-12  # of what a scale is made from, so that a row of zeros has one
+_CHUNK = 1 << 21  # values of a weight that are float32 at a time
+
+
+@dataclass(frozen=True, slots=True)
+class EightBit:
+    """A weight of eight bits, and how what it is multiplied with is quantised.
+
+    Attributes:
+        weight: float8_e4m3fn or int8 [N, K], row-major.
+        scale: float32 [ceil(N / rows), ceil(K / columns)]; a weight's value is its code times its block's scale.
+        rows, columns: outputs and inputs of a block. One scale an output is rows=1, columns=K.
+        inputs: "plain": x is not quantised. Otherwise x is quantised to the weight's dtype, with a scale for each
+            token, for each `columns` inputs of a token ("group"), or with `input_scale` ("tensor").
+        input_scale: float32 [1]. bound: float32 [1]; with "token": what is larger does not count for the scale.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    rows: int
+    columns: int
+    inputs: Inputs
+    input_scale: Tensor | None = None
+    bound: Tensor | None = None
+
+    @property
+    def limit(self) -> float:
+        """The largest code."""
+        return 127.0 if self.weight.dtype == torch.int8 else 448.0
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale of x."""
+        return self.columns if self.inputs == "group" else self.weight.shape[1]
+
+
+def quantised(x: Tensor, w: EightBit) -> tuple[Tensor, Tensor]:
+    """x as codes of the weight's dtype [T, K], and their float32 scales [T, ceil(K / w.group)].
+
+    Codes are rounded to nearest, ties to even, and limited to the largest one. A scale is NaN if what it scales is
+    not finite.
+    """
+    count = -(-x.shape[1] // w.group)
+    values = torch.nn.functional.pad(x.float(), (0, count * w.group - x.shape[1])).view(len(x), count, w.group)
+    if w.inputs == "tensor":
+        assert w.input_scale is not None
+        scale = w.input_scale.expand(len(x), 1)
+    else:
+        most = values.abs().amax(2)
+        scale = (most if w.bound is None else torch.where(most > w.bound, w.bound, most)).clamp_min(LEAST) / w.limit
+    codes = (values / scale.unsqueeze(2)).clamp(-w.limit, w.limit)
+    scale = scale + (values - values).sum(2)  # NaN, if one of them is not finite: a limited code no longer says so
+    if w.weight.dtype == torch.int8:
+        codes = codes.round().nan_to_num_(0.0)
+    return codes.flatten(1)[:, : x.shape[1]].to(w.weight.dtype), scale.contiguous()
+
+
+def seen(x: Tensor, w: EightBit) -> Tensor:
+    """float32: x as the product sees it, quantised and dequantised."""
+    if w.inputs == "plain":
+        return x.float()
+    codes, scale = quantised(x, w)
+    return codes.float() * scale.repeat_interleave(w.group, 1)[:, : x.shape[1]]
+
+
+def dequantised(w: EightBit, first: int = 0, last: int | None = None) -> Tensor:
+    """float32: the values of outputs `first` to `last` [outputs, K]."""
+    codes = w.weight[first:last]
+    rows = torch.arange(first, first + len(codes), device=codes.device) // w.rows
+    return codes.float() * w.scale[rows].repeat_interleave(w.columns, 1)[:, : codes.shape[1]]
+
+
+def product(
+    w: EightBit,
+    x: Tensor,
+    bias: Tensor | None = None,
+    *,
+    gate: Activation | None = None,
+    add: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """x, quantised as `w` says, times the weight; then what usually follows: as `matvec.matvec`.
+
+    Sums and what follows them are float32, rounded once to x's dtype, or to that of `out`, which receives the result.
+    """
+    values, step = seen(x, w), max(1, _CHUNK // max(1, w.weight.shape[1]))
+    pieces = [linear(values, dequantised(w, at, at + step)) for at in range(0, len(w.weight), step)]
+    y = torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
+    y = y if bias is None else y + bias.float()
+    y = act_and_mul(y, gate) if gate else y
+    y = y if add is None else y + add.float()
+    return y.to(x.dtype) if out is None else out.copy_(y)
+
+
+def norm_product(
+    w: EightBit,
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    bias: Tensor | None = None,
+    *,
+    gate: Activation | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm`, then `product` of what it normalised. Returns (product, residual stream [T, K])."""
+    normed, total = add_rms_norm(x, residual, norm_weight, eps)
+    return product(w, normed, bias, gate=gate), total

@@ -1,0 +1,175 @@
+"""Products with weights of eight bits against their reference in torch, and that against the formats' own words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from nanoengine.kernels import eight_bit, eight_bit_triton
+from nanoengine.kernels.eight_bit import EightBit, dequantised
+from nanoengine.kernels.eight_bit_tile_triton import Tile, tiled
+from nanoengine.kernels.quantise_triton import quantised
+
+EPS = 1e-6
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+
+
+@pytest.fixture
+def weight(device):
+    generator = torch.Generator().manual_seed(7)
+
+    def make(dtype, n, k, inputs, *, rows=1, columns=0, input_scale=None, bound=None) -> EightBit:
+        columns = columns or k
+        values = torch.randn(n, k, generator=generator)
+        codes = (values * 40).clamp(-127, 127).round().to(torch.int8) if dtype == INT8 else (values * 60).to(FP8)
+        scale = torch.rand(-(-n // rows), -(-k // columns), generator=generator) * 0.02 + 0.01
+
+        def one(value):
+            return None if value is None else torch.tensor([value], device=device)
+
+        return EightBit(codes.to(device), scale.to(device), rows, columns, inputs, one(input_scale), one(bound))
+
+    return make
+
+
+KINDS = {
+    "fp8 token": {"dtype": FP8, "inputs": "token"},
+    "fp8 bound": {"dtype": FP8, "inputs": "token", "bound": 1.5},
+    "fp8 static": {"dtype": FP8, "inputs": "tensor", "input_scale": 0.004},
+    "fp8 weight": {"dtype": FP8, "inputs": "plain"},
+    "fp8 blocks": {"dtype": FP8, "inputs": "group", "rows": 32, "columns": 32},
+    "fp8 blocks a row each": {"dtype": FP8, "inputs": "group", "rows": 1, "columns": 32},
+    "fp8 blocks static": {"dtype": FP8, "inputs": "tensor", "rows": 32, "columns": 64, "input_scale": 0.01},
+    "fp8 blocks weight": {"dtype": FP8, "inputs": "plain", "rows": 32, "columns": 64},
+    "int8 token": {"dtype": INT8, "inputs": "token"},
+    "int8 static": {"dtype": INT8, "inputs": "tensor", "input_scale": 0.02},
+    "int8 weight": {"dtype": INT8, "inputs": "plain"},
+}
+kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+
+
+@kinds
+def test_codes_are_those_of_the_reference(rand, weight, kind) -> None:
+    """With ties, values that are rounded up to the next power of two, subnormal ones, and a row of zeros."""
+    if kind["inputs"] == "plain":
+        pytest.skip("nothing is quantised")
+    x = rand(5, 88)
+    x[1] = torch.linspace(-1, 1, 88)
+    x[2, :64] *= 0.001
+    x[3] = 0
+    w = weight(n=16, k=88, **kind)
+    codes, scale, total = quantised(x, w)
+    expected, expected_scale = eight_bit.quantised(x, w)
+    assert total is x
+    assert codes.dtype == w.weight.dtype
+    torch.testing.assert_close(scale, expected_scale, rtol=3e-7, atol=0)
+    off = (codes.float() - expected.float()).abs()  # a quotient's last bit may decide a tie
+    assert (off > 0).float().mean() < 0.01
+    assert (off <= expected.float().abs() / 7 + 1).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@kinds
+def test_what_is_not_finite_is_seen_in_its_row_alone(rand, weight, kind, value) -> None:
+    w, x = weight(n=16, k=64, **kind), rand(20, 64)
+    clean = eight_bit.product(w, x)
+    x[1, 3] = value
+    for rows in (x, x[:2]):
+        for module in (eight_bit, eight_bit_triton):
+            y = module.product(w, rows)
+            assert not y[1].isfinite().any()
+            torch.testing.assert_close(y[0], clean[0], rtol=0.01, atol=0.01)
+
+
+@kinds
+@pytest.mark.parametrize("rows", [1, 2, 20])
+@pytest.mark.parametrize(("gate", "with_bias", "with_add"), [(None, True, True), ("silu", True, False)])
+def test_product_agrees(rand, weight, assert_close, kind, rows, gate, with_bias, with_add) -> None:
+    n, k = 64, 88
+    w, x = weight(n=n, k=k, **kind), rand(rows, k)
+    bias = rand(n) if with_bias else None
+    add = rand(rows, n // 2 if gate else n) if with_add else None
+    expected = eight_bit.product(w, x.float(), bias, gate=gate, add=add)
+    assert expected.dtype == torch.float32
+    y = eight_bit_triton.product(w, x, bias, gate=gate, add=add)
+    assert y.dtype == x.dtype
+    assert_close(y, expected, bound=2e-3 if w.inputs != "plain" else None)
+
+
+@kinds
+@pytest.mark.parametrize("rows", [1, 9])
+def test_norm_product_agrees(rand, weight, assert_close, kind, rows) -> None:
+    w, x, norm_weight = weight(n=48, k=160, **kind), rand(rows, 160), rand(160)
+    for residual in (None, rand(rows, 160)):
+        y, total = eight_bit_triton.norm_product(w, x, residual, norm_weight, EPS)
+        expected, expected_total = eight_bit.norm_product(w, x, residual, norm_weight, EPS)
+        assert torch.equal(total, expected_total)
+        assert_close(y, expected, bound=4e-3)
+
+
+@kinds
+def test_k_in_parts_agrees(rand, weight, assert_close, kind) -> None:
+    """Parts of K, bands of token tiles, and outputs that do not fill a tile."""
+    w, x, add = weight(n=40, k=224, **kind), rand(19, 224), rand(19, 40)
+    plain = w.inputs == "plain"
+    codes, scale = (x, None) if plain else quantised(x, w)[:2]
+    block = w.columns if w.columns < 224 else 32
+    tile = Tile(block_n=32, block_k=block, block_t=16, warps=4, stages=2, splits=3)
+    for each in (tile, replace(tile, splits=1)):
+        y = tiled(w, codes, scale, None, dtype=x.dtype, add=add, tile=each)
+        assert_close(y, eight_bit.product(w, x, add=add), bound=2e-3)
+
+
+def test_out_receives_the_result(rand, weight) -> None:
+    w = weight(FP8, 32, 64, "token")
+    for rows in (1, 5):
+        x = rand(rows, 64)
+        for module in (eight_bit, eight_bit_triton):
+            out = torch.full((rows, 32), 9.0, dtype=torch.float32, device=x.device)
+            assert module.product(w, x, out=out) is out
+            torch.testing.assert_close(out, module.product(w, x).float(), rtol=2e-3, atol=2e-3)
+
+
+def test_no_rows_are_no_work(rand, weight) -> None:
+    for kind in KINDS.values():
+        w = weight(n=32, k=64, **kind)
+        assert eight_bit_triton.product(w, rand(0, 64), gate="silu").shape == (0, 16)
+        assert eight_bit_triton.norm_product(w, rand(0, 64), None, rand(64), EPS)[0].shape == (0, 32)
+
+
+class TestReference:
+    def test_a_weight_is_its_codes_times_its_blocks_scales(self, weight) -> None:
+        w = weight(FP8, 5, 7, "plain", rows=2, columns=3)
+        for n in range(5):
+            for k in range(7):
+                assert dequantised(w)[n, k] == w.weight[n, k].float() * w.scale[n // 2, k // 3]
+        assert torch.equal(dequantised(w, 3, 5), dequantised(w)[3:])
+
+    def test_large_weights_are_expanded_piece_by_piece(self, weight, rand, monkeypatch) -> None:
+        w, x = weight(FP8, 50, 32, "token"), rand(3, 32).float()
+        whole = eight_bit.product(w, x)
+        monkeypatch.setattr(eight_bit, "_CHUNK", 32 * 8)
+        torch.testing.assert_close(eight_bit.product(w, x), whole)
+
+    def test_a_groups_scale_is_its_largest_value_over_the_largest_code(self, weight) -> None:
+        w = weight(FP8, 4, 40, "group", rows=32, columns=32)
+        x = torch.linspace(-3, 5, 80, device=w.scale.device).view(2, 40)
+        codes, scale = eight_bit.quantised(x, w)
+        torch.testing.assert_close(scale, torch.stack([x[:, :32].abs().amax(1), x[:, 32:].abs().amax(1)], 1) / 448)
+        assert torch.equal(codes[:, 32:].float(), (x[:, 32:] / scale[:, 1:]).to(FP8).float())
+
+    def test_a_bound_limits_the_scale_and_the_values(self, weight) -> None:
+        w = weight(FP8, 4, 4, "token", bound=2.0)
+        codes, scale = eight_bit.quantised(torch.tensor([[1.0, -2.0, 8.0, 0.0]], device=w.scale.device), w)
+        assert scale.item() == pytest.approx(2 / 448)
+        assert codes.float().tolist() == [[224.0, -448.0, 448.0, 0.0]]
+
+    def test_int8_codes_are_symmetric(self, weight) -> None:
+        w = weight(INT8, 4, 4, "token")
+        codes, scale = eight_bit.quantised(torch.tensor([[254.0, -254.0, 5.0, 3.0]], device=w.scale.device), w)
+        assert codes.tolist() == [[127, -127, 2, 2]]  # 2.5 and 1.5: ties to even
+        assert scale.item() == 2.0

@@ -17,7 +17,7 @@ What it and the supervisor send each other (`service/control.py`):
 | `serving` | | it has the engine and its application |
 | `failed` | `message` | it cannot serve with this configuration; it ends with status 1 |
 | `idle` | | see `drain` |
-| `beat` | `hanging`: whether its engine makes no progress | once a second |
+| `beat` | `hanging`: whether its engine makes no progress; `connected`: whether it has one | once a second |
 
 It ends when its control socket closes.
 """
@@ -59,6 +59,11 @@ class Served(Protocol):
     @property
     def hanging(self) -> bool:
         """Whether the engine makes no progress."""
+        ...
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection to an engine."""
         ...
 
     def prepare(self) -> None:
@@ -194,7 +199,7 @@ class HttpProcess:
     async def _beat(self, served: Served) -> None:
         while True:
             await asyncio.sleep(BEAT_SECONDS)
-            self._send("beat", hanging=served.hanging)
+            self._send("beat", hanging=served.hanging, connected=served.connected)
 
     def _send(self, kind: str, **fields: Any) -> None:
         with suppress(OSError):  # the supervisor is gone: `_obey` ends

@@ -40,6 +40,10 @@ class ServedEngine:
     def hanging(self) -> bool:
         return not self._client.health.alive
 
+    @property
+    def connected(self) -> bool:
+        return self._client.is_connected
+
     def prepare(self) -> None:
         import transformers  # noqa: F401 - takes a while, and the tokenizer needs it
 

@@ -79,6 +79,7 @@ class Http:
     Attributes:
         up: it accepts connections. serving: it has the engine. idle: no request is open, while it is draining.
         silent: beats that it missed in a row. hanging: beats in a row by which its engine makes no progress.
+        apart: beats in a row by which it has no connection to an engine.
         failure: why it is killed, or what it says itself.
     """
 
@@ -88,6 +89,7 @@ class Http:
     idle: bool = False
     silent: int = 0
     hanging: int = 0
+    apart: int = 0
     failure: str = ""
 
 
@@ -247,15 +249,16 @@ class Supervisor:
         self._set_phase(READY)
         for http in self._http:
             http.hanging = 0
-            self._connect(http.child)
+            self._connect(http)
 
-    def _connect(self, http: Child) -> None:
+    def _connect(self, http: Http) -> None:
         """Gives the engine and an HTTP process the ends of a new socket."""
         assert self._engine is not None
+        http.apart = 0
         for_engine, for_http = socket.socketpair()
         with for_engine, for_http:
             self._engine.send("client", for_engine.fileno())
-            http.send("engine", for_http.fileno())
+            http.child.send("engine", for_http.fileno())
 
     def _set_phase(self, phase: str) -> None:
         self._phase = phase
@@ -302,7 +305,7 @@ class Supervisor:
                 http.up = True
                 http.child.send("phase", phase=self._phase)
                 if self._engine is not None:
-                    self._connect(http.child)
+                    self._connect(http)
                 if self._draining:
                     http.child.send("drain")
             case "serving":
@@ -315,6 +318,10 @@ class Supervisor:
                 http.failure = message.fields["message"]
             case "beat":
                 http.hanging = http.hanging + 1 if message.fields["hanging"] else 0
+                http.apart = 0 if message.fields["connected"] else http.apart + 1
+                if http.apart > 1 and self._engine is not None:  # one beat may have crossed a socket on its way
+                    _log.error("%s has lost its connection to the engine, and gets another", http.child.name)
+                    self._connect(http)
 
     async def _watch(self) -> None:
         """Kills what hangs, once a second. It counts beats, not time: all processes may have been frozen together."""

@@ -79,6 +79,11 @@ class RemoteClient:
         self._socket, self._reader, self._heard = sock, FrameReader(), time.monotonic()
         self._loop.add_reader(sock.fileno(), self._readable)
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection, on which an engine may answer."""
+        return self._socket is not None
+
     async def ready(self) -> EngineInfo:
         """Waits until an engine is there. Raises `EngineUnavailable` where none will come."""
         await self._ready_or_never.wait()

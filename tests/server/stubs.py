@@ -92,7 +92,7 @@ def http() -> None:
 
         def __init__(self, config: ServerConfig, plugin_files: Sequence[str]) -> None:
             self.config, self.plugin_files = config, plugin_files
-            self.alive, self.connected, self.closed = False, asyncio.Event(), asyncio.Event()
+            self.alive, self.came, self.closed = False, asyncio.Event(), asyncio.Event()
             if "unfit" in plugin_files:
                 raise ConfigError("the stub cannot serve this")
 
@@ -100,11 +100,15 @@ def http() -> None:
         def hanging(self) -> bool:
             return not self.alive or "hanging" in self.plugin_files
 
+        @property
+        def connected(self) -> bool:
+            return self.alive
+
         def prepare(self) -> None:
             pass
 
         async def app(self) -> Any:
-            await self.connected.wait()
+            await self.came.wait()
             if "unfit later" in self.plugin_files:
                 raise ConfigError("the stub cannot serve this model")
             return self.answer
@@ -118,7 +122,7 @@ def http() -> None:
         async def _watch(self, sock: socket.socket) -> None:
             reader, self.writer = await asyncio.open_connection(sock=sock)
             self.alive = True
-            self.connected.set()
+            self.came.set()
             await reader.read()
             self.alive = False
 
@@ -126,6 +130,8 @@ def http() -> None:
             self.closed.set()
 
         async def answer(self, scope: Any, receive: Any, send: Any) -> None:
+            if scope["path"] == "/break":
+                self.writer.close()
             status = 200 if self.alive or scope["path"] not in ("/ready", "/health") else 503
             await send({"type": "http.response.start", "status": status, "headers": []})
             number = int(scope["query_string"] or 1)

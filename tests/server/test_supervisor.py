@@ -138,6 +138,15 @@ def test_an_http_process_that_dies_is_started_again(stubs: Stubs) -> None:
     assert len(stubs.engines()) == 1
 
 
+def test_an_http_process_whose_connection_breaks_gets_another_to_the_same_engine(stubs: Stubs) -> None:
+    server = stubs().until_ready()
+    server.ask("/break")
+    server.logged(r"http 0 has lost its connection to the engine, and gets another")
+    server.until_ready()
+    assert server.get("/health") == 200
+    assert len(stubs.engines()) == 1
+
+
 def test_a6_an_engine_that_is_killed_is_started_again(stubs: Stubs) -> None:
     server = stubs(workers=3, restart={"backoff": 0.1}).until_ready()
     before = https(server)

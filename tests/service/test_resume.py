@@ -61,10 +61,19 @@ class Engines:
     def start(self) -> None:
         self.service = service_of(self._llm)
         self.service.start()
+        self.connect()
+        self.started += 1
+
+    def connect(self) -> None:
+        assert self.service is not None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._connection = Connection(self.service, theirs, lambda connection: None)
         self._client.connect(ours)
-        self.started += 1
+
+    def part(self) -> None:
+        """The connection ends, and the engine goes on."""
+        assert self._connection is not None
+        self._connection.close("a test")
 
     async def kill(self) -> None:
         """As SIGKILL: what was not sent is lost."""
@@ -119,6 +128,30 @@ def disturbed(llm: LLM, asked: list[ClientRequest], kills: int, seed: int = 0) -
         return found, continued
 
     return asyncio.run(main())
+
+
+def test_a_stream_goes_on_where_its_connection_breaks_and_its_engine_lives(llm: LLM) -> None:
+    asked = [request(str(i), [i + 1], max_tokens=300, ignore_eos=True, temperature=1.0, seed=i) for i in range(4)]
+    expected = undisturbed(llm, asked)
+
+    async def main() -> list[RequestDelta]:
+        client = RemoteClient()
+        engines = Engines(llm, client)
+        engines.start()
+        await client.ready()
+        reading = [asyncio.create_task(whole(await client.add(each))) for each in asked]
+        await until(lambda: engines.service is not None and engines.service.stats().steps > 10)
+        engines.part()
+        await until(lambda: not client.is_connected)
+        assert len(client._open) == 4
+        engines.connect()
+        found = list(await asyncio.wait_for(asyncio.gather(*reading), 60))
+        await client.close()
+        await engines.kill()
+        return found
+
+    found = asyncio.run(main())
+    assert [each.samples for each in found] == [each.samples for each in expected]
 
 
 def test_an_engine_in_the_place_of_one_that_drained_takes_nothing_new(llm: LLM) -> None:

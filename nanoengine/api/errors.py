@@ -107,7 +107,10 @@ class UnsupportedError(NanoEngineError):
 
 
 class ParamsError(NanoEngineError, ValueError):
-    """A sampling parameter is unknown, of the wrong type or out of range."""
+    """A sampling parameter is unknown, of the wrong type or out of range.
+
+    The message begins with the name of the parameter, as "top_k must be ...": a server takes the name of the field from
+    it."""
 
 
 class TokenizerMissing(NanoEngineError):

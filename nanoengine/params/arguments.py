@@ -185,14 +185,14 @@ def _encoded(text: str, encode: Callable[[str], list[int]]) -> list[int] | Reque
 
 
 def checked_ids(
-    token_ids: Any, vocab_size: int, max_model_len: int, new_tokens: int = 1
+    token_ids: Any, vocab_size: int, max_model_len: int, new_tokens: int = 1, name: str = "prompt"
 ) -> tuple[int, ...] | RequestError:
     """Plain ints in the vocabulary, that leave room for `new_tokens` (0 or 1) in `max_model_len`; or the error that
-    rejects the prompt."""
+    rejects the prompt. name: what the message about an id calls the prompt."""
     if isinstance(token_ids, RequestError):  # the caller has found an error already
         return token_ids
     try:
-        return _checked(token_ids, vocab_size, max_model_len, new_tokens)
+        return _checked(token_ids, vocab_size, max_model_len, new_tokens, name)
     except BaseException as error:  # the class of a list or an id may be any code
         if not is_failure(error):
             raise
@@ -214,7 +214,9 @@ def too_long(tokens: int, max_model_len: int, least: str = "", new_tokens: int =
     )
 
 
-def _checked(token_ids: Any, vocab_size: int, max_model_len: int, new_tokens: int) -> tuple[int, ...] | RequestError:
+def _checked(
+    token_ids: Any, vocab_size: int, max_model_len: int, new_tokens: int, name: str
+) -> tuple[int, ...] | RequestError:
     """As `checked_ids`, but raises what reading raises. At most one id too many is read."""
     above = max_model_len - new_tokens + 1
     try:
@@ -232,7 +234,7 @@ def _checked(token_ids: Any, vocab_size: int, max_model_len: int, new_tokens: in
         return RequestError("invalid_prompt", f"a prompt is {valid} may be added, not {kind_of(token_ids)}")
     if not given:
         return RequestError("invalid_prompt", "the prompt is empty: at least one token is needed")
-    return in_vocabulary(given, vocab_size, "prompt", "invalid_prompt")
+    return in_vocabulary(given, vocab_size, name, "invalid_prompt")
 
 
 def in_vocabulary(token_ids: Sequence[Any], vocab_size: int, name: str, code: str) -> tuple[int, ...] | RequestError:

@@ -15,6 +15,7 @@ from nanoengine.api.errors import NanoEngineError, nearest
 from nanoengine.server.config import ServerConfig
 from nanoengine.server.context import Context
 from nanoengine.server.errors import ApiError, api_error, body_of, shortened
+from nanoengine.server.field_names import FIELD_NAMES, FieldNames
 from nanoengine.server.parsing import Parsers
 from nanoengine.server.protocol.base import RequestModel
 from nanoengine.server.protocol.chat import ChatRequest
@@ -108,6 +109,8 @@ def _routers(context: Context, chat: type[ChatRequest], completion: type[Complet
 
 async def _failed(request: Request, raised: Exception) -> Response:
     error = _of_http(request, raised) if isinstance(raised, HTTPException) else api_error(raised)
+    names: FieldNames | None = request.scope.get(FIELD_NAMES)
+    error = error if names is None else names.named(error)
     return Response(body_of(request.url.path, error), error.status, error.headers, media_type="application/json")
 
 

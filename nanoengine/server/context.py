@@ -16,6 +16,7 @@ from nanoengine.api.errors import TokenizerMissing
 from nanoengine.server.auth import Caller
 from nanoengine.server.config import ServerConfig
 from nanoengine.server.errors import ApiError, invalid
+from nanoengine.server.field_names import FIELD_NAMES, names_of
 from nanoengine.server.gate import REQUEST_ID
 from nanoengine.server.parsing import Parsers
 from nanoengine.server.protocol.base import Model, parsed
@@ -78,8 +79,11 @@ class Context:
         except ClientDisconnect:
             raise ApiError(499, "the client closed the connection", "disconnected") from None
         if len(body) < _INLINE:
-            return parsed(model, bytes(body))
-        return await self.in_thread(lambda: parsed(model, bytes(body)), len(body))
+            found = parsed(model, bytes(body))
+        else:
+            found = await self.in_thread(lambda: parsed(model, bytes(body)), len(body))
+        request.scope[FIELD_NAMES] = names_of(found)
+        return found
 
 
 def caller_of(request: Request) -> Caller:

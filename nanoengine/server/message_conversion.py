@@ -7,16 +7,30 @@ from typing import Any
 
 from nanoengine.server.conversations import kind_of, only, part_text, texts_of, wrong_kind
 from nanoengine.server.errors import invalid
+from nanoengine.server.field_names import Converted, Renames
 from nanoengine.server.protocol.messages import CountRequest, MessagesRequest
 
+_SCHEMA, _FORMAT = r"response_format\.json_schema(?:\.schema)?", "response_format"
+_NAMES = {
+    "stop": "stop_sequences",
+    "user": "metadata.user_id",
+    "reasoning_effort": "output_config.effort",
+    r"tools\[(\d+)\]\.function\.parameters": r"tools[\1].input_schema",
+    r"tools\[(\d+)\]\.function": r"tools[\1]",
+    r"tool_choice\.function": "tool_choice",
+    "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
+    r"chat_template_kwargs\.enable_thinking|include_reasoning": "thinking",
+    "continue_final_message|add_generation_prompt": "messages",
+}
 _TEXT = ("text",)
 _USER = ("text", "tool_result")
 _ASSISTANT = ("text", "tool_use", "thinking")
 
 
-def as_chat(body: CountRequest) -> dict[str, Any]:
-    """The fields of the `ChatRequest`. Raises `ApiError`."""
-    fields: dict[str, Any] = {"messages": _messages(body), **_tools(body)}
+def as_chat(body: CountRequest) -> Converted:
+    """As a `ChatRequest`. Raises `ApiError`."""
+    messages, origins = _messages(body)
+    fields: dict[str, Any] = {"messages": messages, **_tools(body)}
     if body.messages[-1].get("role") == "assistant":  # the answer goes on with this text
         fields |= {"continue_final_message": True, "add_generation_prompt": False}
     thinking, config = body.thinking, body.output_config
@@ -31,7 +45,8 @@ def as_chat(body: CountRequest) -> dict[str, Any]:
         fields["response_format"] = {"type": "json_schema", "json_schema": {"schema": wanted.schema_}}
     if isinstance(body, MessagesRequest):
         fields |= _sampling(body)
-    return fields
+    place = "output_format" if body.output_format is not None else "output_config.format"
+    return Converted(fields, Renames({**_NAMES, _SCHEMA: f"{place}.schema", _FORMAT: place}, origins))
 
 
 def _sampling(body: MessagesRequest) -> dict[str, Any]:
@@ -65,11 +80,13 @@ def _tools(body: CountRequest) -> dict[str, Any]:
     return fields
 
 
-def _messages(body: CountRequest) -> list[dict[str, Any]]:
+def _messages(body: CountRequest) -> tuple[list[dict[str, Any]], list[str]]:
+    """The messages, and of each which field it comes from."""
     if not body.messages:
         raise invalid("messages is empty; give at least one", "messages")
-    found: list[dict[str, Any]] = []
+    found, origins = list[dict[str, Any]](), list[str]()
     if body.system is not None:
+        origins.append("system")
         found.append({"role": "system", "content": texts_of(body.system, "system", _TEXT)})
     names: dict[str, str] = {}  # of the functions that were called, by the ids of the calls
     for index, message in enumerate(body.messages):
@@ -84,7 +101,8 @@ def _messages(body: CountRequest) -> list[dict[str, Any]]:
             found.append(_of_assistant(content, f"{where}.content", names))
         else:
             raise invalid(f"{where}.role must be 'user' or 'assistant', not {role!r:.100}", f"{where}.role")
-    return found
+        origins += [where] * (len(found) - len(origins))
+    return found, origins
 
 
 def _of_user(content: Any, where: str, names: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -103,8 +121,11 @@ def _of_user(content: Any, where: str, names: Mapping[str, str]) -> list[dict[st
             called = block["tool_use_id"]
             if called not in names:
                 raise invalid(f"{here}: no earlier message has a tool_use with the id {called!r:.100}", here)
-            text = texts_of(block.get("content") or "", f"{here}.content", _TEXT)
-            text = f"Error: {text}" if block.get("is_error") else text
+            failed, given = block.get("is_error"), block.get("content")
+            if not isinstance(failed, bool | None):
+                raise invalid(f"{here}.is_error must be true or false", f"{here}.is_error")
+            text = "" if given is None else texts_of(given, f"{here}.content", _TEXT)
+            text = f"Error: {text}" if failed else text
             results.append({"role": "tool", "tool_call_id": called, "name": names[called], "content": text})
         else:
             raise wrong_kind(kind, here, _USER)

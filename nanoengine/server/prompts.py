@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nanoengine.api.errors import RequestError, nearest, shown
 from nanoengine.params.arguments import checked_ids
 from nanoengine.server.context import Context
 from nanoengine.server.conversations import fit_call_ids
-from nanoengine.server.errors import ApiError, invalid, shortened
+from nanoengine.server.errors import ApiError, api_error, invalid, shortened
 
 _INLINE = 2_000  # characters that are tokenized at once; more go to a thread
 # Variables that choose the template or the kind of result, or are fields of their own.
@@ -39,7 +39,11 @@ async def completion_prompts(
     parts = _parts(given, context.config.max_prompts, name)
 
     def prompts() -> list[Prompt]:
-        return [_prompt(context, part, add_special_tokens, new_tokens) for part in parts]
+        names = [name] if parts[0] is given else [f"{name}[{index}]" for index in range(len(parts))]
+        return [
+            _prompt(context, part, add_special_tokens, new_tokens, where)
+            for part, where in zip(parts, names, strict=True)
+        ]
 
     size = sum(len(part) for part in parts)
     return prompts() if size <= _INLINE else await context.in_thread(prompts, size)
@@ -58,26 +62,35 @@ def _parts(given: Any, most: int, name: str) -> list[Any]:
     return given
 
 
-def _prompt(context: Context, part: str | list[Any], add_special_tokens: bool, new_tokens: int) -> Prompt:
-    text = part if isinstance(part, str) else None
-    if isinstance(part, str):
-        part = context.need_tokenizer().encode(part, add_special_tokens=add_special_tokens)
-    return Prompt(checked_prompt(context, part, new_tokens), text)
+def _prompt(context: Context, part: str | list[Any], add_special_tokens: bool, new_tokens: int, where: str) -> Prompt:
+    if not isinstance(part, str):
+        return Prompt(checked_prompt(context, part, where, new_tokens))
+    try:
+        ids = context.need_tokenizer().encode(part, add_special_tokens=add_special_tokens)
+    except RequestError as error:
+        raise _about(where, error) from error
+    return Prompt(checked_prompt(context, ids, where, new_tokens), part)
 
 
-def checked_prompt(context: Context, ids: Sequence[int], new_tokens: int = 1) -> tuple[int, ...]:
-    """Raises `RequestError` for an id outside the vocabulary, and for too many of them."""
+def checked_prompt(context: Context, ids: Sequence[int], where: str, new_tokens: int = 1) -> tuple[int, ...]:
+    """Raises `ApiError` with the param `where` for an id outside the vocabulary, and for too many of them."""
     info = context.client.info
-    found = checked_ids(ids, info.vocab_size, info.max_model_len, new_tokens)
+    found = checked_ids(ids, info.vocab_size, info.max_model_len, new_tokens, name=where)
     if isinstance(found, RequestError):
-        raise found
+        raise _about(where, found)
     return found
+
+
+def _about(where: str, error: RequestError) -> ApiError:
+    """Says which prompt is wrong. A message that begins with it says more."""
+    found = api_error(error)
+    return found if found.message.startswith(where) else replace(found, param=where)
 
 
 async def chat_prompt(context: Context, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Prompt:
     """The prompt of a conversation. `options`: see `template_options`. Raises `ApiError` or `RequestError`."""
     ids, text = await rendered(context, messages, options)
-    return Prompt(checked_prompt(context, ids), text)
+    return Prompt(checked_prompt(context, ids, "messages"), text)
 
 
 async def rendered(

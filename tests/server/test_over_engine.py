@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -125,5 +126,26 @@ def test_limits_of_the_engine_are_answered_by_name(llm: LLM) -> None:
             assert name in (await refused(**fields))["message"] or name == "stop"
         for name in ("logits_processors", "batch_logits_processor"):
             assert "function" in (await refused(**{name: ["os.system"]}))["message"]
+
+    served(llm, use)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", True), ("temperature", "1"), ("temperature", -1), ("top_k", 1.5), ("top_p", 2), ("min_p", None),
+        ("min_tokens", -1), ("seed", 2**70), ("repetition_penalty", 0),
+        ("logit_bias", {"1": "a"}), ("logit_bias", {"100000": 1}),
+        ("allowed_token_ids", [True]), ("stop_token_ids", [1, 2**40]),
+    ],
+)  # fmt: skip
+def test_a_value_that_the_engine_refuses_is_named_in_param(llm: LLM, field: str, value: Any) -> None:
+    async def use(http: httpx.AsyncClient, *_: Any) -> None:
+        response = await http.post("/v1/completions", json={"prompt": [1], "max_tokens": 1, field: value})
+        if value is None:  # no value
+            assert response.status_code == 200
+            return
+        error = error_of(response)
+        assert re.split(r"[.\[]", error["param"])[0] == field, error
 
     served(llm, use)

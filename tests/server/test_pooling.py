@@ -138,16 +138,16 @@ def test_dimensions_that_the_model_was_trained_for(trained: Any, asked: int) -> 
     assert values == unit(vector((1, 2))[:asked])
 
 
-REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
+REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({}, "input", "input is missing: give text, token ids, or a list of these"),
     ({"input": []}, "input", "input has 0 entries, and must have 1 to"),
     ({"input": 3}, "input", "input must be text, token ids, or a list of these, not 3"),
-    ({"input": [1, "a"]}, None, "prompt[1] is 'a', not a token id"),
+    ({"input": [1, "a"]}, "input[1]", "input[1] is 'a', not a token id"),
     ({"input": ["a", 1]}, "input", "input must be text, token ids, or a list of these"),
-    ({"input": [[1], []]}, None, "the prompt is empty"),
-    ({"input": [1_000_000]}, None, "outside the vocabulary"),
+    ({"input": [[1], []]}, "input[1]", "the prompt is empty"),
+    ({"input": [1_000_000]}, "input[0]", "outside the vocabulary"),
     ({"input": "a", "encoding_format": "hex"}, "encoding_format", "'float' or 'base64'"),
-    ({"input": "a", "dimensions": 2}, None, "dimensions is 2, and this model's embeddings have 4"),
+    ({"input": "a", "dimensions": 2}, "dimensions", "dimensions is 2, and this model's embeddings have 4"),
     ({"input": "a", "dimensions": "2"}, "dimensions", "integer"),
     ({"input": "a", "pooling": "cls"}, "pooling", "'mean' or 'last'"),
     ({"input": "a", "normalise": True}, "normalise", "did you mean 'normalize'"),
@@ -156,12 +156,12 @@ REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
     ({"input": "a", "use_activation": True}, "use_activation", "here it is called normalize"),
     ({"input": "a", "priority": 3}, "priority", "priority has no effect"),
     ({"input": "a", "timeout": -1}, "timeout", "timeout must be a number of seconds above 0"),
-    ({"input": "a", "cache_salt": ""}, None, "cache_salt must be a string that is not empty"),
+    ({"input": "a", "cache_salt": ""}, "cache_salt", "cache_salt must be a string that is not empty"),
 ]
 
 
 @pytest.mark.parametrize(("body", "param", "said"), REFUSED, ids=[str(body) for body, _, _ in REFUSED])
-def test_what_is_wrong_is_refused_by_name(server: Server, body: Any, param: str | None, said: str) -> None:
+def test_what_is_wrong_is_refused_by_name(server: Server, body: Any, param: str, said: str) -> None:
     error = error_of(server.post("/v1/embeddings", body))
     assert said in error["message"]
     assert error["param"] == param
@@ -271,14 +271,14 @@ def test_each_text_is_computed_and_counted_once(server: Server) -> None:
         ({"text_1": "a"}, "text_1", "not text_1"),
         ({"text_1": "a", "documents": "b"}, "documents", "not documents, text_1"),
         ({"text_1": "a", "text_2": "b", "queries": "c"}, "queries", "not queries, text_1, text_2"),
-        ({"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, None, "text_1 has 2 entries and text_2 has 3"),
+        ({"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, "text_1", "text_1 has 2 entries and text_2 has 3"),
         ({"text_1": "a", "text_2": []}, "text_2", "text_2 has 0 entries"),
         ({"text_1": "a", "text_2": {"content": []}}, "text_2", "text_2 must be text, token ids, or a list of these"),
         ({"text1": "a"}, "text1", "did you mean 'text_1'"),
         ({"text_1": "a", "text_2": "b", "dimensions": 2}, "dimensions", "unknown field 'dimensions'"),
     ],
 )
-def test_a_wrong_pair_is_refused(server: Server, body: Any, param: str | None, said: str) -> None:
+def test_a_wrong_pair_is_refused(server: Server, body: Any, param: str, said: str) -> None:
     error = error_of(server.post("/v1/score", body))
     assert said in error["message"]
     assert error["param"] == param

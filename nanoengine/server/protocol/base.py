@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from nanoengine.api.errors import nearest
@@ -27,6 +27,16 @@ FIRST_ERROR = _FailFast()
 
 Name = Annotated[str, Field(max_length=256)]
 """Who asks, which limits and counters keep."""
+
+
+def _refuse_true(value: bool) -> bool:
+    if value:
+        raise ValueError("only false is supported here")
+    return value
+
+
+OnlyFalse = Annotated[bool, AfterValidator(_refuse_true)]
+"""Not `Literal[False]`, which takes 0."""
 
 
 class RequestModel(BaseModel):

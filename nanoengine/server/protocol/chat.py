@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from nanoengine.server.protocol.base import FIRST_ERROR, RequestModel
+from nanoengine.server.protocol.base import FIRST_ERROR, OnlyFalse, RequestModel
 from nanoengine.server.protocol.generate import GenerateRequest
 
 Objects = Annotated[list[dict[str, Any]], FIRST_ERROR]
@@ -65,13 +65,13 @@ class ChatRequest(GenerateRequest):
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     include_reasoning: bool | None = None
-    add_special_tokens: Literal[False] | None = None  # the template writes them
+    add_special_tokens: OnlyFalse | None = None  # the template writes them
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     documents: Objects | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     modalities: list[Literal["text"]] | None = None
-    store: Literal[False] | None = None
+    store: OnlyFalse | None = None
     service_tier: Literal["auto", "default"] | None = None
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None

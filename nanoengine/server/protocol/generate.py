@@ -10,7 +10,7 @@ from pydantic import Field, create_model
 from nanoengine.api.errors import ParamsError
 from nanoengine.api.structured_outputs import StructuredOutputsParams
 from nanoengine.params.sampling_fields import NOT_SUPPORTED
-from nanoengine.server.protocol.base import FIRST_ERROR, Name, RequestModel
+from nanoengine.server.protocol.base import FIRST_ERROR, Name, OnlyFalse, RequestModel
 
 Ints = Annotated[list[int], FIRST_ERROR]
 Strings = Annotated[list[str], FIRST_ERROR]
@@ -25,7 +25,7 @@ class StreamOptions(RequestModel):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: OnlyFalse | None = None
 
 
 class JsonSchema(RequestModel):
@@ -105,6 +105,17 @@ class GenerateRequest(RequestModel):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     return_progress: bool | None = None
+
+    @property
+    def constraint_field(self) -> str | None:
+        """The field that says what the output must match, if one does."""
+        wanted = self.response_format
+        if wanted is not None and wanted.type == "json_schema":
+            return "response_format.json_schema.schema"
+        if wanted is not None and wanted.type != "text":
+            return "response_format"
+        names = ("structured_outputs", *(f"guided_{kind}" for kind in GUIDED))
+        return next((name for name in names if self.given(name)), None)
 
 
 Request = TypeVar("Request", bound=GenerateRequest)

@@ -7,9 +7,9 @@ from starlette.responses import Response
 
 from nanoengine.server.answers import Account, Answer
 from nanoengine.server.context import Context, caller_of, request_id_of
+from nanoengine.server.field_names import checked_chat
 from nanoengine.server.message_conversion import as_chat
 from nanoengine.server.prompts import rendered
-from nanoengine.server.protocol.base import checked
 from nanoengine.server.protocol.chat import ChatRequest
 from nanoengine.server.protocol.messages import CountRequest, MessagesRequest
 from nanoengine.server.render_messages import MessageBody, MessageStream
@@ -27,7 +27,7 @@ def messages_router(context: Context, model: type[ChatRequest]) -> APIRouter:
         account = Account(context, caller_of(request).name, "/v1/messages")
         body = await context.read(request, MessagesRequest)
         context.check_model(body.model)
-        chat = checked(model, as_chat(body))
+        chat = checked_chat(request.scope, model, as_chat(body))
         generation = await chat_generation(context, request, chat)
         request_id = request_id_of(request)
         kind = MessageStream if body.stream else MessageBody
@@ -39,7 +39,7 @@ def messages_router(context: Context, model: type[ChatRequest]) -> APIRouter:
         """The number of tokens of a conversation as a prompt."""
         body = await context.read(request, CountRequest)
         context.check_model(body.model)
-        chat = checked(model, as_chat(body))
+        chat = checked_chat(request.scope, model, as_chat(body))
         ids, _ = await rendered(context, chat.messages, chat_options(chat, template_tools(chat)))
         return {"input_tokens": len(ids)}
 

@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from nanoengine.server.answers import Account, Answer
 from nanoengine.server.context import Context, caller_of, request_id_of
-from nanoengine.server.protocol.base import checked
+from nanoengine.server.field_names import checked_chat
 from nanoengine.server.protocol.chat import ChatRequest
 from nanoengine.server.protocol.responses import ResponsesRequest
 from nanoengine.server.render_responses import ResponseBody, ResponseStream
@@ -28,7 +28,7 @@ def responses_router(context: Context, model: type[ChatRequest]) -> APIRouter:
         account = Account(context, caller_of(request).name, "/v1/responses")
         body = await context.read(request, ResponsesRequest)
         context.check_model(body.model)
-        generation = await chat_generation(context, request, checked(model, as_chat(body)))
+        generation = await chat_generation(context, request, checked_chat(request.scope, model, as_chat(body)))
         request_id = request_id_of(request)
         defaults = {**dict.fromkeys(_SAMPLING, 1.0), **context.client.info.default_sampling}
         sampling = {name: defaults[name] if getattr(body, name) is None else getattr(body, name) for name in _SAMPLING}

@@ -1,0 +1,1 @@
+"""The built-in quantisations: how the weights of layers are stored small."""

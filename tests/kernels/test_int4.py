@@ -1,0 +1,116 @@
+"""Products with weights of four bits, by Triton and in plain torch, against the dequantised weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+from nanoengine.kernels import int4, int4_triton
+from nanoengine.kernels.activation import act_and_mul
+from nanoengine.kernels.int4 import Int4Weight, dequantise, pack_codes, unpack_codes
+from nanoengine.kernels.int4_triton import Int4Tile
+from nanoengine.kernels.matvec_skinny_triton import tickets_on
+
+
+def weight_of(rand, outputs: int, inputs: int, group: int, *, zeros: bool = True) -> Int4Weight:
+    """Random codes and zeros, scales of float16."""
+    scales = 0.01 + 0.1 * rand(outputs, inputs // group).float().abs()
+    codes = (rand(outputs, inputs).float() * 3 + 8).round().clamp(0, 15)
+    zero = (rand(outputs, inputs // group).float() * 3 + 8).round().clamp(0, 15).to(torch.uint8) if zeros else None
+    return Int4Weight(pack_codes(codes), scales.half(), zero, group)
+
+
+def expected_of(x, weight, bias=None, *, gate=None, add=None) -> torch.Tensor:
+    """The float32 product with values made one by one from the definition."""
+    codes = unpack_codes(weight.codes).float()
+    scales = weight.scales.float().repeat_interleave(weight.group, 1)
+    zeros = 8.0 if weight.zeros is None else weight.zeros.float().repeat_interleave(weight.group, 1)
+    y = F.linear(x.float(), (codes - zeros) * scales, None if bias is None else bias.float())
+    y = act_and_mul(y, gate) if gate else y
+    return y if add is None else y + add.float()
+
+
+def test_codes_are_packed_in_units_of_32_inputs() -> None:
+    codes = torch.arange(64).mul(7).remainder(16).repeat(3, 1)
+    packed = pack_codes(codes)
+    assert packed.shape == (3, 32) and packed.dtype == torch.uint8
+    words = packed.view(torch.int16).int() & 0xFFFF
+    for word, inputs in ((1, (1, 9, 17, 25)), (8, (32, 40, 48, 56))):
+        assert words[0, word].item() == sum(codes[0, k].item() << 4 * i for i, k in enumerate(inputs))
+    assert torch.equal(unpack_codes(packed), codes.to(torch.uint8))
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+@pytest.mark.parametrize("group", [32, 64, 96])
+def test_plain_torch_agrees(rand, assert_close, monkeypatch, group, zeros) -> None:
+    """In several tiles of outputs; each product of a row and the dequantised weight."""
+    monkeypatch.setattr(int4, "_CPU_TILE", 7 * 192)
+    monkeypatch.setattr(int4, "_GPU_TILE", 7 * 192)
+    weight = weight_of(rand, 38, 192, group, zeros=zeros)
+    x, bias, add = rand(5, 192), rand(38), rand(5, 19)
+    assert_close(int4.int4_linear(x, weight, bias), expected_of(x, weight, bias))
+    assert_close(
+        int4.int4_linear(x, weight, bias, gate="silu", add=add),
+        expected_of(x, weight, bias, gate="silu", add=add),
+    )
+    ids = torch.tensor([3, 0, 37], device=x.device)
+    assert torch.equal(int4.int4_rows(ids, weight, torch.float32), dequantise(weight)[ids])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17, 70])
+@pytest.mark.parametrize(
+    ("gate", "with_bias", "with_add"), [(None, True, True), ("silu", True, False), ("gelu_tanh", False, True)]
+)
+def test_agrees(rand, assert_close, rows, gate, with_bias, with_add) -> None:
+    n, k = 44, 192
+    weight, x = weight_of(rand, n, k, 64), rand(rows, k)
+    bias = rand(n) if with_bias else None
+    add = rand(rows, n // 2 if gate else n) if with_add else None
+    out = int4_triton.int4_linear(x, weight, bias, gate=gate, add=add)
+    assert_close(out, expected_of(x, weight, bias, gate=gate, add=add))
+
+
+@pytest.mark.parametrize(
+    ("splits", "group", "k", "zeros", "gate"),
+    [
+        (1, 32, 192, True, None), (2, 96, 288, True, "silu"), (3, 128, 384, False, None), (3, 512, 512, True, None),
+        (2, 32, 224, False, "silu"), (1, 64, 192, False, None),
+    ],
+)  # fmt: skip
+def test_every_tile_agrees(rand, assert_close, splits, group, k, zeros, gate) -> None:
+    """Outputs and tokens that do not fill a tile, several tiles of both, parts that do not divide K or are empty."""
+    rows, n = 11, 76
+    weight, x = weight_of(rand, n, k, group, zeros=zeros), rand(rows, k)
+    tile = Int4Tile(block_n=16, block_t=8, warps=4, stages=2, splits=splits)
+    tickets = tickets_on(x.device)
+    out = int4_triton.int4_linear(x, weight, gate=gate, tile=tile, tickets=tickets)
+    assert_close(out, expected_of(x, weight, gate=gate))
+    assert tickets.count_nonzero() == 0
+    assert torch.equal(int4_triton.int4_linear(x, weight, gate=gate, tile=tile, tickets=tickets), out)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+@pytest.mark.parametrize("gate", [None, "silu"])
+def test_very_many_rows_multiply_a_copy(rand, assert_close, monkeypatch, gate, zeros) -> None:
+    monkeypatch.setattr(int4_triton, "MAX_ROWS", 4)
+    monkeypatch.setattr(int4_triton, "product", None)
+    n, k = 76, 192
+    weight, x, bias = weight_of(rand, n, k, 64, zeros=zeros), rand(5, k), rand(n)
+    add = rand(5, n // 2 if gate else n)
+    assert_close(int4_triton.dequantised(weight, torch.float32), dequantise(weight), bound=1e-7)
+    bound = 2e-6 if x.dtype == torch.float32 else 4 * torch.finfo(x.dtype).eps
+    wanted = expected_of(x, weight, bias, gate=gate, add=add)
+    assert_close(int4_triton.int4_linear(x, weight, bias, gate=gate, add=add), wanted, bound)
+    out = torch.empty(5, n, dtype=x.dtype, device=x.device)
+    assert int4_triton.int4_linear(x, weight, bias, out=out) is out
+    assert_close(out, expected_of(x, weight, bias), bound)
+
+
+def test_strided_rows_and_a_place_for_the_result(rand, assert_close) -> None:
+    weight, wide = weight_of(rand, 20, 64, 32), rand(3, 96)
+    x, out = wide[:, :64], torch.empty(3, 20, dtype=wide.dtype, device=wide.device)
+    assert int4_triton.int4_linear(x, weight, out=out) is out
+    assert_close(out, expected_of(x, weight))
+    assert int4_triton.int4_linear(x[:0], weight).shape == (0, 20)

@@ -1,8 +1,8 @@
 """Weights of four bits in groups that share a scale, in plain torch: the layout, products, looked-up rows.
 
 A value is (code - zero) * scale, with codes and zeros of 0 to 15. Four codes are a word of 16 bits: of each 32
-inputs, word j of 8 holds the inputs j, j + 8, j + 16 and j + 24, from its lowest bits up. So one mask over the words gives
-8 neighbouring inputs, in the halves of 32-bit registers, which is what tensor cores take.
+inputs, word j of 8 holds the inputs j, j + 8, j + 16 and j + 24, from its lowest bits up. So one mask over the words
+gives 8 neighbouring inputs, in the halves of 32-bit registers, which is what tensor cores take.
 """
 
 from __future__ import annotations
@@ -66,19 +66,19 @@ class Int4Weight:
 
 def pack_codes(codes: Tensor) -> Tensor:
     """Codes of 0 to 15, any integers [out, in] -> uint8 [out, in / 2]."""
-    a, b, c, d = codes.to(torch.uint8).unflatten(1, (-1, 4, UNIT // 4)).unbind(2)
+    a, b, c, d = codes.to(torch.uint8).reshape(len(codes), -1, 4, UNIT // 4).unbind(2)
     return torch.stack((a | b << 4, c | d << 4), 3).flatten(1)  # the bytes of a word from the lowest up
 
 
 def unpack_codes(packed: Tensor) -> Tensor:
     """uint8 [out, in / 2] -> uint8 [out, in]."""
-    low, high = packed.unflatten(1, (-1, UNIT // 4, 2)).unbind(3)
+    low, high = packed.reshape(len(packed), -1, UNIT // 4, 2).unbind(3)
     return torch.stack((low & 15, low >> 4, high & 15, high >> 4), 2).flatten(1)
 
 
 def dequantise(weight: Int4Weight) -> Tensor:
     """float32 [out, in]. Each value is exact but for the rounding of one product."""
-    codes = unpack_codes(weight.codes).float().unflatten(1, (-1, weight.group))
+    codes = unpack_codes(weight.codes).float().view(*weight.scales.shape, weight.group)
     zeros = SYMMETRIC_ZERO if weight.zeros is None else weight.zeros.float().unsqueeze(2)
     return ((codes - zeros) * weight.scales.float().unsqueeze(2)).flatten(1)
 
@@ -94,8 +94,8 @@ def int4_linear(
 ) -> Tensor:
     """x @ dequantise(weight).T + bias, then what usually follows it, as `matvec.matvec`.
 
-    A tile of outputs is dequantised at a time, so that little memory is needed. Everything is done in float32; the result
-    is rounded once.
+    A tile of outputs is dequantised at a time, so that little memory is needed. Everything is done in float32; the
+    result is rounded once.
 
     Args:
         x: [T, in], of any float dtype. bias: [out].

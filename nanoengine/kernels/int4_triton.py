@@ -1,4 +1,4 @@
-"""`int4.int4_linear` in Triton: from each word four codes are cut in registers, for tensor cores, few rows and many alike.
+"""`int4.int4_linear` in Triton: four codes are cut from each word in registers, for tensor cores.
 
 Codes minus their zero are whole numbers, so a product of 16-bit floats is as exact as its input: a group's sum is made
 first, in float32, and takes the group's scale. The weight is on the left, from registers; the tokens are the short side
@@ -67,12 +67,12 @@ def _cut(words, zeros, x_ptr, CODE: tl.constexpr, ASM: tl.constexpr):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     if ASM and dtype == tl.bfloat16:
         taken = tl.broadcast_to((-128.0 - zeros).to(dtype), words.shape)
-        asm: tl.constexpr = _one_of(CODE, _BF16_0, _BF16_1, _BF16_2, _BF16_3)
-        return tl.inline_asm_elementwise(asm, "=r,r,r", [words, taken], dtype=tl.bfloat16, is_pure=True, pack=2)
+        bf16: tl.constexpr = _one_of(CODE, _BF16_0, _BF16_1, _BF16_2, _BF16_3)
+        return tl.inline_asm_elementwise(bf16, "=r,r,r", [words, taken], dtype=tl.bfloat16, is_pure=True, pack=2)
     elif ASM and dtype == tl.float16:
         taken = tl.broadcast_to((-1024.0 - zeros).to(dtype), words.shape)
-        asm: tl.constexpr = _one_of(CODE, _FP16_0, _FP16_1, _FP16_2, _FP16_3)
-        return tl.inline_asm_elementwise(asm, "=r,r,r", [words, taken], dtype=tl.float16, is_pure=True, pack=2)
+        fp16: tl.constexpr = _one_of(CODE, _FP16_0, _FP16_1, _FP16_2, _FP16_3)
+        return tl.inline_asm_elementwise(fp16, "=r,r,r", [words, taken], dtype=tl.float16, is_pure=True, pack=2)
     else:
         return (((words >> 4 * CODE) & 15).to(tl.float32) - zeros).to(dtype)
 
@@ -177,8 +177,8 @@ class Int4Tile:
     splits: int = 1
 
 
-# Not measured on a GPU yet: registers and shared memory of the compiled kernel let three to five programs of few rows be
-# on a multiprocessor, whose waits hide each other's.
+# Not measured on a GPU yet. The compiled kernel's registers and shared memory let several programs of few rows be on a
+# multiprocessor, so that one works while others wait.
 def tile_for(rows: int, outputs: int, k: int, *, gated: bool, itemsize: int) -> Int4Tile:
     """64 rows of the weight and many stages: what counts is bytes in flight. Long rows are cut for as many programs."""
     lines = outputs * (1 + gated)
@@ -208,7 +208,7 @@ def int4_linear(
     tickets: Tensor | None = None,
     tile: Int4Tile | None = None,
 ) -> Tensor:
-    """As `int4.int4_linear`, of any number of rows. `tickets`: `tickets_on`, made anew without. `tile`: of `product`."""
+    """As `int4.int4_linear`. `tickets`: `tickets_on`, made anew without. `tile`: for the kernel, however many rows."""
     if len(x) <= MAX_ROWS or tile:
         return product(x, weight, bias, gate=gate, add=add, out=out, tickets=tickets, tile=tile)
     copy = dequantised(weight, x.dtype)
@@ -227,7 +227,8 @@ def dequantised(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
     block_k = min(128, weight.group & -weight.group)
     zeros = weight.scales if weight.zeros is None else weight.zeros
     _dequantise_kernel[(triton.cdiv(outputs, 64), k // block_k)](
-        weight.codes.view(torch.int16), weight.scales, zeros, made, outputs, K=k, GROUP=weight.group, BLOCK_N=64, BLOCK_K=block_k,
+        weight.codes.view(torch.int16), weight.scales, zeros, made, outputs,
+        K=k, GROUP=weight.group, BLOCK_N=64, BLOCK_K=block_k,
         HAS_ZEROS=weight.zeros is not None, num_warps=4, **pdl_options(made),
     )  # fmt: skip
     return made
@@ -266,7 +267,8 @@ def product(
     span = triton.cdiv(triton.cdiv(k, tile.splits), block_k) * block_k
     zeros = weight.scales if weight.zeros is None else weight.zeros
     _int4_kernel[grid](
-        x, weight.codes.view(torch.int16), weight.scales, zeros, bias if bias is not None else x, add if add is not None else x, y, part,
+        x, weight.codes.view(torch.int16), weight.scales, zeros,
+        bias if bias is not None else x, add if add is not None else x, y, part,
         count, rows, x.stride(0), y.stride(0), 0 if add is None else add.stride(0),
         N=outputs, K=k, GROUP=weight.group, BLOCK_T=block_t, BLOCK_N=tile.block_n, BLOCK_K=block_k,
         SPLITS=tile.splits, SPAN=span, AHEAD=min(_AHEAD, triton.next_power_of_2(span // 4)), STAGES=tile.stages,

@@ -35,7 +35,7 @@ def expected_of(x, weight, bias=None, *, gate=None, add=None) -> torch.Tensor:
 def test_codes_are_packed_in_units_of_32_inputs() -> None:
     codes = torch.arange(64).mul(7).remainder(16).repeat(3, 1)
     packed = pack_codes(codes)
-    assert packed.shape == (3, 32) and packed.dtype == torch.uint8
+    assert (packed.shape, packed.dtype) == ((3, 32), torch.uint8)
     words = packed.view(torch.int16).int() & 0xFFFF
     for word, inputs in ((1, (1, 9, 17, 25)), (8, (32, 40, 48, 56))):
         assert words[0, word].item() == sum(codes[0, k].item() << 4 * i for i, k in enumerate(inputs))

@@ -44,11 +44,11 @@ def test_codes(read, packed) -> None:
 )
 def test_zeros(read, packed) -> None:
     """A zero of 0 too, which v1 stores with a borrow from its neighbours."""
-    assert (ZEROS == 0).any() and (ZEROS == 15).any()
+    assert {0, 15} <= set(ZEROS.flatten().tolist())
     assert torch.equal(read(packed), ZEROS.to(torch.uint8))
 
 
 def test_scales_take_the_smallest_dtype_that_has_each_of_them() -> None:
     for value, dtype in ((0.5 + 2**-10, torch.float16), (2.0**-100, torch.bfloat16), (1 + 2.0**-20, torch.float32)):
         made = layouts.narrowest(torch.tensor([[value, 1.0]]))
-        assert made.dtype == dtype and made.tolist() == [[value, 1.0]]
+        assert (made.dtype, made.tolist()) == (dtype, [[value, 1.0]])

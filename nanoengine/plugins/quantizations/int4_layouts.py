@@ -1,7 +1,7 @@
 """How files pack codes of four bits into int32, and how that becomes the layout of `kernels.int4`.
 
-Each function takes a rank's slice of a checkpoint's tensor. Eight codes are a word, the first in the lowest bits, but for
-AWQ's order.
+Each function takes a rank's slice of a checkpoint's tensor. Eight codes are a word, the first in the lowest bits; AWQ
+has an order of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def unpack_words(words: Tensor) -> Tensor:
 
 def _awq_order(codes: Tensor) -> Tensor:
     """Codes of AWQ's words -> in the order of the outputs."""
-    return codes.unflatten(-1, (-1, PER_WORD))[..., list(_AWQ_ORDER)].flatten(-2)
+    return codes.view(len(codes), -1, PER_WORD)[..., list(_AWQ_ORDER)].flatten(-2)
 
 
 def awq_codes(qweight: Tensor) -> Tensor:
@@ -45,8 +45,8 @@ def gptq_codes(qweight: Tensor) -> Tensor:
 def gptq_zeros(qzeros: Tensor, *, minus_one: bool) -> Tensor:
     """GPTQ's `qzeros`, int32 [groups, out / 8] -> uint8 [out, groups].
 
-    minus_one: format "gptq" (v1) stores one less. It is taken from whole words, with the borrow of a zero that is 0, and
-    so it is given back.
+    minus_one: format "gptq" (v1) stores one less. It is taken from whole words, with the borrow of a zero that is 0,
+    and so it is given back.
     """
     return unpack_words(qzeros + _ONES if minus_one else qzeros).t().contiguous()
 

@@ -47,7 +47,7 @@ from nanoengine.distributed.checks import check_devices, check_importable
 from nanoengine.distributed.executor import WorkersExecutor
 from nanoengine.layers.config_keys import Recorded, unread_keys
 from nanoengine.params.engine_options import EngineOptions
-from nanoengine.params.engine_plan import EnginePlan, ProcessorPlan
+from nanoengine.params.engine_plan import EnginePlan, ProcessorPlan, QuantizationPlan
 from nanoengine.params.grammars import Grammars
 from nanoengine.params.input_processor import InputProcessor
 from nanoengine.params.pooling import PoolingDefaults
@@ -70,6 +70,7 @@ from nanoengine.setup.plugins.sources import resolve_model
 from nanoengine.setup.plugins.speculation import choose_speculation, make_drafter
 from nanoengine.setup.plugins.targets import TargetLoader
 from nanoengine.setup.start.build_model import BuiltModel, build_model
+from nanoengine.setup.start.choose_quantization import choose_methods, choose_quantization
 from nanoengine.setup.start.clock import StartClock, StartReport
 from nanoengine.setup.start.generation import GenerationDefaults, read_generation_defaults, read_json
 from nanoengine.setup.start.memory import MemoryReport, check_host_holds
@@ -117,7 +118,7 @@ class Inspected:
 
     Attributes:
         options: with device, dtype and lengths filled in. need: what it asks of an attention backend.
-        unread, generates: as in `Assembly`.
+        unread, generates: as in `Assembly`. quantization: as in `EnginePlan`.
     """
 
     model: Registered[ModelSpec]
@@ -127,6 +128,7 @@ class Inspected:
     need: AttentionNeed
     unread: tuple[str, ...]
     generates: bool = True
+    quantization: QuantizationPlan | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -190,6 +192,7 @@ def assemble(
         options=options,
         policy=choose_policy(registry, options.scheduling_policy, options.policy_options),
         speculation=choose_speculation(registry, options.speculation),
+        quantization=seen.quantization,
         plugin_files=registry.plugin_files,
     )
     check_importable(plan, local)
@@ -218,10 +221,13 @@ def inspect_model(
     options = _fill_device(options, hf_config)
     recorded = Recorded(hf_config)
     with _naming(model_path):
-        built = _inspect(TargetLoader(registry.plugin_files), found.spec.target, recorded, options)
+        quantization = choose_quantization(registry, options.quantization, recorded)
+        built = _inspect(TargetLoader(registry.plugin_files), found.spec.target, recorded, options, quantization)
         unread = tuple(unread_keys(recorded))
     options = _fill_lengths(options, built)
-    return Inspected(found, hf_config, built, options, attention_need(built, options), unread, whole is None)
+    return Inspected(
+        found, hf_config, built, options, attention_need(built, options), unread, whole is None, quantization
+    )
 
 
 @contextmanager
@@ -242,7 +248,13 @@ def _architectures(hf_config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _inspect(loader: TargetLoader, target: str, hf_config: Mapping[str, Any], options: EngineOptions) -> BuiltModel:
+def _inspect(
+    loader: TargetLoader,
+    target: str,
+    hf_config: Mapping[str, Any],
+    options: EngineOptions,
+    quantization: QuantizationPlan | None,
+) -> BuiltModel:
     """The model without memory, to learn what its attention layers need."""
     model_class: type[Model] = load_checked(loader, target, Model)
     dtype = getattr(torch, options.dtype)
@@ -254,6 +266,7 @@ def _inspect(loader: TargetLoader, target: str, hf_config: Mapping[str, Any], op
         dtype=dtype,
         device=torch.device("meta"),
         max_model_len=options.max_model_len,
+        choose=choose_methods(quantization, loader, options),
         expert_parallel=options.enable_expert_parallel,
     )
 
@@ -479,7 +492,7 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
         resolver=resolver,
         defaults=defaults,
         memory=memory,
-        start=clock.report(memory.dequantised),
+        start=clock.report(memory.dequantised, memory.quantised),
     )
 
 

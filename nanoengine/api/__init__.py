@@ -66,6 +66,7 @@ from nanoengine.api.specs import (
     PolicyParams,
     PolicySpec,
     ProcessorParams,
+    QuantizationSpec,
     SamplerSpec,
     StandardOp,
     ToolParserSpec,
@@ -92,14 +93,17 @@ if TYPE_CHECKING:
         WeightLayer,
     )
     from nanoengine.api.model import Attention, BuildContext, ForwardBatch, Model, ModelConfig
+    from nanoengine.api.quantization import Quantization, QuantizationContext, is_ignored
 
 _MODEL = ("Attention", "BuildContext", "ForwardBatch", "Model", "ModelConfig")
 _LAYERS = ("Layer", "LayerInfo", "Linear", "LinearMethod", "Norm", "WeightLayer")
 _EXPERTS = ("Experts", "ExpertsInfo", "ExpertsMethod", "RunningStep")
+_QUANTIZATION = ("Quantization", "QuantizationContext", "is_ignored")
 _NEEDS_TORCH = {
     **dict.fromkeys(_MODEL, "model"),
     **dict.fromkeys(_LAYERS, "layers"),
     **dict.fromkeys(_EXPERTS, "experts"),
+    **dict.fromkeys(_QUANTIZATION, "quantization"),
 }
 
 __all__ = [
@@ -167,6 +171,9 @@ __all__ = [
     "ProcessorContext",
     "ProcessorParams",
     "ProcessorRows",
+    "Quantization",
+    "QuantizationContext",
+    "QuantizationSpec",
     "QueuedRequest",
     "RaggedColumn",
     "Reasoning",
@@ -191,6 +198,7 @@ __all__ = [
     "WeightRule",
     "WeightsError",
     "hookimpl",
+    "is_ignored",
 ]
 
 

@@ -43,7 +43,12 @@ class ExpertsMethod(ABC):
 
     It serves two layers of stacked weights: `gate_up_proj` [experts, 2 * intermediate, hidden], with the parts "gate"
     and "up", and `down_proj` [experts, hidden, intermediate].
+
+    Attributes:
+        label: what the weights are, as in `LinearMethod`.
     """
+
+    label: str = ""
 
     @abstractmethod
     def create(self, layer: WeightLayer, weight: ShardSpec) -> None:

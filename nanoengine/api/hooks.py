@@ -15,6 +15,7 @@ from nanoengine.api.specs import (
     ModelSourceSpec,
     ModelSpec,
     PolicySpec,
+    QuantizationSpec,
     SamplerSpec,
     ToolParserSpec,
 )
@@ -61,6 +62,11 @@ def register_tool_parsers() -> Iterable[ToolParserSpec]:  # type: ignore[empty-b
 @hookspec
 def register_policies() -> Iterable[PolicySpec]:  # type: ignore[empty-body]
     """Scheduling policies."""
+
+
+@hookspec
+def register_quantizations() -> Iterable[QuantizationSpec]:  # type: ignore[empty-body]
+    """Ways to store weights in fewer bits."""
 
 
 @hookspec

@@ -151,11 +151,21 @@ class Linear(Layer):
 
 
 class LinearMethod(ABC):
-    """How a layer stores its weight, loads slices of a checkpoint, and multiplies."""
+    """How a layer stores its weight, loads slices of a checkpoint, and multiplies. One instance per layer.
+
+    Attributes:
+        label: what the weight is, for the start report: "fp8, blocks of 128". "": it is plain.
+    """
+
+    label: str = ""
 
     @abstractmethod
     def create(self, layer: WeightLayer, weight: ShardSpec) -> None:
-        """Register the parameters that store the [out, in] weight described by `weight`."""
+        """Register the parameters that store the [out, in] weight described by `weight`, by `layer.add_weight`.
+
+        A tensor "q_proj.scale" of the checkpoint fills part "q" of the parameter "scale" of "qkv_proj"; if there is
+        none, the whole parameter "scale:q". `nanoengine.layers.quantised` has functions that make specs of `weight`.
+        """
 
     @abstractmethod
     def load(self, layer: WeightLayer, name: str, shard: Shard, values: Tensor) -> None:
@@ -167,6 +177,10 @@ class LinearMethod(ABC):
     @abstractmethod
     def apply(self, layer: WeightLayer, x: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
         """[T, in on this rank] -> [T, out on this rank]. `out`: the tensor that receives the result."""
+
+    def rows(self, layer: WeightLayer, ids: Tensor) -> Tensor:
+        """Rows of the weight, int [T] -> [T, in], of the model's dtype. Only methods of embeddings need it."""
+        raise NotImplementedError(f"{type(self).__name__} has no rows()")
 
     def apply_normed(
         self,

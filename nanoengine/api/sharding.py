@@ -12,6 +12,8 @@ from nanoengine.api.parallel import padded_length
 
 Split = Literal["whole", "even", "padded"]
 Init = Literal["random", "ones", "zeros"]
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+"""The names that safetensors has for dtypes of plain weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +73,8 @@ class ShardSpec:
         replicate: a part with fewer units than ranks is on several ranks (KV heads).
         init: how dummy weights are made.
         made: the checkpoint has no tensor for it; its `LinearMethod` fills it, in `load` or `finish`.
+        optional: the checkpoint may have no tensor for it; then it keeps what its `LinearMethod` put there.
+        dtypes: those that the checkpoint's tensor may have, by the names of safetensors, e.g. ("I32",).
     """
 
     shape: tuple[int, ...]
@@ -82,6 +86,8 @@ class ShardSpec:
     replicate: bool = False
     init: Init = "random"
     made: bool = False
+    optional: bool = False
+    dtypes: tuple[str, ...] = FLOAT_DTYPES
 
     def shards(self, rank: int, size: int) -> tuple[Shard, ...]:
         """One shard per part, in order. Raises `ModelError` if the units cannot be divided over the ranks."""

@@ -366,6 +366,27 @@ class PolicySpec:
     params: type[PolicyParams] = PolicyParams
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizationSpec:
+    """A way to store weights in fewer bits.
+
+    Attributes:
+        name: what `engine.quantization` selects, e.g. "fp8".
+        target: "package.module:Class" of a `nanoengine.api.Quantization`.
+        help: one line for listings.
+        api: the interface version the plugin was written for.
+        formats: values of `quant_method` in config.json's `quantization_config` that it reads.
+        online: it can quantise a plain checkpoint while it is loaded.
+    """
+
+    name: str
+    target: str
+    help: str
+    api: int
+    formats: tuple[str, ...] = ()
+    online: bool = False
+
+
 Spec = (
     ModelSpec
     | SamplerSpec
@@ -374,6 +395,7 @@ Spec = (
     | DrafterSpec
     | GrammarSpec
     | PolicySpec
+    | QuantizationSpec
     | ToolParserSpec
     | CommandSpec
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from typing import Literal
+
 from torch import Tensor
+from torch.nn import Parameter
 
 from nanoengine.api import Layer, LayerInfo, LinearMethod, ModelError, Shard, ShardSpec, WeightLayer
 from nanoengine.api.layers import Placement
@@ -17,29 +19,41 @@ class VocabParallelEmbedding(Layer, WeightLayer):
     """int [T] -> [T, dim]. Each rank looks up its own ids; the rows are summed over ranks."""
 
     def __init__(
-        self, num_embeddings: int, dim: int, *, place: Placement, name: str = "", sources: tuple[str, ...] = ()
+        self,
+        num_embeddings: int,
+        dim: int,
+        *,
+        place: Placement,
+        method: LinearMethod | None = None,
+        name: str = "",
+        sources: tuple[str, ...] = (),
     ) -> None:
         WeightLayer.__init__(self, place, name)
-        self.info = LayerInfo(
-            name=name, kind="embedding", shape=(num_embeddings, dim), parallel="vocabulary", sources=sources
-        )
-        self.add_weight("weight", ShardSpec(shape=self.info.shape, split="padded"))
+        self.info = vocabulary_info(name, "embedding", dim, num_embeddings, sources)
+        self.method = method or Unquantised()
+        self.method.create(self, ShardSpec(shape=self.info.shape, split="padded"))
         self.rows = padded_length(num_embeddings, self.tp.size)
 
+    def load_shard(self, name: str, shard: Shard, values: Tensor) -> None:
+        self.method.load(self, name, shard, values)
+
+    def finish(self) -> None:
+        self.method.finish(self)
+
     def forward(self, input_ids: Tensor) -> Tensor:
-        weight = self.get_parameter("weight")
         if self.tp.size == 1:
-            return self.ops.embedding(input_ids, weight)
+            return self.method.rows(self, input_ids)
         local = input_ids - self.tp.rank * self.rows
         elsewhere = (local < 0) | (local >= self.rows)
-        found = F.embedding(local.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        found = self.method.rows(self, local.masked_fill(elsewhere, 0)).masked_fill(elsewhere.unsqueeze(-1), 0.0)
         return self.tp.all_reduce(found)
 
 
 class ParallelLMHead(Layer, WeightLayer):
     """[R, dim] -> [R, ceil(V / ranks)], the logits of this rank's ids; columns after the vocabulary are -inf.
 
-    With `tied`, the weight is that of an embedding: one parameter with two names, and `method` is not used.
+    With `tied`, the weight is that of an embedding: the same parameters with two names, and `method` is not used. A
+    checkpoint with a weight of its own for the layer gives it its own parameter.
     """
 
     def __init__(
@@ -55,17 +69,15 @@ class ParallelLMHead(Layer, WeightLayer):
         sources: tuple[str, ...] = (),
     ) -> None:
         WeightLayer.__init__(self, place, name)
-        self.info = head_info(name, dim, vocab_size, sources)
+        self.info = vocabulary_info(name, "head", dim, vocab_size, sources)
         spec = ShardSpec(shape=self.info.shape, split="padded")
         self.method = method or Unquantised()
+        self._tied: tuple[WeightLayer, ...] = ()  # in a tuple it is no module of this one
+        self._shared: dict[str, Parameter] = {}
         if tied is None:
             self.method.create(self, spec)
-        elif tied.specs["weight"] != spec:
-            raise ModelError(f"cannot tie an output layer {spec.shape} to an embedding {tied.specs['weight'].shape}")
         else:
-            self.method = Unquantised()
-            self.specs["weight"] = spec
-            self.register_parameter("weight", tied.get_parameter("weight"))
+            self._tie(tied)
         self.bias: Tensor | None
         if bias:
             self.add_weight("bias", ShardSpec(shape=(vocab_size,), split="padded"))
@@ -74,6 +86,17 @@ class ParallelLMHead(Layer, WeightLayer):
         self.valid = spec.shards(self.tp.rank, self.tp.size)[0].size // dim
         self.padded = self.valid < padded_length(vocab_size, self.tp.size)
 
+    def _tie(self, tied: WeightLayer) -> None:
+        info: LayerInfo | None = getattr(tied, "info", None)
+        shape = tied.specs["weight"].shape if info is None else info.shape
+        if shape != self.info.shape:
+            raise ModelError(f"cannot tie an output layer {self.info.shape} to an embedding {shape}")
+        self.method = getattr(tied, "method", self.method)
+        self._tied, self._shared = (tied,), dict(tied.named_parameters(recurse=False))
+        for name, parameter in self._shared.items():
+            self.specs[name] = tied.specs[name]
+            self.register_parameter(name, parameter)
+
     def load_shard(self, name: str, shard: Shard, values: Tensor) -> None:
         if name == "bias":
             super().load_shard(name, shard, values)
@@ -81,15 +104,24 @@ class ParallelLMHead(Layer, WeightLayer):
             self.method.load(self, name, shard, values)
 
     def finish(self) -> None:
-        self.method.finish(self)
+        if any(self.get_parameter(name) is not each for name, each in self._shared.items()):
+            self._tied = ()  # the checkpoint has a weight of its own for the layer
+        if not self._tied:
+            self.method.finish(self)
+        elif not isinstance(self.method, Unquantised):  # the embedding finishes its parameters, and may replace them
+            for name in self._shared:
+                delattr(self, name)
+        self._shared = {}
 
     def forward(self, hidden: Tensor) -> Tensor:
-        logits = self.method.apply(self, hidden, self.bias)
+        logits = self.method.apply(self._tied[0] if self._tied else self, hidden, self.bias)
         if self.padded:
             logits[:, self.valid :] = float("-inf")
         return logits
 
 
-def head_info(name: str, dim: int, vocab_size: int, sources: tuple[str, ...] = ()) -> LayerInfo:
-    """The `LayerInfo` of an output layer."""
-    return LayerInfo(name=name, kind="head", shape=(vocab_size, dim), parallel="vocabulary", sources=sources)
+def vocabulary_info(
+    name: str, kind: Literal["embedding", "head"], dim: int, vocab_size: int, sources: tuple[str, ...] = ()
+) -> LayerInfo:
+    """The `LayerInfo` of an embedding or output layer."""
+    return LayerInfo(name=name, kind=kind, shape=(vocab_size, dim), parallel="vocabulary", sources=sources)

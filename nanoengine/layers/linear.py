@@ -35,6 +35,9 @@ class Unquantised(LinearMethod):
     def apply(self, layer: WeightLayer, x: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
         return layer.ops.linear(x, layer.get_parameter("weight"), bias, out=out)
 
+    def rows(self, layer: WeightLayer, ids: Tensor) -> Tensor:
+        return layer.ops.embedding(ids, layer.get_parameter("weight"))
+
     def apply_normed(
         self,
         layer: WeightLayer,

@@ -80,6 +80,9 @@ class EngineOptions:
         policy_options: the policy's own options, as {"weights": {"acme": 2}}.
         admission_reserve: KV blocks that stay free for each running request when another one is admitted. It gives
             fewer preemptions if blocks are short, and slightly smaller batches.
+        quantization: "auto": the checkpoint's weights as they are, quantised ones by what reads their format; or the
+            name of a quantisation, which may also quantise plain weights while they are loaded; or "none": plain
+            weights only.
         load_format: "auto", or "dummy" for random weights.
         max_n: most samples that a request may request (`n`).
         max_logprobs: most log-probs per position that a request may request (`logprobs`, `prompt_logprobs`); -1: no
@@ -119,6 +122,7 @@ class EngineOptions:
     scheduling_policy: str = "fcfs"
     policy_options: Mapping[str, Any] = field(default_factory=dict)
     admission_reserve: int = 0
+    quantization: str = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
     max_n: int = 64
     max_logprobs: int = 20

@@ -80,6 +80,26 @@ class PolicyPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizationPlan:
+    """How weights are stored in fewer bits.
+
+    Attributes:
+        name: name in its spec. target: target of its class. origin: the plugin that registered it, for messages.
+        config: `quantization_config` of config.json; {}: plain weights are quantised while they are loaded.
+    """
+
+    name: str
+    target: str
+    config: Mapping[str, Any]
+    origin: str
+
+    @property
+    def where(self) -> str:
+        """Name and origin, for messages: "quantisation 'x' (Class of plugin file /some/x.py)"."""
+        return f"quantisation {self.name!r} ({self.target.partition(':')[2]} of {self.origin})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EnginePlan:
     """The parts that were chosen for an engine, with its options.
 
@@ -92,6 +112,7 @@ class EnginePlan:
             max_num_batched_tokens).
         policy: the scheduling policy.
         speculation: the drafter; None: speculation is off.
+        quantization: how weights are stored in fewer bits; None: they are plain.
         plugin_files: files that must be loaded before targets in them can be imported.
     """
 
@@ -104,4 +125,5 @@ class EnginePlan:
     options: EngineOptions
     policy: PolicyPlan
     speculation: SpeculationPlan | None = None
+    quantization: QuantizationPlan | None = None
     plugin_files: tuple[PluginFile, ...] = ()

@@ -19,7 +19,7 @@ from nanoengine.cli.app import app
 from nanoengine.setup.config.composer import package_root
 from nanoengine.setup.plugins.discover import discover, load_checked
 from nanoengine.setup.plugins.targets import TargetLoader
-from nanoengine.setup.start.build_model import build_model, kv_groups
+from nanoengine.setup.start.build_model import Builder, build_model, kv_groups
 from nanoengine.testing.conformance import (
     ParserExample,
     check_drafter,
@@ -255,3 +255,18 @@ def test_the_config_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, for
     (root,) = [root for root, origin in registry.config_roots if origin.plugin == "acme"]
     (found,) = package_root(root, "acme")
     assert (found.folder / "sampler" / "careful.yaml").is_file()
+
+
+def test_the_quantisation_example(example: Any, tmp_path: Path) -> None:
+    spec, quantization = example("int8_rows.py", "quantizations", api.Quantization)
+    assert spec.online
+    method = quantization.read(None).method(
+        api.LayerInfo(name="a", kind="linear", shape=(4, 3), parts=(), parallel="replicated")
+    )
+    layer = api.WeightLayer(Builder(SingleRank(), torch.float32, torch.device("cpu")), "a")
+    weight = api.ShardSpec(shape=(4, 3))
+    method.create(layer, weight)
+    values = torch.randn(4, 3)
+    method.load(layer, "weight", weight.shards(0, 1)[0], values)
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(method.apply(layer, x, None), x @ values.t(), atol=0.1, rtol=0.0)

@@ -232,14 +232,15 @@ def test_a_method_is_chosen_by_what_a_layer_is_and_finishes_once_a_loading(tmp_p
 
     def choose(info: LayerInfo) -> LinearMethod | None:
         seen[info.name] = info
-        if info.kind == "head":
+        if info.kind != "linear":
             return None
         methods.append(Int8())
         return methods[-1]
 
     built = build_model(Llama, config_of(path), choose=choose, **PLACE)
     load_weights(built.model, built.config, path, SingleRank())
-    assert len(seen) == 3 * 4 + 1
+    assert len(seen) == 3 * 4 + 2
+    assert seen["model.embed_tokens"].kind == "embedding"
     assert [method.finished for method in methods] == [1] * 12
     dummy_weights(built.model, 0, SingleRank())
     assert [method.finished for method in methods] == [2] * 12
@@ -266,8 +267,8 @@ def test_a_method_that_stores_other_values_than_files_hold_equals_its_dequantise
     path = tiny_llama(tmp_path / "model")
     want, plain = answer(rounded(path, tmp_path / "rounded")), answer(path)
     monkeypatch.setattr(
-        "nanoengine.setup.start.build_model.choose_methods",
-        lambda hf: lambda info: Int8() if info.kind == "linear" else None,
+        "nanoengine.setup.start.starter.choose_methods",
+        lambda *_: lambda info: Int8() if info.kind == "linear" else None,
     )
     got = answer(path)
     assert got[0] == want[0]

@@ -91,6 +91,7 @@ def _fix(found: Registered[Any], error: NanoEngineError, loader: TargetLoader) -
 
 def _base(kind: Kind, spec: Any) -> type[Any]:
     from nanoengine.api.model import Model
+    from nanoengine.api.quantization import Quantization
 
     if kind == "drafters":
         return drafter_base(spec.device)
@@ -102,6 +103,7 @@ def _base(kind: Kind, spec: Any) -> type[Any]:
         "grammars": GrammarBackend,
         "tool_parsers": ToolParser,
         "policies": Policy,
+        "quantizations": Quantization,
     }
     return bases[kind]
 

@@ -1,1 +1,10 @@
-"""The built-in quantisations: how the weights of layers are stored small."""
+"""The built-in quantisations. This module imports no torch: classes are named by target."""
+
+from __future__ import annotations
+
+from nanoengine.api import QuantizationSpec, hookimpl
+
+
+@hookimpl
+def register_quantizations() -> list[QuantizationSpec]:
+    return []

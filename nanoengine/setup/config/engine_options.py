@@ -12,7 +12,6 @@ from nanoengine.params.field_types import conform
 OPTIONS_NOT_SUPPORTED: Mapping[str, str] = {
     "pipeline_parallel_size": "layers are shared over devices, not stacked: use tensor_parallel_size",
     "trust_remote_code": "code from model folders is never run; a model is a plugin (docs/plugin-api.md)",
-    "quantization": "weights are served as float32, bfloat16 or float16; a GGUF file is converted",
     "tokenizer": "the tokenizer is the model folder's own",
     "enable_chunked_prefill": "prompts are always chunked under max_num_batched_tokens",
     "enable_lora": "adapters are not supported yet",

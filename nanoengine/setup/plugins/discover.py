@@ -197,6 +197,7 @@ class _Search:
             drafters=of("drafters"),
             tool_parsers=of("tool_parsers"),
             policies=of("policies"),
+            quantizations=of("quantizations"),
             config_roots=tuple(self.roots),
             plugins=tuple(self.plugins),
             failures=tuple(self.failures),

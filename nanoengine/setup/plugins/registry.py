@@ -20,6 +20,7 @@ from nanoengine.api.specs import (
     Origin,
     PluginFile,
     PolicySpec,
+    QuantizationSpec,
     SamplerSpec,
     Spec,
     ToolParserSpec,
@@ -33,6 +34,7 @@ Kind = Literal[
     "drafters",
     "grammars",
     "policies",
+    "quantizations",
     "tool_parsers",
     "commands",
 ]
@@ -47,6 +49,7 @@ KIND_WORDS: Mapping[str, str] = {
     "grammars": "grammar backend",
     "tool_parsers": "tool parser",
     "policies": "scheduling policy",
+    "quantizations": "quantisation",
     "commands": "command",
 }
 
@@ -104,9 +107,9 @@ class Registry:
     """Every part that plugins registered, by kind and name. Frozen; made by `plugins.discover`.
 
     Attributes:
-        models, samplers, attention_backends, model_sources, drafters, grammars, policies, tool_parsers, commands: in
-            registration order: nanoengine's own, then installed packages by name, then plugin files, then objects.
-            Names in conflict are left out.
+        models, samplers, attention_backends, model_sources, drafters, grammars, policies, quantizations, tool_parsers,
+            commands: in registration order: nanoengine's own, then installed packages by name, then plugin files, then
+            objects. Names in conflict are left out.
         config_roots: roots of config groups ("pkg://package.module") with their origins.
         plugins: those that were imported, each once. failures: what could not be registered.
         conflicts: names that several plugins registered.
@@ -127,6 +130,7 @@ class Registry:
     drafters: Mapping[str, Registered[DrafterSpec]] = field(default_factory=dict)
     tool_parsers: Mapping[str, Registered[ToolParserSpec]] = field(default_factory=dict)
     policies: Mapping[str, Registered[PolicySpec]] = field(default_factory=dict)
+    quantizations: Mapping[str, Registered[QuantizationSpec]] = field(default_factory=dict)
 
     def require(self, kind: Kind, name: str) -> Registered[Any]:
         """The part of this kind and name. Raises `PluginError` if it is in conflict, failed, or is not installed."""

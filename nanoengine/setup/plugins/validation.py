@@ -22,6 +22,7 @@ from nanoengine.api.specs import (
     PolicyParams,
     PolicySpec,
     ProcessorParams,
+    QuantizationSpec,
     SamplerSpec,
     Spec,
     StandardOp,
@@ -40,11 +41,14 @@ SPEC_HOOKS: Mapping[str, tuple[Kind, type[Spec]]] = {
     "register_grammars": ("grammars", GrammarSpec),
     "register_tool_parsers": ("tool_parsers", ToolParserSpec),
     "register_policies": ("policies", PolicySpec),
+    "register_quantizations": ("quantizations", QuantizationSpec),
     "register_commands": ("commands", CommandSpec),
 }
 HOOKS = (*SPEC_HOOKS, "register_configs")
 RUN_KEYS = ("model", "sampler", "attention", "engine", "prompts", "output", "chat", "speculation")
 """The keys of a configuration that are nanoengine's own: no command may have a section of such a name."""
+NO_QUANTIZATION_NAMES = ("auto", "none")
+"""Values of `engine.quantization` that are no names of quantisations."""
 COLUMN_DTYPES = ("float32", "int32", "bool")
 _OPS: Mapping[StandardOp, tuple[str, tuple[float, ...]]] = {
     StandardOp.TEMPERATURE: (
@@ -208,10 +212,21 @@ _POLICY_CHECKS = {
         lambda v: isinstance(v, type) and issubclass(v, PolicyParams),
     ),
 }
+_QUANTIZATION_CHECKS = {
+    **_FIELD_CHECKS,
+    "name": (
+        f"a name without white space, and not {' or '.join(map(repr, NO_QUANTIZATION_NAMES))}",
+        lambda v: _is_name(v) and v not in NO_QUANTIZATION_NAMES,
+    ),
+    "help": _COMMAND_CHECKS["help"],
+    "formats": ("a tuple of quant_method values", _is_names),
+    "online": ("True or False", lambda v: isinstance(v, bool)),
+}
 _SPEC_CHECKS: Mapping[type[Any], Mapping[str, tuple[str, Callable[[Any], bool]]]] = {
     CommandSpec: _COMMAND_CHECKS,
     DrafterSpec: _DRAFTER_CHECKS,
     PolicySpec: _POLICY_CHECKS,
+    QuantizationSpec: _QUANTIZATION_CHECKS,
 }
 
 

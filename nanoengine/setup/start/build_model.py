@@ -21,10 +21,11 @@ from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.plugin_calls import name_of, place_and_fix, plugin_call
 from nanoengine.api.weights import WeightMap
 from nanoengine.kernels.ops import Ops
-from nanoengine.layers.embedding import ParallelLMHead, VocabParallelEmbedding, head_info
+from nanoengine.layers.embedding import ParallelLMHead, VocabParallelEmbedding, vocabulary_info
 from nanoengine.layers.experts import ParallelExperts, experts_info
 from nanoengine.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear, linear_info
-from nanoengine.setup.start.quantization import choose_methods
+from nanoengine.setup.start.clock import Quantised
+from nanoengine.setup.start.quantization import packed_format
 from nanoengine.setup.start.weight_rules import Rules
 
 LayerType = TypeVar("LayerType", bound=nn.Module)
@@ -34,7 +35,7 @@ MethodType = TypeVar("MethodType", LinearMethod, ExpertsMethod)
 class Builder:
     """The `BuildContext` of the engine. It records layers by name, in the order in which they are made.
 
-    choose: returns the method of a linear layer, output layer or experts. None: no layer has one of its own.
+    choose: returns the method of a linear layer, embedding, output layer or experts. None: no layer has its own.
     expert_parallel: ranks have whole experts.
     """
 
@@ -95,8 +96,12 @@ class Builder:
         return self._named(name, layer)
 
     def embedding(self, name: str, num_embeddings: int, dim: int) -> Layer:
-        made = VocabParallelEmbedding(num_embeddings, dim, place=self, name=name, sources=self._sources(name))
-        return self._named(name, made)
+        sources = self._sources(name)
+        method = self._method(vocabulary_info(name, "embedding", dim, num_embeddings, sources), LinearMethod)
+        if method is not None and type(method).rows is LinearMethod.rows:
+            raise ModelError(f"{name}: {name_of(type(method))} has no rows(), which an embedding needs")
+        options: dict[str, Any] = {"method": method, "sources": sources}
+        return self._named(name, VocabParallelEmbedding(num_embeddings, dim, place=self, name=name, **options))
 
     def lm_head(
         self, name: str, dim: int, vocab_size: int, *, bias: bool = False, tied: nn.Module | None = None
@@ -104,7 +109,8 @@ class Builder:
         if tied is not None and not isinstance(tied, WeightLayer):
             raise ModelError(f"{name}: can be tied to an embedding made by this context, not to {type(tied).__name__}")
         sources = self._sources(name)
-        method = None if tied is not None else self._method(head_info(name, dim, vocab_size, sources), LinearMethod)
+        about = vocabulary_info(name, "head", dim, vocab_size, sources)
+        method = None if tied is not None else self._method(about, LinearMethod)
         options: dict[str, Any] = {"bias": bias, "tied": tied, "method": method, "sources": sources}
         return self._named(name, ParallelLMHead(dim, vocab_size, place=self, name=name, **options))
 
@@ -179,7 +185,7 @@ def build_model(
 
     Args:
         max_model_len: that of the engine; None: that of the model.
-        choose: returns the method of a linear layer, output layer or experts; None: `choose_methods` of config.json.
+        choose: returns the method of a linear layer, embedding, output layer or experts; None: all are plain.
         expert_parallel: ranks have whole experts, not a part of the width of each.
 
     Raises `ModelError` for a config that is not supported, for heads that cannot be divided over the ranks, for layers
@@ -187,7 +193,8 @@ def build_model(
     `__init__`; the last names the class.
     """
     name = name_of(model_cls)
-    choose = choose or choose_methods(hf_config)
+    if choose is None:
+        packed_format(hf_config)
     with plugin_call(f"{name}.read_config failed", model_cls, ModelError):
         config = model_cls.read_config(hf_config)
         check_config(config, model_cls)
@@ -259,6 +266,19 @@ def weights_freed_on_error(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def parameter_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def quantised_layers(model: nn.Module) -> tuple[Quantised, ...]:
+    """What layers with weights of matrices store, by their methods' labels; (): all are plain."""
+    found, seen = defaultdict[str, list[int]](list), set[int]()
+    for layer in model.modules():
+        method = getattr(layer, "method", None)
+        held = [each for each in layer.parameters(recurse=False) if id(each) not in seen]
+        seen |= set(map(id, held))  # those of an output layer may be an embedding's
+        if isinstance(layer, WeightLayer) and isinstance(method, LinearMethod | ExpertsMethod) and held:
+            found[method.label].append(sum(each.numel() * each.element_size() for each in held))
+    made = [Quantised(label, len(each), sum(each)) for label, each in sorted(found.items())]
+    return tuple(made) if any(each.label for each in made) else ()
 
 
 def weight_bytes(model_cls: type[Model], hf_config: Mapping[str, Any], **options: Any) -> int:

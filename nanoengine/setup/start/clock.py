@@ -24,6 +24,24 @@ class Phase:
 
 
 @dataclass(frozen=True, slots=True)
+class Quantised:
+    """Layers that store their weights in fewer bits.
+
+    Attributes:
+        label: how, as their method says; "": plainly.
+        layers: how many. num_bytes: of their parameters, on one rank.
+    """
+
+    label: str
+    layers: int
+    num_bytes: int
+
+    def line(self) -> str:
+        """A summary: "fp8, blocks of 128: 112 layers, 381 MB"."""
+        return f"{self.label or 'plain weights'}: {self.layers:,} layers, {shown_bytes(self.num_bytes)}"
+
+
+@dataclass(frozen=True, slots=True)
 class Dequantised:
     """Quantised tensors of a checkpoint that became plain ones while they were loaded.
 
@@ -44,7 +62,7 @@ class Dequantised:
 
     def line(self) -> str:
         """A summary: "48 mxfp4 tensors dequantised, 11,860 MB in the files, 38,221 MB in the model"."""
-        before, after = (f"{size / 1e6:,.{1 if size < 1e7 else 0}f} MB" for size in (self.stored, self.made))
+        before, after = shown_bytes(self.stored), shown_bytes(self.made)
         return f"{self.tensors} {self.method} tensors dequantised, {before} in the files, {after} in the model"
 
 
@@ -62,11 +80,13 @@ class StartReport:
 
     `process` and `import` are included only if the caller measured them, as `nanoengine run` does.
 
-    dequantised: what was quantised in the checkpoint; None: nothing.
+    dequantised: what was quantised in the checkpoint and became plain; None: nothing. quantised: what layers store in
+    fewer bits.
     """
 
     phases: tuple[Phase, ...]
     dequantised: Dequantised | None = None
+    quantised: tuple[Quantised, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -82,14 +102,23 @@ class StartReport:
     def line(self) -> str:
         """A summary: "ready in 4.1 s (import 1.8, weights 0.9, capture 1.1)". Phases under 50 ms are left out."""
         shown = [f"{phase.name} {phase.seconds:.1f}" for phase in self.phases if phase.seconds >= 0.05]
-        more = "" if self.dequantised is None else f"; {self.dequantised.line()}"
+        more = "".join(f"; {line}" for line in self._weights())
         return f"ready in {self.seconds:.1f} s" + (f" ({', '.join(shown)})" if shown else "") + more
 
     def table(self) -> str:
-        """One line for each phase, one for the total, and one for what was dequantised."""
+        """One line for each phase, one for the total, and one for each kind of quantised weights."""
         rows = [*((phase.name, phase.seconds) for phase in self.phases), ("total", self.seconds)]
-        more = [] if self.dequantised is None else [self.dequantised.line()]
-        return "\n".join([*(f"{name:<13}{seconds:8.3f} s" for name, seconds in rows), *more])
+        return "\n".join([*(f"{name:<13}{seconds:8.3f} s" for name, seconds in rows), *self._weights()])
+
+    def _weights(self) -> list[str]:
+        return [
+            *([] if self.dequantised is None else [self.dequantised.line()]),
+            *(each.line() for each in self.quantised),
+        ]
+
+
+def shown_bytes(size: int) -> str:
+    return f"{size / 1e6:,.{1 if size < 1e7 else 0}f} MB"
 
 
 class StartClock:
@@ -124,9 +153,9 @@ class StartClock:
         self.add(*within, Phase(name, max(0.0, rest)))
         self._since = now
 
-    def report(self, dequantised: Dequantised | None = None) -> StartReport:
+    def report(self, dequantised: Dequantised | None = None, quantised: tuple[Quantised, ...] = ()) -> StartReport:
         phases = tuple(Phase(name, self._seconds[name]) for name in PHASES if name in self._seconds)
-        return StartReport(phases, dequantised)
+        return StartReport(phases, dequantised, quantised)
 
 
 @contextmanager

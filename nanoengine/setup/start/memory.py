@@ -13,7 +13,7 @@ from nanoengine.api.attention import BatchLimits
 from nanoengine.api.errors import ConfigError, DeviceMemoryError
 from nanoengine.core.execution.runner import empty_cache
 from nanoengine.params.engine_options import EngineOptions
-from nanoengine.setup.start.clock import Dequantised, Phase
+from nanoengine.setup.start.clock import Dequantised, Phase, Quantised
 from nanoengine.setup.start.shortage import StepTooLarge
 
 _log = logging.getLogger(__name__)
@@ -37,7 +37,8 @@ class MemoryReport:
         eager_reason: why steps run eagerly although graphs are enabled; "" if they do not, or if graphs are disabled.
         failed_processors: logits processors that could not be made: name -> cause.
         phases: the phases of the runner's start.
-        dequantised: the checkpoint's quantised tensors; None: there are none.
+        dequantised: the checkpoint's quantised tensors that became plain; None: there are none.
+        quantised: what layers store in fewer bits; (): all are plain.
     """
 
     num_blocks: int
@@ -54,6 +55,7 @@ class MemoryReport:
     failed_processors: Mapping[str, str] = field(default_factory=dict)
     phases: tuple[Phase, ...] = ()
     dequantised: Dequantised | None = None
+    quantised: tuple[Quantised, ...] = ()
 
 
 def batch_limits(options: EngineOptions) -> BatchLimits:

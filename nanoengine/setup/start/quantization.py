@@ -1,12 +1,12 @@
-"""The one place where config.json's quantisation decides: the methods of layers, or how weights are unpacked."""
+"""What config.json says of quantised weights, and which formats become plain ones while they are loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from nanoengine.api.errors import ModelError, shown
-from nanoengine.api.layers import ChooseMethod
 from nanoengine.setup.start.mxfp4 import MXFP4
 from nanoengine.setup.start.packed import PackedFormat
 
@@ -15,39 +15,70 @@ PACKED = (MXFP4,)
 """Formats that are dequantised while loading."""
 
 
-def choose_methods(hf_config: Mapping[str, Any]) -> ChooseMethod | None:
-    """What chooses the method of each layer, by what config.json says of the weights; None: all are plain.
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """What config.json says of quantised weights. key: where. method: `quant_method`. config: the whole mapping."""
 
-    Raises `ModelError` as `packed_format` does. Today no format has methods.
+    key: str
+    method: str
+    config: Mapping[str, Any]
+
+    def refused(self, why: str) -> ModelError:
+        return ModelError(f"config.json: {self.key} {_says(self.method)}; {why}")
+
+
+def quantised_by(hf_config: Mapping[str, Any]) -> Stated | None:
+    """What config.json says of quantised weights; None: they are plain.
+
+    Raises `ModelError` if that is no mapping with a quant_method, or is about a part of the model only.
     """
-    packed_format(hf_config)
-    return None
+    found = list(_quantised(hf_config))
+    for path, given in found:
+        method = given.get("quant_method") if isinstance(given, Mapping) else given
+        if path not in _KEYS or not isinstance(given, Mapping) or not isinstance(method, str):
+            raise ModelError(
+                f"config.json: {path} {_says(method)}; supported is a {_KEYS[0]} of the whole model, a mapping with a "
+                "quant_method: otherwise use the checkpoint that this one was made from, or a GGUF file"
+            )
+    if not found:
+        return None
+    (path, given), *more = found
+    if any(each != given for _, each in more):
+        raise ModelError(f"config.json has {' and '.join(_KEYS)}, with different values")
+    hf_config[path].items()  # notes its keys as read
+    return Stated(path, given["quant_method"], dict(given))
+
+
+def is_packed(method: str) -> bool:
+    """Whether weights of this format are dequantised while they are loaded."""
+    return any(each.method == method for each in PACKED)
 
 
 def packed_format(hf_config: Mapping[str, Any]) -> PackedFormat | None:
     """How the checkpoint's tensors become plain ones while they are loaded; None: they are plain.
 
-    Raises `ModelError` for a format that is not supported.
+    Raises `ModelError` for any other format of quantised weights.
     """
-    found = None
-    for path, given in _quantised(hf_config):
-        method = given.get("quant_method") if isinstance(given, Mapping) else given
-        found = next((each for each in PACKED if each.method == method), None)
-        if path != _KEYS[0] or not isinstance(given, Mapping) or found is None:
-            known = " or ".join(each.method for each in PACKED)
-            raise ModelError(
-                f"config.json: {path} says that the weights are quantised (quant_method {shown(method)}); supported is "
-                f"a {_KEYS[0]} with {known}, which is dequantised while loading: otherwise use the checkpoint that "
-                "this one was made from, or a GGUF file, whose weights are expanded"
-            )
-        if unknown := given.keys() - {"quant_method", *found.options}:
-            raise ModelError(
-                f"config.json: {path} of {found.method} has {', '.join(sorted(unknown))}, which may mean other values; "
-                f"known: {', '.join(sorted(found.options))}"
-            )
-    if found is not None:
-        hf_config[_KEYS[0]].items()  # notes its keys as read
+    stated = quantised_by(hf_config)
+    if stated is None:
+        return None
+    found = next((each for each in PACKED if each.method == stated.method), None)
+    if found is None:
+        known = ", ".join(each.method for each in PACKED)
+        raise stated.refused(
+            f"supported without a quantisation is {known}, which is dequantised while loading: otherwise use the "
+            "checkpoint that this one was made from, or a GGUF file"
+        )
+    if unknown := stated.config.keys() - {"quant_method", *found.options}:
+        raise ModelError(
+            f"config.json: {stated.key} of {found.method} has {', '.join(sorted(unknown))}, which may mean other "
+            f"values; known: {', '.join(sorted(found.options))}"
+        )
     return found
+
+
+def _says(method: object) -> str:
+    return f"says that the weights are quantised (quant_method {shown(method)})"
 
 
 def _quantised(hf_config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

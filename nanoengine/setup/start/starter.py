@@ -39,10 +39,12 @@ from nanoengine.setup.start.build_model import (
     build_model,
     kv_groups,
     parameter_bytes,
+    quantised_layers,
     weight_bytes,
     weights_freed_on_error,
 )
 from nanoengine.setup.start.capture import capture_graphs
+from nanoengine.setup.start.choose_quantization import choose_methods
 from nanoengine.setup.start.clock import Dequantised, StartClock
 from nanoengine.setup.start.graph_sizes import capture_sizes, reserve_bytes
 from nanoengine.setup.start.largest_steps import largest_steps
@@ -100,6 +102,7 @@ class _Start:
         place: dict[str, Any] = {
             "tp": self.tp, "dtype": self.dtype, "device": self.device, "ops": ops,
             "max_model_len": options.max_model_len, "expert_parallel": options.enable_expert_parallel,
+            "choose": choose_methods(self.plan.quantization, self.loader, options),
         }  # fmt: skip
         try:
             built = self._make_model(model_class, place)
@@ -124,7 +127,7 @@ class _Start:
             if self.plan.options.load_format == "dummy":
                 dummy_weights(built.model, self.plan.options.seed, self.tp)
             else:
-                packed = packed_format(self.plan.hf_config)
+                packed = packed_format(self.plan.hf_config) if self.plan.quantization is None else None
                 loaded = load_weights(built.model, built.config, self.plan.model_path, self.tp, packed)
                 self.dequantised = loaded.dequantised
             built.model.eval()
@@ -239,6 +242,7 @@ class _Start:
             graph_bytes=self._measured[1],
             failed_processors=self.failed_processors,
             dequantised=self.dequantised,
+            quantised=quantised_layers(built.model),
         )
 
     def _allocate(self, num_blocks: int) -> None:

@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from nanoengine.api.errors import WeightsError
 from nanoengine.api.layers import WeightLayer
 from nanoengine.api.model import Model, ModelConfig
 from nanoengine.api.parallel import TensorParallelGroup
-from nanoengine.api.sharding import Shard, ShardSpec
+from nanoengine.api.sharding import FLOAT_DTYPES, Shard, ShardSpec
+from nanoengine.api.weights import WeightRule
 from nanoengine.layers.sharding import finish_layers, weight_layers
 from nanoengine.setup.start.checkpoint import INDEX_FILE, find_checkpoint, some
 from nanoengine.setup.start.clock import Dequantised
@@ -35,7 +36,7 @@ __all__ = ["FLOAT_DTYPES", "LoadReport", "NamedTensors", "checkpoint_name", "dum
 
 _log = logging.getLogger(__name__)
 
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+_PART = ":"  # between the name of a parameter and the part that it is
 _COMPARED = 1 << 22  # elements of two tensors that are compared at a time
 
 NamedTensors = Iterable[tuple[str, Tensor | TensorSlice]]
@@ -144,9 +145,9 @@ class _Parameter:
         """(part, index) of what is still missing."""
         for part in self.shards:
             got = self.filled.get(part, set())
-            if not got:
+            if not got and not self.spec.optional:
                 yield part, None
-            elif None not in got:
+            elif got and None not in got:
                 yield from ((part, index) for index in range(self.spec.shape[0]) if index not in got)
 
 
@@ -163,6 +164,9 @@ class _Loading:
         self._parameters = {
             name: self._parameter(layer, own) for name, layer, own, spec in weight_layers(model) if not spec.made
         }
+        self._of_parts = defaultdict[str, list[str]](list)  # name -> parts that are parameters of their own
+        for name, _, part in (name.partition(_PART) for name in self._parameters if _PART in name):
+            self._of_parts[name].append(part)
         ties = rules.weights.ties
         self._held = dict[str, tuple[str, TensorSlice, Resolved]]()  # of parameters that may be tied: until all came
         self._may_tie = {*ties, *ties.values()}
@@ -228,6 +232,11 @@ class _Loading:
 
     def _fill(self, name: str, tensor: TensorSlice, found: Resolved) -> None:
         """Loads this rank's slices of a tensor into the parameter that it belongs to."""
+        if found.parameter not in self._parameters and found.parameter in self._of_parts:
+            whole = replace(found.rule, parts=())
+            for part in found.parts or self._of_parts[found.parameter]:
+                self._fill(name, tensor, replace(found, parameter=f"{found.parameter}{_PART}{part}", rule=whole))
+            return
         target = self._parameters.get(found.parameter)
         if target is None:
             self._unexpected(name, tensor)
@@ -240,6 +249,8 @@ class _Loading:
             return
         parts = [(part, sizes[part]) for part in found.parts or sizes]
         shape, wanted = list(tensor.get_shape()), wanted_shape(spec, parts, found.rule, stacked=stacked)
+        if not shape and wanted == [1]:
+            shape, tensor = wanted, WholeTensor(tensor[...].reshape(1))
         self.used.add(name)
         for part in [part for part, _ in parts] or [""]:
             got = target.filled.setdefault(part, set())
@@ -250,8 +261,8 @@ class _Loading:
         if shape != wanted:
             turned = "" if shape != _turned(wanted) else f" (transpose={not found.rule.transpose} would fit)"
             self.problems.misshapen.append(f"{name} {shape}, expected {wanted}{turned}")
-        elif tensor.get_dtype() not in FLOAT_DTYPES:
-            dtypes = ", ".join(FLOAT_DTYPES)
+        elif tensor.get_dtype() not in spec.dtypes:
+            dtypes = ", ".join(spec.dtypes)
             self.problems.misshapen.append(f"{name} of dtype {tensor.get_dtype()}, expected one of {dtypes}")
         else:
             if isinstance(tensor, PackedTensor):
@@ -267,6 +278,8 @@ class _Loading:
             return f"{found.parameter} {has}, not {', '.join(unknown)}"
         if found.index is not None and (len(spec.shape) < 2 or found.index >= spec.shape[0]):
             return f"{found.parameter} {list(spec.shape)} has no index {found.index}"
+        if not _is_plain(spec) and not _only_names(found.rule):
+            return f"it changes values or their order, and {found.parameter} is quantised: that is not supported"
         return misfit(spec, [each for each in spec.parts if each[0] in (found.parts or known)], found.rule)
 
     def _send(self, tensor: TensorSlice, target: _Parameter, parts: list[tuple[str, int]], found: Resolved) -> None:
@@ -304,12 +317,23 @@ class _Loading:
             (name, part, index, target) for name, target in self._parameters.items() for part, index in target.open()
         ]
         for name, part, index, target in open_:
-            source = self.rules.sources(name, part)[0]
+            name, _, own = name.partition(_PART)
+            source = self.rules.sources(name, part or own)[0]
             source = source if index is None else source.replace(NUMBER, str(index))
             if source not in self.problems.missing[-len(target.shards) :]:
                 self.problems.missing.append(source)
-        help_ = advice([(name, part, target.spec) for name, part, _, target in open_], self._lost)
+        asked = ((name.partition(_PART), part, target.spec) for name, part, _, target in open_)
+        help_ = advice([(name, part or own, spec) for (name, _, own), part, spec in asked], self._lost)
         self.problems.raise_if_any(where, self._tp, stale, help_)
+
+
+def _is_plain(spec: ShardSpec) -> bool:
+    return spec.dtypes == FLOAT_DTYPES
+
+
+def _only_names(rule: WeightRule) -> bool:
+    """Whether the rule takes values as they are."""
+    return rule == WeightRule(rule.to, rule.parts)
 
 
 def _turned(shape: list[int]) -> list[int]:

@@ -1,0 +1,96 @@
+"""From config.json and `engine.quantization` to a `QuantizationPlan`, and from that to the methods of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from nanoengine.api.errors import ConfigError, ModelError, PluginError
+from nanoengine.api.layers import ChooseMethod
+from nanoengine.api.plugin_calls import plugin_call
+from nanoengine.api.quantization import Quantization, QuantizationContext
+from nanoengine.api.specs import QuantizationSpec
+from nanoengine.params.engine_options import EngineOptions
+from nanoengine.params.engine_plan import QuantizationPlan
+from nanoengine.setup.plugins.choose import load_checked
+from nanoengine.setup.plugins.registry import Registered, Registry
+from nanoengine.setup.plugins.targets import TargetLoader
+from nanoengine.setup.start.quantization import PACKED, Stated, is_packed, quantised_by
+
+_OPTION = "engine.quantization"
+
+
+def choose_quantization(registry: Registry, name: str, hf_config: Mapping[str, Any]) -> QuantizationPlan | None:
+    """How the weights are stored in fewer bits; None: they are plain, or become plain while they are loaded.
+
+    Args:
+        name: `EngineOptions.quantization`.
+
+    Raises `ModelError` for a checkpoint in a format that is not supported, `ConfigError` where `name` does not fit the
+    checkpoint, `PluginError` if it is not installed, broken, or not the only one that reads the format.
+    """
+    stated = quantised_by(hf_config)
+    if name in ("auto", "none"):
+        return None if stated is None else _reader(registry, stated, name)
+    found: Registered[QuantizationSpec] = registry.require("quantizations", name)
+    if stated is not None and stated.method not in found.spec.formats:
+        reads = ", ".join(found.spec.formats) or "no quantised checkpoint"
+        raise ConfigError(
+            f"{_OPTION} is {name!r}, which reads {reads}, but the checkpoint is quantised by {stated.method!r}; use "
+            f"{_OPTION}=auto"
+        )
+    if stated is None and not found.spec.online:
+        able = sorted(each.spec.name for each in registry.quantizations.values() if each.spec.online)
+        raise ConfigError(
+            f"{_OPTION} is {name!r}, but the checkpoint is not quantised, and {name} quantises no plain weights; those "
+            f"that do: {', '.join(able) or 'none is installed'}"
+        )
+    return _plan(found, {} if stated is None else stated.config)
+
+
+def _reader(registry: Registry, stated: Stated, name: str) -> QuantizationPlan | None:
+    """For a quantised checkpoint and "auto" or "none". None: it is dequantised while it is loaded."""
+    readers = [each for each in registry.quantizations.values() if stated.method in each.spec.formats]
+    if name == "auto" and len(readers) > 1:
+        who = " and ".join(f"{each.spec.name!r} of {each.origin}" for each in readers)
+        raise PluginError(f"quant_method {stated.method!r} is read by {who}; choose one by {_OPTION}")
+    if name == "auto" and readers:
+        return _plan(readers[0], stated.config)
+    if is_packed(stated.method):
+        return None
+    if readers:
+        raise ConfigError(
+            f"{_OPTION} is 'none', but the checkpoint is quantised by {stated.method!r}; {_OPTION}=auto reads it "
+            f"by {readers[0].spec.name!r}"
+        )
+    formats = {each for found in registry.quantizations.values() for each in found.spec.formats}
+    known = ", ".join(sorted({*formats, *(each.method for each in PACKED)}))
+    hint = registry.failure_hint("quantizations")
+    raise stated.refused(
+        f"supported: {known}{hint}. Otherwise use the checkpoint that this one was made from, or a GGUF file"
+    )
+
+
+def choose_methods(plan: QuantizationPlan | None, loader: TargetLoader, options: EngineOptions) -> ChooseMethod | None:
+    """What chooses the method of each layer; None: all are plain. `options`: with device and dtype filled in.
+
+    Raises `ModelError` for values of the config that are not supported, `PluginError` if the class is broken.
+    """
+    if plan is None:
+        return None
+    found = load_checked(loader, plan.target, Quantization)
+    ctx = QuantizationContext(
+        name=plan.name,
+        config=plan.config,
+        dtype=getattr(torch, options.dtype),
+        device=torch.device(options.device).type,
+        tp_size=options.tensor_parallel_size,
+    )
+    with plugin_call(f"{plan.where} failed in read", found, ModelError):
+        return found.read(ctx).method
+
+
+def _plan(found: Registered[QuantizationSpec], config: Mapping[str, Any]) -> QuantizationPlan:
+    return QuantizationPlan(name=found.spec.name, target=found.spec.target, config=config, origin=str(found.origin))

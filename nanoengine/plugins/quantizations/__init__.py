@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
-from nanoengine.api import QuantizationSpec, hookimpl
+from nanoengine.api import API_VERSION, QuantizationSpec, hookimpl
 
 
 @hookimpl
 def register_quantizations() -> list[QuantizationSpec]:
-    return []
+    here = "nanoengine.plugins.quantizations"
+    return [
+        QuantizationSpec(
+            name="fp8",
+            target=f"{here}.fp8:Fp8",
+            help="FP8 weights (e4m3): files of fp8 and fbgemm_fp8, or made while loading.",
+            api=API_VERSION,
+            formats=("fp8", "fbgemm_fp8"),
+            online=True,
+        ),
+        QuantizationSpec(
+            name="int8",
+            target=f"{here}.int8:Int8",
+            help="INT8 weights made while loading.",
+            api=API_VERSION,
+            online=True,
+        ),
+    ]

@@ -1,0 +1,103 @@
+"""What readers of `quantization_config` share: its keys with good errors, and which layers are quantised online."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nanoengine.api import LayerInfo, LinearMethod, ModelError
+from nanoengine.layers.hf_config import shown
+from nanoengine.plugins.quantizations.eight_bit import EightBitLinear, Scheme
+
+_LEAST_OUTPUTS = 16  # of a layer that is quantised online: a gate of one output is no weight to save
+
+
+class Section:
+    """Reads a mapping of config.json. Each key must be read before `finish`; null is as if a key were not there."""
+
+    def __init__(self, data: Any, path: str) -> None:
+        self.path = path
+        if not isinstance(data, Mapping):
+            raise ModelError(f"config.json: {path} must be an object, not {shown(data)}")
+        self._data = data
+        self._read = {"quant_method"}
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self._read.add(key)
+        value = self._data.get(key)
+        return default if value is None else value
+
+    def wrong(self, key: str, wanted: str) -> ModelError:
+        return ModelError(f"config.json: {self.path}.{key} is {shown(self._data.get(key))}; supported is {wanted}")
+
+    def only(self, key: str, *values: Any) -> None:
+        """Raises `ModelError` for another value than these, or null."""
+        given = self.get(key)
+        if given is not None and not any(given == each and type(given) is type(each) for each in values):
+            raise self.wrong(key, " or ".join([*map(shown, values), "null"]))
+
+    def one_of(self, key: str, values: Sequence[str], default: str) -> str:
+        given = self.get(key, default)
+        if given not in values:
+            raise self.wrong(key, " or ".join(map(repr, values)))
+        return str(given)
+
+    def number(self, key: str, default: float) -> float:
+        given = self.get(key, default)
+        if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given < float("inf"):
+            raise self.wrong(key, "a positive number")
+        return float(given)
+
+    def patterns(self, key: str) -> list[str]:
+        """A list of names, of which some are regular expressions."""
+        given = self.get(key, [])
+        if not isinstance(given, list) or not all(isinstance(each, str) and each for each in given):
+            raise self.wrong(key, "a list of names of modules")
+        for each in given:
+            try:
+                re.compile(each.removeprefix("re:"))
+            except re.error as error:
+                raise ModelError(
+                    f"config.json: {self.path}.{key} has {shown(each)}, no regular expression: {error}"
+                ) from None
+        return given
+
+    def block(self, key: str) -> tuple[int, int] | None:
+        """[outputs, inputs] of a block, of which the inputs are a power of two from 32, as kernels need them."""
+        given = self.get(key)
+        if given is None:
+            return None
+        sizes = [each for each in given if type(each) is int] if isinstance(given, list) else []
+        if len(sizes) != 2 or len(given) != 2 or sizes[0] < 1 or sizes[1] < 32 or sizes[1] & (sizes[1] - 1):
+            raise self.wrong(key, "[outputs, inputs] of a block, its inputs a power of two from 32, as in [128, 128]")
+        return sizes[0], sizes[1]
+
+    def group(self, key: str) -> int:
+        """Inputs that share a scale."""
+        given = self.get(key)
+        if type(given) is not int or given < 32 or given & (given - 1):
+            raise self.wrong(key, "a power of two from 32")
+        return int(given)
+
+    def finish(self) -> None:
+        """Raises `ModelError` for keys that were not read."""
+        unknown = sorted(key for key, value in self._data.items() if key not in self._read and value is not None)
+        if unknown:
+            raise ModelError(
+                f"config.json: {self.path} has {', '.join(unknown)}, which may mean other values; known: "
+                f"{', '.join(sorted(self._read))}"
+            )
+
+
+def online_method(name: str, layer: LayerInfo, scheme: Scheme) -> LinearMethod | None:
+    """The method of a layer of a plain checkpoint: linear layers are quantised, embeddings and output layers not."""
+    if layer.kind == "experts":
+        raise refuse_experts(layer, f"engine.quantization={name}: {scheme}")
+    return EightBitLinear(scheme) if layer.kind == "linear" and layer.shape[0] >= _LEAST_OUTPUTS else None
+
+
+def refuse_experts(layer: LayerInfo, scheme: str) -> ModelError:
+    return ModelError(
+        f"{layer.name}: experts are not supported in this format ({scheme}); use plain weights of the model"
+    )

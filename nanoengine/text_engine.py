@@ -41,14 +41,11 @@ class _Client:
         assembler = self.assembler
         if assembler.finished:  # by a stop string: the rest is of no use
             return
-        stopped = assembler.take(delta)
-        if assembler.finished:
-            if not delta.finished:
-                self.engine.abort_request(delta.request_id)
-                self.engine.apply_inbox()  # now, so that its id is free when its last output is there
-        elif stopped:
-            for index in stopped:
-                self.engine.abort_request(delta.request_id, index)
+        for index in assembler.take(delta):
+            self.engine.abort_request(delta.request_id, index)
+        if assembler.finished and not delta.finished:
+            self.engine.abort_request(delta.request_id)  # the rest, where its text failed
+            self.engine.apply_inbox()  # now, so that its id is free when its last output is there
         if assembler.finished or not self.final_only:
             self.sink(assembler.output())
 

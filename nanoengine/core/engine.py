@@ -108,7 +108,7 @@ class Engine:
         self._requests.add(state, self._inputs.preparations(given))
 
     def abort_request(self, request_id: str, sample_index: int | None = None) -> None:
-        """End a request or one of its samples; the last delta has the tokens so far. No effect where it has ended."""
+        """End a request, or a sample that its client has stopped. The last delta has the tokens so far. Idempotent."""
         if not self._is_fork:  # a fork drops its streams; the thread that held a lock may not exist there
             self._requests.abort(request_id, sample_index)
 
@@ -239,7 +239,7 @@ class Engine:
             if scheduled:
                 self.scheduler.abort(request)
             if self._watch is not None:
-                self._watch.ended(request, "abort" if error is None else error.code)
+                self._watch.ended(request, error.code if error is not None else "abort" if which == ALL else "stop")
         self._requests.publish(state.last_deltas(error, which))
 
     def _broken(self, error: BaseException) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from nanoengine.kernels import activation as pointwise
 from nanoengine.kernels import experts as mixture
 from nanoengine.kernels import rms_norm, rope
 from nanoengine.kernels.activation import Activation as Activation
+from nanoengine.kernels.cpu import Library, load
 from nanoengine.kernels.experts import RealTokens as RealTokens
 from nanoengine.kernels.experts import Routing as Routing
 from nanoengine.kernels.linear import linear
@@ -296,11 +298,33 @@ class TritonOps(Ops):
         )  # fmt: skip
 
 
-def ops_for(device: torch.device, *, fuse: bool = True, attends_qkv: bool = True) -> Ops:
-    """Triton's where it is installed and the device is a GPU, unless fusing is off.
+class CpuOps(Ops):
+    """Kernels in C for float32 that is contiguous; torch for anything else.
+
+    Attributes:
+        library: by which methods of quantised weights multiply.
+    """
+
+    name = "cpu"
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+
+    def act_and_mul(self, gate_up: Tensor, activation: Activation = "silu") -> Tensor:
+        if gate_up.dim() == 2 and gate_up.dtype is torch.float32 and gate_up.is_contiguous():
+            return self.library.act_and_mul(gate_up, activation)
+        return super().act_and_mul(gate_up, activation)
+
+
+def ops_for(device: torch.device, *, fuse: bool = True, attends_qkv: bool = True, cache: Path | None = None) -> Ops:
+    """Triton's where it is installed and the device is a GPU, those in C on a CPU, unless fusing is off.
+
+    cache: the folder in which kernels in C are built; None: they are not used.
 
     An installation that is broken costs speed, which is said, and nothing else.
     """
+    if fuse and device.type == "cpu" and cache is not None:
+        return _on_cpu(cache)
     if not fuse or device.type != "cuda":
         return Ops()
     try:
@@ -316,3 +340,14 @@ def ops_for(device: torch.device, *, fuse: bool = True, attends_qkv: bool = True
             type(error).__name__, str(error),
         )  # fmt: skip
         return Ops()
+
+
+def _on_cpu(cache: Path) -> Ops:
+    found = load(cache)
+    if isinstance(found, Library):
+        return CpuOps(found)
+    _log.warning(
+        "the CPU kernels are not used, layers run on plain torch, which is slower: %s; a C compiler (gcc or clang) "
+        "builds them; engine.fuse_kernels=false does without", found,
+    )  # fmt: skip
+    return Ops()

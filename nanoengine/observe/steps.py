@@ -52,7 +52,12 @@ class Drafts(NamedTuple):
 
 
 class Ending(NamedTuple):
-    """A sample that ended. reason: "stop", "length", "abort", or the code of its error. at: seconds, as in `Span`."""
+    """A sample that ended.
+
+    Attributes:
+        reason: "stop" (also at a stop string, which its client finds), "length", "abort", or the code of its error.
+        at: seconds, as in `Span`.
+    """
 
     request: str
     reason: str

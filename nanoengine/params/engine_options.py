@@ -99,7 +99,7 @@ class EngineOptions:
             None: off. See `SpeculationOptions`.
         overlap: prepare step N+1 while step N runs.
         spare_slots: slots in addition to max_num_seqs: a request whose last token is in flight needs no row any more.
-        fuse_kernels: on a GPU, layers use fused Triton kernels.
+        fuse_kernels: layers use fused kernels: Triton's on a GPU, those in C on a CPU; off: plain torch.
         fuse_attention: with them, attention backends that can do so also normalise and rotate q and k, in one kernel.
         fuse_sampling: fuse the standard sampler operations (one sort for top-k, top-p and min-p).
         custom_all_reduce: small sums over GPUs are read from the memory of the other GPUs; otherwise all use NCCL.

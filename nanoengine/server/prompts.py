@@ -87,6 +87,18 @@ def _about(where: str, error: RequestError) -> ApiError:
     return found if found.message.startswith(where) else replace(found, param=where)
 
 
+def check_room(context: Context, prompt: Prompt, most: int | None, name: str) -> None:
+    """Raises `ApiError` where so many new tokens, which the client asks for by the field `name`, cannot fit."""
+    tokens, room = len(prompt.token_ids), context.client.info.max_model_len
+    if most is not None and tokens + most > room:
+        raise invalid(
+            f"{name} is {most} and the prompt has {tokens} tokens, together {tokens + most}, but max_model_len is "
+            f"{room}: ask for at most {room - tokens}, or leave {name} out",
+            name,
+            "context_length_exceeded",
+        )
+
+
 async def chat_prompt(context: Context, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Prompt:
     """The prompt of a conversation. `options`: see `template_options`. Raises `ApiError` or `RequestError`."""
     ids, text = await rendered(context, messages, options)

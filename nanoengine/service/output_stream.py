@@ -62,10 +62,8 @@ class OutputStream(AsyncIterator[RequestOutput]):
         raise self._error
 
     def _take(self, stream: RequestStream, assembler: OutputAssembler, delta: RequestDelta) -> None:
-        stopped = assembler.take(delta)
-        if not assembler.finished:
-            for index in stopped:
-                stream.abort_sample(index)
+        for index in assembler.take(delta):
+            stream.abort_sample(index)
 
     def close(self) -> None:
         """Abort the request if it still runs; the stream ends. Idempotent."""

@@ -17,6 +17,7 @@ from nanoengine.api.deltas import RequestDelta, SampleDelta
 from nanoengine.api.outputs import RequestMetrics
 from nanoengine.core.engine import Engine
 from nanoengine.core.scheduling.scheduler import Scheduler
+from nanoengine.observe.steps import StepRecord
 from nanoengine.params.generated import Beginning
 from nanoengine.params.input_processor import CheckedRequest
 from nanoengine.params.sampling_params import ResolvedParams
@@ -308,6 +309,22 @@ def test_a_stop_string_that_is_found_late_gives_the_same_output(tmp_path: Path, 
     assert one.metrics.num_generated == len(end.token_ids)
     assert drawn_by_one <= len(end.token_ids) + overlap
     assert drawn_late >= 65, "it was not found late"
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_stop_string_is_recorded_as_a_stop_and_a_client_that_leaves_as_an_abort(
+    tmp_path: Path, streamed: bool
+) -> None:
+    """The client finds it, and its abort says so: records and traces have the reason that the client's output has."""
+    stop = text_of(greedy(PROMPT, LENGTH)[20:22])
+    params, records = ENDLESS.replace(n=2, stop=stop), list[StepRecord]()
+    with text_llm(tmp_path) as llm, llm.observe(records.append):
+        outputs = [*llm.stream(PROMPT, params)] if streamed else llm.generate([PROMPT], params, use_tqdm=False)
+        with llm.stream(PROMPT, ENDLESS) as left:
+            next(left)
+        llm.generate([[5, 6]], params.replace(n=1, stop=None), use_tqdm=False)  # an ending is in the next step's record
+    assert [sample.finish_reason for sample in outputs[-1].outputs] == ["stop", "stop"]
+    assert [each.reason for record in records for each in record.ended] == ["stop", "stop", "abort", "length"]
 
 
 def check_one_sample_stops(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from nanoengine import LLM
 from nanoengine.api import Constraint, Grammar, GrammarSpec, hookimpl
+from nanoengine.observe.steps import StepRecord
 from nanoengine.server.app import create_app
 from nanoengine.server.config import ServerConfig
 from nanoengine.service.local import LocalClient
@@ -293,3 +294,17 @@ def test_a16_long_prompts_with_all_their_log_probs_harm_no_other_request(llm: LL
             assert count == len(prompt) + 1
 
     run(llm, use)
+
+
+def test_a_stop_string_is_a_stop_in_the_engines_records_too(llm: LLM) -> None:
+    async def use(http: httpx.AsyncClient) -> None:
+        free = (await post(http, ignore_eos=True)).json()["choices"][0]["text"]
+        for stream in (False, True):
+            response = await post(http, ignore_eos=True, stop=free[20:24], stream=stream)
+            assert '"finish_reason":"stop"' in response.text
+        assert (await post(http, max_tokens=3, ignore_eos=True)).status_code == 200
+
+    records: list[StepRecord] = []
+    with llm.observe(records.append):
+        run(llm, use)
+    assert [ending.reason for record in records for ending in record.ended][:3] == ["length", "stop", "stop"]

@@ -101,6 +101,7 @@ def tool_result(**fields: Any) -> list[dict[str, Any]]:
         (CHAT, {"guided_choice": []}, "guided_choice"),
         (CHAT, {"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
         (RESPONSES, {"max_output_tokens": 0}, "max_output_tokens"),
+        (RESPONSES, {"max_output_tokens": 4096}, "max_output_tokens"),
         (RESPONSES, {"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
         (RESPONSES, {"tools": [{"type": "function", **TOOL}] * 2}, "tools[1]"),
         (RESPONSES, {"tool_choice": "required"}, "tool_choice"),

@@ -440,3 +440,31 @@ def test_head_is_get_without_a_body(server: Server, path: str) -> None:
 def test_no_path_answers_with_a_redirect(server: Server) -> None:
     for path in ("/v1/completions/", "/health/", "//health"):
         error_of(server.request("POST" if "v1" in path else "GET", path), 404)
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "body"),
+    [
+        ("/v1/completions", "max_tokens", {"prompt": "abc"}),
+        ("/v1/chat/completions", "max_tokens", {"messages": [{"role": "user", "content": "a"}]}),
+        ("/v1/chat/completions", "max_completion_tokens", {"messages": [{"role": "user", "content": "a"}]}),
+        ("/v1/responses", "max_output_tokens", {"input": "a"}),
+    ],
+)
+def test_more_tokens_than_have_room_are_refused_with_the_numbers(path: str, name: str, body: dict[str, Any]) -> None:
+    """As vLLM does, where the client asks for them; a default of the configuration ends with the context instead."""
+    server = Server(info={"default_sampling": {"max_tokens": 10**6}})
+    assert server.post(path, body).status_code == 200
+    tokens = len(server.last.prompt_token_ids)
+    room = 4096 - tokens
+    assert server.post(path, {**body, name: room}).status_code == 200
+    error = error_of(server.post(path, {**body, name: room + 1, "stream": True}))
+    assert (error["param"], error["code"]) == (name, "context_length_exceeded")
+    assert error["message"].startswith(f"{name} is {room + 1} and the prompt has {tokens} tokens, together 4097")
+    assert f"at most {room}" in error["message"]
+
+
+def test_messages_take_more_tokens_than_have_room(server: Server) -> None:
+    """Anthropic has a reason for that end: model_context_window_exceeded."""
+    body = {"max_tokens": 10**6, "messages": [{"role": "user", "content": "a"}]}
+    assert server.post("/v1/messages", body).status_code == 200

@@ -70,12 +70,21 @@ def test_a21_the_calls_and_the_reason_are_the_same_streamed_or_whole(text: str, 
         assert found == {"content": content, "calls": calls, "reason": "tool_calls" if calls else "stop"}
 
 
+@pytest.mark.parametrize(("choice", "count"), [(None, 1), (None, 2), ("required", 2), (NAMED, 1)])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a21_a_call_that_is_cut_by_the_length_says_so(stream: bool) -> None:
-    server = Server(CALL, parsers=PARSERS)
-    response = server.chat(tools=[WEATHER], max_tokens=45, stream=stream)
+def test_a21_a_call_that_is_cut_by_the_length_says_so(stream: bool, count: int, choice: Any) -> None:
+    """The reason is the only place where a client can see it: a cut in the second call, too."""
+    text = "\n".join([CALL] * count)
+    server = Server(text, parsers=PARSERS)
+    cut = len(server.ids(text)) - 20  # within the arguments of the last call
+    response = server.chat(tools=[WEATHER, TIME], tool_choice=choice, max_tokens=cut, stream=stream)
     last = choices(events(response))[-1] if stream else response.json()["choices"][0]
     assert last["finish_reason"] == "length"
+    if not stream:
+        arguments = [call["function"]["arguments"] for call in last["message"]["tool_calls"]]
+        assert len(arguments) == count
+        with pytest.raises(json.JSONDecodeError):
+            json.loads(arguments[-1])
 
 
 @pytest.mark.parametrize("stream", [False, True])

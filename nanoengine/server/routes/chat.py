@@ -16,7 +16,7 @@ from nanoengine.server.events import Generation
 from nanoengine.server.logprobs import TokenTexts
 from nanoengine.server.parameters import checked_logprobs, checked_priority, sampling_params
 from nanoengine.server.parsing import Parsing, parsing_of, tools_of
-from nanoengine.server.prompts import chat_prompt, template_options
+from nanoengine.server.prompts import chat_prompt, check_room, template_options
 from nanoengine.server.protocol.chat import ChatRequest, NamedTool
 from nanoengine.server.protocol.generate import constraint_of
 from nanoengine.server.render_chat import ChatBody, ChatStream, ChatStyle
@@ -50,8 +50,12 @@ async def _answer(context: Context, request: Request, body: ChatRequest, account
     return Answer(context, account, request_id, [generation], renderer, bool(body.stream))
 
 
-async def chat_generation(context: Context, request: Request, body: ChatRequest) -> Generation:
+async def chat_generation(
+    context: Context, request: Request, body: ChatRequest, *, must_fit: bool = True
+) -> Generation:
     """What is to run for a conversation; other shapes of conversations are converted to this one first.
+
+    must_fit: more tokens than have room behind the prompt are an error; False: the output ends where the context does.
 
     Raises `ApiError`, `ParamsError` or `RequestError`.
     """
@@ -61,6 +65,9 @@ async def chat_generation(context: Context, request: Request, body: ChatRequest)
     own, constraint = _own(body, context, parsing), _constraint(body, parsing)
     run = run_fields(context, request, body)
     prompt = await chat_prompt(context, body.messages, chat_options(body, tools))
+    if must_fit:
+        name = "max_completion_tokens" if body.max_tokens is None else "max_tokens"
+        check_room(context, prompt, getattr(body, name), name)
     opened = parsing.opened(prompt.text or "", bool(body.continue_final_message))
     if constraint is not None:
         constraint = parsing.behind_reasoning(constraint, opened)

@@ -13,7 +13,7 @@ from nanoengine.server.errors import invalid
 from nanoengine.server.events import Generation
 from nanoengine.server.logprobs import TokenTexts
 from nanoengine.server.parameters import checked_logprobs, checked_priority, sampling_params
-from nanoengine.server.prompts import Prompt, completion_prompts
+from nanoengine.server.prompts import Prompt, check_room, completion_prompts
 from nanoengine.server.protocol.completions import CompletionRequest
 from nanoengine.server.protocol.generate import constraint_of
 from nanoengine.server.render_completions import CompletionBody, CompletionStream, CompletionStyle
@@ -43,6 +43,8 @@ async def _answer(context: Context, request: Request, body: CompletionRequest, a
     params = sampling_params(body, info, config, caller.secret, constraint_of(body), own)
     run = run_fields(context, request, body)
     prompts = await completion_prompts(context, body.prompt, body.add_special_tokens is not False)
+    for prompt in prompts:
+        check_room(context, prompt, body.max_tokens, "max_tokens")
     request_id = request_id_of(request, body.request_id)
     generations = [
         Generation(

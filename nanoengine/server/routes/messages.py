@@ -28,7 +28,7 @@ def messages_router(context: Context, model: type[ChatRequest]) -> APIRouter:
         body = await context.read(request, MessagesRequest)
         context.check_model(body.model)
         chat = checked_chat(request.scope, model, as_chat(body))
-        generation = await chat_generation(context, request, chat)
+        generation = await chat_generation(context, request, chat, must_fit=False)
         request_id = request_id_of(request)
         kind = MessageStream if body.stream else MessageBody
         renderer = kind(f"msg_{request_id}", context.names[0], body.max_tokens, chat.include_reasoning is not False)

@@ -16,6 +16,7 @@ from nanoengine.api.model import Attention, Model
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.plugin_calls import name_of, plugin_call
 from nanoengine.api.processors import ProcessorContext
+from nanoengine.api.sources import cache_root
 from nanoengine.core.execution.runner import (
     ModelRunner,
     free_unused,
@@ -93,7 +94,8 @@ class _Start:
     def run(self) -> tuple[ModelRunner, MemoryReport]:
         options = self.plan.options
         model_class: type[Model] = load_checked(self.loader, self.plan.model, Model)
-        ops = ops_for(self.device, fuse=options.fuse_kernels, attends_qkv=options.fuse_attention)
+        fuse, attends = options.fuse_kernels, options.fuse_attention
+        ops = ops_for(self.device, fuse=fuse, attends_qkv=attends, cache=cache_root())
         self.fused = ops.name == "triton"
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # creates the context

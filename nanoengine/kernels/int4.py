@@ -1,4 +1,4 @@
-"""Weights of four bits in groups that share a scale, in plain torch: the layout, products, looked-up rows.
+"""Weights of four bits in groups that share a scale, in plain torch: the layout and products.
 
 A value is (code - zero) * scale, with codes and zeros of 0 to 15. Four codes are a word of 16 bits: of each 32
 inputs, word j of 8 holds the inputs j, j + 8, j + 16 and j + 24, from its lowest bits up. So one mask over the words
@@ -58,8 +58,8 @@ class Int4Weight:
     def _zeros(self) -> tuple[Tensor, ...]:
         return () if self.zeros is None else (self.zeros,)
 
-    def rows(self, index: slice | Tensor) -> Int4Weight:
-        """Some of the outputs: a slice, which shares memory, or int [T]."""
+    def rows(self, index: slice) -> Int4Weight:
+        """Some of the outputs. They share memory with this."""
         zeros = None if self.zeros is None else self.zeros[index]
         return Int4Weight(self.codes[index], self.scales[index], zeros, self.group)
 
@@ -112,11 +112,6 @@ def int4_linear(
     if add is not None:
         y += add.float()
     return y.to(x.dtype) if out is None else out.copy_(y)
-
-
-def int4_rows(ids: Tensor, weight: Int4Weight, dtype: torch.dtype) -> Tensor:
-    """Rows of an embedding: int [T] -> [T, in] of `dtype`. Dequantises the looked-up rows only."""
-    return dequantise(weight.rows(ids)).to(dtype)
 
 
 def _tiles(weight: Int4Weight) -> Iterator[slice]:

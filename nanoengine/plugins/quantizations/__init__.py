@@ -24,4 +24,18 @@ def register_quantizations() -> list[QuantizationSpec]:
             api=API_VERSION,
             online=True,
         ),
+        QuantizationSpec(
+            name="awq",
+            target=f"{here}.awq:Awq",
+            help="INT4 weights of AWQ checkpoints.",
+            api=API_VERSION,
+            formats=("awq",),
+        ),
+        QuantizationSpec(
+            name="gptq",
+            target=f"{here}.gptq:Gptq",
+            help="INT4 weights of GPTQ checkpoints, with act-order too.",
+            api=API_VERSION,
+            formats=("gptq",),
+        ),
     ]

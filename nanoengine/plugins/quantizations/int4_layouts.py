@@ -6,6 +6,10 @@ has an order of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -71,3 +75,45 @@ def narrowest(scales: Tensor) -> Tensor:
         if torch.equal(narrow.float(), scales):
             return narrow
     return scales
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int4Format:
+    """What a file has for each weight [out, in], and how it becomes the layout of `kernels.int4`.
+
+    Attributes:
+        name: for reports. by_input: dimension 0 of its tensors is that of the inputs.
+        codes, scales, zeros, groups: the tensors' names. groups: int32 [in], the group of each input.
+        packs_outputs: eight codes of a word are of eight outputs, not of eight inputs. Zeros are always packed so.
+        read_codes: int32 -> uint8 [out, in / 2]. read_zeros: int32 -> uint8 [out, groups].
+        others: names of tensors that say nothing new, and their shapes and dtypes.
+        stray_biases: files may have biases of zeros for layers that have none.
+    """
+
+    name: str
+    by_input: bool
+    codes: str
+    scales: str
+    zeros: str
+    groups: str
+    packs_outputs: bool
+    read_codes: Callable[[Tensor], Tensor]
+    read_zeros: Callable[[Tensor], Tensor]
+    others: tuple[tuple[str, tuple[int, ...], tuple[str, ...]], ...] = ()
+    stray_biases: bool = False
+
+
+AWQ = Int4Format(
+    name="awq", by_input=True, codes="qweight", scales="scales", zeros="qzeros", groups="", packs_outputs=True,
+    read_codes=awq_codes, read_zeros=awq_zeros,
+)  # fmt: skip
+GPTQ = Int4Format(
+    name="gptq", by_input=True, codes="qweight", scales="scales", zeros="qzeros", groups="g_idx", packs_outputs=False,
+    read_codes=gptq_codes, read_zeros=partial(gptq_zeros, minus_one=False), stray_biases=True,
+)  # fmt: skip
+GPTQ_V1 = replace(GPTQ, read_zeros=partial(gptq_zeros, minus_one=True))
+PACK_QUANTIZED = Int4Format(
+    name="pack-quantized", by_input=False, codes="weight_packed", scales="weight_scale", zeros="weight_zero_point",
+    groups="weight_g_idx", packs_outputs=False, read_codes=packed_codes, read_zeros=packed_zeros,
+    others=(("weight_shape", (2,), ("I64", "I32")),),
+)  # fmt: skip

@@ -92,6 +92,8 @@ class Builder:
                 name, in_features, out_features, method=self._method(info, LinearMethod), **options
             )
         except ModelError as error:
+            if str(error).startswith(f"{name}: "):  # of a method, which has the layer
+                raise
             raise ModelError(f"{name}: {error}") from error
         return self._named(name, layer)
 

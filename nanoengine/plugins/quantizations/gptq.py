@@ -1,0 +1,115 @@
+"""Checkpoints of `quant_method` "gptq" (AutoGPTQ, GPTQModel): weights of four bits, packed along inputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Self
+
+from nanoengine.api import (
+    ExpertsMethod,
+    LayerInfo,
+    LinearMethod,
+    ModelError,
+    Quantization,
+    QuantizationContext,
+    is_ignored,
+)
+from nanoengine.plugins.quantizations.int4 import Int4
+from nanoengine.plugins.quantizations.int4_config import Int4Config, refused_experts
+from nanoengine.plugins.quantizations.int4_layouts import GPTQ, GPTQ_V1, Int4Format
+
+_FORMATS: Mapping[str, Int4Format] = {"gptq": GPTQ_V1, "gptq_v2": GPTQ}
+
+
+@dataclass(frozen=True, slots=True)
+class _Scheme:
+    group: int
+    act_order: bool
+
+
+class Gptq(Quantization):
+    """A group size and act-order for all linear layers, others where GPTQModel's `dynamic` says so.
+
+    Args:
+        dynamic: regular expression for the beginning of a module's name -> its scheme; None: it is plain. The first
+            that fits counts.
+        only: ends of names; other modules are plain. (): none are.
+    """
+
+    def __init__(
+        self,
+        format_: Int4Format,
+        scheme: _Scheme,
+        *,
+        head: bool = False,
+        dynamic: Mapping[re.Pattern[str], _Scheme | None] = {},
+        only: tuple[str, ...] = (),
+        plain: tuple[str, ...] = (),
+    ) -> None:
+        self._format, self._scheme, self._head = format_, scheme, head
+        self._dynamic, self._only, self._plain = dict(dynamic), only, plain
+
+    @classmethod
+    def read(cls, ctx: QuantizationContext) -> Self:
+        config = Int4Config(ctx.config)
+        config.only("bits", 4)
+        format_ = config.only("checkpoint_format", *_FORMATS, also=("format",), default="gptq")
+        config.only("is_marlin_format", False, default=False)
+        config.only("pack_dtype", "int32", default="int32")
+        scheme = _Scheme(config.group("group_size"), _act_order(config))
+        read = cls(
+            _FORMATS[format_],
+            scheme,
+            head=config.flag("lm_head", default=False),
+            dynamic=_dynamic(config, scheme),
+            only=tuple(name for names in config.lists("modules_in_block_to_quantize") for name in names),
+            plain=config.names("modules_to_not_convert"),
+        )
+        config.finish()
+        return read
+
+    def method(self, layer: LayerInfo) -> LinearMethod | ExpertsMethod | None:
+        if layer.kind == "embedding" or (layer.kind == "head" and not self._head):
+            return None
+        if is_ignored(layer, lambda module: self._of(module, layer) is None):
+            return None
+        if layer.kind == "experts":
+            raise refused_experts(layer, "gptq")
+        schemes = {name: self._of(name, layer) for name in layer.sources or (layer.name,)}
+        first, *others = dict.fromkeys(schemes.values())
+        if others or first is None:
+            shown = ", ".join(f"{name} {scheme}" for name, scheme in schemes.items())
+            raise ModelError(f"{layer.name}: its fused parts are quantised in different ways ({shown}): not supported")
+        return Int4(self._format, first.group, act_order=first.act_order)
+
+    def _of(self, module: str, layer: LayerInfo) -> _Scheme | None:
+        for pattern, scheme in self._dynamic.items():
+            if pattern.match(module):
+                return scheme
+        if any(each in module for each in self._plain):
+            return None
+        if self._only and layer.kind == "linear" and not module.endswith(self._only):
+            return None
+        return self._scheme
+
+
+def _act_order(config: Int4Config) -> bool:
+    """Whether inputs of a group may be anywhere. With `static_groups` they are neighbours."""
+    desc_act, static = config.flag("desc_act", default=False), config.flag("static_groups", default=False)
+    return desc_act and not static
+
+
+def _dynamic(config: Int4Config, scheme: _Scheme) -> dict[re.Pattern[str], _Scheme | None]:
+    found = dict[re.Pattern[str], _Scheme | None]()
+    for key, inner in config.sections("dynamic"):
+        pattern = config.pattern("dynamic", key.removeprefix("-:").removeprefix("+:"))
+        if key.startswith("-:"):
+            found[pattern] = None
+            continue
+        inner.only("bits", 4, default=4)
+        order = scheme.act_order if inner.get("desc_act") is None else _act_order(inner)
+        found[pattern] = replace(scheme, group=inner.group("group_size", default=scheme.group), act_order=order)
+        inner.finish()
+    return found

@@ -1,0 +1,246 @@
+"""The method of weights of four bits, whatever file they come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanoengine.api import LinearMethod, ModelError, Norm, Shard, ShardSpec, WeightLayer, WeightsError
+from nanoengine.kernels import int4
+from nanoengine.kernels.activation import Activation
+from nanoengine.kernels.int4 import SYMMETRIC_ZERO, UNIT, Int4Weight
+from nanoengine.layers.quantised import divided, one_each, per_output, transposed
+from nanoengine.plugins.quantizations import int4_layouts as layouts
+from nanoengine.plugins.quantizations.int4_layouts import Int4Format
+
+_BIAS = "bias:"  # of each part, of layers that have none in the model
+_LARGEST_DUMMY = 0.02 * 3**0.5
+
+
+class Int4(LinearMethod):
+    """Weights of four bits in groups of inputs.
+
+    Args:
+        format_: how the file has them.
+        group: inputs that share a scale; -1: all of them.
+        zeros: the file has zeros; without, all are 8.
+        act_order: inputs of a group may be anywhere, and the file says which. Where they may not, and the file says it
+            too, that is checked.
+    """
+
+    def __init__(self, format_: Int4Format, group: int, *, zeros: bool = True, act_order: bool = False) -> None:
+        self._format, self._group, self._zeros, self._act_order = format_, group, zeros, act_order
+        about = "one group" if group == -1 else f"groups of {group}"
+        self.label = f"int4 ({format_.name}), {about}{', act-order' if act_order else ''}"
+        self._kernels: ModuleType = int4
+        self._options: dict[str, Any] = {}
+        self._spec: ShardSpec | None = None
+        self._pieces: tuple[_Piece, ...] = ()
+
+    def create(self, layer: WeightLayer, weight: ShardSpec) -> None:
+        form, self._spec = self._format, weight
+        turn = transposed if form.by_input else _same
+        group = _checked_group(layer, weight, self._group, form.name)
+        if self._act_order and weight.dim == 1 and layer.tp.size > 1:
+            raise _scattered(layer)
+        packed = {"outputs" if form.packs_outputs else "inputs": layouts.PER_WORD}
+        scales = _per_output(weight) if self._group == -1 else divided(layer, weight, inputs=group)
+        specs = {form.codes: replace(turn(divided(layer, weight, **packed)), dtypes=("I32",))}
+        if self._zeros:
+            zeros = divided(layer, scales, outputs=layouts.PER_WORD)
+            specs[form.zeros] = replace(turn(zeros), dtypes=("I32",), init="zeros")
+        if form.groups:
+            groups = replace(_inputs(weight), dtypes=("I32", "I64"), optional=not self._act_order)
+            specs |= one_each(form.groups, weight, groups)
+        for name, spec in specs.items():
+            layer.add_weight(name, spec, torch.int32)
+        layer.add_weight(form.scales, turn(scales), torch.float32)
+        if self._zeros:
+            layer.get_parameter(form.zeros).data.fill_(0)
+        for name in self._of_parts(layer, form.groups):
+            layer.get_parameter(name).data.copy_(_neighbours(layer, name, self._in_file))
+        for name, shape, dtypes in form.others:
+            for each, spec in one_each(name, weight, ShardSpec(shape=shape, optional=True, dtypes=dtypes)).items():
+                layer.add_weight(each, spec, torch.int64)
+        for part, size in weight.parts or (("all", weight.shape[0]),) if form.stray_biases else ():
+            bias = replace(per_output(weight), shape=(size,), parts=(), optional=True, init="zeros")
+            layer.add_weight(f"{_BIAS}{part}", bias)
+
+    def load(self, layer: WeightLayer, name: str, shard: Shard, values: Tensor) -> None:
+        into = layer.get_parameter(name).data[shard.target]
+        if name.startswith(_BIAS) and values.any():
+            raise WeightsError(f"{layer.name}: the checkpoint has a bias that is not zero, and the model has none")
+        if into.is_floating_point() or not values.is_floating_point():
+            into.copy_(values)
+        elif name == self._format.codes:  # dummy weights: any bits are codes; groups and zeros stay as they are
+            into.copy_((values.double() / _LARGEST_DUMMY * 2.0**31).clamp_(-(2.0**31), 2.0**31 - 1))
+
+    def finish(self, layer: WeightLayer) -> None:
+        form, raw = self._format, layer.get_parameter
+        codes = form.read_codes(raw(form.codes).data)
+        scales = raw(form.scales).data
+        scales = layouts.narrowest((scales.t() if form.by_input else scales).contiguous())
+        zeros = form.read_zeros(raw(form.zeros).data) if self._zeros else None
+        if zeros is not None and bool((zeros == SYMMETRIC_ZERO).all()):
+            zeros = None
+        assert self._spec is not None
+        group = 2 * codes.shape[1] // scales.shape[1]
+        rows = [each.target[0] for each in per_output(self._spec).shards(layer.tp.rank, layer.tp.size)]
+        orders = [_order(layer, name, self._in_file) for name in self._of_parts(layer, form.groups)] or [None]
+        if all(_equal(each, orders[0]) for each in orders):  # so it is in a file made by GPTQ: parts see equal inputs
+            rows, orders = [slice(0, len(codes))], orders[:1]
+        for part, order in zip(rows, orders, strict=True):
+            if order is not None:
+                codes[part] = int4.pack_codes(int4.unpack_codes(codes[part])[:, order])
+        for name in [each for each in layer.specs if each != "bias"]:
+            delattr(layer, name)
+            del layer.specs[name]
+        weight = Int4Weight(_kept(layer, "codes", codes), _kept(layer, "scales", scales), zeros, group)
+        if zeros is not None:
+            _kept(layer, "zeros", zeros)
+        kept = [None if order is None else _kept(layer, f"order_{i}", order) for i, order in enumerate(orders)]
+        self._pieces = tuple(_Piece(part, weight.rows(part), order) for part, order in zip(rows, kept, strict=True))
+        if layer.ops.name == "triton":
+            from nanoengine.kernels import int4_triton
+            from nanoengine.kernels.matvec_skinny_triton import tickets_on
+
+            self._kernels = int4_triton
+            self._options = {"tickets": tickets_on(codes.device)}
+
+    def apply(self, layer: WeightLayer, x: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
+        return self._product(x, bias, out=out)
+
+    def apply_normed(
+        self,
+        layer: WeightLayer,
+        norm: Norm,
+        x: Tensor,
+        residual: Tensor | None,
+        bias: Tensor | None,
+        gate: Activation | None,
+    ) -> tuple[Tensor, Tensor]:
+        normed, total = norm.add(x, residual)
+        if len(self._pieces) > 1:
+            y = self._product(normed, bias)
+            return (layer.ops.act_and_mul(y, gate) if gate else y), total
+        return self._product(normed, bias, gate=gate), total
+
+    def apply_added(
+        self, layer: WeightLayer, x: Tensor, bias: Tensor | None, residual: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        if len(self._pieces) > 1:
+            return self._product(x, bias), residual
+        return self._product(x, bias, add=residual), None
+
+    def _product(self, x: Tensor, bias: Tensor | None, *, out: Tensor | None = None, **around: Any) -> Tensor:
+        linear = self._kernels.int4_linear
+        if len(self._pieces) == 1:
+            (piece,) = self._pieces
+            made: Tensor = linear(piece.inputs(x), piece.weight, bias, out=out, **around, **self._options)
+            return made
+        if out is None:
+            out = torch.empty(len(x), self._pieces[-1].rows.stop, dtype=x.dtype, device=x.device)
+        for piece in self._pieces:
+            part = None if bias is None else bias[piece.rows]
+            out[:, piece.rows] = linear(piece.inputs(x), piece.weight, part, **self._options)
+        return out
+
+    @property
+    def _in_file(self) -> int:
+        """Inputs of a group, those of all ranks together."""
+        assert self._spec is not None
+        return self._spec.shape[1] if self._group == -1 else self._group
+
+    def _of_parts(self, layer: WeightLayer, name: str) -> list[str]:
+        """Names of the parameters `name` or, in order, `name:part`."""
+        return [each for each in layer.specs if name and each.partition(":")[0] == name]
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Outputs whose inputs have one order. order: int32 [in], where each input of the weight is in x; None: there."""
+
+    rows: slice
+    weight: Int4Weight
+    order: Tensor | None
+
+    def inputs(self, x: Tensor) -> Tensor:
+        return x if self.order is None else x.index_select(1, self.order)
+
+
+def _same(spec: ShardSpec) -> ShardSpec:
+    return spec
+
+
+def _kept(layer: WeightLayer, name: str, values: Tensor) -> Tensor:
+    layer.register_parameter(name, nn.Parameter(values, requires_grad=False))
+    return layer.get_parameter(name).data
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+
+def _per_output(weight: ShardSpec) -> ShardSpec:
+    """The spec of one value for each output, [out, 1]."""
+    spec = per_output(weight)
+    return replace(spec, shape=(*spec.shape, 1))
+
+
+def _inputs(weight: ShardSpec) -> ShardSpec:
+    """The spec of one value for each input, [in]."""
+    spec = ShardSpec(shape=weight.shape[1:])
+    return spec if weight.dim == 0 else replace(spec, split=weight.split, unit=weight.unit)
+
+
+def _checked_group(layer: WeightLayer, weight: ShardSpec, group: int, name: str) -> int:
+    """The size of a group on this rank. Raises `ModelError` with the numbers that do not fit."""
+    outputs, inputs = weight.shape
+    held = weight.local_shape(layer.tp.rank, layer.tp.size)[1]
+    found = held if group == -1 else group
+    if found % UNIT or inputs % found:
+        share = f", {held} of them on each of {layer.tp.size} ranks" if held < inputs else ""
+        raise ModelError(
+            f"{layer.name}: {inputs} inputs{share} in groups of {found} are not supported ({name}): the group must be "
+            f"a multiple of {UNIT} and divide the inputs"
+        )
+    odd = [f"{part} {size}".strip() for part, size in weight.parts or (("", outputs),) if size % layouts.PER_WORD]
+    if odd:
+        which, words = ", ".join(odd), layouts.PER_WORD
+        raise ModelError(f"{layer.name}: {which} outputs are no multiple of {words}, which share a word of {name}")
+    return found
+
+
+def _neighbours(layer: WeightLayer, name: str, group: int) -> Tensor:
+    """The group of each input of this rank where a group's inputs are neighbours: int64 [in]."""
+    (shard,) = layer.specs[name].shards(layer.tp.rank, layer.tp.size)
+    (where,) = shard.source
+    return torch.arange(where.start, where.stop, device=layer.get_parameter(name).device) // group
+
+
+def _order(layer: WeightLayer, name: str, group: int) -> Tensor | None:
+    """Where the inputs of the groups are, in the order of the groups; None: they are neighbours.
+
+    Raises `ModelError` if they are on other ranks, `WeightsError` if a group has another size.
+    """
+    groups, neighbours = layer.get_parameter(name).data, _neighbours(layer, name, group)
+    if torch.equal(groups.long(), neighbours):
+        return None
+    if layer.specs[name].split != "whole" and layer.tp.size > 1:
+        raise _scattered(layer)
+    order = groups.argsort(stable=True)
+    if not torch.equal(groups[order].long(), neighbours):
+        raise WeightsError(f"{layer.name}: {name} of the checkpoint has groups that are not all of {group} inputs")
+    return order.to(torch.int32)
+
+
+def _scattered(layer: WeightLayer) -> ModelError:
+    return ModelError(
+        f"{layer.name}: its inputs are cut over tensor_parallel_size={layer.tp.size} ranks, but act-order (desc_act) "
+        "put those of a group anywhere, also on other ranks: that is not supported; use tensor_parallel_size=1, or a "
+        "checkpoint without act-order"
+    )

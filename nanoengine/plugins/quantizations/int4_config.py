@@ -1,0 +1,112 @@
+"""The keys of `quantization_config` in files of four bits, with errors that name them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from nanoengine.api import LayerInfo, ModelError
+from nanoengine.layers.hf_config import shown
+
+Value = TypeVar("Value", int, str, bool)
+
+_HOW_IT_WAS_MADE = frozenset({
+    "act_group_aware", "amp", "autoround_version", "backend", "batch_size", "block_name_to_quantize",
+    "cache_block_outputs", "calibration", "damp_auto_increment", "damp_percent", "data_type", "dataset", "device",
+    "disable_exllama", "do_fuse", "enable_full_range", "enable_minmax_tuning", "enable_norm_bias_tuning",
+    "enable_quanted_input", "exllama_config", "failsafe", "fallback", "fuse_max_seq_len", "gptaq",
+    "gradient_accumulate_steps", "hyb_act", "iters", "lm_head_name", "low_gpu_mem_usage", "lr", "max_input_length",
+    "meta", "method", "minmax_lr", "mock_quantization", "model_file_base_name", "model_name_or_path",
+    "model_seqlen", "module_name_preceding_first_block", "modules_to_fuse", "mse", "n_samples", "not_use_best_mse",
+    "nsamples", "offload_to_disk", "offload_to_disk_path", "pack_impl", "pad_token_id", "parallel_packing",
+    "process", "quant_block_list", "quantizer", "sampler", "scale_dtype", "seqlen", "supported_types", "sym",
+    "tokenizer", "train_bs", "true_sequential", "use_cuda_fp16", "use_exllama", "use_quant_input", "v2", "v2_alpha",
+    "v2_memory_device", "vram_strategy", "wait_for_submodule_finalizers",
+})  # fmt: skip
+"""Keys of quantisers that say nothing of what the tensors mean. `sym` shows in the zeros, which are read."""
+
+
+class Int4Config:
+    """Reads a mapping. Each key must be read before `finish`, be off, or say how the file was made."""
+
+    def __init__(self, data: Mapping[str, Any], path: str = "quantization_config") -> None:
+        self._data, self._path, self._read = data, path, {"quant_method"}
+
+    def get(self, key: str) -> Any:
+        self._read.add(key)
+        return self._data.get(key)
+
+    def wrong(self, key: str, wanted: str) -> ModelError:
+        return ModelError(f"config.json: {self._path}.{key} is {shown(self._data.get(key))}; supported is {wanted}")
+
+    def only(self, key: str, *values: Value, also: tuple[str, ...] = (), default: Value | None = None) -> Value:
+        """One of these values (text in any case), by any of the names of the key. Raises `ModelError` for another."""
+        found = [name for name in (key, *also) if self.get(name) is not None]
+        wanted = " or ".join(map(shown, values))
+        for name in found:
+            given = self._data[name]
+            given = given.lower() if isinstance(given, str) else given
+            if not any(given == each and type(given) is type(each) for each in values):
+                raise self.wrong(name, wanted)
+        if len({str(self._data[name]).lower() for name in found}) > 1:
+            raise ModelError(f"config.json: {self._path} has {' and '.join(found)} with different values")
+        if not found and default is None:
+            raise ModelError(f"config.json: {self._path} has no {key}; supported is {wanted}")
+        given = self._data[found[0]] if found else default
+        return next(each for each in values if each == (given.lower() if isinstance(given, str) else given))
+
+    def flag(self, key: str, *, default: bool) -> bool:
+        return self.only(key, True, False, default=default)
+
+    def group(self, key: str, also: tuple[str, ...] = (), default: int | None = None) -> int:
+        """Inputs that share a scale; -1: all."""
+        name = next((each for each in (key, *also) if self.get(each) is not None), key)
+        given = self.get(name)
+        given = default if given is None else given
+        if type(given) is not int or (given != -1 and given < 1):
+            raise self.wrong(name, "a positive number, or -1 for one group of all inputs")
+        return given
+
+    def names(self, key: str) -> tuple[str, ...]:
+        given = self.get(key) or []
+        if not isinstance(given, list) or not all(isinstance(each, str) and each for each in given):
+            raise self.wrong(key, "a list of names of modules")
+        return tuple(given)
+
+    def lists(self, key: str) -> list[tuple[str, ...]]:
+        given = self.get(key) or []
+        if not isinstance(given, list):
+            raise self.wrong(key, "a list of lists of names of modules")
+        return [Int4Config({key: each}, self._path).names(key) for each in given]
+
+    def sections(self, key: str) -> Iterator[tuple[str, Int4Config]]:
+        given = self.get(key) or {}
+        if not isinstance(given, Mapping) or not all(isinstance(each, Mapping) for each in given.values()):
+            raise self.wrong(key, "an object of objects")
+        for name, values in given.items():
+            yield name, Int4Config(values, f"{self._path}.{key}[{shown(name)}]")
+
+    def pattern(self, key: str, text: str) -> re.Pattern[str]:
+        try:
+            return re.compile(text)
+        except re.error as error:
+            path = f"config.json: {self._path}.{key}"
+            raise ModelError(f"{path} has {shown(text)}, which is no regular expression: {error}") from error
+
+    def finish(self) -> None:
+        """Raises `ModelError` for keys that may mean other values."""
+        known = self._read | _HOW_IT_WAS_MADE
+        unknown = sorted(key for key, value in self._data.items() if key not in known and value not in (None, False))
+        if unknown:
+            raise ModelError(
+                f"config.json: {self._path} has {', '.join(unknown)}, which may mean other values; known are "
+                f"{', '.join(sorted(self._read))}"
+            )
+
+
+def refused_experts(layer: LayerInfo, format_: str) -> ModelError:
+    return ModelError(
+        f"{layer.name}: experts in {format_} are not supported; use a checkpoint whose experts are plain or MXFP4, "
+        "or the one that this was made from"
+    )

@@ -19,7 +19,16 @@ from nanoengine.cli.app import app
 
 ROOT = Path(__file__).parents[2]
 DEMO = "nanoengine-plugin-demo"
-KINDS = {"model": "my-gpt", "sampler": "less_again", "attention": "rows", "command": "probable"}
+KINDS = {
+    "model": "my-gpt",
+    "sampler": "less_again",
+    "attention": "rows",
+    "command": "probable",
+    "tool-parser": "my-calls",
+    "policy": "short-first",
+    "drafter": "as_before",
+    "grammar": "choices",
+}
 
 
 def new(*arguments: str | Path) -> Result:
@@ -28,7 +37,7 @@ def new(*arguments: str | Path) -> Result:
 
 @dataclass(frozen=True)
 class Site:
-    """An environment with all five packages installed from wheels, and their sources."""
+    """An environment with a package of each kind and the demo installed from wheels, and their sources."""
 
     python: Path
     sources: Path
@@ -59,8 +68,11 @@ def test_what_is_written_is_listed_with_every_part(site: Site) -> None:
     assert found["conflicts"] == []
     ours = [row for row in found["plugins"] if row["distribution"] != "nanoengine"]
     assert sorted((row["distribution"], row["kind"], row["name"]) for row in ours) == [
+        ("nanoengine-as-before", "drafter", "as_before"),
+        ("nanoengine-choices", "grammar", "choices"),
         ("nanoengine-less-again", "configs", "pkg://nanoengine_less_again.configs"),
         ("nanoengine-less-again", "sampler", "less_again"),
+        ("nanoengine-my-calls", "tool_parser", "my-calls"),
         ("nanoengine-my-gpt", "configs", "pkg://nanoengine_my_gpt.configs"),
         ("nanoengine-my-gpt", "model", "my-gpt"),
         (DEMO, "attention_backend", "row_by_row"),
@@ -72,6 +84,7 @@ def test_what_is_written_is_listed_with_every_part(site: Site) -> None:
         ("nanoengine-probable", "command", "probable"),
         ("nanoengine-rows", "attention_backend", "rows"),
         ("nanoengine-rows", "configs", "pkg://nanoengine_rows.configs"),
+        ("nanoengine-short-first", "policy", "short-first"),
     ]
 
 
@@ -79,9 +92,9 @@ def test_what_is_written_is_listed_with_every_part(site: Site) -> None:
 def test_the_tests_that_come_with_them_pass(site: Site) -> None:
     """In one process: most of what it takes is importing torch."""
     folders = sorted(each for each in site.sources.iterdir() if (each / "tests").is_dir())
-    assert len(folders) == 5
+    assert len(folders) == len(KINDS) + 1
     done = run(site.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *folders, cwd=site.sources)
-    assert re.search(r"\b17 passed", done.stdout), done.stdout  # two of each kind, nine of the demo; none skipped
+    assert re.search(r"\b25 passed", done.stdout), done.stdout  # two of each kind, nine of the demo; none skipped
 
 
 # In one process, likewise; as a user would, one folder after the other.
@@ -95,6 +108,9 @@ for folder, *arguments in [
     ["nanoengine-my-gpt", "run.yaml"],
     ["nanoengine-less-again", "run.yaml", "model=../nanoengine-my-gpt/tiny"],
     ["nanoengine-rows", "run.yaml", "model=../nanoengine-my-gpt/tiny", "engine.device=cpu"],
+    ["nanoengine-short-first", "run.yaml", "model=../nanoengine-my-gpt/tiny"],
+    ["nanoengine-as-before", "run.yaml", "model=../nanoengine-my-gpt/tiny"],
+    ["nanoengine-choices", "run.yaml", "model=../nanoengine-my-gpt/tiny"],
     ["nanoengine-plugin-demo", "plugin-demo", "sampler.max_tokens=4", "engine.device=cpu"],
 ]:
     os.chdir(os.path.join("..", folder))
@@ -109,13 +125,17 @@ def test_their_configurations_run(site: Site, tmp_path: Path) -> None:
     done = run(site.python, "-c", RUN_ALL, cwd=site.sources, env=cache)
     assert "writing opt-tiny to" in done.stderr
     config = {}
-    for name, count in (("my-gpt", 1), ("less-again", 1), ("rows", 1), ("plugin-demo", 2)):
+    ones = ("my-gpt", "less-again", "rows", "short-first", "as-before", "choices")
+    for name, count in (*((one, 1) for one in ones), ("plugin-demo", 2)):
         folder = site.sources / f"nanoengine-{name}"
         rows = [json.loads(line) for line in (folder / "results.jsonl").read_text("utf-8").splitlines()]
         assert [(row["error"], bool(row["outputs"][0]["token_ids"])) for row in rows] == [(None, True)] * count
         config[name] = json.loads((folder / "results.jsonl.run.json").read_text())["config"]
     assert config["less-again"]["sampler"]["less_again"] == 1.0
     assert config["rows"]["attention"]["backend"] == "rows"
+    assert config["short-first"]["engine"]["scheduling_policy"] == "short-first"
+    assert config["as-before"]["engine"]["speculation"]["method"] == "as_before"
+    assert config["choices"]["engine"]["structured_outputs"]["backend"] == "choices"
     assert config["plugin-demo"]["attention"]["backend"] == "row_by_row"
     assert config["plugin-demo"]["sampler"] == {"temperature": 1.5, "top_n_sigma": 1.0, "max_tokens": 4}
 
@@ -168,10 +188,16 @@ def test_the_long_name_is_the_short_one(tmp_path: Path) -> None:
         ("model", "model", "a class ModelConfig"),
         ("attention", "triton", "registered by nanoengine"),
         ("attention", "auto", "already"),
+        ("policy", "fair", "registered by nanoengine"),
+        ("drafter", "none", "a reserved word"),
+        ("grammar", "grammar", "a class GrammarBackend"),
+        ("tool-parser", "tool", "a class ToolParser"),
+        ("tool_parser", "mine", "did you mean 'tool-parser'?"),
         (
             "tokenizer",
             "mine",
-            "error: there is no kind 'tokenizer' of packages; Valid: attention, command, model, sampler",
+            "error: there is no kind 'tokenizer' of packages; Valid: attention, command, drafter, grammar, model, "
+            "policy, sampler, tool-parser",
         ),
         ("sampling", "mine", "did you mean 'sampler'?"),
         ("soft-cap", "sampler", "error: the kind comes first: nanoengine plugins new sampler soft-cap"),

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from enum import StrEnum
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -26,25 +25,59 @@ _PREFIX = "nanoengine-"
 _LONGEST = 64  # most characters of a name: file systems allow about 200 for the names that are made of it
 
 
-class PartKind(StrEnum):
-    MODEL = "model"
-    SAMPLER = "sampler"
-    ATTENTION = "attention"
-    COMMAND = "command"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What a package of one kind has.
+
+    Attributes:
+        summary: of what it is. classes: ends of the names of its classes.
+        registry: attribute of `Registry` with the names that are taken. reserved: names that no part may have.
+        configs: it has config groups. steps: commands to try it with, as templates.
+    """
+
+    summary: str
+    classes: Sequence[str]
+    registry: str
+    reserved: Sequence[str] = ()
+    configs: bool = False
+    steps: Sequence[str] = ("nanoengine run run.yaml",)
 
 
-_SUMMARIES = {
-    PartKind.MODEL: "A model",
-    PartKind.SAMPLER: "A logits processor",
-    PartKind.ATTENTION: "An attention backend",
-    PartKind.COMMAND: "A command",
+_AUTO = ("auto",)
+_PARTS: Mapping[str, Part] = {
+    "model": Part(
+        summary="A model",
+        classes=("Model", "Config", "Layer", "Attention"),
+        registry="models",
+        reserved=_AUTO,
+        configs=True,
+        steps=("python -m {module}.tiny tiny", "nanoengine run run.yaml"),
+    ),
+    "sampler": Part(summary="A logits processor", classes=("Processor", "Params"), registry="samplers", configs=True),
+    "attention": Part(
+        summary="An attention backend",
+        classes=("Backend",),
+        registry="attention_backends",
+        reserved=_AUTO,
+        configs=True,
+    ),
+    "tool-parser": Part(
+        summary="A tool parser",
+        classes=("Parser",),
+        registry="tool_parsers",
+        reserved=_AUTO,
+        steps=("nanoengine serve quickstart server.tool_parser={name}",),
+    ),
+    "policy": Part(summary="A scheduling policy", classes=("Policy", "Params"), registry="policies"),
+    "drafter": Part(
+        summary="A drafter", classes=("Drafter", "State", "Params"), registry="drafters", reserved=("none",)
+    ),
+    "grammar": Part(
+        summary="A grammar backend", classes=("Backend", "Grammar", "Matcher"), registry="grammars", reserved=_AUTO
+    ),
+    "command": Part(summary="A command", classes=(), registry="commands", steps=("nanoengine {name} --help",)),
 }
-_CLASSES = {
-    PartKind.MODEL: ("Model", "Config", "Layer", "Attention"),
-    PartKind.SAMPLER: ("Processor", "Params"),
-    PartKind.ATTENTION: ("Backend",),
-    PartKind.COMMAND: (),
-}
+_METAVAR = "|".join(_PARTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +132,7 @@ def _example(name: str) -> str:
 def new(
     kind: Annotated[
         str,
-        typer.Argument(
-            metavar="model|sampler|attention|command", help="What the package provides.", show_default=False
-        ),
+        typer.Argument(metavar=_METAVAR, help="What the package provides.", show_default=False),
     ],
     name: Annotated[str, typer.Argument(help="Its name, for example soft-cap.", show_default=False)],
     into: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to put the package's folder.")] = Path("."),
@@ -109,29 +140,30 @@ def new(
 ) -> None:
     """Write a plugin package to start from. It installs, runs and passes its tests."""
     with user_errors(debug):
-        part = _kind(kind, name)
-        folder = write(part, name, into)
-        answer(f"wrote {folder}\n\n{_next_steps(part, Names.of(name), folder)}")
+        _check_kind(kind, name)
+        folder = write(kind, name, into)
+        answer(f"wrote {folder}\n\n{_next_steps(_PARTS[kind], Names.of(name), folder)}")
 
 
-def _kind(text: str, name: str) -> PartKind:
-    """The kind of the package. Raises `ConfigError` if it is unknown, or if kind and name are swapped."""
-    kinds = [each.value for each in PartKind]
-    if text in kinds:
-        return PartKind(text)
-    if name in kinds:
-        raise ConfigError(f"the kind comes first: nanoengine plugins new {name} {text}")
-    raise ConfigError(f"there is no kind {text!r} of packages; {nearest(text, kinds)}")
+def _check_kind(kind: str, name: str) -> None:
+    """Raises `ConfigError` if the kind is unknown, or if kind and name are swapped."""
+    if kind in _PARTS:
+        return
+    if name in _PARTS:
+        raise ConfigError(f"the kind comes first: nanoengine plugins new {name} {kind}")
+    raise ConfigError(f"there is no kind {kind!r} of packages; {nearest(kind, _PARTS)}")
 
 
-def _next_steps(kind: PartKind, names: Names, folder: Path) -> str:
-    steps = [f"cd {folder}", "pip install -e '.[test]'", "pytest"]
-    steps += [f"python -m {names.module}.tiny tiny"] if kind is PartKind.MODEL else []
-    steps += [f"nanoengine {names.name} --help" if kind is PartKind.COMMAND else "nanoengine run run.yaml"]
+def _next_steps(part: Part, names: Names, folder: Path) -> str:
+    steps = [f"cd {folder}", "pip install -e '.[test]'", "pytest", *_steps(part, names)]
     return "\n".join(["next:", *(f"  {step}" for step in steps)])
 
 
-def write(kind: PartKind, name: str, into: Path) -> Path:
+def _steps(part: Part, names: Names) -> list[str]:
+    return [step.format(name=names.name, module=names.module) for step in part.steps]
+
+
+def write(kind: str, name: str, into: Path) -> Path:
     """Writes the package and returns its folder. Raises `ConfigError` if the name is wrong or the folder exists."""
     names = Names.of(name)
     _check_free(kind, names, discover())
@@ -148,10 +180,11 @@ def write(kind: PartKind, name: str, into: Path) -> Path:
     return folder
 
 
-def _check_free(kind: PartKind, names: Names, registry: Registry) -> None:
+def _check_free(kind: str, names: Names, registry: Registry) -> None:
     """Raises `ConfigError` if another package already has a name that this one would register or define."""
     taken: dict[str, str]
-    if kind is PartKind.SAMPLER:
+    part = _PARTS[kind]
+    if kind == "sampler":
         params = [(found, each.name) for found in registry.samplers.values() for each in _fields(found.spec.params)]
         taken = {field: f"a parameter of {found.origin}" for found, field in params}
         taken |= {found.spec.name: f"a logits processor of {found.origin}" for found in registry.samplers.values()}
@@ -160,19 +193,15 @@ def _check_free(kind: PartKind, names: Names, registry: Registry) -> None:
         taken |= dict.fromkeys(("float", "self"), "a word in the generated code")
         wanted = names.word
     else:
-        by_kind: dict[PartKind, Mapping[str, Registered[Any]]] = {
-            PartKind.MODEL: registry.models,
-            PartKind.ATTENTION: registry.attention_backends,
-            PartKind.COMMAND: registry.commands,
-        }
-        taken = {name: f"registered by {found.origin}" for name, found in by_kind[kind].items()}
-        taken |= {} if kind is PartKind.COMMAND else {"auto": "a reserved word"}
+        registered: Mapping[str, Registered[Any]] = getattr(registry, part.registry)
+        taken = {name: f"registered by {found.origin}" for name, found in registered.items()}
+        taken |= dict.fromkeys(part.reserved, "a reserved word")
         wanted = names.name
     if wanted in taken:
         raise ConfigError(f"{wanted!r} is {taken[wanted]} already; choose another name")
     from nanoengine import api
 
-    for suffix in _CLASSES[kind]:
+    for suffix in part.classes:
         if names.cls + suffix in api.__all__:
             raise ConfigError(f"{names.name!r} would make a class {names.cls + suffix}, which nanoengine.api has too; "
                               "choose another name")  # fmt: skip
@@ -182,18 +211,20 @@ def _fields(params: type[Any]) -> tuple[Any, ...]:
     return fields(cast(Any, params))
 
 
-def _render(kind: PartKind, names: Names) -> Iterator[tuple[str, str]]:
+def _render(kind: str, names: Names) -> Iterator[tuple[str, str]]:
     """(path in the package, text) of every file."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    values = {field.name: getattr(names, field.name) for field in fields(names)}
-    values |= {"kind": kind.value, "summary": f"{_SUMMARIES[kind]}: {names.name}", "nanoengine": __version__}
+    part = _PARTS[kind]
+    values: dict[str, Any] = {field.name: getattr(names, field.name) for field in fields(names)}
+    values |= {"kind": kind, "summary": f"{part.summary}: {names.name}", "nanoengine": __version__}
+    values |= {"configs": part.configs, "steps": _steps(part, names)}
     templates = files("nanoengine.lab.cli") / "plugin_templates"
-    for part in ("common", kind.value):
-        for path, template in _templates(templates / part):
-            if kind is PartKind.COMMAND and path.startswith("MODULE/configs/"):
-                continue  # a command has no config groups
+    for folder in ("common", kind):
+        for path, template in _templates(templates / folder):
+            if not part.configs and path.startswith("MODULE/configs/"):
+                continue
             path = path.replace("MODULE", names.module).replace("NAME", names.name)
             yield path, environment.from_string(template.read_text("utf-8")).render(values)
 

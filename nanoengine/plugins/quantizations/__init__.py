@@ -38,4 +38,11 @@ def register_quantizations() -> list[QuantizationSpec]:
             api=API_VERSION,
             formats=("gptq",),
         ),
+        QuantizationSpec(
+            name="compressed-tensors",
+            target=f"{here}.compressed_tensors:CompressedTensors",
+            help="FP8, INT8 and packed INT4 weights of llm-compressor.",
+            api=API_VERSION,
+            formats=("compressed-tensors",),
+        ),
     ]

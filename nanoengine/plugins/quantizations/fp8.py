@@ -11,8 +11,6 @@ from nanoengine.api import ExpertsMethod, LayerInfo, LinearMethod, Quantization,
 from nanoengine.plugins.quantizations.eight_bit import FP8, EightBitLinear, Scheme
 from nanoengine.plugins.quantizations.reading import Section, online_method, refuse_experts
 
-_NOTES = ("quant_method", "fmt", "dequantize", "scale_fmt", "expert_dtype", "modules_to_convert", "kv_cache_scheme")
-
 
 class Fp8(Quantization):
     """One scheme for all linear layers but those on the checkpoint's list; embeddings and output layers stay plain."""
@@ -52,7 +50,7 @@ def _fine_grained(config: Mapping[str, Any]) -> tuple[Scheme, Sequence[str]]:
     section.only("scale_fmt", "float")
     section.only("expert_dtype", "fp8")
     section.only("modules_to_convert", [])
-    section.only("kv_cache_scheme")
+    section.no_kv()
     section.only("kv_cache_quant_method")
     plain = [*section.patterns("modules_to_not_convert"), *section.patterns("ignored_layers")]
     static = section.one_of("activation_scheme", ("dynamic", "static"), "dynamic") == "static"

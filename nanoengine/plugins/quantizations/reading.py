@@ -37,11 +37,22 @@ class Section:
         if given is not None and not any(given == each and type(given) is type(each) for each in values):
             raise self.wrong(key, " or ".join([*map(shown, values), "null"]))
 
+    def no_kv(self) -> None:
+        """Raises `ModelError` if the file has scales for a KV cache."""
+        if self.get("kv_cache_scheme") is not None:
+            raise self.wrong("kv_cache_scheme", "null: a KV cache has scales of its own here, see engine.kv_dtype")
+
     def one_of(self, key: str, values: Sequence[str], default: str) -> str:
         given = self.get(key, default)
         if given not in values:
             raise self.wrong(key, " or ".join(map(repr, values)))
         return str(given)
+
+    def flag(self, key: str, *, default: bool) -> bool:
+        given = self.get(key, default)
+        if not isinstance(given, bool):
+            raise self.wrong(key, "true or false")
+        return given
 
     def number(self, key: str, default: float) -> float:
         given = self.get(key, default)

@@ -1,0 +1,208 @@
+"""Checkpoints of `quant_method` "compressed-tensors" (llm-compressor): FP8 and INT8 weights, and packed INT4."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from nanoengine.api import (
+    ExpertsMethod,
+    LayerInfo,
+    LinearMethod,
+    ModelError,
+    Quantization,
+    QuantizationContext,
+    is_ignored,
+)
+from nanoengine.kernels.eight_bit import Inputs
+from nanoengine.plugins.quantizations.eight_bit import FP8, INT8, EightBitLinear, Scheme
+from nanoengine.plugins.quantizations.int4 import Int4
+from nanoengine.plugins.quantizations.int4_layouts import PACK_QUANTIZED
+from nanoengine.plugins.quantizations.reading import Section, refuse_experts
+
+_CLASSES = {"linear": "Linear", "head": "Linear", "experts": "Linear", "embedding": "Embedding"}
+_CODES = {("float", 8): FP8, ("int", 8): INT8}
+_EIGHT_BIT_FORMATS = {FP8: ("float-quantized", "naive-quantized"), INT8: ("int-quantized", "naive-quantized")}
+_NOTES = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")  # of how the weights were made
+
+MakeMethod = Callable[[], LinearMethod]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A group of `config_groups`: what its layers are, in words, and what makes the method of one."""
+
+    name: str
+    label: str
+    make: MakeMethod
+
+
+class CompressedTensors(Quantization):
+    """Chooses a layer's group by its targets, which are names, "re:" expressions, or the class "Linear"."""
+
+    def __init__(self, groups: Mapping[str, Group], plain: Sequence[str]) -> None:
+        self._groups, self._plain = dict(groups), tuple(plain)
+
+    @classmethod
+    def read(cls, ctx: QuantizationContext) -> Self:
+        section = Section(ctx.config, "quantization_config")
+        for key in ("quantization_status", "global_compression_ratio", "version"):
+            section.get(key)
+        section.no_kv()
+        section.only("moe_sparsity_config")
+        for key, harmless in (("sparsity_config", ("dense",)), ("transform_config", ())):
+            given = section.get(key, {})
+            if given and not (isinstance(given, Mapping) and given.get("format") in harmless):
+                raise section.wrong(key, "null")
+        form, plain = section.get("format", ""), section.patterns("ignore")
+        given = section.get("config_groups")
+        section.finish()
+        if not isinstance(given, Mapping) or not given:
+            raise section.wrong("config_groups", "an object with groups")
+        targets = dict[str, Group]()
+        for name, each in given.items():
+            group = Section(each, f"quantization_config.config_groups.{name}")
+            wanted, found = group.patterns("targets"), _group(group, name, form)
+            targets |= dict.fromkeys(wanted, found)
+        return cls(targets, plain)
+
+    def method(self, layer: LayerInfo) -> LinearMethod | ExpertsMethod | None:
+        kind = _CLASSES[layer.kind]
+        if is_ignored(layer, lambda name: any(_matches(each, name, kind) for each in self._plain)):
+            return None
+        names = layer.sources or (layer.name,)
+        found = {name: self._group(name, kind) for name in names}
+        first = found[names[0]]
+        if any(each is not first for each in found.values()):
+            said = ", ".join(f"{name}: {each.name if each else 'plain'}" for name, each in found.items())
+            raise ModelError(
+                f"{layer.name}: its fused parts are of different groups of quantization_config.config_groups ({said}): "
+                "that is not supported"
+            )
+        if first is None:
+            return None
+        if layer.kind == "experts":
+            raise refuse_experts(layer, first.label)
+        if layer.kind == "embedding":
+            raise ModelError(f"{layer.name}: embeddings are not supported in this format ({first.label})")
+        return first.make()
+
+    def _group(self, name: str, kind: str) -> Group | None:
+        """By the most specific target, as in compressed-tensors: a name, then an expression, then a class."""
+        ordered = sorted(self._groups, key=lambda target: (target == kind, target.startswith("re:"), target))
+        return next((self._groups[each] for each in ordered if _matches(each, name, kind)), None)
+
+
+def _matches(target: str, name: str, kind: str) -> bool:
+    name = name.replace("{}", "0")
+    return bool(re.match(target[3:], name)) if target.startswith("re:") else target in (name, kind)
+
+
+def _group(section: Section, name: str, form: str) -> Group:
+    given, inputs = section.get("weights"), section.get("input_activations")
+    section.only("output_activations")
+    form = section.get("format", form)
+    section.finish()
+    if given is None:
+        raise section.wrong("weights", "an object: a group without quantised weights is not supported")
+    weights = Section(given, f"{section.path}.weights")
+    for note in _NOTES:
+        weights.get(note)
+    code = (weights.one_of("type", ("int", "float"), "int"), weights.get("num_bits", 8))
+    if form == "pack-quantized":
+        return _packed(section, weights, name, inputs)
+    weights.only("symmetric", True)
+    weights.only("dynamic", False)
+    weights.only("actorder", "weight", "static")
+    dtype = _CODES.get(code)
+    if dtype is None:
+        raise weights.wrong("num_bits", f"8, or 4 in the format pack-quantized, not of type {code[0]} in {form!r}")
+    if form not in _EIGHT_BIT_FORMATS[dtype]:
+        raise ModelError(
+            f"config.json: {section.path}: the format {form!r} is not supported for weights of type {code[0]} with 8 "
+            f"bits; supported is {' or '.join(_EIGHT_BIT_FORMATS[dtype])}"
+        )
+    scales = _scales(weights)
+    weights.finish()
+    scheme = Scheme(
+        dtype=dtype, scales=scales, inputs=_inputs(inputs, f"{section.path}.input_activations", scales, code)
+    )
+    return Group(name, str(scheme), lambda: EightBitLinear(scheme))
+
+
+def _strategy(section: Section) -> str:
+    """The strategy, which older files give by `group_size` alone."""
+    size = section.get("group_size")
+    default = "tensor" if size is None else "channel" if size == -1 else "group"
+    return section.one_of("strategy", ("tensor", "channel", "group", "block", "token"), default)
+
+
+def _scales(section: Section) -> str | tuple[int, int]:
+    strategy, block = _strategy(section), section.block("block_structure")
+    if strategy == "block":
+        if block is None:
+            raise section.wrong("block_structure", "[outputs, inputs] of a block")
+        return block
+    if strategy == "group":
+        return 1, section.group("group_size")
+    if strategy == "token":
+        raise section.wrong("strategy", "'tensor', 'channel', 'group' or 'block' for weights")
+    return strategy
+
+
+def _inputs(given: Any, path: str, scales: str | tuple[int, int], code: tuple[str, int]) -> Inputs:
+    if given is None:
+        return "plain"
+    section = Section(given, path)
+    for note in _NOTES:
+        section.get(note)
+    section.only("symmetric", True)
+    section.only("num_bits", code[1])
+    section.only("type", code[0])
+    section.only("block_structure")
+    section.only("actorder")
+    dynamic, strategy = section.get("dynamic", False), _strategy(section)
+    if strategy == "token" and dynamic is True:
+        found: Inputs = "token"
+    elif strategy == "group" and dynamic is True:
+        columns = scales[1] if isinstance(scales, tuple) else None
+        if section.group("group_size") != columns:
+            raise section.wrong("group_size", f"that of the weights, {columns}")
+        found = "group"
+    elif strategy == "tensor" and dynamic is False:
+        found = "tensor"
+    else:
+        raise section.wrong(
+            "strategy",
+            "'token' or 'group' with dynamic true, 'tensor' with dynamic false (a scale for all tokens of a step would "
+            "make a request depend on others)",
+        )
+    section.finish()
+    return found
+
+
+def _packed(section: Section, weights: Section, name: str, inputs: Any) -> Group:
+    """INT4 in groups of inputs, of a layer whose inputs stay as they are."""
+    weights.only("type", "int")
+    weights.only("num_bits", 4)
+    weights.only("dynamic", False)
+    weights.only("block_structure")
+    if inputs is not None:
+        raise section.wrong("input_activations", "null for the format pack-quantized")
+    order = weights.get("actorder")
+    if order not in (None, False, "weight", "static", "group", "dynamic"):
+        raise weights.wrong("actorder", "'group', 'weight' or null")
+    zeros = not weights.flag("symmetric", default=True)
+    strategy = _strategy(weights)
+    size = weights.get("group_size")
+    if strategy not in ("group", "channel") or (strategy == "group" and (type(size) is not int or size < 1)):
+        raise weights.wrong("strategy", "'channel', or 'group' with a group_size, in the format pack-quantized")
+    weights.finish()
+
+    def make() -> LinearMethod:
+        group = size if strategy == "group" else -1
+        return Int4(PACK_QUANTIZED, group, zeros=zeros, act_order=order in ("group", "dynamic"))
+
+    return Group(name, make().label, make)

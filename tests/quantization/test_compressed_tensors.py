@@ -43,12 +43,14 @@ class Kind:
 
 _FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
 _INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
+_INT4 = {"num_bits": 4, "type": "int", "symmetric": True}
 _TOKEN = {"strategy": "token", "dynamic": True}
 _TENSOR = {"strategy": "tensor", "dynamic": False}
 _BLOCK = {"strategy": "block", "block_structure": [32, 32]}
 _GROUP = {"strategy": "group", "group_size": 32}
 _CHANNEL = {"strategy": "channel"}
 INPUT = 0.02
+_PACKED_INT4 = "int4 (pack-quantized)"
 KINDS = {
     "fp8 dynamic": Kind(
         "float-quantized", {**_FP8, **_CHANNEL}, {**_FP8, **_TOKEN}, per_token(FP8), "fp8 channel, dynamic"
@@ -73,12 +75,21 @@ KINDS = {
     "int8 static": Kind(
         "int-quantized", {**_INT8, **_TENSOR}, {**_INT8, **_TENSOR}, static(INT8, INPUT), "int8 tensor, static"
     ),
+    "int4 groups": Kind("pack-quantized", {**_INT4, **_GROUP}, None, lambda x: x, f"{_PACKED_INT4}, groups of 32"),
+    "int4 zeros": Kind(
+        "pack-quantized",
+        {**_INT4, **_GROUP, "symmetric": False, "actorder": "weight"},
+        None,
+        lambda x: x,
+        f"{_PACKED_INT4}, groups of 32",
+    ),
+    "int4 channel": Kind("pack-quantized", {**_INT4, **_CHANNEL}, None, lambda x: x, f"{_PACKED_INT4}, one group"),
     "int8 weight only": Kind("naive-quantized", {**_INT8, **_CHANNEL}, None, lambda x: x, "int8 channel, weight only"),
 }
 
 
-def scale_of(weight: Tensor, scheme: QuantizationScheme) -> Tensor:
-    """A scale for each tensor, output, group or block, as the library computes it of the largest values."""
+def scale_of(weight: Tensor, scheme: QuantizationScheme) -> dict[str, Tensor]:
+    """Scale and zero of each tensor, output, group or block, as the library computes them of the largest values."""
     args = scheme.weights
     if args.strategy == "block":
         rows, columns = args.block_structure
@@ -88,7 +99,8 @@ def scale_of(weight: Tensor, scheme: QuantizationScheme) -> Tensor:
     else:
         blocks = weight if args.strategy == "channel" else weight.flatten()
     low, high = blocks.amin(-1, keepdim=args.strategy == "channel"), blocks.amax(-1, keepdim=args.strategy == "channel")
-    return calculate_qparams(low, high, args)[0]
+    scale, zero = calculate_qparams(low, high, args)
+    return {"weight_scale": scale, **({} if args.symmetric else {"weight_zero_point": zero})}
 
 
 def pack(choose: Callable[[str], Kind | None]) -> Callable[[str, Tensor], Module | None]:
@@ -97,7 +109,7 @@ def pack(choose: Callable[[str], Kind | None]) -> Callable[[str, Tensor], Module
         if kind is None:
             return None
         scheme, compressor = kind.scheme(), BaseCompressor.get_value_from_registry(kind.form)
-        made = compressor.compress({"weight": weight, "weight_scale": scale_of(weight, scheme)}, scheme)
+        made = compressor.compress({"weight": weight, **scale_of(weight, scheme)}, scheme)
         values = compressor.decompress(made, scheme)["weight"]
         own = {"input_scale": torch.tensor([INPUT])} if kind.label.endswith("static") else {}
         return Module({**made, **own}, values.float(), kind.see)
@@ -179,7 +191,7 @@ class LastOfAll(EightBitLinear):
         return scale, rows, columns
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.form != "pack-quantized"])
 def test_a_mutant_is_seen(name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = KINDS[name]
     given = config(kind.form, group_0=kind.scheme())
@@ -215,6 +227,12 @@ def _changed(**changes: Any) -> dict[str, Any]:
     return given
 
 
+PACKED = {
+    "group__format": "pack-quantized", "group__input_activations": None, "weights__block_structure": None,
+    "weights__type": "int", "weights__num_bits": 4, "weights__strategy": "group", "weights__group_size": 32,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -244,6 +262,16 @@ def _changed(**changes: Any) -> dict[str, Any]:
         ({"inputs__type": "int"}, r"input_activations.type is 'int'; supported is 'float'"),
         ({"inputs__strategy": "tensor", "inputs__group_size": None}, r"strategy is 'tensor'; .* depend on others"),
         ({"inputs__dynamic": "local"}, r"input_activations.strategy is 'group'; supported is"),
+        (
+            {"group__format": "pack-quantized", "weights__num_bits": 8, "weights__block_structure": None},
+            r"weights.type is 'float'; supported is 'int'",
+        ),
+        ({**PACKED, "weights__num_bits": 8}, r"weights.num_bits is 8; supported is 4"),
+        ({**PACKED, "group__input_activations": {"num_bits": 8}}, r"input_activations is .* null for the format pack"),
+        ({**PACKED, "weights__strategy": "tensor"}, r"strategy is 'tensor'; supported is 'channel', or 'group'"),
+        ({**PACKED, "weights__group_size": None}, r"strategy is 'group'; supported is 'channel', or 'group' with"),
+        ({**PACKED, "weights__actorder": "other"}, r"actorder is 'other'; supported is 'group', 'weight' or null"),
+        ({**PACKED, "weights__symmetric": "no"}, r"symmetric is 'no'; supported is true or false"),
         ({"inputs__actorder": "group"}, r"input_activations.actorder is 'group'"),
     ],
 )  # fmt: skip

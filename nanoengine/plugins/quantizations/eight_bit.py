@@ -94,12 +94,13 @@ class EightBitLinear(LinearMethod):
             yield name, replace(outputs, shape=(*outputs.shape, 1))
 
     def load(self, layer: WeightLayer, name: str, shard: Shard, values: Tensor) -> None:
-        if name != "weight" or not self.scheme.online:
+        if name != "weight" or values.dtype == self.scheme.dtype:
             WeightLayer.load_shard(layer, name, shard, values)
             return
-        codes, scale = quantised_rows(values, self.scheme.dtype)
+        codes, scale = quantised_rows(values, self.scheme.dtype)  # online, or dummy weights
         WeightLayer.load_shard(layer, name, shard, codes)
-        layer.get_parameter(self.scheme.scale_names[0]).data[shard.target[0]] = scale
+        if self.scheme.online:
+            layer.get_parameter(self.scheme.scale_names[0]).data[shard.target[0]] = scale
 
     def finish(self, layer: WeightLayer) -> None:
         weight = layer.get_parameter("weight").data

@@ -29,12 +29,30 @@ _GENERATION: dict[str, Any] = {
     "repetition_penalty": 1.05, "stop_strings": ["END"], "suppress_tokens": [7, 9], "bad_words_ids": [[5], [6, 7]],
     "temperature": 0.7, "top_k": 20, "top_p": 0.8, "max_length": 4096, "num_beams": 1, "transformers_version": "4.0",
 }  # fmt: skip
+_QUANTISED: tuple[dict[str, Any], ...] = (
+    {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "ignored_layers": ["x"]},
+    {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]},
+    {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "ignore": ["re:.*head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
+                "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
+            }
+        },
+    },
+)
+"""As a value of `quantization_config`; changed further as any object is."""
 _VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, 2, 3, 7, -1, 8.0, 0.5, -0.0, 1e-320, 1e308, float("nan"), float("inf"), float("-inf"),
     2**31, 2**31 - 1, 2**63, 10**12, 10**40, 10**400, 1000, 4096, 65536, "", "8", "silu", "relu", "default", "linear",
     "llama3", "yarn", "full_attention", "\ud800", "a\0b", "x" * 3000, [], [1], [[]], ["full_attention"] * 9, {},
     {"a": {"b": [1]}}, {"rope_type": "linear", "factor": 4.0}, {"rope_type": "yarn", "factor": 2}, {"factor": 8},
     {"full_attention": {"rope_type": "default"}}, {"quant_method": "awq"}, [None] * 300, {"rope_theta": 7.0},
+    *_QUANTISED,
 )  # fmt: skip
 _KEYS = (
     "rope_scaling", "rope_parameters", "rope_theta", "head_dim", "layer_types", "sliding_window", "num_hidden_layers",

@@ -272,6 +272,7 @@ def context(config: dict[str, Any]) -> QuantizationContext:
         ({**BLOCKS, "kv_cache_scheme": {"type": "float"}}, "kv_cache_scheme is .*; supported is null"),
         ({**BLOCKS, "modules_to_not_convert": "lm_head"}, "modules_to_not_convert is 'lm_head'; supported is a list"),
         ({**BLOCKS, "modules_to_not_convert": ["a(b"]}, r"has 'a\(b', no regular expression"),
+        ({**BLOCKS, "ignored_layers": ["(?i)HEAD"]}, r"has '\(\?i\)HEAD', no regular expression: global flags"),
         ({**BLOCKS, "weight_bits": 8}, "has weight_bits, which may mean other values; known: "),
         ({**FBGEMM, "activation_scale_ub": 0}, "activation_scale_ub is 0; supported is a positive number"),
         ({**FBGEMM, "activation_scale_ub": True}, "activation_scale_ub is true"),

@@ -17,14 +17,15 @@ from nanoengine.api import (
     is_ignored,
 )
 from nanoengine.kernels.eight_bit import Inputs
+from nanoengine.layers.hf_config import shown
 from nanoengine.plugins.quantizations.eight_bit import FP8, INT8, EightBitLinear, Scheme
 from nanoengine.plugins.quantizations.int4 import Int4
 from nanoengine.plugins.quantizations.int4_layouts import PACK_QUANTIZED
 from nanoengine.plugins.quantizations.reading import Section, refuse_experts
 
 _CLASSES = {"linear": "Linear", "head": "Linear", "experts": "Linear", "embedding": "Embedding"}
-_CODES = {("float", 8): FP8, ("int", 8): INT8}
-_EIGHT_BIT_FORMATS = {FP8: ("float-quantized", "naive-quantized"), INT8: ("int-quantized", "naive-quantized")}
+_CODES = {"float": FP8, "int": INT8}
+_FORMATS = {"float": ("float-quantized", "naive-quantized"), "int": ("int-quantized", "naive-quantized")}
 _NOTES = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")  # of how the weights were made
 
 MakeMethod = Callable[[], LinearMethod]
@@ -64,8 +65,10 @@ class CompressedTensors(Quantization):
         targets = dict[str, Group]()
         for name, each in given.items():
             group = Section(each, f"quantization_config.config_groups.{name}")
-            wanted, found = group.patterns("targets"), _group(group, name, form)
-            targets |= dict.fromkeys(wanted, found)
+            wanted = group.patterns("targets")
+            if not wanted:
+                raise group.wrong("targets", "a list of names, 're:' expressions or 'Linear'")
+            targets |= dict.fromkeys(wanted, _group(group, name, form))
         return cls(targets, plain)
 
     def method(self, layer: LayerInfo) -> LinearMethod | ExpertsMethod | None:
@@ -110,25 +113,23 @@ def _group(section: Section, name: str, form: str) -> Group:
     weights = Section(given, f"{section.path}.weights")
     for note in _NOTES:
         weights.get(note)
-    code = (weights.one_of("type", ("int", "float"), "int"), weights.get("num_bits", 8))
+    kind = weights.one_of("type", tuple(_CODES), "int")
     if form == "pack-quantized":
         return _packed(section, weights, name, inputs)
     weights.only("symmetric", True)
     weights.only("dynamic", False)
     weights.only("actorder", "weight", "static")
-    dtype = _CODES.get(code)
-    if dtype is None:
-        raise weights.wrong("num_bits", f"8, or 4 in the format pack-quantized, not of type {code[0]} in {form!r}")
-    if form not in _EIGHT_BIT_FORMATS[dtype]:
+    if weights.get("num_bits", 8) != 8:
+        raise weights.wrong("num_bits", "8, or 4 in the format pack-quantized")
+    if form not in _FORMATS[kind]:
         raise ModelError(
-            f"config.json: {section.path}: the format {form!r} is not supported for weights of type {code[0]} with 8 "
-            f"bits; supported is {' or '.join(_EIGHT_BIT_FORMATS[dtype])}"
+            f"config.json: {section.path}: the format {shown(form)} is not supported for weights of type {kind} with 8 "
+            f"bits; supported is {' or '.join(_FORMATS[kind])}"
         )
     scales = _scales(weights)
     weights.finish()
-    scheme = Scheme(
-        dtype=dtype, scales=scales, inputs=_inputs(inputs, f"{section.path}.input_activations", scales, code)
-    )
+    found = _inputs(inputs, f"{section.path}.input_activations", scales, kind)
+    scheme = Scheme(dtype=_CODES[kind], scales=scales, inputs=found)
     return Group(name, str(scheme), lambda: EightBitLinear(scheme))
 
 
@@ -152,15 +153,16 @@ def _scales(section: Section) -> str | tuple[int, int]:
     return strategy
 
 
-def _inputs(given: Any, path: str, scales: str | tuple[int, int], code: tuple[str, int]) -> Inputs:
+def _inputs(given: Any, path: str, scales: str | tuple[int, int], kind: str) -> Inputs:
     if given is None:
         return "plain"
     section = Section(given, path)
     for note in _NOTES:
         section.get(note)
     section.only("symmetric", True)
-    section.only("num_bits", code[1])
-    section.only("type", code[0])
+    section.only("num_bits", 8)
+    if section.get("type", "int") != kind:
+        raise section.wrong("type", f"{kind!r}, as of the weights")
     section.only("block_structure")
     section.only("actorder")
     dynamic, strategy = section.get("dynamic", False), _strategy(section)

@@ -40,7 +40,11 @@ class Fp8(Quantization):
 def matches(pattern: str, module: str) -> bool:
     """As transformers reads `modules_to_not_convert`: the beginning of a name or a regular expression for it, up to a
     dot, or the end of a name."""
-    return module.endswith(pattern) or re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module) is not None
+    return module.endswith(pattern) or re.match(up_to_a_dot(pattern), module) is not None
+
+
+def up_to_a_dot(pattern: str) -> str:
+    return rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))"
 
 
 def _fine_grained(config: Mapping[str, Any]) -> tuple[Scheme, Sequence[str]]:
@@ -52,7 +56,7 @@ def _fine_grained(config: Mapping[str, Any]) -> tuple[Scheme, Sequence[str]]:
     section.only("modules_to_convert", [])
     section.no_kv()
     section.only("kv_cache_quant_method")
-    plain = [*section.patterns("modules_to_not_convert"), *section.patterns("ignored_layers")]
+    plain = [*section.patterns("modules_to_not_convert", up_to_a_dot), *section.patterns("ignored_layers", up_to_a_dot)]
     static = section.one_of("activation_scheme", ("dynamic", "static"), "dynamic") == "static"
     block = section.block("weight_block_size")
     section.finish()
@@ -68,7 +72,7 @@ def _fine_grained(config: Mapping[str, Any]) -> tuple[Scheme, Sequence[str]]:
 def _fbgemm(config: Mapping[str, Any]) -> tuple[Scheme, Sequence[str]]:
     section = Section(config, "quantization_config")
     bound = section.number("activation_scale_ub", 1200.0)
-    plain = section.patterns("modules_to_not_convert")
+    plain = section.patterns("modules_to_not_convert", up_to_a_dot)
     section.finish()
     return Scheme(dtype=FP8, scales="channel", inputs="token", bound=bound), plain
 

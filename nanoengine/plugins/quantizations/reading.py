@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nanoengine.api import LayerInfo, LinearMethod, ModelError
@@ -11,6 +11,10 @@ from nanoengine.layers.hf_config import shown
 from nanoengine.plugins.quantizations.eight_bit import EightBitLinear, Scheme
 
 _LEAST_OUTPUTS = 16  # of a layer that is quantised online: a gate of one output is no weight to save
+
+
+def _after_mark(target: str) -> str:
+    return target[3:] if target.startswith("re:") else ""
 
 
 class Section:
@@ -60,18 +64,18 @@ class Section:
             raise self.wrong(key, "a positive number")
         return float(given)
 
-    def patterns(self, key: str) -> list[str]:
-        """A list of names, of which some are regular expressions."""
+    def patterns(self, key: str, expression: Callable[[str], str] = _after_mark) -> list[str]:
+        """A list of names, of which some are regular expressions. expression: what is compiled of one."""
         given = self.get(key, [])
         if not isinstance(given, list) or not all(isinstance(each, str) and each for each in given):
             raise self.wrong(key, "a list of names of modules")
         for each in given:
             try:
-                re.compile(each.removeprefix("re:"))
-            except re.error as error:
+                re.compile(expression(each))
+            except (re.error, RecursionError, OverflowError) as error:
                 raise ModelError(
                     f"config.json: {self.path}.{key} has {shown(each)}, no regular expression: {error}"
-                ) from None
+                ) from error
         return given
 
     def block(self, key: str) -> tuple[int, int] | None:

@@ -16,7 +16,7 @@ from nanoengine.kernels.matvec_skinny_triton import tickets_on
 
 def weight_of(rand, outputs: int, inputs: int, group: int, *, zeros: bool = True) -> Int4Weight:
     """Random codes and zeros, scales of float16."""
-    scales = 0.01 + 0.1 * rand(outputs, inputs // group).float().abs()
+    scales = 0.001 + 0.01 * rand(outputs, inputs // group).float().abs()
     codes = (rand(outputs, inputs).float() * 3 + 8).round().clamp(0, 15)
     zero = (rand(outputs, inputs // group).float() * 3 + 8).round().clamp(0, 15).to(torch.uint8) if zeros else None
     return Int4Weight(pack_codes(codes), scales.half(), zero, group)

@@ -18,15 +18,15 @@ class Awq(Quantization):
 
     @classmethod
     def read(cls, ctx: QuantizationContext) -> Self:
-        config = Int4Config(ctx.config)
-        config.only("bits", 4, also=("w_bit",))
-        config.only("version", "gemm", also=("format", "checkpoint_format"), default="gemm")
-        config.only("desc_act", False, default=False)
+        config = Int4Config(ctx.config, "quantization_config")
+        config.choice("bits", 4, also=("w_bit",))
+        config.choice("version", "gemm", also=("format", "checkpoint_format"), default="gemm")
+        config.choice("desc_act", False, default=False)
         if config.get("backend") == "llm-awq":
             raise config.wrong("backend", "another, whose layout is 'gemm'")
-        group = config.group("group_size", also=("q_group_size",))
+        group = config.inputs("group_size", also=("q_group_size",))
         zeros, head = config.flag("zero_point", default=True), config.flag("lm_head", default=False)
-        plain = config.names("modules_to_not_convert")
+        plain = tuple(config.patterns("modules_to_not_convert"))
         config.finish()
         return cls(group, zeros=zeros, head=head, plain=plain)
 

@@ -53,19 +53,19 @@ class Gptq(Quantization):
 
     @classmethod
     def read(cls, ctx: QuantizationContext) -> Self:
-        config = Int4Config(ctx.config)
-        config.only("bits", 4)
-        format_ = config.only("checkpoint_format", *_FORMATS, also=("format",), default="gptq")
-        config.only("is_marlin_format", False, default=False)
-        config.only("pack_dtype", "int32", default="int32")
-        scheme = _Scheme(config.group("group_size"), _act_order(config))
+        config = Int4Config(ctx.config, "quantization_config")
+        config.choice("bits", 4)
+        format_ = config.choice("checkpoint_format", *_FORMATS, also=("format",), default="gptq")
+        config.choice("is_marlin_format", False, default=False)
+        config.choice("pack_dtype", "int32", default="int32")
+        scheme = _Scheme(config.inputs("group_size"), _act_order(config))
         read = cls(
             _FORMATS[format_],
             scheme,
             head=config.flag("lm_head", default=False),
             dynamic=_dynamic(config, scheme),
-            only=tuple(name for names in config.lists("modules_in_block_to_quantize") for name in names),
-            plain=config.names("modules_to_not_convert"),
+            only=tuple(config.lists("modules_in_block_to_quantize")),
+            plain=tuple(config.patterns("modules_to_not_convert")),
         )
         config.finish()
         return read
@@ -108,8 +108,8 @@ def _dynamic(config: Int4Config, scheme: _Scheme) -> dict[re.Pattern[str], _Sche
         if key.startswith("-:"):
             found[pattern] = None
             continue
-        inner.only("bits", 4, default=4)
+        inner.choice("bits", 4, default=4)
         order = scheme.act_order if inner.get("desc_act") is None else _act_order(inner)
-        found[pattern] = replace(scheme, group=inner.group("group_size", default=scheme.group), act_order=order)
+        found[pattern] = replace(scheme, group=inner.inputs("group_size", default=scheme.group), act_order=order)
         inner.finish()
     return found

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from nanoengine.api import LayerInfo, ModelError
 from nanoengine.layers.hf_config import shown
+from nanoengine.plugins.quantizations.reading import Section
 
 Value = TypeVar("Value", int, str, bool)
 
@@ -27,72 +28,55 @@ _HOW_IT_WAS_MADE = frozenset({
 """Keys of quantisers that say nothing of what the tensors mean. `sym` shows in the zeros, which are read."""
 
 
-class Int4Config:
-    """Reads a mapping. Each key must be read before `finish`, be off, or say how the file was made."""
+class Int4Config(Section):
+    """A `Section` whose keys may have older names, be off, or say how the file was made."""
 
-    def __init__(self, data: Mapping[str, Any], path: str = "quantization_config") -> None:
-        self._data, self._path, self._read = data, path, {"quant_method"}
-
-    def get(self, key: str) -> Any:
-        self._read.add(key)
-        return self._data.get(key)
-
-    def wrong(self, key: str, wanted: str) -> ModelError:
-        return ModelError(f"config.json: {self._path}.{key} is {shown(self._data.get(key))}; supported is {wanted}")
-
-    def only(self, key: str, *values: Value, also: tuple[str, ...] = (), default: Value | None = None) -> Value:
+    def choice(self, key: str, *values: Value, also: tuple[str, ...] = (), default: Value | None = None) -> Value:
         """One of these values (text in any case), by any of the names of the key. Raises `ModelError` for another."""
-        found = [name for name in (key, *also) if self.get(name) is not None]
+        given = {name: self.get(name) for name in (key, *also) if self.get(name) is not None}
+        found = {name: value.lower() if isinstance(value, str) else value for name, value in given.items()}
         wanted = " or ".join(map(shown, values))
-        for name in found:
-            given = self._data[name]
-            given = given.lower() if isinstance(given, str) else given
-            if not any(given == each and type(given) is type(each) for each in values):
+        for name, value in found.items():
+            if not any(value == each and type(value) is type(each) for each in values):
                 raise self.wrong(name, wanted)
-        if len({str(self._data[name]).lower() for name in found}) > 1:
-            raise ModelError(f"config.json: {self._path} has {' and '.join(found)} with different values")
-        if not found and default is None:
-            raise ModelError(f"config.json: {self._path} has no {key}; supported is {wanted}")
-        given = self._data[found[0]] if found else default
-        return next(each for each in values if each == (given.lower() if isinstance(given, str) else given))
+        if len(set(found.values())) > 1:
+            raise ModelError(f"config.json: {self.path} has {' and '.join(found)} with different values")
+        chosen = next(iter(found.values()), default)
+        if chosen is None:
+            raise ModelError(f"config.json: {self.path} has no {key}; supported is {wanted}")
+        return next(each for each in values if each == chosen)
 
     def flag(self, key: str, *, default: bool) -> bool:
-        return self.only(key, True, False, default=default)
+        return self.choice(key, True, False, default=default)
 
-    def group(self, key: str, also: tuple[str, ...] = (), default: int | None = None) -> int:
+    def inputs(self, key: str, also: tuple[str, ...] = (), default: int | None = None) -> int:
         """Inputs that share a scale; -1: all."""
         name = next((each for each in (key, *also) if self.get(each) is not None), key)
-        given = self.get(name)
-        given = default if given is None else given
+        given = self.get(name, default)
         if type(given) is not int or (given != -1 and given < 1):
             raise self.wrong(name, "a positive number, or -1 for one group of all inputs")
         return given
 
-    def names(self, key: str) -> tuple[str, ...]:
-        given = self.get(key) or []
-        if not isinstance(given, list) or not all(isinstance(each, str) and each for each in given):
-            raise self.wrong(key, "a list of names of modules")
-        return tuple(given)
-
-    def lists(self, key: str) -> list[tuple[str, ...]]:
-        given = self.get(key) or []
+    def lists(self, key: str) -> list[str]:
+        """The names in a list of lists."""
+        given = self.get(key, [])
         if not isinstance(given, list):
             raise self.wrong(key, "a list of lists of names of modules")
-        return [Int4Config({key: each}, self._path).names(key) for each in given]
+        return [name for names in given for name in Section({key: names}, self.path).patterns(key)]
 
     def sections(self, key: str) -> Iterator[tuple[str, Int4Config]]:
-        given = self.get(key) or {}
-        if not isinstance(given, Mapping) or not all(isinstance(each, Mapping) for each in given.values()):
+        given = self.get(key, {})
+        if not isinstance(given, Mapping):
             raise self.wrong(key, "an object of objects")
         for name, values in given.items():
-            yield name, Int4Config(values, f"{self._path}.{key}[{shown(name)}]")
+            yield name, Int4Config(values, f"{self.path}.{key}[{shown(name)}]")
 
     def pattern(self, key: str, text: str) -> re.Pattern[str]:
         try:
             return re.compile(text)
         except re.error as error:
-            path = f"config.json: {self._path}.{key}"
-            raise ModelError(f"{path} has {shown(text)}, which is no regular expression: {error}") from error
+            path = f"config.json: {self.path}.{key}"
+            raise ModelError(f"{path} has {shown(text)}, no regular expression: {error}") from error
 
     def finish(self) -> None:
         """Raises `ModelError` for keys that may mean other values."""
@@ -100,7 +84,7 @@ class Int4Config:
         unknown = sorted(key for key, value in self._data.items() if key not in known and value not in (None, False))
         if unknown:
             raise ModelError(
-                f"config.json: {self._path} has {', '.join(unknown)}, which may mean other values; known are "
+                f"config.json: {self.path} has {', '.join(unknown)}, which may mean other values; known: "
                 f"{', '.join(sorted(self._read))}"
             )
 

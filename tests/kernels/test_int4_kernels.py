@@ -7,9 +7,13 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
+from nanoengine.api.sources import cache_root
 from nanoengine.kernels import int4, int4_triton
 from nanoengine.kernels.activation import act_and_mul
+from nanoengine.kernels.cpu import load
+from nanoengine.kernels.cpu.twin import product
 from nanoengine.kernels.int4 import Int4Weight, dequantise, pack_codes, unpack_codes
+from nanoengine.kernels.int4_cpu import int4_linear, int4_tiles
 from nanoengine.kernels.int4_triton import Int4Tile
 from nanoengine.kernels.matvec_skinny_triton import tickets_on
 
@@ -112,3 +116,23 @@ def test_strided_rows_and_a_place_for_the_result(rand, assert_close) -> None:
     assert int4_triton.int4_linear(x, weight, out=out) is out
     assert_close(out, expected_of(x, weight))
     assert int4_triton.int4_linear(x[:0], weight).shape == (0, 20)
+
+
+@pytest.mark.parametrize(("rows", "gate"), [(1, None), (3, "silu"), (7, "gelu_tanh")])
+@pytest.mark.parametrize(("n", "zeros"), [(64, True), (44, False)])  # 44: a gate beside the product
+def test_by_kernels_in_c(rows, gate, n, zeros) -> None:
+    """Against the product of the rounded inputs, with all that may be around it."""
+    library = load(cache_root())
+    if isinstance(library, str):
+        pytest.skip(library)
+    generator = torch.Generator().manual_seed(5)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    weight = weight_of(rand, n, 192, 64, zeros=zeros)
+    x, bias, norm, add = rand(rows, 192), rand(n), rand(192), rand(rows, n // 2 if gate else n)
+    around = {"norm": norm, "eps": 1e-6, "gate": gate, "add": add}
+    out = torch.empty(rows, n // 2 if gate else n)
+    assert int4_linear(x, int4_tiles(library, weight), bias, out=out, **around) is out
+    torch.testing.assert_close(out, product(x, dequantise(weight), bias, **around), rtol=1e-5, atol=1e-5)

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from nanoengine import LLM, SamplingParams
 from nanoengine.api import LayerInfo, ModelError, QuantizationContext, WeightsError
 from nanoengine.api.parallel import ShapesOnly, SingleRank
+from nanoengine.api.sources import cache_root
+from nanoengine.kernels.cpu import load
 from nanoengine.plugins.models.llama import Llama
 from nanoengine.plugins.quantizations import int4, int4_layouts
 from nanoengine.plugins.quantizations.awq import Awq
@@ -37,6 +39,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answer(path: Path, **options: Any) -> tuple[tuple[int, ...], list[float], LLM]:
+    options = {"fuse_kernels": False} | options  # without, a CPU rounds inputs
     with LLM(path, attention="torch", max_model_len=64, num_gpu_blocks_override=64, **options) as llm:
         [sample] = llm.generate([PROMPT], GREEDY, use_tqdm=False)[0].outputs
     assert sample.logprobs is not None
@@ -80,6 +83,20 @@ def test_a_checkpoint_equals_its_dequantised_model(case: str, source: Path, tmp_
     weights = 2 * (64 * (64 + 2 * 32 + 64) + 3 * 64 * 128)
     most = weights / 2 + weights / (64 if group == -1 else group) * (2 if how.get("symmetric") else 3)
     assert ours.num_bytes <= most + 4 * 2 * 2 * 512 * bool(how.get("act_order"))
+
+
+@pytest.mark.parametrize("case", ["awq", "gptq, act-order"])
+def test_by_kernels_in_c(case: str, source: Path, tmp_path: Path) -> None:
+    """Inputs are rounded to signed bytes, as the report says; else the answers are equal."""
+    if isinstance(load(cache_root()), str):
+        pytest.skip("no C compiler")
+    config, tensors_of, how = CASES[case]
+    packed, plain = pack.write(source, tmp_path, config, tensors_of, 32, **how)
+    want, got = answer(plain), answer(packed, fuse_kernels=True)
+    [ours] = [each for each in got[2].start_report.quantised if each.label]
+    assert ours.label.endswith("inputs rounded to int8")
+    same = 1 + next((i for i, (a, b) in enumerate(zip(got[0], want[0], strict=True)) if a != b), len(want[0]))
+    assert 1e-5 < max(abs(a - b) for a, b in zip(got[1][:same], want[1][:same], strict=False)) < 0.15
 
 
 def test_parts_whose_inputs_have_one_order_are_one_product(source: Path, tmp_path: Path) -> None:

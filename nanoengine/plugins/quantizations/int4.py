@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import ModuleType
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nanoengine.api import LinearMethod, ModelError, Norm, Shard, ShardSpec, WeightLayer, WeightsError
-from nanoengine.kernels import int4
+from nanoengine.kernels import int4, int4_cpu
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.int4 import SYMMETRIC_ZERO, UNIT, Int4Weight
+from nanoengine.kernels.int4_cpu import int4_tiles
+from nanoengine.kernels.ops import CpuOps
 from nanoengine.layers.quantised import divided, one_each, per_output, transposed
 from nanoengine.plugins.quantizations import int4_layouts as layouts
 from nanoengine.plugins.quantizations.int4_layouts import Int4Format
@@ -36,13 +39,13 @@ class Int4(LinearMethod):
         self._format, self._group, self._zeros, self._act_order = format_, group, zeros, act_order
         about = "one group" if group == -1 else f"groups of {group}"
         self.label = f"int4 ({format_.name}), {about}{', act-order' if act_order else ''}"
-        self._kernels: ModuleType = int4
-        self._options: dict[str, Any] = {}
         self._spec: ShardSpec | None = None
         self._pieces: tuple[_Piece, ...] = ()
 
     def create(self, layer: WeightLayer, weight: ShardSpec) -> None:
         form, self._spec = self._format, weight
+        if isinstance(layer.ops, CpuOps):
+            self.label += ", inputs rounded to int8"
         turn = transposed if form.by_input else _same
         group = _checked_group(layer, weight, self._group, form.name)
         if self._act_order and weight.dim == 1 and layer.tp.size > 1:
@@ -80,36 +83,29 @@ class Int4(LinearMethod):
             into.copy_((values.double() / _LARGEST_DUMMY * 2.0**31).clamp_(-(2.0**31), 2.0**31 - 1))
 
     def finish(self, layer: WeightLayer) -> None:
+        assert self._spec is not None
+        weight, names = self._read(layer), self._of_parts(layer, self._format.groups)
+        rows = [each.target[0] for each in per_output(self._spec).shards(layer.tp.rank, layer.tp.size)]
+        orders = [_order(layer, name, self._in_file) for name in names] or [None]
+        if all(_equal(each, orders[0]) for each in orders):  # so it is in a file made by GPTQ: parts see equal inputs
+            rows, orders = [slice(0, weight.shape[0])], orders[:1]
+        for name in [each for each in layer.specs if each != "bias"]:
+            delattr(layer, name)
+            del layer.specs[name]
+        self._pieces = tuple(
+            _piece(layer, i, part, weight.rows(part), order)
+            for i, (part, order) in enumerate(zip(rows, orders, strict=True))
+        )
+
+    def _read(self, layer: WeightLayer) -> Int4Weight:
+        """The parameters that were loaded, in the layout of `kernels.int4` and the file's order of inputs."""
         form, raw = self._format, layer.get_parameter
-        codes = form.read_codes(raw(form.codes).data)
-        scales = raw(form.scales).data
+        codes, scales = form.read_codes(raw(form.codes).data), raw(form.scales).data
         scales = layouts.narrowest((scales.t() if form.by_input else scales).contiguous())
         zeros = form.read_zeros(raw(form.zeros).data) if self._zeros else None
         if zeros is not None and bool((zeros == SYMMETRIC_ZERO).all()):
             zeros = None
-        assert self._spec is not None
-        group = 2 * codes.shape[1] // scales.shape[1]
-        rows = [each.target[0] for each in per_output(self._spec).shards(layer.tp.rank, layer.tp.size)]
-        orders = [_order(layer, name, self._in_file) for name in self._of_parts(layer, form.groups)] or [None]
-        if all(_equal(each, orders[0]) for each in orders):  # so it is in a file made by GPTQ: parts see equal inputs
-            rows, orders = [slice(0, len(codes))], orders[:1]
-        for part, order in zip(rows, orders, strict=True):
-            if order is not None:
-                codes[part] = int4.pack_codes(int4.unpack_codes(codes[part])[:, order])
-        for name in [each for each in layer.specs if each != "bias"]:
-            delattr(layer, name)
-            del layer.specs[name]
-        weight = Int4Weight(_kept(layer, "codes", codes), _kept(layer, "scales", scales), zeros, group)
-        if zeros is not None:
-            _kept(layer, "zeros", zeros)
-        kept = [None if order is None else _kept(layer, f"order_{i}", order) for i, order in enumerate(orders)]
-        self._pieces = tuple(_Piece(part, weight.rows(part), order) for part, order in zip(rows, kept, strict=True))
-        if layer.ops.name == "triton":
-            from nanoengine.kernels import int4_triton
-            from nanoengine.kernels.matvec_skinny_triton import tickets_on
-
-            self._kernels = int4_triton
-            self._options = {"tickets": tickets_on(codes.device)}
+        return Int4Weight(codes, scales, zeros, 2 * codes.shape[1] // scales.shape[1])
 
     def apply(self, layer: WeightLayer, x: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
         return self._product(x, bias, out=out)
@@ -123,11 +119,15 @@ class Int4(LinearMethod):
         bias: Tensor | None,
         gate: Activation | None,
     ) -> tuple[Tensor, Tensor]:
+        one = len(self._pieces) == 1
+        if one and layer.ops.name == "cpu" and self._pieces[0].order is None:
+            total = x if residual is None else x + residual
+            return self._product(total, bias, gate=gate, norm=norm.weight, eps=norm.eps), total
         normed, total = norm.add(x, residual)
-        if len(self._pieces) > 1:
-            y = self._product(normed, bias)
-            return (layer.ops.act_and_mul(y, gate) if gate else y), total
-        return self._product(normed, bias, gate=gate), total
+        if one:
+            return self._product(normed, bias, gate=gate), total
+        y = self._product(normed, bias)
+        return (layer.ops.act_and_mul(y, gate) if gate else y), total
 
     def apply_added(
         self, layer: WeightLayer, x: Tensor, bias: Tensor | None, residual: Tensor
@@ -137,16 +137,13 @@ class Int4(LinearMethod):
         return self._product(x, bias, add=residual), None
 
     def _product(self, x: Tensor, bias: Tensor | None, *, out: Tensor | None = None, **around: Any) -> Tensor:
-        linear = self._kernels.int4_linear
         if len(self._pieces) == 1:
             (piece,) = self._pieces
-            made: Tensor = linear(piece.inputs(x), piece.weight, bias, out=out, **around, **self._options)
-            return made
+            return piece.linear(piece.inputs(x), bias=bias, out=out, **around)
         if out is None:
             out = torch.empty(len(x), self._pieces[-1].rows.stop, dtype=x.dtype, device=x.device)
         for piece in self._pieces:
-            part = None if bias is None else bias[piece.rows]
-            out[:, piece.rows] = linear(piece.inputs(x), piece.weight, part, **self._options)
+            out[:, piece.rows] = piece.linear(piece.inputs(x), bias=None if bias is None else bias[piece.rows])
         return out
 
     @property
@@ -165,20 +162,40 @@ class _Piece:
     """Outputs whose inputs have one order. order: int32 [in], where each input of the weight is in x; None: there."""
 
     rows: slice
-    weight: Int4Weight
     order: Tensor | None
+    linear: Callable[..., Tensor]
 
     def inputs(self, x: Tensor) -> Tensor:
         return x if self.order is None else x.index_select(1, self.order)
 
 
+def _piece(layer: WeightLayer, number: int, rows: slice, weight: Int4Weight, order: Tensor | None) -> _Piece:
+    """Keeps a weight as parameters of the layer, in the layout that its kernels read."""
+
+    def kept(name: str, values: Tensor) -> Tensor:
+        layer.register_parameter(f"{name}_{number}", nn.Parameter(values, requires_grad=False))
+        return layer.get_parameter(f"{name}_{number}").data
+
+    codes = weight.codes
+    if order is not None:
+        codes, order = int4.pack_codes(int4.unpack_codes(codes)[:, order]), kept("order", order)
+    if isinstance(layer.ops, CpuOps):
+        tiles = int4_tiles(layer.ops.library, replace(weight, codes=codes))
+        return _Piece(
+            rows, order, partial(int4_cpu.int4_linear, weight=replace(tiles, tiles=kept("tiles", tiles.tiles)))
+        )
+    zeros = None if weight.zeros is None else kept("zeros", weight.zeros)
+    weight = Int4Weight(kept("codes", codes), kept("scales", weight.scales), zeros, weight.group)
+    if layer.ops.name != "triton":
+        return _Piece(rows, order, partial(int4.int4_linear, weight=weight))
+    from nanoengine.kernels import int4_triton
+    from nanoengine.kernels.matvec_skinny_triton import tickets_on
+
+    return _Piece(rows, order, partial(int4_triton.int4_linear, weight=weight, tickets=tickets_on(codes.device)))
+
+
 def _same(spec: ShardSpec) -> ShardSpec:
     return spec
-
-
-def _kept(layer: WeightLayer, name: str, values: Tensor) -> Tensor:
-    layer.register_parameter(name, nn.Parameter(values, requires_grad=False))
-    return layer.get_parameter(name).data
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:

@@ -17,7 +17,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # "pytest &" in a script;
 import beside
 import pytest
 import torch
-from fixtures_models import smollm2_gguf, smollm2_path  # noqa: F401 - fixtures
+from fixtures_models import smollm2_expanded, smollm2_gguf, smollm2_path  # noqa: F401 - fixtures
 from hypothesis import settings
 from triton_interpreter import import_triton
 

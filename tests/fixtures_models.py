@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from gguf_expanded import expanded_folder
 
 from nanoengine.api import ModelSourceError, SourceContext
 from nanoengine.api.sources import cache_root
@@ -30,13 +31,19 @@ def missing(error: ModelSourceError) -> NoReturn:
 
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
-    """Folder of SmolLM2-135M-Instruct: float32 values equal to transformers' own reading of the GGUF file."""
+    """Folder of SmolLM2-135M-Instruct, in the blocks of its GGUF file."""
     try:
         path = SmolLM2Wheel().resolve("smollm2-135m", _context())
     except ModelSourceError as error:
         missing(error)
     assert path is not None
     return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_expanded(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in float32 (538 MB), for transformers: values equal to its own reading of the GGUF file."""
+    return expanded_folder(smollm2_path, tmp_path_factory.mktemp("smollm2") / "expanded")
 
 
 @pytest.fixture(scope="session")

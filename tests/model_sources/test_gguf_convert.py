@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Q
-from gguf_zoo import HEAD_SIZE, HIDDEN, KEYS, LAYERS, TinyGGUF
+from gguf_expanded import expanded_folder, expanded_tensors
+from gguf_zoo import HEAD_SIZE, HEADS, HIDDEN, KEYS, LAYERS, TinyGGUF
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -82,7 +84,7 @@ ZOO = pytest.mark.parametrize("tiny", zoo(), ids=lambda tiny: f"{tiny.arch}-{'ti
 
 def mismatches(tiny: TinyGGUF, folder: Path) -> list[str]:
     """Names of tensors that are not, bit for bit, what was stored."""
-    found = load_file(folder / "model.safetensors")
+    found = expanded_tensors(folder)
     names = {name: hf_name(name, tiny.arch) for name in tiny.weights}
     assert found.keys() == set(names.values())
     return [name for name in tiny.weights if not np.array_equal(found[names[name]].float(), tiny.stored(name))]
@@ -93,7 +95,28 @@ def test_tensors_are_the_stored_ones_in_hf_layout(tiny: TinyGGUF, tmp_path: Path
     folder = converted(tiny, tmp_path)
     assert mismatches(tiny, folder) == []
     dtypes = {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()}
-    assert dtypes == {torch.float32, torch.float16, torch.bfloat16}  # unquantised ones kept their own
+    assert dtypes == {torch.float32, torch.float16, torch.bfloat16, torch.uint8}  # each kept its own
+
+
+@ZOO
+def test_blocks_are_kept_and_named_in_config(tiny: TinyGGUF, tmp_path: Path) -> None:
+    """uint8 [rows, bytes of a row] for each matrix of a type with blocks, the embedding too; nothing is expanded."""
+    folder = converted(tiny, tmp_path)
+    blocks = {
+        hf_name(name, tiny.arch): kind for name, (_, kind) in tiny.weights.items() if kind not in (Q.F32, Q.F16, Q.BF16)
+    }
+    given = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert given == {
+        "quant_method": "gguf",
+        "types": {name.removesuffix(".weight"): kind.name for name, kind in blocks.items()},
+        "expanded": {},
+    }
+    found = load_file(folder / "model.safetensors")
+    assert {name for name, tensor in found.items() if tensor.dtype == torch.uint8} == set(blocks)
+    assert "model.embed_tokens.weight" in blocks
+    for name, kind in blocks.items():
+        width = HEADS * HEAD_SIZE if name.endswith("o_proj.weight") else HIDDEN
+        assert found[name].shape[1] == width // 32 * gguf.GGML_QUANT_SIZES[kind][1]
 
 
 def test_mutant_without_unpermuting_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +139,7 @@ def test_weights_equal_transformers_own_loader(arch: str, tmp_path: Path) -> Non
     folder = converted(tiny, tmp_path)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     theirs = load_gguf_checkpoint(str(tmp_path / "tiny.gguf"), return_tensors=True, model_to_load=model)["tensors"]
-    ours = load_file(folder / "model.safetensors")
+    ours = expanded_tensors(folder)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name].float(), theirs[name].float())] == []
 
@@ -147,7 +170,7 @@ REFERENCE: dict[str, dict[str, Any]] = {
 @ZOO
 def test_folder_loads_in_transformers_with_the_same_function(tiny: TinyGGUF, tmp_path: Path) -> None:
     """config.json says the same model: a reference built from the known sizes gives the same logits."""
-    folder = converted(tiny, tmp_path)
+    folder = expanded_folder(converted(tiny, tmp_path), tmp_path / "expanded")
     loaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -197,6 +220,7 @@ def test_unquantised_file_keeps_its_dtype(kind: Q, dtype: str, tmp_path: Path) -
     assert mismatches(tiny, folder) == []
     assert json.loads((folder / "config.json").read_text())["dtype"] == dtype
     assert load_file(folder / "model.safetensors")["model.layers.0.mlp.up_proj.weight"].dtype == getattr(torch, dtype)
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
 
 
 def llama3_factors(scale: float, low: float = 1.0) -> np.ndarray:
@@ -221,7 +245,7 @@ def test_llama3_rope_freqs_become_rope_parameters(scale: float, tmp_path: Path) 
     folder.mkdir()
     convert(tiny.write(tmp_path / "tiny.gguf"), folder, lambda text: None)
     assert "rope_freqs.weight" not in load_file(folder / "model.safetensors")
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(expanded_folder(folder, tmp_path / "expanded"))
     plain = 1.0 / 500000.0 ** (torch.arange(0, HEAD_SIZE, 2) / HEAD_SIZE)
     assert torch.allclose(model.model.rotary_emb.inv_freq, plain / torch.from_numpy(factors), rtol=1e-5)
 

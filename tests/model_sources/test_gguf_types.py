@@ -1,18 +1,22 @@
-"""Every type of tensor that a GGUF file may hold: converted to what the gguf package reads, or refused by name."""
+"""Every type of tensor that a GGUF file may hold: kept in its blocks, converted to what the gguf package reads, or
+refused by name."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+import torch
 from gguf import GGMLQuantizationType as Q
 from gguf_zoo import HIDDEN, TinyGGUF
 from safetensors import safe_open
 
 from nanoengine.api import ModelSourceError
-from nanoengine.plugins.model_sources.gguf_convert import convert
+from nanoengine.kernels.gguf import BLOCK_TYPES, dequantise
+from nanoengine.plugins.model_sources.gguf_convert import KEPT, convert
 
 QUANTISABLE = (Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q5_1, Q.Q8_0, Q.TQ1_0, Q.TQ2_0, Q.MXFP4)  # gguf has the way there, too
 READ_ONLY = (
@@ -79,10 +83,14 @@ SCALES = {
 def test_type_becomes_the_values_that_gguf_reads(kind: Q, tmp_path: Path) -> None:
     tiny = WideGGUF(kind)
     convert(tiny.write(tmp_path / "tiny.gguf"), tmp_path, lambda text: None)
-    found = load_file_f32(tmp_path)
+    found, given = tensors(tmp_path), json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     for short, long in {"attn_q": "self_attn.q_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj"}.items():
-        values = found[f"model.layers.1.{long}.weight"]
-        expected = gguf.dequantize(tiny.blocks(f"blk.1.{short}.weight"), kind)
+        values, blocks = found[f"model.layers.1.{long}.weight"], tiny.blocks(f"blk.1.{short}.weight")
+        expected = gguf.dequantize(blocks, kind)
+        assert given["types" if kind.name in KEPT else "expanded"][f"model.layers.1.{long}"] == kind.name
+        if kind.name in KEPT:
+            assert np.array_equal(values, blocks)
+            values = dequantise(torch.from_numpy(values), kind.name).numpy()
         assert values.dtype == np.float32
         assert np.array_equal(values, expected)
         assert np.isfinite(values).all()
@@ -90,13 +98,18 @@ def test_type_becomes_the_values_that_gguf_reads(kind: Q, tmp_path: Path) -> Non
         assert len(np.unique(values)) > 3 or kind in (Q.TQ1_0, Q.TQ2_0)
     if kind in QUANTISABLE:  # and these are the ones that were meant
         original = tiny.weights["blk.1.ffn_up.weight"][0]
-        assert np.corrcoef(found["model.layers.1.mlp.up_proj.weight"].ravel(), original.ravel())[0, 1] > 0.7
+        assert np.corrcoef(values.ravel(), original.ravel())[0, 1] > 0.7
 
 
-def load_file_f32(folder: Path) -> dict[str, np.ndarray]:
-    """The float32 tensors of the written file (numpy has no bfloat16)."""
+def test_types_that_are_kept_have_products() -> None:
+    assert set(BLOCK_TYPES) == KEPT
+
+
+def tensors(folder: Path) -> dict[str, np.ndarray]:
+    """The float32 and uint8 tensors of the written file (numpy has no bfloat16)."""
     with safe_open(folder / "model.safetensors", "np") as file:
-        return {name: file.get_tensor(name) for name in file.keys() if file.get_slice(name).get_dtype() == "F32"}  # noqa: SIM118
+        names = [name for name in file.keys() if file.get_slice(name).get_dtype() in ("F32", "U8")]  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in names}
 
 
 def test_every_type_that_gguf_reads_is_tried() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from gguf_expanded import expanded_tensors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -40,16 +40,16 @@ def test_weights_equal_transformers_own_loader(smollm2_path: Path, smollm2_gguf:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(smollm2_path))
     theirs = load_gguf_checkpoint(str(smollm2_gguf), return_tensors=True, model_to_load=model)["tensors"]
-    ours = load_file(smollm2_path / "model.safetensors")
+    ours = expanded_tensors(smollm2_path)
     assert len(ours) == 272
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
 @pytest.mark.slow
-def test_it_answers(smollm2_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
-    model = AutoModelForCausalLM.from_pretrained(smollm2_path, dtype=torch.float32)
+def test_it_answers(smollm2_expanded: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_expanded)
+    model = AutoModelForCausalLM.from_pretrained(smollm2_expanded, dtype=torch.float32)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]

@@ -243,7 +243,7 @@ def test_plain_files_say_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"quant_method": "awq"}, r"quant_method 'awq'.*mxfp4, which is dequantised.*GGUF"),
+        ({"quant_method": "awq"}, r"quant_method 'awq'.*dequantised while loading are mxfp4, gguf.*GGUF"),
         ({"quant_method": ["mxfp4"]}, r"quant_method \['mxfp4'\]"),
         ({}, r"quant_method None"),
         ("mxfp4", r"quant_method 'mxfp4'"),

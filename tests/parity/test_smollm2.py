@@ -1,4 +1,4 @@
-"""SmolLM2-135M through the engine, beside transformers on the same float32 weights.
+"""SmolLM2-135M through the engine, on the blocks of its file, beside transformers on the same weights in float32.
 
 That those are transformers' own reading of the GGUF file, bit for bit, is shown by tests/model_sources/test_smollm2.py.
 """
@@ -45,8 +45,8 @@ def llm(smollm2_path: Path) -> Iterator[LLM]:
 
 
 @pytest.fixture(scope="module")
-def model(smollm2_path: Path) -> PreTrainedModel:
-    return tiny.reference(smollm2_path)
+def model(smollm2_expanded: Path) -> PreTrainedModel:
+    return tiny.reference(smollm2_expanded)
 
 
 @pytest.fixture(scope="module")

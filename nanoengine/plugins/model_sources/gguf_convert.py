@@ -1,13 +1,14 @@
 """Converts a GGUF file to a folder in Hugging Face format: config.json, model.safetensors, tokenizer, chat template.
 
-Weights keep their exact values: F32, F16 and BF16 tensors are copied bit for bit. Quantised ones become float32,
-because scale x integer + offset needs more bits than bf16 or fp16 have. This costs disk space (4 bytes per weight), but
-no accuracy.
+Weights keep their exact values: F32, F16 and BF16 tensors are copied bit for bit, and so are the blocks of matrices in
+a type of `KEPT`: uint8 [rows, bytes of a row], whose types config.json names. Matrices of other types become float32,
+because scale x integer + offset needs more bits than bf16 or fp16 have.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -32,8 +33,11 @@ from nanoengine.plugins.model_sources.gguf_metadata import (
 )
 from nanoengine.plugins.model_sources.gguf_tokenizer import write_tokenizer
 
-CONVERTER_VERSION = 2
+CONVERTER_VERSION = 3
 """Part of the cache key. Increase it if the same file would give another folder."""
+
+KEPT = frozenset({"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"})
+"""Types whose blocks are kept: those of `kernels.gguf`, which needs torch and is not imported here."""
 
 _SHOWN = 20  # most skipped keys in a message
 
@@ -77,7 +81,7 @@ def convert(source: Path, folder: Path, say: Callable[[str], None]) -> None:
     vocab = tensors["token_embd.weight"].shape[0]
     config: dict[str, Any] = {"architectures": [arch.hf_class], "model_type": arch.model_type}
     config |= model_config(meta, name, shape, tensors=tensors, vocab=vocab, dtype=_compute_dtype(tensors.values()))
-    config |= arch.details(meta, shape, rope)
+    config |= arch.details(meta, shape, rope) | quantization_config(tensors, rules)
     write_tokenizer(meta, folder)
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation_config(meta))
@@ -173,6 +177,21 @@ def _check_tensors(meta: Metadata, rules: Mapping[str, TensorRule], present: Map
         raise meta.error(f"its tensors do not fit the architecture: {'; '.join(wrong[:5])}{more}")
 
 
+def quantization_config(tensors: Mapping[str, Tensor], rules: Mapping[str, TensorRule]) -> dict[str, Any]:
+    """What config.json says of quantised matrices, by module: the type of blocks that are kept ("types"), and the type
+    that those of float32 had ("expanded"). {} where there is none."""
+    kinds = {
+        rule.name.removesuffix(".weight"): tensors[name].tensor_type.name
+        for name, rule in rules.items()
+        if len(rule.shape) > 1 and tensors[name].tensor_type.name not in _COPIED
+    }
+    types = {module: kind for module, kind in kinds.items() if kind in KEPT}
+    expanded = {module: kind for module, kind in kinds.items() if kind not in KEPT}
+    if not kinds:
+        return {}
+    return {"quantization_config": {"quant_method": "gguf", "types": types, "expanded": expanded}}
+
+
 def to_halves(weight: np.ndarray, heads: int) -> np.ndarray:
     """Reorders rows of q or k, per head: interleaved rotary pairs (x0 y0 x1 y1 ...) to halves (x0 x1 ... y0 y1 ...).
 
@@ -212,15 +231,26 @@ def _float32(tensor: Tensor) -> np.ndarray:
     return values.astype("<f4", copy=False)
 
 
-def _words(tensor: Tensor, rule: TensorRule) -> np.ndarray:
-    """The tensor for the safetensors file: little-endian words, in the shape after the conversion."""
+def _stored(tensor: Tensor, rule: TensorRule) -> tuple[str, str, tuple[int, ...]]:
+    """After the conversion: (safetensors type, numpy type of the words, shape)."""
     kind = tensor.tensor_type.name
+    if rule.less_one or kind not in _COPIED.keys() | KEPT or (kind in KEPT and len(rule.shape) == 1):
+        return *_COPIED["F32"][:2], rule.shape
+    if kind in KEPT:
+        return "U8", "u1", tensor.data.shape
+    return *_COPIED[kind][:2], rule.shape
+
+
+def _words(tensor: Tensor, rule: TensorRule) -> np.ndarray:
+    """The tensor for the safetensors file: little-endian words. Rows may be reordered, as blocks lie within them."""
+    dtype, numpy_type, shape = _stored(tensor, rule)
     if rule.less_one:
-        words = (_float32(tensor) - np.float32(1)).reshape(rule.shape)
-    elif kind in _COPIED:
-        words = tensor.data.view(_COPIED[kind][1]).reshape(rule.shape)
+        words = _float32(tensor) - np.float32(1)
+    elif dtype == "F32" and tensor.tensor_type.name != "F32":
+        words = _float32(tensor)
     else:
-        words = _float32(tensor).reshape(rule.shape)
+        words = tensor.data.view(numpy_type)
+    words = words.reshape(shape)
     return to_halves(words, rule.interleaved_heads) if rule.interleaved_heads else words
 
 
@@ -240,10 +270,9 @@ def _write_tensors(
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, rule in rules.items():
-        kind = "F32" if rule.less_one else tensors[name].tensor_type.name
-        dtype = _COPIED.get(kind, _COPIED["F32"])
-        end = offset + int(np.prod(rule.shape)) * np.dtype(dtype[1]).itemsize
-        header[rule.name] = {"dtype": dtype[0], "shape": rule.shape, "data_offsets": [offset, end]}
+        dtype, numpy_type, shape = _stored(tensors[name], rule)
+        end = offset + math.prod(shape) * np.dtype(numpy_type).itemsize
+        header[rule.name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)

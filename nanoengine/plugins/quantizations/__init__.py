@@ -45,4 +45,11 @@ def register_quantizations() -> list[QuantizationSpec]:
             api=API_VERSION,
             formats=("compressed-tensors",),
         ),
+        QuantizationSpec(
+            name="gguf",
+            target=f"{here}.gguf:Gguf",
+            help="Blocks of GGUF files, kept as they are: Q4_0 to Q8_0, Q4_K to Q6_K.",
+            api=API_VERSION,
+            formats=("gguf",),
+        ),
     ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nanoengine.api.errors import WeightsError
-from nanoengine.setup.start.packed import Join, PackedFormat, PackedTensor
+from nanoengine.setup.start.packed import InPieces, Join, PackedTensor
 
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _BIAS = 127  # of the exponents
@@ -74,4 +74,4 @@ def _make(name: str, pieces: Sequence[Tensor]) -> PackedTensor:
     return Mxfp4Tensor(blocks, scales)
 
 
-MXFP4 = PackedFormat("mxfp4", frozenset({"modules_to_not_convert", "dequantize"}), ("_blocks", "_scales"), _make)
+MXFP4 = InPieces("mxfp4", frozenset({"modules_to_not_convert", "dequantize"}), ("_blocks", "_scales"), _make)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,13 +37,31 @@ class PackedTensor(ABC):
         return join(pieces)
 
 
-@dataclass(frozen=True, slots=True)
-class PackedFormat:
+class PackedFormat(ABC):
     """A format of quantised weights that are dequantised while loading.
 
     Attributes:
         method: `quant_method` of config.json.
-        options: the other keys that `quantization_config` may have; none changes the values.
+        options: the other keys that `quantization_config` may have.
+    """
+
+    method: str
+    options: frozenset[str]
+
+    def reading(self, config: Mapping[str, Any]) -> PackedFormat:
+        """The format as this `quantization_config` has it."""
+        return self
+
+    @abstractmethod
+    def unpacked(self, tensors: Iterable[tuple[str, TensorSlice]]) -> Iterator[tuple[str, TensorSlice]]:
+        """The same tensors, with a `PackedTensor` in place of each that is quantised."""
+
+
+@dataclass(frozen=True, slots=True)
+class InPieces(PackedFormat):
+    """A format that has several tensors of the checkpoint for one; its options do not change the values.
+
+    Attributes:
         pieces: endings of the names of a tensor's pieces.
         make: (name without ending, pieces in the order of `pieces`) -> the tensor. Raises `WeightsError`.
     """
@@ -54,7 +72,7 @@ class PackedFormat:
     make: Callable[[str, Sequence[Tensor]], PackedTensor]
 
     def unpacked(self, tensors: Iterable[tuple[str, TensorSlice]]) -> Iterator[tuple[str, TensorSlice]]:
-        """The same tensors, with one in place of its pieces, which may be anywhere. Others, and a piece that lacks
+        """One in place of its pieces, which may be anywhere. Others, and a piece that lacks
         another one, stay as they are."""
         waiting = dict[str, dict[str, TensorSlice]]()
         for name, tensor in tensors:

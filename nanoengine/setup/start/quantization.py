@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanoengine.api.errors import ModelError, shown
+from nanoengine.setup.start.gguf_blocks import GGUF
 from nanoengine.setup.start.mxfp4 import MXFP4
 from nanoengine.setup.start.packed import PackedFormat
 
 _KEYS = ("quantization_config", "compression_config")  # the second is an older name of compressed-tensors'
-PACKED = (MXFP4,)
+PACKED: tuple[PackedFormat, ...] = (MXFP4, GGUF)
 """Formats that are dequantised while loading."""
 
 
@@ -45,7 +46,7 @@ def quantised_by(hf_config: Mapping[str, Any]) -> Stated | None:
     (path, given), *more = found
     if any(each != given for _, each in more):
         raise ModelError(f"config.json has {' and '.join(_KEYS)}, with different values")
-    hf_config[path].items()  # notes its keys as read
+    _note(hf_config[path])
     return Stated(path, given["quant_method"], dict(given))
 
 
@@ -66,7 +67,7 @@ def packed_format(hf_config: Mapping[str, Any]) -> PackedFormat | None:
     if found is None:
         known = ", ".join(each.method for each in PACKED)
         raise stated.refused(
-            f"supported without a quantisation is {known}, which is dequantised while loading: otherwise use the "
+            f"dequantised while loading are {known}: otherwise use the "
             "checkpoint that this one was made from, or a GGUF file"
         )
     if unknown := stated.config.keys() - {"quant_method", *found.options}:
@@ -74,7 +75,14 @@ def packed_format(hf_config: Mapping[str, Any]) -> PackedFormat | None:
             f"config.json: {stated.key} of {found.method} has {', '.join(sorted(unknown))}, which may mean other "
             f"values; known: {', '.join(sorted(found.options))}"
         )
-    return found
+    return found.reading(stated.config)
+
+
+def _note(config: Mapping[str, Any]) -> None:
+    """Notes all keys of what config.json says as read: the format's reader decides about them."""
+    for value in config.values():
+        if isinstance(value, Mapping):
+            _note(value)
 
 
 def _says(method: object) -> str:

@@ -190,7 +190,7 @@ class _Loading:
             return
         found = self.rules.resolve(name)
         if found.parameter in self._may_tie:
-            whole: TensorSlice = tensor if isinstance(tensor, WholeTensor) else _held(tensor)
+            whole: TensorSlice = tensor if isinstance(tensor, WholeTensor | PackedTensor) else _held(tensor)
             if (other := self._held.setdefault(found.parameter, (name, whole, found))[0]) != name:
                 self.problems.unexpected.append(f"{name} in addition to {other} (both are {found.parameter})")
         else:

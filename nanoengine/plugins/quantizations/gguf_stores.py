@@ -1,0 +1,67 @@
+"""How blocks of a GGUF file are kept at run time, and by which kernels they are multiplied."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from nanoengine.api import WeightLayer
+from nanoengine.kernels import gguf
+
+
+class Store(ABC):
+    """One way to keep a weight [out, in] of blocks. There is one instance per layer."""
+
+    @abstractmethod
+    def keep(self, blocks: Tensor, kind: str) -> Tensor:
+        """uint8 [out, bytes of a row], as in the file -> what the other methods take."""
+
+    @abstractmethod
+    def linear(self, x: Tensor, kept: Tensor, kind: str, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
+        """[T, in] -> [T, out]. `out`: where the result goes; it may be columns of a wider tensor."""
+
+    @abstractmethod
+    def rows(self, ids: Tensor, kept: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+        """int [T] -> rows of the weight, [T, in] of `dtype`."""
+
+
+class Blocks(Store):
+    """As in the file; plain torch decodes some rows at a time."""
+
+    def keep(self, blocks: Tensor, kind: str) -> Tensor:
+        return blocks
+
+    def linear(self, x: Tensor, kept: Tensor, kind: str, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
+        return gguf.gguf_linear(x, kept, kind, bias, out=out)
+
+    def rows(self, ids: Tensor, kept: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+        return gguf.gguf_rows(ids, kept, kind, dtype)
+
+
+class Planes(Store):
+    """The same bytes in another order, for Triton kernels, which decode them in registers."""
+
+    def keep(self, blocks: Tensor, kind: str) -> Tensor:
+        from nanoengine.kernels.gguf_decode_triton import planar
+
+        return planar(blocks, kind)
+
+    def linear(self, x: Tensor, kept: Tensor, kind: str, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
+        from nanoengine.kernels.gguf_triton import gguf_linear
+
+        return gguf_linear(x, kept, kind, bias, out=out)
+
+    def rows(self, ids: Tensor, kept: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+        from nanoengine.kernels.gguf_triton import gguf_rows
+
+        return gguf_rows(ids.contiguous(), kept, kind, dtype)
+
+
+def store_for(layer: WeightLayer) -> Store | None:
+    """The store for the layer's device; None: the weight is expanded, as on a CPU plain torch is far too slow."""
+    if layer.ops.name == "triton":
+        return Planes()
+    on_cpu = next(layer.parameters(recurse=False)).device.type == "cpu"
+    return None if on_cpu else Blocks()

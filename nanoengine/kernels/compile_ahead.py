@@ -77,4 +77,7 @@ def _specialises(argument: Any) -> Hashable:
     """At least what Triton tells kernels apart by: of a tensor its dtype and alignment, of anything else its value."""
     if isinstance(argument, Tensor):
         return (argument.dtype, argument.data_ptr() % 16 == 0)
+    block = getattr(argument, "block_shape", None)
+    if block is not None:  # a tensor descriptor, with how its tiles lie in shared memory if that is given
+        return (type(argument), argument.base.dtype, *block, getattr(argument, "layout", None))
     return (type(argument), argument)

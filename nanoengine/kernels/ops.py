@@ -22,6 +22,7 @@ from nanoengine.kernels.cpu import Library, load
 from nanoengine.kernels.experts import RealTokens as RealTokens
 from nanoengine.kernels.experts import Routing as Routing
 from nanoengine.kernels.linear import linear
+from nanoengine.kernels.matmul import Scaled
 from nanoengine.kernels.matvec import use_matvec
 
 _log = logging.getLogger(__name__)
@@ -73,9 +74,18 @@ class Ops:
         return (self.act_and_mul(y, gate) if gate else y), total
 
     def linear_add(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor,
+        *,
+        next_norm: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The product, to be added to the residual stream: (product, residual), or (their sum, None)."""
+        """The product, to be added to the residual stream: (product, residual), or (their sum, None).
+
+        next_norm: the weight of the norm through which the sum is read next, if that is known; a hint.
+        """
         return self.linear(x, weight, bias), residual
 
     def qk_norm_rope_store(
@@ -145,16 +155,20 @@ class Ops:
 
 
 class TritonOps(Ops):
-    """Fused kernels on a GPU; products of few rows by our own kernels, others by cuBLAS."""
+    """Fused kernels on a GPU; products of up to some hundred rows by our own kernels, others by cuBLAS.
+
+    products: whether those of more rows than the few of `matvec_triton` are.
+    """
 
     name = "triton"
     stores_kv = True
 
-    def __init__(self, *, attends_qkv: bool = True) -> None:
+    def __init__(self, *, attends_qkv: bool = True, products: bool = True) -> None:
         from nanoengine.kernels import (
             activation_triton,
             embedding_triton,
             experts_triton,
+            matmul_launch,
             matvec_triton,
             rms_norm_triton,
             rope_triton,
@@ -173,6 +187,8 @@ class TritonOps(Ops):
         self._route, self._experts = route_triton, experts_triton
         self._make_tickets = tickets_on
         self._tickets: Tensor | None = None
+        self._products = matmul_launch.Products() if products else None
+        self._ahead: tuple[Tensor, Scaled] | None = None  # the last sum, and what its norm needs of it
 
     def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
         return self._embedding(ids, weight) if ids.dim() == 1 else super().embedding(ids, weight)
@@ -190,6 +206,8 @@ class TritonOps(Ops):
         return self._pointwise.soft_cap(logits, cap)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+        if self._products is not None and self._products.takes(x, weight, bias):
+            return self._products(x, weight, out=out)[0]
         if self._few(x, weight):
             return self._matvec.matvec(x, weight, bias, out=out, tickets=self._tickets_on(x.device))
         if out is None:
@@ -217,14 +235,33 @@ class TritonOps(Ops):
         *,
         gate: Activation | None = None,
     ) -> tuple[Tensor, Tensor]:
+        ahead, self._ahead = self._ahead, None
+        if self._products is not None and residual is None and self._products.takes(x, weight, bias, gate):
+            if ahead is not None and ahead[0] is x and ahead[1].norm_weight is norm_weight:
+                return self._products(ahead[1], weight, eps=eps, gate=gate)[0], x
+            if len(x) > self._matvec.MAX_ROWS:
+                normed, _ = self.add_rms_norm(x, None, norm_weight, eps)
+                return self._products(normed, weight, gate=gate)[0], x
         if self._few(x, weight):
             tickets = self._tickets_on(x.device)
             return self._matvec.norm_matvec(x, residual, norm_weight, eps, weight, bias, gate=gate, tickets=tickets)
         return super().norm_linear(x, residual, norm_weight, eps, weight, bias, gate=gate)
 
     def linear_add(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor,
+        *,
+        next_norm: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
+        self._ahead = None
+        if self._products is not None and self._products.takes(x, weight, bias):
+            total, scaled = self._products(x, weight, add=residual, next_norm=next_norm)
+            if scaled is not None:
+                self._ahead = total, scaled
+            return total, None
         if self._few(x, weight):
             tickets = self._tickets_on(x.device)
             return self._matvec.matvec(x, weight, bias, add=residual, tickets=tickets), None
@@ -316,7 +353,14 @@ class CpuOps(Ops):
         return super().act_and_mul(gate_up, activation)
 
 
-def ops_for(device: torch.device, *, fuse: bool = True, attends_qkv: bool = True, cache: Path | None = None) -> Ops:
+def ops_for(
+    device: torch.device,
+    *,
+    fuse: bool = True,
+    attends_qkv: bool = True,
+    products: bool = True,
+    cache: Path | None = None,
+) -> Ops:
     """Triton's where it is installed and the device is a GPU, those in C on a CPU, unless fusing is off.
 
     cache: the folder in which kernels in C are built; None: they are not used.
@@ -332,7 +376,7 @@ def ops_for(device: torch.device, *, fuse: bool = True, attends_qkv: bool = True
             return Ops()
         for name in _BESIDE_LAYERS:
             importlib.import_module(f"nanoengine.kernels.{name}")
-        return TritonOps(attends_qkv=attends_qkv)
+        return TritonOps(attends_qkv=attends_qkv, products=products)
     except Exception as error:  # noqa: BLE001 - a broken package raises what it likes
         _log.warning(
             "the fused kernels cannot be imported, layers and sampling run on plain torch: %s: %s; reinstall triton "

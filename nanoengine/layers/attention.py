@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nanoengine.api import AttentionLayerSpec, BuildContext, HeadNorms, KVCacheView, Norm, ShardSpec, WeightLayer
 from nanoengine.layers.block import After, Sublayer, finished
-from nanoengine.layers.linear import normed
+from nanoengine.layers.linear import name_next_norm, normed
 from nanoengine.layers.norm import SharedRMSNorm, norm_shared
 from nanoengine.layers.rope import Angles
 from nanoengine.layers.sharding import heads_per_rank
@@ -97,6 +97,9 @@ class DecoderAttention(Sublayer):
             return super().joined(norm, x, residual, *rest, after=after)
         qkv, stream = normed(self.qkv_proj, norm, x, residual)
         return finished(self.o_proj, self.mix(qkv, *rest), stream, after)
+
+    def name_next_norm(self, norm: Norm) -> None:
+        name_next_norm(self.o_proj, norm)
 
     def mix(self, qkv: Tensor, angles: Angles) -> Tensor:
         """What tokens take from the tokens before them: [T, (heads + 2 kv_heads) * head_size] -> [T, heads * size]."""

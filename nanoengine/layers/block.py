@@ -32,6 +32,9 @@ class Sublayer(nn.Module):
         """The stream after the norm, this module, and `after`: (x, residual) -> (x, residual)."""
         return _plainly(self, norm, x, residual, *rest, after=after)
 
+    def name_next_norm(self, norm: Norm) -> None:
+        """Says which norm reads the stream after this module: see `ParallelLinear.next_norm`."""
+
 
 def joined(
     module: nn.Module, norm: Norm | None, x: Tensor, residual: Tensor | None, *rest: Any, after: After | None = None

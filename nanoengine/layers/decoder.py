@@ -7,6 +7,7 @@ A family with other options is a config mapping and a weight map. One with other
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from nanoengine.api import BuildContext, ForwardBatch, Model, Norm, WeightMap
 from nanoengine.layers.attention import DecoderAttention
-from nanoengine.layers.block import After, joined, read_stream
+from nanoengine.layers.block import After, Sublayer, joined, read_stream
 from nanoengine.layers.decoder_config import (
     ACTIVATIONS,
     POST_NORMS,
@@ -92,6 +93,15 @@ class DecoderLayer(nn.Module):
         norm: Norm | None = None if name is None else getattr(self, name)
         return norm
 
+    def name_next_norms(self, following: nn.Module | None) -> None:
+        """Says what reads the stream after attention and MLP; `following`: the next layer."""
+        ends = [(self.self_attn, self._norm(self.names.before_mlp))]
+        if isinstance(following, DecoderLayer):
+            ends.append((self.mlp, following._norm(following.names.before_attention)))
+        for part, norm in ends:
+            if isinstance(part, Sublayer) and norm is not None and not self.parallel:
+                part.name_next_norm(norm)
+
     def forward(self, x: Tensor, residual: Tensor | None, angles: Angles) -> tuple[Tensor, Tensor | None]:
         """[T, hidden] -> [T, hidden]: (x, residual stream) -> (result, residual stream).
 
@@ -124,6 +134,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             make.make_layer(f"model.layers.{i}", i, config, ctx) for i in range(config.num_layers)
         )
+        for layer, following in pairwise([*self.layers, None]):
+            if isinstance(layer, DecoderLayer):
+                layer.name_next_norms(following)
         self.norm = make.make_norm(config.hidden_size, config, ctx)
         ropes = [make.layer_rope(i, config) for i in range(config.num_layers)]
         kinds = list(dict.fromkeys([config.rope, *ropes]))  # most models have one

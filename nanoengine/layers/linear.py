@@ -20,7 +20,7 @@ from nanoengine.api.layers import Placement
 from nanoengine.api.sharding import part_sizes
 from nanoengine.kernels.activation import Activation
 
-__all__ = ["Unquantised", "added", "normed"]
+__all__ = ["Unquantised", "added", "name_next_norm", "normed"]
 
 
 class Unquantised(LinearMethod):
@@ -53,7 +53,9 @@ class Unquantised(LinearMethod):
     def apply_added(
         self, layer: WeightLayer, x: Tensor, bias: Tensor | None, residual: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        return layer.ops.linear_add(x, layer.get_parameter("weight"), bias, residual)
+        norm = layer.next_norm if isinstance(layer, ParallelLinear) else None
+        next_norm = None if norm is None else norm.weight
+        return layer.ops.linear_add(x, layer.get_parameter("weight"), bias, residual, next_norm=next_norm)
 
 
 class ParallelLinear(Linear, WeightLayer):
@@ -74,6 +76,7 @@ class ParallelLinear(Linear, WeightLayer):
     ) -> None:
         WeightLayer.__init__(self, place, info.name)
         self.info = info
+        self._next: tuple[Norm, ...] = ()
         self.method = method or Unquantised()
         self.method.create(self, weight)
         self.bias: Tensor | None
@@ -90,6 +93,12 @@ class ParallelLinear(Linear, WeightLayer):
 
     def finish(self) -> None:
         self.method.finish(self)
+
+    @property
+    def next_norm(self) -> Norm | None:
+        """The norm through which the stream is read after `added`, if the model named it: it saves that norm a pass
+        where the product can prepare it. A hint: results are right whatever is read next."""
+        return self._next[0] if self._next else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
@@ -226,6 +235,12 @@ def normed(
     if isinstance(layer, Linear):
         return layer.normed(norm, x, residual, gate=gate)
     return Linear.normed(cast(Linear, layer), norm, x, residual, gate=gate)
+
+
+def name_next_norm(layer: nn.Module, norm: Norm) -> None:
+    """Names `ParallelLinear.next_norm`, where the layer and the norm are such."""
+    if isinstance(layer, ParallelLinear) and norm.rms:
+        layer._next = (norm,)  # in a tuple: no part of this layer
 
 
 def added(layer: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:

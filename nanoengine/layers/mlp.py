@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from nanoengine.api import BuildContext, Norm
 from nanoengine.kernels.activation import Activation
 from nanoengine.layers.block import After, Sublayer, finished
-from nanoengine.layers.linear import normed
+from nanoengine.layers.linear import name_next_norm, normed
 
 __all__ = ["MLP", "GatedMLP", "PlainActivation"]
 
@@ -69,6 +69,9 @@ class GatedMLP(Sublayer):
         gated, stream = normed(self.gate_up_proj, norm, x, residual, gate=self.activation)  # [T, inter. / ranks]
         return finished(self.down_proj, gated, stream, after)
 
+    def name_next_norm(self, norm: Norm) -> None:
+        name_next_norm(self.down_proj, norm)
+
 
 class MLP(Sublayer):
     """down(activation(up(x))). `name` is its dotted path in the model."""
@@ -100,3 +103,6 @@ class MLP(Sublayer):
             return super().joined(norm, x, residual, after=after)
         up, stream = normed(self.up_proj, norm, x, residual)
         return finished(self.down_proj, self.activate(up), stream, after)
+
+    def name_next_norm(self, norm: Norm) -> None:
+        name_next_norm(self.down_proj, norm)

@@ -101,6 +101,7 @@ class EngineOptions:
         spare_slots: slots in addition to max_num_seqs: a request whose last token is in flight needs no row any more.
         fuse_kernels: layers use fused kernels: Triton's on a GPU, those in C on a CPU; off: plain torch.
         fuse_attention: with them, attention backends that can do so also normalise and rotate q and k, in one kernel.
+        fuse_products: with them, products of 33 to 256 rows are kernels of our own, with norms and gates in them.
         fuse_sampling: fuse the standard sampler operations (one sort for top-k, top-p and min-p).
         custom_all_reduce: small sums over GPUs are read from the memory of the other GPUs; otherwise all use NCCL.
         skip_tokenizer_init: load no tokenizer; requests and outputs have only token ids.
@@ -138,6 +139,7 @@ class EngineOptions:
     spare_slots: int = 8
     fuse_kernels: bool = True
     fuse_attention: bool = True
+    fuse_products: bool = True
     fuse_sampling: bool = True
     custom_all_reduce: bool = True
     skip_tokenizer_init: bool = False

@@ -85,20 +85,21 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         yield seen
 
 
-@pytest.mark.parametrize("given", [{}, {"fuse_kernels": False}, {"fuse_attention": False}])
+@pytest.mark.parametrize("given", [{}, {"fuse_kernels": False}, {"fuse_attention": False}, {"fuse_products": False}])
 def test_layers_get_the_operations_that_the_options_ask_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, bool]
 ) -> None:
     asked: dict[str, bool] = {}
 
-    def ops_for(device: torch.device, **options: bool) -> Ops:
+    def ops_for(device: torch.device, *, cache: Path, **options: bool) -> Ops:
         asked.update(options)
         return Ops()
 
     monkeypatch.setattr(starter, "ops_for", ops_for)
     with mock_llm(tmp_path, **given):
         pass
-    assert asked == {"fuse": given.get("fuse_kernels", True), "attends_qkv": given.get("fuse_attention", True)}
+    names = {"fuse": "fuse_kernels", "attends_qkv": "fuse_attention", "products": "fuse_products"}
+    assert asked == {argument: given.get(option, True) for argument, option in names.items()}
 
 
 @pytest.mark.parametrize("overlap", [True, False])

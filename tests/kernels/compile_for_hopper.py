@@ -13,14 +13,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from nanoengine.kernels import experts_few_triton as few
 from nanoengine.kernels import experts_grouped_triton as grouped
+from nanoengine.kernels import matmul_gluon, matmul_triton, route_triton
 from nanoengine.kernels import paged_attention_several_triton as several
-from nanoengine.kernels import route_triton
+from nanoengine.kernels.matmul import matmul_tile
 from nanoengine.kernels.paged_attention_plan import several_config
 
 EXPERTS, TOP_K, HIDDEN, INNER = 128, 8, 2048, 768
@@ -44,7 +47,8 @@ def compiled(
         if name in given and (given[name].startswith("*") or given[name] == "stride")
     }
     places = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=aligned)
+    kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = kind(fn=kernel, signature=signature, constexprs=places, attrs=aligned)
     options = {"num_warps": warps, "launch_pdl": True, **({"maxnreg": registers} if registers else {})}
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -55,7 +59,7 @@ def compiled(
             for option in ("-res-usage", "-sass")
         )
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    found = Counter(re.findall(r"\b(LDG\.E[.\w]*|LDGSTS[.\w]*|HGMMA)\b", code))
+    found = Counter(re.findall(r"\b(LDG\.E[.\w]*|LDGSTS[.\w]*|HGMMA|UTMALDG)\b", code))
     return {"shared": made.metadata.shared, "instructions": found, **numbers}
 
 
@@ -135,6 +139,25 @@ def drafts(rows: int, queries: int, heads: int, kv_heads: int) -> dict[str, Any]
     return compiled(several._decode_several, given, constants, keys.warps, config.registers)
 
 
+def layer_product(rows: int, outputs: int, k: int, *, gated: bool) -> dict[str, Any]:
+    """Of Qwen3-0.6B, in bfloat16: behind a norm, or added to the stream in front of one."""
+    tile = matmul_tile(rows, outputs, k, gated=gated, itemsize=2)
+    assert tile is not None
+    module, reads = (matmul_gluon if tile.gluon else matmul_triton), outputs > HIDDEN // 2
+    others = {"AHEAD": 256, "HAS_BIAS": False, "ACTIVATION": "silu", "PDL": True}
+    constants = {
+        "N": outputs, "K": k, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+        "STAGES": tile.stages, "SQUARES": 32 if reads else 0, "GATED": gated, "HAS_ADD": not reads,
+        "NEXT": not reads, **({"WARPS": tile.warps} if tile.gluon else others),
+    }  # fmt: skip
+    given = {**kinds(bf16="weight bias add next y scaled", fp32="squares sums"), "rows": "i32"}
+    given |= {"add_stride": "stride", "eps": "fp32"}
+    for name, block in (("x", tile.block_m), ("weight", tile.block_n)):
+        lies = f",{matmul_gluon.shared_layout(block, tile.block_k, torch.bfloat16)!r}" if tile.gluon else ""
+        given[f"{name}_desc"] = f"tensordesc<bf16[{block}, {tile.block_k}]{lies}>"
+    return compiled(module._matmul_kernel, given, constants, tile.warps)
+
+
 def main() -> None:
     found = {"route": route(), "norm_router": norm_router(), "few gate_up": few_gate_up(), "few down": few_down(),
              "sort": sort(512, 4), "sort of a large prefill": sort(8192, 32)}  # fmt: skip
@@ -149,6 +172,9 @@ def main() -> None:
         (64, 16, 32, 4),
     ):
         found[f"drafts {rows} x {queries}, {heads} heads"] = drafts(rows, queries, heads, kv_heads)
+    for rows in (64, 128, 256):
+        for name, n, k in (("qkv", 4096, 1024), ("o", 1024, 2048), ("gate_up", 3072, 1024)):
+            found[f"layer {name} x{rows}"] = layer_product(rows, n, k, gated=name == "gate_up")
     json.dump(found, sys.stdout)
 
 

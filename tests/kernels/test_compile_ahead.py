@@ -166,3 +166,17 @@ for splits in (1, 2):  # in parts, a second kernel adds them
 out = len(launches)
 """)
     assert out == 3 + 3
+
+
+def test_tiles_that_the_copy_engine_reads_are_told_apart_by_their_size() -> None:
+    """Not by whose they are: all layers' weights of one size need one kernel."""
+    import torch
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from nanoengine.kernels.compile_ahead import _specialises
+
+    def described(rows: int) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(torch.empty(64, 64, dtype=torch.float16), [rows, 32])
+
+    assert _specialises(described(16)) == _specialises(described(16))
+    assert _specialises(described(16)) != _specialises(described(32))

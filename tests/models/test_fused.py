@@ -101,6 +101,54 @@ def test_attention_without_norms_and_rotation(tmp_path: Path) -> None:
         torch.testing.assert_close(got[name], want[name], atol=1e-4, rtol=0)
 
 
+def scaled(path: Path, monkeypatch: pytest.MonkeyPatch, **options: bool) -> tuple[dict[str, Tensor], list[bool]]:
+    """With the kernels of many rows for any number of rows; and of each of their products, whether a norm that took no
+    launch was in front."""
+    from nanoengine.kernels import matmul_launch
+    from nanoengine.kernels.matmul import MatmulTile, Scaled
+
+    seen: list[bool] = []
+    call = matmul_launch.Products.__call__
+
+    def watched(self: Any, x: Tensor | Scaled, *args: Any, **around: Any) -> Any:
+        seen.append(isinstance(x, Scaled))
+        return call(self, x, *args, **around)
+
+    tile = MatmulTile(16, 32, 32, warps=4, stages=2)
+    monkeypatch.setattr(matmul_launch, "matmul_tile", lambda rows, outputs, k, **_: tile if outputs <= 256 else None)
+    monkeypatch.setattr(matmul_launch.Products, "__call__", watched)
+    got, _ = fused(path, attends_qkv=False, **options)
+    return got, seen
+
+
+def test_norms_between_products_take_no_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the first and the last of a model are part of the products around them."""
+    path = tiny_qwen3(tmp_path, **SIZES)
+    want, _ = fused(path, products=False)
+    got, seen = scaled(path, monkeypatch)
+    assert sum(seen) == 3 * (2 * SIZES["num_hidden_layers"] - 1)  # in each of three steps
+    for name in PROMPTS:
+        torch.testing.assert_close(got[name], want[name], atol=1e-4, rtol=0)
+
+
+def test_a_norm_that_was_not_named_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of the next norm is a hint: with a wrong one the result is the same, and nothing was prepared for it."""
+    from nanoengine.layers.decoder import DecoderLayer
+
+    path = tiny_qwen3(tmp_path, **SIZES)
+    want, _ = fused(path, products=False)
+
+    def wrong(layer: DecoderLayer, _: Any) -> None:
+        layer.mlp.name_next_norm(layer.post_attention_layernorm)
+
+    monkeypatch.setattr(DecoderLayer, "name_next_norms", wrong)
+    got, seen = scaled(path, monkeypatch)
+    assert seen
+    assert not any(seen)
+    for name in PROMPTS:
+        torch.testing.assert_close(got[name], want[name], atol=1e-4, rtol=0)
+
+
 FAMILIES = {
     "olmo2": {"norm_linear", "linear_add"},  # norms after the products, none before
     "granite": {"linear_add"},  # a factor before the sum

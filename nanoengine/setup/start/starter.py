@@ -94,8 +94,8 @@ class _Start:
     def run(self) -> tuple[ModelRunner, MemoryReport]:
         options = self.plan.options
         model_class: type[Model] = load_checked(self.loader, self.plan.model, Model)
-        fuse, attends = options.fuse_kernels, options.fuse_attention
-        ops = ops_for(self.device, fuse=fuse, attends_qkv=attends, cache=cache_root())
+        switches = {"attends_qkv": options.fuse_attention, "products": options.fuse_products}
+        ops = ops_for(self.device, fuse=options.fuse_kernels, cache=cache_root(), **switches)
         self.fused = ops.name == "triton"
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # creates the context

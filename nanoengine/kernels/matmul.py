@@ -1,0 +1,104 @@
+"""Matrix products of 33 to some hundred rows with what stands around them in a layer: the reference of
+`matmul_triton` and `matmul_gluon`, and which of them makes a product, in which tiles.
+
+A root-mean-square norm between two products takes no launch. The product before it knows its whole result, and of a
+row's sum of squares its own part: it writes the result, the result times the norm's weight, and the parts (`Scaled`).
+The product behind it reads what is multiplied already, and applies the scale of each row to its own sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanoengine.kernels.activation import Activation
+from nanoengine.kernels.matvec import matvec
+
+MIN_ROWS, MAX_ROWS = 33, 256
+_GLUON_ROWS = 192  # beyond, the same tiles by Triton's own pipeline are faster
+_SHORT = 1024  # of outputs or of K, as in Qwen3-0.6B
+_MAX_WEIGHTS = 8 << 20
+_SHARED_BYTES = 200 << 10  # of 227 KiB that a program may have
+
+
+@dataclass(frozen=True, slots=True)
+class MatmulTile:
+    """Rows, outputs and K a tile, warps, pipeline stages. gluon: by `matmul_gluon`, else by `matmul_triton`."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    gluon: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scaled:
+    """What a norm needs of the result of the product before it.
+
+    norm_weight: [N]. values: the result times it, [T, N], rounded. squares: float32 [parts, T]; the sum over parts is
+    that of the squares of a row.
+    """
+
+    norm_weight: Tensor
+    values: Tensor
+    squares: Tensor
+
+
+def matmul(
+    x: Tensor | Scaled,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 0.0,
+    gate: Activation | None = None,
+    add: Tensor | None = None,
+    next_norm: Tensor | None = None,
+) -> tuple[Tensor, Scaled | None]:
+    """As `matvec.matvec`, of x [T, K], or of x normalised (`Scaled`, with the norm's `eps`).
+
+    next_norm: [outputs]; the weight of the norm that follows, for which `Scaled` is returned, else None.
+    """
+    if isinstance(x, Scaled):
+        mean = x.squares.sum(0).unsqueeze(1) / x.values.shape[1]
+        normed = x.values.float() * torch.rsqrt(mean + eps)
+        dtype, operand = x.values.dtype, normed
+    else:
+        dtype, operand = x.dtype, x.float()
+    rest = [None if t is None else t.float() for t in (bias, add)]
+    y = matvec(operand, weight.float(), rest[0], gate=gate, add=rest[1]).to(dtype)
+    if next_norm is None:
+        return y, None
+    wide = y.float()
+    return y, Scaled(next_norm, (wide * next_norm.float()).to(dtype), wide.square().sum(1).unsqueeze(0))
+
+
+def matmul_tile(rows: int, outputs: int, k: int, *, gated: bool, itemsize: int) -> MatmulTile | None:
+    """The tile of a product. None: cuBLAS, or the kernels for few rows, are as fast or faster, or it was not measured.
+
+    From a chain of layers of Qwen3-0.6B (bf16, one H200, torch 2.11, Triton 3.6, 2026-11-29; 174 tiles, each by both
+    kernels); larger models were not measured. Beyond 128 rows what counts is how much tiles read from L2 (about
+    7.5 TB/s); beyond 256 rows cuBLAS, whose programs share what they read, is faster, even with norms and gate as
+    launches of their own.
+    """
+    weights = outputs * k * (2 if gated else 1)
+    if itemsize != 2 or not MIN_ROWS <= rows <= MAX_ROWS or weights > _MAX_WEIGHTS or min(outputs, k) > _SHORT:
+        return None
+    if k % 128 or outputs % 64:
+        return None
+    few = outputs <= _SHORT  # small tiles, so that there is a program for every other multiprocessor
+    if rows > _GLUON_ROWS:
+        if gated:
+            return _deepest(128, 64, 64, gated=True)
+        return _deepest(64, 32 if few else 128, 128, gated=False)
+    block_n = 32 if few or (gated and rows <= 64) else 64
+    return _deepest(64, block_n, 128, gated=gated, gluon=True)
+
+
+def _deepest(block_m: int, block_n: int, block_k: int, *, gated: bool, gluon: bool = False) -> MatmulTile:
+    """With as many stages as shared memory holds, up to eight: bytes in flight count most."""
+    stage = (block_m + block_n * (2 if gated else 1)) * block_k * 2
+    return MatmulTile(block_m, block_n, block_k, warps=4, stages=min(8, _SHARED_BYTES // stage), gluon=gluon)

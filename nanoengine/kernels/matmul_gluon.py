@@ -1,0 +1,157 @@
+"""Products of some hundred rows by tensor cores, with weights in shared memory before the kernel in front has ended;
+see `matmul`. Compute capability 9.0 only.
+
+Gluon says where everything lies, which Triton does not: all stages of a tile's weights are asked for before the wait,
+those of x behind it. Gluon has no interpreter, so this kernel is tested on a GPU, and compiled everywhere;
+`matmul_triton` is the same without the order.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# ruff: noqa: N803 - constants of a kernel are in capitals
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from nanoengine.kernels.matmul import MatmulTile, Scaled
+from nanoengine.kernels.matmul_triton import Launch
+
+_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+@gluon.jit
+def _wait_for_inputs():
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _release_dependents():
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _ask_for_weights(weight_desc, weights, ups, ready, stage, n, k, N: gl.constexpr, GATED: gl.constexpr,
+                     BYTES: gl.constexpr):  # fmt: skip
+    """BYTES: of all that belongs to a stage, x too."""
+    mbarrier.expect(ready.index(stage), BYTES)
+    tma.async_copy_global_to_shared(weight_desc, [n, k], ready.index(stage), weights.index(stage))
+    if GATED:
+        tma.async_copy_global_to_shared(weight_desc, [N + n, k], ready.index(stage), ups.index(stage))
+
+
+@gluon.jit(do_not_specialize=["rows"])
+def _matmul_kernel(
+    x_desc, weight_desc, squares_ptr, add_ptr, next_ptr, y_ptr, scaled_ptr, sums_ptr,
+    rows, add_stride, eps,
+    N: gl.constexpr, K: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, SQUARES: gl.constexpr, GATED: gl.constexpr, HAS_ADD: gl.constexpr, NEXT: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    tiles_m = gl.cdiv(rows, BLOCK_M)
+    tile_n = gl.program_id(0) // tiles_m
+    m0, n0 = (gl.program_id(0) % tiles_m) * BLOCK_M, tile_n * BLOCK_N
+    steps: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    size: gl.constexpr = (BLOCK_M + BLOCK_N * (2 if GATED else 1)) * BLOCK_K * 2
+    xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
+    ws = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], weight_desc.layout)
+    us = ws
+    if GATED:
+        us = gl.allocate_shared_memory(weight_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], weight_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+    _release_dependents()
+    for i in gl.static_range(STAGES):
+        if i < steps:
+            _ask_for_weights(weight_desc, ws, us, ready, i, n0, i * BLOCK_K, N, GATED, size)
+    _wait_for_inputs()
+    for i in gl.static_range(STAGES):
+        if i < steps:
+            tma.async_copy_global_to_shared(x_desc, [m0, i * BLOCK_K], ready.index(i), xs.index(i))
+
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK_N, 16]
+    )
+    m = m0 + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
+    n = n0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
+    scale = gl.full([BLOCK_M], 1.0, gl.float32, layout=gl.SliceLayout(1, layout))
+    if SQUARES > 0:
+        square = gl.zeros([BLOCK_M], gl.float32, layout=gl.SliceLayout(1, layout))
+        for part in gl.static_range(SQUARES):
+            square += gl.load(squares_ptr + part * rows + m, mask=m < rows, other=0.0)
+        scale = gl.rsqrt(square / K + eps)
+    acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=layout)
+    up = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=layout)
+    for step in range(steps):
+        stage = step % STAGES
+        mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
+        acc = warpgroup_mma(xs.index(stage), ws.index(stage).permute((1, 0)), acc, is_async=True)
+        if GATED:
+            up = warpgroup_mma(xs.index(stage), us.index(stage).permute((1, 0)), up, is_async=True)
+            acc, up = warpgroup_mma_wait(2, deps=(acc, up))
+        else:
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+        later = step - 1 + STAGES
+        if (step >= 1) & (later < steps):  # the products before these are done with their stage
+            free = (step - 1) % STAGES
+            _ask_for_weights(weight_desc, ws, us, ready, free, n0, later * BLOCK_K, N, GATED, size)
+            tma.async_copy_global_to_shared(x_desc, [m0, later * BLOCK_K], ready.index(free), xs.index(free))
+    if GATED:
+        acc, up = warpgroup_mma_wait(0, deps=(acc, up))
+    else:
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+
+    row, mask = m.to(gl.int64)[:, None], (m < rows)[:, None] & (n < N)[None, :]
+    y = acc * scale[:, None]
+    if GATED:
+        y = y / (1.0 + gl.exp(-y)) * (up * scale[:, None])
+    if HAS_ADD:
+        y += gl.load(add_ptr + row * add_stride + n[None, :], mask=mask, other=0.0).to(gl.float32)
+    out = y.to(y_ptr.dtype.element_ty)
+    gl.store(y_ptr + row * N + n[None, :], out, mask=mask)
+    if NEXT:
+        wide = gl.where(mask, out.to(gl.float32), 0.0)
+        next_weight = gl.load(next_ptr + n, mask=n < N, other=0.0).to(gl.float32)
+        gl.store(scaled_ptr + row * N + n[None, :], (wide * next_weight[None, :]).to(out.dtype), mask=mask)
+        gl.store(sums_ptr + tile_n * rows + m, gl.sum(wide * wide, 1), mask=m < rows)
+
+
+def shared_layout(rows: int, k: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How a tile lies in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for([rows, k], _TYPES[dtype])
+
+
+def _described(x: Tensor, rows: int, k: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(x, [rows, k], shared_layout(rows, k, x.dtype))
+
+
+def matmul(
+    x: Tensor | Scaled,
+    weight: Tensor,
+    *,
+    tile: MatmulTile,
+    eps: float = 0.0,
+    silu: bool = False,
+    add: Tensor | None = None,
+    next_norm: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Scaled | None]:
+    """As `matmul.matmul` without a bias; the only gate is silu. `out`: contiguous; where the result goes."""
+    given = Launch(x, weight, tile=tile, gate="silu" if silu else None, add=add, next_norm=next_norm, out=out)
+    k = weight.shape[1]
+    _matmul_kernel[given.grid](
+        _described(given.source, tile.block_m, tile.block_k),
+        _described(weight, tile.block_n, tile.block_k),
+        *given.pointers(), given.rows, 0 if add is None else add.stride(0), eps,
+        K=k, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        STAGES=min(tile.stages, triton.cdiv(k, tile.block_k)), **given.constants,
+        WARPS=tile.warps, num_warps=tile.warps, launch_pdl=True,
+    )  # fmt: skip
+    return given.y, given.scaled

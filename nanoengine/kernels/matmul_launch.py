@@ -1,0 +1,65 @@
+"""Which products of some hundred rows our own kernels make, and which of the kernels makes one; see `matmul`."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanoengine.kernels import matmul_triton
+from nanoengine.kernels.activation import Activation
+from nanoengine.kernels.matmul import MatmulTile, Scaled, matmul_tile
+
+_log = logging.getLogger(__name__)
+
+
+class Products:
+    """Products by `matmul_triton` and `matmul_gluon`, on GPUs of compute capability 9.0, where they were measured."""
+
+    def takes(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, gate: Activation | None = None) -> bool:
+        """Whether to call this object for the product."""
+        if bias is not None or x.dim() != 2 or _tile(x, weight, gate) is None:
+            return False
+        return _runs(x.device) and matmul_triton.takes(x, weight)
+
+    def __call__(
+        self, x: Tensor | Scaled, weight: Tensor, *, gate: Activation | None = None, **around: Any
+    ) -> tuple[Tensor, Scaled | None]:
+        """As `matmul.matmul`; also `out`, contiguous: where the result goes."""
+        tile = _tile(x.values if isinstance(x, Scaled) else x, weight, gate)
+        assert tile is not None, "asked only for what it takes"
+        if not tile.gluon:
+            return matmul_triton.matmul(x, weight, tile=tile, gate=gate, **around)
+        from nanoengine.kernels import matmul_gluon
+
+        return matmul_gluon.matmul(x, weight, tile=tile, silu=gate is not None, **around)
+
+
+def _tile(x: Tensor, weight: Tensor, gate: Activation | None) -> MatmulTile | None:
+    outputs = len(weight) // 2 if gate else len(weight)
+    tile = matmul_tile(len(x), outputs, weight.shape[1], gated=gate is not None, itemsize=x.element_size())
+    if tile is None or not tile.gluon:
+        return tile
+    return tile if gate in (None, "silu") and _has_gluon(x.device) else None
+
+
+@functools.cache
+def _runs(device: torch.device) -> bool:
+    if device.type != "cuda":  # the interpreter
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
+def _has_gluon(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    try:
+        from nanoengine.kernels import matmul_gluon  # noqa: F401
+    except Exception as error:  # noqa: BLE001 - Gluon is experimental: another version may lack what is imported
+        _log.warning("products of 33 to 192 rows run on slower kernels, since this Triton has another Gluon: %s", error)
+        return False
+    return True

@@ -1,0 +1,145 @@
+"""Products of many rows against torch, with what is fused to them."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from nanoengine.kernels import matmul as twin
+from nanoengine.kernels.matmul import MatmulTile, Scaled, matmul_tile
+from nanoengine.kernels.matmul_launch import Products
+from nanoengine.kernels.matmul_triton import matmul, takes
+from nanoengine.kernels.matvec import matvec as reference
+from nanoengine.kernels.matvec import norm_matvec as norm_reference
+
+EPS = 1e-6
+TILES = [
+    MatmulTile(16, 16, 16, warps=4, stages=2),
+    MatmulTile(32, 16, 32, warps=4, stages=2),
+    MatmulTile(16, 32, 64, warps=4, stages=2),
+]
+
+
+def upcast(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [None if t is None else t.float() for t in tensors]
+
+
+@pytest.mark.parametrize("gate", [None, "silu", "gelu_tanh"])
+@pytest.mark.parametrize("tile", TILES)
+def test_every_tile_agrees(rand, assert_close, tile, gate) -> None:
+    """Rows, outputs and K that do not fill a tile, with bias, gate and residual stream."""
+    rows, n, k = 37, 72, 200
+    x, weight, bias, add = rand(rows, k), rand(n, k), rand(n), rand(rows, n // 2 if gate else n)
+    out, scaled = matmul(x, weight, bias, gate=gate, add=add, tile=tile)
+    assert scaled is None
+    assert_close(out, reference(*upcast(x, weight, bias), gate=gate, add=add.float()))
+
+
+@pytest.mark.parametrize("gate", [None, "silu"])
+@pytest.mark.parametrize("tile", TILES)
+def test_a_norm_between_two_products_takes_no_launch(rand, assert_close, tile, gate) -> None:
+    """The first writes its result, and what the second needs of it to be the product of the normalised result."""
+    rows, k, hidden, n = 37, 48, 72, 64
+    x, first, add, norm_weight, second = (
+        rand(rows, k),
+        rand(hidden, k),
+        rand(rows, hidden),
+        rand(hidden),
+        rand(n, hidden),
+    )
+    total, scaled = matmul(x, first, add=add, next_norm=norm_weight, tile=tile)
+    assert isinstance(scaled, Scaled)
+    assert scaled.norm_weight is norm_weight
+    assert_close(total, reference(*upcast(x, first), add=add.float()))
+    assert_close(scaled.values, total.float() * norm_weight.float())
+    assert_close(scaled.squares.sum(0), total.float().square().sum(1), bound=1e-5)
+    out, _ = matmul(scaled, second, gate=gate, eps=EPS, tile=tile)
+    expected, _ = norm_reference(*upcast(total, None, norm_weight), EPS, second.float(), gate=gate)
+    assert_close(out, expected, bound=4e-3 if out.dtype == torch.bfloat16 else 1e-3)
+
+
+@pytest.mark.parametrize("gate", [None, "gelu_tanh"])
+def test_the_reference_agrees(rand, assert_close, gate) -> None:
+    x, weight, add, norm_weight = rand(37, 48), rand(48, 48), rand(37, 24 if gate else 48), rand(24 if gate else 48)
+    for given in (x, twin.matmul(x, weight, next_norm=rand(48))[1]):
+        (y, s), (want, t) = (
+            make(given, weight, gate=gate, add=add, next_norm=norm_weight, eps=EPS, **tile)
+            for make, tile in ((matmul, {"tile": TILES[0]}), (twin.matmul, {}))
+        )
+        assert_close(y, want)
+        assert_close(s.values, t.values, bound=4 * torch.finfo(y.dtype).eps)
+        assert_close(s.squares.sum(0), t.squares.sum(0), bound=4 * torch.finfo(y.dtype).eps)
+
+
+def test_it_writes_where_asked(rand, assert_close) -> None:
+    x, weight = rand(20, 32), rand(24, 32)
+    out = torch.empty(20, 24, dtype=torch.float32, device=x.device)
+    y, _ = matmul(x, weight, out=out, tile=TILES[0])
+    assert y is out
+    assert_close(out, x.float() @ weight.float().T)
+
+
+def test_rows_with_a_stride(rand, assert_close) -> None:
+    x, weight = rand(20, 96)[:, 32:64], rand(24, 32)
+    assert takes(x, weight)
+    assert_close(matmul(x, weight, tile=TILES[0])[0], reference(*upcast(x, weight)))
+
+
+def test_what_the_copy_engine_cannot_read_is_not_taken(rand) -> None:
+    wide, weight = rand(20, 99), rand(24, 32)
+    assert not takes(wide[:, :32], weight)  # rows at odd multiples of the element
+    assert not takes(rand(20, 96)[:, 1:33], weight)  # a start that is not aligned
+    assert not takes(rand(32, 20).T, weight)
+
+
+def test_only_what_was_measured_has_a_tile() -> None:
+    """The four products of a layer of Qwen3-0.6B, from 33 rows to 256; not those of larger models, or of odd sizes."""
+    layer = {
+        "qkv": (4096, 1024, False),
+        "o": (1024, 2048, False),
+        "gate_up": (3072, 1024, True),
+        "down": (1024, 3072, False),
+    }
+    for (n, k, gated), rows in product(layer.values(), [1, 32, 33, 64, 65, 192, 193, 256, 257, 4096]):
+        tile = matmul_tile(rows, n, k, gated=gated, itemsize=2)
+        assert (tile is not None) == (33 <= rows <= 256)
+        assert matmul_tile(rows, n, k, gated=gated, itemsize=4) is None
+        if tile is not None:
+            assert tile.gluon == (rows <= 192)
+            stage = (tile.block_m + tile.block_n * (1 + gated)) * tile.block_k * 2
+            assert tile.stages >= 3
+            assert stage * tile.stages <= 227 << 10
+            assert (n % tile.block_n, k % tile.block_k) == (0, 0)
+    for n, k in [(6144, 4096), (3072, 2048), (1000, 1024), (1024, 1000), (151936, 1024)]:
+        assert matmul_tile(64, n, k, gated=False, itemsize=2) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [33, 64, 100, 128, 192, 193, 256])
+def test_the_products_of_a_layer_on_a_gpu(rows) -> None:
+    """By the kernel of each tile, Gluon's too: with residual stream and the norm that follows, behind a norm, gated."""
+    generator, products = torch.Generator("cuda").manual_seed(1), Products()
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", generator=generator).bfloat16()
+
+    def close(out: torch.Tensor, expected: torch.Tensor) -> None:
+        assert float((out.float() - expected.float()).norm() / expected.float().norm()) < 4e-3
+
+    add, norm_weight = rand(rows, 1024), rand(1024)
+    behind = [(rand(4096, 1024), None), (rand(6144, 1024), "silu")]
+    for k in (2048, 3072):
+        x, weight = rand(rows, k), rand(1024, k)
+        assert products.takes(x, weight)
+        y, scaled = products(x, weight, add=add, next_norm=norm_weight)
+        assert torch.equal(products(x, weight, add=add)[0], y)
+        want, wanted = twin.matmul(x, weight, add=add, next_norm=norm_weight)
+        close(y, want)
+        close(scaled.values, wanted.values)
+        close(scaled.squares.sum(0), wanted.squares.sum(0))
+        for given, (after, gate) in product((scaled, y), behind):
+            out, _ = products(given, after, gate=gate, eps=EPS)
+            close(out, twin.matmul(given, after, gate=gate, eps=EPS)[0])

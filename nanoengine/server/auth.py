@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import re
@@ -44,12 +45,18 @@ class Keys:
         """Each as in `ServerConfig.api_keys`."""
         return tuple(f"{name}:sha256:{digest.hex()}" for digest, name in self._hashes.items())
 
-    def caller(self, headers: Mapping[bytes, bytes]) -> Caller:
-        """The owner of the key in `Authorization: Bearer KEY` or `x-api-key: KEY`. Raises `ApiError` 401."""
+    def caller(self, headers: Mapping[bytes, bytes], *, page: bool = False) -> Caller:
+        """The owner of the key in `Authorization: Bearer KEY` or `x-api-key: KEY`. Raises `ApiError` 401.
+
+        page: for people, whose browser asks for a name and a password (`Authorization: Basic`), which is the key. Not
+            for what acts: a browser sends it again by itself, also for a page of another origin.
+        """
         if not self._hashes:
             return Caller()
         kind, _, token = headers.get(b"authorization", b"").partition(b" ")
         key = token.strip() if kind.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+        if page and kind.lower() == b"basic":
+            key = _password(token)
         # The hash is looked up, not the key: how long that takes says nothing about a key.
         name = self._hashes.get(hashlib.sha256(key).digest()) if key else None
         if name is None:
@@ -58,9 +65,16 @@ class Keys:
                 401,
                 f"{words}: send the header 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
                 "invalid_api_key",
-                headers={"www-authenticate": "Bearer"},
+                headers={"www-authenticate": 'Basic realm="any name, and an API key"' if page else "Bearer"},
             )
         return Caller(name, hashlib.sha256(b"nanoengine cache salt:" + key).digest())
+
+
+def _password(token: bytes) -> bytes:
+    try:
+        return base64.b64decode(token, validate=True).partition(b":")[2]
+    except ValueError:
+        return b""
 
 
 def configured_keys(config: ServerConfig, environment: Mapping[str, str] = os.environ) -> Keys:

@@ -20,6 +20,8 @@ Headers = list[tuple[bytes, bytes]]
 
 WITHOUT_KEY = frozenset({"/live", "/ready"})
 """Paths for probes. Every other one needs a key, also one that does not exist."""
+PAGES = frozenset({"/docs", "/redoc", "/openapi.json"})
+"""What people open in a browser, which asks them for a key."""
 REQUEST_ID = re.compile("[\x21-\x7e]{1,200}")
 
 
@@ -88,7 +90,8 @@ class Gate:
                 await self._answer(start, 204, b"", self._preflight(headers))
                 return
             if scope["path"] not in WITHOUT_KEY:
-                scope["nanoengine.caller"] = self._keys.caller(headers)
+                page = scope["path"] in PAGES and scope["method"] == "GET"
+                scope["nanoengine.caller"] = self._keys.caller(headers, page=page)
             await self._app(scope, self._bounded(headers, receive), start)
         except ApiError as error:
             await self.refuse(scope, start, error)

@@ -64,6 +64,8 @@ def with_schemas(app: FastAPI, models: list[type[RequestModel]]) -> None:
             _, found = models_json_schema([(model, "validation") for model in models], ref_template=_REF)
             schemas: Mapping[str, Any] = found.get("$defs", {})
             page.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
+            page["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            page["security"] = [{}, {"key": []}]  # without one, where the server has none
             app.openapi_schema = page
         return app.openapi_schema
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import re
 from collections.abc import AsyncIterator, Iterator
@@ -15,7 +16,7 @@ from starlette.routing import BaseRoute
 from nanoengine.api.errors import ConfigError
 from nanoengine.server.auth import VARIABLE, Keys, configured_keys
 from nanoengine.server.config import ServerConfig
-from nanoengine.server.gate import WITHOUT_KEY
+from nanoengine.server.gate import PAGES, WITHOUT_KEY
 from server.support import Server, error_of, events
 
 KEY, OTHER = "sk-alice-123456", "sk-bob-1234567"
@@ -55,7 +56,8 @@ def test_a8_every_route_but_live_and_ready_needs_a_key() -> None:
                 assert response.status_code in (200, 405)
             else:
                 assert response.status_code == 401, (method, path)
-                assert response.headers["www-authenticate"] == "Bearer"
+                kind = response.headers["www-authenticate"].split()[0]
+                assert kind == ("Basic" if path in PAGES and method in ("GET", "HEAD") else "Bearer")
                 assert len(response.content) <= 4096
     assert server.engine.added == []
 
@@ -70,6 +72,21 @@ def test_a_key_opens_every_route(headers: dict[str, str]) -> None:
     assert server.post("/v1/chat/completions", body, headers=headers).status_code == 200
     assert server.last.client == "alice"
     assert server.engine.usages[-1].client == "alice"
+
+
+def test_a_browser_opens_the_pages_with_a_key_as_the_password_and_nothing_else() -> None:
+    """It sends a password again by itself, also where a page of another origin makes it post a form."""
+    server = Server(keys=keys())
+    headers = {"authorization": "Basic " + base64.b64encode(f"any:{KEY}".encode()).decode()}
+    for path in sorted(PAGES):
+        assert server.request("GET", path, headers=headers).status_code == 200
+        for wrong in ("Basic", "Basic !", "Basic " + base64.b64encode(KEY.encode()).decode()):
+            assert server.request("GET", path, headers={"authorization": wrong}).status_code == 401
+    for method, path in sorted(set(routes(server))):
+        if path not in PAGES | WITHOUT_KEY or method not in ("GET", "HEAD"):
+            assert server.request(method, path, headers=headers).status_code == 401, (method, path)
+    page = server.request("GET", "/openapi.json", headers=headers).json()
+    assert page["components"]["securitySchemes"] == {"key": {"type": "http", "scheme": "bearer"}}
 
 
 def test_without_keys_everyone_may_ask_and_the_user_is_the_client() -> None:

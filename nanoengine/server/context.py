@@ -15,8 +15,9 @@ from starlette.requests import ClientDisconnect, Request
 from nanoengine.api.errors import TokenizerMissing
 from nanoengine.server.auth import Caller
 from nanoengine.server.config import ServerConfig
-from nanoengine.server.errors import ApiError, invalid
+from nanoengine.server.errors import ApiError, invalid, shortened
 from nanoengine.server.field_names import FIELD_NAMES, names_of
+from nanoengine.server.garbage import Collections
 from nanoengine.server.gate import REQUEST_ID
 from nanoengine.server.parsing import Parsers
 from nanoengine.server.protocol.base import Model, parsed
@@ -35,6 +36,7 @@ class Context:
         client: the engine. tokenizer: None: only token ids work. parsers: of tools and reasoning.
         pool, long_pool: threads for what would stop the event loop: tokenizing, templates, long answers. Few of them
             do long work, because in parts of it they keep the event loop from running.
+        collections: those of Python's garbage, which stop all threads.
         started: seconds since the epoch.
     """
 
@@ -44,6 +46,7 @@ class Context:
     parsers: Parsers
     pool: ThreadPoolExecutor
     long_pool: ThreadPoolExecutor
+    collections: Collections = field(default_factory=Collections)
     started: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -72,6 +75,9 @@ class Context:
 
     async def read(self, request: Request, model: type[Model]) -> Model:
         """The body as a model. Raises `ApiError`."""
+        coding = request.headers.get("content-encoding", "identity")
+        if coding.lower() != "identity":
+            raise ApiError(415, f"a body with Content-Encoding {shortened(coding, 50)!r} is not read: send it as it is")
         body = bytearray()
         try:
             async for chunk in request.stream():
@@ -81,7 +87,8 @@ class Context:
         if len(body) < _INLINE:
             found = parsed(model, bytes(body))
         else:
-            found = await self.in_thread(lambda: parsed(model, bytes(body)), len(body))
+            with self.collections.paused():
+                found = await self.in_thread(lambda: parsed(model, bytes(body)), len(body))
         request.scope[FIELD_NAMES] = names_of(found)
         return found
 

@@ -32,6 +32,7 @@ _TYPES: Mapping[int, str] = {
     408: "timeout_error",
     409: "conflict_error",
     413: "request_too_large",
+    415: "invalid_request_error",
     429: "rate_limit_error",
     503: "overloaded_error",
 }

@@ -2,7 +2,7 @@
 
 | | uvicorn | here |
 |---|---|---|
-| a head without end | is kept, whatever its size | 431 |
+| a head of more than 64 KB, also without end | is kept, whatever its size | 431 |
 | nothing, or half a request, is sent | is kept for ever | closed `timeout_keep_alive` seconds after the last byte |
 | `Upgrade`, such as to h2c, which Java's client asks for | the body is lost | it is a request as any other |
 | HTTP/1.0 and a stream | chunks, which HTTP/1.0 does not know | the end is that of the connection |
@@ -19,6 +19,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 MOST_HEAD = 1 << 16  # bytes of a request's first line and headers
 _MOST_WAITING = 16  # further requests of a connection; then it is not read until one has ended
+
+
+class _TooLong(Exception):
+    """A head has more than `MOST_HEAD` bytes."""
 
 
 class HttpConnection(HttpToolsProtocol):
@@ -50,13 +54,16 @@ class HttpConnection(HttpToolsProtocol):
         except httptools.HttpParserUpgrade as upgrade:
             self._go_on(data[upgrade.args[0] :])
             return
-        except httptools.HttpParserError:
-            self._refuse("400 Bad Request", "this is no HTTP request")
+        except httptools.HttpParserError as error:
+            if isinstance(error.__context__, _TooLong):
+                self._refuse_head()
+            else:
+                self._refuse("400 Bad Request", "this is no HTTP request")
             return
         if self.transport.is_closing():
             return
         if self._in_head and self._head > MOST_HEAD:
-            self._refuse("431 Request Header Fields Too Large", f"the headers have more than {MOST_HEAD} bytes")
+            self._refuse_head()
         else:
             self._expect_data()
 
@@ -67,6 +74,11 @@ class HttpConnection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():  # `data_received` goes on without that
             return
+        size = len(self.url) + sum(
+            len(name) + len(value) + 4 for name, value in self.headers
+        )  # ": " and the line's end
+        if size > MOST_HEAD:
+            raise _TooLong
         super().on_headers_complete()
         self._in_head = False
         self._cycles = [*self._open_cycles(), self.cycle]
@@ -106,6 +118,9 @@ class HttpConnection(HttpToolsProtocol):
         lines = [b"%s %s HTTP/%s" % (method, self.url, version), *(b"%s: %s" % each for each in kept), b"", rest]
         self.parser = httptools.HttpRequestParser(self)
         self.data_received(b"\r\n".join(lines))
+
+    def _refuse_head(self) -> None:
+        self._refuse("431 Request Header Fields Too Large", f"the headers have more than {MOST_HEAD} bytes")
 
     def _refuse(self, status: str, message: str) -> None:
         """What does not come as far as the application; the connection ends."""

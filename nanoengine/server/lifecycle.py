@@ -76,7 +76,7 @@ class Lifecycle:
         path = scope["path"]
         if scope["type"] != "http":
             raise RuntimeError(f"no protocol but HTTP is known, not {scope['type']}")
-        if path == "/live":
+        if path == "/live" and scope["method"] == "GET":
             await _json(send, 200, {"status": "alive"})
         elif path in PROBES:
             await self._probe(scope, receive, send)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from nanoengine.service.client import EngineInfo
 _OWN = frozenset({"n", "max_tokens", "logprobs", "prompt_logprobs", "logit_bias", "structured_outputs", "cache_salt",
                   "priority"})  # fmt: skip
 
+_ID = re.compile(r"-?[1-9][0-9]{0,18}|0")
 _MOST = 16_384  # entries of a list of parameters; the engine has no room for more
 _MOST_ENTRIES = {"bad_words": 1024}  # each is tokenized several times
 
@@ -102,9 +104,6 @@ def cache_salt(given: str | None, secret: bytes | None) -> str | None:
 
 
 def _token_id(key: str) -> int:
-    try:
-        if key.isascii() and len(key) <= 20:
-            return int(key)
-    except ValueError:
-        pass
-    raise invalid(f"logit_bias: {shown(key)} is not a token id", "logit_bias")
+    if _ID.fullmatch(key) is None:  # one spelling for each id, or two keys could be one
+        raise invalid(f"logit_bias: {shown(key)} is not a token id", "logit_bias")
+    return int(key)

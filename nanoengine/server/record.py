@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from nanoengine.service.client import EngineClient, Usage
 
 _log = logging.getLogger("nanoengine.access")
 _QUIET = PROBES | {"/live"}
+_MOST_REASONS = 8  # in a log line
 _MOST_PATH = 200  # characters of a path in a log line
 
 RECORD = "nanoengine.record"
@@ -50,6 +52,13 @@ class Record:
     first_token: float | None = None
 
 
+def _joined(reasons: Sequence[str]) -> str | None:
+    """ "stop,length", or of many samples how often each came: "stop x 200,length x 56"."""
+    if len(reasons) > _MOST_REASONS:
+        reasons = [f"{reason} x {count}" for reason, count in Counter(reasons).items()]
+    return ",".join(reasons) or None
+
+
 class Tracer(Protocol):
     def ended(self, record: Record) -> None:
         """Makes a span of the request."""
@@ -82,7 +91,7 @@ class Observer:
                 "prompt_tokens": usage.prompt_tokens,
                 "cached_tokens": usage.cached_tokens,
                 "completion_tokens": usage.completion_tokens,
-                "finish_reasons": ",".join(usage.finish_reasons) or None,
+                "finish_reasons": _joined(usage.finish_reasons),
                 "first_token_seconds": None if usage.ttft is None else round(usage.ttft, 6),
             }
         known = {name: value for name, value in values.items() if value is not None}

@@ -97,6 +97,26 @@ def test_a_head_without_end_is_refused() -> None:
     assert str(MOST_HEAD) in json.loads(body)["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "head",
+    [b"GET /echo HTTP/1.1\r\nA: %s\r\n\r\n", b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /echo HTTP/1.1\r\n%s\r\n"],
+    ids=["header", "path", "many headers"],
+)
+@pytest.mark.parametrize("more", [True, False])
+def test_a_complete_head_has_the_same_limit(head: bytes, more: bool) -> None:
+    """Also where all of it comes at once, behind another request of the connection."""
+    size = MOST_HEAD + 100 if more else MOST_HEAD - 200
+    part = b"A: b\r\n" * (size // 6) if b"%s\r\n\r\n" not in head and b"/%s" not in head else b"a" * size
+
+    async def use(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        writer.write(request("/echo", b"first"))
+        await reader.readuntil(b"first")
+        writer.write(head % part)
+        return (await reader.readuntil(b"\r\n")).strip()
+
+    assert served(use) == (b"HTTP/1.1 431 Request Header Fields Too Large" if more else b"HTTP/1.1 200 OK")
+
+
 def test_a_large_body_is_no_head() -> None:
     body = b"a" * (3 * MOST_HEAD)
     data = request("/echo", body) + request("/echo", body, b"Connection: close\r\n")

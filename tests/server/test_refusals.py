@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import random
@@ -12,6 +13,7 @@ import httpx
 import pytest
 
 from nanoengine.api.errors import EngineUnavailable, ParamsError, RequestError
+from nanoengine.server import context
 from nanoengine.server.auth import VARIABLE, configured_keys
 from nanoengine.server.config import ServerConfig
 from nanoengine.server.errors import ApiError
@@ -468,3 +470,55 @@ def test_messages_take_more_tokens_than_have_room(server: Server) -> None:
     """Anthropic has a reason for that end: model_context_window_exceeded."""
     body = {"max_tokens": 10**6, "messages": [{"role": "user", "content": "a"}]}
     assert server.post("/v1/messages", body).status_code == 200
+
+
+@pytest.mark.parametrize("key", [" 1", "1 ", "+1", "01", "1_0", "1.0", "", "x", "\u0661", "9" * 30, "-0"])
+def test_a_token_id_has_one_spelling(server: Server, key: str) -> None:
+    """Or two keys of logit_bias could be one id, and the last would win."""
+    assert error_of(server.complete(logit_bias={key: 1}))["param"] == "logit_bias"
+
+
+def test_a_body_that_is_coded_is_refused_by_the_name_of_its_coding(server: Server) -> None:
+    response = server.request("POST", "/v1/completions", content=b"x", headers={"content-encoding": "gzip"})
+    assert "Content-Encoding 'gzip'" in error_of(response, 415)["message"]
+    headers = {"content-encoding": "identity"}
+    assert server.request("POST", "/v1/completions", content=b'{"prompt": "a"}', headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "TRACE"])
+def test_live_takes_get_alone_while_the_server_serves(server: Server, method: str) -> None:
+    lifecycle = Lifecycle(0.0)
+    lifecycle.install(server.routes)
+
+    async def ask() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(server.gate(lifecycle, ServerConfig()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return [await client.request(each, "/live") for each in (method, "GET", "HEAD")]
+
+    assert [response.status_code for response in asyncio.run(ask())] == [405, 200, 200]
+
+
+def test_a_body_of_a_million_lists_is_refused_before_it_is_decoded(server: Server) -> None:
+    """Decoding keeps the event loop from running, by the number of objects."""
+    body = b'{"prompt": [' + b"[]," * (1 << 20) + b"[]]}"
+    response = server.request("POST", "/v1/completions", content=body)
+    assert f"the body has {(1 << 20) + 3} brackets" in error_of(response)["message"]
+
+
+def test_a_long_body_is_decoded_without_collections_of_garbage(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would look at all objects so far, with every thread stopped."""
+    enabled, own = list[bool](), context.parsed
+    monkeypatch.setattr(context, "parsed", lambda *given: (enabled.append(gc.isenabled()), own(*given))[1])
+    for body in ({"prompt": "a"}, {"prompt": ["a " * 20] * 1000}, {"prompt": 3, "x": "a" * 40_000}):
+        server.post("/v1/completions", body)
+        assert gc.isenabled()
+    assert enabled == [True, False, False]
+
+
+@pytest.mark.parametrize(("n", "said"), [(1, "stop"), (8, ",".join(["stop"] * 8)), (9, "stop x 9")])
+def test_the_line_in_the_log_has_the_reasons_of_few_samples_and_counts_those_of_many(
+    server: Server, n: int, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "nanoengine.access"):
+        server.complete(n=n)
+    assert caplog.records[-1].fields["finish_reasons"] == said  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from nanoengine.server.errors import ApiError, invalid, shortened
 
 Model = TypeVar("Model", bound="RequestModel")
 _MOST_DEPTH = 128
+_MOST_BRACKETS = 1 << 20  # of lists and objects, whose decoding stops the event loop; also those in texts
 _TYPES = frozenset({"str", "int", "float", "bool"})  # parts of a union, in the path of an error; models' are upper-case
 
 
@@ -57,6 +58,9 @@ class RequestModel(BaseModel):
 
 def parsed(model: type[Model], body: bytes) -> Model:
     """Raises `ApiError` that names the first wrong field."""
+    brackets = body.count(b"[") + body.count(b"{")
+    if brackets > _MOST_BRACKETS:
+        raise invalid(f"the body has {brackets} brackets, and at most {_MOST_BRACKETS} are read", code="invalid_json")
     try:
         data = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -77,7 +77,7 @@ def test_a_supply_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             torch.cuda.set_sync_debug_mode("default")
 
     with mock_llm(tmp_path, plugins=[chain_plugin], **ON_GPU) as llm:
-        params = [CHAIN, CHAIN.replace(temperature=1.2), CHAIN.replace(pair=(3, 4), pair_walks=True)]
+        params = [CHAIN, CHAIN.replace(temperature=1.2, seed=3), CHAIN.replace(pair=(3, 4), pair_walks=True)]
         want = tokens_of(llm.generate(prompts(3), params, use_tqdm=False))
         monkeypatch.setattr(ModelRunner, "_supply", watched_supply)
         assert tokens_of(llm.generate(prompts(3), params, use_tqdm=False)) == want

@@ -344,13 +344,24 @@ class CpuOps(Ops):
 
     name = "cpu"
 
-    def __init__(self, library: Library) -> None:
-        self.library = library
+    def __init__(self, library: Library, *, attends_qkv: bool = True) -> None:
+        self.library, self.attends_qkv = library, attends_qkv
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if _plain(x, weight) and (residual is None or _plain(residual)):
+            return self.library.add_rms_norm(x, residual, weight, eps)
+        return super().add_rms_norm(x, residual, weight, eps)
 
     def act_and_mul(self, gate_up: Tensor, activation: Activation = "silu") -> Tensor:
-        if gate_up.dim() == 2 and gate_up.dtype is torch.float32 and gate_up.is_contiguous():
+        if _plain(gate_up):
             return self.library.act_and_mul(gate_up, activation)
         return super().act_and_mul(gate_up, activation)
+
+
+def _plain(x: Tensor, weight: Tensor | None = None) -> bool:
+    """Whether kernels in C take these rows, and this weight of their width."""
+    ours = x.dim() == 2 and x.dtype is torch.float32 and x.is_contiguous()
+    return ours and (weight is None or (weight.dtype is torch.float32 and weight.shape == x.shape[1:]))
 
 
 def ops_for(
@@ -368,7 +379,7 @@ def ops_for(
     An installation that is broken costs speed, which is said, and nothing else.
     """
     if fuse and device.type == "cpu" and cache is not None:
-        return _on_cpu(cache)
+        return _on_cpu(cache, attends_qkv)
     if not fuse or device.type != "cuda":
         return Ops()
     try:
@@ -386,10 +397,10 @@ def ops_for(
         return Ops()
 
 
-def _on_cpu(cache: Path) -> Ops:
+def _on_cpu(cache: Path, attends_qkv: bool) -> Ops:
     found = load(cache)
     if isinstance(found, Library):
-        return CpuOps(found)
+        return CpuOps(found, attends_qkv=attends_qkv)
     _log.warning(
         "the CPU kernels are not used, layers run on plain torch, which is slower: %s; a C compiler (gcc or clang) "
         "builds them; engine.fuse_kernels=false does without", found,

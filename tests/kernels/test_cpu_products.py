@@ -5,34 +5,24 @@ from __future__ import annotations
 import platform
 import sys
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cpu_libraries import PATHS, library_of
 from torch import Tensor
 
-from nanoengine.api.sources import cache_root
-from nanoengine.kernels.cpu import KINDS, Built, Library, built, twin
-from nanoengine.kernels.cpu.build import PROCESSORS
+from nanoengine.kernels.cpu import KINDS, Library, twin
 from nanoengine.kernels.gguf import BLOCK_TYPES, dequantise
 
-PATHS = {"native": PROCESSORS, "AVX2": (("-march=haswell",),), "plain C": (("-DNE_PLAIN",),)}
 GGUF = [kind for kind in KINDS if kind in BLOCK_TYPES]
 WIDTH = 512
 
 
 @pytest.fixture(scope="module", params=PATHS)
 def library(request: pytest.FixtureRequest) -> Library:
-    if request.param == "AVX2" and " avx2 " not in Path("/proc/cpuinfo").read_text():
-        pytest.skip("this processor has no AVX2")
-    found = built(cache_root(), PATHS[request.param])
-    if not isinstance(found, Built):
-        pytest.skip(found.why)
-    library = Library(found.path)
-    assert request.param in ("native", library.path)
-    return library
+    return library_of(request.param)
 
 
 def blocks_of(kind: str, outputs: int, width: int = WIDTH) -> Tensor:

@@ -28,6 +28,8 @@ _SIGNATURES: Mapping[str, tuple[object, tuple[object, ...]]] = {
     "ne_product": (_I, (_P, _L, _L, _L, _P, _I, _P, _F, _P, _I, _P, _P, _I)),
     "ne_rows": (None, (_P, _L, _L, _P, _I, _P)),
     "ne_act_and_mul": (None, (_P, _L, _L, _I, _P, _I)),
+    "ne_add_rms_norm": (None, (_P, _P, _P, _F, _L, _L, _P, _P, _I)),
+    "ne_attend": (_I, (_P, _I)),
 }
 
 
@@ -136,6 +138,20 @@ class Library:
             gate_up.data_ptr(), rows, width // 2, GATES[activation], out.data_ptr(), torch.get_num_threads()
         )
         return out
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """float32 [T, H], [T, H], [H], contiguous -> (normalised, sum): `rms_norm.add_rms_norm`."""
+        y, total = torch.empty_like(x), x if residual is None else torch.empty_like(x)
+        self._c.ne_add_rms_norm(
+            x.data_ptr(), _at(residual), weight.data_ptr(), eps, *x.shape, total.data_ptr(), y.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return y, total
+
+    def attend(self, call: int, rows: int) -> None:
+        """`ne_attend` of the structure at this address, see `attention.py`."""
+        if self._c.ne_attend(call, torch.get_num_threads()):
+            raise MemoryError(f"no memory for the attention of {rows} rows")
 
 
 def load(cache: Path) -> Library | str:

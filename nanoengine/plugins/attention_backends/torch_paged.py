@@ -28,9 +28,14 @@ from nanoengine.api import (
     AttentionFeature,
     AttentionLayerSpec,
     BatchLimits,
+    HeadNorms,
     KVSpec,
+    Rotation,
     StepInputs,
 )
+from nanoengine.api.sources import cache_root
+from nanoengine.kernels.cpu import load
+from nanoengine.kernels.cpu.attention import DecodeAttention, takes
 from nanoengine.plugins.attention_backends.pieces import Group, Rows, plan_pieces
 
 _SCRATCH_BYTES = 16 << 20  # for gathered K and V: small enough for a CPU's last-level cache
@@ -122,6 +127,12 @@ class TorchPaged(AttentionBackend):
         self._layers: list[_LayerViews] = []
         self._pieces: list[_Piece] = []
         self._step_slots = self._slots[:0].view(-1)
+        self._inputs: StepInputs | None = None
+        self._decode: DecodeAttention | None = None
+        self._planned = False
+        if device.type == "cpu" and takes(spec.head_size, self.dtype):
+            library = load(cache_root())
+            self._decode = None if isinstance(library, str) else DecodeAttention(library)
 
     def _make_band(self, longest: int) -> Tensor:
         """A mask that contains the mask of any chunk of any row as a rectangle: [queries, longest + queries + block].
@@ -157,13 +168,22 @@ class TorchPaged(AttentionBackend):
         self._kv, self._layers = torch.empty(0), []
 
     def fill(self, inputs: StepInputs) -> None:
+        self._clear_tails(inputs)
+        self._inputs, self._planned = inputs, False
+        if self._decode is None:
+            self._plan(inputs)
+        else:  # whose steps need no pieces
+            self._decode.begin(inputs.block_tables, inputs.seq_lens, inputs.slot_mapping, inputs.positions)
+
+    def _plan(self, inputs: StepInputs) -> None:
+        """Where the step's tokens go, and its pieces: once in a step."""
+        self._planned = True
         size, heads = self.limits.block_size, self.spec.num_kv_heads
         slots = inputs.slot_mapping.unsqueeze(-1)  # token-major -> head-major
         assert len(slots) <= self.limits.max_tokens, (len(slots), self.limits)
         self._step_slots = self._slots[: len(slots)].view(-1)
         block = slots.div(size, rounding_mode="floor")
         torch.add((block * heads + self._heads) * size, slots.remainder(size), out=self._slots[: len(slots)])
-        self._clear_tails(inputs)
         rows = Rows.of(inputs)
         groups = plan_pieces(rows, size, self.max_gather)
         self._pieces, index_used, mask_used = [], 0, 0
@@ -277,13 +297,34 @@ class TorchPaged(AttentionBackend):
         """The last position of the row of each query of a padded piece, [rows * queries, 1]."""
         return (_take(inputs.seq_lens, group.rows) - 1).repeat_interleave(group.queries).unsqueeze(-1)
 
+    def attend_qkv(
+        self, layer: int, spec: AttentionLayerSpec, qkv: Tensor, rotation: Rotation, norms: HeadNorms | None
+    ) -> Tensor | None:
+        """By the kernel in C, where it could be built: steps of single tokens on a CPU, in float32."""
+        inputs, kernel = self._inputs, self._decode
+        if kernel is None or inputs is None or inputs.num_decode_rows != len(qkv) or inputs.decode_query_len != 1:
+            return None
+        k_cache, v_cache = self._kv[layer]
+        return kernel.attend(
+            qkv, k_cache, v_cache, inv_freq=rotation.inv_freq, interleaved=rotation.interleaved,
+            magnitude=rotation.magnitude, q_weight=norms.q if norms else None, k_weight=norms.k if norms else None,
+            eps=norms.eps if norms else 0.0, scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap,
+            sinks=spec.sinks,
+        )  # fmt: skip
+
     def forward(self, layer: int, spec: AttentionLayerSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not self._planned:
+            assert self._inputs is not None, "fill comes first"
+            self._plan(self._inputs)
         width, cache = spec.head_size, self._layers[layer]
         cache.k_rows.index_copy_(0, self._step_slots, k.reshape(-1, width))
         cache.v_rows.index_copy_(0, self._step_slots, v.reshape(-1, width))
         return self.attend(layer, spec, q)
 
     def attend(self, layer: int, spec: AttentionLayerSpec, q: Tensor) -> Tensor:
+        if not self._planned:
+            assert self._inputs is not None, "fill comes first"
+            self._plan(self._inputs)
         if self._covers(len(q)):
             return self._attend_piece(layer, spec, self._pieces[0], q)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -36,7 +36,7 @@ def divided(layer: WeightLayer, weight: ShardSpec, *, outputs: int = 1, inputs: 
         weight,
         shape=(-(-weight.shape[0] // outputs), -(-weight.shape[1] // inputs)),
         parts=tuple((part, -(-total // outputs)) for part, total in weight.parts),
-        unit=max(1, weight.unit // step),
+        unit=weight.unit // step if weight.unit % step == 0 else 1,  # ranks hold whole blocks, as was seen above
     )
 
 

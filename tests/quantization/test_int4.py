@@ -12,17 +12,21 @@ import int4_packers as pack
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from triton_interpreter import import_kernels, interpreted
 
 from nanoengine import LLM, SamplingParams
 from nanoengine.api import LayerInfo, ModelError, QuantizationContext, WeightsError
 from nanoengine.api.parallel import ShapesOnly, SingleRank
 from nanoengine.api.sources import cache_root
 from nanoengine.kernels.cpu import load
+from nanoengine.kernels.ops import Ops, TritonOps
+from nanoengine.layers.linear import ParallelLinear
 from nanoengine.plugins.models.llama import Llama
 from nanoengine.plugins.quantizations import int4, int4_layouts
 from nanoengine.plugins.quantizations.awq import Awq
 from nanoengine.plugins.quantizations.gptq import Gptq
 from nanoengine.setup.start.build_model import build_model
+from nanoengine.setup.start.weights import load_weights
 from nanoengine.testing.checkpoints import tiny_llama, tiny_qwen2
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0)
@@ -31,6 +35,8 @@ SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "checkpoint_format": "gptq"}
 V2 = {"checkpoint_format": "gptq_v2"}
+
+import_kernels()
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +103,34 @@ def test_by_kernels_in_c(case: str, source: Path, tmp_path: Path) -> None:
     assert ours.label.endswith("inputs rounded to int8")
     same = 1 + next((i for i, (a, b) in enumerate(zip(got[0], want[0], strict=True)) if a != b), len(want[0]))
     assert 1e-5 < max(abs(a - b) for a, b in zip(got[1][:same], want[1][:same], strict=False)) < 0.15
+
+
+@pytest.mark.parametrize("case", ["awq", "gptq, symmetric", "gptq, act-order"])
+def test_triton_kernels_agree(case: str, source: Path, tmp_path: Path) -> None:
+    """In the interpreter: each layer alone, behind a norm with a gate, and before the residual stream."""
+    pytest.importorskip("triton")
+    config, tensors_of, how = CASES[case]
+    packed, _ = pack.write(source, tmp_path, config, tensors_of, 32, **how)
+    generator = torch.Generator().manual_seed(1)
+    with interpreted(), torch.no_grad():
+        models = [loaded(config, packed, ops) for ops in (Ops(), TritonOps())]
+        for plain, fused in zip(*map(linears, models), strict=True):
+            outputs, inputs = plain.info.shape
+            x, residual = (torch.randn(3, width, generator=generator) for width in (inputs, outputs))
+            torch.testing.assert_close(fused(x), plain(x), rtol=1e-5, atol=1e-5)
+            got, left = fused.added(x, residual)
+            assert (left is None) == (plain.info.parts == () or "act-order" not in case)  # one kernel, or one a part
+            torch.testing.assert_close(got if left is None else got + left, plain(x) + residual, rtol=1e-5, atol=1e-5)
+            if plain.info.name.endswith("gate_up_proj"):
+                norm = models[0].model.norm
+                want, _ = plain.normed(norm, x, x, gate="silu")
+                got, _ = fused.normed(models[1].model.norm, x, x, gate="silu")
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def linears(model: Any) -> list[ParallelLinear]:
+    """The quantised ones."""
+    return [each for each in model.modules() if isinstance(each, ParallelLinear) and each.method.label]
 
 
 def test_parts_whose_inputs_have_one_order_are_one_product(source: Path, tmp_path: Path) -> None:
@@ -275,8 +309,22 @@ def test_values_that_are_not_supported_are_named(config: dict[str, Any], words: 
         built(config, source)
 
 
-def built(config: dict[str, Any], source: Path, *, tp: Any = None, **changed: Any) -> Any:
-    """A model on the meta device whose config.json has this `quantization_config`."""
+def loaded(config: dict[str, Any], packed: Path, ops: Ops) -> Any:
+    made = built(config, packed, device="cpu", ops=ops)
+    load_weights(made.model, made.config, packed, SingleRank())
+    return made.model
+
+
+def built(
+    config: dict[str, Any],
+    source: Path,
+    *,
+    tp: Any = None,
+    device: str = "meta",
+    ops: Ops | None = None,
+    **changed: Any,
+) -> Any:
+    """A model whose config.json has this `quantization_config`."""
     hf = json.loads((source / "config.json").read_text()) | changed
     spec, target = config["quant_method"], {"awq": Awq, "gptq": Gptq}[config["quant_method"]]
     tp = tp or SingleRank()
@@ -286,7 +334,8 @@ def built(config: dict[str, Any], source: Path, *, tp: Any = None, **changed: An
         hf,
         tp=tp,
         dtype=torch.float32,
-        device=torch.device("meta"),
+        device=device,
+        ops=ops,
         choose=target.read(context).method,
     )
 

@@ -324,6 +324,13 @@ def test_cuts_within_blocks_are_refused_with_the_numbers(weight: Any, size: int,
         divided(layer_of(0, size), weight, **cut)
 
 
+def test_heads_that_are_no_blocks_are_cut_between_blocks() -> None:
+    weight = ShardSpec(shape=(160, 64), split="even", unit=20)
+    for size in (1, 2):
+        spec = divided(layer_of(0, size), weight, outputs=8)
+        assert spec.local_shape(0, size) == (20 // size, 64)
+
+
 def test_a_block_that_ends_behind_the_weight_is_fine_where_nothing_is_cut() -> None:
     assert divided(layer_of(0, 1), ROW, outputs=128, inputs=48).shape == (1, 2)
     assert divided(layer_of(0, 2), COLUMN, inputs=48).shape == (96, 2)

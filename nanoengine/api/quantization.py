@@ -55,7 +55,8 @@ class Quantization(ABC):
 
 
 def is_ignored(layer: LayerInfo, matches: Callable[[str], bool]) -> bool:
-    """Whether a list of modules that stay plain has the layer. It goes by the checkpoint's names, one a fused part.
+    """Whether a list of modules that stay plain has the layer. It goes by the checkpoint's names, one a fused part,
+    then by the layer's own: some checkpoints have what is fused here as one tensor.
 
     Raises `ModelError` if it has some parts of a fused layer only: they share one weight.
     """
@@ -67,4 +68,4 @@ def is_ignored(layer: LayerInfo, matches: Callable[[str], bool]) -> bool:
             f"{layer.name}: the checkpoint leaves {', '.join(plain)} plain and quantises {', '.join(others)}, but they "
             "are fused into one layer here: that is not supported"
         )
-    return bool(plain)
+    return bool(plain) or matches(layer.name)

@@ -6,6 +6,8 @@ weight in registers before it waits, as `matvec_triton` does it, and quantises x
 # ruff: noqa: N803 - constants of a kernel are in capitals
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -103,9 +105,23 @@ def _gemv_kernel(
         tl.store(y_ptr + t * N + n, y.to(y_ptr.dtype.element_ty), mask=n_mask)
 
 
+@dataclass(frozen=True, slots=True)
+class GemvTile:
+    """Weight rows a program holds, and its warps."""
+
+    block_n: int
+    warps: int
+
+
 def takes_gemv(rows: int, k: int) -> bool:
     """One row, or two where they are not too long for registers: as `matvec.takes_gemv`."""
     return k <= 32768 and (rows == 1 or (rows == 2 and k <= 8192))
+
+
+def gemv_tile(block_k: int, *, gated: bool) -> GemvTile:
+    """256 bytes of weight a thread, of long rows 128: then two programs or more fit a multiprocessor's registers."""
+    warps, held = (4, 256) if block_k <= 4096 else (8, 128)
+    return GemvTile(max(1, min(16, 32 * warps * held // (block_k * (1 + gated)))), warps)
 
 
 def gemv(
@@ -129,19 +145,18 @@ def gemv(
     total = x if residual is None else torch.empty(rows, k, dtype=x.dtype, device=x.device)
     block_k = groups_of(w)[0]
     group = min(block_k, w.columns) if w.columns < k or w.inputs == "group" else block_k
-    warps = 4 if block_k <= 4096 else 8
-    held = max(1, min(16, 32 * warps * 256 // (block_k * (2 if gate else 1))))  # 256 bytes of weight a thread
+    tile = gemv_tile(block_k, gated=gate is not None)
     source = x if residual is None else residual
     spare = w.scale
-    _gemv_kernel[(triton.cdiv(outputs, held),)](
+    _gemv_kernel[(triton.cdiv(outputs, tile.block_n),)](
         x, source, norm_weight if norm_weight is not None else x,
         w.input_scale if w.input_scale is not None else spare, w.bound if w.bound is not None else spare,
         w.weight, w.scale, bias if bias is not None else x, add if add is not None else x, y, total,
         x.stride(0), source.stride(0), 0 if add is None else add.stride(0), eps,
-        T=rows, N=outputs, K=k, BLOCK_N=held,
+        T=rows, N=outputs, K=k, BLOCK_N=tile.block_n,
         GROUPS=block_k // group, GROUP=group, SCALE_ROWS=w.rows, SCALE_COLUMNS=w.scale.shape[1],
         INPUTS=w.inputs, INT8=w.weight.dtype == torch.int8, HAS_BOUND=w.bound is not None,
         GATED=gate is not None, ACTIVATION=gate, NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None,
-        HAS_BIAS=bias is not None, HAS_ADD=add is not None, num_warps=warps, **pdl_options(x),
+        HAS_BIAS=bias is not None, HAS_ADD=add is not None, num_warps=tile.warps, **pdl_options(x),
     )  # fmt: skip
     return y, total

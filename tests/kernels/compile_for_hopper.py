@@ -19,9 +19,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from nanoengine.kernels import eight_bit_gemv_triton, eight_bit_tile_triton, matmul_gluon, matmul_triton, route_triton
 from nanoengine.kernels import experts_few_triton as few
 from nanoengine.kernels import experts_grouped_triton as grouped
-from nanoengine.kernels import matmul_gluon, matmul_triton, route_triton
 from nanoengine.kernels import paged_attention_several_triton as several
 from nanoengine.kernels.matmul import matmul_tile
 from nanoengine.kernels.paged_attention_plan import several_config
@@ -59,7 +59,7 @@ def compiled(
             for option in ("-res-usage", "-sass")
         )
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    found = Counter(re.findall(r"\b(LDG\.E[.\w]*|LDGSTS[.\w]*|HGMMA|UTMALDG)\b", code))
+    found = Counter(re.findall(r"\b(LDG\.E[.\w]*|LDGSTS[.\w]*|[HQI]GMMA|UTMALDG)\b", code))
     return {"shared": made.metadata.shared, "instructions": found, **numbers}
 
 
@@ -158,6 +158,45 @@ def layer_product(rows: int, outputs: int, k: int, *, gated: bool) -> dict[str, 
     return compiled(module._matmul_kernel, given, constants, tile.warps)
 
 
+_CODES = {"fp8": "fp8e4nv", "int8": "i8"}
+
+
+def eight_bit_gemv(inputs: str, *, gated: bool) -> dict[str, Any]:
+    """One row of Qwen3-8B's norm, gate and up (or down with a sum), with weights of eight bits."""
+    n, k = (12288, 4096) if gated else (4096, 12288)
+    block_k = triton.next_power_of_2(k)
+    groups = block_k // 128 if inputs == "group" else 1
+    given = kinds(bf16="x residual norm_weight bias add y total", fp32="input_scale bound scale", fp8e4nv="weight")
+    given |= {"x_stride": "stride", "residual_stride": "stride", "add_stride": "stride", "eps": "fp32"}
+    tile = eight_bit_gemv_triton.gemv_tile(block_k, gated=gated)
+    constants = {
+        "T": 1, "N": n, "K": k, "BLOCK_N": tile.block_n, "GROUPS": groups,
+        "GROUP": block_k // groups, "SCALE_ROWS": 128 if inputs == "group" else 1,
+        "SCALE_COLUMNS": k // 128 if inputs == "group" else 1, "INPUTS": inputs, "INT8": False, "HAS_BOUND": False,
+        "GATED": gated, "ACTIVATION": "silu" if gated else None, "NORM": gated, "HAS_RESIDUAL": gated,
+        "HAS_BIAS": False, "HAS_ADD": not gated, "PDL": True,
+    }  # fmt: skip
+    return compiled(eight_bit_gemv_triton._gemv_kernel, given, constants, tile.warps)
+
+
+def eight_bit_tile(rows: int, dtype: str, inputs: str) -> dict[str, Any]:
+    """Qwen3-8B's gate and up, of rows that were quantised in front."""
+    n, k, blocks, plain = 12288, 4096, inputs == "group", inputs == "plain"
+    tile = eight_bit_tile_triton.tile_for(
+        rows, n, k, gated=True, itemsize=2 if plain else 1, block=128 if blocks else 0
+    )
+    given = {**kinds(bf16="bias add y", fp32="x_scale scale partial"), "weight_ptr": f"*{_CODES[dtype]}"}
+    given |= {"x_ptr": "*bf16" if plain else f"*{_CODES[dtype]}"}
+    given |= {"rows": "i32", "x_stride": "stride", "add_stride": "stride"}
+    constants = {
+        "N": n, "K": k, "BLOCK_T": tile.block_t, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+        "SCALE_ROWS": 128 if blocks else 1, "SCALE_COLUMNS": k // 128 if blocks else 1, "BAND": 8,
+        "SPLITS": 1, "SPAN": k, "AHEAD": 1024, "STAGES": tile.stages, "PLAIN": plain, "BLOCKS": blocks,
+        "GROUPS": blocks, "GATED": True, "ACTIVATION": "silu", "HAS_BIAS": False, "HAS_ADD": False, "PDL": True,
+    }  # fmt: skip
+    return compiled(eight_bit_tile_triton._tile_kernel, given, constants, tile.warps)
+
+
 def main() -> None:
     found = {"route": route(), "norm_router": norm_router(), "few gate_up": few_gate_up(), "few down": few_down(),
              "sort": sort(512, 4), "sort of a large prefill": sort(8192, 32)}  # fmt: skip
@@ -175,6 +214,15 @@ def main() -> None:
     for rows in (64, 128, 256):
         for name, n, k in (("qkv", 4096, 1024), ("o", 1024, 2048), ("gate_up", 3072, 1024)):
             found[f"layer {name} x{rows}"] = layer_product(rows, n, k, gated=name == "gate_up")
+    found["eight-bit gemv, token"] = eight_bit_gemv("token", gated=True)
+    found["eight-bit gemv, group"] = eight_bit_gemv("group", gated=False)
+    for rows, dtype, inputs in (
+        (16, "fp8", "token"),
+        (64, "fp8", "group"),
+        (256, "int8", "token"),
+        (16, "int8", "plain"),
+    ):
+        found[f"eight-bit {dtype} x{rows}, {inputs}"] = eight_bit_tile(rows, dtype, inputs)
     json.dump(found, sys.stdout)
 
 

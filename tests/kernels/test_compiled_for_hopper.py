@@ -1,6 +1,6 @@
-"""The kernels of experts and of a layer's products, and attention of rows with drafts, compiled for a Hopper GPU
-without one: no register is spilled, and weights and keys are read by 16 bytes a thread, or by the copy engine. How fast
-they are only a GPU shows."""
+"""The kernels of experts, of a layer's products, of eight-bit weights, and attention of rows with drafts, compiled for
+a Hopper GPU without one: no register is spilled, and weights and keys are read by 16 bytes a thread, or by the copy
+engine. How fast they are only a GPU shows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
 def test_nothing_is_spilled(kernels: dict[str, dict[str, Any]]) -> None:
     """But six words of a kernel that holds 96 registers of weight a thread: measured, it is the fastest."""
-    assert len(kernels) == 24
+    assert len(kernels) == 30
     for name, kernel in kernels.items():
         assert kernel["STACK"] <= (24 if name == "few down" else 0), name
         assert kernel["LOCAL"] == 0, name
@@ -85,3 +85,30 @@ def test_a_multiprocessor_holds_enough_programs_of_rows_with_drafts(
     assert copies
     assert all(op.endswith(".128") for op in copies)
     assert ("HGMMA" in kernel["instructions"]) is name.endswith("32")  # from 64 (query, head) pairs on
+
+
+def test_one_row_times_eight_bit_weights_asks_for_them_at_once(kernels: dict[str, dict[str, Any]]) -> None:
+    """256 bytes of gate and up a thread, or 128 of down; two programs or more fit a multiprocessor."""
+    for name, loads, threads in (("token", 16, 128), ("group", 8, 256)):
+        kernel = kernels[f"eight-bit gemv, {name}"]
+        assert kernel["instructions"]["LDG.E.128"] >= loads
+        assert 2 * kernel["REG"] * threads <= 65536
+
+
+@pytest.mark.parametrize(
+    ("name", "op"),
+    [
+        ("fp8 x16, token", "QGMMA"),
+        ("fp8 x64, group", "QGMMA"),
+        ("int8 x256, token", "IGMMA"),
+        ("int8 x16, plain", "HGMMA"),
+    ],
+)
+def test_tiles_of_eight_bit_weights_are_multiplied_as_such(
+    kernels: dict[str, dict[str, Any]], name: str, op: str
+) -> None:
+    """By the tensor cores' own eight bits, or in sixteen where the inputs are not quantised; copied ahead."""
+    kernel = kernels[f"eight-bit {name}"]
+    assert kernel["instructions"][op] > 0
+    assert kernel["instructions"]["LDGSTS.E.BYPASS.128"] > 0
+    assert kernel["shared"] <= 227_000

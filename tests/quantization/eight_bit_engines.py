@@ -81,8 +81,9 @@ def layers_off(llm: LLM, made: Mapping[str, Module]) -> float:
     for layer in linears(llm).values():
         for rows in (1, 5):
             x = torch.randn(rows, layer.info.shape[1], generator=generator)
-            seen |= set(layer.info.sources)
-            expected = [made[name](x) for name in layer.info.sources]
+            names = (layer.info.name,) if layer.info.name in made else layer.info.sources
+            seen |= set(names)
+            expected = [made[name](x) for name in names]
             got = layer.method.apply(layer, x, None).split([each.shape[1] for each in expected], 1)
             for each, wanted in zip(got, expected, strict=True):
                 worst = max(worst, float((each - wanted).norm() / wanted.norm()))

@@ -215,6 +215,19 @@ def test_parts_of_different_groups_are_refused() -> None:
         CompressedTensors.read(context(given)).method(info)
 
 
+def test_parts_that_are_fused_in_the_file_go_by_its_name() -> None:
+    a, b = KINDS["fp8 dynamic"], KINDS["int8 dynamic"]
+    given = config("mixed-precision", ["layers.1.qkv_proj"], a=a.scheme("re:.*qkv_proj"), b=b.scheme("Linear"))
+    chosen = CompressedTensors.read(context(given))
+
+    def label(layer: int, own: str) -> str | None:
+        names = tuple(f"layers.{layer}.{each}_proj" for each in ("qkv" if own == "qkv_proj" else "o"))
+        found = chosen.method(LayerInfo(name=f"layers.{layer}.{own}", kind="linear", shape=(96, 32), sources=names))
+        return found and found.label
+
+    assert [label(0, "qkv_proj"), label(1, "qkv_proj"), label(1, "o_proj")] == [a.label, None, b.label]
+
+
 def _changed(**changes: Any) -> dict[str, Any]:
     """A config whose key, or that of its group's object `weights__x` or `inputs__x`, has another value."""
     kind = KINDS["fp8 blocks"]

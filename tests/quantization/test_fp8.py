@@ -23,6 +23,7 @@ from eight_bit_files import (
     static,
     write,
 )
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers.quantizers_utils import should_convert_module
 from triton_interpreter import import_kernels, interpreted
 
@@ -151,6 +152,27 @@ def test_triton_kernels_agree(case: Case, monkeypatch: pytest.MonkeyPatch) -> No
             torch.testing.assert_close(layer(x), expected, rtol=5e-3, atol=5e-3 * expected.abs().max().item())
             monkeypatch.undo()
             layer.method.finish(layer)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_parts_that_are_fused_in_the_file(name: str, tmp_path: Path) -> None:
+    """Phi-3's files have one tensor for q, k and v, and so one scale, or one tensor of scales, for all of them."""
+    sizes = {**engines.SIZES, "vocab_size": 131, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("phi3", **sizes))
+    model.save_pretrained(tmp_path / "plain")
+    config, pack, label = FORMATS[name]
+    key = "ignored_layers" if config["quant_method"] == "fp8" else "modules_to_not_convert"
+    plain = ("lm_head", "model.layers.1.mlp.down_proj", "model.layers.0.self_attn.qkv_proj")
+
+    def but_plain(module: str, weight: torch.Tensor) -> Module | None:
+        return None if module in plain else pack(module, weight)
+
+    made = write(tmp_path / "plain", tmp_path / "model", {**config, key: list(plain)}, but_plain)
+    with engines.start(tmp_path / "model") as llm:
+        assert "model.layers.1.self_attn.qkv_proj" in made
+        assert engines.layers_off(llm, made) < 1e-5
+        found = llm.start_report.quantised[1]
+        assert (found.label, found.layers) == (label, 6)
 
 
 class Swapped(EightBitLinear):

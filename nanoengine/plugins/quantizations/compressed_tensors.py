@@ -73,10 +73,12 @@ class CompressedTensors(Quantization):
 
     def method(self, layer: LayerInfo) -> LinearMethod | ExpertsMethod | None:
         kind = _CLASSES[layer.kind]
-        if is_ignored(layer, lambda name: any(_matches(each, name, kind) for each in self._plain)):
+        if is_ignored(layer, lambda name: any(each == kind or _matches(each, name) for each in self._plain)):
             return None
         names = layer.sources or (layer.name,)
-        found = {name: self._group(name, kind) for name in names}
+        found = {name: self._group(name) for name in names}
+        own = None if any(found.values()) else self._group(layer.name)  # the file has what is fused here as one tensor
+        found = {name: each or own or self._groups.get(kind) for name, each in found.items()}
         first = found[names[0]]
         if any(each is not first for each in found.values()):
             said = ", ".join(f"{name}: {each.name if each else 'plain'}" for name, each in found.items())
@@ -92,15 +94,15 @@ class CompressedTensors(Quantization):
             raise ModelError(f"{layer.name}: embeddings are not supported in this format ({first.label})")
         return first.make()
 
-    def _group(self, name: str, kind: str) -> Group | None:
-        """By the most specific target, as in compressed-tensors: a name, then an expression, then a class."""
-        ordered = sorted(self._groups, key=lambda target: (target == kind, target.startswith("re:"), target))
-        return next((self._groups[each] for each in ordered if _matches(each, name, kind)), None)
+    def _group(self, name: str) -> Group | None:
+        """By a target that is a name, else by one that is an expression, as in compressed-tensors."""
+        ordered = sorted(self._groups, key=lambda target: (target.startswith("re:"), target))
+        return next((self._groups[each] for each in ordered if _matches(each, name)), None)
 
 
-def _matches(target: str, name: str, kind: str) -> bool:
+def _matches(target: str, name: str) -> bool:
     name = name.replace("{}", "0")
-    return bool(re.match(target[3:], name)) if target.startswith("re:") else target in (name, kind)
+    return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
 
 
 def _group(section: Section, name: str, form: str) -> Group:

@@ -187,7 +187,8 @@ class Answer(Response):
         error = api_error(cause)
         self._account.status = 499 if self._gone else error.status
         if error.status >= 500 and not self._gone:
-            _log.error("request %s failed: %s", self._id, described(cause), exc_info=cause)
+            bug = cause if error.status != 503 else None  # where there is no engine, no place in the code says more
+            _log.error("request %s failed: %s", self._id, described(cause), exc_info=bug)
         if not writer.started:
             raise error from cause  # the application's handler answers
         if not self._gone:

@@ -5,12 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
+from nanoengine.server.field_names import Renames
+from nanoengine.server.protocol.base import RequestModel
+from nanoengine.server.protocol.chat import ChatRequest
+from nanoengine.server.protocol.messages import CountRequest, MessagesRequest
+from nanoengine.server.protocol.responses import ResponsesRequest
 from server.support import Server
 from server.test_messages import CONVERSATION, HARD_CALL, PARSERS
 from server.test_messages import TOOLS as MESSAGE_TOOLS
@@ -66,6 +72,12 @@ BODIES = {
     "/v1/messages/count_tokens": MESSAGE,
     "/v1/responses": RESPONSE,
 }
+MODELS: dict[str, type[RequestModel]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountRequest,
+    "/v1/responses": ResponsesRequest,
+}
 ODD: list[Any] = [
     *(None, True, 0, -1, 1e308, 10**30, "", "x", "\ud800", [], {}, [[]], [{}], [None], [1], "a" * 3000),
     *({"type": "x"}, {"type": None}, {"a": {"b": [1]}}, [{"type": "text", "text": 5}], {"type": "text"}),
@@ -97,6 +109,17 @@ def changed(body: Any, draw: random.Random) -> Any:
     return body
 
 
+def check_words(path: str, response: httpx.Response) -> None:
+    """An error speaks of the fields that this request has, not of those that it became."""
+    if response.status_code == 200:
+        return
+    error, known = response.json()["error"], {*MODELS[path].model_fields}
+    if error.get("param") is not None and error["code"] != "unknown_field":
+        assert re.split(r"[.\[]", error["param"])[0] in known, error
+    foreign = "|".join({*ChatRequest.model_fields} - known)
+    assert not foreign or re.match(rf"({foreign})[.:\[ ]", error["message"]) is None, error
+
+
 @pytest.mark.parametrize("path", BODIES)
 def test_an_odd_body_is_answered_or_refused(path: str) -> None:
     server, draw, seen = Server(f"<think>a</think>b{HARD_CALL}", parsers=PARSERS), random.Random(path), set[int]()
@@ -108,6 +131,13 @@ def test_an_odd_body_is_answered_or_refused(path: str) -> None:
             assert response.status_code in (200, 400, 404), (body, response.text)
             assert response.status_code == 200 or len(response.content) <= 4096
             seen.add(response.status_code)
+            check_words(path, response)
 
     server.run(ask)
     assert seen >= {200, 400}
+
+
+def test_a_server_that_does_not_give_the_names_back_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Renames, "__call__", lambda self, name: name)
+    with pytest.raises(AssertionError):
+        test_an_odd_body_is_answered_or_refused("/v1/messages")

@@ -522,3 +522,16 @@ def test_the_line_in_the_log_has_the_reasons_of_few_samples_and_counts_those_of_
     with caplog.at_level(logging.INFO, "nanoengine.access"):
         server.complete(n=n)
     assert caplog.records[-1].fields["finish_reasons"] == said  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("code", "traceback"), [("unavailable", False), ("step_failed", True)])
+def test_a_traceback_is_logged_where_it_says_something(
+    code: str, traceback: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A thousand streams that a drain ends are a thousand lines, not a thousand tracebacks."""
+    server = Server(lambda request: Answer(samples=[[97, 98]], error=RequestError(code, "as a test")))
+    with caplog.at_level(logging.ERROR, "nanoengine.server"):
+        server.complete(stream=True)
+    [line] = [record for record in caplog.records if record.name == "nanoengine.server"]
+    assert "as a test" in line.getMessage()
+    assert bool(line.exc_info and line.exc_info[1]) == traceback

@@ -268,6 +268,7 @@ def _inspect(
         max_model_len=options.max_model_len,
         choose=choose_methods(quantization, loader, options),
         expert_parallel=options.enable_expert_parallel,
+        kv_dtype=options.kv_dtype,
     )
 
 
@@ -298,6 +299,7 @@ def attention_need(built: BuiltModel, options: EngineOptions) -> AttentionNeed:
         block_size=options.block_size,
         features=frozenset(wanted),
         wanted_by={feature: tuple(names) for feature, names in wanted.items()},
+        kv_dtype=options.kv_dtype,
     )
 
 

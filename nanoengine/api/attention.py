@@ -44,7 +44,8 @@ class KVSpec:
     """What the layers of one KV group have in common. `num_kv_heads` is per rank; `dtype` is a torch dtype's name.
 
     `head_size`: of K and V; a narrower one of the two is padded with zeros. `window`, `causal`: as in
-    `AttentionLayerSpec`.
+    `AttentionLayerSpec`. `kv_dtype`: how K and V are stored: "auto" is `dtype`; "fp8" and "int8" have a scale for each
+    head of each token (`nanoengine.kernels.kv_quant`).
     """
 
     num_kv_heads: int
@@ -52,6 +53,7 @@ class KVSpec:
     dtype: str
     window: int | None = None
     causal: bool = True
+    kv_dtype: str = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +113,7 @@ class AttentionCapabilities:
             of plugins.
         decode_queries: the most tokens that a decode row may have: one and its drafts. Rows of more are prefill rows to
             the backend.
+        kv_dtypes: how it can store K and V other than in the layers' dtype: `KVSpec.kv_dtype`.
     """
 
     devices: frozenset[str]
@@ -120,13 +123,14 @@ class AttentionCapabilities:
     graphs: GraphSupport = GraphSupport.NEVER
     features: frozenset[str] = frozenset()
     decode_queries: int = 1
+    kv_dtypes: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionNeed:
     """What the engine needs from a backend. `block_size` is None if the engine may choose it.
 
-    `wanted_by`: the names of the layers that need each of the `features`, for messages.
+    `kv_dtype`: as in `KVSpec`. `wanted_by`: the names of the layers that need each of the `features`, for messages.
     """
 
     device: str
@@ -135,6 +139,7 @@ class AttentionNeed:
     block_size: int | None = None
     features: frozenset[str] = frozenset()
     wanted_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    kv_dtype: str = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -319,6 +324,9 @@ def default_reasons(cap: AttentionCapabilities, need: AttentionNeed) -> list[str
         reasons.append(f"head sizes {odd} are not among {sorted(cap.head_sizes)}")
     if need.block_size is not None and need.block_size % cap.block_multiple:
         reasons.append(f"block_size {need.block_size} is not a multiple of {cap.block_multiple}")
+    if need.kv_dtype != "auto" and need.kv_dtype not in cap.kv_dtypes:
+        stored = f", or as {' or '.join(sorted(cap.kv_dtypes))}" if cap.kv_dtypes else ""
+        reasons.append(f"stores K and V in the model's dtype{stored}, not as {need.kv_dtype}")
     reasons += [f"does not support {_wanted(feature, need)}" for feature in sorted(need.features - cap.features)]
     return reasons
 

@@ -56,11 +56,17 @@ class _Place:
 class Attention(nn.Module):
     """One attention layer of a model. The core binds it to its group's backend before the first step.
 
-    `stored`: the layer whose K and V it reads, if `spec.shares` names one.
+    `stored`: the layer whose K and V it reads, if `spec.shares` names one. `kv_dtype`: how they are stored, as in
+    `KVSpec`.
     """
 
     def __init__(
-        self, spec: AttentionLayerSpec, dtype: torch.dtype, name: str = "", stored: Attention | None = None
+        self,
+        spec: AttentionLayerSpec,
+        dtype: torch.dtype,
+        name: str = "",
+        stored: Attention | None = None,
+        kv_dtype: str = "auto",
     ) -> None:
         super().__init__()
         self.spec, self.name = spec, name
@@ -73,6 +79,7 @@ class Attention(nn.Module):
             dtype=str(dtype).removeprefix("torch."),
             window=spec.window,
             causal=spec.causal,
+            kv_dtype=kv_dtype,
         )
         self._place: _Place = _Place() if stored is None else stored._place
 

@@ -18,18 +18,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanoengine.kernels.kv_quant import KV_DTYPES, LARGEST
 from nanoengine.kernels.paged_attention_plan import DecodeConfig, DecodeScratch, NewTokens, padded_head
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 
+Scales = tuple[Tensor, Tensor]
 LOG2E = tl.constexpr(1.4426950408889634)
 _AT_ONCE = tl.constexpr(8)  # parts whose loads are in flight together
 
 
 @triton.jit
+def _codes(x, LARGEST: tl.constexpr, DTYPE: tl.constexpr):
+    """Heads [H, D] -> (codes [H, D], scales [H, 1]), as `kv_quant.quantise_heads`."""
+    values = x.to(tl.float32)
+    size = tl.abs(values)
+    largest = tl.max(size, axis=1, keep_dims=True)
+    scale = tl.div_rn(largest, tl.full(largest.shape, LARGEST, tl.float32))
+    # NaN as of the reference: it makes the scale NaN, whatever a maximum does with it
+    broken = tl.max((size != size).to(tl.int32), axis=1, keep_dims=True) > 0
+    codes = tl.div_rn(values, tl.broadcast_to(tl.where(scale == 0, 1.0, scale), values.shape))
+    if DTYPE == tl.int8:  # noqa: SIM300
+        codes = tl.floor(codes + 0.5)
+    codes = tl.minimum(tl.maximum(codes, -LARGEST), LARGEST)
+    return codes.to(DTYPE), tl.where(broken, float("nan"), scale)
+
+
+@triton.jit
 def _store_kv(
-    k, v, k_cache, v_cache, slots, k_stride, v_stride,
+    k, v, k_cache, v_cache, k_scales, v_scales, slots, k_stride, v_stride,
     HEADS: tl.constexpr, HEADS_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    PDL: tl.constexpr,
+    LARGEST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     wait_for_inputs(PDL)
@@ -38,9 +56,17 @@ def _store_kv(
     head = tl.arange(0, HEADS_PAD)[:, None]
     d = tl.arange(0, D_PAD)[None, :]
     live = (head < HEADS) & (d < D)
-    to = ((slot // BLOCK_SIZE * HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE) * D + d
-    tl.store(k_cache + to, tl.load(k + token * k_stride + head * D + d, mask=live), mask=live)
-    tl.store(v_cache + to, tl.load(v + token * v_stride + head * D + d, mask=live), mask=live)
+    at = (slot // BLOCK_SIZE * HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE
+    to = at * D + d
+    key = tl.load(k + token * k_stride + head * D + d, mask=live, other=0.0)
+    value = tl.load(v + token * v_stride + head * D + d, mask=live, other=0.0)
+    if LARGEST > 0:
+        key, k_scale = _codes(key, LARGEST, k_cache.dtype.element_ty)
+        value, v_scale = _codes(value, LARGEST, v_cache.dtype.element_ty)
+        tl.store(k_scales + at, k_scale, mask=head < HEADS)
+        tl.store(v_scales + at, v_scale, mask=head < HEADS)
+    tl.store(k_cache + to, key, mask=live)
+    tl.store(v_cache + to, value, mask=live)
 
 
 @triton.jit
@@ -136,27 +162,46 @@ def _repeat(rows, COUNT: tl.constexpr, WANTED: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _tile(query, key, value, seen, top, total, acc, SCALE: tl.constexpr, SOFT_CAP: tl.constexpr):
+def scaled(codes, scales, at, mask, dtype: tl.constexpr, SCALED: tl.constexpr):
+    """(codes in the dtype of products, their scales): what is scaled is the product of codes. Not SCALED: as they are.
+
+    at: of a token's scale; mask: those behind a row's end may be anything."""
+    if SCALED:
+        return codes.to(dtype), tl.load(scales + at, mask=mask, other=0.0)
+    return codes, 1.0
+
+
+@triton.jit
+def _tile(
+    query, key, value, key_scale, value_scale, seen, top, total, acc,
+    SCALE: tl.constexpr, SOFT_CAP: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
     """One tile of keys into the running softmax: (top, total, acc)."""
-    scores = capped(tl.dot(query, tl.trans(key), input_precision="ieee"), SCALE, SOFT_CAP)
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+    if SCALED:
+        scores *= key_scale[None, :]
+    scores = capped(scores, SCALE, SOFT_CAP)
     scores = tl.where(seen[None, :], scores, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, 1))  # finite: a row's first tile has a key that is seen, or top is
     fade = tl.exp2(top - higher)
     p = tl.exp2(scores - higher[:, None])
     total = total * fade + tl.sum(p, 1)
+    if SCALED:
+        p *= value_scale[None, :]
     acc = tl.dot(p.to(value.dtype), value, acc * fade[:, None], input_precision="ieee")
     return higher, total, acc
 
 
 @triton.jit
 def _decode(
-    q, k_cache, v_cache, out, block_tables, seq_lens, part, lse, tickets, q_stride, table_stride, sinks,
+    q, k_cache, v_cache, k_scales, v_scales, out, block_tables, seq_lens, part, lse, tickets,
+    q_stride, table_stride, sinks,
     slots, inv_freq, q_weight, k_weight, eps, FUSED: tl.constexpr, NORM: tl.constexpr, HELD: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     GROUP_P2: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
     MIN_TILES: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
-    SINKS: tl.constexpr,
+    SINKS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """FUSED: q is qkv; this kernel normalises and rotates q and the newest key, and stores that key and its value.
 
@@ -263,13 +308,15 @@ def _decode(
             acc *= fade[:, None]
             top = higher
     if HELD:
-        top, total, acc = _tile(query, held_key, held_value, held_seen, top, total, acc, SCALE, SOFT_CAP)
+        top, total, acc = _tile(
+            query, held_key, held_value, 1.0, 1.0, held_seen, top, total, acc, SCALE, SOFT_CAP, False
+        )
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         keys = start + near
         live = keys < end
         block = blocks_of(table, start, end, TILE, BLOCK_SIZE)
-        at = (block * KV_HEADS + kv_head) * head_size + keys % BLOCK_SIZE * D
-        at = at[:, None] + d[None, :]
+        token = (block * KV_HEADS + kv_head) * BLOCK_SIZE + keys % BLOCK_SIZE
+        at = (token * D)[:, None] + d[None, :]
         if D == D_PAD:
             key = tl.load(k_cache + at)
         else:
@@ -279,7 +326,11 @@ def _decode(
             seen = seen & (keys >= length - WINDOW)
         # stale memory behind the row's end may hold anything, and 0 * inf is no zero
         value = tl.load(v_cache + at, mask=live[:, None] & (d < D)[None, :], other=0.0)
-        top, total, acc = _tile(query, key, value, seen, top, total, acc, SCALE, SOFT_CAP)
+        key, key_scale = scaled(key, k_scales, token, live, query.dtype, SCALED)
+        value, value_scale = scaled(value, v_scales, token, live, query.dtype, SCALED)
+        top, total, acc = _tile(
+            query, key, value, key_scale, value_scale, seen, top, total, acc, SCALE, SOFT_CAP, SCALED
+        )
 
     mixed = acc / total[:, None]
     to = row * (KV_HEADS * GROUP * D) + kv_head * (GROUP * D)
@@ -297,18 +348,24 @@ def _decode(
             tl.store(tickets + pair, 0)  # for the next launch
 
 
-def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+def store_kv(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, scales: Scales | None = None
+) -> None:
     """Store [T, kv_heads, head_size] at `slot_mapping`, int64 [T], of caches [blocks, kv_heads, block_size, head_size]
-    (block * block_size + offset)."""
+    (block * block_size + offset). With `scales`, of K and V, the caches have codes (`kv_quant`)."""
     tokens, heads, width = k.shape
     if tokens == 0:
         return
     k, v = rows_of(k), rows_of(v)
     _store_kv[(tokens,)](
-        k, v, k_cache, v_cache, slot_mapping, k.stride(0), v.stride(0),
+        k, v, k_cache, v_cache, *(scales or (k, v)), slot_mapping, k.stride(0), v.stride(0),
         HEADS=heads, HEADS_PAD=triton.next_power_of_2(heads), D=width, D_PAD=padded_head(width),
-        BLOCK_SIZE=k_cache.shape[2], num_warps=4, **pdl_options(k),
+        BLOCK_SIZE=k_cache.shape[2], LARGEST=_largest(k_cache) if scales else 0.0, num_warps=4, **pdl_options(k),
     )  # fmt: skip
+
+
+def _largest(codes: Tensor) -> float:
+    return next(LARGEST[name] for name, dtype in KV_DTYPES.items() if dtype == codes.dtype)
 
 
 def attend_decode(
@@ -326,6 +383,7 @@ def attend_decode(
     scratch: DecodeScratch,
     new: NewTokens | None = None,
     sinks: Tensor | None = None,
+    scales: Scales | None = None,
 ) -> None:
     """One query a row: q [B, heads, head_size] into `out`, the same shape and contiguous.
 
@@ -333,6 +391,7 @@ def attend_decode(
     and rotates q and k, and stores k and v, as `rope.qk_norm_rope_store` does. `out` tells the heads.
 
     `sinks`: float [heads], a score of each head that takes part in the softmax and has no value.
+    `scales`: of K and V, float32 [blocks, kv_heads, block_size]: the caches have codes (`kv_quant`); not with `new`.
     `block_tables` int32 [B, blocks], `seq_lens` int32 [B], of at least 1; both are read on the device alone.
     """
     rows, heads, width = out.shape
@@ -344,10 +403,12 @@ def attend_decode(
         q = rows_of(q)
     else:
         assert q.stride(1) == 1 and q.shape[1] == (heads + 2 * kv_heads) * width, (q.shape, q.stride())
+    assert new is None or scales is None
     norms = new is not None and new.q_weight is not None
     d_pad, group_p2 = padded_head(width), triton.next_power_of_2(group)
     _decode[(kv_heads, rows, config.splits)](
-        q, k_cache, v_cache, out, block_tables, seq_lens, scratch.part, scratch.lse, scratch.tickets,
+        q, k_cache, v_cache, *(scales or (q, q)), out, block_tables, seq_lens,
+        scratch.part, scratch.lse, scratch.tickets,
         q.stride(0), block_tables.stride(0), q if sinks is None else sinks,
         *((q, q, q, q, 0.0) if new is None else new.arguments()), FUSED=new is not None, NORM=norms,
         HELD=config.held and new is not None,
@@ -355,7 +416,7 @@ def attend_decode(
         BLOCK_SIZE=block_size, TILE=config.tile, SPLITS=config.splits, MIN_TILES=config.min_tiles,
         SCALE=scale, WINDOW=window or 0, SOFT_CAP=soft_cap or 0.0, STAGES=config.stages,
         AHEAD=config.ahead,
-        SINKS=sinks is not None, num_warps=config.warps, **pdl_options(q),
+        SINKS=sinks is not None, SCALED=scales is not None, num_warps=config.warps, **pdl_options(q),
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoengine.kernels.paged_attention_decode_triton import LOG2E, blocks_of, capped, rows_of
+from nanoengine.kernels.paged_attention_decode_triton import LOG2E, Scales, blocks_of, capped, rows_of, scaled
 from nanoengine.kernels.paged_attention_plan import padded_head
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 
@@ -46,10 +46,10 @@ def _row_of_tile(starts, tile, num_rows, BLOCK_Q: tl.constexpr):
 
 @triton.jit
 def _walk(
-    acc, top, total, query, positions, k_head, v_head, table, begin, end, length,
+    acc, top, total, query, positions, k_head, v_head, k_scales, v_scales, table, begin, end, length,
     BLOCK_STRIDE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
     SCALE: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    CAUSAL: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys [begin, end), `begin` a multiple of TILE. Not MASKED: every query sees all of them."""
     near = tl.arange(0, TILE)
@@ -57,13 +57,17 @@ def _walk(
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         keys = start + near
         block = blocks_of(table, start, length, TILE, BLOCK_SIZE)
-        at = block * BLOCK_STRIDE + keys % BLOCK_SIZE * D
-        at = at[:, None] + d[None, :]
+        place = block * (BLOCK_STRIDE // D) + keys % BLOCK_SIZE
+        at = (place * D)[:, None] + d[None, :]
         if D == D_PAD:
             key = tl.load(k_head + at)
         else:
             key = tl.load(k_head + at, mask=(d < D)[None, :], other=0.0)
-        scores = capped(tl.dot(query, tl.trans(key), input_precision="ieee"), SCALE, SOFT_CAP)
+        key, key_scale = scaled(key, k_scales, place, keys < length, query.dtype, SCALED)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+        if SCALED:
+            scores *= key_scale[None, :]
+        scores = capped(scores, SCALE, SOFT_CAP)
         if MASKED:
             if CAUSAL:
                 seen = keys[None, :] <= positions[:, None]
@@ -87,6 +91,9 @@ def _walk(
             value = tl.load(v_head + at)
         else:
             value = tl.load(v_head + at, mask=(d < D)[None, :], other=0.0)
+        value, value_scale = scaled(value, v_scales, place, keys < length, query.dtype, SCALED)
+        if SCALED:
+            p *= value_scale[None, :]
         acc = tl.dot(p.to(value.dtype), value, acc * fade[:, None], input_precision="ieee")
         top = higher
     return acc, top, total
@@ -94,11 +101,12 @@ def _walk(
 
 @triton.jit(do_not_specialize=["num_rows", "num_tokens"])
 def _prefill(
-    q, k_cache, v_cache, out, block_tables, seq_lens, starts, q_stride, table_stride, num_rows, num_tokens,
-    sinks, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    q, k_cache, v_cache, k_scales, v_scales, out, block_tables, seq_lens, starts, q_stride, table_stride, num_rows,
+    num_tokens, sinks,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, TILE: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-    SINKS: tl.constexpr, CAUSAL: tl.constexpr,
+    SINKS: tl.constexpr, CAUSAL: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # a row's longest tiles first
     kv_head = tl.program_id(1)
@@ -129,6 +137,8 @@ def _prefill(
     table = block_tables + row.to(tl.int64) * table_stride
     k_head = k_cache + kv_head * (BLOCK_SIZE * D)
     v_head = v_cache + kv_head * (BLOCK_SIZE * D)
+    k_scales += kv_head * BLOCK_SIZE
+    v_scales += kv_head * BLOCK_SIZE
     stride: tl.constexpr = KV_HEADS * BLOCK_SIZE * D
     whole = (lowest + 1) // TILE * TILE  # keys in front of it are behind no query
     end = tl.minimum(lowest + BLOCK_Q, length)
@@ -152,16 +162,16 @@ def _prefill(
         edge = tl.maximum(lowest - WINDOW + 1, 0) // TILE * TILE
         begin = tl.minimum(tl.cdiv(tl.maximum(end - WINDOW, 0), TILE) * TILE, whole)
         acc, top, total = _walk(
-            acc, top, total, query, positions, k_head, v_head, table, edge, begin, length,
-            stride, D, D_PAD, BLOCK_SIZE, TILE, SCALE, WINDOW, SOFT_CAP, STAGES, True, CAUSAL,
+            acc, top, total, query, positions, k_head, v_head, k_scales, v_scales, table, edge, begin, length,
+            stride, D, D_PAD, BLOCK_SIZE, TILE, SCALE, WINDOW, SOFT_CAP, STAGES, True, CAUSAL, SCALED,
         )  # fmt: skip
     acc, top, total = _walk(
-        acc, top, total, query, positions, k_head, v_head, table, begin, whole, length,
-        stride, D, D_PAD, BLOCK_SIZE, TILE, SCALE, WINDOW, SOFT_CAP, STAGES, False, CAUSAL,
+        acc, top, total, query, positions, k_head, v_head, k_scales, v_scales, table, begin, whole, length,
+        stride, D, D_PAD, BLOCK_SIZE, TILE, SCALE, WINDOW, SOFT_CAP, STAGES, False, CAUSAL, SCALED,
     )  # fmt: skip
     acc, top, total = _walk(
-        acc, top, total, query, positions, k_head, v_head, table, whole, end, length,
-        stride, D, D_PAD, BLOCK_SIZE, TILE, SCALE, WINDOW, SOFT_CAP, STAGES, True, CAUSAL,
+        acc, top, total, query, positions, k_head, v_head, k_scales, v_scales, table, whole, end, length,
+        stride, D, D_PAD, BLOCK_SIZE, TILE, SCALE, WINDOW, SOFT_CAP, STAGES, True, CAUSAL, SCALED,
     )  # fmt: skip
     mixed = acc / total[:, None]
     tl.store(out + own[:, None] + d[None, :], mixed.to(out.dtype.element_ty), mask=live)
@@ -218,14 +228,15 @@ def attend_prefill(
     chained: bool = True,
     sinks: Tensor | None = None,
     causal: bool = True,
+    scales: Scales | None = None,
 ) -> None:
     """Queries q [T, heads, head_size] of R rows into `out`, the same shape and contiguous.
 
     Row r's are tokens query_start_loc[r] .. query_start_loc[r + 1] (int32 [R + 1], on the device, which may begin above
     0: earlier tokens are left alone), the last of its seq_lens[r] (int32 [R]) tokens; `block_tables` int32 [R, blocks].
     Tokens behind the last row come out as zeros. `chained`: launched as a link of a chain of kernels (`pdl_triton`);
-    not at the start of a branch of its own. `sinks`: as in `attend_decode`. `causal` False: queries see all keys of
-    their row; with a window, those that are less than `window` positions before or behind.
+    not at the start of a branch of its own. `sinks`, `scales`: as in `attend_decode`. `causal` False: queries see all
+    keys of their row; with a window, those that are less than `window` positions before or behind.
     """
     tokens, heads, width = q.shape
     rows, (kv_heads, block_size) = len(seq_lens), k_cache.shape[1:3]
@@ -236,11 +247,12 @@ def attend_prefill(
     block_q = config.block_m // group
     # An upper bound where query_start_loc begins above 0: which number that is, only the device need know.
     _prefill[(tokens // block_q + rows + 1, kv_heads)](
-        q, k_cache, v_cache, out, block_tables, seq_lens, query_start_loc, q.stride(0), block_tables.stride(0), rows,
-        tokens, q if sinks is None else sinks,
+        q, k_cache, v_cache, *(scales or (q, q)), out, block_tables, seq_lens, query_start_loc, q.stride(0),
+        block_tables.stride(0), rows, tokens, q if sinks is None else sinks,
         KV_HEADS=kv_heads, GROUP=group, D=width, D_PAD=padded_head(width), BLOCK_SIZE=block_size,
         BLOCK_M=config.block_m, BLOCK_Q=block_q, TILE=config.tile, SCALE=scale, WINDOW=window or 0,
         SOFT_CAP=soft_cap or 0.0, STAGES=config.stages, SINKS=sinks is not None, CAUSAL=causal,
+        SCALED=scales is not None,
         num_warps=config.warps,
         **(pdl_options(q) if chained else {"PDL": False}),
     )  # fmt: skip

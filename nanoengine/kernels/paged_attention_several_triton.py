@@ -15,7 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoengine.kernels.paged_attention_decode_triton import LOG2E, blocks_of, capped, prefetch_keys, rows_of
+from nanoengine.kernels.paged_attention_decode_triton import (
+    LOG2E,
+    Scales,
+    blocks_of,
+    capped,
+    prefetch_keys,
+    rows_of,
+    scaled,
+)
 from nanoengine.kernels.paged_attention_plan import SeveralConfig, padded_head
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 
@@ -77,12 +85,12 @@ def _combine(
 
 @triton.jit(do_not_specialize=["queries", "pad_tokens", "min_tiles"])
 def _decode_several(
-    q, k_cache, v_cache, out, block_tables, seq_lens, starts, part, lse, tickets, sinks, q_stride, table_stride,
-    queries, pad_tokens, min_tiles,
+    q, k_cache, v_cache, k_scales, v_scales, out, block_tables, seq_lens, starts, part, lse, tickets, sinks,
+    q_stride, table_stride, queries, pad_tokens, min_tiles,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_Q: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
     SCALE: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-    PDL: tl.constexpr, SINKS: tl.constexpr,
+    PDL: tl.constexpr, SINKS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0) % KV_HEADS
     tile = tl.program_id(0) // KV_HEADS  # of the row's queries
@@ -141,8 +149,8 @@ def _decode_several(
     for at_key in tl.range(begin, end, TILE, num_stages=STAGES):
         keys = at_key + near
         block = blocks_of(table, at_key, end, TILE, BLOCK_SIZE)
-        at = (block * KV_HEADS + kv_head) * (BLOCK_SIZE * D) + keys % BLOCK_SIZE * D
-        at = at[:, None] + d[None, :]
+        place = (block * KV_HEADS + kv_head) * BLOCK_SIZE + keys % BLOCK_SIZE
+        at = (place * D)[:, None] + d[None, :]
         if D == D_PAD:
             key = tl.load(k_cache + at)
         else:
@@ -152,13 +160,20 @@ def _decode_several(
             seen = seen & (keys[None, :] > position[:, None] - WINDOW)
         # stale memory behind the row's end may hold anything, and 0 * inf is no zero
         value = tl.load(v_cache + at, mask=(keys < end)[:, None] & (d < D)[None, :], other=0.0)
-        scores = capped(tl.dot(query, tl.trans(key), input_precision="ieee"), SCALE, SOFT_CAP)
+        key, key_scale = scaled(key, k_scales, place, keys < end, query.dtype, SCALED)
+        value, value_scale = scaled(value, v_scales, place, keys < end, query.dtype, SCALED)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+        if SCALED:
+            scores *= key_scale[None, :]
+        scores = capped(scores, SCALE, SOFT_CAP)
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # a query may have seen nothing yet
         fade = tl.exp2(top - base)
         p = tl.exp2(scores - base[:, None])
         total = total * fade + tl.sum(p, 1)
+        if SCALED:
+            p *= value_scale[None, :]
         acc = tl.dot(p.to(value.dtype), value, acc * fade[:, None], input_precision="ieee")
         top = higher
 
@@ -200,6 +215,7 @@ def attend_several(
     tickets: Tensor,
     pad_tokens: int = 0,
     sinks: Tensor | None = None,
+    scales: Scales | None = None,
 ) -> None:
     """Up to `queries` queries a row: q [T, heads, head_size] of R rows into `out`, the same shape and contiguous.
 
@@ -210,6 +226,7 @@ def attend_several(
 
     `tickets`: int32, zero between launches, one for each of `config.programs`; launches that share it must follow each
     other in one stream. `sinks`: float [heads], a score of each head that takes part in the softmax and has no value.
+    `scales`: as in `attend_decode`.
     """
     heads, width = q.shape[1:]
     rows, (kv_heads, block_size) = len(seq_lens), k_cache.shape[1:3]
@@ -221,10 +238,11 @@ def attend_several(
     limit = {"maxnreg": config.registers} if config.registers and q.is_cuda else {}
     scratch = torch.empty(parts * (width + 1) if layout.splits > 1 else 0, dtype=torch.float32, device=q.device)
     _decode_several[(config.programs(kv_heads, group, queries), rows, layout.splits)](
-        q, k_cache, v_cache, out, block_tables, seq_lens, query_start_loc, scratch, scratch[parts * width :], tickets,
+        q, k_cache, v_cache, *(scales or (q, q)), out, block_tables, seq_lens, query_start_loc,
+        scratch, scratch[parts * width :], tickets,
         q if sinks is None else sinks, q.stride(0), block_tables.stride(0), queries, pad_tokens,
         layout.min_tiles, KV_HEADS=kv_heads, GROUP=group, D=width, D_PAD=padded_head(width), BLOCK_SIZE=block_size,
         BLOCK_M=config.block_m, BLOCK_Q=block_q, TILE=layout.tile, SPLITS=layout.splits,
         SCALE=scale, WINDOW=window or 0, SOFT_CAP=soft_cap or 0.0, STAGES=layout.stages, AHEAD=layout.ahead,
-        SINKS=sinks is not None, num_warps=layout.warps, **limit, **pdl_options(q),
+        SINKS=sinks is not None, SCALED=scales is not None, num_warps=layout.warps, **limit, **pdl_options(q),
     )  # fmt: skip

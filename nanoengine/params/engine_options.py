@@ -83,6 +83,8 @@ class EngineOptions:
         quantization: "auto": the checkpoint's weights as they are, quantised ones by what reads their format; or the
             name of a quantisation, which may also quantise plain weights while they are loaded; or "none": plain
             weights only.
+        kv_dtype: how K and V are stored: "auto", in the model's dtype; "fp8" or "int8", in a byte, with a scale for
+            each head of each token.
         load_format: "auto", or "dummy" for random weights.
         max_n: most samples that a request may request (`n`).
         max_logprobs: most log-probs per position that a request may request (`logprobs`, `prompt_logprobs`); -1: no
@@ -124,6 +126,7 @@ class EngineOptions:
     policy_options: Mapping[str, Any] = field(default_factory=dict)
     admission_reserve: int = 0
     quantization: str = "auto"
+    kv_dtype: Literal["auto", "fp8", "int8"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
     max_n: int = 64
     max_logprobs: int = 20

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from nanoengine.api import AttentionBackend, AttentionLayerSpec, BatchLimits, KVSpec, StepInputs
+from nanoengine.kernels.kv_quant import dequantise_heads, quantise_heads
 
 
 @dataclass(kw_only=True)
@@ -33,6 +34,7 @@ class Case:
     tail: int = 0  # tokens behind the last row
     host_slack: int = 0  # by how much the host overestimates decode rows
     decode_queries: int = 1
+    kv_dtype: str = "auto"
     max_model_len: int = 0
     device: str = "cpu"
     blocks: list[list[int]] = field(init=False)
@@ -74,7 +76,8 @@ class Case:
     def kv_spec(self) -> KVSpec:
         name = str(self.dtype).removeprefix("torch.")
         shape = {"num_kv_heads": self.kv_heads, "head_size": self.head_size}
-        return KVSpec(**shape, dtype=name, window=self.window, causal=self.causal)
+        made = KVSpec(**shape, dtype=name, window=self.window, causal=self.causal)
+        return replace(made, kv_dtype=self.kv_dtype)
 
     @property
     def limits(self) -> BatchLimits:
@@ -137,7 +140,8 @@ class Case:
     def reference(self) -> Tensor:
         """float64, one query and one head at a time: [tokens of the real rows, heads, head size]."""
         out = []
-        for q, k, v, (count, length) in zip(self.queries, self.keys, self.values, self.rows, strict=True):
+        keys, values = ([self.stored(each) for each in part] for part in (self.keys, self.values))
+        for q, k, v, (count, length) in zip(self.queries, keys, values, self.rows, strict=True):
             for i in range(count):
                 position = length - count + i
                 first = 0 if self.window is None else max(0, position - self.window + 1)
@@ -153,6 +157,12 @@ class Case:
                     out.append((top / (top.sum() + sink)) @ v[seen, kv])
         return torch.stack(out).view(-1, self.heads, self.head_size)
 
+    def stored(self, x: Tensor) -> Tensor:
+        """K or V as the cache holds them."""
+        if self.kv_dtype == "auto":
+            return x
+        return dequantise_heads(*quantise_heads(x, self.kv_dtype), torch.float64)
+
 
 def run(backend_cls: type[AttentionBackend], case: Case, *, layer: int = 1, layers: int = 2) -> Tensor:
     """The backend's output for the case, whose earlier tokens are stored by an earlier call. Wherever nothing is
@@ -160,7 +170,11 @@ def run(backend_cls: type[AttentionBackend], case: Case, *, layer: int = 1, laye
     backend = backend_cls(case.kv_spec, case.limits, torch.device(case.device))
     backend.allocate(layers, case.num_blocks)
     cache: Tensor = backend._kv  # type: ignore[attr-defined]
-    cache.fill_(float("nan"))
+    if case.kv_dtype == "auto":
+        cache.fill_(float("nan"))
+    else:
+        cache.view(torch.uint8).fill_(0x7F)  # NaN of fp8
+        backend._scales.fill_(float("nan"))  # type: ignore[attr-defined]
     history(backend, case, layer)
     backend.fill(case.inputs())
     return backend.forward(layer, case.spec, *case.step_qkv())

@@ -1,6 +1,7 @@
 """Paged attention in plain torch: any device, dtype and head size, ragged and mixed batches.
 
-KV layout: [layers, 2, blocks, KV heads, block size, head size]. The rows of a step are divided into *pieces* (see
+KV layout: [layers, 2, blocks, KV heads, block size, head size], and scales without the last dimension where K and V are
+stored in eight bits. The rows of a step are divided into *pieces* (see
 `pieces`). For each layer and piece, whole blocks are gathered into a scratch buffer [rows, KV heads, tokens, head
 size], and the attention is computed with a mask that all layers share. With head-major blocks, the gathered values of a
 head are contiguous, as batched products need: decode on a CPU is 15% faster than with token-major blocks.
@@ -36,6 +37,7 @@ from nanoengine.api import (
 from nanoengine.api.sources import cache_root
 from nanoengine.kernels.cpu import load
 from nanoengine.kernels.cpu.attention import DecodeAttention, takes
+from nanoengine.kernels.kv_quant import KV_DTYPES, dequantise_heads, quantise_heads, stored_bytes
 from nanoengine.plugins.attention_backends.pieces import Group, Rows, plan_pieces
 
 _SCRATCH_BYTES = 16 << 20  # for gathered K and V: small enough for a CPU's last-level cache
@@ -59,13 +61,16 @@ class _Chunk:
 class _LayerViews:
     """Views of one layer's cache, made once.
 
-    Rows are [blocks * KV heads * block size, head size], blocks are [blocks * KV heads, block size * head size].
+    Rows are [blocks * KV heads * block size, head size], blocks are [blocks * KV heads, block size * head size], scales
+    are [blocks, KV heads, block size] where K and V are stored in eight bits.
     """
 
     k_rows: Tensor
     v_rows: Tensor
     k_blocks: Tensor
     v_blocks: Tensor
+    k_scales: Tensor
+    v_scales: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,18 +106,19 @@ class TorchPaged(AttentionBackend):
         dtypes=frozenset({"float32", "bfloat16", "float16"}),
         features=frozenset(AttentionFeature),
         decode_queries=16,
+        kv_dtypes=frozenset(KV_DTYPES),
     )
 
     @classmethod
     def kv_block_bytes(cls, spec: KVSpec, block_size: int) -> int:
-        itemsize: int = getattr(torch, spec.dtype).itemsize
-        return 2 * block_size * spec.num_kv_heads * spec.head_size * itemsize
+        return 2 * block_size * spec.num_kv_heads * stored_bytes(spec.kv_dtype, spec.dtype, spec.head_size)
 
     def __init__(self, spec: KVSpec, limits: BatchLimits, device: torch.device) -> None:
         self.spec, self.limits, self.device = spec, limits, device
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
+        self.stored = KV_DTYPES.get(spec.kv_dtype, self.dtype)
         longest = limits.max_blocks * limits.block_size
-        token_bytes = self.kv_block_bytes(spec, 1)
+        token_bytes = 2 * spec.num_kv_heads * spec.head_size * self.dtype.itemsize  # in the scratch buffer
         self.max_gather = max(longest, _SCRATCH_BYTES // token_bytes)  # most tokens of a piece
         heads, table = spec.num_kv_heads, limits.max_rows * limits.max_blocks
         self._scratch = torch.empty(2, self.max_gather * heads * spec.head_size, dtype=self.dtype, device=device)
@@ -123,14 +129,14 @@ class TorchPaged(AttentionBackend):
         self._keys = torch.arange(longest, device=device)
         self.chunk_queries = max(16, min(_MAX_QUERIES, _BAND_ELEMENTS // longest))
         self._band = self._make_band(longest)
-        self._kv = torch.empty(0)
+        self._kv, self._scales = torch.empty(0), torch.empty(0)
         self._layers: list[_LayerViews] = []
         self._pieces: list[_Piece] = []
         self._step_slots = self._slots[:0].view(-1)
         self._inputs: StepInputs | None = None
         self._decode: DecodeAttention | None = None
         self._planned = False
-        if device.type == "cpu" and takes(spec.head_size, self.dtype):
+        if device.type == "cpu" and takes(spec.head_size, self.stored):
             library = load(cache_root())
             self._decode = None if isinstance(library, str) else DecodeAttention(library)
 
@@ -154,18 +160,25 @@ class TorchPaged(AttentionBackend):
     def allocate(self, num_layers: int, num_blocks: int) -> None:
         spec = self.spec
         shape = (num_layers, 2, num_blocks, spec.num_kv_heads, self.limits.block_size, spec.head_size)
-        self._kv = _zeros(shape, self.dtype, self.device)
+        # Codes are moved as bytes: some operations do not know float8.
+        self._kv = _zeros(shape, self.dtype if self.stored is self.dtype else torch.uint8, self.device)
+        scales = shape[:-1] if self._quantised else (num_layers, 2)  # else they are not used
+        self._scales = _zeros(scales, torch.float32, self.device)
         block = self.limits.block_size * spec.head_size
         self._layers = [
             _LayerViews(
                 k_rows=k.view(-1, spec.head_size), v_rows=v.view(-1, spec.head_size),
-                k_blocks=k.view(-1, block), v_blocks=v.view(-1, block),
+                k_blocks=k.view(-1, block), v_blocks=v.view(-1, block), k_scales=k_scales, v_scales=v_scales,
             )
-            for k, v in self._kv
+            for (k, v), (k_scales, v_scales) in zip(self._kv, self._scales, strict=True)
         ]  # fmt: skip
 
+    @property
+    def _quantised(self) -> bool:
+        return self.spec.kv_dtype in KV_DTYPES
+
     def release(self) -> None:
-        self._kv, self._layers = torch.empty(0), []
+        self._kv, self._scales, self._layers = torch.empty(0), torch.empty(0), []
 
     def fill(self, inputs: StepInputs) -> None:
         self._clear_tails(inputs)
@@ -207,6 +220,8 @@ class TorchPaged(AttentionBackend):
         # On a GPU the dummy block is cleared for the other rows: selecting rows would wait for the device.
         blocks = last[fresh] if self.device.type == "cpu" else last.masked_fill(~fresh, 0)
         self._kv.index_fill_(2, blocks.long(), 0)
+        if self._quantised:
+            self._scales.index_fill_(2, blocks.long(), 0)
 
     def _fill_index(self, inputs: StepInputs, group: Group, used: int) -> Tensor:
         """The index to gather, int32 [rows * KV heads * blocks], in a static buffer. The last block is repeated."""
@@ -316,10 +331,18 @@ class TorchPaged(AttentionBackend):
         if not self._planned:
             assert self._inputs is not None, "fill comes first"
             self._plan(self._inputs)
-        width, cache = spec.head_size, self._layers[layer]
-        cache.k_rows.index_copy_(0, self._step_slots, k.reshape(-1, width))
-        cache.v_rows.index_copy_(0, self._step_slots, v.reshape(-1, width))
+        cache = self._layers[layer]
+        self._store(cache.k_rows, cache.k_scales, k)
+        self._store(cache.v_rows, cache.v_scales, v)
         return self.attend(layer, spec, q)
+
+    def _store(self, rows: Tensor, scales: Tensor, new: Tensor) -> None:
+        new = new.reshape(-1, rows.shape[1])
+        if self._quantised:
+            codes, scale = quantise_heads(new, self.spec.kv_dtype)
+            new = codes.view(torch.uint8)
+            scales.view(-1).index_copy_(0, self._step_slots, scale)
+        rows.index_copy_(0, self._step_slots, new)
 
     def attend(self, layer: int, spec: AttentionLayerSpec, q: Tensor) -> Tensor:
         if not self._planned:
@@ -364,9 +387,19 @@ class TorchPaged(AttentionBackend):
         cache = self._layers[layer]
         shape = (piece.rows, self.spec.num_kv_heads, piece.keys, self.spec.head_size)
         keys, values = self._scratch[:, : math.prod(shape)].unbind()
-        torch.index_select(cache.k_blocks, 0, piece.index, out=keys.view(len(piece.index), -1))
-        torch.index_select(cache.v_blocks, 0, piece.index, out=values.view(len(piece.index), -1))
+        self._take(cache.k_blocks, cache.k_scales, piece.index, keys.view(len(piece.index), -1))
+        self._take(cache.v_blocks, cache.v_scales, piece.index, values.view(len(piece.index), -1))
         return keys.view(shape), values.view(shape)
+
+    def _take(self, blocks: Tensor, scales: Tensor, index: Tensor, out: Tensor) -> None:
+        """Copies whole blocks of heads to `out`, [blocks, block size * head size]."""
+        if not self._quantised:
+            torch.index_select(blocks, 0, index, out=out)
+            return
+        size = self.limits.block_size
+        codes = blocks.index_select(0, index).view(self.stored).view(len(index), size, -1)
+        scale = scales.view(-1, size).index_select(0, index)
+        out.view(codes.shape).copy_(dequantise_heads(codes, scale, out.dtype))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -29,11 +29,13 @@ from nanoengine.api import (
     Rotation,
     StepInputs,
 )
+from nanoengine.kernels.kv_quant import KV_DTYPES, stored_bytes
 
 if TYPE_CHECKING:
     from nanoengine.kernels.paged_attention_triton import DecodePlanner
 
 _MIN_COMPUTE_CAPABILITY = (8, 0)  # asynchronous copies; bf16 in tensor cores
+_FP8_COMPUTE_CAPABILITY = (8, 9)
 _DECODE_QUERIES = 16  # more are prefill rows, whose keys are not split over programs
 _MAX_HEAD_SIZE = 256  # because a query's accumulator is in registers
 # Decode is limited by memory, prefill by latency and arithmetic, so in a mixed graph they run at the same time. The
@@ -50,6 +52,7 @@ class TritonPaged(AttentionBackend):
         graphs=GraphSupport.ALWAYS,
         features=frozenset(AttentionFeature),
         decode_queries=_DECODE_QUERIES,
+        kv_dtypes=frozenset(KV_DTYPES),
     )
 
     @classmethod
@@ -65,14 +68,15 @@ class TritonPaged(AttentionBackend):
             reasons.append("on a CPU it runs only in Triton's interpreter, for tests: set TRITON_INTERPRET=1")
         if need.device == "cuda" and torch.cuda.is_available():
             found = torch.cuda.get_device_capability()
+            if need.kv_dtype == "fp8" and found < _FP8_COMPUTE_CAPABILITY:
+                reasons.append(f"needs compute capability 8.9 or higher for fp8; this GPU has {found[0]}.{found[1]}")
             if found < _MIN_COMPUTE_CAPABILITY:
                 reasons.append(f"needs compute capability 8.0 or higher; this GPU has {found[0]}.{found[1]}")
         return reasons
 
     @classmethod
     def kv_block_bytes(cls, spec: KVSpec, block_size: int) -> int:
-        itemsize: int = getattr(torch, spec.dtype).itemsize
-        return 2 * block_size * spec.num_kv_heads * spec.head_size * itemsize
+        return 2 * block_size * spec.num_kv_heads * stored_bytes(spec.kv_dtype, spec.dtype, spec.head_size)
 
     def __init__(self, spec: KVSpec, limits: BatchLimits, device: torch.device) -> None:
         from nanoengine.kernels import paged_attention_triton
@@ -82,6 +86,7 @@ class TritonPaged(AttentionBackend):
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         self._planners: dict[int, DecodePlanner] = {}  # by number of query heads
         self._kv = torch.empty(0)
+        self._scales: Tensor | None = None
         self._inputs: StepInputs | None = None
         self._most_queries = 1  # of a decode row of any step so far
         self._side: torch.cuda.Stream | None = None
@@ -102,16 +107,25 @@ class TritonPaged(AttentionBackend):
     def allocate(self, num_layers: int, num_blocks: int) -> None:
         spec = self.spec
         shape = (num_layers, 2, num_blocks, spec.num_kv_heads, self.limits.block_size, spec.head_size)
-        self._kv = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        stored = KV_DTYPES.get(spec.kv_dtype, self.dtype)
+        self._kv = torch.zeros(shape, dtype=stored, device=self.device)
+        if spec.kv_dtype in KV_DTYPES:
+            self._scales = torch.zeros(shape[:-1], dtype=torch.float32, device=self.device)
 
     def release(self) -> None:
-        self._kv = torch.empty(0)
+        self._kv, self._scales = torch.empty(0), None
+
+    def _scales_of(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Of K and of V; None: they are stored in the model's dtype."""
+        return None if self._scales is None else (self._scales[layer, 0], self._scales[layer, 1])
 
     def fill(self, inputs: StepInputs) -> None:
         self._inputs = inputs
 
-    def kv_cache(self, layer: int) -> KVCacheView:
-        """The head-major cache as a token-major view."""
+    def kv_cache(self, layer: int) -> KVCacheView | None:
+        """The head-major cache as a token-major view; None: it has codes, which only `store` writes."""
+        if self._scales is not None:
+            return None
         assert self._inputs is not None, "kv_cache was called before fill"
         keys, values = self._kv[layer].unbind()
         return KVCacheView(keys.transpose(1, 2), values.transpose(1, 2), self._inputs.slot_mapping)
@@ -119,7 +133,9 @@ class TritonPaged(AttentionBackend):
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """The first half of `forward`: stores K and V of all rows in the cache."""
         assert self._inputs is not None, "store was called before fill"
-        self._kernels.store_kv(k, v, self._kv[layer, 0], self._kv[layer, 1], self._inputs.slot_mapping)
+        self._kernels.store_kv(
+            k, v, self._kv[layer, 0], self._kv[layer, 1], self._inputs.slot_mapping, self._scales_of(layer)
+        )
 
     def attend(self, layer: int, spec: AttentionLayerSpec, q: Tensor) -> Tensor:
         """The second half of `forward`: the attention of every row over the stored K and V."""
@@ -136,7 +152,7 @@ class TritonPaged(AttentionBackend):
                 self._kernels.attend_prefill(
                     q, k_cache, v_cache, out, inputs.block_tables[rows:], inputs.seq_lens[rows:],
                     inputs.query_start_loc[rows:], scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap,
-                    sinks=spec.sinks, causal=spec.causal, chained=not beside,
+                    sinks=spec.sinks, causal=spec.causal, chained=not beside, scales=self._scales_of(layer),
                 )  # fmt: skip
         if rows:
             self._decode(layer, spec, q, out, rows, pad_tokens=0 if prefills else len(q))
@@ -156,7 +172,7 @@ class TritonPaged(AttentionBackend):
             self._kernels.attend_decode(
                 q[:rows], self._kv[layer, 0], self._kv[layer, 1], out[:rows], tables, seq_lens, scale=spec.scale,
                 window=spec.window, soft_cap=spec.soft_cap, config=planner.config(rows), scratch=planner.scratch,
-                sinks=spec.sinks,
+                sinks=spec.sinks, scales=self._scales_of(layer),
             )  # fmt: skip
         else:
             queries = inputs.decode_query_len
@@ -166,7 +182,7 @@ class TritonPaged(AttentionBackend):
                 q, self._kv[layer, 0], self._kv[layer, 1], out, tables, seq_lens, inputs.query_start_loc[: rows + 1],
                 queries=queries, scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap,
                 config=planner.several(rows, self._most_queries), tickets=planner.scratch.tickets,
-                pad_tokens=pad_tokens, sinks=spec.sinks,
+                pad_tokens=pad_tokens, sinks=spec.sinks, scales=self._scales_of(layer),
             )  # fmt: skip
 
     def attend_qkv(
@@ -175,6 +191,8 @@ class TritonPaged(AttentionBackend):
         """For steps of single tokens only, and for numbers of rows at which one kernel is faster than two."""
         inputs = self._inputs
         assert inputs is not None, "fill comes first"
+        if self._scales is not None:
+            return None
         rows, plain = len(qkv), not rotation.interleaved and rotation.magnitude == 1
         plain = plain and inputs.decode_query_len == 1
         if rows != inputs.num_decode_rows or not plain or 2 * len(rotation.inv_freq) != spec.head_size:

@@ -36,7 +36,7 @@ class Builder:
     """The `BuildContext` of the engine. It records layers by name, in the order in which they are made.
 
     choose: returns the method of a linear layer, embedding, output layer or experts. None: no layer has its own.
-    expert_parallel: ranks have whole experts.
+    expert_parallel: ranks have whole experts. kv_dtype: how K and V are stored.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class Builder:
         weights: WeightMap | None = None,
         choose: ChooseMethod | None = None,
         expert_parallel: bool = False,
+        kv_dtype: str = "auto",
     ) -> None:
         self.tp = tp
         self.ops = ops or Ops()
@@ -58,7 +59,7 @@ class Builder:
         self.max_model_len = max_model_len
         self.step = RunningStep()
         self.layers: dict[str, nn.Module] = {}
-        self._expert_parallel = expert_parallel
+        self._expert_parallel, self._kv_dtype = expert_parallel, kv_dtype
         self._rules, self._choose = Rules(weights or WeightMap()), choose
 
     @property
@@ -125,7 +126,7 @@ class Builder:
     def attention(self, name: str, spec: AttentionLayerSpec) -> Attention:
         check_attention(name, spec)
         stored = None if spec.shares is None else self._stored(name, spec.shares)
-        made = Attention(spec, self.dtype, name, stored)
+        made = Attention(spec, self.dtype, name, stored, self._kv_dtype)
         if stored is not None and stored.kv_spec != made.kv_spec:
             raise ModelError(f"{name} cannot share the K and V of {spec.shares}: {made.kv_spec} and {stored.kv_spec}")
         return self._named(name, made)
@@ -182,6 +183,7 @@ def build_model(
     max_model_len: int | None = None,
     choose: ChooseMethod | None = None,
     expert_parallel: bool = False,
+    kv_dtype: str = "auto",
 ) -> BuiltModel:
     """Reads the config and makes the layers. `device="meta"` gives shapes and attention needs without memory.
 
@@ -189,6 +191,7 @@ def build_model(
         max_model_len: that of the engine; None: that of the model.
         choose: returns the method of a linear layer, embedding, output layer or experts; None: all are plain.
         expert_parallel: ranks have whole experts, not a part of the width of each.
+        kv_dtype: how K and V are stored, as in `KVSpec`.
 
     Raises `ModelError` for a config that is not supported, for heads that cannot be divided over the ranks, for layers
     whose names are not their paths in the model, and for any other error in the model's `read_config`, `weight_map` or
@@ -208,6 +211,7 @@ def build_model(
         builder = Builder(
             tp, dtype, torch.device(device), ops,
             max_model_len=longest, weights=weights, choose=choose, expert_parallel=expert_parallel,
+            kv_dtype=kv_dtype,
         )  # fmt: skip
         with (
             weights_freed_on_error(builder.layers.values()),

@@ -104,7 +104,7 @@ class _Start:
         place: dict[str, Any] = {
             "tp": self.tp, "dtype": self.dtype, "device": self.device, "ops": ops,
             "max_model_len": options.max_model_len, "expert_parallel": options.enable_expert_parallel,
-            "choose": choose_methods(self.plan.quantization, self.loader, options),
+            "kv_dtype": options.kv_dtype, "choose": choose_methods(self.plan.quantization, self.loader, options),
         }  # fmt: skip
         try:
             built = self._make_model(model_class, place)

@@ -21,6 +21,7 @@ from nanoengine.api import (
     KVSpec,
     StepInputs,
 )
+from nanoengine.kernels.kv_quant import KV_DTYPES, dequantise_heads, quantise_heads
 from nanoengine.setup.plugins.choose import check_class, unsupported_reasons
 from nanoengine.setup.start.backend_checks import kv_block_bytes
 from nanoengine.testing.conformance.failure import during, require, require_close
@@ -46,6 +47,7 @@ class _Case:
     sinks: bool = False
     causal: bool = True
     shared: bool = False  # another layer reads the K and V that each layer stores
+    kv_dtype: str = "auto"
     extras: Mapping[str, Any] = field(default_factory=dict)
     device: str = field(default="cpu", repr=False)
 
@@ -66,8 +68,10 @@ class _Case:
 
     @property
     def kv(self) -> KVSpec:
-        shape = {"num_kv_heads": self.kv_heads, "head_size": self.head_size}
-        return KVSpec(**shape, dtype=self.dtype, window=self.window, causal=self.causal)
+        return KVSpec(
+            num_kv_heads=self.kv_heads, head_size=self.head_size, dtype=self.dtype, window=self.window,
+            causal=self.causal, kv_dtype=self.kv_dtype,
+        )  # fmt: skip
 
     @property
     def features(self) -> frozenset[str]:
@@ -81,6 +85,7 @@ def check_attention_backend(
     dtypes: Sequence[str] | None = None,
     head_sizes: Sequence[int] | None = None,
     block_sizes: Sequence[int] | None = None,
+    kv_dtypes: Sequence[str] | None = None,
     extras: Mapping[str, Any] | None = None,
     reference: Reference | None = None,
 ) -> None:
@@ -88,13 +93,13 @@ def check_attention_backend(
 
     The steps have prompts, chunks, decode rows, rows with drafts (as many as `decode_queries` says, and padded for a
     graph), mixed batches, shared and reused blocks, and two layers. They run for every head size, dtype, grouping of
-    heads and feature that the backend declares. Blocks have NaN and infinity before
+    heads, feature and way to store K and V that the backend declares. Blocks have NaN and infinity before
     they are used, and one row of most steps has nothing else. A backend with its own `attend_qkv` is called so in each
     step, with and without norms, and with rotations of every kind: it must compute the right result, or return None.
 
     Args:
         device: where it runs.
-        dtypes, head_sizes, block_sizes: what to test. Default: what the backend declares, or a selection.
+        dtypes, head_sizes, block_sizes, kv_dtypes: what to test. Default: what the backend declares, or a selection.
         extras: for each feature of a plugin that the backend declares, the value of `AttentionLayerSpec.extras` to test
             it with; layers have 4 heads and 2 KV heads.
         reference: the right result with these extras: (q, k, v, spec), float64, as `attend` has them -> that of q.
@@ -105,7 +110,7 @@ def check_attention_backend(
     capabilities = backend.capabilities
     _check_answers(backend, capabilities, device)
     for case in [
-        *_cases(capabilities, dtypes, head_sizes, block_sizes),
+        *_cases(capabilities, dtypes, head_sizes, block_sizes, kv_dtypes),
         *_extra_cases(capabilities, extras, reference),
     ]:
         with during(f"{backend.__name__} on {device}, {case}"):
@@ -134,6 +139,7 @@ def _cases(
     dtypes: Sequence[str] | None,
     head_sizes: Sequence[int] | None,
     block_sizes: Sequence[int] | None,
+    kv_dtypes: Sequence[str] | None,
 ) -> Iterator[_Case]:
     """The default case, then one case for each changed property."""
     dtypes = dtypes or [d for d in TOLERANCE if capabilities.dtypes is None or d in capabilities.dtypes]
@@ -156,6 +162,11 @@ def _cases(
         yield from (replace(first, window=w, causal=False) for w in windows)
     if AttentionFeature.SHARED_KV in capabilities.features:
         yield replace(first, shared=True)
+    unknown = sorted(capabilities.kv_dtypes - KV_DTYPES.keys())
+    require(not unknown, f"capabilities.kv_dtypes has {', '.join(unknown)}; known: {', '.join(KV_DTYPES)}")
+    for kv_dtype in sorted(capabilities.kv_dtypes) if kv_dtypes is None else kv_dtypes:
+        yield from (replace(first, kv_dtype=kv_dtype, dtype=dtype) for dtype in dtypes)
+        yield replace(first, kv_dtype=kv_dtype, head_size=sizes[-1], block_size=blocks[-1], window=windows[-1])
 
 
 def _extra_cases(
@@ -200,6 +211,7 @@ class _Play:
             head_sizes=frozenset({case.head_size}),
             block_size=case.block_size,
             features=case.features & backend.capabilities.features,
+            kv_dtype=case.kv_dtype,
         )
         reasons = unsupported_reasons(backend, need)
         require(not reasons, f"unsupported() rejects what capabilities declare: {'; '.join(reasons)}")
@@ -352,7 +364,10 @@ class _Play:
 
     def keys_and_values(self, name: str, layer: int) -> tuple[Tensor, Tensor]:
         """K and V of a whole sequence, float64 [tokens, KV heads, head size] each."""
-        keys, values = torch.cat(self.kv[name], dim=2)[layer]
+        found = torch.cat(self.kv[name], dim=2)[layer]
+        if self.case.kv_dtype != "auto":
+            found = dequantise_heads(*quantise_heads(found, self.case.kv_dtype), torch.float64)
+        keys, values = found
         return keys, values
 
     def joined(self, parts: Sequence[Tensor], padded: int) -> Tensor:

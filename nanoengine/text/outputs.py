@@ -13,7 +13,14 @@ from typing import Any
 
 from nanoengine.api.deltas import FinishReason, LogprobRows, RequestDelta, SampleDelta
 from nanoengine.api.errors import RequestError, is_failure, text_failure
-from nanoengine.api.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, copy_when_read
+from nanoengine.api.outputs import (
+    CompletionOutput,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    copy_when_read,
+    mutable_twin,
+)
 from nanoengine.params.generated import NOTHING, Beginning
 from nanoengine.params.input_processor import CheckedRequest
 from nanoengine.params.sampling_params import ResolvedParams
@@ -21,6 +28,7 @@ from nanoengine.text.detokenizer import IncrementalDetokenizer
 from nanoengine.text.tokenizer import Tokenizer
 
 Logprobs = dict[int, Logprob]
+_NewCompletion, _NewRequest, _NewMetrics = map(mutable_twin, (CompletionOutput, RequestOutput, RequestMetrics))
 
 
 @dataclass(slots=True)
@@ -98,7 +106,7 @@ class SampleOutput:
         self.reported = start + len(tokens)
         if not (text or tokens or ends):
             return None
-        output = CompletionOutput(
+        output: CompletionOutput = _NewCompletion(
             index=self.index,
             text=text,
             token_ids=tokens,
@@ -107,6 +115,7 @@ class SampleOutput:
             cumulative_logprob=None if self.logprobs is None else self.cumulative_logprob,
             logprobs=None if self.logprobs is None else tuple(self.logprobs[start:]),
         )
+        output.__class__ = CompletionOutput
         if ends:
             self.ended = output
         return output
@@ -115,7 +124,7 @@ class SampleOutput:
         """The sample's output now, at a cost that does not grow with the sample."""
         if self.ended is not None:
             return self.ended
-        output = CompletionOutput(
+        output: CompletionOutput = _NewCompletion(
             index=self.index,
             text=self.detokenizer.text if self.detokenizer is not None else "",
             token_ids=(),
@@ -125,6 +134,7 @@ class SampleOutput:
             num_given_tokens=self.num_given,
             num_given_chars=self.given_chars,
         )
+        output.__class__ = CompletionOutput
         lists: dict[str, list[Any]] = {"token_ids": self.token_ids}
         if self.logprobs is not None:
             lists["logprobs"] = self.logprobs
@@ -224,25 +234,29 @@ class OutputAssembler:
         for sample in self._samples:
             length = len(sample.token_ids) - sample.num_given
             generated, longest = generated + length, length if length > longest else longest
-        return RequestOutput(
+        metrics: RequestMetrics = _NewMetrics(
+            arrival=self._arrival,
+            first_scheduled=self._newest.first_scheduled,
+            first_token=self._first_token,
+            finished=self._ended,
+            num_generated=generated,
+            longest=longest,
+        )
+        metrics.__class__ = RequestMetrics
+        output: RequestOutput = _NewRequest(
             request_id=self._given.request_id,
             prompt=self._prompt,
             prompt_token_ids=self._given.prompt_token_ids,
             outputs=outputs,
             finished=self.finished,
-            metrics=RequestMetrics(
-                arrival=self._arrival,
-                first_scheduled=self._newest.first_scheduled,
-                first_token=self._first_token,
-                finished=self._ended,
-                num_generated=generated,
-                longest=longest,
-            ),
+            metrics=metrics,
             prompt_logprobs=prompt_logprobs,
             num_cached_tokens=self._newest.num_cached_tokens,
             seed=self._newest.seed,
             error=self.error,
         )
+        output.__class__ = RequestOutput
+        return output
 
     def _fail(self, error: RequestError) -> None:
         self.error, self.finished, self._ended = error, True, time.monotonic()

@@ -130,6 +130,23 @@ def test_it_is_frozen_and_has_no_other_names() -> None:
     assert not hasattr(plain, "_growing")
 
 
+@pytest.mark.parametrize("way", [OutputAssembler.output, OutputAssembler.new_output])
+def test_what_a_stream_makes_is_what_the_constructors_make(tokenizer: Tokenizer, way: Any) -> None:
+    """Of the same classes, frozen, equal to a copy of all fields by the constructor, and as easily pickled."""
+    given = CheckedRequest(request_id="r", prompt_token_ids=(1,), params=ResolvedParams(logprobs=0))
+    assembler = OutputAssembler(given, tokenizer)
+    assembler.take(RequestDelta("r", (SampleDelta(0, (97, 98), drawn(b"ab"), None),)))
+    made: RequestOutput = way(assembler)
+    for each, kind in ((made, RequestOutput), (made.outputs[0], CompletionOutput), (made.metrics, RequestMetrics)):
+        values = {f.name: getattr(each, f.name) for f in dataclasses.fields(kind)}
+        assert type(each) is kind
+        assert each == kind(**values) == pickle.loads(pickle.dumps(each))
+        assert repr(each) == repr(kind(**values))
+        for name in values:
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(each, name, None)
+
+
 def test_outputs_that_are_not_read_copy_no_tokens(tokenizer: Tokenizer) -> None:
     """Two thousand outputs of a sample that grows to as many tokens: some hundred bytes each, not eight a token."""
     steps = [(0, b"x", False)] * 2000

@@ -19,10 +19,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from nanoengine.kernels import eight_bit_gemv_triton, eight_bit_tile_triton, matmul_gluon, matmul_triton, route_triton
+from nanoengine.kernels import (
+    eight_bit_gemv_triton,
+    eight_bit_tile_triton,
+    gguf_triton,
+    matmul_gluon,
+    matmul_triton,
+    route_triton,
+)
 from nanoengine.kernels import experts_few_triton as few
 from nanoengine.kernels import experts_grouped_triton as grouped
 from nanoengine.kernels import paged_attention_several_triton as several
+from nanoengine.kernels.gguf import BLOCK_TYPES
 from nanoengine.kernels.matmul import matmul_tile
 from nanoengine.kernels.paged_attention_plan import several_config
 
@@ -197,6 +205,30 @@ def eight_bit_tile(rows: int, dtype: str, inputs: str) -> dict[str, Any]:
     return compiled(eight_bit_tile_triton._tile_kernel, given, constants, tile.warps)
 
 
+def gguf_one(kind: str, *, gated: bool) -> dict[str, Any]:
+    """One row of a model of Qwen3-8B's sizes, in the blocks of a GGUF file."""
+    n, k = (12288, 4096) if gated else (4096, 4096)
+    tile, type_ = gguf_triton.one_tile(k // 32, kind, gated=gated), BLOCK_TYPES[kind]
+    given = {**kinds(bf16="x residual norm_weight bias y total", u8="blocks"), "eps": "fp32"}
+    constants = {
+        "KIND": kind, "N": n, "ROW_BYTES": type_.row_bytes(k), "UNITS": k // 32, "BLOCK_N": tile.block_n,
+        "BLOCK_U": tile.block_u, "GATED": gated, "ACTIVATION": "silu" if gated else None, "NORM": gated,
+        "HAS_RESIDUAL": gated, "HAS_BIAS": False, "PDL": True,
+    }  # fmt: skip
+    return compiled(gguf_triton._one_kernel, given, constants, tile.warps)
+
+
+def gguf_tiled(kind: str, rows: int) -> dict[str, Any]:
+    n, k = 12288, 4096
+    tile, type_ = gguf_triton.dot_tile(rows, n), BLOCK_TYPES[kind]
+    given = {**kinds(bf16="x bias y", u8="blocks"), "tokens": "i32", "x_stride": "stride", "y_stride": "stride"}
+    constants = {
+        "KIND": kind, "N": n, "ROW_BYTES": type_.row_bytes(k), "UNITS": k // 32, "BLOCK_N": tile.block_n,
+        "BLOCK_T": tile.block_t, "BLOCK_U": tile.block_u, "HAS_BIAS": False, "AHEAD": 1024, "PDL": True,
+    }  # fmt: skip
+    return compiled(gguf_triton._tiled_kernel, given, constants, tile.warps)
+
+
 def main() -> None:
     found = {"route": route(), "norm_router": norm_router(), "few gate_up": few_gate_up(), "few down": few_down(),
              "sort": sort(512, 4), "sort of a large prefill": sort(8192, 32)}  # fmt: skip
@@ -223,6 +255,9 @@ def main() -> None:
         (16, "int8", "plain"),
     ):
         found[f"eight-bit {dtype} x{rows}, {inputs}"] = eight_bit_tile(rows, dtype, inputs)
+    for kind in ("Q4_0", "Q4_K", "Q6_K"):
+        found[f"gguf one {kind}"] = gguf_one(kind, gated=kind == "Q4_K")
+    found["gguf tiled Q4_K"] = gguf_tiled("Q4_K", 256)
     json.dump(found, sys.stdout)
 
 

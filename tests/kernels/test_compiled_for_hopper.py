@@ -30,7 +30,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
 def test_nothing_is_spilled(kernels: dict[str, dict[str, Any]]) -> None:
     """But six words of a kernel that holds 96 registers of weight a thread: measured, it is the fastest."""
-    assert len(kernels) == 30
+    assert len(kernels) == 34
     for name, kernel in kernels.items():
         assert kernel["STACK"] <= (24 if name == "few down" else 0), name
         assert kernel["LOCAL"] == 0, name
@@ -42,6 +42,17 @@ def test_programs_of_a_few_tokens_ask_for_their_weights_at_once(kernels: dict[st
     the router 4 rows by four warps."""
     for name, loads in (("few gate_up", 16), ("few down", 24), ("norm_router", 8)):
         assert kernels[name]["instructions"]["LDG.E.128"] >= loads, name
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K"])
+def test_codes_of_gguf_blocks_are_read_by_16_bytes(kernels: dict[str, dict[str, Any]], kind: str) -> None:
+    """And x: no byte is loaded alone but scales of Q6_K, one for 16 weights."""
+    found = kernels[f"gguf one {kind}"]["instructions"]
+    assert found["LDG.E.128"] >= 8
+    assert sum(n for op, n in found.items() if op.startswith("LDG.E.U8")) <= (16 if kind == "Q6_K" else 0)
+    tiled = kernels["gguf tiled Q4_K"]["instructions"]
+    assert tiled["HGMMA"] > 0
+    assert not any(op.startswith("LDG.E.U8") for op in tiled)
 
 
 @pytest.mark.parametrize("rows", [64, 2048])

@@ -7,8 +7,10 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from nanoengine.api import WeightLayer
+from nanoengine.api import Norm, WeightLayer
 from nanoengine.kernels import gguf
+from nanoengine.kernels.activation import Activation
+from nanoengine.kernels.ops import Ops
 
 
 class Store(ABC):
@@ -21,6 +23,22 @@ class Store(ABC):
     @abstractmethod
     def linear(self, x: Tensor, kept: Tensor, kind: str, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
         """[T, in] -> [T, out]. `out`: where the result goes; it may be columns of a wider tensor."""
+
+    def norm_linear(
+        self,
+        ops: Ops,
+        x: Tensor,
+        residual: Tensor | None,
+        norm: Norm,
+        kept: Tensor,
+        kind: str,
+        bias: Tensor | None,
+        gate: Activation | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`linear` behind a norm that is `rms`, and the gate: `LinearMethod.apply_normed`."""
+        normed, total = norm.add(x, residual)
+        y = self.linear(normed, kept, kind, bias)
+        return (ops.act_and_mul(y, gate) if gate else y), total
 
     @abstractmethod
     def rows(self, ids: Tensor, kept: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
@@ -52,6 +70,21 @@ class Planes(Store):
         from nanoengine.kernels.gguf_triton import gguf_linear
 
         return gguf_linear(x, kept, kind, bias, out=out)
+
+    def norm_linear(
+        self,
+        ops: Ops,
+        x: Tensor,
+        residual: Tensor | None,
+        norm: Norm,
+        kept: Tensor,
+        kind: str,
+        bias: Tensor | None,
+        gate: Activation | None,
+    ) -> tuple[Tensor, Tensor]:
+        from nanoengine.kernels.gguf_triton import gguf_norm_linear
+
+        return gguf_norm_linear(x, residual, norm.weight, norm.eps, kept, kind, bias, gate=gate)
 
     def rows(self, ids: Tensor, kept: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
         from nanoengine.kernels.gguf_triton import gguf_rows

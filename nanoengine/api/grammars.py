@@ -135,8 +135,10 @@ class GrammarBackend(ABC):
 
 def only_id(mask: npt.NDArray[np.int32]) -> int | None:
     """The only id in a mask; None if there is none, or more than one."""
-    words = mask.nonzero()[0]
-    if len(words) != 1:
+    import numpy as np
+
+    if np.count_nonzero(mask) != 1:
         return None
-    word = int(mask[words[0]]) & 0xFFFFFFFF
-    return None if word & (word - 1) else int(words[0]) * 32 + word.bit_length() - 1
+    at = int(mask.nonzero()[0][0])
+    word = int(mask[at]) & 0xFFFFFFFF
+    return None if word & (word - 1) else at * 32 + word.bit_length() - 1

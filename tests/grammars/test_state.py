@@ -110,3 +110,19 @@ def test_before_the_end_of_the_reasoning_all_tokens_are_allowed_but_the_end() ->
     made.feed([5, 6, CLOSE])
     assert set(allowed(made.columns([])["allowed"][0])) <= {*b'{ \n\r\t', TOKENIZER.token_to_id('{"'),
                                                             TOKENIZER.token_to_id("  ")}  # fmt: skip
+
+
+def test_one_mask_serves_forced_and_columns() -> None:
+    """A mask is most of what a row costs the host."""
+    made, calls = state(Constraint(kind="regex", text="[ab]cdef(gh)?")), list[int]()
+    matcher: Any = made._matcher
+    whole = matcher.mask
+    matcher.mask = lambda out: (calls.append(1), whole(out))
+    for token, forced in ((None, ""), (ord("a"), "cdef"), (ord("c"), "def")):
+        made.feed([] if token is None else [token])
+        calls.clear()
+        assert bytes(made.forced()).decode() == forced
+        assert len(calls) == 1 + len(forced)  # those of the places behind it
+        made.columns([])
+        made.columns([])
+        assert len(calls) == 1 + len(forced)

@@ -127,7 +127,7 @@ class _Matcher(Matcher):
         return bool(self._matcher.is_accepting())
 
     def forced(self, most: int, width: int) -> list[int]:
-        if not self._matcher.compute_ff_bytes():  # quicker than a mask, and without forced bytes no token is forced
+        if len(self._matcher.compute_ff_tokens()) < 2:  # quicker than masks, and one token alone saves nothing
             return []
         return super().forced(most, width)
 

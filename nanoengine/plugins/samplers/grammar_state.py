@@ -21,6 +21,7 @@ from nanoengine.api import (
     TokenizerMissing,
 )
 from nanoengine.api.errors import RequestError
+from nanoengine.api.grammars import only_id
 from nanoengine.api.structured_outputs import StructuredOutputsParams
 
 _MOST_FORCED = 16  # tokens that are looked for at once
@@ -119,8 +120,10 @@ class GrammarState(HostState):
         self._end_bits = [(end // 32, np.uint32(1 << end % 32)) for end in ctx.end_ids]
         self._num_ids = 0 if reasoning is None else min(ctx.num_tokens, ctx.vocab_size)
         self._num_fed = self._consumed = 0
+        self._next, self._knows_next = np.empty(self._width, np.uint32), False  # the mask behind what was fed
 
     def feed(self, token_ids: Sequence[int]) -> None:
+        self._knows_next = False
         for token in token_ids:
             if not self._take(token):
                 raise RequestError(
@@ -129,10 +132,10 @@ class GrammarState(HostState):
             self._num_fed += 1
 
     def columns(self, drafts: Sequence[int]) -> Mapping[str, Any]:
-        out = np.zeros((1 + len(drafts), self._width), np.uint32)
-        self._mask(out[0])
         if not drafts:  # most often
-            return {"allowed": out.view(np.int32)}
+            return {"allowed": self._mask_of_next()[None].view(np.int32)}
+        out = np.zeros((1 + len(drafts), self._width), np.uint32)
+        out[0] = self._mask_of_next()
         before = self._reasoning, self._ended, self._consumed
         try:
             for i, draft in enumerate(drafts):
@@ -146,7 +149,7 @@ class GrammarState(HostState):
         return {"allowed": out.view(np.int32)}
 
     def forced(self) -> Sequence[int]:
-        if self._reasoning is not None or self._ended:
+        if self._reasoning is not None or self._ended or only_id(self._mask_of_next().view(np.int32)) is None:
             return ()
         return self._matcher.forced(_MOST_FORCED, self._width)
 
@@ -163,6 +166,13 @@ class GrammarState(HostState):
             return True
         self._ended = self._ended or (token in self.stop_ids and self._matcher.is_accepting)
         return self._ended and token in self.stop_ids
+
+    def _mask_of_next(self) -> npt.NDArray[np.uint32]:
+        if not self._knows_next:
+            self._next.fill(0)
+            self._mask(self._next)
+            self._knows_next = True
+        return self._next
 
     def _mask(self, row: npt.NDArray[np.uint32]) -> None:
         """Write what may come next into zeros."""

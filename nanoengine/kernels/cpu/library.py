@@ -63,6 +63,11 @@ class Library:
         """
         return self._pack(blocks.contiguous(), None, None, inputs, len(blocks), inputs, kind)
 
+    def inputs(self, tile_bytes: int, kind: str) -> int:
+        """How many inputs a tile of so many bytes has."""
+        size: int = self._c.ne_tile_bytes(KINDS[kind], 256)
+        return 256 * tile_bytes // size
+
     def pack_codes(self, codes: Tensor, scales: Tensor, minima: Tensor | None = None) -> Tensor:
         """As `pack`: values are code * scale + minimum.
 

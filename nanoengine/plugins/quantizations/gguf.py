@@ -16,12 +16,14 @@ from nanoengine.api import (
     LayerInfo,
     LinearMethod,
     ModelError,
+    Norm,
     Quantization,
     QuantizationContext,
     Shard,
     ShardSpec,
     WeightLayer,
 )
+from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.gguf import BLOCK_TYPES, dequantise
 from nanoengine.layers.linear import Unquantised
 from nanoengine.layers.quantised import divided
@@ -151,6 +153,29 @@ class GgufMethod(LinearMethod):
             else:
                 columns.copy_(self._linear(layer, piece, x, part, None))
         return y
+
+    def apply_normed(
+        self,
+        layer: WeightLayer,
+        norm: Norm,
+        x: Tensor,
+        residual: Tensor | None,
+        bias: Tensor | None,
+        gate: Activation | None,
+    ) -> tuple[Tensor, Tensor]:
+        if self._store is None or len(self._pieces) > 1:
+            return super().apply_normed(layer, norm, x, residual, bias, gate)
+        [piece] = self._pieces
+        weight = layer.get_parameter(piece.name)
+        return self._store.norm_linear(layer.ops, x, residual, norm, weight, piece.kind, bias, gate)
+
+    def apply_added(
+        self, layer: WeightLayer, x: Tensor, bias: Tensor | None, residual: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        if self._store is None or len(self._pieces) > 1:
+            return super().apply_added(layer, x, bias, residual)
+        [piece] = self._pieces
+        return self._store.linear_add(x, residual, layer.get_parameter(piece.name), piece.kind, bias)
 
     def _linear(self, layer: WeightLayer, piece: _Piece, x: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         weight = layer.get_parameter(piece.name)

@@ -10,7 +10,7 @@ from torch import Tensor
 from nanoengine.api import Norm, WeightLayer
 from nanoengine.kernels import gguf
 from nanoengine.kernels.activation import Activation
-from nanoengine.kernels.ops import Ops
+from nanoengine.kernels.ops import CpuOps, Ops
 
 
 class Store(ABC):
@@ -39,6 +39,12 @@ class Store(ABC):
         normed, total = norm.add(x, residual)
         y = self.linear(normed, kept, kind, bias)
         return (ops.act_and_mul(y, gate) if gate else y), total
+
+    def linear_add(
+        self, x: Tensor, residual: Tensor, kept: Tensor, kind: str, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`linear`, to be added to the residual stream: `LinearMethod.apply_added`."""
+        return self.linear(x, kept, kind, bias), residual
 
     @abstractmethod
     def rows(self, ids: Tensor, kept: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
@@ -94,7 +100,11 @@ class Planes(Store):
 
 def store_for(layer: WeightLayer) -> Store | None:
     """The store for the layer's device; None: the weight is expanded, as on a CPU plain torch is far too slow."""
+    from nanoengine.plugins.quantizations.gguf_tiles import Tiles
+
     if layer.ops.name == "triton":
         return Planes()
+    if isinstance(layer.ops, CpuOps):
+        return Tiles(layer.ops.library)
     on_cpu = next(layer.parameters(recurse=False)).device.type == "cpu"
     return None if on_cpu else Blocks()

@@ -1,0 +1,61 @@
+"""GGUF models on a CPU by the kernels in C: as in plain torch with inputs that are rounded alike, and near the same
+model dequantised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_gguf_models import MIX, answers, checkpoint, labels
+from torch import Tensor
+
+from nanoengine.api.sources import cache_root
+from nanoengine.kernels.cpu import load, twin
+from nanoengine.plugins.quantizations import gguf as plugin
+from nanoengine.plugins.quantizations.gguf_stores import Blocks
+from nanoengine.plugins.quantizations.gguf_tiles import Tiles
+
+pytestmark = pytest.mark.skipif(isinstance(load(cache_root()), str), reason="no kernels in C")
+TYPES: list[Any] = ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K", MIX]
+
+
+class Rounded(Blocks):
+    """Plain torch, with inputs rounded as the kernels round them."""
+
+    def linear(self, x: Tensor, kept: Tensor, kind: str, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
+        return super().linear(twin.quantised(x.float()), kept, kind, bias, out=out)
+
+
+@pytest.mark.parametrize("kinds", TYPES, ids=lambda k: k if isinstance(k, str) else "a mix")
+def test_a_model_in_tiles_equals_plain_torch_with_rounded_inputs(
+    kinds: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, plain = checkpoint(tmp_path, kinds, tie_word_embeddings=True, attention_bias=True)
+    got, exact = answers(packed), answers(plain)
+    monkeypatch.setattr(plugin, "store_for", lambda layer: Rounded())
+    want = answers(packed)
+    assert not any("expanded" in label for label in labels(got[2]))
+    assert got[1] == pytest.approx(want[1], abs=5e-3)  # a value that falls between two codes may go to either
+    assert got[1] == pytest.approx(exact[1], abs=0.2)
+    assert got[1] != pytest.approx(exact[1], abs=1e-5)  # inputs are rounded
+
+
+def test_the_report_counts_the_bytes_of_tiles(tmp_path: Path) -> None:
+    """Those of the file's blocks; of the vocabulary's last tile only its own rows."""
+    packed, _ = checkpoint(tmp_path, "Q4_1", tie_word_embeddings=True)
+    rows = 2 * (256 + 2 * 128 + 256 + 2 * 512) + 131
+    assert labels(answers(packed)[2]) == {"gguf Q4_1": (2 * 4 + 1, rows * 160 + 2 * 256 * 320)}
+
+
+def test_a_mutant_that_drops_the_norm_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, plain = checkpoint(tmp_path, "Q4_1")
+    original = Tiles.norm_linear
+
+    def wrong(self: Tiles, ops: Any, x: Tensor, residual: Any, norm: Any, *rest: Any) -> tuple[Tensor, Tensor]:
+        norm.weight.data = torch.ones_like(norm.weight) * 1.5
+        return original(self, ops, x, residual, norm, *rest)
+
+    monkeypatch.setattr(Tiles, "norm_linear", wrong)
+    assert answers(packed)[1] != pytest.approx(answers(plain)[1], abs=0.2)

@@ -31,6 +31,7 @@ _GENERATION: dict[str, Any] = {
 }  # fmt: skip
 _QUANTISED: tuple[dict[str, Any], ...] = (
     {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "ignored_layers": ["x"]},
+    {"quant_method": "gguf", "types": {"lm_head": "Q4_0", "model.embed_tokens": "Q6_K"}, "expanded": {"x": "IQ2_S"}},
     {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]},
     {
         "quant_method": "compressed-tensors",

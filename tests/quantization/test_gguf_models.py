@@ -24,10 +24,13 @@ from nanoengine.api import LayerInfo, ModelError, QuantizationContext, ShardSpec
 from nanoengine.api.parallel import ShapesOnly, SingleRank
 from nanoengine.kernels.gguf import BLOCK_TYPES, dequantise
 from nanoengine.kernels.ops import Ops
+from nanoengine.layers.config_keys import Recorded, unread_keys
 from nanoengine.plugins.model_sources.gguf_convert import convert
 from nanoengine.plugins.quantizations import gguf as plugin
 from nanoengine.plugins.quantizations.gguf import Gguf, GgufMethod
 from nanoengine.plugins.quantizations.gguf_stores import Blocks
+from nanoengine.setup.start.gguf_blocks import GGUF
+from nanoengine.setup.start.quantization import quantised_by
 from nanoengine.testing.checkpoints import tiny_llama
 
 import_kernels()
@@ -191,9 +194,9 @@ def test_none_dequantises_while_loading_and_the_report_says_so(tmp_path: Path) -
 @pytest.mark.usefixtures("kept")
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma2"])
 def test_a_file_gives_the_log_probs_of_its_dequantised_folder(
-    arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows of q and k in another order, norms that lack one, types that differ within a layer; no key is reported."""
+    """Rows of q and k in another order, norms that lack one, types that differ within a layer."""
     monkeypatch.setenv("NANOENGINE_CACHE", str(tmp_path / "cache"))
     tiny = TinyGGUF(arch, "smollm" if arch == "llama" else "qwen2")
     file, folder = tiny.write(tmp_path / "tiny.gguf"), tmp_path / "folder"
@@ -202,7 +205,13 @@ def test_a_file_gives_the_log_probs_of_its_dequantised_folder(
     got = answers(file)
     assert_same(got, answers(expanded_folder(folder, tmp_path / "expanded")))
     assert labels(got[2]).keys() >= {"gguf Q4_1 + Q8_0 + Q5_0", "gguf Q4_0 + Q5_1", "gguf Q8_0"}
-    assert "does not read" not in caplog.text
+
+
+def test_no_key_of_the_format_is_reported_as_unread() -> None:
+    given = {"quant_method": "gguf", "types": {"lm_head": "Q4_0"}, "expanded": {"model.norm": {"a": [1]}}}
+    config = Recorded({"quantization_config": given})
+    assert quantised_by(config) is not None
+    assert unread_keys(config) == []
 
 
 def test_types_that_were_expanded_are_named_in_the_report(tmp_path: Path) -> None:
@@ -286,6 +295,13 @@ def context(**config: Any) -> QuantizationContext:
 def test_configs_that_are_not_supported_are_refused(config: dict[str, Any], words: str) -> None:
     with pytest.raises(ModelError, match=words):
         Gguf.read(context(**config))
+
+
+@pytest.mark.parametrize("types", [["Q4_0"], {"lm_head": 4}, None])
+def test_types_are_checked_where_blocks_are_dequantised(types: Any) -> None:
+    with pytest.raises(ModelError, match=r"quantization_config\.types of gguf maps modules to types"):
+        GGUF.reading({"quant_method": "gguf", "types": types})
+    assert GGUF.reading({"quant_method": "gguf"}).types == {}
 
 
 def test_experts_in_blocks_are_refused_and_others_stay_plain() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nanoengine.api.errors import WeightsError
+from nanoengine.api.errors import ModelError, WeightsError, shown
 from nanoengine.kernels.gguf import BLOCK_TYPES, dequantise
 from nanoengine.setup.start.packed import Join, PackedFormat, PackedTensor
 from nanoengine.setup.start.weight_slices import TensorSlice
@@ -51,7 +51,10 @@ class BlockFormat(PackedFormat):
     types: Mapping[str, str] = field(default_factory=dict)
 
     def reading(self, config: Mapping[str, Any]) -> BlockFormat:
-        return replace(self, types=config["types"])
+        types = config.get("types", {})
+        if not isinstance(types, Mapping) or not all(isinstance(kind, str) for kind in types.values()):
+            raise ModelError(f"quantization_config.types of gguf maps modules to types, it is not {shown(types)}")
+        return replace(self, types=types)
 
     def unpacked(self, tensors: Iterable[tuple[str, TensorSlice]]) -> Iterator[tuple[str, TensorSlice]]:
         for name, tensor in tensors:
@@ -62,7 +65,7 @@ class BlockFormat(PackedFormat):
 def _checked(name: str, tensor: TensorSlice, kind: str) -> BlockTensor:
     shape, dtype = list(tensor.get_shape()), tensor.get_dtype()
     if kind not in BLOCK_TYPES:
-        raise WeightsError(f"{name} has blocks of {kind!r}; valid: {', '.join(BLOCK_TYPES)}")
+        raise WeightsError(f"{name} has blocks of {shown(kind)}; valid: {', '.join(BLOCK_TYPES)}")
     if dtype != "U8" or len(shape) != 2 or shape[1] % BLOCK_TYPES[kind].size:
         raise WeightsError(
             f"{name} of {dtype} {shape} has no blocks of {kind}: U8 [out, n * {BLOCK_TYPES[kind].size}] is expected"

@@ -23,6 +23,7 @@ from nanoengine.kernels import (
     eight_bit_gemv_triton,
     eight_bit_tile_triton,
     gguf_triton,
+    int4_triton,
     matmul_gluon,
     matmul_triton,
     route_triton,
@@ -229,6 +230,20 @@ def gguf_tiled(kind: str, rows: int) -> dict[str, Any]:
     return compiled(gguf_triton._tiled_kernel, given, constants, tile.warps)
 
 
+def int4(rows: int, n: int, k: int) -> dict[str, Any]:
+    """A product with weights of four bits with zeros, in groups of 128."""
+    tile = int4_triton.tile_for(rows, n, k, gated=False, itemsize=2)
+    span = -(-k // tile.splits // 128) * 128
+    given = {**kinds(bf16="x bias add y", i16="codes", u8="zeros", fp16="scales", fp32="part", i32="ticket")}
+    given |= {"rows": "i32", "x_stride": "stride", "y_stride": "stride", "add_stride": "stride"}
+    constants = {
+        "N": n, "K": k, "GROUP": 128, "BLOCK_T": min(tile.block_t, max(8, rows)), "BLOCK_N": tile.block_n,
+        "BLOCK_K": 128, "SPLITS": tile.splits, "SPAN": span, "AHEAD": 256, "STAGES": tile.stages, "HAS_ZEROS": True,
+        "GATED": False, "ACTIVATION": None, "HAS_BIAS": False, "HAS_ADD": True, "ASM": True, "PDL": True,
+    }  # fmt: skip
+    return compiled(int4_triton._int4_kernel, given, constants, tile.warps)
+
+
 def main() -> None:
     found = {"route": route(), "norm_router": norm_router(), "few gate_up": few_gate_up(), "few down": few_down(),
              "sort": sort(512, 4), "sort of a large prefill": sort(8192, 32)}  # fmt: skip
@@ -258,6 +273,8 @@ def main() -> None:
     for kind in ("Q4_0", "Q4_K", "Q6_K"):
         found[f"gguf one {kind}"] = gguf_one(kind, gated=kind == "Q4_K")
     found["gguf tiled Q4_K"] = gguf_tiled("Q4_K", 256)
+    for rows in (1, 16, 64, 256):
+        found[f"int4 x{rows}"] = int4(rows, 4096, 4096)
     json.dump(found, sys.stdout)
 
 

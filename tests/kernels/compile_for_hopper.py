@@ -136,13 +136,16 @@ def drafts(rows: int, queries: int, heads: int, kv_heads: int) -> dict[str, Any]
     group, config = heads // kv_heads, several_config(rows, queries, heads // kv_heads, kv_heads, 128, 4096, 2, 132)
     given = {f"{name}": "*bf16" for name in ["q", "k_cache", "v_cache", "out", "sinks"]}
     given |= {f"{name}": "*i32" for name in ["block_tables", "seq_lens", "starts", "tickets"]}
-    given |= {"part": "*fp32", "lse": "*fp32", "q_stride": "stride", "table_stride": "stride"}
+    given |= dict.fromkeys(["part", "lse", "k_scales", "v_scales"], "*fp32") | {
+        "q_stride": "stride",
+        "table_stride": "stride",
+    }
     keys = config.keys
     constants = {
         "KV_HEADS": kv_heads, "GROUP": group, "D": 128, "D_PAD": 128, "BLOCK_SIZE": 16, "BLOCK_M": config.block_m,
         "BLOCK_Q": config.block_m // group, "TILE": keys.tile, "SPLITS": keys.splits,
         "SCALE": 0.1, "WINDOW": 0, "SOFT_CAP": 0.0, "STAGES": keys.stages, "AHEAD": keys.ahead, "PDL": True,
-        "SINKS": False,
+        "SINKS": False, "SCALED": False,
     }  # fmt: skip
     given |= {"queries": "i32", "pad_tokens": "i32", "min_tiles": "i32"}
     return compiled(several._decode_several, given, constants, keys.warps, config.registers)

@@ -1,4 +1,4 @@
-"""`AsyncLLM`: the engine for asyncio. It runs on a thread of this process, or in a process of its own."""
+"""`AsyncLLM`: the engine for asyncio. It runs in a process of its own, or on a thread of this one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from nanoengine.params.pooling import PoolingChoice, choose_pooling, split_to_po
 from nanoengine.params.sampling_params import SamplingParams
 from nanoengine.service.client import ClientRequest, EngineClient, Health, RequestStream, ServiceStats
 from nanoengine.service.output_stream import OutputStream
-from nanoengine.service.source import EngineSource
+from nanoengine.service.source import EngineSource, fits_a_process
 from nanoengine.service.started import StartedEngine, start_here, start_process
 from nanoengine.service.text import checked_on_this_side
 from nanoengine.setup.config.engine_options import engine_options
@@ -58,8 +58,10 @@ class AsyncLLM:
 
     Args:
         process: run the engine in a process of its own: the event loop and the engine then share no interpreter.
+            attention must then be a name, and plugins paths or modules. False: on a thread of this process. None: in a
+            process of its own, if attention and plugins are such.
         log_level: of that process.
-        The others: as of `LLM`. With `process`, attention must be a name, and plugins paths or modules.
+        The others: as of `LLM`.
 
     Raises what `LLM` raises.
     """
@@ -72,11 +74,12 @@ class AsyncLLM:
         attention: str | type[AttentionBackend] = "auto",
         implementation: str | None = None,
         plugins: Sequence[Any] = (),
-        process: bool = False,
+        process: bool | None = None,
         log_level: str = "warning",
         **options: Any,
     ) -> None:
-        if not process:
+        several = _several(plugins)
+        if not (fits_a_process(attention, several) if process is None else process):
             from nanoengine.llm import LLM
 
             llm = LLM(
@@ -86,7 +89,7 @@ class AsyncLLM:
             return
         check_options(AsyncLLM, options, discover_given(plugins))
         named, checked = with_revision(str(model), revision), engine_options(options)
-        source = EngineSource.of_parts(named, attention, implementation, checked, None, _several(plugins))
+        source = EngineSource.of_parts(named, attention, implementation, checked, None, several)
         self._begin(start_process(source, log_level))
 
     @classmethod
@@ -96,12 +99,12 @@ class AsyncLLM:
         overrides: Sequence[str] = (),
         *,
         plugins: Sequence[Any] = (),
-        process: bool = False,
+        process: bool | None = None,
         log_level: str = "warning",
     ) -> Self:
         """An AsyncLLM as a YAML file describes it, with overrides as on the command line ("sampler.top_p=0.9")."""
-        self = cls.__new__(cls)
-        if not process:
+        self, several = cls.__new__(cls), _several(plugins)
+        if not (fits_a_process("", several) if process is None else process):
             from nanoengine.llm import LLM
 
             self._begin(start_here(LLM.from_config(path, overrides, plugins=plugins)))
@@ -109,7 +112,7 @@ class AsyncLLM:
         from nanoengine.setup.config.config import load_config
 
         config = load_config(path, overrides, registry=discover_given(plugins))
-        self._begin(start_process(EngineSource.of_config(config, _several(plugins)), log_level))
+        self._begin(start_process(EngineSource.of_config(config, several), log_level))
         return self
 
     def _begin(self, engine: StartedEngine) -> None:

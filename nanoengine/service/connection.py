@@ -37,18 +37,27 @@ from nanoengine.service.tracing import traced
 _MERGE_AT = 4096  # deltas that could not be sent
 _MOST_UNSENT = 64 << 20  # bytes of answers that could not be sent
 _READ = 1 << 18
+_LATE_SECONDS = 0.5  # that the step loop may take until the event loop's thread does its work
 _log = logging.getLogger(__name__)
 
 
 class Connection:
     """One client in another process. Made and closed in the event loop; the step loop's thread calls the `Output`
-    methods, and never waits for the client: what its socket does not take is merged and sent later."""
+    methods, and never waits for the client: what its socket does not take is merged and sent later.
+
+    The event loop's thread reads, and the step loop's takes what came between two steps: beside steps of much host
+    work a thread gets the interpreter's lock only every 5 ms, each time that it has given it away, as for every answer.
+    """
 
     def __init__(self, service: EngineService, sock: socket.socket, on_end: Callable[[Connection], None]) -> None:
         sock.setblocking(False)
         self._service, self._socket, self._on_end = service, sock, on_end
         self._loop = asyncio.get_running_loop()
+        self._came = deque[bytes]()
+        self._late: asyncio.TimerHandle | None = None
+        self._taking = threading.Lock()  # guards the next two
         self._reader = FrameReader()
+        self._taken: list[bytes] = []  # answers to what is being taken: one call sends them all
         self._lock = threading.Lock()  # guards what follows
         self._rest = memoryview(b"")  # of the frame that is being sent
         self._answers = deque[bytes]()
@@ -112,7 +121,83 @@ class Connection:
         if self._rest:
             self._loop.call_soon_threadsafe(self._wait_for_room)
 
+    def _take_all(self) -> None:
+        """Take what has come. No effect while another thread does so, or where the connection is closed."""
+        if not self._taking.acquire(blocking=False):
+            return
+        try:
+            while self._came and not self._closed:
+                for kind, content in self._reader.feed(self._came.popleft()):
+                    self._take(kind, content)
+            why = None
+        except ProtocolError as error:
+            why = f"it sent {error}"
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            _log.exception("reading a frame raised %s", described(error))
+            why = f"its frame raised {described(error)}"
+        finally:
+            taken, self._taken = self._taken, []
+            self._taking.release()
+        if taken:
+            self._send(b"".join(taken))
+        if why is not None:
+            self._loop.call_soon_threadsafe(self.close, why)
+
+    def _take(self, kind: Kind, content: bytes) -> None:
+        if kind is Kind.ADD:
+            self._add(content)
+        elif kind is Kind.ABORT:
+            key, sample = read_abort(read_json(content))
+            with suppress(NanoEngineError):  # a sample that the request does not have
+                self._member.abort(key, sample)
+        elif kind is Kind.COUNT:
+            self._service.count(read_usage(read_json(content)))
+        elif kind is Kind.ASK:
+            self._loop.call_soon_threadsafe(self._asked, read_ask(read_json(content)))
+        else:
+            raise ProtocolError(f"a frame of kind {kind.name}, which clients do not send")
+
+    def _add(self, content: bytes) -> None:
+        added = read_add(content)
+        if added.key in self._member.open:
+            raise ProtocolError(f"a request with the key {added.key} of another one")
+        try:
+            if added.wrong is not None or added.request is None:
+                raise added.wrong or ProtocolError("a request without content")
+            self._member.add(added.key, added.request, resumed=added.resumed)
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            if not isinstance(error, NanoEngineError):
+                _log.exception("adding a request raised %s", described(error))
+            self._taken.append(json_frame(Kind.TAKEN, key=added.key, error=error_to_json(error)))
+        else:
+            self._taken.append(json_frame(Kind.TAKEN, key=added.key, error=None))
+
     # The event loop
+
+    def _readable(self) -> None:
+        try:
+            data = self._socket.recv(_READ)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._take_all()
+            self.close(None)
+            return
+        self._came.append(data)
+        self._service.between_steps(self._take_all)
+        if self._late is None:
+            self._late = self._loop.call_later(_LATE_SECONDS if self._service.is_alive else 0.0, self._take_late)
+
+    def _take_late(self) -> None:
+        """The step loop's thread may hang in a step, or have ended."""
+        self._late = None
+        self._take_all()
 
     def _wait_for_room(self) -> None:
         if not self._closed:
@@ -132,59 +217,10 @@ class Connection:
                     data = deltas_frame(batch)
                 self._write(data)
 
-    def _readable(self) -> None:
-        try:
-            data = self._socket.recv(_READ)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self.close(None)
-            return
-        try:
-            for kind, content in self._reader.feed(data):
-                self._take(kind, content)
-        except ProtocolError as error:
-            self.close(f"it sent {error}")
-        except BaseException as error:
-            if not is_failure(error):
-                raise
-            _log.exception("reading a frame raised %s", described(error))
-            self.close(f"its frame raised {described(error)}")
-
-    def _take(self, kind: Kind, content: bytes) -> None:
-        if kind is Kind.ADD:
-            self._add(content)
-        elif kind is Kind.ABORT:
-            key, sample = read_abort(read_json(content))
-            with suppress(NanoEngineError):  # a sample that the request does not have
-                self._member.abort(key, sample)
-        elif kind is Kind.COUNT:
-            self._service.count(read_usage(read_json(content)))
-        elif kind is Kind.ASK:
-            task = self._loop.create_task(self._answer(read_ask(read_json(content))))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        else:
-            raise ProtocolError(f"a frame of kind {kind.name}, which clients do not send")
-
-    def _add(self, content: bytes) -> None:
-        added = read_add(content)
-        if added.key in self._member.open:
-            raise ProtocolError(f"a request with the key {added.key} of another one")
-        try:
-            if added.wrong is not None or added.request is None:
-                raise added.wrong or ProtocolError("a request without content")
-            self._member.add(added.key, added.request, resumed=added.resumed)
-        except BaseException as error:
-            if not is_failure(error):
-                raise
-            if not isinstance(error, NanoEngineError):
-                _log.exception("adding a request raised %s", described(error))
-            self._send(json_frame(Kind.TAKEN, key=added.key, error=error_to_json(error)))
-        else:
-            self._send(json_frame(Kind.TAKEN, key=added.key, error=None))
+    def _asked(self, asked: Asked) -> None:
+        task = self._loop.create_task(self._answer(asked))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _answer(self, asked: Asked) -> None:
         value, error = None, None
@@ -212,12 +248,14 @@ class Connection:
 
     def close(self, why: str | None) -> None:
         """The client is gone, or (`why`) is sent away: its requests are aborted. Idempotent."""
-        with self._lock:
+        with self._taking, self._lock:  # nothing may be added behind `leave`
             if self._closed:
                 return
             self._closed = True
             self._answers.clear()
             self._deltas, self._rest = [], memoryview(b"")
+        if self._late is not None:
+            self._late.cancel()
         if why is not None:
             _log.warning("the connection to a client is closed: %s", why)
         self._loop.remove_reader(self._socket.fileno())

@@ -115,6 +115,11 @@ class EngineSource:
             return LLM.from_run_config(self.config(), registry=registry, say=phase, clock=clock)
 
 
+def fits_a_process(attention: object, plugins: Sequence[Any]) -> bool:
+    """Whether another process can have these parts: names, files and modules, and not objects of this one."""
+    return isinstance(attention, str) and all(isinstance(each, str | Path) or _is_module(each) for each in plugins)
+
+
 class _ReportingClock(StartClock):
     """Reports which phase comes next when one has ended."""
 
@@ -129,9 +134,14 @@ class _ReportingClock(StartClock):
             self._report(next(iter(PHASES[PHASES.index(phase.name) + 1 :]), phase.name))
 
 
+def _is_module(plugin: Any) -> bool:
+    """Whether it is a module that can be imported by its name."""
+    return isinstance(plugin, types.ModuleType) and plugin.__spec__ is not None
+
+
 def _module(plugin: Any) -> str:
-    if isinstance(plugin, types.ModuleType) and plugin.__spec__ is not None:
-        return plugin.__name__
+    if _is_module(plugin):
+        return str(plugin.__name__)
     raise ConfigError(
         f"plugin {shown(plugin)} is an object of this process: give the path of its file, or a module that can be "
         "imported, or run the engine in this process (process=False)"

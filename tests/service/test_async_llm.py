@@ -7,7 +7,8 @@ import contextlib
 import gc
 import subprocess
 import sys
-from collections.abc import Coroutine, Iterator
+import types
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 import nanoengine
-from nanoengine import LLM, AsyncLLM, EmbeddingOutput, RequestOutput, SamplingParams
+from nanoengine import LLM, AsyncLLM, EmbeddingOutput, RequestOutput, SamplingParams, async_llm
 from nanoengine.api.errors import (
     ConfigError,
     EngineClosed,
@@ -28,7 +29,7 @@ from nanoengine.api.errors import (
 )
 from nanoengine.testing import mock_model
 from nanoengine.testing.byte_tokenizer import END, write_byte_tokenizer
-from nanoengine.testing.mock_model import write_mock_checkpoint
+from nanoengine.testing.mock_model import MockAttention, write_mock_checkpoint
 from tests.engine.support import greedy, prompts
 
 VOCAB = 320
@@ -347,6 +348,35 @@ def test_what_cannot_be_made_is_refused_as_by_llm(tmp_path: Path, folder: Path) 
             AsyncLLM(folder, process=process, max_num_sqs=3)
     with pytest.raises(ConfigError, match="process=False"):
         AsyncLLM(folder, process=True, attention=object)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("where", "given"),
+    [
+        ("process", {}),
+        ("process", {"plugins": mock_model.__file__}),
+        ("thread", {"process": False}),
+        ("thread", {"attention": MockAttention}),
+        ("thread", {"plugins": [mock_model, types.SimpleNamespace()]}),
+    ],
+)
+def test_it_runs_in_a_process_of_its_own_unless_that_lacks_a_part(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, where: str, given: dict[str, Any]
+) -> None:
+    class Started(Exception):
+        pass
+
+    def start(where: str) -> Callable[..., None]:
+        def started(*_: object) -> None:
+            raise Started(where)
+
+        return started
+
+    monkeypatch.setattr(async_llm, "start_process", start("process"))
+    monkeypatch.setattr(async_llm, "start_here", start("thread"))
+    monkeypatch.setattr("nanoengine.llm.LLM", lambda *_, **__: None)
+    with pytest.raises(Started, match=where):
+        AsyncLLM(folder, **{**OPTIONS, **given})
 
 
 _UNCLOSED = """

@@ -116,8 +116,8 @@ def test_a28_a_step_is_one_hand_over_to_each_client_however_many_streams(llm: LL
     assert deltas == 400 * TOKENS
     assert (most["deliver 0"], most["deliver 1"]) == (1, 1)
     assert most["wake"] <= 2  # of each client's event loop; over a socket only where it is full
-    if kind == "remote":
-        assert 1 <= max(most["write 0"], most["write 1"]) <= 2  # the deltas, and four times a second a beat
+    if kind == "remote":  # the deltas, an answer to all that was taken, and four times a second a beat
+        assert 1 <= max(most["write 0"], most["write 1"]) <= 3
 
 
 @pytest.mark.parametrize("kind", ["local", "remote"])

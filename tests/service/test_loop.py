@@ -13,6 +13,7 @@ import pytest
 
 from nanoengine import LLM, SamplingParams
 from nanoengine.api.errors import EngineUnavailable, ParamsError, RequestError, WorkerError
+from nanoengine.service import connection
 from nanoengine.service.client import ClientRequest, ServiceStats, Usage
 from nanoengine.service.connection import Connection
 from nanoengine.service.contracts import Limits, Meter
@@ -458,6 +459,53 @@ def test_a_client_whose_output_raises_loses_its_requests_alone(llm: LLM) -> None
         await until(lambda: not service.stats().requests)
 
     on(llm, "local", main)
+
+
+def test_requests_are_added_by_the_thread_that_makes_the_steps(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it makes none, and between two: another one would wait for the interpreter's lock."""
+    monkeypatch.setattr(connection, "_LATE_SECONDS", 600.0)
+
+    async def main(client: Any, service: EngineService) -> None:
+        threads, add = [], service.add
+
+        def added(*given: Any, **named: Any) -> None:
+            threads.append(threading.current_thread())
+            add(*given, **named)
+
+        monkeypatch.setattr(service, "add", added)
+        busy = await client.add(request("busy", [1], max_tokens=BUSY))
+        found = [client.add(request(f"r{i}", [i], max_tokens=3)) for i in range(4)]
+        for stream in await asyncio.gather(*found):
+            assert len((await whole(stream)).samples[0].token_ids) == 3
+        busy.close()
+        assert threads == [service._thread] * 5
+
+    on(llm, "remote", main)
+
+
+def test_a_client_is_answered_while_a_step_hangs(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_LATE_SECONDS", 0.01)
+    goes_on, hangs, advance = threading.Event(), threading.Event(), llm.engine.advance
+
+    def hang() -> None:
+        hangs.set()
+        assert goes_on.wait(60)
+        advance()
+
+    monkeypatch.setattr(llm.engine, "advance", hang)
+
+    async def main(client: Any, service: EngineService) -> None:
+        try:
+            asked = await client.add(request("r", [1, 2], max_tokens=3))
+            await until(hangs.is_set)
+            assert (await client.stats()).requests == 1
+            with pytest.raises(ParamsError, match="top_q"):
+                await client.add(request("wrong", [1], top_q=1))
+        finally:
+            goes_on.set()
+        assert (await whole(asked)).samples[0].token_ids == greedy([1, 2], 3)
+
+    on(llm, "remote", main)
 
 
 def test_a_remote_client_that_does_not_read_never_blocks_the_others(llm: LLM) -> None:

@@ -110,7 +110,7 @@ def disturbed(llm: LLM, asked: list[ClientRequest], kills: int, seed: int = 0) -
         engines = Engines(llm, client)
         engines.start()
         await client.ready()
-        streams = [await client.add(each) for each in asked]
+        streams = await asyncio.gather(*map(client.add, asked))  # at once, or some end before the others begin
         reading = [asyncio.create_task(whole(stream)) for stream in streams]
         for _ in range(kills):
             assert engines.service is not None

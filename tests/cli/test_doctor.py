@@ -72,6 +72,7 @@ def test_an_installation_that_works(nanoengine: Run) -> None:
         line.startswith("  note     triton: not supported: on a CPU it runs only in Triton's interp") for line in lines
     )
     assert any(line.startswith("  ok       torch: supported (preference 0, ") for line in lines)
+    assert sum(line[11:].startswith("CPU kernels: ") for line in lines) == 1
     assert all(line.startswith("  warning  ") for line in repeated(result, "this configuration works: 0 errors"))
     at = lines.index("attention=auto takes: torch")
     assert lines[at - 1 : at + 1] == [

@@ -8,7 +8,7 @@
 
 #include "products.h"
 
-enum { TILE = 8, CHUNK_BYTES = 1 << 18, FEW = 1 << 13 };
+enum { TILE = 8, CHUNK_BYTES = 1 << 18, FEW = 1 << 13, AHEAD = 8192 };
 
 /* Rows of x, quantised. extra: float sums d * sum(q) a block where a kind has minima; else int32 -offset * sum(q), one
  * for each scale. */
@@ -88,6 +88,8 @@ INLINE void tile(const kind_t k, const int count, const uint8_t *w, const rows_t
     for (int t = 0; t < count; t++) sums[t] = f_set(0);
     for (int64_t b = 0; b < x->blocks; b++, q += BLOCK) {
         codes v[8];
+        for (int line = 0; line < (k.bits == 8 ? 8 : 4); line++) /* tiles follow each other: the next ones */
+            __builtin_prefetch(w + b * (k.bits == 8 ? 512 : 256) + AHEAD + 64 * line);
         if (k.bits == 8) {
             for (int i = 0; i < 8; i++) v[i] = c_bytes(w + b * 512 + 64 * i);
         } else {

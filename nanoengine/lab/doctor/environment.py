@@ -32,7 +32,10 @@ def environment() -> Iterator[Finding]:
         name="python", text=f"Python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPUs"
     )
     yield from _packages()
-    yield from _imported("torch", "error", "reinstall torch: pip install --force-reinstall torch")
+    broken = list(_imported("torch", "error", "reinstall torch: pip install --force-reinstall torch"))
+    yield from broken
+    if not broken:
+        yield _cpu_kernels()
     if _is_installed("triton"):
         yield from _imported("triton", "warning", "reinstall triton, in the version that torch requires")
     found = [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]
@@ -133,6 +136,22 @@ def _cache_folder() -> Finding:
         text=f"{root} cannot be written: models cannot be downloaded or converted",
         fix="set NANOENGINE_CACHE to a folder that you may write to",
     )
+
+
+def _cpu_kernels() -> Finding:
+    """Which instructions the kernels in C use, or why there are none. Builds them, if no start has done so."""
+    from nanoengine.kernels.cpu import load
+
+    found = load(cache_root())
+    if isinstance(found, str):
+        return _env(
+            name="CPU kernels",
+            level="note",
+            text=f"not used, a CPU runs on plain torch, which is slower: {found}",
+            fix="install a C compiler (gcc or clang)",
+        )
+    threads = "torch's threads" if found.threaded else "one thread: no OpenMP runtime is loaded"
+    return _env(name="CPU kernels", text=f"{found.path}, {threads}")
 
 
 def gpu() -> Iterator[Finding]:

@@ -46,7 +46,7 @@ class Connection:
     methods, and never waits for the client: what its socket does not take is merged and sent later.
 
     The event loop's thread reads, and the step loop's takes what came between two steps: beside steps of much host
-    work a thread gets the interpreter's lock only every 5 ms, each time that it has given it away, as for every answer.
+    work another thread gets the interpreter's lock late, each time that it has given it away, as for every answer.
     """
 
     def __init__(self, service: EngineService, sock: socket.socket, on_end: Callable[[Connection], None]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,19 @@ def test_parts_whose_inputs_have_one_order_are_one_product(source: Path, tmp_pat
         dense[f"{module}.weight"] = pack.Quantised(codes, scales, zeros, tensors[f"{module}.g_idx"]).values
     save_file(dense, tmp_path / "plain" / "model.safetensors")
     assert_equal(packed, tmp_path / "plain")
+
+
+@pytest.mark.parametrize(("config", "tensors_of"), [(AWQ, pack.awq_tensors), (GPTQ, pack.gptq_tensors)])
+def test_parts_that_are_one_tensor_in_the_file(config: Any, tensors_of: Any, source: Path, tmp_path: Path) -> None:
+    """As in Phi-3's files."""
+    packed, plain = pack.write(source, tmp_path, config, tensors_of, 32)
+    tensors = load_file(packed / "model.safetensors")
+    for layer, kind in product(range(2), tensors_of(pack.quantise(torch.ones(8, 32), 32))):
+        where = f"model.layers.{layer}.self_attn."
+        parts = [tensors.pop(f"{where}{part}_proj.{kind}") for part in "qkv"]
+        tensors[f"{where}qkv_proj.{kind}"] = parts[0] if kind == "g_idx" else torch.cat(parts, 1)
+    save_file(tensors, packed / "model.safetensors")
+    assert_equal(packed, plain)
 
 
 @pytest.fixture(scope="module")

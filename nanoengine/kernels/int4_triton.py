@@ -26,8 +26,8 @@ from nanoengine.kernels.matvec_parts_triton import finish, halves, load_if, pick
 from nanoengine.kernels.matvec_skinny_triton import tickets_on
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 
-MAX_ROWS = 512
-"""Rows from which on a dequantised copy is multiplied."""
+MAX_ROWS = 256  # of the largest graph: what is compiled for graphs is then all that the kernel needs
+"""More rows multiply a dequantised copy."""
 _AHEAD = 256  # words of 16 bits of each weight row that a program asks for before it waits
 _PROGRAMS = 132  # what runs at a time on a Hopper GPU, one a multiprocessor
 _MOST_TILES = 1024  # of `tickets_on`

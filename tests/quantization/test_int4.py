@@ -156,7 +156,13 @@ def test_parts_whose_inputs_have_one_order_are_one_product(source: Path, tmp_pat
 @pytest.mark.parametrize(("config", "tensors_of"), [(AWQ, pack.awq_tensors), (GPTQ, pack.gptq_tensors)])
 def test_parts_that_are_one_tensor_in_the_file(config: Any, tensors_of: Any, source: Path, tmp_path: Path) -> None:
     """As in Phi-3's files."""
-    packed, plain = pack.write(source, tmp_path, config, tensors_of, 32)
+    config = config | ({"dynamic": {r"+:.*\.qkv_proj": {"group_size": 64}}} if config["quant_method"] == "gptq" else {})
+    group = 64 if "dynamic" in config else 32
+
+    def group_of(module: str) -> int:
+        return group if module.endswith(("q_proj", "k_proj", "v_proj")) else 32
+
+    packed, plain = pack.write(source, tmp_path, config, tensors_of, group_of)
     tensors = load_file(packed / "model.safetensors")
     for layer, kind in product(range(2), tensors_of(pack.quantise(torch.ones(8, 32), 32))):
         where = f"model.layers.{layer}.self_attn."

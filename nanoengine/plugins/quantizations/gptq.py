@@ -73,26 +73,34 @@ class Gptq(Quantization):
     def method(self, layer: LayerInfo) -> LinearMethod | ExpertsMethod | None:
         if layer.kind == "embedding" or (layer.kind == "head" and not self._head):
             return None
-        if is_ignored(layer, lambda module: self._of(module, layer) is None):
+        if is_ignored(layer, self._is_left_out) or self._is_unlisted(layer):
             return None
         if layer.kind == "experts":
             raise refused_experts(layer, "gptq")
-        schemes = {name: self._of(name, layer) for name in layer.sources or (layer.name,)}
-        first, *others = dict.fromkeys(schemes.values())
-        if others or first is None:
-            shown = ", ".join(f"{name} {scheme}" for name, scheme in schemes.items())
+        schemes = {name: self._rule(name) for name in layer.sources or (layer.name,)}
+        if not any(schemes.values()):  # where the file has one tensor, it has this name
+            schemes = {layer.name: self._rule(layer.name)}
+        first, *others = dict.fromkeys(scheme or self._scheme for scheme in schemes.values())
+        if others:
+            shown = ", ".join(f"{name} {scheme or self._scheme}" for name, scheme in schemes.items())
             raise ModelError(f"{layer.name}: its fused parts are quantised in different ways ({shown}): not supported")
         return Int4(self._format, first.group, act_order=first.act_order)
 
-    def _of(self, module: str, layer: LayerInfo) -> _Scheme | None:
+    def _rule(self, module: str) -> _Scheme | None:
+        """What `dynamic` says of a module that is quantised."""
+        return next((scheme for pattern, scheme in self._dynamic.items() if pattern.match(module)), None)
+
+    def _is_left_out(self, module: str) -> bool:
         for pattern, scheme in self._dynamic.items():
             if pattern.match(module):
-                return scheme
-        if any(each in module for each in self._plain):
-            return None
-        if self._only and layer.kind == "linear" and not module.endswith(self._only):
-            return None
-        return self._scheme
+                return scheme is None
+        return any(each in module for each in self._plain)
+
+    def _is_unlisted(self, layer: LayerInfo) -> bool:
+        """Whether there is a list of what is quantised that has neither the layer nor its parts."""
+        if not self._only or layer.kind != "linear" or layer.name.endswith(self._only):
+            return False
+        return is_ignored(layer, lambda module: module in layer.sources and not module.endswith(self._only))
 
 
 def _act_order(config: Int4Config) -> bool:

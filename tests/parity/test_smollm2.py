@@ -1,4 +1,4 @@
-"""SmolLM2-135M through the engine, on the blocks of its file, beside transformers on the same weights in float32.
+"""SmolLM2-135M through the engine, its blocks dequantised, beside transformers on the same float32 weights.
 
 That those are transformers' own reading of the GGUF file, bit for bit, is shown by tests/model_sources/test_smollm2.py.
 """
@@ -40,7 +40,7 @@ COUNT = 24
 @pytest.fixture(scope="module")
 def llm(smollm2_path: Path) -> Iterator[LLM]:
     """Chunked on purpose: eight prompts of 64 tokens under a budget of 96."""
-    with LLM(smollm2_path, max_model_len=512, max_num_seqs=8, max_num_batched_tokens=96) as llm:
+    with LLM(smollm2_path, quantization="none", max_model_len=512, max_num_seqs=8, max_num_batched_tokens=96) as llm:
         yield llm
 
 

@@ -46,7 +46,7 @@ def test_the_report_counts_the_bytes_of_tiles(tmp_path: Path) -> None:
     """Those of the file's blocks; of the vocabulary's last tile only its own rows."""
     packed, _ = checkpoint(tmp_path, "Q4_1", tie_word_embeddings=True)
     rows = 2 * (256 + 2 * 128 + 256 + 2 * 512) + 131
-    assert labels(answers(packed)[2]) == {"gguf Q4_1": (2 * 4 + 1, rows * 160 + 2 * 256 * 320)}
+    assert labels(answers(packed)[2]) == {"gguf Q4_1, inputs rounded to int8": (2 * 4 + 1, rows * 160 + 2 * 256 * 320)}
 
 
 def test_a_mutant_that_drops_the_norm_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,6 +125,7 @@ class GgufMethod(LinearMethod):
         if self._store is None:
             self._expand(layer)
             return
+        self.label += self._store.note
         for piece in self._pieces:
             if piece.kind:
                 parameter = layer.get_parameter(piece.name)
@@ -139,7 +140,7 @@ class GgufMethod(LinearMethod):
         layer.register_parameter("weight", nn.Parameter(values, requires_grad=False))
         self._pieces = []
         self._add("weight", "", len(values))
-        self.label += ", expanded: there are no kernels for this device"
+        self.label += ", expanded: the kernels in C are off or not built"
 
     def apply(self, layer: WeightLayer, x: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
         if len(self._pieces) == 1:

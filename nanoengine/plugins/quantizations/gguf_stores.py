@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +15,13 @@ from nanoengine.kernels.ops import CpuOps, Ops
 
 
 class Store(ABC):
-    """One way to keep a weight [out, in] of blocks. There is one instance per layer."""
+    """One way to keep a weight [out, in] of blocks. There is one instance per layer.
+
+    Attributes:
+        note: what the start report says of the products, behind the types.
+    """
+
+    note: ClassVar[str] = ""
 
     @abstractmethod
     def keep(self, blocks: Tensor, kind: str) -> Tensor:

@@ -17,6 +17,8 @@ from nanoengine.plugins.quantizations.gguf_stores import Store
 class Tiles(Store):
     """As many bytes as the blocks have (of K types 1 to 3% more), in tiles of 16 outputs."""
 
+    note = ", inputs rounded to int8"
+
     def __init__(self, library: Library) -> None:
         self._library = library
 

@@ -30,10 +30,10 @@ def codes_of(x, input_scale_ptr, bound_ptr, GROUPS: tl.constexpr, GROUP: tl.cons
         most = tl.max(tl.abs(x), 1)
         if HAS_BOUND:
             most = tl.minimum(most, tl.load(bound_ptr))
-        scale = tl.maximum(most, _LEAST) / limit
+        scale = tl.div_rn(tl.maximum(most, _LEAST), tl.full((GROUPS,), limit, tl.float32))
     if STORED or INT8 or INPUTS == "tensor" or HAS_BOUND:
         scale += tl.sum(x - x, 1)  # NaN, if one of them is not finite: a limited or integer code would not say so
-    x = x / scale[:, None]
+    x = tl.div_rn(x, tl.broadcast_to(scale[:, None], (GROUPS, GROUP)))  # of 16-bit values many are ties
     if INPUTS == "tensor" or HAS_BOUND:
         x = tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
     if INT8:

@@ -174,8 +174,8 @@ _CODES = {"fp8": "fp8e4nv", "int8": "i8"}
 
 
 def eight_bit_gemv(inputs: str, *, gated: bool) -> dict[str, Any]:
-    """One row of Qwen3-8B's norm, gate and up (or down with a sum), with weights of eight bits."""
-    n, k = (12288, 4096) if gated else (4096, 12288)
+    """One row of Qwen3-8B's norm, gate and up, or of attention's output with a sum."""
+    n, k = (12288, 4096) if gated else (4096, 4096)
     block_k = triton.next_power_of_2(k)
     groups = block_k // 128 if inputs == "group" else 1
     given = kinds(bf16="x residual norm_weight bias add y total", fp32="input_scale bound scale", fp8e4nv="weight")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nanoengine.kernels.activation import Activation, act_and_mul
+from nanoengine.kernels.experts import sorted_pairs
 from nanoengine.kernels.linear import linear
 from nanoengine.kernels.rms_norm import add_rms_norm
 
@@ -23,8 +24,9 @@ class EightBit:
     """A weight of eight bits, and how what it is multiplied with is quantised.
 
     Attributes:
-        weight: float8_e4m3fn or int8 [N, K], row-major.
-        scale: float32 [ceil(N / rows), ceil(K / columns)]; a weight's value is its code times its block's scale.
+        weight: float8_e4m3fn or int8 [N, K], row-major; of experts [E, N, K].
+        scale: float32 [ceil(N / rows), ceil(K / columns)]; a weight's value is its code times its block's scale. Of
+            experts one more dimension, the first.
         rows, columns: outputs and inputs of a block. One scale an output is rows=1, columns=K.
         inputs: "plain": x is not quantised. Otherwise x is quantised to the weight's dtype, with a scale for each
             token, for each `columns` inputs of a token ("group"), or with `input_scale` ("tensor").
@@ -47,7 +49,7 @@ class EightBit:
     @property
     def group(self) -> int:
         """Inputs that share a scale of x."""
-        return self.columns if self.inputs == "group" else self.weight.shape[1]
+        return self.columns if self.inputs == "group" else self.weight.shape[-1]
 
 
 def quantised(x: Tensor, w: EightBit) -> tuple[Tensor, Tensor]:
@@ -121,3 +123,42 @@ def norm_product(
     """`add_rms_norm`, then `product` of what it normalised. Returns (product, residual stream [T, K])."""
     normed, total = add_rms_norm(x, residual, norm_weight, eps)
     return product(w, normed, bias, gate=gate), total
+
+
+def experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: EightBit,
+    down: EightBit,
+    *,
+    activation: Activation = "silu",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    first: int = 0,
+    add: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """As `kernels.experts.experts`, expert by expert; `out` receives the result. It waits for a GPU.
+
+    What stands between both products is rounded to x's dtype, and quantised again as `down` says.
+    """
+    count = len(down.weight)
+    local = ids.long() - first
+    local = torch.where((local >= 0) & (local < count), local, count)
+    order, counts = sorted_pairs(local, count)
+    parts = x.new_zeros(local.numel(), down.weight.shape[1])
+    for e, pairs in enumerate(torch.split(order, counts.tolist())[:count]):
+        if len(pairs):
+            bias, last = (None if each is None else each[e] for each in (gate_up_bias, down_bias))
+            inner = product(of_expert(gate_up, e), x[pairs // ids.shape[1]], bias, gate=activation)
+            parts[pairs] = product(of_expert(down, e), inner, last)
+    shares = weights.masked_fill(local == count, 0.0).unsqueeze(-1)
+    y = (parts.view(*local.shape, -1).float() * shares).sum(1)
+    y = (y if add is None else y + add.float()).to(x.dtype)
+    return y if out is None else out.copy_(y)
+
+
+def of_expert(w: EightBit, expert: int) -> EightBit:
+    """One of a stack."""
+    return replace(w, weight=w.weight[expert], scale=w.scale[expert])

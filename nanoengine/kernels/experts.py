@@ -160,7 +160,7 @@ def _looped(
 ) -> Tensor:
     """What each token's experts make of it, [T, k, H], zero where there is none; expert by expert. It waits for a GPU,
     so no graph holds it."""
-    order, counts = _sorted(local, len(down))
+    order, counts = sorted_pairs(local, len(down))
     parts = x.new_zeros(local.numel(), down.shape[1])
     for expert, pairs in enumerate(torch.split(order, counts.tolist())[: len(down)]):
         if len(pairs):
@@ -179,7 +179,7 @@ def _grouped(
     down_bias: Tensor | None,
 ) -> Tensor:
     """`_looped` by grouped products: nothing waits for the device where `can_group`."""
-    order, counts = _sorted(local, len(down))
+    order, counts = sorted_pairs(local, len(down))
     owner = local.flatten()[order]
     ends = counts[:-1].cumsum(0).to(torch.int32)
     inner = F.grouped_mm(x[order // local.shape[1]], gate_up.transpose(1, 2), offs=ends)
@@ -191,7 +191,7 @@ def _grouped(
     return torch.empty_like(outer).index_copy_(0, order, outer).view(*local.shape, -1)
 
 
-def _sorted(local: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def sorted_pairs(local: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Pairs (token * k + place) by expert, and how many each has, int64 [count + 1]; the last are those of none."""
     flat = local.flatten()
     counts = (flat.unsqueeze(0) == torch.arange(count + 1, device=flat.device).unsqueeze(1)).sum(1)

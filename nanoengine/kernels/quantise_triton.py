@@ -83,7 +83,7 @@ def _quantise_kernel(
 
 def groups_of(w: EightBit) -> tuple[int, int]:
     """(K as a power of two, inputs that share a scale of x as one)."""
-    block_k = triton.next_power_of_2(w.weight.shape[1])
+    block_k = triton.next_power_of_2(w.weight.shape[-1])
     return (max(block_k, w.group), w.group) if w.inputs == "group" else (block_k, block_k)
 
 

@@ -308,12 +308,12 @@ def test_harmless_keys_are_taken() -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "message"),
     [
-        ("experts", "layers.0.mlp.experts.{}.up_proj", r"experts are not supported .*fp8 block 32"),
+        ("experts", "layers.0.mlp.experts.{}.up_proj", r"experts are not supported .*int4 \(pack-quantized\)"),
         ("embedding", "embed", r"embed: embeddings are not supported"),
     ],
 )
 def test_kinds_of_layers_that_are_not_supported_are_named(kind: Any, name: str, message: str) -> None:
-    given = _changed()
+    given = _changed(**PACKED)
     given["config_groups"]["group_0"]["targets"] = ["Linear", "Embedding"]
     info = LayerInfo(name=name.replace(".{}.up_proj", ""), kind=kind, shape=(4, 32, 32), sources=(name,))
     with pytest.raises(ModelError, match=message):

@@ -28,7 +28,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from triton_interpreter import import_kernels, interpreted
 
 from nanoengine import LLM
-from nanoengine.api import LayerInfo, ModelError, QuantizationContext, WeightsError
+from nanoengine.api import ModelError, QuantizationContext, WeightsError
 from nanoengine.kernels.ops import TritonOps
 from nanoengine.plugins.quantizations import fp8
 from nanoengine.plugins.quantizations.eight_bit import EightBitLinear
@@ -361,14 +361,6 @@ def test_plain_weights_in_place_of_codes_are_refused(source: Path, tmp_path: Pat
     write(source, tmp_path / "model", BLOCKS, pack)
     with pytest.raises(WeightsError, match=r"q_proj.weight of dtype F32, expected one of F8_E4M3"):
         engines.start(tmp_path / "model")
-
-
-def test_experts_are_refused_by_name(tmp_path: Path) -> None:
-    info = LayerInfo(name="model.layers.0.mlp.experts", kind="experts", shape=(4, 64, 32), parallel="width")
-    with pytest.raises(ModelError, match=r"layers.0.mlp.experts: experts are not supported .*fp8 block 32"):
-        Fp8.read(context(BLOCKS)).method(info)
-    with pytest.raises(ModelError, match=r"engine.quantization=fp8: fp8 channel"):
-        Fp8.read(context({})).method(info)
 
 
 class TestOnline:

@@ -10,7 +10,7 @@ import torch
 from eight_bit_files import INT8, Module, by_channel, expected_logprobs, online
 
 from nanoengine import LLM
-from nanoengine.api import LayerInfo, ModelError, QuantizationContext
+from nanoengine.api import LayerInfo, QuantizationContext
 from nanoengine.plugins.quantizations import reading
 from nanoengine.plugins.quantizations.eight_bit import EightBitLinear
 from nanoengine.plugins.quantizations.int8 import Int8
@@ -74,9 +74,3 @@ def test_dummy_weights(source: Path, name: str) -> None:
 def test_which_layers_are_quantised(kind, outputs: int, quantised: bool) -> None:
     """Linear layers, but no gate of a single output."""
     assert (chosen().method(LayerInfo(name="x", kind=kind, shape=(outputs, 32))) is not None) is quantised
-
-
-def test_experts_are_refused_by_name() -> None:
-    info = LayerInfo(name="layers.0.mlp.experts", kind="experts", shape=(4, 64, 32))
-    with pytest.raises(ModelError, match=r"layers.0.mlp.experts: experts .*engine.quantization=int8"):
-        chosen().method(info)

@@ -19,9 +19,10 @@ from nanoengine.api import (
 from nanoengine.kernels.eight_bit import Inputs
 from nanoengine.layers.hf_config import shown
 from nanoengine.plugins.quantizations.eight_bit import FP8, INT8, EightBitLinear, Scheme
+from nanoengine.plugins.quantizations.eight_bit_experts import EightBitExperts
 from nanoengine.plugins.quantizations.int4 import Int4
 from nanoengine.plugins.quantizations.int4_layouts import PACK_QUANTIZED
-from nanoengine.plugins.quantizations.reading import Section, refuse_experts
+from nanoengine.plugins.quantizations.reading import Section
 
 _CLASSES = {"linear": "Linear", "head": "Linear", "experts": "Linear", "embedding": "Embedding"}
 _CODES = {"float": FP8, "int": INT8}
@@ -33,11 +34,13 @@ MakeMethod = Callable[[], LinearMethod]
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A group of `config_groups`: what its layers are, in words, and what makes the method of one."""
+    """A group of `config_groups`: what its layers are, in words, and what makes the method of one. scheme: of eight
+    bits; None: it has fewer."""
 
     name: str
     label: str
     make: MakeMethod
+    scheme: Scheme | None = None
 
 
 class CompressedTensors(Quantization):
@@ -89,7 +92,9 @@ class CompressedTensors(Quantization):
         if first is None:
             return None
         if layer.kind == "experts":
-            raise refuse_experts(layer, first.label)
+            if first.scheme is None:
+                raise ModelError(f"{layer.name}: experts are not supported in this format ({first.label})")
+            return EightBitExperts(layer, first.scheme)
         if layer.kind == "embedding":
             raise ModelError(f"{layer.name}: embeddings are not supported in this format ({first.label})")
         return first.make()
@@ -132,7 +137,7 @@ def _group(section: Section, name: str, form: str) -> Group:
     weights.finish()
     found = _inputs(inputs, f"{section.path}.input_activations", scales, kind)
     scheme = Scheme(dtype=_CODES[kind], scales=scales, inputs=found)
-    return Group(name, str(scheme), lambda: EightBitLinear(scheme))
+    return Group(name, str(scheme), lambda: EightBitLinear(scheme), scheme)
 
 
 def _strategy(section: Section) -> str:

@@ -67,21 +67,20 @@ class EightBitLinear(LinearMethod):
 
     def create(self, layer: WeightLayer, weight: ShardSpec) -> None:
         scheme = self.scheme
-        stored = weight if scheme.online else replace(weight, dtypes=_STORED[scheme.dtype])
-        layer.add_weight("weight", stored, scheme.dtype)
+        layer.add_weight("weight", stored_as(weight, scheme), scheme.dtype)
         for name in scheme.scale_names:
             for each, spec in self._scales(layer, weight, name):
-                spec = replace(spec, init="ones", made=scheme.online, optional=len(scheme.scale_names) > 1)
-                _add(layer, each, spec, float("nan"))
+                spec = replace(spec, made=scheme.online, optional=len(scheme.scale_names) > 1)
+                add_scale(layer, each, spec, float("nan"))
         if scheme.inputs == "tensor":
             for name in scheme.input_scale_names:
-                spec = ShardSpec(shape=(1,), init="ones", optional=len(scheme.input_scale_names) > 1)
+                spec = ShardSpec(shape=(1,), optional=len(scheme.input_scale_names) > 1)
                 for each, own in one_each(name, weight, spec).items():
-                    _add(layer, each, own, float("nan"))
+                    add_scale(layer, each, own, float("nan"))
         if scheme.bound is not None:
-            spec = ShardSpec(shape=(1,), init="ones", optional=True)
+            spec = ShardSpec(shape=(1,), optional=True)
             for each, own in one_each(scheme.bound_name, weight, spec).items():
-                _add(layer, each, own, scheme.bound)
+                add_scale(layer, each, own, scheme.bound)
 
     def _scales(self, layer: WeightLayer, weight: ShardSpec, name: str) -> Iterator[tuple[str, ShardSpec]]:
         scales = self.scheme.scales
@@ -114,7 +113,11 @@ class EightBitLinear(LinearMethod):
             self._weights = (self._with(whole, given[0]),)
         else:
             self._weights = tuple(self._with(cut_rows(whole, at), each) for at, each in zip(cuts, given, strict=True))
-        self._kernels = _kernels(layer, weight)
+        self._kernels = eight_bit
+        if takes_triton(layer, weight):
+            from nanoengine.kernels import eight_bit_triton
+
+            self._kernels = eight_bit_triton
 
     def _of_inputs(self, layer: WeightLayer, part: str) -> Tensor | None:
         """The scale, or the bound, of a part's inputs."""
@@ -187,8 +190,14 @@ def cut_rows(w: EightBit, at: slice) -> EightBit:
     return replace(w, weight=w.weight[at], scale=w.scale[rows], rows=1)
 
 
-def _add(layer: WeightLayer, name: str, spec: ShardSpec, value: float) -> None:
-    layer.add_weight(name, spec, torch.float32)
+def stored_as(weight: ShardSpec, scheme: Scheme) -> ShardSpec:
+    """The weight's spec, with the dtype that a checkpoint has."""
+    return weight if scheme.online else replace(weight, dtypes=_STORED[scheme.dtype])
+
+
+def add_scale(layer: WeightLayer, name: str, spec: ShardSpec, value: float) -> None:
+    """Registers a float32 parameter of this value. In dummy weights it is 1."""
+    layer.add_weight(name, replace(spec, init="ones"), torch.float32)
     layer.get_parameter(name).data.fill_(value)
 
 
@@ -203,12 +212,8 @@ def _given(layer: WeightLayer, names: tuple[str, ...], part: str = "") -> Tensor
     raise ModelError(f"{layer.name}{f' ({part})' if part else ''}: the checkpoint has none of {', '.join(names)}")
 
 
-def _kernels(layer: WeightLayer, weight: Tensor) -> ModuleType:
-    """Triton's, where layers use them and the GPU has the codes; else plain torch, which widens them bit by bit."""
+def takes_triton(layer: WeightLayer, weight: Tensor) -> bool:
+    """Whether layers use Triton and the GPU has the codes. Else plain torch widens some rows at a time."""
     if layer.ops.name != "triton":
-        return eight_bit
-    if weight.is_cuda and weight.dtype == FP8 and torch.cuda.get_device_capability(weight.device) < _FIRST_FP8:
-        return eight_bit
-    from nanoengine.kernels import eight_bit_triton
-
-    return eight_bit_triton
+        return False
+    return not weight.is_cuda or weight.dtype != FP8 or torch.cuda.get_device_capability(weight.device) >= _FIRST_FP8

@@ -9,28 +9,29 @@ from typing import Any, Self
 
 from nanoengine.api import ExpertsMethod, LayerInfo, LinearMethod, Quantization, QuantizationContext, is_ignored
 from nanoengine.plugins.quantizations.eight_bit import FP8, EightBitLinear, Scheme
-from nanoengine.plugins.quantizations.reading import Section, online_method, refuse_experts
+from nanoengine.plugins.quantizations.eight_bit_experts import EightBitExperts
+from nanoengine.plugins.quantizations.reading import Section, online_method
 
 
 class Fp8(Quantization):
     """One scheme for all linear layers but those on the checkpoint's list; embeddings and output layers stay plain."""
 
-    def __init__(self, name: str, scheme: Scheme, plain: Sequence[str] = ()) -> None:
-        self._name, self._scheme, self._plain = name, scheme, tuple(plain)
+    def __init__(self, scheme: Scheme, plain: Sequence[str] = ()) -> None:
+        self._scheme, self._plain = scheme, tuple(plain)
 
     @classmethod
     def read(cls, ctx: QuantizationContext) -> Self:
         if ctx.online:
-            return cls(ctx.name, Scheme(dtype=FP8, scales="channel", inputs="token", online=True))
-        return cls(ctx.name, *_READERS[ctx.config["quant_method"]](ctx.config))
+            return cls(Scheme(dtype=FP8, scales="channel", inputs="token", online=True))
+        return cls(*_READERS[ctx.config["quant_method"]](ctx.config))
 
     def method(self, layer: LayerInfo) -> LinearMethod | ExpertsMethod | None:
         if self._scheme.online:
-            return online_method(self._name, layer, self._scheme)
+            return online_method(layer, self._scheme)
         if layer.kind in ("embedding", "head") or is_ignored(layer, self._is_plain):
             return None
         if layer.kind == "experts":
-            raise refuse_experts(layer, str(self._scheme))
+            return EightBitExperts(layer, self._scheme)
         return EightBitLinear(self._scheme)
 
     def _is_plain(self, module: str) -> bool:

@@ -14,12 +14,9 @@ _SCHEME = Scheme(dtype=INT8, scales="channel", inputs="plain", online=True)
 class Int8(Quantization):
     """A scale an output, symmetric, for all linear layers; embeddings and output layers stay plain."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-
     @classmethod
     def read(cls, ctx: QuantizationContext) -> Self:
-        return cls(ctx.name)
+        return cls()
 
     def method(self, layer: LayerInfo) -> LinearMethod | ExpertsMethod | None:
-        return online_method(self._name, layer, _SCHEME)
+        return online_method(layer, _SCHEME)

@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from nanoengine.api import LayerInfo, LinearMethod, ModelError
+from nanoengine.api import ExpertsMethod, LayerInfo, LinearMethod, ModelError
 from nanoengine.layers.hf_config import shown
 from nanoengine.plugins.quantizations.eight_bit import EightBitLinear, Scheme
+from nanoengine.plugins.quantizations.eight_bit_experts import EightBitExperts
 
 _LEAST_OUTPUTS = 16  # of a layer that is quantised online: a gate of one output is no weight to save
 
@@ -105,14 +106,8 @@ class Section:
             )
 
 
-def online_method(name: str, layer: LayerInfo, scheme: Scheme) -> LinearMethod | None:
-    """The method of a layer of a plain checkpoint: linear layers are quantised, embeddings and output layers not."""
+def online_method(layer: LayerInfo, scheme: Scheme) -> LinearMethod | ExpertsMethod | None:
+    """The method of a layer of a plain checkpoint: linear layers and experts are quantised, others not."""
     if layer.kind == "experts":
-        raise refuse_experts(layer, f"engine.quantization={name}: {scheme}")
+        return EightBitExperts(layer, scheme)
     return EightBitLinear(scheme) if layer.kind == "linear" and layer.shape[0] >= _LEAST_OUTPUTS else None
-
-
-def refuse_experts(layer: LayerInfo, scheme: str) -> ModelError:
-    return ModelError(
-        f"{layer.name}: experts are not supported in this format ({scheme}); use plain weights of the model"
-    )

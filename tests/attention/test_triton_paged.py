@@ -116,7 +116,9 @@ class Apart(TritonPaged):
         return self.forward(layer, spec, apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
 
 
-def of_qkv(tried: Case, backend_cls: type[TritonPaged], norm: bool = True, **rotation: Any) -> tuple[Tensor, Tensor]:
+def of_qkv(
+    tried: Case, backend_cls: type[TritonPaged], norm: bool = True, extras: Any = (), **rotation: Any
+) -> tuple[Tensor, Tensor]:
     """What `attend_qkv` returns for the step's qkv (nothing: an empty tensor), and the cache behind it."""
     backend = backend_cls(tried.kv_spec, tried.limits, torch.device(DEVICE))
     backend.allocate(1, tried.num_blocks)
@@ -127,7 +129,7 @@ def of_qkv(tried: Case, backend_cls: type[TritonPaged], norm: bool = True, **rot
     weights = (1 + torch.arange(2 * size) / size).view(2, size).to(DEVICE)
     turn = Rotation(inv_freq=(100.0 ** -(torch.arange(0, size, 2) / size)).to(DEVICE), **rotation)
     norms = HeadNorms(q=weights[0], k=weights[1], eps=1e-6) if norm else None
-    out = backend.attend_qkv(0, tried.spec, qkv, turn, norms)
+    out = backend.attend_qkv(0, replace(tried.spec, extras=dict(extras)), qkv, turn, norms)
     return torch.empty(0) if out is None else out, backend._kv[0, :, 1:]  # the dummy block holds whatever came last
 
 
@@ -151,10 +153,12 @@ def test_qkv_in_one_kernel(tried: Case, norm: bool) -> None:
 
 
 def test_qkv_that_it_leaves_to_others() -> None:
-    """Prefill tokens, rows of several, rotations that are not whole halves; nothing is stored."""
+    """Prefill tokens, rows of several, rotations that are not whole halves, and features of plugins, which are in their
+    `attend`; nothing is stored."""
     decode, mixed = case([(1, 20), (1, 3)]), case([(1, 20), (5, 9)])
     several = case([(2, 20), (0, 3)], decode_queries=2)  # as many tokens as rows
-    for tried, rotation in ((mixed, {}), (several, {}), (decode, {"interleaved": True}), (decode, {"magnitude": 1.2})):
+    for tried, rotation in ((mixed, {}), (several, {}), (decode, {"interleaved": True}), (decode, {"magnitude": 1.2}),
+                            (decode, {"extras": {"tests.bias": 1}})):  # fmt: skip
         got, cache = of_qkv(tried, TritonPaged, **rotation)
         assert len(got) == 0
         untouched = of_qkv(tried, LeavesAll)[1]

@@ -30,7 +30,7 @@ class DecodeAttention:
     def __init__(self, library: Library) -> None:
         self._c, self._call = library, _Call()
         self._held: tuple[Tensor, ...] = ()
-        self._tables: dict[tuple[int, bool, float], tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[int, int, bool, float], tuple[Tensor, Tensor, Tensor]] = {}
 
     def begin(self, block_tables: Tensor, seq_lens: Tensor, slots: Tensor, positions: Tensor) -> None:
         """Tables int32 [B, blocks], lengths with the new token int32 [B], its slot and position int64 [B]."""
@@ -87,15 +87,16 @@ class DecodeAttention:
 
     def _rotation(self, inv_freq: Tensor, interleaved: bool, magnitude: float) -> tuple[Tensor, Tensor]:
         """cos and sin of the step's rows, float32 [B, rotated]: sin is negative for the first of each pair."""
-        key = (inv_freq.data_ptr(), interleaved, magnitude)
+        key = (inv_freq.data_ptr(), len(inv_freq), interleaved, magnitude)
         found = self._tables.get(key)
         if found is None:
             angles = self._held[3].float().unsqueeze(-1) * inv_freq
             cos, sin = angles.cos() * magnitude, angles.sin() * magnitude
             pairs = torch.stack if interleaved else torch.cat
-            found = pairs((cos, cos), dim=-1).flatten(1), pairs((-sin, sin), dim=-1).flatten(1)
+            # with what they are made of: else a tensor that comes after it may have its address
+            found = pairs((cos, cos), dim=-1).flatten(1), pairs((-sin, sin), dim=-1).flatten(1), inv_freq
             self._tables[key] = found
-        return found
+        return found[:2]
 
 
 def takes(size: int, dtype: torch.dtype) -> bool:

@@ -319,6 +319,8 @@ class TorchPaged(AttentionBackend):
         inputs, kernel = self._inputs, self._decode
         if kernel is None or inputs is None or inputs.num_decode_rows != len(qkv) or inputs.decode_query_len != 1:
             return None
+        if spec.extras:  # a subclass's features are in its `attend`
+            return None
         k_cache, v_cache = self._kv[layer]
         return kernel.attend(
             qkv, k_cache, v_cache, inv_freq=rotation.inv_freq, interleaved=rotation.interleaved,

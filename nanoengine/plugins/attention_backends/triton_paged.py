@@ -191,7 +191,7 @@ class TritonPaged(AttentionBackend):
         """For steps of single tokens only, and for numbers of rows at which one kernel is faster than two."""
         inputs = self._inputs
         assert inputs is not None, "fill comes first"
-        if self._scales is not None:
+        if self._scales is not None or spec.extras:  # a subclass's features are in its `attend`
             return None
         rows, plain = len(qkv), not rotation.interleaved and rotation.magnitude == 1
         plain = plain and inputs.decode_query_len == 1

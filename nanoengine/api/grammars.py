@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
+
+from nanoengine.api.errors import GrammarError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,6 +80,20 @@ class Matcher(ABC):
         a text that must come next. Bits of `end_ids` have no meaning. Raises `GrammarError` if it cannot be computed
         within the backend's limits.
         """
+
+    @classmethod
+    def masks(cls, matchers: Sequence[Self], out: npt.NDArray[np.int32]) -> Set[int]:
+        """`mask` of several matchers of this class, into the rows of `out`, contiguous int32 [N, W].
+
+        Returns the places of those that failed, whose own `mask` then raises. Default: one after the other.
+        """
+        failed = set[int]()
+        for place, (matcher, row) in enumerate(zip(matchers, out, strict=True)):
+            try:
+                matcher.mask(row)
+            except GrammarError:
+                failed.add(place)
+        return failed
 
     @property
     @abstractmethod

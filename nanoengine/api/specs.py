@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 if TYPE_CHECKING:
     from nanoengine.api.grammars import Constraint, Grammar
@@ -139,6 +139,15 @@ class HostState(ABC):
     def forced(self) -> Sequence[int]:
         """Tokens that must come next, each the only one that is possible in its place. Default: none are known."""
         return ()
+
+    @classmethod  # noqa: B027 - most classes have nothing to share
+    def look_ahead(cls, states: Sequence[Self]) -> None:
+        """Compute together, for instance on several threads, what these states return next. Default: nothing.
+
+        The engine calls it once a step with all states of the class that draw in it: behind `feed` of all of them, and
+        before `forced` and `columns` of any, which must return the same without this call. What it raises fails the
+        requests of all these states: keep the error of one, and raise it in its `forced`.
+        """
 
 
 class ProcessorParams:

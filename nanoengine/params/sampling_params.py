@@ -380,10 +380,12 @@ def pack_column(
     return array
 
 
-def pack_draws(
-    processor: str, name: str, spec: ColumnSpec, values: Any, draws: int, vocab_size: int
-) -> list[npt.NDArray[Any]]:
-    """The values of one column for so many draws, as `HostState.columns` returned them: one flat array a draw.
+Draws = npt.NDArray[Any] | list[npt.NDArray[Any]]
+
+
+def pack_draws(processor: str, name: str, spec: ColumnSpec, values: Any, draws: int, vocab_size: int) -> Draws:
+    """The values of one column for so many draws, as `HostState.columns` returned them: an array [draws, values], or of
+    a ragged column a list of flat arrays. An array may be the state's own.
 
     Raises the errors of `pack_columns`.
     """
@@ -393,8 +395,12 @@ def pack_draws(
             raise PluginError(f"{where}: {len(values)} sequences for {draws} draws")
         return [pack_column(processor, name, spec, each) for each in values]
     width = -(-vocab_size // 32) if spec.op is StandardOp.BITMASK else spec.width
-    packed = pack_column(processor, name, spec, values, (draws,) if width is None else (draws, width))
-    return list(packed.reshape(draws, -1))
+    shape = (draws,) if width is None else (draws, width)
+    given = isinstance(values, np.ndarray) and values.shape == shape and values.dtype == spec.dtype
+    if not given or spec.op is StandardOp.TEMPERATURE:  # else there is nothing to check or to convert
+        values = pack_column(processor, name, spec, values, shape)
+    packed: npt.NDArray[Any] = values.reshape(draws, -1)
+    return packed
 
 
 def as_column(value: Any, spec: ColumnSpec) -> np.ndarray[Any, Any]:

@@ -419,11 +419,38 @@ def test_the_cache_can_be_reset_behind_an_interrupt(tmp_path: Path, monkeypatch:
         assert not llm.engine._in_flight
 
 
+def test_states_that_cannot_look_ahead_fail_their_requests_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All states of the class are asked together, each step; those of other classes, and rows without, go on."""
+    asked = prompts(4, seed=3)
+    plain = SamplingParams(temperature=0, max_tokens=COUNT)
+    params = [CHAIN, CHAIN, plain.replace(pair=(3, 4), pair_walks=True), plain]
+    seen: list[int] = []
+    with mock_llm(tmp_path, plugins=[chain_plugin]) as llm:
+        want = llm.generate(asked, params, use_tqdm=False)
+
+        def look_ahead(states: Sequence[chain_plugin.Chain]) -> None:
+            seen.append(len(states))
+            if len(seen) == 4:
+                raise ValueError("no threads")
+
+        monkeypatch.setattr(chain_plugin.Chain, "look_ahead", look_ahead)
+        found = llm.generate(asked, params, use_tqdm=False)
+        assert seen == [2, 2, 2, 2]
+        for output in found[:2]:
+            assert output.error is not None
+            assert output.error.code == "processor_failed"
+            assert "look_ahead() of logits processor" in str(output.error)
+        assert tokens_of(found[2:]) == tokens_of(want[2:])
+        check_scheduler(llm.engine.scheduler)
+
+
 # Mutants: each must change the tokens
 
 
 def columns_of_the_draw_before(patch: pytest.MonkeyPatch) -> None:
-    columns = host_states._next_columns
+    columns = host_states._feed
 
     def broken(request: Request, *rest: Any) -> Any:
         newest = request.output_token_ids[-1:]
@@ -433,18 +460,18 @@ def columns_of_the_draw_before(patch: pytest.MonkeyPatch) -> None:
         finally:
             request.output_token_ids += newest
 
-    patch.setattr(host_states, "_next_columns", broken)
+    patch.setattr(host_states, "_feed", broken)
 
 
 def fed_twice(patch: pytest.MonkeyPatch) -> None:
-    columns = host_states._next_columns
+    columns = host_states._feed
 
     def broken(request: Request, *rest: Any) -> Any:
         for bound in request.host_states:
             bound.fed = max(0, bound.fed - 1)
         return columns(request, *rest)
 
-    patch.setattr(host_states, "_next_columns", broken)
+    patch.setattr(host_states, "_feed", broken)
 
 
 def shared_by_samples(patch: pytest.MonkeyPatch) -> None:

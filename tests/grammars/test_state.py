@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from llguidance import LLExecutor
 
 from nanoengine.api import Constraint
-from nanoengine.api.errors import RequestError
+from nanoengine.api.errors import GrammarError, RequestError
+from nanoengine.plugins.grammars import llguidance
 from nanoengine.plugins.samplers.grammar_state import GrammarState
 from nanoengine.testing.byte_tokenizer import END, END_REASONING, byte_tokenizer
 
@@ -66,6 +68,81 @@ def test_looking_ahead_is_feeding(number: int, reasoning: int | None) -> None:
         token = rng.choice(here)
         looked.feed([token])
         fed.append(token)
+
+
+def together(monkeypatch: pytest.MonkeyPatch, threads: int) -> bool:
+    """Whether states that look ahead together, in steps in which some have got a token and some have not, say what each
+    says alone."""
+    rng, executor = random.Random(1), LLExecutor(threads) if threads else None
+    monkeypatch.setattr(llguidance, "_FEWEST_IN_PARALLEL", 2)
+    each = [(CONSTRAINTS[i // 2], CLOSE if i % 2 else None) for i in range(2 * len(CONSTRAINTS))]
+    states, fed = [state(*one) for one in each], [list[int]() for _ in each]
+    for made in states:
+        made._matcher._executor = executor  # type: ignore[attr-defined]
+        made.stop_ids = frozenset([ord("!")])
+    for _ in range(12):
+        GrammarState.look_ahead(states)
+        for made, tokens, (constraint, reasoning) in zip(states, fed, each, strict=True):
+            alone = state(constraint, reasoning)
+            alone.stop_ids = made.stop_ids
+            alone.feed(tokens)
+            if list(made.forced()) != list(alone.forced()):
+                return False
+            here = allowed(made.columns([])["allowed"][0])
+            if here != allowed(alone.columns([])["allowed"][0]):
+                return False
+            if rng.random() < 0.7:
+                token = CLOSE if reasoning is not None and rng.random() < 0.3 and CLOSE in here else rng.choice(here)
+                made.feed([token])
+                tokens.append(token)
+    assert sum(map(len, fed)) > 100
+    return True
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_states_look_ahead_together(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """By one call of llguidance for all of them, and one by one."""
+    assert together(monkeypatch, threads)
+
+
+def rows_shifted(patch: pytest.MonkeyPatch) -> None:
+    masks = llguidance._Matcher.masks
+    patch.setattr(llguidance._Matcher, "masks", lambda matchers, out: masks(matchers[1:] + matchers[:1], out))
+
+
+def masks_of_the_step_before(patch: pytest.MonkeyPatch) -> None:
+    feed = GrammarState.feed
+
+    def broken(self: GrammarState, token_ids: Any) -> None:
+        known = self._next
+        feed(self, token_ids)
+        self._next = known
+
+    patch.setattr(GrammarState, "feed", broken)
+
+
+@pytest.mark.parametrize("mutant", [rows_shifted, masks_of_the_step_before])
+def test_mutants_of_looking_ahead_are_caught(monkeypatch: pytest.MonkeyPatch, mutant: Any) -> None:
+    mutant(monkeypatch)
+    try:
+        same = together(monkeypatch, 2)
+    except (RequestError, IndexError):
+        same = False
+    assert not same
+
+
+def test_a_state_that_fails_ahead_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = [state(Constraint(kind="regex", text="ab?")) for _ in range(3)]
+
+    def failing(out: Any) -> None:
+        raise GrammarError("beyond its limits")
+
+    states[1]._matcher.mask = failing  # type: ignore[method-assign]
+    GrammarState.look_ahead(states)
+    for made in (states[0], states[2]):
+        assert allowed(made.columns([])["allowed"][0]) == [ord("a")]
+    with pytest.raises(GrammarError, match="beyond its limits"):
+        states[1].forced()
 
 
 def test_the_end_follows_the_grammar() -> None:

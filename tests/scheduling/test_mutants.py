@@ -225,7 +225,7 @@ def stale_columns(patch: pytest.MonkeyPatch) -> None:
 
 def columns_of_the_draw_before(patch: pytest.MonkeyPatch) -> None:
     """A host state does not get the newest token."""
-    columns = host_states._next_columns
+    columns = host_states._feed
 
     def broken(request, *rest):
         newest = request.output_token_ids[-1:]
@@ -235,18 +235,18 @@ def columns_of_the_draw_before(patch: pytest.MonkeyPatch) -> None:
         finally:
             request.output_token_ids += newest
 
-    patch.setattr(host_states, "_next_columns", broken)
+    patch.setattr(host_states, "_feed", broken)
 
 
 def states_fed_twice(patch: pytest.MonkeyPatch) -> None:
-    columns = host_states._next_columns
+    columns = host_states._feed
 
     def broken(request, *rest):
         for bound in request.host_states:
             bound.fed = max(0, bound.fed - 1)
         return columns(request, *rest)
 
-    patch.setattr(host_states, "_next_columns", broken)
+    patch.setattr(host_states, "_feed", broken)
 
 
 def block_sent_to_the_wrong_place(patch: pytest.MonkeyPatch) -> None:

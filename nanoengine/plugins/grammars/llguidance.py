@@ -6,11 +6,12 @@ Its parser and lexer have limits of their own ("fuel"), so a constraint that is 
 from __future__ import annotations
 
 import json
+import os
 import threading
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence, Set
+from typing import TYPE_CHECKING, Self
 
-from llguidance import LLMatcher, LLTokenizer, grammar_from
+from llguidance import LLExecutor, LLMatcher, LLTokenizer, grammar_from
 
 from nanoengine.api import Constraint, Grammar, GrammarBackend, GrammarContext, GrammarError, Matcher
 from nanoengine.plugins.grammars.exact_schemas import exact
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from llguidance._lib import JsonCompileOptions
 
+_MOST_THREADS, _FEWEST_IN_PARALLEL = 8, 16  # a mask takes some microseconds: waking threads for a few is slower
+
 
 class LLGuidance(GrammarBackend):
     def __init__(self, ctx: GrammarContext) -> None:
@@ -29,6 +32,10 @@ class LLGuidance(GrammarBackend):
             self._tokenizer = LLTokenizer(ctx.tokenizer_json, n_vocab=ctx.vocab_size, eos_token=self._ends)
         except ValueError as error:
             raise GrammarError(f"llguidance does not support this model's tokenizer: {error}") from error
+        affinity = getattr(os, "sched_getaffinity", None)  # only Linux has it
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        threads = min(cores // 2, _MOST_THREADS)
+        self._executor = LLExecutor(threads) if threads > 1 else None
 
     def compile(self, constraint: Constraint) -> Grammar:
         matcher = LLMatcher(self._tokenizer, self._source(constraint), log_level=0)
@@ -36,7 +43,7 @@ class LLGuidance(GrammarBackend):
             matcher.compute_bitmask()  # its lexer makes states when they are first needed: now, not in a step
         if matcher.is_error():
             raise GrammarError(_refusal(constraint, _first_part(matcher.get_error())))
-        return _Grammar(matcher)
+        return _Grammar(matcher, self._executor)
 
     def _source(self, constraint: Constraint) -> str:
         try:
@@ -95,17 +102,18 @@ class LLGuidance(GrammarBackend):
 
 
 class _Grammar(Grammar):
-    def __init__(self, start: LLMatcher) -> None:
-        self._start, self._lock = start, threading.Lock()
+    def __init__(self, start: LLMatcher, executor: LLExecutor | None) -> None:
+        self._start, self._executor, self._lock = start, executor, threading.Lock()
 
     def matcher(self) -> Matcher:
         with self._lock:
-            return _Matcher(self._start.deep_copy())
+            return _Matcher(self._start.deep_copy(), self._executor)
 
 
 class _Matcher(Matcher):
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: LLMatcher, executor: LLExecutor | None = None) -> None:
+        """executor: threads that compute masks of several matchers; None: there are no cores for them."""
+        self._matcher, self._executor = matcher, executor
 
     def consume(self, token_ids: Sequence[int]) -> int:
         taken = int(self._matcher.try_consume_tokens(list(token_ids)))
@@ -121,6 +129,15 @@ class _Matcher(Matcher):
     def mask(self, out: npt.NDArray[np.int32]) -> None:
         self._matcher.unsafe_compute_mask_ptr(out.__array_interface__["data"][0], out.nbytes)  # quicker than out.ctypes
         self._check()
+
+    @classmethod
+    def masks(cls, matchers: Sequence[Self], out: npt.NDArray[np.int32]) -> Set[int]:
+        executor = matchers[0]._executor if len(matchers) >= _FEWEST_IN_PARALLEL else None
+        if executor is None:
+            return super().masks(matchers, out)
+        every = [(each._matcher, place) for place, each in enumerate(matchers)]
+        executor.unsafe_compute_mask_ptr(every, out.__array_interface__["data"][0], out.strides[0], len(out))
+        return {place for place, each in enumerate(matchers) if each._matcher.is_error()}
 
     @property
     def is_accepting(self) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -120,10 +120,14 @@ class GrammarState(HostState):
         self._end_bits = [(end // 32, np.uint32(1 << end % 32)) for end in ctx.end_ids]
         self._num_ids = 0 if reasoning is None else min(ctx.num_tokens, ctx.vocab_size)
         self._num_fed = self._consumed = 0
-        self._next, self._knows_next = np.empty(self._width, np.uint32), False  # the mask behind what was fed
+        self._next: npt.NDArray[np.uint32] | None = None  # the mask behind what was fed; None: not computed yet
+        self._may_force = False  # it may have one id only
 
     def feed(self, token_ids: Sequence[int]) -> None:
-        self._knows_next = False
+        self._next = None
+        if self._in_grammar and self._ends.isdisjoint(token_ids):  # most often
+            taken = self._matcher.consume(token_ids)
+            self._consumed, self._num_fed, token_ids = self._consumed + taken, self._num_fed + taken, token_ids[taken:]
         for token in token_ids:
             if not self._take(token):
                 raise RequestError(
@@ -149,7 +153,8 @@ class GrammarState(HostState):
         return {"allowed": out.view(np.int32)}
 
     def forced(self) -> Sequence[int]:
-        if self._reasoning is not None or self._ended or only_id(self._mask_of_next().view(np.int32)) is None:
+        mask = self._mask_of_next()
+        if not self._may_force or not self._in_grammar or only_id(mask.view(np.int32)) is None:
             return ()
         return self._matcher.forced(_MOST_FORCED, self._width)
 
@@ -167,23 +172,58 @@ class GrammarState(HostState):
         self._ended = self._ended or (token in self.stop_ids and self._matcher.is_accepting)
         return self._ended and token in self.stop_ids
 
+    @classmethod
+    def look_ahead(cls, states: Sequence[Self]) -> None:
+        """One array has the masks of all, and each state a row of it: those of matchers first, then the others'."""
+        new = [state for state in states if state._next is None]
+        new.sort(key=lambda state: not state._in_grammar)
+        if not new:
+            return
+        matchers = [state._matcher for state in new if state._in_grammar]
+        masks = np.empty((len(new), new[0]._width), np.uint32)
+        failed: Set[int] = set()
+        if matchers:
+            failed = type(matchers[0]).masks(matchers, masks[: len(matchers)].view(np.int32))
+        for place, (state, mask) in enumerate(zip(new, masks, strict=True)):
+            if place >= len(matchers):
+                state._mask_outside(mask)
+            if place not in failed:  # else computing its own raises
+                state._set_ends(mask)
+                state._next = mask
+        bits = np.bitwise_or.reduce(masks, axis=1)
+        for state, force in zip(new, ((bits & (bits - 1)) == 0).tolist(), strict=True):
+            state._may_force = force
+
+    @property
+    def _in_grammar(self) -> bool:
+        """Whether its matcher says what may come next."""
+        return self._reasoning is None and not self._ended
+
     def _mask_of_next(self) -> npt.NDArray[np.uint32]:
-        if not self._knows_next:
-            self._next.fill(0)
-            self._mask(self._next)
-            self._knows_next = True
+        if self._next is None:
+            mask = np.empty(self._width, np.uint32)
+            self._mask(mask)
+            self._next, self._may_force = mask, True
         return self._next
 
     def _mask(self, row: npt.NDArray[np.uint32]) -> None:
-        """Write what may come next into zeros."""
-        may_end = self._ended
+        """Write what may come next."""
+        if self._in_grammar:
+            self._matcher.mask(row.view(np.int32))
+        else:
+            self._mask_outside(row)
+        self._set_ends(row)
+
+    def _mask_outside(self, row: npt.NDArray[np.uint32]) -> None:
+        """Before the end of the reasoning each token, behind the end of the output none."""
+        row.fill(0)
         if self._reasoning is not None:
             row[: self._num_ids // 32] = 0xFFFFFFFF
             if self._num_ids % 32:
                 row[self._num_ids // 32] = (1 << self._num_ids % 32) - 1
-        elif not may_end:
-            self._matcher.mask(row.view(np.int32))
-            may_end = self._matcher.is_accepting
+
+    def _set_ends(self, row: npt.NDArray[np.uint32]) -> None:
+        may_end = self._ended or (self._reasoning is None and self._matcher.is_accepting)
         for word, bit in self._end_bits:
             row[word] = row[word] | bit if may_end else row[word] & ~bit
         if may_end:

@@ -1,4 +1,4 @@
-# make demo | test | lint | clean.  Everything is installed in .venv, which is made on first use and when the pins change.
+# make demo | test | lint | reference | clean.  Everything is installed in .venv, which is made on first use and when the pins change.
 # PYTHON=... selects the interpreter (3.11 or newer); PYTEST_ARGS=... goes to pytest ("-n 0": all tests in one process).
 
 SHELL := /bin/sh
@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 # A process for each core, up to four (tests/beside.py); each takes a file at a time, the longest first.
 WORKERS := -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint reference clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo-ready
@@ -26,6 +26,9 @@ lint: $(VENV)/.test-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+reference: $(VENV)/.test-ready
+	$(BIN)/python docs/generate
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

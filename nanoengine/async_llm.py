@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
 import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ from nanoengine.params.arguments import (
 )
 from nanoengine.params.pooling import PoolingChoice, choose_pooling, split_to_pool
 from nanoengine.params.sampling_params import SamplingParams
+from nanoengine.params.signatures import AsyncLLMSignature
 from nanoengine.service.client import ClientRequest, EngineClient, Health, RequestStream, ServiceStats
 from nanoengine.service.output_stream import OutputStream
 from nanoengine.service.source import EngineSource, fits_a_process
@@ -50,7 +52,7 @@ _LONG_TEXT = 20_000  # characters: encoding more would hold the event loop up
 
 
 @names_keywords
-class AsyncLLM:
+class AsyncLLM(AsyncLLMSignature):
     """A model, ready to generate, for asyncio.
 
     Making it takes as long as making an `LLM`, and holds the event loop up; use it as an async context manager, or
@@ -60,23 +62,42 @@ class AsyncLLM:
         process: run the engine in a process of its own: the event loop and the engine then share no interpreter.
             attention must then be a name, and plugins paths or modules. False: on a thread of this process. None: in a
             process of its own, if attention and plugins are such.
-        log_level: of that process.
+        log_level: the lowest level that a process of its own logs.
         The others: as of `LLM`.
 
     Raises what `LLM` raises.
     """
 
-    def __init__(
+    __signature__ = inspect.signature(AsyncLLMSignature)
+
+    if not TYPE_CHECKING:  # which reads the signature of `AsyncLLMSignature`
+
+        def __init__(
+            self,
+            model: str | Path,
+            *,
+            revision: str | None = None,
+            attention: str | type[AttentionBackend] = "auto",
+            implementation: str | None = None,
+            plugins: Sequence[Any] = (),
+            process: bool | None = None,
+            log_level: str = "warning",
+            **options: Any,
+        ) -> None:
+            self._choose(model, revision, attention, implementation, plugins, process, log_level, options)
+
+        __init__.__doc__ = AsyncLLMSignature.__init__.__doc__
+
+    def _choose(
         self,
         model: str | Path,
-        *,
-        revision: str | None = None,
-        attention: str | type[AttentionBackend] = "auto",
-        implementation: str | None = None,
-        plugins: Sequence[Any] = (),
-        process: bool | None = None,
-        log_level: str = "warning",
-        **options: Any,
+        revision: str | None,
+        attention: str | type[AttentionBackend],
+        implementation: str | None,
+        plugins: Sequence[Any],
+        process: bool | None,
+        log_level: str,
+        options: Mapping[str, Any],
     ) -> None:
         several = _several(plugins)
         if not (fits_a_process(attention, several) if process is None else process):
@@ -288,6 +309,7 @@ class AsyncLLM:
 
     @property
     def has_chat_template(self) -> bool:
+        """Whether `chat` can be used: the model has a tokenizer with a chat template."""
         return self._tokenizer is not None and self._tokenizer.has_chat_template
 
     def get_tokenizer(self) -> Any:

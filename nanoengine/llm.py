@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +38,7 @@ from nanoengine.params.arguments import (
 from nanoengine.params.engine_options import EngineOptions
 from nanoengine.params.pooling import PoolingChoice, choose_pooling, pairs, split_to_pool
 from nanoengine.params.sampling_params import SamplingParams
+from nanoengine.params.signatures import LLMSignature
 from nanoengine.setup.config.engine_options import engine_options
 from nanoengine.setup.keywords import check_options, names_keywords
 from nanoengine.setup.plugins.discover import discover_given
@@ -62,7 +64,7 @@ _log = logging.getLogger("nanoengine")
 
 
 @names_keywords
-class LLM:
+class LLM(LLMSignature):
     """A model, ready to generate.
 
     Args:
@@ -71,22 +73,39 @@ class LLM:
         attention: name of an attention backend, "auto", or a backend class.
         implementation: name of the model plugin to use where several have the model's architecture.
         plugins: further plugins: paths of .py files, or modules or objects with hooks.
-        options: any field of `EngineOptions`.
+        options: options of the engine, the fields of `EngineOptions`. docs/reference.md lists them.
 
     Raises:
         ConfigError, PluginError, ModelError, ModelSourceError, WeightsError, UnsupportedError: see each; all are
         `NanoEngineError`s, and nothing is left running.
     """
 
-    def __init__(
+    __signature__ = inspect.signature(LLMSignature)
+
+    if not TYPE_CHECKING:  # which reads the signature of `LLMSignature`
+
+        def __init__(
+            self,
+            model: str | Path,
+            *,
+            revision: str | None = None,
+            attention: str | type[AttentionBackend] = "auto",
+            implementation: str | None = None,
+            plugins: Sequence[Any] = (),
+            **options: Any,
+        ) -> None:
+            self._choose(model, revision, attention, implementation, plugins, options)
+
+        __init__.__doc__ = LLMSignature.__init__.__doc__
+
+    def _choose(
         self,
         model: str | Path,
-        *,
-        revision: str | None = None,
-        attention: str | type[AttentionBackend] = "auto",
-        implementation: str | None = None,
-        plugins: Sequence[Any] = (),
-        **options: Any,
+        revision: str | None,
+        attention: str | type[AttentionBackend],
+        implementation: str | None,
+        plugins: Sequence[Any],
+        options: Mapping[str, Any],
     ) -> None:
         clock, registry = StartClock(), discover_given(plugins)
         clock.lap("plugins")
@@ -243,6 +262,7 @@ class LLM:
 
     @property
     def has_chat_template(self) -> bool:
+        """Whether `chat` can be used: the model has a tokenizer with a chat template."""
         return self._built.tokenizer is not None and self._built.tokenizer.has_chat_template
 
     def stream(

@@ -17,9 +17,12 @@ class EmbeddingOutput:
     was aborted.
 
     Attributes:
+        request_id: the request's id.
         prompt: its text, if it is known.
-        embedding: float32 [hidden size], or shorter where `dimensions` were asked for; it cannot be written.
+        prompt_token_ids: the tokens of the prompt.
+        embedding: float32 [hidden size], or shorter if `dimensions` were given; it cannot be written.
         num_cached_tokens: prompt tokens whose KV the prefix cache held.
+        error: why it was refused or failed.
     """
 
     request_id: str
@@ -45,7 +48,9 @@ class ScoreOutput:
     `error`, and no `score`.
 
     Attributes:
-        prompt_token_ids: of both prompts.
+        score: the cosine.
+        prompt_token_ids: the tokens of both prompts.
+        error: why one of the prompts was refused or failed.
     """
 
     score: float | None

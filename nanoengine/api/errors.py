@@ -128,9 +128,11 @@ class WorkerError(NanoEngineError):
     """A worker process of a tensor-parallel engine died, hung or raised an error. The engine and all its ranks end.
 
     Attributes:
-        rank: the rank that failed. phase: what it was doing: a phase of the start ("spawn", "import", "weights",
-            "profile", "capture" ...), "step N" or "idle". cause: in one line. traceback: that of the worker, or the
-            stacks of all ranks.
+        rank: the rank that failed.
+        phase: what it was doing: a phase of the start ("spawn", "import", "weights", "profile", "capture" ...), "step
+            N" or "idle".
+        cause: in one line.
+        traceback: that of the worker, or the stacks of all ranks.
         outputs: those of the requests that were running. If `LLM.generate` raises this: those of all prompts that the
             engine had received, in input order. Finished outputs are complete; the `error` of the others has this
             error as its cause.

@@ -12,7 +12,13 @@ from nanoengine.api.errors import RequestError
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """Natural-log probability of a token under the raw logits; rank 1 is the likeliest; the token's own text."""
+    """How likely a token was, under the raw logits.
+
+    Attributes:
+        logprob: natural logarithm of its probability.
+        rank: 1 for the likeliest token.
+        decoded_token: the token's own text.
+    """
 
     logprob: float
     rank: int
@@ -21,10 +27,15 @@ class Logprob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestMetrics:
-    """Seconds on the monotonic clock. `arrival`: when added; others None until they happen.
+    """Times of a request, in seconds on the monotonic clock; None until they happen.
 
-    num_generated: tokens of all samples, without those that they began with. longest: of the sample that has the most.
-    ttft: arrival to first token. itl: mean time between the tokens of that longest sample.
+    Attributes:
+        arrival: when the request was added.
+        first_scheduled: when its first step was scheduled.
+        first_token: when its first token was there.
+        finished: when its last sample ended.
+        num_generated: tokens of all samples, without those that they began with.
+        longest: tokens of the sample that has the most.
     """
 
     arrival: float
@@ -36,10 +47,12 @@ class RequestMetrics:
 
     @property
     def ttft(self) -> float | None:
+        """Seconds from arrival to the first token."""
         return None if self.first_token is None else self.first_token - self.arrival
 
     @property
     def itl(self) -> float | None:
+        """Mean seconds between the tokens of the longest sample; None until the end, and if it has one token."""
         if self.first_token is None or self.finished is None or self.longest < 2:
             return None
         return (self.finished - self.first_token) / (self.longest - 1)
@@ -90,10 +103,16 @@ class CompletionOutput(_CopiedWhenRead):
     """One sample of a request.
 
     Attributes:
-        text, token_ids: all so far. They begin with `num_given_chars` characters and `num_given_tokens` tokens that the
-            request began with (`generated`).
+        index: the number of the sample, from 0 to n - 1.
+        text: all so far; the first `num_given_chars` characters are of the tokens that the request began with
+            (`generated_token_ids`).
+        token_ids: all so far; the first `num_given_tokens` are those that the request began with.
+        finish_reason: "stop", "length" or "abort"; None while it runs.
         stop_reason: the stop string or stop token id that ended it; None for EOS.
-        logprobs: of each token; None for a given one. cumulative_logprob: of the others.
+        cumulative_logprob: sum of the log-probs of the tokens that were drawn; None if none were requested.
+        logprobs: for each token, token id -> `Logprob` of it and of the likeliest ones; None for a given token.
+        num_given_tokens: how many of `token_ids` were given with the request.
+        num_given_chars: how many characters of `text` were given with the request.
     """
 
     index: int
@@ -111,7 +130,17 @@ class CompletionOutput(_CopiedWhenRead):
 class RequestOutput:
     """What a request has so far: cumulative, not a delta. If it was refused or failed: `error`, and no `outputs`.
 
-    `seed`: of its draws; that of the parameters, or else one that the engine made. None if it was refused.
+    Attributes:
+        request_id: the request's id.
+        prompt: its text; None if it was given as token ids.
+        prompt_token_ids: the tokens of the prompt.
+        outputs: the samples, `n` of them.
+        finished: whether all samples have ended.
+        metrics: its times.
+        prompt_logprobs: for each token of the prompt, token id -> `Logprob`; None for the first one.
+        num_cached_tokens: tokens of the prompt that the prefix cache had.
+        seed: that of the parameters, or else one that the engine made. None if the request was refused.
+        error: why it was refused or failed; its `__cause__` is what a model or plugin raised.
     """
 
     request_id: str

@@ -35,8 +35,9 @@ class StructuredOutputsOptions:
         backend: name of a grammar backend; "auto": the installed one of the highest preference.
         timeout: seconds that compiling a constraint may take.
         max_bytes: most bytes of a constraint: of a schema as JSON, of a grammar's text.
-        reasoning: text or id of the token after which constraints begin, as "</think>"; null: at once.
-        cache_size: most compiled constraints that are kept. workers: most threads that compile.
+        reasoning: text or id of the token after which constraints begin, as "</think>"; None: at once.
+        cache_size: most compiled constraints that are kept.
+        workers: most threads that compile constraints.
     """
 
     backend: str = "auto"
@@ -86,10 +87,10 @@ class EngineOptions:
         kv_dtype: how K and V are stored: "auto", in the model's dtype; "fp8" or "int8", in a byte, with a scale for
             each head of each token.
         load_format: "auto", or "dummy" for random weights.
-        max_n: most samples that a request may request (`n`).
-        max_logprobs: most log-probs per position that a request may request (`logprobs`, `prompt_logprobs`); -1: no
+        max_n: highest `n`, the number of samples, that a request may have.
+        max_logprobs: highest `logprobs` and `prompt_logprobs`, log-probs per position, that a request may have; -1: no
             limit, and a request may use -1, the whole vocabulary.
-        seed: of requests without a seed, and of dummy weights.
+        seed: from which requests without a seed get theirs; also the seed of dummy weights.
         tensor_parallel_size: number of ranks that share each layer, each in its own process: rank r on GPU r; on CPUs
             the ranks share the threads.
         enable_expert_parallel: each rank has whole experts, instead of a part of the width of each expert.
@@ -98,18 +99,20 @@ class EngineOptions:
         enforce_eager: never capture graphs.
         graph_mixed_steps: also run steps with prompt tokens as padded graphs; otherwise these run eagerly.
         speculation: the drafter and its keys, as {"method": "ngram", "tokens": 4}, or its name alone;
-            None: off. See `SpeculationOptions`.
+            None: off.
         overlap: prepare step N+1 while step N runs.
         spare_slots: slots in addition to max_num_seqs: a request whose last token is in flight needs no row any more.
         fuse_kernels: layers use fused kernels: Triton's on a GPU, those in C on a CPU; off: plain torch.
-        fuse_attention: with them, attention backends that can do so also normalise and rotate q and k, in one kernel.
-        fuse_products: with them, products of 33 to 256 rows are kernels of our own, with norms and gates in them.
+        fuse_attention: with fuse_kernels: attention backends that can do so also normalise and rotate q and k, in one
+            kernel.
+        fuse_products: with fuse_kernels: products of 33 to 256 rows are kernels of our own, with norms and gates in
+            them.
         fuse_sampling: fuse the standard sampler operations (one sort for top-k, top-p and min-p).
         custom_all_reduce: small sums over GPUs are read from the memory of the other GPUs; otherwise all use NCCL.
         skip_tokenizer_init: load no tokenizer; requests and outputs have only token ids.
         chat_template_timeout: seconds that a chat template may take for one conversation.
         chat_template_memory: bytes that the process of a chat template may use in addition to its idle size.
-        structured_outputs: how output is constrained to schemas and grammars: see `StructuredOutputsOptions`.
+        structured_outputs: how output is constrained to schemas and grammars: the keys of `StructuredOutputsOptions`.
     """
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -154,7 +157,7 @@ class EngineOptions:
         for name, (low, high) in _BOUNDS.items():
             value = getattr(self, name)
             if value is not None and value < low:
-                rule = f"at least {low}" if low else "0 or more"
+                rule = f"at least {low:,}" if low else "0 or more"
                 raise ConfigError(f"engine.{name} must be {rule}, not {value}")
             if value is not None and value > high:
                 raise ConfigError(f"engine.{name} must be at most {high:,}, not {value:,}")

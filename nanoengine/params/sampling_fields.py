@@ -68,12 +68,15 @@ class CoreFields:
         seed: seed of the draw. None: made from the engine's seed and the number of the request.
         max_tokens: most tokens of the output. None: up to max_model_len.
         min_tokens: EOS and stop_token_ids cannot be drawn before the output has so many tokens.
-        stop: strings that end the output. stop_token_ids: ids that end it. ignore_eos: EOS does not end it.
+        stop: strings that end the output.
+        stop_token_ids: token ids that end the output.
+        ignore_eos: EOS does not end the output.
         include_stop_str_in_output: keep the stop string in the text.
         logprobs: at each position, return the log-probs of the chosen token and of so many of the likeliest tokens. At
             most engine option max_logprobs; -1: of the whole vocabulary, if that option is -1.
-        prompt_logprobs: the same for the positions of the prompt.
-        detokenize: decode the output to text. skip_special_tokens: leave special tokens out of the text.
+        prompt_logprobs: as `logprobs`, for the positions of the prompt.
+        detokenize: decode the output to text.
+        skip_special_tokens: leave special tokens out of the text.
         priority: requests with a lower value run first (scheduling_policy="priority").
         cache_salt: only requests with the same salt share prefixes.
         speculate: False: no drafts, if the engine has speculation. The tokens are the same.

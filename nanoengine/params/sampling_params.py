@@ -7,11 +7,12 @@ The valid fields depend on the processors that plugins register. So `SamplingPar
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 import types
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,7 @@ from nanoengine.params.sampling_fields import (
     legal_fields,
     processor_types,
 )
+from nanoengine.params.signatures import SamplingSignature
 
 _CACHE_SIZE = 256
 MAX_RAGGED = 16_384
@@ -82,19 +84,35 @@ class ResolvedParams:
         return self.eos_ids | self.stop_token_ids
 
 
-class SamplingParams:
-    """How to sample. Keywords are the fields of `CoreFields` and of the logits processors (temperature, top_p ...).
+class SamplingParams(SamplingSignature):
+    """How to sample: `SamplingParams(temperature=0.8, top_p=0.95, max_tokens=64)`.
 
-    Core fields are checked here. The others are checked when a request is submitted, because only the engine knows its
-    processors. Immutable: `replace` returns a changed copy. A processor's field can be read only if it was given.
+    Keywords are the parameters of the engine itself (n, seed, max_tokens, stop ...), and those of the logits processors
+    (temperature, top_p, bad_words ...), also of plugins. docs/reference.md lists them.
+
+    The engine's own are checked here. The others are checked when a request is submitted, because only the engine knows
+    its processors. Immutable: `replace` returns a changed copy. A processor's parameter can be read only if it was
+    given.
     """
 
     __slots__ = ("_core", "_key", "_processor")
+    __signature__ = inspect.signature(SamplingSignature)
     _core: CoreFields
     _key: Hashable
     _processor: dict[str, Any]
 
-    def __init__(self, /, *by_place: object, **fields: Any) -> None:
+    if not TYPE_CHECKING:  # which reads the signatures of `SamplingSignature`
+
+        def __init__(self, /, *by_place: object, **fields: Any) -> None:
+            self._set(by_place, fields)
+
+        def replace(self, /, *by_place: object, **changes: Any) -> SamplingParams:
+            return self._replaced(by_place, changes)
+
+        __init__.__doc__, replace.__doc__ = SamplingSignature.__init__.__doc__, SamplingSignature.replace.__doc__
+        replace.__signature__ = inspect.signature(SamplingSignature.replace)
+
+    def _set(self, by_place: Sequence[object], fields: dict[str, Any]) -> None:
         _keywords_only("SamplingParams", by_place)
         core = {name: conform(name, fields.pop(name), kind) for name, kind in CORE_TYPES.items() if name in fields}
         object.__setattr__(self, "_core", CoreFields(**core))
@@ -103,6 +121,7 @@ class SamplingParams:
 
     @property
     def core(self) -> CoreFields:
+        """The fields of the engine itself, checked."""
         return self._core
 
     @property
@@ -118,8 +137,7 @@ class SamplingParams:
             object.__setattr__(self, "_key", (core, _frozen(self._processor)))
         return self._key
 
-    def replace(self, /, *by_place: object, **changes: Any) -> SamplingParams:
-        """A copy with some fields changed."""
+    def _replaced(self, by_place: Sequence[object], changes: Mapping[str, Any]) -> SamplingParams:
         _keywords_only("replace", by_place)
         return SamplingParams(**{**self._fields(), **changes})
 

@@ -21,10 +21,10 @@ class RestartOptions:
         policy: "on-failure": it is started again if it was killed or its exit status is not 0; "always": whatever the
             status; "never": the server ends, with exit status 1.
         max_restarts: most restarts within `window` seconds; one more failure ends the server.
-        window: seconds, see `max_restarts`.
+        window: seconds in which `max_restarts` are counted.
         backoff: seconds before the first restart; each further one within the window waits twice as long, at most 60 s.
         hang_timeout: an engine that makes no progress for so many seconds beyond `health_deadline` is killed, and then
-            the policy holds. null: it is left alone, and /health says 503.
+            the policy holds. None: it is left alone, and /health says 503.
     """
 
     policy: Literal["always", "never", "on-failure"] = "on-failure"
@@ -49,10 +49,10 @@ class TraceOptions:
     """Spans of requests, for OpenTelemetry.
 
     Attributes:
-        endpoint: where they are sent, by OTLP over HTTP, as "http://collector:4318/v1/traces"; None: there are none.
+        endpoint: where traces are sent, by OTLP over HTTP, as "http://collector:4318/v1/traces"; None: there are none.
             Headers for it, and what part is sampled, are in the variables of OpenTelemetry: OTEL_EXPORTER_OTLP_HEADERS,
             OTEL_TRACES_SAMPLER.
-        service_name: who sends them.
+        service_name: the name of the service that sends traces.
     """
 
     endpoint: str | None = None
@@ -83,18 +83,22 @@ class ServerConfig:
         log_format: "text", or "json" for one object per line.
         log_level: the lowest level that is logged.
         served_model_name: names by which clients may ask for the model; answers say the first. (): the model's own.
-        api_keys: "NAME:sha256:HEX" or "sha256:HEX" of each. api_keys_file: a file with a key in each line, in these
-            forms or as it is, "NAME:KEY" or "KEY". Keys of the environment variable NANOENGINE_API_KEYS, as they are,
-            with commas between them, are added. Without any key everyone may ask.
-        cors_origins: origins whose pages may ask, as "https://chat.example"; ("*",): all.
+        api_keys: the keys that clients may send, each as "NAME:sha256:HEX" or "sha256:HEX". Keys of the environment
+            variable NANOENGINE_API_KEYS, as they are, with commas between them, are added. Without any key, every
+            client may send requests.
+        api_keys_file: a file with a key in each line: as in `api_keys`, or as it is, "NAME:KEY" or "KEY".
+        cors_origins: origins whose pages may send requests, as "https://chat.example"; ("*",): all.
         max_body_bytes: most bytes of a request.
-        ping_seconds: a stream gets a comment line when nothing came for so long; 0: never.
-        tool_parser, reasoning_parser: names of plugins; "auto": by the chat template; None: the text stays as it is.
-        max_n: most samples of a prompt; None: as many as the engine allows. max_prompts: most of one request.
-        max_logprobs: most log-probs at a position that a client may ask for; the engine's own limit holds too.
-        special_tokens_in_content: what control tokens in the content of messages are.
+        ping_seconds: a stream gets a comment line after so many seconds without an event; 0: never.
+        tool_parser, reasoning_parser: name of the plugin that finds tool calls, and reasoning, in an answer; "auto": by
+            the chat template; None: the text stays as it is.
+        max_n: most samples of a prompt; None: as many as the engine allows.
+        max_prompts: most prompts of one request.
+        max_logprobs: most log-probs at a position that a client may request; the engine's own limit holds too.
+        special_tokens_in_content: "text": control tokens in the content of messages are plain text; "tokens": they are
+            control tokens.
         request_timeout: seconds until a request must have started, if it does not say so itself; None: no limit.
-        threads: of each HTTP process, that tokenize and render.
+        threads: threads of each HTTP process that tokenise and render templates.
     """
 
     host: str = "127.0.0.1"
@@ -150,7 +154,7 @@ def check_ranges(section: str, options: Any, **ranges: tuple[float, float]) -> N
     for name, (low, high) in ranges.items():
         value = getattr(options, name)
         if value is not None and not (math.isfinite(value) and low <= value <= high):
-            raise ConfigError(f"{section}.{name} must be from {low:,g} to {high:,g}, not {value:,g}")
+            raise ConfigError(f"{section}.{name} must be from {low:,.15g} to {high:,.15g}, not {value:,.15g}")
 
 
 def service_options(config: ServerConfig, model: str) -> ServiceOptions:

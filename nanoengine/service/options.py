@@ -20,9 +20,9 @@ class LimitOptions:
     whatever its size.
 
     Attributes:
-        max_queued_requests: most requests; None: no limit.
-        max_queued_tokens: most tokens of their prompts; None: no limit.
-        max_queued_per_client: most requests of one client; None: no limit.
+        max_queued_requests: most requests that wait; None: no limit.
+        max_queued_tokens: most tokens of the prompts of requests that wait; None: no limit.
+        max_queued_per_client: most requests of one client that wait; None: no limit.
     """
 
     max_queued_requests: int | None = 4096

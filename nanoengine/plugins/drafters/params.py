@@ -11,7 +11,12 @@ _LONGEST = 64
 
 @dataclass(frozen=True, slots=True)
 class NgramParams(DrafterParams):
-    """`min_n`, `max_n`: the fewest and the most of the last tokens that must have been there before."""
+    """What the n-gram drafter looks for.
+
+    Attributes:
+        min_n: the fewest of the last tokens that must have occurred before.
+        max_n: the most of the last tokens that are looked for.
+    """
 
     min_n: int = 2
     max_n: int = 4
@@ -28,9 +33,9 @@ class SuffixParams(DrafterParams):
     """How the suffix drafter looks for what came before.
 
     Attributes:
-        min_match: the fewest of the last tokens that must have been there before.
-        max_match: the most that are compared.
-        max_places: the newest so many places with the last `min_match` tokens are compared.
+        min_match: the fewest of the last tokens that must have occurred before.
+        max_match: the most of the last tokens that are compared.
+        max_places: how many of the places with the last `min_match` tokens are compared, the newest ones first.
         max_tokens: tokens of ended samples that are kept; the oldest samples go first.
         min_share: a draft ends where less than this share of the places goes on with one token, counted from the
             beginning of the draft.

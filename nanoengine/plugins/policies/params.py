@@ -14,8 +14,10 @@ class FairParams(PolicyParams):
     """How clients share the engine.
 
     Attributes:
-        weights: by client, how much it gets in proportion to the others. default_weight: of a client without one.
-        prompt_cost, output_cost: what a token of a prompt, and a generated one, counts.
+        weights: client -> weight: how much it gets in proportion to the others.
+        default_weight: weight of a client that `weights` does not have.
+        prompt_cost: what a token of a prompt counts.
+        output_cost: what a generated token counts.
     """
 
     weights: Mapping[str, float] = field(default_factory=dict)

@@ -83,8 +83,8 @@ class PenaltyParams(ProcessorParams):
     """Penalties on tokens that occurred before.
 
     repetition_penalty: divides positive logits, and multiplies negative ones, of tokens in the prompt or output.
-    presence_penalty: subtracted from the logits of tokens in the output. frequency_penalty: the same, once for each
-    occurrence.
+    presence_penalty: subtracted from the logits of tokens in the output. frequency_penalty: subtracted from
+    the logits of tokens in the output, once for each occurrence.
     """
 
     repetition_penalty: float = 1.0

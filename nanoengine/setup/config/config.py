@@ -71,11 +71,11 @@ class RunConfig:
     """A whole configuration.
 
     Attributes:
-        model, attention, engine: see each.
-        sampler: keywords of `SamplingParams`; None where no `sampler` was given: the model's own defaults rule.
-        prompts: texts or conversations, or the file that holds them; None: none were given.
+        model: where the model comes from. attention: the attention backend. engine: the options of the engine.
+        sampler: keywords of `SamplingParams`; None: the model's own defaults are used.
+        prompts: texts or conversations, or the file that has them; None: none were given.
         output: path of the results, relative to the working directory; None: no file is written.
-        chat: prompts become chat messages where the model has a chat template.
+        chat: prompts become chat messages if the model has a chat template.
         sections: what commands read, such as "server": the dataclass of each section that was given.
         provenance: dotted key -> "file:line" or "override '...'", for the keys that were given.
     """

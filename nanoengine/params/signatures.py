@@ -297,7 +297,7 @@ class AsyncLLMSignature:
         attention: str | type[AttentionBackend] = "auto",
         implementation: str | None = None,
         plugins: Sequence[Any] = (),
-        process: bool = False,
+        process: bool | None = None,
         log_level: str = "warning",
         dtype: Literal["auto", "float32", "bfloat16", "float16"] | torch.dtype = "auto",
         device: str | torch.device = "auto",
@@ -341,8 +341,9 @@ class AsyncLLMSignature:
 
         Args:
             process: run the engine in a process of its own: the event loop and the engine then share no
-                interpreter.
-            log_level: of that process.
+                interpreter. attention must then be a name, and plugins paths or modules. False: on a thread of this
+                process. None: in a process of its own, if attention and plugins are such.
+            log_level: the lowest level that a process of its own logs.
             The others: as of `LLM`
         """
         raise NotImplementedError

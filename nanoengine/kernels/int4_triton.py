@@ -28,7 +28,7 @@ from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_
 
 MAX_ROWS = 256  # of the largest graph: what is compiled for graphs is then all that the kernel needs
 """More rows multiply a dequantised copy."""
-_AHEAD = 256  # words of 16 bits of each weight row that a program asks for before it waits
+_AHEAD = 256  # words of 16 bits of each weight row that a program asks for before it waits; a line is 64
 _PROGRAMS = 132  # what runs at a time on a Hopper GPU, one a multiprocessor
 _MOST_TILES = 1024  # of `tickets_on`
 
@@ -271,7 +271,7 @@ def product(
         bias if bias is not None else x, add if add is not None else x, y, part,
         count, rows, x.stride(0), y.stride(0), 0 if add is None else add.stride(0),
         N=outputs, K=k, GROUP=weight.group, BLOCK_T=block_t, BLOCK_N=tile.block_n, BLOCK_K=block_k,
-        SPLITS=tile.splits, SPAN=span, AHEAD=min(_AHEAD, triton.next_power_of_2(span // 4)), STAGES=tile.stages,
+        SPLITS=tile.splits, SPAN=span, AHEAD=max(64, min(_AHEAD, triton.next_power_of_2(span // 4))), STAGES=tile.stages,
         HAS_ZEROS=weight.zeros is not None, GATED=gate is not None, ACTIVATION=gate,
         HAS_BIAS=bias is not None, HAS_ADD=add is not None, ASM=x.is_cuda and torch.version.hip is None,
         num_warps=tile.warps, **pdl_options(x),

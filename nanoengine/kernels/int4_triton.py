@@ -271,8 +271,8 @@ def product(
         bias if bias is not None else x, add if add is not None else x, y, part,
         count, rows, x.stride(0), y.stride(0), 0 if add is None else add.stride(0),
         N=outputs, K=k, GROUP=weight.group, BLOCK_T=block_t, BLOCK_N=tile.block_n, BLOCK_K=block_k,
-        SPLITS=tile.splits, SPAN=span, AHEAD=max(64, min(_AHEAD, triton.next_power_of_2(span // 4))), STAGES=tile.stages,
-        HAS_ZEROS=weight.zeros is not None, GATED=gate is not None, ACTIVATION=gate,
+        SPLITS=tile.splits, SPAN=span, AHEAD=max(64, min(_AHEAD, triton.next_power_of_2(span // 4))),
+        STAGES=tile.stages, HAS_ZEROS=weight.zeros is not None, GATED=gate is not None, ACTIVATION=gate,
         HAS_BIAS=bias is not None, HAS_ADD=add is not None, ASM=x.is_cuda and torch.version.hip is None,
         num_warps=tile.warps, **pdl_options(x),
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from gguf_blocks import KINDS, expected, random_blocks
+from gguf_blocks import KINDS, checkpoint, expected, random_blocks
 from gguf_expanded import expanded_folder
 from gguf_zoo import TinyGGUF
 from safetensors.torch import load_file, save_file
@@ -31,7 +31,6 @@ from nanoengine.plugins.quantizations.gguf import Gguf, GgufMethod
 from nanoengine.plugins.quantizations.gguf_stores import Blocks
 from nanoengine.setup.start.gguf_blocks import GGUF
 from nanoengine.setup.start.quantization import quantised_by
-from nanoengine.testing.checkpoints import tiny_llama
 
 import_kernels()
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=0)
@@ -43,32 +42,6 @@ MIX = {"q_proj": "Q4_K", "k_proj": "Q6_K", "v_proj": "", "o_proj": "Q5_K", "gate
 def kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are kept also on a CPU, by plain torch, whose products are those of the dequantised weights."""
     monkeypatch.setattr(plugin, "store_for", lambda layer: Blocks())
-
-
-def checkpoint(folder: Path, kinds: Mapping[str, str] | str, **config: Any) -> tuple[Path, Path]:
-    """(a model of random blocks, the same in float32).
-
-    kinds: type of each matrix by the last word of its module's name, others are Q4_1; "" is plain.
-    """
-    plain = tiny_llama(
-        folder / "plain", hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, **config
-    )
-    tensors, types = load_file(plain / "model.safetensors"), dict[str, str]()
-    packed = dict(tensors)
-    for number, (name, tensor) in enumerate(tensors.items()):
-        module = name.removesuffix(".weight")
-        kind = kinds if isinstance(kinds, str) else kinds.get(module.rpartition(".")[2], "Q4_1")
-        if tensor.dim() == 2 and kind:
-            blocks = random_blocks(kind, *tensor.shape, seed=number)
-            types[module], packed[name] = kind, torch.from_numpy(blocks)
-            tensors[name] = expected(blocks, kind)
-    save_file(tensors, plain / "model.safetensors")
-    (folder / "packed").mkdir()
-    save_file(packed, folder / "packed" / "model.safetensors")
-    given = json.loads((plain / "config.json").read_text())
-    given["quantization_config"] = {"quant_method": "gguf", "types": types, "expanded": {}}
-    (folder / "packed" / "config.json").write_text(json.dumps(given))
-    return folder / "packed", plain
 
 
 def answers(path: Path, **options: Any) -> tuple[list[tuple[int, ...]], list[float], LLM]:

@@ -3,6 +3,8 @@ model dequantised."""
 
 from __future__ import annotations
 
+import math
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from test_gguf_models import MIX, answers, checkpoint, labels
 from torch import Tensor
 
+from nanoengine import LLM, SamplingParams
 from nanoengine.api.sources import cache_root
 from nanoengine.kernels.cpu import load, twin
 from nanoengine.plugins.quantizations import gguf as plugin
@@ -59,3 +62,27 @@ def test_a_mutant_that_drops_the_norm_is_seen(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(Tiles, "norm_linear", wrong)
     assert answers(packed)[1] != pytest.approx(answers(plain)[1], abs=0.2)
+
+
+def perplexity(folder: Path, **options: Any) -> float:
+    """Of the first 500 tokens of each of three packages' descriptions."""
+    prompt = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    with LLM(folder, device="cpu", max_model_len=1024, num_gpu_blocks_override=64, **options) as llm:
+        texts = [str(metadata(name).get_payload()) for name in ("torch", "transformers", "pytest")]
+        prompts = [llm.get_tokenizer()(text).input_ids[:500] for text in texts]
+        found = [
+            each[token].logprob
+            for ids, output in zip(prompts, llm.generate(prompts, prompt, use_tqdm=False), strict=True)
+            for token, each in zip(ids[1:], (output.prompt_logprobs or [])[1:], strict=True)
+            if each is not None
+        ]
+    assert len(found) == 3 * 499
+    return math.exp(-sum(found) / len(found))
+
+
+@pytest.mark.slow
+def test_perplexity_is_that_of_the_dequantised_model_within_one_per_cent(smollm2_path: Path) -> None:
+    quantised, plain = perplexity(smollm2_path), perplexity(smollm2_path, quantization="none")
+    assert 2 < plain < 30
+    assert quantised == pytest.approx(plain, rel=0.01)
+    assert quantised != plain

@@ -31,6 +31,7 @@ SIZES: Mapping[str, Any] = {
 SMALL: Mapping[str, Any] = {
     "device": "cpu",
     "dtype": "float32",
+    "fuse_kernels": False,  # the kernels in C round inputs
     "max_num_seqs": 4,
     "block_size": 4,
     "num_gpu_blocks_override": 64,

@@ -11,6 +11,8 @@ from eight_bit_files import INT8, Module, by_channel, expected_logprobs, online
 
 from nanoengine import LLM
 from nanoengine.api import LayerInfo, QuantizationContext
+from nanoengine.api.sources import cache_root
+from nanoengine.kernels.cpu import load
 from nanoengine.plugins.quantizations import reading
 from nanoengine.plugins.quantizations.eight_bit import EightBitLinear
 from nanoengine.plugins.quantizations.int8 import Int8
@@ -37,6 +39,19 @@ def test_a_plain_checkpoint_is_quantised_an_output_at_a_time(source: Path) -> No
     torch.testing.assert_close(got, expected_logprobs(source, made(source), engines.IDS)[:-1], rtol=0, atol=1e-5)
     assert (found.label, found.layers) == ("int8 channel, weight only, quantised while loading", 8)
     assert plain.num_bytes == 151 * 64 * 4
+
+
+def test_kernels_in_c_round_the_inputs_of_such_weights(source: Path) -> None:
+    """Within 1%, and the report says so."""
+    if isinstance(load(cache_root()), str):
+        pytest.skip("no kernels in C")
+    with engines.start(source, quantization="int8", fuse_kernels=True) as llm:
+        assert 1e-4 < engines.layers_off(llm, made(source)) < 0.01
+        got, (_, found) = engines.logprobs(llm), llm.start_report.quantised
+    torch.testing.assert_close(got, expected_logprobs(source, made(source), engines.IDS)[:-1], rtol=0, atol=0.3)
+    assert (found.label, found.layers) == (
+        "int8 channel, weight only, quantised while loading, inputs rounded to int8", 8
+    )  # fmt: skip
 
 
 def test_two_ranks(source: Path) -> None:

@@ -13,6 +13,8 @@ from nanoengine.api import LinearMethod, ModelError, Norm, Shard, ShardSpec, Wei
 from nanoengine.kernels import eight_bit
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.eight_bit import LEAST, EightBit, Inputs
+from nanoengine.kernels.eight_bit_cpu import EightBitTiles
+from nanoengine.kernels.ops import CpuOps
 from nanoengine.layers.quantised import divided, one_each, per_output
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
@@ -63,7 +65,7 @@ class EightBitLinear(LinearMethod):
     def __init__(self, scheme: Scheme) -> None:
         self.scheme, self.label = scheme, str(scheme)
         self._weights: tuple[EightBit, ...] = ()
-        self._kernels: ModuleType = eight_bit
+        self._kernels: ModuleType | EightBitTiles = eight_bit
 
     def create(self, layer: WeightLayer, weight: ShardSpec) -> None:
         scheme = self.scheme
@@ -118,6 +120,15 @@ class EightBitLinear(LinearMethod):
             from nanoengine.kernels import eight_bit_triton
 
             self._kernels = eight_bit_triton
+        if isinstance(layer.ops, CpuOps) and EightBitTiles.takes(self._weights[0]):
+            self._pack(layer, EightBitTiles(layer.ops.library))
+
+    def _pack(self, layer: WeightLayer, tiles: EightBitTiles) -> None:
+        """For the kernels in C: in their order, instead of the codes."""
+        self._weights = (tiles.packed(self._weights[0]),)
+        layer.get_parameter("weight").data = self._weights[0].weight
+        self._kernels = tiles
+        self.label += ", inputs rounded to int8"
 
     def _of_inputs(self, layer: WeightLayer, part: str) -> Tensor | None:
         """The scale, or the bound, of a part's inputs."""

@@ -17,12 +17,14 @@ from nanoengine.api.errors import NanoEngineError
 from nanoengine.api.structured_outputs import StructuredOutputsParams
 from nanoengine.params.arguments import ChatOptions
 from nanoengine.params.engine_options import EngineOptions
+from nanoengine.params.sampling_fields import NOT_SUPPORTED
 from nanoengine.params.speculation import SpeculationOptions
 from nanoengine.plugins.drafters import register_drafters
 from nanoengine.plugins.policies import register_policies
 from nanoengine.server.config import ServerConfig
 from nanoengine.service.output_stream import OutputStream
 from nanoengine.setup.config.config import AttentionSection, ModelSection, RunConfig
+from nanoengine.setup.config.engine_options import OPTIONS_NOT_SUPPORTED
 from nanoengine.setup.config.prompts import PromptFile
 
 
@@ -35,6 +37,8 @@ def page(frame: str) -> str:
         "speculation": lambda: table(facts(SpeculationOptions, given={"method": "ngram"})),
         "drafters": lambda: _parts(register_drafters(), "method"),
         "policies": lambda: _parts(register_policies(), "policy"),
+        "unsupported_params": lambda: _instead(NOT_SUPPORTED),
+        "unsupported_options": lambda: _instead(OPTIONS_NOT_SUPPORTED),
         "server": lambda: table(facts(ServerConfig)),
         "configuration": _configuration,
         "chat_options": lambda: table(_typed_dict(ChatOptions)),
@@ -88,6 +92,11 @@ def _parts(specs: Iterable[Any], what: str) -> str:
         rows = facts(spec.params) if dataclasses.fields(spec.params) else []
         blocks.append(f"`{spec.name}`{says}" + (f"\n\n{table(rows)}" if rows else " It has no keys of its own."))
     return "\n\n".join(blocks)
+
+
+def _instead(names: Mapping[str, str]) -> str:
+    rows = [f"| `{name}` | {_cell(instead)} |" for name, instead in names.items()]
+    return "\n".join(["| name | instead |", "|---|---|", *rows])
 
 
 def _configuration() -> str:

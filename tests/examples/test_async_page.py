@@ -15,12 +15,14 @@ PAGE = (ROOT / "docs" / "async.md").read_text("utf-8")
 
 def test_code_runs(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("nanoengine.llm.find_model", lambda *arguments: tiny)
-    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    exec(compile(code, "docs/async.md", "exec"), {"__name__": "page"})
+    coroutines, threads = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    exec(compile(coroutines, "docs/async.md", "exec"), {"__name__": "page"})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(("'", '"'))
     assert any(line.startswith("Red, green, (") for line in lines)
     assert lines[-1].startswith("ServiceStats(")
+    exec(compile(threads, "docs/async.md", "exec"), {"__name__": "page"})
+    assert len(capsys.readouterr().out.splitlines()) >= 2
 
 
 def test_the_files_of_the_table_are_there() -> None:

@@ -1,4 +1,4 @@
-"""The commands of README.md and docs/serving.md: they run on the mock model, and the request answers."""
+"""Commands of README.md, docs/serving.md and docs/http-api.md: they run on the mock model, requests are answered."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ from tests.server.running import Running
 
 ROOT = Path(__file__).parents[2]
 SERVING = (ROOT / "docs/serving.md").read_text("utf-8")
-PAGES = {"README.md": (ROOT / "README.md").read_text("utf-8"), "docs/serving.md": SERVING}
+PAGES = {
+    "README.md": (ROOT / "README.md").read_text("utf-8"),
+    "docs/serving.md": SERVING,
+    "docs/http-api.md": (ROOT / "docs/http-api.md").read_text("utf-8"),
+}
 MOCK = ("attention=mock", "engine.load_format=dummy", "engine.kv_cache_memory=8388608", "server.port=0")
 
 
@@ -50,7 +54,9 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_server_of_the_page_answers_its_curl(page: str, quickstart: Running) -> None:
-    assert lines(page, "nanoengine serve") == lines("README.md", "nanoengine serve")
+    served = lines(page, "nanoengine serve") or [lines(page, "NANOENGINE_API_KEYS=alice:KEY1,bob:KEY2")[0][1:]]
+    assert served == lines("README.md", "nanoengine serve")
+    assert lines(page, "curl")
     for curl in lines(page, "curl"):
         url, headers, data = parsed(curl)
         assert (url.hostname, url.port) == (ServerConfig().host, ServerConfig().port)
@@ -59,8 +65,13 @@ def test_the_server_of_the_page_answers_its_curl(page: str, quickstart: Running)
         response = connection.getresponse()
         answer = json.loads(response.read())
         assert response.status == 200, answer
-        assert answer["choices"][0]["message"]["role"] == "assistant"
+        assert "assistant" in (answer.get("role"), *(said.get("role") for said in messages(answer)))
         connection.close()
+
+
+def messages(answer: Any) -> list[Any]:
+    """The messages in an answer of chat completions or responses."""
+    return [choice["message"] for choice in answer.get("choices", ())] + answer.get("output", [])
 
 
 def parsed(curl: list[str]) -> tuple[Any, dict[str, str], str | None]:

@@ -25,10 +25,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nanoengine import LLM, SamplingParams
 from nanoengine.build import find_model
+from nanoengine.kernels.gguf import dequantise
 from nanoengine.setup.plugins.discover import discover
 
 SHORTEST, LONGEST = 16, 128
@@ -168,9 +170,32 @@ def bench_workload(llm: LLM, model: Any, args: argparse.Namespace) -> list[dict[
     return show(title, results, [None, *(rival[3] for rival in chosen)])
 
 
+def in_float32(folder: Path) -> Any:
+    """transformers' model of a folder whose matrices may be in a GGUF file's blocks."""
+    config = AutoConfig.from_pretrained(folder)
+    blocks = getattr(config, "quantization_config", None)
+    if blocks is None:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    del config.quantization_config
+    tensors = load_file(folder / "model.safetensors")
+    for module, kind in blocks["types"].items():
+        tensors[f"{module}.weight"] = dequantise(tensors[f"{module}.weight"], kind)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert set(missing) <= {"lm_head.weight"}, missing
+    assert not unexpected, unexpected
+    model.tie_weights()
+    return model
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="as LLM(model=...)")
+    parser.add_argument(
+        "--quantization",
+        default="none",
+        help="of the engine; auto: the blocks as they are, so tokens may differ",
+    )
     parser.add_argument("--threads", type=int, default=2, help="torch threads, for both sides")
     parser.add_argument("--only", choices=["batch1", "workload"])
     parser.add_argument("--tokens", type=int, default=128, help="output of the single request")
@@ -188,8 +213,9 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     folder = find_model(args.model, discover())
-    with LLM(folder, max_model_len=512, max_num_seqs=64, dtype="float32", enable_prefix_caching=False) as llm:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    options: dict[str, Any] = {"max_model_len": 512, "max_num_seqs": 64, "quantization": args.quantization}
+    with LLM(folder, dtype="float32", enable_prefix_caching=False, **options) as llm:
+        model = in_float32(folder).eval()
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
         figures: dict[str, Any] = {

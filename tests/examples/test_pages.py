@@ -100,11 +100,8 @@ def test_links_and_files(page: str) -> None:
 
 def test_every_page_is_listed() -> None:
     pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
-    assert (
-        set(re.findall(r"^(?:- |\| \d \| ).*?\]\((\w[\w-]*\.md)\)", TEXTS["README"], re.MULTILINE))
-        | set(re.findall(r"\. \[\S+\]\((\S+\.md)\):", TEXTS["README"]))
-        == pages
-    )
+    listed = re.findall(r"\]\((\w[\w-]*\.md)\)", TEXTS["README"])
+    assert sorted(listed) == sorted(pages)
 
 
 def test_order_of_reading() -> None:

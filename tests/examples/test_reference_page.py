@@ -1,4 +1,4 @@
-"""docs/reference.md and nanoengine/params/signatures.py are those that the code makes; the page's examples run."""
+"""docs/reference.md has every option, parameter and method; its examples run; editors complete the same names."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ from nanoengine.setup.plugins.discover import discover
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reference.md").read_text("utf-8")
-SIGNATURES = (ROOT / "nanoengine" / "params" / "signatures.py").read_text("utf-8")
-FRAME = ROOT / "docs" / "generate" / "reference.md.in"
 PLUGIN = """
 from dataclasses import dataclass
 from typing import ClassVar
@@ -54,15 +52,6 @@ def generator() -> Any:
 
 def facts() -> Any:
     return import_module("reference_facts")
-
-
-def test_the_page_is_what_the_code_makes() -> None:
-    made = import_module("reference_page").page(FRAME.read_text("utf-8"))
-    assert made == PAGE, "run `make reference`"
-
-
-def test_the_signatures_are_what_the_code_makes() -> None:
-    assert import_module("reference_signatures").signatures() == SIGNATURES, "run `make reference`"
 
 
 def names(heading: str) -> set[str]:

@@ -117,6 +117,7 @@ class Library:
             [T, out], or [T, out / 2] with a gate, of x's dtype; computed in float32, rounded once.
         """
         rows, inputs = x.shape
+        assert inputs % 32 == 0 and not (gate and outputs % (2 * LANES)), (inputs, outputs)
         y = torch.empty(rows, outputs // 2 if gate else outputs, dtype=torch.float32)
         # names keep what is converted alive until the call has ended
         wide, by, plus, more = _wide(x), _of(norm), _of(bias), _of(add)

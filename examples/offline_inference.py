@@ -28,7 +28,7 @@ def main(model: str) -> None:
 
     conversation = [
         {"role": "system", "content": "You answer in one short sentence."},
-        {"role": "user", "content": "What is the capital of France?"},
+        {"role": "user", "content": "Tell me the capital of France."},
     ]
     [answer] = llm.chat(conversation, SamplingParams(temperature=0.0, max_tokens=32))
     print(answer.outputs[0].text)

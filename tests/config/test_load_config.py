@@ -32,7 +32,7 @@ sampler:
 engine:
   max_num_seqs: 64
 prompts:                     # a list, or {file: prompts.jsonl, field: prompt}
-  - What is the capital of France?
+  - Tell me the capital of France.
 output: results.jsonl
 """
 
@@ -64,7 +64,7 @@ def test_the_issue_s_own_file(load: Load, tmp_path: Path) -> None:
         model=config.model,
         sampler={"temperature": 0.0, "max_tokens": 64},
         engine=EngineOptions(max_num_seqs=64),
-        prompts=("What is the capital of France?",),
+        prompts=("Tell me the capital of France.",),
         output="results.jsonl",
     )
     assert config.model.source == "smollm2-135m"

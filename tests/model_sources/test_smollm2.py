@@ -50,7 +50,7 @@ def test_weights_equal_transformers_own_loader(smollm2_path: Path, smollm2_gguf:
 def test_it_answers(smollm2_expanded: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2_expanded)
     model = AutoModelForCausalLM.from_pretrained(smollm2_expanded, dtype=torch.float32)
-    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    chat = [{"role": "user", "content": "Tell me the capital of France."}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert tokenizer.decode(output) == "The capital of France is Paris.<|im_end|>"

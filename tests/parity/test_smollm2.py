@@ -100,7 +100,7 @@ def test_a_mutant_is_caught(llm: LLM, model: PreTrainedModel, prompts: list[list
 
 
 def test_a_chat_answer_stops_at_eos_and_streams(llm: LLM) -> None:
-    prompt = llm.chat_prompt([{"role": "user", "content": "What is the capital of France?"}])
+    prompt = llm.chat_prompt([{"role": "user", "content": "Tell me the capital of France."}])
     params = SamplingParams(temperature=0, max_tokens=40)
     seen = [output.outputs[0] for output in llm.stream(prompt, params)]
     last, tokenizer = seen[-1], llm.get_tokenizer()
@@ -117,7 +117,7 @@ def test_a_chat_answer_stops_at_eos_and_streams(llm: LLM) -> None:
 
 def test_text_that_runs_on_past_eos(llm: LLM) -> None:
     """With ignore_eos the answer goes on, its text still growing by prefixes."""
-    prompt = llm.chat_prompt([{"role": "user", "content": "What is the capital of France?"}])
+    prompt = llm.chat_prompt([{"role": "user", "content": "Tell me the capital of France."}])
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, skip_special_tokens=False)
     seen = [output.outputs[0] for output in llm.stream(prompt, params)]
     last, tokenizer = seen[-1], llm.get_tokenizer()

@@ -10,7 +10,7 @@ ROOT = os.environ["SERVER"]  # http://127.0.0.1:PORT
 URL = f"{ROOT}/v1"
 KEY = os.environ["SERVER_KEY"]
 MODEL = os.environ["SERVER_MODEL"]
-QUESTION = "What is the capital of France?"
+QUESTION = "Tell me the capital of France."
 MESSAGES: Any = [{"role": "user", "content": QUESTION}]
 WEATHER: Any = {
     "type": "function",

@@ -315,8 +315,9 @@ def _decode(
         keys = start + near
         live = keys < end
         block = blocks_of(table, start, end, TILE, BLOCK_SIZE)
-        token = (block * KV_HEADS + kv_head) * BLOCK_SIZE + keys % BLOCK_SIZE
-        at = (token * D)[:, None] + d[None, :]
+        at = (block * KV_HEADS + kv_head) * head_size + keys % BLOCK_SIZE * D
+        token = at // D if SCALED else at
+        at = at[:, None] + d[None, :]
         if D == D_PAD:
             key = tl.load(k_cache + at)
         else:

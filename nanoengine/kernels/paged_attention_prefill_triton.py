@@ -57,8 +57,9 @@ def _walk(
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         keys = start + near
         block = blocks_of(table, start, length, TILE, BLOCK_SIZE)
-        place = block * (BLOCK_STRIDE // D) + keys % BLOCK_SIZE
-        at = (place * D)[:, None] + d[None, :]
+        at = block * BLOCK_STRIDE + keys % BLOCK_SIZE * D
+        place = at // D if SCALED else at
+        at = at[:, None] + d[None, :]
         if D == D_PAD:
             key = tl.load(k_head + at)
         else:

@@ -149,8 +149,9 @@ def _decode_several(
     for at_key in tl.range(begin, end, TILE, num_stages=STAGES):
         keys = at_key + near
         block = blocks_of(table, at_key, end, TILE, BLOCK_SIZE)
-        place = (block * KV_HEADS + kv_head) * BLOCK_SIZE + keys % BLOCK_SIZE
-        at = (place * D)[:, None] + d[None, :]
+        at = (block * KV_HEADS + kv_head) * (BLOCK_SIZE * D) + keys % BLOCK_SIZE * D
+        place = at // D if SCALED else at
+        at = at[:, None] + d[None, :]
         if D == D_PAD:
             key = tl.load(k_cache + at)
         else:

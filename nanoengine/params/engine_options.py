@@ -145,7 +145,7 @@ class EngineOptions:
     spare_slots: int = 8
     fuse_kernels: bool = True
     fuse_attention: bool = True
-    fuse_products: bool = True
+    fuse_products: bool = False
     fuse_sampling: bool = True
     custom_all_reduce: bool = True
     skip_tokenizer_init: bool = False

@@ -20,6 +20,7 @@ from nanoengine.core.execution import results, runner
 from nanoengine.core.execution.graphs import CaptureSizes, StepGraphs
 from nanoengine.core.execution.step_inputs import StepSize
 from nanoengine.kernels.ops import Ops
+from nanoengine.params.engine_options import EngineOptions
 from nanoengine.setup.start import capture as setup_capture
 from nanoengine.setup.start import starter
 from nanoengine.testing.checkpoints import tiny_qwen3
@@ -85,7 +86,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         yield seen
 
 
-@pytest.mark.parametrize("given", [{}, {"fuse_kernels": False}, {"fuse_attention": False}, {"fuse_products": False}])
+@pytest.mark.parametrize("given", [{}, {"fuse_kernels": False}, {"fuse_attention": False}, {"fuse_products": True}])
 def test_layers_get_the_operations_that_the_options_ask_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, bool]
 ) -> None:
@@ -99,7 +100,8 @@ def test_layers_get_the_operations_that_the_options_ask_for(
     with mock_llm(tmp_path, **given):
         pass
     names = {"fuse": "fuse_kernels", "attends_qkv": "fuse_attention", "products": "fuse_products"}
-    assert asked == {argument: given.get(option, True) for argument, option in names.items()}
+    defaults = EngineOptions()
+    assert asked == {argument: given.get(option, getattr(defaults, option)) for argument, option in names.items()}
 
 
 @pytest.mark.parametrize("overlap", [True, False])

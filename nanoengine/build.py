@@ -54,6 +54,7 @@ from nanoengine.params.pooling import PoolingDefaults
 from nanoengine.params.preparation import Preparations
 from nanoengine.params.sampling_fields import legal_fields
 from nanoengine.params.sampling_params import ParamsResolver
+from nanoengine.params.speculation import MAX_DRAFTS
 from nanoengine.setup.config.model_options import option_hint
 from nanoengine.setup.plugins.choose import (
     Skipped,
@@ -538,6 +539,7 @@ def _scheduler(assembly: Assembly, memory: MemoryReport) -> Scheduler:
         spare_slots=options.spare_slots,
         admission_reserve=options.admission_reserve,
         whole_prompts=assembly.whole_prompts,
+        most_forced=_most_forced(assembly.plan),
     )
     blocks = BlockManager(
         groups=memory.num_groups,
@@ -547,6 +549,13 @@ def _scheduler(assembly: Assembly, memory: MemoryReport) -> Scheduler:
     )
     policy = make_policy(assembly.plan.policy, assembly.loader)
     return Scheduler(config, blocks, policy, _speculation(assembly, config))
+
+
+def _most_forced(plan: EnginePlan) -> int:
+    """Where steps are graphs, as many as rows of the captured ones have: an eager step takes longer than the steps that
+    it would save."""
+    graphs = torch.device(plan.options.device).type == "cuda" and not plan.options.enforce_eager
+    return (0 if plan.speculation is None else plan.speculation.tokens) if graphs else MAX_DRAFTS
 
 
 def _speculation(assembly: Assembly, config: SchedulerConfig) -> Speculation | None:

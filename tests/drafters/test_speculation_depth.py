@@ -102,6 +102,43 @@ def test_a_drafter_that_is_always_wrong_is_left_out() -> None:
     assert set(drafted[3:]) == {0, 1}
 
 
+class Hoping(HostDrafter):
+    """Behind a 1 it guesses ones, behind anything else nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(CTX, None)
+
+    def start(self, prompt_token_ids: Sequence[int], sample: DraftSample) -> DraftState:
+        return Ones([])
+
+
+class Ones(Counting):
+    def draft(self, most: int) -> Sequence[int]:
+        return [1] * most if self.newest == 1 else []
+
+
+def waits(found: Speculation, tokens: Sequence[int]) -> int:
+    """For how many of these tokens a request waits, instead of running ahead; the drafts behind them are refused."""
+    sample, count = request(), 0
+    for token in tokens:
+        sample.length, sample.num_computed = sample.num_tokens + 1, sample.num_tokens
+        waited = found.most(sample) > 0
+        count += waited
+        grow(sample, [token])
+        if waited and (most := found.most(sample)):
+            found.committed(sample, len(found.propose(sample, most)), 0)
+    return count
+
+
+def test_waiting_for_drafts_that_do_not_come_costs_as_much_as_a_refused_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second token is the guessed one, and each time nothing can be guessed behind the next."""
+    tokens = [0, 1] * 500
+    assert waits(speculation(Hoping()), tokens) < 30
+    committed = Speculation.committed
+    monkeypatch.setattr(Speculation, "committed", lambda self, one, n, m: committed(self, one, 0, m))
+    assert waits(speculation(Hoping()), tokens) > 400
+
+
 def test_only_the_positions_that_pay_are_drafted() -> None:
     drafted = run(speculation(), request(), lambda row: 2, 400)
     tail = drafted[20:]

@@ -5,18 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from nanoengine import LLM, RequestOutput, SamplingParams
+from nanoengine import LLM, RequestOutput, SamplingParams, build
 from nanoengine.core import engine, host_states
 from nanoengine.core.engine import Engine
 from nanoengine.core.execution.executor import Call, InProcessExecutor
 from nanoengine.core.execution.runner import ModelRunner
 from nanoengine.core.request import Request
+from nanoengine.core.scheduling.draft import Draft
 from nanoengine.core.scheduling.scheduler import Scheduler
+from nanoengine.params.speculation import MAX_DRAFTS
 from nanoengine.testing.invariants import check_scheduler
 from nanoengine.testing.mock_model import reference_logits
 
@@ -222,6 +225,41 @@ def test_forced_tokens_come_in_one_row(tmp_path: Path, name: str, overlap: bool)
     assert stats.free_blocks == stats.num_blocks
     if name in ("plain", "no overlap", "batch 1"):
         assert stats.steps - steps < (0.8 if name == "batch 1" and not overlap else 1) * steps
+
+
+@pytest.mark.parametrize("most", [0, 2, 4])
+def test_forced_rows_are_no_longer_than_those_of_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """A step of longer ones would run eagerly. Too few to be worth it: none."""
+    monkeypatch.setattr(build, "_most_forced", lambda plan: most)
+    asked, longest = prompts(4, seed=3), list[int]()
+    book = Draft.book
+
+    def seen(self: Draft, request: Request, num_new: int, drafts: Sequence[int] = ()) -> None:
+        longest.append(len(drafts))
+        book(self, request, num_new, drafts)
+
+    monkeypatch.setattr(Draft, "book", seen)
+    with chain_llm(tmp_path) as llm:
+        assert tokens_of(llm.generate(asked, JUMPS, use_tqdm=False)) == [chained(p, 24, -5) for p in asked]
+    assert max(longest) == (4 if most == 4 else 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ({"device": "cpu", "enforce_eager": False}, MAX_DRAFTS),
+        ({"device": "cuda", "enforce_eager": True}, MAX_DRAFTS),
+        ({"device": "cuda:1", "enforce_eager": False}, 0),
+        ({"device": "cuda", "enforce_eager": False, "tokens": 5}, 5),
+    ],
+)
+def test_how_long_forced_rows_may_be(options: dict[str, Any], most: int) -> None:
+    tokens = options.pop("tokens", None)
+    speculation = None if tokens is None else SimpleNamespace(tokens=tokens)
+    plan: Any = SimpleNamespace(options=SimpleNamespace(**options), speculation=speculation)
+    assert build._most_forced(plan) == most
 
 
 @pytest.mark.parametrize("n", [1, 2])

@@ -12,6 +12,7 @@ from nanoengine.core.scheduling.block_manager import Published
 from nanoengine.core.step import GRAPH_DECODE, GRAPH_MIXED, GRAPH_TAIL, StepPlan
 from nanoengine.params.generated import EndReason
 from nanoengine.params.grammars import GrammarStats
+from nanoengine.params.speculation import MAX_DRAFTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +21,7 @@ class SchedulerConfig:
 
     spare_slots: see `num_slots`; the device's tables have as many. admission_reserve: blocks that stay free for each
     running request when another one is admitted. whole_prompts: a prompt runs in one step, and a request generates one
-    token: for attention that looks ahead.
+    token: for attention that looks ahead. most_forced: the most tokens that are drafts because they must come next.
 
     Raises `ConfigError` for a limit below 1, or a reserve below 0.
     """
@@ -32,6 +33,7 @@ class SchedulerConfig:
     spare_slots: int = 8
     admission_reserve: int = 0
     whole_prompts: bool = False
+    most_forced: int = MAX_DRAFTS
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):

@@ -24,7 +24,6 @@ from nanoengine.core.scheduling.messages import Admission, EngineStats, Schedule
 from nanoengine.core.scheduling.queues import Roster, refuse_misfit
 from nanoengine.core.scheduling.speculation import Speculation
 from nanoengine.core.step import StepPlan, StepResult, num_slots
-from nanoengine.params.speculation import MAX_DRAFTS
 
 LEAST_FORCED = 3  # tokens: for fewer it is not worth that a request misses a step before and behind their row
 Verdict = Literal["admitted", "waits", "no room", "failed"]  # "waits": for a hit that this very step computes
@@ -181,14 +180,14 @@ class Scheduler:
         behind a row in flight with drafts that were forced: the next row begins where that one ends."""
         if request.jumps and request.num_in_flight > 1:
             return 1
-        if len(request.forced) >= LEAST_FORCED and request.num_computed == request.length - 1:
-            return min(len(request.forced), MAX_DRAFTS)
+        if request.num_computed == request.length - 1 and (count := num_forced(request, self.config)):
+            return count
         return self._speculation.most(request) if self._speculation is not None and request.drafted else 0
 
     def _drafts(self, request: Request, num_new: int, most: int, draft: Draft) -> Sequence[int] | None:
         """At most so many, for a row of its next tokens. None: the drafter raised, and the request failed."""
         room = draft.room_for_drafts(request, num_new, most, self.blocks)
-        request.jumps = len(request.forced) >= LEAST_FORCED
+        request.jumps = num_forced(request, self.config) > 0
         if request.jumps:
             return request.forced[:room]
         try:
@@ -412,3 +411,9 @@ class Scheduler:
         for request in failed:
             self._roster.remove(request)
         return failed
+
+
+def num_forced(request: Request, config: SchedulerConfig) -> int:
+    """How many of the tokens that must follow its newest row may be drafts."""
+    count = min(len(request.forced), config.most_forced)
+    return count if count >= LEAST_FORCED else 0

@@ -27,6 +27,7 @@ class Speculation:
         self._all = Acceptance([1.0] * tokens, min_acceptance, memory=32)  # a new request begins with what others had
         self._acceptance: dict[Request, Acceptance] = {}
         self._states: dict[Request, CheckedState] = {}
+        self._waits: set[Request] = set()  # requests that do not run ahead, as a draft may follow the token in flight
         self._failed: dict[Request, RequestError] = {}  # what the drafter raised, until the request is picked
         self._warned = False
 
@@ -45,7 +46,10 @@ class Speculation:
         if self.on_device or not depth or request.num_in_flight != 1:
             return depth
         try:
-            return depth if len(self._ask(request, 2)) == 2 else 0
+            if len(self._ask(request, 2)) < 2:
+                return 0
+            self._waits.add(request)
+            return depth
         except RequestError as error:
             self._failed[request] = error
             return depth
@@ -59,7 +63,11 @@ class Speculation:
             return [-1] * most
         if request in self._failed:
             raise self._failed.pop(request)
-        return self._ask(request, most)
+        drafts = self._ask(request, most)
+        if not drafts and request in self._waits:  # it has cost what a refused draft costs, and is in no statistics
+            self.committed(request, 1, 0)
+        self._waits.discard(request)
+        return drafts
 
     def _ask(self, request: Request, most: int) -> list[int]:
         assert self._drafter is not None
@@ -85,6 +93,7 @@ class Speculation:
         """The request has ended, or failed. What its drafter raises now fails no request, so it is logged, once."""
         self._acceptance.pop(request, None)
         self._failed.pop(request, None)
+        self._waits.discard(request)
         state = self._states.pop(request, None)
         if state is None or state.failed:
             return

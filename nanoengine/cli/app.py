@@ -14,7 +14,6 @@ app = typer.Typer(
     cls=Commands,
     help="A small LLM inference engine. Every part that you may want to replace is a plugin.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

@@ -73,7 +73,16 @@ class Listed(TyperCommand):
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         command = self._load()
         if parent is None or isinstance(parent, command.context_class):
-            return command.make_context(info_name, args, parent, **extra)
+            given = list(args)  # click takes words from its list
+            try:
+                return command.make_context(info_name, args, parent, **extra)
+            except Exception as error:  # of typer's click, whose NoSuchOption has no public name
+                if hasattr(error, "possibilities") and any(each.name == "overrides" for each in command.params):
+                    from nanoengine.cli.completion import instead_of_option
+
+                    option = str(getattr(error, "option_name", ""))
+                    error.message += instead_of_option(self._registry, option, given)  # type: ignore[attr-defined]
+                raise
         command.main(args, prog_name=f"{parent.command_path} {info_name}")  # typer may have its own version of click
         raise AssertionError("click did not end the process")
 

@@ -15,12 +15,48 @@ from typing import Annotated, TextIO
 import typer
 
 from nanoengine.api.errors import NanoEngineError
+from nanoengine.setup.config.config import BARE
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model's answer must not control the terminal
 FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
+_FIRST = "nanoengine.first_override"  # key in the context: the override that stands where a configuration may be
+_OVERRIDE = re.compile(r"(\+\+?|~)?[^\W\d][\w.-]*=")
+
+
+def _configuration(context: typer.Context, given: str) -> str:
+    """The configuration; an override in its place belongs to the recipe `bare`: `nanoengine run model=NAME`."""
+    if not _OVERRIDE.match(given) or Path(given).exists():
+        return given
+    context.meta[_FIRST] = given
+    return BARE
+
+
+def _with_the_first(context: typer.Context, given: list[str] | None) -> list[str]:
+    first = context.meta.pop(_FIRST, None)
+    return [*([] if first is None else [first]), *(given or ())]
+
+
+def _complete_configuration(incomplete: str) -> list[str]:
+    from nanoengine.cli.completion import configurations
+
+    return configurations(incomplete)
+
+
+def _complete_override(ctx: typer.Context, incomplete: str) -> list[str]:
+    from nanoengine.cli.completion import overrides
+
+    return overrides(ctx.params.get("overrides") or [], incomplete)
+
+
 ConfigArgument = Annotated[
-    str, typer.Argument(metavar="CONFIG|RECIPE", help="A YAML file, or a shipped recipe such as quickstart.")
+    str,
+    typer.Argument(
+        metavar="CONFIG|RECIPE|MODEL",
+        help="A YAML file, a shipped recipe such as quickstart, or a model such as smollm2-135m.",
+        callback=_configuration,
+        autocompletion=_complete_configuration,
+    ),
 ]
 OverridesArgument = Annotated[
     list[str] | None,
@@ -28,6 +64,8 @@ OverridesArgument = Annotated[
         metavar="[OVERRIDES]...",
         help="key=value, +key=value, ++key=value, ~key or group=option; for example sampler.top_p=0.9 model=./folder",
         show_default=False,
+        callback=_with_the_first,
+        autocompletion=_complete_override,
     ),
 ]
 

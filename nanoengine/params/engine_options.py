@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nanoengine.api.errors import ConfigError
+from nanoengine.params.field_types import Bytes
 
 _INT32, _INT64, _YEAR = 2**31 - 1, 2**63 - 1, 365 * 86_400.0
 _BOUNDS: Mapping[str, tuple[int, int]] = {
@@ -42,7 +43,7 @@ class StructuredOutputsOptions:
 
     backend: str = "auto"
     timeout: float = 10.0
-    max_bytes: int = 1 << 20
+    max_bytes: Bytes = 1 << 20
     reasoning: str | int | None = None
     cache_size: int = 128
     workers: int = 4
@@ -123,7 +124,7 @@ class EngineOptions:
     block_size: int | None = None
     gpu_memory_utilization: float = 0.9
     num_gpu_blocks_override: int | None = None
-    kv_cache_memory: int | None = None
+    kv_cache_memory: Bytes | None = None
     enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"
     policy_options: Mapping[str, Any] = field(default_factory=dict)
@@ -150,7 +151,7 @@ class EngineOptions:
     custom_all_reduce: bool = True
     skip_tokenizer_init: bool = False
     chat_template_timeout: float = 5.0
-    chat_template_memory: int = 512 << 20
+    chat_template_memory: Bytes = 512 << 20
     structured_outputs: StructuredOutputsOptions = field(default_factory=StructuredOutputsOptions)
 
     def __post_init__(self) -> None:

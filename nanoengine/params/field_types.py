@@ -9,18 +9,29 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import re
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from nanoengine.api.errors import NanoEngineError, ParamsError, described, is_failure, nearest, shown
 
+if TYPE_CHECKING:
+    Bytes = int
+else:
+
+    class Bytes(int):
+        """The annotation of a number of bytes, which may also be a size: "1GB" (10**9), "512MiB" (512 * 2**20)."""
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _WORDS: dict[Any, str] = {
     bool: "True or False",
     int: "an integer",
     float: "a number",
+    Bytes: "an integer (bytes), or a size such as 1GB or 512MiB",
     str: "a string",
     type(None): "None",
     Any: "a value",
@@ -63,6 +74,13 @@ def conform(name: str, value: Any, annotation: Any) -> Any:
         if not is_failure(error):
             raise
         raise ParamsError(f"{name} must be {describe(annotation)}; reading it raised {described(error)}") from error
+
+
+def conform_text(name: str, value: Any, annotation: Any) -> Any:
+    """`conform` for what YAML and the command line give: "None" means null where null is a value of the field."""
+    if value == "None" and type(None) in (annotation, *get_args(annotation)):
+        return None
+    return conform(name, value, annotation)
 
 
 def _explained(name: str, value: Any, annotation: Any, misfit: _Misfit) -> str:
@@ -149,6 +167,8 @@ def _fit_plain(value: Any, annotation: Any) -> Any:
         return value
     if annotation is None:
         annotation = type(None)
+    if annotation is Bytes:
+        value, annotation = _bytes(value), int
     if dataclasses.is_dataclass(annotation) and isinstance(annotation, type) and isinstance(value, Mapping):
         return _fit_fields(value, annotation)
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
@@ -166,6 +186,14 @@ def _fit_plain(value: Any, annotation: Any) -> Any:
     if isinstance(value, str) and not is_unicode(value):
         raise _Misfit(value, "half of a surrogate pair is not valid Unicode")
     return value
+
+
+def _bytes(value: Any) -> Any:
+    """The bytes of a size as text; anything else unchanged."""
+    if not isinstance(value, str) or not (found := _SIZE.fullmatch(value.strip())):
+        return value
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " "))
 
 
 def _fit_fields(value: Mapping[Any, Any], cls: type[Any]) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nanoengine.api.errors import ConfigError, shown
+from nanoengine.params.field_types import Bytes
 from nanoengine.service.options import LimitOptions, MetricOptions, ServiceOptions
 
 _DAY = 86_400.0
@@ -117,7 +118,7 @@ class ServerConfig:
     api_keys: tuple[str, ...] = ()
     api_keys_file: str | None = None
     cors_origins: tuple[str, ...] = ()
-    max_body_bytes: int = 8 << 20
+    max_body_bytes: Bytes = 8 << 20
     ping_seconds: float = 15.0
     tool_parser: str | None = "auto"
     reasoning_parser: str | None = "auto"

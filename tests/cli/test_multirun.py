@@ -97,7 +97,44 @@ def test_what_cannot_be_swept_over(override: str, words: str) -> None:
         combinations(["model=a,b", override])
 
 
-@pytest.mark.parametrize("call", ["range(1,5)", "choice(1,2)", "interval(1,2)", "glob(*)"])
+@pytest.mark.parametrize(
+    ("call", "values"),
+    [
+        ("range(3)", ["0", "1", "2"]),
+        ("range(16,64,16)", ["16", "32", "48"]),
+        ("range(3, 0, -1)", ["3", "2", "1"]),
+        ("range(0,0.3,0.1)", ["0.0", "0.1", "0.2"]),
+        ("range(1,2)", ["1"]),
+        ("choice(0,[1,2])", ["0", "[1,2]"]),
+    ],
+)
+def test_range_and_choice_are_lists_of_a_sweep_without_the_range_s_stop(call: str, values: list[str]) -> None:
+    assert [each.varied["engine.seed"] for each in combinations([f"engine.seed={call}"])] == values
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["engine.seed=range(1,5,0)"], r"range\(START, STOP, STEP\)"),
+        (["engine.seed=range(a)"], "in numbers"),
+        (["engine.seed=range(5,1)"], "no values"),
+        (["engine.seed=range(1e9)"], "1 to 10,000"),
+        (["engine.seed=range(1000)", "engine.block_size=range(1000)"], "1,000,000 combinations"),
+    ],
+)
+def test_ranges_of_a_sweep_that_make_no_sense_are_refused(overrides: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        combinations(overrides)
+
+
+def test_a_range_without_multirun_names_it(fake: Any, nanoengine: Run, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    result = nanoengine("run", "run.yaml", "engine.seed=range(3)")
+    assert (result.exit_code, fake.made) == (2, [])
+    assert "range() gives several values, which need --multirun (-m)" in result.stderr
+
+
+@pytest.mark.parametrize("call", ["interval(1,2)", "glob(*)", "sort(1,2)"])
 def test_functions_of_hydra_are_refused_by_name(fake: Any, nanoengine: Run, tmp_path: Path, call: str) -> None:
     (tmp_path / "run.yaml").write_text(CONFIG)
     result = nanoengine("run", "run.yaml", "-m", f"engine.seed={call}")
@@ -287,7 +324,7 @@ def test_plugin_files_and_options_reach_every_combination(sweep: Run, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["run", "empty"], "no file and no recipe is called 'empty'"),
+        (["run", "empty"], "no file, recipe or model is called 'empty'"),
         (["run", "broken"], "broken is the folder of a sweep; to continue it, give --resume broken"),
         (["run", "--resume", "empty"], "empty has no sweep.json"),
         (["run", "--resume", "empty", "engine.seed=1"], "takes no overrides"),

@@ -187,7 +187,7 @@ def test_output_that_cannot_be(fake: Any, nanoengine: Run, config: Any, output: 
 
 MISTAKES = [
     (["run", "nope.yaml"], "no configuration file nope.yaml"),
-    (["run", "nosuch"], "no file and no recipe is called 'nosuch'; Valid: quickstart"),
+    (["run", "nosuch"], "no file, recipe or model is called 'nosuch'; Valid: bare, quickstart"),
     (["run", "quikstart"], "did you mean 'quickstart'?"),
     (["run", "quickstart", "sampler.topp=1"], "did you mean 'top_p'?"),
     (["run", "quickstart", "prompts=[]"], "no prompts"),

@@ -66,11 +66,13 @@ def test_every_shipped_file_is_valid(registry: Registry) -> None:
 
 
 def test_unknown_recipe_names_the_nearest(registry: Registry) -> None:
-    with pytest.raises(ConfigError, match=r"no recipe is called 'quikstart'; .*did you mean 'quickstart'"):
+    with pytest.raises(
+        ConfigError, match=r"no file, recipe or model is called 'quikstart'; .*did you mean 'quickstart'"
+    ):
         load_config("quikstart", registry=registry)
 
 
-@pytest.mark.parametrize("name", ["nope.yaml", "./nope", "a/b", "nope.yml"])
+@pytest.mark.parametrize("name", ["nope.yaml", "./nope", "a/b/c", "nope.yml"])
 def test_missing_file(registry: Registry, name: str) -> None:
     with pytest.raises(ConfigError, match="no configuration file"):
         load_config(name, registry=registry)

@@ -1,20 +1,25 @@
 """The combinations of a sweep: `model=a,b engine.seed=1,2` are four. Lists with commas work as in Hydra.
 
-A comma separates values, except in quotes, brackets, braces or parentheses, or after a backslash. Hydra's functions
-(`choice()`, `range()`, `interval()`, `glob()`) are rejected by name when overrides are parsed.
+A comma separates values, except in quotes, brackets, braces or parentheses, or after a backslash. `range(START, STOP,
+STEP)`, without its stop as in Python and Hydra, and `choice(A, B)` are lists, too; Hydra's other functions
+(`interval()`, `glob()`) are rejected by name when overrides are parsed.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import PurePath
 
 from nanoengine.api.errors import ConfigError
 
 _CLOSING = {"[": "]", "{": "}", "(": ")"}
+_MOST = 10_000  # combinations
+_CALL = re.compile(r"(?P<name>range|choice)\((?P<inside>.*)\)", re.DOTALL)
 _LONGEST_NAME = 100  # most characters of a folder's name; file systems allow 255 bytes
 
 
@@ -41,8 +46,8 @@ def combinations(overrides: Sequence[str]) -> list[Combination]:
     axes: list[tuple[str, list[str]]] = []
     for text in overrides:
         key, equals, raw = text.partition("=")
-        values = split_values(raw) if equals else []
-        if len(values) < 2:
+        values = _values(text, raw) if equals else []
+        if len(values) < 2 and not _CALL.fullmatch(raw.strip()):
             axes.append(("", [text]))
             continue
         if key.startswith("~"):
@@ -54,7 +59,34 @@ def combinations(overrides: Sequence[str]) -> list[Combination]:
         if any(name == key for name, _ in axes):
             raise ConfigError(f"override {text!r}: {key} has several values twice; give one list")
         axes.append((key, values))
+    if (count := math.prod(len(values) for _, values in axes)) > _MOST:
+        raise ConfigError(f"the overrides make {count:,} combinations; a sweep has at most {_MOST:,}")
     return [_combination(axes, choice) for choice in itertools.product(*(values for _, values in axes))]
+
+
+def _values(text: str, raw: str) -> list[str]:
+    """The values of an override. Raises `ConfigError` that names it."""
+    call = _CALL.fullmatch(raw.strip())
+    if call is None:
+        return split_values(raw)
+    parts = split_values(call["inside"])
+    if call["name"] == "choice":
+        return parts
+    try:
+        found = _range(*map(Decimal, parts))
+    except (ArithmeticError, TypeError, ValueError) as error:
+        form = "range(STOP), range(START, STOP) or range(START, STOP, STEP), in numbers"
+        raise ConfigError(f"override {text!r}: write {form}; the step is not 0") from error
+    if not 0 < len(found) <= _MOST:
+        raise ConfigError(f"override {text!r}: a range of {len(found) or 'no'} values; it has 1 to {_MOST:,}")
+    return found
+
+
+def _range(first: Decimal, stop: Decimal | None = None, step: Decimal = Decimal(1)) -> list[str]:
+    """The numbers from `first` (from 0, if it is the only one) up to `stop`, which is not one of them; exact."""
+    start, stop = (Decimal(0), first) if stop is None else (first, stop)
+    count = max(0, math.ceil((stop - start) / step))
+    return [f"{start + n * step:f}" for n in range(min(count, _MOST + 1))]
 
 
 def _combination(axes: Sequence[tuple[str, list[str]]], choice: Sequence[str]) -> Combination:

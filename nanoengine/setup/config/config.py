@@ -6,7 +6,9 @@ the line, the key and the nearest valid name. This module imports no torch.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -18,7 +20,7 @@ from nanoengine.api.errors import ConfigError, ParamsError, PluginError, nearest
 from nanoengine.api.plugin_calls import plugin_call
 from nanoengine.observe.files import user_path
 from nanoengine.params.engine_options import EngineOptions
-from nanoengine.params.field_types import conform
+from nanoengine.params.field_types import conform_text
 from nanoengine.params.sampling_fields import NOT_SUPPORTED, legal_fields
 from nanoengine.params.speculation import NO_SPECULATION
 from nanoengine.setup.config.composer import Composed, Root, SearchPath, Shorthand, compose, package_root
@@ -35,6 +37,8 @@ from nanoengine.setup.plugins.speculation import choose_speculation
 from nanoengine.setup.plugins.validation import RUN_KEYS
 
 _YAML = (".yaml", ".yml")
+BARE = "bare"
+"""The recipe that has no model and no prompts: a model in the place of a configuration is run with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +96,7 @@ class RunConfig:
 
 
 _SECTIONS: Mapping[str, type[Any]] = {"model": ModelSection, "attention": AttentionSection, "engine": EngineOptions}
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")
 _SPECULATION = ("engine", "speculation")  # where the section `speculation` goes
 
 
@@ -101,7 +106,8 @@ def load_config(
     """Composes and checks a configuration.
 
     Args:
-        path_or_recipe: a YAML file, or the name of a recipe that nanoengine or a plugin ships, such as "quickstart".
+        path_or_recipe: a YAML file, the name of a recipe that nanoengine or a plugin ships, such as "quickstart", or a
+            model: a registered name, a folder with config.json, a .gguf file, a hub id.
         overrides: as on the command line: "sampler.top_p=0.9", "model=./folder", "~output".
         registry: what `discover` found; None: discovers what is installed.
 
@@ -111,11 +117,25 @@ def load_config(
     """
     registry = discover() if registry is None else registry
     roots = [each for root, origin in registry.config_roots for each in package_root(root, str(origin))]
+    shorthands = _shorthands(registry)
+    if _is_model(str(path_or_recipe), roots, shorthands["model"]):
+        path_or_recipe, overrides = BARE, [f"model={json.dumps(str(path_or_recipe))}", *overrides]
     primary, search = _primary(path_or_recipe, roots, registry.failure_hint("configs"))
     interpolable = {"attention": asdict(AttentionSection()), "engine": asdict(EngineOptions()), "chat": True}
     plain = [key for key in RUN_KEYS if key not in _SECTIONS and key not in ("sampler", "speculation")]
-    composed = compose(primary, search, overrides, shorthands=_shorthands(registry), defaults=interpolable, plain=plain)
+    composed = compose(primary, search, overrides, shorthands=shorthands, defaults=interpolable, plain=plain)
     return _checked(_with_speculation(composed), registry, primary.label)
+
+
+def _is_model(given: str, roots: Sequence[Root], models: Shorthand) -> bool:
+    """Whether this is a model and no configuration: no YAML file, no recipe, and no path that is mistyped."""
+    path = user_path(given, "configuration file")
+    if path.suffix in _YAML or SearchPath(None, roots).find("", given) is not None:
+        return False
+    if os.path.lexists(path):
+        return path.suffix == ".gguf" or (path / "config.json").is_file()
+    group_option = SearchPath(None, roots).find("model", given) is not None
+    return group_option or given in models.names or (bool(_HUB_ID.fullmatch(given)) and not path.parent.exists())
 
 
 def _with_speculation(composed: Composed) -> Composed:
@@ -152,7 +172,10 @@ def _primary(path_or_recipe: str | Path, roots: Sequence[Root], failure_hint: st
     found = search.find("", name)
     if found is None:
         known = nearest(name, search.options(""))
-        raise ConfigError(f"no file and no recipe is called {name!r}{_sibling(path)}; {known}{failure_hint}")
+        models = ", ".join(search.options("model"))
+        raise ConfigError(
+            f"no file, recipe or model is called {name!r}{_sibling(path)}; {known}. Models: {models}{failure_hint}"
+        )
     return found, search
 
 
@@ -323,7 +346,7 @@ def _section(composed: Composed, name: str, cls: type[Any]) -> Any:
 
 def _value(composed: Composed, path: KeyPath, annotation: Any, value: Any) -> Any:
     try:
-        return conform(dotted(path), value, annotation)
+        return conform_text(dotted(path), value, annotation)
     except ParamsError as error:
         hint = dtype_hint(value) if path == ("engine", "dtype") else ""
         raise ConfigError(f"{composed.origin(path)}: {error}{hint}") from error

@@ -7,7 +7,7 @@ from typing import Any
 
 from nanoengine.api.errors import ConfigError, ParamsError
 from nanoengine.api.specs import ProcessorParams
-from nanoengine.params.field_types import conform
+from nanoengine.params.field_types import conform_text
 from nanoengine.params.sampling_fields import CORE_TYPES, CoreFields, legal_fields, processor_types
 from nanoengine.setup.plugins.registry import Registry
 
@@ -32,7 +32,7 @@ def check_sampler(given: Any, processors: Processors, origin: Callable[..., str]
     values: dict[str, Any] = {}
     for key, value in given.items():
         try:
-            values[key] = conform(f"sampler.{key}", value, legal[key])
+            values[key] = conform_text(f"sampler.{key}", value, legal[key])
         except ParamsError as error:
             raise ConfigError(f"{origin(key)}: {error}") from error
     owners: list[tuple[type[Any], Mapping[str, Any]]] = [(CoreFields, CORE_TYPES)]

@@ -1,4 +1,4 @@
-"""`${key}`, `${.key}` and `${oc.env:NAME,DEFAULT}` in the texts of a configuration, as omegaconf reads them.
+"""`${key}`, `${.key}`, `${oc.env:NAME,DEFAULT}` and `${now:%Y-%m-%d}` in the texts of a configuration, as in Hydra.
 
 A reference means a single value, not a list or mapping, and contains no other reference. So what it makes stays small,
 and each text is read once, in time that grows with its length.
@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from nanoengine.api.errors import nearest, shown
@@ -21,6 +22,7 @@ _MAX_BODY = 1_000  # characters between { and }
 _MAX_NAMED = 200  # keys in a message
 _KEY = re.compile(r"(\.*)([\w-]+(?:\.[\w-]+)*)")
 _ENVIRONMENT = re.compile(r"""oc\.env:\s*([^\s,:'"]+)\s*(?:,\s*('[^']*'|"[^"]*"|[^'",]*))?""")
+_NOW = re.compile(r"now:\s*(.*)", re.DOTALL)
 _RESOLVER = re.compile(r"([\w.]+):.*", re.DOTALL)
 _ESCAPE_HINT = r". A text that holds ${ is written with a backslash: \${"
 
@@ -48,6 +50,7 @@ class _Resolver:
     known: dict[KeyPath, Any] = field(default_factory=dict)  # of texts that hold an interpolation
     chain: list[KeyPath] = field(default_factory=list)  # those that are being resolved
     made: int = 0
+    now: datetime = field(default_factory=datetime.now)  # one moment for the whole configuration
 
     def value(self, raw: Any, path: KeyPath) -> Any:
         """`raw`, which is at `path`, resolved."""
@@ -78,6 +81,8 @@ class _Resolver:
         """The value of `${body}` in the text at `path`."""
         if found := _ENVIRONMENT.fullmatch(body):
             value = _environment(found[1], found[2], path)
+        elif found := _NOW.fullmatch(body):
+            value = self._time(found[1], path)
         elif found := _KEY.fullmatch(body):
             value = self._at(found[1], found[2].split("."), path)
         else:
@@ -86,6 +91,16 @@ class _Resolver:
         if self.made > _MAX_MADE:
             raise Interpolation(path, f"interpolations make more than {_MAX_MADE:,} values, or too long texts")
         return value
+
+    def _time(self, form: str, path: KeyPath) -> str:
+        """The local time as `strftime` writes it."""
+        try:
+            made = self.now.strftime(form)
+        except ValueError as error:
+            raise Interpolation(path, f"now: {shown(form)}: {error}; write for example ${{now:%Y-%m-%d}}") from error
+        if not made:
+            raise Interpolation(path, "now has no format; write for example ${now:%Y-%m-%d}")
+        return made
 
     def _at(self, dots: str, parts: list[str], asker: KeyPath) -> Any:
         """The single value that `${parts}` names, from the `len(dots)`-th container above `asker`, or from the root."""
@@ -155,5 +170,6 @@ def _unsupported(body: str) -> str:
         return f"{shown(body)}: an item of a list cannot be referred to, only a single value by its keys"
     resolver = _RESOLVER.fullmatch(body)
     if resolver and resolver[1] != "oc.env":
-        return f"the resolver {shown(resolver[1])} is not supported; ${{key}} and ${{oc.env:NAME,DEFAULT}} are"
+        known = "${key}, ${oc.env:NAME,DEFAULT} and ${now:FORMAT} are"
+        return f"the resolver {shown(resolver[1])} is not supported; {known}"
     return f"{shown(body)} is no key, nor oc.env:NAME,DEFAULT (a default with commas goes in quotes)"

@@ -148,7 +148,10 @@ def _parse_value(text: str, raw: str) -> Any:
 
 def _refuse_grammar(text: str, raw: str, value: str) -> None:
     """What Hydra's override grammar reads otherwise than YAML does, and what YAML would cut off."""
-    if call := _CALL.fullmatch(raw):
+    call = _CALL.fullmatch(raw)
+    if call and call["name"] in ("range", "choice"):
+        raise ConfigError(f"{_origin(text)}: {call['name']}() gives several values, which need --multirun (-m)")
+    if call:
         raise ConfigError(
             f"{_origin(text)}: Hydra's {call['name']}() is not supported: write the value itself, or several with "
             "commas and --multirun (-m); a plain text goes in quotes"

@@ -20,6 +20,7 @@ from nanoengine.params.arguments import (
     ChatOptions,
     GivenPrompt,
     Prompt,
+    check_one_prompt,
     check_params,
     check_priority,
     checked_ids,
@@ -172,8 +173,7 @@ class AsyncLLM(AsyncLLMSignature):
                 `TokenizerMissing`, and the `RequestError` of a request that is refused or fails, after its outputs.
         """
         given = one_name(params, sampling_params)
-        if isinstance(prompt, list) and any(isinstance(each, str | Mapping | list) for each in prompt):
-            raise ParamsError("prompt must be one prompt, not a list of prompts: call generate once for each of them")
+        check_one_prompt(prompt, "call generate once for each of them")
         parts = split_prompt(prompt)
 
         async def made() -> GivenPrompt:

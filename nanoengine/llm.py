@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack, cast
 
 from nanoengine.api.embeddings import EmbeddingOutput, ScoreOutput, scored
 from nanoengine.api.errors import (
     ModelError,
     ParamsError,
+    RequestError,
     WorkerError,
 )
 from nanoengine.api.outputs import RequestOutput
@@ -26,16 +27,22 @@ from nanoengine.observe.steps import Observer, add_observer, remove_observer
 from nanoengine.params.arguments import (
     ChatOptions,
     GivenPrompt,
+    OnError,
     Prompt,
+    check_on_error,
+    check_one_prompt,
     check_params,
     check_priority,
+    is_conversation,
     is_one,
     one_each,
     one_name,
+    split_prompt,
     split_prompts,
     template_variables,
 )
 from nanoengine.params.engine_options import EngineOptions
+from nanoengine.params.field_types import conform
 from nanoengine.params.pooling import PoolingChoice, choose_pooling, pairs, split_to_pool
 from nanoengine.params.sampling_params import SamplingParams
 from nanoengine.params.signatures import LLMSignature
@@ -170,6 +177,7 @@ class LLM(LLMSignature):
         self.engine: Engine = self._built.engine
         self.text_engine = TextEngine(self._built)
         self._ids = itertools.count()
+        self._hinted = False  # at `chat`
         try:
             self.default_params = self._default_params(sampler, path)
         except BaseException:
@@ -202,6 +210,7 @@ class LLM(LLMSignature):
         *,
         priority: int | Sequence[int] | None = None,
         use_tqdm: bool = True,
+        on_error: OnError = "return",
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Generate for each prompt; outputs in input order.
@@ -212,14 +221,18 @@ class LLM(LLMSignature):
                 where n > 1), as `generated` of `Engine.add_request` says.
             params: for all, or one each; None: the model's generation_config, or the configuration's `sampler`.
             priority: for all, or one each; lower runs first. It takes effect with scheduling_policy "priority".
+            on_error: "return": the output of a prompt that fails has an `error`, and the others finish. "raise": the
+                `RequestError` of the first prompt that fails is raised, and the others are aborted.
             sampling_params: vLLM's name of `params`.
 
         Raises:
-            ParamsError, TokenizerMissing: before anything runs. A prompt that cannot be run raises nothing: its output
-                has an `error`, and the others finish.
+            ParamsError, TokenizerMissing: before anything runs.
+            RequestError: with `on_error="raise"`.
             WorkerError: a rank failed. Its `outputs` are those of the prompts; the ones that had finished are complete.
         """
-        return self._run(split_prompts(prompts), one_name(params, sampling_params), priority, use_tqdm)
+        given = split_prompts(prompts)
+        self._hint_at_chat(given)
+        return self._run(given, one_name(params, sampling_params), priority, use_tqdm, on_error)
 
     def chat(
         self,
@@ -227,12 +240,13 @@ class LLM(LLMSignature):
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        on_error: OnError = "return",
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         **options: Unpack[ChatOptions],
     ) -> list[RequestOutput]:
         """Generate the next message of one conversation, or of each of several.
 
-        `options`: see `ChatOptions`. `sampling_params`: vLLM's name of `params`.
+        `options`: see `ChatOptions`. `on_error`: as of `generate`. `sampling_params`: vLLM's name of `params`.
 
         The template decides which roles there are, as in vLLM. A message of an unusual role that the template skips is
         refused, and so is content that is neither text nor text parts. The output of a refused conversation has an
@@ -245,7 +259,7 @@ class LLM(LLMSignature):
         variables = template_variables(options)
         tokenizer = self._built.need_tokenizer()
         prompts = [tokenizer.rendered(c, variables) for c in conversations]
-        return self._run(prompts, one_name(params, sampling_params), None, use_tqdm)
+        return self._run(prompts, one_name(params, sampling_params), None, use_tqdm, on_error)
 
     def chat_prompt(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> list[int]:
         """Token ids of a conversation under the model's chat template. `options`: see `ChatOptions`.
@@ -267,20 +281,52 @@ class LLM(LLMSignature):
 
     def stream(
         self,
-        prompt: Prompt,
+        prompt: Prompt | Sequence[Message],
         params: SamplingParams | None = None,
         *,
+        delta: bool = False,
         priority: int | None = None,
         sampling_params: SamplingParams | None = None,
+        **options: Unpack[ChatOptions],
     ) -> Stream:
-        """Start a request and iterate over its cumulative outputs. Several streams may be open; closing one aborts it.
+        """Start a request and iterate over its outputs. Several streams may be open; closing one aborts its request.
 
-        Iterating raises the `RequestError` of a request that is refused or fails, after the outputs that it had.
-        `sampling_params`: vLLM's name of `params`.
+        Args:
+            prompt: one prompt, as of `generate`, or the messages of one conversation, as of `chat`.
+            delta: each output has only what is new since the one before: of the samples that have something new, the
+                new text, token ids and log-probs. Otherwise each output has all so far.
+            priority: as of `generate`.
+            sampling_params: vLLM's name of `params`.
+            options: of messages: see `ChatOptions`.
+
+        Raises:
+            ParamsError, TokenizerMissing. Iterating raises the `RequestError` of a request that is refused or fails,
+                after the outputs that it had.
         """
         given = one_name(params, sampling_params)
         checked = check_params(self.default_params if given is None else given)
-        return Stream(self.text_engine, self._next_id(), prompt, checked, priority)
+        if is_conversation(prompt):
+            parts = self._built.need_tokenizer().rendered(prompt, template_variables(options))
+        else:
+            check_one_prompt(prompt, "for several call generate, or open a stream for each of them")
+            if options:
+                raise ParamsError(f"{next(iter(options))} is for messages, and the prompt is none")
+            parts = split_prompt(cast(Prompt, prompt))
+        return Stream(self.text_engine, self._next_id(), parts, checked, priority, conform("delta", delta, bool))
+
+    def _hint_at_chat(self, prompts: Sequence[GivenPrompt]) -> None:
+        """Logs once that the model is for conversations, where the first text has no control token of one."""
+        tokenizer = self._built.tokenizer
+        if self._hinted or tokenizer is None or not tokenizer.has_chat_template:
+            return
+        text = next((each.prompt for each in prompts if isinstance(each.prompt, str)), None)
+        if text is not None:
+            self._hinted = True
+            if not any(token in text for token in tokenizer.hf.all_special_tokens):
+                _log.warning(
+                    "generate continues the text as it is. This model has a chat template: for an answer call "
+                    'llm.chat([{"role": "user", "content": text}])'
+                )
 
     # -- embeddings ------------------------------------------------------------------------------------------------
 
@@ -379,7 +425,10 @@ class LLM(LLMSignature):
             for prompt in each
         ]
 
-    def _run(self, prompts: Sequence[GivenPrompt], params: Any, priority: Any, use_tqdm: bool) -> list[RequestOutput]:
+    def _run(
+        self, prompts: Sequence[GivenPrompt], params: Any, priority: Any, use_tqdm: bool, on_error: OnError = "return"
+    ) -> list[RequestOutput]:
+        raises = check_on_error(on_error)
         each_params = one_each(self.default_params if params is None else params, len(prompts), "params")
         each_priority = one_each(priority, len(prompts), "priority")
         for given, level in zip(each_params, each_priority, strict=True):
@@ -401,19 +450,21 @@ class LLM(LLMSignature):
                 final_only=True, sink=sink,
             )  # fmt: skip
 
-        return self._finish_all(prompts, add, use_tqdm)
+        return self._finish_all(prompts, add, use_tqdm, raises)
 
     def _finish_all(
         self,
         prompts: Sequence[GivenPrompt],
         add: Callable[[int, str, Callable[[Output], None]], None],
         use_tqdm: bool,
+        raises: bool = False,
     ) -> list[Output]:
         """Adds all prompts, and makes steps until each has its output. `add`: adds the one of this index, under an id,
-        with a sink for its one output."""
+        with a sink for its one output. `raises`: the first error, and aborts the rest."""
         if any(type(each.prompt) is str for each in prompts):
             self._built.need_tokenizer()
         done: dict[str, Output] = {}
+        failed: list[RequestError] = []
         ids = [self._next_id() for _ in prompts]
         config = self.engine.scheduler.config
         tokens = 0  # added since the last launch
@@ -421,6 +472,7 @@ class LLM(LLMSignature):
 
             def sink(output: Output) -> None:
                 done[output.request_id] = output
+                failed[:] = failed or ([output.error] if raises and output.error is not None else [])
                 bar.update()
 
             try:
@@ -430,13 +482,15 @@ class LLM(LLMSignature):
                     if tokens >= config.max_num_batched_tokens and self.engine.scheduler.policy.by_arrival:
                         self.engine.keep_busy()  # a full step; adding some thousand requests takes a while
                         tokens = 0
-                while len(done) < len(ids):
+                while len(done) < len(ids) and not failed:
                     self.engine.advance()
             except WorkerError as error:
                 error.outputs = [each for i in ids if isinstance(each := done.get(i), RequestOutput)]
                 raise
             finally:
                 self._abort_all([i for i in ids if i not in done])
+        if failed:
+            raise failed[0]
         outputs = [done[i] for i in ids]
         self._log_failed(outputs)
         return outputs

@@ -36,6 +36,7 @@ class _Client:
     assembler: OutputAssembler
     final_only: bool
     sink: OutputSink
+    delta: bool = False
 
     def put(self, delta: RequestDelta) -> None:
         assembler = self.assembler
@@ -47,7 +48,9 @@ class _Client:
             self.engine.abort_request(delta.request_id)  # the rest, where its text failed
             self.engine.apply_inbox()  # now, so that its id is free when its last output is there
         if assembler.finished or not self.final_only:
-            self.sink(assembler.output())
+            output = assembler.new_output() if self.delta else assembler.output()
+            if output.outputs or output.finished or not self.delta:
+                self.sink(output)
 
 
 class TextEngine:
@@ -68,6 +71,7 @@ class TextEngine:
         prompt_text: str | None = None,
         generated: Generated = (),
         final_only: bool = False,
+        delta: bool = False,
         sink: OutputSink | None = None,
     ) -> None:
         """Add a request; it starts with the next `step()`.
@@ -77,6 +81,7 @@ class TextEngine:
             prompt: text, or token ids.
             prompt_text: what `RequestOutput.prompt` shows when ids are given; valid Unicode.
             final_only: one output, at the end, instead of one a step.
+            delta: outputs have only what is new since the one before. Not with `final_only`.
             sink: is called with this request's outputs, which `step()` then does not return. If it raises, that is
                 logged and this request is aborted; nothing else is affected.
 
@@ -90,7 +95,7 @@ class TextEngine:
         if wrong is not None and given.error is None:
             given = replace(given, error=wrong)
         given, assembler = self._assembler(given, text)
-        client = _Client(self.engine, assembler, final_only, self._ready.append if sink is None else sink)
+        client = _Client(self.engine, assembler, final_only, self._ready.append if sink is None else sink, delta)
         self.engine.add_checked(given, self._every(given.params) if final_only else 1, client.put)
 
     def add_embedding(

@@ -6,13 +6,14 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from numbers import Integral
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 from nanoengine.api.errors import ParamsError, RequestError, TokenizerMissing, described, is_failure, shown
 from nanoengine.params.field_types import conform, is_unicode
 from nanoengine.params.sampling_fields import INT64
 from nanoengine.params.sampling_params import SamplingParams
 
+OnError = Literal["return", "raise"]
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
 
@@ -61,6 +62,24 @@ def template_variables(options: ChatOptions) -> dict[str, Any]:
         if name in variables:
             variables[name] = conform(name, variables[name], kind)
     return variables
+
+
+def is_conversation(prompt: Any) -> bool:
+    """Whether this is one conversation: a list of messages."""
+    return isinstance(prompt, list | tuple) and any(isinstance(each, Mapping) and "role" in each for each in prompt)
+
+
+def check_one_prompt(prompt: Any, instead: str) -> None:
+    """Raises `ParamsError` for a list of prompts. `instead`: what to do with several."""
+    if isinstance(prompt, list | tuple) and any(isinstance(each, str | Mapping | list | tuple) for each in prompt):
+        raise ParamsError(f"prompt must be one prompt, not a list of prompts: {instead}")
+
+
+def check_on_error(on_error: object) -> bool:
+    """Whether to raise. Raises `ParamsError` for another word."""
+    if on_error not in ("return", "raise"):
+        raise ParamsError(f'on_error must be "return" or "raise", not {shown(on_error)}')
+    return on_error == "raise"
 
 
 def is_one(prompts: Any) -> bool:

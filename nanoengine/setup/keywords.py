@@ -133,7 +133,7 @@ def _call(cls: type[Any], method: str, name: str) -> str:
     """How to call the method `name`, which was given as a keyword of `method`."""
     given = [each.name for each in inspect.signature(vars(cls)[name]).parameters.values() if each.kind is _BY_PLACE][1:]
     if method == "chat" and given[:1] == ["prompt"]:
-        given[0] = f"{cls.__name__.lower()}.chat_prompt(messages)"
+        given[0] = "messages"
     return f"{name} is a separate method: {cls.__name__.lower()}.{name}({', '.join(given)})"
 
 

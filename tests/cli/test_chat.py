@@ -186,6 +186,32 @@ def test_a_message_stopped_before_any_text_is_taken_back(llm: LLM) -> None:
     assert (answer.stopped, answer.text, talk.messages) == (True, "", [])
 
 
+def test_a_stream_takes_messages_as_chat_does(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    params = SamplingParams(temperature=0, max_tokens=8)
+    [whole] = llm.chat(messages, params, use_tqdm=False)
+    deltas = list(llm.stream(messages, params, delta=True, add_generation_prompt=True))
+    assert "".join(sample.text for each in deltas for sample in each.outputs) == whole.outputs[0].text
+    assert (deltas[0].prompt, deltas[0].prompt_token_ids) == (whole.prompt, whole.prompt_token_ids)
+    with pytest.raises(RequestError, match="must be a string or a list of parts"):
+        next(llm.stream([{"role": "user", "content": 3}], params))
+
+
+def test_generate_of_plain_text_hints_at_chat_once(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    params = SamplingParams(temperature=0, max_tokens=1)
+    llm._hinted = False
+    llm.generate([1], params, use_tqdm=False)
+    llm.chat([{"role": "user", "content": "Hi"}], params, use_tqdm=False)
+    assert "chat template" not in caplog.text
+    llm.generate(["Hi", "you"], params, use_tqdm=False)
+    llm.generate("Hi", params, use_tqdm=False)
+    assert caplog.text.count("for an answer call llm.chat(") == 1
+    caplog.clear()
+    llm._hinted = False
+    llm.generate(f"{llm.get_tokenizer().all_special_tokens[0]}Hi", params, use_tqdm=False)
+    assert not caplog.text
+
+
 def test_errors_are_raised(llm: LLM) -> None:
     talk = Conversation(llm, SamplingParams())
     with pytest.raises(RequestError, match="surrogates not allowed"):

@@ -466,9 +466,9 @@ HELLO = [{"role": "user", "content": "hello"}]
         (lambda llm: llm.generate([1], revision="main"), r"give it to LLM\(model, revision='main'\)"),
         (
             lambda llm: llm.generate([1], temprature=0),
-            r"did you mean 'temperature'\? temperature is a field of SamplingParams: .* Valid: params, priority,",
+            r"did you mean 'temperature'\? temperature is a field of SamplingParams: .* Valid: on_error, params, pr",
         ),
-        (lambda llm: llm.generate([1], use_tdqm=0), r"did you mean 'use_tqdm'\? Valid: params, priority, prompts,"),
+        (lambda llm: llm.generate([1], use_tdqm=0), r"did you mean 'use_tqdm'\? Valid: on_error, params, priority, prompts,"),
         (lambda llm: llm.generate([1], best_of=2), r"vLLM's 'best_of' is not supported: request n samples"),
         (lambda llm: llm.chat(HELLO, enable_thinking=False), r"a variable of the chat template goes into chat_t"),
         (lambda llm: llm.hidden_states([1], temperature=0), r"hidden_states has no .* pass SamplingParams"),
@@ -486,7 +486,7 @@ HELLO = [{"role": "user", "content": "hello"}]
         (lambda llm: LLM.from_config("a", attention="torch"), r'give overrides=\["attention=torch"\]$'),
         (lambda llm: LLM.from_config("a", temprature=0), r"did you mean 'temperature'\? .*sampler\.temperature=0"),
         (lambda llm: LLM.from_run_config(None, seed=1), r'give load_config\(path, \["sampler\.seed=1"\]\)$'),
-        (lambda llm: llm.chat(HELLO, stream=True), r"method: llm\.stream\(llm\.chat_prompt\(messages\), params\)"),
+        (lambda llm: llm.chat(HELLO, stream=True), r"stream is a separate method: llm\.stream\(messages, params\)"),
         (lambda llm: llm.generate([1], stream=True), r"stream is a separate method: llm\.stream\(prompt, params\)"),
         (lambda llm: llm.chat(HELLO, add_generation_prompt="x"), r"add_generation_prompt must be True or False"),
         (lambda llm: llm.chat_prompt(HELLO, chat_template_kwargs=["a"]), r"chat_template_kwargs must be a mapping"),
@@ -666,3 +666,42 @@ def test_a_bar_that_cannot_be_written_costs_no_output(
     monkeypatch.setattr("sys.stderr", Broken())
     monkeypatch.setenv("TERM", "xterm")
     assert tokens_of(llm.generate([[1, 2], [3]], GREEDY)) == [greedy([1, 2], 6), greedy([3], 6)]
+
+
+def test_a_stream_of_deltas_joins_to_the_whole_whoever_makes_the_steps(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=8, n=2)
+    first, second = llm.stream([1, 2], params, delta=True), llm.stream([3, 4], params, delta=True)
+    for stream, prompt in ((first, [1, 2]), (second, [3, 4])):  # the steps of the first make outputs of the second
+        found: dict[int, list[int]] = {0: [], 1: []}
+        outputs = list(stream)
+        assert len(outputs) > 4
+        assert outputs[-1].finished
+        for output in outputs:
+            for sample in output.outputs:
+                assert sample.finish_reason is not None or len(sample.token_ids) == 1
+                found[sample.index] += sample.token_ids
+        assert [tuple(tokens) for tokens in found.values()] == [greedy(prompt, 8)] * 2
+
+
+@pytest.mark.parametrize("several", [["a", "b"], [[1], [2]], [{"prompt_token_ids": [1]}], ["a"], ([1], [2])])
+def test_a_stream_refuses_a_list_of_prompts_in_words(llm: LLM, several: Any) -> None:
+    with pytest.raises(ParamsError, match="one prompt, not a list of prompts: for several call generate, or open a"):
+        llm.stream(several, GREEDY)
+    with pytest.raises(ParamsError, match="tools is for messages"):
+        llm.stream([1, 2], GREEDY, tools=[])
+    with pytest.raises(ParamsError, match="delta must be True or False"):
+        llm.stream([1, 2], GREEDY, delta="yes")  # type: ignore[arg-type]
+
+
+def test_on_error_raise_raises_the_error_of_the_prompt_and_aborts_the_others(llm: LLM) -> None:
+    long = SamplingParams(temperature=0, max_tokens=400)
+    with pytest.raises(RequestError, match="the prompt is empty") as raised:
+        llm.generate([[1, 2], [], [3]], long, use_tqdm=False, on_error="raise")
+    assert raised.value.code == "invalid_prompt"
+    assert (llm.stats().running, llm.stats().waiting) == (0, 0)
+    assert llm.stats().steps < 50
+    outputs = llm.generate([[1, 2], []], GREEDY, use_tqdm=False, on_error="return")
+    assert [output.error is None for output in outputs] == [True, False]
+    assert tokens_of(llm.generate([[1, 2]], GREEDY, use_tqdm=False, on_error="raise")) == [greedy([1, 2], 6)]
+    with pytest.raises(ParamsError, match='on_error must be "return" or "raise", not \'stop\''):
+        llm.generate([1], GREEDY, on_error="stop")  # type: ignore[arg-type]

@@ -9,11 +9,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,12 +30,14 @@ from nanoengine.cli.common import (
     say,
     user_errors,
 )
+from nanoengine.observe.files import user_path
 from nanoengine.observe.progress import can_overwrite
 from nanoengine.setup.config.config import RunConfig, load_config
 from nanoengine.setup.plugins.discover import discover
 from nanoengine.setup.start.clock import StartClock
 
 if TYPE_CHECKING:
+    from nanoengine.api.outputs import RequestOutput
     from nanoengine.cli.conversation import Answer, Conversation
     from nanoengine.llm import LLM
     from nanoengine.params.sampling_params import SamplingParams
@@ -46,6 +49,9 @@ COMMANDS = {
     "/help": "shows this",
     "/exit": "leaves, as Ctrl-D does",
 }
+_LONG_PROMPT = 256  # tokens
+_NEARLY_FULL = 0.8  # of max_model_len; from there on it is said
+Kept = tuple[str, list[dict[str, str]]]
 _HELP_TAIL = """\
 A line that ends with \\ continues in the next one. To begin a message with /, write //.
 Ctrl-C stops an answer; the part already shown stays in the conversation."""
@@ -55,11 +61,20 @@ def chat(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
     plugin: PluginOption = None,
+    save: Annotated[
+        Path | None,
+        typer.Option("--save", metavar="FILE", help="Keep the conversation in a file, as JSON."),
+    ] = None,
+    go_on: Annotated[
+        Path | None,
+        typer.Option("--continue", metavar="FILE", help="Go on with a saved conversation, and keep it there."),
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
     """Talk with a model. The configuration is that of `nanoengine run`; its prompts and output are ignored."""
     with user_errors(debug):
         clock = StartClock.of_process()
+        kept, file = _kept(save, go_on)
         registry = discover(plugin or ())
         composed = load_config(config, overrides or (), registry=registry)
         if not composed.chat:
@@ -72,12 +87,30 @@ def chat(
         clock.lap("import")
         with LLM.from_run_config(composed, registry=registry, say=say, clock=clock) as llm:
             say(llm.start_report.line())
-            failed = _talk(llm, composed)
+            failed = _talk(llm, composed, kept, file)
         if failed and not sys.stdin.isatty():
             raise typer.Exit(FAILED)
 
 
-def _talk(llm: LLM, config: RunConfig) -> int:
+def _kept(save: Path | None, go_on: Path | None) -> tuple[Kept, Path | None]:
+    """The saved system prompt and messages, and the file to save in. Raises `ConfigError`."""
+    from nanoengine.cli.conversation import read_conversation
+
+    source = None if go_on is None else user_path(go_on, "--continue")
+    target = source if save is None else user_path(save, "--save")
+    if (
+        target is not None
+        and target != source
+        and target.exists()
+        and (not target.is_file() or target.stat().st_size > 0)
+    ):
+        raise ConfigError(f"--save {target} exists already; to go on with it, give --continue {target}")
+    if target is not None and not target.absolute().parent.is_dir():
+        raise ConfigError(f"--save {target}: there is no folder {target.absolute().parent}")
+    return ("", []) if source is None else read_conversation(source), target
+
+
+def _talk(llm: LLM, config: RunConfig, kept: Kept, file: Path | None) -> int:
     """Runs the conversation. Returns the number of messages that could not be answered."""
     from nanoengine.cli.conversation import Conversation
 
@@ -87,11 +120,15 @@ def _talk(llm: LLM, config: RunConfig) -> int:
             f"{config.model.source} has no chat template, so it cannot chat; take an instruct model, or complete texts "
             "with nanoengine run"
         )
-    talk = Conversation(llm, chat_params(llm.default_params, config))
+    talk = Conversation(llm, chat_params(llm.default_params, config), *kept, file=file)
+    if talk.messages:
+        _note(f"{len(talk.messages)} messages of {file}; the last: {talk.messages[-1]['content']}")
     if not sys.stdin.isatty():
         return _Session(talk, _NoInterrupts()).run()
     with suppress(ImportError):  # if it can be imported, input() has editing and history
-        import readline  # noqa: F401
+        import readline
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # several pasted lines are one message
     _note(f"{config.model.source}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     with _Interrupts.taken() as interrupts:
         return _Session(talk, interrupts).run()
@@ -182,16 +219,26 @@ class _Session:
             self._ask(text.removeprefix("/") if text.startswith("//") else text)
 
     def _ask(self, text: str) -> None:
-        start = time.perf_counter()
+        start, reading = time.perf_counter(), _Reading()
         try:
-            answer = self.talk.ask(text, _show, lambda: self.interrupts.stopped)
+            answer = self.talk.ask(text, _shown_after(reading), lambda: self.interrupts.stopped, reading)
         except RequestError as error:
+            reading.clear()
             self.failed += 1
             hint = "; /reset begins a new conversation" if error.code in ("too_long", "does_not_fit") else ""
             _note(f"no answer ({error.code}): {error}{hint}")
             return
+        reading.clear()
+        if answer.output is None:
+            _note("[stopped before the first word, the message is removed]")
+            return
         _show("\n")
-        _note(_closing(answer, self.talk.params, time.perf_counter() - start))
+        _note(_closing(answer, answer.output, self.talk, time.perf_counter() - start))
+        try:
+            self.talk.save()
+        except ConfigError as error:  # the conversation goes on
+            self.failed += 1
+            _note(f"error: {error}")
 
     def _command(self, name: str, rest: str = "") -> None:
         if name == "/system":
@@ -238,6 +285,35 @@ def _input(prompt: str) -> str:
     return input()
 
 
+class _Reading:
+    """A line that shows how much of a long prompt is computed. It is removed when the answer begins."""
+
+    def __init__(self) -> None:
+        self._shown = False
+
+    def __call__(self, done: int, total: int) -> None:
+        if can_overwrite(sys.stderr) and (total >= _LONG_PROMPT or self._shown):
+            self._write(f"\rreading the prompt: {done:,} of {total:,} tokens")
+            self._shown = True
+
+    def clear(self) -> None:
+        if self._shown:
+            self._shown = False
+            self._write("\r\x1b[K")
+
+    def _write(self, text: str) -> None:
+        with suppress(OSError, ValueError):  # it is not essential
+            print(text, end="", file=sys.stderr, flush=True)
+
+
+def _shown_after(reading: _Reading) -> Callable[[str], None]:
+    def show(text: str) -> None:
+        reading.clear()
+        _show(text)
+
+    return show
+
+
 def _show(text: str) -> None:
     answer(text, end="")
 
@@ -251,16 +327,20 @@ def _dim(text: str) -> str:
     return typer.style(text, dim=True)
 
 
-def _closing(answer: Answer, params: SamplingParams, seconds: float) -> str:
-    output = answer.output
-    sample, metrics = output.outputs[0], output.metrics
-    count = len(sample.token_ids)
+def _closing(answer: Answer, output: RequestOutput, talk: Conversation, seconds: float) -> str:
+    sample, metrics, params = output.outputs[0], output.metrics, talk.params
+    count, limit = len(sample.token_ids), talk.max_model_len
+    used = len(output.prompt_token_ids) + count
     parts = [
-        f"{count} tokens",
-        f"{count / seconds:.1f} tokens/s",
+        f"{count} token{'' if count == 1 else 's'}",
+        *([f"{count / seconds:.1f} tokens/s"] if count > 1 else []),
         *([f"first after {1000 * metrics.ttft:.0f} ms"] if metrics.ttft is not None else []),
         f"{output.num_cached_tokens} of {len(output.prompt_token_ids)} prompt tokens from the prefix cache",
     ]
+    if used >= _NEARLY_FULL * limit:
+        parts.append(f"the conversation has {used:,} of max_model_len={limit:,} tokens")
+    if not answer.text.strip() and not answer.stopped:
+        parts.insert(0, "no answer: the model ended it at once" if sample.finish_reason == "stop" else "no text")
     if answer.stopped:
         parts.insert(0, "stopped" if answer.text else "stopped before the first word, the message is removed")
     elif sample.finish_reason == "length":

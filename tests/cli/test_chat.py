@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -212,6 +213,65 @@ def test_generate_of_plain_text_hints_at_chat_once(llm: LLM, caplog: pytest.LogC
     assert not caplog.text
 
 
+def test_a_long_prompt_reports_its_progress_and_can_be_stopped(model: Path) -> None:
+    with LLM(model, max_num_seqs=1, max_num_batched_tokens=16) as llm:
+        talk, seen = Conversation(llm, SamplingParams(temperature=0, max_tokens=4)), list[tuple[int, int]]()
+        answer = talk.ask(
+            "word " * 30, lambda text: None, lambda: False, lambda done, total: seen.append((done, total))
+        )
+        assert answer.output is not None
+        total = len(answer.output.prompt_token_ids)
+        assert seen == [(done, total) for done in range(0, total, 16)][: len(seen)]
+        assert len(seen) > 2
+        talk.reset()
+        llm.reset_prefix_cache()
+        seen.clear()
+        stopped = talk.ask("word " * 30, lambda text: None, lambda: len(seen) > 1, lambda *each: seen.append(each))
+        assert (stopped.stopped, stopped.output, talk.messages) == (True, None, [])
+        assert len(seen) == 2
+        assert (llm.stats().running, llm.stats().waiting) == (0, 0)
+
+
+def test_a_conversation_is_saved_and_continued(chat: Chat, folder: Path) -> None:
+    whole = chat("/system be brief\nhello\nmore\n")
+    assert chat("/system be brief\nhello\n", "--save", "talk.json").exit_code == 0
+    saved = json.loads((folder / "talk.json").read_text())["messages"]
+    assert [message["role"] for message in saved] == ["system", "user", "assistant"]
+    second = chat("more\n", "--continue", "talk.json")
+    assert second.exit_code == 0, second.stderr
+    assert "2 messages of talk.json; the last: " in second.stderr
+    assert whole.stdout.endswith(second.stdout)
+    assert len(json.loads((folder / "talk.json").read_text())["messages"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--save", "chat.yaml"], "exists already; to go on with it, give --continue chat.yaml"),
+        (["--save", "no/talk.json"], "there is no folder "),
+        (["--continue", "none.json"], "no such file: "),
+        (["--continue", "open.json"], "must follow each other, and end with an answer"),
+        (["--continue", "two.json"], "is not one conversation: it has 2 rows"),
+    ],
+)
+def test_files_that_keep_no_conversation(chat: Chat, folder: Path, arguments: list[str], words: str) -> None:
+    user = '{"messages": [{"role": "user", "content": "hi"}]}\n'
+    (folder / "open.json").write_text(user)
+    (folder / "two.json").write_text(user * 2)
+    result = chat("hello\n", *arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert "loading" not in result.stderr
+
+
+def test_the_line_under_an_answer_says_how_full_the_context_is(chat: Chat) -> None:
+    result = chat("hello\n", "engine.max_model_len=48", "engine.block_size=16", "~sampler.max_tokens")
+    assert re.search(
+        r"\[cut at max_model_len; /reset begins .*the conversation has 48 of max_model_len=48 tokens", result.stderr
+    )
+    assert "[cut at sampler.max_tokens=1, 1 token, first after" in chat("hello\n", "sampler.max_tokens=1").stderr
+
+
 def test_errors_are_raised(llm: LLM) -> None:
     talk = Conversation(llm, SamplingParams())
     with pytest.raises(RequestError, match="surrogates not allowed"):
@@ -332,3 +392,15 @@ def test_in_a_terminal(terminal: Terminal) -> None:
     terminal.type("\x04")  # at the prompt: what is typed ahead of it is no end of input
     wait_for(terminal, "\nleft with 0")
     assert "Traceback" not in terminal.screen()
+
+
+def test_several_pasted_lines_are_one_message(terminal: Terminal) -> None:
+    wait_for(terminal, "Ctrl-D leaves\\s*\n> ")
+    terminal.type("\x1b[200~first line\nsecond line\x1b[201~\n")
+    wait_for(terminal, r"second line\s*\n\S")
+    terminal.type("\x03")
+    wait_for(terminal, r"\[stopped, \d+ tokens")
+    terminal.type("/stats\n")
+    wait_for(terminal, "conversation: 2 messages; in total 1 answers")
+    terminal.type("\x04")
+    wait_for(terminal, "\nleft with 0")

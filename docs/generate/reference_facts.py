@@ -92,7 +92,9 @@ def _rule(cls: type[Any], name: str, values: Mapping[str, Any]) -> str:
 
 
 def source(kind: Any) -> str:
-    return kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
+    """The annotation as it stands in the code; a number of bytes may also be a size such as "1GB"."""
+    text = kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
+    return text.replace("Bytes", "int | str")
 
 
 def default(field: dataclasses.Field[Any]) -> str:

@@ -74,8 +74,8 @@ class EngineOptions:
         gpu_memory_utilization: share of a GPU's total memory that this engine may use, no matter what other programs
             use; if less is free, it uses what is free.
         num_gpu_blocks_override: number of KV blocks, without regard to the memory.
-        kv_cache_memory: bytes for the KV cache; default on a CPU: enough for max_num_seqs requests of max_model_len
-            tokens, at most 4 GiB.
+        kv_cache_memory: bytes for the KV cache, also "1GB" or "512MiB"; default on a CPU: enough for max_num_seqs
+            requests of max_model_len tokens, at most 4 GiB.
         enable_prefix_caching: reuse KV blocks of equal prefixes.
         scheduling_policy: name of a policy: "fcfs", "priority" (lower value first, then arrival), "fair" (clients get
             tokens by their weights), or that of a plugin.

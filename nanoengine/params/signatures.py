@@ -182,7 +182,7 @@ class LLMSignature:
         block_size: int | None = None,
         gpu_memory_utilization: float = 0.9,
         num_gpu_blocks_override: int | None = None,
-        kv_cache_memory: int | None = None,
+        kv_cache_memory: int | str | None = None,
         enable_prefix_caching: bool = True,
         scheduling_policy: str = "fcfs",
         policy_options: Mapping[str, Any] = ...,
@@ -209,7 +209,7 @@ class LLMSignature:
         custom_all_reduce: bool = True,
         skip_tokenizer_init: bool = False,
         chat_template_timeout: float = 5.0,
-        chat_template_memory: int = 536_870_912,
+        chat_template_memory: int | str = 536_870_912,
         structured_outputs: StructuredOutputsOptions | Mapping[str, Any] = ...,
     ) -> None:
         """A model, ready to generate.
@@ -233,8 +233,9 @@ class LLMSignature:
                 programs use; if less is free, it uses what is free (above 0 and at most 1).
             num_gpu_blocks_override: number of KV blocks, without regard to the memory (at least 1; at most
                 1,125,899,906,842,624).
-            kv_cache_memory: bytes for the KV cache; default on a CPU: enough for max_num_seqs requests of
-                max_model_len tokens, at most 4 GiB (at least 1; at most 1,125,899,906,842,624).
+            kv_cache_memory: bytes for the KV cache, also "1GB" or "512MiB"; default on a CPU: enough for
+                max_num_seqs requests of max_model_len tokens, at most 4 GiB (at least 1; at most
+                1,125,899,906,842,624).
             enable_prefix_caching: reuse KV blocks of equal prefixes.
             scheduling_policy: name of a policy: "fcfs", "priority" (lower value first, then arrival), "fair"
                 (clients get tokens by their weights), or that of a plugin.
@@ -307,7 +308,7 @@ class AsyncLLMSignature:
         block_size: int | None = None,
         gpu_memory_utilization: float = 0.9,
         num_gpu_blocks_override: int | None = None,
-        kv_cache_memory: int | None = None,
+        kv_cache_memory: int | str | None = None,
         enable_prefix_caching: bool = True,
         scheduling_policy: str = "fcfs",
         policy_options: Mapping[str, Any] = ...,
@@ -334,7 +335,7 @@ class AsyncLLMSignature:
         custom_all_reduce: bool = True,
         skip_tokenizer_init: bool = False,
         chat_template_timeout: float = 5.0,
-        chat_template_memory: int = 536_870_912,
+        chat_template_memory: int | str = 536_870_912,
         structured_outputs: StructuredOutputsOptions | Mapping[str, Any] = ...,
     ) -> None:
         """A model, ready to generate.

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import triton_interpreter
@@ -17,16 +18,20 @@ from torch import Tensor
 
 from nanoengine import LLM, SamplingParams
 from nanoengine.core.execution import results, runner
+from nanoengine.core.execution.finish_step import CapturedTail
 from nanoengine.core.execution.graphs import CaptureSizes, StepGraphs
 from nanoengine.core.execution.step_inputs import StepSize
+from nanoengine.core.scheduling.messages import EngineStats
 from nanoengine.kernels.ops import Ops
 from nanoengine.params.engine_options import EngineOptions
 from nanoengine.setup.start import capture as setup_capture
 from nanoengine.setup.start import starter
 from nanoengine.testing.checkpoints import tiny_qwen3
 
+from . import chain_plugin
 from .support import greedy, mock_llm, prompts, tokens_of
 from .test_drafts import with_device_drafts, with_drafts
+from .test_host_states import CHAIN, JUMPS, chained
 
 triton_interpreter.import_kernels()
 paged_attention_triton: Any = pytest.importorskip("nanoengine.kernels.paged_attention_triton")
@@ -204,6 +209,106 @@ def test_rows_with_drafts_on_attention_kernels(
     assert captured["tail drafts"] > 1
     assert {pad for _, pad in seen} == {16}
     assert min(real for real, _ in seen) < 12
+
+
+def late_outputs(tmp_path: Path, **options: Any) -> tuple[list[Any], EngineStats]:
+    """Rows with masks beside rows without, more of them than a step holds; greedy, random and truncated."""
+    params = [
+        CHAIN.replace(max_tokens=6),
+        GREEDY.replace(max_tokens=5),
+        CHAIN.replace(temperature=0.9, seed=4, chain=17, top_k=5, max_tokens=4),
+        CHAIN.replace(wrong="nothing", wrong_at=2),
+        CHAIN.replace(temperature=1.3, seed=3, chain=9, max_tokens=3),
+    ]
+    with mock_llm(tmp_path, plugins=[chain_plugin], max_num_seqs=4, max_num_batched_tokens=36, **options) as llm:
+        outputs = llm.generate(ASKED[:5], params, use_tqdm=False)
+        stats = llm.stats()
+    return [o.error.code if o.error is not None else o.outputs[0].token_ids for o in outputs], stats
+
+
+@pytest.fixture
+def late_wanted(tmp_path: Path) -> list[Any]:
+    return late_outputs(tmp_path / "eager")[0]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_masks_that_come_late_and_the_draw_behind_them(
+    tmp_path: Path, late_wanted: list[Any], captured: Counter[str], monkeypatch: pytest.MonkeyPatch, masked: bool
+) -> None:
+    """Over static buffers, launch by launch and as a graph: no late step that is replayed ends eagerly."""
+    sizes = CaptureSizes((StepSize(4), StepSize(4, 32)), tail=True, inputs=True, masked=masked)
+    monkeypatch.setattr(starter, "capture_sizes", lambda *_, **__: sizes)
+    assert late_wanted[0] == chained(ASKED[0], 6)
+    assert late_wanted[3] == "nothing_left"
+    found, stats = late_outputs(tmp_path)
+    assert found == late_wanted
+    assert stats.graph_tails == stats.graph_steps + stats.mixed_graph_steps > 4
+    assert captured["tail decode"] + captured["tail mixed"] < stats.graph_tails - 3
+
+
+def test_late_columns_that_no_static_tail_has_are_put_in_eagerly(tmp_path: Path, captured: Counter[str]) -> None:
+    others: list[dict[str, Any]] = [{"pair": (3, 4), "pair_walks": True}, {"logprobs": 1}, {"min_tokens": 3}]
+    short = CHAIN.replace(max_tokens=4)
+    params, before = [short, *(short.replace(**other) for other in others)], 0
+    with mock_llm(tmp_path, plugins=[chain_plugin], max_num_seqs=4, max_num_batched_tokens=36) as llm:
+        for one in params:
+            (output,) = llm.generate([ASKED[0]], one, use_tqdm=False)
+            assert output.error is None
+            if one.logprobs or one is short:
+                assert output.outputs[0].token_ids == chained(ASKED[0], 4)
+            tails = llm.stats().graph_tails
+            assert (tails > 2) if one is short else (tails == before), one
+            before = tails
+
+
+def test_a_forced_run_ends_in_the_static_tail(
+    tmp_path: Path, captured: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of several tokens, each with a mask of its own."""
+    sizes = CaptureSizes((*SIZES, StepSize(4, query_len=16)), tail=True, inputs=True)
+    monkeypatch.setattr(starter, "capture_sizes", lambda *_, **__: sizes)
+    with mock_llm(tmp_path, plugins=[chain_plugin], max_num_seqs=4, max_num_batched_tokens=80) as llm:
+        outputs = llm.generate(ASKED[:2], [JUMPS, CHAIN.replace(max_tokens=4)], use_tqdm=False)
+        stats = llm.stats()
+    count = JUMPS.max_tokens or 0
+    assert tokens_of(outputs) == [chained(ASKED[0], count, -5), chained(ASKED[1], 4)]
+    assert captured["replay drafts"] > 0
+    assert stats.graph_tails == stats.graph_steps + stats.mixed_graph_steps
+
+
+def masks_of_earlier_steps(patch: pytest.MonkeyPatch) -> None:
+    """Rows without a mask keep what an earlier step had in their place."""
+    send = CapturedTail.send_mask
+
+    def broken(self: CapturedTail, draws: int, own: Any, supplied: Any) -> None:
+        before, free = self._mask.clone(), np.ones(draws, np.bool_)
+        send(self, draws, own, supplied)
+        for each in supplied:
+            free[own[each.draws]] = False
+        self._mask[np.flatnonzero(free)] = before[np.flatnonzero(free)]
+
+    patch.setattr(CapturedTail, "send_mask", broken)
+
+
+def masks_of_other_rows(patch: pytest.MonkeyPatch) -> None:
+    send = CapturedTail.send_mask
+
+    def broken(self: CapturedTail, draws: int, own: Any, supplied: Any) -> None:
+        send(self, draws, np.roll(own, 1), supplied)
+
+    patch.setattr(CapturedTail, "send_mask", broken)
+
+
+def no_masks(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CapturedTail, "send_mask", lambda *_: None)
+
+
+@pytest.mark.parametrize("mutant", [masks_of_earlier_steps, masks_of_other_rows, no_masks])
+def test_mutants_of_late_masks_are_caught(
+    tmp_path: Path, late_wanted: list[Any], captured: Counter[str], monkeypatch: pytest.MonkeyPatch, mutant: Any
+) -> None:
+    mutant(monkeypatch)
+    assert late_outputs(tmp_path)[0] != late_wanted
 
 
 def test_what_was_sent_for_a_graph_that_did_not_run_is_sent_again(

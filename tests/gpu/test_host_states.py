@@ -4,6 +4,7 @@ and by torch; and a step is launched before the one before it is awaited."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from engine.support import greedy, mock_llm, prompts, tokens_of
 from engine.test_host_states import CHAIN, JUMPS, PLUGIN, chained, watched
 
 from nanoengine import SamplingParams
+from nanoengine.setup.start import starter
 
 from .support import ON_GPU
 from .test_same_tokens import MODES, WAYS
@@ -82,3 +84,22 @@ def test_a_supply_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(ModelRunner, "_supply", watched_supply)
         assert tokens_of(llm.generate(prompts(3), params, use_tqdm=False)) == want
     assert calls[0] > 5
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_late_steps_end_over_static_buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, masked: bool) -> None:
+    """Launch by launch, and as a graph: tokens of a CPU, and no late step that is replayed ends in an eager tail."""
+    sizes = starter.capture_sizes
+    monkeypatch.setattr(starter, "capture_sizes", lambda *a, **k: replace(sizes(*a, **k), masked=masked))
+    asked = prompts(7, seed=6)
+    params = [CHAIN.replace(temperature=1.5 * (i % 2), chain=9 * (i % 3), seed=i, top_k=7 * (i % 2)) for i in range(6)]
+    params.append(CHAIN.replace(wrong="nothing", wrong_at=4))
+    found = []
+    for device in ({"device": "cpu"}, ON_GPU):
+        with mock_llm(tmp_path / device["device"], plugins=[PLUGIN], **device) as llm:
+            outputs = llm.generate(asked, params, use_tqdm=False)
+            stats = llm.stats()
+        found.append([o.error.code if o.error is not None else o.outputs[0].token_ids for o in outputs])
+    assert found[0] == found[1]
+    assert found[1][-1] == "nothing_left"
+    assert stats.graph_tails == stats.graph_steps + stats.mixed_graph_steps > 5

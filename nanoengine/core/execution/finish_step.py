@@ -39,6 +39,7 @@ from nanoengine.kernels.host_ring import AnswerRing
 from nanoengine.kernels.pooling import span_sums
 from nanoengine.kernels.step_inputs import Answer, write_drafts
 
+MASKED_DRAWS = 512  # the most that a step without an eager tail has, where it is late
 PROMPT_LOGITS_ROWS = 128  # positions whose [rows, vocabulary] logits exist at once for prompt log-probs
 
 
@@ -53,10 +54,28 @@ class CapturedTail:
         self._failed = torch.zeros(max_draws, dtype=torch.int32, device=device)
         self._counts = torch.zeros(buffers.max_rows, dtype=torch.int32, device=device)
         self._answers = AnswerRing(max(max_draws, buffers.max_rows), device)
+        shape, pinned = (min(max_draws, MASKED_DRAWS), -(-finish.vocab_size // 32)), device.type == "cuda"
+        self._mask = torch.full(shape, -1, dtype=torch.int32, device=device)
+        self._host_mask = torch.full(shape, -1, dtype=torch.int32, pin_memory=pinned)
 
-    def run(self, inputs: StepRows, kind: int, logits: Tensor, max_drafts: int = 0) -> None:
+    def send_mask(self, draws: int, own: Int64, supplied: Sequence[SuppliedColumn]) -> None:
+        """The mask of a pass over so many draws, without waiting: what it sent before has arrived, as the columns of a
+        step follow the result of the one before it. own: which of the draws are the plan's. supplied: of one column;
+        draws without any keep all."""
+        host, free = self._host_mask.numpy()[:draws], np.ones(draws, dtype=np.bool_)
+        for each in supplied:
+            places, values = own[each.draws], each.values.reshape(len(each.draws), -1)
+            free[places] = False
+            if len(places) and places[-1] - places[0] == len(places) - 1:  # in order, most often
+                host[places[0] : places[-1] + 1] = values
+            else:
+                host[places] = values
+        host[free] = -1
+        self._mask[:draws].copy_(self._host_mask[:draws], non_blocking=True)
+
+    def run(self, inputs: StepRows, kind: int, logits: Tensor, max_drafts: int = 0, *, masked: bool = False) -> None:
         """One pass over `logits`, one row of them a row of the step, or a token where rows have drafts. The rows'
-        tables change."""
+        tables change. masked: behind the mask that was sent."""
         tables, rows = self._tables, len(logits)
         tokens, failed = self._tokens[:rows], self._failed[:rows]
         slots, positions = inputs.slots, self._buffers.out.seq_lens[:rows]  # behind the last token
@@ -68,7 +87,7 @@ class CapturedTail:
         columns = DrawColumns(
             tables.greedy, tables.seeds, positions, tables.sample_index, ops, at=slots, early=inputs.drafts is None
         )
-        self._sampler.draw(kind, logits, columns, self._tp, tokens, failed)
+        self._sampler.draw(kind, logits, columns, self._tp, tokens, failed, self._mask[:rows] if masked else None)
         tables.kernels.settle(
             tables.state, inputs.slots, inputs.query_start_loc, tokens, inputs.token_of_row, inputs.drafts, failed,
             None if inputs.drafts is None else self._counts[: len(inputs.slots)],

@@ -9,6 +9,7 @@ row, whose K and V go to the dummy block. Larger mixed steps run eagerly: there 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,18 +18,19 @@ from torch import Tensor
 
 from nanoengine.api.checks import CheckedModel
 from nanoengine.api.model import ForwardBatch
-from nanoengine.core.execution.finish_step import CapturedTail
+from nanoengine.core.execution.finish_step import MASKED_DRAWS, CapturedTail
 from nanoengine.core.execution.step_inputs import PREFILL_ROWS, GatheredStep, StepBuffers, StepSize, blank_plan
-from nanoengine.core.step import StepPlan
+from nanoengine.core.step import Int64, StepPlan, SuppliedColumn
 
 
 @dataclass(frozen=True, slots=True)
 class CaptureSizes:
-    """sizes: padded steps. tail: whether sampling is captured too. inputs: whether a graph gathers its own inputs;
-    those of mixed steps must."""
+    """sizes: padded steps. tail: whether sampling is captured too; masked: also behind a mask. inputs: whether a graph
+    gathers its own inputs; those of mixed steps must."""
 
     sizes: tuple[StepSize, ...] = ()
     tail: bool = False
+    masked: bool = False
     inputs: bool = False
 
 
@@ -37,6 +39,7 @@ class StepGraphs:
 
     Attributes:
         sizes: steps that are to have graphs. passes: size and kind of tail -> graph; None: without the tail.
+        masked_tails: size and kind -> graph of a tail behind a mask; it runs launch by launch where there is none.
         tail: what the graphs of tails run; None: they were not captured.
         gathered, logits: of each captured size the inputs and [rows, V / tp], valid until its next replay.
     """
@@ -48,6 +51,7 @@ class StepGraphs:
     def clear(self) -> None:
         """Drop all graphs."""
         self.passes: dict[tuple[StepSize, int | None], torch.cuda.CUDAGraph] = {}
+        self.masked_tails: dict[tuple[StepSize, int], torch.cuda.CUDAGraph] = {}
         self.tail: CapturedTail | None = None
         self.gathered: dict[StepSize, GatheredStep] = {}
         self.logits: dict[StepSize, Tensor] = {}
@@ -80,6 +84,22 @@ class StepGraphs:
         assert self.tail is not None
         logits = self.run(size) if size.plain and self.sizes.inputs else self.logits[size]
         self.tail.run(self.gathered[size].rows, tail, logits, size.query_len - 1)
+
+    def run_masked_tail(self, size: StepSize, tail: int) -> None:
+        """The tail behind a mask, over the logits that the graph of the step left: what its own graph captures."""
+        assert self.tail is not None
+        self.tail.run(self.gathered[size].rows, tail, self.logits[size], size.query_len - 1, masked=True)
+
+    def end_masked(self, size: StepSize, tail: int, own: Int64, supplied: Sequence[SuppliedColumn]) -> None:
+        """The tail of a late step that was replayed without one. own, supplied: as in `CapturedTail.send_mask`."""
+        assert self.tail is not None
+        assert size.logits <= MASKED_DRAWS
+        self.tail.send_mask(size.logits, own, supplied)
+        graph = self.masked_tails.get((size, tail))
+        if graph is not None:
+            graph.replay()
+        else:
+            self.run_masked_tail(size, tail)
 
     def size_for(self, plan: StepPlan) -> StepSize | None:
         """The smallest captured size that holds `plan`; None where there is none, or it wants prompt log-probs, or

@@ -24,10 +24,10 @@ from nanoengine.api.errors import described, is_failure, is_out_of_memory
 from nanoengine.api.model import Attention, ForwardBatch, Model, ModelConfig
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.plugin_calls import name_of, place_and_fix
-from nanoengine.core.execution.finish_step import FinishStep, Forwarded, Replayed, of_draws, pool
+from nanoengine.core.execution.finish_step import MASKED_DRAWS, FinishStep, Forwarded, Replayed, of_draws, pool
 from nanoengine.core.execution.graphs import CaptureSizes, StepGraphs
 from nanoengine.core.execution.results import LateStep, LaunchedStep, StepHandle, TailStep
-from nanoengine.core.execution.sampler import Sampler
+from nanoengine.core.execution.sampler import DrawPlan, Sampler
 from nanoengine.core.execution.step_inputs import StepBuffers, pad
 from nanoengine.core.step import GRAPH_TAIL, StepPlan, SuppliedColumn
 
@@ -114,9 +114,19 @@ class ModelRunner:
         plan, replayed = step.plan, step.replayed
         if replayed is None or replayed.tail is None:
             columns = of_draws(plan, supplied) if supplied else ()
-            return self.finish.eager(step, self.finish.choose(plan, columns), columns)
+            how = self.finish.choose(plan, columns)
+            if not plan.late or replayed is None or not self._ends_masked(replayed, how, columns):
+                return self.finish.eager(step, how, columns)
+            assert how.captured is not None
+            self.graphs.end_masked(replayed.size, how.captured, replayed.own, columns)
+        assert replayed is not None
         assert self.graphs.tail is not None
         return TailStep(plan, *self.graphs.tail.answer(), replayed.own, replayed.graph | GRAPH_TAIL)
+
+    def _ends_masked(self, replayed: Replayed, how: DrawPlan, supplied: Sequence[SuppliedColumn]) -> bool:
+        """Whether the static tail behind a mask does all that the rows of a late step ask for."""
+        few = self.graphs.tail is not None and replayed.size.logits <= MASKED_DRAWS and self.tp.size == 1
+        return few and how.captured is not None and all((c.processor, c.column) == how.mask for c in supplied)
 
     def call(self, target: str, *args: Any) -> Any:
         """Call a function "package.module:function" with this runner and the arguments: rare control, not steps."""

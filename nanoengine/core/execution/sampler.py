@@ -75,7 +75,8 @@ class DrawPlan:
             log-probs.
         tail: the kernels that draw (`sampling_triton.Tail`); None: plain torch.
         reads_only: the kernels do it all: logits of any dtype, which stay as they are.
-        captured: the tail whose graphs do the same; None: none do. sharded: each rank can draw from its own slice.
+        mask: the column of the bit mask that is all that is called. captured: the tail whose graphs do the same, behind
+            that mask if there is one; None: none do. sharded: each rank can draw from its own slice.
     """
 
     called: tuple[_Processor, ...]
@@ -86,6 +87,7 @@ class DrawPlan:
     logprobs: bool
     tail: int | None
     reads_only: bool
+    mask: tuple[str, str] | None
     captured: int | None
     sharded: bool
 
@@ -191,6 +193,7 @@ class Sampler:
         cut = any(op in ops for op in _TRUNCATION_ORDER)
         tail = None if self._kernels is None else self._kernels.tail(random=random, cut=cut)
         reads_only = tail is not None and not called and not min_tokens
+        mask = (called[0].name, called[0].mask) if self._fuse and len(called) == 1 and called[0].mask else None
         standard = all(self.standard_columns.get(op) == column for op, column in ops.items())
         return DrawPlan(
             called=called,
@@ -201,7 +204,8 @@ class Sampler:
             logprobs=logprobs,
             tail=tail,
             reads_only=reads_only,
-            captured=tail if reads_only and standard and not logprobs else None,
+            mask=mask,
+            captured=tail if (reads_only or (mask and not min_tokens)) and standard and not logprobs else None,
             sharded=not (cut or min_tokens or logprobs)
             and all((self._fuse and p.mask) or p.processor.sharded for p in called),
         )
@@ -246,14 +250,26 @@ class Sampler:
         return all_reduce.pack_keys(scores, start + token_ids, tops)
 
     def draw(
-        self, tail: int, logits: Tensor, columns: DrawColumns, tp: TensorParallelGroup, tokens: Tensor, failed: Tensor
+        self,
+        tail: int,
+        logits: Tensor,
+        columns: DrawColumns,
+        tp: TensorParallelGroup,
+        tokens: Tensor,
+        failed: Tensor,
+        mask: Tensor | None = None,
     ) -> None:
         """The draw alone, by kernels, as a graph captures it: tokens int64 [R] and failed int32 [R] are written.
 
-        `logits`: [R, V / tp]; whole rows are gathered only for a tail that truncates.
+        `logits`: [R, V / tp]; whole rows are gathered only for a tail that truncates. `mask`: int32 [R, words], applied
+        in place, of one rank.
         """
         assert self._kernels is not None
-        if tp.size > 1 and tail != self._kernels.tail(random=True, cut=True):
+        if mask is not None:
+            logits = logits[:, : self._vocab_size]
+            sound = logits.amax(-1).isfinite()  # as in `sample`
+            self._kernels.sample(tail, self._mask(logits, mask), columns, tokens, failed, sound)
+        elif tp.size > 1 and tail != self._kernels.tail(random=True, cut=True):
             start, stop = vocab_slice(self._vocab_size, tp)
             keys = self._kernels.best_keys(tail, logits[:, : stop - start], start, columns)
             self._kernels.answer(tp.highest(keys), tokens, failed)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from nanoengine.api.errors import ModelError, described, is_failure, is_out_of_memory
-from nanoengine.core.execution.finish_step import CapturedTail, FinishStep
+from nanoengine.core.execution.finish_step import MASKED_DRAWS, CapturedTail, FinishStep
 from nanoengine.core.execution.graphs import StepGraphs
 from nanoengine.core.execution.runner import ModelRunner
 from nanoengine.kernels.compile_ahead import compiling_ahead, is_compiling_ahead
@@ -88,7 +88,22 @@ def _capture(graphs: StepGraphs, finish: FinishStep) -> None:
         for size in sizes:
             for kind in finish.sampler.tails:
                 graphs.passes[size, kind], _ = captured(partial(graphs.run_tail, size, kind), pool, finish.tp.agree)
+        _prepare_masked(graphs, finish, pool)
     graphs.index()
+
+
+def _prepare_masked(graphs: StepGraphs, finish: FinishStep, pool: Any) -> None:
+    """Tails behind masks: captured where that is asked for; else run once, so that no step waits for a compiler."""
+    if finish.tp.size > 1:
+        return
+    sizes = [size for size in graphs.sizes.sizes if size.logits <= MASKED_DRAWS]
+    for kind in finish.sampler.tails:
+        for size in sizes if graphs.sizes.masked else sizes[:1]:
+            run = partial(graphs.run_masked_tail, size, kind)
+            if graphs.sizes.masked:
+                graphs.masked_tails[size, kind], _ = captured(run, pool, finish.tp.agree)
+            else:
+                run()
 
 
 def captured(run: Callable[[], T], pool: Any, agree: Callable[[bool], bool] = bool) -> tuple[torch.cuda.CUDAGraph, T]:

@@ -9,9 +9,13 @@ import hashlib
 import json
 import os
 import platform
+import re
+import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ from typing import Any
 from nanoengine import __version__
 from nanoengine.api.errors import ConfigError
 from nanoengine.cli.config import plain
+from nanoengine.cli.threads import CHOSEN
 from nanoengine.observe.files import part_of, place_of
 from nanoengine.params.sampling_params import SamplingParams
 from nanoengine.setup.config.config import RunConfig
@@ -36,12 +41,18 @@ class Record:
     Attributes:
         config: the composed configuration.
         params: the sampling parameters that were used, including the model's own defaults.
-        versions: those of the packages that were used. summary: `Tally.summary()`; None until the run has ended.
+        versions: those of the packages that were used.
+        started, command: local time and command line of the run that made it.
+        machine: "cpu", "threads", "load" (processes that ran or waited in the last minute).
+        summary: `Tally.summary()`; None until the run has ended.
     """
 
     config: Mapping[str, Any]
     params: Mapping[str, Any]
     versions: Mapping[str, str]
+    started: str = ""
+    command: str = ""
+    machine: Mapping[str, str] = field(default_factory=dict)
     summary: Mapping[str, Any] | None = None
 
     def save(self, output: str) -> None:
@@ -53,7 +64,26 @@ class Record:
 
 
 def new_record(config: RunConfig, params: SamplingParams, registry: Registry) -> Record:
-    return Record(config=_json(plain(config)), params=plain_params(params), versions=_versions(registry))
+    return Record(
+        config=_json(plain(config)),
+        params=plain_params(params),
+        versions=_versions(registry),
+        started=datetime.now().astimezone().isoformat(" ", "seconds"),
+        command=shlex.join(["nanoengine", *sys.argv[1:]]),
+        machine=_machine(),
+    )
+
+
+def _machine() -> dict[str, str]:
+    found = {"cpu": platform.processor() or platform.machine()}
+    with suppress(OSError):  # only Linux has it
+        names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
+        found["cpu"] = names[0] if names else found["cpu"]
+    with suppress(OSError, AttributeError):
+        found["load"] = f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs"
+    if (chosen := CHOSEN.get()) is not None:
+        found["threads"] = chosen.line()
+    return found
 
 
 def record_path(output: str | Path) -> Path:

@@ -196,16 +196,17 @@ def test_each_combination_has_its_folder_and_a_broken_one_stops_no_other(sweep: 
 def test_a_combination_that_cannot_be_composed_stops_no_other(sweep: Run, tmp_path: Path) -> None:
     result = sweep("engine.seed=1,many", "attention.backend=torch,trch")
     assert result.exit_code == 1
-    before, _, after = result.stderr.partition("[1/4] engine.seed=1 attention.backend=torch\n")
+    before, _, after = result.stderr.partition("#0 of 4: engine.seed=1 attention.backend=torch\n")
     assert "3 of them cannot be composed, and will not run:" in before  # said before anything runs
-    assert "[3/4] engine.seed=many attention.backend=torch: override 'engine.seed=many': engine.seed must " in before
-    assert "[2/4] engine.seed=1 attention.backend=trch: " in before
+    assert "#2 of 4: engine.seed=many attention.backend=torch: override 'engine.seed=many': engine.seed must " in before
+    assert "#1 of 4: engine.seed=1 attention.backend=trch: " in before
     assert "no attention backend 'trch' is installed" in before
     assert after.count("failed: it cannot be composed, see above") == 3
     assert "failed: not composed" in result.stdout
     root = only(list((tmp_path / "multirun").iterdir()))
     assert len(rows(root / "0_engine.seed=1,attention.backend=torch")) == 2
-    assert list((root / "2_engine.seed=many,attention.backend=torch").iterdir()) == []
+    [log] = (root / "2_engine.seed=many,attention.backend=torch").iterdir()
+    assert (log.name, "not composed: override 'engine.seed=many': " in log.read_text()) == ("run.log", True)
 
 
 def test_the_command_sweep_is_what_run_calls(sweep: Run, nanoengine: Run, tmp_path: Path) -> None:

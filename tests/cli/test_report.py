@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ from markupsafe import Markup
 from typer.testing import CliRunner, Result
 
 from nanoengine.cli.app import app
-from nanoengine.lab.cli.report_charts import _largest
+from nanoengine.lab.cli.report_charts import _largest, milliseconds
 from nanoengine.lab.cli.report_data import Steps, read_all
 from nanoengine.testing.checkpoints import tiny_llama
 from tests.engine.timeline import read
@@ -215,6 +216,40 @@ def test_the_page_of_a_sweep(report: Run) -> None:
     for said in ("sampler.max_tokens", "tokens/s", "share of the requests", "#0", "#2"):
         assert said in page.text
     assert "--trace belongs to one run" in report(sweep, "--trace", "results/trace.json").stderr
+
+
+def test_the_page_has_date_command_machine_and_versions(report: Run) -> None:
+    record = json.loads(Path("results/results.jsonl.run.json").read_text())
+    page = Page(made(report("results"), Path("results/report.html")))
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d", record["started"])
+    assert record["command"].startswith("nanoengine")
+    for said in (record["started"], record["command"], record["machine"]["cpu"], record["machine"]["load"]):
+        assert said in page.text
+    assert f"nanoengine {record['versions']['nanoengine']}, python {record['versions']['python']}, torch " in page.text
+
+
+def test_a_sweep_s_answers_are_side_by_side(report: Run) -> None:
+    [sweep] = Path("multirun").iterdir()
+    page = Page(made(report(sweep), sweep / "report.html"))
+    with (sweep / "answers.csv").open(newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    assert header[:2] == ["#", "prompt"]
+    assert [label.split()[0] for label in header[2:]] == ["#0", "#1", "#2", "#3"]
+    assert "Answers side by side" in page.text
+    for number, folder in enumerate(sorted(each for each in sweep.iterdir() if each.is_dir())):
+        results = folder / "results.jsonl"
+        found = [json.loads(line) for line in results.read_text("utf-8").splitlines()] if results.exists() else []
+        for row in found:
+            answer = row["outputs"][0]["text"].strip() if row["error"] is None else f"({row['error']['code']})"
+            assert rows[row["index"]][2 + number] == answer
+    assert any(cell for row in rows for cell in row[2:])
+
+
+@pytest.mark.parametrize(
+    ("milliseconds_", "text"), [(0.123, "0.123 ms"), (12.34, "12.3 ms"), (420, "420 ms"), (5279, "5.28 s")]
+)
+def test_times_are_in_seconds_from_a_second_on(milliseconds_: float, text: str) -> None:
+    assert milliseconds(milliseconds_) == text
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from nanoengine.cli.config import render
 from nanoengine.cli.parent import run_child
 from nanoengine.cli.record import read_record, write_whole
 from nanoengine.lab.cli.combinations import Combination, combinations
-from nanoengine.lab.cli.sweep_report import Outcome, plot, print_table, write_csv
+from nanoengine.lab.cli.sweep_report import Outcome, plot, print_table, write_answers, write_csv
 from nanoengine.observe.files import user_path
 from nanoengine.setup.config.config import RunConfig, load_config
 from nanoengine.setup.config.prompts import STDIN, PromptFile, file_format
@@ -133,6 +133,7 @@ def _write_jobs(
         place.mkdir()
         if isinstance(found, NanoEngineError):
             jobs.append(Job(place, combination, str(found)))
+            write_whole(place / _LOG, f"not composed: {found}\n")
             continue
         if isinstance(found.prompts, PromptFile) and found.prompts.file == STDIN:
             piped = piped or _keep_stdin(found.prompts, folder)
@@ -199,12 +200,12 @@ def read_sweep(folder: Path) -> Sweep:
 
 
 def _run(todo: Sweep, options: Sequence[str], trace: Path | None) -> int:
-    say(f"{len(todo.jobs)} combinations, into {todo.folder}")
+    say(f"{len(todo.jobs)} combination{'' if len(todo.jobs) == 1 else 's'}, into {todo.folder}")
     _say_not_composed(todo.jobs)
     outcomes: list[Outcome] = []
     stopped = 0
     for number, job in enumerate(todo.jobs):
-        say(f"[{number + 1}/{len(todo.jobs)}] {job.combination.label}")
+        say(_heading(number, job, todo.jobs))
         try:
             status = _outcome(
                 job, todo, [*options, *(["--trace", str(job.folder.absolute() / trace)] if trace else [])]
@@ -227,11 +228,17 @@ def _run(todo: Sweep, options: Sequence[str], trace: Path | None) -> int:
 
 def _say_not_composed(jobs: Sequence[Job]) -> None:
     """Reports combinations that cannot be composed before the first one runs, and not hours later."""
-    wrong = [(number, job) for number, job in enumerate(jobs, 1) if job.error]
+    wrong = [(number, job) for number, job in enumerate(jobs) if job.error]
     if wrong:
         say(f"{len(wrong)} of them cannot be composed, and will not run:")
     for number, job in wrong:
-        say(f"  [{number}/{len(jobs)}] {job.combination.label}: {job.error}")
+        say(f"  {_heading(number, job, jobs)}: {job.error}")
+
+
+def _heading(number: int, job: Job, jobs: Sequence[Job]) -> str:
+    """ "#0 of 4: engine.seed=1": the number is that of the folder and of the table."""
+    label = job.combination.label
+    return f"#{number} of {len(jobs)}{': ' if label else ''}{label}"
 
 
 def _entry(number: int, job: Job, status: str) -> Outcome:
@@ -279,6 +286,10 @@ def _report(outcomes: Sequence[Outcome], todo: Sweep) -> bool:
     written = True
     try:
         write_csv(outcomes, todo.folder / "table.csv")
+        labels = [f"#{each.number} {each.label}".replace("\n", " ") for each in outcomes]
+        files = [job.output for job in todo.jobs]
+        write_answers(list(zip(labels, files, strict=True)), todo.folder / "answers.csv")
+        say(f"wrote {todo.folder / 'answers.csv'}: the answers of all combinations side by side")
         plot(outcomes, todo.folder / "plot.png")
         say(f"wrote {todo.folder / 'table.csv'} and {todo.folder / 'plot.png'}")
     except ImportError as error:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 BLUE, GREEN, ORANGE, RED, GREY = "#4472b0", "#55a06a", "#dd8a3c", "#c44e52", "#8a8f98"
 _BINS = 400  # most columns of a picture over time: a screen does not show more
+_LEAST = 2  # values of a distribution that is drawn; the tiles say fewer
 _WIDTH = 10.5  # inches
 _STYLE = {
     "font.size": 9,
@@ -57,9 +58,9 @@ def styled() -> Iterator[None]:
 def run_pictures(run: RunData) -> dict[str, Picture]:
     """Name -> picture, for all pictures for which the run has figures."""
     found: dict[str, Picture] = {}
-    if len(run.metric("ttft")):
+    if len(run.metric("ttft")) >= _LEAST:
         found["latencies"] = _picture(_latencies(run), "distributions of time to first token and time between tokens")
-    if any(row["error"] is None for row in run.rows):
+    if sum(row["error"] is None for row in run.rows) > 1:
         found["prefixes"] = _picture(_prefixes(run), "prompt tokens by prompt, computed and from the prefix cache")
     if run.steps is not None and len(run.steps):
         found["timeline"] = _picture(_timeline(run.steps), "throughput, batch, requests and KV blocks over time")
@@ -156,7 +157,7 @@ def _timeline(steps: Steps) -> Figure:
         at = [moment for moment, *_ in steps.preempted]
         blocks.plot(at, [total] * len(at), "v", color=RED, markersize=5, label=f"{len(at)} preemptions")
     blocks.set_title(f"KV blocks, of {total:,.0f}")
-    blocks.set_xlabel("seconds")
+    blocks.set_xlabel("seconds since the first step")
     for axes in (generated, prompt, rows, requests, blocks):
         axes.set_ylim(bottom=0)
     for axes in (rows, requests, blocks):
@@ -208,6 +209,7 @@ def _step_times(steps: Steps) -> Figure:
     )
     durations.set(xscale="log", ylabel="steps", title="duration of a step on the device, ms")
     durations.set_xlim(low * 0.9, high * 1.1)
+    _plain_numbers(durations)
     durations.legend(fontsize=8)
     names = ("schedule", "launch", "wait", "commit")
     means = [1000 * steps[name].mean() for name in names]
@@ -236,6 +238,7 @@ def _shares(runs: Sequence[RunData]) -> Figure:
                 label = f"#{run.outcome.number}"
                 axes.plot(values, np.arange(1, len(values) + 1) / len(values), drawstyle="steps-post", label=label)
         axes.set(title=title, ylabel="share of the requests", ylim=(0, 1.02), xscale="log")
+        _plain_numbers(axes)
         if axes.lines:
             axes.legend(fontsize=8)
     return figure
@@ -245,8 +248,10 @@ def _shares(runs: Sequence[RunData]) -> Figure:
 
 
 def milliseconds(value: float) -> str:
-    """The number as text, with three digits."""
-    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
+    """The time as text, with three digits; from a second on in seconds."""
+    if value >= 1000:
+        return f"{value / 1000:,.3g} s" if value < 1e6 else f"{value / 1000:,.0f} s"
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
 def _figure(height: float, rows: int, columns: int, **options: Any) -> tuple[Figure, Any]:
@@ -264,6 +269,15 @@ def _integers() -> Any:
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(integer=True)
+
+
+def _plain_numbers(axes: Axes) -> None:
+    """Labels of a logarithmic axis as 1, 2, 5, 10, 20 and so on, not as powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
 
 
 def _legend(axes: Axes) -> None:

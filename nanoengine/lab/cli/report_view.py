@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,10 @@ import numpy as np
 from nanoengine import __version__
 from nanoengine.lab.cli.report_charts import Picture, comparison_pictures, milliseconds, page_ids, run_pictures
 from nanoengine.lab.cli.report_data import RunData
-from nanoengine.lab.cli.sweep_report import table_of
+from nanoengine.lab.cli.sweep_report import answers_of, table_of
 
 _SHOWN = 200  # most rows of a table, so that the page is readable
+_ANSWER = 600  # most characters of an answer next to others
 _EXCERPT = 160  # most characters of a prompt or an answer
 
 
@@ -44,6 +46,7 @@ class Section:
 class RunView:
     name: str
     notes: Sequence[str]
+    hints: Sequence[str]
     tiles: Sequence[Tile]
     sections: Sequence[Section]
 
@@ -54,12 +57,14 @@ class Compared:
     rows: Sequence[Sequence[str]]
     numbers: Sequence[int]
     pictures: Sequence[Picture]
+    answers: Section
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
     title: str
     under: str
+    facts: Sequence[tuple[str, str]]
     runs: Sequence[RunView]
     compared: Compared | None
     made: str = field(default=f"made by nanoengine {__version__}")
@@ -78,11 +83,49 @@ def page_of(path: Path, runs: Sequence[RunData]) -> Page:
     compared = None
     if len(runs) > 1:
         header, rows = table_of([run.outcome for run in runs])
-        words = {"status", *(key for run in runs for key in run.outcome.varied)}
+        header = [*header, "answer, tokens", "ended"]
+        rows = [[*row, *_lengths(run)] for row, run in zip(rows, runs, strict=True)]
+        words = {"status", "ended", *(key for run in runs for key in run.outcome.varied)}
         numbers = [place for place, name in enumerate(header) if name not in words]
-        compared = Compared(header, rows, numbers, compared_pictures)
+        compared = Compared(header, rows, numbers, compared_pictures, _side_by_side(runs))
     what = "sweep" if len(runs) > 1 else "run"
-    return Page(f"nanoengine {what}: {path.name or path}", _under(runs), views, compared)
+    return Page(f"nanoengine {what}: {path.name or path}", _under(runs), list(_facts(runs)), views, compared)
+
+
+def _facts(runs: Sequence[RunData]) -> Iterator[tuple[str, str]]:
+    """When, how and where the runs were made; what differs between them has all of its values."""
+    records = [run.record for run in runs if run.record is not None]
+    names = ("nanoengine", "python", "torch", "triton", "transformers")
+    versions = [", ".join(f"{name} {r.versions[name]}" for name in names if name in r.versions) for r in records]
+    machine = [" · ".join(r.machine[key] for key in ("cpu", "threads") if key in r.machine) for r in records]
+    for name, values in (
+        ("date", [r.started for r in records[:1]]),
+        ("command", [r.command for r in records] if len(records) == 1 else []),
+        ("machine", machine),
+        ("load at the start", [r.machine.get("load", "") for r in records[:1]]),
+        ("versions", versions),
+    ):
+        if text := "; ".join(dict.fromkeys(value for value in values if value)):
+            yield name, text
+
+
+def _lengths(run: RunData) -> list[str]:
+    """The mean number of tokens of an answer, and how answers ended, with counts."""
+    samples = [sample for row in run.rows for sample in row["outputs"]]
+    if not samples:
+        return ["-", "-"]
+    ends = Counter(str(sample["finish_reason"]) for sample in samples)
+    mean = sum(len(sample["token_ids"]) for sample in samples) / len(samples)
+    return [f"{mean:.1f}", ", ".join(f"{count} {reason}" for reason, count in ends.most_common())]
+
+
+def _side_by_side(runs: Sequence[RunData]) -> Section:
+    labels = [", ".join(f"{key}={value}" for key, value in run.outcome.varied.items()) for run in runs]
+    named = [(f"#{run.outcome.number} {label}", run.rows) for run, label in zip(runs, labels, strict=True)]
+    header, rows = answers_of(named)
+    more = f"The first {_SHOWN} of {_count(len(rows))} prompts." if len(rows) > _SHOWN else ""
+    cut = [[_cut(cell, _ANSWER) for cell in row] for row in rows[:_SHOWN]]
+    return Section("Answers side by side", more, None, header, cut, (0,))
 
 
 def _under(runs: Sequence[RunData]) -> str:
@@ -96,7 +139,7 @@ def _run_view(run: RunData, pictures: Mapping[str, Picture]) -> RunView:
     varied = ", ".join(f"{key}={value}" for key, value in run.outcome.varied.items())
     name = f"#{run.outcome.number} {varied}: {run.outcome.status}"
     sections = [*_over_time(run, pictures), *_of_requests(run, pictures), *_tables(run)]
-    return RunView(name, list(_notes(run)), list(_tiles(run)) if run.rows else [], sections)
+    return RunView(name, list(_notes(run)), list(_hints(run)), list(_tiles(run)) if run.rows else [], sections)
 
 
 def _notes(run: RunData) -> Iterator[str]:
@@ -106,6 +149,9 @@ def _notes(run: RunData) -> Iterator[str]:
         yield f"Incomplete lines of {run.path.name}, which are left out: {run.torn}."
     if run.steps is not None and not run.steps.whole:
         yield "The trace is incomplete: its process was killed, or the disk was full. All of its steps are shown."
+
+
+def _hints(run: RunData) -> Iterator[str]:
     if run.rows and run.steps is None:
         yield "No trace: nanoengine run … --trace FILE adds batch, KV blocks and step times over the run."
 
@@ -220,8 +266,8 @@ def _excerpt(prompt: Any) -> str:
     return _cut(" ".join(str(text).split()))
 
 
-def _cut(text: str) -> str:
-    shown = text if len(text) <= _EXCERPT else f"{text[:_EXCERPT]}…"
+def _cut(text: str, most: int = _EXCERPT) -> str:
+    shown = text if len(text) <= most else f"{text[:most]}…"
     return shown.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair cannot be written
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -77,6 +79,48 @@ def write_csv(outcomes: Sequence[Outcome], path: Path) -> None:
     text = StringIO(newline="")
     csv.writer(text).writerows([header, *rows])
     write_whole(path, text.getvalue())
+
+
+def answers_of(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> tuple[list[str], list[list[str]]]:
+    """The headings, and a row for each prompt with the answers of all runs side by side. `runs`: (label, rows) of each.
+
+    Several samples of a prompt are on lines of their own; a failed prompt has its error.
+    """
+    answers = [(label, {row["index"]: row for row in rows}) for label, rows in runs]
+    prompts = {index: row["prompt"] for _, rows in reversed(answers) for index, row in rows.items()}
+    table = [
+        [
+            str(index),
+            prompt if isinstance(prompt, str) else str(prompt[-1]["content"]),
+            *(_answer(rows[index]) if index in rows else "" for _, rows in answers),
+        ]
+        for index, prompt in sorted(prompts.items())
+    ]
+    return ["#", "prompt", *(label for label, _ in answers)], table
+
+
+def _answer(row: Mapping[str, Any]) -> str:
+    if row["error"] is not None:
+        return f"({row['error']['code']})"
+    return "\n".join(sample["text"].strip() for sample in row["outputs"])
+
+
+def write_answers(runs: Sequence[tuple[str, Path]], path: Path) -> None:
+    """Writes the answers side by side as CSV. `runs`: label and results file of each. Raises `OSError`."""
+    header, rows = answers_of([(label, _rows(file)) for label, file in runs])
+    text = StringIO(newline="")
+    csv.writer(text).writerows([header, *rows])
+    write_whole(path, text.getvalue().encode("utf-8", "backslashreplace"))
+
+
+def _rows(file: Path) -> list[Mapping[str, Any]]:
+    """The whole rows of a results file; a killed run may have left a part of one."""
+    found = []
+    if file.is_file():
+        for line in file.read_text("utf-8", "replace").splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+    return found
 
 
 def _keys(outcomes: Sequence[Outcome]) -> list[str]:

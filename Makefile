@@ -1,12 +1,12 @@
 # make demo | test | lint | reference | clean.  Everything is installed in .venv, which is made on first use and when the pins change.
-# PYTHON=... selects the interpreter (3.11 or newer); PYTEST_ARGS=... goes to pytest ("-n 0": all tests in one process).
+# In a terminal, pip shows its progress. PYTHON=... selects the interpreter (3.11 or newer); PYTEST_ARGS=... goes to pytest ("-n 0": all tests in one process).
 
 SHELL := /bin/sh
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install $$([ -t 2 ] || echo --quiet) -c constraints.txt
 PINS := pyproject.toml constraints.txt
 RECIPE ?= quickstart
 PYTEST_ARGS ?=

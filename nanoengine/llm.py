@@ -177,6 +177,7 @@ class LLM(LLMSignature):
         self.engine: Engine = self._built.engine
         self.text_engine = TextEngine(self._built)
         self._ids = itertools.count()
+        self.source = model
         self._hinted = False  # at `chat`
         try:
             self.default_params = self._default_params(sampler, path)
@@ -559,6 +560,10 @@ class LLM(LLMSignature):
     def close(self) -> None:
         """Stop and give the memory back. Idempotent. Afterwards `generate` and the like raise `EngineClosed`."""
         self._built.close()
+
+    def __repr__(self) -> str:
+        longest = self.engine.scheduler.config.max_model_len
+        return f"<LLM {self.source}: {self._built.assembly.summary()}, max_model_len={longest}>"
 
     def __enter__(self) -> Self:
         return self

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, get_args
 
@@ -17,6 +19,7 @@ from nanoengine.setup.plugins.registry import Kind, Registry
 app = typer.Typer(help="Look at plugins, or start a new one.", invoke_without_command=True, rich_markup_mode=None)
 
 _COLUMNS = ("kind", "name", "distribution", "version", "origin", "api", "target", "architectures")
+_NARROW = ("kind", "name", "distribution", "version")
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -94,8 +97,9 @@ def _row(
 def as_text(registry: Registry) -> str:
     """The registry as text: a table, then the problems."""
     found = as_dict(registry)
-    rows = [list(_COLUMNS), *([_cell(row[column]) for column in _COLUMNS] for row in found["plugins"])]
-    lines = _aligned(rows)
+    lines = _table(found["plugins"], _COLUMNS)
+    if sys.stdout.isatty() and max(map(len, lines)) > shutil.get_terminal_size().columns:
+        lines = [*_table(found["plugins"], _NARROW), "(a wider terminal, --json or a pipe shows all columns)"]
     for word in ("conflicts", "failures"):
         if found[word]:
             lines += ["", f"{word}:"]
@@ -103,6 +107,10 @@ def as_text(registry: Registry) -> str:
             what = f"{problem['origin']} failed at {problem['at']}: " if word == "failures" else ""
             lines.append(f"  {what}{problem['cause']}")
     return "\n".join(lines)
+
+
+def _table(parts: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[str]:
+    return _aligned([list(columns), *([_cell(row[column]) for column in columns] for row in parts)])
 
 
 def _cell(value: Any) -> str:

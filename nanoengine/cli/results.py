@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from io import FileIO
@@ -208,6 +209,8 @@ def check_output(path: str | None, inputs: Mapping[str, str | Path] = MappingPro
         file = Path(source).expanduser()
         if there and file.exists() and file.samefile(Path(path).expanduser()):
             raise ConfigError(f"output {path} is {what}, which it would overwrite; give another output=")
+    if Path(path).suffix.lower() in (".csv", ".tsv", ".txt", ".yaml", ".yml"):
+        raise ConfigError(f"output {path}: results are JSON lines; give a name such as {Path(path).stem}.jsonl")
     return there
 
 
@@ -239,6 +242,9 @@ def check_writable(target: Path) -> bool:
     folder = Path(os.path.realpath(target)).parent if there else above
     if (not there or target.is_file()) and not os.access(folder, os.W_OK):  # a new file replaces the old one
         raise PermissionError(f"no permission to write in {folder}")
+    if not there:  # permissions do not say it of /proc, or of a file system that is mounted read-only
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     return there
 
 

@@ -149,7 +149,7 @@ def run_config(
             with _traced(llm, trace, record):
                 done = earlier.done if earlier else frozenset()
                 with shown_beside_bars(debug):
-                    status, summary = Batch(llm, config, prompts, results, record.params, done, debug).run()
+                    status, summary = Batch(llm, config, prompts, results, record.params, done, debug, verbose).run()
                 if trace is not None:
                     summary = {**summary, "trace": str(trace.expanduser().absolute())}
                 results.keep_record(record.with_summary(summary))
@@ -210,7 +210,7 @@ class Batch:
     """Runs the prompts of one run, and writes their results when they finish.
 
     `params`: the sampling parameters as in the record. `done`: indices of prompts that need not run. `debug`: show the
-    traceback of an error that ended a request.
+    traceback of an error that ended a request. `verbose`: print when the first token came.
     """
 
     llm: LLM
@@ -220,6 +220,7 @@ class Batch:
     params: Mapping[str, Any]
     done: Collection[int] = ()
     debug: bool = False
+    verbose: bool = False
     pending: dict[str, int] = field(default_factory=dict)  # request id -> index of its prompt
     not_shown: bool = False  # answers could not be written to standard output
 
@@ -244,9 +245,9 @@ class Batch:
         if status:
             say(f"{word}; finished results are kept")
         seconds = time.perf_counter() - start
-        if tally.first_token is not None:
+        if self.verbose and tally.first_token is not None:
             age = process_seconds() - (time.monotonic() - tally.first_token)
-            say(f"first token {age:.1f} s after the process started; its step took {tally.first_step:.2f} s")
+            say(f"first token {age:.1f} s after the process started, {tally.first_step:.2f} s after its prompt began")
         stats = self.llm.stats()
         tally.drafted, tally.accepted = stats.drafted_per_position, stats.accepted_per_position
         say(", ".join([tally.line(seconds), *([chosen.line()] if (chosen := CHOSEN.get()) is not None else [])]))

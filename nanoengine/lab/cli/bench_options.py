@@ -60,6 +60,7 @@ class Common:
         float | None, typer.Option(min=0.001, help="The device's TFLOP/s of matrix products; with --bandwidth.")
     ] = None
     output: Annotated[Path | None, typer.Option("--json", help="Write rows, settings and environment here.")] = None
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Begin on a CPU, too, where it may take hours.")] = False
     debug: DebugOption = False
 
     def setup(self, *, quiet: bool = False) -> Setup:
@@ -68,13 +69,15 @@ class Common:
 
         chosen, options = shape_named(self.shape), engine_options(self.given)
         engine: dict[str, Any] = {"max_model_len": self.max_model_len, "attention": self.attention, "options": options}
+        limits = None if quiet else limits_of(self.bandwidth, self.tflops, options)
+        if not (self.yes or self.shape.startswith("tiny") or _on_gpu(options)):
+            raise ConfigError(
+                f"{self.shape} on a CPU takes minutes or hours: try the command with --shape tiny, or begin with --yes"
+            )
         if quiet:
             return Setup(shape=chosen, passes=self.passes, **engine)
-        if not self.shape.startswith("tiny") and not _on_gpu(options):
-            say(f"{self.shape} on a CPU takes minutes or hours; to try the command, give --shape tiny and a small load")
         if (taken := CHOSEN.get()) is not None and not _on_gpu(options):
             say(taken.line())
-        limits = limits_of(self.bandwidth, self.tflops, options)
         return Setup(shape=chosen, passes=self.passes, limits=limits, say=say, **engine)
 
     def finish(self, report: Report) -> None:

@@ -15,7 +15,7 @@ from nanoengine.api.errors import NanoEngineError
 from nanoengine.cli.common import FAILED, DebugOption, OverridesArgument, PluginOption, answer, say, user_errors
 from nanoengine.cli.config_list import options_of
 from nanoengine.cli.threads import CHOSEN
-from nanoengine.setup.config.config import load_config
+from nanoengine.setup.config.config import NoSuchConfig, load_config
 from nanoengine.setup.plugins.discover import discover
 from nanoengine.setup.plugins.registry import Registry
 
@@ -93,6 +93,8 @@ def _asked(
         return Asked(source=model), []
     try:
         composed = load_config(config, [*overrides, *([f"model={model}"] if model else [])], registry=registry)
+    except NoSuchConfig:  # mistyped: there is nothing to examine
+        raise
     except NanoEngineError as error:
         return Asked(), [Finding(section="configuration", name=config, level="error", text=str(error))]
     asked = Asked(

@@ -65,7 +65,7 @@ class TritonPaged(AttentionBackend):
         except Exception as error:  # noqa: BLE001 - a broken package may raise anything
             reasons.append(f"its kernels cannot be imported: {type(error).__name__}: {error}")
         if need.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            reasons.append("on a CPU it runs only in Triton's interpreter, for tests: set TRITON_INTERPRET=1")
+            reasons.append("needs an NVIDIA GPU (tests run it on a CPU with TRITON_INTERPRET=1)")
         if need.device == "cuda" and torch.cuda.is_available():
             found = torch.cuda.get_device_capability()
             if need.kv_dtype == "fp8" and found < _FP8_COMPUTE_CAPABILITY:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from nanoengine.api import ModelSource, SourceContext
+from nanoengine.api import ModelSource, ModelSourceError, SourceContext
 from nanoengine.plugins.model_sources.conversion_cache import ConvertedModel, remembered_sha256
 from nanoengine.plugins.model_sources.hub_repository import HubRepository
 
@@ -32,5 +32,10 @@ class HubSource(ModelSource):
         repository = HubRepository(match["repo"], match["revision"] or "main", ctx)
         if match["file"] is None:
             return repository.folder()
-        path = repository.file(match["file"])
+        try:
+            path = repository.file(match["file"])
+        except ModelSourceError as error:
+            raise ModelSourceError(
+                f"there is no file {source} here, and as a file of the hub's {repository.repo}: {error}"
+            ) from error
         return ConvertedModel(remembered_sha256(path, ctx), ctx).obtain(lambda scratch: path)

@@ -41,6 +41,10 @@ BARE = "bare"
 """The recipe that has no model and no prompts: a model in the place of a configuration is run with it."""
 
 
+class NoSuchConfig(ConfigError):
+    """No file, recipe or model has the name that was given for a configuration."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSection:
     """`source`: a registered name, a folder, a .gguf file, a hub id, or whatever else a model source knows.
@@ -168,12 +172,12 @@ def _primary(path_or_recipe: str | Path, roots: Sequence[Root], failure_hint: st
     if path.suffix or os.sep in name:
         if os.path.lexists(path):
             raise ConfigError(f"{path} {not_a_file(path)}")
-        raise ConfigError(f"no configuration file {name} (looked for {path.absolute()}){_sibling(path)}")
+        raise NoSuchConfig(f"no configuration file {name} (looked for {path.absolute()}){_sibling(path)}")
     found = search.find("", name)
     if found is None:
         known = nearest(name, search.options(""))
         models = ", ".join(search.options("model"))
-        raise ConfigError(
+        raise NoSuchConfig(
             f"no file, recipe or model is called {name!r}{_sibling(path)}; {known}. Models: {models}{failure_hint}"
         )
     return found, search

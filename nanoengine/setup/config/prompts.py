@@ -74,6 +74,10 @@ def check_prompts(value: Any, origin: Callable[[KeyPath], str]) -> Prompts | Non
         return PromptFile(file=value)
     if isinstance(value, Mapping):
         return _prompt_file(value, origin)
+    if isinstance(value, str) and value.lower().endswith(".json"):
+        raise ConfigError(
+            f"{origin(())}: prompts: {value}: a list in JSON is not read, but one object a line is: name it .jsonl"
+        )
     if not isinstance(value, list):
         raise ConfigError(
             f"{origin(())}: prompts must be a list, a file ({', '.join(_FORMATS)}), '-' for standard input, or "
@@ -188,7 +192,9 @@ def _csv_rows(text: str, name: str, field: str) -> Iterator[tuple[str, Prompt, M
         columns = next((row for row in reader if row), [])
         where, line = f"{name}:{max(1, reader.line_num)}", reader.line_num + 1
         if field not in columns:
-            raise ConfigError(f"{where}: no column {field!r}; {nearest(field, columns)}")
+            separator = next((each for each in ";\t|" if len(columns) == 1 and each in columns[0]), "")
+            fix = f"separate the columns by commas, not by {separator!r}" if separator else _meant(name, field, columns)
+            raise ConfigError(f"{where}: no column {field!r}; {fix}")
         if (twice := _twice(columns)) is not None:
             raise ConfigError(f"{where}: two columns are called {shown(twice)}; rename one of them")
         for row in reader:
@@ -223,10 +229,17 @@ def _json_row(line: str, where: str, field: str | None) -> tuple[str, Prompt, Ma
         key = "messages"
     if key not in row:
         which = "which prompts.field names" if field else "nor 'messages'"
-        raise ConfigError(f"{where}: no key {key!r}, {which}; {nearest(key, row)}")
+        raise ConfigError(f"{where}: no key {key!r}, {which}; {_meant(where.rpartition(':')[0], key, row)}")
     prompt = _prompt(row.pop(key), f"{where}: {key}", "")
     _unicode(json.dumps(row, ensure_ascii=False), where)  # each text and key of the other fields
     return where, prompt, row
+
+
+def _meant(file: str, key: str, names: Iterable[str]) -> str:
+    """The end of the message about a file without the key: the names that there are, and how to take another one."""
+    found = list(names)
+    other = f"; to take another one: 'prompts={{file: {file}, field: {found[0]}}}'" if found else ""
+    return nearest(key, found) + other
 
 
 def _json(line: str, where: str) -> Any:

@@ -563,7 +563,8 @@ class LLM(LLMSignature):
 
     def __repr__(self) -> str:
         longest = self.engine.scheduler.config.max_model_len
-        return f"<LLM {self.source}: {self._built.assembly.summary()}, max_model_len={longest}>"
+        attention = self._built.assembly.summary().partition(" (")[0]  # without why others were not taken
+        return f"<LLM {self.source}: {attention}, max_model_len={longest}>"
 
     def __enter__(self) -> Self:
         return self

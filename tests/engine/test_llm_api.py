@@ -705,3 +705,7 @@ def test_on_error_raise_raises_the_error_of_the_prompt_and_aborts_the_others(llm
     assert tokens_of(llm.generate([[1, 2]], GREEDY, use_tqdm=False, on_error="raise")) == [greedy([1, 2], 6)]
     with pytest.raises(ParamsError, match='on_error must be "return" or "raise", not \'stop\''):
         llm.generate([1], GREEDY, on_error="stop")  # type: ignore[arg-type]
+
+
+def test_an_llm_shows_its_model_attention_and_length(llm: LLM) -> None:
+    assert re.fullmatch(r"<LLM \S+: attention \w+, max_model_len=\d+>", repr(llm)), repr(llm)

@@ -41,14 +41,14 @@ def check_state(processor: PackedProcessor, make: Callable[[], HostState], vocab
     for token in output:
         state.feed([token])
     now = look(state)
+    require(look(fed(output)) == now, "columns() differs if feed() gets the same tokens at once, or one by one")
+    require(look(other) == look(make()), "states of two samples are not apart: feeding one has changed the other")
     ahead = [make(), fed(output)]
     type(state).look_ahead(ahead)
     require(
         [look(each) for each in ahead] == [look(make()), now],
         "look_ahead() of a new state and one with tokens changes what their columns() return",
     )
-    require(look(fed(output)) == now, "columns() differs if feed() gets the same tokens at once, or one by one")
-    require(look(other) == look(make()), "states of two samples are not apart: feeding one has changed the other")
     require(look(state) == now, "columns() changed the state: only feed() may advance it")
     found, after = look(state, drafts), [look(fed([*output, *drafts[:count]])) for count in range(len(drafts) + 1)]
     for column in found:

@@ -48,7 +48,7 @@ def test_everything_that_is_listed_can_be_chosen() -> None:
     for (group, name), option in found.items():
         assert option["provider"].startswith("nanoengine "), option
         if group == "recipes":
-            load_config(name, registry=registry)
+            load_config(name, ["model=smollm2-135m"] if name == "bare" else [], registry=registry)
         else:
             load_config("quickstart", [f"{group}={name}"], registry=registry)
 

@@ -201,7 +201,14 @@ _PARAMS: list[dict[str, Any]] = [
     {"temperature": 1.0, "seed": 5, "n": 3},
     {"temperature": 1.0, "seed": 6, "n": 3, "logprobs": 3, "prompt_logprobs": 2},
     {"temperature": 0.7, "seed": 7, "min_tokens": 20, "stop_token_ids": list(range(0, VOCAB, 3))},
-    {"temperature": 1.3, "seed": 8, "n": 2, "stop_token_ids": list(range(0, VOCAB, 9)), "logprobs": 0},
+    {
+        "temperature": 1.3,
+        "seed": 8,
+        "n": 2,
+        "min_tokens": 20,
+        "stop_token_ids": list(range(0, VOCAB, 9)),
+        "logprobs": 0,
+    },
     {"temperature": 1.0, "seed": 9, "repetition_penalty": 1.5, "presence_penalty": 0.5},
 ]
 
@@ -212,7 +219,7 @@ def test_a_stream_goes_on_unbroken_in_another_engine(llm: LLM, fields: dict[str,
     asked = [request(f"r{i}", prompt, **{"max_tokens": 40, **fields}) for i, prompt in enumerate(given)]
     expected = undisturbed(llm, asked)
     found, continued = disturbed(llm, asked, kills=3)
-    assert continued >= 2  # streams that were open when an engine died: how many, is the machine's speed
+    assert continued >= 6  # streams that were open when an engine died
     for got, wanted in zip(found, expected, strict=True):
         assert same(got) == same(wanted)
 

@@ -50,7 +50,5 @@ class EightBitTiles:
         *,
         gate: Activation | None = None,
     ) -> tuple[Tensor, Tensor]:
-        total, outputs = x if residual is None else x + residual, len(w.weight)
-        inside = gate if outputs // 2 % LANES == 0 else None
-        y = self.library.product(total, w.weight, "I8", outputs, bias, norm=norm_weight, eps=eps, gate=inside)
-        return (self.library.act_and_mul(y.float(), gate).to(y.dtype) if gate and not inside else y), total
+        outputs, norm = len(w.weight), norm_weight
+        return self.library.norm_product(x, residual, w.weight, "I8", outputs, bias, norm=norm, eps=eps, gate=gate)

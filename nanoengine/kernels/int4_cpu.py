@@ -11,9 +11,6 @@ from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.cpu import Library
 from nanoengine.kernels.int4 import SYMMETRIC_ZERO, Int4Weight, unpack_codes
 
-LANES = 16
-"""A gate needs halves that are multiples of so many outputs."""
-
 
 @dataclass(frozen=True, slots=True)
 class Int4Tiles:
@@ -46,10 +43,6 @@ def int4_linear(
 
     norm: [in]; x is normalised by its root mean square times this before. eps: added to the mean square.
     """
-    library, tiles, outputs = weight.library, weight.tiles, weight.outputs
-    if gate and outputs // 2 % LANES:
-        y = library.act_and_mul(library.product(x.float(), tiles, "I4", outputs, bias, norm=norm, eps=eps), gate)
-        y = (y if add is None else y + add.float()).to(x.dtype)
-    else:
-        y = library.product(x, tiles, "I4", outputs, bias, norm=norm, eps=eps, gate=gate, add=add)
+    tiles, outputs = weight.tiles, weight.outputs
+    y = weight.library.product(x, tiles, "I4", outputs, bias, norm=norm, eps=eps, gate=gate, add=add)
     return y if out is None else out.copy_(y)

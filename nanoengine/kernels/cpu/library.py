@@ -111,13 +111,17 @@ class Library:
         Args:
             x: [T, in], of any float dtype. tiles: of `pack`. outputs: of the weight. bias: [out].
             norm: [in], x is normalised by its root mean square times this before. eps: added to the mean square.
-            gate: the first half of the outputs, a multiple of 16, gates the second. add: [T, result], added last.
+            gate: the first half of the outputs gates the second, in the same call if it is a multiple of 16.
+            add: [T, result], added last.
 
         Returns:
             [T, out], or [T, out / 2] with a gate, of x's dtype; computed in float32, rounded once.
         """
+        if gate and outputs // 2 % LANES:
+            y = self.act_and_mul(self.product(x.float(), tiles, kind, outputs, bias, norm=norm, eps=eps), gate)
+            return (y if add is None else y + add.float()).to(x.dtype)
         rows, inputs = x.shape
-        assert inputs % 32 == 0 and not (gate and outputs % (2 * LANES)), (inputs, outputs)
+        assert inputs % 32 == 0, inputs
         y = torch.empty(rows, outputs // 2 if gate else outputs, dtype=torch.float32)
         # names keep what is converted alive until the call has ended
         wide, by, plus, more = _wide(x), _of(norm), _of(bias), _of(add)
@@ -128,6 +132,23 @@ class Library:
         if status:
             raise MemoryError(f"no memory for {rows} quantised rows of {inputs}")
         return y if x.dtype is torch.float32 else y.to(x.dtype)
+
+    def norm_product(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        tiles: Tensor,
+        kind: str,
+        outputs: int,
+        bias: Tensor | None,
+        *,
+        norm: Tensor,
+        eps: float,
+        gate: Activation | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`product` behind a norm of the residual stream -> (result, stream): `LinearMethod.apply_normed`."""
+        total = x if residual is None else x + residual
+        return self.product(total, tiles, kind, outputs, bias, norm=norm, eps=eps, gate=gate), total
 
     def rows(self, ids: Tensor, tiles: Tensor, kind: str, inputs: int, dtype: torch.dtype) -> Tensor:
         """Rows of a packed weight: int [T] -> [T, in]. Values are those of its blocks, exactly."""

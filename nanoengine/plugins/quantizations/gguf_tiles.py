@@ -42,10 +42,8 @@ class Tiles(Store):
         bias: Tensor | None,
         gate: Activation | None,
     ) -> tuple[Tensor, Tensor]:
-        total = x if residual is None else x + residual
-        inside = gate if len(kept) // 2 % LANES == 0 else None
-        y = self._library.product(total, kept, kind, len(kept), bias, norm=norm.weight, eps=norm.eps, gate=inside)
-        return (ops.act_and_mul(y, gate) if gate and inside is None else y), total
+        weight, outputs = norm.weight, len(kept)
+        return self._library.norm_product(x, residual, kept, kind, outputs, bias, norm=weight, eps=norm.eps, gate=gate)
 
     def linear_add(
         self, x: Tensor, residual: Tensor, kept: Tensor, kind: str, bias: Tensor | None

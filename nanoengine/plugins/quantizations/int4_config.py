@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
@@ -30,6 +29,9 @@ _HOW_IT_WAS_MADE = frozenset({
 
 class Int4Config(Section):
     """A `Section` whose keys may have older names, be off, or say how the file was made."""
+
+    harmless = _HOW_IT_WAS_MADE
+    off = (None, False)
 
     def choice(self, key: str, *values: Value, also: tuple[str, ...] = (), default: Value | None = None) -> Value:
         """One of these values (text in any case), by any of the names of the key. Raises `ModelError` for another."""
@@ -70,23 +72,6 @@ class Int4Config(Section):
             raise self.wrong(key, "an object of objects")
         for name, values in given.items():
             yield name, Int4Config(values, f"{self.path}.{key}[{shown(name)}]")
-
-    def pattern(self, key: str, text: str) -> re.Pattern[str]:
-        try:
-            return re.compile(text)
-        except re.error as error:
-            path = f"config.json: {self.path}.{key}"
-            raise ModelError(f"{path} has {shown(text)}, no regular expression: {error}") from error
-
-    def finish(self) -> None:
-        """Raises `ModelError` for keys that may mean other values."""
-        known = self._read | _HOW_IT_WAS_MADE
-        unknown = sorted(key for key, value in self._data.items() if key not in known and value not in (None, False))
-        if unknown:
-            raise ModelError(
-                f"config.json: {self.path} has {', '.join(unknown)}, which may mean other values; known: "
-                f"{', '.join(sorted(self._read))}"
-            )
 
 
 def refused_experts(layer: LayerInfo, format_: str) -> ModelError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from nanoengine.api import ExpertsMethod, LayerInfo, LinearMethod, ModelError
 from nanoengine.layers.hf_config import shown
@@ -19,7 +19,14 @@ def _after_mark(target: str) -> str:
 
 
 class Section:
-    """Reads a mapping of config.json. Each key must be read before `finish`; null is as if a key were not there."""
+    """Reads a mapping of config.json. Each key must be read before `finish`; null is as if a key were not there.
+
+    Attributes:
+        harmless: keys that need not be read. off: values with which a key need not be read.
+    """
+
+    harmless: ClassVar[frozenset[str]] = frozenset()
+    off: ClassVar[tuple[Any, ...]] = (None,)
 
     def __init__(self, data: Any, path: str) -> None:
         self.path = path
@@ -71,13 +78,16 @@ class Section:
         if not isinstance(given, list) or not all(isinstance(each, str) and each for each in given):
             raise self.wrong(key, "a list of names of modules")
         for each in given:
-            try:
-                re.compile(expression(each))
-            except (re.error, RecursionError, OverflowError) as error:
-                raise ModelError(
-                    f"config.json: {self.path}.{key} has {shown(each)}, no regular expression: {error}"
-                ) from error
+            self.pattern(key, each, expression(each))
         return given
+
+    def pattern(self, key: str, text: str, expression: str | None = None) -> re.Pattern[str]:
+        """The regular expression that `text` is, or that it holds."""
+        try:
+            return re.compile(text if expression is None else expression)
+        except (re.error, RecursionError, OverflowError) as error:
+            path = f"config.json: {self.path}.{key}"
+            raise ModelError(f"{path} has {shown(text)}, no regular expression: {error}") from error
 
     def block(self, key: str) -> tuple[int, int] | None:
         """[outputs, inputs] of a block, of which the inputs are a power of two from 32, as kernels need them."""
@@ -98,7 +108,8 @@ class Section:
 
     def finish(self) -> None:
         """Raises `ModelError` for keys that were not read."""
-        unknown = sorted(key for key, value in self._data.items() if key not in self._read and value is not None)
+        known = self._read | self.harmless
+        unknown = sorted(key for key, value in self._data.items() if key not in known and value not in self.off)
         if unknown:
             raise ModelError(
                 f"config.json: {self.path} has {', '.join(unknown)}, which may mean other values; known: "

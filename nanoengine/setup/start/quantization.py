@@ -50,9 +50,13 @@ def quantised_by(hf_config: Mapping[str, Any]) -> Stated | None:
     return Stated(path, given["quant_method"], dict(given))
 
 
+def _packed(method: str) -> PackedFormat | None:
+    return next((each for each in PACKED if each.method == method), None)
+
+
 def is_packed(method: str) -> bool:
     """Whether weights of this format are dequantised while they are loaded."""
-    return any(each.method == method for each in PACKED)
+    return _packed(method) is not None
 
 
 def packed_format(hf_config: Mapping[str, Any]) -> PackedFormat | None:
@@ -63,7 +67,7 @@ def packed_format(hf_config: Mapping[str, Any]) -> PackedFormat | None:
     stated = quantised_by(hf_config)
     if stated is None:
         return None
-    found = next((each for each in PACKED if each.method == stated.method), None)
+    found = _packed(stated.method)
     if found is None:
         known = ", ".join(each.method for each in PACKED)
         raise stated.refused(

@@ -62,6 +62,11 @@ class Reading:
     then: Callable[[Tensor], Tensor]
 
 
+def only_names(rule: WeightRule) -> bool:
+    """Whether the rule takes values as they are, and in their order."""
+    return rule == WeightRule(rule.to, rule.parts)
+
+
 def wanted_shape(spec: ShardSpec, parts: Sequence[tuple[str, int]], rule: WeightRule, *, stacked: bool) -> list[int]:
     """The shape of a checkpoint's tensor that holds these parts of a parameter."""
     shape = list(spec.shape)
@@ -88,7 +93,7 @@ def reading(
     spec: ShardSpec, shard: Shard, parts: Sequence[tuple[str, int]], rule: WeightRule, *, stacked: bool
 ) -> Reading:
     """How a rank gets its shard from a tensor that holds `parts`, of which the shard's is one."""
-    if rule == WeightRule(rule.to, rule.parts) and not stacked and len(parts) < 2:
+    if only_names(rule) and not stacked and len(parts) < 2:
         return Reading(shard.source, _as_it_is)
     outputs = max(spec.joined - stacked, 0)  # the dimension that the rule's steps are about
     index = list(shard.source[stacked:])

@@ -21,7 +21,6 @@ from nanoengine.api.layers import WeightLayer
 from nanoengine.api.model import Model, ModelConfig
 from nanoengine.api.parallel import TensorParallelGroup
 from nanoengine.api.sharding import FLOAT_DTYPES, Shard, ShardSpec
-from nanoengine.api.weights import WeightRule
 from nanoengine.layers.sharding import finish_layers, weight_layers
 from nanoengine.setup.start.checkpoint import INDEX_FILE, find_checkpoint, some
 from nanoengine.setup.start.clock import Dequantised
@@ -30,7 +29,7 @@ from nanoengine.setup.start.packed import PackedFormat, PackedTensor
 from nanoengine.setup.start.upload import Uploads
 from nanoengine.setup.start.weight_advice import advice
 from nanoengine.setup.start.weight_rules import NUMBER, Resolved, Rules, checkpoint_name, shown_rule
-from nanoengine.setup.start.weight_slices import TensorSlice, WholeTensor, misfit, reading, wanted_shape
+from nanoengine.setup.start.weight_slices import TensorSlice, WholeTensor, misfit, only_names, reading, wanted_shape
 
 __all__ = ["FLOAT_DTYPES", "LoadReport", "NamedTensors", "checkpoint_name", "dummy_weights", "load_weights"]
 
@@ -278,7 +277,7 @@ class _Loading:
             return f"{found.parameter} {has}, not {', '.join(unknown)}"
         if found.index is not None and (len(spec.shape) < 2 or found.index >= spec.shape[0]):
             return f"{found.parameter} {list(spec.shape)} has no index {found.index}"
-        if not _is_plain(spec) and not _only_names(found.rule):
+        if not _is_plain(spec) and not only_names(found.rule):
             return f"it changes values or their order, and {found.parameter} is quantised: that is not supported"
         return misfit(spec, [each for each in spec.parts if each[0] in (found.parts or known)], found.rule)
 
@@ -329,11 +328,6 @@ class _Loading:
 
 def _is_plain(spec: ShardSpec) -> bool:
     return spec.dtypes == FLOAT_DTYPES
-
-
-def _only_names(rule: WeightRule) -> bool:
-    """Whether the rule takes values as they are."""
-    return rule == WeightRule(rule.to, rule.parts)
 
 
 def _turned(shape: list[int]) -> list[int]:

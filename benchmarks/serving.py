@@ -458,7 +458,8 @@ def common(a: Sequence[str], b: Sequence[str]) -> float:
 
 
 def engine_options(options: argparse.Namespace, loads: Sequence[Load]) -> dict[str, Any]:
-    given = {"load_format": "dummy", "max_model_len": 2048, "max_num_seqs": max(load.places for load in loads)}
+    places = options.places or max(load.places for load in loads)
+    given = {"load_format": "dummy", "max_model_len": 2048, "max_num_seqs": places}
     return given | dict(map(option, options.option))
 
 
@@ -506,7 +507,7 @@ def all_parts(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, A
         yield {"part": "driver", **asdict(found)}
     by_places: dict[int, list[str]] = {}
     for name in options.load:
-        by_places.setdefault(LOADS[name].places, []).append(name)
+        by_places.setdefault(options.places or LOADS[name].places, []).append(name)
     for places, part in itertools.product(by_places, PARTS[1:]):
         if part not in options.parts or (part == "restart" and "c256" not in by_places[places]):
             continue
@@ -534,6 +535,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=5, help="processes of the client")
     parser.add_argument("--passes", type=int, default=2, help="after one to warm up")
     parser.add_argument("--scale", type=float, default=1.0, help="this share of requests and tokens, for a quick look")
+    parser.add_argument("--places", type=int, help="max_num_seqs of all loads, which then share an engine")
     parser.add_argument("--option", action="append", default=[], help="of the engine: NAME=VALUE")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)

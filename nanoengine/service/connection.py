@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -45,16 +46,15 @@ class Connection:
     """One client in another process. Made and closed in the event loop; the step loop's thread calls the `Output`
     methods, and never waits for the client: what its socket does not take is merged and sent later.
 
-    The event loop's thread reads, and the step loop's takes what came between two steps: beside steps of much host
-    work another thread gets the interpreter's lock late, each time that it has given it away, as for every answer.
+    The step loop's thread reads what comes, between two steps or while it waits for some: beside steps of much host
+    work another thread gets the interpreter's lock late, each time that it has given it away, as for every answer. The
+    event loop's thread reads where that one has not come to it for `_LATE_SECONDS`, or has ended.
     """
 
     def __init__(self, service: EngineService, sock: socket.socket, on_end: Callable[[Connection], None]) -> None:
         sock.setblocking(False)
-        self._service, self._socket, self._on_end = service, sock, on_end
+        self._service, self._socket, self._number, self._on_end = service, sock, sock.fileno(), on_end
         self._loop = asyncio.get_running_loop()
-        self._came = deque[bytes]()
-        self._late: asyncio.TimerHandle | None = None
         self._taking = threading.Lock()  # guards the next two
         self._reader = FrameReader()
         self._taken: list[bytes] = []  # answers to what is being taken: one call sends them all
@@ -65,9 +65,10 @@ class Connection:
         self._deltas: Batch = []
         self._closed = False
         self._tasks = set[asyncio.Task[None]]()
-        self._loop.add_reader(sock.fileno(), self._readable)
         self._send(json_frame(Kind.HELLO, **info_to_json(service.info)))
         self._member = service.join(self)
+        service.inbox.add(sock.fileno(), self._receive)
+        self._late = self._loop.call_later(_LATE_SECONDS, self._receive_late)
 
     # The step loop's thread
 
@@ -121,15 +122,15 @@ class Connection:
         if self._rest:
             self._loop.call_soon_threadsafe(self._wait_for_room)
 
-    def _take_all(self) -> None:
+    def _receive(self) -> None:
         """Take what has come. No effect while another thread does so, or where the connection is closed."""
         if not self._taking.acquire(blocking=False):
             return
+        why = None
         try:
-            while self._came and not self._closed:
-                for kind, content in self._reader.feed(self._came.popleft()):
-                    self._take(kind, content)
-            why = None
+            data = self._received()
+            for kind, content in self._reader.feed(data or b""):
+                self._take(kind, content)
         except ProtocolError as error:
             why = f"it sent {error}"
         except BaseException as error:
@@ -142,8 +143,18 @@ class Connection:
             self._taking.release()
         if taken:
             self._send(b"".join(taken))
-        if why is not None:
+        if why is not None or data == b"":
+            self._service.inbox.remove(self._number)
             self._loop.call_soon_threadsafe(self.close, why)
+
+    def _received(self) -> bytes | None:
+        """b"": the client is gone. None: nothing came."""
+        try:
+            return None if self._closed else self._socket.recv(_READ)
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError:
+            return b""
 
     def _take(self, kind: Kind, content: bytes) -> None:
         if kind is Kind.ADD:
@@ -178,26 +189,11 @@ class Connection:
 
     # The event loop
 
-    def _readable(self) -> None:
-        try:
-            data = self._socket.recv(_READ)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self._take_all()
-            self.close(None)
-            return
-        self._came.append(data)
-        self._service.between_steps(self._take_all)
-        if self._late is None:
-            self._late = self._loop.call_later(_LATE_SECONDS if self._service.is_alive else 0.0, self._take_late)
-
-    def _take_late(self) -> None:
+    def _receive_late(self) -> None:
         """The step loop's thread may hang in a step, or have ended."""
-        self._late = None
-        self._take_all()
+        if time.monotonic() - self._service.turned_at > _LATE_SECONDS or not self._service.is_alive:
+            self._receive()
+        self._late = self._loop.call_later(_LATE_SECONDS, self._receive_late)
 
     def _wait_for_room(self) -> None:
         if not self._closed:
@@ -254,11 +250,10 @@ class Connection:
             self._closed = True
             self._answers.clear()
             self._deltas, self._rest = [], memoryview(b"")
-        if self._late is not None:
-            self._late.cancel()
+        self._late.cancel()
         if why is not None:
             _log.warning("the connection to a client is closed: %s", why)
-        self._loop.remove_reader(self._socket.fileno())
+        self._service.inbox.remove(self._number)
         self._loop.remove_writer(self._socket.fileno())
         self._socket.close()
         self._member.leave()

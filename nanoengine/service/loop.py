@@ -23,6 +23,7 @@ from nanoengine.api.errors import (
 )
 from nanoengine.service.client import ClientRequest, EngineInfo, ServiceStats, Usage, of_id
 from nanoengine.service.contracts import BEAT_SECONDS, Limits, Meter, Output
+from nanoengine.service.inbox import Inbox
 from nanoengine.service.member import Member
 from nanoengine.service.queue import OpenRequest, Queue
 
@@ -61,12 +62,12 @@ class EngineService:
         self._draining = self._closing = False
         self._cause: BaseException | None = None
         self._ended = False
-        self._wake = threading.Event()
+        self.inbox = Inbox()  # what the loop's thread reads between steps
         self._calls: deque[Callable[[], None]] = deque()  # to be made by the loop's thread, between steps
         self._touched: list[Member] = []  # the loop's own: those with a batch
         self._fed: list[OpenRequest] = []  # likewise, where there is a meter: those that a step gave tokens
         self._queued: list[float] = []  # seconds that those waited which have tokens for the first time
-        self._began = self.progress_at = time.monotonic()
+        self._began = self.progress_at = self.turned_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="nanoengine-steps", daemon=True)
 
     def start(self) -> None:
@@ -166,7 +167,7 @@ class EngineService:
     def stop(self) -> None:
         """End the step loop and abort what is open. The engine stays. Returns when the thread has ended. Idempotent."""
         self._closing = True
-        self._wake.set()
+        self.inbox.ring()
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -178,7 +179,7 @@ class EngineService:
     def between_steps(self, call: Callable[[], None]) -> None:
         """Have the step loop's thread make a call soon. What it raises is logged."""
         self._calls.append(call)
-        self._wake.set()
+        self.inbox.ring()
 
     # Requests
 
@@ -204,7 +205,7 @@ class EngineService:
         except BaseException:
             self._leave(entry)
             raise
-        self._wake.set()
+        self.inbox.ring()
 
     def _let_go(self, request_id: str) -> None:
         """Steps until the engine has ended a request that its client left: who comes back gives the same id."""
@@ -239,7 +240,7 @@ class EngineService:
     def end(self, entry: OpenRequest, sample: int | None = None) -> None:
         """Abort an open request, or one of its samples."""
         self.engine.abort_request(entry.request.request_id, sample)
-        self._wake.set()
+        self.inbox.ring()
 
     def quit(self, member: Member) -> None:
         """As `Member.leave`."""
@@ -282,20 +283,20 @@ class EngineService:
                     break
                 _log.exception("the step loop raised %s; it goes on", described(error))
         self._finish()
+        self.inbox.close()
 
     def _turn(self) -> None:
         """One step, or a wait for something to do."""
-        if self.engine.has_unfinished_requests():
+        if steps := self.engine.has_unfinished_requests():
             began, busy = time.monotonic(), bool(self.engine.scheduler.running)
             self.engine.advance()
             if self.meter is not None and (busy or self._fed):
                 self._measure(self.meter, began, time.monotonic())
-        else:
-            self._wake.wait(BEAT_SECONDS)
-        self._wake.clear()
+            self._flush()  # before new requests are taken, of which there may be many
+        self.inbox.read(0.0 if steps else BEAT_SECONDS)
         while self._calls:
             self._calls.popleft()()
-        now = time.monotonic()
+        self.turned_at = now = time.monotonic()
         if self._queue.is_followed:
             self._follow(now)
         self._flush()

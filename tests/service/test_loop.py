@@ -555,7 +555,8 @@ def test_a_hanging_engine_is_not_waited_for_and_a_slow_event_loop_is_no_hanging_
             threading.Event().wait(0.4)  # the event loop is held up, while the engine beats
         assert client.health.ready
         connection = next(member.output for member in service._members)
-        asyncio.get_running_loop().remove_reader(connection._socket.fileno())  # it reads nothing any more
+        connection._receive = lambda: None  # it reads nothing any more
+        service.inbox.remove(connection._number)
         for ask in (client.stats(), client.abort("x"), client.metrics(), client.drain(0.1), client.trace(0.1)):
             with pytest.raises(EngineUnavailable, match="did not answer"):
                 await ask

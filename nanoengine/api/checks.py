@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanoengine.api.attention import AttentionBackend, AttentionLayerSpec, wrong_feature
 from nanoengine.api.errors import ModelError, shown
 from nanoengine.api.model import ForwardBatch, Model, ModelConfig
 from nanoengine.api.parallel import TensorParallelGroup, padded_length
-from nanoengine.api.plugin_calls import name_of, place_and_fix, plugin_step
+from nanoengine.api.plugin_calls import is_ours, name_of, place_and_fix, plugin_step
 from nanoengine.api.weights import WeightMap, WeightRule
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -111,6 +111,12 @@ def check_sinks(name: str, spec: AttentionLayerSpec) -> None:
         raise ModelError(f"{name}: sinks must be contiguous")
 
 
+def foreign_methods(model: nn.Module) -> tuple[type, ...]:
+    """The classes of the methods of a model's layers that are of plugins: their code runs where the model's does."""
+    methods = (type(each) for each in (getattr(layer, "method", None) for layer in model.modules()) if each is not None)
+    return tuple(each for each in dict.fromkeys(methods) if not is_ours(each))
+
+
 class CheckedModel:
     """A model as the runner calls it: results are checked, and errors of the model's code name the model."""
 
@@ -118,13 +124,13 @@ class CheckedModel:
         self, model: Model, config: ModelConfig, tp: TensorParallelGroup, backend: type[AttentionBackend]
     ) -> None:
         self._model, self._config, self._ranks = model, config, tp.size
-        self._class, self._backend = type(model), backend
+        self._class, self._others = type(model), (backend, *foreign_methods(model))
         self._name = name_of(self._class)
         self._logits_width = padded_length(config.vocab_size, tp.size)
 
     def __call__(self, input_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
         """int [T], int64 [T] -> hidden states [T, hidden size]. Raises `ModelError` for a result that is not that."""
-        with plugin_step(f"{self._name}.forward", self._class, self._backend):
+        with plugin_step(f"{self._name}.forward", self._class, *self._others):
             hidden: object = self._model(input_ids, positions, batch)
         shape = (batch.num_tokens, self._config.hidden_size)
         if isinstance(hidden, Tensor) and hidden.shape == shape and hidden.is_floating_point():
@@ -136,7 +142,7 @@ class CheckedModel:
 
         Raises `ModelError` for a result that is not that.
         """
-        with plugin_step(f"{self._name}.compute_logits", self._class):
+        with plugin_step(f"{self._name}.compute_logits", self._class, *self._others):
             logits: object = self._model.compute_logits(hidden)
         rows, width = len(hidden), self._logits_width
         if isinstance(logits, Tensor) and logits.dtype in LOGITS_DTYPES and logits.dim() == 2:

@@ -11,7 +11,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from typing import Any
@@ -40,6 +40,7 @@ def plugin_call(
     owner: Any,
     raises: type[NanoEngineError] = PluginError,
     passing: tuple[type[Exception], ...] = (NanoEngineError,),
+    others: Sequence[Any] = (),
 ) -> Iterator[None]:
     """A context for a call of a plugin's code at the start, or for one request.
 
@@ -48,6 +49,7 @@ def plugin_call(
         owner: the class or function that is called, or the name of its module.
         raises: type of the error that is raised instead of the plugin's exception, which becomes its cause.
         passing: types of exceptions that are raised on unchanged.
+        others: classes whose code the call may run; if one of them raised the exception, a `PluginError` names it.
     """
     try:
         yield
@@ -55,6 +57,9 @@ def plugin_call(
         passes = isinstance(error, passing) and not isinstance(error, _ENGINE_ENDS)
         if passes or not is_failure(error) or is_out_of_memory(error):
             raise
+        reached = _reached(error, (owner, *others))
+        if reached is not owner:
+            what, owner, raises = f"{name_of(reached)} failed", reached, PluginError
         raise raises(f"{what}: {described(error)}{place_and_fix(error, owner, what)}") from error
 
 
@@ -98,7 +103,7 @@ def plugin_step(what: str, owner: Any, *others: Any) -> Iterator[None]:
         tail = place_and_fix(error, owner, what)
         keeps = isinstance(error, Exception) and not isinstance(error, _ENGINE_ENDS)
         # an error in nanoengine's own part needs no note about a plugin
-        if keeps and (_is_ours(owner) or _noted(error, f"in {what}", tail.removeprefix(", "))):
+        if keeps and (is_ours(owner) or _noted(error, f"in {what}", tail.removeprefix(", "))):
             raise
         did = f"raised {described(error)}"
         if isinstance(error, SystemExit):
@@ -175,7 +180,7 @@ def place_and_fix(error: BaseException | None, owner: Any, message: str = "") ->
     own = [] if error is None else [frame for frame in _frames(error) if _is_own(frame[0], root_of(owner))]
     file, line = own[-1] if own else _defined(owner)
     place = f", {file}, line {line}" if file else ""
-    if _is_ours(owner):
+    if is_ours(owner):
         return place
     if origin is None:
         return f"{place}; fix it there"
@@ -186,13 +191,14 @@ def place_and_fix(error: BaseException | None, owner: Any, message: str = "") ->
 def root_of(owner: Any) -> str:
     """The folder of the package that has the class or module; without a package, its file."""
     module = owner if isinstance(owner, str) else str(getattr(owner, "__module__", ""))
-    top = ".".join(module.split(".")[: 2 if _is_ours(owner) else 1])
+    top = ".".join(module.split(".")[: 2 if is_ours(owner) else 1])
     found = sys.modules.get(top)
     file = getattr(found, "__file__", None) or getattr(sys.modules.get(module), "__file__", None) or ""
     return os.path.dirname(file) + os.sep if hasattr(found, "__path__") and file else file
 
 
-def _is_ours(owner: Any) -> bool:
+def is_ours(owner: Any) -> bool:
+    """Whether a class or function, or the module of this name, is built in."""
     module = owner if isinstance(owner, str) else str(getattr(owner, "__module__", ""))
     return module.partition(".")[0] == PROJECT
 

@@ -265,6 +265,47 @@ def test_a_method_of_an_embedding_needs_rows(tmp_path: Path, monkeypatch: pytest
         answer(packed)
 
 
+def fails(*args: Any, **_: Any) -> Any:
+    raise RuntimeError("on purpose")
+
+
+@pytest.mark.parametrize("call", ["create", "load", "finish", "apply"])
+def test_what_a_method_raises_names_its_class_and_not_the_model(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, _ = quantise(tiny_llama(tmp_path / "model"), tmp_path)
+    monkeypatch.setattr(ScaledMethod, call, lambda self, *args, **named: fails())
+    with pytest.raises((PluginError, ModelError), match=r"on purpose.*test_seam") as raised:
+        answer(packed)
+    assert f"{__name__}:ScaledMethod" in str(raised.value)
+    assert "Llama" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "made", "words"),
+    [
+        ("read", classmethod(fails), r"quantisation 'scaled' .* failed in read: RuntimeError: on purpose"),
+        ("read", classmethod(lambda *_: None), r"quantisation 'scaled' .* returned None from read, not one of its"),
+        ("method", fails, r"'scaled' .* failed in method, for model\.embed_tokens: RuntimeError: on purpose"),
+        ("method", lambda *_: "x", r"'scaled' .* returned 'x' from method, for .*, not None or a .*\.LinearMethod"),
+        ("method", lambda *_: ScaledMethod, r"returned <class .*ScaledMethod'> from method"),
+        ("method", lambda *_: Unlabelled(), r"returned the label 3 from method"),
+    ],
+)
+def test_a_quantisation_that_is_broken_is_named(
+    name: str, made: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, _ = quantise(tiny_llama(tmp_path / "model"), tmp_path)
+    monkeypatch.setattr(Scaled, name, made)
+    with pytest.raises((PluginError, ModelError), match=words) as raised:
+        answer(packed)
+    assert "Llama" not in str(raised.value)
+
+
+class Unlabelled(ScaledMethod):
+    label = 3  # type: ignore[assignment]
+
+
 # Specs
 
 

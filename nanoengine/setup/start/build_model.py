@@ -18,7 +18,7 @@ from nanoengine.api.experts import Experts, ExpertsInfo, ExpertsMethod, RunningS
 from nanoengine.api.layers import ChooseMethod, Layer, LayerInfo, Linear, LinearMethod, WeightLayer
 from nanoengine.api.model import Attention, Model, ModelConfig, Parallel
 from nanoengine.api.parallel import TensorParallelGroup
-from nanoengine.api.plugin_calls import name_of, place_and_fix, plugin_call
+from nanoengine.api.plugin_calls import is_ours, name_of, place_and_fix, plugin_call
 from nanoengine.api.weights import WeightMap
 from nanoengine.kernels.ops import Ops
 from nanoengine.layers.embedding import ParallelLMHead, VocabParallelEmbedding, vocabulary_info
@@ -61,6 +61,7 @@ class Builder:
         self.layers: dict[str, nn.Module] = {}
         self._expert_parallel, self._kv_dtype = expert_parallel, kv_dtype
         self._rules, self._choose = Rules(weights or WeightMap()), choose
+        self.foreign_methods: list[type] = []
 
     @property
     def attention_layers(self) -> list[Attention]:
@@ -144,9 +145,13 @@ class Builder:
     def _method(self, info: LayerInfo, kind: type[MethodType]) -> MethodType | None:
         """None: the plain one. Raises `ModelError` for a method of another kind of layer."""
         method = self._choose(info) if self._choose else None
-        if method is None or isinstance(method, kind):
-            return method
-        raise ModelError(f"{info.name}: {name_of(type(method))} is not a nanoengine.api.{kind.__name__}")
+        if method is None:
+            return None
+        if not isinstance(method, kind):
+            raise ModelError(f"{info.name}: {name_of(type(method))} is not a nanoengine.api.{kind.__name__}")
+        if not is_ours(type(method)):
+            self.foreign_methods.append(type(method))
+        return method
 
     def _named(self, name: str, layer: LayerType) -> LayerType:
         if self.layers.setdefault(name, layer) is not layer:
@@ -215,7 +220,7 @@ def build_model(
         )  # fmt: skip
         with (
             weights_freed_on_error(builder.layers.values()),
-            plugin_call(f"{name}.__init__ failed", model_cls, ModelError),
+            plugin_call(f"{name}.__init__ failed", model_cls, ModelError, others=builder.foreign_methods),
         ):
             model = model_cls(config, builder).eval()
         name_layers(model, builder.layers)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from nanoengine.api.errors import ConfigError, ModelError, PluginError
-from nanoengine.api.layers import ChooseMethod
-from nanoengine.api.plugin_calls import plugin_call
+from nanoengine.api.errors import ConfigError, ModelError, PluginError, shown
+from nanoengine.api.experts import ExpertsMethod
+from nanoengine.api.layers import ChooseMethod, LayerInfo, LinearMethod
+from nanoengine.api.plugin_calls import place_and_fix, plugin_call
 from nanoengine.api.quantization import Quantization, QuantizationContext
 from nanoengine.api.specs import QuantizationSpec
 from nanoengine.params.engine_options import EngineOptions
@@ -89,7 +91,33 @@ def choose_methods(plan: QuantizationPlan | None, loader: TargetLoader, options:
         tp_size=options.tensor_parallel_size,
     )
     with plugin_call(f"{plan.where} failed in read", found, ModelError):
-        return found.read(ctx).method
+        read: object = found.read(ctx)
+    if not isinstance(read, Quantization):
+        raise PluginError(
+            f"{plan.where} returned {shown(read)} from read, not one of its class{place_and_fix(None, found.read)}"
+        )
+    return _Chosen(plan, read)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """`Quantization.method`, with errors that name the plugin."""
+
+    plan: QuantizationPlan
+    made: Quantization
+
+    def __call__(self, layer: LayerInfo) -> LinearMethod | ExpertsMethod | None:
+        owner = type(self.made)
+        with plugin_call(f"{self.plan.where} failed in method, for {layer.name}", owner):
+            found: object = self.made.method(layer)
+        wanted = ExpertsMethod if layer.kind == "experts" else LinearMethod
+        if found is None or (isinstance(found, wanted) and isinstance(found.label, str)):
+            return found
+        what = f"the label {shown(found.label)}" if isinstance(found, wanted) else shown(found)
+        raise PluginError(
+            f"{self.plan.where} returned {what} from method, for {layer.name}, not None or a "
+            f"nanoengine.api.{wanted.__name__} whose label is text{place_and_fix(None, owner.method)}"
+        )
 
 
 def _plan(found: Registered[QuantizationSpec], config: Mapping[str, Any]) -> QuantizationPlan:

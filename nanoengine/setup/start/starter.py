@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from nanoengine.api.attention import AttentionBackend
+from nanoengine.api.checks import foreign_methods
 from nanoengine.api.drafters import DeviceDrafter
 from nanoengine.api.errors import ModelError, NanoEngineError, is_out_of_memory
 from nanoengine.api.model import Attention, Model
@@ -125,7 +126,11 @@ class _Start:
     def _make_model(self, model_class: type[Model], place: dict[str, Any]) -> BuiltModel:
         built = build_model(model_class, self.plan.hf_config, **place)
         what, passing = f"{name_of(model_class)}: loading its weights failed", (NanoEngineError, OSError)
-        with weights_freed_on_error([built.model]), plugin_call(what, model_class, ModelError, passing=passing):
+        others = foreign_methods(built.model)
+        with (
+            weights_freed_on_error([built.model]),
+            plugin_call(what, model_class, ModelError, passing=passing, others=others),
+        ):
             if self.plan.options.load_format == "dummy":
                 dummy_weights(built.model, self.plan.options.seed, self.tp)
             else:

@@ -110,6 +110,11 @@ def product(
     return y.to(x.dtype) if out is None else out.copy_(y)
 
 
+def product_added(w: EightBit, x: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`product`, to be added to the residual stream: (product, residual), or (their sum, None)."""
+    return product(w, x, bias, add=residual), None
+
+
 def norm_product(
     w: EightBit,
     x: Tensor,

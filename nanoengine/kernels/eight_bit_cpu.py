@@ -39,6 +39,11 @@ class EightBitTiles:
         y = self.library.product(x, w.weight, "I8", len(w.weight), bias, add=add)
         return y if out is None else out.copy_(y)
 
+    def product_added(
+        self, w: EightBit, x: Tensor, bias: Tensor | None, residual: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        return self.product(w, x, bias, add=residual), None
+
     def norm_product(
         self,
         w: EightBit,

@@ -21,6 +21,7 @@ from nanoengine.kernels.quantise_triton import quantised
 from nanoengine.kernels.rms_norm_triton import add_rms_norm
 
 _FEW_ROWS = 64
+_FP8 = torch.float8_e4m3fn
 
 
 def product(
@@ -39,6 +40,13 @@ def product(
         return tiled(w, x, None, bias, dtype=x.dtype, gate=gate, add=add, out=out)
     codes, scale, _ = quantised(x, w)
     return _of_codes(w, codes, scale, bias, x.dtype, gate=gate, add=add, out=out)
+
+
+def product_added(w: EightBit, x: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+    """As `eight_bit.product_added`. The library's product leaves the sum to the norm behind it."""
+    if takes_gemv(*x.shape) or not _scaled_mm_takes(w, x):
+        return product(w, x, bias, add=residual), None
+    return product(w, x, bias), residual
 
 
 def norm_product(
@@ -72,7 +80,7 @@ def _of_codes(
     add: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    if not _scaled_mm_takes(w, codes, dtype) or (out is not None and out.dtype != dtype):
+    if dtype != torch.bfloat16 or not _scaled_mm_takes(w, codes) or (out is not None and out.dtype != dtype):
         return tiled(w, codes, scale, bias, dtype=dtype, gate=gate, add=add, out=out)
     y = torch._scaled_mm(codes, w.weight.t(), scale, w.scale.t(), bias=bias, out_dtype=dtype)
     y = act_and_mul(y, gate) if gate else y
@@ -80,9 +88,9 @@ def _of_codes(
     return y if out is None else out.copy_(y)
 
 
-def _scaled_mm_takes(w: EightBit, codes: Tensor, dtype: torch.dtype) -> bool:
-    """Row-wise scales, for many rows, of sizes that it is aligned for; its result is bfloat16."""
+def _scaled_mm_takes(w: EightBit, x: Tensor) -> bool:
+    """Row-wise scales, for many rows, of sizes that it is aligned for; its result is bfloat16. x: or its codes."""
     outputs, k = w.weight.shape
     one_each = w.rows == 1 and w.columns >= k and w.inputs in ("token", "tensor")
-    fits = len(codes) > _FEW_ROWS and outputs % 16 == 0 and k % 16 == 0 and dtype == torch.bfloat16
-    return codes.is_cuda and codes.dtype == torch.float8_e4m3fn and one_each and fits
+    fits = len(x) > _FEW_ROWS and outputs % 16 == 0 and k % 16 == 0
+    return x.is_cuda and x.dtype in (torch.bfloat16, w.weight.dtype) and w.weight.dtype == _FP8 and one_each and fits

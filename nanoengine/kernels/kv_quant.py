@@ -39,3 +39,8 @@ def stored_bytes(kv_dtype: str, dtype: str, head_size: int) -> int:
         return head_size + SCALE_BYTES
     itemsize: int = getattr(torch, dtype).itemsize
     return head_size * itemsize
+
+
+def kv_dtype_of(codes: Tensor) -> str:
+    """The name of the way in which K or V are stored as these codes."""
+    return next(name for name, dtype in KV_DTYPES.items() if dtype == codes.dtype)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoengine.kernels.kv_quant import KV_DTYPES, LARGEST
+from nanoengine.kernels.kv_quant import LARGEST, kv_dtype_of
 from nanoengine.kernels.paged_attention_plan import DecodeConfig, DecodeScratch, NewTokens, padded_head
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 
@@ -361,12 +361,9 @@ def store_kv(
     _store_kv[(tokens,)](
         k, v, k_cache, v_cache, *(scales or (k, v)), slot_mapping, k.stride(0), v.stride(0),
         HEADS=heads, HEADS_PAD=triton.next_power_of_2(heads), D=width, D_PAD=padded_head(width),
-        BLOCK_SIZE=k_cache.shape[2], LARGEST=_largest(k_cache) if scales else 0.0, num_warps=4, **pdl_options(k),
+        BLOCK_SIZE=k_cache.shape[2], LARGEST=LARGEST[kv_dtype_of(k_cache)] if scales else 0.0,
+        num_warps=4, **pdl_options(k),
     )  # fmt: skip
-
-
-def _largest(codes: Tensor) -> float:
-    return next(LARGEST[name] for name, dtype in KV_DTYPES.items() if dtype == codes.dtype)
 
 
 def attend_decode(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nanoengine.kernels.kv_quant import kv_dtype_of, quantise_heads
 from nanoengine.kernels.rms_norm import rms_norm
 
 
@@ -21,6 +22,7 @@ def qk_norm_rope_store(
     eps: float = 0.0,
     magnitude: float = 1.0,
     interleaved: bool = False,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """What stands between the qkv projection and attention.
 
@@ -35,6 +37,8 @@ def qk_norm_rope_store(
             D (pass a head-major cache transposed).
         slot_mapping: int64 [T]; block * block size + offset where a token's k and v go; negative: nowhere.
         q_weight, k_weight: [D] of qkv's dtype or float32, or None, both or neither. eps: of the norms.
+        scales: of k and v, float32 [blocks, block size, Hkv], *written in place*; then the caches have codes
+            (`kv_quant`).
         magnitude: factor of what is rotated. interleaved: a and b are neighbours, else the halves of what is rotated.
 
     Returns:
@@ -50,12 +54,17 @@ def qk_norm_rope_store(
     stored = slot_mapping >= 0
     slots = slot_mapping[stored]
     block, offset = slots // block_size, slots % block_size
-    k_cache[block, offset] = _rotate(k, cos, sin, interleaved)[stored]
-    v_cache[block, offset] = v[stored]
-    return _rotate(q, cos, sin, interleaved)
+    for i, (cache, new) in enumerate(((k_cache, rotate(k, cos, sin, interleaved)), (v_cache, v))):
+        if scales is None:
+            cache[block, offset] = new[stored]
+        else:
+            codes, scale = quantise_heads(new[stored], kv_dtype_of(cache))
+            cache.view(torch.uint8)[block, offset] = codes.view(torch.uint8)
+            scales[i][block, offset] = scale
+    return rotate(q, cos, sin, interleaved)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """[T, heads, D], [T, 1, rotated / 2] twice -> [T, heads, D]."""
     width = 2 * cos.shape[-1]
     rotated, rest = x[..., :width].float(), x[..., width:]

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanoengine.kernels.kv_quant import LARGEST, kv_dtype_of
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 
 _FEW_TOKENS = 128
@@ -17,11 +18,14 @@ _FEW_TOKENS = 128
 @triton.jit
 def _qk_norm_rope_store_kernel(
     qkv_ptr, positions_ptr, inv_freq_ptr, q_weight_ptr, k_weight_ptr, q_ptr, k_cache_ptr, v_cache_ptr, slots_ptr,
-    qkv_stride, block_size, k_block_stride, k_offset_stride, k_head_stride,
-    v_block_stride, v_offset_stride, v_head_stride, eps, magnitude,
+    k_scales_ptr, v_scales_ptr, qkv_stride, block_size, k_block_stride, k_offset_stride, k_head_stride,
+    v_block_stride, v_offset_stride, v_head_stride, scale_block_stride, scale_offset_stride, scale_head_stride,
+    eps, magnitude,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr,
-    INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, BLOCK_HEADS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    INTERLEAVED: tl.constexpr, SCALED: tl.constexpr, BLOCK_HEADS: tl.constexpr, NORM: tl.constexpr,
+    LARGEST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """LARGEST: of codes; 0: k and v are stored as they are."""
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS))[:, None]
     i = tl.arange(0, HALF)[None, :]  # of the pairs in a head; those from PAIRS on are not rotated
@@ -65,15 +69,42 @@ def _qk_norm_rope_store_kernel(
     tl.store(q_out + first, turned_a, mask=in_half & is_q)
     tl.store(q_out + second, turned_b, mask=in_half & is_q)
     block, offset = slot // block_size, slot % block_size
-    k_out = k_cache_ptr + block * k_block_stride + offset * k_offset_stride + (head - Q_HEADS) * k_head_stride
-    store_k = in_half & is_k & (slot >= 0)
-    tl.store(k_out + first, turned_a, mask=store_k)
-    tl.store(k_out + second, turned_b, mask=store_k)
-    v_head = head - Q_HEADS - KV_HEADS
+    store_k, store_v = in_half & is_k & (slot >= 0), in_half & is_v & (slot >= 0)
+    k_head, v_head = head - Q_HEADS, head - Q_HEADS - KV_HEADS
+    k_a, k_b, v_a, v_b = turned_a, turned_b, raw_a, raw_b
+    if LARGEST > 0:
+        code_a, code_b, scale = _codes_of_pairs(
+            tl.where(is_v, raw_a, turned_a), tl.where(is_v, raw_b, turned_b), LARGEST, k_cache_ptr.dtype.element_ty
+        )
+        k_a, k_b, v_a, v_b = code_a, code_b, code_a, code_b
+        at = block * scale_block_stride + offset * scale_offset_stride
+        tl.store(k_scales_ptr + at + k_head * scale_head_stride, scale, mask=is_k & (slot >= 0))
+        tl.store(v_scales_ptr + at + v_head * scale_head_stride, scale, mask=is_v & (slot >= 0))
+    k_out = k_cache_ptr + block * k_block_stride + offset * k_offset_stride + k_head * k_head_stride
+    tl.store(k_out + first, k_a, mask=store_k)
+    tl.store(k_out + second, k_b, mask=store_k)
     v_out = v_cache_ptr + block * v_block_stride + offset * v_offset_stride + v_head * v_head_stride
-    store_v = in_half & is_v & (slot >= 0)
-    tl.store(v_out + first, raw_a, mask=store_v)
-    tl.store(v_out + second, raw_b, mask=store_v)
+    tl.store(v_out + first, v_a, mask=store_v)
+    tl.store(v_out + second, v_b, mask=store_v)
+
+
+@triton.jit
+def _codes_of_pairs(a, b, LARGEST: tl.constexpr, DTYPE: tl.constexpr):
+    """The two halves of heads [H, D / 2] -> (codes of both, scales [H, 1]), as `kv_quant.quantise_heads`."""
+    a, b = a.to(tl.float32), b.to(tl.float32)
+    largest = tl.max(tl.maximum(tl.abs(a), tl.abs(b)), axis=1, keep_dims=True)
+    scale = tl.div_rn(largest, tl.full(largest.shape, LARGEST, tl.float32))
+    broken = tl.max(((a != a) | (b != b)).to(tl.int32), axis=1, keep_dims=True) > 0
+    by = tl.broadcast_to(tl.where(scale == 0, 1.0, scale), a.shape)
+    return _code(a, by, LARGEST, DTYPE), _code(b, by, LARGEST, DTYPE), tl.where(broken, float("nan"), scale)
+
+
+@triton.jit
+def _code(values, by, LARGEST: tl.constexpr, DTYPE: tl.constexpr):
+    codes = tl.div_rn(values, by)
+    if DTYPE == tl.int8:  # noqa: SIM300
+        codes = tl.floor(codes + 0.5)
+    return tl.minimum(tl.maximum(codes, -LARGEST), LARGEST).to(DTYPE)
 
 
 def _block_heads(tokens: int, heads: int, size: int) -> int:
@@ -98,6 +129,7 @@ def qk_norm_rope_store(
     eps: float = 0.0,
     magnitude: float = 1.0,
     interleaved: bool = False,
+    scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """As `rope.qk_norm_rope_store`. The norm's rounding and the rotation agree with the layers'; rows of qkv may be
     strided."""
@@ -107,6 +139,7 @@ def qk_norm_rope_store(
     assert width == (q_heads + 2 * kv_heads) * size and len(inv_freq) * 2 <= size, (qkv.shape, k_cache.shape)
     assert qkv.stride(1) == k_cache.stride(3) == v_cache.stride(3) == 1, (k_cache.stride(), v_cache.stride())
     assert (q_weight is None) == (k_weight is None), "norm weights come in pairs"
+    assert scales is None or scales[0].stride() == scales[1].stride(), scales
     q = torch.empty(tokens, q_heads, size, dtype=qkv.dtype, device=qkv.device)
     if tokens == 0:
         return q
@@ -116,9 +149,11 @@ def qk_norm_rope_store(
     _qk_norm_rope_store_kernel[(tokens, triton.cdiv(heads, block_heads))](
         qkv, positions, inv_freq,
         inv_freq if q_weight is None else q_weight, inv_freq if k_weight is None else k_weight,
-        q, k_cache, v_cache, slot_mapping,
-        qkv.stride(0), block_size, *k_cache.stride()[:3], *v_cache.stride()[:3], eps, magnitude,
+        q, k_cache, v_cache, slot_mapping, *(scales or (inv_freq, inv_freq)),
+        qkv.stride(0), block_size, *k_cache.stride()[:3], *v_cache.stride()[:3],
+        *(scales[0].stride() if scales else (0, 0, 0)), eps, magnitude,
         Q_HEADS=q_heads, KV_HEADS=kv_heads, D=size, PAIRS=len(inv_freq), HALF=half, INTERLEAVED=interleaved,
-        SCALED=magnitude != 1.0, BLOCK_HEADS=block_heads, NORM=q_weight is not None, num_warps=2, **pdl_options(qkv),
+        SCALED=magnitude != 1.0, BLOCK_HEADS=block_heads, NORM=q_weight is not None,
+        LARGEST=LARGEST[kv_dtype_of(k_cache)] if scales else 0.0, num_warps=2, **pdl_options(qkv),
     )  # fmt: skip
     return q

@@ -14,8 +14,10 @@ from paged_case import Case, run
 from torch import Tensor
 
 from nanoengine import LLM, SamplingParams
-from nanoengine.api import AttentionLayerSpec, AttentionNeed, ConfigError, HeadNorms, KVSpec, Rotation
+from nanoengine.api import AttentionNeed, ConfigError, HeadNorms, KVSpec, Rotation
 from nanoengine.kernels.kv_quant import KV_DTYPES, LARGEST, dequantise_heads, quantise_heads, stored_bytes
+from nanoengine.kernels.rms_norm import rms_norm
+from nanoengine.kernels.rope import rotate
 from nanoengine.plugins.attention_backends.flash_attn import FlashAttn
 from nanoengine.plugins.attention_backends.torch_paged import TorchPaged
 from nanoengine.plugins.attention_backends.triton_paged import TritonPaged
@@ -178,17 +180,42 @@ def test_a_backend_without_it_is_refused_with_the_reason() -> None:
 
 
 @needs_triton
-def test_no_other_kernel_stores_codes() -> None:
-    case = Case(rows=[(1, 5)], kv_dtype="int8", device=DEVICE)
-    backend = TritonPaged(case.kv_spec, case.limits, torch.device(DEVICE))
-    backend.allocate(1, case.num_blocks)
-    backend.fill(case.inputs())
-    assert backend.kv_cache(0) is None
-    spec: AttentionLayerSpec = case.spec
-    rotation, norms = Rotation(inv_freq=torch.ones(8, device=DEVICE)), None
-    qkv = torch.zeros(1, 8 * 16, device=DEVICE)
-    assert backend.attend_qkv(0, spec, qkv, rotation, norms) is None
-    assert isinstance(norms, HeadNorms | None)
+@EACH
+@pytest.mark.parametrize("rows", [[(1, 5), (1, 20)], [(1, 5), (7, 9)]], ids=["decode", "mixed"])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_one_kernel_rotates_and_stores_codes(kv_dtype: str, rows: list[tuple[int, int]], interleaved: bool) -> None:
+    """The same q, codes and scales as norm, rotation and `forward` one by one."""
+    case = Case(rows=rows, kv_dtype=kv_dtype, device=DEVICE, head_size=16, block_size=16)
+    ours, want = (cls(case.kv_spec, case.limits, torch.device(DEVICE)) for cls in (TritonPaged, StoresAsTheReference))
+    q, k, v = case.step_qkv()
+    qkv = torch.cat([q, k, v], 1).flatten(1)
+    rotation = Rotation(inv_freq=torch.tensor([1.0, 0.3, 0.1, 0.03], device=DEVICE), interleaved=interleaved)
+    weights = [1 + 0.1 * torch.randn(16, device=DEVICE) for _ in range(2)]
+    norms = HeadNorms(q=weights[0], k=weights[1], eps=1e-6)
+    for backend in (ours, want):
+        backend.allocate(1, case.num_blocks)
+        backend.fill(case.inputs())
+    assert ours.kv_cache(0) is None
+    found = ours.attend_qkv(0, case.spec, qkv, rotation, norms)
+    turned = [
+        _rotated(rms_norm(each, weight, 1e-6), case.inputs().positions, rotation)
+        for each, weight in zip((q, k), weights, strict=True)
+    ]
+    expected = want.forward(0, case.spec, *turned, v)
+    assert found is not None
+    assert ours._scales is not None
+    assert want._scales is not None
+    torch.testing.assert_close(ours._scales, want._scales, rtol=1e-5, atol=0)
+    step = 1.0 if kv_dtype == "int8" else 64.0  # where a value's last bit decides
+    torch.testing.assert_close(ours._kv.float(), want._kv.float(), rtol=0, atol=step)
+    off = 0.02 if kv_dtype == "int8" else 0.1 if DEVICE == "cuda" else 0.5  # the interpreter rounds to float8 otherwise
+    torch.testing.assert_close(found, expected, rtol=0, atol=off)
+    assert ours._kv.float().abs().sum() > 0
+
+
+def _rotated(x: Tensor, positions: Tensor, rotation: Rotation) -> Tensor:
+    angles = (positions.float().unsqueeze(1) * rotation.inv_freq).unsqueeze(1)
+    return rotate(x, angles.cos(), angles.sin(), rotation.interleaved)
 
 
 # Engines

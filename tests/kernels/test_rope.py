@@ -6,6 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from nanoengine.kernels.kv_quant import KV_DTYPES, LARGEST
 from nanoengine.kernels.rope import qk_norm_rope_store as reference
 from nanoengine.kernels.rope_triton import qk_norm_rope_store
 from nanoengine.layers.rope import Rope, RopeConfig, RotaryEmbedding, apply_rope
@@ -96,6 +97,36 @@ def test_each_kind_agrees_with_the_layer(rand, device, dtype, assert_close, kind
 
 def test_head_major_cache(rand, device, assert_close) -> None:
     run_both(rand, device, assert_close, tokens=5, heads=4, kv_heads=2, size=96, norm=True, head_major=True)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice|invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("stored", ["int8", "fp8"])
+@pytest.mark.parametrize("kind", [{}, {"interleaved": True}, {"magnitude": 1.3}], ids=str)
+def test_codes_are_those_of_the_reference(rand, device, assert_close, stored, kind) -> None:
+    """With a head of zeros, one that is not finite, and a token that goes nowhere; other slots keep what they had."""
+    heads, kv_heads, size, tokens = 3, 2, 48, 5
+    qkv, weights = rand(tokens, (heads + 2 * kv_heads) * size), {"q_weight": rand(size), "k_weight": rand(size)}
+    qkv.view(tokens, -1, size)[1, heads + kv_heads] = 0
+    qkv.view(tokens, -1, size)[2, heads, 7] = float("nan")
+    slots, positions = torch.tensor([3, 17, 20, -1, 30], device=device), torch.arange(tokens, device=device) * 37
+    outs = []
+    for run in (reference, qk_norm_rope_store):
+        shape = (2, kv_heads, BLOCK_SIZE, size)
+        caches = [torch.zeros(shape, dtype=KV_DTYPES[stored], device=device).transpose(1, 2) for _ in range(2)]
+        scales = [torch.full(shape[:-1], -1.0, device=device).transpose(1, 2) for _ in range(2)]
+        inv_freq = torch.rand(12, generator=torch.Generator().manual_seed(3)).to(device)
+        q = run(qkv, positions, inv_freq, *caches, slots, eps=EPS, **weights, scales=tuple(scales), **kind)
+        outs.append((q, caches, scales))
+    (q, caches, scales), (got_q, got_caches, got_scales) = outs
+    assert_close(got_q, q, 4e-6 if q.dtype == torch.float32 else torch.finfo(q.dtype).eps)
+    for which in range(2):
+        torch.testing.assert_close(got_scales[which], scales[which], rtol=1e-2, atol=0, equal_nan=True)
+        assert (scales[which] == -1).sum() == (2 * BLOCK_SIZE - 4) * kv_heads
+        finite = scales[which].isfinite().unsqueeze(-1)
+        got, want = (torch.where(finite, each[which].float(), 0) for each in (got_caches, caches))
+        assert want.abs().max() == LARGEST[stored]
+        step = {"int8": 1.0, "fp8": 32.0 if device.type == "cuda" else 64.0}[stored]  # the interpreter rounds otherwise
+        assert ((got - want).abs() <= step).all()
 
 
 @pytest.mark.gpu

@@ -79,9 +79,9 @@ class TritonPaged(AttentionBackend):
         return 2 * block_size * spec.num_kv_heads * stored_bytes(spec.kv_dtype, spec.dtype, spec.head_size)
 
     def __init__(self, spec: KVSpec, limits: BatchLimits, device: torch.device) -> None:
-        from nanoengine.kernels import paged_attention_triton
+        from nanoengine.kernels import paged_attention_triton, rope_triton
 
-        self._kernels = paged_attention_triton
+        self._kernels, self._rope = paged_attention_triton, rope_triton
         self.spec, self.limits, self.device = spec, limits, device
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
         self._planners: dict[int, DecodePlanner] = {}  # by number of query heads
@@ -188,11 +188,14 @@ class TritonPaged(AttentionBackend):
     def attend_qkv(
         self, layer: int, spec: AttentionLayerSpec, qkv: Tensor, rotation: Rotation, norms: HeadNorms | None
     ) -> Tensor | None:
-        """For steps of single tokens only, and for numbers of rows at which one kernel is faster than two."""
+        """For steps of single tokens only, and for numbers of rows at which one kernel is faster than two. Where the
+        cache has codes, one kernel puts them there and another attends, in every step."""
         inputs = self._inputs
         assert inputs is not None, "fill comes first"
-        if self._scales is not None or spec.extras:  # a subclass's features are in its `attend`
+        if spec.extras:  # a subclass's features are in its `attend`
             return None
+        if self._scales is not None:
+            return self.attend(layer, spec, self._stored(layer, qkv, rotation, norms))
         rows, plain = len(qkv), not rotation.interleaved and rotation.magnitude == 1
         plain = plain and inputs.decode_query_len == 1
         if rows != inputs.num_decode_rows or not plain or 2 * len(rotation.inv_freq) != spec.head_size:
@@ -211,6 +214,18 @@ class TritonPaged(AttentionBackend):
             ),
         )  # fmt: skip
         return out
+
+    def _stored(self, layer: int, qkv: Tensor, rotation: Rotation, norms: HeadNorms | None) -> Tensor:
+        """Normalises, rotates and stores, as codes. Returns q."""
+        inputs, scales = self._inputs, self._scales_of(layer)
+        assert inputs is not None and scales is not None
+        keys, values = self._kv[layer].transpose(2, 3).unbind()
+        return self._rope.qk_norm_rope_store(
+            qkv, inputs.positions, rotation.inv_freq, keys, values, inputs.slot_mapping,
+            q_weight=norms.q if norms else None, k_weight=norms.k if norms else None, eps=norms.eps if norms else 0.0,
+            magnitude=rotation.magnitude, interleaved=rotation.interleaved,
+            scales=(scales[0].transpose(1, 2), scales[1].transpose(1, 2)),
+        )  # fmt: skip
 
     @contextmanager
     def _side_branch(self) -> Iterator[None]:

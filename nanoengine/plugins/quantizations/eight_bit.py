@@ -182,7 +182,8 @@ class EightBitLinear(LinearMethod):
     ) -> tuple[Tensor, Tensor | None]:
         if len(self._weights) > 1:
             return super().apply_added(layer, x, bias, residual)
-        return self._kernels.product(self._weights[0], x, bias, add=residual), None
+        y: tuple[Tensor, Tensor | None] = self._kernels.product_added(self._weights[0], x, bias, residual)
+        return y
 
 
 def quantised_rows(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

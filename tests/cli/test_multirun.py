@@ -105,6 +105,8 @@ def test_what_cannot_be_swept_over(override: str, words: str) -> None:
         ("range(3, 0, -1)", ["3", "2", "1"]),
         ("range(0,0.3,0.1)", ["0.0", "0.1", "0.2"]),
         ("range(1,2)", ["1"]),
+        ("range(2),7", ["0", "1", "7"]),
+        ("choice(range(2),choice(8,9))", ["0", "1", "8", "9"]),
         ("choice(0,[1,2])", ["0", "[1,2]"]),
     ],
 )

@@ -19,7 +19,9 @@ from typer.testing import CliRunner, Result
 
 from nanoengine.cli.app import app
 from nanoengine.lab.cli.report_charts import _largest, milliseconds
-from nanoengine.lab.cli.report_data import Steps, read_all
+from nanoengine.lab.cli.report_data import RunData, Steps, read_all
+from nanoengine.lab.cli.report_view import _spread, _tables
+from nanoengine.lab.cli.sweep_report import Outcome
 from nanoengine.testing.checkpoints import tiny_llama
 from tests.engine.timeline import read
 
@@ -243,6 +245,32 @@ def test_a_sweep_s_answers_are_side_by_side(report: Run) -> None:
             answer = row["outputs"][0]["text"].strip() if row["error"] is None else f"({row['error']['code']})"
             assert rows[row["index"]][2 + number] == answer
     assert any(cell for row in rows for cell in row[2:])
+
+
+def test_a_sweep_has_its_command_and_says_that_each_ran_once(report: Run) -> None:
+    [sweep] = Path("multirun").iterdir()
+    assert json.loads((sweep / "sweep.json").read_text())["command"].startswith("nanoengine")
+    page = Page(made(report(sweep), sweep / "report.html"))
+    assert "command" in page.texts
+    assert "Each combination ran once. 'engine.seed=range(3)' runs each three times" in page.text
+
+
+def test_runs_that_differ_in_seeds_only_show_the_spread() -> None:
+    def ran(number: int, rate: float, **varied: str) -> Outcome:
+        return Outcome(number, varied, "ok", {"tokens_per_second": rate, "ttft": {"median": 0.5}, "itl": None})
+
+    runs = [ran(0, 30.0, top_k="1", seed="0"), ran(1, 10.0, top_k="1", seed="1"), ran(2, 20.0, top_k="1", seed="2")]
+    spread = _spread([*runs, ran(3, 99.0, top_k="2", seed="0")])
+    assert list(spread.rows) == [["top_k=1", "3", "20.0 (10.0 to 30.0)", "500.0 (500.0 to 500.0)", "-"]]
+
+
+def test_few_answers_are_open_and_many_are_folded() -> None:
+    for count, is_open in ((8, True), (9, False)):
+        row = {"index": 0, "prompt": "hi", "outputs": [], "num_cached_tokens": 0, "error": {"code": "x", "message": ""},
+               "metrics": {"ttft": None, "itl": None, "latency": None}, "prompt_token_ids": []}  # fmt: skip
+        run = RunData(Outcome(0, {}, "ok"), Path("x.jsonl"), [row] * count, 0, None, None)
+        answers = next(each for each in _tables(run) if each.title == "answer")
+        assert (answers.open, answers.folded) == (is_open, f"{count} answers")
 
 
 @pytest.mark.parametrize(

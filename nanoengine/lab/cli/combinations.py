@@ -66,14 +66,15 @@ def combinations(overrides: Sequence[str]) -> list[Combination]:
 
 def _values(text: str, raw: str) -> list[str]:
     """The values of an override. Raises `ConfigError` that names it."""
-    call = _CALL.fullmatch(raw.strip())
-    if call is None:
-        return split_values(raw)
-    parts = split_values(call["inside"])
-    if call["name"] == "choice":
+    parts = split_values(raw)
+    call = _CALL.fullmatch(parts[0]) if len(parts) == 1 else None
+    if call is None and len(parts) == 1:
         return parts
+    if call is None or call["name"] == "choice":
+        inside = parts if call is None else split_values(call["inside"])
+        return [value for part in inside for value in _values(text, part)]
     try:
-        found = _range(*map(Decimal, parts))
+        found = _range(*map(Decimal, split_values(call["inside"])))
     except (ArithmeticError, TypeError, ValueError) as error:
         form = "range(STOP), range(START, STOP) or range(START, STOP, STEP), in numbers"
         raise ConfigError(f"override {text!r}: write {form}; the step is not 0") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -49,12 +50,16 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """A sweep. `cwd`: relative paths in the configurations are relative to it. `plugins`: plugin files."""
+    """A sweep. `cwd`: relative paths in the configurations are relative to it. `plugins`: plugin files.
+
+    `command`: the command line that began it.
+    """
 
     folder: Path
     cwd: Path
     plugins: tuple[str, ...]
     jobs: tuple[Job, ...]
+    command: str
 
 
 def sweep(
@@ -115,7 +120,8 @@ def _prepare(config: str, wanted: Sequence[Combination], plugins: Sequence[Path]
     folder = _new_folder()
     try:
         jobs = _write_jobs(folder, wanted, composed)
-        todo = Sweep(folder, Path.cwd(), tuple(str(path.absolute()) for path in plugins), jobs)
+        files = tuple(str(path.absolute()) for path in plugins)
+        todo = Sweep(folder, Path.cwd(), files, jobs, shlex.join(["nanoengine", *sys.argv[1:]]))
         write_whole(folder / SWEEP, json.dumps(_as_dict(todo), indent=2) + "\n")
     except OSError as error:
         raise ConfigError(f"cannot write the folder of the sweep {folder}: {error.strerror or error}") from error
@@ -174,7 +180,8 @@ def _as_dict(todo: Sweep) -> dict[str, Any]:
         }
         for job in todo.jobs
     ]
-    return {"format": _FORMAT, "cwd": str(todo.cwd), "plugins": todo.plugins, "jobs": jobs}
+    about = {"cwd": str(todo.cwd), "command": todo.command, "plugins": todo.plugins}
+    return {"format": _FORMAT, **about, "jobs": jobs}
 
 
 def read_sweep(folder: Path) -> Sweep:
@@ -188,7 +195,7 @@ def read_sweep(folder: Path) -> Sweep:
             Job(folder / job["folder"], Combination(tuple(job["overrides"]), job["varied"]), job["error"])
             for job in found["jobs"]
         ]
-        todo = Sweep(folder, Path(found["cwd"]), tuple(found["plugins"]), tuple(jobs))
+        todo = Sweep(folder, Path(found["cwd"]), tuple(found["plugins"]), tuple(jobs), found.get("command", ""))
     except FileNotFoundError as error:
         raise ConfigError(f"--resume: {folder} has no {SWEEP}, so it is not the folder of a sweep") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

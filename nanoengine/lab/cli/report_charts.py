@@ -83,28 +83,30 @@ def comparison_pictures(runs: Sequence[RunData]) -> dict[str, Picture]:
 
 
 def _latencies(run: RunData) -> Figure:
-    figure, panels = _figure(2.6, 1, 3)
+    figure, panels = _figure(2.9, 1, 3)
     for axes, name, title in (
-        (panels[0], "ttft", "time to first token, ms"),
-        (panels[1], "itl", "time between tokens, ms"),
-        (panels[2], "latency", "whole request, ms"),
+        (panels[0], "ttft", "time to first token"),
+        (panels[1], "itl", "time between tokens"),
+        (panels[2], "latency", "whole request"),
     ):
         _histogram(axes, run.metric(name), title, "requests")
     return figure
 
 
 def _histogram(axes: Axes, values: Floats, title: str, counted: str) -> None:
-    axes.set_title(title)
+    in_seconds = len(values) > 0 and np.median(values) >= 1000
+    axes.set_title(f"{title}, {'s' if in_seconds else 'ms'}")
     axes.set_ylabel(counted)
     if not len(values):
         axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", color=GREY)
         return
-    axes.hist(values, bins=min(40, max(5, len(values) // 4)), color=BLUE, alpha=0.75)
+    unit = 1000 if in_seconds else 1
+    axes.hist(values / unit, bins=min(40, max(5, len(values) // 4)), color=BLUE, alpha=0.75)
     for share, style in ((50, "-"), (99, ":")):
         at = float(np.percentile(values, share))
-        axes.axvline(at, color=RED, linestyle=style, linewidth=1.3, label=f"p{share}: {milliseconds(at)}")
+        axes.axvline(at / unit, color=RED, linestyle=style, linewidth=1.3, label=f"p{share}: {milliseconds(at)}")
     axes.yaxis.set_major_locator(_integers())
-    axes.legend(fontsize=8)
+    _legend_below(axes)
 
 
 def _prefixes(run: RunData) -> Figure:
@@ -194,7 +196,7 @@ def _largest(edges: Floats, steps: Steps, values: Floats) -> npt.NDArray[np.int6
 
 
 def _step_times(steps: Steps) -> Figure:
-    figure, (durations, phases) = _figure(2.6, 1, 2)
+    figure, (durations, phases) = _figure(2.9, 1, 2)
     length = 1000 * (steps["end"] - steps["start"])
     pure = steps["prefill_rows"] == 0
     kinds = [(length[pure], BLUE, "decode only"), (length[~pure], ORANGE, "with prefill")]
@@ -210,16 +212,19 @@ def _step_times(steps: Steps) -> Figure:
     durations.set(xscale="log", ylabel="steps", title="duration of a step on the device, ms")
     durations.set_xlim(low * 0.9, high * 1.1)
     _plain_numbers(durations)
-    durations.legend(fontsize=8)
+    _legend_below(durations)
     names = ("schedule", "launch", "wait", "commit")
-    means = [1000 * steps[name].mean() for name in names]
-    phases.barh(names, means, color=[BLUE, BLUE, GREY, BLUE])
-    for place, (name, mean) in enumerate(zip(names, means, strict=True)):
-        text = f"{milliseconds(mean)} (p99 {milliseconds(1000 * np.percentile(steps[name], 99))})"
-        phases.annotate(text, (mean, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
-    phases.set_xlim(0, 1.45 * max(means))
-    phases.invert_yaxis()
-    phases.set_title("the engine, mean per step, ms")
+    for place, (name, color) in enumerate(zip(names, (BLUE, BLUE, GREY, BLUE), strict=True)):
+        mean, high = (max(1000 * value, 1e-3) for value in (steps[name].mean(), np.percentile(steps[name], 99)))
+        phases.hlines(place, mean, max(mean, high), color=color, linewidth=2)
+        phases.plot([mean], [place], "o", color=color, markersize=7)
+        text = f"{milliseconds(mean)} (p99 {milliseconds(high)})"
+        phases.annotate(text, (max(mean, high), place), (8, 0), textcoords="offset points", va="center", fontsize=8)
+    phases.set_yticks(range(len(names)), names)
+    phases.set(xscale="log", ylim=(len(names) - 0.5, -0.5), title="the engine in a step, ms (mean; line to p99)")
+    low, high = phases.get_xlim()
+    phases.set_xlim(low / 2, high * (high / low) ** 0.6)  # room for the texts
+    _plain_numbers(phases)
     return figure
 
 
@@ -240,7 +245,7 @@ def _shares(runs: Sequence[RunData]) -> Figure:
         axes.set(title=title, ylabel="share of the requests", ylim=(0, 1.02), xscale="log")
         _plain_numbers(axes)
         if axes.lines:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -272,10 +277,12 @@ def _integers() -> Any:
 
 
 def _plain_numbers(axes: Axes) -> None:
-    """Labels of a logarithmic axis as 1, 2, 5, 10, 20 and so on, not as powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    """Labels of a logarithmic axis as 1, 2, 5, 10, 20 and so on, not as powers of ten; never fewer than two."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    low, high = axes.get_xlim()
+    subs = (1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)
+    axes.xaxis.set_major_locator(MaxNLocator(6) if high < 10 * low else LogLocator(subs=subs, numticks=12))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
 
@@ -283,6 +290,11 @@ def _plain_numbers(axes: Axes) -> None:
 def _legend(axes: Axes) -> None:
     """Adds a legend next to the title, where it hides nothing."""
     axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=5, fontsize=8)
+
+
+def _legend_below(axes: Axes) -> None:
+    """Adds a legend under the axis, for narrow panels, where it would hide bars or meet the title."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=8)
 
 
 def _picture(figure: Figure, text: str) -> Picture:

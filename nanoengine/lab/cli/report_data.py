@@ -53,7 +53,7 @@ class RunData:
 
     Attributes:
         rows: in the order of their indices. torn: number of incomplete lines, as after a crash of the machine.
-        error: why the configuration could not be composed; "" if it could.
+        error: why the configuration could not be composed; "" if it could. sweep_command: the sweep's command line.
     """
 
     outcome: Outcome
@@ -63,6 +63,7 @@ class RunData:
     record: Record | None
     steps: Steps | None
     error: str = ""
+    sweep_command: str = ""
 
     @property
     def failed(self) -> list[Mapping[str, Any]]:
@@ -103,18 +104,23 @@ def read_all(path: Path, trace: Path | None) -> list[RunData]:
 def _of_sweep(folder: Path, trace: Path | None) -> list[RunData]:
     if trace is not None:
         raise ConfigError(f"--trace belongs to one run, and {folder} is a sweep; leave it out: the traces are found")
-    jobs = enumerate(read_sweep(folder).jobs)
-    return [_run(number, job.output, job.combination.varied, None, job.error) for number, job in jobs]
+    sweep = read_sweep(folder)
+    return [
+        _run(number, job.output, job.combination.varied, None, job.error, sweep.command)
+        for number, job in enumerate(sweep.jobs)
+    ]
 
 
-def _run(number: int, path: Path, varied: Mapping[str, str], trace: Path | None, error: str = "") -> RunData:
+def _run(
+    number: int, path: Path, varied: Mapping[str, str], trace: Path | None, error: str = "", command: str = ""
+) -> RunData:
     record = read_record(path)
     rows, torn = _rows(path) if path.exists() else ([], 0)
     summary = (record.summary if record else None) or {}
     status = "not composed" if error else _status(record, bool(rows))
     found = trace or _recorded_trace(path, summary)
     steps = None if found is None else read_steps(found)
-    return RunData(Outcome(number, varied, status, summary), path, rows, torn, record, steps, error)
+    return RunData(Outcome(number, varied, status, summary), path, rows, torn, record, steps, error, command)
 
 
 def _status(record: Record | None, any_rows: bool) -> str:

@@ -14,10 +14,11 @@ import numpy as np
 from nanoengine import __version__
 from nanoengine.lab.cli.report_charts import Picture, comparison_pictures, milliseconds, page_ids, run_pictures
 from nanoengine.lab.cli.report_data import RunData
-from nanoengine.lab.cli.sweep_report import answers_of, table_of
+from nanoengine.lab.cli.sweep_report import Outcome, answers_of, table_of
 
 _SHOWN = 200  # most rows of a table, so that the page is readable
 _ANSWER = 600  # most characters of an answer next to others
+_FEW = 8  # answers that are shown at once
 _EXCERPT = 160  # most characters of a prompt or an answer
 
 
@@ -31,7 +32,10 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A heading with a picture, a table, or both. `numbers`: columns of numbers. `folded`: the text to open it."""
+    """A heading with a picture, a table, or both. `numbers`: columns of numbers.
+
+    `folded`: the text that opens the table, in the place of the title. `open`: whether it is open at first.
+    """
 
     title: str
     text: str = ""
@@ -40,6 +44,7 @@ class Section:
     rows: Sequence[Sequence[str]] = ()
     numbers: Sequence[int] = ()
     folded: str = ""
+    open: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,7 @@ class Compared:
     rows: Sequence[Sequence[str]]
     numbers: Sequence[int]
     pictures: Sequence[Picture]
+    spread: Section
     answers: Section
 
 
@@ -87,7 +93,8 @@ def page_of(path: Path, runs: Sequence[RunData]) -> Page:
         rows = [[*row, *_lengths(run)] for row, run in zip(rows, runs, strict=True)]
         words = {"status", "ended", *(key for run in runs for key in run.outcome.varied)}
         numbers = [place for place, name in enumerate(header) if name not in words]
-        compared = Compared(header, rows, numbers, compared_pictures, _side_by_side(runs))
+        spread = _spread([run.outcome for run in runs])
+        compared = Compared(header, rows, numbers, compared_pictures, spread, _side_by_side(runs))
     what = "sweep" if len(runs) > 1 else "run"
     return Page(f"nanoengine {what}: {path.name or path}", _under(runs), list(_facts(runs)), views, compared)
 
@@ -97,16 +104,53 @@ def _facts(runs: Sequence[RunData]) -> Iterator[tuple[str, str]]:
     records = [run.record for run in runs if run.record is not None]
     names = ("nanoengine", "python", "torch", "triton", "transformers")
     versions = [", ".join(f"{name} {r.versions[name]}" for name in names if name in r.versions) for r in records]
-    machine = [" · ".join(r.machine[key] for key in ("cpu", "threads") if key in r.machine) for r in records]
+    single = len(records) == 1
+    threads = [r.machine.get("threads", "") for r in records]
+    loads = [r.machine["load"].split(maxsplit=1) for r in records if "load" in r.machine]
+    low, high = (pick((load for load, _ in loads), key=float, default="") for pick in (min, max))
+    load = f"{low}{'' if low == high else f' to {high}'} {loads[0][1]}" if loads else ""
+    machine = [r.machine.get("cpu", "") for r in records]
     for name, values in (
         ("date", [r.started for r in records[:1]]),
-        ("command", [r.command for r in records] if len(records) == 1 else []),
+        ("command", [runs[0].sweep_command or (records[0].command if single else "")]),
         ("machine", machine),
-        ("load at the start", [r.machine.get("load", "") for r in records[:1]]),
+        ("threads", threads if single else sorted({each.partition(" (")[0] for each in threads})),
+        ("load at the start", [load]),
         ("versions", versions),
     ):
         if text := "; ".join(dict.fromkeys(value for value in values if value)):
             yield name, text
+
+
+def _spread(outcomes: Sequence[Outcome]) -> Section:
+    """Median, least and most of the combinations that differ in seeds only: how much of a difference is noise."""
+    groups: dict[tuple[tuple[str, str], ...], list[Outcome]] = {}
+    for each in outcomes:
+        if each.tokens_per_second is not None:
+            key = tuple((name, value) for name, value in each.varied.items() if name.rpartition(".")[2] != "seed")
+            groups.setdefault(key, []).append(each)
+    repeated = {key: found for key, found in groups.items() if len(found) > 1}
+    if not repeated:
+        return Section(
+            "", "Each combination ran once. 'engine.seed=range(3)' runs each three times and shows the spread."
+        )
+    rows = [
+        [
+            ", ".join(f"{name}={value}" for name, value in key) or "all",
+            str(len(found)),
+            _extent([each.tokens_per_second for each in found]),
+            *(_extent([each.milliseconds(name) for each in found]) for name in ("ttft", "itl")),
+        ]
+        for key, found in repeated.items()
+    ]
+    header = ["combination", "runs", "tokens/s", "TTFT ms", "ITL ms"]
+    text = "Runs that differ in their seeds only: median, and least to most."
+    return Section("Spread", text, None, header, rows, (1, 2, 3, 4))
+
+
+def _extent(values: Sequence[float | None]) -> str:
+    found = [value for value in values if value is not None]
+    return f"{np.median(found):.1f} ({min(found):.1f} to {max(found):.1f})" if found else "-"
 
 
 def _lengths(run: RunData) -> list[str]:
@@ -120,11 +164,13 @@ def _lengths(run: RunData) -> list[str]:
 
 
 def _side_by_side(runs: Sequence[RunData]) -> Section:
-    labels = [", ".join(f"{key}={value}" for key, value in run.outcome.varied.items()) for run in runs]
-    named = [(f"#{run.outcome.number} {label}", run.rows) for run, label in zip(runs, labels, strict=True)]
+    named = [
+        ("\n".join([f"#{run.outcome.number}", *(f"{k}={v}" for k, v in run.outcome.varied.items())]), run.rows)
+        for run in runs
+    ]
     header, rows = answers_of(named)
     more = f"The first {_SHOWN} of {_count(len(rows))} prompts." if len(rows) > _SHOWN else ""
-    cut = [[_cut(cell, _ANSWER) for cell in row] for row in rows[:_SHOWN]]
+    cut = [[row[0], _excerpt(row[1]), *(_cut(cell, _ANSWER) for cell in row[2:])] for row in rows[:_SHOWN]]
     return Section("Answers side by side", more, None, header, cut, (0,))
 
 
@@ -195,12 +241,13 @@ def _tiles(run: RunData) -> Iterator[Tile]:
 def _over_time(run: RunData, pictures: Mapping[str, Picture]) -> Iterator[Section]:
     if run.steps is None or "timeline" not in pictures:
         return
-    yield Section(
-        "Over time",
-        "From the trace; a step counts at the time of its end. Several requests use shared blocks; no request uses "
-        "cached blocks, but new requests can still find them.",
-        pictures["timeline"],
-    )
+    text = "From the trace; a step counts at the time of its end. Several requests use shared blocks; no request uses "
+    text += "cached blocks, but new requests can still find them."
+    most = run.record.config["engine"].get("max_num_seqs") if run.record is not None else None
+    if most is not None and run.steps["running"].max() > most:
+        text += f" More than max_num_seqs={most} run for a moment where the last token of a request is still on the "
+        text += "device, and the next request has begun already (spare_slots)."
+    yield Section("Over time", text, pictures["timeline"])
     yield Section(
         "Steps",
         "A step is on the device from its launch, or the end of the step before, until its result is on the host. "
@@ -209,7 +256,7 @@ def _over_time(run: RunData, pictures: Mapping[str, Picture]) -> Iterator[Sectio
     )
     if run.steps.preempted:
         rows = [[f"{moment:.3f}", request, why] for moment, request, why in run.steps.preempted]
-        yield _folded("Preemptions", ["at, s", "request", "why"], rows, (0,))
+        yield _folded("preemption", ["at, s", "request", "why"], rows, (0,))
 
 
 def _of_requests(run: RunData, pictures: Mapping[str, Picture]) -> Iterator[Section]:
@@ -234,25 +281,35 @@ def _tables(run: RunData) -> Iterator[Section]:
         more = f"The first {_SHOWN} of {_count(len(run.failed))}." if len(run.failed) > _SHOWN else ""
         yield Section("Failed", more, None, ["prompt", "code", "message", "text"], rows, (0,))
     if run.rows:
+        few = len(run.rows) <= _FEW
+        most = _ANSWER if few else _EXCERPT
         header = ["prompt", "text", "answer", "ended", "tokens", "cached", "TTFT ms", "total ms"]
-        yield _folded("Answers", header, [_answer(row) for row in run.rows], (0, 4, 5, 6, 7))
+        yield _folded("answer", header, [_answer(row, most) for row in run.rows], (0, 4, 5, 6, 7), few)
     if run.record is not None:
-        yield _folded("Configuration", ["key", "value"], list(_flat(run.record.config)))
-        yield _folded("Sampling parameters", ["key", "value"], list(_flat(run.record.params)))
-        yield _folded("Versions", ["package", "version"], [list(pair) for pair in run.record.versions.items()])
+        yield _folded("configuration key", ["key", "value"], list(_flat(run.record.config)))
+        yield _folded("sampling parameter", ["key", "value"], list(_flat(run.record.params)))
+        yield _folded("version", ["package", "version"], [list(pair) for pair in run.record.versions.items()])
 
 
-def _folded(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> Section:
-    shown = f"the first {_SHOWN} of {_count(len(rows))}" if len(rows) > _SHOWN else f"all {_count(len(rows))}"
-    return Section(title, "", None, header, rows[:_SHOWN], numbers, shown)
+def _folded(
+    what: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    numbers: Sequence[int] = (),
+    is_open: bool = False,
+) -> Section:
+    """A folded table; `what`: the name of a row, in the singular."""
+    count = f"{_count(len(rows))} {what}{'' if len(rows) == 1 else 's'}"
+    shown = f"{count}, the first {_SHOWN}" if len(rows) > _SHOWN else count
+    return Section(what, "", None, header, rows[:_SHOWN], numbers, shown, is_open)
 
 
-def _answer(row: Mapping[str, Any]) -> list[str]:
+def _answer(row: Mapping[str, Any], most: int) -> list[str]:
     samples, metrics = row["outputs"], row["metrics"]
     return [
         str(row["index"]),
         _excerpt(row["prompt"]),
-        "\n".join(_cut(sample["text"].strip()) for sample in samples),
+        "\n".join(_cut(sample["text"].strip(), most) for sample in samples),
         ", ".join(str(sample["finish_reason"]) for sample in samples) or row["error"]["code"],
         _count(sum(len(sample["token_ids"]) for sample in samples)),
         _count(row["num_cached_tokens"]),

@@ -180,9 +180,10 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
     ):
         axes.barh(range(len(drawn)), [value or 0 for value in values], color="#9fc5e8")
         for place, (value, end) in enumerate(zip(values, high, strict=True)):
-            axes.annotate(_number(value), (0, place), (5, 0), textcoords="offset points", va="center")
+            axes.annotate(_number(value), (value or 0, place), (5, 0), textcoords="offset points", va="center")
             axes.hlines(place + 0.3, value or 0, end or 0, color="#555555")
         axes.set_title(title, fontsize=10)
+        axes.margins(x=0.2)  # room for the numbers
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(drawn)), [each.label for each in drawn], fontsize=8)
     panels[0].invert_yaxis()

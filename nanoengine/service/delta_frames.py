@@ -1,8 +1,13 @@
-"""A step's deltas as one frame of flat arrays: what an engine sends to a client in another process."""
+"""A step's deltas as one frame: what an engine sends to a client in another process.
+
+Most deltas are one token of one sample and no more. Those are records of one size, which cost least; all others are
+flat arrays behind them.
+"""
 
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -57,8 +62,38 @@ class DeltaArrays:
 _NO_ROWS = LogprobRows()
 
 
+_COUNT = struct.Struct("=Q")
+_TOKEN = struct.Struct("=iiiiiqd")  # key, sample, token id, cached, computed, seed, first scheduled
+
+
 def deltas_frame(batch: Sequence[Keyed]) -> bytes:
-    """The frame of a step's deltas, at least one. It costs about a microsecond for a delta of one token."""
+    """The frame of a step's deltas, at least one. Those of one key stay in their order."""
+    records, others = list[bytes](), list[Keyed]()
+    for keyed in batch:
+        record = _record(*keyed)
+        if record is None:
+            others.append(keyed)
+        else:
+            records.append(record)
+    if others and records and len({key for key, _ in batch}) < len(batch):
+        records, others = [], [*batch]
+    return frame(Kind.DELTAS, b"".join((_COUNT.pack(len(records)), *records, _arrays(others) if others else b"")))
+
+
+def _record(key: int, delta: RequestDelta) -> bytes | None:
+    """None: there is more in it than one token."""
+    _, samples, finished, prompt, cached, computed, seed, scheduled, pooled, error = delta
+    if len(samples) != 1 or finished or prompt is not None or pooled is not None or error is not None:
+        return None
+    index, tokens, logprobs, reason, stop = samples[0]
+    if len(tokens) != 1 or logprobs is not None or reason is not None or stop is not None:
+        return None
+    if seed is None or scheduled is None:
+        return None
+    return _TOKEN.pack(key, index, tokens[0], cached, computed, seed, scheduled)
+
+
+def _arrays(batch: Sequence[Keyed]) -> bytes:
     keys, deltas = zip(*batch, strict=True)
     _, of_each, finished, prompts, cached, computed, seeds, scheduled, pooled, errors = zip(*deltas, strict=True)
     samples = [sample for each in of_each for sample in each]
@@ -66,7 +101,7 @@ def deltas_frame(batch: Sequence[Keyed]) -> bytes:
     vectors = [each for each in pooled if each is not None]
     rows = [each for each in (*prompts, *logprobs) if each is not None]
     texts = [[each for each in stops if isinstance(each, str)], [error_to_json(e) for e in errors if e is not None]]
-    arrays = DeltaArrays(
+    found = DeltaArrays(
         keys=np.array(keys, np.int32),
         flags=_flags(_FINISHED, finished, False)
         | _flags(_SEED, seeds)
@@ -89,7 +124,7 @@ def deltas_frame(batch: Sequence[Keyed]) -> bytes:
         pooled=np.concatenate(vectors, dtype=np.float32) if vectors else np.zeros(0, np.float32),
         texts=np.frombuffer(json.dumps(texts).encode() if any(texts) else b"", np.uint8),
     )
-    return frame(Kind.DELTAS, encode(arrays))
+    return encode(found)
 
 
 def _flags(flag: int, values: Sequence[object], without: object = None) -> Bytes:
@@ -107,6 +142,18 @@ def _ends(reasons: Sequence[FinishReason | None], stops: Sequence[int | str | No
 
 def read_deltas(content: bytes, ids: Mapping[int, str]) -> list[Keyed]:
     """`ids`: the request of each key. Deltas of a key that has none are left out: it was closed."""
+    (count,) = _COUNT.unpack_from(content)
+    end = _COUNT.size + count * _TOKEN.size
+    found = list[Keyed]()
+    for key, index, token, cached, computed, seed, scheduled in _TOKEN.iter_unpack(content[_COUNT.size : end]):
+        name = ids.get(key)
+        if name is not None:
+            sample = SampleDelta(index, (token,))
+            found.append((key, RequestDelta(name, (sample,), False, None, cached, computed, seed, scheduled)))
+    return found + _read_arrays(content[end:], ids) if len(content) > end else found
+
+
+def _read_arrays(content: bytes, ids: Mapping[int, str]) -> list[Keyed]:
     found = decode(DeltaArrays, content)
     stops, errors = json.loads(found.texts.tobytes()) if len(found.texts) else ((), ())
     prompts = int(np.count_nonzero(found.flags & _PROMPT))

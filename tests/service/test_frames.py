@@ -6,6 +6,7 @@ import contextlib
 import json
 import struct
 from dataclasses import asdict
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -51,9 +52,29 @@ def test_all_of_a_delta_goes_through_a_frame(requests: list[list[RequestDelta]],
     batch = [(key, delta._replace(request_id=f"r{key}")) for key, each in enumerate(requests) for delta in each]
     ids = {key: f"r{key}" for key in range(len(requests)) if key not in closed}
     found = read_deltas(content(deltas_frame(batch)), ids)
+    found.sort(key=itemgetter(0))  # those of one key stay in their order
     assert [key for key, _ in found] == [key for key, _ in batch if key in ids]
     for (_, got), (_, sent) in zip(found, [each for each in batch if each[0] in ids], strict=True):
         assert repr(plain(got)) == repr(plain(sent))  # errors have no equality
+
+
+def test_deltas_of_one_token_are_records_beside_others_and_in_their_order() -> None:
+    def one(key: int, token: int, **more: Any) -> tuple[int, RequestDelta]:
+        sample = SampleDelta(1, (token,), **more)
+        return key, RequestDelta(f"r{key}", (sample,), False, None, 3, 4, -(2**63), 1.5)
+
+    records, other = [one(0, 2**31 - 1), one(2, 5)], one(1, 7, finish_reason="stop")
+    ids = {key: f"r{key}" for key in range(3)}
+    alone, beside = deltas_frame(records), deltas_frame([records[0], other, records[1]])
+    assert read_deltas(content(alone), ids) == records
+    assert read_deltas(content(alone), {2: "r2"}) == records[1:]
+    assert read_deltas(content(beside), ids) == [*records, other]
+    assert beside[16 : len(alone)] == alone[16:]  # behind kind, length and count
+    assert len(beside) > len(alone)
+    twice = [one(0, 1), one(0, 2, finish_reason="stop")]
+    assert read_deltas(content(deltas_frame(twice)), ids) == twice
+    same = [one(0, 1), one(0, 2)]
+    assert read_deltas(content(deltas_frame(same)), ids) == same
 
 
 @pytest.mark.parametrize("reason", [None, "stop", "length", "abort"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from nanoengine.api import (
     Shard,
     ShardSpec,
     WeightLayer,
+    WeightRule,
     WeightsError,
     hookimpl,
     is_ignored,
@@ -33,6 +35,7 @@ from nanoengine.api import (
 from nanoengine.api.parallel import ShapesOnly, SingleRank
 from nanoengine.layers.linear import Unquantised
 from nanoengine.layers.quantised import divided, one_each, per_output, transposed
+from nanoengine.plugins.models.llama import Llama
 from nanoengine.setup.plugins.discover import discover_given
 from nanoengine.setup.start.choose_quantization import choose_quantization
 from nanoengine.testing.checkpoints import tiny_llama
@@ -199,6 +202,19 @@ def test_a_part_of_a_fused_layer_that_is_ignored_is_refused(tmp_path: Path) -> N
     packed, _ = quantise(tiny_llama(tmp_path / "model"), tmp_path, ignore=ignore)
     with pytest.raises(ModelError, match=r"qkv_proj: the checkpoint leaves model\.layers\.1\.self_attn\.k_proj plain"):
         answer(packed)
+
+
+def test_rules_that_change_values_are_refused_for_codes_and_scales(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not as tensors that are missing, or of a wrong shape: they are there."""
+    packed, _ = quantise(tiny_llama(tmp_path / "model"), tmp_path)
+    rules = Llama.weight_map
+    turned = {"mlp.down_proj": WeightRule("mlp.down_proj", transpose=True)}
+    monkeypatch.setattr(Llama, "weight_map", classmethod(lambda cls, config: replace(rules(config), rules=turned)))
+    with pytest.raises(WeightsError, match=r"6 sent nowhere .*0\.mlp\.down_proj is quantised") as raised:
+        answer(packed)
+    assert not any(word in str(raised.value) for word in ("missing", "misshapen"))
 
 
 # Choosing

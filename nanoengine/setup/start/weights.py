@@ -245,6 +245,8 @@ class _Loading:
         wrong = self._misruled(found, target)
         if wrong:
             self.problems.misruled.append(f"{name} by the rule {shown_rule(found.pattern, found.rule)}: {wrong}")
+            for part in (found.parts or sizes or ("",)) if _is_quantised(target) else ():
+                target.filled.setdefault(part, set()).add(found.index)  # it is there
             return
         parts = [(part, sizes[part]) for part in found.parts or sizes]
         shape, wanted = list(tensor.get_shape()), wanted_shape(spec, parts, found.rule, stacked=stacked)
@@ -277,8 +279,8 @@ class _Loading:
             return f"{found.parameter} {has}, not {', '.join(unknown)}"
         if found.index is not None and (len(spec.shape) < 2 or found.index >= spec.shape[0]):
             return f"{found.parameter} {list(spec.shape)} has no index {found.index}"
-        if not _is_plain(spec) and not only_names(found.rule):
-            return f"it changes values or their order, and {found.parameter} is quantised: that is not supported"
+        if _is_quantised(target) and not only_names(found.rule):
+            return f"it changes values or their order, and {target.layer.name} is quantised: that is not supported"
         return misfit(spec, [each for each in spec.parts if each[0] in (found.parts or known)], found.rule)
 
     def _send(self, tensor: TensorSlice, target: _Parameter, parts: list[tuple[str, int]], found: Resolved) -> None:
@@ -326,8 +328,10 @@ class _Loading:
         self.problems.raise_if_any(where, self._tp, stale, help_)
 
 
-def _is_plain(spec: ShardSpec) -> bool:
-    return spec.dtypes == FLOAT_DTYPES
+def _is_quantised(target: _Parameter) -> bool:
+    """Whether a parameter is codes, or scales and the like that a method keeps beside them."""
+    label, own = getattr(getattr(target.layer, "method", None), "label", ""), target.name.partition(_PART)[0]
+    return target.spec.dtypes != FLOAT_DTYPES or (bool(label) and own not in ("weight", "bias"))
 
 
 def _turned(shape: list[int]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -89,7 +89,8 @@ class EightBitLinear(LinearMethod):
         if scales == "tensor":
             yield from one_each(name, weight, ShardSpec(shape=(1,))).items()
         elif isinstance(scales, tuple):
-            yield name, divided(layer, weight, outputs=scales[0], inputs=scales[1])
+            found = blocks_of_parts(layer, name, weight, *scales)
+            yield from found.items() or [(name, divided(layer, weight, outputs=scales[0], inputs=scales[1]))]
         else:
             outputs = per_output(weight)
             yield name, replace(outputs, shape=(*outputs.shape, 1))
@@ -147,6 +148,9 @@ class EightBitLinear(LinearMethod):
         if self.scheme.scales == "tensor":
             each = [_given(layer, names, part).expand(at.stop - at.start) for part, at in zip(parts, cuts, strict=True)]
             return torch.cat(each).unsqueeze(1).contiguous(), 1, inputs
+        if isinstance(self.scheme.scales, tuple) and f"{names[0]}:{parts[0]}" in layer.specs:
+            each = [_given(layer, names, part) for part in parts]
+            return of_outputs(each, self.scheme.scales[0], layer.specs["weight"]), 1, self.scheme.scales[1]
         scale = _given(layer, names)
         return (scale, *self.scheme.scales) if isinstance(self.scheme.scales, tuple) else (scale, 1, inputs)
 
@@ -184,6 +188,27 @@ class EightBitLinear(LinearMethod):
             return super().apply_added(layer, x, bias, residual)
         y: tuple[Tensor, Tensor | None] = self._kernels.product_added(self._weights[0], x, bias, residual)
         return y
+
+
+def blocks_of_parts(layer: WeightLayer, name: str, weight: ShardSpec, rows: int, columns: int) -> dict[str, ShardSpec]:
+    """Scales of the blocks of each fused part, where parts are no whole blocks; {}: they are, or ranks would cut them.
+
+    weight: [..., out, in]. rows, columns: outputs and inputs of a block.
+    """
+    if layer.tp.size > 1 or not any(size % rows for _, size in weight.parts[:-1]):
+        return {}
+    *stack, _, inputs = weight.shape
+    return {
+        f"{name}:{part}": ShardSpec(shape=(*stack, -(-size // rows), -(-inputs // columns)))
+        for part, size in weight.parts
+    }
+
+
+def of_outputs(blocks: Sequence[Tensor], rows: int, weight: ShardSpec) -> Tensor:
+    """[..., out, columns]: a scale for each output, of the scales of each part's blocks of `rows` outputs."""
+    sizes = [size for _, size in weight.parts]
+    each = (part.repeat_interleave(rows, -2)[..., :size, :] for part, size in zip(blocks, sizes, strict=True))
+    return torch.cat(tuple(each), -2)
 
 
 def quantised_rows(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,15 @@ from nanoengine.api import Experts, ExpertsMethod, LayerInfo, ModelError, Shard,
 from nanoengine.kernels import eight_bit
 from nanoengine.kernels.eight_bit import EightBit
 from nanoengine.layers.quantised import divided
-from nanoengine.plugins.quantizations.eight_bit import Scheme, add_scale, quantised_rows, stored_as, takes_triton
+from nanoengine.plugins.quantizations.eight_bit import (
+    Scheme,
+    add_scale,
+    blocks_of_parts,
+    of_outputs,
+    quantised_rows,
+    stored_as,
+    takes_triton,
+)
 
 
 class EightBitExperts(ExpertsMethod):
@@ -31,7 +39,10 @@ class EightBitExperts(ExpertsMethod):
     def create(self, layer: WeightLayer, weight: ShardSpec) -> None:
         scheme = self.scheme
         layer.add_weight("weight", stored_as(weight, scheme), scheme.dtype)
-        add_scale(layer, scheme.scale_names[0], replace(self._scales(layer, weight), made=scheme.online), float("nan"))
+        name = scheme.scale_names[0]
+        found = blocks_of_parts(layer, name, weight, *scheme.scales) if isinstance(scheme.scales, tuple) else {}
+        for own, spec in (found or {name: replace(self._scales(layer, weight), made=scheme.online)}).items():
+            add_scale(layer, own, spec, float("nan"))
 
     def _scales(self, layer: WeightLayer, weight: ShardSpec) -> ShardSpec:
         count, outputs, _ = weight.shape
@@ -54,8 +65,16 @@ class EightBitExperts(ExpertsMethod):
             into[shard.target[:2]] = scale.view(*values.shape[:2], 1)
 
     def finish(self, layer: WeightLayer) -> None:
-        weight, scale = layer.get_parameter("weight").data, layer.get_parameter(self.scheme.scale_names[0]).data
+        weight, spec = layer.get_parameter("weight").data, layer.specs["weight"]
         rows, columns = self.scheme.scales if isinstance(self.scheme.scales, tuple) else (1, weight.shape[2])
+        name = self.scheme.scale_names[0]
+        if name in layer.specs:
+            scale = layer.get_parameter(name).data
+        else:
+            scale, rows = (
+                of_outputs([layer.get_parameter(f"{name}:{part}").data for part, _ in spec.parts], rows, spec),
+                1,
+            )
         self._weights[layer.name.rpartition(".")[2]] = EightBit(weight, scale, rows, columns, self.scheme.inputs)
         if takes_triton(layer, weight):
             from nanoengine.kernels import eight_bit_experts_triton

@@ -16,6 +16,7 @@ import pytest
 from nanoengine.api import Constraint, GrammarContext, GrammarError
 from nanoengine.api.errors import RequestError
 from nanoengine.plugins.grammars import register_grammars
+from nanoengine.plugins.grammars.plain_regexes import plain_regex
 from nanoengine.plugins.grammars.plain_schemas import plain
 from nanoengine.testing.byte_tokenizer import END, byte_tokenizer
 from nanoengine.testing.conformance import check_grammar_backend
@@ -42,6 +43,11 @@ TOKENIZER = byte_tokenizer()
         ({"type": "string", "pattern": "a", "maxLength": 3}, "a length next to pattern"),
         ({"type": "object", "required": ["a"]}, "requires 'a'"),
         ({"type": "strin"}, "unknown type 'strin'"),
+        ({"type": "object", "properties": {"a": {}}, "additionalProperties": True}, "additionalProperties next to"),
+        ({"type": "string", "pattern": "a^b"}, r"\^ inside of it"),
+        ({"type": "string", "pattern": '^"$'}, "does not write as JSON"),
+        ({"type": "string", "pattern": r"^\\\\$"}, "does not write as JSON"),
+        ({"type": "string", "pattern": r"\\n"}, "does not write as JSON"),
     ],
 )
 def test_what_xgrammar_would_ignore_is_refused_by_name(schema: Any, named: str) -> None:
@@ -70,6 +76,33 @@ def test_a_length_is_written_as_a_pattern_without_control_characters(backend: An
             '"ab"',
             *['"abcd"'] * ("minLength" in schema),
         ]
+
+
+@pytest.mark.parametrize("regex", ["$a", "a^b", "x(^a)", "(a$)b", "[[:alpha:]]"])
+def test_anchors_and_classes_that_it_takes_more_widely_are_refused(regex: str) -> None:
+    with pytest.raises(GrammarError, match="use the backend llguidance"):
+        plain_regex(regex)
+
+
+def test_expressions_that_it_takes_exactly_stay_as_they_are() -> None:
+    for regex in ("^a|b$", "^a$|^b$", r"[.^$]\.\$\^", "(a|b)?c{2}"):
+        assert plain_regex(regex) == regex
+    assert plain_regex("a.[.]") == r"a[^\n][.]"
+
+
+def test_texts_and_tags_are_what_they_are_for_the_other_backend(backend: Any) -> None:
+    texts = ["\U0001f642", "é", '"\\\n', ""]
+    grammar = backend.compile(Constraint(kind="choice", text=json.dumps(texts)))
+    for text in texts:
+        matcher = grammar.matcher()
+        assert matcher.consume(list(text.encode())) == len(text.encode())
+        assert matcher.is_accepting
+    lark = backend.compile(Constraint(kind="grammar", text='root ::= start\nstart ::= "a: b"')).matcher()
+    assert lark.consume(list(b"a: b")) == 4
+    for tag in ({"begin": "<", "scheme": {}}, {"schema": {}}, 3, {"begin": "<", "end": ["a", "b"]}):
+        text = json.dumps({"structures": [tag], "triggers": ["<"]})
+        with pytest.raises(GrammarError, match=r"structures\[0\]"):
+            backend.compile(Constraint(kind="structural_tag", text=text))
 
 
 def test_it_is_the_second_choice() -> None:

@@ -6,6 +6,8 @@ where ECMAScript also counts U+FEFF. A leap second is not accepted at all, as wh
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 from nanoengine.api import GrammarError
@@ -40,7 +42,46 @@ def exact(schema: Any) -> Any:
     return map_schemas(schema, change)
 
 
+def allowed_escapes(schema: Any) -> str | None:
+    """The escapes that texts of this schema may have, as llguidance names them; None: all.
+
+    Without \\u where names are open: with them a name of a property could be written again, and then be taken for
+    another one. llguidance leaves characters out that it may not write, so with those this is a `GrammarError`.
+    """
+    open_names, control = False, False
+
+    def look(each: dict[str, Any]) -> dict[str, Any]:
+        nonlocal open_names, control
+        named = any(name in each for name in ("properties", "patternProperties", "minProperties"))
+        open_names |= named and each.get("additionalProperties") is not False
+        texts = [each.get("const"), each.get("enum"), _names(each.get("properties"))]
+        patterns = [str(each.get("pattern", "")), *_names(each.get("patternProperties"))]
+        control |= bool(_CONTROL.search(json.dumps(texts))) or any(map(_CONTROL_IN_PATTERN.search, patterns))
+        return each
+
+    map_schemas(schema, look)
+    if not open_names:
+        return None
+    if control:
+        raise GrammarError(
+            "a control character in a text or pattern is not supported next to properties that the schema does not "
+            "name: write additionalProperties: false, also in the schemas inside"
+        )
+    return 'nrbtf\\"'
+
+
+def _names(properties: Any) -> list[str]:
+    return list(properties) if isinstance(properties, dict) else []
+
+
+_CONTROL = re.compile(r"\\u00(?:[01]|7f)|\x7f")  # in JSON, where \n and others are short
+_CONTROL_IN_PATTERN = re.compile(
+    r"[\x00-\x07\x0b\x0e-\x1f\x7f]|\\(?:x(?:[01]|7[fF])|u(?:00[01]|007[fF]|\{0*(?:1?[0-9a-fA-F]|7[fF])\})|[0acv])"
+)
+
+
 def _exact(schema: dict[str, Any]) -> dict[str, Any]:
+    _check_number_of_properties(schema)
     if isinstance(schema.get("pattern"), str):
         schema["pattern"] = _ecmascript(schema["pattern"])
     by_pattern = schema.get("patternProperties")
@@ -53,6 +94,17 @@ def _exact(schema: dict[str, Any]) -> dict[str, Any]:
     if "pattern" not in schema:
         return {**schema, "pattern": pattern}
     return {**schema, "allOf": [*schema.get("allOf", ()), {"pattern": pattern}]}
+
+
+def _check_number_of_properties(schema: dict[str, Any]) -> None:
+    """Raises `GrammarError` where properties could be counted twice: other names than the schema's may be repeated."""
+    least, required = schema.get("minProperties"), schema.get("required")
+    named = len(set(map(str, required))) if isinstance(required, list) else 0
+    if isinstance(least, int) and least > named + 1:
+        raise GrammarError(
+            f"minProperties {least} is not supported with {named} required properties, as the same name could be "
+            f"counted twice: name {least - 1} of them in `required`"
+        )
 
 
 def _ecmascript(pattern: str) -> str:

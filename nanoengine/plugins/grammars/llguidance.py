@@ -9,12 +9,14 @@ import json
 import os
 import threading
 from collections.abc import Sequence, Set
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from llguidance import LLExecutor, LLMatcher, LLTokenizer, grammar_from
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 from nanoengine.api import Constraint, Grammar, GrammarBackend, GrammarContext, GrammarError, Matcher
-from nanoengine.plugins.grammars.exact_schemas import exact
+from nanoengine.plugins.grammars.added_tokens import AddedTokens
+from nanoengine.plugins.grammars.exact_schemas import allowed_escapes, exact
+from nanoengine.plugins.grammars.notations import lark_of
 from nanoengine.plugins.grammars.structural_tags import Tags, read_tags
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class LLGuidance(GrammarBackend):
         cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         threads = min(cores // 2, _MOST_THREADS)
         self._executor = LLExecutor(threads) if threads > 1 else None
+        self._added = AddedTokens(self._tokenizer)
 
     def compile(self, constraint: Constraint) -> Grammar:
         matcher = LLMatcher(self._tokenizer, self._source(constraint), log_level=0)
@@ -43,19 +46,20 @@ class LLGuidance(GrammarBackend):
             matcher.compute_bitmask()  # its lexer makes states when they are first needed: now, not in a step
         if matcher.is_error():
             raise GrammarError(_refusal(constraint, _first_part(matcher.get_error())))
-        return _Grammar(matcher, self._executor)
+        return _Grammar(matcher, self._executor, self._added)
 
     def _source(self, constraint: Constraint) -> str:
         try:
             if constraint.kind == "json":
-                return LLMatcher.grammar_from_json_schema(_schema(constraint), overrides=_space(constraint))
+                schema = _schema(constraint)
+                return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_options(schema, constraint))
             if constraint.kind == "structural_tag":
                 return self._lark_of(read_tags(constraint.text, "llguidance"), constraint)
             if constraint.kind == "regex":
-                return LLMatcher.grammar_from_regex(constraint.text)
+                return LLMatcher.grammar_from_regex(_complete(constraint.text))
             if constraint.kind == "choice":
                 return LLMatcher.grammar_from_lark(_lark_of_choice(json.loads(constraint.text)))
-            return grammar_from(constraint.kind, constraint.text)
+            return LLMatcher.grammar_from_lark(lark_of(constraint.text, _strict))
         except (ValueError, RecursionError) as error:
             raise GrammarError(_refusal(constraint, str(error))) from error
 
@@ -66,7 +70,8 @@ class LLGuidance(GrammarBackend):
             lazy = "" if any(map(self._tokenizer.is_special_token, self._ids(trigger))) else "[lazy]"
             lines.append(f"trigger_{i}{lazy}: TEXT {self._literal(trigger)}")
         for i, tag in enumerate(tags.tags):
-            schema, options = exact(tag.schema), _space(constraint)
+            schema = exact(tag.schema)
+            options = _options(schema, constraint)
             body = json.dumps({**schema, "x-guidance": options} if isinstance(schema, dict) else schema)
             lines.append(f"content_{i}: {self._literal(tag.rest)} %json {body} {self._literal(tag.end)}")
             trigger = "" if tags.separator is not None else self._literal(tags.triggers[tag.trigger])
@@ -102,18 +107,22 @@ class LLGuidance(GrammarBackend):
 
 
 class _Grammar(Grammar):
-    def __init__(self, start: LLMatcher, executor: LLExecutor | None) -> None:
-        self._start, self._executor, self._lock = start, executor, threading.Lock()
+    def __init__(self, start: LLMatcher, executor: LLExecutor | None, added: AddedTokens) -> None:
+        self._start, self._executor, self._added, self._lock = start, executor, added, threading.Lock()
 
     def matcher(self) -> Matcher:
         with self._lock:
-            return _Matcher(self._start.deep_copy(), self._executor)
+            return _Matcher(self._start.deep_copy(), self._executor, self._added)
 
 
 class _Matcher(Matcher):
-    def __init__(self, matcher: LLMatcher, executor: LLExecutor | None = None) -> None:
-        """executor: threads that compute masks of several matchers; None: there are no cores for them."""
-        self._matcher, self._executor = matcher, executor
+    def __init__(
+        self, matcher: LLMatcher, executor: LLExecutor | None = None, added: AddedTokens | None = None
+    ) -> None:
+        """executor: threads that compute masks of several matchers; None: there are no cores for them.
+
+        added: corrects masks; None: they stay as they are."""
+        self._matcher, self._executor, self._added = matcher, executor, added
 
     def consume(self, token_ids: Sequence[int]) -> int:
         taken = int(self._matcher.try_consume_tokens(list(token_ids)))
@@ -129,6 +138,8 @@ class _Matcher(Matcher):
     def mask(self, out: npt.NDArray[np.int32]) -> None:
         self._matcher.unsafe_compute_mask_ptr(out.__array_interface__["data"][0], out.nbytes)  # quicker than out.ctypes
         self._check()
+        if self._added is not None:
+            self._added.correct(self._matcher, out)
 
     @classmethod
     def masks(cls, matchers: Sequence[Self], out: npt.NDArray[np.int32]) -> Set[int]:
@@ -137,6 +148,8 @@ class _Matcher(Matcher):
             return super().masks(matchers, out)
         every = [(each._matcher, place) for place, each in enumerate(matchers)]
         executor.unsafe_compute_mask_ptr(every, out.__array_interface__["data"][0], out.strides[0], len(out))
+        if matchers[0]._added is not None:
+            matchers[0]._added.correct_each([each._matcher for each in matchers], out)
         return {place for place, each in enumerate(matchers) if each._matcher.is_error()}
 
     @property
@@ -153,11 +166,24 @@ class _Matcher(Matcher):
             raise GrammarError(f"llguidance: {_first_part(self._matcher.get_error())}")
 
 
-def _schema(constraint: Constraint) -> str:
+def _schema(constraint: Constraint) -> Any:
     schema = json.loads(constraint.text)
     if schema is False:
         raise ValueError("the schema false allows nothing")
-    return json.dumps(exact({} if schema is True else schema))
+    return exact({} if schema is True else schema)
+
+
+def _strict(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema in a grammar of a user, with the user's white space."""
+    given = schema.get("x-guidance")
+    return {**exact(schema), "x-guidance": {**(given if isinstance(given, dict) else {}), **_options(schema)}}
+
+
+def _complete(regex: str) -> str:
+    """llguidance ignores a backslash at the end."""
+    if (len(regex) - len(regex.rstrip("\\"))) % 2:
+        raise ValueError(f"it ends inside of an escape: {regex!r:.80}")
+    return regex
 
 
 def _lark_of_choice(texts: Sequence[str]) -> str:
@@ -167,12 +193,17 @@ def _lark_of_choice(texts: Sequence[str]) -> str:
     return f"%llguidance {{}}\nstart: {start}\n" + (f"CHOICE: {' | '.join(some)}\n" if some else "")
 
 
-def _space(constraint: Constraint) -> JsonCompileOptions:
-    """Options that a schema cannot change. It could ask in "x-guidance" to be read leniently, which is weaker."""
+def _options(schema: Any, constraint: Constraint | None = None) -> JsonCompileOptions:
+    """Options that a schema cannot change. It could ask in "x-guidance" to be read leniently, which is weaker.
+
+    constraint: whose white space the schema has; None: the schema's own.
+    """
     options: JsonCompileOptions = {"lenient": False, "coerce_one_of": False}
-    options["whitespace_flexible"] = constraint.any_whitespace
-    if constraint.whitespace_pattern is not None:
-        options["whitespace_pattern"] = constraint.whitespace_pattern
+    options["json_allowed_escapes"] = allowed_escapes(schema)
+    if constraint is not None:
+        options["whitespace_flexible"] = constraint.any_whitespace
+        if constraint.whitespace_pattern is not None:
+            options["whitespace_pattern"] = constraint.whitespace_pattern
     return options
 
 
@@ -185,6 +216,7 @@ def _first_part(message: str) -> str:
     """llguidance's message without the dump of its state and of the grammar."""
     text = message.partition("\n<state>")[0].strip()
     advice = "Enable 'coerce_one_of' option to approximate oneOf with anyOf"
+    text = text.replace("NoExtensionBias", "no text matches it")
     return text.replace(advice, "Use anyOf, or alternatives that exclude each other: by type, or by a const or enum")
 
 

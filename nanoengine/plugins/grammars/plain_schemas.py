@@ -11,6 +11,7 @@ from typing import Any
 
 from nanoengine.api import GrammarError
 from nanoengine.api.json_schema import map_schemas
+from nanoengine.plugins.grammars.plain_regexes import check_pattern
 
 _NO_EFFECT = frozenset(
     ("$schema", "$comment", "title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly",
@@ -70,6 +71,13 @@ def _check(schema: dict[str, Any]) -> None:
         foreign = [name for name in rules if name != "type" and name not in _OF_TYPE[kind]]
         if foreign:
             raise GrammarError(f"the JSON schema has {', '.join(foreign)} for a {kind}, where it has no effect{_FIX}")
+    if isinstance(schema.get("pattern"), str):
+        check_pattern(schema["pattern"])
+    if "properties" in schema and schema.get("additionalProperties", False) is not False:
+        raise GrammarError(
+            "the JSON schema has additionalProperties next to properties, whose names xgrammar lets be written with "
+            f"escapes a second time{_FIX}"
+        )
     if "pattern" in schema and ("minLength" in schema or "maxLength" in schema):
         raise GrammarError(f"the JSON schema has a length next to pattern, which xgrammar ignores{_FIX}")
     unnamed = sorted(set(schema.get("required", ())) - set(schema.get("properties", ())))

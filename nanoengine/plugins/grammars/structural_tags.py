@@ -63,10 +63,7 @@ def read_tags(text: str, backend: str) -> Tags:
                 raise GrammarError(f"structural_tag: format.{name} must be true or false, not {found[name]!r:.80}")
         tags = [_new(i, tag, backend) for i, tag in enumerate(_list("format.tags", found.get("tags")))]
     else:
-        found = given
-        _only("structural_tag", given, _OLD)
-        structures = _list("structures", given.get("structures"))
-        tags = [_old(i, tag) for i, tag in enumerate(structures)]
+        found, tags = given, old_tags(given)
     begins, ends = (bool(found.get(name)) for name in _FLAGS)
     if found.get("type") == "tags_with_separator":
         separator = found.get("separator")
@@ -75,6 +72,12 @@ def read_tags(text: str, backend: str) -> Tags:
         return Tags((), tuple(Tag(-1, *tag) for tag in tags), begins, ends, separator)
     triggers = tuple(_text(f"triggers[{i}]", each) for i, each in enumerate(_list("triggers", found.get("triggers"))))
     return Tags(triggers, tuple(_tag(triggers, *each) for each in tags), begins, ends)
+
+
+def old_tags(given: dict[str, Any]) -> list[tuple[str, Any, str]]:
+    """Begin, schema and end of each tag in the form with `structures`. Raises `GrammarError`."""
+    _only("structural_tag", given, _OLD)
+    return [_old(i, tag) for i, tag in enumerate(_list("structures", given.get("structures")))]
 
 
 def map_tag_schemas(value: Any, change: Callable[[Any], Any]) -> Any:
@@ -97,7 +100,7 @@ def _tag(triggers: tuple[str, ...], begin: str, schema: Any, end: str) -> Tag:
 def _old(i: int, tag: Any) -> tuple[str, Any, str]:
     where = f"structures[{i}]"
     _only(where, tag, frozenset(("begin", "schema", "end")))
-    return _text(f"{where}.begin", tag.get("begin")), tag.get("schema", {}), str(tag.get("end", ""))
+    return _text(f"{where}.begin", tag.get("begin")), tag.get("schema", {}), _end(where, tag)
 
 
 def _new(i: int, tag: Any, backend: str) -> tuple[str, Any, str]:
@@ -108,7 +111,14 @@ def _new(i: int, tag: Any, backend: str) -> tuple[str, Any, str]:
     if not isinstance(content, dict) or kind != "json_schema":
         raise GrammarError(f"structural_tag: {backend} supports a {where}.content of type json_schema, not {kind!r}")
     _only(f"{where}.content", content, frozenset(("type", "json_schema")))
-    return _text(f"{where}.begin", tag.get("begin")), content.get("json_schema", {}), str(tag.get("end", ""))
+    return _text(f"{where}.begin", tag.get("begin")), content.get("json_schema", {}), _end(where, tag)
+
+
+def _end(where: str, tag: dict[str, Any]) -> str:
+    end = tag.get("end", "")
+    if not isinstance(end, str):
+        raise GrammarError(f"structural_tag: {where}.end must be a text, not {end!r:.80}")
+    return end
 
 
 def _only(where: str, value: Any, known: frozenset[str]) -> None:

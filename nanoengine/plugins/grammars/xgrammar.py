@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from nanoengine.api import Constraint, Grammar, GrammarBackend, GrammarContext, GrammarError, Matcher
 from nanoengine.api.errors import RequestError
+from nanoengine.plugins.grammars.ebnf import is_ebnf
+from nanoengine.plugins.grammars.plain_regexes import plain_regex
 from nanoengine.plugins.grammars.plain_schemas import plain
-from nanoengine.plugins.grammars.structural_tags import map_tag_schemas
+from nanoengine.plugins.grammars.structural_tags import map_tag_schemas, old_tags
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,21 +99,21 @@ def _call(constraint: Constraint) -> tuple[str, list[Any], dict[str, Any]]:
     if constraint.kind == "structural_tag":
         return "compile_structural_tag", [_as_format(map_tag_schemas(json.loads(text), plain))], {}
     if constraint.kind == "regex":
-        return "compile_regex", [text], {}
+        return "compile_regex", [plain_regex(text)], {}
     if constraint.kind == "choice":
-        return "compile_grammar", ["root ::= " + " | ".join(map(json.dumps, json.loads(text)))], {}
-    return ("compile_grammar" if "::=" in text else "compile_lark"), [text], {}
+        texts = [json.dumps(each, ensure_ascii=False) for each in json.loads(text)]  # it reads no surrogate pairs
+        return "compile_grammar", ["root ::= " + " | ".join(texts)], {}
+    return ("compile_grammar" if is_ebnf(text) else "compile_lark"), [text], {}
 
 
 def _as_format(tag: Any) -> Any:
     """A structural tag in the form with `format`."""
-    if "structures" not in tag:
+    if "format" in tag:
         return tag
     tags = [
-        {"type": "tag", "begin": each["begin"], "end": each.get("end", ""),
-         "content": {"type": "json_schema", "json_schema": each.get("schema", {})}}
-        for each in tag["structures"]
-    ]  # fmt: skip
+        {"type": "tag", "begin": begin, "end": end, "content": {"type": "json_schema", "json_schema": schema}}
+        for begin, schema, end in old_tags(tag)
+    ]
     found = {"type": "triggered_tags", "triggers": tag.get("triggers", []), "tags": tags}
     return {"type": "structural_tag", "format": found}
 

@@ -1,0 +1,62 @@
+"""Corrects masks of llguidance that have a special or added token, or an id without a token, where text must come.
+
+Where only one text can follow, llguidance allows the first token that the tokenizer makes of it. Of "<s>" that is often
+a token of that name, which is no text, and which llguidance then refuses. And a grammar in Lark's notation can name
+ids: `<[*]>` has those of the padded vocabulary, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLMatcher, LLTokenizer
+
+from nanoengine.api.grammars import only_id
+
+_LONGEST = 64  # characters of a text that must follow; an added token is shorter
+
+
+class AddedTokens:
+    """The ids of a tokenizer that are no text."""
+
+    def __init__(self, tokenizer: LLTokenizer) -> None:
+        self._tokenizer = tokenizer
+        special = [i for i in range(tokenizer.vocab_size) if tokenizer.is_special_token(i)]
+        padded = [i for i in special if tokenizer.decode_bytes([i]) == b"<[%d]>" % i]  # llguidance's name for them
+        bits = _bits(special, tokenizer.vocab_size)
+        self._words = bits.nonzero()[0]
+        self._special, self._padded = bits[self._words], _bits(padded, tokenizer.vocab_size)[self._words]
+
+    def correct(self, matcher: LLMatcher, mask: npt.NDArray[np.int32]) -> None:
+        """Changes the mask, int32 [ceil(vocab_size / 32)], that llguidance has computed for this matcher."""
+        if not (mask[self._words] & self._special).any():  # most often
+            return
+        mask[self._words] &= ~self._padded
+        only = only_id(mask)
+        if only is None or matcher.is_accepting():
+            return
+        if matcher.try_consume_tokens([only]):
+            matcher.rollback(1)
+            return
+        spelled = self._beginnings(matcher.compute_ff_bytes().decode(errors="ignore"))
+        mask[:] = _bits(spelled or [only], self._tokenizer.vocab_size)
+
+    def correct_each(self, matchers: Sequence[LLMatcher], masks: npt.NDArray[np.int32]) -> None:
+        """`correct` of several matchers; masks: int32 [N, ceil(vocab_size / 32)]."""
+        found = masks[:, self._words] & self._special
+        for row in np.unique(found.nonzero()[0]).tolist():
+            if not matchers[row].is_error():
+                self.correct(matchers[row], masks[row])
+
+    def _beginnings(self, text: str) -> list[int]:
+        """Tokens that are text, and with which this one begins."""
+        each = [self._tokenizer.greedy_tokenize(text[:end]) for end in range(1, min(len(text), _LONGEST) + 1)]
+        return [ids[0] for ids in each if len(ids) == 1]
+
+
+def _bits(ids: Iterable[int], vocab_size: int) -> npt.NDArray[np.int32]:
+    found = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+    found[list(ids)] = 1
+    return np.packbits(found, bitorder="little").view(np.int32)

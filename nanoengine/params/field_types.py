@@ -12,6 +12,7 @@ import operator
 import re
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -114,7 +115,17 @@ def _plural(annotation: Any) -> str:
     return words.removeprefix("an ").removeprefix("a ") + "s" if words.startswith(("a ", "an ")) else words
 
 
+@cache
+def _as_they_are(annotation: Any) -> frozenset[type]:
+    """Plain types whose values fit and stay what they are."""
+    union = get_origin(annotation) in (Union, types.UnionType)
+    return frozenset(get_args(annotation) if union else (annotation,)) & {bool, int, float, type(None)}
+
+
 def _fit(value: Any, annotation: Any) -> Any:
+    kind = type(value)
+    if kind in _as_they_are(annotation) and (kind is not int or value.bit_length() <= 64):
+        return value  # nearly all values, soonest
     if isinstance(value, np.generic):
         value = value.item()
     elif isinstance(value, np.ndarray):

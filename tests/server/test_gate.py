@@ -271,3 +271,12 @@ def test_the_openapi_page_has_every_field_of_the_engine() -> None:
     assert schema["additionalProperties"] is False
     text = str(page)
     assert all(name in page["components"]["schemas"] for name in re.findall(r"schemas/(\w+)", text))
+
+
+def test_endpoints_of_text_are_reached_before_the_frameworks_own_and_the_page_has_each_once() -> None:
+    server = Server()
+    paths = [getattr(route, "path", None) for route in server.routes.routes]
+    direct = ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/embeddings"]
+    assert {*direct} <= {path for path in paths if paths.index(path) < paths.index(None)}
+    page = server.request("GET", "/openapi.json").json()
+    assert all([*page["paths"][path]] == ["post"] for path in direct)

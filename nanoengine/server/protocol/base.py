@@ -67,7 +67,8 @@ def parsed(model: type[Model], body: bytes) -> Model:
         raise invalid(f"the body is not JSON: {shortened(str(error), 300)}", code="invalid_json") from None
     if not isinstance(data, dict):
         raise invalid(f"the body must be a JSON object, not {type(data).__name__}", code="invalid_json")
-    _refuse_deep(data)
+    if brackets > _MOST_DEPTH:
+        _refuse_deep(data)
     _refuse_unknown(model, data)
     return checked(model, data)
 

@@ -397,8 +397,9 @@ def test_cuts_within_groups_are_refused_with_the_numbers(config, changed, words:
     built(config, source, **changed)
 
 
-def test_act_order_with_static_groups_is_cut(source: Path) -> None:
-    built(GPTQ | {"desc_act": True, "static_groups": True}, source, tp=ShapesOnly(2))
+@pytest.mark.parametrize("how", [{"static_groups": True}, {"group_size": -1}])
+def test_act_order_that_moves_nothing_is_cut(how: dict[str, Any], source: Path) -> None:
+    built(GPTQ | {"desc_act": True} | how, source, tp=ShapesOnly(2))
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ class Int4(LinearMethod):
             self.label += ", inputs rounded to int8"
         turn = transposed if form.by_input else _same
         group = _checked_group(layer, weight, self._group, form.name)
-        if self._act_order and weight.dim == 1 and layer.tp.size > 1:
+        if self._act_order and self._group != -1 and weight.dim == 1 and layer.tp.size > 1:
             raise _scattered(layer)
         packed = {"outputs" if form.packs_outputs else "inputs": layouts.PER_WORD}
         scales = _per_output(weight) if self._group == -1 else divided(layer, weight, inputs=group)

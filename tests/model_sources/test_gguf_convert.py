@@ -20,10 +20,17 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nanoengine.api import ModelSourceError
+from nanoengine.layers.config_keys import Recorded, unread_keys
 from nanoengine.plugins.model_sources import gguf_convert
 from nanoengine.plugins.model_sources.gguf_architectures import ARCHITECTURES
 from nanoengine.plugins.model_sources.gguf_convert import convert
 from nanoengine.plugins.model_sources.gguf_metadata import Metadata, Shape
+from nanoengine.plugins.models.gemma2 import Gemma2
+from nanoengine.plugins.models.gemma3 import Gemma3
+from nanoengine.plugins.models.llama import Llama
+from nanoengine.plugins.models.qwen2 import Qwen2
+from nanoengine.plugins.models.qwen3 import Qwen3
+from nanoengine.setup.start.quantization import quantised_by
 
 HF_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -195,6 +202,17 @@ def test_folder_loads_in_transformers_with_the_same_function(tiny: TinyGGUF, tmp
         logits = loaded(ids).logits
         torch.testing.assert_close(logits, reference(ids).logits, atol=1e-5, rtol=1e-5)
     assert logits.std() > 0.1
+
+
+MODELS = {"llama": Llama, "qwen2": Qwen2, "qwen3": Qwen3, "gemma2": Gemma2, "gemma3": Gemma3}
+
+
+@pytest.mark.parametrize("arch", MODELS)
+def test_the_model_reads_every_key_of_config_json(arch: str, tmp_path: Path) -> None:
+    hf = Recorded(json.loads((converted(TinyGGUF(arch=arch), tmp_path) / "config.json").read_text()))
+    MODELS[arch].read_config(hf)
+    quantised_by(hf)
+    assert unread_keys(hf) == []
 
 
 def test_config_and_generation_config(tmp_path: Path) -> None:

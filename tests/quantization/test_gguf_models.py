@@ -198,6 +198,15 @@ def test_types_that_were_expanded_are_named_in_the_report(tmp_path: Path) -> Non
     assert found["gguf IQ2_XS, expanded when the file was converted"] == (1, 4 * 256 * 512)
 
 
+def test_parts_that_were_expanded_are_named_in_the_report() -> None:
+    given = {"types": {"up": "Q5_1"}, "expanded": {"gate": "IQ4_NL"}}
+    layer = LayerInfo(name="gate_up", kind="linear", shape=(64, 32), sources=("gate", "up"))
+    context = QuantizationContext(name="gguf", config=given, dtype=torch.float32, device="cpu", tp_size=1)
+    method = Gguf.read(context).method(layer)
+    assert method is not None
+    assert method.label == "gguf IQ4_NL (expanded) + Q5_1"
+
+
 # Ranks
 
 

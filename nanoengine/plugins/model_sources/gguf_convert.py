@@ -33,7 +33,7 @@ from nanoengine.plugins.model_sources.gguf_metadata import (
 )
 from nanoengine.plugins.model_sources.gguf_tokenizer import write_tokenizer
 
-CONVERTER_VERSION = 3
+CONVERTER_VERSION = 4
 """Part of the cache key. Increase it if the same file would give another folder."""
 
 KEPT = frozenset({"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"})
@@ -81,6 +81,8 @@ def convert(source: Path, folder: Path, say: Callable[[str], None]) -> None:
     vocab = tensors["token_embd.weight"].shape[0]
     config: dict[str, Any] = {"architectures": [arch.hf_class], "model_type": arch.model_type}
     config |= model_config(meta, name, shape, tensors=tensors, vocab=vocab, dtype=_compute_dtype(tensors.values()))
+    if arch.biases and not arch.optional_biases:  # the model has them in any case, and no key for them
+        del config["attention_bias"]
     config |= arch.details(meta, shape, rope) | quantization_config(tensors, rules)
     write_tokenizer(meta, folder)
     write_json(folder / "config.json", config)

@@ -66,7 +66,7 @@ class Gguf(Quantization):
         if any(kinds):
             if layer.kind == "experts":
                 raise ModelError(f"{layer.name}: experts in the blocks of a GGUF file are not supported")
-            return GgufMethod(kinds, self._dtype)
+            return GgufMethod(kinds, self._dtype, tuple(self._expanded.get(source, "") for source in layer.sources))
         expanded = sorted({self._expanded[source] for source in layer.sources if source in self._expanded})
         return Expanded(expanded) if expanded and layer.kind != "experts" else None
 
@@ -93,14 +93,16 @@ class GgufMethod(LinearMethod):
 
     Args:
         kinds: type of each part's blocks; "": the part is plain.
-        dtype: the model's.
+        dtype: the model's. expanded: the type that a plain part had before it became float32; "": it was plain.
     """
 
-    def __init__(self, kinds: tuple[str, ...], dtype: torch.dtype) -> None:
+    def __init__(self, kinds: tuple[str, ...], dtype: torch.dtype, expanded: tuple[str, ...] = ()) -> None:
         self._kinds, self._dtype = kinds, dtype
         self._pieces: list[_Piece] = []
         self._store: Store | None = None
-        self.label = f"gguf {' + '.join(dict.fromkeys(kind or 'plain' for kind in kinds))}"
+        before = [f"{each} (expanded)" if each else "plain" for each in expanded or kinds]
+        each = (kind or plain for kind, plain in zip(kinds, before, strict=True))
+        self.label = f"gguf {' + '.join(dict.fromkeys(each))}"
 
     def create(self, layer: WeightLayer, weight: ShardSpec) -> None:
         alike = len(set(self._kinds)) == 1

@@ -402,7 +402,7 @@ def _on_cpu(cache: Path, attends_qkv: bool) -> Ops:
     if isinstance(found, Library):
         return CpuOps(found, attends_qkv=attends_qkv)
     _log.warning(
-        "the CPU kernels are not used, layers run on plain torch, which is slower: %s; a C compiler (gcc or clang) "
-        "builds them; engine.fuse_kernels=false does without", found,
+        "the CPU kernels are not used, layers run on plain torch, which is slower: %s, or engine.fuse_kernels=false to "
+        "do without", found,
     )  # fmt: skip
     return Ops()

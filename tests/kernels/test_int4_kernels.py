@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from nanoengine.api.sources import cache_root
 from nanoengine.kernels import int4, int4_triton
 from nanoengine.kernels.activation import act_and_mul
-from nanoengine.kernels.cpu import load
+from nanoengine.kernels.cpu import NotBuilt, load
 from nanoengine.kernels.cpu.twin import product
 from nanoengine.kernels.int4 import Int4Weight, dequantise, pack_codes, unpack_codes
 from nanoengine.kernels.int4_cpu import int4_linear, int4_tiles
@@ -123,7 +123,7 @@ def test_strided_rows_and_a_place_for_the_result(rand, assert_close) -> None:
 def test_by_kernels_in_c(rows, gate, n, zeros) -> None:
     """Against the product of the rounded inputs, with all that may be around it."""
     library = load(cache_root())
-    if isinstance(library, str):
+    if isinstance(library, NotBuilt):
         pytest.skip(library)
     generator = torch.Generator().manual_seed(5)
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from nanoengine import LLM, SamplingParams
 from nanoengine.api.sources import cache_root
-from nanoengine.kernels.cpu import load, twin
+from nanoengine.kernels.cpu import NotBuilt, load, twin
 from nanoengine.plugins.quantizations import gguf as plugin
 from nanoengine.plugins.quantizations.gguf_stores import Blocks
 from nanoengine.plugins.quantizations.gguf_tiles import Tiles
 
-pytestmark = pytest.mark.skipif(isinstance(load(cache_root()), str), reason="no kernels in C")
+pytestmark = pytest.mark.skipif(isinstance(load(cache_root()), NotBuilt), reason="no kernels in C")
 TYPES: list[Any] = ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K", MIX]
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _COMPILERS = ("cc", "gcc", "clang")
+_INSTALL = "install a C compiler that works (gcc or clang)"
 # No contraction: a rounding is where the torch twin has it. The others let loops be vectorised.
 _OPTIONS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 PROCESSORS: tuple[tuple[str, ...], ...] = (("-march=native",), ("-mcpu=native",), ("-DNE_PLAIN",))
@@ -33,9 +34,13 @@ class Built:
 
 @dataclass(frozen=True, slots=True)
 class NotBuilt:
-    """There is no library. why: as text."""
+    """There is no library. why, fix: as text."""
 
     why: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.why}; {self.fix}"
 
 
 @functools.cache
@@ -46,7 +51,7 @@ def built(cache: Path, processors: tuple[tuple[str, ...], ...] = PROCESSORS) -> 
     """
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
-        return NotBuilt(f"there is no C compiler ({', '.join(_COMPILERS)})")
+        return NotBuilt(f"there is no C compiler ({', '.join(_COMPILERS)})", _INSTALL)
     sources = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".c", ".h"))
     try:
         path = cache / "cpu-kernels" / f"{_digest(sources, compiler, processors)}.so"
@@ -55,8 +60,8 @@ def built(cache: Path, processors: tuple[tuple[str, ...], ...] = PROCESSORS) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         why = _build([str(source) for source in sources if source.suffix == ".c"], compiler, processors, path)
     except OSError as error:
-        return NotBuilt(str(error))
-    return Built(path, compiler) if why is None else NotBuilt(why)
+        return NotBuilt(str(error), "set NANOENGINE_CACHE to a folder that you may write to")
+    return Built(path, compiler) if why is None else NotBuilt(why, _INSTALL)
 
 
 def _digest(sources: list[Path], compiler: str, processors: tuple[tuple[str, ...], ...]) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nanoengine.kernels.activation import Activation
-from nanoengine.kernels.cpu.build import Built, built
+from nanoengine.kernels.cpu.build import Built, NotBuilt, built
 
 KINDS: Mapping[str, int] = {
     name: i for i, name in enumerate(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "I8", "I4"))
@@ -181,15 +181,15 @@ class Library:
             raise MemoryError(f"no memory for the attention of {rows} rows")
 
 
-def load(cache: Path) -> Library | str:
+def load(cache: Path) -> Library | NotBuilt:
     """The library in this cache folder, built where it has to be; or why there is none."""
     found = built(cache)
     if not isinstance(found, Built):
-        return found.why
+        return found
     try:
         return Library(found.path)
     except (OSError, AttributeError) as error:
-        return f"{found.path} cannot be loaded: {error}"
+        return NotBuilt(f"{found.path} cannot be loaded: {error}", "delete that file, then it is built again")
 
 
 def _at(tensor: Tensor | None) -> int | None:

@@ -140,15 +140,15 @@ def _cache_folder() -> Finding:
 
 def _cpu_kernels() -> Finding:
     """Which instructions the kernels in C use, or why there are none. Builds them, if no start has done so."""
-    from nanoengine.kernels.cpu import load
+    from nanoengine.kernels.cpu import NotBuilt, load
 
     found = load(cache_root())
-    if isinstance(found, str):
+    if isinstance(found, NotBuilt):
         return _env(
             name="CPU kernels",
             level="note",
-            text=f"not used, a CPU runs on plain torch, which is slower: {found}",
-            fix="install a C compiler (gcc or clang)",
+            text=f"not used, a CPU runs on plain torch, which is slower: {found.why}",
+            fix=found.fix,
         )
     threads = "torch's threads" if found.threaded else "one thread: no OpenMP runtime is loaded"
     return _env(name="CPU kernels", text=f"{found.path}, {threads}")

@@ -35,7 +35,7 @@ from nanoengine.api import (
     StepInputs,
 )
 from nanoengine.api.sources import cache_root
-from nanoengine.kernels.cpu import load
+from nanoengine.kernels.cpu import Library, load
 from nanoengine.kernels.cpu.attention import DecodeAttention, takes
 from nanoengine.kernels.kv_quant import KV_DTYPES, dequantise_heads, quantise_heads, stored_bytes
 from nanoengine.plugins.attention_backends.pieces import Group, Rows, plan_pieces
@@ -138,7 +138,7 @@ class TorchPaged(AttentionBackend):
         self._planned = False
         if device.type == "cpu" and takes(spec.head_size, self.stored):
             library = load(cache_root())
-            self._decode = None if isinstance(library, str) else DecodeAttention(library)
+            self._decode = DecodeAttention(library) if isinstance(library, Library) else None
 
     def _make_band(self, longest: int) -> Tensor:
         """A mask that contains the mask of any chunk of any row as a rectangle: [queries, longest + queries + block].

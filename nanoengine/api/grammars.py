@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -80,6 +80,22 @@ class Matcher(ABC):
         a text that must come next. Bits of `end_ids` have no meaning. Raises `GrammarError` if it cannot be computed
         within the backend's limits.
         """
+
+    @classmethod
+    def consume_each(cls, matchers: Sequence[Self], token_ids: Sequence[int]) -> Mapping[int, str]:
+        """Advance several matchers of this class over one token each.
+
+        Returns the place of each that did not take its token -> why, in the backend's words, or "". It is not used any
+        more. Default: one after the other.
+        """
+        failed = dict[int, str]()
+        for place, (matcher, token) in enumerate(zip(matchers, token_ids, strict=True)):
+            try:
+                if matcher.consume((token,)) != 1:
+                    failed[place] = ""
+            except GrammarError as error:
+                failed[place] = str(error)
+        return failed
 
     @classmethod
     def masks(cls, matchers: Sequence[Self], out: npt.NDArray[np.int32]) -> Set[int]:

@@ -12,6 +12,8 @@ from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from nanoengine.api.grammars import Constraint, Grammar
 
 API_VERSION = 1
@@ -116,7 +118,7 @@ class HostState(ABC):
     """What a processor knows on the host about one sample. `ProcessorParams.start` makes it, once.
 
     The engine may ask for the columns of a draw more than once, and with drafts that are then refused: only `feed`
-    advances the state. What a method raises fails that request alone.
+    (and `columns_together`, for it) advances the state. What a method raises fails that request alone.
 
     Attributes:
         stop_ids: the request's own stop tokens (`stop_token_ids`). The engine sets it after `start`.
@@ -140,14 +142,23 @@ class HostState(ABC):
         """Tokens that must come next, each the only one that is possible in its place. Default: none are known."""
         return ()
 
-    @classmethod  # noqa: B027 - most classes have nothing to share
-    def look_ahead(cls, states: Sequence[Self]) -> None:
-        """Compute together, for instance on several threads, what these states return next. Default: nothing.
+    @classmethod
+    def columns_together(
+        cls, states: Sequence[Self], token_ids: Sequence[Sequence[int]], out: Mapping[str, npt.NDArray[Any]]
+    ) -> Mapping[int, BaseException] | None:
+        """`feed` and `columns(())` of several states in one call, which takes less time, or may use several threads.
 
-        The engine calls it once a step with all states of the class that draw in it: behind `feed` of all of them, and
-        before `forced` and `columns` of any, which must return the same without this call. What it raises fails the
-        requests of all these states: keep the error of one, and raise it in its `forced`.
+        The engine calls it with all states of the class that draw in a step. It must do as the calls one by one, which
+        the engine makes if it returns None, having done nothing (the default). A processor with a ragged column has
+        none.
+
+        Args:
+            token_ids: what each state is fed; nothing where it has had all.
+            out: for each of the processor's columns an array [N] or [N, width], to be filled: row i for state i.
+
+        Returns the place of each state that failed -> what it would have raised. What is raised fails all.
         """
+        return None
 
 
 class ProcessorParams:

@@ -188,7 +188,7 @@ class Engine:
         if not self._in_flight or not self._in_flight[0].handle.late:
             return
         oldest, self._mid_update = self._in_flight[0], True
-        columns, failed = supplied_columns(oldest.step, self._inputs.ctx.vocab_size)
+        columns, failed = supplied_columns(oldest.step, self._inputs.ctx.vocab_size, self.scheduler.config.most_forced)
         self._in_flight[0] = InFlight(oldest.step, self._launched(partial(oldest.handle.supply, columns)))
         self._process(failed)
         self._mid_update = False

@@ -5,14 +5,24 @@ A state is a plugin's: whatever goes wrong in it is a `RequestError("processor_f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from nanoengine.api.errors import RequestError, described, is_failure, nearest, shown
 from nanoengine.api.plugin_calls import place_and_fix
 from nanoengine.api.specs import HostState, ParamsContext
-from nanoengine.params.sampling_params import Draws, PackedProcessor, ResolvedParams, pack_draws
+from nanoengine.params.sampling_params import (
+    Draws,
+    PackedProcessor,
+    ResolvedParams,
+    pack_draws,
+    values_of_draw,
+)
 
 
 @dataclass(slots=True)
@@ -37,44 +47,113 @@ class BoundState:
                 raise _failure(error, self.processor, "feed")  # noqa: B904 - its cause is set
             self.fed += len(new)
 
-    def look(self, drafts: Sequence[int], vocab_size: int) -> tuple[Sequence[int], dict[str, Draws]]:
-        """What is forced behind the draws that count (up to the one behind the right drafts), and of each column the
-        values of 1 + len(drafts) draws."""
-        specs, method, count = self.processor.params.columns, "forced", 1 + len(drafts)
-        columns: dict[str, Draws] = {}
+    def columns(self, drafts: Sequence[int], vocab_size: int) -> dict[str, Draws]:
+        """Of each column the values of 1 + len(drafts) draws."""
+        specs, count, columns = self.processor.params.columns, 1 + len(drafts), dict[str, Draws]()
         try:
-            forced = [index(token) for token in self.state.forced()]
-            if forced and not all(0 <= token < vocab_size for token in forced):
-                raise ValueError(f"returned {shown(forced)}; ids are 0 to {vocab_size - 1}")
-            method = "columns"
             for name, values in self.state.columns(drafts).items():
                 if name not in specs:
                     raise KeyError(f"no column {name!r}: {nearest(name, specs)}")
                 columns[name] = pack_draws(self.name, name, specs[name], values, count, vocab_size)
         except BaseException as error:  # noqa: BLE001 - it is raised
-            raise _failure(error, self.processor, method)  # noqa: B904 - its cause is set
-        if not forced:
-            return forced, columns
-        right = next((i for i, pair in enumerate(zip(forced, drafts, strict=False)) if pair[0] != pair[1]), len(drafts))
-        return forced[1 + right :], columns
+            raise _failure(error, self.processor, "columns")  # noqa: B904 - its cause is set
+        return columns
 
-
-def look_ahead(bounds: Sequence[BoundState]) -> dict[int, RequestError]:
-    """Lets the states of each class compute together what they are asked for next. Returns id(bound) -> error of those
-    whose class failed at it."""
-    errors, classes = dict[int, RequestError](), dict[type[HostState], list[BoundState]]()
-    for bound in bounds:
-        classes.setdefault(type(bound.state), []).append(bound)
-    for of_class, members in classes.items():
+    def forced(self, drafts: Sequence[int], vocab_size: int) -> Sequence[int]:
+        """What is forced behind the draws that count, up to the one behind the right drafts."""
         try:
-            of_class.look_ahead([bound.state for bound in members])
-        except BaseException as error:
-            for bound in members:
-                failure = _failure(error, bound.processor, "look_ahead")
-                if not isinstance(failure, RequestError):
-                    raise
-                errors[id(bound)] = failure
-    return errors
+            forced = [index(token) for token in self.state.forced()]
+            if forced and not all(0 <= token < vocab_size for token in forced):
+                raise ValueError(f"returned {shown(forced)}; ids are 0 to {vocab_size - 1}")
+        except BaseException as error:  # noqa: BLE001 - it is raised
+            raise _failure(error, self.processor, "forced")  # noqa: B904 - its cause is set
+        if not forced:
+            return forced
+        right = next((i for i, pair in enumerate(zip(forced, drafts, strict=False)) if pair[0] != pair[1]), len(drafts))
+        return forced[1 + right :]
+
+
+class Asked(NamedTuple):
+    """A state that is asked for columns.
+
+    Attributes:
+        output: tokens of its sample. draws: numbers of the draws; all but the first of them are behind drafts.
+    """
+
+    bound: BoundState
+    output: Sequence[int]
+    draws: Sequence[int]
+    drafts: Sequence[int]
+
+
+class DrawValues(NamedTuple):
+    """Values of one column for some draws, int32 [N]: flat, those of draw i at offsets[i] to offsets[i + 1]."""
+
+    column: str
+    draws: npt.NDArray[np.int32]
+    values: npt.NDArray[Any]
+    offsets: npt.NDArray[np.int32]
+
+
+def next_columns(asked: Sequence[Asked], vocab_size: int) -> tuple[list[DrawValues], dict[int, RequestError]]:
+    """Feeds states of one processor and class what is new, and takes their columns: of draws that are behind no draft
+    together, where the class can. Also place -> error of those that failed."""
+    found, failed = _together(asked, vocab_size)
+    alone: dict[str, tuple[list[int], list[npt.NDArray[Any]]]] = {}
+    for place, (bound, output, draws, drafts) in enumerate(asked):
+        if place in failed or (found is not None and not drafts):
+            continue
+        try:
+            bound.feed(output)
+            for column, values in bound.columns(drafts, vocab_size).items():
+                numbers, parts = alone.setdefault(column, ([], []))
+                numbers += draws
+                parts += [np.array(each).ravel() for each in values]  # a state may change its own with the next call
+        except RequestError as error:
+            failed[place] = error
+    out = list[DrawValues]()
+    plain = [] if found is None else [i for i, each in enumerate(asked) if not each.drafts and i not in failed]
+    for column, values in (found or {}).items() if plain else ():
+        values = values if len(plain) == len(asked) else values[plain]
+        offsets = np.arange(0, values.size + 1, values.size // len(plain), dtype=np.int32)
+        of_plain = np.array([asked[i].draws[0] for i in plain], np.int32)
+        out.append(DrawValues(column, of_plain, values.ravel(), offsets))
+    for column, (numbers, parts) in alone.items():
+        offsets = np.cumsum([0, *map(len, parts)], dtype=np.int32)
+        out.append(DrawValues(column, np.array(numbers, np.int32), np.concatenate(parts), offsets))
+    return out, failed
+
+
+def _together(
+    asked: Sequence[Asked], vocab_size: int
+) -> tuple[Mapping[str, npt.NDArray[Any]] | None, dict[int, RequestError]]:
+    """By one call of the class: of each column an array, [N] or [N, width], and place -> error. None: it has no way to
+    do so, and nothing was done."""
+    processor, states = asked[0].bound.processor, type(asked[0].bound.state)
+    specs = processor.params.columns
+    if any(spec.ragged for spec in specs.values()):
+        return None, {}
+    new = [each.output[each.bound.fed :] for each in asked]
+    out = {name: np.empty((len(asked), *values_of_draw(spec, vocab_size)), spec.dtype) for name, spec in specs.items()}
+    try:
+        found = states.columns_together([each.bound.state for each in asked], new, out)
+        if found is None:
+            return None, {}
+        failed = {i: _failure(error, processor, "columns_together") for i, error in found.items()}
+        for name, spec in specs.items():
+            pack_draws(processor.name, name, spec, out[name], len(asked), vocab_size)
+    except BaseException as error:  # noqa: BLE001 - it is raised, or each request has it
+        failed = {i: _failure(error, each.bound.processor, "columns_together") for i, each in enumerate(asked)}
+    for each, tokens in zip(asked, new, strict=True):
+        each.bound.fed += len(tokens)
+    return out, {i: _of_request(failure) for i, failure in failed.items()}
+
+
+def _of_request(failure: BaseException) -> RequestError:
+    """What is not an error of a request is raised."""
+    if not isinstance(failure, RequestError):
+        raise failure
+    return failure
 
 
 def start_states(params: ResolvedParams, prompt_token_ids: Sequence[int], ctx: ParamsContext) -> list[BoundState]:

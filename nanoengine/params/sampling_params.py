@@ -412,13 +412,18 @@ def pack_draws(processor: str, name: str, spec: ColumnSpec, values: Any, draws: 
             where = f"logits processor {processor!r}, column {name!r}"
             raise PluginError(f"{where}: {len(values)} sequences for {draws} draws")
         return [pack_column(processor, name, spec, each) for each in values]
-    width = -(-vocab_size // 32) if spec.op is StandardOp.BITMASK else spec.width
-    shape = (draws,) if width is None else (draws, width)
+    shape = (draws, *values_of_draw(spec, vocab_size))
     given = isinstance(values, np.ndarray) and values.shape == shape and values.dtype == spec.dtype
     if not given or spec.op is StandardOp.TEMPERATURE:  # else there is nothing to check or to convert
         values = pack_column(processor, name, spec, values, shape)
     packed: npt.NDArray[Any] = values.reshape(draws, -1)
     return packed
+
+
+def values_of_draw(spec: ColumnSpec, vocab_size: int) -> tuple[int, ...]:
+    """The shape of the values that a column which is not ragged has for one draw."""
+    width = -(-vocab_size // 32) if spec.op is StandardOp.BITMASK else spec.width
+    return () if width is None else (width,)
 
 
 def as_column(value: Any, spec: ColumnSpec) -> np.ndarray[Any, Any]:

@@ -115,6 +115,19 @@ class Chain(HostState):
         return wrong[self.params.wrong]
 
 
+def one_by_one(states: Sequence[Chain], token_ids: Sequence[Sequence[int]], out: Mapping[str, Any]) -> Any:
+    """As `HostState.columns_together` must."""
+    failed = dict[int, BaseException]()
+    for i, (state, new) in enumerate(zip(states, token_ids, strict=True)):
+        try:
+            if new:
+                state.feed(new)
+            out["mask"][i] = state.columns([])["mask"][0]
+        except ValueError as error:
+            failed[i] = error
+    return failed
+
+
 class MaskProcessor(LogitsProcessor):
     phase = Phase.MASK
     sharded = True

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from nanoengine import LLM, RequestOutput, SamplingParams, build
-from nanoengine.core import engine, host_states
+from nanoengine.core import engine
 from nanoengine.core.engine import Engine
 from nanoengine.core.execution.executor import Call, InProcessExecutor
 from nanoengine.core.execution.runner import ModelRunner
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling.draft import Draft
 from nanoengine.core.scheduling.scheduler import Scheduler
+from nanoengine.params.host_states import BoundState
 from nanoengine.params.speculation import MAX_DRAFTS
 from nanoengine.testing.invariants import check_scheduler
 from nanoengine.testing.mock_model import reference_logits
@@ -53,19 +54,26 @@ def follows(prompt: Sequence[int], output: Sequence[int], chain: int = 3) -> boo
 
 
 def chain_llm(tmp_path: Path, **options: Any) -> LLM:
-    return mock_llm(tmp_path, plugins=[PLUGIN], **options)
+    return mock_llm(tmp_path, plugins=[chain_plugin], **options)
 
 
-@pytest.mark.parametrize("overlap", [True, False])
+RUNS = pytest.mark.parametrize(("overlap", "together"), [(True, False), (True, True), (False, True)])
+
+
+@RUNS
 @pytest.mark.parametrize("name", WAYS)
-def test_the_tokens_are_those_of_the_history(tmp_path: Path, name: str, overlap: bool) -> None:
+def test_the_tokens_are_those_of_the_history(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, overlap: bool, together: bool
+) -> None:
     options, asked, happened = WAYS[name]
+    seen = asked_together(monkeypatch) if together else [2]
     params = [CHAIN.replace(max_tokens=24), SamplingParams(temperature=0, max_tokens=24)]
     with chain_llm(tmp_path, **{"overlap": overlap, **options}) as llm:
         found = tokens_of(llm.generate(asked, [params[i % 4 == 3] for i in range(len(asked))], use_tqdm=False))
         stats = llm.stats()
         check_scheduler(llm.engine.scheduler)
     assert found == [greedy(p, 24) if i % 4 == 3 else chained(p, 24) for i, p in enumerate(asked)]
+    assert max(seen) > 1 or name == "batch 1"
     assert happened(stats), stats
     assert stats.free_blocks == stats.num_blocks
 
@@ -210,10 +218,14 @@ def test_a_state_gets_the_tokens_that_a_request_begins_with(tmp_path: Path, know
 JUMPS = CHAIN.replace(chain=-5, ahead=9, max_tokens=24)
 
 
-@pytest.mark.parametrize("overlap", [True, False])
+@RUNS
 @pytest.mark.parametrize("name", WAYS)
-def test_forced_tokens_come_in_one_row(tmp_path: Path, name: str, overlap: bool) -> None:
+def test_forced_tokens_come_in_one_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, overlap: bool, together: bool
+) -> None:
     options, asked, happened = WAYS[name]
+    if together:
+        asked_together(monkeypatch)
     with chain_llm(tmp_path, **{"overlap": overlap, **options}) as llm:
         plain = tokens_of(llm.generate(asked, JUMPS.replace(ahead=0), use_tqdm=False))
         steps = llm.stats().steps
@@ -457,29 +469,58 @@ def test_the_cache_can_be_reset_behind_an_interrupt(tmp_path: Path, monkeypatch:
         assert not llm.engine._in_flight
 
 
-def test_states_that_cannot_look_ahead_fail_their_requests_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def asked_together(patch: pytest.MonkeyPatch) -> list[int]:
+    """Chains are asked together from here on. Returns how many, each time."""
+    seen = list[int]()
+
+    def together(states: Sequence[Any], token_ids: Any, out: Any) -> Any:
+        seen.append(len(states))
+        return chain_plugin.one_by_one(states, token_ids, out)
+
+    patch.setattr(chain_plugin.Chain, "columns_together", together)
+    return seen
+
+
+@pytest.mark.parametrize("wrong", ["feed", "columns", "shape"])
+def test_a_state_that_fails_among_others_fails_its_request_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
-    """All states of the class are asked together, each step; those of other classes, and rows without, go on."""
+    asked = prompts(4, seed=3)
+    params = [CHAIN, CHAIN.replace(wrong=wrong, wrong_at=4), CHAIN, SamplingParams(temperature=0, max_tokens=COUNT)]
+    seen = asked_together(monkeypatch)
+    with chain_llm(tmp_path) as llm:
+        found = llm.generate(asked, params, use_tqdm=False)
+        check_scheduler(llm.engine.scheduler)
+    assert max(seen) == 3
+    assert found[1].error is not None
+    assert found[1].error.code == "processor_failed"
+    assert "columns_together() of logits processor" in str(found[1].error)
+    assert tokens_of([found[0], found[2], found[3]]) == [chained(asked[0]), chained(asked[2]), greedy(asked[3], COUNT)]
+
+
+def test_a_class_that_fails_fails_all_its_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """States of other classes, and rows without, go on."""
     asked = prompts(4, seed=3)
     plain = SamplingParams(temperature=0, max_tokens=COUNT)
     params = [CHAIN, CHAIN, plain.replace(pair=(3, 4), pair_walks=True), plain]
-    seen: list[int] = []
-    with mock_llm(tmp_path, plugins=[chain_plugin]) as llm:
+    seen = asked_together(monkeypatch)
+    together = chain_plugin.Chain.columns_together
+
+    def failing(*args: Any) -> Any:
+        if len(seen) == 4:
+            raise ValueError("no threads")
+        return together(*args)
+
+    with chain_llm(tmp_path) as llm:
         want = llm.generate(asked, params, use_tqdm=False)
-
-        def look_ahead(states: Sequence[chain_plugin.Chain]) -> None:
-            seen.append(len(states))
-            if len(seen) == 4:
-                raise ValueError("no threads")
-
-        monkeypatch.setattr(chain_plugin.Chain, "look_ahead", look_ahead)
+        seen.clear()
+        monkeypatch.setattr(chain_plugin.Chain, "columns_together", failing)
         found = llm.generate(asked, params, use_tqdm=False)
-        assert seen == [2, 2, 2, 2]
+        assert seen == [2] * 4
         for output in found[:2]:
             assert output.error is not None
             assert output.error.code == "processor_failed"
-            assert "look_ahead() of logits processor" in str(output.error)
+            assert "columns_together() of logits processor" in str(output.error)
         assert tokens_of(found[2:]) == tokens_of(want[2:])
         check_scheduler(llm.engine.scheduler)
 
@@ -488,28 +529,27 @@ def test_states_that_cannot_look_ahead_fail_their_requests_alone(
 
 
 def columns_of_the_draw_before(patch: pytest.MonkeyPatch) -> None:
-    columns = host_states._feed
-
-    def broken(request: Request, *rest: Any) -> Any:
-        newest = request.output_token_ids[-1:]
-        del request.output_token_ids[-1:]
-        try:
-            return columns(request, *rest)
-        finally:
-            request.output_token_ids += newest
-
-    patch.setattr(host_states, "_feed", broken)
+    feed = BoundState.feed
+    patch.setattr(BoundState, "feed", lambda self, output: feed(self, output[:-1]))
 
 
 def fed_twice(patch: pytest.MonkeyPatch) -> None:
-    columns = host_states._feed
+    feed = BoundState.feed
 
-    def broken(request: Request, *rest: Any) -> Any:
-        for bound in request.host_states:
-            bound.fed = max(0, bound.fed - 1)
-        return columns(request, *rest)
+    def broken(self: BoundState, output: Sequence[int]) -> None:
+        self.fed = max(0, self.fed - 1)
+        feed(self, output)
 
-    patch.setattr(host_states, "_feed", broken)
+    patch.setattr(BoundState, "feed", broken)
+
+
+def rows_of_others(patch: pytest.MonkeyPatch) -> None:
+    def together(states: Sequence[Any], token_ids: Any, out: Any) -> Any:
+        failed = chain_plugin.one_by_one(states, token_ids, out)
+        out["mask"][:] = out["mask"][::-1].copy()
+        return failed
+
+    patch.setattr(chain_plugin.Chain, "columns_together", together)
 
 
 def shared_by_samples(patch: pytest.MonkeyPatch) -> None:
@@ -535,7 +575,9 @@ def supplied_to_another_row(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ModelRunner, "_supply", broken)
 
 
-@pytest.mark.parametrize("mutant", [columns_of_the_draw_before, fed_twice, shared_by_samples, supplied_to_another_row])
+@pytest.mark.parametrize(
+    "mutant", [columns_of_the_draw_before, fed_twice, rows_of_others, shared_by_samples, supplied_to_another_row]
+)
 def test_mutants_change_the_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: Callable[[pytest.MonkeyPatch], None]
 ) -> None:

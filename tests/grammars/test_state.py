@@ -71,7 +71,7 @@ def test_looking_ahead_is_feeding(number: int, reasoning: int | None) -> None:
 
 
 def together(monkeypatch: pytest.MonkeyPatch, threads: int) -> bool:
-    """Whether states that look ahead together, in steps in which some have got a token and some have not, say what each
+    """Whether states that are asked together, in steps in which some have got tokens and some have not, say what each
     says alone."""
     rng, executor = random.Random(1), LLExecutor(threads) if threads else None
     monkeypatch.setattr(llguidance, "_FEWEST_IN_PARALLEL", 2)
@@ -80,28 +80,32 @@ def together(monkeypatch: pytest.MonkeyPatch, threads: int) -> bool:
     for made in states:
         made._matcher._executor = executor  # type: ignore[attr-defined]
         made.stop_ids = frozenset([ord("!")])
+    new = [list[int]() for _ in each]
     for _ in range(12):
-        GrammarState.look_ahead(states)
-        for made, tokens, (constraint, reasoning) in zip(states, fed, each, strict=True):
+        out = np.full((len(states), VOCAB // 32), 0x5A5A5A5A, np.int32)
+        if GrammarState.columns_together(states, new, {"allowed": out}):
+            return False
+        for i, (made, tokens, (constraint, reasoning)) in enumerate(zip(states, fed, each, strict=True)):
+            tokens += new[i]
             alone = state(constraint, reasoning)
             alone.stop_ids = made.stop_ids
-            alone.feed(tokens)
-            if list(made.forced()) != list(alone.forced()):
+            if tokens:
+                alone.feed(tokens)
+            here = allowed(out[i])
+            if here != allowed(alone.columns([])["allowed"][0]) or list(made.forced()) != list(alone.forced()):
                 return False
-            here = allowed(made.columns([])["allowed"][0])
-            if here != allowed(alone.columns([])["allowed"][0]):
-                return False
-            if rng.random() < 0.7:
-                token = CLOSE if reasoning is not None and rng.random() < 0.3 and CLOSE in here else rng.choice(here)
-                made.feed([token])
-                tokens.append(token)
+            token = CLOSE if reasoning is not None and rng.random() < 0.3 and CLOSE in here else rng.choice(here)
+            new[i] = [token] if rng.random() < 0.8 else []
+            if new[i] and rng.random() < 0.2:
+                alone.feed(new[i])
+                new[i].append(rng.choice(allowed(alone.columns([])["allowed"][0])))
     assert sum(map(len, fed)) > 100
     return True
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-def test_states_look_ahead_together(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
-    """By one call of llguidance for all of them, and one by one."""
+def test_states_that_are_asked_together_say_what_each_says_alone(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """By two calls of llguidance for all of them, and one by one."""
     assert together(monkeypatch, threads)
 
 
@@ -110,19 +114,17 @@ def rows_shifted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(llguidance._Matcher, "masks", lambda matchers, out: masks(matchers[1:] + matchers[:1], out))
 
 
-def masks_of_the_step_before(patch: pytest.MonkeyPatch) -> None:
-    feed = GrammarState.feed
-
-    def broken(self: GrammarState, token_ids: Any) -> None:
-        known = self._next
-        feed(self, token_ids)
-        self._next = known
-
-    patch.setattr(GrammarState, "feed", broken)
+def masks_before_feeding(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(llguidance._Matcher, "consume_each", lambda matchers, token_ids: {})
 
 
-@pytest.mark.parametrize("mutant", [rows_shifted, masks_of_the_step_before])
-def test_mutants_of_looking_ahead_are_caught(monkeypatch: pytest.MonkeyPatch, mutant: Any) -> None:
+def ends_of_others(patch: pytest.MonkeyPatch) -> None:
+    may_end = GrammarState._may_end.fget  # type: ignore[attr-defined]
+    patch.setattr(GrammarState, "_may_end", property(lambda self: self._num_fed % 2 == 0 and may_end(self)))
+
+
+@pytest.mark.parametrize("mutant", [rows_shifted, masks_before_feeding, ends_of_others])
+def test_mutants_of_asking_together_are_caught(monkeypatch: pytest.MonkeyPatch, mutant: Any) -> None:
     mutant(monkeypatch)
     try:
         same = together(monkeypatch, 2)
@@ -131,18 +133,33 @@ def test_mutants_of_looking_ahead_are_caught(monkeypatch: pytest.MonkeyPatch, mu
     assert not same
 
 
-def test_a_state_that_fails_ahead_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    states = [state(Constraint(kind="regex", text="ab?")) for _ in range(3)]
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_state_that_fails_among_others_fails_alone(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """One's mask is beyond the limits, one is fed what its grammar refuses, and one several such tokens."""
+    monkeypatch.setattr(llguidance, "_FEWEST_IN_PARALLEL", 2)
+    states = [state(Constraint(kind="regex", text="ab?")) for _ in range(5)]
+    for made in states:
+        made._matcher._executor = LLExecutor(threads) if threads else None  # type: ignore[attr-defined]
 
     def failing(out: Any) -> None:
         raise GrammarError("beyond its limits")
 
+    def masks(matchers: Any, out: Any) -> Any:
+        return compute(matchers, out) | {i for i, each in enumerate(matchers) if each is states[1]._matcher}
+
+    compute = llguidance._Matcher.masks
     states[1]._matcher.mask = failing  # type: ignore[method-assign]
-    GrammarState.look_ahead(states)
-    for made in (states[0], states[2]):
-        assert allowed(made.columns([])["allowed"][0]) == [ord("a")]
-    with pytest.raises(GrammarError, match="beyond its limits"):
-        states[1].forced()
+    monkeypatch.setattr(llguidance._Matcher, "masks", masks)
+    out = np.zeros((5, VOCAB // 32), np.int32)
+    fed = [[ord("a")], [], [ord("x")], [ord("a"), ord("b"), ord("b")], []]
+    failed = GrammarState.columns_together(states, fed, {"allowed": out})
+    assert failed is not None
+    assert sorted(failed) == [1, 2, 3]
+    assert str(failed[1]) == "beyond its limits"
+    assert "token 0 of the output, id 120, is not allowed by the grammar" in str(failed[2])
+    assert "token 2 of the output, id 98, is not allowed by the grammar" in str(failed[3])
+    assert allowed(out[0]) == sorted([ord("b"), END_ID])
+    assert allowed(out[4]) == [ord("a")]
 
 
 def test_the_end_follows_the_grammar() -> None:

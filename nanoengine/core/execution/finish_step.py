@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -148,7 +149,7 @@ class FinishStep:
         self.model, self.tables, self.sampler, self.tp = model, tables, sampler, tp
         self.drafter = drafter
         self.vocab_size = tables.limits.vocab_size
-        self._chosen: tuple[tuple[int, bytes], DrawPlan] | None = None
+        self._chosen: tuple[Any, DrawPlan] | None = None
 
     def choose(self, plan: StepPlan, supplied: Sequence[SuppliedColumn] = ()) -> DrawPlan:
         """How the plan's tokens are drawn: as last time, if its rows are the same and ask for the same. supplied: as
@@ -158,8 +159,8 @@ class FinishStep:
         counts, and they are made again when another request enters the slot.
         """
         tables, slots = self.tables, plan.slots[plan.logits_rows[plan.sampled]]
-        key = tables.changes, slots.tobytes()
-        if self._chosen is not None and self._chosen[0] == key and not supplied:
+        key = tables.changes, slots.tobytes(), [(c.processor, c.column, c.draws.tobytes()) for c in supplied]
+        if self._chosen is not None and self._chosen[0] == key:
             return self._chosen[1]
         random = ~tables.host_greedy[slots]
         wants = {name: of_slots[slots] for name, of_slots in tables.host_wants.items() if of_slots.any()}
@@ -172,7 +173,7 @@ class FinishStep:
             min_tokens=bool(tables.host_min_tokens[slots].any()),
             logprobs=bool((tables.host_num_logprobs[slots] >= 0).any()),
         )
-        self._chosen = None if supplied else (key, how)
+        self._chosen = key, how
         return how
 
     def eager(self, step: Forwarded, how: DrawPlan, supplied: Sequence[SuppliedColumn] = ()) -> LaunchedStep:
@@ -331,8 +332,10 @@ def pool(plan: StepPlan, hidden: Tensor) -> Tensor:
     return span_sums(hidden, upload(last, hidden.device), list(zip(first.tolist(), last.tolist(), strict=True)))
 
 
-def of_draws(plan: StepPlan, supplied: Sequence[SuppliedColumn]) -> list[SuppliedColumn]:
+def of_draws(plan: StepPlan, supplied: Sequence[SuppliedColumn]) -> Sequence[SuppliedColumn]:
     """The same columns, with their `draws` counted among the plan's sampled positions."""
+    if plan.sampled.all():
+        return supplied
     place = np.cumsum(plan.sampled, dtype=np.int32) - 1
     return [replace(column, draws=place[column.draws]) for column in supplied]
 

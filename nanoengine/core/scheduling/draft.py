@@ -82,8 +82,7 @@ class Draft:
         if sampled:
             request.length += 1 + len(drafts)
             self.late |= bool(request.host_states)
-            checked = request.host_states or request.drafted
-            request.pick_check_at = 0 if checked else min(request.max_len, request.capacity + 1)
+            request.pick_check_at = 0 if drafts or request.drafted else min(request.max_len, request.capacity + 1)
         if num_new == 1 and sampled and end > request.prompt_len:
             self.slots.append(request.slot)
             self.starts.append(start)

@@ -139,10 +139,10 @@ class Scheduler:
         for request in order:
             length = request.length
             if length < request.pick_check_at and budget:
+                draft.late = draft.late or bool(request.host_states)
                 slots.append(request.slot)
                 starts.append(length - 1)
-                request.num_computed = length
-                request.length = length + 1
+                request.num_computed, request.length = length, length + 1
                 budget -= 1
                 continue
             draft.budget = budget

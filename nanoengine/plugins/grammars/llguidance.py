@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, Self
 
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
@@ -142,9 +142,18 @@ class _Matcher(Matcher):
             self._added.correct(self._matcher, out)
 
     @classmethod
+    def consume_each(cls, matchers: Sequence[Self], token_ids: Sequence[int]) -> Mapping[int, str]:
+        if (executor := _executor_of(matchers)) is None:
+            return super().consume_each(matchers, token_ids)
+        own = [each._matcher for each in matchers]
+        taken = executor.consume_token_par(list(zip(own, token_ids, strict=True)))
+        if all(taken):
+            return {}
+        return {i: f"llguidance: {_first_part(own[i].get_error())}" for i, done in enumerate(taken) if not done}
+
+    @classmethod
     def masks(cls, matchers: Sequence[Self], out: npt.NDArray[np.int32]) -> Set[int]:
-        executor = matchers[0]._executor if len(matchers) >= _FEWEST_IN_PARALLEL else None
-        if executor is None:
+        if (executor := _executor_of(matchers)) is None:
             return super().masks(matchers, out)
         every = [(each._matcher, place) for place, each in enumerate(matchers)]
         executor.unsafe_compute_mask_ptr(every, out.__array_interface__["data"][0], out.strides[0], len(out))
@@ -164,6 +173,10 @@ class _Matcher(Matcher):
     def _check(self) -> None:
         if self._matcher.is_error():
             raise GrammarError(f"llguidance: {_first_part(self._matcher.get_error())}")
+
+
+def _executor_of(matchers: Sequence[_Matcher]) -> LLExecutor | None:
+    return matchers[0]._executor if len(matchers) >= _FEWEST_IN_PARALLEL else None
 
 
 def _schema(constraint: Constraint) -> Any:

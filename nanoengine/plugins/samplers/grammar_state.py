@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -20,7 +20,7 @@ from nanoengine.api import (
     StandardOp,
     TokenizerMissing,
 )
-from nanoengine.api.errors import RequestError
+from nanoengine.api.errors import GrammarError, RequestError
 from nanoengine.api.grammars import only_id
 from nanoengine.api.structured_outputs import StructuredOutputsParams
 
@@ -121,7 +121,6 @@ class GrammarState(HostState):
         self._num_ids = 0 if reasoning is None else min(ctx.num_tokens, ctx.vocab_size)
         self._num_fed = self._consumed = 0
         self._next: npt.NDArray[np.uint32] | None = None  # the mask behind what was fed; None: not computed yet
-        self._may_force = False  # it may have one id only
 
     def feed(self, token_ids: Sequence[int]) -> None:
         self._next = None
@@ -130,9 +129,7 @@ class GrammarState(HostState):
             self._consumed, self._num_fed, token_ids = self._consumed + taken, self._num_fed + taken, token_ids[taken:]
         for token in token_ids:
             if not self._take(token):
-                raise RequestError(
-                    "grammar_failed", f"token {self._num_fed} of the output, id {token}, is not allowed by the grammar"
-                )
+                raise self._refusal(token)
             self._num_fed += 1
 
     def columns(self, drafts: Sequence[int]) -> Mapping[str, Any]:
@@ -154,7 +151,7 @@ class GrammarState(HostState):
 
     def forced(self) -> Sequence[int]:
         mask = self._mask_of_next()
-        if not self._may_force or not self._in_grammar or only_id(mask.view(np.int32)) is None:
+        if not self._in_grammar or only_id(mask.view(np.int32)) is None:
             return ()
         return self._matcher.forced(_MOST_FORCED, self._width)
 
@@ -173,26 +170,60 @@ class GrammarState(HostState):
         return self._ended and token in self.stop_ids
 
     @classmethod
-    def look_ahead(cls, states: Sequence[Self]) -> None:
-        """One array has the masks of all, and each state a row of it: those of matchers first, then the others'."""
-        new = [state for state in states if state._next is None]
-        new.sort(key=lambda state: not state._in_grammar)
-        if not new:
-            return
-        matchers = [state._matcher for state in new if state._in_grammar]
-        masks = np.empty((len(new), new[0]._width), np.uint32)
-        failed: Set[int] = set()
-        if matchers:
-            failed = type(matchers[0]).masks(matchers, masks[: len(matchers)].view(np.int32))
-        for place, (state, mask) in enumerate(zip(new, masks, strict=True)):
-            if place >= len(matchers):
-                state._mask_outside(mask)
-            if place not in failed:  # else computing its own raises
-                state._set_ends(mask)
-                state._next = mask
-        bits = np.bitwise_or.reduce(masks, axis=1)
-        for state, force in zip(new, ((bits & (bits - 1)) == 0).tolist(), strict=True):
-            state._may_force = force
+    def columns_together(
+        cls, states: Sequence[Self], token_ids: Sequence[Sequence[int]], out: Mapping[str, npt.NDArray[Any]]
+    ) -> Mapping[int, BaseException] | None:
+        """All matchers advance together, and then fill in their masks together."""
+        failed, masks = cls._feed_together(states, token_ids), out["allowed"].view(np.uint32)
+        inside, outside = list[int](), list[int]()
+        for i, state in enumerate(states):
+            if i not in failed:
+                state._next = masks[i]
+                (inside if state._in_grammar else outside).append(i)
+        if inside:
+            every, matchers = len(inside) == len(states), [states[i]._matcher for i in inside]
+            rows = masks if every else np.empty((len(inside), masks.shape[1]), np.uint32)
+            for at in type(matchers[0]).masks(matchers, rows.view(np.int32)):
+                try:
+                    matchers[at].mask(rows[at].view(np.int32))
+                except GrammarError as error:
+                    failed[inside[at]] = error
+            if not every:
+                masks[inside] = rows
+        for i in outside:
+            states[i]._mask_outside(masks[i])
+        ending = [i for i, state in enumerate(states) if i not in failed and state._may_end]
+        for word, bit in states[0]._end_bits:
+            masks[:, word] &= ~bit
+            masks[ending, word] |= bit
+        for i in ending:
+            states[i]._set_stops(masks[i])
+        return failed
+
+    @classmethod
+    def _feed_together(cls, states: Sequence[Self], token_ids: Sequence[Sequence[int]]) -> dict[int, BaseException]:
+        """Returns place -> error of those that failed."""
+        failed, places = dict[int, BaseException](), list[int]()
+        for i, (state, new) in enumerate(zip(states, token_ids, strict=True)):
+            if len(new) == 1 and state._in_grammar and new[0] not in state._ends and new[0] not in state.stop_ids:
+                places.append(i)  # most often
+            elif new:
+                try:
+                    state.feed(new)
+                except RequestError as error:
+                    failed[i] = error
+        if places:
+            matchers, tokens = [states[i]._matcher for i in places], [token_ids[i][0] for i in places]
+            for at, why in type(matchers[0]).consume_each(matchers, tokens).items():
+                failed[places[at]] = states[places[at]]._refusal(tokens[at], why)
+            for i in places:
+                states[i]._consumed += 1
+                states[i]._num_fed += 1
+        return failed
+
+    def _refusal(self, token: int, why: str = "") -> RequestError:
+        text = f"token {self._num_fed} of the output, id {token}, is not allowed by the grammar"
+        return RequestError("grammar_failed", f"{text}: {why}" if why else text)
 
     @property
     def _in_grammar(self) -> bool:
@@ -203,7 +234,7 @@ class GrammarState(HostState):
         if self._next is None:
             mask = np.empty(self._width, np.uint32)
             self._mask(mask)
-            self._next, self._may_force = mask, True
+            self._next = mask
         return self._next
 
     def _mask(self, row: npt.NDArray[np.uint32]) -> None:
@@ -222,10 +253,17 @@ class GrammarState(HostState):
             if self._num_ids % 32:
                 row[self._num_ids // 32] = (1 << self._num_ids % 32) - 1
 
+    @property
+    def _may_end(self) -> bool:
+        return self._ended or (self._reasoning is None and self._matcher.is_accepting)
+
     def _set_ends(self, row: npt.NDArray[np.uint32]) -> None:
-        may_end = self._ended or (self._reasoning is None and self._matcher.is_accepting)
+        may_end = self._may_end
         for word, bit in self._end_bits:
             row[word] = row[word] | bit if may_end else row[word] & ~bit
         if may_end:
-            for stop in self.stop_ids:
-                row[stop // 32] |= np.uint32(1 << stop % 32)
+            self._set_stops(row)
+
+    def _set_stops(self, row: npt.NDArray[np.uint32]) -> None:
+        for stop in self.stop_ids:
+            row[stop // 32] |= np.uint32(1 << stop % 32)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ _COMPLETION = ("install_completion", "show_completion")
 
 def call(name: str, words: Sequence[str]) -> None:
     """Calls a command as if `words` were typed after its name. Raises `typer.Exit`, and what the command raises."""
-    with Listed(discover(), name).make_context(f"nanoengine {name}", list(words)) as context:
+    registry = discover()
+    with _hints(registry, words), Listed(registry, name).make_context(f"nanoengine {name}", list(words)) as context:
         context.command.invoke(context)
 
 
@@ -41,8 +43,32 @@ class Commands(TyperGroup):
             return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: Any) -> Any:
-        with user_errors(debug=False):
+        words = [*getattr(ctx, "_protected_args", ()), *ctx.args]  # click takes words from its lists
+        with user_errors(debug=False), _hints(_registry(ctx), words):
             return super().invoke(ctx)
+
+
+@contextmanager
+def _hints(registry: Registry, words: Sequence[str]) -> Iterator[None]:
+    """A context in which click's errors say what to write in the place of an unknown option or a missing configuration.
+
+    They are errors of typer's click, whose classes have no public names.
+    """
+    try:
+        yield
+    except Exception as error:
+        context: Any = getattr(error, "ctx", None)
+        params = () if context is None else [each.name for each in context.command.params]
+        if "overrides" in params and hasattr(error, "possibilities"):
+            from nanoengine.cli.completion import instead_of_option
+
+            option = str(getattr(error, "option_name", ""))
+            error.message += instead_of_option(registry, option, words)  # type: ignore[attr-defined]
+        elif "overrides" in params and getattr(getattr(error, "param", None), "name", "") == "config":
+            from nanoengine.cli.completion import example_of
+
+            error.message = example_of(context.command_path)  # type: ignore[attr-defined]
+        raise
 
 
 def _registry(context: Any) -> Registry:
@@ -73,16 +99,7 @@ class Listed(TyperCommand):
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         command = self._load()
         if parent is None or isinstance(parent, command.context_class):
-            given = list(args)  # click takes words from its list
-            try:
-                return command.make_context(info_name, args, parent, **extra)
-            except Exception as error:  # of typer's click, whose NoSuchOption has no public name
-                if hasattr(error, "possibilities") and any(each.name == "overrides" for each in command.params):
-                    from nanoengine.cli.completion import instead_of_option
-
-                    option = str(getattr(error, "option_name", ""))
-                    error.message += instead_of_option(self._registry, option, given)  # type: ignore[attr-defined]
-                raise
+            return command.make_context(info_name, args, parent, **extra)
         command.main(args, prog_name=f"{parent.command_path} {info_name}")  # typer may have its own version of click
         raise AssertionError("click did not end the process")
 

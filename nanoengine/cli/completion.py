@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 
 from nanoengine.cli.config_list import RECIPES, options_of
 from nanoengine.params.engine_options import EngineOptions
-from nanoengine.params.sampling_fields import legal_fields
+from nanoengine.params.sampling_fields import NOT_SUPPORTED, legal_fields
+from nanoengine.setup.config.engine_options import OPTIONS_NOT_SUPPORTED
 from nanoengine.setup.config.sampler_section import logits_processors
 from nanoengine.setup.config.sections import section_keys, section_names
 from nanoengine.setup.plugins.discover import discover
@@ -55,12 +57,29 @@ def _beginning(found: Sequence[str], incomplete: str) -> list[str]:
 
 
 def instead_of_option(registry: Registry, option: str, words: Sequence[str]) -> str:
-    """The tail of the message about an option that is an override here, or an option of Hydra; "" for any other."""
+    """The tail of the message about an option that is an override here, or an option of Hydra or vLLM; "" for others.
+
+    Of an unknown name, the override whose name is most like it.
+    """
     name = option.lstrip("-").replace("-", "_")
     if name in ("cfg", "info", "resolve"):
         return ". nanoengine config show CONFIG [OVERRIDES]... prints the composed configuration"
-    found = [key for key in keys(registry) if name == key.rstrip("=").rpartition(".")[2]]
+    instead = OPTIONS_NOT_SUPPORTED.get(name) or NOT_SUPPORTED.get(name)
+    by_name: dict[str, list[str]] = {}
+    for key in [*keys(registry), *(f"{option.group}=" for option in options_of(registry)[0])]:
+        by_name.setdefault(key.rstrip("=").rpartition(".")[2], []).append(key)
+    if name not in by_name and instead:
+        return f". {instead[0].upper()}{instead[1:]}"
+    longer = [each for each in by_name if len(name) > 2 and each.startswith(name)]
+    close = [name] if name in by_name else get_close_matches(name, by_name, n=1, cutoff=0.75) or longer[:1]
+    found = list(dict.fromkeys(key for each in close for key in by_name[each]))
     at = next((n for n, word in enumerate(words) if word.partition("=")[0] == option), len(words))
     word, following = "".join(words[at : at + 1]), "".join(words[at + 1 : at + 2])
     value = word.partition("=")[2] or ("" if following.startswith("-") or "=" in following else following) or "VALUE"
     return f". Write {' or '.join(f'{key}{value}' for key in found)}" if found else ""
+
+
+def example_of(command: str) -> str:
+    """The tail of the message about a command line without a configuration. `command`: its path."""
+    prompts = " 'prompts=[hi]'" if command.endswith((" run", " sweep")) else ""
+    return f"For example: {command} smollm2-135m{prompts}, {command} quickstart, {command} config.yaml"

@@ -8,6 +8,7 @@ tuple is a list).
 from __future__ import annotations
 
 import dataclasses
+import json
 import operator
 import re
 import types
@@ -38,6 +39,7 @@ _WORDS: dict[Any, str] = {
     Any: "a value",
     Callable: "a function",
 }
+_YAML_WORDS: dict[Any, str] = {**_WORDS, bool: "true or false", type(None): "null"}
 # Converts a value of a subclass to the plain type, so that methods which the subclass overrides are not called.
 _PLAIN: dict[Any, Callable[[Any], Any]] = {int: operator.index, float: float.__float__, str: str.__str__}
 _LISTS = (list, tuple, Sequence, Collection, set, frozenset, Set)
@@ -58,61 +60,77 @@ class _WrongField(_Misfit):
         self.key, self.annotation, self.misfit = key, annotation, misfit
 
 
-def conform(name: str, value: Any, annotation: Any) -> Any:
+def conform(name: str, value: Any, annotation: Any, words: Mapping[Any, str] = _WORDS) -> Any:
     """`value` converted to the type of `annotation`: integers become floats where needed, containers are copied.
 
     Numbers and strings of subclasses, such as `IntEnum`, become plain ones. Raises `ParamsError` that names the field,
     what it must be, and the part that is wrong. A dataclass is made of a mapping of its fields; what it raises itself
-    is raised unchanged.
+    is raised unchanged. `words`: names of types in the messages.
     """
     try:
         return _fit(value, annotation)
     except NanoEngineError:
         raise
     except _Misfit as misfit:
-        raise ParamsError(_explained(name, value, annotation, misfit)) from None
+        raise ParamsError(_explained(name, value, annotation, misfit, words)) from None
     except BaseException as error:  # the value's class may be any code
         if not is_failure(error):
             raise
-        raise ParamsError(f"{name} must be {describe(annotation)}; reading it raised {described(error)}") from error
+        raise ParamsError(
+            f"{name} must be {describe(annotation, words)}; reading it raised {described(error)}"
+        ) from error
 
 
 def conform_text(name: str, value: Any, annotation: Any) -> Any:
-    """`conform` for what YAML and the command line give: "None" means null where null is a value of the field."""
-    if value == "None" and type(None) in (annotation, *get_args(annotation)):
+    """`conform` for what YAML and the command line give, with YAML's words in the messages.
+
+    "None" means null where null is a value of the field, and "none" where it is no text of the field.
+    """
+    nullable = type(None) in (annotation, *get_args(annotation))
+    if value == "None" and nullable:
         return None
-    return conform(name, value, annotation)
+    try:
+        return conform(name, value, annotation, _YAML_WORDS)
+    except ParamsError:
+        if nullable and isinstance(value, str) and value.lower() == "none":
+            return None
+        raise
 
 
-def _explained(name: str, value: Any, annotation: Any, misfit: _Misfit) -> str:
+def _explained(name: str, value: Any, annotation: Any, misfit: _Misfit, words: Mapping[Any, str]) -> str:
     if isinstance(misfit, _WrongField):
         if isinstance(misfit.misfit, str):
             return f"{name} has no key {shown(misfit.key)}; {misfit.misfit}"
-        return _explained(f"{name}.{misfit.key}", misfit.part, misfit.annotation, misfit.misfit)
-    within = "" if misfit.part is value else f" (because of {shown(misfit.part)})"
+        return _explained(f"{name}.{misfit.key}", misfit.part, misfit.annotation, misfit.misfit, words)
+    as_text = _yaml if words is _YAML_WORDS else shown
+    within = "" if misfit.part is value else f" (because of {as_text(misfit.part)})"
     within += misfit.wrong and f": {misfit.wrong}"
-    return f"{name} must be {describe(annotation)}, not {shown(value)}{within}"
+    return f"{name} must be {describe(annotation, words)}, not {as_text(value)}{within}"
 
 
-def describe(annotation: Any) -> str:
-    """The annotation as text: "a number, or None"."""
+def _yaml(value: Any) -> str:
+    return json.dumps(value) if value is None or isinstance(value, bool) else shown(value)
+
+
+def describe(annotation: Any, words: Mapping[Any, str] = _WORDS) -> str:
+    """The annotation as text: "a number, or None". `words`: names of types."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
-        return ", or ".join(describe(a) for a in args)
+        return ", or ".join(describe(a, words) for a in args)
     if origin is Literal:
         return " or ".join(repr(a) for a in args)
     if origin in (dict, Mapping):
-        return f"a mapping from {_plural(args[0])} to {_plural(args[1])}"
+        return f"a mapping from {_plural(args[0], words)} to {_plural(args[1], words)}"
     if origin in _LISTS:
-        return f"a list of {_plural(args[0])}"
+        return f"a list of {_plural(args[0], words)}"
     if dataclasses.is_dataclass(annotation):
         return f"a mapping of {', '.join(field.name for field in dataclasses.fields(annotation))}"
-    return _WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
+    return words.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
-def _plural(annotation: Any) -> str:
-    words = describe(annotation)
-    return words.removeprefix("an ").removeprefix("a ") + "s" if words.startswith(("a ", "an ")) else words
+def _plural(annotation: Any, words: Mapping[Any, str]) -> str:
+    text = describe(annotation, words)
+    return text.removeprefix("an ").removeprefix("a ") + "s" if text.startswith(("a ", "an ")) else text
 
 
 @cache
@@ -200,7 +218,9 @@ def _fit_plain(value: Any, annotation: Any) -> Any:
 
 
 def _bytes(value: Any) -> Any:
-    """The bytes of a size as text; anything else unchanged."""
+    """The bytes of a size as text, or of a whole number such as 1e9; anything else unchanged."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
     if not isinstance(value, str) or not (found := _SIZE.fullmatch(value.strip())):
         return value
     number, prefix, binary = found.groups()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,13 @@ def test_a_mistyped_name_is_no_model(name: str) -> None:
         (["--model", "owner/name"], "Write model=owner/name"),
         (["--cfg", "job"], "nanoengine config show CONFIG"),
         (["--nonsense"], "No such option: --nonsense\n"),
+        (["--temp", "0.2"], "Write sampler.temperature=0.2"),
+        (["--temprature=0.2"], "Write sampler.temperature=0.2"),
+        (["--sampler", "greedy"], "Write sampler=greedy"),
+        (["--api-key", "x"], "Write server.api_keys=x"),
+        (["--seed", "1"], "Write engine.seed=1 or sampler.seed=1"),
+        (["--kv-cache-dtype", "fp8"], "Its name is kv_dtype: kv_dtype='fp8', or engine.kv_dtype=fp8"),
+        (["--best-of", "2"], "Request n samples and choose by cumulative_logprob"),
     ],
 )
 def test_an_unknown_option_names_the_override(nanoengine: Run, words: list[str], message: str) -> None:
@@ -63,13 +71,50 @@ def test_an_unknown_option_names_the_override(nanoengine: Run, words: list[str],
     assert message in result.stderr
 
 
+def test_commands_of_a_group_name_the_override_too(nanoengine: Run) -> None:
+    result = nanoengine("config", "show", "quickstart", "--max-tokens", "5")
+    assert (result.exit_code, "Write sampler.max_tokens=5" in result.stderr) == (2, True)
+    assert "config show CONFIG" in nanoengine("config", "show", "--resolve", "quickstart").stderr
+
+
+@pytest.mark.parametrize("command", ["run", "chat", "serve", "sweep", "config show"])
+def test_a_command_without_a_configuration_names_one(nanoengine: Run, command: str) -> None:
+    result = nanoengine(*command.split())
+    assert result.exit_code == 2
+    assert re.search(rf"Missing argument 'CONFIG.*MODEL'. For example: \w+ {command} smollm2-135m", result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("chat=null", "chat must be true or false, not null"),
+        ("chat=1", "chat must be true or false, not 1"),
+        ("engine.max_model_len=true", "engine.max_model_len must be an integer, or null, not true"),
+        ("engine.max_num_seqs=None", "engine.max_num_seqs must be an integer, not 'None'"),
+        ("seed=5", "did you mean 'engine.seed' or 'sampler.seed'? Valid: attention, "),
+        ("max_tokens=5", "did you mean 'sampler.max_tokens'? Valid: attention, "),
+        ("output='${now}.jsonl'", "there is no now; the time is ${now:%Y-%m-%d}. "),
+    ],
+)
+def test_messages_about_yaml_have_its_words(override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        load_config("smollm2-135m", [override])
+
+
+def test_a_mistyped_model_is_named(nanoengine: Run) -> None:
+    assert "'smollm2-135'; did you mean 'smollm2-135m'? Recipes: bare" in nanoengine("chat", "smollm2-135").stderr
+
+
 @pytest.mark.parametrize(
     ("given", "value"),
-    [("1GB", 10**9), ("1GiB", 2**30), ("1.5 MiB", 3 * 2**19), ("512k", 512_000), ("7", 7), (8, 8), ("None", None)],
-)
+    [
+        ("1GB", 10**9), ("1GiB", 2**30), ("1.5 MiB", 3 * 2**19), ("512k", 512_000), ("7", 7), ("None", None),
+        ("none", None), (8, 8), (1e9, 10**9), (None, None),
+    ],
+)  # fmt: skip
 def test_sizes_and_none_are_understood(given: Any, value: int | None) -> None:
     assert conform_text("engine.kv_cache_memory", given, Bytes | None) == value
-    shown = f"'{given}'" if isinstance(given, str) else given
+    shown = f"'{given}'" if isinstance(given, str) else json.dumps(given)
     config = load_config("smollm2-135m", [f"engine.kv_cache_memory={shown}", "sampler.seed=None", "output=None"])
     assert config.engine.kv_cache_memory == value
     assert (config.sampler, config.output) == ({"seed": None}, None)

@@ -175,10 +175,11 @@ def _primary(path_or_recipe: str | Path, roots: Sequence[Root], failure_hint: st
         raise NoSuchConfig(f"no configuration file {name} (looked for {path.absolute()}){_sibling(path)}")
     found = search.find("", name)
     if found is None:
-        known = nearest(name, search.options(""))
-        models = ", ".join(search.options("model"))
+        known = nearest(name, [*search.options(""), *search.options("model")]).partition("Valid: ")[0]
+        recipes, models = (", ".join(search.options(group)) for group in ("", "model"))
         raise NoSuchConfig(
-            f"no file, recipe or model is called {name!r}{_sibling(path)}; {known}. Models: {models}{failure_hint}"
+            f"no file, recipe or model is called {name!r}{_sibling(path)}; {known}Recipes: {recipes}. "
+            f"Models: {models}{failure_hint}"
         )
     return found, search
 
@@ -239,7 +240,8 @@ def _checked(composed: Composed, registry: Registry, label: str) -> RunConfig:
     if not data.get("model"):
         known = ", ".join(name for found in registry.model_sources.values() for name in found.spec.models)
         raise ConfigError(
-            f"{label}: no model is chosen; write 'model: NAME-OR-PATH', or give model=NAME-OR-PATH. Known: {known}"
+            f"{label}: no model is chosen; write 'model: NAME-OR-PATH', or give model=NAME-OR-PATH, such as {known}; "
+            "nanoengine config list model lists more"
         )
     config = RunConfig(
         model=_section(composed, "model", ModelSection),
@@ -310,9 +312,11 @@ def _check_keys(composed: Composed, sampling: Sequence[str], registry: Registry)
     for path, origin in composed.given:
         if path[0] not in RUN_KEYS and path[0] not in commands:
             choices |= {name: section_keys(registry, name) for name in commands if name not in choices}
-            inside = next((f"did you mean '{name}.{path[0]}'? " for name in choices if path[0] in choices[name]), "")
+            inside = " or ".join(f"'{name}.{path[0]}'" for name in choices if path[0] in choices[name])
             known = f"{nearest(str(path[0]), (*RUN_KEYS, *commands))}{registry.failure_hint('commands')}"
-            raise ConfigError(f"{origin}: unknown key {dotted(path)!r}; {inside}{known}")
+            if inside:
+                known = f"did you mean {inside}? Valid: {known.partition('Valid: ')[2]}"
+            raise ConfigError(f"{origin}: unknown key {dotted(path)!r}; {known}")
         if len(path) != 2 or path[0] not in choices:
             continue
         if isinstance(path[1], int) and (path[0] == "prompts" or not isinstance(composed.data.get(path[0]), Mapping)):

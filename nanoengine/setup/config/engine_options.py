@@ -19,6 +19,8 @@ OPTIONS_NOT_SUPPORTED: Mapping[str, str] = {
     "structured_outputs_config": "give structured_outputs={'backend': ...}",
     "guided_decoding_backend": "give structured_outputs={'backend': ...}",
     "reasoning_parser": "give structured_outputs={'reasoning': '</think>'}: constraints begin after that token",
+    "kv_cache_dtype": "its name is kv_dtype: kv_dtype='fp8', or engine.kv_dtype=fp8 in a configuration",
+    "disable_custom_all_reduce": "its name is custom_all_reduce: custom_all_reduce=False",
     "swap_space": "preempted requests are computed again, not swapped",
     "num_threads": "torch takes its CPU threads from the environment: OMP_NUM_THREADS",
 }

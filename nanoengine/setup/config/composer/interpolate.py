@@ -119,7 +119,8 @@ class _Resolver:
             here = (*here, part)
             if part not in node:
                 known = nearest(part, [key for key in node if isinstance(key, str)][:_MAX_NAMED])
-                raise Interpolation(asker, f"there is no {dotted(here)}; {known}{_ESCAPE_HINT}")
+                now = "the time is ${now:%Y-%m-%d}. " if parts == ["now"] else ""
+                raise Interpolation(asker, f"there is no {dotted(here)}; {now}{known}{_ESCAPE_HINT}")
             node = node[part]
         if isinstance(node, Mapping | list):
             kind = "list" if isinstance(node, list) else "mapping"

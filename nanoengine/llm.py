@@ -47,7 +47,7 @@ from nanoengine.params.pooling import PoolingChoice, choose_pooling, pairs, spli
 from nanoengine.params.sampling_params import SamplingParams
 from nanoengine.params.signatures import LLMSignature
 from nanoengine.setup.config.engine_options import engine_options
-from nanoengine.setup.keywords import check_options, names_keywords
+from nanoengine.setup.keywords import check_options, missing_member, names_keywords
 from nanoengine.setup.plugins.discover import discover_given
 from nanoengine.setup.plugins.registry import Registry
 from nanoengine.setup.plugins.sources import with_revision
@@ -104,6 +104,10 @@ class LLM(LLMSignature):
             self._choose(model, revision, attention, implementation, plugins, options)
 
         __init__.__doc__ = LLMSignature.__init__.__doc__
+
+        def __getattr__(self, name: str) -> Any:
+            """Python calls this for a name that it does not find."""
+            raise AttributeError(missing_member(LLM, name), name=name, obj=self)
 
     def _choose(
         self,
@@ -250,8 +254,8 @@ class LLM(LLMSignature):
         `options`: see `ChatOptions`. `on_error`: as of `generate`. `sampling_params`: vLLM's name of `params`.
 
         The template decides which roles there are, as in vLLM. A message of an unusual role that the template skips is
-        refused, and so is content that is neither text nor text parts. The output of a refused conversation has an
-        `error`, in its place; the others finish.
+        refused, and so are a mistyped role ("usr") and content that is neither text nor text parts. The output of a
+        refused conversation has an `error`, in its place; the others finish.
         """
         if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
             raise ParamsError(f"messages must be a list of messages, or a list of such lists, not {messages!r}")
@@ -340,6 +344,7 @@ class LLM(LLMSignature):
         dimensions: int | None = None,
         priority: int | Sequence[int] | None = None,
         use_tqdm: bool = True,
+        on_error: OnError = "return",
     ) -> list[EmbeddingOutput]:
         """A vector for each prompt, of the hidden states of its tokens; outputs in input order.
 
@@ -348,18 +353,19 @@ class LLM(LLMSignature):
             pooling: "mean" of all tokens, or "last". None: as the model's sentence-transformers files say, else "last".
             normalize: scale vectors to length 1. None: as these files say, else True.
             dimensions: keep so many values of each vector; for models that were trained for it.
-            priority: as of `generate`.
+            priority, on_error: as of `generate`.
 
         Raises:
-            ParamsError, TokenizerMissing: before anything runs. A prompt that cannot be run raises nothing: its output
-                has an `error`, and the others finish.
+            ParamsError, TokenizerMissing: before anything runs.
+            RequestError: with `on_error="raise"`.
         """
         choice = choose_pooling(self._built.assembly.pooling, pooling, normalize, dimensions)
-        return self._embed(split_to_pool(prompts), choice, priority, use_tqdm)
+        return self._embed(split_to_pool(prompts), choice, priority, use_tqdm, on_error)
 
     def _embed(
-        self, prompts: Sequence[GivenPrompt], choice: PoolingChoice, priority: Any, use_tqdm: bool
+        self, prompts: Sequence[GivenPrompt], choice: PoolingChoice, priority: Any, use_tqdm: bool, on_error: OnError
     ) -> list[EmbeddingOutput]:
+        raises = check_on_error(on_error)
         each_priority = one_each(priority, len(prompts), "priority")
         for level in each_priority:
             check_priority(level)
@@ -370,7 +376,7 @@ class LLM(LLMSignature):
                 request_id, prompt, choice, each_priority[index], prompt_text=text, sink=sink
             )
 
-        return self._finish_all(prompts, add, use_tqdm)
+        return self._finish_all(prompts, add, use_tqdm, raises)
 
     def score(
         self,
@@ -379,13 +385,14 @@ class LLM(LLMSignature):
         pooling: Pooling | None = None,
         *,
         use_tqdm: bool = True,
+        on_error: OnError = "return",
     ) -> list[ScoreOutput]:
         """How similar prompts are: the cosine of the embeddings of one prompt and each of several, or of each and its
-        own. `pooling` and errors: as of `embed`."""
+        own. `pooling`, `on_error` and errors: as of `embed`."""
         names, choice = ("first", "second"), choose_pooling(self._built.assembly.pooling, pooling, normalize=False)
         a, b = split_to_pool(first), split_to_pool(second)
         pairs(a, b, names)  # raises before anything runs
-        found = self._embed(a + b, choice, None, use_tqdm)
+        found = self._embed(a + b, choice, None, use_tqdm, on_error)
         return [scored(*pair) for pair in pairs(found[: len(a)], found[len(a) :], names)]
 
     # -- inside ----------------------------------------------------------------------------------------------------

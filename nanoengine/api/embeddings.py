@@ -9,10 +9,11 @@ import numpy as np
 
 from nanoengine.api.deltas import Float32, RequestDelta
 from nanoengine.api.errors import RequestError
+from nanoengine.api.outputs import ShortRepr
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EmbeddingOutput:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class EmbeddingOutput(ShortRepr):
     """The embedding of one prompt. If the request was refused or failed: `error`, and no `embedding`; nor has one that
     was aborted.
 
@@ -42,8 +43,8 @@ class EmbeddingOutput:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreOutput:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class ScoreOutput(ShortRepr):
     """How similar two prompts are: the cosine of their embeddings, from -1 to 1. If one of them was refused or failed:
     `error`, and no `score`.
 

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
 from typing import TYPE_CHECKING, Any
 
 from nanoengine.api.deltas import FinishReason
 from nanoengine.api.errors import RequestError
+
+_ITEMS, _CHARACTERS = 8, 400  # most that the `repr` of an output shows of a list and of a text
+
+
+class ShortRepr:
+    """Base of a dataclass with a `repr` to be read: long texts and lists are cut, fields with their defaults left out.
+
+    The fields have the whole values.
+    """
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        cut = reprlib.Repr()
+        cut.maxtuple = cut.maxlist = cut.maxdict = _ITEMS
+        cut.maxstring, cut.maxother = _CHARACTERS, 10 * _CHARACTERS
+        given = ((f.name, getattr(self, f.name)) for f in fields(self) if not _is_default(self, f))  # type: ignore[arg-type]
+        shown = (
+            f"{name}={cut.repr(value) if not hasattr(value, 'shape') else f'<array {value.shape}>'}"
+            for name, value in given
+        )
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _is_default(output: object, field_: Field[Any]) -> bool:
+    value = getattr(output, field_.name)
+    return value is field_.default or (isinstance(value, int) and value == field_.default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +53,8 @@ class Logprob:
     decoded_token: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestMetrics:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class RequestMetrics(ShortRepr):
     """Times of a request, in seconds on the monotonic clock; None until they happen.
 
     Attributes:
@@ -98,8 +126,8 @@ def mutable_twin(frozen: type[Any]) -> type[Any]:
     return make_dataclass(frozen.__name__, named, bases=frozen.__bases__, slots=True, kw_only=True)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompletionOutput(_CopiedWhenRead):
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class CompletionOutput(_CopiedWhenRead, ShortRepr):
     """One sample of a request.
 
     Attributes:
@@ -126,8 +154,8 @@ class CompletionOutput(_CopiedWhenRead):
     num_given_chars: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestOutput:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class RequestOutput(ShortRepr):
     """What a request has so far: cumulative, not a delta. If it was refused or failed: `error`, and no `outputs`.
 
     Attributes:

@@ -6,6 +6,7 @@ Answers go to standard output, everything else goes to standard error.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import time
@@ -50,6 +51,7 @@ COMMANDS = {
     "/exit": "leaves, as Ctrl-D does",
 }
 _LONG_PROMPT = 256  # tokens
+_PASTED = 0.05  # seconds after a line in which the next one of a paste is there
 _NEARLY_FULL = 0.8  # of max_model_len; from there on it is said
 Kept = tuple[str, list[dict[str, str]]]
 _HELP_TAIL = """\
@@ -105,9 +107,13 @@ def _kept(save: Path | None, go_on: Path | None) -> tuple[Kept, Path | None]:
         and (not target.is_file() or target.stat().st_size > 0)
     ):
         raise ConfigError(f"--save {target} exists already; to go on with it, give --continue {target}")
-    if target is not None and not target.absolute().parent.is_dir():
-        raise ConfigError(f"--save {target}: there is no folder {target.absolute().parent}")
-    return ("", []) if source is None else read_conversation(source), target
+    found = ("", list[dict[str, str]]()) if source is None else read_conversation(source)
+    if target is not None:
+        try:  # before a model is loaded
+            target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--save {target}: {error.strerror or error}") from error
+    return found, target
 
 
 def _talk(llm: LLM, config: RunConfig, kept: Kept, file: Path | None) -> int:
@@ -125,13 +131,25 @@ def _talk(llm: LLM, config: RunConfig, kept: Kept, file: Path | None) -> int:
         _note(f"{len(talk.messages)} messages of {file}; the last: {talk.messages[-1]['content']}")
     if not sys.stdin.isatty():
         return _Session(talk, _NoInterrupts()).run()
-    with suppress(ImportError):  # if it can be imported, input() has editing and history
-        import readline
-
-        readline.parse_and_bind("set enable-bracketed-paste on")  # several pasted lines are one message
+    pasted_at_once = _edit_lines()
     _note(f"{config.model.source}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     with _Interrupts.taken() as interrupts:
-        return _Session(talk, interrupts).run()
+        return _Session(talk, interrupts, pasted_at_once).run()
+
+
+def _edit_lines() -> bool:
+    """Gives `input()` editing and history, if readline can be imported. Returns whether a paste is one line for it.
+
+    It is not where readline is editline (as in some builds of Python), and on a terminal without that feature.
+    """
+    try:
+        import readline
+    except ImportError:
+        return False
+    if "libedit" in (readline.__doc__ or "") or getattr(readline, "backend", "readline") != "readline":
+        return False
+    readline.parse_and_bind("set enable-bracketed-paste on")
+    return os.environ.get("TERM") != "dumb"
 
 
 def chat_params(params: SamplingParams, config: RunConfig) -> SamplingParams:
@@ -194,13 +212,14 @@ class _Session:
 
     talk: Conversation
     interrupts: _NoInterrupts
+    pasted_at_once: bool = True
     failed: int = 0
 
     def run(self) -> int:
         while True:
             try:
                 with self.interrupts.reading():
-                    line = _read()
+                    line = _read(self.pasted_at_once)
                 if line is None or line.strip() == "/exit":
                     return self.failed
                 self._line(line)
@@ -260,12 +279,17 @@ class _Session:
         _note(f"system prompt: {self.talk.system}" if self.talk.system else "no system prompt")
 
 
-def _read() -> str | None:
-    """Reads a message. None at the end of the input."""
+def _read(pasted_at_once: bool = True) -> str | None:
+    """Reads a message. None at the end of the input.
+
+    If a paste is not one line, lines that are there at once after the first one belong to it.
+    """
     lines: list[str] = []
     while True:
         try:
             line = _input("> " if not lines else ". ")
+            while not pasted_at_once and select.select([sys.stdin], [], [], _PASTED)[0]:
+                line += f"\n{_input('. ')}"
         except EOFError:
             if sys.stdin.isatty():
                 _note("")  # so that the shell's prompt is on a new line

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line every ten seconds elsewhere."""
+"""Progress of long work: a bar on a terminal and in a notebook, a plain line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,8 +21,8 @@ LINE_SECONDS = 10.0  # between two plain lines
 class Progress:
     """Progress over `total` pieces, on standard error. Where that cannot be written, nothing is raised.
 
-    A terminal shows a bar, which overwrites its own line. A log gets plain lines, and none for work that takes less
-    than `LINE_SECONDS`.
+    A terminal shows a bar, which overwrites its own line; a notebook with ipywidgets shows a widget. A log gets plain
+    lines, and none for work that takes less than `LINE_SECONDS`.
     """
 
     def __init__(self, total: int, what: str, unit: str, *, done: int = 0, shown: bool = True) -> None:
@@ -29,14 +30,16 @@ class Progress:
         self._what, self._total, self._unit, self._shown = what, total, unit, shown
         self._done, self._done_before, self._state = done, done, ""
         self._began = self._shown_at = time.monotonic()
-        self._bar: tqdm[Any] = tqdm(
+        widget = shows_widgets()
+        bar: type[tqdm[Any]] = notebook_bar() if widget else tqdm
+        self._bar: tqdm[Any] = bar(
             total=total,
             initial=done,
             desc=what,
             unit=unit,
             file=self._out,
             dynamic_ncols=True,
-            disable=not (shown and can_overwrite(sys.stderr)),
+            disable=not (shown and total > 0 and (widget or can_overwrite(sys.stderr))),
         )
         self._out.is_wrapped = True
 
@@ -97,6 +100,19 @@ def can_overwrite(stream: Any) -> bool:
         return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
     except ValueError:  # it is closed
         return False
+
+
+def shows_widgets() -> bool:
+    """Whether this is a notebook that can show a bar as a widget: IPython's kernel, with ipywidgets installed."""
+    ipython = sys.modules.get("IPython")  # a kernel has imported it
+    shell = ipython.get_ipython() if ipython is not None else None
+    return "IPKernelApp" in getattr(shell, "config", ()) and find_spec("ipywidgets") is not None
+
+
+def notebook_bar() -> type[tqdm[Any]]:
+    from tqdm.notebook import tqdm_notebook
+
+    return tqdm_notebook
 
 
 class _Unbreakable:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from nanoengine.api.errors import ConfigError, ParamsError, is_failure
+from nanoengine.api.errors import ConfigError, ParamsError, is_failure, nearest
 from nanoengine.params.engine_options import EngineOptions
 from nanoengine.params.sampling_fields import CORE_TYPES, NOT_SUPPORTED, processor_types
 from nanoengine.setup.config.engine_options import OPTIONS_NOT_SUPPORTED
@@ -26,6 +26,25 @@ _KEYS: Mapping[str, str] = {  # keyword of the constructor -> key of a configura
     "revision": "model.revision",
     "implementation": "model.implementation",
 }
+_MEMBERS: Mapping[str, str] = {
+    "get_default_sampling_params": "it is the attribute default_params",
+    "llm_engine": "it is the attribute engine",
+    "beam_search": "there is no beam search; SamplingParams(n=...) draws several samples",
+    "encode": "use embed, or hidden_states for the states of each token",
+    "classify": "use embed, or hidden_states for the states of each token",
+    "reward": "use embed, or hidden_states for the states of each token",
+    "abort": "close the stream, or use AsyncLLM.abort",
+    "get_metrics": "use stats",
+    "start_profile": "use observe with a TraceFile",
+    "stop_profile": "use observe with a TraceFile",
+    "apply_model": "the model is the attribute model",
+    "collective_rpc": "the model is the attribute model",
+    "preprocess_chat": "use chat_prompt",
+    "sleep": "use close, and make a new LLM",
+    "wake_up": "use close, and make a new LLM",
+}
+"""Members of vLLM's `LLM`, and what to do instead of each."""
+_ELSEWHERE = 0.75  # least likeness of a name that belongs to another method or object
 _SHOWN = 60  # most characters of a value in an example
 
 
@@ -61,6 +80,14 @@ def sampling_names(registry: Registry) -> frozenset[str]:
             if not is_failure(error):
                 raise
     return frozenset(names)
+
+
+def missing_member(cls: type[Any], name: str) -> str:
+    """The message of an `AttributeError`: what to use in the place of vLLM's name, or the nearest public name."""
+    if name in _MEMBERS:
+        return f"{cls.__name__} has no {name!r}, which vLLM has: {_MEMBERS[name]}"
+    public = [each for each in dir(cls) if not each.startswith("_")]
+    return f"{cls.__name__!r} object has no attribute {name!r}; {nearest(name, public)}"
 
 
 def _methods(cls: type[Any]) -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -106,10 +133,12 @@ def _where(
     if name in dict(_methods(cls)):
         return _call(cls, method, name)
     if method.startswith("chat") and name not in NOT_SUPPORTED:
-        hint = "; a variable of the chat template goes into chat_template_kwargs"
+        variable = f"{{{name!r}: {_example(value)}}}"
+        hint = f"; a variable of the chat template goes into chat_template_kwargs={variable}"
     else:
         hint = f"; vLLM's {name!r} is not supported: {NOT_SUPPORTED[name]}" if name in NOT_SUPPORTED else ""
-    close = difflib.get_close_matches(name, sorted(places), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, sorted(own), n=1, cutoff=0.6)
+    close = close or difflib.get_close_matches(name, sorted(places), n=1, cutoff=_ELSEWHERE)
     valid = f"Valid: {', '.join(own) or '(none)'}{hint}"
     if not close:
         return valid

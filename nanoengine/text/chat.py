@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +16,7 @@ from nanoengine.text.templates import TemplateProcesses
 _FIXED = ("tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask", "padding", "truncation",
           "max_length", "tokenizer_kwargs", "conversation", "messages")  # fmt: skip
 _ROLES = ("system", "user", "assistant", "tool")  # the usual ones; each template has its own
+_LIKE = 0.75  # likeness to a usual role from which on a role is probably mistyped
 _MARK = "8091726354"  # a text that no template contains
 _NULLS: tuple[dict[str, Any], ...] = ({}, {"content": None}, {"content": ""})
 
@@ -178,18 +181,30 @@ def _with_calls(chat: Chat) -> tuple[Chat, str]:
 
 
 def _check_roles(chat: Chat, text: str) -> None:
-    """Raises `RequestError` if the template skips a message, as many templates do for a role that they do not know.
-
-    A message is skipped if a change of its content does not change the prompt.
+    """Raises `RequestError` for a role that is probably mistyped, and if the template skips a message, as many
+    templates do for a role that they do not know. A role is probably mistyped if it is nearly a usual one, and the
+    template does not name it.
     """
     for index, message in enumerate(chat.messages):
         role, content = message["role"], message.get("content")
-        if role in _ROLES or content is None:
+        if role in _ROLES:
             continue
-        more = f"{content}." if isinstance(content, str) else [*content, {"type": "text", "text": "."}]
-        other = [*chat.messages[:index], {**message, "content": more}, *chat.messages[index + 1 :]]
-        if replace(chat, messages=other).text() == text:
+        if content is not None and _is_skipped(chat, text, index):
             raise invalid(
                 f"messages[{index}] is not in the prompt: this model's chat template skips role {role!r}; "
                 f"{nearest(role, _ROLES)}"
             )
+        meant = difflib.get_close_matches(role.lower()[:100], _ROLES, n=1, cutoff=_LIKE)
+        if meant and not re.search(rf"""(['"]){re.escape(role)}\1""", chat.template):
+            raise invalid(
+                f"messages[{index}]: this model's chat template does not name role {role!r}; did you mean {meant[0]!r}?"
+            )
+
+
+def _is_skipped(chat: Chat, text: str, index: int) -> bool:
+    """Whether more content in a message does not change the prompt."""
+    message = chat.messages[index]
+    content = message["content"]
+    more = f"{content}." if isinstance(content, str) else [*content, {"type": "text", "text": "."}]
+    other = [*chat.messages[:index], {**message, "content": more}, *chat.messages[index + 1 :]]
+    return replace(chat, messages=other).text() == text

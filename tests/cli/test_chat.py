@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 from nanoengine import LLM, SamplingParams
 from nanoengine.api.errors import RequestError
 from nanoengine.cli.app import app
-from nanoengine.cli.chat import chat_params
+from nanoengine.cli.chat import _edit_lines, _read, chat_params
 from nanoengine.cli.common import printable
 from nanoengine.cli.conversation import Conversation
 from nanoengine.setup.config.config import load_config
@@ -248,7 +248,8 @@ def test_a_conversation_is_saved_and_continued(chat: Chat, folder: Path) -> None
     ("arguments", "words"),
     [
         (["--save", "chat.yaml"], "exists already; to go on with it, give --continue chat.yaml"),
-        (["--save", "no/talk.json"], "there is no folder "),
+        (["--save", "chat.yaml/talk.json"], "--save chat.yaml/talk.json: "),
+        (["--continue", "half.json"], "half.json:1: not JSON"),
         (["--continue", "none.json"], "no such file: "),
         (["--continue", "open.json"], "must follow each other, and end with an answer"),
         (["--continue", "two.json"], "is not one conversation: it has 2 rows"),
@@ -258,10 +259,31 @@ def test_files_that_keep_no_conversation(chat: Chat, folder: Path, arguments: li
     user = '{"messages": [{"role": "user", "content": "hi"}]}\n'
     (folder / "open.json").write_text(user)
     (folder / "two.json").write_text(user * 2)
+    (folder / "half.json").write_text(user[:20])
     result = chat("hello\n", *arguments)
     assert result.exit_code == 2
     assert words in result.stderr
     assert "loading" not in result.stderr
+
+
+def test_a_conversation_is_saved_in_a_new_folder(chat: Chat, folder: Path) -> None:
+    assert chat("hello\n", "--save", "talks/today/one.json").exit_code == 0
+    assert len(json.loads((folder / "talks/today/one.json").read_text())["messages"]) == 2
+
+
+def test_lines_that_come_together_are_one_message_where_a_paste_is_not_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With editline, and on a terminal without bracketed paste."""
+    coming = ["def f():", "    return 1", "", "later"]
+    monkeypatch.setattr("nanoengine.cli.chat._input", lambda prompt: coming.pop(0))
+    monkeypatch.setattr("select.select", lambda reads, *_: (reads if len(coming) > 1 else [], [], []))
+    assert _read(pasted_at_once=False) == "def f():\n    return 1\n"
+    assert coming == ["later"]
+    coming = ["one", "two", "three"]
+    assert _read(pasted_at_once=True) == "one"
+    monkeypatch.setenv("TERM", "dumb")
+    assert not _edit_lines()
 
 
 def test_the_line_under_an_answer_says_how_full_the_context_is(chat: Chat) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,6 +62,31 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
         assert bar.is_bar
     assert "\r" in sys.stderr.getvalue()  # type: ignore[attr-defined]
     assert "3/3" in sys.stderr.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_notebook_with_widgets_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bar(progress.tqdm):  # type: ignore[type-arg]
+        """tqdm's widget writes nothing to a stream."""
+
+    ipython = SimpleNamespace(get_ipython=lambda: SimpleNamespace(config={"IPKernelApp": {}}))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setattr(progress, "notebook_bar", lambda: Bar)
+    for installed, kind in ((None, progress.tqdm), (object(), Bar)):
+        monkeypatch.setattr(progress, "find_spec", lambda name, found=installed: found)
+        with Progress(3, "prompts", "prompt") as bar:
+            work(bar)
+            assert (type(bar._bar), bar.is_bar) == (kind, kind is Bar)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))  # it is only imported
+    assert not progress.shows_widgets()
+
+
+def test_no_work_gets_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    with Progress(0, "prompts", "prompt"):
+        pass
+    assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])

@@ -502,6 +502,37 @@ def test_a_keyword_that_a_method_lacks_is_named_with_its_place(llm: LLM, call: A
     assert not llm.text_engine.has_unfinished_requests()
 
 
+def test_a_variable_of_the_template_is_no_option_that_is_a_little_like_it(llm: LLM) -> None:
+    with pytest.raises(ParamsError, match=r"goes into chat_template_kwargs=\{'enable_thinking': False\}$") as caught:
+        llm.chat(HELLO, enable_thinking=False)  # type: ignore[call-arg]
+    assert "did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("get_default_sampling_params", "it is the attribute default_params"),
+        ("llm_engine", "it is the attribute engine"),
+        ("abort", "close the stream"),
+        ("genrate", "did you mean 'generate'"),
+    ],
+)
+def test_a_member_that_is_not_there_is_named_with_what_to_use(llm: LLM, name: str, message: str) -> None:
+    with pytest.raises(AttributeError, match=message):
+        getattr(llm, name)
+    assert not hasattr(llm, name)
+
+
+def test_the_repr_of_an_output_is_short_and_has_what_matters(llm: LLM) -> None:
+    [output] = llm.generate([list(range(1, 60))], GREEDY.replace(max_tokens=30), use_tqdm=False)
+    text = repr(output)
+    assert len(text) < 700
+    assert "prompt_token_ids=(1, 2, 3, 4, 5, 6, 7, 8, ...), outputs=[CompletionOutput(index=0, " in text
+    assert "finish_reason='length'" in text
+    assert "logprobs" not in text  # which are None
+    assert "error=RequestError('the prompt is empty" in repr(llm.generate([[]], GREEDY, use_tqdm=False)[0])
+
+
 def test_every_public_method_names_keywords_that_it_lacks(llm: LLM) -> None:
     methods = [name for name, found in vars(LLM).items() if not name.startswith("_") and callable(getattr(llm, name))
                and not isinstance(found, property)]  # fmt: skip

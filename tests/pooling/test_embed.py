@@ -13,7 +13,7 @@ from engine import chain_plugin
 from parity import tiny
 from transformers import PreTrainedModel
 
-from nanoengine import LLM, EmbeddingOutput, ParamsError, SamplingParams
+from nanoengine import LLM, EmbeddingOutput, ParamsError, RequestError, SamplingParams
 from nanoengine.core.execution import finish_step, runner
 from nanoengine.core.request import Request
 from nanoengine.core.scheduling import commit
@@ -278,6 +278,16 @@ def test_scores_are_cosines(llm: LLM, model: PreTrainedModel) -> None:
             assert output.error is None
             assert output.prompt_token_ids == (tuple(LONG[a]), tuple(LONG[b]))
             assert output.score == pytest.approx(float(torch.cosine_similarity(vectors[a], vectors[b], 0)), abs=1e-5)
+
+
+def test_on_error_raise_raises_the_error_of_the_prompt(llm: LLM) -> None:
+    for call in (lambda: llm.embed([[1], []], on_error="raise"), lambda: llm.score([1], [[2], []], on_error="raise")):
+        with pytest.raises(RequestError, match="the prompt is empty"):
+            call()
+    assert not llm.text_engine.has_unfinished_requests()
+    with pytest.raises(ParamsError, match="on_error must be"):
+        llm.embed([[1]], on_error="stop")  # type: ignore[arg-type]
+    assert "embedding=<array (" in repr(llm.embed([[1]], use_tqdm=False)[0])
 
 
 def test_a_pair_with_a_wrong_prompt_has_its_error(llm: LLM) -> None:

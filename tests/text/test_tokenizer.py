@@ -310,6 +310,16 @@ def test_a_role_is_the_template_s_matter_but_no_message_goes_silently() -> None:
         tokenizer.render_chat([{"role": "developer", "content": ["be brief"]}, *HELLO], chat_template=picky)
 
 
+@pytest.mark.parametrize("role", ["usr", "User", "SYSTEM", "assistent", "tools"])
+def test_a_mistyped_role_is_refused_unless_the_template_names_it(role: str) -> None:
+    tokenizer = wrap(byte_level(), chat_template=CHATML)
+    conversation = [{"role": role, "content": "hm"}, *HELLO]
+    with pytest.raises(RequestError, match=rf"messages\[0\]: .* does not name role '{role}'; did you mean '"):
+        tokenizer.render_chat(conversation)
+    named = f"{{% if messages[0].role == '{role}' %}}{{{{ messages[0].content }}}}{{% endif %}}"
+    assert tokenizer.render_chat(conversation, chat_template=named) == "hm"
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [

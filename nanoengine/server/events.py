@@ -8,6 +8,7 @@ strings and the parsing of tools and reasoning happen here, so that no endpoint 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -187,7 +188,8 @@ class _Sample:
                 reason, stop_reason = "stop", None
             events += self._trim.trimmed(found, ended=reason is not None)
         if reason is not None:
-            self.finish_reason = "tool_calls" if self._trim.called and reason == "stop" else reason
+            called = self._trim.called and reason == "stop" and self._trim.is_complete
+            self.finish_reason = "tool_calls" if called else reason
             events.append(Ended(self.finish_reason, stop_reason))
         return events
 
@@ -216,12 +218,22 @@ def joined(events: Sequence[Event]) -> list[Event]:
 class _Trim:
     """Leaves out white space around calls. called: whether there was a call."""
 
-    __slots__ = ("_behind", "_held", "called")
+    __slots__ = ("_arguments", "_behind", "_held", "called")
 
     def __init__(self) -> None:
         self._held = ""  # white space at the end of the content so far
         self._behind = False  # the last event was a call's
+        self._arguments = list[str]()  # of the last call
         self.called = False
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the last call can be made: a stop string, too, may have cut its arguments."""
+        try:
+            json.loads("".join(self._arguments))
+        except (ValueError, RecursionError):
+            return False
+        return True
 
     def trimmed(self, events: Sequence[ParserEvent], ended: bool) -> list[ParserEvent]:
         kept = list[ParserEvent]()
@@ -231,6 +243,9 @@ class _Trim:
                 continue
             if isinstance(event, ToolCallBegin):
                 self._held, self._behind, self.called = "", True, True
+                self._arguments = []
+            elif isinstance(event, ToolCallArguments):
+                self._arguments.append(event.text)
             kept.append(event)
         if ended and self._held and not self.called:
             kept.append(Content(self._held))

@@ -88,6 +88,22 @@ def test_a21_a_call_that_is_cut_by_the_length_says_so(stream: bool, count: int, 
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("stop", "reason"), [("Zür", "stop"), ("city", "stop"), ("</tool_call>", "tool_calls")])
+def test_a21_a_call_that_is_cut_by_a_stop_string_is_no_call_to_make(stop: str, reason: str, stream: bool) -> None:
+    """Streamed and whole, in OpenAI's words and in Anthropic's."""
+    server = Server(CALL, parsers=PARSERS)
+    response = server.chat(tools=[WEATHER], stop=[stop], stream=stream)
+    last = choices(events(response))[-1] if stream else response.json()["choices"][0]
+    assert (last["finish_reason"], last["stop_reason"]) == (reason, stop)
+    if not stream:
+        tool = {"name": "weather", "input_schema": WEATHER["function"]["parameters"]}
+        messages = [{"role": "user", "content": "x"}]
+        body = {"messages": messages, "max_tokens": 100, "tools": [tool], "stop_sequences": [stop]}
+        found = server.post("/v1/messages", body).json()
+        assert found["stop_reason"] == ("tool_use" if reason == "tool_calls" else "stop_sequence")
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_parallel_tool_calls_false_ends_before_the_second_call(stream: bool) -> None:
     server = Server(f"{CALL}\n{SECOND}", parsers=PARSERS)
     response = server.chat(tools=[WEATHER, TIME], parallel_tool_calls=False, stream=stream)

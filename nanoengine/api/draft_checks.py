@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from nanoengine.api.drafters import DeviceDrafter, DraftSample, DraftState, DraftStep, HostDrafter
@@ -50,9 +51,9 @@ class CheckedState:
     def draft(self, most: int) -> list[int]:
         """At most `most` ids of the vocabulary."""
         with self._calling("draft"):
-            ids = [operator.index(token) for token in self._state.draft(most)]
+            ids = [operator.index(token) for token in islice(self._state.draft(most), most + 1)]
             if len(ids) > most:
-                raise ValueError(f"it returned {len(ids)} ids, more than the {most} that were asked for")
+                raise ValueError(f"it returned more than the {most} ids that were asked for")
             for token in ids:
                 if not 0 <= token < self._vocab_size:
                     raise ValueError(f"it returned the id {shown(token)}; ids are 0 to {self._vocab_size - 1}")

@@ -126,8 +126,10 @@ def _is_their_failure(error: BaseException, *owners: Any) -> bool:
 def _noted(error: BaseException, *notes: str) -> bool:
     """Adds notes to `error`. Returns False if its class does not allow that."""
     try:
+        had = getattr(error, "__notes__", ())  # one that is raised a second time
         for note in notes:
-            error.add_note(note)
+            if note not in had:
+                error.add_note(note)
     except BaseException as broken:
         if not is_failure(broken):
             raise

@@ -158,6 +158,19 @@ def test_an_exception_that_hides_its_traceback_is_read_all_the_same() -> None:
     forget_locals(error)
 
 
+def test_an_exception_that_is_raised_again_has_its_note_once() -> None:
+    error = ValueError("x")
+
+    def apply() -> None:
+        raise error
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="x"), plugin_step("Processor.apply", Processor):
+            apply()
+    assert error.__notes__.count("in Processor.apply") == 1
+    forget_locals(error)
+
+
 @pytest.mark.parametrize("error", [WorkerError(0, 1, "step 3", "x"), EngineClosed("x")])
 def test_no_plugin_says_that_an_engine_has_ended(error: BaseException) -> None:
     words = f"Processor.pack failed: {type(error).__name__}"

@@ -61,6 +61,10 @@ class FunctionState(HostState):
         return [*self._output, *self._drafts[:drafts]]
 
 
+def name_of(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
 def _takes_prompt(function: Callable[..., Any]) -> bool:
     """Whether it takes three arguments, as in vLLM. One without a signature (a builtin) takes two."""
     try:

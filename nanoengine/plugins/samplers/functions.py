@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import isfunction
 from typing import Any
 
 from torch import Tensor
 
 from nanoengine.api import LogitsProcessor, ParamsError, Phase, ProcessorRows
-from nanoengine.plugins.samplers.function_state import FunctionState, running
+from nanoengine.api.plugin_calls import plugin_step
+from nanoengine.plugins.samplers.function_state import FunctionState, name_of, running
 
 
 class Functions(LogitsProcessor):
@@ -23,20 +25,22 @@ class Functions(LogitsProcessor):
             state = running().states[number]
             for function, takes_prompt in state.functions:
                 given = (state.prompt, state.output(behind)) if takes_prompt else (state.output(behind),)
-                logits[row] = _checked(function, function(*given, logits[row]), logits[row])
+                logits[row] = _called(function, *given, logits=logits[row])
             if state.batched is not None:
                 batches.setdefault(id(state.batched), (state.batched, []))[1].append((row, state, behind))
         for function, members in batches.values():
             own = [row for row, _, _ in members]
             prompts = [state.prompt for _, state, _ in members]
             outputs = [state.output(behind) for _, state, behind in members]
-            logits[own] = _checked(function, function(prompts, outputs, logits[own]), logits[own])
+            logits[own] = _called(function, prompts, outputs, logits=logits[own])
         return logits
 
 
-def _checked(function: Callable[..., Any], found: Any, given: Tensor) -> Tensor:
-    if isinstance(found, Tensor) and found.shape == given.shape:
-        return found.to(given)
+def _called(function: Callable[..., Any], *ids: Any, logits: Tensor) -> Tensor:
+    shape, name = logits.shape, name_of(function)  # it may change the tensor itself
+    with plugin_step(f"{name}()", function if isfunction(function) else type(function)):
+        found = function(*ids, logits)
+    if isinstance(found, Tensor) and found.shape == shape:
+        return found.to(logits)
     got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    raise ParamsError(f"{name}() must return logits of shape {tuple(given.shape)}, not {got}")
+    raise ParamsError(f"{name}() must return logits of shape {tuple(shape)}, not {got}")

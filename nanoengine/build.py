@@ -79,7 +79,6 @@ from nanoengine.setup.start.pooling import read_pooling_defaults, with_output_la
 from nanoengine.setup.start.starter import start_runner
 from nanoengine.text import TemplateProcesses, Tokenizer, load_tokenizer
 
-_LOADING_SECONDS = 60.0  # in addition to what one constraint may take: the first one loads the grammar backend
 DEFAULT_BLOCK_SIZE = 16
 DEFAULT_BATCHED_TOKENS: Mapping[str, int] = {"cpu": 2048, "cuda": 8192}
 DEFAULT_STEP_TOKENS: Mapping[str, int] = {"cpu": 32, "cuda": 256}  # with drafts; measured in docs/speculation.md
@@ -449,9 +448,8 @@ def build_engine(assembly: Assembly, registry: Registry, clock: StartClock) -> B
         options.structured_outputs.reasoning,
         grammars,
     )
-    preparations = Preparations(
-        options.structured_outputs.workers, options.structured_outputs.timeout + _LOADING_SECONDS
-    )
+    constraints = options.structured_outputs
+    preparations = Preparations(constraints.workers, constraints.timeout, grammars.counted_from)
     legal_fields(processors)  # raises on a clash, before the weights are loaded
     executor = InProcessExecutor() if options.tensor_parallel_size == 1 else WorkersExecutor()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import OrderedDict, deque
@@ -16,6 +17,7 @@ from nanoengine.params.engine_options import StructuredOutputsOptions
 from nanoengine.params.preparation import THREAD
 
 _TIMES = 1024  # of the last compilations
+_LOADING_SECONDS = 60.0  # that loading the backend may take, in addition to what one constraint may take
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,7 @@ class Grammars:
         self._backend: GrammarBackend | None = None
         self._known: OrderedDict[Constraint, Future[Grammar]] = OrderedDict()  # the least recently used one first
         self._lock, self._making = threading.Lock(), threading.Lock()
+        self._loading_since = self._loaded_at = math.inf  # monotonic
         self._seconds: deque[float] = deque(maxlen=_TIMES)
         self._compiled = self._refused = self._cached = self._in_steps = 0
 
@@ -128,8 +131,15 @@ class Grammars:
                 self._compiled += 1
             found.set_result(grammar)
 
+    def counted_from(self) -> float:
+        """When the backend was loaded: what a constraint may take is counted from then on. It may load for a while."""
+        longest = self._loading_since + _LOADING_SECONDS
+        return 0.0 if longest == math.inf else min(self._loaded_at, longest)
+
     def _loaded(self) -> GrammarBackend:
         with self._making:
             if self._backend is None:
+                self._loading_since, self._loaded_at = time.monotonic(), math.inf
                 self._backend = self._make()
+                self._loaded_at = time.monotonic()
             return self._backend

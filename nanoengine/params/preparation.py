@@ -39,9 +39,9 @@ class Preparations:
     A thread whose job takes longer than it may is given up: it can be stuck for ever, so another one takes its place.
     """
 
-    def __init__(self, workers: int, seconds: float) -> None:
-        """`seconds`: that the jobs of one request may take together."""
-        self._workers, self._seconds = workers, seconds
+    def __init__(self, workers: int, seconds: float, counted_from: Callable[[], float] = lambda: 0.0) -> None:
+        """`seconds`: that the jobs of one request may take together; time before `counted_from()` does not count."""
+        self._workers, self._seconds, self._counted_from = workers, seconds, counted_from
         self.tasks: set[Task] = set()
         self._queue: deque[Task] = deque()
         self._running: set[Task] = set()
@@ -65,9 +65,11 @@ class Preparations:
 
     def expire(self) -> None:
         """Give up tasks that have run for too long: calls their `finish` with an error, on this thread."""
-        now = time.monotonic()
+        begun_before = time.monotonic() - self._seconds
         with self._changed:
-            late = [t for t in self._running if t.started is not None and now - t.started > self._seconds]
+            late = [t for t in self._running if t.started is not None and t.started < begun_before]
+            if late and self._counted_from() >= begun_before:
+                late = []
             self._running.difference_update(late)
             self.tasks.difference_update(late)
             late = [task for task in late if not task.done]

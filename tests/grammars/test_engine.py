@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,11 @@ import pytest
 from engine.test_drafts import Oracle
 
 from nanoengine import LLM, ParamsError, RequestOutput, SamplingParams, StructuredOutputsParams, TokenizerMissing
-from nanoengine.api import Constraint, Grammar, GrammarSpec, Matcher, hookimpl
+from nanoengine.api import Constraint, Grammar, GrammarBackend, GrammarSpec, Matcher, hookimpl
+from nanoengine.api.errors import RequestError
+from nanoengine.params.engine_options import StructuredOutputsOptions
+from nanoengine.params.grammars import Grammars
+from nanoengine.params.preparation import Preparations
 from nanoengine.plugins.grammars.llguidance import LLGuidance
 from nanoengine.testing.byte_tokenizer import END, END_REASONING, START_REASONING, byte_tokenizer
 from nanoengine.testing.mock_model import write_mock_checkpoint
@@ -382,6 +388,59 @@ def test_equal_constraints_are_compiled_once(tmp_path: Path) -> None:
         assert len(stats.seconds) == 1
         assert "seconds" not in repr(stats)  # up to 1,024 of them
         assert stats.percentile(50) == stats.seconds[0] > 0
+
+
+class Stuck(LLGuidance):
+    """It compiles a constraint with "?" once it may."""
+
+    gate = threading.Event()
+
+    def compile(self, constraint: Constraint) -> Grammar:
+        if "?" in constraint.text:
+            self.gate.wait(60)
+        return super().compile(constraint)
+
+
+class StuckPlugin:
+    @hookimpl
+    def register_grammars(self) -> list[GrammarSpec]:
+        return [GrammarSpec(name="stuck", target=f"{__name__}:Stuck", api=1, preference=500)]
+
+
+def test_compiling_takes_no_longer_than_the_timeout(tmp_path: Path) -> None:
+    with grammar_llm(tmp_path, plugins=[StuckPlugin()], structured_outputs={"timeout": 0.05, "workers": 1}) as llm:
+        (slow,) = llm.generate([[1]], params({"regex": "a?"}))
+        llm._built.preparations._seconds = 60
+        (fine,) = llm.generate([[1]], params({"choice": ["yes"]}))  # the only thread is still stuck
+        Stuck.gate.set()
+    assert slow.error is not None
+    assert slow.error.code == "prepare_timeout"
+    assert "more than 0.05 s" in str(slow.error)
+    assert fine.outputs[0].text == "yes"
+
+
+def test_the_time_in_which_the_backend_is_loaded_does_not_count() -> None:
+    found: list[float] = []
+
+    def make() -> GrammarBackend:
+        found.append(grammars.counted_from() - time.monotonic())
+        return backend()
+
+    grammars = Grammars(make, StructuredOutputsOptions())
+    assert grammars.counted_from() == 0
+    grammars.get(Constraint(kind="regex", text="a"))
+    assert 50 < found[0] <= 60, "while it is loaded, at most so many seconds"
+    assert 0 < grammars.counted_from() <= time.monotonic()
+
+    ended = list[RequestError | None]()
+    for counted_from, gone in ((time.monotonic() + 60, []), (0.0, ["prepare_timeout"])):
+        gate, began, made = threading.Event(), threading.Event(), Preparations(1, 0.0, lambda: counted_from)  # noqa: B023
+        made.submit([began.set, lambda: gate.wait(60)], ended.append)  # noqa: B023
+        began.wait(60)
+        made.expire()
+        assert [error.code for error in ended if error] == gone
+        gate.set()
+        made.close()
 
 
 def test_more_constraints_than_the_cache_holds(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class XGrammar(GrammarBackend):
         except Exception as error:
             raise GrammarError(f"xgrammar does not support this model's tokenizer: {error}") from error
         self._tokens = _ids_with_text(self._info, ctx)
-        self._places, self._idle = threading.Semaphore(_PROCESSES), deque[_Child]()
+        self._places, self._idle = threading.Semaphore(_PROCESSES), deque([_Child(self._setup)])
         self._closed = False
 
     def compile(self, constraint: Constraint) -> Grammar:

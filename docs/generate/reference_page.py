@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from typing import Any
 
-from reference_facts import Fact, default, facts, meanings, sampling_facts, sections, source
+from reference_facts import sampling_facts, sections
 
 import nanoengine
 from nanoengine import LLM, AsyncLLM, SamplingParams, Stream
 from nanoengine.api.errors import NanoEngineError
 from nanoengine.api.structured_outputs import StructuredOutputsParams
+from nanoengine.lab.facts import Fact, default, facts, meanings, source
 from nanoengine.params.arguments import ChatOptions
 from nanoengine.params.engine_options import EngineOptions
 from nanoengine.params.sampling_fields import NOT_SUPPORTED

@@ -9,9 +9,10 @@ import textwrap
 from collections.abc import Iterable
 from typing import Any
 
-from reference_facts import Fact, facts, meanings, sampling_facts, sections, shown, source
+from reference_facts import sampling_facts, sections
 
 from nanoengine import LLM, AsyncLLM
+from nanoengine.lab.facts import Fact, facts, meanings, shown, source
 from nanoengine.params.engine_options import EngineOptions
 from nanoengine.params.sampling_fields import CoreFields
 

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import nanoengine
 from nanoengine import LLM, AsyncLLM, ParamsError, SamplingParams
+from nanoengine.cli.app import app
+from nanoengine.lab.facts import facts, meanings
 from nanoengine.params.arguments import ChatOptions
 from nanoengine.params.engine_options import EngineOptions
 from nanoengine.params.sampling_fields import CORE_TYPES
@@ -50,8 +53,8 @@ def generator() -> Any:
         yield
 
 
-def facts() -> Any:
-    return import_module("reference_facts")
+def sampling_facts() -> Any:
+    return import_module("reference_facts").sampling_facts()
 
 
 def names(heading: str) -> set[str]:
@@ -75,10 +78,10 @@ def test_every_option_parameter_and_method_is_on_the_page() -> None:
 
 
 def test_ranges_are_those_of_the_checks() -> None:
-    rules = {each.name: each.rules for each in facts().facts(EngineOptions)}
+    rules = {each.name: each.rules for each in facts(EngineOptions)}
     assert rules["max_num_seqs"] == "at least 1; at most 65,536"
     assert rules["gpu_memory_utilization"] == "above 0 and at most 1"
-    sampling = {each.name: each.rules for _, rows in facts().sampling_facts() for each in rows}
+    sampling = {each.name: each.rules for _, rows in sampling_facts() for each in rows}
     assert sampling["presence_penalty"] == "from -2 to 2"
     assert sampling["stop"] == "strings that are not empty"
 
@@ -97,7 +100,7 @@ def test_a_field_without_a_meaning_is_refused() -> None:
         first: int = 0
         second: int = 0
 
-    assert facts().meanings(Options) == {
+    assert meanings(Options) == {
         "said": "what it does, with a colon: here",
         "first": "of the two",
         "second": "of the two",
@@ -110,7 +113,44 @@ def test_a_field_without_a_meaning_is_refused() -> None:
         """
 
     with pytest.raises(LookupError, match="does not describe first, second"):
-        facts().meanings(More)
+        meanings(More)
+
+
+# -- in a terminal -----------------------------------------------------------------------------------------------------
+
+
+def explained(*words: str) -> Any:
+    return CliRunner().invoke(app, ["config", "explain", *words])
+
+
+def test_a_command_explains_every_key(tmp_path: Path) -> None:
+    listed = {line.partition(": ")[0] for line in explained().stdout.splitlines()}
+    assert {f"engine.{field.name}" for field in dataclasses.fields(EngineOptions)} <= {
+        *listed, "engine.structured_outputs",
+    }  # fmt: skip
+    assert {f"sampler.{name}" for name in sampling_names(discover())} <= listed
+    assert {"server.port", "speculation.max_n", "prompts.field", "output", "chat", "model.source"} <= listed
+    (tmp_path / "own.py").write_text(PLUGIN)
+    assert "sampler.own_parameter: float = 0.0" in explained("--plugin", str(tmp_path / "own.py")).stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("presence_penalty", "sampler.presence_penalty: float = 0.0\n  Subtracted from the logits"),
+        ("engine.kv_dtype", "engine.kv_dtype: Literal['auto', 'fp8', 'int8'] = \"auto\"\n  "),
+        ("structured_outputs", "engine.structured_outputs.timeout: float = 10.0\n"),
+        ("server.", "It must be from 0 to 65,535."),
+    ],
+)
+def test_a_key_is_explained_with_type_default_and_range(name: str, text: str) -> None:
+    assert text in explained(name).stdout
+
+
+def test_a_mistyped_key_is_named() -> None:
+    result = explained("presense_penalty")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "no key is called 'presense_penalty'; did you mean 'presence_penalty'?" in result.stderr
 
 
 # -- what an editor sees -----------------------------------------------------------------------------------------------

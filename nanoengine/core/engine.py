@@ -155,8 +155,7 @@ class Engine:
                 break
             if self._in_flight and isinstance(self._in_flight[-1].handle, NotLaunched):
                 break  # nothing runs behind a step that was not launched
-            scheduling = time.monotonic()
-            self._mid_update = True
+            scheduling, self._mid_update = time.monotonic(), True
             step = self.scheduler.schedule()
             self._process(self.scheduler.take_updates())
             if step is None:
@@ -188,7 +187,8 @@ class Engine:
         if not self._in_flight or not self._in_flight[0].handle.late:
             return
         oldest, self._mid_update = self._in_flight[0], True
-        columns, failed = supplied_columns(oldest.step, self._inputs.ctx.vocab_size, self.scheduler.config.most_forced)
+        vocab_size, most_forced = self._inputs.ctx.vocab_size, self.scheduler.config.most_forced
+        columns, failed = supplied_columns(oldest.step, vocab_size, most_forced, oldest.handle.room)
         self._in_flight[0] = InFlight(oldest.step, self._launched(partial(oldest.handle.supply, columns)))
         self._process(failed)
         self._mid_update = False

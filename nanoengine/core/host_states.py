@@ -11,15 +11,16 @@ import numpy as np
 from nanoengine.api.errors import RequestError
 from nanoengine.core.request import Request, Status
 from nanoengine.core.scheduling.messages import ScheduledStep, Update
-from nanoengine.core.step import SuppliedColumn, offsets_of
+from nanoengine.core.step import Int32, SuppliedColumn, offsets_of
 from nanoengine.params.host_states import Asked, next_columns
 
 
 def supplied_columns(
-    step: ScheduledStep, vocab_size: int, most_forced: int
+    step: ScheduledStep, vocab_size: int, most_forced: int, room: Int32 | None = None
 ) -> tuple[list[SuppliedColumn], list[Update]]:
     """The columns of a late step, all steps before which are committed; and updates of requests whose states failed,
     which the scheduler still has. most_forced: if not 0, requests note what their states force behind these draws.
+    room: as in `StepHandle`.
 
     A row whose request has ended gets none: nothing will look at what it draws. States of one class and processor are
     fed, and give their columns, together where the class can.
@@ -29,7 +30,8 @@ def supplied_columns(
     for request, asked in _asked(step):
         groups.setdefault((asked.bound.name, type(asked.bound.state)), []).append((request, asked))
     for members in groups.values():
-        columns, errors = next_columns([asked for _, asked in members], vocab_size)
+        columns, errors = next_columns([asked for _, asked in members], vocab_size, room)
+        room = None  # it has masks now
         failed |= {members[place][0]: error for place, error in errors.items()}
         for column, draws, values, offsets in columns:
             name = members[0][1].bound.name

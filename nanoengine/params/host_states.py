@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from nanoengine.api.errors import RequestError, described, is_failure, nearest, shown
 from nanoengine.api.plugin_calls import place_and_fix
-from nanoengine.api.specs import HostState, ParamsContext
+from nanoengine.api.specs import HostState, ParamsContext, StandardOp
 from nanoengine.params.sampling_params import (
     Draws,
     PackedProcessor,
@@ -95,10 +95,14 @@ class DrawValues(NamedTuple):
     offsets: npt.NDArray[np.int32]
 
 
-def next_columns(asked: Sequence[Asked], vocab_size: int) -> tuple[list[DrawValues], dict[int, RequestError]]:
+def next_columns(
+    asked: Sequence[Asked], vocab_size: int, room: npt.NDArray[np.int32] | None = None
+) -> tuple[list[DrawValues], dict[int, RequestError]]:
     """Feeds states of one processor and class what is new, and takes their columns: of draws that are behind no draft
-    together, where the class can. Also place -> error of those that failed."""
-    found, failed = _together(asked, vocab_size)
+    together, where the class can. Also place -> error of those that failed.
+
+    room: [L, words]; masks of the first draws may be written to its first rows, instead of to new memory."""
+    found, failed = _together(asked, vocab_size, room)
     alone: dict[str, tuple[list[int], list[npt.NDArray[Any]]]] = {}
     for place, (bound, output, draws, drafts) in enumerate(asked):
         if place in failed or (found is not None and not drafts):
@@ -125,7 +129,7 @@ def next_columns(asked: Sequence[Asked], vocab_size: int) -> tuple[list[DrawValu
 
 
 def _together(
-    asked: Sequence[Asked], vocab_size: int
+    asked: Sequence[Asked], vocab_size: int, room: npt.NDArray[np.int32] | None
 ) -> tuple[Mapping[str, npt.NDArray[Any]] | None, dict[int, RequestError]]:
     """By one call of the class: of each column an array, [N] or [N, width], and place -> error. None: it has no way to
     do so, and nothing was done."""
@@ -134,7 +138,14 @@ def _together(
     if any(spec.ragged for spec in specs.values()):
         return None, {}
     new = [each.output[each.bound.fed :] for each in asked]
-    out = {name: np.empty((len(asked), *values_of_draw(spec, vocab_size)), spec.dtype) for name, spec in specs.items()}
+    if room is not None and (len(asked) > len(room) or any(each.draws[0] != i for i, each in enumerate(asked))):
+        room = None
+    out = dict[str, npt.NDArray[Any]]()
+    for name, spec in specs.items():
+        if room is not None and spec.op is StandardOp.BITMASK:
+            out[name], room = room[: len(asked)], None
+        else:
+            out[name] = np.empty((len(asked), *values_of_draw(spec, vocab_size)), spec.dtype)
     try:
         found = states.columns_together([each.bound.state for each in asked], new, out)
         if found is None:

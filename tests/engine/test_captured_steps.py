@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from nanoengine.core.execution.finish_step import CapturedTail
 from nanoengine.core.execution.graphs import CaptureSizes, StepGraphs
 from nanoengine.core.execution.step_inputs import StepSize
 from nanoengine.core.scheduling.messages import EngineStats
+from nanoengine.core.step import SuppliedColumn
 from nanoengine.kernels.ops import Ops
 from nanoengine.params.engine_options import EngineOptions
 from nanoengine.setup.start import capture as setup_capture
@@ -274,6 +276,34 @@ def test_a_forced_run_ends_in_the_static_tail(
     assert tokens_of(outputs) == [chained(ASKED[0], count, -5), chained(ASKED[1], 4)]
     assert captured["replay drafts"] > 0
     assert stats.graph_tails == stats.graph_steps + stats.mixed_graph_steps
+
+
+def test_masks_in_the_room_that_is_sent(tmp_path: Path, captured: Counter[str]) -> None:
+    """Masks that were written where they are sent from, as those elsewhere, go to the places of their draws."""
+    with mock_llm(tmp_path, max_num_seqs=4, max_num_batched_tokens=36) as llm, torch.inference_mode():
+        tail = llm._built.executor.runner.graphs.tail
+        assert tail is not None
+        words = tail.host_mask.shape[1]
+        apart = of_column([3], np.arange(3, 3 + words, dtype=np.int32)[None])
+        every = product([True, False], [[0, 1, 2], [0, 2], [2, 1], [1, 2], []], [0, 2], [True, False])
+        for in_room, draws, shift, another in every:
+            own = np.array([0, 1 + shift, 2 + shift, 3 + shift])
+            tail.host_mask[:] = 5
+            values = np.arange(7, 7 + len(draws) * words, dtype=np.int32).reshape(len(draws), words)
+            want = np.full((6, words), -1, np.int32)
+            want[own[draws]] = values
+            want[own[3]] = apart.values if another else -1
+            given = tail.host_mask[: len(draws)] if in_room else values
+            given[:] = values
+            tail.send_mask(6, own, [of_column(draws, given)] * bool(draws) + [apart] * another)
+            assert (tail._mask[:6].numpy() == want).all(), (in_room, draws, shift, another)
+
+
+def of_column(draws: list[int], values: Any) -> SuppliedColumn:
+    offsets = np.arange(0, values.size + 1, values.shape[1], dtype=np.int32)
+    return SuppliedColumn(
+        processor="x", column="y", draws=np.array(draws, np.int32), values=values.ravel(), offsets=offsets
+    )
 
 
 def masks_of_earlier_steps(patch: pytest.MonkeyPatch) -> None:

@@ -57,22 +57,24 @@ class CapturedTail:
         self._answers = AnswerRing(max(max_draws, buffers.max_rows), device)
         shape, pinned = (min(max_draws, MASKED_DRAWS), -(-finish.vocab_size // 32)), device.type == "cuda"
         self._mask = torch.full(shape, -1, dtype=torch.int32, device=device)
-        self._host_mask = torch.full(shape, -1, dtype=torch.int32, pin_memory=pinned)
+        self._sent_mask = torch.full(shape, -1, dtype=torch.int32, pin_memory=pinned)
+        self.host_mask: Int32 = self._sent_mask.numpy()
 
     def send_mask(self, draws: int, own: Int64, supplied: Sequence[SuppliedColumn]) -> None:
         """The mask of a pass over so many draws, without waiting: what it sent before has arrived, as the columns of a
         step follow the result of the one before it. own: which of the draws are the plan's. supplied: of one column;
-        draws without any keep all."""
-        host, free = self._host_mask.numpy()[:draws], np.ones(draws, dtype=np.bool_)
+        draws without any keep all. Values in `host_mask` are those of the first draws."""
+        host, free = self.host_mask[:draws], np.ones(draws, dtype=np.bool_)
         for each in supplied:
             places, values = own[each.draws], each.values.reshape(len(each.draws), -1)
             free[places] = False
-            if len(places) and places[-1] - places[0] == len(places) - 1:  # in order, most often
-                host[places[0] : places[-1] + 1] = values
-            else:
-                host[places] = values
+            ordered = bool(len(places)) and places[-1] - places[0] == len(places) - 1  # most often
+            if not np.may_share_memory(values, host):
+                host[slice(places[0], places[-1] + 1) if ordered else places] = values
+            elif not ordered or places[0]:
+                host[places] = values.copy()
         host[free] = -1
-        self._mask[:draws].copy_(self._host_mask[:draws], non_blocking=True)
+        self._mask[:draws].copy_(self._sent_mask[:draws], non_blocking=True)
 
     def run(self, inputs: StepRows, kind: int, logits: Tensor, max_drafts: int = 0, *, masked: bool = False) -> None:
         """One pass over `logits`, one row of them a row of the step, or a token where rows have drafts. The rows'

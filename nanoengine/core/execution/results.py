@@ -17,6 +17,7 @@ from nanoengine.core.step import (
     NO_LOGPROBS,
     ROW_BAD_LOGITS,
     ROW_FINE,
+    Bool,
     Float32,
     Int32,
     Int64,
@@ -35,9 +36,11 @@ class StepHandle(ABC):
 
     Attributes:
         late: its tail is not launched yet, as it waits for columns (`StepPlan.late`).
+        room: of a late step, memory [L, words] where masks of its draws may be written, to be sent without a copy.
     """
 
     late: bool = False
+    room: Int32 | None = None
 
     def supply(self, columns: Sequence[SuppliedColumn]) -> StepHandle:
         """Launch the tail of a late step, with these columns: before the next launch. Returns the step, which is not
@@ -68,9 +71,9 @@ class LateStep(StepHandle):
 
     late = True
 
-    def __init__(self, finish: Callable[[Sequence[SuppliedColumn]], StepHandle]) -> None:
+    def __init__(self, finish: Callable[[Sequence[SuppliedColumn]], StepHandle], room: Int32 | None = None) -> None:
         """finish: launches the tail, and returns its handle."""
-        self._finish = finish
+        self._finish, self.room = finish, room
 
     def supply(self, columns: Sequence[SuppliedColumn]) -> StepHandle:
         return self._finish(columns)
@@ -195,6 +198,27 @@ def _result(
     token_ids, row_failed: [S], of the plan's draws. counts: int32 [B], of a step with drafts: the first draws of each
     row that count.
     """
+    if plan.num_decode_rows == plan.num_rows and counts is None:  # a token a row
+        failed, kept = row_failed, row_failed == ROW_FINE
+        counts = kept.astype(np.int32)
+    else:
+        failed, counts, kept = _of_rows(plan, row_failed, counts, prompt, pooled)
+    return StepResult(
+        step=plan.step,
+        token_ids=token_ids[kept].astype(np.int32),
+        counts=counts,
+        failed=failed.astype(np.int32),
+        sampled_logprobs=sampled,
+        prompt_logprobs=prompt,
+        pooled=pooled.ravel(),
+        graphs=graphs,
+    )
+
+
+def _of_rows(
+    plan: StepPlan, row_failed: Int32, counts: Int32 | None, prompt: LogprobRows, pooled: Float32
+) -> tuple[Int32, Int32, Bool]:
+    """failed and counts as in `StepResult`, and which of the draws count, bool [S]."""
     rows = plan.logits_rows[plan.sampled]
     at = np.arange(len(rows)) - np.searchsorted(rows, rows)  # entries of the same row before it
     failed = np.full(plan.num_rows, ROW_FINE, dtype=np.int32)
@@ -206,16 +230,7 @@ def _result(
     drawn[rows] = 1
     counts = drawn if counts is None else counts[: plan.num_rows]  # behind them are a graph's padding rows
     counts = np.where(failed == ROW_FINE, counts, 0).astype(np.int32)
-    return StepResult(
-        step=plan.step,
-        token_ids=token_ids.astype(np.int32)[at < counts[rows]],
-        counts=counts,
-        failed=failed,
-        sampled_logprobs=sampled,
-        prompt_logprobs=prompt,
-        pooled=pooled.ravel(),
-        graphs=graphs,
-    )
+    return failed, counts, at < counts[rows]
 
 
 def _send(tensor: Tensor) -> Tensor:

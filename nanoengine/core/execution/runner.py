@@ -72,7 +72,10 @@ class ModelRunner:
         """Forward, and sample: of a late step only when its columns are supplied."""
         with self._launching():
             step = self.forward(plan)
-            return LateStep(partial(self._supply, step)) if plan.late else self.sample(step)
+            if not plan.late:
+                return self.sample(step)
+            static = self.graphs.tail if step.replayed is not None else None
+            return LateStep(partial(self._supply, step), None if static is None else static.host_mask)
 
     @torch.inference_mode()
     def _supply(self, step: Forwarded, columns: Sequence[SuppliedColumn]) -> StepHandle:

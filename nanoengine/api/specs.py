@@ -282,6 +282,8 @@ class CommandSpec:
         api: the interface version the plugin was written for.
         sections: sections of a configuration that the command reads: key -> "package.module:Class" of a frozen
             dataclass, in a module that imports no torch, whose fields are the section's keys. All have defaults.
+        requires: modules that the target imports. If one is missing, a call says so before the target is imported.
+        install: the command to type if a required module is missing.
     """
 
     name: str
@@ -289,6 +291,8 @@ class CommandSpec:
     help: str
     api: int
     sections: Mapping[str, str] = field(default_factory=dict)
+    requires: tuple[str, ...] = ()
+    install: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

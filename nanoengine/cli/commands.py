@@ -14,6 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 from nanoengine.api.errors import PluginError, shown
 from nanoengine.api.plugin_calls import plugin_call
 from nanoengine.cli.common import say, user_errors
+from nanoengine.setup.plugins.choose import missing_modules
 from nanoengine.setup.plugins.discover import discover
 from nanoengine.setup.plugins.registry import Registry
 from nanoengine.setup.plugins.targets import TargetLoader
@@ -147,9 +148,12 @@ def _not_available(registry: Registry) -> list[str]:
 def load_command(registry: Registry, name: str) -> Any:
     """The click command of a registered name.
 
-    Raises `PluginError` if the name is not available, or if the target cannot be loaded or is not a command.
+    Raises `PluginError` if the name or a required module is not available, or if the target cannot be loaded or is no
+    command.
     """
     found = registry.require("commands", name)
+    if missing := missing_modules(found.spec):
+        raise PluginError(f"command {name!r} of {found.origin} {missing}")
     loader = TargetLoader(registry.plugin_files)
     target = loader.load(found.spec.target)
     if not isinstance(target, type) and callable(getattr(target, "make_context", None)):

@@ -15,5 +15,7 @@ def register_commands() -> list[CommandSpec]:
             help="Serve a model over HTTP, by OpenAI's and Anthropic's APIs.",
             api=1,
             sections={"server": f"{__name__}.config:ServerConfig"},
+            requires=("fastapi", "uvicorn", "httptools", "msgspec", "prometheus_client"),
+            install="pip install 'nanoengine[server]'",
         )
     ]

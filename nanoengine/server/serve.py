@@ -23,8 +23,6 @@ from nanoengine.setup.plugins.discover import discover
 from nanoengine.setup.plugins.registry import Registry
 from nanoengine.text.sample_parser import reasoning_tags
 
-_NEEDED = ("fastapi", "uvicorn", "httptools", "msgspec", "prometheus_client")
-
 
 def serve(
     config: ConfigArgument,
@@ -94,6 +92,3 @@ def _check_installed(options: ServerConfig) -> None:
     """Raises `ConfigError` for a library of an extra that is not there."""
     if options.traces.endpoint is not None and importlib.util.find_spec("opentelemetry") is None:
         raise ConfigError("server.traces.endpoint needs opentelemetry: pip install 'nanoengine[otel]'")
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"serve needs {', '.join(missing)}: pip install 'nanoengine[server]'")

@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from nanoengine.cli.app import app
 from nanoengine.cli.commands import load_command
+from nanoengine.lab.doctor import parts
 from nanoengine.setup.plugins.discover import discover
 
 OWN = ["run", "chat", "config", "plugins", "bench", "report", "sweep", "doctor", "serve"]
@@ -366,3 +367,22 @@ def test_the_doctor_loads_commands_too(hello: Any, attribute: str, cause: str) -
         assert finding["level"] == "warning"
         assert cause in finding["text"]
         assert [each["level"] for each in found if each["name"] == "plugins new"] == ["ok"]
+
+
+def test_a_command_whose_module_is_missing_says_what_to_install(install: Any, hello: Any) -> None:
+    hello("other", "hello")
+    more = 'requires=("no_such_module",), install="get it")'
+    install("nanoengine-needy", command("greet", "no_such_module:hello").replace("api=1)", f"api=1, {more}"))
+    result = nanoengine("greet", "you")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "command 'greet' of nanoengine-needy" in result.stderr
+    assert "needs no_such_module, not installed here (get it)" in result.stderr
+    assert "greet" in listed(nanoengine("--help"))
+    [found] = [each for each in parts.plugins(discover(), load=True) if each.name == "greet"]
+    assert (found.level, "needs no_such_module" in found.text) == ("note", True)
+
+
+def test_serve_names_its_extra() -> None:
+    spec = discover().commands["serve"].spec
+    assert "msgspec" in spec.requires
+    assert spec.install == "pip install 'nanoengine[server]'"

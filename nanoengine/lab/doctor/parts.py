@@ -18,7 +18,7 @@ from nanoengine.api.sources import ModelSource
 from nanoengine.api.tool_parsers import ToolParser
 from nanoengine.lab.doctor.findings import Finding, Level, Verdict
 from nanoengine.params.engine_options import EngineOptions
-from nanoengine.setup.plugins.choose import choose_grammars, load_checked, ranked_backends
+from nanoengine.setup.plugins.choose import choose_grammars, load_checked, missing_modules, ranked_backends
 from nanoengine.setup.plugins.registry import KIND_WORDS, Kind, Registered, Registry
 from nanoengine.setup.plugins.speculation import drafter_base
 from nanoengine.setup.plugins.targets import TargetLoader
@@ -62,6 +62,8 @@ def plugins(registry: Registry, *, load: bool, sampler: frozenset[str] = frozens
 def _part(kind: Kind, found: Registered[Any], registry: Registry, *, load: bool, wanted: bool) -> Finding:
     name, text = found.spec.name, f"{KIND_WORDS[kind]}, {found.origin}"
     missing = [m for m in getattr(found.spec, "requires", ()) if importlib.util.find_spec(m.partition(".")[0]) is None]
+    if missing and kind == "commands":
+        return _plugin(name=name, level="note", text=f"{text}: {missing_modules(found.spec)}")
     if not load or missing:  # `attention` reports the effect of a missing package
         return _plugin(name=name, text=text + (" (not loaded)" if missing or not load else ""))
     loader = TargetLoader(registry.plugin_files)

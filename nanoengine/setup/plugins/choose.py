@@ -12,7 +12,7 @@ from nanoengine.api.attention import AttentionBackend, AttentionCapabilities, At
 from nanoengine.api.errors import PluginError, UnsupportedError, shown
 from nanoengine.api.grammars import GrammarBackend
 from nanoengine.api.plugin_calls import name_of, place_and_fix, plugin_call
-from nanoengine.api.specs import AttentionSpec, GrammarSpec
+from nanoengine.api.specs import AttentionSpec, CommandSpec, GrammarSpec
 from nanoengine.setup.plugins.registry import Registered, Registry
 from nanoengine.setup.plugins.targets import TargetLoader
 
@@ -194,7 +194,7 @@ def _preference(found: Registered[Any]) -> tuple[int, str]:
     return -found.spec.preference, found.spec.name
 
 
-def missing_modules(spec: AttentionSpec | GrammarSpec) -> str:
+def missing_modules(spec: AttentionSpec | GrammarSpec | CommandSpec) -> str:
     """ "needs x, not installed here (how to install it)"; "" if all that the part requires is installed."""
     missing = [module for module in spec.requires if not _is_there(module)]
     hint = f" ({spec.install})" if spec.install else ""

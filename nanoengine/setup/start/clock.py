@@ -38,7 +38,8 @@ class Quantised:
 
     def line(self) -> str:
         """A summary: "fp8, blocks of 128: 112 layers, 381 MB"."""
-        return f"{self.label or 'plain weights'}: {self.layers:,} layers, {shown_bytes(self.num_bytes)}"
+        layers = f"{self.layers:,} layer{'' if self.layers == 1 else 's'}"
+        return f"{self.label or 'plain weights'}: {layers}, {shown_bytes(self.num_bytes)}"
 
 
 @dataclass(frozen=True, slots=True)

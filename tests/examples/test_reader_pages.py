@@ -66,6 +66,14 @@ def test_code_runs(page: str, folder: Path) -> None:
     execute(page)
 
 
+def test_commands_of_the_page_of_quantisation_run(folder: Path) -> None:
+    lines = "".join(blocks("quantization", "sh")).splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        result = CliRunner().invoke(app, [*shlex.split(line, comments=True)[1:], "sampler.max_tokens=2"])
+        assert result.exit_code == 0, f"{line}: {result.stderr}"
+
+
 @pytest.mark.parametrize("page", ["models", "quantization", "tools", "scheduler"])
 def test_configurations_compose(page: str, folder: Path) -> None:
     assert blocks(page, "yaml")
@@ -76,11 +84,11 @@ def test_configurations_compose(page: str, folder: Path) -> None:
 
 def test_options_of_vllm_become_keys_that_exist(folder: Path) -> None:
     rows = re.findall(r"^\| `(?:vllm|--)[^|]*` \| `([^`]+)`", TEXTS["from-vllm"], re.MULTILINE)
-    assert len(rows) == 7
+    assert len(rows) == 8
     for row in rows:
         words = shlex.split(row)
-        overrides = words[3:] if words[0] == "nanoengine" else words
-        load_config("quickstart", overrides)
+        config, *overrides = words[2:] if words[0] == "nanoengine" else ["quickstart", *words]
+        load_config(config, overrides)
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
@@ -129,16 +137,18 @@ def test_the_results_are_read(results: list[dict[str, object]], capsys: pytest.C
     assert "0 failed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", ["results", "from-vllm", "chat", "async", "reference"])
+@pytest.mark.parametrize("page", sorted(TEXTS))
 def test_links(page: str) -> None:
     for link in re.findall(r"\]\(([^)]+)\)", TEXTS[page]):
         name, _, anchor = link.partition("#")
         if name.startswith("http"):
             continue
         assert not name or (ROOT / "docs" / name).exists(), link
-        text = TEXTS[Path(name).stem] if name else TEXTS[page]
+        if not anchor:
+            continue
+        text = (ROOT / "docs" / name).read_text("utf-8") if name else TEXTS[page]
         heads = [
             re.sub(r"[^\w -]", "", head).lower().replace(" ", "-")
             for head in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
         ]
-        assert not anchor or anchor in heads, link
+        assert anchor in heads, link

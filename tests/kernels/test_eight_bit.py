@@ -149,6 +149,37 @@ class TestReference:
                 assert dequantised(w)[n, k] == w.weight[n, k].float() * w.scale[n // 2, k // 3]
         assert torch.equal(dequantised(w, 3, 5), dequantised(w)[3:])
 
+    @pytest.mark.parametrize("dtype", [FP8, INT8])
+    def test_every_code_is_widened_exactly(self, dtype) -> None:
+        codes = torch.arange(256, dtype=torch.uint8).view(dtype).view(1, -1)
+        found = [each for each in (codes, codes[:, :127], codes[:, 128:255]) if dtype == FP8 or each is codes]
+        for each in found:  # with NaN, and without, where bits become those of a float16
+            w = EightBit(each, torch.ones(1, 1), 1, each.shape[1], "plain")
+            assert torch.equal(dequantised(w).signbit(), each.float().signbit())
+            torch.testing.assert_close(dequantised(w), each.float(), rtol=0, atol=0, equal_nan=True)
+
+    @pytest.mark.parametrize("kind", ["int8 token", "int8 static"])
+    def test_products_of_whole_numbers_are_those_of_widened_ones(self, weight, rand, kind, monkeypatch) -> None:
+        w, x = weight(n=33, k=80, **KINDS[kind]), rand(3, 80).float()
+        if x.is_cuda or not eight_bit.whole_products():
+            pytest.skip("not on this processor")
+        calls = list[int]()
+        product = torch._int_mm
+        monkeypatch.setattr(torch, "_int_mm", lambda a, b: (calls.append(len(a)), product(a, b))[1])
+        found = [eight_bit.product(w, x[:rows]) for rows in (0, 1, 3)]
+        assert calls == [1, 3]
+        monkeypatch.setattr(eight_bit, "whole_products", lambda: False)
+        for each, rows in zip(found, (0, 1, 3), strict=True):
+            torch.testing.assert_close(each, eight_bit.product(w, x[:rows]))
+
+    def test_a_processor_whose_sums_saturate_is_seen(self, monkeypatch) -> None:
+        def saturating(a, b):
+            pairs = (a.long().unsqueeze(1) * b.t().long()).unflatten(2, (-1, 2)).sum(3)
+            return pairs.clamp(-(2**15), 2**15 - 1).sum(2).to(torch.int32)
+
+        monkeypatch.setattr(torch, "_int_mm", saturating)
+        assert not eight_bit.whole_products.__wrapped__()
+
     def test_large_weights_are_expanded_piece_by_piece(self, weight, rand, monkeypatch) -> None:
         w, x = weight(FP8, 50, 32, "token"), rand(3, 32).float()
         whole = eight_bit.product(w, x)

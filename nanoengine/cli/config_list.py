@@ -42,9 +42,16 @@ class Option:
     clash: bool = False
 
 
+def _complete_group(incomplete: str) -> list[str]:
+    return sorted({each.group for each in options_of(discover())[0] if each.group.startswith(incomplete)})
+
+
 def list_options(
     group: Annotated[
-        str | None, typer.Argument(help="Only this group, or recipes; default: all.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="Only this group, or recipes; default: all.", show_default=False, autocompletion=_complete_group
+        ),
     ] = None,
     beside: Annotated[
         Path | None,

@@ -162,3 +162,6 @@ def test_completion_is_installed_by_an_option_and_goes_through_the_commands(monk
     words = {"COMP_WORDS": "nanoengine config show quickstart sampler.tempe", "COMP_CWORD": "4"}
     asked = {**words, "_NANOENGINE_COMPLETE": "complete_bash"}
     assert CliRunner().invoke(app, [], prog_name="nanoengine", env=asked).stdout.split() == ["sampler.temperature="]
+    for words, found in (("list mod", ["model"]), ("explain kv_d", ["kv_dtype"])):
+        asked |= {"COMP_WORDS": f"nanoengine config {words}", "COMP_CWORD": "3"}
+        assert CliRunner().invoke(app, [], prog_name="nanoengine", env=asked).stdout.split() == found

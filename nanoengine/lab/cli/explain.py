@@ -42,11 +42,20 @@ class Key:
     owner: str = ""
 
 
+def _complete(incomplete: str) -> list[str]:
+    names = [each.name for each in keys(discover())]
+    plain = [name.rpartition(".")[2] for name in names]
+    return list(dict.fromkeys(each for each in (*names, *plain) if each.startswith(incomplete)))
+
+
 def explain(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY]...", help="Keys or sections: temperature, engine.block_size, server.", show_default=False
+            metavar="[KEY]...",
+            help="Keys or sections: temperature, engine.block_size, server.",
+            show_default=False,
+            autocompletion=_complete,
         ),
     ] = None,
     plugin: PluginOption = None,

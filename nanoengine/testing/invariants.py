@@ -24,7 +24,7 @@ def check_scheduler(scheduler: Scheduler) -> None:
         if request.pick_check_at:
             assert request.num_computed == request.length - 1 >= request.prompt_len
             assert request.pick_check_at <= min(request.max_len, request.capacity + 1)
-            assert not (request.forced or request.drafted)
+            assert not request.drafted
         if request.commit_check_at:
             assert request.commit_check_at <= min(request.publish_at, request.max_len - 1) - request.prompt_len
 

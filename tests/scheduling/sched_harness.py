@@ -248,7 +248,7 @@ class Loop:
         if step is None or step is not self.in_flight[0]:
             return
         self.unsupplied = None
-        columns, failed = supplied_columns(step, VOCAB)
+        columns, failed = supplied_columns(step, VOCAB, self.scheduler.config.most_forced)
         message = decode(SuppliedColumns, encode(SuppliedColumns(tuple(columns))))
         self.runner.supply(message.columns)
         for update in failed:

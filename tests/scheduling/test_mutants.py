@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from sched_harness import BreakingLoop, random_ops, run_ops
 
-from nanoengine.core import host_states
 from nanoengine.core.request import Status
 from nanoengine.core.scheduling import commit, draft
 from nanoengine.core.scheduling.block_manager import BlockManager, Pool, Run
 from nanoengine.core.scheduling.draft import Draft
 from nanoengine.core.scheduling.queues import Roster
 from nanoengine.core.scheduling.scheduler import Scheduler
+from nanoengine.params.host_states import BoundState
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -225,28 +225,18 @@ def stale_columns(patch: pytest.MonkeyPatch) -> None:
 
 def columns_of_the_draw_before(patch: pytest.MonkeyPatch) -> None:
     """A host state does not get the newest token."""
-    columns = host_states._feed
-
-    def broken(request, *rest):
-        newest = request.output_token_ids[-1:]
-        del request.output_token_ids[-1:]
-        try:
-            return columns(request, *rest)
-        finally:
-            request.output_token_ids += newest
-
-    patch.setattr(host_states, "_feed", broken)
+    feed = BoundState.feed
+    patch.setattr(BoundState, "feed", lambda self, output: feed(self, output[:-1]))
 
 
 def states_fed_twice(patch: pytest.MonkeyPatch) -> None:
-    columns = host_states._feed
+    feed = BoundState.feed
 
-    def broken(request, *rest):
-        for bound in request.host_states:
-            bound.fed = max(0, bound.fed - 1)
-        return columns(request, *rest)
+    def broken(self, output):
+        self.fed = max(0, self.fed - 1)
+        feed(self, output)
 
-    patch.setattr(host_states, "_feed", broken)
+    patch.setattr(BoundState, "feed", broken)
 
 
 def block_sent_to_the_wrong_place(patch: pytest.MonkeyPatch) -> None:

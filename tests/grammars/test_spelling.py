@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import normalizers
 
 from nanoengine.api import Constraint, Grammar, GrammarError
+from nanoengine.plugins.grammars.unchanged_text import with_unchanged_text
 from nanoengine.testing.byte_tokenizer import END, START_REASONING, byte_tokenizer
 
 from .support import grammar_llm, params
-from .test_backends import accepts, backend, compiled, mask_of
+from .test_backends import accepts, backend, compiled, mask_of, sentencepiece
 
 TOKENIZER = byte_tokenizer()
 TOKENIZER.add_special_tokens(["<s>", "</s>"])
@@ -59,6 +61,33 @@ def test_a_text_may_have_the_spelling_of_a_special_token(token: str, kind: Any, 
     alone = np.empty(10, np.int32)
     matchers[0].mask(alone)
     assert (rows == alone).all()
+
+
+NORMALIZERS = [normalizers.NFC(), normalizers.NFKC(), normalizers.NFD(), normalizers.Lowercase(), normalizers.Strip(),
+               normalizers.Sequence([normalizers.NFC(), normalizers.StripAccents()])]  # fmt: skip
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS, ids=lambda each: type(each).__name__)
+def test_a_text_that_the_tokenizer_would_change_is_written_as_it_is(normalizer: Any) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.normalizer = normalizer
+    made = backend(tokenizer)
+    for text in ("e\u0301x", "\u00e9", "\ufb01", "\u212b", "ABC", " a ", "\u3000"):
+        matcher, ids = made.compile(Constraint(kind="choice", text=json.dumps([text]))).matcher(), list[int]()
+        while not matcher.is_accepting:
+            ids.append(min(mask_of(matcher, 320)))
+            assert matcher.consume(ids[-1:]) == 1, (text, ids)
+        assert bytes(ids).decode() == text
+
+
+def test_only_normalizers_that_write_a_space_are_kept() -> None:
+    found = sentencepiece()
+    assert with_unchanged_text(found.to_str()) == found.to_str()
+    steps = [normalizers.Prepend("▁"), normalizers.NFKC(), normalizers.Replace(" ", "▁")]
+    found.normalizer = normalizers.Sequence(steps)
+    kept = json.loads(with_unchanged_text(found.to_str(pretty=True)))
+    found.normalizer = normalizers.Sequence([steps[0], steps[2]])
+    assert kept == json.loads(found.to_str())
 
 
 def test_a_special_token_in_a_grammar_stays_one() -> None:

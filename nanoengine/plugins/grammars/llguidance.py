@@ -18,6 +18,7 @@ from nanoengine.plugins.grammars.added_tokens import AddedTokens
 from nanoengine.plugins.grammars.exact_schemas import allowed_escapes, exact
 from nanoengine.plugins.grammars.notations import lark_of
 from nanoengine.plugins.grammars.structural_tags import Tags, read_tags
+from nanoengine.plugins.grammars.unchanged_text import with_unchanged_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +32,8 @@ class LLGuidance(GrammarBackend):
     def __init__(self, ctx: GrammarContext) -> None:
         self._ends = sorted(ctx.end_ids) or None
         try:
-            self._tokenizer = LLTokenizer(ctx.tokenizer_json, n_vocab=ctx.vocab_size, eos_token=self._ends)
+            text = with_unchanged_text(ctx.tokenizer_json)
+            self._tokenizer = LLTokenizer(text, n_vocab=ctx.vocab_size, eos_token=self._ends)
         except ValueError as error:
             raise GrammarError(f"llguidance does not support this model's tokenizer: {error}") from error
         affinity = getattr(os, "sched_getaffinity", None)  # only Linux has it

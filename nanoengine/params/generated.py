@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, Protocol
@@ -90,7 +90,7 @@ def _checked(generated: Any, n: int, vocab_size: int, max_model_len: int) -> lis
     each = list(islice(generated, max_model_len))
     if n == 1 and any(as_int(token) is not None for token in each):
         each = [each]
-    if each and (len(each) != n or any(isinstance(ids, str | bytes | Mapping | int) for ids in each)):
+    if each and (len(each) != n or not all(map(_may_be_ids, each))):
         return RequestError("invalid_generated", f"generated must be {valid}, not {shown(generated)}")
     found = list[tuple[int, ...]]()
     for i, ids in enumerate(each):
@@ -100,6 +100,10 @@ def _checked(generated: Any, n: int, vocab_size: int, max_model_len: int) -> lis
             return checked
         found.append(checked)
     return found if any(found) else []
+
+
+def _may_be_ids(given: Any) -> bool:
+    return isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping)
 
 
 def _begun(

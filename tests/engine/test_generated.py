@@ -427,6 +427,8 @@ REFUSED: list[tuple[Any, dict[str, Any], str, str]] = [
     ([1, -1], {}, "invalid_generated", r"generated\[1\] is -1, outside the vocabulary"),
     ([1, "x"], {}, "invalid_generated", r"generated\[1\] is 'x', not a token id"),
     ([True], {}, "invalid_generated", r"generated must be token ids, not \[True\]"),
+    ([1.5], {}, "invalid_generated", r"generated must be token ids, not \[1\.5\]"),
+    ([None, [1]], {"n": 2}, "invalid_generated", r"one for each sample, not \[None, \[1\]\]"),
     ("text", {}, "invalid_generated", "generated must be token ids, not str"),
     ({"a": 1}, {}, "invalid_generated", r"not a dict with \['a'\]"),
     (5, {}, "invalid_generated", "reading the generated tokens raised TypeError"),

@@ -223,11 +223,11 @@ def min_tokens_from_the_seam(patch: pytest.MonkeyPatch) -> None:
 def states_begin_at_the_seam(patch: pytest.MonkeyPatch) -> None:
     start = host_states.supplied_columns
 
-    def broken(step: Any, vocab_size: int) -> Any:
+    def broken(step: Any, *args: Any) -> Any:
         for request, _ in step.rows:
             for bound in request.host_states:
                 bound.fed = bound.fed or len(request.output_token_ids)
-        return start(step, vocab_size)
+        return start(step, *args)
 
     patch.setattr("nanoengine.core.engine.supplied_columns", broken)
 

@@ -285,6 +285,8 @@ def test_a_constraint_that_is_too_large_is_refused(tmp_path: Path) -> None:
         ({}, "none is given"),
         ({"regex": "a", "reasoning": "two tokens"}, "must be one token"),
         ({"regex": "a", "reasoning": 4000}, "no such token id: 4000"),
+        ({"regex": "a", "reasoning": VOCAB - 1}, f"no such token id: {VOCAB - 1}"),
+        ({"regex": "a", "reasoning": END}, "'<end>' ends the output"),
         ("yes", "must be a mapping of json"),
     ],
 )

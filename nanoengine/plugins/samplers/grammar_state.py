@@ -45,8 +45,7 @@ class GrammarParams(ProcessorParams):
                 "in generation_config.json"
             )
         _need_tokenizer(ctx)
-        if self._reasoning(ctx) is not None:
-            _ = ctx.num_tokens  # takes a while the first time: not in a step
+        self._reasoning(ctx)  # its check takes a while the first time: not in a step
         return super().pack(ctx)
 
     def prepare(self, ctx: ParamsContext) -> Callable[[], Any] | None:
@@ -69,14 +68,18 @@ class GrammarParams(ProcessorParams):
         """The id of the token after which the grammar begins."""
         given = self.structured_outputs
         wanted = given.reasoning if given is not None and given.reasoning is not None else ctx.reasoning
-        if wanted is None or isinstance(wanted, int):
-            if wanted is not None and not 0 <= wanted < ctx.vocab_size:
-                raise ParamsError(f"structured_outputs.reasoning: no such token id: {wanted}")
-            return wanted
-        ids = ctx.encode(wanted)
+        if wanted is None:
+            return None
+        ids = [wanted] if isinstance(wanted, int) else ctx.encode(wanted)
         if len(ids) != 1:
             raise ParamsError(
                 f"structured_outputs.reasoning must be one token of the model, and {wanted!r} is {len(ids)}: {ids}"
+            )
+        if not 0 <= ids[0] < min(ctx.num_tokens, ctx.vocab_size):
+            raise ParamsError(f"structured_outputs.reasoning: no such token id: {ids[0]}")
+        if ids[0] in ctx.end_ids:
+            raise ParamsError(
+                f"structured_outputs.reasoning: {wanted!r} ends the output, so the constraint would not begin"
             )
         return ids[0]
 

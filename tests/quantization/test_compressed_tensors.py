@@ -84,6 +84,12 @@ KINDS = {
         f"{_PACKED_INT4}, groups of 32",
     ),
     "int4 channel": Kind("pack-quantized", {**_INT4, **_CHANNEL}, None, lambda x: x, f"{_PACKED_INT4}, one group"),
+    "int8 packed": Kind(
+        "pack-quantized", {**_INT8, **_CHANNEL}, None, lambda x: x, "int8 channel, weight only (pack-quantized)"
+    ),
+    "int8 packed groups": Kind(
+        "pack-quantized", {**_INT8, **_GROUP}, None, lambda x: x, "int8 block 1x32, weight only (pack-quantized)"
+    ),
     "int8 weight only": Kind("naive-quantized", {**_INT8, **_CHANNEL}, None, lambda x: x, "int8 channel, weight only"),
 }
 
@@ -282,7 +288,9 @@ PACKED = {
             {"group__format": "pack-quantized", "weights__num_bits": 8, "weights__block_structure": None},
             r"weights.type is 'float'; supported is 'int'",
         ),
-        ({**PACKED, "weights__num_bits": 8}, r"weights.num_bits is 8; supported is 4"),
+        ({**PACKED, "weights__num_bits": 2}, r"weights.num_bits is 2; supported is 4 or 8"),
+        ({**PACKED, "weights__num_bits": 8, "weights__symmetric": False}, r"symmetric is false; supported is true"),
+        ({**PACKED, "weights__num_bits": 8, "weights__actorder": "group"}, r"actorder is 'group'; supported is"),
         ({**PACKED, "group__input_activations": {"num_bits": 8}}, r"input_activations is .* null for the format pack"),
         ({**PACKED, "weights__strategy": "tensor"}, r"strategy is 'tensor'; supported is 'channel', or 'group'"),
         ({**PACKED, "weights__group_size": None}, r"strategy is 'group'; supported is 'channel', or 'group' with"),

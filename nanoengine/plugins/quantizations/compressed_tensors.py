@@ -20,6 +20,7 @@ from nanoengine.kernels.eight_bit import Inputs
 from nanoengine.layers.hf_config import shown
 from nanoengine.plugins.quantizations.eight_bit import FP8, INT8, EightBitLinear, Scheme
 from nanoengine.plugins.quantizations.eight_bit_experts import EightBitExperts
+from nanoengine.plugins.quantizations.eight_bit_packed import PackedEightBit
 from nanoengine.plugins.quantizations.int4 import Int4
 from nanoengine.plugins.quantizations.int4_layouts import PACK_QUANTIZED
 from nanoengine.plugins.quantizations.reading import Section
@@ -193,13 +194,15 @@ def _inputs(given: Any, path: str, scales: str | tuple[int, int], kind: str) -> 
 
 
 def _packed(section: Section, weights: Section, name: str, inputs: Any) -> Group:
-    """INT4 in groups of inputs, of a layer whose inputs stay as they are."""
+    """INT4 or INT8, of a layer whose inputs stay as they are."""
     weights.only("type", "int")
-    weights.only("num_bits", 4)
+    weights.only("num_bits", 4, 8)
     weights.only("dynamic", False)
     weights.only("block_structure")
     if inputs is not None:
         raise section.wrong("input_activations", "null for the format pack-quantized")
+    if weights.get("num_bits", 8) == 8:
+        return _packed_eight_bit(weights, name)
     order = weights.get("actorder")
     if order not in (None, False, "weight", "static", "group", "dynamic"):
         raise weights.wrong("actorder", "'group', 'weight' or null")
@@ -215,3 +218,12 @@ def _packed(section: Section, weights: Section, name: str, inputs: Any) -> Group
         return Int4(PACK_QUANTIZED, group, zeros=zeros, act_order=order in ("group", "dynamic"))
 
     return Group(name, make().label, make)
+
+
+def _packed_eight_bit(weights: Section, name: str) -> Group:
+    weights.only("symmetric", True)
+    weights.only("actorder", "weight", "static")
+    scales = _scales(weights)
+    weights.finish()
+    scheme = Scheme(dtype=INT8, scales=scales, inputs="plain")
+    return Group(name, f"{scheme} (pack-quantized)", lambda: PackedEightBit(scheme))

@@ -80,7 +80,7 @@ class Int4(LinearMethod):
         if into.is_floating_point() or not values.is_floating_point():
             into.copy_(values)
         elif name == self._format.codes:  # dummy weights: any bits are codes; groups and zeros stay as they are
-            into.copy_((values.double() / _LARGEST_DUMMY * 2.0**31).clamp_(-(2.0**31), 2.0**31 - 1))
+            into.copy_(dummy_words(values))
 
     def finish(self, layer: WeightLayer) -> None:
         assert self._spec is not None
@@ -155,6 +155,11 @@ class Int4(LinearMethod):
     def _of_parts(self, layer: WeightLayer, name: str) -> list[str]:
         """Names of the parameters `name` or, in order, `name:part`."""
         return [each for each in layer.specs if name and each.partition(":")[0] == name]
+
+
+def dummy_words(values: Tensor) -> Tensor:
+    """Dummy weights, floats -> words of 32 bits with any codes."""
+    return (values.double() / _LARGEST_DUMMY * 2.0**31).clamp_(-(2.0**31), 2.0**31 - 1).to(torch.int32)
 
 
 @dataclass(frozen=True, slots=True)

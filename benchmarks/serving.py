@@ -10,7 +10,8 @@ part runs in a process of its own, with the same requests and the same options:
     offline   `LLM.generate`; and the engine's own time to a first token
     thread    `AsyncLLM`, its engine on a thread; process: in another process
     server    `nanoengine serve`, once with each number of HTTP processes; stream_client.py reads the streams
-    restart   the engine's process is killed while streams run: until the server is ready, and what the streams got
+    restart   the engine's process is killed while streams run: until the server is ready, and what the streams got;
+              where there is a part `server`, in the first of its servers
 """
 
 from __future__ import annotations
@@ -125,9 +126,9 @@ def middle(marks: Sequence[tuple[float, int, float]]) -> tuple[float | None, flo
 
 
 def numbers(options: argparse.Namespace, load: Load, loads: Sequence[Load]) -> range:
-    """Of passes. Number 0 warms up: that of the first load of many requests, and that of single ones."""
-    many = [each for each in loads if each.at_once > 1]
-    return range(0 if load.at_once == 1 or load is many[0] else 1, options.passes + 1)
+    """Of passes. Number 0 warms up, before the first load with so many requests at once."""
+    before = loads[: loads.index(load)]
+    return range(1 if any(each.at_once >= load.at_once for each in before) else 0, options.passes + 1)
 
 
 def median_of(found: Sequence[float | None]) -> float | None:
@@ -329,7 +330,7 @@ def bodies_of(load: Load, seed: int, temperature: float = 0.6) -> list[dict[str,
     return [{"prompt": ids, **params_of(length, temperature), **more} for ids, length in load.jobs(seed)]
 
 
-def served(options: argparse.Namespace, folder: Path, loads: Sequence[Load]) -> Iterator[Row]:
+def served(options: argparse.Namespace, folder: Path, loads: Sequence[Load]) -> Iterator[Row | dict[str, Any]]:
     with serving(options, folder, loads, options.worker) as server:
         for load in loads:
             passes = []
@@ -346,6 +347,8 @@ def served(options: argparse.Namespace, folder: Path, loads: Sequence[Load]) -> 
             else:
                 more = {"ttft_ms": ttft_of(ttft), "cpu": cpu[-1], "inside_ms": tuple(inside)}
                 yield row_of(part, load, list(rates), steps, **more)
+        if "restart" in options.parts and options.worker == options.workers[0]:
+            yield from restarted(options, server, loads)
 
 
 def _one_pass(options: argparse.Namespace, server: Server, load: Load, number: int) -> tuple[float, Any, Any, Any]:
@@ -407,9 +410,15 @@ def threads_of(before: dict[str, float], after: dict[str, float], seconds: float
 
 
 def restart(options: argparse.Namespace, folder: Path, loads: Sequence[Load]) -> Iterator[dict[str, Any]]:
-    """Streams at temperature 0, once undisturbed and once with the engine killed in their middle."""
-    [load] = [load for load in loads if load.name == "c256"]
     with serving(options, folder, loads, options.worker) as server:
+        yield from restarted(options, server, loads)
+
+
+def restarted(options: argparse.Namespace, server: Server, loads: Sequence[Load]) -> Iterator[dict[str, Any]]:
+    """Streams at temperature 0, once undisturbed and once with the engine killed in their middle."""
+    for load in loads:
+        if load.name != "c256":
+            continue
         texts = []
         for kills in (False, True):
             clients = Clients(server.port, bodies_of(load, 0, 0.0), load.at_once, options.clients, keep=True)
@@ -511,6 +520,8 @@ def all_parts(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, A
     for places, part in itertools.product(by_places, PARTS[1:]):
         if part not in options.parts or (part == "restart" and "c256" not in by_places[places]):
             continue
+        if part == "restart" and "server" in options.parts:
+            continue  # it is at the end of that
         if part in ("thread", "process") and "c256" not in by_places[places]:
             continue
         workers = options.workers if part == "server" else options.workers[-1:]

@@ -192,14 +192,14 @@ def _tile(
     return higher, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["min_tiles"])  # it goes by the number of rows, which is any in a mixed step
 def _decode(
     q, k_cache, v_cache, k_scales, v_scales, out, block_tables, seq_lens, part, lse, tickets,
-    q_stride, table_stride, sinks,
+    q_stride, table_stride, sinks, min_tiles,
     slots, inv_freq, q_weight, k_weight, eps, FUSED: tl.constexpr, NORM: tl.constexpr, HELD: tl.constexpr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     GROUP_P2: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
-    MIN_TILES: tl.constexpr, SCALE: tl.constexpr, WINDOW: tl.constexpr,
+    SCALE: tl.constexpr, WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
     SINKS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
@@ -222,7 +222,7 @@ def _decode(
     if WINDOW > 0:
         first = tl.maximum(length - WINDOW, 0) // TILE * TILE
     tiles = tl.cdiv(length - first, TILE)
-    tiles_each = tl.maximum(tl.cdiv(tiles, SPLITS), MIN_TILES)
+    tiles_each = tl.maximum(tl.cdiv(tiles, SPLITS), min_tiles)
     used = tl.cdiv(tiles, tiles_each)
     if SPLITS > 1:
         tiles_each = tl.cdiv(tiles, used)  # as few as so many parts allow: the longest is waited for
@@ -407,11 +407,11 @@ def attend_decode(
     _decode[(kv_heads, rows, config.splits)](
         q, k_cache, v_cache, *(scales or (q, q)), out, block_tables, seq_lens,
         scratch.part, scratch.lse, scratch.tickets,
-        q.stride(0), block_tables.stride(0), q if sinks is None else sinks,
+        q.stride(0), block_tables.stride(0), q if sinks is None else sinks, config.min_tiles,
         *((q, q, q, q, 0.0) if new is None else new.arguments()), FUSED=new is not None, NORM=norms,
         HELD=config.held and new is not None,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, group_p2), GROUP_P2=group_p2, D=width, D_PAD=d_pad,
-        BLOCK_SIZE=block_size, TILE=config.tile, SPLITS=config.splits, MIN_TILES=config.min_tiles,
+        BLOCK_SIZE=block_size, TILE=config.tile, SPLITS=config.splits,
         SCALE=scale, WINDOW=window or 0, SOFT_CAP=soft_cap or 0.0, STAGES=config.stages,
         AHEAD=config.ahead,
         SINKS=sinks is not None, SCALED=scales is not None, num_warps=config.warps, **pdl_options(q),

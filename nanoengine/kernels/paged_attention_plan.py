@@ -181,6 +181,14 @@ def several_config(
     return SeveralConfig(block_m, replace(keys, splits=splits), registers)
 
 
+def graph_rows(rows: int) -> int:
+    """The next number of rows for which decode graphs are captured, with as much padding as costs little."""
+    if rows <= 8:
+        return 1 << (rows - 1).bit_length()
+    stride = 16 if rows <= 64 else 32 if rows <= 256 else 128
+    return -(-rows // stride) * stride
+
+
 def _power_of_2(most: int) -> int:
     return 1 << (most.bit_length() - 1)
 
@@ -204,6 +212,7 @@ class DecodePlanner:
     itemsize: int
     longest: int
     multiprocessors: int
+    max_rows: int
     scratch: DecodeScratch
 
     @classmethod
@@ -234,15 +243,16 @@ class DecodePlanner:
         scratch = DecodeScratch.make(parts, tickets, group, head_size, device)
         return cls(
             num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=head_size, itemsize=dtype.itemsize,
-            longest=longest, multiprocessors=multiprocessors, scratch=scratch,
+            longest=longest, multiprocessors=multiprocessors, max_rows=max_rows, scratch=scratch,
         )  # fmt: skip
 
     def config(self, rows: int) -> DecodeConfig:
-        return decode_config(rows, *self._shape)
+        return decode_config(self._captured(rows), *self._shape)
 
     def fused(self, rows: int) -> DecodeConfig | None:
         """For `attend_decode` of qkv; None where that is no faster, or was not measured: more query heads per KV head
         make a longer kernel."""
+        rows = self._captured(rows)
         return fused_config(rows, *self._shape) if self.num_heads <= 2 * self.num_kv_heads else None
 
     def several(self, rows: int, queries: int) -> SeveralConfig:
@@ -252,6 +262,11 @@ class DecodePlanner:
         """
         rows = 1 << (rows - 1).bit_length()
         return several_config(rows, queries, self.num_heads // self.num_kv_heads, *self._shape)
+
+    def _captured(self, rows: int) -> int:
+        """The next number of rows that has a graph of its own: steps that run eagerly have any, and each layout is
+        compiled by itself, for the better part of a second."""
+        return min(graph_rows(rows), self.max_rows)
 
     @property
     def _shape(self) -> tuple[int, int, int, int, int]:

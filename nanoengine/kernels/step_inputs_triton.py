@@ -73,7 +73,7 @@ def _gather_kernel(
         tl.store(out_tables + g * out_tables_stride_g + row.to(tl.int64) * columns + offset, blocks, offset < columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "draws"])
 def _settle_kernel(
     slots, query_start_loc, tokens, token_of_row, drafts, failed, counts, rows, dummy,
     token_ids, token_ids_stride, num_tokens, num_computed, output_counts, vocab, host, width, sent, draws,

@@ -27,6 +27,7 @@ from nanoengine.kernels.paged_attention_triton import (
     SeveralConfig,
 )
 from nanoengine.plugins.attention_backends.triton_paged import TritonPaged
+from nanoengine.setup.start.graph_sizes import decode_sizes
 
 # of values around 1: rounding of the output and of the probabilities
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -433,3 +434,46 @@ def test_several_queries_of_any_group(device: torch.device, heads: int, kv_heads
         shape, [(queries, 700), *((n, length if n else 0) for n, length in counts[1:])], torch.bfloat16, device
     )
     agree(batch.several(queries, extra=rows * queries - len(batch.q)), batch.want())
+
+
+@pytest.mark.parametrize("max_rows", [100, 256])
+def test_steps_of_any_number_of_rows_need_no_kernel_but_those_of_the_graphs(
+    max_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each set of constants is compiled by itself, and mixed steps that run eagerly have any number of decode rows."""
+    module = importlib.import_module("nanoengine.kernels.paged_attention_decode_triton")
+    seen, least = set[tuple[tuple[str, object], ...]](), set[int]()
+
+    class Seen:
+        def __getitem__(self, grid: tuple[int, ...]) -> Seen:
+            return self
+
+        def __call__(self, *given: object, **constants: object) -> None:
+            seen.add(tuple(constants.items()))
+            least.add(int(given[14]))  # type: ignore[call-overload]
+
+    monkeypatch.setattr(module, "_decode", Seen())
+    monkeypatch.setattr("nanoengine.kernels.paged_attention_plan._INTERPRETED_MULTIPROCESSORS", 132)
+    planner = DecodePlanner.make(
+        num_heads=16, num_kv_heads=8, head_size=128, dtype=torch.bfloat16, max_rows=max_rows, longest=4096,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+
+    def run(rows: int) -> None:
+        q, tables = torch.zeros(rows, 16, 128), torch.zeros(rows, 1, dtype=torch.int32)
+        caches = torch.zeros(2, 1, 8, 16, 128)
+        for config in (planner.config(rows), planner.fused(rows)):
+            if config is not None:
+                module.attend_decode(
+                    q, *caches, q, tables, tables[:, 0], scale=1.0, window=None, soft_cap=None, config=config,
+                    scratch=planner.scratch,
+                )  # fmt: skip
+                assert rows * 8 * config.splits * 2 <= len(planner.scratch.lse)
+
+    for size in decode_sizes(max_rows):
+        run(size.decode_rows)
+    captured = set(seen)
+    for rows in range(1, max_rows + 1):
+        run(rows)
+    assert seen == captured
+    assert len(least) > 5

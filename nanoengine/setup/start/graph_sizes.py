@@ -9,10 +9,11 @@ import torch
 from nanoengine.api.attention import AttentionCapabilities, BatchLimits, GraphSupport
 from nanoengine.core.execution.graphs import CaptureSizes
 from nanoengine.core.execution.step_inputs import StepSize
+from nanoengine.kernels.paged_attention_plan import graph_rows
 from nanoengine.params.engine_options import EngineOptions
 
 GRAPH_RESERVE_BYTES = 256 << 20  # memory of the graphs in addition to logits and activations
-_STEPS = ((8, 8), (64, 16), (256, 32), (1024, 128))  # (up to so many rows, in steps of so many)
+_MOST_ROWS = 1024  # beyond them only `max_rows`
 _DECODE_ROWS = (64, 128, 256)  # of mixed steps
 _PREFILL_TOKENS = (128, 256, 384, 480, 576, 672, 768, 864, 960, 1088, 1280, 1536, 2048)
 _MORE_PREFILL_TOKENS = (*range(128, 1089, 64), 1216, 1408, 1664, 2048)
@@ -20,10 +21,7 @@ _MORE_PREFILL_TOKENS = (*range(128, 1089, 64), 1216, 1408, 1664, 2048)
 
 def decode_sizes(max_rows: int) -> tuple[StepSize, ...]:
     """Decode steps to capture: 1, 2, 4 rows, then coarser with size, up to `max_rows`."""
-    rows, last = [n for n in (1, 2, 4) if n <= max_rows], 0
-    for limit, stride in _STEPS:
-        rows += range((last // stride + 1) * stride, min(limit, max_rows) + 1, stride)
-        last = limit
+    rows = {min(graph_rows(n), max_rows) for n in range(1, min(max_rows, _MOST_ROWS) + 1)}
     return tuple(map(StepSize, sorted({*rows, max_rows})))
 
 

@@ -52,6 +52,7 @@ from nanoengine.setup.plugins.discover import discover_given
 from nanoengine.setup.plugins.registry import Registry
 from nanoengine.setup.plugins.sources import with_revision
 from nanoengine.setup.start.clock import StartClock, StartReport
+from nanoengine.setup.start.wake import wake_gpu
 from nanoengine.stream import Stream
 from nanoengine.text_engine import TextEngine
 
@@ -174,6 +175,7 @@ class LLM(LLMSignature):
     ) -> None:
         path = find_model(model, registry, say or note)
         clock.lap("model source")
+        wake_gpu(options)  # while the parts are chosen
         assembly = assemble(path, attention, options, registry, implementation)
         clock.lap("choice")
         self._built: BuiltEngine = build_engine(assembly, registry, clock)

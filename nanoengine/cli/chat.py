@@ -36,6 +36,7 @@ from nanoengine.observe.progress import can_overwrite
 from nanoengine.setup.config.config import RunConfig, load_config
 from nanoengine.setup.plugins.discover import discover
 from nanoengine.setup.start.clock import StartClock
+from nanoengine.setup.start.wake import wake_gpu
 
 if TYPE_CHECKING:
     from nanoengine.api.outputs import RequestOutput
@@ -84,6 +85,7 @@ def chat(
             raise ConfigError(f"{where}: chat is false, but nanoengine chat needs the chat template; give chat=true")
         clock.lap("plugins")
         say(f"loading {composed.model.source}")
+        wake_gpu(composed.engine)
         from nanoengine.llm import LLM
 
         clock.lap("import")

@@ -35,6 +35,7 @@ from nanoengine.setup.config.config import RunConfig, load_config
 from nanoengine.setup.config.prompts import STDIN, Prompt, PromptFile, PromptRow, read_prompts
 from nanoengine.setup.plugins.discover import discover
 from nanoengine.setup.start.clock import StartClock, process_seconds, without_collections
+from nanoengine.setup.start.wake import wake_gpu
 
 if TYPE_CHECKING:
     from nanoengine.cli.record import Record
@@ -133,6 +134,7 @@ def run_config(
         say("nothing is left to do")
         return 0
     say(f"loading {config.model.source}")
+    wake_gpu(config.engine)
     with without_collections():
         from nanoengine.llm import LLM
 

@@ -18,6 +18,7 @@ from nanoengine.setup.config.engine_options import engine_options
 from nanoengine.setup.plugins.discover import discover
 from nanoengine.setup.plugins.registry import Registry
 from nanoengine.setup.start.clock import PHASES, Phase, StartClock, without_collections
+from nanoengine.setup.start.wake import wake_gpu
 
 if TYPE_CHECKING:
     from nanoengine.llm import LLM
@@ -106,6 +107,7 @@ class EngineSource:
         `phase` is called with what is done next: a name of `clock.PHASES`, or a line of text.
         """
         clock = StartClock.of_process() if phase is None else _ReportingClock(phase)
+        wake_gpu(engine_options(self.options))
         with without_collections():
             from nanoengine.llm import LLM
 

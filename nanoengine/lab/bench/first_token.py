@@ -12,12 +12,15 @@ import sys
 import time
 from typing import Any
 
+from nanoengine.setup.config.engine_options import engine_options
 from nanoengine.setup.start.clock import StartClock, without_collections
+from nanoengine.setup.start.wake import wake_gpu
 
 
 def first_token(model: str, attention: str, options: dict[str, Any]) -> dict[str, float]:
     """Phase -> seconds, in order; the last one is "first token"."""
     clock = StartClock.of_process()
+    wake_gpu(engine_options(options))
     with without_collections():  # as `nanoengine run` does
         from nanoengine.llm import LLM
         from nanoengine.params.sampling_params import SamplingParams

@@ -16,6 +16,7 @@ from nanoengine.lab.bench.shapes import Shape
 from nanoengine.lab.bench.workloads import Workload
 from nanoengine.llm import LLM
 from nanoengine.params.sampling_params import SamplingParams
+from nanoengine.setup.start.clock import without_collections
 
 
 class BenchmarkError(NanoEngineError):
@@ -62,7 +63,9 @@ class Setup:
         given = {"load_format": "dummy", "max_model_len": self.max_model_len, **self.options, **options}
         with tempfile.TemporaryDirectory() as folder:
             model = self.shape.write(Path(folder), given["max_model_len"])
-            with LLM(model, attention=self.attention, **given) as llm:
+            with without_collections():  # as `nanoengine run` does
+                llm = LLM(model, attention=self.attention, **given)
+            with llm:
                 yield llm
 
 

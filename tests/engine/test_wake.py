@@ -1,0 +1,68 @@
+"""The GPU's context is made before torch is imported, where an engine of this process will use it."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from nanoengine.params.engine_options import EngineOptions
+from nanoengine.setup.start import wake
+
+
+class Driver:
+    """The functions of the driver that are called, in their order."""
+
+    def __init__(self, found: int = 0) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self._found = found  # what cuInit returns
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802
+        self.calls.append(("cuInit", flags))
+        return self._found
+
+    def cuDeviceGet(self, device: Any, index: int) -> int:  # noqa: N802
+        device._obj.value = index
+        self.calls.append(("cuDeviceGet", index))
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, context: Any, device: Any) -> int:  # noqa: N802
+        self.calls.append(("cuDevicePrimaryCtxRetain", device.value))
+        return 0
+
+
+def woken(monkeypatch: pytest.MonkeyPatch, driver: Driver, **options: Any) -> list[tuple[Any, ...]]:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    thread = wake.wake_gpu(EngineOptions(**options))
+    if thread is not None:
+        thread.join()
+    return driver.calls
+
+
+@pytest.mark.parametrize(("device", "index"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_the_context_of_the_engine_s_gpu_is_made(monkeypatch: pytest.MonkeyPatch, device: str, index: int) -> None:
+    calls = woken(monkeypatch, Driver(), device=device)
+    assert calls == [("cuInit", 0), ("cuDeviceGet", index), ("cuDevicePrimaryCtxRetain", index)]
+
+
+@pytest.mark.parametrize("options", [{"device": "cpu"}, {"device": "cuda", "tensor_parallel_size": 2}])
+def test_no_context_where_this_process_uses_no_gpu(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    assert woken(monkeypatch, Driver(), **options) == []
+
+
+def test_a_driver_without_a_gpu_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert woken(monkeypatch, Driver(found=100)) == [("cuInit", 0)]
+
+
+def test_a_machine_without_a_driver_is_no_error_and_torch_is_not_imported() -> None:
+    program = (
+        "import sys; from nanoengine.setup.start import wake; "
+        "from nanoengine.params.engine_options import EngineOptions; "
+        "wake._DRIVER = 'libnone.so'; wake.wake_gpu(EngineOptions()).join(); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr

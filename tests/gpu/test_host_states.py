@@ -12,7 +12,7 @@ import pytest
 import torch
 from engine import chain_plugin
 from engine.support import greedy, mock_llm, prompts, tokens_of
-from engine.test_host_states import CHAIN, JUMPS, PLUGIN, chained, watched
+from engine.test_host_states import CHAIN, JUMPS, PLUGIN, asked_together, chained, watched
 
 from nanoengine import SamplingParams
 from nanoengine.setup.start import starter
@@ -87,8 +87,13 @@ def test_a_supply_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_late_steps_end_over_static_buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, masked: bool) -> None:
-    """Launch by launch, and as a graph: tokens of a CPU, and no late step that is replayed ends in an eager tail."""
+@pytest.mark.parametrize("together", [False, True])
+def test_late_steps_end_over_static_buffers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, masked: bool, together: bool
+) -> None:
+    """Launch by launch, and as a graph: tokens of a CPU, and no late step that is replayed ends in an eager tail.
+    States that are asked together write their masks where they are sent from."""
+    seen = asked_together(monkeypatch) if together else []
     sizes = starter.capture_sizes
     monkeypatch.setattr(starter, "capture_sizes", lambda *a, **k: replace(sizes(*a, **k), masked=masked))
     asked = prompts(7, seed=6)
@@ -96,10 +101,11 @@ def test_late_steps_end_over_static_buffers(tmp_path: Path, monkeypatch: pytest.
     params.append(CHAIN.replace(wrong="nothing", wrong_at=4))
     found = []
     for device in ({"device": "cpu"}, ON_GPU):
-        with mock_llm(tmp_path / device["device"], plugins=[PLUGIN], **device) as llm:
+        with mock_llm(tmp_path / device["device"], plugins=[chain_plugin], **device) as llm:
             outputs = llm.generate(asked, params, use_tqdm=False)
             stats = llm.stats()
         found.append([o.error.code if o.error is not None else o.outputs[0].token_ids for o in outputs])
     assert found[0] == found[1]
     assert found[1][-1] == "nothing_left"
     assert stats.graph_tails == stats.graph_steps + stats.mixed_graph_steps > 5
+    assert (max(seen, default=0) > 2) is together

@@ -17,7 +17,7 @@ from nanoengine.testing.conformance import ConformanceError, check_processor
 from nanoengine.testing.mock_model import reference_logits
 
 from . import chain_plugin
-from .chain_plugin import Chain, hashed, pair_behind
+from .chain_plugin import Chain, hashed, one_by_one, pair_behind
 from .support import VOCAB, mock_llm, prompts, tokens_of
 
 COUNT = 16
@@ -142,9 +142,29 @@ class Shared(Chain):
         self.__dict__ = self.one
 
 
+class Mixed(Chain):
+    """Together, each has what another one has."""
+
+    @classmethod
+    def columns_together(cls, states: Any, token_ids: Any, out: Any) -> Any:
+        failed = one_by_one(states, token_ids, out)
+        out["mask"][:] = out["mask"][::-1].copy()
+        return failed
+
+
+class Together(Chain):
+    columns_together = staticmethod(one_by_one)  # type: ignore[assignment]
+
+
+def test_the_kit_asks_states_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chain_plugin, "Chain", Together)
+    check_processor(chain_plugin.register_samplers()[0], {"chain": 3})
+
+
 @pytest.mark.parametrize(
     ("state", "said"),
     [
+        (Mixed, "columns_together() of several states differs"),
         (Advances, "columns(drafts) changed the state"),
         (Counts, "columns() changed the state"),
         (Blind, "['mask'][1] is not what columns(()) gives once 1 drafts are fed"),

@@ -77,7 +77,7 @@ def _check_together(
         raise error
     got: list[Columns] = [{} for _ in want]
     for column, draws, values, offsets in found:
-        for draw, start, end in zip(draws.tolist(), offsets, offsets[1:], strict=True):
+        for draw, start, end in zip(draws.tolist(), offsets[:-1], offsets[1:], strict=True):
             got[draw][column] = [values[start:end].tolist()]
     require(got == list(want), "columns_together() of several states differs from feed() and columns() of each")
 

@@ -230,7 +230,8 @@ class Batch:
         """Runs all prompts. Returns the exit status and the summary for the record."""
         from nanoengine.cli.tally import Tally
 
-        tally, start = Tally(len(self.prompts), kept=len(self.done)), time.perf_counter()
+        most = self.llm.default_params.core.max_tokens
+        tally, start = Tally(len(self.prompts), most, kept=len(self.done)), time.perf_counter()
         status = 0
         with Progress(tally.total, "prompts", "prompt", done=tally.kept) as bar:
             try:
@@ -250,6 +251,8 @@ class Batch:
         if self.verbose and tally.first_token is not None:
             age = process_seconds() - (time.monotonic() - tally.first_token)
             say(f"first token {age:.1f} s after the process started, {tally.first_step:.2f} s after its prompt began")
+        if tally.cut and "max_tokens" not in (self.config.sampler or {}):
+            say(tally.cut_line())
         stats = self.llm.stats()
         tally.drafted, tally.accepted = stats.drafted_per_position, stats.accepted_per_position
         say(", ".join([tally.line(seconds), *([chosen.line()] if (chosen := CHOSEN.get()) is not None else [])]))

@@ -12,12 +12,16 @@ from nanoengine.api.outputs import RequestOutput
 
 @dataclass
 class Tally:
-    """The counts of a run. `kept`: prompts that an earlier run has finished; all other counts are those of this run.
+    """The counts of a run. `max_tokens`: that of the parameters.
+
+    `kept`: prompts that an earlier run has finished; all other counts are those of this run.
     drafted, accepted: by position in the draft, as in `EngineStats`."""
 
     total: int
+    max_tokens: int | None = None
     kept: int = 0
     finished: int = 0
+    cut: int = 0  # outputs with a sample that max_tokens ended
     failed: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -31,6 +35,9 @@ class Tally:
 
     def add(self, output: RequestOutput) -> None:
         self.finished += 1
+        self.cut += any(
+            sample.finish_reason == "length" and len(sample.token_ids) == self.max_tokens for sample in output.outputs
+        )
         self.failed += output.error is not None
         self.prompt_tokens += len(output.prompt_token_ids)
         self.cached_tokens += output.num_cached_tokens
@@ -43,6 +50,11 @@ class Tally:
         self.ttfts.append(metrics.ttft)
         if self.first_token is None or metrics.first_token < self.first_token:
             self.first_token, self.first_step = metrics.first_token, metrics.first_token - metrics.first_scheduled
+
+    def cut_line(self) -> str:
+        """A hint for a user who gave no `max_tokens`: "1 answer was cut at the default of 16 tokens: ..."."""
+        what = "1 answer was" if self.cut == 1 else f"{self.cut} answers were"
+        return f"{what} cut at the default of {self.max_tokens} tokens: sampler.max_tokens=N allows more"
 
     def line(self, seconds: float) -> str:
         noun = "prompt" if self.total == 1 else "prompts"

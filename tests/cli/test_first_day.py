@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import pytest
 from typer.testing import Result
 
 from nanoengine.api import ModelSourceError, SourceContext
+from nanoengine.api.outputs import RequestOutput
 from nanoengine.cli import plugins
+from nanoengine.cli.tally import Tally
 from nanoengine.plugins.model_sources import hub
 from nanoengine.plugins.model_sources.hub_repository import HubRepository
 
@@ -96,6 +99,24 @@ def test_the_first_token_is_reported_only_if_asked(fake: Any, nanoengine: Run, t
     assert re.search(
         r"^first token \d+\.\d s after the process started, 0\.50 s after its prompt began$", verbose, re.M
     )
+
+
+@pytest.mark.parametrize(("given", "is_said"), [([], True), (["sampler.max_tokens=2"], False)])
+def test_an_answer_that_the_default_of_max_tokens_cut_is_reported(
+    fake: Any, nanoengine: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: list[str], is_said: bool
+) -> None:
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    add = Tally.add
+
+    def cut(self: Tally, output: RequestOutput) -> None:  # the fake engine answers with two tokens and "stop"
+        add(self, replace(output, outputs=[replace(each, finish_reason="length") for each in output.outputs]))
+
+    monkeypatch.setattr(Tally, "add", cut)
+    monkeypatch.setattr(fake, "defaults", {"max_tokens": 2})
+    words = "1 answer was cut at the default of 2 tokens: sampler.max_tokens=N allows more\n"
+    assert (words in nanoengine("run", "run.yaml", *given).stderr) is is_said
+    monkeypatch.setattr(Tally, "add", add)
+    assert words not in nanoengine("run", "run.yaml", "output=other.jsonl").stderr
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

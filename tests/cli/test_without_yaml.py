@@ -102,7 +102,7 @@ def test_messages_about_yaml_have_its_words(override: str, words: str) -> None:
 
 
 def test_a_mistyped_model_is_named(nanoengine: Run) -> None:
-    assert "'smollm2-135'; did you mean 'smollm2-135m'? Recipes: bare" in nanoengine("chat", "smollm2-135").stderr
+    assert "'smollm2-135'; did you mean 'smollm2-135m'? Valid: bare" in nanoengine("chat", "smollm2-135").stderr
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def _primary(path_or_recipe: str | Path, roots: Sequence[Root], failure_hint: st
         known = nearest(name, [*search.options(""), *search.options("model")]).partition("Valid: ")[0]
         recipes, models = (", ".join(search.options(group)) for group in ("", "model"))
         raise NoSuchConfig(
-            f"no file, recipe or model is called {name!r}{_sibling(path)}; {known}Recipes: {recipes}. "
+            f"no file, recipe or model is called {name!r}{_sibling(path)}; {known}Valid: {recipes}. "
             f"Models: {models}{failure_hint}"
         )
     return found, search

@@ -244,6 +244,8 @@ def test_auto_goes_by_the_checkpoint() -> None:
         ("none", {"quant_method": "scaled"}, ConfigError, r"quantised by 'scaled'; engine.quantization=auto"),
         ("scaled", None, ConfigError, "scaled quantises no plain weights"),
         ("scaled", {"quant_method": "mxfp4"}, ConfigError, "reads scaled, scaled_old, but .* 'mxfp4'"),
+        ("scaled_old", None, PluginError, "'scaled_old', a quant_method, which 'scaled' reads; use .*=auto, or that"),
+        ("FP8", None, PluginError, "'FP8', a quant_method, which 'fp8' reads"),
         ("scalled", None, PluginError, "no quantisation 'scalled' is installed; did you mean 'scaled'"),
     ],
 )

@@ -36,7 +36,7 @@ def choose_quantization(registry: Registry, name: str, hf_config: Mapping[str, A
     stated = quantised_by(hf_config)
     if name in ("auto", "none"):
         return None if stated is None else _reader(registry, stated, name)
-    found: Registered[QuantizationSpec] = registry.require("quantizations", name)
+    found = _named(registry, name)
     if stated is not None and stated.method not in found.spec.formats:
         reads = ", ".join(found.spec.formats) or "no quantised checkpoint"
         raise ConfigError(
@@ -50,6 +50,16 @@ def choose_quantization(registry: Registry, name: str, hf_config: Mapping[str, A
             f"that do: {', '.join(able) or 'none is installed'}"
         )
     return _plan(found, {} if stated is None else stated.config)
+
+
+def _named(registry: Registry, name: str) -> Registered[QuantizationSpec]:
+    """By its name. Raises `PluginError` also for the name of a format, as vLLM's options have it."""
+    readers = [each.spec.name for each in registry.quantizations.values() if name.lower() in each.spec.formats]
+    if name not in registry.quantizations and readers:
+        raise PluginError(
+            f"{_OPTION} is {name!r}, a quant_method, which {readers[0]!r} reads; use {_OPTION}=auto, or that name"
+        )
+    return registry.require("quantizations", name)
 
 
 def _reader(registry: Registry, stated: Stated, name: str) -> QuantizationPlan | None:

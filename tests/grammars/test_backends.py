@@ -175,6 +175,20 @@ def test_white_space_follows_its_options() -> None:
     assert not accepts(narrow, '{  "a" : 1 }')
 
 
+def test_white_space_is_that_of_json() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    for pattern in ("\\s*", "[\\s]*", "( |\\n|\t)*"):
+        grammar = compiled("json", schema, whitespace_pattern=pattern)
+        assert accepts(grammar, '{ "a" :\n\t1 }')
+        assert not accepts(grammar, '{\u3000"a": 1}')
+        assert not accepts(grammar, '{\x0c"a": 1}')
+    for pattern in ("x", "x*", " |/", "\\S?", "[^a]", ".", "\\x0c", "(", " \\"):
+        with pytest.raises(GrammarError, match=r"whitespace_pattern|escape"):
+            compiled("json", schema, whitespace_pattern=pattern)
+    own = {**schema, "x-guidance": {"whitespace_pattern": "\\s*"}}
+    assert not accepts(compiled("grammar", f"start: %json {json.dumps(own)}"), '{\u3000"a": 1}')
+
+
 def test_a_special_token_can_be_a_trigger() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens(["<call>"])

@@ -107,15 +107,20 @@ def _check_number_of_properties(schema: dict[str, Any]) -> None:
         )
 
 
-def _ecmascript(pattern: str) -> str:
-    """The pattern with ECMAScript's white space, which includes U+FEFF."""
+def json_space(pattern: str) -> str:
+    """A pattern of white space, in which `\\s` is the white space that JSON has."""
+    return _ecmascript(pattern, r" \t\n\r")
+
+
+def _ecmascript(pattern: str, space: str = r"\s\x{FEFF}") -> str:
+    """The pattern with ECMAScript's white space, which includes U+FEFF, or another one."""
     out, i, in_class = [], 0, False
     while i < len(pattern):
         two = pattern[i : i + 2]
         if two == "\\s":
-            out.append("\\s\\x{FEFF}" if in_class else "[\\s\\x{FEFF}]")
+            out.append(space if in_class else f"[{space}]")
         elif two == "\\S":
-            out.append("[^\\s\\x{FEFF}]")
+            out.append(f"[^{space}]")
         elif two[0] == "\\":
             out.append(two)
         else:

@@ -15,7 +15,7 @@ from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 from nanoengine.api import Constraint, Grammar, GrammarBackend, GrammarContext, GrammarError, Matcher
 from nanoengine.plugins.grammars.added_tokens import AddedTokens
-from nanoengine.plugins.grammars.exact_schemas import allowed_escapes, exact
+from nanoengine.plugins.grammars.exact_schemas import allowed_escapes, exact, json_space
 from nanoengine.plugins.grammars.notations import lark_of
 from nanoengine.plugins.grammars.structural_tags import Tags, read_tags
 from nanoengine.plugins.grammars.unchanged_text import with_unchanged_text
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from llguidance._lib import JsonCompileOptions
 
+_NO_TEXT = "NoExtensionBias"  # what llguidance calls a grammar that allows no text
 _MOST_THREADS, _FEWEST_IN_PARALLEL = 8, 16  # a mask takes some microseconds: waking threads for a few is slower
 
 
@@ -54,16 +55,53 @@ class LLGuidance(GrammarBackend):
         try:
             if constraint.kind == "json":
                 schema = _schema(constraint)
-                return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_options(schema, constraint))
+                return LLMatcher.grammar_from_json_schema(
+                    json.dumps(schema), overrides=self._options(schema, constraint)
+                )
             if constraint.kind == "structural_tag":
                 return self._lark_of(read_tags(constraint.text, "llguidance"), constraint)
             if constraint.kind == "regex":
                 return LLMatcher.grammar_from_regex(_complete(constraint.text))
             if constraint.kind == "choice":
                 return LLMatcher.grammar_from_lark(_lark_of_choice(json.loads(constraint.text)))
-            return LLMatcher.grammar_from_lark(lark_of(constraint.text, _strict))
+            return LLMatcher.grammar_from_lark(lark_of(constraint.text, self._strict))
         except (ValueError, RecursionError) as error:
             raise GrammarError(_refusal(constraint, str(error))) from error
+
+    def _strict(self, schema: dict[str, Any]) -> dict[str, Any]:
+        """A schema in a grammar of a user, with the user's white space."""
+        given = schema.get("x-guidance")
+        options = {**(given if isinstance(given, dict) else {}), **self._options(schema)}
+        if isinstance(options.get("whitespace_pattern"), str):
+            options["whitespace_pattern"] = self._space(options["whitespace_pattern"])
+        return {**exact(schema), "x-guidance": options}
+
+    def _options(self, schema: Any, constraint: Constraint | None = None) -> JsonCompileOptions:
+        """Options that a schema cannot change. It could ask in "x-guidance" to be read leniently, which is weaker.
+
+        constraint: whose white space the schema has; None: the schema's own.
+        """
+        options: JsonCompileOptions = {"lenient": False, "coerce_one_of": False}
+        options["json_allowed_escapes"] = allowed_escapes(schema)
+        if constraint is not None:
+            options["whitespace_flexible"] = constraint.any_whitespace
+            if constraint.whitespace_pattern is not None:
+                options["whitespace_pattern"] = self._space(constraint.whitespace_pattern)
+        return options
+
+    def _space(self, pattern: str) -> str:
+        """A pattern of white space for JSON. Raises `ValueError` for one that matches anything else."""
+        space = json_space(_complete(pattern))
+        other = "start: OTHER\nOTHER: /(?:" + space.replace("/", r"\/") + r")/ & ~/[ \t\r\n]*/"
+        matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(other), log_level=0)
+        if matcher.is_error():
+            raise ValueError(f"whitespace_pattern: {_first_part(matcher.get_error())}")
+        matcher.compute_bitmask()
+        if _NO_TEXT not in matcher.get_error():
+            raise ValueError(
+                f"whitespace_pattern {pattern!r:.80} must match spaces, \\t, \\n and \\r alone, as JSON has them"
+            )
+        return space
 
     def _lark_of(self, tags: Tags, constraint: Constraint) -> str:
         """Free text in which each trigger begins one of its tags; or tags with a separator between them."""
@@ -73,7 +111,7 @@ class LLGuidance(GrammarBackend):
             lines.append(f"trigger_{i}{lazy}: TEXT {self._literal(trigger)}")
         for i, tag in enumerate(tags.tags):
             schema = exact(tag.schema)
-            options = _options(schema, constraint)
+            options = self._options(schema, constraint)
             body = json.dumps({**schema, "x-guidance": options} if isinstance(schema, dict) else schema)
             lines.append(f"content_{i}: {self._literal(tag.rest)} %json {body} {self._literal(tag.end)}")
             trigger = "" if tags.separator is not None else self._literal(tags.triggers[tag.trigger])
@@ -188,12 +226,6 @@ def _schema(constraint: Constraint) -> Any:
     return exact({} if schema is True else schema)
 
 
-def _strict(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema in a grammar of a user, with the user's white space."""
-    given = schema.get("x-guidance")
-    return {**exact(schema), "x-guidance": {**(given if isinstance(given, dict) else {}), **_options(schema)}}
-
-
 def _complete(regex: str) -> str:
     """llguidance ignores a backslash at the end."""
     if (len(regex) - len(regex.rstrip("\\"))) % 2:
@@ -208,20 +240,6 @@ def _lark_of_choice(texts: Sequence[str]) -> str:
     return f"%llguidance {{}}\nstart: {start}\n" + (f"CHOICE: {' | '.join(some)}\n" if some else "")
 
 
-def _options(schema: Any, constraint: Constraint | None = None) -> JsonCompileOptions:
-    """Options that a schema cannot change. It could ask in "x-guidance" to be read leniently, which is weaker.
-
-    constraint: whose white space the schema has; None: the schema's own.
-    """
-    options: JsonCompileOptions = {"lenient": False, "coerce_one_of": False}
-    options["json_allowed_escapes"] = allowed_escapes(schema)
-    if constraint is not None:
-        options["whitespace_flexible"] = constraint.any_whitespace
-        if constraint.whitespace_pattern is not None:
-            options["whitespace_pattern"] = constraint.whitespace_pattern
-    return options
-
-
 def _quoted(text: str) -> str:
     """Empty for an empty text. JSON may have DEL as it is, and Lark not."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f") if text else ""
@@ -231,7 +249,7 @@ def _first_part(message: str) -> str:
     """llguidance's message without the dump of its state and of the grammar."""
     text = message.partition("\n<state>")[0].strip()
     advice = "Enable 'coerce_one_of' option to approximate oneOf with anyOf"
-    text = text.replace("NoExtensionBias", "no text matches it")
+    text = text.replace(_NO_TEXT, "no text matches it")
     return text.replace(advice, "Use anyOf, or alternatives that exclude each other: by type, or by a const or enum")
 
 

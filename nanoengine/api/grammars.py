@@ -82,19 +82,19 @@ class Matcher(ABC):
         """
 
     @classmethod
-    def consume_each(cls, matchers: Sequence[Self], token_ids: Sequence[int]) -> Mapping[int, str]:
+    def consume_each(cls, matchers: Sequence[Self], token_ids: Sequence[int]) -> Mapping[int, GrammarError | None]:
         """Advance several matchers of this class over one token each.
 
-        Returns the place of each that did not take its token -> why, in the backend's words, or "". It is not used any
-        more. Default: one after the other.
+        Returns the place of each that did not take its token -> the error that its own `consume` raises, or None where
+        the grammar refuses the token. Such a matcher is not used any more. Default: one after the other.
         """
-        failed = dict[int, str]()
+        failed = dict[int, GrammarError | None]()
         for place, (matcher, token) in enumerate(zip(matchers, token_ids, strict=True)):
             try:
                 if matcher.consume((token,)) != 1:
-                    failed[place] = ""
+                    failed[place] = None
             except GrammarError as error:
-                failed[place] = str(error)
+                failed[place] = error
         return failed
 
     @classmethod

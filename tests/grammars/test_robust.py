@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from llguidance import LLExecutor
 
 from nanoengine import SamplingParams, StructuredOutputsParams
 from nanoengine.api import Constraint, GrammarError
+from nanoengine.plugins.grammars import llguidance
 
 from .corpus import SAMPLE
 from .support import grammar_llm, params
@@ -104,8 +106,22 @@ def test_a_heavy_constraint_harms_no_other_request(tmp_path: Path, name: str) ->
 def test_what_is_too_complex_behind_a_token_is_said_to_be_that() -> None:
     """It compiles, and the backend finds out when it takes the first token."""
     matcher = backend().compile(StructuredOutputsParams(**HEAVY["many"]).constraint()).matcher()
+    token = _allowed(matcher)[0]
     with pytest.raises(GrammarError, match="12007 items; max is 2000"):
-        matcher.consume(_allowed(matcher)[:1])
+        matcher.consume([token])
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_together_it_is_no_refusal_either(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llguidance, "_FEWEST_IN_PARALLEL", 2)
+    asked = [StructuredOutputsParams(**HEAVY["many"]), *(StructuredOutputsParams(choice=[each]) for each in ("a", "b"))]
+    matchers: Any = [backend().compile(each.constraint()).matcher() for each in asked]
+    for each in matchers:
+        each._executor = LLExecutor(threads) if threads else None
+    failed = type(matchers[0]).consume_each(matchers, [_allowed(matchers[0])[0], ord("a"), ord("a")])
+    assert sorted(failed) == [0, 2]
+    assert "12007 items; max is 2000" in str(failed[0])
+    assert failed[2] is None
 
 
 @pytest.mark.parametrize(

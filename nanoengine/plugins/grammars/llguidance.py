@@ -182,14 +182,14 @@ class _Matcher(Matcher):
             self._added.correct(self._matcher, out)
 
     @classmethod
-    def consume_each(cls, matchers: Sequence[Self], token_ids: Sequence[int]) -> Mapping[int, str]:
+    def consume_each(cls, matchers: Sequence[Self], token_ids: Sequence[int]) -> Mapping[int, GrammarError | None]:
         if (executor := _executor_of(matchers)) is None:
             return super().consume_each(matchers, token_ids)
         own = [each._matcher for each in matchers]
         taken = executor.consume_token_par(list(zip(own, token_ids, strict=True)))
         if all(taken):
             return {}
-        return {i: f"llguidance: {_first_part(own[i].get_error())}" for i, done in enumerate(taken) if not done}
+        return {i: _error_of(own[i]) for i, done in enumerate(taken) if not done}
 
     @classmethod
     def masks(cls, matchers: Sequence[Self], out: npt.NDArray[np.int32]) -> Set[int]:
@@ -213,6 +213,12 @@ class _Matcher(Matcher):
     def _check(self) -> None:
         if self._matcher.is_error():
             raise GrammarError(f"llguidance: {_first_part(self._matcher.get_error())}")
+
+
+def _error_of(matcher: LLMatcher) -> GrammarError | None:
+    """Why it did not take a token; None: the grammar refuses it."""
+    text = _first_part(matcher.get_error())
+    return None if not text or "doesn't satisfy the grammar" in text else GrammarError(f"llguidance: {text}")
 
 
 def _executor_of(matchers: Sequence[_Matcher]) -> LLExecutor | None:

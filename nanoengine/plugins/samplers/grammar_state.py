@@ -213,20 +213,20 @@ class GrammarState(HostState):
             elif new:
                 try:
                     state.feed(new)
-                except RequestError as error:
-                    failed[i] = error
+                except RequestError as failure:
+                    failed[i] = failure
         if places:
             matchers, tokens = [states[i]._matcher for i in places], [token_ids[i][0] for i in places]
-            for at, why in type(matchers[0]).consume_each(matchers, tokens).items():
-                failed[places[at]] = states[places[at]]._refusal(tokens[at], why)
+            for at, error in type(matchers[0]).consume_each(matchers, tokens).items():
+                failed[places[at]] = error or states[places[at]]._refusal(tokens[at])
             for i in places:
                 states[i]._consumed += 1
                 states[i]._num_fed += 1
         return failed
 
-    def _refusal(self, token: int, why: str = "") -> RequestError:
+    def _refusal(self, token: int) -> RequestError:
         text = f"token {self._num_fed} of the output, id {token}, is not allowed by the grammar"
-        return RequestError("grammar_failed", f"{text}: {why}" if why else text)
+        return RequestError("grammar_failed", text)
 
     @property
     def _in_grammar(self) -> bool:

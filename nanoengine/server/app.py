@@ -151,4 +151,4 @@ def _of_http(request: Request, raised: HTTPException) -> ApiError:
     if status == 405:
         words = f"{path} does not take {shortened(request.method, 20)}, but {headers.get('Allow', 'another method')}"
         return ApiError(405, words, "method_not_allowed", headers=headers)
-    return ApiError(status, str(raised.detail), headers=headers)
+    return ApiError(status, str(raised.detail), "bad_request", headers=headers)

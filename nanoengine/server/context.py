@@ -77,7 +77,8 @@ class Context:
         """The body as a model. Raises `ApiError`."""
         coding = request.headers.get("content-encoding", "identity")
         if coding.lower() != "identity":
-            raise ApiError(415, f"a body with Content-Encoding {shortened(coding, 50)!r} is not read: send it as it is")
+            words = f"a body with Content-Encoding {shortened(coding, 50)!r} is not read: send it as it is"
+            raise ApiError(415, words, "unsupported_encoding")
         body = bytearray()
         try:
             async for chunk in request.stream():

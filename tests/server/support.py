@@ -143,4 +143,5 @@ def error_of(response: httpx.Response, status: int = 400) -> dict[str, Any]:
     assert set(found) == {"error"}
     assert set(found["error"]) == {"message", "type", "param", "code"}
     error: dict[str, Any] = found["error"]
+    assert error["code"], error  # a word for programs
     return error

@@ -285,6 +285,11 @@ def test_a_wrong_pair_is_refused(server: Server, body: Any, param: str, said: st
     assert not server.engine.added
 
 
+def test_ids_say_what_was_asked_for(server: Server) -> None:
+    assert server.post("/v1/embeddings", {"input": "a"}).json()["id"].startswith("embd-")
+    assert server.post("/v1/score", {"text_1": "a", "text_2": "b"}).json()["id"].startswith("score-")
+
+
 def test_the_openapi_page_has_both(server: Server) -> None:
     page = json.loads(server.request("GET", "/openapi.json").text)
     for path, model in (("/v1/embeddings", "EmbeddingRequest"), ("/v1/score", "ScoreRequest")):

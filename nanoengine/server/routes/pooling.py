@@ -46,7 +46,7 @@ def pooling_router(context: Context) -> APIRouter:
                 for i, each in enumerate(vectors)
             ]
 
-        return _answer(context, request, body, account, prompts, choice, data)
+        return _answer(context, request, body, account, "embd", prompts, choice, data)
 
     @router.post("/v1/score", openapi_extra=body_schema(ScoreRequest))
     async def score(request: Request) -> Response:
@@ -61,7 +61,7 @@ def pooling_router(context: Context) -> APIRouter:
             scored = pairs(vectors[: len(first)], vectors[len(first) :], names)
             return [{"object": "score", "index": i, "score": cosine(*pair)} for i, pair in enumerate(scored)]
 
-        return _answer(context, request, body, account, first + second, choice, data)
+        return _answer(context, request, body, account, "score", first + second, choice, data)
 
     return router
 
@@ -89,7 +89,9 @@ def _names(body: ScoreRequest) -> tuple[str, str]:
     valid = "; ".join(" and ".join(pair) for pair in PAIRS)
     found = ", ".join(sorted(given)) or "none of them"
     param = min(given, default=PAIRS[0][0])
-    raise invalid(f"give one pair of fields ({valid}), not {found}", param, None if given else "missing_field")
+    raise invalid(
+        f"give one pair of fields ({valid}), not {found}", param, "invalid_value" if given else "missing_field"
+    )
 
 
 def _answer(
@@ -97,6 +99,7 @@ def _answer(
     request: Request,
     body: PoolingRequest,
     account: Account,
+    prefix: str,
     prompts: Sequence[Prompt],
     choice: PoolingChoice,
     data: Callable[[Vectors], list[Any]],
@@ -115,7 +118,8 @@ def _answer(
         )
         for number, prompt in enumerate(prompts)
     ]
-    renderer = _Body(choice, data, {"id": f"embd-{request_id}", "created": account.created, "model": context.names[0]})
+    head = {"id": f"{prefix}-{request_id}", "created": account.created, "model": context.names[0]}
+    renderer = _Body(choice, data, head)
     return Answer(context, account, request_id, generations, renderer, stream=False)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.matvec import matvec
 
-MIN_ROWS, MAX_ROWS = 33, 256
+MIN_ROWS, MAX_ROWS, MAX_GATED_ROWS = 33, 256, 16384
 _GLUON_ROWS = 192  # beyond, the same tiles by Triton's own pipeline are faster
 _SHORT = 1024  # of outputs or of K, as in Qwen3-0.6B
 _MAX_WEIGHTS = 8 << 20
@@ -81,14 +81,17 @@ def matmul_tile(rows: int, outputs: int, k: int, *, gated: bool, itemsize: int) 
 
     From a chain of layers of Qwen3-0.6B (bf16, one H200, torch 2.11, Triton 3.6, 2026-11-29; 174 tiles, each by both
     kernels); larger models were not measured. Beyond 128 rows what counts is how much tiles read from L2 (about
-    7.5 TB/s); beyond 256 rows cuBLAS, whose programs share what they read, is faster, even with norms and gate as
-    launches of their own.
+    7.5 TB/s); beyond 256 rows cuBLAS, whose programs share what they read, is faster, even with norms as launches of
+    their own; but not than a product with a gate, which needs no launch for it (448, 704, 1088, 2048 and 8192 rows).
     """
-    weights = outputs * k * (2 if gated else 1)
-    if itemsize != 2 or not MIN_ROWS <= rows <= MAX_ROWS or weights > _MAX_WEIGHTS or min(outputs, k) > _SHORT:
+    weights, most = outputs * k * (2 if gated else 1), MAX_GATED_ROWS if gated else MAX_ROWS
+    if itemsize != 2 or not MIN_ROWS <= rows <= most or weights > _MAX_WEIGHTS or min(outputs, k) > _SHORT:
         return None
     if k % 128 or outputs % 64:
         return None
+    if rows > MAX_ROWS:
+        wide = 576 < rows <= 832 and outputs % 128 == 0
+        return MatmulTile(64, 128, 64, warps=4, stages=5) if wide else MatmulTile(128, 64, 64, warps=8, stages=3)
     few = outputs <= _SHORT  # small tiles, so that there is a program for every other multiprocessor
     if rows > _GLUON_ROWS:
         if gated:

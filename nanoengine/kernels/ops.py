@@ -236,12 +236,12 @@ class TritonOps(Ops):
         gate: Activation | None = None,
     ) -> tuple[Tensor, Tensor]:
         ahead, self._ahead = self._ahead, None
-        if self._products is not None and residual is None and self._products.takes(x, weight, bias, gate):
+        if self._products is not None and self._products.takes(x, weight, bias, gate):
             if ahead is not None and ahead[0] is x and ahead[1].norm_weight is norm_weight:
                 return self._products(ahead[1], weight, eps=eps, gate=gate)[0], x
             if len(x) > self._matvec.MAX_ROWS:
-                normed, _ = self.add_rms_norm(x, None, norm_weight, eps)
-                return self._products(normed, weight, gate=gate)[0], x
+                normed, total = self.add_rms_norm(x, residual, norm_weight, eps)
+                return self._products(normed, weight, gate=gate)[0], total
         if self._few(x, weight):
             tickets = self._tickets_on(x.device)
             return self._matvec.norm_matvec(x, residual, norm_weight, eps, weight, bias, gate=gate, tickets=tickets)

@@ -14,6 +14,7 @@ from nanoengine.kernels.matmul_launch import Products
 from nanoengine.kernels.matmul_triton import matmul, takes
 from nanoengine.kernels.matvec import matvec as reference
 from nanoengine.kernels.matvec import norm_matvec as norm_reference
+from nanoengine.kernels.ops import Ops, TritonOps
 
 EPS = 1e-6
 TILES = [
@@ -96,7 +97,8 @@ def test_what_the_copy_engine_cannot_read_is_not_taken(rand) -> None:
 
 
 def test_only_what_was_measured_has_a_tile() -> None:
-    """The four products of a layer of Qwen3-0.6B, from 33 rows to 256; not those of larger models, or of odd sizes."""
+    """The four products of a layer of Qwen3-0.6B, from 33 rows to 256, the gated one beyond; not larger models' or odd
+    ones."""
     layer = {
         "qkv": (4096, 1024, False),
         "o": (1024, 2048, False),
@@ -105,7 +107,7 @@ def test_only_what_was_measured_has_a_tile() -> None:
     }
     for (n, k, gated), rows in product(layer.values(), [1, 32, 33, 64, 65, 192, 193, 256, 257, 4096]):
         tile = matmul_tile(rows, n, k, gated=gated, itemsize=2)
-        assert (tile is not None) == (33 <= rows <= 256)
+        assert (tile is not None) == (33 <= rows <= (16384 if gated else 256))
         assert matmul_tile(rows, n, k, gated=gated, itemsize=4) is None
         if tile is not None:
             assert tile.gluon == (rows <= 192)
@@ -115,6 +117,20 @@ def test_only_what_was_measured_has_a_tile() -> None:
             assert (n % tile.block_n, k % tile.block_k) == (0, 0)
     for n, k in [(6144, 4096), (3072, 2048), (1000, 1024), (1024, 1000), (151936, 1024)]:
         assert matmul_tile(64, n, k, gated=False, itemsize=2) is None
+
+
+@pytest.mark.parametrize("rows", [260, 600])
+def test_many_rows_take_their_gate_in_the_product(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Behind a norm that adds to the residual stream: in the place of two launches there is one."""
+    ops, generator = TritonOps(), torch.Generator().manual_seed(1)
+    shapes = (rows, 128), (rows, 128), (256, 128)
+    x, residual, weight = (torch.randn(*shape, generator=generator).half() for shape in shapes)
+    norm_weight = torch.ones(128).half()
+    want, total = Ops().norm_linear(x.float(), residual.float(), norm_weight.float(), EPS, weight.float(), gate="silu")
+    monkeypatch.setattr(ops, "act_and_mul", None)
+    found, stream = ops.norm_linear(x, residual, norm_weight, EPS, weight, gate="silu")
+    assert float((found.float() - want).norm() / want.norm()) < 2e-3
+    assert float((stream.float() - total).norm() / total.norm()) < 1e-3
 
 
 @pytest.mark.gpu

@@ -129,12 +129,18 @@ class CheckedModel:
         self._logits_width = padded_length(config.vocab_size, tp.size)
 
     def __call__(self, input_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
-        """int [T], int64 [T] -> hidden states [T, hidden size]. Raises `ModelError` for a result that is not that."""
+        """int [T], int64 [T] -> hidden states [T, hidden size], or those of `batch.wanted`: [L, hidden size].
+
+        Raises `ModelError` for a result that is not that.
+        """
         with plugin_step(f"{self._name}.forward", self._class, *self._others):
             hidden: object = self._model(input_ids, positions, batch)
-        shape = (batch.num_tokens, self._config.hidden_size)
-        if isinstance(hidden, Tensor) and hidden.shape == shape and hidden.is_floating_point():
-            return hidden
+        shape, wanted = (batch.num_tokens, self._config.hidden_size), batch.wanted
+        if isinstance(hidden, Tensor) and hidden.is_floating_point():
+            if hidden.shape == shape:
+                return hidden if wanted is None else hidden.index_select(0, wanted)
+            if wanted is not None and hidden.shape == (len(wanted), shape[1]):
+                return hidden
         raise self._wrong("forward", hidden, f"a float Tensor of [T, hidden size] = {shape}")
 
     def compute_logits(self, hidden: Tensor) -> Tensor:

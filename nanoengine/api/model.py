@@ -234,9 +234,12 @@ class ForwardBatch:
 
     Attributes:
         num_tokens: T, the tokens of this step.
+        wanted: int [L], ascending; the tokens whose hidden states are read. `Model.forward` may return those alone.
+            None: all are.
     """
 
     num_tokens: int
+    wanted: Tensor | None = None
 
 
 class Model(nn.Module, ABC):

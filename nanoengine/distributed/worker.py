@@ -139,7 +139,7 @@ class Worker:
     def _start_runner(self, clock: PhaseClock) -> tuple[ModelRunner, MemoryReport]:
         import torch
 
-        from nanoengine.core.execution.step_inputs import PREFILL_ROWS
+        from nanoengine.core.execution.step_inputs import MOST_PREFILL_ROWS
         from nanoengine.distributed.group import DistributedGroup, join_store, make_store
         from nanoengine.setup.start.starter import start_runner
 
@@ -156,7 +156,7 @@ class Worker:
             self._send(Kind.PORT, store.port)
         else:
             store = join_store(self._port(), size)
-        rows = plan.options.max_num_seqs + PREFILL_ROWS if plan.options.custom_all_reduce else 0
+        rows = plan.options.max_num_seqs + MOST_PREFILL_ROWS if plan.options.custom_all_reduce else 0
         device = torch.device(plan.options.device)
         group = DistributedGroup(self._rank, size, device, store, self._entered, shared_rows=rows)
         return start_runner(plan, TargetLoader(plan.plugin_files), group, clock)

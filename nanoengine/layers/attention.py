@@ -96,7 +96,10 @@ class DecoderAttention(Sublayer):
         if norm is None:
             return super().joined(norm, x, residual, *rest, after=after)
         qkv, stream = normed(self.qkv_proj, norm, x, residual)
-        return finished(self.o_proj, self.mix(qkv, *rest), stream, after)
+        mixed, wanted = self.mix(qkv, *rest), rest[0].wanted
+        if wanted is not None:
+            mixed, stream = mixed.index_select(0, wanted), stream.index_select(0, wanted)
+        return finished(self.o_proj, mixed, stream, after)
 
     def name_next_norm(self, norm: Norm) -> None:
         name_next_norm(self.o_proj, norm)

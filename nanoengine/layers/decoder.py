@@ -89,6 +89,12 @@ class DecoderLayer(nn.Module):
             if own is not None:
                 self.add_module(own, make.make_norm(config.hidden_size, config, ctx))
 
+    @property
+    def tokenwise(self) -> bool:
+        """Whether what follows its attention needs one token at a time. Experts do not: they are given which of all
+        tokens are padding."""
+        return not self.parallel and type(self.mlp) in (GatedMLP, MLP)
+
     def _norm(self, name: str | None) -> Norm | None:
         norm: Norm | None = None if name is None else getattr(self, name)
         return norm
@@ -146,11 +152,14 @@ class Decoder(nn.Module):
             made = Rope(frequencies=()) if rope is None else rope
             self.add_module(own, RotaryEmbedding(made, config.head_size, ctx.device, ctx.max_model_len))
 
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Embedded tokens [T, hidden], positions int64 [T] -> hidden states [T, hidden]."""
+    def forward(self, x: Tensor, positions: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """Embedded tokens [T, hidden], positions int64 [T] -> hidden states [T, hidden]; or, if only some tokens are
+        wanted, int [L], and the last layer can go on with them alone behind its attention, theirs: [L, hidden]."""
         angles: list[Angles] = [getattr(self, name)(positions) for name in self._names]
         residual: Tensor | None = None
         for layer, kind in zip(self.layers, self.rope_of, strict=True):
+            if layer is self.layers[-1] and isinstance(layer, DecoderLayer) and layer.tokenwise:
+                angles[kind].wanted = wanted  # no other layer sees it
             x, residual = layer(x, residual, angles[kind])
         out: Tensor = self.norm(x) if residual is None else self.norm(x, residual)[0]
         return out
@@ -235,7 +244,7 @@ class DecoderLM(Model):
         return x if self.embedding_scale == 1.0 else x * self.embedding_scale
 
     def forward(self, input_ids: Tensor, positions: Tensor, batch: ForwardBatch) -> Tensor:
-        out: Tensor = self.model(self.embed(input_ids, positions), positions)
+        out: Tensor = self.model(self.embed(input_ids, positions), positions, batch.wanted)
         return out
 
     def compute_logits(self, hidden: Tensor) -> Tensor:

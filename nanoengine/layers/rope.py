@@ -45,7 +45,11 @@ class Angles:
 
     Attributes:
         positions: int64 [T]. inv_freq: float32 [rotated / 2], radians per position. rope: the rotation.
+        wanted: int [L]; only these tokens are wanted of the layer that gets it, which may go on with them alone. None:
+            all are.
     """
+
+    wanted: Tensor | None = None
 
     def __init__(self, positions: Tensor, inv_freq: Tensor, rope: Rope) -> None:
         self.positions, self.inv_freq, self.rope = positions, inv_freq, rope

@@ -99,6 +99,10 @@ class EngineOptions:
         step_timeout: seconds after which a step counts as hanging.
         enforce_eager: never capture graphs.
         graph_mixed_steps: also run steps with prompt tokens as padded graphs; otherwise these run eagerly.
+        lazy_graphs: capture a graph when a step first wants it, which takes that step some milliseconds longer;
+            otherwise all at the start.
+        reuse_profile: a start with the model, options, GPU and versions of an earlier one takes the memory of the
+            largest steps from it, and compiles nothing ahead; its notes are in the folder of Triton's cache.
         speculation: the drafter and its keys, as {"method": "ngram", "tokens": 4}, or its name alone;
             None: off.
         overlap: prepare step N+1 while step N runs.
@@ -107,7 +111,7 @@ class EngineOptions:
         fuse_attention: with fuse_kernels: attention backends that can do so also normalise and rotate q and k, in one
             kernel.
         fuse_products: with fuse_kernels: products of 33 to 256 rows are kernels of our own, with norms and gates in
-            them.
+            them; those with a gate also beyond.
         fuse_sampling: fuse the standard sampler operations (one sort for top-k, top-p and min-p).
         custom_all_reduce: small sums over GPUs are read from the memory of the other GPUs; otherwise all use NCCL.
         skip_tokenizer_init: load no tokenizer; requests and outputs have only token ids.
@@ -141,6 +145,8 @@ class EngineOptions:
     step_timeout: float = 60.0
     enforce_eager: bool = False
     graph_mixed_steps: bool = True
+    lazy_graphs: bool = False
+    reuse_profile: bool = True
     speculation: Mapping[str, Any] | None = None
     overlap: bool = True
     spare_slots: int = 8

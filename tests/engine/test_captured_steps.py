@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ import triton_interpreter
 from torch import Tensor
 
 from nanoengine import LLM, SamplingParams
-from nanoengine.core.execution import results, runner
+from nanoengine.core.execution import results, runner, step_inputs
 from nanoengine.core.execution.finish_step import CapturedTail
 from nanoengine.core.execution.graphs import CaptureSizes, StepGraphs
 from nanoengine.core.execution.step_inputs import StepSize
@@ -28,6 +29,7 @@ from nanoengine.kernels.ops import Ops
 from nanoengine.params.engine_options import EngineOptions
 from nanoengine.setup.start import capture as setup_capture
 from nanoengine.setup.start import starter
+from nanoengine.setup.start.memory import batch_limits
 from nanoengine.testing.checkpoints import tiny_qwen3
 
 from . import chain_plugin
@@ -69,6 +71,8 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     seen: Counter[str] = Counter()
 
     def capture(run: Any, *_: Any) -> tuple[Any, Any]:
+        buffers = run.func.__self__.buffers  # unlike a capture this runs, maybe in front of a step: over dummy rows
+        buffers.sent.fill_(buffers.tables.dummy_slot)
         graph = Replayed(run)
         return graph, graph.out
 
@@ -119,6 +123,23 @@ def test_greedy_tokens_are_those_of_the_mock_model(tmp_path: Path, captured: Cou
     assert stats.graph_steps == captured["replay decode"] > 3
     assert stats.mixed_graph_steps == captured["replay mixed"] > 1
     assert stats.graph_tails == captured["tail decode"] + captured["tail mixed"] > 5
+
+
+def test_many_prompts_are_one_step_without_decode_rows_or_behind_them(
+    tmp_path: Path, captured: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More prompts than a graph of few tokens has rows for; the next ones come while the first ones decode."""
+    monkeypatch.setattr(step_inputs, "FEW_TOKENS", 50)
+    sizes = CaptureSizes((StepSize(1), StepSize(12), StepSize(0, 100), StepSize(12, 100)), tail=True, inputs=True)
+    monkeypatch.setattr(starter, "capture_sizes", lambda *_, **__: sizes)
+    monkeypatch.setattr(starter, "batch_limits", lambda options: replace(batch_limits(options), max_tokens=112))
+    asked = prompts(12, shortest=8, longest=12)
+    with mock_llm(tmp_path, max_num_seqs=12, max_num_batched_tokens=100) as llm:
+        assert tokens_of(llm.generate(asked, GREEDY, use_tqdm=False)) == [greedy(p, 6) for p in asked]
+        stats = llm.stats()
+    assert stats.mixed_graph_steps == captured["replay mixed"] == captured["tail mixed"] > 1
+    assert stats.mixed_steps > 0
+    assert stats.chunks > 0
 
 
 def test_graphs_whose_inputs_are_gathered_in_front_of_them(

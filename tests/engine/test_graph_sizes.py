@@ -13,6 +13,7 @@ from nanoengine.core.execution.graphs import CaptureSizes
 from nanoengine.core.execution.step_inputs import StepSize
 from nanoengine.params.engine_options import EngineOptions
 from nanoengine.setup.start.graph_sizes import GRAPH_RESERVE_BYTES, capture_sizes, decode_sizes, reserve_bytes
+from nanoengine.setup.start.memory import batch_limits
 
 
 @pytest.mark.parametrize("most", [1, 7, 8, 20, 64, 100, 256, 1000, 1024])
@@ -62,6 +63,21 @@ def test_speculation_adds_decode_steps_of_a_token_and_its_drafts() -> None:
     assert captured(drafts=4, decode_queries=4) == captured(drafts=16) == plain
     assert captured(GraphSupport.DECODE, drafts=4) == captured(GraphSupport.DECODE)
     assert captured(fused=False, drafts=4) == captured(fused=False)
+
+
+def test_steps_of_many_prompts_have_graphs_beyond_the_budget_by_their_padding() -> None:
+    """Full steps: prompts alone, or behind as many decode rows as there may be."""
+    sizes = [size for size in captured(max_tokens=8192 + 64).sizes if size.prefill_tokens > 2048]
+    assert StepSize(0, 8192) in sizes
+    assert StepSize(64, 8192) in sizes
+    assert max(size.tokens for size in sizes) == 8192 + 64
+    assert {size.prefill_rows for size in sizes} == {64}
+    options = EngineOptions(
+        device="cuda", max_num_seqs=64, max_num_batched_tokens=8192, max_model_len=99, block_size=16
+    )
+    assert batch_limits(options).max_tokens == 8192 + 64
+    for without in ({"enforce_eager": True}, {"graph_mixed_steps": False}, {"device": "cpu"}):
+        assert batch_limits(replace(options, **without)).max_tokens == 8192
 
 
 def test_graphs_of_rows_with_drafts_keep_the_logits_of_all_their_tokens() -> None:

@@ -386,6 +386,49 @@ def test_graphs_give_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert llm.memory_report.eager_reason == ""
 
 
+@pytest.mark.parametrize("lazy", [True, False])
+def test_graphs_are_captured_when_a_step_first_wants_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lazy: bool
+) -> None:
+    made: list[int] = []
+
+    def captured(run: Any, *_: Any) -> Any:
+        made.append(run.args[0].decode_rows)
+        return eager_graph(run)
+
+    capturing(monkeypatch, captured)
+    with mock_llm(tmp_path, lazy_graphs=lazy) as llm:
+        assert made == ([1] if lazy else [16, 8, 4, 2, 1])
+        for count in (3, 4, 2):
+            asked = prompts(count)
+            assert tokens_of(llm.generate(asked, GREEDY, use_tqdm=False)) == [greedy(p, 10) for p in asked]
+        assert made == ([1, 4, 2] if lazy else [16, 8, 4, 2, 1])
+        assert llm.stats().graph_steps > 20
+
+
+def test_after_a_capture_that_fails_in_a_step_every_step_is_eager(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def captured(run: Any, *_: Any) -> Any:
+        graph = eager_graph(run)
+        if run.args[0].decode_rows > 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return graph
+
+    capturing(monkeypatch, captured)
+    with caplog.at_level(logging.WARNING), mock_llm(tmp_path, lazy_graphs=True) as llm:
+        steps = []
+        for count in (2, 3, 2):
+            asked = prompts(count)
+            assert tokens_of(llm.generate(asked, GREEDY, use_tqdm=False)) == [greedy(p, 10) for p in asked]
+            steps.append(llm.stats().graph_steps)
+        assert steps[0] > 5
+        assert steps[1] == steps[2] < steps[0] + 2
+        assert llm.stats().steps_broken == 0
+    (message,) = caplog.messages
+    assert message.startswith("CUDA graph capture failed, running eagerly: RuntimeError: operation not permitted")
+
+
 def test_a_failed_capture_is_said_once_and_every_step_is_eager(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

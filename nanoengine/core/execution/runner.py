@@ -98,19 +98,21 @@ class ModelRunner:
     def forward(self, plan: StepPlan) -> Forwarded:
         """Apply the plan's writes and run the model: by replaying a graph, which does both, where one fits."""
         self.tables.write(plan)
-        size = None if self.eager or not self.graphs.logits else self.graphs.size_for(plan)
-        if size is not None:
+        size = None if self.eager or not self.graphs.used else self.graphs.size_for(plan)
+        tail = None if size is None or plan.late else self.finish.choose(plan).captured
+        if size is not None and self.graphs.ready(size, tail):
             padded, own = pad(plan, size, self.tables.dummy_slot)
             self.graphs.prepare(padded, size)
             self.tp.begin_forward()
-            tail = None if plan.late or self.graphs.tail is None else self.finish.choose(plan).captured
             logits = self.graphs.replay(size, tail)
             return Forwarded(plan, self.graphs.gathered[size], replayed=Replayed(size, logits, own, tail))
         inputs = self.buffers.gather(plan)
-        batch = ForwardBatch(num_tokens=plan.num_tokens)
+        every = self.eager or len(plan.pooled) > 0 or not len(plan.logits_index)  # a module's output may be tapped
+        batch = ForwardBatch(num_tokens=plan.num_tokens, wanted=None if every else inputs.rows.logits_index)
         hidden = self.checked_model(inputs.input_ids, inputs.positions, batch)
         pooled = pool(plan, hidden) if len(plan.pooled) else None
-        return Forwarded(plan, inputs, hidden=hidden.index_select(0, inputs.rows.logits_index), pooled=pooled)
+        hidden = hidden.index_select(0, inputs.rows.logits_index) if every else hidden
+        return Forwarded(plan, inputs, hidden=hidden, pooled=pooled)
 
     def sample(self, step: Forwarded, supplied: Sequence[SuppliedColumn] = ()) -> LaunchedStep:
         """Draw a token for each sampled row, write it to its slot, and send the step's result to the host."""

@@ -20,7 +20,8 @@ from nanoengine.core.step import Int32, Int64, StepPlan, offsets_of
 from nanoengine.kernels.host_ring import HostRing
 from nanoengine.kernels.step_inputs import StepInputBuffers
 
-PREFILL_ROWS = 8  # a graph with prefill tokens has so many prefill rows
+PREFILL_ROWS, MOST_PREFILL_ROWS = 8, 64  # of a graph with prefill tokens: up to FEW_TOKENS of them, and of more
+FEW_TOKENS = 2048
 MAX_WRITES = 4096  # words that a step writes to the slot tables; more are sent before it
 
 
@@ -29,7 +30,7 @@ class StepSize:
     """The padded shape of a step, which a graph is captured for.
 
     decode_rows: rows of up to `query_len` tokens each: more than one where rows have drafts. prefill_tokens: tokens of
-    up to `PREFILL_ROWS` rows behind them; a decode step has none.
+    up to `prefill_rows` rows behind them; a decode step has none.
     """
 
     decode_rows: int
@@ -37,8 +38,13 @@ class StepSize:
     query_len: int = 1
 
     @property
+    def prefill_rows(self) -> int:
+        few = PREFILL_ROWS if self.prefill_tokens else 0
+        return few if self.prefill_tokens <= FEW_TOKENS else MOST_PREFILL_ROWS
+
+    @property
     def rows(self) -> int:
-        return self.decode_rows + (PREFILL_ROWS if self.prefill_tokens else 0)
+        return self.decode_rows + self.prefill_rows
 
     @property
     def tokens(self) -> int:
@@ -180,7 +186,7 @@ class StepBuffers:
 
     def __init__(self, limits: BatchLimits, tables: SlotTables, backends: Sequence[AttentionBackend]) -> None:
         """backends: one a KV group."""
-        rows, tokens = limits.max_rows + PREFILL_ROWS, limits.max_tokens  # a mixed graph pads with further rows
+        rows, tokens = limits.max_rows + MOST_PREFILL_ROWS, limits.max_tokens  # a mixed graph pads with further rows
         groups, device = tables.limits.num_groups, tables.device
         self.limits, self.max_rows, self.tables, self._backends = limits, rows, tables, backends
         self._backend_class = type(backends[0])
@@ -254,15 +260,9 @@ class StepBuffers:
         and only the device knows how many."""
         out, count = self.out, len(rows.slots)
         self.tables.kernels.gather(
-            self.tables.state,
-            rows.slots,
-            rows.query_start_loc,
-            out,
-            block_size=self.limits.block_size,
-            max_query_len=longest,
-            num_tokens=None if padded else tokens,
-            pad_tokens=tokens if padded else 0,
-        )
+            self.tables.state, rows.slots, rows.query_start_loc, out, block_size=self.limits.block_size,
+            max_query_len=longest, num_tokens=None if padded else tokens, pad_tokens=tokens if padded else 0,
+        )  # fmt: skip
         decode, queries = plan.num_decode_rows, 1
         if len(plan.drafts):
             queries = int(plan.query_lens[:decode].max())

@@ -231,19 +231,12 @@ def build_plan(draft: Draft) -> StepPlan:
         new=_new_slots(draft.new) if draft.new else _NO_SLOTS,
         columns=_processor_columns(draft.new) if draft.new else (),
         appends=_block_appends(draft.grown) if draft.grown else _NO_APPENDS,
-        slots=slots,
-        num_decode_rows=num_decode,
-        query_lens=lens,
-        starts=starts,
-        drafts=drafts,
-        draft_tokens=draft_tokens,
-        logits_index=logits,
-        logits_rows=rows,
-        sampled=sampled,
-        prompt_logprobs=tops,
+        slots=slots, num_decode_rows=num_decode, query_lens=lens, starts=starts,
+        drafts=drafts, draft_tokens=draft_tokens,
+        logits_index=logits, logits_rows=rows, sampled=sampled, prompt_logprobs=tops,
         pooled=_pooled(num_decode, draft.prefill) if draft.prefill else _NONE,
         late=draft.late,
-    )
+    )  # fmt: skip
 
 
 def _wanted_logits(first: int, at: int, prefill: Sequence[Prefill]) -> tuple[Int32, Int32, Bool, Int32]:
@@ -285,16 +278,12 @@ def _new_slots(new: Mapping[Request, int]) -> NewSlots:
         slots=i32([request.slot for request in new]),
         token_ids=np.concatenate([part for pair in zip(prompts, outputs, strict=True) for part in pair]),
         token_offsets=offsets_of([request.num_tokens for request in new]),
-        prompt_lens=i32([request.prompt_len for request in new]),
-        num_computed=i32(list(new.values())),
-        seeds=i64([request.seed for request in new]),
-        sample_index=i32([request.sample_index for request in new]),
-        greedy=flags([request.params.greedy for request in new]),
-        min_lens=i32([request.min_len for request in new]),
-        stop_ids=i32([token for ids in stops for token in ids]),
-        stop_offsets=offsets_of([len(ids) for ids in stops]),
+        prompt_lens=i32([request.prompt_len for request in new]), num_computed=i32(list(new.values())),
+        seeds=i64([request.seed for request in new]), sample_index=i32([request.sample_index for request in new]),
+        greedy=flags([request.params.greedy for request in new]), min_lens=i32([request.min_len for request in new]),
+        stop_ids=i32([token for ids in stops for token in ids]), stop_offsets=offsets_of([len(ids) for ids in stops]),
         num_logprobs=i32([-1 if k is None else k for k in logprobs]),
-    )
+    )  # fmt: skip
 
 
 def _processor_columns(new: Iterable[Request]) -> tuple[ProcessorColumn, ...]:

@@ -1,24 +1,27 @@
-"""Captures the CUDA graphs of a runner: all of them, or none."""
+"""Captures the CUDA graphs of a runner, at its start or when a step first wants one."""
 
 from __future__ import annotations
 
 import gc
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from nanoengine.api.errors import ModelError, described, is_failure, is_out_of_memory
 from nanoengine.core.execution.finish_step import MASKED_DRAWS, CapturedTail, FinishStep
 from nanoengine.core.execution.graphs import StepGraphs
-from nanoengine.core.execution.runner import ModelRunner
-from nanoengine.kernels.compile_ahead import compiling_ahead, is_compiling_ahead
+from nanoengine.core.execution.runner import ModelRunner, empty_cache
+from nanoengine.core.execution.step_inputs import StepSize
+from nanoengine.kernels.compile_ahead import compiling_ahead
 
 _log = logging.getLogger(__name__)
+_FAILED = "CUDA graph capture failed, running eagerly: %s"
 T = TypeVar("T")
 
 
@@ -26,8 +29,12 @@ class CaptureOutOfMemory(MemoryError):
     """Memory ran out while graphs were captured."""
 
 
-def capture_graphs(runner: ModelRunner) -> str:
+def capture_graphs(runner: ModelRunner, *, later: bool = False, is_compiled: bool = False) -> str:
     """Captures the graphs of the runner, for all of its sizes.
+
+    Args:
+        later: only the pass of the smallest step; each other one when a step first wants it.
+        is_compiled: Triton's cache has the kernels of all sizes.
 
     Returns "", or the reason (which is logged) if a capture fails; then every step runs eagerly. Raises
     `CaptureOutOfMemory`, because graphs of smaller steps may fit.
@@ -38,8 +45,14 @@ def capture_graphs(runner: ModelRunner) -> str:
     failure = ""
     try:
         with torch.inference_mode():
-            _compile_ahead(graphs, runner.finish)
-            _capture(graphs, runner.finish)
+            capture = _Capture(graphs, runner.finish)
+            if not is_compiled:
+                _compile_ahead(capture)
+            capture.run_once(smallest=later)
+            empty_cache(tables.device)
+            capture.captures(smallest=later)
+        graphs.capture = capture.when_wanted
+        graphs.use(graphs.sizes.sizes)
     except ModelError:  # the model is wrong, also in eager steps
         raise
     except BaseException as error:  # an error of a driver or compiler; eager steps are correct
@@ -49,7 +62,7 @@ def capture_graphs(runner: ModelRunner) -> str:
         failure = described(error)
         if is_out_of_memory(error):
             raise CaptureOutOfMemory(f"CUDA graph capture failed: {failure}") from error
-        _log.warning("CUDA graph capture failed, running eagerly: %s", failure)
+        _log.warning(_FAILED, failure)
         if tables.device.type == "cuda":
             torch.cuda.synchronize(tables.device)
     tables.num_computed.zero_()
@@ -57,81 +70,137 @@ def capture_graphs(runner: ModelRunner) -> str:
     return failure
 
 
-def _compile_ahead(graphs: StepGraphs, finish: FinishStep) -> None:
-    """A dry run of all captures, so that Triton compiles the kernels in parallel.
+def _compile_ahead(capture: _Capture) -> None:
+    """A dry run of all that is captured, so that Triton compiles the kernels in parallel.
 
     The static buffers keep what kernels wrote before, so indices in them are valid.
     """
-    if graphs.buffers.tables.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    if capture.device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return
     try:
         with compiling_ahead():
-            _capture(graphs, finish)
+            capture.run_once()
     except BaseException as error:  # a backend may need results of kernels; then kernels are compiled one by one
         if not is_failure(error):
             raise
         _log.info("kernels are compiled one by one: %s", described(error))
-    graphs.clear()
     torch.cuda.empty_cache()
 
 
-def _capture(graphs: StepGraphs, finish: FinishStep) -> None:
-    """Captures the largest graphs first, in one memory pool; then those with tails, with dummy rows."""
-    sizes = sorted(graphs.sizes.sizes, key=lambda size: (-size.tokens, size))
-    pool = torch.cuda.graph_pool_handle()
-    for size in sizes:
-        graphs.passes[size, None], graphs.logits[size] = captured(partial(graphs.run, size), pool, finish.tp.agree)
-    if graphs.sizes.tail:
-        buffers = graphs.buffers
-        graphs.tail = CapturedTail(finish, buffers, max(size.logits for size in sizes))
-        buffers.sent.fill_(buffers.tables.dummy_slot)  # wherever a tail may look for its rows
-        for size in sizes:
-            for kind in finish.sampler.tails:
-                graphs.passes[size, kind], _ = captured(partial(graphs.run_tail, size, kind), pool, finish.tp.agree)
-        _prepare_masked(graphs, finish, pool)
-    graphs.index()
+class _Capture:
+    """The captures of one runner, in one memory pool."""
+
+    def __init__(self, graphs: StepGraphs, finish: FinishStep) -> None:
+        self._graphs, self._finish, self.device = graphs, finish, finish.tables.device
+        self._sizes = sorted(graphs.sizes.sizes, key=lambda size: (-size.tokens, size))  # the largest first
+        self._pool = torch.cuda.graph_pool_handle()
+        # One: for each stream cuBLAS takes memory of its own.
+        self._stream: torch.cuda.Stream | None = None
+        if self.device.type == "cuda":
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._tails: Sequence[int] = finish.sampler.tails if graphs.sizes.tail else ()
+        if graphs.sizes.tail:
+            graphs.tail = CapturedTail(finish, graphs.buffers, max(size.logits for size in self._sizes))
+
+    def run_once(self, *, smallest: bool = False) -> None:
+        """Runs each pass and each tail, or the pass of the smallest step, with dummy rows: what is made at first use is
+        then not made in a capture."""
+        graphs, tried = self._graphs, set[Hashable]()
+        for size in self._sizes[-1:] if smallest else self._sizes:
+            logits = graphs.run(size)
+            for kind in () if smallest else self._tails:
+                key = (size.rows, size.plain, size.query_len, kind)  # kernels of tails depend on nothing else
+                if key not in tried:
+                    self._run_tail(size, kind, logits)
+                    if size.logits <= MASKED_DRAWS and self._finish.tp.size == 1 and (kind, "masked") not in tried:
+                        self._run_tail(size, kind, logits, masked=True)
+                        tried.add((kind, "masked"))
+                tried.add(key)
+
+    def _run_tail(self, size: StepSize, kind: int, logits: Tensor, *, masked: bool = False) -> None:
+        tail = self._graphs.tail
+        assert tail is not None
+        tail.run(self._graphs.gathered[size].rows, kind, logits, size.query_len - 1, masked=masked)
+
+    def captures(self, *, smallest: bool) -> None:
+        """Captures all graphs, those of the largest steps first; or the pass of the smallest step, which shows whether
+        captures work here."""
+        if smallest:
+            self._capture(self._sizes[-1], None)
+            return
+        for size in self._sizes:
+            for kind in (None, *self._tails):
+                self._capture(size, kind)
+        if self._graphs.sizes.masked and self._finish.tp.size == 1:
+            for size in self._sizes:
+                for kind in self._tails if size.logits <= MASKED_DRAWS else ():
+                    run = partial(self._graphs.run_masked_tail, size, kind)
+                    self._graphs.masked_tails[size, kind], _ = self._made(run)
+
+    def when_wanted(self, size: StepSize, kind: int | None) -> bool:
+        """`StepGraphs.capture`. False: it failed, and no step is a graph any more."""
+        if self._stream is not None:
+            # Each thread has its own, which cannot be made in a capture.
+            torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call]
+        error = self._failure(size, kind)
+        if error is not None:  # what it made at first use is there once it has run
+            _log.info("a capture failed, and is tried again: %s", described(error))
+            logits = self._graphs.run(size)
+            if kind is not None:
+                self._run_tail(size, kind, logits)
+            error = self._failure(size, kind)
+        if error is not None:
+            self._graphs.clear()
+            _log.warning(_FAILED, described(error))
+        return error is None
+
+    def _failure(self, size: StepSize, kind: int | None) -> BaseException | None:
+        try:
+            self._capture(size, kind)
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            return error
+        return None
+
+    def _capture(self, size: StepSize, kind: int | None) -> None:
+        graphs = self._graphs
+        if kind is None:
+            graphs.passes[size, None], graphs.logits[size] = self._made(partial(graphs.run, size))
+        else:
+            graphs.passes[size, kind], _ = self._made(partial(graphs.run_tail, size, kind))
+
+    def _made(self, run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+        return captured(run, self._pool, self._stream, self._finish.tp.agree)
 
 
-def _prepare_masked(graphs: StepGraphs, finish: FinishStep, pool: Any) -> None:
-    """Tails behind masks: captured where that is asked for; else run once, so that no step waits for a compiler."""
-    if finish.tp.size > 1:
-        return
-    sizes = [size for size in graphs.sizes.sizes if size.logits <= MASKED_DRAWS]
-    for kind in finish.sampler.tails:
-        for size in sizes if graphs.sizes.masked else sizes[:1]:
-            run = partial(graphs.run_masked_tail, size, kind)
-            if graphs.sizes.masked:
-                graphs.masked_tails[size, kind], _ = captured(run, pool, finish.tp.agree)
-            else:
-                run()
-
-
-def captured(run: Callable[[], T], pool: Any, agree: Callable[[bool], bool] = bool) -> tuple[torch.cuda.CUDAGraph, T]:
-    """Captures `run` in the memory pool. Returns the graph and the return value of `run` in the capture.
-
-    `run` is called once before, so that kernels which are compiled on first use are compiled outside the capture. In a
-    dry run, where kernels are only compiled, the graph is empty.
+def captured(
+    run: Callable[[], T], pool: Any, stream: torch.cuda.Stream | None, agree: Callable[[bool], bool] = bool
+) -> tuple[torch.cuda.CUDAGraph, T]:
+    """Captures `run` on the stream, in the memory pool. Returns the graph and what `run` returns. Unlike
+    `torch.cuda.graph` it does not wait for the device, which may be busy with a step. Kernels may be loaded meanwhile,
+    but what is made at first use, and kept, must have been made before.
 
     `agree(success)`: whether all ranks had success. Raises the error of the capture, or `RuntimeError` if it failed on
     another rank, because no rank may replay a graph that another rank does not have.
     """
-    result = run()
-    if is_compiling_ahead():
-        return torch.cuda.CUDAGraph(), result
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph, result = torch.cuda.CUDAGraph(), None
     failure: BaseException | None = None
     try:
-        # "thread_local": other threads (the watchdog of collectives, pinned copies) do not break the capture
-        with _no_collection(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            result = run()
+        with _no_collection(), torch.cuda.stream(stream):
+            # "thread_local": other threads (the watchdog of collectives, pinned copies) do not break the capture
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                result = run()
+            finally:
+                graph.capture_end()
     except BaseException as error:  # raised below, after the ranks have agreed
         if not is_failure(error):
             raise
         failure = error
     if not agree(failure is None):
         raise failure or RuntimeError("another rank could not capture this graph")
-    return graph, result
+    return graph, cast("T", result)
 
 
 @contextmanager

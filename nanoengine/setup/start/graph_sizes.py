@@ -14,8 +14,9 @@ from nanoengine.params.engine_options import EngineOptions
 
 GRAPH_RESERVE_BYTES = 256 << 20  # memory of the graphs in addition to logits and activations
 _MOST_ROWS = 1024  # beyond them only `max_rows`
-_DECODE_ROWS = (64, 128, 256)  # of mixed steps
+MIXED_DECODE_ROWS = (64, 128, 256)  # of mixed steps
 _PREFILL_TOKENS = (128, 256, 384, 480, 576, 672, 768, 864, 960, 1088, 1280, 1536, 2048)
+_MANY_PREFILL_TOKENS = (2560, 3072, 4096, 5120, 6144, 7168, 8192)
 _MORE_PREFILL_TOKENS = (*range(128, 1089, 64), 1216, 1408, 1664, 2048)
 
 
@@ -27,9 +28,11 @@ def decode_sizes(max_rows: int) -> tuple[StepSize, ...]:
 
 def mixed_sizes(max_rows: int, max_tokens: int) -> tuple[StepSize, ...]:
     """The mixed steps to capture, up to `max_rows` and `max_tokens`."""
-    decode = sorted({min(n, max_rows) for n in _DECODE_ROWS})
+    decode = sorted({min(n, max_rows) for n in MIXED_DECODE_ROWS})
     prefill = _PREFILL_TOKENS if len(decode) > 2 else _MORE_PREFILL_TOKENS  # about the same number of graphs
-    sizes = (StepSize(d, p) for d in decode for p in prefill)
+    sizes = [StepSize(d, p) for d in decode for p in prefill]
+    # Where many prompts come at once: without decode rows, or with as many as there may be. Each graph keeps logits.
+    sizes += [StepSize(d, p) for d in (0, decode[-1]) for p in _MANY_PREFILL_TOKENS]
     return tuple(size for size in sizes if size.tokens <= max_tokens)
 
 

@@ -14,6 +14,7 @@ from nanoengine.api.errors import ConfigError, DeviceMemoryError
 from nanoengine.core.execution.runner import empty_cache
 from nanoengine.params.engine_options import EngineOptions
 from nanoengine.setup.start.clock import Dequantised, Phase, Quantised
+from nanoengine.setup.start.graph_sizes import MIXED_DECODE_ROWS
 from nanoengine.setup.start.shortage import StepTooLarge
 
 _log = logging.getLogger(__name__)
@@ -59,11 +60,13 @@ class MemoryReport:
 
 
 def batch_limits(options: EngineOptions) -> BatchLimits:
-    """The sizes of static buffers, from options that are all set."""
+    """The sizes of static buffers, from options that are all set. Where graphs pad them, steps have more tokens."""
     assert options.max_model_len and options.max_num_batched_tokens and options.block_size
+    rows = min(options.max_num_seqs, options.max_num_batched_tokens)
+    padded = options.device.startswith("cuda") and options.graph_mixed_steps and not options.enforce_eager
     return BatchLimits(
-        max_rows=min(options.max_num_seqs, options.max_num_batched_tokens),
-        max_tokens=options.max_num_batched_tokens,
+        max_rows=rows,
+        max_tokens=options.max_num_batched_tokens + (min(rows, MIXED_DECODE_ROWS[-1]) if padded else 0),
         max_model_len=options.max_model_len,
         block_size=options.block_size,
     )

@@ -61,6 +61,7 @@ from nanoengine.setup.start.memory import (
     weights_misfit,
 )
 from nanoengine.setup.start.processors import build_processors
+from nanoengine.setup.start.profile_notes import ProfileNotes, notes_path
 from nanoengine.setup.start.quantization import packed_format
 from nanoengine.setup.start.shortage import with_less
 from nanoengine.setup.start.weights import dummy_weights, load_weights
@@ -145,14 +146,19 @@ class _Start:
     def _make_state(self, built: BuiltModel, options: EngineOptions) -> tuple[ModelRunner, MemoryReport]:
         """Makes everything except the model: what depends on the limits of a batch."""
         self.plan = replace(self.plan, options=options)
+        path = notes_path(self.plan, self.device)
+        notes = ProfileNotes.read(path)
+        self.notes = notes if self.tp.minimum(int(notes is not None)) else None  # ranks run the same steps
         self._make_backends(built)
         runner = self._make_runner(built)
         self.clock.lap("buffers")
         report = self._make_kv_cache(built, runner)
         self.clock.lap("kv cache")
-        failure = capture_graphs(runner)
+        failure = capture_graphs(runner, later=options.lazy_graphs, is_compiled=self.notes is not None)
+        if self.notes is None and not failure and runner.graphs.used:
+            self._peaks.write(path)
         self.clock.lap("capture")
-        if not runner.graphs.logits and self._measured == (0, 0):  # else the model has run
+        if not runner.graphs.used and self._measured == (0, 0):  # else the model has run
             dry_run(runner.launch, runner.tables)
         given_up = options.enforce_eager and not self.asked.enforce_eager
         eager = "memory ran out while graphs were captured" if given_up else failure
@@ -226,7 +232,7 @@ class _Start:
         options, limits = self.plan.options, batch_limits(self.plan.options)
         size, pairs = limits.block_size, list(zip(self.specs, self.layers, strict=True))
         block_bytes = sum(kv_block_bytes(self.backend_class, spec, size) * len(layers) for spec, layers in pairs)
-        self._measured = (0, 0)
+        self._measured, self._peaks = (0, 0), ProfileNotes(0, 0, 0)
         budget = partial(self._kv_budget, block_bytes, runner)
         blocks = self.tp.minimum(count_blocks(options, block_bytes, budget))
         try:
@@ -244,7 +250,7 @@ class _Start:
             kv_cache_bytes=block_bytes * (blocks + 1),
             weight_bytes=parameter_bytes(built.model),
             max_num_seqs=options.max_num_seqs,
-            max_num_batched_tokens=limits.max_tokens,
+            max_num_batched_tokens=options.max_num_batched_tokens or 0,
             step_bytes=self._measured[0],
             graph_bytes=self._measured[1],
             failed_processors=self.failed_processors,
@@ -264,17 +270,26 @@ class _Start:
         """Bytes for the KV cache. On a GPU, runs the largest steps, and returns what they and graphs leave free."""
         if self.device.type != "cuda":
             return CPU_KV_CACHE_BYTES
+        limits = batch_limits(self.plan.options)
+        found = self.notes if self.notes is not None and self.notes.prefill else self._measure(runner)
+        self._peaks = found
+        prefill, sampling, later = found.prefill, found.sampling, found.kept if found is self.notes else 0
+        row, token = runner.tables.limits.vocab_size * self.dtype.itemsize, -(-prefill // limits.max_tokens)
+        self._measured = (max(prefill, sampling), reserve_bytes(runner.graphs.sizes, row, token))
+        self.clock.lap("profile")
+        return self.share.kv_budget(block_bytes, *self._measured) - later
+
+    def _measure(self, runner: ModelRunner) -> ProfileNotes:
+        """Runs the largest steps, with a cache of two blocks."""
+        free = self.share.left()
         self._allocate(2)
-        limits, options = batch_limits(self.plan.options), self.plan.options
+        options = self.plan.options
         draws = not (self.fused and options.fuse_sampling)  # the kernels need almost no memory, and would be compiled
         peaks = largest_steps(
-            runner.launch, runner.tables, runner.sampler, limits, draws=draws, max_logprobs=options.max_logprobs,
-            drafts=self.drafts,
+            runner.launch, runner.tables, runner.sampler, batch_limits(options), draws=draws,
+            max_logprobs=options.max_logprobs, drafts=self.drafts,
         )  # fmt: skip
         prefill, sampling = (peak_bytes(self.device, run) for run in peaks)
         for backend in self.backends:
             release(backend)
-        row, token = runner.tables.limits.vocab_size * self.dtype.itemsize, -(-prefill // limits.max_tokens)
-        self._measured = (max(prefill, sampling), reserve_bytes(runner.graphs.sizes, row, token))
-        self.clock.lap("profile")
-        return self.share.kv_budget(block_bytes, *self._measured)
+        return ProfileNotes(prefill, sampling, max(0, free - self.share.left()))

@@ -27,7 +27,8 @@ def divided(layer: WeightLayer, weight: ShardSpec, *, outputs: int = 1, inputs: 
                 raise ModelError(
                     f"{layer.name}: {f'part {part} of ' if part else ''}{total} "
                     f"{'inputs' if weight.dim else 'outputs'} over tensor_parallel_size={ranks} ranks are {held} each, "
-                    f"which end within a block of {step}: the ranks must divide the {-(-total // step)} blocks"
+                    f"which end within a block of {step}: the ranks must divide the number of blocks, "
+                    f"{-(-total // step)}"
                 )
     if outputs > 1 and any(total % outputs for _, total in weight.parts[:-1]):
         sizes_ = ", ".join(f"{part} {total}" for part, total in weight.parts)

@@ -240,7 +240,7 @@ def test_a_rank_reads_the_blocks_of_its_inputs(kind: str, rank: int) -> None:
     ("width", "ranks", "words"),
     [
         (768, 2, "mlp.x: 768 inputs over tensor_parallel_size=2 ranks are 384 each, which end within a block of 256"),
-        (256, 2, "mlp.x: 256 inputs .* 128 each, .* block of 256: the ranks must divide the 1 blocks"),
+        (256, 2, "mlp.x: 256 inputs .* 128 each, .* block of 256: the ranks must divide the number of blocks, 1"),
         (800, 1, "mlp.x: rows of 800 weights are no whole blocks of Q6_K, of 256"),
     ],
 )

@@ -175,6 +175,14 @@ def test_white_space_follows_its_options() -> None:
     assert not accepts(narrow, '{  "a" : 1 }')
 
 
+def test_a_trigger_may_begin_with_another_one() -> None:
+    tags = [{"begin": "<f=a>", "schema": {"type": "null"}, "end": ";"}, {"begin": "<x>", "schema": True, "end": ";"}]
+    for triggers in (["<", "<f"], ["<f", "<"]):
+        grammar = compiled("structural_tag", {"structures": tags, "triggers": triggers})
+        assert accepts(grammar, "a <f=a>null; <x>1;")
+        assert not any(accepts(grammar, text) for text in ("<", "<f", "<f=b>null;", "<f=a>1;"))
+
+
 def test_white_space_is_that_of_json() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     for pattern in ("\\s*", "[\\s]*", "( |\\n|\t)*"):

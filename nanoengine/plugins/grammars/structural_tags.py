@@ -91,7 +91,7 @@ def map_tag_schemas(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _tag(triggers: tuple[str, ...], begin: str, schema: Any, end: str) -> Tag:
-    for number, trigger in enumerate(triggers):
+    for number, trigger in sorted(enumerate(triggers), key=lambda each: len(each[1])):  # the shortest is met first
         if begin.startswith(trigger):
             return Tag(number, begin.removeprefix(trigger), schema, end)
     raise GrammarError(f"structural_tag: the tag that begins with {begin!r} begins with no trigger: {list(triggers)}")

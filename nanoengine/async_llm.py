@@ -39,7 +39,7 @@ from nanoengine.service.source import EngineSource, fits_a_process
 from nanoengine.service.started import StartedEngine, start_here, start_process
 from nanoengine.service.text import checked_on_this_side
 from nanoengine.setup.config.engine_options import engine_options
-from nanoengine.setup.keywords import check_options, names_keywords
+from nanoengine.setup.keywords import check_options, missing_member, names_keywords
 from nanoengine.setup.plugins.discover import discover_given
 from nanoengine.setup.plugins.sources import with_revision
 from nanoengine.text.outputs import OutputAssembler
@@ -88,6 +88,10 @@ class AsyncLLM(AsyncLLMSignature):
             self._choose(model, revision, attention, implementation, plugins, process, log_level, options)
 
         __init__.__doc__ = AsyncLLMSignature.__init__.__doc__
+
+        def __getattr__(self, name: str) -> Any:
+            """Python calls this for a name that it does not find."""
+            raise AttributeError(missing_member(AsyncLLM, name), name=name, obj=self)
 
     def _choose(
         self,
@@ -348,6 +352,9 @@ class AsyncLLM(AsyncLLMSignature):
         self._closed = True
         self._clients.clear()
         self._end()
+
+    def __repr__(self) -> str:
+        return f"<AsyncLLM {self.info.model}: max_model_len={self.info.max_model_len}>"
 
     async def __aenter__(self) -> Self:
         return self

@@ -70,7 +70,9 @@ def is_conversation(prompt: Any) -> bool:
 
 
 def check_one_prompt(prompt: Any, instead: str) -> None:
-    """Raises `ParamsError` for a list of prompts. `instead`: what to do with several."""
+    """Raises `ParamsError` for messages, and for a list of prompts. `instead`: what to do with several."""
+    if is_conversation(prompt):
+        raise ParamsError("prompt must be one prompt, not messages: give them to chat")
     if isinstance(prompt, list | tuple) and any(isinstance(each, str | Mapping | list | tuple) for each in prompt):
         raise ParamsError(f"prompt must be one prompt, not a list of prompts: {instead}")
 
@@ -250,7 +252,9 @@ def _checked(
         valid = (
             "text, token ids, {'prompt': text} or {'prompt_token_ids': ids}, to either of which 'generated_token_ids'"
         )
-        return RequestError("invalid_prompt", f"a prompt is {valid} may be added, not {kind_of(token_ids)}")
+        is_message = isinstance(token_ids, Mapping) and "role" in token_ids
+        chat = "; messages go to chat" if is_message else ""
+        return RequestError("invalid_prompt", f"a prompt is {valid} may be added, not {kind_of(token_ids)}{chat}")
     if not given:
         return RequestError("invalid_prompt", "the prompt is empty: at least one token is needed")
     return in_vocabulary(given, vocab_size, name, "invalid_prompt")

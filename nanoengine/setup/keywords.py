@@ -84,7 +84,7 @@ def sampling_names(registry: Registry) -> frozenset[str]:
 
 def missing_member(cls: type[Any], name: str) -> str:
     """The message of an `AttributeError`: what to use in the place of vLLM's name, or the nearest public name."""
-    if name in _MEMBERS:
+    if cls.__name__ == "LLM" and name in _MEMBERS:
         return f"{cls.__name__} has no {name!r}, which vLLM has: {_MEMBERS[name]}"
     public = [each for each in dir(cls) if not each.startswith("_")]
     return f"{cls.__name__!r} object has no attribute {name!r}; {nearest(name, public)}"

@@ -81,6 +81,7 @@ def test_token_ids_become_plain_ints(given: Any) -> None:
         (5, "not int"),
         (b"\1\2", "not bytes"),
         ({"promt": "text"}, r"not a dict with \['promt'\]"),
+        ({"role": "user", "content": "hi"}, r"not a dict with \['role', 'content'\]; messages go to chat$"),
         ([1, 2.0], r"prompt\[1\] is 2.0, not a token id"),
         ([True], r"prompt\[0\] is True, not a token id"),
         ([1, -1], r"prompt\[1\] is -1, outside the vocabulary 0..9"),

@@ -259,6 +259,14 @@ def test_a_list_of_prompts_is_refused_with_the_remedy(llm: AsyncLLM, prompts: An
         llm.generate(prompts)
 
 
+def test_messages_are_for_chat_and_a_member_that_is_not_there_is_named(llm: AsyncLLM) -> None:
+    with pytest.raises(ParamsError, match="not messages: give them to chat"):
+        llm.generate([{"role": "user", "content": "hi"}])  # type: ignore[arg-type]
+    with pytest.raises(AttributeError, match="did you mean 'generate'"):
+        llm.genrate  # noqa: B018  # type: ignore[attr-defined]
+    assert repr(llm).endswith(": max_model_len=4096>")
+
+
 def test_wrong_arguments_are_refused_at_once(llm: AsyncLLM) -> None:
     for wrong in ({"params": 3}, {"priority": "high"}, {"request_id": 3}, {"temperature": 1}):
         with pytest.raises(ParamsError):

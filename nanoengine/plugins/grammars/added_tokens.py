@@ -21,18 +21,23 @@ _LONGEST = 64  # characters of a text that must follow; an added token is shorte
 class AddedTokens:
     """The ids of a tokenizer that are no text."""
 
-    def __init__(self, tokenizer: LLTokenizer) -> None:
+    def __init__(self, tokenizer: LLTokenizer, end_ids: Iterable[int]) -> None:
+        """`end_ids`: masks have them wherever the output is complete."""
         self._tokenizer = tokenizer
         special = [i for i in range(tokenizer.vocab_size) if tokenizer.is_special_token(i)]
         padded = [i for i in special if tokenizer.decode_bytes([i]) == b"<[%d]>" % i]  # llguidance's name for them
         bits = _bits(special, tokenizer.vocab_size)
         self._words = bits.nonzero()[0]
         self._special, self._padded = bits[self._words], _bits(padded, tokenizer.vocab_size)[self._words]
+        self._inside = self._special & ~_bits(end_ids, tokenizer.vocab_size)[self._words]
 
     def correct(self, matcher: LLMatcher, mask: npt.NDArray[np.int32]) -> None:
         """Changes the mask, int32 [ceil(vocab_size / 32)], that llguidance has computed for this matcher."""
-        if not (mask[self._words] & self._special).any():  # most often
-            return
+        found = mask[self._words] & self._special
+        if found.any() and not (matcher.is_accepting() and not (found & self._inside).any()):  # most often not
+            self._correct(matcher, mask)
+
+    def _correct(self, matcher: LLMatcher, mask: npt.NDArray[np.int32]) -> None:
         mask[self._words] &= ~self._padded
         only = only_id(mask)
         if only is None or matcher.is_accepting():
@@ -46,9 +51,11 @@ class AddedTokens:
     def correct_each(self, matchers: Sequence[LLMatcher], masks: npt.NDArray[np.int32]) -> None:
         """`correct` of several matchers; masks: int32 [N, ceil(vocab_size / 32)]."""
         found = masks[:, self._words] & self._special
-        for row in np.unique(found.nonzero()[0]).tolist():
-            if not matchers[row].is_error():
-                self.correct(matchers[row], masks[row])
+        inside = set((found & self._inside).nonzero()[0].tolist())
+        for row in set(found.nonzero()[0].tolist()):
+            matcher = matchers[row]
+            if (row in inside or not matcher.is_accepting()) and not matcher.is_error():
+                self._correct(matcher, masks[row])
 
     def _beginnings(self, text: str) -> list[int]:
         """Tokens that are text, and with which this one begins."""

@@ -41,7 +41,7 @@ class LLGuidance(GrammarBackend):
         cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         threads = min(cores // 2, _MOST_THREADS)
         self._executor = LLExecutor(threads) if threads > 1 else None
-        self._added = AddedTokens(self._tokenizer)
+        self._added = AddedTokens(self._tokenizer, ctx.end_ids)
 
     def compile(self, constraint: Constraint) -> Grammar:
         matcher = LLMatcher(self._tokenizer, self._source(constraint), log_level=0)

@@ -62,6 +62,7 @@ def serve(options: argparse.Namespace) -> None:
     from nanoengine.server.app import create_app
     from nanoengine.server.auth import Keys
     from nanoengine.server.config import ServerConfig
+    from nanoengine.server.gate import Gate
     from nanoengine.testing.byte_tokenizer import byte_tokenizer
     from nanoengine.text import Tokenizer
 
@@ -69,7 +70,8 @@ def serve(options: argparse.Namespace) -> None:
     hf.chat_template = "{{ messages[0].content }}"
     tokenizer = None if options.no_text else Tokenizer(hf)
     engine = Ticking(options.rate, 300)
-    app: Any = create_app(engine, ServerConfig(), tokenizer, keys=Keys({}))
+    config = ServerConfig()
+    app = Gate(create_app(engine, config, tokenizer), config, Keys({}))
 
     async def with_figures(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and scope["path"] == "/late":
@@ -92,11 +94,10 @@ def serve(options: argparse.Namespace) -> None:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
-    config = uvicorn.Config(
+    server = uvicorn.Server(uvicorn.Config(
         with_figures, port=options.port, loop="uvloop", http="httptools", access_log=False, log_level="warning",
         lifespan="off", ws="none", backlog=4096,
-    )  # fmt: skip
-    server = uvicorn.Server(config)
+    ))  # fmt: skip
 
     async def main() -> None:
         # The end of the parent ends this process, too.
@@ -139,11 +140,12 @@ async def get(port: int, path: str) -> bytes:
 
 
 async def measure(options: argparse.Namespace, pid: int) -> None:
-    for _ in range(600):
+    while True:
         try:
             await get(options.port, "/live")
             break
         except OSError:
+            assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z", "the server has ended"
             await asyncio.sleep(0.05)
     path = "/v1/completions" if options.endpoint == "completions" else "/v1/chat/completions"
     fields = '"prompt": [97]' if options.endpoint == "completions" else '"messages": [{"role": "user", "content": "a"}]'

@@ -38,7 +38,13 @@ class QuantizationContext:
 
 
 class Quantization(ABC):
-    """Base class of quantisations. There is one instance per model and rank, made before the layers."""
+    """Base class of quantisations. There is one instance per model and rank, made before the layers.
+
+    Attributes:
+        skip: ends of the names of tensors that the format's files may have and nothing here needs.
+    """
+
+    skip: tuple[str, ...] = ()
 
     @classmethod
     @abstractmethod

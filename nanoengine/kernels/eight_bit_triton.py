@@ -1,6 +1,6 @@
 """Products with weights of eight bits on a GPU, each weight read once at few rows. The route depends on rows and kind:
 
-- one or two rows: `eight_bit_gemv_triton`, which normalises and quantises x itself;
+- one or two rows that have no single scale: `eight_bit_gemv_triton`, which normalises and quantises x itself;
 - many rows of FP8 with one scale an output: `torch._scaled_mm`, whose result is rounded before what follows it;
 - all else: tiles by tensor cores (`eight_bit_tile_triton`), x quantised in front (`quantise_triton`, with the norm).
 
@@ -34,7 +34,7 @@ def product(
     out: Tensor | None = None,
 ) -> Tensor:
     """As `eight_bit.product`."""
-    if takes_gemv(*x.shape):
+    if takes_gemv(w, len(x)):
         return gemv(w, x, bias, gate=gate, add=add, out=out)[0]
     if w.inputs == "plain":
         return tiled(w, x, None, bias, dtype=x.dtype, gate=gate, add=add, out=out)
@@ -44,7 +44,7 @@ def product(
 
 def product_added(w: EightBit, x: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor | None]:
     """As `eight_bit.product_added`. The library's product leaves the sum to the norm behind it."""
-    if takes_gemv(*x.shape) or not _scaled_mm_takes(w, x):
+    if takes_gemv(w, len(x)) or not _scaled_mm_takes(w, x):
         return product(w, x, bias, add=residual), None
     return product(w, x, bias), residual
 
@@ -60,9 +60,9 @@ def norm_product(
     gate: Activation | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `eight_bit.norm_product`."""
-    if len(x) == 1 and takes_gemv(*x.shape):
+    if len(x) == 1 and takes_gemv(w, len(x)):
         return gemv(w, x, bias, residual=residual, norm_weight=norm_weight, eps=eps, gate=gate)
-    if w.inputs == "plain" or takes_gemv(*x.shape):
+    if w.inputs == "plain" or takes_gemv(w, len(x)):
         normed, total = add_rms_norm(x, residual, norm_weight, eps)
         return product(w, normed, bias, gate=gate), total
     codes, scale, total = quantised(x, w, residual=residual, norm_weight=norm_weight, eps=eps)

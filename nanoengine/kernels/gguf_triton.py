@@ -1,7 +1,8 @@
 """Products with weights in the blocks of a GGUF file, and rows of them. The reference is `gguf`, in plain torch.
 
-- one row: without tensor cores, a program holds a few rows of the weight; sums in float32; with the norm in front and
-  the gate behind it;
+- up to 16 rows with Q4_K: see `gguf_few_triton`;
+- one row of other types: without tensor cores, a program holds a few rows of the weight; sums in float32; with the
+  norm in front and the gate behind it;
 - more: a tile is decoded in registers, rounded to x's dtype, and multiplied by tensor cores; sums in float32;
 - very many: a slice of the weight is decoded to memory (it stays in L2), and the library multiplies.
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,12 +22,14 @@ from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.activation_triton import act_and_mul, act_mul
 from nanoengine.kernels.gguf import BLOCK_TYPES
 from nanoengine.kernels.gguf_decode_triton import decode, weight_index
+from nanoengine.kernels.gguf_few_triton import few, takes_few
 from nanoengine.kernels.matvec_parts_triton import load_if, prefetch_rows
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 from nanoengine.kernels.rms_norm_triton import add_rms_norm
 
-TILED_ROWS = 256
+TILED_ROWS = 16  # each tile of tokens decodes the weight: of more, memory is faster (one H200, 2026-11-29)
 _SLICE = 1 << 24  # weights decoded to memory at a time: 32 MB in 16 bits, less than the L2 cache
+_LINES = 64  # rows of the weight, of which a slice is a multiple, as the library's products want them
 _AHEAD = 1024  # bytes of each row that a program asks for before it waits
 
 
@@ -181,15 +183,20 @@ def gguf_linear(
     assert out.shape == (len(x), len(planes)) and out.stride(1) == 1, (out.shape, out.stride())
     if not out.numel():
         return out
+    if takes_few(x, kind):
+        return few(x, planes, bias, out=out)[0]
     if len(x) == 1:
         return one(x, planes, kind, bias, out=out)[0]
     if len(x) <= TILED_ROWS:
         return tiled(x, planes, kind, bias, out, dot_tile(len(x), len(planes)))
-    rows = max(1, _SLICE // x.shape[1])
+    rows = max(_LINES, _SLICE // x.shape[1] // _LINES * _LINES)
     for start in range(0, len(planes), rows):
         part = slice(start, start + rows)
-        values = dequantise(planes[part], kind, x.dtype)
-        out[:, part] = F.linear(x, values, None if bias is None else bias[part])
+        columns = dequantise(planes[part], kind, x.dtype).t()
+        if bias is None:
+            torch.mm(x, columns, out=out[:, part])
+        else:
+            torch.addmm(bias[part], x, columns, out=out[:, part])
     return out
 
 
@@ -205,9 +212,11 @@ def gguf_norm_linear(
     gate: Activation | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`add_rms_norm`, the product, and `act_and_mul` if there is a gate -> (result, residual stream)."""
-    if len(x) == 1:
+    if len(x) == 1 and not takes_few(x, kind):
         return one(x, planes, kind, bias, residual=residual, norm_weight=norm_weight, eps=eps, gate=gate)
     normed, total = add_rms_norm(x, residual, norm_weight, eps)
+    if takes_few(x, kind):
+        return few(normed, planes, bias, gate=gate)[0], total
     y = gguf_linear(normed, planes, kind, bias)
     return (act_and_mul(y, gate) if gate else y), total
 

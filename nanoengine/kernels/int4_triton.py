@@ -4,7 +4,7 @@ Codes minus their zero are whole numbers, so a product of 16-bit floats is as ex
 first, in float32, and takes the group's scale. The weight is on the left, from registers; the tokens are the short side
 of a tile. Where tiles alone make too few programs the sum over K is cut in parts, which the last to come adds up, in
 order, as in `matvec_skinny_triton`. Very many rows take a dequantised copy, which costs less than unpacking the weight
-for each tile of tokens.
+for each tile of tokens; so do groups that are no multiple of 64.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
@@ -22,14 +22,15 @@ from torch import Tensor
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.activation_triton import act_and_mul
 from nanoengine.kernels.int4 import Int4Weight
+from nanoengine.kernels.matmul import Scaled
 from nanoengine.kernels.matvec_parts_triton import finish, halves, load_if, pick_rows, prefetch_rows, result
 from nanoengine.kernels.matvec_skinny_triton import tickets_on
+from nanoengine.kernels.norm_parts_triton import norm_scale, prepare_norm
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 
-MAX_ROWS = 256  # of the largest graph: what is compiled for graphs is then all that the kernel needs
-"""More rows multiply a dequantised copy."""
+MAX_ROWS = 64
+"""More rows multiply a dequantised copy, which is faster (one H200, 2026-11-29)."""
 _AHEAD = 256  # words of 16 bits of each weight row that a program asks for before it waits; a line is 64
-_PROGRAMS = 132  # what runs at a time on a Hopper GPU, one a multiprocessor
 _MOST_TILES = 1024  # of `tickets_on`
 
 # Two words of 16 bits -> one of the four codes of each, as values of 16 bits: a mask makes it the last bits of 128
@@ -43,22 +44,70 @@ fma.rn.{kind} $0, a, one, $2;
 }}"""
 
 
+_LIFT = """{{
+.reg .b32 a;
+shr.b32 a, $1, {shift};
+lop3.b32 $0, a, 0x000F000F, {base}, 0xEA;
+}}"""
+
+
 def _cuts(**kind: str) -> tuple[tl.constexpr, ...]:
     return tuple(tl.constexpr(_CUT.format(shift=4 * code, **kind)) for code in range(4))
 
 
-_BF16 = _cuts(kind="bf16x2", base="0x43004300", one="0x3F803F80")
-_FP16 = _cuts(kind="f16x2", base="0x64006400", one="0x3C003C00")
-_BF16_0, _BF16_1, _BF16_2, _BF16_3 = _BF16
-_FP16_0, _FP16_1, _FP16_2, _FP16_3 = _FP16
+_BF16_0, _BF16_1, _BF16_2, _BF16_3 = _cuts(kind="bf16x2", base="0x43004300", one="0x3F803F80")
+_FP16_0, _FP16_1, _FP16_2, _FP16_3 = _cuts(kind="f16x2", base="0x64006400", one="0x3C003C00")
+
+
+_BF16_L0, _BF16_L1, _BF16_L2, _BF16_L3 = (tl.constexpr(_LIFT.format(shift=4 * i, base="0x43004300")) for i in range(4))
+_FP16_L0, _FP16_L1, _FP16_L2, _FP16_L3 = (tl.constexpr(_LIFT.format(shift=4 * i, base="0x64006400")) for i in range(4))
 
 
 @triton.jit
-def _one_of(CODE: tl.constexpr, a: tl.constexpr, b: tl.constexpr, c: tl.constexpr, d: tl.constexpr):
-    if CODE < 2:
-        return a if CODE == 0 else b
+def _run(asm: tl.constexpr, words, taken):
+    return tl.inline_asm_elementwise(asm, "=r,r,r", [words, taken], dtype=taken.dtype, is_pure=True, pack=2)
+
+
+@triton.jit
+def _lift(asm: tl.constexpr, words, x_ptr):
+    return tl.inline_asm_elementwise(asm, "=r,r", [words], dtype=x_ptr.dtype.element_ty, is_pure=True, pack=2)
+
+
+@triton.jit
+def _lifted(words, x_ptr, CODE: tl.constexpr, OFFSET: tl.constexpr, ASM: tl.constexpr):
+    """Code 0 to 3 of each word plus OFFSET: 128 (bfloat16) or 1024 (float16)."""
+    if not ASM:
+        return (((words >> 4 * CODE) & 15).to(tl.float32) + OFFSET).to(x_ptr.dtype.element_ty)
+    elif x_ptr.dtype.element_ty == tl.bfloat16:
+        if CODE == 0:
+            return _lift(_BF16_L0, words, x_ptr)
+        elif CODE == 1:
+            return _lift(_BF16_L1, words, x_ptr)
+        elif CODE == 2:
+            return _lift(_BF16_L2, words, x_ptr)
+        else:
+            return _lift(_BF16_L3, words, x_ptr)
     else:
-        return c if CODE == 2 else d
+        if CODE == 0:
+            return _lift(_FP16_L0, words, x_ptr)
+        elif CODE == 1:
+            return _lift(_FP16_L1, words, x_ptr)
+        elif CODE == 2:
+            return _lift(_FP16_L2, words, x_ptr)
+        else:
+            return _lift(_FP16_L3, words, x_ptr)
+
+
+@triton.jit
+def _run_one_of(CODE: tl.constexpr, a: tl.constexpr, b: tl.constexpr, c: tl.constexpr, d: tl.constexpr, words, taken):
+    if CODE == 0:
+        return _run(a, words, taken)
+    elif CODE == 1:
+        return _run(b, words, taken)
+    elif CODE == 2:
+        return _run(c, words, taken)
+    else:
+        return _run(d, words, taken)
 
 
 @triton.jit
@@ -67,12 +116,10 @@ def _cut(words, zeros, x_ptr, CODE: tl.constexpr, ASM: tl.constexpr):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     if ASM and dtype == tl.bfloat16:
         taken = tl.broadcast_to((-128.0 - zeros).to(dtype), words.shape)
-        bf16: tl.constexpr = _one_of(CODE, _BF16_0, _BF16_1, _BF16_2, _BF16_3)
-        return tl.inline_asm_elementwise(bf16, "=r,r,r", [words, taken], dtype=tl.bfloat16, is_pure=True, pack=2)
+        return _run_one_of(CODE, _BF16_0, _BF16_1, _BF16_2, _BF16_3, words, taken)
     elif ASM and dtype == tl.float16:
         taken = tl.broadcast_to((-1024.0 - zeros).to(dtype), words.shape)
-        fp16: tl.constexpr = _one_of(CODE, _FP16_0, _FP16_1, _FP16_2, _FP16_3)
-        return tl.inline_asm_elementwise(fp16, "=r,r,r", [words, taken], dtype=tl.float16, is_pure=True, pack=2)
+        return _run_one_of(CODE, _FP16_0, _FP16_1, _FP16_2, _FP16_3, words, taken)
     else:
         return (((words >> 4 * CODE) & 15).to(tl.float32) - zeros).to(dtype)
 
@@ -89,12 +136,14 @@ def _zeros_at(zeros_ptr, at, HAS_ZEROS: tl.constexpr):
 @triton.jit(do_not_specialize=["rows"])
 def _int4_kernel(
     x_ptr, codes_ptr, scales_ptr, zeros_ptr, bias_ptr, add_ptr, y_ptr, part_ptr, ticket_ptr,
-    rows, x_stride, y_stride, add_stride,
+    squares_ptr, next_ptr, scaled_ptr, sums_ptr, rows, x_stride, y_stride, add_stride, eps,
     N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, SPAN: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
     HAS_ZEROS: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr, SQUARES: tl.constexpr, NEXT: tl.constexpr,
+    ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """SQUARES: parts of the sum of squares by which a token is normalised; 0: it is not."""
     width: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     groups: tl.constexpr = K // GROUP
     row, source = pick_rows(tl.program_id(0), N, BLOCK_N, GATED)
@@ -107,22 +156,38 @@ def _int4_kernel(
         prefetch_rows(codes_ptr, source, first // 4, row[:, None] < N, K // 4, AHEAD)
     at = source * groups + first // GROUP  # one group ahead: as few bytes as these are no copy of the pipeline's
     scale = tl.load(scales_ptr + at).to(tl.float32)
+    zero = _zeros_at(zeros_ptr, at, HAS_ZEROS)
     wait_for_inputs(PDL)
     word = tl.arange(0, BLOCK_K // 4)
     word_ptrs = codes_ptr + source * (K // 4) + word[None, :]
     x_ptrs = x_ptr + token * x_stride + (word // 8 * 32 + word % 8)[:, None]
     acc = tl.zeros((width, BLOCK_T), tl.float32)
+    # Few tokens: codes are multiplied with what they stand on, of which a product with ones says how much it was.
+    lifted: tl.constexpr = BLOCK_T <= 16 and x_ptr.dtype.element_ty != tl.float32
+    offset: tl.constexpr = 128.0 if x_ptr.dtype.element_ty == tl.bfloat16 else 1024.0
     for start in tl.range(first, min(first + SPAN, K), BLOCK_K, num_stages=STAGES):
         words = tl.load(word_ptrs + start // 4)
-        # not ahead: words come in the layout of a product's operand only if no value of the iteration before joins them
-        zero = _zeros_at(zeros_ptr, source * groups + start // GROUP, HAS_ZEROS)
         sums = tl.zeros((width, BLOCK_T), tl.float32)
-        for code in tl.static_range(4):
-            x = tl.load(x_ptrs + start + 8 * code)
-            sums = tl.dot(_cut(words, zero, x_ptr, code, ASM), x, sums, input_precision="ieee")
-        acc += scale * sums
-        at = source * groups + min(start + BLOCK_K, K - 1) // GROUP
-        scale = tl.load(scales_ptr + at).to(tl.float32)
+        if lifted:
+            at = source * groups + min(start + BLOCK_K, K - 1) // GROUP
+            next_scale, next_zero = tl.load(scales_ptr + at).to(tl.float32), _zeros_at(zeros_ptr, at, HAS_ZEROS)
+            plain = tl.zeros((width, BLOCK_T), tl.float32)
+            ones = tl.full((width, BLOCK_K // 4), 1.0, x_ptr.dtype.element_ty)
+            for code in tl.static_range(4):
+                x = tl.load(x_ptrs + start + 8 * code)
+                sums = tl.dot(_lifted(words, x_ptr, code, offset, ASM), x, sums)
+                plain = tl.dot(ones, x, plain)
+            acc += scale * (sums - (offset + zero) * plain)
+            scale, zero = next_scale, next_zero
+        else:
+            # not ahead: words come in the layout of an operand only if no value of the iteration before joins them
+            zero_here = _zeros_at(zeros_ptr, source * groups + start // GROUP, HAS_ZEROS)
+            for code in tl.static_range(4):
+                x = tl.load(x_ptrs + start + 8 * code)
+                sums = tl.dot(_cut(words, zero_here, x_ptr, code, ASM), x, sums, input_precision="ieee")
+            acc += scale * sums
+            at = source * groups + min(start + BLOCK_K, K - 1) // GROUP
+            scale = tl.load(scales_ptr + at).to(tl.float32)
     if SPLITS > 1:
         tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
         size: tl.constexpr = width * BLOCK_T
@@ -137,13 +202,17 @@ def _int4_kernel(
         for split in tl.static_range(SPLITS):  # .cg: other programs wrote it; never from this multiprocessor's own L1
             acc += tl.load(part + split * size + place, cache_modifier=".cg")
     n, t = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None], t[None, :]
+    if SQUARES > 0:
+        acc *= norm_scale(squares_ptr, t, rows, SQUARES, K, eps)
     mask = (n < N) & (t < rows)
     y, up = halves(acc, BLOCK_N, BLOCK_T, GATED)
-    finish(
+    to = t.to(tl.int64) * y_stride + n
+    y = finish(
         y, up, load_if(HAS_BIAS, bias_ptr + n, n < N), load_if(HAS_BIAS and GATED, bias_ptr + N + n, n < N),
-        load_if(HAS_ADD, add_ptr + t.to(tl.int64) * add_stride + n, mask), y_ptr + t.to(tl.int64) * y_stride + n, mask,
-        GATED, ACTIVATION,
+        load_if(HAS_ADD, add_ptr + t.to(tl.int64) * add_stride + n, mask), y_ptr + to, mask, GATED, ACTIVATION,
     )  # fmt: skip
+    if NEXT:
+        prepare_norm(y, next_ptr, scaled_ptr + to, sums_ptr + tl.program_id(0) * rows + t, n, t, mask, N, rows)
 
 
 @triton.jit
@@ -177,40 +246,45 @@ class Int4Tile:
     splits: int = 1
 
 
-# Not measured on a GPU yet. The compiled kernel's registers and shared memory let several programs of few rows be on a
-# multiprocessor, so that one works while others wait.
 def tile_for(rows: int, outputs: int, k: int, *, gated: bool, itemsize: int) -> Int4Tile:
-    """64 rows of the weight and many stages: what counts is bytes in flight. Long rows are cut for as many programs."""
-    lines = outputs * (1 + gated)
+    """Few stages and many programs: while one waits, others on its multiprocessor work (one H200, 2026-11-29, bf16,
+    sizes of Qwen3-8B)."""
     if itemsize > 2:
-        return Int4Tile(16 if gated else 32, 16, 4, 2, _parts(lines, 32, rows, 16, k, _PROGRAMS))
-    if rows <= 64:
-        block_t, stages = max(8, triton.next_power_of_2(rows)), 5 if rows <= 32 else 4
-        return Int4Tile(32 if gated else 64, block_t, 4, stages, _parts(lines, 64, rows, block_t, k, 3 * _PROGRAMS))
-    return Int4Tile(64 if gated else 128, 128, 8, 3, _parts(lines, 128, rows, 128, k, _PROGRAMS))
+        return Int4Tile(16 if gated else 32, 16, 4, 2, _parts(k))
+    block_t = max(8, triton.next_power_of_2(rows))
+    if block_t <= 32:
+        return Int4Tile(32 if gated else 64, block_t, 4, 3, _parts(k))
+    return Int4Tile(64 if gated else 128, min(128, block_t), 8, 3, _parts(k))
 
 
-def _parts(lines: int, width: int, rows: int, block_t: int, k: int, enough: int) -> int:
-    tiles, splits = triton.cdiv(lines, width) * triton.cdiv(rows, block_t), 1
-    while splits < 8 and 2 * splits * tiles <= enough and k // (2 * splits) >= 512:
-        splits *= 2
-    return splits
+def _parts(k: int) -> int:
+    """Of K, of which none is shorter than 512."""
+    return 4 if k >= 2048 else 2 if k >= 1024 else 1
+
+
+def takes(rows: int, weight: Int4Weight) -> bool:
+    """Whether the kernel multiplies codes: a product of tensor cores has 16 words, of 64 inputs, that share a scale."""
+    return rows <= MAX_ROWS and weight.group % 64 == 0
 
 
 def int4_linear(
-    x: Tensor,
+    x: Tensor | Scaled,
     weight: Int4Weight,
     bias: Tensor | None = None,
     *,
+    eps: float = 0.0,
     gate: Activation | None = None,
     add: Tensor | None = None,
     out: Tensor | None = None,
     tickets: Tensor | None = None,
     tile: Int4Tile | None = None,
 ) -> Tensor:
-    """As `int4.int4_linear`. `tickets`: `tickets_on`, made anew without. `tile`: for the kernel, however many rows."""
-    if len(x) <= MAX_ROWS or tile:
-        return product(x, weight, bias, gate=gate, add=add, out=out, tickets=tickets, tile=tile)
+    """As `int4.int4_linear`; x may be normalised by the product before it, as in `matmul.matmul`.
+
+    `tickets`: `tickets_on`, made anew without. `tile`: for the kernel, however many rows.
+    """
+    if isinstance(x, Scaled) or takes(len(x), weight) or tile:
+        return product(x, weight, bias, eps=eps, gate=gate, add=add, out=out, tickets=tickets, tile=tile)[0]
     copy = dequantised(weight, x.dtype)
     if gate or add is not None or out is None:
         y = F.linear(x, copy, bias)
@@ -235,29 +309,39 @@ def dequantised(weight: Int4Weight, dtype: torch.dtype) -> Tensor:
 
 
 def product(
-    x: Tensor,
+    x: Tensor | Scaled,
     weight: Int4Weight,
     bias: Tensor | None = None,
     *,
+    eps: float = 0.0,
     gate: Activation | None = None,
     add: Tensor | None = None,
+    next_norm: Tensor | None = None,
     out: Tensor | None = None,
     tickets: Tensor | None = None,
     tile: Int4Tile | None = None,
-) -> Tensor:
-    """The product from codes, by the kernel of this file."""
+) -> tuple[Tensor, Scaled | None]:
+    """The product from codes, by the kernel of this file, and what `next_norm` needs of it: see `matmul.matmul`."""
+    squares = x.squares if isinstance(x, Scaled) else None
+    x = x.values if isinstance(x, Scaled) else x
     rows, k = x.shape
     lines = weight.shape[0]
     outputs = lines // 2 if gate else lines
     assert k == weight.shape[1] and x.stride(1) == 1, (x.shape, x.stride(), weight.shape)
     assert add is None or (add.shape == (rows, outputs) and add.stride(1) == 1), (add, outputs)
     y = result(x, outputs, out)
-    if rows == 0:
-        return y
     tile = tile or tile_for(rows, outputs, k, gated=gate is not None, itemsize=x.element_size())
+    tiles = triton.cdiv(outputs, tile.block_n)
+    scaled = None
+    if next_norm is not None:
+        assert y.is_contiguous() and y.dtype == x.dtype, (y.stride(), y.dtype)
+        sums = torch.empty(tiles, rows, dtype=torch.float32, device=x.device)
+        scaled = Scaled(next_norm, torch.empty_like(y), sums)
+    if rows == 0:
+        return y, scaled
     block_t = min(tile.block_t, max(8, triton.next_power_of_2(rows)))
     block_k = min(128, weight.group & -weight.group)
-    grid = (triton.cdiv(outputs, tile.block_n), tile.splits, triton.cdiv(rows, block_t))
+    grid = (tiles, tile.splits, triton.cdiv(rows, block_t))
     part = count = y
     if tile.splits > 1:
         assert grid[0] * grid[2] <= _MOST_TILES, grid
@@ -266,14 +350,17 @@ def product(
         count = tickets_on(x.device) if tickets is None else tickets
     span = triton.cdiv(triton.cdiv(k, tile.splits), block_k) * block_k
     zeros = weight.scales if weight.zeros is None else weight.zeros
+    ahead = (y, y, y) if scaled is None else (scaled.norm_weight, scaled.values, scaled.squares)
     _int4_kernel[grid](
         x, weight.codes.view(torch.int16), weight.scales, zeros,
         bias if bias is not None else x, add if add is not None else x, y, part,
-        count, rows, x.stride(0), y.stride(0), 0 if add is None else add.stride(0),
+        count, y if squares is None else squares, *ahead,
+        rows, x.stride(0), y.stride(0), 0 if add is None else add.stride(0), eps,
         N=outputs, K=k, GROUP=weight.group, BLOCK_T=block_t, BLOCK_N=tile.block_n, BLOCK_K=block_k,
         SPLITS=tile.splits, SPAN=span, AHEAD=max(64, min(_AHEAD, triton.next_power_of_2(span // 4))),
         STAGES=tile.stages, HAS_ZEROS=weight.zeros is not None, GATED=gate is not None, ACTIVATION=gate,
-        HAS_BIAS=bias is not None, HAS_ADD=add is not None, ASM=x.is_cuda and torch.version.hip is None,
+        HAS_BIAS=bias is not None, HAS_ADD=add is not None, SQUARES=0 if squares is None else len(squares),
+        NEXT=scaled is not None, ASM=x.is_cuda and torch.version.hip is None,
         num_warps=tile.warps, **pdl_options(x),
     )  # fmt: skip
-    return y
+    return y, scaled

@@ -65,11 +65,13 @@ def load_if(WANTED: tl.constexpr, ptrs, mask):
 
 @triton.jit
 def finish(y, up, bias, bias_up, extra, ptrs, mask, GATED: tl.constexpr, ACTIVATION: tl.constexpr):
-    """What follows the float32 sums, and their one rounding."""
+    """What follows the float32 sums, and their one rounding. Returns what was stored."""
     y += bias
     if GATED:
         y = act_mul(y, up + bias_up, ACTIVATION)
-    tl.store(ptrs, (y + extra).to(ptrs.dtype.element_ty), mask=mask)
+    y = (y + extra).to(ptrs.dtype.element_ty)
+    tl.store(ptrs, y, mask=mask)
+    return y
 
 
 def check(x: Tensor, weight: Tensor, add: Tensor | None, outputs: int) -> None:

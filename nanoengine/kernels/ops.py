@@ -37,6 +37,8 @@ class Ops:
     """Whether `qk_norm_rope_store` beats norm, rotation and the backend's own store."""
     attends_qkv = False
     """Whether layers call the attention backend's `attend_qkv` first."""
+    prepares_norms = False
+    """Whether a product prepares the norm behind it (`matmul.Scaled`)."""
 
     def embedding(self, ids: Tensor, weight: Tensor) -> Tensor:
         """Rows of the weight: int [T], [V, D] -> [T, D]."""
@@ -161,7 +163,7 @@ class TritonOps(Ops):
     """
 
     name = "triton"
-    stores_kv = True
+    stores_kv = prepares_norms = True
 
     def __init__(self, *, attends_qkv: bool = True, products: bool = True) -> None:
         from nanoengine.kernels import (

@@ -14,6 +14,7 @@ and takes a ticket; the last to come adds the parts up, in split order, so the r
 # compiled, and Triton knows no starred tuple
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -168,7 +169,8 @@ def scaled(codes, scales, at, mask, dtype: tl.constexpr, SCALED: tl.constexpr):
     at: of a token's scale; mask: those behind a row's end may be anything."""
     if SCALED:
         return codes.to(dtype), tl.load(scales + at, mask=mask, other=0.0)
-    return codes, 1.0
+    else:  # spelled out: Triton 3.6 wants one type of whatever it sees returned
+        return codes, 1.0
 
 
 @triton.jit
@@ -192,6 +194,90 @@ def _tile(
     return higher, total, acc
 
 
+# Two bytes of each of two keys -> the first, or the second, of both as float16.
+_FP8_AT = """{{
+.reg .b32 a;
+.reg .b16 b, c;
+prmt.b32 a, $1, 0, {bytes};
+mov.b32 {{b, c}}, a;
+cvt.rn.f16x2.e4m3x2 $0, b;
+}}"""
+_INT8_AT = """{{
+.reg .b32 a, one, off;
+prmt.b32 a, $1, 0x64646464, {bytes};
+xor.b32 a, a, 0x00800080;
+mov.b32 one, 0x3C003C00;
+mov.b32 off, 0xE480E480;
+fma.rn.f16x2 $0, a, one, off;
+}}"""
+_INT8_ALL = tl.constexpr("""{
+.reg .b32 a, b, one, off;
+prmt.b32 a, $2, 0x64646464, 0x4140;
+prmt.b32 b, $2, 0x64646464, 0x4342;
+xor.b32 a, a, 0x00800080;
+xor.b32 b, b, 0x00800080;
+mov.b32 one, 0x3C003C00;
+mov.b32 off, 0xE480E480;
+fma.rn.f16x2 $0, a, one, off;
+fma.rn.f16x2 $1, b, one, off;
+}""")
+_FP8_EVEN, _FP8_ODD = (tl.constexpr(_FP8_AT.format(bytes=bytes_)) for bytes_ in ("0x0020", "0x0031"))
+_INT8_EVEN, _INT8_ODD = (tl.constexpr(_INT8_AT.format(bytes=bytes_)) for bytes_ in ("0x4240", "0x4341"))
+
+
+@triton.jit
+def _run(asm: tl.constexpr, words):
+    return tl.inline_asm_elementwise(asm, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+
+
+@triton.jit
+def _codes_at(words, ODD: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """float16: the even or the odd codes of int16 words of two. So values are read as tensor cores take them."""
+    if ASM and DTYPE == tl.int8:  # noqa: SIM300
+        if ODD:
+            return _run(_INT8_ODD, words)
+        else:
+            return _run(_INT8_EVEN, words)
+    elif ASM:
+        if ODD:
+            return _run(_FP8_ODD, words)
+        else:
+            return _run(_FP8_EVEN, words)
+    else:
+        return ((words >> (8 if ODD else 0)) & 255).to(tl.uint8).to(DTYPE, bitcast=True).to(tl.float16)
+
+
+@triton.jit
+def _half(codes, ASM: tl.constexpr):
+    """Codes as float16; not by the slow conversion of single integers."""
+    if ASM and codes.dtype == tl.int8:
+        return tl.inline_asm_elementwise(_INT8_ALL, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4)
+    else:
+        return codes.to(tl.float16)
+
+
+@triton.jit
+def _tile_of_codes(
+    query, key, words, query_size, key_scale, value_scale, seen, top, total, even, odd,
+    SCALE: tl.constexpr, SOFT_CAP: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """`_tile` of codes, by products of float16, which has each of them: (top, total, even, odd), the values' even and
+    odd elements. query: float16, divided by query_size [G]."""
+    scores = tl.dot(query, tl.trans(_half(key, ASM)), input_precision="ieee")
+    scores = capped(scores * query_size[:, None] * key_scale[None, :], SCALE, SOFT_CAP)
+    scores = tl.where(seen[None, :], scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, 1))
+    fade = tl.exp2(top - higher)
+    p = tl.exp2(scores - higher[:, None])
+    total = total * fade + tl.sum(p, 1)
+    largest = tl.maximum(tl.max(value_scale, 0), 1e-30)  # so that float16 has what is multiplied
+    p = (p * (value_scale / largest)[None, :]).to(tl.float16)
+    fade = fade[:, None]
+    even = even * fade + largest * tl.dot(p, _codes_at(words, False, DTYPE, ASM), input_precision="ieee")
+    odd = odd * fade + largest * tl.dot(p, _codes_at(words, True, DTYPE, ASM), input_precision="ieee")
+    return higher, total, even, odd
+
+
 @triton.jit(do_not_specialize=["min_tiles"])  # it goes by the number of rows, which is any in a mixed step
 def _decode(
     q, k_cache, v_cache, k_scales, v_scales, out, block_tables, seq_lens, part, lse, tickets,
@@ -201,7 +287,7 @@ def _decode(
     GROUP_P2: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
     SCALE: tl.constexpr, WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
-    SINKS: tl.constexpr, SCALED: tl.constexpr,
+    SINKS: tl.constexpr, SCALED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """FUSED: q is qkv; this kernel normalises and rotates q and the newest key, and stores that key and its value.
 
@@ -299,6 +385,15 @@ def _decode(
     else:
         own = row * q_stride + kv_head * (GROUP * D) + g[:, None] * D + d[None, :]
         query = tl.load(q + own, mask=rows_live, other=0.0)
+    halves: tl.constexpr = SCALED and q.dtype.element_ty != tl.float32
+    if halves:
+        even, odd = tl.zeros([GROUP_PAD, D_PAD // 2], tl.float32), tl.zeros([GROUP_PAD, D_PAD // 2], tl.float32)
+        wide = query.to(tl.float32)
+        query_size = tl.max(tl.abs(wide), 1)
+        query_size = tl.where(query_size == 0, 1.0, query_size)
+        query = (wide / query_size[:, None]).to(tl.float16)
+        word = tl.arange(0, D_PAD // 2)[None, :]
+        words_at = v_cache.to(tl.pointer_type(tl.int16)) + word
     if SINKS:
         if split == 0:  # a key without a value, which the row's first program counts
             sink = LOG2E * tl.load(sinks + kv_head * GROUP + g, mask=g < GROUP, other=0.0).to(tl.float32)
@@ -326,13 +421,24 @@ def _decode(
         if WINDOW > 0:
             seen = seen & (keys >= length - WINDOW)
         # stale memory behind the row's end may hold anything, and 0 * inf is no zero
-        value = tl.load(v_cache + at, mask=live[:, None] & (d < D)[None, :], other=0.0)
-        key, key_scale = scaled(key, k_scales, token, live, query.dtype, SCALED)
-        value, value_scale = scaled(value, v_scales, token, live, query.dtype, SCALED)
-        top, total, acc = _tile(
-            query, key, value, key_scale, value_scale, seen, top, total, acc, SCALE, SOFT_CAP, SCALED
-        )
+        if halves:
+            words = tl.load(words_at + token[:, None] * (D // 2), mask=live[:, None] & (word < D // 2), other=0)
+            key_scale = tl.load(k_scales + token, mask=live, other=0.0)
+            value_scale = tl.load(v_scales + token, mask=live, other=0.0)
+            top, total, even, odd = _tile_of_codes(
+                query, key, words, query_size, key_scale, value_scale, seen, top, total, even, odd,
+                SCALE, SOFT_CAP, v_cache.dtype.element_ty, ASM,
+            )  # fmt: skip
+        else:
+            value = tl.load(v_cache + at, mask=live[:, None] & (d < D)[None, :], other=0.0)
+            key, key_scale = scaled(key, k_scales, token, live, query.dtype, SCALED)
+            value, value_scale = scaled(value, v_scales, token, live, query.dtype, SCALED)
+            top, total, acc = _tile(
+                query, key, value, key_scale, value_scale, seen, top, total, acc, SCALE, SOFT_CAP, SCALED
+            )
 
+    if halves:
+        acc = tl.interleave(even, odd)
     mixed = acc / total[:, None]
     to = row * (KV_HEADS * GROUP * D) + kv_head * (GROUP * D)
     if SPLITS == 1 or used == 1:
@@ -404,6 +510,7 @@ def attend_decode(
     assert new is None or scales is None
     norms = new is not None and new.q_weight is not None
     d_pad, group_p2 = padded_head(width), triton.next_power_of_2(group)
+    limit = {"maxnreg": config.registers} if config.registers and q.is_cuda else {}
     _decode[(kv_heads, rows, config.splits)](
         q, k_cache, v_cache, *(scales or (q, q)), out, block_tables, seq_lens,
         scratch.part, scratch.lse, scratch.tickets,
@@ -414,7 +521,8 @@ def attend_decode(
         BLOCK_SIZE=block_size, TILE=config.tile, SPLITS=config.splits,
         SCALE=scale, WINDOW=window or 0, SOFT_CAP=soft_cap or 0.0, STAGES=config.stages,
         AHEAD=config.ahead,
-        SINKS=sinks is not None, SCALED=scales is not None, num_warps=config.warps, **pdl_options(q),
+        SINKS=sinks is not None, SCALED=scales is not None, ASM=q.is_cuda and torch.version.hip is None,
+        num_warps=config.warps, **limit, **pdl_options(q),
     )  # fmt: skip
 
 

@@ -13,17 +13,33 @@ from nanoengine.kernels.eight_bit import LEAST, EightBit
 from nanoengine.kernels.pdl_triton import pdl_options, release_dependents, wait_for_inputs
 
 _LEAST = tl.constexpr(LEAST)
+_FEW_ROWS = 32  # of which each is quantised by several programs
+
+
+@triton.jit
+def _over(x, scale):
+    """x [GROUPS, GROUP] / scale [GROUPS, 1], rounded once: of 16-bit values many are ties. Three instructions a value,
+    where a division has ten."""
+    one_over = tl.broadcast_to(tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), x.shape)
+    scale = tl.broadcast_to(scale, x.shape)
+    quotient = x * one_over
+    return tl.fma(tl.fma(-quotient, scale, x), one_over, quotient)
 
 
 @triton.jit
 def codes_of(x, input_scale_ptr, bound_ptr, GROUPS: tl.constexpr, GROUP: tl.constexpr,
              INPUTS: tl.constexpr, INT8: tl.constexpr, HAS_BOUND: tl.constexpr, STORED: tl.constexpr):  # fmt: skip
-    """float32 [GROUPS * GROUP] -> (codes as float32 [GROUPS, GROUP], their scales [GROUPS]).
-
-    Codes are rounded by adding a number whose last bit is worth as much as theirs: the sum is rounded to nearest even.
-    """
-    limit: tl.constexpr = 127.0 if INT8 else 448.0
+    """float32 [GROUPS * GROUP] -> (codes as float32 [GROUPS, GROUP], their scales [GROUPS])."""
     x = tl.reshape(x, (GROUPS, GROUP))
+    scale = _scales_of(x, input_scale_ptr, bound_ptr, GROUPS, INPUTS, INT8, HAS_BOUND, STORED)
+    return _codes(x, scale[:, None], INT8, INPUTS == "tensor" or HAS_BOUND, False), scale
+
+
+@triton.jit
+def _scales_of(x, input_scale_ptr, bound_ptr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, INT8: tl.constexpr,
+               HAS_BOUND: tl.constexpr, STORED: tl.constexpr):  # fmt: skip
+    """[GROUPS, GROUP] -> [GROUPS]."""
+    limit: tl.constexpr = 127.0 if INT8 else 448.0
     if INPUTS == "tensor":
         scale = tl.load(input_scale_ptr + tl.zeros((GROUPS,), tl.int32))
     else:
@@ -33,15 +49,27 @@ def codes_of(x, input_scale_ptr, bound_ptr, GROUPS: tl.constexpr, GROUP: tl.cons
         scale = tl.div_rn(tl.maximum(most, _LEAST), tl.full((GROUPS,), limit, tl.float32))
     if STORED or INT8 or INPUTS == "tensor" or HAS_BOUND:
         scale += tl.sum(x - x, 1)  # NaN, if one of them is not finite: a limited or integer code would not say so
-    x = tl.div_rn(x, tl.broadcast_to(scale[:, None], (GROUPS, GROUP)))  # of 16-bit values many are ties
-    if INPUTS == "tensor" or HAS_BOUND:
+    return scale
+
+
+@triton.jit
+def _codes(x, scale, INT8: tl.constexpr, CLAMPED: tl.constexpr, CAST: tl.constexpr):
+    """x [GROUPS, GROUP] and scales [GROUPS, 1] -> codes as float32. CAST: the cast behind this rounds them.
+
+    Codes are rounded by adding a number whose last bit is worth as much as theirs: the sum is rounded to nearest even.
+    """
+    limit: tl.constexpr = 127.0 if INT8 else 448.0
+    x = _over(x, scale)
+    if CLAMPED:
         x = tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
-    if INT8:
-        rounder = 12582912.0  # 1.5 * 2^23
-    else:
-        power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        rounder = tl.where(power > 0.015625, power, 0.015625) * 1572864.0  # 2^-6: subnormal below; 1.5 * 2^20
-    return (x + rounder) - rounder, scale
+    if not CAST:
+        if INT8:
+            rounder = 12582912.0  # 1.5 * 2^23
+        else:
+            power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+            rounder = tl.where(power > 0.015625, power, 0.015625) * 1572864.0  # 2^-6: subnormal below; 1.5 * 2^20
+        x = (x + rounder) - rounder
+    return x
 
 
 @triton.jit
@@ -51,13 +79,24 @@ def normed_row(x, norm_weight, eps, dtype: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
+def _stream_at(x_ptr, residual_ptr, k, mask, HAS_RESIDUAL: tl.constexpr):
+    """x, with the residual stream added, in the dtype of x."""
+    x = tl.load(x_ptr + k, mask=mask, other=0.0)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + k, mask=mask, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
+    return x
+
+
+@triton.jit
 def _quantise_kernel(
     x_ptr, residual_ptr, norm_weight_ptr, input_scale_ptr, bound_ptr, codes_ptr, scale_ptr, total_ptr,
     x_stride, residual_stride, eps,
-    K: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, WANTED: tl.constexpr,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, WANTED: tl.constexpr, PARTS: tl.constexpr,
     INPUTS: tl.constexpr, INT8: tl.constexpr, HAS_BOUND: tl.constexpr,
-    NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, CAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """PARTS: programs of a row. Each reads all of it, for its norm and its scale, and writes a part."""
     groups: tl.constexpr = BLOCK_K // GROUP
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
@@ -66,19 +105,31 @@ def _quantise_kernel(
         norm_weight = tl.load(norm_weight_ptr + k, mask=mask, other=0.0).to(tl.float32)
     release_dependents(PDL)
     wait_for_inputs(PDL)
-    x = tl.load(x_ptr + row * x_stride + k, mask=mask, other=0.0)
-    if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + row * residual_stride + k, mask=mask, other=0.0)
-        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
-        tl.store(total_ptr + row * K + k, x, mask=mask)
-    x = x.to(tl.float32)
+    x_ptr += row * x_stride
+    residual_ptr += row * residual_stride
+    stream = _stream_at(x_ptr, residual_ptr, k, mask, HAS_RESIDUAL)
+    x = stream.to(tl.float32)
     if NORM:
-        x = normed_row(x, norm_weight, eps, x_ptr.dtype.element_ty, K)
-    codes, scale = codes_of(x, input_scale_ptr, bound_ptr, groups, GROUP, INPUTS, INT8, HAS_BOUND, True)
-    codes = tl.reshape(codes, (BLOCK_K,)).to(codes_ptr.dtype.element_ty)
-    tl.store(codes_ptr + row * K + k, codes, mask=mask)
+        shrink = tl.rsqrt(tl.sum(x * x, 0) / K + eps)
+        x = (x * shrink * norm_weight).to(x_ptr.dtype.element_ty).to(tl.float32)
+    x = tl.reshape(x, (groups, GROUP))
+    scale = _scales_of(x, input_scale_ptr, bound_ptr, groups, INPUTS, INT8, HAS_BOUND, True)
     group = tl.arange(0, groups)
-    tl.store(scale_ptr + row * WANTED + group, scale, mask=group < WANTED)
+    tl.store(scale_ptr + row * WANTED + group, scale, mask=(group < WANTED) & (tl.program_id(1) == 0))
+    clamped: tl.constexpr = INPUTS == "tensor" or HAS_BOUND
+    if PARTS > 1:
+        k = tl.program_id(1) * (BLOCK_K // PARTS) + tl.arange(0, BLOCK_K // PARTS)
+        mask = k < K
+        stream = _stream_at(x_ptr, residual_ptr, k, mask, HAS_RESIDUAL)
+        x = stream.to(tl.float32)
+        if NORM:
+            norm_weight = tl.load(norm_weight_ptr + k, mask=mask, other=0.0).to(tl.float32)
+            x = (x * shrink * norm_weight).to(x_ptr.dtype.element_ty).to(tl.float32)
+        x = tl.reshape(x, (groups, BLOCK_K // PARTS))
+    if HAS_RESIDUAL:
+        tl.store(total_ptr + row * K + k, stream, mask=mask)
+    codes = tl.reshape(_codes(x, scale[:, None], INT8, clamped, CAST), k.shape)
+    tl.store(codes_ptr + row * K + k, codes.to(codes_ptr.dtype.element_ty), mask=mask)
 
 
 def groups_of(w: EightBit) -> tuple[int, int]:
@@ -105,14 +156,15 @@ def quantised(
     if rows == 0:
         return codes, scale, total
     block_k, group = groups_of(w)
-    source = x if residual is None else residual
-    _quantise_kernel[(rows,)](
+    source, int8 = x if residual is None else residual, w.weight.dtype == torch.int8
+    parts = 4 if rows <= _FEW_ROWS and group == block_k and block_k >= 2048 else 1
+    _quantise_kernel[(rows, parts)](
         x, source, norm_weight if norm_weight is not None else x,
         w.input_scale if w.input_scale is not None else scale, w.bound if w.bound is not None else scale,
         codes, scale, total, x.stride(0), source.stride(0), eps,
-        K=k, BLOCK_K=block_k, GROUP=group, WANTED=count,
-        INPUTS=w.inputs, INT8=w.weight.dtype == torch.int8, HAS_BOUND=w.bound is not None,
-        NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None,
+        K=k, BLOCK_K=block_k, GROUP=group, WANTED=count, PARTS=parts,
+        INPUTS=w.inputs, INT8=int8, HAS_BOUND=w.bound is not None,
+        NORM=norm_weight is not None, HAS_RESIDUAL=residual is not None, CAST=x.is_cuda and not int8,
         num_warps=min(16, max(1, block_k // 512)), **pdl_options(x),
     )  # fmt: skip
     return codes, scale, total

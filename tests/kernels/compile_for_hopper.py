@@ -234,15 +234,17 @@ def gguf_tiled(kind: str, rows: int) -> dict[str, Any]:
 
 
 def int4(rows: int, n: int, k: int) -> dict[str, Any]:
-    """A product with weights of four bits with zeros, in groups of 128."""
+    """A product with weights of four bits with zeros, in groups of 128, between two norms."""
     tile = int4_triton.tile_for(rows, n, k, gated=False, itemsize=2)
     span = -(-k // tile.splits // 128) * 128
-    given = {**kinds(bf16="x bias add y", i16="codes", u8="zeros", fp16="scales", fp32="part", i32="ticket")}
-    given |= {"rows": "i32", "x_stride": "stride", "y_stride": "stride", "add_stride": "stride"}
+    given = {**kinds(bf16="x bias add y next scaled", i16="codes", u8="zeros", fp16="scales", i32="ticket")}
+    given |= kinds(fp32="part squares sums")
+    given |= {"rows": "i32", "eps": "fp32", "x_stride": "stride", "y_stride": "stride", "add_stride": "stride"}
     constants = {
         "N": n, "K": k, "GROUP": 128, "BLOCK_T": min(tile.block_t, max(8, rows)), "BLOCK_N": tile.block_n,
         "BLOCK_K": 128, "SPLITS": tile.splits, "SPAN": span, "AHEAD": 256, "STAGES": tile.stages, "HAS_ZEROS": True,
-        "GATED": False, "ACTIVATION": None, "HAS_BIAS": False, "HAS_ADD": True, "ASM": True, "PDL": True,
+        "GATED": False, "ACTIVATION": None, "HAS_BIAS": False, "HAS_ADD": True, "SQUARES": 32, "NEXT": True,
+        "ASM": True, "PDL": True,
     }  # fmt: skip
     return compiled(int4_triton._int4_kernel, given, constants, tile.warps)
 

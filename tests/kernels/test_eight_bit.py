@@ -12,6 +12,7 @@ from nanoengine.kernels import eight_bit, eight_bit_triton
 from nanoengine.kernels.eight_bit import EightBit, dequantised
 from nanoengine.kernels.eight_bit_tile_triton import Tile, tiled
 from nanoengine.kernels.quantise_triton import quantised
+from nanoengine.kernels.rms_norm import add_rms_norm
 
 EPS = 1e-6
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
@@ -68,6 +69,24 @@ def test_codes_are_those_of_the_reference(rand, weight, kind) -> None:
     torch.testing.assert_close(scale, expected_scale, rtol=3e-7, atol=0)
     off = (codes.float() - expected.float()).abs()  # a quotient's last bit may decide a tie
     assert (off > 0).float().mean() < 0.01
+    assert (off <= expected.float().abs() / 7 + 1).all()
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_several_programs_quantise_a_long_row(rand, weight, assert_close, normed) -> None:
+    """As one does; 2,100 inputs do not fill the last of four parts."""
+    x, residual, norm = rand(2, 2100), rand(2, 2100), rand(2100)
+    w = weight(n=1, k=2100, **KINDS["fp8 token"])
+    given = {"residual": residual, "norm_weight": norm, "eps": EPS} if normed else {}
+    codes, scale, total = quantised(x, w, **given)
+    source, stream = add_rms_norm(x, residual, norm, EPS) if normed else (x, x)
+    expected, expected_scale = eight_bit.quantised(source, w)
+    assert_close(total, stream)
+    torch.testing.assert_close(
+        scale, expected_scale, rtol=1e-2 if normed and x.dtype != torch.float32 else 3e-6, atol=0
+    )
+    off = (codes.float() - expected.float()).abs()
+    assert (off > 0).float().mean() < 0.02
     assert (off <= expected.float().abs() / 7 + 1).all()
 
 

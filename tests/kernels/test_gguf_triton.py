@@ -11,7 +11,9 @@ from nanoengine.kernels import gguf, gguf_triton
 from nanoengine.kernels.activation import act_and_mul
 from nanoengine.kernels.gguf import BLOCK_TYPES
 from nanoengine.kernels.gguf_decode_triton import PLANES, planar
+from nanoengine.kernels.gguf_few_triton import FewTile, few
 from nanoengine.kernels.gguf_triton import BlockTile, one, tiled
+from nanoengine.kernels.matvec_skinny_triton import tickets_on
 from nanoengine.kernels.rms_norm import add_rms_norm
 
 EPS = 1e-6
@@ -47,6 +49,31 @@ def test_products_behind_a_norm_agree(rand, assert_close, device, kind, with_res
     assert_close(y, act_and_mul(expected, gate) if gate else expected, bound)
 
 
+@pytest.mark.parametrize(("rows", "gate", "splits"), [(1, None, 1), (9, "silu", 2), (16, None, 3)])
+def test_few_rows_of_q4_k_by_tensor_cores(rand, assert_close, device, rows, gate, splits) -> None:
+    """Outputs that do not fill a tile, parts of K that are not alike, and a norm between two products."""
+    if rand(1).is_cuda and rand(1).dtype == torch.float32:
+        pytest.skip("another kernel's")
+    first, second = blocks_of("Q4_K", 512, 768, device), blocks_of("Q4_K", 76, 512, device)
+    x, residual, bias, norm, last = rand(rows, 768), rand(rows, 512), rand(512), rand(512), rand(76)
+    tickets = tickets_on(device)
+    total, scaled = few(
+        x, planar(first, "Q4_K"), bias, add=residual, next_norm=norm, tickets=tickets, tile=FewTile(64, 4, 2, splits)
+    )
+    expected = gguf.gguf_linear(x.float(), first, "Q4_K", bias.float()) + residual.float()
+    assert_close(total, expected)
+    assert scaled is not None
+    normed = total.float() * norm.float()
+    assert_close(scaled.values, normed.to(x.dtype))
+    normed *= torch.rsqrt(total.float().square().mean(1, keepdim=True) + EPS)
+    y, none = few(scaled, planar(second, "Q4_K"), last, eps=EPS, gate=gate, tickets=tickets, tile=FewTile(32, 4, 2, 1))
+    assert none is None
+    expected = gguf.gguf_linear(normed, second, "Q4_K", last.float())
+    bound = None if x.dtype == torch.float32 else 3 * torch.finfo(x.dtype).eps
+    assert_close(y, act_and_mul(expected, gate) if gate else expected, bound)
+    assert tickets.count_nonzero() == 0
+
+
 @pytest.mark.parametrize("tile", [BlockTile(2, 2, 1, warps=4), BlockTile(8, 8, 1, warps=4)])
 @pytest.mark.parametrize("kind", ["Q5_1", "Q6_K"])
 def test_every_tile_of_one_row_agrees(rand, assert_close, device, kind, tile) -> None:
@@ -69,6 +96,7 @@ def test_every_tile_of_tokens_agrees(rand, assert_close, device, kind, tile) -> 
 def test_very_many_rows_are_multiplied_in_slices(rand, assert_close, device, monkeypatch) -> None:
     monkeypatch.setattr(gguf_triton, "TILED_ROWS", 8)
     monkeypatch.setattr(gguf_triton, "_SLICE", 7 * 512)
+    monkeypatch.setattr(gguf_triton, "_LINES", 7)
     blocks, x, bias = blocks_of("Q4_K", 20, 512, device), rand(9, 512), rand(20)
     monkeypatch.setattr(gguf_triton, "tiled", None)
     out = gguf_triton.gguf_linear(x, planar(blocks, "Q4_K"), "Q4_K", bias)

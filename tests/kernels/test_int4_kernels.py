@@ -77,8 +77,8 @@ def test_agrees(rand, assert_close, rows, gate, with_bias, with_add) -> None:
 @pytest.mark.parametrize(
     ("splits", "group", "k", "zeros", "gate"),
     [
-        (1, 32, 192, True, None), (2, 96, 288, True, "silu"), (3, 128, 384, False, None), (3, 512, 512, True, None),
-        (2, 32, 224, False, "silu"), (1, 64, 192, False, None),
+        (1, 64, 192, True, None), (2, 192, 576, True, "silu"), (3, 128, 384, False, None), (3, 512, 512, True, None),
+        (2, 64, 448, False, "silu"), (1, 64, 192, False, None),
     ],
 )  # fmt: skip
 def test_every_tile_agrees(rand, assert_close, splits, group, k, zeros, gate) -> None:
@@ -91,6 +91,29 @@ def test_every_tile_agrees(rand, assert_close, splits, group, k, zeros, gate) ->
     assert_close(out, expected_of(x, weight, gate=gate))
     assert tickets.count_nonzero() == 0
     assert torch.equal(int4_triton.int4_linear(x, weight, gate=gate, tile=tile, tickets=tickets), out)
+
+
+@pytest.mark.parametrize("gate", [None, "silu"])
+@pytest.mark.parametrize("rows", [1, 11])
+@pytest.mark.parametrize("splits", [1, 2])
+def test_a_norm_between_two_products_takes_no_launch(rand, assert_close, rows, gate, splits) -> None:
+    """Outputs that do not fill the last tile, and several tiles of tokens."""
+    n, k, eps = 192, 128, 1e-3
+    first, second = weight_of(rand, n, k, 64), weight_of(rand, 44, n, 64)
+    x, residual, bias, norm, last = rand(rows, k), rand(rows, n), rand(n), rand(n), rand(44)
+    tile = Int4Tile(block_n=128, block_t=8, warps=4, stages=2, splits=splits)
+    total, scaled = int4_triton.product(x, first, bias, add=residual, next_norm=norm, tile=tile)
+    assert_close(total, expected_of(x, first, bias, add=residual))
+    assert scaled is not None
+    assert scaled.norm_weight is norm
+    assert scaled.squares.shape == (2, rows)
+    assert_close(scaled.squares.sum(0), total.float().square().sum(1), 1e-5)
+    assert_close(scaled.values, (total.float() * norm.float()).to(x.dtype))
+    normed = total.float() * norm.float() * torch.rsqrt(total.float().square().mean(1, keepdim=True) + eps)
+    narrow = Int4Tile(block_n=16, block_t=8, warps=4, stages=2, splits=splits)
+    y = int4_triton.int4_linear(scaled, second, last, eps=eps, gate=gate, tile=narrow)
+    bound = 4e-6 if x.dtype == torch.float32 else 2 * torch.finfo(x.dtype).eps
+    assert_close(y, expected_of(normed, second, last, gate=gate).to(x.dtype), bound)
 
 
 @pytest.mark.parametrize("zeros", [True, False])
@@ -110,8 +133,17 @@ def test_very_many_rows_multiply_a_copy(rand, assert_close, monkeypatch, gate, z
     assert_close(out, expected_of(x, weight, bias), bound)
 
 
+@pytest.mark.parametrize(("group", "zeros"), [(32, True), (96, False)])
+def test_groups_that_are_no_multiple_of_64_multiply_a_copy(rand, assert_close, monkeypatch, group, zeros) -> None:
+    """A product of tensor cores takes 64 inputs, and they would have several scales."""
+    monkeypatch.setattr(int4_triton, "product", None)
+    weight, x = weight_of(rand, 44, 288, group, zeros=zeros), rand(3, 288)
+    bound = 2e-6 if x.dtype == torch.float32 else 4 * torch.finfo(x.dtype).eps
+    assert_close(int4_triton.int4_linear(x, weight, gate="silu"), expected_of(x, weight, gate="silu"), bound)
+
+
 def test_strided_rows_and_a_place_for_the_result(rand, assert_close) -> None:
-    weight, wide = weight_of(rand, 20, 64, 32), rand(3, 96)
+    weight, wide = weight_of(rand, 20, 64, 64), rand(3, 96)
     x, out = wide[:, :64], torch.empty(3, 20, dtype=wide.dtype, device=wide.device)
     assert int4_triton.int4_linear(x, weight, out=out) is out
     assert_close(out, expected_of(x, weight))

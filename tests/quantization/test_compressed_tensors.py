@@ -255,7 +255,6 @@ PACKED = {
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kv_cache_scheme": {"num_bits": 8}}, r"kv_cache_scheme is .*; supported is null: .* engine.kv_dtype"),
         ({"sparsity_config": {"format": "sparse-bitmask"}}, r"sparsity_config is .*sparse-bitmask.* supported is null"),
         ({"transform_config": {"config_groups": {"a": 1}}}, r"transform_config is .*; supported is null"),
         ({"moe_sparsity_config": {"method": "prune"}}, r"moe_sparsity_config is"),
@@ -308,6 +307,7 @@ def test_harmless_keys_are_taken() -> None:
     given = _changed(
         sparsity_config={"format": "dense"}, transform_config={}, version="0.12.2", weights__observer="minmax",
         weights__actorder="weight", inputs__observer_kwargs={"a": 1}, global_compression_ratio=1.5,
+        kv_cache_scheme={"num_bits": 8, "type": "float"},
     )  # fmt: skip
     info = LayerInfo(name="layers.0.o_proj", kind="linear", shape=(32, 32))
     assert CompressedTensors.read(context(given)).method(info).label == "fp8 block 32, dynamic"

@@ -24,6 +24,7 @@ from eight_bit_files import (
     static,
     write,
 )
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers.quantizers_utils import should_convert_module
 from triton_interpreter import import_kernels, interpreted
@@ -298,7 +299,6 @@ def context(config: dict[str, Any]) -> QuantizationContext:
         ({**BLOCKS, "scale_fmt": "ue8m0"}, "scale_fmt is 'ue8m0'; supported is 'float'"),
         ({**BLOCKS, "dequantize": True}, "dequantize is true; supported is false"),
         ({**BLOCKS, "modules_to_convert": ["model.embed_tokens"]}, "modules_to_convert is "),
-        ({**BLOCKS, "kv_cache_scheme": {"type": "float"}}, "kv_cache_scheme is .*; supported is null"),
         ({**BLOCKS, "modules_to_not_convert": "lm_head"}, "modules_to_not_convert is 'lm_head'; supported is a list"),
         ({**BLOCKS, "modules_to_not_convert": ["a(b"]}, r"has 'a\(b', no regular expression"),
         ({**BLOCKS, "ignored_layers": ["(?i)HEAD"]}, r"has '\(\?i\)HEAD', no regular expression: global flags"),
@@ -329,6 +329,19 @@ def test_what_is_not_supported_is_named(config: dict[str, Any], message: str) ->
 def test_a_list_of_plain_modules_is_read_as_transformers_does(pattern: str, module: str, plain: bool) -> None:
     assert matches(pattern, module) is plain
     assert should_convert_module(module, [pattern]) is not plain
+
+
+@pytest.mark.parametrize("name", ["self_attn.k_scale", "self_attn.attn.v_scale", "self_attn.k_proj.output_scale"])
+def test_scales_of_a_kv_cache_are_not_needed(name: str, source: Path, tmp_path: Path) -> None:
+    """As other engines write them, whatever the file says of them: here each token has its own."""
+    config = {**BLOCKS, "kv_cache_scheme": {"num_bits": 8, "type": "float"}}
+    write(source, tmp_path / "model", config, fine_grained)
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {f"model.layers.0.{name}": torch.tensor([0.5])}, file)
+    with engines.start(tmp_path / "model", kv_dtype="fp8") as llm:
+        labels = {each.label for each in llm.start_report.quantised}
+    assert "fp8 block 32, dynamic" in labels
 
 
 def test_a_fused_layer_of_which_a_part_is_plain_is_refused(source: Path, tmp_path: Path) -> None:

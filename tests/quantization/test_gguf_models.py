@@ -41,7 +41,7 @@ MIX = {"q_proj": "Q4_K", "k_proj": "Q6_K", "v_proj": "", "o_proj": "Q5_K", "gate
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are kept also on a CPU, by plain torch, whose products are those of the dequantised weights."""
-    monkeypatch.setattr(plugin, "store_for", lambda layer: Blocks())
+    monkeypatch.setattr(plugin, "store_for", lambda *_: Blocks())
 
 
 def answers(path: Path, **options: Any) -> tuple[list[tuple[int, ...]], list[float], LLM]:
@@ -142,7 +142,7 @@ def test_a_mutant_that_exchanges_parts_is_seen(tmp_path: Path, monkeypatch: pyte
 def test_without_kernels_weights_are_expanded_and_the_report_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plugin, "store_for", lambda layer: None)
+    monkeypatch.setattr(plugin, "store_for", lambda *_: None)
     packed, plain = checkpoint(tmp_path, MIX, tie_word_embeddings=True)
     got = answers(packed)
     assert_same(got, answers(plain))

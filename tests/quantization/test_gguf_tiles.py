@@ -37,7 +37,7 @@ def test_a_model_in_tiles_equals_plain_torch_with_rounded_inputs(
 ) -> None:
     packed, plain = checkpoint(tmp_path, kinds, tie_word_embeddings=True, attention_bias=True)
     got, exact = answers(packed), answers(plain)
-    monkeypatch.setattr(plugin, "store_for", lambda layer: Rounded())
+    monkeypatch.setattr(plugin, "store_for", lambda *_: Rounded())
     want = answers(packed)
     assert not any("expanded" in label for label in labels(got[2]))
     assert got[1] == pytest.approx(want[1], abs=5e-3)  # a value that falls between two codes may go to either

@@ -129,6 +129,47 @@ def test_triton_kernels_agree(case: str, source: Path, tmp_path: Path) -> None:
                 torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+def test_norms_are_prepared_by_the_product_before_them(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """In the interpreter: what a layer adds to the stream, and the layer behind the norm; not for other tensors, not
+    without the switch, nor in float16, where x times the norm's weight may be too large."""
+    pytest.importorskip("triton")
+    config = AWQ | {"group_size": 64}
+    packed, _ = pack.write(source, tmp_path, config, pack.awq_tensors, 64)
+    generator = torch.Generator().manual_seed(1)
+    seen = list[int]()
+
+    def chain(model: Any, x: torch.Tensor, stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        decoder = model.model.layers[0]
+        norm = decoder.post_attention_layernorm
+        total, left = decoder.self_attn.o_proj.added(x, stream)
+        y, total = decoder.mlp.gate_up_proj.normed(norm, total, left, gate="silu")
+        return y, total
+
+    with interpreted(), torch.no_grad():
+        plainly = TritonOps()
+        plainly.prepares_norms = False
+        models = [loaded(config, packed, ops) for ops in (Ops(), TritonOps(), plainly)]
+        inputs = models[0].model.layers[0].self_attn.o_proj.info.shape[::-1]
+        x, stream = (torch.randn(3, width, generator=generator) for width in inputs)
+        kind = type(models[0].model.layers[0].post_attention_layernorm)
+        add = kind.add
+        monkeypatch.setattr(kind, "add", lambda self, *given: seen.append(1) or add(self, *given))
+        want, total = chain(models[0], x, stream)
+        for model, norms in ((models[1], 0), (models[2], 1)):
+            seen.clear()
+            got, same = chain(model, x, stream)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(same, total, rtol=1e-5, atol=1e-5)
+            assert len(seen) == norms
+        decoder = models[1].model.layers[0]
+        decoder.self_attn.o_proj.added(x, stream)
+        other = torch.randn(3, inputs[1], generator=generator)
+        got, _ = decoder.mlp.gate_up_proj.normed(decoder.post_attention_layernorm, other, None)
+        plain = models[0].model.layers[0]
+        want, _ = plain.mlp.gate_up_proj.normed(plain.post_attention_layernorm, other, None)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 def linears(model: Any) -> list[ParallelLinear]:
     """The quantised ones."""
     return [each for each in model.modules() if isinstance(each, ParallelLinear) and each.method.label]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Self
 
 from nanoengine.api import ExpertsMethod, LayerInfo, LinearMethod, Quantization, QuantizationContext, is_ignored
+from nanoengine.plugins.quantizations.ahead import Ahead
 from nanoengine.plugins.quantizations.int4 import Int4
 from nanoengine.plugins.quantizations.int4_config import Int4Config, refused_experts
 from nanoengine.plugins.quantizations.int4_layouts import AWQ
@@ -15,6 +16,7 @@ class Awq(Quantization):
 
     def __init__(self, group: int, *, zeros: bool, head: bool, plain: tuple[str, ...]) -> None:
         self._group, self._zeros, self._head, self._plain = group, zeros, head, plain
+        self._ahead = Ahead()
 
     @classmethod
     def read(cls, ctx: QuantizationContext) -> Self:
@@ -37,7 +39,7 @@ class Awq(Quantization):
             return None
         if layer.kind == "experts":
             raise refused_experts(layer, "awq")
-        return Int4(AWQ, self._group, zeros=self._zeros)
+        return Int4(AWQ, self._group, zeros=self._zeros, ahead=self._ahead)
 
     def _is_plain(self, module: str) -> bool:
         """As AutoAWQ reads its list: by any part of a module's name."""

@@ -18,12 +18,13 @@ from nanoengine.api import (
 )
 from nanoengine.kernels.eight_bit import Inputs
 from nanoengine.layers.hf_config import shown
+from nanoengine.plugins.quantizations.ahead import Ahead
 from nanoengine.plugins.quantizations.eight_bit import FP8, INT8, EightBitLinear, Scheme
 from nanoengine.plugins.quantizations.eight_bit_experts import EightBitExperts
 from nanoengine.plugins.quantizations.eight_bit_packed import PackedEightBit
 from nanoengine.plugins.quantizations.int4 import Int4
 from nanoengine.plugins.quantizations.int4_layouts import PACK_QUANTIZED
-from nanoengine.plugins.quantizations.reading import Section
+from nanoengine.plugins.quantizations.reading import KV_SCALES, Section
 
 _CLASSES = {"linear": "Linear", "head": "Linear", "experts": "Linear", "embedding": "Embedding"}
 _CODES = {"float": FP8, "int": INT8}
@@ -47,6 +48,8 @@ class Group:
 class CompressedTensors(Quantization):
     """Chooses a layer's group by its targets, which are names, "re:" expressions, or the class "Linear"."""
 
+    skip = KV_SCALES
+
     def __init__(self, groups: Mapping[str, Group], plain: Sequence[str]) -> None:
         self._groups, self._plain = dict(groups), tuple(plain)
 
@@ -55,7 +58,7 @@ class CompressedTensors(Quantization):
         section = Section(ctx.config, "quantization_config")
         for key in ("quantization_status", "global_compression_ratio", "version"):
             section.get(key)
-        section.no_kv()
+        section.kv()
         section.only("moe_sparsity_config")
         for key, harmless in (("sparsity_config", ("dense",)), ("transform_config", ())):
             given = section.get(key, {})
@@ -212,10 +215,11 @@ def _packed(section: Section, weights: Section, name: str, inputs: Any) -> Group
     if strategy not in ("group", "channel") or (strategy == "group" and (type(size) is not int or size < 1)):
         raise weights.wrong("strategy", "'channel', or 'group' with a group_size, in the format pack-quantized")
     weights.finish()
+    ahead = Ahead()
 
     def make() -> LinearMethod:
         group = size if strategy == "group" else -1
-        return Int4(PACK_QUANTIZED, group, zeros=zeros, act_order=order in ("group", "dynamic"))
+        return Int4(PACK_QUANTIZED, group, zeros=zeros, act_order=order in ("group", "dynamic"), ahead=ahead)
 
     return Group(name, make().label, make)
 

@@ -10,11 +10,13 @@ from typing import Any, Self
 from nanoengine.api import ExpertsMethod, LayerInfo, LinearMethod, Quantization, QuantizationContext, is_ignored
 from nanoengine.plugins.quantizations.eight_bit import FP8, EightBitLinear, Scheme
 from nanoengine.plugins.quantizations.eight_bit_experts import EightBitExperts
-from nanoengine.plugins.quantizations.reading import Section, online_method
+from nanoengine.plugins.quantizations.reading import KV_SCALES, Section, online_method
 
 
 class Fp8(Quantization):
     """One scheme for all linear layers but those on the checkpoint's list; embeddings and output layers stay plain."""
+
+    skip = KV_SCALES
 
     def __init__(self, scheme: Scheme, plain: Sequence[str] = ()) -> None:
         self._scheme, self._plain = scheme, tuple(plain)
@@ -55,8 +57,8 @@ def _fine_grained(config: Mapping[str, Any]) -> tuple[Scheme, Sequence[str]]:
     section.only("scale_fmt", "float")
     section.only("expert_dtype", "fp8")
     section.only("modules_to_convert", [])
-    section.no_kv()
-    section.only("kv_cache_quant_method")
+    section.kv()
+    section.get("kv_cache_quant_method")
     plain = [*section.patterns("modules_to_not_convert", up_to_a_dot), *section.patterns("ignored_layers", up_to_a_dot)]
     static = section.one_of("activation_scheme", ("dynamic", "static"), "dynamic") == "static"
     block = section.block("weight_block_size")

@@ -27,6 +27,7 @@ from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.gguf import BLOCK_TYPES, dequantise
 from nanoengine.layers.linear import Unquantised
 from nanoengine.layers.quantised import divided
+from nanoengine.plugins.quantizations.ahead import Ahead, next_norm_of
 from nanoengine.plugins.quantizations.gguf_stores import Store, store_for
 
 _KEYS = frozenset({"quant_method", "types", "expanded"})
@@ -41,7 +42,7 @@ class Gguf(Quantization):
     """
 
     def __init__(self, types: Mapping[str, str], expanded: Mapping[str, str], dtype: torch.dtype) -> None:
-        self._types, self._expanded, self._dtype = types, expanded, dtype
+        self._types, self._expanded, self._dtype, self._ahead = types, expanded, dtype, Ahead()
 
     @classmethod
     def read(cls, ctx: QuantizationContext) -> Gguf:
@@ -66,7 +67,8 @@ class Gguf(Quantization):
         if any(kinds):
             if layer.kind == "experts":
                 raise ModelError(f"{layer.name}: experts in the blocks of a GGUF file are not supported")
-            return GgufMethod(kinds, self._dtype, tuple(self._expanded.get(source, "") for source in layer.sources))
+            before = tuple(self._expanded.get(source, "") for source in layer.sources)
+            return GgufMethod(kinds, self._dtype, self._ahead, before)
         expanded = sorted({self._expanded[source] for source in layer.sources if source in self._expanded})
         return Expanded(expanded) if expanded and layer.kind != "experts" else None
 
@@ -93,11 +95,14 @@ class GgufMethod(LinearMethod):
 
     Args:
         kinds: type of each part's blocks; "": the part is plain.
-        dtype: the model's. expanded: the type that a plain part had before it became float32; "": it was plain.
+        dtype: the model's. ahead: shared by the layers of a model. expanded: the type that a plain part had before it
+            became float32; "": it was plain.
     """
 
-    def __init__(self, kinds: tuple[str, ...], dtype: torch.dtype, expanded: tuple[str, ...] = ()) -> None:
-        self._kinds, self._dtype = kinds, dtype
+    def __init__(
+        self, kinds: tuple[str, ...], dtype: torch.dtype, ahead: Ahead | None = None, expanded: tuple[str, ...] = ()
+    ) -> None:
+        self._kinds, self._dtype, self._ahead = kinds, dtype, ahead or Ahead()
         self._pieces: list[_Piece] = []
         self._store: Store | None = None
         before = [f"{each} (expanded)" if each else "plain" for each in expanded or kinds]
@@ -123,7 +128,7 @@ class GgufMethod(LinearMethod):
         WeightLayer.load_shard(layer, name, shard, values)
 
     def finish(self, layer: WeightLayer) -> None:
-        self._store = store_for(layer)
+        self._store = store_for(layer, self._ahead)
         if self._store is None:
             self._expand(layer)
             return
@@ -178,7 +183,8 @@ class GgufMethod(LinearMethod):
         if self._store is None or len(self._pieces) > 1:
             return super().apply_added(layer, x, bias, residual)
         [piece] = self._pieces
-        return self._store.linear_add(x, residual, layer.get_parameter(piece.name), piece.kind, bias)
+        weight, next_norm = layer.get_parameter(piece.name), next_norm_of(layer, x)
+        return self._store.linear_add(x, residual, weight, piece.kind, bias, next_norm=next_norm)
 
     def _linear(self, layer: WeightLayer, piece: _Piece, x: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         weight = layer.get_parameter(piece.name)

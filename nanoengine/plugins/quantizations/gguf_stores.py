@@ -12,6 +12,7 @@ from nanoengine.api import Norm, WeightLayer
 from nanoengine.kernels import gguf
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.ops import CpuOps, Ops
+from nanoengine.plugins.quantizations.ahead import Ahead
 
 
 class Store(ABC):
@@ -48,9 +49,17 @@ class Store(ABC):
         return (ops.act_and_mul(y, gate) if gate else y), total
 
     def linear_add(
-        self, x: Tensor, residual: Tensor, kept: Tensor, kind: str, bias: Tensor | None
+        self,
+        x: Tensor,
+        residual: Tensor,
+        kept: Tensor,
+        kind: str,
+        bias: Tensor | None,
+        *,
+        next_norm: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """`linear`, to be added to the residual stream: `LinearMethod.apply_added`."""
+        """`linear`, to be added to the residual stream: `LinearMethod.apply_added`. next_norm: the weight of the norm
+        behind the sum, if this product may prepare it."""
         return self.linear(x, kept, kind, bias), residual
 
     @abstractmethod
@@ -74,15 +83,17 @@ class Blocks(Store):
 class Planes(Store):
     """The same bytes in another order, for Triton kernels, which decode them in registers."""
 
-    def keep(self, blocks: Tensor, kind: str) -> Tensor:
-        from nanoengine.kernels.gguf_decode_triton import planar
+    def __init__(self, ahead: Ahead) -> None:
+        from nanoengine.kernels import gguf_decode_triton, gguf_few_triton, gguf_triton
 
-        return planar(blocks, kind)
+        self._kernels, self._few, self._ahead = gguf_triton, gguf_few_triton, ahead
+        self._planar = gguf_decode_triton.planar
+
+    def keep(self, blocks: Tensor, kind: str) -> Tensor:
+        return self._planar(blocks, kind)
 
     def linear(self, x: Tensor, kept: Tensor, kind: str, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
-        from nanoengine.kernels.gguf_triton import gguf_linear
-
-        return gguf_linear(x, kept, kind, bias, out=out)
+        return self._kernels.gguf_linear(x, kept, kind, bias, out=out)
 
     def norm_linear(
         self,
@@ -95,22 +106,35 @@ class Planes(Store):
         bias: Tensor | None,
         gate: Activation | None,
     ) -> tuple[Tensor, Tensor]:
-        from nanoengine.kernels.gguf_triton import gguf_norm_linear
+        scaled = self._ahead.taken(x, residual, norm.weight)
+        if scaled is not None and self._few.takes_few(x, kind):
+            return self._few.few(scaled, kept, bias, eps=norm.eps, gate=gate)[0], x
+        return self._kernels.gguf_norm_linear(x, residual, norm.weight, norm.eps, kept, kind, bias, gate=gate)
 
-        return gguf_norm_linear(x, residual, norm.weight, norm.eps, kept, kind, bias, gate=gate)
+    def linear_add(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        kept: Tensor,
+        kind: str,
+        bias: Tensor | None,
+        *,
+        next_norm: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        if not self._few.takes_few(x, kind):
+            return super().linear_add(x, residual, kept, kind, bias)
+        return self._ahead.kept(*self._few.few(x, kept, bias, add=residual, next_norm=next_norm)), None
 
     def rows(self, ids: Tensor, kept: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
-        from nanoengine.kernels.gguf_triton import gguf_rows
-
-        return gguf_rows(ids.contiguous(), kept, kind, dtype)
+        return self._kernels.gguf_rows(ids.contiguous(), kept, kind, dtype)
 
 
-def store_for(layer: WeightLayer) -> Store | None:
+def store_for(layer: WeightLayer, ahead: Ahead) -> Store | None:
     """The store for the layer's device; None: the weight is expanded, as on a CPU plain torch is far too slow."""
     from nanoengine.plugins.quantizations.gguf_tiles import Tiles
 
     if layer.ops.name == "triton":
-        return Planes()
+        return Planes(ahead)
     if isinstance(layer.ops, CpuOps):
         return Tiles(layer.ops.library)
     on_cpu = next(layer.parameters(recurse=False)).device.type == "cpu"

@@ -46,7 +46,14 @@ class Tiles(Store):
         return self._library.norm_product(x, residual, kept, kind, outputs, bias, norm=weight, eps=norm.eps, gate=gate)
 
     def linear_add(
-        self, x: Tensor, residual: Tensor, kept: Tensor, kind: str, bias: Tensor | None
+        self,
+        x: Tensor,
+        residual: Tensor,
+        kept: Tensor,
+        kind: str,
+        bias: Tensor | None,
+        *,
+        next_norm: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         return self._library.product(x, kept, kind, len(kept), bias, add=residual), None
 

@@ -16,6 +16,7 @@ from nanoengine.api import (
     QuantizationContext,
     is_ignored,
 )
+from nanoengine.plugins.quantizations.ahead import Ahead
 from nanoengine.plugins.quantizations.int4 import Int4
 from nanoengine.plugins.quantizations.int4_config import Int4Config, refused_experts
 from nanoengine.plugins.quantizations.int4_layouts import GPTQ, GPTQ_V1, Int4Format
@@ -50,6 +51,7 @@ class Gptq(Quantization):
     ) -> None:
         self._format, self._scheme, self._head = format_, scheme, head
         self._dynamic, self._only, self._plain = dict(dynamic), only, plain
+        self._ahead = Ahead()
 
     @classmethod
     def read(cls, ctx: QuantizationContext) -> Self:
@@ -84,7 +86,7 @@ class Gptq(Quantization):
         if others:
             shown = ", ".join(f"{name} {scheme or self._scheme}" for name, scheme in schemes.items())
             raise ModelError(f"{layer.name}: its fused parts are quantised in different ways ({shown}): not supported")
-        return Int4(self._format, first.group, act_order=first.act_order)
+        return Int4(self._format, first.group, act_order=first.act_order, ahead=self._ahead)
 
     def _rule(self, module: str) -> _Scheme | None:
         """What `dynamic` says of a module that is quantised."""

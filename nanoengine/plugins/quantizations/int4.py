@@ -15,9 +15,11 @@ from nanoengine.kernels import int4, int4_cpu
 from nanoengine.kernels.activation import Activation
 from nanoengine.kernels.int4 import SYMMETRIC_ZERO, UNIT, Int4Weight
 from nanoengine.kernels.int4_cpu import int4_tiles
+from nanoengine.kernels.matmul import Scaled
 from nanoengine.kernels.ops import CpuOps
 from nanoengine.layers.quantised import divided, one_each, per_output, transposed
 from nanoengine.plugins.quantizations import int4_layouts as layouts
+from nanoengine.plugins.quantizations.ahead import Ahead, next_norm_of
 from nanoengine.plugins.quantizations.int4_layouts import Int4Format
 
 _BIAS = "bias:"  # of each part, of layers that have none in the model
@@ -33,10 +35,20 @@ class Int4(LinearMethod):
         zeros: the file has zeros; without, all are 8.
         act_order: inputs of a group may be anywhere, and the file says which. Where they may not, and the file says it
             too, that is checked.
+        ahead: shared by the layers of a model; None: products do not prepare the norms behind them.
     """
 
-    def __init__(self, format_: Int4Format, group: int, *, zeros: bool = True, act_order: bool = False) -> None:
+    def __init__(
+        self,
+        format_: Int4Format,
+        group: int,
+        *,
+        zeros: bool = True,
+        act_order: bool = False,
+        ahead: Ahead | None = None,
+    ) -> None:
         self._format, self._group, self._zeros, self._act_order = format_, group, zeros, act_order
+        self._ahead = ahead or Ahead()
         about = "one group" if group == -1 else f"groups of {group}"
         self.label = f"int4 ({format_.name}), {about}{', act-order' if act_order else ''}"
         self._spec: ShardSpec | None = None
@@ -123,6 +135,9 @@ class Int4(LinearMethod):
         if one and layer.ops.name == "cpu" and self._pieces[0].order is None:
             total = x if residual is None else x + residual
             return self._product(total, bias, gate=gate, norm=norm.weight, eps=norm.eps), total
+        scaled = self._ahead.taken(x, residual, norm.weight)
+        if scaled is not None and one and self._pieces[0].order is None and len(x) <= self._pieces[0].most:
+            return self._product(scaled, bias, gate=gate, eps=norm.eps), x
         normed, total = norm.add(x, residual)
         if one:
             return self._product(normed, bias, gate=gate), total
@@ -134,12 +149,18 @@ class Int4(LinearMethod):
     ) -> tuple[Tensor, Tensor | None]:
         if len(self._pieces) > 1:
             return self._product(x, bias), residual
-        return self._product(x, bias, add=residual), None
+        (piece,) = self._pieces
+        next_norm = next_norm_of(layer, x)
+        if next_norm is None or piece.prepared is None or len(x) > piece.most:
+            return self._product(x, bias, add=residual), None
+        total, scaled = piece.prepared(piece.inputs(x), bias=bias, add=residual, next_norm=next_norm)
+        return self._ahead.kept(total, scaled), None
 
-    def _product(self, x: Tensor, bias: Tensor | None, *, out: Tensor | None = None, **around: Any) -> Tensor:
+    def _product(self, x: Tensor | Scaled, bias: Tensor | None, *, out: Tensor | None = None, **around: Any) -> Tensor:
         if len(self._pieces) == 1:
             (piece,) = self._pieces
-            return piece.linear(piece.inputs(x), bias=bias, out=out, **around)
+            return piece.linear(x if isinstance(x, Scaled) else piece.inputs(x), bias=bias, out=out, **around)
+        assert isinstance(x, Tensor)
         if out is None:
             out = torch.empty(len(x), self._pieces[-1].rows.stop, dtype=x.dtype, device=x.device)
         for piece in self._pieces:
@@ -164,11 +185,18 @@ def dummy_words(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Outputs whose inputs have one order. order: int32 [in], where each input of the weight is in x; None: there."""
+    """Outputs whose inputs have one order.
+
+    Attributes:
+        order: int32 [in], where each input of the weight is in x; None: there.
+        prepared: the product of up to `most` rows, and what `next_norm` needs of it; None: norms are not prepared.
+    """
 
     rows: slice
     order: Tensor | None
     linear: Callable[..., Tensor]
+    prepared: Callable[..., tuple[Tensor, Scaled | None]] | None = None
+    most: int = 0
 
     def inputs(self, x: Tensor) -> Tensor:
         return x if self.order is None else x.index_select(1, self.order)
@@ -196,7 +224,10 @@ def _piece(layer: WeightLayer, number: int, rows: slice, weight: Int4Weight, ord
     from nanoengine.kernels import int4_triton
     from nanoengine.kernels.matvec_skinny_triton import tickets_on
 
-    return _Piece(rows, order, partial(int4_triton.int4_linear, weight=weight, tickets=tickets_on(codes.device)))
+    given: dict[str, Any] = {"weight": weight, "tickets": tickets_on(codes.device)}
+    prepared = partial(int4_triton.product, **given)
+    most = int4_triton.MAX_ROWS if int4_triton.takes(1, weight) else 0
+    return _Piece(rows, order, partial(int4_triton.int4_linear, **given), prepared, most)
 
 
 def _same(spec: ShardSpec) -> ShardSpec:

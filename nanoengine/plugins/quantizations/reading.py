@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -11,6 +12,12 @@ from nanoengine.layers.hf_config import shown
 from nanoengine.plugins.quantizations.eight_bit import EightBitLinear, Scheme
 from nanoengine.plugins.quantizations.eight_bit_experts import EightBitExperts
 
+_log = logging.getLogger(__name__)
+KV_SCALES = (
+    ".kv_scale", ".k_scale", ".v_scale", ".q_scale", ".prob_scale", ".k_zero_point", ".v_zero_point", ".q_zero_point",
+    ".k_proj.output_scale", ".v_proj.output_scale",
+)  # fmt: skip
+"""Ends of the names of tensors by which other engines quantise K and V. Here each head of each token has a scale."""
 _LEAST_OUTPUTS = 16  # of a layer that is quantised online: a gate of one output is no weight to save
 
 
@@ -49,10 +56,13 @@ class Section:
         if given is not None and not any(given == each and type(given) is type(each) for each in values):
             raise self.wrong(key, " or ".join([*map(shown, values), "null"]))
 
-    def no_kv(self) -> None:
-        """Raises `ModelError` if the file has scales for a KV cache."""
+    def kv(self) -> None:
+        """Reads what the file says of a KV cache: nothing that is needed, see `KV_SCALES`."""
         if self.get("kv_cache_scheme") is not None:
-            raise self.wrong("kv_cache_scheme", "null: a KV cache has scales of its own here, see engine.kv_dtype")
+            _log.info(
+                "config.json: %s.kv_cache_scheme and the scales that belong to it are not used: with "
+                "engine.kv_dtype=fp8 or int8 each token has scales of its own", self.path,
+            )  # fmt: skip
 
     def one_of(self, key: str, values: Sequence[str], default: str) -> str:
         given = self.get(key, default)

@@ -130,5 +130,10 @@ class _Chosen:
         )
 
 
+def skipped_by(choose: ChooseMethod | None) -> tuple[str, ...]:
+    """`Quantization.skip` of what `choose_methods` returned."""
+    return choose.made.skip if isinstance(choose, _Chosen) else ()
+
+
 def _plan(found: Registered[QuantizationSpec], config: Mapping[str, Any]) -> QuantizationPlan:
     return QuantizationPlan(name=found.spec.name, target=found.spec.target, config=config, origin=str(found.origin))

@@ -46,7 +46,7 @@ from nanoengine.setup.start.build_model import (
     weights_freed_on_error,
 )
 from nanoengine.setup.start.capture import capture_graphs
-from nanoengine.setup.start.choose_quantization import choose_methods
+from nanoengine.setup.start.choose_quantization import choose_methods, skipped_by
 from nanoengine.setup.start.clock import Dequantised, StartClock
 from nanoengine.setup.start.graph_sizes import capture_sizes, reserve_bytes
 from nanoengine.setup.start.largest_steps import largest_steps
@@ -136,7 +136,8 @@ class _Start:
                 dummy_weights(built.model, self.plan.options.seed, self.tp)
             else:
                 packed = packed_format(self.plan.hf_config) if self.plan.quantization is None else None
-                loaded = load_weights(built.model, built.config, self.plan.model_path, self.tp, packed)
+                skip = skipped_by(place["choose"])
+                loaded = load_weights(built.model, built.config, self.plan.model_path, self.tp, packed, skip)
                 self.dequantised = loaded.dequantised
             built.model.eval()
         if self.tp.size > 1:

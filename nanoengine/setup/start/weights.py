@@ -93,12 +93,14 @@ def load_weights(
     source: str | Path | NamedTensors,
     tp: TensorParallelGroup,
     packed: PackedFormat | None = None,
+    skip: tuple[str, ...] = (),
 ) -> LoadReport:
     """Fills every parameter, then calls `finish` of every layer.
 
     Args:
         source: named tensors in any order; or the folder of a checkpoint: model.safetensors, or the files in its index.
         packed: the format of tensors that are dequantised on the way; None: all are plain.
+        skip: name suffixes to skip, in addition to those of the map.
 
     For a GPU, the slices of a rank are copied through pinned buffers and converted to the parameter's dtype there.
 
@@ -109,7 +111,8 @@ def load_weights(
     if isinstance(source, str | Path):
         checkpoint = find_checkpoint(Path(source))
         source, stale, where = checkpoint.slices(), checkpoint.stale, checkpoint.path
-    loading = _Loading(model, Rules(model.weight_map(config)), tp)
+    weights = model.weight_map(config)
+    loading = _Loading(model, Rules(replace(weights, skip=(*weights.skip, *skip)) if skip else weights), tp)
     slices = ((name, WholeTensor(each) if isinstance(each, Tensor) else each) for name, each in source)
     with _way_to(next(model.parameters()).device) as loading.put:
         for name, tensor in slices if packed is None else packed.unpacked(slices):

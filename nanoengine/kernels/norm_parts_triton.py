@@ -1,0 +1,26 @@
+"""A root-mean-square norm between two products takes no launch: `matmul.Scaled`, in tiles of outputs x tokens."""
+
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# ruff: noqa: N803 - constants of a kernel are in capitals
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def norm_scale(squares_ptr, t, rows, SQUARES: tl.constexpr, K: tl.constexpr, eps):
+    """What normalises each of the tokens t, [1, BLOCK_T]."""
+    square = tl.zeros(t.shape, tl.float32)
+    for part in tl.static_range(SQUARES):
+        square += tl.load(squares_ptr + part * rows + t, mask=t < rows, other=0.0)
+    return tl.rsqrt(square / K + eps)
+
+
+@triton.jit
+def prepare_norm(y, next_ptr, scaled_ptrs, sum_ptrs, n, t, mask, N: tl.constexpr, rows):
+    """For the norm behind a product: y [BLOCK_N, BLOCK_T] times the norm's weight, and each token's sum of squares."""
+    wide = tl.where(mask, y.to(tl.float32), 0.0)
+    weight = tl.load(next_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(scaled_ptrs, (wide * weight).to(y.dtype), mask=mask)
+    tl.store(sum_ptrs, tl.reshape(tl.sum(wide * wide, 0), t.shape), mask=t < rows)

@@ -1,0 +1,175 @@
+"""Compiles what the wrappers of quantised weights and caches launch, for compute capability 9.0 on any machine: with
+the sizes of Qwen3-8B in bfloat16, or smaller ones where sizes change nothing. Prints one line a launch that cannot be
+compiled, and how many were. Triton must not be interpreting. --all: every variant, not one of each kind."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+
+class Hopper:
+    """A driver without a device."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+
+COMPILED = [0]
+
+
+def only_compile() -> None:
+    """From here on launches are compiled, not run; tensors say that they are on a GPU."""
+    driver.set_active(Hopper())
+    run = JITFunction.run
+
+    def compiled(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        COMPILED[0] += 1
+        run(kernel, *args, grid=grid, warmup=True, **options)
+
+    JITFunction.run = compiled  # type: ignore[method-assign]
+    torch.cuda.get_device_capability = lambda *_: (9, 0)  # type: ignore[assignment]
+    torch.Tensor.is_cuda = property(lambda _: True)  # type: ignore[assignment, misc]
+    torch._scaled_mm = lambda a, b, *_, **__: rand(len(a), b.shape[1])  # type: ignore[assignment]
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+HIDDEN, INNER = 4096, 12288
+Launch = tuple[str, Callable[[], Any]]
+
+
+def eight_bit(every: bool) -> Iterator[Launch]:
+    from nanoengine.kernels import eight_bit_triton
+    from nanoengine.kernels.eight_bit import EightBit
+
+    fp8, int8 = torch.float8_e4m3fn, torch.int8
+    kinds = [(fp8, "token", 1, 0), (fp8, "group", 128, 128), (int8, "plain", 1, 0), (int8, "token", 1, 0)]
+    kinds += [(fp8, "plain", 1, 0), (fp8, "tensor", 1, 0), (fp8, "plain", 128, 128), (int8, "group", 1, 128)] * every
+    for (dtype, inputs, high, wide), rows in product(kinds, (1, 8, 64, 256) if every else (1, 64)):
+        for n, k, gate in ((2 * INNER, HIDDEN, "silu"), (HIDDEN, INNER, None)):
+            scale = rand(-(-n // high), -(-k // (wide or k)), dtype=torch.float32)
+            static = rand(1, dtype=torch.float32) if inputs == "tensor" else None
+            w = EightBit(rand(n, k, dtype=dtype), scale, high, wide or k, inputs, static)  # type: ignore[arg-type]
+            x, norm, stream = rand(rows, k), rand(k), rand(rows, n)
+            name = f"{dtype} {inputs} x{rows} {n} x {k}"
+            if gate:
+                yield name, partial(eight_bit_triton.norm_product, w, x, x, norm, 1e-6, gate=gate)
+            else:
+                yield name, partial(eight_bit_triton.product_added, w, x, None, stream)
+
+
+def int4(every: bool) -> Iterator[Launch]:
+    from nanoengine.kernels import int4_triton
+    from nanoengine.kernels.int4 import Int4Weight
+
+    all_rows, groups = ((1, 16, 64, 256, 300), (128, 64, 32)) if every else ((1, 64, 256), (128,))
+    for rows, group, zeros in product(all_rows, groups, (True, False)):
+        for n, k, gate in ((2 * INNER, HIDDEN, "silu"), (HIDDEN, INNER, None)):
+            zero = rand(n, k // group, dtype=torch.uint8) if zeros else None
+            codes, scales = rand(n, k // 2, dtype=torch.uint8), rand(n, k // group, dtype=torch.float16)
+            w, x = Int4Weight(codes, scales, zero, group), rand(rows, k)
+            name = f"int4 groups of {group} x{rows} {n} x {k}"
+            if not int4_triton.takes(rows, w):
+                yield name, partial(int4_triton.dequantised, w, torch.bfloat16)
+            elif gate:
+                yield name, partial(int4_triton.int4_linear, x, w, gate=gate)
+            else:
+                yield name, partial(int4_triton.product, x, w, add=rand(rows, n), next_norm=rand(n))
+
+
+def gguf(every: bool) -> Iterator[Launch]:
+    from nanoengine.kernels import gguf_triton
+    from nanoengine.kernels.gguf import BLOCK_TYPES
+    from nanoengine.kernels.gguf_few_triton import few
+
+    for kind, rows in product(BLOCK_TYPES if every else ("Q4_K", "Q8_0"), (1, 16, 64) if every else (1, 64)):
+        planes = rand(2 * INNER, BLOCK_TYPES[kind].row_bytes(HIDDEN), dtype=torch.uint8)
+        x, name = rand(rows, HIDDEN), f"gguf {kind} x{rows}"
+        yield name, partial(gguf_triton.gguf_norm_linear, x, x, rand(HIDDEN), 1e-6, planes, kind, gate="silu")
+        yield name, partial(gguf_triton.gguf_linear, x, planes, kind)
+        if rows == 1:
+            ids = torch.zeros(3, dtype=torch.int64)
+            yield f"{name} rows", partial(gguf_triton.gguf_rows, ids, planes, kind, torch.bfloat16)
+    planes, stream = rand(HIDDEN, BLOCK_TYPES["Q4_K"].row_bytes(INNER), dtype=torch.uint8), rand(1, HIDDEN)
+    yield "gguf few", partial(few, rand(1, INNER), planes, add=stream, next_norm=rand(HIDDEN))
+
+
+def caches(every: bool) -> Iterator[Launch]:
+    from nanoengine.kernels import paged_attention_triton as attention
+    from nanoengine.kernels.kv_quant import KV_DTYPES
+    from nanoengine.kernels.paged_attention_plan import decode_config, several_config
+    from nanoengine.kernels.rope_triton import qk_norm_rope_store
+
+    heads, kv_heads, size, block = 32, 8, 128, 16
+    for kind, rows in product(KV_DTYPES, (1, 8, 64, 256) if every else (1, 256)):
+        cache = rand(64, kv_heads, block, size, dtype=KV_DTYPES[kind])
+        scales = (rand(64, kv_heads, block, dtype=torch.float32), rand(64, kv_heads, block, dtype=torch.float32))
+        tables, lens = rand(rows, 16, dtype=torch.int32), rand(rows, dtype=torch.int32)
+        starts, slots = rand(rows + 1, dtype=torch.int32), rand(rows, dtype=torch.int64)
+        q, parts = rand(rows, heads, size), rand(1 << 20, dtype=torch.float32)
+        scratch = attention.DecodeScratch(parts, parts, rand(1 << 16, dtype=torch.int32))
+        shape, group = (kv_heads, size, 4096, 2, 132), heads // kv_heads
+        given: dict[str, Any] = {"scale": 0.1, "window": None, "soft_cap": None, "scales": scales}
+        read = (q, cache, cache, torch.empty_like(q), tables, lens)
+        name = f"cache in {kind} x{rows}"
+        one, several = decode_config(rows, *shape), several_config(rows, 4, group, *shape)
+        yield (
+            f"{name} decode",
+            partial(attention.attend_decode, *read, config=attention.codes_config(one), scratch=scratch, **given),
+        )
+        yield f"{name} prefill", partial(attention.attend_prefill, *read, starts, **given)
+        yield (
+            f"{name} several",
+            partial(
+                attention.attend_several, *read, starts, queries=4, config=several, tickets=scratch.tickets,
+                pad_tokens=rows, **given,
+            ),
+        )  # fmt: skip
+        qkv, norm, turned = rand(rows, (heads + 2 * kv_heads) * size), rand(size), cache.transpose(1, 2)
+        by_token = (scales[0].transpose(1, 2), scales[1].transpose(1, 2))
+        yield (
+            f"{name} rotation and store",
+            partial(
+                qk_norm_rope_store, qkv, slots, rand(64, dtype=torch.float32), turned, turned, slots,
+                q_weight=norm, k_weight=norm, eps=1e-6, scales=by_token,
+            ),
+        )  # fmt: skip
+        new = rand(rows, kv_heads, size)
+        yield f"{name} store", partial(attention.store_kv, new, new, cache, cache, slots, scales)
+
+
+def main() -> None:
+    only_compile()
+    every, failed = "--all" in sys.argv, 0
+    for kind in (eight_bit, int4, gguf, caches):
+        for name, launch in kind(every):
+            try:
+                launch()
+            except Exception as error:  # noqa: BLE001 - a compiler raises what it likes
+                failed += 1
+                reason: BaseException = error
+                while reason.__cause__ is not None:
+                    reason = reason.__cause__
+                print(f"{name}: {type(reason).__name__}: {str(reason)[-300:]}", flush=True)
+    print(f"{COMPILED[0]} launches, {failed} failed")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,7 @@ A state is a plugin's: whatever goes wrong in it is a `RequestError("processor_f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import index
 from typing import Any, NamedTuple
 
@@ -24,14 +24,21 @@ from nanoengine.params.sampling_params import (
     values_of_draw,
 )
 
+Kind = tuple[str, type[HostState]]
+
 
 @dataclass(slots=True)
 class BoundState:
-    """The state that a processor has of one sample. fed: output tokens that it got."""
+    """The state that a processor has of one sample. fed: output tokens that it got. kind: states of one may be asked
+    together."""
 
     processor: PackedProcessor
     state: HostState
     fed: int = 0
+    kind: Kind = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.kind = self.name, type(self.state)
 
     @property
     def name(self) -> str:
@@ -73,17 +80,9 @@ class BoundState:
         return forced[1 + right :]
 
 
-class Asked(NamedTuple):
-    """A state that is asked for columns.
-
-    Attributes:
-        output: tokens of its sample. draws: numbers of the draws; all but the first of them are behind drafts.
-    """
-
-    bound: BoundState
-    output: Sequence[int]
-    draws: Sequence[int]
-    drafts: Sequence[int]
+Asked = tuple[BoundState, Sequence[int], Sequence[int], Sequence[int]]
+"""A state that is asked for columns; the output tokens of its sample; numbers of the draws, all but the first of which
+are behind drafts; and these drafts."""
 
 
 class DrawValues(NamedTuple):
@@ -105,7 +104,7 @@ def next_columns(
     found, failed = _together(asked, vocab_size, room)
     alone: dict[str, tuple[list[int], list[npt.NDArray[Any]]]] = {}
     for place, (bound, output, draws, drafts) in enumerate(asked):
-        if place in failed or (found is not None and not drafts):
+        if (found is not None and not drafts) or place in failed:
             continue
         try:
             bound.feed(output)
@@ -116,12 +115,12 @@ def next_columns(
         except RequestError as error:
             failed[place] = error
     out = list[DrawValues]()
-    plain = [] if found is None else [i for i, each in enumerate(asked) if not each.drafts and i not in failed]
-    for column, values in (found or {}).items() if plain else ():
-        values = values if len(plain) == len(asked) else values[plain]
-        offsets = np.arange(0, values.size + 1, values.size // len(plain), dtype=np.int32)
-        of_plain = np.array([asked[i].draws[0] for i in plain], np.int32)
-        out.append(DrawValues(column, of_plain, values.ravel(), offsets))
+    if found is not None and (plain := [i for i, each in enumerate(asked) if not each[3] and i not in failed]):
+        first = np.array([asked[i][2][0] for i in plain], np.int32)
+        for column, every in found.items():
+            own = every if len(plain) == len(asked) else every[plain]
+            offsets = np.arange(0, own.size + 1, own.size // len(plain), dtype=np.int32)
+            out.append(DrawValues(column, first, own.ravel(), offsets))
     for column, (numbers, parts) in alone.items():
         offsets = np.cumsum([0, *map(len, parts)], dtype=np.int32)
         out.append(DrawValues(column, np.array(numbers, np.int32), np.concatenate(parts), offsets))
@@ -133,12 +132,12 @@ def _together(
 ) -> tuple[Mapping[str, npt.NDArray[Any]] | None, dict[int, RequestError]]:
     """By one call of the class: of each column an array, [N] or [N, width], and place -> error. None: it has no way to
     do so, and nothing was done."""
-    processor, states = asked[0].bound.processor, type(asked[0].bound.state)
+    processor, states = asked[0][0].processor, type(asked[0][0].state)
     specs = processor.params.columns
     if any(spec.ragged for spec in specs.values()):
         return None, {}
-    new = [each.output[each.bound.fed :] for each in asked]
-    if room is not None and (len(asked) > len(room) or any(each.draws[0] != i for i, each in enumerate(asked))):
+    new = [output[bound.fed :] for bound, output, _, _ in asked]
+    if room is not None and [draws[0] for _, _, draws, _ in asked] != list(range(min(len(asked), len(room)))):
         room = None
     out = dict[str, npt.NDArray[Any]]()
     for name, spec in specs.items():
@@ -147,16 +146,16 @@ def _together(
         else:
             out[name] = np.empty((len(asked), *values_of_draw(spec, vocab_size)), spec.dtype)
     try:
-        found = states.columns_together([each.bound.state for each in asked], new, out)
+        found = states.columns_together([each[0].state for each in asked], new, out)
         if found is None:
             return None, {}
         failed = {i: _failure(error, processor, "columns_together") for i, error in found.items()}
         for name, spec in specs.items():
             pack_draws(processor.name, name, spec, out[name], len(asked), vocab_size)
     except BaseException as error:  # noqa: BLE001 - it is raised, or each request has it
-        failed = {i: _failure(error, each.bound.processor, "columns_together") for i, each in enumerate(asked)}
-    for each, tokens in zip(asked, new, strict=True):
-        each.bound.fed += len(tokens)
+        failed = {i: _failure(error, each[0].processor, "columns_together") for i, each in enumerate(asked)}
+    for bound, output, _, _ in asked:
+        bound.fed = len(output)
     return out, {i: _of_request(failure) for i, failure in failed.items()}
 
 

@@ -254,12 +254,11 @@ def late_wanted(tmp_path: Path) -> list[Any]:
     return late_outputs(tmp_path / "eager")[0]
 
 
-@pytest.mark.parametrize("masked", [False, True])
 def test_masks_that_come_late_and_the_draw_behind_them(
-    tmp_path: Path, late_wanted: list[Any], captured: Counter[str], monkeypatch: pytest.MonkeyPatch, masked: bool
+    tmp_path: Path, late_wanted: list[Any], captured: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over static buffers, launch by launch and as a graph: no late step that is replayed ends eagerly."""
-    sizes = CaptureSizes((StepSize(4), StepSize(4, 32)), tail=True, inputs=True, masked=masked)
+    """No late step that is replayed ends eagerly."""
+    sizes = CaptureSizes((StepSize(4), StepSize(4, 32)), tail=True, inputs=True)
     monkeypatch.setattr(starter, "capture_sizes", lambda *_, **__: sizes)
     assert late_wanted[0] == chained(ASKED[0], 6)
     assert late_wanted[3] == "nothing_left"
@@ -301,7 +300,7 @@ def test_a_forced_run_ends_in_the_static_tail(
 
 def test_masks_in_the_room_that_is_sent(tmp_path: Path, captured: Counter[str]) -> None:
     """Masks that were written where they are sent from, as those elsewhere, go to the places of their draws."""
-    with mock_llm(tmp_path, max_num_seqs=4, max_num_batched_tokens=36) as llm, torch.inference_mode():
+    with mock_llm(tmp_path, max_num_seqs=4, max_num_batched_tokens=36) as llm:
         tail = llm._built.executor.runner.graphs.tail
         assert tail is not None
         words = tail.host_mask.shape[1]
@@ -316,8 +315,8 @@ def test_masks_in_the_room_that_is_sent(tmp_path: Path, captured: Counter[str]) 
             want[own[3]] = apart.values if another else -1
             given = tail.host_mask[: len(draws)] if in_room else values
             given[:] = values
-            tail.send_mask(6, own, [of_column(draws, given)] * bool(draws) + [apart] * another)
-            assert (tail._mask[:6].numpy() == want).all(), (in_room, draws, shift, another)
+            tail.write_mask(6, own, [of_column(draws, given)] * bool(draws) + [apart] * another)
+            assert (tail.host_mask[:6] == want).all(), (in_room, draws, shift, another)
 
 
 def of_column(draws: list[int], values: Any) -> SuppliedColumn:
@@ -329,29 +328,29 @@ def of_column(draws: list[int], values: Any) -> SuppliedColumn:
 
 def masks_of_earlier_steps(patch: pytest.MonkeyPatch) -> None:
     """Rows without a mask keep what an earlier step had in their place."""
-    send = CapturedTail.send_mask
+    write = CapturedTail.write_mask
 
     def broken(self: CapturedTail, draws: int, own: Any, supplied: Any) -> None:
-        before, free = self._mask.clone(), np.ones(draws, np.bool_)
-        send(self, draws, own, supplied)
+        before, free = self.host_mask.copy(), np.ones(draws, np.bool_)
+        write(self, draws, own, supplied)
         for each in supplied:
             free[own[each.draws]] = False
-        self._mask[np.flatnonzero(free)] = before[np.flatnonzero(free)]
+        self.host_mask[np.flatnonzero(free)] = before[np.flatnonzero(free)]
 
-    patch.setattr(CapturedTail, "send_mask", broken)
+    patch.setattr(CapturedTail, "write_mask", broken)
 
 
 def masks_of_other_rows(patch: pytest.MonkeyPatch) -> None:
-    send = CapturedTail.send_mask
+    write = CapturedTail.write_mask
 
     def broken(self: CapturedTail, draws: int, own: Any, supplied: Any) -> None:
-        send(self, draws, np.roll(own, 1), supplied)
+        write(self, draws, np.roll(own, 1), supplied)
 
-    patch.setattr(CapturedTail, "send_mask", broken)
+    patch.setattr(CapturedTail, "write_mask", broken)
 
 
 def no_masks(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(CapturedTail, "send_mask", lambda *_: None)
+    patch.setattr(CapturedTail, "write_mask", lambda *_: None)
 
 
 @pytest.mark.parametrize("mutant", [masks_of_earlier_steps, masks_of_other_rows, no_masks])

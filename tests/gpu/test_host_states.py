@@ -4,7 +4,6 @@ and by torch; and a step is launched before the one before it is awaited."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from engine.support import greedy, mock_llm, prompts, tokens_of
 from engine.test_host_states import CHAIN, JUMPS, PLUGIN, asked_together, chained, watched
 
 from nanoengine import SamplingParams
-from nanoengine.setup.start import starter
 
 from .support import ON_GPU
 from .test_same_tokens import MODES, WAYS
@@ -27,12 +25,13 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("way", ["plain", "chunked", "preempted", "cached", "churn"])
 def test_the_tokens_are_those_of_the_history(tmp_path: Path, way: str, mode: str) -> None:
     options, asked, happened = WAYS[way]
-    plain = SamplingParams(temperature=0, max_tokens=24)
-    params = [CHAIN.replace(max_tokens=24), JUMPS, plain]
+    kinds, lengths = [CHAIN, JUMPS, SamplingParams(temperature=0)], [24 - i % 7 for i in range(len(asked))]
+    params = [kinds[i % 3].replace(max_tokens=length) for i, length in enumerate(lengths)]
     with mock_llm(tmp_path, plugins=[PLUGIN], **{**ON_GPU, **options, **MODES[mode]}) as llm:
-        found = tokens_of(llm.generate(asked, [params[i % 3] for i in range(len(asked))], use_tqdm=False))
+        found = tokens_of(llm.generate(asked, params, use_tqdm=False))
         stats = llm.stats()
-    want = [(chained(p, 24), chained(p, 24, -5), greedy(p, 24))[i % 3] for i, p in enumerate(asked)]
+    each = enumerate(zip(asked, lengths, strict=True))
+    want = [(chained(p, n), chained(p, n, -5), greedy(p, n))[i % 3] for i, (p, n) in each]
     assert found == want
     assert happened(stats), stats
     assert (stats.graph_steps > 0) is ("graphs" in mode)
@@ -86,16 +85,11 @@ def test_a_supply_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert calls[0] > 5
 
 
-@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("together", [False, True])
-def test_late_steps_end_over_static_buffers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, masked: bool, together: bool
-) -> None:
-    """Launch by launch, and as a graph: tokens of a CPU, and no late step that is replayed ends in an eager tail.
-    States that are asked together write their masks where they are sent from."""
+def test_late_steps_end_in_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool) -> None:
+    """Tokens of a CPU, and no late step that is replayed ends in an eager tail. States that are asked together write
+    their masks where they are sent from."""
     seen = asked_together(monkeypatch) if together else []
-    sizes = starter.capture_sizes
-    monkeypatch.setattr(starter, "capture_sizes", lambda *a, **k: replace(sizes(*a, **k), masked=masked))
     asked = prompts(7, seed=6)
     params = [CHAIN.replace(temperature=1.5 * (i % 2), chain=9 * (i % 3), seed=i, top_k=7 * (i % 2)) for i in range(6)]
     params.append(CHAIN.replace(wrong="nothing", wrong_at=4))

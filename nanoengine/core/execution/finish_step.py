@@ -60,10 +60,10 @@ class CapturedTail:
         self._sent_mask = torch.full(shape, -1, dtype=torch.int32, pin_memory=pinned)
         self.host_mask: Int32 = self._sent_mask.numpy()
 
-    def send_mask(self, draws: int, own: Int64, supplied: Sequence[SuppliedColumn]) -> None:
-        """The mask of a pass over so many draws, without waiting: what it sent before has arrived, as the columns of a
-        step follow the result of the one before it. own: which of the draws are the plan's. supplied: of one column;
-        draws without any keep all. Values in `host_mask` are those of the first draws."""
+    def write_mask(self, draws: int, own: Int64, supplied: Sequence[SuppliedColumn]) -> None:
+        """The mask of the next masked pass over so many draws, without waiting: an earlier one has read its own, as the
+        columns of a step follow the result of the one before it. own: which of the draws are the plan's. supplied: of
+        one column; draws without any keep all. Values in `host_mask` are those of the first draws."""
         host, free = self.host_mask[:draws], np.ones(draws, dtype=np.bool_)
         for each in supplied:
             places, values = own[each.draws], each.values.reshape(len(each.draws), -1)
@@ -74,11 +74,10 @@ class CapturedTail:
             elif not ordered or places[0]:
                 host[places] = values.copy()
         host[free] = -1
-        self._mask[:draws].copy_(self._sent_mask[:draws], non_blocking=True)
 
     def run(self, inputs: StepRows, kind: int, logits: Tensor, max_drafts: int = 0, *, masked: bool = False) -> None:
         """One pass over `logits`, one row of them a row of the step, or a token where rows have drafts. The rows'
-        tables change. masked: behind the mask that was sent."""
+        tables change. masked: behind the mask that was written, which it sends."""
         tables, rows = self._tables, len(logits)
         tokens, failed = self._tokens[:rows], self._failed[:rows]
         slots, positions = inputs.slots, self._buffers.out.seq_lens[:rows]  # behind the last token
@@ -90,7 +89,8 @@ class CapturedTail:
         columns = DrawColumns(
             tables.greedy, tables.seeds, positions, tables.sample_index, ops, at=slots, early=inputs.drafts is None
         )
-        self._sampler.draw(kind, logits, columns, self._tp, tokens, failed, self._mask[:rows] if masked else None)
+        mask = self._mask[:rows].copy_(self._sent_mask[:rows], non_blocking=True) if masked else None
+        self._sampler.draw(kind, logits, columns, self._tp, tokens, failed, mask)
         tables.kernels.settle(
             tables.state, inputs.slots, inputs.query_start_loc, tokens, inputs.token_of_row, inputs.drafts, failed,
             None if inputs.drafts is None else self._counts[: len(inputs.slots)],

@@ -18,19 +18,18 @@ from torch import Tensor
 
 from nanoengine.api.checks import CheckedModel
 from nanoengine.api.model import ForwardBatch
-from nanoengine.core.execution.finish_step import MASKED_DRAWS, CapturedTail
+from nanoengine.core.execution.finish_step import CapturedTail
 from nanoengine.core.execution.step_inputs import GatheredStep, StepBuffers, StepSize, blank_plan
 from nanoengine.core.step import Int64, StepPlan, SuppliedColumn
 
 
 @dataclass(frozen=True, slots=True)
 class CaptureSizes:
-    """sizes: padded steps. tail: whether sampling is captured too; masked: also behind a mask. inputs: whether a graph
-    gathers its own inputs; those of mixed steps must."""
+    """sizes: padded steps. tail: whether sampling is captured too. inputs: whether a graph gathers its own inputs;
+    those of mixed steps must."""
 
     sizes: tuple[StepSize, ...] = ()
     tail: bool = False
-    masked: bool = False
     inputs: bool = False
 
 
@@ -40,7 +39,8 @@ class StepGraphs:
     Attributes:
         sizes: steps that are to have graphs. passes: size and kind of tail -> graph; None: without the tail.
         capture: makes such a graph, at the start or when it is first wanted. False: it cannot be made.
-        masked_tails: size and kind -> graph of a tail behind a mask; it runs launch by launch where there is none.
+        masked_tails: size and kind -> graph of a tail behind a mask. `capture_masked` makes it when it is first wanted;
+            None: it cannot.
         tail: what the graphs of tails run; None: they were not captured.
         gathered: of each size in use its inputs. logits: [rows, V / tp] of a pass, valid until its next replay.
     """
@@ -53,6 +53,7 @@ class StepGraphs:
         """Drop all graphs."""
         self.passes: dict[tuple[StepSize, int | None], torch.cuda.CUDAGraph] = {}
         self.capture: Callable[[StepSize, int | None], bool] = lambda size, tail: False
+        self.capture_masked: Callable[[StepSize, int], torch.cuda.CUDAGraph | None] = lambda size, tail: None
         self.masked_tails: dict[tuple[StepSize, int], torch.cuda.CUDAGraph] = {}
         self.tail: CapturedTail | None = None
         self.gathered: dict[StepSize, GatheredStep] = {}
@@ -93,12 +94,12 @@ class StepGraphs:
         self.tail.run(self.gathered[size].rows, tail, self.logits[size], size.query_len - 1, masked=True)
 
     def end_masked(self, size: StepSize, tail: int, own: Int64, supplied: Sequence[SuppliedColumn]) -> None:
-        """The tail of a late step that was replayed without one. own, supplied: as in `CapturedTail.send_mask`."""
+        """The tail of a late step that was replayed without one. own, supplied: as in `CapturedTail.write_mask`."""
         assert self.tail is not None
-        assert size.logits <= MASKED_DRAWS
-        self.tail.send_mask(size.logits, own, supplied)
-        graph = self.masked_tails.get((size, tail))
+        self.tail.write_mask(size.logits, own, supplied)
+        graph = self.masked_tails.get((size, tail)) or self.capture_masked(size, tail)
         if graph is not None:
+            self.masked_tails[size, tail] = graph
             graph.replay()
         else:
             self.run_masked_tail(size, tail)

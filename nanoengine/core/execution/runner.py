@@ -129,7 +129,7 @@ class ModelRunner:
         return TailStep(plan, *self.graphs.tail.answer(), replayed.own, replayed.graph | GRAPH_TAIL)
 
     def _ends_masked(self, replayed: Replayed, how: DrawPlan, supplied: Sequence[SuppliedColumn]) -> bool:
-        """Whether the static tail behind a mask does all that the rows of a late step ask for."""
+        """Whether a captured tail behind a mask does all that the rows of a late step ask for."""
         few = self.graphs.tail is not None and replayed.size.logits <= MASKED_DRAWS and self.tp.size == 1
         return few and how.captured is not None and all((c.processor, c.column) == how.mask for c in supplied)
 

@@ -50,11 +50,10 @@ class AddedTokens:
 
     def correct_each(self, matchers: Sequence[LLMatcher], masks: npt.NDArray[np.int32]) -> None:
         """`correct` of several matchers; masks: int32 [N, ceil(vocab_size / 32)]."""
-        found = masks[:, self._words] & self._special
-        inside = set((found & self._inside).nonzero()[0].tolist())
-        for row in set(found.nonzero()[0].tolist()):
+        found = masks.take(self._words, axis=1) & self._special
+        for row in np.flatnonzero(found.any(axis=1)).tolist():
             matcher = matchers[row]
-            if (row in inside or not matcher.is_accepting()) and not matcher.is_error():
+            if ((found[row] & self._inside).any() or not matcher.is_accepting()) and not matcher.is_error():
                 self._correct(matcher, masks[row])
 
     def _beginnings(self, text: str) -> list[int]:

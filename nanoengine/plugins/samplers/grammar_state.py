@@ -179,10 +179,11 @@ class GrammarState(HostState):
         """All matchers advance together, and then fill in their masks together."""
         failed, masks = cls._feed_together(states, token_ids), out["allowed"].view(np.uint32)
         inside, outside = list[int](), list[int]()
-        for i, state in enumerate(states):
+        for i, (state, mask) in enumerate(zip(states, masks, strict=True)):
             if i not in failed:
-                state._next = masks[i]
-                (inside if state._in_grammar else outside).append(i)
+                state._next = mask
+                (inside if state._reasoning is None and not state._ended else outside).append(i)
+        ending = [i for i in outside if states[i]._ended]
         if inside:
             every, matchers = len(inside) == len(states), [states[i]._matcher for i in inside]
             rows = masks if every else np.empty((len(inside), masks.shape[1]), np.uint32)
@@ -193,9 +194,11 @@ class GrammarState(HostState):
                     failed[inside[at]] = error
             if not every:
                 masks[inside] = rows
+            ending += [
+                i for i, matcher in zip(inside, matchers, strict=True) if i not in failed and matcher.is_accepting
+            ]
         for i in outside:
             states[i]._mask_outside(masks[i])
-        ending = [i for i, state in enumerate(states) if i not in failed and state._may_end]
         for word, bit in states[0]._end_bits:
             masks[:, word] &= ~bit
             masks[ending, word] |= bit
@@ -207,16 +210,21 @@ class GrammarState(HostState):
     def _feed_together(cls, states: Sequence[Self], token_ids: Sequence[Sequence[int]]) -> dict[int, BaseException]:
         """Returns place -> error of those that failed."""
         failed, places = dict[int, BaseException](), list[int]()
+        matchers, tokens = list[Matcher](), list[int]()
         for i, (state, new) in enumerate(zip(states, token_ids, strict=True)):
-            if len(new) == 1 and state._in_grammar and new[0] not in state._ends and new[0] not in state.stop_ids:
-                places.append(i)  # most often
-            elif new:
-                try:
+            if len(new) == 1 and state._reasoning is None and not state._ended:  # most often
+                token = new[0]
+                if token not in state._ends and token not in state.stop_ids:
+                    places.append(i)
+                    matchers.append(state._matcher)
+                    tokens.append(token)
+                    continue
+            try:
+                if new:
                     state.feed(new)
-                except RequestError as failure:
-                    failed[i] = failure
+            except RequestError as failure:
+                failed[i] = failure
         if places:
-            matchers, tokens = [states[i]._matcher for i in places], [token_ids[i][0] for i in places]
             for at, error in type(matchers[0]).consume_each(matchers, tokens).items():
                 failed[places[at]] = error or states[places[at]]._refusal(tokens[at])
             for i in places:

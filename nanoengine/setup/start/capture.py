@@ -51,7 +51,7 @@ def capture_graphs(runner: ModelRunner, *, later: bool = False, is_compiled: boo
             capture.run_once(smallest=later)
             empty_cache(tables.device)
             capture.captures(smallest=later)
-        graphs.capture = capture.when_wanted
+        graphs.capture, graphs.capture_masked = capture.when_wanted, capture.masked
         graphs.use(graphs.sizes.sizes)
     except ModelError:  # the model is wrong, also in eager steps
         raise
@@ -99,6 +99,7 @@ class _Capture:
         if self.device.type == "cuda":
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._tails: Sequence[int] = finish.sampler.tails if graphs.sizes.tail else ()
+        self._masked_failures = 0
         if graphs.sizes.tail:
             graphs.tail = CapturedTail(finish, graphs.buffers, max(size.logits for size in self._sizes))
 
@@ -131,11 +132,6 @@ class _Capture:
         for size in self._sizes:
             for kind in (None, *self._tails):
                 self._capture(size, kind)
-        if self._graphs.sizes.masked and self._finish.tp.size == 1:
-            for size in self._sizes:
-                for kind in self._tails if size.logits <= MASKED_DRAWS else ():
-                    run = partial(self._graphs.run_masked_tail, size, kind)
-                    self._graphs.masked_tails[size, kind], _ = self._made(run)
 
     def when_wanted(self, size: StepSize, kind: int | None) -> bool:
         """`StepGraphs.capture`. False: it failed, and no step is a graph any more."""
@@ -153,6 +149,20 @@ class _Capture:
             self._graphs.clear()
             _log.warning(_FAILED, described(error))
         return error is None
+
+    def masked(self, size: StepSize, kind: int) -> torch.cuda.CUDAGraph | None:
+        """`StepGraphs.capture_masked`. Where it fails the tail runs launch by launch, and what it makes at first use is
+        there the next time; after that it is not tried any more."""
+        if self._masked_failures > 1:
+            return None
+        try:
+            return self._made(partial(self._graphs.run_masked_tail, size, kind))[0]
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            self._masked_failures += 1
+            _log.warning("a tail behind a mask was not captured, so it runs launch by launch: %s", described(error))
+            return None
 
     def _failure(self, size: StepSize, kind: int | None) -> BaseException | None:
         try:

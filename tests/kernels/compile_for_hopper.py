@@ -278,7 +278,7 @@ def main() -> None:
     for kind in ("Q4_0", "Q4_K", "Q6_K"):
         found[f"gguf one {kind}"] = gguf_one(kind, gated=kind == "Q4_K")
     found["gguf tiled Q4_K"] = gguf_tiled("Q4_K", 256)
-    for rows in (1, 16, 64, 256):
+    for rows in (1, 16, 64):
         found[f"int4 x{rows}"] = int4(rows, 4096, 4096)
     json.dump(found, sys.stdout)
 

@@ -30,12 +30,12 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 
 def test_nothing_is_spilled(kernels: dict[str, dict[str, Any]]) -> None:
     """But six words of a kernel that holds 96 registers of weight a thread: measured, it is the fastest."""
-    assert len(kernels) == 38
+    assert len(kernels) == 37
     for name, kernel in kernels.items():
         assert kernel["STACK"] <= (24 if name == "few down" else 0), name
         assert kernel["LOCAL"] == 0, name
         assert kernel["REG"] <= (
-            255 if name.startswith("layer") or name == "int4 x256" else 200 if name.startswith("drafts") else 168
+            255 if name.startswith("layer") or name == "int4 x64" else 200 if name.startswith("drafts") else 168
         ), name
 
 
@@ -127,14 +127,14 @@ def test_tiles_of_eight_bit_weights_are_multiplied_as_such(
     assert kernel["shared"] <= 227_000
 
 
-@pytest.mark.parametrize(("rows", "programs"), [(1, 7), (16, 5), (64, 2), (256, 1)])
+@pytest.mark.parametrize(("rows", "programs"), [(1, 9), (16, 8), (64, 1)])
 def test_a_multiprocessor_holds_programs_of_four_bits_that_work_while_others_wait(
     kernels: dict[str, dict[str, Any]], rows: int, programs: int
 ) -> None:
     """Codes are copied by 16 bytes, and cut in the registers from which tensor cores take them: those of 64 rows of the
     weight at once, from 16 tokens on."""
-    kernel, threads = kernels[f"int4 x{rows}"], 256 if rows == 256 else 128
+    kernel, threads = kernels[f"int4 x{rows}"], 256 if rows == 64 else 128
     assert kernel["REG"] * threads * programs <= 65536
     assert (kernel["shared"] + 1024) * programs <= 228 << 10
-    assert kernel["instructions"]["LDGSTS.E.BYPASS.128"] >= 10
+    assert kernel["instructions"]["LDGSTS.E.BYPASS.128"] >= 6
     assert ("HGMMA" in kernel["instructions"]) is (rows > 8)

@@ -31,8 +31,10 @@ def mixed_sizes(max_rows: int, max_tokens: int) -> tuple[StepSize, ...]:
     decode = sorted({min(n, max_rows) for n in MIXED_DECODE_ROWS})
     prefill = _PREFILL_TOKENS if len(decode) > 2 else _MORE_PREFILL_TOKENS  # about the same number of graphs
     sizes = [StepSize(d, p) for d in decode for p in prefill]
-    # Where many prompts come at once: without decode rows, or with as many as there may be. Each graph keeps logits.
-    sizes += [StepSize(d, p) for d in (0, decode[-1]) for p in _MANY_PREFILL_TOKENS]
+    # Where many prompts come at once: alone, or behind as many decode rows as there may be; since each graph keeps the
+    # logits of its rows, few of those.
+    sizes += [StepSize(0, p) for p in _MANY_PREFILL_TOKENS]
+    sizes += [StepSize(decode[-1], p) for p in _MANY_PREFILL_TOKENS if p in (4096, 8192)]
     return tuple(size for size in sizes if size.tokens <= max_tokens)
 
 

@@ -21,9 +21,10 @@ def pin(values):
 
 @triton.jit
 def prefetch_rows(source_ptr, rows, first, mask, K: tl.constexpr, SPAN: tl.constexpr):
-    """Asks for SPAN elements from `first` on of each weight row, one request a 128-byte line, to be in L2 soon."""
+    """Asks for SPAN elements from `first` on of each weight row, one request a 128-byte line, to be in L2 soon. A power
+    of two, and maybe less than a line."""
     line: tl.constexpr = 128 // (source_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    k = first + tl.arange(0, SPAN // line)[None, :] * line
+    k = first + tl.arange(0, (SPAN + line - 1) // line)[None, :] * line
     ptrs = source_ptr + rows.to(tl.int64) * K + tl.where(k < K, k, 0)
     ptrs = tl.where(mask, ptrs, source_ptr)
     tl.inline_asm_elementwise(

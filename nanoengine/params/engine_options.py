@@ -145,14 +145,14 @@ class EngineOptions:
     step_timeout: float = 60.0
     enforce_eager: bool = False
     graph_mixed_steps: bool = True
-    lazy_graphs: bool = False
+    lazy_graphs: bool = True
     reuse_profile: bool = True
     speculation: Mapping[str, Any] | None = None
     overlap: bool = True
     spare_slots: int = 8
     fuse_kernels: bool = True
     fuse_attention: bool = True
-    fuse_products: bool = False
+    fuse_products: bool = True
     fuse_sampling: bool = True
     custom_all_reduce: bool = True
     skip_tokenizer_init: bool = False

@@ -100,7 +100,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         yield seen
 
 
-@pytest.mark.parametrize("given", [{}, {"fuse_kernels": False}, {"fuse_attention": False}, {"fuse_products": True}])
+@pytest.mark.parametrize("given", [{}, {"fuse_kernels": False}, {"fuse_attention": False}, {"fuse_products": False}])
 def test_layers_get_the_operations_that_the_options_ask_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, bool]
 ) -> None:

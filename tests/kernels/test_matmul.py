@@ -120,12 +120,14 @@ def test_only_what_was_measured_has_a_tile() -> None:
 
 
 @pytest.mark.parametrize("rows", [260, 600])
-def test_many_rows_take_their_gate_in_the_product(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+def test_many_rows_take_their_gate_in_the_product(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, rows: int
+) -> None:
     """Behind a norm that adds to the residual stream: in the place of two launches there is one."""
     ops, generator = TritonOps(), torch.Generator().manual_seed(1)
     shapes = (rows, 128), (rows, 128), (256, 128)
-    x, residual, weight = (torch.randn(*shape, generator=generator).half() for shape in shapes)
-    norm_weight = torch.ones(128).half()
+    x, residual, weight = (torch.randn(*shape, generator=generator).half().to(device) for shape in shapes)
+    norm_weight = torch.ones(128, device=device).half()
     want, total = Ops().norm_linear(x.float(), residual.float(), norm_weight.float(), EPS, weight.float(), gate="silu")
     monkeypatch.setattr(ops, "act_and_mul", None)
     found, stream = ops.norm_linear(x, residual, norm_weight, EPS, weight, gate="silu")

@@ -18,6 +18,7 @@ from nanoengine.layers.attention import DecoderAttention
 from nanoengine.layers.block import After, Sublayer, joined, read_stream
 from nanoengine.layers.decoder_config import (
     ACTIVATIONS,
+    PLAIN_ACTIVATIONS,
     POST_NORMS,
     PRE_NORMS,
     SANDWICH_NORMS,
@@ -34,6 +35,7 @@ from nanoengine.layers.rope import Angles, Rope, RopeConfig, RotaryEmbedding
 __all__ = [
     "ACTIVATIONS",
     "DECODER_WEIGHTS",
+    "PLAIN_ACTIVATIONS",
     "POST_NORMS",
     "PRE_NORMS",
     "SANDWICH_NORMS",

@@ -83,6 +83,19 @@ def test_every_public_name_has_a_heading_and_no_other() -> None:
     assert [name for name, below in found.items() if len(below.strip()) < 20] == []
 
 
+def test_each_name_is_in_the_module_that_its_section_names() -> None:
+    wrong = []
+    for part in re.split(r"^## ", TEXT, flags=re.MULTILINE)[1:]:
+        for heading, below in re.findall(r"^### (`[^\n]*`)\n(.*?)(?=^##|\Z)", part, flags=re.MULTILINE | re.DOTALL):
+            own = re.findall(r"(?:`from|of) `?(nanoengine\.(?:layers|kernels)\.\w+)", below)
+            modules = own or re.findall(r"`from (\S+) import", part)
+            by_name = dict(re.findall(r"\(`(\w+)`: `(nanoengine\.layers\.\w+)`\)", part))
+            for name in re.findall(r"`(\w+)`", heading):
+                module = by_name.get(name, modules[0])
+                wrong += [] if hasattr(import_module(module), name) else [f"{module} has no {name}"]
+    assert wrong == []
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_and_method_is_in_the_table(name: str) -> None:
     assert documented(sections(TEXT)[name]) == members(NAMES[name]), f"docs/layers.md, ### `{name}`"

@@ -18,6 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nanoengine.cli.app import app
+from nanoengine.server.auth import configured_keys
 from nanoengine.server.config import ServerConfig, server_config
 from nanoengine.setup.config.config import load_config
 from tests.server.mock_server import PLUGIN, mock_folder
@@ -54,7 +55,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_server_of_the_page_answers_its_curl(page: str, quickstart: Running) -> None:
-    served = lines(page, "nanoengine serve") or [lines(page, "NANOENGINE_API_KEYS=alice:KEY1,bob:KEY2")[0][1:]]
+    served = lines(page, "nanoengine serve") or [lines(page, "NANOENGINE_API_KEYS=")[0][1:]]
     assert served == lines("README.md", "nanoengine serve")
     assert lines(page, "curl")
     for curl in lines(page, "curl"):
@@ -67,6 +68,14 @@ def test_the_server_of_the_page_answers_its_curl(page: str, quickstart: Running)
         assert response.status == 200, answer
         assert "assistant" in (answer.get("role"), *(said.get("role") for said in messages(answer)))
         connection.close()
+
+
+def test_the_keys_of_the_page_are_keys() -> None:
+    [[variable, *_]] = lines("docs/http-api.md", "NANOENGINE_API_KEYS=")
+    name, _, given = variable.partition("=")
+    keys = configured_keys(ServerConfig(), {name: given})
+    sent = [each.partition(":")[2].encode() for each in given.split(",")]
+    assert [keys.caller({b"x-api-key": key}).name for key in sent] == ["alice", "bob"]
 
 
 def messages(answer: Any) -> list[Any]:
